@@ -1,0 +1,49 @@
+# `make demo` and `make test` need only Python 3.11+ and make; both are safe to repeat.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# cpu | cuda; guessed from the presence of an NVIDIA driver.
+ACCEL  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
+# Where pip finds PyTorch's CPU wheel when your package index does not have it.
+TORCH_INDEX ?=
+LOCK   := requirements/$(ACCEL).lock
+STAMP  := $(VENV)/.installed-$(ACCEL)
+
+.PHONY: help env demo test lint seed-policy bench soak lock clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
+
+env: $(STAMP)  ## create .venv and install the locked packages
+
+$(STAMP): $(LOCK) requirements/torch.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "nextstate needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
+	@echo "==> $(VENV): installing for $(ACCEL) (about 4 GB, 2 to 4 minutes)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on --quiet --no-deps \
+	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+	$(BIN)/python -m pip install --progress-bar on --no-deps --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+	@echo "==> $(VENV) is ready"
+
+demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
+	$(BIN)/nextstate demo $(ARGS)
+
+test: env  ## lint, types and every test, one of them over the real vLLM
+	$(BIN)/python -m pytest -q $(ARGS)
+
+lint: env  ## ruff and strict types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+seed-policy: env  ## rebuild the demo's small policy from its generated corpus
+	$(BIN)/python -m demo.seed_policy
+
+lock:  ## resolve requirements/*.lock anew (needs uv)
+	bash requirements/compile.sh
+
+clean:  ## remove the environment and caches
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis

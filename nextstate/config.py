@@ -1,0 +1,148 @@
+"""The one TOML file, read strictly into frozen dataclasses.
+
+Each folder owns the dataclass of its section; the composition root passes them here. Unknown keys
+are errors that name the nearest known one, and values are checked against the field's type.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from nextstate.errors import ConfigError
+
+DEFAULT_FILE = Path("nextstate.toml")
+
+
+@dataclass(frozen=True, slots=True)
+class StoreConfig:
+    """`[store]`: where everything that was recorded lives."""
+
+    dir: str = "~/.nextstate"
+    """State folder: the database, adapters, checkpoints and logs, readable by its owner only."""
+    url: str = ""
+    """SQLAlchemy URL; empty means SQLite in `dir`."""
+
+    @property
+    def path(self) -> Path:
+        """`dir`, expanded and absolute."""
+        return Path(self.dir).expanduser().absolute()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """`[engine]`: the vLLM server behind the proxy."""
+
+    mode: Literal["managed", "external"] = "managed"
+    model: str = "Qwen/Qwen3-4B-Instruct-2507"
+    """A folder with weights, or a hub name that is already in the local cache."""
+    served_model_name: str = ""
+    """What clients ask for; empty means `model`."""
+    url: str = ""
+    """External mode: the server's address. Managed mode: empty picks a free loopback port."""
+    api_key_env: str = ""
+    """Environment variable with the engine's own key."""
+    dtype: str = "auto"
+    max_model_len: int = 0
+    """Tokens of context; 0 means the model's own limit."""
+    max_lora_rank: int = 16
+    max_loras: int = 2
+    """Versions that may run at once: the new one beside the one that drains."""
+    args: tuple[str, ...] = ()
+    """More arguments for vLLM's server, as on its command line."""
+    env: Mapping[str, str] = field(default_factory=dict[str, str])
+    """More environment variables for vLLM's server."""
+    start_timeout_s: float = 600.0
+
+    @property
+    def name(self) -> str:
+        """The model name under which the base answers."""
+        return self.served_model_name or self.model
+
+    @property
+    def model_path(self) -> str:
+        """`model`, expanded when it is a folder on this machine."""
+        path = Path(self.model).expanduser()
+        return str(path.absolute()) if path.exists() else self.model
+
+
+def read_sections(
+    path: Path, sections: Mapping[str, type], overrides: Mapping[str, Mapping[str, object]]
+) -> dict[str, Any]:
+    """Reads the file into one instance per section.
+
+    `overrides` ({section: {key: value}}) replace what the file says. A missing default file means
+    all defaults; a missing named file, an unknown key or a wrong value raises ConfigError.
+    """
+    raw: dict[str, Any] = {}
+    if path.exists():
+        try:
+            raw = tomllib.loads(path.read_text(encoding="utf-8"))
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+    elif path != DEFAULT_FILE:
+        raise ConfigError(
+            f"there is no file {path}: copy config.example.toml there, or name another with "
+            "--config FILE"
+        )
+    _refuse_unknown(raw, sections, str(path), "section")
+    result: dict[str, Any] = {}
+    for name, kind in sections.items():
+        values = raw.get(name, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"{path}: {name} is a value, expected a section [{name}]")
+        result[name] = _section(name, kind, {**values, **overrides.get(name, {})}, str(path))
+    return result
+
+
+def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> Any:
+    if not is_dataclass(kind):
+        raise TypeError(f"section {name} is described by {kind!r}, not by a dataclass")
+    known = {f.name: f for f in fields(kind)}
+    _refuse_unknown(values, known, f"{where}: [{name}]", "key")
+    adapter: TypeAdapter[Any] = TypeAdapter(kind)
+    try:
+        return adapter.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        raise ConfigError(
+            f"{where}: [{name}] {key} = {first['input']!r}: {first['msg'][0].lower()}"
+            f"{first['msg'][1:]}; set [{name}] {key} in {where}"
+        ) from None
+
+
+def _refuse_unknown(
+    values: Mapping[str, object], known: Mapping[str, object], where: str, what: str
+) -> None:
+    for key in values:
+        if key in known:
+            continue
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+        meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+        raise ConfigError(f"{where} has an unknown {what} {key!r}; {meant}")
+
+
+def secret(env_name: str, key: str) -> str | None:
+    """The secret in the environment variable that configuration key `key` names, or None.
+
+    Raises ConfigError when a variable is named and missing.
+    """
+    if not env_name:
+        return None
+    value = os.environ.get(env_name)
+    if not value:
+        raise ConfigError(
+            f"{key} = {env_name!r}, but the environment variable {env_name} is not set: "
+            f"export {env_name}=… or empty the key"
+        )
+    return value

@@ -1,0 +1,51 @@
+"""The error tree: one base, one subclass per boundary crossed.
+
+    NextStateError
+    ├── ConfigError     a key of the TOML file, a command-line value, a named secret
+    ├── StartError      what the machine must provide: a port, a model, a package, an engine
+    ├── EngineError     vLLM answered wrongly, late or not at all
+    ├── StoreError      the database refused or failed
+    ├── RecordError     a record that contradicts itself
+    ├── JudgeError      a judge that could not vote
+    ├── LearnerError    a batch or a version that must not be trained or served
+    └── PluginError     a plugin that cannot be found or loaded
+
+Each message names the value, what was expected, and the key or command that fixes it: the command
+line prints it as it is and exits with 2.
+"""
+
+
+class NextStateError(Exception):
+    """Base of every error that NextState raises on purpose."""
+
+
+class ConfigError(NextStateError):
+    """A configuration value is unknown, of the wrong kind or not allowed."""
+
+
+class StartError(NextStateError):
+    """A part cannot start on this machine as it is."""
+
+
+class EngineError(NextStateError):
+    """The inference engine failed a request that NextState itself made."""
+
+
+class StoreError(NextStateError):
+    """The database cannot do what was asked."""
+
+
+class RecordError(NextStateError):
+    """A record contradicts itself, for example lists of unequal length."""
+
+
+class JudgeError(NextStateError):
+    """A judge could not give a vote; the turn is retried, never charged to the policy."""
+
+
+class LearnerError(NextStateError):
+    """Training or publishing must not go on."""
+
+
+class PluginError(NextStateError):
+    """A plugin is missing or does not have the expected form."""

@@ -1,0 +1,106 @@
+"""What a plugin may be, as protocols, with the loader that finds one by its configured name.
+
+A name such as `rules` means the module `plugins.<group>.rules`; a dotted name with a colon
+(`my_package.module:create`) reaches a plugin that lives outside this repository. Either way the
+module offers `create(settings)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, cast
+
+from nextstate.errors import PluginError
+from nextstate.records import Json, NextState, TurnKind, Vote
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """What a judge sees of one turn; every text is untrusted."""
+
+    tail: tuple[tuple[str, str], ...]
+    """The last messages of the request as (role, text)."""
+    reply: str
+    """The assistant's text with its tool calls written out."""
+    next_states: tuple[NextState, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeSettings:
+    """What a judge plugin may use; secrets are passed as values, never looked up by plugins."""
+
+    model: str = ""
+    """The judge's model: the engine's base model, or a litellm model name."""
+    base_url: str = ""
+    """An OpenAI-compatible address ending in /v1, where the kind needs one."""
+    api_key: str | None = None
+    timeout_s: float = 60.0
+    max_tokens: int = 512
+    temperature: float = 0.6
+    extra: Json = field(default_factory=dict[str, Any])
+
+
+class JudgeKind(Protocol):
+    """One way to vote on a turn."""
+
+    name: str
+    deterministic: bool
+    """True when asking twice gives the same vote: then one vote is asked for, not m."""
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        """One independent vote; raises JudgeError when there is no parseable answer."""
+        ...
+
+    async def close(self) -> None:
+        """Releases connections."""
+        ...
+
+
+class AgentProfile(Protocol):
+    """What is known about one agent's envelope around human text."""
+
+    name: str
+
+    def kind(self, request: Json) -> TurnKind:
+        """Whether the request is the agent's own work or its housekeeping."""
+        ...
+
+    def next_state_text(self, message: Json) -> str | None:
+        """The text of a message that followed a reply, stripped; None if it is machine-made."""
+        ...
+
+
+def text_of(content: object) -> str:
+    """The plain text of a message's content, given as a string or as a list of parts."""
+    if isinstance(content, str):
+        return content
+    if isinstance(content, list):
+        parts = cast(Sequence[object], content)
+        texts = [cast(Json, p).get("text", "") for p in parts if isinstance(p, dict)]
+        return "\n".join(t for t in texts if isinstance(t, str) and t)
+    return ""
+
+
+def load_plugin(group: str, name: str, settings: object) -> Any:
+    """Creates the plugin `name` of `group` (`agents`, `judges`). Raises PluginError."""
+    module_name, _, attribute = name.partition(":")
+    if not attribute:
+        module_name, attribute = f"plugins.{group}.{name}", "create"
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not module_name.startswith(error.name):
+            raise PluginError(
+                f"plugin {name!r} needs the package {error.name!r}, which is not installed: "
+                "run `make env`"
+            ) from error
+        raise PluginError(
+            f"there is no plugin {name!r} in plugins/{group}/: name a file of that folder or "
+            "a `module:function` on the Python path"
+        ) from error
+    create = cast("Callable[[object], Any] | None", getattr(module, attribute, None))
+    if create is None:
+        raise PluginError(f"plugin {name!r}: {module_name} has no function {attribute!r}")
+    return create(settings)

@@ -1,0 +1,239 @@
+"""The four records of the pipeline: Turn → NextState → Verdict → Sample.
+
+All are frozen and check themselves. Per-token lists have the length of `completion_ids`, or the
+constructor raises: nothing is padded or cut to fit. Unknown is `None`, never 0.0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Any
+
+from nextstate.errors import RecordError
+
+Json = dict[str, Any]
+"""A JSON object as it stood on the wire: unknown fields survive."""
+
+MAIN_LINEAGE = "main"
+BASE_VERSION = 0
+"""The base model without an adapter is version 0 of every lineage."""
+
+
+class TurnKind(StrEnum):
+    """Whether a turn is the agent's own work or its housekeeping."""
+
+    MAIN = "main"
+    """May train."""
+    SIDE = "side"
+    """Titles, compaction, memory flushes, heartbeats: kept, never judged or trained."""
+
+
+class Source(StrEnum):
+    """Where a next state came from, most trusted first."""
+
+    FEEDBACK = "feedback"
+    USER = "user"
+    ENVIRONMENT = "environment"
+    TOOL = "tool"
+
+
+TRUST: Mapping[Source, float] = {
+    Source.FEEDBACK: 1.0,
+    Source.USER: 0.9,
+    Source.ENVIRONMENT: 0.6,
+    Source.TOOL: 0.4,
+}
+"""Default trust of each source in [0, 1]: tools carry text that strangers wrote."""
+
+
+class SampleState(StrEnum):
+    """Where a judged turn stands on its way into an adapter."""
+
+    READY = "ready"
+    LEASED = "leased"
+    TRAINED = "trained"
+    DROPPED = "dropped"
+
+
+class VersionState(StrEnum):
+    """Where a policy version stands."""
+
+    CANDIDATE = "candidate"
+    SERVING = "serving"
+    RETIRED = "retired"
+    REJECTED = "rejected"
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Wall-clock facts about one turn."""
+
+    started_at: float
+    """Unix time in seconds when the request arrived."""
+    first_token_s: float | None
+    """Seconds to the first event of the reply; None for a reply that never started."""
+    total_s: float
+    """Seconds to the reply's end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request and its reply."""
+
+    id: str
+    session: str
+    index: int
+    """Position in the session, from 0."""
+    kind: TurnKind
+    lineage: str
+    policy_version: int | None
+    """The version that the engine says it served; None when it named a model that is not ours."""
+    client_model: str
+    """The model name that the client sent."""
+    request: Json
+    """The client's own request body, without what NextState added."""
+    reply: Json
+    """The assistant message, as the client received it."""
+    finish_reason: str | None
+    prompt_ids: tuple[int, ...] | None
+    completion_ids: tuple[int, ...] | None
+    behaviour_logprobs: tuple[float, ...] | None
+    """Natural-log probabilities at sampling, one per completion token."""
+    sampling: Json
+    """The sampling settings that shape the distribution (temperature, top_p, …), where sent."""
+    timings: Timings
+    untrainable: str | None = None
+    """Why this turn must not train; None when token integrity holds."""
+    parent: str | None = None
+    """The turn whose reply this request continues."""
+
+    def __post_init__(self) -> None:
+        if self.index < 0:
+            raise RecordError(f"turn {self.id}: index is {self.index}, expected 0 or more")
+        if self.behaviour_logprobs is not None:
+            ids = len(self.completion_ids) if self.completion_ids is not None else None
+            if ids != len(self.behaviour_logprobs):
+                raise RecordError(
+                    f"turn {self.id}: {len(self.behaviour_logprobs)} behaviour log-probs for "
+                    f"{ids} completion ids"
+                )
+            for value in self.behaviour_logprobs:
+                if not (math.isfinite(value) and value <= 1e-6):
+                    raise RecordError(f"turn {self.id}: {value} is not a log-probability")
+        if self.untrainable is None and not (
+            self.prompt_ids and self.completion_ids and self.behaviour_logprobs
+        ):
+            raise RecordError(f"turn {self.id}: trainable without ids and log-probs")
+
+    @property
+    def trainable(self) -> bool:
+        """Whether ids, log-probs and usage agreed exactly."""
+        return self.untrainable is None
+
+
+@dataclass(frozen=True, slots=True)
+class NextState:
+    """One message that followed a turn's reply."""
+
+    turn: str
+    source: Source
+    text: str
+    trust: float
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.trust <= 1.0:
+            raise RecordError(f"next state of {self.turn}: trust {self.trust} is not in [0, 1]")
+
+
+@dataclass(frozen=True, slots=True)
+class Vote:
+    """One judge's opinion of one turn."""
+
+    score: int
+    """+1, 0 or -1."""
+    hint: str | None = None
+    """What the next state says should have been done, in 1 to 3 sentences."""
+
+    def __post_init__(self) -> None:
+        if self.score not in (-1, 0, 1):
+            raise RecordError(f"a vote's score is -1, 0 or 1, not {self.score!r}")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What the votes about one turn came to."""
+
+    turn: str
+    votes: tuple[int, ...]
+    score: int
+    judge: str
+    """The judge kind that voted, or `feedback` when a person decided."""
+    hint: str | None = None
+    hinted_prompt_ids: tuple[int, ...] | None = None
+    """The turn's prompt with the hint, as the engine rendered it."""
+
+    def __post_init__(self) -> None:
+        if self.score not in (-1, 0, 1):
+            raise RecordError(f"verdict of {self.turn}: score {self.score!r} is not -1, 0 or 1")
+        if self.hinted_prompt_ids is not None and not self.hint:
+            raise RecordError(f"verdict of {self.turn}: a hinted prompt without a hint")
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """A judged turn as the learner takes it: token lists and the two signals."""
+
+    turn: str
+    session: str
+    policy_version: int
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    behaviour_logprobs: tuple[float, ...]
+    score: int
+    hinted_prompt_ids: tuple[int, ...] | None
+
+    def __post_init__(self) -> None:
+        if len(self.completion_ids) != len(self.behaviour_logprobs):
+            raise RecordError(
+                f"sample {self.turn}: {len(self.behaviour_logprobs)} behaviour log-probs for "
+                f"{len(self.completion_ids)} completion ids"
+            )
+        if not self.prompt_ids or not self.completion_ids:
+            raise RecordError(f"sample {self.turn}: an empty prompt or completion cannot train")
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyVersion:
+    """One adapter in a lineage's chain; number 0 is the base without an adapter."""
+
+    lineage: str
+    number: int
+    parent: int | None
+    path: str | None
+    """The adapter's folder; None for the base."""
+    sha256: str | None
+    """Of the adapter's weight file; None for the base."""
+    samples: int
+    """How many samples its update used."""
+    state: VersionState
+    metrics: Mapping[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def adapter_name(self) -> str | None:
+        """The name under which vLLM serves it, new for each version; None for the base."""
+        return None if self.number == BASE_VERSION else f"{self.lineage}-v{self.number:06d}"
+
+
+def majority(scores: Sequence[int]) -> int:
+    """The score with the most votes; a tie is 0.
+
+    >>> majority([1, 1, -1]), majority([1, -1]), majority([1, 0, -1])
+    (1, 0, 0)
+    """
+    counts = {score: scores.count(score) for score in (-1, 0, 1)}
+    best = max(counts.values())
+    winners = [score for score, count in counts.items() if count == best]
+    return winners[0] if len(winners) == 1 else 0

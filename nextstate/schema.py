@@ -1,0 +1,144 @@
+"""The tables, and the numbered steps that bring an older database up to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import sqlalchemy as sa
+
+from nextstate.errors import StoreError
+
+VERSION = 1
+metadata = sa.MetaData()
+
+schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
+
+messages = sa.Table(
+    "messages",
+    metadata,
+    sa.Column("hash", sa.LargeBinary(16), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+)
+"""Every distinct message, tool list and reply once, compressed."""
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("session", sa.String(200), nullable=False),
+    sa.Column("idx", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("policy_version", sa.Integer),
+    sa.Column("client_model", sa.String(200), nullable=False),
+    sa.Column("messages", sa.LargeBinary, nullable=False),
+    sa.Column("rest", sa.LargeBinary, nullable=False),
+    sa.Column("reply", sa.LargeBinary(16), nullable=False),
+    sa.Column("finish_reason", sa.String(40)),
+    sa.Column("prompt_ids", sa.LargeBinary),
+    sa.Column("completion_ids", sa.LargeBinary),
+    sa.Column("behaviour_logprobs", sa.LargeBinary),
+    sa.Column("sampling", sa.Text, nullable=False),
+    sa.Column("started_at", sa.Float, nullable=False),
+    sa.Column("first_token_s", sa.Float),
+    sa.Column("total_s", sa.Float, nullable=False),
+    sa.Column("untrainable", sa.Text),
+    sa.Column("parent", sa.String(40)),
+    sa.Column("continued", sa.Boolean, nullable=False, default=False),
+    sa.Column("chain_key", sa.LargeBinary(16), nullable=False),
+    sa.Column("reply_key", sa.LargeBinary(16), nullable=False),
+)
+sa.Index("turns_by_session", turns.c.session, turns.c.idx)
+sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
+sa.Index("turns_by_reply", turns.c.reply_key, turns.c.seq)
+
+next_states = sa.Table(
+    "next_states",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("text", sa.LargeBinary, nullable=False),
+    sa.Column("trust", sa.Float, nullable=False),
+)
+
+judgements = sa.Table(
+    "judgements",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("not_before", sa.Float, nullable=False, default=0.0),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("reason", sa.Text),
+)
+"""The judge's work: one row for each main turn that has a next state."""
+sa.Index("judgements_by_state", judgements.c.state, judgements.c.not_before)
+
+verdicts = sa.Table(
+    "verdicts",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("votes", sa.Text, nullable=False),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("judge", sa.String(40), nullable=False),
+    sa.Column("hint", sa.Text),
+    sa.Column("hinted_prompt_ids", sa.LargeBinary),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+samples = sa.Table(
+    "samples",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("policy_version", sa.Integer),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("hinted", sa.Boolean, nullable=False),
+    sa.Column("batch", sa.String(40)),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("trained_in", sa.Integer),
+    sa.Column("reason", sa.Text),
+)
+sa.Index("samples_by_state", samples.c.lineage, samples.c.state)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    sa.Column("lineage", sa.String(80), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("parent", sa.Integer),
+    sa.Column("path", sa.Text),
+    sa.Column("sha256", sa.String(64)),
+    sa.Column("samples", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(12), nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+
+MIGRATIONS: Mapping[int, Callable[[sa.Connection], None]] = {}
+"""Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
+so each later step must leave an old database with the tables above; a test compares the two."""
+
+
+def migrate(
+    connection: sa.Connection,
+    target: int = VERSION,
+    steps: Mapping[int, Callable[[sa.Connection], None]] = MIGRATIONS,
+) -> None:
+    """Brings the database to `target` inside the caller's transaction. Raises StoreError."""
+    if not sa.inspect(connection).has_table("schema_version"):
+        metadata.create_all(connection)
+        connection.execute(sa.insert(schema_version).values(version=target))
+        return
+    found = connection.execute(sa.select(schema_version.c.version)).scalar_one()
+    if found > target:
+        raise StoreError(
+            f"the store has schema version {found}, this program knows up to {target}: "
+            "install the newer nextstate, or name another folder as [store] dir"
+        )
+    for number in range(found + 1, target + 1):
+        steps[number](connection)
+        connection.execute(sa.update(schema_version).values(version=number))
