@@ -55,7 +55,7 @@ class EngineConfig:
     max_lora_rank: int = 16
     max_loras: int = 2
     """Versions that may run at once: the new one beside the one that drains."""
-    args: tuple[str, ...] = ()
+    args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     """More environment variables for vLLM's server."""
@@ -71,6 +71,16 @@ class EngineConfig:
         """`model`, expanded when it is a folder on this machine."""
         path = Path(self.model).expanduser()
         return str(path.absolute()) if path.exists() else self.model
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyConfig:
+    """`[privacy]`: what may be kept, and what may leave this machine."""
+
+    record: bool = True
+    """False relays without keeping anything: the agent works, nothing is learned."""
+    external_judge: bool = False
+    """True lets a `litellm` judge send turns to the provider of its model."""
 
 
 def read_sections(
@@ -98,7 +108,7 @@ def read_sections(
     result: dict[str, Any] = {}
     for name, kind in sections.items():
         values = raw.get(name, {})
-        if not isinstance(values, dict):
+        if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: {name} is a value, expected a section [{name}]")
         result[name] = _section(name, kind, {**values, **overrides.get(name, {})}, str(path))
     return result

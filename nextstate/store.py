@@ -372,8 +372,8 @@ class Recording:
         self._fresh = fresh
         self._now = now
 
-    def parent(self, lineage: str, link: Link) -> Parent | None:
-        """The turn that a request with this link continues, or None.
+    def parent(self, lineage: str, link: Link, session: str | None) -> Parent | None:
+        """The turn that a request with this link continues, within `session` if one is named.
 
         Turns whose whole chain of replies agrees come first; without one, the newest with the same
         last reply (the agent may have cut its history). Among equals, one that nothing has
@@ -388,6 +388,8 @@ class Recording:
                 .order_by(c.seq.desc())
                 .limit(16)
             )
+            if session is not None:
+                query = query.where(c.session == session)
             rows = self._connection.execute(query).all()
             if rows:
                 ours = set(link.message_hashes)
@@ -399,18 +401,12 @@ class Recording:
                 return Parent(best.id, best.session, best.idx, TurnKind(best.kind), best.continued)
         return None
 
-    def last_in_session(self, session: str) -> Parent | None:
-        """The newest turn of a session, or None."""
+    def next_index(self, session: str) -> int:
+        """The position of the next turn in a session."""
         c = t.turns.c
-        row = self._connection.execute(
-            sa.select(c.id, c.session, c.idx, c.kind, c.continued)
-            .where(c.session == session)
-            .order_by(c.idx.desc())
-            .limit(1)
-        ).first()
-        if row is None:
-            return None
-        return Parent(row.id, row.session, row.idx, TurnKind(row.kind), row.continued)
+        query = sa.select(sa.func.max(c.idx)).where(c.session == session)
+        last = self._connection.execute(query).scalar()
+        return 0 if last is None else last + 1
 
     def add_turn(self, turn: Turn, chain_key: bytes, reply_key: bytes) -> None:
         """Adds a turn; `chain_key` and `reply_key` are those of its own reply."""

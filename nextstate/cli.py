@@ -1,0 +1,259 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from nextstate.config import DEFAULT_FILE
+from nextstate.errors import NextStateError, StartError
+from nextstate.records import MAIN_LINEAGE, Verdict
+from nextstate.settings import Settings
+from nextstate.stack import Stack
+from nextstate.store import FEEDBACK, Store
+from nextstate.supervisor import EXIT_USAGE
+from nextstate.wire import obj
+
+_EPILOG = """\
+examples:
+  nextstate doctor                      is everything there that `nextstate up` needs?
+  nextstate up                          start engine, proxy, judge and learner
+  nextstate turns --json | tail -1      the newest turn with its verdict
+  nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
+  nextstate rollback 3                  serve version 3 again
+  nextstate demo                        watch a small policy learn from two minutes of talk
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command; returns its exit code. Errors that a person can fix exit with 2."""
+    options = _parser().parse_args(arguments)
+    logging.basicConfig(
+        level=logging.INFO,
+        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+        stream=sys.stderr,
+    )
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return options.run(options)
+    except NextStateError as error:
+        print(f"nextstate: {error}", file=sys.stderr)
+        return EXIT_USAGE
+    except BrokenPipeError:  # `nextstate turns | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nextstate",
+        description="A transparent proxy in front of vLLM that learns from what happens next.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(
+        name: str, run: Callable[[argparse.Namespace], int], text: str
+    ) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.add_argument(
+            "--config", type=Path, default=DEFAULT_FILE, metavar="FILE", help="the TOML file"
+        )
+        sub.set_defaults(run=run)
+        return sub
+
+    command("up", _up, "start engine, proxy, judge and learner, and keep them running")
+    for name in ("proxy", "judge", "learner"):
+        command(name, _stage, f"run the {name} alone").set_defaults(stage=name)
+    demo = command("demo", _demo, "watch a small policy learn from talk, on a real vLLM")
+    demo.add_argument("--method", choices=("binary", "opd", "combined"), default="combined")
+    demo.add_argument("--persona", choices=("student", "teacher"), default="student")
+    demo.add_argument("--seed", type=int, default=0)
+    demo.add_argument("--updates", type=int, default=0, help="adapters to train (0: the default)")
+    demo.add_argument(
+        "--out", type=Path, default=Path("demo-output"), help="folder for records and curve"
+    )
+    for name, run, text in (
+        ("status", _status, "show each part's health and what is stored"),
+        ("turns", _turns, "list recorded turns with next states and verdicts"),
+        ("versions", _versions, "list the policy versions"),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument("--json", action="store_true", help="one JSON object a line")
+        if name == "turns":
+            sub.add_argument("--limit", type=int, default=0, help="only the newest N (0: all)")
+    rollback = command("rollback", _rollback, "serve an earlier version again")
+    rollback.add_argument("number", type=int, help="its number; 0 is the base model")
+    feedback = command("feedback", _feedback, "say yourself how good a turn was")
+    feedback.add_argument("turn", help="as in `nextstate turns` or the x-nextstate-turn header")
+    feedback.add_argument("--score", type=int, choices=(-1, 0, 1), required=True)
+    feedback.add_argument("--hint", help="what should have been done, in one to three sentences")
+    command("doctor", _doctor, "check that everything `nextstate up` needs is there")
+    return parser
+
+
+def _up(options: argparse.Namespace) -> int:
+    return asyncio.run(_run_stack(Settings.read(options.config)))
+
+
+async def _run_stack(settings: Settings) -> int:
+    stack = Stack(settings)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stack.supervisor.stop)
+    print(f"starting on {stack.dir} (logs in {stack.dir / 'logs'}) …", flush=True)
+    async with stack.running() as task:
+        ready = asyncio.create_task(stack.wait_ready(task))
+        await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
+        if not stack.supervisor.stopping.is_set():
+            ready.result()
+            print(f"ready: point your agent at {stack.proxy_url}/v1 (Ctrl-C ends it)", flush=True)
+        await asyncio.gather(ready, return_exceptions=True)
+        await task
+    return 0
+
+
+def _stage(options: argparse.Namespace) -> int:
+    from nextstate import stages
+
+    settings = Settings.read(options.config)
+    if options.stage == "learner":
+        stages.run_learner(settings)
+    elif options.stage == "judge":
+        asyncio.run(stages.run_judge(settings))
+    else:
+        import uvloop
+
+        uvloop.run(stages.run_proxy(settings))
+    return 0
+
+
+def _demo(options: argparse.Namespace) -> int:
+    from demo.run import run_demo
+
+    return run_demo(
+        method=options.method,
+        persona=options.persona,
+        seed=options.seed,
+        updates=options.updates,
+        out=options.out,
+    )
+
+
+def _status(options: argparse.Namespace) -> int:
+    from nextstate.status import status
+
+    found = asyncio.run(status(Settings.read(options.config)))
+    if options.json:
+        _print_json(found)
+        return 0
+    for name, value in found.items():
+        if isinstance(value, dict):
+            for key, inner in obj(value).items():  # pyright: ignore[reportUnknownArgumentType]
+                print(f"{name}/{key:{27 - len(name)}} {inner}")
+        else:
+            print(f"{name:28} {value}")
+    return 0
+
+
+def _turns(options: argparse.Namespace) -> int:
+    store = Store(Settings.read(options.config).store)
+    ids = store.turn_ids(options.limit or None, newest_first=bool(options.limit))
+    for turn_id in reversed(ids) if options.limit else ids:
+        turn, verdict = store.turn(turn_id), store.verdict(turn_id)
+        if turn is None:
+            continue
+        states = store.next_states(turn_id)
+        if options.json:
+            _print_json(
+                {
+                    "turn": turn.id,
+                    "session": turn.session,
+                    "index": turn.index,
+                    "kind": turn.kind,
+                    "lineage": turn.lineage,
+                    "version": turn.policy_version,
+                    "trainable": turn.trainable,
+                    "reason": turn.untrainable,
+                    "next_state": [{"source": s.source, "text": s.text} for s in states],
+                    "verdict": verdict
+                    and {"score": verdict.score, "votes": verdict.votes, "hint": verdict.hint},
+                }
+            )
+            continue
+        score = "  ·" if verdict is None else f"{verdict.score:+3d}"
+        followed = " | ".join(s.text for s in states).replace("\n", " ")
+        print(f"{turn.id} v{turn.policy_version} {score}  {followed[:90]}")
+    return 0
+
+
+def _versions(options: argparse.Namespace) -> int:
+    store = Store(Settings.read(options.config).store)
+    for version in store.versions():
+        row = {
+            "lineage": version.lineage,
+            "number": version.number,
+            "state": version.state,
+            "parent": version.parent,
+            "samples": version.samples,
+            "path": version.path,
+            "sha256": version.sha256,
+            "metrics": dict(version.metrics),
+        }
+        if options.json:
+            _print_json(row)
+        else:
+            print(
+                f"{version.lineage} {version.number:4d} {version.state:10} "
+                f"parent {version.parent}  {version.samples} samples  {version.path}"
+            )
+    return 0
+
+
+def _rollback(options: argparse.Namespace) -> int:
+    from nextstate.stages import publish_version
+
+    settings = Settings.read(options.config)
+    store = Store(settings.store)
+    version = store.version(MAIN_LINEAGE, options.number)
+    if version is None:
+        known = ", ".join(str(v.number) for v in store.versions(MAIN_LINEAGE)) or "only 0"
+        raise StartError(f"there is no version {options.number}; known: {known}")
+    asyncio.run(publish_version(settings, store, version))
+    print(f"version {version.number} serves {version.lineage}")
+    return 0
+
+
+def _feedback(options: argparse.Namespace) -> int:
+    store = Store(Settings.read(options.config).store)
+    store.settle_verdict(Verdict(options.turn, (), options.score, FEEDBACK, options.hint))
+    print(f"{options.turn}: score {options.score:+d}")
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from nextstate.doctor import checks
+
+    failed = False
+    for check in checks(options.config):
+        failed = failed or check.problem is not None
+        print(
+            f"{'FAIL' if check.problem else ' ok '}  {check.name}: {check.problem or check.found}"
+        )
+    return EXIT_USAGE if failed else 0
+
+
+def _print_json(value: Any) -> None:
+    print(orjson.dumps(value).decode())

@@ -1,0 +1,92 @@
+"""What `nextstate doctor` checks, each with what was found or what fixes it."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nextstate import vllm
+from nextstate.errors import ConfigError, NextStateError, StartError
+from nextstate.hooks import load_plugin
+from nextstate.settings import Settings
+from nextstate.stack import Stack
+from nextstate.store import Store
+
+_FOLDERS = ("proxy", "judge", "learner", "plugins")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    found: str
+    problem: str | None = None
+
+
+def checks(config: Path) -> Iterator[Check]:
+    """Runs every check; those that need the configuration stop at a broken one."""
+    yield Check("python", sys.version.split()[0])
+    yield _checked("packages", _own_folders)
+    try:
+        settings = Settings.read(config)
+    except ConfigError as error:
+        yield Check("configuration", "", str(error))
+        return
+    yield Check("configuration", str(config) if config.exists() else "all defaults")
+    yield _checked("state folder", lambda: str(_store_dir(settings)))
+    yield _checked("agent profile", lambda: _plugin(settings))
+    if settings.engine.mode == "managed":
+        yield _checked("vllm", _vllm)
+    yield _checked("model", lambda: _model(settings))
+    yield _checked("port", lambda: _port(settings))
+
+
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, check())
+    except NextStateError as error:
+        return Check(name, "", str(error))
+
+
+def _own_folders() -> str:
+    root = Path(__file__).parent.parent
+    for name in _FOLDERS:
+        file = Path(importlib.import_module(name).__file__ or "")
+        if root not in file.parents:
+            raise StartError(
+                f"`import {name}` finds {file}, not ours: another package shadows it; "
+                "use a fresh environment (`make env`)"
+            )
+    return f"{', '.join(_FOLDERS)} are ours"
+
+
+def _store_dir(settings: Settings) -> Path:
+    store = Store(settings.store)
+    store.close()
+    return store.dir
+
+
+def _plugin(settings: Settings) -> str:
+    load_plugin("agents", settings.agents.profile, None)
+    return settings.agents.profile
+
+
+def _vllm() -> str:
+    vllm.check_package()
+    return "installed"
+
+
+def _model(settings: Settings) -> str:
+    vllm.check_model(settings.engine)
+    return settings.engine.model
+
+
+def _port(settings: Settings) -> str:
+    proxy = settings.proxy
+    if not vllm.port_is_free(proxy.host, proxy.port):
+        raise StartError(f"{proxy.port} on {proxy.host} is in use: set another [proxy] port")
+    return f"{proxy.host}:{proxy.port} is free ({Stack(settings).proxy_url}/v1)"

@@ -1,0 +1,156 @@
+"""The whole loop on one machine: engine, proxy, judge and learner under one supervisor."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import json
+import os
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import aiohttp
+
+from nextstate import vllm
+from nextstate.errors import StartError
+from nextstate.settings import Settings
+from nextstate.stages import engine_file
+from nextstate.supervisor import Part, Supervisor
+
+POLL_S = 0.2
+STAGES = ("proxy", "judge", "learner")
+"""In the order in which they end; the engine ends last."""
+
+
+class Stack:
+    """The processes of one state folder."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.dir = settings.store.path
+        self.managed = settings.engine.mode == "managed"
+        port = vllm.free_port() if self.managed else 0
+        self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
+        self.parts = {name: self._stage(name) for name in STAGES}
+        if self.managed:
+            self.parts["engine"] = self._engine(port)
+        self.supervisor = Supervisor(list(self.parts.values()))
+
+    @property
+    def proxy_url(self) -> str:
+        """The address that agents use as their base URL, without /v1."""
+        host = self.settings.proxy.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.proxy.port}"
+
+    def check(self) -> None:
+        """Raises StartError for what would only fail after minutes of starting."""
+        if self.managed:
+            vllm.check_package()
+        vllm.check_model(self.settings.engine)
+        proxy = self.settings.proxy
+        if not vllm.port_is_free(proxy.host, proxy.port):
+            raise StartError(
+                f"[proxy] port = {proxy.port} on {proxy.host} is in use: end the program that "
+                "listens there, or set another [proxy] port"
+            )
+
+    @asynccontextmanager
+    async def running(self) -> AsyncGenerator[asyncio.Task[None]]:
+        """Runs everything inside the block; the task ends when a part cannot go on."""
+        self.check()
+        self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with _FolderLock(self.dir / "lock"):
+            engine_file(self.settings).write_text(json.dumps({"url": self.engine_url}))
+            task = asyncio.create_task(self.supervisor.run())
+            try:
+                yield task
+            finally:
+                self.supervisor.stop()
+                await asyncio.gather(task, return_exceptions=True)
+                engine_file(self.settings).unlink(missing_ok=True)
+
+    async def wait_ready(self, task: asyncio.Task[None]) -> None:
+        """Returns when the proxy answers and lets requests through. Raises StartError."""
+        timeout_s = self.settings.engine.start_timeout_s
+        ready = asyncio.create_task(self._ready())
+        try:
+            await asyncio.wait({ready, task}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+            if task.done():
+                task.result()
+                raise StartError("stopped before it was ready")
+            if not ready.done():
+                raise StartError(
+                    f"the engine was not ready within [engine] start_timeout_s = {timeout_s:.0f}: "
+                    f"see {self.dir / 'logs'}, or raise the key"
+                )
+        finally:
+            ready.cancel()
+            with suppress(asyncio.CancelledError):
+                await ready
+
+    async def _ready(self) -> None:
+        async with aiohttp.ClientSession() as session:
+            while not await _answers(session, f"{self.engine_url}/health", None):
+                await asyncio.sleep(POLL_S)
+            if self.managed:
+                self.parts["engine"].was_ready = True
+            while not await _answers(session, f"{self.proxy_url}/healthz", b'"engine": "up"'):
+                await asyncio.sleep(POLL_S)
+
+    def _stage(self, name: str) -> Part:
+        file = self.settings.file
+        argv = [sys.executable, "-P", "-m", "nextstate", name]
+        if file.exists():
+            argv += ["--config", str(file.absolute())]
+        return Part(name, argv, self.dir / "logs" / f"{name}.log", env=dict(os.environ))
+
+    def _engine(self, port: int) -> Part:
+        folder = self.dir / "engine"
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # neutral: nothing to import there
+        return Part(
+            "engine",
+            vllm.command(self.settings.engine, port),
+            self.dir / "logs" / "engine.log",
+            env=vllm.server_environment(self.settings.engine),
+            cwd=folder,
+            must_become_ready=True,
+            explain=lambda log: (
+                f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
+                "model and args"
+            ),
+        )
+
+
+class _FolderLock:
+    """An exclusive lock on a state folder for as long as the block runs."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> None:
+        self._file = self._path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            raise StartError(
+                f"[store] dir = {str(self._path.parent)!r} is in use by process "
+                f"{self._file.read().strip() or 'unknown'}: end it, or set another [store] dir"
+            ) from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+async def _answers(session: aiohttp.ClientSession, url: str, needle: bytes | None) -> bool:
+    try:
+        async with session.get(url, timeout=aiohttp.ClientTimeout(total=2)) as answer:
+            body = await answer.read()
+            return answer.status == 200 and (needle is None or needle in body)
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return False

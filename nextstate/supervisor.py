@@ -1,0 +1,160 @@
+"""Child processes that stay up: started, watched, restarted with back-off, and ended together.
+
+Each part has its own process group, so that ending it ends the workers it left behind, and dies
+with the supervisor even when that is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from nextstate.errors import StartError
+
+log = logging.getLogger(__name__)
+
+EXIT_USAGE = 2
+"""What a part exits with when only a person can help: it is not restarted."""
+FIRST_PAUSE_S = 1.0
+LONGEST_PAUSE_S = 30.0
+STEADY_S = 60.0
+"""A part that ran this long starts over with the shortest pause."""
+GRACE_S = 15.0
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(slots=True)
+class Part:
+    """One child process and what is known about it."""
+
+    name: str
+    argv: Sequence[str]
+    log_file: Path
+    env: Mapping[str, str] | None = None
+    cwd: Path | None = None
+    must_become_ready: bool = False
+    """True for a part whose death before it was ever ready ends everything."""
+    explain: Callable[[str], str] | None = None
+    """Turns the log of a failed start into one sentence."""
+    was_ready: bool = False
+    restarts: int = 0
+    process: asyncio.subprocess.Process | None = field(default=None, repr=False)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process lives."""
+        return self.process is not None and self.process.returncode is None
+
+
+class Supervisor:
+    """Runs parts until `stop`; give them in the order in which they should end."""
+
+    def __init__(self, parts: Sequence[Part]) -> None:
+        self.parts = parts
+        self.stopping = asyncio.Event()
+
+    async def run(self) -> None:
+        """Returns when stopped; raises StartError when a part cannot start at all."""
+        keepers = [asyncio.create_task(self._keep(part)) for part in self.parts]
+        stopped = asyncio.create_task(self.stopping.wait())
+        try:
+            await asyncio.wait({stopped, *keepers}, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.stopping.set()
+            stopped.cancel()
+            for part in self.parts:
+                await end(part)
+            results = await asyncio.gather(*keepers, return_exceptions=True)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+
+    def stop(self) -> None:
+        """Asks `run` to end every part and return."""
+        self.stopping.set()
+
+    async def _keep(self, part: Part) -> None:
+        pause = FIRST_PAUSE_S
+        while not self.stopping.is_set():
+            started = time.monotonic()
+            log_start = part.log_file.stat().st_size if part.log_file.exists() else 0
+            await start(part)
+            assert part.process is not None
+            code = await part.process.wait()
+            _kill_group(part.process.pid)  # workers that outlived their leader
+            if self.stopping.is_set():
+                return
+            if code == EXIT_USAGE or (part.must_become_ready and not part.was_ready):
+                raise StartError(_obituary(part, code, _log_from(part.log_file, log_start)))
+            if time.monotonic() - started > STEADY_S:
+                pause = FIRST_PAUSE_S
+            part.restarts += 1
+            log.warning("%s ended with code %s, restarting in %.0f s", part.name, code, pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.stopping.wait(), pause)
+            pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+async def start(part: Part) -> None:
+    """Starts the part's process in its own group, its output appended to its log."""
+    part.log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with part.log_file.open("ab") as output:
+        part.process = await asyncio.create_subprocess_exec(
+            *part.argv,
+            env=part.env,
+            cwd=part.cwd,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+        )
+
+
+async def end(part: Part, grace_s: float = GRACE_S) -> None:
+    """Ends the part's whole process group: politely, then by force."""
+    process = part.process
+    if process is None:
+        return
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        try:
+            await asyncio.wait_for(process.wait(), grace_s)
+        except TimeoutError:
+            log.warning("%s did not end within %.0f s and is killed", part.name, grace_s)
+    _kill_group(process.pid)
+    await process.wait()
+
+
+def _kill_group(pgid: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(pgid, signal.SIGKILL)
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _log_from(path: Path, start: int) -> str:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read().decode(errors="replace")
+
+
+def _obituary(part: Part, code: int, text: str) -> str:
+    if code == EXIT_USAGE or part.explain is None:
+        last = [line for line in text.splitlines() if line.strip()][-1:]
+        return (
+            last[0].removeprefix("nextstate: ") if last else f"{part.name} ended with code {code}"
+        )
+    return f"{part.explain(text)}; the whole log is {part.log_file}"

@@ -1,0 +1,116 @@
+"""The managed vLLM server: its command line, its environment, and what its death says."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from nextstate.config import EngineConfig
+from nextstate.errors import StartError
+
+HOST = "127.0.0.1"
+
+_MARK = re.compile(r"(?:Error|Exception)(?:\[.*\])?: |^ERROR|error:", re.MULTILINE)
+_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
+
+
+def command(config: EngineConfig, port: int) -> list[str]:
+    """The server's command line on a loopback port."""
+    argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    argv += ["--model", config.model_path, "--served-model-name", config.name]
+    argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
+    argv += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank)]
+    argv += ["--max-loras", str(config.max_loras), "--disable-uvicorn-access-log"]
+    if config.max_model_len:
+        argv += ["--max-model-len", str(config.max_model_len)]
+    if "--generation-config" not in config.args:
+        # A model's own defaults (temperature 0.7, top-k 20, …) would make the reported log-probs
+        # differ from the sampler's, and no turn could train.
+        argv += ["--generation-config", "vllm"]
+    return argv + list(config.args)
+
+
+def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment: adapters at run time, nothing fetched, nothing reported."""
+    return {
+        **inherited,
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "HF_HUB_OFFLINE": "1",
+        # Our folders `proxy`, `judge`, `plugins` must not shadow modules inside vLLM.
+        "PYTHONSAFEPATH": "1",
+        **config.env,
+    }
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could bind there now; port 0 always can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def check_model(config: EngineConfig) -> None:
+    """Raises StartError unless the model's weights are on this machine."""
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartError(
+                f"[engine] model = {config.model!r} is a folder without config.json: "
+                "name a folder in the Hugging Face format"
+            )
+        return
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and _in_hub_cache(config.model):
+        return
+    raise StartError(
+        f"[engine] model = {config.model!r} is neither a folder with weights nor in the local "
+        f"model cache: run `hf download {config.model}` once, or name another in [engine] model"
+    )
+
+
+def check_package() -> None:
+    """Raises StartError unless vLLM is installed beside us."""
+    if importlib.util.find_spec("vllm") is None:
+        raise StartError(
+            '[engine] mode = "managed" needs vLLM, which is not installed: run `make env`, '
+            'or set mode = "external" with the url of a server that you run'
+        )
+
+
+def cause_of_death(log: str) -> str:
+    """The line of the server's log that says best why it ended, without its prefix."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    blamed = [line for line in lines if _MARK.search(line)]
+    generic = ("Engine core initialization failed", "EngineCore failed to start")
+    specific = [line for line in blamed if not any(text in line for text in generic)]
+    found = (specific or blamed or lines or ["(its log is empty)"])[-1]
+    return _LOG_PREFIX.sub("", found).strip()[:300]
+
+
+def _in_hub_cache(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def server_environment(config: EngineConfig) -> dict[str, str]:
+    """`environment` on top of this process's own."""
+    return environment(config, os.environ)

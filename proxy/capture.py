@@ -1,0 +1,167 @@
+"""What one chat reply held, gathered from its chunks, and whether its tokens may train."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from nextstate.records import Json
+from nextstate.wire import obj, objects
+
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "temperature": (1, 1.0),
+    "top_p": (1, 1.0),
+    "top_k": (-1, 0),
+    "min_p": (0, 0.0),
+    "min_tokens": (0,),
+    "presence_penalty": (0, 0.0),
+    "frequency_penalty": (0, 0.0),
+    "repetition_penalty": (1, 1.0),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "use_beam_search": (False,),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+}
+"""Fields that shape the sampler's distribution, with the values that leave it the policy's own.
+vLLM reports log-probs of the raw distribution, so under any other value they are not the sampler's.
+"""
+
+
+@dataclass(slots=True)
+class Capture:
+    """Gathers one reply; feed it every chunk or the whole body before it is stripped."""
+
+    model: str | None = None
+    content: list[str] = field(default_factory=list[str])
+    reasoning: list[str] = field(default_factory=list[str])
+    tool_calls: dict[int, Json] = field(default_factory=dict[int, Json])
+    finish_reason: str | None = None
+    prompt_ids: list[int] | None = None
+    completion_ids: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    usage: Json | None = None
+    choices: int = 0
+    """The highest choice index seen, plus one."""
+    finished: set[int] = field(default_factory=set[int])
+    """Indexes of the choices whose finish reason has come."""
+    error: str | None = None
+    """Why what came could not be read, for example an error event in the stream."""
+
+    def chunk(self, chunk: Json) -> None:
+        """Takes in one streamed chunk."""
+        self._head(chunk)
+        for choice in objects(chunk.get("choices")):
+            if self._skip(choice):
+                continue
+            self._tokens(choice)
+            self._delta(obj(choice.get("delta")))
+
+    def body(self, reply: Json) -> None:
+        """Takes in a plain reply."""
+        self._head(reply)
+        for choice in objects(reply.get("choices")):
+            if self._skip(choice):
+                continue
+            self._tokens(choice)
+            self._delta(obj(choice.get("message")))
+
+    def message(self) -> Json:
+        """The assistant message, as an agent would put it into its history."""
+        message: Json = {"role": "assistant", "content": "".join(self.content)}
+        if self.reasoning:
+            message["reasoning"] = "".join(self.reasoning)
+        if self.tool_calls:
+            message["tool_calls"] = [call for _, call in sorted(self.tool_calls.items())]
+            message["content"] = message["content"] or None
+        return message
+
+    def untrainable(self, request: Json) -> str | None:
+        """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
+        if self.error is not None:
+            return self.error
+        if self.finish_reason is None:
+            return "the reply was cut before its end"
+        if self.choices != 1:
+            return f"the request asked for {self.choices} choices"
+        shaped = distribution_change(request)
+        if shaped is not None:
+            return shaped
+        if not self.prompt_ids or not self.completion_ids:
+            return "the engine returned no token ids"
+        if len(self.logprobs) != len(self.completion_ids):
+            return (
+                f"the engine returned {len(self.completion_ids)} token ids and "
+                f"{len(self.logprobs)} log-probs"
+            )
+        usage = self.usage or {}
+        counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+        if counted != (len(self.prompt_ids), len(self.completion_ids)):
+            return (
+                f"usage counts {counted[0]} + {counted[1]} tokens, the engine returned "
+                f"{len(self.prompt_ids)} + {len(self.completion_ids)} ids"
+            )
+        return None
+
+    def _head(self, data: Json) -> None:
+        if "error" in data:
+            self.error = f"the engine reported an error: {str(data['error'])[:200]}"
+        self.model = data.get("model", self.model)
+        if data.get("prompt_token_ids") is not None:
+            self.prompt_ids = data["prompt_token_ids"]
+        if data.get("usage") is not None:
+            self.usage = data["usage"]
+
+    def _skip(self, choice: Json) -> bool:
+        index: int = choice.get("index", 0)
+        self.choices = max(self.choices, index + 1)
+        if choice.get("finish_reason") is not None:
+            self.finished.add(index)
+        return index != 0
+
+    def _tokens(self, choice: Json) -> None:
+        self.completion_ids.extend(choice.get("token_ids") or ())
+        for entry in objects(obj(choice.get("logprobs")).get("content")):
+            self.logprobs.append(entry["logprob"])
+        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+
+    def _delta(self, delta: Json) -> None:
+        if delta.get("content"):
+            self.content.append(delta["content"])
+        thought = delta.get("reasoning") or delta.get("reasoning_content")
+        if thought:
+            self.reasoning.append(thought)
+        for position, call in enumerate(objects(delta.get("tool_calls"))):
+            self._tool_call(call.get("index", position), call)
+
+    def _tool_call(self, index: int, call: Json) -> None:
+        known = self.tool_calls.setdefault(
+            index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
+        )
+        known["id"] = call.get("id") or known["id"]
+        function = obj(call.get("function"))
+        known["function"]["name"] += function.get("name") or ""
+        known["function"]["arguments"] += function.get("arguments") or ""
+
+
+def distribution_change(request: Json) -> str | None:
+    """Why the request's sampling is not the policy's own distribution, or None."""
+    for name, neutral in _NEUTRAL.items():
+        value = request.get(name)
+        if value is not None and value not in neutral:
+            return f"sampled with {name} = {str(value)[:60]}, not from the policy's distribution"
+    choice = request.get("tool_choice")
+    if choice is not None and choice not in ("auto", "none"):
+        return "sampled under a grammar (forced tool call)"
+    return None
+
+
+def sampling_settings(request: Json) -> Json:
+    """The sampling fields that the client sent."""
+    names = (*_NEUTRAL, "seed", "max_tokens", "max_completion_tokens", "stop")
+    return {name: request[name] for name in names if request.get(name) is not None}

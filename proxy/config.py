@@ -1,0 +1,52 @@
+"""`[proxy]` and `[agents]`: where agents connect, and what is known about them."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass
+
+from nextstate.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class ProxyConfig:
+    """`[proxy]`"""
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key_env: str = ""
+    """Environment variable with the key that clients must send; needed beyond loopback."""
+    max_body_mb: int = 64
+    hold_s: float = 120.0
+    """How long requests wait for an engine that is down or restarting."""
+    keep_alive_s: float = 5.0
+    """Pause between SSE comments while a streamed request waits."""
+    record_timeout_s: float = 0.25
+    """How long the end of a reply waits for its record; later records are still kept."""
+    record_queue: int = 1024
+    """Turns that may wait for a slow store before further ones are counted as lost."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65535:
+            raise ConfigError(f"[proxy] port = {self.port}: expected 0 to 65535")
+        if not self.api_key_env and not self.loopback:
+            raise ConfigError(
+                f"[proxy] host = {self.host!r} is reachable from other machines and no key is "
+                "asked for: name an environment variable in [proxy] api_key_env, or use 127.0.0.1"
+            )
+
+    @property
+    def loopback(self) -> bool:
+        """Whether `host` is reachable from this machine only."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentsConfig:
+    """`[agents]`"""
+
+    profile: str = "generic"
+    """The plugin in plugins/agents/ that knows your agent's envelope."""

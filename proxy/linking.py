@@ -1,0 +1,96 @@
+"""Which turn a request continues, and what it says about that turn.
+
+Assistant messages are compared, never user text: agents stamp, merge and drop what users wrote, but
+send the model's replies back (FACTS: OpenClaw strips `<think>` and rewrites tool-call ids, so both
+are left out of the comparison).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+
+import orjson
+
+from nextstate.hooks import AgentProfile, text_of
+from nextstate.records import TRUST, Json, NextState, Source
+from nextstate.store import Link, content_hash
+from nextstate.wire import obj, objects
+
+_THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+_SESSION_HEADERS = ("x-session-id", "x-session-affinity")
+_SESSION_FIELDS = ("prompt_cache_key", "session_id")
+_SOURCES = {"user": Source.USER, "tool": Source.TOOL, "function": Source.TOOL}
+
+
+def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
+    """The session id that the client names, by header or by field, or None."""
+    named: list[object] = [headers.get(name) for name in _SESSION_HEADERS]
+    named += [request.get(name) for name in _SESSION_FIELDS]
+    named += [obj(request.get("metadata")).get("session_id"), request.get("user")]
+    return next((value[:200] for value in named if isinstance(value, str) and value), None)
+
+
+def canonical_reply(message: Json) -> bytes:
+    """The parts of an assistant message that survive an agent's history, as bytes."""
+    text = _THINK.sub("", text_of(message.get("content"))).strip()
+    functions = [obj(call.get("function")) for call in objects(message.get("tool_calls"))]
+    calls = [(f.get("name"), _canonical_arguments(f.get("arguments"))) for f in functions]
+    return orjson.dumps([text, calls])
+
+
+def reply_keys(history: Sequence[Json], reply: Json | None) -> tuple[bytes, bytes] | None:
+    """(chain key, reply key) of the assistant messages in `history`, with `reply` after them.
+
+    None if there is no assistant message at all.
+    """
+    chain = [m for m in history if m.get("role") == "assistant"]
+    if reply is not None:
+        chain.append(reply)
+    if not chain:
+        return None
+    digest = hashlib.blake2b(digest_size=16)
+    last = b""
+    for message in chain:
+        last = hashlib.blake2b(canonical_reply(message), digest_size=16).digest()
+        digest.update(last)
+    return digest.digest(), last
+
+
+def link_of(messages: Sequence[Json]) -> Link | None:
+    """How to find the turn that a request with these messages continues."""
+    keys = reply_keys(messages, None)
+    if keys is None:
+        return None
+    hashes = tuple(content_hash(orjson.dumps(message)) for message in messages)
+    return Link(keys[0], keys[1], hashes)
+
+
+def following(messages: Sequence[Json]) -> list[Json]:
+    """The messages after the last assistant message."""
+    for position in range(len(messages) - 1, -1, -1):
+        if messages[position].get("role") == "assistant":
+            return list(messages[position + 1 :])
+    return []
+
+
+def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> list[NextState]:
+    """What the messages after a reply say about `turn`, without the agent's own notes."""
+    states: list[NextState] = []
+    for message in messages:
+        text = profile.next_state_text(message)
+        if text is not None:
+            source = _SOURCES.get(str(message.get("role")), Source.ENVIRONMENT)
+            states.append(NextState(turn, source, text, TRUST[source]))
+    return states
+
+
+def _canonical_arguments(arguments: object) -> str:
+    if not isinstance(arguments, str):
+        return orjson.dumps(arguments, option=orjson.OPT_SORT_KEYS).decode()
+    try:
+        parsed = orjson.loads(arguments)
+    except orjson.JSONDecodeError:
+        return arguments.strip()
+    return orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS).decode()

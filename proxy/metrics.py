@@ -1,0 +1,36 @@
+"""The proxy's counts in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from proxy.recorder import RecorderCounts
+from proxy.relay import RelayCounts
+from proxy.versions import Versions
+
+
+def exposition(
+    relay: RelayCounts, recorder: RecorderCounts, versions: Versions, stored: Mapping[str, int]
+) -> str:
+    """The page under /metrics."""
+    values = {
+        "nextstate_requests_total": relay.requests,
+        "nextstate_requests_failed_total": relay.failed,
+        "nextstate_streams_cut_total": relay.cut,
+        "nextstate_turns_recorded_total": recorder.recorded,
+        "nextstate_turns_recorded_late_total": recorder.late,
+        "nextstate_turns_lost_total": recorder.lost,
+        "nextstate_engine_up": int(versions.up),
+        "nextstate_serving_version": versions.serving.number,
+        "nextstate_requests_running": sum(versions.running.values()),
+    }
+    lines = [f"# TYPE {name} {_kind(name)}\n{name} {value}\n" for name, value in values.items()]
+    lines.append("# TYPE nextstate_stored gauge\n")
+    for key, count in sorted(stored.items()):
+        area, _, state = key.partition("/")
+        lines.append(f'nextstate_stored{{record="{area}",state="{state}"}} {count}\n')
+    return "".join(lines)
+
+
+def _kind(name: str) -> str:
+    return "counter" if name.endswith("_total") else "gauge"

@@ -1,0 +1,158 @@
+"""Which version new requests take, when an old one may go, and whether the engine can serve.
+
+The learner publishes by flipping the serving version in the store. Here new requests follow it,
+running ones finish on theirs, and an adapter unloads when its last request has ended. After an
+engine restart the serving adapter is loaded again before any request is let through.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+from collections import Counter
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up
+from nextstate.errors import EngineError
+from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
+from nextstate.store import Store
+
+log = logging.getLogger(__name__)
+
+STORE_POLL_S = 0.05
+HEALTH_POLL_S = 1.0
+DOWN_POLL_S = 0.2
+_ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
+
+
+class Versions:
+    """The serving versions and the engine's state; `run` must be running."""
+
+    def __init__(
+        self, store: Store, engine: EngineClient, lineage: str, zero_adapter: Path
+    ) -> None:
+        self.engine = engine
+        self.lineage = lineage
+        self.serving: PolicyVersion = store.serving(lineage)
+        self.running: Counter[str] = Counter()
+        """Requests under way for each adapter name."""
+        self._store = store
+        self._zero_adapter = zero_adapter
+        self._up = asyncio.Event()
+        self._failed = asyncio.Event()
+
+    @property
+    def up(self) -> bool:
+        """Whether requests are let through."""
+        return self._up.is_set()
+
+    async def wait_up(self) -> None:
+        """Returns when the engine serves."""
+        await self._up.wait()
+
+    def engine_failed(self) -> None:
+        """Tells that a request could not reach the engine: hold further ones until it is back."""
+        self._up.clear()
+        self._failed.set()
+
+    @asynccontextmanager
+    async def hold(self) -> AsyncGenerator[PolicyVersion]:
+        """The serving version, kept loaded for as long as the request runs."""
+        version = self.serving
+        name = version.adapter_name or self.engine.model
+        self.running[name] += 1
+        try:
+            yield version
+        finally:
+            self.running[name] -= 1
+
+    def number_of(self, served: str | None) -> int | None:
+        """The version number behind the model name in an engine's answer; None if not ours."""
+        if served == self.engine.model:
+            return BASE_VERSION
+        match = _ADAPTER.fullmatch(served or "")
+        if match is None or match["lineage"] != self.lineage:
+            return None
+        return int(match["number"])
+
+    def is_adapter(self, name: str) -> bool:
+        """Whether the engine's model `name` is one of our versions."""
+        return name == WARM_UP_ADAPTER or _ADAPTER.fullmatch(name) is not None
+
+    async def run(self) -> None:
+        """Follows the store and the engine until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._watch_store())
+            tasks.create_task(self._watch_engine())
+
+    async def _watch_store(self) -> None:
+        while True:
+            await asyncio.sleep(STORE_POLL_S)
+            try:
+                found = await asyncio.to_thread(self._store.serving, self.lineage)
+                if found.number != self.serving.number:
+                    log.info("version=%d serves lineage=%s", found.number, self.lineage)
+                    self.running[self._serving_name] += 0  # so that it is unloaded once drained
+                    self.serving = found
+                await self._unload_drained()
+            except Exception:
+                log.exception("following the serving version failed; trying again")
+
+    async def _unload_drained(self) -> None:
+        if not self.up:
+            return
+        idle = [n for n in self.running if not self.running[n] and n != self._serving_name]
+        for name in idle:
+            del self.running[name]
+            if self.is_adapter(name):
+                await self._unload(name)
+
+    async def _unload(self, name: str) -> None:
+        try:
+            await self.engine.unload_adapter(name)
+        except EngineError as error:
+            log.warning("adapter %s stays loaded: %s", name, error)
+
+    @property
+    def _serving_name(self) -> str:
+        return self.serving.adapter_name or self.engine.model
+
+    async def _watch_engine(self) -> None:
+        while True:
+            self._failed.clear()
+            healthy = await self.engine.healthy()
+            if healthy and not self.up:
+                healthy = await self._prepare()
+            if healthy:
+                self._up.set()
+            else:
+                self._up.clear()
+            try:
+                pause = HEALTH_POLL_S if healthy else DOWN_POLL_S
+                await asyncio.wait_for(self._failed.wait(), pause)
+            except TimeoutError:
+                continue
+
+    async def _prepare(self) -> bool:
+        try:
+            await warm_up(self.engine, self._zero_adapter)
+            await ensure_loaded(self.engine, self.serving)
+            await self._forget_retired()
+        except EngineError as error:
+            log.warning("the engine is up, but cannot serve yet: %s", error)
+            return False
+        return True
+
+    async def _forget_retired(self) -> None:
+        """Unloads versions that an earlier proxy left behind."""
+        states = {
+            version.adapter_name: version.state
+            for version in await asyncio.to_thread(self._store.versions, self.lineage)
+        }
+        for model in await self.engine.models():
+            over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
+            if over and not self.running[model.id]:
+                await self._unload(model.id)
