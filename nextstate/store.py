@@ -255,7 +255,11 @@ class Store:
     def lease_samples(
         self, lineage: str, limit: int, batch: str, lease_s: float, *, scored: bool, hinted: bool
     ) -> list[Sample]:
-        """Leases the oldest `limit` usable samples under the name `batch`."""
+        """Leases `limit` usable samples under the name `batch`: of the newest versions first.
+
+        Where turns come faster than the learner takes them, the freshest are the most on-policy;
+        the rest stays ready until its lag is too large.
+        """
         s = t.samples.c
         with self._write() as connection:
             query = (
@@ -263,7 +267,7 @@ class Store:
                 .join(t.samples, s.turn == t.turns.c.id)
                 .join(t.verdicts, t.verdicts.c.turn == t.turns.c.id)
                 .where(*_usable(lineage, scored, hinted))
-                .order_by(t.turns.c.seq)
+                .order_by(s.policy_version.desc(), t.turns.c.seq)
                 .limit(limit)
             )
             leased = [_sample(row) for row in connection.execute(query)]

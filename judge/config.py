@@ -1,0 +1,74 @@
+"""`[judge]`: who votes on turns, how often, within which bounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt
+
+from nextstate.config import secret
+from nextstate.errors import ConfigError
+from nextstate.hooks import JudgeSettings
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeConfig:
+    """The keys of `[judge]`."""
+
+    kind: str = "engine"
+    """A file of plugins/judges/ (`engine`, `litellm`, `rules`) or a `module:function`."""
+    model: str = ""
+    """The judge's model; empty means the engine's base model."""
+    base_url: str = ""
+    """An OpenAI-compatible address ending in /v1; empty means the engine's or the provider's."""
+    api_key_env: str = ""
+    """Environment variable with the judge's key."""
+    votes: Annotated[int, Ge(1)] = 3
+    """Independent votes a turn; a kind that is deterministic is asked once."""
+    parallel: Annotated[int, Ge(1)] = 8
+    """Turns judged at the same time; each asks for its votes at once."""
+    timeout_s: Annotated[float, Gt(0)] = 60.0
+    """Seconds that one vote may take."""
+    max_tokens: Annotated[int, Ge(1)] = 512
+    """Tokens that one vote may use."""
+    temperature: Annotated[float, Ge(0)] = 0.6
+    """Above 0, so that votes are independent."""
+    lease_s: Annotated[float, Gt(0)] = 300.0
+    """Seconds after which another judge may take over a turn; more than two votes take."""
+    retry_initial_s: Annotated[float, Gt(0)] = 5.0
+    """Wait after a turn's first attempt without a valid vote; doubles with each further one."""
+    retry_max_s: Annotated[float, Gt(0)] = 3600.0
+    """The longest such wait; a turn is never given up and never charged to the policy."""
+    tail_messages: Annotated[int, Ge(1)] = 6
+    """How many of the request's last messages the judge sees."""
+    max_chars: Annotated[int, Ge(200)] = 6000
+    """Characters shown of one text; the request's tail and the next states get twice that each."""
+    extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """More fields of the judge's chat request, such as `priority = 10` for a vLLM that runs with
+    `--scheduling-policy priority` (it refuses the field otherwise)."""
+
+    def __post_init__(self) -> None:
+        if self.lease_s <= 2 * self.timeout_s:
+            raise ConfigError(
+                f"[judge] lease_s = {self.lease_s} must be more than twice timeout_s = "
+                f"{self.timeout_s}, or a turn is judged again while its votes are under way; "
+                "raise lease_s"
+            )
+
+
+def plugin_settings(config: JudgeConfig, model: str = "", base_url: str = "") -> JudgeSettings:
+    """What the configured plugin gets; `model` and `base_url` stand in for empty keys.
+
+    Raises ConfigError when the named key variable is not set.
+    """
+    return JudgeSettings(
+        model=config.model or model,
+        base_url=config.base_url or base_url,
+        api_key=secret(config.api_key_env, "[judge] api_key_env"),
+        timeout_s=config.timeout_s,
+        max_tokens=config.max_tokens,
+        temperature=config.temperature,
+        extra=dict(config.extra),
+    )

@@ -1,0 +1,100 @@
+"""What a judge sees of a turn, within stated bounds.
+
+Clipping rule: a text longer than its cap keeps two thirds of the cap from its head and one third
+from its tail, with the number of characters left out marked between them. The reply's cap is
+`max_chars`. The request's tail and the next states may use twice that each: shorter texts stay
+whole, and longer ones share evenly what is left, so that no single message crowds out the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import cast
+
+import orjson
+
+from nextstate.hooks import Evidence, text_of
+from nextstate.records import Json, NextState, Turn
+
+_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+
+
+def build_evidence(
+    turn: Turn, states: Sequence[NextState], tail_messages: int, max_chars: int
+) -> Evidence:
+    """The turn with what followed it, as the judge gets it."""
+    messages = cast("list[Json]", turn.request.get("messages") or [])
+    tail = [(str(m.get("role", "")), message_text(m)) for m in messages[-tail_messages:]]
+    texts = clipped_all([text for _, text in tail], max_chars, 2 * max_chars)
+    state_texts = clipped_all([state.text for state in states], max_chars, 2 * max_chars)
+    return Evidence(
+        tail=tuple((role, text) for (role, _), text in zip(tail, texts, strict=True)),
+        reply=clipped(message_text(turn.reply), max_chars),
+        next_states=tuple(
+            replace(state, text=text) for state, text in zip(states, state_texts, strict=True)
+        ),
+    )
+
+
+def message_text(message: Json) -> str:
+    """A message's text without its thinking, followed by its tool calls, one a line."""
+    parts = [_THINKING.sub("", text_of(message.get("content"))).strip()]
+    refusal = message.get("refusal")
+    if isinstance(refusal, str):
+        parts.append(refusal)
+    functions = [_object(call).get("function") for call in _list(message.get("tool_calls"))]
+    functions.append(message.get("function_call"))
+    parts += [_call_text(function) for f in functions if (function := _object(f))]
+    return "\n".join(part for part in parts if part)
+
+
+def clipped(text: str, cap: int) -> str:
+    """`text`, or its head and tail with the middle marked when it is longer than `cap`.
+
+    >>> clipped("abcdefghij", 6)
+    'abcd\\n[… 4 characters left out …]\\nij'
+    """
+    if len(text) <= cap:
+        return text
+    tail = cap // 3
+    head = cap - tail
+    return f"{text[:head]}\n[… {len(text) - cap} characters left out …]\n{text[len(text) - tail :]}"
+
+
+def clipped_all(texts: Sequence[str], cap: int, total: int) -> list[str]:
+    """Each text within `cap`, and all within `total`, shared fairly."""
+    share = fair_share([min(len(text), cap) for text in texts], total)
+    return [clipped(text, min(cap, share)) for text in texts]
+
+
+def fair_share(lengths: Sequence[int], total: int) -> int:
+    """The largest cap under which `lengths` sum to at most `total`.
+
+    >>> fair_share([10, 100, 100], 110)
+    50
+    """
+    left = total
+    waiting = sorted(lengths)
+    while waiting:
+        share = left // len(waiting)
+        if waiting[0] > share:
+            return share
+        left -= waiting.pop(0)
+    return total
+
+
+def _list(value: object) -> list[object]:
+    return cast("list[object]", value) if isinstance(value, list) else []
+
+
+def _object(value: object) -> Json:
+    return cast(Json, value) if isinstance(value, dict) else {}
+
+
+def _call_text(function: Json) -> str:
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str):
+        arguments = orjson.dumps(arguments).decode()
+    return f"[calls {function.get('name')}({arguments})]"

@@ -1,0 +1,55 @@
+"""The request as it would have read had the user said the hint beforehand."""
+
+from __future__ import annotations
+
+from nextstate.records import Json
+
+HINT_HEADER = "\n\n[hint]\n"
+_RENDERING = (
+    "add_special_tokens",
+    "chat_template",
+    "chat_template_kwargs",
+    "continue_final_message",
+    "add_generation_prompt",
+    "media_io_kwargs",
+    "mm_processor_kwargs",
+)
+_TEMPLATE_VARIABLES = ("documents", "reasoning_effort")
+
+
+def hinted_messages(messages: list[Json], hint: str) -> list[Json]:
+    """A copy of `messages` whose last user message ends with the hint's block.
+
+    Without a user message, one that holds only the block is added at the end. The input is left
+    as it is; messages that do not change are shared with it.
+    """
+    block = HINT_HEADER + hint
+    for position in range(len(messages) - 1, -1, -1):
+        message = messages[position]
+        if message.get("role") == "user":
+            changed = {**message, "content": _appended(message.get("content"), block)}
+            return [*messages[:position], changed, *messages[position + 1 :]]
+    return [*messages, {"role": "user", "content": block}]
+
+
+def rendering_options(request: Json) -> Json:
+    """The request's fields that change how the engine renders its messages into a prompt."""
+    options: Json = {key: request[key] for key in _RENDERING if request.get(key) is not None}
+    variables = {key: request[key] for key in _TEMPLATE_VARIABLES if request.get(key) is not None}
+    if variables:
+        own: Json = options.get("chat_template_kwargs") or {}
+        if "reasoning_effort" in variables:
+            # vLLM's chat route derives this; its /tokenize route does not.
+            own = {"enable_thinking": variables["reasoning_effort"] != "none", **own}
+        options["chat_template_kwargs"] = {**own, **variables}
+    return options
+
+
+def _appended(content: object, block: str) -> object:
+    if content is None:
+        return block
+    if isinstance(content, str):
+        return content + block
+    if isinstance(content, list):
+        return [*content, {"type": "text", "text": block}]  # pyright: ignore[reportUnknownVariableType]
+    raise TypeError(f"a message's content is text or a list of parts, not {type(content).__name__}")

@@ -1,0 +1,88 @@
+"""A judge behind an OpenAI-compatible chat server: by default the base model that vLLM serves."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import aiohttp
+
+from nextstate.errors import JudgeError
+from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
+from nextstate.records import Json, Vote
+from plugins.judges.prompting import RESPONSE_FORMAT, parse_vote, vote_messages
+
+_SHOWN_CHARS = 200
+
+
+class EngineJudge:
+    """The `engine` kind."""
+
+    name = "engine"
+    deterministic = False
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        if not settings.model or not settings.base_url:
+            raise JudgeError(
+                "the engine judge needs a model and a server: set [judge] model and base_url"
+            )
+        self._settings = settings
+        self._session: aiohttp.ClientSession | None = None
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        """One vote; raises JudgeError when the server or its answer fails."""
+        body: Json = {
+            "model": self._settings.model,
+            "messages": vote_messages(evidence),
+            "max_tokens": self._settings.max_tokens,
+            "temperature": self._settings.temperature,
+            "seed": seed,
+            "response_format": RESPONSE_FORMAT,
+            **self._settings.extra,
+        }
+        return parse_vote(completion_text(await self._ask(body)))
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        if self._session is not None:
+            await self._session.close()
+
+    async def _ask(self, body: Json) -> Any:
+        url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
+        if self._session is None:
+            key = self._settings.api_key
+            self._session = aiohttp.ClientSession(
+                headers={"Authorization": f"Bearer {key}"} if key else {},
+                timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
+                connector=aiohttp.TCPConnector(limit=0),  # the stage bounds the votes at once
+            )
+        try:
+            async with self._session.post(url, json=body) as response:
+                if response.status != 200:
+                    said = (await response.text(errors="replace"))[:_SHOWN_CHARS]
+                    raise JudgeError(f"the judge's server answered {response.status}: {said}")
+                return await response.json(content_type=None)
+        except TimeoutError as error:
+            raise JudgeError(
+                f"the judge's server did not answer within {self._settings.timeout_s} s"
+            ) from error
+        except (aiohttp.ClientError, ValueError) as error:
+            raise JudgeError(f"the judge's server at {url} failed: {error}") from error
+
+
+def create(settings: JudgeSettings) -> JudgeKind:
+    """The plugin's entry."""
+    return EngineJudge(settings)
+
+
+def completion_text(answer: Any) -> str:
+    """The text of a chat completion. Raises JudgeError when it has none, or was cut off."""
+    try:
+        choice = cast(Json, answer["choices"][0])
+        text = choice["message"]["content"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise JudgeError("the judge's server sent no chat completion") from error
+    if choice.get("finish_reason") == "length":
+        raise JudgeError("the judge's answer was cut off: raise [judge] max_tokens")
+    if not isinstance(text, str):
+        raise JudgeError("the judge's completion has no text")
+    return text

@@ -1,0 +1,84 @@
+"""A judge at any provider that litellm knows; its model names are litellm's.
+
+The package is imported with the first vote: it takes seconds. It is kept from fetching its price
+list, from reporting, and from retrying, which the judge stage does itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+from typing import Any
+
+from nextstate.errors import JudgeError
+from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
+from nextstate.records import Json, Vote
+from plugins.judges.engine import completion_text
+from plugins.judges.prompting import RESPONSE_FORMAT, parse_vote, vote_messages
+
+
+class LitellmJudge:
+    """The `litellm` kind."""
+
+    name = "litellm"
+    deterministic = False
+
+    def __init__(self, settings: JudgeSettings) -> None:
+        if not settings.model:
+            raise JudgeError("the litellm judge needs a model: set [judge] model")
+        self._settings = settings
+        self._importing = asyncio.Lock()
+        self._litellm: Any = None
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        """One vote; raises JudgeError when the provider or its answer fails."""
+        settings = self._settings
+        litellm = await self._loaded()
+        request: Json = {
+            "model": settings.model,
+            "messages": vote_messages(evidence),
+            "api_base": settings.base_url or None,
+            "api_key": settings.api_key,
+            "timeout": settings.timeout_s,
+            "max_tokens": settings.max_tokens,
+            "temperature": settings.temperature,
+            "seed": seed,
+            "drop_params": True,
+            "num_retries": 0,
+            "max_retries": 0,
+            **settings.extra,
+        }
+        if litellm.supports_response_schema(model=settings.model):
+            request.setdefault("response_format", RESPONSE_FORMAT)
+        # litellm raises openai's errors, and bare ones for models that it does not know.
+        openai = importlib.import_module("openai")
+        try:
+            answer = await litellm.acompletion(**request)
+        except (openai.OpenAIError, ValueError, OSError) as error:
+            raise JudgeError(f"litellm model {settings.model!r} failed: {error}") from error
+        return parse_vote(completion_text(answer.model_dump()))
+
+    async def close(self) -> None:
+        """Closes litellm's connections."""
+        if self._litellm is not None:
+            await self._litellm.close_litellm_async_clients()
+
+    async def _loaded(self) -> Any:
+        async with self._importing:
+            if self._litellm is None:
+                self._litellm = await asyncio.to_thread(_import_quietly)
+        return self._litellm
+
+
+def create(settings: JudgeSettings) -> JudgeKind:
+    """The plugin's entry."""
+    return LitellmJudge(settings)
+
+
+def _import_quietly() -> Any:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else the import goes to the internet
+    litellm: Any = importlib.import_module("litellm")
+    litellm.telemetry = False
+    litellm.suppress_debug_info = True
+    return litellm

@@ -1,0 +1,227 @@
+"""A stand-in for vLLM's HTTP side, in vLLM 0.32's wire format, whose replies a test scripts."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+MODEL = "base"
+
+
+@dataclass
+class Script:
+    """One reply: a token is a piece of text with its id and log-prob."""
+
+    pieces: Sequence[str] = ("Hel", "lo")
+    tool_calls: list[dict[str, Any]] | None = None
+    finish_reason: str = "stop"
+    status: int = 200
+    cut_after: int | None = None
+    """Break the connection after this many pieces."""
+    gate: asyncio.Event | None = None
+    """Wait for it before the second piece."""
+    miscount: int = 0
+    """Added to the completion tokens that usage tells."""
+
+
+@dataclass
+class ScriptedEngine:
+    """Answers chat requests with `script`, or with what `queue` holds first."""
+
+    script: Script = field(default_factory=Script)
+    queue: list[Script] = field(default_factory=list)
+    requests: list[dict[str, Any]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
+    adapters: dict[str, str] = field(default_factory=dict)
+    unloaded: list[str] = field(default_factory=list)
+    aborted: asyncio.Event = field(default_factory=asyncio.Event)
+    healthy: bool = True
+    server: TestServer | None = None
+
+    @property
+    def url(self) -> str:
+        assert self.server is not None
+        return str(self.server.make_url("")).rstrip("/")
+
+    def app(self) -> web.Application:
+        app = web.Application(client_max_size=1 << 30)
+        app.router.add_get("/health", self._health)
+        app.router.add_get("/v1/models", self._models)
+        app.router.add_post("/v1/chat/completions", self._chat)
+        app.router.add_post("/v1/completions", self._completions)
+        app.router.add_post("/v1/load_lora_adapter", self._load)
+        app.router.add_post("/v1/unload_lora_adapter", self._unload)
+        app.router.add_post("/v1/echo", self._echo)
+        app.router.add_post("/tokenize", self._tokenize)
+        return app
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _models(self, request: web.Request) -> web.Response:
+        models = [{"id": MODEL, "parent": None, "root": "/m"}]
+        models += [{"id": n, "parent": MODEL, "root": p} for n, p in self.adapters.items()]
+        return web.json_response({"object": "list", "data": models})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.adapters[body["lora_name"]] = body["lora_path"]
+        return web.Response(text="Success: LoRA adapter added successfully.")
+
+    async def _unload(self, request: web.Request) -> web.Response:
+        name = (await request.json())["lora_name"]
+        del self.adapters[name]
+        self.unloaded.append(name)
+        return web.Response(text="Success: LoRA adapter removed successfully.")
+
+    async def _completions(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        return web.json_response({"model": body["model"], "choices": [{"text": "x"}]})
+
+    async def _tokenize(self, request: web.Request) -> web.Response:
+        text = json.dumps((await request.json())["messages"])
+        return web.json_response({"tokens": [ord(c) % 256 for c in text], "count": len(text)})
+
+    async def _echo(self, request: web.Request) -> web.Response:
+        return web.Response(body=await request.read(), headers={"x-engine": "yes"})
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        raw = await request.read()
+        try:
+            body = json.loads(raw)
+        except ValueError:
+            return web.json_response({"error": {"message": "not JSON", "code": 400}}, status=400)
+        self.requests.append(body)
+        self.headers.append(dict(request.headers))
+        model = body.get("model")
+        if model != MODEL and model not in self.adapters:
+            error = {"message": f"The model `{model}` does not exist.", "code": 404}
+            return web.json_response({"error": error}, status=404)
+        script = self.queue.pop(0) if self.queue else self.script
+        if script.status != 200:
+            error = {"message": "scripted", "code": script.status}
+            return web.json_response({"error": error}, status=script.status)
+        if not body.get("stream"):
+            return web.json_response(plain_reply(body, script))
+        return await self._stream(request, body, script)
+
+    async def _stream(
+        self, request: web.Request, body: dict[str, Any], script: Script
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
+        await response.prepare(request)
+        try:
+            for number, chunk in enumerate(stream_chunks(body, script)):
+                if script.gate is not None and number == 2:
+                    await script.gate.wait()
+                if script.cut_after is not None and number > script.cut_after:
+                    assert request.transport is not None
+                    request.transport.abort()
+                    return response
+                await response.write(b"data: " + compact(chunk) + b"\n\n")
+            await response.write(b"data: [DONE]\n\n")
+        except (ConnectionError, asyncio.CancelledError):
+            self.aborted.set()
+            raise
+        return response
+
+
+def compact(value: object) -> bytes:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
+
+
+def token(number: int) -> tuple[int, float]:
+    """(id, log-prob) of the piece at a position."""
+    return 100 + number, -0.25 * (number + 1)
+
+
+def _logprobs(script: Script, number: int) -> dict[str, Any]:
+    entry = {"token": script.pieces[number], "logprob": token(number)[1], "bytes": []}
+    return {"content": [{**entry, "top_logprobs": []}]}
+
+
+def _usage(script: Script) -> dict[str, int]:
+    count = len(script.pieces) + script.miscount
+    return {"prompt_tokens": 3, "total_tokens": 3 + count, "completion_tokens": count}
+
+
+def stream_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
+    """What vLLM streams for one choice, with and without what the request asks for."""
+    ids, logprobs = body.get("return_token_ids"), body.get("logprobs")
+    usage = (body.get("stream_options") or {}).get("include_usage")
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}
+    head["model"] = body["model"]
+
+    def chunk(delta: dict[str, Any], number: int | None, finish: str | None) -> dict[str, Any]:
+        choice: dict[str, Any] = {"index": 0, "delta": delta, "logprobs": None}
+        if number is not None and logprobs:
+            choice["logprobs"] = _logprobs(script, number)
+        choice["finish_reason"] = finish
+        if finish is not None:
+            choice["stop_reason"] = None
+        if number is not None:
+            choice["token_ids"] = [token(number)[0]] if ids else None
+        return {**head, "choices": [choice]}
+
+    first = chunk({"role": "assistant", "content": ""}, None, None)
+    first |= {"prompt_token_ids": [1, 2, 3] if ids else None, "prompt_text": None}
+    chunks = [first]
+    last = len(script.pieces) - 1
+    for number, piece in enumerate(script.pieces):
+        finish = script.finish_reason if number == last else None
+        delta: dict[str, Any] = {"content": piece} if piece else {}
+        if finish and script.tool_calls:
+            delta["tool_calls"] = script.tool_calls
+        if delta or finish or ids or logprobs:
+            chunks.append(chunk(delta, number, finish))
+    fingerprint = {"system_fingerprint": "vllm-test"}
+    if usage:
+        chunks.append({**head, "choices": [], "usage": _usage(script), **fingerprint})
+    else:
+        chunks[-1] |= fingerprint
+    return chunks
+
+
+def plain_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
+    """What vLLM answers without streaming."""
+    ids = body.get("return_token_ids")
+    count = len(script.pieces)
+    content = [_logprobs(script, n)["content"][0] for n in range(count)]
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(script.pieces)}
+    if script.tool_calls:
+        message["tool_calls"] = script.tool_calls
+    choice = {
+        "index": 0,
+        "message": message,
+        "logprobs": {"content": content} if body.get("logprobs") else None,
+        "finish_reason": script.finish_reason,
+        "token_ids": [token(n)[0] for n in range(count)] if ids else None,
+    }
+    return {
+        "id": "chatcmpl-1",
+        "object": "chat.completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": [choice],
+        "usage": _usage(script),
+        "prompt_token_ids": [1, 2, 3] if ids else None,
+    }
+
+
+@asynccontextmanager
+async def scripted_engine() -> AsyncGenerator[ScriptedEngine]:
+    """A running scripted engine on a free port."""
+    engine = ScriptedEngine()
+    engine.server = TestServer(engine.app(), handler_cancellation=True)
+    await engine.server.start_server()
+    try:
+        yield engine
+    finally:
+        await engine.server.close()

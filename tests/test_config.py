@@ -1,0 +1,88 @@
+"""The configuration file: strict, and its example complete."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from nextstate.config import secret
+from nextstate.errors import ConfigError
+from nextstate.settings import Settings
+
+EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
+
+
+def settings_from(tmp_path: Path, text: str) -> Settings:
+    file = tmp_path / "n.toml"
+    file.write_text(text)
+    return Settings.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[engine]\nmodell = 'x'", "unknown key 'modell'; did you mean 'model'?"),
+        ("[engin]\nmodel = 'x'", "unknown section 'engin'; did you mean 'engine'?"),
+        ("[engine]\nmode = 'fast'", "should be 'managed' or 'external'"),
+        ("[proxy]\nport = 'x'", r"\[proxy\] port = 'x'"),
+        ("[proxy]\nport = 70000", "expected 0 to 65535"),
+        ("[proxy]\nhost = '0.0.0.0'", r"\[proxy\] api_key_env"),
+        ("[engine]\nmode = 'external'", r"needs \[engine\] url"),
+        ("[judge]\nkind = 'litellm'", r"\[privacy\] external_judge"),
+        ("[judge]\nvotes = 0", r"\[judge\] votes"),
+        ("[learner]\nlora_rank = 64", "max_lora_rank"),
+        ("[learner]\nmethod = 'ppo'", "'binary', 'opd' or 'combined'"),
+        ("[store", "not valid TOML"),
+        ("store = 3", r"expected a section \[store\]"),
+    ],
+)
+def test_bad_values_name_the_key_that_fixes_them(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        settings_from(tmp_path, text)
+
+
+def test_a_named_file_must_exist_and_the_default_file_need_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Settings.read().proxy.host == "127.0.0.1"
+    with pytest.raises(ConfigError, match="no file"):
+        Settings.read(tmp_path / "absent.toml")
+
+
+def test_the_example_names_every_key_with_its_default() -> None:
+    written = tomllib.loads(EXAMPLE.read_text())
+    sections = {f.name: f.type for f in fields(Settings) if f.name != "file"}
+    assert set(written) == set(sections)
+    defaults = Settings.read(Path("nextstate.toml"))
+    for section in sections:
+        default = getattr(defaults, section)
+        assert set(written[section]) == {f.name for f in fields(default)}, section
+        example = getattr(Settings.read(EXAMPLE), section)
+        assert example == default, section
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text("[proxy]\nport = 1\n")
+    assert Settings.read(file, {"proxy": {"port": 2}}).proxy.port == 2
+
+
+def test_every_section_has_defaults_for_all_keys() -> None:
+    settings = Settings.read(EXAMPLE)
+    for section in fields(Settings):
+        if section.name != "file":
+            for f in fields(getattr(settings, section.name)):
+                assert f.default is not MISSING or f.default_factory is not MISSING
+
+
+def test_a_named_secret_must_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXTSTATE_TEST_KEY", "k")
+    assert secret("NEXTSTATE_TEST_KEY", "[x] y") == "k"
+    assert secret("", "[x] y") is None
+    monkeypatch.delenv("NEXTSTATE_TEST_KEY")
+    with pytest.raises(ConfigError, match=r"\[x\] y = 'NEXTSTATE_TEST_KEY'"):
+        secret("NEXTSTATE_TEST_KEY", "[x] y")

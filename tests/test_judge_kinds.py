@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from judge.config import JudgeConfig, plugin_settings
+from nextstate.errors import ConfigError, JudgeError
+from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, load_plugin
+from nextstate.records import Json, NextState, Source, Vote
+
+EVIDENCE = Evidence(
+    (("user", "Name a river."),), "**Nile**", (NextState("t", Source.USER, "No bold.", 0.9),)
+)
+
+
+@dataclass
+class Server:
+    """A scripted OpenAI-compatible chat server."""
+
+    content: str | None = '{"score": -1, "hint": "Do not use bold."}'
+    status: int = 200
+    finish_reason: str = "stop"
+    requests: list[Json] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    url: str = ""
+
+    async def answer(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        self.requests.append(body)
+        self.keys.append(request.headers.get("Authorization"))
+        if self.status != 200:
+            return web.json_response({"error": {"message": "no"}}, status=self.status)
+        message = {"role": "assistant", "content": self.content}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
+        usage = {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2}
+        return web.json_response(
+            {"id": "c", "object": "chat.completion", "created": 1, "model": body["model"]}
+            | {"choices": [choice], "usage": usage}
+        )
+
+
+@asynccontextmanager
+async def serving(server: Server) -> AsyncGenerator[Server]:
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", server.answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0)
+    await site.start()
+    server.url = f"http://127.0.0.1:{runner.addresses[0][1]}/v1"
+    try:
+        yield server
+    finally:
+        await runner.cleanup()
+
+
+def asked(
+    server: Server,
+    kind: str,
+    model: str,
+    scene: Callable[[JudgeKind], Awaitable[Any]],
+    **extra: Any,
+) -> Any:
+    async def whole() -> Any:
+        async with serving(server):
+            settings = JudgeSettings(
+                model=model, base_url=server.url, api_key="k", timeout_s=10, extra=extra
+            )
+            judge: JudgeKind = load_plugin("judges", kind, settings)
+            try:
+                return await scene(judge)
+            finally:
+                await judge.close()
+
+    return asyncio.run(whole())
+
+
+def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
+    server = Server()
+    vote = asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 7), priority=10)
+    assert vote == Vote(-1, "Do not use bold.")
+    body = server.requests[0]
+    assert (body["model"], body["seed"], body["priority"]) == ("base", 7, 10)
+    schema = body["response_format"]["json_schema"]["schema"]
+    assert schema["properties"]["score"]["enum"] == [1, 0, -1]
+    assert "No bold." in body["messages"][-1]["content"]
+    assert server.keys == ["Bearer k"]
+
+
+@pytest.mark.parametrize(
+    "server",
+    [
+        Server(status=400),
+        Server(status=503),
+        Server(content=None),
+        Server(content="word salad"),
+        Server(finish_reason="length"),
+    ],
+    ids=lambda server: f"{server.status}-{server.content}-{server.finish_reason}"[:24],
+)
+def test_what_is_no_vote_is_a_judge_error(server: Server) -> None:
+    with pytest.raises(JudgeError):
+        asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 1))
+
+
+def test_an_engine_that_is_away_is_a_judge_error() -> None:
+    async def scene() -> None:
+        settings = JudgeSettings(model="base", base_url="http://127.0.0.1:1/v1", timeout_s=5)
+        judge: JudgeKind = load_plugin("judges", "engine", settings)
+        try:
+            with pytest.raises(JudgeError, match=r"127\.0\.0\.1:1"):
+                await judge.vote(EVIDENCE, 1)
+        finally:
+            await judge.close()
+
+    asyncio.run(scene())
+
+
+def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors() -> None:
+    async def scene(judge: JudgeKind) -> Vote:
+        vote = await judge.vote(EVIDENCE, 3)
+        server.status = 500
+        with pytest.raises(JudgeError, match="openai/base"):
+            await judge.vote(EVIDENCE, 4)
+        return vote
+
+    server = Server()
+    assert asked(server, "litellm", "openai/base", scene) == Vote(-1, "Do not use bold.")
+    assert [body["seed"] for body in server.requests] == [3, 4]
+    assert server.requests[0]["model"] == "base"
+    assert server.keys[0] == "Bearer k"
+
+
+def test_litellm_is_imported_with_the_first_vote_only() -> None:
+    code = (
+        "import sys, json; from nextstate.hooks import JudgeSettings, load_plugin\n"
+        "import judge.stage\n"
+        "judge = load_plugin('judges', 'litellm', JudgeSettings(model='m'))\n"
+        "print(json.dumps([m for m in ('litellm', 'openai', 'torch') if m in sys.modules]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
+
+
+@pytest.mark.parametrize("kind", ["engine", "litellm"])
+def test_a_model_judge_without_a_model_says_which_key_to_set(kind: str) -> None:
+    with pytest.raises(JudgeError, match=r"\[judge\] model"):
+        load_plugin("judges", kind, JudgeSettings())
+
+
+def test_settings_fill_empty_keys_from_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = plugin_settings(JudgeConfig(), model="base", base_url="http://engine/v1")
+    assert (settings.model, settings.base_url, settings.api_key) == (
+        "base",
+        "http://engine/v1",
+        None,
+    )
+    monkeypatch.setenv("JUDGE_KEY", "secret")
+    own = plugin_settings(JudgeConfig(model="m", api_key_env="JUDGE_KEY"), model="base")
+    assert (own.model, own.api_key) == ("m", "secret")
+    monkeypatch.delenv("JUDGE_KEY")
+    with pytest.raises(ConfigError, match="JUDGE_KEY"):
+        plugin_settings(JudgeConfig(api_key_env="JUDGE_KEY"))
+
+
+def test_a_lease_must_outlast_the_votes() -> None:
+    with pytest.raises(ConfigError, match="lease_s"):
+        JudgeConfig(lease_s=60.0, timeout_s=60.0)

@@ -1,0 +1,116 @@
+"""Sessions and next states found by content alone."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextstate.records import Json, Source
+from plugins.agents.generic import Generic
+from proxy.linking import (
+    canonical_reply,
+    explicit_session,
+    following,
+    link_of,
+    next_states,
+    reply_keys,
+)
+
+
+def assistant(text: str | None, *calls: tuple[str, str]) -> Json:
+    message: Json = {"role": "assistant", "content": text}
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call-{n}", "type": "function", "function": {"name": name, "arguments": args}}
+            for n, (name, args) in enumerate(calls)
+        ]
+    return message
+
+
+def user(text: str) -> Json:
+    return {"role": "user", "content": text}
+
+
+def test_thinking_white_space_and_call_ids_do_not_matter() -> None:
+    assert canonical_reply(assistant("<think>hm</think>\n\nYes. ")) == canonical_reply(
+        assistant("Yes.")
+    )
+    assert canonical_reply(
+        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
+    ) == (canonical_reply(assistant("Yes.")))
+    one, other = assistant(None, ("ls", '{"a": 1, "b": 2}')), assistant("", ("ls", '{"b":2,"a":1}'))
+    other["tool_calls"][0]["id"] = "callx"
+    assert canonical_reply(one) == canonical_reply(other)
+
+
+def test_text_tool_names_and_arguments_do_matter() -> None:
+    different = [
+        assistant("Yes."),
+        assistant("No."),
+        assistant("", ("ls", "{}")),
+        assistant("", ("rm", "{}")),
+        assistant("", ("ls", '{"a":1}')),
+        assistant("", ("ls", "{}"), ("ls", "{}")),
+        assistant("", ("ls", "not json")),
+    ]
+    assert len({canonical_reply(m) for m in different}) == len(different)
+
+
+def test_what_users_write_does_not_change_the_chain() -> None:
+    replies = [assistant("one"), assistant("two")]
+    plain = [user("a"), replies[0], user("b"), replies[1], user("c")]
+    stamped = [user("[Sun] a"), user("carrier"), replies[0], replies[1], user("other")]
+    first, second = link_of(plain), link_of(stamped)
+    assert first is not None
+    assert second is not None
+    assert (first.chain_key, first.reply_key) == (second.chain_key, second.reply_key)
+
+
+@given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=5))
+def test_a_request_that_continues_a_turn_has_the_turns_own_keys(texts: list[str]) -> None:
+    history = [m for text in texts[:-1] for m in (user("q"), assistant(text))]
+    reply = assistant(texts[-1])
+    keys = reply_keys([*history, user("q")], reply)
+    link = link_of([*history, user("q"), reply, user("next")])
+    assert link is not None
+    assert keys == (link.chain_key, link.reply_key)
+
+
+def test_a_first_request_continues_nothing() -> None:
+    assert link_of([user("hello")]) is None
+    assert following([user("hello")]) == []
+
+
+def test_everything_after_the_last_reply_is_the_next_state() -> None:
+    tools: list[Json] = [
+        {"role": "tool", "tool_call_id": "1", "content": "exit code 0"},
+        {"role": "tool", "tool_call_id": "2", "content": "exit code 1"},
+        {"role": "system", "content": "the clock struck"},
+        user("and now?"),
+        user("  "),
+    ]
+    messages = [user("go"), assistant("", ("ls", "{}"), ("ls", "{}")), *tools]
+    states = next_states("t", following(messages), Generic())
+    assert [(s.source, s.text) for s in states] == [
+        (Source.TOOL, "exit code 0"),
+        (Source.TOOL, "exit code 1"),
+        (Source.ENVIRONMENT, "the clock struck"),
+        (Source.USER, "and now?"),
+    ]
+
+
+def test_explicit_session_ids_win_in_the_documented_order() -> None:
+    body: Json = {
+        "prompt_cache_key": "key",
+        "session_id": "field",
+        "metadata": {"session_id": "meta"},
+        "user": "user",
+    }
+    assert explicit_session({"x-session-id": "h", "x-session-affinity": "a"}, body) == "h"
+    assert explicit_session({"x-session-affinity": "a"}, body) == "a"
+    found: list[str | None] = []
+    for name in ("prompt_cache_key", "session_id", "metadata", "user"):
+        found.append(explicit_session({}, body))
+        del body[name]
+    assert found == ["key", "field", "meta", "user"]
+    assert explicit_session({}, {"user": 3, "metadata": "x"}) is None

@@ -1,0 +1,486 @@
+"""The proxy between a scripted engine and real HTTP clients."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import orjson
+import pytest
+from aiohttp.test_utils import TestServer
+
+from nextstate.engine import EngineClient, publish
+from nextstate.errors import StoreError
+from nextstate.records import PolicyVersion, TurnKind, VersionState
+from nextstate.store import Store
+from plugins.agents.generic import Generic
+from proxy.app import Proxy
+from proxy.config import ProxyConfig
+from tests.scripted_engine import (
+    MODEL,
+    Script,
+    ScriptedEngine,
+    compact,
+    plain_reply,
+    scripted_engine,
+    stream_chunks,
+)
+
+TIMEOUT = aiohttp.ClientTimeout(total=20)
+
+
+class Running:
+    """A proxy on a free port with a client session for it."""
+
+    def __init__(self, proxy: Proxy, url: str, http: aiohttp.ClientSession) -> None:
+        self.proxy = proxy
+        self.url = url
+        self.http = http
+
+    async def chat(
+        self, body: dict[str, Any], headers: dict[str, str] | None = None
+    ) -> tuple[int, bytes, dict[str, str]]:
+        data = io.BytesIO(orjson.dumps(body))
+        answer = await self.http.post(f"{self.url}/v1/chat/completions", data=data, headers=headers)
+        return answer.status, await answer.read(), dict(answer.headers)
+
+
+@asynccontextmanager
+async def running(
+    engine_url: str, store: Store, tmp_path: Path, key: str | None = None, **config: Any
+) -> AsyncGenerator[Running]:
+    async with EngineClient(engine_url, MODEL, "engine-key") as engine:
+        proxy = Proxy(
+            ProxyConfig(**({"port": 0} | config)),
+            store,
+            engine,
+            Generic(),
+            zero_adapter=tmp_path / "none",
+            record=True,
+            client_key=key,
+            engine_key="engine-key",
+        )
+        server = TestServer(proxy.app(), handler_cancellation=True)
+        await server.start_server()
+        async with aiohttp.ClientSession(timeout=TIMEOUT) as http:
+            try:
+                yield Running(proxy, str(server.make_url("")).rstrip("/"), http)
+            finally:
+                await server.close()
+
+
+def both(
+    test: Callable[[ScriptedEngine, Running], Awaitable[None]],
+    store: Store,
+    tmp_path: Path,
+    **config: Any,
+) -> None:
+    """Runs a test against an engine and a proxy that is up."""
+
+    async def run() -> None:
+        async with scripted_engine() as engine, running(engine.url, store, tmp_path, **config) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            await test(engine, p)
+
+    asyncio.run(run())
+
+
+def request(text: str = "hi", **more: Any) -> dict[str, Any]:
+    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
+
+
+def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
+    folder = tmp_path / f"v{number}"
+    folder.mkdir()
+    version = PolicyVersion(
+        "main", number, number - 1, str(folder), "ff", 16, VersionState.CANDIDATE
+    )
+    store.add_version(version, None)
+    return version
+
+
+ASKED = [
+    {},
+    {"logprobs": True},
+    {"return_token_ids": True},
+    {"stream_options": {"include_usage": True}},
+    {"logprobs": True, "return_token_ids": True, "stream_options": {"include_usage": True}},
+]
+
+
+@pytest.mark.parametrize("asked", ASKED)
+def test_a_stream_has_the_bytes_that_the_engine_would_have_sent(
+    store: Store, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    script = Script(pieces=("Gr", "", "üße", "!"))
+    body = request(stream=True, **asked)
+    chunks = [b"data: " + compact(c) + b"\n\n" for c in stream_chunks(body, script)]
+    expected = b"".join(chunks) + b"data: [DONE]\n\n"
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script = script
+        status, data, headers = await p.chat(body)
+        assert (status, data) == (200, expected)
+        assert headers["Content-Type"] == "text/event-stream; charset=utf-8"
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("asked", ASKED[:3])
+def test_a_plain_reply_is_what_the_engine_would_have_sent(
+    store: Store, tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    body = request(**asked)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        status, data, _ = await p.chat(body)
+        assert (status, json.loads(data)) == (200, plain_reply(body, engine.script))
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_store_holds_the_engines_own_ids_and_log_probs(
+    store: Store, tmp_path: Path, stream: bool
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        _, _, headers = await p.chat(request(stream=stream, tools=[{"type": "function"}]))
+        turn = store.turn(headers["x-nextstate-turn"])
+        assert turn is not None
+        assert turn.prompt_ids == (1, 2, 3)
+        assert turn.completion_ids == (100, 101)
+        assert turn.behaviour_logprobs == (-0.25, -0.5)
+        assert turn.reply == {"role": "assistant", "content": "Hello"}
+        assert (turn.kind, turn.policy_version, turn.trainable) == (TurnKind.MAIN, 0, True)
+        assert turn.request == request(stream=stream, tools=[{"type": "function"}])
+
+    both(test, store, tmp_path)
+
+
+def test_the_turn_is_recorded_before_the_client_sees_the_end(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        answer = await p.http.post(
+            f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
+        )
+        async for line in answer.content:
+            if b'"finish_reason":"stop"' in line:
+                break
+        assert store.turn(answer.headers["x-nextstate-turn"]) is not None
+        answer.close()
+
+    both(test, store, tmp_path, record_timeout_s=10.0)
+
+
+def test_tokens_pass_as_they_arrive(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script.gate = asyncio.Event()
+        answer = await p.http.post(
+            f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
+        )
+        received = b""
+        while b"Hel" not in received:
+            received += await answer.content.readany()
+        assert b'"content":"lo"' not in received
+        engine.script.gate.set()
+        assert b"[DONE]" in await answer.read()
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("script", "more", "reason"),
+    [
+        (Script(miscount=1), {}, "usage counts"),
+        (Script(), {"temperature": 0.7}, "temperature = 0.7"),
+        (Script(), {"response_format": {"type": "json_object"}}, "response_format"),
+        (Script(), {"tool_choice": "required"}, "grammar"),
+    ],
+)
+def test_a_turn_that_must_not_train_says_why(
+    store: Store, tmp_path: Path, script: Script, more: dict[str, Any], reason: str
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script = script
+        _, _, headers = await p.chat(request(stream=True, **more))
+        turn = store.turn(headers["x-nextstate-turn"])
+        assert turn is not None
+        assert reason in (turn.untrainable or "")
+
+    both(test, store, tmp_path)
+
+
+def test_a_conversation_links_itself_and_hands_its_next_state_to_the_judge(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        _, _, first = await p.chat(request("one", stream=True))
+        body = request("one")
+        body["messages"] += [
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "thanks, and two?"},
+        ]
+        _, _, second = await p.chat(body)
+        turns = [store.turn(h["x-nextstate-turn"]) for h in (first, second)]
+        assert turns[0] is not None
+        assert turns[1] is not None
+        assert turns[1].parent == turns[0].id
+        assert turns[1].session == turns[0].session
+        assert [t.index for t in turns if t] == [0, 1]
+        assert [s.text for s in store.next_states(turns[0].id)] == ["thanks, and two?"]
+        assert store.lease_judgements(9, 60) == [turns[0].id]
+
+    both(test, store, tmp_path)
+
+
+def test_the_official_sdk_streams_tool_calls_through(store: Store, tmp_path: Path) -> None:
+    call = {"index": 0, "id": "call_1", "type": "function"}
+    call["function"] = {"name": "ls", "arguments": '{"path":"."}'}
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script = Script(pieces=("",), tool_calls=[call], finish_reason="tool_calls")
+        async with openai.AsyncOpenAI(base_url=f"{p.url}/v1", api_key="x") as client:
+            stream = await client.chat.completions.create(
+                model=MODEL, messages=[{"role": "user", "content": "hi"}], stream=True
+            )
+            calls = [c async for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
+        assert calls[0].function is not None
+        assert calls[0].function.arguments == '{"path":"."}'
+        turn = store.turn(store.turn_ids()[0])
+        assert turn is not None
+        assert turn.reply["tool_calls"][0]["function"] == call["function"]
+        assert turn.reply["tool_calls"][0]["id"] == "call_1"
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("status", [400, 422, 500])
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_engines_errors_pass_unchanged(
+    store: Store, tmp_path: Path, status: int, stream: bool
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script = Script(status=status)
+        found, data, _ = await p.chat(request(stream=stream))
+        assert found == status
+        assert json.loads(data) == {"error": {"message": "scripted", "code": status}}
+        assert store.turn_ids() == []
+
+    both(test, store, tmp_path)
+
+
+def test_unknown_models_and_broken_bodies_get_the_engines_own_answer(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        status, data, _ = await p.chat({"model": "other", "messages": []})
+        assert status == 404
+        assert b"does not exist" in data
+        answer = await p.http.post(f"{p.url}/v1/chat/completions", data=b"{nonsense")
+        assert answer.status == 400
+
+    both(test, store, tmp_path)
+
+
+def test_a_cut_stream_reaches_the_client_as_a_cut(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script = Script(pieces=("a", "b", "c"), cut_after=1)
+        answer = await p.http.post(
+            f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
+        )
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.read()
+        turn = store.turn(answer.headers["x-nextstate-turn"])
+        assert turn is not None
+        assert turn.untrainable == "the engine cut the reply"
+
+    both(test, store, tmp_path, record_timeout_s=10.0)
+
+
+def test_a_client_that_leaves_aborts_the_upstream(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script.gate = asyncio.Event()
+        answer = await p.http.post(
+            f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
+        )
+        await answer.content.readany()
+        answer.close()
+        await asyncio.wait_for(engine.aborted.wait(), 5)
+
+    both(test, store, tmp_path)
+
+
+def test_new_requests_take_the_new_version_and_the_old_unloads_when_drained(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        client = p.proxy.engine
+        await publish(store, client, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving.number == 1)
+        engine.script.gate = asyncio.Event()
+        old = asyncio.create_task(p.chat(request("old", stream=True)))
+        await until(lambda: bool(engine.requests))
+        await publish(store, client, add_version(store, tmp_path, 2))
+        await until(lambda: p.proxy.versions.serving.number == 2)
+        assert set(engine.adapters) == {"main-v000001", "main-v000002"}  # still one reply on it
+        engine.queue = [Script()]
+        _, _, new = await p.chat(request("new"))
+        engine.script.gate.set()
+        _, data, headers = await old
+        assert b"main-v" not in data
+        assert (headers["x-nextstate-version"], new["x-nextstate-version"]) == ("1", "2")
+        await until(lambda: engine.unloaded == ["main-v000001"])
+        turns = [store.turn(i) for i in store.turn_ids()]
+        assert {turn.policy_version for turn in turns if turn} == {1, 2}
+        answer = await p.http.get(f"{p.url}/v1/models")
+        assert [m["id"] for m in (await answer.json())["data"]] == [MODEL]
+
+    both(test, store, tmp_path)
+
+
+def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving.number == 1)
+        engine.adapters.clear()  # as after a restart too quick for the health check
+        status, _, headers = await p.chat(request())
+        assert (status, headers["x-nextstate-version"]) == (200, "1")
+
+    both(test, store, tmp_path)
+
+
+def test_while_the_engine_is_down_streams_are_held_with_comments(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            engine.healthy = False
+            async with running(engine.url, store, tmp_path, keep_alive_s=0.05) as p:
+                answer = await p.http.post(
+                    f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
+                )
+                assert answer.status == 200
+                assert await answer.content.readline() == b": waiting for the engine\n"
+                engine.healthy = True
+                data = await answer.read()
+                assert data.endswith(b"data: [DONE]\n\n")
+                assert b"Hel" in data
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_an_engine_that_stays_down_is_a_clear_503(
+    store: Store, tmp_path: Path, stream: bool
+) -> None:
+    async def test() -> None:
+        async with running("http://127.0.0.1:1", store, tmp_path, hold_s=0.1) as p:
+            answer = await p.http.post(
+                f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=stream))
+            )
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
+            assert (await answer.json())["error"]["code"] == 503
+
+    asyncio.run(test())
+
+
+def test_other_paths_pass_and_admin_routes_do_not(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        answer = await p.http.post(f"{p.url}/v1/echo", data=b"\x00bytes")
+        assert await answer.read() == b"\x00bytes"
+        assert answer.headers["x-engine"] == "yes"
+        for name in ("load_lora_adapter", "unload_lora_adapter"):
+            answer = await p.http.post(f"{p.url}/v1/{name}", json={})
+            assert answer.status == 403
+        status, data, _ = await p.chat(request(prompt_logprobs=1))
+        assert status == 400
+        assert b"prompt_logprobs" in data
+
+    both(test, store, tmp_path)
+
+
+def test_the_clients_key_is_checked_and_never_forwarded(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        assert (await p.chat(request()))[0] == 401
+        assert (await p.chat(request(), {"Authorization": "Bearer wrong"}))[0] == 401
+        for headers in ({"Authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+            assert (await p.chat(request(), headers))[0] == 200
+            assert engine.headers[-1]["Authorization"] == "Bearer engine-key"
+            assert "secret" not in str(engine.headers[-1])
+
+    both(test, store, tmp_path, key="secret")
+
+
+def test_a_store_that_fails_or_hangs_never_fails_a_reply(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        def broken() -> None:
+            raise StoreError("disk full")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "recording", broken)
+            assert (await p.chat(request()))[0] == 200
+            await until(lambda: p.proxy.recorder.counts.lost == 1)
+        blocked = store.recording()
+        blocked.__enter__()  # another process holds the database
+        started = time.monotonic()
+        assert (await p.chat(request()))[0] == 200
+        assert p.proxy.recorder.counts.late == 1
+        assert time.monotonic() - started < 5.0  # far below the database's own patience
+        blocked.__exit__(None, None, None)
+        await until(lambda: p.proxy.recorder.counts.recorded == 1)  # late, not lost
+
+    both(test, store, tmp_path, record_timeout_s=0.05)
+
+
+def test_feedback_decides_and_says_what_is_wrong_with_it(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        _, _, headers = await p.chat(request())
+        turn = headers["x-nextstate-turn"]
+        url = f"{p.url}/v1/feedback"
+        answer = await p.http.post(url, json={"turn_id": turn, "score": -1, "hint": "Be brief."})
+        assert answer.status == 200
+        verdict = store.verdict(turn)
+        assert verdict is not None
+        assert (verdict.score, verdict.hint, verdict.judge) == (-1, "Be brief.", "feedback")
+        for body, status in (({"turn_id": turn}, 400), ({"turn_id": "x", "score": 1}, 404)):
+            assert (await p.http.post(url, json=body)).status == status
+
+    both(test, store, tmp_path)
+
+
+def test_metrics_count_what_happened(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await p.chat(request())
+        text = await (await p.http.get(f"{p.url}/metrics")).text()
+        assert "nextstate_requests_total 1\n" in text
+        assert "nextstate_turns_recorded_total 1\n" in text
+        assert 'nextstate_stored{record="turns",state="main"} 1\n' in text
+
+    both(test, store, tmp_path)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    """Waits for another task's effect, at most ten seconds."""
+    async with asyncio.timeout(10):
+        while not condition():
+            await asyncio.sleep(0.01)
+
+
+def test_requests_larger_than_the_limit_are_refused(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        answer = await p.chat(request("x" * (1 << 20)))
+        assert answer[0] == 413
+        assert b"max_body_mb" in answer[1]
+
+    both(test, store, tmp_path, max_body_mb=1)

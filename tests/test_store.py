@@ -1,0 +1,256 @@
+"""The store: what is recorded comes back the same, and work is leased and settled once."""
+
+from __future__ import annotations
+
+import os
+import stat
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nextstate import schema
+from nextstate.config import StoreConfig
+from nextstate.errors import RecordError, StoreError
+from nextstate.records import (
+    Json,
+    NextState,
+    PolicyVersion,
+    SampleState,
+    Source,
+    Timings,
+    Turn,
+    TurnKind,
+    Verdict,
+    VersionState,
+    majority,
+)
+from nextstate.store import FEEDBACK, Link, Store
+
+KEY = b"k" * 16
+
+
+def turn(number: int, **changes: object) -> Turn:
+    values: dict[str, object] = {
+        "id": f"turn_{number}",
+        "session": "s",
+        "index": number,
+        "kind": TurnKind.MAIN,
+        "lineage": "main",
+        "policy_version": 0,
+        "client_model": "m",
+        "request": {"messages": [{"role": "user", "content": f"question {number}"}]},
+        "reply": {"role": "assistant", "content": "answer"},
+        "finish_reason": "stop",
+        "prompt_ids": (1, 2, 3),
+        "completion_ids": (4, 5),
+        "behaviour_logprobs": (-0.1, -0.2),
+        "sampling": {},
+        "timings": Timings(1.0, 0.1, 0.2),
+    }
+    return Turn(**(values | changes))  # pyright: ignore[reportArgumentType]
+
+
+def add(store: Store, *turns: Turn, next_state: str | None = "thanks") -> None:
+    with store.recording() as recording:
+        for added in turns:
+            recording.add_turn(added, os.urandom(16), KEY)
+            if next_state is not None:
+                state = NextState(added.id, Source.USER, next_state, 0.9)
+                recording.add_next_states(added.id, True, [state])
+
+
+def judge(store: Store, number: int, score: int, hint: str | None = None) -> bool:
+    hinted = (1, 2, 9) if hint else None
+    return store.settle_verdict(Verdict(f"turn_{number}", (score,), score, "rules", hint, hinted))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    messages=st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=5),
+    rest=st.dictionaries(st.text().filter(lambda k: k != "messages"), json_values, max_size=4),
+    tools=st.none() | st.lists(st.dictionaries(st.text(), json_values), max_size=3),
+    logprobs=st.lists(st.floats(-1000, 0), min_size=1, max_size=9),
+)
+def test_a_turn_comes_back_as_it_was_recorded(
+    tmp_path_factory: pytest.TempPathFactory,
+    messages: list[Json],
+    rest: Json,
+    tools: list[Json] | None,
+    logprobs: list[float],
+) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path_factory.mktemp("store"))))
+    request: Json = {"messages": messages, **rest}
+    if tools is not None:
+        request["tools"] = tools
+    ids = tuple(range(2**32 - len(logprobs), 2**32))
+    recorded = turn(0, request=request, completion_ids=ids, behaviour_logprobs=tuple(logprobs))
+    add(store, recorded)
+    assert store.turn("turn_0") == recorded
+    store.close()
+
+
+def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:
+    long = {"role": "system", "content": "x" * 1000}
+    add(store, *(turn(n, request={"messages": [long]}) for n in range(5)))
+    with sa.create_engine(f"sqlite:///{store.dir}/nextstate.sqlite3").connect() as connection:
+        count = connection.execute(sa.select(sa.func.count()).select_from(schema.messages))
+        assert count.scalar_one() == 2  # the system message and the reply
+
+
+def test_an_aborted_recording_leaves_nothing(store: Store) -> None:
+    with suppress(ZeroDivisionError), store.recording() as recording:
+        recording.add_turn(turn(0), KEY, KEY)
+        raise ZeroDivisionError
+    assert store.turn_ids() == []
+    add(store, turn(0))  # its messages are not believed to be there already
+    assert store.turn("turn_0") is not None
+
+
+def test_files_are_for_their_owner_only(store: Store) -> None:
+    assert stat.S_IMODE(store.dir.stat().st_mode) == 0o700
+    for file in store.dir.iterdir():
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600, file
+
+
+def test_a_lease_is_given_once_until_it_expires(tmp_path: Path) -> None:
+    now = [0.0]
+    store = Store(StoreConfig(dir=str(tmp_path)), clock=lambda: now[0])
+    add(store, turn(0), turn(1))
+    assert store.lease_judgements(9, lease_s=60) == ["turn_0", "turn_1"]
+    assert store.lease_judgements(9, lease_s=60) == []
+    now[0] = 61.0
+    assert judge(store, 0, 1)
+    assert store.lease_judgements(9, lease_s=60) == ["turn_1"]
+    store.close()
+
+
+def test_a_turn_gets_one_verdict_and_one_sample(store: Store) -> None:
+    add(store, turn(0))
+    assert judge(store, 0, 1)
+    assert not judge(store, 0, -1)
+    verdict = store.verdict("turn_0")
+    assert verdict is not None
+    assert verdict.score == 1
+    assert store.counts()["samples/ready"] == 1
+
+
+def test_a_persons_verdict_replaces_votes_until_the_sample_trains(store: Store) -> None:
+    add(store, turn(0))
+    judge(store, 0, 1)
+    assert store.settle_verdict(Verdict("turn_0", (), -1, FEEDBACK))
+    leased = store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    assert [sample.score for sample in leased] == [-1]
+    assert store.settle_verdict(Verdict("turn_0", (), 1, FEEDBACK))
+    assert store.counts()["samples/leased"] == 1
+
+
+def test_untrainable_and_empty_verdicts_are_dropped_with_the_reason(store: Store) -> None:
+    add(store, turn(0, untrainable="usage differs"), turn(1), turn(2, policy_version=None))
+    for number, score in ((0, 1), (1, 0), (2, 1)):
+        judge(store, number, score)
+    assert store.counts()["samples/dropped"] == 3
+    assert store.lease_samples("main", 9, "b", 60, scored=True, hinted=True) == []
+
+
+def test_a_batch_holds_only_what_its_method_can_use(store: Store) -> None:
+    add(store, turn(0), turn(1), turn(2))
+    judge(store, 0, 1)
+    judge(store, 1, 0, hint="Be brief.")
+    judge(store, 2, -1, hint="Be brief.")
+
+    def usable(*, scored: bool, hinted: bool) -> list[str]:
+        leased = store.lease_samples("main", 9, "b", 60, scored=scored, hinted=hinted)
+        store.release_samples("main")
+        return [sample.turn for sample in leased]
+
+    assert usable(scored=True, hinted=False) == ["turn_0", "turn_2"]
+    assert usable(scored=False, hinted=True) == ["turn_1", "turn_2"]
+    assert usable(scored=True, hinted=True) == ["turn_0", "turn_1", "turn_2"]
+    assert store.ready_samples("main", scored=True, hinted=False) == 2
+
+
+def test_a_version_settles_its_batch_and_only_one_serves(store: Store) -> None:
+    add(store, turn(0))
+    judge(store, 0, 1)
+    store.lease_samples("main", 9, "b1", 60, scored=True, hinted=True)
+    for number in (1, 2):
+        version = PolicyVersion("main", number, 0, "/a", "ff", 1, VersionState.CANDIDATE)
+        store.add_version(version, "b1" if number == 1 else None)
+        store.set_serving("main", number)
+    assert store.counts()[f"samples/{SampleState.TRAINED}"] == 1
+    assert [v.state for v in store.versions("main")] == ["retired", "serving"]
+    store.set_serving("main", 0)
+    assert store.serving("main").number == 0
+    assert store.serving("main").adapter_name is None
+
+
+def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(store: Store) -> None:
+    first, second = turn(0), turn(1)
+    with store.recording() as recording:
+        recording.add_turn(first, KEY, KEY)
+        recording.add_turn(second, KEY, KEY)
+        hashes = recording._keep(first.request["messages"][0])  # pyright: ignore[reportPrivateUsage]
+        found = recording.parent("main", Link(KEY, KEY, (hashes,)), None)
+        assert found is not None
+        assert found.id == "turn_0"
+        recording.add_next_states("turn_0", True, [NextState("turn_0", Source.USER, "x", 0.9)])
+        again = recording.parent("main", Link(KEY, KEY, (hashes,)), None)
+        assert again is not None
+        assert again.id == "turn_1"  # what is continued already gives way
+        assert recording.parent("main", Link(KEY, KEY, ()), "other session") is None
+
+
+def test_a_newer_store_is_refused_and_an_older_one_is_brought_up(tmp_path: Path) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    store.close()
+    engine = sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3")
+    with engine.begin() as connection:
+        schema.migrate(
+            connection,
+            target=schema.VERSION + 1,
+            steps={
+                schema.VERSION + 1: lambda c: (
+                    c.exec_driver_sql("CREATE TABLE newer (x INTEGER)") and None
+                )
+            },
+        )
+        assert sa.inspect(connection).has_table("newer")
+    engine.dispose()
+    with pytest.raises(StoreError, match="schema version"):
+        Store(StoreConfig(dir=str(tmp_path)))
+
+
+def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match=r"\[store\] dir"):
+        Store(StoreConfig(dir=str(tmp_path / "file" / "state")))
+
+
+def test_records_refuse_to_contradict_themselves() -> None:
+    with pytest.raises(RecordError, match="1 behaviour log-probs for 2"):
+        turn(0, behaviour_logprobs=(-0.1,))
+    with pytest.raises(RecordError, match="not a log-probability"):
+        turn(0, behaviour_logprobs=(0.5, -0.1))
+    with pytest.raises(RecordError, match="without ids"):
+        turn(0, completion_ids=None, behaviour_logprobs=None)
+    with pytest.raises(RecordError, match="score"):
+        Verdict("t", (), 2, "rules")
+
+
+@pytest.mark.parametrize(
+    ("votes", "expected"),
+    [([1], 1), ([1, 1, -1], 1), ([1, -1], 0), ([1, 0, -1], 0), ([-1, -1, 0], -1), ([0, 0, 1], 0)],
+)
+def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) -> None:
+    assert majority(votes) == expected
