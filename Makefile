@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test lint seed-policy bench soak lock clean
+.PHONY: help env demo test lint seed-policy lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -21,17 +21,21 @@ $(STAMP): $(LOCK) requirements/torch.txt pyproject.toml
 	  { echo "nextstate needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "==> $(VENV): installing for $(ACCEL) (about 4 GB, 2 to 4 minutes)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on --quiet --no-deps \
+ifeq ($(ACCEL),cpu)
+	$(BIN)/python -m pip install --progress-bar on --no-deps \
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
+endif
 	$(BIN)/python -m pip install --progress-bar on --no-deps --require-hashes -r $(LOCK)
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
+	@$(BIN)/python -c 'import torch' || { echo "this torch does not run here: its CPU build is" \
+	  "not on your package index; name one that has it: make env TORCH_INDEX=URL"; exit 2; }
 	@touch $@
 	@echo "==> $(VENV) is ready"
 
 demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
 	$(BIN)/nextstate demo $(ARGS)
 
-test: env  ## lint, types and every test, one of them over the real vLLM
+test: lint  ## lint, types and every test, one of them over the real vLLM
 	$(BIN)/python -m pytest -q $(ARGS)
 
 lint: env  ## ruff and strict types

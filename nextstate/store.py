@@ -217,9 +217,11 @@ class Store:
         A person's verdict replaces what was voted, unless the sample is trained or being trained.
         """
         with self._write() as connection:
-            row = connection.execute(sa.select(t.turns).where(t.turns.c.id == verdict.turn)).first()
+            c = t.turns.c
+            query = sa.select(c.lineage, c.policy_version, c.untrainable)
+            row = connection.execute(query.where(c.id == verdict.turn)).first()
             if row is None:
-                raise StoreError(f"there is no turn {verdict.turn!r}")
+                raise StoreError(f"there is no turn {verdict.turn!r}: see `nextstate turns`")
             voted = sa.select(t.verdicts.c.judge).where(t.verdicts.c.turn == verdict.turn)
             if connection.execute(voted).first() is not None:
                 if verdict.judge != FEEDBACK:
@@ -496,7 +498,9 @@ def _usable(lineage: str, scored: bool, hinted: bool) -> tuple[sa.ColumnElement[
     return s.lineage == lineage, s.state == SampleState.READY, sa.or_(*signals)
 
 
-def _put_sample(connection: sa.Connection, turn: _Row, verdict: Verdict) -> None:
+def _put_sample(
+    connection: sa.Connection, turn: sa.Row[str, int | None, str | None], verdict: Verdict
+) -> None:
     reason = turn.untrainable
     if reason is None and turn.policy_version is None:
         reason = "served by a model that is not a version of this lineage"

@@ -1,0 +1,345 @@
+"""The whole loop on a real vLLM: one `nextstate up` for this file, used as its user would."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import openai
+import psutil
+import pytest
+
+from demo.run import MODEL, POLICY
+from demo.talk import Talk, client_for
+from demo.tasks import Domain
+from nextstate.vllm import free_port
+
+pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
+
+CONFIG = """
+[store]
+dir = "{dir}/state"
+[engine]
+model = "{policy}"
+served_model_name = "{model}"
+dtype = "float32"
+max_model_len = 1024
+args = [{args}]
+env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
+[proxy]
+port = {port}
+[judge]
+kind = "rules"
+[learner]
+learning_rate = 1e-3
+micro_batch_size = 16
+threads = 1
+poll_s = 0.1
+"""
+
+
+def write_config(folder: Path, *, port: int, args: str = '"--enforce-eager"') -> Path:
+    file = folder / "nextstate.toml"
+    file.write_text(CONFIG.format(dir=folder, policy=POLICY, model=MODEL, port=port, args=args))
+    return file
+
+
+class Loop:
+    """A running `nextstate up`."""
+
+    def __init__(self, config: Path, port: int) -> None:
+        self.config = config
+        self.port = port
+        self.state = config.parent / "state"
+        self.output = (config.parent / "up.log").open("w+")
+        self.process = subprocess.Popen(
+            [*NEXTSTATE, "up", "--config", str(config)],
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            cwd=config.parent,
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: "ready: " in self.log() or self.process.poll() is not None, 300)
+        assert self.process.poll() is None, self.log()
+
+    def log(self) -> str:
+        self.output.flush()
+        return Path(self.output.name).read_text()
+
+    def command(self, *arguments: str) -> str:
+        done = run(*arguments, "--config", str(self.config))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def versions(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.command("versions", "--json").splitlines()]
+
+    def part(self, name: str) -> psutil.Process:
+        """The process of a stage, or of the engine's server."""
+        wanted = "vllm.entrypoints.openai.api_server" if name == "engine" else name
+        for child in psutil.Process(self.process.pid).children():
+            if wanted in child.cmdline():
+                return child
+        raise AssertionError(f"no process for {name}")
+
+    def talk_until(self, version: int, seed: int) -> int:
+        """Lets personas talk until `version` serves; returns how many requests failed."""
+        return asyncio.run(asyncio.wait_for(self._talk_until(version, seed), 240))
+
+    async def _talk_until(self, version: int, seed: int) -> int:
+        async with client_for(f"{self.url}/v1") as client, aiohttp.ClientSession(self.url) as http:
+            talk = Talk(client, MODEL, Domain.STUDENT, seed, parallel=6)
+            talking = asyncio.create_task(talk.run())
+            while await serving(http) < version:
+                assert not talking.done()
+                await asyncio.sleep(0.1)
+            talk.pause()
+            await asyncio.sleep(0)
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
+            return talk.talked.failed
+
+
+NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*NEXTSTATE, *arguments], capture_output=True, text=True, timeout=240, check=False, cwd=cwd
+    )
+
+
+def wait_for(condition: Any, timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+async def serving(http: aiohttp.ClientSession) -> int:
+    async with http.get("/healthz") as answer:
+        return int((await answer.json())["version"])
+
+
+@pytest.fixture(scope="module")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    folder = tmp_path_factory.mktemp("loop")
+    port = free_port()
+    started = Loop(write_config(folder, port=port), port)
+    try:
+        started.wait_ready()
+        yield started
+    finally:
+        if started.process.poll() is None:
+            started.process.send_signal(signal.SIGINT)
+            started.process.wait(60)
+        started.output.close()
+
+
+def ask(loop: Loop, **more: Any) -> Any:
+    with openai.OpenAI(base_url=f"{loop.url}/v1", api_key="x", max_retries=0) as client:
+        return client.chat.completions.with_raw_response.create(
+            model=MODEL,
+            messages=[{"role": "user", "content": "Tom has 3 apples and gets 4 more. How many?"}],
+            max_tokens=40,
+            **more,
+        )
+
+
+def test_the_store_holds_the_ids_and_log_probs_that_vllm_returned(loop: Loop) -> None:
+    raw = ask(loop, logprobs=True, extra_body={"return_token_ids": True})
+    reply = json.loads(raw.content)
+    choice = reply["choices"][0]
+    from nextstate.settings import Settings
+    from nextstate.store import Store
+
+    store = Store(Settings.read(loop.config).store)
+    turn = store.turn(raw.headers["x-nextstate-turn"])
+    store.close()
+    assert turn is not None
+    assert turn.trainable
+    assert list(turn.prompt_ids or ()) == reply["prompt_token_ids"]
+    assert list(turn.completion_ids or ()) == choice["token_ids"]
+    assert list(turn.behaviour_logprobs or ()) == [
+        entry["logprob"] for entry in choice["logprobs"]["content"]
+    ]
+    assert turn.policy_version == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_replies_are_those_of_vllm_itself(loop: Loop, stream: bool) -> None:
+    engine = json.loads((loop.state / "engine.json").read_text())["url"]
+
+    async def body(url: str) -> tuple[int, str]:
+        request = {
+            "model": MODEL,
+            "messages": [{"role": "user", "content": "Tom has 3 apples and gets 4 more."}],
+            "temperature": 0,
+            "seed": 1,
+            "max_tokens": 30,
+            "stream": stream,
+        }
+        async with (
+            aiohttp.ClientSession() as http,
+            http.post(f"{url}/v1/chat/completions", json=request) as answer,
+        ):
+            found = await answer.text()
+        found = re.sub(r'"id":"chatcmpl-[0-9a-f]+"', '"id":""', found)
+        return answer.status, re.sub(r'"created":\d+', '"created":0', found)
+
+    assert asyncio.run(body(loop.url)) == asyncio.run(body(engine))
+
+
+def test_the_loop_trains_adapters_that_vllm_serves_without_a_failed_request(loop: Loop) -> None:
+    assert loop.talk_until(version=2, seed=1) == 0
+    versions = loop.versions()
+    assert [v["number"] for v in versions][:2] == [1, 2]
+    for version in versions:
+        weights = Path(version["path"]) / "adapter_model.safetensors"
+        assert hashlib.sha256(weights.read_bytes()).hexdigest() == version["sha256"]
+        assert version["samples"] == 16
+    assert [v["state"] for v in versions].count("serving") == 1
+    drifts = [v["metrics"]["drift/mean"] for v in versions if "drift/mean" in v["metrics"]]
+    print("drift between engine and learner, nats a token:", drifts)
+    assert drifts
+    assert max(drifts) < 0.02
+    turns = [json.loads(line) for line in loop.command("turns", "--json").splitlines()]
+    served = {turn["version"] for turn in turns}
+    assert {0, 1} <= served
+    judged = [turn for turn in turns if turn["verdict"]]
+    assert {turn["verdict"]["score"] for turn in judged} >= {1, -1}
+    assert any(turn["verdict"]["hint"] for turn in judged)
+    assert all(turn["next_state"] for turn in judged)
+
+
+def test_the_adapter_changes_the_reply_and_a_rollback_brings_the_old_one_back(loop: Loop) -> None:
+    newest = max(v["number"] for v in loop.versions())
+
+    def logprobs() -> list[float]:
+        reply = ask(loop, logprobs=True, temperature=0).parse()
+        return [entry.logprob for entry in reply.choices[0].logprobs.content]
+
+    trained = logprobs()
+    loop.command("rollback", "0")
+    wait_for(lambda: ask(loop).headers["x-nextstate-version"] == "0", 10)
+    base = logprobs()
+    assert base != trained
+    loop.command("rollback", str(newest))
+    wait_for(lambda: ask(loop).headers["x-nextstate-version"] == str(newest), 10)
+
+
+@pytest.mark.parametrize("name", ["proxy", "judge", "learner"])
+def test_a_killed_stage_comes_back_and_the_loop_goes_on(loop: Loop, name: str) -> None:
+    before = loop.part(name).pid
+    os.kill(before, signal.SIGKILL)
+    wait_for(lambda: _pid(loop, name) not in (before, None), 30)
+    if name == "proxy":
+        wait_for(lambda: '"engine": "up"' in _healthz(loop), 60)
+    newest = max(v["number"] for v in loop.versions())
+    if name == "learner":
+        assert loop.talk_until(version=newest + 1, seed=2) == 0
+
+
+def test_requests_wait_for_a_killed_engine_and_its_version_is_loaded_again(loop: Loop) -> None:
+    version = ask(loop).headers["x-nextstate-version"]
+    assert version != "0"
+    before = loop.part("engine")
+    workers = before.children(recursive=True)
+    os.kill(before.pid, signal.SIGKILL)
+    with openai.OpenAI(base_url=f"{loop.url}/v1", api_key="x", max_retries=0) as client:
+        stream = client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": "hello"}], stream=True, timeout=240
+        )
+        assert [c.choices[0].finish_reason for c in stream.parse() if c.choices][-1] is not None
+    assert ask(loop).headers["x-nextstate-version"] == version
+    assert loop.part("engine").pid != before.pid
+    assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_status_shows_every_part(loop: Loop) -> None:
+    status = json.loads(loop.command("status", "--json"))
+    assert status["proxy"] == status["engine"] == "up"
+    assert status["counts"]["turns/main"] > 0
+    assert "counts/turns/main" in loop.command("status")
+
+
+def test_a_second_loop_on_the_same_port_is_refused_with_the_key(loop: Loop, tmp_path: Path) -> None:
+    done = run("up", "--config", str(write_config(tmp_path, port=loop.port)))
+    assert_clear(done, f"[proxy] port = {loop.port}")
+
+
+def test_a_second_loop_on_the_same_folder_is_refused_with_the_key(loop: Loop) -> None:
+    config = loop.config.with_name("second.toml")
+    config.write_text(loop.config.read_text().replace(str(loop.port), str(free_port())))
+    assert_clear(run("up", "--config", str(config)), "[store] dir")
+
+
+def test_ctrl_c_ends_everything(loop: Loop) -> None:
+    family = psutil.Process(loop.process.pid).children(recursive=True)
+    assert len(family) >= 5  # the server, its worker, and three stages
+    loop.process.send_signal(signal.SIGINT)
+    assert loop.process.wait(60) == 0
+    assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_a_vllm_that_dies_at_start_is_one_clear_message(tmp_path: Path) -> None:
+    config = write_config(tmp_path, port=free_port(), args='"--no-such-option"')
+    assert_clear(run("up", "--config", str(config)), "--no-such-option", "[engine] model and args")
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ((f'model = "{POLICY}"', 'model = "nobody/nothing"'), "hf download nobody/nothing"),
+        ((f'model = "{POLICY}"', 'model = "/"'), "config.json"),
+        (("port = ", "prot = "), "did you mean 'port'?"),
+    ],
+)
+def test_what_is_missing_or_misspelt_is_one_clear_message(
+    tmp_path: Path, change: tuple[str, str], expected: str
+) -> None:
+    config = write_config(tmp_path, port=free_port())
+    config.write_text(config.read_text().replace(*change))
+    assert_clear(run("up", "--config", str(config)), expected)
+
+
+def assert_clear(done: subprocess.CompletedProcess[str], *expected: str) -> None:
+    """Exit code 2 and one line that names what fixes it."""
+    assert done.returncode == 2, done.stderr
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, done.stderr
+    assert all(words in lines[0] for words in expected), lines[0]
+
+
+def _pid(loop: Loop, name: str) -> int | None:
+    try:
+        return loop.part(name).pid
+    except (AssertionError, psutil.Error):
+        return None
+
+
+def _healthz(loop: Loop) -> str:
+    async def get() -> str:
+        try:
+            async with aiohttp.ClientSession() as http, http.get(f"{loop.url}/healthz") as answer:
+                return await answer.text()
+        except aiohttp.ClientError:
+            return ""
+
+    return asyncio.run(get())

@@ -1,0 +1,150 @@
+"""Parts are restarted, explained and ended without leaving anything behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nextstate import supervisor
+from nextstate.config import EngineConfig
+from nextstate.errors import StartError
+from nextstate.supervisor import Part, Supervisor, end, start
+from nextstate.vllm import cause_of_death, command, environment, free_port, port_is_free
+
+
+def part(tmp_path: Path, code: str, **more: object) -> Part:
+    argv = [sys.executable, "-c", code]
+    return Part("part", argv, tmp_path / "part.log", **more)  # pyright: ignore[reportArgumentType]
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+SLEEP = "import time; print('up', flush=True); time.sleep(600)"
+WITH_WORKER = (
+    "import subprocess, sys, signal, time\n"
+    "worker = subprocess.Popen([sys.executable, '-c', 'import signal, time;"
+    "signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)'])\n"
+    "print(worker.pid, flush=True)\n"
+    "time.sleep(600)"
+)
+
+
+def test_a_killed_part_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
+
+    async def run() -> None:
+        child = part(tmp_path, SLEEP)
+        keeper = Supervisor([child])
+        running = asyncio.create_task(keeper.run())
+        for times in (1, 2, 3):
+            await until(lambda times=times: text(child.log_file).count("up") == times)
+            assert child.process is not None
+            if times < 3:
+                os.kill(child.process.pid, signal.SIGKILL)
+        assert child.restarts == 2
+        keeper.stop()
+        await running
+        assert not child.running
+
+    asyncio.run(run())
+
+
+def test_ending_a_part_ends_the_workers_it_left(tmp_path: Path) -> None:
+    async def run() -> None:
+        child = part(tmp_path, WITH_WORKER)
+        await start(child)
+        await until(lambda: "\n" in text(child.log_file))
+        worker = psutil.Process(int(text(child.log_file)))
+        await end(child, grace_s=5)
+        await until(lambda: not worker.is_running() or worker.status() == psutil.STATUS_ZOMBIE)
+
+    asyncio.run(run())
+
+
+def test_a_part_that_cannot_start_ends_everything_with_its_own_words(tmp_path: Path) -> None:
+    async def run() -> None:
+        other = part(tmp_path, SLEEP)
+        other.log_file = tmp_path / "other.log"
+        code = (
+            "import sys; print('nextstate: [proxy] port is in use', file=sys.stderr); sys.exit(2)"
+        )
+        with pytest.raises(StartError, match=r"^\[proxy\] port is in use$"):
+            await Supervisor([other, part(tmp_path, code)]).run()
+        assert not other.running
+
+    asyncio.run(run())
+
+
+def test_an_engine_that_dies_at_start_is_explained_and_names_its_log(tmp_path: Path) -> None:
+    (tmp_path / "part.log").write_text("ValueError: of an earlier run\n")
+
+    async def run() -> None:
+        child = part(
+            tmp_path,
+            "raise ValueError('no such model')",
+            must_become_ready=True,
+            explain=lambda log: f"vLLM ended: {cause_of_death(log)}",
+        )
+        with pytest.raises(StartError, match=r"vLLM ended: ValueError: no such model; .*part.log"):
+            await Supervisor([child]).run()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("INFO ok\napi_server.py: error: unrecognized arguments: --x\n", "unrecognized arguments"),
+        (
+            "(EngineCore pid=1) ERROR 11-22 10:00:00 [core.py:1] ValueError: head size 7\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "ValueError: head size 7",
+        ),
+        ("", "its log is empty"),
+        ("just words\n", "just words"),
+    ],
+)
+def test_the_cause_of_death_is_the_most_telling_line(log: str, expected: str) -> None:
+    found = cause_of_death(log)
+    assert expected in found
+    assert "pid=" not in found
+
+
+def test_the_engine_is_started_neutrally(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(tmp_path), served_model_name="m", env={"X": "1"})
+    argv = command(config, 5)
+    assert argv[1:4] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
+    assert "--enable-lora" in argv
+    assert argv[argv.index("--generation-config") + 1] == "vllm"
+    own = EngineConfig(model="m", args=("--generation-config", "auto"))
+    assert command(own, 5).count("--generation-config") == 1
+    env = environment(config, {"PATH": "/bin"})
+    assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
+    assert env["PATH"] == "/bin"
+
+
+def test_a_port_in_use_is_noticed() -> None:
+    async def run() -> None:
+        port = free_port()
+        assert port_is_free("127.0.0.1", port)
+        server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", port)
+        assert not port_is_free("127.0.0.1", port)
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(run())
