@@ -92,12 +92,10 @@ class Stack:
 
     async def _ready(self) -> None:
         async with aiohttp.ClientSession() as session:
-            while not await _answers(session, f"{self.engine_url}/health", None):
-                await asyncio.sleep(POLL_S)
-            if self.managed:
-                self.parts["engine"].was_ready = True
             while not await _answers(session, f"{self.proxy_url}/healthz", b'"engine": "up"'):
                 await asyncio.sleep(POLL_S)
+        for part in self.parts.values():
+            part.was_ready = True
 
     def _stage(self, name: str) -> Part:
         file = self.settings.file

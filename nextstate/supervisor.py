@@ -23,7 +23,7 @@ from nextstate.errors import StartError
 log = logging.getLogger(__name__)
 
 EXIT_USAGE = 2
-"""What a part exits with when only a person can help: it is not restarted."""
+"""What a part exits with when only a person can help: before all was ready, that ends the rest."""
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
@@ -42,10 +42,11 @@ class Part:
     env: Mapping[str, str] | None = None
     cwd: Path | None = None
     must_become_ready: bool = False
-    """True for a part whose death before it was ever ready ends everything."""
+    """True for a part whose death of any kind before it was ready ends everything."""
     explain: Callable[[str], str] | None = None
     """Turns the log of a failed start into one sentence."""
     was_ready: bool = False
+    """Once True, the part is restarted whatever it ended with: the others go on without it."""
     restarts: int = 0
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
 
@@ -93,12 +94,13 @@ class Supervisor:
             _kill_group(part.process.pid)  # workers that outlived their leader
             if self.stopping.is_set():
                 return
-            if code == EXIT_USAGE or (part.must_become_ready and not part.was_ready):
-                raise StartError(_obituary(part, code, _log_from(part.log_file, log_start)))
+            last_words = _obituary(part, code, _log_from(part.log_file, log_start))
+            if not part.was_ready and (code == EXIT_USAGE or part.must_become_ready):
+                raise StartError(last_words)
             if time.monotonic() - started > STEADY_S:
                 pause = FIRST_PAUSE_S
             part.restarts += 1
-            log.warning("%s ended with code %s, restarting in %.0f s", part.name, code, pause)
+            log.warning("%s ended, restarting in %.0f s: %s", part.name, pause, last_words)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.stopping.wait(), pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
@@ -152,9 +154,9 @@ def _log_from(path: Path, start: int) -> str:
 
 
 def _obituary(part: Part, code: int, text: str) -> str:
-    if code == EXIT_USAGE or part.explain is None:
-        last = [line for line in text.splitlines() if line.strip()][-1:]
-        return (
-            last[0].removeprefix("nextstate: ") if last else f"{part.name} ended with code {code}"
-        )
-    return f"{part.explain(text)}; the whole log is {part.log_file}"
+    if code == EXIT_USAGE:
+        lines = [line for line in text.splitlines() if line.strip()]
+        if lines:
+            return lines[-1].removeprefix("nextstate: ")
+    cause = part.explain(text) if part.explain else f"{part.name} ended with code {code}"
+    return f"{cause}; the whole log is {part.log_file}"

@@ -161,7 +161,8 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     if keys is None:
         raise NextStateError(f"turn {turn.id} has no assistant message")
     recording.add_turn(turn, *keys)
-    if parent is not None and not parent.continued:
+    # A side turn replays the history of the main one: it is nobody's answer to it.
+    if parent is not None and not parent.continued and turn.kind is TurnKind.MAIN:
         states = next_states(parent.id, following(messages), profile)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn

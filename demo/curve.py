@@ -1,0 +1,38 @@
+# pyright: basic
+"""The demo's learning curve as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from demo.score import GOAL_SCORE, START_SCORE, Score
+
+
+def draw_curve(scores: Sequence[Score], title: str, path: Path) -> None:
+    """Draws the score of each version with its 95 % interval into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
+    versions = [score.version for score in scores]
+    score = [s.score for s in scores]
+    low = [max(0.0, s.score - s.margin) for s in scores]
+    high = [min(1.0, s.score + s.margin) for s in scores]
+    axes.fill_between(versions, low, high, alpha=0.2, color="tab:blue", linewidth=0)
+    axes.plot(versions, score, "o-", color="tab:blue", label="satisfies the persona and is right")
+    axes.plot(versions, [s.right for s in scores], "--", color="tab:green", label="right")
+    axes.axhline(GOAL_SCORE, color="grey", linewidth=0.8, linestyle=":")
+    axes.axhline(START_SCORE, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("policy version (one update of 16 judged turns each)")
+    axes.set_ylabel("share of held-out replies")
+    axes.set_ylim(0, 1.03)
+    axes.set_title(title)
+    axes.legend(loc="lower right", frameon=False)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

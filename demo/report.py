@@ -1,0 +1,155 @@
+"""What the demo shows while it runs and leaves behind."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import orjson
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+
+from demo.curve import draw_curve
+from demo.score import Score
+from demo.talk import Talked
+from nextstate.settings import Settings
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """Everything that one demo run found."""
+
+    method: str
+    persona: str
+    seed: int
+    scores: Sequence[Score]
+    replies: int
+    """Replies that the personas got; the held-out questions are not among them."""
+    reactions: Mapping[str, int]
+    stored: Mapping[str, int]
+    failed: int
+    versions_met: Sequence[int]
+    """Versions that answered a persona."""
+    example: tuple[str, str, str]
+    """A held-out question with the reply before and after."""
+
+
+class Display:
+    """Live lines on a terminal, plain lines elsewhere."""
+
+    def __init__(self, updates: int) -> None:
+        self._console = Console(highlight=False)
+        self._updates = updates
+        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
+        self._version = 0
+        self._phase = ""
+        self._counts = ""
+        self._turns = 0
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._live.stop()
+
+    def step(self, text: str) -> None:
+        """A line that stays."""
+        self._console.print(text)
+
+    def phase(self, text: str) -> None:
+        """What is going on now."""
+        self._phase = text
+        self._refresh()
+
+    def live(self, talked: Talked, stored: Mapping[str, int]) -> None:
+        """The counts so far."""
+        self._turns = stored.get("turns/main", 0)
+        verdicts = [stored.get(f"verdicts/{score}", 0) for score in (1, 0, -1)]
+        self._counts = (
+            f"{self._turns} turns, verdicts "
+            f"+{verdicts[0]} ·{verdicts[1]} −{verdicts[2]}, {talked.failed} failed requests"
+        )
+        self._refresh()
+
+    def scored(self, score: Score) -> None:
+        """A version's score, as a line that stays."""
+        self._version = score.version
+        bar = "█" * round(20 * score.score)
+        self._console.print(
+            f"version {score.version:2d}  [bold]{score.score:4.2f}[/bold] {bar:20} "
+            f"satisfied {score.satisfied:4.2f}  right {score.right:4.2f}  "
+            f"[dim]{self._turns} turns[/dim]"
+        )
+
+    def _refresh(self) -> None:
+        if not self._live.is_started:
+            return
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=self._updates, completed=self._version, width=24)
+        grid.add_row(bar, f"{self._version}/{self._updates} versions", self._phase, self._counts)
+        self._live.update(grid)
+
+
+def write_record(record: Record, out: Path) -> tuple[Path, Path]:
+    """Writes `curve.json` and `curve.png` and returns their paths."""
+    data, picture = out / "curve.json", out / "curve.png"
+    data.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2))
+    draw_curve(record.scores, f"{record.persona} persona, {record.method}", picture)
+    return data, picture
+
+
+def print_summary(
+    record: Record,
+    files: tuple[Path, Path],
+    settings: Settings,
+    problems: Sequence[str],
+    seconds: float,
+) -> None:
+    """The end of the demo: before and after, what happened, where everything is."""
+    console = Console(highlight=False)
+    first, last = record.scores[0], record.scores[-1]
+    question, before, after = record.example
+    console.rule("the same held-out question")
+    for title, text in (("asked", question), ("before", before), ("after", after)):
+        console.print(f"[bold]{title:>7}[/bold]  " + escape(textwrap.indent(text, " " * 9).strip()))
+    console.rule("what happened")
+    reactions = ", ".join(f"{count} {kind}" for kind, count in record.reactions.items())
+    console.print(
+        f"{record.replies} replies to the {record.persona} persona ({reactions}); versions "
+        f"{record.versions_met[0]}–{record.versions_met[-1]} answered; {record.failed} requests "
+        "failed"
+    )
+    console.print(
+        f"held-out score with {record.method}: {first.score:.2f} ± {first.margin:.2f} → "
+        f"[bold]{last.score:.2f} ± {last.margin:.2f}[/bold] "
+        f"(satisfied {last.satisfied:.2f}, right {last.right:.2f}; {last.questions} questions)"
+    )
+    console.rule("where it is")
+    config = settings.file
+    for title, text in (
+        ("curve", f"{files[1]}  {files[0]}"),
+        ("records", f"nextstate turns --config {config}"),
+        ("versions", f"nextstate versions --config {config}"),
+        ("adapters", str(settings.store.path / "versions")),
+        ("logs", str(settings.store.path / "logs")),
+        ("serve it", f"nextstate up --config {config}"),
+    ):
+        console.print(f"[bold]{title:>9}[/bold]  {escape(text)}", soft_wrap=True)
+    for problem in problems:
+        console.print(f"[bold red]not learned:[/bold red] {problem}")
+    verdict = "the loop did not learn" if problems else "the policy learned from being used"
+    console.print(f"{verdict} ({seconds:.0f} s)")

@@ -1,0 +1,272 @@
+"""`nextstate demo`: the report's experiment in small, on the whole stack.
+
+A persona talks to the seed policy through the proxy. Whenever a new version serves, the personas
+pause, and the version answers held-out questions. Nothing here touches the store: what is shown
+comes from the replies, their headers and the proxy's own /metrics and /healthz.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import shutil
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import aiohttp
+import openai
+
+from demo.report import Display, Record, print_summary, write_record
+from demo.score import Score, score_of, shortfalls
+from demo.talk import Answer, Talk, ask_all, client_for
+from demo.tasks import Domain, Task, held_out_tasks
+from nextstate.errors import StartError
+from nextstate.settings import Settings
+from nextstate.stack import Stack
+from nextstate.vllm import free_port
+
+log = logging.getLogger(__name__)
+
+POLICY = Path(__file__).parent / "policy"
+MODEL = "seed-policy"
+UPDATES = 12
+CONVERSATIONS = 8
+ASKED_AT_ONCE = 16
+QUESTIONS = 64
+"""Held-out questions for a version on the way; the first and the last get all of them."""
+ALL_QUESTIONS = 256
+UPDATE_TIMEOUT_S = 120.0
+POLL_S = 0.1
+QUIET_POLLS = 8
+"""The learner looks for a full batch as often as we look here: after this many it found none."""
+UNDER_WAY = ("judgements/pending", "judgements/leased", "samples/leased", "versions/candidate")
+BATCH = 16
+
+_CONFIG = """\
+# Written by `nextstate demo`; `nextstate turns --config {file}` and the like read what it recorded.
+[store]
+dir = "{state}"
+
+[engine]
+model = "{policy}"
+served_model_name = "{model}"
+dtype = "float32"
+max_model_len = 1024
+args = ["--enforce-eager", "--max-num-seqs", "32"]
+# Compiling takes longer than this whole demo; the cache of a small model needs no more than 1 GB.
+env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
+
+[proxy]
+port = {port}
+
+[judge]
+kind = "rules"
+
+[learner]
+method = "{method}"
+batch_size = {batch}
+learning_rate = 1e-3
+kl_coef = 0.1
+teacher_gap_clip = 1.0
+micro_batch_size = 16
+threads = 1
+seed = {seed}
+poll_s = 0.1
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run."""
+
+    method: str
+    persona: Domain
+    seed: int
+    updates: int
+    out: Path
+
+
+def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -> int:
+    """Runs the demo; 0 if the loop learned, 1 if it did not."""
+    plan = Plan(method, Domain(persona), seed, updates or UPDATES, out.absolute())
+    logging.getLogger().setLevel(logging.WARNING)
+    return asyncio.run(_run(plan))
+
+
+async def _run(plan: Plan) -> int:
+    settings = _settings(plan)
+    stack = Stack(settings)
+    main = asyncio.current_task()
+    assert main is not None
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, main.cancel)
+    started = time.monotonic()
+    try:
+        with Display(plan.updates) as display:
+            display.step("starting vLLM, proxy, judge and learner (about a minute)")
+            async with stack.running() as running:
+                await stack.wait_ready(running)
+                display.step(f"ready after {time.monotonic() - started:.0f} s")
+                run = _Experiment(plan, stack, running, display)
+                record = await run.record()
+    except asyncio.CancelledError:
+        print("stopped; everything has been shut down")
+        return 130
+    files = write_record(record, plan.out)
+    problems = shortfalls(record.scores[0], record.scores[-1], record.failed, plan.updates)
+    print_summary(record, files, settings, problems, time.monotonic() - started)
+    return 1 if problems else 0
+
+
+def _settings(plan: Plan) -> Settings:
+    """Writes the demo's configuration and reads it back; earlier demo records go."""
+    if not (POLICY / "model.safetensors").is_file():
+        raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
+    state = plan.out / "state"
+    if state.exists():
+        shutil.rmtree(state)
+    plan.out.mkdir(parents=True, exist_ok=True)
+    file = plan.out / "nextstate.toml"
+    file.write_text(
+        _CONFIG.format(
+            file=file,
+            state=state,
+            policy=POLICY,
+            model=MODEL,
+            port=free_port(),
+            method=plan.method,
+            seed=plan.seed,
+            batch=BATCH,
+        )
+    )
+    return Settings.read(file)
+
+
+class _Experiment:
+    """One run of the personas against a stack that is ready."""
+
+    def __init__(
+        self, plan: Plan, stack: Stack, running: asyncio.Task[None], display: Display
+    ) -> None:
+        self._plan = plan
+        self._stack = stack
+        self._running = running
+        self._display = display
+        self._tasks = held_out_tasks(plan.persona, ALL_QUESTIONS)
+        self._failed = 0
+
+    async def record(self) -> Record:
+        """Talks until the last version serves; measures every version on the way."""
+        plan = self._plan
+        async with (
+            client_for(f"{self._stack.proxy_url}/v1") as client,
+            aiohttp.ClientSession(self._stack.proxy_url) as http,
+        ):
+            talk = Talk(client, MODEL, plan.persona, plan.seed, CONVERSATIONS)
+            after = before = await self._ask(client, self._tasks)
+            scores = [self._scored(before, 0)]
+            talking = asyncio.create_task(talk.run())
+            try:
+                version = 0
+                while version < plan.updates:
+                    await self._next_version(http, talk, talking, version)
+                    talk.pause()
+                    version = await self._settled_version(http, talk)
+                    last = version >= plan.updates
+                    asked = self._tasks if last else self._tasks[:QUESTIONS]
+                    after = await self._ask(client, asked)
+                    scores.append(self._scored(after, version))
+                    if not last:
+                        talk.resume()
+            finally:
+                talking.cancel()
+                await asyncio.gather(talking, return_exceptions=True)
+            stored = await _stored(http)
+        return Record(
+            method=plan.method,
+            persona=plan.persona,
+            seed=plan.seed,
+            scores=scores,
+            replies=talk.talked.replies,
+            reactions={k.value: n for k, n in talk.talked.reactions.items()},
+            stored=stored,
+            failed=self._failed + talk.talked.failed,
+            versions_met=sorted(talk.talked.versions),
+            example=_example(before, after),
+        )
+
+    async def _ask(self, client: openai.AsyncOpenAI, tasks: list[Task]) -> list[Answer]:
+        self._display.phase("measuring on held-out questions")
+        answers = await ask_all(client, MODEL, tasks, ASKED_AT_ONCE)
+        self._failed += sum(answer.reply is None for answer in answers)
+        return answers
+
+    def _scored(self, answers: list[Answer], version: int) -> Score:
+        score = score_of(answers, version)
+        self._display.scored(score)
+        return score
+
+    async def _settled_version(self, http: aiohttp.ClientSession, talk: Talk) -> int:
+        """Waits, with the personas silent, until the last full batch is trained and serves."""
+        self._display.phase("finishing what was said")
+        deadline = time.monotonic() + UPDATE_TIMEOUT_S
+        quiet = 0
+        while quiet < QUIET_POLLS and time.monotonic() < deadline:
+            stored = await _stored(http)
+            self._display.live(talk.talked, stored)
+            quiet = 0 if any(stored.get(name) for name in UNDER_WAY) else quiet + 1
+            await asyncio.sleep(POLL_S)
+        return await _serving(http)
+
+    async def _next_version(
+        self, http: aiohttp.ClientSession, talk: Talk, talking: asyncio.Task[None], seen: int
+    ) -> None:
+        """Waits until a version newer than `seen` serves."""
+        self._display.phase("personas talk")
+        deadline = time.monotonic() + UPDATE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            if talking.done():
+                talking.result()
+            if self._running.done():
+                self._running.result()
+                raise StartError("the stack ended before the demo did")
+            self._display.live(talk.talked, await _stored(http))
+            if await _serving(http) > seen:
+                return
+            await asyncio.sleep(POLL_S)
+        raise StartError(
+            f"no version after {seen} came into service within {UPDATE_TIMEOUT_S:.0f} s: see "
+            f"{self._stack.dir / 'logs' / 'learner.log'}"
+        )
+
+
+async def _serving(http: aiohttp.ClientSession) -> int:
+    async with http.get("/healthz") as answer:
+        return int((await answer.json())["version"])
+
+
+async def _stored(http: aiohttp.ClientSession) -> dict[str, int]:
+    """The store's counts as the proxy's /metrics shows them, by `record/state`."""
+    counts: dict[str, int] = {}
+    async with http.get("/metrics") as answer:
+        for line in (await answer.text()).splitlines():
+            if line.startswith("nextstate_stored{"):
+                labels, _, value = line.rpartition(" ")
+                record, state = labels.split('"')[1:4:2]
+                counts[f"{record}/{state}"] = int(value)
+    return counts
+
+
+def _example(before: list[Answer], after: list[Answer]) -> tuple[str, str, str]:
+    """(question, reply before, reply after): the first that was changed for the better."""
+    pairs = [(a, b) for a, b in zip(before, after, strict=False) if a.reply and b.reply]
+    changed = [
+        (a, b)
+        for a, b in pairs
+        if score_of([b], b.version).score == 1 and score_of([a], a.version).satisfied == 0
+    ]
+    first, second = (changed or pairs)[0]
+    return first.task.question, first.reply or "", second.reply or ""

@@ -1,0 +1,59 @@
+"""The held-out score: a reply counts only if it satisfies the persona and is still right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from demo.checks import is_right, satisfies
+from demo.talk import Answer
+
+START_SCORE = 0.17
+"""The report's score before training, which the seed policy is made to have."""
+GOAL_SCORE = 0.80
+GOAL_RIGHT = 0.98
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """What one version was worth on held-out questions; each part is a share in [0, 1]."""
+
+    version: int
+    questions: int
+    score: float
+    """Satisfied and right."""
+    satisfied: float
+    right: float
+
+    @property
+    def margin(self) -> float:
+        """Half the width of the 95 % Wilson interval of `score`."""
+        n, p, z = self.questions, self.score, 1.96
+        return z * math.sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+
+
+def score_of(answers: Sequence[Answer], version: int) -> Score:
+    """The score of `version`; a failed request counts as neither satisfying nor right."""
+    own = [a for a in answers if a.version in (version, -1)]
+    satisfied = [a.reply is not None and satisfies(a.task, a.reply) for a in own]
+    right = [a.reply is not None and is_right(a.task, a.reply) for a in own]
+    both = [s and r for s, r in zip(satisfied, right, strict=True)]
+    count = len(own)
+    return Score(version, count, sum(both) / count, sum(satisfied) / count, sum(right) / count)
+
+
+def shortfalls(first: Score, last: Score, failed: int, updates: int) -> list[str]:
+    """Why the loop has not shown that it learns; empty if it has."""
+    problems: list[str] = []
+    if last.version < updates:
+        problems.append(f"only {last.version} of {updates} versions came into service")
+    if last.score < GOAL_SCORE:
+        problems.append(f"the score ended at {last.score:.2f}, below {GOAL_SCORE}")
+    if last.score <= first.score:
+        problems.append(f"the score did not rise ({first.score:.2f} → {last.score:.2f})")
+    if last.right < GOAL_RIGHT:
+        problems.append(f"only {last.right:.1%} of the replies are still right")
+    if failed:
+        problems.append(f"{failed} requests failed")
+    return problems

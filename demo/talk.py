@@ -1,0 +1,143 @@
+"""The personas at work: several conversations at once over HTTP, as any OpenAI client would."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass, field
+from random import Random
+
+import openai
+from openai.types.chat import ChatCompletionMessageParam
+
+from demo.personas import Conversation, Kind
+from demo.tasks import Domain, Task, task_stream
+
+log = logging.getLogger(__name__)
+
+MAX_TOKENS = 96
+MAX_EXCHANGES = 4
+VERSION_HEADER = "x-nextstate-version"
+_ANSWER_TIMEOUT_S = 60.0
+
+
+def client_for(base_url: str) -> openai.AsyncOpenAI:
+    """An unmodified OpenAI client that never retries: every failure counts."""
+    return openai.AsyncOpenAI(
+        base_url=base_url, api_key="local", max_retries=0, timeout=_ANSWER_TIMEOUT_S
+    )
+
+
+@dataclass(slots=True)
+class Talked:
+    """What the conversations came to so far."""
+
+    replies: int = 0
+    failed: int = 0
+    """Requests that did not end with a whole reply."""
+    reactions: dict[Kind, int] = field(default_factory=lambda: dict.fromkeys(Kind, 0))
+    versions: set[int] = field(default_factory=set[int])
+    """Versions that have answered."""
+
+
+class Talk:
+    """Conversations that go on until they are cancelled; `pause` holds the next message back."""
+
+    def __init__(
+        self, client: openai.AsyncOpenAI, model: str, domain: Domain, seed: int, parallel: int
+    ) -> None:
+        self.talked = Talked()
+        self._client = client
+        self._model = model
+        self._domain = domain
+        self._seed = seed
+        self._parallel = parallel
+        self._open = asyncio.Event()
+        self._open.set()
+
+    def pause(self) -> None:
+        """Sends no further message; replies under way come in."""
+        self._open.clear()
+
+    def resume(self) -> None:
+        """Goes on after a pause."""
+        self._open.set()
+
+    async def run(self) -> None:
+        """Talks until cancelled."""
+        async with asyncio.TaskGroup() as workers:
+            for number in range(self._parallel):
+                workers.create_task(self._talk(number))
+
+    async def _talk(self, number: int) -> None:
+        rng = Random(f"{self._domain}/{self._seed}/{number}")
+        tasks = task_stream(self._domain, self._seed * 1000 + number, held_out=False)
+        while True:
+            conversation = Conversation(tasks, rng, max_exchanges=MAX_EXCHANGES)
+            message = conversation.open()
+            history: list[ChatCompletionMessageParam] = []
+            while message is not None:
+                await self._open.wait()
+                if message.reaction is not None:
+                    self.talked.reactions[message.reaction.kind] += 1
+                history.append({"role": "user", "content": message.text})
+                reply = await self._reply(history)
+                if reply is None:
+                    break
+                history.append({"role": "assistant", "content": reply})
+                message = conversation.answer(reply)
+
+    async def _reply(self, history: list[ChatCompletionMessageParam]) -> str | None:
+        try:
+            raw = await self._client.chat.completions.with_raw_response.create(
+                model=self._model, messages=history, max_tokens=MAX_TOKENS, stream=True
+            )
+            parts: list[str] = []
+            finished = False
+            async for chunk in raw.parse():
+                for choice in chunk.choices:
+                    parts.append(choice.delta.content or "")
+                    finished = finished or choice.finish_reason is not None
+        except openai.OpenAIError as error:
+            self.talked.failed += 1
+            log.warning("a request failed: %s", error)
+            return None
+        if not finished:
+            self.talked.failed += 1
+            log.warning("a reply was cut")
+            return None
+        self.talked.replies += 1
+        self.talked.versions.add(int(raw.headers[VERSION_HEADER]))
+        return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One held-out question's reply and the version that gave it; None for a failed request."""
+
+    task: Task
+    reply: str | None
+    version: int
+
+
+async def ask_all(
+    client: openai.AsyncOpenAI, model: str, tasks: list[Task], parallel: int
+) -> list[Answer]:
+    """Asks every task once in a fresh conversation, `parallel` at a time."""
+    places = asyncio.Semaphore(parallel)
+
+    async def ask(task: Task) -> Answer:
+        async with places:
+            try:
+                raw = await client.chat.completions.with_raw_response.create(
+                    model=model,
+                    messages=[{"role": "user", "content": task.question}],
+                    max_tokens=MAX_TOKENS,
+                )
+            except openai.OpenAIError as error:
+                log.warning("a request failed: %s", error)
+                return Answer(task, None, -1)
+        reply = raw.parse().choices[0].message.content or ""
+        return Answer(task, reply, int(raw.headers[VERSION_HEADER]))
+
+    return await asyncio.gather(*(ask(task) for task in tasks))
