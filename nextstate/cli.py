@@ -65,25 +65,45 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(
-        name: str, run: Callable[[argparse.Namespace], int], text: str
+        name: str, run: Callable[[argparse.Namespace], int], text: str, *, config: bool = True
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
-        sub.add_argument(
-            "--config", type=Path, default=DEFAULT_FILE, metavar="FILE", help="the TOML file"
-        )
+        if config:
+            sub.add_argument(
+                "--config",
+                type=Path,
+                default=DEFAULT_FILE,
+                metavar="FILE",
+                help=f"the TOML file (default: {DEFAULT_FILE})",
+            )
         sub.set_defaults(run=run)
         return sub
 
     command("up", _up, "start engine, proxy, judge and learner, and keep them running")
     for name in ("proxy", "judge", "learner"):
         command(name, _stage, f"run the {name} alone").set_defaults(stage=name)
-    demo = command("demo", _demo, "watch a small policy learn from talk, on a real vLLM")
-    demo.add_argument("--method", choices=("binary", "opd", "combined"), default="combined")
-    demo.add_argument("--persona", choices=("student", "teacher"), default="student")
-    demo.add_argument("--seed", type=int, default=0)
+    text = "watch a small policy learn from talk, on a real vLLM"
+    demo = command("demo", _demo, text, config=False)
+    demo.epilog = "example: nextstate demo --persona teacher --method opd --seed 1"
+    demo.add_argument(
+        "--method",
+        choices=("binary", "opd", "combined"),
+        default="combined",
+        help="learn from scores, from hints, or from both (default)",
+    )
+    demo.add_argument(
+        "--persona",
+        choices=("student", "teacher"),
+        default="student",
+        help="student: nothing that looks machine-written; teacher: specific, friendly comments",
+    )
+    demo.add_argument("--seed", type=int, default=0, help="of the conversations and the adapter")
     demo.add_argument("--updates", type=int, default=0, help="adapters to train (0: the default)")
     demo.add_argument(
-        "--out", type=Path, default=Path("demo-output"), help="folder for records and curve"
+        "--out",
+        type=Path,
+        default=Path("demo-output"),
+        help="folder for its configuration, records and curve (default: demo-output)",
     )
     for name, run, text in (
         ("status", _status, "show each part's health and what is stored"),

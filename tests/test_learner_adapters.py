@@ -1,0 +1,124 @@
+"""Adapter folders: whole or absent, checked, and without effect when they are to have none."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from peft import PeftModel
+
+from learner.adapters import (
+    Card,
+    file_sha256,
+    load_weights,
+    main,
+    save_adapter,
+    save_zero_adapter,
+    verify_adapter,
+    version_path,
+)
+from learner.config import LearnerConfig
+from nextstate.errors import ConfigError, LearnerError, StartError
+from tests.test_learner_tiny import CONFIG, GOOD, PROMPT, load_float64, logprobs, save_tiny_model
+
+CARD = Card("main", 1, 0, "combined", ["turn-1", "turn-2"], {"loss": 0.5})
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return {"a.lora_A.weight": torch.arange(6.0).reshape(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+
+
+def test_a_saved_adapter_reads_back_with_its_card(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    assert path == tmp_path / "versions" / "main" / "v000001"
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+    assert sha256 == file_sha256(path / "adapter_model.safetensors")
+    card = json.loads((path / "card.json").read_text())
+    assert card["turns"] == ["turn-1", "turn-2"]
+    assert (card["number"], card["parent"], card["sha256"]) == (1, 0, sha256)
+    assert json.loads((path / "adapter_config.json").read_text())["r"] == CONFIG.lora_rank
+    loaded = load_weights(path, sha256)
+    assert {n: t.tolist() for n, t in loaded.items()} == {n: t.tolist() for n, t in weights.items()}
+    assert [p.name for p in path.parent.iterdir()] == ["v000001"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, weights, monkeypatch):
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = version_path(tmp_path, "main", 1)
+    monkeypatch.setattr("learner.adapters.save_file", full_disk)
+    with pytest.raises(LearnerError, match="No space left"):
+        save_adapter(path, weights, CONFIG, "some/model", CARD)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_an_unregistered_folder_of_a_killed_learner_is_replaced(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    path.mkdir(parents=True)
+    (path / "leftover").touch()
+    save_adapter(path, weights, CONFIG, "some/model", CARD)
+    assert not (path / "leftover").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, weights, value):
+    weights["a.lora_B.weight"][1, 1] = value
+    with pytest.raises(LearnerError, match="not finite"):
+        save_adapter(version_path(tmp_path, "main", 1), weights, CONFIG, "some/model", CARD)
+    assert not (tmp_path / "versions").exists()
+
+
+def test_a_changed_weight_file_is_noticed(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+    verify_adapter(path, sha256)
+    file = path / "adapter_model.safetensors"
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 1
+    file.write_bytes(body)
+    with pytest.raises(LearnerError, match="changed on disk"):
+        load_weights(path, sha256)
+
+
+def test_a_lineage_cannot_leave_its_folder(tmp_path):
+    with pytest.raises(LearnerError, match="cannot name a folder"):
+        version_path(tmp_path, "../etc", 1)
+
+
+def test_a_zero_adapter_has_no_effect(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    main(["zero", "--model", model_path, "--rank", "4", "--out", str(tmp_path / "zero")])
+    base = load_float64(model_path)
+    with torch.no_grad():
+        before = logprobs(base, PROMPT, GOOD)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "zero")
+        assert torch.equal(logprobs(adapted, PROMPT, GOOD), before)
+    names = load_weights(tmp_path / "zero")
+    assert len(names) == 2 * 7 * 2  # layers, projections, A and B
+
+
+def test_a_zero_adapter_needs_no_weights(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    save_zero_adapter(model_path, CONFIG, tmp_path / "zero")
+    assert (tmp_path / "zero" / "adapter_model.safetensors").exists()
+
+
+def test_a_missing_model_is_one_clear_message(tmp_path):
+    with pytest.raises(StartError, match=r"\[engine\] model = .*cannot be loaded"):
+        save_zero_adapter(str(tmp_path / "nowhere"), CONFIG, tmp_path / "zero")
+
+
+def test_an_unknown_layer_is_refused_by_name(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    config = LearnerConfig(lora_targets=("q_proj", "c_attn"))
+    with pytest.raises(ConfigError, match=r"lora_targets names c_attn"):
+        save_zero_adapter(model_path, config, tmp_path / "zero")
+
+
+def test_the_configuration_loads_without_torch():
+    code = "import sys, learner.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,84 @@
+"""A learner killed with SIGKILL at any point: nothing trains twice and nothing is lost."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from pathlib import Path
+
+import pytest
+
+from learner import stage
+from learner.adapters import verify_adapter
+from nextstate.config import StoreConfig
+from nextstate.records import PolicyVersion
+from nextstate.store import Store
+from tests.test_learner_tiny import CONFIG, Recorded, save_tiny_model
+
+# Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["learner.stage"])
+
+
+def kill_myself(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
+    """Runs the stage until `point`, which is a step of its order, and dies there."""
+    match point:
+        case "before the step":
+            stage.PolicyTrainer.training_step = kill_myself
+        case "before the checkpoint":
+            stage.save_checkpoint = kill_myself
+        case "before settling":
+            Store.add_version = kill_myself
+        case _:
+            pass
+    store = Store(StoreConfig(dir=state_dir))
+    stage.run(store, CONFIG, model_path, "main", kill_myself, threading.Event())
+
+
+@pytest.mark.parametrize(
+    ("point", "kept"),
+    [
+        ("before the step", False),
+        ("before the checkpoint", False),
+        ("before settling", True),
+        ("before serving", True),
+    ],
+)
+def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
+    model_path = save_tiny_model(tmp_path / "model")
+    recorded = Recorded(tmp_path / "state", model_path)
+    turns = recorded.add_mixed(32)
+    arguments = (str(tmp_path / "state"), model_path, point)
+    child = _processes.Process(target=learner_that_dies, args=arguments)
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    trained = point == "before serving"
+    assert recorded.states() == {"trained" if trained else "leased": 16, "ready": 16}
+    first = tmp_path / "state/versions/main/v000001"
+    identity = first.stat().st_ino if first.exists() else None
+
+    stop = threading.Event()
+    published = []
+
+    def publish(version: PolicyVersion) -> None:
+        recorded.store.set_serving("main", version.number)
+        published.append(version.number)
+        if version.number == 2:
+            stop.set()
+
+    stage.run(recorded.store, CONFIG, model_path, "main", publish, stop)
+
+    assert published == [1, 2]
+    assert recorded.states() == {"trained": 32}
+    assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
+    for version in recorded.store.versions("main"):
+        assert version.path is not None
+        verify_adapter(Path(version.path), version.sha256)
+    # What the dead learner had finished is taken over, not made a second time.
+    assert (first.stat().st_ino == identity) is kept
+    assert sorted(p.name for p in first.parent.iterdir()) == ["v000001", "v000002"]
