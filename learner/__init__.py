@@ -1,0 +1,1 @@
+"""The learner stage: verdicts in, adapters out; the only folder that imports torch and TRL."""

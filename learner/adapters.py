@@ -1,0 +1,192 @@
+"""Adapters as folders: written whole or not at all, and checked before they are used.
+
+A folder holds what peft and vLLM read (`adapter_config.json`, `adapter_model.safetensors` in
+float32) and `card.json`, which says where the adapter comes from. Run as a command it makes the
+adapter without effect that warms vLLM up:
+
+    python -m learner.adapters zero --model MODEL --rank 16 --out DIR
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import orjson
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from learner.config import LearnerConfig
+from learner.model import lora_config, model_shape
+from nextstate.errors import LearnerError
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CARD_FILE = "card.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """Where an adapter comes from."""
+
+    lineage: str
+    number: int
+    parent: int | None
+    method: str
+    turns: Sequence[str]
+    """Ids of the turns that its update used."""
+    metrics: Mapping[str, float]
+
+
+def version_path(state_dir: Path, lineage: str, number: int) -> Path:
+    """Where a version's adapter lives; raises LearnerError for a lineage that names no folder."""
+    return lineage_folder(state_dir / "versions", lineage) / f"v{number:06d}"
+
+
+def lineage_folder(parent: Path, lineage: str) -> Path:
+    """The lineage's own folder in `parent`."""
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", lineage):
+        raise LearnerError(
+            f"lineage {lineage!r} cannot name a folder: use letters, digits, dots, - and _"
+        )
+    return parent / lineage
+
+
+def save_adapter(
+    path: Path, weights: Mapping[str, Tensor], config: LearnerConfig, model_path: str, card: Card
+) -> str:
+    """Writes the folder `path` in one step and returns the SHA-256 of the weight file.
+
+    A folder already there was never registered (its learner was killed), and is replaced. Raises
+    LearnerError for weights that are not finite.
+    """
+    _require_finite(weights, card)
+
+    def fill(folder: Path) -> str:
+        sha256 = _write_adapter(folder, weights, config, model_path)
+        text = orjson.dumps({**asdict(card), "sha256": sha256}, option=orjson.OPT_INDENT_2)
+        (folder / CARD_FILE).write_bytes(text)
+        return sha256
+
+    return write_folder(path, fill)
+
+
+def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str:
+    """Writes an adapter without any effect and returns the SHA-256 of its weight file.
+
+    Needs the model's configuration only: its weights are never read.
+    """
+    with torch.device("meta"):
+        shape = get_peft_model(model_shape(config, model_path), lora_config(config))
+    state = get_peft_model_state_dict(shape, save_embedding_layers=False)
+    weights = {name: torch.zeros(v.shape) for name, v in state.items()}
+    return write_folder(path, lambda folder: _write_adapter(folder, weights, config, model_path))
+
+
+def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
+    """The adapter's tensors; raises LearnerError if the file is missing, broken or not `sha256`."""
+    try:
+        if sha256 is not None:
+            verify_adapter(path, sha256)
+        return load_file(path / WEIGHTS_FILE)
+    except (OSError, SafetensorError) as error:
+        raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
+
+
+def verify_adapter(path: Path, sha256: str) -> None:
+    """Raises LearnerError unless the weight file is the one that was registered."""
+    try:
+        found = file_sha256(path / WEIGHTS_FILE)
+    except OSError as error:
+        raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
+    if found != sha256:
+        raise LearnerError(
+            f"the adapter in {path} has changed on disk: SHA-256 {found[:12]}…, expected "
+            f"{sha256[:12]}…; return to an earlier version with `nextstate rollback`"
+        )
+
+
+def file_sha256(path: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
+    """Lets `fill` write a new folder beside `path`, makes it durable, then moves it there."""
+    parent = path.parent
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    draft = parent / f".{path.name}.draft"
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(mode=0o700)
+    try:
+        result = fill(draft)
+        for file in sorted(draft.iterdir()):
+            file.chmod(0o600)
+            sync(file)
+        sync(draft)
+        if path.exists():
+            shutil.rmtree(path)
+        draft.rename(path)
+        sync(parent)
+    except OSError as error:
+        raise LearnerError(f"{path} cannot be written: {error}") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return result
+
+
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_adapter(
+    folder: Path, weights: Mapping[str, Tensor], config: LearnerConfig, model_path: str
+) -> str:
+    shape = lora_config(config)
+    shape.base_model_name_or_path = model_path
+    shape.inference_mode = True
+    shape.save_pretrained(str(folder))
+    save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    return file_sha256(folder / WEIGHTS_FILE)
+
+
+def _require_finite(weights: Mapping[str, Tensor], card: Card) -> None:
+    broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise LearnerError(
+            f"version {card.number} of {card.lineage} has weights that are not finite, first in "
+            f"{broken[0]}: it is thrown away; lower [learner] learning_rate"
+        )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; see the module."""
+    parser = argparse.ArgumentParser(prog="python -m learner.adapters")
+    commands = parser.add_subparsers(dest="command", required=True)
+    zero = commands.add_parser("zero", help="write an adapter without any effect")
+    zero.add_argument("--model", required=True)
+    zero.add_argument("--rank", type=int, default=LearnerConfig().lora_rank)
+    zero.add_argument("--targets", nargs="+", default=LearnerConfig().lora_targets)
+    zero.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args(arguments)
+    config = LearnerConfig(lora_rank=given.rank, lora_targets=tuple(given.targets))
+    save_zero_adapter(given.model, config, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What a killed learner needs to go on: the version it made last and the state behind it.
+
+The order of every update is: adapter folder, checkpoint, then the store. So a checkpoint whose
+version the store does not know says that its batch was trained and only not settled yet.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learner.adapters import sync
+from nextstate.errors import LearnerError
+from nextstate.records import PolicyVersion, VersionState
+
+_FILE = "checkpoint.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The newest version with what made it."""
+
+    version: PolicyVersion
+    batch: str
+    """The name under which its samples were leased."""
+    state: dict[str, Any]
+    """`PolicyTrainer.training_state` after the update."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
+    """Replaces the folder's checkpoint in one step."""
+    v = checkpoint.version
+    body = {
+        "version": {
+            "lineage": v.lineage,
+            "number": v.number,
+            "parent": v.parent,
+            "path": v.path,
+            "sha256": v.sha256,
+            "samples": v.samples,
+            "metrics": dict(v.metrics),
+        },
+        "batch": checkpoint.batch,
+        "state": checkpoint.state,
+    }
+    draft = folder / f".{_FILE}.draft"
+    try:
+        with draft.open("wb") as file:
+            torch.save(body, file)
+        draft.chmod(0o600)
+        sync(draft)
+        draft.replace(folder / _FILE)
+        sync(folder)
+    except OSError as error:
+        raise LearnerError(f"{folder / _FILE} cannot be written: {error}") from error
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint, or None where nothing was trained yet."""
+    path = folder / _FILE
+    if not path.exists():
+        return None
+    try:
+        # Loading weights only: a checkpoint can hold no code.
+        body = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise LearnerError(
+            f"{path} cannot be read: {error}; delete it to go on with the newest version's "
+            "weights and a fresh optimizer"
+        ) from error
+    version = PolicyVersion(**body["version"], state=VersionState.CANDIDATE)
+    return Checkpoint(version, body["batch"], body["state"])

@@ -1,0 +1,93 @@
+"""The `[learner]` section, importable without torch."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from nextstate.errors import ConfigError
+
+Method = Literal["binary", "opd", "combined"]
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerConfig:
+    """How samples become adapters; defaults follow the report's recipe (arXiv 2603.10165)."""
+
+    method: Method = "combined"
+    """Which signals train: the score (binary), the hint (opd) or both (combined)."""
+    batch_size: int = 16
+    """Samples of one update; each update makes one version."""
+    micro_batch_size: int = 1
+    """Samples of one forward pass; more is faster for short turns and takes more memory."""
+    learning_rate: float = 1e-5
+    """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
+    weight_decay: float = 0.1
+    """AdamW's decay of the adapter's weights."""
+    adam_beta1: float = 0.9
+    """AdamW's memory of the gradient."""
+    adam_beta2: float = 0.98
+    """AdamW's memory of the squared gradient."""
+    max_grad_norm: float = 1.0
+    """Gradients longer than this are scaled down to it."""
+    lora_rank: int = 16
+    """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
+    lora_alpha: int = 32
+    """The pair's product is scaled by alpha / rank."""
+    lora_targets: tuple[str, ...] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Names of the linear layers that get a pair."""
+    epsilon: float = 0.2
+    """Lower clip of the importance ratio: below 1 - epsilon a token no longer falls."""
+    epsilon_high: float = 0.28
+    """Upper clip of the importance ratio: above 1 + epsilon_high a token no longer rises."""
+    ratio_cap: float = 4.0
+    """Truncation of the importance ratio of tokens that are pushed down, which no clip bounds."""
+    kl_coef: float = 0.1
+    """Weight of the KL divergence to the base model; 0 saves one forward pass."""
+    teacher_gap_clip: float = 1.0
+    """Largest |teacher - behaviour| log-probability of one token that counts, in nats."""
+    max_lag: int = 8
+    """Samples from more than this many versions ago are dropped."""
+    max_tokens: int = 32768
+    """Samples with more tokens of prompt and completion are dropped; never cut."""
+    drift_limit: float = 0.02
+    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the frozen base; auto is float32 on a CPU and bfloat16 on a GPU. LoRA is float32."""
+    device: str = "auto"
+    """`cpu`, `cuda`, `cuda:1`, …; auto takes a GPU where there is one."""
+    gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    threads: int = 0
+    """CPU threads of a training step; 0 is torch's default."""
+    seed: int = 0
+    """Of the adapter's first weights."""
+    poll_s: float = 1.0
+    """Seconds between looks into the store while too few samples are ready."""
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "max_tokens"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        for key in ("learning_rate", "max_grad_norm", "teacher_gap_clip", "drift_limit", "poll_s"):
+            _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
+        for key in ("weight_decay", "epsilon_high", "kl_coef", "max_lag", "threads", "seed"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        for key in ("adam_beta1", "adam_beta2", "epsilon"):
+            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        _require(
+            self.ratio_cap > 1 + self.epsilon_high,
+            "ratio_cap",
+            self.ratio_cap,
+            f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}",
+        )
+        _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
+        known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        _require(known_device, "device", self.device, "auto, cpu, cuda or cuda:N")
+
+
+def _require(holds: bool, key: str, value: object, expected: str) -> None:
+    if not holds:
+        raise ConfigError(f"[learner] {key} = {value!r}: expected {expected}")

@@ -1,0 +1,74 @@
+"""What one update did to its tokens, as numbers with `area/what` names."""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import orjson
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class TokenStats:
+    """Completion tokens of some samples in a row, each field (N,) on the CPU; nats."""
+
+    policy: Tensor
+    behaviour: Tensor
+    advantage: Tensor
+    current: Tensor
+    """bool: of a sample that the version in training made itself"""
+    gap: Tensor
+    """Clipped teacher gap of hinted samples only, so it has its own length."""
+    reference: Tensor | None
+    """Log-probabilities of the base; None without a KL term."""
+
+
+def join(parts: Sequence[TokenStats]) -> TokenStats:
+    """All tokens of an update."""
+    joined = {}
+    for f in fields(TokenStats):
+        values = [getattr(part, f.name) for part in parts]
+        joined[f.name] = None if values[0] is None else torch.cat(values)
+    return TokenStats(**joined)
+
+
+def drift(tokens: TokenStats) -> float | None:
+    """Mean |policy − behaviour| where both are of one version; None without such tokens.
+
+    It is the disagreement of engine and learner about the same weights, 0 in exact arithmetic.
+    """
+    if not tokens.current.any():
+        return None
+    return float((tokens.policy - tokens.behaviour)[tokens.current].abs().mean())
+
+
+def token_metrics(tokens: TokenStats) -> dict[str, float]:
+    """Means over tokens; a name is absent where nothing was measured, never 0."""
+    ratio = (tokens.policy - tokens.behaviour).exp()
+    found = {
+        "drift/mean": drift(tokens),
+        "ratio/mean": float(ratio.mean()),
+        "ratio/max": float(ratio.max()),
+        "advantage/mean": float(tokens.advantage.mean()),
+        "teacher_gap/mean": float(tokens.gap.mean()) if len(tokens.gap) else None,
+        "kl/base": base_kl(tokens),
+    }
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def base_kl(tokens: TokenStats) -> float | None:
+    """KL(policy ‖ base) a token by the estimator of the loss: exp(r − p) − (r − p) − 1."""
+    if tokens.reference is None:
+        return None
+    difference = tokens.reference - tokens.policy
+    return float((difference.exp() - difference - 1).mean())
+
+
+def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
+    """Adds one line to a `metrics.jsonl`."""
+    with path.open("ab") as file:
+        file.write(orjson.dumps(dict(metrics)) + b"\n")

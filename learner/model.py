@@ -1,0 +1,95 @@
+"""The base model, its tokenizer and the adapter's shape, from this machine only."""
+# pyright: basic
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from learner.config import LearnerConfig
+from nextstate.errors import ConfigError, StartError
+
+
+def load_model(config: LearnerConfig, model_path: str) -> PreTrainedModel:
+    """The frozen base on its device. Raises StartError or ConfigError, naming the key to fix."""
+    device = pick_device(config)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what transformers' trainer then means by "cuda"
+    model = _local(AutoModelForCausalLM, model_path, dtype=pick_dtype(config, device))
+    _check_targets(config, model)
+    return model.to(device)
+
+
+def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
+    """The model's tokenizer; raises StartError."""
+    return _local(AutoTokenizer, model_path)
+
+
+def model_shape(config: LearnerConfig, model_path: str) -> PreTrainedModel:
+    """The model without its weights, on torch's `meta` device; raises like `load_model`."""
+    model_config = _local(AutoConfig, model_path)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(model_config)
+    _check_targets(config, model)
+    return model
+
+
+def lora_config(config: LearnerConfig) -> LoraConfig:
+    """The adapter's shape."""
+    return LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        lora_dropout=0.0,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+
+
+def pick_device(config: LearnerConfig) -> torch.device:
+    """The device that `[learner] device` means on this machine; raises StartError without it."""
+    has_gpu = torch.cuda.is_available()
+    if config.device == "auto":
+        return torch.device("cuda", 0) if has_gpu else torch.device("cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and not (has_gpu and (device.index or 0) < torch.cuda.device_count()):
+        raise StartError(
+            f"[learner] device = {config.device!r}: this machine has "
+            f"{torch.cuda.device_count() if has_gpu else 0} usable GPUs; set it to auto"
+        )
+    return device
+
+
+def pick_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
+    """The precision of the frozen base."""
+    if config.dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
+
+
+def _local(kind: Any, model_path: str, **options: Any) -> Any:
+    try:
+        return kind.from_pretrained(model_path, local_files_only=True, **options)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise StartError(
+            f"[engine] model = {model_path!r} cannot be loaded for training: {reason}; name a "
+            "folder with weights and tokenizer, or a model that is in the local hub cache"
+        ) from error
+
+
+def _check_targets(config: LearnerConfig, model: PreTrainedModel) -> None:
+    layers = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    missing = [name for name in config.lora_targets if name not in layers]
+    if missing:
+        raise ConfigError(
+            f"[learner] lora_targets names {', '.join(missing)}, which this model does not have"
+        )
