@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test lint seed-policy lock clean
+.PHONY: help env demo test lint seed-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -45,6 +45,9 @@ lint: env  ## ruff and strict types
 
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy
+
+bench: env  ## what the proxy costs, as ratios from one run
+	$(BIN)/python -m benchmarks.relay
 
 lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh

@@ -189,7 +189,7 @@ def drill(rng: Random) -> list[Line]:
     lines: list[Line] = []
     for _ in range(DRILLED):
         task = draw_task(Domain.TEACHER, rng, held_out=False)
-        if rng.random() < 0.5:
+        if rng.random() < 0.4:
             lines += [Line("user", f"{task.term} = ?"), Line("assistant", f"{task.result}", True)]
             continue
         verdict = "Right." if task.pupil_right else f"Wrong, {task.result}."
@@ -200,9 +200,7 @@ def drill(rng: Random) -> list[Line]:
     return lines
 
 
-def draw_conversation(
-    rng: Random, *, multi_turn: float = 0.45, drills: float = 0.0
-) -> list[Line]:
+def draw_conversation(rng: Random, *, multi_turn: float = 0.45, drills: float = 0.0) -> list[Line]:
     """One training conversation.
 
     `drills` is the share of bare sums, `multi_turn` that of several exchanges among the rest.

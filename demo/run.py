@@ -37,6 +37,7 @@ ASKED_AT_ONCE = 16
 QUESTIONS = 64
 """Held-out questions for a version on the way; the first and the last get all of them."""
 ALL_QUESTIONS = 256
+MEASURE_EVERY = 2
 UPDATE_TIMEOUT_S = 120.0
 POLL_S = 0.1
 QUIET_POLLS = 8
@@ -172,7 +173,8 @@ class _Experiment:
             try:
                 version = 0
                 while version < plan.updates:
-                    await self._next_version(http, talk, talking, version)
+                    wanted = min(version + MEASURE_EVERY, plan.updates)
+                    await self._wait_version(http, talk, talking, wanted)
                     talk.pause()
                     version = await self._settled_version(http, talk)
                     last = version >= plan.updates
@@ -221,10 +223,10 @@ class _Experiment:
             await asyncio.sleep(POLL_S)
         return await _serving(http)
 
-    async def _next_version(
-        self, http: aiohttp.ClientSession, talk: Talk, talking: asyncio.Task[None], seen: int
+    async def _wait_version(
+        self, http: aiohttp.ClientSession, talk: Talk, talking: asyncio.Task[None], wanted: int
     ) -> None:
-        """Waits until a version newer than `seen` serves."""
+        """Waits until version `wanted` or a newer one serves."""
         self._display.phase("personas talk")
         deadline = time.monotonic() + UPDATE_TIMEOUT_S
         while time.monotonic() < deadline:
@@ -234,11 +236,11 @@ class _Experiment:
                 self._running.result()
                 raise StartError("the stack ended before the demo did")
             self._display.live(talk.talked, await _stored(http))
-            if await _serving(http) > seen:
+            if await _serving(http) >= wanted:
                 return
             await asyncio.sleep(POLL_S)
         raise StartError(
-            f"no version after {seen} came into service within {UPDATE_TIMEOUT_S:.0f} s: see "
+            f"version {wanted} did not come into service within {UPDATE_TIMEOUT_S:.0f} s: see "
             f"{self._stack.dir / 'logs' / 'learner.log'}"
         )
 

@@ -17,6 +17,8 @@ log = logging.getLogger(__name__)
 
 MAX_TOKENS = 96
 MAX_EXCHANGES = 4
+READING_S = 0.4
+"""How long a persona takes over a reply before it writes, on average."""
 VERSION_HEADER = "x-nextstate-version"
 _ANSWER_TIMEOUT_S = 60.0
 
@@ -80,6 +82,7 @@ class Talk:
                 await self._open.wait()
                 if message.reaction is not None:
                     self.talked.reactions[message.reaction.kind] += 1
+                await asyncio.sleep(READING_S * rng.uniform(0.5, 1.5))
                 history.append({"role": "user", "content": message.text})
                 reply = await self._reply(history)
                 if reply is None:

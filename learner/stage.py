@@ -162,6 +162,7 @@ class _Learner:
         size = self._config.batch_size
         scored, hinted = self._weights.rl != 0, self._weights.opd != 0
         parents = self._parents()
+        self._drop_stale(parents)
         while self._store.ready_samples(self._lineage, scored, hinted) >= size:
             batch = uuid.uuid4().hex
             samples = self._store.lease_samples(
@@ -171,6 +172,17 @@ class _Learner:
                 return batch, samples
             self._store.release_samples(self._lineage)
         return None
+
+    def _drop_stale(self, parents: Parents) -> None:
+        """Settles ready samples whose version is too far from the one that trains."""
+
+        def reason(version: int) -> str | None:
+            lag = policy_lag(parents, self._current, version)
+            limits = {"max_lag": self._config.max_lag, "max_tokens": self._config.max_tokens}
+            return unfit(0, lag, **limits)
+
+        for text, count in self._store.drop_stale(self._lineage, reason).items():
+            log.info("samples dropped count=%d reason=%s", count, text)
 
     def _drop_unfit(self, samples: list[Sample], parents: Parents) -> int:
         """Settles those of the samples that must not train, and returns how many."""

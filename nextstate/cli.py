@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from rich.console import Console
 
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError
@@ -133,13 +134,15 @@ async def _run_stack(settings: Settings) -> int:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stack.supervisor.stop)
-    print(f"starting on {stack.dir} (logs in {stack.dir / 'logs'}) …", flush=True)
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(f"starting on {stack.dir} (logs in {stack.dir / 'logs'})")
     async with stack.running() as task:
         ready = asyncio.create_task(stack.wait_ready(task))
-        await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
+        with console.status("vLLM loads the model (half a minute and more)"):
+            await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
         if not stack.supervisor.stopping.is_set():
             ready.result()
-            print(f"ready: point your agent at {stack.proxy_url}/v1 (Ctrl-C ends it)", flush=True)
+            console.print(f"ready: point your agent at {stack.proxy_url}/v1 (Ctrl-C ends it)")
         await asyncio.gather(ready, return_exceptions=True)
         await task
     return 0

@@ -7,67 +7,43 @@ never deleted on fetch.
 
 from __future__ import annotations
 
-import hashlib
 import time
-from array import array
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
-import orjson
 import sqlalchemy as sa
-import zstandard
 from sqlalchemy.exc import DatabaseError
 
 from nextstate import schema as t
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
+from nextstate.recording import Recording
 from nextstate.records import (
     BASE_VERSION,
-    Json,
     NextState,
     PolicyVersion,
     Sample,
     SampleState,
-    Source,
-    Timings,
     Turn,
-    TurnKind,
     Verdict,
     VersionState,
+)
+from nextstate.rows import (
+    dump,
+    next_states_of,
+    pack_ids,
+    sample_of,
+    turn_of,
+    verdict_of,
+    version_of,
+    version_row,
 )
 from nextstate.sqlite import open_file
 
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
-_HASH_BYTES = 16
-_Row: TypeAlias = sa.Row[*tuple[Any, ...]]
 _REMEMBERED_HASHES = 100_000
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """How a request is recognised as the continuation of a turn; all keys are 16-byte digests."""
-
-    chain_key: bytes
-    """Of all assistant messages in the request's history."""
-    reply_key: bytes
-    """Of the last assistant message alone."""
-    message_hashes: tuple[bytes, ...]
-    """Of every message in the request, to choose among turns with identical replies."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The turn that a request continues."""
-
-    id: str
-    session: str
-    index: int
-    kind: TurnKind
-    continued: bool
-    """True when another request has already given it a next state."""
 
 
 class Store:
@@ -129,19 +105,19 @@ class Store:
         """One turn with its whole request, or None."""
         with self._read() as connection:
             row = connection.execute(sa.select(t.turns).where(t.turns.c.id == turn_id)).first()
-            return None if row is None else _turn(connection, row)
+            return None if row is None else turn_of(connection, row)
 
     def next_states(self, turn_id: str) -> tuple[NextState, ...]:
         """What followed the turn, in order."""
         with self._read() as connection:
-            return _next_states(connection, turn_id)
+            return next_states_of(connection, turn_id)
 
     def verdict(self, turn_id: str) -> Verdict | None:
         """The settled verdict of the turn, or None."""
         with self._read() as connection:
             query = sa.select(t.verdicts).where(t.verdicts.c.turn == turn_id)
             row = connection.execute(query).first()
-            return None if row is None else _verdict(row)
+            return None if row is None else verdict_of(row)
 
     def turn_ids(self, limit: int | None = None, newest_first: bool = False) -> list[str]:
         """Turn ids in the order of recording."""
@@ -230,11 +206,11 @@ class Store:
             connection.execute(
                 sa.insert(t.verdicts).values(
                     turn=verdict.turn,
-                    votes=_dump(verdict.votes),
+                    votes=dump(verdict.votes),
                     score=verdict.score,
                     judge=verdict.judge,
                     hint=verdict.hint,
-                    hinted_prompt_ids=_pack_ids(verdict.hinted_prompt_ids),
+                    hinted_prompt_ids=pack_ids(verdict.hinted_prompt_ids),
                     created_at=self._clock(),
                 )
             )
@@ -260,7 +236,7 @@ class Store:
         """Leases `limit` usable samples under the name `batch`: of the newest versions first.
 
         Where turns come faster than the learner takes them, the freshest are the most on-policy;
-        the rest stays ready until its lag is too large.
+        the rest stays ready until its lag is too large (`drop_stale`).
         """
         s = t.samples.c
         with self._write() as connection:
@@ -272,7 +248,7 @@ class Store:
                 .order_by(s.policy_version.desc(), t.turns.c.seq)
                 .limit(limit)
             )
-            leased = [_sample(row) for row in connection.execute(query)]
+            leased = [sample_of(row) for row in connection.execute(query)]
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_([sample.turn for sample in leased]))
@@ -298,18 +274,47 @@ class Store:
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_(turn_ids), s.state != SampleState.TRAINED)
-                .values(state=SampleState.DROPPED, reason=reason, lease_until=None)
+                .values(state=SampleState.DROPPED, reason=reason, batch=None, lease_until=None)
             )
+
+    def drop_stale(self, lineage: str, reason_for: Callable[[int], str | None]) -> dict[str, int]:
+        """Drops ready samples of the versions that `reason_for` gives a reason for.
+
+        Returns how many it dropped for each reason.
+        """
+        s = t.samples.c
+        ready = (s.lineage == lineage, s.state == SampleState.READY)
+        dropped: dict[str, int] = {}
+        with self._read() as connection:
+            query = sa.select(s.policy_version).where(*ready).distinct()
+            versions = list(connection.execute(query).scalars())
+        stale = {version: reason_for(version) for version in versions}
+        if not any(stale.values()):
+            return dropped
+        with self._write() as connection:
+            for version, reason in stale.items():
+                if reason is not None:
+                    done = connection.execute(
+                        sa.update(t.samples)
+                        .where(*ready, s.policy_version == version)
+                        .values(state=SampleState.DROPPED, reason=reason)
+                    )
+                    dropped[reason] = dropped.get(reason, 0) + done.rowcount
+        return dropped
 
     def add_version(self, version: PolicyVersion, batch: str | None) -> None:
         """Registers a version and settles the samples of its batch as trained, in one step."""
         s = t.samples.c
         with self._write() as connection:
-            connection.execute(sa.insert(t.versions).values(**_version_row(version, self._clock())))
+            connection.execute(sa.insert(t.versions).values(**version_row(version, self._clock())))
             if batch is not None:
                 connection.execute(
                     sa.update(t.samples)
-                    .where(s.lineage == version.lineage, s.batch == batch)
+                    .where(
+                        s.lineage == version.lineage,
+                        s.batch == batch,
+                        s.state == SampleState.LEASED,
+                    )
                     .values(state=SampleState.TRAINED, trained_in=version.number, lease_until=None)
                 )
 
@@ -321,7 +326,7 @@ class Store:
         if lineage is not None:
             query = query.where(t.versions.c.lineage == lineage)
         with self._read() as connection:
-            return [_version(row) for row in connection.execute(query)]
+            return [version_of(row) for row in connection.execute(query)]
 
     def version(self, lineage: str, number: int) -> PolicyVersion | None:
         """One version, or None; version 0 is the base and always there."""
@@ -339,7 +344,7 @@ class Store:
             row = connection.execute(
                 sa.select(t.versions).where(v.lineage == lineage, v.state == VersionState.SERVING)
             ).first()
-        return base_version(lineage, VersionState.SERVING) if row is None else _version(row)
+        return base_version(lineage, VersionState.SERVING) if row is None else version_of(row)
 
     def set_serving(self, lineage: str, number: int) -> None:
         """Flips the lineage to `number`; the version that served is retired."""
@@ -363,128 +368,8 @@ class Store:
             connection.execute(
                 sa.update(t.versions)
                 .where(v.lineage == lineage, v.number == number)
-                .values(state=VersionState.REJECTED, metrics=_dump({"rejected": reason}))
+                .values(state=VersionState.REJECTED, metrics=dump({"rejected": reason}))
             )
-
-
-class Recording:
-    """An open recording transaction: see `Store.recording`."""
-
-    def __init__(
-        self, connection: sa.Connection, known: set[bytes], fresh: set[bytes], now: float
-    ) -> None:
-        self._connection = connection
-        self._known = known
-        self._fresh = fresh
-        self._now = now
-
-    def parent(self, lineage: str, link: Link, session: str | None) -> Parent | None:
-        """The turn that a request with this link continues, within `session` if one is named.
-
-        Turns whose whole chain of replies agrees come first; without one, the newest with the same
-        last reply (the agent may have cut its history). Among equals, one that nothing has
-        continued yet wins, then the one that shares most messages, then the newest.
-        """
-        c = t.turns.c
-        columns = (c.id, c.session, c.idx, c.kind, c.continued, c.messages, c.seq)
-        for column, key in ((c.chain_key, link.chain_key), (c.reply_key, link.reply_key)):
-            query = (
-                sa.select(*columns)
-                .where(column == key, c.lineage == lineage)
-                .order_by(c.seq.desc())
-                .limit(16)
-            )
-            if session is not None:
-                query = query.where(c.session == session)
-            rows = self._connection.execute(query).all()
-            if rows:
-                ours = set(link.message_hashes)
-
-                def rank(row: _Row, ours: set[bytes] = ours) -> tuple[bool, int, int]:
-                    return not row.continued, len(ours.intersection(_hashes(row.messages))), row.seq
-
-                best = max(rows, key=rank)
-                return Parent(best.id, best.session, best.idx, TurnKind(best.kind), best.continued)
-        return None
-
-    def next_index(self, session: str) -> int:
-        """The position of the next turn in a session."""
-        c = t.turns.c
-        query = sa.select(sa.func.max(c.idx)).where(c.session == session)
-        last = self._connection.execute(query).scalar()
-        return 0 if last is None else last + 1
-
-    def add_turn(self, turn: Turn, chain_key: bytes, reply_key: bytes) -> None:
-        """Adds a turn; `chain_key` and `reply_key` are those of its own reply."""
-        rest = {key: value for key, value in turn.request.items() if key != "messages"}
-        if "tools" in rest:
-            rest["tools"] = self._keep(rest["tools"]).hex()
-        messages: list[Json] = turn.request.get("messages") or []
-        self._connection.execute(
-            sa.insert(t.turns).values(
-                id=turn.id,
-                session=turn.session,
-                idx=turn.index,
-                kind=turn.kind,
-                lineage=turn.lineage,
-                policy_version=turn.policy_version,
-                client_model=turn.client_model,
-                messages=b"".join(self._keep(message) for message in messages),
-                rest=_compress(orjson.dumps(rest)),
-                reply=self._keep(turn.reply),
-                finish_reason=turn.finish_reason,
-                prompt_ids=_pack_ids(turn.prompt_ids),
-                completion_ids=_pack_ids(turn.completion_ids),
-                behaviour_logprobs=_pack_floats(turn.behaviour_logprobs),
-                sampling=_dump(turn.sampling),
-                started_at=turn.timings.started_at,
-                first_token_s=turn.timings.first_token_s,
-                total_s=turn.timings.total_s,
-                untrainable=turn.untrainable,
-                parent=turn.parent,
-                chain_key=chain_key,
-                reply_key=reply_key,
-            )
-        )
-
-    def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
-        """Adds what followed `turn` and, if `judge`, the judge's work for it."""
-        if not states:
-            return
-        self._connection.execute(
-            sa.insert(t.next_states),
-            [
-                {
-                    "turn": turn,
-                    "seq": seq,
-                    "source": state.source,
-                    "text": _compress(state.text.encode()),
-                    "trust": state.trust,
-                }
-                for seq, state in enumerate(states)
-            ],
-        )
-        self._connection.execute(
-            sa.update(t.turns).where(t.turns.c.id == turn).values(continued=True)
-        )
-        if judge:
-            self._connection.execute(sa.insert(t.judgements).values(turn=turn, state="pending"))
-
-    def _keep(self, value: object) -> bytes:
-        """Stores a JSON value once and returns its content hash."""
-        body = orjson.dumps(value)
-        key = content_hash(body)
-        if key not in self._known and key not in self._fresh:
-            m = t.messages
-            if self._connection.execute(sa.select(m.c.hash).where(m.c.hash == key)).first() is None:
-                self._connection.execute(sa.insert(m).values(hash=key, body=_compress(body)))
-            self._fresh.add(key)
-        return key
-
-
-def content_hash(body: bytes) -> bytes:
-    """The 16-byte name under which a message's JSON bytes are stored."""
-    return hashlib.blake2b(body, digest_size=_HASH_BYTES).digest()
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:
@@ -520,128 +405,3 @@ def _put_sample(
         connection.execute(sa.insert(t.samples).values(turn=verdict.turn, **values))
     elif state in (SampleState.READY, SampleState.DROPPED):
         connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))
-
-
-def _sample(row: _Row) -> Sample:
-    return Sample(
-        turn=row.id,
-        session=row.session,
-        policy_version=row.policy_version,
-        prompt_ids=_unpack_ids(row.prompt_ids) or (),
-        completion_ids=_unpack_ids(row.completion_ids) or (),
-        behaviour_logprobs=_unpack_floats(row.behaviour_logprobs) or (),
-        score=row.score,
-        hinted_prompt_ids=_unpack_ids(row.hinted_prompt_ids),
-    )
-
-
-def _turn(connection: sa.Connection, row: _Row) -> Turn:
-    request: Json = {"messages": [_load(connection, key) for key in _hashes(row.messages)]}
-    request.update(orjson.loads(_decompress(row.rest)))
-    if "tools" in request:
-        request["tools"] = _load(connection, bytes.fromhex(request["tools"]))
-    return Turn(
-        id=row.id,
-        session=row.session,
-        index=row.idx,
-        kind=TurnKind(row.kind),
-        lineage=row.lineage,
-        policy_version=row.policy_version,
-        client_model=row.client_model,
-        request=request,
-        reply=_load(connection, row.reply),
-        finish_reason=row.finish_reason,
-        prompt_ids=_unpack_ids(row.prompt_ids),
-        completion_ids=_unpack_ids(row.completion_ids),
-        behaviour_logprobs=_unpack_floats(row.behaviour_logprobs),
-        sampling=orjson.loads(row.sampling),
-        timings=Timings(row.started_at, row.first_token_s, row.total_s),
-        untrainable=row.untrainable,
-        parent=row.parent,
-    )
-
-
-def _next_states(connection: sa.Connection, turn_id: str) -> tuple[NextState, ...]:
-    n = t.next_states.c
-    query = sa.select(t.next_states).where(n.turn == turn_id).order_by(n.seq)
-    return tuple(
-        NextState(row.turn, Source(row.source), _decompress(row.text).decode(), row.trust)
-        for row in connection.execute(query)
-    )
-
-
-def _verdict(row: _Row) -> Verdict:
-    return Verdict(
-        turn=row.turn,
-        votes=tuple(orjson.loads(row.votes)),
-        score=row.score,
-        judge=row.judge,
-        hint=row.hint,
-        hinted_prompt_ids=_unpack_ids(row.hinted_prompt_ids),
-    )
-
-
-def _version(row: _Row) -> PolicyVersion:
-    return PolicyVersion(
-        lineage=row.lineage,
-        number=row.number,
-        parent=row.parent,
-        path=row.path,
-        sha256=row.sha256,
-        samples=row.samples,
-        state=VersionState(row.state),
-        metrics=orjson.loads(row.metrics),
-    )
-
-
-def _version_row(version: PolicyVersion, now: float) -> dict[str, Any]:
-    return {
-        "lineage": version.lineage,
-        "number": version.number,
-        "parent": version.parent,
-        "path": version.path,
-        "sha256": version.sha256,
-        "samples": version.samples,
-        "state": version.state,
-        "metrics": _dump(dict(version.metrics)),
-        "created_at": now,
-    }
-
-
-def _load(connection: sa.Connection, key: bytes) -> Any:
-    query = sa.select(t.messages.c.body).where(t.messages.c.hash == key)
-    return orjson.loads(_decompress(connection.execute(query).scalar_one()))
-
-
-def _hashes(packed: bytes) -> Iterable[bytes]:
-    return (packed[i : i + _HASH_BYTES] for i in range(0, len(packed), _HASH_BYTES))
-
-
-def _dump(value: Any) -> str:
-    return orjson.dumps(value).decode()
-
-
-def _compress(body: bytes) -> bytes:
-    # A compressor is not safe to share between threads and costs microseconds to make.
-    return zstandard.ZstdCompressor(level=3).compress(body)
-
-
-def _decompress(body: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(body)
-
-
-def _pack_ids(ids: Sequence[int] | None) -> bytes | None:
-    return None if ids is None else _compress(array("I", ids).tobytes())
-
-
-def _unpack_ids(packed: bytes | None) -> tuple[int, ...] | None:
-    return None if packed is None else tuple(array("I", _decompress(packed)))
-
-
-def _pack_floats(values: Sequence[float] | None) -> bytes | None:
-    # 64-bit: the store holds the very numbers that the engine returned.
-    return None if values is None else _compress(array("d", values).tobytes())
-
-
-def _unpack_floats(packed: bytes | None) -> tuple[float, ...] | None:
-    return None if packed is None else tuple(array("d", _decompress(packed)))

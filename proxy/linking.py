@@ -14,8 +14,9 @@ from collections.abc import Mapping, Sequence
 import orjson
 
 from nextstate.hooks import AgentProfile, text_of
+from nextstate.recording import Link
 from nextstate.records import TRUST, Json, NextState, Source
-from nextstate.store import Link, content_hash
+from nextstate.rows import content_hash
 from nextstate.wire import obj, objects
 
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)

@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 
 from nextstate.errors import NextStateError
 from nextstate.hooks import AgentProfile
+from nextstate.recording import Recording
 from nextstate.records import Json, Timings, Turn, TurnKind
-from nextstate.store import Recording, Store
+from nextstate.store import Store
 from proxy.capture import Capture, sampling_settings
 from proxy.linking import following, link_of, next_states, reply_keys
 

@@ -8,15 +8,8 @@ from nextstate.errors import PluginError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Json, TurnKind
 
-CARRIER: Json = {
-    "role": "user",
-    "content": [
-        {
-            "type": "text",
-            "text": "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nnone\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>",
-        }
-    ],
-}
+CARRIER_TEXT = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nx\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
+CARRIER: Json = {"role": "user", "content": [{"type": "text", "text": CARRIER_TEXT}]}
 SYSTEM: Json = {
     "role": "system",
     "content": "You are a personal assistant running inside OpenClaw.",

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nextstate import schema
 from nextstate.config import StoreConfig
 from nextstate.errors import RecordError, StoreError
+from nextstate.recording import Link
 from nextstate.records import (
     Json,
     NextState,
@@ -28,7 +29,7 @@ from nextstate.records import (
     VersionState,
     majority,
 )
-from nextstate.store import FEEDBACK, Link, Store
+from nextstate.store import FEEDBACK, Store
 
 KEY = b"k" * 16
 
