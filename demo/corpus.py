@@ -8,12 +8,13 @@ imitated themselves.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from random import Random
 
 from demo.personas import Conversation, Kind, react
 from demo.replies import PREFERRED, STYLES, Style, render, render_wrong
-from demo.tasks import Domain, Task, draw_task
+from demo.tasks import Domain, Family, Task, draw_task
 
 DRILLED = 6
 """Sums in one drill."""
@@ -29,6 +30,24 @@ class Line:
     imitate: bool = False
 
 
+@dataclass(frozen=True, slots=True)
+class Mix:
+    """What the corpus is made of."""
+
+    drills: float = 0.0
+    """Share of bare sums."""
+    multi_turn: float = 0.45
+    """Share of conversations with several exchanges among the rest."""
+    preferred: Mapping[Domain, float] = field(default_factory=lambda: dict.fromkeys(Domain, 1 / 6))
+    """How often each persona's preferred style is used unasked."""
+
+
+MIX = Mix()
+_SUMS: dict[Family, tuple[str, ...]] = {
+    Family.ADD: ("{a} + {b} = ?", "{a} plus {b}?", "{a} and {b} more?"),
+    Family.TAKE: ("{a} - {b} = ?", "{a} minus {b}?", "{b} taken from {a}?"),
+    Family.GROUPS: ("{a} x {b} = ?", "{a} times {b}?", "{a} groups of {b}?"),
+}
 _SYSTEM_PROMPTS = (
     "You are a helpful assistant.", "You help with homework.", "You are a friendly helper.",
     "You are a tutor. Answer briefly.", "You help students and teachers with small sums.",
@@ -83,9 +102,11 @@ def sentences(text: str) -> list[str]:
     return [part for part in re.split(r"(?<=[.!?]) ", text) if part]
 
 
-def draw_style(domain: Domain, rng: Random) -> Style:
-    """A style as the policy answers unasked: each of six is equally likely."""
-    return rng.choice(STYLES[domain])
+def draw_style(domain: Domain, rng: Random, preferred: float = 1 / 6) -> Style:
+    """A style as the policy answers unasked: the persona's with that share, else any other."""
+    if rng.random() < preferred:
+        return PREFERRED[domain]
+    return rng.choice(STYLES[domain][1:])
 
 
 def pick_hint(text: str, rng: Random) -> str:
@@ -148,10 +169,10 @@ def _system(rng: Random) -> list[Line]:
     return [Line("system", rng.choice(_SYSTEM_PROMPTS))] if rng.random() < 0.12 else []
 
 
-def single(domain: Domain, rng: Random, *, hinted: bool) -> list[Line]:
+def single(domain: Domain, rng: Random, mix: Mix, *, hinted: bool) -> list[Line]:
     """One question, perhaps with a hint, and its answer."""
     task = draw_task(domain, rng, held_out=False)
-    text, style = task.question, draw_style(domain, rng)
+    text, style = task.question, draw_style(domain, rng, mix.preferred[domain])
     if hinted:
         hint, wished = _hint(task, rng)
         style = wished or style
@@ -159,14 +180,14 @@ def single(domain: Domain, rng: Random, *, hinted: bool) -> list[Line]:
     return [*_system(rng), Line("user", text), Line("assistant", render(task, style, rng), True)]
 
 
-def several(domain: Domain, rng: Random) -> list[Line]:
+def several(domain: Domain, rng: Random, mix: Mix) -> list[Line]:
     """A conversation of two or three exchanges with the domain's persona."""
     tasks = iter(lambda: draw_task(domain, rng, held_out=False), None)
     exchanges = rng.choice((2, 2, 3))
     persona = Conversation(tasks, rng, max_exchanges=exchanges, max_redos=rng.choice((1, 1, 2)))
     message = persona.open()
     lines = [*_system(rng), Line("user", message.text)]
-    style = draw_style(domain, rng)
+    style = draw_style(domain, rng, mix.preferred[domain])
     for left in range(exchanges - 1, -1, -1):
         task = message.task
         if left == 0 and rng.random() < 0.3:
@@ -179,7 +200,7 @@ def several(domain: Domain, rng: Random) -> list[Line]:
             break
         message, reaction = following, following.reaction
         wanted = reaction is not None and reaction.wants_style
-        style = PREFERRED[domain] if wanted else draw_style(domain, rng)
+        style = PREFERRED[domain] if wanted else draw_style(domain, rng, mix.preferred[domain])
         lines.append(Line("user", message.text))
     return lines
 
@@ -188,26 +209,17 @@ def drill(rng: Random) -> list[Line]:
     """Bare sums, one after the other: the densest way to learn what the answers need."""
     lines: list[Line] = []
     for _ in range(DRILLED):
-        task = draw_task(Domain.TEACHER, rng, held_out=False)
-        if rng.random() < 0.4:
-            lines += [Line("user", f"{task.term} = ?"), Line("assistant", f"{task.result}", True)]
-            continue
-        verdict = "Right." if task.pupil_right else f"Wrong, {task.result}."
-        lines += [
-            Line("user", f"{task.term} = {task.claimed}?"),
-            Line("assistant", verdict, imitate=True),
-        ]
+        task = draw_task(Domain.STUDENT, rng, held_out=False)
+        asked = rng.choice(_SUMS[task.family]).format(a=task.a, b=task.b)
+        lines += [Line("user", asked), Line("assistant", f"{task.result}", imitate=True)]
     return lines
 
 
-def draw_conversation(rng: Random, *, multi_turn: float = 0.45, drills: float = 0.0) -> list[Line]:
-    """One training conversation.
-
-    `drills` is the share of bare sums, `multi_turn` that of several exchanges among the rest.
-    """
-    if rng.random() < drills:
+def draw_conversation(rng: Random, mix: Mix = MIX) -> list[Line]:
+    """One training conversation."""
+    if rng.random() < mix.drills:
         return drill(rng)
     domain = rng.choice(tuple(Domain))
-    if rng.random() < multi_turn:
-        return several(domain, rng)
-    return single(domain, rng, hinted=rng.random() < 0.4)
+    if rng.random() < mix.multi_turn:
+        return several(domain, rng, mix)
+    return single(domain, rng, mix, hinted=rng.random() < 0.4)

@@ -68,7 +68,7 @@ kind = "rules"
 [learner]
 method = "{method}"
 batch_size = {batch}
-learning_rate = 1e-3
+learning_rate = 3e-3
 kl_coef = 0.1
 teacher_gap_clip = 1.0
 micro_batch_size = 16

@@ -10,6 +10,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import islice
 from random import Random
 
 HELD_OUT_PERCENT = 15
@@ -70,17 +71,23 @@ _STUDENT_QUESTIONS = {
     ),
 }
 _TEACHER_QUESTIONS = (
-    "{n} wrote {s} = {c}. What comment should I give?",
-    "{n} wrote {s} = {c}. Please suggest a comment.",
-    "My pupil {n} worked out {s} and got {c}. Can you write a comment?",
-    "Please write a comment for {n}: {s} = {c}.",
-    "Homework of {n}: {s} = {c}. How should I comment on it?",
-    "This is what {n} handed in: {s} = {c}. I need a short comment.",
-    "In the test {n} answered {s} with {c}. What do I write next to it?",
-    "For the task {s}, {n} gave the answer {c}. Your comment?",
-    "I am marking the work of {n}. It says {s} = {c}. Give me a comment for it.",
-    "{n} says that {s} is {c}. What should I tell {n}?",
+    "{n} wrote {s} = {c}. {m} What comment should I give?",
+    "{n} wrote {s} = {c}. {m} Please suggest a comment.",
+    "My pupil {n} worked out {s} and got {c}. {m} Can you write a comment?",
+    "Please write a comment for {n}: {s} = {c}. {m}",
+    "Homework of {n}: {s} = {c}. {m} How should I comment on it?",
+    "This is what {n} handed in: {s} = {c}. {m} I need a short comment.",
+    "In the test {n} answered {s} with {c}. {m} What do I write next to it?",
+    "For the task {s}, {n} gave the answer {c}. {m} Your comment?",
+    "I am marking the work of {n}. It says {s} = {c}. {m} Give me a comment for it.",
+    "{n} says that {s} is {c}. {m} What should I tell {n}?",
 )
+_MARKED_RIGHT = ("I marked it as right.", "It is right.", "That is right.", "Marked: right.")
+_MARKED_WRONG = (
+    "I marked it as wrong, it is {r}.", "It is wrong, it should be {r}.",
+    "That is wrong, it makes {r}.", "Marked: wrong, it is {r}.",
+)  # fmt: skip
+"""The teacher has marked the work and wants words: the comment must agree with the mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +162,16 @@ def task_stream(domain: Domain, seed: int, *, held_out: bool) -> Iterator[Task]:
 
 
 def held_out_tasks(domain: Domain, count: int, seed: int = 0) -> list[Task]:
-    """A fixed list of held-out tasks without two that share their facts."""
+    """A fixed list of held-out tasks without two that share their facts.
+
+    Raises ValueError if the world has fewer than `count`.
+    """
     found: dict[str, Task] = {}
-    for task in task_stream(domain, seed, held_out=True):
+    for task in islice(task_stream(domain, seed, held_out=True), 100 * count):
         found.setdefault(task.key, task)
         if len(found) >= count:
-            break
-    return list(found.values())
+            return list(found.values())
+    raise ValueError(f"the {domain} domain has {len(found)} held-out tasks, {count} were asked for")
 
 
 def _operands(family: Family, rng: Random) -> tuple[int, int]:
@@ -189,5 +199,6 @@ def _any_task(domain: Domain, rng: Random) -> Task:
     if rng.random() < 0.5:
         claimed = result + rng.choice((-1, 1))
     term = f"{a} {SIGNS[family]} {b}"
-    question = rng.choice(_TEACHER_QUESTIONS).format(n=name, s=term, c=claimed)
+    mark = rng.choice(_MARKED_RIGHT if claimed == result else _MARKED_WRONG).format(r=result)
+    question = rng.choice(_TEACHER_QUESTIONS).format(n=name, s=term, c=claimed, m=mark)
     return Task(domain, family, name, "", a, b, claimed, question)
