@@ -154,9 +154,8 @@ def _log_from(path: Path, start: int) -> str:
 
 
 def _obituary(part: Part, code: int, text: str) -> str:
-    if code == EXIT_USAGE:
-        lines = [line for line in text.splitlines() if line.strip()]
-        if lines:
-            return lines[-1].removeprefix("nextstate: ")
+    lines = [line for line in text.splitlines() if line.strip()]
+    if part.explain is None and code == EXIT_USAGE and lines:
+        return lines[-1].removeprefix("nextstate: ")
     cause = part.explain(text) if part.explain else f"{part.name} ended with code {code}"
     return f"{cause}; the whole log is {part.log_file}"

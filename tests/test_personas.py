@@ -189,7 +189,7 @@ def test_a_conversation_asks_for_a_redo_at_most_as_often_as_it_may() -> None:
 def test_the_corpus_never_holds_a_held_out_question() -> None:
     rng = Random(9)
     corpus = "\n".join(line.content for _ in range(3000) for line in draw_conversation(rng))
-    held = [task for domain in Domain for task in held_out_tasks(domain, 400)]
+    held = [task for domain in Domain for task in held_out_tasks(domain, 300)]
     assert not [task.question for task in held if task.question in corpus]
 
 
