@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
-UPDATES = 12
+UPDATES = 9
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
 QUESTIONS = 64
@@ -68,8 +68,8 @@ kind = "rules"
 [learner]
 method = "{method}"
 batch_size = {batch}
-learning_rate = 3e-3
-kl_coef = 0.1
+learning_rate = 2e-3
+kl_coef = 0.2
 teacher_gap_clip = 1.0
 micro_batch_size = 16
 threads = 1
