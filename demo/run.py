@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
-UPDATES = 9
+UPDATES = 12
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
 QUESTIONS = 64
