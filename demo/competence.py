@@ -14,26 +14,31 @@ from demo.tasks import Domain, Task, held_out_tasks
 Chat = list[dict[str, str]]
 Sampler = Callable[[Sequence[Chat]], list[str]]
 """Answers each chat with one reply, sampled at temperature 1."""
+_PLAIN_ROUNDS = 4
 
 
 def competence(sample: Sampler, domain: Domain, count: int, seed: int = 0) -> dict[str, float]:
     """Shares between 0 and 1 over `count` held-out questions of one domain.
 
-    `right` and `style_unasked` are of plain questions; `hinted_*` of questions with a hint from
-    the persona's complaints; `redo_*` of the reply after a style complaint, and `corrected_right`
-    of the reply after a correction, both in the second turn.
+    `right` and `style_unasked` are of plain questions, each asked four times; `hinted_*` of
+    questions with a hint from the persona's complaints; `redo_*` of the reply after a style
+    complaint, and `corrected_right` of the reply after a correction, both in the second turn.
     """
     rng = Random(f"competence/{domain}/{seed}")
     tasks = held_out_tasks(domain, count, seed)
-    plain = sample([[_user(task.question)] for task in tasks])
+    asked = tasks * _PLAIN_ROUNDS
+    plain = sample([[user_message(task.question)] for task in asked])
     hinted = sample(
-        [[_user(task.question + HINT_BLOCK.format(hint=persona_hint(task, rng)))] for task in tasks]
+        [
+            [user_message(task.question + HINT_BLOCK.format(hint=persona_hint(task, rng)))]
+            for task in tasks
+        ]
     )
     redone = sample([_complained(task, rng) for task in tasks])
     corrected = sample([_corrected(task, rng) for task in tasks])
     return {
-        "right": _share(is_right, tasks, plain),
-        "style_unasked": _share(satisfies, tasks, plain),
+        "right": _share(is_right, asked, plain),
+        "style_unasked": _share(satisfies, asked, plain),
         "hinted_right": _share(is_right, tasks, hinted),
         "hinted_style": _share(satisfies, tasks, hinted),
         "redo_right": _share(is_right, tasks, redone),
@@ -42,13 +47,14 @@ def competence(sample: Sampler, domain: Domain, count: int, seed: int = 0) -> di
     }
 
 
-def _user(text: str) -> dict[str, str]:
+def user_message(text: str) -> dict[str, str]:
+    """A message of the user's, as a chat holds it."""
     return {"role": "user", "content": text}
 
 
 def _second_turn(task: Task, reply: str, complaint: str) -> Chat:
     answer = {"role": "assistant", "content": reply}
-    return [_user(task.question), answer, _user(complaint)]
+    return [user_message(task.question), answer, user_message(complaint)]
 
 
 def _complained(task: Task, rng: Random) -> Chat:

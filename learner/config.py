@@ -31,6 +31,8 @@ class LearnerConfig:
     """AdamW's memory of the squared gradient."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
+    step_kl: float = 0.02
+    """A step that changes the policy by more is shortened: KL(before ‖ after), nats a token."""
     lora_rank: int = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32
@@ -71,7 +73,14 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         for key in ("batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "max_tokens"):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("learning_rate", "max_grad_norm", "teacher_gap_clip", "drift_limit", "poll_s"):
+        for key in (
+            "learning_rate",
+            "max_grad_norm",
+            "teacher_gap_clip",
+            "drift_limit",
+            "poll_s",
+            "step_kl",
+        ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
         for key in ("weight_decay", "epsilon_high", "kl_coef", "max_lag", "threads", "seed"):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")

@@ -61,10 +61,19 @@ def token_metrics(tokens: TokenStats) -> dict[str, float]:
 
 
 def base_kl(tokens: TokenStats) -> float | None:
-    """KL(policy ‖ base) a token by the estimator of the loss: exp(r − p) − (r − p) − 1."""
+    """KL(policy ‖ base) a token; None without a KL term."""
     if tokens.reference is None:
         return None
-    difference = tokens.reference - tokens.policy
+    return policy_change(tokens.policy, tokens.reference)
+
+
+def policy_change(old: Tensor, new: Tensor) -> float:
+    """KL(old ‖ new) a token, from log-probabilities (N,) of tokens that `old` drew.
+
+    The estimator is the loss's own, exp(new − old) − (new − old) − 1: unbiased and never negative
+    (Schulman 2020, "Approximating KL Divergence").
+    """
+    difference = new - old
     return float((difference.exp() - difference - 1).mean())
 
 

@@ -2,9 +2,9 @@
 
 One long `train()` draws updates from an iterator: each is one optimizer step over all its samples.
 Loss, clipping, optimizer and precision are TRL's and transformers'. What is ours: the batch, the
-teacher's and the base's log-probabilities, the advantage, and the check that engine and learner
-agree before a step is taken. Three of the overridden methods are private, hence the exact TRL pin
-and the parity test.
+teacher's and the base's log-probabilities, the advantage, the check that engine and learner agree
+before a step is taken, and the bound on how far a step may go. Three of the overridden methods are
+private, hence the exact TRL pin and the parity test.
 """
 # pyright: basic
 
@@ -30,13 +30,14 @@ from transformers.trainer_callback import PrinterCallback
 from learner.advantages import WEIGHTS, teacher_gap, token_advantages
 from learner.batch import Batch, collate, micro_batches
 from learner.config import LearnerConfig
-from learner.metrics import TokenStats, drift, join, token_metrics
+from learner.metrics import TokenStats, drift, join, policy_change, token_metrics
 from learner.model import load_model, load_tokenizer, lora_config
 from learner.trl_grpo import GRPOConfig, GRPOTrainer, use_adapter
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
 
 _ENDLESS = 2**31 - 1
+_MAX_CUTS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,8 @@ class PolicyTrainer(GRPOTrainer):
         self._updates: Iterator[Update] = iter(())
         self._tokens: list[TokenStats] = []
         self._logprobs: Tensor | None = None
+        self._trained: list[tuple[Batch, Tensor]] = []
+        """The update's micro-batches with the policy's log-probabilities (B, T) before the step."""
         super().__init__(
             model=model,
             args=_arguments(config, model, work_dir),
@@ -98,7 +101,10 @@ class PolicyTrainer(GRPOTrainer):
         self.train()
 
     def _until_end(self, updates: Iterable[Update]) -> Iterator[Update]:
-        yield from updates
+        for update in updates:
+            before = [weight.detach().clone() for weight in self._trainable()]
+            yield update
+            self._bound_step(before)
         # Without this the trainer spins through its remaining 2**31 steps.
         self.control.should_training_stop = True
 
@@ -110,7 +116,7 @@ class PolicyTrainer(GRPOTrainer):
         """Forward and backward of every micro-batch; refuses a batch that drifted."""
         started = time.perf_counter()
         update: Update = inputs["update"]
-        self._tokens = []
+        self._tokens, self._trained = [], []
         loss = torch.zeros((), device=self.args.device)
         for samples in micro_batches(update.samples, self.config.micro_batch_size):
             batch: Any = collate(
@@ -139,6 +145,47 @@ class PolicyTrainer(GRPOTrainer):
                 f"a token for the same version, over [learner] drift_limit = {limit:g}: nothing "
                 "was trained; check that [engine] model, dtype and adapter are the learner's"
             )
+
+    @torch.no_grad()
+    def _bound_step(self, before: Sequence[Tensor]) -> None:
+        """Shortens the step just taken until the policy changed by at most `step_kl`.
+
+        The change is measured on the update's own tokens. It grows with the square of a small step
+        (its Hessian is the Fisher information), which tells how much shorter the step has to be.
+        """
+        limit, length = self.config.step_kl, 1.0
+        change = self._policy_change()
+        for _ in range(_MAX_CUTS):
+            if change <= limit:
+                break
+            factor = min(0.9, math.sqrt(limit / change)) if math.isfinite(change) else 0.1
+            length *= factor
+            for weight, old in zip(self._trainable(), before, strict=True):
+                weight.copy_(torch.lerp(old, weight, factor))
+            change = self._policy_change()
+        if not change <= limit:
+            raise LearnerError(
+                f"the step changes the policy by {change:g} nats a token even after {_MAX_CUTS} "
+                f"cuts, over [learner] step_kl = {limit:g}, and is not kept: lower [learner] "
+                f"learning_rate = {self.config.learning_rate:g}"
+            )
+        self.metrics |= {"step/kl": change, "step/length": length}
+
+    def _policy_change(self) -> float:
+        """`policy_change` of the update's tokens since `training_step`."""
+        old, new = [], []
+        for batch, logprobs in self._trained:
+            mask = batch.completion_mask.bool()
+            old.append(logprobs[mask])
+            new.append(
+                self.completion_logprobs(
+                    batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask
+                )[mask]
+            )
+        return policy_change(torch.cat(old), torch.cat(new))
+
+    def _trainable(self) -> list[torch.nn.Parameter]:
+        return [weight for weight in self.model.parameters() if weight.requires_grad]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's inputs for one micro-batch: its tensors, the advantages and the reference."""
@@ -181,15 +228,17 @@ class PolicyTrainer(GRPOTrainer):
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         batch: Batch = inputs["batch"]
         loss = super()._compute_loss(model, inputs) * batch.share
-        self._tokens.append(self._token_stats(inputs, batch))
+        assert self._logprobs is not None
+        self._trained.append((batch, self._logprobs))
+        self._tokens.append(self._token_stats(inputs, self._logprobs))
         return loss
 
-    def _token_stats(self, inputs: dict[str, Any], batch: Batch) -> TokenStats:
+    def _token_stats(self, inputs: dict[str, Any], logprobs: Tensor) -> TokenStats:
+        batch: Batch = inputs["batch"]
         mask = batch.completion_mask.bool()
-        assert self._logprobs is not None
         reference = inputs["ref_per_token_logps"]
         return TokenStats(
-            policy=self._logprobs[mask].float().cpu(),
+            policy=logprobs[mask].float().cpu(),
             behaviour=batch.behaviour_logprobs[mask].cpu(),
             advantage=inputs["advantages"][mask].float().cpu(),
             current=batch.current[:, None].expand_as(mask)[mask].cpu(),

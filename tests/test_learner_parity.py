@@ -1,6 +1,6 @@
 """The trainer's loss and gradient against the formula, written out in double precision."""
 
-import copy
+from collections.abc import Mapping
 from dataclasses import replace
 
 import pytest
@@ -68,6 +68,22 @@ def written_out_loss(
     return total / len(samples)
 
 
+def with_adapter(
+    config: LearnerConfig, model_path: str, weights: Mapping[str, torch.Tensor]
+) -> torch.nn.Module:
+    """The base with an adapter, in double precision."""
+    lora = LoraConfig(
+        r=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        target_modules=list(config.lora_targets),
+        task_type="CAUSAL_LM",
+    )
+    base = load_float64(model_path)
+    policy = get_peft_model(base, lora, autocast_adapter_dtype=False).double().eval()
+    set_peft_model_state_dict(policy, {n: v.double() for n, v in weights.items()})
+    return policy
+
+
 def trained_once(
     config: LearnerConfig, model_path: str, samples: list[Sample], work_dir
 ) -> tuple[PolicyTrainer, dict[str, torch.Tensor]]:
@@ -102,16 +118,8 @@ def test_loss_and_gradient_equal_the_written_out_formula(
     samples = off_policy_samples(model_path)
     trainer, gradients = trained_once(config, model_path, samples, tmp_path)
 
-    base = load_float64(model_path)
-    lora = LoraConfig(
-        r=config.lora_rank,
-        lora_alpha=config.lora_alpha,
-        target_modules=list(config.lora_targets),
-        task_type="CAUSAL_LM",
-    )
-    policy = get_peft_model(copy.deepcopy(base), lora, autocast_adapter_dtype=False).double().eval()
-    set_peft_model_state_dict(policy, {n: v.double() for n, v in trainer.start.items()})
-    loss = written_out_loss(policy, base, samples, config)
+    policy = with_adapter(config, model_path, trainer.start)
+    loss = written_out_loss(policy, load_float64(model_path), samples, config)
     loss.backward()
     expected = {n: p.grad for n, p in policy.named_parameters() if p.requires_grad}
 
@@ -122,3 +130,31 @@ def test_loss_and_gradient_equal_the_written_out_formula(
         assert (gradients[name] - gradient).norm() < 1e-5 * norm, name
     assert trainer.metrics["grad/norm"] == pytest.approx(norm.item(), rel=1e-4)
     assert trainer.metrics["ratio/max"] > config.ratio_cap
+
+
+@pytest.mark.parametrize(("learning_rate", "shortened"), [(0.3, True), (1e-4, False)])
+def test_a_step_changes_the_policy_by_no_more_than_it_may(tmp_path, learning_rate, shortened):
+    model_path = save_tiny_model(tmp_path / "model")
+    config = replace(CONFIG, learning_rate=learning_rate, step_kl=0.01, micro_batch_size=4)
+    samples = off_policy_samples(model_path)
+    trainer, _ = trained_once(config, model_path, samples, tmp_path)
+
+    after = trainer.adapter_weights()
+    moved = torch.stack([(after[n] - v).norm() for n, v in trainer.start.items()]).norm()
+    differences = torch.cat(
+        [
+            logprobs(with_adapter(config, model_path, after), s.prompt_ids, s.completion_ids)
+            - logprobs(
+                with_adapter(config, model_path, trainer.start), s.prompt_ids, s.completion_ids
+            )
+            for s in samples
+        ]
+    ).detach()
+    change = (differences.exp() - differences - 1).mean().item()
+
+    assert trainer.metrics["step/kl"] == pytest.approx(change, rel=1e-2, abs=1e-6)
+    assert 0 < change <= config.step_kl
+    assert moved > 0
+    assert (trainer.metrics["step/length"] < 1) == shortened
+    if shortened:
+        assert change > config.step_kl / 4, "no shorter than it has to be"
