@@ -31,13 +31,14 @@ log = logging.getLogger(__name__)
 
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
-UPDATES = 12
+UPDATES = 16
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
 QUESTIONS = 64
 """Held-out questions for a version on the way; the first and the last get all of them."""
 ALL_QUESTIONS = 256
 MEASURE_EVERY = 2
+MEASURE_ATTEMPTS = 4
 UPDATE_TIMEOUT_S = 120.0
 POLL_S = 0.1
 QUIET_POLLS = 8
@@ -70,6 +71,7 @@ method = "{method}"
 batch_size = {batch}
 learning_rate = 2e-3
 kl_coef = 0.2
+step_kl = 0.005
 teacher_gap_clip = 1.0
 micro_batch_size = 16
 threads = 1
@@ -176,12 +178,9 @@ class _Experiment:
                     wanted = min(version + MEASURE_EVERY, plan.updates)
                     await self._wait_version(http, talk, talking, wanted)
                     talk.pause()
-                    version = await self._settled_version(http, talk)
-                    last = version >= plan.updates
-                    asked = self._tasks if last else self._tasks[:QUESTIONS]
-                    after = await self._ask(client, asked)
+                    version, after = await self._settled_answers(client, http, talk)
                     scores.append(self._scored(after, version))
-                    if not last:
+                    if version < plan.updates:
                         talk.resume()
             finally:
                 talking.cancel()
@@ -210,6 +209,18 @@ class _Experiment:
         score = score_of(answers, version)
         self._display.scored(score)
         return score
+
+    async def _settled_answers(
+        self, client: openai.AsyncOpenAI, http: aiohttp.ClientSession, talk: Talk
+    ) -> tuple[int, list[Answer]]:
+        """The version that serves, with its answers: asked anew if it changed meanwhile."""
+        for _ in range(MEASURE_ATTEMPTS):
+            version = await self._settled_version(http, talk)
+            last = version >= self._plan.updates
+            answers = await self._ask(client, self._tasks if last else self._tasks[:QUESTIONS])
+            if all(answer.version in (version, -1) for answer in answers):
+                return version, answers
+        raise StartError(f"the version changed in each of {MEASURE_ATTEMPTS} measurements")
 
     async def _settled_version(self, http: aiohttp.ClientSession, talk: Talk) -> int:
         """Waits, with the personas silent, until the last full batch is trained and serves."""

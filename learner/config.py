@@ -31,7 +31,7 @@ class LearnerConfig:
     """AdamW's memory of the squared gradient."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
-    step_kl: float = 0.02
+    step_kl: float = 0.01
     """A step that changes the policy by more is shortened: KL(before ‖ after), nats a token."""
     lora_rank: int = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
