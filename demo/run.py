@@ -31,7 +31,8 @@ log = logging.getLogger(__name__)
 
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
-UPDATES = 16
+UPDATES = {"binary": 16, "combined": 16, "opd": 10}
+"""Hints come only from failures: the better the policy, the longer opd waits for a batch of them."""
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
 QUESTIONS = 64
@@ -93,7 +94,7 @@ class Plan:
 
 def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -> int:
     """Runs the demo; 0 if the loop learned, 1 if it did not."""
-    plan = Plan(method, Domain(persona), seed, updates or UPDATES, out.absolute())
+    plan = Plan(method, Domain(persona), seed, updates or UPDATES[method], out.absolute())
     logging.getLogger().setLevel(logging.WARNING)
     return asyncio.run(_run(plan))
 
