@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
 UPDATES = {"binary": 16, "combined": 16, "opd": 10}
-"""Hints come only from failures: the better the policy, the longer opd waits for a batch of them."""
+"""Hints come only from failures: the better the policy, the longer opd waits for a batch."""
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
 QUESTIONS = 64

@@ -185,7 +185,8 @@ class PolicyTrainer(GRPOTrainer):
         return policy_change(torch.cat(old), torch.cat(new))
 
     def _trainable(self) -> list[torch.nn.Parameter]:
-        return [weight for weight in self.model.parameters() if weight.requires_grad]
+        parameters = self.accelerator.unwrap_model(self.model).parameters()
+        return [weight for weight in parameters if weight.requires_grad]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
         """TRL's inputs for one micro-batch: its tensors, the advantages and the reference."""
