@@ -34,6 +34,8 @@ class Record:
     """Replies that the personas got; the held-out questions are not among them."""
     reactions: Mapping[str, int]
     stored: Mapping[str, int]
+    starved: bool
+    """Whether opd ended early, for want of complaints to learn from."""
     failed: int
     versions_met: Sequence[int]
     """Versions that answered a persona."""
@@ -133,6 +135,8 @@ def print_summary(
         f"{record.versions_met[0]}–{record.versions_met[-1]} answered; {record.failed} requests "
         "failed"
     )
+    if record.starved:
+        console.print("opd ended early: too few complaints were left to fill a batch with hints")
     console.print(
         f"held-out score with {record.method}: {first.score:.2f} ± {first.margin:.2f} → "
         f"[bold]{last.score:.2f} ± {last.margin:.2f}[/bold] "

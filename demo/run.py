@@ -41,6 +41,8 @@ ALL_QUESTIONS = 256
 MEASURE_EVERY = 2
 MEASURE_ATTEMPTS = 4
 UPDATE_TIMEOUT_S = 120.0
+STARVED_S = 50.0
+"""Without a new version for so long, opd has too few complaints left to fill a batch with hints."""
 POLL_S = 0.1
 QUIET_POLLS = 8
 """The learner looks for a full batch as often as we look here: after this many it found none."""
@@ -120,7 +122,8 @@ async def _run(plan: Plan) -> int:
         print("stopped; everything has been shut down")
         return 130
     files = write_record(record, plan.out)
-    problems = shortfalls(record.scores[0], record.scores[-1], record.failed, plan.updates)
+    wanted = record.scores[-1].version if record.starved else plan.updates
+    problems = shortfalls(record.scores[0], record.scores[-1], record.failed, wanted)
     print_summary(record, files, settings, problems, time.monotonic() - started)
     return 1 if problems else 0
 
@@ -174,14 +177,14 @@ class _Experiment:
             scores = [self._scored(before, 0)]
             talking = asyncio.create_task(talk.run())
             try:
-                version = 0
-                while version < plan.updates:
+                version, starved = 0, False
+                while version < plan.updates and not starved:
                     wanted = min(version + MEASURE_EVERY, plan.updates)
-                    await self._wait_version(http, talk, talking, wanted)
+                    starved = not await self._wait_version(http, talk, talking, wanted)
                     talk.pause()
-                    version, after = await self._settled_answers(client, http, talk)
+                    version, after = await self._settled_answers(client, http, talk, last=starved)
                     scores.append(self._scored(after, version))
-                    if version < plan.updates:
+                    if version < plan.updates and not starved:
                         talk.resume()
             finally:
                 talking.cancel()
@@ -195,6 +198,7 @@ class _Experiment:
             replies=talk.talked.replies,
             reactions={k.value: n for k, n in talk.talked.reactions.items()},
             stored=stored,
+            starved=starved,
             failed=self._failed + talk.talked.failed,
             versions_met=sorted(talk.talked.versions),
             example=_example(before, after),
@@ -212,13 +216,14 @@ class _Experiment:
         return score
 
     async def _settled_answers(
-        self, client: openai.AsyncOpenAI, http: aiohttp.ClientSession, talk: Talk
+        self, client: openai.AsyncOpenAI, http: aiohttp.ClientSession, talk: Talk, *, last: bool
     ) -> tuple[int, list[Answer]]:
         """The version that serves, with its answers: asked anew if it changed meanwhile."""
         for _ in range(MEASURE_ATTEMPTS):
             version = await self._settled_version(http, talk)
-            last = version >= self._plan.updates
-            answers = await self._ask(client, self._tasks if last else self._tasks[:QUESTIONS])
+            everything = last or version >= self._plan.updates
+            asked = self._tasks if everything else self._tasks[:QUESTIONS]
+            answers = await self._ask(client, asked)
             if all(answer.version in (version, -1) for answer in answers):
                 return version, answers
         raise StartError(f"the version changed in each of {MEASURE_ATTEMPTS} measurements")
@@ -237,19 +242,26 @@ class _Experiment:
 
     async def _wait_version(
         self, http: aiohttp.ClientSession, talk: Talk, talking: asyncio.Task[None], wanted: int
-    ) -> None:
-        """Waits until version `wanted` or a newer one serves."""
+    ) -> bool:
+        """Waits until version `wanted` or a newer one serves; False if opd ran out of hints."""
         self._display.phase("personas talk")
-        deadline = time.monotonic() + UPDATE_TIMEOUT_S
-        while time.monotonic() < deadline:
+        started = changed = time.monotonic()
+        last = await _serving(http)
+        while time.monotonic() - started < UPDATE_TIMEOUT_S:
             if talking.done():
                 talking.result()
             if self._running.done():
                 self._running.result()
                 raise StartError("the stack ended before the demo did")
             self._display.live(talk.talked, await _stored(http))
-            if await _serving(http) >= wanted:
-                return
+            version = await _serving(http)
+            if version >= wanted:
+                return True
+            if version != last:
+                last, changed = version, time.monotonic()
+            waited = time.monotonic() - changed
+            if self._plan.method == "opd" and version > 0 and waited > STARVED_S:
+                return False
             await asyncio.sleep(POLL_S)
         raise StartError(
             f"version {wanted} did not come into service within {UPDATE_TIMEOUT_S:.0f} s: see "

@@ -61,7 +61,9 @@ def test_a_loop_that_did_not_learn_says_why(
 
 
 def test_the_record_is_written_as_json_and_picture(tmp_path: Path) -> None:
-    record = Record("combined", "student", 0, [FIRST, LAST], 9, {}, {}, 0, [0, 12], ("q", "a", "b"))
+    record = Record(
+        "combined", "student", 0, [FIRST, LAST], 9, {}, {}, False, 0, [0, 12], ("q", "a", "b")
+    )
     data, picture = write_record(record, tmp_path)
     assert json.loads(data.read_text())["scores"][1]["score"] == 0.9
     assert picture.read_bytes().startswith(b"\x89PNG")
