@@ -67,8 +67,15 @@ class AgentProfile(Protocol):
         """Whether the request is the agent's own work or its housekeeping."""
         ...
 
+    def session(self, name: str) -> str:
+        """The client's name for a session, without what changes while the conversation goes on."""
+        ...
+
     def next_state_text(self, message: Json) -> str | None:
-        """The text of a message that followed a reply, stripped; None if it is machine-made."""
+        """What a person or a tool said in a message that followed a reply; None for machine-made.
+
+        A person's text is stripped, a tool's is exact.
+        """
         ...
 
 

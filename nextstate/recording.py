@@ -45,6 +45,16 @@ class Parent:
     """True when another request has already given it a next state."""
 
 
+def _parent(row: Row) -> Parent:
+    return Parent(row.id, row.session, row.idx, TurnKind(row.kind), row.continued)
+
+
+def _cut_at(place: bytes) -> tuple[sa.ColumnElement[bool], ...]:
+    c = t.turns.c
+    unfinished = (c.finish_reason.is_(None), c.replaced_by.is_(None), c.continued.is_(False))
+    return c.place == place, *unfinished
+
+
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
@@ -56,8 +66,8 @@ class Recording:
         self._fresh = fresh
         self._now = now
 
-    def parent(self, lineage: str, link: Link, session: str | None) -> Parent | None:
-        """The turn that a request with this link continues, within `session` if one is named.
+    def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
+        """The turn that a request with this link continues, within the client's session if named.
 
         Turns whose whole chain of replies agrees come first; without one, the newest with the same
         last reply (the agent may have cut its history). Among equals, one that nothing has
@@ -72,8 +82,8 @@ class Recording:
                 .order_by(c.seq.desc())
                 .limit(16)
             )
-            if session is not None:
-                query = query.where(c.session == session)
+            if client_session is not None:
+                query = query.where(c.client_session == client_session)
             rows = self._connection.execute(query).all()
             if rows:
                 ours = set(link.message_hashes)
@@ -81,9 +91,47 @@ class Recording:
                 def rank(row: Row, ours: set[bytes] = ours) -> tuple[bool, int, int]:
                     return not row.continued, len(ours.intersection(hashes(row.messages))), row.seq
 
-                best = max(rows, key=rank)
-                return Parent(best.id, best.session, best.idx, TurnKind(best.kind), best.continued)
+                return _parent(max(rows, key=rank))
         return None
+
+    def main_ancestor(self, turn: Parent) -> Parent | None:
+        """The newest main turn that a side turn goes back to."""
+        c = t.turns.c
+        found: Parent | None = turn
+        while found is not None and found.kind is not TurnKind.MAIN:
+            above = sa.select(c.parent).where(c.id == found.id).scalar_subquery()
+            columns = (c.id, c.session, c.idx, c.kind, c.continued)
+            row = self._connection.execute(sa.select(*columns).where(c.id == above)).first()
+            found = row and _parent(row)
+        return found
+
+    def session(self, client_session: str, *, fresh: bool) -> str:
+        """The session of a turn that continues none: the client's own name for it, where free.
+
+        A client may use one name for many conversations (`user`, or a chat that was reset): each
+        further one that starts `fresh`, with nothing from the assistant in it, is named `name~2`,
+        `name~3`, … One that does not is taken for the newest of them, its history rewritten.
+        """
+        c = t.turns.c
+        ours = sa.select(c.session).where(c.client_session == client_session)
+        newest = self._connection.execute(ours.order_by(c.seq.desc()).limit(1)).scalar()
+        if newest is None:
+            return client_session
+        if not fresh:
+            return newest
+        count = sa.select(sa.func.count(sa.distinct(c.session)))
+        known = count.where(c.client_session == client_session)
+        return f"{client_session}~{self._connection.execute(known).scalar_one() + 1}"
+
+    def cut_session(self, place: bytes) -> str | None:
+        """The session of a turn at this place whose reply never came to an end, if there is one."""
+        query = sa.select(t.turns.c.session).where(*_cut_at(place)).limit(1)
+        return self._connection.execute(query).scalar()
+
+    def replace_cut(self, place: bytes, turn: str) -> None:
+        """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
+        others = (*_cut_at(place), t.turns.c.id != turn)
+        self._connection.execute(sa.update(t.turns).where(*others).values(replaced_by=turn))
 
     def next_index(self, session: str) -> int:
         """The position of the next turn in a session."""
@@ -92,7 +140,15 @@ class Recording:
         last = self._connection.execute(query).scalar()
         return 0 if last is None else last + 1
 
-    def add_turn(self, turn: Turn, chain_key: bytes, reply_key: bytes) -> None:
+    def add_turn(
+        self,
+        turn: Turn,
+        chain_key: bytes,
+        reply_key: bytes,
+        *,
+        client_session: str | None = None,
+        place: bytes | None = None,
+    ) -> None:
         """Adds a turn; `chain_key` and `reply_key` are those of its own reply."""
         rest = {key: value for key, value in turn.request.items() if key != "messages"}
         if "tools" in rest:
@@ -122,6 +178,8 @@ class Recording:
                 parent=turn.parent,
                 chain_key=chain_key,
                 reply_key=reply_key,
+                client_session=client_session,
+                place=place,
             )
         )
 

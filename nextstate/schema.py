@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import sqlalchemy as sa
+from sqlalchemy.schema import CreateColumn
 
 from nextstate.errors import StoreError
 
-VERSION = 1
+VERSION = 2
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -48,10 +49,15 @@ turns = sa.Table(
     sa.Column("continued", sa.Boolean, nullable=False, default=False),
     sa.Column("chain_key", sa.LargeBinary(16), nullable=False),
     sa.Column("reply_key", sa.LargeBinary(16), nullable=False),
+    sa.Column("client_session", sa.String(200)),
+    sa.Column("place", sa.LargeBinary(16)),
+    sa.Column("replaced_by", sa.String(40)),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
 sa.Index("turns_by_reply", turns.c.reply_key, turns.c.seq)
+sa.Index("turns_by_client_session", turns.c.client_session, turns.c.session)
+sa.Index("turns_by_place", turns.c.place)
 
 next_states = sa.Table(
     "next_states",
@@ -118,7 +124,18 @@ versions = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
 )
 
-MIGRATIONS: Mapping[int, Callable[[sa.Connection], None]] = {}
+
+def _name_clients_sessions(connection: sa.Connection) -> None:
+    """Version 2: one client's name for a session may stand for several conversations."""
+    for column in (turns.c.client_session, turns.c.place, turns.c.replaced_by):
+        definition = CreateColumn(column).compile(dialect=connection.dialect)
+        connection.execute(sa.text(f"ALTER TABLE turns ADD COLUMN {definition}"))
+    connection.execute(sa.text("UPDATE turns SET client_session = session"))
+    for index in turns.indexes:
+        index.create(connection, checkfirst=True)
+
+
+MIGRATIONS: Mapping[int, Callable[[sa.Connection], None]] = {2: _name_clients_sessions}
 """Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
 so each later step must leave an old database with the tables above; a test compares the two."""
 

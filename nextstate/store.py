@@ -120,10 +120,11 @@ class Store:
             return None if row is None else verdict_of(row)
 
     def turn_ids(self, limit: int | None = None, newest_first: bool = False) -> list[str]:
-        """Turn ids in the order of recording."""
+        """Turn ids in the order of recording, without cut ones that a retry stands for."""
         order = t.turns.c.seq.desc() if newest_first else t.turns.c.seq
         with self._read() as connection:
-            query = sa.select(t.turns.c.id).order_by(order).limit(limit)
+            kept = sa.select(t.turns.c.id).where(t.turns.c.replaced_by.is_(None))
+            query = kept.order_by(order).limit(limit)
             return list(connection.execute(query).scalars())
 
     def counts(self) -> dict[str, int]:
@@ -139,6 +140,8 @@ class Store:
         with self._read() as connection:
             for area, column in groups:
                 query = sa.select(column, sa.func.count()).group_by(column)
+                if area == "turns":
+                    query = query.where(t.turns.c.replaced_by.is_(None))
                 for value, count in connection.execute(query):
                     result[f"{area}/{value}"] = count
             trainable = sa.select(sa.func.count()).where(t.turns.c.untrainable.is_(None))

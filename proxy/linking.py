@@ -68,8 +68,21 @@ def link_of(messages: Sequence[Json]) -> Link | None:
     return Link(keys[0], keys[1], hashes)
 
 
+def place_of(
+    lineage: str, client_session: str | None, kind: str, parent: str | None, texts: Sequence[str]
+) -> bytes:
+    """Where in which conversation a request stands, as a 16-byte digest: a retry's is the same.
+
+    After a reply that is the turn it continues, for agents rewrite what they send again; at the
+    start of a conversation it is what was said, in `texts`.
+    """
+    said = list(texts) if parent is None else []
+    place = orjson.dumps([lineage, client_session, kind, parent, said])
+    return hashlib.blake2b(place, digest_size=16).digest()
+
+
 def following(messages: Sequence[Json]) -> list[Json]:
-    """The messages after the last assistant message."""
+    """The messages after the last assistant message; none if there is no such message."""
     for position in range(len(messages) - 1, -1, -1):
         if messages[position].get("role") == "assistant":
             return list(messages[position + 1 :])

@@ -17,7 +17,7 @@ from nextstate.recording import Recording
 from nextstate.records import Json, Timings, Turn, TurnKind
 from nextstate.store import Store
 from proxy.capture import Capture, sampling_settings
-from proxy.linking import following, link_of, next_states, reply_keys
+from proxy.linking import following, link_of, next_states, place_of, reply_keys
 
 log = logging.getLogger(__name__)
 
@@ -146,39 +146,46 @@ class Recorder:
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
     """Links one exchange, adds its turn and the next state of the turn that it continues."""
     messages: list[Json] = exchange.request.get("messages") or []
+    kind = profile.kind(exchange.request)
+    named = (
+        None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
+    )
     link = link_of(messages)
-    parent = (
-        None
-        if link is None
-        else recording.parent(exchange.lineage, link, exchange.explicit_session)
-    )
-    session = (
-        exchange.explicit_session
-        or (parent and parent.session)
-        or f"session_{uuid.uuid4().hex[:20]}"
-    )
-    turn = _turn(exchange, session, recording.next_index(session), parent and parent.id, profile)
+    parent = None if link is None else recording.parent(exchange.lineage, link, named)
+    if parent is not None and kind is TurnKind.MAIN:
+        # A heartbeat may come between a reply and what the person says to it.
+        parent = recording.main_ancestor(parent)
+    texts = [text for message in messages if (text := profile.next_state_text(message))]
+    place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
+    if parent is not None:
+        session = parent.session
+    elif (tried := recording.cut_session(place)) is not None:
+        session = tried
+    elif named is not None:
+        session = recording.session(named, fresh=link is None)
+    else:
+        session = f"session_{uuid.uuid4().hex[:20]}"
+    turn = _turn(exchange, kind, session, recording.next_index(session), parent and parent.id)
     keys = reply_keys(messages, turn.reply)
     if keys is None:
         raise NextStateError(f"turn {turn.id} has no assistant message")
-    recording.add_turn(turn, *keys)
+    recording.add_turn(turn, *keys, client_session=named, place=place)
+    recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
-    if parent is not None and not parent.continued and turn.kind is TurnKind.MAIN:
+    if parent is not None and not parent.continued and kind is TurnKind.MAIN:
         states = next_states(parent.id, following(messages), profile)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
 
 
-def _turn(
-    exchange: Exchange, session: str, index: int, parent: str | None, profile: AgentProfile
-) -> Turn:
+def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:
     capture, request = exchange.capture, exchange.request
     ids_agree = len(capture.completion_ids) == len(capture.logprobs)
     return Turn(
         id=exchange.turn_id,
         session=session,
         index=index,
-        kind=profile.kind(request),
+        kind=kind,
         lineage=exchange.lineage,
         policy_version=exchange.policy_version,
         client_model=str(request.get("model") or ""),

@@ -255,3 +255,42 @@ def test_records_refuse_to_contradict_themselves() -> None:
 )
 def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) -> None:
     assert majority(votes) == expected
+
+
+def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
+    old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
+    new = {"client_session", "place", "replaced_by"}
+    kept = [c.name for c in schema.turns.columns if c.name not in new]
+    with old.begin() as connection:
+        schema.metadata.create_all(connection)
+        for index in ("turns_by_client_session", "turns_by_place"):
+            connection.execute(sa.text(f"DROP INDEX {index}"))
+        for column in new:
+            connection.execute(sa.text(f"ALTER TABLE turns DROP COLUMN {column}"))
+        connection.execute(sa.insert(schema.schema_version).values(version=1))
+        values = ", ".join(f":{name}" for name in kept)
+        row = dict.fromkeys(kept, b"0" * 16) | {
+            **{"id": "turn_old", "session": "s", "idx": 0, "kind": "main", "lineage": "main"},
+            **{"client_model": "m", "sampling": "{}", "started_at": 0.0, "total_s": 0.0},
+            **{"continued": False, "seq": 1},
+        }
+        connection.execute(sa.text(f"INSERT INTO turns ({', '.join(kept)}) VALUES ({values})"), row)
+    old.dispose()
+    fresh = Store(StoreConfig(dir=str(tmp_path / "fresh")))
+    Store(StoreConfig(dir=str(tmp_path)))
+
+    def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None]]]:
+        database = sa.create_engine(f"sqlite:///{folder / 'nextstate.sqlite3'}")
+        found = sa.inspect(database)
+        return {
+            table: (
+                {f"{c['name']} {c['type']}" for c in found.get_columns(table)},
+                {index["name"] for index in found.get_indexes(table)},
+            )
+            for table in found.get_table_names()
+        }
+
+    assert shape(tmp_path) == shape(fresh.dir)
+    with old.connect() as connection:
+        query = sa.select(schema.turns.c.id, schema.turns.c.client_session)
+        assert connection.execute(query).all() == [("turn_old", "s")]

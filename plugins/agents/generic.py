@@ -15,9 +15,16 @@ class Generic:
         """Always a main turn."""
         return TurnKind.MAIN
 
+    def session(self, name: str) -> str:
+        """The name as it is."""
+        return name
+
     def next_state_text(self, message: Json) -> str | None:
         """The message's text; None when it has none."""
-        return text_of(message.get("content")).strip() or None
+        text = text_of(message.get("content"))
+        if message.get("role") == "tool":
+            return text or None
+        return text.strip() or None
 
 
 def create(settings: object) -> AgentProfile:

@@ -15,6 +15,8 @@ from nextstate.records import Json, TurnKind
 _CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 _STAMP = re.compile(r"^\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d [\w+:/-]+\] ")
 _RUNTIME = re.compile(r"\n\nRuntime: agent=[^\n]*\Z")
+_EPOCH = re.compile(r":\d+\Z")
+_COMMAND = re.compile(r"/[a-z][a-z_-]*\Z")
 _HOUSEKEEPING = (
     "Follow the heartbeat monitor scratch context",
     "Pre-compaction memory flush.",
@@ -32,6 +34,8 @@ _MACHINE_MADE = (
     "A background task completed.",
     "[Subagent Context]",
     "Answer this side question only.",
+    "The conversation history before this point was compacted into the following summary:",
+    "[OpenClaw heartbeat poll]",
 )
 
 
@@ -50,10 +54,19 @@ class OpenClaw:
         side = first.startswith(_SIDE_PROMPTS) or last.startswith(_HOUSEKEEPING)
         return TurnKind.SIDE if side else TurnKind.MAIN
 
+    def session(self, name: str) -> str:
+        """`<sessionId>` of `<sessionId>:<epoch>`: compaction raises the epoch, the talk goes on."""
+        return _EPOCH.sub("", name)
+
     def next_state_text(self, message: Json) -> str | None:
-        """The person's own words, or a tool's output; None for what OpenClaw wrote itself."""
+        """The person's own words, or a tool's output; None for what OpenClaw wrote itself.
+
+        A typed command such as `/compact` speaks to OpenClaw, not about the reply.
+        """
+        if message.get("role") == "tool":
+            return text_of(message.get("content")) or None
         text = _text(message)
-        if message.get("role") == "user" and text.startswith(_MACHINE_MADE):
+        if text.startswith(_MACHINE_MADE) or _COMMAND.match(text):
             return None
         return text or None
 
