@@ -102,7 +102,7 @@ class Recording:
             above = sa.select(c.parent).where(c.id == found.id).scalar_subquery()
             columns = (c.id, c.session, c.idx, c.kind, c.continued)
             row = self._connection.execute(sa.select(*columns).where(c.id == above)).first()
-            found = row and _parent(row)
+            found = None if row is None else _parent(row)
         return found
 
     def session(self, client_session: str, *, fresh: bool) -> str:
