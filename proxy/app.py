@@ -15,10 +15,11 @@ from aiohttp import web
 from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError, StoreError
 from nextstate.hooks import AgentProfile
-from nextstate.records import MAIN_LINEAGE, Verdict
+from nextstate.records import MAIN_LINEAGE, Json, Verdict
 from nextstate.store import FEEDBACK, Store
 from nextstate.wire import json_object, objects
 from proxy.config import ProxyConfig
+from proxy.guard import refusal
 from proxy.metrics import exposition
 from proxy.recorder import Recorder
 from proxy.relay import Relay, api_error, client_headers, upstream_headers
@@ -117,19 +118,24 @@ class Proxy:
         try:
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
-            message = f"The request is larger than [proxy] max_body_mb = {self.config.max_body_mb}."
-            return _refused(413, "BadRequestError", message)
+            return self._too_large()
         body = json_object(data)
+        if (refused := self._guard(body)) is not None:
+            return refused
         if body is None or body.get("model") != self.engine.model:
             return await self._forward(request, data)  # the engine says what is wrong with it
-        if body.get("prompt_logprobs") is not None:
-            # With an adapter loaded this ends the whole engine (FACTS: vllm issues 5907, 14239).
-            return _refused(
-                400,
-                "BadRequestError",
-                "prompt_logprobs is not available while adapters are served.",
-            )
         return await self.relay.chat(request, body)
+
+    def _guard(self, body: Json | None) -> web.Response | None:
+        """The answer to a request that must not reach the engine, or None."""
+        if body is None:
+            return None
+        found = refusal(
+            body,
+            max_choices=self.config.max_choices,
+            names_adapter=self.versions.is_adapter(str(body.get("model"))),
+        )
+        return None if found is None else _refused(found.status, found.kind, found.message)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         response = await self._forward(request, None, keep=True)
@@ -149,7 +155,17 @@ class Proxy:
     async def _pass(self, request: web.Request) -> web.StreamResponse:
         if request.match_info["path"].strip("/") in _ADMIN:
             return _refused(403, "PermissionError", "This route administers the engine.")
-        return await self._forward(request, None)
+        if request.method != "POST" or not request.content_type.endswith("json"):
+            return await self._forward(request, None)
+        try:
+            data = await request.read()
+        except web.HTTPRequestEntityTooLarge:
+            return self._too_large()
+        return self._guard(json_object(data)) or await self._forward(request, data)
+
+    def _too_large(self) -> web.Response:
+        message = f"The request is larger than [proxy] max_body_mb = {self.config.max_body_mb}."
+        return _refused(413, "BadRequestError", message)
 
     async def _forward(
         self, request: web.Request, data: bytes | None, keep: bool = False

@@ -23,6 +23,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
+    "thinking_token_budget": (),
+    "kv_transfer_params": (),
     "guided_json": (),
     "guided_regex": (),
     "guided_choice": (),
@@ -31,6 +33,10 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Fields that shape the sampler's distribution, with the values that leave it the policy's own.
 vLLM reports log-probs of the raw distribution, so under any other value they are not the sampler's.
 """
+
+
+_UNKNOWN_LOGPROB = -9999.0
+"""What vLLM sends in place of a log-prob that it does not have."""
 
 
 @dataclass(slots=True)
@@ -81,6 +87,12 @@ class Capture:
             message["content"] = message["content"] or None
         return message
 
+    def behaviour_logprobs(self) -> tuple[float, ...] | None:
+        """The sampled tokens' log-probs, or None unless every one of them is known."""
+        known = all(value > _UNKNOWN_LOGPROB for value in self.logprobs)
+        complete = len(self.logprobs) == len(self.completion_ids) > 0
+        return tuple(self.logprobs) if known and complete else None
+
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
         if self.error is not None:
@@ -99,6 +111,8 @@ class Capture:
                 f"the engine returned {len(self.completion_ids)} token ids and "
                 f"{len(self.logprobs)} log-probs"
             )
+        if self.behaviour_logprobs() is None:
+            return "the engine did not know the log-prob of every token"
         usage = self.usage or {}
         counted = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
         if counted != (len(self.prompt_ids), len(self.completion_ids)):
@@ -158,6 +172,11 @@ def distribution_change(request: Json) -> str | None:
     choice = request.get("tool_choice")
     if choice is not None and choice not in ("auto", "none"):
         return "sampled under a grammar (forced tool call)"
+    tools = objects(request.get("tools"))
+    if choice != "none" and any(obj(tool.get("function")).get("strict") for tool in tools):
+        return "sampled under a grammar (strict tool)"
+    if tools and request.get("parallel_tool_calls") is False:
+        return "sampled under a grammar (parallel_tool_calls = false)"
     return None
 
 

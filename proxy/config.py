@@ -17,6 +17,8 @@ class ProxyConfig:
     api_key_env: str = ""
     """Environment variable with the key that clients must send; needed beyond loopback."""
     max_body_mb: int = 64
+    max_choices: int = 128
+    """Largest `n` of one request."""
     hold_s: float = 120.0
     """How long requests wait for an engine that is down or restarting."""
     keep_alive_s: float = 5.0
@@ -29,6 +31,9 @@ class ProxyConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"[proxy] port = {self.port}: expected 0 to 65535")
+        for key in ("max_body_mb", "max_choices", "record_queue"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"[proxy] {key} = {getattr(self, key)}: expected at least 1")
         if not self.api_key_env and not self.loopback:
             raise ConfigError(
                 f"[proxy] host = {self.host!r} is reachable from other machines and no key is "

@@ -180,7 +180,6 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
 
 def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:
     capture, request = exchange.capture, exchange.request
-    ids_agree = len(capture.completion_ids) == len(capture.logprobs)
     return Turn(
         id=exchange.turn_id,
         session=session,
@@ -194,7 +193,7 @@ def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: 
         finish_reason=capture.finish_reason,
         prompt_ids=None if capture.prompt_ids is None else tuple(capture.prompt_ids),
         completion_ids=tuple(capture.completion_ids) or None,
-        behaviour_logprobs=tuple(capture.logprobs) if ids_agree and capture.logprobs else None,
+        behaviour_logprobs=capture.behaviour_logprobs(),
         sampling=sampling_settings(request),
         timings=exchange.timings,
         untrainable=exchange.cut or capture.untrainable(request),

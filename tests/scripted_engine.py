@@ -29,6 +29,8 @@ class Script:
     """Wait for it before the second piece."""
     miscount: int = 0
     """Added to the completion tokens that usage tells."""
+    unknown_logprob: bool = False
+    """Give every log-prob as vLLM gives one that it does not have."""
 
 
 @dataclass
@@ -143,7 +145,8 @@ def token(number: int) -> tuple[int, float]:
 
 
 def _logprobs(script: Script, number: int) -> dict[str, Any]:
-    entry = {"token": script.pieces[number], "logprob": token(number)[1], "bytes": []}
+    logprob = -9999.0 if script.unknown_logprob else token(number)[1]
+    entry = {"token": script.pieces[number], "logprob": logprob, "bytes": []}
     return {"content": [{**entry, "top_logprobs": []}]}
 
 

@@ -195,6 +195,10 @@ def test_tokens_pass_as_they_arrive(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path)
 
 
+TOOL = {"type": "function", "function": {"name": "ls", "parameters": {"type": "object"}}}
+STRICT_TOOL = {"type": "function", "function": {"name": "ls", "parameters": {}, "strict": True}}
+
+
 @pytest.mark.parametrize(
     ("script", "more", "reason"),
     [
@@ -202,6 +206,10 @@ def test_tokens_pass_as_they_arrive(store: Store, tmp_path: Path) -> None:
         (Script(), {"temperature": 0.7}, "temperature = 0.7"),
         (Script(), {"response_format": {"type": "json_object"}}, "response_format"),
         (Script(), {"tool_choice": "required"}, "grammar"),
+        (Script(), {"tools": [STRICT_TOOL]}, "strict tool"),
+        (Script(), {"tools": [TOOL], "parallel_tool_calls": False}, "parallel_tool_calls"),
+        (Script(), {"thinking_token_budget": 10}, "thinking_token_budget"),
+        (Script(unknown_logprob=True), {}, "did not know the log-prob"),
     ],
 )
 def test_a_turn_that_must_not_train_says_why(
@@ -213,6 +221,7 @@ def test_a_turn_that_must_not_train_says_why(
         turn = store.turn(headers["x-nextstate-turn"])
         assert turn is not None
         assert reason in (turn.untrainable or "")
+        assert (turn.behaviour_logprobs is None) == script.unknown_logprob
 
     both(test, store, tmp_path)
 
@@ -401,9 +410,32 @@ def test_other_paths_pass_and_admin_routes_do_not(store: Store, tmp_path: Path) 
         for name in ("load_lora_adapter", "unload_lora_adapter"):
             answer = await p.http.post(f"{p.url}/v1/{name}", json={})
             assert answer.status == 403
-        status, data, _ = await p.chat(request(prompt_logprobs=1))
-        assert status == 400
-        assert b"prompt_logprobs" in data
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions"])
+@pytest.mark.parametrize(
+    ("fields", "status", "named"),
+    [
+        ({"prompt_logprobs": 1}, 400, "prompt_logprobs"),
+        ({"prompt_logprobs": 0, "model": "unknown"}, 400, "prompt_logprobs"),
+        ({"echo": True, "logprobs": True}, 400, "echo"),
+        ({"n": 129}, 400, "n = 129"),
+        ({"n": 10**9}, 400, "max_choices"),
+        ({"model": "main-v000001"}, 404, "main-v000001"),
+    ],
+)
+def test_what_could_end_the_engine_never_reaches_it(
+    store: Store, tmp_path: Path, path: str, fields: dict[str, Any], status: int, named: str
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        seen = len(engine.requests)
+        answer = await p.http.post(f"{p.url}/v1/{path}", json=request(**fields))
+        error = (await answer.json())["error"]
+        assert (answer.status, error["code"]) == (status, status)
+        assert named in error["message"]
+        assert len(engine.requests) == seen
 
     both(test, store, tmp_path)
 

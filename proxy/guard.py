@@ -1,0 +1,39 @@
+"""Requests that could end the engine for everyone, or reach an adapter by its own name: refused."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nextstate.records import Json
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """What the client is told, in the API's error format."""
+
+    status: int
+    kind: str
+    message: str
+
+
+def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | None:
+    """Why a request under /v1/ must not reach the engine, or None.
+
+    Prompt log-probs end the whole engine on a CPU while an adapter is loaded, and cost gigabytes on
+    a GPU (vLLM issues 5907 and 14239). `echo` asks for them too, in the engine's own words.
+    """
+    if names_adapter:
+        name = body.get("model")
+        return Refusal(404, "NotFoundError", f"The model `{name}` does not exist.")
+    if body.get("prompt_logprobs") is not None:
+        return _bad("prompt_logprobs is not available while adapters are served.")
+    if body.get("echo") and (body.get("logprobs") is not None or "messages" in body):
+        return _bad("echo with log-probs is not available while adapters are served.")
+    choices = body.get("n")
+    if isinstance(choices, int) and choices > max_choices:
+        return _bad(f"n = {choices}: at most {max_choices} ([proxy] max_choices).")
+    return None
+
+
+def _bad(message: str) -> Refusal:
+    return Refusal(400, "BadRequestError", message)
