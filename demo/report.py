@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.markup import escape
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from demo.curve import draw_curve
 from demo.score import Score
@@ -77,19 +78,19 @@ class Display:
         self._phase = text
         self._refresh()
 
-    def live(self, talked: Talked, stored: Mapping[str, int]) -> None:
-        """The counts so far."""
+    def live(self, talked: Talked, stored: Mapping[str, int], version: int) -> None:
+        """The counts so far and the version that serves."""
+        self._version = version
         self._turns = stored.get("turns/main", 0)
         verdicts = [stored.get(f"verdicts/{score}", 0) for score in (1, 0, -1)]
         self._counts = (
-            f"{self._turns} turns, verdicts "
-            f"+{verdicts[0]} ·{verdicts[1]} −{verdicts[2]}, {talked.failed} failed requests"
+            f"{self._turns} turns  +{verdicts[0]} ·{verdicts[1]} −{verdicts[2]}  "
+            f"{talked.failed} failed"
         )
         self._refresh()
 
     def scored(self, score: Score) -> None:
         """A version's score, as a line that stays."""
-        self._version = score.version
         bar = "█" * round(20 * score.score)
         self._console.print(
             f"version {score.version:2d}  [bold]{score.score:4.2f}[/bold] {bar:20} "
@@ -101,8 +102,10 @@ class Display:
         if not self._live.is_started:
             return
         grid = Table.grid(padding=(0, 1))
-        bar = ProgressBar(total=self._updates, completed=self._version, width=24)
-        grid.add_row(bar, f"{self._version}/{self._updates} versions", self._phase, self._counts)
+        done = min(self._version, self._updates)
+        bar = ProgressBar(total=self._updates, completed=done, width=12)
+        line = f"version {self._version}/{self._updates}  {self._phase}  {self._counts}"
+        grid.add_row(bar, Text(line, no_wrap=True, overflow="ellipsis"))
         self._live.update(grid)
 
 

@@ -205,7 +205,7 @@ class _Experiment:
         )
 
     async def _ask(self, client: openai.AsyncOpenAI, tasks: list[Task]) -> list[Answer]:
-        self._display.phase("measuring on held-out questions")
+        self._display.phase("measuring")
         answers = await ask_all(client, MODEL, tasks, ASKED_AT_ONCE)
         self._failed += sum(answer.reply is None for answer in answers)
         return answers
@@ -230,12 +230,12 @@ class _Experiment:
 
     async def _settled_version(self, http: aiohttp.ClientSession, talk: Talk) -> int:
         """Waits, with the personas silent, until the last full batch is trained and serves."""
-        self._display.phase("finishing what was said")
+        self._display.phase("finishing")
         deadline = time.monotonic() + UPDATE_TIMEOUT_S
         quiet = 0
         while quiet < QUIET_POLLS and time.monotonic() < deadline:
             stored = await _stored(http)
-            self._display.live(talk.talked, stored)
+            self._display.live(talk.talked, stored, await _serving(http))
             quiet = 0 if any(stored.get(name) for name in UNDER_WAY) else quiet + 1
             await asyncio.sleep(POLL_S)
         return await _serving(http)
@@ -253,8 +253,8 @@ class _Experiment:
             if self._running.done():
                 self._running.result()
                 raise StartError("the stack ended before the demo did")
-            self._display.live(talk.talked, await _stored(http))
             version = await _serving(http)
+            self._display.live(talk.talked, await _stored(http), version)
             if version >= wanted:
                 return True
             if version != last:

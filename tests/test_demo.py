@@ -74,7 +74,7 @@ def test_without_a_terminal_the_progress_is_plain_lines(
 ) -> None:
     with Display(12) as display:
         display.phase("talk")
-        display.live(Talked(), {"turns/main": 7, "verdicts/1": 2})
+        display.live(Talked(), {"turns/main": 7, "verdicts/1": 2}, 3)
         display.scored(LAST)
     printed = capsys.readouterr().out
     assert "version 12" in printed
