@@ -55,9 +55,9 @@ async def ask(http: aiohttp.ClientSession, url: str) -> tuple[float, float]:
     """(seconds to the first byte, seconds to the end) of one reply."""
     started = time.perf_counter()
     async with http.post(f"{url}/v1/chat/completions", data=BODY) as answer:
-        await answer.content.readany()
+        data = await answer.content.readany()
         first = time.perf_counter() - started
-        data = await answer.content.read()
+        data += await answer.content.read()
         assert answer.status == 200
         assert data.endswith(b"[DONE]\n\n")
     return first, time.perf_counter() - started

@@ -15,6 +15,7 @@ def draw_curve(scores: Sequence[Score], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
     versions = [score.version for score in scores]
@@ -26,7 +27,7 @@ def draw_curve(scores: Sequence[Score], title: str, path: Path) -> None:
     axes.plot(versions, [s.right for s in scores], "--", color="tab:green", label="right")
     axes.axhline(GOAL_SCORE, color="grey", linewidth=0.8, linestyle=":")
     axes.axhline(START_SCORE, color="grey", linewidth=0.8, linestyle=":")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("policy version (one update of 16 judged turns each)")
     axes.set_ylabel("share of held-out replies")
     axes.set_ylim(0, 1.03)
