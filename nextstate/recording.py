@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import orjson
 import sqlalchemy as sa
@@ -45,14 +46,49 @@ class Parent:
     """True when another request has already given it a next state."""
 
 
+# Built once: SQLAlchemy takes longer to build a statement than SQLite to run it.
+_C = t.turns.c
+_PARENT_COLUMNS = (_C.id, _C.session, _C.idx, _C.kind, _C.continued)
+_NEXT_INDEX = sa.select(sa.func.max(_C.idx)).where(_C.session == sa.bindparam("name"))
+_ABOVE = sa.select(_C.parent).where(_C.id == sa.bindparam("turn")).scalar_subquery()
+_ANCESTOR = sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE)
+_CUT_HERE = (
+    _C.place == sa.bindparam("here"),
+    _C.finish_reason.is_(None),
+    _C.replaced_by.is_(None),
+    _C.continued.is_(False),
+)
+_CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
+_REPLACE_CUT = (
+    sa.update(t.turns)
+    .where(*_CUT_HERE, _C.id != sa.bindparam("turn"))
+    .values(replaced_by=sa.bindparam("turn"))
+)
+_ADD_TURN, _ADD_STATE = sa.insert(t.turns), sa.insert(t.next_states)
+_ADD_MESSAGE, _ADD_JUDGEMENT = sa.insert(t.messages), sa.insert(t.judgements)
+_KNOWN_MESSAGE = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
+_CONTINUED = sa.update(t.turns).where(_C.id == sa.bindparam("turn")).values(continued=True)
+
+
+def _candidates(key: sa.Column[bytes], *, named: bool) -> sa.Select[*tuple[Any, ...]]:
+    """The newest turns with a link key, of one client's session if `named`."""
+    query = (
+        sa.select(*_PARENT_COLUMNS, _C.messages, _C.seq)
+        .where(key == sa.bindparam("key"), _C.lineage == sa.bindparam("lineage"))
+        .order_by(_C.seq.desc())
+        .limit(16)
+    )
+    return query.where(_C.client_session == sa.bindparam("client_session")) if named else query
+
+
+_CANDIDATES = {
+    named: (_candidates(_C.chain_key, named=named), _candidates(_C.reply_key, named=named))
+    for named in (True, False)
+}
+
+
 def _parent(row: Row) -> Parent:
     return Parent(row.id, row.session, row.idx, TurnKind(row.kind), row.continued)
-
-
-def _cut_at(place: bytes) -> tuple[sa.ColumnElement[bool], ...]:
-    c = t.turns.c
-    unfinished = (c.finish_reason.is_(None), c.replaced_by.is_(None), c.continued.is_(False))
-    return c.place == place, *unfinished
 
 
 class Recording:
@@ -73,18 +109,12 @@ class Recording:
         last reply (the agent may have cut its history). Among equals, one that nothing has
         continued yet wins, then the one that shares most messages, then the newest.
         """
-        c = t.turns.c
-        columns = (c.id, c.session, c.idx, c.kind, c.continued, c.messages, c.seq)
-        for column, key in ((c.chain_key, link.chain_key), (c.reply_key, link.reply_key)):
-            query = (
-                sa.select(*columns)
-                .where(column == key, c.lineage == lineage)
-                .order_by(c.seq.desc())
-                .limit(16)
-            )
-            if client_session is not None:
-                query = query.where(c.client_session == client_session)
-            rows = self._connection.execute(query).all()
+        where: dict[str, object] = {"lineage": lineage}
+        if client_session is not None:
+            where["client_session"] = client_session
+        queries = _CANDIDATES[client_session is not None]
+        for query, key in zip(queries, (link.chain_key, link.reply_key), strict=True):
+            rows = self._connection.execute(query, {**where, "key": key}).all()
             if rows:
                 ours = set(link.message_hashes)
 
@@ -96,12 +126,9 @@ class Recording:
 
     def main_ancestor(self, turn: Parent) -> Parent | None:
         """The newest main turn that a side turn goes back to."""
-        c = t.turns.c
         found: Parent | None = turn
         while found is not None and found.kind is not TurnKind.MAIN:
-            above = sa.select(c.parent).where(c.id == found.id).scalar_subquery()
-            columns = (c.id, c.session, c.idx, c.kind, c.continued)
-            row = self._connection.execute(sa.select(*columns).where(c.id == above)).first()
+            row = self._connection.execute(_ANCESTOR, {"turn": found.id}).first()
             found = None if row is None else _parent(row)
         return found
 
@@ -125,19 +152,15 @@ class Recording:
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose reply never came to an end, if there is one."""
-        query = sa.select(t.turns.c.session).where(*_cut_at(place)).limit(1)
-        return self._connection.execute(query).scalar()
+        return self._connection.execute(_CUT_SESSION, {"here": place}).scalar()
 
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
-        others = (*_cut_at(place), t.turns.c.id != turn)
-        self._connection.execute(sa.update(t.turns).where(*others).values(replaced_by=turn))
+        self._connection.execute(_REPLACE_CUT, {"here": place, "turn": turn})
 
     def next_index(self, session: str) -> int:
         """The position of the next turn in a session."""
-        c = t.turns.c
-        query = sa.select(sa.func.max(c.idx)).where(c.session == session)
-        last = self._connection.execute(query).scalar()
+        last = self._connection.execute(_NEXT_INDEX, {"name": session}).scalar()
         return 0 if last is None else last + 1
 
     def add_turn(
@@ -155,32 +178,33 @@ class Recording:
             rest["tools"] = self._keep(rest["tools"]).hex()
         messages: list[Json] = turn.request.get("messages") or []
         self._connection.execute(
-            sa.insert(t.turns).values(
-                id=turn.id,
-                session=turn.session,
-                idx=turn.index,
-                kind=turn.kind,
-                lineage=turn.lineage,
-                policy_version=turn.policy_version,
-                client_model=turn.client_model,
-                messages=b"".join(self._keep(message) for message in messages),
-                rest=compress(orjson.dumps(rest)),
-                reply=self._keep(turn.reply),
-                finish_reason=turn.finish_reason,
-                prompt_ids=pack_ids(turn.prompt_ids),
-                completion_ids=pack_ids(turn.completion_ids),
-                behaviour_logprobs=pack_floats(turn.behaviour_logprobs),
-                sampling=dump(turn.sampling),
-                started_at=turn.timings.started_at,
-                first_token_s=turn.timings.first_token_s,
-                total_s=turn.timings.total_s,
-                untrainable=turn.untrainable,
-                parent=turn.parent,
-                chain_key=chain_key,
-                reply_key=reply_key,
-                client_session=client_session,
-                place=place,
-            )
+            _ADD_TURN,
+            {
+                "id": turn.id,
+                "session": turn.session,
+                "idx": turn.index,
+                "kind": turn.kind,
+                "lineage": turn.lineage,
+                "policy_version": turn.policy_version,
+                "client_model": turn.client_model,
+                "messages": b"".join(self._keep(message) for message in messages),
+                "rest": compress(orjson.dumps(rest)),
+                "reply": self._keep(turn.reply),
+                "finish_reason": turn.finish_reason,
+                "prompt_ids": pack_ids(turn.prompt_ids),
+                "completion_ids": pack_ids(turn.completion_ids),
+                "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
+                "sampling": dump(turn.sampling),
+                "started_at": turn.timings.started_at,
+                "first_token_s": turn.timings.first_token_s,
+                "total_s": turn.timings.total_s,
+                "untrainable": turn.untrainable,
+                "parent": turn.parent,
+                "chain_key": chain_key,
+                "reply_key": reply_key,
+                "client_session": client_session,
+                "place": place,
+            },
         )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
@@ -188,7 +212,7 @@ class Recording:
         if not states:
             return
         self._connection.execute(
-            sa.insert(t.next_states),
+            _ADD_STATE,
             [
                 {
                     "turn": turn,
@@ -200,19 +224,16 @@ class Recording:
                 for seq, state in enumerate(states)
             ],
         )
-        self._connection.execute(
-            sa.update(t.turns).where(t.turns.c.id == turn).values(continued=True)
-        )
+        self._connection.execute(_CONTINUED, {"turn": turn})
         if judge:
-            self._connection.execute(sa.insert(t.judgements).values(turn=turn, state="pending"))
+            self._connection.execute(_ADD_JUDGEMENT, {"turn": turn, "state": "pending"})
 
     def _keep(self, value: object) -> bytes:
         """Stores a JSON value once and returns its content hash."""
         body = orjson.dumps(value)
         key = content_hash(body)
         if key not in self._known and key not in self._fresh:
-            m = t.messages
-            if self._connection.execute(sa.select(m.c.hash).where(m.c.hash == key)).first() is None:
-                self._connection.execute(sa.insert(m).values(hash=key, body=compress(body)))
+            if self._connection.execute(_KNOWN_MESSAGE, {"key": key}).first() is None:
+                self._connection.execute(_ADD_MESSAGE, {"hash": key, "body": compress(body)})
             self._fresh.add(key)
         return key
