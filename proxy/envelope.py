@@ -2,7 +2,8 @@
 
 upstream                          taken out of the reply, unless the client asked itself
 model = the serving adapter       model = what the client sent
-logprobs = true                   choices[].logprobs → null
+logprobs = true, unless the       choices[].logprobs → null
+  client asks for top_logprobs
 return_token_ids = true           prompt_token_ids → null, choices[].token_ids → null,
                                   chunks that carry nothing else → dropped
 stream_options.include_usage      the usage chunk → dropped; its system_fingerprint stands
@@ -40,7 +41,10 @@ class Asked:
 
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
-    sent = {**request, "model": model, "logprobs": True, "return_token_ids": True}
+    sent = {**request, "model": model, "return_token_ids": True}
+    if not request.get("top_logprobs"):
+        # With them and without `logprobs` the engine refuses: that answer is the client's to get.
+        sent["logprobs"] = True
     if request.get("stream"):
         sent["stream_options"] = {**obj(request.get("stream_options")), "include_usage": True}
     return sent

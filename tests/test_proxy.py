@@ -516,3 +516,13 @@ def test_requests_larger_than_the_limit_are_refused(store: Store, tmp_path: Path
         assert b"max_body_mb" in answer[1]
 
     both(test, store, tmp_path, max_body_mb=1)
+
+
+def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await p.chat(request(top_logprobs=2))
+        assert "logprobs" not in engine.requests[-1]
+        await p.chat(request(top_logprobs=2, logprobs=True))
+        assert engine.requests[-1]["logprobs"] is True
+
+    both(test, store, tmp_path)
