@@ -108,19 +108,10 @@ async def judge_turn(
     Raises JudgeError when no vote was valid, EngineError when the hinted prompt of a trainable
     turn could not be rendered.
     """
-    counts = counts or Counts()
     evidence = build_evidence(turn, states, config.tail_messages, config.max_chars)
-    wanted = 1 if judge.deterministic else config.votes
-    first_seed = zlib.crc32(turn.id.encode()) >> 1
-    answers = await asyncio.gather(
-        *(_vote(judge, evidence, first_seed + i, config.timeout_s) for i in range(wanted))
-    )
-    failures = [answer for answer in answers if isinstance(answer, JudgeError)]
-    counts.unparsed += len(failures)
-    votes = [answer for answer in answers if isinstance(answer, Vote)]
+    votes = await votes_on(evidence, turn.id, config, judge, counts)
     verdict = verdict_of(turn.id, judge.name, votes, evidence.reply)
-    if verdict is None:
-        raise JudgeError(f"none of {wanted} votes was valid: {failures[0]}") from failures[0]
+    assert verdict is not None
     if verdict.hint is None or not turn.trainable:
         return verdict
     messages = cast("list[Json]", turn.request.get("messages") or [])
@@ -129,6 +120,28 @@ async def judge_turn(
         hinted_messages(messages, verdict.hint), tools, rendering_options(turn.request)
     )
     return replace(verdict, hinted_prompt_ids=tuple(ids))
+
+
+async def votes_on(
+    evidence: Evidence,
+    name: str,
+    config: JudgeConfig,
+    judge: JudgeKind,
+    counts: Counts | None = None,
+) -> list[Vote]:
+    """The valid votes, at least one; `name` seeds them. Raises JudgeError when there is none."""
+    wanted = 1 if judge.deterministic else config.votes
+    first_seed = zlib.crc32(name.encode()) >> 1
+    answers = await asyncio.gather(
+        *(_vote(judge, evidence, first_seed + i, config.timeout_s) for i in range(wanted))
+    )
+    failures = [answer for answer in answers if isinstance(answer, JudgeError)]
+    if counts is not None:
+        counts.unparsed += len(failures)
+    votes = [answer for answer in answers if isinstance(answer, Vote)]
+    if not votes:
+        raise JudgeError(f"none of {wanted} votes was valid: {failures[0]}") from failures[0]
+    return votes
 
 
 def retry_delay_s(attempts: int, initial_s: float, max_s: float) -> float:

@@ -82,7 +82,17 @@ def _parser() -> argparse.ArgumentParser:
 
     command("up", _up, "start engine, proxy, judge and learner, and keep them running")
     for name in ("proxy", "judge", "learner"):
-        command(name, _stage, f"run the {name} alone").set_defaults(stage=name)
+        stage = command(name, _stage, f"run the {name} alone")
+        stage.set_defaults(stage=name)
+        if name == "judge":
+            actions = stage.add_subparsers(metavar="eval")
+            text = "compare the configured judge with labelled next states"
+            evaluation = actions.add_parser("eval", help=text, description=text)
+            evaluation.epilog = "example: nextstate judge eval judge/data/next_states.jsonl"
+            evaluation.add_argument("file", type=Path, help="one labelled next state a line, JSON")
+            evaluation.add_argument("--split", help="only the cases of this split, as dev or test")
+            evaluation.add_argument("--config", type=Path, default=DEFAULT_FILE, metavar="FILE")
+            evaluation.set_defaults(run=_judge_eval)
     text = "watch a small policy learn from talk, on a real vLLM"
     demo = command("demo", _demo, text, config=False)
     demo.epilog = "example: nextstate demo --persona teacher --method opd --seed 1"
@@ -160,6 +170,14 @@ def _stage(options: argparse.Namespace) -> int:
         import uvloop
 
         uvloop.run(stages.run_proxy(settings))
+    return 0
+
+
+def _judge_eval(options: argparse.Namespace) -> int:
+    from nextstate import stages
+
+    settings = Settings.read(options.config)
+    print(asyncio.run(stages.evaluate_judge(settings, options.file, options.split)))
     return 0
 
 

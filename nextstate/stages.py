@@ -114,6 +114,27 @@ async def run_judge(settings: Settings) -> None:
     store.close()
 
 
+async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> str:
+    """How the configured judge agrees with a file of labelled next states, as a table."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from judge.config import plugin_settings
+    from judge.evaluation import evaluate, read_cases, report
+
+    cases = read_cases(file, split)
+    served = f"{engine_url(settings)}/v1" if settings.judge.kind == "engine" else ""
+    given = plugin_settings(settings.judge, settings.engine.name, served)
+    kind = load_plugin("judges", settings.judge.kind, given)
+    try:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            bar = progress.add_task(f"{kind.name} judges", total=len(cases))
+            done = await evaluate(cases, settings.judge, kind, lambda: progress.advance(bar))
+    finally:
+        await kind.close()
+    return report(done)
+
+
 def run_learner(settings: Settings) -> None:
     """Trains until SIGINT or SIGTERM; the step under way ends first."""
     from learner.adapters import save_zero_adapter

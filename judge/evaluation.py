@@ -1,0 +1,160 @@
+"""How well a judge agrees with people: labelled next states in, accuracy and Cohen's κ out.
+
+A file holds one case a line: `{"id", "tail": [[role, text], …], "reply", "next_states": [{"source",
+"text"}], "label": 1, 0 or -1}`, and what it may be grouped by (`language`, `category`, `split`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import orjson
+
+from judge.config import JudgeConfig
+from judge.stage import votes_on
+from judge.verdict import verdict_of
+from nextstate.errors import ConfigError, JudgeError
+from nextstate.hooks import Evidence, JudgeKind
+from nextstate.records import TRUST, NextState, Source
+
+SCORES = (1, 0, -1)
+GROUPS = ("language", "category")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One labelled next state."""
+
+    id: str
+    evidence: Evidence
+    label: int
+    groups: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the judge made of a case."""
+
+    case: Case
+    score: int | None
+    """None: it abstained, no vote was valid."""
+    votes: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Of labels and scores; an abstention agrees with no label."""
+
+    cases: int
+    accuracy: float
+    kappa: float
+    """Cohen 1960: agreement beyond what the two marginal distributions give by chance, at most 1;
+    0 where chance alone explains everything."""
+    abstained: int
+    confusion: Mapping[tuple[int, int | None], int]
+    """Cases by (label, score)."""
+
+
+def agreement(pairs: Sequence[tuple[int, int | None]]) -> Agreement:
+    """The agreement of (label, score) pairs.
+
+    >>> found = agreement([(1, 1), (1, 1), (0, 0), (-1, 1)])
+    >>> found.accuracy, round(found.kappa, 4)
+    (0.75, 0.5556)
+    """
+    if not pairs:
+        raise ValueError("agreement of no cases")
+    count = len(pairs)
+    accuracy = sum(label == score for label, score in pairs) / count
+    labels, scores = Counter(label for label, _ in pairs), Counter(score for _, score in pairs)
+    chance = sum(labels[value] * scores[value] for value in SCORES) / count**2
+    kappa = 0.0 if chance == 1 else (accuracy - chance) / (1 - chance)
+    return Agreement(count, accuracy, kappa, scores[None], Counter(pairs))
+
+
+def read_cases(file: Path, split: str | None = None) -> list[Case]:
+    """The cases of a file, of one `split` if named. Raises ConfigError with the line at fault."""
+    try:
+        lines = file.read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror}") from error
+    cases: list[Case] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            data = orjson.loads(line)
+            case = _case(data)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(
+                f"{file}, line {number}: expected a labelled next state with id, tail, reply, "
+                f"next_states and a label of 1, 0 or -1; {type(error).__name__}: {error}"
+            ) from error
+        if split is None or case.groups.get("split") == split:
+            cases.append(case)
+    if not cases:
+        raise ConfigError(f"{file} holds no case" + (f" of split {split!r}" if split else ""))
+    return cases
+
+
+def _case(data: dict[str, Any]) -> Case:
+    if data["label"] not in SCORES:
+        raise ValueError(f"label = {data['label']!r}")
+    states = tuple(
+        NextState(data["id"], source, state["text"], TRUST[source])
+        for state in data["next_states"]
+        if (source := Source(state["source"])) and state["text"]
+    )
+    tail = tuple((str(role), str(text)) for role, text in data["tail"])
+    groups = {name: str(data[name]) for name in (*GROUPS, "split") if name in data}
+    return Case(data["id"], Evidence(tail, data["reply"], states), data["label"], groups)
+
+
+async def evaluate(
+    cases: Sequence[Case], config: JudgeConfig, judge: JudgeKind, done: Callable[[], object]
+) -> list[Outcome]:
+    """Judges every case as the stage would, `config.parallel` at a time; `done` after each."""
+    places = asyncio.Semaphore(config.parallel)
+
+    async def one(case: Case) -> Outcome:
+        async with places:
+            started = time.perf_counter()
+            try:
+                votes = await votes_on(case.evidence, case.id, config, judge)
+            except JudgeError:
+                votes = []
+            verdict = verdict_of(case.id, judge.name, votes, case.evidence.reply)
+            seconds = time.perf_counter() - started
+            done()
+            return Outcome(case, verdict and verdict.score, len(votes), seconds)
+
+    return await asyncio.gather(*(one(case) for case in cases))
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """A table by group, the confusion matrix, and what it took."""
+    rows = [("all", "", outcomes)]
+    for name in GROUPS:
+        values = sorted({o.case.groups[name] for o in outcomes if name in o.case.groups})
+        rows += [(name, v, [o for o in outcomes if o.case.groups.get(name) == v]) for v in values]
+    lines = [f"{'':28}{'cases':>6}{'accuracy':>10}{'κ':>7}{'abstained':>11}"]
+    for name, value, part in rows:
+        found = agreement([(o.case.label, o.score) for o in part])
+        lines.append(
+            f"{name:10}{value:18}{found.cases:6}{found.accuracy:10.2f}{found.kappa:7.2f}"
+            f"{found.abstained:11}"
+        )
+    confusion = agreement([(o.case.label, o.score) for o in outcomes]).confusion
+    lines += ["", f"{'people say':>12}{'judge: +1':>11}{'0':>5}{'−1':>5}{'none':>6}"]
+    for label in SCORES:
+        counts = [confusion.get((label, score), 0) for score in (*SCORES, None)]
+        lines.append(f"{label:+12d}{counts[0]:11}{counts[1]:5}{counts[2]:5}{counts[3]:6}")
+    votes = sum(o.votes for o in outcomes) / len(outcomes)
+    median = statistics.median(o.seconds for o in outcomes)
+    return "\n".join([*lines, "", f"{votes:.1f} valid votes and {median * 1000:.1f} ms a case"])

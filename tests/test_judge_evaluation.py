@@ -1,0 +1,113 @@
+"""Agreement with people: hand-worked numbers, and a labelled file read or refused."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from judge.config import JudgeConfig
+from judge.evaluation import agreement, evaluate, read_cases, report
+from nextstate.errors import ConfigError, JudgeError
+from nextstate.hooks import Evidence, load_plugin
+from nextstate.records import Vote
+
+SHIPPED = Path(__file__).parent.parent / "judge" / "data" / "next_states.jsonl"
+CASE: dict[str, Any] = {
+    "id": "a",
+    "tail": [["user", "What is 2 + 2?"]],
+    "reply": "4",
+    "next_states": [{"source": "user", "text": "Thanks!"}],
+    "label": 1,
+    "language": "en",
+    "split": "test",
+}
+
+
+class Scripted:
+    """Votes what the reply says; an unparseable reply gets no vote."""
+
+    name = "scripted"
+    deterministic = False
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        if not evidence.reply.lstrip("-").isdigit():
+            raise JudgeError("unparseable")
+        return Vote(int(evidence.reply), None)
+
+    async def close(self) -> None:
+        """Nothing to release."""
+
+
+def test_kappa_equals_the_hand_worked_number() -> None:
+    # 10 cases: 7 agree. Labels 5 × 1, 3 × 0, 2 × -1; scores 4 × 1, 4 × 0, 1 × -1, 1 abstention.
+    pairs: list[tuple[int, int | None]] = [
+        *[(1, 1)] * 3, (1, 0), (1, None), *[(0, 0)] * 3, (-1, -1), (-1, 1),
+    ]  # fmt: skip
+    found = agreement(pairs)
+    chance = 0.5 * 0.4 + 0.3 * 0.4 + 0.2 * 0.1
+    assert found.accuracy == pytest.approx(0.7)
+    assert found.kappa == pytest.approx((0.7 - chance) / (1 - chance))
+    assert found.abstained == 1
+    assert found.confusion[1, None] == 1
+
+
+def test_agreement_by_chance_alone_is_no_agreement() -> None:
+    assert agreement([(1, 1), (1, 0), (0, 1), (0, 0)]).kappa == 0
+    assert agreement([(1, 1), (1, 1)]).kappa == 0
+    assert agreement([(1, 1), (0, 0)]).kappa == 1
+
+
+async def _outcomes(tmp_path: Path) -> str:
+    file = tmp_path / "cases.jsonl"
+    replies = ("1", "1", "-1", "what?")
+    file.write_text("\n".join(json.dumps({**CASE, "id": r, "reply": r}) for r in replies))
+    done: list[int] = []
+    found = await evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda: done.append(1))
+    assert [o.score for o in found] == [1, 1, -1, None]
+    assert [o.votes for o in found] == [JudgeConfig().votes] * 3 + [0]
+    assert len(done) == len(replies)
+    return report(found)
+
+
+def test_every_case_is_judged_and_an_invalid_vote_is_an_abstention(tmp_path: Path) -> None:
+    lines = asyncio.run(_outcomes(tmp_path)).splitlines()
+    assert lines[1].split() == ["all", "4", "0.50", "0.00", "1"]
+    assert lines[2].split() == ["language", "en", "4", "0.50", "0.00", "1"]
+    assert [line.split() for line in lines if line.lstrip().startswith("+1")] == [
+        ["+1", "2", "0", "1", "1"]
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"label": 2}, {"label": None}, {"tail": 3}, {"next_states": [{"source": "god", "text": "x"}]}],
+)
+def test_a_wrong_line_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
+    file = tmp_path / "cases.jsonl"
+    file.write_text(json.dumps(CASE) + "\n" + json.dumps({**CASE, **change}) + "\n")
+    with pytest.raises(ConfigError, match="line 2"):
+        read_cases(file)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        read_cases(tmp_path / "none")
+    file.write_text(json.dumps(CASE))
+    with pytest.raises(ConfigError, match="no case of split 'dev'"):
+        read_cases(file, "dev")
+
+
+def test_the_shipped_cases_are_many_and_varied_and_the_rules_judge_reads_them() -> None:
+    cases = read_cases(SHIPPED)
+    assert len(cases) >= 300
+    assert len({case.id for case in cases}) == len(cases)
+    labels = Counter(case.label for case in cases)
+    assert min(labels.values()) >= len(cases) / 5
+    assert {case.groups["language"] for case in cases} >= {"en", "zh", "de", "es"}
+    held_out = [case for case in cases if case.groups["split"] == "test"]
+    assert len(held_out) >= len(cases) / 3 - 1
+    judge = load_plugin("judges", "rules", None)
+    found = asyncio.run(evaluate(held_out, JudgeConfig(), judge, lambda: None))
+    assert all(outcome.score in (1, 0, -1) for outcome in found)
