@@ -70,13 +70,15 @@ def link_of(messages: Sequence[Json]) -> Link | None:
 
 def place_of(
     lineage: str, client_session: str | None, kind: str, parent: str | None, texts: Sequence[str]
-) -> bytes:
+) -> bytes | None:
     """Where in which conversation a request stands, as a 16-byte digest: a retry's is the same.
 
     After a reply that is the turn it continues, for agents rewrite what they send again; at the
-    start of a conversation it is what was said, in `texts`.
+    start of a conversation it is what was said, in `texts`. None if nothing tells it from others.
     """
     said = list(texts) if parent is None else []
+    if parent is None and not said:
+        return None
     place = orjson.dumps([lineage, client_session, kind, parent, said])
     return hashlib.blake2b(place, digest_size=16).digest()
 

@@ -159,7 +159,7 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
     if parent is not None:
         session = parent.session
-    elif (tried := recording.cut_session(place)) is not None:
+    elif place is not None and (tried := recording.cut_session(place)) is not None:
         session = tried
     elif named is not None:
         session = recording.session(named, fresh=link is None)
@@ -170,7 +170,8 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     if keys is None:
         raise NextStateError(f"turn {turn.id} has no assistant message")
     recording.add_turn(turn, *keys, client_session=named, place=place)
-    recording.replace_cut(place, turn.id)
+    if place is not None:
+        recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
         states = next_states(parent.id, following(messages), profile)

@@ -13,6 +13,7 @@ from proxy.linking import (
     following,
     link_of,
     next_states,
+    place_of,
     reply_keys,
 )
 
@@ -114,3 +115,14 @@ def test_explicit_session_ids_win_in_the_documented_order() -> None:
         del body[name]
     assert found == ["key", "field", "meta", "user"]
     assert explicit_session({}, {"user": 3, "metadata": "x"}) is None
+
+
+def test_a_retry_stands_where_the_first_attempt_stood() -> None:
+    start = place_of("main", "s", "main", None, ["hello"])
+    assert start == place_of("main", "s", "main", None, ["hello"])
+    assert start != place_of("main", "s", "main", None, ["good evening"])
+    assert start != place_of("main", "other", "main", None, ["hello"])
+    after = place_of("main", "s", "main", "turn_1", ["hello", "and now?"])
+    assert after == place_of("main", "s", "main", "turn_1", ["Continue the current task"])
+    assert after != place_of("main", "s", "side", "turn_1", [])
+    assert place_of("main", None, "main", None, []) is None, "pictures alone are not one another"
