@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any
 
 import sqlalchemy as sa
@@ -18,6 +18,7 @@ from sqlalchemy.exc import DatabaseError
 from nextstate import schema as t
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
+from nextstate.migrations import migrate
 from nextstate.recording import Recording
 from nextstate.records import (
     BASE_VERSION,
@@ -31,8 +32,10 @@ from nextstate.records import (
 )
 from nextstate.rows import (
     dump,
+    hashes,
+    keep_ids,
+    load_bodies,
     next_states_of,
-    pack_ids,
     sample_of,
     turn_of,
     verdict_of,
@@ -62,7 +65,7 @@ class Store:
             file = config.url.removeprefix("sqlite:///") or self.dir / "nextstate.sqlite3"
             self._db = open_file(self.dir / file)
             with self._write() as connection:
-                t.migrate(connection)
+                migrate(connection)
         except (OSError, DatabaseError) as error:
             raise StoreError(
                 f"[store] dir = {config.dir!r} cannot hold the store: {error}; "
@@ -93,8 +96,11 @@ class Store:
     def recording(self) -> Generator[Recording]:
         """One transaction in which turns are linked and added; all of them are kept or none."""
         fresh: set[bytes] = set()
-        with self._write() as connection:
-            yield Recording(connection, self._known, fresh, self._clock())
+        with (
+            self._write() as connection,
+            closing(Recording(connection, self._known, fresh)) as recording,
+        ):
+            yield recording
         if len(self._known) > _REMEMBERED_HASHES:
             self._known.clear()
         self._known |= fresh
@@ -117,7 +123,9 @@ class Store:
         with self._read() as connection:
             query = sa.select(t.verdicts).where(t.verdicts.c.turn == turn_id)
             row = connection.execute(query).first()
-            return None if row is None else verdict_of(row)
+            if row is None:
+                return None
+            return verdict_of(row, load_bodies(connection, hashes(row.hinted_prompt_ids or b"")))
 
     def turn_ids(self, limit: int | None = None, newest_first: bool = False) -> list[str]:
         """Turn ids in the order of recording, without cut ones that a retry stands for."""
@@ -206,6 +214,7 @@ class Store:
                 if verdict.judge != FEEDBACK:
                     return False
                 connection.execute(sa.delete(t.verdicts).where(t.verdicts.c.turn == verdict.turn))
+            hinted = verdict.hinted_prompt_ids
             connection.execute(
                 sa.insert(t.verdicts).values(
                     turn=verdict.turn,
@@ -213,7 +222,7 @@ class Store:
                     score=verdict.score,
                     judge=verdict.judge,
                     hint=verdict.hint,
-                    hinted_prompt_ids=pack_ids(verdict.hinted_prompt_ids),
+                    hinted_prompt_ids=hinted and keep_ids(connection, hinted),
                     created_at=self._clock(),
                 )
             )
@@ -251,7 +260,12 @@ class Store:
                 .order_by(s.policy_version.desc(), t.turns.c.seq)
                 .limit(limit)
             )
-            leased = [sample_of(row) for row in connection.execute(query)]
+            rows = connection.execute(query).all()
+            packed = (
+                part or b"" for row in rows for part in (row.prompt_ids, row.hinted_prompt_ids)
+            )
+            bodies = load_bodies(connection, hashes(b"".join(packed)))
+            leased = [sample_of(row, bodies) for row in rows]
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_([sample.turn for sample in leased]))
