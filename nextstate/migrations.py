@@ -35,6 +35,7 @@ def _store_by_content(connection: sa.Connection) -> None:
         connection.execute(sa.text(f"DROP INDEX {name}"))
     for index in t.turns.indexes:
         index.create(connection, checkfirst=True)
+    t.workers.create(connection, checkfirst=True)
     c = t.turns.c
     for seq in connection.execute(sa.select(c.seq)).scalars().all():
         row = connection.execute(sa.select(t.turns).where(c.seq == seq)).one()

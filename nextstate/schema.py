@@ -132,3 +132,13 @@ versions = sa.Table(
     sa.Column("metrics", sa.Text, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
 )
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.String(20), primary_key=True),
+    sa.Column("beat", sa.Float, nullable=False),
+    sa.Column("adapters", sa.Text, nullable=False),
+    sa.Column("counts", sa.Text, nullable=False),
+)
+"""What each of several proxy workers said last."""

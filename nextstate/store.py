@@ -8,10 +8,11 @@ never deleted on fetch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 
@@ -42,11 +43,13 @@ from nextstate.rows import (
     version_of,
     version_row,
 )
-from nextstate.sqlite import open_file
+from nextstate.sqlite import checkpoint, open_file
 
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
 _REMEMBERED_HASHES = 100_000
+_SILENT_S = 10.0
+"""A worker that says nothing for so long is taken for dead."""
 
 
 class Store:
@@ -63,7 +66,8 @@ class Store:
                     "empty the key to use [store] dir"
                 )
             file = config.url.removeprefix("sqlite:///") or self.dir / "nextstate.sqlite3"
-            self._db = open_file(self.dir / file)
+            self._file = self.dir / file
+            self._db = open_file(self._file)
             with self._write() as connection:
                 migrate(connection)
         except (OSError, DatabaseError) as error:
@@ -113,6 +117,12 @@ class Store:
             row = connection.execute(sa.select(t.turns).where(t.turns.c.id == turn_id)).first()
             return None if row is None else turn_of(connection, row)
 
+    def lineage_of(self, turn_id: str) -> str | None:
+        """The lineage of a turn; None when there is no such turn."""
+        with self._read() as connection:
+            query = sa.select(t.turns.c.lineage).where(t.turns.c.id == turn_id)
+            return connection.execute(query).scalar()
+
     def next_states(self, turn_id: str) -> tuple[NextState, ...]:
         """What followed the turn, in order."""
         with self._read() as connection:
@@ -134,6 +144,10 @@ class Store:
             kept = sa.select(t.turns.c.id).where(t.turns.c.replaced_by.is_(None))
             query = kept.order_by(order).limit(limit)
             return list(connection.execute(query).scalars())
+
+    def checkpoint(self) -> None:
+        """Moves what was committed into the database's own file, if that has become much."""
+        checkpoint(self._db, self._file)
 
     def counts(self) -> dict[str, int]:
         """How many records there are of each kind and state, under `area/what` names."""
@@ -363,6 +377,15 @@ class Store:
             ).first()
         return base_version(lineage, VersionState.SERVING) if row is None else version_of(row)
 
+    def serving_versions(self, lineages: Sequence[str]) -> dict[str, PolicyVersion]:
+        """The version that serves each of the lineages."""
+        v = t.versions.c
+        query = sa.select(t.versions).where(v.state == VersionState.SERVING)
+        with self._read() as connection:
+            found = {row.lineage: version_of(row) for row in connection.execute(query)}
+        base = VersionState.SERVING
+        return {name: found.get(name) or base_version(name, base) for name in lineages}
+
     def set_serving(self, lineage: str, number: int) -> None:
         """Flips the lineage to `number`; the version that served is retired."""
         v = t.versions.c
@@ -387,6 +410,34 @@ class Store:
                 .where(v.lineage == lineage, v.number == number)
                 .values(state=VersionState.REJECTED, metrics=dump({"rejected": reason}))
             )
+
+    # The proxy's workers
+
+    def beat(self, worker: str, adapters: Sequence[str], counts: Mapping[str, int]) -> None:
+        """Says that a worker lives, which adapters it uses and what it has counted."""
+        values = {
+            "beat": self._clock(),
+            "adapters": dump(list(adapters)),
+            "counts": dump(dict(counts)),
+        }
+        w = t.workers
+        with self._write() as connection:
+            done = connection.execute(sa.update(w).where(w.c.id == worker).values(values))
+            if not done.rowcount:
+                connection.execute(sa.insert(w).values(id=worker, **values))
+
+    def leave(self, worker: str) -> None:
+        """Says that a worker has ended."""
+        with self._write() as connection:
+            connection.execute(sa.delete(t.workers).where(t.workers.c.id == worker))
+
+    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
+        """What each other living worker said last: the adapters it uses, and its counts."""
+        w = t.workers.c
+        query = sa.select(w.adapters, w.counts)
+        alive = query.where(w.id != worker, w.beat >= self._clock() - _SILENT_S)
+        with self._read() as connection:
+            return [tuple(map(orjson.loads, row)) for row in connection.execute(alive)]
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:

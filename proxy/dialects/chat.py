@@ -1,4 +1,4 @@
-"""What NextState adds to a chat request upstream, and takes back out of the reply.
+"""`/v1/chat/completions`: what NextState adds to a request upstream, and takes out of the reply.
 
 upstream                          taken out of the reply, unless the client asked itself
 model = the serving adapter       model = what the client sent
@@ -6,8 +6,9 @@ logprobs = true, unless the       choices[].logprobs → null
   client asks for top_logprobs
 return_token_ids = true           prompt_token_ids → null, choices[].token_ids → null,
                                   chunks that carry nothing else → dropped
-stream_options.include_usage      the usage chunk → dropped; its system_fingerprint stands
-                                  on the chunk before it, where vLLM puts it unasked
+stream_options.include_usage      the usage chunk → dropped; the engine's fingerprint, which it
+                                  carries, stands where it stands unasked: on the last chunk of
+                                  every choice
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ class Asked:
     """What the client asked for itself."""
 
     model: str
-    logprobs: bool
-    token_ids: bool
-    usage: bool
+    logprobs: bool = False
+    token_ids: bool = False
+    usage: bool = False
 
     @staticmethod
-    def of(request: Json) -> Asked:
-        """Reads a client's chat request."""
+    def of(request: Json, model: str) -> Asked:
+        """Reads a client's request, which named `model`."""
         return Asked(
-            model=str(request.get("model") or ""),
-            logprobs=bool(request.get("logprobs")),
+            model=model,
+            logprobs=request.get("logprobs") not in (None, False),
             token_ids=bool(request.get("return_token_ids")),
             usage=bool(obj(request.get("stream_options")).get("include_usage")),
         )
@@ -42,30 +43,52 @@ class Asked:
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
     sent = {**request, "model": model, "return_token_ids": True}
-    if not request.get("top_logprobs"):
+    if not (request.get("top_logprobs") or request.get("logprob_token_ids")):
         # With them and without `logprobs` the engine refuses: that answer is the client's to get.
         sent["logprobs"] = True
-    if request.get("stream"):
-        sent["stream_options"] = {**obj(request.get("stream_options")), "include_usage": True}
+    return with_usage(sent)
+
+
+def with_usage(sent: Json) -> Json:
+    """Asks for the usage chunk of a stream, in place; other options stay without effect."""
+    options = obj(sent.get("stream_options"))
+    if sent.get("stream") and not options.get("include_usage"):
+        sent["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
     return sent
 
 
-def client_chunk(chunk: Json, asked: Asked) -> Json | None:
+def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
     """A streamed chunk as the client would have seen it; None if it would not have. In place."""
-    if "model" in chunk:
-        chunk["model"] = asked.model
     choices = objects(chunk.get("choices"))
-    if not asked.usage:
-        if "usage" in chunk and not choices:
-            return None
-        chunk.pop("usage", None)
+    if not without_usage(chunk, choices, asked, fingerprint):
+        return None
     if not asked.token_ids and "prompt_token_ids" in chunk:
         chunk["prompt_token_ids"] = None
     carries = not choices or "prompt_token_ids" in chunk or asked.logprobs or asked.token_ids
     for choice in choices:
-        _strip_choice(choice, asked)
+        strip_choice(choice, asked)
         carries = carries or bool(choice.get("delta")) or choice.get("finish_reason") is not None
     return chunk if carries else None
+
+
+def without_usage(chunk: Json, choices: list[Json], asked: Asked, fingerprint: str | None) -> bool:
+    """Names the client's model and takes unasked usage out; False if the chunk was only that."""
+    if "model" in chunk:
+        chunk["model"] = asked.model
+    if asked.usage:
+        return True
+    if "usage" in chunk and not choices:
+        return False
+    chunk.pop("usage", None)
+    if fingerprint is not None and any(c.get("finish_reason") is not None for c in choices):
+        chunk["system_fingerprint"] = fingerprint
+    return True
+
+
+def count(request: Json) -> int:
+    """How many choices a request asks for."""
+    choices = request.get("n")
+    return choices if isinstance(choices, int) and choices > 0 else 1
 
 
 def client_reply(reply: Json, asked: Asked) -> Json:
@@ -75,11 +98,12 @@ def client_reply(reply: Json, asked: Asked) -> Json:
     if not asked.token_ids and "prompt_token_ids" in reply:
         reply["prompt_token_ids"] = None
     for choice in objects(reply.get("choices")):
-        _strip_choice(choice, asked)
+        strip_choice(choice, asked)
     return reply
 
 
-def _strip_choice(choice: dict[str, Any], asked: Asked) -> None:
+def strip_choice(choice: dict[str, Any], asked: Asked) -> None:
+    """Takes unasked log-probs and token ids out of a choice, in place."""
     if not asked.logprobs and "logprobs" in choice:
         choice["logprobs"] = None
     if not asked.token_ids and "token_ids" in choice:
