@@ -24,9 +24,10 @@ from rich.progress import Progress
 
 from benchmarks.conversations import FILE, PROFILE, TURNS, Conversation, Filler
 from nextstate.config import StoreConfig
+from nextstate.recording import Link
 from nextstate.records import Turn
 from nextstate.store import Store
-from proxy.linking import link_of
+from proxy.linking import message_hashes, reply_keys
 from proxy.recorder import Exchange, record_exchange
 
 KINDS = {
@@ -141,8 +142,9 @@ def _link(store: Store, stored: Conversation, last: str) -> float:
     messages = stored.messages(TURNS)
     with store.recording() as recording:
         started = perf_counter()
-        link = link_of(messages)
-        assert link is not None
+        history = reply_keys(messages, None)
+        assert history is not None
+        link = Link(*history, message_hashes(messages))
         parent = recording.parent("main", link, stored.name)
         spent = 1000 * (perf_counter() - started)
     assert parent is not None

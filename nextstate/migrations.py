@@ -11,7 +11,7 @@ from sqlalchemy.schema import CreateColumn
 from nextstate import schema as t
 from nextstate.errors import StoreError
 from nextstate.recording import scoped
-from nextstate.rows import decompress, keep_body, keep_ids, pack_floats, unpack_ids
+from nextstate.rows import decompress, keep_body, keep_ids, pack_floats, pack_ids
 
 Step = Callable[[sa.Connection], None]
 
@@ -36,6 +36,8 @@ def _store_by_content(connection: sa.Connection) -> None:
     for index in t.turns.indexes:
         index.create(connection, checkfirst=True)
     t.workers.create(connection, checkfirst=True)
+    base = CreateColumn(t.messages.c.base).compile(dialect=connection.dialect)
+    connection.execute(sa.text(f"ALTER TABLE messages ADD COLUMN {base}"))
     c = t.turns.c
     for seq in connection.execute(sa.select(c.seq)).scalars().all():
         row = connection.execute(sa.select(t.turns).where(c.seq == seq)).one()
@@ -43,6 +45,7 @@ def _store_by_content(connection: sa.Connection) -> None:
         values = {
             "rest": keep_body(connection, decompress(row.rest)),
             "prompt_ids": _in_runs(connection, row.prompt_ids),
+            "completion_ids": _in_planes(row.completion_ids),
             "behaviour_logprobs": logprobs and pack_floats(array("d", decompress(logprobs))),
             "chain_key": scoped(row.chain_key, row.lineage, row.client_session),
             "reply_key": scoped(row.reply_key, row.lineage, row.client_session),
@@ -56,8 +59,12 @@ def _store_by_content(connection: sa.Connection) -> None:
         connection.execute(sa.update(t.verdicts).where(v.turn == row.turn).values(runs))
 
 
+def _in_planes(packed: bytes | None) -> bytes | None:
+    return None if packed is None else pack_ids(array("I", decompress(packed)))
+
+
 def _in_runs(connection: sa.Connection, packed: bytes | None) -> bytes | None:
-    ids = unpack_ids(packed)
+    ids = None if packed is None else array("I", decompress(packed))
     return None if ids is None else keep_ids(connection, ids)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -26,6 +26,9 @@ from nextstate.rows import (
 )
 
 _MOST_CANDIDATES = 16
+_MOST_HASHES = 100_000
+_MOST_BASES = 32
+_LONG_BODY, _BEGINNING = 4096, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,14 +140,35 @@ def scoped(key: bytes, lineage: str, client_session: str | None) -> bytes:
     return hashlib.blake2b(scope + key, digest_size=HASH_BYTES).digest()
 
 
+@dataclass(slots=True)
+class Remembered:
+    """What a process knows to be stored, so that it need not look; never more than is stored."""
+
+    hashes: set[bytes] = field(default_factory=set[bytes])
+    bases: dict[bytes, tuple[bytes, bytes]] = field(
+        default_factory=dict[bytes, tuple[bytes, bytes]]
+    )
+    """(hash, body) of a long body, by how it begins: others that begin so may be much like it."""
+
+    def add(self, other: Remembered) -> None:
+        """Takes in what another has seen stored, and forgets what has become too much."""
+        if len(self.hashes) > _MOST_HASHES:
+            self.hashes.clear()
+        self.hashes |= other.hashes
+        self.bases |= other.bases
+        while len(self.bases) > _MOST_BASES:
+            self.bases.pop(next(iter(self.bases)))
+
+
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
-    def __init__(self, connection: sa.Connection, known: set[bytes], fresh: set[bytes]) -> None:
+    def __init__(self, connection: sa.Connection, known: Remembered) -> None:
+        self.fresh = Remembered()
+        """What this transaction stores, once it is committed."""
         self._cursor: Any = connection.connection.cursor()
         self._statements = _statements(connection.dialect)
         self._known = known
-        self._fresh = fresh
 
     def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
         """The turn that a request with this link continues, under the client's name if it has one.
@@ -295,12 +319,27 @@ class Recording:
     def _keep_body(self, key: bytes, body: bytes) -> bytes:
         if not self._is_known(key):
             if self._first(self._statements.known_body, key=key) is None:
-                self._run(self._statements.add_body, hash=key, body=compress(body))
-            self._fresh.add(key)
+                packed, base = self._packed(key, body)
+                self._run(self._statements.add_body, hash=key, body=packed, base=base)
+            self.fresh.hashes.add(key)
         return key
 
+    def _packed(self, key: bytes, body: bytes) -> tuple[bytes, bytes | None]:
+        """(the body compressed, the hash of the base that it was compressed against)."""
+        plain = compress(body)
+        if len(body) < _LONG_BODY:
+            return plain, None
+        beginning = body[:_BEGINNING]
+        base = self.fresh.bases.get(beginning) or self._known.bases.get(beginning)
+        if base is not None:
+            against = compress(body, base[1])
+            if 2 * len(against) < len(plain):
+                return against, base[0]
+        self.fresh.bases[beginning] = key, body
+        return plain, None
+
     def _is_known(self, key: bytes) -> bool:
-        return key in self._known or key in self._fresh
+        return key in self._known.hashes or key in self.fresh.hashes
 
     def _run(self, statement: Prepared, **values: object) -> None:
         self._cursor.execute(statement.sql, statement.arguments(values))

@@ -54,7 +54,7 @@ def id_runs(ids: Sequence[int]) -> list[bytes]:
     while start < size:
         longest = min(start + _LONGEST_RUN, size)
         end = lowest.find(0, start + _SHORTEST_RUN - 1, longest) + 1 or longest
-        runs.append(packed[4 * start : 4 * end])
+        runs.append(_in_planes(packed[4 * start : 4 * end]))
         start = end
     return runs
 
@@ -155,8 +155,12 @@ def load_bodies(connection: sa.Connection, keys: Iterable[bytes]) -> dict[bytes,
     c = t.messages.c
     for start in range(0, len(wanted), _IN_ONE_QUERY):
         some = wanted[start : start + _IN_ONE_QUERY]
-        query = sa.select(c.hash, c.body).where(c.hash.in_(some))
-        found.update((row.hash, decompress(row.body)) for row in connection.execute(query))
+        rows = connection.execute(sa.select(t.messages).where(c.hash.in_(some))).all()
+        of_base = {row.base for row in rows if row.base is not None}
+        bases = load_bodies(connection, of_base) if of_base else {}
+        for row in rows:
+            base = None if row.base is None else bases[row.base]
+            found[row.hash] = decompress(row.body, base)
     return found
 
 
@@ -193,27 +197,49 @@ class _Zstd(threading.local):
 _zstd = _Zstd()
 
 
-def compress(body: bytes) -> bytes:
-    return _zstd.compressor.compress(body)
+def compress(body: bytes, base: bytes | None = None) -> bytes:
+    """`body` compressed; against `base` if there is one."""
+    if base is None:
+        return _zstd.compressor.compress(body)
+    return zstandard.ZstdCompressor(level=3, dict_data=_dictionary(base)).compress(body)
 
 
-def decompress(body: bytes) -> bytes:
-    return _zstd.decompressor.decompress(body)
+def decompress(body: bytes, base: bytes | None = None) -> bytes:
+    if base is None:
+        return _zstd.decompressor.decompress(body)
+    return zstandard.ZstdDecompressor(dict_data=_dictionary(base)).decompress(body)
+
+
+def _dictionary(base: bytes) -> zstandard.ZstdCompressionDict:
+    return zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
 
 
 def join_runs(packed: bytes | None, bodies: Bodies) -> tuple[int, ...] | None:
     """Token ids from the hashes of their runs; None stays None."""
     if packed is None:
         return None
-    return tuple(array("I", b"".join(bodies[key] for key in hashes(packed))))
+    return tuple(array("I", b"".join(_interleaved(bodies[key]) for key in hashes(packed))))
 
 
 def pack_ids(ids: Sequence[int] | None) -> bytes | None:
-    return None if ids is None else compress(array("I", ids).tobytes())
+    return None if ids is None else compress(_in_planes(array("I", ids).tobytes()))
 
 
 def unpack_ids(packed: bytes | None) -> tuple[int, ...] | None:
-    return None if packed is None else tuple(array("I", decompress(packed)))
+    return None if packed is None else tuple(array("I", _interleaved(decompress(packed))))
+
+
+def _in_planes(ids: bytes) -> bytes:
+    """The lowest bytes of all ids, then the next ones, …: the high ones are nearly all alike."""
+    return b"".join(ids[byte::4] for byte in range(4))
+
+
+def _interleaved(planes: bytes) -> bytes:
+    size = len(planes) // 4
+    ids = bytearray(len(planes))
+    for byte in range(4):
+        ids[byte::4] = planes[byte * size : (byte + 1) * size]
+    return bytes(ids)
 
 
 def pack_floats(values: Sequence[float] | None) -> bytes | None:

@@ -20,8 +20,12 @@ messages = sa.Table(
     metadata,
     sa.Column("hash", sa.LargeBinary(16), primary_key=True),
     sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("base", sa.LargeBinary(16)),
 )
-"""Every distinct message, tool list, reply and run of token ids once, compressed."""
+"""Every distinct message, tool list, reply and run of token ids once, compressed.
+
+A long body that is much like an earlier one is compressed against that one, its `base`, which has
+none itself."""
 
 turns = sa.Table(
     "turns",

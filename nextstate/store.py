@@ -20,7 +20,7 @@ from nextstate import schema as t
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
 from nextstate.migrations import migrate
-from nextstate.recording import Recording
+from nextstate.recording import Recording, Remembered
 from nextstate.records import (
     BASE_VERSION,
     NextState,
@@ -47,7 +47,6 @@ from nextstate.sqlite import checkpoint, open_file
 
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
-_REMEMBERED_HASHES = 100_000
 _SILENT_S = 10.0
 """A worker that says nothing for so long is taken for dead."""
 
@@ -75,7 +74,7 @@ class Store:
                 f"[store] dir = {config.dir!r} cannot hold the store: {error}; "
                 "name a folder that you may write to"
             ) from error
-        self._known: set[bytes] = set()
+        self._known = Remembered()
 
     def close(self) -> None:
         """Closes every connection."""
@@ -99,15 +98,12 @@ class Store:
     @contextmanager
     def recording(self) -> Generator[Recording]:
         """One transaction in which turns are linked and added; all of them are kept or none."""
-        fresh: set[bytes] = set()
         with (
             self._write() as connection,
-            closing(Recording(connection, self._known, fresh)) as recording,
+            closing(Recording(connection, self._known)) as recording,
         ):
             yield recording
-        if len(self._known) > _REMEMBERED_HASHES:
-            self._known.clear()
-        self._known |= fresh
+        self._known.add(recording.fresh)
 
     # Reading back
 

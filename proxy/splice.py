@@ -20,6 +20,8 @@ from proxy.dialects.chat import Asked, client_chunk
 
 _LOGPROBS, _IDS = b',"logprobs":', b',"finish_reason":null,"token_ids":'
 _END = b"}]}\n\n"
+_TRIES = 3
+"""Chunks that are looked at as a pattern before a reply is left to the parser."""
 
 
 class Splice:
@@ -30,14 +32,16 @@ class Splice:
         self._tail: tuple[bool, bool] = asked.logprobs, asked.token_ids
         self._theirs = b""
         self._ours = b""
+        self._tries = _TRIES
 
     def learn(self, event: bytes, chunk: Json) -> None:
         """Takes a parsed content chunk as the pattern, unless cutting it goes wrong."""
         choices = objects(chunk.get("choices"))
-        if self._theirs or len(choices) != 1 or not choices[0].get("token_ids"):
+        if self._theirs or not self._tries or len(choices) != 1:
             return
-        if choices[0].get("index") != 0:
+        if choices[0].get("index") != 0 or not choices[0].get("token_ids"):
             return
+        self._tries -= 1
         head, key, _ = event.partition(b'"delta":')
         named, name = orjson.dumps(chunk.get("model")), orjson.dumps(self._asked.model)
         self._theirs = head + key

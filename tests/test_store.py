@@ -123,7 +123,9 @@ def test_runs_of_token_ids_join_to_the_same_ids_and_survive_an_insertion(
 ) -> None:
     def kept(tokens: list[int]) -> set[bytes]:
         runs = rows.id_runs(tokens)
-        assert b"".join(runs) == array("I", tokens).tobytes()
+        bodies = {rows.content_hash(run): run for run in runs}
+        joined = rows.join_runs(b"".join(map(rows.content_hash, runs)), bodies)
+        assert joined == tuple(tokens)
         assert all(len(run) <= 4 * 2048 for run in runs)
         return set(runs)
 
@@ -137,6 +139,28 @@ def test_a_prompt_changed_in_the_middle_shares_its_other_runs() -> None:
     runs = set(rows.id_runs(ids))
     changed = set(rows.id_runs([*ids[:9_000], 5, 6, 7, *ids[9_010:]]))
     assert len(changed - runs) <= 2 < 40 < len(runs)
+
+
+def test_a_long_message_much_like_an_earlier_one_takes_little_room(tmp_path: Path) -> None:
+    text = " ".join(f"rule {n * n % 9973}" for n in range(5000))
+    prompts = [f"{text[:20000]} It is {hour} o'clock. {text[20000:]}" for hour in range(9)]
+    recorded = [
+        turn(n, request={"messages": [{"role": "system", "content": prompt}]})
+        for n, prompt in enumerate(prompts)
+    ]
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    add(store, *recorded[:5])
+    add(store, *recorded[5:])  # against a base that another transaction has stored
+    with sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3").connect() as connection:
+        m = schema.messages.c
+        query = sa.select(sa.func.length(m.body)).where(m.base.is_not(None))
+        small = connection.execute(query).scalars().all()
+    assert len(small) == 8
+    assert max(small) < 500 < len(prompts[0]) / 50
+    again = Store(StoreConfig(dir=str(tmp_path)))
+    assert [again.turn(expected.id) for expected in recorded] == recorded
+    store.close()
+    again.close()
 
 
 def test_an_aborted_recording_leaves_nothing(store: Store) -> None:
@@ -293,20 +317,31 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     kept = [c.name for c in schema.turns.columns if c.name not in new]
     ids = tuple(range(1000))
     expected = turn(0, session="s", prompt_ids=ids, request={"messages": [], "seed": 1})
+
+    def packed(*numbers: int) -> bytes:
+        return rows.compress(array("I", numbers).tobytes())
+
     with old.begin() as connection:
         schema.metadata.create_all(connection)
         for index in ("turns_by_client_session", "turns_by_place"):
             connection.execute(sa.text(f"DROP INDEX {index}"))
         for column in new:
             connection.execute(sa.text(f"ALTER TABLE turns DROP COLUMN {column}"))
+        connection.execute(sa.text("ALTER TABLE messages DROP COLUMN base"))
+        connection.execute(sa.text("DROP TABLE workers"))
         connection.execute(sa.insert(schema.schema_version).values(version=1))
+        reply = orjson.dumps(expected.reply)
+        connection.execute(
+            sa.text("INSERT INTO messages VALUES (:hash, :body)"),
+            {"hash": rows.content_hash(reply), "body": rows.compress(reply)},
+        )
         row = dict.fromkeys(kept) | {
             **{"id": "turn_0", "session": "s", "idx": 0, "kind": "main", "lineage": "main"},
             **{"client_model": "m", "sampling": "{}", "started_at": 1.0, "total_s": 0.2},
             **{"continued": False, "seq": 1, "messages": b"", "policy_version": 0},
-            **{"rest": rows.compress(b'{"seed":1}'), "prompt_ids": rows.pack_ids(ids)},
-            **{"reply": rows.keep_body(connection, orjson.dumps(expected.reply))},
-            **{"completion_ids": rows.pack_ids((4, 5)), "finish_reason": "stop"},
+            **{"rest": rows.compress(b'{"seed":1}'), "prompt_ids": packed(*ids)},
+            **{"reply": rows.content_hash(reply)},
+            **{"completion_ids": packed(4, 5), "finish_reason": "stop"},
             **{"behaviour_logprobs": rows.compress(array("d", (-0.1, -0.2)).tobytes())},
             **{"chain_key": KEY, "reply_key": KEY, "first_token_s": 0.1},
         }
