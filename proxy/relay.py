@@ -189,8 +189,7 @@ class _Call:
             self.relay.recorder.submit(self._exchange("the client left before the end"))
             raise
         await self.relay.recorder.record(self._exchange(None))
-        await response.write(b"".join(held) + splitter.rest)
-        await response.write_eof()
+        await response.write_eof(b"".join(held) + splitter.rest)
 
     async def _cut_off(self, response: web.StreamResponse, rest: bytes, error: Exception) -> None:
         """Passes a cut on as a cut: the client must not take a broken reply for a whole one."""

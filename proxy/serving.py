@@ -104,8 +104,8 @@ class Direct:
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
         if self._splice is not None and (cut := self._splice.cut(event)) is not None:
-            sent, unread = cut
-            self.capture.later(unread)
+            sent, piece = cut
+            self.capture.piece(piece)
             return sent
         chunk = _chunk(event, self.capture)
         if chunk is None:

@@ -10,16 +10,16 @@ The search is safe: within a JSON string every quote is escaped, so `,"logprobs"
 
 from __future__ import annotations
 
-from copy import deepcopy
-
 import orjson
 
 from nextstate.records import Json
 from nextstate.wire import json_object, objects
+from proxy.capture import Piece
 from proxy.dialects.chat import Asked, client_chunk
 
-_LOGPROBS, _IDS = b',"logprobs":', b',"finish_reason":null,"token_ids":'
-_END = b"}]}\n\n"
+_LOGPROBS, _IDS = b',"logprobs":', b',"finish_reason":null,"token_ids":['
+_NO_IDS = b',"finish_reason":null,"token_ids":null}]}\n\n'
+_END = b"]}]}\n\n"
 _TRIES = 3
 """Chunks that are looked at as a pattern before a reply is left to the parser."""
 
@@ -47,12 +47,12 @@ class Splice:
         self._theirs = head + key
         self._ours = self._theirs.replace(b'"model":' + named, b'"model":' + name, 1)
         cut = self.cut(event)
-        expected = client_chunk(deepcopy(chunk), self._asked, None)
+        expected = client_chunk(chunk, self._asked, None)
         if cut is None or json_object(cut[0].removeprefix(b"data: ")) != expected:
             self._theirs = b""
 
-    def cut(self, event: bytes) -> tuple[bytes, bytes] | None:
-        """(what the client gets, the choice's JSON from its delta on); None: parse it instead."""
+    def cut(self, event: bytes) -> tuple[bytes, Piece] | None:
+        """(what the client gets, what is captured); None for a chunk that must be parsed."""
         theirs = self._theirs
         if not theirs or not event.startswith(theirs) or not event.endswith(_END):
             return None
@@ -67,6 +67,11 @@ class Splice:
             sent = b""  # the parser held this token's text back: unasked there is no such chunk
         else:
             logprobs = event[delta_end:logprobs_end] if keep_logprobs else b',"logprobs":null'
-            ids = event[logprobs_end:] if keep_ids else _IDS + b"null" + _END
+            ids = event[logprobs_end:] if keep_ids else _NO_IDS
             sent = b"%b%b%b%b" % (self._ours, delta, logprobs, ids)
-        return sent, event[start : -len(_END)]
+        piece = (
+            delta,
+            event[delta_end + len(_LOGPROBS) : logprobs_end],
+            event[logprobs_end + len(_IDS) : -len(_END)],
+        )
+        return sent, piece

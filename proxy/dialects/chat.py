@@ -58,31 +58,39 @@ def with_usage(sent: Json) -> Json:
 
 
 def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
-    """A streamed chunk as the client would have seen it; None if it would not have. In place."""
-    choices = objects(chunk.get("choices"))
-    if not without_usage(chunk, choices, asked, fingerprint):
+    """A streamed chunk as the client would have seen it; None if it would not have."""
+    sent = without_usage(chunk, asked, fingerprint)
+    if sent is None:
         return None
-    if not asked.token_ids and "prompt_token_ids" in chunk:
-        chunk["prompt_token_ids"] = None
-    carries = not choices or "prompt_token_ids" in chunk or asked.logprobs or asked.token_ids
+    if not asked.token_ids and "prompt_token_ids" in sent:
+        sent["prompt_token_ids"] = None
+    choices = objects(sent.get("choices"))
+    carries = not choices or "prompt_token_ids" in sent or asked.logprobs or asked.token_ids
     for choice in choices:
         strip_choice(choice, asked)
         carries = carries or bool(choice.get("delta")) or choice.get("finish_reason") is not None
-    return chunk if carries else None
+    return sent if carries else None
 
 
-def without_usage(chunk: Json, choices: list[Json], asked: Asked, fingerprint: str | None) -> bool:
-    """Names the client's model and takes unasked usage out; False if the chunk was only that."""
-    if "model" in chunk:
-        chunk["model"] = asked.model
+def without_usage(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
+    """A copy of the chunk with the client's model and no unasked usage; None if it was only that.
+
+    Its choices are copies too.
+    """
+    sent = {**chunk}
+    if "model" in sent:
+        sent["model"] = asked.model
+    if "choices" in sent:
+        sent["choices"] = [{**choice} for choice in objects(sent["choices"])]
     if asked.usage:
-        return True
-    if "usage" in chunk and not choices:
-        return False
-    chunk.pop("usage", None)
-    if fingerprint is not None and any(c.get("finish_reason") is not None for c in choices):
-        chunk["system_fingerprint"] = fingerprint
-    return True
+        return sent
+    if "usage" in sent and not sent.get("choices"):
+        return None
+    sent.pop("usage", None)
+    ended = any(choice.get("finish_reason") is not None for choice in sent.get("choices", ()))
+    if fingerprint is not None and ended:
+        sent["system_fingerprint"] = fingerprint
+    return sent
 
 
 def count(request: Json) -> int:

@@ -25,12 +25,11 @@ def upstream_request(request: Json, model: str) -> Json:
 
 
 def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
-    """A streamed chunk as the client would have seen it; None if it would not have. In place."""
-    choices = objects(chunk.get("choices"))
-    if not without_usage(chunk, choices, asked, fingerprint):
-        return None
-    _strip(choices, asked)
-    return chunk
+    """A streamed chunk as the client would have seen it; None if it would not have."""
+    sent = without_usage(chunk, asked, fingerprint)
+    if sent is not None:
+        _strip(objects(sent.get("choices")), asked)
+    return sent
 
 
 def client_reply(reply: Json, asked: Asked) -> Json:
