@@ -46,6 +46,8 @@ class EngineClient:
         """The name under which the base model answers."""
         self.fingerprint: str | None = None
         """What the server calls itself in its replies, once one has been seen."""
+        self.max_model_len: int | None = None
+        """Tokens of its longest context, once its models have been listed."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(headers=headers)
 
@@ -76,6 +78,8 @@ class EngineClient:
     async def models(self) -> list[ServedModel]:
         """The base model and every adapter that is loaded."""
         answer = await self._call("GET", "/v1/models", None)
+        lengths = [m.get("max_model_len") for m in answer["data"] if m["id"] == self.model]
+        self.max_model_len = next(iter(lengths), None)
         return [ServedModel(m["id"], m.get("parent"), m.get("root")) for m in answer["data"]]
 
     async def load_adapter(self, name: str, path: str) -> None:
@@ -162,6 +166,7 @@ async def warm_up(engine: EngineClient, zero_adapter: Path) -> None:
     warmed.
     """
     await engine.generate_once(engine.model)
+    await engine.models()
     if not await asyncio.to_thread(zero_adapter.is_dir):
         return
     await engine.load_adapter(WARM_UP_ADAPTER, str(zero_adapter))

@@ -25,7 +25,7 @@ from proxy.lineages import Lineages
 from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
 from proxy.relay import Relay, api_error, client_headers, upstream_headers
-from proxy.serving import CHAT, COMPLETIONS, FORMATS, compact
+from proxy.serving import CHAT, COMPLETIONS, DIALECTS, compact
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
 
@@ -80,7 +80,7 @@ class Proxy:
         limit = self.config.max_body_mb * 1024 * 1024
         app = web.Application(client_max_size=limit, middlewares=[self._authorize])
         app.cleanup_ctx.append(self._running)
-        for path in (CHAT, COMPLETIONS, *FORMATS.dialects):
+        for path in (CHAT, COMPLETIONS, *DIALECTS):
             app.router.add_post(path, self._generate)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/feedback", self._feedback)
@@ -99,7 +99,7 @@ class Proxy:
             auto_decompress=False,
         )
         async with session:
-            self._relay = Relay(self.config, self.versions, self.recorder, session, FORMATS)
+            self._relay = Relay(self.config, self.versions, self.recorder, session)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),

@@ -137,6 +137,7 @@ class Capture:
 
     def message(self) -> Json:
         """The assistant message, as an agent would put it into its history."""
+        self.read()
         message: Json = {"role": "assistant", "content": "".join(self.content)}
         if self.reasoning:
             message["reasoning"] = "".join(self.reasoning)
@@ -153,6 +154,7 @@ class Capture:
 
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
+        self.read()
         if self.error is not None:
             return self.error
         if self.finish_reason is None:

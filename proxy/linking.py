@@ -29,12 +29,14 @@ def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
     named: list[object] = [headers.get(name) for name in _SESSION_HEADERS]
     named += [request.get(name) for name in _SESSION_FIELDS]
     named += [obj(request.get("metadata")).get("session_id"), request.get("user")]
+    named.append(obj(request.get("metadata")).get("user_id"))
     return next((value[:200] for value in named if isinstance(value, str) and value), None)
 
 
 def canonical_reply(message: Json) -> bytes:
     """The parts of an assistant message that survive an agent's history, as bytes."""
-    text = _THINK.sub("", text_of(message.get("content"))).strip()
+    # Without white space: what comes in one text may go back in several parts.
+    text = "".join(_THINK.sub("", text_of(message.get("content"))).split())
     functions = [obj(call.get("function")) for call in objects(message.get("tool_calls"))]
     calls = [(f.get("name"), _canonical_arguments(f.get("arguments"))) for f in functions]
     return orjson.dumps([text, calls])

@@ -19,7 +19,7 @@ from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.linking import explicit_session
 from proxy.recorder import Exchange, Recorder
-from proxy.serving import MESSAGES, Formats, Serving
+from proxy.serving import MESSAGES, natively, serving_of
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
 
@@ -67,7 +67,6 @@ class Relay:
     versions: Versions
     recorder: Recorder
     upstream: aiohttp.ClientSession
-    formats: Formats
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
@@ -98,9 +97,7 @@ class _Call:
         self.body = body
         self.version = version
         self.model = model
-        self.serving: Serving = relay.formats.serving(
-            request.path, body, model, relay.versions.engine.fingerprint
-        )
+        self.serving = serving_of(request.path, body, model, relay.versions.engine)
         self.turn_id = new_id("turn")
         self.started_at = time.time()
         self._clock = time.perf_counter()
@@ -111,25 +108,32 @@ class _Call:
     async def plain(self) -> web.StreamResponse:
         """A reply in one body."""
         try:
-            upstream = await self._open()
+            upstream, data = await self._whole()
+            sent = self.serving.reply(data) if upstream.status == 200 else data
+            if sent is None:
+                self.serving = natively(self.request.path, self.body, self.model)
+                upstream, data = await self._whole()
+                sent = self.serving.reply(data) if upstream.status == 200 else data
         except EngineDown:
             return self._unavailable()
-        try:
-            data = await upstream.read()
         except aiohttp.ClientError as error:
             # Nothing has gone out: what the engine broke off can still be told as an error.
             log.warning("turn=%s the engine broke off its reply: %r", self.turn_id, error)
             self.relay.counts.cut += 1
             return self._broken_off()
-        finally:
-            upstream.close()
         headers = self._headers(upstream.headers)
         if upstream.status != 200:
             return web.Response(status=upstream.status, body=data, headers=headers)
         self._first_token_s = self._elapsed()
-        sent = self.serving.reply(data)
         await self.relay.recorder.record(self._exchange(None))
         return web.Response(body=sent, headers=headers)
+
+    async def _whole(self) -> tuple[aiohttp.ClientResponse, bytes]:
+        upstream = await self._open()
+        try:
+            return upstream, await upstream.read()
+        finally:
+            upstream.close()
 
     async def streamed(self) -> web.StreamResponse:
         """A reply as events, passed on as they arrive."""
@@ -188,10 +192,13 @@ class _Call:
             self.relay.counts.cut += 1
             self.relay.recorder.submit(self._exchange("the client left before the end"))
             raise
+        if serving.broken:
+            await self._cut_off(response, b"".join(held), "an error in the stream")
+            return
         await self.relay.recorder.record(self._exchange(None))
         await response.write_eof(b"".join(held) + splitter.rest)
 
-    async def _cut_off(self, response: web.StreamResponse, rest: bytes, error: Exception) -> None:
+    async def _cut_off(self, response: web.StreamResponse, rest: bytes, error: object) -> None:
         """Passes a cut on as a cut: the client must not take a broken reply for a whole one."""
         self.relay.counts.cut += 1
         log.warning("turn=%s the engine cut the stream: %r", self.turn_id, error)
@@ -219,11 +226,9 @@ class _Call:
             upstream = await self._post()
         if upstream.status != 200 and self.serving.path != self.request.path:
             # The engine's own words about a request are those of the route that the client asked.
-            native = self.relay.formats.natively(self.request.path, self.body, self.model)
-            if native is not None:
-                upstream.close()
-                self.serving = native
-                upstream = await self._post()
+            upstream.close()
+            self.serving = natively(self.request.path, self.body, self.model)
+            upstream = await self._post()
         return upstream
 
     async def _open_with_keep_alive(self) -> aiohttp.ClientResponse:
@@ -269,10 +274,14 @@ class _Call:
     async def _post(self) -> aiohttp.ClientResponse:
         engine = self.relay.versions.engine
         model = self.version.adapter_name or engine.model
+        same = self.serving.path == self.request.path
+        query = f"?{self.request.query_string}" if same and self.request.query_string else ""
         headers = upstream_headers(self.request.headers)
         headers["Content-Type"] = "application/json"
         return await self.relay.upstream.post(
-            f"{engine.url}{self.serving.path}", data=self.serving.request(model), headers=headers
+            f"{engine.url}{self.serving.path}{query}",
+            data=self.serving.request(model),
+            headers=headers,
         )
 
     async def _restored(self) -> bool:

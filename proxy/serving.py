@@ -8,20 +8,24 @@ it is, where a translation could differ: the turn is kept, without tokens.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import orjson
 
+from nextstate.engine import EngineClient
 from nextstate.records import Json
 from nextstate.wire import json_object
 from proxy.capture import Capture
-from proxy.dialects import chat, completions
+from proxy.dialects import chat, completions, messages, responses
 from proxy.dialects.chat import Asked
 from proxy.dialects.translation import Translation
 from proxy.splice import Splice
 from proxy.sse import event_data
+
+log = logging.getLogger(__name__)
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
@@ -50,27 +54,21 @@ class Serving(Protocol):
         """What the client gets for one event of the stream, with its terminator; maybe nothing."""
         ...
 
-    def reply(self, data: bytes) -> bytes:
-        """What the client gets for a whole reply."""
+    def reply(self, data: bytes) -> bytes | None:
+        """What the client gets for a whole reply; None if only the native route can word it."""
         ...
 
-
-class Dialect(Protocol):
-    """A wire format that the chat route can serve; a module under proxy/dialects/."""
-
-    def to_chat(self, body: Json) -> Translation: ...
-    def from_chat(self, reply: Json, body: Json) -> Json: ...
-    def encode(self, reply: Json) -> bytes: ...
-    def to_chat_reply(self, body: Json) -> Json: ...
-
     @property
-    def Events(self) -> Callable[[Json], EventWriter]: ...
-    @property
-    def Chunks(self) -> Callable[[], EventReader]: ...
+    def broken(self) -> bool:
+        """Whether the stream cannot be ended as one that went well."""
+        ...
 
 
 class EventWriter(Protocol):
     """Chat chunks in, the dialect's events out."""
+
+    failed: bool
+    """After an error in the stream: nothing more comes, and the connection is cut."""
 
     def feed(self, chunk: Json) -> bytes: ...
     def done(self) -> bytes: ...
@@ -80,6 +78,40 @@ class EventReader(Protocol):
     """The dialect's events in, chat chunks out."""
 
     def feed(self, payload: Json) -> Json | None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Dialect:
+    """A wire format that the chat route can serve."""
+
+    to_chat: Callable[[Json], Translation]
+    from_chat: Callable[[Json, Json, int], Json | None]
+    """(chat reply, client's request, longest context) → its reply; None: only natively."""
+    encode: Callable[[Json], bytes]
+    events: Callable[[Json, int], EventWriter]
+    """(client's request, longest context) → what writes its stream."""
+    to_chat_reply: Callable[[Json], Json]
+    chunks: Callable[[], EventReader]
+
+
+DIALECTS = {
+    MESSAGES: Dialect(
+        messages.to_chat,
+        lambda reply, _body, _length: messages.from_chat(reply),
+        messages.encode,
+        lambda _body, _length: messages.Events(),
+        messages.to_chat_reply,
+        messages.Chunks,
+    ),
+    RESPONSES: Dialect(
+        responses.to_chat,
+        responses.from_chat,
+        responses.encode,
+        responses.Events,
+        responses.to_chat_reply,
+        responses.Chunks,
+    ),
+}
 
 
 class Direct:
@@ -131,6 +163,11 @@ class Direct:
         except _MISSHAPEN as error:
             return _misshapen(data, self.capture, error)
 
+    @property
+    def broken(self) -> bool:
+        """See `Serving`."""
+        return False
+
     def _take(self, answer: Json, capture: Callable[[Json], None]) -> None:
         capture(answer if self.path == CHAT else completions.as_chat(answer))
 
@@ -138,7 +175,9 @@ class Direct:
 class Translated:
     """Another wire format, served through the chat route."""
 
-    def __init__(self, dialect: Dialect, body: Json, chat_request: Json, model: str) -> None:
+    def __init__(
+        self, dialect: Dialect, body: Json, chat_request: Json, model: str, max_model_len: int
+    ) -> None:
         self.path = CHAT
         self.untrainable: str | None = None
         self.chat = chat_request
@@ -146,8 +185,9 @@ class Translated:
         self.choices = 1
         self._dialect = dialect
         self._body = body
-        self._asked = Asked(model, usage=True)
-        self._writer = dialect.Events(body)
+        self._asked = Asked.of(chat_request, model)
+        self._max_model_len = max_model_len
+        self._writer = dialect.events(body, max_model_len)
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
@@ -168,17 +208,24 @@ class Translated:
         except _MISSHAPEN as error:
             return _misshapen(b"", self.capture, error)
 
-    def reply(self, data: bytes) -> bytes:
+    def reply(self, data: bytes) -> bytes | None:
         """See `Serving`."""
         reply = json_object(data)
         if reply is None:
-            return _misshapen(data, self.capture, "it is not a JSON object")
+            return None
         try:
             self.capture.body(reply)
-            answer = self._dialect.from_chat(chat.client_reply(reply, self._asked), self._body)
-            return self._dialect.encode(answer)
+            stripped = chat.client_reply(reply, self._asked)
+            answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
+            return None if answer is None else self._dialect.encode(answer)
         except _MISSHAPEN as error:
-            return _misshapen(data, self.capture, error)
+            log.warning("a chat reply could not be put into the client's format: %r", error)
+            return None
+
+    @property
+    def broken(self) -> bool:
+        """See `Serving`."""
+        return self._writer.failed
 
 
 class Native:
@@ -198,7 +245,7 @@ class Native:
         self._body = body
         self._client_name = b'"model":' + orjson.dumps(model)
         self._engine_name = self._client_name
-        self._reader = dialect.Chunks()
+        self._reader = dialect.chunks()
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
@@ -228,36 +275,31 @@ class Native:
             return _misshapen(data, self.capture, error)
         return self._renamed(data)
 
+    @property
+    def broken(self) -> bool:
+        """See `Serving`."""
+        return False
+
     def _renamed(self, data: bytes) -> bytes:
         # Quotes inside of a JSON string are escaped, so this is always a key with its value.
         return data.replace(self._engine_name, self._client_name)
 
 
-@dataclass(frozen=True, slots=True)
-class Formats:
-    """The dialects by path, and how a request to each is served."""
-
-    dialects: dict[str, Dialect]
-
-    def serving(self, path: str, body: Json, model: str, fingerprint: str | None) -> Serving:
-        """How a request that named `model` is served."""
-        dialect = self.dialects.get(path)
-        if dialect is None:
-            return Direct(path, body, model, fingerprint)
-        translation = dialect.to_chat(body)
-        if translation.native is not None:
-            return Native(dialect, path, body, translation, model)
-        return Translated(dialect, body, translation.chat, model)
-
-    def natively(self, path: str, body: Json, model: str) -> Serving | None:
-        """The same request relayed as it is, when the engine refused its form as a chat request."""
-        dialect = self.dialects.get(path)
-        if dialect is None:
-            return None
-        return Native(dialect, path, body, dialect.to_chat(body), model)
+def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Serving:
+    """How a request that named `model` is served."""
+    dialect = DIALECTS.get(path)
+    if dialect is None:
+        return Direct(path, body, model, engine.fingerprint)
+    translation = dialect.to_chat(body)
+    if translation.native is not None or engine.max_model_len is None:
+        return Native(dialect, path, body, translation, model)
+    return Translated(dialect, body, translation.chat, model, engine.max_model_len)
 
 
-FORMATS = Formats({})
+def natively(path: str, body: Json, model: str) -> Serving:
+    """The same request relayed as it is, where its form as a chat request will not do."""
+    dialect = DIALECTS[path]
+    return Native(dialect, path, body, dialect.to_chat(body), model)
 
 
 def compact(reply: Json) -> bytes:

@@ -69,7 +69,7 @@ class ScriptedEngine:
         return web.Response(status=200 if self.healthy else 503)
 
     async def _models(self, request: web.Request) -> web.Response:
-        models = [{"id": MODEL, "parent": None, "root": "/m"}]
+        models = [{"id": MODEL, "parent": None, "root": "/m", "max_model_len": 4096}]
         models += [{"id": n, "parent": MODEL, "root": p} for n, p in self.adapters.items()]
         return web.json_response({"object": "list", "data": models})
 

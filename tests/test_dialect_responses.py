@@ -22,8 +22,8 @@ from openai.types.responses import Response
 
 from nextstate.records import Json
 from proxy.capture import Capture
+from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
 from proxy.dialects.responses import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
-from proxy.envelope import Asked, client_chunk, client_reply, upstream_request
 from proxy.linking import reply_keys
 from proxy.sse import EventSplitter, event_data
 
@@ -310,7 +310,7 @@ def through_chat(engine: NativeEngine, body: Json) -> tuple[int, Json, bytes]:
     """(status, the engine's own chat reply or last chunk, what the client would get)."""
     translation = to_chat(body)
     assert translation.native is None
-    asked = Asked.of(translation.chat)
+    asked = Asked.of(translation.chat, engine.model)
     sent = upstream_request({**translation.chat, "cache_salt": uuid.uuid4().hex}, engine.model)
     status, data = post(engine, "/v1/chat/completions", sent)
     limit = max_model_len(engine)
@@ -324,7 +324,7 @@ def through_chat(engine: NativeEngine, body: Json) -> tuple[int, Json, bytes]:
     out: list[bytes] = []
     raw = {}
     for raw in payloads(data):
-        chunk = client_chunk(orjson.loads(orjson.dumps(raw)), asked)
+        chunk = client_chunk(raw, asked, None)
         out.append(b"" if chunk is None else events.feed(chunk))
     out.append(events.done())
     return status, raw, b"".join(out)

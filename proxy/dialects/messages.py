@@ -1,0 +1,508 @@
+"""The Anthropic Messages API in terms of chat completions, byte for byte as vLLM answers it.
+
+vLLM's own /v1/messages returns neither token ids nor log-probs, so a request goes to
+/v1/chat/completions and its reply comes back translated. Only what a differential test has shown to
+be equal goes this way; anything else is relayed to /v1/messages as it is, where vLLM answers or
+refuses it itself, and is recorded without tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+
+from nextstate.records import Json
+from nextstate.wire import obj, objects
+from proxy.dialects.messages_limits import encodes, reasons
+from proxy.dialects.translation import Translation
+
+_SAMPLING = {
+    "stop_sequences": "stop",
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "chat_template_kwargs": "chat_template_kwargs",
+    "cache_salt": "cache_salt",
+}
+"""Fields that keep their meaning, with their names in a chat completion."""
+_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
+_BILLING = "x-anthropic-billing-header"
+"""Starts a block in which a client attributes its request; vLLM keeps it out of the prompt."""
+_FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
+_FINISH["tool_use"] = "tool_calls"
+
+
+def to_chat(body: Json) -> Translation:
+    """The request as a chat completion. Never raises: the engine refuses what is malformed."""
+    reason = next(reasons(body), None)
+    native = None if reason is None else f"{reason}, so its tokens are not known"
+    if not encodes(body):
+        return Translation({"model": _text(body.get("model")), "messages": []}, native)
+    return Translation(_chat(body), native)
+
+
+def from_chat(reply: Json) -> Json | None:
+    """A plain chat reply as the Messages API gives it.
+
+    None if vLLM could not give it either, for example because a tool call is cut off: the request
+    is then to be relayed as it is, for vLLM to word the error.
+    """
+    choice = next(iter(objects(reply.get("choices"))), None)
+    if choice is None:
+        return None
+    message = obj(choice.get("message"))
+    content: list[Json] = []
+    if message.get("reasoning"):
+        content.append(
+            {"type": "thinking", "thinking": message["reasoning"], "signature": _signature()}
+        )
+    if message.get("content"):
+        content.append({"type": "text", "text": message["content"]})
+    calls = objects(message.get("tool_calls"))
+    for call in calls:
+        function = obj(call.get("function"))
+        block: Json = {"type": "tool_use", "id": call.get("id"), "name": function.get("name")}
+        try:
+            given = json.loads(function.get("arguments") or "")
+            encode(given)
+        except (ValueError, RecursionError):
+            return None
+        if given is not None and not isinstance(given, dict):
+            return None
+        content.append(block if given is None else {**block, "input": given})
+    reason, matched = _stop(choice.get("finish_reason"), choice.get("stop_reason"), calls, True)
+    body: Json = {
+        "id": reply.get("id"),
+        "type": "message",
+        "role": "assistant",
+        "content": content or [{"type": "text", "text": ""}],
+        "model": reply.get("model"),
+        "stop_reason": reason,
+        "stop_sequence": matched,
+        "usage": _usage(reply.get("usage")),
+        "kv_transfer_params": reply.get("kv_transfer_params"),
+        "ec_transfer_params": reply.get("ec_transfer_params"),
+    }
+    return {name: value for name, value in body.items() if value is not None}
+
+
+def encode(reply: Json) -> bytes:
+    """JSON as vLLM writes it: compact, and no character escaped that need not be.
+
+    Not orjson, which writes some floats otherwise (1e16 for 1e+16).
+    """
+    return json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+class Events:
+    """The events of one streamed reply, from the chunks of a chat completion.
+
+    An error in the stream becomes an `error` event with the engine's message and ends the stream
+    without `message_stop`. vLLM ends it so too, but puts there how its own parsing failed.
+    """
+
+    failed = False
+    """Here an error is an event like others: the connection need not be cut."""
+
+    def __init__(self) -> None:
+        self._started = False
+        self._failed = False
+        self._index = 0
+        """The open block's index, or the next one's."""
+        self._open: str | None = None
+        """The open block's type."""
+        self._tool_id: str | None = None
+        """The open block's tool call."""
+        self._tool_ids: dict[int, str] = {}
+        self._arguments: list[str] | None = None
+        """What the latest tool call's arguments are so far; None if no tool was called."""
+        self._late: list[str] = []
+        """Text that came while a tool call was open: a block of its own once that is closed."""
+        self._finish = "stop"
+        self._matched: object = None
+
+    def feed(self, chunk: Json) -> bytes:
+        """The events that a chunk brings, if any."""
+        if self._failed:
+            return b""
+        if not isinstance(chunk.get("choices"), list):
+            return self._fail(chunk)
+        if not self._started:
+            self._started = True
+            return _event("message_start", message=_started(chunk))
+        choice = next(iter(objects(chunk["choices"])), None)
+        if choice is None:
+            return self._end(chunk.get("usage"))
+        if choice.get("finish_reason") is not None:
+            self._finish, self._matched = choice["finish_reason"], choice.get("stop_reason")
+        delta = obj(choice.get("delta"))
+        sent: list[bytes] = []
+        for kind, name in (("thinking", "reasoning"), ("text", "content")):
+            said = _text(delta.get(name))
+            if said:
+                sent.append(self._say(kind, said))
+        sent += [self._call(call) for call in objects(delta.get("tool_calls"))]
+        return b"".join(sent)
+
+    def done(self) -> bytes:
+        """The events that the end of the chat stream brings."""
+        return b"" if self._failed else self._close() + _event("message_stop")
+
+    def _say(self, kind: str, text: str) -> bytes:
+        if kind == "text" and self._open == "tool_use":
+            self._late.append(text)
+            return b""
+        opened = b"" if self._open == kind else self._start({"type": kind, kind: ""})
+        return opened + self._delta({"type": f"{kind}_delta", kind: text})
+
+    def _call(self, call: Json) -> bytes:
+        function = obj(call.get("function"))
+        index: int = call.get("index", 0)
+        opened = b""
+        if call.get("id") is not None:
+            called: str = call["id"]
+            self._tool_ids[index] = called
+            if called != self._tool_id and function.get("name") is not None:
+                block: Json = {
+                    "type": "tool_use",
+                    "id": called,
+                    "name": function["name"],
+                    "input": {},
+                }
+                opened = self._start(block)
+                self._tool_id, self._arguments = called, []
+        arguments = _text(function.get("arguments"))
+        is_open = self._tool_id is not None and self._tool_ids.get(index) == self._tool_id
+        if not arguments or not is_open or self._arguments is None:
+            return opened
+        self._arguments.append(arguments)
+        return opened + self._delta({"type": "input_json_delta", "partial_json": arguments})
+
+    def _start(self, block: Json) -> bytes:
+        closed = self._close()
+        self._open = block["type"]
+        return closed + _event("content_block_start", content_block=block, index=self._index)
+
+    def _delta(self, delta: Json) -> bytes:
+        return _event("content_block_delta", delta=delta, index=self._index)
+
+    def _close(self) -> bytes:
+        if self._open is None:
+            return b""
+        signed = b""
+        if self._open == "thinking":
+            signed = self._delta({"type": "signature_delta", "signature": _signature()})
+        closed = signed + _event("content_block_stop", index=self._index)
+        late = "".join(self._late)
+        self._open, self._tool_id = None, None
+        self._late.clear()
+        self._index += 1
+        return closed + (self._say("text", late) + self._close() if late else b"")
+
+    def _end(self, usage: object) -> bytes:
+        called = self._arguments is not None
+        complete = _is_json("".join(self._arguments or ()))
+        reason, matched = _stop(self._finish, self._matched, called, complete)
+        delta = {"stop_reason": reason, "stop_sequence": matched}
+        return self._close() + _event("message_delta", delta=delta, usage=_usage(usage))
+
+    def _fail(self, chunk: Json) -> bytes:
+        self._failed = True
+        message = obj(chunk.get("error")).get("message") or "the engine sent no chat chunk"
+        return _event("error", error={"type": "internal_error", "message": str(message)})
+
+
+def to_chat_reply(body: Json) -> Json:
+    """A plain Messages reply as a chat reply, for its record."""
+    blocks = objects(body.get("content"))
+    message: Json = {
+        "role": "assistant",
+        "content": "".join(_text(b.get("text")) for b in blocks if b.get("type") == "text"),
+    }
+    reasoning = "".join(_text(b.get("thinking")) for b in blocks if b.get("type") == "thinking")
+    if reasoning:
+        message["reasoning"] = reasoning
+    calls = [_tool_call(block) for block in blocks if block.get("type") == "tool_use"]
+    if calls:
+        message["tool_calls"] = calls
+    return {
+        "id": body.get("id"),
+        "object": "chat.completion",
+        "model": body.get("model"),
+        "choices": [
+            {
+                "index": 0,
+                "message": message,
+                "finish_reason": _finish(body),
+                "stop_reason": body.get("stop_sequence"),
+            }
+        ],
+        "usage": _chat_usage(body.get("usage")),
+    }
+
+
+class Chunks:
+    """The events of a streamed Messages reply as chunks of a chat completion, for its record."""
+
+    def __init__(self) -> None:
+        self._model: object = None
+        self._input: object = None
+        """The usage at the start: some servers do not repeat the prompt's share at the end."""
+        self._calls = -1
+
+    def feed(self, payload: Json) -> Json | None:
+        """The chunk that an event's payload makes; None if it says nothing of the reply."""
+        match payload.get("type"):
+            case "message_start":
+                message = obj(payload.get("message"))
+                self._model, self._input = message.get("model"), message.get("usage")
+                return self._chunk({"role": "assistant", "content": ""}, usage=self._input)
+            case "content_block_start":
+                block = obj(payload.get("content_block"))
+                if block.get("type") != "tool_use":
+                    return None
+                self._calls += 1
+                function = {"name": _text(block.get("name")), "arguments": ""}
+                return self._call({"id": block.get("id"), "type": "function", "function": function})
+            case "content_block_delta":
+                return self._delta(obj(payload.get("delta")))
+            case "message_delta":
+                usage = {**obj(self._input), **obj(payload.get("usage"))}
+                return self._chunk({}, obj(payload.get("delta")), usage)
+            case "error":
+                return {"error": payload.get("error")}
+            case _:
+                return None
+
+    def _delta(self, delta: Json) -> Json | None:
+        match delta.get("type"):
+            case "text_delta":
+                return self._chunk({"content": _text(delta.get("text"))})
+            case "thinking_delta":
+                return self._chunk({"reasoning": _text(delta.get("thinking"))})
+            case "input_json_delta":
+                return self._call({"function": {"arguments": _text(delta.get("partial_json"))}})
+            case _:
+                return None
+
+    def _call(self, call: Json) -> Json:
+        return self._chunk({"tool_calls": [{"index": max(self._calls, 0), **call}]})
+
+    def _chunk(self, delta: Json, end: Json | None = None, usage: object = None) -> Json:
+        choice: Json = {"index": 0, "delta": delta, "finish_reason": None}
+        if end is not None:
+            choice["finish_reason"], choice["stop_reason"] = _finish(end), end.get("stop_sequence")
+        chunk: Json = {
+            "object": "chat.completion.chunk",
+            "model": self._model,
+            "choices": [choice],
+        }
+        return chunk if usage is None else {**chunk, "usage": _chat_usage(usage)}
+
+
+def _chat(body: Json) -> Json:
+    chat: Json = {"model": _text(body.get("model")), "messages": _messages(body)}
+    if body.get("max_tokens") is not None:
+        chat["max_tokens"] = chat["max_completion_tokens"] = body["max_tokens"]
+    for name, named in _SAMPLING.items():
+        if body.get(name) is not None:
+            chat[named] = body[name]
+    if body.get("stream"):
+        chat["stream"] = True
+        chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    output = obj(body.get("output_config"))
+    schema = obj(obj(output.get("format")).get("schema"))
+    if schema:
+        named_schema = {"name": "json_schema", "schema": schema}
+        chat["response_format"] = {"type": "json_schema", "json_schema": named_schema}
+    if output.get("effort") is not None:
+        chat["reasoning_effort"] = output["effort"]
+    thinking = obj(body.get("thinking"))
+    if thinking.get("type") == "enabled":
+        chat["thinking_token_budget"] = thinking.get("budget_tokens")
+    tools = objects(body.get("tools"))
+    # Without tools the chat route's own default would be "none", which is not quite vLLM's None.
+    chat["tool_choice"] = "auto" if tools else None
+    if tools:
+        chat["tools"] = [_tool(tool) for tool in tools]
+    if body.get("tool_choice") is not None:
+        choice = obj(body["tool_choice"])
+        function = {"name": _text(choice.get("name"))}
+        named_choice = {"type": "function", "function": function}
+        chat["tool_choice"] = _TOOL_CHOICES.get(_text(choice.get("type")), named_choice)
+        chat["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
+    return chat
+
+
+def _tool(tool: Json) -> Json:
+    schema = obj(tool.get("input_schema"))
+    function: Json = {
+        "name": _text(tool.get("name")),
+        "description": tool.get("description"),
+        "parameters": schema if "type" in schema else {**schema, "type": "object"},
+    }
+    for name in ("strict", "defer_loading"):
+        if tool.get(name) is not None:
+            function[name] = tool[name]
+    return {"type": "function", "function": function}
+
+
+def _messages(body: Json) -> list[Json]:
+    chat: list[Json] = []
+    system = _system(body.get("system"))
+    if system:
+        chat.append({"role": "system", "content": system})
+    for message in objects(body.get("messages")):
+        role, content = _text(message.get("role")) or "user", message.get("content")
+        if role == "system":
+            inline = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            system = _system(inline)
+            if system:
+                chat.append({"role": "system", "content": system})
+        elif isinstance(content, list):
+            chat += _blocks(role, objects(message["content"]))
+        else:
+            chat.append({"role": role, "content": _text(content)})
+    return chat
+
+
+def _system(content: object) -> str:
+    """The text of a system prompt, without the blocks that attribute the request."""
+    if isinstance(content, str):
+        return content
+    texts = [_text(block.get("text")) for block in objects(content) if block.get("type") == "text"]
+    return "".join(text for text in texts if not text.startswith(_BILLING))
+
+
+def _blocks(role: str, blocks: list[Json]) -> list[Json]:
+    """The chat messages that one message's blocks make: tool results first, then all else."""
+    results = [_result(block) for block in blocks if block.get("type") == "tool_result"]
+    parts = [part for part in map(_part, blocks) if part is not None]
+    thoughts = [
+        _text(block["thinking"])
+        for block in blocks
+        if block.get("type") == "thinking" and block.get("thinking") is not None
+    ]
+    calls = [_tool_call(block) for block in blocks if block.get("type") == "tool_use"]
+    message: Json = {"role": role}
+    if thoughts:
+        message["reasoning"] = "".join(thoughts)
+    if calls:
+        message["tool_calls"] = calls
+    if parts:
+        one = len(parts) == 1 and parts[0]["type"] == "text"
+        message["content"] = parts[0]["text"] if one else parts
+    return results if role == "user" and not parts else [*results, message]
+
+
+def _part(block: Json) -> Json | None:
+    if block.get("type") == "text" and block.get("text"):
+        return {"type": "text", "text": _text(block["text"])}
+    if block.get("type") == "image":
+        source = obj(block.get("source"))
+        data = f"data:{source.get('media_type', 'image/jpeg')};base64,{source.get('data', '')}"
+        url = source.get("url", "") if source.get("type") == "url" else data
+        return {"type": "image_url", "image_url": {"url": url}}
+    return None
+
+
+def _result(block: Json) -> Json:
+    content = block.get("content")
+    if not isinstance(content, str):
+        items = [item for item in objects(content) if item.get("type") == "text"]
+        content = "\n".join(_text(item.get("text")) for item in items)
+    return {"role": "tool", "tool_call_id": _text(block.get("tool_use_id")), "content": content}
+
+
+def _tool_call(block: Json) -> Json:
+    # The json module with its spaces and escapes: the prompt holds these very characters.
+    function = {"name": _text(block.get("name")), "arguments": json.dumps(obj(block.get("input")))}
+    return {"id": _text(block.get("id")), "type": "function", "function": function}
+
+
+def _stop(
+    finish: object, matched: object, called: object, complete: bool
+) -> tuple[str | None, str | None]:
+    """Why a reply ended, and the stop sequence that ended it."""
+    if finish == "length":
+        return "max_tokens", None
+    if finish not in ("stop", "tool_calls"):
+        return None, None
+    if called and complete:
+        return "tool_use", None
+    if isinstance(matched, str):
+        return "stop_sequence", matched
+    return ("tool_use" if called or finish == "tool_calls" else "end_turn"), None
+
+
+def _finish(end: Json) -> str:
+    """The finish reason; vLLM names none for a reply that it aborted."""
+    return _FINISH.get(_text(end.get("stop_reason")), "abort")
+
+
+def _usage(usage: object) -> Json:
+    counted = obj(usage)
+    details = obj(counted.get("prompt_tokens_details"))
+    read, created = details.get("cached_tokens"), details.get("created_cache_tokens")
+    prompt = _count(counted.get("prompt_tokens")) - _count(read) - _count(created)
+    sent = {
+        "input_tokens": max(0, prompt),
+        "output_tokens": _count(counted.get("completion_tokens")),
+        "cache_creation_input_tokens": created,
+        "cache_read_input_tokens": read,
+    }
+    return {name: value for name, value in sent.items() if value is not None}
+
+
+def _chat_usage(usage: object) -> Json:
+    counted = obj(usage)
+    read = counted.get("cache_read_input_tokens")
+    created = counted.get("cache_creation_input_tokens")
+    prompt = _count(counted.get("input_tokens")) + _count(read) + _count(created)
+    completion = _count(counted.get("output_tokens"))
+    chat: Json = {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
+    if read is not None or created is not None:
+        chat["prompt_tokens_details"] = {"cached_tokens": read, "created_cache_tokens": created}
+    return chat
+
+
+def _started(chunk: Json) -> Json:
+    return {
+        "id": chunk.get("id"),
+        "type": "message",
+        "role": "assistant",
+        "content": [],
+        "model": chunk.get("model"),
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": _usage(chunk.get("usage")),
+    }
+
+
+def _event(kind: str, **fields: object) -> bytes:
+    return f"event: {kind}\ndata: ".encode() + encode({"type": kind, **fields}) + b"\n\n"
+
+
+def _signature() -> str:
+    """vLLM signs a thought with a random number, which nobody can check."""
+    return uuid.uuid4().hex
+
+
+def _text(value: object) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: object) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
