@@ -260,7 +260,7 @@ async def kill_again_and_again(folder: Path, kills: int, seed: int) -> Seen:
 def check_whole(turn: Turn) -> None:
     """The turn says exactly what the engine sent, or where it was cut."""
     text = turn.request["messages"][-1]["content"]
-    if turn.finish_reason is None:
+    if turn.finish_reason is None or turn.untrainable == "the client left before the end":
         assert turn.untrainable is not None
         assert "".join(pieces_of(text)).startswith(turn.reply["content"])
         assert (turn.completion_ids or ()) == ids_of(text)[: len(turn.completion_ids or ())]
