@@ -29,6 +29,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from nextstate.store import Store
+from proxy.recorder import Exchange
 from tests.scripted_engine import MODEL, Script, compact, plain_reply, stream_chunks
 from tests.test_proxy import Running, running, until
 
@@ -231,7 +232,7 @@ def nothing(rng: Random, stream: bool) -> Answer:
 
 
 ANSWERS: tuple[tuple[Callable[[Random, bool], Answer], int], ...] = (
-    (sound, 5),
+    (sound, 8),
     (wrong_types, 8),
     (not_understood, 4),
     (error_status, 4),
@@ -300,7 +301,8 @@ class NastyEngine:
             if answer is None:
                 writer.write(self._own(target))
                 return True
-            if (harm := harm_in(first, body)) is not None:
+            is_json = headers.get(b"content-type", b"").startswith(b"application/json")
+            if (harm := harm_in(first, body if is_json else b"")) is not None:
                 self.harm.append(f"case {headers[b'x-case'].decode()}: {harm}")
             if first.startswith(b"HEAD "):
                 writer.write(head(answer.status or 200, b"Content-Length: 5\r\n", False))
@@ -432,7 +434,7 @@ def body_rubbish(rng: Random, stream: bool) -> bytes:
 
 
 BODIES: tuple[tuple[Callable[[Random, bool], bytes], int], ...] = (
-    (body_sound, 6),
+    (body_sound, 10),
     (body_wrong_types, 8),
     (body_odd_json, 3),
     (body_rubbish, 2),
@@ -671,7 +673,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
             counts = p.proxy.recorder.counts
             print(f"{counts.recorded} turns recorded, {counts.lost} lost")
             assert counts.recorded > len(numbers) // 20
-            assert len(ended) > len(numbers) // 100
+            assert len(ended) > len(numbers) // 200
     late = [mb for done, mb in rss_mb.items() if done >= 30]
     if len(numbers) == LONG:
         assert late[-1] - late[0] < LEAK_MB, f"memory grows: {rss_mb}"
@@ -706,6 +708,69 @@ def test_an_engine_that_answers_our_own_questions_with_nonsense_is_asked_again(
     with listening():
         for models in (b"", b"[]", b'{"data": 5}', b'{"data": [{}]}', b"\xff"):
             asyncio.run(test(models))
+
+
+def test_a_stream_without_a_finish_reason_is_recorded_before_its_end_too(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        async with between(store, tmp_path) as (engine, p):
+            events = [*chunks(Random(0))[:2], {"error": {"message": "out of memory"}}]
+            body = sse(Random(0), events, b"data: [DONE]\n\n")
+            engine.answers["1"] = Answer("error", http(Random(1), 200, body, b"text/event-stream"))
+            record, received, before = p.proxy.recorder.record, bytearray(), bytearray()
+
+            async def slow(exchange: Exchange) -> None:
+                await asyncio.sleep(0.1)  # time for [DONE] to arrive, if it was sent
+                before.extend(received)
+                await record(exchange)
+
+            monkeypatch.setattr(p.proxy.recorder, "record", slow)
+            headers = {"Authorization": f"Bearer {KEY}", "x-case": "1"}
+            asked = as_json(chat(Random(0), True))
+            async with p.http.post(
+                f"{p.url}/v1/chat/completions", data=asked, headers=headers
+            ) as answer:
+                async for data in answer.content.iter_any():
+                    received.extend(data)
+            assert b"out of memory" in received
+            assert b"[DONE]" in received
+            assert b"[DONE]" not in before
+
+    with listening():
+        asyncio.run(test())
+
+
+ODD = [
+    {"model": 5},
+    {"usage": []},
+    {"prompt_token_ids": "ab"},
+    {"prompt_token_ids": [-1]},
+    {"choices": [{"index": "0"}]},
+    {"choices": [{"index": 0, "finish_reason": {}, "message": {"content": 5}}]},
+    {"choices": [{"finish_reason": 5, "token_ids": [2**40], "message": {"content": "x"}}]},
+    {"choices": [{"token_ids": [1.5], "logprobs": {"content": [{}]}, "message": {}}]},
+    {"choices": [{"token_ids": [1], "logprobs": {"content": [{"logprob": 0.5}]}}]},
+    {"choices": [{"message": {"tool_calls": [{"index": [], "function": {"name": 1}}]}}]},
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=str)
+def test_a_turn_whose_reply_is_malformed_is_kept_and_says_that_it_must_not_train(
+    store: Store, tmp_path: Path, odd: dict[str, Any]
+) -> None:
+    async def test() -> None:
+        async with between(store, tmp_path) as (engine, p):
+            engine.answers["1"] = Answer("odd", http(Random(1), 200, as_json(odd)))
+            headers = {"Authorization": f"Bearer {KEY}", "x-case": "1"}
+            status, body, answered = await p.chat(chat(Random(0), False), headers)
+            assert (status, json.loads(body).keys()) == (200, odd.keys())
+            turn = store.turn(answered["x-nextstate-turn"])
+            assert turn is not None
+            assert turn.untrainable is not None
+
+    with listening():
+        asyncio.run(test())
 
 
 def test_a_store_that_is_gone_is_said_and_fails_no_reply(store: Store, tmp_path: Path) -> None:

@@ -185,6 +185,7 @@ class Agent:
 
 
 MOVES = ("talk", "talk", "talk", "tools", "retry", "unseen", "truncate", "compact", "reset")
+PLAIN = ("talk", "talk", "tools", "retry")
 FORKING = (*MOVES, "fork", "back")
 
 
@@ -317,7 +318,7 @@ def test_sessions_with_ids_of_their_own_never_mix(lanes: list[list[Step]], rng: 
 
 
 @FEW
-@given(programs(("talk", "talk", "tools", "retry"), unique=False), st.randoms())
+@given(programs(PLAIN, unique=False), st.randoms(use_true_random=False))
 def test_agents_that_hear_the_same_replies_are_told_apart_by_what_was_said(
     lanes: list[list[Step]], rng: Random
 ) -> None:
@@ -356,3 +357,40 @@ def test_whatever_happens_a_turn_is_judged_at_most_once_and_by_what_really_follo
             assert not states or states in [child.states for child in children[turn]]
         judged = [turn for turn in truth if found.states(turn)]
         assert sorted(found.store.lease_judgements(1000, 60.0)) == sorted(judged)
+
+
+def said(*texts: str) -> list[Json]:
+    """A history that alternates, the user first."""
+    roles = ("user", "assistant")
+    return [{"role": roles[n % 2], "content": text} for n, text in enumerate(texts)]
+
+
+def step(turn: str, messages: list[Json], reply: str, *, cut: bool = False) -> Step:
+    return Step(turn, messages, {"role": "assistant", "content": reply}, cut, None, [], "")
+
+
+def test_a_turn_that_was_replaced_by_its_retry_is_nobodys_parent() -> None:
+    steps = [
+        step("cut", said("go"), "Done.", cut=True),  # all of the text came, its end did not
+        step("whole", said("go"), "Done."),
+        step("next, cut", said("go", "Done.", "and now?"), "", cut=True),
+        step("next", said("go", "Done.", "and now?"), "Yes."),
+    ]
+    with played([steps], Random(0)) as found:
+        assert found.parents["next, cut"] == "whole"
+        assert found.parents["next"] == "whole"
+        assert found.store.turn_ids() == ["whole", "next"]
+
+
+def test_a_request_sent_again_does_not_go_to_another_agent_that_got_the_same_reply() -> None:
+    steps = [
+        step("a1", said("a: go"), "OK"),
+        step("b1", said("b: go"), "OK"),
+        step("a2, cut", said("a: go", "OK", "a: and now?"), "", cut=True),
+        step("a2", said("a: go", "OK", "a: and now?"), "Yes."),
+    ]
+    with played([steps], Random(0)) as found:
+        assert found.parents["a2, cut"] == "a1"
+        assert found.parents["a2"] == "a1"
+        assert found.states("a1") == ["a: and now?"]
+        assert found.states("b1") == []
