@@ -184,7 +184,10 @@ class Agent:
         return f"{what} {self._said} of {self.name}"
 
 
-MOVES = ("talk", "talk", "talk", "tools", "retry", "unseen", "truncate", "compact", "reset")
+MOVES = (
+    *("talk", "talk", "talk", "talk", "talk", "tools", "tools", "retry", "retry"),
+    *("truncate", "truncate", "truncate", "unseen", "compact", "reset"),
+)
 PLAIN = ("talk", "talk", "tools", "retry")
 FORKING = (*MOVES, "fork", "back")
 
@@ -192,7 +195,9 @@ FORKING = (*MOVES, "fork", "back")
 @st.composite
 def programs(draw: st.DrawFn, moves: Sequence[str], unique: bool = True) -> list[list[Step]]:
     """The requests of two to four agents."""
-    lists = draw(st.lists(st.lists(st.sampled_from(moves), max_size=10), min_size=2, max_size=3))
+    lists = draw(
+        st.lists(st.lists(st.sampled_from(moves), min_size=3, max_size=12), min_size=2, max_size=3)
+    )
     seed = draw(st.integers(0, 2**32))
     return [
         Agent(f"a{number}", unique, Random(seed + number)).play(moves)
