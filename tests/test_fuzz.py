@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import sqlite3
+import traceback
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
@@ -62,6 +63,8 @@ class Answer:
     """The body where it has to arrive unchanged."""
     whole: bool = True
     """False: the answer breaks off."""
+    pause_s: float = 0.0
+    """Between two pieces: time for the client to leave."""
 
 
 def head(status: int, headers: bytes, chunked: bool) -> bytes:
@@ -253,6 +256,8 @@ class NastyEngine:
         """How often for its models."""
         self.harm: list[str] = []
         """What the guard should have kept back."""
+        self.reached: set[str] = set()
+        """Cases that came this far."""
         self.under_way = 0
         self.writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
@@ -297,10 +302,12 @@ class NastyEngine:
             )
             body = await read_body(reader, headers)
             target = first.split(b" ")[1]
-            answer = self.answers.get(headers.get(b"x-case", b"").decode("latin-1"))
+            number = headers.get(b"x-case", b"").decode("latin-1")
+            answer = self.answers.get(number)
             if answer is None:
                 writer.write(self._own(target))
                 return True
+            self.reached.add(number)
             is_json = headers.get(b"content-type", b"").startswith(b"application/json")
             if (harm := harm_in(first, body if is_json else b"")) is not None:
                 self.harm.append(f"case {headers[b'x-case'].decode()}: {harm}")
@@ -310,7 +317,7 @@ class NastyEngine:
             for piece in answer.pieces:
                 writer.write(piece)
                 await writer.drain()
-                await asyncio.sleep(0)
+                await asyncio.sleep(answer.pause_s)
             return answer.whole
         finally:
             self.under_way -= 1
@@ -486,6 +493,7 @@ def case(number: int) -> Case:
     else:
         lines.append(b"Content-Length: %d" % len(body))
     kind = f"{method.decode()} {path[:40]!r} {make.__name__} {odd[:30]!r} {answer.kind}"
+    answer.pause_s = 0.01 * (rng.random() < 0.1)
     request = b"\r\n".join(lines) + b"\r\n\r\n" + body
     leaves_after = rng.randrange(2 * len(request)) if rng.random() < 0.1 else None
     sound = kind.startswith("POST b'/v1/chat/completions' body_sound b'' sound")
@@ -553,15 +561,18 @@ async def send(port: int, case: Case) -> Got | None:
     return parsed(raw, case.request.startswith(b"HEAD "))
 
 
-def complaint(case: Case, got: Got) -> str | None:
+def complaint(case: Case, got: Got, reached: bool) -> str | None:
     """What the proxy did wrong, or None."""
     answer = case.answer
     if got.status is not None and got.status >= 500 and got.status != answer.status:
         unreachable = got.status == 503 and not answer.whole
         if not unreachable:
             return f"answered {got.status} of its own: {got.body[:80]!r}"
-    ours = b"x-case" not in case.request
-    if ours or not case.path.startswith(b"/v1/chat/completions") or got.status != answer.status:
+    if (
+        not reached
+        or not case.path.startswith(b"/v1/chat/completions")
+        or got.status != answer.status
+    ):
         return None
     if not case.request.startswith(b"POST"):
         return None
@@ -582,6 +593,9 @@ class Errors(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         error = record.exc_info[1] if record.exc_info else None
         not_http = isinstance(error, HttpProcessingError | web.RequestPayloadError)
+        if isinstance(error, ConnectionResetError):  # aiohttp greets a client that has left
+            frames = traceback.extract_tb(error.__traceback__)
+            not_http = not any("proxy" in Path(frame.filename).parts for frame in frames)
         if record.levelno >= logging.ERROR and not not_http:
             self.found.append(f"{record.getMessage()}: {error!r:.300}")
 
@@ -622,10 +636,12 @@ async def ask(engine: NastyEngine, port: int, case: Case, ended: list[str]) -> s
     except TimeoutError:
         wrong: str | None = f"no end after {CASE_TIMEOUT_S} s"
     else:
-        wrong = got and complaint(case, got)
+        reached = str(case.number) in engine.reached
+        wrong = got and complaint(case, got, reached)
         if got is not None and case.sound and got.status == 200:
             ended.append(got.turn)
     del engine.answers[str(case.number)]
+    engine.reached.discard(str(case.number))
     return wrong and f"case {case.number} ({case.kind}): {wrong}"
 
 
@@ -646,7 +662,9 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
                 others = [c for c in batch if c.answer.kind != "nothing"]
                 heard = len(errors.found)
                 found = await asyncio.gather(*(ask(engine, port, c, ended) for c in others))
-                found += [await ask(engine, port, c, ended) for c in alone]
+                for lonely in alone:
+                    found.append(await ask(engine, port, lonely, ended))
+                    await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
                 wrong += [complaint for complaint in found if complaint]
                 wrong += [f"logged among {batch[0].number}+: {e}" for e in errors.found[heard:]]
                 done = 100 * (start + AT_ONCE - numbers.start) // len(numbers)
