@@ -286,7 +286,7 @@ class NastyEngine:
         try:
             while await self._answer(reader, writer):
                 pass
-        except (OSError, asyncio.IncompleteReadError):
+        except (OSError, ValueError, asyncio.IncompleteReadError):
             pass
         finally:
             writer.close()
