@@ -49,8 +49,9 @@ lint: env  ## ruff and strict types
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy
 
-bench: env  ## what the proxy costs, as ratios from one run
-	$(BIN)/python -m benchmarks.relay
+# benchmarks.streams, .growth and .storage run alone, for minutes each: see benchmarks/RESULTS.md.
+bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
+	$(BIN)/python -m benchmarks.relay $(ARGS)
 
 lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh

@@ -1,156 +1,210 @@
-"""What the proxy costs, as ratios from one run: direct, a bare relay, and ours with recording on.
+"""What a proxy costs, as ratios from one run over one mock engine.
 
-    python -m benchmarks.relay        (or: make bench)
-
-Every round asks all three in turn, so that a slow moment of the machine meets all of them alike.
+Direct, a bare aiohttp relay, nginx, LiteLLM's proxy, and ours with capture and recording on. Every
+round asks all of them in turn, forwards and then backwards, so that a slow moment of the machine
+meets all alike; differences and ratios are taken within a round, and the median of the rounds is
+told. Every request says something new, and so do our records.
 """
 
 from __future__ import annotations
 
+import argparse
 import asyncio
+import itertools
+import os
 import statistics
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Awaitable, Callable
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import aiohttp
 import orjson
 import uvloop
+from rich.console import Console
+from rich.progress import Progress
 
+from benchmarks.client import Connection, connect
 from benchmarks.mock_engine import MODEL
-from nextstate.vllm import free_port
+from benchmarks.servers import BARE, LITELLM, OURS, Server, add_nginx, recorded, running
 
-ROUNDS = 12
-SEQUENTIAL = 25
-"""Requests one after the other, a round."""
-PARALLEL = 16
-REQUESTS = 240
-"""Requests over `PARALLEL` streams, a round."""
-BODY = orjson.dumps(
+STREAMS = (16, 64)
+SHARE = {LITELLM: 0.1}
+"""The part of the requests that a slow server is asked."""
+_MARK = b"0000000000"
+_BODY = orjson.dumps(
     {
         "model": MODEL,
         "stream": True,
         "messages": [
             {"role": "system", "content": "You are a helpful agent. " * 40},
-            {"role": "user", "content": "Tell me about the weather in the mountains. " * 5},
+            {"role": "user", "content": f"Question {_MARK.decode()}: how is the weather? " * 5},
         ],
     }
 )
-CONFIG = """
-[store]
-dir = "{dir}"
-[engine]
-mode = "external"
-url = "{engine}"
-model = "mock"
-[proxy]
-port = {port}
+_EXAMPLES = """\
+examples:
+  python -m benchmarks.relay
+  python -m benchmarks.relay --nginx /usr/sbin/nginx --litellm ~/litellm-venv
+LiteLLM goes into an environment of its own:
+  python -m venv ~/litellm-venv && ~/litellm-venv/bin/pip install 'litellm[proxy]==1.106.2'
 """
 
 
-async def ask(http: aiohttp.ClientSession, url: str) -> tuple[float, float]:
-    """(seconds to the first byte, seconds to the end) of one reply."""
-    started = time.perf_counter()
-    async with http.post(f"{url}/v1/chat/completions", data=BODY) as answer:
-        data = await answer.content.readany()
-        first = time.perf_counter() - started
-        data += await answer.content.read()
-        assert answer.status == 200
-        assert data.endswith(b"[DONE]\n\n")
-    return first, time.perf_counter() - started
+@dataclass(slots=True)
+class Found:
+    """What was measured of one server, a number a round."""
+
+    first_ms: list[float] = field(default_factory=list[float])
+    whole_ms: list[float] = field(default_factory=list[float])
+    rates: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list[float]))
+    """Replies a second, by number of streams."""
+    cpu_ms: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list[float]))
+    """The server's own CPU time for one reply, by number of streams."""
 
 
-async def sequential(http: aiohttp.ClientSession, url: str) -> tuple[float, float]:
-    """Median (first, whole) of requests one after the other, in milliseconds."""
-    found = [await ask(http, url) for _ in range(SEQUENTIAL)]
-    return tuple(1000 * statistics.median(part) for part in zip(*found, strict=True))  # pyright: ignore[reportReturnType]
+def bodies() -> Iterator[bytes]:
+    """Request bodies that are all different."""
+    return (_BODY.replace(_MARK, b"%010d" % number) for number in itertools.count(1))
 
 
-async def parallel(http: aiohttp.ClientSession, url: str) -> float:
-    """Replies a second over several streams."""
-    left = iter(range(REQUESTS))
+async def sequential(server: Server, requests: int, asked: Iterator[bytes]) -> tuple[float, float]:
+    """Median (first event, whole reply) of requests one after the other, in milliseconds."""
+    connection = await connect(server.port)
+    await connection.ask(next(asked))
+    replies = [await connection.ask(next(asked)) for _ in range(requests)]
+    connection.close()
+    return (
+        1000 * statistics.median(reply.first_s for reply in replies),
+        1000 * statistics.median(reply.whole_s for reply in replies),
+    )
 
-    async def stream() -> None:
+
+async def parallel(
+    server: Server, streams: int, requests: int, asked: Iterator[bytes]
+) -> tuple[float, float]:
+    """(replies a second, the server's CPU milliseconds a reply) over several streams."""
+    connections = [await connect(server.port) for _ in range(streams)]
+    await asyncio.gather(*(connection.ask(next(asked)) for connection in connections))
+    left = iter(range(requests))
+
+    async def stream(connection: Connection) -> None:
         for _ in left:
-            await ask(http, url)
+            await connection.ask(next(asked))
 
-    started = time.perf_counter()
-    await asyncio.gather(*(stream() for _ in range(PARALLEL)))
-    return REQUESTS / (time.perf_counter() - started)
+    loop = asyncio.get_running_loop()
+    cpu, started = server.cpu_s(), loop.time()
+    await asyncio.gather(*(stream(connection) for connection in connections))
+    seconds, cpu = loop.time() - started, server.cpu_s() - cpu
+    for connection in connections:
+        connection.close()
+    return requests / seconds, 1000 * cpu / requests
 
 
-async def measure(urls: dict[str, str]) -> str:
-    """The table, as Markdown."""
-    rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in urls}
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        for number in range(ROUNDS + 1):
-            for name, url in urls.items():
-                first, whole = await sequential(http, url)
-                rate = await parallel(http, url)
-                if number:  # the first round warms up
-                    rows[name].append((first, whole, rate))
-    found = {
-        name: [statistics.median(part) for part in zip(*values, strict=True)]
-        for name, values in rows.items()
-    }
-    bare = found["bare relay"]
+async def measure(
+    servers: Sequence[Server], rounds: int, one_by_one: int, per_stream: int
+) -> Mapping[str, Found]:
+    """All rounds over all servers; one more round before them warms up."""
+    found = {server.name: Found() for server in servers}
+    asked = bodies()
+    with Progress(console=Console(stderr=True)) as progress:
+        steps = (rounds + 1) * len(servers) * (1 + len(STREAMS))
+        task = progress.add_task("relay", total=steps)
+        for number in range(rounds + 1):
+            order = servers if number % 2 else servers[::-1]
+            for server in order:
+                share = SHARE.get(server.name, 1.0)
+                got = await sequential(server, max(3, round(share * one_by_one)), asked)
+                progress.advance(task)
+                if number:
+                    found[server.name].first_ms.append(got[0])
+                    found[server.name].whole_ms.append(got[1])
+            for streams, server in itertools.product(STREAMS, order):
+                share = SHARE.get(server.name, 1.0)
+                requests = streams * max(1, round(share * per_stream))
+                rate, cpu = await parallel(server, streams, requests, asked)
+                progress.advance(task)
+                if number:
+                    found[server.name].rates[streams].append(rate)
+                    found[server.name].cpu_ms[streams].append(cpu)
+    return found
+
+
+def tables(found: Mapping[str, Found]) -> str:
+    """Both tables, as Markdown."""
+    bare = found[BARE]
     lines = [
-        "| | first token, ms | whole reply, ms | over the bare relay, ms "
-        f"| replies/s at {PARALLEL} streams | of the bare relay |",
-        "|---|---|---|---|---|---|",
+        "| one stream | first token, ms | over the bare relay | whole reply, ms "
+        "| over the bare relay |",
+        "|---|---|---|---|---|",
     ]
-    for name, (first, whole, rate) in found.items():
+    for name, ours in found.items():
+        first = [a - b for a, b in zip(ours.first_ms, bare.first_ms, strict=True)]
+        whole = [a - b for a, b in zip(ours.whole_ms, bare.whole_ms, strict=True)]
         lines.append(
-            f"| {name} | {first:.2f} | {whole:.2f} "
-            f"| {first - bare[0]:+.2f} / {whole - bare[1]:+.2f} "
-            f"| {rate:.0f} | {rate / bare[2]:.0%} |"
+            f"| {name} | {statistics.median(ours.first_ms):.2f} | {_spread(first, '+.2f')} "
+            f"| {statistics.median(ours.whole_ms):.2f} | {_spread(whole, '+.2f')} |"
         )
+    for streams in STREAMS:
+        lines += [
+            "",
+            f"| {streams} streams | replies/s | of the bare relay | × LiteLLM "
+            "| its own CPU, ms a reply |",
+            "|---|---|---|---|---|",
+        ]
+        slow = found[LITELLM].rates[streams] if LITELLM in found else None
+        for name, ours in found.items():
+            rates = ours.rates[streams]
+            of_bare = [a / b for a, b in zip(rates, bare.rates[streams], strict=True)]
+            times = "" if slow is None else _spread(_ratios(rates, slow), ".1f")
+            lines.append(
+                f"| {name} | {statistics.median(rates):.0f} | {_spread(of_bare, '.0%')} "
+                f"| {times} | {statistics.mean(ours.cpu_ms[streams]):.2f} |"
+            )
     return "\n".join(lines)
 
 
-async def wait_up(url: str) -> None:
-    """Returns when the address answers."""
-    async with asyncio.timeout(30), aiohttp.ClientSession() as http:
-        while True:
-            try:
-                await ask(http, url)
-            except (aiohttp.ClientError, AssertionError):
-                await asyncio.sleep(0.1)
-            else:
-                return
+def _ratios(ours: Sequence[float], theirs: Sequence[float]) -> list[float]:
+    return [a / b for a, b in zip(ours, theirs, strict=True)]
 
 
-def start(*arguments: str) -> subprocess.Popen[bytes]:
-    """A child process of this Python."""
-    return subprocess.Popen([sys.executable, *arguments], stderr=subprocess.DEVNULL)
+def _spread(values: Sequence[float], form: str) -> str:
+    """The median with the quartiles of the rounds."""
+    if len(values) < 2:
+        return format(values[0], form)
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return f"{middle:{form}} ({low:{form}} … {high:{form}})"
 
 
 def main() -> None:
-    """Measures and prints the table."""
-    ports = [free_port() for _ in range(3)]
-    engine, bare, ours = (f"http://127.0.0.1:{port}" for port in ports)
-    run: Callable[[Awaitable[object]], object] = uvloop.run  # pyright: ignore[reportAssignmentType]
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder) / "nextstate.toml"
-        config.write_text(CONFIG.format(dir=f"{folder}/state", engine=engine, port=ports[2]))
-        children = [
-            start("-m", "benchmarks.mock_engine", str(ports[0])),
-            start("-m", "benchmarks.bare_relay", str(ports[1]), engine),
-            start("-m", "nextstate", "proxy", "--config", str(config)),
-        ]
-        try:
-            urls = {"direct": engine, "bare relay": bare, "NextState": ours}
-            for url in urls.values():
-                run(wait_up(url))
-            print(run(measure(urls)))
-        finally:
-            for child in children:
-                child.terminate()
-            for child in children:
-                child.wait(10)
+    """Measures and prints the tables."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.relay",
+        description="What a proxy costs over a bare relay, as ratios from one run.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_nginx(parser)
+    parser.add_argument(
+        "--litellm",
+        type=Path,
+        metavar="FOLDER",
+        help="a virtual environment with litellm[proxy] (default: left out)",
+    )
+    parser.add_argument("--rounds", type=int, default=12, help="default: 12")
+    parser.add_argument(
+        "--sequential", type=int, default=25, help="requests one by one, a round (default: 25)"
+    )
+    parser.add_argument(
+        "--per-stream", type=int, default=15, help="requests a stream, a round (default: 15)"
+    )
+    options = parser.parse_args()
+    with running(options.nginx, options.litellm) as servers:
+        found = uvloop.run(
+            measure(list(servers.values()), options.rounds, options.sequential, options.per_stream)
+        )
+        print(tables(found))
+        print(f"\nMedians of {options.rounds} rounds (quartiles), {os.cpu_count()} cores.", end=" ")
+        print(recorded(servers[OURS]))
 
 
 if __name__ == "__main__":

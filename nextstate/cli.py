@@ -80,10 +80,19 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
+    def lineage(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument(
+            "--lineage", default=MAIN_LINEAGE, metavar="NAME", help="default: %(default)s"
+        )
+
     command("up", _up, "start engine, proxy, judge and learner, and keep them running")
     for name in ("proxy", "judge", "learner"):
         stage = command(name, _stage, f"run the {name} alone")
         stage.set_defaults(stage=name)
+        if name == "proxy":
+            stage.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+        if name == "learner":
+            lineage(stage)
         if name == "judge":
             actions = stage.add_subparsers(metavar="eval")
             text = "compare the configured judge with labelled next states"
@@ -127,6 +136,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--limit", type=int, default=0, help="only the newest N (0: all)")
     rollback = command("rollback", _rollback, "serve an earlier version again")
     rollback.add_argument("number", type=int, help="its number; 0 is the base model")
+    lineage(rollback)
     feedback = command("feedback", _feedback, "say yourself how good a turn was")
     feedback.add_argument("turn", help="as in `nextstate turns` or the x-nextstate-turn header")
     feedback.add_argument("--score", type=int, choices=(-1, 0, 1), required=True)
@@ -163,13 +173,13 @@ def _stage(options: argparse.Namespace) -> int:
 
     settings = Settings.read(options.config)
     if options.stage == "learner":
-        stages.run_learner(settings)
+        stages.run_learner(settings, options.lineage)
     elif options.stage == "judge":
         asyncio.run(stages.run_judge(settings))
     else:
         import uvloop
 
-        uvloop.run(stages.run_proxy(settings))
+        uvloop.run(stages.run_proxy(settings, options.worker))
     return 0
 
 
@@ -268,10 +278,12 @@ def _rollback(options: argparse.Namespace) -> int:
 
     settings = Settings.read(options.config)
     store = Store(settings.store)
-    version = store.version(MAIN_LINEAGE, options.number)
-    if version is None:
-        known = ", ".join(str(v.number) for v in store.versions(MAIN_LINEAGE)) or "only 0"
-        raise StartError(f"there is no version {options.number}; known: {known}")
+    version = store.version(options.lineage, options.number)
+    if version is None or options.lineage not in (MAIN_LINEAGE, *settings.lineages):
+        known = ", ".join(str(v.number) for v in store.versions(options.lineage)) or "only 0"
+        raise StartError(
+            f"there is no version {options.number} of lineage {options.lineage!r}; known: {known}"
+        )
     asyncio.run(publish_version(settings, store, version))
     print(f"version {version.number} serves {version.lineage}")
     return 0

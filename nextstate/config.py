@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -84,10 +84,14 @@ class PrivacyConfig:
 
 
 def read_sections(
-    path: Path, sections: Mapping[str, type], overrides: Mapping[str, Mapping[str, object]]
+    path: Path,
+    sections: Mapping[str, type],
+    overrides: Mapping[str, Mapping[str, object]],
+    groups: Mapping[str, type],
 ) -> dict[str, Any]:
-    """Reads the file into one instance per section.
+    """Reads the file into one instance per section, and `{NAME: instance}` per group.
 
+    `[lineages.alice]` is the entry `alice` of the group `lineages`.
     `overrides` ({section: {key: value}}) replace what the file says. A missing default file means
     all defaults; a missing named file, an unknown key or a wrong value raises ConfigError.
     """
@@ -104,13 +108,23 @@ def read_sections(
             f"there is no file {path}: copy config.example.toml there, or name another with "
             "--config FILE"
         )
-    _refuse_unknown(raw, sections, str(path), "section")
+    _refuse_unknown(raw, {**sections, **groups}, str(path), "section")
     result: dict[str, Any] = {}
     for name, kind in sections.items():
         values = raw.get(name, {})
         if not isinstance(values, Mapping):
             raise ConfigError(f"{path}: {name} is a value, expected a section [{name}]")
         result[name] = _section(name, kind, {**values, **overrides.get(name, {})}, str(path))
+    for name, kind in groups.items():
+        entries = raw.get(name, {})
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"{path}: {name} is a value, expected sections [{name}.NAME]")
+        result[name] = {}
+        for entry, values in cast("Mapping[str, Any]", entries).items():
+            section = f"{name}.{entry}"
+            if not isinstance(values, Mapping):
+                raise ConfigError(f"{path}: {section} is a value, expected a section [{section}]")
+            result[name][entry] = _section(section, kind, cast("Any", values), str(path))
     return result
 
 

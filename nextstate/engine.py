@@ -44,6 +44,8 @@ class EngineClient:
         self.url = url.rstrip("/")
         self.model = model
         """The name under which the base model answers."""
+        self.fingerprint: str | None = None
+        """What the server calls itself in its replies, once one has been seen."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(headers=headers)
 
@@ -98,7 +100,8 @@ class EngineClient:
     async def generate_once(self, name: str) -> None:
         """Generates one token with log-probs, as turns are served; the first time is slow."""
         body = {"model": name, "prompt": [0], "max_tokens": 1, "logprobs": 1}
-        await self._call("POST", "/v1/completions", body)
+        answer = await self._call("POST", "/v1/completions", body)
+        self.fingerprint = answer.get("system_fingerprint")
 
     async def tokenize(
         self, messages: list[Json], tools: list[Json] | None, extra: Json

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import orjson
 import sqlalchemy as sa
+from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate import schema as t
 from nextstate.records import Json, NextState, Turn, TurnKind
 from nextstate.rows import (
-    Row,
+    HASH_BYTES,
     compress,
     content_hash,
     dump,
     hashes,
+    id_runs,
     pack_floats,
     pack_ids,
 )
+
+_MOST_CANDIDATES = 16
+_MOST_HASHES = 100_000
+_MOST_BASES = 32
+_LONG_BODY, _BEGINNING = 4096, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,89 +55,149 @@ class Parent:
     """True when another request has already given it a next state."""
 
 
-# Built once: SQLAlchemy takes longer to build a statement than SQLite to run it.
 _C = t.turns.c
 _PARENT_COLUMNS = (_C.id, _C.session, _C.idx, _C.kind, _C.continued)
-_NEXT_INDEX = sa.select(sa.func.max(_C.idx)).where(_C.session == sa.bindparam("name"))
 _ABOVE = sa.select(_C.parent).where(_C.id == sa.bindparam("turn")).scalar_subquery()
-_ANCESTOR = sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE)
-_CUT_HERE = (
-    _C.place == sa.bindparam("here"),
-    _C.finish_reason.is_(None),
-    _C.replaced_by.is_(None),
-    _C.continued.is_(False),
-)
-_CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
-_REPLACE_CUT = (
-    sa.update(t.turns)
-    .where(*_CUT_HERE, _C.id != sa.bindparam("turn"))
-    .values(replaced_by=sa.bindparam("turn"))
-)
-_ADD_TURN, _ADD_STATE = sa.insert(t.turns), sa.insert(t.next_states)
-_ADD_MESSAGE, _ADD_JUDGEMENT = sa.insert(t.messages), sa.insert(t.judgements)
-_KNOWN_MESSAGE = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
-_CONTINUED = sa.update(t.turns).where(_C.id == sa.bindparam("turn")).values(continued=True)
+_CUT_HERE = (_C.place == sa.bindparam("here"), _C.replaced_by.is_(None), _C.continued.is_(False))
+_OF_CLIENT = sa.select(_C.session, _C.idx).where(_C.client_session == sa.bindparam("name"))
 
 
-def _candidates(key: sa.Column[bytes], *, named: bool) -> sa.Select[*tuple[Any, ...]]:
-    """The newest turns with a link key, of one client's session if `named`."""
-    query = (
-        sa.select(*_PARENT_COLUMNS, _C.messages, _C.seq)
-        .where(key == sa.bindparam("key"), _C.lineage == sa.bindparam("lineage"))
-        .order_by(_C.seq.desc())
-        .limit(16)
+def _candidates(key: sa.Column[bytes]) -> sa.Select[*tuple[Any, ...]]:
+    """The newest turns with a link key."""
+    query = sa.select(*_PARENT_COLUMNS, _C.messages).where(key == sa.bindparam("key"))
+    return query.order_by(_C.seq.desc()).limit(_MOST_CANDIDATES)
+
+
+class _Statements:
+    """Every statement of a recording, compiled once.
+
+    The recorder runs some ten a turn, and SQLAlchemy takes longer to look one up and to wrap its
+    rows than SQLite to run it: they go to the driver's own cursor.
+    """
+
+    def __init__(self, dialect: sa.Dialect) -> None:
+        def prepared(statement: sa.ClauseElement) -> Prepared:
+            return Prepared(statement, dialect)
+
+        self.by_chain = prepared(_candidates(_C.chain_key))
+        self.by_reply = prepared(_candidates(_C.reply_key))
+        self.above = prepared(sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE))
+        self.newest_of_client = prepared(_OF_CLIENT.order_by(_C.seq.desc()).limit(1))
+        started = _OF_CLIENT.where(_C.idx == 0)
+        self.last_started = prepared(started.order_by(_C.seq.desc()).limit(1))
+        self.cut_here = prepared(sa.select(_C.session).where(*_CUT_HERE).limit(1))
+        self.replace_cut = prepared(
+            sa.update(t.turns)
+            .where(*_CUT_HERE, _C.id != sa.bindparam("turn"))
+            .values(replaced_by=sa.bindparam("turn"))
+        )
+        last = sa.select(sa.func.max(_C.idx)).where(_C.session == sa.bindparam("name"))
+        self.last_index = prepared(last)
+        known = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
+        self.known_body = prepared(known)
+        self.add_body = prepared(sa.insert(t.messages))
+        columns: dict[str, Any] = {
+            c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
+        }
+        self.add_turn = prepared(sa.insert(t.turns).values(columns))
+        self.add_state = prepared(sa.insert(t.next_states))
+        work: dict[str, Any] = {
+            "turn": sa.bindparam("turn"),
+            "state": "pending",
+            "not_before": 0.0,
+            "attempts": 0,
+        }
+        self.add_judgement = prepared(sa.insert(t.judgements).values(work))
+        continued = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
+        self.continued = prepared(continued.values(continued=True))
+
+
+class Prepared:
+    """One statement as the driver takes it."""
+
+    def __init__(self, statement: sa.ClauseElement, dialect: sa.Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        assert isinstance(compiled, SQLCompiler)
+        self.sql = str(compiled)
+        self._names = compiled.positiontup
+        self._fixed = {k: v for k, v in compiled.params.items() if v is not None}
+
+    def arguments(self, values: Mapping[str, object]) -> Any:
+        """The values in the order, or under the names, that the driver wants."""
+        if self._names is None:
+            return {**self._fixed, **values}
+        return [values[n] if n in values else self._fixed[n] for n in self._names]
+
+
+@lru_cache(maxsize=4)
+def _statements(dialect: sa.Dialect) -> _Statements:
+    return _Statements(dialect)
+
+
+def scoped(key: bytes, lineage: str, client_session: str | None) -> bytes:
+    """A link key within one lineage and one client's name for a session: others never match it."""
+    scope = orjson.dumps([lineage, client_session])
+    return hashlib.blake2b(scope + key, digest_size=HASH_BYTES).digest()
+
+
+@dataclass(slots=True)
+class Remembered:
+    """What a process knows to be stored, so that it need not look; never more than is stored."""
+
+    hashes: set[bytes] = field(default_factory=set[bytes])
+    bases: dict[bytes, tuple[bytes, bytes]] = field(
+        default_factory=dict[bytes, tuple[bytes, bytes]]
     )
-    return query.where(_C.client_session == sa.bindparam("client_session")) if named else query
+    """(hash, body) of a long body, by how it begins: others that begin so may be much like it."""
 
-
-_CANDIDATES = {
-    named: (_candidates(_C.chain_key, named=named), _candidates(_C.reply_key, named=named))
-    for named in (True, False)
-}
-
-
-def _parent(row: Row) -> Parent:
-    return Parent(row.id, row.session, row.idx, TurnKind(row.kind), row.continued)
+    def add(self, other: Remembered) -> None:
+        """Takes in what another has seen stored, and forgets what has become too much."""
+        if len(self.hashes) > _MOST_HASHES:
+            self.hashes.clear()
+        self.hashes |= other.hashes
+        self.bases |= other.bases
+        while len(self.bases) > _MOST_BASES:
+            self.bases.pop(next(iter(self.bases)))
 
 
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
-    def __init__(
-        self, connection: sa.Connection, known: set[bytes], fresh: set[bytes], now: float
-    ) -> None:
-        self._connection = connection
+    def __init__(self, connection: sa.Connection, known: Remembered) -> None:
+        self.fresh = Remembered()
+        """What this transaction stores, once it is committed."""
+        self._cursor: Any = connection.connection.cursor()
+        self._statements = _statements(connection.dialect)
         self._known = known
-        self._fresh = fresh
-        self._now = now
 
     def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
-        """The turn that a request with this link continues, within the client's session if named.
+        """The turn that a request with this link continues, under the client's name if it has one.
 
         Turns whose whole chain of replies agrees come first; without one, the newest with the same
         last reply (the agent may have cut its history). Among equals, one that nothing has
         continued yet wins, then the one that shares most messages, then the newest.
         """
-        where: dict[str, object] = {"lineage": lineage}
-        if client_session is not None:
-            where["client_session"] = client_session
-        queries = _CANDIDATES[client_session is not None]
-        for query, key in zip(queries, (link.chain_key, link.reply_key), strict=True):
-            rows = self._connection.execute(query, {**where, "key": key}).all()
+        searches = (
+            (self._statements.by_chain, link.chain_key),
+            (self._statements.by_reply, link.reply_key),
+        )
+        for statement, key in searches:
+            rows = self._all(statement, key=scoped(key, lineage, client_session))
             if rows:
                 ours = set(link.message_hashes)
-
-                def rank(row: Row, ours: set[bytes] = ours) -> tuple[bool, int, int]:
-                    return not row.continued, len(ours.intersection(hashes(row.messages))), row.seq
-
-                return _parent(max(rows, key=rank))
+                newest_first = enumerate(rows)
+                _, best = max(
+                    newest_first,
+                    key=lambda at: (not at[1][4], len(ours.intersection(hashes(at[1][5]))), -at[0]),
+                )
+                return _parent(best)
         return None
 
     def main_ancestor(self, turn: Parent) -> Parent | None:
         """The newest main turn that a side turn goes back to."""
         found: Parent | None = turn
         while found is not None and found.kind is not TurnKind.MAIN:
-            row = self._connection.execute(_ANCESTOR, {"turn": found.id}).first()
+            row = self._first(self._statements.above, turn=found.id)
             found = None if row is None else _parent(row)
         return found
 
@@ -139,29 +208,28 @@ class Recording:
         further one that starts `fresh`, with nothing from the assistant in it, is named `name~2`,
         `name~3`, … One that does not is taken for the newest of them, its history rewritten.
         """
-        c = t.turns.c
-        ours = sa.select(c.session).where(c.client_session == client_session)
-        newest = self._connection.execute(ours.order_by(c.seq.desc()).limit(1)).scalar()
+        newest = self._first(self._statements.newest_of_client, name=client_session)
         if newest is None:
             return client_session
         if not fresh:
-            return newest
-        count = sa.select(sa.func.count(sa.distinct(c.session)))
-        known = count.where(c.client_session == client_session)
-        return f"{client_session}~{self._connection.execute(known).scalar_one() + 1}"
+            return newest[0]
+        started = self._first(self._statements.last_started, name=client_session)
+        number = "" if started is None else started[0].removeprefix(f"{client_session}~")
+        return f"{client_session}~{int(number) + 1 if number.isdecimal() else 2}"
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose reply never came to an end, if there is one."""
-        return self._connection.execute(_CUT_SESSION, {"here": place}).scalar()
+        row = self._first(self._statements.cut_here, here=place)
+        return None if row is None else row[0]
 
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
-        self._connection.execute(_REPLACE_CUT, {"here": place, "turn": turn})
+        self._run(self._statements.replace_cut, here=place, turn=turn)
 
     def next_index(self, session: str) -> int:
         """The position of the next turn in a session."""
-        last = self._connection.execute(_NEXT_INDEX, {"name": session}).scalar()
-        return 0 if last is None else last + 1
+        row = self._first(self._statements.last_index, name=session)
+        return 0 if row is None or row[0] is None else row[0] + 1
 
     def add_turn(
         self,
@@ -171,69 +239,119 @@ class Recording:
         *,
         client_session: str | None = None,
         place: bytes | None = None,
+        message_hashes: Sequence[bytes] | None = None,
     ) -> None:
-        """Adds a turn; `chain_key` and `reply_key` are those of its own reply."""
+        """Adds a turn; `chain_key` and `reply_key` are those of its own reply.
+
+        `message_hashes` are those of the request's messages, where they are known already.
+        """
         rest = {key: value for key, value in turn.request.items() if key != "messages"}
         if "tools" in rest:
             rest["tools"] = self._keep(rest["tools"]).hex()
         messages: list[Json] = turn.request.get("messages") or []
-        self._connection.execute(
-            _ADD_TURN,
-            {
-                "id": turn.id,
-                "session": turn.session,
-                "idx": turn.index,
-                "kind": turn.kind,
-                "lineage": turn.lineage,
-                "policy_version": turn.policy_version,
-                "client_model": turn.client_model,
-                "messages": b"".join(self._keep(message) for message in messages),
-                "rest": compress(orjson.dumps(rest)),
-                "reply": self._keep(turn.reply),
-                "finish_reason": turn.finish_reason,
-                "prompt_ids": pack_ids(turn.prompt_ids),
-                "completion_ids": pack_ids(turn.completion_ids),
-                "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
-                "sampling": dump(turn.sampling),
-                "started_at": turn.timings.started_at,
-                "first_token_s": turn.timings.first_token_s,
-                "total_s": turn.timings.total_s,
-                "untrainable": turn.untrainable,
-                "parent": turn.parent,
-                "chain_key": chain_key,
-                "reply_key": reply_key,
-                "client_session": client_session,
-                "place": place,
-            },
+        if message_hashes is None:
+            message_hashes = [self._keep(message) for message in messages]
+        else:
+            for key, message in zip(message_hashes, messages, strict=True):
+                if not self._is_known(key):
+                    self._keep_body(key, orjson.dumps(message))
+        prompt = turn.prompt_ids
+        runs = None if prompt is None else b"".join(self._keep_run(run) for run in id_runs(prompt))
+        self._run(
+            self._statements.add_turn,
+            id=turn.id,
+            session=turn.session,
+            idx=turn.index,
+            kind=turn.kind.value,
+            lineage=turn.lineage,
+            policy_version=turn.policy_version,
+            client_model=turn.client_model,
+            messages=b"".join(message_hashes),
+            rest=self._keep(rest),
+            reply=self._keep(turn.reply),
+            finish_reason=turn.finish_reason,
+            prompt_ids=runs,
+            completion_ids=pack_ids(turn.completion_ids),
+            behaviour_logprobs=pack_floats(turn.behaviour_logprobs),
+            sampling=dump(turn.sampling),
+            started_at=turn.timings.started_at,
+            first_token_s=turn.timings.first_token_s,
+            total_s=turn.timings.total_s,
+            untrainable=turn.untrainable,
+            parent=turn.parent,
+            continued=False,
+            chain_key=scoped(chain_key, turn.lineage, client_session),
+            reply_key=scoped(reply_key, turn.lineage, client_session),
+            client_session=client_session,
+            # Only a turn whose reply never ended can be tried again.
+            place=place if turn.finish_reason is None else None,
         )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
         """Adds what followed `turn` and, if `judge`, the judge's work for it."""
         if not states:
             return
-        self._connection.execute(
-            _ADD_STATE,
-            [
-                {
-                    "turn": turn,
-                    "seq": seq,
-                    "source": state.source,
-                    "text": compress(state.text.encode()),
-                    "trust": state.trust,
-                }
-                for seq, state in enumerate(states)
-            ],
-        )
-        self._connection.execute(_CONTINUED, {"turn": turn})
+        for seq, state in enumerate(states):
+            self._run(
+                self._statements.add_state,
+                turn=turn,
+                seq=seq,
+                source=state.source.value,
+                text=compress(state.text.encode()),
+                trust=state.trust,
+            )
+        self._run(self._statements.continued, turn=turn)
         if judge:
-            self._connection.execute(_ADD_JUDGEMENT, {"turn": turn, "state": "pending"})
+            self._run(self._statements.add_judgement, turn=turn)
+
+    def close(self) -> None:
+        """Gives the driver's cursor back."""
+        self._cursor.close()
 
     def _keep(self, value: object) -> bytes:
         """Stores a JSON value once and returns its content hash."""
         body = orjson.dumps(value)
-        key = content_hash(body)
-        if key not in self._known and key not in self._fresh:
-            if self._connection.execute(_KNOWN_MESSAGE, {"key": key}).first() is None:
-                self._connection.execute(_ADD_MESSAGE, {"hash": key, "body": compress(body)})
-            self._fresh.add(key)
+        return self._keep_body(content_hash(body), body)
+
+    def _keep_run(self, run: bytes) -> bytes:
+        return self._keep_body(content_hash(run), run)
+
+    def _keep_body(self, key: bytes, body: bytes) -> bytes:
+        if not self._is_known(key):
+            if self._first(self._statements.known_body, key=key) is None:
+                packed, base = self._packed(key, body)
+                self._run(self._statements.add_body, hash=key, body=packed, base=base)
+            self.fresh.hashes.add(key)
         return key
+
+    def _packed(self, key: bytes, body: bytes) -> tuple[bytes, bytes | None]:
+        """(the body compressed, the hash of the base that it was compressed against)."""
+        plain = compress(body)
+        if len(body) < _LONG_BODY:
+            return plain, None
+        beginning = body[:_BEGINNING]
+        base = self.fresh.bases.get(beginning) or self._known.bases.get(beginning)
+        if base is not None:
+            against = compress(body, base[1])
+            if 2 * len(against) < len(plain):
+                return against, base[0]
+        self.fresh.bases[beginning] = key, body
+        return plain, None
+
+    def _is_known(self, key: bytes) -> bool:
+        return key in self._known.hashes or key in self.fresh.hashes
+
+    def _run(self, statement: Prepared, **values: object) -> None:
+        self._cursor.execute(statement.sql, statement.arguments(values))
+
+    def _first(self, statement: Prepared, **values: object) -> tuple[Any, ...] | None:
+        self._run(statement, **values)
+        return self._cursor.fetchone()
+
+    def _all(self, statement: Prepared, **values: object) -> list[tuple[Any, ...]]:
+        self._run(statement, **values)
+        return self._cursor.fetchall()
+
+
+def _parent(row: tuple[Any, ...]) -> Parent:
+    return Parent(row[0], row[1], row[2], TurnKind(row[3]), bool(row[4]))

@@ -7,6 +7,8 @@ constructor raises: nothing is padded or cut to fit. Unknown is `None`, never 0.
 from __future__ import annotations
 
 import math
+import secrets
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -225,6 +227,15 @@ class PolicyVersion:
     def adapter_name(self) -> str | None:
         """The name under which vLLM serves it, new for each version; None for the base."""
         return None if self.number == BASE_VERSION else f"{self.lineage}-v{self.number:06d}"
+
+
+def new_id(what: str) -> str:
+    """A name that no other record has, such as `turn_…`; later ones sort after earlier ones.
+
+    48 bits of milliseconds and 32 random bits, as 20 hexadecimal digits. In order, they go to the
+    end of the store's index and not all over it.
+    """
+    return f"{what}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(4)}"
 
 
 def majority(scores: Sequence[int]) -> int:

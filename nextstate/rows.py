@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import threading
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import orjson
@@ -27,6 +28,11 @@ from nextstate.records import (
 
 HASH_BYTES = 16
 Row: TypeAlias = sa.Row[*tuple[Any, ...]]
+Bodies: TypeAlias = Mapping[bytes, bytes]
+"""What is stored by content, under its hash."""
+
+_SHORTEST_RUN, _LONGEST_RUN = 128, 2048
+_IN_ONE_QUERY = 500
 
 
 def content_hash(body: bytes) -> bytes:
@@ -34,24 +40,46 @@ def content_hash(body: bytes) -> bytes:
     return hashlib.blake2b(body, digest_size=HASH_BYTES).digest()
 
 
-def sample_of(row: Row) -> Sample:
+def id_runs(ids: Sequence[int]) -> list[bytes]:
+    """Token ids cut into runs of 128 to 2048 whose bounds depend on the ids near them alone.
+
+    A prompt that repeats an earlier one with something added, dropped or changed in the middle has
+    all other runs in common with it, and a run is stored once. A bound follows an id whose lowest
+    byte is 0, which one id in 256 is.
+    """
+    packed = array("I", ids).tobytes()
+    lowest, size = packed[::4], len(ids)
+    runs: list[bytes] = []
+    start = 0
+    while start < size:
+        longest = min(start + _LONGEST_RUN, size)
+        end = lowest.find(0, start + _SHORTEST_RUN - 1, longest) + 1 or longest
+        runs.append(_in_planes(packed[4 * start : 4 * end]))
+        start = end
+    return runs
+
+
+def sample_of(row: Row, bodies: Bodies) -> Sample:
     return Sample(
         turn=row.id,
         session=row.session,
         policy_version=row.policy_version,
-        prompt_ids=unpack_ids(row.prompt_ids) or (),
+        prompt_ids=join_runs(row.prompt_ids, bodies) or (),
         completion_ids=unpack_ids(row.completion_ids) or (),
         behaviour_logprobs=unpack_floats(row.behaviour_logprobs) or (),
         score=row.score,
-        hinted_prompt_ids=unpack_ids(row.hinted_prompt_ids),
+        hinted_prompt_ids=join_runs(row.hinted_prompt_ids, bodies),
     )
 
 
 def turn_of(connection: sa.Connection, row: Row) -> Turn:
-    request: Json = {"messages": [load_json(connection, key) for key in hashes(row.messages)]}
-    request.update(orjson.loads(decompress(row.rest)))
+    keys = [row.rest, row.reply, *hashes(row.messages), *hashes(row.prompt_ids or b"")]
+    bodies = load_bodies(connection, keys)
+    request: Json = {"messages": [orjson.loads(bodies[key]) for key in hashes(row.messages)]}
+    request.update(orjson.loads(bodies[row.rest]))
     if "tools" in request:
-        request["tools"] = load_json(connection, bytes.fromhex(request["tools"]))
+        tools = bytes.fromhex(request["tools"])
+        request["tools"] = orjson.loads(load_bodies(connection, [tools])[tools])
     return Turn(
         id=row.id,
         session=row.session,
@@ -61,9 +89,9 @@ def turn_of(connection: sa.Connection, row: Row) -> Turn:
         policy_version=row.policy_version,
         client_model=row.client_model,
         request=request,
-        reply=load_json(connection, row.reply),
+        reply=orjson.loads(bodies[row.reply]),
         finish_reason=row.finish_reason,
-        prompt_ids=unpack_ids(row.prompt_ids),
+        prompt_ids=join_runs(row.prompt_ids, bodies),
         completion_ids=unpack_ids(row.completion_ids),
         behaviour_logprobs=unpack_floats(row.behaviour_logprobs),
         sampling=orjson.loads(row.sampling),
@@ -82,14 +110,14 @@ def next_states_of(connection: sa.Connection, turn_id: str) -> tuple[NextState, 
     )
 
 
-def verdict_of(row: Row) -> Verdict:
+def verdict_of(row: Row, bodies: Bodies) -> Verdict:
     return Verdict(
         turn=row.turn,
         votes=tuple(orjson.loads(row.votes)),
         score=row.score,
         judge=row.judge,
         hint=row.hint,
-        hinted_prompt_ids=unpack_ids(row.hinted_prompt_ids),
+        hinted_prompt_ids=join_runs(row.hinted_prompt_ids, bodies),
     )
 
 
@@ -120,9 +148,34 @@ def version_row(version: PolicyVersion, now: float) -> dict[str, Any]:
     }
 
 
-def load_json(connection: sa.Connection, key: bytes) -> Any:
-    query = sa.select(t.messages.c.body).where(t.messages.c.hash == key)
-    return orjson.loads(decompress(connection.execute(query).scalar_one()))
+def load_bodies(connection: sa.Connection, keys: Iterable[bytes]) -> dict[bytes, bytes]:
+    """What is stored under `keys`, in few queries."""
+    wanted = list(dict.fromkeys(keys))
+    found: dict[bytes, bytes] = {}
+    c = t.messages.c
+    for start in range(0, len(wanted), _IN_ONE_QUERY):
+        some = wanted[start : start + _IN_ONE_QUERY]
+        rows = connection.execute(sa.select(t.messages).where(c.hash.in_(some))).all()
+        of_base = {row.base for row in rows if row.base is not None}
+        bases = load_bodies(connection, of_base) if of_base else {}
+        for row in rows:
+            base = None if row.base is None else bases[row.base]
+            found[row.hash] = decompress(row.body, base)
+    return found
+
+
+def keep_body(connection: sa.Connection, body: bytes) -> bytes:
+    """Stores a body once and returns its content hash."""
+    key = content_hash(body)
+    known = sa.select(t.messages.c.hash).where(t.messages.c.hash == key)
+    if connection.execute(known).first() is None:
+        connection.execute(sa.insert(t.messages).values(hash=key, body=compress(body)))
+    return key
+
+
+def keep_ids(connection: sa.Connection, ids: Sequence[int]) -> bytes:
+    """Stores token ids in runs and returns the runs' hashes, one after the other."""
+    return b"".join(keep_body(connection, run) for run in id_runs(ids))
 
 
 def hashes(packed: bytes) -> Iterable[bytes]:
@@ -133,27 +186,73 @@ def dump(value: Any) -> str:
     return orjson.dumps(value).decode()
 
 
-def compress(body: bytes) -> bytes:
-    # A compressor is not safe to share between threads and costs microseconds to make.
-    return zstandard.ZstdCompressor(level=3).compress(body)
+class _Zstd(threading.local):
+    """Contexts that cost more to make than a small text to compress; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=3)
+        self.decompressor = zstandard.ZstdDecompressor()
 
 
-def decompress(body: bytes) -> bytes:
-    return zstandard.ZstdDecompressor().decompress(body)
+_zstd = _Zstd()
+
+
+def compress(body: bytes, base: bytes | None = None) -> bytes:
+    """`body` compressed; against `base` if there is one."""
+    if base is None:
+        return _zstd.compressor.compress(body)
+    return zstandard.ZstdCompressor(level=3, dict_data=_dictionary(base)).compress(body)
+
+
+def decompress(body: bytes, base: bytes | None = None) -> bytes:
+    if base is None:
+        return _zstd.decompressor.decompress(body)
+    return zstandard.ZstdDecompressor(dict_data=_dictionary(base)).decompress(body)
+
+
+def _dictionary(base: bytes) -> zstandard.ZstdCompressionDict:
+    return zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)
+
+
+def join_runs(packed: bytes | None, bodies: Bodies) -> tuple[int, ...] | None:
+    """Token ids from the hashes of their runs; None stays None."""
+    if packed is None:
+        return None
+    return tuple(array("I", b"".join(_interleaved(bodies[key]) for key in hashes(packed))))
 
 
 def pack_ids(ids: Sequence[int] | None) -> bytes | None:
-    return None if ids is None else compress(array("I", ids).tobytes())
+    return None if ids is None else compress(_in_planes(array("I", ids).tobytes()))
 
 
 def unpack_ids(packed: bytes | None) -> tuple[int, ...] | None:
-    return None if packed is None else tuple(array("I", decompress(packed)))
+    return None if packed is None else tuple(array("I", _interleaved(decompress(packed))))
+
+
+def _in_planes(ids: bytes) -> bytes:
+    """The lowest bytes of all ids, then the next ones, …: the high ones are nearly all alike."""
+    return b"".join(ids[byte::4] for byte in range(4))
+
+
+def _interleaved(planes: bytes) -> bytes:
+    size = len(planes) // 4
+    ids = bytearray(len(planes))
+    for byte in range(4):
+        ids[byte::4] = planes[byte * size : (byte + 1) * size]
+    return bytes(ids)
 
 
 def pack_floats(values: Sequence[float] | None) -> bytes | None:
-    # 64-bit: the store holds the very numbers that the engine returned.
-    return None if values is None else compress(array("d", values).tobytes())
+    """The very numbers that the engine returned: in 32 bits where they were 32 bits there."""
+    if values is None:
+        return None
+    exact, short = array("d", values), array("f", values)
+    kept = short if array("d", short) == exact else exact
+    return compress(kept.typecode.encode() + kept.tobytes())
 
 
 def unpack_floats(packed: bytes | None) -> tuple[float, ...] | None:
-    return None if packed is None else tuple(array("d", decompress(packed)))
+    if packed is None:
+        return None
+    kept = decompress(packed)
+    return tuple(array(chr(kept[0]), kept[1:]))

@@ -1,15 +1,16 @@
-"""The tables, and the numbered steps that bring an older database up to them."""
+"""The tables; what brings an older database up to them is in nextstate/migrations.py.
+
+Lists of hashes are 16-byte hashes one after the other, each the key of a row of `messages`:
+`turns.messages`, and `turns.prompt_ids` and `verdicts.hinted_prompt_ids` for runs of token ids.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy.schema import CreateColumn
 
-from nextstate.errors import StoreError
-
-VERSION = 2
+VERSION = 3
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -19,8 +20,12 @@ messages = sa.Table(
     metadata,
     sa.Column("hash", sa.LargeBinary(16), primary_key=True),
     sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("base", sa.LargeBinary(16)),
 )
-"""Every distinct message, tool list and reply once, compressed."""
+"""Every distinct message, tool list, reply and run of token ids once, compressed.
+
+A long body that is much like an earlier one is compressed against that one, its `base`, which has
+none itself."""
 
 turns = sa.Table(
     "turns",
@@ -34,7 +39,7 @@ turns = sa.Table(
     sa.Column("policy_version", sa.Integer),
     sa.Column("client_model", sa.String(200), nullable=False),
     sa.Column("messages", sa.LargeBinary, nullable=False),
-    sa.Column("rest", sa.LargeBinary, nullable=False),
+    sa.Column("rest", sa.LargeBinary(16), nullable=False),
     sa.Column("reply", sa.LargeBinary(16), nullable=False),
     sa.Column("finish_reason", sa.String(40)),
     sa.Column("prompt_ids", sa.LargeBinary),
@@ -56,8 +61,16 @@ turns = sa.Table(
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
 sa.Index("turns_by_reply", turns.c.reply_key, turns.c.seq)
-sa.Index("turns_by_client_session", turns.c.client_session, turns.c.session)
-sa.Index("turns_by_place", turns.c.place)
+
+
+def _where_set(name: str, *columns: sa.Column[Any]) -> None:
+    """An index of the rows in which its first column is set, which few are."""
+    rows = columns[0].is_not(None)
+    sa.Index(name, *columns, sqlite_where=rows, postgresql_where=rows)
+
+
+_where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
+_where_set("turns_by_place", turns.c.place)
 
 next_states = sa.Table(
     "next_states",
@@ -124,38 +137,12 @@ versions = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
 )
 
-
-def _name_clients_sessions(connection: sa.Connection) -> None:
-    """Version 2: one client's name for a session may stand for several conversations."""
-    for column in (turns.c.client_session, turns.c.place, turns.c.replaced_by):
-        definition = CreateColumn(column).compile(dialect=connection.dialect)
-        connection.execute(sa.text(f"ALTER TABLE turns ADD COLUMN {definition}"))
-    connection.execute(sa.text("UPDATE turns SET client_session = session"))
-    for index in turns.indexes:
-        index.create(connection, checkfirst=True)
-
-
-MIGRATIONS: Mapping[int, Callable[[sa.Connection], None]] = {2: _name_clients_sessions}
-"""Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
-so each later step must leave an old database with the tables above; a test compares the two."""
-
-
-def migrate(
-    connection: sa.Connection,
-    target: int = VERSION,
-    steps: Mapping[int, Callable[[sa.Connection], None]] = MIGRATIONS,
-) -> None:
-    """Brings the database to `target` inside the caller's transaction. Raises StoreError."""
-    if not sa.inspect(connection).has_table("schema_version"):
-        metadata.create_all(connection)
-        connection.execute(sa.insert(schema_version).values(version=target))
-        return
-    found = connection.execute(sa.select(schema_version.c.version)).scalar_one()
-    if found > target:
-        raise StoreError(
-            f"the store has schema version {found}, this program knows up to {target}: "
-            "install the newer nextstate, or name another folder as [store] dir"
-        )
-    for number in range(found + 1, target + 1):
-        steps[number](connection)
-        connection.execute(sa.update(schema_version).values(version=number))
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.String(20), primary_key=True),
+    sa.Column("beat", sa.Float, nullable=False),
+    sa.Column("adapters", sa.Text, nullable=False),
+    sa.Column("counts", sa.Text, nullable=False),
+)
+"""What each of several proxy workers said last."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,10 @@ from nextstate.config import (
     read_sections,
 )
 from nextstate.errors import ConfigError
-from proxy.config import AgentsConfig, ProxyConfig
+from nextstate.records import MAIN_LINEAGE
+from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
+
+_NAME = re.compile(r"[a-z0-9_-]{1,40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +35,7 @@ class Settings:
     judge: JudgeConfig
     learner: LearnerConfig
     privacy: PrivacyConfig
+    lineages: Mapping[str, LineageConfig]
 
     @staticmethod
     def read(
@@ -46,7 +51,8 @@ class Settings:
             "learner": LearnerConfig,
             "privacy": PrivacyConfig,
         }
-        settings = Settings(file=file, **read_sections(file, kinds, overrides or {}))
+        groups = {"lineages": LineageConfig}
+        settings = Settings(file=file, **read_sections(file, kinds, overrides or {}, groups))
         settings.check()
         return settings
 
@@ -61,8 +67,32 @@ class Settings:
                 f"[learner] lora_rank = {self.learner.lora_rank} is more than [engine] "
                 f"max_lora_rank = {self.engine.max_lora_rank}: vLLM would refuse the adapters"
             )
+        self._check_lineages()
         if self.judge.kind == "litellm" and not self.privacy.external_judge:
             raise ConfigError(
                 '[judge] kind = "litellm" sends turns to the provider of its model: '
                 "allow it with [privacy] external_judge = true"
+            )
+
+    def _check_lineages(self) -> None:
+        models = [self.engine.name]
+        for name, lineage in self.lineages.items():
+            where = f"[lineages.{name}]"
+            if not _NAME.fullmatch(name) or name == MAIN_LINEAGE:
+                raise ConfigError(
+                    f"{where}: a lineage's name is 1 to 40 small letters, digits, - or _, and not "
+                    f"{MAIN_LINEAGE!r}, which is everyone else's"
+                )
+            if not lineage.model and not lineage.api_key_env:
+                raise ConfigError(f"{where} needs model or api_key_env: nothing would reach it")
+            if lineage.model in models:
+                raise ConfigError(
+                    f"{where} model = {lineage.model!r} is taken by the engine or another lineage"
+                )
+            models += [lineage.model] * bool(lineage.model)
+        needed = len(self.lineages) + 1
+        if self.lineages and self.engine.max_loras < needed + 1:
+            raise ConfigError(
+                f"[engine] max_loras = {self.engine.max_loras}: {needed} lineages need at least "
+                f"{needed + 1}, one for each and one for a new version"
             )

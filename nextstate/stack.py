@@ -6,7 +6,6 @@ import asyncio
 import fcntl
 import json
 import os
-import sys
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
@@ -16,7 +15,7 @@ import aiohttp
 from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.settings import Settings
-from nextstate.stages import engine_file
+from nextstate.stages import engine_file, stage_part
 from nextstate.supervisor import Part, Supervisor
 
 POLL_S = 0.2
@@ -33,7 +32,10 @@ class Stack:
         self.managed = settings.engine.mode == "managed"
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
-        self.parts = {name: self._stage(name) for name in STAGES}
+        self.parts = {name: stage_part(settings, name, name) for name in STAGES}
+        for lineage in settings.lineages:
+            name = f"learner-{lineage}"
+            self.parts[name] = stage_part(settings, "learner", name, "--lineage", lineage)
         if self.managed:
             self.parts["engine"] = self._engine(port)
         self.supervisor = Supervisor(list(self.parts.values()))
@@ -96,13 +98,6 @@ class Stack:
                 await asyncio.sleep(POLL_S)
         for part in self.parts.values():
             part.was_ready = True
-
-    def _stage(self, name: str) -> Part:
-        file = self.settings.file
-        argv = [sys.executable, "-P", "-m", "nextstate", name]
-        if file.exists():
-            argv += ["--config", str(file.absolute())]
-        return Part(name, argv, self.dir / "logs" / f"{name}.log", env=dict(os.environ))
 
     def _engine(self, port: int) -> Part:
         folder = self.dir / "engine"

@@ -10,9 +10,12 @@ import asyncio
 import errno
 import json
 import logging
+import os
 import signal
+import sys
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, zero_adapter_path
@@ -21,10 +24,24 @@ from nextstate.hooks import load_plugin
 from nextstate.records import MAIN_LINEAGE, PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
+from nextstate.supervisor import Part, Supervisor
+from nextstate.vllm import port_is_free
+
+if TYPE_CHECKING:
+    from proxy.lineages import Lineages
 
 log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 10.0
+
+
+def stage_part(settings: Settings, stage: str, name: str, *arguments: str) -> Part:
+    """A process that runs a stage with these settings, for a supervisor."""
+    argv = [sys.executable, "-P", "-m", "nextstate", stage, *arguments]
+    if settings.file.exists():
+        argv += ["--config", str(settings.file.absolute())]
+    log_file = settings.store.path / "logs" / f"{name}.log"
+    return Part(name, argv, log_file, env=dict(os.environ))
 
 
 def engine_file(settings: Settings) -> Path:
@@ -62,12 +79,18 @@ def zero_adapter(settings: Settings) -> Path:
     )
 
 
-async def run_proxy(settings: Settings) -> None:
-    """Serves until SIGINT or SIGTERM; requests under way end first."""
+async def run_proxy(settings: Settings, worker: int | None = None) -> None:
+    """Serves until SIGINT or SIGTERM; requests under way end first.
+
+    With several `[proxy] workers` it starts them and keeps them running; `worker` is one of them.
+    """
     from aiohttp import web
 
     from proxy.app import Proxy
 
+    if settings.proxy.workers > 1 and worker is None:
+        await _run_workers(settings)
+        return
     stop = _stop_event()
     store = Store(settings.store)
     profile = load_plugin("agents", settings.agents.profile, None)
@@ -79,15 +102,17 @@ async def run_proxy(settings: Settings) -> None:
             profile,
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
-            client_key=secret(settings.proxy.api_key_env, "[proxy] api_key_env"),
+            lineages=_doors(settings),
             engine_key=engine_key(settings),
+            worker=None if worker is None else str(worker),
         )
         runner = web.AppRunner(
             proxy.app(), handler_cancellation=True, access_log=None, shutdown_timeout=_SHUTDOWN_S
         )
         await runner.setup()
+        host, port = settings.proxy.host, settings.proxy.port
         try:
-            await web.TCPSite(runner, settings.proxy.host, settings.proxy.port).start()
+            await web.TCPSite(runner, host, port, reuse_port=worker is not None or None).start()
         except OSError as error:
             await runner.cleanup()
             raise cannot_listen(settings, error) from error
@@ -95,6 +120,37 @@ async def run_proxy(settings: Settings) -> None:
         await stop.wait()
         await runner.cleanup()
     store.close()
+
+
+async def _run_workers(settings: Settings) -> None:
+    """Starts the proxy's workers on the one port and restarts those that end."""
+    if not port_is_free(settings.proxy.host, settings.proxy.port):
+        raise cannot_listen(settings, OSError(errno.EADDRINUSE, "in use"))
+    Store(settings.store).close()  # made and brought up to date once, before they all open it
+    workers = range(settings.proxy.workers)
+    supervisor = Supervisor(
+        [stage_part(settings, "proxy", f"proxy-{n}", "--worker", str(n)) for n in workers]
+    )
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, supervisor.stop)
+    await supervisor.run()
+
+
+def _doors(settings: Settings) -> Lineages:
+    from proxy.lineages import Access, Lineages
+
+    return Lineages(
+        settings.engine.name,
+        secret(settings.proxy.api_key_env, "[proxy] api_key_env"),
+        {
+            name: Access(
+                lineage.model or None,
+                secret(lineage.api_key_env, f"[lineages.{name}] api_key_env"),
+            )
+            for name, lineage in settings.lineages.items()
+        },
+    )
 
 
 async def run_judge(settings: Settings) -> None:
@@ -135,11 +191,14 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     return report(done)
 
 
-def run_learner(settings: Settings) -> None:
-    """Trains until SIGINT or SIGTERM; the step under way ends first."""
+def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
+    """Trains one lineage until SIGINT or SIGTERM; the step under way ends first."""
     from learner.adapters import save_zero_adapter
     from learner.stage import run
 
+    if lineage not in (MAIN_LINEAGE, *settings.lineages):
+        known = ", ".join((MAIN_LINEAGE, *settings.lineages))
+        raise StartError(f"there is no lineage {lineage!r}: known are {known}; see [lineages.NAME]")
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
@@ -151,7 +210,7 @@ def run_learner(settings: Settings) -> None:
     def to_engine(version: PolicyVersion) -> None:
         asyncio.run(publish_version(settings, store, version))
 
-    run(store, settings.learner, settings.engine.model_path, MAIN_LINEAGE, to_engine, stop)
+    run(store, settings.learner, settings.engine.model_path, lineage, to_engine, stop)
     store.close()
 
 

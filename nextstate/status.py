@@ -16,13 +16,14 @@ from nextstate.store import Store
 async def status(settings: Settings) -> Json:
     """One object with the counts and each part's health."""
     store = await asyncio.to_thread(Store, settings.store)
-    serving = await asyncio.to_thread(store.serving, MAIN_LINEAGE)
+    names = [MAIN_LINEAGE, *settings.lineages]
+    serving = await asyncio.to_thread(store.serving_versions, names)
     counts = await asyncio.to_thread(store.counts)
     return {
         "state_dir": str(settings.store.path),
         "proxy": await _proxy_health(settings),
         "engine": await _engine_health(settings),
-        "serving": {"lineage": MAIN_LINEAGE, "version": serving.number},
+        "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
     }
 

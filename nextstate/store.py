@@ -8,17 +8,19 @@ never deleted on fetch.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.exc import DatabaseError
 
 from nextstate import schema as t
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
-from nextstate.recording import Recording
+from nextstate.migrations import migrate
+from nextstate.recording import Recording, Remembered
 from nextstate.records import (
     BASE_VERSION,
     NextState,
@@ -31,19 +33,22 @@ from nextstate.records import (
 )
 from nextstate.rows import (
     dump,
+    hashes,
+    keep_ids,
+    load_bodies,
     next_states_of,
-    pack_ids,
     sample_of,
     turn_of,
     verdict_of,
     version_of,
     version_row,
 )
-from nextstate.sqlite import open_file
+from nextstate.sqlite import checkpoint, open_file
 
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
-_REMEMBERED_HASHES = 100_000
+_SILENT_S = 10.0
+"""A worker that says nothing for so long is taken for dead."""
 
 
 class Store:
@@ -60,15 +65,16 @@ class Store:
                     "empty the key to use [store] dir"
                 )
             file = config.url.removeprefix("sqlite:///") or self.dir / "nextstate.sqlite3"
-            self._db = open_file(self.dir / file)
+            self._file = self.dir / file
+            self._db = open_file(self._file)
             with self._write() as connection:
-                t.migrate(connection)
+                migrate(connection)
         except (OSError, DatabaseError) as error:
             raise StoreError(
                 f"[store] dir = {config.dir!r} cannot hold the store: {error}; "
                 "name a folder that you may write to"
             ) from error
-        self._known: set[bytes] = set()
+        self._known = Remembered()
 
     def close(self) -> None:
         """Closes every connection."""
@@ -92,12 +98,12 @@ class Store:
     @contextmanager
     def recording(self) -> Generator[Recording]:
         """One transaction in which turns are linked and added; all of them are kept or none."""
-        fresh: set[bytes] = set()
-        with self._write() as connection:
-            yield Recording(connection, self._known, fresh, self._clock())
-        if len(self._known) > _REMEMBERED_HASHES:
-            self._known.clear()
-        self._known |= fresh
+        with (
+            self._write() as connection,
+            closing(Recording(connection, self._known)) as recording,
+        ):
+            yield recording
+        self._known.add(recording.fresh)
 
     # Reading back
 
@@ -106,6 +112,12 @@ class Store:
         with self._read() as connection:
             row = connection.execute(sa.select(t.turns).where(t.turns.c.id == turn_id)).first()
             return None if row is None else turn_of(connection, row)
+
+    def lineage_of(self, turn_id: str) -> str | None:
+        """The lineage of a turn; None when there is no such turn."""
+        with self._read() as connection:
+            query = sa.select(t.turns.c.lineage).where(t.turns.c.id == turn_id)
+            return connection.execute(query).scalar()
 
     def next_states(self, turn_id: str) -> tuple[NextState, ...]:
         """What followed the turn, in order."""
@@ -117,7 +129,9 @@ class Store:
         with self._read() as connection:
             query = sa.select(t.verdicts).where(t.verdicts.c.turn == turn_id)
             row = connection.execute(query).first()
-            return None if row is None else verdict_of(row)
+            if row is None:
+                return None
+            return verdict_of(row, load_bodies(connection, hashes(row.hinted_prompt_ids or b"")))
 
     def turn_ids(self, limit: int | None = None, newest_first: bool = False) -> list[str]:
         """Turn ids in the order of recording, without cut ones that a retry stands for."""
@@ -126,6 +140,10 @@ class Store:
             kept = sa.select(t.turns.c.id).where(t.turns.c.replaced_by.is_(None))
             query = kept.order_by(order).limit(limit)
             return list(connection.execute(query).scalars())
+
+    def checkpoint(self) -> None:
+        """Moves what was committed into the database's own file, if that has become much."""
+        checkpoint(self._db, self._file)
 
     def counts(self) -> dict[str, int]:
         """How many records there are of each kind and state, under `area/what` names."""
@@ -206,6 +224,7 @@ class Store:
                 if verdict.judge != FEEDBACK:
                     return False
                 connection.execute(sa.delete(t.verdicts).where(t.verdicts.c.turn == verdict.turn))
+            hinted = verdict.hinted_prompt_ids
             connection.execute(
                 sa.insert(t.verdicts).values(
                     turn=verdict.turn,
@@ -213,7 +232,7 @@ class Store:
                     score=verdict.score,
                     judge=verdict.judge,
                     hint=verdict.hint,
-                    hinted_prompt_ids=pack_ids(verdict.hinted_prompt_ids),
+                    hinted_prompt_ids=hinted and keep_ids(connection, hinted),
                     created_at=self._clock(),
                 )
             )
@@ -251,7 +270,12 @@ class Store:
                 .order_by(s.policy_version.desc(), t.turns.c.seq)
                 .limit(limit)
             )
-            leased = [sample_of(row) for row in connection.execute(query)]
+            rows = connection.execute(query).all()
+            packed = (
+                part or b"" for row in rows for part in (row.prompt_ids, row.hinted_prompt_ids)
+            )
+            bodies = load_bodies(connection, hashes(b"".join(packed)))
+            leased = [sample_of(row, bodies) for row in rows]
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_([sample.turn for sample in leased]))
@@ -349,6 +373,15 @@ class Store:
             ).first()
         return base_version(lineage, VersionState.SERVING) if row is None else version_of(row)
 
+    def serving_versions(self, lineages: Sequence[str]) -> dict[str, PolicyVersion]:
+        """The version that serves each of the lineages."""
+        v = t.versions.c
+        query = sa.select(t.versions).where(v.state == VersionState.SERVING)
+        with self._read() as connection:
+            found = {row.lineage: version_of(row) for row in connection.execute(query)}
+        base = VersionState.SERVING
+        return {name: found.get(name) or base_version(name, base) for name in lineages}
+
     def set_serving(self, lineage: str, number: int) -> None:
         """Flips the lineage to `number`; the version that served is retired."""
         v = t.versions.c
@@ -373,6 +406,34 @@ class Store:
                 .where(v.lineage == lineage, v.number == number)
                 .values(state=VersionState.REJECTED, metrics=dump({"rejected": reason}))
             )
+
+    # The proxy's workers
+
+    def beat(self, worker: str, adapters: Sequence[str], counts: Mapping[str, int]) -> None:
+        """Says that a worker lives, which adapters it uses and what it has counted."""
+        values = {
+            "beat": self._clock(),
+            "adapters": dump(list(adapters)),
+            "counts": dump(dict(counts)),
+        }
+        w = t.workers
+        with self._write() as connection:
+            done = connection.execute(sa.update(w).where(w.c.id == worker).values(values))
+            if not done.rowcount:
+                connection.execute(sa.insert(w).values(id=worker, **values))
+
+    def leave(self, worker: str) -> None:
+        """Says that a worker has ended."""
+        with self._write() as connection:
+            connection.execute(sa.delete(t.workers).where(t.workers.c.id == worker))
+
+    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
+        """What each other living worker said last: the adapters it uses, and its counts."""
+        w = t.workers.c
+        query = sa.select(w.adapters, w.counts)
+        alive = query.where(w.id != worker, w.beat >= self._clock() - _SILENT_S)
+        with self._read() as connection:
+            return [tuple(map(orjson.loads, row)) for row in connection.execute(alive)]
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:

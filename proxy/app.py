@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
+from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
 import orjson
 from aiohttp import web
+from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import EngineClient
-from nextstate.errors import NextStateError, StoreError
+from nextstate.errors import NextStateError
 from nextstate.hooks import AgentProfile
 from nextstate.records import MAIN_LINEAGE, Json, Verdict
 from nextstate.store import FEEDBACK, Store
 from nextstate.wire import json_object, objects
 from proxy.config import ProxyConfig
-from proxy.guard import refusal
-from proxy.metrics import exposition
+from proxy.guard import administers, refusal
+from proxy.lineages import Lineages
+from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
 from proxy.relay import Relay, api_error, client_headers, upstream_headers
+from proxy.serving import CHAT, COMPLETIONS, FORMATS, compact
+from proxy.sse import EventSplitter
 from proxy.versions import Versions
 
 log = logging.getLogger(__name__)
 
-_ADMIN = frozenset(
-    ("load_lora_adapter", "unload_lora_adapter", "reset_prefix_cache", "sleep", "wake_up")
-)
+_CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _OPEN_PATHS = frozenset(("/healthz",))
 _CONNECT_TIMEOUT_S = 5.0
 _DRAIN_S = 10.0
-_CHUNK_BYTES = 1 << 16
+_BEAT_S = 1.0
+_CHECKPOINT_S = 0.5
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -50,18 +53,20 @@ class Proxy:
         *,
         zero_adapter: Path,
         record: bool,
-        client_key: str | None,
+        lineages: Lineages,
         engine_key: str | None,
+        worker: str | None = None,
     ) -> None:
         self.config = config
         self.store = store
         self.engine = engine
-        self.versions = Versions(store, engine, MAIN_LINEAGE, zero_adapter)
+        self.lineages = lineages
+        self.versions = Versions(store, engine, lineages.names, zero_adapter, worker or "")
         self.recorder = Recorder(
             store, profile, config.record_queue, config.record_timeout_s, enabled=record
         )
-        self._client_key = client_key
         self._engine_key = engine_key
+        self._worker = worker
         self._relay: Relay | None = None
 
     @property
@@ -75,7 +80,8 @@ class Proxy:
         limit = self.config.max_body_mb * 1024 * 1024
         app = web.Application(client_max_size=limit, middlewares=[self._authorize])
         app.cleanup_ctx.append(self._running)
-        app.router.add_post("/v1/chat/completions", self._chat)
+        for path in (CHAT, COMPLETIONS, *FORMATS.dialects):
+            app.router.add_post(path, self._generate)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/feedback", self._feedback)
         app.router.add_route("*", "/v1/{path:.*}", self._pass)
@@ -88,45 +94,61 @@ class Proxy:
         session = aiohttp.ClientSession(
             headers=headers,
             connector=aiohttp.TCPConnector(limit=0),
+            cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             auto_decompress=False,
         )
         async with session:
-            self._relay = Relay(self.config, self.versions, self.recorder, session)
+            self._relay = Relay(self.config, self.versions, self.recorder, session, FORMATS)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
+                asyncio.create_task(_every(_CHECKPOINT_S, self.store.checkpoint)),
             ]
+            if self._worker is not None:
+                tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
             yield
             await self.recorder.drain(_DRAIN_S)
+            if self._worker is not None:
+                await asyncio.to_thread(self.store.leave, self._worker)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
+    def _beat(self) -> None:
+        counts = counts_of(self.relay.counts, self.recorder.counts, self.versions)
+        self.store.beat(self._worker or "", self.versions.in_use(), counts)
+
     @web.middleware
     async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if self._client_key is not None and request.path not in _OPEN_PATHS:
-            sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
-            sent = sent or request.headers.get("x-api-key", "")
-            if not hmac.compare_digest(sent.encode(), self._client_key.encode()):
-                return _refused(
-                    401, "AuthenticationError", "Wrong or missing API key: send it as a bearer key."
-                )
+        if request.path in _OPEN_PATHS:
+            return await handler(request)
+        sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        caller = self.lineages.caller(sent or request.headers.get("x-api-key", ""))
+        if caller is None:
+            message = "Wrong or missing API key: send it as a bearer key."
+            return _refused(request, 401, "AuthenticationError", message)
+        request[_CALLER] = caller
         return await handler(request)
 
-    async def _chat(self, request: web.Request) -> web.StreamResponse:
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
         try:
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
-            return self._too_large()
+            return self._too_large(request)
         body = json_object(data)
-        if (refused := self._guard(body)) is not None:
+        if (refused := self._guard(request, body)) is not None:
             return refused
-        if body is None or body.get("model") != self.engine.model:
+        if body is None or request.content_type != "application/json":
             return await self._forward(request, data)  # the engine says what is wrong with it
-        return await self.relay.chat(request, body)
+        if not body.get("model"):
+            body["model"] = self.engine.model  # as the engine takes it
+        lineage = self._lineage(request, body)
+        if lineage is None:
+            return await self._forward(request, data)
+        return await self.relay.generate(request, body, lineage, body["model"])
 
-    def _guard(self, body: Json | None) -> web.Response | None:
+    def _guard(self, request: web.Request, body: Json | None) -> web.Response | None:
         """The answer to a request that must not reach the engine, or None."""
         if body is None:
             return None
@@ -135,42 +157,73 @@ class Proxy:
             max_choices=self.config.max_choices,
             names_adapter=self.versions.is_adapter(str(body.get("model"))),
         )
-        return None if found is None else _refused(found.status, found.kind, found.message)
+        if found is None:
+            return None
+        return _refused(request, found.status, found.kind, found.message)
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
-        response = await self._forward(request, None, keep=True)
-        body = response.body if isinstance(response, web.Response) else None
-        listed = json_object(body) if isinstance(body, bytes) else None
-        if listed is None or "data" not in listed:
-            return response
-        listed["data"] = [
-            m for m in objects(listed["data"]) if not self.versions.is_adapter(str(m.get("id")))
-        ]
-        return web.Response(
-            status=response.status,
-            body=orjson.dumps(listed),
-            headers={k: v for k, v in response.headers.items() if k.lower() != "content-length"},
-        )
+        caller = request[_CALLER]
+
+        def shown(body: bytes) -> bytes:
+            listed = json_object(body)
+            if listed is None or "data" not in listed:
+                return body
+            is_adapter = self.versions.is_adapter
+            theirs = [m for m in objects(listed["data"]) if not is_adapter(str(m.get("id")))]
+            base = [m for m in theirs if m.get("id") == self.engine.model]
+            names = self.lineages.models(caller)
+            listed["data"] = theirs + [{**m, "id": name} for m in base for name in names]
+            return compact(listed)
+
+        return await self._forward(request, None, shown)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
-        if request.match_info["path"].strip("/") in _ADMIN:
-            return _refused(403, "PermissionError", "This route administers the engine.")
-        if request.method != "POST" or not request.content_type.endswith("json"):
+        if administers(request.path):
+            message = f"{request.path} administers the engine: it is not for agents."
+            return _refused(request, 403, "PermissionDeniedError", message)
+        if request.method != "POST" or request.content_type != "application/json":
             return await self._forward(request, None)
         try:
             data = await request.read()
         except web.HTTPRequestEntityTooLarge:
-            return self._too_large()
-        return self._guard(json_object(data)) or await self._forward(request, data)
+            return self._too_large(request)
+        body = json_object(data)
+        if (refused := self._guard(request, body)) is not None:
+            return refused
+        lineage = self._lineage(request, body)
+        if body is None or lineage is None:
+            return await self._forward(request, data)
+        async with self.versions.hold(lineage) as version:
+            served, named = version.adapter_name or self.engine.model, str(body.get("model"))
+            if served == named:
+                return await self._forward(request, data)
+            sent = orjson.dumps({**body, "model": served})
 
-    def _too_large(self) -> web.Response:
+            def renamed(part: bytes) -> bytes:
+                # Quotes inside of a JSON string are escaped: this is always a key and its value.
+                return part.replace(_named(served), _named(named))
+
+            return await self._forward(request, sent, renamed)
+
+    def _lineage(self, request: web.Request, body: Json | None) -> str | None:
+        """The lineage that a request's model belongs to, or None."""
+        model = None if body is None else body.get("model")
+        return self.lineages.of(request[_CALLER], model) if isinstance(model, str) else None
+
+    def _too_large(self, request: web.Request) -> web.Response:
         message = f"The request is larger than [proxy] max_body_mb = {self.config.max_body_mb}."
-        return _refused(413, "BadRequestError", message)
+        return _refused(request, 413, "BadRequestError", message)
 
     async def _forward(
-        self, request: web.Request, data: bytes | None, keep: bool = False
+        self,
+        request: web.Request,
+        data: bytes | None,
+        changed: Callable[[bytes], bytes] | None = None,
     ) -> web.StreamResponse:
-        """Passes a request and its reply on as they are; `keep` gives the body back in one."""
+        """Passes a request and its reply on as they are, but for what `changed` does to a reply.
+
+        `changed` gets a whole body, or each event of a stream.
+        """
         headers = upstream_headers(request.headers)
         if "Content-Type" in request.headers:
             headers["Content-Type"] = request.headers["Content-Type"]
@@ -184,53 +237,80 @@ class Proxy:
                 allow_redirects=False,
             ) as upstream:
                 answer_headers = client_headers(upstream.headers)
-                if keep:
-                    body = await upstream.read()
+                if changed is not None and upstream.content_type != "text/event-stream":
+                    body = changed(await upstream.read())
                     return web.Response(status=upstream.status, body=body, headers=answer_headers)
                 response = web.StreamResponse(status=upstream.status, headers=answer_headers)
                 response.content_length = upstream.content_length
                 await response.prepare(request)
+                splitter = EventSplitter()
                 async for chunk in upstream.content.iter_any():
-                    await response.write(chunk)
+                    if changed is None:
+                        await response.write(chunk)
+                    else:
+                        await response.write(b"".join(map(changed, splitter.feed(chunk))))
+                await response.write(splitter.rest)
                 await response.write_eof()
                 return response
         except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
             log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
-            return _refused(503, "ServiceUnavailableError", "The inference engine is unreachable.")
+            message = "The inference engine is unreachable."
+            return _refused(request, 503, "ServiceUnavailableError", message)
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
         body = json_object(await request.read()) or {}
         turn, score, hint = body.get("turn_id"), body.get("score"), body.get("hint")
         if not isinstance(turn, str) or score not in (-1, 0, 1):
             message = 'Expected {"turn_id": "turn_…", "score": 1, 0 or -1, "hint": optional text}.'
-            return _refused(400, "BadRequestError", message)
+            return _refused(request, 400, "BadRequestError", message)
         if hint is not None and not isinstance(hint, str):
-            return _refused(400, "BadRequestError", "hint is a text or absent.")
+            return _refused(request, 400, "BadRequestError", "hint is a text or absent.")
         verdict = Verdict(turn, (), score, FEEDBACK, hint or None)
-        try:
-            await asyncio.to_thread(self.store.settle_verdict, verdict)
-        except StoreError as error:
-            return _refused(404, "NotFoundError", f"{error}.")
+        lineage = await asyncio.to_thread(self.store.lineage_of, turn)
+        if lineage is None or not self.lineages.sees(request[_CALLER], lineage):
+            message = f"There is no turn {turn!r}."
+            return _refused(request, 404, "NotFoundError", message)
+        await asyncio.to_thread(self.store.settle_verdict, verdict)
         return web.json_response({"turn": turn, "score": score, "hint": verdict.hint})
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
+        serving = {name: version.number for name, version in self.versions.serving.items()}
         return web.json_response(
             {
                 "proxy": "up",
                 "engine": "up" if self.versions.up else "down",
-                "version": self.versions.serving.number,
+                "version": serving[MAIN_LINEAGE],
+                "lineages": serving,
             }
         )
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         try:
             stored = await asyncio.to_thread(self.store.counts)
-        except (NextStateError, OSError) as error:
+            others = await asyncio.to_thread(self.store.others, self._worker or "")
+        except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("counting the store failed: %s", error)
-            stored = {}
-        text = exposition(self.relay.counts, self.recorder.counts, self.versions, stored)
+            stored, others = {}, []
+        counts = Counter(counts_of(self.relay.counts, self.recorder.counts, self.versions))
+        for _, theirs in others:
+            counts.update(theirs)
+        text = exposition(counts, self.versions, stored)
         return web.Response(text=text, content_type="text/plain", charset="utf-8")
 
 
-def _refused(status: int, kind: str, message: str) -> web.Response:
-    return web.json_response(api_error(message, kind, status), status=status)
+async def _every(pause_s: float, work: Callable[[], None]) -> None:
+    """Does the store's housekeeping again and again; a failure is logged and tried again."""
+    while True:
+        await asyncio.sleep(pause_s)
+        try:
+            await asyncio.to_thread(work)
+        except (NextStateError, SQLAlchemyError, OSError) as error:
+            log.warning("%s failed: %s", work.__name__, error)
+
+
+def _named(model: str) -> bytes:
+    return b'"model":' + orjson.dumps(model)
+
+
+def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:
+    return web.json_response(api_error(request, message, kind, status), status=status)

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeAlias, cast
+
+import orjson
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects
@@ -35,6 +40,11 @@ vLLM reports log-probs of the raw distribution, so under any other value they ar
 """
 
 
+Piece: TypeAlias = tuple[bytes, bytes, bytes]
+"""(delta, logprobs, token ids without their brackets) of one content chunk, as JSON."""
+_LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
+_MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
+"""What reading a chunk raises that is not the API's."""
 _UNKNOWN_LOGPROB = -9999.0
 """What vLLM sends in place of a log-prob that it does not have."""
 
@@ -58,15 +68,63 @@ class Capture:
     """Indexes of the choices whose finish reason has come."""
     error: str | None = None
     """Why what came could not be read, for example an error event in the stream."""
+    _unread: list[Json | Piece] = field(default_factory=list["Json | Piece"])
+
+    def piece(self, piece: Piece) -> None:
+        """Takes in one content chunk of a stream with a single choice, as its parts' bytes."""
+        self._unread.append(piece)
 
     def chunk(self, chunk: Json) -> None:
-        """Takes in one streamed chunk."""
-        self._head(chunk)
+        """Takes in one streamed chunk, which nobody changes any more.
+
+        Only its model and its finish reasons are read now.
+        """
+        self._unread.append(chunk)
+        self.model = chunk.get("model", self.model)
         for choice in objects(chunk.get("choices")):
-            if self._skip(choice):
-                continue
-            self._tokens(choice)
-            self._delta(obj(choice.get("delta")))
+            if choice.get("finish_reason") is not None:
+                self.finished.add(choice.get("index", 0))
+
+    def read(self) -> None:
+        """Reads what was taken in: off the hot path, and pieces all at once."""
+        unread, self._unread = self._unread, []
+        for is_chunk, run in groupby(unread, key=lambda part: isinstance(part, dict)):
+            if is_chunk:
+                for chunk in run:
+                    self._chunk(cast(Json, chunk))
+            else:
+                self._pieces(cast("list[Piece]", list(run)))
+
+    def _pieces(self, pieces: Sequence[Piece]) -> None:
+        deltas, logprobs, ids = (b",".join(parts) for parts in zip(*pieces, strict=True))
+        try:
+            token_ids: list[int] = orjson.loads(b"[" + ids + b"]")
+            numbers = _LOGPROB.findall(logprobs)
+            if len(numbers) != len(token_ids):  # the client asked for alternatives too
+                numbers = [
+                    entry["logprob"]
+                    for found in objects(orjson.loads(b"[" + logprobs + b"]"))
+                    for entry in objects(found.get("content"))
+                ]
+            self.logprobs.extend(map(float, numbers))
+            for delta in objects(orjson.loads(b"[" + deltas + b"]")):
+                self._delta(delta)
+        except _MISSHAPEN as error:
+            self.error = f"the stream could not be read: {error!s:.100}"
+        else:
+            self.completion_ids.extend(token_ids)
+            self.choices = max(self.choices, 1)
+
+    def _chunk(self, chunk: Json) -> None:
+        try:
+            self._head(chunk)
+            for choice in objects(chunk.get("choices")):
+                if self._skip(choice):
+                    continue
+                self._tokens(choice)
+                self._delta(obj(choice.get("delta")))
+        except _MISSHAPEN as error:
+            self.error = f"the stream could not be read: {error!s:.100}"
 
     def body(self, reply: Json) -> None:
         """Takes in a plain reply."""

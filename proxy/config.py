@@ -27,11 +27,13 @@ class ProxyConfig:
     """How long the end of a reply waits for its record; later records are still kept."""
     record_queue: int = 1024
     """Turns that may wait for a slow store before further ones are counted as lost."""
+    workers: int = 1
+    """Processes that serve on the one port."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"[proxy] port = {self.port}: expected 0 to 65535")
-        for key in ("max_body_mb", "max_choices", "record_queue"):
+        for key in ("max_body_mb", "max_choices", "record_queue", "workers"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"[proxy] {key} = {getattr(self, key)}: expected at least 1")
         if not self.api_key_env and not self.loopback:
@@ -55,3 +57,13 @@ class AgentsConfig:
 
     profile: str = "generic"
     """The plugin in plugins/agents/ that knows your agent's envelope."""
+
+
+@dataclass(frozen=True, slots=True)
+class LineageConfig:
+    """`[lineages.NAME]`: who trains the lineage NAME instead of `main`."""
+
+    model: str = ""
+    """The model name that reaches it; replies carry this name."""
+    api_key_env: str = ""
+    """Environment variable with the key that reaches it, under any of its names."""

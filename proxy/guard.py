@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from dataclasses import dataclass
+from typing import cast
 
 from nextstate.records import Json
+
+_ADMIN = frozenset(
+    ("load_lora_adapter", "unload_lora_adapter", "reset_prefix_cache", "sleep", "wake_up")
+)
+_LONGEST = {"logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128}
+"""Entries that vLLM's GPU worker has room for; it checks too late, and ends with its engine."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +22,11 @@ class Refusal:
     status: int
     kind: str
     message: str
+
+
+def administers(path: str) -> bool:
+    """Whether a path, decoded, leads to the engine's administration, however it is spelt."""
+    return not _ADMIN.isdisjoint(path.split("/"))
 
 
 def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | None:
@@ -32,6 +45,10 @@ def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | N
     choices = body.get("n")
     if isinstance(choices, int) and choices > max_choices:
         return _bad(f"n = {choices}: at most {max_choices} ([proxy] max_choices).")
+    for name, longest in _LONGEST.items():
+        entries = body.get(name)
+        if isinstance(entries, (list, dict)) and len(cast("Sized", entries)) > longest:
+            return _bad(f"{name} has {len(cast('Sized', entries))} entries: at most {longest}.")
     return None
 
 

@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 import orjson
 
 from nextstate.hooks import AgentProfile, text_of
-from nextstate.recording import Link
 from nextstate.records import TRUST, Json, NextState, Source
 from nextstate.rows import content_hash
 from nextstate.wire import obj, objects
@@ -59,13 +58,9 @@ def reply_keys(history: Sequence[Json], reply: Json | None) -> tuple[bytes, byte
     return digest.digest(), last
 
 
-def link_of(messages: Sequence[Json]) -> Link | None:
-    """How to find the turn that a request with these messages continues."""
-    keys = reply_keys(messages, None)
-    if keys is None:
-        return None
-    hashes = tuple(content_hash(orjson.dumps(message)) for message in messages)
-    return Link(keys[0], keys[1], hashes)
+def message_hashes(messages: Sequence[Json]) -> tuple[bytes, ...]:
+    """The name under which each message is stored."""
+    return tuple(content_hash(orjson.dumps(message)) for message in messages)
 
 
 def place_of(

@@ -9,22 +9,26 @@ from proxy.relay import RelayCounts
 from proxy.versions import Versions
 
 
-def exposition(
-    relay: RelayCounts, recorder: RecorderCounts, versions: Versions, stored: Mapping[str, int]
-) -> str:
-    """The page under /metrics."""
-    values = {
+def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) -> dict[str, int]:
+    """What one worker has counted; those of several add up."""
+    return {
         "nextstate_requests_total": relay.requests,
         "nextstate_requests_failed_total": relay.failed,
         "nextstate_streams_cut_total": relay.cut,
         "nextstate_turns_recorded_total": recorder.recorded,
         "nextstate_turns_recorded_late_total": recorder.late,
         "nextstate_turns_lost_total": recorder.lost,
-        "nextstate_engine_up": int(versions.up),
-        "nextstate_serving_version": versions.serving.number,
         "nextstate_requests_running": sum(versions.running.values()),
     }
+
+
+def exposition(counts: Mapping[str, int], versions: Versions, stored: Mapping[str, int]) -> str:
+    """The page under /metrics."""
+    values = {**counts, "nextstate_engine_up": int(versions.up)}
     lines = [f"# TYPE {name} {_kind(name)}\n{name} {value}\n" for name, value in values.items()]
+    lines.append("# TYPE nextstate_serving_version gauge\n")
+    for lineage, version in versions.serving.items():
+        lines.append(f'nextstate_serving_version{{lineage="{lineage}"}} {version.number}\n')
     lines.append("# TYPE nextstate_stored gauge\n")
     for key, count in sorted(stored.items()):
         area, _, state = key.partition("/")

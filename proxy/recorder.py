@@ -1,23 +1,27 @@
 """From finished exchanges to recorded turns: a bounded queue before a group commit.
 
-Linking, hashing and writing happen in a worker thread, one transaction for all exchanges that wait.
-A store that is slow, full or gone never fails a reply: what cannot be kept is counted and logged.
+Reading, linking, hashing and writing happen in one thread, in one transaction for all exchanges
+that wait. A store that is slow, full or gone never fails a reply: what cannot be kept is counted
+and logged.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import uuid
-from dataclasses import dataclass, field
+import queue
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from nextstate.errors import NextStateError
 from nextstate.hooks import AgentProfile
-from nextstate.recording import Recording
-from nextstate.records import Json, Timings, Turn, TurnKind
+from nextstate.recording import Link, Recording
+from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.store import Store
+from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
-from proxy.linking import following, link_of, next_states, place_of, reply_keys
+from proxy.linking import following, message_hashes, next_states, place_of, reply_keys
 
 log = logging.getLogger(__name__)
 
@@ -34,8 +38,8 @@ class Exchange:
     policy_version: int | None
     """The version that the engine's answer names."""
     timings: Timings
-    cut: str | None = None
-    """Why the reply did not reach its end, if it did not."""
+    untrainable: str | None = None
+    """Why the turn cannot train, where that is known without looking at its tokens."""
 
 
 @dataclass(slots=True)
@@ -48,12 +52,19 @@ class RecorderCounts:
     lost: int = 0
 
 
-@dataclass(slots=True)
 class _Waiting:
-    exchange: Exchange
-    done: asyncio.Future[bool] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    """One exchange on its way into the store, and whoever waits for it."""
+
+    __slots__ = ("done", "exchange")
+
+    def __init__(self, exchange: Exchange, loop: asyncio.AbstractEventLoop) -> None:
+        self.exchange = exchange
+        self.done: asyncio.Future[bool] = loop.create_future()
+        """True: settled, as a turn or as a loss. False: it takes too long to wait for."""
+
+    def settle(self, in_time: bool) -> None:
+        if not self.done.done():
+            self.done.set_result(in_time)
 
 
 class Recorder:
@@ -73,104 +84,135 @@ class Recorder:
         self._enabled = enabled
         self._profile = profile
         self._timeout_s = timeout_s
-        self._queue: asyncio.Queue[_Waiting] = asyncio.Queue(queue_size)
+        self._queue_size = queue_size
+        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
+        self._waiting = 0
+        """How many exchanges are queued or being written."""
+        self._idle = asyncio.Event()
+        self._idle.set()
 
     async def record(self, exchange: Exchange) -> None:
         """Returns once the turn is recorded, or after the timeout; never raises for the store."""
         waiting = self.submit(exchange)
         if waiting is None:
             return
-        done, _ = await asyncio.wait({waiting.done}, timeout=self._timeout_s)
-        if not done:
-            self.counts.late += 1
+        loop = asyncio.get_running_loop()
+        patience = loop.call_later(self._timeout_s, waiting.settle, False)
+        try:
+            if not await waiting.done:
+                self.counts.late += 1
+        finally:
+            patience.cancel()
 
     def submit(self, exchange: Exchange) -> _Waiting | None:
         """Queues without waiting; None when the queue is full (a loss) or recording is off."""
         if not self._enabled:
             return None
-        waiting = _Waiting(exchange)
-        try:
-            self._queue.put_nowait(waiting)
-        except asyncio.QueueFull:
+        if self._waiting >= self._queue_size:
             self.counts.lost += 1
             log.error(
-                "turn=%s is lost: %d turns wait for the store",
-                exchange.turn_id,
-                self._queue.qsize(),
+                "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._waiting
             )
             return None
+        waiting = _Waiting(exchange, asyncio.get_running_loop())
+        self._waiting += 1
+        self._idle.clear()
+        self._queue.put(waiting)
         return waiting
 
     async def run(self) -> None:
         """Commits what is queued, all that waits at once, until cancelled."""
-        while True:
-            batch = [await self._queue.get()]
-            while not self._queue.empty():
-                batch.append(self._queue.get_nowait())
-            await self._commit(batch)
-            for _ in batch:
-                self._queue.task_done()
+        loop = asyncio.get_running_loop()
+        writer = threading.Thread(
+            target=self._write_all, args=(loop,), name="recorder", daemon=True
+        )
+        writer.start()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self._queue.put(None)
 
     async def drain(self, timeout_s: float) -> None:
         """Waits until everything queued is settled, at most `timeout_s`."""
-        waiting = asyncio.ensure_future(self._queue.join())
-        await asyncio.wait({waiting}, timeout=timeout_s)
-        waiting.cancel()
-
-    async def _commit(self, batch: list[_Waiting]) -> None:
         try:
-            await asyncio.to_thread(self._write, [waiting.exchange for waiting in batch])
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            log.error("%d turns are lost: the store did not take them in time", self._waiting)
+
+    def _write_all(self, loop: asyncio.AbstractEventLoop) -> None:
+        """The thread: takes what waits, writes it, and tells the event loop."""
+        while (first := self._queue.get()) is not None:
+            batch = [first]
+            while len(batch) < self._queue_size:
+                try:
+                    following_one = self._queue.get_nowait()
+                except queue.Empty:
+                    break
+                if following_one is None:
+                    self._queue.put(None)
+                    break
+                batch.append(following_one)
+            kept = self._commit(batch)
+            try:
+                loop.call_soon_threadsafe(self._settle, batch, kept)
+            except RuntimeError:
+                return  # the loop is closed: nobody waits any more
+
+    def _commit(self, batch: Sequence[_Waiting]) -> int:
+        """Writes a batch; returns how many of its turns are kept."""
+        try:
+            with self._store.recording() as recording:
+                for waiting in batch:
+                    record_exchange(recording, waiting.exchange, self._profile)
         except Exception:
             if len(batch) > 1:  # one bad turn must not take the others with it
-                for waiting in batch:
-                    await self._commit([waiting])
-                return
-            self.counts.lost += 1
+                return sum(self._commit([waiting]) for waiting in batch)
             log.exception("turn=%s could not be recorded", batch[0].exchange.turn_id)
-            self._settle(batch[0], False)
-            return
-        self.counts.recorded += len(batch)
+            return 0
+        return len(batch)
+
+    def _settle(self, batch: Sequence[_Waiting], kept: int) -> None:
+        self.counts.recorded += kept
+        self.counts.lost += len(batch) - kept
+        self._waiting -= len(batch)
+        if not self._waiting:
+            self._idle.set()
         for waiting in batch:
-            self._settle(waiting, True)
-
-    def _settle(self, waiting: _Waiting, kept: bool) -> None:
-        if not waiting.done.done():
-            waiting.done.set_result(kept)
-
-    def _write(self, exchanges: list[Exchange]) -> None:
-        with self._store.recording() as recording:
-            for exchange in exchanges:
-                record_exchange(recording, exchange, self._profile)
+            waiting.settle(True)
 
 
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
     """Links one exchange, adds its turn and the next state of the turn that it continues."""
-    messages: list[Json] = exchange.request.get("messages") or []
+    exchange.capture.read()
+    messages = objects(exchange.request.get("messages"))
+    hashes = message_hashes(messages)
     kind = profile.kind(exchange.request)
     named = (
         None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
     )
-    link = link_of(messages)
+    history = reply_keys(messages, None)
+    link = None if history is None else Link(*history, hashes)
     parent = None if link is None else recording.parent(exchange.lineage, link, named)
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
         parent = recording.main_ancestor(parent)
     texts = [text for message in messages if (text := profile.next_state_text(message))]
     place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
+    tried = None if place is None else recording.cut_session(place)
     if parent is not None:
         session = parent.session
-    elif place is not None and (tried := recording.cut_session(place)) is not None:
+    elif tried is not None:
         session = tried
     elif named is not None:
         session = recording.session(named, fresh=link is None)
     else:
-        session = f"session_{uuid.uuid4().hex[:20]}"
+        session = new_id("session")
     turn = _turn(exchange, kind, session, recording.next_index(session), parent and parent.id)
     keys = reply_keys(messages, turn.reply)
     if keys is None:
         raise NextStateError(f"turn {turn.id} has no assistant message")
-    recording.add_turn(turn, *keys, client_session=named, place=place)
-    if place is not None:
+    recording.add_turn(turn, *keys, client_session=named, place=place, message_hashes=hashes)
+    if tried is not None and place is not None:
         recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
@@ -197,6 +239,6 @@ def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: 
         behaviour_logprobs=capture.behaviour_logprobs(),
         sampling=sampling_settings(request),
         timings=exchange.timings,
-        untrainable=exchange.cut or capture.untrainable(request),
+        untrainable=exchange.untrainable or capture.untrainable(request),
         parent=parent,
     )

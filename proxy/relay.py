@@ -1,11 +1,10 @@
-"""One chat request through to the engine and its reply back, with a copy to the side."""
+"""One generation request through to the engine and its reply back, with a copy to the side."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-import uuid
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -16,14 +15,12 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from nextstate.engine import ensure_loaded
 from nextstate.errors import EngineError
-from nextstate.records import Json, PolicyVersion, Timings
-from nextstate.wire import json_object
-from proxy.capture import Capture
+from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
-from proxy.envelope import Asked, client_chunk, client_reply, upstream_request
 from proxy.linking import explicit_session
 from proxy.recorder import Exchange, Recorder
-from proxy.sse import EventSplitter, event_data
+from proxy.serving import MESSAGES, Formats, Serving
+from proxy.sse import EventSplitter
 from proxy.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -34,8 +31,14 @@ HOP_BY_HOP = frozenset(
         *("trailer", "transfer-encoding", "upgrade", "host", "content-length"),
     }
 )
-KEYS = frozenset(("authorization", "x-api-key"))
-"""The client's key is for the proxy and never forwarded."""
+OURS = frozenset(
+    {
+        *("authorization", "x-api-key"),  # the client's key is for the proxy
+        *("accept-encoding", "content-encoding", "content-type"),  # set anew
+    }
+)
+"""Headers that are never forwarded."""
+_NOT_SENT_ON = HOP_BY_HOP | OURS
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 _RETRY_AFTER_S = 10
@@ -58,19 +61,22 @@ class RelayCounts:
 
 @dataclass(slots=True)
 class Relay:
-    """Serves chat completions; holds no state of a request."""
+    """Serves what generates; holds no state of a request."""
 
     config: ProxyConfig
     versions: Versions
     recorder: Recorder
     upstream: aiohttp.ClientSession
+    formats: Formats
     counts: RelayCounts = field(default_factory=RelayCounts)
 
-    async def chat(self, request: web.Request, body: Json) -> web.StreamResponse:
-        """Relays one chat completion and records its turn before the client sees its end."""
+    async def generate(
+        self, request: web.Request, body: Json, lineage: str, model: str
+    ) -> web.StreamResponse:
+        """Relays one request, which names `model`, and records its turn before its end is seen."""
         self.counts.requests += 1
-        async with self.versions.hold() as version:
-            call = _Call(self, request, body, version)
+        async with self.versions.hold(lineage) as version:
+            call = _Call(self, request, body, version, model)
             if body.get("stream"):
                 return await call.streamed()
             return await call.plain()
@@ -80,15 +86,22 @@ class _Call:
     """One request while it runs."""
 
     def __init__(
-        self, relay: Relay, request: web.Request, body: Json, version: PolicyVersion
+        self,
+        relay: Relay,
+        request: web.Request,
+        body: Json,
+        version: PolicyVersion,
+        model: str,
     ) -> None:
         self.relay = relay
         self.request = request
         self.body = body
         self.version = version
-        self.asked = Asked.of(body)
-        self.turn_id = f"turn_{uuid.uuid4().hex[:20]}"
-        self.capture = Capture()
+        self.model = model
+        self.serving: Serving = relay.formats.serving(
+            request.path, body, model, relay.versions.engine.fingerprint
+        )
+        self.turn_id = new_id("turn")
         self.started_at = time.time()
         self._clock = time.perf_counter()
         self._first_token_s: float | None = None
@@ -103,15 +116,18 @@ class _Call:
             return self._unavailable()
         try:
             data = await upstream.read()
+        except aiohttp.ClientError as error:
+            # Nothing has gone out: what the engine broke off can still be told as an error.
+            log.warning("turn=%s the engine broke off its reply: %r", self.turn_id, error)
+            self.relay.counts.cut += 1
+            return self._broken_off()
         finally:
             upstream.close()
         headers = self._headers(upstream.headers)
-        reply = json_object(data) if upstream.status == 200 else None
-        if reply is None:
+        if upstream.status != 200:
             return web.Response(status=upstream.status, body=data, headers=headers)
         self._first_token_s = self._elapsed()
-        self.capture.body(reply)
-        sent = orjson.dumps(client_reply(reply, self.asked))
+        sent = self.serving.reply(data)
         await self.relay.recorder.record(self._exchange(None))
         return web.Response(body=sent, headers=headers)
 
@@ -122,7 +138,7 @@ class _Call:
         except EngineDown:
             if self._early is None:
                 return self._unavailable()
-            return await self._end_early(orjson.dumps(_unavailable_body()))
+            return await self._end_early(orjson.dumps(self._unavailable_body()))
         try:
             if upstream.status != 200:
                 data = await upstream.read()
@@ -142,7 +158,8 @@ class _Call:
     async def _end_early(self, error: bytes) -> web.StreamResponse:
         """The headers are out already: the error goes out as an event."""
         assert self._early is not None
-        await self._early.write(b"data: " + error + b"\n\n")
+        named = b"event: error\n" if _is_messages(self.request) else b""
+        await self._early.write(named + b"data: " + error + b"\n\n")
         await self._early.write_eof()
         return self._early
 
@@ -150,32 +167,29 @@ class _Call:
         self, upstream: aiohttp.ClientResponse, response: web.StreamResponse
     ) -> None:
         splitter = EventSplitter()
-        choices = self.body.get("n") or 1
-        held = _Held()
+        serving = self.serving
+        finished, choices = serving.capture.finished, serving.choices
+        held: list[bytes] = []
         try:
             async for data in upstream.content.iter_any():
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
                 passed: list[bytes] = []
                 for event in splitter.feed(data):
-                    chunk = self._captured(event)
+                    sent = serving.event(event)
                     # From the finish reason on nothing goes out before the turn is recorded.
-                    if len(self.capture.finished) >= choices:
-                        held.add(chunk, event, self.asked)
-                    else:
-                        passed.append(_sent(chunk, event, self.asked))
+                    (held if len(finished) >= choices else passed).append(sent)
                 if passed:
                     await response.write(b"".join(passed))
         except (aiohttp.ClientPayloadError, aiohttp.ServerConnectionError, TimeoutError) as error:
-            await self._cut_off(response, held.bytes() + splitter.rest, error)
+            await self._cut_off(response, b"".join(held) + splitter.rest, error)
             return
         except (asyncio.CancelledError, OSError):
             self.relay.counts.cut += 1
             self.relay.recorder.submit(self._exchange("the client left before the end"))
             raise
         await self.relay.recorder.record(self._exchange(None))
-        await response.write(held.bytes() + splitter.rest)
-        await response.write_eof()
+        await response.write_eof(b"".join(held) + splitter.rest)
 
     async def _cut_off(self, response: web.StreamResponse, rest: bytes, error: Exception) -> None:
         """Passes a cut on as a cut: the client must not take a broken reply for a whole one."""
@@ -186,36 +200,40 @@ class _Call:
         if self.request.transport is not None:
             self.request.transport.abort()
 
-    def _captured(self, event: bytes) -> Json | None:
-        """The event's chunk, taken into the capture; None for [DONE], comments and non-JSON."""
-        payload = event_data(event)
-        if payload is None or payload == b"[DONE]":
-            return None
-        chunk = json_object(payload)
-        if chunk is None:
-            self.capture.error = "the stream held an event that is not a JSON object"
-        else:
-            self.capture.chunk(chunk)
-        return chunk
-
     async def _open(self) -> aiohttp.ClientResponse:
         """The engine's answer, once there is one; waits for an engine that is down."""
         deadline = time.monotonic() + self.relay.config.hold_s
         while True:
             await self._wait_up(deadline)
             try:
-                upstream = await self._post()
-                if upstream.status == 404 and await self._restored():
-                    upstream.close()
-                    upstream = await self._post()
+                return await self._answer()
             except (aiohttp.ClientConnectionError, OSError) as error:
                 log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
                 self.relay.versions.engine_failed()
-                continue
-            return upstream
+
+    async def _answer(self) -> aiohttp.ClientResponse:
+        """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
+        upstream = await self._post()
+        if upstream.status == 404 and await self._restored():
+            upstream.close()
+            upstream = await self._post()
+        if upstream.status != 200 and self.serving.path != self.request.path:
+            # The engine's own words about a request are those of the route that the client asked.
+            native = self.relay.formats.natively(self.request.path, self.body, self.model)
+            if native is not None:
+                upstream.close()
+                self.serving = native
+                upstream = await self._post()
+        return upstream
 
     async def _open_with_keep_alive(self) -> aiohttp.ClientResponse:
         """Like `_open`; while the engine is down the client gets its headers, then comments."""
+        if self.relay.versions.up:
+            try:
+                return await self._answer()
+            except (aiohttp.ClientConnectionError, OSError) as error:
+                log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
+                self.relay.versions.engine_failed()
         opening = asyncio.create_task(self._open())
         pause = HELD_BEFORE_HEADERS_S
         try:
@@ -239,6 +257,8 @@ class _Call:
         return opening.result()
 
     async def _wait_up(self, deadline: float) -> None:
+        if self.relay.versions.up:
+            return
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self.relay.versions.wait_up()
@@ -249,10 +269,10 @@ class _Call:
     async def _post(self) -> aiohttp.ClientResponse:
         engine = self.relay.versions.engine
         model = self.version.adapter_name or engine.model
+        headers = upstream_headers(self.request.headers)
+        headers["Content-Type"] = "application/json"
         return await self.relay.upstream.post(
-            f"{engine.url}/v1/chat/completions",
-            data=orjson.dumps(upstream_request(self.body, model)),
-            headers=upstream_headers(self.request.headers) | {"Content-Type": "application/json"},
+            f"{engine.url}{self.serving.path}", data=self.serving.request(model), headers=headers
         )
 
     async def _restored(self) -> bool:
@@ -267,15 +287,18 @@ class _Call:
         return True
 
     def _exchange(self, cut: str | None) -> Exchange:
+        serving = self.serving
         return Exchange(
             turn_id=self.turn_id,
             lineage=self.version.lineage,
             explicit_session=explicit_session(self.request.headers, self.body),
-            request=self.body,
-            capture=self.capture,
-            policy_version=self.relay.versions.number_of(self.capture.model),
+            request=serving.chat,
+            capture=serving.capture,
+            policy_version=self.relay.versions.number_of(
+                serving.capture.model, self.version.lineage
+            ),
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
-            cut=cut,
+            untrainable=cut or serving.untrainable,
         )
 
     def _headers(self, upstream: CIMultiDictProxy[str]) -> CIMultiDict[str]:
@@ -291,45 +314,20 @@ class _Call:
 
     def _unavailable(self) -> web.Response:
         return web.json_response(
-            _unavailable_body(), status=503, headers={"Retry-After": str(_RETRY_AFTER_S)}
+            self._unavailable_body(), status=503, headers={"Retry-After": str(_RETRY_AFTER_S)}
         )
+
+    def _unavailable_body(self) -> Json:
+        message = "The inference engine is not available; the request was held and has timed out."
+        return api_error(self.request, message, "ServiceUnavailableError", 503)
+
+    def _broken_off(self) -> web.Response:
+        message = "The inference engine broke off its reply."
+        body = api_error(self.request, message, "BadGatewayError", 502)
+        return web.json_response(body, status=502)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
-
-
-class _Held:
-    """The events from the finish reason on, as the client will get them."""
-
-    def __init__(self) -> None:
-        self._events: list[Json | bytes] = []
-
-    def add(self, chunk: Json | None, event: bytes, asked: Asked) -> None:
-        """Keeps one event; a usage chunk that goes leaves its fingerprint on the one before."""
-        if chunk is None:
-            self._events.append(event)
-            return
-        fingerprint = chunk.get("system_fingerprint")
-        sent = client_chunk(chunk, asked)
-        if sent is not None:
-            self._events.append(sent)
-        elif fingerprint is not None and self._events and isinstance(self._events[-1], dict):
-            self._events[-1]["system_fingerprint"] = fingerprint
-
-    def bytes(self) -> bytes:
-        """All of them, as they go out."""
-        return b"".join(e if isinstance(e, bytes) else _encoded(e) for e in self._events)
-
-
-def _sent(chunk: Json | None, event: bytes, asked: Asked) -> bytes:
-    if chunk is None:
-        return event
-    sent = client_chunk(chunk, asked)
-    return b"" if sent is None else _encoded(sent)
-
-
-def _encoded(chunk: Json) -> bytes:
-    return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
 
 def _close_result(opening: asyncio.Task[aiohttp.ClientResponse]) -> None:
@@ -339,13 +337,7 @@ def _close_result(opening: asyncio.Task[aiohttp.ClientResponse]) -> None:
 
 def upstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
     """The client's headers as the engine gets them: without keys and connection details."""
-    return {
-        name: value
-        for name, value in headers.items()
-        if name.lower() not in HOP_BY_HOP
-        and name.lower() not in KEYS
-        and name.lower() not in ("accept-encoding", "content-type")
-    }
+    return {name: value for name, value in headers.items() if name.lower() not in _NOT_SENT_ON}
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
@@ -355,14 +347,12 @@ def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     )
 
 
-def api_error(message: str, kind: str, code: int) -> Json:
-    """An error body in the API's own format."""
+def api_error(request: web.Request, message: str, kind: str, code: int) -> Json:
+    """An error body in the format of the API that was asked."""
+    if _is_messages(request):
+        return {"type": "error", "error": {"type": kind, "message": message}}
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def _unavailable_body() -> Json:
-    return api_error(
-        "The inference engine is not available; the request was held and has run out of time.",
-        "ServiceUnavailableError",
-        503,
-    )
+def _is_messages(request: web.Request) -> bool:
+    return request.path.startswith(MESSAGES)

@@ -16,6 +16,9 @@ class EventSplitter:
     def feed(self, data: bytes) -> list[bytes]:
         """The events that `data` completes."""
         self._rest += data
+        if b"\r" not in self._rest:  # vLLM sends none
+            *whole, self._rest = self._rest.split(b"\n\n")
+            return [event + b"\n\n" for event in whole]
         events: list[bytes] = []
         start = 0
         for match in _END.finditer(self._rest):

@@ -1,8 +1,9 @@
 """Which version new requests take, when an old one may go, and whether the engine can serve.
 
-The learner publishes by flipping the serving version in the store. Here new requests follow it,
-running ones finish on theirs, and an adapter unloads when its last request has ended. After an
-engine restart the serving adapter is loaded again before any request is let through.
+A learner publishes by flipping its lineage's serving version in the store. Here new requests follow
+it, running ones finish on theirs, and an adapter unloads when its last request has ended, in every
+worker. After an engine restart the serving adapters are loaded again before any request is let
+through.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,18 +30,23 @@ _ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
 
 
 class Versions:
-    """The serving versions and the engine's state; `run` must be running."""
+    """The serving version of every lineage and the engine's state; `run` must be running."""
 
     def __init__(
-        self, store: Store, engine: EngineClient, lineage: str, zero_adapter: Path
+        self,
+        store: Store,
+        engine: EngineClient,
+        lineages: Sequence[str],
+        zero_adapter: Path,
+        worker: str = "",
     ) -> None:
         self.engine = engine
-        self.lineage = lineage
-        self.serving: PolicyVersion = store.serving(lineage)
+        self.serving: dict[str, PolicyVersion] = {name: store.serving(name) for name in lineages}
         self.running: Counter[str] = Counter()
-        """Requests under way for each adapter name."""
+        """Requests under way for each adapter name, and those that were: until it is unloaded."""
         self._store = store
         self._zero_adapter = zero_adapter
+        self._worker = worker
         self._up = asyncio.Event()
         self._failed = asyncio.Event()
 
@@ -59,9 +65,9 @@ class Versions:
         self._failed.set()
 
     @asynccontextmanager
-    async def hold(self) -> AsyncGenerator[PolicyVersion]:
-        """The serving version, kept loaded for as long as the request runs."""
-        version = self.serving
+    async def hold(self, lineage: str) -> AsyncGenerator[PolicyVersion]:
+        """The lineage's serving version, kept loaded for as long as the request runs."""
+        version = self.serving[lineage]
         name = version.adapter_name or self.engine.model
         self.running[name] += 1
         try:
@@ -69,14 +75,12 @@ class Versions:
         finally:
             self.running[name] -= 1
 
-    def number_of(self, served: str | None) -> int | None:
-        """The version number behind the model name in an engine's answer; None if not ours."""
+    def number_of(self, served: str | None, lineage: str) -> int | None:
+        """The version of `lineage` that an engine's answer names; None if it is none of them."""
         if served == self.engine.model:
             return BASE_VERSION
         match = _ADAPTER.fullmatch(served or "")
-        if match is None or match["lineage"] != self.lineage:
-            return None
-        return int(match["number"])
+        return int(match["number"]) if match is not None and match["lineage"] == lineage else None
 
     def is_adapter(self, name: str) -> bool:
         """Whether the engine's model `name` is one of our versions."""
@@ -92,33 +96,51 @@ class Versions:
         while True:
             await asyncio.sleep(STORE_POLL_S)
             try:
-                found = await asyncio.to_thread(self._store.serving, self.lineage)
-                if found.number != self.serving.number:
-                    log.info("version=%d serves lineage=%s", found.number, self.lineage)
-                    self.running[self._serving_name] += 0  # so that it is unloaded once drained
-                    self.serving = found
+                found = await asyncio.to_thread(self._store.serving_versions, list(self.serving))
+                for lineage, version in found.items():
+                    old = self.serving[lineage]
+                    if version.number != old.number:
+                        log.info("version=%d serves lineage=%s", version.number, lineage)
+                        self.running[self._name(old)] += 0  # so that it is unloaded once drained
+                        self.serving[lineage] = version
                 await self._unload_drained()
             except Exception:
-                log.exception("following the serving version failed; trying again")
+                log.exception("following the serving versions failed; trying again")
 
     async def _unload_drained(self) -> None:
         if not self.up:
             return
-        idle = [n for n in self.running if not self.running[n] and n != self._serving_name]
+        needed = self._needed()
+        idle = [name for name, count in self.running.items() if not count and name not in needed]
+        if not idle:
+            return
+        elsewhere = await self._in_use_elsewhere()
         for name in idle:
+            if name in elsewhere or self.running[name]:
+                continue
             del self.running[name]
             if self.is_adapter(name):
                 await self._unload(name)
+
+    def in_use(self) -> list[str]:
+        """The adapters that other workers must leave loaded."""
+        return sorted(self._needed() | {name for name, count in self.running.items() if count})
+
+    async def _in_use_elsewhere(self) -> set[str]:
+        others = await asyncio.to_thread(self._store.others, self._worker)
+        return {name for adapters, _ in others for name in adapters}
+
+    def _needed(self) -> set[str]:
+        return {self._name(version) for version in self.serving.values()}
+
+    def _name(self, version: PolicyVersion) -> str:
+        return version.adapter_name or self.engine.model
 
     async def _unload(self, name: str) -> None:
         try:
             await self.engine.unload_adapter(name)
         except EngineError as error:
             log.warning("adapter %s stays loaded: %s", name, error)
-
-    @property
-    def _serving_name(self) -> str:
-        return self.serving.adapter_name or self.engine.model
 
     async def _watch_engine(self) -> None:
         while True:
@@ -139,7 +161,8 @@ class Versions:
     async def _prepare(self) -> bool:
         try:
             await warm_up(self.engine, self._zero_adapter)
-            await ensure_loaded(self.engine, self.serving)
+            for version in self.serving.values():
+                await ensure_loaded(self.engine, version)
             await self._forget_retired()
         except EngineError as error:
             log.warning("the engine is up, but cannot serve yet: %s", error)
@@ -150,9 +173,10 @@ class Versions:
         """Unloads versions that an earlier proxy left behind."""
         states = {
             version.adapter_name: version.state
-            for version in await asyncio.to_thread(self._store.versions, self.lineage)
+            for version in await asyncio.to_thread(self._store.versions)
         }
+        elsewhere = await self._in_use_elsewhere()
         for model in await self.engine.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
-            if over and not self.running[model.id]:
+            if over and not self.running[model.id] and model.id not in elsewhere:
                 await self._unload(model.id)

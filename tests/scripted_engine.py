@@ -13,6 +13,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 MODEL = "base"
+FINGERPRINT = "vllm-test"
 
 
 @dataclass
@@ -85,7 +86,9 @@ class ScriptedEngine:
 
     async def _completions(self, request: web.Request) -> web.Response:
         body = await request.json()
-        return web.json_response({"model": body["model"], "choices": [{"text": "x"}]})
+        return web.json_response(
+            {"model": body["model"], "choices": [{"text": "x"}], "system_fingerprint": FINGERPRINT}
+        )
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         text = json.dumps((await request.json())["messages"])
@@ -184,7 +187,7 @@ def stream_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
             delta["tool_calls"] = script.tool_calls
         if delta or finish or ids or logprobs:
             chunks.append(chunk(delta, number, finish))
-    fingerprint = {"system_fingerprint": "vllm-test"}
+    fingerprint = {"system_fingerprint": FINGERPRINT}
     if usage:
         chunks.append({**head, "choices": [], "usage": _usage(script), **fingerprint})
     else:

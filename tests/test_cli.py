@@ -68,7 +68,7 @@ def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["rollback", "9"], "no version 9; known: 1"),
+        (["rollback", "9"], "no version 9 of lineage 'main'; known: 1"),
         (["rollback", "0"], "nextstate up"),
         (["feedback", "turn_x", "--score", "1"], "no turn 'turn_x'"),
         (["judge"], "nextstate up"),

@@ -11,6 +11,7 @@ import pytest
 from nextstate.config import secret
 from nextstate.errors import ConfigError
 from nextstate.settings import Settings
+from proxy.config import LineageConfig
 
 EXAMPLE = Path(__file__).parent.parent / "config.example.toml"
 
@@ -35,6 +36,14 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[judge]\nvotes = 0", r"\[judge\] votes"),
         ("[learner]\nlora_rank = 64", "max_lora_rank"),
         ("[learner]\nmethod = 'ppo'", "'binary', 'opd' or 'combined'"),
+        ("[proxy]\nworkers = 0", r"\[proxy\] workers = 0"),
+        ("[lineages]\nalice = 1", r"expected a section \[lineages.alice\]"),
+        ("[lineages.main]\nmodel = 'x'", "everyone else's"),
+        ("[lineages.Alice]\nmodel = 'x'", "small letters"),
+        ("[lineages.alice]", "needs model or api_key_env"),
+        ("[lineages.alice]\nmodle = 'x'", "did you mean 'model'"),
+        ("[lineages.a]\nmodel = 'x'\n[lineages.b]\nmodel = 'x'", "'x' is taken"),
+        ("[lineages.a]\nmodel = 'x'", "max_loras = 2: 2 lineages need at least 3"),
         ("[store", "not valid TOML"),
         ("store = 3", r"expected a section \[store\]"),
     ],
@@ -55,7 +64,7 @@ def test_a_named_file_must_exist_and_the_default_file_need_not(
 
 def test_the_example_names_every_key_with_its_default() -> None:
     written = tomllib.loads(EXAMPLE.read_text())
-    sections = {f.name: f.type for f in fields(Settings) if f.name != "file"}
+    sections = {f.name: f.type for f in fields(Settings) if f.name not in ("file", "lineages")}
     assert set(written) == set(sections)
     defaults = Settings.read(Path("nextstate.toml"))
     for section in sections:
@@ -63,6 +72,17 @@ def test_the_example_names_every_key_with_its_default() -> None:
         assert set(written[section]) == {f.name for f in fields(default)}, section
         example = getattr(Settings.read(EXAMPLE), section)
         assert example == default, section
+
+
+def test_the_example_shows_a_lineage_with_every_key(tmp_path: Path) -> None:
+    text = EXAMPLE.read_text()
+    shown = text[text.index("# [lineages.") :].split("\n\n")[0]
+    lines = [line.removeprefix("# ") for line in shown.splitlines() if " = " in line]
+    settings = settings_from(
+        tmp_path, "\n".join(["[engine]", "max_loras = 3", "[lineages.alice]", *lines])
+    )
+    assert set(tomllib.loads("\n".join(lines))) == {f.name for f in fields(LineageConfig)}
+    assert settings.lineages["alice"].model == "alice"
 
 
 def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
@@ -74,7 +94,7 @@ def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
 def test_every_section_has_defaults_for_all_keys() -> None:
     settings = Settings.read(EXAMPLE)
     for section in fields(Settings):
-        if section.name != "file":
+        if section.name not in ("file", "lineages"):
             for f in fields(getattr(settings, section.name)):
                 assert f.default is not MISSING or f.default_factory is not MISSING
 

@@ -46,7 +46,7 @@ def exchange_of(line: Json, *, cut: bool = False, turn: str | None = None) -> Ex
         capture=capture,
         policy_version=0,
         timings=Timings(0.0, 0.0, 0.0),
-        cut="the engine cut the reply" if cut else None,
+        untrainable="the engine cut the reply" if cut else None,
     )
 
 

@@ -6,7 +6,7 @@ import asyncio
 import io
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from nextstate.store import Store
 from plugins.agents.generic import Generic
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
+from proxy.lineages import Access, Lineages
 from tests.scripted_engine import (
     MODEL,
     Script,
@@ -55,7 +56,13 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    engine_url: str, store: Store, tmp_path: Path, key: str | None = None, **config: Any
+    engine_url: str,
+    store: Store,
+    tmp_path: Path,
+    key: str | None = None,
+    doors: Mapping[str, Access] | None = None,
+    worker: str | None = None,
+    **config: Any,
 ) -> AsyncGenerator[Running]:
     async with EngineClient(engine_url, MODEL, "engine-key") as engine:
         proxy = Proxy(
@@ -65,12 +72,14 @@ async def running(
             Generic(),
             zero_adapter=tmp_path / "none",
             record=True,
-            client_key=key,
+            lineages=Lineages(MODEL, key, doors or {}),
             engine_key="engine-key",
+            worker=worker,
         )
         server = TestServer(proxy.app(), handler_cancellation=True)
         await server.start_server()
-        async with aiohttp.ClientSession(timeout=TIMEOUT) as http:
+        json_type = {"Content-Type": "application/json"}
+        async with aiohttp.ClientSession(timeout=TIMEOUT, headers=json_type) as http:
             try:
                 yield Running(proxy, str(server.make_url("")).rstrip("/"), http)
             finally:
@@ -332,12 +341,12 @@ def test_new_requests_take_the_new_version_and_the_old_unloads_when_drained(
     async def test(engine: ScriptedEngine, p: Running) -> None:
         client = p.proxy.engine
         await publish(store, client, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving.number == 1)
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
         engine.script.gate = asyncio.Event()
         old = asyncio.create_task(p.chat(request("old", stream=True)))
         await until(lambda: bool(engine.requests))
         await publish(store, client, add_version(store, tmp_path, 2))
-        await until(lambda: p.proxy.versions.serving.number == 2)
+        await until(lambda: p.proxy.versions.serving["main"].number == 2)
         assert set(engine.adapters) == {"main-v000001", "main-v000002"}  # still one reply on it
         engine.queue = [Script()]
         _, _, new = await p.chat(request("new"))
@@ -359,7 +368,7 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving.number == 1)
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
         engine.adapters.clear()  # as after a restart too quick for the health check
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "1")

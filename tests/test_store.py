@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import os
 import stat
+from array import array
 from contextlib import suppress
 from pathlib import Path
 
+import orjson
 import pytest
 import sqlalchemy as sa
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextstate import schema
+from nextstate import rows, schema
 from nextstate.config import StoreConfig
 from nextstate.errors import RecordError, StoreError
+from nextstate.migrations import migrate
 from nextstate.recording import Link
 from nextstate.records import (
     Json,
@@ -106,7 +109,58 @@ def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:
     add(store, *(turn(n, request={"messages": [long]}) for n in range(5)))
     with sa.create_engine(f"sqlite:///{store.dir}/nextstate.sqlite3").connect() as connection:
         count = connection.execute(sa.select(sa.func.count()).select_from(schema.messages))
-        assert count.scalar_one() == 2  # the system message and the reply
+        # The system message, the reply, the prompt's ids, and the empty rest of the request.
+        assert count.scalar_one() == 4
+
+
+@given(
+    ids=st.lists(st.integers(0, 2**32 - 1), max_size=6000),
+    at=st.integers(0, 6000),
+    inserted=st.lists(st.integers(0, 300), max_size=5),
+)
+def test_runs_of_token_ids_join_to_the_same_ids_and_survive_an_insertion(
+    ids: list[int], at: int, inserted: list[int]
+) -> None:
+    def kept(tokens: list[int]) -> set[bytes]:
+        runs = rows.id_runs(tokens)
+        bodies = {rows.content_hash(run): run for run in runs}
+        joined = rows.join_runs(b"".join(map(rows.content_hash, runs)), bodies)
+        assert joined == tuple(tokens)
+        assert all(len(run) <= 4 * 2048 for run in runs)
+        return set(runs)
+
+    changed = ids[:at] + inserted + ids[at:]
+    before = rows.id_runs(ids[:at])
+    assert set(before[:-1]) <= kept(changed)  # what stands before a change stays as it is
+
+
+def test_a_prompt_changed_in_the_middle_shares_its_other_runs() -> None:
+    ids = [(n * 7919 + n * n * 31) % 50_000 for n in range(20_000)]
+    runs = set(rows.id_runs(ids))
+    changed = set(rows.id_runs([*ids[:9_000], 5, 6, 7, *ids[9_010:]]))
+    assert len(changed - runs) <= 2 < 40 < len(runs)
+
+
+def test_a_long_message_much_like_an_earlier_one_takes_little_room(tmp_path: Path) -> None:
+    text = " ".join(f"rule {n * n % 9973}" for n in range(5000))
+    prompts = [f"{text[:20000]} It is {hour} o'clock. {text[20000:]}" for hour in range(9)]
+    recorded = [
+        turn(n, request={"messages": [{"role": "system", "content": prompt}]})
+        for n, prompt in enumerate(prompts)
+    ]
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    add(store, *recorded[:5])
+    add(store, *recorded[5:])  # against a base that another transaction has stored
+    with sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3").connect() as connection:
+        m = schema.messages.c
+        query = sa.select(sa.func.length(m.body)).where(m.base.is_not(None))
+        small = connection.execute(query).scalars().all()
+    assert len(small) == 8
+    assert max(small) < 500 < len(prompts[0]) / 50
+    again = Store(StoreConfig(dir=str(tmp_path)))
+    assert [again.turn(expected.id) for expected in recorded] == recorded
+    store.close()
+    again.close()
 
 
 def test_an_aborted_recording_leaves_nothing(store: Store) -> None:
@@ -217,7 +271,7 @@ def test_a_newer_store_is_refused_and_an_older_one_is_brought_up(tmp_path: Path)
     store.close()
     engine = sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3")
     with engine.begin() as connection:
-        schema.migrate(
+        migrate(
             connection,
             target=schema.VERSION + 1,
             steps={
@@ -261,23 +315,41 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
     new = {"client_session", "place", "replaced_by"}
     kept = [c.name for c in schema.turns.columns if c.name not in new]
+    ids = tuple(range(1000))
+    expected = turn(0, session="s", prompt_ids=ids, request={"messages": [], "seed": 1})
+
+    def packed(*numbers: int) -> bytes:
+        return rows.compress(array("I", numbers).tobytes())
+
     with old.begin() as connection:
         schema.metadata.create_all(connection)
         for index in ("turns_by_client_session", "turns_by_place"):
             connection.execute(sa.text(f"DROP INDEX {index}"))
         for column in new:
             connection.execute(sa.text(f"ALTER TABLE turns DROP COLUMN {column}"))
+        connection.execute(sa.text("ALTER TABLE messages DROP COLUMN base"))
+        connection.execute(sa.text("DROP TABLE workers"))
         connection.execute(sa.insert(schema.schema_version).values(version=1))
-        values = ", ".join(f":{name}" for name in kept)
-        row = dict.fromkeys(kept, b"0" * 16) | {
-            **{"id": "turn_old", "session": "s", "idx": 0, "kind": "main", "lineage": "main"},
-            **{"client_model": "m", "sampling": "{}", "started_at": 0.0, "total_s": 0.0},
-            **{"continued": False, "seq": 1},
+        reply = orjson.dumps(expected.reply)
+        connection.execute(
+            sa.text("INSERT INTO messages VALUES (:hash, :body)"),
+            {"hash": rows.content_hash(reply), "body": rows.compress(reply)},
+        )
+        row = dict.fromkeys(kept) | {
+            **{"id": "turn_0", "session": "s", "idx": 0, "kind": "main", "lineage": "main"},
+            **{"client_model": "m", "sampling": "{}", "started_at": 1.0, "total_s": 0.2},
+            **{"continued": False, "seq": 1, "messages": b"", "policy_version": 0},
+            **{"rest": rows.compress(b'{"seed":1}'), "prompt_ids": packed(*ids)},
+            **{"reply": rows.content_hash(reply)},
+            **{"completion_ids": packed(4, 5), "finish_reason": "stop"},
+            **{"behaviour_logprobs": rows.compress(array("d", (-0.1, -0.2)).tobytes())},
+            **{"chain_key": KEY, "reply_key": KEY, "first_token_s": 0.1},
         }
+        values = ", ".join(f":{name}" for name in kept)
         connection.execute(sa.text(f"INSERT INTO turns ({', '.join(kept)}) VALUES ({values})"), row)
     old.dispose()
     fresh = Store(StoreConfig(dir=str(tmp_path / "fresh")))
-    Store(StoreConfig(dir=str(tmp_path)))
+    store = Store(StoreConfig(dir=str(tmp_path)))
 
     def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None]]]:
         database = sa.create_engine(f"sqlite:///{folder / 'nextstate.sqlite3'}")
@@ -291,6 +363,8 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
         }
 
     assert shape(tmp_path) == shape(fresh.dir)
-    with old.connect() as connection:
-        query = sa.select(schema.turns.c.id, schema.turns.c.client_session)
-        assert connection.execute(query).all() == [("turn_old", "s")]
+    assert store.turn("turn_0") == expected
+    with store.recording() as recording:
+        found = recording.parent("main", Link(KEY, KEY, ()), "s")
+    assert found is not None
+    assert found.id == "turn_0"

@@ -1,0 +1,202 @@
+"""Made-up agent conversations, a store full of them, and the fast way to fill one.
+
+The first two conversations are recorded as the proxy records; their rows are then copied under the
+names, link keys and messages of all others. Each copy is found by a request that continues it, and
+`benchmarks.growth` checks that it is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import orjson
+
+from benchmarks.exchanges import exchange
+from nextstate.config import StoreConfig
+from nextstate.hooks import load_plugin
+from nextstate.records import Json
+from nextstate.rows import HASH_BYTES, compress, content_hash, hashes
+from nextstate.store import Store
+from proxy.linking import reply_keys
+from proxy.recorder import Exchange, record_exchange
+
+FILE = "nextstate.sqlite3"
+TURNS = 4
+"""Stored turns of a conversation; the request that continues the last one has ten messages."""
+PROFILE = load_plugin("agents", "generic", None)
+_SYSTEM = {"role": "system", "content": "You are a careful agent with a shell. " * 100}
+_TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object"}}}
+    for name in ("exec", "read", "write", "search")
+]
+_PROMPT_IDS, _COMPLETION_IDS = list(range(300)), list(range(64))
+_LOGPROBS = [-0.01 * number for number in range(64)]
+_COPIED = ("turns", "messages", "next_states", "judgements")
+_PER_TRANSACTION = 500
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One conversation; no two numbers share more than the system prompt. Odd ones are named."""
+
+    number: int
+
+    @property
+    def name(self) -> str | None:
+        """The client's name for the session."""
+        return f"agent-{self.number}" if self.number % 2 else None
+
+    def turn_id(self, index: int) -> str:
+        """The id of a turn, spread like a random one."""
+        return f"turn_{_digest(f'{self.number}.{index}'.encode()).hex()[:20]}"
+
+    def reply(self, index: int) -> Json:
+        """What the model says in a turn: by turns a tool call and a text."""
+        text = f"Step {index} of task {self.number}: " + "I look at what was found. " * 6
+        message: Json = {"role": "assistant", "content": text}
+        if index % 2 == 0:
+            arguments = orjson.dumps({"command": f"ls /srv/{self.number}/{index}"}).decode()
+            function = {"name": "exec", "arguments": arguments}
+            call = {"id": f"call_{index}", "type": "function", "function": function}
+            message["tool_calls"] = [call]
+        return message
+
+    def messages(self, index: int) -> list[Json]:
+        """The request of a turn: 2 + 2 × index messages."""
+        task = f"Task {self.number}: " + "find out why the build is slow. " * 4
+        found = [_SYSTEM, {"role": "user", "content": task}]
+        for step in range(index):
+            found.append(self.reply(step))
+            text = f"{self.number}.{step}: " + "total 48 drwxr-xr-x 2 build build " * 12
+            if step % 2 == 0:
+                found.append({"role": "tool", "tool_call_id": f"call_{step}", "content": text})
+            else:
+                found.append({"role": "user", "content": text})
+        return found
+
+    def exchange(self, index: int, turn_id: str | None = None, *, cut: bool = False) -> Exchange:
+        """One turn as the relay hands it over."""
+        request = {"model": "base", "messages": self.messages(index), "tools": _TOOLS}
+        return exchange(
+            turn_id or self.turn_id(index),
+            {**request, "stream": True, "max_tokens": 1024},
+            self.reply(index),
+            session=self.name,
+            prompt_ids=_PROMPT_IDS,
+            completion_ids=_COMPLETION_IDS,
+            logprobs=_LOGPROBS,
+            cut=cut,
+        )
+
+
+class Filler:
+    """Fills the store in a folder, conversation after conversation."""
+
+    def __init__(self, folder: Path) -> None:
+        self.conversations = 2
+        store = Store(StoreConfig(dir=str(folder)))
+        for number, index in ((n, i) for n in range(2) for i in range(TURNS)):
+            with store.recording() as recording:
+                record_exchange(recording, Conversation(number).exchange(index), PROFILE)
+        store.close()
+        self._db = sqlite3.connect(folder / FILE, isolation_level=None)
+        self._db.execute("PRAGMA synchronous=OFF")
+        self._refuse_unknown_tables()
+        self._templates = [_Template(self._db, Conversation(number)) for number in range(2)]
+
+    def fill(self, turns: int, tell: Callable[[int], object]) -> None:
+        """Adds conversations until the store holds `turns`; `tell` gets the number so far."""
+        numbers = iter(range(self.conversations, turns // TURNS))
+        while batch := [n for n, _ in zip(numbers, range(_PER_TRANSACTION), strict=False)]:
+            self._db.execute("BEGIN IMMEDIATE")
+            for number in batch:
+                self._templates[number % 2].copy(Conversation(number))
+            self._db.execute("COMMIT")
+            self.conversations = batch[-1] + 1
+            tell(self.conversations * TURNS)
+        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._db.close()
+
+    def _refuse_unknown_tables(self) -> None:
+        query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        for (name,) in self._db.execute(query).fetchall():
+            known = name in (*_COPIED, "schema_version")
+            if not known and self._db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone():
+                sys.exit(f"recording now fills {name}: let benchmarks/conversations.py copy it too")
+
+
+class _Template:
+    """The rows of one recorded conversation, to be copied under other names."""
+
+    def __init__(self, db: sqlite3.Connection, conversation: Conversation) -> None:
+        self._db = db
+        ids = [conversation.turn_id(index) for index in range(TURNS)]
+        marks = ", ".join("?" * TURNS)
+        cursor = db.execute(f"SELECT * FROM turns WHERE id IN ({marks}) ORDER BY seq", ids)
+        self._columns = [column[0] for column in cursor.description]
+        self._turns = cursor.fetchall()
+        self._others = [
+            (table, db.execute(f"SELECT * FROM {table} WHERE turn IN ({marks})", ids).fetchall())
+            for table in ("next_states", "judgements")
+        ]
+        session = self._columns.index("session")
+        self._names = [*_names(conversation), self._turns[0][session]]
+        place = self._columns.index("place")
+        self._places = [row[place] for row in self._turns]
+
+    def copy(self, conversation: Conversation) -> None:
+        """Adds the conversation's rows."""
+        session = conversation.name or f"session_{_digest(str(conversation.number).encode()).hex()}"
+        new = dict(zip(self._names, [*_names(conversation), session], strict=True))
+        for place in self._places:
+            new[place] = _digest(place + str(conversation.number).encode())
+        self._db.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?)", _bodies(conversation))
+        seq, messages = self._columns.index("seq"), self._columns.index("messages")
+        rows: list[list[object]] = []
+        for row in self._turns:
+            copied = [new.get(value, value) for value in row]
+            copied[seq] = None
+            copied[messages] = b"".join(new.get(key, key) for key in hashes(row[messages]))
+            rows.append(copied)
+        self._insert("turns", rows)
+        for table, found in self._others:
+            self._insert(table, [[new.get(value, value) for value in row] for row in found])
+
+    def _insert(self, table: str, rows: list[list[object]]) -> None:
+        if rows:
+            marks = ", ".join("?" * len(rows[0]))
+            self._db.executemany(f"INSERT INTO {table} VALUES ({marks})", rows)
+
+
+def _stored(conversation: Conversation) -> list[Json]:
+    """Every message and reply of the stored turns that is the conversation's own, in order."""
+    last = TURNS - 1
+    return [*conversation.messages(last)[1:], conversation.reply(last)]
+
+
+def _bodies(conversation: Conversation) -> Iterator[tuple[bytes, bytes]]:
+    for message in _stored(conversation):
+        body = orjson.dumps(message)
+        yield content_hash(body), compress(body)
+
+
+def _names(conversation: Conversation) -> list[object]:
+    """What tells the rows of one conversation from those of another, in one order for all."""
+    names: list[object] = [content_hash(orjson.dumps(m)) for m in _stored(conversation)]
+    for index in range(TURNS):
+        keys = reply_keys(conversation.messages(index), conversation.reply(index))
+        assert keys is not None
+        names += [conversation.turn_id(index), *keys]
+    return [*names, conversation.name]
+
+
+def _digest(value: bytes) -> bytes:
+    return hashlib.blake2b(value, digest_size=HASH_BYTES).digest()

@@ -1,0 +1,95 @@
+"""The numbered steps that bring an older database up to the tables of nextstate/schema.py."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable, Mapping
+
+import sqlalchemy as sa
+from sqlalchemy.schema import CreateColumn
+
+from nextstate import schema as t
+from nextstate.errors import StoreError
+from nextstate.recording import scoped
+from nextstate.rows import decompress, keep_body, keep_ids, pack_floats, pack_ids
+
+Step = Callable[[sa.Connection], None]
+
+
+def _name_clients_sessions(connection: sa.Connection) -> None:
+    """Version 2: one client's name for a session may stand for several conversations."""
+    for column in (t.turns.c.client_session, t.turns.c.place, t.turns.c.replaced_by):
+        definition = CreateColumn(column).compile(dialect=connection.dialect)
+        connection.execute(sa.text(f"ALTER TABLE turns ADD COLUMN {definition}"))
+    connection.execute(sa.text("UPDATE turns SET client_session = session"))
+    for index in t.turns.indexes:
+        index.create(connection, checkfirst=True)
+
+
+def _store_by_content(connection: sa.Connection) -> None:
+    """Version 3: prompts in runs that are stored once, and link keys within their session.
+
+    Only a turn whose reply was cut keeps its place: only that one can be tried again.
+    """
+    for name in ("turns_by_client_session", "turns_by_place"):
+        connection.execute(sa.text(f"DROP INDEX {name}"))
+    for index in t.turns.indexes:
+        index.create(connection, checkfirst=True)
+    t.workers.create(connection, checkfirst=True)
+    base = CreateColumn(t.messages.c.base).compile(dialect=connection.dialect)
+    connection.execute(sa.text(f"ALTER TABLE messages ADD COLUMN {base}"))
+    c = t.turns.c
+    for seq in connection.execute(sa.select(c.seq)).scalars().all():
+        row = connection.execute(sa.select(t.turns).where(c.seq == seq)).one()
+        logprobs = row.behaviour_logprobs
+        values = {
+            "rest": keep_body(connection, decompress(row.rest)),
+            "prompt_ids": _in_runs(connection, row.prompt_ids),
+            "completion_ids": _in_planes(row.completion_ids),
+            "behaviour_logprobs": logprobs and pack_floats(array("d", decompress(logprobs))),
+            "chain_key": scoped(row.chain_key, row.lineage, row.client_session),
+            "reply_key": scoped(row.reply_key, row.lineage, row.client_session),
+            "place": row.place if row.finish_reason is None else None,
+        }
+        connection.execute(sa.update(t.turns).where(c.seq == seq).values(values))
+    v = t.verdicts.c
+    hinted = sa.select(v.turn, v.hinted_prompt_ids).where(v.hinted_prompt_ids.is_not(None))
+    for row in connection.execute(hinted).all():
+        runs = {"hinted_prompt_ids": _in_runs(connection, row.hinted_prompt_ids)}
+        connection.execute(sa.update(t.verdicts).where(v.turn == row.turn).values(runs))
+
+
+def _in_planes(packed: bytes | None) -> bytes | None:
+    return None if packed is None else pack_ids(array("I", decompress(packed)))
+
+
+def _in_runs(connection: sa.Connection, packed: bytes | None) -> bytes | None:
+    ids = None if packed is None else array("I", decompress(packed))
+    return None if ids is None else keep_ids(connection, ids)
+
+
+MIGRATIONS: Mapping[int, Step] = {2: _name_clients_sessions, 3: _store_by_content}
+"""Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
+so each later step must leave an old database with the tables as they are; a test compares the two.
+"""
+
+
+def migrate(
+    connection: sa.Connection,
+    target: int = t.VERSION,
+    steps: Mapping[int, Step] = MIGRATIONS,
+) -> None:
+    """Brings the database to `target` inside the caller's transaction. Raises StoreError."""
+    if not sa.inspect(connection).has_table("schema_version"):
+        t.metadata.create_all(connection)
+        connection.execute(sa.insert(t.schema_version).values(version=target))
+        return
+    found = connection.execute(sa.select(t.schema_version.c.version)).scalar_one()
+    if found > target:
+        raise StoreError(
+            f"the store has schema version {found}, this program knows up to {target}: "
+            "install the newer nextstate, or name another folder as [store] dir"
+        )
+    for number in range(found + 1, target + 1):
+        steps[number](connection)
+        connection.execute(sa.update(t.schema_version).values(version=number))

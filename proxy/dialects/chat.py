@@ -1,0 +1,118 @@
+"""`/v1/chat/completions`: what NextState adds to a request upstream, and takes out of the reply.
+
+upstream                          taken out of the reply, unless the client asked itself
+model = the serving adapter       model = what the client sent
+logprobs = true, unless the       choices[].logprobs → null
+  client asks for top_logprobs
+return_token_ids = true           prompt_token_ids → null, choices[].token_ids → null,
+                                  chunks that carry nothing else → dropped
+stream_options.include_usage      the usage chunk → dropped; the engine's fingerprint, which it
+                                  carries, stands where it stands unasked: on the last chunk of
+                                  every choice
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from nextstate.records import Json
+from nextstate.wire import obj, objects
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the client asked for itself."""
+
+    model: str
+    logprobs: bool = False
+    token_ids: bool = False
+    usage: bool = False
+
+    @staticmethod
+    def of(request: Json, model: str) -> Asked:
+        """Reads a client's request, which named `model`."""
+        return Asked(
+            model=model,
+            logprobs=request.get("logprobs") not in (None, False),
+            token_ids=bool(request.get("return_token_ids")),
+            usage=bool(obj(request.get("stream_options")).get("include_usage")),
+        )
+
+
+def upstream_request(request: Json, model: str) -> Json:
+    """The client's request with our additions; the client's own object is left as it is."""
+    sent = {**request, "model": model, "return_token_ids": True}
+    if not (request.get("top_logprobs") or request.get("logprob_token_ids")):
+        # With them and without `logprobs` the engine refuses: that answer is the client's to get.
+        sent["logprobs"] = True
+    return with_usage(sent)
+
+
+def with_usage(sent: Json) -> Json:
+    """Asks for the usage chunk of a stream, in place; other options stay without effect."""
+    options = obj(sent.get("stream_options"))
+    if sent.get("stream") and not options.get("include_usage"):
+        sent["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
+    return sent
+
+
+def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
+    """A streamed chunk as the client would have seen it; None if it would not have."""
+    sent = without_usage(chunk, asked, fingerprint)
+    if sent is None:
+        return None
+    if not asked.token_ids and "prompt_token_ids" in sent:
+        sent["prompt_token_ids"] = None
+    choices = objects(sent.get("choices"))
+    carries = not choices or "prompt_token_ids" in sent or asked.logprobs or asked.token_ids
+    for choice in choices:
+        strip_choice(choice, asked)
+        carries = carries or bool(choice.get("delta")) or choice.get("finish_reason") is not None
+    return sent if carries else None
+
+
+def without_usage(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
+    """A copy of the chunk with the client's model and no unasked usage; None if it was only that.
+
+    Its choices are copies too.
+    """
+    sent = {**chunk}
+    if "model" in sent:
+        sent["model"] = asked.model
+    if "choices" in sent:
+        sent["choices"] = [{**choice} for choice in objects(sent["choices"])]
+    if asked.usage:
+        return sent
+    if "usage" in sent and not sent.get("choices"):
+        return None
+    sent.pop("usage", None)
+    ended = any(choice.get("finish_reason") is not None for choice in sent.get("choices", ()))
+    if fingerprint is not None and ended:
+        sent["system_fingerprint"] = fingerprint
+    return sent
+
+
+def count(request: Json) -> int:
+    """How many choices a request asks for."""
+    choices = request.get("n")
+    return choices if isinstance(choices, int) and choices > 0 else 1
+
+
+def client_reply(reply: Json, asked: Asked) -> Json:
+    """A plain reply as the client would have seen it, in place."""
+    if "model" in reply:
+        reply["model"] = asked.model
+    if not asked.token_ids and "prompt_token_ids" in reply:
+        reply["prompt_token_ids"] = None
+    for choice in objects(reply.get("choices")):
+        strip_choice(choice, asked)
+    return reply
+
+
+def strip_choice(choice: dict[str, Any], asked: Asked) -> None:
+    """Takes unasked log-probs and token ids out of a choice, in place."""
+    if not asked.logprobs and "logprobs" in choice:
+        choice["logprobs"] = None
+    if not asked.token_ids and "token_ids" in choice:
+        choice["token_ids"] = None

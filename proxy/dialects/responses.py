@@ -1,0 +1,386 @@
+"""The OpenAI Responses dialect, served through chat completions.
+
+vLLM's own /v1/responses loses log-probs, so a request goes to /v1/chat/completions and the reply
+comes back as what vLLM 0.32 would have answered itself, byte for byte but for ids and times; a
+differential test holds that. `to_chat` says which requests are inside that proof; the others are
+relayed natively, and `to_chat_reply` and `Chunks` read the native reply for the record.
+
+What the engine does not tell, it must be known to be: no sampling defaults of its own
+(`--generation-config vllm`), the default `--tool-strict-level`, no response store. Cached prompt
+tokens are reported as 0 unless it runs with `--enable-prompt-tokens-details`. The one tie that
+chat hides: a plain reply with tool calls that is exactly `max_output_tokens` long counts as cut.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import orjson
+
+from nextstate.records import Json
+from nextstate.wire import obj, objects
+from proxy.dialects.responses_record import Chunks, to_chat_reply
+from proxy.dialects.responses_request import to_chat
+
+__all__ = ["Chunks", "Events", "encode", "from_chat", "to_chat", "to_chat_reply"]
+
+_LEAST_TEMPERATURE = 0.01
+"""vLLM raises a smaller temperature to this one, unless it is 0."""
+_GREEDY = 1e-5
+"""Below it vLLM samples greedily, with top_p = 1."""
+
+
+def from_chat(reply: Json, body: Json, max_model_len: int) -> Json:
+    """A whole chat reply as the Responses object that the client asked for with `body`."""
+    choice = (objects(reply.get("choices")) or [obj(None)])[0]
+    message = obj(choice.get("message"))
+    reply_id, usage = str(reply.get("id")), obj(reply.get("usage"))
+    output: list[Json] = []
+    if message.get("reasoning"):
+        output.append(_reasoning_item(_id("rs", reply_id, 0), message["reasoning"], None))
+    if message.get("content"):
+        output.append(_message_item(_id("msg", reply_id, len(output)), message["content"]))
+    for call in objects(message.get("tool_calls")):
+        function = obj(call.get("function"))
+        item_id = _id("fc", reply_id, len(output))
+        item = _call_item(item_id, call.get("id"), function.get("name"), "completed")
+        output.append({**item, "arguments": function.get("arguments")})
+    response = _Response(body, reply, max_model_len, usage.get("prompt_tokens", 0))
+    cut = choice.get("finish_reason") == "length"
+    if message.get("tool_calls") and usage.get("completion_tokens") == response.max_output_tokens:
+        cut = True  # chat calls it "tool_calls" however it ended
+    return response.ended(output, cut, usage)
+
+
+def encode(response: Json) -> bytes:
+    """A whole Responses object as vLLM writes it (Starlette's JSON)."""
+    return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+class Events:
+    """Turns the chunks of one chat stream into the events of a Responses stream.
+
+    After an error in the stream nothing more comes, and `failed` says that the connection must be
+    cut: that is how vLLM itself ends such a stream.
+    """
+
+    def __init__(self, body: Json, max_model_len: int) -> None:
+        self.failed = False
+        self._body = body
+        self._max_model_len = max_model_len
+        self._response: _Response | None = None
+        self._sequence = 0
+        self._output: list[Json] = []
+        self._kind: str | None = None
+        """What the open item is: "reasoning", "content" or "call"; None between items."""
+        self._item: Json = {}
+        self._text = ""
+        self._call_index: object = None
+        self._cut = False
+        self._usage: Json = {}
+
+    def feed(self, chunk: Json) -> bytes:
+        """The events that a chunk brings. The first chunk must hold the prompt's token ids."""
+        if self.failed or "error" in chunk:
+            self.failed = True
+            return b""
+        events: list[bytes] = []
+        if self._response is None:
+            prompt: list[int] = chunk.get("prompt_token_ids") or []
+            self._response = _Response(self._body, chunk, self._max_model_len, len(prompt))
+            for kind in ("response.created", "response.in_progress"):
+                events.append(self._event(kind, {"response": self._response.begun()}))
+        self._usage = obj(chunk.get("usage")) or self._usage
+        for choice in objects(chunk.get("choices")):
+            events += self._delta(obj(choice.get("delta")))
+            self._cut = self._cut or choice.get("finish_reason") == "length"
+        return b"".join(events)
+
+    def done(self) -> bytes:
+        """The events at the stream's end."""
+        if self.failed or self._response is None:
+            return b""
+        events = self._close()
+        response = self._response.ended(self._output, self._cut, self._usage)
+        events.append(self._event("response.completed", {"response": response}))
+        return b"".join(events)
+
+    def _delta(self, delta: Json) -> list[bytes]:
+        events: list[bytes] = []
+        if delta.get("reasoning") is not None:
+            events += self._text_delta("reasoning", delta["reasoning"])
+        if delta.get("content"):
+            events += self._text_delta("content", delta["content"])
+        groups: dict[object, list[Json]] = {}
+        for call in objects(delta.get("tool_calls")):
+            groups.setdefault(call.get("index"), []).append(call)
+        for index, calls in groups.items():
+            events += self._call_delta(index, calls)
+        return events
+
+    def _text_delta(self, kind: str, text: str) -> list[bytes]:
+        events: list[bytes] = []
+        if self._kind != kind:
+            events += self._close()
+            prefix = "rs" if kind == "reasoning" else "msg"
+            item = self._open(kind, prefix)
+            if kind == "reasoning":
+                added = {**_reasoning_item(item, "", "in_progress"), "content": None}
+                part: Json = {"text": "", "type": "reasoning_text"}
+            else:
+                added = {**_message_item(item, ""), "content": None, "status": "in_progress"}
+                added["content"] = []
+                part = {**_text_part(""), "logprobs": []}
+            events.append(self._item_event("response.output_item.added", added))
+            events.append(self._part_event("response.content_part.added", part))
+        self._text += text
+        data: Json = {"content_index": 0, "delta": text, "item_id": self._item["id"]}
+        if kind == "content":
+            data["logprobs"] = []
+        data["output_index"] = len(self._output)
+        name = "output_text" if kind == "content" else "reasoning_text"
+        events.append(self._event(f"response.{name}.delta", data))
+        return events
+
+    def _call_delta(self, index: object, calls: list[Json]) -> list[bytes]:
+        functions = [obj(call.get("function")) for call in calls]
+        if calls[0].get("function") is None:
+            return []
+        events: list[bytes] = []
+        if self._kind != "call" or self._call_index != index:
+            events += self._close()
+            item_id = self._open("call", "fc")
+            self._call_index = index
+            call_id = calls[0].get("id") or _id("chatcmpl-tool-", item_id, 0)
+            self._item = _call_item(item_id, call_id, functions[0].get("name"), "in_progress")
+            events.append(self._item_event("response.output_item.added", self._item))
+        arguments = "".join(function.get("arguments") or "" for function in functions)
+        if arguments:
+            self._text += arguments
+            data = {"delta": arguments, "item_id": self._item["id"]}
+            data["output_index"] = len(self._output)
+            events.append(self._event("response.function_call_arguments.delta", data))
+        return events
+
+    def _open(self, kind: str, prefix: str) -> str:
+        assert self._response is not None
+        self._kind, self._text = kind, ""
+        self._item = {"id": _id(prefix, self._response.chat_id, len(self._output))}
+        return self._item["id"]
+
+    def _close(self) -> list[bytes]:
+        if self._kind is None:
+            return []
+        item_id: str = self._item["id"]
+        index = len(self._output)
+        text: Json = {"output_index": index, "text": self._text}
+        if self._kind == "call":
+            done = {**self._item, "arguments": self._text, "status": "completed"}
+            data = {"arguments": self._text, "item_id": item_id, "name": done["name"]}
+            data["output_index"] = index
+            events = [self._event("response.function_call_arguments.done", data)]
+        elif self._kind == "reasoning":
+            done = _reasoning_item(item_id, self._text, "completed")
+            data = {"content_index": 0, "item_id": item_id, **text}
+            events = [self._event("response.reasoning_text.done", data, before="text")]
+            events.append(self._part_event("response.content_part.done", done["content"][0]))
+        else:
+            done = _message_item(item_id, self._text)
+            data: Json = {"content_index": 0, "item_id": item_id, "logprobs": [], **text}
+            events = [self._event("response.output_text.done", data, before="text")]
+            events.append(self._part_event("response.content_part.done", done["content"][0]))
+        events.append(self._item_event("response.output_item.done", done))
+        self._output.append(done)
+        self._kind = None
+        return events
+
+    def _item_event(self, kind: str, item: Json) -> bytes:
+        return self._event(kind, {"item": item, "output_index": len(self._output)})
+
+    def _part_event(self, kind: str, part: Json) -> bytes:
+        data = {"content_index": 0, "item_id": self._item["id"]}
+        return self._event(kind, {**data, "output_index": len(self._output), "part": part})
+
+    def _event(self, kind: str, data: Json, before: str | None = None) -> bytes:
+        """One event; its sequence number stands before the field `before`, else at the end."""
+        tail = {} if before is None else {before: data.pop(before)}
+        payload = {**data, "sequence_number": self._sequence, **tail, "type": kind}
+        self._sequence += 1
+        return b"event: %b\ndata: %b\n\n" % (kind.encode(), orjson.dumps(payload))
+
+
+class _Response:
+    """The Responses object of one reply."""
+
+    def __init__(self, body: Json, chat: Json, max_model_len: int, prompt_tokens: int) -> None:
+        self.chat_id = str(chat.get("id"))
+        self._body = body
+        self._chat = chat
+        asked: int | None = body.get("max_output_tokens")
+        left = max_model_len - prompt_tokens
+        self.max_output_tokens = left if asked is None else min(asked, left)
+
+    def begun(self) -> Json:
+        """As the stream's first events show it."""
+        return self._object([], "in_progress", None)
+
+    def ended(self, output: list[Json], cut: bool, usage: Json) -> Json:
+        """As it is at the end; `cut` if the reply ran out of tokens."""
+        return self._object(output, "incomplete" if cut else "completed", _usage(usage))
+
+    def _object(self, output: list[Json], status: str, usage: Json | None) -> Json:
+        body = self._body
+        parallel = body.get("parallel_tool_calls")
+        temperature, top_p = _sampling(body)
+        incomplete = {"reason": "max_output_tokens"} if status == "incomplete" else None
+        return {
+            "id": _id("resp", self.chat_id, 0),
+            "created_at": self._chat.get("created"),
+            "incomplete_details": incomplete,
+            "instructions": body.get("instructions"),
+            "metadata": body.get("metadata"),
+            "model": self._chat.get("model"),
+            "object": "response",
+            "output": output,
+            "parallel_tool_calls": True if parallel is None else parallel,
+            "temperature": temperature,
+            "tool_choice": _tool_choice_echo(body),
+            "tools": [_tool_echo(tool) for tool in objects(body.get("tools"))],
+            "top_p": top_p,
+            "background": False,
+            "max_output_tokens": self.max_output_tokens,
+            "max_tool_calls": body.get("max_tool_calls"),
+            "previous_response_id": None,
+            "prompt": None,
+            "reasoning": _reasoning_echo(body.get("reasoning")),
+            "service_tier": body.get("service_tier", "auto"),
+            "status": status,
+            "text": _text_echo(body.get("text")),
+            "top_logprobs": None,
+            "truncation": "disabled",
+            "usage": usage,
+            "user": body.get("user"),
+            "presence_penalty": float(body.get("presence_penalty") or 0),
+            "frequency_penalty": float(body.get("frequency_penalty") or 0),
+            "kv_transfer_params": None,
+            "ec_transfer_params": None,
+            "input_messages": None,
+            "output_messages": None,
+        }
+
+
+def _sampling(body: Json) -> tuple[float, float]:
+    """The temperature and top_p that vLLM says it sampled with."""
+    temperature, top_p = body.get("temperature"), body.get("top_p")
+    temperature = 1.0 if temperature is None else float(temperature)
+    top_p = 1.0 if top_p is None else float(top_p)
+    if 0 < temperature < _LEAST_TEMPERATURE:
+        temperature = _LEAST_TEMPERATURE
+    return temperature, 1.0 if temperature < _GREEDY else top_p
+
+
+def _tool_choice_echo(body: Json) -> Any:
+    choice = body.get("tool_choice", "auto")
+    if not body.get("tools"):
+        return "none"
+    named = obj(choice)
+    return {"name": named["name"], "type": "function"} if named else choice
+
+
+def _tool_echo(tool: Json) -> Json:
+    return {
+        "name": tool.get("name"),
+        "parameters": tool.get("parameters"),
+        "strict": tool.get("strict"),
+        "type": "function",
+        "allowed_callers": None,
+        "defer_loading": None,
+        "description": tool.get("description"),
+        "output_schema": None,
+    }
+
+
+def _reasoning_echo(given: object) -> Json | None:
+    if given is None:
+        return None
+    names = ("context", "effort", "generate_summary", "mode", "summary")
+    return {name: obj(given).get(name) for name in names}
+
+
+def _text_echo(given: object) -> Json | None:
+    if given is None:
+        return None
+    form = obj(given).get("format")
+    if obj(form).get("type") == "json_schema":
+        names = ("name", "schema", "type", "description", "strict")
+        form = {name: obj(form).get(name) for name in names}
+    return {"format": form, "verbosity": obj(given).get("verbosity")}
+
+
+def _usage(usage: Json) -> Json:
+    cached = obj(usage.get("prompt_tokens_details"))
+    thought = obj(usage.get("completion_tokens_details")).get("reasoning_tokens")
+    return {
+        "input_tokens": usage.get("prompt_tokens", 0),
+        "input_tokens_details": {
+            "cached_tokens": cached.get("cached_tokens") or 0,
+            "cache_write_tokens": cached.get("created_cache_tokens") or 0,
+            "input_tokens_per_turn": [],
+            "cached_tokens_per_turn": [],
+        },
+        "output_tokens": usage.get("completion_tokens", 0),
+        "output_tokens_details": {
+            "reasoning_tokens": thought or 0,
+            "tool_output_tokens": 0,
+            "output_tokens_per_turn": [],
+            "tool_output_tokens_per_turn": [],
+        },
+        "total_tokens": usage.get("total_tokens", 0),
+    }
+
+
+def _id(kind: str, chat_id: str, position: int) -> str:
+    """An id in vLLM's form, the same each time for the same reply."""
+    digest = hashlib.blake2b(f"{kind}{position} {chat_id}".encode(), digest_size=8).hexdigest()
+    return kind + digest if kind.endswith("-") else f"{kind}_{digest}"
+
+
+def _text_part(text: str) -> Json:
+    return {"annotations": [], "text": text, "type": "output_text", "logprobs": None}
+
+
+def _message_item(item_id: str, text: str) -> Json:
+    return {
+        "id": item_id,
+        "content": [_text_part(text)],
+        "role": "assistant",
+        "status": "completed",
+        "type": "message",
+        "phase": None,
+    }
+
+
+def _reasoning_item(item_id: str, text: str, status: str | None) -> Json:
+    return {
+        "id": item_id,
+        "summary": [],
+        "type": "reasoning",
+        "content": [{"text": text, "type": "reasoning_text"}],
+        "encrypted_content": None,
+        "status": status,
+    }
+
+
+def _call_item(item_id: str, call_id: object, name: object, status: str) -> Json:
+    return {
+        "arguments": "",
+        "call_id": call_id,
+        "name": name,
+        "type": "function_call",
+        "id": item_id,
+        "caller": None,
+        "namespace": None,
+        "status": status,
+    }

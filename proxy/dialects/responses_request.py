@@ -1,0 +1,427 @@
+"""A Responses request in chat form, or why it cannot be served that way.
+
+vLLM renders the same prompt and samples alike on both routes for what passes here; a request is
+relayed natively as soon as one thing in it is outside that proof. Two things no request tells: a
+chat template that prints a past call's function object as a whole sees its name and arguments the
+other way round, and `--tool-strict-level` must be the default for `text` to be repeated rightly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+from nextstate.records import Json
+from nextstate.wire import obj, objects
+from proxy.dialects.translation import Translation
+
+_FORWARDED = (
+    "model",
+    "stream",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "presence_penalty",
+    "frequency_penalty",
+    "repetition_penalty",
+    "seed",
+    "stop",
+    "ignore_eos",
+    "skip_special_tokens",
+    "include_stop_str_in_output",
+    "parallel_tool_calls",
+    "structured_outputs",
+    "cache_salt",
+    "priority",
+    "chat_template_kwargs",
+    "user",
+    "metadata",
+    "prompt_cache_key",
+    "session_id",
+)
+"""Fields that both routes have and read alike."""
+
+_READ = (
+    "input",
+    "instructions",
+    "tools",
+    "tool_choice",
+    "max_output_tokens",
+    "reasoning",
+    "text",
+    "background",
+    "include",
+    "include_reasoning",
+    "enable_response_messages",
+    "max_tool_calls",
+    "service_tier",
+    "store",
+    "top_logprobs",
+    "truncation",
+)
+"""Fields that `to_chat` turns into something else, or that the response repeats."""
+
+_IGNORED = ("safety_identifier", "prompt_cache_retention", "stream_options", "client_metadata")
+"""Fields that agents send and vLLM's /v1/responses does not have."""
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_SUMMARIES = ("auto", "concise", "detailed")
+_INCLUDES = (
+    "code_interpreter_call.outputs",
+    "computer_call_output.output.image_url",
+    "file_search_call.results",
+    "message.input_image.image_url",
+    "reasoning.encrypted_content",
+)
+_EXACT_FLOAT = 1e16
+"""From here on JSON libraries write numbers each in their own way."""
+
+
+def to_chat(body: Json) -> Translation:
+    """The request in chat form. Never raises: what cannot be read is a reason to relay it."""
+    reader = _Reader()
+    chat: Json = {name: body[name] for name in _FORWARDED if name in body}
+    chat["messages"] = reader.messages(body)
+    if body.get("max_output_tokens") is not None:
+        chat["max_completion_tokens"] = body["max_output_tokens"]
+    if reader.tools(body, chat) and body.get("tools"):
+        chat["tool_choice"] = _chat_tool_choice(body.get("tool_choice", "auto"))
+    reasoning = obj(body.get("reasoning"))
+    if reasoning.get("effort") is not None:
+        chat["reasoning_effort"] = reasoning["effort"]
+    form = obj(obj(body.get("text")).get("format"))
+    if form.get("type") == "json_schema":
+        chat["structured_outputs"] = {"json": form.get("schema")}
+    elif form.get("type") == "json_object":
+        chat["structured_outputs"] = {"json_object": True}
+    if body.get("stream"):
+        # The first event names the tokens left after the prompt, the last one the usage.
+        chat["return_token_ids"] = True
+        chat["stream_options"] = {"include_usage": True}
+    reader.fields(body)
+    return Translation(chat, reader.reason)
+
+
+class _Reader:
+    """Reads a request as far as it goes, and remembers the first thing outside the proof."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    def allow(self, fine: bool, what: str) -> bool:
+        """Notes `what` unless it is fine."""
+        if not fine and self.reason is None:
+            self.reason = f"the Responses request {what}, so its tokens are not known"
+        return fine
+
+    def keys(self, value: Json, names: tuple[str, ...], what: str) -> bool:
+        """Notes any field of `value` beyond `names`; null is as good as absent."""
+        extra = [name for name in value if name not in names and value[name] is not None]
+        return self.allow(not extra, f"has {what} with {', '.join(extra)[:60]}")
+
+    def fields(self, body: Json) -> None:
+        """Notes every field whose effect, or whose echo in the response, is not proven."""
+        unknown = [name for name in body if name not in (*_FORWARDED, *_READ, *_IGNORED)]
+        unknown = [name for name in unknown if body[name] is not None]
+        self.allow(not unknown, f"has the field {', '.join(unknown)[:60]}")
+        for name, fine in _FIELDS.items():
+            self.allow(name not in body or fine(body[name]), f"has its own kind of {name}")
+        twice = (
+            obj(body.get("text")).get("format") is not None
+            and body.get("structured_outputs") is not None
+        )
+        self.allow(not twice, "has two formats")
+        self.allow(_is_text(body.get("model")) and body["model"] != "", "names no model")
+        tools, choice = objects(body.get("tools")), body.get("tool_choice", "auto")
+        forced = choice not in ("auto", "none") or body.get("parallel_tool_calls") is False
+        if tools and body.get("text") is not None:
+            forced = forced or any(tool.get("strict") for tool in tools)
+            kind = obj(obj(body["text"]).get("format")).get("type", "text")
+            self.allow(not forced and kind == "text", "has a text format with tools")
+
+    def tools(self, body: Json, chat: Json) -> bool:
+        """Puts the tools into `chat`; False when the request has none."""
+        if "tools" not in body:
+            choice = body.get("tool_choice", "auto")
+            self.allow(choice in ("auto", "none"), "forces a tool without having one")
+            return False
+        listed = body["tools"]
+        if not self.allow(isinstance(listed, list), "has no list of tools"):
+            return False
+        names: list[object] = []
+        chat_tools: list[Json] = []
+        for tool in cast(list[Any], listed):
+            converted = self.tool(obj(tool))
+            if converted is not None:
+                chat_tools.append(converted)
+                names.append(converted["function"].get("name"))
+        choice = body.get("tool_choice", "auto")
+        named = obj(choice)
+        if named:
+            fine = set(named) == {"type", "name"} and named["type"] == "function"
+            self.allow(fine and named.get("name") in names, "has its own kind of tool_choice")
+        else:
+            self.allow(choice in ("auto", "none", "required"), "has its own kind of tool_choice")
+            self.allow(bool(names) or choice != "required", "forces a tool without having one")
+        if chat_tools:
+            chat["tools"] = chat_tools
+        return bool(chat_tools)
+
+    def tool(self, tool: Json) -> Json | None:
+        """A function tool in chat form; None for any other kind."""
+        if not self.allow(tool.get("type") == "function", "has a tool that is not a function"):
+            return None
+        names = ("type", "name", "description", "parameters", "strict")
+        self.keys(tool, names, "a tool")
+        fine = _is_text(tool.get("name")) and _is_text_or_null(tool.get("description"))
+        fine = fine and isinstance(tool.get("parameters"), dict | None)
+        fine = fine and isinstance(tool.get("strict"), bool | None)
+        self.allow(fine and _plain_numbers(tool), "has a malformed tool")
+        function = {name: tool[name] for name in names[1:] if tool.get(name) is not None}
+        return {"type": "function", "function": function}
+
+    def messages(self, body: Json) -> list[Json]:
+        """The conversation as chat messages."""
+        messages: list[Json] = []
+        if isinstance(body.get("instructions"), str) and body["instructions"]:
+            messages.append({"role": "system", "content": body["instructions"]})
+        given = body.get("input")
+        if isinstance(given, str):
+            return [*messages, {"role": "user", "content": given}]
+        items: list[Any] = cast(list[Any], given) if isinstance(given, list) else []
+        self.allow(bool(items), "has no input")
+        for item in items:
+            self.item(obj(item), messages)
+        last = obj(items[-1]) if items else {}
+        self.allow(
+            last.get("status") in (None, "completed") or "call_id" in last,
+            "ends with a message to be continued",
+        )
+        return messages
+
+    def item(self, item: Json, messages: list[Json]) -> None:
+        """Adds one input item to the messages, or to the assistant message it belongs to."""
+        kind = item.get("type", "message")
+        self.allow(
+            item.get("status") in (None, "completed", "incomplete", "in_progress"),
+            "has an item with a status of its own",
+        )
+        if kind == "function_call":
+            self.keys(item, ("type", "id", "call_id", "name", "arguments", "status"), "a call")
+            parts = [item.get(name) for name in ("call_id", "name", "arguments")]
+            self.allow(all(_is_text(part) for part in parts), "has a malformed call")
+            self.allow(_is_text_or_null(item.get("id")), "has a malformed call")
+            call: Json = {
+                "id": parts[0],
+                "type": "function",
+                "function": {"name": parts[1], "arguments": parts[2]},
+            }
+            if _last_assistant(messages) is None:
+                messages.append({"role": "assistant"})
+            messages[-1].setdefault("tool_calls", []).append(call)
+        elif kind == "function_call_output":
+            self.keys(item, ("type", "id", "call_id", "output", "status"), "a call's output")
+            self.allow(_is_text(item.get("call_id")), "has a malformed call's output")
+            self.allow(_is_text_or_null(item.get("id")), "has a malformed call's output")
+            content = self.content(item.get("output"))
+            messages.append(
+                {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
+            )
+        elif kind == "reasoning":
+            names = ("type", "id", "summary", "content", "status")
+            self.keys(item, names, "a reasoning item")
+            self.say("reasoning", self.thought(item), messages)
+        elif kind == "message" and item.get("role") == "assistant":
+            names = ("type", "role", "id", "content", "status", "phase")
+            self.keys(item, names, "an assistant message")
+            phase = item.get("phase")
+            self.allow(phase in (None, "commentary", "final_answer"), "has a phase of its own")
+            self.say("content", self.said(item), messages)
+        elif kind == "message" and item.get("role") in ("user", "system", "developer"):
+            self.keys(item, ("type", "role", "content", "status"), "a message")
+            messages.append({"role": item["role"], "content": self.content(item.get("content"))})
+        else:
+            self.allow(False, f"has an item of type {str(kind)[:40]}")
+
+    def say(self, name: str, text: str, messages: list[Json]) -> None:
+        """Adds to the assistant message at the end, or begins one if it has `name` already."""
+        last = _last_assistant(messages)
+        if last is None or name in last:
+            messages.append({"role": "assistant", name: text})
+        else:
+            last[name] = text
+
+    def thought(self, item: Json) -> str:
+        """A reasoning item's text: its first content, else its first summary."""
+        summary = objects(item.get("summary"))
+        content = objects(item.get("content"))
+        fine = _is_text_or_null(item.get("id")) and ("id" not in item or item["id"] is not None)
+        fine = fine and summary == item.get("summary") and item.get("content") in (None, content)
+        for part in content:
+            fine = fine and set(part) == {"type", "text"} and part["type"] == "reasoning_text"
+        for part in summary:
+            fine = fine and set(part) == {"type", "text"} and part["type"] == "summary_text"
+        texts = [part.get("text") for part in (*content, *summary)]
+        fine = fine and all(_is_text(text) for text in texts)
+        self.allow(fine, "has a malformed reasoning item")
+        return next((text for text in texts if isinstance(text, str)), "")
+
+    def said(self, item: Json) -> str:
+        """An assistant message's text. vLLM reads the first part of a list only, so do we."""
+        content = item.get("content")
+        if isinstance(content, str):
+            return content
+        parts = objects(content)
+        fine = bool(parts) and parts == content and item.get("type") == "message"
+        fine = fine and _is_text(item.get("id", ""))
+        fine = fine and ("status" not in item or item["status"] is not None)
+        for part in parts:
+            fine = fine and not set(part) - {"type", "text", "annotations", "logprobs"}
+            fine = fine and part.get("type") == "output_text" and _is_text(part.get("text"))
+            fine = fine and part.get("annotations", []) == []
+            fine = fine and part.get("logprobs") in (None, [])
+        self.allow(fine, "has an assistant message in parts of its own")
+        texts = [part["text"] for part in parts if _is_text(part.get("text"))]
+        return texts[0] if texts else ""
+
+    def content(self, content: object) -> str | list[Json]:
+        """What a user, a developer or a tool said, as text or as text parts."""
+        if isinstance(content, str):
+            return content
+        parts = objects(content)
+        fine = bool(parts) and parts == content
+        for part in parts:
+            fine = fine and set(part) == {"type", "text"} and part["type"] == "input_text"
+            fine = fine and _is_text(part["text"])
+        self.allow(fine, "has a message that is not text alone")
+        return [{"type": "text", "text": p["text"]} for p in parts if _is_text(p.get("text"))]
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_count_or_null(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return value is None or (isinstance(value, int) and 0 < value < 2**53)
+
+
+def _one_of(*allowed: object) -> Callable[[object], bool]:
+    return lambda value: any(value is one or value == one for one in allowed)
+
+
+def _is_include(value: object) -> bool:
+    names = cast(list[Any], value) if isinstance(value, list) else None
+    return value is None or (names is not None and all(name in _INCLUDES for name in names))
+
+
+def _is_template_switch(value: object) -> bool:
+    known = isinstance(value, dict) and set(cast(Json, value)) <= {"enable_thinking", "thinking"}
+    return value is None or known
+
+
+def _is_number_or_null(value: object) -> bool:
+    if isinstance(value, bool):
+        return False
+    return value is None or (isinstance(value, int | float) and abs(value) < _EXACT_FLOAT)
+
+
+def _is_switch_or_null(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+def _is_metadata(value: object) -> bool:
+    if value is None:
+        return True
+    return isinstance(value, dict) and all(map(_is_text, cast(Json, value).values()))
+
+
+def _is_reasoning(value: object) -> bool:
+    if value is None:
+        return True
+    given = {name: held for name, held in obj(value).items() if held is not None}
+    allowed = {"effort": _EFFORTS, "summary": _SUMMARIES, "generate_summary": _SUMMARIES}
+    known = isinstance(value, dict) and not set(given) - set(allowed)
+    return known and all(held in allowed[name] for name, held in given.items())
+
+
+def _is_text_config(value: object) -> bool:
+    if value is None:
+        return True
+    given = obj(value)
+    if not isinstance(value, dict) or set(given) - {"format", "verbosity"}:
+        return False
+    form = given.get("format")
+    fields: dict[object, set[str]] = {
+        "text": {"type"},
+        "json_object": {"type"},
+        "json_schema": {"type", "name", "schema", "description", "strict"},
+    }
+    kind = obj(form).get("type")
+    fine = form is None or (isinstance(kind, str) and not set(obj(form)) - fields.get(kind, set()))
+    if kind == "json_schema":
+        fine = (
+            fine and _is_text(obj(form).get("name")) and isinstance(obj(form).get("schema"), dict)
+        )
+        fine = fine and _is_text_or_null(obj(form).get("description"))
+        fine = fine and _is_switch_or_null(obj(form).get("strict"))
+    verbosity = given.get("verbosity") in (None, "low", "medium", "high")
+    return fine and verbosity and _plain_numbers(form)
+
+
+def _plain_numbers(value: object) -> bool:
+    """Whether every number in a JSON value is written alike by every JSON library."""
+    pending: list[Any] = [value]
+    while pending:
+        held = pending.pop()
+        if isinstance(held, dict):
+            pending += cast(Json, held).values()
+        elif isinstance(held, list):
+            pending += cast(list[Any], held)
+        elif isinstance(held, float) and abs(held) >= _EXACT_FLOAT:
+            return False
+    return True
+
+
+_FIELDS: Mapping[str, Callable[[object], bool]] = {
+    "stream": _is_switch_or_null,
+    "store": _is_switch_or_null,
+    "parallel_tool_calls": _is_switch_or_null,
+    "temperature": _is_number_or_null,
+    "top_p": _is_number_or_null,
+    "presence_penalty": _is_number_or_null,
+    "frequency_penalty": _is_number_or_null,
+    "instructions": _is_text_or_null,
+    "user": _is_text_or_null,
+    "metadata": _is_metadata,
+    "reasoning": _is_reasoning,
+    "text": _is_text_config,
+    "prompt_cache_key": _is_text_or_null,
+    "session_id": _is_text_or_null,
+    "max_output_tokens": _is_count_or_null,
+    "max_tool_calls": _is_count_or_null,
+    "background": _one_of(False),
+    "enable_response_messages": _one_of(False),
+    "include_reasoning": _one_of(True),
+    "truncation": _one_of("disabled"),
+    "top_logprobs": _one_of(None, 0),
+    "service_tier": _one_of("auto", "default", "flex", "scale", "priority"),
+    "include": _is_include,
+    "chat_template_kwargs": _is_template_switch,
+}
+"""What a field may hold for the reply to be known; a field that is absent always may."""
+
+
+def _chat_tool_choice(choice: object) -> Any:
+    name = obj(choice).get("name")
+    return choice if name is None else {"type": "function", "function": {"name": name}}
+
+
+def _last_assistant(messages: list[Json]) -> Json | None:
+    return messages[-1] if messages and messages[-1]["role"] == "assistant" else None

@@ -1,0 +1,281 @@
+"""How one request is served: what the engine gets, and what each of its answers becomes.
+
+`Direct` adds to a request and takes back out of the reply. `Translated` serves another wire format
+through the chat route, which alone tells token ids and log-probs. `Native` relays such a format as
+it is, where a translation could differ: the turn is kept, without tokens.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import orjson
+
+from nextstate.records import Json
+from nextstate.wire import json_object
+from proxy.capture import Capture
+from proxy.dialects import chat, completions
+from proxy.dialects.chat import Asked
+from proxy.dialects.translation import Translation
+from proxy.splice import Splice
+from proxy.sse import event_data
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
+_DONE = b"[DONE]"
+_MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
+"""What reading an answer raises that is not the API's: it goes to the client as it came."""
+
+
+class Serving(Protocol):
+    """One request while it runs; pure, fed with what the engine sends."""
+
+    path: str
+    chat: Json
+    """The request in chat form, as it is recorded."""
+    capture: Capture
+    choices: int
+    """How many choices the reply has."""
+    untrainable: str | None
+    """Why the turn cannot train whatever the engine answers, or None."""
+
+    def request(self, model: str) -> bytes:
+        """The body that the engine gets; `model` is the serving adapter's name there."""
+        ...
+
+    def event(self, event: bytes) -> bytes:
+        """What the client gets for one event of the stream, with its terminator; maybe nothing."""
+        ...
+
+    def reply(self, data: bytes) -> bytes:
+        """What the client gets for a whole reply."""
+        ...
+
+
+class Dialect(Protocol):
+    """A wire format that the chat route can serve; a module under proxy/dialects/."""
+
+    def to_chat(self, body: Json) -> Translation: ...
+    def from_chat(self, reply: Json, body: Json) -> Json: ...
+    def encode(self, reply: Json) -> bytes: ...
+    def to_chat_reply(self, body: Json) -> Json: ...
+
+    @property
+    def Events(self) -> Callable[[Json], EventWriter]: ...
+    @property
+    def Chunks(self) -> Callable[[], EventReader]: ...
+
+
+class EventWriter(Protocol):
+    """Chat chunks in, the dialect's events out."""
+
+    def feed(self, chunk: Json) -> bytes: ...
+    def done(self) -> bytes: ...
+
+
+class EventReader(Protocol):
+    """The dialect's events in, chat chunks out."""
+
+    def feed(self, payload: Json) -> Json | None: ...
+
+
+class Direct:
+    """Chat and completions: the client's request with our additions."""
+
+    def __init__(self, path: str, body: Json, model: str, fingerprint: str | None) -> None:
+        self.path = path
+        self.untrainable: str | None = None
+        self.capture = Capture()
+        self._body = body
+        self._asked = Asked.of(body, model)
+        self._fingerprint = fingerprint
+        self._format: Any = chat if path == CHAT else completions
+        self._splice = Splice(self._asked) if path == CHAT else None
+        self.chat = body if path == CHAT else completions.to_chat(body)
+        self.choices = chat.count(body) if path == CHAT else completions.choices_of(body)
+
+    def request(self, model: str) -> bytes:
+        """See `Serving`."""
+        return orjson.dumps(self._format.upstream_request(self._body, model))
+
+    def event(self, event: bytes) -> bytes:
+        """See `Serving`."""
+        if self._splice is not None and (cut := self._splice.cut(event)) is not None:
+            sent, piece = cut
+            self.capture.piece(piece)
+            return sent
+        chunk = _chunk(event, self.capture)
+        if chunk is None:
+            return event
+        try:
+            self._take(chunk, self.capture.chunk)
+            if self._splice is not None:
+                self._splice.learn(event, chunk)
+            sent = self._format.client_chunk(chunk, self._asked, self._fingerprint)
+        except _MISSHAPEN as error:
+            return _misshapen(event, self.capture, error)
+        return b"" if sent is None else b"data: " + orjson.dumps(sent) + b"\n\n"
+
+    def reply(self, data: bytes) -> bytes:
+        """See `Serving`."""
+        reply = json_object(data)
+        if reply is None:
+            return _misshapen(data, self.capture, "it is not a JSON object")
+        try:
+            self._take(reply, self.capture.body)
+            # As vLLM writes it: its numbers, which are the client's where it asked, stay the same.
+            return compact(self._format.client_reply(reply, self._asked))
+        except _MISSHAPEN as error:
+            return _misshapen(data, self.capture, error)
+
+    def _take(self, answer: Json, capture: Callable[[Json], None]) -> None:
+        capture(answer if self.path == CHAT else completions.as_chat(answer))
+
+
+class Translated:
+    """Another wire format, served through the chat route."""
+
+    def __init__(self, dialect: Dialect, body: Json, chat_request: Json, model: str) -> None:
+        self.path = CHAT
+        self.untrainable: str | None = None
+        self.chat = chat_request
+        self.capture = Capture()
+        self.choices = 1
+        self._dialect = dialect
+        self._body = body
+        self._asked = Asked(model, usage=True)
+        self._writer = dialect.Events(body)
+
+    def request(self, model: str) -> bytes:
+        """See `Serving`."""
+        return orjson.dumps(chat.upstream_request(self.chat, model))
+
+    def event(self, event: bytes) -> bytes:
+        """See `Serving`."""
+        payload = event_data(event)
+        if payload == _DONE:
+            return self._writer.done()
+        chunk = _chunk(event, self.capture)
+        if chunk is None:
+            return b""
+        try:
+            self.capture.chunk(chunk)
+            stripped = chat.client_chunk(chunk, self._asked, None)
+            return b"" if stripped is None else self._writer.feed(stripped)
+        except _MISSHAPEN as error:
+            return _misshapen(b"", self.capture, error)
+
+    def reply(self, data: bytes) -> bytes:
+        """See `Serving`."""
+        reply = json_object(data)
+        if reply is None:
+            return _misshapen(data, self.capture, "it is not a JSON object")
+        try:
+            self.capture.body(reply)
+            answer = self._dialect.from_chat(chat.client_reply(reply, self._asked), self._body)
+            return self._dialect.encode(answer)
+        except _MISSHAPEN as error:
+            return _misshapen(data, self.capture, error)
+
+
+class Native:
+    """Another wire format, relayed as it is; nothing but the model's name changes."""
+
+    def __init__(
+        self, dialect: Dialect, path: str, body: Json, translation: Translation, model: str
+    ) -> None:
+        self.path = path
+        self.chat = translation.chat
+        self.capture = Capture()
+        self.choices = 1
+        self.untrainable: str | None = (
+            translation.native or "the engine refused its form as a chat request"
+        )
+        self._dialect = dialect
+        self._body = body
+        self._client_name = b'"model":' + orjson.dumps(model)
+        self._engine_name = self._client_name
+        self._reader = dialect.Chunks()
+
+    def request(self, model: str) -> bytes:
+        """See `Serving`."""
+        self._engine_name = b'"model":' + orjson.dumps(model)
+        return orjson.dumps({**self._body, "model": model})
+
+    def event(self, event: bytes) -> bytes:
+        """See `Serving`."""
+        payload = _chunk(event, self.capture)
+        if payload is None:
+            return event
+        try:
+            if (chunk := self._reader.feed(payload)) is not None:
+                self.capture.chunk(chunk)
+        except _MISSHAPEN as error:
+            return _misshapen(event, self.capture, error)
+        return self._renamed(event)
+
+    def reply(self, data: bytes) -> bytes:
+        """See `Serving`."""
+        reply = json_object(data)
+        if reply is None:
+            return _misshapen(data, self.capture, "it is not a JSON object")
+        try:
+            self.capture.body(self._dialect.to_chat_reply(reply))
+        except _MISSHAPEN as error:
+            return _misshapen(data, self.capture, error)
+        return self._renamed(data)
+
+    def _renamed(self, data: bytes) -> bytes:
+        # Quotes inside of a JSON string are escaped, so this is always a key with its value.
+        return data.replace(self._engine_name, self._client_name)
+
+
+@dataclass(frozen=True, slots=True)
+class Formats:
+    """The dialects by path, and how a request to each is served."""
+
+    dialects: dict[str, Dialect]
+
+    def serving(self, path: str, body: Json, model: str, fingerprint: str | None) -> Serving:
+        """How a request that named `model` is served."""
+        dialect = self.dialects.get(path)
+        if dialect is None:
+            return Direct(path, body, model, fingerprint)
+        translation = dialect.to_chat(body)
+        if translation.native is not None:
+            return Native(dialect, path, body, translation, model)
+        return Translated(dialect, body, translation.chat, model)
+
+    def natively(self, path: str, body: Json, model: str) -> Serving | None:
+        """The same request relayed as it is, when the engine refused its form as a chat request."""
+        dialect = self.dialects.get(path)
+        if dialect is None:
+            return None
+        return Native(dialect, path, body, dialect.to_chat(body), model)
+
+
+FORMATS = Formats({})
+
+
+def compact(reply: Json) -> bytes:
+    """JSON as vLLM writes a whole reply."""
+    return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
+
+
+def _chunk(event: bytes, capture: Capture) -> Json | None:
+    """The event's object; None for the end, comments and what is not one."""
+    payload = event_data(event)
+    if payload is None or payload == _DONE:
+        return None
+    chunk = json_object(payload)
+    if chunk is None:
+        capture.error = "the stream held an event that is not a JSON object"
+    return chunk
+
+
+def _misshapen(data: bytes, capture: Capture, why: object) -> bytes:
+    capture.error = f"the engine's answer could not be read: {why!s:.100}"
+    return data
