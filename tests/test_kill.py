@@ -33,6 +33,7 @@ from tests.scripted_engine import MODEL, Script, ScriptedEngine, compact, plain_
 CLIENTS = 8
 REPLIES_BETWEEN_KILLS = 30
 TIMEOUT = aiohttp.ClientTimeout(total=60)
+JSON = {"Content-Type": "application/json"}
 CONFIG = """
 [store]
 dir = "{state}"
@@ -202,9 +203,10 @@ class Client:
         """The reply's text; None if its end never came."""
         stays = self._rng.randrange(20)
         await self._victim.up.wait()
+        url = f"{self._victim.url}/v1/chat/completions"
         body = orjson.dumps({"model": MODEL, "messages": messages, "stream": stream})
         try:
-            async with http.post(f"{self._victim.url}/v1/chat/completions", data=body) as answer:
+            async with http.post(url, data=body, headers=JSON) as answer:
                 assert answer.status == 200
                 turn = answer.headers["x-nextstate-turn"]
                 if not stream:

@@ -238,7 +238,7 @@ class Played:
             capture=capture,
             policy_version=0,
             timings=Timings(0.0, 0.0, 0.0),
-            cut="the engine cut the reply" if step.cut else None,
+            untrainable="the engine cut the reply" if step.cut else None,
         )
         with self.store.recording() as recording:
             turn = record_exchange(recording, exchange, PROFILE)
