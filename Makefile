@@ -38,7 +38,7 @@ demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4
 test: lint  ## lint, types and every test, one of them over the real vLLM
 	$(BIN)/python -m pytest -q $(ARGS)
 
-soak: env  ## the long forms: 100 kills under load, 100 000 fuzzed requests, no leak (about 30 minutes)
+soak: env  ## the long forms: 100 kills under load, 100 000 fuzzed requests (about 20 minutes)
 	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
 
 lint: env  ## ruff and strict types

@@ -613,10 +613,12 @@ def listening() -> Iterator[Errors]:
             logger.addHandler(errors)
         else:
             logger.addHandler(logging.NullHandler())
-    yield errors
-    for logger in loggers:
-        logger.propagate = True
-        logger.removeHandler(errors)
+    try:
+        yield errors
+    finally:
+        for logger in loggers:
+            logger.propagate = True
+            logger.removeHandler(errors)
 
 
 @asynccontextmanager
@@ -624,10 +626,12 @@ async def between(store: Store, tmp_path: Path) -> AsyncGenerator[tuple[NastyEng
     engine = NastyEngine()
     await engine.start()
     settings: dict[str, Any] = {"hold_s": 0.05, "record_timeout_s": 30.0, "max_body_mb": 1}
-    async with running(engine.url, store, tmp_path, KEY, **settings) as proxy:
-        await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
-        yield engine, proxy
-    await engine.close()
+    try:
+        async with running(engine.url, store, tmp_path, KEY, **settings) as proxy:
+            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
+            yield engine, proxy
+    finally:
+        await engine.close()
 
 
 async def ask(engine: NastyEngine, port: int, case: Case, ended: list[str]) -> str | None:
@@ -719,11 +723,13 @@ def test_an_engine_that_answers_our_own_questions_with_nonsense_is_asked_again(
         engine = NastyEngine()
         sound, engine.models = engine.models, models
         await engine.start()
-        async with running(engine.url, store, tmp_path) as p:
-            await until(lambda: engine.asked > 1)
-            engine.models = sound
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-        await engine.close()
+        try:
+            async with running(engine.url, store, tmp_path) as p:
+                await until(lambda: engine.asked > 1)
+                engine.models = sound
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+        finally:
+            await engine.close()
 
     with listening():
         for models in (b"", b"[]", b'{"data": 5}', b'{"data": [{}]}', b"\xff"):
