@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test lint seed-policy bench lock clean
+.PHONY: help env demo test lint soak seed-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -37,6 +37,9 @@ demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4
 
 test: lint  ## lint, types and every test, one of them over the real vLLM
 	$(BIN)/python -m pytest -q $(ARGS)
+
+soak: env  ## the long forms: 100 kills under load, 100 000 fuzzed requests (about 20 minutes)
+	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
 
 lint: env  ## ruff and strict types
 	$(BIN)/ruff check .
