@@ -44,5 +44,6 @@ def exchange(
         capture=capture,
         policy_version=0,
         timings=Timings(time.time(), None if cut else 0.05, 0.5),
+        cut=cut,
         untrainable="the client left before the end" if cut else None,
     )

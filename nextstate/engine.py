@@ -20,7 +20,7 @@ import orjson
 from nextstate.errors import EngineError
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
-from nextstate.wire import json_object
+from nextstate.wire import json_object, objects
 
 PROBE_TIMEOUT_S = 60.0
 WARM_UP_ADAPTER = "nextstate-warm-up"
@@ -78,9 +78,13 @@ class EngineClient:
     async def models(self) -> list[ServedModel]:
         """The base model and every adapter that is loaded."""
         answer = await self._call("GET", "/v1/models", None)
-        lengths = [m.get("max_model_len") for m in answer["data"] if m["id"] == self.model]
-        self.max_model_len = next(iter(lengths), None)
-        return [ServedModel(m["id"], m.get("parent"), m.get("root")) for m in answer["data"]]
+        try:
+            cards = objects(answer["data"])
+            lengths = [card.get("max_model_len") for card in cards if card["id"] == self.model]
+            self.max_model_len = next((n for n in lengths if isinstance(n, int)), None)
+            return [ServedModel(card["id"], card.get("parent"), card.get("root")) for card in cards]
+        except KeyError as error:
+            raise EngineError(f"{self.url}/v1/models lists models without {error}") from error
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Loads the adapter in folder `path` under `name`; an adapter that is there stays."""

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate import schema as t
-from nextstate.records import Json, NextState, Turn, TurnKind
+from nextstate.records import NextState, Turn, TurnKind
 from nextstate.rows import (
     HASH_BYTES,
     compress,
@@ -24,6 +24,7 @@ from nextstate.rows import (
     pack_floats,
     pack_ids,
 )
+from nextstate.wire import objects
 
 _MOST_CANDIDATES = 16
 _MOST_HASHES = 100_000
@@ -64,7 +65,8 @@ _OF_CLIENT = sa.select(_C.session, _C.idx).where(_C.client_session == sa.bindpar
 
 def _candidates(key: sa.Column[bytes]) -> sa.Select[*tuple[Any, ...]]:
     """The newest turns with a link key."""
-    query = sa.select(*_PARENT_COLUMNS, _C.messages).where(key == sa.bindparam("key"))
+    query = sa.select(*_PARENT_COLUMNS, _C.messages)
+    query = query.where(key == sa.bindparam("key"), _C.replaced_by.is_(None))
     return query.order_by(_C.seq.desc()).limit(_MOST_CANDIDATES)
 
 
@@ -174,8 +176,8 @@ class Recording:
         """The turn that a request with this link continues, under the client's name if it has one.
 
         Turns whose whole chain of replies agrees come first; without one, the newest with the same
-        last reply (the agent may have cut its history). Among equals, one that nothing has
-        continued yet wins, then the one that shares most messages, then the newest.
+        last reply (the agent may have cut its history). Among equals, the one that shares most
+        messages wins, then one that nothing has continued yet, then the newest.
         """
         searches = (
             (self._statements.by_chain, link.chain_key),
@@ -188,7 +190,7 @@ class Recording:
                 newest_first = enumerate(rows)
                 _, best = max(
                     newest_first,
-                    key=lambda at: (not at[1][4], len(ours.intersection(hashes(at[1][5]))), -at[0]),
+                    key=lambda at: (len(ours.intersection(hashes(at[1][5]))), not at[1][4], -at[0]),
                 )
                 return _parent(best)
         return None
@@ -243,12 +245,13 @@ class Recording:
     ) -> None:
         """Adds a turn; `chain_key` and `reply_key` are those of its own reply.
 
+        `place` is where it stands if its reply never came to its end: a retry is found by it.
         `message_hashes` are those of the request's messages, where they are known already.
         """
         rest = {key: value for key, value in turn.request.items() if key != "messages"}
         if "tools" in rest:
             rest["tools"] = self._keep(rest["tools"]).hex()
-        messages: list[Json] = turn.request.get("messages") or []
+        messages = objects(turn.request.get("messages"))
         if message_hashes is None:
             message_hashes = [self._keep(message) for message in messages]
         else:
@@ -283,8 +286,7 @@ class Recording:
             chain_key=scoped(chain_key, turn.lineage, client_session),
             reply_key=scoped(reply_key, turn.lineage, client_session),
             client_session=client_session,
-            # Only a turn whose reply never ended can be tried again.
-            place=place if turn.finish_reason is None else None,
+            place=place,
         )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:

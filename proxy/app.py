@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from typing import cast
 
 import aiohttp
 import orjson
@@ -35,6 +37,8 @@ _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _OPEN_PATHS = frozenset(("/healthz",))
 _CONNECT_TIMEOUT_S = 5.0
 _DRAIN_S = 10.0
+_IDLE_S = 4.0
+"""uvicorn, under vLLM, closes connections that are idle for 5 s."""
 _BEAT_S = 1.0
 _CHECKPOINT_S = 0.5
 
@@ -93,7 +97,7 @@ class Proxy:
         headers = {"Authorization": f"Bearer {self._engine_key}"} if self._engine_key else {}
         session = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
             auto_decompress=False,
@@ -129,7 +133,13 @@ class Proxy:
             message = "Wrong or missing API key: send it as a bearer key."
             return _refused(request, 401, "AuthenticationError", message)
         request[_CALLER] = caller
-        return await handler(request)
+        try:
+            return await handler(request)
+        except aiohttp.ClientConnectionResetError:
+            return web.Response(status=499)  # the client has left: nobody reads this
+        except web.RequestPayloadError as error:
+            message = f"The request body cannot be read: {error}."
+            return _refused(request, 400, "BadRequestError", message)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -137,7 +147,7 @@ class Proxy:
         except web.HTTPRequestEntityTooLarge:
             return self._too_large(request)
         body = json_object(data)
-        if (refused := self._guard(request, body)) is not None:
+        if (refused := self._guard(request, _as_the_engine_reads(data, body))) is not None:
             return refused
         if body is None or request.content_type != "application/json":
             return await self._forward(request, data)  # the engine says what is wrong with it
@@ -146,7 +156,8 @@ class Proxy:
         lineage = self._lineage(request, body)
         if lineage is None:
             return await self._forward(request, data)
-        return await self.relay.generate(request, body, lineage, body["model"])
+        relayed = await self.relay.generate(request, body, lineage, body["model"])
+        return relayed or await self._forward(request, data)
 
     def _guard(self, request: web.Request, body: Json | None) -> web.Response | None:
         """The answer to a request that must not reach the engine, or None."""
@@ -188,7 +199,7 @@ class Proxy:
         except web.HTTPRequestEntityTooLarge:
             return self._too_large(request)
         body = json_object(data)
-        if (refused := self._guard(request, body)) is not None:
+        if (refused := self._guard(request, _as_the_engine_reads(data, body))) is not None:
             return refused
         lineage = self._lineage(request, body)
         if body is None or lineage is None:
@@ -228,6 +239,7 @@ class Proxy:
         if "Content-Type" in request.headers:
             headers["Content-Type"] = request.headers["Content-Type"]
         sent = data if data is not None else (request.content if request.can_read_body else None)
+        response: web.StreamResponse | None = None
         try:
             async with self.relay.upstream.request(
                 request.method,
@@ -252,7 +264,14 @@ class Proxy:
                 await response.write(splitter.rest)
                 await response.write_eof()
                 return response
-        except (aiohttp.ClientConnectorError, aiohttp.ServerDisconnectedError) as error:
+        except (aiohttp.ClientError, TimeoutError) as error:
+            if isinstance(request.content.exception(), web.RequestPayloadError):
+                return _refused(request, 400, "BadRequestError", "The request body cannot be read.")
+            if response is not None:
+                log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
+                if request.transport is not None:
+                    request.transport.abort()
+                return response
             log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
             message = "The inference engine is unreachable."
             return _refused(request, 503, "ServiceUnavailableError", message)
@@ -266,11 +285,16 @@ class Proxy:
         if hint is not None and not isinstance(hint, str):
             return _refused(request, 400, "BadRequestError", "hint is a text or absent.")
         verdict = Verdict(turn, (), score, FEEDBACK, hint or None)
-        lineage = await asyncio.to_thread(self.store.lineage_of, turn)
-        if lineage is None or not self.lineages.sees(request[_CALLER], lineage):
-            message = f"There is no turn {turn!r}."
-            return _refused(request, 404, "NotFoundError", message)
-        await asyncio.to_thread(self.store.settle_verdict, verdict)
+        try:
+            lineage = await asyncio.to_thread(self.store.lineage_of, turn)
+            if lineage is None or not self.lineages.sees(request[_CALLER], lineage):
+                message = f"There is no turn {turn!r}."
+                return _refused(request, 404, "NotFoundError", message)
+            await asyncio.to_thread(self.store.settle_verdict, verdict)
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("feedback on turn=%s could not be stored: %s", turn, error)
+            message = "The store cannot be written now."
+            return _refused(request, 503, "ServiceUnavailableError", message)
         return web.json_response({"turn": turn, "score": score, "hint": verdict.hint})
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
@@ -306,6 +330,17 @@ async def _every(pause_s: float, work: Callable[[], None]) -> None:
             await asyncio.to_thread(work)
         except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("%s failed: %s", work.__name__, error)
+
+
+def _as_the_engine_reads(data: bytes, body: Json | None) -> Json | None:
+    """What a lenient parser makes of a body that ours refuses: NaN, UTF-16, a lone surrogate."""
+    if body is not None:
+        return body
+    try:
+        found = json.loads(data)
+    except (ValueError, RecursionError):
+        return None
+    return cast(Json, found) if isinstance(found, dict) else None
 
 
 def _named(model: str) -> bytes:

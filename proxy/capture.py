@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import groupby
-from typing import Any, TypeAlias, cast
+from typing import Any, TypeAlias, TypeGuard, cast
 
 import orjson
 
@@ -47,6 +47,8 @@ _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
 _UNKNOWN_LOGPROB = -9999.0
 """What vLLM sends in place of a log-prob that it does not have."""
+_LARGEST_LOGPROB = 1e-6
+_MALFORMED = "the reply held values of types that a chat reply does not have"
 
 
 @dataclass(slots=True)
@@ -80,25 +82,31 @@ class Capture:
         Only its model and its finish reasons are read now.
         """
         self._unread.append(chunk)
-        self.model = chunk.get("model", self.model)
+        if isinstance(model := chunk.get("model"), str):
+            self.model = model
         for choice in objects(chunk.get("choices")):
-            if choice.get("finish_reason") is not None:
+            if choice.get("finish_reason") is not None and _is_count(choice.get("index", 0)):
                 self.finished.add(choice.get("index", 0))
 
     def read(self) -> None:
         """Reads what was taken in: off the hot path, and pieces all at once."""
         unread, self._unread = self._unread, []
-        for is_chunk, run in groupby(unread, key=lambda part: isinstance(part, dict)):
-            if is_chunk:
-                for chunk in run:
-                    self._chunk(cast(Json, chunk))
-            else:
-                self._pieces(cast("list[Piece]", list(run)))
+        pieces: list[Piece] = []
+        for part in unread:
+            if isinstance(part, tuple):
+                pieces.append(part)
+                continue
+            self._pieces(pieces)
+            pieces = []
+            self._choices(part, "delta")
+        self._pieces(pieces)
 
     def _pieces(self, pieces: Sequence[Piece]) -> None:
+        if not pieces:
+            return
         deltas, logprobs, ids = (b",".join(parts) for parts in zip(*pieces, strict=True))
         try:
-            token_ids: list[int] = orjson.loads(b"[" + ids + b"]")
+            token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
             numbers = _LOGPROB.findall(logprobs)
             if len(numbers) != len(token_ids):  # the client asked for alternatives too
                 numbers = [
@@ -115,25 +123,20 @@ class Capture:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
 
-    def _chunk(self, chunk: Json) -> None:
+    def _choices(self, data: Json, said: str) -> None:
         try:
-            self._head(chunk)
-            for choice in objects(chunk.get("choices")):
+            self._head(data)
+            for choice in objects(data.get("choices")):
                 if self._skip(choice):
                     continue
                 self._tokens(choice)
-                self._delta(obj(choice.get("delta")))
+                self._delta(obj(choice.get(said)))
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {error!s:.100}"
 
     def body(self, reply: Json) -> None:
         """Takes in a plain reply."""
-        self._head(reply)
-        for choice in objects(reply.get("choices")):
-            if self._skip(choice):
-                continue
-            self._tokens(choice)
-            self._delta(obj(choice.get("message")))
+        self._choices(reply, "message")
 
     def message(self) -> Json:
         """The assistant message, as an agent would put it into its history."""
@@ -148,9 +151,10 @@ class Capture:
 
     def behaviour_logprobs(self) -> tuple[float, ...] | None:
         """The sampled tokens' log-probs, or None unless every one of them is known."""
-        known = all(value > _UNKNOWN_LOGPROB for value in self.logprobs)
-        complete = len(self.logprobs) == len(self.completion_ids) > 0
-        return tuple(self.logprobs) if known and complete else None
+        if len(self.logprobs) != len(self.completion_ids) or not self.logprobs:
+            return None
+        known = min(self.logprobs) > _UNKNOWN_LOGPROB and max(self.logprobs) <= _LARGEST_LOGPROB
+        return tuple(self.logprobs) if known else None
 
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
@@ -185,33 +189,58 @@ class Capture:
     def _head(self, data: Json) -> None:
         if "error" in data:
             self.error = f"the engine reported an error: {str(data['error'])[:200]}"
-        self.model = data.get("model", self.model)
+        if isinstance(model := data.get("model"), str):
+            self.model = model
         if data.get("prompt_token_ids") is not None:
-            self.prompt_ids = data["prompt_token_ids"]
+            self.prompt_ids = self._ids(data["prompt_token_ids"])
         if data.get("usage") is not None:
-            self.usage = data["usage"]
+            self.usage = obj(data["usage"])
 
     def _skip(self, choice: Json) -> bool:
-        index: int = choice.get("index", 0)
+        index = choice.get("index", 0)
+        if not _is_count(index):
+            self.error = _MALFORMED
+            return True
         self.choices = max(self.choices, index + 1)
         if choice.get("finish_reason") is not None:
             self.finished.add(index)
         return index != 0
 
     def _tokens(self, choice: Json) -> None:
-        self.completion_ids.extend(choice.get("token_ids") or ())
+        if choice.get("token_ids") is not None:
+            self.completion_ids.extend(self._ids(choice["token_ids"]))
         for entry in objects(obj(choice.get("logprobs")).get("content")):
-            self.logprobs.append(entry["logprob"])
-        self.finish_reason = choice.get("finish_reason") or self.finish_reason
+            self.logprobs.append(float(entry["logprob"]))
+        if choice.get("finish_reason") is not None:
+            self.finish_reason = str(choice["finish_reason"])
+
+    def _ids(self, value: object) -> list[int]:
+        """The token ids in `value`; anything else leaves the turn untrainable."""
+        ids = cast("list[int]", value) if isinstance(value, list) else []
+        try:
+            array("I", ids)
+        except (TypeError, OverflowError):
+            ids = []
+        if ids != value:
+            self.error = _MALFORMED
+        return ids
 
     def _delta(self, delta: Json) -> None:
-        if delta.get("content"):
-            self.content.append(delta["content"])
+        if isinstance(text := delta.get("content"), str):
+            self.content.append(text)
+        elif text is not None:
+            self.error = _MALFORMED
+        if len(delta) == 1 and text is not None:
+            return
         thought = delta.get("reasoning") or delta.get("reasoning_content")
-        if thought:
+        if isinstance(thought, str):
             self.reasoning.append(thought)
         for position, call in enumerate(objects(delta.get("tool_calls"))):
-            self._tool_call(call.get("index", position), call)
+            index = call.get("index", position)
+            if _is_count(index):
+                self._tool_call(index, call)
+            else:
+                self.error = _MALFORMED
 
     def _tool_call(self, index: int, call: Json) -> None:
         known = self.tool_calls.setdefault(
@@ -219,8 +248,15 @@ class Capture:
         )
         known["id"] = call.get("id") or known["id"]
         function = obj(call.get("function"))
-        known["function"]["name"] += function.get("name") or ""
-        known["function"]["arguments"] += function.get("arguments") or ""
+        for name in ("name", "arguments"):
+            if isinstance(part := function.get(name), str):
+                known["function"][name] += part
+            elif part is not None:
+                self.error = _MALFORMED
+
+
+def _is_count(value: object) -> TypeGuard[int]:
+    return isinstance(value, int) and 0 <= value < 1 << 32
 
 
 def distribution_change(request: Json) -> str | None:

@@ -43,6 +43,11 @@ def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | N
     if body.get("echo") and (body.get("logprobs") is not None or "messages" in body):
         return _bad("echo with log-probs is not available while adapters are served.")
     choices = body.get("n")
+    if isinstance(choices, str | float):  # the engine reads "5" and 5.0 as 5
+        try:
+            choices = int(choices)
+        except (ValueError, OverflowError):
+            choices = None
     if isinstance(choices, int) and choices > max_choices:
         return _bad(f"n = {choices}: at most {max_choices} ([proxy] max_choices).")
     for name, longest in _LONGEST.items():

@@ -72,4 +72,4 @@ class Lineages:
 
 
 def _same(sent: str, key: str) -> bool:
-    return hmac.compare_digest(sent.encode(), key.encode())
+    return hmac.compare_digest(sent.encode(errors="surrogateescape"), key.encode())

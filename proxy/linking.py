@@ -30,7 +30,9 @@ def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
     named += [request.get(name) for name in _SESSION_FIELDS]
     named += [obj(request.get("metadata")).get("session_id"), request.get("user")]
     named.append(obj(request.get("metadata")).get("user_id"))
-    return next((value[:200] for value in named if isinstance(value, str) and value), None)
+    found = next((value[:200] for value in named if isinstance(value, str) and value), None)
+    # A header may hold any bytes; the store holds text.
+    return None if found is None else found.encode(errors="replace").decode()
 
 
 def canonical_reply(message: Json) -> bytes:

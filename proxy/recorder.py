@@ -38,6 +38,8 @@ class Exchange:
     policy_version: int | None
     """The version that the engine's answer names."""
     timings: Timings
+    cut: bool = False
+    """Whether the client did not see the reply's end."""
     untrainable: str | None = None
     """Why the turn cannot train, where that is known without looking at its tokens."""
 
@@ -211,7 +213,13 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     keys = reply_keys(messages, turn.reply)
     if keys is None:
         raise NextStateError(f"turn {turn.id} has no assistant message")
-    recording.add_turn(turn, *keys, client_session=named, place=place, message_hashes=hashes)
+    recording.add_turn(
+        turn,
+        *keys,
+        client_session=named,
+        place=place if exchange.cut else None,
+        message_hashes=hashes,
+    )
     if tried is not None and place is not None:
         recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.

@@ -19,7 +19,7 @@ from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.linking import explicit_session
 from proxy.recorder import Exchange, Recorder
-from proxy.serving import MESSAGES, natively, serving_of
+from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 HOP_BY_HOP = frozenset(
     {
         *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"),
-        *("trailer", "transfer-encoding", "upgrade", "host", "content-length"),
+        *("trailer", "transfer-encoding", "upgrade", "host", "content-length", "expect"),
     }
 )
 OURS = frozenset(
@@ -42,6 +42,9 @@ _NOT_SENT_ON = HOP_BY_HOP | OURS
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 _RETRY_AFTER_S = 10
+_ATTEMPTS = 5
+"""So often one request may find the engine's connection broken: it may be what breaks it."""
+_DONE = b"data: [DONE]\n\n"
 
 
 class EngineDown(Exception):
@@ -71,11 +74,17 @@ class Relay:
 
     async def generate(
         self, request: web.Request, body: Json, lineage: str, model: str
-    ) -> web.StreamResponse:
-        """Relays one request, which names `model`, and records its turn before its end is seen."""
+    ) -> web.StreamResponse | None:
+        """Relays one request, which names `model`, and records its turn before its end is seen.
+
+        None if it cannot be written as JSON (nested too deep): the engine is to refuse it.
+        """
         self.counts.requests += 1
         async with self.versions.hold(lineage) as version:
-            call = _Call(self, request, body, version, model)
+            try:
+                call = _Call(self, request, body, version, model)
+            except TypeError:
+                return None
             if body.get("stream"):
                 return await call.streamed()
             return await call.plain()
@@ -97,7 +106,8 @@ class _Call:
         self.body = body
         self.version = version
         self.model = model
-        self.serving = serving_of(request.path, body, model, relay.versions.engine)
+        self.serving: Serving
+        self._serve(serving_of(request.path, body, model, relay.versions.engine))
         self.turn_id = new_id("turn")
         self.started_at = time.time()
         self._clock = time.perf_counter()
@@ -105,22 +115,29 @@ class _Call:
         self._early: web.StreamResponse | None = None
         """The response to a streamed request that had to wait for the engine."""
 
+    def _serve(self, serving: Serving) -> None:
+        self.serving = serving
+        self._sent = serving.request(self.version.adapter_name or self.relay.versions.engine.model)
+
+    def _serve_natively(self) -> None:
+        """The engine's own words about a request are those of the route that the client asked."""
+        self._serve(natively(self.request.path, self.body, self.model))
+
     async def plain(self) -> web.StreamResponse:
         """A reply in one body."""
         try:
-            upstream, data = await self._whole()
-            sent = self.serving.reply(data) if upstream.status == 200 else data
+            upstream, data, error = await self._whole()
+            ended = error is None and upstream.status == 200
+            sent = self.serving.reply(data) if ended else data
             if sent is None:
-                self.serving = natively(self.request.path, self.body, self.model)
-                upstream, data = await self._whole()
-                sent = self.serving.reply(data) if upstream.status == 200 else data
+                self._serve_natively()
+                upstream, data, error = await self._whole()
+                ended = error is None and upstream.status == 200
+                sent = self.serving.reply(data) if ended else data
         except EngineDown:
             return self._unavailable()
-        except aiohttp.ClientError as error:
-            # Nothing has gone out: what the engine broke off can still be told as an error.
-            log.warning("turn=%s the engine broke off its reply: %r", self.turn_id, error)
-            self.relay.counts.cut += 1
-            return self._broken_off()
+        if error is not None:
+            return await self._broken_off(upstream, data, error)
         headers = self._headers(upstream.headers)
         if upstream.status != 200:
             return web.Response(status=upstream.status, body=data, headers=headers)
@@ -128,10 +145,10 @@ class _Call:
         await self.relay.recorder.record(self._exchange(None))
         return web.Response(body=sent, headers=headers)
 
-    async def _whole(self) -> tuple[aiohttp.ClientResponse, bytes]:
+    async def _whole(self) -> tuple[aiohttp.ClientResponse, bytes, Exception | None]:
         upstream = await self._open()
         try:
-            return upstream, await upstream.read()
+            return upstream, *await _read(upstream)
         finally:
             upstream.close()
 
@@ -145,9 +162,11 @@ class _Call:
             return await self._end_early(orjson.dumps(self._unavailable_body()))
         try:
             if upstream.status != 200:
-                data = await upstream.read()
+                data, error = await _read(upstream)
                 if self._early is not None:
                     return await self._end_early(data)
+                if error is not None:
+                    return await self._broken_off(upstream, data, error)
                 headers = self._headers(upstream.headers)
                 return web.Response(status=upstream.status, body=data, headers=headers)
             response = self._early
@@ -181,8 +200,10 @@ class _Call:
                 passed: list[bytes] = []
                 for event in splitter.feed(data):
                     sent = serving.event(event)
-                    # From the finish reason on nothing goes out before the turn is recorded.
-                    (held if len(finished) >= choices else passed).append(sent)
+                    # From the finish reason on nothing goes out before the turn is recorded, nor
+                    # the end of a stream that has none, as after an error.
+                    ended = len(finished) >= choices or event.endswith(_DONE)
+                    (held if ended else passed).append(sent)
                 if passed:
                     await response.write(b"".join(passed))
         except (aiohttp.ClientPayloadError, aiohttp.ServerConnectionError, TimeoutError) as error:
@@ -207,16 +228,36 @@ class _Call:
         if self.request.transport is not None:
             self.request.transport.abort()
 
+    async def _broken_off(
+        self, upstream: aiohttp.ClientResponse, data: bytes, error: Exception
+    ) -> web.StreamResponse:
+        """Passes on what came of a whole answer, and breaks off where the engine did."""
+        self.relay.counts.cut += 1
+        log.warning("turn=%s the engine cut the reply: %r", self.turn_id, error)
+        headers = self._headers(upstream.headers)
+        response = web.StreamResponse(status=upstream.status, headers=headers)
+        response.content_length = upstream.content_length
+        await response.prepare(self.request)
+        await response.write(data)
+        if self.request.transport is not None:
+            self.request.transport.abort()
+        return response
+
     async def _open(self) -> aiohttp.ClientResponse:
         """The engine's answer, once there is one; waits for an engine that is down."""
         deadline = time.monotonic() + self.relay.config.hold_s
-        while True:
+        for _ in range(_ATTEMPTS):
             await self._wait_up(deadline)
             try:
                 return await self._answer()
             except (aiohttp.ClientConnectionError, OSError) as error:
                 log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
                 self.relay.versions.engine_failed()
+            except aiohttp.ClientError as error:
+                log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
+                break
+        self.relay.counts.failed += 1
+        raise EngineDown
 
     async def _answer(self) -> aiohttp.ClientResponse:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
@@ -225,9 +266,8 @@ class _Call:
             upstream.close()
             upstream = await self._post()
         if upstream.status != 200 and self.serving.path != self.request.path:
-            # The engine's own words about a request are those of the route that the client asked.
             upstream.close()
-            self.serving = natively(self.request.path, self.body, self.model)
+            self._serve_natively()
             upstream = await self._post()
         return upstream
 
@@ -236,7 +276,7 @@ class _Call:
         if self.relay.versions.up:
             try:
                 return await self._answer()
-            except (aiohttp.ClientConnectionError, OSError) as error:
+            except (aiohttp.ClientError, OSError) as error:
                 log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
                 self.relay.versions.engine_failed()
         opening = asyncio.create_task(self._open())
@@ -273,16 +313,12 @@ class _Call:
 
     async def _post(self) -> aiohttp.ClientResponse:
         engine = self.relay.versions.engine
-        model = self.version.adapter_name or engine.model
         same = self.serving.path == self.request.path
         query = f"?{self.request.query_string}" if same and self.request.query_string else ""
         headers = upstream_headers(self.request.headers)
         headers["Content-Type"] = "application/json"
-        return await self.relay.upstream.post(
-            f"{engine.url}{self.serving.path}{query}",
-            data=self.serving.request(model),
-            headers=headers,
-        )
+        url = f"{engine.url}{self.serving.path}{query}"
+        return await self.relay.upstream.post(url, data=self._sent, headers=headers)
 
     async def _restored(self) -> bool:
         """Brings back an adapter that the engine has lost; False when that fails too."""
@@ -307,6 +343,7 @@ class _Call:
                 serving.capture.model, self.version.lineage
             ),
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
+            cut=cut is not None,
             untrainable=cut or serving.untrainable,
         )
 
@@ -330,13 +367,19 @@ class _Call:
         message = "The inference engine is not available; the request was held and has timed out."
         return api_error(self.request, message, "ServiceUnavailableError", 503)
 
-    def _broken_off(self) -> web.Response:
-        message = "The inference engine broke off its reply."
-        body = api_error(self.request, message, "BadGatewayError", 502)
-        return web.json_response(body, status=502)
-
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
+
+
+async def _read(upstream: aiohttp.ClientResponse) -> tuple[bytes, Exception | None]:
+    """The body as far as it came, and what cut it off."""
+    data = bytearray()
+    try:
+        async for part in upstream.content.iter_any():
+            data += part
+    except (aiohttp.ClientError, TimeoutError) as error:
+        return bytes(data), error
+    return bytes(data), None
 
 
 def _close_result(opening: asyncio.Task[aiohttp.ClientResponse]) -> None:

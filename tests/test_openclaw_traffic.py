@@ -46,6 +46,7 @@ def exchange_of(line: Json, *, cut: bool = False, turn: str | None = None) -> Ex
         capture=capture,
         policy_version=0,
         timings=Timings(0.0, 0.0, 0.0),
+        cut=cut,
         untrainable="the engine cut the reply" if cut else None,
     )
 

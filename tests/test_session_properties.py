@@ -238,6 +238,7 @@ class Played:
             capture=capture,
             policy_version=0,
             timings=Timings(0.0, 0.0, 0.0),
+            cut=step.cut,
             untrainable="the engine cut the reply" if step.cut else None,
         )
         with self.store.recording() as recording:

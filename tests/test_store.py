@@ -262,7 +262,7 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(stor
         recording.add_next_states("turn_0", True, [NextState("turn_0", Source.USER, "x", 0.9)])
         again = recording.parent("main", Link(KEY, KEY, (hashes,)), None)
         assert again is not None
-        assert again.id == "turn_1"  # what is continued already gives way
+        assert again.id == "turn_0"  # although something continues it already
         assert recording.parent("main", Link(KEY, KEY, ()), "other session") is None
 
 
