@@ -112,8 +112,9 @@ class Agent:
             self._new_chat()
 
     def _fork(self) -> None:
-        """Keeps the history as it is now for later."""
-        self._forks.append((list(self._history), self._last, self._chat))
+        """Keeps the history as it is now for later; without any there is nothing to go back to."""
+        if self._history:
+            self._forks.append((list(self._history), self._last, self._chat))
 
     def _back(self) -> None:
         """Goes on from a fork."""
