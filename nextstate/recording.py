@@ -97,7 +97,12 @@ class _Statements:
         self.last_index = prepared(last)
         known = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
         self.known_body = prepared(known)
-        self.add_body = prepared(sa.insert(t.messages))
+        self.add_body = prepared(
+            sa.text(
+                "INSERT INTO messages (hash, body, base) VALUES (:hash, :body, :base) "
+                "ON CONFLICT DO NOTHING"
+            )
+        )
         columns: dict[str, Any] = {
             c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
         }
@@ -320,8 +325,9 @@ class Recording:
 
     def _keep_body(self, key: bytes, body: bytes) -> bytes:
         if not self._is_known(key):
-            if self._first(self._statements.known_body, key=key) is None:
-                packed, base = self._packed(key, body)
+            short = len(body) < _LONG_BODY
+            if short or self._first(self._statements.known_body, key=key) is None:
+                packed, base = (compress(body), None) if short else self._packed(key, body)
                 self._run(self._statements.add_body, hash=key, body=packed, base=base)
             self.fresh.hashes.add(key)
         return key
@@ -329,8 +335,6 @@ class Recording:
     def _packed(self, key: bytes, body: bytes) -> tuple[bytes, bytes | None]:
         """(the body compressed, the hash of the base that it was compressed against)."""
         plain = compress(body)
-        if len(body) < _LONG_BODY:
-            return plain, None
         beginning = body[:_BEGINNING]
         base = self.fresh.bases.get(beginning) or self._known.bases.get(beginning)
         if base is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gc
 import json
 import logging
 import os
@@ -116,6 +117,9 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         except OSError as error:
             await runner.cleanup()
             raise cannot_listen(settings, error) from error
+        # What is there now stays: the collector need not look at it again and again.
+        gc.collect()
+        gc.freeze()
         log.info("serving on %s", [site.name for site in runner.sites])
         await stop.wait()
         await runner.cleanup()

@@ -209,7 +209,9 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
         session = recording.session(named, fresh=link is None)
     else:
         session = new_id("session")
-    turn = _turn(exchange, kind, session, recording.next_index(session), parent and parent.id)
+    # What was just named has no turn yet.
+    index = recording.next_index(session) if parent or tried or named else 0
+    turn = _turn(exchange, kind, session, index, parent and parent.id)
     keys = reply_keys(messages, turn.reply)
     if keys is None:
         raise NextStateError(f"turn {turn.id} has no assistant message")
