@@ -12,6 +12,7 @@ import sqlite3
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import orjson
@@ -19,6 +20,7 @@ import orjson
 from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
+from nextstate.recording import scoped
 from nextstate.records import Json
 from nextstate.rows import HASH_BYTES, compress, content_hash, hashes
 from nextstate.store import Store
@@ -112,7 +114,7 @@ class Filler:
     def fill(self, turns: int, tell: Callable[[int], object]) -> None:
         """Adds conversations until the store holds `turns`; `tell` gets the number so far."""
         numbers = iter(range(self.conversations, turns // TURNS))
-        while batch := [n for n, _ in zip(numbers, range(_PER_TRANSACTION), strict=False)]:
+        while batch := list(islice(numbers, _PER_TRANSACTION)):
             self._db.execute("BEGIN IMMEDIATE")
             for number in batch:
                 self._templates[number % 2].copy(Conversation(number))
@@ -149,16 +151,13 @@ class _Template:
         ]
         session = self._columns.index("session")
         self._names = [*_names(conversation), self._turns[0][session]]
-        place = self._columns.index("place")
-        self._places = [row[place] for row in self._turns]
 
     def copy(self, conversation: Conversation) -> None:
         """Adds the conversation's rows."""
         session = conversation.name or f"session_{_digest(str(conversation.number).encode()).hex()}"
         new = dict(zip(self._names, [*_names(conversation), session], strict=True))
-        for place in self._places:
-            new[place] = _digest(place + str(conversation.number).encode())
-        self._db.executemany("INSERT OR IGNORE INTO messages VALUES (?, ?)", _bodies(conversation))
+        add = "INSERT OR IGNORE INTO messages (hash, body) VALUES (?, ?)"
+        self._db.executemany(add, _bodies(conversation))
         seq, messages = self._columns.index("seq"), self._columns.index("messages")
         rows: list[list[object]] = []
         for row in self._turns:
@@ -194,7 +193,8 @@ def _names(conversation: Conversation) -> list[object]:
     for index in range(TURNS):
         keys = reply_keys(conversation.messages(index), conversation.reply(index))
         assert keys is not None
-        names += [conversation.turn_id(index), *keys]
+        names.append(conversation.turn_id(index))
+        names += [scoped(key, "main", conversation.name) for key in keys]
     return [*names, conversation.name]
 
 

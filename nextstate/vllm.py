@@ -32,6 +32,10 @@ def command(config: EngineConfig, port: int) -> list[str]:
         # A model's own defaults (temperature 0.7, top-k 20, …) would make the reported log-probs
         # differ from the sampler's, and no turn could train.
         argv += ["--generation-config", "vllm"]
+    if "--enable-prompt-tokens-details" not in config.args:
+        # Without it only /v1/responses tells how much of a prompt was cached; served through the
+        # chat route it could not.
+        argv += ["--enable-prompt-tokens-details"]
     return argv + list(config.args)
 
 
