@@ -9,6 +9,8 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 BUSY_TIMEOUT_MS = 10_000
+_CACHE_KIB = 32_768
+"""Of one connection: the indexes' upper pages stay, however large the store grows."""
 _MANY_PAGES, _LOG_BYTES = 16_384, 4 << 20
 
 
@@ -31,6 +33,7 @@ def open_file(path: Path) -> sa.Engine:
         # In WAL mode NORMAL survives kill -9; only a power cut can lose the newest commits.
         cursor.execute("PRAGMA synchronous=NORMAL")
         cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")  # negative: in KiB
         # Whoever commits past this waits for the disk: the proxy calls `checkpoint` long before.
         cursor.execute(f"PRAGMA wal_autocheckpoint={_MANY_PAGES}")
         cursor.close()
