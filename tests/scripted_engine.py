@@ -33,6 +33,8 @@ class Script:
     """Added to the completion tokens that usage tells."""
     unknown_logprob: bool = False
     """Give every log-prob as vLLM gives one that it does not have."""
+    answers_as: str | None = None
+    """The model that the reply names in place of the one asked for."""
 
 
 @dataclass
@@ -123,6 +125,8 @@ class ScriptedEngine:
         if script.status != 200:
             error = {"message": "scripted", "code": script.status}
             return web.json_response({"error": error}, status=script.status)
+        if script.answers_as is not None:
+            body = {**body, "model": script.answers_as}
         if not body.get("stream"):
             return web.json_response(plain_reply(body, script))
         return await self._send(request, stream_chunks(body, script), script)

@@ -9,6 +9,7 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Any, Literal
 
+import aiohttp
 import orjson
 import pytest
 from hypothesis import example, given, settings
@@ -19,7 +20,7 @@ from nextstate.engine import publish
 from nextstate.records import PolicyVersion, Turn, Verdict, VersionState
 from nextstate.store import Store
 from proxy.lineages import Access
-from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine
 from tests.test_proxy import Running, both, request, running, until
 
 MAIN, ALICE, BOB, CAROL = "main", "alice", "bob", "carol"
@@ -281,6 +282,47 @@ def test_adapters_of_one_lineage_unload_when_drained_and_of_no_other(
         assert set(engine.adapters) == {"main-v000001", "bob-v000002"}
 
     both(test, store, tmp_path, **OPEN)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("answers_as", ["bob-v000001", "main-v000002", "alice"])
+def test_a_turn_that_anothers_adapter_answered_trains_nobody(
+    store: Store, tmp_path: Path, answers_as: str, stream: bool
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script.answers_as = answers_as
+        status, _, headers = await p.chat(request(stream=stream), bearer("alice-key"))
+        turn = turn_of(store, headers)
+        assert (status, turn.lineage, turn.policy_version) == (200, ALICE, None)
+        store.settle_verdict(Verdict(turn.id, (1,), 1, "test"))
+        for lineage in p.proxy.lineages.names:
+            assert store.lease_samples(lineage, 9, "b", 60, scored=True, hinted=True) == []
+
+    both(test, store, tmp_path, **OPEN)
+
+
+@pytest.mark.parametrize("session", [None, "session"])
+def test_a_cut_reply_is_not_tried_again_by_another_lineage(
+    store: Store, tmp_path: Path, session: str | None
+) -> None:
+    named = {} if session is None else {"x-session-id": session}
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.queue = [Script(("a", "b", "c"), cut_after=1)]
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await p.chat(request(stream=True), {**bearer("main-key"), **named})
+        (cut,) = store.turn_ids()
+        _, _, headers = await p.chat(request(), {**bearer("alice-key"), **named})
+        theirs = turn_of(store, headers)
+        assert store.turn_ids() == [cut, theirs.id]  # it stands beside the cut one
+        _, _, headers = await p.chat(request(), {**bearer("main-key"), **named})
+        again = turn_of(store, headers)
+        assert store.turn_ids() == [theirs.id, again.id]
+        sessions = [store.turn(turn_id) for turn_id in (cut, theirs.id, again.id)]
+        first, other, last = [turn.session for turn in sessions if turn is not None]
+        assert (first == last, first == other) == (True, False)
+
+    both(test, store, tmp_path, record_timeout_s=10.0, **OPEN)
 
 
 # Traffic of three callers at once, of whom nothing but key and model name tells which is which.
