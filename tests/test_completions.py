@@ -73,7 +73,7 @@ def test_the_client_gets_the_bytes_that_the_engine_sends_unasked(
             assert expected[0] == 200
             assert await complete(p, body) == expected, body
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 @pytest.mark.parametrize("more", [{}, {"logprobs": 2}, {"prompt": [1, 2, 3]}, {"prompt": ["hi"]}])
@@ -105,7 +105,7 @@ def test_a_completion_is_recorded_with_its_ids_and_log_probs_and_may_train(
         else:
             assert turn.request == {"messages": [], "prompt": body["prompt"], **said}
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -120,7 +120,7 @@ def test_nothing_is_added_to_a_request_with_echo(
         assert (status, b"Once uponHel" in data) == (200, True)
         assert only_turn(store).untrainable == "the engine returned no token ids"
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_what_must_not_train_is_kept_with_the_reason(
         assert reason in turn.untrainable
         assert turn.reply["content"] == "Hello"  # of the first choice alone
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -156,7 +156,7 @@ def test_usage_that_disagrees_keeps_a_completion_from_training(
         assert (await complete(p, request(stream=stream)))[0] == 200
         assert "usage counts 3 + 3" in (only_turn(store).untrainable or "")
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,7 @@ def test_no_request_makes_the_engine_compute_the_prompts_log_probs(
         assert not engine.completions[-1].get("echo")
         assert engine.completions[-1].get("prompt_logprobs") is None
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 def test_an_unknown_model_gets_the_engines_own_words(store: Store, tmp_path: Path) -> None:
@@ -191,7 +191,7 @@ def test_an_unknown_model_gets_the_engines_own_words(store: Store, tmp_path: Pat
         assert await complete(p, body) == await complete(p, body, engine.url)
         assert store.turn_ids() == []
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)
 
 
 def test_a_completion_is_recorded_before_its_end_is_seen(store: Store, tmp_path: Path) -> None:
@@ -222,4 +222,4 @@ def test_the_official_sdk_completes_through(store: Store, tmp_path: Path) -> Non
         assert plain.choices[0].logprobs is None
         assert len(store.turn_ids()) == 2
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, record_timeout_s=10.0)

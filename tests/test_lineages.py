@@ -30,7 +30,8 @@ DOORS = {
     CAROL: Access(None, "carol-key"),
 }
 """Alice has a key and a name, Bob a name, Carol a key; main has a key of its own."""
-OPEN: dict[str, Any] = {"key": "main-key", "doors": DOORS}
+PATIENT: dict[str, Any] = {"record_timeout_s": 10.0}
+OPEN: dict[str, Any] = {"key": "main-key", "doors": DOORS, **PATIENT}
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -202,7 +203,7 @@ def test_where_main_has_no_key_any_other_key_is_mains(store: Store, tmp_path: Pa
             assert (status, turn_of(store, headers).lineage) == (200, lineage)
         assert (await p.chat({**request(), "model": "alice-model"}))[0] == 404
 
-    both(test, store, tmp_path, doors=DOORS)
+    both(test, store, tmp_path, doors=DOORS, **PATIENT)
 
 
 def test_each_caller_is_shown_the_base_and_its_own_names(store: Store, tmp_path: Path) -> None:
@@ -322,7 +323,7 @@ def test_a_cut_reply_is_not_tried_again_by_another_lineage(
         first, other, last = [turn.session for turn in sessions if turn is not None]
         assert (first == last, first == other) == (True, False)
 
-    both(test, store, tmp_path, record_timeout_s=10.0, **OPEN)
+    both(test, store, tmp_path, **OPEN)
 
 
 # Traffic of three callers at once, of whom nothing but key and model name tells which is which.

@@ -352,8 +352,8 @@ def paired(tmp_path: Path, test: Callable[[Pair], Any]) -> None:
         stores = Clocked(tmp_path), Clocked(tmp_path)
         async with (
             scripted_engine() as engine,
-            running(engine.url, stores[0], tmp_path, worker="0") as first,
-            running(engine.url, stores[1], tmp_path, worker="1") as second,
+            running(engine.url, stores[0], tmp_path, worker="0", record_timeout_s=10.0) as first,
+            running(engine.url, stores[1], tmp_path, worker="1", record_timeout_s=10.0) as second,
         ):
             for worker in (first, second):
                 await asyncio.wait_for(worker.proxy.versions.wait_up(), 10)
