@@ -61,6 +61,7 @@ _PARENT_COLUMNS = (_C.id, _C.session, _C.idx, _C.kind, _C.continued)
 _ABOVE = sa.select(_C.parent).where(_C.id == sa.bindparam("turn")).scalar_subquery()
 _CUT_HERE = (_C.place == sa.bindparam("here"), _C.replaced_by.is_(None), _C.continued.is_(False))
 _OF_CLIENT = sa.select(_C.session, _C.idx).where(_C.client_session == sa.bindparam("name"))
+_IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
 
 
 def _candidates(key: sa.Column[bytes]) -> sa.Select[*tuple[Any, ...]]:
@@ -84,7 +85,8 @@ class _Statements:
         self.by_chain = prepared(_candidates(_C.chain_key))
         self.by_reply = prepared(_candidates(_C.reply_key))
         self.above = prepared(sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE))
-        self.newest_of_client = prepared(_OF_CLIENT.order_by(_C.seq.desc()).limit(1))
+        theirs = _OF_CLIENT.where(_IN_LINEAGE)
+        self.newest_of_client = prepared(theirs.order_by(_C.seq.desc()).limit(1))
         started = _OF_CLIENT.where(_C.idx == 0)
         self.last_started = prepared(started.order_by(_C.seq.desc()).limit(1))
         self.cut_here = prepared(sa.select(_C.session).where(*_CUT_HERE).limit(1))
@@ -208,21 +210,27 @@ class Recording:
             found = None if row is None else _parent(row)
         return found
 
-    def session(self, client_session: str, *, fresh: bool) -> str:
+    def session(self, lineage: str, client_session: str, *, fresh: bool) -> str:
         """The session of a turn that continues none: the client's own name for it, where free.
 
-        A client may use one name for many conversations (`user`, or a chat that was reset): each
-        further one that starts `fresh`, with nothing from the assistant in it, is named `name~2`,
-        `name~3`, … One that does not is taken for the newest of them, its history rewritten.
+        A client may use one name for many conversations (`user`, or a chat that was reset), and so
+        may clients of several lineages: each further one that starts `fresh`, with nothing from the
+        assistant in it, is named `name~2`, `name~3`, … One that does not is taken for the lineage's
+        newest of them, its history rewritten.
         """
-        newest = self._first(self._statements.newest_of_client, name=client_session)
-        if newest is None:
-            return client_session
-        if not fresh:
+        newest = self._first(
+            self._statements.newest_of_client, name=client_session, lineage=lineage
+        )
+        if newest is not None and not fresh:
             return newest[0]
         started = self._first(self._statements.last_started, name=client_session)
-        number = "" if started is None else started[0].removeprefix(f"{client_session}~")
-        return f"{client_session}~{int(number) + 1 if number.isdecimal() else 2}"
+        found = "" if started is None else started[0].removeprefix(f"{client_session}~")
+        number = int(found) if found.isdecimal() else 1
+        session = client_session
+        while self.next_index(session):  # also where a client has named one `name~2` itself
+            number += 1
+            session = f"{client_session}~{number}"
+        return session
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose reply never came to an end, if there is one."""

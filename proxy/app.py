@@ -323,13 +323,13 @@ class Proxy:
 
 
 async def _every(pause_s: float, work: Callable[[], None]) -> None:
-    """Does the store's housekeeping again and again; a failure is logged and tried again."""
+    """Does the store's housekeeping now and again; a failure is logged and tried again."""
     while True:
-        await asyncio.sleep(pause_s)
         try:
             await asyncio.to_thread(work)
         except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("%s failed: %s", work.__name__, error)
+        await asyncio.sleep(pause_s)
 
 
 def _as_the_engine_reads(data: bytes, body: Json | None) -> Json | None:

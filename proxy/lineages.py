@@ -72,4 +72,5 @@ class Lineages:
 
 
 def _same(sent: str, key: str) -> bool:
+    # A header's bytes need not be UTF-8: aiohttp keeps what is not as surrogates.
     return hmac.compare_digest(sent.encode(errors="surrogateescape"), key.encode())

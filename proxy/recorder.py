@@ -206,7 +206,7 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     elif tried is not None:
         session = tried
     elif named is not None:
-        session = recording.session(named, fresh=link is None)
+        session = recording.session(exchange.lineage, named, fresh=link is None)
     else:
         session = new_id("session")
     # What was just named has no turn yet.

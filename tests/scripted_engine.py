@@ -14,6 +14,7 @@ from aiohttp.test_utils import TestServer
 
 MODEL = "base"
 FINGERPRINT = "vllm-test"
+WARM_UP_PROMPT = [0]
 
 
 @dataclass
@@ -32,6 +33,8 @@ class Script:
     """Added to the completion tokens that usage tells."""
     unknown_logprob: bool = False
     """Give every log-prob as vLLM gives one that it does not have."""
+    answers_as: str | None = None
+    """The model that the reply names in place of the one asked for."""
 
 
 @dataclass
@@ -41,6 +44,8 @@ class ScriptedEngine:
     script: Script = field(default_factory=Script)
     queue: list[Script] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
+    completions: list[dict[str, Any]] = field(default_factory=list)
+    """Requests for completions, with those that only warm or probe a model."""
     headers: list[dict[str, str]] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)
     unloaded: list[str] = field(default_factory=list)
@@ -84,11 +89,18 @@ class ScriptedEngine:
         self.unloaded.append(name)
         return web.Response(text="Success: LoRA adapter removed successfully.")
 
-    async def _completions(self, request: web.Request) -> web.Response:
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
-        return web.json_response(
-            {"model": body["model"], "choices": [{"text": "x"}], "system_fingerprint": FINGERPRINT}
-        )
+        self.completions.append(body)
+        if body["model"] != MODEL and body["model"] not in self.adapters:
+            message = f"The model `{body['model']}` does not exist. Valid aliases: {MODEL}."
+            error = {"message": message, "type": "NotFoundError", "param": "model", "code": 404}
+            return web.json_response({"error": error}, status=404)
+        script = Script(("x",)) if body["prompt"] == WARM_UP_PROMPT else self.script
+        if body.get("stream"):
+            return await self._send(request, completion_chunks(body, script), script)
+        data = compact(completion_reply(body, script))
+        return web.Response(body=data, content_type="application/json")
 
     async def _tokenize(self, request: web.Request) -> web.Response:
         text = json.dumps((await request.json())["messages"])
@@ -113,17 +125,19 @@ class ScriptedEngine:
         if script.status != 200:
             error = {"message": "scripted", "code": script.status}
             return web.json_response({"error": error}, status=script.status)
+        if script.answers_as is not None:
+            body = {**body, "model": script.answers_as}
         if not body.get("stream"):
             return web.json_response(plain_reply(body, script))
-        return await self._stream(request, body, script)
+        return await self._send(request, stream_chunks(body, script), script)
 
-    async def _stream(
-        self, request: web.Request, body: dict[str, Any], script: Script
+    async def _send(
+        self, request: web.Request, chunks: list[dict[str, Any]], script: Script
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8"})
         await response.prepare(request)
         try:
-            for number, chunk in enumerate(stream_chunks(body, script)):
+            for number, chunk in enumerate(chunks):
                 if script.gate is not None and number == 2:
                     await script.gate.wait()
                 if script.cut_after is not None and number > script.cut_after:
@@ -218,6 +232,106 @@ def plain_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
         "choices": [choice],
         "usage": _usage(script),
         "prompt_token_ids": [1, 2, 3] if ids else None,
+    }
+
+
+def _prompts(body: dict[str, Any]) -> list[Any]:
+    """A request's prompts: each a text or a list of token ids."""
+    prompt = body["prompt"]
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    return prompt if several else [prompt]
+
+
+def _prompt_ids(prompt: Any) -> list[int]:
+    return [1, 2, 3] if isinstance(prompt, str) else prompt
+
+
+def _text_logprobs(script: Script, numbers: Sequence[int], asked: int) -> dict[str, Any]:
+    """Log-probs as completions have them, `asked` alternatives each beside the sampled token."""
+    pieces = [script.pieces[n] for n in numbers]
+    values = [token(n)[1] for n in numbers]
+    others = {f"other{k}": -9.0 for k in range(1, asked)}
+    return {
+        "text_offset": [len("".join(script.pieces[:n])) for n in numbers],
+        "token_logprobs": values,
+        "tokens": pieces,
+        "top_logprobs": [
+            {piece: value, **others} for piece, value in zip(pieces, values, strict=True)
+        ],
+    }
+
+
+def _text_usage(body: dict[str, Any], script: Script) -> dict[str, int]:
+    prompts = _prompts(body)
+    asked = sum(len(_prompt_ids(prompt)) for prompt in prompts)
+    count = len(prompts) * body.get("n", 1) * len(script.pieces) + script.miscount
+    return {"prompt_tokens": asked, "total_tokens": asked + count, "completion_tokens": count}
+
+
+def completion_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
+    """What vLLM streams for a completion: `n` choices for each prompt, a token a chunk."""
+    ids, logprobs = body.get("return_token_ids"), body.get("logprobs")
+    usage = (body.get("stream_options") or {}).get("include_usage")
+    head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": body["model"]}
+    prompts = [prompt for prompt in _prompts(body) for _ in range(body.get("n", 1))]
+    chunks: list[dict[str, Any]] = []
+    for number, piece in enumerate(script.pieces):
+        finish = script.finish_reason if number == len(script.pieces) - 1 else None
+        for index, prompt in enumerate(prompts):
+            # Asked for ids the engine leaves the echoed text out; unasked, it echoes ids too.
+            echoed = number == 0 and body.get("echo") and not ids
+            choice = {
+                "index": index,
+                "text": f"{prompt}{piece}" if echoed else piece,
+                "logprobs": None
+                if logprobs is None
+                else _text_logprobs(script, [number], logprobs),
+                "finish_reason": finish,
+                "stop_reason": None,
+                "prompt_token_ids": _prompt_ids(prompt) if not number and (ids or echoed) else None,
+                "token_ids": [token(number)[0]] if ids else None,
+            }
+            ended = {"system_fingerprint": FINGERPRINT} if finish and not usage else {}
+            chunks.append({**head, "choices": [choice], **ended})
+    if usage:
+        last = {"choices": [], "usage": _text_usage(body, script)}
+        chunks.append({**head, **last, "system_fingerprint": FINGERPRINT})
+    return chunks
+
+
+def completion_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
+    """What vLLM answers to a completion without streaming."""
+    ids, logprobs = body.get("return_token_ids"), body.get("logprobs")
+    numbers = range(len(script.pieces))
+    text = "".join(script.pieces)
+    prompts = [prompt for prompt in _prompts(body) for _ in range(body.get("n", 1))]
+    choices = [
+        {
+            "index": index,
+            "text": f"{prompt}{text}" if body.get("echo") and not ids else text,
+            "logprobs": None if logprobs is None else _text_logprobs(script, numbers, logprobs),
+            "finish_reason": script.finish_reason,
+            "stop_reason": None,
+            "token_ids": [token(n)[0] for n in numbers] if ids else None,
+            "prompt_logprobs": None,
+            "prompt_token_ids": _prompt_ids(prompt) if ids else None,
+            "routed_experts": None,
+        }
+        for index, prompt in enumerate(prompts)
+    ]
+    details = {"prompt_tokens_details": None, "completion_tokens_details": None}
+    return {
+        "id": "cmpl-1",
+        "object": "text_completion",
+        "created": 1,
+        "model": body["model"],
+        "choices": choices,
+        "service_tier": None,
+        "system_fingerprint": FINGERPRINT,
+        "usage": {**_text_usage(body, script), **details},
+        "kv_transfer_params": None,
+        "ec_transfer_params": None,
+        "metrics": None,
     }
 
 

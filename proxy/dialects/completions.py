@@ -1,12 +1,14 @@
 """`/v1/completions`: what NextState adds to a request upstream, and takes out of the reply.
 
 As for chat, with the log-probs' own shape (`logprobs = 0` brings those of the sampled tokens) and
-the prompt's ids on each choice. Nothing is added to a request with `echo`: asked for token ids the
-engine leaves the echoed text out, and asked for log-probs it computes those of the prompt.
+the prompt's ids on each choice. Nothing is added to a request with `echo`, and nothing taken out:
+asked for token ids the engine leaves the echoed text out, and asked for log-probs it computes those
+of the prompt; its stream holds the prompt's ids unasked.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from nextstate.records import Json
@@ -16,12 +18,20 @@ from proxy.dialects.chat import Asked, count, strip_choice, with_usage, without_
 
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
-    sent = {**request, "model": model}
-    if not request.get("echo"):
-        sent["return_token_ids"] = True
-        if request.get("logprobs") is None:
-            sent["logprobs"] = 0
+    if request.get("echo"):
+        return {**request, "model": model}
+    sent = {**request, "model": model, "return_token_ids": True}
+    if request.get("logprobs") is None:
+        sent["logprobs"] = 0
     return with_usage(sent)
+
+
+def asked_for(request: Json, model: str) -> Asked:
+    """What the reply to a client's request, which named `model`, has for the client."""
+    if request.get("echo"):
+        return Asked(model, logprobs=True, token_ids=True, usage=True)
+    # `logprobs` is a count here: 0 asks for those of the sampled tokens alone.
+    return replace(Asked.of(request, model), logprobs=request.get("logprobs") is not None)
 
 
 def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
