@@ -122,7 +122,7 @@ class Direct:
         self.untrainable: str | None = None
         self.capture = Capture()
         self._body = body
-        self._asked = Asked.of(body, model)
+        self._asked = (Asked.of if path == CHAT else completions.asked_by)(body, model)
         self._fingerprint = fingerprint
         self._format: Any = chat if path == CHAT else completions
         self._splice = Splice(self._asked) if path == CHAT else None

@@ -7,18 +7,33 @@ engine leaves the echoed text out, and asked for log-probs it computes those of 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects
-from proxy.dialects.chat import Asked, count, strip_choice, with_usage, without_usage
+from proxy.dialects.chat import (
+    Asked,
+    count,
+    strip_choice,
+    with_token_ids,
+    with_usage,
+    without_usage,
+)
+
+
+def asked_by(request: Json, model: str) -> Asked:
+    """What the client asked for itself; `logprobs = 0` asks, and with `echo` all of it is its."""
+    asked = Asked.of(request, model)
+    token_ids = asked.token_ids or bool(request.get("echo"))
+    return replace(asked, logprobs=request.get("logprobs") is not None, token_ids=token_ids)
 
 
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
     sent = {**request, "model": model}
     if not request.get("echo"):
-        sent["return_token_ids"] = True
+        with_token_ids(sent)
         if request.get("logprobs") is None:
             sent["logprobs"] = 0
     return with_usage(sent)
