@@ -1,14 +1,35 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share, and the order in which those of the engine run."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from nextstate.config import StoreConfig
 from nextstate.store import Store
+from nextstate.vllm import free_port
+
+if TYPE_CHECKING:
+    from tests.running_loop import Engine, Loop
+
+START_TIMEOUT_S = 600
+"""For a test that may have to start the engine first."""
+AT_ONCE = 8
+"""Requests that the engine answers at once in little more time than one."""
+Done = dict[tuple[Any, ...], "Future[Any]"]
+"""What was done for a test, by its parameters in order of their names."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Puts the file last that trains the loop's policy, kills its parts and ends it."""
+    items.sort(key=lambda item: item.path.stem == "test_end_to_end")
+    for item in items:
+        if "loop" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
 
 
 @pytest.fixture
@@ -17,3 +38,46 @@ def store(tmp_path: Path) -> Iterator[Store]:
     opened = Store(StoreConfig(dir=str(tmp_path / "state")))
     yield opened
     opened.close()
+
+
+@pytest.fixture(scope="session")
+def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
+    """The shared `nextstate up`, on a real vLLM."""
+    from tests.running_loop import Loop, write_config  # here: it takes over a second to import
+
+    port = free_port()
+    started = Loop(write_config(tmp_path_factory.mktemp("loop"), port=port), port)
+    try:
+        started.wait_ready()
+        yield started
+    finally:
+        started.close()
+
+
+@pytest.fixture(scope="session")
+def native_engine(loop: Loop) -> Engine:
+    """The loop's vLLM; its policy is untrained until test_end_to_end.py trains it."""
+    return loop.engine()
+
+
+@pytest.fixture(scope="module")
+def ask_at_once(request: pytest.FixtureRequest) -> Callable[[str, Callable[..., Any]], Done]:
+    """Calls a function with the parameters of every test of this file that will run.
+
+    That is every one that uses the named fixture. Returns once all calls have ended.
+    """
+
+    def asked(fixture: str, ask: Callable[..., Any]) -> Done:
+        wanted = [
+            dict(sorted(item.callspec.params.items()))
+            for item in request.session.items
+            if item.path == request.path
+            and isinstance(item, pytest.Function)
+            and fixture in item.fixturenames
+        ]
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            found = {tuple(one.values()): pool.submit(ask, **one) for one in wanted}
+            wait(found.values())
+        return found
+
+    return asked

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import urllib.error
 import urllib.request
 import uuid
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import httpx
@@ -26,6 +25,8 @@ from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_requ
 from proxy.dialects.responses import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
 from proxy.linking import reply_keys
 from proxy.sse import EventSplitter, event_data
+from tests.conftest import Done
+from tests.running_loop import Engine
 
 APPLES = "Tom has 3 apples and gets 4 more. How many apples does Tom have?"
 SCHEMA = {
@@ -167,6 +168,13 @@ CASES: dict[str, Json] = {
     },
     "unicode": {"input": 'Größe: 3 €, "日本", \x7f \\ \n </think> 🧮'},
     "turns": {"input": [user(APPLES), SAID, user("And then?")]},
+    "parsed": {
+        "input": [
+            user("Hi"),
+            {**SAID, "content": [{**SAID["content"][0], "logprobs": None, "parsed": None}]},
+            user("And then?"),
+        ]
+    },
     "easy turns": {
         "input": [
             {"role": "user", "content": "Hi"},
@@ -270,22 +278,7 @@ CASES: dict[str, Json] = {
 }
 
 
-@dataclass(frozen=True)
-class NativeEngine:
-    url: str
-    model: str
-
-
-@pytest.fixture(scope="module")
-def native_engine() -> NativeEngine:
-    """A real vLLM, named by NEXTSTATE_TEST_ENGINE="url model"."""
-    named = os.environ.get("NEXTSTATE_TEST_ENGINE")
-    if not named:
-        pytest.skip("NEXTSTATE_TEST_ENGINE names no engine")
-    return NativeEngine(*named.split())
-
-
-def post(engine: NativeEngine, path: str, body: Json) -> tuple[int, bytes]:
+def post(engine: Engine, path: str, body: Json) -> tuple[int, bytes]:
     headers = {"Content-Type": "application/json"}
     request = urllib.request.Request(engine.url + path, orjson.dumps(body), headers)
     try:
@@ -296,7 +289,7 @@ def post(engine: NativeEngine, path: str, body: Json) -> tuple[int, bytes]:
             return error.code, error.read()
 
 
-def max_model_len(engine: NativeEngine) -> int:
+def max_model_len(engine: Engine) -> int:
     with urllib.request.urlopen(engine.url + "/v1/models", timeout=60) as reply:
         return json.load(reply)["data"][0]["max_model_len"]
 
@@ -306,7 +299,7 @@ def payloads(stream: bytes) -> list[Json]:
     return [orjson.loads(data) for data in found if data and data != b"[DONE]"]
 
 
-def through_chat(engine: NativeEngine, body: Json) -> tuple[int, Json, bytes]:
+def through_chat(engine: Engine, body: Json) -> tuple[int, Json, bytes]:
     """(status, the engine's own chat reply or last chunk, what the client would get)."""
     translation = to_chat(body)
     assert translation.native is None
@@ -368,12 +361,12 @@ def merged(stream: bytes) -> list[bytes]:
     return [orjson.dumps(payload) for _, payload in events]
 
 
-def asked_for(engine: NativeEngine, case: Json) -> Json:
-    defaults = {"temperature": 0, "max_output_tokens": 40}
+def asked_for(engine: Engine, case: Json) -> Json:
+    defaults = {"temperature": 0, "max_output_tokens": 12}
     return {"model": engine.model, **defaults, **case}
 
 
-def assert_plain_equal(engine: NativeEngine, body: Json) -> None:
+def assert_plain_equal(engine: Engine, body: Json) -> None:
     native_body = {**body, "enable_response_messages": True, "cache_salt": uuid.uuid4().hex}
     native_status, native = post(engine, "/v1/responses", native_body)
     status, raw, ours = through_chat(engine, body)
@@ -389,7 +382,7 @@ def assert_plain_equal(engine: NativeEngine, body: Json) -> None:
     assert untimed(ours, known) == untimed(encode(whole), known)
 
 
-def assert_stream_equal(engine: NativeEngine, body: Json) -> None:
+def assert_stream_equal(engine: Engine, body: Json) -> None:
     body = {**body, "stream": True}
     native_body = {**body, "cache_salt": uuid.uuid4().hex}
     native_status, native = post(engine, "/v1/responses", native_body)
@@ -404,16 +397,22 @@ def assert_stream_equal(engine: NativeEngine, body: Json) -> None:
     assert merged(ours) == merged(native)
 
 
-@pytest.mark.engine
-@pytest.mark.parametrize("name", CASES)
-def test_a_plain_reply_is_what_vllm_answers_itself(native_engine: NativeEngine, name: str) -> None:
-    assert_plain_equal(native_engine, asked_for(native_engine, CASES[name]))
+@pytest.fixture(scope="module")
+def compared(native_engine: Engine, ask_at_once: Callable[..., Done]) -> Done:
+    """Raises in a case's place, if its answers differ."""
+
+    def ask(name: str, stream: bool) -> None:
+        compare = assert_stream_equal if stream else assert_plain_equal
+        compare(native_engine, asked_for(native_engine, CASES[name]))
+
+    return ask_at_once("compared", ask)
 
 
 @pytest.mark.engine
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
 @pytest.mark.parametrize("name", CASES)
-def test_a_stream_is_what_vllm_streams_itself(native_engine: NativeEngine, name: str) -> None:
-    assert_stream_equal(native_engine, asked_for(native_engine, CASES[name]))
+def test_a_reply_is_what_vllm_answers_itself(compared: Done, name: str, stream: bool) -> None:
+    compared[name, stream].result()
 
 
 def short() -> st.SearchStrategy[str]:
@@ -444,10 +443,10 @@ def bodies() -> st.SearchStrategy[Json]:
 
 
 @pytest.mark.engine
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=6, deadline=None)
 @given(case=bodies(), stream=st.booleans())
 def test_any_request_we_take_is_answered_as_vllm_answers_it(
-    native_engine: NativeEngine, case: Json, stream: bool
+    native_engine: Engine, case: Json, stream: bool
 ) -> None:
     body = asked_for(native_engine, case)
     assert_plain_equal(native_engine, body)

@@ -1,4 +1,4 @@
-"""The whole loop on a real vLLM: one `nextstate up` for this file, used as its user would."""
+"""The whole loop on a real vLLM, used as its user would; this file trains it and ends it."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import asyncio
 import hashlib
 import json
 import os
-import re
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,135 +17,11 @@ import psutil
 import pytest
 
 from demo.run import MODEL, POLICY
-from demo.talk import Talk, client_for
-from demo.tasks import Domain
 from nextstate.vllm import free_port
+from tests.running_loop import Loop, run, wait_for, write_config
+from tests.same_answer import assert_same
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
-
-CONFIG = """
-[store]
-dir = "{dir}/state"
-[engine]
-model = "{policy}"
-served_model_name = "{model}"
-dtype = "float32"
-max_model_len = 1024
-args = [{args}]
-env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
-[proxy]
-port = {port}
-[judge]
-kind = "rules"
-[learner]
-learning_rate = 1e-3
-micro_batch_size = 16
-threads = 1
-poll_s = 0.1
-"""
-
-
-def write_config(folder: Path, *, port: int, args: str = '"--enforce-eager"') -> Path:
-    file = folder / "nextstate.toml"
-    file.write_text(CONFIG.format(dir=folder, policy=POLICY, model=MODEL, port=port, args=args))
-    return file
-
-
-class Loop:
-    """A running `nextstate up`."""
-
-    def __init__(self, config: Path, port: int) -> None:
-        self.config = config
-        self.port = port
-        self.state = config.parent / "state"
-        self.output = (config.parent / "up.log").open("w+")
-        self.process = subprocess.Popen(
-            [*NEXTSTATE, "up", "--config", str(config)],
-            stdout=self.output,
-            stderr=subprocess.STDOUT,
-            cwd=config.parent,
-        )
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
-
-    def wait_ready(self) -> None:
-        wait_for(lambda: "ready: " in self.log() or self.process.poll() is not None, 300)
-        assert self.process.poll() is None, self.log()
-
-    def log(self) -> str:
-        self.output.flush()
-        return Path(self.output.name).read_text()
-
-    def command(self, *arguments: str) -> str:
-        done = run(*arguments, "--config", str(self.config))
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-    def versions(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.command("versions", "--json").splitlines()]
-
-    def part(self, name: str) -> psutil.Process:
-        """The process of a stage, or of the engine's server."""
-        wanted = "vllm.entrypoints.openai.api_server" if name == "engine" else name
-        for child in psutil.Process(self.process.pid).children():
-            if wanted in child.cmdline():
-                return child
-        raise AssertionError(f"no process for {name}")
-
-    def talk_until(self, version: int, seed: int) -> int:
-        """Lets personas talk until `version` serves; returns how many requests failed."""
-        return asyncio.run(asyncio.wait_for(self._talk_until(version, seed), 240))
-
-    async def _talk_until(self, version: int, seed: int) -> int:
-        async with client_for(f"{self.url}/v1") as client, aiohttp.ClientSession(self.url) as http:
-            talk = Talk(client, MODEL, Domain.STUDENT, seed, parallel=6)
-            talking = asyncio.create_task(talk.run())
-            while await serving(http) < version:
-                assert not talking.done()
-                await asyncio.sleep(0.1)
-            talk.pause()
-            await asyncio.sleep(0)
-            talking.cancel()
-            await asyncio.gather(talking, return_exceptions=True)
-            return talk.talked.failed
-
-
-NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
-
-
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [*NEXTSTATE, *arguments], capture_output=True, text=True, timeout=240, check=False, cwd=cwd
-    )
-
-
-def wait_for(condition: Any, timeout_s: float) -> None:
-    end = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < end, "timed out"
-        time.sleep(0.1)
-
-
-async def serving(http: aiohttp.ClientSession) -> int:
-    async with http.get("/healthz") as answer:
-        return int((await answer.json())["version"])
-
-
-@pytest.fixture(scope="module")
-def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    folder = tmp_path_factory.mktemp("loop")
-    port = free_port()
-    started = Loop(write_config(folder, port=port), port)
-    try:
-        started.wait_ready()
-        yield started
-    finally:
-        if started.process.poll() is None:
-            started.process.send_signal(signal.SIGINT)
-            started.process.wait(60)
-        started.output.close()
 
 
 def ask(loop: Loop, **more: Any) -> Any:
@@ -182,30 +54,6 @@ def test_the_store_holds_the_ids_and_log_probs_that_vllm_returned(loop: Loop) ->
     assert turn.policy_version == 0
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_replies_are_those_of_vllm_itself(loop: Loop, stream: bool) -> None:
-    engine = json.loads((loop.state / "engine.json").read_text())["url"]
-
-    async def body(url: str) -> tuple[int, str]:
-        request = {
-            "model": MODEL,
-            "messages": [{"role": "user", "content": "Tom has 3 apples and gets 4 more."}],
-            "temperature": 0,
-            "seed": 1,
-            "max_tokens": 30,
-            "stream": stream,
-        }
-        async with (
-            aiohttp.ClientSession() as http,
-            http.post(f"{url}/v1/chat/completions", json=request) as answer,
-        ):
-            found = await answer.text()
-        found = re.sub(r'"id":"chatcmpl-[0-9a-f]+"', '"id":""', found)
-        return answer.status, re.sub(r'"created":\d+', '"created":0', found)
-
-    assert asyncio.run(body(loop.url)) == asyncio.run(body(engine))
-
-
 def test_the_loop_trains_adapters_that_vllm_serves_without_a_failed_request(loop: Loop) -> None:
     assert loop.talk_until(version=2, seed=1) == 0
     versions = loop.versions()
@@ -219,7 +67,7 @@ def test_the_loop_trains_adapters_that_vllm_serves_without_a_failed_request(loop
     print("drift between engine and learner, nats a token:", drifts)
     assert drifts
     assert max(drifts) < 0.02
-    turns = [json.loads(line) for line in loop.command("turns", "--json").splitlines()]
+    turns = loop.turns()
     served = {turn["version"] for turn in turns}
     assert {0, 1} <= served
     judged = [turn for turn in turns if turn["verdict"]]
@@ -242,6 +90,32 @@ def test_the_adapter_changes_the_reply_and_a_rollback_brings_the_old_one_back(lo
     assert base != trained
     loop.command("rollback", str(newest))
     wait_for(lambda: ask(loop).headers["x-nextstate-version"] == str(newest), 10)
+
+
+SAID = [{"role": "user", "content": "Tom has 3 apples and gets 4 more."}]
+ROUTES: dict[str, Any] = {
+    "/v1/chat/completions": {"messages": SAID, "max_tokens": 8, "logprobs": True},
+    "/v1/completions": {"prompt": "Tom has", "max_tokens": 8},
+    "/v1/messages": {"messages": SAID, "max_tokens": 8},
+    "/v1/responses": {"input": "Tom has", "max_output_tokens": 8, "truncation": "auto"},
+    "/v1/messages/count_tokens": {"messages": SAID},
+}
+"""One request of each kind: added to, translated, relayed natively, and merely passed on."""
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
+@pytest.mark.parametrize("path", ROUTES)
+def test_an_adapters_answers_are_those_of_vllm_under_the_clients_name(
+    loop: Loop, path: str, stream: bool
+) -> None:
+    engine = loop.engine()
+    version = int(ask(loop).headers["x-nextstate-version"])
+    assert version > 0
+    body = {"model": MODEL, "temperature": 0, "cache_salt": "-", **ROUTES[path], "stream": stream}
+    adapter = f"main-v{version:06d}"
+    answer = assert_same(engine.url, engine.proxy_url, path, body, adapter)
+    assert answer.status == 200
+    assert adapter.encode() not in answer.body
 
 
 @pytest.mark.parametrize("name", ["proxy", "judge", "learner"])
@@ -299,7 +173,7 @@ def test_ctrl_c_ends_everything(loop: Loop) -> None:
 
 
 def test_a_vllm_that_dies_at_start_is_one_clear_message(tmp_path: Path) -> None:
-    config = write_config(tmp_path, port=free_port(), args='"--no-such-option"')
+    config = write_config(tmp_path, port=free_port(), args=("--no-such-option",))
     assert_clear(run("up", "--config", str(config)), "--no-such-option", "[engine] model and args")
 
 

@@ -19,6 +19,9 @@ from typing import Any
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 
+_OFF = frozenset(("0", "f", "false", "n", "no", "off"))
+"""Texts that the engine's parser takes for false."""
+
 
 @dataclass(frozen=True, slots=True)
 class Asked:
@@ -34,25 +37,40 @@ class Asked:
         """Reads a client's request, which named `model`."""
         return Asked(
             model=model,
-            logprobs=request.get("logprobs") not in (None, False),
-            token_ids=bool(request.get("return_token_ids")),
-            usage=bool(obj(request.get("stream_options")).get("include_usage")),
+            logprobs=not is_off(request.get("logprobs")),
+            token_ids=not is_off(request.get("return_token_ids")),
+            usage=not is_off(obj(request.get("stream_options")).get("include_usage")),
         )
 
 
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
-    sent = {**request, "model": model, "return_token_ids": True}
-    if not (request.get("top_logprobs") or request.get("logprob_token_ids")):
+    sent = with_token_ids({**request, "model": model})
+    alternatives = request.get("top_logprobs") or request.get("logprob_token_ids")
+    if is_off(request.get("logprobs")) and not alternatives:
         # With them and without `logprobs` the engine refuses: that answer is the client's to get.
         sent["logprobs"] = True
     return with_usage(sent)
 
 
+def with_token_ids(sent: Json) -> Json:
+    """Asks for token ids, in place."""
+    if is_off(sent.get("return_token_ids")):
+        sent["return_token_ids"] = True
+    return sent
+
+
+def is_off(value: object) -> bool:
+    """Whether the engine reads a switch as off; what it would refuse is left for it to refuse."""
+    return value in (None, 0) or (isinstance(value, str) and value.lower() in _OFF)
+
+
 def with_usage(sent: Json) -> Json:
     """Asks for the usage chunk of a stream, in place; other options stay without effect."""
-    options = obj(sent.get("stream_options"))
-    if sent.get("stream") and not options.get("include_usage"):
+    found = sent.get("stream_options")
+    options = obj(found)
+    readable = found is None or isinstance(found, dict)
+    if sent.get("stream") and readable and is_off(options.get("include_usage")):
         sent["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
     return sent
 

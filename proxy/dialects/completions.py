@@ -13,14 +13,21 @@ from typing import cast
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects
-from proxy.dialects.chat import Asked, count, strip_choice, with_usage, without_usage
+from proxy.dialects.chat import (
+    Asked,
+    count,
+    strip_choice,
+    with_token_ids,
+    with_usage,
+    without_usage,
+)
 
 
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
     if request.get("echo"):
         return {**request, "model": model}
-    sent = {**request, "model": model, "return_token_ids": True}
+    sent = with_token_ids({**request, "model": model})
     if request.get("logprobs") is None:
         sent["logprobs"] = 0
     return with_usage(sent)

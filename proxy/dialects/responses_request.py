@@ -277,7 +277,9 @@ class _Reader:
         fine = fine and _is_text(item.get("id", ""))
         fine = fine and ("status" not in item or item["status"] is not None)
         for part in parts:
-            fine = fine and not set(part) - {"type", "text", "annotations", "logprobs"}
+            known = {"type", "text", "annotations", "logprobs"}
+            # OpenAI's SDK adds "parsed": null to what it has streamed.
+            fine = fine and not (part.keys() - known - {n for n in part if part[n] is None})
             fine = fine and part.get("type") == "output_text" and _is_text(part.get("text"))
             fine = fine and part.get("annotations", []) == []
             fine = fine and part.get("logprobs") in (None, [])

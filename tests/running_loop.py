@@ -1,0 +1,157 @@
+"""One `nextstate up` over the demo's policy, which every test of a run shares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import psutil
+
+from demo.run import MODEL, POLICY
+from demo.talk import Talk, client_for
+from demo.tasks import Domain
+
+NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
+_ARGS = (
+    *("--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
+    "--enable-prompt-tokens-details",
+)
+_CONFIG = """
+[store]
+dir = "{dir}/state"
+[engine]
+model = "{policy}"
+served_model_name = "{model}"
+dtype = "float32"
+max_model_len = 1024
+args = [{args}]
+env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
+[proxy]
+port = {port}
+[judge]
+kind = "rules"
+[learner]
+learning_rate = 1e-3
+micro_batch_size = 16
+threads = 1
+poll_s = 0.1
+"""
+
+
+def write_config(folder: Path, *, port: int, args: tuple[str, ...] = _ARGS) -> Path:
+    file = folder / "nextstate.toml"
+    quoted = ", ".join(f'"{arg}"' for arg in args)
+    file.write_text(_CONFIG.format(dir=folder, policy=POLICY, model=MODEL, port=port, args=quoted))
+    return file
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A running vLLM, and the proxy before it."""
+
+    url: str
+    proxy_url: str
+    model: str
+
+
+class Loop:
+    """A running `nextstate up`."""
+
+    def __init__(self, config: Path, port: int) -> None:
+        self.config = config
+        self.port = port
+        self.state = config.parent / "state"
+        self.output = (config.parent / "up.log").open("w+")
+        self.process = subprocess.Popen(
+            [*NEXTSTATE, "up", "--config", str(config)],
+            stdout=self.output,
+            stderr=subprocess.STDOUT,
+            cwd=config.parent,
+        )
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def wait_ready(self) -> None:
+        wait_for(lambda: "ready: " in self.log() or self.process.poll() is not None, 300)
+        assert self.process.poll() is None, self.log()
+
+    def log(self) -> str:
+        self.output.flush()
+        return Path(self.output.name).read_text()
+
+    def engine(self) -> Engine:
+        """Where its vLLM listens; another port after a restart."""
+        state = json.loads((self.state / "engine.json").read_text())
+        return Engine(state["url"], self.url, MODEL)
+
+    def close(self) -> None:
+        """Ends it, if no test has done so."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+            self.process.wait(60)
+        self.output.close()
+
+    def command(self, *arguments: str) -> str:
+        done = run(*arguments, "--config", str(self.config))
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def versions(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.command("versions", "--json").splitlines()]
+
+    def turns(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self.command("turns", "--json").splitlines()]
+
+    def part(self, name: str) -> psutil.Process:
+        """The process of a stage, or of the engine's server."""
+        wanted = "vllm.entrypoints.openai.api_server" if name == "engine" else name
+        for child in psutil.Process(self.process.pid).children():
+            if wanted in child.cmdline():
+                return child
+        raise AssertionError(f"no process for {name}")
+
+    def talk_until(self, version: int, seed: int) -> int:
+        """Lets personas talk until `version` serves; returns how many requests failed."""
+        return asyncio.run(asyncio.wait_for(self._talk_until(version, seed), 240))
+
+    async def _talk_until(self, version: int, seed: int) -> int:
+        async with client_for(f"{self.url}/v1") as client, aiohttp.ClientSession(self.url) as http:
+            talk = Talk(client, MODEL, Domain.STUDENT, seed, parallel=6)
+            talking = asyncio.create_task(talk.run())
+            while await serving(http) < version:
+                assert not talking.done()
+                await asyncio.sleep(0.1)
+            talk.pause()
+            await asyncio.sleep(0)
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
+            return talk.talked.failed
+
+
+def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [*NEXTSTATE, *arguments], capture_output=True, text=True, timeout=240, check=False, cwd=cwd
+    )
+
+
+def wait_for(condition: Callable[[], object], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.1)
+
+
+async def serving(http: aiohttp.ClientSession) -> int:
+    async with http.get("/healthz") as answer:
+        return int((await answer.json())["version"])
