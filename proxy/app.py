@@ -27,7 +27,7 @@ from proxy.lineages import Lineages
 from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
 from proxy.relay import Relay, api_error, client_headers, upstream_headers
-from proxy.serving import CHAT, COMPLETIONS, DIALECTS, compact
+from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
 
@@ -151,8 +151,8 @@ class Proxy:
             return refused
         if body is None or request.content_type != "application/json":
             return await self._forward(request, data)  # the engine says what is wrong with it
-        if not body.get("model"):
-            body["model"] = self.engine.model  # as the engine takes it
+        if not body.get("model") and request.path != MESSAGES:
+            body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
         lineage = self._lineage(request, body)
         if lineage is None:
             return await self._forward(request, data)

@@ -17,6 +17,7 @@ from nextstate.engine import ensure_loaded
 from nextstate.errors import EngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
+from proxy.dialects.chat import is_off
 from proxy.linking import explicit_session
 from proxy.recorder import Exchange, Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
@@ -85,7 +86,7 @@ class Relay:
                 call = _Call(self, request, body, version, model)
             except TypeError:
                 return None
-            if body.get("stream"):
+            if not is_off(body.get("stream")):
                 return await call.streamed()
             return await call.plain()
 

@@ -144,6 +144,8 @@ class Direct:
             return event
         try:
             self._take(chunk, self.capture.chunk)
+            if "choices" not in chunk:
+                return event  # an error, in the engine's own spelling
             if self._splice is not None:
                 self._splice.learn(event, chunk)
             sent = self._format.client_chunk(chunk, self._asked, self._fingerprint)

@@ -293,34 +293,6 @@ def same(engine: Engine, path: str, body: Json | bytes | None, **how: Any) -> An
     return assert_same(engine.url, engine.proxy_url, path, body, **how)
 
 
-DIFFERENT = {
-    **dict.fromkeys(
-        [
-            ("too many logprobs", True),
-            ("too many logprobs, prompt", True),
-            ("broken grammar", True),
-            ("bias beyond the vocabulary", True),
-        ],
-        "an error within a stream is written anew, without vLLM's spaces",
-    ),
-    **dict.fromkeys(
-        [("message without a model", False), ("message without a model", True)],
-        "a message without a model is answered, which vLLM refuses",
-    ),
-    **dict.fromkeys(
-        [("chat: no stream, in a word", False), ("completion: no stream, in a word", False)],
-        "what vLLM reads as no stream is relayed as one",
-    ),
-}
-"""Where the proxy does not answer as vLLM yet, and how."""
-
-
-def expect(request: pytest.FixtureRequest, *case: object) -> None:
-    """Marks the test as one that fails until the proxy is repaired."""
-    if case in DIFFERENT:
-        request.applymarker(pytest.mark.xfail(reason=DIFFERENT[case], strict=True))
-
-
 def precise(more: Json) -> bool:
     """Whether the answer shows log-probs, whose last digit may hang on what else is computed."""
     return "logprobs" in more
@@ -347,11 +319,9 @@ plain_and_streamed = pytest.mark.parametrize("stream", [False, True], ids=["plai
 def test_an_answer_is_that_of_vllm(
     native_engine: Engine,
     answers: Done,
-    request: pytest.FixtureRequest,
     case: str,
     stream: bool,
 ) -> None:
-    expect(request, case, stream)
     path, more = CASES[case]
     answer: Answer | None = answers[case, stream].result()
     if answer is None:
@@ -370,11 +340,9 @@ def test_stream_options_show_what_they_show_at_vllm(native_engine: Engine, case:
 def test_a_refusal_is_in_the_words_of_vllm(
     native_engine: Engine,
     answers: Done,
-    request: pytest.FixtureRequest,
     case: str,
     stream: bool,
 ) -> None:
-    expect(request, case, stream)
     path, more = REFUSED[case]
     answer: Answer | None = answers[case, stream].result()
     if answer is None:
@@ -387,8 +355,6 @@ def test_bodies_that_are_no_request_are_refused_in_the_words_of_vllm(
     native_engine: Engine, path: str
 ) -> None:
     for body in BODIES.values():
-        if path == MESSAGES and body == b"{}":
-            continue  # as "message without a model"
         assert same(native_engine, path, body).status >= 400
     good = json.dumps(request_of(native_engine, path, {})).encode()
     for content_type in ("text/plain", "application/x-www-form-urlencoded", None):

@@ -70,7 +70,7 @@ def with_usage(sent: Json) -> Json:
     found = sent.get("stream_options")
     options = obj(found)
     readable = found is None or isinstance(found, dict)
-    if sent.get("stream") and readable and is_off(options.get("include_usage")):
+    if not is_off(sent.get("stream")) and readable and is_off(options.get("include_usage")):
         sent["stream_options"] = {**options, "include_usage": True, "continuous_usage_stats": False}
     return sent
 
