@@ -194,18 +194,21 @@ def test_an_unknown_model_gets_the_engines_own_words(store: Store, tmp_path: Pat
     both(test, store, tmp_path, record_timeout_s=10.0)
 
 
-def test_a_completion_is_recorded_before_its_end_is_seen(store: Store, tmp_path: Path) -> None:
+def test_every_choice_passes_as_it_ends_and_the_last_once_the_turn_is_recorded(
+    store: Store, tmp_path: Path
+) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        engine.script.gate = asyncio.Event()
-        data = orjson.dumps(request(["a", "b"], stream=True))
+        engine.script = Script(pieces=("Hello",), gate=asyncio.Event())
+        data = orjson.dumps(request(["a", "b", "c"], stream=True))
         answer = await p.http.post(f"{p.url}/v1/completions", data=data, headers=JSON)
-        first = await answer.content.readuntil(b"\n\n")
-        assert b'"text":"Hel"' in first  # passed on while the engine still writes
-        assert store.turn_ids() == []
-        engine.script.gate.set()
-        ended = 0
-        while ended < 2:
-            ended += b'"finish_reason":"stop"' in await answer.content.readuntil(b"\n\n")
+        for index in (0, 1, 2):
+            if index == 2:
+                assert store.turn_ids() == []
+                assert engine.script.gate is not None
+                engine.script.gate.set()
+            event = await answer.content.readuntil(b"\n\n")
+            assert b'"index":%d' % index in event
+            assert b'"finish_reason":"stop"' in event
         assert len(store.turn_ids()) == 1
         answer.close()
 

@@ -423,6 +423,12 @@ class Traffic:
 )
 @example(
     [
+        [("ask", ALICE, False, False, "session~2", "new")],
+        *[[("ask", MAIN, False, False, "session", "new")]] * 2,
+    ]
+)
+@example(
+    [
         *[[("ask", MAIN, False, False, "session", "new")]] * 2,
         [("ask", ALICE, False, False, "session~2", "new")],
     ]

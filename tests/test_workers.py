@@ -216,10 +216,11 @@ def test_a_killed_worker_comes_back_and_the_others_serve_meanwhile(
             os.kill(victim, signal.SIGKILL)
             await within(lambda: not psutil.pid_exists(victim))
             served = 0
-            while not proxy.all_listen():
-                async with proxy.connected() as connection:
-                    assert (await connection.chat([said("still there?")]))[0] == 200
-                    served += connection.pid == theirs[0].pid
+            async with asyncio.timeout(60):
+                while not proxy.all_listen():
+                    async with proxy.connected() as connection:
+                        assert (await connection.chat([said("still there?")]))[0] == 200
+                        served += connection.pid == theirs[0].pid
             assert served > 0
             gate.set()
             assert (await held.read()).endswith(b"data: [DONE]\n\n")
