@@ -21,6 +21,7 @@ from nextstate.records import MAIN_LINEAGE
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
+_ADAPTER = re.compile(r".+-v\d{6}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,11 @@ class Settings:
                 )
             if not lineage.model and not lineage.api_key_env:
                 raise ConfigError(f"{where} needs model or api_key_env: nothing would reach it")
+            if _ADAPTER.fullmatch(lineage.model):
+                raise ConfigError(
+                    f"{where} model = {lineage.model!r} looks like an adapter's name: choose one "
+                    "that does not end in -v and six digits"
+                )
             if lineage.model in models:
                 raise ConfigError(
                     f"{where} model = {lineage.model!r} is taken by the engine or another lineage"

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, zero_adapter_path
-from nextstate.errors import StartError
+from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_plugin
 from nextstate.records import MAIN_LINEAGE, PolicyVersion
 from nextstate.settings import Settings
@@ -144,17 +144,16 @@ async def _run_workers(settings: Settings) -> None:
 def _doors(settings: Settings) -> Lineages:
     from proxy.lineages import Access, Lineages
 
-    return Lineages(
-        settings.engine.name,
-        secret(settings.proxy.api_key_env, "[proxy] api_key_env"),
-        {
-            name: Access(
-                lineage.model or None,
-                secret(lineage.api_key_env, f"[lineages.{name}] api_key_env"),
-            )
-            for name, lineage in settings.lineages.items()
-        },
-    )
+    main_key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
+    doors: dict[str, Access] = {}
+    owners = {main_key: "[proxy]"}
+    for name, lineage in settings.lineages.items():
+        where = f"[lineages.{name}]"
+        key = secret(lineage.api_key_env, f"{where} api_key_env")
+        if key is not None and (other := owners.setdefault(key, where)) != where:
+            raise ConfigError(f"{where} api_key_env holds the key of {other}: give it its own")
+        doors[name] = Access(lineage.model or None, key)
+    return Lineages(settings.engine.name, main_key, doors)
 
 
 async def run_judge(settings: Settings) -> None:

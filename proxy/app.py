@@ -113,11 +113,11 @@ class Proxy:
                 tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
             yield
             await self.recorder.drain(_DRAIN_S)
-            if self._worker is not None:
-                await asyncio.to_thread(self.store.leave, self._worker)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            if self._worker is not None:
+                await asyncio.to_thread(self.store.leave, self._worker)
 
     def _beat(self) -> None:
         counts = counts_of(self.relay.counts, self.recorder.counts, self.versions)
@@ -127,8 +127,9 @@ class Proxy:
     async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
         if request.path in _OPEN_PATHS:
             return await handler(request)
-        sent = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        caller = self.lineages.caller(sent or request.headers.get("x-api-key", ""))
+        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
+        sent = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        caller = self.lineages.caller(sent)
         if caller is None:
             message = "Wrong or missing API key: send it as a bearer key."
             return _refused(request, 401, "AuthenticationError", message)

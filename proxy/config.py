@@ -36,6 +36,11 @@ class ProxyConfig:
         for key in ("max_body_mb", "max_choices", "record_queue", "workers"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"[proxy] {key} = {getattr(self, key)}: expected at least 1")
+        if self.workers > 1 and self.port == 0:
+            raise ConfigError(
+                f"[proxy] workers = {self.workers} share one port, and [proxy] port = 0 gives each "
+                "its own: name a port"
+            )
         if not self.api_key_env and not self.loopback:
             raise ConfigError(
                 f"[proxy] host = {self.host!r} is reachable from other machines and no key is "

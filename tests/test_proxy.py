@@ -66,7 +66,7 @@ async def running(
 ) -> AsyncGenerator[Running]:
     async with EngineClient(engine_url, MODEL, "engine-key") as engine:
         proxy = Proxy(
-            ProxyConfig(**({"port": 0} | config)),
+            ProxyConfig(**({"port": 0, "record_timeout_s": 10.0} | config)),
             store,
             engine,
             Generic(),
