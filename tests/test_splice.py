@@ -1,0 +1,88 @@
+"""A chunk cut as bytes is the chunk that parsing, stripping and writing anew would give."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.capture import Capture
+from proxy.dialects.chat import Asked, client_chunk
+from proxy.splice import Splice
+
+TRAPS = [
+    '"',
+    "\\",
+    '},"logprobs":null',
+    ',"finish_reason":null,"token_ids":[',
+    "]}]}\n\n",
+    "é",
+    "\n",
+]
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(TRAPS)
+deltas = st.one_of(
+    texts.map(lambda text: {"content": text}),
+    texts.map(lambda text: {"reasoning": text}),
+    texts.map(lambda text: {"tool_calls": [{"index": 0, "function": {"arguments": text}}]}),
+    st.just({}),
+)
+askings = st.builds(Asked, st.sampled_from(["m", 'a"b', "é"]), st.booleans(), st.booleans())
+
+
+def event_of(delta: dict[str, Any], tokens: list[tuple[int, float]], text: str) -> bytes:
+    """A content chunk in vLLM's bytes."""
+    entries = [
+        {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
+        for _, logprob in tokens
+    ]
+    choice = {"index": 0, "delta": delta, "logprobs": {"content": entries}, "finish_reason": None}
+    choice["token_ids"] = [number for number, _ in tokens]
+    head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1, "model": "v-1"}
+    return b"data: " + orjson.dumps({**head, "choices": [choice]}) + b"\n\n"
+
+
+def parsed(event: bytes) -> Any:
+    return orjson.loads(event.removeprefix(b"data: "))
+
+
+tokens = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(-99, 0)), min_size=1, max_size=3)
+
+
+@given(askings, st.lists(st.tuples(deltas, tokens, texts), min_size=1, max_size=6))
+def test_cut_bytes_are_the_stripped_chunk_and_lose_nothing(
+    asked: Asked, chunks: list[tuple[dict[str, Any], list[tuple[int, float]], str]]
+) -> None:
+    splice, pieces, whole = Splice(asked), Capture(), Capture()
+    first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
+    splice.learn(first, parsed(first))
+    for delta, found, text in chunks:
+        event = event_of(delta, found, text)
+        cut = splice.cut(event)
+        assert cut is not None
+        sent, piece = cut
+        expected = client_chunk(parsed(event), asked, None)
+        assert sent == (b"" if expected is None else b"data: " + orjson.dumps(expected) + b"\n\n")
+        pieces.piece(piece)
+        whole.chunk(parsed(event))
+    assert pieces.message() == whole.message()
+    assert pieces.behaviour_logprobs() == whole.behaviour_logprobs()
+    assert pieces.completion_ids == whole.completion_ids
+
+
+def test_what_is_no_content_chunk_is_left_to_the_parser() -> None:
+    splice = Splice(Asked("m"))
+    first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
+    assert splice.cut(first) is None  # nothing is known yet
+    splice.learn(first, parsed(first))
+    assert splice.cut(first) is not None
+    for old, new in (
+        (b'"finish_reason":null', b'"finish_reason":"stop","stop_reason":null'),
+        (b'"index":0', b'"index":1'),
+        (b'"token_ids":[1]', b'"token_ids":null'),
+        (b"]}]}\n\n", b']}],"usage":{"prompt_tokens":1}}\n\n'),
+        (b"}]}\n\n", b"}]}\r\n\r\n"),
+    ):
+        assert old in first
+        assert splice.cut(first.replace(old, new, 1)) is None, new
