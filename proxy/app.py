@@ -138,15 +138,14 @@ class Proxy:
             return await handler(request)
         except aiohttp.ClientConnectionResetError:
             return web.Response(status=499)  # the client has left: nobody reads this
+        except web.HTTPRequestEntityTooLarge:
+            return self._too_large(request)
         except web.RequestPayloadError as error:
             message = f"The request body cannot be read: {error}."
             return _refused(request, 400, "BadRequestError", message)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        try:
-            data = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            return self._too_large(request)
+        data = await request.read()
         body = json_object(data)
         if (refused := self._guard(request, _as_the_engine_reads(data, body))) is not None:
             return refused
@@ -195,10 +194,7 @@ class Proxy:
             return _refused(request, 403, "PermissionDeniedError", message)
         if request.method != "POST" or request.content_type != "application/json":
             return await self._forward(request, None)
-        try:
-            data = await request.read()
-        except web.HTTPRequestEntityTooLarge:
-            return self._too_large(request)
+        data = await request.read()
         body = json_object(data)
         if (refused := self._guard(request, _as_the_engine_reads(data, body))) is not None:
             return refused
@@ -209,7 +205,10 @@ class Proxy:
             served, named = version.adapter_name or self.engine.model, str(body.get("model"))
             if served == named:
                 return await self._forward(request, data)
-            sent = orjson.dumps({**body, "model": served})
+            try:
+                sent = orjson.dumps({**body, "model": served})
+            except TypeError:  # nested deeper than orjson writes: the engine is to refuse it
+                return await self._forward(request, data)
 
             def renamed(part: bytes) -> bytes:
                 # Quotes inside of a JSON string are escaped: this is always a key and its value.
