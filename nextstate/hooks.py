@@ -25,6 +25,9 @@ class Evidence:
     reply: str
     """The assistant's text with its tool calls written out."""
     next_states: tuple[NextState, ...]
+    """What came right after the reply."""
+    later: tuple[NextState, ...] = ()
+    """What the user said when the task ended that this reply was an earlier step of."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -158,6 +158,10 @@ class Vote:
     """+1, 0 or -1."""
     hint: str | None = None
     """What the next state says should have been done, in 1 to 3 sentences."""
+    sure: bool = True
+    """False when the judge found nothing to go by: the next one of a chain is asked then."""
+    tokens: int = 0
+    """What the vote cost, prompt and completion; 0 for a judge without a model."""
 
     def __post_init__(self) -> None:
         if self.score not in (-1, 0, 1):
