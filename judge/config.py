@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
 
 from nextstate.config import secret
 from nextstate.errors import ConfigError
 from nextstate.hooks import JudgeSettings
+
+VoteRule = Literal["majority", "consensus"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +29,8 @@ class JudgeConfig:
     """Environment variable with the judge's key."""
     votes: Annotated[int, Ge(1)] = 3
     """Independent votes a turn; a kind that is deterministic is asked once."""
+    vote_rule: VoteRule = "majority"
+    """How votes become a score; consensus is 0 unless more than half of all pairs agree on it."""
     parallel: Annotated[int, Ge(1)] = 8
     """Turns judged at the same time; each asks for its votes at once."""
     timeout_s: Annotated[float, Gt(0)] = 60.0
@@ -41,6 +45,11 @@ class JudgeConfig:
     """Wait after a turn's first attempt without a valid vote; doubles with each further one."""
     retry_max_s: Annotated[float, Gt(0)] = 3600.0
     """The longest such wait; a turn is never given up and never charged to the policy."""
+    calls_per_hour: Annotated[int, Ge(0)] = 0
+    """Votes that may be asked for in any hour; 0 is no limit."""
+    tokens_per_hour: Annotated[int, Ge(0)] = 0
+    """Prompt and completion tokens that votes may take in any hour; 0 is no limit. What is under
+    way when it is reached still ends."""
     tail_messages: Annotated[int, Ge(1)] = 6
     """How many of the request's last messages the judge sees."""
     max_chars: Annotated[int, Ge(200)] = 6000
@@ -50,6 +59,11 @@ class JudgeConfig:
     `--scheduling-policy priority` (it refuses the field otherwise)."""
 
     def __post_init__(self) -> None:
+        if 0 < self.calls_per_hour < self.votes:
+            raise ConfigError(
+                f"[judge] calls_per_hour = {self.calls_per_hour} does not pay for one turn of "
+                f"votes = {self.votes}: raise calls_per_hour, or ask for fewer votes"
+            )
         if self.lease_s <= 2 * self.timeout_s:
             raise ConfigError(
                 f"[judge] lease_s = {self.lease_s} must be more than twice timeout_s = "

@@ -129,7 +129,7 @@ async def evaluate(
                 votes = await votes_on(case.evidence, case.id, config, judge)
             except JudgeError:
                 votes = []
-            verdict = verdict_of(case.id, judge.name, votes, case.evidence.reply)
+            verdict = verdict_of(case.id, judge.name, votes, case.evidence, config.vote_rule)
             seconds = time.perf_counter() - started
             done()
             return Outcome(case, verdict and verdict.score, len(votes), seconds)

@@ -22,20 +22,27 @@ _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
 
 
 def build_evidence(
-    turn: Turn, states: Sequence[NextState], tail_messages: int, max_chars: int
+    turn: Turn,
+    states: Sequence[NextState],
+    tail_messages: int,
+    max_chars: int,
+    later: Sequence[NextState] = (),
 ) -> Evidence:
-    """The turn with what followed it, as the judge gets it."""
+    """The turn with what followed it, and `later` at the end of its task, as the judge gets it."""
     messages = cast("list[Json]", turn.request.get("messages") or [])
     tail = [(str(m.get("role", "")), message_text(m)) for m in messages[-tail_messages:]]
     texts = clipped_all([text for _, text in tail], max_chars, 2 * max_chars)
-    state_texts = clipped_all([state.text for state in states], max_chars, 2 * max_chars)
     return Evidence(
         tail=tuple((role, text) for (role, _), text in zip(tail, texts, strict=True)),
         reply=clipped(message_text(turn.reply), max_chars),
-        next_states=tuple(
-            replace(state, text=text) for state, text in zip(states, state_texts, strict=True)
-        ),
+        next_states=_clipped_states(states, max_chars),
+        later=_clipped_states(later, max_chars),
     )
+
+
+def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextState, ...]:
+    texts = clipped_all([state.text for state in states], max_chars, 2 * max_chars)
+    return tuple(replace(state, text=text) for state, text in zip(states, texts, strict=True))
 
 
 def message_text(message: Json) -> str:

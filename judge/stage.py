@@ -13,22 +13,26 @@ import asyncio
 import logging
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, cast
 
 from judge.config import JudgeConfig
-from judge.evidence import build_evidence
+from judge.credit import steps_meant
+from judge.evidence import build_evidence, message_text
 from judge.hinting import hinted_messages, rendering_options
 from judge.verdict import verdict_of
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
-from nextstate.records import Json, NextState, Turn, Verdict, Vote
-from nextstate.store import Store
+from nextstate.records import Json, NextState, Source, Turn, Verdict, Vote
+from nextstate.store import Judgement, Store
+from nextstate.wire import objects
 
 log = logging.getLogger(__name__)
 
 IDLE_S = 0.05
 """Between two looks at an empty queue."""
+SPENT_S = 1.0
+"""Between two looks at a budget that is used up."""
 FINISH_S = 2.0
 """How long votes under way may take once the stage is told to stop."""
 _HELD_PER_PLACE = 2
@@ -56,6 +60,15 @@ class Counts:
     """Attempts that ended without a verdict."""
     unparsed: int = 0
     """Votes that gave no answer: unreadable, late or refused."""
+    calls: int = 0
+    """Votes that were asked for."""
+    tokens: int = 0
+    """What the valid ones cost."""
+
+    def add(self, other: Counts) -> None:
+        """Adds another's figures."""
+        for field in fields(self):
+            setattr(self, field.name, getattr(self, field.name) + getattr(other, field.name))
 
 
 async def run(
@@ -76,13 +89,13 @@ async def run(
     try:
         while not stop.is_set():
             free = config.parallel * _HELD_PER_PLACE - len(held)
-            leased = await worker.lease(free) if free >= config.parallel else []
+            leased = await worker.lease(free, len(held)) if free >= config.parallel else []
             for turn_id in leased:
                 held[asyncio.create_task(worker.settle(turn_id))] = turn_id
             if len(held) > config.parallel * (_HELD_PER_PLACE - 1):
                 await asyncio.wait({*held, stopping}, return_when=asyncio.FIRST_COMPLETED)
             elif not leased:
-                await asyncio.wait({stopping}, timeout=IDLE_S)
+                await asyncio.wait({stopping}, timeout=SPENT_S if worker.spent else IDLE_S)
             _forget_done(held)
         if held:
             await asyncio.wait(held, timeout=FINISH_S)
@@ -102,15 +115,16 @@ async def judge_turn(
     judge: JudgeKind,
     engine: Renderer,
     counts: Counts | None = None,
+    later: Sequence[NextState] = (),
 ) -> Verdict:
-    """The verdict on one turn.
+    """The verdict on one turn; `later` is what the user said at the end of its task.
 
     Raises JudgeError when no vote was valid, EngineError when the hinted prompt of a trainable
     turn could not be rendered.
     """
-    evidence = build_evidence(turn, states, config.tail_messages, config.max_chars)
+    evidence = build_evidence(turn, states, config.tail_messages, config.max_chars, later)
     votes = await votes_on(evidence, turn.id, config, judge, counts)
-    verdict = verdict_of(turn.id, judge.name, votes, evidence.reply)
+    verdict = verdict_of(turn.id, judge.name, votes, evidence, config.vote_rule)
     assert verdict is not None
     if verdict.hint is None or not turn.trainable:
         return verdict
@@ -136,12 +150,33 @@ async def votes_on(
         *(_vote(judge, evidence, first_seed + i, config.timeout_s) for i in range(wanted))
     )
     failures = [answer for answer in answers if isinstance(answer, JudgeError)]
+    votes = [answer for answer in answers if isinstance(answer, Vote)]
     if counts is not None:
         counts.unparsed += len(failures)
-    votes = [answer for answer in answers if isinstance(answer, Vote)]
+        counts.calls += wanted
+        counts.tokens += sum(vote.tokens for vote in votes)
     if not votes:
         raise JudgeError(f"none of {wanted} votes was valid: {failures[0]}") from failures[0]
     return votes
+
+
+def affordable(config: JudgeConfig, calls: int, tokens: int, held: int) -> int:
+    """How many more turns may be leased when the last hour has cost `calls` and `tokens`.
+
+    The `held` ones will still ask for all their votes; what these and the next take in tokens is
+    not known beforehand.
+
+    >>> affordable(JudgeConfig(votes=3, calls_per_hour=20), calls=6, tokens=900, held=2)
+    2
+    >>> affordable(JudgeConfig(tokens_per_hour=900), calls=6, tokens=900, held=0)
+    0
+    """
+    if config.tokens_per_hour and tokens >= config.tokens_per_hour:
+        return 0
+    if not config.calls_per_hour:
+        return config.parallel * _HELD_PER_PLACE
+    left = config.calls_per_hour - calls - held * config.votes
+    return max(0, left // config.votes)
 
 
 def retry_delay_s(attempts: int, initial_s: float, max_s: float) -> float:
@@ -181,12 +216,26 @@ class _Worker:
         self._judge = judge
         self._engine = engine
         self._counts = counts
+        self._budget = not judge.deterministic and (
+            config.calls_per_hour > 0 or config.tokens_per_hour > 0
+        )
+        self.spent = False
+        """Whether the hour's budget is used up."""
         self._places = asyncio.Semaphore(config.parallel)
         # Threads that meet at SQLite's write lock sleep for milliseconds; tasks here just queue.
         self._writing = asyncio.Lock()
 
-    async def lease(self, limit: int) -> list[str]:
-        """Takes up to `limit` turns out of the store's queue."""
+    async def lease(self, limit: int, held: int) -> list[str]:
+        """Takes up to `limit` turns from the queue, as the budget allows beside the `held`."""
+        if self._budget:
+            calls, tokens = await asyncio.to_thread(self._store.spent)
+            allowed = affordable(self._config, calls, tokens, held)
+            if self.spent != (allowed == 0 and not held):
+                self.spent = not self.spent
+                log.info("the hour's budget is %s", "used up" if self.spent else "open again")
+            limit = min(limit, allowed)
+        if not limit:
+            return []
         async with self._writing:
             return await asyncio.to_thread(
                 self._store.lease_judgements, limit, self._config.lease_s
@@ -196,12 +245,13 @@ class _Worker:
         """Judges one leased turn; whatever goes wrong, the row is settled or put back."""
         try:
             async with self._places:
-                turn, states = await asyncio.to_thread(_load, self._store, turn_id)
-                verdict = await judge_turn(
-                    turn, states, self._config, self._judge, self._engine, self._counts
-                )
+                work = await asyncio.to_thread(_load, self._store, turn_id)
+                verdict = await self._judged(work)
+            meant = await asyncio.to_thread(self._steps_meant, work)
             async with self._writing:
-                settled = await asyncio.to_thread(self._store.settle_verdict, verdict)
+                settled = await asyncio.to_thread(
+                    self._store.settle_verdict, verdict, task_end=work.task_end, meant=meant
+                )
             self._counts.judged += settled
         except (JudgeError, EngineError) as error:
             log.info("no verdict yet: %s", error, extra={"turn": turn_id})
@@ -215,19 +265,61 @@ class _Worker:
         async with self._writing:
             await asyncio.to_thread(self._store.defer_judgement, turn_id, delay_s, reason)
 
+    async def _judged(self, work: Judgement) -> Verdict:
+        """`judge_turn`, with what it cost taken off the budget whether it succeeds or not."""
+        cost = Counts()
+        try:
+            return await judge_turn(
+                work.turn,
+                work.next_states,
+                self._config,
+                self._judge,
+                self._engine,
+                cost,
+                work.later,
+            )
+        finally:
+            self._counts.add(cost)
+            if self._budget:
+                async with self._writing:
+                    await asyncio.to_thread(self._store.spend, cost.calls, cost.tokens)
+
+    def _steps_meant(self, work: Judgement) -> list[str]:
+        """The earlier steps of the turn's task that the user's words are about as well."""
+        said = "\n".join(s.text for s in work.next_states if s.source is Source.USER)
+        steps = self._store.earlier_steps(work.turn.id) if said and work.turn.parent else []
+        if not steps:
+            return []
+        request, calls = task_of(work.turn.request)
+        # Newest first on both sides: a history that was cut has fewer than were recorded.
+        shown = list(zip(steps, reversed(calls), strict=False))
+        return [shown[n][0] for n in steps_meant(said, [call for _, call in shown], request)]
+
     async def _retry_later(self, turn_id: str, reason: str) -> None:
-        attempts = await asyncio.to_thread(self._store.judgement_attempts, turn_id)
+        work = await asyncio.to_thread(self._store.judgement, turn_id)
         config = self._config
+        attempts = work.attempts if work else 1
         delay_s = retry_delay_s(attempts, config.retry_initial_s, config.retry_max_s)
         await self.put_back(turn_id, delay_s, reason)
         self._counts.deferred += 1
 
 
-def _load(store: Store, turn_id: str) -> tuple[Turn, tuple[NextState, ...]]:
-    turn = store.turn(turn_id)
-    if turn is None:
+def task_of(request: Json) -> tuple[str, list[str]]:
+    """What the user asked last in a request, and what each reply since then says and calls."""
+    asked, calls = "", list[str]()
+    for message in objects(request.get("messages")):
+        if message.get("role") == "user":
+            asked, calls = message_text(message), []
+        elif message.get("role") == "assistant":
+            calls.append(message_text(message))
+    return asked, calls
+
+
+def _load(store: Store, turn_id: str) -> Judgement:
+    work = store.judgement(turn_id)
+    if work is None:
         raise JudgeError("the turn is no longer in the store")
-    return turn, store.next_states(turn_id)
+    return work
 
 
 def _forget_done(held: dict[asyncio.Task[None], str]) -> None:

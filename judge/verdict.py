@@ -1,17 +1,28 @@
 """From votes to a verdict.
 
-The score is the majority's; a tie is 0. A hint comes only from votes that agree with that score,
-whatever its sign: a hint beside a vote that lost argues for something the majority did not see.
-Among them wins the hint whose words the other hints share most, then the shorter one.
+*Majority*: the score that most votes gave; a tie is 0. *Consensus* (`[judge] vote_rule`): each vote
+weighs as much as the share of the others that agree with it, and the score is 0 unless it has more
+than half of the weight that a unanimous jury would give it.
+
+Praise that only tools or the environment bear witness to must be unanimous: what they return was
+often written by strangers. The confidence is the weight behind the score times the trust of the
+best source among the next states.
+
+A hint comes only from votes that agree with the score, whatever its sign: a hint beside a vote that
+lost argues for something the others did not see. It must ask for something, and may neither quote
+the reply, nor hand over the answer that a tool or a pasted block gave later, nor repeat a secret.
+Among those left wins the one whose words the other hints share most, then the shorter one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import SequenceMatcher
 
-from nextstate.records import Verdict, Vote, majority
+from judge.config import VoteRule
+from nextstate.hooks import Evidence
+from nextstate.records import NextState, Source, Verdict, Vote, majority
 
 HINT_MIN_CHARS = 8
 HINT_MAX_CHARS = 400
@@ -19,6 +30,9 @@ HINT_MAX_SENTENCES = 3
 _QUOTED_SHARE = 0.8
 """A hint of several words that repeats this share of them in one run of the reply quotes it."""
 _QUOTE_WORDS = 5
+_ANSWER_WORDS = 8
+"""So many words in a row out of a tool's text or a pasted block are the answer itself."""
+_THEIRS = (Source.USER, Source.FEEDBACK)
 
 _SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])|\n+")
 _WORD = re.compile(r"\w+")
@@ -31,20 +45,79 @@ _NOTHING = re.compile(
     re.IGNORECASE,
 )
 """Words that stand in the hint's place and ask for nothing."""
+_PASTED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
+_RANDOM = re.compile(r"(?=[\w+=-]*\d)(?=[\w+=-]*[A-Za-z])[\w+=-]{16,}")
+"""What keys and tokens look like: long, of letters and digits."""
+_NAMED_SECRET = re.compile(
+    r"\b(?:password|passwd|passphrase|secret|token|api[ _-]?key|pin)\b[\"']?\s*(?:is|:|=)\s*"
+    r"[\"'`]?([^\s\"'`,;]{4,})",
+    re.IGNORECASE,
+)
 
 
-def verdict_of(turn: str, judge: str, votes: Sequence[Vote], reply: str) -> Verdict | None:
-    """The verdict of valid `votes` on the turn that said `reply`; None without any vote."""
+def verdict_of(
+    turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence, rule: VoteRule = "majority"
+) -> Verdict | None:
+    """The verdict of valid `votes` on the turn that `evidence` shows; None without any vote."""
     if not votes:
         return None
     scores = tuple(vote.score for vote in votes)
-    score = majority(scores)
+    score, weight = RULES[rule](scores)
+    states = (*evidence.next_states, *evidence.later)
+    if score > 0 and len(set(scores)) > 1 and not any(s.source in _THEIRS for s in states):
+        score, weight = 0, 0.0
     hints = [
         hint
         for vote in votes
-        if vote.score == score and vote.hint and (hint := checked_hint(vote.hint, reply))
+        if vote.score == score and vote.hint and (hint := checked_hint(vote.hint, evidence.reply))
     ]
-    return Verdict(turn=turn, votes=scores, score=score, judge=judge, hint=chosen_hint(hints))
+    hints = [hint for hint in hints if not gives_away(hint, states, evidence.tail)]
+    return Verdict(
+        turn=turn,
+        votes=scores,
+        score=score,
+        judge=judge,
+        hint=chosen_hint(hints),
+        confidence=weight * max((state.trust for state in states), default=1.0),
+    )
+
+
+def by_majority(scores: Sequence[int]) -> tuple[int, float]:
+    """The score of most votes and their share; a tie is 0.
+
+    >>> by_majority([1, 1, -1, 1]), by_majority([1, -1])
+    ((1, 0.75), (0, 0.0))
+    """
+    score = majority(scores)
+    return score, scores.count(score) / len(scores)
+
+
+def by_consensus(scores: Sequence[int]) -> tuple[int, float]:
+    """The score that more than half of all pairs of votes agree on, and their share; else 0.
+
+    Each vote weighs as much as the share of the other votes that agree with it, so k of n votes
+    have k (k - 1) of the n (n - 1) that a unanimous jury would have.
+
+    >>> by_consensus([1, 1, 1]), by_consensus([1, 1, -1]), by_consensus([-1])
+    ((1, 1.0), (0, 0.0), (-1, 1.0))
+    >>> by_consensus([1, 1, 1, 1, -1]), by_consensus([1, 1, 1, 0, -1])
+    ((1, 0.6), (0, 0.0))
+    """
+    count, score = len(scores), majority(scores)
+    if count == 1:
+        return score, 1.0
+    weight = _pairs(scores.count(score)) / _pairs(count)
+    return (score, weight) if 2 * weight > 1 else (0, _pairs(scores.count(0)) / _pairs(count))
+
+
+def _pairs(count: int) -> int:
+    return count * (count - 1)
+
+
+RULES: Mapping[VoteRule, Callable[[Sequence[int]], tuple[int, float]]] = {
+    "majority": by_majority,
+    "consensus": by_consensus,
+}
 
 
 def chosen_hint(hints: Sequence[str]) -> str | None:
@@ -64,18 +137,24 @@ def chosen_hint(hints: Sequence[str]) -> str | None:
 def checked_hint(text: str, reply: str) -> str | None:
     """The hint, tidied, or None when it would not help the reply that it is about.
 
-    Kept are its first three sentences. It must be of a sensible length, say something to do, hold
-    no chat template marks, and not simply quote the reply.
+    It must say something to do and not simply quote the reply.
+    """
+    hint = tidied_hint(text)
+    if hint is None or _NOTHING.fullmatch(hint) or quotes(hint, reply):
+        return None
+    return hint
+
+
+def tidied_hint(text: str) -> str | None:
+    """The first three sentences on one line; None unless of a sensible length and of plain words.
+
+    Marks of chat templates are not plain words.
     """
     sentences = [s.strip() for s in _SENTENCE.split(_CONTROL.sub("", text).strip()) if s.strip()]
     hint = " ".join(sentences[:HINT_MAX_SENTENCES]).strip("\"“”' ")
-    if not HINT_MIN_CHARS <= len(hint) <= HINT_MAX_CHARS:
+    if not HINT_MIN_CHARS <= len(hint) <= HINT_MAX_CHARS or _TEMPLATE.search(hint):
         return None
-    if _TEMPLATE.search(hint) or _NOTHING.fullmatch(hint):
-        return None
-    if not any(character.isalpha() for character in hint) or quotes(hint, reply):
-        return None
-    return hint
+    return hint if any(character.isalpha() for character in hint) else None
 
 
 def quotes(hint: str, reply: str) -> bool:
@@ -83,8 +162,34 @@ def quotes(hint: str, reply: str) -> bool:
     mine, theirs = _words(hint), _words(reply)
     if not mine or not theirs:
         return False
-    run = SequenceMatcher(None, theirs, mine, autojunk=False).find_longest_match().size
+    run = _longest_run(mine, theirs)
     return run == len(mine) or (len(mine) >= _QUOTE_WORDS and run >= _QUOTED_SHARE * len(mine))
+
+
+def gives_away(
+    hint: str, states: Sequence[NextState], tail: Sequence[tuple[str, str]] = ()
+) -> bool:
+    """Whether the hint holds what the policy could not have known or must not learn by heart.
+
+    That is eight words in a row of a tool's text or of a block that the user pasted, or a key,
+    token or password that the request did not have yet.
+    """
+    before = "\n".join(text for _, text in tail)
+    mine = _words(hint)
+    for state in states:
+        text = state.text
+        finished = _PASTED.findall(text) if state.source in _THEIRS else [text]
+        if any(_longest_run(mine, _words(part)) >= _ANSWER_WORDS for part in finished):
+            return True
+        named = (secret.rstrip(".!?)") for secret in _NAMED_SECRET.findall(text))
+        secrets = {*_RANDOM.findall(text), *named}
+        if any(secret in hint and secret not in before for secret in secrets):
+            return True
+    return False
+
+
+def _longest_run(mine: Sequence[str], theirs: Sequence[str]) -> int:
+    return SequenceMatcher(None, theirs, mine, autojunk=False).find_longest_match().size
 
 
 def _words(text: str) -> list[str]:

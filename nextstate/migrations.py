@@ -71,6 +71,7 @@ def _keep_feedback(connection: sa.Connection) -> None:
     """Version 4: feedback of its own, what judging costs, how sure a verdict is."""
     _add_column(connection, t.verdicts.c.confidence)
     _add_column(connection, t.versions.c.reason)
+    _add_column(connection, t.judgements.c.task_end)
     t.feedback.create(connection, checkfirst=True)
     t.spending.create(connection, checkfirst=True)
 

@@ -91,8 +91,10 @@ judgements = sa.Table(
     sa.Column("not_before", sa.Float, nullable=False, default=0.0),
     sa.Column("attempts", sa.Integer, nullable=False, default=0),
     sa.Column("reason", sa.Text),
+    sa.Column("task_end", sa.String(40)),
 )
-"""The judge's work: one row for each main turn that has a next state."""
+"""The judge's work: one row for each main turn that has a next state. `task_end` is the later turn
+whose next state speaks about this one too."""
 sa.Index("judgements_by_state", judgements.c.state, judgements.c.not_before)
 
 verdicts = sa.Table(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import orjson
@@ -27,6 +28,7 @@ from nextstate.records import (
     PolicyVersion,
     Sample,
     SampleState,
+    Source,
     Turn,
     Verdict,
     VersionState,
@@ -47,8 +49,26 @@ from nextstate.sqlite import checkpoint, open_file
 
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
+BUDGET_S = 3600.0
+"""The window of the judge's budget."""
+_MOST_STEPS = 32
+_IN_TRAINING = (SampleState.LEASED, SampleState.TRAINED)
 _SILENT_S = 10.0
 """A worker that says nothing for so long is taken for dead."""
+
+
+@dataclass(frozen=True, slots=True)
+class Judgement:
+    """A leased turn with what the judge may know of it."""
+
+    turn: Turn
+    next_states: tuple[NextState, ...]
+    later: tuple[NextState, ...]
+    """What the user said when the turn's task ended, where that speaks about this turn."""
+    task_end: str | None
+    """The turn that `later` followed."""
+    attempts: int
+    """How many times the turn has been leased, this time included."""
 
 
 class Store:
@@ -202,28 +222,72 @@ class Store:
                 .values(state="pending", not_before=self._clock() + delay_s, reason=reason)
             )
 
-    def judgement_attempts(self, turn_id: str) -> int:
-        """How many times the turn has been leased for judging."""
+    def judgement(self, turn_id: str) -> Judgement | None:
+        """What there is to judge of a leased turn; None when the turn is gone."""
+        j = t.judgements.c
         with self._read() as connection:
-            query = sa.select(t.judgements.c.attempts).where(t.judgements.c.turn == turn_id)
-            return connection.execute(query).scalar() or 0
+            row = connection.execute(sa.select(t.turns).where(t.turns.c.id == turn_id)).first()
+            work = connection.execute(
+                sa.select(j.attempts, j.task_end).where(j.turn == turn_id)
+            ).first()
+            if row is None or work is None:
+                return None
+            later = () if work.task_end is None else next_states_of(connection, work.task_end)
+            return Judgement(
+                turn_of(connection, row),
+                next_states_of(connection, turn_id),
+                tuple(state for state in later if state.source is Source.USER),
+                work.task_end,
+                work.attempts,
+            )
 
-    def settle_verdict(self, verdict: Verdict) -> bool:
+    def earlier_steps(self, turn_id: str) -> list[str]:
+        """The turns of the same task before this one, newest first.
+
+        A task is what happened between two messages of a user: every turn before the last one was
+        followed by tools or the environment only.
+        """
+        c, n = t.turns.c, t.next_states.c
+        found: list[str] = []
+        with self._read() as connection:
+            above = sa.select(c.parent).where(c.id == sa.bindparam("turn"))
+            sources = sa.select(n.source).where(n.turn == sa.bindparam("turn"))
+            last: str | None = turn_id
+            while len(found) < _MOST_STEPS:
+                last = connection.execute(above, {"turn": last}).scalar()
+                if last is None:
+                    break
+                said = set(connection.execute(sources, {"turn": last}).scalars())
+                if not said or said & {Source.USER, Source.FEEDBACK}:
+                    break
+                found.append(last)
+        return found
+
+    def settle_verdict(
+        self, verdict: Verdict, *, task_end: str | None = None, meant: Sequence[str] = ()
+    ) -> bool:
         """Keeps the verdict and makes its sample; False when the turn already has one.
 
         A person's verdict replaces what was voted, unless the sample is trained or being trained.
+        So does a vote that knew the end of the turn's task, `task_end`, which the one before it did
+        not. `meant` are earlier steps that this turn's next state speaks about too: they are judged
+        anew, with it as evidence, unless they are trained or a person has judged them.
         """
         with self._write() as connection:
-            c = t.turns.c
+            c, j, v = t.turns.c, t.judgements.c, t.verdicts.c
             query = sa.select(c.lineage, c.policy_version, c.untrainable)
             row = connection.execute(query.where(c.id == verdict.turn)).first()
             if row is None:
                 raise StoreError(f"there is no turn {verdict.turn!r}: see `nextstate turns`")
-            voted = sa.select(t.verdicts.c.judge).where(t.verdicts.c.turn == verdict.turn)
-            if connection.execute(voted).first() is not None:
-                if verdict.judge != FEEDBACK:
+            voted = connection.execute(sa.select(v.judge).where(v.turn == verdict.turn)).scalar()
+            if voted is not None and verdict.judge != FEEDBACK:
+                if voted == FEEDBACK:
                     return False
-                connection.execute(sa.delete(t.verdicts).where(t.verdicts.c.turn == verdict.turn))
+                if not _is_open(connection, verdict.turn):
+                    connection.execute(_done(verdict.turn))
+                    return False
+            if voted is not None:
+                connection.execute(sa.delete(t.verdicts).where(v.turn == verdict.turn))
             hinted = verdict.hinted_prompt_ids
             connection.execute(
                 sa.insert(t.verdicts).values(
@@ -237,13 +301,31 @@ class Store:
                     confidence=verdict.confidence,
                 )
             )
-            connection.execute(
-                sa.update(t.judgements)
-                .where(t.judgements.c.turn == verdict.turn)
-                .values(state="done", lease_until=None, reason=None)
-            )
+            connection.execute(_done(verdict.turn))
+            if verdict.judge != FEEDBACK:
+                # The task may have ended while the votes were under way.
+                missed = (j.turn == verdict.turn, j.task_end.is_distinct_from(task_end))
+                connection.execute(sa.update(t.judgements).where(*missed).values(state="pending"))
             _put_sample(connection, row, verdict)
+            if meant:
+                _judge_anew(connection, meant, verdict.turn)
         return True
+
+    def spend(self, calls: int, tokens: int) -> None:
+        """Notes what judging a turn has cost; what is an hour old is forgotten."""
+        now = self._clock()
+        with self._write() as connection:
+            old = t.spending.c.at < now - BUDGET_S
+            connection.execute(sa.delete(t.spending).where(old))
+            connection.execute(sa.insert(t.spending).values(at=now, calls=calls, tokens=tokens))
+
+    def spent(self) -> tuple[int, int]:
+        """(calls, tokens) that judging has cost in the last hour."""
+        s = t.spending.c
+        with self._read() as connection:
+            query = sa.select(sa.func.sum(s.calls), sa.func.sum(s.tokens))
+            calls, tokens = connection.execute(query.where(s.at >= self._clock() - BUDGET_S)).one()
+        return calls or 0, tokens or 0
 
     # The learner's work
 
@@ -446,6 +528,36 @@ def _usable(lineage: str, scored: bool, hinted: bool) -> tuple[sa.ColumnElement[
     s = t.samples.c
     signals = [s.score != 0] * scored + [s.hinted] * hinted
     return s.lineage == lineage, s.state == SampleState.READY, sa.or_(*signals)
+
+
+def _done(turn_id: str) -> sa.Update:
+    settled = {"state": "done", "lease_until": None, "reason": None}
+    return sa.update(t.judgements).where(t.judgements.c.turn == turn_id).values(settled)
+
+
+def _is_open(connection: sa.Connection, turn_id: str) -> bool:
+    """Whether a turn that was voted on is to be judged anew, and nothing has trained on it."""
+    j, s = t.judgements.c, t.samples.c
+    work = sa.select(j.state).where(j.turn == turn_id)
+    sample = sa.select(s.state).where(s.turn == turn_id)
+    return (
+        connection.execute(work).scalar() != "done"
+        and connection.execute(sample).scalar() not in _IN_TRAINING
+    )
+
+
+def _judge_anew(connection: sa.Connection, turns: Sequence[str], task_end: str) -> None:
+    """Puts turns back to be judged with what followed `task_end` as evidence."""
+    j, s, v = t.judgements.c, t.samples.c, t.verdicts.c
+    fixed = sa.union_all(
+        sa.select(s.turn).where(s.turn.in_(turns), s.state.in_(_IN_TRAINING)),
+        sa.select(v.turn).where(v.turn.in_(turns), v.judge == FEEDBACK),
+    )
+    connection.execute(
+        sa.update(t.judgements)
+        .where(j.turn.in_(turns), j.turn.not_in(fixed))
+        .values(state="pending", task_end=task_end, attempts=0, not_before=0.0, lease_until=None)
+    )
 
 
 def _put_sample(

@@ -317,6 +317,7 @@ def undo_version_4(connection: sa.Connection) -> None:
         connection.execute(sa.text(f"DROP TABLE {table}"))
     connection.execute(sa.text("ALTER TABLE verdicts DROP COLUMN confidence"))
     connection.execute(sa.text("ALTER TABLE versions DROP COLUMN reason"))
+    connection.execute(sa.text("ALTER TABLE judgements DROP COLUMN task_end"))
 
 
 def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None], int]]:

@@ -9,7 +9,7 @@ import aiohttp
 from nextstate.errors import JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from plugins.judges.prompting import RESPONSE_FORMAT, parse_vote, vote_messages
+from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 _SHOWN_CHARS = 200
 
@@ -30,16 +30,17 @@ class EngineJudge:
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
         """One vote; raises JudgeError when the server or its answer fails."""
+        asked = question(evidence, order=seed)
         body: Json = {
             "model": self._settings.model,
-            "messages": vote_messages(evidence),
+            "messages": asked.messages,
             "max_tokens": self._settings.max_tokens,
             "temperature": self._settings.temperature,
             "seed": seed,
             "response_format": RESPONSE_FORMAT,
             **self._settings.extra,
         }
-        return parse_vote(completion_text(await self._ask(body)))
+        return asked.vote(completion_text(await self._ask(body)))
 
     async def close(self) -> None:
         """Closes the connections."""

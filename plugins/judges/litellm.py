@@ -15,7 +15,7 @@ from nextstate.errors import JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
 from plugins.judges.engine import completion_text
-from plugins.judges.prompting import RESPONSE_FORMAT, parse_vote, vote_messages
+from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 
 class LitellmJudge:
@@ -35,9 +35,10 @@ class LitellmJudge:
         """One vote; raises JudgeError when the provider or its answer fails."""
         settings = self._settings
         litellm = await self._loaded()
+        asked = question(evidence, order=seed)
         request: Json = {
             "model": settings.model,
-            "messages": vote_messages(evidence),
+            "messages": asked.messages,
             "api_base": settings.base_url or None,
             "api_key": settings.api_key,
             "timeout": settings.timeout_s,
@@ -57,7 +58,7 @@ class LitellmJudge:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
             raise JudgeError(f"litellm model {settings.model!r} failed: {error}") from error
-        return parse_vote(completion_text(answer.model_dump()))
+        return asked.vote(completion_text(answer.model_dump()))
 
     async def close(self) -> None:
         """Closes litellm's connections."""
