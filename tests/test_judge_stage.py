@@ -11,7 +11,7 @@ import pytest
 from judge.config import JudgeConfig
 from judge.stage import Counts, judge_turn, retry_delay_s, run
 from nextstate.config import StoreConfig
-from nextstate.errors import EngineError, JudgeError
+from nextstate.errors import ConfigError, EngineError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
 from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind, Vote
 from nextstate.store import Store
@@ -354,3 +354,65 @@ def test_a_vote_past_its_time_is_no_vote() -> None:
     config = JudgeConfig(timeout_s=0.01)
     with pytest.raises(JudgeError, match="timeout_s"):
         asyncio.run(judge_turn(a_turn(), [], config, judge, ScriptedEngine()))
+
+
+# The budget
+
+
+def test_the_hours_budget_of_calls_bounds_what_is_judged(tmp_path: Path) -> None:
+    clock, counts = Clock(), Watched()
+    store = open_store(tmp_path, clock)
+    record(store, [a_turn(i) for i in range(6)])
+    config = JudgeConfig(calls_per_hour=7, votes=3)
+    judge = constant(Vote(1, tokens=10))
+    judge_until(store, [judge], counts, judged=2, config=config)
+    assert (store.spent(), len(judge.seeds)) == ((6, 60), 6)
+    clock.now += 3599.0
+    assert store.spent() == (6, 60)
+    clock.now += 2.0
+    assert store.spent() == (0, 0)
+    judge_until(store, [judge], counts, judged=4, config=config)
+    assert store.spent() == (6, 60)
+    store.close()
+
+
+def test_a_budget_that_is_used_up_leases_nothing_until_the_hour_is_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    clock, counts = Clock(), Watched()
+    store = open_store(tmp_path, clock)
+    record(store, [a_turn(0)])
+    store.spend(1, 500)
+    judge = constant(Vote(1))
+
+    async def scene() -> None:
+        stop = asyncio.Event()
+        config = JudgeConfig(tokens_per_hour=500)
+        task = asyncio.create_task(run(store, config, judge, ScriptedEngine(), stop, counts))
+        async with asyncio.timeout(60):
+            while "used up" not in caplog.text:
+                await asyncio.sleep(0.01)
+        assert judge.seeds == []
+        clock.now += 3601.0
+        await counts.until(judged=1)
+        stop.set()
+        await task
+
+    asyncio.run(scene())
+    store.close()
+
+
+def test_votes_that_fail_count_against_the_budget(tmp_path: Path) -> None:
+    store, counts = open_store(tmp_path), Watched()
+    record(store, [a_turn(0)])
+    judge = constant(JudgeError("garbage"))
+    judge_until(store, [judge], counts, deferred=1, config=JudgeConfig(calls_per_hour=100))
+    assert store.spent() == (3, 0)
+    assert (counts.calls, counts.tokens) == (3, 0)
+    store.close()
+
+
+def test_a_budget_below_one_turn_is_refused() -> None:
+    with pytest.raises(ConfigError, match="calls_per_hour = 2 does not pay for one turn"):
+        JudgeConfig(votes=3, calls_per_hour=2)
