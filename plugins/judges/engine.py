@@ -35,8 +35,8 @@ class EngineJudge:
             "model": self._settings.model,
             "messages": asked.messages,
             "max_tokens": self._settings.max_tokens,
+            # No seed: on a CPU vLLM dies of one beside a prompt that it prefills in pieces.
             "temperature": self._settings.temperature,
-            "seed": seed,
             "response_format": RESPONSE_FORMAT,
             **self._settings.extra,
         }
