@@ -20,9 +20,10 @@ class JudgeConfig:
     """The keys of `[judge]`."""
 
     kind: str = "engine"
-    """A file of plugins/judges/ (`engine`, `litellm`, `rules`) or a `module:function`."""
+    """A file of plugins/judges/ (`engine`, `litellm`, `rules`, `outcome`) or a `module:function`;
+    several, with commas, are a chain: each is asked in turn until one is sure."""
     model: str = ""
-    """The judge's model; empty means the engine's base model."""
+    """The judge's model; empty means the engine's base model. The kinds of a chain share it."""
     base_url: str = ""
     """An OpenAI-compatible address ending in /v1; empty means the engine's or the provider's."""
     api_key_env: str = ""
@@ -64,6 +65,16 @@ class JudgeConfig:
                 f"[judge] calls_per_hour = {self.calls_per_hour} does not pay for one turn of "
                 f"votes = {self.votes}: raise calls_per_hour, or ask for fewer votes"
             )
+        if not all(self.kinds) or len(set(self.kinds)) < len(self.kinds):
+            raise ConfigError(
+                f"[judge] kind = {self.kind!r}: expected one name, or different ones with commas "
+                'between them, such as "rules,engine"'
+            )
+        if {"engine", "litellm"} <= set(self.kinds):
+            raise ConfigError(
+                f"[judge] kind = {self.kind!r}: engine and litellm cannot share [judge] model, "
+                "base_url and api_key_env; name one of them"
+            )
         if self.lease_s <= 2 * self.timeout_s:
             raise ConfigError(
                 f"[judge] lease_s = {self.lease_s} must be more than twice timeout_s = "
@@ -71,12 +82,20 @@ class JudgeConfig:
                 "raise lease_s"
             )
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names in `kind`, in the order in which they are asked."""
+        return tuple(name.strip() for name in self.kind.split(","))
+
 
 def plugin_settings(config: JudgeConfig, model: str = "", base_url: str = "") -> JudgeSettings:
-    """What the configured plugin gets; `model` and `base_url` stand in for empty keys.
+    """What the configured plugins get; `model` and `base_url`, the engine's, stand in for empty
+    keys, except for litellm, which would take the engine for the provider.
 
     Raises ConfigError when the named key variable is not set.
     """
+    if "litellm" in config.kinds:
+        model = base_url = ""
     return JudgeSettings(
         model=config.model or model,
         base_url=config.base_url or base_url,

@@ -7,6 +7,7 @@ A file holds one case a line: `{"id", "tail": [[role, text], …], "reply", "nex
 from __future__ import annotations
 
 import asyncio
+import math
 import statistics
 import time
 from collections import Counter
@@ -22,7 +23,7 @@ from judge.stage import votes_on
 from judge.verdict import verdict_of
 from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
-from nextstate.records import TRUST, NextState, Source
+from nextstate.records import TRUST, NextState, Source, Vote, majority
 
 SCORES = (1, 0, -1)
 GROUPS = ("language", "category")
@@ -45,7 +46,8 @@ class Outcome:
     case: Case
     score: int | None
     """None: it abstained, no vote was valid."""
-    votes: int
+    votes: tuple[Vote, ...]
+    """The valid ones, in order."""
     seconds: float
 
 
@@ -132,7 +134,7 @@ async def evaluate(
             verdict = verdict_of(case.id, judge.name, votes, case.evidence, config.vote_rule)
             seconds = time.perf_counter() - started
             done()
-            return Outcome(case, verdict and verdict.score, len(votes), seconds)
+            return Outcome(case, verdict and verdict.score, tuple(votes), seconds)
 
     return await asyncio.gather(*(one(case) for case in cases))
 
@@ -155,6 +157,41 @@ def report(outcomes: Sequence[Outcome]) -> str:
     for label in SCORES:
         counts = [confusion.get((label, score), 0) for score in (*SCORES, None)]
         lines.append(f"{label:+12d}{counts[0]:11}{counts[1]:5}{counts[2]:5}{counts[3]:6}")
-    votes = sum(o.votes for o in outcomes) / len(outcomes)
-    median = statistics.median(o.seconds for o in outcomes)
-    return "\n".join([*lines, "", f"{votes:.1f} valid votes and {median * 1000:.1f} ms a case"])
+    return "\n".join([*lines, "", *costs(outcomes)])
+
+
+def costs(outcomes: Sequence[Outcome]) -> list[str]:
+    """What judging took, a line for each measure."""
+    votes = [vote for o in outcomes for vote in o.votes]
+    tokens = sum(vote.tokens for vote in votes) / len(outcomes)
+    decided = [settled_after([vote.score for vote in o.votes]) for o in outcomes if o.votes]
+    latencies = sorted(1000 * o.seconds for o in outcomes)
+    slow = latencies[math.ceil(0.95 * len(latencies)) - 1]
+    lines = [
+        f"{len(votes) / len(outcomes):.1f} valid votes and {tokens:.0f} tokens a case",
+        f"{sum(not vote.sure for vote in votes)} of {len(votes)} votes unsure",
+        f"latency: median {statistics.median(latencies):.1f} ms, p95 {slow:.1f} ms",
+    ]
+    if decided:
+        lines.insert(1, f"majority settled after {statistics.mean(decided):.1f} votes on average")
+    return lines
+
+
+def settled_after(scores: Sequence[int]) -> int:
+    """How many of the votes, in their order, fix the majority whatever the rest say.
+
+    >>> settled_after([1, 1, -1]), settled_after([1, 0, 1]), settled_after([-1])
+    (2, 3, 1)
+    >>> settled_after([1, -1, 0, 0, 0])  # after four, one more could make a tie at most: 0
+    4
+    """
+    for asked in range(len(scores)):
+        left = len(scores) - asked
+        rests = (
+            [1] * ups + [-1] * downs + [0] * (left - ups - downs)
+            for ups in range(left + 1)
+            for downs in range(left + 1 - ups)
+        )
+        if len({majority([*scores[:asked], *rest]) for rest in rests}) == 1:
+            return asked
+    return len(scores)

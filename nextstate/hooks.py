@@ -82,6 +82,12 @@ class AgentProfile(Protocol):
         ...
 
 
+def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:
+    """The judge of one name, or the chain of several. Raises PluginError and JudgeError."""
+    judges = [cast(JudgeKind, load_plugin("judges", name, settings)) for name in kinds]
+    return judges[0] if len(judges) == 1 else load_plugin("judges", "chain", judges)
+
+
 def text_of(content: object) -> str:
     """The plain text of a message's content, given as a string or as a list of parts."""
     if isinstance(content, str):

@@ -69,9 +69,9 @@ class Settings:
                 f"max_lora_rank = {self.engine.max_lora_rank}: vLLM would refuse the adapters"
             )
         self._check_lineages()
-        if self.judge.kind == "litellm" and not self.privacy.external_judge:
+        if "litellm" in self.judge.kinds and not self.privacy.external_judge:
             raise ConfigError(
-                '[judge] kind = "litellm" sends turns to the provider of its model: '
+                f'[judge] kind = "{self.judge.kind}" sends turns to the provider of its model: '
                 "allow it with [privacy] external_judge = true"
             )
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, zero_adapter_path
 from nextstate.errors import ConfigError, StartError
-from nextstate.hooks import load_plugin
+from nextstate.hooks import load_judge, load_plugin
 from nextstate.records import MAIN_LINEAGE, PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
@@ -165,7 +165,7 @@ async def run_judge(settings: Settings) -> None:
     store = Store(settings.store)
     async with engine_client(settings) as engine:
         given = plugin_settings(settings.judge, settings.engine.name, f"{engine.url}/v1")
-        kind = load_plugin("judges", settings.judge.kind, given)
+        kind = load_judge(settings.judge.kinds, given)
         try:
             await run(store, settings.judge, kind, engine, stop)
         finally:
@@ -182,9 +182,9 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     from judge.evaluation import evaluate, read_cases, report
 
     cases = read_cases(file, split)
-    served = f"{engine_url(settings)}/v1" if settings.judge.kind == "engine" else ""
+    served = f"{engine_url(settings)}/v1" if "engine" in settings.judge.kinds else ""
     given = plugin_settings(settings.judge, settings.engine.name, served)
-    kind = load_plugin("judges", settings.judge.kind, given)
+    kind = load_judge(settings.judge.kinds, given)
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task(f"{kind.name} judges", total=len(cases))

@@ -4,17 +4,30 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections import Counter
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from judge.config import JudgeConfig
-from judge.evaluation import agreement, evaluate, read_cases, report
+from judge.evaluation import (
+    Case,
+    Outcome,
+    agreement,
+    costs,
+    evaluate,
+    read_cases,
+    report,
+    settled_after,
+)
 from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, load_plugin
-from nextstate.records import Vote
+from nextstate.records import Vote, majority
 
 SHIPPED = Path(__file__).parent.parent / "judge" / "data" / "next_states.jsonl"
 CASE: dict[str, Any] = {
@@ -37,7 +50,7 @@ class Scripted:
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
         if not evidence.reply.lstrip("-").isdigit():
             raise JudgeError("unparseable")
-        return Vote(int(evidence.reply), None)
+        return Vote(int(evidence.reply), sure=evidence.reply == "1", tokens=40)
 
     async def close(self) -> None:
         """Nothing to release."""
@@ -69,7 +82,7 @@ async def _outcomes(tmp_path: Path) -> str:
     done: list[int] = []
     found = await evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda: done.append(1))
     assert [o.score for o in found] == [1, 1, -1, None]
-    assert [o.votes for o in found] == [JudgeConfig().votes] * 3 + [0]
+    assert [len(o.votes) for o in found] == [JudgeConfig().votes] * 3 + [0]
     assert len(done) == len(replies)
     return report(found)
 
@@ -81,6 +94,54 @@ def test_every_case_is_judged_and_an_invalid_vote_is_an_abstention(tmp_path: Pat
     assert [line.split() for line in lines if line.lstrip().startswith("+1")] == [
         ["+1", "2", "0", "1", "1"]
     ]
+    # Four cases, three of them with three votes of 40 tokens; two equal votes of three decide.
+    assert "2.2 valid votes and 90 tokens a case" in lines
+    assert "majority settled after 2.0 votes on average" in lines
+    assert lines[-2] == "3 of 9 votes unsure"
+    assert re.fullmatch(r"latency: median [\d.]+ ms, p95 [\d.]+ ms", lines[-1])
+
+
+def test_costs_equal_the_hand_worked_numbers() -> None:
+    evidence = Evidence((), "r", ())
+    case = Case("a", evidence, 1, {})
+    votes = (Vote(1, tokens=30), Vote(0, sure=False, tokens=10))
+    # 20 cases of 1 to 20 ms; one of them has two votes and the others none.
+    seconds = [n / 1000 for n in range(1, 21)]
+    outcomes = [Outcome(case, 1, votes if s == 0.007 else (), s) for s in seconds]
+    assert costs(outcomes) == [
+        "0.1 valid votes and 2 tokens a case",
+        "majority settled after 2.0 votes on average",
+        "1 of 2 votes unsure",
+        "latency: median 10.5 ms, p95 19.0 ms",
+    ]
+    assert costs([Outcome(case, None, (), 0.001)])[:2] == [
+        "0.0 valid votes and 0 tokens a case",
+        "0 of 0 votes unsure",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("scores", "needed"),
+    [((1,), 1), ((1, 1, -1), 2), ((1, 0, 1), 3), ((1, -1, 0, 0, 0), 4), ((0, 0, 0, 1, 1), 3)],
+)
+def test_the_majority_is_settled_when_no_rest_can_change_it(
+    scores: tuple[int, ...], needed: int
+) -> None:
+    assert settled_after(scores) == needed
+
+
+@given(st.lists(st.sampled_from((1, 0, -1)), min_size=1, max_size=6))
+def test_later_votes_never_change_a_settled_majority(scores: list[int]) -> None:
+    needed = settled_after(scores)
+    left = len(scores) - needed
+    for rest in product((1, 0, -1), repeat=left):
+        assert majority([*scores[:needed], *rest]) == majority(scores)
+    if needed > 1:
+        earlier = [
+            majority([*scores[: needed - 1], *rest])
+            for rest in product((1, 0, -1), repeat=left + 1)
+        ]
+        assert len(set(earlier)) > 1
 
 
 @pytest.mark.parametrize(

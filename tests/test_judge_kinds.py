@@ -87,9 +87,10 @@ def asked(
 def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
     server = Server()
     vote = asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 7), priority=10)
-    assert vote == Vote(-1, "Do not use bold.")
+    assert vote == Vote(-1, "Do not use bold.", tokens=2)
     body = server.requests[0]
-    assert (body["model"], body["seed"], body["priority"]) == ("base", 7, 10)
+    assert (body["model"], body["priority"]) == ("base", 10)
+    assert "seed" not in body  # vLLM on a CPU does not survive it beside a prompt taken in pieces
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["score"]["enum"] == [1, 0, -1]
     assert "No bold." in body["messages"][-1]["content"]
@@ -134,7 +135,7 @@ def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors()
         return vote
 
     server = Server()
-    assert asked(server, "litellm", "openai/base", scene) == Vote(-1, "Do not use bold.")
+    assert asked(server, "litellm", "openai/base", scene) == Vote(-1, "Do not use bold.", tokens=2)
     assert [body["seed"] for body in server.requests] == [3, 4]
     assert server.requests[0]["model"] == "base"
     assert server.keys[0] == "Bearer k"

@@ -40,7 +40,8 @@ class EngineJudge:
             "response_format": RESPONSE_FORMAT,
             **self._settings.extra,
         }
-        return asked.vote(completion_text(await self._ask(body)))
+        answer = await self._ask(body)
+        return asked.vote(completion_text(answer), used_tokens(answer))
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -87,3 +88,16 @@ def completion_text(answer: Any) -> str:
     if not isinstance(text, str):
         raise JudgeError("the judge's completion has no text")
     return text
+
+
+def used_tokens(answer: Any) -> int:
+    """Prompt and completion tokens that a chat completion says it took; 0 where it does not say.
+
+    >>> used_tokens({"usage": {"prompt_tokens": 40, "completion_tokens": 2}})
+    42
+    >>> used_tokens({"usage": None})
+    0
+    """
+    usage = cast(Json, answer.get("usage") or {})
+    counts = (usage.get("prompt_tokens"), usage.get("completion_tokens"))
+    return sum(count for count in counts if isinstance(count, int))

@@ -14,7 +14,7 @@ from typing import Any
 from nextstate.errors import JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from plugins.judges.engine import completion_text
+from plugins.judges.engine import completion_text, used_tokens
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 
@@ -58,7 +58,8 @@ class LitellmJudge:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
             raise JudgeError(f"litellm model {settings.model!r} failed: {error}") from error
-        return asked.vote(completion_text(answer.model_dump()))
+        completion = answer.model_dump()
+        return asked.vote(completion_text(completion), used_tokens(completion))
 
     async def close(self) -> None:
         """Closes litellm's connections."""

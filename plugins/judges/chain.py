@@ -1,0 +1,65 @@
+"""Judges in a row: each is asked in turn, and the first vote that is sure counts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+from nextstate.errors import JudgeError, PluginError
+from nextstate.hooks import Evidence, JudgeKind
+from nextstate.records import Vote
+
+_KEPT = 256
+"""Turns whose deterministic votes are kept: more than a stage judges at the same time."""
+
+
+class Chain:
+    """Several kinds as one; it owns them."""
+
+    def __init__(self, judges: Sequence[JudgeKind]) -> None:
+        self.name = ",".join(judge.name for judge in judges)
+        self.deterministic = all(judge.deterministic for judge in judges)
+        self._judges = judges
+        self._kept: dict[tuple[int, Evidence], Vote] = {}
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        """The first sure vote, else the last judge's.
+
+        One that raises JudgeError passes on to the next; raises the last one's JudgeError.
+        """
+        *others, last = range(len(self._judges))
+        for place in others:
+            try:
+                vote = await self._vote(place, evidence, seed)
+            except JudgeError:
+                continue
+            if vote.sure:
+                return vote
+        return await self._vote(last, evidence, seed)
+
+    async def close(self) -> None:
+        """Closes every judge."""
+        for judge in self._judges:
+            await judge.close()
+
+    async def _vote(self, place: int, evidence: Evidence, seed: int) -> Vote:
+        """One judge's vote; a deterministic one is asked once a turn, not once a vote."""
+        judge = self._judges[place]
+        if not judge.deterministic:
+            return await judge.vote(evidence, seed)
+        key = (place, evidence)
+        if key not in self._kept:
+            self._kept[key] = await judge.vote(evidence, seed)
+            if len(self._kept) > _KEPT:
+                del self._kept[next(iter(self._kept))]
+        return self._kept[key]
+
+
+def create(settings: object) -> JudgeKind:
+    """The plugin's entry: it is given the judges, in order. Raises PluginError."""
+    if not isinstance(settings, Sequence):
+        raise PluginError(
+            '[judge] kind = "chain" names no judge: name them with commas between, such as '
+            'kind = "rules,engine"'
+        )
+    return Chain(cast("Sequence[JudgeKind]", settings))

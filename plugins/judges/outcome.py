@@ -1,0 +1,264 @@
+"""A judge of what can be verified: test verdicts, exit codes and explicit HTTP statuses.
+
+Only tools and the environment are heard, and of tools only those that execute: a page that was
+fetched may say "100 passed" as well. A failed test or a non-zero exit is -1. Passed tests are +1 if
+a call of the reply names something that checks. Exit 0 says only that a command ran: it is no
+verdict. A verdict that stands in the call's own arguments (`echo "5 passed"`) does not count, and
+neither does what stopped a command from outside (a timeout, a kill, a busy server). Of verdicts
+that contradict each other the last one of the last command counts; the exit code comes last.
+Without any the vote is an unsure 0. What it cannot see: a command that makes up its verdict out of
+pieces, or shows a file with one in it while its call names a test.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
+from nextstate.records import Json, Source, Vote
+from plugins.judges.calls import Call, calls_of
+
+EXECUTING = (
+    "exec", "bash", "shell", "run", "terminal", "test", "python", "process", "command", "console",
+    "powershell", "kernel", "notebook", "code_interpreter",
+)  # fmt: skip
+"""A tool whose name holds one of these executes; any other only fetches or stores."""
+
+REQUESTING = ("http", "request", "curl", "api", "webhook")
+"""A tool whose name holds one of these reports an HTTP status of its own."""
+
+_CHECKS = re.compile(
+    r"test|spec|check|verif|tox|nox|jest|mocha|\bava\b|rspec|cargo|mvn|maven|gradle|\bmake\b|"
+    r"npm (?:t|run)\b|yarn|pnpm|bazel|ctest|phpunit|dotnet|\bbun\b|\bdeno\b|\bjust\b|\bci\b",
+    re.IGNORECASE,
+)
+_STOPPED = frozenset({124, 130, 137, 143})
+"""Exit codes of `timeout`, an interrupt and a kill: the world ended the command."""
+
+_EXIT = re.compile(
+    r"^[^\w\n]{0,20}(?:(?:error|the|process|command|program|script|shell|terminal|task|job|finished|failed|"
+    r"completed|terminated|with|and)[^\w\n]{1,5}){0,5}"
+    r"(?:exit(?:ed)?|returned)(?:[ _]?(?:with )?(?:an? )?(?:non-zero )?(?:exit )?(?:code|status)?)"
+    r"[ ]*[:=]?[ ]*(?P<code>-?\d+)[^\w\n]{0,20}$",
+    re.IGNORECASE | re.MULTILINE,
+)
+_JSON_EXIT = re.compile(
+    r"(?<!\\)\"(?:exit_?code|exit_?status|return_?code)\"\s*:\s*(?P<code>-?\d+)", re.IGNORECASE
+)
+_JSON_TEXT = re.compile(r"\\[rn]|(?<!\\)\"")
+_STATUS_KEYS = ("status", "status_code", "statusCode", "http_status", "httpStatus")
+_BUSY = frozenset({408, 425, 429})
+"""Refusals of a server that another time would have answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """How one family of test runners words its summary."""
+
+    line: re.Pattern[str]
+    passed: Callable[[re.Match[str]], bool | None]
+    """None for a line that says nothing, such as one that ran no test."""
+    every: bool = False
+    """Whether it writes a line for each package, so that one failure decides them all."""
+
+
+def _line(pattern: str) -> re.Pattern[str]:
+    return re.compile(rf"^[ \t]*{pattern}[ \t=]*\r?$", re.MULTILINE)
+
+
+def _counted(match: re.Match[str]) -> bool | None:
+    """By the numbers before the words: any failure or error fails, some pass passes."""
+    counts = re.findall(r"(\d+) (\w+)", match.group().replace("|", ","))
+    if any(int(number) and word.startswith(("fail", "error")) for number, word in counts):
+        return False
+    return any(int(number) and word.startswith("pass") for number, word in counts) or None
+
+
+def _without_failures(match: re.Match[str]) -> bool | None:
+    """By named groups: `ran` in all, and the numbers of those that failed."""
+    failed = any(int(n or 0) for name, n in match.groupdict().items() if name != "ran")
+    return False if failed else bool(int(match["ran"])) or None
+
+
+def _worded(match: re.Match[str]) -> bool:
+    return match["good"] is not None
+
+
+_COUNT = r"\d+ (?:passed|failed|errors?|skipped|xfailed|xpassed|warnings?|deselected|todo|total)"
+REPORTS: Sequence[Report] = (
+    # pytest: "== 2 failed, 5 passed in 0.40s ==", quiet or not
+    Report(_line(rf"=*[ ]?{_COUNT}(?:, {_COUNT})*(?: in [\d.:]+ ?s(?: \([\d:]+\))?)?"), _counted),
+    # jest: "Tests: 1 failed, 3 passed, 4 total"; vitest: "Tests  4 failed | 2 passed (6)"
+    Report(
+        _line(
+            rf"(?:Tests|Test Files|Test Suites):?[ ]+{_COUNT}(?:(?:, | \| ){_COUNT})*(?: \(\d+\))?"
+        ),
+        _counted,
+        every=True,
+    ),
+    # unittest: "Ran 3 tests in 0.1s", then "OK" or "FAILED (failures=1)"
+    Report(
+        re.compile(r"^Ran [1-9]\d* tests? in [\d.]+s\s+(?:(?P<good>OK)\b|FAILED \()", re.MULTILINE),
+        _worded,
+    ),
+    # go: a line for each package
+    Report(
+        re.compile(
+            r"^(?:(?P<good>ok)[ \t]+\S+[ \t]+(?:[\d.]+s|\(cached\))"
+            r"|FAIL(?:[ \t]+\S+[ \t]+(?:[\d.]+s|\[.*\]))?[ \t]*$|--- FAIL: )",
+            re.MULTILINE,
+        ),
+        _worded,
+        every=True,
+    ),
+    # cargo: a line for each crate
+    Report(
+        re.compile(
+            r"^test result: (?:ok|FAILED)\. (?P<ran>\d+) passed; (?P<failed>\d+) failed",
+            re.MULTILINE,
+        ),
+        _without_failures,
+        every=True,
+    ),
+    # surefire and other JUnit runners: a line for each class, then the sum
+    Report(
+        re.compile(
+            r"Tests run: (?P<ran>\d+), Failures: (?P<failed>\d+)(?:, Errors: (?P<errors>\d+))?"
+        ),
+        _without_failures,
+        every=True,
+    ),
+    # mocha
+    Report(_line(r"[1-9]\d* (?:(?P<good>passing) \(\d+(?:ms|s|m)\)|failing)"), _worded, every=True),
+    # rspec
+    Report(
+        _line(r"(?P<ran>\d+) examples?, (?P<failed>\d+) failures?(?:, \d+ pending)?"),
+        _without_failures,
+    ),
+    # phpunit
+    Report(
+        re.compile(
+            r"^(?:(?P<good>OK) \([1-9]\d* tests?, \d+ assertions?\)|FAILURES!|ERRORS!)$",
+            re.MULTILINE,
+        ),
+        _worded,
+    ),
+    # node --test and other TAP summaries
+    Report(
+        re.compile(r"^# pass (?P<ran>\d+)\n(?:#.*\n)*?# fail (?P<failed>\d+)$", re.MULTILINE),
+        _without_failures,
+    ),
+)
+
+
+class OutcomeJudge:
+    """The `outcome` kind."""
+
+    name = "outcome"
+    deterministic = True
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        """The vote; unsure without a verdict."""
+        return vote_on(evidence)
+
+    async def close(self) -> None:
+        """Nothing is held."""
+
+
+def create(settings: JudgeSettings) -> JudgeKind:
+    """The plugin's entry; it needs no settings."""
+    return OutcomeJudge()
+
+
+def vote_on(evidence: Evidence) -> Vote:
+    """The last verdict of the last command that gave one."""
+    verdicts = [
+        passed
+        for text, calls, executed in results(evidence)
+        if (passed := verdict(text, calls) if executed else status_verdict(text)) is not None
+    ]
+    return Vote(1 if verdicts[-1] else -1) if verdicts else Vote(0, sure=False)
+
+
+def results(evidence: Evidence) -> Iterator[tuple[str, list[Call] | None, bool]]:
+    """What tools and the environment sent: text, the calls it may come from, if it was executed.
+
+    As many tool results as calls belong together in their order; otherwise every call of the reply
+    must execute. The environment's own reports come from no call: None.
+    """
+    calls = calls_of(evidence.reply)
+    tools = [state for state in evidence.next_states if state.source is Source.TOOL]
+    own = iter([[call] for call in calls] if len(calls) == len(tools) else [calls] * len(tools))
+    for state in evidence.next_states:
+        if state.source is Source.ENVIRONMENT:
+            yield state.text, None, True
+        elif state.source is Source.TOOL and (made := next(own)):
+            if all(_named(call, EXECUTING) for call in made):
+                yield state.text, made, True
+            elif all(_named(call, REQUESTING) for call in made):
+                yield state.text, made, False
+
+
+def verdict(text: str, calls: Sequence[Call] | None) -> bool | None:
+    """Whether a command's output says that it passed; None when it gives no verdict."""
+    lines = _JSON_TEXT.sub("\n", text) if text.lstrip().startswith("{") else text
+    found = [_last_exit(text)]
+    for report in REPORTS:
+        summaries = [
+            (match.end(), passed)
+            for match in report.line.finditer(lines)
+            if (passed := report.passed(match)) is not None and not _said_by(calls, match.group())
+        ]
+        if summaries:
+            end, passed = summaries[-1]
+            if report.every:
+                passed = all(passed for _, passed in summaries)
+            found.append((end, passed))
+    _, passed = max((entry for entry in found if entry), default=(0, None))
+    checks = calls is None or any(_CHECKS.search(f"{c.name} {c.arguments}") for c in calls)
+    return None if passed and not checks else passed
+
+
+def status_verdict(text: str) -> bool | None:
+    """False for an HTTP status that blames the request; what was served says nothing."""
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(answer, dict):
+        return None
+    stated = [cast(Json, answer).get(key) for key in _STATUS_KEYS]
+    blamed = any(isinstance(s, int) and 400 <= s < 500 and s not in _BUSY for s in stated)
+    return False if blamed else None
+
+
+def _last_exit(text: str) -> tuple[int, bool] | None:
+    """Where the last exit code that blames the command stands; a wrapper's own comes last."""
+    if (match := _last(_JSON_EXIT, text)) or (
+        match := _EXIT.match(text.lstrip().partition("\n")[0])
+    ):
+        place = len(text) + 1
+    elif match := _last(_EXIT, text):
+        place = match.end()
+    else:
+        return None
+    code = int(match["code"])
+    return None if code == 0 or code in _STOPPED else (place, False)
+
+
+def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
+    return next(reversed(list(pattern.finditer(text))), None)
+
+
+def _said_by(calls: Sequence[Call] | None, line: str) -> bool:
+    """Whether the call itself holds the line that its output shows."""
+    words = line.strip(" \t\r\n=")
+    return any(words in call.arguments for call in calls or ())
+
+
+def _named(call: Call, fragments: Sequence[str]) -> bool:
+    return any(fragment in call.name.lower() for fragment in fragments)
