@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from learner.schedule import Kind, Window, parse_windows
 from nextstate.errors import ConfigError
 
 Method = Literal["binary", "opd", "combined"]
@@ -69,6 +70,17 @@ class LearnerConfig:
     """Of the adapter's first weights."""
     poll_s: float = 1.0
     """Seconds between looks into the store while too few samples are ready."""
+    schedule: Kind = "always"
+    """`idle` waits while the engine serves, `window` begins updates only at some times of day."""
+    idle_patience_s: float = 60.0
+    """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
+    window: str = "22:00-07:00"
+    """`window`: local times as `22:00-07:00` or `sat-sun 00:00-24:00`, several with commas."""
+
+    @property
+    def windows(self) -> tuple[Window, ...]:
+        """`window`, parsed."""
+        return parse_windows(self.window)
 
     def __post_init__(self) -> None:
         for key in ("batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "max_tokens"):
@@ -82,7 +94,15 @@ class LearnerConfig:
             "step_kl",
         ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
-        for key in ("weight_decay", "epsilon_high", "kl_coef", "max_lag", "threads", "seed"):
+        for key in (
+            "weight_decay",
+            "epsilon_high",
+            "kl_coef",
+            "max_lag",
+            "threads",
+            "seed",
+            "idle_patience_s",
+        ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("adam_beta1", "adam_beta2", "epsilon"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
@@ -93,6 +113,10 @@ class LearnerConfig:
             f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}",
         )
         _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
+        try:
+            parse_windows(self.window)
+        except ValueError as error:
+            raise ConfigError(f"[learner] window = {self.window!r}: {error}") from None
         known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
         _require(known_device, "device", self.device, "auto, cpu, cuda or cuda:N")
 

@@ -31,9 +31,10 @@ from learner.batch import token_count
 from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.metrics import append_metrics
+from learner.schedule import LiveRequests, Schedule
 from learner.selection import Parents, policy_lag, unfit
 from learner.trainer import PolicyTrainer, Update, build_trainer
-from nextstate.errors import EngineError, LearnerError
+from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
 
@@ -58,21 +59,42 @@ def run(
     lineage: str,
     publish: Publisher,
     stop: threading.Event,
+    live_requests: LiveRequests | None = None,
 ) -> None:
     """Trains the lineage until `stop` is set.
 
+    `live_requests` asks the engine, which `schedule = "idle"` needs.
     Raises StartError for a model that cannot be loaded and LearnerError when training must not go
     on; leased samples are ready again then.
     """
+    schedule = _schedule(config, stop, live_requests)
     folder = lineage_folder(store.dir / "learner", lineage)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     trainer = build_trainer(config, model_path, folder)
-    learner = _Learner(store, config, model_path, lineage, publish, stop, trainer)
+    trainer.before_micro_batch = schedule.before_micro_batch
+    learner = _Learner(store, config, model_path, lineage, publish, stop, trainer, schedule)
     try:
         trainer.train_on(learner.updates())
     except LearnerError:
         learner.recover()
         raise
+
+
+def _schedule(
+    config: LearnerConfig, stop: threading.Event, live_requests: LiveRequests | None
+) -> Schedule:
+    if config.schedule == "idle" and live_requests is None:
+        raise StartError(
+            '[learner] schedule = "idle" asks the engine whether it serves, and there is none: '
+            'set [learner] schedule to "always" or "window"'
+        )
+    return Schedule(
+        config.schedule,
+        stop.wait,
+        windows=config.windows,
+        live_requests=live_requests,
+        patience_s=config.idle_patience_s,
+    )
 
 
 class _Learner:
@@ -87,6 +109,7 @@ class _Learner:
         publish: Publisher,
         stop: threading.Event,
         trainer: PolicyTrainer,
+        schedule: Schedule,
     ) -> None:
         self._store = store
         self._config = config
@@ -96,6 +119,7 @@ class _Learner:
         self._publish = publish
         self._stop = stop
         self._trainer = trainer
+        self._schedule = schedule
         self._folder = lineage_folder(store.dir / "learner", lineage)
         self._current = BASE_VERSION
         """The version whose weights the trainer holds."""
@@ -104,6 +128,9 @@ class _Learner:
         """Batches for the trainer; what follows each `yield` runs after its step."""
         self._resume()
         while not self._stop.is_set():
+            self._schedule.before_update()
+            if self._stop.is_set():
+                return
             self._follow_rollback()
             leased = self._lease()
             if leased is None:

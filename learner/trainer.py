@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +73,8 @@ class PolicyTrainer(GRPOTrainer):
         self.weights = WEIGHTS[config.method]
         self.metrics: dict[str, float] = {}
         """Of the last update."""
+        self.before_micro_batch: Callable[[], None] = lambda: None
+        """Waits where the machine is needed for something else."""
         self._updates: Iterator[Update] = iter(())
         self._tokens: list[TokenStats] = []
         self._logprobs: Tensor | None = None
@@ -119,6 +121,7 @@ class PolicyTrainer(GRPOTrainer):
         self._tokens, self._trained = [], []
         loss = torch.zeros((), device=self.args.device)
         for samples in micro_batches(update.samples, self.config.micro_batch_size):
+            self.before_micro_batch()
             batch: Any = collate(
                 samples,
                 current=update.version,

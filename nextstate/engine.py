@@ -18,11 +18,15 @@ import aiohttp
 import orjson
 
 from nextstate.errors import EngineError
+from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
 from nextstate.wire import json_object, objects
 
 PROBE_TIMEOUT_S = 60.0
+GLANCE_TIMEOUT_S = 5.0
+"""For what a server answers at once unless it is overloaded."""
+_LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 WARM_UP_ADAPTER = "nextstate-warm-up"
 
 
@@ -66,7 +70,7 @@ class EngineClient:
         """Closes the connections."""
         await self._session.close()
 
-    async def healthy(self, timeout_s: float = 5.0) -> bool:
+    async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
         """Whether the server says that it can serve now."""
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -85,6 +89,21 @@ class EngineClient:
             return [ServedModel(card["id"], card.get("parent"), card.get("root")) for card in cards]
         except KeyError as error:
             raise EngineError(f"{self.url}/v1/models lists models without {error}") from error
+
+    async def live_requests(self) -> int:
+        """Requests that run or wait now, whoever sent them: an agent, the judge, a probe."""
+        text = await self._request("GET", "/metrics", None, GLANCE_TIMEOUT_S)
+        try:
+            found = [gauge_sum(text.decode(), name) for name in _LIVE_GAUGES]
+            counts = [int(count) for count in found if count is not None]
+        except (UnicodeDecodeError, ValueError, OverflowError) as error:
+            raise EngineError(f"{self.url}/metrics cannot be read: {error}") from error
+        if len(counts) != len(_LIVE_GAUGES):
+            raise EngineError(
+                f"{self.url}/metrics lacks {' or '.join(_LIVE_GAUGES)}: start vLLM without "
+                '--disable-log-stats, or set [learner] schedule = "always" or "window"'
+            )
+        return sum(counts)
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Loads the adapter in folder `path` under `name`; an adapter that is there stays."""
@@ -131,7 +150,11 @@ class EngineClient:
         return list(answer["tokens"])
 
     async def _call(self, method: str, path: str, body: Json | None) -> Json:
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        text = await self._request(method, path, body, PROBE_TIMEOUT_S)
+        return json_object(text) or {}  # vLLM's adapter routes answer in plain words
+
+    async def _request(self, method: str, path: str, body: Json | None, timeout_s: float) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         data = None if body is None else orjson.dumps(body)
         headers = {"Content-Type": "application/json"}
         try:
@@ -146,7 +169,7 @@ class EngineClient:
                     )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EngineError(f"{method} {self.url}{path} failed: {error!r}") from error
-        return json_object(text) or {}  # vLLM's adapter routes answer in plain words
+        return text
 
 
 async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:

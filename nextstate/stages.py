@@ -213,7 +213,20 @@ def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
     def to_engine(version: PolicyVersion) -> None:
         asyncio.run(publish_version(settings, store, version))
 
-    run(store, settings.learner, settings.engine.model_path, lineage, to_engine, stop)
+    def live_requests() -> int:
+        return asyncio.run(_live_requests(settings))
+
+    if settings.learner.schedule == "idle":
+        engine_url(settings)  # without an engine there is nothing to be asked
+    run(
+        store,
+        settings.learner,
+        settings.engine.model_path,
+        lineage,
+        to_engine,
+        stop,
+        live_requests,
+    )
     store.close()
 
 
@@ -221,6 +234,11 @@ async def publish_version(settings: Settings, store: Store, version: PolicyVersi
     """Brings a version into service on the configured engine."""
     async with engine_client(settings) as engine:
         await publish(store, engine, version)
+
+
+async def _live_requests(settings: Settings) -> int:
+    async with engine_client(settings) as engine:
+        return await engine.live_requests()
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

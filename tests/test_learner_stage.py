@@ -13,6 +13,7 @@ from peft import PeftModel
 from learner import stage
 from learner.adapters import verify_adapter
 from learner.config import LearnerConfig
+from learner.schedule import Schedule
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -272,6 +273,34 @@ def test_another_rank_cannot_go_on_from_old_weights(recorded, model_path):
     train(recorded, model_path, FakeEngine(recorded.store))
     with pytest.raises(LearnerError, match="lora_rank"):
         train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, lora_rank=2))
+
+
+def test_an_idle_learner_asks_the_engine_before_every_micro_batch(recorded, model_path):
+    recorded.add_mixed(16)
+    engine = FakeEngine(recorded.store)
+    busy = iter([1, 0, 0, 2, 0, 0])
+    config = replace(CONFIG, schedule="idle", micro_batch_size=4)
+    stage.run(recorded.store, config, model_path, "main", engine, engine.stop, lambda: next(busy))
+    assert next(busy, None) is None
+    assert recorded.states() == {"trained": 16}
+
+
+def test_outside_its_window_the_learner_leases_nothing(recorded, model_path, monkeypatch):
+    recorded.add_mixed(16)
+    engine = FakeEngine(recorded.store)
+
+    def closed_until_the_end(schedule: Schedule) -> None:
+        assert recorded.states() == {"ready": 16}
+        engine.stop.set()
+
+    monkeypatch.setattr(Schedule, "before_update", closed_until_the_end)
+    train(recorded, model_path, engine)
+    assert recorded.states() == {"ready": 16}
+
+
+def test_without_an_engine_an_idle_schedule_is_refused(recorded, model_path):
+    with pytest.raises(StartError, match=r"schedule = \"idle\" asks the engine"):
+        train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, schedule="idle"))
 
 
 def test_a_missing_model_is_one_clear_message(recorded, tmp_path):
