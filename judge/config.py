@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt
+from annotated_types import Ge, Gt, Le
 
 from nextstate.config import secret
 from nextstate.errors import ConfigError
@@ -46,6 +46,9 @@ class JudgeConfig:
     """Wait after a turn's first attempt without a valid vote; doubles with each further one."""
     retry_max_s: Annotated[float, Gt(0)] = 3600.0
     """The longest such wait; a turn is never given up and never charged to the policy."""
+    share: Annotated[float, Gt(0), Le(1)] = 0.1
+    """Of the time, how much votes may take on the engine while agents use it; 1 holds nothing
+    back. It counts for the kind `engine` on the engine itself."""
     calls_per_hour: Annotated[int, Ge(0)] = 0
     """Votes that may be asked for in any hour; 0 is no limit."""
     tokens_per_hour: Annotated[int, Ge(0)] = 0
@@ -87,10 +90,18 @@ class JudgeConfig:
         """The names in `kind`, in the order in which they are asked."""
         return tuple(name.strip() for name in self.kind.split(","))
 
+    @property
+    def on_engine(self) -> bool:
+        """Whether votes are asked of the engine that serves the policy."""
+        return "engine" in self.kinds and not self.base_url
 
-def plugin_settings(config: JudgeConfig, model: str = "", base_url: str = "") -> JudgeSettings:
+
+def plugin_settings(
+    config: JudgeConfig, model: str = "", base_url: str = "", extra: Mapping[str, Any] | None = None
+) -> JudgeSettings:
     """What the configured plugins get; `model` and `base_url`, the engine's, stand in for empty
-    keys, except for litellm, which would take the engine for the provider.
+    keys, except for litellm, which would take the engine for the provider. So does `extra`, for
+    what `[judge] extra` does not name, if the engine is asked.
 
     Raises ConfigError when the named key variable is not set.
     """
@@ -103,5 +114,5 @@ def plugin_settings(config: JudgeConfig, model: str = "", base_url: str = "") ->
         timeout_s=config.timeout_s,
         max_tokens=config.max_tokens,
         temperature=config.temperature,
-        extra=dict(config.extra),
+        extra={**((config.on_engine and extra) or {}), **config.extra},
     )

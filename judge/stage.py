@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
@@ -20,6 +21,7 @@ from judge.config import JudgeConfig
 from judge.credit import steps_meant
 from judge.evidence import build_evidence, message_text
 from judge.hinting import hinted_messages, rendering_options
+from judge.pace import Pace
 from judge.verdict import verdict_of
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
@@ -78,12 +80,14 @@ async def run(
     engine: Renderer,
     stop: asyncio.Event,
     counts: Counts | None = None,
+    pace: Pace | None = None,
 ) -> None:
     """Judges until `stop`; then finishes what is under way, or puts it back after FINISH_S.
 
-    The caller owns `judge` and `engine` and closes them. `counts` is kept up to date when given.
+    The caller owns `judge` and `engine` and closes them. `counts` is kept up to date when given;
+    `pace` is for a judge that votes on the engine which agents use.
     """
-    worker = _Worker(store, config, judge, engine, counts or Counts())
+    worker = _Worker(store, config, judge, engine, counts or Counts(), pace)
     held: dict[asyncio.Task[None], str] = {}
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -210,12 +214,14 @@ class _Worker:
         judge: JudgeKind,
         engine: Renderer,
         counts: Counts,
+        pace: Pace | None,
     ) -> None:
         self._store = store
         self._config = config
         self._judge = judge
         self._engine = engine
         self._counts = counts
+        self._pace = pace
         self._budget = not judge.deterministic and (
             config.calls_per_hour > 0 or config.tokens_per_hour > 0
         )
@@ -234,6 +240,8 @@ class _Worker:
                 self.spent = not self.spent
                 log.info("the hour's budget is %s", "used up" if self.spent else "open again")
             limit = min(limit, allowed)
+        if self._pace is not None:
+            limit = await self._pace.allowed(limit, held)
         if not limit:
             return []
         async with self._writing:
@@ -267,7 +275,7 @@ class _Worker:
 
     async def _judged(self, work: Judgement) -> Verdict:
         """`judge_turn`, with what it cost taken off the budget whether it succeeds or not."""
-        cost = Counts()
+        cost, started = Counts(), time.monotonic()
         try:
             return await judge_turn(
                 work.turn,
@@ -280,6 +288,8 @@ class _Worker:
             )
         finally:
             self._counts.add(cost)
+            if self._pace is not None:
+                self._pace.judged(time.monotonic() - started)
             if self._budget:
                 async with self._writing:
                     await asyncio.to_thread(self._store.spend, cost.calls, cost.tokens)

@@ -26,7 +26,7 @@ from nextstate.records import MAIN_LINEAGE, PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
 from nextstate.supervisor import Part, Supervisor
-from nextstate.vllm import port_is_free
+from nextstate.vllm import VOTE_PRIORITY, by_priority, port_is_free
 
 if TYPE_CHECKING:
     from proxy.lineages import Lineages
@@ -159,15 +159,20 @@ def _doors(settings: Settings) -> Lineages:
 async def run_judge(settings: Settings) -> None:
     """Judges until SIGINT or SIGTERM."""
     from judge.config import plugin_settings
+    from judge.pace import Pace
     from judge.stage import run
 
     stop = _stop_event()
     store = Store(settings.store)
     async with engine_client(settings) as engine:
-        given = plugin_settings(settings.judge, settings.engine.name, f"{engine.url}/v1")
-        kind = load_judge(settings.judge.kinds, given)
+        config = settings.judge
+        priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
+        given = plugin_settings(config, settings.engine.name, f"{engine.url}/v1", priority)
+        kind = load_judge(config.kinds, given)
+        polite = config.on_engine and config.share < 1
+        pace = Pace(config.share, config.votes, engine.live_requests) if polite else None
         try:
-            await run(store, settings.judge, kind, engine, stop)
+            await run(store, config, kind, engine, stop, pace=pace)
         finally:
             await kind.close()
     store.close()

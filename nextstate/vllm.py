@@ -15,6 +15,8 @@ from nextstate.config import EngineConfig
 from nextstate.errors import StartError
 
 HOST = "127.0.0.1"
+VOTE_PRIORITY = 10
+"""Behind the requests of agents, which have 0."""
 
 _MARK = re.compile(r"(?:Error|Exception)(?:\[.*\])?: |^ERROR|error:", re.MULTILINE)
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
@@ -37,11 +39,26 @@ def command(config: EngineConfig, port: int) -> list[str]:
         # Without it only /v1/responses tells how much of a prompt was cached; served through the
         # chat route it could not.
         argv += ["--enable-prompt-tokens-details"]
+    if _option(config, "--scheduling-policy") is None:
+        # The judge's votes carry a priority, so that agents go first.
+        argv += ["--scheduling-policy", "priority"]
     if _on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
         # A sampled request with a seed whose prompt is taken in pieces ends vLLM on a CPU: its
         # random generator cannot be set back.
         argv += ["--no-enable-chunked-prefill"]
     return argv + list(config.args)
+
+
+def by_priority(config: EngineConfig) -> bool:
+    """Whether requests may name a priority: `command` sees to it, unless told otherwise."""
+    policy = _option(config, "--scheduling-policy")
+    return config.mode == "managed" and policy in (None, "priority")
+
+
+def _option(config: EngineConfig, name: str) -> str | None:
+    """What the user's own arguments say after `name`."""
+    words = " ".join(config.args).replace("=", " ").split()
+    return words[words.index(name) + 1] if name in words[:-1] else None
 
 
 def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -1,0 +1,75 @@
+"""How the judge makes room for agents where it votes on the very engine that serves them.
+
+A vote under way cannot be hurried, and a prompt that arrives meanwhile waits for the engine's step
+that it runs in. So while agents use the engine, turns are judged one at a time, and after each the
+judge rests until its votes have taken no more than their `share` of the time. It never starves, and
+on an engine that only the judge uses nothing is held back.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Awaitable, Callable
+
+from nextstate.errors import EngineError
+
+log = logging.getLogger(__name__)
+
+QUIET_S = 10.0
+"""So long after the last sign of an agent the engine counts as the judge's own."""
+LOOK_S = 1.0
+"""Between two looks at the engine."""
+LONGEST_REST_S = 30.0
+
+
+class Pace:
+    """Says how many turns may be taken up; see the module."""
+
+    def __init__(
+        self,
+        share: float,
+        votes: int,
+        live_requests: Callable[[], Awaitable[int]],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`live_requests` counts the engine's requests, `votes` of them for each turn judged."""
+        self._share = share
+        self._votes = votes
+        self._live_requests = live_requests
+        self._clock = clock
+        self._agents_until = 0.0
+        self._rest_until = 0.0
+        self._look_at = 0.0
+
+    async def allowed(self, wanted: int, held: int) -> int:
+        """How many of the `wanted` turns may be taken up while `held` are being judged."""
+        now = self._clock()
+        if now >= self._look_at:
+            self._look_at = now + LOOK_S
+            if await self._agents(held):
+                self._agents_until = now + QUIET_S
+        if now >= self._agents_until:
+            return wanted
+        return min(wanted, 1) if not held and now >= self._rest_until else 0
+
+    def judged(self, seconds: float) -> None:
+        """Notes that the votes on a turn took so long."""
+        self._rest_until = self._clock() + rest_s(seconds, self._share)
+
+    async def _agents(self, held: int) -> bool:
+        """Whether agents use the engine; if it cannot be asked, they may."""
+        try:
+            return await self._live_requests() > held * self._votes
+        except EngineError as error:
+            log.info("the judge cannot see whether agents use the engine: %s", error)
+            return True
+
+
+def rest_s(worked_s: float, share: float) -> float:
+    """The rest after which work of `worked_s` has taken `share` of the time.
+
+    >>> rest_s(0.5, 0.2), rest_s(0.5, 1.0), rest_s(1000.0, 0.5)
+    (2.0, 0.0, 30.0)
+    """
+    return min(LONGEST_REST_S, worked_s / share - worked_s)
