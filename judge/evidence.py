@@ -15,7 +15,7 @@ from typing import cast
 
 import orjson
 
-from nextstate.hooks import Evidence, text_of
+from nextstate.hooks import AgentProfile, Evidence, text_of
 from nextstate.records import Json, NextState, Turn
 
 _THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
@@ -27,10 +27,16 @@ def build_evidence(
     tail_messages: int,
     max_chars: int,
     later: Sequence[NextState] = (),
+    profile: AgentProfile | None = None,
 ) -> Evidence:
-    """The turn with what followed it, and `later` at the end of its task, as the judge gets it."""
+    """The turn with what followed it, and `later` at the end of its task, as the judge gets it.
+
+    With the agent's `profile`, messages that the agent itself made up are left out of the tail, and
+    so is its envelope around what people wrote.
+    """
     messages = cast("list[Json]", turn.request.get("messages") or [])
-    tail = [(str(m.get("role", "")), message_text(m)) for m in messages[-tail_messages:]]
+    said = [(str(m.get("role", "")), _said(m, profile)) for m in messages]
+    tail = [(role, text) for role, text in said if text is not None][-tail_messages:]
     texts = clipped_all([text for _, text in tail], max_chars, 2 * max_chars)
     return Evidence(
         tail=tuple((role, text) for (role, _), text in zip(tail, texts, strict=True)),
@@ -38,6 +44,12 @@ def build_evidence(
         next_states=_clipped_states(states, max_chars),
         later=_clipped_states(later, max_chars),
     )
+
+
+def _said(message: Json, profile: AgentProfile | None) -> str | None:
+    if profile is None or message.get("role") not in ("user", "tool"):
+        return message_text(message)
+    return profile.next_state_text(message)
 
 
 def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextState, ...]:

@@ -2,9 +2,9 @@
 
 It stands between the proxy, which records turns with what followed them, and the learner, which
 trains on the verdicts; all three meet only in the store. A turn is settled once: a crash leaves a
-lease that expires, and a second verdict on the same turn is refused by the store. A turn without a
-valid vote, or whose hinted prompt the engine could not render, goes back with a growing delay and
-is never charged to the policy.
+lease that expires, and a second verdict on the same turn is refused by the store. A vote waits a
+moment for a busy server and tries again. A turn without a valid vote, or whose hinted prompt the
+engine could not render, goes back with a growing delay and is never charged to the policy.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Protocol, cast
 
+from tenacity import (
+    AsyncRetrying,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
+
 from judge.config import JudgeConfig
 from judge.credit import steps_meant
 from judge.evidence import build_evidence, message_text
 from judge.hinting import hinted_messages, rendering_options
 from judge.pace import Pace
 from judge.verdict import verdict_of
-from nextstate.errors import EngineError, JudgeError
-from nextstate.hooks import Evidence, JudgeKind
+from nextstate.errors import BusyError, EngineError, JudgeError
+from nextstate.hooks import AgentProfile, Evidence, JudgeKind
 from nextstate.records import Json, NextState, Source, Turn, Verdict, Vote
 from nextstate.store import Judgement, Store
 from nextstate.wire import objects
@@ -40,6 +47,9 @@ FINISH_S = 2.0
 _HELD_PER_PLACE = 2
 """Turns leased for each one judged at a time: leasing in batches keeps the store's share small."""
 _MAX_DOUBLINGS = 30
+FIRST_RETRY_S = 0.5
+"""About how long a vote waits for a busy server the first time; doubles."""
+_ATTEMPTS = 3
 
 
 class Renderer(Protocol):
@@ -81,13 +91,14 @@ async def run(
     stop: asyncio.Event,
     counts: Counts | None = None,
     pace: Pace | None = None,
+    profile: AgentProfile | None = None,
 ) -> None:
     """Judges until `stop`; then finishes what is under way, or puts it back after FINISH_S.
 
     The caller owns `judge` and `engine` and closes them. `counts` is kept up to date when given;
-    `pace` is for a judge that votes on the engine which agents use.
+    `pace` is for a judge that votes on the engine which agents use; `profile` knows the agent.
     """
-    worker = _Worker(store, config, judge, engine, counts or Counts(), pace)
+    worker = _Worker(store, config, judge, engine, counts or Counts(), pace, profile)
     held: dict[asyncio.Task[None], str] = {}
     stopping = asyncio.create_task(stop.wait())
     try:
@@ -120,13 +131,16 @@ async def judge_turn(
     engine: Renderer,
     counts: Counts | None = None,
     later: Sequence[NextState] = (),
+    profile: AgentProfile | None = None,
 ) -> Verdict:
     """The verdict on one turn; `later` is what the user said at the end of its task.
+
+    With the agent's `profile`, what the agent itself wrote into the conversation is not shown.
 
     Raises JudgeError when no vote was valid, EngineError when the hinted prompt of a trainable
     turn could not be rendered.
     """
-    evidence = build_evidence(turn, states, config.tail_messages, config.max_chars, later)
+    evidence = build_evidence(turn, states, config.tail_messages, config.max_chars, later, profile)
     votes = await votes_on(evidence, turn.id, config, judge, counts)
     verdict = verdict_of(turn.id, judge.name, votes, evidence, config.vote_rule)
     assert verdict is not None
@@ -195,9 +209,16 @@ def retry_delay_s(attempts: int, initial_s: float, max_s: float) -> float:
 async def _vote(
     judge: JudgeKind, evidence: Evidence, seed: int, timeout_s: float
 ) -> Vote | JudgeError:
+    """One vote within `timeout_s`; a server that is busy is asked again after a moment."""
+    patiently = AsyncRetrying(
+        retry=retry_if_exception_type(BusyError),
+        wait=wait_random_exponential(multiplier=FIRST_RETRY_S, max=timeout_s / 4),
+        stop=stop_after_attempt(_ATTEMPTS),
+        reraise=True,
+    )
     try:
         async with asyncio.timeout(timeout_s):
-            return await judge.vote(evidence, seed)
+            return await patiently(judge.vote, evidence, seed)
     except JudgeError as error:
         return error
     except TimeoutError:
@@ -215,6 +236,7 @@ class _Worker:
         engine: Renderer,
         counts: Counts,
         pace: Pace | None,
+        profile: AgentProfile | None,
     ) -> None:
         self._store = store
         self._config = config
@@ -222,6 +244,7 @@ class _Worker:
         self._engine = engine
         self._counts = counts
         self._pace = pace
+        self._profile = profile
         self._budget = not judge.deterministic and (
             config.calls_per_hour > 0 or config.tokens_per_hour > 0
         )
@@ -285,6 +308,7 @@ class _Worker:
                 self._engine,
                 cost,
                 work.later,
+                self._profile,
             )
         finally:
             self._counts.add(cost)

@@ -7,6 +7,7 @@
     ├── StoreError      the database refused or failed
     ├── RecordError     a record that contradicts itself
     ├── JudgeError      a judge that could not vote
+    │   └── BusyError   … but may in a moment
     ├── LearnerError    a batch or a version that must not be trained or served
     └── PluginError     a plugin that cannot be found or loaded
 
@@ -41,6 +42,10 @@ class RecordError(NextStateError):
 
 class JudgeError(NextStateError):
     """A judge could not give a vote; the turn is retried, never charged to the policy."""
+
+
+class BusyError(JudgeError):
+    """The judge's server is away, overloaded or asks to wait."""
 
 
 class LearnerError(NextStateError):

@@ -169,10 +169,11 @@ async def run_judge(settings: Settings) -> None:
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
         given = plugin_settings(config, settings.engine.name, f"{engine.url}/v1", priority)
         kind = load_judge(config.kinds, given)
+        profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
         pace = Pace(config.share, config.votes, engine.live_requests) if polite else None
         try:
-            await run(store, config, kind, engine, stop, pace=pace)
+            await run(store, config, kind, engine, stop, pace=pace, profile=profile)
         finally:
             await kind.close()
     store.close()

@@ -13,7 +13,7 @@ import pytest
 from aiohttp import web
 
 from judge.config import JudgeConfig, plugin_settings
-from nextstate.errors import ConfigError, JudgeError
+from nextstate.errors import BusyError, ConfigError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, load_plugin
 from nextstate.records import Json, NextState, Source, Vote
 
@@ -29,6 +29,8 @@ class Server:
     content: str | None = '{"score": -1, "hint": "Do not use bold."}'
     status: int = 200
     finish_reason: str = "stop"
+    refuses: str = ""
+    """A field that it does not know."""
     requests: list[Json] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     url: str = ""
@@ -37,6 +39,9 @@ class Server:
         body = await request.json()
         self.requests.append(body)
         self.keys.append(request.headers.get("Authorization"))
+        if self.refuses in body:
+            said = f"{self.refuses} is not supported"
+            return web.json_response({"error": {"message": said}}, status=400)
         if self.status != 200:
             return web.json_response({"error": {"message": "no"}}, status=self.status)
         message = {"role": "assistant", "content": self.content}
@@ -111,6 +116,23 @@ def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
 def test_what_is_no_vote_is_a_judge_error(server: Server) -> None:
     with pytest.raises(JudgeError):
         asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 1))
+
+
+@pytest.mark.parametrize(("status", "busy"), [(429, True), (500, True), (503, True), (401, False)])
+def test_a_server_that_may_answer_in_a_moment_is_told_apart(status: int, busy: bool) -> None:
+    for kind, model in (("engine", "base"), ("litellm", "openai/base")):
+        with pytest.raises(JudgeError) as raised:
+            asked(Server(status=status), kind, model, lambda judge: judge.vote(EVIDENCE, 1))
+        assert isinstance(raised.value, BusyError) == busy
+
+
+def test_a_server_without_schemas_is_asked_without_from_then_on() -> None:
+    async def scene(judge: JudgeKind) -> list[Vote]:
+        return [await judge.vote(EVIDENCE, seed) for seed in range(2)]
+
+    server = Server(refuses="response_format")
+    assert [vote.score for vote in asked(server, "engine", "base", scene)] == [-1, -1]
+    assert ["response_format" in body for body in server.requests] == [True, False, False]
 
 
 def test_an_engine_that_is_away_is_a_judge_error() -> None:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, cast
 
 import aiohttp
 
-from nextstate.errors import JudgeError
+from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 _SHOWN_CHARS = 200
+_SCHEMA_WORDS = re.compile(r"response_format|json_schema|structured|grammar", re.I)
+
+
+class _NoSchemasError(JudgeError):
+    """The server does not know `response_format`."""
 
 
 class EngineJudge:
@@ -27,6 +33,7 @@ class EngineJudge:
             )
         self._settings = settings
         self._session: aiohttp.ClientSession | None = None
+        self._has_schemas = True
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
         """One vote; raises JudgeError when the server or its answer fails."""
@@ -37,16 +44,24 @@ class EngineJudge:
             "max_tokens": self._settings.max_tokens,
             # No seed: on a CPU vLLM dies of one beside a prompt that it prefills in pieces.
             "temperature": self._settings.temperature,
-            "response_format": RESPONSE_FORMAT,
             **self._settings.extra,
         }
-        answer = await self._ask(body)
+        answer = await self._answer(body)
         return asked.vote(completion_text(answer), used_tokens(answer))
 
     async def close(self) -> None:
         """Closes the connections."""
         if self._session is not None:
             await self._session.close()
+
+    async def _answer(self, body: Json) -> Any:
+        """With a schema, unless the server has refused one."""
+        if self._has_schemas:
+            try:
+                return await self._ask({"response_format": RESPONSE_FORMAT, **body})
+            except _NoSchemasError:
+                self._has_schemas = False
+        return await self._ask(body)
 
     async def _ask(self, body: Json) -> Any:
         url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
@@ -60,20 +75,35 @@ class EngineJudge:
         try:
             async with self._session.post(url, json=body) as response:
                 if response.status != 200:
-                    said = (await response.text(errors="replace"))[:_SHOWN_CHARS]
-                    raise JudgeError(f"the judge's server answered {response.status}: {said}")
+                    said = await response.text(errors="replace")
+                    raise _refusal(response.status, said, "response_format" in body)
                 return await response.json(content_type=None)
         except TimeoutError as error:
             raise JudgeError(
                 f"the judge's server did not answer within {self._settings.timeout_s} s"
             ) from error
-        except (aiohttp.ClientError, ValueError) as error:
-            raise JudgeError(f"the judge's server at {url} failed: {error}") from error
+        except aiohttp.ClientError as error:
+            raise BusyError(f"the judge's server at {url} failed: {error}") from error
+        except ValueError as error:
+            raise JudgeError(f"the judge's server at {url} sent no JSON: {error}") from error
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
     """The plugin's entry."""
     return EngineJudge(settings)
+
+
+def is_busy(status: int) -> bool:
+    """Whether an HTTP status says that the same request may succeed in a moment."""
+    return status in (408, 409, 425, 429) or status >= 500
+
+
+def _refusal(status: int, said: str, with_schema: bool) -> JudgeError:
+    text = f"the judge's server answered {status}: {said[:_SHOWN_CHARS]}"
+    if is_busy(status):
+        return BusyError(text)
+    about_schema = with_schema and status in (400, 422) and _SCHEMA_WORDS.search(said)
+    return _NoSchemasError(text) if about_schema else JudgeError(text)
 
 
 def completion_text(answer: Any) -> str:

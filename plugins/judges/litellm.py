@@ -11,10 +11,10 @@ import importlib
 import os
 from typing import Any
 
-from nextstate.errors import JudgeError
+from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from plugins.judges.engine import completion_text, used_tokens
+from plugins.judges.engine import completion_text, is_busy, used_tokens
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 
@@ -57,7 +57,8 @@ class LitellmJudge:
         try:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
-            raise JudgeError(f"litellm model {settings.model!r} failed: {error}") from error
+            kind = BusyError if _may_pass(error, openai) else JudgeError
+            raise kind(f"litellm model {settings.model!r} failed: {error}") from error
         completion = answer.model_dump()
         return asked.vote(completion_text(completion), used_tokens(completion))
 
@@ -71,6 +72,13 @@ class LitellmJudge:
             if self._litellm is None:
                 self._litellm = await asyncio.to_thread(_import_quietly)
         return self._litellm
+
+
+def _may_pass(error: Exception, openai: Any) -> bool:
+    """Whether the same request may succeed in a moment."""
+    status = getattr(error, "status_code", None)
+    lost = isinstance(error, openai.APIConnectionError | OSError)
+    return lost or (isinstance(status, int) and is_busy(status))
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
