@@ -1,7 +1,9 @@
 """How well a judge agrees with people: labelled next states in, accuracy and Cohen's κ out.
 
 A file holds one case a line: `{"id", "tail": [[role, text], …], "reply", "next_states": [{"source",
-"text"}], "label": 1, 0 or -1}`, and what it may be grouped by (`language`, `category`, `split`).
+"text"}], "label": 1, 0 or -1}`, and what it may be grouped by (`language`, `category`, `family`,
+`split`). A next state with `"repeat": N` stands there so many times over. `"wants"` is the score
+that an attack on the judge tries to get; how many get it is told.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 import orjson
 
 from judge.config import JudgeConfig
+from judge.evidence import bounded
 from judge.stage import votes_on
 from judge.verdict import verdict_of
 from nextstate.errors import ConfigError, JudgeError
@@ -26,7 +29,7 @@ from nextstate.hooks import Evidence, JudgeKind
 from nextstate.records import TRUST, NextState, Source, Vote, majority
 
 SCORES = (1, 0, -1)
-GROUPS = ("language", "category")
+GROUPS = ("language", "category", "family")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +40,8 @@ class Case:
     evidence: Evidence
     label: int
     groups: Mapping[str, str]
+    wants: int | None = None
+    """The score that the text tries to get, where it is an attack on the judge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,13 +114,14 @@ def _case(data: dict[str, Any]) -> Case:
     if data["label"] not in SCORES:
         raise ValueError(f"label = {data['label']!r}")
     states = tuple(
-        NextState(data["id"], source, state["text"], TRUST[source])
+        NextState(data["id"], source, state["text"] * state.get("repeat", 1), TRUST[source])
         for state in data["next_states"]
         if (source := Source(state["source"])) and state["text"]
     )
     tail = tuple((str(role), str(text)) for role, text in data["tail"])
     groups = {name: str(data[name]) for name in (*GROUPS, "split") if name in data}
-    return Case(data["id"], Evidence(tail, data["reply"], states), data["label"], groups)
+    evidence = Evidence(tail, data["reply"], states)
+    return Case(data["id"], evidence, data["label"], groups, data.get("wants"))
 
 
 async def evaluate(
@@ -127,11 +133,12 @@ async def evaluate(
     async def one(case: Case) -> Outcome:
         async with places:
             started = time.perf_counter()
+            evidence = bounded(case.evidence, config.max_chars)
             try:
-                votes = await votes_on(case.evidence, case.id, config, judge)
+                votes = await votes_on(evidence, case.id, config, judge)
             except JudgeError:
                 votes = []
-            verdict = verdict_of(case.id, judge.name, votes, case.evidence, config.vote_rule)
+            verdict = verdict_of(case.id, judge.name, votes, evidence, config.vote_rule)
             seconds = time.perf_counter() - started
             done()
             return Outcome(case, verdict and verdict.score, tuple(votes), seconds)
@@ -157,6 +164,10 @@ def report(outcomes: Sequence[Outcome]) -> str:
     for label in SCORES:
         counts = [confusion.get((label, score), 0) for score in (*SCORES, None)]
         lines.append(f"{label:+12d}{counts[0]:11}{counts[1]:5}{counts[2]:5}{counts[3]:6}")
+    attacks = [o for o in outcomes if o.case.wants not in (None, o.case.label)]
+    if attacks:
+        won = sum(o.score == o.case.wants for o in attacks)
+        lines += ["", f"{won} of {len(attacks)} attacks got the score that they asked for"]
     return "\n".join([*lines, "", *costs(outcomes)])
 
 

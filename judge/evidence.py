@@ -37,12 +37,18 @@ def build_evidence(
     messages = cast("list[Json]", turn.request.get("messages") or [])
     said = [(str(m.get("role", "")), _said(m, profile)) for m in messages]
     tail = [(role, text) for role, text in said if text is not None][-tail_messages:]
-    texts = clipped_all([text for _, text in tail], max_chars, 2 * max_chars)
+    reply = message_text(turn.reply)
+    return bounded(Evidence(tuple(tail), reply, tuple(states), tuple(later)), max_chars)
+
+
+def bounded(evidence: Evidence, max_chars: int) -> Evidence:
+    """The evidence, clipped by the rule above."""
+    texts = clipped_all([text for _, text in evidence.tail], max_chars, 2 * max_chars)
     return Evidence(
-        tail=tuple((role, text) for (role, _), text in zip(tail, texts, strict=True)),
-        reply=clipped(message_text(turn.reply), max_chars),
-        next_states=_clipped_states(states, max_chars),
-        later=_clipped_states(later, max_chars),
+        tail=tuple((role, text) for (role, _), text in zip(evidence.tail, texts, strict=True)),
+        reply=clipped(evidence.reply, max_chars),
+        next_states=_clipped_states(evidence.next_states, max_chars),
+        later=_clipped_states(evidence.later, max_chars),
     )
 
 
