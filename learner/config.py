@@ -62,6 +62,10 @@ class LearnerConfig:
     """Of the frozen base; auto is float32 on a CPU and bfloat16 on a GPU. LoRA is float32."""
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; auto takes a GPU where there is one."""
+    quantization: Literal["none", "4bit"] = "none"
+    """Of the frozen base; `4bit` is bitsandbytes' NF4 on a GPU, a quarter of bfloat16's memory."""
+    memory_gb: float = 0.0
+    """Memory that training may need, in 10^9 bytes; 0 is what is free when it starts."""
     gradient_checkpointing: bool = False
     """Compute activations twice instead of keeping them: less memory, a third more time."""
     threads: int = 0
@@ -102,6 +106,7 @@ class LearnerConfig:
             "threads",
             "seed",
             "idle_patience_s",
+            "memory_gb",
         ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in ("adam_beta1", "adam_beta2", "epsilon"):

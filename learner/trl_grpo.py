@@ -13,6 +13,6 @@ import_utils.is_vllm_available = lambda min_version=None: False
 
 from trl.trainer.grpo_config import GRPOConfig  # noqa: E402
 from trl.trainer.grpo_trainer import GRPOTrainer  # noqa: E402
-from trl.trainer.utils import use_adapter  # noqa: E402
+from trl.trainer.utils import add_fused_lm_head, use_adapter  # noqa: E402
 
-__all__ = ["GRPOConfig", "GRPOTrainer", "use_adapter"]
+__all__ = ["GRPOConfig", "GRPOTrainer", "add_fused_lm_head", "use_adapter"]

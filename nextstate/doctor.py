@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -43,6 +44,7 @@ def checks(config: Path) -> Iterator[Check]:
         yield _checked("vllm", _vllm)
     yield _checked("model", lambda: _model(settings))
     yield _checked("port", lambda: _port(settings))
+    yield _checked("training", lambda: _training(settings))
 
 
 def _checked(name: str, check: Callable[[], str]) -> Check:
@@ -83,6 +85,14 @@ def _vllm() -> str:
 def _model(settings: Settings) -> str:
     vllm.check_model(settings.engine)
     return settings.engine.model
+
+
+def _training(settings: Settings) -> str:
+    if importlib.util.find_spec("trl") is None:
+        raise StartError("the learner needs TRL and torch, which are not installed: run `make env`")
+    from learner.memory import require_memory
+
+    return require_memory(settings.learner, settings.engine.model_path)
 
 
 def _port(settings: Settings) -> str:

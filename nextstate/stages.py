@@ -203,6 +203,7 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
 def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
     """Trains one lineage until SIGINT or SIGTERM; the step under way ends first."""
     from learner.adapters import save_zero_adapter
+    from learner.memory import require_memory
     from learner.stage import run
 
     if lineage not in (MAIN_LINEAGE, *settings.lineages):
@@ -211,10 +212,12 @@ def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
+    model_path = settings.engine.model_path
+    log.info("training %s", require_memory(settings.learner, model_path))
     store = Store(settings.store)
     path = zero_adapter(settings)
     if not path.exists():
-        save_zero_adapter(settings.engine.model_path, settings.learner, path)
+        save_zero_adapter(model_path, settings.learner, path)
 
     def to_engine(version: PolicyVersion) -> None:
         asyncio.run(publish_version(settings, store, version))
@@ -227,7 +230,7 @@ def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
     run(
         store,
         settings.learner,
-        settings.engine.model_path,
+        model_path,
         lineage,
         to_engine,
         stop,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -85,8 +86,13 @@ def test_what_cannot_be_done_is_one_line_and_exit_code_2(
 
 
 def test_doctor_names_what_is_wrong(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    shape |= {"max_position_embeddings": 128}
+    (config.parent / "config.json").write_text(json.dumps(shape))
     assert main(["doctor", "--config", str(config)]) == 0
-    assert all(line.startswith(" ok ") for line in lines(capsys))
+    found = lines(capsys)
+    assert all(line.startswith(" ok ") for line in found)
+    assert re.search(r"training: needs [\d.]+ GB: base .* GB are free on cpu", found[-1])
     config.write_text(config.read_text() + '[agents]\nprofile = "nobody"\n')
     assert main(["doctor", "--config", str(config)]) == 2
     assert any(line.startswith("FAIL  agent profile") for line in lines(capsys))
