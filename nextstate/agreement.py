@@ -1,0 +1,40 @@
+"""How well scores agree with labels: accuracy, and what of it is more than chance."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+SCORES = (1, 0, -1)
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """Of labels and scores; an abstention agrees with no label."""
+
+    cases: int
+    accuracy: float
+    kappa: float
+    """Cohen 1960: agreement beyond what the two marginal distributions give by chance, at most 1;
+    0 where chance alone explains everything."""
+    abstained: int
+    confusion: Mapping[tuple[int, int | None], int]
+    """Cases by (label, score)."""
+
+
+def agreement(pairs: Sequence[tuple[int, int | None]]) -> Agreement:
+    """The agreement of (label, score) pairs.
+
+    >>> found = agreement([(1, 1), (1, 1), (0, 0), (-1, 1)])
+    >>> found.accuracy, round(found.kappa, 4)
+    (0.75, 0.5556)
+    """
+    if not pairs:
+        raise ValueError("agreement of no cases")
+    count = len(pairs)
+    accuracy = sum(label == score for label, score in pairs) / count
+    labels, scores = Counter(label for label, _ in pairs), Counter(score for _, score in pairs)
+    chance = sum(labels[value] * scores[value] for value in SCORES) / count**2
+    kappa = 0.0 if chance == 1 else (accuracy - chance) / (1 - chance)
+    return Agreement(count, accuracy, kappa, scores[None], Counter(pairs))
