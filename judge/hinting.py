@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nextstate.records import Json
+from typing import Protocol, cast
+
+from nextstate.records import Json, Turn
 
 HINT_HEADER = "\n\n[hint]\n"
 _RENDERING = (
@@ -15,6 +17,24 @@ _RENDERING = (
     "mm_processor_kwargs",
 )
 _TEMPLATE_VARIABLES = ("documents", "reasoning_effort")
+
+
+class Renderer(Protocol):
+    """The engine, as far as judging needs it."""
+
+    async def tokenize(
+        self, messages: list[Json], tools: list[Json] | None, extra: Json
+    ) -> list[int]:
+        """The ids of the prompt that the chat template makes of `messages`. Raises EngineError."""
+        ...
+
+
+async def hinted_prompt(turn: Turn, hint: str, engine: Renderer) -> tuple[int, ...]:
+    """The token ids of the turn's prompt with the hint in it. Raises EngineError."""
+    messages = cast("list[Json]", turn.request.get("messages") or [])
+    tools = cast("list[Json] | None", turn.request.get("tools"))
+    options = rendering_options(turn.request)
+    return tuple(await engine.tokenize(hinted_messages(messages, hint), tools, options))
 
 
 def hinted_messages(messages: list[Json], hint: str) -> list[Json]:

@@ -15,7 +15,6 @@ import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Protocol, cast
 
 from tenacity import (
     AsyncRetrying,
@@ -27,7 +26,8 @@ from tenacity import (
 from judge.config import JudgeConfig
 from judge.credit import steps_meant
 from judge.evidence import build_evidence, message_text
-from judge.hinting import hinted_messages, rendering_options
+from judge.feedback import feedback_verdict
+from judge.hinting import Renderer, hinted_prompt
 from judge.pace import Pace
 from judge.verdict import verdict_of
 from nextstate.errors import BusyError, EngineError, JudgeError
@@ -50,16 +50,6 @@ _MAX_DOUBLINGS = 30
 FIRST_RETRY_S = 0.5
 """About how long a vote waits for a busy server the first time; doubles."""
 _ATTEMPTS = 3
-
-
-class Renderer(Protocol):
-    """The engine, as far as judging needs it."""
-
-    async def tokenize(
-        self, messages: list[Json], tools: list[Json] | None, extra: Json
-    ) -> list[int]:
-        """The ids of the prompt that the chat template makes of `messages`. Raises EngineError."""
-        ...
 
 
 @dataclass(slots=True)
@@ -146,12 +136,8 @@ async def judge_turn(
     assert verdict is not None
     if verdict.hint is None or not turn.trainable:
         return verdict
-    messages = cast("list[Json]", turn.request.get("messages") or [])
-    tools = cast("list[Json] | None", turn.request.get("tools"))
-    ids = await engine.tokenize(
-        hinted_messages(messages, verdict.hint), tools, rendering_options(turn.request)
-    )
-    return replace(verdict, hinted_prompt_ids=tuple(ids))
+    ids = await hinted_prompt(turn, verdict.hint, engine)
+    return replace(verdict, hinted_prompt_ids=ids)
 
 
 async def votes_on(
@@ -298,6 +284,8 @@ class _Worker:
 
     async def _judged(self, work: Judgement) -> Verdict:
         """`judge_turn`, with what it cost taken off the budget whether it succeeds or not."""
+        if work.feedback is not None:
+            return await feedback_verdict(work.feedback, work.turn, self._engine)
         cost, started = Counts(), time.monotonic()
         try:
             return await judge_turn(

@@ -157,6 +157,17 @@ def tidied_hint(text: str) -> str | None:
     return hint if any(character.isalpha() for character in hint) else None
 
 
+def unmarked(text: str) -> str | None:
+    """A person's hint as the teacher may read it; None when nothing is left of it.
+
+    It may be of any form and quote the reply: only what would break the prompt is taken out.
+    """
+    hint, marked = _CONTROL.sub("", text), ""
+    while hint != marked:  # what stood around a mark may be one
+        marked, hint = hint, _TEMPLATE.sub("", hint)
+    return hint.strip() or None
+
+
 def quotes(hint: str, reply: str) -> bool:
     """Whether the hint only repeats words that stand together in the reply."""
     mine, theirs = _words(hint), _words(reply)

@@ -16,11 +16,12 @@ import orjson
 from rich.console import Console
 
 from nextstate.config import DEFAULT_FILE
-from nextstate.errors import NextStateError, StartError
-from nextstate.records import MAIN_LINEAGE, Verdict
+from nextstate.errors import NextStateError, StartError, StoreError
+from nextstate.hooks import load_plugin
+from nextstate.records import MAIN_LINEAGE, Feedback
 from nextstate.settings import Settings
 from nextstate.stack import Stack
-from nextstate.store import FEEDBACK, Store
+from nextstate.store import Store
 from nextstate.supervisor import EXIT_USAGE
 from nextstate.wire import obj
 
@@ -32,6 +33,15 @@ examples:
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate rollback 3                  serve version 3 again
   nextstate demo                        watch a small policy learn from two minutes of talk
+"""
+
+_FEEDBACK_EPILOG = """\
+The last word on a turn counts, over any vote, until the turn has been trained on.
+
+examples:
+  nextstate feedback turn_1a2b --score 1
+  nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
+  nextstate feedback --session my-chat --score -1 --comment "It forgot the file."
 """
 
 
@@ -138,9 +148,22 @@ def _parser() -> argparse.ArgumentParser:
     rollback.add_argument("number", type=int, help="its number; 0 is the base model")
     lineage(rollback)
     feedback = command("feedback", _feedback, "say yourself how good a turn was")
-    feedback.add_argument("turn", help="as in `nextstate turns` or the x-nextstate-turn header")
-    feedback.add_argument("--score", type=int, choices=(-1, 0, 1), required=True)
-    feedback.add_argument("--hint", help="what should have been done, in one to three sentences")
+    feedback.epilog = _FEEDBACK_EPILOG
+    feedback.formatter_class = argparse.RawDescriptionHelpFormatter
+    which = feedback.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "turn", nargs="?", help="as in `nextstate turns` or the x-nextstate-turn header"
+    )
+    which.add_argument(
+        "--session", metavar="NAME", help="its newest main turn; by our name or your agent's own"
+    )
+    feedback.add_argument(
+        "--score", type=int, choices=(-1, 0, 1), required=True, help="bad, neither, or good"
+    )
+    feedback.add_argument(
+        "--hint", help="what should have been done, in one to three sentences; it is trained on"
+    )
+    feedback.add_argument("--comment", help="a note for people; it is only kept")
     command("doctor", _doctor, "check that everything `nextstate up` needs is there")
     return parser
 
@@ -226,7 +249,7 @@ def _turns(options: argparse.Namespace) -> int:
         turn, verdict = store.turn(turn_id), store.verdict(turn_id)
         if turn is None:
             continue
-        states = store.next_states(turn_id)
+        states, said = store.next_states(turn_id), store.feedback(turn_id)
         if options.json:
             _print_json(
                 {
@@ -241,6 +264,7 @@ def _turns(options: argparse.Namespace) -> int:
                     "next_state": [{"source": s.source, "text": s.text} for s in states],
                     "verdict": verdict
                     and {"score": verdict.score, "votes": verdict.votes, "hint": verdict.hint},
+                    "feedback": said and {"score": said.score, "comment": said.comment},
                 }
             )
             continue
@@ -290,9 +314,21 @@ def _rollback(options: argparse.Namespace) -> int:
 
 
 def _feedback(options: argparse.Namespace) -> int:
-    store = Store(Settings.read(options.config).store)
-    store.settle_verdict(Verdict(options.turn, (), options.score, FEEDBACK, options.hint))
-    print(f"{options.turn}: score {options.score:+d}")
+    settings = Settings.read(options.config)
+    store = Store(settings.store)
+    turn = options.turn
+    if turn is None:
+        from proxy.linking import session_names
+
+        profile = load_plugin("agents", settings.agents.profile, None)
+        turn = store.newest_turn(session_names(options.session, profile))
+        if turn is None:
+            raise StoreError(
+                f"there is no main turn in a session {options.session!r}: "
+                "see `nextstate turns --json`"
+            )
+    found = store.give_feedback(Feedback(turn, options.score, options.hint, options.comment))
+    print(f"{turn}: score {options.score:+d}" + ("" if found.applied else f" ({found.reason})"))
     return 0
 
 

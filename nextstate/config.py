@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -151,9 +151,18 @@ def _refuse_unknown(
     for key in values:
         if key in known:
             continue
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-        meant = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-        raise ConfigError(f"{where} has an unknown {what} {key!r}; {meant}")
+        raise ConfigError(f"{where} has an unknown {what} {key!r}; {nearest(key, known)}")
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """What to say of an unknown key: the known one that is most like it, or all of them.
+
+    >>> nearest("prot", ["host", "port"]), nearest("x", ["host", "port"])
+    ("did you mean 'port'?", 'known: host, port')
+    """
+    names = list(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(names)}"
 
 
 def secret(env_name: str, key: str) -> str | None:

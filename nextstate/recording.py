@@ -110,13 +110,12 @@ class _Statements:
         }
         self.add_turn = prepared(sa.insert(t.turns).values(columns))
         self.add_state = prepared(sa.insert(t.next_states))
-        work: dict[str, Any] = {
-            "turn": sa.bindparam("turn"),
-            "state": "pending",
-            "not_before": 0.0,
-            "attempts": 0,
-        }
-        self.add_judgement = prepared(sa.insert(t.judgements).values(work))
+        self.add_judgement = prepared(
+            sa.text(  # a person may have spoken of the turn first
+                "INSERT INTO judgements (turn, state, not_before, attempts) "
+                "VALUES (:turn, 'pending', 0.0, 0) ON CONFLICT DO NOTHING"
+            )
+        )
         continued = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
         self.continued = prepared(continued.values(continued=True))
 

@@ -20,6 +20,10 @@ Json = dict[str, Any]
 """A JSON object as it stood on the wire: unknown fields survive."""
 
 MAIN_LINEAGE = "main"
+FEEDBACK = "feedback"
+"""The judge's name in a verdict that a person gave."""
+MAX_HINT_CHARS, MAX_COMMENT_CHARS = 1000, 4000
+"""Of a person's feedback; a hint goes into the teacher's prompt."""
 BASE_VERSION = 0
 """The base model without an adapter is version 0 of every lineage."""
 
@@ -192,6 +196,35 @@ class Verdict:
             raise RecordError(
                 f"verdict of {self.turn}: confidence {self.confidence} is not in [0, 1]"
             )
+
+
+@dataclass(frozen=True, slots=True)
+class Feedback:
+    """What a person said of one turn, in so many words: it overrides votes."""
+
+    turn: str
+    score: int
+    """+1, 0 or -1."""
+    hint: str | None = None
+    """What should have been done: the teacher is told it."""
+    comment: str | None = None
+    """For people: nothing is trained on it."""
+
+    def __post_init__(self) -> None:
+        if type(self.score) is not int or self.score not in (-1, 0, 1):
+            raise RecordError(f"score = {self.score!r:.80}: expected 1, 0 or -1")
+        texts = (("hint", self.hint, MAX_HINT_CHARS), ("comment", self.comment, MAX_COMMENT_CHARS))
+        for name, text, most in texts:
+            if text is None:
+                continue
+            if not text.strip():
+                raise RecordError(f"{name} = {text!r:.80} says nothing: leave it out")
+            if len(text) > most:
+                raise RecordError(
+                    f"{name} has {len(text)} characters: expected at most {most}; shorten it"
+                )
+            if any("\ud800" <= character <= "\udfff" for character in text):
+                raise RecordError(f"{name} = {text!r:.80} is not valid Unicode: type it anew")
 
 
 @dataclass(frozen=True, slots=True)

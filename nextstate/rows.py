@@ -122,6 +122,14 @@ def verdict_of(row: Row, bodies: Bodies) -> Verdict:
     )
 
 
+def load_verdict(connection: sa.Connection, turn_id: str) -> Verdict | None:
+    query = sa.select(t.verdicts).where(t.verdicts.c.turn == turn_id)
+    row = connection.execute(query).first()
+    if row is None:
+        return None
+    return verdict_of(row, load_bodies(connection, hashes(row.hinted_prompt_ids or b"")))
+
+
 def version_of(row: Row) -> PolicyVersion:
     return PolicyVersion(
         lineage=row.lineage,

@@ -24,35 +24,41 @@ from nextstate.migrations import migrate
 from nextstate.recording import Recording, Remembered
 from nextstate.records import (
     BASE_VERSION,
+    Feedback,
     NextState,
     PolicyVersion,
     Sample,
     SampleState,
     Source,
     Turn,
+    TurnKind,
     Verdict,
     VersionState,
 )
 from nextstate.rows import (
     dump,
     hashes,
-    keep_ids,
     load_bodies,
+    load_verdict,
     next_states_of,
     sample_of,
     turn_of,
-    verdict_of,
     version_of,
     version_row,
 )
+from nextstate.settling import (
+    Reception,
+    feedback_of,
+    give_feedback,
+    judge_anew,
+    settle_feedback,
+    settle_verdict,
+)
 from nextstate.sqlite import checkpoint, open_file
 
-FEEDBACK = "feedback"
-"""The judge's name in a verdict that a person gave."""
 BUDGET_S = 3600.0
 """The window of the judge's budget."""
 _MOST_STEPS = 32
-_IN_TRAINING = (SampleState.LEASED, SampleState.TRAINED)
 _SILENT_S = 10.0
 """A worker that says nothing for so long is taken for dead."""
 
@@ -69,6 +75,8 @@ class Judgement:
     """The turn that `later` followed."""
     attempts: int
     """How many times the turn has been leased, this time included."""
+    feedback: Feedback | None = None
+    """What a person said of it: then nobody votes."""
 
 
 class Store:
@@ -147,11 +155,41 @@ class Store:
     def verdict(self, turn_id: str) -> Verdict | None:
         """The settled verdict of the turn, or None."""
         with self._read() as connection:
-            query = sa.select(t.verdicts).where(t.verdicts.c.turn == turn_id)
-            row = connection.execute(query).first()
-            if row is None:
-                return None
-            return verdict_of(row, load_bodies(connection, hashes(row.hinted_prompt_ids or b"")))
+            return load_verdict(connection, turn_id)
+
+    def feedback(self, turn_id: str) -> Feedback | None:
+        """What a person said last of the turn, or None."""
+        with self._read() as connection:
+            return feedback_of(connection, turn_id)
+
+    def newest_turn(
+        self, names: Sequence[str], lineages: Sequence[str] | None = None
+    ) -> str | None:
+        """The newest main turn of the sessions that have one of `names`; None without any.
+
+        A name is ours for a session, or the client's own, which may stand for several of them.
+        Only turns of `lineages` count, if given; none that a retry stands for.
+        """
+        c = t.turns.c
+        query = sa.select(c.id).where(
+            sa.or_(c.session.in_(names), c.client_session.in_(names)),
+            c.kind == TurnKind.MAIN,
+            c.replaced_by.is_(None),
+        )
+        if lineages is not None:
+            query = query.where(c.lineage.in_(lineages))
+        with self._read() as connection:
+            return connection.execute(query.order_by(c.seq.desc()).limit(1)).scalar()
+
+    def labels(self) -> dict[str, list[tuple[int, int]]]:
+        """(what a person said, what the votes had come to) of each turn with both, by judge."""
+        f = t.feedback.c
+        query = sa.select(f.voted_judge, f.score, f.voted_score).where(f.voted_judge.is_not(None))
+        found: dict[str, list[tuple[int, int]]] = {}
+        with self._read() as connection:
+            for judge, said, voted in connection.execute(query.order_by(f.voted_judge, f.turn)):
+                found.setdefault(judge, []).append((said, voted))
+        return found
 
     def turn_ids(self, limit: int | None = None, newest_first: bool = False) -> list[str]:
         """Turn ids in the order of recording, without cut ones that a retry stands for."""
@@ -239,6 +277,7 @@ class Store:
                 tuple(state for state in later if state.source is Source.USER),
                 work.task_end,
                 work.attempts,
+                feedback_of(connection, turn_id),
             )
 
     def earlier_steps(self, turn_id: str) -> list[str]:
@@ -266,50 +305,30 @@ class Store:
     def settle_verdict(
         self, verdict: Verdict, *, task_end: str | None = None, meant: Sequence[str] = ()
     ) -> bool:
-        """Keeps the verdict and makes its sample; False when the turn already has one.
+        """Keeps the verdict and makes its sample; False when the turn has another one already.
 
-        A person's verdict replaces what was voted, unless the sample is trained or being trained.
-        So does a vote that knew the end of the turn's task, `task_end`, which the one before it did
-        not. `meant` are earlier steps that this turn's next state speaks about too: they are judged
-        anew, with it as evidence, unless they are trained or a person has judged them.
+        A vote that knew the end of the turn's task, `task_end`, replaces one that did not, unless
+        the sample is trained or being trained. `meant` are earlier steps that this turn's next
+        state speaks about too: they are judged anew, with it as evidence, unless they are trained
+        or a person has judged them.
+
+        With `FEEDBACK` as its judge it only adds the hinted prompt to what a person said, and is
+        False if that is not, or no longer, the turn's verdict.
         """
         with self._write() as connection:
-            c, j, v = t.turns.c, t.judgements.c, t.verdicts.c
-            query = sa.select(c.lineage, c.policy_version, c.untrainable)
-            row = connection.execute(query.where(c.id == verdict.turn)).first()
-            if row is None:
-                raise StoreError(f"there is no turn {verdict.turn!r}: see `nextstate turns`")
-            voted = connection.execute(sa.select(v.judge).where(v.turn == verdict.turn)).scalar()
-            if voted is not None and verdict.judge != FEEDBACK:
-                if voted == FEEDBACK:
-                    return False
-                if not _is_open(connection, verdict.turn):
-                    connection.execute(_done(verdict.turn))
-                    return False
-            if voted is not None:
-                connection.execute(sa.delete(t.verdicts).where(v.turn == verdict.turn))
-            hinted = verdict.hinted_prompt_ids
-            connection.execute(
-                sa.insert(t.verdicts).values(
-                    turn=verdict.turn,
-                    votes=dump(verdict.votes),
-                    score=verdict.score,
-                    judge=verdict.judge,
-                    hint=verdict.hint,
-                    hinted_prompt_ids=hinted and keep_ids(connection, hinted),
-                    created_at=self._clock(),
-                    confidence=verdict.confidence,
-                )
-            )
-            connection.execute(_done(verdict.turn))
-            if verdict.judge != FEEDBACK:
-                # The task may have ended while the votes were under way.
-                missed = (j.turn == verdict.turn, j.task_end.is_distinct_from(task_end))
-                connection.execute(sa.update(t.judgements).where(*missed).values(state="pending"))
-            _put_sample(connection, row, verdict)
-            if meant:
-                _judge_anew(connection, meant, verdict.turn)
-        return True
+            settled = settle_verdict(connection, verdict, task_end, self._clock())
+            if settled and meant:
+                judge_anew(connection, meant, verdict.turn)
+        return settled
+
+    def give_feedback(self, feedback: Feedback) -> Reception:
+        """Keeps what a person says of a turn and settles it, unless it is trained or being trained.
+
+        The last word counts; the same again changes nothing. A hint opens the judge's work again,
+        which renders the hinted prompt. Raises StoreError when there is no such turn.
+        """
+        with self._write() as connection:
+            return give_feedback(connection, feedback, self._clock())
 
     def spend(self, calls: int, tokens: int) -> None:
         """Notes what judging a turn has cost; what is an hour old is forgotten."""
@@ -367,14 +386,22 @@ class Store:
         return leased
 
     def release_samples(self, lineage: str) -> int:
-        """Makes leased samples ready again: for a learner that starts and knows it is alone."""
+        """Makes leased samples ready again: for a learner that starts and knows it is alone.
+
+        What a person said meanwhile of one of them now counts.
+        """
         s = t.samples.c
+        leased = s.lineage == lineage, s.state == SampleState.LEASED
         with self._write() as connection:
+            spoken_of = sa.select(s.turn).join(t.feedback, t.feedback.c.turn == s.turn)
+            turns = connection.execute(spoken_of.where(*leased)).scalars().all()
             done = connection.execute(
                 sa.update(t.samples)
-                .where(s.lineage == lineage, s.state == SampleState.LEASED)
+                .where(*leased)
                 .values(state=SampleState.READY, batch=None, lease_until=None)
             )
+            for turn_id in turns:
+                settle_feedback(connection, turn_id, self._clock())
         return done.rowcount
 
     def drop_samples(self, turn_ids: Sequence[str], reason: str) -> None:
@@ -528,57 +555,3 @@ def _usable(lineage: str, scored: bool, hinted: bool) -> tuple[sa.ColumnElement[
     s = t.samples.c
     signals = [s.score != 0] * scored + [s.hinted] * hinted
     return s.lineage == lineage, s.state == SampleState.READY, sa.or_(*signals)
-
-
-def _done(turn_id: str) -> sa.Update:
-    settled = {"state": "done", "lease_until": None, "reason": None}
-    return sa.update(t.judgements).where(t.judgements.c.turn == turn_id).values(settled)
-
-
-def _is_open(connection: sa.Connection, turn_id: str) -> bool:
-    """Whether a turn that was voted on is to be judged anew, and nothing has trained on it."""
-    j, s = t.judgements.c, t.samples.c
-    work = sa.select(j.state).where(j.turn == turn_id)
-    sample = sa.select(s.state).where(s.turn == turn_id)
-    return (
-        connection.execute(work).scalar() != "done"
-        and connection.execute(sample).scalar() not in _IN_TRAINING
-    )
-
-
-def _judge_anew(connection: sa.Connection, turns: Sequence[str], task_end: str) -> None:
-    """Puts turns back to be judged with what followed `task_end` as evidence."""
-    j, s, v = t.judgements.c, t.samples.c, t.verdicts.c
-    fixed = sa.union_all(
-        sa.select(s.turn).where(s.turn.in_(turns), s.state.in_(_IN_TRAINING)),
-        sa.select(v.turn).where(v.turn.in_(turns), v.judge == FEEDBACK),
-    )
-    connection.execute(
-        sa.update(t.judgements)
-        .where(j.turn.in_(turns), j.turn.not_in(fixed))
-        .values(state="pending", task_end=task_end, attempts=0, not_before=0.0, lease_until=None)
-    )
-
-
-def _put_sample(
-    connection: sa.Connection, turn: sa.Row[str, int | None, str | None], verdict: Verdict
-) -> None:
-    reason = turn.untrainable
-    if reason is None and turn.policy_version is None:
-        reason = "served by a model that is not a version of this lineage"
-    if reason is None and verdict.score == 0 and verdict.hinted_prompt_ids is None:
-        reason = "score 0 without a hint teaches nothing"
-    values = {
-        "lineage": turn.lineage,
-        "state": SampleState.READY if reason is None else SampleState.DROPPED,
-        "policy_version": turn.policy_version,
-        "score": verdict.score,
-        "hinted": verdict.hinted_prompt_ids is not None,
-        "reason": reason,
-    }
-    s = t.samples.c
-    state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
-    if state is None:
-        connection.execute(sa.insert(t.samples).values(turn=verdict.turn, **values))
-    elif state in (SampleState.READY, SampleState.DROPPED):
-        connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))

@@ -7,6 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import cast
 
@@ -16,14 +17,17 @@ from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import EngineClient
-from nextstate.errors import NextStateError
+from nextstate.errors import NextStateError, RecordError, StoreError
 from nextstate.hooks import AgentProfile
-from nextstate.records import MAIN_LINEAGE, Json, Verdict
-from nextstate.store import FEEDBACK, Store
+from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.settling import Reception
+from nextstate.store import Store
 from nextstate.wire import json_object, objects
 from proxy.config import ProxyConfig
+from proxy.feedback import Said, read_feedback
 from proxy.guard import administers, refusal
 from proxy.lineages import Lineages
+from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
 from proxy.relay import Relay, api_error, client_headers, upstream_headers
@@ -69,6 +73,7 @@ class Proxy:
         self.recorder = Recorder(
             store, profile, config.record_queue, config.record_timeout_s, enabled=record
         )
+        self._profile = profile
         self._engine_key = engine_key
         self._worker = worker
         self._relay: Relay | None = None
@@ -277,25 +282,33 @@ class Proxy:
             return _refused(request, 503, "ServiceUnavailableError", message)
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
-        body = json_object(await request.read()) or {}
-        turn, score, hint = body.get("turn_id"), body.get("score"), body.get("hint")
-        if not isinstance(turn, str) or score not in (-1, 0, 1):
-            message = 'Expected {"turn_id": "turn_…", "score": 1, 0 or -1, "hint": optional text}.'
-            return _refused(request, 400, "BadRequestError", message)
-        if hint is not None and not isinstance(hint, str):
-            return _refused(request, 400, "BadRequestError", "hint is a text or absent.")
-        verdict = Verdict(turn, (), score, FEEDBACK, hint or None)
         try:
-            lineage = await asyncio.to_thread(self.store.lineage_of, turn)
-            if lineage is None or not self.lineages.sees(request[_CALLER], lineage):
-                message = f"There is no turn {turn!r}."
-                return _refused(request, 404, "NotFoundError", message)
-            await asyncio.to_thread(self.store.settle_verdict, verdict)
+            said = read_feedback(await request.read())
+        except RecordError as error:
+            return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
+        try:
+            found = await asyncio.to_thread(self._receive, said, request[_CALLER])
+        except StoreError:  # it was forgotten at this moment
+            found = None
         except (SQLAlchemyError, OSError) as error:
-            log.warning("feedback on turn=%s could not be stored: %s", turn, error)
+            log.warning("feedback on turn=%s could not be stored: %s", said.turn_id, error)
             message = "The store cannot be written now."
             return _refused(request, 503, "ServiceUnavailableError", message)
-        return web.json_response({"turn": turn, "score": score, "hint": verdict.hint})
+        if found is None:
+            where = f"turn {said.turn_id!r}" if said.turn_id else f"turn in {said.session_id!r}"
+            return _refused(request, 404, "NotFoundError", f"There is no {where}.")
+        return web.json_response(asdict(found))
+
+    def _receive(self, said: Said, caller: str) -> Reception | None:
+        """Settles feedback; None when the caller has no such turn."""
+        theirs = [name for name in self.lineages.names if self.lineages.sees(caller, name)]
+        turn = said.turn_id
+        if turn is None:
+            assert said.session_id is not None
+            turn = self.store.newest_turn(session_names(said.session_id, self._profile), theirs)
+        elif self.store.lineage_of(turn) not in theirs:
+            turn = None
+        return None if turn is None else self.store.give_feedback(said.of(turn))
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
         serving = {name: version.number for name, version in self.versions.serving.items()}

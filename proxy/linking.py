@@ -30,9 +30,19 @@ def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
     named += [request.get(name) for name in _SESSION_FIELDS]
     named += [obj(request.get("metadata")).get("session_id"), request.get("user")]
     named.append(obj(request.get("metadata")).get("user_id"))
-    found = next((value[:200] for value in named if isinstance(value, str) and value), None)
+    found = next((value for value in named if isinstance(value, str) and value), None)
+    return None if found is None else _kept_name(found)
+
+
+def session_names(name: str, profile: AgentProfile) -> list[str]:
+    """The names that the store may have for a session that somebody calls `name`."""
+    kept = _kept_name(name)
+    return [kept, profile.session(kept)]
+
+
+def _kept_name(name: str) -> str:
     # A header may hold any bytes; the store holds text.
-    return None if found is None else found.encode(errors="replace").decode()
+    return name[:200].encode(errors="replace").decode()
 
 
 def canonical_reply(message: Json) -> bytes:

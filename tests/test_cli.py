@@ -10,7 +10,7 @@ import pytest
 
 from nextstate.cli import main
 from nextstate.config import StoreConfig
-from nextstate.records import PolicyVersion, VersionState
+from nextstate.records import Json, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
 from tests.test_store import add, judge, turn
 
@@ -40,23 +40,75 @@ def test_turns_are_one_json_object_a_line_with_the_documented_keys(
     first, second = (json.loads(line) for line in lines(capsys))
     assert list(first) == [
         *("turn", "session", "index", "kind", "lineage", "version"),
-        *("trainable", "reason", "next_state", "verdict"),
+        *("trainable", "reason", "next_state", "verdict", "feedback"),
     ]
     assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief."}
     assert first["next_state"] == [{"source": "user", "text": "thanks"}]
-    assert second["verdict"] is None
+    assert second["verdict"] is second["feedback"] is None
     assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
     assert [line.split()[0] for line in lines(capsys)] == ["turn_1"]
 
 
-def test_versions_and_feedback(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_versions_are_one_json_object_a_line(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["versions", "--json", "--config", str(config)]) == 0
     assert json.loads(lines(capsys)[0])["state"] == "candidate"
     assert main(["versions", "--config", str(config)]) == 0
-    assert main(["feedback", "turn_1", "--score", "1", "--config", str(config)]) == 0
+
+
+def newest(config: Path, capsys: pytest.CaptureFixture[str]) -> Json:
+    """The newest turn as `turns --json` shows it."""
     capsys.readouterr()
     main(["turns", "--json", "--limit", "1", "--config", str(config)])
-    assert json.loads(lines(capsys)[0])["verdict"]["score"] == 1
+    return json.loads(lines(capsys)[0])
+
+
+def test_feedback_needs_no_proxy_and_its_comment_is_shown(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--score", "1", "--comment", "Just right.", "--config", str(config)]
+    assert main(["feedback", "turn_1", *given]) == 0
+    assert lines(capsys) == ["turn_1: score +1"]
+    found = newest(config, capsys)
+    assert found["verdict"] == {"score": 1, "votes": [], "hint": None}
+    assert found["feedback"] == {"score": 1, "comment": "Just right."}
+
+
+def test_feedback_on_a_session_is_on_its_newest_main_turn(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + '[agents]\nprofile = "openclaw"\n')
+    store = Store(StoreConfig(dir=f"{config.parent}/state"))
+    with store.recording() as recording:
+        recording.add_turn(turn(2, session="abc~2"), b"2", b"2", client_session="abc")
+        recording.add_turn(turn(3, session="abc~2", kind=TurnKind.SIDE), b"3", b"3")
+    store.close()
+    for name, score in (("abc~2", -1), ("abc", 1), ("abc:7", 0)):  # ours, theirs, with its epoch
+        given = ["--session", name, "--score", str(score), "--config", str(config)]
+        assert main(["feedback", *given]) == 0
+        assert lines(capsys) == [f"turn_2: score {score:+d}"]
+
+
+def test_feedback_that_comes_too_late_says_so(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=f"{config.parent}/state"))
+    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.close()
+    assert main(["feedback", "turn_0", "--score", "1", "--config", str(config)]) == 0
+    (line,) = lines(capsys)
+    assert line.startswith("turn_0: score +1 (the turn is being trained")
+
+
+def test_feedback_names_a_turn_or_a_session(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["turn_1", "--session", "s"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["feedback", *arguments, "--score", "1"])
+        assert "--session" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["feedback", "--help"])
+    assert "nextstate feedback --session my-chat" in capsys.readouterr().out
 
 
 def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -72,6 +124,11 @@ def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[st
         (["rollback", "9"], "no version 9 of lineage 'main'; known: 1"),
         (["rollback", "0"], "nextstate up"),
         (["feedback", "turn_x", "--score", "1"], "no turn 'turn_x'"),
+        (["feedback", "--session", "x", "--score", "1"], "no main turn in a session 'x'"),
+        (["feedback", "turn_1", "--score", "1", "--hint", "x" * 1001], "expected at most 1000"),
+        (["feedback", "turn_1", "--score", "1", "--comment", " "], "comment = ' ' says nothing"),
+        (["feedback", "turn_1", "--score", "1", "--hint", "\udcff"], "not valid Unicode"),
+        (["feedback", "--session", "\udcff", "--score", "1"], "no main turn in a session"),
         (["judge"], "nextstate up"),
     ],
 )

@@ -13,8 +13,8 @@ from judge.config import JudgeConfig
 from judge.credit import steps_meant, terms
 from judge.stage import task_of
 from nextstate.hooks import Evidence
-from nextstate.records import Json, NextState, Source, Verdict, Vote
-from nextstate.store import FEEDBACK, Store
+from nextstate.records import Feedback, Json, NextState, Source, Verdict, Vote
+from nextstate.store import Store
 from tests.test_judge_stage import ScriptedJudge, Watched, a_turn, judge_until, open_store
 
 READ, REMOVE = ("read", "a/todo.md"), ("remove", "notes.txt")
@@ -138,11 +138,10 @@ def settle(
     turn: str,
     score: int,
     *,
-    judge: str = "rules",
     task_end: str | None = None,
     meant: Sequence[str] = (),
 ) -> bool:
-    verdict = Verdict(turn, (score,), score, judge)
+    verdict = Verdict(turn, (score,), score, "rules")
     return store.settle_verdict(verdict, task_end=task_end, meant=meant)
 
 
@@ -166,7 +165,7 @@ def test_a_step_under_judgement_while_its_task_ends_is_judged_once_more(store: S
 def test_a_step_that_trained_or_that_a_person_judged_keeps_its_verdict(store: Store) -> None:
     record_task(store, "You deleted notes.txt and todo.md!")
     lease_all(store)
-    settle(store, "turn-0", 1, judge=FEEDBACK)
+    store.give_feedback(Feedback("turn-0", 1))
     settle(store, "turn-1", 1)
     batch = store.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
     assert {sample.turn for sample in batch} == {"turn-0", "turn-1"}

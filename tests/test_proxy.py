@@ -484,22 +484,6 @@ def test_a_store_that_fails_or_hangs_never_fails_a_reply(
     both(test, store, tmp_path, record_timeout_s=0.05)
 
 
-def test_feedback_decides_and_says_what_is_wrong_with_it(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        _, _, headers = await p.chat(request())
-        turn = headers["x-nextstate-turn"]
-        url = f"{p.url}/v1/feedback"
-        answer = await p.http.post(url, json={"turn_id": turn, "score": -1, "hint": "Be brief."})
-        assert answer.status == 200
-        verdict = store.verdict(turn)
-        assert verdict is not None
-        assert (verdict.score, verdict.hint, verdict.judge) == (-1, "Be brief.", "feedback")
-        for body, status in (({"turn_id": turn}, 400), ({"turn_id": "x", "score": 1}, 404)):
-            assert (await p.http.post(url, json=body)).status == status
-
-    both(test, store, tmp_path)
-
-
 def test_metrics_count_what_happened(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await p.chat(request())

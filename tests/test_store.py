@@ -33,7 +33,7 @@ from nextstate.records import (
     VersionState,
     majority,
 )
-from nextstate.store import FEEDBACK, Store
+from nextstate.store import Store
 
 KEY = b"k" * 16
 
@@ -199,16 +199,6 @@ def test_a_turn_gets_one_verdict_and_one_sample(store: Store) -> None:
     assert verdict is not None
     assert verdict.score == 1
     assert store.counts()["samples/ready"] == 1
-
-
-def test_a_persons_verdict_replaces_votes_until_the_sample_trains(store: Store) -> None:
-    add(store, turn(0))
-    judge(store, 0, 1)
-    assert store.settle_verdict(Verdict("turn_0", (), -1, FEEDBACK))
-    leased = store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
-    assert [sample.score for sample in leased] == [-1]
-    assert store.settle_verdict(Verdict("turn_0", (), 1, FEEDBACK))
-    assert store.counts()["samples/leased"] == 1
 
 
 def test_untrainable_and_empty_verdicts_are_dropped_with_the_reason(store: Store) -> None:

@@ -1,0 +1,61 @@
+"""What a client says of a turn through `POST /v1/feedback`, read and checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+from nextstate.config import nearest
+from nextstate.errors import RecordError
+from nextstate.records import Feedback, Json
+from nextstate.wire import json_object
+
+_EXAMPLE = '{"turn_id": "turn_…", "score": -1, "hint": "Answer in one sentence."}'
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """A checked body: it names a turn, or a session and with it the newest main turn there."""
+
+    turn_id: str | None
+    session_id: str | None
+    score: int
+    hint: str | None
+    comment: str | None
+
+    def of(self, turn: str) -> Feedback:
+        """The feedback on `turn`. Raises RecordError."""
+        return Feedback(turn, self.score, self.hint, self.comment)
+
+
+_FIELDS = ("turn_id", "session_id", "score", "hint", "comment")
+
+
+def read_feedback(data: bytes) -> Said:
+    """The body of a request for feedback. Raises RecordError with what to change in it."""
+    body = json_object(data)
+    if body is None:
+        raise RecordError(f"the body is not a JSON object: expected {_EXAMPLE}")
+    for field in body:
+        if field not in _FIELDS:
+            raise RecordError(f"unknown field {field!r:.80}; {nearest(field, _FIELDS)}")
+    if "score" not in body:
+        raise RecordError(f"score is missing: expected {_EXAMPLE}")
+    turn, session = _text(body, "turn_id"), _text(body, "session_id")
+    if (turn is None) == (session is None):
+        found = "neither is there" if turn is None else "both are there"
+        raise RecordError(
+            "expected either turn_id, from the reply's x-nextstate-turn header, or session_id, "
+            f"for the newest turn of a session; {found}"
+        )
+    said = Said(turn, session, body["score"], _text(body, "hint"), _text(body, "comment"))
+    said.of(turn or "")  # its bounds, before any turn is looked for
+    return said
+
+
+def _text(body: Json, field: str) -> str | None:
+    """A text that says something; None for an absent, null or blank one."""
+    value = cast(object, body.get(field))
+    if value is not None and not isinstance(value, str):
+        raise RecordError(f"{field} = {value!r:.80}: expected a text")
+    return (value or "").strip() or None
