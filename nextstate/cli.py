@@ -227,12 +227,13 @@ def _demo(options: argparse.Namespace) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    from nextstate.status import status
+    from nextstate.status import agreement_shown, status
 
     found = asyncio.run(status(Settings.read(options.config)))
     if options.json:
         _print_json(found)
         return 0
+    found["judge_agreement"] = agreement_shown(found["judge_agreement"])
     for name, value in found.items():
         if isinstance(value, dict):
             for key, inner in obj(value).items():  # pyright: ignore[reportUnknownArgumentType]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 
 import aiohttp
 
+from nextstate.agreement import agreement
 from nextstate.errors import StartError
 from nextstate.records import MAIN_LINEAGE, Json
 from nextstate.settings import Settings
@@ -25,6 +27,34 @@ async def status(settings: Settings) -> Json:
         "engine": await _engine_health(settings),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
+        "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
+    }
+
+
+def judge_agreement(labels: Mapping[str, Sequence[tuple[int, int]]]) -> Json:
+    """How each judge's votes agree with what people said of the same turns; {} without any.
+
+    >>> judge_agreement({"rules": [(1, 1), (1, 1), (0, 0), (-1, 1)]})
+    {'rules': {'labels': 4, 'accuracy': 0.75, 'kappa': 0.5556}}
+    """
+    found = {judge: agreement(pairs) for judge, pairs in labels.items()}
+    return {
+        judge: {"labels": a.cases, "accuracy": round(a.accuracy, 4), "kappa": round(a.kappa, 4)}
+        for judge, a in found.items()
+    }
+
+
+def agreement_shown(found: Json) -> Json | str:
+    """`judge_agreement` for people.
+
+    >>> agreement_shown({"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}})
+    {'rules': '4 labels, accuracy 0.75, κ 0.56'}
+    """
+    if not found:
+        return "no labels yet: `nextstate feedback` on a judged turn is one"
+    return {
+        judge: f"{a['labels']} labels, accuracy {a['accuracy']:.2f}, κ {a['kappa']:.2f}"
+        for judge, a in found.items()
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from nextstate.cli import main
 from nextstate.config import StoreConfig
-from nextstate.records import Json, PolicyVersion, TurnKind, VersionState
+from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
 from tests.test_store import add, judge, turn
 
@@ -116,6 +116,30 @@ def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[st
     found = json.loads(lines(capsys)[0])
     assert found["proxy"] == found["engine"] == "down"
     assert found["counts"]["turns/main"] == 2
+
+
+def test_status_shows_how_the_judge_agrees_with_people(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--json", "--config", str(config)]) == 0
+    assert json.loads(lines(capsys)[0])["judge_agreement"] == {}
+    assert main(["status", "--config", str(config)]) == 0
+    assert any("no labels yet" in line for line in lines(capsys))
+    store = Store(StoreConfig(dir=f"{config.parent}/state"))
+    add(store, *(turn(number) for number in range(2, 6)))
+    # Votes (1, 1, 0, 1) on what people call (1, 1, 0, -1): 3 of 4 agree; by chance it would be
+    # (2·3 + 1·1) / 16, so kappa is (12/16 - 7/16) / (9/16) = 5/9.
+    for number, voted, said in ((2, 1, 1), (3, 1, 1), (4, 0, 0), (5, 1, -1)):
+        judge(store, number, voted)
+        store.give_feedback(Feedback(f"turn_{number}", said))
+    store.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
+    store.close()
+    assert main(["status", "--json", "--config", str(config)]) == 0
+    expected = {"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}
+    assert json.loads(lines(capsys)[0])["judge_agreement"] == expected
+    assert main(["status", "--config", str(config)]) == 0
+    shown = [line for line in lines(capsys) if line.startswith("judge_agreement/rules")]
+    assert [line.split(maxsplit=1)[1] for line in shown] == ["4 labels, accuracy 0.75, κ 0.56"]
 
 
 @pytest.mark.parametrize(
