@@ -117,6 +117,7 @@ class _Statements:
             "attempts": 0,
         }
         self.add_judgement = prepared(sa.insert(t.judgements).values(work))
+        self.known_turn = prepared(sa.select(_C.seq).where(_C.id == sa.bindparam("turn")))
         continued = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
         self.continued = prepared(continued.values(continued=True))
 
@@ -240,6 +241,10 @@ class Recording:
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
         self._run(self._statements.replace_cut, here=place, turn=turn)
+
+    def holds(self, turn: str) -> bool:
+        """Whether a turn is stored already, and with it its next states."""
+        return self._first(self._statements.known_turn, turn=turn) is not None
 
     def next_index(self, session: str) -> int:
         """The position of the next turn in a session."""

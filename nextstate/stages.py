@@ -88,19 +88,23 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     from aiohttp import web
 
     from proxy.app import Proxy
+    from proxy.writer_process import WriterProcess
 
     if settings.proxy.workers > 1 and worker is None:
         await _run_workers(settings)
         return
     stop = _stop_event()
     store = Store(settings.store)
-    profile = load_plugin("agents", settings.agents.profile, None)
+    profile = settings.agents.profile
+    load_plugin("agents", profile, None)  # the writer does; one that is missing is said here
+    writer = WriterProcess()
     async with engine_client(settings) as engine:
         proxy = Proxy(
             settings.proxy,
             store,
             engine,
             profile,
+            writer=writer,
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
             lineages=_doors(settings),
@@ -123,6 +127,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         log.info("serving on %s", [site.name for site in runner.sites])
         await stop.wait()
         await runner.cleanup()
+    await asyncio.to_thread(writer.close)
     store.close()
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import orjson
@@ -57,6 +58,8 @@ class Store:
     def __init__(self, config: StoreConfig, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
         self.dir = config.path
+        self.config = replace(config, dir=str(self.dir))
+        """What another process opens the same store with, whatever its working directory."""
         try:
             self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
             if config.url and not config.url.startswith("sqlite:///"):

@@ -17,7 +17,6 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError
-from nextstate.hooks import AgentProfile
 from nextstate.records import MAIN_LINEAGE, Json, Verdict
 from nextstate.store import FEEDBACK, Store
 from nextstate.wire import json_object, objects
@@ -30,6 +29,7 @@ from proxy.relay import Relay, api_error, client_headers, upstream_headers
 from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
+from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
@@ -53,8 +53,9 @@ class Proxy:
         config: ProxyConfig,
         store: Store,
         engine: EngineClient,
-        profile: AgentProfile,
+        profile: str,
         *,
+        writer: WriterProcess,
         zero_adapter: Path,
         record: bool,
         lineages: Lineages,
@@ -67,7 +68,12 @@ class Proxy:
         self.lineages = lineages
         self.versions = Versions(store, engine, lineages.names, zero_adapter, worker or "")
         self.recorder = Recorder(
-            store, profile, config.record_queue, config.record_timeout_s, enabled=record
+            writer,
+            store.config,
+            profile,
+            config.record_queue,
+            config.record_timeout_s,
+            enabled=record,
         )
         self._engine_key = engine_key
         self._worker = worker

@@ -18,8 +18,9 @@ from nextstate.errors import EngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
+from proxy.exchange import Exchange
 from proxy.linking import explicit_session
-from proxy.recorder import Exchange, Recorder
+from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
 from proxy.versions import Versions

@@ -30,7 +30,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from nextstate.store import Store
-from proxy.recorder import Exchange
+from proxy.exchange import Exchange
 from tests.scripted_engine import MODEL, Script, compact, plain_reply, stream_chunks
 from tests.test_proxy import Running, running, until
 

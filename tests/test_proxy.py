@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import io
 import json
 import time
@@ -21,10 +22,10 @@ from nextstate.engine import EngineClient, publish
 from nextstate.errors import StoreError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
-from plugins.agents.generic import Generic
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
 from proxy.lineages import Access, Lineages
+from proxy.writer_process import WriterProcess
 from tests.scripted_engine import (
     MODEL,
     Script,
@@ -36,6 +37,9 @@ from tests.scripted_engine import (
 )
 
 TIMEOUT = aiohttp.ClientTimeout(total=20)
+WRITER = WriterProcess()
+"""For all tests that do not end it: it takes half a second to start."""
+atexit.register(WRITER.close)
 
 
 class Running:
@@ -62,6 +66,7 @@ async def running(
     key: str | None = None,
     doors: Mapping[str, Access] | None = None,
     worker: str | None = None,
+    writer: WriterProcess = WRITER,
     **config: Any,
 ) -> AsyncGenerator[Running]:
     async with EngineClient(engine_url, MODEL, "engine-key") as engine:
@@ -69,7 +74,8 @@ async def running(
             ProxyConfig(**({"port": 0, "record_timeout_s": 10.0} | config)),
             store,
             engine,
-            Generic(),
+            "generic",
+            writer=writer,
             zero_adapter=tmp_path / "none",
             record=True,
             lineages=Lineages(MODEL, key, doors or {}),
