@@ -173,11 +173,11 @@ class Remembered:
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
-    def __init__(self, connection: sa.Connection, known: Remembered) -> None:
+    def __init__(self, cursor: Any, dialect: sa.Dialect, known: Remembered) -> None:
         self.fresh = Remembered()
         """What this transaction stores, once it is committed."""
-        self._cursor: Any = connection.connection.cursor()
-        self._statements = _statements(connection.dialect)
+        self._cursor = cursor
+        self._statements = _statements(dialect)
         self._known = known
 
     def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
@@ -323,10 +323,6 @@ class Recording:
         self._run(self._statements.continued, turn=turn)
         if judge:
             self._run(self._statements.add_judgement, turn=turn)
-
-    def close(self) -> None:
-        """Gives the driver's cursor back."""
-        self._cursor.close()
 
     def _keep(self, value: object) -> bytes:
         """Stores a JSON value once and returns its content hash."""

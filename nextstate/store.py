@@ -44,7 +44,7 @@ from nextstate.rows import (
     version_of,
     version_row,
 )
-from nextstate.sqlite import checkpoint, open_file
+from nextstate.sqlite import begin_writing, checkpoint, open_file
 
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
@@ -78,9 +78,14 @@ class Store:
                 "name a folder that you may write to"
             ) from error
         self._known = Remembered()
+        self._idle: list[sa.PoolProxiedConnection] = []
+        """Connections of earlier recordings: to take one out of the pool, look after it and put it
+        back takes as long as the statements of a turn."""
 
     def close(self) -> None:
         """Closes every connection."""
+        while self._idle:
+            self._idle.pop().close()
         self._db.dispose()
 
     @contextmanager
@@ -101,11 +106,17 @@ class Store:
     @contextmanager
     def recording(self) -> Generator[Recording]:
         """One transaction in which turns are linked and added; all of them are kept or none."""
-        with (
-            self._write() as connection,
-            closing(Recording(connection, self._known)) as recording,
-        ):
-            yield recording
+        connection = self._idle.pop() if self._idle else self._db.raw_connection()
+        try:
+            with closing(connection.cursor()) as cursor:
+                begin_writing(cursor)
+                recording = Recording(cursor, self._db.dialect, self._known)
+                yield recording
+            connection.commit()
+        except BaseException:
+            connection.close()  # and roll back
+            raise
+        self._idle.append(connection)
         self._known.add(recording.fresh)
 
     # Reading back

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import orjson
@@ -41,7 +42,8 @@ vLLM reports log-probs of the raw distribution, so under any other value they ar
 
 
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
-"""(delta, logprobs, token ids without their brackets) of one content chunk, as JSON."""
+"""(delta, logprobs, token ids without their brackets) of one content chunk, as JSON; or of several,
+each with commas between them."""
 _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
@@ -88,23 +90,30 @@ class Capture:
             if choice.get("finish_reason") is not None and _is_count(choice.get("index", 0)):
                 self.finished.add(choice.get("index", 0))
 
+    def join(self) -> None:
+        """Joins the pieces that follow each other: a few long ones are quick to hand over."""
+        joined: list[Json | Piece] = []
+        for are_pieces, parts in groupby(self._unread, lambda part: isinstance(part, tuple)):
+            if are_pieces:
+                pieces = cast("Iterator[Piece]", parts)
+                deltas, logprobs, ids = map(b",".join, zip(*pieces, strict=True))
+                joined.append((deltas, logprobs, ids))
+            else:
+                joined.extend(parts)
+        self._unread = joined
+
     def read(self) -> None:
         """Reads what was taken in: off the hot path, and pieces all at once."""
+        self.join()
         unread, self._unread = self._unread, []
-        pieces: list[Piece] = []
         for part in unread:
             if isinstance(part, tuple):
-                pieces.append(part)
-                continue
-            self._pieces(pieces)
-            pieces = []
-            self._choices(part, "delta")
-        self._pieces(pieces)
+                self._piece(part)
+            else:
+                self._choices(part, "delta")
 
-    def _pieces(self, pieces: Sequence[Piece]) -> None:
-        if not pieces:
-            return
-        deltas, logprobs, ids = (b",".join(parts) for parts in zip(*pieces, strict=True))
+    def _piece(self, piece: Piece) -> None:
+        deltas, logprobs, ids = piece
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
             numbers = _LOGPROB.findall(logprobs)
@@ -115,13 +124,24 @@ class Capture:
                     for entry in objects(found.get("content"))
                 ]
             self.logprobs.extend(map(float, numbers))
-            for delta in objects(orjson.loads(b"[" + deltas + b"]")):
-                self._delta(delta)
+            self._deltas(orjson.loads(b"[" + deltas + b"]"))
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {error!s:.100}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
+
+    def _deltas(self, deltas: list[Any]) -> None:
+        try:  # nearly all hold a text and nothing else
+            texts = [delta["content"] for delta in deltas if len(delta) == 1]
+            text = "".join(texts)
+        except (TypeError, KeyError):
+            texts, text = [], ""
+        if len(texts) == len(deltas):
+            self.content.append(text)
+            return
+        for delta in objects(deltas):
+            self._delta(delta)
 
     def _choices(self, data: Json, said: str) -> None:
         try:

@@ -109,6 +109,7 @@ class Recorder:
                 "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._queue_size
             )
             return None
+        exchange.capture.join()
         try:
             pickled = pickle.dumps(exchange, pickle.HIGHEST_PROTOCOL)
         except Exception:  # nested too deep, for one
