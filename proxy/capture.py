@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import Any, TypeAlias, TypeGuard, cast
 
 import orjson
@@ -73,16 +71,19 @@ class Capture:
     error: str | None = None
     """Why what came could not be read, for example an error event in the stream."""
     _unread: list[Json | Piece] = field(default_factory=list["Json | Piece"])
+    _pieces: list[Piece] = field(default_factory=list[Piece])
+    """Those that came after everything in `_unread`."""
 
     def piece(self, piece: Piece) -> None:
         """Takes in one content chunk of a stream with a single choice, as its parts' bytes."""
-        self._unread.append(piece)
+        self._pieces.append(piece)
 
     def chunk(self, chunk: Json) -> None:
         """Takes in one streamed chunk, which nobody changes any more.
 
         Only its model and its finish reasons are read now.
         """
+        self.join()
         self._unread.append(chunk)
         if isinstance(model := chunk.get("model"), str):
             self.model = model
@@ -92,15 +93,10 @@ class Capture:
 
     def join(self) -> None:
         """Joins the pieces that follow each other: a few long ones are quick to hand over."""
-        joined: list[Json | Piece] = []
-        for are_pieces, parts in groupby(self._unread, lambda part: isinstance(part, tuple)):
-            if are_pieces:
-                pieces = cast("Iterator[Piece]", parts)
-                deltas, logprobs, ids = map(b",".join, zip(*pieces, strict=True))
-                joined.append((deltas, logprobs, ids))
-            else:
-                joined.extend(parts)
-        self._unread = joined
+        if self._pieces:
+            deltas, logprobs, ids = map(b",".join, zip(*self._pieces, strict=True))
+            self._pieces.clear()
+            self._unread.append((deltas, logprobs, ids))
 
     def read(self) -> None:
         """Reads what was taken in: off the hot path, and pieces all at once."""
