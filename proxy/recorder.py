@@ -81,8 +81,8 @@ class Recorder:
         self._waiting: deque[_Waiting] = deque()
         """What is not settled, in the order in which it is sent."""
         self._channel: _Channel | None = None
-        self._one_by_one = False
-        """Whether the next exchange is sent only when the last one is settled."""
+        self._suspects = 0
+        """How many exchanges from the oldest on are sent one by one: one may end each writer."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -143,7 +143,7 @@ class Recorder:
                     channel.abort()
                     await channel.ended
                 log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
-                self._doubt(channel)
+                self._doubt(channel.in_hand)
             if channel.settled:
                 pause_s = _FIRST_PAUSE_S
                 continue
@@ -168,7 +168,6 @@ class Recorder:
             self.counts.recorded += 1
         else:
             self.counts.lost += 1
-        self._one_by_one = False
         self._forget_oldest()
         self._send()
 
@@ -176,30 +175,28 @@ class Recorder:
         channel = self._channel
         if channel is None:
             return
-        allowed = 1 if self._one_by_one else len(self._waiting)
+        allowed = 1 if self._suspects else len(self._waiting)
         for waiting in islice(self._waiting, channel.in_hand, allowed):
             channel.send(waiting.pickled, again=waiting.sent)
             waiting.sent = True
 
     def _forget_oldest(self) -> None:
         oldest = self._waiting.popleft()
+        self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
         oldest.settle(True)
 
-    def _doubt(self, channel: _Channel) -> None:
-        """Finds out, over several writers, whether it is one of the exchanges that ends them."""
-        if channel.settled or not channel.in_hand:
-            return
-        if not self._one_by_one:
-            self._one_by_one = True
+    def _doubt(self, in_hand: int) -> None:
+        """Finds out, over several writers, whether one of the exchanges that they had ends them."""
+        self._suspects = in_hand
+        if in_hand != 1:
             return
         suspect = self._waiting[0]
         suspect.ended += 1
         if suspect.ended == _DEADLY:
             self.counts.lost += 1
             log.error("turn=%s is lost: %d writers ended over it", suspect.turn_id, _DEADLY)
-            self._one_by_one = False
             self._forget_oldest()
 
 

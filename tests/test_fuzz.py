@@ -696,6 +696,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
             await until(lambda: len(asyncio.all_tasks()) <= tasks)
             counts = p.proxy.recorder.counts
             print(f"{counts.recorded} turns recorded, {counts.lost} lost")
+            assert counts.lost == 0
             assert counts.recorded > len(numbers) // 20
             assert len(ended) > len(numbers) // 200
     late = [mb for done, mb in rss_mb.items() if done >= 30]
