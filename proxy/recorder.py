@@ -173,7 +173,7 @@ class Recorder:
 
     def _send(self) -> None:
         channel = self._channel
-        if channel is None:
+        if channel is None or channel.closing:
             return
         allowed = 1 if self._suspects else len(self._waiting)
         for waiting in islice(self._waiting, channel.in_hand, allowed):
@@ -210,6 +210,11 @@ class _Channel(asyncio.Protocol):
         """How many it has got and not answered for."""
         self.ended: asyncio.Future[None] = loop.create_future()
         self._recorder = recorder
+
+    @property
+    def closing(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass

@@ -15,6 +15,7 @@ from typing import Any
 
 import psutil
 import pytest
+import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -57,7 +58,7 @@ def writer_of_its_own() -> Generator[WriterProcess]:
 async def recording(
     store: Store,
     writer: WriterProcess = WRITER,
-    queue_size: int = 1024,
+    queue_size: int = 10_000,
     timeout_s: float = PATIENCE_S,
 ) -> AsyncGenerator[Recorder]:
     recorder = Recorder(writer, store.config, "generic", queue_size, timeout_s)
@@ -73,7 +74,7 @@ def run(scene: Callable[[], Awaitable[None]]) -> None:
     async def limited() -> None:
         await asyncio.wait_for(scene(), PATIENCE_S)
 
-    asyncio.run(limited())
+    uvloop.run(limited())  # as `nextstate proxy` does
 
 
 def ids(exchanges: Sequence[Exchange]) -> list[str]:
@@ -139,6 +140,26 @@ def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store
             assert [store.turn(turn).index for turn in turns] == list(range(25))  # pyright: ignore[reportOptionalMemberAccess]
             for number, turn in enumerate(turns[:-1], 1):
                 assert [state.text for state in store.next_states(turn)] == [f"t{name} {number}"]
+
+    run(scene)
+
+
+def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None:
+    async def scene() -> None:
+        with writer_of_its_own() as writer:
+            async with recording(store, writer) as recorder:
+                await recorder.record(exchange("first"))
+                first = writer.pid
+                assert first is not None
+                os.kill(first, signal.SIGKILL)
+                count = 1
+                while writer.pid == first:
+                    recorder.submit(exchange(f"say {count}"))
+                    count += 1
+                    await asyncio.sleep(0)
+                await recorder.drain(PATIENCE_S)
+                assert (recorder.counts.recorded, recorder.counts.lost) == (count, 0)
+        assert len(store.turn_ids()) == count > 1
 
     run(scene)
 
