@@ -97,8 +97,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     store = Store(settings.store)
     profile = settings.agents.profile
     load_plugin("agents", profile, None)  # the writer does; one that is missing is said here
-    writer = WriterProcess()
-    async with engine_client(settings) as engine:
+    async with engine_client(settings) as engine, WriterProcess() as writer:
         proxy = Proxy(
             settings.proxy,
             store,
@@ -127,7 +126,6 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         log.info("serving on %s", [site.name for site in runner.sites])
         await stop.wait()
         await runner.cleanup()
-    await asyncio.to_thread(writer.close)
     store.close()
 
 

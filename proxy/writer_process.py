@@ -7,18 +7,20 @@ however the proxy came to close them.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import pickle
 import socket
 import subprocess
 import sys
+from typing import Self
 
 from proxy.writer import Feed
 
 log = logging.getLogger(__name__)
 
-_END_S = 2.0
+_END_S = 10.0
 """How long `close` waits for the process."""
 
 
@@ -27,6 +29,12 @@ class WriterProcess:
 
     def __init__(self) -> None:
         self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await asyncio.to_thread(self.close)
 
     @property
     def pid(self) -> int | None:
@@ -80,5 +88,5 @@ def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
         except OSError:
             ours.close()
             raise
-    log.info("the writer runs as process %d", process.pid)
+    log.debug("the writer runs as process %d", process.pid)
     return process, ours
