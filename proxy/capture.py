@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard, cast
 
@@ -74,9 +75,9 @@ class Capture:
     _pieces: list[Piece] = field(default_factory=list[Piece])
     """Those that came after everything in `_unread`."""
 
-    def piece(self, piece: Piece) -> None:
-        """Takes in one content chunk of a stream with a single choice, as its parts' bytes."""
-        self._pieces.append(piece)
+    def pieces(self, pieces: Sequence[Piece]) -> None:
+        """Takes in content chunks of a stream with a single choice, as their parts' bytes."""
+        self._pieces.extend(pieces)
 
     def chunk(self, chunk: Json) -> None:
         """Takes in one streamed chunk, which nobody changes any more.

@@ -199,6 +199,9 @@ class _Call:
             async for data in upstream.content.iter_any():
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
+                if not (held or splitter.rest) and (sent := serving.content(data)) is not None:
+                    await response.write(sent)
+                    continue
                 passed: list[bytes] = []
                 for event in splitter.feed(data):
                     sent = serving.event(event)
