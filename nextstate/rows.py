@@ -6,6 +6,7 @@ import hashlib
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import orjson
@@ -121,7 +122,7 @@ def verdict_of(row: Row, bodies: Bodies) -> Verdict:
     )
 
 
-def version_of(row: Row) -> PolicyVersion:
+def version_of(row: Row | SimpleNamespace) -> PolicyVersion:
     return PolicyVersion(
         lineage=row.lineage,
         number=row.number,
