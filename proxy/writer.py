@@ -129,7 +129,7 @@ class Connection:
             self._source.sendall(bytes(answers))
 
 
-def _exchange(pickled: bytes) -> Exchange | None:
+def _exchange(pickled: bytearray) -> Exchange | None:
     try:
         return pickle.loads(pickled)
     except Exception:
