@@ -24,8 +24,8 @@ from nextstate.recording import scoped
 from nextstate.records import Json
 from nextstate.rows import HASH_BYTES, compress, content_hash, hashes
 from nextstate.store import Store
+from proxy.exchange import Exchange, record_exchange
 from proxy.linking import reply_keys
-from proxy.recorder import Exchange, record_exchange
 
 FILE = "nextstate.sqlite3"
 TURNS = 4

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from nextstate.records import Json, Timings
 from proxy.capture import Capture
-from proxy.recorder import Exchange
+from proxy.exchange import Exchange
 
 
 def exchange(

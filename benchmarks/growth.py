@@ -27,8 +27,8 @@ from nextstate.config import StoreConfig
 from nextstate.recording import Link
 from nextstate.records import Turn
 from nextstate.store import Store
+from proxy.exchange import Exchange, record_exchange
 from proxy.linking import message_hashes, reply_keys
-from proxy.recorder import Exchange, record_exchange
 
 KINDS = {
     "continues": "a turn of ten messages that continues a stored one",

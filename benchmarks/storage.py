@@ -28,8 +28,8 @@ from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
 from nextstate.store import Store
+from proxy.exchange import record_exchange
 from proxy.linking import explicit_session
-from proxy.recorder import record_exchange
 
 _POLICY = Path(__file__).parent.parent / "demo" / "policy"
 _GOAL = 0.1

@@ -15,6 +15,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
+from nextstate import logs
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
@@ -48,11 +49,7 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Errors that a person can fix exit with 2."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    logs.to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return options.run(options)

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from pydantic import TypeAdapter, ValidationError
-
 from nextstate.errors import ConfigError
 
 DEFAULT_FILE = Path("nextstate.toml")
@@ -129,6 +127,8 @@ def read_sections(
 
 
 def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> Any:
+    from pydantic import TypeAdapter, ValidationError  # here: who reads no file needs it not
+
     if not is_dataclass(kind):
         raise TypeError(f"section {name} is described by {kind!r}, not by a dataclass")
     known = {f.name: f for f in fields(kind)}

@@ -116,6 +116,7 @@ class _Statements:
                 "VALUES (:turn, 'pending', 0.0, 0) ON CONFLICT DO NOTHING"
             )
         )
+        self.known_turn = prepared(sa.select(_C.seq).where(_C.id == sa.bindparam("turn")))
         continued = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
         self.continued = prepared(continued.values(continued=True))
 
@@ -171,11 +172,11 @@ class Remembered:
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
-    def __init__(self, connection: sa.Connection, known: Remembered) -> None:
+    def __init__(self, cursor: Any, dialect: sa.Dialect, known: Remembered) -> None:
         self.fresh = Remembered()
         """What this transaction stores, once it is committed."""
-        self._cursor: Any = connection.connection.cursor()
-        self._statements = _statements(connection.dialect)
+        self._cursor = cursor
+        self._statements = _statements(dialect)
         self._known = known
 
     def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
@@ -239,6 +240,10 @@ class Recording:
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
         self._run(self._statements.replace_cut, here=place, turn=turn)
+
+    def holds(self, turn: str) -> bool:
+        """Whether a turn is stored already, and with it its next states."""
+        return self._first(self._statements.known_turn, turn=turn) is not None
 
     def next_index(self, session: str) -> int:
         """The position of the next turn in a session."""
@@ -317,10 +322,6 @@ class Recording:
         self._run(self._statements.continued, turn=turn)
         if judge:
             self._run(self._statements.add_judgement, turn=turn)
-
-    def close(self) -> None:
-        """Gives the driver's cursor back."""
-        self._cursor.close()
 
     def _keep(self, value: object) -> bytes:
         """Stores a JSON value once and returns its content hash."""

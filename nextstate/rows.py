@@ -6,6 +6,7 @@ import hashlib
 import threading
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import orjson
@@ -130,7 +131,7 @@ def load_verdict(connection: sa.Connection, turn_id: str) -> Verdict | None:
     return verdict_of(row, load_bodies(connection, hashes(row.hinted_prompt_ids or b"")))
 
 
-def version_of(row: Row) -> PolicyVersion:
+def version_of(row: Row | SimpleNamespace) -> PolicyVersion:
     return PolicyVersion(
         lineage=row.lineage,
         number=row.number,

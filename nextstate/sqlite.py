@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -11,6 +12,7 @@ from sqlalchemy import event
 BUSY_TIMEOUT_MS = 10_000
 _CACHE_KIB = 32_768
 """Of one connection: the indexes' upper pages stay, however large the store grows."""
+_BEGIN_WRITING = "BEGIN IMMEDIATE"
 _MANY_PAGES, _LOG_BYTES = 16_384, 4 << 20
 
 
@@ -41,9 +43,14 @@ def open_file(path: Path) -> sa.Engine:
     @event.listens_for(engine, "begin")
     def _begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
         immediate = connection.get_execution_options().get("immediate", False)
-        connection.exec_driver_sql("BEGIN IMMEDIATE" if immediate else "BEGIN")
+        connection.exec_driver_sql(_BEGIN_WRITING if immediate else "BEGIN")
 
     return engine
+
+
+def begin_writing(cursor: Any) -> None:
+    """Begins a write transaction on the driver's own cursor."""
+    cursor.execute(_BEGIN_WRITING)
 
 
 def checkpoint(engine: sa.Engine, path: Path) -> None:

@@ -88,19 +88,20 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     from aiohttp import web
 
     from proxy.app import Proxy
+    from proxy.writer_process import WriterProcess
 
     if settings.proxy.workers > 1 and worker is None:
         await _run_workers(settings)
         return
     stop = _stop_event()
     store = Store(settings.store)
-    profile = load_plugin("agents", settings.agents.profile, None)
-    async with engine_client(settings) as engine:
+    async with engine_client(settings) as engine, WriterProcess() as writer:
         proxy = Proxy(
             settings.proxy,
             store,
             engine,
-            profile,
+            settings.agents.profile,
+            writer=writer,
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
             lineages=_doors(settings),

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError, RecordError, StoreError
-from nextstate.hooks import AgentProfile
+from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json
 from nextstate.settling import Reception
 from nextstate.store import Store
@@ -34,6 +34,7 @@ from proxy.relay import Relay, api_error, client_headers, upstream_headers
 from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
+from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
@@ -57,8 +58,9 @@ class Proxy:
         config: ProxyConfig,
         store: Store,
         engine: EngineClient,
-        profile: AgentProfile,
+        profile: str,
         *,
+        writer: WriterProcess,
         zero_adapter: Path,
         record: bool,
         lineages: Lineages,
@@ -71,9 +73,14 @@ class Proxy:
         self.lineages = lineages
         self.versions = Versions(store, engine, lineages.names, zero_adapter, worker or "")
         self.recorder = Recorder(
-            store, profile, config.record_queue, config.record_timeout_s, enabled=record
+            writer,
+            store.config,
+            profile,
+            config.record_queue,
+            config.record_timeout_s,
+            enabled=record,
         )
-        self._profile = profile
+        self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._engine_key = engine_key
         self._worker = worker
         self._relay: Relay | None = None

@@ -41,7 +41,8 @@ vLLM reports log-probs of the raw distribution, so under any other value they ar
 
 
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
-"""(delta, logprobs, token ids without their brackets) of one content chunk, as JSON."""
+"""(delta, logprobs, token ids without their brackets) of one content chunk, as JSON; or of several,
+each with commas between them."""
 _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
@@ -71,16 +72,19 @@ class Capture:
     error: str | None = None
     """Why what came could not be read, for example an error event in the stream."""
     _unread: list[Json | Piece] = field(default_factory=list["Json | Piece"])
+    _pieces: list[Piece] = field(default_factory=list[Piece])
+    """Those that came after everything in `_unread`."""
 
-    def piece(self, piece: Piece) -> None:
-        """Takes in one content chunk of a stream with a single choice, as its parts' bytes."""
-        self._unread.append(piece)
+    def pieces(self, pieces: Sequence[Piece]) -> None:
+        """Takes in content chunks of a stream with a single choice, as their parts' bytes."""
+        self._pieces.extend(pieces)
 
     def chunk(self, chunk: Json) -> None:
         """Takes in one streamed chunk, which nobody changes any more.
 
         Only its model and its finish reasons are read now.
         """
+        self.join()
         self._unread.append(chunk)
         if isinstance(model := chunk.get("model"), str):
             self.model = model
@@ -88,23 +92,25 @@ class Capture:
             if choice.get("finish_reason") is not None and _is_count(choice.get("index", 0)):
                 self.finished.add(choice.get("index", 0))
 
+    def join(self) -> None:
+        """Joins the pieces that follow each other: a few long ones are quick to hand over."""
+        if self._pieces:
+            deltas, logprobs, ids = map(b",".join, zip(*self._pieces, strict=True))
+            self._pieces.clear()
+            self._unread.append((deltas, logprobs, ids))
+
     def read(self) -> None:
         """Reads what was taken in: off the hot path, and pieces all at once."""
+        self.join()
         unread, self._unread = self._unread, []
-        pieces: list[Piece] = []
         for part in unread:
             if isinstance(part, tuple):
-                pieces.append(part)
-                continue
-            self._pieces(pieces)
-            pieces = []
-            self._choices(part, "delta")
-        self._pieces(pieces)
+                self._piece(part)
+            else:
+                self._choices(part, "delta")
 
-    def _pieces(self, pieces: Sequence[Piece]) -> None:
-        if not pieces:
-            return
-        deltas, logprobs, ids = (b",".join(parts) for parts in zip(*pieces, strict=True))
+    def _piece(self, piece: Piece) -> None:
+        deltas, logprobs, ids = piece
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
             numbers = _LOGPROB.findall(logprobs)
@@ -115,13 +121,24 @@ class Capture:
                     for entry in objects(found.get("content"))
                 ]
             self.logprobs.extend(map(float, numbers))
-            for delta in objects(orjson.loads(b"[" + deltas + b"]")):
-                self._delta(delta)
+            self._deltas(orjson.loads(b"[" + deltas + b"]"))
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {error!s:.100}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
+
+    def _deltas(self, deltas: list[Any]) -> None:
+        try:  # nearly all hold a text and nothing else
+            texts = [delta["content"] for delta in deltas if len(delta) == 1]
+            text = "".join(texts)
+        except (TypeError, KeyError):
+            texts, text = [], ""
+        if len(texts) == len(deltas):
+            self.content.append(text)
+            return
+        for delta in objects(deltas):
+            self._delta(delta)
 
     def _choices(self, data: Json, said: str) -> None:
         try:

@@ -1,47 +1,32 @@
-"""From finished exchanges to recorded turns: a bounded queue before a group commit.
+"""The proxy's end of recording: a bounded queue before the writer process and its group commit.
 
-Reading, linking, hashing and writing happen in one thread, in one transaction for all exchanges
-that wait. A store that is slow, full or gone never fails a reply: what cannot be kept is counted
-and logged.
+Reading, linking, hashing and writing happen in the writer (`proxy/writer.py`), in one transaction
+for all exchanges that wait. A store that is slow, full or gone never fails a reply, nor does a
+writer that ends: what cannot be kept is counted and logged, what was not answered for is sent to
+the next writer.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import queue
-import threading
-from collections.abc import Sequence
+import pickle
+from collections import deque
 from dataclasses import dataclass
+from itertools import islice
+from typing import cast
 
-from nextstate.errors import NextStateError
-from nextstate.hooks import AgentProfile
-from nextstate.recording import Link, Recording
-from nextstate.records import Json, Timings, Turn, TurnKind, new_id
-from nextstate.store import Store
-from nextstate.wire import objects
-from proxy.capture import Capture, sampling_settings
-from proxy.linking import following, message_hashes, next_states, place_of, reply_keys
+from nextstate.config import StoreConfig
+from proxy.exchange import Exchange
+from proxy.writer import FRAME, KEPT, READY, Feed
+from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One finished request and reply, before it is linked."""
-
-    turn_id: str
-    lineage: str
-    explicit_session: str | None
-    request: Json
-    capture: Capture
-    policy_version: int | None
-    """The version that the engine's answer names."""
-    timings: Timings
-    cut: bool = False
-    """Whether the client did not see the reply's end."""
-    untrainable: str | None = None
-    """Why the turn cannot train, where that is known without looking at its tokens."""
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
+"""Before the next writer, when the last one ended without having kept anything."""
+_DEADLY = 3
+"""An exchange is lost that so many writers ended over, each with nothing else in hand."""
 
 
 @dataclass(slots=True)
@@ -57,10 +42,15 @@ class RecorderCounts:
 class _Waiting:
     """One exchange on its way into the store, and whoever waits for it."""
 
-    __slots__ = ("done", "exchange")
+    __slots__ = ("done", "ended", "pickled", "sent", "turn_id")
 
-    def __init__(self, exchange: Exchange, loop: asyncio.AbstractEventLoop) -> None:
-        self.exchange = exchange
+    def __init__(self, turn_id: str, pickled: bytes, loop: asyncio.AbstractEventLoop) -> None:
+        self.turn_id = turn_id
+        self.pickled = pickled
+        self.sent = False
+        """Whether a writer had it already, and may have kept it before it ended."""
+        self.ended = 0
+        """How many writers ended over it."""
         self.done: asyncio.Future[bool] = loop.create_future()
         """True: settled, as a turn or as a loss. False: it takes too long to wait for."""
 
@@ -74,22 +64,25 @@ class Recorder:
 
     def __init__(
         self,
-        store: Store,
-        profile: AgentProfile,
+        writer: WriterProcess,
+        store: StoreConfig,
+        profile: str,
         queue_size: int,
         timeout_s: float,
         *,
         enabled: bool = True,
     ) -> None:
         self.counts = RecorderCounts()
-        self._store = store
+        self._writer = writer
+        self._feed = Feed(store, profile)
         self._enabled = enabled
-        self._profile = profile
         self._timeout_s = timeout_s
         self._queue_size = queue_size
-        self._queue: queue.SimpleQueue[_Waiting | None] = queue.SimpleQueue()
-        self._waiting = 0
-        """How many exchanges are queued or being written."""
+        self._waiting: deque[_Waiting] = deque()
+        """What is not settled, in the order in which it is sent."""
+        self._channel: _Channel | None = None
+        self._suspects = 0
+        """How many exchanges from the oldest on are sent one by one: one may end each writer."""
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -107,148 +100,142 @@ class Recorder:
             patience.cancel()
 
     def submit(self, exchange: Exchange) -> _Waiting | None:
-        """Queues without waiting; None when the queue is full (a loss) or recording is off."""
+        """Queues without waiting; None when it is lost (the queue is full) or recording is off."""
         if not self._enabled:
             return None
-        if self._waiting >= self._queue_size:
+        if len(self._waiting) >= self._queue_size:
             self.counts.lost += 1
             log.error(
-                "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._waiting
+                "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._queue_size
             )
             return None
-        waiting = _Waiting(exchange, asyncio.get_running_loop())
-        self._waiting += 1
+        exchange.capture.join()
+        try:
+            pickled = pickle.dumps(exchange, pickle.HIGHEST_PROTOCOL)
+        except Exception:  # nested too deep, for one
+            self.counts.lost += 1
+            log.exception("turn=%s could not be recorded", exchange.turn_id)
+            return None
+        waiting = _Waiting(exchange.turn_id, pickled, asyncio.get_running_loop())
+        self._waiting.append(waiting)
         self._idle.clear()
-        self._queue.put(waiting)
+        self._send()
         return waiting
 
     async def run(self) -> None:
-        """Commits what is queued, all that waits at once, until cancelled."""
+        """Keeps a writer at work until cancelled."""
+        if not self._enabled:
+            return
         loop = asyncio.get_running_loop()
-        writer = threading.Thread(
-            target=self._write_all, args=(loop,), name="recorder", daemon=True
-        )
-        writer.start()
-        try:
-            await asyncio.Event().wait()
-        finally:
-            self._queue.put(None)
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            channel = _Channel(self, loop)
+            try:
+                ours = self._writer.connect(self._feed)
+                await loop.create_unix_connection(lambda c=channel: c, sock=ours)
+            except OSError as error:
+                log.error("no writer can be started, trying again in %.2f s: %s", pause_s, error)
+            else:
+                try:
+                    await asyncio.shield(channel.ended)
+                finally:
+                    self._channel = None
+                    channel.abort()
+                    await channel.ended
+                log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
+                self._doubt(channel.in_hand)
+            if channel.settled:
+                pause_s = _FIRST_PAUSE_S
+                continue
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
 
     async def drain(self, timeout_s: float) -> None:
         """Waits until everything queued is settled, at most `timeout_s`."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            log.error("%d turns are lost: the store did not take them in time", self._waiting)
+            log.error("%d turns are lost: the store did not take them in time", len(self._waiting))
 
-    def _write_all(self, loop: asyncio.AbstractEventLoop) -> None:
-        """The thread: takes what waits, writes it, and tells the event loop."""
-        while (first := self._queue.get()) is not None:
-            batch = [first]
-            while len(batch) < self._queue_size:
-                try:
-                    following_one = self._queue.get_nowait()
-                except queue.Empty:
-                    break
-                if following_one is None:
-                    self._queue.put(None)
-                    break
-                batch.append(following_one)
-            kept = self._commit(batch)
-            try:
-                loop.call_soon_threadsafe(self._settle, batch, kept)
-            except RuntimeError:
-                return  # the loop is closed: nobody waits any more
+    def ready(self, channel: _Channel) -> None:
+        """Takes a writer that has opened, and gives it all that waits."""
+        self._channel = channel
+        self._send()
 
-    def _commit(self, batch: Sequence[_Waiting]) -> int:
-        """Writes a batch; returns how many of its turns are kept."""
-        try:
-            with self._store.recording() as recording:
-                for waiting in batch:
-                    record_exchange(recording, waiting.exchange, self._profile)
-        except Exception:
-            if len(batch) > 1:  # one bad turn must not take the others with it
-                return sum(self._commit([waiting]) for waiting in batch)
-            log.exception("turn=%s could not be recorded", batch[0].exchange.turn_id)
-            return 0
-        return len(batch)
+    def settle(self, kept: bool) -> None:
+        """Takes in what became of the oldest exchange."""
+        if kept:
+            self.counts.recorded += 1
+        else:
+            self.counts.lost += 1
+        self._forget_oldest()
+        self._send()
 
-    def _settle(self, batch: Sequence[_Waiting], kept: int) -> None:
-        self.counts.recorded += kept
-        self.counts.lost += len(batch) - kept
-        self._waiting -= len(batch)
+    def _send(self) -> None:
+        channel = self._channel
+        if channel is None or channel.closing:
+            return
+        allowed = 1 if self._suspects else len(self._waiting)
+        for waiting in islice(self._waiting, channel.in_hand, allowed):
+            channel.send(waiting.pickled, again=waiting.sent)
+            waiting.sent = True
+
+    def _forget_oldest(self) -> None:
+        oldest = self._waiting.popleft()
+        self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
-        for waiting in batch:
-            waiting.settle(True)
+        oldest.settle(True)
+
+    def _doubt(self, in_hand: int) -> None:
+        """Finds out, over several writers, whether one of the exchanges that they had ends them."""
+        self._suspects = in_hand
+        if in_hand != 1:
+            return
+        suspect = self._waiting[0]
+        suspect.ended += 1
+        if suspect.ended == _DEADLY:
+            self.counts.lost += 1
+            log.error("turn=%s is lost: %d writers ended over it", suspect.turn_id, _DEADLY)
+            self._forget_oldest()
 
 
-def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
-    """Links one exchange, adds its turn and the next state of the turn that it continues."""
-    exchange.capture.read()
-    messages = objects(exchange.request.get("messages"))
-    hashes = message_hashes(messages)
-    kind = profile.kind(exchange.request)
-    named = (
-        None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
-    )
-    history = reply_keys(messages, None)
-    link = None if history is None else Link(*history, hashes)
-    parent = None if link is None else recording.parent(exchange.lineage, link, named)
-    if parent is not None and kind is TurnKind.MAIN:
-        # A heartbeat may come between a reply and what the person says to it.
-        parent = recording.main_ancestor(parent)
-    texts = [text for message in messages if (text := profile.next_state_text(message))]
-    place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
-    tried = None if place is None else recording.cut_session(place)
-    if parent is not None:
-        session = parent.session
-    elif tried is not None:
-        session = tried
-    elif named is not None:
-        session = recording.session(exchange.lineage, named, fresh=link is None)
-    else:
-        session = new_id("session")
-    # What was just named has no turn yet.
-    index = recording.next_index(session) if parent or tried or named else 0
-    turn = _turn(exchange, kind, session, index, parent and parent.id)
-    keys = reply_keys(messages, turn.reply)
-    if keys is None:
-        raise NextStateError(f"turn {turn.id} has no assistant message")
-    recording.add_turn(
-        turn,
-        *keys,
-        client_session=named,
-        place=place if exchange.cut else None,
-        message_hashes=hashes,
-    )
-    if tried is not None and place is not None:
-        recording.replace_cut(place, turn.id)
-    # A side turn replays the history of the main one: it is nobody's answer to it.
-    if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, following(messages), profile)
-        recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
-    return turn
+class _Channel(asyncio.Protocol):
+    """The connection to one writer."""
 
+    def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
+        self.settled = 0
+        """How many exchanges the writer has answered for."""
+        self.in_hand = 0
+        """How many it has got and not answered for."""
+        self.ended: asyncio.Future[None] = loop.create_future()
+        self._recorder = recorder
 
-def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:
-    capture, request = exchange.capture, exchange.request
-    return Turn(
-        id=exchange.turn_id,
-        session=session,
-        index=index,
-        kind=kind,
-        lineage=exchange.lineage,
-        policy_version=exchange.policy_version,
-        client_model=str(request.get("model") or ""),
-        request=request,
-        reply=capture.message(),
-        finish_reason=capture.finish_reason,
-        prompt_ids=None if capture.prompt_ids is None else tuple(capture.prompt_ids),
-        completion_ids=tuple(capture.completion_ids) or None,
-        behaviour_logprobs=capture.behaviour_logprobs(),
-        sampling=sampling_settings(request),
-        timings=exchange.timings,
-        untrainable=exchange.untrainable or capture.untrainable(request),
-        parent=parent,
-    )
+    @property
+    def closing(self) -> bool:
+        """Whether nothing can be sent any more."""
+        return self._transport.is_closing()
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+
+    def data_received(self, data: bytes) -> None:
+        for answer in data:
+            if answer == READY:
+                self._recorder.ready(self)
+                continue
+            self.settled += 1
+            self.in_hand -= 1
+            self._recorder.settle(answer == KEPT)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.ended.set_result(None)
+
+    def send(self, pickled: bytes, *, again: bool) -> None:
+        """Sends one exchange, once what was sent before has gone out."""
+        self.in_hand += 1
+        self._transport.write(FRAME.pack(len(pickled), again) + pickled)
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        self._transport.abort()

@@ -18,8 +18,9 @@ from nextstate.errors import EngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
+from proxy.exchange import Exchange
 from proxy.linking import explicit_session
-from proxy.recorder import Exchange, Recorder
+from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
 from proxy.versions import Versions
@@ -198,6 +199,9 @@ class _Call:
             async for data in upstream.content.iter_any():
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
+                if not (held or splitter.rest) and (sent := serving.content(data)) is not None:
+                    await response.write(sent)
+                    continue
                 passed: list[bytes] = []
                 for event in splitter.feed(data):
                     sent = serving.event(event)

@@ -50,6 +50,10 @@ class Serving(Protocol):
         """The body that the engine gets; `model` is the serving adapter's name there."""
         ...
 
+    def content(self, data: bytes) -> bytes | None:
+        """What the client gets for a read of whole content chunks; None: look at each event."""
+        ...
+
     def event(self, event: bytes) -> bytes:
         """What the client gets for one event of the stream, with its terminator; maybe nothing."""
         ...
@@ -133,11 +137,18 @@ class Direct:
         """See `Serving`."""
         return orjson.dumps(self._format.upstream_request(self._body, model))
 
+    def content(self, data: bytes) -> bytes | None:
+        """See `Serving`."""
+        cut = None if self._splice is None else self._splice.cut(data)
+        if cut is None:
+            return None
+        sent, pieces = cut
+        self.capture.pieces(pieces)
+        return sent
+
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
-        if self._splice is not None and (cut := self._splice.cut(event)) is not None:
-            sent, piece = cut
-            self.capture.piece(piece)
+        if (sent := self.content(event)) is not None:
             return sent
         chunk = _chunk(event, self.capture)
         if chunk is None:
@@ -194,6 +205,9 @@ class Translated:
     def request(self, model: str) -> bytes:
         """See `Serving`."""
         return orjson.dumps(chat.upstream_request(self.chat, model))
+
+    def content(self, data: bytes) -> None:
+        """See `Serving`."""
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
@@ -253,6 +267,9 @@ class Native:
         """See `Serving`."""
         self._engine_name = b'"model":' + orjson.dumps(model)
         return orjson.dumps({**self._body, "model": model})
+
+    def content(self, data: bytes) -> None:
+        """See `Serving`."""
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""

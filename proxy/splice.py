@@ -20,6 +20,7 @@ from proxy.dialects.chat import Asked, client_chunk
 _LOGPROBS, _IDS = b',"logprobs":', b',"finish_reason":null,"token_ids":['
 _NO_IDS = b',"finish_reason":null,"token_ids":null}]}\n\n'
 _END = b"]}]}\n\n"
+_BARE_END = _LOGPROBS + b"null" + _NO_IDS
 _TRIES = 3
 """Chunks that are looked at as a pattern before a reply is left to the parser."""
 
@@ -51,27 +52,27 @@ class Splice:
         if cut is None or json_object(cut[0].removeprefix(b"data: ")) != expected:
             self._theirs = b""
 
-    def cut(self, event: bytes) -> tuple[bytes, Piece] | None:
-        """(what the client gets, what is captured); None for a chunk that must be parsed."""
+    def cut(self, data: bytes) -> tuple[bytes, list[Piece]] | None:
+        """(what the client gets, what is captured) of whole content chunks; None: parse them."""
         theirs = self._theirs
-        if not theirs or not event.startswith(theirs) or not event.endswith(_END):
+        if not theirs or not data.startswith(theirs) or not data.endswith(_END) or b"\r" in data:
             return None
-        start = len(theirs)
-        delta_end = event.find(_LOGPROBS, start)
-        logprobs_end = event.find(_IDS, delta_end)
-        if delta_end < 0 or logprobs_end < 0:
-            return None
+        # No JSON string holds a line break: what stands between two of these is one chunk.
+        chunks = data[len(theirs) : -len(_END)].split(_END + theirs)
+        sent: list[bytes] = []
+        pieces: list[Piece] = []
         keep_logprobs, keep_ids = self._tail
-        delta = event[start:delta_end]
-        if delta == b"{}" and not (keep_logprobs or keep_ids):
-            sent = b""  # the parser held this token's text back: unasked there is no such chunk
-        else:
-            logprobs = event[delta_end:logprobs_end] if keep_logprobs else b',"logprobs":null'
-            ids = event[logprobs_end:] if keep_ids else _NO_IDS
-            sent = b"%b%b%b%b" % (self._ours, delta, logprobs, ids)
-        piece = (
-            delta,
-            event[delta_end + len(_LOGPROBS) : logprobs_end],
-            event[logprobs_end + len(_IDS) : -len(_END)],
-        )
-        return sent, piece
+        bare = not (keep_logprobs or keep_ids)
+        for chunk in chunks:
+            delta, _, rest = chunk.partition(_LOGPROBS)
+            logprobs, found, ids = rest.partition(_IDS)
+            if not found or b"\n" in chunk:
+                return None
+            pieces.append((delta, logprobs, ids))
+            if not bare:
+                kept = logprobs if keep_logprobs else b"null"
+                tail = _IDS + ids + _END if keep_ids else _NO_IDS
+                sent += self._ours, delta, _LOGPROBS, kept, tail
+            elif delta != b"{}":  # the parser held this token's text back: no such chunk unasked
+                sent.append(self._ours + delta + _BARE_END)
+        return b"".join(sent), pieces

@@ -30,7 +30,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
 from nextstate.store import Store
-from proxy.recorder import Exchange
+from proxy.exchange import Exchange
 from tests.scripted_engine import MODEL, Script, compact, plain_reply, stream_chunks
 from tests.test_proxy import Running, running, until
 
@@ -696,6 +696,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
             await until(lambda: len(asyncio.all_tasks()) <= tasks)
             counts = p.proxy.recorder.counts
             print(f"{counts.recorded} turns recorded, {counts.lost} lost")
+            assert counts.lost == 0
             assert counts.recorded > len(numbers) // 20
             assert len(ended) > len(numbers) // 200
     late = [mb for done, mb in rss_mb.items() if done >= 30]

@@ -1,13 +1,16 @@
-"""The proxy killed with SIGKILL under load: what a client saw end is kept, whole or not at all.
+"""The proxy or its writer killed with SIGKILL under load: what a client saw end is kept, once.
 
-Half of the kills come at the worst moment, on the spot when a client sees the end of a reply; the
-others anywhere. The seed decides, the scheduler has the last word.
+Nothing is there in part, and no writer outlives its proxy. Half of the kills come at the worst
+moment, on the spot when a client sees the end of a reply; the others anywhere. The seed decides,
+the scheduler has the last word.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -20,6 +23,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+import psutil
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
@@ -43,7 +47,7 @@ url = "{engine}"
 model = "{model}"
 [proxy]
 port = {port}
-record_timeout_s = 60.0
+record_timeout_s = {patience}
 """
 
 
@@ -98,19 +102,31 @@ async def answering() -> AsyncGenerator[str]:
 
 
 class Victim:
-    """The proxy as a process that is killed and started again."""
+    """The proxy as a process that is killed and started again, or whose writer is."""
 
-    def __init__(self, folder: Path, engine: str) -> None:
+    def __init__(
+        self, folder: Path, engine: str, *, writer_only: bool = False, patience_s: float = 60.0
+    ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.up = asyncio.Event()
         self.kill_at_next_end = False
+        self.writers: list[psutil.Process] = []
+        """Every one that was met, the living one last."""
+        self.writer_only = writer_only
         self._config = folder / "nextstate.toml"
         self._log = folder / "proxy.log"
         self._config.write_text(
-            CONFIG.format(state=folder / "state", engine=engine, model=MODEL, port=port)
+            CONFIG.format(
+                state=folder / "state", engine=engine, model=MODEL, port=port, patience=patience_s
+            )
         )
         self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def process(self) -> subprocess.Popen[bytes]:
+        assert self._process is not None
+        return self._process
 
     async def start(self) -> None:
         """Returns when it lets requests through."""
@@ -125,18 +141,53 @@ class Victim:
                 except aiohttp.ClientError:
                     pass
                 await asyncio.sleep(0.01)
+        await self._meet_writer()
         self.up.set()
+
+    async def restart(self) -> None:
+        """Brings back what was killed."""
+        if self._process is None or self._process.poll() is not None:
+            await self.start()
+        else:
+            await self._meet_writer()
+
+    async def _meet_writer(self) -> None:
+        """Returns when there is a writer that was not met before."""
+        async with asyncio.timeout(60):
+            while True:
+                for child in psutil.Process(self.process.pid).children():
+                    if child not in self.writers and child.status() != psutil.STATUS_ZOMBIE:
+                        self.writers.append(child)
+                        return
+                await asyncio.sleep(0.01)
+
+    async def metrics(self) -> list[str]:
+        """The lines of its page of counts."""
+        async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as answer:
+            return (await answer.text()).splitlines()
 
     def _spawn(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "nextstate", "proxy", "--config", str(self._config)]
         with self._log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log)
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, process_group=0)
         return self._process
 
-    def kill(self) -> None:
-        """SIGKILL, now."""
-        self.up.clear()
+    def strike(self) -> None:
+        """Kills what is to be killed, now."""
         self.kill_at_next_end = False
+        if self.writer_only:
+            self.writers[-1].kill()
+        else:
+            self.kill()
+
+    async def no_writer_is_left(self) -> None:
+        """Returns when every writer has ended by itself."""
+        _, alive = await asyncio.to_thread(psutil.wait_procs, self.writers, timeout=30)
+        assert not alive, "a writer outlives its proxy"
+
+    def kill(self) -> None:
+        """SIGKILL to the proxy, now."""
+        self.up.clear()
         if self._process is not None:
             self._process.kill()
             self._process.wait(10)
@@ -229,37 +280,42 @@ class Client:
 
     def _ended(self, turn: str, messages: list[dict[str, Any]]) -> None:
         if self._victim.kill_at_next_end:
-            self._victim.kill()
+            self._victim.strike()
         self._seen.end(turn, messages[-1]["content"])
 
 
-async def kill_again_and_again(folder: Path, kills: int, seed: int) -> Seen:
-    """Load and kills; returns what the clients saw."""
+async def kill_again_and_again(folder: Path, kills: int, seed: int, *, writer_only: bool) -> Seen:
+    """Load and kills of the proxy, or of its writer alone; returns what the clients saw."""
     rng = Random(seed)
     seen = Seen()
     async with answering() as engine:
-        victim = Victim(folder, engine)
+        victim = Victim(folder, engine, writer_only=writer_only)
         clients = [
             asyncio.create_task(Client(f"c{number}", victim, seen, Random(rng.random())).run())
             for number in range(CLIENTS)
         ]
         try:
             for number in range(kills):
-                await victim.start()
+                await victim.restart()
                 await seen.wait_for(rng.randrange(1, REPLIES_BETWEEN_KILLS), clients)
                 if number % 2:
                     await asyncio.sleep(rng.random() * 0.01)
-                    victim.kill()
+                    victim.strike()
                 else:
                     victim.kill_at_next_end = True
                     await seen.wait_for(1, clients)
                 if (number + 1) % max(1, kills // 10) == 0:
                     print(f"{number + 1} kills, {len(seen.ends)} ends seen, {seen.cuts} cut")
+            if writer_only:
+                await victim.restart()
+                await seen.wait_for(1, clients)
+                assert "nextstate_turns_lost_total 0" in await victim.metrics()
         finally:
             victim.kill()
             for client in clients:
                 client.cancel()
             await asyncio.gather(*clients, return_exceptions=True)
+        await victim.no_writer_is_left()
     return seen
 
 
@@ -309,9 +365,43 @@ def check(state: Path, seen: Seen) -> None:
 @pytest.mark.parametrize(
     "kills", [4, pytest.param(100, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
-def test_a_proxy_killed_under_load_loses_no_turn_that_a_client_saw_end(
-    tmp_path: Path, kills: int
+@pytest.mark.parametrize("writer_only", [False, True], ids=["proxy", "writer"])
+def test_a_kill_under_load_loses_no_turn_that_a_client_saw_end(
+    tmp_path: Path, writer_only: bool, kills: int
 ) -> None:
-    seen = asyncio.run(kill_again_and_again(tmp_path, kills, seed=kills))
-    assert seen.cuts > 0, "no kill met a reply under way"
+    seen = asyncio.run(kill_again_and_again(tmp_path, kills, seed=kills, writer_only=writer_only))
+    assert seen.cuts > 0, "no reply was cut"
     check(tmp_path / "state", seen)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_proxy_that_is_told_to_end_first_writes_what_is_late(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    async def scene() -> str:
+        async with answering() as engine:
+            victim = Victim(tmp_path, engine, patience_s=0.01)
+            try:
+                await victim.start()
+                with blocking.recording():  # another process holds the database
+                    body = {"model": MODEL, "messages": [{"role": "user", "content": "late"}]}
+                    url = f"{victim.url}/v1/chat/completions"
+                    async with (
+                        aiohttp.ClientSession(timeout=TIMEOUT) as http,
+                        http.post(url, data=orjson.dumps(body), headers=JSON) as answer,
+                    ):
+                        assert answer.status == 200
+                        turn = answer.headers["x-nextstate-turn"]
+                        await answer.read()
+                    os.killpg(victim.process.pid, number)
+                    victim.writers[-1].send_signal(number)
+                assert await asyncio.to_thread(victim.process.wait, 30) == 0
+                await victim.no_writer_is_left()
+            finally:
+                victim.kill()
+            return turn
+
+    blocking = Store(StoreConfig(dir=str(tmp_path / "state")))
+    turn = asyncio.run(scene())
+    assert blocking.turn_ids() == [turn]
+    blocking.close()

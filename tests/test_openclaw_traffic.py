@@ -19,8 +19,8 @@ from nextstate.hooks import load_plugin
 from nextstate.records import Json, Timings, TurnKind
 from nextstate.store import Store
 from proxy.capture import Capture
+from proxy.exchange import Exchange, record_exchange
 from proxy.linking import explicit_session
-from proxy.recorder import Exchange, record_exchange
 
 DATA = Path(__file__).parent / "data" / "openclaw"
 

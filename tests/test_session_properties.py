@@ -23,7 +23,7 @@ from nextstate.records import Json, Timings
 from nextstate.store import Store
 from plugins.agents.generic import Generic
 from proxy.capture import Capture
-from proxy.recorder import Exchange, record_exchange
+from proxy.exchange import Exchange, record_exchange
 
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 PROFILE = Generic()

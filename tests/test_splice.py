@@ -50,22 +50,24 @@ def parsed(event: bytes) -> Any:
 tokens = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(-99, 0)), min_size=1, max_size=3)
 
 
-@given(askings, st.lists(st.tuples(deltas, tokens, texts), min_size=1, max_size=6))
-def test_cut_bytes_are_the_stripped_chunk_and_lose_nothing(
-    asked: Asked, chunks: list[tuple[dict[str, Any], list[tuple[int, float]], str]]
+@given(askings, st.lists(st.lists(st.tuples(deltas, tokens, texts), min_size=1), max_size=4))
+def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at_once(
+    asked: Asked, reads: list[list[tuple[dict[str, Any], list[tuple[int, float]], str]]]
 ) -> None:
     splice, pieces, whole = Splice(asked), Capture(), Capture()
     first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
     splice.learn(first, parsed(first))
-    for delta, found, text in chunks:
-        event = event_of(delta, found, text)
-        cut = splice.cut(event)
+    for read in reads:
+        events = [event_of(*chunk) for chunk in read]
+        cut = splice.cut(b"".join(events))
         assert cut is not None
-        sent, piece = cut
-        expected = client_chunk(parsed(event), asked, None)
-        assert sent == (b"" if expected is None else b"data: " + orjson.dumps(expected) + b"\n\n")
-        pieces.piece(piece)
-        whole.chunk(parsed(event))
+        expected = [client_chunk(parsed(event), asked, None) for event in events]
+        assert cut[0] == b"".join(
+            b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in expected if chunk is not None
+        )
+        pieces.pieces(cut[1])
+        for event in events:
+            whole.chunk(parsed(event))
     assert pieces.message() == whole.message()
     assert pieces.behaviour_logprobs() == whole.behaviour_logprobs()
     assert pieces.completion_ids == whole.completion_ids
@@ -85,4 +87,6 @@ def test_what_is_no_content_chunk_is_left_to_the_parser() -> None:
         (b"}]}\n\n", b"}]}\r\n\r\n"),
     ):
         assert old in first
-        assert splice.cut(first.replace(old, new, 1)) is None, new
+        other = first.replace(old, new, 1)
+        for read in (other, first + other, other + first, first + other + first):
+            assert splice.cut(read) is None, read

@@ -1,0 +1,102 @@
+"""From a finished exchange to a recorded turn: read, linked to what it continues, and added."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from nextstate.errors import NextStateError
+from nextstate.hooks import AgentProfile
+from nextstate.recording import Link, Recording
+from nextstate.records import Json, Timings, Turn, TurnKind, new_id
+from nextstate.wire import objects
+from proxy.capture import Capture, sampling_settings
+from proxy.linking import following, message_hashes, next_states, place_of, reply_keys
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One finished request and reply, before it is linked."""
+
+    turn_id: str
+    lineage: str
+    explicit_session: str | None
+    request: Json
+    capture: Capture
+    policy_version: int | None
+    """The version that the engine's answer names."""
+    timings: Timings
+    cut: bool = False
+    """Whether the client did not see the reply's end."""
+    untrainable: str | None = None
+    """Why the turn cannot train, where that is known without looking at its tokens."""
+
+
+def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
+    """Links one exchange, adds its turn and the next state of the turn that it continues."""
+    exchange.capture.read()
+    messages = objects(exchange.request.get("messages"))
+    hashes = message_hashes(messages)
+    kind = profile.kind(exchange.request)
+    named = (
+        None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
+    )
+    history = reply_keys(messages, None)
+    link = None if history is None else Link(*history, hashes)
+    parent = None if link is None else recording.parent(exchange.lineage, link, named)
+    if parent is not None and kind is TurnKind.MAIN:
+        # A heartbeat may come between a reply and what the person says to it.
+        parent = recording.main_ancestor(parent)
+    texts = [text for message in messages if (text := profile.next_state_text(message))]
+    place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
+    tried = None if place is None else recording.cut_session(place)
+    if parent is not None:
+        session = parent.session
+    elif tried is not None:
+        session = tried
+    elif named is not None:
+        session = recording.session(exchange.lineage, named, fresh=link is None)
+    else:
+        session = new_id("session")
+    # What was just named has no turn yet.
+    index = recording.next_index(session) if parent or tried or named else 0
+    turn = _turn(exchange, kind, session, index, parent and parent.id)
+    keys = reply_keys(messages, turn.reply)
+    if keys is None:
+        raise NextStateError(f"turn {turn.id} has no assistant message")
+    recording.add_turn(
+        turn,
+        *keys,
+        client_session=named,
+        place=place if exchange.cut else None,
+        message_hashes=hashes,
+    )
+    if tried is not None and place is not None:
+        recording.replace_cut(place, turn.id)
+    # A side turn replays the history of the main one: it is nobody's answer to it.
+    if parent is not None and not parent.continued and kind is TurnKind.MAIN:
+        states = next_states(parent.id, following(messages), profile)
+        recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
+    return turn
+
+
+def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:
+    capture, request = exchange.capture, exchange.request
+    return Turn(
+        id=exchange.turn_id,
+        session=session,
+        index=index,
+        kind=kind,
+        lineage=exchange.lineage,
+        policy_version=exchange.policy_version,
+        client_model=str(request.get("model") or ""),
+        request=request,
+        reply=capture.message(),
+        finish_reason=capture.finish_reason,
+        prompt_ids=None if capture.prompt_ids is None else tuple(capture.prompt_ids),
+        completion_ids=tuple(capture.completion_ids) or None,
+        behaviour_logprobs=capture.behaviour_logprobs(),
+        sampling=sampling_settings(request),
+        timings=exchange.timings,
+        untrainable=exchange.untrainable or capture.untrainable(request),
+        parent=parent,
+    )
