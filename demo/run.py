@@ -76,7 +76,6 @@ learning_rate = 2e-3
 kl_coef = 0.2
 step_kl = 0.005
 teacher_gap_clip = 1.0
-micro_batch_size = 16
 threads = 1
 seed = {seed}
 poll_s = 0.1

@@ -3,9 +3,10 @@
     advantage[t] = w_rl · score + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
 
 This is arXiv 2603.10165's combined advantage, with two deliberate choices. The gap is bounded per
-token, so that no single token outweighs a score. And it is measured from the behaviour
-log-probabilities, the very distribution that the token was drawn from, which keeps the term an
-importance-weighted estimate when the policy has moved on since.
+token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit, whatever the
+model says. And it is measured from the behaviour log-probabilities, the very distribution that the
+token was drawn from, which keeps the term an importance-weighted estimate when the policy has moved
+on since.
 """
 # pyright: basic
 
@@ -14,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from learner.config import Method
@@ -25,31 +25,39 @@ class Weights:
     """How much each signal counts."""
 
     rl: float
-    """Of the score."""
+    """Of the score, in the advantage."""
     opd: float
-    """Of the teacher gap (on-policy distillation)."""
+    """Of the teacher gap, in the advantage (on-policy distillation)."""
+    topk: float
+    """Of the divergence from the teacher, a term of the loss (`learner/divergence.py`)."""
+
+    @property
+    def distils(self) -> bool:
+        """Whether a hint is of any use."""
+        return self.opd != 0 or self.topk != 0
 
 
 WEIGHTS: Mapping[Method, Weights] = {
-    "binary": Weights(1.0, 0.0),
-    "opd": Weights(0.0, 1.0),
-    "combined": Weights(1.0, 1.0),
+    "binary": Weights(1.0, 0.0, 0.0),
+    "opd": Weights(0.0, 1.0, 0.0),
+    "combined": Weights(1.0, 1.0, 0.0),
+    "opd_topk": Weights(0.0, 0.0, 1.0),
 }
 
 
 def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
-    """Clipped difference of log-probabilities in nats, (H, T) like both arguments."""
+    """Clipped difference of log-probabilities in nats, of the arguments' shape."""
     return (teacher - behaviour).clamp(-limit, limit)
 
 
 def token_advantages(
-    scores: Tensor, gap: Tensor, hinted_rows: Tensor, mask: Tensor, weights: Weights
+    scores: Tensor, gap: Tensor, mask: Tensor, weights: Weights, limit: float
 ) -> Tensor:
-    """Advantages (B, T), 0 outside the completion.
+    """Advantages (B, T) of at most w_rl + w_opd · `limit`, 0 outside the completion.
 
-    `scores` (B,); `gap` (H, T) of the rows `hinted_rows` (H,), all others have no teacher and get
-    no distillation term; `mask` (B, T) is 1 on completion tokens.
+    `scores` (B,); `gap` (B, T) is 0 in rows without a teacher; `mask` (B, T) is 1 on completion
+    tokens.
     """
-    distilled = torch.zeros(mask.shape, dtype=gap.dtype, device=mask.device)
-    distilled[hinted_rows] = gap
-    return (weights.rl * scores[:, None] + weights.opd * distilled) * mask
+    bound = abs(weights.rl) + abs(weights.opd) * limit
+    advantages = weights.rl * scores[:, None] + weights.opd * gap.clamp(-limit, limit)
+    return advantages.clamp(-bound, bound).masked_fill(mask == 0, 0.0)

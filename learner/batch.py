@@ -1,91 +1,222 @@
-"""Samples as padded tensors: prompts padded on the left, completions on the right.
+"""Samples as padded tensors: a pass over sequences, and the turns' completions in them.
 
-Nothing is cut: a batch is as wide as its longest prompt and its longest completion. Padding holds
-`PAD_ID` in ids and 0.0 in log-probabilities, and the masks say where it is.
+Turns of one session whose tokens extend each other are one sequence, so that what they share is
+computed once. A forward pass sees sequences, (R, L), padded on the right; the loss sees turns, one
+row each, (B, T): `Sequences` says where each turn's tokens stand. So the loss is the same number
+whether turns share a sequence or not. Nothing is cut. Padding holds `PAD_ID` in ids and 0.0 in
+log-probabilities, and the masks say where it is.
 """
 # pyright: basic
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from learner.advantages import Weights
 from nextstate.records import Sample
 
 PAD_ID = 0
 """Any id would do: the masks keep it out of every sum."""
+_IGNORED = -100
+"""The label of a token that is not scored."""
+_Item = TypeVar("_Item")
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """R token sequences and the B completions in them; masks are 1 on real tokens."""
+
+    ids: Tensor
+    """(R, L)"""
+    mask: Tensor
+    """(R, L)"""
+    places: Tensor
+    """(B, T) where each completion token stands among all R · L ids"""
+    completion_mask: Tensor
+    """(B, T)"""
+
+    @property
+    def completion_ids(self) -> Tensor:
+        """(B, T)"""
+        return self.ids.flatten()[self.places].masked_fill(self.completion_mask == 0, PAD_ID)
+
+    @property
+    def labels(self) -> Tensor:
+        """(R, L): the ids, and -100 for every token that belongs to no completion."""
+        labels = torch.full_like(self.ids, _IGNORED).flatten()
+        scored = self.places[self.completion_mask.bool()]
+        labels[scored] = self.ids.flatten()[scored]
+        return labels.view_as(self.ids)
+
+    def by_turn(self, predicted: Tensor) -> Tensor:
+        """(B, T) of the completions' tokens, from (R, L - 1) of all but each row's first."""
+        every = pad(predicted, (1, 0)).flatten()
+        return every[self.places].masked_fill(self.completion_mask == 0, 0.0)
+
+    def predicting(self, states: Tensor, turns: Tensor) -> Tensor:
+        """(N, H): those of `states` (R, L, H) that predict the N tokens of the rows `turns`."""
+        scored = self.places[turns][self.completion_mask[turns].bool()]
+        return states.flatten(0, 1)[scored - 1]
+
+    def to(self, device: torch.device) -> Sequences:
+        """The same on another device."""
+        return Sequences(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
+class Hinted:
+    """One pass of the teacher: the completions of some turns after their hinted prompts."""
+
+    turns: Tensor
+    """(H,) rows of the batch"""
+    sequences: Sequences
+    """H sequences with one completion each, as wide as the batch's: (H, T)."""
+
+    def to(self, device: torch.device) -> Hinted:
+        """The same on another device."""
+        return Hinted(self.turns.to(device), self.sequences.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """B samples, H of them with a hinted prompt for the teacher; masks are 1 on real tokens."""
+    """B turns that take one forward and backward pass."""
 
-    prompt_ids: Tensor
-    """(B, P)"""
-    prompt_mask: Tensor
-    """(B, P)"""
-    completion_ids: Tensor
-    """(B, T)"""
-    completion_mask: Tensor
-    """(B, T)"""
+    sequences: Sequences
     behaviour_logprobs: Tensor
     """(B, T) float32, in nats"""
     scores: Tensor
     """(B,) float32 in {-1, 0, 1}"""
-    current: Tensor
-    """(B,) bool: sampled from the very version that trains now"""
-    hinted_rows: Tensor
-    """(H,) rows of the samples with a hinted prompt"""
-    hinted_prompt_ids: Tensor
-    """(H, Q)"""
-    hinted_prompt_mask: Tensor
-    """(H, Q)"""
+    lags: Tensor
+    """(B,) updates since the version that sampled each turn; 0: it trains now"""
+    hinted: tuple[Hinted, ...]
+    """The teacher's passes, of the turns with a hint"""
     share: float
-    """B over the size of the whole update: what its mean loss weighs there."""
+    """What its mean loss weighs in the whole update's."""
+
+    @property
+    def completion_mask(self) -> Tensor:
+        """(B, T)"""
+        return self.sequences.completion_mask
+
+    @property
+    def has_teacher(self) -> Tensor:
+        """(B,) bool: turns with a hinted prompt"""
+        found = torch.zeros(len(self.scores), dtype=torch.bool, device=self.scores.device)
+        for teacher in self.hinted:
+            found[teacher.turns] = True
+        return found
 
     def to(self, device: torch.device) -> Batch:
         """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {name: v.to(device) for name, v in moved.items() if isinstance(v, Tensor)}
-        return replace(self, **tensors)
+        return Batch(
+            sequences=self.sequences.to(device),
+            behaviour_logprobs=self.behaviour_logprobs.to(device),
+            scores=self.scores.to(device),
+            lags=self.lags.to(device),
+            hinted=tuple(teacher.to(device) for teacher in self.hinted),
+            share=self.share,
+        )
+
+
+def sequences_of(samples: Sequence[Sample]) -> list[list[Sample]]:
+    """Groups turns into sequences: each turn's prompt begins with all tokens of the one before it.
+
+    Every sample is in exactly one, turns of different sessions never share one, and among several
+    turns that one could follow it follows the longest. A fork's second branch is a sequence of its
+    own.
+    """
+    grown: list[list[Sample]] = []
+    for sample in sorted(samples, key=lambda s: len(s.prompt_ids)):
+        followed = [turns for turns in grown if _extends(sample, turns[-1])]
+        if followed:
+            max(followed, key=lambda turns: _length(turns[-1])).append(sample)
+        else:
+            grown.append([sample])
+    return grown
 
 
 def collate(
-    samples: Sequence[Sample], *, current: int, weights: Weights, share: float = 1.0
+    sequences: Sequence[Sequence[Sample]],
+    *,
+    lags: Mapping[int, int],
+    weights: Weights,
+    pass_tokens: int,
+    share: float = 1.0,
 ) -> Batch:
-    """One batch of all `samples`; hinted prompts only where the method distils."""
-    hinted = [
-        (row, sample.hinted_prompt_ids)
+    """One batch of all `sequences`, its turns in their order.
+
+    `lags` by version. Hinted prompts are taken only where the method has a use for a teacher; no
+    pass of it has more than `pass_tokens` padded tokens, but for a turn that is longer alone.
+    """
+    samples = [turn for sequence in sequences for turn in sequence]
+    placed = place(sequences)
+    width = placed.completion_mask.size(1)
+    wanted = [
+        (row, (*sample.hinted_prompt_ids, *sample.completion_ids))
         for row, sample in enumerate(samples)
-        if weights.opd != 0 and sample.hinted_prompt_ids is not None
+        if weights.distils and sample.hinted_prompt_ids is not None
     ]
-    prompt_ids, prompt_mask = pad_left([s.prompt_ids for s in samples], PAD_ID)
-    completion_ids, completion_mask = pad_right([s.completion_ids for s in samples], PAD_ID)
+    hinted = [
+        Hinted(
+            torch.tensor([turn for turn, _ in group]),
+            _lay_out(
+                [ids for _, ids in group],
+                [
+                    (row, len(ids) - (size := len(samples[turn].completion_ids)), size)
+                    for row, (turn, ids) in enumerate(group)
+                ],
+                width,
+            ),
+        )
+        for group in fill_passes(wanted, [len(ids) for _, ids in wanted], pass_tokens)
+    ]
     behaviour, _ = pad_right([s.behaviour_logprobs for s in samples], 0.0)
-    hinted_prompt_ids, hinted_prompt_mask = pad_left([ids for _, ids in hinted], PAD_ID)
     return Batch(
-        prompt_ids=prompt_ids,
-        prompt_mask=prompt_mask,
-        completion_ids=completion_ids,
-        completion_mask=completion_mask,
+        sequences=placed,
         behaviour_logprobs=behaviour,
         scores=torch.tensor([float(s.score) for s in samples]),
-        current=torch.tensor([s.policy_version == current for s in samples]),
-        hinted_rows=torch.tensor([row for row, _ in hinted], dtype=torch.long),
-        hinted_prompt_ids=hinted_prompt_ids,
-        hinted_prompt_mask=hinted_prompt_mask,
+        lags=torch.tensor([lags[s.policy_version] for s in samples]),
+        hinted=tuple(hinted),
         share=share,
     )
 
 
-def micro_batches(samples: Sequence[Sample], size: int) -> list[list[Sample]]:
-    """Groups of at most `size` samples of similar length, so that little is padded."""
-    by_length = sorted(samples, key=token_count)
-    return [by_length[start : start + size] for start in range(0, len(by_length), size)]
+def place(sequences: Sequence[Sequence[Sample]]) -> Sequences:
+    """The tokens of all `sequences`, each as long as its last turn; the turns in their order."""
+    turns = [(row, turn) for row, sequence in enumerate(sequences) for turn in sequence]
+    return _lay_out(
+        [(*sequence[-1].prompt_ids, *sequence[-1].completion_ids) for sequence in sequences],
+        [(row, len(turn.prompt_ids), len(turn.completion_ids)) for row, turn in turns],
+        max(len(turn.completion_ids) for _, turn in turns),
+    )
+
+
+def micro_batches(samples: Sequence[Sample], pass_tokens: int) -> list[list[list[Sample]]]:
+    """The samples' sequences, in groups of at most `pass_tokens` padded tokens.
+
+    Groups are of similar length, so that little is padded. A longer sequence is alone, never cut.
+    """
+    found = sequences_of(samples)
+    return fill_passes(found, [_length(turns[-1]) for turns in found], pass_tokens)
+
+
+def fill_passes(
+    items: Sequence[_Item], lengths: Sequence[int], pass_tokens: int
+) -> list[list[_Item]]:
+    """Groups of at most `pass_tokens` by size times longest, shortest first; a longer is alone."""
+    groups: list[list[_Item]] = []
+    for index in sorted(range(len(items)), key=lambda index: lengths[index]):
+        if groups and (len(groups[-1]) + 1) * lengths[index] <= pass_tokens:
+            groups[-1].append(items[index])
+        else:
+            groups.append([items[index]])
+    return groups
 
 
 def token_count(sample: Sample) -> int:
@@ -94,21 +225,39 @@ def token_count(sample: Sample) -> int:
     return max(prompts) + len(sample.completion_ids)
 
 
-def pad_left(rows: Sequence[Sequence[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Values and mask, both (rows, longest)."""
+def pad_right(rows: Sequence[Sequence[float]], filler: float) -> tuple[Tensor, Tensor]:
+    """Values and mask, both (rows, longest); an integer `filler` makes integer values."""
     width = max(map(len, rows), default=0)
-    values = [[pad_id] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return _matrix(values, width, torch.long), _matrix(mask, width, torch.long)
-
-
-def pad_right(rows: Sequence[Sequence[float]], pad: float) -> tuple[Tensor, Tensor]:
-    """Values and mask, both (rows, longest); an integer `pad` makes integer values."""
-    width = max(map(len, rows), default=0)
-    values = [list(row) + [pad] * (width - len(row)) for row in rows]
+    values = [list(row) + [filler] * (width - len(row)) for row in rows]
     mask = [[1] * len(row) + [0] * (width - len(row)) for row in rows]
-    dtype = torch.long if isinstance(pad, int) else torch.float32
+    dtype = torch.long if isinstance(filler, int) else torch.float32
     return _matrix(values, width, dtype), _matrix(mask, width, torch.long)
+
+
+def _lay_out(
+    rows: Sequence[Sequence[int]], completions: Sequence[tuple[int, int, int]], width: int
+) -> Sequences:
+    """`rows` of ids with `completions` as (row, start, length) in them; T is `width`."""
+    ids, mask = pad_right(rows, PAD_ID)
+    starts = torch.tensor([row * ids.size(1) + start for row, start, _ in completions])
+    lengths = torch.tensor([length for _, _, length in completions])
+    steps = torch.arange(width)
+    completion_mask = (steps < lengths[:, None]).long()
+    return Sequences(ids, mask, (starts[:, None] + steps) * completion_mask, completion_mask)
+
+
+def _extends(sample: Sample, earlier: Sample) -> bool:
+    if sample.session != earlier.session or len(sample.prompt_ids) < _length(earlier):
+        return False
+    cut = len(earlier.prompt_ids)
+    return (
+        sample.prompt_ids[:cut] == earlier.prompt_ids
+        and sample.prompt_ids[cut : _length(earlier)] == earlier.completion_ids
+    )
+
+
+def _length(sample: Sample) -> int:
+    return len(sample.prompt_ids) + len(sample.completion_ids)
 
 
 def _matrix(rows: Sequence[Sequence[float]], width: int, dtype: torch.dtype) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Literal
 from learner.schedule import Kind, Window, parse_windows
 from nextstate.errors import ConfigError
 
-Method = Literal["binary", "opd", "combined"]
+Method = Literal["binary", "opd", "combined", "opd_topk"]
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,11 +18,29 @@ class LearnerConfig:
     """How samples become adapters; defaults follow the report's recipe (arXiv 2603.10165)."""
 
     method: Method = "combined"
-    """Which signals train: the score (binary), the hint (opd) or both (combined)."""
+    """Which signals train: the score (binary), the hint (opd), both (combined), or the hint by the
+    teacher's likeliest tokens in place of the sampled one (opd_topk)."""
+    topk: int = 20
+    """Tokens of the teacher that opd_topk compares one by one; all others are one bin."""
+    teacher: Literal["policy", "base", "average"] = "policy"
+    """Who reads the hint: the policy as it is, the base without an adapter, or a slow average of
+    the adapter's weights."""
+    teacher_decay: float = 0.9
+    """Of the average teacher: the share of its weights that a step keeps."""
+    loss_type: LossType = "grpo"
+    """How TRL averages over tokens. grpo: over each turn's, then over turns. bnpo and dapo: over
+    all tokens of the update, which makes the two the same here. dr_grpo: their sum, by turns."""
+    importance_sampling_level: Literal["token", "sequence"] = "token"
+    """Whether each token has its own importance ratio, or a turn one for all, their geometric
+    mean (arXiv 2507.18071)."""
     batch_size: int = 16
     """Samples of one update; each update makes one version."""
-    micro_batch_size: int = 1
-    """Samples of one forward pass; more is faster for short turns and takes more memory."""
+    min_batch: int = 1
+    """Samples that are enough for an update once they have waited for max_wait_s."""
+    max_wait_s: float = 0.0
+    """Seconds that at least min_batch samples wait for a full batch; 0: until it is full."""
+    micro_batch_tokens: int = 8192
+    """Tokens of one forward pass with their padding; a longer turn is alone in one, never cut."""
     learning_rate: float = 1e-5
     """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
     weight_decay: float = 0.1
@@ -87,7 +106,15 @@ class LearnerConfig:
         return parse_windows(self.window)
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "micro_batch_size", "lora_rank", "lora_alpha", "max_tokens"):
+        for key in (
+            "topk",
+            "batch_size",
+            "min_batch",
+            "micro_batch_tokens",
+            "lora_rank",
+            "lora_alpha",
+            "max_tokens",
+        ):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in (
             "learning_rate",
@@ -99,6 +126,7 @@ class LearnerConfig:
         ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
         for key in (
+            "max_wait_s",
             "weight_decay",
             "epsilon_high",
             "kl_coef",
@@ -109,8 +137,14 @@ class LearnerConfig:
             "memory_gb",
         ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in ("adam_beta1", "adam_beta2", "epsilon"):
+        for key in ("adam_beta1", "adam_beta2", "epsilon", "teacher_decay"):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        _require(
+            self.min_batch <= self.batch_size,
+            "min_batch",
+            self.min_batch,
+            f"at most batch_size = {self.batch_size}",
+        )
         _require(
             self.ratio_cap > 1 + self.epsilon_high,
             "ratio_cap",

@@ -106,7 +106,7 @@ class Blueprint:
     def need(self, config: LearnerConfig) -> Need:
         """The peak with samples of `max_tokens`, or of as many as the model has positions."""
         tokens = min(config.max_tokens, self._positions or config.max_tokens)
-        rows = min(config.micro_batch_size, config.batch_size)
+        rows = max(1, min(config.batch_size, config.micro_batch_tokens // tokens))
         if config.gradient_checkpointing:
             options = {"use_reentrant": False}
             self._model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
@@ -190,7 +190,7 @@ def _remedies(blueprint: Blueprint, config: LearnerConfig, need: Need, limit: fl
     if not config.gradient_checkpointing:
         changes.append({"gradient_checkpointing": True})
     if need.rows > 1:
-        changes.append({"micro_batch_size": 1})
+        changes.append({"micro_batch_tokens": need.tokens})
     if on_gpu and config.quantization == "none":
         changes.append({"quantization": "4bit"})
     everything = {key: value for change in changes for key, value in change.items()}

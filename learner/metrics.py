@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -10,6 +11,8 @@ from pathlib import Path
 import orjson
 import torch
 from torch import Tensor
+
+_NEWTON_STEPS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,12 +22,14 @@ class TokenStats:
     policy: Tensor
     behaviour: Tensor
     advantage: Tensor
-    current: Tensor
-    """bool: of a sample that the version in training made itself"""
+    lag: Tensor
+    """Updates since the version that sampled the token; 0: the version in training did"""
     gap: Tensor
     """Clipped teacher gap of hinted samples only, so it has its own length."""
     reference: Tensor | None
     """Log-probabilities of the base; None without a KL term."""
+    divergence: Tensor | None
+    """KL(policy ‖ teacher) of hinted samples only; None for a method without it."""
 
 
 def join(parts: Sequence[TokenStats]) -> TokenStats:
@@ -41,21 +46,49 @@ def drift(tokens: TokenStats) -> float | None:
 
     It is the disagreement of engine and learner about the same weights, 0 in exact arithmetic.
     """
-    if not tokens.current.any():
+    current = tokens.lag == 0
+    if not current.any():
         return None
-    return float((tokens.policy - tokens.behaviour)[tokens.current].abs().mean())
+    return float((tokens.policy - tokens.behaviour)[current].abs().mean())
 
 
-def token_metrics(tokens: TokenStats) -> dict[str, float]:
+def unexplained_drift(tokens: TokenStats, step_kl: float) -> float:
+    """Mean |policy − behaviour| beyond what the updates in between can have done to it.
+
+    Where engine and learner agree, behaviour is what an older version of the policy said, and each
+    update since moved the tokens by at most `largest_move(step_kl)` in the mean. That holds of the
+    tokens that `step_kl` was measured on, and is taken to hold of these: on the demo's policy they
+    moved by a tenth of it. So it is no measure of agreement, as `drift` is; it only notices an
+    engine that serves something quite different.
+    """
+    moved = (tokens.policy - tokens.behaviour).abs().mean()
+    return float(moved - tokens.lag.float().mean() * largest_move(step_kl))
+
+
+def largest_move(kl: float) -> float:
+    """The most that the mean |new − old| of log-probabilities can be where `policy_change` is `kl`.
+
+    policy_change is a mean of e^d − d − 1, which is at least g(|d|) with g(x) = e^−x + x − 1; g is
+    convex, so g(mean |d|) ≤ kl, and the answer is where g is `kl`. Near 0 it is √(2 kl).
+    """
+    x = kl + 1.0  # to the right of the answer, from where Newton's method falls towards it
+    for _ in range(_NEWTON_STEPS):
+        x -= (math.expm1(-x) + x - kl) / -math.expm1(-x)
+    return x
+
+
+def token_metrics(tokens: TokenStats, step_kl: float) -> dict[str, float]:
     """Means over tokens; a name is absent where nothing was measured, never 0."""
     ratio = (tokens.policy - tokens.behaviour).exp()
     found = {
         "drift/mean": drift(tokens),
+        "drift/unexplained": unexplained_drift(tokens, step_kl),
         "ratio/mean": float(ratio.mean()),
         "ratio/max": float(ratio.max()),
         "advantage/mean": float(tokens.advantage.mean()),
-        "teacher_gap/mean": float(tokens.gap.mean()) if len(tokens.gap) else None,
+        "teacher_gap/mean": _mean(tokens.gap),
         "kl/base": base_kl(tokens),
+        "kl/teacher": _mean(tokens.divergence),
     }
     return {name: value for name, value in found.items() if value is not None}
 
@@ -75,6 +108,10 @@ def policy_change(old: Tensor, new: Tensor) -> float:
     """
     difference = new - old
     return float((difference.exp() - difference - 1).mean())
+
+
+def _mean(values: Tensor | None) -> float | None:
+    return float(values.mean()) if values is not None and len(values) else None
 
 
 def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:

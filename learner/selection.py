@@ -34,6 +34,16 @@ def unfit(tokens: int, lag: int, *, max_lag: int, max_tokens: int) -> str | None
     return None
 
 
+def is_due(
+    ready: int, waited_s: float, *, batch_size: int, min_batch: int, max_wait_s: float
+) -> bool:
+    """Whether an update starts with `ready` samples: a full batch, or enough that have waited.
+
+    `waited_s` is since there were `min_batch` of them; `max_wait_s` 0 waits for a full batch.
+    """
+    return ready >= batch_size or (ready >= min_batch and 0 < max_wait_s <= waited_s)
+
+
 def _chain(parents: Parents, number: int) -> list[int]:
     chain = [number]
     while (parent := parents.get(chain[-1])) is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +33,7 @@ from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.metrics import append_metrics
 from learner.schedule import LiveRequests, Schedule
-from learner.selection import Parents, policy_lag, unfit
+from learner.selection import Parents, is_due, policy_lag, unfit
 from learner.trainer import PolicyTrainer, Update, build_trainer
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
@@ -123,6 +124,8 @@ class _Learner:
         self._folder = lineage_folder(store.dir / "learner", lineage)
         self._current = BASE_VERSION
         """The version whose weights the trainer holds."""
+        self._waits_since: float | None = None
+        """Since when `min_batch` samples are ready, by the monotonic clock."""
 
     def updates(self) -> Iterator[Update]:
         """Batches for the trainer; what follows each `yield` runs after its step."""
@@ -137,7 +140,7 @@ class _Learner:
                 self._stop.wait(self._config.poll_s)
                 continue
             batch, samples = leased
-            yield Update(samples, self._current)
+            yield Update(samples, self._current, self._parents())
             version = self._keep(batch, samples)
             self._bring_into_service(version)
 
@@ -178,6 +181,7 @@ class _Learner:
             self._trainer.reset_adapter()
         else:
             self._trainer.load_adapter(load_weights(Path(version.path), version.sha256))
+        self._trainer.restart_teacher()
         self._current = version.number
         log.info("training goes on lineage=%s version=%d", self._lineage, version.number)
 
@@ -185,20 +189,35 @@ class _Learner:
         return {v.number: v.parent for v in self._store.versions(self._lineage)}
 
     def _lease(self) -> tuple[str, list[Sample]] | None:
-        """A full batch of samples that may train, with its name; drops those that must not."""
+        """A batch of samples that may train, with its name; drops those that must not."""
         size = self._config.batch_size
-        scored, hinted = self._weights.rl != 0, self._weights.opd != 0
+        scored, hinted = self._weights.rl != 0, self._weights.distils
         parents = self._parents()
         self._drop_stale(parents)
-        while self._store.ready_samples(self._lineage, scored, hinted) >= size:
+        while self._is_due(self._store.ready_samples(self._lineage, scored, hinted)):
             batch = uuid.uuid4().hex
             samples = self._store.lease_samples(
                 self._lineage, size, batch, _LEASE_S, scored=scored, hinted=hinted
             )
             if not self._drop_unfit(samples, parents):
+                self._waits_since = None
                 return batch, samples
             self._store.release_samples(self._lineage)
         return None
+
+    def _is_due(self, ready: int) -> bool:
+        now = time.monotonic()
+        if ready < self._config.min_batch:
+            self._waits_since = None
+        elif self._waits_since is None:
+            self._waits_since = now
+        return is_due(
+            ready,
+            now - (self._waits_since or now),
+            batch_size=self._config.batch_size,
+            min_batch=self._config.min_batch,
+            max_wait_s=self._config.max_wait_s,
+        )
 
     def _drop_stale(self, parents: Parents) -> None:
         """Settles ready samples whose version is too far from the one that trains."""

@@ -14,7 +14,8 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,27 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
 from learner.advantages import WEIGHTS, teacher_gap, token_advantages
-from learner.batch import Batch, collate, micro_batches
+from learner.average import AverageWeights
+from learner.batch import Batch, Sequences, collate, micro_batches
 from learner.config import LearnerConfig
-from learner.metrics import TokenStats, drift, join, policy_change, token_metrics
+from learner.divergence import (
+    TopTokens,
+    head_of,
+    require_plain_logits,
+    top_tokens,
+    topk_divergence,
+)
+from learner.metrics import (
+    TokenStats,
+    drift,
+    join,
+    policy_change,
+    token_metrics,
+    unexplained_drift,
+)
 from learner.model import load_model, load_tokenizer, lora_config
+from learner.selection import Parents, policy_lag
+from learner.token_means import DR_GRPO_TOKENS, PER_TOKEN_LOSSES, token_mean
 from learner.trl_grpo import GRPOConfig, GRPOTrainer, use_adapter
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
@@ -47,6 +65,28 @@ class Update:
     samples: Sequence[Sample]
     version: int
     """The version whose weights the step starts from."""
+    parents: Parents = field(default_factory=dict[int, int | None])
+    """Each version's parent."""
+
+    @property
+    def lags(self) -> dict[int, int]:
+        """By version: the updates between it and the one that trains."""
+        versions = {sample.policy_version for sample in self.samples}
+        return {v: policy_lag(self.parents, self.version, v) for v in versions}
+
+
+@dataclass(frozen=True, slots=True)
+class _Scored:
+    """What one forward pass says of B completions."""
+
+    logprobs: Tensor
+    """(B, T)"""
+    entropies: Tensor
+    """(B, T)"""
+    aux_loss: Tensor | None
+    """Of a mixture of experts, its balance."""
+    states: Tensor
+    """(R, L, H): the last layer's, before the head"""
 
 
 class _Stream(IterableDataset[dict[str, Update]]):
@@ -77,7 +117,8 @@ class PolicyTrainer(GRPOTrainer):
         """Waits where the machine is needed for something else."""
         self._updates: Iterator[Update] = iter(())
         self._tokens: list[TokenStats] = []
-        self._logprobs: Tensor | None = None
+        self._scored: _Scored
+        """The policy's forward pass over the micro-batch whose loss is computed."""
         self._trained: list[tuple[Batch, Tensor]] = []
         """The update's micro-batches with the policy's log-probabilities (B, T) before the step."""
         super().__init__(
@@ -92,6 +133,10 @@ class PolicyTrainer(GRPOTrainer):
             peft_config=lora_config(config),
         )
         self.remove_callback(PrinterCallback)
+        self._head = head_of(self.accelerator.unwrap_model(self.model))
+        averaged = self._trainable() if config.teacher == "average" else []
+        self._average = AverageWeights(averaged, config.teacher_decay)
+        """Of no weights for any other teacher."""
 
     def train_on(self, updates: Iterable[Update]) -> None:
         """Takes one optimizer step per update, until the iterator ends.
@@ -107,6 +152,7 @@ class PolicyTrainer(GRPOTrainer):
             before = [weight.detach().clone() for weight in self._trainable()]
             yield update
             self._bound_step(before)
+            self._average.follow()
         # Without this the trainer spins through its remaining 2**31 steps.
         self.control.should_training_stop = True
 
@@ -120,33 +166,45 @@ class PolicyTrainer(GRPOTrainer):
         update: Update = inputs["update"]
         self._tokens, self._trained = [], []
         loss = torch.zeros((), device=self.args.device)
-        for samples in micro_batches(update.samples, self.config.micro_batch_size):
+        for sequences in micro_batches(update.samples, self.config.micro_batch_tokens):
             self.before_micro_batch()
+            part = [turn for sequence in sequences for turn in sequence]
             batch: Any = collate(
-                samples,
-                current=update.version,
+                sequences,
+                lags=update.lags,
                 weights=self.weights,
-                share=len(samples) / len(update.samples),
+                pass_tokens=self.config.micro_batch_tokens,
+                share=self._size(part) / self._size(update.samples),
             )
             loss += super().training_step(model, batch, num_items_in_batch)
         tokens = join(self._tokens)
-        self._refuse_drift(drift(tokens), model)
+        self._refuse_drift(tokens, model)
         self.metrics = {
-            **token_metrics(tokens),
+            **token_metrics(tokens, self.config.step_kl),
             "score/mean": sum(s.score for s in update.samples) / len(update.samples),
             "batch/size": len(update.samples),
             "step/seconds": time.perf_counter() - started,
         }
         return loss
 
-    def _refuse_drift(self, measured: float | None, model: Any) -> None:
-        limit = self.config.drift_limit
-        if measured is not None and not measured <= limit:
+    def _size(self, samples: Sequence[Sample]) -> int:
+        """What the loss averages over: turns, or their tokens."""
+        if self.config.loss_type in PER_TOKEN_LOSSES:
+            return sum(len(sample.completion_ids) for sample in samples)
+        return len(samples)
+
+    def _refuse_drift(self, tokens: TokenStats, model: Any) -> None:
+        limit, measured = self.config.drift_limit, drift(tokens)
+        compared = "for the same version"
+        if measured is None:
+            measured = unexplained_drift(tokens, self.config.step_kl)
+            compared = "more than [learner] step_kl lets the steps in between explain"
+        if not measured <= limit:
             model.zero_grad()
             raise LearnerError(
                 f"the learner's log-probabilities differ from the engine's by {measured:.4f} nats "
-                f"a token for the same version, over [learner] drift_limit = {limit:g}: nothing "
-                "was trained; check that [engine] model, dtype and adapter are the learner's"
+                f"a token {compared}, over [learner] drift_limit = {limit:g}: nothing was trained; "
+                "check that [engine] model, dtype and adapter are the learner's"
             )
 
     @torch.no_grad()
@@ -180,11 +238,7 @@ class PolicyTrainer(GRPOTrainer):
         for batch, logprobs in self._trained:
             mask = batch.completion_mask.bool()
             old.append(logprobs[mask])
-            new.append(
-                self.completion_logprobs(
-                    batch.prompt_ids, batch.prompt_mask, batch.completion_ids, batch.completion_mask
-                )[mask]
-            )
+            new.append(self.completion_logprobs(batch.sequences)[mask])
         return policy_change(torch.cat(old), torch.cat(new))
 
     def _trainable(self) -> list[torch.nn.Parameter]:
@@ -192,81 +246,133 @@ class PolicyTrainer(GRPOTrainer):
         return [weight for weight in parameters if weight.requires_grad]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """TRL's inputs for one micro-batch: its tensors, the advantages and the reference."""
+        """TRL's inputs for one micro-batch: its turns, the advantages and the reference."""
         batch: Batch = generation_batch.to(self.args.device)
-        behaviour = batch.behaviour_logprobs
+        sequences, mask = batch.sequences, batch.completion_mask
         with torch.no_grad():
-            rows = batch.hinted_rows
-            gap = behaviour.new_zeros((0, behaviour.size(1)))
-            if len(rows):
-                teacher = self.completion_logprobs(
-                    batch.hinted_prompt_ids,
-                    batch.hinted_prompt_mask,
-                    batch.completion_ids[rows],
-                    batch.completion_mask[rows],
-                )
-                gap = teacher_gap(teacher, behaviour[rows], self.config.teacher_gap_clip)
+            gap, top = self._teach(batch)
             reference = None
             if self.beta != 0.0:
                 with use_adapter(self.accelerator.unwrap_model(self.model), None):
-                    reference = self.completion_logprobs(
-                        batch.prompt_ids,
-                        batch.prompt_mask,
-                        batch.completion_ids,
-                        batch.completion_mask,
-                    )
+                    reference = self.completion_logprobs(sequences)
         return {
-            "prompt_ids": batch.prompt_ids,
-            "prompt_mask": batch.prompt_mask,
-            "completion_ids": batch.completion_ids,
-            "completion_mask": batch.completion_mask,
-            "old_per_token_logps": behaviour,
+            # TRL joins prompts and completions for a forward pass that has taken place by then.
+            "prompt_ids": mask[:, :0],
+            "prompt_mask": mask[:, :0],
+            "completion_ids": sequences.completion_ids,
+            "completion_mask": mask,
+            "num_items_in_batch": mask.sum(),
+            "old_per_token_logps": batch.behaviour_logprobs,
             "ref_per_token_logps": reference,
             "advantages": token_advantages(
-                batch.scores, gap, rows, batch.completion_mask, self.weights
+                batch.scores, gap, mask, self.weights, self.config.teacher_gap_clip
             ),
             "batch": batch,
             "gap": gap,
+            "top": top,
         }
+
+    def _teach(self, batch: Batch) -> tuple[Tensor, list[TopTokens]]:
+        """The teacher's clipped gap (B, T), 0 without a hint, and its top tokens for each pass."""
+        gap, top = torch.zeros_like(batch.behaviour_logprobs), []
+        with self._as_teacher():
+            for hinted in batch.hinted:
+                scored = self._score(self.model, hinted.sequences)
+                behaviour = batch.behaviour_logprobs[hinted.turns]
+                limit = self.config.teacher_gap_clip
+                gap[hinted.turns] = teacher_gap(scored.logprobs, behaviour, limit)
+                if self.weights.topk != 0:
+                    every = torch.arange(len(hinted.turns), device=gap.device)
+                    states = hinted.sequences.predicting(scored.states, every)
+                    top.append(top_tokens(states, self._head, self.config.topk))
+        return gap, top
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        """The model with the teacher's weights."""
+        match self.config.teacher:
+            case "policy":
+                yield
+            case "base":
+                with use_adapter(self.accelerator.unwrap_model(self.model), None):
+                    yield
+            case "average":
+                with self._average.in_place():
+                    yield
 
     def _compute_loss(self, model: Any, inputs: dict[str, Any]) -> Tensor:
         batch: Batch = inputs["batch"]
-        loss = super()._compute_loss(model, inputs) * batch.share
-        assert self._logprobs is not None
-        self._trained.append((batch, self._logprobs))
-        self._tokens.append(self._token_stats(inputs, self._logprobs))
-        return loss
+        self._scored = self._score(model, batch.sequences)
+        loss = super()._compute_loss(model, inputs)
+        divergence = None
+        if self.weights.topk != 0:
+            divergence = self._divergence(batch, self._scored.states, inputs["top"])
+            averaged = token_mean(divergence, batch.completion_mask, self.config.loss_type)
+            loss = loss + self.weights.topk * averaged
+        logprobs = self._scored.logprobs.detach()
+        self._trained.append((batch, logprobs))
+        self._tokens.append(self._token_stats(inputs, logprobs, divergence))
+        del self._scored  # or the last layer's states would stay in memory
+        return loss * batch.share
 
-    def _token_stats(self, inputs: dict[str, Any], logprobs: Tensor) -> TokenStats:
+    def _divergence(self, batch: Batch, states: Tensor, top: Sequence[TopTokens]) -> Tensor:
+        """KL(policy ‖ teacher) (B, T) on the teacher's top tokens, 0 without a hint."""
+        found = torch.zeros_like(batch.behaviour_logprobs)
+        for hinted, tokens in zip(batch.hinted, top, strict=True):
+            at = batch.sequences.predicting(states, hinted.turns)
+            mask = hinted.sequences.completion_mask.bool()
+            values = topk_divergence(at, self._head, tokens).to(found.dtype)
+            found[hinted.turns] = torch.zeros_like(found[hinted.turns]).masked_scatter(mask, values)
+        return found
+
+    def _token_stats(
+        self, inputs: dict[str, Any], logprobs: Tensor, divergence: Tensor | None
+    ) -> TokenStats:
         batch: Batch = inputs["batch"]
         mask = batch.completion_mask.bool()
+        taught = mask & batch.has_teacher[:, None]
         reference = inputs["ref_per_token_logps"]
         return TokenStats(
             policy=logprobs[mask].float().cpu(),
             behaviour=batch.behaviour_logprobs[mask].cpu(),
             advantage=inputs["advantages"][mask].float().cpu(),
-            current=batch.current[:, None].expand_as(mask)[mask].cpu(),
-            gap=inputs["gap"][mask[batch.hinted_rows]].float().cpu(),
+            lag=batch.lags[:, None].expand_as(mask)[mask].cpu(),
+            gap=inputs["gap"][taught].float().cpu(),
             reference=None if reference is None else reference[mask].float().cpu(),
+            divergence=None if divergence is None else divergence.detach()[taught].float().cpu(),
         )
 
-    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> Any:
-        # The loss needs this very forward pass: keeping its result saves drift a pass of its own.
-        result = super()._get_per_token_logps_and_entropies(*args, **kwargs)
-        self._logprobs = result[0].detach()
-        return result
+    def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> Any:
+        # TRL's loss asks for its forward pass, whose rows are turns. Ours are sequences.
+        return self._scored.logprobs, self._scored.entropies, self._scored.aux_loss
 
-    def completion_logprobs(
-        self, prompt_ids: Tensor, prompt_mask: Tensor, ids: Tensor, mask: Tensor
-    ) -> Tensor:
-        """Log-probabilities (B, T) of the completion `ids` after the prompts, in nats."""
-        logprobs, _, _ = self._get_per_token_logps_and_entropies(
-            self.model,
-            torch.cat([prompt_ids, ids], dim=1),
-            torch.cat([prompt_mask, mask], dim=1),
-            ids.size(1),
+    def _score(self, model: Any, sequences: Sequences) -> _Scored:
+        """One forward pass, with logits of one tile of tokens at a time."""
+        kept: list[Any] = []
+        backbone = self.accelerator.unwrap_model(self.model).get_base_model().base_model
+        hook = backbone.register_forward_hook(lambda *made: kept.append(made[2].last_hidden_state))
+        extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
+        try:
+            with self.accelerator.autocast():
+                outputs = model(
+                    input_ids=sequences.ids,
+                    attention_mask=sequences.mask,
+                    labels=sequences.labels,
+                    fused_lm_head=True,
+                    **extra,
+                )
+        finally:
+            hook.remove()
+        return _Scored(
+            sequences.by_turn(outputs.log_probs),
+            sequences.by_turn(outputs.entropy),
+            outputs.aux_loss,
+            kept[0],
         )
-        return logprobs
+
+    def completion_logprobs(self, sequences: Sequences) -> Tensor:
+        """Log-probabilities (B, T) of the completions in the sequences, in nats."""
+        return self._score(self.model, sequences).logprobs
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Takes over loss and gradient norm of the step just taken; TRL would print them."""
@@ -276,11 +382,11 @@ class PolicyTrainer(GRPOTrainer):
             self.metrics["grad/norm"] = float(logs.get("grad_norm", math.nan))
 
     def adapter_weights(self) -> dict[str, Tensor]:
-        """The adapter as float32 tensors on the CPU, under the names that peft and vLLM load."""
+        """A float32 copy of the adapter on the CPU, under the names that peft and vLLM load."""
         state = get_peft_model_state_dict(
             self.accelerator.unwrap_model(self.model), save_embedding_layers=False
         )
-        return {name: v.detach().float().cpu().contiguous() for name, v in state.items()}
+        return {name: v.detach().to("cpu", torch.float32, copy=True) for name, v in state.items()}
 
     def load_adapter(self, weights: Mapping[str, Tensor]) -> None:
         """Goes on from these weights; raises LearnerError if they are of another shape."""
@@ -300,6 +406,10 @@ class PolicyTrainer(GRPOTrainer):
             if isinstance(module, LoraLayer):
                 module.reset_lora_parameters("default", init_lora_weights=True)
 
+    def restart_teacher(self) -> None:
+        """The average teacher begins anew, as the policy is."""
+        self._average.restart()
+
     @property
     def _adam(self) -> Any:
         """The optimizer; there is none before training has begun."""
@@ -313,6 +423,7 @@ class PolicyTrainer(GRPOTrainer):
             "step": self.state.global_step,
             "rng": torch.get_rng_state(),
             "device_rng": devices,
+            "average": self._average.state(),
         }
 
     def load_training_state(self, state: Mapping[str, Any]) -> None:
@@ -322,6 +433,8 @@ class PolicyTrainer(GRPOTrainer):
         # The optimizer's own settings are the configuration's, not those of the checkpoint.
         for group in self._adam.param_groups:
             group["lr"] = self.config.learning_rate
+        if self.config.teacher == "average":
+            self._average.load(state.get("average", []))
         torch.set_rng_state(state["rng"])
         for rng in state["device_rng"][: int(self.args.device.type == "cuda")]:
             torch.cuda.set_rng_state(rng)
@@ -338,6 +451,8 @@ def build_trainer(config: LearnerConfig, model_path: str, work_dir: Path) -> Pol
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(config, model_path)
+    if WEIGHTS[config.method].topk != 0:
+        require_plain_logits(model)
     return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir)
 
 
@@ -345,10 +460,11 @@ def _arguments(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) ->
     on_cpu = model.device.type == "cpu"
     arguments = GRPOConfig(
         output_dir=str(work_dir),
-        # The report's surrogate: token ratios clipped to [1 - 0.2, 1 + 0.28], a mean over each
-        # completion's tokens, then over completions.
-        loss_type="grpo",
-        importance_sampling_level="token",
+        # The defaults are the report's surrogate: token ratios clipped to [1 - 0.2, 1 + 0.28], a
+        # mean over each completion's tokens, then over completions.
+        loss_type=config.loss_type,
+        importance_sampling_level=config.importance_sampling_level,
+        max_completion_length=DR_GRPO_TOKENS,
         epsilon=config.epsilon,
         epsilon_high=config.epsilon_high,
         delta=config.ratio_cap,

@@ -29,6 +29,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
     "thinking_token_budget": (),
+    "watermarking": (False,),
+    "vllm_xargs": ({},),
     "kv_transfer_params": (),
     "guided_json": (),
     "guided_regex": (),

@@ -41,7 +41,6 @@ port = {port}
 kind = "rules"
 [learner]
 learning_rate = 1e-3
-micro_batch_size = 16
 threads = 1
 poll_s = 0.1
 """

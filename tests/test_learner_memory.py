@@ -97,7 +97,7 @@ def test_weights_and_adapter_are_counted_by_hand(blueprint: Blueprint) -> None:
 def test_longer_and_more_samples_need_more_and_checkpointing_needs_less(
     blueprint: Blueprint,
 ) -> None:
-    one = replace(CONFIG, micro_batch_size=1)
+    one = replace(CONFIG, micro_batch_tokens=128)
     short = blueprint.need(replace(one, max_tokens=64)).total
     plain = blueprint.need(one).total
     assert short < plain < blueprint.need(CONFIG).total
@@ -139,13 +139,13 @@ def test_what_does_not_fit_is_refused_with_numbers_and_settings_that_fit(
     assert "\n" not in message, "the supervisor shows the last line of a part's log"
     assert "activations of 16 x 128 tokens" in message
     assert "allowed by [learner] memory_gb" in message
-    assert "[learner] micro_batch_size = 1 (" in message
-    assert require_memory(replace(config, micro_batch_size=1), model_path)
+    assert "[learner] micro_batch_tokens = 128 (" in message
+    assert require_memory(replace(config, micro_batch_tokens=128), model_path)
 
 
 def test_the_length_that_is_offered_fits(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "_STEP_TOKENS", 8)
-    config = replace(CONFIG, micro_batch_size=1, gradient_checkpointing=True)
+    config = replace(CONFIG, micro_batch_tokens=128, gradient_checkpointing=True)
     half = Blueprint(config, model_path).need(replace(config, max_tokens=64)).total
     config = replace(config, memory_gb=half / memory.GB)
     with pytest.raises(StartError) as refused:

@@ -11,7 +11,8 @@ import torch
 from peft import PeftModel
 
 from learner import stage
-from learner.adapters import verify_adapter
+from learner.adapters import load_weights, verify_adapter
+from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
 from learner.schedule import Schedule
 from nextstate.errors import EngineError, LearnerError, StartError
@@ -167,6 +168,90 @@ def test_a_dropped_sample_is_not_settled_with_its_batch(recorded, model_path):
     assert json.loads((Path(version.path) / "card.json").read_text())["turns"] == turns
 
 
+def test_few_samples_train_once_they_have_waited(recorded, model_path):
+    recorded.add_mixed(5)
+    config = replace(CONFIG, min_batch=4, max_wait_s=0.02)
+    train(recorded, model_path, FakeEngine(recorded.store), config)
+    assert recorded.states() == {"trained": 5}
+    assert recorded.store.versions("main")[0].metrics["batch/size"] == 5
+
+
+def test_too_few_samples_wait_for_ever(recorded, model_path):
+    recorded.add_mixed(3)
+    engine = FakeEngine(recorded.store)
+    looked = iter(range(5))
+    ready_samples = recorded.store.ready_samples
+
+    def look(lineage: str, scored: bool, hinted: bool) -> int:
+        if next(looked, None) is None:
+            engine.stop.set()
+        return ready_samples(lineage, scored, hinted)
+
+    recorded.store.ready_samples = look
+    train(recorded, model_path, engine, replace(CONFIG, min_batch=4, max_wait_s=1e-6))
+    assert recorded.states() == {"ready": 3}
+
+
+def test_stale_samples_may_differ_by_no_more_than_the_steps_since_explain(recorded, model_path):
+    recorded.add_mixed(16)
+    train(recorded, model_path, FakeEngine(recorded.store))
+    for _ in range(16):
+        recorded.add(shift=0.5, version=0)
+    engine = FakeEngine(recorded.store)
+    with pytest.raises(LearnerError, match=r"step_kl lets the steps in between explain.*drift"):
+        train(recorded, model_path, engine)
+    assert recorded.states() == {"trained": 16, "ready": 16}
+
+
+def test_turns_of_one_session_train_with_what_came_between_masked(recorded, model_path):
+    """The rewarded reply rises and the tool's answer between two replies is nobody's."""
+    tool = (40, 41, 42)
+    for _ in range(8):
+        recorded.add(GOOD, 1)
+        recorded.add(BAD, -1, prompt=(*PROMPT, *GOOD, *tool))
+    base = load_float64(model_path)
+    later = (*PROMPT, *GOOD, *tool)
+    with torch.no_grad():
+        before = [logprobs(base, PROMPT, GOOD).sum(), logprobs(base, later, BAD).sum()]
+    train(recorded, model_path, FakeEngine(recorded.store))
+    (version,) = recorded.store.versions("main")
+    policy = PeftModel.from_pretrained(load_float64(model_path), version.path).double()
+    with torch.no_grad():
+        after = [logprobs(policy, PROMPT, GOOD).sum(), logprobs(policy, later, BAD).sum()]
+    assert after[0] > before[0]
+    assert after[1] < before[1]
+    assert version.metrics["drift/mean"] < 1e-5
+
+
+@pytest.mark.parametrize("rolled_back", [False, True])
+def test_the_average_teacher_is_resumed_and_begins_anew_after_a_rollback(
+    tmp_path, model_path, rolled_back
+):
+    config = replace(CONFIG, teacher="average", teacher_decay=0.5)
+    averages = []
+    for runs in ([2], [1, 1]):
+        recorded = Recorded(tmp_path / str(len(runs)), model_path)
+        for _ in range(16):
+            recorded.add_mixed(1)
+            recorded.add(GOOD, -1, hinted=(9, *PROMPT))
+        for wanted in runs:
+            engine = FakeEngine(recorded.store, wanted)
+            if rolled_back:
+                engine.after = lambda _, store=recorded.store: store.set_serving("main", 0)
+            train(recorded, model_path, engine, config)
+        checkpoint = load_checkpoint(recorded.store.dir / "learner/main")
+        newest = load_weights(Path(recorded.store.versions("main")[-1].path))
+        averages.append(checkpoint.state["average"])
+    assert all(map(torch.equal, *averages))
+    assert {v.shape for v in averages[0]} == {v.shape for v in newest.values()}
+    first = averages[0][1]  # the first layer's first B, which begins at 0
+    ours = newest["base_model.model.model.layers.0.self_attn.q_proj.lora_B.weight"]
+    if rolled_back:  # after one step from the base it is half of that step
+        assert torch.allclose(first, 0.5 * ours)
+    else:
+        assert not torch.allclose(first, 0.5 * ours)
+
+
 def test_drifted_log_probs_refuse_to_train_and_lose_nothing(recorded, model_path):
     for _ in range(16):
         recorded.add(shift=0.05)
@@ -279,7 +364,7 @@ def test_an_idle_learner_asks_the_engine_before_every_micro_batch(recorded, mode
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
     busy = iter([1, 0, 0, 2, 0, 0])
-    config = replace(CONFIG, schedule="idle", micro_batch_size=4)
+    config = replace(CONFIG, schedule="idle", micro_batch_tokens=40)
     stage.run(recorded.store, config, model_path, "main", engine, engine.stop, lambda: next(busy))
     assert next(busy, None) is None
     assert recorded.states() == {"trained": 16}

@@ -18,20 +18,18 @@ from nextstate.records import Sample, Timings, Turn, TurnKind, Verdict
 from nextstate.store import Store
 
 VOCABULARY = 64
-CONFIG = LearnerConfig(
-    micro_batch_size=16, lora_rank=4, lora_alpha=8, learning_rate=1e-2, threads=1, poll_s=0.01
-)
+CONFIG = LearnerConfig(lora_rank=4, lora_alpha=8, learning_rate=1e-2, threads=1, poll_s=0.01)
 PROMPT = (5, 6, 7)
 GOOD, BAD = (10, 11, 12), (20, 21, 22, 23)
 
 
-def save_tiny_model(folder: Path, *, seed: int = 0) -> str:
+def save_tiny_model(folder: Path, *, seed: int = 0, intermediate_size: int = 64) -> str:
     """A random Qwen3 of 2 layers and width 32 with a tokenizer; returns the folder."""
     torch.manual_seed(seed)
     config = Qwen3Config(
         vocab_size=VOCABULARY,
         hidden_size=32,
-        intermediate_size=64,
+        intermediate_size=intermediate_size,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -57,11 +55,17 @@ def load_float64(folder: str) -> torch.nn.Module:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
 
 
+def distributions(
+    model: torch.nn.Module, prompt: Sequence[int], reply: Sequence[int]
+) -> torch.Tensor:
+    """Log-probabilities (T, V) of every token in each place of the reply, unpadded."""
+    ids = torch.tensor([[*prompt, *reply]])
+    return torch.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1], dim=-1)
+
+
 def logprobs(model: torch.nn.Module, prompt: Sequence[int], reply: Sequence[int]) -> torch.Tensor:
     """Log-probabilities (T,) of the reply, one unpadded sequence at a time."""
-    ids = torch.tensor([[*prompt, *reply]])
-    scores = torch.log_softmax(model(input_ids=ids).logits[0, len(prompt) - 1 : -1], dim=-1)
-    return scores.gather(1, torch.tensor(reply)[:, None])[:, 0]
+    return distributions(model, prompt, reply).gather(1, torch.tensor(reply)[:, None])[:, 0]
 
 
 class Recorded:

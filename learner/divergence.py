@@ -1,0 +1,137 @@
+"""How far the policy is from its teacher, over whole next-token distributions.
+
+    KL(policy ‖ teacher) = Σ_k p_k (log p_k − log q_k)      k: the teacher's top K tokens, and one
+                                                            bin with the probability of all others
+
+The reverse KL of on-policy distillation (arXiv 2306.13649) on K + 1 bins, and never more than on
+all tokens: merging tokens into a bin can only lower a KL. It looks at every likely token, where the
+teacher gap looks at the sampled one alone.
+
+Its expectation over the next token is exact, and no sampled token stands in it: so it carries no
+importance ratio. What stale samples leave off-policy are the prefixes at which it is taken, by as
+much as `[learner] max_lag` steps of at most `step_kl` allow.
+
+Logits are (tokens, vocabulary) and by far the largest tensors of a model: they are made
+`CHUNK_TOKENS` at a time, and made anew in the backward pass.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from nextstate.errors import ConfigError
+
+CHUNK_TOKENS = 128
+_LOGIT_SCALES = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+    "output_multiplier",
+)
+"""What a model's configuration may say that is done to the head's product."""
+
+
+@dataclass(frozen=True, slots=True)
+class Head:
+    """The layer that makes logits of hidden states."""
+
+    weight: Tensor
+    """(V, H)"""
+    bias: Tensor | None
+    """(V,)"""
+
+
+@dataclass(frozen=True, slots=True)
+class TopTokens:
+    """A teacher's likeliest tokens at N places."""
+
+    ids: Tensor
+    """(N, K)"""
+    logprobs: Tensor
+    """(N, K + 1) float32; the last is of all other tokens together"""
+
+    def __getitem__(self, places: slice | Tensor) -> TopTokens:
+        return TopTokens(self.ids[places], self.logprobs[places])
+
+
+def head_of(model: Any) -> Head:
+    """The head of a causal language model, with or without an adapter."""
+    layer = model.get_output_embeddings()
+    return Head(layer.weight, layer.bias)
+
+
+def require_plain_logits(model: PreTrainedModel) -> None:
+    """Raises ConfigError for a model whose logits are more than its head's product."""
+    text = model.config.get_text_config()
+    scaled = [name for name in _LOGIT_SCALES if getattr(text, name, None) not in (None, 1.0)]
+    if scaled:
+        raise ConfigError(
+            f"[learner] method = 'opd_topk': this model's configuration has {scaled[0]} = "
+            f"{getattr(text, scaled[0])!r}, expected logits that are not scaled; set it to 'opd'"
+        )
+
+
+@torch.no_grad()
+def top_tokens(states: Tensor, head: Head, k: int) -> TopTokens:
+    """The `k` likeliest tokens after `states` (N, H); at most all of the vocabulary but one."""
+    k = min(k, head.weight.size(0) - 1)
+    ids, logprobs = [], []
+    for chunk in states.split(CHUNK_TOKENS):
+        logits = _logits(chunk, head)
+        ids.append(logits.topk(k).indices)
+        logprobs.append(binned_logprobs(logits, ids[-1]))
+    return TopTokens(torch.cat(ids), torch.cat(logprobs))
+
+
+def topk_divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
+    """KL(policy ‖ teacher) (N,) in nats at the policy's `states` (N, H), over K + 1 bins.
+
+    Differentiable in `states` only; N is at least 1.
+    """
+    parts = [
+        checkpoint(
+            _divergence,
+            states[start : start + CHUNK_TOKENS],
+            head,
+            teacher[start : start + CHUNK_TOKENS],
+            use_reentrant=False,
+            preserve_rng_state=False,
+        )
+        for start in range(0, len(states), CHUNK_TOKENS)
+    ]
+    return torch.cat(parts)
+
+
+def binned_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
+    """Log-probabilities (N, K + 1) of the tokens `ids` (N, K) and of all others together.
+
+    From `logits` (N, V), V > K. The last bin is a sum over its tokens and not 1 minus the others,
+    which would lose all digits where they are nearly certain.
+    """
+    total = logits.logsumexp(-1, keepdim=True)
+    rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([logits.gather(-1, ids), rest], dim=-1) - total
+
+
+def reverse_kl(policy: Tensor, teacher: Tensor) -> Tensor:
+    """KL(policy ‖ teacher) (N,) in nats, from log-probabilities (N, bins)."""
+    return (policy.exp() * (policy - teacher)).sum(-1)
+
+
+def _divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
+    return reverse_kl(binned_logprobs(_logits(states, head), teacher.ids), teacher.logprobs)
+
+
+def _logits(states: Tensor, head: Head) -> Tensor:
+    bias = None if head.bias is None else head.bias.to(states.dtype)
+    logits = linear(states, head.weight.to(states.dtype), bias)
+    return logits if logits.dtype == torch.float64 else logits.float()
