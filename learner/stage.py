@@ -25,7 +25,14 @@ from tenacity import (
     wait_exponential,
 )
 
-from learner.adapters import Card, lineage_folder, load_weights, save_adapter, version_path
+from learner.adapters import (
+    Card,
+    check_scale,
+    lineage_folder,
+    load_weights,
+    save_adapter,
+    version_path,
+)
 from learner.advantages import WEIGHTS
 from learner.batch import token_count
 from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -177,6 +184,7 @@ class _Learner:
         if version.path is None:
             self._trainer.reset_adapter()
         else:
+            check_scale(Path(version.path), self._config)
             self._trainer.load_adapter(load_weights(Path(version.path), version.sha256))
         self._current = version.number
         log.info("training goes on lineage=%s version=%d", self._lineage, version.number)
