@@ -82,6 +82,10 @@ class LearnerConfig:
     """Of the adapter's first weights."""
     poll_s: float = 1.0
     """Seconds between looks into the store while too few samples are ready."""
+    tensorboard: bool = True
+    """Metrics also as TensorBoard's event files in the lineage's folder; nothing leaves it."""
+    wandb: str = ""
+    """Project of Weights & Biases that metrics are sent to; needs `[privacy] external_metrics`."""
     schedule: Kind = "always"
     """`idle` waits while the engine serves, `window` begins updates only at some times of day."""
     idle_patience_s: float = 60.0

@@ -3,11 +3,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import orjson
 import torch
 from torch import Tensor
 
@@ -75,9 +73,3 @@ def policy_change(old: Tensor, new: Tensor) -> float:
     """
     difference = new - old
     return float((difference.exp() - difference - 1).mean())
-
-
-def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
-    """Adds one line to a `metrics.jsonl`."""
-    with path.open("ab") as file:
-        file.write(orjson.dumps(dict(metrics)) + b"\n")

@@ -33,6 +33,7 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[proxy]\nhost = '0.0.0.0'", r"\[proxy\] api_key_env"),
         ("[engine]\nmode = 'external'", r"needs \[engine\] url"),
         ("[judge]\nkind = 'litellm'", r"\[privacy\] external_judge"),
+        ("[learner]\nwandb = 'p'", r"\[privacy\] external_metrics"),
         ("[judge]\nvotes = 0", r"\[judge\] votes"),
         ("[learner]\nlora_rank = 64", "max_lora_rank"),
         ("[learner]\nmethod = 'ppo'", "'binary', 'opd' or 'combined'"),
