@@ -102,6 +102,21 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
         raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
 
 
+def check_scale(path: Path, config: LearnerConfig) -> None:
+    """Raises LearnerError unless the adapter counts in the engine with `config`'s scale."""
+    try:
+        saved = orjson.loads((path / "adapter_config.json").read_bytes())
+    except (OSError, orjson.JSONDecodeError) as error:
+        raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
+    if (saved["lora_alpha"], saved["use_rslora"]) != (config.lora_alpha, config.rslora):
+        raise LearnerError(
+            f"the adapter to go on from was trained with [learner] lora_alpha = "
+            f"{saved['lora_alpha']}, rslora = {str(saved['use_rslora']).lower()}, and its weights "
+            f"mean something else with {config.lora_alpha}, {str(config.rslora).lower()}: set "
+            "them back, or start a new lineage"
+        )
+
+
 def verify_adapter(path: Path, sha256: str) -> None:
     """Raises LearnerError unless the weight file is the one that was registered."""
     try:
@@ -158,6 +173,8 @@ def _write_adapter(
     folder: Path, weights: Mapping[str, Tensor], config: LearnerConfig, model_path: str
 ) -> str:
     shape = lora_config(config)
+    # The names themselves: what a word like "all-linear" means depends on who reads it.
+    shape.target_modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights})
     shape.base_model_name_or_path = model_path
     shape.inference_mode = True
     shape.save_pretrained(str(folder))

@@ -9,6 +9,8 @@ from typing import Literal
 from learner.schedule import Kind, Window, parse_windows
 from nextstate.errors import ConfigError
 
+ALL_LINEAR = "all-linear"
+"""peft's word for every linear layer but the output's."""
 Method = Literal["binary", "opd", "combined", "opd_topk"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
@@ -57,10 +59,16 @@ class LearnerConfig:
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32
     """The pair's product is scaled by alpha / rank."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead, which suits high ranks (arXiv 2312.03732)."""
+    dora: bool = False
+    """Weight-decomposed LoRA; refused, because vLLM cannot serve it."""
+    tuning: Literal["lora", "full"] = "lora"
+    """What is trained; `full` is refused, because no running engine could be given the weights."""
     lora_targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
-    """Names of the linear layers that get a pair."""
+    """Names of the linear layers that get a pair; `all-linear` alone: all but the output layer."""
     epsilon: float = 0.2
     """Lower clip of the importance ratio: below 1 - epsilon a token no longer falls."""
     epsilon_high: float = 0.28
@@ -82,7 +90,7 @@ class LearnerConfig:
     device: str = "auto"
     """`cpu`, `cuda`, `cuda:1`, …; auto takes a GPU where there is one."""
     quantization: Literal["none", "4bit"] = "none"
-    """Of the frozen base; `4bit` is bitsandbytes' NF4 on a GPU, a quarter of bfloat16's memory."""
+    """Of the frozen base; `4bit` is bitsandbytes' NF4, which vLLM does not serve, on a GPU."""
     memory_gb: float = 0.0
     """Memory that training may need, in 10^9 bytes; 0 is what is free when it starts."""
     gradient_checkpointing: bool = False
@@ -93,6 +101,10 @@ class LearnerConfig:
     """Of the adapter's first weights."""
     poll_s: float = 1.0
     """Seconds between looks into the store while too few samples are ready."""
+    tensorboard: bool = True
+    """Metrics also as TensorBoard's event files in the lineage's folder; nothing leaves it."""
+    wandb: str = ""
+    """Project of Weights & Biases that metrics are sent to; needs `[privacy] external_metrics`."""
     schedule: Kind = "always"
     """`idle` waits while the engine serves, `window` begins updates only at some times of day."""
     idle_patience_s: float = 60.0
@@ -152,6 +164,25 @@ class LearnerConfig:
             f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}",
         )
         _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
+        _require(
+            ALL_LINEAR not in self.lora_targets or len(self.lora_targets) == 1,
+            "lora_targets",
+            list(self.lora_targets),
+            f"names of layers, or {ALL_LINEAR!r} alone",
+        )
+        if self.tuning == "full":
+            raise ConfigError(
+                '[learner] tuning = "full": a running vLLM takes whole weights only by its '
+                "weight-transfer routes (/init_weight_transfer_engine, /start_weight_update, "
+                "/update_weights), which need VLLM_SERVER_DEV_MODE=1 and replace the base that "
+                "all versions, lineages and the judge share, and versions are kept as adapters; "
+                'set [learner] tuning = "lora"'
+            )
+        if self.dora:
+            raise ConfigError(
+                "[learner] dora = true: vLLM refuses DoRA adapters, so no version could serve; "
+                "set [learner] dora = false (rslora is served)"
+            )
         try:
             parse_windows(self.window)
         except ValueError as error:

@@ -16,7 +16,7 @@ import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import orjson
 import torch
@@ -30,7 +30,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from learner.config import LearnerConfig
 from learner.machine import free_ram
-from learner.model import lora_config, model_shape, pick_device, pick_dtype
+from learner.model import check_quantization, lora_config, model_shape, pick_device, pick_dtype
 from learner.trl_grpo import add_fused_lm_head
 from nextstate.errors import StartError
 
@@ -87,7 +87,9 @@ class Blueprint:
         """Raises StartError or ConfigError for a model that cannot be trained."""
         self.device = pick_device(config)
         self._dtype = pick_dtype(config, self.device)
-        base = model_shape(config, model_path).to(self._dtype)
+        check_quantization(config, self.device)
+        base: Any = model_shape(config, model_path)
+        base.to(dtype=self._dtype)
         self._positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
         self._weights = list({id(p): p for p in base.parameters()}.values())
         head = base.get_output_embeddings()
@@ -291,7 +293,7 @@ def _without_content(model: nn.Module) -> list[Tensor]:
     """
     made: dict[int, tuple[Tensor, Tensor]] = {}  # holds the old ones too: ids must not be reused
     for module in model.modules():
-        for tensors in (module._parameters, module._buffers):
+        for tensors in (cast("dict[str, Any]", module._parameters), module._buffers):
             for name, old in tensors.items():
                 if old is None:
                     continue

@@ -4,11 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
 
-import orjson
 import torch
 from torch import Tensor
 
@@ -112,9 +110,3 @@ def policy_change(old: Tensor, new: Tensor) -> float:
 
 def _mean(values: Tensor | None) -> float | None:
     return float(values.mean()) if values is not None and len(values) else None
-
-
-def append_metrics(path: Path, metrics: Mapping[str, float]) -> None:
-    """Adds one line to a `metrics.jsonl`."""
-    with path.open("ab") as file:
-        file.write(orjson.dumps(dict(metrics)) + b"\n")

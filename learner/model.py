@@ -3,19 +3,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import torch
 from peft import LoraConfig
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
-from learner.config import LearnerConfig
+from learner.config import ALL_LINEAR, LearnerConfig
 from nextstate.errors import ConfigError, StartError
 
 
@@ -24,9 +27,21 @@ def load_model(config: LearnerConfig, model_path: str) -> PreTrainedModel:
     device = pick_device(config)
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what transformers' trainer then means by "cuda"
-    model = _local(AutoModelForCausalLM, model_path, dtype=pick_dtype(config, device))
+    check_quantization(config, device)
+    dtype = pick_dtype(config, device)
+    if config.quantization == "4bit":
+        four_bits = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        options: dict[str, Any] = {"quantization_config": four_bits, "device_map": {"": device}}
+    else:
+        options = {}
+    model = _local(AutoModelForCausalLM, model_path, dtype=dtype, **options)
     _check_targets(config, model)
-    return model.to(device)
+    return model if options else model.to(device)
 
 
 def load_tokenizer(model_path: str) -> PreTrainedTokenizerBase:
@@ -45,11 +60,13 @@ def model_shape(config: LearnerConfig, model_path: str) -> PreTrainedModel:
 
 def lora_config(config: LearnerConfig) -> LoraConfig:
     """The adapter's shape."""
+    targets = list(config.lora_targets)
     return LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        target_modules=list(config.lora_targets),
+        use_rslora=config.rslora,
+        target_modules=targets if targets != [ALL_LINEAR] else ALL_LINEAR,
         task_type="CAUSAL_LM",
     )
 
@@ -86,10 +103,38 @@ def _local(kind: Any, model_path: str, **options: Any) -> Any:
         ) from error
 
 
+def check_quantization(config: LearnerConfig, device: torch.device) -> None:
+    """Raises StartError where `[learner] quantization` cannot work."""
+    if config.quantization == "none":
+        return
+    asked = f'[learner] quantization = "{config.quantization}"'
+    if device.type != "cuda":
+        raise StartError(
+            f"{asked} needs an NVIDIA GPU, and training runs on {device}: set it to "
+            '"none", or name a GPU in [learner] device'
+        )
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise StartError(
+            f"{asked} needs the package bitsandbytes, which is not installed: "
+            '`pip install bitsandbytes`, or set it to "none"'
+        )
+
+
 def _check_targets(config: LearnerConfig, model: PreTrainedModel) -> None:
-    layers = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
-    missing = [name for name in config.lora_targets if name not in layers]
+    head = model.get_output_embeddings()
+    known = {
+        name.rsplit(".", 1)[-1]: None
+        for name, layer in model.named_modules()
+        if isinstance(layer, nn.Linear) and layer is not head
+    }
+    if not known:
+        raise ConfigError(
+            f"[engine] model is a {model.config.model_type}, which has no linear layers for LoRA: "
+            "name another model"
+        )
+    missing = [name for name in config.lora_targets if name not in known and name != ALL_LINEAR]
     if missing:
         raise ConfigError(
-            f"[learner] lora_targets names {', '.join(missing)}, which this model does not have"
+            f"[learner] lora_targets names {', '.join(missing)}, which this model does not have: "
+            f'name some of {", ".join(known)}, or ["{ALL_LINEAR}"]'
         )

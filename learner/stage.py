@@ -26,14 +26,21 @@ from tenacity import (
     wait_exponential,
 )
 
-from learner.adapters import Card, lineage_folder, load_weights, save_adapter, version_path
+from learner.adapters import (
+    Card,
+    check_scale,
+    lineage_folder,
+    load_weights,
+    save_adapter,
+    version_path,
+)
 from learner.advantages import WEIGHTS
 from learner.batch import token_count
 from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
-from learner.metrics import append_metrics
 from learner.schedule import LiveRequests, Schedule
 from learner.selection import Parents, is_due, policy_lag, unfit
+from learner.sinks import Sinks, open_sinks
 from learner.trainer import PolicyTrainer, Update, build_trainer
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
@@ -71,14 +78,17 @@ def run(
     schedule = _schedule(config, stop, live_requests)
     folder = lineage_folder(store.dir / "learner", lineage)
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    sinks = open_sinks(config, folder, lineage)
     trainer = build_trainer(config, model_path, folder)
     trainer.before_micro_batch = schedule.before_micro_batch
-    learner = _Learner(store, config, model_path, lineage, publish, stop, trainer, schedule)
+    learner = _Learner(store, config, model_path, lineage, publish, stop, trainer, schedule, sinks)
     try:
         trainer.train_on(learner.updates())
     except LearnerError:
         learner.recover()
         raise
+    finally:
+        sinks.close()
 
 
 def _schedule(
@@ -111,6 +121,7 @@ class _Learner:
         stop: threading.Event,
         trainer: PolicyTrainer,
         schedule: Schedule,
+        sinks: Sinks,
     ) -> None:
         self._store = store
         self._config = config
@@ -121,6 +132,7 @@ class _Learner:
         self._stop = stop
         self._trainer = trainer
         self._schedule = schedule
+        self._sinks = sinks
         self._folder = lineage_folder(store.dir / "learner", lineage)
         self._current = BASE_VERSION
         """The version whose weights the trainer holds."""
@@ -180,6 +192,7 @@ class _Learner:
         if version.path is None:
             self._trainer.reset_adapter()
         else:
+            check_scale(Path(version.path), self._config)
             self._trainer.load_adapter(load_weights(Path(version.path), version.sha256))
         self._trainer.restart_teacher()
         self._current = version.number
@@ -277,9 +290,7 @@ class _Learner:
 
     def _register(self, version: PolicyVersion, batch: str) -> None:
         self._store.add_version(version, batch)
-        append_metrics(
-            self._folder / "metrics.jsonl", {"version": version.number, **version.metrics}
-        )
+        self._sinks.write(version.number, version.metrics)
         log.info("version made lineage=%s version=%d", version.lineage, version.number)
 
     def _bring_into_service(self, version: PolicyVersion) -> None:

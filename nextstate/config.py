@@ -79,6 +79,8 @@ class PrivacyConfig:
     """False relays without keeping anything: the agent works, nothing is learned."""
     external_judge: bool = False
     """True lets a `litellm` judge send turns to the provider of its model."""
+    external_metrics: bool = False
+    """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
 
 
 def read_sections(

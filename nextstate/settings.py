@@ -69,6 +69,11 @@ class Settings:
                 f"max_lora_rank = {self.engine.max_lora_rank}: vLLM would refuse the adapters"
             )
         self._check_lineages()
+        if self.learner.wandb and not self.privacy.external_metrics:
+            raise ConfigError(
+                f"[learner] wandb = {self.learner.wandb!r} sends metrics to Weights & Biases: "
+                "allow it with [privacy] external_metrics = true"
+            )
         if "litellm" in self.judge.kinds and not self.privacy.external_judge:
             raise ConfigError(
                 f'[judge] kind = "{self.judge.kind}" sends turns to the provider of its model: '

@@ -37,6 +37,7 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
             "[judge]\nkind = 'rules,litellm'",
             r"kind = \"rules,litellm\".*\[privacy\] external_judge",
         ),
+        ("[learner]\nwandb = 'p'", r"\[privacy\] external_metrics"),
         ("[judge]\nvotes = 0", r"\[judge\] votes"),
         ("[learner]\nlora_rank = 64", "max_lora_rank"),
         ("[learner]\nmethod = 'ppo'", "'binary', 'opd', 'combined' or 'opd_topk'"),

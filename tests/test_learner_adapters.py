@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from peft import PeftModel
+from transformers import GPT2Config, Phi3Config
 
 from learner.adapters import (
     Card,
@@ -19,6 +21,7 @@ from learner.adapters import (
     version_path,
 )
 from learner.config import LearnerConfig
+from learner.model import check_quantization, load_model
 from nextstate.errors import ConfigError, LearnerError, StartError
 from tests.test_learner_tiny import CONFIG, GOOD, PROMPT, load_float64, logprobs, save_tiny_model
 
@@ -112,11 +115,92 @@ def test_a_missing_model_is_one_clear_message(tmp_path):
         save_zero_adapter(str(tmp_path / "nowhere"), CONFIG, tmp_path / "zero")
 
 
-def test_an_unknown_layer_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("name", ["c_attn", "lm_head", "mlp", "all_linear"])
+def test_a_layer_that_cannot_have_a_pair_is_refused_with_those_that_can(tmp_path, name):
     model_path = save_tiny_model(tmp_path / "model")
-    config = LearnerConfig(lora_targets=("q_proj", "c_attn"))
-    with pytest.raises(ConfigError, match=r"lora_targets names c_attn"):
+    config = LearnerConfig(lora_targets=("q_proj", name))
+    with pytest.raises(ConfigError, match=rf"names {name}, .*q_proj, k_proj.*\[\"all-linear\"\]"):
         save_zero_adapter(model_path, config, tmp_path / "zero")
+
+
+def test_another_architectures_layers_are_known_by_their_own_names(tmp_path):
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config.save_pretrained(tmp_path)
+    fused = "o_proj, qkv_proj, gate_up_proj, down_proj"
+    with pytest.raises(ConfigError, match=f"name some of {fused}, or"):
+        save_zero_adapter(str(tmp_path), CONFIG, tmp_path / "zero")
+    everything = replace(CONFIG, lora_targets=("all-linear",))
+    save_zero_adapter(str(tmp_path), everything, tmp_path / "zero")
+    names = load_weights(tmp_path / "zero")
+    layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
+    assert layers == set(fused.split(", "))
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path):
+    GPT2Config(n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="is a gpt2, which has no linear layers"):
+        save_zero_adapter(str(tmp_path), CONFIG, tmp_path / "zero")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dora": True}, r"dora = true: vLLM refuses DoRA"),
+        ({"tuning": "full"}, r"weight-transfer routes .*VLLM_SERVER_DEV_MODE=1"),
+        ({"lora_targets": ("all-linear", "q_proj")}, r"lora_targets = .*'all-linear' alone"),
+        ({"lora_targets": ()}, r"at least one layer's name"),
+    ],
+)
+def test_what_no_engine_could_serve_is_refused_with_the_reason(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        replace(CONFIG, **change)
+
+
+_VLLM_READS = """
+import sys
+from vllm.config.lora import LoRAConfig
+from vllm.lora.peft_helper import PEFTHelper
+helper = PEFTHelper.from_local_dir(sys.argv[1], max_position_embeddings=None)
+helper.validate_legal(LoRAConfig(max_lora_rank=16))
+print(helper.vllm_lora_scaling_factor)
+helper.use_dora = True
+try:
+    helper.validate_legal(LoRAConfig(max_lora_rank=16))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_vllm_reads_the_scale_that_was_trained_and_still_refuses_dora(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    config = replace(CONFIG, rslora=True, lora_targets=("all-linear",))
+    save_zero_adapter(model_path, config, tmp_path / "zero")
+    argv = [sys.executable, "-P", "-c", _VLLM_READS, str(tmp_path / "zero")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=tmp_path)
+    scale, refusal = done.stdout.strip().splitlines()[-2:]
+    assert float(scale) == config.lora_alpha / config.lora_rank**0.5 == 4.0
+    assert "DoRA" in refusal
+
+
+def test_four_bits_without_a_gpu_or_the_package_are_refused(tmp_path, monkeypatch):
+    config = replace(CONFIG, quantization="4bit", device="cpu")
+    model_path = save_tiny_model(tmp_path / "model")
+    with pytest.raises(StartError, match=r'quantization = "4bit" needs an NVIDIA GPU.* on cpu'):
+        load_model(config, model_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StartError, match="pip install bitsandbytes"):
+        check_quantization(config, torch.device("cuda", 0))
 
 
 def test_the_configuration_loads_without_torch():

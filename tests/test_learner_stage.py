@@ -388,6 +388,28 @@ def test_without_an_engine_an_idle_schedule_is_refused(recorded, model_path):
         train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, schedule="idle"))
 
 
+@pytest.mark.parametrize("change", [{"lora_alpha": 16}, {"rslora": True}])
+def test_weights_go_on_only_with_the_scale_they_were_trained_for(recorded, model_path, change):
+    recorded.add_mixed(32)
+    train(recorded, model_path, FakeEngine(recorded.store))
+    with pytest.raises(LearnerError, match=r"lora_alpha = 8, rslora = false.* set them back"):
+        train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, **change))
+    assert recorded.states() == {"trained": 16, "ready": 16}
+
+
+def test_a_rank_stabilised_adapter_of_all_linear_layers_learns(recorded, model_path):
+    recorded.add_mixed(32)
+    config = replace(CONFIG, rslora=True, lora_targets=("all-linear",))
+    train(recorded, model_path, FakeEngine(recorded.store, 2), config)
+    first, second = recorded.store.versions("main")
+    saved = json.loads((Path(second.path) / "adapter_config.json").read_text())
+    assert sorted(saved["target_modules"]) == sorted(LearnerConfig().lora_targets)
+    assert saved["use_rslora"] is True
+    # The saved folder, read as an engine would, is the policy that the learner had.
+    assert first.metrics["drift/mean"] < 1e-5
+    assert adapted_logprobs(model_path, second, GOOD) > adapted_logprobs(model_path, first, GOOD)
+
+
 def test_a_missing_model_is_one_clear_message(recorded, tmp_path):
     with pytest.raises(StartError, match=r"\[engine\] model = "):
         train(recorded, str(tmp_path / "nowhere"), FakeEngine(recorded.store), LearnerConfig())

@@ -1,0 +1,128 @@
+"""Where an update's metrics go beside the store: a file, TensorBoard, Weights & Biases."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import orjson
+
+from learner.config import LearnerConfig
+from nextstate.errors import StartError
+
+log = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """Takes the metrics of one version after another."""
+
+    def write(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Keeps the metrics of the update that made `version`."""
+        ...
+
+    def close(self) -> None:
+        """Hands over what is still held back."""
+        ...
+
+
+class JsonLines:
+    """One line a version, appended to a `metrics.jsonl`."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def write(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Appends the line."""
+        with self._path.open("ab") as file:
+            file.write(orjson.dumps({"version": version, **metrics}) + b"\n")
+
+    def close(self) -> None:
+        """Nothing is held back."""
+
+
+class TensorBoard:
+    """Event files in a folder, one scalar for each metric, with the version as the step."""
+
+    def __init__(self, folder: Path) -> None:
+        writer: Any = importlib.import_module("tensorboardX")
+        # Its file is named after the second: a quick restart would overwrite the one before.
+        suffix = f".{time.time_ns()}"
+        self._writer = writer.SummaryWriter(str(folder), flush_secs=5, filename_suffix=suffix)
+
+    def write(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Queues the scalars; they are on disk some seconds later."""
+        for name, value in metrics.items():
+            self._writer.add_scalar(name, value, version)
+
+    def close(self) -> None:
+        """Writes what is queued."""
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of the lineage in a project of Weights & Biases, which a restart goes on with."""
+
+    def __init__(self, project: str, lineage: str, folder: Path) -> None:
+        wandb: Any = importlib.import_module("wandb")
+        self._run = wandb.init(
+            project=project,
+            name=lineage,
+            id=f"{project}-{lineage}",
+            dir=str(folder),
+            resume="allow",
+        )
+
+    def write(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Sends the metrics, which may take a while."""
+        self._run.log(dict(metrics), step=version)
+
+    def close(self) -> None:
+        """Sends what is queued and ends the run."""
+        self._run.finish()
+
+
+class Sinks:
+    """Several sinks, of which only the first must not fail: metrics never end training."""
+
+    def __init__(self, kept: JsonLines, others: Sequence[Sink]) -> None:
+        self._kept = kept
+        self._others = others
+
+    def write(self, version: int, metrics: Mapping[str, float]) -> None:
+        """Writes to each; another program's failure is logged."""
+        self._kept.write(version, metrics)
+        for sink in self._others:
+            try:
+                sink.write(version, metrics)
+            except Exception:
+                log.exception("metrics not written to=%s version=%d", type(sink).__name__, version)
+
+    def close(self) -> None:
+        """Closes each."""
+        for sink in self._others:
+            try:
+                sink.close()
+            except Exception:
+                log.exception("metrics not closed in=%s", type(sink).__name__)
+
+
+def open_sinks(config: LearnerConfig, folder: Path, lineage: str) -> Sinks:
+    """The lineage's sinks in its folder. Raises StartError if `wandb` is set and not installed."""
+    others: list[Sink] = []
+    if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
+        log.warning("no TensorBoard files: tensorboardX is not installed; run `make env`")
+    elif config.tensorboard:
+        others.append(TensorBoard(folder / "tensorboard"))
+    if config.wandb:
+        if importlib.util.find_spec("wandb") is None:
+            raise StartError(
+                f"[learner] wandb = {config.wandb!r} needs the package wandb, which is not "
+                'installed: `pip install wandb`, or set it to ""'
+            )
+        others.append(WeightsAndBiases(config.wandb, lineage, folder))
+    return Sinks(JsonLines(folder / "metrics.jsonl"), others)

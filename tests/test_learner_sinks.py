@@ -1,0 +1,133 @@
+"""Where an update's metrics can be looked at, and that looking never ends training."""
+
+from __future__ import annotations
+
+import json
+import struct
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from learner.config import LearnerConfig
+from learner.sinks import JsonLines, Sinks, open_sinks
+from nextstate.errors import StartError
+
+QUIET = LearnerConfig(tensorboard=False)
+FAKE_WANDB = """
+import json, pathlib
+FILE = pathlib.Path(__file__).parent / "calls.jsonl"
+def note(*call):
+    with FILE.open("a") as file:
+        file.write(json.dumps(call) + "\\n")
+class Run:
+    def log(self, metrics, step):
+        note("log", metrics, step)
+        if "bad" in metrics:
+            raise OSError("offline")
+    def finish(self):
+        note("finish")
+def init(**options):
+    note("init", options)
+    return Run()
+"""
+
+
+@pytest.fixture
+def wandb_calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module that looks like wandb and writes down its calls, in the file returned."""
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/wandb.py").write_text(FAKE_WANDB)
+    monkeypatch.syspath_prepend(tmp_path / "package")
+    monkeypatch.delitem(sys.modules, "wandb", raising=False)
+    return tmp_path / "package/calls.jsonl"
+
+
+def scalars(folder: Path) -> dict[tuple[str, int], float]:
+    """Every (tag, step) and its value in the folder's event files, read as records of a length, a
+    checksum, that many bytes and another checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found: dict[tuple[str, int], float] = {}
+    for file in folder.glob("events.out.tfevents.*"):
+        data = file.read_bytes()
+        while data:
+            (length,) = struct.unpack_from("<Q", data)
+            event = Event.FromString(data[12 : 12 + length])
+            found |= {(v.tag, event.step): v.simple_value for v in event.summary.value}
+            data = data[16 + length :]
+    return found
+
+
+def test_one_line_a_version_is_always_written(tmp_path: Path) -> None:
+    sinks = open_sinks(QUIET, tmp_path, "main")
+    sinks.write(1, {"loss": 0.5})
+    sinks.write(2, {"loss": 0.25, "grad/norm": 1.0})
+    sinks.close()
+    written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert written == [
+        {"version": 1, "loss": 0.5},
+        {"version": 2, "loss": 0.25, "grad/norm": 1.0},
+    ]
+    assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_tensorboard_has_every_metric_under_its_version(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboardX")
+    for version in (1, 2):  # a learner that was restarted in between
+        sinks = open_sinks(LearnerConfig(), tmp_path, "main")
+        sinks.write(version, {"loss": 0.5 * version, "grad/norm": 2.0})
+        sinks.close()
+    assert scalars(tmp_path / "tensorboard") == {
+        ("loss", 1): 0.5,
+        ("grad/norm", 1): 2.0,
+        ("loss", 2): 1.0,
+        ("grad/norm", 2): 2.0,
+    }
+
+
+def test_without_tensorboards_package_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    open_sinks(LearnerConfig(), tmp_path, "main").close()
+    assert "make env" in caplog.text
+
+
+def test_wandb_gets_every_version_of_a_run_that_a_restart_goes_on_with(
+    tmp_path: Path, wandb_calls: Path
+) -> None:
+    sinks = open_sinks(replace(QUIET, wandb="p"), tmp_path, "alice")
+    sinks.write(3, {"loss": 0.5})
+    sinks.close()
+    calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
+    options = {"project": "p", "name": "alice", "id": "p-alice", "resume": "allow"}
+    assert calls == [
+        ["init", options | {"dir": str(tmp_path)}],
+        ["log", {"loss": 0.5}, 3],
+        ["finish"],
+    ]
+
+
+def test_a_sink_that_fails_loses_its_metrics_and_nothing_else(
+    tmp_path: Path, wandb_calls: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sinks = open_sinks(replace(QUIET, wandb="p"), tmp_path, "main")
+    sinks.write(1, {"bad": 1.0})
+    sinks.write(2, {"loss": 1.0})
+    assert "to=WeightsAndBiases version=1" in caplog.text
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_full_disk_is_not_hidden(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file"):
+        Sinks(JsonLines(tmp_path / "absent/metrics.jsonl"), []).write(1, {"loss": 1.0})
+
+
+def test_wandb_that_is_not_installed_is_refused_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StartError, match=r"\[learner\] wandb = 'p' .*pip install wandb"):
+        open_sinks(replace(QUIET, wandb="p"), tmp_path, "main")
