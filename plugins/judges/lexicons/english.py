@@ -1,14 +1,11 @@
-"""The English cues by which the `rules` judge reads a user's reaction, as tables of patterns.
-
-Patterns see one lower-case sentence, or one clause of it, without punctuation at its ends. Names in
-braces stand for the word lists of WORDS. Earlier rows of IDIOMS win and use up the text they match,
-so that "not bad" is praise before "bad" can be a complaint.
-"""
+"""English cues. Names in braces stand for the word lists of WORDS."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+
+from plugins.judges.lexicons.shape import Lexicon, table, words_of
 
 WORDS: Mapping[str, str] = {
     "end": r"(?=[\s.,;:!?…]*$)",
@@ -85,16 +82,8 @@ WORDS: Mapping[str, str] = {
 }
 
 
-def table(rows: Sequence[str]) -> re.Pattern[str]:
-    """One pattern that matches what any row matches."""
-    joined = "|".join(f"(?:{row})" for row in rows)
-    for name, pattern in WORDS.items():
-        joined = joined.replace("{" + name + "}", pattern)
-    return re.compile(joined, re.MULTILINE)
-
-
 IDIOMS: Sequence[tuple[int, re.Pattern[str]]] = tuple(
-    (value, table(rows))
+    (value, table(rows, WORDS))
     for value, rows in (
         (
             -1,
@@ -204,7 +193,8 @@ PRAISE = table(
         r"\b(?:made|makes) me (?:smile|happy|laugh)\b|\bcouldn.t ask for\b",
         r"\bwill (?:love|like|be (?:so |very |really )?(?:happy|pleased|delighted|proud)) ?"
         r"(?:{it}|to|with)?\b",
-    )
+    ),
+    WORDS,
 )
 THANKS = table(
     (
@@ -212,7 +202,8 @@ THANKS = table(
         r"appreciated|appreciated|much obliged|bless you)\b(?! (?:note|card|letter|message|email))",
         r"\b(?:thanks|thank you|thx)(?: so much| a lot| very much| a million| a bunch| a ton)?$",
         r"\b(?:i|we)(?:'m| am| do| really|'re| are)? (?:so |very |really )?(?:appreciate|grateful)",
-    )
+    ),
+    WORDS,
 )
 COMPLAINT = table(
     (
@@ -259,7 +250,8 @@ COMPLAINT = table(
         r"(?:that|this|it)$",
         r"\bcould be (?:said|written|sent|about|for|from) (?:\w+ )?(?:any|every)\w+",
         r"^(?!nothing |what |who |i )\w+ is (?:wrong|incorrect)(?: here)?$",
-        r"\bsupposed to (?:mean|be)\b|\bwhat (?:is|was|does) (?:that|this|it)(?: mean)?$",
+        r"\bsupposed to (?:mean|be)\b|\bwhat (?:is|was) (?:that|this|it)$|\bwhat does (?:that|"
+        r"this|it)(?: mean)?\b",
         r"^(?:nobody|no one|no human|no person|no child|no teacher|who) (?:\w+ ){1,3}?(?:like )?"
         r"(?:that|this|it)$",
         r"\bi(?:'d| would|’d)? (?:much |really |have )*(?:prefer(?:red)?|rather)\b",
@@ -281,7 +273,8 @@ COMPLAINT = table(
         r"\bmy teacher (?:will|would|might|is going to) (?:know|notice|see|think|spot|suspect)",
         r"\b(?:need|needs) (?:to be|more|some work|work|a bit|less|another|fixing|correcting)\b",
         r"\b(?:check|look at|count) (?:it|that|your \w+|the {reply}) again\b",
-    )
+    ),
+    WORDS,
 )
 """Said of a reply that did not serve; whether it also says what to do is DIRECTIVE's matter."""
 
@@ -352,7 +345,8 @@ DIRECTIVE = table(
         r"\bi (?:just |only |really )*(?:want|need|prefer|like) (?:\w+ ){0,2}?(?:plain|normal|"
         r"simple|full|natural|ordinary|proper|short|shorter|something (?:specific|concrete|"
         r"friendlier|warmer|kinder|shorter|simpler))\b",
-    )
+    ),
+    WORDS,
 )
 """Said of how the reply should have been: the sentences that make a hint."""
 
@@ -366,17 +360,21 @@ NEW_TASK = table(
         r"talk|go on|do the next|look at)|question \d|my (?:next|other|second)|(?:for )?the next|"
         r"for my next|switching|"
         r"on (?:another|a different)|here(?:'s| is| comes) (?:another|the next|my next|a new))\b",
-    )
+    ),
+    WORDS,
 )
 """Opens the next task whatever else the sentence says."""
 
 SOFT_TRANSITION = table(
     (
-        r"^(?:(?:ok|okay|so|and|well|but|then)\s+)*(?:now|also|anyway|anyways|meanwhile|then|what|"
-        r"how|who|when|which|where|a (?:new|different|second|quick|follow-?up)|i (?:also|now|have a"
+        r"^(?:(?:ok|okay|so|and|well|but|then)\s+)*(?:now|also|anyway|anyways|meanwhile|then|"
+        r"what(?:'?s)?|"
+        r"how(?:'?s)?|who(?:'?s)?|when|which|where(?:'?s)?|a (?:new|different|second|quick|"
+        r"follow-?up)|i (?:also|now|have a"
         r"|have another|need a|need an|'ve got)|(?:could|can) you (?:also|now|help)|something else|"
         r"speaking of)\b",
-    )
+    ),
+    WORDS,
 )
 """Opens the next task unless the sentence speaks about the reply."""
 
@@ -384,7 +382,8 @@ REFERENCE = table(
     (
         r"\b(?:it|that|again|instead|this time|next time|once more|rather|you|your|redo|the "
         r"{reply})\b",
-    )
+    ),
+    WORDS,
 )
 """Words by which a sentence points at the reply."""
 
@@ -401,7 +400,8 @@ POINTED = table(
         r"\b(?:needs|lacks|prefer|(?:'d|would) rather|wish)\b",
         r"would (?:be|have been|look|sound|read|feel) (?:\w+ ){0,2}?(?:better|nicer|kinder|clearer|"
         r"easier|friendlier|more)",
-    )
+    ),
+    WORDS,
 )
 """Complaints that say what was amiss: they make a hint when nothing says what to do."""
 
@@ -416,7 +416,8 @@ IMPERATIVE = table(
         r"state)"
         r"\b",
         r"^(?:{it}|the {reply})(?:'s| is| was| are) (?:actually |really |in fact )*(?:\d|\w+$)",
-    )
+    ),
+    WORDS,
 )
 """An order, or the right value, that belongs to the complaint before it."""
 
@@ -428,7 +429,8 @@ ORDER = table(
         r"name|show|explain|answer|point|describe|speak|address|state|praise|encourage|compare|"
         r"check|"
         r"count|consider|remember)\b)(?!.*\bhow (?:many|much)\b)",
-    )
+    ),
+    WORDS,
 )
 """An order; it is about the reply when it names what the turn named."""
 
@@ -438,44 +440,17 @@ CONTRAST = re.compile(
     re.IGNORECASE,
 )
 
-TOOL_ERROR = table(
-    (
-        r"^\s*(?:\w+\.)*\w*(?:error|exception)\b\s*(?::|$)",
-        r"^\s*(?:error|fatal|failed|failure|panic|abort(?:ed)?)\b",
-        r"traceback \(most recent call last\)",
-        r"(?:exit|return|status)[ _]?(?:code|status)?\W{0,4}(?:[1-9]\d*|-\d+)\b",
-        r"exited with (?:code |status )?[1-9]",
-        r"command not found|no such file or directory|permission denied|is not recognized as",
-        r"segmentation fault|core dumped|syntax ?error|undefined reference|invalid (?:argument|"
-        r"syntax|json|parameters?|option)|unknown (?:tool|function|option|command|argument)",
-        r"\"(?:is_?error|error)\"\s*:\s*(?:true|\"|\{)|\"(?:ok|success)\"\s*:\s*false",
-        r"\b[1-9]\d* (?:failed|errors?|failures?)\b",
-        r"validation error|missing required|unexpected (?:keyword|token|argument)",
-    )
-)
-TOOL_OUTAGE = table(
-    (
-        r"time[d]?[ -]?out|connection (?:refused|reset|closed|error)|temporarily unavailable",
-        r"\b(?:429|502|503|504)\b|rate limit|too many requests|service unavailable|network is",
-        r"name resolution|could not resolve|no space left|out of memory",
-    )
-)
-"""The world's failure, not the reply's: no verdict against it."""
-
-GLAD = "👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
-SAD = "👎😡😠🙄😒😞😕☹🤦😤❌"
-
-BARE = frozenset(
+BARE = words_of(
     """
     please could can would you try again it that this do done fix correct redo check look answer my
     your question once more one time write have another go attempt over start the properly now then
     so just and rewrite repeat kindly reply retry mind doing fixing correcting ok no i want like
     to be up me a
-    """.split()  # noqa: SIM905
+    """
 )
 """An order made of these words alone asks for another try without saying what to change."""
 
-COMMON = frozenset(
+COMMON = words_of(
     """
     a an the and or but so of to in on at by for from with without as is are was were be been being
     am do does did done doing have has had having will would can could shall should may might must i
@@ -497,6 +472,214 @@ COMMON = frozenset(
     person people personal voice casual formal way different differently better good well right
     wrong correct properly proper directly simply really actually bit little lot everyday
     language english detail details example examples comment comments feedback message note
-    """.split()  # noqa: SIM905 - as a list it would be 250 lines
+    """
 )
 """Words that say nothing about what a message is about, or speak of how a reply is written."""
+
+SERVED = table(
+    (
+        r"^(?:(?:yes|yep|yeah|ok|that|it|this|all|both|everything) )*worked\b(?! until| before)|"
+        r"\b(?:u|you) "
+        r"(?:just |really |totally )?saved\b|\bbest \w+ (?:\w+ )?(?:i|we)(?:'ve| have)?\b|\b(?:i|"
+        r"we)(?:'ve| "
+        r"have) ever (?:had|seen|made|read|got)\b|\bmissing (?:piece|link|bit)\b|\blike crazy\b",
+        r"\b(?:you(?:'re| are| were)|you both) (?:absolutely |quite )?right\b|"
+        r"\bi stand corrected\b",
+        r"\b(?:merging|merged|shipping it|using (?:it|this|that)|going with (?:it|this|that)|"
+        r"sending "
+        r"(?:it|this) (?:off|out|now|as)|sent it|printed it|pasted it|ship it|lgtm|sold|"
+        r"consider it done)\b",
+        r"\bi(?:'ll| will) (?:take|use|go with|keep|send|steal|frame) (?:it|this|that|these|them|"
+        r"the \w+)\b",
+        r"\b(?:that|this|it)(?:'ll| will) do\b(?! (?:it )?again)|\bi owe you\b|\bgood enough\b",
+        r"\b(?:that|it) was (?:it|the (?:problem|culprit|issue|cause)|exactly (?:it|that))\b|"
+        r"\b(?:turns|"
+        r"turned) out (?:it|that) was\b",
+        r"\b(?:works?|working|runs?|running|boots?|passes|builds?|compiles|loads?|opens?|prints?|"
+        r"plays|"
+        r"back|fixed|solved|resolved|gone|green|live|online|all good|all set|all green) (?:now|"
+        r"again|"
+        r"fine|perfectly|flawlessly|smoothly|like (?:a charm|new)|at last|finally|first (?:try|"
+        r"time|go))\b",
+        r"\b(?:on|at) (?:the )?first (?:try|run|go|attempt)\b|\bfirst try$|\bno more (?:errors?|"
+        r"crashes|"
+        r"leaks?|warnings?|noise|complaints)\b|\b(?:zero|no) (?:errors?|warnings?|"
+        r"complaints)(?: now)?$",
+        r"\b(?:ticket|case|issue|book) (?:is )?closed\b|\bclos(?:e|ing) (?:the|this) (?:ticket|"
+        r"issue|case)\b",
+        r"\b(?:boss|client|customer|team|kids?|wife|husband|mom|mum|dad|teacher|editor|they|he|she|"
+        r"everyone|everybody) (?:\w+ )?(?:loved|loves|approved|signed off|got it|said yes|"
+        r"was (?:thrilled|"
+        r"happy|impressed|delighted)|laughed|is happy|are happy|accepted it)\b",
+        r"\b(?:chef's kiss|works on my machine too|day made|mind blown|hat tip|hats off|take a bow|"
+        r"now i (?:get|see|understand) it|it (?:finally )?clicked|learned something|"
+        r"today i learned|til)\b",
+        r"\bhad me (?:laughing|smiling|crying)\b|\bi(?:'m| am) (?:impressed|amazed|in awe|sold|"
+        r"relieved|"
+        r"convinced)\b|\bwhat a relief\b|\bphew\b",
+    )
+)
+"""Taken, used, or a problem gone."""
+
+FAILED = table(
+    (
+        r"\b(?:one|another) more (?:go|try|time|shot|attempt|round)\b|\bin (?:one|a single|"
+        r"two) (?:sentence|"
+        r"word|line)s?$",
+        r"\b(?:same|still the|still an?) (?:error|problem|thing|result|issue|bug|crash|message)\b",
+        r"\b(?:revert|undo|roll (?:it |that )?back|put (?:it|that|everything) back|start (?:over|"
+        r"again)|"
+        r"from scratch|recalculate|re-?run|do it (?:over|again|properly)|do over|delete (?:that|"
+        r"it|them))\b",
+        r"\bi(?:'ll| will) (?:just )?(?:do|look|check|write|handle|fix|book|call|ask|google|"
+        r"find) (?:it|"
+        r"them|that|someone|somewhere|into it)?(?: \w+)? ?(?:myself|by hand|manually|elsewhere|"
+        r"instead)\b|"
+        r"\blet's (?:drop|leave) (?:it|this|that)\b|\bthis is (?:going nowhere|pointless|"
+        r"hopeless)\b",
+        r"\b(?:it|that|he|she|which|everything)(?:'s| is| are| has) (?:now )?(?:gone|disappeared|"
+        r"vanished|"
+        r"missing|deleted|broken|down)\b",
+        r"\b(?:everybody|everyone|every \w+) (?:has|does|says|knows|uses) (?:that|this|it|one|"
+        r"gear)?",
+        r"\bthe one thing i (?:asked|said|wanted|needed)\b|"
+        r"\bwhich is (?:exactly )?what i (?:asked|said|"
+        r"wanted) (?:you )?(?:not|to avoid)\b|\bi(?:'m| am) (?:still )?stuck\b",
+        r"^you (?:changed|broke|deleted|removed|dropped|renamed|overwrote|put|swapped|translated|"
+        r"sent|"
+        r"invented|made up|booked|hard-?coded)\b",
+        r"\bstill (?:prints?|shows?|says?|fails?|crashes|breaks|throws|gives?|gets?|wrong|broken|"
+        r"not|"
+        r"the|no|has|happens|happening|there|failing|returns?)\b",
+    )
+)
+"""More complaints: what still fails, was undone, or is given up."""
+
+ENGLISH = Lexicon(
+    signs=words_of(
+        """
+        the of to and is it that you i for not but with this my thanks are have what how can could
+        would please did your at on from be or as if they there just it's i'm don't that's isn't
+        """
+    ),
+    idioms=IDIOMS,
+    praise=re.compile(f"{PRAISE.pattern}|{SERVED.pattern}"),
+    thanks=THANKS,
+    complaint=re.compile(f"{COMPLAINT.pattern}|{FAILED.pattern}"),
+    directive=DIRECTIVE,
+    mockery=table(
+        (
+            r"\b(?:sherlock|einstein|captain obvious|no shit|nobel|pulitzer|groundbreaking|rocket "
+            r"scien\w+|slow clap|money tree|crystal ball|blast furnace|color me|colour me|"
+            r"genius move)\b",
+            r"\b(?:gee|wow|oh|well|great|perfect|lovely|brilliant|fantastic|wonderful|nice|awesome|"
+            r"amazing|excellent|super|good|cool|thanks)[,.!]* (?:so )?(?:now )?(?:i(?:'ll| will|"
+            r" can| "
+            r"guess| get to)|we(?:'ll| will| can)|let me|my \w+ (?:will|can)|the \w+ will|"
+            r"because)\b.*"
+            r"\b(?:then|just|now|guess|all night|love|forever|instead|never|only)\b",
+            r"\b(?:i(?:'d| would) never have|never would have|who (?:knew|would have|could have)|"
+            r"i had no "
+            r"idea (?:that )?(?:\w+ ){1,4}(?:was|were|is|are))\b",
+            r"\b(?:what would (?:i|we) do without|how (?:very )?(?:helpful|insightful|original|"
+            r"thoughtful|"
+            r"considerate) of you|thanks for (?:nothing|stating|clearing that|the (?:tip|insight|"
+            r"revelation|history lesson|lecture|novel)))\b",
+            r"\b(?:yeah|sure|right|oh|totally|clearly),? (?:because|cause|cuz|as if|like (?:that|"
+            r"i|we))\b|"
+            r"\bas if\b(?! (?:it|by|you|they|he|she|there|nothing))|\bjust what (?:i|we|the world) "
+            r"(?:always )?(?:needed|wanted)[:,.] (?:another|more)\b",
+            r"\b(?:bold (?:choice|move|strategy)|love that for (?:me|us)|love how (?:you|"
+            r"it) (?:\w+ )?(?:ignored|"
+            r"completely|managed|forgot)|(?:great|good|nice|amazing) job (?:ignoring|breaking|"
+            r"deleting|missing)|"
+            r"how (?:reassuring|convenient|nice|kind|comforting) (?:of|to)|so much for|"
+            r"in case (?:i|anyone|we) "
+            r"(?:forgot|wondered|missed)|good thing (?:i|we|nobody|no one)|said no one|"
+            r"dream come true|"
+            r"that's one way to|who needs|who doesn't (?:love|want|need)|my favou?rite part|"
+            r"you really outdid|"
+            r"i guess (?:i|we|my|the) (?:\w+ )?(?:can|will|should|don't|just|must|have))\b",
+            r"\b(?:my|a) (?:grandma|grandmother|toaster|cat|dog|toddler|magic 8|coin flip|"
+            r"goldfish) "
+            r"(?:could|would|can|knows|writes|does)\b|\bcan't wait to (?:explain|meet|tell|hear|"
+            r"see (?:the|"
+            r"my) (?:boss|look|client))\b|\bwhat a (?:surprise|shock|revelation|shocker|concept)\b|"
+            r"\bround of applause\b|\bgive (?:it|that|yourself|the|this) (?:\w+ )?(?:a medal|"
+            r"an award|a cookie)\b|"
+            r"\bglad (?:that's|we) (?:cleared|cleared that|settled)\b|\btruly (?:inspired|"
+            r"revolutionary|"
+            r"groundbreaking)\b|\btell me more about (?:things|stuff)\b",
+        )
+    ),
+    earnest=table((r"\bseriously\b", r"\b(?:just )?(?:kidding|joking)\b", r"\ball jokes aside\b")),
+    undecided=table(
+        (
+            r"\bi(?:'ll| will)(?: just| probably| have to| need to)? (?:read|check|test|try|look|"
+            r"think|get "
+            r"back|let you know|see|report|take a (?:closer )?look|have a (?:proper )?look|"
+            r"review|ask|sleep|"
+            r"run it|give it a (?:try|go|spin)|show (?:it|this)|go (?:over|"
+            r"through))\b(?!.* myself)",
+            r"\b(?:get back to you|let you know|report back|sleep on it|wait and see|"
+            r"time will tell|we'll "
+            r"see|will see|let me (?:check|think|see|try|test|read|run|look|sleep|show|ask))\b",
+            r"\b(?:not|haven't|hasn't|didn't) (?:\w+ )?(?:sure yet|sure (?:what|if|whether|which|"
+            r"how)|tried|"
+            r"tested|checked|looked|read|had time|decided|had a chance|made up my mind|gotten to|"
+            r"got round)"
+            r"\b(?! (?:this|that) again)|\btoo early to\b|\bhard to (?:say|tell)\b|"
+            r"\bcan't (?:say|tell|judge)"
+            r"(?: yet)?\b|\bon the fence\b|\bin two minds\b|\bjury'?s (?:still )?out\b",
+            r"\b(?:50/50|fifty[- ]fifty|so-?so|mixed (?:bag|feelings)|hit (?:and|or) miss|"
+            r"half (?:of it|of "
+            r"them|works|right|done|there|fixed|way)|(?:first|second|other) half|partly|"
+            r"partially|somewhat|"
+            r"sort of works|kind of works|kinda)\b",
+            r"\b(?:maybe|perhaps|could be|might be|may be|possibly) (?:it's |it is |just )?(?:me|"
+            r"my|mine|our|"
+            r"unrelated|something else|the (?:cache|network|wifi|monitor))\b",
+            r"\b(?:works?|working|fixed|fine|better|faster|done|gone|solved|loads|"
+            r"runs)\b.*\b(?:but|though|"
+            r"except|however|only)\b.*\b(?:still|not|\w+n't|never|missing|same|slow|fails?|"
+            r"broken|other|rest)\b",
+            r"\bsome(?:thing|what)?(?:'s| is)? better\b|\b(?:the )?rest (?:later|next week|"
+            r"can wait)\b",
+        )
+    ),
+    doubt=table(
+        (
+            r"\b(?:isn't|aren't|wasn't|weren't|wouldn't|doesn't|shouldn't|hasn't|didn't|"
+            r"don't) (?:that|it|"
+            r"this|the|they|there|you|we|he|she|most|all|these|those)\b",
+            r"\b(?:i think|i thought|i believe|pretty sure|fairly sure|quite sure|i(?:'m|"
+            r" am) sure|as far as i|"
+            r"afaik|iirc|if i'm not mistaken|unless i|correct me|to be picky|nitpick|picky|"
+            r"one (?:small|tiny|"
+            r"little) thing|small thing|slipped|swapped|the other way|off by|should(?:n't)? be|"
+            r"supposed to|"
+            r"mind having|mind (?:re)?checking|another look|if you don't mind|would be (?:great|"
+            r"nice|good|better)|otherwise (?:fine|good|ok|"
+            r"great|perfect)|you're describing|you mean|that's (?:the|a|an|for|from|last|"
+            r"this) \w+)\b",
+            r",? (?:no|right|or not|or)\?+$|\?\?+|\bweekdays only\b|\bonly,? please\b",
+        )
+    ),
+    negation=table((r"\b(?:not|never|nothing|none|no|\w+n't|cannot|neither)\b",)),
+    new_task=NEW_TASK,
+    soft_transition=SOFT_TRANSITION,
+    reference=REFERENCE,
+    no_reference=re.compile(
+        r"\b(?:can|could|would|will|are|do) you\b|\b(?:an?|the|any|some) (?:\w+ )?\w+ that\b"
+    ),
+    pointed=POINTED,
+    imperative=IMPERATIVE,
+    order=ORDER,
+    contrast=CONTRAST,
+    conjunction=re.compile(r"\s+(?:and|because|since|so)\s+"),
+    answered=re.compile(
+        r"^(?:no|nope|yes|yep|yeah|sure|correct|right|exactly)\b(?!\W+thank)\W*", re.IGNORECASE
+    ),
+    bare=BARE,
+    common=COMMON,
+)

@@ -1,0 +1,451 @@
+"""Spanish cues, of Spain and of the Americas."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from plugins.judges.lexicons.shape import Lexicon, table, words_of
+
+WORDS: Mapping[str, str] = {
+    "reply": (
+        r"(?:respuesta|texto|version|borrador|propuesta|tono|estilo|formato|lista|resultado|"
+        r"resumen|"
+        r"traduccion|cuenta|suma|total|numero|cifra|frase|parrafo|correo|mensaje|codigo|solucion|"
+        r"explicacion|redaccion)s?"
+    ),
+    "be": (
+        r"(?:es|esta|estan|son|era|fue|queda|quedo|quedan|suena|parece|sale|salio|sigue|viene|va)"
+    ),
+    "very": (
+        r"(?:(?:muy|mas|super|tan|bien|bastante|realmente|totalmente|todo|algo|un poco|demasiado|"
+        r"perfectamente|mucho|absolutamente|ya|de lo mas|simplemente|completamente)\s+)*"
+    ),
+    "good": (
+        r"(?:perfect[oa]s?|genial(?:es)?|excelentes?|estupend[oa]s?|fantastic[oa]s?|"
+        r"maravillos[oa]s?|"
+        r"buenisim[oa]s?|brutal|increibles?|fenomenal|magnific[oa]s?|impecables?|clar[oa]s?|"
+        r"clarisim[oa]|"
+        r"correct[oa]s?|bien|buen[oa]s?|util(?:es)?|de lujo|de maravilla|de diez|de 10|de perlas|"
+        r"redond[oa]|"
+        r"clavad[oa]|preciso|precios[oa]|bonit[oa]|chul[oa]|guay|chid[oa]|padrisim[oa]|"
+        r"barbar[oa]|joya|"
+        r"mejor|ideal|acertad[oa])"
+    ),
+    "bad": (
+        r"(?:mal|malisim[oa]|incorrect[oa]s?|erroneo?a?s?|equivocad[oa]s?|fals[oa]s?|"
+        r"inutil(?:es)?|horribles?|"
+        r"fatal|pesim[oa]|confus[oa]s?|incomplet[oa]s?|vaci[oa]s?|cortad[oa]s?|roto|rota|"
+        r"fri[oa]s?|robotic[oa]|"
+        r"sec[oa]|generic[oa]s?|aburrid[oa]|inventad[oa]s?|al reves|cambiad[oa]s?|cruzad[oa]s?|"
+        r"desordenad[oa]s?|"
+        r"duplicad[oa]s?|repetid[oa]s?|desactualizad[oa]s?|raro|rara|ilegibles?|larguisim[oa]|"
+        r"larg[oa]s?|"
+        r"cort[oa]s?|formal(?:es)?|tecnic[oa]s?|complicad[oa]s?|un desastre|una chapuza|un lio)"
+    ),
+    "redo": (
+        r"(?:corrige(?:lo|la|los|las)?|corregi(?:r|rlo|rla)|cambia(?:lo|la|los|las)?|"
+        r"cambiar(?:lo|la)?|"
+        r"repite(?:lo|la)?|repetir(?:lo|la)?|rehaz(?:lo|la)?|rehacer(?:lo|la)?|reescribe(?:lo|la)?|"
+        r"reescribir(?:lo|la)?|reformula(?:lo|la)?|acorta(?:lo|la)?|acortar(?:lo|la)?|"
+        r"resume(?:lo|la)?|"
+        r"simplifica(?:lo|la)?|simplificar(?:lo|la)?|revisa(?:lo|la|r|rlo|rla)?|comprueba(?:lo|"
+        r"la)?|"
+        r"arregla(?:lo|la|r|rlo|rla)?|quita(?:le|lo|la|r|rle|rlo)?|elimina(?:lo|la|r)?|"
+        r"borra(?:lo|la|r)?|"
+        r"ajusta(?:lo|la|r)?|mejora(?:lo|la|r)?|deshaz(?:lo|la)?|hazlo|hazla|hacerlo|ponlo|ponla|"
+        r"escribelo|"
+        r"dimelo|explicalo|explicamelo|mira(?:lo|rlo)|sustituye|reemplaza|vuelve|volver|recalcula|"
+        r"calcula(?:lo)?)"
+    ),
+}
+
+_IDIOMS = (
+    (
+        -1,
+        (
+            r"\bgracias por nada\b",
+            r"\bno (?:me )?(?:sirve|funciona|va|vale|es (?:eso|asi|correcto|cierto|lo que|verdad|"
+            r"ese|esa)|"
+            r"esta (?:bien|completo|correcto)|era (?:eso|asi|lo)|queda bien|cuadra\w*|"
+            r"coincide\w*|entiendo|"
+            r"aparece\w*|sale|suena|veo|me (?:gusta|convence|cuadra|vale|ayuda|aclara))\b",
+            r"\bni (?:de lejos|de broma|por asomo|idea)\b",
+            r"\bpodria (?:estar|ser) mejor\b|\bdeja (?:mucho|bastante) que desear\b",
+        ),
+    ),
+    (
+        1,
+        (
+            r"\bno (?:esta|queda|me parece) (?:nada )?mal\b|\bnada mal\b|"
+            r"\bsin (?:ningun )?(?:errores|error|"
+            r"problemas?|fallos?|queja)\b",
+            r"\bno (?:puedo|podria) (?:quejarme|pedir mas|estar mas (?:contento|contenta|"
+            r"de acuerdo))\b|\bno "
+            r"(?:le )?(?:cambiaria|falta|sobra) nada\b|\bno se puede (?:pedir mas|mejorar)\b",
+            r"\b(?:tienes|tenias|tiene|tenia|llevas|llevabas) (?:toda la |mucha )?razon\b|"
+            r"\b(?:me he|me habia|"
+            r"me) (?:equivocado|confundido|equivoque|confundi|liado)\b|\bera yo\b|\b(?:culpa|"
+            r"error|fallo) mi[oa]\b|"
+            r"\b(?:mi|fue mi) (?:culpa|error|fallo)\b",
+            r"\bya (?:me )?(?:funciona|va|anda|arranca|sale|carga|compila|entra|conecta|"
+            r"esta (?:solucionado|"
+            r"arreglado|resuelto|funcionando)|abre|no (?:falla|sale el error|da error|se cae|"
+            r"pita))\b"
+            r"(?! (?:mal|peor|lento))",
+            r"\bno me lo (?:puedo )?cre[oe]r?\b",
+        ),
+    ),
+    (
+        0,
+        (
+            r"\bno (?:pasa nada|hay (?:problema|prisa)|te preocupes|importa|gracias)\b|"
+            r"\bsin prisa\b",
+            r"\bgracias (?:de antemano|por adelantado)\b",
+            r"\b(?:buenos dias|buenas (?:tardes|noches)|buen dia|buena (?:pregunta|idea|"
+            r"suerte))\b|^buenas\b",
+            r"\b(?:otr[oa]s?|una? mas|dame otr[oa]|cuentame otr[oa]|otra mas)(?: (?:porfa|"
+            r"por favor))?$",
+            r"\b(?:que|esta) (?:es lo que )?(?:esta )?mal (?:en|con) (?:mi|este|esta)\b.*",
+        ),
+    ),
+)
+
+SPANISH = Lexicon(
+    signs=words_of(
+        """
+        el la los las de que y en un una por para con es lo se te mi tu su más pero como está eso
+        gracias del al ya si sí qué cómo cuál cuándo dónde este esta ese esa esos muy también porque
+        me le les nos ni o era son hay sin sobre todo puedes puede quiero porfa favor ahora
+        """
+    ),
+    idioms=tuple((value, table(rows, WORDS)) for value, rows in _IDIOMS),
+    praise=table(
+        (
+            r"\b(?:mas que |muy |super )?(?:feliz|contento|contenta|encantad[oa])\b",
+            r"^(?:(?:ah+|oh|uy|hala|guau|wow|pues|ok|vale|si|y|muy|que|esta|es|todo|jaja\w*|ya|"
+            r"buah|ostras|"
+            r"ahora si|de verdad|uf|ole|anda|eso|simplemente|mucho|asi)\s+)*{good}(?:$|"
+            r"[ !]+(?:trabajo|respuesta|"
+            r"explicacion|explicado|hecho|gracias|asi|idea|mil|muchas|resumen|todo|me|ahora|"
+            r"escrito|texto)\b)",
+            r"\b(?:me|nos|le|les) (?:ha |han )?(?:encanta\w*|gusta|gusto|gustado|sirve|sirvio|"
+            r"servido|ayuda\w*|"
+            r"ayudo|viene|vino|vale|quedo|va|cuadra\w*|convence)(?: (?:mucho|muchisimo|un monton|"
+            r"genial|perfecto|"
+            r"asi|de lujo|bien|de perlas|todo|de maravilla))?\b",
+            r"\b(?:eso|esto|asi|ahora|ahora si|todo|lo|ya|{reply}) {be} {very}{good}\b|\b(?:ha |"
+            r"han )?(?:quedado|"
+            r"salido|funcionado|resultado|quedo|salio|funciono|resulto|ido) {very}{good}\b",
+            r"\b(?:justo|exactamente|precisamente|tal cual) (?:lo que|eso|asi|como|lo)\b|"
+            r"\blo que (?:buscaba|"
+            r"necesitaba|queria|andaba buscando|pedia|me hacia falta)\b|^(?:exacto|eso es|"
+            r"correcto|asi es|justo|"
+            r"perfecto|listo|funciona|funciono|solucionado|arreglado|resuelto|va|vale perfecto|"
+            r"clavado|tal cual|"
+            r"era eso|ole|olé|bravo|crack|joya|de diez|de lujo)$",
+            r"\b(?:era|fue) (?:justo |exactamente )?(?:eso|el cable|la|el|esa?|aquello|"
+            r"ese)\b(?! (?:no|el error))|"
+            r"\b(?:efectivamente|en efecto)\b",
+            r"\b(?:funciona|funciono|funcionando|solucionado|arreglado|resuelto|revivio|arranco|"
+            r"aprobado|aprobo|"
+            r"publicado|subido|enviado|mandado|entregado|copiado|pegado|guardado|fusionado|"
+            r"mergeado|desplegado|"
+            r"comprado|reservado|firmado|impreso)(?: (?:perfecto|perfectamente|de maravilla|"
+            r"a la primera|ya|tal "
+            r"cual|bien|todo|asi|genial))?$|^(?:ya )?(?:enviad|mandad|publicad|subid|copiad|"
+            r"entregad|impres)[oa]s?\b",
+            r"\ba la primera\b|\bpor fin\b|\b(?:carpeta|tema|caso|asunto|ticket|"
+            r"incidencia) (?:cerrad[oa]|"
+            r"solucionad[oa]|resuelt[oa])\b|\bse acabo el problema\b|\bque alivio\b|"
+            r"\bque maravilla\b|\bque (?:bueno|"
+            r"crack|grande|maquina|gozada|pasada)\b",
+            r"\b(?:eres|sos|es usted|que) (?:un |una |el |la )?(?:crack|genio|maquina|sol|"
+            r"fenomeno|grande|mejor|"
+            r"maestr[oa]|salvavidas|idol[oa]|angel|artista|capo|amor)\b|\b(?:me|nos) (?:has |"
+            r"ha )?(?:salvado|"
+            r"salvaste|alegras|resolviste|resuelto|quitas|has quitado)\b|\bte debo (?:una|un)\b|"
+            r"\bchapo\b|\bole tu\b",
+            r"\b(?:me lo quedo|lo dejo asi|asi se queda|lo uso|lo mando|lo envio|lo publico|"
+            r"lo subo|me quedo con|"
+            r"lo compro|me lo llevo|lo apruebo|aprobado|dale|adelante asi|va a produccion|la uso|"
+            r"lo meto)\b",
+            r"\b(?:ha|han|le|les) (?:encantado|colado|entendido|aprobado|convencido|gustado|"
+            r"flipado|reido)\b|"
+            r"\b(?:ahora|ya) (?:si )?(?:lo |la )?(?:entiendo|pillo|veo claro|tengo claro|"
+            r"capto)\b|\bmucho mejor\b|"
+            r"\b(?:ni|no) (?:un|una) (?:solo |sola )?(?:error|fallo|queja|gota|pega)\b|"
+            r"\bcomo (?:nuevo|nueva|la seda)\b",
+        ),
+        WORDS,
+    ),
+    thanks=table(
+        (
+            r"\b(?:gracias|mil gracias|muchas gracias|muchisimas gracias|agradecid[oa]|"
+            r"se agradece|te lo agradezco)\b"
+            r"(?! (?:de todos modos|igualmente|de todas formas|igual|por nada))",
+        )
+    ),
+    complaint=table(
+        (
+            r"^(?:(?:no|nop|pues|uy|hm+|mmm+|ay|sigue|sigue estando|esta|estan|es|sale|otra vez|"
+            r"todo|muy|mas|un poco|"
+            r"demasiado|algo|totalmente|y|pero|eso|aqui|que)\s+)*{bad}(?: (?:otra vez|"
+            r"calculad[oa]|escrit[oa]|"
+            r"traducid[oa]|hecho))?$",
+            r"\b(?:esta|estan|es|son|suena|queda|parece|sale|salen|sigue|siguen|eso|quedo|"
+            r"ha salido|viene) "
+            r"{very}(?:{bad})\b",
+            r"\bdemasiad[oa]s?\b|\bmuy (?:larg[oa]|cort[oa]|formal|fri[oa]|sec[oa]|tecnic[oa]|"
+            r"generic[oa])\b",
+            r"^(?:no|nop|nope|que|eh|como|perdona|en serio|meh|uf|puaj|vaya|que va|pero que|eing|"
+            r"ein)$|^no\b,? (?!"
+            r"gracias|pasa|hay|te preocupes|me lo|puedo|esta mal)\w+",
+            r"\bsigue (?:sin|dando|saliendo|fallando|igual|estando|apareciendo|mal|cerrandose|"
+            r"colgandose|lento|\w+ndo)"
+            r"\b|\bigual que antes\b|\b(?:el )?mismo (?:error|problema|fallo|resultado)\b|"
+            r"\botra vez (?:lo mismo|el "
+            r"mismo|igual|mal)\b|\bde nuevo (?:mal|igual)\b",
+            r"\b(?:falta|faltan|falto|te (?:has )?(?:olvidado|olvidaste|comido|comiste|saltado|"
+            r"saltaste|dejado|dejaste|"
+            r"equivocado|equivocaste|confundido|confundiste|liado)|olvidaste|ignoraste|"
+            r"has (?:ignorado|olvidado|"
+            r"confundido|mezclado|borrado|cambiado|puesto|quitado|inventado|dejado))\b",
+            r"\b(?:te |le )?(?:pedi|dije|habia (?:pedido|dicho)|he (?:dicho|pedido)|solicite)\b|"
+            r"\b(?:lo que )?(?:yo )?"
+            r"(?:queria|pedia|buscaba) (?:era|decir|un|una|solo|el|la|que)\b|\bme referia\b|"
+            r"\bquise decir\b",
+            r"\b(?:por que|porque) (?:has|me|esta|estan|no|tanto|tantos|tanta|pones|sale|sigues|"
+            r"haces|tan)\b.*",
+            r"\bno (?:cuadra\w*|coincide\w*|funciona\w*|hace|hizo|compila|carga|arranca|abre|"
+            r"encuentro|existe\w*|"
+            r"respond\w+|ha (?:funcionado|cambiado|servido|hecho)|has|tiene sentido|entend\w+|"
+            r"son lo|va|van|vale|sirve\w*|pone|dice|incluye\w*|aparece\w*|se (?:ve|oye|entiende|"
+            r"abre|puede)|queria|"
+            r"quiero|pedi|pedia|tenias que|debia\w*|hacia falta|he pedido|hay ningun\w*)\b",
+            r"\b(?:se (?:ha )?(?:cerrado|cierra|cuelga|rompe|rompio|borro|borrado|cae|perdido|"
+            r"perdio)|da error|me da "
+            r"error|peta|petando|falla|fallando|crashea|revienta|ha desaparecido|desaparecio)\b",
+            r"\b(?:dejalo|dejemoslo|olvidalo|dejame|da igual|es igual|paso|mejor lo hago yo|"
+            r"lo miro yo|ya me "
+            r"apano|mejor lo|prefiero hacerlo|me rindo|no hay manera|no hay forma|asi no vamos|"
+            r"no sirve de nada)\b",
+            r"\b(?:parece|suena|como) (?:a |escrit\w+ por |hecho por |de |sacad\w+ de )?(?:un |"
+            r"una )?(?:robot|maquina|"
+            r"plantilla|folleto|manual|traductor|telegrama|anuncio)\b",
+            r"\b(?:seguro|estas segur[oa]|segura)\?*$|\bestas segur[oa]\b|\bque (?:es|"
+            r"significa) (?:esto|eso)\b|\bque "
+            r"tiene que ver\b|\bno te (?:he )?(?:entiendo|pedi|pedido)\b",
+        ),
+        WORDS,
+    ),
+    directive=table(
+        (
+            r"\b(?:rehac\w+|reescrib\w+|repetilo|cambialo|arreglalo)\b|\ben (?:una|dos|"
+            r"tres) (?:frases?|lineas?|palabras?)$",
+            r"\b(?:puedes|podrias|puede|podria|podes|te importa|te importaria|me lo puedes|"
+            r"lo puedes|me puedes) (?:\w+ )"
+            r"{0,3}?(?:{redo}|mirar|hacerlo|ponerlo|decirlo|explicarlo|explicarmelo|escribirlo|"
+            r"usar|evitar|ser)\b",
+            r"\b(?:otra vez|de nuevo|nuevamente|desde cero|desde el principio)(?:[ ,]+(?:porfa|"
+            r"por favor|pero|con|sin|y|en))"
+            r"*\b|^(?:vuelve|vuelva|volve|empieza|empecemos)\b|\bvuelve a (?:empezar|hacer\w*|"
+            r"intentar\w*|calcular\w*|"
+            r"escribir\w*|generar\w*|mirar\w*|probar|redactar\w*)\b|\b(?:intenta|prueba|"
+            r"intentalo|pruebalo)\b",
+            r"(?:^|\b(?:y|pero|porfa|por favor|mejor|ahora|esta vez|asi que|"
+            r"entonces) ){redo}\b(?! (?:mi|este|el "
+            r"siguiente|esta))",
+            r"\b(?:mas|menos) (?:cort[oa]|larg[oa]|breve|sencill[oa]|simple|formal|informal|"
+            r"cercan[oa]|amable|calid[oa]|"
+            r"clar[oa]|concret[oa]|corto|natural|human[oa]|detalle|detallad[oa]|"
+            r"conciso)\b(?: (?:porfa|por favor))?",
+            r"\b(?:deberia|deberian|debe|deben|tiene que|tienen que|tenia que|habria que|hay que|"
+            r"deberias|tendria que|"
+            r"tendrian que|seria|serian) (?:ser |estar |poner |decir |ir |llevar |salir |quedar |"
+            r"usar |incluir )?\w+",
+            r"\b(?:la proxima|para la proxima|de ahora en adelante|a partir de ahora|esta vez|"
+            r"en adelante)\b(?! (?:la|"
+            r"lo) rieg)",
+            r"\b(?:en vez de|en lugar de|sin (?:negritas?|listas?|emojis|asteriscos|vinetas|"
+            r"titulos|numeros|adornos))\b|"
+            r"\bpreferir?ia\b|\bprefiero\b|\bmejor (?:sin|con|en|un|una|que)\b",
+            r"(?:^|\b(?:y|pero|porfa|por favor) )(?:no (?:uses|pongas|hagas|incluyas|cambies|"
+            r"escribas|repitas|te "
+            r"inventes|toques|traduzcas|me des|mandes)|dame|ponme|pon|usa|deja|anade|incluye|"
+            r"genera|escribe|haz|di) "
+            r"(?:\w+ ){0,4}?(?:solo|otr[oa]s?|esta vez|sin|mas|menos|como te|tal como|bien|"
+            r"correct\w+|de verdad|entero|"
+            r"completo)\b",
+        ),
+        WORDS,
+    ),
+    mockery=table(
+        (
+            r"\bquien necesita\b|\bproblema (?:resuelto|solucionado)[,.!] (?:si|total|ya|solo)\b|"
+            r"\basi cualquiera\b|\b(?:va|van) a (?:llorar|flipar|alucinar|morirse)\b|"
+            r"\bde (?:la )?emocion\b|\bque (?:alegria|alivio|tranquilidad) (?:saber|que)\b|"
+            r"\bsuerte que\b",
+            r"\b(?:genial|perfecto|estupendo|fantastico|maravilloso|que bien|muy bien|bravo|olé|"
+            r"ole|brillante|"
+            r"excelente|gracias|claro|que ilusion|"
+            r"que detalle)[,.! ]+(?:\w+[, ]+){0,6}?\w{2,}(?:re|ras|ra|remos|ran|ria|"
+            r"riamos)\b(?! (?:gracias|usarlo))",
+            r"\bque (?:bien|suerte|detalle|ilusion|util|practico|considerad[oa]|amable|list[oa]|"
+            r"original|revelacion|"
+            r"sorpresa|novedad|lujo) (?:que|de|tener|lo de|saber)\b",
+            r"\b(?:menos mal|suerte|lo bueno|menuda suerte) que\b.*(?:\beh\b|\bno\b)?|"
+            r"[,.] eh[.!]*$|\bno me digas\b|\bno "
+            r"(?:me )?lo (?:habria|hubiera) (?:imaginado|pensado|adivinado)\b|\bjamas (?:se me|"
+            r"lo) (?:habria|hubiera)\b|"
+            r"\bquien (?:lo )?(?:diria|iba a decir)\b|\bnunca se me (?:habria|hubiera) ocurrido\b",
+            r"\b(?:sherlock|einstein|capitan obvio|premio nobel|nobel|pulitzer|te has lucido|"
+            r"te luciste|lumbrera|un "
+            r"aplauso|menudo genio|vaya (?:genio|maravilla|joya|lince|crack|tela|descubrimiento)|"
+            r"menud[oa] (?:ayuda|"
+            r"joya|lince|descubrimiento|novedad)|casi nada|ni tan mal|muy gracios[oa]|"
+            r"que gracioso|si claro|claro que "
+            r"si guapi|como no|descubriste|has descubierto|has inventado)\b",
+            r"\b(?:mi|hasta mi) (?:abuela|gato|perro|tostadora|hijo de \w+|sobrino|"
+            r"calculadora) (?:lo |la |me |ya |tambien "
+            r")*\w+|\bya (?:solo )?(?:puestos|nos queda|falta|faltaria)\b.*|"
+            r"\bpara eso (?:ya )?(?:tengo|miro|estaba|me)\b|"
+            r"\bcomo si\b|\by yo (?:que|soy|con)\b|\bqueria (?:arruinar|perder)\b|\bpues nada\b|"
+            r"\bcon razon\b|\bahora "
+            r"resulta\b|\bsolo me faltaba\b|\bque haria yo sin\b|\bgracias por (?:avisar|"
+            r"descubrir|aclarar|el dato|"
+            r"recordarme|la obviedad|tanto)\b",
+        )
+    ),
+    earnest=table((r"\b(?:en serio|de verdad|bromas aparte|fuera de broma|es broma)\b",)),
+    undecided=table(
+        (
+            r"\ba lo mejor\b|\bsegun como\b|\b(?:quiza|quizas|tal vez)\b",
+            r"\b(?:funciona|funcionan|va|van|anda|andan|carga|sale|entra|mejor|rapido|"
+            r"arreglad\w)\b.*\b(?:pero|aunque|en cambio|solo que|el otro|la otra|"
+            r"los otros)\b.*\b(?:no|sigue|siguen|aun|todavia|falta|faltan|tarda)\b",
+            r"\b(?:l[oae]s? |te |ya |me l[oa] |echo un |lo )*(?:miro|leo|pruebo|veo|reviso|"
+            r"pienso|consulto|hablo|pregunto|"
+            r"comento|vistazo)\b(?: \w+){0,3} (?:luego|manana|esta (?:tarde|noche|semana)|"
+            r"este finde|el (?:lunes|martes|"
+            r"miercoles|jueves|viernes|sabado|domingo)|despues|mas tarde|con calma|en casa|"
+            r"a ver)\b|\bte "
+            r"(?:digo|cuento|aviso|comento|confirmo|dire|avisare|confirmare)(?: (?:algo|luego|"
+            r"manana|cosas))?\b|\bya te "
+            r"(?:digo|cuento|dire|aviso)\b|\bdejame (?:mirar|pensar|verlo|leer|revisar|"
+            r"consultar\w*|probar\w*)\b",
+            r"\b(?:aun|todavia) no (?:se|lo|la|he|tengo|puedo|estoy)\b|\bno (?:se|"
+            r"estoy segur[oa]|tengo claro)(?: si| "
+            r"que| todavia| aun)?\b|\btengo (?:que|mis) (?:consultar\w*|pensar\w*|hablar\w*|"
+            r"probar\w*|dudas|mirar\w*|"
+            r"preguntar\w*)\b|\btengo mala\b|\bpuede que (?:sea|este) (?:mi|yo|cosa mia|el)\b|"
+            r"\bigual (?:es|soy|son) (?:"
+            r"cosa mia|mi|yo)\b|\ba lo mejor (?:es|soy) (?:mi|yo)\b",
+            r"\b(?:a medias|mitad|regular|mas o menos|en parte|parcialmente|ni fu ni fa|depende|"
+            r"unas si|algunos si|algo "
+            r"mejor|va mejor|mejoro|un poco mejor|a ratos|no todo|ha mejorado|pero algo)\b|"
+            r"\bde lo otro\b|\bdel resto\b|"
+            r"\bdel otro\b|\bveremos\b|\bya veremos\b|\bpor ahora (?:bien|va)\b|\blo (?:hablamos|"
+            r"pienso|vemos)\b",
+        )
+    ),
+    doubt=table(
+        (
+            r"\b(?:creo|creia|juraria|diria|me parece|me suena|tengo entendido|pense|pensaba|"
+            r"si no me (?:equivoco|falla)|"
+            r"que yo sepa|segun (?:yo|tengo|el|la)|perdona|disculpa|perdon|una cosa|un detalle|"
+            r"detallito|solo un|casi|"
+            r"en realidad|realmente|no (?:sera|seria|era|es|son|deberia|hay|habia|deberian)|"
+            r"eso es|es que|seria|serian|"
+            r"quedamos en|en todo caso|mas bien|ojo|cuidado|solo|unicamente|pone|ponia|aparece|"
+            r"me sale|era|eran|vs)\b|"
+            r"\bno\?*$|\bverdad\?*$|\bpero\b",
+        )
+    ),
+    negation=table((r"\b(?:no|ni|nada|nunca|tampoco|sin|ningun|ninguna|falta|faltan)\b",)),
+    new_task=table(
+        (
+            r"^(?:(?:ok|vale|bueno|y|pues|bien|perfecto|genial|listo|gracias|"
+            r"ya)\s+)*(?:lo siguiente|siguiente|otra (?:cosa|"
+            r"pregunta|duda|tarea)|cambiando de tema|cambio de tema|por cierto|oye(?: y| una)?|"
+            r"ahora (?:necesito|quiero|otra|"
+            r"vamos|toca|dime|ayudame)|pasemos|pasamos|vamos (?:con|a)|a otra cosa|otro tema|"
+            r"ademas|de paso|mientras tanto|"
+            r"ponme mientras|espera|un momento|un segundo|dame un segundo|hablando de|"
+            r"que me (?:llaman|llama)|nueva "
+            r"(?:pregunta|tarea))\b",
+        )
+    ),
+    soft_transition=table(
+        (
+            r"^(?:(?:ok|vale|bueno|y|pues|bien|hola|buenas|si|ya|oye|entonces|ah|mmm+|"
+            r"eh)\s+)*(?:que|como|quien|cuando|donde|"
+            r"cual|cuales|cuanto|cuanta|cuantos|cuantas|a que|en que|de que|por donde|puedes|"
+            r"podrias|me (?:puedes|ayudas|"
+            r"das|dices|recomiendas|haces|pones|apuntas|buscas)|sabes|hay|existe|tienes|conoces|"
+            r"se puede|quiero|necesito|"
+            r"busco|quisiera|me gustaria|ayudame|hazme|dime|busca|apuntame|anota|recuerdame|"
+            r"recomiendame|traduce|escribeme|"
+            r"cuentame|vale la pena|hace falta|sirve|funciona|hay que|tengo que|debo|puedo)\b",
+        )
+    ),
+    reference=table(
+        (
+            r"\b(?:eso|esto|asi|otra vez|de nuevo|tu|tus|has|esa|ese|lo (?:has|que)|esta vez|"
+            r"en vez|en lugar|mejor|{reply})\b",
+        ),
+        WORDS,
+    ),
+    no_reference=table((r"\b(?:tu opinion|lo que (?:quieras|sea)|esto de|has (?:oido|visto))\b",)),
+    pointed=table(
+        (
+            r"\b(?:demasiad\w+|muy|falta\w*|te pedi|te dije|queria|en vez de|seria\w*|deberia\w*|"
+            r"juraria|creo que)\b",
+            r"\b(?:mal|incorrecto|no)\b.*\d",
+        )
+    ),
+    imperative=table(
+        (
+            r"^(?:(?:y|pero|entonces|porfa|por favor|solo|tambien|mejor|esta vez)\s+)*(?:{redo}|"
+            r"usa|pon|di|da|dame|nombra|"
+            r"incluye|anade|escribe|haz|sin|con|solo|nada de|deja|genera|elige)\b",
+        ),
+        WORDS,
+    ),
+    order=table(
+        (
+            r"^(?:(?:y|pero|entonces|ahora|ok|bueno|no|mejor|por favor|porfa)\W+)*(?:{redo}|"
+            r"menciona|incluye|nombra|explica|"
+            r"describe|cuenta|responde|compara|recuerda)\b",
+        ),
+        WORDS,
+    ),
+    contrast=re.compile(
+        r"[,;:—–-]*\s+(?:pero|sin embargo|aunque|salvo que|excepto|solo que|eso si)\s*,?\s+"
+        r"|^(?:pero|sin embargo|aunque|eso si)\s*,?\s+",
+        re.IGNORECASE,
+    ),
+    conjunction=re.compile(r"\s+(?:y|porque|ya que|asi que)\s+", re.IGNORECASE),
+    answered=re.compile(
+        r"^(?:no|si|sí|claro|vale|correcto|exacto|dale|por supuesto)\b(?!\W+gracias)\W*",
+        re.IGNORECASE,
+    ),
+    bare=words_of(
+        """
+        por favor porfa puedes podrias lo la eso otra vez de nuevo hazlo repite repitelo corrige
+        corrigelo arreglalo revisalo revisa mira miralo vuelve a empezar intentalo intenta prueba
+        ahora y bien pues no ok vale desde cero
+        """
+    ),
+    common=words_of(
+        """
+        el la los las un una unos unas de del al a en por para con sin y o e u que qué como cómo es
+        son era fue ser está están estar esta este esto ese esa eso esos lo le les se me te nos mi
+        tu su sus mis tus más mas menos muy ya no sí si pero porque cuando cuándo donde dónde quien
+        quién cual cuál hay ha han he has haber puede puedes podrías podrias quiero quieres favor
+        porfa gracias ahora también tambien solo sólo todo toda nada algo otra otro vez nuevo haz
+        hazlo dame dime pon ponlo escribe texto respuesta lista frase corto corta largo mejor bien
+        mal correcto así asi entonces bueno vale ok hola buenas
+        """
+    ),
+)
