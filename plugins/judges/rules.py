@@ -22,7 +22,7 @@ from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Source, Vote
 from plugins.judges.calls import calls_of
 from plugins.judges.lexicons import lexicon_for
-from plugins.judges.lexicons.shape import Lexicon, fold
+from plugins.judges.lexicons.shape import Lexicon, fold, narrow
 from plugins.judges.results import SILENT as UNKNOWN
 from plugins.judges.results import read_result, telling
 
@@ -32,21 +32,23 @@ _RESTATED_WORDS = 4
 _REPEATED_SHARE = 0.5
 _REPEATED_WORDS = 8
 _NOVEL_WORDS = 2
+_PAIR = 1 / 3
+"""What a pair of Han characters counts as a word: two words make about six pairs."""
 _MAX_CHARS = 4000
 
 _FENCED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILINE)
 _BREAK = re.compile(
-    r"(?<=[.!?…])[\"'”’)*]*\s+|(?<=[。!?;…~])[”’)]*\s*|(?<=[!?;])(?=[\u3400-\u9fff])|\n+"
+    r"(?<=[.!?…])[\"'”’)*]*\s+|(?<=[。…])[”’)]*\s*|(?<=[!?;~])(?=[\u3400-\u9fff])|\n+"
 )
 _NO_BREAK = re.compile(r"(?:\b(?:e\.g|i\.e|vs|etc|mr|mrs|ms|dr|st|no)|(?:^|\n)\s*\d+)\.$", re.I)
-_CLAUSE = re.compile(r"[,;:!?.…()\"“”]+(?!\d)|\s[-–—]\s|[,。!?;:、()~]+|(?<=[\u3400-\u9fff]),")
+_CLAUSE = re.compile(r"[,;:!?.…()\"“”]+(?!\d)|\s[-–—]\s|[。、~]+|(?<=[\u3400-\u9fff]),")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*'?")
 _HAN = re.compile(r"[\u3400-\u9fff]+")
 _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+")
 _MARKUP = re.compile(r"[*`\"“”]")
-_EDGES = " \t\n.,;:!?…*_~\"'“”‘’()-–—。,!?;:、()~¡¿"
-_BAFFLED = re.compile(r"[??]{2}|[??]!|![??]")
-_QUESTION = re.compile(r"[??]\W*$|^\s*¿")
+_EDGES = " \t\n.,;:!?…*_~\"'“”‘’()-–—。、¡¿"
+_BAFFLED = re.compile(r"\?[?!]|!\?")
+_QUESTION = re.compile(r"\?\W*$|^\s*¿")
 
 GLAD = "👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
 SAD = "👎😡😠🙄🙃😒😞😕☹🤦😤❌🤡😑"
@@ -128,10 +130,11 @@ def names_step(text: str, reply: str, requests: str) -> bool:
 
 def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
     """The vote of a user's message that followed `reply` to `asked`; `context` holds both."""
+    text = narrow(text)
     if not text.strip():
         return UNKNOWN
     lex = lexicon_for(text, context)
-    if reply.rstrip().endswith(("?", "?")):
+    if narrow(reply).rstrip().endswith("?"):
         text = lex.answered.sub("", text)  # a yes or no to the reply's own question
     seen = content_words(context, lex) | {token.lower() for token in _TOKEN.findall(context)}
     own = _FENCED.sub("\n", text)
@@ -161,7 +164,8 @@ def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
         doubtful = doubtful or (mild and doubts(sentence, lex))
         denied = denied or (mild and denies(sentence, lex))
         worst, best = min(worst, verdict.value), max(best, verdict.value)
-        praised = praised or (verdict.strong and verdict.value > 0)
+        if verdict.strong and verdict.value > 0:
+            praised, doubtful = True, False
         mixed = praised and worst < 0
         for half, reading in readings:
             if reading.hint:
@@ -172,9 +176,7 @@ def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
         worst = -1
     if worst < 0:
         return Vote(-1, hint_of(hints[2] or hints[1]))
-    if (doubtful and not praised) or (
-        not best and not opened and (denied or repeats(own, asked, lex))
-    ):
+    if doubtful or (not best and not opened and (denied or repeats(own, asked, lex))):
         return Vote(-1)
     return Vote(best) if best or opened else UNKNOWN
 
@@ -302,7 +304,7 @@ def is_new(text: str, seen: frozenset[str], lex: Lexicon, order: str = "") -> bo
     words = content_words(low, lex) | names
     meant = content_words(order, lex) | {token.lower() for token in _TOKEN.findall(order)}
     novel = words - seen - meant
-    return sum(0.5 if _HAN.match(word) else 1 for word in novel) >= _NOVEL_WORDS
+    return sum(_PAIR if _HAN.match(word) else 1 for word in novel) >= _NOVEL_WORDS
 
 
 def same_subject(sentence: str, seen: frozenset[str], lex: Lexicon) -> bool:

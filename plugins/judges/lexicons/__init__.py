@@ -18,14 +18,13 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 def lexicon_for(text: str, context: str) -> Lexicon:
     """The lexicon of a message's language; a message that does not tell is in its context's.
 
-    The script decides for Chinese, the most frequent small words for the others; English without
-    any of them.
+    The script decides for Chinese, small words for the others; without any of them, English.
     """
     for shown in (text, context):
         if _HAN.search(shown):
             return CHINESE
         words = _WORD.findall(fold(shown).replace("’", "'"))
         counts = [sum(word in lexicon.signs for word in words) for lexicon in SPACED]
-        if max(counts):
+        if counts.count(max(counts)) == 1:
             return SPACED[counts.index(max(counts))]
     return ENGLISH

@@ -478,6 +478,16 @@ COMMON = words_of(
 
 SERVED = table(
     (
+        r"\b(?:got the (?:job|part|flat|apartment|visa|loan|interview|grant)|passed (?:the|my|it|"
+        r"with)|aced (?:it|the|my)|said yes|we won|i won|slept (?:like|through)|delicious|tasty|"
+        r"yummy|is a beauty|turned out (?:great|perfect|amazing|lovely|well)|"
+        r"everyone wanted (?:more|seconds))\b|\b(?:rash|pain|error|noise|smell|lag|bug|leak|"
+        r"warning|problem|flicker|flies|stain|itch|cough|mould|mold|squeak|drip|crash\w*) (?:is|"
+        r"are|has|have) (?:\w+ )?(?:gone|disappeared|stopped)\b",
+        r"\byou (?:absolute |total |are a |are the )?(?:legend|star|hero|genius|rockstar|"
+        r"lifesaver|wizard|angel|champ|beauty|best)\b|\b(?:keeping|stealing|saving|framing|"
+        r"adopting|approving) (?:it|this|that)\b|\bsigned (?:it |this |that )?off\b|\b(?:zero|no|"
+        r"0) (?:failures|issues|problems|bugs)\b|\bsorted\b(?! by)",
         r"^(?:(?:yes|yep|yeah|ok|that|it|this|all|both|everything) )*worked\b(?! until| before)|"
         r"\b(?:u|you) "
         r"(?:just |really |totally )?saved\b|\bbest \w+ (?:\w+ )?(?:i|we)(?:'ve| have)?\b|\b(?:i|"
@@ -523,6 +533,8 @@ SERVED = table(
 
 FAILED = table(
     (
+        r"\bdid you (?:even |actually )?(?:read|look|listen|check|try|test|run|see)\b|"
+        r"\b(?:cancel|scrap|drop|ditch|bin|discard) (?:it|that|this|them)\b",
         r"\b(?:one|another) more (?:go|try|time|shot|attempt|round)\b|\bin (?:one|a single|"
         r"two) (?:sentence|"
         r"word|line)s?$",
@@ -569,6 +581,11 @@ ENGLISH = Lexicon(
     directive=DIRECTIVE,
     mockery=table(
         (
+            r"\b(?:great|nice|cool|perfect|lovely|awesome|good|wonderful|"
+            r"brilliant)[,.!]* (?:so )?now (?:nobody|no one|nothing|i have to|we have to|i can't|"
+            r"it (?:doesn't|won't|can't|isn't))\b|\b(?:yes|yeah|sure)[, ]+because\b|"
+            r"\bcongrat\w*[,!.]* (?:you|now|on)\b|\bmasterpiece\b|\bit only took\b",
+            r"\bthanks for (?:that|the|this) (?:\w+ )?(?:insight|wisdom|essay|sermon|lesson)\b",
             r"\b(?:sherlock|einstein|captain obvious|no shit|nobel|pulitzer|groundbreaking|rocket "
             r"scien\w+|slow clap|money tree|crystal ball|blast furnace|color me|colour me|"
             r"genius move)\b",
@@ -615,6 +632,12 @@ ENGLISH = Lexicon(
     earnest=table((r"\bseriously\b", r"\b(?:just )?(?:kidding|joking)\b", r"\ball jokes aside\b")),
     undecided=table(
         (
+            r"\bthe other (?:one|two|three|part|half)\b|\bnot (?:so|too|quite|entirely|really|"
+            r"completely) sure (?:about|on)\b|\bthe rest (?:still|is|isn|does|doesn|hangs|fails)",
+            r"\b(?:first|one|some|outbound|top|left|upper|most)\b.*\b(?:fine|good|works?|ok|okay|"
+            r"great|perfect|done|right)\b.*\b(?:second|other|others|rest|return|bottom|right|"
+            r"lower|last|third)\b.*\b(?:still|not|\w+n't|no|error|fails?|broken|wrong|missing|"
+            r"later)\b",
             r"\bi(?:'ll| will)(?: just| probably| have to| need to)? (?:read|check|test|try|look|"
             r"think|get "
             r"back|let you know|see|report|take a (?:closer )?look|have a (?:proper )?look|"
@@ -649,6 +672,8 @@ ENGLISH = Lexicon(
     ),
     doubt=table(
         (
+            r"\b(?:though|tho)$|^(?:uh+|um+|er+m?|erm)\b|\bshould (?:be|have|read|say|leave|"
+            r"start|go|come|use)\b",
             r"\b(?:isn't|aren't|wasn't|weren't|wouldn't|doesn't|shouldn't|hasn't|didn't|"
             r"don't) (?:that|it|"
             r"this|the|they|there|you|we|he|she|most|all|these|those)\b",

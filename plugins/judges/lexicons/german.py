@@ -31,7 +31,7 @@ WORDS: Mapping[str, str] = {
         r"sinnlos|unsinn|quatsch|blodsinn|mull|unvollstandig|abgeschnitten|leer|verwirrend|unklar|"
         r"unverstandlich|unleserlich|kalt|steif|holprig|holzern|langweilig|unfreundlich|unpassend|"
         r"ungenau|veraltet|kaputt|daneben|vertauscht|verdreht|verrutscht|verwechselt|doppelt|"
-        r"umstandlich|kompliziert|ubertrieben|geschwollen|nichtssagend|erfunden|gelogen|weg)"
+        r"umstandlich|kompliziert|ubertrieben|geschwollen|nichtssagend|erfunden|gelogen)"
     ),
     "redo": (
         r"(?:korrigier|berichtig|andere?|ander|uberarbeit|verbesser|kurz|vereinfach|uberpruf|pruf|"
@@ -92,13 +92,17 @@ GERMAN = Lexicon(
     signs=words_of(
         """
         der das und ist nicht ich du mir mich ein eine einen zu mit auf für den dem im auch aber
-        noch mal bitte danke wie ja nein wir sie es sich von bei oder wenn dann doch schon nur da
-        kannst hast habe hab kein keine nach aus um über zum zur was wer wo warum als dass sind
+        noch bitte danke wie ja nein wir sie sich von bei oder wenn dann doch schon nur da
+        kannst hast habe hab kein keine nach aus um über zum zur wer wo warum als dass sind
         """
     ),
     idioms=tuple((value, table(rows, WORDS)) for value, rows in _IDIOMS),
     praise=table(
         (
+            r"\b(?:hat|haben) (?:\w+ )?geschmeckt\b|\b(?:lecker|kostlich|ein gedicht)\b|"
+            r"\balle wollten\b|\b(?:prufung|test|klausur|abgabe|tuv|"
+            r"bewerbung) (?:\w+ )?(?:bestanden|geschafft|durch)\b|\b(?:ist|sind) (?:jetzt |"
+            r"endlich |alle )?weg$",
             r"^(?:krass|wahnsinn|irre|hammer|geil|mega|boah|respekt|der hammer|oha|wow)\b",
             r"\b(?:druckt|startet|bootet|heizt|ladt|speichert|verbindet|piept|ruckelt|spinnt|"
             r"meckert) (?:er |sie |es |alles )?(?:jetzt|wieder|endlich|nicht mehr|brav|"
@@ -168,6 +172,8 @@ GERMAN = Lexicon(
     ),
     complaint=table(
         (
+            r"\bhast du (?:\w+ ){0,4}(?:uberhaupt|eigentlich|denn) (?:\w+ )?(?:gelesen|zugehort|"
+            r"geprufe?t|getestet|hingeschaut|verstanden|angeschaut)\b",
             r"^(?:(?:nein|ne|nee|hm+|leider|sorry|also|ja|aber|und|oh|ach|na|immer noch|"
             r"schon wieder|"
             r"wieder|noch immer|alles|total|vollig|komplett|ziemlich|etwas|ein bisschen|viel|"
@@ -272,6 +278,9 @@ GERMAN = Lexicon(
     ),
     mockery=table(
         (
+            r"\bum mir zu sagen\b|\bschoen dass (?:du|sie|wir)\b|"
+            r"\b(?:herzlichen )?gluckwunsch[,!.]* (?:jetzt|nun|du|sie)\b|\bschoen,? dass du\b",
+            r"[.!] bravo\b",
             r"\b(?:wer braucht (?:schon|denn|bitte)|da (?:freut|freuen) sich|"
             r"wird sich (?:\w+ ){0,3}freuen|so kann man(?:'s| es)? auch|problem gelost|"
             r"dann kann ich ja (?:gleich|auch)|kannst ja gleich|wie schoen dass|was wurd ich)\b",
@@ -311,6 +320,8 @@ GERMAN = Lexicon(
     earnest=table((r"\bim ernst\b", r"\b(?:spass|scherz)(?: beiseite)?\b", r"\behrlich\b")),
     undecided=table(
         (
+            r"\b(?:die|eine|erste|zweite|andere) halfte\b|\bder rest (?:fehlt|hangt|ist noch|"
+            r"geht|kommt|bleibt|lauft|nicht)\b|\bnur (?:zwei|drei|eine|einer|eins|ein teil)\b",
             r"\bbei gelegenheit\b|\bdemnachst\b|\bdie tage\b|\bin ruhe\b|\b(?:schau|hor|les|"
             r"guck)e? (?:\w+ ){0,4}rein\b",
             r"\b(?:geht|gehen|lauft|laufen|klappt|klappen|funktioniert|besser|schneller|weg|"
@@ -346,6 +357,7 @@ GERMAN = Lexicon(
     ),
     doubt=table(
         (
+            r"^(?:ahm|ahem|hm+|naja|na ja)\b|\bmusste (?:das|es|da|der|die) nicht\b",
             r"\b(?:kann es sein|konnte es sein|kann das sein|ware das nicht|ist das nicht|"
             r"ist nicht|heisst "
             r"(?:das|es) nicht|musste (?:das|es|da) nicht|sollte (?:das|es) nicht|war das nicht|"

@@ -16,15 +16,27 @@ _PLAIN = str.maketrans(
 )
 
 
+_NARROW = {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+
+
+def narrow(text: str) -> str:
+    """The text with full-width punctuation, letters and digits as ASCII.
+
+    >>> narrow("\\uff08\\uff11\\uff0c\\uff12\\uff09\\uff1f")
+    '(1,2)?'
+    """
+    return text.translate(_NARROW)
+
+
 def fold(text: str) -> str:
-    """Lower case without accents; "schön" stays apart from "schon", ß is ss.
+    """Narrow, in lower case, without accents; "schön" stays apart from "schon", ß is ss.
 
     The traditional characters of cues become simplified ones.
 
     >>> fold("Schön, größer, más, 謝謝")
     'schoen, grosser, mas, 谢谢'
     """
-    return text.lower().replace("schön", "schoen").replace("ß", "ss").translate(_PLAIN)
+    return narrow(text).lower().replace("schön", "schoen").replace("ß", "ss").translate(_PLAIN)
 
 
 @dataclass(frozen=True, slots=True)

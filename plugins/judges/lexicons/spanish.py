@@ -122,6 +122,13 @@ SPANISH = Lexicon(
     idioms=tuple((value, table(rows, WORDS)) for value, rows in _IDIOMS),
     praise=table(
         (
+            r"\bya no (?!funciona|va|anda|arranca|aparece|esta|sale|abre|carga|se ve|puedo|"
+            r"tengo tiempo|quiero|hay|hace falta|me sirve)\w+|\b(?:riquisim[oa]s?|delicios[oa]s?|"
+            r"repitieron|aprobe|he aprobado|lo logre|lo consegui)\b",
+            r"\b(?:mi )?(?:jef[ea]|client[ea]|profe\w*|equipo|hij[oa]s?|marido|mujer|madre|padre|"
+            r"companer[oa]s?) (?:lo |la |los |le |les |me lo |ya )*(?:aprobo|acepto|firmo|"
+            r"ha aprobado|ha aceptado|encant\w+|quedo content[oa]|esta content[oa]|"
+            r"dio el visto bueno)\b|\bsin cambios$",
             r"\b(?:mas que |muy |super )?(?:feliz|contento|contenta|encantad[oa])\b",
             r"^(?:(?:ah+|oh|uy|hala|guau|wow|pues|ok|vale|si|y|muy|que|esta|es|todo|jaja\w*|ya|"
             r"buah|ostras|"
@@ -282,6 +289,9 @@ SPANISH = Lexicon(
     ),
     mockery=table(
         (
+            r"\bgracias por (?:ignorar|perder|borrar|romper|no|hacerme|complicar)\w*\b|"
+            r"\b(?:felicidades|enhorabuena|felicitaciones)[,!.]* (?:ahora|ya|has|lo)\b|"
+            r"\bporque a todo el mundo\b|\bclaro,? porque\b",
             r"\bquien necesita\b|\bproblema (?:resuelto|solucionado)[,.!] (?:si|total|ya|solo)\b|"
             r"\basi cualquiera\b|\b(?:va|van) a (?:llorar|flipar|alucinar|morirse)\b|"
             r"\bde (?:la )?emocion\b|\bque (?:alegria|alivio|tranquilidad) (?:saber|que)\b|"
@@ -320,6 +330,8 @@ SPANISH = Lexicon(
     earnest=table((r"\b(?:en serio|de verdad|bromas aparte|fuera de broma|es broma)\b",)),
     undecided=table(
         (
+            r"\bla mitad\b|\bel resto (?:no|sigue|aun|todavia|falta)\b|\bsolo (?:dos|tres|uno|"
+            r"una|algunos|algunas|la mitad)\b",
             r"\ba lo mejor\b|\bsegun como\b|\b(?:quiza|quizas|tal vez)\b",
             r"\b(?:funciona|funcionan|va|van|anda|andan|carga|sale|entra|mejor|rapido|"
             r"arreglad\w)\b.*\b(?:pero|aunque|en cambio|solo que|el otro|la otra|"

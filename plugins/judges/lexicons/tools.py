@@ -10,6 +10,8 @@ from plugins.judges.lexicons.shape import table
 
 FAILED = table(
     (
+        r"\"(?:status|state|result|estado|ergebnis)\"\s*:\s*\"(?:rejected|declined|denied|"
+        r"refused|invalid|not_?found|cancell?ed|rechazad\w+|abgelehnt)",
         r"^\W*(?:\w+[.:])*\w*(?:error|exception)\b\s*(?:\d+\s*)?(?::|$)",
         r"^\W*(?:error|fatal|failed|failure|panic|abort(?:ed)?|fehler|fehlgeschlagen|fallo|"
         r"denied|refused|"
@@ -65,7 +67,7 @@ FAILED = table(
         r"incorrect[oa])\b",
         r"(?:不存在|找不到|未找到|没有找到|不支持|无法|无效|拒绝|未定义|未知|没有权限|权限不足|"
         r"参数错误|格式错误|缺少|失败|"
-        r"不合法|非法|已取消|冲突[::](?!\s*\[\]))(?!\D{0,3}[::]?\s*0\b)",
+        r"不合法|非法|已取消|冲突[:](?!\s*\[\]))(?!\D{0,3}[:]?\s*0\b)",
         r"^\W*(?:×|✗|✘|❌|✖)|\b(?:50[01]|4(?:0[0-79]|1\d|2[0-8]))\b (?:[45]\.\d|bad|not|unauth|"
         r"forb|internal|"
         r"conflict|un|pay|gone|method)",
