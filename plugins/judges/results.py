@@ -35,9 +35,11 @@ def read_result(text: str, asked: str, arguments: str) -> Vote:
     if shown and not own:
         return Vote(1)
     some = any(0 < int(part) < int(whole) for part, whole in _SHARE.findall(own))
+    tested = tools.TESTS.search(own)
+    if tools.ITEM_DONE.search(own) and tools.SHORT.search(own) and not tested:
+        return Vote(0)
     if tools.FAILED.search(own):
         some = some or bool(tools.ITEM_DONE.search(own))
-        tested = tools.TESTS.search(own)
         return Vote(0 if (some and not tested) or tools.OUTAGE.search(own) else -1)
     if some or tools.PARTIAL.search(own) or tools.OUTAGE.search(own):
         return Vote(0)

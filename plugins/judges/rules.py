@@ -31,6 +31,7 @@ _RESTATED_SHARE = 0.75
 _RESTATED_WORDS = 4
 _REPEATED_SHARE = 0.5
 _REPEATED_WORDS = 8
+_PART_WORDS = 3
 _NOVEL_WORDS = 2
 _PAIR = 1 / 3
 """What a pair of Han characters counts as a word: two words make about six pairs."""
@@ -166,7 +167,7 @@ def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
         worst, best = min(worst, verdict.value), max(best, verdict.value)
         if verdict.strong and verdict.value > 0:
             praised, doubtful = True, False
-        mixed = praised and worst < 0
+        mixed = mixed or (praised and worst < 0) or in_parts(readings, lex)
         for half, reading in readings:
             if reading.hint:
                 hints[reading.hint].append(half)
@@ -203,12 +204,25 @@ def contrasted(readings: list[Reading]) -> Reading:
 
     Where praise or thanks come first, a last half that says neither is what they lead up to.
     """
-    if len(readings) > 1 and readings[-1] == SILENT and max(r.value for r in readings) > 0:
+    praised = max((reading.value for reading in readings), default=0) > 0
+    if len(readings) > 1 and readings[-1] == SILENT and praised:
         return Reading(-1, True, 1)
     strong = [reading for reading in readings if reading.strong]
     if strong:
         return strong[-1]
     return max(readings, key=lambda reading: reading.value, default=SILENT)
+
+
+def in_parts(readings: list[tuple[str, Reading]], lex: Lexicon) -> bool:
+    """Whether a sentence praises a part of the reply, and after a "but" does not praise another."""
+    *firsts, (_, last) = readings or [("", SILENT)]
+    return last.value <= 0 and any(
+        reading.strong
+        and reading.value > 0
+        and len(half.split()) >= _PART_WORDS
+        and not lex.reference.search(plain(half))
+        for half, reading in firsts
+    )
 
 
 def read_half(half: str, seen: frozenset[str], lex: Lexicon) -> Reading:

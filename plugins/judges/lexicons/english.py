@@ -632,6 +632,26 @@ ENGLISH = Lexicon(
     earnest=table((r"\bseriously\b", r"\b(?:just )?(?:kidding|joking)\b", r"\ball jokes aside\b")),
     undecided=table(
         (
+            r"\b(?:i|we)(?:'ll| will| need to| have to| want to| should| must|"
+            r" still need to)(?: \w+)? (?:ask|discuss|talk|sleep on|decide|compare|consult|"
+            r"verify|double[- ]check with|wait)\b",
+            r"\b(?:torn|undecided|either way|mostly|for the most part|some of (?:it|them|these|"
+            r"those)|a few of (?:it|them|these)|almost all|most of (?:it|them)|don't know (?:yet|"
+            r"if|whether|about the)|no idea (?:yet|if|whether|about the)|jury|remains to be seen|"
+            r"depends|hit-and-miss|some (?:are|were|work|did))\b",
+            r"^\b(?:one|two|three|four|first|second|third|last|other|others|rest|some|most|half|"
+            r"part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|wednes|thurs|fri|"
+            r"satur|sun)day)\b (?:\w+ ){0,3}?(?:works?|working|loads?|loading|runs?|passes|fixed|"
+            r"done|sent|ok|okay|sends?|prints?|opens?|faster|better|quieter|shorter|moved|"
+            r"updated|correct|right|fine|perfect|great|good|spot on)\b[^?]*[,;.] ?(?:but |and |"
+            r"though )?(?:\b(?:one|two|three|four|first|second|third|last|other|others|rest|some|"
+            r"most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|wednes|"
+            r"thurs|fri|satur|sun)day)\b|(?:one|two|three|four|first|second|third|last|other|"
+            r"others|rest|some|most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|"
+            r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b) [^?]*\b(?:doesn't|don't|isn't|"
+            r"aren't|won't|not|still|fails?|failed|broken|error|missing|same|nothing|never|"
+            r"no idea|unchanged|slow|empty|blank|off|wrong|cropped|haven't|hasn't)\b",
+            r"\b[1-9]\d* (?:out )?of (?:the )?(?:\d+|them|these|five|ten|three|four|six)\b",
             r"\bthe other (?:one|two|three|part|half)\b|\bnot (?:so|too|quite|entirely|really|"
             r"completely) sure (?:about|on)\b|\bthe rest (?:still|is|isn|does|doesn|hangs|fails)",
             r"\b(?:first|one|some|outbound|top|left|upper|most)\b.*\b(?:fine|good|works?|ok|okay|"

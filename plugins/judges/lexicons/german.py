@@ -320,6 +320,23 @@ GERMAN = Lexicon(
     earnest=table((r"\bim ernst\b", r"\b(?:spass|scherz)(?: beiseite)?\b", r"\behrlich\b")),
     undecided=table(
         (
+            r"\b(?:besprechen|beraten|mal sehen|mal schauen|mal abwarten|grosstenteils|"
+            r"uberwiegend|mal so mal so|schwanke|unentschieden|unschlussig|hangt davon ab|"
+            r"kommt drauf an|geteilter meinung|einige|manche|die meisten|das meiste|"
+            r"fast alle[sn]?|weiss (?:noch )?nicht (?:ob|recht|so)|muss (?:ich |mal |noch |"
+            r"erst )*\w+ ?(?:sehen|schauen|fragen|prufen|klaren|testen|uberlegen|abwarten))\b",
+            r"\bfrag(?:e)? (?:ich |da |mal |noch )*(?:nach|meine?n?|den|die|das)\b",
+            r"^\b(?:die|der|das|den|beim?|am|im|erste[rsnm]?|zweite[rsnm]?|dritte[rsnm]?|"
+            r"eine[rs]?|andere[rsn]?|rest|teil \d|(?:mon|diens|donners|frei|sams|sonn)tag|"
+            r"mittwoch)\b (?:\w+ ){0,3}?(?:ist |sind |hat )?(?:geht|gehen|lauft|laufen|klappt|"
+            r"klappen|funktioniert|funktionieren|passt|passen|stimmt|stimmen|gut|super|perfekt|"
+            r"fertig|erledigt|da|drin|schneller|besser|leiser|richtig)\b[^?]*[,;.] ?(?:aber |"
+            r"nur |dafur )?\b(?:die|der|das|den|beim?|am|im|erste[rsnm]?|zweite[rsnm]?|"
+            r"dritte[rsnm]?|eine[rs]?|andere[rsn]?|rest|teil \d|(?:mon|diens|donners|frei|sams|"
+            r"sonn)tag|mittwoch)\b [^?]*\b(?:nicht|kein\w*|nie|noch|fehlt|fehlen|immer noch|leer|"
+            r"falsch|langsam|nichts|weiterhin|gleich|unverandert|fehler|kaputt|zweifel|unsicher|"
+            r"keine ahnung)\b",
+            r"\b\d+ (?:von|der) (?:den )?\d+\b|\bnoch nicht (?:ganz|alles|uberall|perfekt)\b",
             r"\b(?:die|eine|erste|zweite|andere) halfte\b|\bder rest (?:fehlt|hangt|ist noch|"
             r"geht|kommt|bleibt|lauft|nicht)\b|\bnur (?:zwei|drei|eine|einer|eins|ein teil)\b",
             r"\bbei gelegenheit\b|\bdemnachst\b|\bdie tage\b|\bin ruhe\b|\b(?:schau|hor|les|"
@@ -357,7 +374,7 @@ GERMAN = Lexicon(
     ),
     doubt=table(
         (
-            r"^(?:ahm|ahem|hm+|naja|na ja)\b|\bmusste (?:das|es|da|der|die) nicht\b",
+            r"^(?:ahm|ahem|naja|na ja)\b|\bmusste (?:das|es|da|der|die) nicht\b",
             r"\b(?:kann es sein|konnte es sein|kann das sein|ware das nicht|ist das nicht|"
             r"ist nicht|heisst "
             r"(?:das|es) nicht|musste (?:das|es|da) nicht|sollte (?:das|es) nicht|war das nicht|"

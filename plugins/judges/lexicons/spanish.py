@@ -330,6 +330,19 @@ SPANISH = Lexicon(
     earnest=table((r"\b(?:en serio|de verdad|bromas aparte|fuera de broma|es broma)\b",)),
     undecided=table(
         (
+            r"\b(?:la mayoria|casi tod[oa]s?|algun[oa]s|no tod[oa]s|habra que ver|a ver (?:que|"
+            r"si|como)|depende|lo (?:consulto|comento|hablo|pregunto)|tengo que (?:ver|consultar|"
+            r"preguntar|pensar)\w*|hay que ver|no acabo de|en su mayor parte|me lo pienso|"
+            r"no se (?:si|que)|dudo|tengo dudas|segun (?:se|lo|como))\b",
+            r"^\b(?:el|la|los|las|del?|al|una?|otr[oa]s?|primer[oa]?|segund[oa]|tercer[oa]?|"
+            r"lunes|martes|miercoles|jueves|viernes|sabado|domingo)\b (?:\w+ ){0,3}?(?:ya |esta |"
+            r"estan )?(?:funciona|funcionan|va|van|carga|cargan|sale|salen|bien|perfect[oa]s?|"
+            r"genial|list[oa]s?|mejor|correct[oa]s?|arreglad[oa]s?|ok)\b[^?]*[,;.] ?(?:pero |y |"
+            r"aunque )?\b(?:el|la|los|las|del?|al|una?|otr[oa]s?|primer[oa]?|segund[oa]|"
+            r"tercer[oa]?|lunes|martes|miercoles|jueves|viernes|sabado|domingo)\b [^?]*\b(?:no|"
+            r"sigue|siguen|falta|faltan|aun|todavia|tampoco|igual|mal|vaci[oa]|error|lent[oa]|"
+            r"ni idea|dudas|nada)\b",
+            r"\b\d+ de (?:l[oa]s )?\d+\b|\baun no (?:del todo|todo|esta)\b|\bno del todo\b",
             r"\bla mitad\b|\bel resto (?:no|sigue|aun|todavia|falta)\b|\bsolo (?:dos|tres|uno|"
             r"una|algunos|algunas|la mitad)\b",
             r"\ba lo mejor\b|\bsegun como\b|\b(?:quiza|quizas|tal vez)\b",

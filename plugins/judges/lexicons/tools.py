@@ -119,7 +119,10 @@ ITEM_DONE = table(
         r"importiert|"
         r"gesendet|ubertragen|kopiert|importad[oa]s|enviad[oa]s|copiad[oa]s|convertid[oa]s|"
         r"procesad[oa]s|"
-        r"entregad[oa]s|correct[oa]s)\b|(?:成功|已(?:发送|导入|上传|转换|处理|"
+        r"entregad[oa]s|correct[oa]s|done|ok|completed?|finished|passed on|saved|written|installed|"
+        r"added|removed|fixed|applied|restarted|matched|valid|erledigt|gespeichert|umgewandelt|"
+        r"aktualisiert|verschoben|installiert|guardad[oa]s|actualizad[oa]s|movid[oa]s|"
+        r"instalad[oa]s)\b|(?:成功|已(?:发送|导入|上传|转换|处理|"
         r"完成))\D{0,4}[1-9]\d*|[1-9]\d*\s*"
         r"(?:条|个|封|张|台|份|篇|家|人|次)?(?:已)?(?:发送|导入|上传|转换|处理|下载|更新)?成功",
         r"\"(?:sent|created|updated|imported|accepted|delivered|succeeded|success_count|enviados|"
@@ -127,10 +130,26 @@ ITEM_DONE = table(
         r":\s*(?:[1-9]\d*|\[\s*[^\]\s])",
     )
 )
-"""One of several items succeeded."""
+"""One or more of several items succeeded."""
 
 TESTS = table((r"\b\d+ (?:passed|passing)\b|\btests?\b|\bspecs?\b|用例|测试",))
 """A test run: there a single failure fails it all."""
+
+SHORT = table(
+    (
+        r"\b[1-9]\d* (?:\w+ ){0,3}(?:failed|skipped|missing|rejected|pending|left|remaining|"
+        r"errors?|conflicts?|"
+        r"unreachable|offline|not \w+|ignored|unchanged|unmatched|timed|fehlgeschlagen|"
+        r"ubersprungen|fehlen|offen|"
+        r"ausstehend|abgelehnt|nicht \w+|fallid[oa]s|fallaron|omitid[oa]s|pendientes|"
+        r"rechazad[oa]s|sin \w+|"
+        r"no \w+)\b|\b(?:failed|skipped|missing|rejected|pending|errors?|remaining|"
+        r"fehlgeschlagen|ubersprungen|"
+        r"offen|fallidos|omitidos|pendientes)\"?\s*[:=]\s*(?:[1-9]|\[\s*[^\]\s])|(?:失败|跳过|"
+        r"剩余?|未|缺)\D{0,6}[1-9]\d*",
+    )
+)
+"""A number of items that were not done."""
 
 PARTIAL = table(
     (
