@@ -51,8 +51,8 @@ _EDGES = " \t\n.,;:!?…*_~\"'“”‘’()-–—。、¡¿"
 _BAFFLED = re.compile(r"\?[?!]|!\?")
 _QUESTION = re.compile(r"\?\W*$|^\s*¿")
 
-GLAD = "👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
-SAD = "👎😡😠🙄🙃😒😞😕☹🤦😤❌🤡😑"
+GLAD = "🤝🫡🥳🔥🚀✨💕😘😎🤗🎊🏆🫶💛💚💙💜👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
+SAD = "🤨😩😫👎😡😠🙄🙃😒😞😕☹🤦😤❌🤡😑"
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +137,7 @@ def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
     lex = lexicon_for(text, context)
     if narrow(reply).rstrip().endswith("?"):
         text = lex.answered.sub("", text)  # a yes or no to the reply's own question
-    seen = content_words(context, lex) | {token.lower() for token in _TOKEN.findall(context)}
+    seen = content_words(context, lex) | {fold(token) for token in _TOKEN.findall(context)}
     own = _FENCED.sub("\n", text)
     low = plain(own)
     if lex.mockery.search(low) and not lex.earnest.search(low):
@@ -314,16 +314,16 @@ def is_new(text: str, seen: frozenset[str], lex: Lexicon, order: str = "") -> bo
     low = plain(text)
     if lex.reference.search(lex.no_reference.sub("", low)):
         return False
-    names = {token.lower() for token in _marks(_TOKEN.findall(text))}
+    names = {fold(token) for token in _marks(_TOKEN.findall(text))}
     words = content_words(low, lex) | names
-    meant = content_words(order, lex) | {token.lower() for token in _TOKEN.findall(order)}
+    meant = content_words(order, lex) | {fold(token) for token in _TOKEN.findall(order)}
     novel = words - seen - meant
     return sum(_PAIR if _HAN.match(word) else 1 for word in novel) >= _NOVEL_WORDS
 
 
 def same_subject(sentence: str, seen: frozenset[str], lex: Lexicon) -> bool:
     """Whether an order names what the turn named, and no other name or number."""
-    names = {token.lower() for token in _marks(_TOKEN.findall(sentence))}
+    names = {fold(token) for token in _marks(_TOKEN.findall(sentence))}
     return bool(lex.order.search(plain(sentence))) and bool(names) and names <= seen
 
 

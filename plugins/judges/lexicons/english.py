@@ -478,6 +478,14 @@ COMMON = words_of(
 
 SERVED = table(
     (
+        r"\b(?:finally|at last)[,!.]* (?:it |that |someone |something |a |an |some )|"
+        r"\b(?:like magic|smooth(?:ly)?|flawless(?:ly)?|life ?saver|gold|goat|bingo|tysm|ily|"
+        r"10/10|a\+|chef's kiss|so (?:good|helpful|clear|simple|easy|cool|true)|super (?:helpful|"
+        r"useful|clear|quick))\b(?! (?:plated|fish))",
+        r"\b(?:reviewer|prof|professor|landlord|neighbou?r|doctor|accountant|tenant|partner|"
+        r"mother|father|sister|brother|son|daughter|grandma|colleague)s? (?:\w+ )?(?:loved|loves|"
+        r"approved|accepted|agreed|said yes|was (?:thrilled|happy|impressed)|laughed|cried|"
+        r"understood|replied|is happy)\b",
         r"\b(?:got the (?:job|part|flat|apartment|visa|loan|interview|grant)|passed (?:the|my|it|"
         r"with)|aced (?:it|the|my)|said yes|we won|i won|slept (?:like|through)|delicious|tasty|"
         r"yummy|is a beauty|turned out (?:great|perfect|amazing|lovely|well)|"

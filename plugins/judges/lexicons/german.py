@@ -99,6 +99,12 @@ GERMAN = Lexicon(
     idioms=tuple((value, table(rows, WORDS)) for value, rows in _IDIOMS),
     praise=table(
         (
+            r"\b(?:endlich|na endlich)\b(?!.*\b(?:mal|nicht|kein)\b)|\b(?:traumhaft|goldig|"
+            r"herrlich|der wahnsinn|ein traum|wie von selbst|reibungslos|problemlos|einwandfrei|"
+            r"tip ?top|10 von 10|bombe|knaller)\b|\b(?:chef|chefin|kundin|kunde|frau|mann|"
+            r"tochter|sohn|lehrerin|lehrer|team|nachbar\w*|oma|mama|papa) (?:ist |war |fand |"
+            r"findet |hat )(?:\w+ ){0,4}(?:begeistert|happy|zufrieden|toll|super|klasse|gefreut|"
+            r"gelacht|genehmigt|freigegeben|unterschrieben|abgenickt|zugestimmt)\b",
             r"\b(?:hat|haben) (?:\w+ )?geschmeckt\b|\b(?:lecker|kostlich|ein gedicht)\b|"
             r"\balle wollten\b|\b(?:prufung|test|klausur|abgabe|tuv|"
             r"bewerbung) (?:\w+ )?(?:bestanden|geschafft|durch)\b|\b(?:ist|sind) (?:jetzt |"

@@ -122,6 +122,11 @@ SPANISH = Lexicon(
     idioms=tuple((value, table(rows, WORDS)) for value, rows in _IDIOMS),
     praise=table(
         (
+            r"\b(?:al fin|por fin)\b|\b(?:magia|como magia|de cine|una maravilla|de fabula|"
+            r"sin problema|10/10|un diez|espectacular|tremendo|bacan|copado|de una)\b|"
+            r"\b(?:mi )?(?:jef[ea]|client[ea]|profe\w*|equipo|hij[oa]s?|marido|mujer|madre|padre|"
+            r"vecin[oa]s?|abuela) (?:\w+ ){0,3}(?:content[oa]s?|feliz|felices|encantad[oa]s?|"
+            r"emocion\w+|rio|rieron|aplaudi\w+|aprobad\w+)\b",
             r"\bya no (?!funciona|va|anda|arranca|aparece|esta|sale|abre|carga|se ve|puedo|"
             r"tengo tiempo|quiero|hay|hace falta|me sirve)\w+|\b(?:riquisim[oa]s?|delicios[oa]s?|"
             r"repitieron|aprobe|he aprobado|lo logre|lo consegui)\b",

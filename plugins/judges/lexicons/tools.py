@@ -10,6 +10,18 @@ from plugins.judges.lexicons.shape import table
 
 FAILED = table(
     (
+        r"\b(?:enoent|eacces|eperm|eexist|unrecognized|unresolved|illegal|mismatch|"
+        r"duplicate (?:key|entry|column)|violates|merge conflict|conflict \(|division by zero|"
+        r"out of bounds|not a valid|not recognized|not recognised|no matches found|"
+        r"nothing matched|deadlock|overlaps? with|exceeds)\b|^usage: |\bdid you mean\b|"
+        r"\bexpected (?:\w+ ){1,4}(?:but |, )?(?:got|found|received|was)\b|\b(?:unauthorized|"
+        r"unauthenticated|expired token|token expired|login required)\b",
+        r"\b(?:syntaxfehler|konflikt|stimmt nicht uberein|erwartet wurde|kein\w* gultig\w*|"
+        r"bereits (?:vorhanden|belegt|vergeben)|existiert bereits|uberschreitet|gesperrt|"
+        r"fehlende[rs]?)\b|\b(?:conflicto|duplicad[oa]|no coincide\w*|error de sintaxis|"
+        r"ya existe|no autorizad[oa]|sin permisos?|caducad[oa]|excede|supera el)\b|(?:冲突|重复|"
+        r"越界|不匹配|已存在|未授权|未登录|登录(?:已)?(?:过期|失效)|超出|不能为空|应为|应该是|"
+        r"已被占用|已满|不足)(?!\D{0,3}[:]?\s*(?:0\b|\[\]|无))",
         r"\"(?:status|state|result|estado|ergebnis)\"\s*:\s*\"(?:rejected|declined|denied|"
         r"refused|invalid|not_?found|cancell?ed|rechazad\w+|abgelehnt)",
         r"^\W*(?:\w+[.:])*\w*(?:error|exception)\b\s*(?:\d+\s*)?(?::|$)",
@@ -78,6 +90,9 @@ FAILED = table(
 
 OUTAGE = table(
     (
+        r"\b(?:econnrefused|econnreset|etimedout|eai_again|enospc|captcha|no signal|low battery|"
+        r"battery empty|unplugged|akku leer|sin cobertura|sin bateria|overloaded|uberlastet|"
+        r"saturad[oa])\b|没电|信号|拥堵|排队|升级中|关机|欠费",
         r"\btimed out\b|\btime[- ]?out\b(?:$| (?:error|exceeded|expired|after|waiting|was)|\W+\(|"
         r": )|"
         r"\bzeituberschreitung\b|\btiempo de espera\b|超时",
