@@ -123,6 +123,15 @@ def test_a_step_is_named_by_words_that_the_request_did_not_have() -> None:
     assert names_step("窗帘没关", '[calls home({"name": "客厅窗帘"})]', "太亮了")
 
 
+@pytest.mark.timeout(10)
+@pytest.mark.parametrize(
+    "text", ["works but ", "the one is fine, ", "die geht, der ", "el va, la ", "一半", "12 ok, 3 "]
+)
+def test_long_repetition_is_read_quickly(text: str) -> None:
+    evidence = Evidence((), "r", (state(text * 400), state(text * 400, Source.TOOL)))
+    assert vote_on(evidence).score in (1, 0, -1)
+
+
 def test_telling_words_are_long_words_numbers_and_pairs_of_characters() -> None:
     assert telling("to a file 42 窗帘关") == {"file", "42", "窗帘", "帘关"}
 
@@ -131,7 +140,8 @@ def test_telling_words_are_long_words_numbers_and_pairs_of_characters() -> None:
     ("output", "arguments", "vote"),
     [
         ("2024-05-01 12:00 ERROR db gone\n2024-05-01 12:01 FATAL", "tail log", Vote(1)),
-        ("nothing found: error", 'echo "nothing found: error"', Vote(1)),
+        ("nothing found: error", 'grep x || echo "nothing found: error"', UNKNOWN),
+        ("all done", 'echo "all done"', UNKNOWN),
         ("error: nothing found", "grep x", Vote(-1)),
         ("error: connection timed out", "curl x", Vote(0)),
         ("8 of 11 copied", "cp", Vote(0)),

@@ -2,7 +2,8 @@
 
 A failure counts against the call unless the world failed or a stated part was done. Success is
 what the output states itself, or output that names what the call or the user named. The lines of a
-log are what was asked for: errors in them are not the call's.
+log are what was asked for: errors in them are not the call's, and neither are lines that the call
+itself told the machine to print.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ _LOGGED = re.compile(
     r"\d{1,2}月\d{1,2})[ t日]+\d\d:\d\d.*\n?",
     re.MULTILINE,
 )
+_PRINTED = re.compile(r"\b(?:echo|printf?|print|console\.log)\b[^|;&\n]*")
 _SHARE = re.compile(
     r"(?<![\d/(.,:-])(\d{1,6})\s*(?:/|of|out of|von|de|aus|中的?)\s*(?:las |los |"
     r"the )?(\d{1,6})(?![\d/.:-]|\s*%)"
@@ -29,10 +31,10 @@ _SHARE = re.compile(
 def read_result(text: str, asked: str, arguments: str) -> Vote:
     """The vote of one output of a call with these `arguments`, made when the user `asked`."""
     shown = fold(text[:_MAX_CHARS]).strip()
-    own = _LOGGED.sub("", shown)
-    given = fold(arguments)
-    own = "\n".join(line for line in own.splitlines() if not line or line not in given)
-    if shown and not own:
+    printed = "\n".join(_PRINTED.findall(fold(arguments)))
+    lines = [line for line in shown.splitlines() if not line.strip() or line not in printed]
+    own = _LOGGED.sub("", "\n".join(lines))
+    if lines and not own:
         return Vote(1)
     some = any(0 < int(part) < int(whole) for part, whole in _SHARE.findall(own))
     tested = tools.TESTS.search(own)
@@ -43,7 +45,7 @@ def read_result(text: str, asked: str, arguments: str) -> Vote:
         return Vote(0 if (some and not tested) or tools.OUTAGE.search(own) else -1)
     if some or tools.PARTIAL.search(own) or tools.OUTAGE.search(own):
         return Vote(0)
-    if tools.SUCCEEDED.search(own) or telling(shown) & telling(f"{asked}\n{arguments}"):
+    if tools.SUCCEEDED.search(own) or telling(own) & telling(f"{asked}\n{arguments}"):
         return Vote(1)
     return SILENT
 

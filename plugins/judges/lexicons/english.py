@@ -560,8 +560,7 @@ FAILED = table(
         r"\b(?:it|that|he|she|which|everything)(?:'s| is| are| has) (?:now )?(?:gone|disappeared|"
         r"vanished|"
         r"missing|deleted|broken|down)\b",
-        r"\b(?:everybody|everyone|every \w+) (?:has|does|says|knows|uses) (?:that|this|it|one|"
-        r"gear)?",
+        r"\b(?:everybody|everyone|every \w+) (?:has|does|says|knows|uses) (?:that|this|it|one)?",
         r"\bthe one thing i (?:asked|said|wanted|needed)\b|"
         r"\bwhich is (?:exactly )?what i (?:asked|said|"
         r"wanted) (?:you )?(?:not|to avoid)\b|\bi(?:'m| am) (?:still )?stuck\b",
@@ -592,10 +591,10 @@ ENGLISH = Lexicon(
             r"\b(?:great|nice|cool|perfect|lovely|awesome|good|wonderful|"
             r"brilliant)[,.!]* (?:so )?now (?:nobody|no one|nothing|i have to|we have to|i can't|"
             r"it (?:doesn't|won't|can't|isn't))\b|\b(?:yes|yeah|sure)[, ]+because\b|"
-            r"\bcongrat\w*[,!.]* (?:you|now|on)\b|\bmasterpiece\b|\bit only took\b",
+            r"\bcongrat\w*[,!.]* (?:you|now|on)\b|\bit only took\b",
             r"\bthanks for (?:that|the|this) (?:\w+ )?(?:insight|wisdom|essay|sermon|lesson)\b",
             r"\b(?:sherlock|einstein|captain obvious|no shit|nobel|pulitzer|groundbreaking|rocket "
-            r"scien\w+|slow clap|money tree|crystal ball|blast furnace|color me|colour me|"
+            r"scien\w+|slow clap|crystal ball|color me|colour me|"
             r"genius move)\b",
             r"\b(?:gee|wow|oh|well|great|perfect|lovely|brilliant|fantastic|wonderful|nice|awesome|"
             r"amazing|excellent|super|good|cool|thanks)[,.!]* (?:so )?(?:now )?(?:i(?:'ll| will|"
@@ -651,20 +650,22 @@ ENGLISH = Lexicon(
             r"part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|wednes|thurs|fri|"
             r"satur|sun)day)\b (?:\w+ ){0,3}?(?:works?|working|loads?|loading|runs?|passes|fixed|"
             r"done|sent|ok|okay|sends?|prints?|opens?|faster|better|quieter|shorter|moved|"
-            r"updated|correct|right|fine|perfect|great|good|spot on)\b[^?]*[,;.] ?(?:but |and |"
+            r"updated|correct|right|fine|perfect|great|good|spot on)\b[^?]{0,60}[,;.] ?(?:but |"
+            r"and |"
             r"though )?(?:\b(?:one|two|three|four|first|second|third|last|other|others|rest|some|"
             r"most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|wednes|"
             r"thurs|fri|satur|sun)day)\b|(?:one|two|three|four|first|second|third|last|other|"
             r"others|rest|some|most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|"
-            r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b) [^?]*\b(?:doesn't|don't|isn't|"
+            r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b) [^?]{0,60}\b(?:doesn't|don't|isn't|"
             r"aren't|won't|not|still|fails?|failed|broken|error|missing|same|nothing|never|"
             r"no idea|unchanged|slow|empty|blank|off|wrong|cropped|haven't|hasn't)\b",
             r"\b[1-9]\d* (?:out )?of (?:the )?(?:\d+|them|these|five|ten|three|four|six)\b",
             r"\bthe other (?:one|two|three|part|half)\b|\bnot (?:so|too|quite|entirely|really|"
             r"completely) sure (?:about|on)\b|\bthe rest (?:still|is|isn|does|doesn|hangs|fails)",
-            r"\b(?:first|one|some|outbound|top|left|upper|most)\b.*\b(?:fine|good|works?|ok|okay|"
-            r"great|perfect|done|right)\b.*\b(?:second|other|others|rest|return|bottom|right|"
-            r"lower|last|third)\b.*\b(?:still|not|\w+n't|no|error|fails?|broken|wrong|missing|"
+            r"\b(?:first|one|some|outbound|top|left|upper|most)\b.{0,80}\b(?:fine|good|works?|ok|"
+            r"okay|"
+            r"great|perfect|done|right)\b.{0,80}\b(?:second|other|others|rest|return|bottom|right|"
+            r"lower|last|third)\b.{0,80}\b(?:still|not|\w+n't|no|error|fails?|broken|wrong|missing|"
             r"later)\b",
             r"\bi(?:'ll| will)(?: just| probably| have to| need to)? (?:read|check|test|try|look|"
             r"think|get "
@@ -691,8 +692,8 @@ ENGLISH = Lexicon(
             r"my|mine|our|"
             r"unrelated|something else|the (?:cache|network|wifi|monitor))\b",
             r"\b(?:works?|working|fixed|fine|better|faster|done|gone|solved|loads|"
-            r"runs)\b.*\b(?:but|though|"
-            r"except|however|only)\b.*\b(?:still|not|\w+n't|never|missing|same|slow|fails?|"
+            r"runs)\b.{0,80}\b(?:but|though|"
+            r"except|however|only)\b.{0,80}\b(?:still|not|\w+n't|never|missing|same|slow|fails?|"
             r"broken|other|rest)\b",
             r"\bsome(?:thing|what)?(?:'s| is)? better\b|\b(?:the )?rest (?:later|next week|"
             r"can wait)\b",
@@ -715,7 +716,7 @@ ENGLISH = Lexicon(
             r"nice|good|better)|otherwise (?:fine|good|ok|"
             r"great|perfect)|you're describing|you mean|that's (?:the|a|an|for|from|last|"
             r"this) \w+)\b",
-            r",? (?:no|right|or not|or)\?+$|\?\?+|\bweekdays only\b|\bonly,? please\b",
+            r",? (?:no|right|or not|or)\?+$|\?\?+|^(?:\w+ ){1,2}only\b|\bonly,? please\b",
         )
     ),
     negation=table((r"\b(?:not|never|nothing|none|no|\w+n't|cannot|neither)\b",)),

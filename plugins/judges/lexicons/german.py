@@ -99,7 +99,7 @@ GERMAN = Lexicon(
     idioms=tuple((value, table(rows, WORDS)) for value, rows in _IDIOMS),
     praise=table(
         (
-            r"\b(?:endlich|na endlich)\b(?!.*\b(?:mal|nicht|kein)\b)|\b(?:traumhaft|goldig|"
+            r"\b(?:endlich|na endlich)\b(?!.{0,80}\b(?:mal|nicht|kein)\b)|\b(?:traumhaft|goldig|"
             r"herrlich|der wahnsinn|ein traum|wie von selbst|reibungslos|problemlos|einwandfrei|"
             r"tip ?top|10 von 10|bombe|knaller)\b|\b(?:chef|chefin|kundin|kunde|frau|mann|"
             r"tochter|sohn|lehrerin|lehrer|team|nachbar\w*|oma|mama|papa) (?:ist |war |fand |"
@@ -111,7 +111,7 @@ GERMAN = Lexicon(
             r"endlich |alle )?weg$",
             r"^(?:krass|wahnsinn|irre|hammer|geil|mega|boah|respekt|der hammer|oha|wow)\b",
             r"\b(?:druckt|startet|bootet|heizt|ladt|speichert|verbindet|piept|ruckelt|spinnt|"
-            r"meckert) (?:er |sie |es |alles )?(?:jetzt|wieder|endlich|nicht mehr|brav|"
+            r"meckert) (?:er |sie |es |alles )?(?:jetzt|wieder|endlich|nicht mehr|"
             r"einwandfrei)\b",
             r"^(?:(?:ah+|oh|ach|ja|jo|jep|jawohl|ok|okay|na|haha|hey|wow|und|also|so|sehr|echt|"
             r"wirklich|richtig|ganz|einfach|absolut|total|mega|jetzt|das ist|viel)\s+)*{good}"
@@ -297,7 +297,8 @@ GERMAN = Lexicon(
             r"wunderbar|"
             r"spitze|schoen|sehr schoen|danke)[,.!]* (?:dann|da|jetzt|nun|den rest|fehlt nur|"
             r"wenn|mein|meine|"
-            r"unser|unsere|der kunde|die kund)\b.*\b(?:dann|wird|werden|werd|freuen|freut|konnen|"
+            r"unser|unsere|der kunde|die kund)\b.{0,80}\b(?:dann|wird|werden|werd|freuen|freut|"
+            r"konnen|"
             r"kann|konnte|"
             r"brauch|brauche|muss|musst|mussen|ja|wohl|nur|zahlt|bestimmt|sicher|endlich)\b",
             r"\b(?:da|darauf) (?:war|ware|bin|hatte) ich (?:ja )?(?:nie|niemals|nicht|"
@@ -311,7 +312,7 @@ GERMAN = Lexicon(
             r"\bdanke fur (?:die |den |das )?(?:expertise|info captain|nichts|tiefen einblick|"
             r"hinweis sherlock)",
             r"\b(?:mein|meine) (?:oma|opa|toaster|hund|katze|auto|kaffeemaschine|"
-            r"hamster)\b.*\b(?:auch|besser|"
+            r"hamster)\b.{0,80}\b(?:auch|besser|"
             r"schon)\b",
             r"\bhauptsache\b.*|\b(?:fast|beinahe) (?:schon )?(?:kunst|genial|poesie)\b|"
             r"\bsehr witzig\b|"
@@ -320,7 +321,7 @@ GERMAN = Lexicon(
             r"\bwie aufmerksam\b|"
             r"\bwas wurde ich (?:nur |bloss )?ohne\b|\bgut dass wir (?:das|daruber)\b|"
             r"\bwozu auch\b|"
-            r"\bals ob\b|\bwie praktisch\b|\bschoen dass\b.*\b(?:aber|nur|gefragt)\b",
+            r"\bals ob\b|\bwie praktisch\b|\bschoen dass\b.{0,80}\b(?:aber|nur|gefragt)\b",
         )
     ),
     earnest=table((r"\bim ernst\b", r"\b(?:spass|scherz)(?: beiseite)?\b", r"\behrlich\b")),
@@ -336,10 +337,11 @@ GERMAN = Lexicon(
             r"eine[rs]?|andere[rsn]?|rest|teil \d|(?:mon|diens|donners|frei|sams|sonn)tag|"
             r"mittwoch)\b (?:\w+ ){0,3}?(?:ist |sind |hat )?(?:geht|gehen|lauft|laufen|klappt|"
             r"klappen|funktioniert|funktionieren|passt|passen|stimmt|stimmen|gut|super|perfekt|"
-            r"fertig|erledigt|da|drin|schneller|besser|leiser|richtig)\b[^?]*[,;.] ?(?:aber |"
+            r"fertig|erledigt|da|drin|schneller|besser|leiser|richtig)\b[^?]{0,60}[,;.] ?(?:aber |"
             r"nur |dafur )?\b(?:die|der|das|den|beim?|am|im|erste[rsnm]?|zweite[rsnm]?|"
             r"dritte[rsnm]?|eine[rs]?|andere[rsn]?|rest|teil \d|(?:mon|diens|donners|frei|sams|"
-            r"sonn)tag|mittwoch)\b [^?]*\b(?:nicht|kein\w*|nie|noch|fehlt|fehlen|immer noch|leer|"
+            r"sonn)tag|mittwoch)\b [^?]{0,60}\b(?:nicht|kein\w*|nie|noch|fehlt|fehlen|immer noch|"
+            r"leer|"
             r"falsch|langsam|nichts|weiterhin|gleich|unverandert|fehler|kaputt|zweifel|unsicher|"
             r"keine ahnung)\b",
             r"\b\d+ (?:von|der) (?:den )?\d+\b|\bnoch nicht (?:ganz|alles|uberall|perfekt)\b",
@@ -348,7 +350,8 @@ GERMAN = Lexicon(
             r"\bbei gelegenheit\b|\bdemnachst\b|\bdie tage\b|\bin ruhe\b|\b(?:schau|hor|les|"
             r"guck)e? (?:\w+ ){0,4}rein\b",
             r"\b(?:geht|gehen|lauft|laufen|klappt|klappen|funktioniert|besser|schneller|weg|"
-            r"behoben)\b.*\b(?:aber|nur|dafur|allerdings|bei|beim)\b.*\b(?:nicht|noch|kein\w*|"
+            r"behoben)\b.{0,80}\b(?:aber|nur|dafur|allerdings|bei|beim)\b.{0,80}\b(?:nicht|noch|"
+            r"kein\w*|"
             r"fehlt|fehlen|weiterhin|zweifel)\b",
             r"\b(?:mal|noch) (?:sehen|schauen|gucken|abwarten|uberlegen|daruber schlafen)\b|"
             r"\bschau(?:e|n|'n)?"

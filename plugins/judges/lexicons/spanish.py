@@ -309,7 +309,7 @@ SPANISH = Lexicon(
             r"\bque (?:bien|suerte|detalle|ilusion|util|practico|considerad[oa]|amable|list[oa]|"
             r"original|revelacion|"
             r"sorpresa|novedad|lujo) (?:que|de|tener|lo de|saber)\b",
-            r"\b(?:menos mal|suerte|lo bueno|menuda suerte) que\b.*(?:\beh\b|\bno\b)?|"
+            r"\b(?:menos mal|suerte|lo bueno|menuda suerte) que\b.{0,80}(?:\beh\b|\bno\b)?|"
             r"[,.] eh[.!]*$|\bno me digas\b|\bno "
             r"(?:me )?lo (?:habria|hubiera) (?:imaginado|pensado|adivinado)\b|\bjamas (?:se me|"
             r"lo) (?:habria|hubiera)\b|"
@@ -342,9 +342,11 @@ SPANISH = Lexicon(
             r"^\b(?:el|la|los|las|del?|al|una?|otr[oa]s?|primer[oa]?|segund[oa]|tercer[oa]?|"
             r"lunes|martes|miercoles|jueves|viernes|sabado|domingo)\b (?:\w+ ){0,3}?(?:ya |esta |"
             r"estan )?(?:funciona|funcionan|va|van|carga|cargan|sale|salen|bien|perfect[oa]s?|"
-            r"genial|list[oa]s?|mejor|correct[oa]s?|arreglad[oa]s?|ok)\b[^?]*[,;.] ?(?:pero |y |"
+            r"genial|list[oa]s?|mejor|correct[oa]s?|arreglad[oa]s?|"
+            r"ok)\b[^?]{0,60}[,;.] ?(?:pero |y |"
             r"aunque )?\b(?:el|la|los|las|del?|al|una?|otr[oa]s?|primer[oa]?|segund[oa]|"
-            r"tercer[oa]?|lunes|martes|miercoles|jueves|viernes|sabado|domingo)\b [^?]*\b(?:no|"
+            r"tercer[oa]?|lunes|martes|miercoles|jueves|viernes|sabado|"
+            r"domingo)\b [^?]{0,60}\b(?:no|"
             r"sigue|siguen|falta|faltan|aun|todavia|tampoco|igual|mal|vaci[oa]|error|lent[oa]|"
             r"ni idea|dudas|nada)\b",
             r"\b\d+ de (?:l[oa]s )?\d+\b|\baun no (?:del todo|todo|esta)\b|\bno del todo\b",
@@ -352,8 +354,8 @@ SPANISH = Lexicon(
             r"una|algunos|algunas|la mitad)\b",
             r"\ba lo mejor\b|\bsegun como\b|\b(?:quiza|quizas|tal vez)\b",
             r"\b(?:funciona|funcionan|va|van|anda|andan|carga|sale|entra|mejor|rapido|"
-            r"arreglad\w)\b.*\b(?:pero|aunque|en cambio|solo que|el otro|la otra|"
-            r"los otros)\b.*\b(?:no|sigue|siguen|aun|todavia|falta|faltan|tarda)\b",
+            r"arreglad\w)\b.{0,80}\b(?:pero|aunque|en cambio|solo que|el otro|la otra|"
+            r"los otros)\b.{0,80}\b(?:no|sigue|siguen|aun|todavia|falta|faltan|tarda)\b",
             r"\b(?:l[oae]s? |te |ya |me l[oa] |echo un |lo )*(?:miro|leo|pruebo|veo|reviso|"
             r"pienso|consulto|hablo|pregunto|"
             r"comento|vistazo)\b(?: \w+){0,3} (?:luego|manana|esta (?:tarde|noche|semana)|"
@@ -368,7 +370,7 @@ SPANISH = Lexicon(
             r"estoy segur[oa]|tengo claro)(?: si| "
             r"que| todavia| aun)?\b|\btengo (?:que|mis) (?:consultar\w*|pensar\w*|hablar\w*|"
             r"probar\w*|dudas|mirar\w*|"
-            r"preguntar\w*)\b|\btengo mala\b|\bpuede que (?:sea|este) (?:mi|yo|cosa mia|el)\b|"
+            r"preguntar\w*)\b|\bpuede que (?:sea|este) (?:mi|yo|cosa mia|el)\b|"
             r"\bigual (?:es|soy|son) (?:"
             r"cosa mia|mi|yo)\b|\ba lo mejor (?:es|soy) (?:mi|yo)\b",
             r"\b(?:a medias|mitad|regular|mas o menos|en parte|parcialmente|ni fu ni fa|depende|"
