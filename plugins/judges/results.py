@@ -51,12 +51,12 @@ def read_result(text: str, asked: str, arguments: str) -> Vote:
 
 
 def telling(text: str) -> frozenset[str]:
-    """The words of four letters or more, numbers, and pairs of Han characters.
+    """The words of four letters or more, numbers of two digits or more, pairs of Han characters.
 
     >>> sorted(telling("git mv Report_2.txt to 17"))
     ['17', 'report']
     """
     text = fold(text)
-    words = re.findall(r"[^\W\d_]{4,}|\d+", re.sub(r"[\u3400-\u9fff]", " ", text))
+    words = re.findall(r"[^\W\d_]{4,}|\d{2,}", re.sub(r"[\u3400-\u9fff]", " ", text))
     runs = re.findall(r"[\u3400-\u9fff]+", text)
     return frozenset([*words, *(run[i : i + 2] for run in runs for i in range(len(run) - 1))])

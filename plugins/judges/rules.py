@@ -115,8 +115,9 @@ def vote_on(evidence: Evidence) -> Vote:
 def names_step(text: str, reply: str, requests: str) -> bool:
     """Whether a message names something of the reply's own tool calls.
 
-    That is a word of four letters or more, a number or a pair of Han characters from a call's name
-    or arguments, unless the user's requests had it already: then it may mean any step.
+    That is a word of four letters or more, a number of two digits or more, or a pair of Han
+    characters from a call's name or arguments, unless the user's requests had it already: then it
+    may mean any step.
 
     >>> reply = '[calls edit({"path": "src/cart.py"})]'
     >>> names_step("cart.py lost its imports", reply, "Fix the total.")

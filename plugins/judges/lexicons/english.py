@@ -497,44 +497,36 @@ SERVED = table(
         r"adopting|approving) (?:it|this|that)\b|\bsigned (?:it |this |that )?off\b|\b(?:zero|no|"
         r"0) (?:failures|issues|problems|bugs)\b|\bsorted\b(?! by)",
         r"^(?:(?:yes|yep|yeah|ok|that|it|this|all|both|everything) )*worked\b(?! until| before)|"
-        r"\b(?:u|you) "
-        r"(?:just |really |totally )?saved\b|\bbest \w+ (?:\w+ )?(?:i|we)(?:'ve| have)?\b|\b(?:i|"
-        r"we)(?:'ve| "
-        r"have) ever (?:had|seen|made|read|got)\b|\bmissing (?:piece|link|bit)\b|\blike crazy\b",
+        r"\b(?:u|you) (?:just |really |totally )?saved\b|\bbest \w+ (?:\w+ )?(?:i|we)(?:'ve|"
+        r" have)?\b|\b(?:i|we)(?:'ve| have) ever (?:had|seen|made|read|got)\b|\bmissing (?:piece|"
+        r"link|bit)\b|\blike crazy\b",
         r"\b(?:you(?:'re| are| were)|you both) (?:absolutely |quite )?right\b|"
         r"\bi stand corrected\b",
         r"\b(?:merging|merged|shipping it|using (?:it|this|that)|going with (?:it|this|that)|"
-        r"sending "
-        r"(?:it|this) (?:off|out|now|as)|sent it|printed it|pasted it|ship it|lgtm|sold|"
+        r"sending (?:it|this) (?:off|out|now|as)|sent it|printed it|pasted it|ship it|lgtm|sold|"
         r"consider it done)\b",
         r"\bi(?:'ll| will) (?:take|use|go with|keep|send|steal|frame) (?:it|this|that|these|them|"
         r"the \w+)\b",
         r"\b(?:that|this|it)(?:'ll| will) do\b(?! (?:it )?again)|\bi owe you\b|\bgood enough\b",
         r"\b(?:that|it) was (?:it|the (?:problem|culprit|issue|cause)|exactly (?:it|that))\b|"
-        r"\b(?:turns|"
-        r"turned) out (?:it|that) was\b",
+        r"\b(?:turns|turned) out (?:it|that) was\b",
         r"\b(?:works?|working|runs?|running|boots?|passes|builds?|compiles|loads?|opens?|prints?|"
-        r"plays|"
-        r"back|fixed|solved|resolved|gone|green|live|online|all good|all set|all green) (?:now|"
-        r"again|"
-        r"fine|perfectly|flawlessly|smoothly|like (?:a charm|new)|at last|finally|first (?:try|"
-        r"time|go))\b",
+        r"plays|back|fixed|solved|resolved|gone|green|live|online|all good|all set|"
+        r"all green) (?:now|again|fine|perfectly|flawlessly|smoothly|like (?:a charm|new)|"
+        r"at last|finally|first (?:try|time|go))\b",
         r"\b(?:on|at) (?:the )?first (?:try|run|go|attempt)\b|\bfirst try$|\bno more (?:errors?|"
-        r"crashes|"
-        r"leaks?|warnings?|noise|complaints)\b|\b(?:zero|no) (?:errors?|warnings?|"
+        r"crashes|leaks?|warnings?|noise|complaints)\b|\b(?:zero|no) (?:errors?|warnings?|"
         r"complaints)(?: now)?$",
         r"\b(?:ticket|case|issue|book) (?:is )?closed\b|\bclos(?:e|ing) (?:the|this) (?:ticket|"
         r"issue|case)\b",
-        r"\b(?:boss|client|customer|team|kids?|wife|husband|mom|mum|dad|teacher|editor|they|he|she|"
-        r"everyone|everybody) (?:\w+ )?(?:loved|loves|approved|signed off|got it|said yes|"
-        r"was (?:thrilled|"
-        r"happy|impressed|delighted)|laughed|is happy|are happy|accepted it)\b",
-        r"\b(?:chef's kiss|works on my machine too|day made|mind blown|hat tip|hats off|take a bow|"
-        r"now i (?:get|see|understand) it|it (?:finally )?clicked|learned something|"
+        r"\b(?:boss|client|customer|team|kids?|wife|husband|mom|mum|dad|teacher|editor|they|he|"
+        r"she|everyone|everybody) (?:\w+ )?(?:loved|loves|approved|signed off|got it|said yes|"
+        r"was (?:thrilled|happy|impressed|delighted)|laughed|is happy|are happy|accepted it)\b",
+        r"\b(?:chef's kiss|works on my machine too|day made|mind blown|hat tip|hats off|"
+        r"take a bow|now i (?:get|see|understand) it|it (?:finally )?clicked|learned something|"
         r"today i learned|til)\b",
         r"\bhad me (?:laughing|smiling|crying)\b|\bi(?:'m| am) (?:impressed|amazed|in awe|sold|"
-        r"relieved|"
-        r"convinced)\b|\bwhat a relief\b|\bphew\b",
+        r"relieved|convinced)\b|\bwhat a relief\b|\bphew\b",
     )
 )
 """Taken, used, or a problem gone."""
@@ -544,32 +536,25 @@ FAILED = table(
         r"\bdid you (?:even |actually )?(?:read|look|listen|check|try|test|run|see)\b|"
         r"\b(?:cancel|scrap|drop|ditch|bin|discard) (?:it|that|this|them)\b",
         r"\b(?:one|another) more (?:go|try|time|shot|attempt|round)\b|\bin (?:one|a single|"
-        r"two) (?:sentence|"
-        r"word|line)s?$",
+        r"two) (?:sentence|word|line)s?$",
         r"\b(?:same|still the|still an?) (?:error|problem|thing|result|issue|bug|crash|message)\b",
         r"\b(?:revert|undo|roll (?:it |that )?back|put (?:it|that|everything) back|start (?:over|"
-        r"again)|"
-        r"from scratch|recalculate|re-?run|do it (?:over|again|properly)|do over|delete (?:that|"
-        r"it|them))\b",
+        r"again)|from scratch|recalculate|re-?run|do it (?:over|again|properly)|do over|"
+        r"delete (?:that|it|them))\b",
         r"\bi(?:'ll| will) (?:just )?(?:do|look|check|write|handle|fix|book|call|ask|google|"
-        r"find) (?:it|"
-        r"them|that|someone|somewhere|into it)?(?: \w+)? ?(?:myself|by hand|manually|elsewhere|"
-        r"instead)\b|"
-        r"\blet's (?:drop|leave) (?:it|this|that)\b|\bthis is (?:going nowhere|pointless|"
-        r"hopeless)\b",
+        r"find) (?:it|them|that|someone|somewhere|into it)?(?: \w+)? ?(?:myself|by hand|manually|"
+        r"elsewhere|instead)\b|\blet's (?:drop|leave) (?:it|this|that)\b|"
+        r"\bthis is (?:going nowhere|pointless|hopeless)\b",
         r"\b(?:it|that|he|she|which|everything)(?:'s| is| are| has) (?:now )?(?:gone|disappeared|"
-        r"vanished|"
-        r"missing|deleted|broken|down)\b",
+        r"vanished|missing|deleted|broken|down)\b",
         r"\b(?:everybody|everyone|every \w+) (?:has|does|says|knows|uses) (?:that|this|it|one)?",
         r"\bthe one thing i (?:asked|said|wanted|needed)\b|"
-        r"\bwhich is (?:exactly )?what i (?:asked|said|"
-        r"wanted) (?:you )?(?:not|to avoid)\b|\bi(?:'m| am) (?:still )?stuck\b",
+        r"\bwhich is (?:exactly )?what i (?:asked|said|wanted) (?:you )?(?:not|to avoid)\b|"
+        r"\bi(?:'m| am) (?:still )?stuck\b",
         r"^you (?:changed|broke|deleted|removed|dropped|renamed|overwrote|put|swapped|translated|"
-        r"sent|"
-        r"invented|made up|booked|hard-?coded)\b",
+        r"sent|invented|made up|booked|hard-?coded)\b",
         r"\bstill (?:prints?|shows?|says?|fails?|crashes|breaks|throws|gives?|gets?|wrong|broken|"
-        r"not|"
-        r"the|no|has|happens|happening|there|failing|returns?)\b",
+        r"not|the|no|has|happens|happening|there|failing|returns?)\b",
     )
 )
 """More complaints: what still fails, was undone, or is given up."""
@@ -593,47 +578,36 @@ ENGLISH = Lexicon(
             r"it (?:doesn't|won't|can't|isn't))\b|\b(?:yes|yeah|sure)[, ]+because\b|"
             r"\bcongrat\w*[,!.]* (?:you|now|on)\b|\bit only took\b",
             r"\bthanks for (?:that|the|this) (?:\w+ )?(?:insight|wisdom|essay|sermon|lesson)\b",
-            r"\b(?:sherlock|einstein|captain obvious|no shit|nobel|pulitzer|groundbreaking|rocket "
-            r"scien\w+|slow clap|crystal ball|color me|colour me|"
-            r"genius move)\b",
-            r"\b(?:gee|wow|oh|well|great|perfect|lovely|brilliant|fantastic|wonderful|nice|awesome|"
-            r"amazing|excellent|super|good|cool|thanks)[,.!]* (?:so )?(?:now )?(?:i(?:'ll| will|"
-            r" can| "
-            r"guess| get to)|we(?:'ll| will| can)|let me|my \w+ (?:will|can)|the \w+ will|"
-            r"because)\b.*"
-            r"\b(?:then|just|now|guess|all night|love|forever|instead|never|only)\b",
+            r"\b(?:sherlock|einstein|captain obvious|no shit|nobel|pulitzer|groundbreaking|"
+            r"rocket scien\w+|slow clap|crystal ball|color me|colour me|genius move)\b",
+            r"\b(?:gee|wow|oh|well|great|perfect|lovely|brilliant|fantastic|wonderful|nice|"
+            r"awesome|amazing|excellent|super|good|cool|"
+            r"thanks)[,.!]* (?:so )?(?:now )?(?:i(?:'ll| will| can| guess| get to)|we(?:'ll|"
+            r" will| can)|let me|my \w+ (?:will|can)|the \w+ will|because)\b.*\b(?:then|just|now|"
+            r"guess|all night|love|forever|instead|never|only)\b",
             r"\b(?:i(?:'d| would) never have|never would have|who (?:knew|would have|could have)|"
-            r"i had no "
-            r"idea (?:that )?(?:\w+ ){1,4}(?:was|were|is|are))\b",
+            r"i had no idea (?:that )?(?:\w+ ){1,4}(?:was|were|is|are))\b",
             r"\b(?:what would (?:i|we) do without|how (?:very )?(?:helpful|insightful|original|"
-            r"thoughtful|"
-            r"considerate) of you|thanks for (?:nothing|stating|clearing that|the (?:tip|insight|"
-            r"revelation|history lesson|lecture|novel)))\b",
+            r"thoughtful|considerate) of you|thanks for (?:nothing|stating|clearing that|"
+            r"the (?:tip|insight|revelation|history lesson|lecture|novel)))\b",
             r"\b(?:yeah|sure|right|oh|totally|clearly),? (?:because|cause|cuz|as if|like (?:that|"
-            r"i|we))\b|"
-            r"\bas if\b(?! (?:it|by|you|they|he|she|there|nothing))|\bjust what (?:i|we|the world) "
-            r"(?:always )?(?:needed|wanted)[:,.] (?:another|more)\b",
+            r"i|we))\b|\bas if\b(?! (?:it|by|you|they|he|she|there|nothing))|\bjust what (?:i|we|"
+            r"the world) (?:always )?(?:needed|wanted)[:,.] (?:another|more)\b",
             r"\b(?:bold (?:choice|move|strategy)|love that for (?:me|us)|love how (?:you|"
-            r"it) (?:\w+ )?(?:ignored|"
-            r"completely|managed|forgot)|(?:great|good|nice|amazing) job (?:ignoring|breaking|"
-            r"deleting|missing)|"
-            r"how (?:reassuring|convenient|nice|kind|comforting) (?:of|to)|so much for|"
-            r"in case (?:i|anyone|we) "
-            r"(?:forgot|wondered|missed)|good thing (?:i|we|nobody|no one)|said no one|"
-            r"dream come true|"
+            r"it) (?:\w+ )?(?:ignored|completely|managed|forgot)|(?:great|good|nice|"
+            r"amazing) job (?:ignoring|breaking|deleting|missing)|how (?:reassuring|convenient|"
+            r"nice|kind|comforting) (?:of|to)|so much for|in case (?:i|anyone|we) (?:forgot|"
+            r"wondered|missed)|good thing (?:i|we|nobody|no one)|said no one|dream come true|"
             r"that's one way to|who needs|who doesn't (?:love|want|need)|my favou?rite part|"
-            r"you really outdid|"
-            r"i guess (?:i|we|my|the) (?:\w+ )?(?:can|will|should|don't|just|must|have))\b",
+            r"you really outdid|i guess (?:i|we|my|the) (?:\w+ )?(?:can|will|should|don't|just|"
+            r"must|have))\b",
             r"\b(?:my|a) (?:grandma|grandmother|toaster|cat|dog|toddler|magic 8|coin flip|"
-            r"goldfish) "
-            r"(?:could|would|can|knows|writes|does)\b|\bcan't wait to (?:explain|meet|tell|hear|"
-            r"see (?:the|"
-            r"my) (?:boss|look|client))\b|\bwhat a (?:surprise|shock|revelation|shocker|concept)\b|"
-            r"\bround of applause\b|\bgive (?:it|that|yourself|the|this) (?:\w+ )?(?:a medal|"
-            r"an award|a cookie)\b|"
-            r"\bglad (?:that's|we) (?:cleared|cleared that|settled)\b|\btruly (?:inspired|"
-            r"revolutionary|"
-            r"groundbreaking)\b|\btell me more about (?:things|stuff)\b",
+            r"goldfish) (?:could|would|can|knows|writes|does)\b|\bcan't wait to (?:explain|meet|"
+            r"tell|hear|see (?:the|my) (?:boss|look|client))\b|\bwhat a (?:surprise|shock|"
+            r"revelation|shocker|concept)\b|\bround of applause\b|\bgive (?:it|that|yourself|the|"
+            r"this) (?:\w+ )?(?:a medal|an award|a cookie)\b|\bglad (?:that's|we) (?:cleared|"
+            r"cleared that|settled)\b|\btruly (?:inspired|revolutionary|groundbreaking)\b|"
+            r"\btell me more about (?:things|stuff)\b",
         )
     ),
     earnest=table((r"\bseriously\b", r"\b(?:just )?(?:kidding|joking)\b", r"\ball jokes aside\b")),
@@ -651,50 +625,40 @@ ENGLISH = Lexicon(
             r"satur|sun)day)\b (?:\w+ ){0,3}?(?:works?|working|loads?|loading|runs?|passes|fixed|"
             r"done|sent|ok|okay|sends?|prints?|opens?|faster|better|quieter|shorter|moved|"
             r"updated|correct|right|fine|perfect|great|good|spot on)\b[^?]{0,60}[,;.] ?(?:but |"
-            r"and |"
-            r"though )?(?:\b(?:one|two|three|four|first|second|third|last|other|others|rest|some|"
-            r"most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|wednes|"
-            r"thurs|fri|satur|sun)day)\b|(?:one|two|three|four|first|second|third|last|other|"
-            r"others|rest|some|most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|"
-            r"(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b) [^?]{0,60}\b(?:doesn't|don't|isn't|"
-            r"aren't|won't|not|still|fails?|failed|broken|error|missing|same|nothing|never|"
+            r"and |though )?(?:\b(?:one|two|three|four|first|second|third|last|other|others|rest|"
+            r"some|most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|"
+            r"wednes|thurs|fri|satur|sun)day)\b|(?:one|two|three|four|first|second|third|last|"
+            r"other|others|rest|some|most|half|part|both|left|right|top|bottom|page|the \w+|"
+            r"my \w+|(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b) [^?]{0,60}\b(?:doesn't|don't|"
+            r"isn't|aren't|won't|not|still|fails?|failed|broken|error|missing|same|nothing|never|"
             r"no idea|unchanged|slow|empty|blank|off|wrong|cropped|haven't|hasn't)\b",
             r"\b[1-9]\d* (?:out )?of (?:the )?(?:\d+|them|these|five|ten|three|four|six)\b",
             r"\bthe other (?:one|two|three|part|half)\b|\bnot (?:so|too|quite|entirely|really|"
             r"completely) sure (?:about|on)\b|\bthe rest (?:still|is|isn|does|doesn|hangs|fails)",
             r"\b(?:first|one|some|outbound|top|left|upper|most)\b.{0,80}\b(?:fine|good|works?|ok|"
-            r"okay|"
-            r"great|perfect|done|right)\b.{0,80}\b(?:second|other|others|rest|return|bottom|right|"
-            r"lower|last|third)\b.{0,80}\b(?:still|not|\w+n't|no|error|fails?|broken|wrong|missing|"
-            r"later)\b",
+            r"okay|great|perfect|done|right)\b.{0,80}\b(?:second|other|others|rest|return|bottom|"
+            r"right|lower|last|third)\b.{0,80}\b(?:still|not|\w+n't|no|error|fails?|broken|wrong|"
+            r"missing|later)\b",
             r"\bi(?:'ll| will)(?: just| probably| have to| need to)? (?:read|check|test|try|look|"
-            r"think|get "
-            r"back|let you know|see|report|take a (?:closer )?look|have a (?:proper )?look|"
-            r"review|ask|sleep|"
-            r"run it|give it a (?:try|go|spin)|show (?:it|this)|go (?:over|"
-            r"through))\b(?!.* myself)",
+            r"think|get back|let you know|see|report|take a (?:closer )?look|"
+            r"have a (?:proper )?look|review|ask|sleep|run it|give it a (?:try|go|spin)|"
+            r"show (?:it|this)|go (?:over|through))\b(?!.* myself)",
             r"\b(?:get back to you|let you know|report back|sleep on it|wait and see|"
-            r"time will tell|we'll "
-            r"see|will see|let me (?:check|think|see|try|test|read|run|look|sleep|show|ask))\b",
+            r"time will tell|we'll see|will see|let me (?:check|think|see|try|test|read|run|look|"
+            r"sleep|show|ask))\b",
             r"\b(?:not|haven't|hasn't|didn't) (?:\w+ )?(?:sure yet|sure (?:what|if|whether|which|"
-            r"how)|tried|"
-            r"tested|checked|looked|read|had time|decided|had a chance|made up my mind|gotten to|"
-            r"got round)"
-            r"\b(?! (?:this|that) again)|\btoo early to\b|\bhard to (?:say|tell)\b|"
-            r"\bcan't (?:say|tell|judge)"
-            r"(?: yet)?\b|\bon the fence\b|\bin two minds\b|\bjury'?s (?:still )?out\b",
+            r"how)|tried|tested|checked|looked|read|had time|decided|had a chance|"
+            r"made up my mind|gotten to|got round)\b(?! (?:this|that) again)|\btoo early to\b|"
+            r"\bhard to (?:say|tell)\b|\bcan't (?:say|tell|judge)(?: yet)?\b|\bon the fence\b|"
+            r"\bin two minds\b|\bjury'?s (?:still )?out\b",
             r"\b(?:50/50|fifty[- ]fifty|so-?so|mixed (?:bag|feelings)|hit (?:and|or) miss|"
-            r"half (?:of it|of "
-            r"them|works|right|done|there|fixed|way)|(?:first|second|other) half|partly|"
-            r"partially|somewhat|"
-            r"sort of works|kind of works|kinda)\b",
+            r"half (?:of it|of them|works|right|done|there|fixed|way)|(?:first|second|"
+            r"other) half|partly|partially|somewhat|sort of works|kind of works|kinda)\b",
             r"\b(?:maybe|perhaps|could be|might be|may be|possibly) (?:it's |it is |just )?(?:me|"
-            r"my|mine|our|"
-            r"unrelated|something else|the (?:cache|network|wifi|monitor))\b",
+            r"my|mine|our|unrelated|something else|the (?:cache|network|wifi|monitor))\b",
             r"\b(?:works?|working|fixed|fine|better|faster|done|gone|solved|loads|"
-            r"runs)\b.{0,80}\b(?:but|though|"
-            r"except|however|only)\b.{0,80}\b(?:still|not|\w+n't|never|missing|same|slow|fails?|"
-            r"broken|other|rest)\b",
+            r"runs)\b.{0,80}\b(?:but|though|except|however|only)\b.{0,80}\b(?:still|not|\w+n't|"
+            r"never|missing|same|slow|fails?|broken|other|rest)\b",
             r"\bsome(?:thing|what)?(?:'s| is)? better\b|\b(?:the )?rest (?:later|next week|"
             r"can wait)\b",
         )
@@ -704,18 +668,14 @@ ENGLISH = Lexicon(
             r"\b(?:though|tho)$|^(?:uh+|um+|er+m?|erm)\b|\bshould (?:be|have|read|say|leave|"
             r"start|go|come|use)\b",
             r"\b(?:isn't|aren't|wasn't|weren't|wouldn't|doesn't|shouldn't|hasn't|didn't|"
-            r"don't) (?:that|it|"
-            r"this|the|they|there|you|we|he|she|most|all|these|those)\b",
+            r"don't) (?:that|it|this|the|they|there|you|we|he|she|most|all|these|those)\b",
             r"\b(?:i think|i thought|i believe|pretty sure|fairly sure|quite sure|i(?:'m|"
-            r" am) sure|as far as i|"
-            r"afaik|iirc|if i'm not mistaken|unless i|correct me|to be picky|nitpick|picky|"
-            r"one (?:small|tiny|"
-            r"little) thing|small thing|slipped|swapped|the other way|off by|should(?:n't)? be|"
-            r"supposed to|"
-            r"mind having|mind (?:re)?checking|another look|if you don't mind|would be (?:great|"
-            r"nice|good|better)|otherwise (?:fine|good|ok|"
-            r"great|perfect)|you're describing|you mean|that's (?:the|a|an|for|from|last|"
-            r"this) \w+)\b",
+            r" am) sure|as far as i|afaik|iirc|if i'm not mistaken|unless i|correct me|"
+            r"to be picky|nitpick|picky|one (?:small|tiny|little) thing|small thing|slipped|"
+            r"swapped|the other way|off by|should(?:n't)? be|supposed to|mind having|"
+            r"mind (?:re)?checking|another look|if you don't mind|would be (?:great|nice|good|"
+            r"better)|otherwise (?:fine|good|ok|great|perfect)|you're describing|you mean|"
+            r"that's (?:the|a|an|for|from|last|this) \w+)\b",
             r",? (?:no|right|or not|or)\?+$|\?\?+|^(?:\w+ ){1,2}only\b|\bonly,? please\b",
         )
     ),

@@ -16,26 +16,26 @@ WORDS: Mapping[str, str] = {
     "it": r"(?:es|das|dies|diese|dieser|dieses|die|der|alles|beides)",
     "be": r"(?:ist|sind|war|waren|wird|klingt|liest sich|sieht|wirkt|scheint|passt|bleibt)",
     "very": (
-        r"(?:(?:so|sehr|echt|wirklich|richtig|ganz|ziemlich|einfach|absolut|total|mega|voll|schon|"
-        r"jetzt|ja|viel|noch|doch|genau|auch|gleich|wieder|aber|uberhaupt|etwas|ein bisschen|"
-        r"leider|immer noch|viel zu|zu)\s+)*"
+        r"(?:(?:so|sehr|echt|wirklich|richtig|ganz|ziemlich|einfach|absolut|total|mega|voll|"
+        r"schon|jetzt|ja|viel|noch|doch|genau|auch|gleich|wieder|aber|uberhaupt|etwas|"
+        r"ein bisschen|leider|immer noch|viel zu|zu)\s+)*"
     ),
     "good": (
-        r"(?:perfekt|super|toll|klasse|prima|spitze|genial|grossartig|ausgezeichnet|"
-        r"hervorragend|wunderbar|wunderschoen|fantastisch|top|gut|schoen|hilfreich|richtig|korrekt|"
-        r"klar|verstandlich|bestens|stark|sauber|fein|cool|ideal|einwandfrei|tadellos|treffend|"
+        r"(?:perfekt|super|toll|klasse|prima|spitze|genial|grossartig|ausgezeichnet|hervorragend|"
+        r"wunderbar|wunderschoen|fantastisch|top|gut|schoen|hilfreich|richtig|korrekt|klar|"
+        r"verstandlich|bestens|stark|sauber|fein|cool|ideal|einwandfrei|tadellos|treffend|"
         r"stimmig|verstandlicher|besser|klarer|schoener)"
     ),
     "bad": (
         r"(?:falsch|verkehrt|fehlerhaft|schlecht|schrecklich|furchtbar|mies|unbrauchbar|nutzlos|"
-        r"sinnlos|unsinn|quatsch|blodsinn|mull|unvollstandig|abgeschnitten|leer|verwirrend|unklar|"
-        r"unverstandlich|unleserlich|kalt|steif|holprig|holzern|langweilig|unfreundlich|unpassend|"
-        r"ungenau|veraltet|kaputt|daneben|vertauscht|verdreht|verrutscht|verwechselt|doppelt|"
-        r"umstandlich|kompliziert|ubertrieben|geschwollen|nichtssagend|erfunden|gelogen)"
+        r"sinnlos|unsinn|quatsch|blodsinn|mull|unvollstandig|abgeschnitten|leer|verwirrend|"
+        r"unklar|unverstandlich|unleserlich|kalt|steif|holprig|holzern|langweilig|unfreundlich|"
+        r"unpassend|ungenau|veraltet|kaputt|daneben|vertauscht|verdreht|verrutscht|verwechselt|"
+        r"doppelt|umstandlich|kompliziert|ubertrieben|geschwollen|nichtssagend|erfunden|gelogen)"
     ),
     "redo": (
-        r"(?:korrigier|berichtig|andere?|ander|uberarbeit|verbesser|kurz|vereinfach|uberpruf|pruf|"
-        r"wiederhol|mach|schreib|formulier|rechne|versuch|fass|fang|nimm|lass|streich|losch|"
+        r"(?:korrigier|berichtig|andere?|ander|uberarbeit|verbesser|kurz|vereinfach|uberpruf|"
+        r"pruf|wiederhol|mach|schreib|formulier|rechne|versuch|fass|fang|nimm|lass|streich|losch|"
         r"entfern|erganz|setz|stell|gib|zeig|erklar|ersetz|benutz|verwend|bleib|halt|dreh)"
     ),
 }
@@ -50,8 +50,7 @@ _IDIOMS = (
             r"konnte besser sein",
             r"\bvon wegen\b",
             r"\b(?:so|das) (?:geht|stimmt|passt|hilft|klappt|funktioniert|reicht|"
-            r"bringt)(?: \w+){0,2} "
-            r"(?:nicht|nichts|nie|kaum)\b",
+            r"bringt)(?: \w+){0,2} (?:nicht|nichts|nie|kaum)\b",
             r"\bna (?:toll|super|klasse|prima|danke|bravo|herrlich)\b",
         ),
     ),
@@ -63,11 +62,9 @@ _IDIOMS = (
             r"\bkann (?:man )?nicht (?:meckern|klagen)\b",
             r"\b(?:keine|ohne) (?:fehler|beanstandung|probleme|einwande)(?: mehr)?\b",
             r"\b(?:du hast|da hast du|sie haben|hattest|hast ja|haben) (?:ja |doch |vollig |"
-            r"vollkommen )*"
-            r"recht\b",
+            r"vollkommen )*recht\b",
             r"\bmein (?:fehler|irrtum)\b|\bich (?:hatte|habe?) mich (?:\w+ )?(?:geirrt|vertan|"
-            r"verlesen|"
-            r"verrechnet)\b|\bhatte ich (?:\w+ )?(?:falsch|verwechselt)\b",
+            r"verlesen|verrechnet)\b|\bhatte ich (?:\w+ )?(?:falsch|verwechselt)\b",
             r"\b(?:geht|klappt|lauft|funktioniert|tut|passt) (?:jetzt|nun|wieder|endlich|alles|"
             r"einwandfrei|wunderbar|super|perfekt|tadellos|bestens|prima)(?: \w+)?",
             r"\bbesser geht(?:'s| es)? (?:nicht|kaum)\b",
@@ -111,69 +108,59 @@ GERMAN = Lexicon(
             r"endlich |alle )?weg$",
             r"^(?:krass|wahnsinn|irre|hammer|geil|mega|boah|respekt|der hammer|oha|wow)\b",
             r"\b(?:druckt|startet|bootet|heizt|ladt|speichert|verbindet|piept|ruckelt|spinnt|"
-            r"meckert) (?:er |sie |es |alles )?(?:jetzt|wieder|endlich|nicht mehr|"
-            r"einwandfrei)\b",
+            r"meckert) (?:er |sie |es |alles )?(?:jetzt|wieder|endlich|nicht mehr|einwandfrei)\b",
             r"^(?:(?:ah+|oh|ach|ja|jo|jep|jawohl|ok|okay|na|haha|hey|wow|und|also|so|sehr|echt|"
-            r"wirklich|richtig|ganz|einfach|absolut|total|mega|jetzt|das ist|viel)\s+)*{good}"
-            r"(?:$|[ !]+(?:gemacht|gelost|erklart|geschrieben|formuliert|arbeit|antwort|idee|danke|"
-            r"so|dank|vielen|erklarung|hinbekommen|getroffen|zusammengefasst|text)\b)",
+            r"wirklich|richtig|ganz|einfach|absolut|total|mega|jetzt|das ist|"
+            r"viel)\s+)*{good}(?:$|[ !]+(?:gemacht|gelost|erklart|geschrieben|formuliert|arbeit|"
+            r"antwort|idee|danke|so|dank|vielen|erklarung|hinbekommen|getroffen|zusammengefasst|"
+            r"text)\b)",
             r"\b{it} {be} {very}{good}\b",
-            r"\bgenau (?:so|das|richtig|was ich|mein|danach|wie ich|getroffen)\b|^(?:genau|stimmt|"
-            r"exakt|richtig|passt(?: so)?|top|laeuft|lauft|klappt|geht|sitzt|nice|jackpot|"
+            r"\bgenau (?:so|das|richtig|was ich|mein|danach|wie ich|getroffen)\b|^(?:genau|"
+            r"stimmt|exakt|richtig|passt(?: so)?|top|laeuft|lauft|klappt|geht|sitzt|nice|jackpot|"
             r"volltreffer)$",
             r"\b(?:passt|klappt|funktioniert|lauft|stimmt|sitzt|geht) (?:so|perfekt|super|gut|"
-            r"alles|"
-            r"prima|wunderbar|jetzt|wieder|wie|bei mir|einwandfrei|auf anhieb|sofort|endlich)\b",
+            r"alles|prima|wunderbar|jetzt|wieder|wie|bei mir|einwandfrei|auf anhieb|sofort|"
+            r"endlich)\b",
             r"\bhat (?:super |prima |sofort |wunderbar |gleich |perfekt |tatsachlich |bestens |"
             r"wirklich )*(?:geklappt|funktioniert|geholfen|gezogen|gepasst|gewirkt|gereicht)\b",
             r"\b(?:hilft|half) (?:mir |uns )?(?:sehr|weiter|enorm|total|echt|ungemein)\b",
-            r"\b(?:nehm|nehme|nehmen|ubernehm|ubernehme|ubernehmen|behalt|behalte|verwende|benutze|"
-            r"schicke?|gekauft)\b(?: (?:ich|wir))?(?: (?:das|es|die|den|ihn|sie|alles))?(?: \w+)? ?"
-            r"(?:so|genau so|gleich|direkt|raus|ab)?$",
+            r"\b(?:nehm|nehme|nehmen|ubernehm|ubernehme|ubernehmen|behalt|behalte|verwende|"
+            r"benutze|schicke?|gekauft)\b(?: (?:ich|wir))?(?: (?:das|es|die|den|ihn|sie|"
+            r"alles))?(?: \w+)? ?(?:so|genau so|gleich|direkt|raus|ab)?$",
             r"\b(?:ist|sind|wurde|hab(?:e|s)?|haben|schon) (?:\w+ ){0,3}(?:abgeschickt|"
-            r"rausgeschickt|"
-            r"ubernommen|ausgedruckt|eingereicht|veroffentlicht|gemergt|gemerged|deployt|"
-            r"verschickt|"
-            r"gespeichert|abgehakt|erledigt|gelost|behoben)\b",
-            r"\b(?:ticket|fall|thema|sache|akte) (?:kann|ist|kannst du|konnen wir) (?:\w+ )?(?:zu|"
-            r"geschlossen|erledigt|abgehakt|gelost|schliessen|zumachen)\b|\bhaken (?:dran|"
-            r"dahinter)\b",
+            r"rausgeschickt|ubernommen|ausgedruckt|eingereicht|veroffentlicht|gemergt|gemerged|"
+            r"deployt|verschickt|gespeichert|abgehakt|erledigt|gelost|behoben)\b",
+            r"\b(?:ticket|fall|thema|sache|akte) (?:kann|ist|kannst du|"
+            r"konnen wir) (?:\w+ )?(?:zu|geschlossen|erledigt|abgehakt|gelost|schliessen|"
+            r"zumachen)\b|\bhaken (?:dran|dahinter)\b",
             r"\b(?:problem|fehler|ruckler|warnung|meldung|gerausch)\w* (?:ist|"
-            r"sind) (?:\w+ )?(?:weg|"
-            r"verschwunden|behoben|gelost)\b",
+            r"sind) (?:\w+ )?(?:weg|verschwunden|behoben|gelost)\b",
             r"\b(?:gefallt mir|liebe (?:ich|es)|mag ich|bin (?:sehr |echt )?(?:begeistert|"
-            r"zufrieden|"
-            r"happy|beeindruckt|baff|froh)|freut mich|ist glucklich|sind glucklich|"
+            r"zufrieden|happy|beeindruckt|baff|froh)|freut mich|ist glucklich|sind glucklich|"
             r"ist begeistert)\b",
             r"\b(?:du bist|sie sind|bist) (?:ein |der |die |mein |echt )*(?:schatz|held|retter|"
-            r"retterin|"
-            r"beste|bester|genie|goldwert|gold wert|engel|spitze)\b|\bhast (?:mir |"
-            r"was )?(?:den tag |gut "
-            r")?(?:gerettet|bei mir)\b|\bgold wert\b|\brettet? (?:mir|meinen)\b",
+            r"retterin|beste|bester|genie|goldwert|gold wert|engel|spitze)\b|\bhast (?:mir |"
+            r"was )?(?:den tag |gut )?(?:gerettet|bei mir)\b|\bgold wert\b|\brettet? (?:mir|"
+            r"meinen)\b",
             r"\bdaran lag(?:'s| es)?\b|\bdas war(?:'s| es)\b|\bwar (?:genau )?(?:das|"
-            r"der fehler)$|\blag "
-            r"(?:\w+ )?(?:daran|am)\b",
+            r"der fehler)$|\blag (?:\w+ )?(?:daran|am)\b",
             r"\bendlich (?:verstanden|kapiert|ruhe|geschafft|lauft|klappt|geht)\b|\bjetzt (?:hab|"
-            r"habe|"
-            r"versteh|kapier)\w*(?: ich)?(?:'s| es)?(?: (?:verstanden|kapiert|begriffen))?$|"
-            r"\bwieder was "
-            r"gelernt\b|\bauf anhieb\b|\bwie (?:geschmiert|am schnurchen|neu|gewunscht|bestellt)\b",
+            r"habe|versteh|kapier)\w*(?: ich)?(?:'s| es)?(?: (?:verstanden|kapiert|begriffen))?$|"
+            r"\bwieder was gelernt\b|\bauf anhieb\b|\bwie (?:geschmiert|am schnurchen|neu|"
+            r"gewunscht|bestellt)\b",
             r"\bdoppelt so (?:hoch|gut|schnell|viel)\b|\bso (?:gut|schnell|schoen) wie (?:nie|"
-            r"noch nie|"
-            r"lange nicht)\b|\b(?:kein|keine) (?:\w+ )?(?:fehler|warnung|meldung|absturz|"
-            r"problem)\w* "
-            r"mehr\b",
+            r"noch nie|lange nicht)\b|\b(?:kein|keine) (?:\w+ )?(?:fehler|warnung|meldung|"
+            r"absturz|problem)\w* mehr\b",
             r"\bhut ab\b|\brespekt$|\bchapeau\b|\bweltklasse\b|\bich schulde dir\b|"
-            r"\bich geb(?:e)? (?:dir )?"
-            r"einen aus\b",
+            r"\bich geb(?:e)? (?:dir )?einen aus\b",
             r"\balles (?:klar|gut|bestens|prima|da|richtig|grun|in ordnung|super)$",
         ),
         WORDS,
     ),
     thanks=table(
         (
-            r"\b(?:danke|dankeschoen|merci|thx|vielen dank|herzlichen dank|besten dank|lieben dank|"
-            r"tausend dank|dank dir|dank ihnen|danke dir)\b",
+            r"\b(?:danke|dankeschoen|merci|thx|vielen dank|herzlichen dank|besten dank|"
+            r"lieben dank|tausend dank|dank dir|dank ihnen|danke dir)\b",
         )
     ),
     complaint=table(
@@ -181,59 +168,48 @@ GERMAN = Lexicon(
             r"\bhast du (?:\w+ ){0,4}(?:uberhaupt|eigentlich|denn) (?:\w+ )?(?:gelesen|zugehort|"
             r"geprufe?t|getestet|hingeschaut|verstanden|angeschaut)\b",
             r"^(?:(?:nein|ne|nee|hm+|leider|sorry|also|ja|aber|und|oh|ach|na|immer noch|"
-            r"schon wieder|"
-            r"wieder|noch immer|alles|total|vollig|komplett|ziemlich|etwas|ein bisschen|viel|"
-            r"so)\s+)*"
-            r"(?:zu \w+|{bad})(?: (?:so|wieder|gerechnet|geschrieben|verstanden|ubersetzt|"
-            r"formuliert))?$",
+            r"schon wieder|wieder|noch immer|alles|total|vollig|komplett|ziemlich|etwas|"
+            r"ein bisschen|viel|so)\s+)*(?:zu \w+|{bad})(?: (?:so|wieder|gerechnet|geschrieben|"
+            r"verstanden|ubersetzt|formuliert))?$",
             r"\b(?:{it}|{reply}|\w+) {be} (?:\w+ )?{very}{bad}\b",
-            r"\b(?:viel|etwas|ein bisschen|leider|deutlich|immer noch|mir) zu (?:lang|kurz|formell|"
-            r"formlich|kompliziert|steif|technisch|viel|wenig|gross|klein|hoch|niedrig|spat|fruh|"
-            r"teuer|allgemein|werblich|salopp)\w*\b",
+            r"\b(?:viel|etwas|ein bisschen|leider|deutlich|immer noch|mir) zu (?:lang|kurz|"
+            r"formell|formlich|kompliziert|steif|technisch|viel|wenig|gross|klein|hoch|niedrig|"
+            r"spat|fruh|teuer|allgemein|werblich|salopp)\w*\b",
             r"^(?:nein|ne|nee|no|no+|hae|was|wie bitte|bitte was|ernsthaft|im ernst|echt jetzt|"
             r"och no|puh|meh|mist|arg|argh)$",
             r"^(?:nein|ne|nee)\b(?! danke)",
             r"\b(?:stimmt|passt|klappt|funktioniert|geht|hilft|gefallt|reicht|lauft|kompiliert|"
-            r"startet|"
-            r"rechnet|offnet|verstehe?|sehe?|finde?|kapiere?|tut)\b(?: \w+){0,4} (?:nicht|nichts|"
-            r"nix|"
-            r"nirgends|kaum|gar nicht|noch nicht|auch nicht|immer noch nicht|nie|kein|keine|"
-            r"keinen)\b",
-            r"\b(?:nicht|nichts|nix) (?:\w+ )?(?:gefragt|gemeint|gewollt|gebeten|verlangt|bestellt|"
-            r"verstanden|gelesen|beachtet|geholfen|geklappt|funktioniert|passiert|geandert|"
-            r"angekommen|"
-            r"erledigt|gemacht|drin|dabei|da|zu sehen|weglassen|passieren|stehen|hilfreich|"
-            r"richtig)\b",
-            r"\b(?:fehlt|fehlen|vergessen|ubersehen|ignoriert|ausgelassen|weggelassen|verwechselt|"
-            r"missverstanden|verrechnet|vertippt|verschrieben|erfunden|abgeschnitten|"
+            r"startet|rechnet|offnet|verstehe?|sehe?|finde?|kapiere?|"
+            r"tut)\b(?: \w+){0,4} (?:nicht|nichts|nix|nirgends|kaum|gar nicht|noch nicht|"
+            r"auch nicht|immer noch nicht|nie|kein|keine|keinen)\b",
+            r"\b(?:nicht|nichts|nix) (?:\w+ )?(?:gefragt|gemeint|gewollt|gebeten|verlangt|"
+            r"bestellt|verstanden|gelesen|beachtet|geholfen|geklappt|funktioniert|passiert|"
+            r"geandert|angekommen|erledigt|gemacht|drin|dabei|da|zu sehen|weglassen|passieren|"
+            r"stehen|hilfreich|richtig)\b",
+            r"\b(?:fehlt|fehlen|vergessen|ubersehen|ignoriert|ausgelassen|weggelassen|"
+            r"verwechselt|missverstanden|verrechnet|vertippt|verschrieben|erfunden|abgeschnitten|"
             r"uberschrieben)\b",
             r"\b(?:hatte|habe|hab) (?:ich )?(?:\w+ ){0,6}(?:gebeten|gesagt|gefragt|gemeint|"
             r"verlangt)\b",
             r"\b(?:ich (?:wollte|meinte)|gemeint war|gefragt war|gesucht war)\b",
             r"\b(?:immer noch|noch immer|schon wieder|weiterhin|nach wie vor) (?!danke)\w+",
             r"\b(?:gleiche[rsn]?|selbe[rsn]?|derselbe|dieselbe) (?:fehler|problem|ergebnis|bild|"
-            r"meldung|"
-            r"mist|text|unsinn)\b",
+            r"meldung|mist|text|unsinn)\b",
             r"\b(?:steht|ist|sind|kommt|gibt|hat) (?:\w+ ){0,2}(?:kein|keine|keinen|keinerlei|"
-            r"gar kein|"
-            r"nur|bloss) ",
+            r"gar kein|nur|bloss) ",
             r"\b(?:warum|wieso|weshalb|wozu) (?:hast|machst|ist|sind|steht|so|nicht|schreibst|"
-            r"nimmst|"
-            r"denn|immer|dann)\b",
+            r"nimmst|denn|immer|dann)\b",
             r"\b(?:was soll|wie soll|wem soll)\b|\bwas heisst das\b|\bbist du (?:dir )?sicher\b|"
             r"\bsicher\?*$|\b(?:ergibt|macht) (?:\w+ )?keinen sinn\b|"
             r"\bverstehe? (?:ich )?nur bahnhof\b",
             r"\b(?:fuhrt|bringt|taugt|nutzt) (?:\w+ )*(?:zu )?nichts\b|\blassen wir das\b|"
-            r"\blass (?:mal )?"
-            r"(?:gut sein|stecken|es|das)\b|\bvergiss es\b|\bmach(?:e)? ich (?:es |"
-            r"das )?(?:lieber )?selbst\b|"
-            r"\bdann (?:eben|halt) (?:nicht|anders|selbst)\b|\bhat keinen zweck\b|"
-            r"\bgeb(?:e)? (?:ich )?auf\b",
+            r"\blass (?:mal )?(?:gut sein|stecken|es|das)\b|\bvergiss es\b|"
+            r"\bmach(?:e)? ich (?:es |das )?(?:lieber )?selbst\b|\bdann (?:eben|halt) (?:nicht|"
+            r"anders|selbst)\b|\bhat keinen zweck\b|\bgeb(?:e)? (?:ich )?auf\b",
             r"\bgenau das (?:sollte|wollte|durfte) (?:\w+ )*nicht\b",
             r"\b(?:liest|klingt|hort) sich (?:\w+ )?(?:wie|nach|an wie) (?:eine?|aus|vom|von) ",
             r"\bdu hast (?:\w+ ){0,4}(?:geandert|geloscht|verandert|genommen|gesetzt|benutzt|"
-            r"gemacht|"
-            r"geschrieben|geschickt|falsch)\b(?! (?:danke|super))",
+            r"gemacht|geschrieben|geschickt|falsch)\b(?! (?:danke|super))",
         ),
         WORDS,
     ),
@@ -241,40 +217,31 @@ GERMAN = Lexicon(
         (
             r"\bin (?:einem|zwei|drei|einer) (?:satz|satzen|wort|worten|zeile)$",
             r"\b(?:kannst|konntest|konnen|konnten|wurdest|wurden|magst|kriegst) (?:du|sie|"
-            r"wir) (?:\w+ "
-            r"){0,5}?(?:nochmal|noch mal|noch einmal|erneut|anders|neu|ohne|kurzer|einfacher|"
-            r"korrigieren|"
-            r"andern|uberarbeiten|nachsehen|nachschauen|prufen|uberprufen|umschreiben|anpassen|"
-            r"berichtigen|"
-            r"vereinfachen|kurzen|ersetzen|stattdessen|freundlicher|formeller|lockerer)\b",
+            r"wir) (?:\w+ ){0,5}?(?:nochmal|noch mal|noch einmal|erneut|anders|neu|ohne|kurzer|"
+            r"einfacher|korrigieren|andern|uberarbeiten|nachsehen|nachschauen|prufen|uberprufen|"
+            r"umschreiben|anpassen|berichtigen|vereinfachen|kurzen|ersetzen|stattdessen|"
+            r"freundlicher|formeller|lockerer)\b",
             r"\b(?:bitte|mach|mache|schreib|schreibe|formulier|formuliere|versuch|versuche|"
-            r"rechne|fang|fange|"
-            r"probier|probiere|gib|sag|erklar|erklare) (?:\w+ ){0,5}?(?:nochmal|nochmals|"
-            r"noch mal|noch "
-            r"einmal|erneut|anders|neu|von vorn|von vorne|korrigieren|andern|ohne|kurzer|langer|"
-            r"einfacher|"
-            r"freundlicher|formeller|lockerer|richtig|ordentlich|stattdessen)\b",
+            r"rechne|fang|fange|probier|probiere|gib|sag|erklar|"
+            r"erklare) (?:\w+ ){0,5}?(?:nochmal|nochmals|noch mal|noch einmal|erneut|anders|neu|"
+            r"von vorn|von vorne|korrigieren|andern|ohne|kurzer|langer|einfacher|freundlicher|"
+            r"formeller|lockerer|richtig|ordentlich|stattdessen)\b",
             r"^(?:(?:und|aber|also|jetzt|dann|so|ok|okay|bitte|nein|bitte mal|diesmal|"
-            r"nur)\s+)*(?:nochmal|"
-            r"nochmals|noch mal|noch einmal|erneut|von vorn|von vorne|neu|anders|neuer versuch|"
-            r"zweiter "
-            r"versuch|kurzer|langer|einfacher|freundlicher|konkreter|formeller|lockerer|zuruck)\b",
+            r"nur)\s+)*(?:nochmal|nochmals|noch mal|noch einmal|erneut|von vorn|von vorne|neu|"
+            r"anders|neuer versuch|zweiter versuch|kurzer|langer|einfacher|freundlicher|"
+            r"konkreter|formeller|lockerer|zuruck)\b",
             r"\b(?:nochmal|noch mal|noch einmal|neu|von vorn|von vorne|anders)(?: bitte)?$",
             r"\bbitte (?:neu|nochmal|ohne|nur|kein|keine|mit|in|auf|wieder|lieber|etwas|"
-            r"ein bisschen|"
-            r"kurzer|langer|einfacher|alles|nicht|das|die|den) ?\w*",
+            r"ein bisschen|kurzer|langer|einfacher|alles|nicht|das|die|den) ?\w*",
             r"\b(?:soll|sollte|sollten|sollst|muss|musste|mussten|musst) (?:\w+ ){1,6}?(?:sein|"
-            r"heissen|"
-            r"stehen|werden|lauten|rein|raus|weg|bleiben|haben|bekommen|kommen)\b",
+            r"heissen|stehen|werden|lauten|rein|raus|weg|bleiben|haben|bekommen|kommen)\b",
             r"\b(?:nachstes mal|beim nachsten mal|in zukunft|kunftig|ab jetzt|ab sofort|diesmal)\b",
             r"\b(?:statt|anstatt|anstelle|lieber|besser ware|schoener ware|stattdessen)\b",
             r"\bmach (?:das|es|alles|bitte)? ?(?:\w+ )?(?:ruckgangig|weg|rein|raus|wieder|kurzer|"
-            r"langer)\b|"
-            r"\b(?:setz|stell|dreh|nimm|rolle?) (?:\w+ ){0,4}(?:zuruck|raus|weg)\b",
-            r"^(?:korrigier|berichtig|uberarbeit|verbesser|kurz|vereinfach|wiederhol|streich|losch|"
-            r"entfern|erganz|ersetz|schau|guck|sieh|pruf)e? (?:\w+ ){0,4}(?:das|es|bitte|nochmal|"
-            r"mal|den|die|"
-            r"dein\w*)\b",
+            r"langer)\b|\b(?:setz|stell|dreh|nimm|rolle?) (?:\w+ ){0,4}(?:zuruck|raus|weg)\b",
+            r"^(?:korrigier|berichtig|uberarbeit|verbesser|kurz|vereinfach|wiederhol|streich|"
+            r"losch|entfern|erganz|ersetz|schau|guck|sieh|pruf)e? (?:\w+ ){0,4}(?:das|es|bitte|"
+            r"nochmal|mal|den|die|dein\w*)\b",
             r"\bohne (?:\w+ )?(?:bitte|liste|aufzahlung|emojis|fettdruck|uberschriften|"
             r"anglizismen)\b",
             r"\bich (?:hatte|hab|habe|brauch|brauche|will|mochte) (?:\w+ )*(?:lieber|gern|"
@@ -291,37 +258,28 @@ GERMAN = Lexicon(
             r"wird sich (?:\w+ ){0,3}freuen|so kann man(?:'s| es)? auch|problem gelost|"
             r"dann kann ich ja (?:gleich|auch)|kannst ja gleich|wie schoen dass|was wurd ich)\b",
             r"\b(?:na|ja|oh|ach|wow|echt|wie) (?:toll|super|klasse|prima|bravo|herrlich|danke|"
-            r"genial)\b"
-            r"[ ,.!]+(?!danke|dank|das hilft|funktioniert|klappt)\w+",
+            r"genial)\b[ ,.!]+(?!danke|dank|das hilft|funktioniert|klappt)\w+",
             r"(?:^|[.!] )(?:klar|super|toll|klasse|prima|genial|perfekt|herrlich|grossartig|"
-            r"wunderbar|"
-            r"spitze|schoen|sehr schoen|danke)[,.!]* (?:dann|da|jetzt|nun|den rest|fehlt nur|"
-            r"wenn|mein|meine|"
-            r"unser|unsere|der kunde|die kund)\b.{0,80}\b(?:dann|wird|werden|werd|freuen|freut|"
-            r"konnen|"
-            r"kann|konnte|"
-            r"brauch|brauche|muss|musst|mussen|ja|wohl|nur|zahlt|bestimmt|sicher|endlich)\b",
+            r"wunderbar|spitze|schoen|sehr schoen|danke)[,.!]* (?:dann|da|jetzt|nun|den rest|"
+            r"fehlt nur|wenn|mein|meine|unser|unsere|der kunde|die kund)\b.{0,80}\b(?:dann|wird|"
+            r"werden|werd|freuen|freut|konnen|kann|konnte|brauch|brauche|muss|musst|mussen|ja|"
+            r"wohl|nur|zahlt|bestimmt|sicher|endlich)\b",
             r"\b(?:da|darauf) (?:war|ware|bin|hatte) ich (?:ja )?(?:nie|niemals|nicht|"
-            r"selbst nie) (?:selbst )?"
-            r"(?:drauf |darauf )?(?:gekommen)?|\bhatte ich nie (?:gedacht|vermutet|erraten)\b|"
-            r"\bwer hatte das (?:gedacht|geahnt)\b|\bwas fur eine (?:uberraschung|erkenntnis|"
-            r"leistung)\b",
+            r"selbst nie) (?:selbst )?(?:drauf |darauf )?(?:gekommen)?|"
+            r"\bhatte ich nie (?:gedacht|vermutet|erraten)\b|\bwer hatte das (?:gedacht|"
+            r"geahnt)\b|\bwas fur eine (?:uberraschung|erkenntnis|leistung)\b",
             r"\b(?:sherlock|einstein|captain obvious|nobelpreis|blitzmerker|meisterleistung|"
-            r"glanzleistung|"
-            r"hellseher|raketenwissenschaft|wow was fur)\b",
+            r"glanzleistung|hellseher|raketenwissenschaft|wow was fur)\b",
             r"\bdanke fur (?:die |den |das )?(?:expertise|info captain|nichts|tiefen einblick|"
             r"hinweis sherlock)",
             r"\b(?:mein|meine) (?:oma|opa|toaster|hund|katze|auto|kaffeemaschine|"
-            r"hamster)\b.{0,80}\b(?:auch|besser|"
-            r"schon)\b",
+            r"hamster)\b.{0,80}\b(?:auch|besser|schon)\b",
             r"\bhauptsache\b.*|\b(?:fast|beinahe) (?:schon )?(?:kunst|genial|poesie)\b|"
-            r"\bsehr witzig\b|"
-            r"\bselten so gelacht\b|\bganz grosses kino\b|\bgrosses kino\b|\bapplaus\b|"
-            r"\bda (?:brauch|brauche|muss|kann|kauf|kaufe) ich (?:ja )?(?:wohl|dann|glatt)\b|"
-            r"\bwie aufmerksam\b|"
-            r"\bwas wurde ich (?:nur |bloss )?ohne\b|\bgut dass wir (?:das|daruber)\b|"
-            r"\bwozu auch\b|"
-            r"\bals ob\b|\bwie praktisch\b|\bschoen dass\b.{0,80}\b(?:aber|nur|gefragt)\b",
+            r"\bsehr witzig\b|\bselten so gelacht\b|\bganz grosses kino\b|\bgrosses kino\b|"
+            r"\bapplaus\b|\bda (?:brauch|brauche|muss|kann|kauf|kaufe) ich (?:ja )?(?:wohl|dann|"
+            r"glatt)\b|\bwie aufmerksam\b|\bwas wurde ich (?:nur |bloss )?ohne\b|"
+            r"\bgut dass wir (?:das|daruber)\b|\bwozu auch\b|\bals ob\b|\bwie praktisch\b|"
+            r"\bschoen dass\b.{0,80}\b(?:aber|nur|gefragt)\b",
         )
     ),
     earnest=table((r"\bim ernst\b", r"\b(?:spass|scherz)(?: beiseite)?\b", r"\behrlich\b")),
@@ -337,13 +295,12 @@ GERMAN = Lexicon(
             r"eine[rs]?|andere[rsn]?|rest|teil \d|(?:mon|diens|donners|frei|sams|sonn)tag|"
             r"mittwoch)\b (?:\w+ ){0,3}?(?:ist |sind |hat )?(?:geht|gehen|lauft|laufen|klappt|"
             r"klappen|funktioniert|funktionieren|passt|passen|stimmt|stimmen|gut|super|perfekt|"
-            r"fertig|erledigt|da|drin|schneller|besser|leiser|richtig)\b[^?]{0,60}[,;.] ?(?:aber |"
-            r"nur |dafur )?\b(?:die|der|das|den|beim?|am|im|erste[rsnm]?|zweite[rsnm]?|"
-            r"dritte[rsnm]?|eine[rs]?|andere[rsn]?|rest|teil \d|(?:mon|diens|donners|frei|sams|"
-            r"sonn)tag|mittwoch)\b [^?]{0,60}\b(?:nicht|kein\w*|nie|noch|fehlt|fehlen|immer noch|"
-            r"leer|"
-            r"falsch|langsam|nichts|weiterhin|gleich|unverandert|fehler|kaputt|zweifel|unsicher|"
-            r"keine ahnung)\b",
+            r"fertig|erledigt|da|drin|schneller|besser|leiser|"
+            r"richtig)\b[^?]{0,60}[,;.] ?(?:aber |nur |dafur )?\b(?:die|der|das|den|beim?|am|im|"
+            r"erste[rsnm]?|zweite[rsnm]?|dritte[rsnm]?|eine[rs]?|andere[rsn]?|rest|teil \d|"
+            r"(?:mon|diens|donners|frei|sams|sonn)tag|mittwoch)\b [^?]{0,60}\b(?:nicht|kein\w*|"
+            r"nie|noch|fehlt|fehlen|immer noch|leer|falsch|langsam|nichts|weiterhin|gleich|"
+            r"unverandert|fehler|kaputt|zweifel|unsicher|keine ahnung)\b",
             r"\b\d+ (?:von|der) (?:den )?\d+\b|\bnoch nicht (?:ganz|alles|uberall|perfekt)\b",
             r"\b(?:die|eine|erste|zweite|andere) halfte\b|\bder rest (?:fehlt|hangt|ist noch|"
             r"geht|kommt|bleibt|lauft|nicht)\b|\bnur (?:zwei|drei|eine|einer|eins|ein teil)\b",
@@ -351,94 +308,73 @@ GERMAN = Lexicon(
             r"guck)e? (?:\w+ ){0,4}rein\b",
             r"\b(?:geht|gehen|lauft|laufen|klappt|klappen|funktioniert|besser|schneller|weg|"
             r"behoben)\b.{0,80}\b(?:aber|nur|dafur|allerdings|bei|beim)\b.{0,80}\b(?:nicht|noch|"
-            r"kein\w*|"
-            r"fehlt|fehlen|weiterhin|zweifel)\b",
+            r"kein\w*|fehlt|fehlen|weiterhin|zweifel)\b",
             r"\b(?:mal|noch) (?:sehen|schauen|gucken|abwarten|uberlegen|daruber schlafen)\b|"
-            r"\bschau(?:e|n|'n)?"
-            r"(?: (?:ich|wir|es|mir|das|ma|mal|uns|sie))* (?:spater|heute abend|morgen|nachher|"
-            r"in ruhe|am "
-            r"wochenende|noch|an)\b",
+            r"\bschau(?:e|n|'n)?(?: (?:ich|wir|es|mir|das|ma|mal|uns|sie))* (?:spater|"
+            r"heute abend|morgen|nachher|in ruhe|am wochenende|noch|an)\b",
             r"\b(?:melde mich|geb(?:e)? (?:dir |ihnen )?bescheid|sag(?:e)? (?:dir |"
-            r"ihnen )?bescheid|bespreche?n? "
-            r"(?:wir |das |ich )|muss (?:ich |das )?(?:\w+ )?(?:noch )?(?:testen|prufen|lesen|"
-            r"fragen|uberlegen|"
-            r"klaren|schauen|abklaren|besprechen|sacken lassen))\b",
+            r"ihnen )?bescheid|bespreche?n? (?:wir |das |ich )|muss (?:ich |"
+            r"das )?(?:\w+ )?(?:noch )?(?:testen|prufen|lesen|fragen|uberlegen|klaren|schauen|"
+            r"abklaren|besprechen|sacken lassen))\b",
             r"\b(?:lese?|teste?|prufe?|probiere?|frage?|klare?) (?:ich |es |das |mir |"
-            r"mal )*(?:heute|morgen|"
-            r"spater|nachher|noch|mal|gleich|am|in ruhe|erst)\b",
+            r"mal )*(?:heute|morgen|spater|nachher|noch|mal|gleich|am|in ruhe|erst)\b",
             r"\b(?:weiss|keine ahnung) (?:ich )?(?:noch )?(?:nicht|ob)\b|\b(?:kann|"
-            r"lasst sich) (?:ich )?"
-            r"(?:noch )?nicht (?:sagen|beurteilen)\b|\bnoch nicht (?:getestet|probiert|gelesen|"
-            r"dazu gekommen|"
-            r"sicher|entschieden|ausprobiert)\b|\bnoch keine (?:zeit|meinung)\b|"
-            r"\bbin (?:mir )?(?:noch )?"
-            r"(?:nicht sicher|unsicher|unschlussig|unentschlossen|hin- und hergerissen)\b",
+            r"lasst sich) (?:ich )?(?:noch )?nicht (?:sagen|beurteilen)\b|"
+            r"\bnoch nicht (?:getestet|probiert|gelesen|dazu gekommen|sicher|entschieden|"
+            r"ausprobiert)\b|\bnoch keine (?:zeit|meinung)\b|"
+            r"\bbin (?:mir )?(?:noch )?(?:nicht sicher|unsicher|unschlussig|unentschlossen|"
+            r"hin- und hergerissen)\b",
             r"\b(?:halb (?:so|gut|fertig|richtig|erledigt)|teils|teilweise|zum teil|durchwachsen|"
-            r"gemischt|fifty fifty|so lala|jein|naja)\b|"
-            r"\b(?:die eine|erste|zweite) halfte\b|\bzweifel\b|\bkann (?:auch )?an (?:mir|"
-            r"meine)\b|\bliegt "
-            r"vielleicht an\b|\bvielleicht (?:liegt|ist|sind|war) (?:es|das|auch|nur|mein)\b|"
-            r"\betwas besser\b",
+            r"gemischt|fifty fifty|so lala|jein|naja)\b|\b(?:die eine|erste|zweite) halfte\b|"
+            r"\bzweifel\b|\bkann (?:auch )?an (?:mir|meine)\b|\bliegt vielleicht an\b|"
+            r"\bvielleicht (?:liegt|ist|sind|war) (?:es|das|auch|nur|mein)\b|\betwas besser\b",
         )
     ),
     doubt=table(
         (
             r"^(?:ahm|ahem|naja|na ja)\b|\bmusste (?:das|es|da|der|die) nicht\b",
             r"\b(?:kann es sein|konnte es sein|kann das sein|ware das nicht|ist das nicht|"
-            r"ist nicht|heisst "
-            r"(?:das|es) nicht|musste (?:das|es|da) nicht|sollte (?:das|es) nicht|war das nicht|"
-            r"oder (?:nicht|"
-            r"irre|tausch|etwa)|meines wissens|soweit ich|soviel ich|wenn ich mich nicht|"
-            r"wenn mich nicht|"
-            r"ich (?:glaub|glaube|dachte|denke|meine|finde|kenne|lese|sehe|sehe da|hatte)|"
-            r"meine ich|glaub "
-            r"ich|dachte ich|eigentlich|genau genommen|streng genommen|kleinigkeit|nur eine|"
-            r"kleiner fehler|"
-            r"kleine korrektur|fast|beinahe|knapp|ware|waren|musste|sollte|sollten|gehort|gehoren|"
-            r"schreibt sich|schreibt man|heisst|statt|sondern|nur|bloss|leider|schade)\b",
+            r"ist nicht|heisst (?:das|es) nicht|musste (?:das|es|da) nicht|sollte (?:das|"
+            r"es) nicht|war das nicht|oder (?:nicht|irre|tausch|etwa)|meines wissens|soweit ich|"
+            r"soviel ich|wenn ich mich nicht|wenn mich nicht|ich (?:glaub|glaube|dachte|denke|"
+            r"meine|finde|kenne|lese|sehe|sehe da|hatte)|meine ich|glaub ich|dachte ich|"
+            r"eigentlich|genau genommen|streng genommen|kleinigkeit|nur eine|kleiner fehler|"
+            r"kleine korrektur|fast|beinahe|knapp|ware|waren|musste|sollte|sollten|gehort|"
+            r"gehoren|schreibt sich|schreibt man|heisst|statt|sondern|nur|bloss|leider|schade)\b",
         )
     ),
     negation=table(
         (
             r"\b(?:nicht|nichts|kein|keine|keinen|keiner|nie|niemals|ohne|zu (?:lang|kurz|viel|"
-            r"wenig|gross|"
-            r"klein|hoch|spat|fruh))\b",
+            r"wenig|gross|klein|hoch|spat|fruh))\b",
         )
     ),
     new_task=table(
         (
             r"^(?:(?:ok|okay|so|und|gut|also|alles klar|super|prima|na gut|"
-            r"danke)\s+)*(?:weiter (?:mit|geht|im)|"
-            r"nachste (?:frage|aufgabe)|nachstes(?: thema)?|als nachstes|andere frage|"
-            r"anderes thema|"
-            r"themenwechsel|was anderes|etwas anderes|ganz was anderes|ubrigens|apropos|"
-            r"neue frage|neue aufgabe|"
-            r"neues thema|noch eine frage|noch was|noch etwas|eine andere|zuruck zu|jetzt zu|"
-            r"jetzt noch|dann "
-            r"noch|ausserdem|nebenbei|wo ich dich|kommen wir|wechseln wir|moment|warte|wart mal|"
-            r"sekunde)\b",
+            r"danke)\s+)*(?:weiter (?:mit|geht|im)|nachste (?:frage|aufgabe)|nachstes(?: thema)?|"
+            r"als nachstes|andere frage|anderes thema|themenwechsel|was anderes|etwas anderes|"
+            r"ganz was anderes|ubrigens|apropos|neue frage|neue aufgabe|neues thema|"
+            r"noch eine frage|noch was|noch etwas|eine andere|zuruck zu|jetzt zu|jetzt noch|"
+            r"dann noch|ausserdem|nebenbei|wo ich dich|kommen wir|wechseln wir|moment|warte|"
+            r"wart mal|sekunde)\b",
         )
     ),
     soft_transition=table(
         (
             r"^(?:(?:ok|okay|so|und|gut|also|na|aber|ja|mh+|hm+|dann|hallo|hi|hey|moin|servus|"
-            r"guten morgen|du|"
-            r"sag mal|ach)\s+)*(?:was|wie|wer|wann|wo|welche[rsnm]?|wohin|woher|womit|wieviel|"
-            r"warum|wieso|kannst "
-            r"du (?:mir|auch|noch|mal)|konntest du (?:mir|auch|noch)|kennst|weisst du|gibt es|"
-            r"gibt's|hast du "
-            r"(?:auch|noch)|ich (?:brauche|suche|mochte|muss|will|wurde)|hilf mir|zeig mir|such|"
-            r"suche|trag|stell "
-            r"mir|erinner|schreib mir|ubersetz|zahlt|gilt|geht (?:das|es) auch|muss ich|soll ich|"
-            r"kann (?:ich|man)|"
-            r"darf (?:ich|man)|brauch(?:e|t)? (?:ich|man)|lohnt|reicht)\b",
+            r"guten morgen|du|sag mal|ach)\s+)*(?:was|wie|wer|wann|wo|welche[rsnm]?|wohin|woher|"
+            r"womit|wieviel|warum|wieso|kannst du (?:mir|auch|noch|mal)|konntest du (?:mir|auch|"
+            r"noch)|kennst|weisst du|gibt es|gibt's|hast du (?:auch|noch)|ich (?:brauche|suche|"
+            r"mochte|muss|will|wurde)|hilf mir|zeig mir|such|suche|trag|stell mir|erinner|"
+            r"schreib mir|ubersetz|zahlt|gilt|geht (?:das|es) auch|muss ich|soll ich|kann (?:ich|"
+            r"man)|darf (?:ich|man)|brauch(?:e|t)? (?:ich|man)|lohnt|reicht)\b",
         )
     ),
     reference=table(
         (
             r"\b(?:das|es|dein\w*|deren|du hast|so|nochmal|noch mal|noch einmal|stattdessen|"
-            r"diesmal|anders|"
-            r"davon|darin|da drin|drin|{reply})\b",
+            r"diesmal|anders|davon|darin|da drin|drin|{reply})\b",
         ),
         WORDS,
     ),
@@ -455,22 +391,20 @@ GERMAN = Lexicon(
     imperative=table(
         (
             r"^(?:(?:und|also|dann|bitte|nur|auch|aber|mal|lieber|diesmal)\s+)*(?:{redo}e?|schau|"
-            r"nur|kein|keine|"
-            r"keinen|ohne|mit|in|einfach|sag|nenn|schick)\b",
+            r"nur|kein|keine|keinen|ohne|mit|in|einfach|sag|nenn|schick)\b",
         ),
         WORDS,
     ),
     order=table(
         (
             r"^(?:(?:und|also|dann|bitte|aber|nein|lieber|stattdessen|ok)\W+)*(?:{redo}e?|sag|"
-            r"nenn|schau|erwahn|"
-            r"beschreib|beantworte?|zahl)e?\b",
+            r"nenn|schau|erwahn|beschreib|beantworte?|zahl)e?\b",
         ),
         WORDS,
     ),
     contrast=re.compile(
-        r"[,;:—–-]*\s+(?:aber|jedoch|allerdings|nur dass|trotzdem|bis auf|ausser)\s*,?\s+"
-        r"|^(?:aber|jedoch|allerdings|nur)\s*,?\s+",
+        r"[,;:—–-]*\s+(?:aber|jedoch|allerdings|nur dass|trotzdem|bis auf|ausser)\s*,?\s+|"
+        r"^(?:aber|jedoch|allerdings|nur)\s*,?\s+",
         re.IGNORECASE,
     ),
     conjunction=re.compile(r"\s+(?:und|weil|da|denn)\s+", re.IGNORECASE),

@@ -10,9 +10,8 @@ from plugins.judges.lexicons.shape import Lexicon, table, words_of
 WORDS: Mapping[str, str] = {
     "reply": (
         r"(?:respuesta|texto|version|borrador|propuesta|tono|estilo|formato|lista|resultado|"
-        r"resumen|"
-        r"traduccion|cuenta|suma|total|numero|cifra|frase|parrafo|correo|mensaje|codigo|solucion|"
-        r"explicacion|redaccion)s?"
+        r"resumen|traduccion|cuenta|suma|total|numero|cifra|frase|parrafo|correo|mensaje|codigo|"
+        r"solucion|explicacion|redaccion)s?"
     ),
     "be": (
         r"(?:es|esta|estan|son|era|fue|queda|quedo|quedan|suena|parece|sale|salio|sigue|viene|va)"
@@ -23,40 +22,28 @@ WORDS: Mapping[str, str] = {
     ),
     "good": (
         r"(?:perfect[oa]s?|genial(?:es)?|excelentes?|estupend[oa]s?|fantastic[oa]s?|"
-        r"maravillos[oa]s?|"
-        r"buenisim[oa]s?|brutal|increibles?|fenomenal|magnific[oa]s?|impecables?|clar[oa]s?|"
-        r"clarisim[oa]|"
-        r"correct[oa]s?|bien|buen[oa]s?|util(?:es)?|de lujo|de maravilla|de diez|de 10|de perlas|"
-        r"redond[oa]|"
-        r"clavad[oa]|preciso|precios[oa]|bonit[oa]|chul[oa]|guay|chid[oa]|padrisim[oa]|"
-        r"barbar[oa]|joya|"
-        r"mejor|ideal|acertad[oa])"
+        r"maravillos[oa]s?|buenisim[oa]s?|brutal|increibles?|fenomenal|magnific[oa]s?|"
+        r"impecables?|clar[oa]s?|clarisim[oa]|correct[oa]s?|bien|buen[oa]s?|util(?:es)?|de lujo|"
+        r"de maravilla|de diez|de 10|de perlas|redond[oa]|clavad[oa]|preciso|precios[oa]|"
+        r"bonit[oa]|chul[oa]|guay|chid[oa]|padrisim[oa]|barbar[oa]|joya|mejor|ideal|acertad[oa])"
     ),
     "bad": (
         r"(?:mal|malisim[oa]|incorrect[oa]s?|erroneo?a?s?|equivocad[oa]s?|fals[oa]s?|"
-        r"inutil(?:es)?|horribles?|"
-        r"fatal|pesim[oa]|confus[oa]s?|incomplet[oa]s?|vaci[oa]s?|cortad[oa]s?|roto|rota|"
-        r"fri[oa]s?|robotic[oa]|"
-        r"sec[oa]|generic[oa]s?|aburrid[oa]|inventad[oa]s?|al reves|cambiad[oa]s?|cruzad[oa]s?|"
-        r"desordenad[oa]s?|"
-        r"duplicad[oa]s?|repetid[oa]s?|desactualizad[oa]s?|raro|rara|ilegibles?|larguisim[oa]|"
-        r"larg[oa]s?|"
+        r"inutil(?:es)?|horribles?|fatal|pesim[oa]|confus[oa]s?|incomplet[oa]s?|vaci[oa]s?|"
+        r"cortad[oa]s?|roto|rota|fri[oa]s?|robotic[oa]|sec[oa]|generic[oa]s?|aburrid[oa]|"
+        r"inventad[oa]s?|al reves|cambiad[oa]s?|cruzad[oa]s?|desordenad[oa]s?|duplicad[oa]s?|"
+        r"repetid[oa]s?|desactualizad[oa]s?|raro|rara|ilegibles?|larguisim[oa]|larg[oa]s?|"
         r"cort[oa]s?|formal(?:es)?|tecnic[oa]s?|complicad[oa]s?|un desastre|una chapuza|un lio)"
     ),
     "redo": (
         r"(?:corrige(?:lo|la|los|las)?|corregi(?:r|rlo|rla)|cambia(?:lo|la|los|las)?|"
-        r"cambiar(?:lo|la)?|"
-        r"repite(?:lo|la)?|repetir(?:lo|la)?|rehaz(?:lo|la)?|rehacer(?:lo|la)?|reescribe(?:lo|la)?|"
-        r"reescribir(?:lo|la)?|reformula(?:lo|la)?|acorta(?:lo|la)?|acortar(?:lo|la)?|"
-        r"resume(?:lo|la)?|"
-        r"simplifica(?:lo|la)?|simplificar(?:lo|la)?|revisa(?:lo|la|r|rlo|rla)?|comprueba(?:lo|"
-        r"la)?|"
-        r"arregla(?:lo|la|r|rlo|rla)?|quita(?:le|lo|la|r|rle|rlo)?|elimina(?:lo|la|r)?|"
-        r"borra(?:lo|la|r)?|"
-        r"ajusta(?:lo|la|r)?|mejora(?:lo|la|r)?|deshaz(?:lo|la)?|hazlo|hazla|hacerlo|ponlo|ponla|"
-        r"escribelo|"
-        r"dimelo|explicalo|explicamelo|mira(?:lo|rlo)|sustituye|reemplaza|vuelve|volver|recalcula|"
-        r"calcula(?:lo)?)"
+        r"cambiar(?:lo|la)?|repite(?:lo|la)?|repetir(?:lo|la)?|rehaz(?:lo|la)?|rehacer(?:lo|la)?|"
+        r"reescribe(?:lo|la)?|reescribir(?:lo|la)?|reformula(?:lo|la)?|acorta(?:lo|la)?|"
+        r"acortar(?:lo|la)?|resume(?:lo|la)?|simplifica(?:lo|la)?|simplificar(?:lo|la)?|"
+        r"revisa(?:lo|la|r|rlo|rla)?|comprueba(?:lo|la)?|arregla(?:lo|la|r|rlo|rla)?|quita(?:le|"
+        r"lo|la|r|rle|rlo)?|elimina(?:lo|la|r)?|borra(?:lo|la|r)?|ajusta(?:lo|la|r)?|mejora(?:lo|"
+        r"la|r)?|deshaz(?:lo|la)?|hazlo|hazla|hacerlo|ponlo|ponla|escribelo|dimelo|explicalo|"
+        r"explicamelo|mira(?:lo|rlo)|sustituye|reemplaza|vuelve|volver|recalcula|calcula(?:lo)?)"
     ),
 }
 
@@ -66,10 +53,9 @@ _IDIOMS = (
         (
             r"\bgracias por nada\b",
             r"\bno (?:me )?(?:sirve|funciona|va|vale|es (?:eso|asi|correcto|cierto|lo que|verdad|"
-            r"ese|esa)|"
-            r"esta (?:bien|completo|correcto)|era (?:eso|asi|lo)|queda bien|cuadra\w*|"
-            r"coincide\w*|entiendo|"
-            r"aparece\w*|sale|suena|veo|me (?:gusta|convence|cuadra|vale|ayuda|aclara))\b",
+            r"ese|esa)|esta (?:bien|completo|correcto)|era (?:eso|asi|lo)|queda bien|cuadra\w*|"
+            r"coincide\w*|entiendo|aparece\w*|sale|suena|veo|me (?:gusta|convence|cuadra|vale|"
+            r"ayuda|aclara))\b",
             r"\bni (?:de lejos|de broma|por asomo|idea)\b",
             r"\bpodria (?:estar|ser) mejor\b|\bdeja (?:mucho|bastante) que desear\b",
         ),
@@ -78,21 +64,16 @@ _IDIOMS = (
         1,
         (
             r"\bno (?:esta|queda|me parece) (?:nada )?mal\b|\bnada mal\b|"
-            r"\bsin (?:ningun )?(?:errores|error|"
-            r"problemas?|fallos?|queja)\b",
+            r"\bsin (?:ningun )?(?:errores|error|problemas?|fallos?|queja)\b",
             r"\bno (?:puedo|podria) (?:quejarme|pedir mas|estar mas (?:contento|contenta|"
-            r"de acuerdo))\b|\bno "
-            r"(?:le )?(?:cambiaria|falta|sobra) nada\b|\bno se puede (?:pedir mas|mejorar)\b",
+            r"de acuerdo))\b|\bno (?:le )?(?:cambiaria|falta|sobra) nada\b|"
+            r"\bno se puede (?:pedir mas|mejorar)\b",
             r"\b(?:tienes|tenias|tiene|tenia|llevas|llevabas) (?:toda la |mucha )?razon\b|"
-            r"\b(?:me he|me habia|"
-            r"me) (?:equivocado|confundido|equivoque|confundi|liado)\b|\bera yo\b|\b(?:culpa|"
-            r"error|fallo) mi[oa]\b|"
-            r"\b(?:mi|fue mi) (?:culpa|error|fallo)\b",
+            r"\b(?:me he|me habia|me) (?:equivocado|confundido|equivoque|confundi|liado)\b|"
+            r"\bera yo\b|\b(?:culpa|error|fallo) mi[oa]\b|\b(?:mi|fue mi) (?:culpa|error|fallo)\b",
             r"\bya (?:me )?(?:funciona|va|anda|arranca|sale|carga|compila|entra|conecta|"
-            r"esta (?:solucionado|"
-            r"arreglado|resuelto|funcionando)|abre|no (?:falla|sale el error|da error|se cae|"
-            r"pita))\b"
-            r"(?! (?:mal|peor|lento))",
+            r"esta (?:solucionado|arreglado|resuelto|funcionando)|abre|no (?:falla|sale el error|"
+            r"da error|se cae|pita))\b(?! (?:mal|peor|lento))",
             r"\bno me lo (?:puedo )?cre[oe]r?\b",
         ),
     ),
@@ -136,118 +117,93 @@ SPANISH = Lexicon(
             r"dio el visto bueno)\b|\bsin cambios$",
             r"\b(?:mas que |muy |super )?(?:feliz|contento|contenta|encantad[oa])\b",
             r"^(?:(?:ah+|oh|uy|hala|guau|wow|pues|ok|vale|si|y|muy|que|esta|es|todo|jaja\w*|ya|"
-            r"buah|ostras|"
-            r"ahora si|de verdad|uf|ole|anda|eso|simplemente|mucho|asi)\s+)*{good}(?:$|"
-            r"[ !]+(?:trabajo|respuesta|"
-            r"explicacion|explicado|hecho|gracias|asi|idea|mil|muchas|resumen|todo|me|ahora|"
-            r"escrito|texto)\b)",
+            r"buah|ostras|ahora si|de verdad|uf|ole|anda|eso|simplemente|mucho|"
+            r"asi)\s+)*{good}(?:$|[ !]+(?:trabajo|respuesta|explicacion|explicado|hecho|gracias|"
+            r"asi|idea|mil|muchas|resumen|todo|me|ahora|escrito|texto)\b)",
             r"\b(?:me|nos|le|les) (?:ha |han )?(?:encanta\w*|gusta|gusto|gustado|sirve|sirvio|"
-            r"servido|ayuda\w*|"
-            r"ayudo|viene|vino|vale|quedo|va|cuadra\w*|convence)(?: (?:mucho|muchisimo|un monton|"
-            r"genial|perfecto|"
-            r"asi|de lujo|bien|de perlas|todo|de maravilla))?\b",
+            r"servido|ayuda\w*|ayudo|viene|vino|vale|quedo|va|cuadra\w*|convence)(?: (?:mucho|"
+            r"muchisimo|un monton|genial|perfecto|asi|de lujo|bien|de perlas|todo|"
+            r"de maravilla))?\b",
             r"\b(?:eso|esto|asi|ahora|ahora si|todo|lo|ya|{reply}) {be} {very}{good}\b|\b(?:ha |"
-            r"han )?(?:quedado|"
-            r"salido|funcionado|resultado|quedo|salio|funciono|resulto|ido) {very}{good}\b",
+            r"han )?(?:quedado|salido|funcionado|resultado|quedo|salio|funciono|resulto|"
+            r"ido) {very}{good}\b",
             r"\b(?:justo|exactamente|precisamente|tal cual) (?:lo que|eso|asi|como|lo)\b|"
-            r"\blo que (?:buscaba|"
-            r"necesitaba|queria|andaba buscando|pedia|me hacia falta)\b|^(?:exacto|eso es|"
-            r"correcto|asi es|justo|"
-            r"perfecto|listo|funciona|funciono|solucionado|arreglado|resuelto|va|vale perfecto|"
-            r"clavado|tal cual|"
-            r"era eso|ole|olé|bravo|crack|joya|de diez|de lujo)$",
+            r"\blo que (?:buscaba|necesitaba|queria|andaba buscando|pedia|me hacia falta)\b|"
+            r"^(?:exacto|eso es|correcto|asi es|justo|perfecto|listo|funciona|funciono|"
+            r"solucionado|arreglado|resuelto|va|vale perfecto|clavado|tal cual|era eso|ole|olé|"
+            r"bravo|crack|joya|de diez|de lujo)$",
             r"\b(?:era|fue) (?:justo |exactamente )?(?:eso|el cable|la|el|esa?|aquello|"
-            r"ese)\b(?! (?:no|el error))|"
-            r"\b(?:efectivamente|en efecto)\b",
+            r"ese)\b(?! (?:no|el error))|\b(?:efectivamente|en efecto)\b",
             r"\b(?:funciona|funciono|funcionando|solucionado|arreglado|resuelto|revivio|arranco|"
-            r"aprobado|aprobo|"
-            r"publicado|subido|enviado|mandado|entregado|copiado|pegado|guardado|fusionado|"
-            r"mergeado|desplegado|"
-            r"comprado|reservado|firmado|impreso)(?: (?:perfecto|perfectamente|de maravilla|"
-            r"a la primera|ya|tal "
-            r"cual|bien|todo|asi|genial))?$|^(?:ya )?(?:enviad|mandad|publicad|subid|copiad|"
-            r"entregad|impres)[oa]s?\b",
+            r"aprobado|aprobo|publicado|subido|enviado|mandado|entregado|copiado|pegado|guardado|"
+            r"fusionado|mergeado|desplegado|comprado|reservado|firmado|impreso)(?: (?:perfecto|"
+            r"perfectamente|de maravilla|a la primera|ya|tal cual|bien|todo|asi|genial))?$|"
+            r"^(?:ya )?(?:enviad|mandad|publicad|subid|copiad|entregad|impres)[oa]s?\b",
             r"\ba la primera\b|\bpor fin\b|\b(?:carpeta|tema|caso|asunto|ticket|"
-            r"incidencia) (?:cerrad[oa]|"
-            r"solucionad[oa]|resuelt[oa])\b|\bse acabo el problema\b|\bque alivio\b|"
-            r"\bque maravilla\b|\bque (?:bueno|"
-            r"crack|grande|maquina|gozada|pasada)\b",
+            r"incidencia) (?:cerrad[oa]|solucionad[oa]|resuelt[oa])\b|\bse acabo el problema\b|"
+            r"\bque alivio\b|\bque maravilla\b|\bque (?:bueno|crack|grande|maquina|gozada|"
+            r"pasada)\b",
             r"\b(?:eres|sos|es usted|que) (?:un |una |el |la )?(?:crack|genio|maquina|sol|"
-            r"fenomeno|grande|mejor|"
-            r"maestr[oa]|salvavidas|idol[oa]|angel|artista|capo|amor)\b|\b(?:me|nos) (?:has |"
-            r"ha )?(?:salvado|"
-            r"salvaste|alegras|resolviste|resuelto|quitas|has quitado)\b|\bte debo (?:una|un)\b|"
-            r"\bchapo\b|\bole tu\b",
+            r"fenomeno|grande|mejor|maestr[oa]|salvavidas|idol[oa]|angel|artista|capo|amor)\b|"
+            r"\b(?:me|nos) (?:has |ha )?(?:salvado|salvaste|alegras|resolviste|resuelto|quitas|"
+            r"has quitado)\b|\bte debo (?:una|un)\b|\bchapo\b|\bole tu\b",
             r"\b(?:me lo quedo|lo dejo asi|asi se queda|lo uso|lo mando|lo envio|lo publico|"
-            r"lo subo|me quedo con|"
-            r"lo compro|me lo llevo|lo apruebo|aprobado|dale|adelante asi|va a produccion|la uso|"
-            r"lo meto)\b",
+            r"lo subo|me quedo con|lo compro|me lo llevo|lo apruebo|aprobado|dale|adelante asi|"
+            r"va a produccion|la uso|lo meto)\b",
             r"\b(?:ha|han|le|les) (?:encantado|colado|entendido|aprobado|convencido|gustado|"
-            r"flipado|reido)\b|"
-            r"\b(?:ahora|ya) (?:si )?(?:lo |la )?(?:entiendo|pillo|veo claro|tengo claro|"
-            r"capto)\b|\bmucho mejor\b|"
-            r"\b(?:ni|no) (?:un|una) (?:solo |sola )?(?:error|fallo|queja|gota|pega)\b|"
-            r"\bcomo (?:nuevo|nueva|la seda)\b",
+            r"flipado|reido)\b|\b(?:ahora|ya) (?:si )?(?:lo |la )?(?:entiendo|pillo|veo claro|"
+            r"tengo claro|capto)\b|\bmucho mejor\b|\b(?:ni|no) (?:un|una) (?:solo |"
+            r"sola )?(?:error|fallo|queja|gota|pega)\b|\bcomo (?:nuevo|nueva|la seda)\b",
         ),
         WORDS,
     ),
     thanks=table(
         (
             r"\b(?:gracias|mil gracias|muchas gracias|muchisimas gracias|agradecid[oa]|"
-            r"se agradece|te lo agradezco)\b"
-            r"(?! (?:de todos modos|igualmente|de todas formas|igual|por nada))",
+            r"se agradece|te lo agradezco)\b(?! (?:de todos modos|igualmente|de todas formas|"
+            r"igual|por nada))",
         )
     ),
     complaint=table(
         (
             r"^(?:(?:no|nop|pues|uy|hm+|mmm+|ay|sigue|sigue estando|esta|estan|es|sale|otra vez|"
-            r"todo|muy|mas|un poco|"
-            r"demasiado|algo|totalmente|y|pero|eso|aqui|que)\s+)*{bad}(?: (?:otra vez|"
-            r"calculad[oa]|escrit[oa]|"
-            r"traducid[oa]|hecho))?$",
+            r"todo|muy|mas|un poco|demasiado|algo|totalmente|y|pero|eso|aqui|"
+            r"que)\s+)*{bad}(?: (?:otra vez|calculad[oa]|escrit[oa]|traducid[oa]|hecho))?$",
             r"\b(?:esta|estan|es|son|suena|queda|parece|sale|salen|sigue|siguen|eso|quedo|"
-            r"ha salido|viene) "
-            r"{very}(?:{bad})\b",
+            r"ha salido|viene) {very}(?:{bad})\b",
             r"\bdemasiad[oa]s?\b|\bmuy (?:larg[oa]|cort[oa]|formal|fri[oa]|sec[oa]|tecnic[oa]|"
             r"generic[oa])\b",
             r"^(?:no|nop|nope|que|eh|como|perdona|en serio|meh|uf|puaj|vaya|que va|pero que|eing|"
-            r"ein)$|^no\b,? (?!"
-            r"gracias|pasa|hay|te preocupes|me lo|puedo|esta mal)\w+",
+            r"ein)$|^no\b,? (?!gracias|pasa|hay|te preocupes|me lo|puedo|esta mal)\w+",
             r"\bsigue (?:sin|dando|saliendo|fallando|igual|estando|apareciendo|mal|cerrandose|"
-            r"colgandose|lento|\w+ndo)"
-            r"\b|\bigual que antes\b|\b(?:el )?mismo (?:error|problema|fallo|resultado)\b|"
-            r"\botra vez (?:lo mismo|el "
-            r"mismo|igual|mal)\b|\bde nuevo (?:mal|igual)\b",
+            r"colgandose|lento|\w+ndo)\b|\bigual que antes\b|\b(?:el )?mismo (?:error|problema|"
+            r"fallo|resultado)\b|\botra vez (?:lo mismo|el mismo|igual|mal)\b|\bde nuevo (?:mal|"
+            r"igual)\b",
             r"\b(?:falta|faltan|falto|te (?:has )?(?:olvidado|olvidaste|comido|comiste|saltado|"
-            r"saltaste|dejado|dejaste|"
-            r"equivocado|equivocaste|confundido|confundiste|liado)|olvidaste|ignoraste|"
-            r"has (?:ignorado|olvidado|"
-            r"confundido|mezclado|borrado|cambiado|puesto|quitado|inventado|dejado))\b",
+            r"saltaste|dejado|dejaste|equivocado|equivocaste|confundido|confundiste|liado)|"
+            r"olvidaste|ignoraste|has (?:ignorado|olvidado|confundido|mezclado|borrado|cambiado|"
+            r"puesto|quitado|inventado|dejado))\b",
             r"\b(?:te |le )?(?:pedi|dije|habia (?:pedido|dicho)|he (?:dicho|pedido)|solicite)\b|"
-            r"\b(?:lo que )?(?:yo )?"
-            r"(?:queria|pedia|buscaba) (?:era|decir|un|una|solo|el|la|que)\b|\bme referia\b|"
-            r"\bquise decir\b",
+            r"\b(?:lo que )?(?:yo )?(?:queria|pedia|buscaba) (?:era|decir|un|una|solo|el|la|"
+            r"que)\b|\bme referia\b|\bquise decir\b",
             r"\b(?:por que|porque) (?:has|me|esta|estan|no|tanto|tantos|tanta|pones|sale|sigues|"
             r"haces|tan)\b.*",
             r"\bno (?:cuadra\w*|coincide\w*|funciona\w*|hace|hizo|compila|carga|arranca|abre|"
-            r"encuentro|existe\w*|"
-            r"respond\w+|ha (?:funcionado|cambiado|servido|hecho)|has|tiene sentido|entend\w+|"
-            r"son lo|va|van|vale|sirve\w*|pone|dice|incluye\w*|aparece\w*|se (?:ve|oye|entiende|"
-            r"abre|puede)|queria|"
-            r"quiero|pedi|pedia|tenias que|debia\w*|hacia falta|he pedido|hay ningun\w*)\b",
+            r"encuentro|existe\w*|respond\w+|ha (?:funcionado|cambiado|servido|hecho)|has|"
+            r"tiene sentido|entend\w+|son lo|va|van|vale|sirve\w*|pone|dice|incluye\w*|"
+            r"aparece\w*|se (?:ve|oye|entiende|abre|puede)|queria|quiero|pedi|pedia|tenias que|"
+            r"debia\w*|hacia falta|he pedido|hay ningun\w*)\b",
             r"\b(?:se (?:ha )?(?:cerrado|cierra|cuelga|rompe|rompio|borro|borrado|cae|perdido|"
-            r"perdio)|da error|me da "
-            r"error|peta|petando|falla|fallando|crashea|revienta|ha desaparecido|desaparecio)\b",
+            r"perdio)|da error|me da error|peta|petando|falla|fallando|crashea|revienta|"
+            r"ha desaparecido|desaparecio)\b",
             r"\b(?:dejalo|dejemoslo|olvidalo|dejame|da igual|es igual|paso|mejor lo hago yo|"
-            r"lo miro yo|ya me "
-            r"apano|mejor lo|prefiero hacerlo|me rindo|no hay manera|no hay forma|asi no vamos|"
-            r"no sirve de nada)\b",
+            r"lo miro yo|ya me apano|mejor lo|prefiero hacerlo|me rindo|no hay manera|"
+            r"no hay forma|asi no vamos|no sirve de nada)\b",
             r"\b(?:parece|suena|como) (?:a |escrit\w+ por |hecho por |de |sacad\w+ de )?(?:un |"
-            r"una )?(?:robot|maquina|"
-            r"plantilla|folleto|manual|traductor|telegrama|anuncio)\b",
+            r"una )?(?:robot|maquina|plantilla|folleto|manual|traductor|telegrama|anuncio)\b",
             r"\b(?:seguro|estas segur[oa]|segura)\?*$|\bestas segur[oa]\b|\bque (?:es|"
-            r"significa) (?:esto|eso)\b|\bque "
-            r"tiene que ver\b|\bno te (?:he )?(?:entiendo|pedi|pedido)\b",
+            r"significa) (?:esto|eso)\b|\bque tiene que ver\b|\bno te (?:he )?(?:entiendo|pedi|"
+            r"pedido)\b",
         ),
         WORDS,
     ),
@@ -256,39 +212,29 @@ SPANISH = Lexicon(
             r"\b(?:rehac\w+|reescrib\w+|repetilo|cambialo|arreglalo)\b|\ben (?:una|dos|"
             r"tres) (?:frases?|lineas?|palabras?)$",
             r"\b(?:puedes|podrias|puede|podria|podes|te importa|te importaria|me lo puedes|"
-            r"lo puedes|me puedes) (?:\w+ )"
-            r"{0,3}?(?:{redo}|mirar|hacerlo|ponerlo|decirlo|explicarlo|explicarmelo|escribirlo|"
-            r"usar|evitar|ser)\b",
+            r"lo puedes|me puedes) (?:\w+ ){0,3}?(?:{redo}|mirar|hacerlo|ponerlo|decirlo|"
+            r"explicarlo|explicarmelo|escribirlo|usar|evitar|ser)\b",
             r"\b(?:otra vez|de nuevo|nuevamente|desde cero|desde el principio)(?:[ ,]+(?:porfa|"
-            r"por favor|pero|con|sin|y|en))"
-            r"*\b|^(?:vuelve|vuelva|volve|empieza|empecemos)\b|\bvuelve a (?:empezar|hacer\w*|"
-            r"intentar\w*|calcular\w*|"
-            r"escribir\w*|generar\w*|mirar\w*|probar|redactar\w*)\b|\b(?:intenta|prueba|"
-            r"intentalo|pruebalo)\b",
+            r"por favor|pero|con|sin|y|en))*\b|^(?:vuelve|vuelva|volve|empieza|empecemos)\b|"
+            r"\bvuelve a (?:empezar|hacer\w*|intentar\w*|calcular\w*|escribir\w*|generar\w*|"
+            r"mirar\w*|probar|redactar\w*)\b|\b(?:intenta|prueba|intentalo|pruebalo)\b",
             r"(?:^|\b(?:y|pero|porfa|por favor|mejor|ahora|esta vez|asi que|"
-            r"entonces) ){redo}\b(?! (?:mi|este|el "
-            r"siguiente|esta))",
+            r"entonces) ){redo}\b(?! (?:mi|este|el siguiente|esta))",
             r"\b(?:mas|menos) (?:cort[oa]|larg[oa]|breve|sencill[oa]|simple|formal|informal|"
-            r"cercan[oa]|amable|calid[oa]|"
-            r"clar[oa]|concret[oa]|corto|natural|human[oa]|detalle|detallad[oa]|"
-            r"conciso)\b(?: (?:porfa|por favor))?",
+            r"cercan[oa]|amable|calid[oa]|clar[oa]|concret[oa]|corto|natural|human[oa]|detalle|"
+            r"detallad[oa]|conciso)\b(?: (?:porfa|por favor))?",
             r"\b(?:deberia|deberian|debe|deben|tiene que|tienen que|tenia que|habria que|hay que|"
-            r"deberias|tendria que|"
-            r"tendrian que|seria|serian) (?:ser |estar |poner |decir |ir |llevar |salir |quedar |"
-            r"usar |incluir )?\w+",
+            r"deberias|tendria que|tendrian que|seria|serian) (?:ser |estar |poner |decir |ir |"
+            r"llevar |salir |quedar |usar |incluir )?\w+",
             r"\b(?:la proxima|para la proxima|de ahora en adelante|a partir de ahora|esta vez|"
-            r"en adelante)\b(?! (?:la|"
-            r"lo) rieg)",
+            r"en adelante)\b(?! (?:la|lo) rieg)",
             r"\b(?:en vez de|en lugar de|sin (?:negritas?|listas?|emojis|asteriscos|vinetas|"
-            r"titulos|numeros|adornos))\b|"
-            r"\bpreferir?ia\b|\bprefiero\b|\bmejor (?:sin|con|en|un|una|que)\b",
+            r"titulos|numeros|adornos))\b|\bpreferir?ia\b|\bprefiero\b|\bmejor (?:sin|con|en|un|"
+            r"una|que)\b",
             r"(?:^|\b(?:y|pero|porfa|por favor) )(?:no (?:uses|pongas|hagas|incluyas|cambies|"
-            r"escribas|repitas|te "
-            r"inventes|toques|traduzcas|me des|mandes)|dame|ponme|pon|usa|deja|anade|incluye|"
-            r"genera|escribe|haz|di) "
-            r"(?:\w+ ){0,4}?(?:solo|otr[oa]s?|esta vez|sin|mas|menos|como te|tal como|bien|"
-            r"correct\w+|de verdad|entero|"
-            r"completo)\b",
+            r"escribas|repitas|te inventes|toques|traduzcas|me des|mandes)|dame|ponme|pon|usa|"
+            r"deja|anade|incluye|genera|escribe|haz|di) (?:\w+ ){0,4}?(?:solo|otr[oa]s?|esta vez|"
+            r"sin|mas|menos|como te|tal como|bien|correct\w+|de verdad|entero|completo)\b",
         ),
         WORDS,
     ),
@@ -302,34 +248,26 @@ SPANISH = Lexicon(
             r"\bde (?:la )?emocion\b|\bque (?:alegria|alivio|tranquilidad) (?:saber|que)\b|"
             r"\bsuerte que\b",
             r"\b(?:genial|perfecto|estupendo|fantastico|maravilloso|que bien|muy bien|bravo|olé|"
-            r"ole|brillante|"
-            r"excelente|gracias|claro|que ilusion|"
+            r"ole|brillante|excelente|gracias|claro|que ilusion|"
             r"que detalle)[,.! ]+(?:\w+[, ]+){0,6}?\w{2,}(?:re|ras|ra|remos|ran|ria|"
             r"riamos)\b(?! (?:gracias|usarlo))",
             r"\bque (?:bien|suerte|detalle|ilusion|util|practico|considerad[oa]|amable|list[oa]|"
-            r"original|revelacion|"
-            r"sorpresa|novedad|lujo) (?:que|de|tener|lo de|saber)\b",
+            r"original|revelacion|sorpresa|novedad|lujo) (?:que|de|tener|lo de|saber)\b",
             r"\b(?:menos mal|suerte|lo bueno|menuda suerte) que\b.{0,80}(?:\beh\b|\bno\b)?|"
-            r"[,.] eh[.!]*$|\bno me digas\b|\bno "
-            r"(?:me )?lo (?:habria|hubiera) (?:imaginado|pensado|adivinado)\b|\bjamas (?:se me|"
-            r"lo) (?:habria|hubiera)\b|"
+            r"[,.] eh[.!]*$|\bno me digas\b|\bno (?:me )?lo (?:habria|hubiera) (?:imaginado|"
+            r"pensado|adivinado)\b|\bjamas (?:se me|lo) (?:habria|hubiera)\b|"
             r"\bquien (?:lo )?(?:diria|iba a decir)\b|\bnunca se me (?:habria|hubiera) ocurrido\b",
             r"\b(?:sherlock|einstein|capitan obvio|premio nobel|nobel|pulitzer|te has lucido|"
-            r"te luciste|lumbrera|un "
-            r"aplauso|menudo genio|vaya (?:genio|maravilla|joya|lince|crack|tela|descubrimiento)|"
-            r"menud[oa] (?:ayuda|"
-            r"joya|lince|descubrimiento|novedad)|casi nada|ni tan mal|muy gracios[oa]|"
-            r"que gracioso|si claro|claro que "
-            r"si guapi|como no|descubriste|has descubierto|has inventado)\b",
+            r"te luciste|lumbrera|un aplauso|menudo genio|vaya (?:genio|maravilla|joya|lince|"
+            r"crack|tela|descubrimiento)|menud[oa] (?:ayuda|joya|lince|descubrimiento|novedad)|"
+            r"casi nada|ni tan mal|muy gracios[oa]|que gracioso|si claro|claro que si guapi|"
+            r"como no|descubriste|has descubierto|has inventado)\b",
             r"\b(?:mi|hasta mi) (?:abuela|gato|perro|tostadora|hijo de \w+|sobrino|"
-            r"calculadora) (?:lo |la |me |ya |tambien "
-            r")*\w+|\bya (?:solo )?(?:puestos|nos queda|falta|faltaria)\b.*|"
-            r"\bpara eso (?:ya )?(?:tengo|miro|estaba|me)\b|"
-            r"\bcomo si\b|\by yo (?:que|soy|con)\b|\bqueria (?:arruinar|perder)\b|\bpues nada\b|"
-            r"\bcon razon\b|\bahora "
-            r"resulta\b|\bsolo me faltaba\b|\bque haria yo sin\b|\bgracias por (?:avisar|"
-            r"descubrir|aclarar|el dato|"
-            r"recordarme|la obviedad|tanto)\b",
+            r"calculadora) (?:lo |la |me |ya |tambien )*\w+|\bya (?:solo )?(?:puestos|nos queda|"
+            r"falta|faltaria)\b.*|\bpara eso (?:ya )?(?:tengo|miro|estaba|me)\b|\bcomo si\b|"
+            r"\by yo (?:que|soy|con)\b|\bqueria (?:arruinar|perder)\b|\bpues nada\b|"
+            r"\bcon razon\b|\bahora resulta\b|\bsolo me faltaba\b|\bque haria yo sin\b|"
+            r"\bgracias por (?:avisar|descubrir|aclarar|el dato|recordarme|la obviedad|tanto)\b",
         )
     ),
     earnest=table((r"\b(?:en serio|de verdad|bromas aparte|fuera de broma|es broma)\b",)),
@@ -343,12 +281,10 @@ SPANISH = Lexicon(
             r"lunes|martes|miercoles|jueves|viernes|sabado|domingo)\b (?:\w+ ){0,3}?(?:ya |esta |"
             r"estan )?(?:funciona|funcionan|va|van|carga|cargan|sale|salen|bien|perfect[oa]s?|"
             r"genial|list[oa]s?|mejor|correct[oa]s?|arreglad[oa]s?|"
-            r"ok)\b[^?]{0,60}[,;.] ?(?:pero |y |"
-            r"aunque )?\b(?:el|la|los|las|del?|al|una?|otr[oa]s?|primer[oa]?|segund[oa]|"
-            r"tercer[oa]?|lunes|martes|miercoles|jueves|viernes|sabado|"
-            r"domingo)\b [^?]{0,60}\b(?:no|"
-            r"sigue|siguen|falta|faltan|aun|todavia|tampoco|igual|mal|vaci[oa]|error|lent[oa]|"
-            r"ni idea|dudas|nada)\b",
+            r"ok)\b[^?]{0,60}[,;.] ?(?:pero |y |aunque )?\b(?:el|la|los|las|del?|al|una?|"
+            r"otr[oa]s?|primer[oa]?|segund[oa]|tercer[oa]?|lunes|martes|miercoles|jueves|viernes|"
+            r"sabado|domingo)\b [^?]{0,60}\b(?:no|sigue|siguen|falta|faltan|aun|todavia|tampoco|"
+            r"igual|mal|vaci[oa]|error|lent[oa]|ni idea|dudas|nada)\b",
             r"\b\d+ de (?:l[oa]s )?\d+\b|\baun no (?:del todo|todo|esta)\b|\bno del todo\b",
             r"\bla mitad\b|\bel resto (?:no|sigue|aun|todavia|falta)\b|\bsolo (?:dos|tres|uno|"
             r"una|algunos|algunas|la mitad)\b",
@@ -357,68 +293,54 @@ SPANISH = Lexicon(
             r"arreglad\w)\b.{0,80}\b(?:pero|aunque|en cambio|solo que|el otro|la otra|"
             r"los otros)\b.{0,80}\b(?:no|sigue|siguen|aun|todavia|falta|faltan|tarda)\b",
             r"\b(?:l[oae]s? |te |ya |me l[oa] |echo un |lo )*(?:miro|leo|pruebo|veo|reviso|"
-            r"pienso|consulto|hablo|pregunto|"
-            r"comento|vistazo)\b(?: \w+){0,3} (?:luego|manana|esta (?:tarde|noche|semana)|"
-            r"este finde|el (?:lunes|martes|"
-            r"miercoles|jueves|viernes|sabado|domingo)|despues|mas tarde|con calma|en casa|"
-            r"a ver)\b|\bte "
-            r"(?:digo|cuento|aviso|comento|confirmo|dire|avisare|confirmare)(?: (?:algo|luego|"
-            r"manana|cosas))?\b|\bya te "
-            r"(?:digo|cuento|dire|aviso)\b|\bdejame (?:mirar|pensar|verlo|leer|revisar|"
+            r"pienso|consulto|hablo|pregunto|comento|vistazo)\b(?: \w+){0,3} (?:luego|manana|"
+            r"esta (?:tarde|noche|semana)|este finde|el (?:lunes|martes|miercoles|jueves|viernes|"
+            r"sabado|domingo)|despues|mas tarde|con calma|en casa|a ver)\b|\bte (?:digo|cuento|"
+            r"aviso|comento|confirmo|dire|avisare|confirmare)(?: (?:algo|luego|manana|cosas))?\b|"
+            r"\bya te (?:digo|cuento|dire|aviso)\b|\bdejame (?:mirar|pensar|verlo|leer|revisar|"
             r"consultar\w*|probar\w*)\b",
             r"\b(?:aun|todavia) no (?:se|lo|la|he|tengo|puedo|estoy)\b|\bno (?:se|"
-            r"estoy segur[oa]|tengo claro)(?: si| "
-            r"que| todavia| aun)?\b|\btengo (?:que|mis) (?:consultar\w*|pensar\w*|hablar\w*|"
-            r"probar\w*|dudas|mirar\w*|"
-            r"preguntar\w*)\b|\bpuede que (?:sea|este) (?:mi|yo|cosa mia|el)\b|"
-            r"\bigual (?:es|soy|son) (?:"
-            r"cosa mia|mi|yo)\b|\ba lo mejor (?:es|soy) (?:mi|yo)\b",
+            r"estoy segur[oa]|tengo claro)(?: si| que| todavia| aun)?\b|\btengo (?:que|"
+            r"mis) (?:consultar\w*|pensar\w*|hablar\w*|probar\w*|dudas|mirar\w*|preguntar\w*)\b|"
+            r"\bpuede que (?:sea|este) (?:mi|yo|cosa mia|el)\b|\bigual (?:es|soy|"
+            r"son) (?:cosa mia|mi|yo)\b|\ba lo mejor (?:es|soy) (?:mi|yo)\b",
             r"\b(?:a medias|mitad|regular|mas o menos|en parte|parcialmente|ni fu ni fa|depende|"
-            r"unas si|algunos si|algo "
-            r"mejor|va mejor|mejoro|un poco mejor|a ratos|no todo|ha mejorado|pero algo)\b|"
-            r"\bde lo otro\b|\bdel resto\b|"
-            r"\bdel otro\b|\bveremos\b|\bya veremos\b|\bpor ahora (?:bien|va)\b|\blo (?:hablamos|"
-            r"pienso|vemos)\b",
+            r"unas si|algunos si|algo mejor|va mejor|mejoro|un poco mejor|a ratos|no todo|"
+            r"ha mejorado|pero algo)\b|\bde lo otro\b|\bdel resto\b|\bdel otro\b|\bveremos\b|"
+            r"\bya veremos\b|\bpor ahora (?:bien|va)\b|\blo (?:hablamos|pienso|vemos)\b",
         )
     ),
     doubt=table(
         (
             r"\b(?:creo|creia|juraria|diria|me parece|me suena|tengo entendido|pense|pensaba|"
-            r"si no me (?:equivoco|falla)|"
-            r"que yo sepa|segun (?:yo|tengo|el|la)|perdona|disculpa|perdon|una cosa|un detalle|"
-            r"detallito|solo un|casi|"
-            r"en realidad|realmente|no (?:sera|seria|era|es|son|deberia|hay|habia|deberian)|"
-            r"eso es|es que|seria|serian|"
+            r"si no me (?:equivoco|falla)|que yo sepa|segun (?:yo|tengo|el|la)|perdona|disculpa|"
+            r"perdon|una cosa|un detalle|detallito|solo un|casi|en realidad|realmente|no (?:sera|"
+            r"seria|era|es|son|deberia|hay|habia|deberian)|eso es|es que|seria|serian|"
             r"quedamos en|en todo caso|mas bien|ojo|cuidado|solo|unicamente|pone|ponia|aparece|"
-            r"me sale|era|eran|vs)\b|"
-            r"\bno\?*$|\bverdad\?*$|\bpero\b",
+            r"me sale|era|eran|vs)\b|\bno\?*$|\bverdad\?*$|\bpero\b",
         )
     ),
     negation=table((r"\b(?:no|ni|nada|nunca|tampoco|sin|ningun|ninguna|falta|faltan)\b",)),
     new_task=table(
         (
             r"^(?:(?:ok|vale|bueno|y|pues|bien|perfecto|genial|listo|gracias|"
-            r"ya)\s+)*(?:lo siguiente|siguiente|otra (?:cosa|"
-            r"pregunta|duda|tarea)|cambiando de tema|cambio de tema|por cierto|oye(?: y| una)?|"
-            r"ahora (?:necesito|quiero|otra|"
-            r"vamos|toca|dime|ayudame)|pasemos|pasamos|vamos (?:con|a)|a otra cosa|otro tema|"
-            r"ademas|de paso|mientras tanto|"
-            r"ponme mientras|espera|un momento|un segundo|dame un segundo|hablando de|"
-            r"que me (?:llaman|llama)|nueva "
-            r"(?:pregunta|tarea))\b",
+            r"ya)\s+)*(?:lo siguiente|siguiente|otra (?:cosa|pregunta|duda|tarea)|"
+            r"cambiando de tema|cambio de tema|por cierto|oye(?: y| una)?|ahora (?:necesito|"
+            r"quiero|otra|vamos|toca|dime|ayudame)|pasemos|pasamos|vamos (?:con|a)|a otra cosa|"
+            r"otro tema|ademas|de paso|mientras tanto|ponme mientras|espera|un momento|"
+            r"un segundo|dame un segundo|hablando de|que me (?:llaman|llama)|nueva (?:pregunta|"
+            r"tarea))\b",
         )
     ),
     soft_transition=table(
         (
             r"^(?:(?:ok|vale|bueno|y|pues|bien|hola|buenas|si|ya|oye|entonces|ah|mmm+|"
-            r"eh)\s+)*(?:que|como|quien|cuando|donde|"
-            r"cual|cuales|cuanto|cuanta|cuantos|cuantas|a que|en que|de que|por donde|puedes|"
-            r"podrias|me (?:puedes|ayudas|"
-            r"das|dices|recomiendas|haces|pones|apuntas|buscas)|sabes|hay|existe|tienes|conoces|"
-            r"se puede|quiero|necesito|"
-            r"busco|quisiera|me gustaria|ayudame|hazme|dime|busca|apuntame|anota|recuerdame|"
-            r"recomiendame|traduce|escribeme|"
-            r"cuentame|vale la pena|hace falta|sirve|funciona|hay que|tengo que|debo|puedo)\b",
+            r"eh)\s+)*(?:que|como|quien|cuando|donde|cual|cuales|cuanto|cuanta|cuantos|cuantas|"
+            r"a que|en que|de que|por donde|puedes|podrias|me (?:puedes|ayudas|das|dices|"
+            r"recomiendas|haces|pones|apuntas|buscas)|sabes|hay|existe|tienes|conoces|se puede|"
+            r"quiero|necesito|busco|quisiera|me gustaria|ayudame|hazme|dime|busca|apuntame|anota|"
+            r"recuerdame|recomiendame|traduce|escribeme|cuentame|vale la pena|hace falta|sirve|"
+            r"funciona|hay que|tengo que|debo|puedo)\b",
         )
     ),
     reference=table(
@@ -439,22 +361,21 @@ SPANISH = Lexicon(
     imperative=table(
         (
             r"^(?:(?:y|pero|entonces|porfa|por favor|solo|tambien|mejor|esta vez)\s+)*(?:{redo}|"
-            r"usa|pon|di|da|dame|nombra|"
-            r"incluye|anade|escribe|haz|sin|con|solo|nada de|deja|genera|elige)\b",
+            r"usa|pon|di|da|dame|nombra|incluye|anade|escribe|haz|sin|con|solo|nada de|deja|"
+            r"genera|elige)\b",
         ),
         WORDS,
     ),
     order=table(
         (
             r"^(?:(?:y|pero|entonces|ahora|ok|bueno|no|mejor|por favor|porfa)\W+)*(?:{redo}|"
-            r"menciona|incluye|nombra|explica|"
-            r"describe|cuenta|responde|compara|recuerda)\b",
+            r"menciona|incluye|nombra|explica|describe|cuenta|responde|compara|recuerda)\b",
         ),
         WORDS,
     ),
     contrast=re.compile(
-        r"[,;:—–-]*\s+(?:pero|sin embargo|aunque|salvo que|excepto|solo que|eso si)\s*,?\s+"
-        r"|^(?:pero|sin embargo|aunque|eso si)\s*,?\s+",
+        r"[,;:—–-]*\s+(?:pero|sin embargo|aunque|salvo que|excepto|solo que|eso si)\s*,?\s+|"
+        r"^(?:pero|sin embargo|aunque|eso si)\s*,?\s+",
         re.IGNORECASE,
     ),
     conjunction=re.compile(r"\s+(?:y|porque|ya que|asi que)\s+", re.IGNORECASE),
