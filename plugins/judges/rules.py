@@ -1,11 +1,14 @@
-"""A judge without a model: a lexicon of how people, in English, react to a reply.
+"""A judge without a model: how people react to a reply, in English, German, Spanish and Chinese.
 
 It reads a user's message sentence by sentence, as far as the sentences speak about the reply: where
 the next task begins, reading ends. Complaints, corrections and wishes for a redo outweigh thanks
-and praise, and after a "but" the later half counts. A tool's error counts against the reply, unless
-the world failed (a timeout, a full disk). A tool's success is 0: that a call ran says that it was
-well formed, not that it was what the user needed. Hints are the user's own sentences about what to
-do, never a tool's text. Whatever the lexicon does not know is 0.
+and praise, and after a "but" the later half counts; plain mockery is a complaint, and what is mixed
+or put off is 0. A tool's error counts against the reply, unless the world failed; output that says
+that it succeeded, or names what was asked for, counts for it. Hints are the user's own sentences
+about what to do, never a tool's text. Whatever the lexicons do not know is an unsure 0.
+
+What a user says at the end of a task counts for an earlier step only if it names something from
+that step's own tool call (`names_step`); then it is read like an answer to the step.
 """
 
 from __future__ import annotations
@@ -17,28 +20,39 @@ from dataclasses import dataclass
 
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Source, Vote
-from plugins.judges import lexicon as lex
+from plugins.judges.calls import calls_of
+from plugins.judges.lexicons import lexicon_for
+from plugins.judges.lexicons.shape import Lexicon, fold, narrow
+from plugins.judges.results import SILENT as UNKNOWN
+from plugins.judges.results import read_result, telling
 
 HINT_SENTENCES = 3
 _RESTATED_SHARE = 0.75
 _RESTATED_WORDS = 4
+_REPEATED_SHARE = 0.5
+_REPEATED_WORDS = 8
+_PART_WORDS = 3
 _NOVEL_WORDS = 2
+_PAIR = 1 / 3
+"""What a pair of Han characters counts as a word: two words make about six pairs."""
 _MAX_CHARS = 4000
 
 _FENCED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILINE)
-_BREAK = re.compile(r"(?<=[.!?…])[\"'”’)*]*\s+|\n+")
+_BREAK = re.compile(
+    r"(?<=[.!?…])[\"'”’)*]*\s+|(?<=[。…])[”’)]*\s*|(?<=[!?;~])(?=[\u3400-\u9fff])|\n+"
+)
 _NO_BREAK = re.compile(r"(?:\b(?:e\.g|i\.e|vs|etc|mr|mrs|ms|dr|st|no)|(?:^|\n)\s*\d+)\.$", re.I)
-_CLAUSE = re.compile(r"[,;:!?.…()\"“”]+(?!\d)|\s[-–—]\s|\s+(?:and|because|since|so)\s+")
-_WORD = re.compile(r"[a-z']+")
-_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[^\W\d_]+")
-_NO_REFERENCE = re.compile(
-    r"\b(?:can|could|would|will|are|do) you\b|\b(?:an?|the|any|some) (?:\w+ )?\w+ that\b"
-)
+_CLAUSE = re.compile(r"[,;:!?.…()\"“”]+(?!\d)|\s[-–—]\s|[。、~]+|(?<=[\u3400-\u9fff]),")
+_WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*'?")
+_HAN = re.compile(r"[\u3400-\u9fff]+")
+_TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+")
 _MARKUP = re.compile(r"[*`\"“”]")
-_EDGES = " \t\n.,;:!?…*_~\"'“”‘’()-–—"
-_ANSWERED = re.compile(
-    r"^(?:no|nope|yes|yep|yeah|sure|correct|right|exactly)\b(?!\W+thank)\W*", re.I
-)
+_EDGES = " \t\n.,;:!?…*_~\"'“”‘’()-–—。、¡¿"
+_BAFFLED = re.compile(r"\?[?!]|!\?")
+_QUESTION = re.compile(r"\?\W*$|^\s*¿")
+
+GLAD = "🤝🫡🥳🔥🚀✨💕😘😎🤗🎊🏆🫶💛💚💙💜👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
+SAD = "🤨😩😫👎😡😠🙄🙃😒😞😕☹🤦😤❌🤡😑"
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +77,7 @@ class Rules:
     deterministic = True
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """The lexicon's vote; it always has one."""
+        """The lexicons' vote; it always has one, unsure where they know nothing."""
         return vote_on(evidence)
 
     async def close(self) -> None:
@@ -78,51 +92,95 @@ def create(settings: JudgeSettings) -> JudgeKind:
 def vote_on(evidence: Evidence) -> Vote:
     """The vote: what the user says comes first, then what tools report."""
     asked = next((text for role, text in reversed(evidence.tail) if role == "user"), "")
-    said = [s.text for s in evidence.next_states if s.source in (Source.USER, Source.FEEDBACK)]
+    requests = "\n".join(text for role, text in evidence.tail if role == "user")
+    states = [
+        *evidence.next_states,
+        *(s for s in evidence.later if names_step(s.text, evidence.reply, requests)),
+    ]
+    said = [s.text for s in states if s.source in (Source.USER, Source.FEEDBACK)]
     context = "\n".join([*(text for _, text in evidence.tail), evidence.reply])
     vote = read_message("\n".join(said)[:_MAX_CHARS], asked, evidence.reply, context)
-    if vote.score == 0 and any(
-        tool_failed(s.text)
+    if vote.score or (said and vote.sure):
+        return vote
+    arguments = "\n".join(call.arguments for call in calls_of(evidence.reply))
+    results = [
+        read_result(s.text, asked, arguments)
         for s in evidence.next_states
         if s.source in (Source.TOOL, Source.ENVIRONMENT)
-    ):
-        return Vote(-1)
-    return vote
+    ]
+    sure = [result for result in results if result.sure]
+    return min(sure, key=lambda result: result.score, default=vote)
 
 
-def tool_failed(text: str) -> bool:
-    """Whether a tool's output reports an error that the call itself caused."""
-    text = text[:_MAX_CHARS].lower()
-    return bool(lex.TOOL_ERROR.search(text)) and not lex.TOOL_OUTAGE.search(text)
+def names_step(text: str, reply: str, requests: str) -> bool:
+    """Whether a message names something of the reply's own tool calls.
+
+    That is a word of four letters or more, a number of two digits or more, or a pair of Han
+    characters from a call's name or arguments, unless the user's requests had it already: then it
+    may mean any step.
+
+    >>> reply = '[calls edit({"path": "src/cart.py"})]'
+    >>> names_step("cart.py lost its imports", reply, "Fix the total.")
+    True
+    >>> names_step("The total is still wrong.", reply, "Fix the total."), names_step(
+    ...     "cart.py lost its imports", reply, "Fix cart.py")
+    (False, False)
+    """
+    calls = telling("\n".join(f"{call.name} {call.arguments}" for call in calls_of(reply)))
+    return bool((calls - telling(requests)) & telling(text))
 
 
 def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
     """The vote of a user's message that followed `reply` to `asked`; `context` holds both."""
-    if reply.rstrip().endswith("?"):
-        text = _ANSWERED.sub("", text)  # a yes or no to the reply's own question
-    seen = content_words(context) | {token.lower() for token in _TOKEN.findall(context)}
-    worst, best = 0, 0
+    text = narrow(text)
+    if not text.strip():
+        return UNKNOWN
+    lex = lexicon_for(text, context)
+    if narrow(reply).rstrip().endswith("?"):
+        text = lex.answered.sub("", text)  # a yes or no to the reply's own question
+    seen = content_words(context, lex) | {fold(token) for token in _TOKEN.findall(context)}
+    own = _FENCED.sub("\n", text)
+    low = plain(own)
+    if lex.mockery.search(low) and not lex.earnest.search(low):
+        return Vote(-1)
+    worst, best, praised, opened = 0, 0, False, False
+    doubtful, denied, mixed = False, False, False
     hints: dict[int, list[str]] = {1: [], 2: []}
-    for sentence in sentences(_FENCED.sub("\n", text)):
-        readings = [(half, read_half(half, seen)) for half in halves(sentence)]
+    for sentence in sentences(own):
+        parts = halves(sentence, lex)
+        readings = [(half, read_half(half, seen, lex)) for half in parts]
         low = plain(sentence).strip(_EDGES)
-        follows = worst < 0 and (lex.IMPERATIVE.search(low) or lex.ORDER.search(low))
-        if (follows and not is_new(sentence, seen)) or (best == 0 and same_subject(sentence, seen)):
-            readings = [(half, ordered(plain(half))) for half, _ in readings]
-        if opens_task(sentence, [reading for _, reading in readings], seen):
+        follows = worst < 0 and (lex.imperative.search(low) or lex.order.search(low))
+        if (follows and not is_new(sentence, seen, lex)) or (
+            best == 0 and same_subject(sentence, seen, lex)
+        ):
+            readings = [(half, ordered(plain(half), lex)) for half, _ in readings]
+        values = [reading for _, reading in readings]
+        if opens_task(sentence, values, seen, lex, begun=bool(worst or best)):
+            opened = True
             break
-        verdict = contrasted([reading for _, reading in readings])
-        if verdict.strong and verdict.value > 0 and lex.CONTRAST.match(sentence):
+        verdict = contrasted(values)
+        if verdict.strong and verdict.value > 0 and lex.contrast.match(sentence):
             worst = 0
+        mild = verdict.value >= 0 and not verdict.strong
+        doubtful = doubtful or (mild and doubts(sentence, lex))
+        denied = denied or (mild and denies(sentence, lex))
         worst, best = min(worst, verdict.value), max(best, verdict.value)
+        if verdict.strong and verdict.value > 0:
+            praised, doubtful = True, False
+        mixed = mixed or (praised and worst < 0) or in_parts(readings, lex)
         for half, reading in readings:
             if reading.hint:
                 hints[reading.hint].append(half)
+    if (mixed or lex.undecided.search(plain(own))) and not hints[2]:
+        return Vote(0)
     if worst == 0 and best == 0 and restates(text, asked):
         worst = -1
     if worst < 0:
         return Vote(-1, hint_of(hints[2] or hints[1]))
-    return Vote(best)
+    if doubtful or (not best and not opened and (denied or repeats(own, asked, lex))):
+        return Vote(-1)
+    return Vote(best) if best or opened else UNKNOWN
 
 
 def sentences(text: str) -> Iterator[str]:
@@ -137,90 +195,137 @@ def sentences(text: str) -> Iterator[str]:
         yield rest
 
 
-def halves(sentence: str) -> list[str]:
+def halves(sentence: str, lex: Lexicon) -> list[str]:
     """The sentence, cut where a "but" turns it."""
-    return [half for part in lex.CONTRAST.split(sentence) if (half := part.strip())]
+    return [half for part in lex.contrast.split(sentence) if (half := part.strip())]
 
 
 def contrasted(readings: list[Reading]) -> Reading:
-    """Of the halves around a "but", the last that is more than polite; else the worst."""
+    """Of the halves around a "but", the last that is more than polite; else the worst.
+
+    Where praise or thanks come first, a last half that says neither is what they lead up to.
+    """
+    praised = max((reading.value for reading in readings), default=0) > 0
+    if len(readings) > 1 and readings[-1] == SILENT and praised:
+        return Reading(-1, True, 1)
     strong = [reading for reading in readings if reading.strong]
     if strong:
         return strong[-1]
     return max(readings, key=lambda reading: reading.value, default=SILENT)
 
 
-def read_half(half: str, seen: frozenset[str]) -> Reading:
+def in_parts(readings: list[tuple[str, Reading]], lex: Lexicon) -> bool:
+    """Whether a sentence praises a part of the reply, and after a "but" does not praise another."""
+    *firsts, (_, last) = readings or [("", SILENT)]
+    return last.value <= 0 and any(
+        reading.strong
+        and reading.value > 0
+        and len(half.split()) >= _PART_WORDS
+        and not lex.reference.search(plain(half))
+        for half, reading in firsts
+    )
+
+
+def read_half(half: str, seen: frozenset[str], lex: Lexicon) -> Reading:
     """What a stretch of text without a turn says about the reply."""
     low = plain(half)
     values: list[int] = []
-    rest, idiom = without_idioms(low)
+    rest, idiom = without_idioms(low, lex)
     values += idiom
     thanks = False
-    for clause in (part.strip(_EDGES) for part in _CLAUSE.split(rest)):
-        if not clause:
-            continue
-        if lex.COMPLAINT.search(clause):
+    for clause in clauses(rest, lex):
+        if lex.complaint.search(clause):
             values.append(-1)
-        elif lex.PRAISE.search(clause):
+        elif lex.praise.search(clause):
             values.append(1)
-        thanks = thanks or bool(lex.THANKS.search(clause))
-    order = lex.DIRECTIVE.search(plain(rest.replace(",", " ")).strip(_EDGES))
-    if order and not is_new(half, seen, order.group()):
-        return ordered(low)
+        thanks = thanks or bool(lex.thanks.search(clause))
+    order = lex.directive.search(plain(rest.replace(",", " ")).strip(_EDGES))
+    if order and not is_new(half, seen, lex, order.group()):
+        return ordered(low, lex)
     if -1 in values:
-        return Reading(-1, True, 1 if lex.POINTED.search(low) else 0)
-    if any(face in half for face in lex.SAD):
+        return Reading(-1, True, 1 if lex.pointed.search(low) else 0)
+    if any(face in half for face in SAD):
         return Reading(-1, True)
     if 1 in values:
         return Reading(1, True)
-    glad = thanks or any(face in half for face in lex.GLAD)
+    glad = thanks or any(face in half for face in GLAD)
     return Reading(1) if glad else SILENT
 
 
-def ordered(low: str) -> Reading:
+def clauses(text: str, lex: Lexicon) -> Iterator[str]:
+    """The parts between punctuation and conjunctions."""
+    for part in _CLAUSE.split(text):
+        for clause in lex.conjunction.split(part):
+            if tidy := clause.strip(_EDGES):
+                yield tidy
+
+
+def ordered(low: str, lex: Lexicon) -> Reading:
     """How an order about the reply counts; one that only asks for another try makes no hint."""
-    words = [token for token in _TOKEN.findall(low) if token not in lex.BARE]
+    words = [token for token in _TOKEN.findall(low) if token not in lex.bare]
     return Reading(-1, True, 2 if words else 0)
 
 
-def without_idioms(low: str) -> tuple[str, list[int]]:
+def without_idioms(low: str, lex: Lexicon) -> tuple[str, list[int]]:
     """The text without fixed phrases, and what those say."""
     values: list[int] = []
-    for value, pattern in lex.IDIOMS:
+    for value, pattern in lex.idioms:
         low, count = pattern.subn(" ", low)
         if value and count:
             values.append(value)
     return low, values
 
 
-def opens_task(sentence: str, readings: list[Reading], seen: frozenset[str]) -> bool:
-    """Whether the next task begins with this sentence."""
-    low = plain(sentence).strip(_EDGES)
-    new = is_new(sentence, seen)
-    if lex.NEW_TASK.search(low) or (new and lex.SOFT_TRANSITION.search(low)):
+def opens_task(
+    sentence: str, readings: list[Reading], seen: frozenset[str], lex: Lexicon, *, begun: bool
+) -> bool:
+    """Whether the next task begins with this sentence; `begun`: the reply has been spoken of."""
+    low = plain(sentence.replace(",", " ")).strip(_EDGES)
+    if _BAFFLED.search(sentence):
+        return False
+    new = is_new(sentence, seen, lex)
+    if lex.new_task.search(low) or (new and lex.soft_transition.search(low)):
         return True
     if any(reading.value < 0 for reading in readings):
         return False
     silent = all(reading == SILENT for reading in readings)
-    return (new and silent) or bool(lex.SOFT_TRANSITION.search(low))
+    if silent and (doubts(sentence, lex) or denies(sentence, lex)):
+        return False
+    return (new and silent and begun) or bool(lex.soft_transition.search(low))
 
 
-def is_new(text: str, seen: frozenset[str], order: str = "") -> bool:
+def doubts(sentence: str, lex: Lexicon) -> bool:
+    """Whether a sentence softly corrects the reply, or is baffled by it."""
+    low = without_idioms(plain(sentence.replace(",", " ")), lex)[0].strip(_EDGES)
+    asks = lex.soft_transition.search(low)
+    return bool(_BAFFLED.search(sentence)) or (not asks and bool(lex.doubt.search(low)))
+
+
+def denies(sentence: str, lex: Lexicon) -> bool:
+    """Whether a plain statement has a "not" in it."""
+    low = without_idioms(plain(sentence.replace(",", " ")), lex)[0].strip(_EDGES)
+    other = _QUESTION.search(sentence) or any(
+        pattern.search(low) for pattern in (lex.order, lex.imperative, lex.soft_transition)
+    )
+    return not other and bool(lex.negation.search(low))
+
+
+def is_new(text: str, seen: frozenset[str], lex: Lexicon, order: str = "") -> bool:
     """Whether a sentence, apart from the words that make it an order, leaves the turn's subject."""
     low = plain(text)
-    if lex.REFERENCE.search(_NO_REFERENCE.sub("", low)):
+    if lex.reference.search(lex.no_reference.sub("", low)):
         return False
-    names = {token.lower() for token in _marks(_TOKEN.findall(text))}
-    words = content_words(low) | names
-    meant = content_words(order) | {token.lower() for token in _TOKEN.findall(order)}
-    return len(words - seen - meant) >= _NOVEL_WORDS
+    names = {fold(token) for token in _marks(_TOKEN.findall(text))}
+    words = content_words(low, lex) | names
+    meant = content_words(order, lex) | {fold(token) for token in _TOKEN.findall(order)}
+    novel = words - seen - meant
+    return sum(_PAIR if _HAN.match(word) else 1 for word in novel) >= _NOVEL_WORDS
 
 
-def same_subject(sentence: str, seen: frozenset[str]) -> bool:
+def same_subject(sentence: str, seen: frozenset[str], lex: Lexicon) -> bool:
     """Whether an order names what the turn named, and no other name or number."""
-    names = {token.lower() for token in _marks(_TOKEN.findall(sentence))}
-    return bool(lex.ORDER.search(plain(sentence))) and bool(names) and names <= seen
+    names = {fold(token) for token in _marks(_TOKEN.findall(sentence))}
+    return bool(lex.order.search(plain(sentence))) and bool(names) and names <= seen
 
 
 def restates(text: str, asked: str) -> bool:
@@ -232,21 +337,33 @@ def restates(text: str, asked: str) -> bool:
     return 2 * (mine & theirs).total() >= _RESTATED_SHARE * (mine.total() + theirs.total())
 
 
+def repeats(text: str, asked: str, lex: Lexicon) -> bool:
+    """Whether a short remark repeats a part of the request, as one does that was overlooked."""
+    words = content_words(text, lex)
+    if not words or len(words) > _REPEATED_WORDS or _QUESTION.search(text):
+        return False
+    return len(words & content_words(asked, lex)) >= _REPEATED_SHARE * len(words)
+
+
 def hint_of(parts: list[str]) -> str | None:
     """The user's sentences as a hint: verbatim, at most HINT_SENTENCES."""
     tidy = [part[0].upper() + part[1:] for part in dict.fromkeys(parts)]
     return " ".join(tidy[:HINT_SENTENCES]) or None
 
 
-def content_words(text: str) -> frozenset[str]:
-    """The words that say what a text is about, without a plural's s."""
-    words = _WORD.findall(text.lower())
-    return frozenset(w.removesuffix("'s").rstrip("s") for w in words if w not in lex.COMMON)
+def content_words(text: str, lex: Lexicon) -> frozenset[str]:
+    """The words that say what a text is about, without a plural's s; pairs of Han characters."""
+    low = plain(text)
+    words = [w for w in _WORD.findall(_HAN.sub(" ", low)) if w not in lex.common]
+    pairs = [run[i : i + 2] for run in _HAN.findall(low) for i in range(len(run) - 1)]
+    return frozenset(w.removesuffix("'s").rstrip("s") for w in words) | frozenset(
+        pair for pair in pairs if pair not in lex.common
+    )
 
 
 def plain(text: str) -> str:
-    """Lower case, straight apostrophes, single spaces, no emphasis or quotation marks."""
-    return " ".join(_MARKUP.sub("", text.lower().replace("’", "'")).split())
+    """Folded, with straight apostrophes, single spaces, no emphasis or quotation marks."""
+    return " ".join(_MARKUP.sub("", fold(text).replace("’", "'")).split())
 
 
 def _marks(tokens: list[str]) -> Counter[str]:

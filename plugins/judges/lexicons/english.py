@@ -1,14 +1,11 @@
-"""The English cues by which the `rules` judge reads a user's reaction, as tables of patterns.
-
-Patterns see one lower-case sentence, or one clause of it, without punctuation at its ends. Names in
-braces stand for the word lists of WORDS. Earlier rows of IDIOMS win and use up the text they match,
-so that "not bad" is praise before "bad" can be a complaint.
-"""
+"""English cues. Names in braces stand for the word lists of WORDS."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+
+from plugins.judges.lexicons.shape import Lexicon, table, words_of
 
 WORDS: Mapping[str, str] = {
     "end": r"(?=[\s.,;:!?…]*$)",
@@ -85,16 +82,8 @@ WORDS: Mapping[str, str] = {
 }
 
 
-def table(rows: Sequence[str]) -> re.Pattern[str]:
-    """One pattern that matches what any row matches."""
-    joined = "|".join(f"(?:{row})" for row in rows)
-    for name, pattern in WORDS.items():
-        joined = joined.replace("{" + name + "}", pattern)
-    return re.compile(joined, re.MULTILINE)
-
-
 IDIOMS: Sequence[tuple[int, re.Pattern[str]]] = tuple(
-    (value, table(rows))
+    (value, table(rows, WORDS))
     for value, rows in (
         (
             -1,
@@ -204,7 +193,8 @@ PRAISE = table(
         r"\b(?:made|makes) me (?:smile|happy|laugh)\b|\bcouldn.t ask for\b",
         r"\bwill (?:love|like|be (?:so |very |really )?(?:happy|pleased|delighted|proud)) ?"
         r"(?:{it}|to|with)?\b",
-    )
+    ),
+    WORDS,
 )
 THANKS = table(
     (
@@ -212,7 +202,8 @@ THANKS = table(
         r"appreciated|appreciated|much obliged|bless you)\b(?! (?:note|card|letter|message|email))",
         r"\b(?:thanks|thank you|thx)(?: so much| a lot| very much| a million| a bunch| a ton)?$",
         r"\b(?:i|we)(?:'m| am| do| really|'re| are)? (?:so |very |really )?(?:appreciate|grateful)",
-    )
+    ),
+    WORDS,
 )
 COMPLAINT = table(
     (
@@ -259,7 +250,8 @@ COMPLAINT = table(
         r"(?:that|this|it)$",
         r"\bcould be (?:said|written|sent|about|for|from) (?:\w+ )?(?:any|every)\w+",
         r"^(?!nothing |what |who |i )\w+ is (?:wrong|incorrect)(?: here)?$",
-        r"\bsupposed to (?:mean|be)\b|\bwhat (?:is|was|does) (?:that|this|it)(?: mean)?$",
+        r"\bsupposed to (?:mean|be)\b|\bwhat (?:is|was) (?:that|this|it)$|\bwhat does (?:that|"
+        r"this|it)(?: mean)?\b",
         r"^(?:nobody|no one|no human|no person|no child|no teacher|who) (?:\w+ ){1,3}?(?:like )?"
         r"(?:that|this|it)$",
         r"\bi(?:'d| would|’d)? (?:much |really |have )*(?:prefer(?:red)?|rather)\b",
@@ -281,7 +273,8 @@ COMPLAINT = table(
         r"\bmy teacher (?:will|would|might|is going to) (?:know|notice|see|think|spot|suspect)",
         r"\b(?:need|needs) (?:to be|more|some work|work|a bit|less|another|fixing|correcting)\b",
         r"\b(?:check|look at|count) (?:it|that|your \w+|the {reply}) again\b",
-    )
+    ),
+    WORDS,
 )
 """Said of a reply that did not serve; whether it also says what to do is DIRECTIVE's matter."""
 
@@ -352,7 +345,8 @@ DIRECTIVE = table(
         r"\bi (?:just |only |really )*(?:want|need|prefer|like) (?:\w+ ){0,2}?(?:plain|normal|"
         r"simple|full|natural|ordinary|proper|short|shorter|something (?:specific|concrete|"
         r"friendlier|warmer|kinder|shorter|simpler))\b",
-    )
+    ),
+    WORDS,
 )
 """Said of how the reply should have been: the sentences that make a hint."""
 
@@ -366,17 +360,21 @@ NEW_TASK = table(
         r"talk|go on|do the next|look at)|question \d|my (?:next|other|second)|(?:for )?the next|"
         r"for my next|switching|"
         r"on (?:another|a different)|here(?:'s| is| comes) (?:another|the next|my next|a new))\b",
-    )
+    ),
+    WORDS,
 )
 """Opens the next task whatever else the sentence says."""
 
 SOFT_TRANSITION = table(
     (
-        r"^(?:(?:ok|okay|so|and|well|but|then)\s+)*(?:now|also|anyway|anyways|meanwhile|then|what|"
-        r"how|who|when|which|where|a (?:new|different|second|quick|follow-?up)|i (?:also|now|have a"
+        r"^(?:(?:ok|okay|so|and|well|but|then)\s+)*(?:now|also|anyway|anyways|meanwhile|then|"
+        r"what(?:'?s)?|"
+        r"how(?:'?s)?|who(?:'?s)?|when|which|where(?:'?s)?|a (?:new|different|second|quick|"
+        r"follow-?up)|i (?:also|now|have a"
         r"|have another|need a|need an|'ve got)|(?:could|can) you (?:also|now|help)|something else|"
         r"speaking of)\b",
-    )
+    ),
+    WORDS,
 )
 """Opens the next task unless the sentence speaks about the reply."""
 
@@ -384,7 +382,8 @@ REFERENCE = table(
     (
         r"\b(?:it|that|again|instead|this time|next time|once more|rather|you|your|redo|the "
         r"{reply})\b",
-    )
+    ),
+    WORDS,
 )
 """Words by which a sentence points at the reply."""
 
@@ -401,7 +400,8 @@ POINTED = table(
         r"\b(?:needs|lacks|prefer|(?:'d|would) rather|wish)\b",
         r"would (?:be|have been|look|sound|read|feel) (?:\w+ ){0,2}?(?:better|nicer|kinder|clearer|"
         r"easier|friendlier|more)",
-    )
+    ),
+    WORDS,
 )
 """Complaints that say what was amiss: they make a hint when nothing says what to do."""
 
@@ -416,7 +416,8 @@ IMPERATIVE = table(
         r"state)"
         r"\b",
         r"^(?:{it}|the {reply})(?:'s| is| was| are) (?:actually |really |in fact )*(?:\d|\w+$)",
-    )
+    ),
+    WORDS,
 )
 """An order, or the right value, that belongs to the complaint before it."""
 
@@ -428,7 +429,8 @@ ORDER = table(
         r"name|show|explain|answer|point|describe|speak|address|state|praise|encourage|compare|"
         r"check|"
         r"count|consider|remember)\b)(?!.*\bhow (?:many|much)\b)",
-    )
+    ),
+    WORDS,
 )
 """An order; it is about the reply when it names what the turn named."""
 
@@ -438,44 +440,17 @@ CONTRAST = re.compile(
     re.IGNORECASE,
 )
 
-TOOL_ERROR = table(
-    (
-        r"^\s*(?:\w+\.)*\w*(?:error|exception)\b\s*(?::|$)",
-        r"^\s*(?:error|fatal|failed|failure|panic|abort(?:ed)?)\b",
-        r"traceback \(most recent call last\)",
-        r"(?:exit|return|status)[ _]?(?:code|status)?\W{0,4}(?:[1-9]\d*|-\d+)\b",
-        r"exited with (?:code |status )?[1-9]",
-        r"command not found|no such file or directory|permission denied|is not recognized as",
-        r"segmentation fault|core dumped|syntax ?error|undefined reference|invalid (?:argument|"
-        r"syntax|json|parameters?|option)|unknown (?:tool|function|option|command|argument)",
-        r"\"(?:is_?error|error)\"\s*:\s*(?:true|\"|\{)|\"(?:ok|success)\"\s*:\s*false",
-        r"\b[1-9]\d* (?:failed|errors?|failures?)\b",
-        r"validation error|missing required|unexpected (?:keyword|token|argument)",
-    )
-)
-TOOL_OUTAGE = table(
-    (
-        r"time[d]?[ -]?out|connection (?:refused|reset|closed|error)|temporarily unavailable",
-        r"\b(?:429|502|503|504)\b|rate limit|too many requests|service unavailable|network is",
-        r"name resolution|could not resolve|no space left|out of memory",
-    )
-)
-"""The world's failure, not the reply's: no verdict against it."""
-
-GLAD = "👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
-SAD = "👎😡😠🙄😒😞😕☹🤦😤❌"
-
-BARE = frozenset(
+BARE = words_of(
     """
     please could can would you try again it that this do done fix correct redo check look answer my
     your question once more one time write have another go attempt over start the properly now then
     so just and rewrite repeat kindly reply retry mind doing fixing correcting ok no i want like
     to be up me a
-    """.split()  # noqa: SIM905
+    """
 )
 """An order made of these words alone asks for another try without saying what to change."""
 
-COMMON = frozenset(
+COMMON = words_of(
     """
     a an the and or but so of to in on at by for from with without as is are was were be been being
     am do does did done doing have has had having will would can could shall should may might must i
@@ -497,6 +472,228 @@ COMMON = frozenset(
     person people personal voice casual formal way different differently better good well right
     wrong correct properly proper directly simply really actually bit little lot everyday
     language english detail details example examples comment comments feedback message note
-    """.split()  # noqa: SIM905 - as a list it would be 250 lines
+    """
 )
 """Words that say nothing about what a message is about, or speak of how a reply is written."""
+
+SERVED = table(
+    (
+        r"\b(?:finally|at last)[,!.]* (?:it |that |someone |something |a |an |some )|"
+        r"\b(?:like magic|smooth(?:ly)?|flawless(?:ly)?|life ?saver|gold|goat|bingo|tysm|ily|"
+        r"10/10|a\+|chef's kiss|so (?:good|helpful|clear|simple|easy|cool|true)|super (?:helpful|"
+        r"useful|clear|quick))\b(?! (?:plated|fish))",
+        r"\b(?:reviewer|prof|professor|landlord|neighbou?r|doctor|accountant|tenant|partner|"
+        r"mother|father|sister|brother|son|daughter|grandma|colleague)s? (?:\w+ )?(?:loved|loves|"
+        r"approved|accepted|agreed|said yes|was (?:thrilled|happy|impressed)|laughed|cried|"
+        r"understood|replied|is happy)\b",
+        r"\b(?:got the (?:job|part|flat|apartment|visa|loan|interview|grant)|passed (?:the|my|it|"
+        r"with)|aced (?:it|the|my)|said yes|we won|i won|slept (?:like|through)|delicious|tasty|"
+        r"yummy|is a beauty|turned out (?:great|perfect|amazing|lovely|well)|"
+        r"everyone wanted (?:more|seconds))\b|\b(?:rash|pain|error|noise|smell|lag|bug|leak|"
+        r"warning|problem|flicker|flies|stain|itch|cough|mould|mold|squeak|drip|crash\w*) (?:is|"
+        r"are|has|have) (?:\w+ )?(?:gone|disappeared|stopped)\b",
+        r"\byou (?:absolute |total |are a |are the )?(?:legend|star|hero|genius|rockstar|"
+        r"lifesaver|wizard|angel|champ|beauty|best)\b|\b(?:keeping|stealing|saving|framing|"
+        r"adopting|approving) (?:it|this|that)\b|\bsigned (?:it |this |that )?off\b|\b(?:zero|no|"
+        r"0) (?:failures|issues|problems|bugs)\b|\bsorted\b(?! by)",
+        r"^(?:(?:yes|yep|yeah|ok|that|it|this|all|both|everything) )*worked\b(?! until| before)|"
+        r"\b(?:u|you) (?:just |really |totally )?saved\b|\bbest \w+ (?:\w+ )?(?:i|we)(?:'ve|"
+        r" have)?\b|\b(?:i|we)(?:'ve| have) ever (?:had|seen|made|read|got)\b|\bmissing (?:piece|"
+        r"link|bit)\b|\blike crazy\b",
+        r"\b(?:you(?:'re| are| were)|you both) (?:absolutely |quite )?right\b|"
+        r"\bi stand corrected\b",
+        r"\b(?:merging|merged|shipping it|using (?:it|this|that)|going with (?:it|this|that)|"
+        r"sending (?:it|this) (?:off|out|now|as)|sent it|printed it|pasted it|ship it|lgtm|sold|"
+        r"consider it done)\b",
+        r"\bi(?:'ll| will) (?:take|use|go with|keep|send|steal|frame) (?:it|this|that|these|them|"
+        r"the \w+)\b",
+        r"\b(?:that|this|it)(?:'ll| will) do\b(?! (?:it )?again)|\bi owe you\b|\bgood enough\b",
+        r"\b(?:that|it) was (?:it|the (?:problem|culprit|issue|cause)|exactly (?:it|that))\b|"
+        r"\b(?:turns|turned) out (?:it|that) was\b",
+        r"\b(?:works?|working|runs?|running|boots?|passes|builds?|compiles|loads?|opens?|prints?|"
+        r"plays|back|fixed|solved|resolved|gone|green|live|online|all good|all set|"
+        r"all green) (?:now|again|fine|perfectly|flawlessly|smoothly|like (?:a charm|new)|"
+        r"at last|finally|first (?:try|time|go))\b",
+        r"\b(?:on|at) (?:the )?first (?:try|run|go|attempt)\b|\bfirst try$|\bno more (?:errors?|"
+        r"crashes|leaks?|warnings?|noise|complaints)\b|\b(?:zero|no) (?:errors?|warnings?|"
+        r"complaints)(?: now)?$",
+        r"\b(?:ticket|case|issue|book) (?:is )?closed\b|\bclos(?:e|ing) (?:the|this) (?:ticket|"
+        r"issue|case)\b",
+        r"\b(?:boss|client|customer|team|kids?|wife|husband|mom|mum|dad|teacher|editor|they|he|"
+        r"she|everyone|everybody) (?:\w+ )?(?:loved|loves|approved|signed off|got it|said yes|"
+        r"was (?:thrilled|happy|impressed|delighted)|laughed|is happy|are happy|accepted it)\b",
+        r"\b(?:chef's kiss|works on my machine too|day made|mind blown|hat tip|hats off|"
+        r"take a bow|now i (?:get|see|understand) it|it (?:finally )?clicked|learned something|"
+        r"today i learned|til)\b",
+        r"\bhad me (?:laughing|smiling|crying)\b|\bi(?:'m| am) (?:impressed|amazed|in awe|sold|"
+        r"relieved|convinced)\b|\bwhat a relief\b|\bphew\b",
+    )
+)
+"""Taken, used, or a problem gone."""
+
+FAILED = table(
+    (
+        r"\bdid you (?:even |actually )?(?:read|look|listen|check|try|test|run|see)\b|"
+        r"\b(?:cancel|scrap|drop|ditch|bin|discard) (?:it|that|this|them)\b",
+        r"\b(?:one|another) more (?:go|try|time|shot|attempt|round)\b|\bin (?:one|a single|"
+        r"two) (?:sentence|word|line)s?$",
+        r"\b(?:same|still the|still an?) (?:error|problem|thing|result|issue|bug|crash|message)\b",
+        r"\b(?:revert|undo|roll (?:it |that )?back|put (?:it|that|everything) back|start (?:over|"
+        r"again)|from scratch|recalculate|re-?run|do it (?:over|again|properly)|do over|"
+        r"delete (?:that|it|them))\b",
+        r"\bi(?:'ll| will) (?:just )?(?:do|look|check|write|handle|fix|book|call|ask|google|"
+        r"find) (?:it|them|that|someone|somewhere|into it)?(?: \w+)? ?(?:myself|by hand|manually|"
+        r"elsewhere|instead)\b|\blet's (?:drop|leave) (?:it|this|that)\b|"
+        r"\bthis is (?:going nowhere|pointless|hopeless)\b",
+        r"\b(?:it|that|he|she|which|everything)(?:'s| is| are| has) (?:now )?(?:gone|disappeared|"
+        r"vanished|missing|deleted|broken|down)\b",
+        r"\b(?:everybody|everyone|every \w+) (?:has|does|says|knows|uses) (?:that|this|it|one)?",
+        r"\bthe one thing i (?:asked|said|wanted|needed)\b|"
+        r"\bwhich is (?:exactly )?what i (?:asked|said|wanted) (?:you )?(?:not|to avoid)\b|"
+        r"\bi(?:'m| am) (?:still )?stuck\b",
+        r"^you (?:changed|broke|deleted|removed|dropped|renamed|overwrote|put|swapped|translated|"
+        r"sent|invented|made up|booked|hard-?coded)\b",
+        r"\bstill (?:prints?|shows?|says?|fails?|crashes|breaks|throws|gives?|gets?|wrong|broken|"
+        r"not|the|no|has|happens|happening|there|failing|returns?)\b",
+    )
+)
+"""More complaints: what still fails, was undone, or is given up."""
+
+ENGLISH = Lexicon(
+    signs=words_of(
+        """
+        the of to and is it that you i for not but with this my thanks are have what how can could
+        would please did your at on from be or as if they there just it's i'm don't that's isn't
+        """
+    ),
+    idioms=IDIOMS,
+    praise=re.compile(f"{PRAISE.pattern}|{SERVED.pattern}"),
+    thanks=THANKS,
+    complaint=re.compile(f"{COMPLAINT.pattern}|{FAILED.pattern}"),
+    directive=DIRECTIVE,
+    mockery=table(
+        (
+            r"\b(?:great|nice|cool|perfect|lovely|awesome|good|wonderful|"
+            r"brilliant)[,.!]* (?:so )?now (?:nobody|no one|nothing|i have to|we have to|i can't|"
+            r"it (?:doesn't|won't|can't|isn't))\b|\b(?:yes|yeah|sure)[, ]+because\b|"
+            r"\bcongrat\w*[,!.]* (?:you|now|on)\b|\bit only took\b",
+            r"\bthanks for (?:that|the|this) (?:\w+ )?(?:insight|wisdom|essay|sermon|lesson)\b",
+            r"\b(?:sherlock|einstein|captain obvious|no shit|nobel|pulitzer|groundbreaking|"
+            r"rocket scien\w+|slow clap|crystal ball|color me|colour me|genius move)\b",
+            r"\b(?:gee|wow|oh|well|great|perfect|lovely|brilliant|fantastic|wonderful|nice|"
+            r"awesome|amazing|excellent|super|good|cool|"
+            r"thanks)[,.!]* (?:so )?(?:now )?(?:i(?:'ll| will| can| guess| get to)|we(?:'ll|"
+            r" will| can)|let me|my \w+ (?:will|can)|the \w+ will|because)\b.*\b(?:then|just|now|"
+            r"guess|all night|love|forever|instead|never|only)\b",
+            r"\b(?:i(?:'d| would) never have|never would have|who (?:knew|would have|could have)|"
+            r"i had no idea (?:that )?(?:\w+ ){1,4}(?:was|were|is|are))\b",
+            r"\b(?:what would (?:i|we) do without|how (?:very )?(?:helpful|insightful|original|"
+            r"thoughtful|considerate) of you|thanks for (?:nothing|stating|clearing that|"
+            r"the (?:tip|insight|revelation|history lesson|lecture|novel)))\b",
+            r"\b(?:yeah|sure|right|oh|totally|clearly),? (?:because|cause|cuz|as if|like (?:that|"
+            r"i|we))\b|\bas if\b(?! (?:it|by|you|they|he|she|there|nothing))|\bjust what (?:i|we|"
+            r"the world) (?:always )?(?:needed|wanted)[:,.] (?:another|more)\b",
+            r"\b(?:bold (?:choice|move|strategy)|love that for (?:me|us)|love how (?:you|"
+            r"it) (?:\w+ )?(?:ignored|completely|managed|forgot)|(?:great|good|nice|"
+            r"amazing) job (?:ignoring|breaking|deleting|missing)|how (?:reassuring|convenient|"
+            r"nice|kind|comforting) (?:of|to)|so much for|in case (?:i|anyone|we) (?:forgot|"
+            r"wondered|missed)|good thing (?:i|we|nobody|no one)|said no one|dream come true|"
+            r"that's one way to|who needs|who doesn't (?:love|want|need)|my favou?rite part|"
+            r"you really outdid|i guess (?:i|we|my|the) (?:\w+ )?(?:can|will|should|don't|just|"
+            r"must|have))\b",
+            r"\b(?:my|a) (?:grandma|grandmother|toaster|cat|dog|toddler|magic 8|coin flip|"
+            r"goldfish) (?:could|would|can|knows|writes|does)\b|\bcan't wait to (?:explain|meet|"
+            r"tell|hear|see (?:the|my) (?:boss|look|client))\b|\bwhat a (?:surprise|shock|"
+            r"revelation|shocker|concept)\b|\bround of applause\b|\bgive (?:it|that|yourself|the|"
+            r"this) (?:\w+ )?(?:a medal|an award|a cookie)\b|\bglad (?:that's|we) (?:cleared|"
+            r"cleared that|settled)\b|\btruly (?:inspired|revolutionary|groundbreaking)\b|"
+            r"\btell me more about (?:things|stuff)\b",
+        )
+    ),
+    earnest=table((r"\bseriously\b", r"\b(?:just )?(?:kidding|joking)\b", r"\ball jokes aside\b")),
+    undecided=table(
+        (
+            r"\b(?:i|we)(?:'ll| will| need to| have to| want to| should| must|"
+            r" still need to)(?: \w+)? (?:ask|discuss|talk|sleep on|decide|compare|consult|"
+            r"verify|double[- ]check with|wait)\b",
+            r"\b(?:torn|undecided|either way|mostly|for the most part|some of (?:it|them|these|"
+            r"those)|a few of (?:it|them|these)|almost all|most of (?:it|them)|don't know (?:yet|"
+            r"if|whether|about the)|no idea (?:yet|if|whether|about the)|jury|remains to be seen|"
+            r"depends|hit-and-miss|some (?:are|were|work|did))\b",
+            r"^\b(?:one|two|three|four|first|second|third|last|other|others|rest|some|most|half|"
+            r"part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|wednes|thurs|fri|"
+            r"satur|sun)day)\b (?:\w+ ){0,3}?(?:works?|working|loads?|loading|runs?|passes|fixed|"
+            r"done|sent|ok|okay|sends?|prints?|opens?|faster|better|quieter|shorter|moved|"
+            r"updated|correct|right|fine|perfect|great|good|spot on)\b[^?]{0,60}[,;.] ?(?:but |"
+            r"and |though )?(?:\b(?:one|two|three|four|first|second|third|last|other|others|rest|"
+            r"some|most|half|part|both|left|right|top|bottom|page|the \w+|my \w+|(?:mon|tues|"
+            r"wednes|thurs|fri|satur|sun)day)\b|(?:one|two|three|four|first|second|third|last|"
+            r"other|others|rest|some|most|half|part|both|left|right|top|bottom|page|the \w+|"
+            r"my \w+|(?:mon|tues|wednes|thurs|fri|satur|sun)day)\b) [^?]{0,60}\b(?:doesn't|don't|"
+            r"isn't|aren't|won't|not|still|fails?|failed|broken|error|missing|same|nothing|never|"
+            r"no idea|unchanged|slow|empty|blank|off|wrong|cropped|haven't|hasn't)\b",
+            r"\b[1-9]\d* (?:out )?of (?:the )?(?:\d+|them|these|five|ten|three|four|six)\b",
+            r"\bthe other (?:one|two|three|part|half)\b|\bnot (?:so|too|quite|entirely|really|"
+            r"completely) sure (?:about|on)\b|\bthe rest (?:still|is|isn|does|doesn|hangs|fails)",
+            r"\b(?:first|one|some|outbound|top|left|upper|most)\b.{0,80}\b(?:fine|good|works?|ok|"
+            r"okay|great|perfect|done|right)\b.{0,80}\b(?:second|other|others|rest|return|bottom|"
+            r"right|lower|last|third)\b.{0,80}\b(?:still|not|\w+n't|no|error|fails?|broken|wrong|"
+            r"missing|later)\b",
+            r"\bi(?:'ll| will)(?: just| probably| have to| need to)? (?:read|check|test|try|look|"
+            r"think|get back|let you know|see|report|take a (?:closer )?look|"
+            r"have a (?:proper )?look|review|ask|sleep|run it|give it a (?:try|go|spin)|"
+            r"show (?:it|this)|go (?:over|through))\b(?!.* myself)",
+            r"\b(?:get back to you|let you know|report back|sleep on it|wait and see|"
+            r"time will tell|we'll see|will see|let me (?:check|think|see|try|test|read|run|look|"
+            r"sleep|show|ask))\b",
+            r"\b(?:not|haven't|hasn't|didn't) (?:\w+ )?(?:sure yet|sure (?:what|if|whether|which|"
+            r"how)|tried|tested|checked|looked|read|had time|decided|had a chance|"
+            r"made up my mind|gotten to|got round)\b(?! (?:this|that) again)|\btoo early to\b|"
+            r"\bhard to (?:say|tell)\b|\bcan't (?:say|tell|judge)(?: yet)?\b|\bon the fence\b|"
+            r"\bin two minds\b|\bjury'?s (?:still )?out\b",
+            r"\b(?:50/50|fifty[- ]fifty|so-?so|mixed (?:bag|feelings)|hit (?:and|or) miss|"
+            r"half (?:of it|of them|works|right|done|there|fixed|way)|(?:first|second|"
+            r"other) half|partly|partially|somewhat|sort of works|kind of works|kinda)\b",
+            r"\b(?:maybe|perhaps|could be|might be|may be|possibly) (?:it's |it is |just )?(?:me|"
+            r"my|mine|our|unrelated|something else|the (?:cache|network|wifi|monitor))\b",
+            r"\b(?:works?|working|fixed|fine|better|faster|done|gone|solved|loads|"
+            r"runs)\b.{0,80}\b(?:but|though|except|however|only)\b.{0,80}\b(?:still|not|\w+n't|"
+            r"never|missing|same|slow|fails?|broken|other|rest)\b",
+            r"\bsome(?:thing|what)?(?:'s| is)? better\b|\b(?:the )?rest (?:later|next week|"
+            r"can wait)\b",
+        )
+    ),
+    doubt=table(
+        (
+            r"\b(?:though|tho)$|^(?:uh+|um+|er+m?|erm)\b|\bshould (?:be|have|read|say|leave|"
+            r"start|go|come|use)\b",
+            r"\b(?:isn't|aren't|wasn't|weren't|wouldn't|doesn't|shouldn't|hasn't|didn't|"
+            r"don't) (?:that|it|this|the|they|there|you|we|he|she|most|all|these|those)\b",
+            r"\b(?:i think|i thought|i believe|pretty sure|fairly sure|quite sure|i(?:'m|"
+            r" am) sure|as far as i|afaik|iirc|if i'm not mistaken|unless i|correct me|"
+            r"to be picky|nitpick|picky|one (?:small|tiny|little) thing|small thing|slipped|"
+            r"swapped|the other way|off by|should(?:n't)? be|supposed to|mind having|"
+            r"mind (?:re)?checking|another look|if you don't mind|would be (?:great|nice|good|"
+            r"better)|otherwise (?:fine|good|ok|great|perfect)|you're describing|you mean|"
+            r"that's (?:the|a|an|for|from|last|this) \w+)\b",
+            r",? (?:no|right|or not|or)\?+$|\?\?+|^(?:\w+ ){1,2}only\b|\bonly,? please\b",
+        )
+    ),
+    negation=table((r"\b(?:not|never|nothing|none|no|\w+n't|cannot|neither)\b",)),
+    new_task=NEW_TASK,
+    soft_transition=SOFT_TRANSITION,
+    reference=REFERENCE,
+    no_reference=re.compile(
+        r"\b(?:can|could|would|will|are|do) you\b|\b(?:an?|the|any|some) (?:\w+ )?\w+ that\b"
+    ),
+    pointed=POINTED,
+    imperative=IMPERATIVE,
+    order=ORDER,
+    contrast=CONTRAST,
+    conjunction=re.compile(r"\s+(?:and|because|since|so)\s+"),
+    answered=re.compile(
+        r"^(?:no|nope|yes|yep|yeah|sure|correct|right|exactly)\b(?!\W+thank)\W*", re.IGNORECASE
+    ),
+    bare=BARE,
+    common=COMMON,
+)
