@@ -29,6 +29,8 @@ class WriterProcess:
 
     def __init__(self) -> None:
         self._running: tuple[subprocess.Popen[bytes], socket.socket] | None = None
+        self._ending: list[subprocess.Popen[bytes]] = []
+        """Earlier ones that were not seen to be gone: nobody waits for them, they may hang."""
 
     async def __aenter__(self) -> Self:
         return self
@@ -52,7 +54,7 @@ class WriterProcess:
                 try:
                     socket.send_fds(self._running[1], [message], [theirs.fileno()])
                 except ConnectionError:  # it has ended
-                    self.close()
+                    self._let_go()
                     self._running = _start()
                     socket.send_fds(self._running[1], [message], [theirs.fileno()])
             except OSError:
@@ -61,15 +63,20 @@ class WriterProcess:
         return ours
 
     def close(self) -> None:
-        """Lets the process end; close the connections first."""
-        if self._running is None:
-            return
-        (process, control), self._running = self._running, None
-        control.close()
-        try:
-            process.wait(_END_S)
-        except subprocess.TimeoutExpired:
-            log.warning("the writer still waits for the store; it ends once it has written")
+        """Lets the process end, and waits for it; close the connections first."""
+        self._let_go()
+        for process in self._ending:
+            try:
+                process.wait(_END_S)
+            except subprocess.TimeoutExpired:
+                log.warning("the writer still waits for the store; it ends once it has written")
+
+    def _let_go(self) -> None:
+        if self._running is not None:
+            (process, control), self._running = self._running, None
+            control.close()
+            self._ending.append(process)
+        self._ending = [process for process in self._ending if process.poll() is None]
 
 
 def _start() -> tuple[subprocess.Popen[bytes], socket.socket]:
