@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateColumn
@@ -19,8 +20,7 @@ Step = Callable[[sa.Connection], None]
 def _name_clients_sessions(connection: sa.Connection) -> None:
     """Version 2: one client's name for a session may stand for several conversations."""
     for column in (t.turns.c.client_session, t.turns.c.place, t.turns.c.replaced_by):
-        definition = CreateColumn(column).compile(dialect=connection.dialect)
-        connection.execute(sa.text(f"ALTER TABLE turns ADD COLUMN {definition}"))
+        _add_column(connection, column)
     connection.execute(sa.text("UPDATE turns SET client_session = session"))
     for index in t.turns.indexes:
         index.create(connection, checkfirst=True)
@@ -36,8 +36,7 @@ def _store_by_content(connection: sa.Connection) -> None:
     for index in t.turns.indexes:
         index.create(connection, checkfirst=True)
     t.workers.create(connection, checkfirst=True)
-    base = CreateColumn(t.messages.c.base).compile(dialect=connection.dialect)
-    connection.execute(sa.text(f"ALTER TABLE messages ADD COLUMN {base}"))
+    _add_column(connection, t.messages.c.base)
     c = t.turns.c
     for seq in connection.execute(sa.select(c.seq)).scalars().all():
         row = connection.execute(sa.select(t.turns).where(c.seq == seq)).one()
@@ -68,7 +67,24 @@ def _in_runs(connection: sa.Connection, packed: bytes | None) -> bytes | None:
     return None if ids is None else keep_ids(connection, ids)
 
 
-MIGRATIONS: Mapping[int, Step] = {2: _name_clients_sessions, 3: _store_by_content}
+def _keep_feedback(connection: sa.Connection) -> None:
+    """Version 4: feedback of its own, what judging costs, how sure a verdict is."""
+    _add_column(connection, t.verdicts.c.confidence)
+    _add_column(connection, t.versions.c.reason)
+    t.feedback.create(connection, checkfirst=True)
+    t.spending.create(connection, checkfirst=True)
+
+
+def _add_column(connection: sa.Connection, column: sa.Column[Any]) -> None:
+    definition = CreateColumn(column).compile(dialect=connection.dialect)
+    connection.execute(sa.text(f"ALTER TABLE {column.table.name} ADD COLUMN {definition}"))
+
+
+MIGRATIONS: Mapping[int, Step] = {
+    2: _name_clients_sessions,
+    3: _store_by_content,
+    4: _keep_feedback,
+}
 """Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
 so each later step must leave an old database with the tables as they are; a test compares the two.
 """

@@ -118,6 +118,7 @@ def verdict_of(row: Row, bodies: Bodies) -> Verdict:
         judge=row.judge,
         hint=row.hint,
         hinted_prompt_ids=join_runs(row.hinted_prompt_ids, bodies),
+        confidence=row.confidence,
     )
 
 
@@ -131,6 +132,7 @@ def version_of(row: Row) -> PolicyVersion:
         samples=row.samples,
         state=VersionState(row.state),
         metrics=orjson.loads(row.metrics),
+        reason=row.reason,
     )
 
 
@@ -145,6 +147,7 @@ def version_row(version: PolicyVersion, now: float) -> dict[str, Any]:
         "state": version.state,
         "metrics": dump(dict(version.metrics)),
         "created_at": now,
+        "reason": version.reason,
     }
 
 

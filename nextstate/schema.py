@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 3
+VERSION = 4
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -105,7 +105,32 @@ verdicts = sa.Table(
     sa.Column("hint", sa.Text),
     sa.Column("hinted_prompt_ids", sa.LargeBinary),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("confidence", sa.Float),
 )
+
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("hint", sa.Text),
+    sa.Column("comment", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("updated_at", sa.Float, nullable=False),
+    sa.Column("voted_score", sa.Integer),
+    sa.Column("voted_judge", sa.String(40)),
+)
+"""What a person said of a turn last; with what a judge's votes, which did not know it, came to."""
+
+spending = sa.Table(
+    "spending",
+    metadata,
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("calls", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+)
+"""What judging has cost, and when: the judge's budget is counted from it."""
+sa.Index("spending_by_time", spending.c.at)
 
 samples = sa.Table(
     "samples",
@@ -135,6 +160,7 @@ versions = sa.Table(
     sa.Column("state", sa.String(12), nullable=False),
     sa.Column("metrics", sa.Text, nullable=False),
     sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("reason", sa.Text),
 )
 
 workers = sa.Table(

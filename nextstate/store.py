@@ -234,6 +234,7 @@ class Store:
                     hint=verdict.hint,
                     hinted_prompt_ids=hinted and keep_ids(connection, hinted),
                     created_at=self._clock(),
+                    confidence=verdict.confidence,
                 )
             )
             connection.execute(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import stat
 from array import array
@@ -311,6 +312,27 @@ def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) ->
     assert majority(votes) == expected
 
 
+def undo_version_4(connection: sa.Connection) -> None:
+    for table in ("feedback", "spending"):
+        connection.execute(sa.text(f"DROP TABLE {table}"))
+    connection.execute(sa.text("ALTER TABLE verdicts DROP COLUMN confidence"))
+    connection.execute(sa.text("ALTER TABLE versions DROP COLUMN reason"))
+
+
+def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None], int]]:
+    """The columns, the indexes and the number of foreign keys of each table."""
+    database = sa.create_engine(f"sqlite:///{folder / 'nextstate.sqlite3'}")
+    found = sa.inspect(database)
+    return {
+        table: (
+            {f"{c['name']} {c['type']} {c['nullable']}" for c in found.get_columns(table)},
+            {index["name"] for index in found.get_indexes(table)},
+            len(found.get_foreign_keys(table)),
+        )
+        for table in found.get_table_names()
+    }
+
+
 def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
     new = {"client_session", "place", "replaced_by"}
@@ -329,6 +351,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
             connection.execute(sa.text(f"ALTER TABLE turns DROP COLUMN {column}"))
         connection.execute(sa.text("ALTER TABLE messages DROP COLUMN base"))
         connection.execute(sa.text("DROP TABLE workers"))
+        undo_version_4(connection)
         connection.execute(sa.insert(schema.schema_version).values(version=1))
         reply = orjson.dumps(expected.reply)
         connection.execute(
@@ -347,24 +370,56 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
         }
         values = ", ".join(f":{name}" for name in kept)
         connection.execute(sa.text(f"INSERT INTO turns ({', '.join(kept)}) VALUES ({values})"), row)
+        connection.execute(
+            sa.text(
+                "INSERT INTO verdicts VALUES ('turn_0', '[1]', 1, 'rules', 'Be brief.', :ids, 2)"
+            ),
+            {"ids": packed(*ids, 7)},
+        )
     old.dispose()
     fresh = Store(StoreConfig(dir=str(tmp_path / "fresh")))
     store = Store(StoreConfig(dir=str(tmp_path)))
-
-    def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None]]]:
-        database = sa.create_engine(f"sqlite:///{folder / 'nextstate.sqlite3'}")
-        found = sa.inspect(database)
-        return {
-            table: (
-                {f"{c['name']} {c['type']}" for c in found.get_columns(table)},
-                {index["name"] for index in found.get_indexes(table)},
-            )
-            for table in found.get_table_names()
-        }
-
     assert shape(tmp_path) == shape(fresh.dir)
     assert store.turn("turn_0") == expected
+    hinted = (*ids, 7)
+    assert store.verdict("turn_0") == Verdict("turn_0", (1,), 1, "rules", "Be brief.", hinted)
     with store.recording() as recording:
         found = recording.parent("main", Link(KEY, KEY, ()), "s")
     assert found is not None
     assert found.id == "turn_0"
+
+
+def test_a_store_of_version_3_keeps_its_verdicts_and_versions(tmp_path: Path) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    add(store, turn(0))
+    judge(store, 0, -1, hint="Be brief.")
+    version = PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE, {"loss": 0.5})
+    store.add_version(version, None)
+    verdict = store.verdict("turn_0")
+    store.close()
+    old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
+    with old.begin() as connection:
+        undo_version_4(connection)
+        connection.execute(sa.update(schema.schema_version).values(version=3))
+    old.dispose()
+    again = Store(StoreConfig(dir=str(tmp_path)))
+    fresh = Store(StoreConfig(dir=str(tmp_path / "fresh")))
+    assert shape(tmp_path) == shape(fresh.dir)
+    assert verdict is not None
+    assert again.verdict("turn_0") == verdict
+    assert again.versions() == [version]
+
+
+def test_how_sure_a_verdict_is_and_why_a_version_ended_come_back(store: Store) -> None:
+    add(store, turn(0))
+    sure = Verdict("turn_0", (1,), 1, "rules", confidence=0.75)
+    store.settle_verdict(sure)
+    assert store.verdict("turn_0") == sure
+    version = PolicyVersion(
+        "main", 1, 0, "/a", "ff", 1, VersionState.REJECTED, reason="held-out score fell"
+    )
+    store.add_version(version, None)
+    assert store.versions() == [version]
+    for confidence in (-0.1, 1.1, math.nan):
+        with pytest.raises(RecordError, match="confidence"):
+            Verdict("turn_0", (1,), 1, "rules", confidence=confidence)
