@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 Parents = Mapping[int, int | None]
@@ -32,6 +33,16 @@ def unfit(tokens: int, lag: int, *, max_lag: int, max_tokens: int) -> str | None
     if tokens > max_tokens:
         return f"{tokens} tokens over the limit of {max_tokens}"
     return None
+
+
+def is_held_out(lineage: str, session: str, share: float) -> bool:
+    """Whether a session is one of the `share` that never trains; always the same ones.
+
+    Chosen by session, for its later turns carry the earlier ones in their prompts.
+    """
+    name = f"{lineage}\0{session}".encode()
+    place = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+    return place < share * 2**64
 
 
 def _chain(parents: Parents, number: int) -> list[int]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nextstate.config import secret
-from nextstate.engine import EngineClient, publish, zero_adapter_path
+from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
 from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_plugin
 from nextstate.records import MAIN_LINEAGE, PolicyVersion
@@ -210,8 +210,9 @@ def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
     if not path.exists():
         save_zero_adapter(settings.engine.model_path, settings.learner, path)
 
-    def to_engine(version: PolicyVersion) -> None:
-        asyncio.run(publish_version(settings, store, version))
+    def to_engine(version: PolicyVersion, withdraw: bool = False) -> None:
+        act = withdraw_version if withdraw else publish_version
+        asyncio.run(act(settings, store, version))
 
     run(store, settings.learner, settings.engine.model_path, lineage, to_engine, stop)
     store.close()
@@ -221,6 +222,12 @@ async def publish_version(settings: Settings, store: Store, version: PolicyVersi
     """Brings a version into service on the configured engine."""
     async with engine_client(settings) as engine:
         await publish(store, engine, version)
+
+
+async def withdraw_version(settings: Settings, store: Store, version: PolicyVersion) -> None:
+    """Takes a version out of service on the configured engine, for its `reason`."""
+    async with engine_client(settings) as engine:
+        await withdraw(store, engine, version)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

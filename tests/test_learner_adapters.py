@@ -10,16 +10,15 @@ from peft import PeftModel
 
 from learner.adapters import (
     Card,
-    file_sha256,
     load_weights,
     main,
     save_adapter,
     save_zero_adapter,
-    verify_adapter,
     version_path,
 )
 from learner.config import LearnerConfig
-from nextstate.errors import ConfigError, LearnerError, StartError
+from nextstate.adapters import file_sha256, verify_adapter
+from nextstate.errors import AdapterError, ConfigError, LearnerError, StartError
 from tests.test_learner_tiny import CONFIG, GOOD, PROMPT, load_float64, logprobs, save_tiny_model
 
 CARD = Card("main", 1, 0, "combined", ["turn-1", "turn-2"], {"loss": 0.5})
@@ -79,7 +78,7 @@ def test_a_changed_weight_file_is_noticed(tmp_path, weights):
     body = bytearray(file.read_bytes())
     body[-1] ^= 1
     file.write_bytes(body)
-    with pytest.raises(LearnerError, match="changed on disk"):
+    with pytest.raises(AdapterError, match="changed on disk"):
         load_weights(path, sha256)
 
 

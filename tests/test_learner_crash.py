@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from learner import stage
-from learner.adapters import verify_adapter
+from nextstate.adapters import verify_adapter
 from nextstate.config import StoreConfig
 from nextstate.records import PolicyVersion
 from nextstate.store import Store

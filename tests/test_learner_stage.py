@@ -11,8 +11,8 @@ import torch
 from peft import PeftModel
 
 from learner import stage
-from learner.adapters import verify_adapter
 from learner.config import LearnerConfig
+from nextstate.adapters import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -34,16 +34,21 @@ class FakeEngine:
     def __init__(self, store: Store, wanted: int = 1, failures: int = 0) -> None:
         self.stop = threading.Event()
         self.published: list[int] = []
+        self.withdrawn: list[int] = []
         self.attempts = 0
         self.after: Callable[[PolicyVersion], None] = lambda _: None
         self._store = store
         self._wanted = wanted
         self._failures = failures
 
-    def __call__(self, version: PolicyVersion) -> None:
+    def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
         self.attempts += 1
         if self.attempts <= self._failures:
             raise EngineError("the engine is restarting")
+        if withdraw:
+            self._store.replace_serving(version, version.parent)
+            self.withdrawn.append(version.number)
+            return
         self._store.set_serving(version.lineage, version.number)
         self.published.append(version.number)
         self.after(version)
@@ -257,14 +262,53 @@ def test_a_rollback_to_the_base_starts_from_the_base(recorded, model_path):
     assert [v.parent for v in recorded.store.versions("main")] == [0, 0]
 
 
-def test_a_changed_adapter_stops_the_start(recorded, model_path):
-    recorded.add_mixed(16)
-    train(recorded, model_path, FakeEngine(recorded.store))
-    (version,) = recorded.store.versions("main")
+def damage(version: PolicyVersion) -> None:
     with (Path(version.path) / "adapter_model.safetensors").open("ab") as file:
         file.write(b"!")
-    with pytest.raises(LearnerError, match="changed on disk"):
-        train(recorded, model_path, FakeEngine(recorded.store))
+
+
+def test_a_changed_adapter_of_the_serving_version_falls_back_to_its_parent(recorded, model_path):
+    recorded.add_mixed(16 * 3)
+    train(recorded, model_path, FakeEngine(recorded.store, 2))
+    first, second = recorded.store.versions("main")
+    damage(second)
+    engine = FakeEngine(recorded.store)
+    train(recorded, model_path, engine)
+    assert (engine.withdrawn, engine.published) == ([2], [3])
+    _, second, third = recorded.store.versions("main")
+    assert second.state is VersionState.REJECTED
+    assert "changed on disk" in second.reason
+    assert (third.parent, third.state) == (first.number, VersionState.SERVING)
+
+
+def test_a_chain_of_changed_adapters_falls_back_to_the_base(recorded, model_path):
+    recorded.add_mixed(16 * 3)
+    train(recorded, model_path, FakeEngine(recorded.store, 2))
+    for version in recorded.store.versions("main"):
+        damage(version)
+    engine = FakeEngine(recorded.store)
+    train(recorded, model_path, engine)
+    assert engine.withdrawn == [2, 1]
+    assert [v.parent for v in recorded.store.versions("main")] == [0, 1, 0]
+
+
+def test_a_changed_candidate_is_rejected_and_training_goes_on_without_it(recorded, model_path):
+    recorded.add_mixed(16 * 2)
+    engine = FakeEngine(recorded.store, 1)
+    verified = []
+
+    def publish(version: PolicyVersion, withdraw: bool = False) -> None:
+        if not verified:
+            verified.append(version.number)
+            damage(version)
+        verify_adapter(Path(version.path), version.sha256)
+        engine(version, withdraw)
+
+    stage.run(recorded.store, CONFIG, model_path, "main", publish, engine.stop)
+    first, second = recorded.store.versions("main")
+    assert (first.state, second.state) == (VersionState.REJECTED, VersionState.SERVING)
+    assert "changed on disk" in first.reason
+    assert second.parent == 0
 
 
 def test_another_rank_cannot_go_on_from_old_weights(recorded, model_path):

@@ -33,6 +33,7 @@ from tests.scripted_engine import (
     plain_reply,
     scripted_engine,
     stream_chunks,
+    write_weights,
 )
 
 TIMEOUT = aiohttp.ClientTimeout(total=20)
@@ -108,9 +109,9 @@ def request(text: str = "hi", **more: Any) -> dict[str, Any]:
 
 def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
     folder = tmp_path / f"v{number}"
-    folder.mkdir()
+    sha256 = write_weights(folder)
     version = PolicyVersion(
-        "main", number, number - 1, str(folder), "ff", 16, VersionState.CANDIDATE
+        "main", number, number - 1, str(folder), sha256, 16, VersionState.CANDIDATE
     )
     store.add_version(version, None)
     return version

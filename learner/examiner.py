@@ -1,0 +1,214 @@
+"""What a candidate version does to held-out turns and to recorded prompts, measured by the trainer.
+
+The log-probabilities of a version that passed are its successor's parent's: a candidate costs one
+forward pass over the held-out turns, and a new held-out turn two more.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from learner.batch import PAD_ID, micro_batches, pad_left, pad_right, token_count
+from learner.config import LearnerConfig
+from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.trainer import PolicyTrainer
+from learner.trl_grpo import use_adapter
+from nextstate.records import Sample
+
+Logprobs = dict[str, Tensor]
+"""Log-probabilities (T,) of completions by their turn, float32 on the CPU, nats."""
+
+
+class Examiner:
+    """Measures candidates of one trainer, each against the version that its step started from."""
+
+    def __init__(self, config: LearnerConfig, trainer: PolicyTrainer) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._held: list[Sample] = []
+        self._parent: int | None = None
+        self._of_base: Logprobs = {}
+        self._of_parent: Logprobs = {}
+        self._of_candidate: Logprobs = {}
+
+    def prepare(self, held: Sequence[Sample], parent: int) -> None:
+        """Reads the held-out turns with the version whose weights the trainer has now."""
+        self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
+        if parent != self._parent:
+            self._of_parent = {}
+        self._parent = parent
+        turns = [sample.turn for sample in self._held]
+        self._of_base = {t: self._of_base[t] for t in turns if t in self._of_base}
+        self._of_parent = {t: self._of_parent[t] for t in turns if t in self._of_parent}
+        with use_adapter(self._model, None):
+            self._of_base |= self._logprobs([s for s in self._held if s.turn not in self._of_base])
+        self._of_parent |= self._logprobs([s for s in self._held if s.turn not in self._of_parent])
+
+    def measure(self, trained: Sequence[Sample], before: Mapping[str, Tensor]) -> Measured:
+        """What the trainer's weights are now, after a step on `trained`.
+
+        `before` are the adapter's weights before the step. Without held-out turns the divergences
+        are those that the trainer has measured on `trained`: from the base before the step, where
+        the loss has that term, and from the parent after it.
+        """
+        self._of_candidate = self._logprobs(self._held)
+        prompts = canary_prompts(self._held or trained, self._config.gate_canaries)
+        canaries = parents = None
+        if prompts:
+            canaries = self._canaries(prompts)
+            if looks_bad(canaries):
+                with self._weights(before):
+                    parents = self._canaries(prompts)
+        metrics = self._trainer.metrics
+        return Measured(
+            weight_change=weight_change(self._model),
+            kl_parent=self._divergence(self._of_parent, self._of_candidate)
+            if self._held
+            else metrics.get("step/kl"),
+            kl_base=self._divergence(self._of_candidate, self._of_base)
+            if self._held
+            else metrics.get("kl/base"),
+            ranking=ranking(
+                [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
+            ),
+            canaries=canaries,
+            parents_canaries=parents,
+        )
+
+    def accept(self, number: int) -> None:
+        """The candidate measured last is the version `number`, and the next one's parent."""
+        self._parent, self._of_parent = number, self._of_candidate
+
+    @property
+    def _model(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    def _change(self, turn: str) -> float:
+        return float((self._of_candidate[turn] - self._of_parent[turn]).mean())
+
+    def _divergence(self, old: Logprobs, new: Logprobs) -> float:
+        recorded = torch.cat([torch.tensor(s.behaviour_logprobs) for s in self._held])
+        turns = [sample.turn for sample in self._held]
+        return divergence(
+            torch.cat([old[t] for t in turns]),
+            torch.cat([new[t] for t in turns]),
+            recorded,
+            self._config.ratio_cap,
+        )
+
+    @torch.no_grad()
+    def _logprobs(self, samples: Sequence[Sample]) -> Logprobs:
+        found: Logprobs = {}
+        device = self._trainer.args.device
+        for group in micro_batches(samples, self._config.micro_batch_size):
+            prompts = pad_left([s.prompt_ids for s in group], PAD_ID)
+            completions = pad_right([s.completion_ids for s in group], PAD_ID)
+            tensors = (tensor.to(device) for tensor in (*prompts, *completions))
+            rows = self._trainer.completion_logprobs(*tensors).float().cpu()
+            for sample, row in zip(group, rows, strict=True):
+                found[sample.turn] = row[: len(sample.completion_ids)].clone()
+        return found
+
+    @contextmanager
+    def _weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The trainer with other weights for a while."""
+        ours = self._trainer.adapter_weights()
+        self._trainer.load_adapter(weights)
+        try:
+            yield
+        finally:
+            self._trainer.load_adapter(ours)
+
+    def _canaries(self, prompts: Sequence[Sequence[int]]) -> Canaries:
+        """Answers to the prompts, one greedy and one sampled each; always drawn alike."""
+        ends = end_ids(self._trainer)
+        devices = [self._trainer.args.device] if self._trainer.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            torch.manual_seed(self._config.seed)
+            greedy, greedy_finite = self._answers(prompts, ends, sample=False)
+            sampled, sampled_finite = self._answers(prompts, ends, sample=True)
+        answers = greedy + sampled
+        broken = sum(is_broken(answer, ends) for answer in answers)
+        return Canaries(len(answers), broken, greedy_finite and sampled_finite)
+
+    @torch.no_grad()
+    def _answers(
+        self, prompts: Sequence[Sequence[int]], ends: frozenset[int], *, sample: bool
+    ) -> tuple[list[list[int]], bool]:
+        """One answer to each prompt up to its end, and whether every logit was finite."""
+        ids, mask = (t.to(self._trainer.args.device) for t in pad_left(prompts, PAD_ID))
+        model = self._model
+        was_training = model.training
+        model.eval()
+        try:
+            made = model.generate(
+                input_ids=ids,
+                attention_mask=mask,
+                max_new_tokens=self._config.gate_canary_tokens,
+                do_sample=sample,
+                pad_token_id=PAD_ID,
+                eos_token_id=sorted(ends) or None,
+                # Sampling from what is not finite would end the process on a GPU.
+                remove_invalid_values=True,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+        finally:
+            model.train(was_training)
+        finite = all(bool(torch.isfinite(logits).all()) for logits in made.logits)
+        return [_up_to_end(row, ends) for row in made.sequences[:, ids.size(1) :].tolist()], finite
+
+
+def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:
+    """KL(old ‖ new) in nats a token, from log-probabilities (N,) of tokens that `recorded` drew.
+
+    Each token's estimate, as in `learner.metrics.policy_change`, is weighted by old / recorded, cut
+    off at `cap`: a token that `old` would hardly draw hardly counts.
+    """
+    difference = new - old
+    weight = (old - recorded).exp().clamp(max=cap)
+    return float((weight * (difference.exp() - difference - 1)).mean())
+
+
+def weight_change(model: torch.nn.Module) -> float:
+    """Largest ‖scale · B·A‖ / ‖W‖ over the adapted layers, Frobenius norms.
+
+    ‖B·A‖² is the sum of (BᵀB) ∘ (AAᵀ), which are as small as the rank. It bounds how much a layer's
+    output can change by how much the layer does, whatever the model's scale.
+    """
+    found = torch.zeros(())
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            a = module.lora_A["default"].weight.detach().float()
+            b = module.lora_B["default"].weight.detach().float()
+            product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * module.scaling["default"]
+            share = (product / module.get_base_layer().weight.detach().float().norm()).cpu()
+            found = torch.maximum(found, share)  # which keeps what is not a number
+    return float(found)
+
+
+def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
+    """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
+    return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
+
+
+def end_ids(trainer: PolicyTrainer) -> frozenset[int]:
+    """The tokens with which the model ends a reply."""
+    found = trainer.accelerator.unwrap_model(trainer.model).generation_config.eos_token_id
+    listed = found if isinstance(found, list) else [found]
+    of_tokenizer: Any = trainer.processing_class
+    return frozenset(id_ for id_ in (*listed, of_tokenizer.eos_token_id) if id_ is not None)
+
+
+def _up_to_end(reply: list[int], ends: frozenset[int]) -> list[int]:
+    for at, token in enumerate(reply):
+        if token in ends:
+            return reply[:at]
+    return reply
