@@ -63,7 +63,7 @@ class LearnerConfig:
     """Rejects an adapter that changes a layer by more than this times the layer's own norm."""
     gate_kl_parent: float = 0.1
     """Rejects a version further from its parent, in nats a token of held-out turns."""
-    gate_kl_base: float = 2.0
+    gate_kl_base: float = 1.0
     """Rejects a version further from the base, in nats a token of held-out turns."""
     gate_level: float = 0.01
     """How often a version just at `gate_drop` is rejected for its ranking of held-out turns."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -54,9 +55,10 @@ class Examiner:
     def measure(self, trained: Sequence[Sample], before: Mapping[str, Tensor]) -> Measured:
         """What the trainer's weights are now, after a step on `trained`.
 
-        `before` are the adapter's weights before the step. Without held-out turns the divergences
-        are those that the trainer has measured on `trained`: from the base before the step, where
-        the loss has that term, and from the parent after it.
+        `before` are the adapter's weights before the step. The divergences are the larger of those
+        on held-out turns and those that the trainer has measured on `trained`: from the parent, and
+        of the parent from the base, where the loss has that term. The turns that trained are fresh,
+        and what the policy says now is better seen there.
         """
         self._of_candidate = self._logprobs(self._held)
         prompts = canary_prompts(self._held or trained, self._config.gate_canaries)
@@ -69,12 +71,8 @@ class Examiner:
         metrics = self._trainer.metrics
         return Measured(
             weight_change=weight_change(self._model),
-            kl_parent=self._divergence(self._of_parent, self._of_candidate)
-            if self._held
-            else metrics.get("step/kl"),
-            kl_base=self._divergence(self._of_candidate, self._of_base)
-            if self._held
-            else metrics.get("kl/base"),
+            kl_parent=self._divergence(self._of_parent, self._of_candidate, metrics.get("step/kl")),
+            kl_base=self._divergence(self._of_candidate, self._of_base, metrics.get("kl/base")),
             ranking=ranking(
                 [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
             ),
@@ -93,15 +91,19 @@ class Examiner:
     def _change(self, turn: str) -> float:
         return float((self._of_candidate[turn] - self._of_parent[turn]).mean())
 
-    def _divergence(self, old: Logprobs, new: Logprobs) -> float:
+    def _divergence(self, old: Logprobs, new: Logprobs, on_trained: float | None) -> float | None:
+        if not self._held:
+            return on_trained
         recorded = torch.cat([torch.tensor(s.behaviour_logprobs) for s in self._held])
         turns = [sample.turn for sample in self._held]
-        return divergence(
+        found = divergence(
             torch.cat([old[t] for t in turns]),
             torch.cat([new[t] for t in turns]),
             recorded,
             self._config.ratio_cap,
         )
+        # In this order, so that what is not a number stays.
+        return found if on_trained is None or not found <= on_trained else on_trained
 
     @torch.no_grad()
     def _logprobs(self, samples: Sequence[Sample]) -> Logprobs:
@@ -128,42 +130,21 @@ class Examiner:
 
     def _canaries(self, prompts: Sequence[Sequence[int]]) -> Canaries:
         """Answers to the prompts, one greedy and one sampled each; always drawn alike."""
-        ends = end_ids(self._trainer)
-        devices = [self._trainer.args.device] if self._trainer.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(self._config.seed)
-            greedy, greedy_finite = self._answers(prompts, ends, sample=False)
-            sampled, sampled_finite = self._answers(prompts, ends, sample=True)
-        answers = greedy + sampled
-        broken = sum(is_broken(answer, ends) for answer in answers)
-        return Canaries(len(answers), broken, greedy_finite and sampled_finite)
-
-    @torch.no_grad()
-    def _answers(
-        self, prompts: Sequence[Sequence[int]], ends: frozenset[int], *, sample: bool
-    ) -> tuple[list[list[int]], bool]:
-        """One answer to each prompt up to its end, and whether every logit was finite."""
-        ids, mask = (t.to(self._trainer.args.device) for t in pad_left(prompts, PAD_ID))
-        model = self._model
+        model, config = self._model, self._config
         was_training = model.training
-        model.eval()
+        model.eval()  # or checkpointing of gradients would turn the cache off
         try:
-            made = model.generate(
-                input_ids=ids,
-                attention_mask=mask,
-                max_new_tokens=self._config.gate_canary_tokens,
-                do_sample=sample,
-                pad_token_id=PAD_ID,
-                eos_token_id=sorted(ends) or None,
-                # Sampling from what is not finite would end the process on a GPU.
-                remove_invalid_values=True,
-                output_logits=True,
-                return_dict_in_generate=True,
+            replies = answers(
+                model,
+                prompts,
+                end_ids(self._trainer),
+                most_tokens=config.gate_canary_tokens,
+                seed=config.seed,
             )
         finally:
             model.train(was_training)
-        finite = all(bool(torch.isfinite(logits).all()) for logits in made.logits)
-        return [_up_to_end(row, ends) for row in made.sequences[:, ids.size(1) :].tolist()], finite
+        broken = sum(map(is_broken, replies or ()))
+        return Canaries(2 * len(prompts), broken, finite=replies is not None)
 
 
 def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:
@@ -194,6 +175,49 @@ def weight_change(model: torch.nn.Module) -> float:
     return float(found)
 
 
+@torch.no_grad()
+def answers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: frozenset[int],
+    *,
+    most_tokens: int,
+    seed: int,
+) -> list[list[int]] | None:
+    """A greedy answer to each prompt, then a sampled one to each, without their ends.
+
+    None as soon as a logit is not a number. All are decoded together: that takes hardly longer.
+    """
+    device, count = model.device, len(prompts)
+    draw = torch.Generator(device).manual_seed(seed)
+    ids, mask = (t.to(device) for t in pad_left([*prompts, *prompts], PAD_ID))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # The last position's logits are a fraction of all that a long prompt has.
+    knows = "logits_to_keep" in signature(model.get_base_model().forward).parameters
+    options = {"logits_to_keep": 1} if knows else {}
+    said, cache = ids[:, :0], None
+    while said.size(1) < most_tokens and not all(ends & set(row) for row in said.tolist()):
+        made = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        logits = made.logits[:, -1].float()
+        # The largest is not a number if any is not; a token may well be masked with -inf.
+        if not torch.isfinite(logits.max(dim=1).values).all():
+            return None
+        greedy = logits[:count].argmax(1, keepdim=True)
+        sampled = logits[count:].softmax(1).multinomial(1, generator=draw)
+        ids, cache = torch.cat([greedy, sampled]), made.past_key_values
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        positions = positions[:, -1:] + 1
+        said = torch.cat([said, ids], dim=1)
+    return [up_to_end(row, ends) for row in said.tolist()]
+
+
 def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
     """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
     return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
@@ -207,7 +231,8 @@ def end_ids(trainer: PolicyTrainer) -> frozenset[int]:
     return frozenset(id_ for id_ in (*listed, of_tokenizer.eos_token_id) if id_ is not None)
 
 
-def _up_to_end(reply: list[int], ends: frozenset[int]) -> list[int]:
+def up_to_end(reply: list[int], ends: frozenset[int]) -> list[int]:
+    """The reply before the first token that ends it."""
     for at, token in enumerate(reply):
         if token in ends:
             return reply[:at]

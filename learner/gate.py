@@ -151,10 +151,9 @@ def student_quantile(p: float, degrees: int) -> float:
     return sum(term / degrees**power for power, term in enumerate(terms))
 
 
-def is_broken(reply: Sequence[int], end_ids: frozenset[int]) -> bool:
-    """Whether a reply says nothing, or repeats itself for at least half of its length."""
-    said = [token for token in reply if token not in end_ids]
-    return not said or loop_share(said) >= _BROKEN_SHARE
+def is_broken(reply: Sequence[int]) -> bool:
+    """Whether a reply, without its end, is empty or for at least half of its length a loop."""
+    return not reply or loop_share(reply) >= _BROKEN_SHARE
 
 
 def loop_share(ids: Sequence[int]) -> float:

@@ -273,11 +273,13 @@ class PolicyTrainer(GRPOTrainer):
             self.metrics["grad/norm"] = float(logs.get("grad_norm", math.nan))
 
     def adapter_weights(self) -> dict[str, Tensor]:
-        """The adapter as float32 tensors on the CPU, under the names that peft and vLLM load."""
+        """A copy of the adapter as float32 tensors on the CPU, under the names that vLLM loads."""
         state = get_peft_model_state_dict(
             self.accelerator.unwrap_model(self.model), save_embedding_layers=False
         )
-        return {name: v.detach().float().cpu().contiguous() for name, v in state.items()}
+        # A copy even on a CPU, where `float` and `cpu` would hand out the weights themselves.
+        copied = {name: v.detach().to("cpu", torch.float32, copy=True) for name, v in state.items()}
+        return {name: v.contiguous() for name, v in copied.items()}
 
     def load_adapter(self, weights: Mapping[str, Tensor]) -> None:
         """Goes on from these weights; raises LearnerError if they are of another shape."""

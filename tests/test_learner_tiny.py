@@ -81,6 +81,8 @@ class Recorded:
         hinted: tuple[int, ...] | None = None,
         version: int = 0,
         shift: float = 0.0,
+        session: str = "s",
+        trainable: bool = True,
     ) -> str:
         """Adds one turn with its verdict; `shift` falsifies the log-probabilities, in nats."""
         turn = f"turn-{self._count:03d}"
@@ -90,7 +92,7 @@ class Recorded:
             recording.add_turn(
                 Turn(
                     id=turn,
-                    session="s",
+                    session=session,
                     index=self._count,
                     kind=TurnKind.MAIN,
                     lineage="main",
@@ -104,6 +106,7 @@ class Recorded:
                     behaviour_logprobs=tuple(found.tolist()),
                     sampling={},
                     timings=Timings(0.0, None, 0.0),
+                    untrainable=None if trainable else "told so",
                 ),
                 chain_key=turn.encode(),
                 reply_key=turn.encode(),
