@@ -327,7 +327,11 @@ class _Call:
             return False
         try:
             await ensure_loaded(self.relay.versions.engine, self.version)
-        except (EngineError, AdapterError) as error:
+        except AdapterError as error:
+            log.error("turn=%s the serving adapter cannot be restored: %s", self.turn_id, error)
+            self.relay.versions.engine_failed()  # requests wait until another version serves
+            return False
+        except EngineError as error:
             log.warning("turn=%s the serving adapter cannot be restored: %s", self.turn_id, error)
             return False
         return True

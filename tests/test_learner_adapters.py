@@ -121,3 +121,48 @@ def test_an_unknown_layer_is_refused_by_name(tmp_path):
 def test_the_configuration_loads_without_torch():
     code = "import sys, learner.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from learner.adapters import Card, save_adapter
+from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.config import LearnerConfig
+from nextstate.errors import DiskError
+from nextstate.records import PolicyVersion, VersionState
+
+folder = Path(sys.argv[1])
+weights = {"a.lora_A.weight": torch.ones(512, 512)}
+card = Card("main", 1, 0, "combined", [], {})
+version = PolicyVersion("main", 1, 0, "p", "ff", 1, VersionState.CANDIDATE)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for save in (
+    lambda: save_adapter(folder / "v000001", weights, LearnerConfig(), "some/model", card),
+    lambda: save_checkpoint(folder, Checkpoint(version, "b", {"optimizer": weights})),
+):
+    try:
+        save()
+    except DiskError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_the_system_cuts_short_leaves_nothing_and_says_what_helps(tmp_path):
+    """With a real limit on a file's size, which a write hits half-way, in a process of its own."""
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    adapter, checkpoint = done.stdout.splitlines()
+    assert adapter.startswith(f"{folder}/v000001 cannot be written: ")
+    assert checkpoint.startswith(f"{folder}/checkpoint.pt cannot be written: ")
+    assert all(
+        line.endswith("make room where [store] dir is, or move it")
+        for line in (adapter, checkpoint)
+    )
+    assert list(folder.iterdir()) == []

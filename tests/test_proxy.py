@@ -17,8 +17,9 @@ import orjson
 import pytest
 from aiohttp.test_utils import TestServer
 
+from nextstate.adapters import WEIGHTS_FILE
 from nextstate.engine import EngineClient, publish
-from nextstate.errors import StoreError
+from nextstate.errors import AdapterError, StoreError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
 from plugins.agents.generic import Generic
@@ -373,6 +374,45 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
         engine.adapters.clear()  # as after a restart too quick for the health check
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "1")
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("noticed", ["at a restart", "by a request"])
+def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
+    store: Store, tmp_path: Path, noticed: str
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for number in (1, 2):
+            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
+            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
+        (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
+        engine.adapters.clear()
+        if noticed == "at a restart":
+            p.proxy.versions.engine_failed()
+        else:
+            await p.chat(request())
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        status, _, headers = await p.chat(request())
+        assert (status, headers["x-nextstate-version"]) == (200, "1")
+        first, second = store.versions("main")
+        assert (first.state, second.state) == (VersionState.SERVING, VersionState.REJECTED)
+        assert "changed on disk" in (second.reason or "")
+        assert "main-v000002" not in engine.adapters
+
+    both(test, store, tmp_path)
+
+
+def test_a_changed_adapter_is_refused_before_the_engine_sees_it(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        version = add_version(store, tmp_path, 1)
+        (tmp_path / "v1" / WEIGHTS_FILE).unlink()
+        with pytest.raises(AdapterError, match=r"v1 cannot be read: .*No such file"):
+            await publish(store, p.proxy.engine, version)
+        assert engine.adapters == {}
+        assert store.serving("main").number == 0
 
     both(test, store, tmp_path)
 
