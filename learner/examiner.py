@@ -38,6 +38,7 @@ class Examiner:
         self._of_base: Logprobs = {}
         self._of_parent: Logprobs = {}
         self._of_candidate: Logprobs = {}
+        self._norms: dict[str, Tensor] = {}
 
     def prepare(self, held: Sequence[Sample], parent: int) -> None:
         """Reads the held-out turns with the version whose weights the trainer has now."""
@@ -70,7 +71,7 @@ class Examiner:
                     parents = self._canaries(prompts)
         metrics = self._trainer.metrics
         return Measured(
-            weight_change=weight_change(self._model),
+            weight_change=weight_change(self._model, self._norms),
             kl_parent=self._divergence(self._of_parent, self._of_candidate, metrics.get("step/kl")),
             kl_base=self._divergence(self._of_candidate, self._of_base, metrics.get("kl/base")),
             ranking=ranking(
@@ -158,20 +159,25 @@ def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:
     return float((weight * (difference.exp() - difference - 1)).mean())
 
 
-def weight_change(model: torch.nn.Module) -> float:
+def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
     """Largest ‖scale · B·A‖ / ‖W‖ over the adapted layers, Frobenius norms.
 
     ‖B·A‖² is the sum of (BᵀB) ∘ (AAᵀ), which are as small as the rank. It bounds how much a layer's
-    output can change by how much the layer does, whatever the model's scale.
+    output can change by how much the layer does, whatever the model's scale. `norms` remembers ‖W‖
+    by layer: it never changes, and reading all of a large model takes seconds.
     """
     found = torch.zeros(())
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            a = module.lora_A["default"].weight.detach().float()
-            b = module.lora_B["default"].weight.detach().float()
-            product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * module.scaling["default"]
-            share = (product / module.get_base_layer().weight.detach().float().norm()).cpu()
-            found = torch.maximum(found, share)  # which keeps what is not a number
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        a = layer.lora_A["default"].weight.detach().float()
+        b = layer.lora_B["default"].weight.detach().float()
+        product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
+        if name not in norms:
+            weight = layer.get_base_layer().weight.detach()
+            norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
+        found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
     return float(found)
 
 

@@ -325,7 +325,9 @@ def test_the_weight_change_is_that_of_the_whole_product(tmp_path):
             product = module.scaling["default"] * (b @ module.lora_A["default"].weight.detach())
             share = float(product.norm() / module.get_base_layer().weight.norm())
             expected = max(expected, share)
-    assert weight_change(trainer.model) == pytest.approx(expected, rel=1e-5)
+    norms = {}
+    for _ in range(2):
+        assert weight_change(trainer.model, norms) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
 
 
