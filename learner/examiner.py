@@ -196,7 +196,10 @@ def answers(
     """
     device, count = model.device, len(prompts)
     draw = torch.Generator(device).manual_seed(seed)
-    ids, mask = (t.to(device) for t in pad_left([*prompts, *prompts], PAD_ID))
+    width = max(map(len, prompts))
+    padded = [[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = (torch.tensor(rows, device=device).repeat(2, 1) for rows in (padded, real))
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     # The last position's logits are a fraction of all that a long prompt has.
     knows = "logits_to_keep" in signature(model.get_base_model().forward).parameters

@@ -8,6 +8,7 @@ import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from nextstate.adapters import WEIGHTS_FILE
 from nextstate.engine import EngineClient, publish
 from nextstate.errors import AdapterError, StoreError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
+from nextstate.settings import Settings
+from nextstate.stages import publish_version, withdraw_version
 from nextstate.store import Store
 from plugins.agents.generic import Generic
 from proxy.app import Proxy
@@ -401,6 +404,30 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
         assert "main-v000002" not in engine.adapters
 
     both(test, store, tmp_path)
+
+
+def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            file = tmp_path / "nextstate.toml"
+            address = f'mode = "external"\nurl = "{engine.url}"\nmodel = "{MODEL}"'
+            file.write_text(f"[engine]\n{address}\n")
+            settings = Settings.read(file)
+            for number in (1, 2, 3):
+                await publish_version(settings, store, add_version(store, tmp_path, number))
+            (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
+            engine.adapters.clear()
+            rejected = replace(store.serving("main"), reason="worse")
+            await withdraw_version(settings, store, rejected)
+            assert list(engine.adapters) == ["main-v000001"]
+            assert store.serving("main").number == 1
+            assert store.versions("main")[2].reason == "worse"
+            await withdraw_version(settings, store, rejected)  # another serves by now
+            assert store.serving("main").number == 1
+
+    asyncio.run(test())
 
 
 def test_a_changed_adapter_is_refused_before_the_engine_sees_it(
