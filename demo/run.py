@@ -74,6 +74,7 @@ method = "{method}"
 batch_size = {batch}
 learning_rate = 2e-3
 kl_coef = 0.2
+gradient_checkpointing = false
 step_kl = 0.005
 teacher_gap_clip = 1.0
 threads = 1

@@ -11,7 +11,6 @@ adapter without effect that warms vLLM up:
 from __future__ import annotations
 
 import argparse
-import hashlib
 import os
 import re
 import shutil
@@ -28,9 +27,9 @@ from torch import Tensor
 
 from learner.config import LearnerConfig
 from learner.model import lora_config, model_shape
-from nextstate.errors import LearnerError
+from nextstate.adapters import WEIGHTS_FILE, file_sha256, verify_adapter
+from nextstate.errors import AdapterError, DiskError, LearnerError
 
-WEIGHTS_FILE = "adapter_model.safetensors"
 CARD_FILE = "card.json"
 
 
@@ -93,13 +92,13 @@ def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str
 
 
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors; raises LearnerError if the file is missing, broken or not `sha256`."""
+    """The adapter's tensors; raises AdapterError if the file is missing, broken or not `sha256`."""
     try:
         if sha256 is not None:
             verify_adapter(path, sha256)
         return load_file(path / WEIGHTS_FILE)
     except (OSError, SafetensorError) as error:
-        raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
+        raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
 
 
 def check_scale(path: Path, config: LearnerConfig) -> None:
@@ -107,7 +106,7 @@ def check_scale(path: Path, config: LearnerConfig) -> None:
     try:
         saved = orjson.loads((path / "adapter_config.json").read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
-        raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
+        raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
     if (saved["lora_alpha"], saved["use_rslora"]) != (config.lora_alpha, config.rslora):
         raise LearnerError(
             f"the adapter to go on from was trained with [learner] lora_alpha = "
@@ -117,27 +116,11 @@ def check_scale(path: Path, config: LearnerConfig) -> None:
         )
 
 
-def verify_adapter(path: Path, sha256: str) -> None:
-    """Raises LearnerError unless the weight file is the one that was registered."""
-    try:
-        found = file_sha256(path / WEIGHTS_FILE)
-    except OSError as error:
-        raise LearnerError(f"the adapter in {path} cannot be read: {error}") from error
-    if found != sha256:
-        raise LearnerError(
-            f"the adapter in {path} has changed on disk: SHA-256 {found[:12]}…, expected "
-            f"{sha256[:12]}…; return to an earlier version with `nextstate rollback`"
-        )
-
-
-def file_sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
-    """Lets `fill` write a new folder beside `path`, makes it durable, then moves it there."""
+    """Lets `fill` write a new folder beside `path`, makes it durable, then moves it there.
+
+    Raises DiskError, and leaves nothing, when that fails.
+    """
     parent = path.parent
     parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     draft = parent / f".{path.name}.draft"
@@ -153,11 +136,18 @@ def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
             shutil.rmtree(path)
         draft.rename(path)
         sync(parent)
-    except OSError as error:
-        raise LearnerError(f"{path} cannot be written: {error}") from error
+    except (OSError, SafetensorError) as error:
+        raise disk_error(path, error) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return result
+
+
+def disk_error(path: Path, error: Exception) -> DiskError:
+    """Says that `path` could not be written, and what helps."""
+    return DiskError(
+        f"{path} cannot be written: {error}; make room where [store] dir is, or move it"
+    )
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from learner.adapters import sync
+from learner.adapters import disk_error, sync
 from nextstate.errors import LearnerError
 from nextstate.records import PolicyVersion, VersionState
 
@@ -33,7 +33,7 @@ class Checkpoint:
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replaces the folder's checkpoint in one step."""
+    """Replaces the folder's checkpoint in one step; raises DiskError when that fails."""
     v = checkpoint.version
     body = {
         "version": {
@@ -56,8 +56,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         sync(draft)
         draft.replace(folder / _FILE)
         sync(folder)
-    except OSError as error:
-        raise LearnerError(f"{folder / _FILE} cannot be written: {error}") from error
+    except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
+        draft.unlink(missing_ok=True)
+        raise disk_error(folder / _FILE, error) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:

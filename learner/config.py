@@ -83,6 +83,28 @@ class LearnerConfig:
     """Samples from more than this many versions ago are dropped."""
     max_tokens: int = 32768
     """Samples with more tokens of prompt and completion are dropped; never cut."""
+    holdout: float = 0.1
+    """Share of the sessions whose turns never train: new versions are checked on them. 0: none."""
+    holdout_samples: int = 32
+    """The newest held-out turns that a new version is checked on, at most 4 of a session."""
+    gate_weight_change: float = 1.0
+    """Rejects an adapter that changes a layer by more than this times the layer's own norm."""
+    gate_kl_parent: float = 0.1
+    """Rejects a version further from its parent, in nats a token of held-out turns."""
+    gate_kl_base: float = 1.0
+    """Rejects a version further from the base, in nats a token of held-out turns."""
+    gate_level: float = 0.01
+    """How often a version just at `gate_drop` is rejected for its ranking of held-out turns."""
+    gate_drop: float = 0.02
+    """A ranking that is worse by no more than this, in nats a token, is never a reason."""
+    gate_canaries: int = 2
+    """Recorded prompts that a new version answers, greedily and sampled; 0: none."""
+    gate_canary_tokens: int = 32
+    """Tokens of each such answer, at most."""
+    watch_level: float = 0.01
+    """How often a version no worse than before is rolled back by mistake, ever; 0: no watch."""
+    watch_drop: float = 0.2
+    """A mean score (-1 to 1) that is lower by no more than this is never a reason to roll back."""
     drift_limit: float = 0.02
     """Largest mean |policy - behaviour| on the current version's own samples, in nats a token."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -93,8 +115,9 @@ class LearnerConfig:
     """Of the frozen base; `4bit` is bitsandbytes' NF4, which vLLM does not serve, on a GPU."""
     memory_gb: float = 0.0
     """Memory that training may need, in 10^9 bytes; 0 is what is free when it starts."""
-    gradient_checkpointing: bool = False
-    """Compute activations twice instead of keeping them: less memory, a third more time."""
+    gradient_checkpointing: bool = True
+    """Compute activations twice instead of keeping them: a third more time, and for long turns a
+    tenth of the memory."""
     threads: int = 0
     """CPU threads of a training step; 0 is torch's default."""
     seed: int = 0
@@ -126,6 +149,8 @@ class LearnerConfig:
             "lora_rank",
             "lora_alpha",
             "max_tokens",
+            "holdout_samples",
+            "gate_canary_tokens",
         ):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in (
@@ -135,6 +160,9 @@ class LearnerConfig:
             "drift_limit",
             "poll_s",
             "step_kl",
+            "gate_weight_change",
+            "gate_kl_parent",
+            "gate_kl_base",
         ):
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
         for key in (
@@ -147,10 +175,22 @@ class LearnerConfig:
             "seed",
             "idle_patience_s",
             "memory_gb",
+            "gate_drop",
+            "gate_canaries",
+            "watch_drop",
         ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in ("adam_beta1", "adam_beta2", "epsilon", "teacher_decay"):
+        for key in (
+            "adam_beta1",
+            "adam_beta2",
+            "epsilon",
+            "teacher_decay",
+            "holdout",
+            "watch_level",
+        ):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        level = self.gate_level
+        _require(0 < level <= 0.5, "gate_level", level, "more than 0 and at most 0.5")
         _require(
             self.min_batch <= self.batch_size,
             "min_batch",

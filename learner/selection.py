@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 Parents = Mapping[int, int | None]
@@ -42,6 +43,16 @@ def is_due(
     `waited_s` is since there were `min_batch` of them; `max_wait_s` 0 waits for a full batch.
     """
     return ready >= batch_size or (ready >= min_batch and 0 < max_wait_s <= waited_s)
+
+
+def is_held_out(lineage: str, session: str, share: float) -> bool:
+    """Whether a session is one of the `share` that never trains; always the same ones.
+
+    Chosen by session, for its later turns carry the earlier ones in their prompts.
+    """
+    name = f"{lineage}\0{session}".encode()
+    place = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+    return place < share * 2**64
 
 
 def _chain(parents: Parents, number: int) -> list[int]:

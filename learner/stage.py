@@ -1,18 +1,30 @@
-"""The learner's loop: lease a batch, take one step, keep the version, settle, publish.
+"""The learner's loop: lease a batch, take one step, check the candidate, keep it, publish, watch.
 
 Its order makes a kill harmless at any point. The adapter's folder is written first, then the
 checkpoint, then the store registers the version and settles its samples in one transaction. On
 start, a checkpoint that the store does not know is registered, and only then are the leases of the
 dead learner released: no sample trains twice and none is lost.
+
+A candidate that the gate rejects writes nothing but one transaction, which registers it as rejected
+and drops its samples with that reason: a batch whose step was thrown away once would fail again.
+Killed before it, its samples are ready again; after it, they are settled. Either way the checkpoint
+is still the parent's, and weights and optimizer go on from there. A version that cannot be written
+to disk is forgotten, and its samples are ready again.
+
+While a version serves, the verdicts on its turns are watched. A clear drop, or an adapter that is
+no longer what was registered, takes it out of service for its parent, and it never returns by
+itself. What a person has put into service is left alone.
 """
 
 from __future__ import annotations
 
 import logging
+import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
@@ -25,6 +37,7 @@ from tenacity import (
     stop_when_event_set,
     wait_exponential,
 )
+from torch import Tensor
 
 from learner.adapters import (
     Card,
@@ -38,11 +51,14 @@ from learner.advantages import WEIGHTS
 from learner.batch import token_count
 from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
+from learner.examiner import Examiner
+from learner.gate import objection
 from learner.schedule import LiveRequests, Schedule
-from learner.selection import Parents, is_due, policy_lag, unfit
+from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
 from learner.sinks import Sinks, open_sinks
 from learner.trainer import PolicyTrainer, Update, build_trainer
-from nextstate.errors import EngineError, LearnerError, StartError
+from learner.watch import REFERENCE_VERSIONS, clear_drop
+from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
 
@@ -50,13 +66,23 @@ log = logging.getLogger(__name__)
 
 _LEASE_S = 3600.0
 _FIRST_WAIT_S = 0.5
+_FULL_DISK_WAIT_S = 30.0
+_MANY_REJECTIONS = 3
+"""So many in a row are no chance."""
+_HELD_PER_SESSION = 4
+_WATCH_EVERY_S = 5.0
+"""A look takes 30 ms over 100 000 verdicts."""
 
 
 class Publisher(Protocol):
     """Brings a version into service: loads it into the engine, probes it, flips to it."""
 
-    def __call__(self, version: PolicyVersion, /) -> None:
-        """Returns once the version serves; raises EngineError if it may work later."""
+    def __call__(self, version: PolicyVersion, /, withdraw: bool = False) -> None:
+        """Returns once the version serves; with `withdraw`, once an ancestor does in its place.
+
+        Raises EngineError if it may work later, and AdapterError for an adapter that is not the one
+        registered.
+        """
         ...
 
 
@@ -138,6 +164,11 @@ class _Learner:
         """The version whose weights the trainer holds."""
         self._waits_since: float | None = None
         """Since when `min_batch` samples are ready, by the monotonic clock."""
+        self._examiner = Examiner(config, trainer)
+        self._rejections = 0
+        """In a row."""
+        self._next_look = 0.0
+        """When the watch looks again, on the monotonic clock."""
 
     def updates(self) -> Iterator[Update]:
         """Batches for the trainer; what follows each `yield` runs after its step."""
@@ -146,15 +177,24 @@ class _Learner:
             self._schedule.before_update()
             if self._stop.is_set():
                 return
-            self._follow_rollback()
-            leased = self._lease()
+            self._watch()
+            leased = self._lease() if self._follow_rollback() else None
             if leased is None:
                 self._stop.wait(self._config.poll_s)
                 continue
             batch, samples = leased
+            started = time.perf_counter()
+            self._examiner.prepare(self._held_out(), self._current)
+            prepared = time.perf_counter() - started
+            before = self._trainer.adapter_weights()
             yield Update(samples, self._current, self._parents())
-            version = self._keep(batch, samples)
-            self._bring_into_service(version)
+            candidate = self._examine(samples, before, prepared)
+            if candidate.state is VersionState.REJECTED:
+                self._reject(candidate, batch, before)
+                continue
+            version = self._keep(candidate, batch, samples, before)
+            if version is not None:
+                self._bring_into_service(version)
 
     def recover(self) -> Checkpoint | None:
         """Settles the samples that were trained and makes every other leased one ready again."""
@@ -172,21 +212,69 @@ class _Learner:
             return
         newest = versions[-1]
         start = self._store.serving(self._lineage) if _is_behind(newest) else newest
-        self._go_on_from(start)
+        if not self._can_go_on_from(start):
+            return
         if checkpoint and checkpoint.version.number == start.number:
             self._trainer.load_training_state(checkpoint.state)
         if newest.state is VersionState.CANDIDATE:
             self._bring_into_service(newest)
 
-    def _follow_rollback(self) -> None:
-        """Goes on from the version that serves, if the newest one was taken out of service."""
+    def _follow_rollback(self) -> bool:
+        """Goes on from the version that serves, if the newest one was taken out of service.
+
+        False if that one turns out to be of no use: then another serves soon.
+        """
         versions = self._store.versions(self._lineage)
         if not versions or not _is_behind(versions[-1]):
-            return
+            return True
         serving = self._store.serving(self._lineage)
         if serving.number != self._current:
-            self._go_on_from(serving)
+            if not self._can_go_on_from(serving):
+                return False
             self._trainer.forget_moments()
+        return True
+
+    def _watch(self) -> None:
+        """Takes the serving version out of service if its turns are clearly worse than before.
+
+        Not one that a person chose: an older one than others that served, or a rejected one.
+        """
+        if not self._config.watch_level or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _WATCH_EVERY_S
+        serving = self._store.serving(self._lineage)
+        if serving.reason is not None:
+            return
+        later = [v for v in self._store.versions(self._lineage) if v.number > serving.number]
+        before = self._store.ancestors(serving)[:REFERENCE_VERSIONS]
+        if not before or any(v.state is not VersionState.REJECTED for v in later):
+            return
+        numbers = [version.number for version in before]
+        counts = self._store.score_counts(self._lineage, [serving.number, *numbers])
+        level, drop = self._config.watch_level, self._config.watch_drop
+        ours, others = counts[serving.number], [counts[number] for number in numbers]
+        found = clear_drop(ours, others, level=level, drop=drop)
+        if found is not None:
+            self._disown(serving, f"rolled back: {found}")
+
+    def _disown(self, version: PolicyVersion, reason: str) -> None:
+        """Rejects a version that was registered; if it serves, an ancestor takes its place."""
+        log.error(
+            "version rejected lineage=%s version=%d: %s", self._lineage, version.number, reason
+        )
+        if version.state is VersionState.SERVING:
+            self._bring_into_service(replace(version, reason=reason), withdraw=True)
+        else:
+            self._store.reject_version(self._lineage, version.number, reason)
+
+    def _can_go_on_from(self, version: PolicyVersion) -> bool:
+        """`_go_on_from`; disowns a version whose adapter is not what was registered."""
+        try:
+            self._go_on_from(version)
+        except AdapterError as error:
+            self._disown(version, str(error))
+            return False
+        return True
 
     def _go_on_from(self, version: PolicyVersion) -> None:
         if version.path is None:
@@ -207,15 +295,19 @@ class _Learner:
         scored, hinted = self._weights.rl != 0, self._weights.distils
         parents = self._parents()
         self._drop_stale(parents)
+        self._hold_out()
         while self._is_due(self._store.ready_samples(self._lineage, scored, hinted)):
             batch = uuid.uuid4().hex
             samples = self._store.lease_samples(
                 self._lineage, size, batch, _LEASE_S, scored=scored, hinted=hinted
             )
-            if not self._drop_unfit(samples, parents):
+            dropped = self._drop_unfit(samples, parents)
+            # One of a held-out session may have become ready since.
+            if not dropped and not any(self._is_held_out(s.session) for s in samples):
                 self._waits_since = None
                 return batch, samples
             self._store.release_samples(self._lineage)
+            self._hold_out()
         return None
 
     def _is_due(self, ready: int) -> bool:
@@ -231,6 +323,20 @@ class _Learner:
             min_batch=self._config.min_batch,
             max_wait_s=self._config.max_wait_s,
         )
+
+    def _hold_out(self) -> None:
+        if self._config.holdout:
+            self._store.hold_out(self._lineage, self._is_held_out)
+
+    def _is_held_out(self, session: str) -> bool:
+        return is_held_out(self._lineage, session, self._config.holdout)
+
+    def _held_out(self) -> list[Sample]:
+        """The samples that the next candidate is checked on."""
+        if not self._config.holdout:
+            return []
+        limit = self._config.holdout_samples
+        return self._store.held_samples(self._lineage, limit, _HELD_PER_SESSION)
 
     def _drop_stale(self, parents: Parents) -> None:
         """Settles ready samples whose version is too far from the one that trains."""
@@ -260,41 +366,119 @@ class _Learner:
             log.info("sample dropped turn=%s reason=%s", turn, reason)
         return len(found)
 
-    def _keep(self, batch: str, samples: list[Sample]) -> PolicyVersion:
-        """Saves adapter and checkpoint, then registers the version and settles its samples."""
+    def _examine(
+        self, samples: list[Sample], before: Mapping[str, Tensor], prepared_s: float
+    ) -> PolicyVersion:
+        """The version that the step has made, rejected or a candidate; nothing is kept yet."""
+        started = time.perf_counter()
+        found = self._examiner.measure(samples, before)
+        reason = objection(found, self._config)
         parents = self._parents()
         lags = [policy_lag(parents, self._current, s.policy_version) for s in samples]
-        metrics = {**self._trainer.metrics, "lag/max": max(lags)}
-        number = max(parents, default=BASE_VERSION) + 1
+        return PolicyVersion(
+            lineage=self._lineage,
+            number=max(parents, default=BASE_VERSION) + 1,
+            parent=self._current,
+            path=None,
+            sha256=None,
+            samples=len(samples),
+            state=VersionState.CANDIDATE if reason is None else VersionState.REJECTED,
+            metrics={
+                **self._trainer.metrics,
+                "lag/max": max(lags),
+                **found.metrics(),
+                "gate/seconds": prepared_s + time.perf_counter() - started,
+            },
+            reason=reason,
+        )
+
+    def _reject(self, version: PolicyVersion, batch: str, before: Mapping[str, Tensor]) -> None:
+        """Registers a version that never serves, and goes back to before its step."""
+        self._register(version, batch)
+        self._forget_folder(version.number)
+        self._undo(before)
+        log.warning(
+            "version rejected lineage=%s version=%d: %s",
+            self._lineage,
+            version.number,
+            version.reason,
+        )
+        self._rejections += 1
+        if self._rejections % _MANY_REJECTIONS == 0:
+            log.error(
+                "%d versions in a row were rejected lineage=%s: lower [learner] learning_rate = %g "
+                "or step_kl = %g; `nextstate versions` shows each reason",
+                self._rejections,
+                self._lineage,
+                self._config.learning_rate,
+                self._config.step_kl,
+            )
+
+    def _undo(self, before: Mapping[str, Tensor]) -> None:
+        """Weights and optimizer as they were before the step: the checkpoint is the parent's."""
+        self._trainer.load_adapter(before)
+        checkpoint = load_checkpoint(self._folder)
+        if checkpoint and checkpoint.version.number == self._current:
+            self._trainer.load_training_state(checkpoint.state)
+        else:
+            self._trainer.forget_moments()
+            self._trainer.restart_teacher()
+
+    def _forget_folder(self, number: int) -> None:
+        """Removes what was written of a version that is not registered with a folder."""
         path = version_path(self._store.dir, self._lineage, number)
-        turns = [sample.turn for sample in samples]
-        card = Card(self._lineage, number, self._current, self._config.method, turns, metrics)
+        shutil.rmtree(path, ignore_errors=True)
+
+    def _keep(
+        self,
+        candidate: PolicyVersion,
+        batch: str,
+        samples: list[Sample],
+        before: Mapping[str, Tensor],
+    ) -> PolicyVersion | None:
+        """Saves adapter and checkpoint, then registers the version and settles its samples.
+
+        None if there is no room for it: then nothing has happened, and its samples are ready.
+        """
+        try:
+            version = self._save(candidate, batch, [sample.turn for sample in samples])
+        except DiskError as error:
+            log.error("%s; trying again in %.0f s", error, _FULL_DISK_WAIT_S)
+            self._forget_folder(candidate.number)
+            self._undo(before)
+            self._store.release_samples(self._lineage)
+            self._stop.wait(_FULL_DISK_WAIT_S)
+            return None
+        self._register(version, batch)
+        self._current = version.number
+        self._examiner.accept(version.number)
+        self._rejections = 0
+        return version
+
+    def _save(self, candidate: PolicyVersion, batch: str, turns: list[str]) -> PolicyVersion:
+        v = candidate
+        path = version_path(self._store.dir, v.lineage, v.number)
+        card = Card(v.lineage, v.number, v.parent, self._config.method, turns, v.metrics)
         sha256 = save_adapter(
             path, self._trainer.adapter_weights(), self._config, self._model_path, card
         )
-        version = PolicyVersion(
-            lineage=self._lineage,
-            number=number,
-            parent=self._current,
-            path=str(path),
-            sha256=sha256,
-            samples=len(samples),
-            state=VersionState.CANDIDATE,
-            metrics=metrics,
-        )
+        version = replace(v, path=str(path), sha256=sha256)
         state = self._trainer.training_state()
         save_checkpoint(self._folder, Checkpoint(version, batch, state))
-        self._register(version, batch)
-        self._current = number
         return version
 
     def _register(self, version: PolicyVersion, batch: str) -> None:
         self._store.add_version(version, batch)
         self._sinks.write(version.number, version.metrics)
-        log.info("version made lineage=%s version=%d", version.lineage, version.number)
+        log.info(
+            "version made lineage=%s version=%d state=%s",
+            version.lineage,
+            version.number,
+            version.state,
+        )
 
-    def _bring_into_service(self, version: PolicyVersion) -> None:
-        """Publishes, again and again while the engine fails, until told to stop."""
+    def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
+        """Publishes or withdraws, again and again while the engine fails, until told to stop."""
         retrying = Retrying(
             retry=retry_if_exception_type(EngineError),
             wait=wait_exponential(multiplier=_FIRST_WAIT_S, max=30.0),
@@ -303,7 +487,12 @@ class _Learner:
             before_sleep=self._log_failure,
         )
         try:
-            retrying(self._publish, version)
+            if withdraw:
+                retrying(self._publish, version, withdraw=True)
+            else:
+                retrying(self._publish, version)
+        except AdapterError as error:
+            self._disown(version, str(error))
         except RetryError:
             log.warning(
                 "version not published lineage=%s version=%d", version.lineage, version.number

@@ -19,7 +19,7 @@ from nextstate import logs
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
-from nextstate.records import MAIN_LINEAGE, Feedback
+from nextstate.records import BASE_VERSION, MAIN_LINEAGE, Feedback, PolicyVersion
 from nextstate.settings import Settings
 from nextstate.stack import Stack
 from nextstate.store import Store
@@ -32,6 +32,7 @@ examples:
   nextstate up                          start engine, proxy, judge and learner
   nextstate turns --json | tail -1      the newest turn with its verdict
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
+  nextstate versions 3                  what version 3 was made from, and how it was checked
   nextstate rollback 3                  serve version 3 again
   nextstate demo                        watch a small policy learn from two minutes of talk
 """
@@ -141,6 +142,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("--json", action="store_true", help="one JSON object a line")
         if name == "turns":
             sub.add_argument("--limit", type=int, default=0, help="only the newest N (0: all)")
+        if name == "versions":
+            sub.add_argument("number", type=int, nargs="?", help="show what made this one")
+            text = "only this one's (of a NUMBER: default main)"
+            sub.add_argument("--lineage", metavar="NAME", help=text)
     rollback = command("rollback", _rollback, "serve an earlier version again")
     rollback.add_argument("number", type=int, help="its number; 0 is the base model")
     lineage(rollback)
@@ -273,26 +278,32 @@ def _turns(options: argparse.Namespace) -> int:
 
 
 def _versions(options: argparse.Namespace) -> int:
+    from nextstate import version_cards
+
     store = Store(Settings.read(options.config).store)
-    for version in store.versions():
-        row = {
-            "lineage": version.lineage,
-            "number": version.number,
-            "state": version.state,
-            "parent": version.parent,
-            "samples": version.samples,
-            "path": version.path,
-            "sha256": version.sha256,
-            "metrics": dict(version.metrics),
-        }
+    if options.number is not None:
+        version = _version(store, options.lineage or MAIN_LINEAGE, options.number)
+        used = store.used_turns(version.lineage, version.number)
         if options.json:
-            _print_json(row)
+            _print_json(version_cards.row(version) | {"turns": version_cards.turn_rows(used)})
         else:
-            print(
-                f"{version.lineage} {version.number:4d} {version.state:10} "
-                f"parent {version.parent}  {version.samples} samples  {version.path}"
-            )
+            print(version_cards.card(version, used))
+        return 0
+    versions = store.versions(options.lineage)
+    if options.json:
+        for version in versions:
+            _print_json(version_cards.row(version))
+    elif versions:
+        print(version_cards.table(versions))
     return 0
+
+
+def _version(store: Store, lineage: str, number: int) -> PolicyVersion:
+    version = store.version(lineage, number)
+    if version is None:
+        known = ", ".join(str(v.number) for v in store.versions(lineage)) or "only 0"
+        raise StartError(f"there is no version {number} of lineage {lineage!r}; known: {known}")
+    return version
 
 
 def _rollback(options: argparse.Namespace) -> int:
@@ -300,11 +311,13 @@ def _rollback(options: argparse.Namespace) -> int:
 
     settings = Settings.read(options.config)
     store = Store(settings.store)
-    version = store.version(options.lineage, options.number)
-    if version is None or options.lineage not in (MAIN_LINEAGE, *settings.lineages):
-        known = ", ".join(str(v.number) for v in store.versions(options.lineage)) or "only 0"
+    version = _version(store, options.lineage, options.number)
+    if options.lineage not in (MAIN_LINEAGE, *settings.lineages):
+        raise StartError(f"there is no lineage {options.lineage!r}: see [lineages.NAME]")
+    if version.path is None and version.number != BASE_VERSION:
         raise StartError(
-            f"there is no version {options.number} of lineage {options.lineage!r}; known: {known}"
+            f"version {version.number} was rejected before it was written and cannot serve: "
+            f"{version.reason}; choose another one of `nextstate versions`"
         )
     asyncio.run(publish_version(settings, store, version))
     print(f"version {version.number} serves {version.lineage}")

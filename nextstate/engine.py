@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,11 +18,14 @@ from typing import Self
 import aiohttp
 import orjson
 
-from nextstate.errors import EngineError
+from nextstate.adapters import verify_adapter
+from nextstate.errors import AdapterError, EngineError
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
 from nextstate.wire import json_object, objects
+
+log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 60.0
 GLANCE_TIMEOUT_S = 5.0
@@ -105,15 +109,19 @@ class EngineClient:
             )
         return sum(counts)
 
+    async def has_model(self, name: str) -> bool:
+        """Whether the base model or an adapter of that name is loaded."""
+        return any(model.id == name for model in await self.models())
+
     async def load_adapter(self, name: str, path: str) -> None:
         """Loads the adapter in folder `path` under `name`; an adapter that is there stays."""
-        if any(m.id == name for m in await self.models()):
+        if await self.has_model(name):
             return
         await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
 
     async def unload_adapter(self, name: str) -> None:
         """Unloads the adapter `name`; one that is not there is no error."""
-        if all(m.id != name for m in await self.models()):
+        if not await self.has_model(name):
             return
         await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
@@ -173,14 +181,14 @@ class EngineClient:
 
 
 async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
-    """Loads the version's adapter if it is missing and probes it; the base needs neither."""
-    if version.adapter_name is None or version.path is None:
+    """Loads the version's adapter if it is missing and probes it; the base needs neither.
+
+    Raises AdapterError, before the engine has seen the file, if it is not the one registered.
+    """
+    if version.adapter_name is None or version.path is None or version.sha256 is None:
         return
-    if not await asyncio.to_thread(Path(version.path).is_dir):
-        raise EngineError(
-            f"version {version.number} of {version.lineage} has lost its folder {version.path}: "
-            f"`nextstate rollback` to another version"
-        )
+    if not await engine.has_model(version.adapter_name):
+        await asyncio.to_thread(verify_adapter, Path(version.path), version.sha256)
     await engine.load_adapter(version.adapter_name, version.path)
     await engine.probe(version.adapter_name)
 
@@ -214,3 +222,20 @@ async def publish(store: Store, engine: EngineClient, version: PolicyVersion) ->
     """
     await ensure_loaded(engine, version)
     await asyncio.to_thread(store.set_serving, version.lineage, version.number)
+
+
+async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:
+    """Takes a version out of service, for its `reason`, by the same steps as a rollback.
+
+    Its nearest ancestor whose adapter is whole serves in its place, unless another version serves
+    by now. Returns the version that serves.
+    """
+    for version in await asyncio.to_thread(store.ancestors, rejected):
+        try:
+            await ensure_loaded(engine, version)
+        except AdapterError as error:
+            log.error("version=%d lineage=%s is no use: %s", version.number, version.lineage, error)
+            continue
+        await asyncio.to_thread(store.replace_serving, rejected, version.number)
+        break
+    return await asyncio.to_thread(store.serving, rejected.lineage)

@@ -9,6 +9,8 @@
     ├── JudgeError      a judge that could not vote
     │   └── BusyError   … but may in a moment
     ├── LearnerError    a batch or a version that must not be trained or served
+    │   └── DiskError   what was trained cannot be written, for now
+    ├── AdapterError    an adapter on disk that is missing, or not the one that was registered
     └── PluginError     a plugin that cannot be found or loaded
 
 Each message names the value, what was expected, and the key or command that fixes it: the command
@@ -50,6 +52,14 @@ class BusyError(JudgeError):
 
 class LearnerError(NextStateError):
     """Training or publishing must not go on."""
+
+
+class DiskError(LearnerError):
+    """A version cannot be kept on disk; it may work once there is room."""
+
+
+class AdapterError(NextStateError):
+    """An adapter's folder is missing, cannot be read or has changed."""
 
 
 class PluginError(NextStateError):

@@ -62,6 +62,8 @@ class SampleState(StrEnum):
     LEASED = "leased"
     TRAINED = "trained"
     DROPPED = "dropped"
+    HELD = "held"
+    """Kept from training for good, to check new versions on."""
 
 
 class VersionState(StrEnum):
@@ -248,6 +250,28 @@ class Sample:
             )
         if not self.prompt_ids or not self.completion_ids:
             raise RecordError(f"sample {self.turn}: an empty prompt or completion cannot train")
+
+
+@dataclass(frozen=True, slots=True)
+class ScoreCounts:
+    """How many verdicts there are of each score."""
+
+    good: int = 0
+    """Of +1."""
+    neutral: int = 0
+    """Of 0."""
+    bad: int = 0
+    """Of -1."""
+
+    @property
+    def total(self) -> int:
+        """Of any score."""
+        return self.good + self.neutral + self.bad
+
+    def __add__(self, other: ScoreCounts) -> ScoreCounts:
+        return ScoreCounts(
+            self.good + other.good, self.neutral + other.neutral, self.bad + other.bad
+        )
 
 
 @dataclass(frozen=True, slots=True)

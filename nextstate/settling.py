@@ -248,5 +248,6 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
     state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
     if state is None:
         connection.execute(sa.insert(t.samples).values(turn=verdict.turn, **values))
-    elif state in (SampleState.READY, SampleState.DROPPED):
+    elif state not in _IN_TRAINING:
+        # One that was held out is ready until the learner looks, which it does before it leases.
         connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))

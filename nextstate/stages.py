@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nextstate.config import secret
-from nextstate.engine import EngineClient, publish, zero_adapter_path
+from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
 from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.records import MAIN_LINEAGE, PolicyVersion
@@ -220,8 +220,9 @@ def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
     if not path.exists():
         save_zero_adapter(model_path, settings.learner, path)
 
-    def to_engine(version: PolicyVersion) -> None:
-        asyncio.run(publish_version(settings, store, version))
+    def to_engine(version: PolicyVersion, withdraw: bool = False) -> None:
+        act = withdraw_version if withdraw else publish_version
+        asyncio.run(act(settings, store, version))
 
     def live_requests() -> int:
         return asyncio.run(_live_requests(settings))
@@ -249,6 +250,12 @@ async def publish_version(settings: Settings, store: Store, version: PolicyVersi
 async def _live_requests(settings: Settings) -> int:
     async with engine_client(settings) as engine:
         return await engine.live_requests()
+
+
+async def withdraw_version(settings: Settings, store: Store, version: PolicyVersion) -> None:
+    """Takes a version out of service on the configured engine, for its `reason`."""
+    async with engine_client(settings) as engine:
+        await withdraw(store, engine, version)
 
 
 def cannot_listen(settings: Settings, error: OSError) -> StartError:

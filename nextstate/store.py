@@ -30,6 +30,7 @@ from nextstate.records import (
     PolicyVersion,
     Sample,
     SampleState,
+    ScoreCounts,
     Source,
     Turn,
     TurnKind,
@@ -44,6 +45,7 @@ from nextstate.rows import (
     next_states_of,
     sample_of,
     turn_of,
+    verdict_of,
     version_of,
     version_row,
 )
@@ -389,25 +391,57 @@ class Store:
         s = t.samples.c
         with self._write() as connection:
             query = (
-                sa.select(t.turns, t.verdicts.c.score, t.verdicts.c.hinted_prompt_ids)
-                .join(t.samples, s.turn == t.turns.c.id)
-                .join(t.verdicts, t.verdicts.c.turn == t.turns.c.id)
-                .where(*_usable(lineage, scored, hinted))
+                _SAMPLES.where(*_usable(lineage, scored, hinted))
                 .order_by(s.policy_version.desc(), t.turns.c.seq)
                 .limit(limit)
             )
-            rows = connection.execute(query).all()
-            packed = (
-                part or b"" for row in rows for part in (row.prompt_ids, row.hinted_prompt_ids)
-            )
-            bodies = load_bodies(connection, hashes(b"".join(packed)))
-            leased = [sample_of(row, bodies) for row in rows]
+            leased = _samples(connection, query)
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_([sample.turn for sample in leased]))
                 .values(state=SampleState.LEASED, batch=batch, lease_until=self._clock() + lease_s)
             )
         return leased
+
+    def hold_out(self, lineage: str, chosen: Callable[[str], bool]) -> int:
+        """Keeps the ready samples of the sessions that are `chosen` from training, for good.
+
+        Returns how many.
+        """
+        s = t.samples.c
+        ready = (s.lineage == lineage, s.state == SampleState.READY)
+        with self._read() as connection:
+            query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id)
+            found = connection.execute(query.where(*ready).distinct()).scalars()
+            sessions = [session for session in found if chosen(session)]
+        if not sessions:
+            return 0
+        turns = sa.select(t.turns.c.id).where(t.turns.c.session.in_(sessions))
+        with self._write() as connection:
+            done = connection.execute(
+                sa.update(t.samples).where(*ready, s.turn.in_(turns)).values(state=SampleState.HELD)
+            )
+        return done.rowcount
+
+    def held_samples(self, lineage: str, limit: int, per_session: int) -> list[Sample]:
+        """The newest `limit` samples that are held out, newest first.
+
+        Of each session only its newest `per_session`, so that one long session is not all there is.
+        """
+        s = t.samples.c
+        place = sa.func.row_number().over(
+            partition_by=t.turns.c.session, order_by=t.turns.c.seq.desc()
+        )
+        ranked = (
+            sa.select(t.turns.c.id, place.label("place"))
+            .join(t.samples, s.turn == t.turns.c.id)
+            .where(s.lineage == lineage, s.state == SampleState.HELD)
+            .subquery()
+        )
+        newest = sa.select(ranked.c.id).where(ranked.c.place <= per_session)
+        query = _SAMPLES.where(t.turns.c.id.in_(newest)).order_by(t.turns.c.seq.desc())
+        with self._read() as connection:
+            return _samples(connection, query.limit(limit))
 
     def release_samples(self, lineage: str) -> int:
         """Makes leased samples ready again: for a learner that starts and knows it is alone.
@@ -464,8 +498,15 @@ class Store:
         return dropped
 
     def add_version(self, version: PolicyVersion, batch: str | None) -> None:
-        """Registers a version and settles the samples of its batch as trained, in one step."""
+        """Registers a version and settles the samples of its batch, in one step.
+
+        They have trained it, or, if it is rejected, are dropped with it.
+        """
         s = t.samples.c
+        settled: dict[str, Any] = {"state": SampleState.TRAINED}
+        if version.state is VersionState.REJECTED:
+            reason = f"their version {version.number} was rejected: {version.reason}"
+            settled = {"state": SampleState.DROPPED, "reason": reason}
         with self._write() as connection:
             connection.execute(sa.insert(t.versions).values(**version_row(version, self._clock())))
             if batch is not None:
@@ -476,7 +517,7 @@ class Store:
                         s.batch == batch,
                         s.state == SampleState.LEASED,
                     )
-                    .values(state=SampleState.TRAINED, trained_in=version.number, lease_until=None)
+                    .values(trained_in=version.number, lease_until=None, **settled)
                 )
 
     # Versions
@@ -497,6 +538,49 @@ class Store:
         if number == BASE_VERSION:
             return base_version(lineage, VersionState.RETIRED)
         return None
+
+    def ancestors(self, version: PolicyVersion) -> list[PolicyVersion]:
+        """The versions that it was trained from, its parent first and the base last."""
+        known = {v.number: v for v in self.versions(version.lineage)}
+        found: list[PolicyVersion] = []
+        number = version.parent
+        while number is not None:
+            base = base_version(version.lineage, VersionState.RETIRED)
+            found.append(known.get(number, base))
+            number = found[-1].parent
+        return found
+
+    def used_turns(self, lineage: str, number: int) -> list[tuple[str, Verdict]]:
+        """The turns that the version's update used and their verdicts, in order of recording."""
+        s = t.samples.c
+        query = (
+            sa.select(t.verdicts)
+            .join(t.samples, s.turn == t.verdicts.c.turn)
+            .join(t.turns, t.turns.c.id == s.turn)
+            .where(s.lineage == lineage, s.trained_in == number)
+            .order_by(t.turns.c.seq)
+        )
+        with self._read() as connection:
+            rows = connection.execute(query).all()
+            packed = b"".join(row.hinted_prompt_ids or b"" for row in rows)
+            bodies = load_bodies(connection, hashes(packed))
+            return [(row.turn, verdict_of(row, bodies)) for row in rows]
+
+    def score_counts(self, lineage: str, numbers: Sequence[int]) -> dict[int, ScoreCounts]:
+        """The verdicts on the turns that each of the versions has served."""
+        s = t.samples.c
+        query = (
+            sa.select(s.policy_version, t.verdicts.c.score, sa.func.count())
+            .join(t.verdicts, t.verdicts.c.turn == s.turn)
+            .where(s.lineage == lineage, s.policy_version.in_(numbers))
+            .group_by(s.policy_version, t.verdicts.c.score)
+        )
+        found = dict.fromkeys(numbers, ScoreCounts())
+        fields = {1: "good", 0: "neutral", -1: "bad"}
+        with self._read() as connection:
+            for number, score, count in connection.execute(query):
+                found[number] += ScoreCounts(**{fields[score]: count})
+        return found
 
     def serving(self, lineage: str) -> PolicyVersion:
         """The version that serves the lineage: the base until a first one is published."""
@@ -521,28 +605,30 @@ class Store:
 
     def set_serving(self, lineage: str, number: int) -> None:
         """Flips the lineage to `number`; the version that served is retired."""
+        with self._write() as connection:
+            _set_state(connection, lineage, _SERVING, VersionState.RETIRED)
+            _set_state(connection, lineage, t.versions.c.number == number, VersionState.SERVING)
+
+    def replace_serving(self, rejected: PolicyVersion, number: int) -> bool:
+        """Flips from `rejected`, which keeps its reason, to `number`.
+
+        False, and nothing is changed, if another version serves by now.
+        """
         v = t.versions.c
         with self._write() as connection:
-            connection.execute(
-                sa.update(t.versions)
-                .where(v.lineage == lineage, v.state == VersionState.SERVING)
-                .values(state=VersionState.RETIRED)
-            )
-            connection.execute(
-                sa.update(t.versions)
-                .where(v.lineage == lineage, v.number == number)
-                .values(state=VersionState.SERVING)
-            )
+            ours = sa.and_(v.number == rejected.number, _SERVING)
+            if not _set_state(
+                connection, rejected.lineage, ours, VersionState.REJECTED, rejected.reason
+            ):
+                return False
+            _set_state(connection, rejected.lineage, v.number == number, VersionState.SERVING)
+        return True
 
     def reject_version(self, lineage: str, number: int, reason: str) -> None:
-        """Marks a version that must never serve, keeping why in its metrics' place."""
-        v = t.versions.c
+        """Marks a version that must not come into service, and why."""
         with self._write() as connection:
-            connection.execute(
-                sa.update(t.versions)
-                .where(v.lineage == lineage, v.number == number)
-                .values(state=VersionState.REJECTED, metrics=dump({"rejected": reason}))
-            )
+            chosen = t.versions.c.number == number
+            _set_state(connection, lineage, chosen, VersionState.REJECTED, reason)
 
     # The proxy's workers
 
@@ -576,6 +662,37 @@ class Store:
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:
     """Version 0 of a lineage: the base model without an adapter."""
     return PolicyVersion(lineage, BASE_VERSION, None, None, None, 0, state)
+
+
+_SAMPLES = (
+    sa.select(t.turns, t.verdicts.c.score, t.verdicts.c.hinted_prompt_ids)
+    .join(t.samples, t.samples.c.turn == t.turns.c.id)
+    .join(t.verdicts, t.verdicts.c.turn == t.turns.c.id)
+)
+
+
+def _samples(connection: sa.Connection, query: sa.Select[Any]) -> list[Sample]:
+    """The samples of a query that begins as `_SAMPLES` does."""
+    rows = connection.execute(query).all()
+    packed = (part or b"" for row in rows for part in (row.prompt_ids, row.hinted_prompt_ids))
+    bodies = load_bodies(connection, hashes(b"".join(packed)))
+    return [sample_of(row, bodies) for row in rows]
+
+
+_SERVING = t.versions.c.state == VersionState.SERVING
+
+
+def _set_state(
+    connection: sa.Connection,
+    lineage: str,
+    chosen: sa.ColumnElement[bool],
+    state: VersionState,
+    reason: str | None = None,
+) -> int:
+    """Changes the state of versions, and the reason where there is one; returns how many."""
+    values = {"state": state} if reason is None else {"state": state, "reason": reason}
+    query = sa.update(t.versions).where(t.versions.c.lineage == lineage, chosen)
+    return connection.execute(query.values(**values)).rowcount
 
 
 def _usable(lineage: str, scored: bool, hinted: bool) -> tuple[sa.ColumnElement[bool], ...]:

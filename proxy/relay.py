@@ -14,7 +14,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from nextstate.engine import ensure_loaded
-from nextstate.errors import EngineError
+from nextstate.errors import AdapterError, EngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
@@ -331,6 +331,10 @@ class _Call:
             return False
         try:
             await ensure_loaded(self.relay.versions.engine, self.version)
+        except AdapterError as error:
+            log.error("turn=%s the serving adapter cannot be restored: %s", self.turn_id, error)
+            self.relay.versions.engine_failed()  # requests wait until another version serves
+            return False
         except EngineError as error:
             log.warning("turn=%s the serving adapter cannot be restored: %s", self.turn_id, error)
             return False

@@ -14,10 +14,11 @@ import re
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
-from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up
-from nextstate.errors import EngineError
+from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
+from nextstate.errors import AdapterError, EngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
 from nextstate.store import Store
 
@@ -161,13 +162,24 @@ class Versions:
     async def _prepare(self) -> bool:
         try:
             await warm_up(self.engine, self._zero_adapter)
-            for version in self.serving.values():
-                await ensure_loaded(self.engine, version)
+            for version in list(self.serving.values()):
+                await self._load(version)
             await self._forget_retired()
         except EngineError as error:
             log.warning("the engine is up, but cannot serve yet: %s", error)
             return False
         return True
+
+    async def _load(self, version: PolicyVersion) -> None:
+        """Loads a serving version, or withdraws it if its adapter is no longer what it was."""
+        try:
+            await ensure_loaded(self.engine, version)
+        except AdapterError as error:
+            log.error("version=%d cannot serve: %s", version.number, error)
+            rejected = replace(version, reason=str(error))
+            serving = await withdraw(self._store, self.engine, rejected)
+            self.serving[version.lineage] = serving
+            await self._load(serving)
 
     async def _forget_retired(self) -> None:
         """Unloads versions that an earlier proxy left behind."""

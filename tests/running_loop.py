@@ -41,6 +41,7 @@ port = {port}
 kind = "rules"
 [learner]
 learning_rate = 1e-3
+gradient_checkpointing = false
 threads = 1
 poll_s = 0.1
 """

@@ -7,14 +7,24 @@ import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
+from nextstate.adapters import WEIGHTS_FILE, file_sha256
+
 MODEL = "base"
 FINGERPRINT = "vllm-test"
 WARM_UP_PROMPT = [0]
+
+
+def write_weights(folder: Path) -> str:
+    """Makes an adapter's folder, with a file in place of weights; returns the file's SHA-256."""
+    folder.mkdir()
+    (folder / WEIGHTS_FILE).write_bytes(folder.name.encode())
+    return file_sha256(folder / WEIGHTS_FILE)
 
 
 @dataclass

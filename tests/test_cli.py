@@ -11,6 +11,7 @@ import pytest
 from nextstate.cli import main
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
+from nextstate.settings import Settings
 from nextstate.store import Store
 from tests.test_store import add, judge, turn
 
@@ -111,6 +112,71 @@ def test_feedback_names_a_turn_or_a_session(capsys: pytest.CaptureFixture[str]) 
     assert "nextstate feedback --session my-chat" in capsys.readouterr().out
 
 
+@pytest.fixture
+def chain(config: Path) -> Path:
+    """The same store with a trained version 2, which serves, and a rejected version 3."""
+    store = Store(Settings.read(config).store)
+    store.set_serving("main", 1)
+    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    metrics = {"score/mean": -1.0, "step/kl": 0.00456, "gate/kl_base": 0.12, "gate/rank": 0.0204}
+    state = VersionState.CANDIDATE
+    store.add_version(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")
+    store.set_serving("main", 2)
+    state = VersionState.REJECTED
+    store.add_version(PolicyVersion("main", 3, 2, None, None, 1, state, {}, "too far"), None)
+    store.close()
+    return config
+
+
+def test_the_versions_table_shows_what_changed_and_why_one_was_rejected(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--config", str(chain)]) == 0
+    headings, first, second, third, reason = lines(capsys)
+    assert headings.split()[:5] == ["lineage", "number", "state", "parent", "samples"]
+    assert first.split() == ["main", "1", "retired", "0", "16", "·", "·", "·", "·"]
+    assert second.split() == [
+        *("main", "2", "serving", "1", "1", "-1.00", "0.0046", "0.120", "+0.0204")
+    ]
+    assert third.split()[:3] == ["main", "3", "rejected"]
+    assert reason == "    too far"
+
+
+def test_versions_as_json_have_the_documented_keys(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--json", "--config", str(chain)]) == 0
+    *_, second, third = (json.loads(line) for line in lines(capsys))
+    assert list(second) == [
+        *("lineage", "number", "state", "parent", "samples", "path", "sha256", "metrics", "reason")
+    ]
+    assert second["reason"] is None
+    assert (third["state"], third["reason"]) == ("rejected", "too far")
+
+
+def test_a_versions_card_shows_which_turns_made_it(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "2", "--config", str(chain)]) == 0
+    printed = lines(capsys)
+    assert printed[0] == "version 2 of main: serving"
+    assert printed[-1] == "  turn_0  -1  Be brief."
+    assert any(line.split() == ["gate/kl_base", "0.12"] for line in printed)
+    assert main(["versions", "2", "--json", "--config", str(chain)]) == 0
+    shown = json.loads(lines(capsys)[0])
+    assert shown["turns"] == [{"turn": "turn_0", "score": -1, "hint": "Be brief."}]
+    assert main(["versions", "3", "--config", str(chain)]) == 0
+    assert lines(capsys)[:2] == ["version 3 of main: rejected", "reason   too far"]
+
+
+def test_a_version_that_was_never_written_cannot_serve(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rollback", "3", "--config", str(chain)]) == 2
+    said = capsys.readouterr().err
+    assert "version 3 was rejected before it was written and cannot serve: too far" in said
+
+
 def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json", "--config", str(config)]) == 0
     found = json.loads(lines(capsys)[0])
@@ -147,6 +213,8 @@ def test_status_shows_how_the_judge_agrees_with_people(
     [
         (["rollback", "9"], "no version 9 of lineage 'main'; known: 1"),
         (["rollback", "0"], "nextstate up"),
+        (["rollback", "0", "--lineage", "bob"], "no lineage 'bob': see [lineages.NAME]"),
+        (["versions", "7"], "no version 7 of lineage 'main'; known: 1"),
         (["feedback", "turn_x", "--score", "1"], "no turn 'turn_x'"),
         (["feedback", "--session", "x", "--score", "1"], "no main turn in a session 'x'"),
         (["feedback", "turn_1", "--score", "1", "--hint", "x" * 1001], "expected at most 1000"),

@@ -12,17 +12,16 @@ from transformers import GPT2Config, Phi3Config
 
 from learner.adapters import (
     Card,
-    file_sha256,
     load_weights,
     main,
     save_adapter,
     save_zero_adapter,
-    verify_adapter,
     version_path,
 )
 from learner.config import LearnerConfig
 from learner.model import check_quantization, load_model
-from nextstate.errors import ConfigError, LearnerError, StartError
+from nextstate.adapters import file_sha256, verify_adapter
+from nextstate.errors import AdapterError, ConfigError, LearnerError, StartError
 from tests.test_learner_tiny import CONFIG, GOOD, PROMPT, load_float64, logprobs, save_tiny_model
 
 CARD = Card("main", 1, 0, "combined", ["turn-1", "turn-2"], {"loss": 0.5})
@@ -82,7 +81,7 @@ def test_a_changed_weight_file_is_noticed(tmp_path, weights):
     body = bytearray(file.read_bytes())
     body[-1] ^= 1
     file.write_bytes(body)
-    with pytest.raises(LearnerError, match="changed on disk"):
+    with pytest.raises(AdapterError, match="changed on disk"):
         load_weights(path, sha256)
 
 
@@ -206,3 +205,48 @@ def test_four_bits_without_a_gpu_or_the_package_are_refused(tmp_path, monkeypatc
 def test_the_configuration_loads_without_torch():
     code = "import sys, learner.config; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from learner.adapters import Card, save_adapter
+from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.config import LearnerConfig
+from nextstate.errors import DiskError
+from nextstate.records import PolicyVersion, VersionState
+
+folder = Path(sys.argv[1])
+weights = {"a.lora_A.weight": torch.ones(512, 512)}
+card = Card("main", 1, 0, "combined", [], {})
+version = PolicyVersion("main", 1, 0, "p", "ff", 1, VersionState.CANDIDATE)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for save in (
+    lambda: save_adapter(folder / "v000001", weights, LearnerConfig(), "some/model", card),
+    lambda: save_checkpoint(folder, Checkpoint(version, "b", {"optimizer": weights})),
+):
+    try:
+        save()
+    except DiskError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_the_system_cuts_short_leaves_nothing_and_says_what_helps(tmp_path):
+    """With a real limit on a file's size, which a write hits half-way, in a process of its own."""
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    adapter, checkpoint = done.stdout.splitlines()
+    assert adapter.startswith(f"{folder}/v000001 cannot be written: ")
+    assert checkpoint.startswith(f"{folder}/checkpoint.pt cannot be written: ")
+    assert all(
+        line.endswith("make room where [store] dir is, or move it")
+        for line in (adapter, checkpoint)
+    )
+    assert list(folder.iterdir()) == []

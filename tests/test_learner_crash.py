@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from learner import stage
-from learner.adapters import verify_adapter
+from nextstate.adapters import verify_adapter
 from nextstate.config import StoreConfig
-from nextstate.records import PolicyVersion
+from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
-from tests.test_learner_tiny import CONFIG, Recorded, save_tiny_model
+from tests.test_learner_tiny import CONFIG, GOOD, Recorded, save_tiny_model
 
 # Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
 _processes = multiprocessing.get_context("forkserver")
@@ -24,9 +24,24 @@ def kill_myself(*_: object, **__: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def rejected(*_: object) -> str:
+    return "it was told to"
+
+
 def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
     """Runs the stage until `point`, which is a step of its order, and dies there."""
     match point:
+        case "before the gate":
+            stage.objection = kill_myself
+        case "before rejecting":
+            stage.objection = rejected
+            Store.add_version = kill_myself
+        case "after rejecting":
+            stage.objection = rejected
+            stage.Sinks.write = kill_myself
+        case "before the step is undone":
+            stage.objection = rejected
+            stage._Learner._undo = kill_myself
         case "before the step":
             stage.PolicyTrainer.training_step = kill_myself
         case "before the checkpoint":
@@ -39,10 +54,38 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
     stage.run(store, CONFIG, model_path, "main", kill_myself, threading.Event())
 
 
+def run_until_killed(recorded: Recorded, model_path: str, point: str) -> None:
+    arguments = (str(recorded.store.dir), model_path, point)
+    child = _processes.Process(target=learner_that_dies, args=arguments)
+    child.start()
+    child.join(120)
+    if child.is_alive():
+        child.kill()
+        pytest.fail(f"the learner never came to the point {point!r}")
+    assert child.exitcode == -signal.SIGKILL
+
+
+def resume(recorded: Recorded, model_path: str, last: int = 2) -> list[int]:
+    """The versions that a fresh learner publishes, up to `last`."""
+    stop = threading.Event()
+    published = []
+
+    def publish(version: PolicyVersion) -> None:
+        recorded.store.set_serving("main", version.number)
+        published.append(version.number)
+        if version.number == last:
+            stop.set()
+
+    stage.run(recorded.store, CONFIG, model_path, "main", publish, stop)
+    return published
+
+
 @pytest.mark.parametrize(
     ("point", "kept"),
     [
         ("before the step", False),
+        ("before the gate", False),
+        ("before rejecting", False),
         ("before the checkpoint", False),
         ("before settling", True),
         ("before serving", True),
@@ -52,28 +95,13 @@ def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
     model_path = save_tiny_model(tmp_path / "model")
     recorded = Recorded(tmp_path / "state", model_path)
     turns = recorded.add_mixed(32)
-    arguments = (str(tmp_path / "state"), model_path, point)
-    child = _processes.Process(target=learner_that_dies, args=arguments)
-    child.start()
-    child.join(120)
-    assert child.exitcode == -signal.SIGKILL
+    run_until_killed(recorded, model_path, point)
     trained = point == "before serving"
     assert recorded.states() == {"trained" if trained else "leased": 16, "ready": 16}
     first = tmp_path / "state/versions/main/v000001"
     identity = first.stat().st_ino if first.exists() else None
 
-    stop = threading.Event()
-    published = []
-
-    def publish(version: PolicyVersion) -> None:
-        recorded.store.set_serving("main", version.number)
-        published.append(version.number)
-        if version.number == 2:
-            stop.set()
-
-    stage.run(recorded.store, CONFIG, model_path, "main", publish, stop)
-
-    assert published == [1, 2]
+    assert resume(recorded, model_path) == [1, 2]
     assert recorded.states() == {"trained": 32}
     assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
     for version in recorded.store.versions("main"):
@@ -82,3 +110,27 @@ def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
     # What the dead learner had finished is taken over, not made a second time.
     assert (first.stat().st_ino == identity) is kept
     assert sorted(p.name for p in first.parent.iterdir()) == ["v000001", "v000002"]
+
+
+@pytest.mark.parametrize("point", ["after rejecting", "before the step is undone"])
+def test_a_learner_killed_after_a_rejection_goes_on_from_the_parent(tmp_path, point):
+    model_path = save_tiny_model(tmp_path / "model")
+    recorded, spared = (Recorded(tmp_path / name, model_path) for name in ("state", "spared"))
+    for one in (recorded, spared):
+        one.add_mixed(16)
+        assert resume(one, model_path, last=1) == [1]
+    for _ in range(16):
+        recorded.add(GOOD, -1)
+    run_until_killed(recorded, model_path, point)
+    assert recorded.states() == {"trained": 16, "dropped": 16}
+
+    for one in (recorded, spared):
+        one.add_mixed(16)
+    assert resume(recorded, model_path, last=3) == [3]
+    assert resume(spared, model_path, last=2) == [2]
+    first, second, third = recorded.store.versions("main")
+    assert (second.state, second.parent, second.path) == (VersionState.REJECTED, 1, None)
+    assert (third.state, third.parent) == (VersionState.SERVING, first.number)
+    assert recorded.states() == {"trained": 32, "dropped": 16}
+    # As if the rejected batch had never been: weights, moments and random numbers.
+    assert third.sha256 == spared.store.versions("main")[-1].sha256

@@ -18,7 +18,14 @@ from nextstate.records import Sample, Timings, Turn, TurnKind, Verdict
 from nextstate.store import Store
 
 VOCABULARY = 64
-CONFIG = LearnerConfig(lora_rank=4, lora_alpha=8, learning_rate=1e-2, threads=1, poll_s=0.01)
+CONFIG = LearnerConfig(
+    lora_rank=4,
+    lora_alpha=8,
+    learning_rate=1e-2,
+    gradient_checkpointing=False,
+    threads=1,
+    poll_s=0.01,
+)
 PROMPT = (5, 6, 7)
 GOOD, BAD = (10, 11, 12), (20, 21, 22, 23)
 
@@ -85,6 +92,8 @@ class Recorded:
         hinted: tuple[int, ...] | None = None,
         version: int = 0,
         shift: float = 0.0,
+        session: str = "s",
+        trainable: bool = True,
     ) -> str:
         """Adds one turn with its verdict; `shift` falsifies the log-probabilities, in nats."""
         turn = f"turn-{self._count:03d}"
@@ -94,7 +103,7 @@ class Recorded:
             recording.add_turn(
                 Turn(
                     id=turn,
-                    session="s",
+                    session=session,
                     index=self._count,
                     kind=TurnKind.MAIN,
                     lineage="main",
@@ -108,6 +117,7 @@ class Recorded:
                     behaviour_logprobs=tuple(found.tolist()),
                     sampling={},
                     timings=Timings(0.0, None, 0.0),
+                    untrainable=None if trainable else "told so",
                 ),
                 chain_key=turn.encode(),
                 reply_key=turn.encode(),

@@ -20,7 +20,7 @@ from nextstate.engine import publish
 from nextstate.records import PolicyVersion, Turn, Verdict, VersionState
 from nextstate.store import Store
 from proxy.lineages import Access
-from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine, write_weights
 from tests.test_proxy import Running, both, request, running, until
 
 MAIN, ALICE, BOB, CAROL = "main", "alice", "bob", "carol"
@@ -40,9 +40,9 @@ def bearer(key: str) -> dict[str, str]:
 
 def add_version(store: Store, tmp_path: Path, lineage: str, number: int) -> PolicyVersion:
     folder = tmp_path / f"{lineage}-{number}"
-    folder.mkdir()
+    sha256 = write_weights(folder)
     candidate = VersionState.CANDIDATE
-    version = PolicyVersion(lineage, number, number - 1, str(folder), "ff", 16, candidate)
+    version = PolicyVersion(lineage, number, number - 1, str(folder), sha256, 16, candidate)
     store.add_version(version, None)
     return version
 

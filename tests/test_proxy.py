@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,12 @@ import orjson
 import pytest
 from aiohttp.test_utils import TestServer
 
+from nextstate.adapters import WEIGHTS_FILE
 from nextstate.engine import EngineClient, publish
+from nextstate.errors import AdapterError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
+from nextstate.settings import Settings
+from nextstate.stages import publish_version, withdraw_version
 from nextstate.store import Store
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
@@ -34,6 +39,7 @@ from tests.scripted_engine import (
     plain_reply,
     scripted_engine,
     stream_chunks,
+    write_weights,
 )
 
 TIMEOUT = aiohttp.ClientTimeout(total=20)
@@ -114,9 +120,9 @@ def request(text: str = "hi", **more: Any) -> dict[str, Any]:
 
 def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
     folder = tmp_path / f"v{number}"
-    folder.mkdir()
+    sha256 = write_weights(folder)
     version = PolicyVersion(
-        "main", number, number - 1, str(folder), "ff", 16, VersionState.CANDIDATE
+        "main", number, number - 1, str(folder), sha256, 16, VersionState.CANDIDATE
     )
     store.add_version(version, None)
     return version
@@ -378,6 +384,69 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
         engine.adapters.clear()  # as after a restart too quick for the health check
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "1")
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("noticed", ["at a restart", "by a request"])
+def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
+    store: Store, tmp_path: Path, noticed: str
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for number in (1, 2):
+            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
+            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
+        (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
+        engine.adapters.clear()
+        if noticed == "at a restart":
+            p.proxy.versions.engine_failed()
+        else:
+            await p.chat(request())
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        status, _, headers = await p.chat(request())
+        assert (status, headers["x-nextstate-version"]) == (200, "1")
+        first, second = store.versions("main")
+        assert (first.state, second.state) == (VersionState.SERVING, VersionState.REJECTED)
+        assert "changed on disk" in (second.reason or "")
+        assert "main-v000002" not in engine.adapters
+
+    both(test, store, tmp_path)
+
+
+def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            file = tmp_path / "nextstate.toml"
+            address = f'mode = "external"\nurl = "{engine.url}"\nmodel = "{MODEL}"'
+            file.write_text(f"[engine]\n{address}\n")
+            settings = Settings.read(file)
+            for number in (1, 2, 3):
+                await publish_version(settings, store, add_version(store, tmp_path, number))
+            (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
+            engine.adapters.clear()
+            rejected = replace(store.serving("main"), reason="worse")
+            await withdraw_version(settings, store, rejected)
+            assert list(engine.adapters) == ["main-v000001"]
+            assert store.serving("main").number == 1
+            assert store.versions("main")[2].reason == "worse"
+            await withdraw_version(settings, store, rejected)  # another serves by now
+            assert store.serving("main").number == 1
+
+    asyncio.run(test())
+
+
+def test_a_changed_adapter_is_refused_before_the_engine_sees_it(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        version = add_version(store, tmp_path, 1)
+        (tmp_path / "v1" / WEIGHTS_FILE).unlink()
+        with pytest.raises(AdapterError, match=r"v1 cannot be read: .*No such file"):
+            await publish(store, p.proxy.engine, version)
+        assert engine.adapters == {}
+        assert store.serving("main").number == 0
 
     both(test, store, tmp_path)
 

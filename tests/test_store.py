@@ -7,6 +7,7 @@ import os
 import stat
 from array import array
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import orjson
@@ -21,10 +22,12 @@ from nextstate.errors import RecordError, StoreError
 from nextstate.migrations import migrate
 from nextstate.recording import Link
 from nextstate.records import (
+    Feedback,
     Json,
     NextState,
     PolicyVersion,
     SampleState,
+    ScoreCounts,
     Source,
     Timings,
     Turn,
@@ -414,3 +417,85 @@ def test_how_sure_a_verdict_is_and_why_a_version_ended_come_back(store: Store) -
     for confidence in (-0.1, 1.1, math.nan):
         with pytest.raises(RecordError, match="confidence"):
             Verdict("turn_0", (1,), 1, "rules", confidence=confidence)
+
+
+def test_held_out_samples_are_never_leased_and_the_newest_come_first(store: Store) -> None:
+    for number in range(9):
+        add(store, turn(number, session="abc"[number % 3]))
+        judge(store, number, 1)
+    assert store.hold_out("other", lambda _: True) == 0
+    assert store.hold_out("main", lambda session: session in "ab") == 6
+    assert store.hold_out("main", lambda session: session in "ab") == 0
+    leased = store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    assert {sample.session for sample in leased} == {"c"}
+    assert store.counts()["samples/held"] == 6
+    assert [s.turn for s in store.held_samples("main", 9, 9)] == [
+        *("turn_7", "turn_6", "turn_4", "turn_3", "turn_1", "turn_0")
+    ]
+    assert [s.turn for s in store.held_samples("main", 3, 1)] == ["turn_7", "turn_6"]
+    assert [s.turn for s in store.held_samples("main", 1, 9)] == ["turn_7"]
+    assert store.held_samples("other", 9, 9) == []
+
+
+def test_a_rejected_version_drops_its_batch_with_the_reason(store: Store) -> None:
+    add(store, turn(0), turn(1))
+    for number in range(2):
+        judge(store, number, 1)
+    store.lease_samples("main", 1, "b1", 60, scored=True, hinted=True)
+    rejected = PolicyVersion(
+        "main", 1, 0, None, None, 1, VersionState.REJECTED, {"gate/rank": -1.0}, "too far"
+    )
+    store.add_version(rejected, "b1")
+    assert store.counts()["samples/dropped"] == 1
+    assert store.versions("main") == [rejected]
+    assert store.serving("main").number == 0
+    (used,) = store.used_turns("main", 1)
+    assert (used[0], used[1].score) == ("turn_0", 1)
+    assert store.used_turns("main", 2) == []
+
+
+def add_versions(store: Store, count: int) -> None:
+    """A chain of which the last serves."""
+    for number in range(1, count + 1):
+        candidate = VersionState.CANDIDATE
+        store.add_version(PolicyVersion("main", number, number - 1, "/a", "ff", 1, candidate), None)
+        store.set_serving("main", number)
+
+
+def test_a_withdrawn_version_keeps_its_reason_and_only_while_it_serves(store: Store) -> None:
+    add_versions(store, 3)
+    rejected = replace(store.serving("main"), reason="worse")
+    assert [v.number for v in store.ancestors(rejected)] == [2, 1, 0]
+    assert store.replace_serving(rejected, 2)
+    states = [(v.state.value, v.reason) for v in store.versions("main")]
+    assert states == [("retired", None), ("serving", None), ("rejected", "worse")]
+    store.set_serving("main", 1)  # a person
+    assert not store.replace_serving(replace(rejected, number=2), 0)
+    assert store.serving("main").number == 1
+    store.set_serving("main", 3)
+    assert store.serving("main").reason == "worse"  # so that one sees that it was rejected once
+
+
+def test_a_version_can_be_withdrawn_for_the_base(store: Store) -> None:
+    add_versions(store, 1)
+    assert store.replace_serving(replace(store.serving("main"), reason="worse"), 0)
+    assert store.serving("main").number == 0
+    assert store.ancestors(store.serving("main")) == []
+
+
+def test_verdicts_are_counted_by_the_version_that_served_the_turn(store: Store) -> None:
+    served = {0: (1, 1, -1), 1: (0, -1), 2: (1,)}
+    number = 0
+    for version, scores in served.items():
+        for score in scores:
+            add(store, turn(number, policy_version=version))
+            judge(store, number, score)
+            number += 1
+    assert store.score_counts("main", [0, 1, 9]) == {
+        0: ScoreCounts(2, 0, 1),
+        1: ScoreCounts(0, 1, 1),
+        9: ScoreCounts(),
+    }
+    store.give_feedback(Feedback("turn_0", -1))
+    assert store.score_counts("main", [0]) == {0: ScoreCounts(1, 0, 2)}
+    assert store.score_counts("other", [0]) == {0: ScoreCounts()}

@@ -1,0 +1,246 @@
+"""What a candidate version does to held-out turns and to recorded prompts, measured by the trainer.
+
+The log-probabilities of a version that passed are its successor's parent's: a candidate costs one
+forward pass over the held-out turns, and a new held-out turn two more.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+
+from learner.batch import PAD_ID, micro_batches, place, token_count
+from learner.config import LearnerConfig
+from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.trainer import PolicyTrainer
+from learner.trl_grpo import use_adapter
+from nextstate.records import Sample
+
+Logprobs = dict[str, Tensor]
+"""Log-probabilities (T,) of completions by their turn, float32 on the CPU, nats."""
+
+
+class Examiner:
+    """Measures candidates of one trainer, each against the version that its step started from."""
+
+    def __init__(self, config: LearnerConfig, trainer: PolicyTrainer) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._held: list[Sample] = []
+        self._parent: int | None = None
+        self._of_base: Logprobs = {}
+        self._of_parent: Logprobs = {}
+        self._of_candidate: Logprobs = {}
+        self._norms: dict[str, Tensor] = {}
+
+    def prepare(self, held: Sequence[Sample], parent: int) -> None:
+        """Reads the held-out turns with the version whose weights the trainer has now."""
+        self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
+        if parent != self._parent:
+            self._of_parent = {}
+        self._parent = parent
+        turns = [sample.turn for sample in self._held]
+        self._of_base = {t: self._of_base[t] for t in turns if t in self._of_base}
+        self._of_parent = {t: self._of_parent[t] for t in turns if t in self._of_parent}
+        with use_adapter(self._model, None):
+            self._of_base |= self._logprobs([s for s in self._held if s.turn not in self._of_base])
+        self._of_parent |= self._logprobs([s for s in self._held if s.turn not in self._of_parent])
+
+    def measure(self, trained: Sequence[Sample], before: Mapping[str, Tensor]) -> Measured:
+        """What the trainer's weights are now, after a step on `trained`.
+
+        `before` are the adapter's weights before the step. The divergences are the larger of those
+        on held-out turns and those that the trainer has measured on `trained`: from the parent, and
+        of the parent from the base, where the loss has that term. The turns that trained are fresh,
+        and what the policy says now is better seen there.
+        """
+        self._of_candidate = self._logprobs(self._held)
+        prompts = canary_prompts(self._held or trained, self._config.gate_canaries)
+        canaries = parents = None
+        if prompts:
+            canaries = self._canaries(prompts)
+            if looks_bad(canaries):
+                with self._weights(before):
+                    parents = self._canaries(prompts)
+        metrics = self._trainer.metrics
+        return Measured(
+            weight_change=weight_change(self._model, self._norms),
+            kl_parent=self._divergence(self._of_parent, self._of_candidate, metrics.get("step/kl")),
+            kl_base=self._divergence(self._of_candidate, self._of_base, metrics.get("kl/base")),
+            ranking=ranking(
+                [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
+            ),
+            canaries=canaries,
+            parents_canaries=parents,
+        )
+
+    def accept(self, number: int) -> None:
+        """The candidate measured last is the version `number`, and the next one's parent."""
+        self._parent, self._of_parent = number, self._of_candidate
+
+    @property
+    def _model(self) -> Any:
+        return self._trainer.accelerator.unwrap_model(self._trainer.model)
+
+    def _change(self, turn: str) -> float:
+        return float((self._of_candidate[turn] - self._of_parent[turn]).mean())
+
+    def _divergence(self, old: Logprobs, new: Logprobs, on_trained: float | None) -> float | None:
+        if not self._held:
+            return on_trained
+        recorded = torch.cat([torch.tensor(s.behaviour_logprobs) for s in self._held])
+        turns = [sample.turn for sample in self._held]
+        found = divergence(
+            torch.cat([old[t] for t in turns]),
+            torch.cat([new[t] for t in turns]),
+            recorded,
+            self._config.ratio_cap,
+        )
+        # In this order, so that what is not a number stays.
+        return found if on_trained is None or not found <= on_trained else on_trained
+
+    @torch.no_grad()
+    def _logprobs(self, samples: Sequence[Sample]) -> Logprobs:
+        found: Logprobs = {}
+        device = self._trainer.args.device
+        for sequences in micro_batches(samples, self._config.micro_batch_tokens):
+            turns = [turn for sequence in sequences for turn in sequence]
+            rows = self._trainer.completion_logprobs(place(sequences).to(device)).float().cpu()
+            for sample, row in zip(turns, rows, strict=True):
+                found[sample.turn] = row[: len(sample.completion_ids)].clone()
+        return found
+
+    @contextmanager
+    def _weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        """The trainer with other weights for a while."""
+        ours = self._trainer.adapter_weights()
+        self._trainer.load_adapter(weights)
+        try:
+            yield
+        finally:
+            self._trainer.load_adapter(ours)
+
+    def _canaries(self, prompts: Sequence[Sequence[int]]) -> Canaries:
+        """Answers to the prompts, one greedy and one sampled each; always drawn alike."""
+        model, config = self._model, self._config
+        was_training = model.training
+        model.eval()  # or checkpointing of gradients would turn the cache off
+        try:
+            replies = answers(
+                model,
+                prompts,
+                end_ids(self._trainer),
+                most_tokens=config.gate_canary_tokens,
+                seed=config.seed,
+            )
+        finally:
+            model.train(was_training)
+        broken = sum(map(is_broken, replies or ()))
+        return Canaries(2 * len(prompts), broken, finite=replies is not None)
+
+
+def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:
+    """KL(old ‖ new) in nats a token, from log-probabilities (N,) of tokens that `recorded` drew.
+
+    Each token's estimate, as in `learner.metrics.policy_change`, is weighted by old / recorded, cut
+    off at `cap`: a token that `old` would hardly draw hardly counts.
+    """
+    difference = new - old
+    weight = (old - recorded).exp().clamp(max=cap)
+    return float((weight * (difference.exp() - difference - 1)).mean())
+
+
+def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
+    """Largest ‖scale · B·A‖ / ‖W‖ over the adapted layers, Frobenius norms.
+
+    ‖B·A‖² is the sum of (BᵀB) ∘ (AAᵀ), which are as small as the rank. It bounds how much a layer's
+    output can change by how much the layer does, whatever the model's scale. `norms` remembers ‖W‖
+    by layer: it never changes, and reading all of a large model takes seconds.
+    """
+    found = torch.zeros(())
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        a = layer.lora_A["default"].weight.detach().float()
+        b = layer.lora_B["default"].weight.detach().float()
+        product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
+        if name not in norms:
+            weight = layer.get_base_layer().weight.detach()
+            norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
+        found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
+    return float(found)
+
+
+@torch.no_grad()
+def answers(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    ends: frozenset[int],
+    *,
+    most_tokens: int,
+    seed: int,
+) -> list[list[int]] | None:
+    """A greedy answer to each prompt, then a sampled one to each, without their ends.
+
+    None as soon as a logit is not a number. All are decoded together: that takes hardly longer.
+    """
+    device, count = model.device, len(prompts)
+    draw = torch.Generator(device).manual_seed(seed)
+    width = max(map(len, prompts))
+    padded = [[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts]
+    real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
+    ids, mask = (torch.tensor(rows, device=device).repeat(2, 1) for rows in (padded, real))
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    # The last position's logits are a fraction of all that a long prompt has.
+    knows = "logits_to_keep" in signature(model.get_base_model().forward).parameters
+    options = {"logits_to_keep": 1} if knows else {}
+    said, cache = ids[:, :0], None
+    while said.size(1) < most_tokens and not all(ends & set(row) for row in said.tolist()):
+        made = model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            **options,
+        )
+        logits = made.logits[:, -1].float()
+        # The largest is not a number if any is not; a token may well be masked with -inf.
+        if not torch.isfinite(logits.max(dim=1).values).all():
+            return None
+        greedy = logits[:count].argmax(1, keepdim=True)
+        sampled = logits[count:].softmax(1).multinomial(1, generator=draw)
+        ids, cache = torch.cat([greedy, sampled]), made.past_key_values
+        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
+        positions = positions[:, -1:] + 1
+        said = torch.cat([said, ids], dim=1)
+    return [up_to_end(row, ends) for row in said.tolist()]
+
+
+def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
+    """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
+    return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
+
+
+def end_ids(trainer: PolicyTrainer) -> frozenset[int]:
+    """The tokens with which the model ends a reply."""
+    found = trainer.accelerator.unwrap_model(trainer.model).generation_config.eos_token_id
+    listed = found if isinstance(found, list) else [found]
+    of_tokenizer: Any = trainer.processing_class
+    return frozenset(id_ for id_ in (*listed, of_tokenizer.eos_token_id) if id_ is not None)
+
+
+def up_to_end(reply: list[int], ends: frozenset[int]) -> list[int]:
+    """The reply before the first token that ends it."""
+    for at, token in enumerate(reply):
+        if token in ends:
+            return reply[:at]
+    return reply
