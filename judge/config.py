@@ -32,6 +32,9 @@ class JudgeConfig:
     """Independent votes a turn; a kind that is deterministic is asked once."""
     vote_rule: VoteRule = "majority"
     """How votes become a score; consensus is 0 unless more than half of all pairs agree on it."""
+    hints: Annotated[int, Ge(1)] = 1
+    """Different hints of a turn that are kept; of several the learner takes the one under which
+    the teacher differs most usefully from the policy, at a forward pass each."""
     parallel: Annotated[int, Ge(1)] = 8
     """Turns judged at the same time; each asks for its votes at once."""
     timeout_s: Annotated[float, Gt(0)] = 60.0
@@ -46,7 +49,7 @@ class JudgeConfig:
     """Wait after a turn's first attempt without a valid vote; doubles with each further one."""
     retry_max_s: Annotated[float, Gt(0)] = 3600.0
     """The longest such wait; a turn is never given up and never charged to the policy."""
-    share: Annotated[float, Gt(0), Le(1)] = 0.1
+    share: Annotated[float, Gt(0), Le(1)] = 0.05
     """Of the time, how much votes may take on the engine while agents use it; 1 holds nothing
     back. It counts for the kind `engine` on the engine itself."""
     calls_per_hour: Annotated[int, Ge(0)] = 0

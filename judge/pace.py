@@ -13,14 +13,16 @@ import time
 from collections.abc import Awaitable, Callable
 
 from nextstate.errors import EngineError
+from nextstate.hooks import Evidence, JudgeKind
+from nextstate.records import Vote
 
 log = logging.getLogger(__name__)
 
-QUIET_S = 10.0
+QUIET_S = 120.0
 """So long after the last sign of an agent the engine counts as the judge's own."""
 LOOK_S = 1.0
 """Between two looks at the engine."""
-LONGEST_REST_S = 30.0
+LONGEST_REST_S = 60.0
 
 
 class Pace:
@@ -29,13 +31,13 @@ class Pace:
     def __init__(
         self,
         share: float,
-        votes: int,
         live_requests: Callable[[], Awaitable[int]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`live_requests` counts the engine's requests, `votes` of them for each turn judged."""
+        """`live_requests` counts the engine's requests, the judge's own votes among them."""
+        self.asking = 0
+        """Votes under way."""
         self._share = share
-        self._votes = votes
         self._live_requests = live_requests
         self._clock = clock
         self._agents_until = 0.0
@@ -47,7 +49,7 @@ class Pace:
         now = self._clock()
         if now >= self._look_at:
             self._look_at = now + LOOK_S
-            if await self._agents(held):
+            if await self._agents():
                 self._agents_until = now + QUIET_S
         if now >= self._agents_until:
             return wanted
@@ -57,19 +59,43 @@ class Pace:
         """Notes that the votes on a turn took so long."""
         self._rest_until = self._clock() + rest_s(seconds, self._share)
 
-    async def _agents(self, held: int) -> bool:
+    async def _agents(self) -> bool:
         """Whether agents use the engine; if it cannot be asked, they may."""
+        before = self.asking
         try:
-            return await self._live_requests() > held * self._votes
+            # A vote begins here before it does there, and ends there before it does here.
+            return await self._live_requests() > max(before, self.asking)
         except EngineError as error:
             log.info("the judge cannot see whether agents use the engine: %s", error)
             return True
+
+
+class Counted:
+    """A judge whose votes under way are known to a pace."""
+
+    def __init__(self, judge: JudgeKind, pace: Pace) -> None:
+        self.name = judge.name
+        self.deterministic = judge.deterministic
+        self._judge = judge
+        self._pace = pace
+
+    async def vote(self, evidence: Evidence, seed: int) -> Vote:
+        """The judge's vote."""
+        self._pace.asking += 1
+        try:
+            return await self._judge.vote(evidence, seed)
+        finally:
+            self._pace.asking -= 1
+
+    async def close(self) -> None:
+        """Closes the judge."""
+        await self._judge.close()
 
 
 def rest_s(worked_s: float, share: float) -> float:
     """The rest after which work of `worked_s` has taken `share` of the time.
 
     >>> rest_s(0.5, 0.2), rest_s(0.5, 1.0), rest_s(1000.0, 0.5)
-    (2.0, 0.0, 30.0)
+    (2.0, 0.0, 60.0)
     """
     return min(LONGEST_REST_S, worked_s / share - worked_s)

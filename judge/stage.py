@@ -32,7 +32,7 @@ from judge.pace import Pace
 from judge.verdict import verdict_of
 from nextstate.errors import BusyError, EngineError, JudgeError
 from nextstate.hooks import AgentProfile, Evidence, JudgeKind
-from nextstate.records import Json, NextState, Source, Turn, Verdict, Vote
+from nextstate.records import HintedPrompt, Json, NextState, Source, Turn, Verdict, Vote
 from nextstate.store import Judgement, Store
 from nextstate.wire import objects
 
@@ -135,9 +135,10 @@ async def judge_turn(
     verdict = verdict_of(turn.id, judge.name, votes, evidence, config.vote_rule)
     assert verdict is not None
     if verdict.hint is None or not turn.trainable:
-        return verdict
-    ids = await hinted_prompt(turn, verdict.hint, engine)
-    return replace(verdict, hinted_prompt_ids=ids)
+        return replace(verdict, others=())
+    hints = (verdict.hint, *(other.hint for other in verdict.others))[: config.hints]
+    first, *others = [HintedPrompt(h, await hinted_prompt(turn, h, engine)) for h in hints]
+    return replace(verdict, hinted_prompt_ids=first.prompt_ids, others=tuple(others))
 
 
 async def votes_on(

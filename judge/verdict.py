@@ -11,7 +11,8 @@ best source among the next states.
 A hint comes only from votes that agree with the score, whatever its sign: a hint beside a vote that
 lost argues for something the others did not see. It must ask for something, and may neither quote
 the reply, nor hand over the answer that a tool or a pasted block gave later, nor repeat a secret.
-Among those left wins the one whose words the other hints share most, then the shorter one.
+Those left are ranked by how many of their words the other hints share, then the shorter first; the
+learner may choose another than the first (`[judge] hints`).
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from difflib import SequenceMatcher
 
 from judge.config import VoteRule
 from nextstate.hooks import Evidence
-from nextstate.records import NextState, Source, Verdict, Vote, majority
+from nextstate.records import HintedPrompt, NextState, Source, Verdict, Vote, majority
 
 HINT_MIN_CHARS = 8
 HINT_MAX_CHARS = 400
@@ -72,12 +73,14 @@ def verdict_of(
         if vote.score == score and vote.hint and (hint := checked_hint(vote.hint, evidence.reply))
     ]
     hints = [hint for hint in hints if not gives_away(hint, states, evidence.tail)]
+    ranked = ranked_hints(hints)
     return Verdict(
         turn=turn,
         votes=scores,
         score=score,
         judge=judge,
-        hint=chosen_hint(hints),
+        hint=ranked[0] if ranked else None,
+        others=tuple(map(HintedPrompt, ranked[1:])),
         confidence=weight * max((state.trust for state in states), default=1.0),
     )
 
@@ -120,18 +123,19 @@ RULES: Mapping[VoteRule, Callable[[Sequence[int]], tuple[int, float]]] = {
 }
 
 
-def chosen_hint(hints: Sequence[str]) -> str | None:
-    """The hint that the others agree with most, then the shortest; None without hints."""
-    if not hints:
-        return None
-    words = [_words(hint) for hint in hints]
+def ranked_hints(hints: Sequence[str]) -> list[str]:
+    """The different hints: first what the others agree with most, then what is shortest."""
+    words = [frozenset(_words(hint)) for hint in hints]
 
     def rank(position: int) -> tuple[float, int, int]:
-        mine = set(words[position])
-        shared = sum(_overlap(mine, set(w)) for i, w in enumerate(words) if i != position)
+        mine = words[position]
+        shared = sum(_overlap(mine, w) for i, w in enumerate(words) if i != position)
         return -round(shared, 6), len(hints[position]), position
 
-    return hints[min(range(len(hints)), key=rank)]
+    different: dict[frozenset[str], str] = {}
+    for place in sorted(range(len(hints)), key=rank):
+        different.setdefault(words[place], hints[place])
+    return list(different.values())
 
 
 def checked_hint(text: str, reply: str) -> str | None:
@@ -207,5 +211,5 @@ def _words(text: str) -> list[str]:
     return _WORD.findall(text.lower())
 
 
-def _overlap(mine: set[str], theirs: set[str]) -> float:
+def _overlap(mine: frozenset[str], theirs: frozenset[str]) -> float:
     return len(mine & theirs) / (len(mine | theirs) or 1)

@@ -45,6 +45,15 @@ WEIGHTS: Mapping[Method, Weights] = {
 }
 
 
+def usefulness(gap: Tensor, score: int) -> float:
+    """How much a teacher's gap (T,), in nats, says what the score says.
+
+    After blame the teacher should think less of the tokens than the policy did, after praise more;
+    without a score it should differ at all.
+    """
+    return float(gap.abs().mean() if score == 0 else score * gap.mean())
+
+
 def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
     """Clipped difference of log-probabilities in nats, of the arguments' shape."""
     return (teacher - behaviour).clamp(-limit, limit)

@@ -187,6 +187,8 @@ class _Learner:
             self._examiner.prepare(self._held_out(), self._current)
             prepared = time.perf_counter() - started
             before = self._trainer.adapter_weights()
+            if self._weights.distils:
+                samples = self._trainer.with_best_hints(samples)
             yield Update(samples, self._current, self._parents())
             candidate = self._examine(samples, before, prepared)
             if candidate.state is VersionState.REJECTED:

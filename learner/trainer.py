@@ -15,7 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from learner.advantages import WEIGHTS, teacher_gap, token_advantages
+from learner.advantages import WEIGHTS, teacher_gap, token_advantages, usefulness
 from learner.average import AverageWeights
-from learner.batch import Batch, Sequences, collate, micro_batches
+from learner.batch import Batch, Sequences, collate, micro_batches, place
 from learner.config import LearnerConfig
 from learner.divergence import (
     TopTokens,
@@ -286,6 +286,28 @@ class PolicyTrainer(GRPOTrainer):
                     states = hinted.sequences.predicting(scored.states, every)
                     top.append(top_tokens(states, self._head, self.config.topk))
         return gap, top
+
+    @torch.no_grad()
+    def with_best_hints(self, samples: Sequence[Sample]) -> list[Sample]:
+        """The samples, each with the hinted prompt under which its teacher is most useful."""
+        return [self._with_best_hint(s) if s.other_prompts else s for s in samples]
+
+    def _with_best_hint(self, sample: Sample) -> Sample:
+        offered = (sample.hinted_prompt_ids, *sample.other_prompts)
+        room = self.config.max_tokens - len(sample.completion_ids)
+        prompts = [prompt for prompt in offered if prompt and len(prompt) <= room]
+        behaviour = torch.tensor(sample.behaviour_logprobs)
+        found: list[tuple[float, tuple[int, ...]]] = []
+        with self._as_teacher():
+            for prompt in prompts:
+                placed = place([[replace(sample, prompt_ids=prompt)]]).to(self.args.device)
+                teacher = self.completion_logprobs(placed)[0].float().cpu()
+                gap = teacher_gap(teacher, behaviour, self.config.teacher_gap_clip)
+                found.append((usefulness(gap, sample.score), prompt))
+        if not found:
+            return sample
+        _, best = max(found, key=lambda at: at[0])  # the first of equals: the judge's own choice
+        return replace(sample, hinted_prompt_ids=best)
 
     @contextmanager
     def _as_teacher(self) -> Iterator[None]:

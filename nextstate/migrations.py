@@ -74,6 +74,7 @@ def _keep_feedback(connection: sa.Connection) -> None:
     _add_column(connection, t.judgements.c.task_end)
     t.feedback.create(connection, checkfirst=True)
     t.spending.create(connection, checkfirst=True)
+    t.other_hints.create(connection, checkfirst=True)
 
 
 def _add_column(connection: sa.Connection, column: sa.Column[Any]) -> None:

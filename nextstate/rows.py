@@ -60,7 +60,7 @@ def id_runs(ids: Sequence[int]) -> list[bytes]:
     return runs
 
 
-def sample_of(row: Row, bodies: Bodies) -> Sample:
+def sample_of(row: Row, bodies: Bodies, others: Sequence[bytes] = ()) -> Sample:
     return Sample(
         turn=row.id,
         session=row.session,
@@ -70,6 +70,7 @@ def sample_of(row: Row, bodies: Bodies) -> Sample:
         behaviour_logprobs=unpack_floats(row.behaviour_logprobs) or (),
         score=row.score,
         hinted_prompt_ids=join_runs(row.hinted_prompt_ids, bodies),
+        other_prompts=tuple(join_runs(runs, bodies) or () for runs in others),
     )
 
 

@@ -134,6 +134,16 @@ spending = sa.Table(
 """What judging has cost, and when: the judge's budget is counted from it."""
 sa.Index("spending_by_time", spending.c.at)
 
+other_hints = sa.Table(
+    "other_hints",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("hint", sa.Text, nullable=False),
+    sa.Column("prompt_ids", sa.LargeBinary, nullable=False),
+)
+"""Further hints of a verdict, best first, for the learner to choose among."""
+
 samples = sa.Table(
     "samples",
     metadata,

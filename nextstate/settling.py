@@ -190,7 +190,8 @@ def _add_hinted_prompt(
 
 def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> None:
     """Keeps a verdict in the place of any other on its turn."""
-    connection.execute(sa.delete(t.verdicts).where(t.verdicts.c.turn == verdict.turn))
+    for table in (t.verdicts, t.other_hints):
+        connection.execute(sa.delete(table).where(table.c.turn == verdict.turn))
     hinted = verdict.hinted_prompt_ids
     connection.execute(
         sa.insert(t.verdicts).values(
@@ -204,6 +205,10 @@ def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> Non
             confidence=verdict.confidence,
         )
     )
+    for seq, other in enumerate(verdict.others):
+        runs = keep_ids(connection, other.prompt_ids)
+        row = {"turn": verdict.turn, "seq": seq, "hint": other.hint, "prompt_ids": runs}
+        connection.execute(sa.insert(t.other_hints).values(row))
 
 
 def _open_work(connection: sa.Connection, turn_id: str) -> None:

@@ -160,7 +160,7 @@ def _doors(settings: Settings) -> Lineages:
 async def run_judge(settings: Settings) -> None:
     """Judges until SIGINT or SIGTERM."""
     from judge.config import plugin_settings
-    from judge.pace import Pace
+    from judge.pace import Counted, Pace
     from judge.stage import run
 
     stop = _stop_event()
@@ -172,9 +172,10 @@ async def run_judge(settings: Settings) -> None:
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
-        pace = Pace(config.share, config.votes, engine.live_requests) if polite else None
+        pace = Pace(config.share, engine.live_requests) if polite else None
+        judge = kind if pace is None else Counted(kind, pace)
         try:
-            await run(store, config, kind, engine, stop, pace=pace, profile=profile)
+            await run(store, config, judge, engine, stop, pace=pace, profile=profile)
         finally:
             await kind.close()
     store.close()

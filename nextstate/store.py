@@ -674,9 +674,18 @@ _SAMPLES = (
 def _samples(connection: sa.Connection, query: sa.Select[Any]) -> list[Sample]:
     """The samples of a query that begins as `_SAMPLES` does."""
     rows = connection.execute(query).all()
-    packed = (part or b"" for row in rows for part in (row.prompt_ids, row.hinted_prompt_ids))
-    bodies = load_bodies(connection, hashes(b"".join(packed)))
-    return [sample_of(row, bodies) for row in rows]
+    o = t.other_hints.c
+    others: dict[str, list[bytes]] = {row.id: [] for row in rows}
+    further = sa.select(o.turn, o.prompt_ids).where(o.turn.in_(others)).order_by(o.turn, o.seq)
+    for turn_id, prompt_ids in connection.execute(further):
+        others[turn_id].append(prompt_ids)
+    parts = (
+        part or b""
+        for row in rows
+        for part in (row.prompt_ids, row.hinted_prompt_ids, *others[row.id])
+    )
+    bodies = load_bodies(connection, hashes(b"".join(parts)))
+    return [sample_of(row, bodies, others[row.id]) for row in rows]
 
 
 _SERVING = t.versions.c.state == VersionState.SERVING

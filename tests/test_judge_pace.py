@@ -8,10 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from judge.config import JudgeConfig, plugin_settings
-from judge.pace import LONGEST_REST_S, LOOK_S, QUIET_S, Pace, rest_s
+from judge.pace import LONGEST_REST_S, LOOK_S, QUIET_S, Counted, Pace, rest_s
 from nextstate.config import EngineConfig
-from nextstate.errors import EngineError
+from nextstate.errors import EngineError, JudgeError
+from nextstate.hooks import Evidence
+from nextstate.records import Vote
 from nextstate.vllm import by_priority, command
+from tests.test_judge_stage import ScriptedJudge
 
 
 @dataclass
@@ -33,7 +36,7 @@ class Engine:
 
 
 def pace_on(engine: Engine, share: float = 0.1) -> Pace:
-    return Pace(share, 3, engine.live_requests, engine.clock)
+    return Pace(share, engine.live_requests, engine.clock)
 
 
 def allowed(pace: Pace, wanted: int = 16, held: int = 0) -> int:
@@ -45,7 +48,7 @@ def test_on_an_engine_of_its_own_the_judge_takes_what_it_wants() -> None:
     pace = pace_on(engine)
     assert allowed(pace) == 16
     engine.now += LOOK_S
-    engine.live = 2 * 3  # its own votes
+    engine.live = pace.asking = 6
     assert allowed(pace, 14, held=2) == 14
 
 
@@ -78,8 +81,38 @@ def test_it_goes_on_freely_once_no_agent_has_been_seen_for_a_while() -> None:
 
 
 def test_an_agent_is_seen_beside_the_judges_own_votes() -> None:
-    engine = Engine(2 * 3 + 1)
-    assert allowed(pace_on(engine), held=2) == 0
+    engine = Engine(7)
+    pace = pace_on(engine)
+    pace.asking = 6
+    assert allowed(pace, held=2) == 0
+
+
+def test_votes_that_end_while_the_engine_is_asked_are_not_taken_for_an_agents() -> None:
+    pace = pace_on(Engine())
+
+    async def ending() -> int:
+        pace.asking = 0
+        return 3
+
+    pace._live_requests = ending
+    pace.asking = 3
+    assert allowed(pace, held=1) == 16
+
+
+def test_votes_under_way_are_counted_whether_they_succeed_or_not() -> None:
+    pace = pace_on(Engine())
+    seen: list[int] = []
+
+    def answer(_: Evidence, call: int) -> Vote | Exception:
+        seen.append(pace.asking)
+        return Vote(1) if call == 1 else JudgeError("no")
+
+    judge = Counted(ScriptedJudge(answer), pace)
+    evidence = Evidence((), "r", ())
+    assert asyncio.run(judge.vote(evidence, 1)) == Vote(1)
+    with pytest.raises(JudgeError):
+        asyncio.run(judge.vote(evidence, 2))
+    assert (seen, pace.asking, judge.deterministic) == ([1, 1], 0, False)
 
 
 def test_the_engine_is_not_asked_again_and_again() -> None:

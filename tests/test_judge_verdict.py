@@ -18,9 +18,9 @@ from judge.verdict import (
     RULES,
     by_consensus,
     checked_hint,
-    chosen_hint,
     gives_away,
     quotes,
+    ranked_hints,
     tidied_hint,
     verdict_of,
 )
@@ -127,9 +127,10 @@ def test_a_hint_does_not_give_away_what_came_later() -> None:
 def test_the_hint_most_votes_share_wins_then_the_shorter() -> None:
     shared = ["Write plain sentences without bold.", "Please write plain sentences without bold."]
     odd = "Ask the user which city they meant."
-    assert chosen_hint([odd, *shared]) == shared[0]
-    assert chosen_hint([odd, "Name one city."]) == "Name one city."
-    assert chosen_hint([]) is None
+    assert ranked_hints([odd, *shared]) == [*shared, odd]
+    assert ranked_hints([odd, "Name one city."])[0] == "Name one city."
+    assert ranked_hints([odd, odd, odd.upper()]) == [odd]
+    assert ranked_hints([]) == []
 
 
 @pytest.mark.parametrize(

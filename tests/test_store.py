@@ -306,7 +306,7 @@ def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) ->
 
 
 def undo_version_4(connection: sa.Connection) -> None:
-    for table in ("feedback", "spending"):
+    for table in ("feedback", "spending", "other_hints"):
         connection.execute(sa.text(f"DROP TABLE {table}"))
     connection.execute(sa.text("ALTER TABLE verdicts DROP COLUMN confidence"))
     connection.execute(sa.text("ALTER TABLE versions DROP COLUMN reason"))
