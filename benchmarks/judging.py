@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--vote-s", type=float, default=0.1, help="seconds a vote (default: 0.1)")
     parser.add_argument("--seconds", type=int, default=30, help="of steady load (default: 30)")
     parser.add_argument("--live", action="store_true", help="the second part, on a real vLLM")
-    parser.add_argument("--share", type=float, default=0.05, help="[judge] share (default: 0.05)")
+    parser.add_argument("--share", type=float, default=0.02, help="[judge] share (default: 0.02)")
     parser.add_argument("--rounds", type=int, default=8, help="of two windows (default: 8)")
     parser.add_argument("--window-s", type=float, default=8.0, help="a window (default: 8)")
     asked = parser.parse_args()

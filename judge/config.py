@@ -49,7 +49,7 @@ class JudgeConfig:
     """Wait after a turn's first attempt without a valid vote; doubles with each further one."""
     retry_max_s: Annotated[float, Gt(0)] = 3600.0
     """The longest such wait; a turn is never given up and never charged to the policy."""
-    share: Annotated[float, Gt(0), Le(1)] = 0.05
+    share: Annotated[float, Gt(0), Le(1)] = 0.02
     """Of the time, how much votes may take on the engine while agents use it; 1 holds nothing
     back. It counts for the kind `engine` on the engine itself."""
     calls_per_hour: Annotated[int, Ge(0)] = 0
