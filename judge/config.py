@@ -51,7 +51,7 @@ class JudgeConfig:
     """The longest such wait; a turn is never given up and never charged to the policy."""
     share: Annotated[float, Gt(0), Le(1)] = 0.02
     """Of the time, how much votes may take on the engine while agents use it; 1 holds nothing
-    back. It counts for the kind `engine` on the engine itself."""
+    back. It counts for the kind `engine` on a vLLM that serves agents too."""
     calls_per_hour: Annotated[int, Ge(0)] = 0
     """Votes that may be asked for in any hour; 0 is no limit."""
     tokens_per_hour: Annotated[int, Ge(0)] = 0

@@ -43,6 +43,8 @@ class Pace:
         self._agents_until = 0.0
         self._rest_until = 0.0
         self._look_at = 0.0
+        self._trouble = ""
+        """Why the engine could not be asked the last time."""
 
     async def allowed(self, wanted: int, held: int) -> int:
         """How many of the `wanted` turns may be taken up while `held` are being judged."""
@@ -60,14 +62,16 @@ class Pace:
         self._rest_until = self._clock() + rest_s(seconds, self._share)
 
     async def _agents(self) -> bool:
-        """Whether agents use the engine; if it cannot be asked, they may."""
+        """Whether agents use the engine; one that cannot say so is taken to be the judge's own."""
         before = self.asking
         try:
             # A vote begins here before it does there, and ends there before it does here.
             return await self._live_requests() > max(before, self.asking)
         except EngineError as error:
-            log.info("the judge cannot see whether agents use the engine: %s", error)
-            return True
+            if str(error) != self._trouble:
+                log.warning("the judge cannot see agents, and holds nothing back: %s", error)
+            self._trouble = str(error)
+            return False
 
 
 class Counted:

@@ -52,11 +52,20 @@ def test_on_an_engine_of_its_own_the_judge_takes_what_it_wants() -> None:
     assert allowed(pace, 14, held=2) == 14
 
 
-@pytest.mark.parametrize("live", [1, None])
-def test_while_agents_use_the_engine_it_takes_one_turn_at_a_time_and_rests(
-    live: int | None,
+def test_on_an_engine_that_does_not_tell_nothing_is_held_back_and_it_says_so_once(
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    engine = Engine(live)
+    engine = Engine(None)
+    pace = pace_on(engine)
+    for _ in range(3):
+        assert allowed(pace) == 16
+        engine.now += LOOK_S
+    assert engine.asked == 3
+    assert caplog.text.count("cannot see agents") == 1
+
+
+def test_while_agents_use_the_engine_it_takes_one_turn_at_a_time_and_rests() -> None:
+    engine = Engine(1)
     pace = pace_on(engine)
     assert allowed(pace) == 1
     assert allowed(pace, held=1) == 0
