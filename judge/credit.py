@@ -5,7 +5,7 @@ answers. The answer is about that last reply. It is about an earlier step as wel
 something that only this step's own calls named: a file, a command, a number, a word of four letters
 or more, which neither the request nor another step of the task had in it. Thanks or anger in
 general therefore stay with the reply that they answer, and "you deleted notes.txt" also finds the
-step that did. Scripts without word boundaries are searched for such names only.
+step that did. In Han script any two characters in a row count as a word.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Sequence
 
 _LETTER = r"[^\W_\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _TERM = re.compile(rf"{_LETTER}(?:{_LETTER}|[_./\\:@-])*{_LETTER}")
+_HAN = re.compile(r"[\u3400-\u9fff]{2,}")
 _SPLIT = re.compile(r"[./\\:@_-]+")
 _MIN_LETTERS = 4
 
@@ -51,6 +52,8 @@ def terms(text: str) -> frozenset[str]:
         found.update(part for part in (whole, *parts) if _distinct(part))
         if len(parts) > 2:  # the file's name of a longer path
             found.add(re.split(r"[/\\]", whole)[-1])
+    for run in _HAN.findall(text):
+        found.update(run[start : start + 2] for start in range(len(run) - 1))
     return frozenset(found)
 
 

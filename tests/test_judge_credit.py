@@ -45,6 +45,12 @@ def test_what_the_request_named_already_points_at_no_step() -> None:
     assert steps_meant("notes.txt is gone!", CALLS, "Tidy up, but keep notes.txt") == []
 
 
+def test_han_script_is_compared_by_pairs_of_characters() -> None:
+    calls = ['[calls home({"name": "客厅窗帘"})]', '[calls home({"name": "卧室灯"})]']
+    assert steps_meant("窗帘没关", calls, "太亮了") == [0]
+    assert steps_meant("谢谢", calls, "太亮了") == []
+
+
 @given(st.text(max_size=80), st.lists(st.text(max_size=40), max_size=5), st.text(max_size=40))
 def test_only_steps_are_meant_and_each_names_something_said(
     said: str, calls: list[str], request: str

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from plugins.judges.lexicons.german import GERMAN
 from plugins.judges.lexicons.shape import Lexicon, fold, narrow
 from plugins.judges.lexicons.spanish import SPANISH
 from plugins.judges.results import read_result, telling
-from plugins.judges.rules import names_step, vote_on
+from plugins.judges.rules import vote_on
 
 ROWS: list[dict[str, Any]] = [
     json.loads(line)
@@ -102,25 +103,12 @@ def test_ignorance_is_unsure_and_a_recognised_topic_change_is_not() -> None:
     assert vote_on(Evidence((), "r", (state("intro.md", Source.TOOL),))) == UNKNOWN
 
 
-def test_a_step_is_charged_with_what_the_user_says_about_its_own_call() -> None:
+def test_a_step_is_charged_with_what_the_user_says_about_it_at_the_end_of_the_task() -> None:
     reply = '[calls edit({"path": "src/cart.py"})]'
-    tail = (("user", "Fix the total."),)
-    result = (state("ok", Source.TOOL),)
-    named = Evidence(tail, reply, result, (state("That is wrong, cart.py lost its imports."),))
-    other = Evidence(tail, reply, result, (state("That is wrong, the total is still 3."),))
-    assert vote_on(named).score == -1
-    assert vote_on(other) == vote_on(Evidence(tail, reply, result)) == Vote(1)
-    assert vote_on(Evidence(tail, "Done.", (), named.later)) == UNKNOWN
-
-
-def test_a_step_is_named_by_words_that_the_request_did_not_have() -> None:
-    reply = '[calls run({"cmd": "pytest tests/test_total.py -k 1337"})]'
-    assert names_step("why 1337?", reply, "Fix it.")
-    assert names_step("test_total is red", reply, "Fix it.")
-    assert not names_step("test_total is red", reply, "Fix test_total.")
-    assert not names_step("not so", reply, "Fix it.")
-    assert not names_step("1337", "I ran it with 1337.", "Fix it.")
-    assert names_step("窗帘没关", '[calls home({"name": "客厅窗帘"})]', "太亮了")
+    alone = Evidence((("user", "Fix the total."),), reply, (state("ok", Source.TOOL),))
+    later = (state("That is wrong, cart.py lost its imports."),)
+    assert vote_on(alone) == Vote(1)
+    assert vote_on(replace(alone, later=later)).score == -1
 
 
 @pytest.mark.timeout(10)

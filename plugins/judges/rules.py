@@ -7,8 +7,7 @@ or put off is 0. A tool's error counts against the reply, unless the world faile
 that it succeeded, or names what was asked for, counts for it. Hints are the user's own sentences
 about what to do, never a tool's text. Whatever the lexicons do not know is an unsure 0.
 
-What a user says at the end of a task counts for an earlier step only if it names something from
-that step's own tool call (`names_step`); then it is read like an answer to the step.
+What a user says at the end of a task about an earlier step is read like an answer to that step.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from plugins.judges.calls import calls_of
 from plugins.judges.lexicons import lexicon_for
 from plugins.judges.lexicons.shape import Lexicon, fold, narrow
 from plugins.judges.results import SILENT as UNKNOWN
-from plugins.judges.results import read_result, telling
+from plugins.judges.results import read_result
 
 HINT_SENTENCES = 3
 _RESTATED_SHARE = 0.75
@@ -92,11 +91,7 @@ def create(settings: JudgeSettings) -> JudgeKind:
 def vote_on(evidence: Evidence) -> Vote:
     """The vote: what the user says comes first, then what tools report."""
     asked = next((text for role, text in reversed(evidence.tail) if role == "user"), "")
-    requests = "\n".join(text for role, text in evidence.tail if role == "user")
-    states = [
-        *evidence.next_states,
-        *(s for s in evidence.later if names_step(s.text, evidence.reply, requests)),
-    ]
+    states = (*evidence.next_states, *evidence.later)
     said = [s.text for s in states if s.source in (Source.USER, Source.FEEDBACK)]
     context = "\n".join([*(text for _, text in evidence.tail), evidence.reply])
     vote = read_message("\n".join(said)[:_MAX_CHARS], asked, evidence.reply, context)
@@ -110,24 +105,6 @@ def vote_on(evidence: Evidence) -> Vote:
     ]
     sure = [result for result in results if result.sure]
     return min(sure, key=lambda result: result.score, default=vote)
-
-
-def names_step(text: str, reply: str, requests: str) -> bool:
-    """Whether a message names something of the reply's own tool calls.
-
-    That is a word of four letters or more, a number of two digits or more, or a pair of Han
-    characters from a call's name or arguments, unless the user's requests had it already: then it
-    may mean any step.
-
-    >>> reply = '[calls edit({"path": "src/cart.py"})]'
-    >>> names_step("cart.py lost its imports", reply, "Fix the total.")
-    True
-    >>> names_step("The total is still wrong.", reply, "Fix the total."), names_step(
-    ...     "cart.py lost its imports", reply, "Fix cart.py")
-    (False, False)
-    """
-    calls = telling("\n".join(f"{call.name} {call.arguments}" for call in calls_of(reply)))
-    return bool((calls - telling(requests)) & telling(text))
 
 
 def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
