@@ -85,6 +85,9 @@ class LearnerConfig:
     """Samples with more tokens of prompt and completion are dropped; never cut."""
     holdout: float = 0.1
     """Share of the sessions whose turns never train: new versions are checked on them. 0: none."""
+    holdout_after: int = 3
+    """Versions that are made before any session is held out: the first turns teach most, and too
+    few of them could not tell versions apart."""
     holdout_samples: int = 32
     """The newest held-out turns that a new version is checked on, at most 4 of a session."""
     gate_weight_change: float = 1.0
@@ -167,6 +170,7 @@ class LearnerConfig:
             _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
         for key in (
             "max_wait_s",
+            "holdout_after",
             "weight_decay",
             "epsilon_high",
             "kl_coef",

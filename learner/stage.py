@@ -164,6 +164,8 @@ class _Learner:
         """The version whose weights the trainer holds."""
         self._waits_since: float | None = None
         """Since when `min_batch` samples are ready, by the monotonic clock."""
+        self._trained_before: frozenset[str] | None = None
+        """Sessions that trained before any was held out; None until one may be."""
         self._examiner = Examiner(config, trainer)
         self._rejections = 0
         """In a row."""
@@ -297,6 +299,7 @@ class _Learner:
         scored, hinted = self._weights.rl != 0, self._weights.distils
         parents = self._parents()
         self._drop_stale(parents)
+        self._begin_to_hold_out(len(parents))
         self._hold_out()
         while self._is_due(self._store.ready_samples(self._lineage, scored, hinted)):
             batch = uuid.uuid4().hex
@@ -326,16 +329,26 @@ class _Learner:
             max_wait_s=self._config.max_wait_s,
         )
 
+    def _begin_to_hold_out(self, versions: int) -> None:
+        """From `holdout_after` versions on, except for sessions that trained before."""
+        config = self._config
+        if self._trained_before is None and config.holdout and versions >= config.holdout_after:
+            self._trained_before = self._store.trained_sessions(self._lineage)
+
     def _hold_out(self) -> None:
-        if self._config.holdout:
+        if self._trained_before is not None:
             self._store.hold_out(self._lineage, self._is_held_out)
 
     def _is_held_out(self, session: str) -> bool:
-        return is_held_out(self._lineage, session, self._config.holdout)
+        return (
+            self._trained_before is not None
+            and is_held_out(self._lineage, session, self._config.holdout)
+            and session not in self._trained_before
+        )
 
     def _held_out(self) -> list[Sample]:
         """The samples that the next candidate is checked on."""
-        if not self._config.holdout:
+        if self._trained_before is None:
             return []
         limit = self._config.holdout_samples
         return self._store.held_samples(self._lineage, limit, _HELD_PER_SESSION)

@@ -423,6 +423,14 @@ class Store:
             )
         return done.rowcount
 
+    def trained_sessions(self, lineage: str) -> frozenset[str]:
+        """The sessions of the samples that have trained."""
+        s = t.samples.c
+        query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id).distinct()
+        trained = query.where(s.lineage == lineage, s.state == SampleState.TRAINED)
+        with self._read() as connection:
+            return frozenset(connection.execute(trained).scalars())
+
     def held_samples(self, lineage: str, limit: int, per_session: int) -> list[Sample]:
         """The newest `limit` samples that are held out, newest first.
 

@@ -572,6 +572,22 @@ def test_held_out_sessions_never_train_and_every_candidate_is_checked_on_them(re
     assert not used & {s.turn for s in checked_on}
 
 
+def test_the_first_versions_train_on_every_session_and_those_are_never_held_out(
+    recorded, model_path
+):
+    chosen = [name for i in range(99) if is_held_out("main", name := f"s{i}", 0.3)]
+    config = replace(held_config(0.3), holdout_after=1)
+    for i in range(16):
+        recorded.add(GOOD if i % 2 else BAD, 1 if i % 2 else -1, session=chosen[0])
+    train(recorded, model_path, FakeEngine(recorded.store), config)
+    assert recorded.states() == {"trained": 16}
+    for i in range(16):  # the same session goes on, and another of the chosen ones begins
+        recorded.add(GOOD if i % 2 else BAD, 1 if i % 2 else -1, session=chosen[0])
+        recorded.add(GOOD, 1, session=chosen[1])
+    train(recorded, model_path, FakeEngine(recorded.store), config)
+    assert recorded.states() == {"trained": 32, "held": 16}
+
+
 def test_feedback_on_a_held_out_turn_counts_and_the_turn_stays_held_out(recorded, model_path):
     name = next(f"s{i}" for i in range(99) if is_held_out("main", f"s{i}", 0.1))
     turn = recorded.add(GOOD, 1, session=name)

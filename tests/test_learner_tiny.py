@@ -23,6 +23,7 @@ CONFIG = LearnerConfig(
     lora_alpha=8,
     learning_rate=1e-2,
     gradient_checkpointing=False,
+    holdout_after=0,
     threads=1,
     poll_s=0.01,
 )
