@@ -35,8 +35,8 @@ def build_evidence(
     so is its envelope around what people wrote.
     """
     messages = cast("list[Json]", turn.request.get("messages") or [])
-    said = [(str(m.get("role", "")), _said(m, profile)) for m in messages]
-    tail = [(role, text) for role, text in said if text is not None][-tail_messages:]
+    texts = [(str(m.get("role", "")), said_in(m, profile)) for m in messages]
+    tail = [(role, text) for role, text in texts if text is not None][-tail_messages:]
     reply = message_text(turn.reply)
     return bounded(Evidence(tuple(tail), reply, tuple(states), tuple(later)), max_chars)
 
@@ -52,7 +52,8 @@ def bounded(evidence: Evidence, max_chars: int) -> Evidence:
     )
 
 
-def _said(message: Json, profile: AgentProfile | None) -> str | None:
+def said_in(message: Json, profile: AgentProfile | None) -> str | None:
+    """A message's text; of a person or a tool as `profile` sees it, None where the agent spoke."""
     if profile is None or message.get("role") not in ("user", "tool"):
         return message_text(message)
     return profile.next_state_text(message)

@@ -25,7 +25,7 @@ from tenacity import (
 
 from judge.config import JudgeConfig
 from judge.credit import steps_meant
-from judge.evidence import build_evidence, message_text
+from judge.evidence import build_evidence, message_text, said_in
 from judge.feedback import feedback_verdict
 from judge.hinting import Renderer, hinted_prompt
 from judge.pace import Pace
@@ -313,7 +313,7 @@ class _Worker:
         steps = self._store.earlier_steps(work.turn.id) if said and work.turn.parent else []
         if not steps:
             return []
-        request, calls = task_of(work.turn.request)
+        request, calls = task_of(work.turn.request, self._profile)
         # Newest first on both sides: a history that was cut has fewer than were recorded.
         shown = list(zip(steps, reversed(calls), strict=False))
         return [shown[n][0] for n in steps_meant(said, [call for _, call in shown], request)]
@@ -327,12 +327,14 @@ class _Worker:
         self._counts.deferred += 1
 
 
-def task_of(request: Json) -> tuple[str, list[str]]:
+def task_of(request: Json, profile: AgentProfile | None = None) -> tuple[str, list[str]]:
     """What the user asked last in a request, and what each reply since then says and calls."""
     asked, calls = "", list[str]()
     for message in objects(request.get("messages")):
         if message.get("role") == "user":
-            asked, calls = message_text(message), []
+            text = said_in(message, profile)
+            if text is not None:  # not what the agent put there itself
+                asked, calls = text, []
         elif message.get("role") == "assistant":
             calls.append(message_text(message))
     return asked, calls

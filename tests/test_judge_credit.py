@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from judge.config import JudgeConfig
 from judge.credit import steps_meant, terms
 from judge.stage import task_of
-from nextstate.hooks import Evidence
+from nextstate.hooks import Evidence, load_plugin
 from nextstate.records import Feedback, Json, NextState, Source, Verdict, Vote
 from nextstate.store import Store
 from tests.test_judge_stage import ScriptedJudge, Watched, a_turn, judge_until, open_store
@@ -68,6 +68,18 @@ def test_a_task_is_what_came_after_the_users_last_message() -> None:
         {"role": "tool", "content": "milk"},
     ]
     assert task_of({"messages": messages}) == ("Tidy up my folder", CALLS[:1])
+
+
+def test_what_an_agent_puts_after_the_users_words_begins_no_task() -> None:
+    carrier = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>> the time is ten"
+    messages = [
+        {"role": "user", "content": "Tidy up my folder"},
+        calling(*READ),
+        {"role": "tool", "content": "milk"},
+        {"role": "user", "content": carrier},
+    ]
+    profile = load_plugin("agents", "openclaw", None)
+    assert task_of({"messages": messages}, profile) == ("Tidy up my folder", CALLS[:1])
 
 
 def record_task(store: Store, said: str) -> None:
