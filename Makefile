@@ -38,7 +38,7 @@ demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4
 test: lint  ## lint, types and every test, one of them over the real vLLM
 	$(BIN)/python -m pytest -q $(ARGS)
 
-soak: env  ## the long forms: 100 kills under load, 100 000 fuzzed requests (about 20 minutes)
+soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests (about 22 minutes)
 	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
 
 lint: env  ## ruff and strict types
@@ -49,7 +49,7 @@ lint: env  ## ruff and strict types
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy
 
-# benchmarks.streams, .growth and .storage run alone, for minutes each: see benchmarks/RESULTS.md.
+# benchmarks.streams, .growth, .storage, .judging and .sequences run alone, for minutes each: see benchmarks/RESULTS.md.
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 	$(BIN)/python -m benchmarks.relay $(ARGS)
 
