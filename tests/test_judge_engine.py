@@ -52,7 +52,7 @@ def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
     assert asyncio.run(ask()) == [200] * 6
 
 
-def test_valid_json_that_a_schema_forced_out_of_nonsense_is_no_vote(native_engine: Engine) -> None:
+def test_what_a_schema_forces_out_of_nonsense_is_no_vote(native_engine: Engine) -> None:
     async def ask() -> list[object]:
         judge = create(settings_for(native_engine))
         try:
