@@ -8,10 +8,12 @@ comes from the replies, their headers and the proxy's own /metrics and /healthz.
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import shutil
 import signal
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,6 +51,17 @@ QUIET_POLLS = 8
 UNDER_WAY = ("judgements/pending", "judgements/leased", "samples/leased", "versions/candidate")
 BATCH = 16
 
+LEARNER: Mapping[str, bool | int | float] = {
+    "batch_size": BATCH,
+    "learning_rate": 2e-3,
+    "kl_coef": 0.2,
+    "gradient_checkpointing": False,
+    "step_kl": 0.005,
+    "teacher_gap_clip": 1.0,
+    "threads": 1,
+}
+"""What a policy this small needs of `[learner]`."""
+
 _CONFIG = """\
 # Written by `nextstate demo`; `nextstate turns --config {file}` and the like read what it recorded.
 [store]
@@ -71,13 +84,7 @@ kind = "rules"
 
 [learner]
 method = "{method}"
-batch_size = {batch}
-learning_rate = 2e-3
-kl_coef = 0.2
-gradient_checkpointing = false
-step_kl = 0.005
-teacher_gap_clip = 1.0
-threads = 1
+{learner}
 seed = {seed}
 poll_s = 0.1
 """
@@ -146,7 +153,7 @@ def _settings(plan: Plan) -> Settings:
             port=free_port(),
             method=plan.method,
             seed=plan.seed,
-            batch=BATCH,
+            learner="\n".join(f"{key} = {json.dumps(value)}" for key, value in LEARNER.items()),
         )
     )
     return Settings.read(file)

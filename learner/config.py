@@ -53,6 +53,8 @@ class LearnerConfig:
     """AdamW's memory of the squared gradient."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
+    epochs: int = 1
+    """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
     step_kl: float = 0.01
     """A step that changes the policy by more is shortened: KL(before ‖ after), nats a token."""
     lora_rank: int = 16
@@ -146,6 +148,7 @@ class LearnerConfig:
     def __post_init__(self) -> None:
         for key in (
             "topk",
+            "epochs",
             "batch_size",
             "min_batch",
             "micro_batch_tokens",

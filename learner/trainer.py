@@ -150,8 +150,12 @@ class PolicyTrainer(GRPOTrainer):
     def _until_end(self, updates: Iterable[Update]) -> Iterator[Update]:
         for update in updates:
             before = [weight.detach().clone() for weight in self._trainable()]
-            yield update
-            self._bound_step(before)
+            self._trained = []
+            for epoch in range(1, self.config.epochs + 1):
+                yield update
+                if self._bound_step(before):
+                    break
+            self.metrics["step/epochs"] = epoch
             self._average.follow()
         # Without this the trainer spins through its remaining 2**31 steps.
         self.control.should_training_stop = True
@@ -164,7 +168,7 @@ class PolicyTrainer(GRPOTrainer):
         """Forward and backward of every micro-batch; refuses a batch that drifted."""
         started = time.perf_counter()
         update: Update = inputs["update"]
-        self._tokens, self._trained = [], []
+        self._tokens, first = [], not self._trained
         loss = torch.zeros((), device=self.args.device)
         for sequences in micro_batches(update.samples, self.config.micro_batch_tokens):
             self.before_micro_batch()
@@ -177,6 +181,8 @@ class PolicyTrainer(GRPOTrainer):
                 share=self._size(part) / self._size(update.samples),
             )
             loss += super().training_step(model, batch, num_items_in_batch)
+        if not first:
+            return loss
         tokens = join(self._tokens)
         self._refuse_drift(tokens, model)
         self.metrics = {
@@ -208,8 +214,10 @@ class PolicyTrainer(GRPOTrainer):
             )
 
     @torch.no_grad()
-    def _bound_step(self, before: Sequence[Tensor]) -> None:
-        """Shortens the step just taken until the policy changed by at most `step_kl`.
+    def _bound_step(self, before: Sequence[Tensor]) -> bool:
+        """Shortens the way from `before` until the policy changed by at most `step_kl`.
+
+        Returns whether it had to.
 
         The change is measured on the update's own tokens. It grows with the square of a small step
         (its Hessian is the Fisher information), which tells how much shorter the step has to be.
@@ -231,6 +239,7 @@ class PolicyTrainer(GRPOTrainer):
                 f"learning_rate = {self.config.learning_rate:g}"
             )
         self.metrics |= {"step/kl": change, "step/length": length}
+        return length < 1.0
 
     def _policy_change(self) -> float:
         """`policy_change` of the update's tokens since `training_step`."""
@@ -332,7 +341,8 @@ class PolicyTrainer(GRPOTrainer):
             averaged = token_mean(divergence, batch.completion_mask, self.config.loss_type)
             loss = loss + self.weights.topk * averaged
         logprobs = self._scored.logprobs.detach()
-        self._trained.append((batch, logprobs))
+        if len(self._trained) == len(self._tokens):
+            self._trained.append((batch, logprobs))
         self._tokens.append(self._token_stats(inputs, logprobs, divergence))
         del self._scored  # or the last layer's states would stay in memory
         return loss * batch.share
