@@ -35,6 +35,8 @@ class LearnerConfig:
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether each token has its own importance ratio, or a turn one for all, their geometric
     mean (arXiv 2507.18071)."""
+    baseline: Literal["none", "others"] = "others"
+    """What a score is compared with: 0, or the mean of the update's other scores."""
     batch_size: int = 16
     """Samples of one update; each update makes one version."""
     min_batch: int = 1

@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from learner.advantages import WEIGHTS, teacher_gap, token_advantages, usefulness
+from learner.advantages import WEIGHTS, over_others, teacher_gap, token_advantages, usefulness
 from learner.average import AverageWeights
 from learner.batch import Batch, Sequences, collate, micro_batches, place
 from learner.config import LearnerConfig
@@ -170,6 +170,7 @@ class PolicyTrainer(GRPOTrainer):
         update: Update = inputs["update"]
         self._tokens, first = [], not self._trained
         loss = torch.zeros((), device=self.args.device)
+        rewards = self._rewards(update.samples)
         for sequences in micro_batches(update.samples, self.config.micro_batch_tokens):
             self.before_micro_batch()
             part = [turn for sequence in sequences for turn in sequence]
@@ -178,6 +179,7 @@ class PolicyTrainer(GRPOTrainer):
                 lags=update.lags,
                 weights=self.weights,
                 pass_tokens=self.config.micro_batch_tokens,
+                rewards=rewards,
                 share=self._size(part) / self._size(update.samples),
             )
             loss += super().training_step(model, batch, num_items_in_batch)
@@ -192,6 +194,11 @@ class PolicyTrainer(GRPOTrainer):
             "step/seconds": time.perf_counter() - started,
         }
         return loss
+
+    def _rewards(self, samples: Sequence[Sample]) -> dict[str, float]:
+        scores = [sample.score for sample in samples]
+        rewards = over_others(scores) if self.config.baseline == "others" else scores
+        return {s.turn: float(r) for s, r in zip(samples, rewards, strict=True)}
 
     def _size(self, samples: Sequence[Sample]) -> int:
         """What the loss averages over: turns, or their tokens."""
@@ -274,7 +281,7 @@ class PolicyTrainer(GRPOTrainer):
             "old_per_token_logps": batch.behaviour_logprobs,
             "ref_per_token_logps": reference,
             "advantages": token_advantages(
-                batch.scores, gap, mask, self.weights, self.config.teacher_gap_clip
+                batch.rewards, gap, mask, self.weights, self.config.teacher_gap_clip
             ),
             "batch": batch,
             "gap": gap,
