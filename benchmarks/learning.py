@@ -27,7 +27,7 @@ from demo.run import LEARNER
 from demo.tasks import Domain
 from learner.config import LearnerConfig
 
-_SHOWN = (0, 1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 28, 34)
+_SHOWN = (0, 1, 2, 3, 4, 6, 8, 14, 19, 24, 29, 34)
 
 
 def run(plan: Plan) -> Run:
@@ -87,8 +87,8 @@ def table(runs: dict[str, list[Run]]) -> Table:
     """Scores after each update: the mean over the seeds, its lowest and its highest."""
     made = Table(title="satisfied and right (right) after n updates: mean (lowest … highest)")
     made.add_column("method")
-    last = max(len(run.points) for found in runs.values() for run in found)
-    shown = [update for update in _SHOWN if update < last]
+    measured = {p.update for found in runs.values() for run in found for p in run.points}
+    shown = [update for update in _SHOWN if update in measured]
     for update in shown:
         made.add_column(str(update), justify="right")
     for heading in ("elsewhere", "turns", "rejected", "served"):
@@ -107,7 +107,7 @@ def table(runs: dict[str, list[Run]]) -> Table:
 
 
 def _cell(runs: Sequence[Run], update: int) -> str:
-    reached = [run.points[update] for run in runs if len(run.points) > update]
+    reached = [point for run in runs for point in run.points if point.update == update]
     if not reached:
         return "–"
     scores = [point.score for point in reached]

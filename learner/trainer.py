@@ -116,11 +116,13 @@ class PolicyTrainer(GRPOTrainer):
         self.before_micro_batch: Callable[[], None] = lambda: None
         """Waits where the machine is needed for something else."""
         self._updates: Iterator[Update] = iter(())
+        self._epoch = 0
+        """Of the update: the steps that it has taken before."""
         self._tokens: list[TokenStats] = []
         self._scored: _Scored
         """The policy's forward pass over the micro-batch whose loss is computed."""
         self._trained: list[tuple[Batch, Tensor]] = []
-        """The update's micro-batches with the policy's log-probabilities (B, T) before the step."""
+        """The update's micro-batches with the policy's log-probabilities (B, T) before it."""
         super().__init__(
             model=model,
             args=_arguments(config, model, work_dir),
@@ -139,9 +141,9 @@ class PolicyTrainer(GRPOTrainer):
         """Of no weights for any other teacher."""
 
     def train_on(self, updates: Iterable[Update]) -> None:
-        """Takes one optimizer step per update, until the iterator ends.
+        """Takes each update's optimizer steps, until the iterator ends.
 
-        The iterator is asked for the next update only after the step: what it does in between sees
+        The iterator is asked for the next update only after them: what it does in between sees
         the new weights and `metrics`. Raises LearnerError before a step that must not be taken.
         """
         self._updates = self._until_end(updates)
@@ -150,12 +152,11 @@ class PolicyTrainer(GRPOTrainer):
     def _until_end(self, updates: Iterable[Update]) -> Iterator[Update]:
         for update in updates:
             before = [weight.detach().clone() for weight in self._trainable()]
-            self._trained = []
-            for epoch in range(1, self.config.epochs + 1):
+            for self._epoch in range(self.config.epochs):
                 yield update
                 if self._bound_step(before):
                     break
-            self.metrics["step/epochs"] = epoch
+            self.metrics["step/epochs"] = self._epoch + 1
             self._average.follow()
         # Without this the trainer spins through its remaining 2**31 steps.
         self.control.should_training_stop = True
@@ -168,7 +169,8 @@ class PolicyTrainer(GRPOTrainer):
         """Forward and backward of every micro-batch; refuses a batch that drifted."""
         started = time.perf_counter()
         update: Update = inputs["update"]
-        self._tokens, first = [], not self._trained
+        if self._epoch == 0:
+            self._tokens, self._trained = [], []
         loss = torch.zeros((), device=self.args.device)
         rewards = self._rewards(update.samples)
         for sequences in micro_batches(update.samples, self.config.micro_batch_tokens):
@@ -183,16 +185,16 @@ class PolicyTrainer(GRPOTrainer):
                 share=self._size(part) / self._size(update.samples),
             )
             loss += super().training_step(model, batch, num_items_in_batch)
-        if not first:
-            return loss
-        tokens = join(self._tokens)
-        self._refuse_drift(tokens, model)
-        self.metrics = {
-            **token_metrics(tokens, self.config.step_kl),
-            "score/mean": sum(s.score for s in update.samples) / len(update.samples),
-            "batch/size": len(update.samples),
-            "step/seconds": time.perf_counter() - started,
-        }
+        if self._epoch == 0:
+            tokens = join(self._tokens)
+            self._refuse_drift(tokens, model)
+            self.metrics = {
+                **token_metrics(tokens, self.config.step_kl),
+                "score/mean": sum(s.score for s in update.samples) / len(update.samples),
+                "batch/size": len(update.samples),
+                "step/seconds": 0.0,
+            }
+        self.metrics["step/seconds"] += time.perf_counter() - started
         return loss
 
     def _rewards(self, samples: Sequence[Sample]) -> dict[str, float]:
@@ -347,10 +349,10 @@ class PolicyTrainer(GRPOTrainer):
             divergence = self._divergence(batch, self._scored.states, inputs["top"])
             averaged = token_mean(divergence, batch.completion_mask, self.config.loss_type)
             loss = loss + self.weights.topk * averaged
-        logprobs = self._scored.logprobs.detach()
-        if len(self._trained) == len(self._tokens):
+        if self._epoch == 0:
+            logprobs = self._scored.logprobs.detach()
             self._trained.append((batch, logprobs))
-        self._tokens.append(self._token_stats(inputs, logprobs, divergence))
+            self._tokens.append(self._token_stats(inputs, logprobs, divergence))
         del self._scored  # or the last layer's states would stay in memory
         return loss * batch.share
 
