@@ -22,12 +22,10 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.learning_loop import Loop, Plan, Run
+from benchmarks.learning_loop import MEASURED, Loop, Plan, Run
 from demo.run import LEARNER
 from demo.tasks import Domain
 from learner.config import LearnerConfig
-
-_SHOWN = (0, 1, 2, 3, 4, 6, 8, 14, 19, 24, 29, 34)
 
 
 def run(plan: Plan) -> Run:
@@ -88,7 +86,7 @@ def table(runs: dict[str, list[Run]]) -> Table:
     made = Table(title="satisfied and right (right) after n updates: mean (lowest … highest)")
     made.add_column("method")
     measured = {p.update for found in runs.values() for run in found for p in run.points}
-    shown = [update for update in _SHOWN if update in measured]
+    shown = [update for update in MEASURED if update in measured]
     for update in shown:
         made.add_column(str(update), justify="right")
     for heading in ("elsewhere", "turns", "rejected", "served"):

@@ -58,7 +58,7 @@ class LearnerConfig:
     epochs: int = 1
     """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
     step_kl: float = 0.01
-    """A step that changes the policy by more is shortened: KL(before ‖ after), nats a token."""
+    """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token."""
     lora_rank: int = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32

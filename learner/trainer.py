@@ -119,6 +119,10 @@ class PolicyTrainer(GRPOTrainer):
         self._epoch = 0
         """Of the update: the steps that it has taken before."""
         self._tokens: list[TokenStats] = []
+        self._prepared: list[dict[str, Any]] = []
+        """TRL's inputs for each micro-batch of the update."""
+        self._rewards: dict[str, float] = {}
+        """What each turn of the update counts for, by its name."""
         self._scored: _Scored
         """The policy's forward pass over the micro-batch whose loss is computed."""
         self._trained: list[tuple[Batch, Tensor]] = []
@@ -170,20 +174,13 @@ class PolicyTrainer(GRPOTrainer):
         started = time.perf_counter()
         update: Update = inputs["update"]
         if self._epoch == 0:
-            self._tokens, self._trained = [], []
+            self._tokens, self._trained, self._prepared = [], [], []
+            self._rewards = self._rewards_of(update.samples)
         loss = torch.zeros((), device=self.args.device)
-        rewards = self._rewards(update.samples)
-        for sequences in micro_batches(update.samples, self.config.micro_batch_tokens):
+        micros = micro_batches(update.samples, self.config.micro_batch_tokens)
+        for number, sequences in enumerate(micros):
             self.before_micro_batch()
-            part = [turn for sequence in sequences for turn in sequence]
-            batch: Any = collate(
-                sequences,
-                lags=update.lags,
-                weights=self.weights,
-                pass_tokens=self.config.micro_batch_tokens,
-                rewards=rewards,
-                share=self._size(part) / self._size(update.samples),
-            )
+            batch: Any = self._prepared[number] if self._epoch else self._collated(update, sequences)
             loss += super().training_step(model, batch, num_items_in_batch)
         if self._epoch == 0:
             tokens = join(self._tokens)
@@ -197,7 +194,18 @@ class PolicyTrainer(GRPOTrainer):
         self.metrics["step/seconds"] += time.perf_counter() - started
         return loss
 
-    def _rewards(self, samples: Sequence[Sample]) -> dict[str, float]:
+    def _collated(self, update: Update, sequences: Sequence[Sequence[Sample]]) -> Batch:
+        part = [turn for sequence in sequences for turn in sequence]
+        return collate(
+            sequences,
+            lags=update.lags,
+            rewards=self._rewards,
+            weights=self.weights,
+            pass_tokens=self.config.micro_batch_tokens,
+            share=self._size(part) / self._size(update.samples),
+        )
+
+    def _rewards_of(self, samples: Sequence[Sample]) -> dict[str, float]:
         scores = [sample.score for sample in samples]
         rewards = over_others(scores) if self.config.baseline == "others" else scores
         return {s.turn: float(r) for s, r in zip(samples, rewards, strict=True)}
@@ -264,7 +272,12 @@ class PolicyTrainer(GRPOTrainer):
         return [weight for weight in parameters if weight.requires_grad]
 
     def _prepare_inputs(self, generation_batch: Any) -> dict[str, Any]:
-        """TRL's inputs for one micro-batch: its turns, the advantages and the reference."""
+        """TRL's inputs for one micro-batch: its turns, the advantages and the reference.
+
+        Those of an update's first step serve its later ones: the teacher reads a reply only once.
+        """
+        if self._epoch:
+            return generation_batch
         batch: Batch = generation_batch.to(self.args.device)
         sequences, mask = batch.sequences, batch.completion_mask
         with torch.no_grad():
@@ -273,7 +286,7 @@ class PolicyTrainer(GRPOTrainer):
             if self.beta != 0.0:
                 with use_adapter(self.accelerator.unwrap_model(self.model), None):
                     reference = self.completion_logprobs(sequences)
-        return {
+        inputs = {
             # TRL joins prompts and completions for a forward pass that has taken place by then.
             "prompt_ids": mask[:, :0],
             "prompt_mask": mask[:, :0],
@@ -289,6 +302,8 @@ class PolicyTrainer(GRPOTrainer):
             "gap": gap,
             "top": top,
         }
+        self._prepared.append(inputs)
+        return inputs
 
     def _teach(self, batch: Batch) -> tuple[Tensor, list[TopTokens]]:
         """The teacher's clipped gap (B, T), 0 without a hint, and its top tokens for each pass."""
