@@ -167,13 +167,14 @@ class Persona:
         self._tasks = task_stream(plan.persona, plan.seed * 1000 + number, held_out=False)
         self._number = number
         self._conversations = 0
-        self._begin()
+        # Of different lengths at first, or all would end and begin together for ever.
+        self._begin(1 + number % _MAX_EXCHANGES)
 
-    def _begin(self) -> None:
+    def _begin(self, exchanges: int = _MAX_EXCHANGES) -> None:
         self._conversations += 1
         self.session = f"{self._number}.{self._conversations}"
         self.index = 0
-        self._conversation = Conversation(self._tasks, self._rng, max_exchanges=_MAX_EXCHANGES)
+        self._conversation = Conversation(self._tasks, self._rng, max_exchanges=exchanges)
         self.messages: list[Json] = [user_message(self._conversation.open().text)]
 
     def hear(self, reply: str) -> str | None:

@@ -2,11 +2,11 @@
 
     advantage[t] = w_rl · reward + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
 
-This is arXiv 2603.10165's combined advantage, with three deliberate choices. The reward is the score
-less the mean of the update's other scores. The gap is bounded per token, so that no single token
-outweighs a score: |advantage| ≤ w_rl · |reward| + w_opd · limit, whatever the model says. And it is measured from the behaviour log-probabilities, the very distribution that the
-token was drawn from, which keeps the term an importance-weighted estimate when the policy has moved
-on since.
+This is arXiv 2603.10165's combined advantage, with three deliberate choices. The reward is the
+score less the mean of the update's other scores. The gap is bounded per token, so that no single
+token outweighs a score: |advantage| ≤ w_rl · |reward| + w_opd · limit, whatever the model says. And
+it is measured from the behaviour log-probabilities, the very distribution that the token was drawn
+from, which keeps the term an importance-weighted estimate when the policy has moved on since.
 """
 # pyright: basic
 

@@ -152,8 +152,9 @@ def collate(
 ) -> Batch:
     """One batch of all `sequences`, its turns in their order.
 
-    `lags` by version, `rewards` by turn. Hinted prompts are taken only where the method has a use for a teacher; no
-    pass of it has more than `pass_tokens` padded tokens, but for a turn that is longer alone.
+    `lags` by version, `rewards` by turn. Hinted prompts are taken only where the method has a use
+    for a teacher; no pass of it has more than `pass_tokens` padded tokens, but for a turn that is
+    longer alone.
     """
     samples = [turn for sequence in sequences for turn in sequence]
     placed = place(sequences)

@@ -1,10 +1,10 @@
 """TRL's GRPO trainer, fed with recorded samples in place of its own rollouts.
 
-One long `train()` draws updates from an iterator: each is one optimizer step over all its samples.
-Loss, clipping, optimizer and precision are TRL's and transformers'. What is ours: the batch, the
-teacher's and the base's log-probabilities, the advantage, the check that engine and learner agree
-before a step is taken, and the bound on how far a step may go. Three of the overridden methods are
-private, hence the exact TRL pin and the parity test.
+One long `train()` draws updates from an iterator: each is one optimizer step over all its samples,
+or several. Loss, clipping, optimizer and precision are TRL's and transformers'. What is ours: the
+batch, the teacher's and the base's log-probabilities, the advantage, the check that engine and
+learner agree before a step is taken, and the bound on how far an update may go. Three of the
+overridden methods are private, hence the exact TRL pin and the parity test.
 """
 # pyright: basic
 
@@ -60,7 +60,7 @@ _MAX_CUTS = 10
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """The samples of one optimizer step."""
+    """The samples of one update."""
 
     samples: Sequence[Sample]
     version: int
@@ -156,7 +156,8 @@ class PolicyTrainer(GRPOTrainer):
     def _until_end(self, updates: Iterable[Update]) -> Iterator[Update]:
         for update in updates:
             before = [weight.detach().clone() for weight in self._trainable()]
-            for self._epoch in range(self.config.epochs):
+            for epoch in range(self.config.epochs):
+                self._epoch = epoch
                 yield update
                 if self._bound_step(before):
                     break
@@ -180,8 +181,8 @@ class PolicyTrainer(GRPOTrainer):
         micros = micro_batches(update.samples, self.config.micro_batch_tokens)
         for number, sequences in enumerate(micros):
             self.before_micro_batch()
-            batch: Any = self._prepared[number] if self._epoch else self._collated(update, sequences)
-            loss += super().training_step(model, batch, num_items_in_batch)
+            inputs = self._prepared[number] if self._epoch else self._collated(update, sequences)
+            loss += super().training_step(model, inputs, num_items_in_batch)
         if self._epoch == 0:
             tokens = join(self._tokens)
             self._refuse_drift(tokens, model)
