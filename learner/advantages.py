@@ -1,18 +1,18 @@
 """From a score and a teacher to one advantage per token.
 
-    advantage[t] = w_rl · reward + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
+    advantage[t] = w_rl · score + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
 
-This is arXiv 2603.10165's combined advantage, with three deliberate choices. The reward is the
-score less the mean of the update's other scores. The gap is bounded per token, so that no single
-token outweighs a score: |advantage| ≤ w_rl · |reward| + w_opd · limit, whatever the model says. And
-it is measured from the behaviour log-probabilities, the very distribution that the token was drawn
-from, which keeps the term an importance-weighted estimate when the policy has moved on since.
+This is arXiv 2603.10165's combined advantage, with two deliberate choices. The gap is bounded per
+token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit, whatever the
+model says. And it is measured from the behaviour log-probabilities, the very distribution that the
+token was drawn from, which keeps the term an importance-weighted estimate when the policy has moved
+on since.
 """
 # pyright: basic
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -40,7 +40,8 @@ class Weights:
 WEIGHTS: Mapping[Method, Weights] = {
     "binary": Weights(1.0, 0.0, 0.0),
     "opd": Weights(0.0, 1.0, 0.0),
-    "combined": Weights(1.0, 1.0, 0.0),
+    "combined": Weights(1.0, 0.0, 1.0),
+    "combined_sampled": Weights(1.0, 1.0, 0.0),
     "opd_topk": Weights(0.0, 0.0, 1.0),
 }
 
@@ -54,31 +55,19 @@ def usefulness(gap: Tensor, score: int) -> float:
     return float(gap.abs().mean() if score == 0 else score * gap.mean())
 
 
-def over_others(scores: Sequence[int]) -> list[float]:
-    """Each score less the mean of the others', in [-2, 2]; a 0 says nothing and stays 0.
-
-    The leave-one-out baseline of arXiv 2402.14740: it takes the pull out of what all turns share.
-
-    >>> over_others([1, -1, -1, 0])
-    [2.0, -1.0, -1.0, 0.0]
-    """
-    telling = [score for score in scores if score]
-    total, others = sum(telling), max(len(telling) - 1, 1)
-    return [score - (total - score) / others if score else 0.0 for score in scores]
-
-
 def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
     """Clipped difference of log-probabilities in nats, of the arguments' shape."""
     return (teacher - behaviour).clamp(-limit, limit)
 
 
 def token_advantages(
-    rewards: Tensor, gap: Tensor, mask: Tensor, weights: Weights, limit: float
+    scores: Tensor, gap: Tensor, mask: Tensor, weights: Weights, limit: float
 ) -> Tensor:
-    """Advantages (B, T) of at most w_rl · |reward| + w_opd · `limit`, 0 outside the completion.
+    """Advantages (B, T) of at most w_rl + w_opd · `limit`, 0 outside the completion.
 
-    `rewards` (B,); `gap` (B, T) is 0 in rows without a teacher; `mask` (B, T) is 1 on completion
+    `scores` (B,); `gap` (B, T) is 0 in rows without a teacher; `mask` (B, T) is 1 on completion
     tokens.
     """
-    advantages = weights.rl * rewards[:, None] + weights.opd * gap.clamp(-limit, limit)
-    return advantages.masked_fill(mask == 0, 0.0)
+    bound = abs(weights.rl) + abs(weights.opd) * limit
+    advantages = weights.rl * scores[:, None] + weights.opd * gap.clamp(-limit, limit)
+    return advantages.clamp(-bound, bound).masked_fill(mask == 0, 0.0)

@@ -90,8 +90,8 @@ class Batch:
     sequences: Sequences
     behaviour_logprobs: Tensor
     """(B, T) float32, in nats"""
-    rewards: Tensor
-    """(B,) float32: what each turn's score counts for"""
+    scores: Tensor
+    """(B,) float32 in {-1, 0, 1}"""
     lags: Tensor
     """(B,) updates since the version that sampled each turn; 0: it trains now"""
     hinted: tuple[Hinted, ...]
@@ -107,7 +107,7 @@ class Batch:
     @property
     def has_teacher(self) -> Tensor:
         """(B,) bool: turns with a hinted prompt"""
-        found = torch.zeros(len(self.rewards), dtype=torch.bool, device=self.rewards.device)
+        found = torch.zeros(len(self.scores), dtype=torch.bool, device=self.scores.device)
         for teacher in self.hinted:
             found[teacher.turns] = True
         return found
@@ -117,7 +117,7 @@ class Batch:
         return Batch(
             sequences=self.sequences.to(device),
             behaviour_logprobs=self.behaviour_logprobs.to(device),
-            rewards=self.rewards.to(device),
+            scores=self.scores.to(device),
             lags=self.lags.to(device),
             hinted=tuple(teacher.to(device) for teacher in self.hinted),
             share=self.share,
@@ -145,16 +145,14 @@ def collate(
     sequences: Sequence[Sequence[Sample]],
     *,
     lags: Mapping[int, int],
-    rewards: Mapping[str, float],
     weights: Weights,
     pass_tokens: int,
     share: float = 1.0,
 ) -> Batch:
     """One batch of all `sequences`, its turns in their order.
 
-    `lags` by version, `rewards` by turn. Hinted prompts are taken only where the method has a use
-    for a teacher; no pass of it has more than `pass_tokens` padded tokens, but for a turn that is
-    longer alone.
+    `lags` by version. Hinted prompts are taken only where the method has a use for a teacher; no
+    pass of it has more than `pass_tokens` padded tokens, but for a turn that is longer alone.
     """
     samples = [turn for sequence in sequences for turn in sequence]
     placed = place(sequences)
@@ -182,7 +180,7 @@ def collate(
     return Batch(
         sequences=placed,
         behaviour_logprobs=behaviour,
-        rewards=torch.tensor([rewards[s.turn] for s in samples]),
+        scores=torch.tensor([float(s.score) for s in samples]),
         lags=torch.tensor([lags[s.policy_version] for s in samples]),
         hinted=tuple(hinted),
         share=share,

@@ -11,7 +11,7 @@ from nextstate.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the output's."""
-Method = Literal["binary", "opd", "combined", "opd_topk"]
+Method = Literal["binary", "opd", "opd_topk", "combined", "combined_sampled"]
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
 
@@ -20,10 +20,11 @@ class LearnerConfig:
     """How samples become adapters; defaults follow the report's recipe (arXiv 2603.10165)."""
 
     method: Method = "combined"
-    """Which signals train: the score (binary), the hint (opd), both (combined), or the hint by the
-    teacher's likeliest tokens in place of the sampled one (opd_topk)."""
+    """Which signals train: the score (binary), the hint (opd, opd_topk) or both (combined,
+    combined_sampled). opd and combined_sampled compare policy and teacher at the sampled token
+    alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
     topk: int = 20
-    """Tokens of the teacher that opd_topk compares one by one; all others are one bin."""
+    """Tokens of the teacher that are compared one by one; all others are one bin."""
     teacher: Literal["policy", "base", "average"] = "policy"
     """Who reads the hint: the policy as it is, the base without an adapter, or a slow average of
     the adapter's weights."""
@@ -35,8 +36,6 @@ class LearnerConfig:
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether each token has its own importance ratio, or a turn one for all, their geometric
     mean (arXiv 2507.18071)."""
-    baseline: Literal["none", "others"] = "others"
-    """What a score is compared with: 0, or the mean of the update's other scores."""
     batch_size: int = 16
     """Samples of one update; each update makes one version."""
     min_batch: int = 1
@@ -58,7 +57,11 @@ class LearnerConfig:
     epochs: int = 1
     """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
     step_kl: float = 0.01
-    """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token."""
+    """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token.
+    It is the bound of a batch whose mean score is at most 0; better ones have less to correct, and
+    the bound falls to nothing with 1 - mean score."""
+    step_kl_floor: float = 0.1
+    """The bound never falls below this share of step_kl; 1: it is step_kl for every batch."""
     lora_rank: int = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32
@@ -198,6 +201,8 @@ class LearnerConfig:
             "watch_level",
         ):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
+        floor = self.step_kl_floor
+        _require(0 < floor <= 1, "step_kl_floor", floor, "more than 0 and at most 1")
         level = self.gate_level
         _require(0 < level <= 0.5, "gate_level", level, "more than 0 and at most 0.5")
         _require(

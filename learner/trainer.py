@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
 
-from learner.advantages import WEIGHTS, over_others, teacher_gap, token_advantages, usefulness
+from learner.advantages import WEIGHTS, teacher_gap, token_advantages, usefulness
 from learner.average import AverageWeights
 from learner.batch import Batch, Sequences, collate, micro_batches, place
 from learner.config import LearnerConfig
@@ -121,8 +121,8 @@ class PolicyTrainer(GRPOTrainer):
         self._tokens: list[TokenStats] = []
         self._prepared: list[dict[str, Any]] = []
         """TRL's inputs for each micro-batch of the update."""
-        self._rewards: dict[str, float] = {}
-        """What each turn of the update counts for, by its name."""
+        self._bound = config.step_kl
+        """How much the update may change the policy, in nats a token."""
         self._scored: _Scored
         """The policy's forward pass over the micro-batch whose loss is computed."""
         self._trained: list[tuple[Batch, Tensor]] = []
@@ -176,7 +176,7 @@ class PolicyTrainer(GRPOTrainer):
         update: Update = inputs["update"]
         if self._epoch == 0:
             self._tokens, self._trained, self._prepared = [], [], []
-            self._rewards = self._rewards_of(update.samples)
+            self._bound = step_bound([s.score for s in update.samples], self.config)
         loss = torch.zeros((), device=self.args.device)
         micros = micro_batches(update.samples, self.config.micro_batch_tokens)
         for number, sequences in enumerate(micros):
@@ -190,6 +190,7 @@ class PolicyTrainer(GRPOTrainer):
                 **token_metrics(tokens, self.config.step_kl),
                 "score/mean": sum(s.score for s in update.samples) / len(update.samples),
                 "batch/size": len(update.samples),
+                "step/bound": self._bound,
                 "step/seconds": 0.0,
             }
         self.metrics["step/seconds"] += time.perf_counter() - started
@@ -200,16 +201,10 @@ class PolicyTrainer(GRPOTrainer):
         return collate(
             sequences,
             lags=update.lags,
-            rewards=self._rewards,
             weights=self.weights,
             pass_tokens=self.config.micro_batch_tokens,
             share=self._size(part) / self._size(update.samples),
         )
-
-    def _rewards_of(self, samples: Sequence[Sample]) -> dict[str, float]:
-        scores = [sample.score for sample in samples]
-        rewards = over_others(scores) if self.config.baseline == "others" else scores
-        return {s.turn: float(r) for s, r in zip(samples, rewards, strict=True)}
 
     def _size(self, samples: Sequence[Sample]) -> int:
         """What the loss averages over: turns, or their tokens."""
@@ -233,14 +228,14 @@ class PolicyTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _bound_step(self, before: Sequence[Tensor]) -> bool:
-        """Shortens the way from `before` until the policy changed by at most `step_kl`.
+        """Shortens the way from `before` until the policy changed by at most the update's bound.
 
         Returns whether it had to.
 
         The change is measured on the update's own tokens. It grows with the square of a small step
         (its Hessian is the Fisher information), which tells how much shorter the step has to be.
         """
-        limit, length = self.config.step_kl, 1.0
+        limit, length = self._bound, 1.0
         change = self._policy_change()
         for _ in range(_MAX_CUTS):
             if change <= limit:
@@ -253,7 +248,7 @@ class PolicyTrainer(GRPOTrainer):
         if not change <= limit:
             raise LearnerError(
                 f"the step changes the policy by {change:g} nats a token even after {_MAX_CUTS} "
-                f"cuts, over [learner] step_kl = {limit:g}, and is not kept: lower [learner] "
+                f"cuts, over the {limit:g} of [learner] step_kl, and is not kept: lower [learner] "
                 f"learning_rate = {self.config.learning_rate:g}"
             )
         self.metrics |= {"step/kl": change, "step/length": length}
@@ -297,7 +292,7 @@ class PolicyTrainer(GRPOTrainer):
             "old_per_token_logps": batch.behaviour_logprobs,
             "ref_per_token_logps": reference,
             "advantages": token_advantages(
-                batch.rewards, gap, mask, self.weights, self.config.teacher_gap_clip
+                batch.scores, gap, mask, self.weights, self.config.teacher_gap_clip
             ),
             "batch": batch,
             "gap": gap,
@@ -499,6 +494,12 @@ class PolicyTrainer(GRPOTrainer):
     def forget_moments(self) -> None:
         """A fresh Adam: its moments belong to weights that are no longer trained."""
         self._adam.state.clear()
+
+
+def step_bound(scores: Sequence[int], config: LearnerConfig) -> float:
+    """How much an update may change the policy, in nats a token: less where less was blamed."""
+    to_correct = 1.0 - sum(scores) / len(scores)
+    return config.step_kl * min(1.0, max(config.step_kl_floor, to_correct))
 
 
 def build_trainer(config: LearnerConfig, model_path: str, work_dir: Path) -> PolicyTrainer:
