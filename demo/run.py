@@ -56,8 +56,7 @@ LEARNER: Mapping[str, bool | int | float] = {
     "learning_rate": 2e-3,
     "kl_coef": 0.2,
     "gradient_checkpointing": False,
-    "step_kl": 0.005,
-    "teacher_gap_clip": 1.0,
+    "micro_batch_tokens": 2048,
     "threads": 1,
 }
 """What a policy this small needs of `[learner]`."""

@@ -54,9 +54,9 @@ class LearnerConfig:
     """AdamW's memory of the squared gradient."""
     max_grad_norm: float = 1.0
     """Gradients longer than this are scaled down to it."""
-    epochs: int = 1
+    epochs: int = 4
     """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
-    step_kl: float = 0.01
+    step_kl: float = 0.02
     """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token.
     It is the bound of a batch whose mean score is at most 0; better ones have less to correct, and
     the bound falls to nothing with 1 - mean score."""

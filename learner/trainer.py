@@ -527,7 +527,7 @@ def _arguments(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) ->
         epsilon_high=config.epsilon_high,
         delta=config.ratio_cap,
         beta=config.kl_coef,
-        use_bias_correction_kl=False,
+        use_bias_correction_kl=True,
         temperature=1.0,
         disable_dropout=True,
         learning_rate=config.learning_rate,

@@ -26,7 +26,8 @@ from tests.test_learner_tiny import (
 WEIGHTS = {
     "binary": (1.0, 0.0, 0.0),
     "opd": (0.0, 1.0, 0.0),
-    "combined": (1.0, 1.0, 0.0),
+    "combined": (1.0, 0.0, 1.0),
+    "combined_sampled": (1.0, 1.0, 0.0),
     "opd_topk": (0.0, 0.0, 1.0),
 }
 STALE = replace(CONFIG, drift_limit=9.0)

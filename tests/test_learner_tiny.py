@@ -22,6 +22,7 @@ CONFIG = LearnerConfig(
     lora_rank=4,
     lora_alpha=8,
     learning_rate=1e-2,
+    epochs=1,
     gradient_checkpointing=False,
     holdout_after=0,
     threads=1,
