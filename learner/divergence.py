@@ -27,6 +27,7 @@ from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from learner.config import Method
 from nextstate.errors import ConfigError
 
 CHUNK_TOKENS = 128
@@ -69,14 +70,15 @@ def head_of(model: Any) -> Head:
     return Head(layer.weight, layer.bias)
 
 
-def require_plain_logits(model: PreTrainedModel) -> None:
+def require_plain_logits(model: PreTrainedModel, method: Method) -> None:
     """Raises ConfigError for a model whose logits are more than its head's product."""
     text = model.config.get_text_config()
     scaled = [name for name in _LOGIT_SCALES if getattr(text, name, None) not in (None, 1.0)]
     if scaled:
         raise ConfigError(
-            f"[learner] method = 'opd_topk': this model's configuration has {scaled[0]} = "
-            f"{getattr(text, scaled[0])!r}, expected logits that are not scaled; set it to 'opd'"
+            f"[learner] method = {method!r}: this model's configuration has {scaled[0]} = "
+            f"{getattr(text, scaled[0])!r}, expected logits that are not scaled; set it to "
+            f"{'combined_sampled' if method == 'combined' else 'opd'!r}"
         )
 
 

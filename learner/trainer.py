@@ -510,7 +510,7 @@ def build_trainer(config: LearnerConfig, model_path: str, work_dir: Path) -> Pol
         torch.set_num_threads(config.threads)
     model = load_model(config, model_path)
     if WEIGHTS[config.method].topk != 0:
-        require_plain_logits(model)
+        require_plain_logits(model, config.method)
     return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir)
 
 

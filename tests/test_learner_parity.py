@@ -9,9 +9,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-from learner.batch import sequences_of
+from learner.batch import micro_batches, sequences_of
 from learner.config import LearnerConfig, LossType, Method
-from learner.trainer import PolicyTrainer, Update, build_trainer
+from learner.trainer import PolicyTrainer, Update, build_trainer, step_bound
 from nextstate.errors import ConfigError
 from nextstate.records import Sample
 from tests.test_learner_tiny import (
@@ -136,7 +136,9 @@ def written_out_loss(
         surrogate = torch.minimum(
             ratio.clamp(max=config.ratio_cap) * advantage, clipped * advantage
         )
-        kl = (reference - now).exp() - (reference - now) - 1
+        # Weighted by the ratio, as the reply was drawn from another policy: its gradient is then
+        # that of KL(policy ‖ base), and no token that the policy has left makes it explode.
+        kl = ratio * ((reference - now).exp() - (reference - now) - 1)
         turns.append(-surrogate + config.kl_coef * kl + w_topk * distance)
     match config.loss_type:
         case "grpo":
@@ -209,7 +211,7 @@ def assert_parity(
     return trainer
 
 
-@pytest.mark.parametrize("method", ["binary", "opd", "combined", "opd_topk"])
+@pytest.mark.parametrize("method", sorted(WEIGHTS))
 @pytest.mark.parametrize("micro_batch_tokens", [1000, 40])
 def test_loss_and_gradient_equal_the_written_out_formula(
     tmp_path: Path, method: Method, micro_batch_tokens: int
@@ -220,14 +222,14 @@ def test_loss_and_gradient_equal_the_written_out_formula(
     )
     trainer = assert_parity(config, model_path, off_policy_samples(model_path), tmp_path)
     assert trainer.metrics["ratio/max"] > config.ratio_cap
-    assert ("kl/teacher" in trainer.metrics) == (method == "opd_topk")
+    assert ("kl/teacher" in trainer.metrics) == (WEIGHTS[method][2] > 0)
 
 
 @pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
 @pytest.mark.parametrize(
     ("method", "level"),
     # The divergence has no importance ratio.
-    [("combined", "token"), ("combined", "sequence"), ("opd_topk", "token")],
+    [("combined_sampled", "token"), ("combined_sampled", "sequence"), ("combined", "token")],
 )
 def test_turns_that_share_a_sequence_count_as_if_each_were_alone(
     tmp_path: Path, loss_type: LossType, level: Level, method: Method
@@ -332,15 +334,22 @@ def test_a_model_that_scales_its_logits_has_no_divergence_from_its_teacher(tmp_p
     model_path = save_tiny_model(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     file.write_text(file.read_text().replace("{", '{"final_logit_softcapping": 30.0,', 1))
-    with pytest.raises(ConfigError, match=r"final_logit_softcapping = 30\.0.*set it to 'opd'"):
-        build_trainer(replace(CONFIG, method="opd_topk"), model_path, tmp_path)
+    for method, instead in (("opd_topk", "opd"), ("combined", "combined_sampled")):
+        expected = rf"'{method}'.*final_logit_softcapping = 30\.0.*set it to '{instead}'"
+        with pytest.raises(ConfigError, match=expected):
+            build_trainer(replace(CONFIG, method=method), model_path, tmp_path)
 
 
 @pytest.mark.parametrize(("learning_rate", "shortened"), [(0.3, True), (1e-4, False)])
-def test_a_step_changes_the_policy_by_no_more_than_it_may(tmp_path, learning_rate, shortened):
+def test_an_update_changes_the_policy_by_no_more_than_it_may(tmp_path, learning_rate, shortened):
     model_path = save_tiny_model(tmp_path / "model")
     config = replace(
-        CONFIG, learning_rate=learning_rate, step_kl=0.01, micro_batch_tokens=40, drift_limit=9
+        CONFIG,
+        learning_rate=learning_rate,
+        epochs=2,
+        step_kl=0.01,
+        micro_batch_tokens=40,
+        drift_limit=9,
     )
     samples = off_policy_samples(model_path)
     trainer, _ = trained_once(config, model_path, samples, tmp_path)
@@ -362,5 +371,33 @@ def test_a_step_changes_the_policy_by_no_more_than_it_may(tmp_path, learning_rat
     assert 0 < change <= config.step_kl
     assert moved > 0
     assert (trainer.metrics["step/length"] < 1) == shortened
+    assert trainer.metrics["step/epochs"] == (1 if shortened else 2), "none where it is reached"
     if shortened:
         assert change > config.step_kl / 4, "no shorter than it has to be"
+
+
+@pytest.mark.parametrize(
+    ("scores", "share"),
+    [([-1, -1], 1.0), ([1, -1], 1.0), ([0, 0], 1.0), ([1, 1, 1, -1], 0.5), ([1, 1], 0.125)],
+)
+def test_an_update_with_less_to_correct_may_change_less(scores, share):
+    config = replace(CONFIG, step_kl=0.04, step_kl_floor=0.125)
+    assert step_bound(scores, config) == pytest.approx(0.04 * share)
+
+
+def test_several_epochs_are_as_many_steps_on_the_same_samples(tmp_path, monkeypatch):
+    model_path = save_tiny_model(tmp_path / "model")
+    config = replace(STALE, method="binary", step_kl=9.0, micro_batch_tokens=40)
+    samples = off_policy_samples(model_path)
+    once = build_trainer(replace(config, epochs=3), model_path, tmp_path)
+    passes = []
+    monkeypatch.setattr(once, "_teach", lambda b, teach=once._teach: passes.append(b) or teach(b))
+    once.train_on([Update(samples, version=0)])
+    thrice = build_trainer(config, model_path, tmp_path)
+    thrice.train_on([Update(samples, version=0)] * 3)
+
+    assert once.state.global_step == thrice.state.global_step == 3
+    expected = thrice.adapter_weights()
+    for name, weight in once.adapter_weights().items():
+        assert torch.equal(weight, expected[name]), name
+    assert len(passes) == len(micro_batches(samples, 40)), "a teacher reads a reply once an update"

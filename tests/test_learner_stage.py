@@ -105,7 +105,7 @@ def test_one_update_settles_its_samples_once(recorded, model_path):
     assert {"loss", "kl/base", "advantage/mean", "grad/norm", "step/seconds"} <= set(metrics)
 
 
-@pytest.mark.parametrize("method", ["binary", "combined"])
+@pytest.mark.parametrize("method", ["binary", "combined", "combined_sampled"])
 def test_rewarded_replies_rise_and_punished_ones_fall(recorded, model_path, method):
     recorded.add_mixed(32)
     train(recorded, model_path, FakeEngine(recorded.store, 2), replace(CONFIG, method=method))
