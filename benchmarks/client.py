@@ -24,6 +24,8 @@ class Reply:
     times: list[float] = field(default_factory=list[float])
     """When each event arrived."""
     ended: float = 0.0
+    received: list[bytes] = field(default_factory=list[bytes])
+    """What came, piece by piece: head, chunk sizes and events."""
 
     @property
     def first_s(self) -> float:
@@ -71,6 +73,7 @@ class Connection(asyncio.Protocol):
         if not self._tail and not data.startswith(b"HTTP/1.1 200"):
             self._fail(f"port {self._port} answered {data[:400].decode(errors='replace')}")
             return
+        self._reply.received.append(data)
         events = data.count(b"\n\n")
         if self._tail.endswith(b"\n") and data.startswith(b"\n"):
             events += 1
