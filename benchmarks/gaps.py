@@ -12,6 +12,8 @@ from statistics import fmean
 
 from benchmarks.asking import Answered
 
+Gap = tuple[float, float]
+"""When it began and ended: between two events of one reply."""
 _DRAWS = 2000
 
 
@@ -22,40 +24,53 @@ class Window:
     begin: float
     end: float
     changing: bool
-    gaps: list[float] = field(default_factory=list[float])
-    """Between two events of one reply."""
-    firsts: list[float] = field(default_factory=list[float])
-    """From a request to its first event."""
+    gaps: list[Gap] = field(default_factory=list[Gap])
+    firsts: list[Gap] = field(default_factory=list[Gap])
+    """From each request to its first event."""
 
-    @property
-    def worst(self) -> float:
-        """The longest gap; 0.0 without any."""
-        return max(self.gaps, default=0.0)
+
+def lengths(gaps: Iterable[Gap]) -> list[float]:
+    """The gaps' lengths in seconds, in ascending order."""
+    return sorted(end - begin for begin, end in gaps)
+
+
+def worst(gaps: Iterable[Gap]) -> float:
+    """The longest; 0.0 without any."""
+    return max(lengths(gaps), default=0.0)
+
+
+def touching(gaps: Iterable[Gap], begin: float, end: float) -> list[Gap]:
+    """The gaps that share some time with the stretch."""
+    return [gap for gap in gaps if gap[0] < end and begin < gap[1]]
 
 
 def sort_into(windows: Sequence[Window], replies: Iterable[Answered]) -> None:
     """Puts every gap and every wait for a first event into its window.
 
-    One that touches a window with changes belongs there; what lies outside of all is left out.
-    `windows` follow each other in time.
+    One that touches a window with changes belongs there; what lies in none is left out.
     """
     for reply in replies:
-        first = _window_of(windows, reply.started, reply.times[0])
-        if first is not None:
-            first.firsts.append(reply.times[0] - reply.started)
-        for begin, end in pairwise(reply.times):
-            window = _window_of(windows, begin, end)
-            if window is not None:
-                window.gaps.append(end - begin)
+        first = (reply.started, reply.times[0])
+        if (window := _window_of(windows, first)) is not None:
+            window.firsts.append(first)
+        for gap in pairwise(reply.times):
+            if (window := _window_of(windows, gap)) is not None:
+                window.gaps.append(gap)
 
 
-def _window_of(windows: Sequence[Window], begin: float, end: float) -> Window | None:
-    """The first window with changes that the stretch touches, else the one that holds it whole."""
-    touched = [w for w in windows if w.begin < end and begin < w.end]
+def pairs(windows: Sequence[Window]) -> list[tuple[Window, Window]]:
+    """Neighbours: one with changes, then the one without, in whatever order they took place."""
+    both = zip(windows[::2], windows[1::2], strict=True)
+    return [(first, second) if first.changing else (second, first) for first, second in both]
+
+
+def _window_of(windows: Sequence[Window], gap: Gap) -> Window | None:
+    """The first window with changes that the gap touches, else the one that holds it whole."""
+    touched = [window for window in windows if gap[0] <= window.end and window.begin <= gap[1]]
     for window in touched:
         if window.changing:
             return window
-    return next((w for w in touched if w.begin <= begin and end <= w.end), None)
+    return next((w for w in touched if w.begin <= gap[0] and gap[1] <= w.end), None)
 
 
 def quantile(values: Sequence[float], share: float) -> float:
@@ -82,13 +97,13 @@ class Added:
 
 
 def added(windows: Sequence[Window], seed: int = 0) -> Added:
-    """Compares each window with changes with the one without that stands in the same place."""
-    on = [window.worst for window in windows if window.changing]
-    off = [window.worst for window in windows if not window.changing]
-    pairs = [a - b for a, b in zip(on, off, strict=True)]
+    """Compares each window with changes with the other one of its pair."""
+    worsts = [(worst(changing.gaps), worst(quiet.gaps)) for changing, quiet in pairs(windows)]
+    rises = [on - off for on, off in worsts]
     draw = Random(seed)
-    means = [fmean(draw.choices(pairs, k=len(pairs))) for _ in range(_DRAWS)]
-    return Added(max(on) - max(off), fmean(pairs), quantile(means, 0.05), quantile(means, 0.95))
+    means = [fmean(draw.choices(rises, k=len(rises))) for _ in range(_DRAWS)]
+    overall = max(on for on, _ in worsts) - max(off for _, off in worsts)
+    return Added(overall, fmean(rises), quantile(means, 0.05), quantile(means, 0.95))
 
 
 def wrong_versions(
