@@ -77,6 +77,7 @@ class Clients:
         self._port = port
         self._model = model
         self._asked = 0
+        self._came = asyncio.Event()
 
     @asynccontextmanager
     async def asking(self, count: int) -> AsyncGenerator[None]:
@@ -90,6 +91,17 @@ class Clients:
                 yield
             finally:
                 stop.set()
+
+    async def reply_by(self, version: int, since: float = 0.0) -> Answered:
+        """A reply by the version, once it is whole, to a request that was made after `since`."""
+        seen = 0
+        while True:
+            for answered in self.replies[seen:]:
+                if answered.version == version and answered.started >= since:
+                    return answered
+            seen = len(self.replies)
+            self._came.clear()
+            await self._came.wait()
 
     async def _ask(self, seed: int, stop: asyncio.Event) -> None:
         connection: Connection | None = None
@@ -109,6 +121,7 @@ class Clients:
                 await asyncio.sleep(_AFTER_FAILURE_S)
                 continue
             self.replies.append(answered)
+            self._came.set()
             if self.after is not None:
                 await self.after(answered)
         if connection is not None:

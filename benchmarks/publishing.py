@@ -234,10 +234,9 @@ async def _say(http: aiohttp.ClientSession, clients: Clients, answered: Answered
 async def _first_by(clients: Clients, version: int) -> Answered:
     """The reply by the version whose first event came first, once it is whole."""
     async with asyncio.timeout(_ANSWER_TIMEOUT_S):
-        while not (found := [r for r in clients.replies if r.version == version]):
-            await asyncio.sleep(0.02)
-    # One that began earlier may still run: its end comes within a reply's length.
-    await asyncio.sleep(max(reply.ended - reply.started for reply in found))
+        whole = await clients.reply_by(version)
+    # One that began before it may still run, for about as long.
+    await asyncio.sleep(2 * (whole.ended - whole.started))
     return min((r for r in clients.replies if r.version == version), key=lambda r: r.times[0])
 
 
