@@ -115,8 +115,7 @@ class Clients:
                 answered = read(await connection.ask(orjson.dumps({**body, "stream": True})))
             except (Broken, OSError) as error:
                 self.failures.append(str(error))
-                if connection is not None:
-                    connection.close()
+                await _close(connection)
                 connection = None
                 await asyncio.sleep(_AFTER_FAILURE_S)
                 continue
@@ -124,5 +123,10 @@ class Clients:
             self._came.set()
             if self.after is not None:
                 await self.after(answered)
-        if connection is not None:
-            connection.close()
+        await _close(connection)
+
+
+async def _close(connection: Connection | None) -> None:
+    if connection is not None:
+        connection.close()
+        await connection.wait_closed()

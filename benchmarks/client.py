@@ -55,6 +55,7 @@ class Connection(asyncio.Protocol):
         self._tail = b""
         """The last bytes that came, for what is split between two reads."""
         self._waiting: asyncio.Future[Reply] | None = None
+        self._lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
@@ -86,11 +87,16 @@ class Connection(asyncio.Protocol):
             self._end(now)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set()
         self._fail(f"port {self._port} closed the connection: {exc!r}")
 
     def close(self) -> None:
         """Closes the connection."""
         self._transport.close()
+
+    async def wait_closed(self) -> None:
+        """Returns when the socket is closed."""
+        await self._lost.wait()
 
     def _end(self, now: float) -> None:
         if self._waiting is not None and not self._waiting.done():

@@ -396,7 +396,7 @@ def main() -> None:
     parser.add_argument("--streams", default=16, **whole, help="while they change (default: 16)")
     parser.add_argument("--rounds", default=10, **whole, help="pairs of windows (default: 10)")
     parser.add_argument(
-        "--every-s", type=float, default=1.5, help="seconds a change (default: 1.5)"
+        "--every-s", type=float, default=1.2, help="seconds a change (default: 1.2)"
     )
     parser.add_argument("--updates", default=10, **whole, help="steps a row (default: 10)")
     options = parser.parse_args()
