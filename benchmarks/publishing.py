@@ -112,14 +112,18 @@ class Timed:
         self._stdin.write(b"\n")
 
     async def until(self, part: str) -> list[Mark]:
-        """The marks up to the next one of `part`. Exits with the log if the child ends."""
+        """The marks up to the next one of `part`; exits with the child's log if none comes."""
         found: list[Mark] = []
-        async with asyncio.timeout(_PART_TIMEOUT_S):
-            while line := await self._stdout.readline():
-                found.append(Mark(**orjson.loads(line)))
-                if found[-1].part == part:
-                    return found
-        sys.exit(f"benchmarks.timed ended; its log ends:\n{self._log.read_text()[-2000:]}")
+        why = "ended"
+        try:
+            async with asyncio.timeout(_PART_TIMEOUT_S):
+                while line := await self._stdout.readline():
+                    found.append(Mark(**orjson.loads(line)))
+                    if found[-1].part == part:
+                        return found
+        except TimeoutError:
+            why = f"has done no {part!r} for {_PART_TIMEOUT_S:.0f} s"
+        sys.exit(f"benchmarks.timed {why}; its log ends:\n{self._log.read_text()[-2000:]}")
 
 
 @asynccontextmanager
