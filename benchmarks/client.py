@@ -24,6 +24,8 @@ class Reply:
     times: list[float] = field(default_factory=list[float])
     """When each event arrived."""
     ended: float = 0.0
+    received: list[bytes] = field(default_factory=list[bytes])
+    """What came, piece by piece: head, chunk sizes and events."""
 
     @property
     def first_s(self) -> float:
@@ -53,6 +55,7 @@ class Connection(asyncio.Protocol):
         self._tail = b""
         """The last bytes that came, for what is split between two reads."""
         self._waiting: asyncio.Future[Reply] | None = None
+        self._lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
@@ -71,6 +74,7 @@ class Connection(asyncio.Protocol):
         if not self._tail and not data.startswith(b"HTTP/1.1 200"):
             self._fail(f"port {self._port} answered {data[:400].decode(errors='replace')}")
             return
+        self._reply.received.append(data)
         events = data.count(b"\n\n")
         if self._tail.endswith(b"\n") and data.startswith(b"\n"):
             events += 1
@@ -83,11 +87,16 @@ class Connection(asyncio.Protocol):
             self._end(now)
 
     def connection_lost(self, exc: Exception | None) -> None:
+        self._lost.set()
         self._fail(f"port {self._port} closed the connection: {exc!r}")
 
     def close(self) -> None:
         """Closes the connection."""
         self._transport.close()
+
+    async def wait_closed(self) -> None:
+        """Returns when the socket is closed."""
+        await self._lost.wait()
 
     def _end(self, now: float) -> None:
         if self._waiting is not None and not self._waiting.done():

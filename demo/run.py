@@ -108,7 +108,7 @@ def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -
 
 
 async def _run(plan: Plan) -> int:
-    settings = _settings(plan)
+    settings = write_settings(plan)
     stack = Stack(settings)
     main = asyncio.current_task()
     assert main is not None
@@ -134,7 +134,7 @@ async def _run(plan: Plan) -> int:
     return 1 if problems else 0
 
 
-def _settings(plan: Plan) -> Settings:
+def write_settings(plan: Plan) -> Settings:
     """Writes the demo's configuration and reads it back; earlier demo records go."""
     if not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")

@@ -115,9 +115,13 @@ class EngineClient:
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Loads the adapter in folder `path` under `name`; an adapter that is there stays."""
-        if await self.has_model(name):
-            return
-        await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path})
+        body = {"lora_name": name, "lora_path": path}
+        try:
+            await self._call("POST", "/v1/load_lora_adapter", body)
+        except EngineError:
+            # vLLM refuses one that is there; requests that miss it at once all come here.
+            if not await self.has_model(name):
+                raise
 
     async def unload_adapter(self, name: str) -> None:
         """Unloads the adapter `name`; one that is not there is no error."""
@@ -189,7 +193,7 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
         return
     if not await engine.has_model(version.adapter_name):
         await asyncio.to_thread(verify_adapter, Path(version.path), version.sha256)
-    await engine.load_adapter(version.adapter_name, version.path)
+        await engine.load_adapter(version.adapter_name, version.path)
     await engine.probe(version.adapter_name)
 
 

@@ -58,6 +58,10 @@ class ScriptedEngine:
     """Requests for completions, with those that only warm or probe a model."""
     headers: list[dict[str, str]] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)
+    loads: int = 0
+    """Requests to load an adapter so far."""
+    loading: asyncio.Event | None = None
+    """Holds those requests until it is set."""
     unloaded: list[str] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
@@ -90,6 +94,13 @@ class ScriptedEngine:
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()
+        self.loads += 1
+        if self.loading is not None:
+            await self.loading.wait()
+        if body["lora_name"] in self.adapters:
+            message = f"The lora adapter '{body['lora_name']}' has already been loaded."
+            error = {"message": message, "type": "InvalidUserInput", "param": None, "code": 400}
+            return web.json_response({"error": error}, status=400)
         self.adapters[body["lora_name"]] = body["lora_path"]
         return web.Response(text="Success: LoRA adapter added successfully.")
 

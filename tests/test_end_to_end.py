@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,11 @@ import openai
 import psutil
 import pytest
 
+from benchmarks.asking import Clients
 from demo.run import MODEL, POLICY
+from nextstate.settings import Settings
+from nextstate.stages import publish_version
+from nextstate.store import Store
 from nextstate.vllm import free_port
 from tests.running_loop import Loop, run, wait_for, write_config
 from tests.same_answer import assert_same
@@ -38,9 +43,6 @@ def test_the_store_holds_the_ids_and_log_probs_that_vllm_returned(loop: Loop) ->
     raw = ask(loop, logprobs=True, extra_body={"return_token_ids": True})
     reply = json.loads(raw.content)
     choice = reply["choices"][0]
-    from nextstate.settings import Settings
-    from nextstate.store import Store
-
     store = Store(Settings.read(loop.config).store)
     turn = store.turn(raw.headers["x-nextstate-turn"])
     store.close()
@@ -90,6 +92,26 @@ def test_the_adapter_changes_the_reply_and_a_rollback_brings_the_old_one_back(lo
     assert base != trained
     loop.command("rollback", str(newest))
     wait_for(lambda: ask(loop).headers["x-nextstate-version"] == str(newest), 10)
+
+
+def test_no_request_fails_while_versions_change_under_load(loop: Loop) -> None:
+    newest = max(v["number"] for v in loop.versions())
+    settings = Settings.read(loop.config)
+    store = Store(settings.store)
+    clients = Clients(loop.port, MODEL)
+
+    async def change() -> None:
+        async with clients.asking(8):
+            for number in (newest - 1, newest) * 3:
+                version = store.version("main", number)
+                assert version is not None
+                await publish_version(settings, store, version)
+                await clients.reply_by(number, since=time.perf_counter())
+
+    asyncio.run(asyncio.wait_for(change(), 120))
+    store.close()
+    assert clients.failures == []
+    assert {newest - 1, newest} <= {reply.version for reply in clients.replies}
 
 
 SAID = [{"role": "user", "content": "Tom has 3 apples and gets 4 more."}]

@@ -388,6 +388,22 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
     both(test, store, tmp_path)
 
 
+def test_requests_that_bring_a_lost_adapter_back_at_the_same_time_all_succeed(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        engine.adapters.clear()
+        engine.loading = asyncio.Event()
+        asked = [asyncio.create_task(p.chat(request(str(n)))) for n in range(4)]
+        await until(lambda: engine.loads == 1 + len(asked))
+        engine.loading.set()
+        assert [(await one)[0] for one in asked] == [200] * len(asked)
+
+    both(test, store, tmp_path)
+
+
 @pytest.mark.parametrize("noticed", ["at a restart", "by a request"])
 def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
     store: Store, tmp_path: Path, noticed: str
