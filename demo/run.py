@@ -24,6 +24,7 @@ from demo.report import Display, Record, print_summary, write_record
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
 from demo.tasks import Domain, Task, held_out_tasks
+from learner.config import Method
 from nextstate.errors import StartError
 from nextstate.settings import Settings
 from nextstate.stack import Stack
@@ -33,7 +34,13 @@ log = logging.getLogger(__name__)
 
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
-UPDATES = {"binary": 16, "combined": 16, "opd": 10}
+UPDATES: Mapping[Method, int] = {
+    "binary": 16,
+    "combined": 8,
+    "combined_sampled": 16,
+    "opd": 10,
+    "opd_topk": 6,
+}
 """Hints come only from failures: the better the policy, the longer opd waits for a batch."""
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
@@ -93,14 +100,14 @@ poll_s = 0.1
 class Plan:
     """What to run."""
 
-    method: str
+    method: Method
     persona: Domain
     seed: int
     updates: int
     out: Path
 
 
-def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -> int:
+def run_demo(*, method: Method, persona: str, seed: int, updates: int, out: Path) -> int:
     """Runs the demo; 0 if the loop learned, 1 if it did not."""
     plan = Plan(method, Domain(persona), seed, updates or UPDATES[method], out.absolute())
     logging.getLogger().setLevel(logging.WARNING)
@@ -266,7 +273,7 @@ class _Experiment:
             if version != last:
                 last, changed = version, time.monotonic()
             waited = time.monotonic() - changed
-            if self._plan.method == "opd" and version > 0 and waited > STARVED_S:
+            if self._plan.method.startswith("opd") and version > 0 and waited > STARVED_S:
                 return False
             await asyncio.sleep(POLL_S)
         raise StartError(

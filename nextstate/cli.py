@@ -115,9 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     demo.epilog = "example: nextstate demo --persona teacher --method opd --seed 1"
     demo.add_argument(
         "--method",
-        choices=("binary", "opd", "combined"),
+        choices=("binary", "opd", "opd_topk", "combined", "combined_sampled"),
         default="combined",
-        help="learn from scores, from hints, or from both (default)",
+        help="learn from scores, from hints, or from both (default); see [learner] method",
     )
     demo.add_argument(
         "--persona",
