@@ -18,14 +18,18 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.learning_loop import MEASURED, Loop, Plan, Run
+from benchmarks.learning_loop import Loop, Plan, Point, Run
 from demo.run import LEARNER
 from demo.tasks import Domain
 from learner.config import LearnerConfig
+
+_WIDTH = 240
+_SHOWN = (0, 1, 2, 3, 4, 8, 14, 24, 34)
 
 
 def run(plan: Plan) -> Run:
@@ -45,14 +49,22 @@ def main() -> None:
     parser.add_argument("--persona", choices=list(Domain), default=Domain.STUDENT)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=4, help="of 16 turns each")
-    parser.add_argument("--questions", type=int, default=128, help="held-out, after each update")
+    parser.add_argument("--questions", type=int, default=128, help="held-out, of each domain")
     parser.add_argument("--flipped", type=float, default=0.0, help="share of wrong verdicts")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of [learner], over the demo's"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--out", type=Path, help="a file to which each run is added, as JSON")
+    parser.add_argument(
+        "--show", type=Path, nargs="+", help="only show the runs of such files; nothing is run"
+    )
     given = parser.parse_args()
+    found = _read(given.show) if given.show else _run_all(given)
+    Console(width=_WIDTH).print(table(found))
+
+
+def _run_all(given: argparse.Namespace) -> dict[str, list[Run]]:
     settings = dict(_setting(text) for text in given.set)
     plans = [
         Plan(
@@ -71,31 +83,48 @@ def main() -> None:
         task = progress.add_task("learning", total=len(plans))
         futures = {pool.submit(run, plan): plan for plan in plans}
         for future in as_completed(futures):
-            plan, found = futures[future], future.result()
-            runs.setdefault(plan.config.method, []).append(found)
+            record = {"set": given.set, **asdict(futures[future]), **asdict(future.result())}
+            runs.setdefault(_label(record), []).append(future.result())
             progress.advance(task)
             if given.out:
                 with given.out.open("a") as file:
-                    record = {"set": given.set, **asdict(plan), **asdict(found)}
                     file.write(json.dumps(record) + "\n")
-    Console(width=160).print(table({method: runs[method] for method in given.methods}))
+    return runs
+
+
+def _read(files: Sequence[Path]) -> dict[str, list[Run]]:
+    runs: dict[str, list[Run]] = {}
+    names = {f.name for f in fields(Run)}
+    for file in files:
+        for line in file.read_text().splitlines():
+            record = json.loads(line)
+            record["points"] = [Point(**point) for point in record["points"]]
+            found = Run(**{name: record[name] for name in names})
+            runs.setdefault(_label(record), []).append(found)
+    return runs
+
+
+def _label(record: dict[str, Any]) -> str:
+    """What distinguishes the runs of one row."""
+    persona = [] if record["persona"] == Domain.STUDENT else [record["persona"]]
+    flipped = [f"{record['flipped']:.0%} flipped"] if record["flipped"] else []
+    return ", ".join([record["config"]["method"], *persona, *record["set"], *flipped])
 
 
 def table(runs: dict[str, list[Run]]) -> Table:
-    """Scores after each update: the mean over the seeds, its lowest and its highest."""
-    made = Table(title="satisfied and right (right) after n updates: mean (lowest … highest)")
-    made.add_column("method")
+    """Mean score over the seeds after each update, (the lowest), and the mean share right."""
+    made = Table(box=box.MARKDOWN)
+    made.add_column("after n updates")
     measured = {p.update for found in runs.values() for run in found for p in run.points}
-    shown = [update for update in MEASURED if update in measured]
-    for update in shown:
-        made.add_column(str(update), justify="right")
-    for heading in ("elsewhere", "turns", "rejected", "served"):
-        made.add_column(heading, justify="right")
-    for method, found in runs.items():
+    for update in sorted(measured & set(_SHOWN)):
+        made.add_column(str(update))
+    for heading in ("right elsewhere", "replies", "rejected", "of them served"):
+        made.add_column(heading)
+    for label, found in runs.items():
         elsewhere = [run.points[-1].elsewhere - run.points[0].elsewhere for run in found]
         made.add_row(
-            method,
-            *(_cell(found, update) for update in shown),
+            f"{label} ({len(found)} seeds)",
+            *(_cell(found, update) for update in sorted(measured & set(_SHOWN))),
             f"{mean(elsewhere):+.3f} ({min(elsewhere):+.3f})",
             f"{mean(run.turns for run in found):.0f}",
             f"{sum(len(run.rejected) for run in found)} of {sum(run.made for run in found)}",
@@ -110,8 +139,8 @@ def _cell(runs: Sequence[Run], update: int) -> str:
         return "–"
     scores = [point.score for point in reached]
     right = mean(point.right for point in reached)
-    count = "" if len(reached) == len(runs) else f" n={len(reached)}"
-    return f"{mean(scores):.2f} ({right:.2f})\n{min(scores):.2f}…{max(scores):.2f}{count}"
+    count = "" if len(reached) == len(runs) else f", {len(reached)} runs"
+    return f"{mean(scores):.2f} ({min(scores):.2f}) {right:.2f}{count}"
 
 
 def _setting(text: str) -> tuple[str, Any]:

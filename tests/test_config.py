@@ -40,7 +40,7 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[learner]\nwandb = 'p'", r"\[privacy\] external_metrics"),
         ("[judge]\nvotes = 0", r"\[judge\] votes"),
         ("[learner]\nlora_rank = 64", "max_lora_rank"),
-        ("[learner]\nmethod = 'ppo'", "'binary', 'opd', 'combined' or 'opd_topk'"),
+        ("[learner]\nmethod = 'ppo'", "'opd_topk', 'combined' or 'combined_sampled'"),
         ("[proxy]\nworkers = 2\nport = 0", "name a port"),
         ("[lineages.a]\nmodel = 'x-v000001'", "looks like an adapter"),
         ("[proxy]\nworkers = 0", r"\[proxy\] workers = 0"),
