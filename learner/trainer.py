@@ -452,6 +452,9 @@ class PolicyTrainer(GRPOTrainer):
         """Restores `training_state`; only once training has begun, when there is an optimizer."""
         self._adam.load_state_dict(state["optimizer"])
         self.state.global_step = state["step"]
+        # transformers divides the loss by the steps since this one, and is silent where there are
+        # none.
+        self._globalstep_last_logged = state["step"]
         # The optimizer's own settings are the configuration's, not those of the checkpoint.
         for group in self._adam.param_groups:
             group["lr"] = self.config.learning_rate

@@ -320,15 +320,18 @@ def test_an_unpublished_version_is_published_at_the_next_start(recorded, model_p
     assert recorded.store.serving("main").number == 1
 
 
-def test_a_restart_goes_on_with_weights_and_optimizer(tmp_path, model_path):
-    adapters = []
+def test_a_restart_goes_on_with_weights_optimizer_and_loss(tmp_path, model_path):
+    adapters, losses = [], []
     for runs in ([2], [1, 1]):
         recorded = Recorded(tmp_path / str(len(runs)), model_path)
         recorded.add_mixed(32)
         for wanted in runs:
             train(recorded, model_path, FakeEngine(recorded.store, wanted))
-        adapters.append(recorded.store.versions("main")[-1].sha256)
+        newest = recorded.store.versions("main")[-1]
+        adapters.append(newest.sha256)
+        losses.append(newest.metrics["loss"])
     assert adapters[0] == adapters[1]
+    assert losses[0] == losses[1]
 
 
 def test_after_a_rollback_training_goes_on_from_the_serving_version(recorded, model_path):
