@@ -33,9 +33,6 @@ class Stack:
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
         self.parts = {name: stage_part(settings, name, name) for name in STAGES}
-        for lineage in settings.lineages:
-            name = f"learner-{lineage}"
-            self.parts[name] = stage_part(settings, "learner", name, "--lineage", lineage)
         if self.managed:
             self.parts["engine"] = self._engine(port)
         self.supervisor = Supervisor(list(self.parts.values()))

@@ -51,7 +51,7 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
         case _:
             pass
     store = Store(StoreConfig(dir=state_dir))
-    stage.run(store, CONFIG, model_path, "main", kill_myself, threading.Event())
+    stage.run(store, CONFIG, model_path, ["main"], kill_myself, threading.Event())
 
 
 def run_until_killed(recorded: Recorded, model_path: str, point: str) -> None:
@@ -76,7 +76,7 @@ def resume(recorded: Recorded, model_path: str, last: int = 2) -> list[int]:
         if version.number == last:
             stop.set()
 
-    stage.run(recorded.store, CONFIG, model_path, "main", publish, stop)
+    stage.run(recorded.store, CONFIG, model_path, ["main"], publish, stop)
     return published
 
 

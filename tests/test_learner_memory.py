@@ -187,7 +187,7 @@ def test_a_model_whose_shapes_hang_on_its_tokens_is_counted_without_activations(
 
 
 def test_a_need_reads_as_one_line_of_gigabytes() -> None:
-    need = Need(8_040_000_000, 660_000_000, 20_000_000_000, 1, 2048)
+    need = Need(8_040_000_000, 660_000_000, 0, 20_000_000_000, 1, 2048)
     assert str(need) == (
         "28.70 GB: base 8.04, adapter with gradients and Adam 0.66, activations of 1 x 2048 "
         "tokens 20.00"

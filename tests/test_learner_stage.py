@@ -73,7 +73,7 @@ def recorded(tmp_path, model_path) -> Recorded:
 
 
 def train(recorded: Recorded, model_path: str, engine: FakeEngine, config=CONFIG) -> None:
-    stage.run(recorded.store, config, model_path, "main", engine, engine.stop)
+    stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop)
 
 
 def adapted_logprobs(model_path: str, version: PolicyVersion, reply: tuple[int, ...]) -> float:
@@ -312,7 +312,7 @@ def test_an_unpublished_version_is_published_at_the_next_start(recorded, model_p
         down.stop.set()
         publish(version)
 
-    stage.run(recorded.store, CONFIG, model_path, "main", fail_and_stop, down.stop)
+    stage.run(recorded.store, CONFIG, model_path, ["main"], fail_and_stop, down.stop)
     assert recorded.store.versions("main")[0].state is VersionState.CANDIDATE
     up = FakeEngine(recorded.store)
     train(recorded, model_path, up)
@@ -397,7 +397,7 @@ def test_a_changed_candidate_is_rejected_and_training_goes_on_without_it(recorde
         verify_adapter(Path(version.path), version.sha256)
         engine(version, withdraw)
 
-    stage.run(recorded.store, CONFIG, model_path, "main", publish, engine.stop)
+    stage.run(recorded.store, CONFIG, model_path, ["main"], publish, engine.stop)
     first, second = recorded.store.versions("main")
     assert (first.state, second.state) == (VersionState.REJECTED, VersionState.SERVING)
     assert "changed on disk" in first.reason
@@ -416,7 +416,7 @@ def test_an_idle_learner_asks_the_engine_before_every_micro_batch(recorded, mode
     engine = FakeEngine(recorded.store)
     busy = iter([1, 0, 0, 2, 0, 0])
     config = replace(CONFIG, schedule="idle", micro_batch_tokens=28)
-    stage.run(recorded.store, config, model_path, "main", engine, engine.stop, lambda: next(busy))
+    stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop, lambda: next(busy))
     assert next(busy, None) is None
     assert recorded.states() == {"trained": 16}
 
