@@ -78,11 +78,12 @@ class Need:
 
     def __str__(self) -> str:
         unknown = self.activations is None
+        activations = "unknown" if self.activations is None else _gb(self.activations)
         parked = f"lineages that wait {_gb(self.parked)}, " if self.parked else ""
         return (
             f"{'more than ' if unknown else ''}{_gb(self.total)} GB: base {_gb(self.weights)}, "
             f"adapter with gradients and Adam {_gb(self.adapter)}, {parked}activations of "
-            f"{self.rows} x {self.tokens} tokens {'unknown' if unknown else _gb(self.activations or 0)}"
+            f"{self.rows} x {self.tokens} tokens {activations}"
         )
 
 
@@ -190,8 +191,8 @@ def require_memory(config: LearnerConfig, model_path: str, lineages: int = 1) ->
     if ram is not None and blueprint.parked > ram:
         raise StartError(
             f"the adapters and moments of {lineages} lineages that train in turn need "
-            f"{_gb(blueprint.parked)} GB of the machine's memory, and {_gb(ram)} GB are free: set a "
-            f"lower [learner] lora_rank than {config.lora_rank}, or fewer [lineages.NAME]"
+            f"{_gb(blueprint.parked)} GB of the machine's memory, and {_gb(ram)} GB are free: set "
+            f"[learner] lora_rank lower than {config.lora_rank}, or fewer [lineages.NAME]"
         )
     need = blueprint.need(config)
     free = free_memory(device)

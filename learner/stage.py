@@ -65,6 +65,7 @@ from learner.trainer import PolicyTrainer, Update, build_trainer
 from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
+from nextstate.locks import ProcessLock
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
 
@@ -104,7 +105,8 @@ def run(
     """Trains the lineages in turn, over one base, until `stop` is set.
 
     `live_requests` asks the engine, which `schedule = "idle"` needs.
-    Raises StartError for a model that cannot be loaded and LearnerError when the last lineage that
+    Raises StartError for a model that cannot be loaded or a lineage that another process trains,
+    and LearnerError when the last lineage that
     trained must not go on; leased samples are ready again then.
     """
     schedule = _schedule(config, stop, live_requests)
@@ -114,6 +116,9 @@ def run(
         for lineage in lineages:
             folder = lineage_folder(root, lineage)
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            taken = f"lineage {lineage!r} is trained"
+            remedy = "end it, or train another one with `nextstate learner --lineage NAME`"
+            opened.enter_context(ProcessLock(folder / "lock", taken, remedy))
             sinks[lineage] = open_sinks(config, folder, lineage)
             opened.callback(sinks[lineage].close)
         trainer = build_trainer(config, model_path, root)

@@ -113,7 +113,7 @@ class Turns:
         """Whose code runs, or whose step."""
 
     def updates(self) -> Iterator[Update]:
-        """The learners' updates, until told to stop; asked again after `drop`, those of the rest."""
+        """The learners' updates, until told to stop; after `drop`, those of the others."""
         while self._to_resume:
             self._acting = self._to_resume.popleft()
             self._acting.resume()

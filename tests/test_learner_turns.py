@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import Counter, deque
 from collections.abc import Generator, Iterator, Sequence
@@ -19,7 +20,7 @@ from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
 from learner.trainer import Parked, Update
 from learner.turns import Seat, Turns
-from nextstate.errors import LearnerError
+from nextstate.errors import LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.test_learner_tiny import BAD, CONFIG, GOOD, PROMPT, Recorded, save_tiny_model
@@ -126,11 +127,10 @@ def test_a_lineage_that_must_not_go_on_stops_and_the_others_train_as_if_it_were_
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     shared, alone = (Recorded(tmp_path / name, model_path) for name in ("shared", "alone"))
-    for recorded in (shared, alone):
+    add_batch(shared, ALICE)
+    for recorded, names in ((shared, [MAIN, ALICE]), (alone, [MAIN])):
         for _ in range(2):
             add_batch(recorded, MAIN)
-        names = [MAIN, ALICE] if recorded is shared else [MAIN]
-        add_batch(shared, ALICE)
         train(recorded, model_path, names, (names[-1], 1))
     refused = add_batch(shared, ALICE, shift=0.5 if trouble == "drift" else 0.0)
     if trouble == "checkpoint":
@@ -209,6 +209,27 @@ def test_a_rollback_and_a_rejection_of_one_lineage_change_nothing_for_the_other(
     versions = shared.store.versions(ALICE)
     assert versions[0].state is VersionState.REJECTED
     assert [v.parent for v in versions] == [0, 0, 0]
+
+
+def test_a_lineage_is_trained_by_one_process_at_a_time(tmp_path: Path, model_path: str) -> None:
+    recorded = Recorded(tmp_path / "state", model_path)
+    for name in (MAIN, ALICE):
+        add_batch(recorded, name)
+    refusals: list[str] = []
+    service = Service(recorded.store, (MAIN, 1))
+
+    def publish(version: PolicyVersion, withdraw: bool = False) -> None:
+        with pytest.raises(StartError) as refused:
+            train(recorded, model_path, [ALICE, MAIN], (MAIN, 2))
+        refusals.append(str(refused.value))
+        assert train(recorded, model_path, [ALICE], (ALICE, 1)) == [(ALICE, 1)]
+        service(version, withdraw)
+
+    stage.run(recorded.store, CONFIG, model_path, [MAIN], publish, service.stop)
+    assert refusals == [
+        f"lineage 'main' is trained by process {os.getpid()}: end it, or train another one with "
+        "`nextstate learner --lineage NAME`"
+    ]
 
 
 class FakeTrainer:
