@@ -106,8 +106,8 @@ def run(
 
     `live_requests` asks the engine, which `schedule = "idle"` needs.
     Raises StartError for a model that cannot be loaded or a lineage that another process trains,
-    and LearnerError when the last lineage that
-    trained must not go on; leased samples are ready again then.
+    and LearnerError when the last lineage that trained must not go on. Leased samples are ready
+    again then.
     """
     schedule = _schedule(config, stop, live_requests)
     root = store.dir / "learner"

@@ -520,6 +520,7 @@ def test_after_a_rejection_training_goes_on_as_if_the_step_had_not_been(
         found.append(recorded.store.versions("main")[-1])
     assert [version.number for version in found] == [3, 2]
     assert found[0].sha256 == found[1].sha256
+    assert found[0].metrics["loss"] == found[1].metrics["loss"]
 
 
 def test_rejections_in_a_row_say_what_to_change_and_go_on(
