@@ -210,7 +210,7 @@ class Loop(threading.Event):
         self._measure(0)
         try:
             config = self._plan.config
-            stage.run(self._store, config, str(POLICY), LINEAGE, self._publish, self)
+            stage.run(self._store, config, str(POLICY), [LINEAGE], self._publish, self)
         finally:
             self._store.close()
         return self.run

@@ -40,6 +40,8 @@ GB = 1e9
 
 _ADAPTER_BYTES = 4 * 5
 """A float32 weight of the adapter, its gradient, Adam's two moments, its value before the step."""
+_PARKED_BYTES = 4 * 3
+"""Of a lineage that waits: the weight and Adam's two moments."""
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A weight in 4 bits with its share of the scales: a byte for 64, 4 bytes for 256 of those."""
 _OVERHEAD = 1.25
@@ -58,6 +60,9 @@ class Need:
     """Of the frozen base."""
     adapter: int
     """With gradients, Adam's moments and the copy that bounds the step."""
+    parked: int
+    """On the learner's device, of the lineages that train in turn; 0 on a GPU, for they wait in the
+    machine's memory."""
     activations: int | None
     """Of forward and backward over the longest micro-batch with its log-probabilities; None where
     what they are depends on the tokens, as with some mixtures of experts."""
@@ -69,22 +74,27 @@ class Need:
     @property
     def total(self) -> int:
         """Of all parts that are known."""
-        return self.weights + self.adapter + (self.activations or 0)
+        return self.weights + self.adapter + self.parked + (self.activations or 0)
 
     def __str__(self) -> str:
         unknown = self.activations is None
+        activations = "unknown" if self.activations is None else _gb(self.activations)
+        parked = f"lineages that wait {_gb(self.parked)}, " if self.parked else ""
         return (
             f"{'more than ' if unknown else ''}{_gb(self.total)} GB: base {_gb(self.weights)}, "
-            f"adapter with gradients and Adam {_gb(self.adapter)}, activations of {self.rows} x "
-            f"{self.tokens} tokens {'unknown' if unknown else _gb(self.activations or 0)}"
+            f"adapter with gradients and Adam {_gb(self.adapter)}, {parked}activations of "
+            f"{self.rows} x {self.tokens} tokens {activations}"
         )
 
 
 class Blueprint:
     """The model that `[learner]` would train, without its weights."""
 
-    def __init__(self, config: LearnerConfig, model_path: str) -> None:
-        """Raises StartError or ConfigError for a model that cannot be trained."""
+    def __init__(self, config: LearnerConfig, model_path: str, lineages: int = 1) -> None:
+        """Of a learner that so many lineages share.
+
+        Raises StartError or ConfigError for a model that cannot be trained.
+        """
         self.device = pick_device(config)
         self._dtype = pick_dtype(config, self.device)
         check_quantization(config, self.device)
@@ -102,6 +112,10 @@ class Blueprint:
         with torch.device("meta"):
             self._model = get_peft_model(base, lora_config(config))
         self._adapter = sum(p.numel() for p in self._model.parameters() if p.requires_grad)
+        copies = lineages if lineages > 1 else 0  # all wait while one is exchanged for another
+        values = _PARKED_BYTES + (4 if config.teacher == "average" else 0)
+        self.parked = copies * self._adapter * values
+        """Bytes in the machine's memory of the lineages that wait."""
         self._model.train()
         self._model.enable_input_require_grads()
 
@@ -121,7 +135,9 @@ class Blueprint:
             weights -= int(compressed * (self._dtype.itemsize - _NF4_BYTES))
             if activations is not None:  # one layer at a time is unpacked
                 activations += max(p.numel() for p in self._linear) * self._dtype.itemsize
-        return Need(weights, self._adapter * _ADAPTER_BYTES, activations, rows, tokens)
+        adapter = self._adapter * _ADAPTER_BYTES
+        parked = self.parked if self.device.type == "cpu" else 0
+        return Need(weights, adapter, parked, activations, rows, tokens)
 
     def _activations(self, rows: int, tokens: int) -> int | None:
         layers = _layers(self._model)
@@ -164,13 +180,20 @@ def free_memory(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
 
 
-def require_memory(config: LearnerConfig, model_path: str) -> str:
-    """What training needs and what there is, in one line.
+def require_memory(config: LearnerConfig, model_path: str, lineages: int = 1) -> str:
+    """What training so many lineages needs and what there is, in one line.
 
     Raises StartError if it does not fit, with the numbers and the keys that would make it fit.
     """
-    blueprint = Blueprint(config, model_path)
+    blueprint = Blueprint(config, model_path, lineages)
     device = blueprint.device
+    ram = free_ram()
+    if ram is not None and blueprint.parked > ram:
+        raise StartError(
+            f"the adapters and moments of {lineages} lineages that train in turn need "
+            f"{_gb(blueprint.parked)} GB of the machine's memory, and {_gb(ram)} GB are free: set "
+            f"[learner] lora_rank lower than {config.lora_rank}, or fewer [lineages.NAME]"
+        )
     need = blueprint.need(config)
     free = free_memory(device)
     budget = config.memory_gb * GB if config.memory_gb else None

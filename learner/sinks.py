@@ -75,6 +75,7 @@ class WeightsAndBiases:
             id=f"{project}-{lineage}",
             dir=str(folder),
             resume="allow",
+            reinit="create_new",  # or a second lineage would get the first one's run
         )
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
@@ -121,8 +122,8 @@ def open_sinks(config: LearnerConfig, folder: Path, lineage: str) -> Sinks:
     if config.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise StartError(
-                f"[learner] wandb = {config.wandb!r} needs the package wandb, which is not "
-                'installed: `pip install wandb`, or set it to ""'
+                f"[learner] wandb = {config.wandb!r} needs the package wandb, 0.19.10 or newer, "
+                'which is not installed: `pip install wandb`, or set it to ""'
             )
         others.append(WeightsAndBiases(config.wandb, lineage, folder))
     return Sinks(JsonLines(folder / "metrics.jsonl"), others)

@@ -1,4 +1,4 @@
-"""The learner's loop: lease a batch, take one step, check the candidate, keep it, publish, watch.
+"""A lineage's turn: lease a batch, take one step, check the candidate, keep it, publish, watch.
 
 Its order makes a kill harmless at any point. The adapter's folder is written first, then the
 checkpoint, then the store registers the version and settles its samples in one transaction. On
@@ -14,6 +14,10 @@ to disk is forgotten, and its samples are ready again.
 While a version serves, the verdicts on its turns are watched. A clear drop, or an adapter that is
 no longer what was registered, takes it out of service for its parent, and it never returns by
 itself. What a person has put into service is left alone.
+
+All lineages of a process share one trainer and with it the base (`learner.turns`). Everything else
+is a lineage's own: folder, checkpoint, examiner, metrics. A lineage that must not go on stops
+alone; the learner ends with the last one.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
@@ -57,8 +62,10 @@ from learner.schedule import LiveRequests, Schedule
 from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
 from learner.sinks import Sinks, open_sinks
 from learner.trainer import PolicyTrainer, Update, build_trainer
+from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
+from nextstate.locks import ProcessLock
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
 
@@ -90,31 +97,44 @@ def run(
     store: Store,
     config: LearnerConfig,
     model_path: str,
-    lineage: str,
+    lineages: Sequence[str],
     publish: Publisher,
     stop: threading.Event,
     live_requests: LiveRequests | None = None,
 ) -> None:
-    """Trains the lineage until `stop` is set.
+    """Trains the lineages in turn, over one base, until `stop` is set.
 
     `live_requests` asks the engine, which `schedule = "idle"` needs.
-    Raises StartError for a model that cannot be loaded and LearnerError when training must not go
-    on; leased samples are ready again then.
+    Raises StartError for a model that cannot be loaded or a lineage that another process trains,
+    and LearnerError when the last lineage that trained must not go on. Leased samples are ready
+    again then.
     """
     schedule = _schedule(config, stop, live_requests)
-    folder = lineage_folder(store.dir / "learner", lineage)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    sinks = open_sinks(config, folder, lineage)
-    trainer = build_trainer(config, model_path, folder)
-    trainer.before_micro_batch = schedule.before_micro_batch
-    learner = _Learner(store, config, model_path, lineage, publish, stop, trainer, schedule, sinks)
-    try:
-        trainer.train_on(learner.updates())
-    except LearnerError:
-        learner.recover()
-        raise
-    finally:
-        sinks.close()
+    root = store.dir / "learner"
+    with ExitStack() as opened:
+        sinks: dict[str, Sinks] = {}
+        for lineage in lineages:
+            folder = lineage_folder(root, lineage)
+            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            taken = f"lineage {lineage!r} is trained"
+            remedy = "end it, or train another one with `nextstate learner --lineage NAME`"
+            opened.enter_context(ProcessLock(folder / "lock", taken, remedy))
+            sinks[lineage] = open_sinks(config, folder, lineage)
+            opened.callback(sinks[lineage].close)
+        trainer = build_trainer(config, model_path, root)
+        trainer.before_micro_batch = schedule.before_micro_batch
+        seat = Seat(trainer, lineages)
+        learners = [
+            _Learner(store, config, model_path, name, publish, stop, trainer, seat, sinks[name])
+            for name in lineages
+        ]
+        turns = Turns(learners, seat, schedule.before_update, stop, config.poll_s)
+        while True:
+            try:
+                trainer.train_on(turns.updates())
+                return
+            except LearnerError as error:
+                turns.drop(error)
 
 
 def _schedule(
@@ -135,7 +155,7 @@ def _schedule(
 
 
 class _Learner:
-    """One run of the stage; see the module."""
+    """One lineage's run of the stage; see the module."""
 
     def __init__(
         self,
@@ -146,22 +166,22 @@ class _Learner:
         publish: Publisher,
         stop: threading.Event,
         trainer: PolicyTrainer,
-        schedule: Schedule,
+        seat: Seat,
         sinks: Sinks,
     ) -> None:
         self._store = store
         self._config = config
         self._weights = WEIGHTS[config.method]
         self._model_path = model_path
-        self._lineage = lineage
+        self.lineage = lineage
         self._publish = publish
         self._stop = stop
         self._trainer = trainer
-        self._schedule = schedule
+        self._seat = seat
         self._sinks = sinks
         self._folder = lineage_folder(store.dir / "learner", lineage)
         self._current = BASE_VERSION
-        """The version whose weights the trainer holds."""
+        """The version whose weights the trainer holds when it is this lineage's turn."""
         self._waits_since: float | None = None
         """Since when `min_batch` samples are ready, by the monotonic clock."""
         self._trained_before: frozenset[str] | None = None
@@ -172,50 +192,49 @@ class _Learner:
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
 
-    def updates(self) -> Iterator[Update]:
-        """Batches for the trainer; what follows each `yield` runs after its step."""
-        self._resume()
-        while not self._stop.is_set():
-            self._schedule.before_update()
-            if self._stop.is_set():
-                return
-            self._watch()
-            leased = self._lease() if self._follow_rollback() else None
-            if leased is None:
-                self._stop.wait(self._config.poll_s)
-                continue
-            batch, samples = leased
-            started = time.perf_counter()
-            self._examiner.prepare(self._held_out(), self._current)
-            prepared = time.perf_counter() - started
-            before = self._trainer.adapter_weights()
-            if self._weights.distils:
-                samples = self._trainer.with_best_hints(samples)
-            yield Update(samples, self._current, self._parents())
-            candidate = self._examine(samples, before, prepared)
-            if candidate.state is VersionState.REJECTED:
-                self._reject(candidate, batch, before)
-                continue
-            version = self._keep(candidate, batch, samples, before)
-            if version is not None:
-                self._bring_into_service(version)
+    def turn(self) -> Generator[Update, None, bool]:
+        """One look at the lineage, with an update if a batch is due; says whether one was.
+
+        What follows the `yield` runs after its step.
+        """
+        self._watch()
+        leased = self._lease() if self._follow_rollback() else None
+        if leased is None:
+            return False
+        self._seat.take(self.lineage)
+        batch, samples = leased
+        started = time.perf_counter()
+        self._examiner.prepare(self._held_out(), self._current)
+        prepared = time.perf_counter() - started
+        before = self._trainer.adapter_weights()
+        if self._weights.distils:
+            samples = self._trainer.with_best_hints(samples)
+        yield Update(samples, self._current, self._parents())
+        candidate = self._examine(samples, before, prepared)
+        if candidate.state is VersionState.REJECTED:
+            self._reject(candidate, batch, before)
+            return True
+        version = self._keep(candidate, batch, samples, before)
+        if version is not None:
+            self._bring_into_service(version)
+        return True
 
     def recover(self) -> Checkpoint | None:
         """Settles the samples that were trained and makes every other leased one ready again."""
         checkpoint = load_checkpoint(self._folder)
-        if checkpoint and self._store.version(self._lineage, checkpoint.version.number) is None:
+        if checkpoint and self._store.version(self.lineage, checkpoint.version.number) is None:
             self._register(checkpoint.version, checkpoint.batch)
-        self._store.release_samples(self._lineage)
+        self._store.release_samples(self.lineage)
         return checkpoint
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
         """Goes on from the newest version that may serve, after `recover`."""
         checkpoint = self.recover()
-        versions = self._store.versions(self._lineage)
+        versions = self._store.versions(self.lineage)
         if not versions:
             return
         newest = versions[-1]
-        start = self._store.serving(self._lineage) if _is_behind(newest) else newest
+        start = self._store.serving(self.lineage) if _is_behind(newest) else newest
         if not self._can_go_on_from(start):
             return
         if checkpoint and checkpoint.version.number == start.number:
@@ -228,10 +247,10 @@ class _Learner:
 
         False if that one turns out to be of no use: then another serves soon.
         """
-        versions = self._store.versions(self._lineage)
+        versions = self._store.versions(self.lineage)
         if not versions or not _is_behind(versions[-1]):
             return True
-        serving = self._store.serving(self._lineage)
+        serving = self._store.serving(self.lineage)
         if serving.number != self._current:
             if not self._can_go_on_from(serving):
                 return False
@@ -246,15 +265,15 @@ class _Learner:
         if not self._config.watch_level or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _WATCH_EVERY_S
-        serving = self._store.serving(self._lineage)
+        serving = self._store.serving(self.lineage)
         if serving.reason is not None:
             return
-        later = [v for v in self._store.versions(self._lineage) if v.number > serving.number]
+        later = [v for v in self._store.versions(self.lineage) if v.number > serving.number]
         before = self._store.ancestors(serving)[:REFERENCE_VERSIONS]
         if not before or any(v.state is not VersionState.REJECTED for v in later):
             return
         numbers = [version.number for version in before]
-        counts = self._store.score_counts(self._lineage, [serving.number, *numbers])
+        counts = self._store.score_counts(self.lineage, [serving.number, *numbers])
         level, drop = self._config.watch_level, self._config.watch_drop
         ours, others = counts[serving.number], [counts[number] for number in numbers]
         found = clear_drop(ours, others, level=level, drop=drop)
@@ -264,12 +283,12 @@ class _Learner:
     def _disown(self, version: PolicyVersion, reason: str) -> None:
         """Rejects a version that was registered; if it serves, an ancestor takes its place."""
         log.error(
-            "version rejected lineage=%s version=%d: %s", self._lineage, version.number, reason
+            "version rejected lineage=%s version=%d: %s", self.lineage, version.number, reason
         )
         if version.state is VersionState.SERVING:
             self._bring_into_service(replace(version, reason=reason), withdraw=True)
         else:
-            self._store.reject_version(self._lineage, version.number, reason)
+            self._store.reject_version(self.lineage, version.number, reason)
 
     def _can_go_on_from(self, version: PolicyVersion) -> bool:
         """`_go_on_from`; disowns a version whose adapter is not what was registered."""
@@ -281,6 +300,7 @@ class _Learner:
         return True
 
     def _go_on_from(self, version: PolicyVersion) -> None:
+        self._seat.take(self.lineage)
         if version.path is None:
             self._trainer.reset_adapter()
         else:
@@ -288,10 +308,10 @@ class _Learner:
             self._trainer.load_adapter(load_weights(Path(version.path), version.sha256))
         self._trainer.restart_teacher()
         self._current = version.number
-        log.info("training goes on lineage=%s version=%d", self._lineage, version.number)
+        log.info("training goes on lineage=%s version=%d", self.lineage, version.number)
 
     def _parents(self) -> Parents:
-        return {v.number: v.parent for v in self._store.versions(self._lineage)}
+        return {v.number: v.parent for v in self._store.versions(self.lineage)}
 
     def _lease(self) -> tuple[str, list[Sample]] | None:
         """A batch of samples that may train, with its name; drops those that must not."""
@@ -301,17 +321,17 @@ class _Learner:
         self._drop_stale(parents)
         self._begin_to_hold_out(len(parents))
         self._hold_out()
-        while self._is_due(self._store.ready_samples(self._lineage, scored, hinted)):
+        while self._is_due(self._store.ready_samples(self.lineage, scored, hinted)):
             batch = uuid.uuid4().hex
             samples = self._store.lease_samples(
-                self._lineage, size, batch, _LEASE_S, scored=scored, hinted=hinted
+                self.lineage, size, batch, _LEASE_S, scored=scored, hinted=hinted
             )
             dropped = self._drop_unfit(samples, parents)
             # One of a held-out session may have become ready since.
             if not dropped and not any(self._is_held_out(s.session) for s in samples):
                 self._waits_since = None
                 return batch, samples
-            self._store.release_samples(self._lineage)
+            self._store.release_samples(self.lineage)
             self._hold_out()
         return None
 
@@ -333,16 +353,16 @@ class _Learner:
         """From `holdout_after` versions on, except for sessions that trained before."""
         config = self._config
         if self._trained_before is None and config.holdout and versions >= config.holdout_after:
-            self._trained_before = self._store.trained_sessions(self._lineage)
+            self._trained_before = self._store.trained_sessions(self.lineage)
 
     def _hold_out(self) -> None:
         if self._trained_before is not None:
-            self._store.hold_out(self._lineage, self._is_held_out)
+            self._store.hold_out(self.lineage, self._is_held_out)
 
     def _is_held_out(self, session: str) -> bool:
         return (
             self._trained_before is not None
-            and is_held_out(self._lineage, session, self._config.holdout)
+            and is_held_out(self.lineage, session, self._config.holdout)
             and session not in self._trained_before
         )
 
@@ -351,7 +371,7 @@ class _Learner:
         if self._trained_before is None:
             return []
         limit = self._config.holdout_samples
-        return self._store.held_samples(self._lineage, limit, _HELD_PER_SESSION)
+        return self._store.held_samples(self.lineage, limit, _HELD_PER_SESSION)
 
     def _drop_stale(self, parents: Parents) -> None:
         """Settles ready samples whose version is too far from the one that trains."""
@@ -361,7 +381,7 @@ class _Learner:
             limits = {"max_lag": self._config.max_lag, "max_tokens": self._config.max_tokens}
             return unfit(0, lag, **limits)
 
-        for text, count in self._store.drop_stale(self._lineage, reason).items():
+        for text, count in self._store.drop_stale(self.lineage, reason).items():
             log.info("samples dropped count=%d reason=%s", count, text)
 
     def _drop_unfit(self, samples: list[Sample], parents: Parents) -> int:
@@ -391,7 +411,7 @@ class _Learner:
         parents = self._parents()
         lags = [policy_lag(parents, self._current, s.policy_version) for s in samples]
         return PolicyVersion(
-            lineage=self._lineage,
+            lineage=self.lineage,
             number=max(parents, default=BASE_VERSION) + 1,
             parent=self._current,
             path=None,
@@ -414,7 +434,7 @@ class _Learner:
         self._undo(before)
         log.warning(
             "version rejected lineage=%s version=%d: %s",
-            self._lineage,
+            self.lineage,
             version.number,
             version.reason,
         )
@@ -424,7 +444,7 @@ class _Learner:
                 "%d versions in a row were rejected lineage=%s: lower [learner] learning_rate = %g "
                 "or step_kl = %g; `nextstate versions` shows each reason",
                 self._rejections,
-                self._lineage,
+                self.lineage,
                 self._config.learning_rate,
                 self._config.step_kl,
             )
@@ -441,7 +461,7 @@ class _Learner:
 
     def _forget_folder(self, number: int) -> None:
         """Removes what was written of a version that is not registered with a folder."""
-        path = version_path(self._store.dir, self._lineage, number)
+        path = version_path(self._store.dir, self.lineage, number)
         shutil.rmtree(path, ignore_errors=True)
 
     def _keep(
@@ -461,7 +481,7 @@ class _Learner:
             log.error("%s; trying again in %.0f s", error, _FULL_DISK_WAIT_S)
             self._forget_folder(candidate.number)
             self._undo(before)
-            self._store.release_samples(self._lineage)
+            self._store.release_samples(self.lineage)
             self._stop.wait(_FULL_DISK_WAIT_S)
             return None
         self._register(version, batch)
@@ -493,7 +513,10 @@ class _Learner:
         )
 
     def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
-        """Publishes or withdraws, again and again while the engine fails, until told to stop."""
+        """Publishes or withdraws, again and again while the engine fails, until told to stop.
+
+        The other lineages wait for it: their engine is the same, and fails them too.
+        """
         retrying = Retrying(
             retry=retry_if_exception_type(EngineError),
             wait=wait_exponential(multiplier=_FIRST_WAIT_S, max=30.0),
@@ -517,7 +540,7 @@ class _Learner:
         error = attempt.outcome.exception() if attempt.outcome else None
         log.warning(
             "publishing failed lineage=%s attempt=%d: %s",
-            self._lineage,
+            self.lineage,
             attempt.attempt_number,
             error,
         )

@@ -24,6 +24,7 @@ from datasets import Dataset
 from peft import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer_callback import PrinterCallback
@@ -87,6 +88,16 @@ class _Scored:
     """Of a mixture of experts, its balance."""
     states: Tensor
     """(R, L, H): the last layer's, before the head"""
+
+
+@dataclass(frozen=True, slots=True)
+class Parked:
+    """All that the next step depends on, copied to the CPU."""
+
+    weights: Mapping[str, Tensor]
+    """`PolicyTrainer.adapter_weights`"""
+    state: Mapping[str, Any]
+    """`PolicyTrainer.training_state`"""
 
 
 class _Stream(IterableDataset[dict[str, Update]]):
@@ -482,6 +493,9 @@ class PolicyTrainer(GRPOTrainer):
         """Restores `training_state`; only once training has begun, when there is an optimizer."""
         self._adam.load_state_dict(state["optimizer"])
         self.state.global_step = state["step"]
+        # transformers divides the loss by the steps since this one, and is silent where there are
+        # none.
+        self._globalstep_last_logged = state["step"]
         # The optimizer's own settings are the configuration's, not those of the checkpoint.
         for group in self._adam.param_groups:
             group["lr"] = self.config.learning_rate
@@ -490,6 +504,15 @@ class PolicyTrainer(GRPOTrainer):
         torch.set_rng_state(state["rng"])
         for rng in state["device_rng"][: int(self.args.device.type == "cuda")]:
             torch.cuda.set_rng_state(rng)
+
+    def parked(self) -> Parked:
+        """A copy that later steps leave alone; only once training has begun."""
+        return Parked(self.adapter_weights(), _copied(self.training_state()))
+
+    def unpark(self, parked: Parked) -> None:
+        """Goes on from `parked`, whose moments may become the optimizer's own: use it once."""
+        self.load_adapter(parked.weights)
+        self.load_training_state(parked.state)
 
     def forget_moments(self) -> None:
         """A fresh Adam: its moments belong to weights that are no longer trained."""
@@ -500,6 +523,11 @@ def step_bound(scores: Sequence[int], config: LearnerConfig) -> float:
     """How much an update may change the policy, in nats a token: less where less was blamed."""
     to_correct = 1.0 - sum(scores) / len(scores)
     return config.step_kl * min(1.0, max(config.step_kl_floor, to_correct))
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """The state with its tensors copied to the CPU: an optimizer hands out its own."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), state)
 
 
 def build_trainer(config: LearnerConfig, model_path: str, work_dir: Path) -> PolicyTrainer:

@@ -88,11 +88,6 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(run=run)
         return sub
 
-    def lineage(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument(
-            "--lineage", default=MAIN_LINEAGE, metavar="NAME", help="default: %(default)s"
-        )
-
     command("up", _up, "start engine, proxy, judge and learner, and keep them running")
     for name in ("proxy", "judge", "learner"):
         stage = command(name, _stage, f"run the {name} alone")
@@ -100,7 +95,8 @@ def _parser() -> argparse.ArgumentParser:
         if name == "proxy":
             stage.add_argument("--worker", type=int, help=argparse.SUPPRESS)
         if name == "learner":
-            lineage(stage)
+            text = "train this one alone (default: all in turn, over one copy of the base model)"
+            stage.add_argument("--lineage", metavar="NAME", help=text)
         if name == "judge":
             actions = stage.add_subparsers(metavar="eval")
             text = "compare the configured judge with labelled next states"
@@ -148,7 +144,9 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--lineage", metavar="NAME", help=text)
     rollback = command("rollback", _rollback, "serve an earlier version again")
     rollback.add_argument("number", type=int, help="its number; 0 is the base model")
-    lineage(rollback)
+    rollback.add_argument(
+        "--lineage", default=MAIN_LINEAGE, metavar="NAME", help="default: %(default)s"
+    )
     feedback = command("feedback", _feedback, "say yourself how good a turn was")
     feedback.epilog = _FEEDBACK_EPILOG
     feedback.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -312,7 +310,7 @@ def _rollback(options: argparse.Namespace) -> int:
     settings = Settings.read(options.config)
     store = Store(settings.store)
     version = _version(store, options.lineage, options.number)
-    if options.lineage not in (MAIN_LINEAGE, *settings.lineages):
+    if options.lineage not in settings.all_lineages:
         raise StartError(f"there is no lineage {options.lineage!r}: see [lineages.NAME]")
     if version.path is None and version.number != BASE_VERSION:
         raise StartError(

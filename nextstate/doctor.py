@@ -92,7 +92,8 @@ def _training(settings: Settings) -> str:
         raise StartError("the learner needs TRL and torch, which are not installed: run `make env`")
     from learner.memory import require_memory
 
-    return require_memory(settings.learner, settings.engine.model_path)
+    lineages = len(settings.all_lineages)
+    return require_memory(settings.learner, settings.engine.model_path, lineages)
 
 
 def _port(settings: Settings) -> str:

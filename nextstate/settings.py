@@ -57,6 +57,11 @@ class Settings:
         settings.check()
         return settings
 
+    @property
+    def all_lineages(self) -> tuple[str, ...]:
+        """The names of all lineages, the one of everyone else first."""
+        return (MAIN_LINEAGE, *self.lineages)
+
     def check(self) -> None:
         """Raises ConfigError for sections that contradict each other."""
         if self.engine.mode == "external" and not self.engine.url:
@@ -101,7 +106,7 @@ class Settings:
                     f"{where} model = {lineage.model!r} is taken by the engine or another lineage"
                 )
             models += [lineage.model] * bool(lineage.model)
-        needed = len(self.lineages) + 1
+        needed = len(self.all_lineages)
         if self.lineages and self.engine.max_loras < needed + 1:
             raise ConfigError(
                 f"[engine] max_loras = {self.engine.max_loras}: {needed} lineages need at least "

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import json
-import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from pathlib import Path
 
 import aiohttp
 
 from nextstate import vllm
 from nextstate.errors import StartError
+from nextstate.locks import ProcessLock
 from nextstate.settings import Settings
 from nextstate.stages import engine_file, stage_part
 from nextstate.supervisor import Part, Supervisor
@@ -33,9 +31,6 @@ class Stack:
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
         self.parts = {name: stage_part(settings, name, name) for name in STAGES}
-        for lineage in settings.lineages:
-            name = f"learner-{lineage}"
-            self.parts[name] = stage_part(settings, "learner", name, "--lineage", lineage)
         if self.managed:
             self.parts["engine"] = self._engine(port)
         self.supervisor = Supervisor(list(self.parts.values()))
@@ -63,7 +58,8 @@ class Stack:
         """Runs everything inside the block; the task ends when a part cannot go on."""
         self.check()
         self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _FolderLock(self.dir / "lock"):
+        taken = f"[store] dir = {str(self.dir)!r} is in use"
+        with ProcessLock(self.dir / "lock", taken, "end it, or set another [store] dir"):
             engine_file(self.settings).write_text(json.dumps({"url": self.engine_url}))
             task = asyncio.create_task(self.supervisor.run())
             try:
@@ -114,30 +110,6 @@ class Stack:
                 "model and args"
             ),
         )
-
-
-class _FolderLock:
-    """An exclusive lock on a state folder for as long as the block runs."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> None:
-        self._file = self._path.open("a+")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.seek(0)
-            raise StartError(
-                f"[store] dir = {str(self._path.parent)!r} is in use by process "
-                f"{self._file.read().strip() or 'unknown'}: end it, or set another [store] dir"
-            ) from None
-        self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
 
 
 async def _answers(session: aiohttp.ClientSession, url: str, needle: bytes | None) -> bool:

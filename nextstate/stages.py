@@ -22,7 +22,7 @@ from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
 from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_judge, load_plugin
-from nextstate.records import MAIN_LINEAGE, PolicyVersion
+from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
 from nextstate.supervisor import Part, Supervisor
@@ -202,20 +202,26 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     return report(done)
 
 
-def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
-    """Trains one lineage until SIGINT or SIGTERM; the step under way ends first."""
+def run_learner(settings: Settings, lineage: str | None = None) -> None:
+    """Trains all lineages in turn, or one alone, until SIGINT or SIGTERM.
+
+    The step under way ends first.
+    """
     from learner.adapters import save_zero_adapter
     from learner.memory import require_memory
     from learner.stage import run
 
-    if lineage not in (MAIN_LINEAGE, *settings.lineages):
-        known = ", ".join((MAIN_LINEAGE, *settings.lineages))
-        raise StartError(f"there is no lineage {lineage!r}: known are {known}; see [lineages.NAME]")
+    known = settings.all_lineages
+    if lineage is not None and lineage not in known:
+        raise StartError(
+            f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
+        )
+    lineages = known if lineage is None else (lineage,)
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
     model_path = settings.engine.model_path
-    log.info("training %s", require_memory(settings.learner, model_path))
+    log.info("training %s", require_memory(settings.learner, model_path, len(lineages)))
     store = Store(settings.store)
     path = zero_adapter(settings)
     if not path.exists():
@@ -234,7 +240,7 @@ def run_learner(settings: Settings, lineage: str = MAIN_LINEAGE) -> None:
         store,
         settings.learner,
         model_path,
-        lineage,
+        lineages,
         to_engine,
         stop,
         live_requests,

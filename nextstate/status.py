@@ -9,7 +9,7 @@ import aiohttp
 
 from nextstate.agreement import agreement
 from nextstate.errors import StartError
-from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_client
 from nextstate.store import Store
@@ -18,8 +18,7 @@ from nextstate.store import Store
 async def status(settings: Settings) -> Json:
     """One object with the counts and each part's health."""
     store = await asyncio.to_thread(Store, settings.store)
-    names = [MAIN_LINEAGE, *settings.lineages]
-    serving = await asyncio.to_thread(store.serving_versions, names)
+    serving = await asyncio.to_thread(store.serving_versions, settings.all_lineages)
     counts = await asyncio.to_thread(store.counts)
     return {
         "state_dir": str(settings.store.path),

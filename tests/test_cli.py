@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from nextstate.cli import main
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
 from nextstate.settings import Settings
+from nextstate.stack import Stack
 from nextstate.store import Store
 from tests.test_store import add, judge, turn
 
@@ -214,6 +216,7 @@ def test_status_shows_how_the_judge_agrees_with_people(
         (["rollback", "9"], "no version 9 of lineage 'main'; known: 1"),
         (["rollback", "0"], "nextstate up"),
         (["rollback", "0", "--lineage", "bob"], "no lineage 'bob': see [lineages.NAME]"),
+        (["learner", "--lineage", "bob"], "no lineage 'bob': known are main; see [lineages.NAME]"),
         (["versions", "7"], "no version 7 of lineage 'main'; known: 1"),
         (["feedback", "turn_x", "--score", "1"], "no turn 'turn_x'"),
         (["feedback", "--session", "x", "--score", "1"], "no main turn in a session 'x'"),
@@ -248,3 +251,39 @@ def test_doctor_names_what_is_wrong(config: Path, capsys: pytest.CaptureFixture[
     config.write_text("[proxy]\nprot = 1\n")
     assert main(["doctor", "--config", str(config)]) == 2
     assert any("did you mean 'port'" in line for line in lines(capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lineages"),
+    [([], ["main", "alice", "bob"]), (["--lineage", "bob"], ["bob"])],
+)
+def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], lineages: list[str]
+) -> None:
+    add_lineages(config)
+    counted: list[int] = []
+    trained: list[str] = []
+
+    def require_memory(_config: object, _model_path: str, count: int) -> str:
+        counted.append(count)
+        return "nothing"
+
+    def run(_store: object, _config: object, _model: str, names: Sequence[str], *_: object) -> None:
+        trained.extend(names)
+
+    monkeypatch.setattr("learner.memory.require_memory", require_memory)
+    monkeypatch.setattr("learner.adapters.save_zero_adapter", lambda *_: None)
+    monkeypatch.setattr("learner.stage.run", run)
+    monkeypatch.setattr("nextstate.stages.signal.signal", lambda *_: None)
+    assert main(["learner", "--config", str(config), *arguments]) == 0
+    assert (trained, counted) == (lineages, [len(lineages)])
+
+
+def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
+    add_lineages(config)
+    assert list(Stack(Settings.read(config)).parts) == ["proxy", "judge", "learner", "engine"]
+
+
+def add_lineages(config: Path) -> None:
+    text = config.read_text() + "max_loras = 4\n"
+    config.write_text(text + "".join(f'[lineages.{n}]\nmodel = "{n}"\n' for n in ("alice", "bob")))

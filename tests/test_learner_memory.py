@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -92,6 +93,32 @@ def test_weights_and_adapter_are_counted_by_hand(blueprint: Blueprint) -> None:
     assert need.tokens == 128, "no sample is longer than the model's positions"
     assert need.rows == 16
     assert need.total == need.weights + need.adapter + need.activations
+
+
+@pytest.mark.parametrize(("teacher", "values"), [("policy", 3), ("average", 4)])
+def test_lineages_share_the_base_and_each_waits_with_weights_moments_and_average(
+    model_path: str, blueprint: Blueprint, teacher: Literal["policy", "average"], values: int
+) -> None:
+    alone = blueprint.need(CONFIG)
+    assert alone.parked == 0
+    weights = alone.adapter // (5 * 4)
+    shared = Blueprint(replace(CONFIG, teacher=teacher), model_path, 3).need(CONFIG)
+    assert shared.parked == 3 * values * 4 * weights
+    assert replace(shared, parked=0) == alone
+    assert shared.total == alone.total + shared.parked
+    assert "Adam 0.00, lineages that wait 0.00, activations" in str(shared)
+
+
+def test_on_a_gpu_lineages_wait_in_the_machines_memory(
+    model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "pick_device", lambda config: torch.device("cuda"))
+    monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(memory, "free_ram", lambda: 100)
+    assert Blueprint(CONFIG, model_path, 2).need(CONFIG).parked == 0
+    assert require_memory(CONFIG, model_path)
+    with pytest.raises(StartError, match=r"2 lineages .* lora_rank lower than 4, or fewer"):
+        require_memory(CONFIG, model_path, 2)
 
 
 def test_longer_and_more_samples_need_more_and_checkpointing_needs_less(
@@ -187,7 +214,7 @@ def test_a_model_whose_shapes_hang_on_its_tokens_is_counted_without_activations(
 
 
 def test_a_need_reads_as_one_line_of_gigabytes() -> None:
-    need = Need(8_040_000_000, 660_000_000, 20_000_000_000, 1, 2048)
+    need = Need(8_040_000_000, 660_000_000, 0, 20_000_000_000, 1, 2048)
     assert str(need) == (
         "28.70 GB: base 8.04, adapter with gradients and Adam 0.66, activations of 1 x 2048 "
         "tokens 20.00"

@@ -102,9 +102,9 @@ def test_wandb_gets_every_version_of_a_run_that_a_restart_goes_on_with(
     sinks.write(3, {"loss": 0.5})
     sinks.close()
     calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
-    options = {"project": "p", "name": "alice", "id": "p-alice", "resume": "allow"}
+    options = {"project": "p", "name": "alice", "id": "p-alice", "dir": str(tmp_path)}
     assert calls == [
-        ["init", options | {"dir": str(tmp_path)}],
+        ["init", options | {"resume": "allow", "reinit": "create_new"}],
         ["log", {"loss": 0.5}, 3],
         ["finish"],
     ]

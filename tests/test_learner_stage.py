@@ -73,7 +73,7 @@ def recorded(tmp_path, model_path) -> Recorded:
 
 
 def train(recorded: Recorded, model_path: str, engine: FakeEngine, config=CONFIG) -> None:
-    stage.run(recorded.store, config, model_path, "main", engine, engine.stop)
+    stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop)
 
 
 def adapted_logprobs(model_path: str, version: PolicyVersion, reply: tuple[int, ...]) -> float:
@@ -312,7 +312,7 @@ def test_an_unpublished_version_is_published_at_the_next_start(recorded, model_p
         down.stop.set()
         publish(version)
 
-    stage.run(recorded.store, CONFIG, model_path, "main", fail_and_stop, down.stop)
+    stage.run(recorded.store, CONFIG, model_path, ["main"], fail_and_stop, down.stop)
     assert recorded.store.versions("main")[0].state is VersionState.CANDIDATE
     up = FakeEngine(recorded.store)
     train(recorded, model_path, up)
@@ -320,15 +320,18 @@ def test_an_unpublished_version_is_published_at_the_next_start(recorded, model_p
     assert recorded.store.serving("main").number == 1
 
 
-def test_a_restart_goes_on_with_weights_and_optimizer(tmp_path, model_path):
-    adapters = []
+def test_a_restart_goes_on_with_weights_optimizer_and_loss(tmp_path, model_path):
+    adapters, losses = [], []
     for runs in ([2], [1, 1]):
         recorded = Recorded(tmp_path / str(len(runs)), model_path)
         recorded.add_mixed(32)
         for wanted in runs:
             train(recorded, model_path, FakeEngine(recorded.store, wanted))
-        adapters.append(recorded.store.versions("main")[-1].sha256)
+        newest = recorded.store.versions("main")[-1]
+        adapters.append(newest.sha256)
+        losses.append(newest.metrics["loss"])
     assert adapters[0] == adapters[1]
+    assert losses[0] == losses[1]
 
 
 def test_after_a_rollback_training_goes_on_from_the_serving_version(recorded, model_path):
@@ -394,7 +397,7 @@ def test_a_changed_candidate_is_rejected_and_training_goes_on_without_it(recorde
         verify_adapter(Path(version.path), version.sha256)
         engine(version, withdraw)
 
-    stage.run(recorded.store, CONFIG, model_path, "main", publish, engine.stop)
+    stage.run(recorded.store, CONFIG, model_path, ["main"], publish, engine.stop)
     first, second = recorded.store.versions("main")
     assert (first.state, second.state) == (VersionState.REJECTED, VersionState.SERVING)
     assert "changed on disk" in first.reason
@@ -413,7 +416,7 @@ def test_an_idle_learner_asks_the_engine_before_every_micro_batch(recorded, mode
     engine = FakeEngine(recorded.store)
     busy = iter([1, 0, 0, 2, 0, 0])
     config = replace(CONFIG, schedule="idle", micro_batch_tokens=28)
-    stage.run(recorded.store, config, model_path, "main", engine, engine.stop, lambda: next(busy))
+    stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop, lambda: next(busy))
     assert next(busy, None) is None
     assert recorded.states() == {"trained": 16}
 
@@ -517,6 +520,7 @@ def test_after_a_rejection_training_goes_on_as_if_the_step_had_not_been(
         found.append(recorded.store.versions("main")[-1])
     assert [version.number for version in found] == [3, 2]
     assert found[0].sha256 == found[1].sha256
+    assert found[0].metrics["loss"] == found[1].metrics["loss"]
 
 
 def test_rejections_in_a_row_say_what_to_change_and_go_on(

@@ -96,6 +96,7 @@ class Recorded:
         shift: float = 0.0,
         session: str = "s",
         trainable: bool = True,
+        lineage: str = "main",
     ) -> str:
         """Adds one turn with its verdict; `shift` falsifies the log-probabilities, in nats."""
         turn = f"turn-{self._count:03d}"
@@ -108,7 +109,7 @@ class Recorded:
                     session=session,
                     index=self._count,
                     kind=TurnKind.MAIN,
-                    lineage="main",
+                    lineage=lineage,
                     policy_version=version,
                     client_model="tiny",
                     request={"messages": [{"role": "user", "content": "?"}]},

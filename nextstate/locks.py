@@ -1,0 +1,36 @@
+"""A lock that one process holds on what is its own, for as long as it lives."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+
+from nextstate.errors import StartError
+
+
+class ProcessLock:
+    """An exclusive lock on a file for as long as the block runs; it dies with its process."""
+
+    def __init__(self, path: Path, taken: str, remedy: str) -> None:
+        """`taken` says what is already in use, up to "by", and `remedy` what to do then."""
+        self._path = path
+        self._taken = taken
+        self._remedy = remedy
+
+    def __enter__(self) -> None:
+        """Raises StartError that names the other process."""
+        self._file = self._path.open("a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise StartError(f"{self._taken} by process {holder}: {self._remedy}") from None
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
