@@ -243,12 +243,13 @@ class _Learner:
             self._bring_into_service(newest)
 
     def _follow_rollback(self) -> bool:
-        """Goes on from the version that serves, if the newest one was taken out of service.
+        """Goes on from the version that serves, where another was put into service.
 
-        False if that one turns out to be of no use: then another serves soon.
+        False if that one turns out to be of no use: then another serves soon. A newest version that
+        has not served yet is what training goes on from.
         """
         versions = self._store.versions(self.lineage)
-        if not versions or not _is_behind(versions[-1]):
+        if not versions or versions[-1].state is VersionState.CANDIDATE:
             return True
         serving = self._store.serving(self.lineage)
         if serving.number != self._current:

@@ -347,6 +347,22 @@ def test_after_a_rollback_training_goes_on_from_the_serving_version(recorded, mo
     assert [v.parent for v in recorded.store.versions("main")] == [0, 1, 1]
 
 
+def test_a_return_to_the_newest_version_takes_training_back_to_it(recorded, model_path):
+    recorded.add_mixed(32)
+    engine = FakeEngine(recorded.store, 3)
+    engine.after = lambda version: version.number == 2 and recorded.store.set_serving("main", 1)
+
+    def back_again(_: float) -> bool:  # what a person does while the learner finds nothing to train
+        if recorded.store.serving("main").number == 1:
+            recorded.store.set_serving("main", 2)
+            recorded.add_mixed(16)
+        return engine.stop.is_set()
+
+    engine.stop.wait = back_again
+    train(recorded, model_path, engine)
+    assert [v.parent for v in recorded.store.versions("main")] == [0, 1, 2]
+
+
 def test_a_rollback_to_the_base_starts_from_the_base(recorded, model_path):
     recorded.add_mixed(16 * 2)
     engine = FakeEngine(recorded.store, 2)
