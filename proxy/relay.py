@@ -199,18 +199,22 @@ class _Call:
             async for data in upstream.content.iter_any():
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
-                if not (held or splitter.rest) and (sent := serving.content(data)) is not None:
-                    await response.write(sent)
-                    continue
+                splitter.add(data)
                 passed: list[bytes] = []
-                for event in splitter.feed(data):
+                while True:
+                    if not held:
+                        sent, splitter.at = serving.content(splitter.data, splitter.at)
+                        passed.append(sent)
+                    event = splitter.next()
+                    if event is None:
+                        break
                     sent = serving.event(event)
                     # From the finish reason on nothing goes out before the turn is recorded, nor
                     # the end of a stream that has none, as after an error.
                     ended = len(finished) >= choices or event.endswith(_DONE)
                     (held if ended else passed).append(sent)
-                if passed:
-                    await response.write(b"".join(passed))
+                if sent := b"".join(passed):
+                    await response.write(sent)
         except (aiohttp.ClientPayloadError, aiohttp.ServerConnectionError, TimeoutError) as error:
             await self._cut_off(response, b"".join(held) + splitter.rest, error)
             return

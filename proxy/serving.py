@@ -50,8 +50,11 @@ class Serving(Protocol):
         """The body that the engine gets; `model` is the serving adapter's name there."""
         ...
 
-    def content(self, data: bytes) -> bytes | None:
-        """What the client gets for a read of whole content chunks; None: look at each event."""
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
+        """What the client gets for the plain content events from `start` on, and where they end.
+
+        None of them finishes the reply; what they leave is for `event`.
+        """
         ...
 
     def event(self, event: bytes) -> bytes:
@@ -137,19 +140,16 @@ class Direct:
         """See `Serving`."""
         return orjson.dumps(self._format.upstream_request(self._body, model))
 
-    def content(self, data: bytes) -> bytes | None:
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
-        cut = None if self._splice is None else self._splice.cut(data)
-        if cut is None:
-            return None
-        sent, pieces = cut
+        if self._splice is None:
+            return b"", start
+        sent, pieces, end = self._splice.cut(data, start)
         self.capture.pieces(pieces)
-        return sent
+        return sent, end
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
-        if (sent := self.content(event)) is not None:
-            return sent
         chunk = _chunk(event, self.capture)
         if chunk is None:
             return event
@@ -206,8 +206,9 @@ class Translated:
         """See `Serving`."""
         return orjson.dumps(chat.upstream_request(self.chat, model))
 
-    def content(self, data: bytes) -> None:
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
+        return b"", start
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
@@ -268,8 +269,9 @@ class Native:
         self._engine_name = b'"model":' + orjson.dumps(model)
         return orjson.dumps({**self._body, "model": model})
 
-    def content(self, data: bytes) -> None:
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
+        return b"", start
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
