@@ -10,8 +10,6 @@ The search is safe: within a JSON string every quote is escaped, so `,"logprobs"
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import orjson
 
 from nextstate.records import Json
@@ -61,36 +59,25 @@ class Splice:
         theirs = self._theirs
         if not theirs or not data.startswith(theirs, start) or b"\r" in data:
             return b"", [], start
-        between = _END + theirs
+        ours, size = self._ours, len(theirs)
+        keep_logprobs, keep_ids = self._asked.logprobs, self._asked.token_ids
+        bare = not (keep_logprobs or keep_ids)
+        sent: list[bytes] = []
         pieces: list[Piece] = []
-        delta, *rests = data[start + len(theirs) :].split(_LOGPROBS)
-        for rest in rests:
-            values, more, next_delta = rest.rpartition(between)
-            if not more:
-                values, ended, _ = rest.partition(_END)
-                if not ended:
-                    break
-            logprobs, found, ids = values.partition(_IDS)
-            # No JSON string holds a line break: with one, something else has come between.
-            if not found or b"}" in ids or b"\n" in values or b"\n" in delta:
+        for chunk in data[start:].split(_END)[:-1]:
+            if not chunk.startswith(theirs):
+                break
+            delta, _, rest = chunk[size:].partition(_LOGPROBS)
+            logprobs, found, ids = rest.partition(_IDS)
+            # No JSON string holds a line break: with one, it is not a single chunk.
+            if not found or b"}" in ids or b"\n" in chunk:
                 break
             pieces.append((delta, logprobs, ids))
-            start += len(theirs) + len(delta) + len(_LOGPROBS) + len(values) + len(_END)
-            if not more:
-                break
-            delta = next_delta
-        return self._sent(pieces), pieces, start
-
-    def _sent(self, pieces: Sequence[Piece]) -> bytes:
-        keep_logprobs, keep_ids = self._asked.logprobs, self._asked.token_ids
-        if keep_logprobs or keep_ids:
-            return b"".join(
-                self._ours
-                + delta
-                + _LOGPROBS
-                + (logprobs if keep_logprobs else b"null")
-                + (_IDS + ids + _END if keep_ids else _NO_IDS)
-                for delta, logprobs, ids in pieces
-            )
-        # A delta is empty where the parser held a token's text back: no such chunk comes unasked.
-        return b"".join(self._ours + delta + _BARE_END for delta, _, _ in pieces if delta != b"{}")
+            start += len(chunk) + len(_END)
+            if not bare:
+                kept = logprobs if keep_logprobs else b"null"
+                tail = _IDS + ids + _END if keep_ids else _NO_IDS
+                sent += ours, delta, _LOGPROBS, kept, tail
+            elif delta != b"{}":  # the parser held this token's text back: no such chunk unasked
+                sent.append(ours + delta + _BARE_END)
+        return b"".join(sent), pieces, start

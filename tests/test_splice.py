@@ -94,7 +94,10 @@ def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> No
         )
     ]
     assert first not in others
-    for other in (*others, b"data: [DONE]\n\n", b": note\n\n", first[:-1], first[:-30], b"da"):
+    for part in (first[:-1], first[:-30], b"da"):
+        assert splice.cut(part, 0) == (b"", [], 0), part
+        assert splice.cut(first + part, 0) == (sent, pieces, len(first)), part
+    for other in (*others, b"data: [DONE]\n\n", b": note\n\n"):
         assert splice.cut(other, 0) == (b"", [], 0), other
         assert splice.cut(other + first, 0) == (b"", [], 0), other
         for read in (first + other, first + other + first):
