@@ -20,6 +20,7 @@ from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
 from proxy.linking import explicit_session
+from proxy.reading import resume, resume_by_hand
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
@@ -195,9 +196,10 @@ class _Call:
         serving = self.serving
         finished, choices = serving.capture.finished, serving.choices
         held: list[bytes] = []
-        _resume_when_empty(upstream.content)
+        resume_by_hand(upstream)
         try:
             async for data in upstream.content.iter_any():
+                resume(upstream)
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
                 splitter.add(data)
@@ -325,10 +327,10 @@ class _Call:
         engine = self.relay.versions.engine
         same = self.serving.path == self.request.path
         query = f"?{self.request.query_string}" if same and self.request.query_string else ""
-        headers = upstream_headers(self.request.headers)
-        headers["Content-Type"] = "application/json"
+        body = aiohttp.BytesPayload(self._sent, content_type="application/json")
         url = f"{engine.url}{self.serving.path}{query}"
-        return await self.relay.upstream.post(url, data=self._sent, headers=headers)
+        headers = upstream_headers(self.request.headers)
+        return await self.relay.upstream.post(url, data=body, headers=headers)
 
     async def _restored(self) -> bool:
         """Brings back an adapter that the engine has lost; False when that fails too."""
@@ -383,15 +385,6 @@ class _Call:
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
-
-
-def _resume_when_empty(content: aiohttp.StreamReader) -> None:
-    """Lets a reader ask for more once it is empty, not after every chunk that is taken from it.
-
-    A read holds some 25 chunks, and aiohttp 3.14 runs its parser on nothing after each of them: a
-    tenth of the proxy's time. Reading is paused where it always was, at twice the old low mark.
-    """
-    content._low_water = 1  # pyright: ignore[reportPrivateUsage]
 
 
 async def _read(upstream: aiohttp.ClientResponse) -> tuple[bytes, Exception | None]:

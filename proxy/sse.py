@@ -22,6 +22,8 @@ class EventSplitter:
 
     def next(self) -> bytes | None:
         """The next event, if it has come whole."""
+        if self.at == len(self.data):
+            return None
         if b"\r" not in self.data:  # vLLM sends none
             end = self.data.find(b"\n\n", self.at) + 2
             if end < 2:
