@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk
 from proxy.splice import Splice
+from proxy.sse import event_data
 
 TRAPS = [
     '"',
@@ -54,7 +55,7 @@ tokens = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(-99, 0)), min_s
 def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at_once(
     asked: Asked, reads: list[list[tuple[dict[str, Any], list[tuple[int, float]], str]]]
 ) -> None:
-    splice, pieces, whole = Splice(asked), Capture(), Capture()
+    splice, pieces, whole, as_json = Splice(asked), Capture(), Capture(), Capture()
     first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
     splice.learn(first, parsed(first))
     for read in reads:
@@ -69,9 +70,11 @@ def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at
         pieces.pieces(cut)
         for event in events:
             whole.chunk(parsed(event))
-    assert pieces.message() == whole.message()
-    assert pieces.behaviour_logprobs() == whole.behaviour_logprobs()
-    assert pieces.completion_ids == whole.completion_ids
+            as_json.chunk(parsed(event), event_data(event))
+    for taken in (pieces, as_json):
+        assert taken.message() == whole.message()
+        assert taken.behaviour_logprobs() == whole.behaviour_logprobs()
+        assert taken.completion_ids == whole.completion_ids
 
 
 def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> None:
