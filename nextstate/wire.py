@@ -27,4 +27,4 @@ def objects(value: object) -> list[Json]:
     """The objects in `value` if it is a list, else none."""
     if not isinstance(value, list):
         return []
-    return [cast(Json, item) for item in cast(list[Any], value) if isinstance(item, dict)]
+    return cast("list[Json]", [item for item in cast("list[Any]", value) if isinstance(item, dict)])

@@ -73,7 +73,7 @@ class Capture:
     """Indexes of the choices whose finish reason has come."""
     error: str | None = None
     """Why what came could not be read, for example an error event in the stream."""
-    _unread: list[Json | Piece] = field(default_factory=list["Json | Piece"])
+    _unread: list[Json | bytes | Piece] = field(default_factory=list["Json | bytes | Piece"])
     _pieces: list[Piece] = field(default_factory=list[Piece])
     """Those that came after everything in `_unread`."""
 
@@ -81,13 +81,14 @@ class Capture:
         """Takes in content chunks of a stream with a single choice, as their parts' bytes."""
         self._pieces.extend(pieces)
 
-    def chunk(self, chunk: Json) -> None:
-        """Takes in one streamed chunk, which nobody changes any more.
+    def chunk(self, chunk: Json, payload: bytes | None = None) -> None:
+        """Takes in one streamed chunk, which nobody changes any more, and the JSON that it was.
 
-        Only its model and its finish reasons are read now.
+        Only its model and its finish reasons are read now. JSON is quicker to hand over: a long
+        prompt's ids make a large object.
         """
         self.join()
-        self._unread.append(chunk)
+        self._unread.append(chunk if payload is None else payload)
         if isinstance(model := chunk.get("model"), str):
             self.model = model
         for choice in objects(chunk.get("choices")):
@@ -109,7 +110,8 @@ class Capture:
             if isinstance(part, tuple):
                 self._piece(part)
             else:
-                self._choices(part, "delta")
+                chunk = orjson.loads(part) if isinstance(part, bytes) else part
+                self._choices(chunk, "delta")
 
     def _piece(self, piece: Piece) -> None:
         deltas, logprobs, ids = piece

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from nextstate.errors import NextStateError
 from nextstate.hooks import AgentProfile
@@ -13,9 +13,8 @@ from proxy.capture import Capture, sampling_settings
 from proxy.linking import following, message_hashes, next_states, place_of, reply_keys
 
 
-@dataclass(frozen=True, slots=True)
-class Exchange:
-    """One finished request and reply, before it is linked."""
+class Exchange(NamedTuple):
+    """One finished request and reply, before it is linked; a tuple, for it is pickled and read."""
 
     turn_id: str
     lineage: str

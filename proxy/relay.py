@@ -20,6 +20,7 @@ from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
 from proxy.linking import explicit_session
+from proxy.reading import resume, resume_by_hand
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
@@ -195,22 +196,28 @@ class _Call:
         serving = self.serving
         finished, choices = serving.capture.finished, serving.choices
         held: list[bytes] = []
+        resume_by_hand(upstream)
         try:
             async for data in upstream.content.iter_any():
+                resume(upstream)
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
-                if not (held or splitter.rest) and (sent := serving.content(data)) is not None:
-                    await response.write(sent)
-                    continue
+                splitter.add(data)
                 passed: list[bytes] = []
-                for event in splitter.feed(data):
+                while True:
+                    if not held:
+                        sent, splitter.at = serving.content(splitter.data, splitter.at)
+                        passed.append(sent)
+                    event = splitter.next()
+                    if event is None:
+                        break
                     sent = serving.event(event)
                     # From the finish reason on nothing goes out before the turn is recorded, nor
                     # the end of a stream that has none, as after an error.
                     ended = len(finished) >= choices or event.endswith(_DONE)
                     (held if ended else passed).append(sent)
-                if passed:
-                    await response.write(b"".join(passed))
+                if sent := b"".join(passed):
+                    await response.write(sent)
         except (aiohttp.ClientPayloadError, aiohttp.ServerConnectionError, TimeoutError) as error:
             await self._cut_off(response, b"".join(held) + splitter.rest, error)
             return
@@ -320,10 +327,10 @@ class _Call:
         engine = self.relay.versions.engine
         same = self.serving.path == self.request.path
         query = f"?{self.request.query_string}" if same and self.request.query_string else ""
-        headers = upstream_headers(self.request.headers)
-        headers["Content-Type"] = "application/json"
+        body = aiohttp.BytesPayload(self._sent, content_type="application/json")
         url = f"{engine.url}{self.serving.path}{query}"
-        return await self.relay.upstream.post(url, data=self._sent, headers=headers)
+        headers = upstream_headers(self.request.headers)
+        return await self.relay.upstream.post(url, data=body, headers=headers)
 
     async def _restored(self) -> bool:
         """Brings back an adapter that the engine has lost; False when that fails too."""

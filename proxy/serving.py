@@ -50,8 +50,11 @@ class Serving(Protocol):
         """The body that the engine gets; `model` is the serving adapter's name there."""
         ...
 
-    def content(self, data: bytes) -> bytes | None:
-        """What the client gets for a read of whole content chunks; None: look at each event."""
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
+        """What the client gets for the plain content events from `start` on, and where they end.
+
+        None of them finishes the reply; what they leave is for `event`.
+        """
         ...
 
     def event(self, event: bytes) -> bytes:
@@ -137,24 +140,25 @@ class Direct:
         """See `Serving`."""
         return orjson.dumps(self._format.upstream_request(self._body, model))
 
-    def content(self, data: bytes) -> bytes | None:
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
-        cut = None if self._splice is None else self._splice.cut(data)
-        if cut is None:
-            return None
-        sent, pieces = cut
+        if self._splice is None:
+            return b"", start
+        sent, pieces, end = self._splice.cut(data, start)
         self.capture.pieces(pieces)
-        return sent
+        return sent, end
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
-        if (sent := self.content(event)) is not None:
-            return sent
-        chunk = _chunk(event, self.capture)
+        payload = event_data(event)
+        chunk = _chunk(payload, self.capture)
         if chunk is None:
             return event
         try:
-            self._take(chunk, self.capture.chunk)
+            if self.path == CHAT:
+                self.capture.chunk(chunk, payload)
+            else:
+                self.capture.chunk(completions.as_chat(chunk))
             if "choices" not in chunk:
                 return event  # an error, in the engine's own spelling
             if self._splice is not None:
@@ -170,7 +174,7 @@ class Direct:
         if reply is None:
             return _misshapen(data, self.capture, "it is not a JSON object")
         try:
-            self._take(reply, self.capture.body)
+            self.capture.body(reply if self.path == CHAT else completions.as_chat(reply))
             # As vLLM writes it: its numbers, which are the client's where it asked, stay the same.
             return compact(self._format.client_reply(reply, self._asked))
         except _MISSHAPEN as error:
@@ -180,9 +184,6 @@ class Direct:
     def broken(self) -> bool:
         """See `Serving`."""
         return False
-
-    def _take(self, answer: Json, capture: Callable[[Json], None]) -> None:
-        capture(answer if self.path == CHAT else completions.as_chat(answer))
 
 
 class Translated:
@@ -206,19 +207,20 @@ class Translated:
         """See `Serving`."""
         return orjson.dumps(chat.upstream_request(self.chat, model))
 
-    def content(self, data: bytes) -> None:
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
+        return b"", start
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
         payload = event_data(event)
         if payload == _DONE:
             return self._writer.done()
-        chunk = _chunk(event, self.capture)
+        chunk = _chunk(payload, self.capture)
         if chunk is None:
             return b""
         try:
-            self.capture.chunk(chunk)
+            self.capture.chunk(chunk, payload)
             stripped = chat.client_chunk(chunk, self._asked, None)
             return b"" if stripped is None else self._writer.feed(stripped)
         except _MISSHAPEN as error:
@@ -268,16 +270,17 @@ class Native:
         self._engine_name = b'"model":' + orjson.dumps(model)
         return orjson.dumps({**self._body, "model": model})
 
-    def content(self, data: bytes) -> None:
+    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
+        return b"", start
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
-        payload = _chunk(event, self.capture)
-        if payload is None:
+        said = _chunk(event_data(event), self.capture)
+        if said is None:
             return event
         try:
-            if (chunk := self._reader.feed(payload)) is not None:
+            if (chunk := self._reader.feed(said)) is not None:
                 self.capture.chunk(chunk)
         except _MISSHAPEN as error:
             return _misshapen(event, self.capture, error)
@@ -326,9 +329,8 @@ def compact(reply: Json) -> bytes:
     return json.dumps(reply, ensure_ascii=False, separators=(",", ":")).encode()
 
 
-def _chunk(event: bytes, capture: Capture) -> Json | None:
-    """The event's object; None for the end, comments and what is not one."""
-    payload = event_data(event)
+def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
+    """The object in an event's data; None for the end, comments and what is not one."""
     if payload is None or payload == _DONE:
         return None
     chunk = json_object(payload)

@@ -30,7 +30,6 @@ class Splice:
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
-        self._tail: tuple[bool, bool] = asked.logprobs, asked.token_ids
         self._theirs = b""
         self._ours = b""
         self._tries = _TRIES
@@ -47,32 +46,38 @@ class Splice:
         named, name = orjson.dumps(chunk.get("model")), orjson.dumps(self._asked.model)
         self._theirs = head + key
         self._ours = self._theirs.replace(b'"model":' + named, b'"model":' + name, 1)
-        cut = self.cut(event)
+        sent, _, taken = self.cut(event, 0)
         expected = client_chunk(chunk, self._asked, None)
-        if cut is None or json_object(cut[0].removeprefix(b"data: ")) != expected:
+        if taken != len(event) or json_object(sent.removeprefix(b"data: ")) != expected:
             self._theirs = b""
 
-    def cut(self, data: bytes) -> tuple[bytes, list[Piece]] | None:
-        """(what the client gets, what is captured) of whole content chunks; None: parse them."""
+    def cut(self, data: bytes, start: int) -> tuple[bytes, list[Piece], int]:
+        """Cuts the whole content chunks that stand in `data` from `start` on, up to any other.
+
+        Returns what the client gets, what is captured, and where the first other byte stands.
+        """
         theirs = self._theirs
-        if not theirs or not data.startswith(theirs) or not data.endswith(_END) or b"\r" in data:
-            return None
-        # No JSON string holds a line break: what stands between two of these is one chunk.
-        chunks = data[len(theirs) : -len(_END)].split(_END + theirs)
+        if not theirs or not data.startswith(theirs, start) or b"\r" in data:
+            return b"", [], start
+        ours, size = self._ours, len(theirs)
+        keep_logprobs, keep_ids = self._asked.logprobs, self._asked.token_ids
+        bare = not (keep_logprobs or keep_ids)
         sent: list[bytes] = []
         pieces: list[Piece] = []
-        keep_logprobs, keep_ids = self._tail
-        bare = not (keep_logprobs or keep_ids)
-        for chunk in chunks:
-            delta, _, rest = chunk.partition(_LOGPROBS)
+        for chunk in data[start:].split(_END)[:-1]:
+            if not chunk.startswith(theirs):
+                break
+            delta, _, rest = chunk[size:].partition(_LOGPROBS)
             logprobs, found, ids = rest.partition(_IDS)
-            if not found or b"\n" in chunk:
-                return None
+            # No JSON string holds a line break: with one, it is not a single chunk.
+            if not found or b"}" in ids or b"\n" in chunk:
+                break
             pieces.append((delta, logprobs, ids))
+            start += len(chunk) + len(_END)
             if not bare:
                 kept = logprobs if keep_logprobs else b"null"
                 tail = _IDS + ids + _END if keep_ids else _NO_IDS
-                sent += self._ours, delta, _LOGPROBS, kept, tail
+                sent += ours, delta, _LOGPROBS, kept, tail
             elif delta != b"{}":  # the parser held this token's text back: no such chunk unasked
-                sent.append(self._ours + delta + _BARE_END)
-        return b"".join(sent), pieces
+                sent.append(ours + delta + _BARE_END)
+        return b"".join(sent), pieces, start

@@ -11,27 +11,42 @@ class EventSplitter:
     """Collects bytes and gives back whole events, each with its terminator, unchanged."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self.data = b""
+        self.at = 0
+        """Where in `data` the bytes begin that nobody has taken."""
+
+    def add(self, data: bytes) -> None:
+        """Appends what has come."""
+        self.data = self.rest + data
+        self.at = 0
+
+    def next(self) -> bytes | None:
+        """The next event, if it has come whole."""
+        if self.at == len(self.data):
+            return None
+        if b"\r" not in self.data:  # vLLM sends none
+            end = self.data.find(b"\n\n", self.at) + 2
+            if end < 2:
+                return None
+        else:
+            # "\r\n\r" at the end could still become "\r\n\r\n"; the pattern needs both.
+            match = _END.search(self.data, self.at)
+            if match is None:
+                return None
+            end = match.end()
+        event = self.data[self.at : end]
+        self.at = end
+        return event
 
     def feed(self, data: bytes) -> list[bytes]:
         """The events that `data` completes."""
-        self._rest += data
-        if b"\r" not in self._rest:  # vLLM sends none
-            *whole, self._rest = self._rest.split(b"\n\n")
-            return [event + b"\n\n" for event in whole]
-        events: list[bytes] = []
-        start = 0
-        for match in _END.finditer(self._rest):
-            # "\r\n\r" at the end could still become "\r\n\r\n"; the pattern needs both.
-            events.append(self._rest[start : match.end()])
-            start = match.end()
-        self._rest = self._rest[start:]
-        return events
+        self.add(data)
+        return list(iter(self.next, None))
 
     @property
     def rest(self) -> bytes:
         """Bytes of an event that has not ended: what a cut stream leaves."""
-        return self._rest
+        return self.data[self.at :]
 
 
 def event_data(event: bytes) -> bytes | None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk
 from proxy.splice import Splice
+from proxy.sse import event_data
 
 TRAPS = [
     '"',
@@ -54,39 +55,64 @@ tokens = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.floats(-99, 0)), min_s
 def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at_once(
     asked: Asked, reads: list[list[tuple[dict[str, Any], list[tuple[int, float]], str]]]
 ) -> None:
-    splice, pieces, whole = Splice(asked), Capture(), Capture()
+    splice, pieces, whole, as_json = Splice(asked), Capture(), Capture(), Capture()
     first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
     splice.learn(first, parsed(first))
     for read in reads:
         events = [event_of(*chunk) for chunk in read]
-        cut = splice.cut(b"".join(events))
-        assert cut is not None
+        data = b"".join(events)
+        sent, cut, end = splice.cut(b": else\n\n" + data, 8)
+        assert end == 8 + len(data)
         expected = [client_chunk(parsed(event), asked, None) for event in events]
-        assert cut[0] == b"".join(
+        assert sent == b"".join(
             b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in expected if chunk is not None
         )
-        pieces.pieces(cut[1])
+        pieces.pieces(cut)
         for event in events:
             whole.chunk(parsed(event))
-    assert pieces.message() == whole.message()
-    assert pieces.behaviour_logprobs() == whole.behaviour_logprobs()
-    assert pieces.completion_ids == whole.completion_ids
+            as_json.chunk(parsed(event), event_data(event))
+    for taken in (pieces, as_json):
+        assert taken.message() == whole.message()
+        assert taken.behaviour_logprobs() == whole.behaviour_logprobs()
+        assert taken.completion_ids == whole.completion_ids
 
 
-def test_what_is_no_content_chunk_is_left_to_the_parser() -> None:
+def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> None:
     splice = Splice(Asked("m"))
     first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
-    assert splice.cut(first) is None  # nothing is known yet
+    assert splice.cut(first, 0) == (b"", [], 0)  # nothing is known yet
     splice.learn(first, parsed(first))
-    assert splice.cut(first) is not None
-    for old, new in (
-        (b'"finish_reason":null', b'"finish_reason":"stop","stop_reason":null'),
-        (b'"index":0', b'"index":1'),
-        (b'"token_ids":[1]', b'"token_ids":null'),
-        (b"]}]}\n\n", b']}],"usage":{"prompt_tokens":1}}\n\n'),
-        (b"}]}\n\n", b"}]}\r\n\r\n"),
-    ):
-        assert old in first
-        other = first.replace(old, new, 1)
-        for read in (other, first + other, other + first, first + other + first):
-            assert splice.cut(read) is None, read
+    sent, pieces, end = splice.cut(first, 0)
+    assert len(pieces) == 1
+    assert end == len(first)
+    others = [
+        first.replace(old, new, 1)
+        for old, new in (
+            (b'"finish_reason":null', b'"finish_reason":"stop","stop_reason":null'),
+            (b'"index":0', b'"index":1'),
+            (b'"token_ids":[1]', b'"token_ids":null'),
+            (b',"logprobs":', b',"more":1}}]}\n\n' + first[:-9] + b',"logprobs":'),
+            (b"]}]}\n\n", b']}],"usage":{"prompt_tokens":1}}\n\n'),
+            (b"]}]}\n\n", b']},{"index":1,"token_ids":[2]}]}\n\n'),
+        )
+    ]
+    assert first not in others
+    for part in (first[:-1], first[:-30], b"da"):
+        assert splice.cut(part, 0) == (b"", [], 0), part
+        assert splice.cut(first + part, 0) == (sent, pieces, len(first)), part
+    for other in (*others, b"data: [DONE]\n\n", b": note\n\n"):
+        assert splice.cut(other, 0) == (b"", [], 0), other
+        assert splice.cut(other + first, 0) == (b"", [], 0), other
+        for read in (first + other, first + other + first):
+            assert splice.cut(read, 0) == (sent, pieces, len(first)), other
+        # `start` is where the parser stopped: what stands before it is nobody's any more.
+        assert splice.cut(other + first, len(other)) == (sent, pieces, len(other + first))
+
+
+def test_a_stream_with_other_line_ends_is_left_to_the_parser() -> None:
+    splice = Splice(Asked("m"))
+    first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
+    splice.learn(first, parsed(first))
+    other = first.replace(b"}]}\n\n", b"}]}\r\n\r\n")
+    for read in (other, first + other, other + first):
+        assert splice.cut(read, 0) == (b"", [], 0), read
