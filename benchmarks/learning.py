@@ -28,7 +28,7 @@ from demo.run import LEARNER
 from demo.tasks import Domain
 from learner.config import LearnerConfig
 
-_WIDTH = 240
+_WIDTH = 400
 _SHOWN = (0, 1, 2, 3, 4, 8, 14, 24, 34)
 
 
@@ -60,7 +60,7 @@ def main() -> None:
         "--show", type=Path, nargs="+", help="only show the runs of such files; nothing is run"
     )
     given = parser.parse_args()
-    found = _read(given.show) if given.show else _run_all(given)
+    found = read(given.show) if given.show else _run_all(given)
     Console(width=_WIDTH).print(table(found))
 
 
@@ -92,7 +92,8 @@ def _run_all(given: argparse.Namespace) -> dict[str, list[Run]]:
     return runs
 
 
-def _read(files: Sequence[Path]) -> dict[str, list[Run]]:
+def read(files: Sequence[Path]) -> dict[str, list[Run]]:
+    """The recorded runs, by what distinguishes them."""
     runs: dict[str, list[Run]] = {}
     names = {f.name for f in fields(Run)}
     for file in files:
