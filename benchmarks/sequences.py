@@ -100,7 +100,13 @@ def main() -> None:
     given = parser.parse_args()
     samples = session(given.turns, given.prompt, given.reply, given.between, seed=0)
     config = LearnerConfig(
-        method="binary", kl_coef=0.0, learning_rate=1e-6, device="cpu", threads=1, drift_limit=100
+        method="binary",
+        epochs=1,
+        kl_coef=0.0,
+        learning_rate=1e-6,
+        device="cpu",
+        threads=1,
+        drift_limit=100,
     )
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, str(_POLICY), Path(folder))

@@ -31,7 +31,7 @@ class AverageWeights:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Moves towards the weights: once after each step."""
+        """Moves towards the weights: once after each update."""
         for value, weight in zip(self._values, self._weights, strict=True):
             value.lerp_(weight, 1 - self._decay)
 

@@ -29,7 +29,7 @@ class LearnerConfig:
     """Who reads the hint: the policy as it is, the base without an adapter, or a slow average of
     the adapter's weights."""
     teacher_decay: float = 0.9
-    """Of the average teacher: the share of its weights that a step keeps."""
+    """Of the average teacher: the share of its weights that an update keeps."""
     loss_type: LossType = "grpo"
     """How TRL averages over tokens. grpo: over each turn's, then over turns. bnpo and dapo: over
     all tokens of the update, which makes the two the same here. dr_grpo: their sum, by turns."""

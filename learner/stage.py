@@ -1,4 +1,4 @@
-"""A lineage's turn: lease a batch, take one step, check the candidate, keep it, publish, watch.
+"""A lineage's turn: lease a batch, train on it, check the candidate, keep it, publish, watch.
 
 Its order makes a kill harmless at any point. The adapter's folder is written first, then the
 checkpoint, then the store registers the version and settles its samples in one transaction. On
