@@ -24,7 +24,6 @@ from demo.report import Display, Record, print_summary, write_record
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
 from demo.tasks import Domain, Task, held_out_tasks
-from learner.config import Method
 from nextstate.errors import StartError
 from nextstate.settings import Settings
 from nextstate.stack import Stack
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
-UPDATES: Mapping[Method, int] = {
+UPDATES: Mapping[str, int] = {
     "binary": 16,
     "combined": 8,
     "combined_sampled": 16,
@@ -100,14 +99,14 @@ poll_s = 0.1
 class Plan:
     """What to run."""
 
-    method: Method
+    method: str
     persona: Domain
     seed: int
     updates: int
     out: Path
 
 
-def run_demo(*, method: Method, persona: str, seed: int, updates: int, out: Path) -> int:
+def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -> int:
     """Runs the demo; 0 if the loop learned, 1 if it did not."""
     plan = Plan(method, Domain(persona), seed, updates or UPDATES[method], out.absolute())
     logging.getLogger().setLevel(logging.WARNING)
