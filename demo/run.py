@@ -35,10 +35,10 @@ POLICY = Path(__file__).parent / "policy"
 MODEL = "seed-policy"
 UPDATES: Mapping[str, int] = {
     "binary": 16,
-    "combined": 8,
+    "combined": 16,
     "combined_sampled": 16,
     "opd": 10,
-    "opd_topk": 6,
+    "opd_topk": 10,
 }
 """Hints come only from failures: the better the policy, the longer opd waits for a batch."""
 CONVERSATIONS = 8
