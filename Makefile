@@ -49,7 +49,7 @@ lint: env  ## ruff and strict types
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy
 
-# benchmarks.streams, .growth, .storage, .judging, .sequences, .publishing and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
+# benchmarks.streams, .growth, .storage, .judging, .sequences, .training_step, .publishing and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 	$(BIN)/python -m benchmarks.relay $(ARGS)
 
