@@ -48,8 +48,9 @@ class LearnerConfig:
     """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
     weight_decay: float = 0.1
     """AdamW's decay of the adapter's weights."""
-    adam_beta1: float = 0.9
-    """AdamW's memory of the gradient."""
+    adam_beta1: float = 0.3
+    """AdamW's memory of the gradient: short, or an update goes on where earlier samples pointed,
+    past what it has to correct."""
     adam_beta2: float = 0.98
     """AdamW's memory of the squared gradient."""
     max_grad_norm: float = 1.0
