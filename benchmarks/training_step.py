@@ -103,7 +103,8 @@ def flops_of_update(shape: Qwen3Config, tokens: int, reply: int, forwards: int) 
     The head makes logits for `reply` of them.
     """
     size = shape.head_dim or shape.hidden_size // shape.num_attention_heads
-    width, key_width = shape.num_attention_heads * size, shape.num_key_value_heads * size
+    heads, key_heads = shape.num_attention_heads, shape.num_key_value_heads or 0
+    width, key_width = heads * size, key_heads * size
     projections = shape.hidden_size * (2 * width + 2 * key_width)
     layer = projections + 3 * shape.hidden_size * shape.intermediate_size
     dense = 2 * layer * shape.num_hidden_layers * tokens
