@@ -21,6 +21,8 @@ _LOGPROBS, _IDS = b',"logprobs":', b',"finish_reason":null,"token_ids":['
 _NO_IDS = b',"finish_reason":null,"token_ids":null}]}\n\n'
 _END = b"]}]}\n\n"
 _BARE_END = _LOGPROBS + b"null" + _NO_IDS
+_RETURN, _BRACE, _NEWLINE = b"\r}\n"
+"""Numbers: CPython takes bytes in `b"}" in ids` for a number first, and makes an error of that."""
 _TRIES = 3
 """Chunks that are looked at as a pattern before a reply is left to the parser."""
 
@@ -57,7 +59,7 @@ class Splice:
         Returns what the client gets, what is captured, and where the first other byte stands.
         """
         theirs = self._theirs
-        if not theirs or not data.startswith(theirs, start) or b"\r" in data:
+        if not theirs or not data.startswith(theirs, start) or _RETURN in data:
             return b"", [], start
         ours, size = self._ours, len(theirs)
         keep_logprobs, keep_ids = self._asked.logprobs, self._asked.token_ids
@@ -70,7 +72,7 @@ class Splice:
             delta, _, rest = chunk[size:].partition(_LOGPROBS)
             logprobs, found, ids = rest.partition(_IDS)
             # No JSON string holds a line break: with one, it is not a single chunk.
-            if not found or b"}" in ids or b"\n" in chunk:
+            if not found or _BRACE in ids or _NEWLINE in chunk:
                 break
             pieces.append((delta, logprobs, ids))
             start += len(chunk) + len(_END)
