@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import ssl
+from base64 import b64encode
 from collections.abc import Mapping
 from typing import Self, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
+
+from nextstate.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0
@@ -34,16 +37,25 @@ class Cut(Exception):
 class Upstream:
     """Posts to one server, each request on a connection of its own while it runs.
 
-    `headers` go with every request. There is no limit to connections; of those that are free the
-    one that was used last goes first, and what was not needed for `IDLE_S` is closed.
+    `headers` go with every request; a user in the URL is its authorization, unless they have one.
+    There is no limit to connections; of those that are free the one that was used last goes first,
+    and what was not needed for `IDLE_S` is closed. Raises ConfigError for a URL that is none.
     """
 
     def __init__(self, url: str, headers: Mapping[str, str]) -> None:
-        base = URL(url)
+        try:
+            base = URL(url)
+        except ValueError as error:
+            raise ConfigError(f"[engine] url = {url!r}: {error}") from error
+        if base.scheme not in ("http", "https") or not base.host or base.port is None:
+            raise ConfigError(f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST")
         self._host, self._port = base.host, base.port
         self._ssl = ssl.create_default_context() if base.scheme == "https" else None
         self._base = base.raw_path.rstrip("/")
         self._headers = {"Host": base.host_port_subcomponent or "", **headers}
+        if base.user is not None:
+            login = b64encode(f"{base.user}:{base.password or ''}".encode()).decode()
+            self._headers.setdefault("Authorization", f"Basic {login}")
         self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
         """The one that was freed last stands last."""
@@ -68,7 +80,7 @@ class Upstream:
         lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
         head = f"POST {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
         if not head.count("\r") == head.count("\n") == len(lines) + 2:
-            raise ValueError(f"there is a line break in the target or a header: {head!r}")
+            raise ValueError(f"a line break in {target!r} or one of the headers {list(fields)}")
         connection = self._unused() or await self._connected()
         try:
             return await connection.ask(head.encode("utf-8", "surrogateescape") + body)

@@ -17,6 +17,7 @@ import uvloop
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nextstate.errors import ConfigError
 from proxy import upstream as module
 from proxy.upstream import Answer, Cut, NotHttp, Upstream
 from tests.test_proxy import until
@@ -63,7 +64,7 @@ class Talk:
 
 @asynccontextmanager
 async def server(
-    serve: Serve, tls: ssl.SSLContext | None = None, base: str = ""
+    serve: Serve, tls: ssl.SSLContext | None = None, user: str = "", base: str = ""
 ) -> AsyncGenerator[tuple[Upstream, list[Talk]]]:
     """A server that serves every connection so, and a client for it."""
     talks: list[Talk] = []
@@ -81,7 +82,8 @@ async def server(
     port = listening.sockets[0].getsockname()[1]
     scheme = "http" if tls is None else "https"
     try:
-        async with Upstream(f"{scheme}://127.0.0.1:{port}{base}", {"X-Fixed": "1"}) as upstream:
+        url = f"{scheme}://{user}127.0.0.1:{port}{base}"
+        async with Upstream(url, {"X-Fixed": "1"}) as upstream:
             yield upstream, talks
     finally:
         listening.close()
@@ -144,6 +146,26 @@ def test_a_request_is_sent_in_these_bytes() -> None:
             ]
 
     run(test())
+
+
+def test_a_user_in_the_url_is_its_authorization_unless_there_is_another() -> None:
+    async def test() -> None:
+        async with server(saying(SIZED), user="me:pw@") as (upstream, talks):
+            await ask(upstream)
+            answer = await upstream.post("/", {"Authorization": "Bearer key"}, b"")
+            assert await whole(answer) == b"hello"
+            first, second = (head for head, _ in talks[0].requests)
+            assert b"\r\nAuthorization: Basic bWU6cHc=\r\n" in first
+            assert second.count(b"Authorization") == 1
+            assert b"\r\nAuthorization: Bearer key\r\n" in second
+
+    run(test())
+
+
+@pytest.mark.parametrize("url", ["", "host", "host:8000", "http://", "ftp://host", "http://h:x"])
+def test_an_address_that_is_none_is_refused_by_its_key(url: str) -> None:
+    with pytest.raises(ConfigError, match=r"\[engine\] url"):
+        Upstream(url, {})
 
 
 @pytest.mark.parametrize(
