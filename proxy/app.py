@@ -33,6 +33,7 @@ from proxy.recorder import Recorder
 from proxy.relay import Relay, api_error, client_headers, upstream_headers
 from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
+from proxy.upstream import CONNECT_TIMEOUT_S, IDLE_S, Upstream
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
 
@@ -40,10 +41,7 @@ log = logging.getLogger(__name__)
 
 _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _OPEN_PATHS = frozenset(("/healthz",))
-_CONNECT_TIMEOUT_S = 5.0
 _DRAIN_S = 10.0
-_IDLE_S = 4.0
-"""uvicorn, under vLLM, closes connections that are idle for 5 s."""
 _BEAT_S = 1.0
 _CHECKPOINT_S = 0.5
 
@@ -84,6 +82,8 @@ class Proxy:
         self._engine_key = engine_key
         self._worker = worker
         self._relay: Relay | None = None
+        self._session: aiohttp.ClientSession
+        """For what is passed on as it is."""
 
     @property
     def relay(self) -> Relay:
@@ -107,15 +107,17 @@ class Proxy:
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
         headers = {"Authorization": f"Bearer {self._engine_key}"} if self._engine_key else {}
-        session = aiohttp.ClientSession(
+        self._session = aiohttp.ClientSession(
             headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_IDLE_S),
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
             cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
             auto_decompress=False,
         )
-        async with session:
-            self._relay = Relay(self.config, self.versions, self.recorder, session)
+        # Compressed, an answer could not be read.
+        fixed = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        async with self._session, Upstream(self.engine.url, headers | fixed) as upstream:
+            self._relay = Relay(self.config, self.versions, self.recorder, upstream)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
@@ -253,7 +255,7 @@ class Proxy:
         sent = data if data is not None else (request.content if request.can_read_body else None)
         response: web.StreamResponse | None = None
         try:
-            async with self.relay.upstream.request(
+            async with self._session.request(
                 request.method,
                 f"{self.engine.url}{request.rel_url}",
                 data=sent,

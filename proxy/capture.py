@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard, cast
 
@@ -43,8 +42,8 @@ vLLM reports log-probs of the raw distribution, so under any other value they ar
 
 
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
-"""(delta, logprobs, token ids without their brackets) of one content chunk, as JSON; or of several,
-each with commas between them."""
+"""(deltas, logprobs, token ids without their brackets) of content chunks, as JSON, each with commas
+between them."""
 _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
@@ -77,9 +76,9 @@ class Capture:
     _pieces: list[Piece] = field(default_factory=list[Piece])
     """Those that came after everything in `_unread`."""
 
-    def pieces(self, pieces: Sequence[Piece]) -> None:
+    def piece(self, piece: Piece) -> None:
         """Takes in content chunks of a stream with a single choice, as their parts' bytes."""
-        self._pieces.extend(pieces)
+        self._pieces.append(piece)
 
     def chunk(self, chunk: Json, payload: bytes | None = None) -> None:
         """Takes in one streamed chunk, which nobody changes any more, and the JSON that it was.
@@ -108,12 +107,12 @@ class Capture:
         unread, self._unread = self._unread, []
         for part in unread:
             if isinstance(part, tuple):
-                self._piece(part)
+                self._read_piece(part)
             else:
                 chunk = orjson.loads(part) if isinstance(part, bytes) else part
                 self._choices(chunk, "delta")
 
-    def _piece(self, piece: Piece) -> None:
+    def _read_piece(self, piece: Piece) -> None:
         deltas, logprobs, ids = piece
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))

@@ -8,7 +8,6 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-import aiohttp
 import orjson
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -20,10 +19,10 @@ from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
 from proxy.linking import explicit_session
-from proxy.reading import resume, resume_by_hand
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
+from proxy.upstream import Answer, Cut, NotHttp, Upstream
 from proxy.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -72,7 +71,7 @@ class Relay:
     config: ProxyConfig
     versions: Versions
     recorder: Recorder
-    upstream: aiohttp.ClientSession
+    upstream: Upstream
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
@@ -148,7 +147,7 @@ class _Call:
         await self.relay.recorder.record(self._exchange(None))
         return web.Response(body=sent, headers=headers)
 
-    async def _whole(self) -> tuple[aiohttp.ClientResponse, bytes, Exception | None]:
+    async def _whole(self) -> tuple[Answer, bytes, Cut | None]:
         upstream = await self._open()
         try:
             return upstream, *await _read(upstream)
@@ -189,17 +188,13 @@ class _Call:
         await self._early.write_eof()
         return self._early
 
-    async def _relay_events(
-        self, upstream: aiohttp.ClientResponse, response: web.StreamResponse
-    ) -> None:
+    async def _relay_events(self, upstream: Answer, response: web.StreamResponse) -> None:
         splitter = EventSplitter()
         serving = self.serving
         finished, choices = serving.capture.finished, serving.choices
         held: list[bytes] = []
-        resume_by_hand(upstream)
         try:
-            async for data in upstream.content.iter_any():
-                resume(upstream)
+            while data := await upstream.read():
                 if self._first_token_s is None:
                     self._first_token_s = self._elapsed()
                 splitter.add(data)
@@ -218,7 +213,7 @@ class _Call:
                     (held if ended else passed).append(sent)
                 if sent := b"".join(passed):
                     await response.write(sent)
-        except (aiohttp.ClientPayloadError, aiohttp.ServerConnectionError, TimeoutError) as error:
+        except Cut as error:
             await self._cut_off(response, b"".join(held) + splitter.rest, error)
             return
         except (asyncio.CancelledError, OSError):
@@ -240,9 +235,7 @@ class _Call:
         if self.request.transport is not None:
             self.request.transport.abort()
 
-    async def _broken_off(
-        self, upstream: aiohttp.ClientResponse, data: bytes, error: Exception
-    ) -> web.StreamResponse:
+    async def _broken_off(self, upstream: Answer, data: bytes, error: Cut) -> web.StreamResponse:
         """Passes on what came of a whole answer, and breaks off where the engine did."""
         self.relay.counts.cut += 1
         log.warning("turn=%s the engine cut the reply: %r", self.turn_id, error)
@@ -255,23 +248,23 @@ class _Call:
             self.request.transport.abort()
         return response
 
-    async def _open(self) -> aiohttp.ClientResponse:
+    async def _open(self) -> Answer:
         """The engine's answer, once there is one; waits for an engine that is down."""
         deadline = time.monotonic() + self.relay.config.hold_s
         for _ in range(_ATTEMPTS):
             await self._wait_up(deadline)
             try:
                 return await self._answer()
-            except (aiohttp.ClientConnectionError, OSError) as error:
+            except OSError as error:
                 log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
                 self.relay.versions.engine_failed()
-            except aiohttp.ClientError as error:
+            except NotHttp as error:
                 log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
                 break
         self.relay.counts.failed += 1
         raise EngineDown
 
-    async def _answer(self) -> aiohttp.ClientResponse:
+    async def _answer(self) -> Answer:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
         upstream = await self._post()
         if upstream.status == 404 and await self._restored():
@@ -283,12 +276,12 @@ class _Call:
             upstream = await self._post()
         return upstream
 
-    async def _open_with_keep_alive(self) -> aiohttp.ClientResponse:
+    async def _open_with_keep_alive(self) -> Answer:
         """Like `_open`; while the engine is down the client gets its headers, then comments."""
         if self.relay.versions.up:
             try:
                 return await self._answer()
-            except (aiohttp.ClientError, OSError) as error:
+            except (NotHttp, OSError) as error:
                 log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
                 self.relay.versions.engine_failed()
         opening = asyncio.create_task(self._open())
@@ -323,14 +316,13 @@ class _Call:
             self.relay.counts.failed += 1
             raise EngineDown from None
 
-    async def _post(self) -> aiohttp.ClientResponse:
-        engine = self.relay.versions.engine
-        same = self.serving.path == self.request.path
-        query = f"?{self.request.query_string}" if same and self.request.query_string else ""
-        body = aiohttp.BytesPayload(self._sent, content_type="application/json")
-        url = f"{engine.url}{self.serving.path}{query}"
+    async def _post(self) -> Answer:
+        target = self.serving.path
+        query = self.request.rel_url.raw_query_string
+        if query and target == self.request.path:
+            target = f"{target}?{query}"
         headers = upstream_headers(self.request.headers)
-        return await self.relay.upstream.post(url, data=body, headers=headers)
+        return await self.relay.upstream.post(target, headers, self._sent)
 
     async def _restored(self) -> bool:
         """Brings back an adapter that the engine has lost; False when that fails too."""
@@ -387,18 +379,18 @@ class _Call:
         return time.perf_counter() - self._clock
 
 
-async def _read(upstream: aiohttp.ClientResponse) -> tuple[bytes, Exception | None]:
+async def _read(upstream: Answer) -> tuple[bytes, Cut | None]:
     """The body as far as it came, and what cut it off."""
-    data = bytearray()
+    parts: list[bytes] = []
     try:
-        async for part in upstream.content.iter_any():
-            data += part
-    except (aiohttp.ClientError, TimeoutError) as error:
-        return bytes(data), error
-    return bytes(data), None
+        while part := await upstream.read():
+            parts.append(part)
+    except Cut as error:
+        return b"".join(parts), error
+    return b"".join(parts), None
 
 
-def _close_result(opening: asyncio.Task[aiohttp.ClientResponse]) -> None:
+def _close_result(opening: asyncio.Task[Answer]) -> None:
     if not opening.cancelled() and opening.exception() is None:
         opening.result().close()
 

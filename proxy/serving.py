@@ -144,8 +144,9 @@ class Direct:
         """See `Serving`."""
         if self._splice is None:
             return b"", start
-        sent, pieces, end = self._splice.cut(data, start)
-        self.capture.pieces(pieces)
+        sent, piece, end = self._splice.cut(data, start)
+        if piece is not None:
+            self.capture.piece(piece)
         return sent, end
 
     def event(self, event: bytes) -> bytes:

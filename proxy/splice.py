@@ -21,6 +21,8 @@ _LOGPROBS, _IDS = b',"logprobs":', b',"finish_reason":null,"token_ids":['
 _NO_IDS = b',"finish_reason":null,"token_ids":null}]}\n\n'
 _END = b"]}]}\n\n"
 _BARE_END = _LOGPROBS + b"null" + _NO_IDS
+_RETURN, _BRACE, _NEWLINE = b"\r}\n"
+"""Numbers: CPython takes bytes in `b"}" in ids` for a number first, and makes an error of that."""
 _TRIES = 3
 """Chunks that are looked at as a pattern before a reply is left to the parser."""
 
@@ -51,33 +53,42 @@ class Splice:
         if taken != len(event) or json_object(sent.removeprefix(b"data: ")) != expected:
             self._theirs = b""
 
-    def cut(self, data: bytes, start: int) -> tuple[bytes, list[Piece], int]:
-        """Cuts the whole content chunks that stand in `data` from `start` on, up to any other.
+    def cut(self, data: bytes, start: int) -> tuple[bytes, Piece | None, int]:
+        """Cuts the whole content chunks that stand in `data` from `start` on, one after the other.
 
-        Returns what the client gets, what is captured, and where the first other byte stands.
+        Returns what the client gets, what is captured, and where what is left to the parser begins.
         """
         theirs = self._theirs
-        if not theirs or not data.startswith(theirs, start) or b"\r" in data:
-            return b"", [], start
-        ours, size = self._ours, len(theirs)
-        keep_logprobs, keep_ids = self._asked.logprobs, self._asked.token_ids
-        bare = not (keep_logprobs or keep_ids)
-        sent: list[bytes] = []
-        pieces: list[Piece] = []
+        if not theirs or not data.startswith(theirs, start) or _RETURN in data:
+            return b"", None, start
+        size, taken = len(theirs), 0
+        deltas: list[bytes] = []
+        logprobs: list[bytes] = []
+        ids: list[bytes] = []
         for chunk in data[start:].split(_END)[:-1]:
-            if not chunk.startswith(theirs):
-                break
             delta, _, rest = chunk[size:].partition(_LOGPROBS)
-            logprobs, found, ids = rest.partition(_IDS)
+            numbers, found, named = rest.partition(_IDS)
             # No JSON string holds a line break: with one, it is not a single chunk.
-            if not found or b"}" in ids or b"\n" in chunk:
+            if not found or _BRACE in named or _NEWLINE in chunk or chunk[:size] != theirs:
                 break
-            pieces.append((delta, logprobs, ids))
-            start += len(chunk) + len(_END)
-            if not bare:
-                kept = logprobs if keep_logprobs else b"null"
-                tail = _IDS + ids + _END if keep_ids else _NO_IDS
-                sent += ours, delta, _LOGPROBS, kept, tail
-            elif delta != b"{}":  # the parser held this token's text back: no such chunk unasked
-                sent.append(ours + delta + _BARE_END)
-        return b"".join(sent), pieces, start
+            taken += len(chunk) + len(_END)
+            deltas.append(delta)
+            logprobs.append(numbers)
+            ids.append(named)
+        if not deltas:
+            return b"", None, start
+        piece = b",".join(deltas), b",".join(logprobs), b",".join(ids)
+        return self._sent(deltas, logprobs, ids), piece, start + taken
+
+    def _sent(self, deltas: list[bytes], logprobs: list[bytes], ids: list[bytes]) -> bytes:
+        ours = self._ours
+        if not (self._asked.logprobs or self._asked.token_ids):
+            # Without a delta the parser held a token's text back: no such chunk comes unasked.
+            told = [delta for delta in deltas if delta != b"{}"]
+            return ours + (_BARE_END + ours).join(told) + _BARE_END if told else b""
+        sent: list[bytes] = []
+        for delta, numbers, named in zip(deltas, logprobs, ids, strict=True):
+            kept = numbers if self._asked.logprobs else b"null"
+            tail = _IDS + named + _END if self._asked.token_ids else _NO_IDS
+            sent += ours, delta, _LOGPROBS, kept, tail
+        return b"".join(sent)

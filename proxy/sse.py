@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_RETURN = ord("\r")
 _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
@@ -24,7 +25,7 @@ class EventSplitter:
         """The next event, if it has come whole."""
         if self.at == len(self.data):
             return None
-        if b"\r" not in self.data:  # vLLM sends none
+        if _RETURN not in self.data:  # vLLM sends none
             end = self.data.find(b"\n\n", self.at) + 2
             if end < 2:
                 return None

@@ -688,9 +688,12 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
             assert status == 200, "the proxy does not serve any more"
             await until(lambda: engine.under_way == 0)
             assert not +p.proxy.versions.running
-            connector = p.proxy.relay.upstream.connector
+            connector = p.proxy._session.connector  # pyright: ignore[reportPrivateUsage]
             assert connector is not None
             assert not connector._acquired  # pyright: ignore[reportPrivateUsage]
+            upstream = p.proxy.relay.upstream
+            in_use = upstream._connections.difference(upstream._free)  # pyright: ignore[reportPrivateUsage]
+            assert not in_use
             await p.http.close()
             await engine.close_connections()
             await until(lambda: len(asyncio.all_tasks()) <= tasks)

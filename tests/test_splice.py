@@ -67,7 +67,8 @@ def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at
         assert sent == b"".join(
             b"data: " + orjson.dumps(chunk) + b"\n\n" for chunk in expected if chunk is not None
         )
-        pieces.pieces(cut)
+        assert cut is not None
+        pieces.piece(cut)
         for event in events:
             whole.chunk(parsed(event))
             as_json.chunk(parsed(event), event_data(event))
@@ -80,10 +81,12 @@ def test_cut_bytes_are_the_stripped_chunks_and_lose_nothing_however_many_come_at
 def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> None:
     splice = Splice(Asked("m"))
     first = event_of({"content": "Hi"}, [(1, -0.5)], "Hi")
-    assert splice.cut(first, 0) == (b"", [], 0)  # nothing is known yet
+    assert splice.cut(first, 0) == (b"", None, 0)  # nothing is known yet
     splice.learn(first, parsed(first))
-    sent, pieces, end = splice.cut(first, 0)
-    assert len(pieces) == 1
+    sent, piece, end = splice.cut(first, 0)
+    assert piece is not None
+    assert piece[0] == b'{"content":"Hi"}'
+    assert piece[2] == b"1"
     assert end == len(first)
     others = [
         first.replace(old, new, 1)
@@ -98,15 +101,15 @@ def test_what_is_no_content_chunk_ends_the_cut_and_is_left_to_the_parser() -> No
     ]
     assert first not in others
     for part in (first[:-1], first[:-30], b"da"):
-        assert splice.cut(part, 0) == (b"", [], 0), part
-        assert splice.cut(first + part, 0) == (sent, pieces, len(first)), part
+        assert splice.cut(part, 0) == (b"", None, 0), part
+        assert splice.cut(first + part, 0) == (sent, piece, len(first)), part
     for other in (*others, b"data: [DONE]\n\n", b": note\n\n"):
-        assert splice.cut(other, 0) == (b"", [], 0), other
-        assert splice.cut(other + first, 0) == (b"", [], 0), other
+        assert splice.cut(other, 0) == (b"", None, 0), other
+        assert splice.cut(other + first, 0) == (b"", None, 0), other
         for read in (first + other, first + other + first):
-            assert splice.cut(read, 0) == (sent, pieces, len(first)), other
+            assert splice.cut(read, 0) == (sent, piece, len(first)), other
         # `start` is where the parser stopped: what stands before it is nobody's any more.
-        assert splice.cut(other + first, len(other)) == (sent, pieces, len(other + first))
+        assert splice.cut(other + first, len(other)) == (sent, piece, len(other + first))
 
 
 def test_a_stream_with_other_line_ends_is_left_to_the_parser() -> None:
@@ -115,4 +118,4 @@ def test_a_stream_with_other_line_ends_is_left_to_the_parser() -> None:
     splice.learn(first, parsed(first))
     other = first.replace(b"}]}\n\n", b"}]}\r\n\r\n")
     for read in (other, first + other, other + first):
-        assert splice.cut(read, 0) == (b"", [], 0), read
+        assert splice.cut(read, 0) == (b"", None, 0), read

@@ -1,0 +1,311 @@
+"""The engine's side of a relayed request: HTTP/1.1 over connections that are kept open.
+
+Only what generation needs: POST with a whole body, and the answer as it comes. llhttp parses it;
+whatever one read brings reaches the relay as one piece, however many HTTP chunks it was.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from base64 import b64encode
+from collections.abc import Mapping
+from typing import Self, cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from multidict import CIMultiDict, CIMultiDictProxy
+from yarl import URL
+
+from nextstate.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 5.0
+IDLE_S = 4.0
+"""uvicorn, under vLLM, closes connections that are idle for 5 s."""
+_UNREAD_BYTES = 128 * 1024
+"""With more than this unread, nothing more is taken from the engine."""
+_HEAD_BYTES = 64 * 1024
+
+
+class NotHttp(Exception):
+    """What came in an answer's place is not HTTP/1.1."""
+
+
+class Cut(Exception):
+    """The engine broke its answer off."""
+
+
+class Upstream:
+    """Posts to one server, each request on a connection of its own while it runs.
+
+    `headers` go with every request; a user in the URL is its authorization, unless they have one.
+    There is no limit to connections; of those that are free the one that was used last goes first,
+    and what was not needed for `IDLE_S` is closed. Raises ConfigError for a URL that is none.
+    """
+
+    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+        try:
+            base = URL(url)
+        except ValueError as error:
+            raise ConfigError(f"[engine] url = {url!r}: {error}") from error
+        if base.scheme not in ("http", "https") or not base.host or base.port is None:
+            raise ConfigError(f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST")
+        self._host, self._port = base.host, base.port
+        self._ssl = ssl.create_default_context() if base.scheme == "https" else None
+        self._base = base.raw_path.rstrip("/")
+        self._headers = {"Host": base.host_port_subcomponent or "", **headers}
+        if base.user is not None:
+            login = b64encode(f"{base.user}:{base.password or ''}".encode()).decode()
+            self._headers.setdefault("Authorization", f"Basic {login}")
+        self._connections: set[_Connection] = set()
+        self._free: list[_Connection] = []
+        """The one that was freed last stands last."""
+        self._cleaning: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        if self._cleaning is not None:
+            self._cleaning.cancel()
+        for connection in list(self._connections):
+            connection.abort()
+
+    async def post(self, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
+        """The answer, once its head has come. `target` is a path with its query.
+
+        Raises OSError for a server that cannot be reached or goes before it answers, NotHttp for
+        one that answers something else, ValueError for a line break in `target` or a header.
+        """
+        fields = {**self._headers, **headers, "Content-Length": str(len(body))}
+        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+        head = f"POST {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
+        if not head.count("\r") == head.count("\n") == len(lines) + 2:
+            raise ValueError(f"a line break in {target!r} or one of the headers {list(fields)}")
+        connection = self._unused() or await self._connected()
+        try:
+            return await connection.ask(head.encode("utf-8", "surrogateescape") + body)
+        except BaseException:
+            connection.abort()
+            raise
+
+    def _unused(self) -> _Connection | None:
+        while self._free:
+            connection = self._free.pop()
+            if not connection.closing:
+                return connection
+        return None
+
+    async def _connected(self) -> _Connection:
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await loop.create_connection(
+                lambda: _Connection(self, loop), self._host, self._port, ssl=self._ssl
+            )
+        return connection
+
+    def opened(self, connection: _Connection) -> None:
+        """Takes note of a connection that is there."""
+        self._connections.add(connection)
+
+    def lost(self, connection: _Connection) -> None:
+        """Forgets a connection that is gone."""
+        self._connections.discard(connection)
+        if connection in self._free:
+            self._free.remove(connection)
+
+    def freed(self, connection: _Connection, loop: asyncio.AbstractEventLoop) -> None:
+        """Keeps a connection for the next request."""
+        connection.freed_at = loop.time()
+        self._free.append(connection)
+        if self._cleaning is None:
+            self._cleaning = loop.call_later(IDLE_S, self._clean, loop)
+
+    def _clean(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._cleaning = None
+        while self._free and self._free[0].freed_at <= loop.time() - IDLE_S:
+            self._free.pop(0).abort()
+        if self._free:
+            self._cleaning = loop.call_at(self._free[0].freed_at + IDLE_S, self._clean, loop)
+
+
+class Answer:
+    """One answer: its head, and its body as it comes. It has to be read to the end or closed."""
+
+    __slots__ = ("_connection", "headers", "status")
+
+    def __init__(
+        self, status: int, headers: CIMultiDictProxy[str], connection: _Connection
+    ) -> None:
+        self.status = status
+        self.headers = headers
+        self._connection: _Connection | None = connection
+
+    @property
+    def content_length(self) -> int | None:
+        """How long the body was said to be."""
+        length = self.headers.get("Content-Length")
+        return None if length is None else int(length)
+
+    async def read(self) -> bytes:
+        """What has come since the last call, once it is something; b"" at the end. Raises Cut."""
+        connection = self._connection
+        if connection is None:
+            return b""
+        while not connection.parts and not connection.over:
+            await connection.more()
+        if data := connection.take():
+            return data
+        if connection.error is not None:
+            raise connection.error
+        self._connection = None
+        connection.free()
+        return b""
+
+    def close(self) -> None:
+        """Breaks off what has not been read to the end."""
+        if self._connection is not None:
+            self._connection.abort()
+            self._connection = None
+
+
+class _Connection(asyncio.Protocol):
+    """One connection, with at most one request under way."""
+
+    def __init__(self, upstream: Upstream, loop: asyncio.AbstractEventLoop) -> None:
+        self.parts: list[bytes] = []
+        """Of the body, unread."""
+        self.over = True
+        """Nothing more is to come: the answer is whole or broken, or nothing was asked."""
+        self.error: Exception | None = None
+        """How the answer broke."""
+        self.freed_at = 0.0
+        self._upstream = upstream
+        self._loop = loop
+        self._answer: Answer | None = None
+        self._fields: list[tuple[str, str]] = []
+        self._unread = 0
+        """Bytes taken in since the last part was taken, or since the request without a head."""
+        self._paused = False
+        self._reusable = False
+        self._waiter: asyncio.Future[None] | None = None
+        self.on_body = self.parts.append
+        self._parser = HttpResponseParser(self)
+
+    # For the relay's side
+
+    async def ask(self, request: bytes) -> Answer:
+        """Sends a request; see `Upstream.post`."""
+        if self.closing:
+            raise ConnectionResetError("the engine closed the connection at once")
+        self.over, self._reusable = False, False
+        self._answer = None
+        self._unread = 0
+        self._transport.write(request)
+        while self._answer is None:
+            if self.error is not None:
+                raise self.error
+            await self.more()
+        return self._answer
+
+    def more(self) -> asyncio.Future[None]:
+        """Done after the next read, or when there is none."""
+        self._waiter = self._loop.create_future()
+        return self._waiter
+
+    def take(self) -> bytes:
+        """All parts of the body that nobody has taken."""
+        data = b"".join(self.parts)
+        self.parts.clear()
+        self._unread = 0
+        if self._paused and not self.closing:
+            self._paused = False
+            self._transport.resume_reading()
+        return data
+
+    def free(self) -> None:
+        """Ends a request whose answer has been read to its end."""
+        if self._reusable and not self.closing and not self._transport.get_write_buffer_size():
+            self._upstream.freed(self, self._loop)
+        else:
+            self.abort()
+
+    def abort(self) -> None:
+        """Ends the connection at once."""
+        self._transport.abort()
+
+    @property
+    def closing(self) -> bool:
+        """Whether it cannot be used any more."""
+        return self._transport.is_closing()
+
+    # For the event loop's side
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._upstream.opened(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self.over:  # nobody asked
+            self.abort()
+            return
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            kind = NotHttp if self._answer is None else Cut
+            self._end(kind(f"the engine's answer is broken: {error}"))
+            self._reusable = False
+        self._unread += len(data)
+        if self._answer is None and self._unread > _HEAD_BYTES:
+            self._end(NotHttp(f"the head of the engine's answer exceeds {_HEAD_BYTES} bytes"))
+        elif self._unread > _UNREAD_BYTES and not self._paused and not self.closing:
+            self._paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._upstream.lost(self)
+        if self._answer is None:
+            error = ConnectionResetError("the engine closed the connection before it answered")
+            error.__cause__ = exc
+            self._end(error)
+        elif exc is None and _until_closed(self._answer.headers):
+            self._end(None)
+        else:
+            self._end(Cut(f"the engine closed the connection within its answer: {exc!r}"))
+        self._wake()
+
+    def _end(self, error: Exception | None) -> None:
+        if not self.over:
+            self.over, self.error = True, error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # For the parser
+
+    def on_message_begin(self) -> None:
+        if self.over:
+            raise ValueError("more than one answer")
+        self._fields = []
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        text = value.decode("utf-8", "surrogateescape")
+        self._fields.append((name.decode("utf-8", "surrogateescape"), text))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= 200:
+            headers = CIMultiDictProxy(CIMultiDict(self._fields))
+            self._answer = Answer(status, headers, self)
+
+    def on_message_complete(self) -> None:
+        if self._answer is not None:  # not after an interim answer
+            self._reusable = self._parser.should_keep_alive()
+            self._end(None)
+
+
+def _until_closed(headers: CIMultiDictProxy[str]) -> bool:
+    """Whether a body with these headers ends where its connection does."""
+    framing = headers.getall("Transfer-Encoding", [""])[-1]
+    return "Content-Length" not in headers and not framing.lower().endswith("chunked")
