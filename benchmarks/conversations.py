@@ -39,7 +39,9 @@ _TOOLS = [
 _PROMPT_IDS, _COMPLETION_IDS = list(range(300)), list(range(64))
 _LOGPROBS = [-0.01 * number for number in range(64)]
 _COPIED = ("turns", "messages", "next_states", "judgements")
-_PER_TRANSACTION = 500
+_PER_TRANSACTION = 5000
+_FIRST_MS = 1_700_000_000_000
+"""When the first turn was recorded, in milliseconds; the others follow a second apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,8 +56,13 @@ class Conversation:
         return f"agent-{self.number}" if self.number % 2 else None
 
     def turn_id(self, index: int) -> str:
-        """The id of a turn, spread like a random one."""
-        return f"turn_{_digest(f'{self.number}.{index}'.encode()).hex()[:20]}"
+        """The id of a turn, as `nextstate.records.new_id` makes them one after another."""
+        return self._id("turn", index)
+
+    @property
+    def session(self) -> str:
+        """The session's name in the store."""
+        return self.name or self._id("session", 0)
 
     def reply(self, index: int) -> Json:
         """What the model says in a turn: by turns a tool call and a text."""
@@ -80,6 +87,10 @@ class Conversation:
             else:
                 found.append({"role": "user", "content": text})
         return found
+
+    def _id(self, what: str, index: int) -> str:
+        when = _FIRST_MS + 1000 * (self.number * TURNS + index)
+        return f"{what}_{when:012x}{_digest(f'{self.number}.{index}'.encode()).hex()[:8]}"
 
     def exchange(self, index: int, turn_id: str | None = None, *, cut: bool = False) -> Exchange:
         """One turn as the relay hands it over."""
@@ -107,7 +118,9 @@ class Filler:
                 record_exchange(recording, Conversation(number).exchange(index), PROFILE)
         store.close()
         self._db = sqlite3.connect(folder / FILE, isolation_level=None)
-        self._db.execute("PRAGMA synchronous=OFF")
+        # What a crash leaves of it is not needed; a million turns take minutes all the same.
+        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-1048576"):
+            self._db.execute(f"PRAGMA {pragma}")
         self._refuse_unknown_tables()
         self._templates = [_Template(self._db, Conversation(number)) for number in range(2)]
 
@@ -121,7 +134,6 @@ class Filler:
             self._db.execute("COMMIT")
             self.conversations = batch[-1] + 1
             tell(self.conversations * TURNS)
-        self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     def close(self) -> None:
         """Closes the file."""
@@ -154,8 +166,8 @@ class _Template:
 
     def copy(self, conversation: Conversation) -> None:
         """Adds the conversation's rows."""
-        session = conversation.name or f"session_{_digest(str(conversation.number).encode()).hex()}"
-        new = dict(zip(self._names, [*_names(conversation), session], strict=True))
+        names = [*_names(conversation), conversation.session]
+        new = dict(zip(self._names, names, strict=True))
         add = "INSERT OR IGNORE INTO messages (hash, body) VALUES (?, ?)"
         self._db.executemany(add, _bodies(conversation))
         seq, messages = self._columns.index("seq"), self._columns.index("messages")

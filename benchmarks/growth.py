@@ -2,7 +2,13 @@
 
 One store of each size; the rounds take them in turn, and within a round the kinds of turn. The
 smallest is measured twice: what its second row differs by is noise. Small stores begin every round
-anew, so that they stay small. Timed is one whole transaction, as the proxy's writer runs it.
+anew, so that they stay small. Timed is one whole transaction, as the proxy's writer runs it. Pages
+read are calls of the system: what SQLite did not find in its own cache. They do not depend on how
+busy the machine is. Every round begins with all of the file in the system's cache; what comes from
+the disk all the same is told at the end, for a single page of it costs more than linking.
+
+Which conversation is continued is drawn from all that are stored. Agents continue what they did
+last, so that is measured too, after all others: it adds most to a store.
 """
 
 from __future__ import annotations
@@ -12,26 +18,28 @@ import itertools
 import shutil
 import statistics
 import tempfile
-import uuid
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from time import perf_counter
 
+import psutil
 from rich.console import Console
 from rich.progress import Progress
 
 from benchmarks.conversations import FILE, PROFILE, TURNS, Conversation, Filler
 from nextstate.config import StoreConfig
 from nextstate.recording import Link
-from nextstate.records import Turn
+from nextstate.records import Turn, new_id
 from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
 from proxy.linking import message_hashes, reply_keys
 
 KINDS = {
     "continues": "a turn of ten messages that continues a stored one",
+    "recent": "a turn of ten messages that continues one of the last that were recorded",
     "new": "a turn that begins a conversation",
     "retry": "a turn that takes the place of a cut one",
     "link": "linking alone: the search for the turn that ten messages continue",
@@ -41,14 +49,28 @@ FULL = 1_000_000
 _ANEW = 10_000
 """Stores up to this size begin every round as they were filled."""
 _WARM_UP = 20
+_ACTIVE = 32
+"""Conversations that go on at once where recent ones are continued."""
+_CHECKPOINT_EVERY = 50
+"""Recordings of each kind."""
 _NEW = itertools.count(1_000_000_000)
 """Numbers of conversations that no store holds."""
+_PROCESS = psutil.Process()
 _EXAMPLES = """\
 examples:
   python -m benchmarks.growth
   python -m benchmarks.growth --full            with a million turns (3 GB in --dir)
   python -m benchmarks.growth --recordings 100 --rounds 2 --sizes 1000 4000
 """
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one recording took."""
+
+    ms: float
+    reads: int
+    """How often it called the system to read."""
 
 
 @dataclass(slots=True)
@@ -59,10 +81,10 @@ class Row:
     turns: int
     filled: Path
     """Its folder as it was filled."""
-    found: dict[str, list[list[float]]] = field(
-        default_factory=lambda: {kind: [] for kind in KINDS}
-    )
-    """Milliseconds, by kind and by round."""
+    found: dict[str, list[list[Cost]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
+    """By kind and by round."""
+    disk_bytes: int = 0
+    """What came from the disk in all rounds."""
 
 
 def fill(folder: Path, sizes: list[int], progress: Progress) -> dict[int, Path]:
@@ -89,29 +111,36 @@ def measure(row: Row, folder: Path, recordings: int, random: Random) -> None:
         place = folder / "anew"
         shutil.rmtree(place, ignore_errors=True)
         shutil.copytree(row.filled, place)
+    _read_through(place / FILE)
+    disk_bytes = _disk_bytes()
     store = Store(StoreConfig(dir=str(place)))
     for _ in range(_WARM_UP):
-        _record(store, Conversation(next(_NEW)).exchange(0))
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(recordings):
+        _record(store, Conversation(next(_NEW)).exchange(0, new_id("turn")))
+    found: dict[str, list[Cost]] = {kind: [] for kind in KINDS}
+    for number in range(recordings):
         stored = Conversation(random.randrange(row.turns // TURNS))
         last = stored.turn_id(TURNS - 1)
         found["link"].append(_link(store, stored, last))
-        spent, turn = _record(store, stored.exchange(TURNS, _fresh_id()))
-        assert turn.parent == last, "the request did not find its turn"
-        found["continues"].append(spent)
-        spent, turn = _record(store, Conversation(next(_NEW)).exchange(0))
+        found["continues"].append(_continue(store, stored, last))
+        cost, turn = _record(store, Conversation(next(_NEW)).exchange(0, new_id("turn")))
         assert turn.parent is None
         assert turn.index == 0
-        found["new"].append(spent)
+        found["new"].append(cost)
         again = Conversation(next(_NEW))
-        _, cut = _record(store, again.exchange(0, _fresh_id(), cut=True))
-        spent, turn = _record(store, again.exchange(0))
+        _, cut = _record(store, again.exchange(0, new_id("turn"), cut=True))
+        cost, turn = _record(store, again.exchange(0, new_id("turn")))
         assert turn.session == cut.session, "the retry did not find the cut turn"
-        found["retry"].append(spent)
+        found["retry"].append(cost)
+        _look_after(store, number)
+    active = deque(_begun(store) for _ in range(_ACTIVE))
+    for number in range(recordings):
+        found["recent"].append(_continue(store, *active.popleft()))
+        active.append(_begun(store))
+        _look_after(store, number)
     store.close()
-    for kind, values in found.items():
-        row.found[kind].append(values)
+    row.disk_bytes += _disk_bytes() - disk_bytes
+    for kind, costs in found.items():
+        row.found[kind].append(costs)
 
 
 def table(kind: str, rows: list[Row]) -> str:
@@ -119,50 +148,93 @@ def table(kind: str, rows: list[Row]) -> str:
     first = rows[0].found[kind]
     lines = [
         f"| {KINDS[kind]}: stored turns | p50, ms (rounds) | p99, ms (rounds) "
-        "| p50, of the first row's | p99, of the first row's |",
-        "|---|---|---|---|---|",
+        "| p50, of the first row's | p99, of the first row's | pages read, mean |",
+        "|---|---|---|---|---|---|",
     ]
     for row in rows:
         found = row.found[kind]
         cells = [f"| {row.name} "]
         cells += [f"| {_spread(found, share)} " for share in (0.5, 0.99)]
         cells += [f"| {_pooled(found, s) / _pooled(first, s):.2f} " for s in (0.5, 0.99)]
+        cells.append(f"| {statistics.fmean(c.reads for costs in found for c in costs):.2f} ")
         lines.append("".join(cells) + "|")
     return "\n".join(lines)
 
 
-def _record(store: Store, exchange: Exchange) -> tuple[float, Turn]:
-    started = perf_counter()
+def _record(store: Store, exchange: Exchange) -> tuple[Cost, Turn]:
+    reads, started = _reads(), perf_counter()
     with store.recording() as recording:
         turn = record_exchange(recording, exchange, PROFILE)
-    return 1000 * (perf_counter() - started), turn
+    return _cost(reads, started), turn
 
 
-def _link(store: Store, stored: Conversation, last: str) -> float:
+def _continue(store: Store, stored: Conversation, last: str) -> Cost:
+    """Records the turn after the stored ones, the last of which is `last`."""
+    cost, turn = _record(store, stored.exchange(TURNS, new_id("turn")))
+    assert turn.parent == last, "the request did not find its turn"
+    return cost
+
+
+def _begun(store: Store) -> tuple[Conversation, str]:
+    """A conversation whose first turns have been recorded, and the last of them."""
+    conversation, last = Conversation(next(_NEW)), ""
+    for index in range(TURNS):
+        last = new_id("turn")
+        _record(store, conversation.exchange(index, last))
+    return conversation, last
+
+
+def _link(store: Store, stored: Conversation, last: str) -> Cost:
     messages = stored.messages(TURNS)
     with store.recording() as recording:
-        started = perf_counter()
+        reads, started = _reads(), perf_counter()
         history = reply_keys(messages, None)
         assert history is not None
         link = Link(*history, message_hashes(messages))
         parent = recording.parent("main", link, stored.name)
-        spent = 1000 * (perf_counter() - started)
+        cost = _cost(reads, started)
     assert parent is not None
     assert parent.id == last
-    return spent
+    return cost
 
 
-def _fresh_id() -> str:
-    return f"turn_{uuid.uuid4().hex[:20]}"
+def _reads() -> int:
+    """How often this process has called the system to read; counting adds some, always as many."""
+    return _PROCESS.io_counters().read_count
 
 
-def _pooled(found: list[list[float]], share: float) -> float:
-    return _quantile([value for values in found for value in values], share)
+def _cost(reads: int, started: float) -> Cost:
+    ms, after = 1000 * (perf_counter() - started), _reads()
+    return Cost(ms, (after - reads) - (_reads() - after))
 
 
-def _spread(found: list[list[float]], share: float) -> str:
+def _look_after(store: Store, number: int) -> None:
+    """Now and then, what the proxy does beside its writer, and the sync that the next turn pays.
+
+    Left alone, a recording would have to do the first. The second is the same for every store.
+    """
+    if number % _CHECKPOINT_EVERY == 0:
+        store.checkpoint()
+        _record(store, Conversation(next(_NEW)).exchange(0, new_id("turn")))
+
+
+def _disk_bytes() -> int:
+    return _PROCESS.io_counters().read_bytes
+
+
+def _read_through(file: Path) -> None:
+    with file.open("rb") as opened:
+        while opened.read(1 << 24):
+            pass
+
+
+def _pooled(found: list[list[Cost]], share: float) -> float:
+    return _quantile([cost.ms for costs in found for cost in costs], share)
+
+
+def _spread(found: list[list[Cost]], share: float) -> str:
     """Of all rounds together, with the lowest and the highest round."""
-    each = [_quantile(values, share) for values in found]
+    each = [_quantile([cost.ms for cost in costs], share) for costs in found]
     return f"{_pooled(found, share):.3f} ({min(each):.3f} … {max(each):.3f})"
 
 
@@ -178,6 +250,8 @@ def report(rows: list[Row], files: Mapping[int, Path]) -> str:
         for size, path in files.items()
     )
     told = f"{recordings} recordings of each kind, {len(rows[0].found['new'])} rounds. {sizes}."
+    disk = ", ".join(f"{row.name} {row.disk_bytes / 1e6:.1f} MB" for row in rows)
+    told += f" Read from the disk meanwhile: {disk}."
     return "\n\n".join([*(table(kind, rows) for kind in KINDS), told])
 
 

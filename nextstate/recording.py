@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import Any
 
 import orjson
@@ -27,8 +28,8 @@ from nextstate.rows import (
 from nextstate.wire import objects
 
 _MOST_CANDIDATES = 16
-_MOST_HASHES = 100_000
-_MOST_BASES = 32
+_MOST_HASHES = 4096
+_MOST_BASES, _MOST_BASE_BYTES = 32, 8 << 20
 _LONG_BODY, _BEGINNING = 4096, 256
 
 
@@ -66,7 +67,7 @@ _IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
 
 def _candidates(key: sa.Column[bytes]) -> sa.Select[*tuple[Any, ...]]:
     """The newest turns with a link key."""
-    query = sa.select(*_PARENT_COLUMNS, _C.messages)
+    query = sa.select(*_PARENT_COLUMNS, _C.messages, _C.prompt_ids, _C.reply, _C.rest)
     query = query.where(key == sa.bindparam("key"), _C.replaced_by.is_(None))
     return query.order_by(_C.seq.desc()).limit(_MOST_CANDIDATES)
 
@@ -153,20 +154,30 @@ def scoped(key: bytes, lineage: str, client_session: str | None) -> bytes:
 class Remembered:
     """What a process knows to be stored, so that it need not look; never more than is stored."""
 
-    hashes: set[bytes] = field(default_factory=set[bytes])
+    hashes: dict[bytes, bool] = field(default_factory=dict[bytes, bool])
+    """Those that were asked for last come last."""
     bases: dict[bytes, tuple[bytes, bytes]] = field(
         default_factory=dict[bytes, tuple[bytes, bytes]]
     )
     """(hash, body) of a long body, by how it begins: others that begin so may be much like it."""
 
+    def knows(self, key: bytes) -> bool:
+        """Whether this body is known to be stored; if so, others are forgotten before it."""
+        known = self.hashes.pop(key, False)
+        if known:
+            self.hashes[key] = True
+        return known
+
     def add(self, other: Remembered) -> None:
         """Takes in what another has seen stored, and forgets what has become too much."""
-        if len(self.hashes) > _MOST_HASHES:
-            self.hashes.clear()
         self.hashes |= other.hashes
+        for oldest in list(islice(self.hashes, max(0, len(self.hashes) - _MOST_HASHES))):
+            self.hashes.pop(oldest, None)
         self.bases |= other.bases
-        while len(self.bases) > _MOST_BASES:
-            self.bases.pop(next(iter(self.bases)))
+        size = sum(len(body) for _, body in self.bases.values())
+        while len(self.bases) > _MOST_BASES or size > _MOST_BASE_BYTES:
+            _, body = self.bases.pop(next(iter(self.bases)))
+            size -= len(body)
 
 
 class Recording:
@@ -175,6 +186,9 @@ class Recording:
     def __init__(self, cursor: Any, dialect: sa.Dialect, known: Remembered) -> None:
         self.fresh = Remembered()
         """What this transaction stores, once it is committed."""
+        self._shared = frozenset[bytes]()
+        """What the turn that was looked for last is made of: stored with it, and sent again by
+        every request that continues it. So no request need be remembered for the next one."""
         self._cursor = cursor
         self._statements = _statements(dialect)
         self._known = known
@@ -199,6 +213,8 @@ class Recording:
                     newest_first,
                     key=lambda at: (len(ours.intersection(hashes(at[1][5]))), not at[1][4], -at[0]),
                 )
+                _, _, _, _, _, messages, runs, *others = best
+                self._shared = frozenset([*hashes(messages), *hashes(runs or b""), *others])
                 return _parent(best)
         return None
 
@@ -337,7 +353,7 @@ class Recording:
             if short or self._first(self._statements.known_body, key=key) is None:
                 packed, base = (compress(body), None) if short else self._packed(key, body)
                 self._run(self._statements.add_body, hash=key, body=packed, base=base)
-            self.fresh.hashes.add(key)
+            self.fresh.hashes[key] = True
         return key
 
     def _packed(self, key: bytes, body: bytes) -> tuple[bytes, bytes | None]:
@@ -353,7 +369,7 @@ class Recording:
         return plain, None
 
     def _is_known(self, key: bytes) -> bool:
-        return key in self._known.hashes or key in self.fresh.hashes
+        return key in self._shared or self._known.knows(key) or key in self.fresh.hashes
 
     def _run(self, statement: Prepared, **values: object) -> None:
         self._cursor.execute(statement.sql, statement.arguments(values))

@@ -10,7 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy import event
 
 BUSY_TIMEOUT_MS = 10_000
-_CACHE_KIB = 32_768
+_CACHE_KIB = 8192
 """Of one connection: the indexes' upper pages stay, however large the store grows."""
 _BEGIN_WRITING = "BEGIN IMMEDIATE"
 _MANY_PAGES, _LOG_BYTES = 16_384, 4 << 20
