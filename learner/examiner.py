@@ -1,7 +1,8 @@
 """What a candidate version does to held-out turns and to recorded prompts, measured by the trainer.
 
 The log-probabilities of a version that passed are its successor's parent's: a candidate costs one
-forward pass over the held-out turns, and a new held-out turn two more.
+forward pass over the held-out turns, and a new held-out turn two more. Its replies are drafts of its
+successor's.
 """
 # pyright: basic
 
@@ -9,22 +10,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from inspect import signature
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from learner.batch import PAD_ID, micro_batches, place, token_count
+from learner.batch import micro_batches, place, token_count
 from learner.config import LearnerConfig
 from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.replies import answers
 from learner.trainer import PolicyTrainer
 from learner.trl_grpo import use_adapter
 from nextstate.records import Sample
 
 Logprobs = dict[str, Tensor]
 """Log-probabilities (T,) of completions by their turn, float32 on the CPU, nats."""
+Replies = dict[tuple[int, ...], Sequence[Sequence[int]]]
+"""A greedy and a sampled reply by their prompt, without ends."""
 
 
 class Examiner:
@@ -38,13 +41,15 @@ class Examiner:
         self._of_base: Logprobs = {}
         self._of_parent: Logprobs = {}
         self._of_candidate: Logprobs = {}
+        self._parents_replies: Replies = {}
+        self._candidates_replies: Replies = {}
         self._norms: dict[str, Tensor] = {}
 
     def prepare(self, held: Sequence[Sample], parent: int) -> None:
         """Reads the held-out turns with the version whose weights the trainer has now."""
         self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
         if parent != self._parent:
-            self._of_parent = {}
+            self._of_parent, self._parents_replies = {}, {}
         self._parent = parent
         turns = [sample.turn for sample in self._held]
         self._of_base = {t: self._of_base[t] for t in turns if t in self._of_base}
@@ -65,10 +70,12 @@ class Examiner:
         prompts = canary_prompts(self._held or trained, self._config.gate_canaries)
         canaries = parents = None
         if prompts:
-            canaries = self._canaries(prompts)
+            recorded = [*self._held, *trained]
+            self._candidates_replies = self._replies(prompts, recorded)
+            canaries = looked_at(self._candidates_replies, prompts)
             if looks_bad(canaries):
                 with self._weights(before):
-                    parents = self._canaries(prompts)
+                    parents = looked_at(self._replies(prompts, recorded), prompts)
         metrics = self._trainer.metrics
         return Measured(
             weight_change=weight_change(self._model, self._norms),
@@ -84,6 +91,7 @@ class Examiner:
     def accept(self, number: int) -> None:
         """The candidate measured last is the version `number`, and the next one's parent."""
         self._parent, self._of_parent = number, self._of_candidate
+        self._parents_replies = self._candidates_replies
 
     @property
     def _model(self) -> Any:
@@ -127,23 +135,42 @@ class Examiner:
         finally:
             self._trainer.load_adapter(ours)
 
-    def _canaries(self, prompts: Sequence[Sequence[int]]) -> Canaries:
-        """Answers to the prompts, one greedy and one sampled each; always drawn alike."""
+    def _replies(
+        self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[Sample]
+    ) -> Replies:
+        """Replies to the prompts, one greedy and one sampled each; always drawn alike.
+
+        None of them where a logit was not finite. `recorded` are turns whose replies they may
+        resemble, those to the prompts among them.
+        """
         model, config = self._model, self._config
+        known = {s.prompt_ids: (s.completion_ids, s.completion_ids) for s in recorded}
+        known |= self._parents_replies
+        drafts = [known[prompt] for prompt in prompts]
         was_training = model.training
         model.eval()  # or checkpointing of gradients would turn the cache off
         try:
-            replies = answers(
+            found = answers(
                 model,
                 prompts,
                 end_ids(self._trainer),
                 most_tokens=config.gate_canary_tokens,
                 seed=config.seed,
+                drafts=[greedy for greedy, _ in drafts] + [sampled for _, sampled in drafts],
+                others=[sample.completion_ids for sample in recorded],
             )
         finally:
             model.train(was_training)
-        broken = sum(map(is_broken, replies or ()))
-        return Canaries(2 * len(prompts), broken, finite=replies is not None)
+        if found is None:
+            return {}
+        pairs = zip(found[: len(prompts)], found[len(prompts) :], strict=True)
+        return dict(zip(prompts, pairs, strict=True))
+
+
+def looked_at(replies: Replies, prompts: Sequence[tuple[int, ...]]) -> Canaries:
+    """What the gate sees of the replies to the prompts; none are there if a logit was not finite."""
+    broken = sum(is_broken(reply) for pair in replies.values() for reply in pair)
+    return Canaries(2 * len(prompts), broken, finite=bool(replies))
 
 
 def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:
@@ -179,52 +206,6 @@ def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
     return float(found)
 
 
-@torch.no_grad()
-def answers(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    ends: frozenset[int],
-    *,
-    most_tokens: int,
-    seed: int,
-) -> list[list[int]] | None:
-    """A greedy answer to each prompt, then a sampled one to each, without their ends.
-
-    None as soon as a logit is not a number. All are decoded together: that takes hardly longer.
-    """
-    device, count = model.device, len(prompts)
-    draw = torch.Generator(device).manual_seed(seed)
-    width = max(map(len, prompts))
-    padded = [[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids, mask = (torch.tensor(rows, device=device).repeat(2, 1) for rows in (padded, real))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # The last position's logits are a fraction of all that a long prompt has.
-    knows = "logits_to_keep" in signature(model.get_base_model().forward).parameters
-    options = {"logits_to_keep": 1} if knows else {}
-    said, cache = ids[:, :0], None
-    while said.size(1) < most_tokens and not all(ends & set(row) for row in said.tolist()):
-        made = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        logits = made.logits[:, -1].float()
-        # The largest is not a number if any is not; a token may well be masked with -inf.
-        if not torch.isfinite(logits.max(dim=1).values).all():
-            return None
-        greedy = logits[:count].argmax(1, keepdim=True)
-        sampled = logits[count:].softmax(1).multinomial(1, generator=draw)
-        ids, cache = torch.cat([greedy, sampled]), made.past_key_values
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
-        said = torch.cat([said, ids], dim=1)
-    return [up_to_end(row, ends) for row in said.tolist()]
-
-
 def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
     """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
     return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
@@ -236,11 +217,3 @@ def end_ids(trainer: PolicyTrainer) -> frozenset[int]:
     listed = found if isinstance(found, list) else [found]
     of_tokenizer: Any = trainer.processing_class
     return frozenset(id_ for id_ in (*listed, of_tokenizer.eos_token_id) if id_ is not None)
-
-
-def up_to_end(reply: list[int], ends: frozenset[int]) -> list[int]:
-    """The reply before the first token that ends it."""
-    for at, token in enumerate(reply):
-        if token in ends:
-            return reply[:at]
-    return reply

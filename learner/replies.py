@@ -7,7 +7,8 @@ replies are those of one token at a time, in no more passes, and in one if the d
 
 A sampled token is a choice as well: the largest of logit plus Gumbel noise, which is a draw from
 their softmax. The noise belongs to seed, prompt and place. So a reply is a function of the weights,
-and the reply by a version's parent is a good draft of its own.
+and the reply by a version's parent is a good draft of its own. Where a reply leaves its draft, it is
+guessed to go on as other replies did after the same tokens (as arXiv 2304.04487 does).
 """
 # pyright: basic
 
@@ -27,6 +28,13 @@ from learner.batch import PAD_ID
 
 _PASS_LOGITS = 128
 """Rows of logits that one pass makes, at most: each is as wide as the vocabulary."""
+_AHEAD = 8
+"""Tokens of each reply that a pass reads once a draft was wrong. On a CPU each costs time, and few
+more are ever right."""
+_PHRASES = (4, 2)
+"""Tokens that must be the same for a reply to go on as another did; the longer is looked for first."""
+_BEGINNING = -1
+"""Stands for the token before a reply's first."""
 
 
 @torch.no_grad()
@@ -38,16 +46,20 @@ def answers(
     most_tokens: int,
     seed: int,
     drafts: Sequence[Sequence[int]] = (),
+    others: Sequence[Sequence[int]] = (),
 ) -> list[list[int]] | None:
     """A greedy reply to each of N prompts, then a sampled one to each, without their ends.
 
-    `drafts` are guesses at them in this order; how long it takes is all that depends on them. None
-    as soon as a logit that decides a token is not a number. All are decoded together: that takes
-    hardly longer.
+    `drafts` are guesses at them in this order, and `others` are replies that they may resemble; how
+    long it takes is all that depends on either. None as soon as a logit that decides a token is not
+    a number. All are decoded together: that takes hardly longer.
     """
     count, device = len(prompts), model.device
     passes = _Passes(model, [*prompts, *prompts], most_tokens)
-    ahead = max(1, _PASS_LOGITS // (2 * count)) if passes.may_read_ahead else 1
+    phrases = Phrases([reply[:most_tokens] for reply in (*drafts, *others)])
+    most_ahead = max(1, _PASS_LOGITS // (2 * count)) if passes.may_read_ahead else 1
+    ahead = most_ahead
+    end_ids = torch.tensor(sorted(ends), device=device)
     said = torch.full((2 * count, most_tokens), PAD_ID, device=device)
     for row, draft in zip(said, drafts, strict=False):
         row[: len(draft)] = torch.tensor(draft[:most_tokens], device=device)
@@ -66,16 +78,48 @@ def answers(
         # What was right stays: a pass of another width may round otherwise.
         stays = torch.arange(start, stop, device=device) < right[:, None]
         chosen = torch.where(stays, guessed, logits.argmax(dim=2))
-        is_end = torch.isin(chosen, torch.tensor(sorted(ends), device=device))
+        is_end = torch.isin(chosen, end_ids)
         goes_on = (chosen == guessed) & ~is_end
         is_right = pad(goes_on[:, :-1].long().cumprod(dim=1), (1, 0), value=1).bool()
         is_right &= is_open[:, None]
         if not finite[is_right].all():
             return None
         said[:, start:stop] = chosen
-        right = torch.where(is_open, start + is_right.sum(dim=1), right)
+        right = torch.maximum(right, start + is_right.sum(dim=1))
         is_open &= ~(is_end & is_right).any(dim=1) & (right < most_tokens)
+        ahead = min(_AHEAD, most_ahead)
+        if ahead > 1:
+            _guess(said, right, is_open & (right < stop), phrases)
     return [up_to_end(row, ends) for row in said.tolist()]
+
+
+def _guess(said: Tensor, right: Tensor, astray: Tensor, phrases: Phrases) -> None:
+    """Writes into the rows `astray` of the replies `said` (R, T) how they may go on."""
+    for row in astray.nonzero()[:, 0].tolist():
+        known = int(right[row])
+        tail = phrases.after(said[row, :known].tolist())[: said.size(1) - known]
+        said[row, known : known + len(tail)] = torch.tensor(tail, device=said.device)
+
+
+class Phrases:
+    """How some replies went on after the same tokens; a reply's beginning counts as a token."""
+
+    def __init__(self, replies: Sequence[Sequence[int]]) -> None:
+        self._places: dict[tuple[int, ...], tuple[Sequence[int], int]] = {}
+        for reply in replies:
+            tokens = (_BEGINNING, *reply)
+            for size in _PHRASES:
+                for end in range(size, len(tokens)):
+                    self._places.setdefault(tokens[end - size : end], (reply, end - 1))
+
+    def after(self, begun: Sequence[int]) -> Sequence[int]:
+        """What followed in the first reply that has the last tokens of one that has begun so."""
+        tokens = (_BEGINNING, *begun)
+        for size in _PHRASES:
+            if found := self._places.get(tokens[-size:]):
+                reply, place = found
+                return reply[place:]
+        return ()
 
 
 class _Passes:

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.config import LearnerConfig
-from learner.examiner import Examiner, answers, canary_prompts, divergence, up_to_end, weight_change
+from learner.examiner import Examiner, canary_prompts, divergence, weight_change
 from learner.gate import (
     Canaries,
     Measured,
@@ -27,7 +27,6 @@ from tests.test_learner_tiny import (
     BAD,
     CONFIG,
     GOOD,
-    PROMPT,
     load_float64,
     logprobs,
     sample,
@@ -164,12 +163,6 @@ def test_any_block_that_is_said_three_times_is_a_loop(block, times):
 @given(st.lists(st.integers(0, 5), max_size=40))
 def test_a_loops_share_is_a_share(ids):
     assert 0.0 <= loop_share(ids or [0]) <= 1.0
-
-
-def test_a_reply_ends_at_its_first_end():
-    assert up_to_end([4, 5, 1, 6, 1], frozenset({1})) == [4, 5]
-    assert up_to_end([4, 5], frozenset({1})) == [4, 5]
-    assert up_to_end([1], frozenset({1})) == []
 
 
 def test_divergence_worked_by_hand():
@@ -329,21 +322,6 @@ def test_the_weight_change_is_that_of_the_whole_product(tmp_path):
     for _ in range(2):
         assert weight_change(trainer.model, norms) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
-
-
-def test_a_canary_is_what_generate_would_say(tmp_path):
-    """Greedy, token by token in a padded batch, against one unpadded prompt at a time."""
-    model_path = save_tiny_model(tmp_path / "model")
-    trainer = build_trainer(CONFIG, model_path, tmp_path / "work")
-    prompts = [PROMPT, (9, 8, 7, 6, 5)]
-    found = answers(trainer.model.eval(), prompts, frozenset({1}), most_tokens=24, seed=0)
-    assert len(found) == 4
-    base = load_float64(model_path)
-    for prompt, reply in zip(prompts, found, strict=False):
-        made = base.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0
-        )
-        assert reply == up_to_end(made[0, len(prompt) :].tolist(), frozenset({1}))
 
 
 def test_a_weights_copy_does_not_change_with_the_weights(tmp_path):
