@@ -1,8 +1,8 @@
 """What a candidate version does to held-out turns and to recorded prompts, measured by the trainer.
 
 The log-probabilities of a version that passed are its successor's parent's: a candidate costs one
-forward pass over the held-out turns, and a new held-out turn two more. Its replies are drafts of its
-successor's.
+forward pass over the held-out turns, and a new held-out turn two more. Its replies are drafts of
+its successor's.
 """
 # pyright: basic
 
@@ -135,9 +135,7 @@ class Examiner:
         finally:
             self._trainer.load_adapter(ours)
 
-    def _replies(
-        self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[Sample]
-    ) -> Replies:
+    def _replies(self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[Sample]) -> Replies:
         """Replies to the prompts, one greedy and one sampled each; always drawn alike.
 
         None of them where a logit was not finite. `recorded` are turns whose replies they may
@@ -168,7 +166,7 @@ class Examiner:
 
 
 def looked_at(replies: Replies, prompts: Sequence[tuple[int, ...]]) -> Canaries:
-    """What the gate sees of the replies to the prompts; none are there if a logit was not finite."""
+    """What the gate sees of replies to the prompts: of none, if a logit was not finite."""
     broken = sum(is_broken(reply) for pair in replies.values() for reply in pair)
     return Canaries(2 * len(prompts), broken, finite=bool(replies))
 

@@ -7,8 +7,8 @@ replies are those of one token at a time, in no more passes, and in one if the d
 
 A sampled token is a choice as well: the largest of logit plus Gumbel noise, which is a draw from
 their softmax. The noise belongs to seed, prompt and place. So a reply is a function of the weights,
-and the reply by a version's parent is a good draft of its own. Where a reply leaves its draft, it is
-guessed to go on as other replies did after the same tokens (as arXiv 2304.04487 does).
+and the reply by a version's parent is a good draft of its own. Where a reply leaves its draft, it
+is guessed to go on as other replies did after the same tokens (as in arXiv 2304.04487).
 """
 # pyright: basic
 
@@ -32,7 +32,7 @@ _AHEAD = 8
 """Tokens of each reply that a pass reads once a draft was wrong. On a CPU each costs time, and few
 more are ever right."""
 _PHRASES = (4, 2)
-"""Tokens that must be the same for a reply to go on as another did; the longer is looked for first."""
+"""So many tokens must be the same for a reply to go on as another did; the most count first."""
 _BEGINNING = -1
 """Stands for the token before a reply's first."""
 

@@ -15,6 +15,7 @@ from learner.gate import (
     Measured,
     Ranking,
     is_broken,
+    looks_bad,
     loop_share,
     objection,
     ranking,
@@ -23,6 +24,7 @@ from learner.gate import (
 from learner.selection import is_held_out
 from learner.trainer import Update, build_trainer
 from nextstate.errors import ConfigError
+from tests.test_learner_replies import counted_passes
 from tests.test_learner_tiny import (
     BAD,
     CONFIG,
@@ -322,6 +324,29 @@ def test_the_weight_change_is_that_of_the_whole_product(tmp_path):
     for _ in range(2):
         assert weight_change(trainer.model, norms) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
+
+
+def test_the_replies_of_a_version_that_passed_are_drafts_of_its_successors(tmp_path):
+    """With the same weights they are right, which one pass sees."""
+    trainer = build_trainer(CONFIG, save_tiny_model(tmp_path / "model"), tmp_path / "work")
+    examiner = Examiner(CONFIG, trainer)
+    turns = [sample(prompt=(5, 6, n)) for n in (7, 8)]
+
+    def passes() -> int:
+        with counted_passes(trainer.model) as found:
+            canaries = examiner.measure(turns, trainer.adapter_weights()).canaries
+        assert not looks_bad(canaries)  # or the parent would be asked as well
+        return len(found)
+
+    examiner.prepare([], 0)
+    first = passes()
+    assert first > 1
+    assert passes() == first  # the first one was rejected
+    examiner.accept(1)
+    examiner.prepare([], 1)
+    assert passes() == 1
+    examiner.prepare([], 0)  # rolled back
+    assert passes() == first
 
 
 def test_a_weights_copy_does_not_change_with_the_weights(tmp_path):
