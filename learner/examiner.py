@@ -1,15 +1,14 @@
 """What a candidate version does to held-out turns and to recorded prompts, measured by the trainer.
 
-The log-probabilities of a version that passed are its successor's parent's: a candidate costs one
-forward pass over the held-out turns, and a new held-out turn two more. Its replies are drafts of
-its successor's.
+What a version that passed said is its successor's parent's: a candidate costs one forward pass over
+the held-out turns, and a new held-out turn two more; its replies take few passes more, as its
+parent's are drafts of them. What the parent must be asked is asked before the step.
 """
 # pyright: basic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 
 from learner.batch import micro_batches, place, token_count
 from learner.config import LearnerConfig
-from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.gate import Canaries, Measured, is_broken, ranking
 from learner.replies import answers
 from learner.trainer import PolicyTrainer
 from learner.trl_grpo import use_adapter
@@ -37,6 +36,8 @@ class Examiner:
         self._config = config
         self._trainer = trainer
         self._held: list[Sample] = []
+        self._recorded: list[Sample] = []
+        self._prompts: list[tuple[int, ...]] = []
         self._parent: int | None = None
         self._of_base: Logprobs = {}
         self._of_parent: Logprobs = {}
@@ -45,8 +46,11 @@ class Examiner:
         self._candidates_replies: Replies = {}
         self._norms: dict[str, Tensor] = {}
 
-    def prepare(self, held: Sequence[Sample], parent: int) -> None:
-        """Reads the held-out turns with the version whose weights the trainer has now."""
+    def prepare(self, held: Sequence[Sample], batch: Sequence[Sample], parent: int) -> None:
+        """Asks the version whose weights the trainer has now, before it takes a step on `batch`.
+
+        It reads the held-out turns and replies to recorded prompts.
+        """
         self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
         if parent != self._parent:
             self._of_parent, self._parents_replies = {}, {}
@@ -57,25 +61,22 @@ class Examiner:
         with use_adapter(self._model, None):
             self._of_base |= self._logprobs([s for s in self._held if s.turn not in self._of_base])
         self._of_parent |= self._logprobs([s for s in self._held if s.turn not in self._of_parent])
+        self._recorded = [*self._held, *batch]
+        self._prompts = canary_prompts(self._held or batch, self._config.gate_canaries)
+        known = self._parents_replies
+        self._parents_replies = {p: known[p] for p in self._prompts if p in known}
+        self._parents_replies |= self._replies([p for p in self._prompts if p not in known])
 
-    def measure(self, trained: Sequence[Sample], before: Mapping[str, Tensor]) -> Measured:
-        """What the trainer's weights are now, after a step on `trained`.
+    def measure(self) -> Measured:
+        """What the trainer's weights are now, after the step that was prepared for.
 
-        `before` are the adapter's weights before the step. The divergences are the larger of those
-        on held-out turns and those that the trainer has measured on `trained`: from the parent, and
-        of the parent from the base, where the loss has that term. The turns that trained are fresh,
-        and what the policy says now is better seen there.
+        The divergences are the larger of those on held-out turns and those that the trainer has
+        measured on the batch: from the parent, and of the parent from the base, where the loss has
+        that term. The turns that trained are fresh, and what the policy says now is better seen
+        there.
         """
         self._of_candidate = self._logprobs(self._held)
-        prompts = canary_prompts(self._held or trained, self._config.gate_canaries)
-        canaries = parents = None
-        if prompts:
-            recorded = [*self._held, *trained]
-            self._candidates_replies = self._replies(prompts, recorded)
-            canaries = looked_at(self._candidates_replies, prompts)
-            if looks_bad(canaries):
-                with self._weights(before):
-                    parents = looked_at(self._replies(prompts, recorded), prompts)
+        self._candidates_replies = self._replies(self._prompts)
         metrics = self._trainer.metrics
         return Measured(
             weight_change=weight_change(self._model, self._norms),
@@ -84,8 +85,8 @@ class Examiner:
             ranking=ranking(
                 [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
             ),
-            canaries=canaries,
-            parents_canaries=parents,
+            canaries=self._looked_at(self._candidates_replies),
+            parents_canaries=self._looked_at(self._parents_replies),
         )
 
     def accept(self, number: int) -> None:
@@ -125,24 +126,15 @@ class Examiner:
                 found[sample.turn] = row[: len(sample.completion_ids)].clone()
         return found
 
-    @contextmanager
-    def _weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The trainer with other weights for a while."""
-        ours = self._trainer.adapter_weights()
-        self._trainer.load_adapter(weights)
-        try:
-            yield
-        finally:
-            self._trainer.load_adapter(ours)
-
-    def _replies(self, prompts: Sequence[tuple[int, ...]], recorded: Sequence[Sample]) -> Replies:
+    def _replies(self, prompts: Sequence[tuple[int, ...]]) -> Replies:
         """Replies to the prompts, one greedy and one sampled each; always drawn alike.
 
-        None of them where a logit was not finite. `recorded` are turns whose replies they may
-        resemble, those to the prompts among them.
+        None of them where a logit was not finite.
         """
+        if not prompts:
+            return {}
         model, config = self._model, self._config
-        known = {s.prompt_ids: (s.completion_ids, s.completion_ids) for s in recorded}
+        known: Replies = {s.prompt_ids: (s.completion_ids,) * 2 for s in self._recorded}
         known |= self._parents_replies
         drafts = [known[prompt] for prompt in prompts]
         was_training = model.training
@@ -155,7 +147,7 @@ class Examiner:
                 most_tokens=config.gate_canary_tokens,
                 seed=config.seed,
                 drafts=[greedy for greedy, _ in drafts] + [sampled for _, sampled in drafts],
-                others=[sample.completion_ids for sample in recorded],
+                others=[sample.completion_ids for sample in self._recorded],
             )
         finally:
             model.train(was_training)
@@ -164,11 +156,13 @@ class Examiner:
         pairs = zip(found[: len(prompts)], found[len(prompts) :], strict=True)
         return dict(zip(prompts, pairs, strict=True))
 
-
-def looked_at(replies: Replies, prompts: Sequence[tuple[int, ...]]) -> Canaries:
-    """What the gate sees of replies to the prompts: of none, if a logit was not finite."""
-    broken = sum(is_broken(reply) for pair in replies.values() for reply in pair)
-    return Canaries(2 * len(prompts), broken, finite=bool(replies))
+    def _looked_at(self, replies: Replies) -> Canaries | None:
+        """What the gate sees of replies to the prompts; None without any prompt."""
+        if not self._prompts:
+            return None
+        broken = sum(is_broken(reply) for pair in replies.values() for reply in pair)
+        # There are fewer where a logit was not finite.
+        return Canaries(2 * len(self._prompts), broken, finite=len(replies) == len(self._prompts))
 
 
 def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:

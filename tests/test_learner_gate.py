@@ -15,7 +15,6 @@ from learner.gate import (
     Measured,
     Ranking,
     is_broken,
-    looks_bad,
     loop_share,
     objection,
     ranking,
@@ -259,19 +258,18 @@ def examined(tmp_path_factory):
                 on_base(base),
                 on_base(base, [sample("t", reply=GOOD), sample("u", reply=BAD, score=-1)]),
             )
-        examiner.prepare(held, 0)
-        before = trainer.adapter_weights()
-        found["first"] = examiner.measure(batch, before)
+        examiner.prepare(held, batch, 0)
+        found["first"] = examiner.measure()
         yield Update(batch, 0)
-        found["step"] = examiner.measure(batch, before)
+        found["step"] = examiner.measure()
         found["metrics"] = dict(trainer.metrics)
-        examiner.prepare([], 0)
-        found["without"] = examiner.measure(batch, before)
+        examiner.prepare([], batch, 0)
+        found["without"] = examiner.measure()
         with torch.no_grad():
             for module in trainer.model.modules():
                 if hasattr(module, "lora_B"):
                     module.lora_B["default"].weight[0, 0] = math.nan
-        found["broken"] = examiner.measure(batch, before)
+        found["broken"] = examiner.measure()
 
     trainer.train_on(updates())
     return found
@@ -326,27 +324,31 @@ def test_the_weight_change_is_that_of_the_whole_product(tmp_path):
     assert expected > 0
 
 
-def test_the_replies_of_a_version_that_passed_are_drafts_of_its_successors(tmp_path):
+def test_a_parents_replies_are_drafts_and_are_asked_for_once_and_before_the_step(tmp_path):
     """With the same weights they are right, which one pass sees."""
     trainer = build_trainer(CONFIG, save_tiny_model(tmp_path / "model"), tmp_path / "work")
     examiner = Examiner(CONFIG, trainer)
-    turns = [sample(prompt=(5, 6, n)) for n in (7, 8)]
+    turns = [sample(prompt=(5, 6, n)) for n in (7, 8, 9)]
 
-    def passes() -> int:
+    def passes(batch, parent) -> tuple[int, int]:
         with counted_passes(trainer.model) as found:
-            canaries = examiner.measure(turns, trainer.adapter_weights()).canaries
-        assert not looks_bad(canaries)  # or the parent would be asked as well
-        return len(found)
+            examiner.prepare([], batch, parent)
+            prepared = len(found)
+            measured = examiner.measure()
+        assert measured.canaries == measured.parents_canaries
+        assert measured.canaries.count == 4
+        return prepared, len(found) - prepared
 
-    examiner.prepare([], 0)
-    first = passes()
+    first, after = passes(turns[:2], 0)
     assert first > 1
-    assert passes() == first  # the first one was rejected
+    assert after == 1
+    assert passes(turns[:2], 0) == (0, 1)  # the first candidate was rejected
     examiner.accept(1)
-    examiner.prepare([], 1)
-    assert passes() == 1
-    examiner.prepare([], 0)  # rolled back
-    assert passes() == first
+    assert passes(turns[:2], 1) == (0, 1)
+    other, after = passes(turns[1:], 1)  # one of two prompts is new
+    assert other > 1
+    assert after == 1
+    assert passes(turns[:2], 0) == (first, 1)  # rolled back
 
 
 def test_a_weights_copy_does_not_change_with_the_weights(tmp_path):
