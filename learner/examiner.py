@@ -1,30 +1,32 @@
 """What a candidate version does to held-out turns and to recorded prompts, measured by the trainer.
 
-The log-probabilities of a version that passed are its successor's parent's: a candidate costs one
-forward pass over the held-out turns, and a new held-out turn two more.
+What a version that passed said is its successor's parent's: a candidate costs one forward pass over
+the held-out turns, and a new held-out turn two more; its replies take few passes more, as its
+parent's are drafts of them. What the parent must be asked is asked before the step.
 """
 # pyright: basic
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from inspect import signature
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
-from learner.batch import PAD_ID, micro_batches, place, token_count
+from learner.batch import micro_batches, place, token_count
 from learner.config import LearnerConfig
-from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.gate import Canaries, Measured, is_broken, ranking
+from learner.replies import answers
 from learner.trainer import PolicyTrainer
 from learner.trl_grpo import use_adapter
 from nextstate.records import Sample
 
 Logprobs = dict[str, Tensor]
 """Log-probabilities (T,) of completions by their turn, float32 on the CPU, nats."""
+Replies = dict[tuple[int, ...], Sequence[Sequence[int]]]
+"""A greedy and a sampled reply by their prompt, without ends."""
 
 
 class Examiner:
@@ -34,17 +36,24 @@ class Examiner:
         self._config = config
         self._trainer = trainer
         self._held: list[Sample] = []
+        self._recorded: list[Sample] = []
+        self._prompts: list[tuple[int, ...]] = []
         self._parent: int | None = None
         self._of_base: Logprobs = {}
         self._of_parent: Logprobs = {}
         self._of_candidate: Logprobs = {}
+        self._parents_replies: Replies = {}
+        self._candidates_replies: Replies = {}
         self._norms: dict[str, Tensor] = {}
 
-    def prepare(self, held: Sequence[Sample], parent: int) -> None:
-        """Reads the held-out turns with the version whose weights the trainer has now."""
+    def prepare(self, held: Sequence[Sample], batch: Sequence[Sample], parent: int) -> None:
+        """Asks the version whose weights the trainer has now, before it takes a step on `batch`.
+
+        It reads the held-out turns and replies to recorded prompts.
+        """
         self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
         if parent != self._parent:
-            self._of_parent = {}
+            self._of_parent, self._parents_replies = {}, {}
         self._parent = parent
         turns = [sample.turn for sample in self._held]
         self._of_base = {t: self._of_base[t] for t in turns if t in self._of_base}
@@ -52,23 +61,22 @@ class Examiner:
         with use_adapter(self._model, None):
             self._of_base |= self._logprobs([s for s in self._held if s.turn not in self._of_base])
         self._of_parent |= self._logprobs([s for s in self._held if s.turn not in self._of_parent])
+        self._recorded = [*self._held, *batch]
+        self._prompts = canary_prompts(self._held or batch, self._config.gate_canaries)
+        known = self._parents_replies
+        self._parents_replies = {p: known[p] for p in self._prompts if p in known}
+        self._parents_replies |= self._replies([p for p in self._prompts if p not in known])
 
-    def measure(self, trained: Sequence[Sample], before: Mapping[str, Tensor]) -> Measured:
-        """What the trainer's weights are now, after a step on `trained`.
+    def measure(self) -> Measured:
+        """What the trainer's weights are now, after the step that was prepared for.
 
-        `before` are the adapter's weights before the step. The divergences are the larger of those
-        on held-out turns and those that the trainer has measured on `trained`: from the parent, and
-        of the parent from the base, where the loss has that term. The turns that trained are fresh,
-        and what the policy says now is better seen there.
+        The divergences are the larger of those on held-out turns and those that the trainer has
+        measured on the batch: from the parent, and of the parent from the base, where the loss has
+        that term. The turns that trained are fresh, and what the policy says now is better seen
+        there.
         """
         self._of_candidate = self._logprobs(self._held)
-        prompts = canary_prompts(self._held or trained, self._config.gate_canaries)
-        canaries = parents = None
-        if prompts:
-            canaries = self._canaries(prompts)
-            if looks_bad(canaries):
-                with self._weights(before):
-                    parents = self._canaries(prompts)
+        self._candidates_replies = self._replies(self._prompts)
         metrics = self._trainer.metrics
         return Measured(
             weight_change=weight_change(self._model, self._norms),
@@ -77,13 +85,14 @@ class Examiner:
             ranking=ranking(
                 [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
             ),
-            canaries=canaries,
-            parents_canaries=parents,
+            canaries=self._looked_at(self._candidates_replies),
+            parents_canaries=self._looked_at(self._parents_replies),
         )
 
     def accept(self, number: int) -> None:
         """The candidate measured last is the version `number`, and the next one's parent."""
         self._parent, self._of_parent = number, self._of_candidate
+        self._parents_replies = self._candidates_replies
 
     @property
     def _model(self) -> Any:
@@ -117,33 +126,43 @@ class Examiner:
                 found[sample.turn] = row[: len(sample.completion_ids)].clone()
         return found
 
-    @contextmanager
-    def _weights(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
-        """The trainer with other weights for a while."""
-        ours = self._trainer.adapter_weights()
-        self._trainer.load_adapter(weights)
-        try:
-            yield
-        finally:
-            self._trainer.load_adapter(ours)
+    def _replies(self, prompts: Sequence[tuple[int, ...]]) -> Replies:
+        """Replies to the prompts, one greedy and one sampled each; always drawn alike.
 
-    def _canaries(self, prompts: Sequence[Sequence[int]]) -> Canaries:
-        """Answers to the prompts, one greedy and one sampled each; always drawn alike."""
+        None of them where a logit was not finite.
+        """
+        if not prompts:
+            return {}
         model, config = self._model, self._config
+        known: Replies = {s.prompt_ids: (s.completion_ids,) * 2 for s in self._recorded}
+        known |= self._parents_replies
+        drafts = [known[prompt] for prompt in prompts]
         was_training = model.training
         model.eval()  # or checkpointing of gradients would turn the cache off
         try:
-            replies = answers(
+            found = answers(
                 model,
                 prompts,
                 end_ids(self._trainer),
                 most_tokens=config.gate_canary_tokens,
                 seed=config.seed,
+                drafts=[greedy for greedy, _ in drafts] + [sampled for _, sampled in drafts],
+                others=[sample.completion_ids for sample in self._recorded],
             )
         finally:
             model.train(was_training)
-        broken = sum(map(is_broken, replies or ()))
-        return Canaries(2 * len(prompts), broken, finite=replies is not None)
+        if found is None:
+            return {}
+        pairs = zip(found[: len(prompts)], found[len(prompts) :], strict=True)
+        return dict(zip(prompts, pairs, strict=True))
+
+    def _looked_at(self, replies: Replies) -> Canaries | None:
+        """What the gate sees of replies to the prompts; None without any prompt."""
+        if not self._prompts:
+            return None
+        broken = sum(is_broken(reply) for pair in replies.values() for reply in pair)
+        # There are fewer where a logit was not finite.
+        return Canaries(2 * len(self._prompts), broken, finite=len(replies) == len(self._prompts))
 
 
 def divergence(old: Tensor, new: Tensor, recorded: Tensor, cap: float) -> float:
@@ -179,52 +198,6 @@ def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
     return float(found)
 
 
-@torch.no_grad()
-def answers(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    ends: frozenset[int],
-    *,
-    most_tokens: int,
-    seed: int,
-) -> list[list[int]] | None:
-    """A greedy answer to each prompt, then a sampled one to each, without their ends.
-
-    None as soon as a logit is not a number. All are decoded together: that takes hardly longer.
-    """
-    device, count = model.device, len(prompts)
-    draw = torch.Generator(device).manual_seed(seed)
-    width = max(map(len, prompts))
-    padded = [[PAD_ID] * (width - len(prompt)) + list(prompt) for prompt in prompts]
-    real = [[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]
-    ids, mask = (torch.tensor(rows, device=device).repeat(2, 1) for rows in (padded, real))
-    positions = (mask.cumsum(1) - 1).clamp(min=0)
-    # The last position's logits are a fraction of all that a long prompt has.
-    knows = "logits_to_keep" in signature(model.get_base_model().forward).parameters
-    options = {"logits_to_keep": 1} if knows else {}
-    said, cache = ids[:, :0], None
-    while said.size(1) < most_tokens and not all(ends & set(row) for row in said.tolist()):
-        made = model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            use_cache=True,
-            **options,
-        )
-        logits = made.logits[:, -1].float()
-        # The largest is not a number if any is not; a token may well be masked with -inf.
-        if not torch.isfinite(logits.max(dim=1).values).all():
-            return None
-        greedy = logits[:count].argmax(1, keepdim=True)
-        sampled = logits[count:].softmax(1).multinomial(1, generator=draw)
-        ids, cache = torch.cat([greedy, sampled]), made.past_key_values
-        mask = torch.cat([mask, torch.ones_like(ids)], dim=1)
-        positions = positions[:, -1:] + 1
-        said = torch.cat([said, ids], dim=1)
-    return [up_to_end(row, ends) for row in said.tolist()]
-
-
 def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
     """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
     return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
@@ -236,11 +209,3 @@ def end_ids(trainer: PolicyTrainer) -> frozenset[int]:
     listed = found if isinstance(found, list) else [found]
     of_tokenizer: Any = trainer.processing_class
     return frozenset(id_ for id_ in (*listed, of_tokenizer.eos_token_id) if id_ is not None)
-
-
-def up_to_end(reply: list[int], ends: frozenset[int]) -> list[int]:
-    """The reply before the first token that ends it."""
-    for at, token in enumerate(reply):
-        if token in ends:
-            return reply[:at]
-    return reply

@@ -61,7 +61,7 @@ class Measured:
     """None with fewer than FEWEST_SESSIONS held-out sessions."""
     canaries: Canaries | None
     parents_canaries: Canaries | None
-    """The parent's replies to the same prompts; asked for only if the candidate's look bad."""
+    """The parent's replies to the same prompts."""
 
     def metrics(self) -> dict[str, float]:
         """Numbers with `gate/what` names; a name is absent where nothing was measured."""

@@ -204,13 +204,13 @@ class _Learner:
         self._seat.take(self.lineage)
         batch, samples = leased
         started = time.perf_counter()
-        self._examiner.prepare(self._held_out(), self._current)
+        self._examiner.prepare(self._held_out(), samples, self._current)
         prepared = time.perf_counter() - started
         before = self._trainer.adapter_weights()
         if self._weights.distils:
             samples = self._trainer.with_best_hints(samples)
         yield Update(samples, self._current, self._parents())
-        candidate = self._examine(samples, before, prepared)
+        candidate = self._examine(samples, prepared)
         if candidate.state is VersionState.REJECTED:
             self._reject(candidate, batch, before)
             return True
@@ -402,12 +402,10 @@ class _Learner:
             log.info("sample dropped turn=%s reason=%s", turn, reason)
         return len(found)
 
-    def _examine(
-        self, samples: list[Sample], before: Mapping[str, Tensor], prepared_s: float
-    ) -> PolicyVersion:
+    def _examine(self, samples: list[Sample], prepared_s: float) -> PolicyVersion:
         """The version that the step has made, rejected or a candidate; nothing is kept yet."""
         started = time.perf_counter()
-        found = self._examiner.measure(samples, before)
+        found = self._examiner.measure()
         reason = objection(found, self._config)
         parents = self._parents()
         lags = [policy_lag(parents, self._current, s.policy_version) for s in samples]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.config import LearnerConfig
-from learner.examiner import Examiner, answers, canary_prompts, divergence, up_to_end, weight_change
+from learner.examiner import Examiner, canary_prompts, divergence, weight_change
 from learner.gate import (
     Canaries,
     Measured,
@@ -23,11 +23,11 @@ from learner.gate import (
 from learner.selection import is_held_out
 from learner.trainer import Update, build_trainer
 from nextstate.errors import ConfigError
+from tests.test_learner_replies import counted_passes
 from tests.test_learner_tiny import (
     BAD,
     CONFIG,
     GOOD,
-    PROMPT,
     load_float64,
     logprobs,
     sample,
@@ -166,12 +166,6 @@ def test_a_loops_share_is_a_share(ids):
     assert 0.0 <= loop_share(ids or [0]) <= 1.0
 
 
-def test_a_reply_ends_at_its_first_end():
-    assert up_to_end([4, 5, 1, 6, 1], frozenset({1})) == [4, 5]
-    assert up_to_end([4, 5], frozenset({1})) == [4, 5]
-    assert up_to_end([1], frozenset({1})) == []
-
-
 def test_divergence_worked_by_hand():
     # exp(ln 2) - ln 2 - 1 = 0.306853 and exp(0) - 0 - 1 = 0, with weights 1 and 1.
     old, new = torch.tensor([-2.0, -1.0]), torch.tensor([-2.0 + math.log(2), -1.0])
@@ -264,19 +258,18 @@ def examined(tmp_path_factory):
                 on_base(base),
                 on_base(base, [sample("t", reply=GOOD), sample("u", reply=BAD, score=-1)]),
             )
-        examiner.prepare(held, 0)
-        before = trainer.adapter_weights()
-        found["first"] = examiner.measure(batch, before)
+        examiner.prepare(held, batch, 0)
+        found["first"] = examiner.measure()
         yield Update(batch, 0)
-        found["step"] = examiner.measure(batch, before)
+        found["step"] = examiner.measure()
         found["metrics"] = dict(trainer.metrics)
-        examiner.prepare([], 0)
-        found["without"] = examiner.measure(batch, before)
+        examiner.prepare([], batch, 0)
+        found["without"] = examiner.measure()
         with torch.no_grad():
             for module in trainer.model.modules():
                 if hasattr(module, "lora_B"):
                     module.lora_B["default"].weight[0, 0] = math.nan
-        found["broken"] = examiner.measure(batch, before)
+        found["broken"] = examiner.measure()
 
     trainer.train_on(updates())
     return found
@@ -331,19 +324,31 @@ def test_the_weight_change_is_that_of_the_whole_product(tmp_path):
     assert expected > 0
 
 
-def test_a_canary_is_what_generate_would_say(tmp_path):
-    """Greedy, token by token in a padded batch, against one unpadded prompt at a time."""
-    model_path = save_tiny_model(tmp_path / "model")
-    trainer = build_trainer(CONFIG, model_path, tmp_path / "work")
-    prompts = [PROMPT, (9, 8, 7, 6, 5)]
-    found = answers(trainer.model.eval(), prompts, frozenset({1}), most_tokens=24, seed=0)
-    assert len(found) == 4
-    base = load_float64(model_path)
-    for prompt, reply in zip(prompts, found, strict=False):
-        made = base.generate(
-            torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=0
-        )
-        assert reply == up_to_end(made[0, len(prompt) :].tolist(), frozenset({1}))
+def test_a_parents_replies_are_drafts_and_are_asked_for_once_and_before_the_step(tmp_path):
+    """With the same weights they are right, which one pass sees."""
+    trainer = build_trainer(CONFIG, save_tiny_model(tmp_path / "model"), tmp_path / "work")
+    examiner = Examiner(CONFIG, trainer)
+    turns = [sample(prompt=(5, 6, n)) for n in (7, 8, 9)]
+
+    def passes(batch, parent) -> tuple[int, int]:
+        with counted_passes(trainer.model) as found:
+            examiner.prepare([], batch, parent)
+            prepared = len(found)
+            measured = examiner.measure()
+        assert measured.canaries == measured.parents_canaries
+        assert measured.canaries.count == 4
+        return prepared, len(found) - prepared
+
+    first, after = passes(turns[:2], 0)
+    assert first > 1
+    assert after == 1
+    assert passes(turns[:2], 0) == (0, 1)  # the first candidate was rejected
+    examiner.accept(1)
+    assert passes(turns[:2], 1) == (0, 1)
+    other, after = passes(turns[1:], 1)  # one of two prompts is new
+    assert other > 1
+    assert after == 1
+    assert passes(turns[:2], 0) == (first, 1)  # rolled back
 
 
 def test_a_weights_copy_does_not_change_with_the_weights(tmp_path):

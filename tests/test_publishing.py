@@ -22,6 +22,7 @@ from benchmarks.gaps import (
     wrong_versions,
 )
 from benchmarks.marks import ADAPTER, FLIP, GATE, REGISTERED, STEP, Mark, shares, update_of
+from benchmarks.publishing import Answers
 
 HEAD = (
     b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nX-NextState-Version: 7\r\n"
@@ -156,3 +157,8 @@ def test_the_parts_of_an_update_add_up_and_a_rejected_step_is_left_out() -> None
     assert update == marks[3:]
     assert shares(update) == {GATE: 4, ADAPTER: 0.5, FLIP: 1.5}
     assert sum(shares(update).values()) == update[-1].ended - update[0].ended
+
+
+def test_what_is_ours_leaves_out_the_time_in_which_nobody_asked() -> None:
+    answers = Answers(2, {"gate": [0.5, 0.25], "asked": [0.25, -0.125]}, [1.25, 1.0])
+    assert answers.ours == [1.0, 1.0]
