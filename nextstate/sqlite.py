@@ -11,7 +11,7 @@ from sqlalchemy import event
 
 BUSY_TIMEOUT_MS = 10_000
 _CACHE_KIB = 8192
-"""Of one connection: the indexes' upper pages stay, however large the store grows."""
+"""Of one connection: room for the indexes' upper pages, and what a writer's memory grows by."""
 _BEGIN_WRITING = "BEGIN IMMEDIATE"
 _MANY_PAGES, _LOG_BYTES = 16_384, 4 << 20
 
