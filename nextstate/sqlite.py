@@ -38,6 +38,8 @@ def open_file(path: Path) -> sa.Engine:
         cursor.execute(f"PRAGMA cache_size=-{_CACHE_KIB}")  # negative: in KiB
         # Whoever commits past this waits for the disk: the proxy calls `checkpoint` long before.
         cursor.execute(f"PRAGMA wal_autocheckpoint={_MANY_PAGES}")
+        # Begun anew, the log gives its space back: its size is what `checkpoint` goes by.
+        cursor.execute("PRAGMA journal_size_limit=0")
         cursor.close()
 
     @event.listens_for(engine, "begin")

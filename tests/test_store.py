@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
+import random
 import stat
 from array import array
 from contextlib import suppress
@@ -174,6 +176,30 @@ def test_an_aborted_recording_leaves_nothing(store: Store) -> None:
     assert store.turn_ids() == []
     add(store, turn(0))  # its messages are not believed to be there already
     assert store.turn("turn_0") is not None
+
+
+def test_the_log_is_moved_into_the_database_when_it_is_large_and_small_again_then(
+    tmp_path: Path,
+) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    log = tmp_path / "nextstate.sqlite3-wal"
+    noise = random.Random(0)
+    numbers = itertools.count()
+
+    def add_a_large_turn() -> None:
+        said = [{"role": "user", "content": noise.randbytes(250_000).hex()}]
+        add(store, turn(next(numbers), request={"messages": said}), next_state=None)
+
+    add_a_large_turn()
+    store.checkpoint()
+    written = log.stat().st_size
+    assert written > 0  # too little to move
+    while log.stat().st_size < 4 << 20:
+        add_a_large_turn()
+    store.checkpoint()
+    add_a_large_turn()  # into the log's beginning
+    assert log.stat().st_size < 2 * written
+    store.close()
 
 
 def test_files_are_for_their_owner_only(store: Store) -> None:
