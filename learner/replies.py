@@ -133,7 +133,7 @@ class _Passes:
         self._prompts = torch.tensor(padded, device=model.device)
         self._mask = torch.tensor(real, device=model.device)
         self._positions = (self._mask.cumsum(1) - 1).clamp(min=0)
-        self._cache = croppable_cache(model)
+        self._cache: Any = croppable_cache(model)
         self.may_read_ahead = self._cache is not None
         """Whether what was read of a draft can be forgotten again."""
         self._has_read = 0
