@@ -51,8 +51,8 @@ class EngineConfig:
     max_model_len: int = 0
     """Tokens of context; 0 means the model's own limit."""
     max_lora_rank: int = 16
-    max_loras: int = 2
-    """Versions that may run at once: the new one beside the one that drains."""
+    max_loras: int = 3
+    """Versions that may run at once: one serves, one drains, and the next one is tried."""
     args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])

@@ -50,7 +50,7 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[lineages.alice]", "needs model or api_key_env"),
         ("[lineages.alice]\nmodle = 'x'", "did you mean 'model'"),
         ("[lineages.a]\nmodel = 'x'\n[lineages.b]\nmodel = 'x'", "'x' is taken"),
-        ("[lineages.a]\nmodel = 'x'", "max_loras = 2: 2 lineages need at least 3"),
+        ("[engine]\nmax_loras = 2\n[lineages.a]\nmodel = 'x'", "max_loras = 2: 2 lineages need"),
         ("[store", "not valid TOML"),
         ("store = 3", r"expected a section \[store\]"),
     ],
