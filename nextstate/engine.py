@@ -28,6 +28,8 @@ from nextstate.wire import json_object, objects
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 60.0
+_LOADS = 3
+"""So often a version is loaded: one that comes back may just have drained, and is unloaded then."""
 GLANCE_TIMEOUT_S = 5.0
 """For what a server answers at once unless it is overloaded."""
 _LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
@@ -191,10 +193,15 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
     """
     if version.adapter_name is None or version.path is None or version.sha256 is None:
         return
-    if not await engine.has_model(version.adapter_name):
-        await asyncio.to_thread(verify_adapter, Path(version.path), version.sha256)
-        await engine.load_adapter(version.adapter_name, version.path)
-    await engine.probe(version.adapter_name)
+    for left in reversed(range(_LOADS)):
+        if not await engine.has_model(version.adapter_name):
+            await asyncio.to_thread(verify_adapter, Path(version.path), version.sha256)
+            await engine.load_adapter(version.adapter_name, version.path)
+        try:
+            return await engine.probe(version.adapter_name)
+        except EngineError:
+            if not left or await engine.has_model(version.adapter_name):
+                raise
 
 
 async def warm_up(engine: EngineClient, zero_adapter: Path) -> None:

@@ -62,6 +62,8 @@ class ScriptedEngine:
     """Requests to load an adapter so far."""
     loading: asyncio.Event | None = None
     """Holds those requests until it is set."""
+    undone: int = 0
+    """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
     unloaded: list[str] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
@@ -101,7 +103,10 @@ class ScriptedEngine:
             message = f"The lora adapter '{body['lora_name']}' has already been loaded."
             error = {"message": message, "type": "InvalidUserInput", "param": None, "code": 400}
             return web.json_response({"error": error}, status=400)
-        self.adapters[body["lora_name"]] = body["lora_path"]
+        if self.undone:
+            self.undone -= 1
+        else:
+            self.adapters[body["lora_name"]] = body["lora_path"]
         return web.Response(text="Success: LoRA adapter added successfully.")
 
     async def _unload(self, request: web.Request) -> web.Response:

@@ -22,7 +22,7 @@ from aiohttp.test_utils import TestServer
 
 from nextstate.adapters import WEIGHTS_FILE
 from nextstate.engine import EngineClient, publish
-from nextstate.errors import AdapterError
+from nextstate.errors import AdapterError, EngineError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.settings import Settings
 from nextstate.stages import publish_version, withdraw_version
@@ -384,6 +384,21 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
         engine.adapters.clear()  # as after a restart too quick for the health check
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "1")
+
+    both(test, store, tmp_path)
+
+
+def test_a_version_that_is_unloaded_while_it_comes_back_is_loaded_again(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.undone = 2
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        assert (engine.loads, store.serving("main").number) == (3, 1)
+        engine.undone = 3
+        with pytest.raises(EngineError, match="does not exist"):
+            await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
+        assert (engine.loads, store.serving("main").number) == (6, 1)
 
     both(test, store, tmp_path)
 
