@@ -1,8 +1,8 @@
 """What does a training step cost on this machine: seconds, memory, and how busy the chip is?
 
 A model of a given shape gets random weights, so nothing is downloaded and no vLLM is needed. The
-learner's own trainer takes updates of one made-up turn each; the optimizer and the check of the
-step's size are included, the gate and the saving are not.
+learner loads it as it loads any, and its own trainer takes updates of one made-up turn and one step
+each; the optimizer and the check of the step's size are included, the gate and the saving are not.
 
 Model FLOP utilisation is what the passes need in theory over what the chip could do meanwhile: for
 P weights and T tokens a pass forward takes 2 P T, its way back through frozen weights as much
@@ -15,11 +15,13 @@ that are computed twice to save memory count once.
 from __future__ import annotations
 
 import argparse
+import gc
 import resource
 import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from random import Random
 from statistics import median
@@ -27,6 +29,7 @@ from statistics import median
 import torch
 from rich import box
 from rich.console import Console
+from rich.progress import Progress
 from rich.table import Table
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from trl.trainer.utils import get_peak_flops
@@ -34,7 +37,7 @@ from trl.trainer.utils import get_peak_flops
 from learner.config import LearnerConfig
 from learner.memory import GB, Blueprint
 from learner.model import pick_device, pick_dtype
-from learner.trainer import PolicyTrainer, Update
+from learner.trainer import Update, build_trainer
 from nextstate.records import Sample
 
 _POLICY = Path(__file__).parent.parent / "demo" / "policy"
@@ -63,6 +66,7 @@ SHAPES = {
     ),
 }
 _FIRST_WORD = 8
+_COLUMNS = ("tokens", "s a step", "tokens/s", "TFLOP/s", "MFU", "peak, GB", "counted, GB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +117,29 @@ def flops_of_update(shape: Qwen3Config, tokens: int, reply: int, forwards: int) 
     return (1 + forwards) * (dense + attention) + dense + 2 * attention
 
 
-def measure(shape: Qwen3Config, config: LearnerConfig, tokens: int, rounds: int) -> Cost:
+def save_random_model(shape: Qwen3Config, folder: Path) -> None:
+    """A model of that shape with random bfloat16 weights, and the demo's tokenizer."""
+    where = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(where):
+        model = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(_POLICY).save_pretrained(folder)
+
+
+def measure(
+    model_path: Path, shape: Qwen3Config, config: LearnerConfig, tokens: int, rounds: int
+) -> Cost:
     """The cost of an update of one turn of `tokens` tokens, after one that is not counted."""
+    gc.collect()  # a trainer refers to itself, and would keep the model of the last measurement
     device = pick_device(config)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(shape, dtype=pick_dtype(config, device))
     hinted, reply = config.method != "binary", tokens // 8
     samples = [turn(tokens, reply, shape.vocab_size, hinted, seed) for seed in range(rounds + 1)]
+    expected = Blueprint(config, str(model_path)).need(config).total
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
-        shape.save_pretrained(folder)
-        expected = Blueprint(config, folder).need(config).total
-        trainer = PolicyTrainer(config, model, AutoTokenizer.from_pretrained(_POLICY), Path(folder))
+        trainer = build_trainer(config, str(model_path), Path(folder))
         seconds: list[float] = []
 
         def updates() -> Iterator[Update]:
@@ -132,8 +148,6 @@ def measure(shape: Qwen3Config, config: LearnerConfig, tokens: int, rounds: int)
                 yield Update([sample], version=0)
                 seconds.append(_now(device) - started)
 
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(device)
         trainer.train_on(updates())
     # The base's log-probabilities, the teacher's, and how far the step went.
     forwards = (config.kl_coef > 0) + hinted + 1
@@ -160,47 +174,49 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--tokens", type=int, nargs="+", default=[8192, 16384])
     parser.add_argument("--methods", nargs="+", default=["binary", "combined"])
+    parser.add_argument("--quantization", nargs="+", default=["none"], help="as [learner] has it")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto", help="as [learner] device")
     parser.add_argument("--no-checkpointing", action="store_true", help="of gradients")
+    parser.add_argument("--dir", type=Path, help="room for the weights, 8 GB of a qwen3-4b")
     given = parser.parse_args()
     made = Table(box=box.MARKDOWN)
-    headings = (
-        "method",
-        "tokens",
-        "s a step",
-        "tokens/s",
-        "TFLOP/s",
-        "MFU",
-        "peak, GB",
-        "counted, GB",
-    )
-    for heading in headings:
+    for heading in ("method", "base", *_COLUMNS):
         made.add_column(heading)
-    for method in given.methods:
-        for tokens in given.tokens:
+    with tempfile.TemporaryDirectory(dir=given.dir) as folder, Progress(transient=True) as progress:
+        save_random_model(SHAPES[given.shape], Path(folder))
+        cells = list(product(given.quantization, given.methods, given.tokens))
+        for quantization, method, tokens in progress.track(cells, description="measuring"):
             config = LearnerConfig(
                 method=method,
                 epochs=1,
+                quantization=quantization,
                 device=given.device,
                 drift_limit=100.0,
+                step_kl=100.0,
                 max_tokens=tokens,
                 micro_batch_tokens=tokens,
                 gradient_checkpointing=not given.no_checkpointing,
             )
-            cost = measure(SHAPES[given.shape], config, tokens, given.rounds)
-            rate, most = cost.flops / cost.seconds, peak_flops(config)
-            made.add_row(
-                method,
-                str(tokens),
-                f"{cost.seconds:.2f}",
-                f"{tokens / cost.seconds:.0f}",
-                f"{rate / 1e12:.2f}",
-                f"{rate / most:.0%}" if most else "–",
-                f"{cost.memory / GB:.1f}",
-                f"{cost.expected / GB:.1f}",
-            )
+            cost = measure(Path(folder), SHAPES[given.shape], config, tokens, given.rounds)
+            base = str(pick_dtype(config, pick_device(config))).removeprefix("torch.")
+            row = [method, base if quantization == "none" else quantization, str(tokens)]
+            row += _figures(cost, tokens, peak_flops(config))
+            made.add_row(*row)
+            progress.console.print(" ".join(row))  # what was measured is seen if the rest fails
     Console(width=120).print(made)
+
+
+def _figures(cost: Cost, tokens: int, most: float | None) -> list[str]:
+    rate = cost.flops / cost.seconds
+    return [
+        f"{cost.seconds:.2f}",
+        f"{tokens / cost.seconds:.0f}",
+        f"{rate / 1e12:.2f}",
+        f"{rate / most:.0%}" if most else "–",
+        f"{cost.memory / GB:.1f}",
+        f"{cost.expected / GB:.1f}",
+    ]
 
 
 def _now(device: torch.device) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from learner.batch import micro_batches, place, token_count
@@ -192,7 +193,7 @@ def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
         b = layer.lora_B["default"].weight.detach().float()
         product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
         if name not in norms:
-            weight = layer.get_base_layer().weight.detach()
+            weight = dequantize_module_weight(layer.get_base_layer()).detach()
             norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
         found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
     return float(found)

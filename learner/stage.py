@@ -23,6 +23,7 @@ alone; the learner ends with the last one.
 from __future__ import annotations
 
 import logging
+import math
 import shutil
 import threading
 import time
@@ -409,6 +410,12 @@ class _Learner:
         reason = objection(found, self._config)
         parents = self._parents()
         lags = [policy_lag(parents, self._current, s.policy_version) for s in samples]
+        metrics = {
+            **self._trainer.metrics,
+            "lag/max": max(lags),
+            **found.metrics(),
+            "gate/seconds": prepared_s + time.perf_counter() - started,
+        }
         return PolicyVersion(
             lineage=self.lineage,
             number=max(parents, default=BASE_VERSION) + 1,
@@ -417,12 +424,8 @@ class _Learner:
             sha256=None,
             samples=len(samples),
             state=VersionState.CANDIDATE if reason is None else VersionState.REJECTED,
-            metrics={
-                **self._trainer.metrics,
-                "lag/max": max(lags),
-                **found.metrics(),
-                "gate/seconds": prepared_s + time.perf_counter() - started,
-            },
+            # A value that is not a number is in the reason; JSON has none.
+            metrics={name: value for name, value in metrics.items() if math.isfinite(value)},
             reason=reason,
         )
 

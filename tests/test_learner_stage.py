@@ -1,6 +1,7 @@
 """The stage on a real store and a tiny model: each sample settles once, and the policy moves."""
 
 import json
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,10 +19,12 @@ from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
 from learner.schedule import Schedule
 from learner.selection import is_held_out
+from learner.trainer import PolicyTrainer
 from nextstate.adapters import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import Feedback, PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.version_cards import card
 from tests.test_learner_tiny import (
     BAD,
     CONFIG,
@@ -281,14 +284,26 @@ def test_an_older_versions_samples_may_differ(recorded, model_path):
     assert "drift/mean" not in recorded.store.versions("main")[-1].metrics
 
 
-def test_weights_that_blow_up_never_become_a_version(recorded, model_path):
-    recorded.add_mixed(16)
-    engine = FakeEngine(recorded.store)
-    config = replace(CONFIG, learning_rate=float("inf"))
-    with pytest.raises(LearnerError, match=r"changes the policy by nan .* learning_rate = inf"):
-        train(recorded, model_path, engine, config)
-    assert recorded.states() == {"ready": 16}
-    assert not list((recorded.store.dir / "versions/main").glob("*"))
+def test_a_step_that_blows_up_is_rejected_and_training_goes_on(recorded, model_path, monkeypatch):
+    step, steps = PolicyTrainer.training_step, []
+
+    def first_explodes(self, *given):
+        loss = step(self, *given)
+        if not steps:
+            self._trainable()[0].grad.fill_(math.nan)
+        steps.append(loss)
+        return loss
+
+    monkeypatch.setattr(PolicyTrainer, "training_step", first_explodes)
+    recorded.add_mixed(16 * 2)
+    train(recorded, model_path, engine := FakeEngine(recorded.store))
+    first, second = recorded.store.versions("main")
+    assert engine.published == [2]
+    assert (first.state, second.parent) == (VersionState.REJECTED, 0)
+    assert first.reason.startswith("the adapter's largest change of a layer, is nan")
+    assert recorded.states() == {"dropped": 16, "trained": 16}
+    assert "step/kl" not in first.metrics
+    assert "step/length" in card(first, [])
 
 
 def test_a_failing_engine_is_tried_again(recorded, model_path, monkeypatch):
