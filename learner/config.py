@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -121,7 +120,7 @@ class LearnerConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; auto is float32 on a CPU and bfloat16 on a GPU. LoRA is float32."""
     device: str = "auto"
-    """`cpu`, `cuda`, `cuda:1`, …; auto takes a GPU where there is one."""
+    """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU where there is one."""
     quantization: Literal["none", "4bit"] = "none"
     """Of the frozen base; `4bit` is bitsandbytes' NF4, which vLLM does not serve, on a GPU."""
     memory_gb: float = 0.0
@@ -242,8 +241,8 @@ class LearnerConfig:
             parse_windows(self.window)
         except ValueError as error:
             raise ConfigError(f"[learner] window = {self.window!r}: {error}") from None
-        known_device = re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
-        _require(known_device, "device", self.device, "auto, cpu, cuda or cuda:N")
+        expected = "auto, cpu or cuda, for another GPU with CUDA_VISIBLE_DEVICES=N at the start"
+        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, expected)
 
 
 def _require(holds: bool, key: str, value: object, expected: str) -> None:

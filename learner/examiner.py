@@ -16,7 +16,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from learner.batch import micro_batches, place, token_count
+from learner.batch import fill_passes, micro_batches, place, token_count
 from learner.config import LearnerConfig
 from learner.gate import Canaries, Measured, is_broken, ranking
 from learner.replies import answers
@@ -121,6 +121,7 @@ class Examiner:
         found: Logprobs = {}
         device = self._trainer.args.device
         for sequences in micro_batches(samples, self._config.micro_batch_tokens):
+            self._trainer.before_micro_batch()
             turns = [turn for sequence in sequences for turn in sequence]
             rows = self._trainer.completion_logprobs(place(sequences).to(device)).float().cpu()
             for sample, row in zip(turns, rows, strict=True):
@@ -130,28 +131,35 @@ class Examiner:
     def _replies(self, prompts: Sequence[tuple[int, ...]]) -> Replies:
         """Replies to the prompts, one greedy and one sampled each; always drawn alike.
 
-        None of them where a logit was not finite.
+        Those are missing that a logit which was not finite would have decided.
         """
-        if not prompts:
-            return {}
         model, config = self._model, self._config
-        known: Replies = {s.prompt_ids: (s.completion_ids,) * 2 for s in self._recorded}
-        known |= self._parents_replies
-        drafts = [known[prompt] for prompt in prompts]
+        rows = [2 * (len(prompt) + config.gate_canary_tokens) for prompt in prompts]
+        replies: Replies = {}
         was_training = model.training
         model.eval()  # or checkpointing of gradients would turn the cache off
         try:
-            found = answers(
-                model,
-                prompts,
-                end_ids(self._trainer),
-                most_tokens=config.gate_canary_tokens,
-                seed=config.seed,
-                drafts=[greedy for greedy, _ in drafts] + [sampled for _, sampled in drafts],
-                others=[sample.completion_ids for sample in self._recorded],
-            )
+            for group in fill_passes(prompts, rows, config.micro_batch_tokens):
+                self._trainer.before_micro_batch()
+                with self._trainer.accelerator.autocast():
+                    replies |= self._replies_to(group)
         finally:
             model.train(was_training)
+        return replies
+
+    def _replies_to(self, prompts: Sequence[tuple[int, ...]]) -> Replies:
+        known: Replies = {s.prompt_ids: (s.completion_ids,) * 2 for s in self._recorded}
+        known |= self._parents_replies
+        drafts = [known[prompt] for prompt in prompts]
+        found = answers(
+            self._model,
+            prompts,
+            end_ids(self._trainer),
+            most_tokens=self._config.gate_canary_tokens,
+            seed=self._config.seed,
+            drafts=[greedy for greedy, _ in drafts] + [sampled for _, sampled in drafts],
+            others=[sample.completion_ids for sample in self._recorded],
+        )
         if found is None:
             return {}
         pairs = zip(found[: len(prompts)], found[len(prompts) :], strict=True)

@@ -175,15 +175,24 @@ class Blueprint:
         return live.peak
 
 
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that are free on the device now, or None where that is unknown."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_ram()
+def free_memory(device: torch.device, engine_share: float = 0.0) -> int | None:
+    """Bytes that are free on the device now, or None where that is unknown.
+
+    On a GPU of which vLLM takes `engine_share` of all, now or soon, no more than the rest.
+    """
+    if device.type != "cuda":
+        return free_ram()
+    free, total = torch.cuda.mem_get_info(device)
+    return min(free, int(total * (1 - engine_share)))
 
 
-def require_memory(config: LearnerConfig, model_path: str, lineages: int = 1) -> str:
+def require_memory(
+    config: LearnerConfig, model_path: str, lineages: int = 1, engine_share: float = 0.0
+) -> str:
     """What training so many lineages needs and what there is, in one line.
 
-    Raises StartError if it does not fit, with the numbers and the keys that would make it fit.
+    `engine_share` is `free_memory`'s. Raises StartError if it does not fit, with the numbers and
+    the keys that would make it fit.
     """
     blueprint = Blueprint(config, model_path, lineages)
     device = blueprint.device
@@ -195,7 +204,7 @@ def require_memory(config: LearnerConfig, model_path: str, lineages: int = 1) ->
             f"[learner] lora_rank lower than {config.lora_rank}, or fewer [lineages.NAME]"
         )
     need = blueprint.need(config)
-    free = free_memory(device)
+    free = free_memory(device, engine_share)
     budget = config.memory_gb * GB if config.memory_gb else None
     there = [value for value in (free, budget) if value is not None]
     if not there:
@@ -230,7 +239,7 @@ def _remedies(blueprint: Blueprint, config: LearnerConfig, need: Need, limit: fl
             fitting.append(_settings({**change, "max_tokens": short.tokens}, short))
     text = f"it fits with {' or '.join(fitting)}" if fitting else "no setting makes it fit"
     if on_gpu:
-        text += "; a smaller --gpu-memory-utilization in [engine] args leaves more free"
+        text += '; a smaller "--gpu-memory-utilization" in [engine] args leaves more'
     return text
 
 

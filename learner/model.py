@@ -25,8 +25,6 @@ from nextstate.errors import ConfigError, StartError
 def load_model(config: LearnerConfig, model_path: str) -> PreTrainedModel:
     """The frozen base on its device. Raises StartError or ConfigError, naming the key to fix."""
     device = pick_device(config)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # what transformers' trainer then means by "cuda"
     check_quantization(config, device)
     dtype = pick_dtype(config, device)
     if config.quantization == "4bit":
@@ -76,13 +74,11 @@ def pick_device(config: LearnerConfig) -> torch.device:
     has_gpu = torch.cuda.is_available()
     if config.device == "auto":
         return torch.device("cuda", 0) if has_gpu else torch.device("cpu")
-    device = torch.device(config.device)
-    if device.type == "cuda" and not (has_gpu and (device.index or 0) < torch.cuda.device_count()):
+    if config.device == "cuda" and not has_gpu:
         raise StartError(
-            f"[learner] device = {config.device!r}: this machine has "
-            f"{torch.cuda.device_count() if has_gpu else 0} usable GPUs; set it to auto"
+            '[learner] device = "cuda": this machine has no usable GPU; set it to auto'
         )
-    return device
+    return torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
 
 
 def pick_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:

@@ -34,6 +34,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from tenacity import (
     RetryCallState,
     RetryError,
@@ -136,6 +137,12 @@ def run(
                 return
             except LearnerError as error:
                 turns.drop(error)
+            except torch.OutOfMemoryError as error:
+                reason = str(error).split(". ")[0]
+                raise LearnerError(
+                    f"an update did not fit: {reason}; lower [learner] micro_batch_tokens or "
+                    'max_tokens, or "--gpu-memory-utilization" in [engine] args'
+                ) from error
 
 
 def _schedule(

@@ -125,7 +125,8 @@ class PolicyTrainer(GRPOTrainer):
         self.metrics: dict[str, float] = {}
         """Of the last update."""
         self.before_micro_batch: Callable[[], None] = lambda: None
-        """Waits where the machine is needed for something else."""
+        """Waits where the machine is needed for something else; also asked before the passes that
+        measure a step and those of `learner.examiner`."""
         self._updates: Iterator[Update] = iter(())
         self._epoch = 0
         """Of the update: the steps that it has taken before."""
@@ -150,9 +151,14 @@ class PolicyTrainer(GRPOTrainer):
             peft_config=lora_config(config),
         )
         self.remove_callback(PrinterCallback)
-        # On a 4-bit base TRL makes them bfloat16, whose steps of less than 1/256 of a weight vanish.
+        # On a 4-bit base TRL makes them bfloat16, of which small steps are lost.
         for weight in self._trainable():
             weight.data = weight.data.float()
+        if self.args.bf16:
+            # Autocast rounds to bfloat16 whatever an adapter reads; peft would widen it first.
+            for layer in self.accelerator.unwrap_model(self.model).modules():
+                if isinstance(layer, LoraLayer):
+                    layer.cast_input_dtype_enabled = False
         self._head = head_of(self.accelerator.unwrap_model(self.model))
         averaged = self._trainable() if config.teacher == "average" else []
         self._average = AverageWeights(averaged, config.teacher_decay)
@@ -259,7 +265,13 @@ class PolicyTrainer(GRPOTrainer):
             for weight, old in zip(self._trainable(), before, strict=True):
                 weight.copy_(torch.lerp(old, weight, factor))
             change = self._policy_change()
-        # What no cut brings within the bound is not a number: the gate rejects such a version.
+        # What is not a number no cut can mend: the gate rejects such a version.
+        if math.isfinite(change) and change > limit:
+            raise LearnerError(
+                f"the step changes the policy by {change:g} nats a token even after {_MAX_CUTS} "
+                f"cuts, over the {limit:g} of [learner] step_kl, and is not kept: lower [learner] "
+                f"learning_rate = {self.config.learning_rate:g}"
+            )
         self.metrics |= {"step/kl": change, "step/length": length}
         return length < 1.0
 
@@ -267,6 +279,7 @@ class PolicyTrainer(GRPOTrainer):
         """`policy_change` of the update's tokens since `training_step`."""
         old, new = [], []
         for batch, logprobs in self._trained:
+            self.before_micro_batch()
             mask = batch.completion_mask.bool()
             old.append(logprobs[mask])
             new.append(self.completion_logprobs(batch.sequences)[mask])
@@ -338,6 +351,7 @@ class PolicyTrainer(GRPOTrainer):
         found: list[tuple[float, tuple[int, ...]]] = []
         with self._as_teacher():
             for prompt in prompts:
+                self.before_micro_batch()
                 placed = place([[replace(sample, prompt_ids=prompt)]]).to(self.args.device)
                 teacher = self.completion_logprobs(placed)[0].float().cpu()
                 gap = teacher_gap(teacher, behaviour, self.config.teacher_gap_clip)

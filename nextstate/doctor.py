@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,7 +94,8 @@ def _training(settings: Settings) -> str:
     from learner.memory import require_memory
 
     lineages = len(settings.all_lineages)
-    return require_memory(settings.learner, settings.engine.model_path, lineages)
+    share = vllm.gpu_share(settings.engine, os.environ)
+    return require_memory(settings.learner, settings.engine.model_path, lineages, share)
 
 
 def _port(settings: Settings) -> str:

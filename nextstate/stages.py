@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +27,7 @@ from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
 from nextstate.supervisor import Part, Supervisor
-from nextstate.vllm import VOTE_PRIORITY, by_priority, port_is_free
+from nextstate.vllm import VOTE_PRIORITY, by_priority, gpu_share, port_is_free
 
 if TYPE_CHECKING:
     from proxy.lineages import Lineages
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 10.0
+_LOOK_S = 0.5
 _COLLECT_AFTER = 10_000
 """Objects made before the garbage collector of the proxy looks at the young ones; after a hundred
 such looks at all. With 256 streams the latter holds every one of them up for 30 ms."""
@@ -213,6 +215,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     """
     from learner.adapters import save_zero_adapter
     from learner.memory import require_memory
+    from learner.model import pick_device
     from learner.stage import run
 
     known = settings.all_lineages
@@ -225,7 +228,10 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda _number, _frame: stop.set())
     model_path = settings.engine.model_path
-    log.info("training %s", require_memory(settings.learner, model_path, len(lineages)))
+    share = gpu_share(settings.engine, os.environ)
+    log.info("training %s", require_memory(settings.learner, model_path, len(lineages), share))
+    if share and pick_device(settings.learner).type == "cuda":
+        _wait_for_engine(settings, stop)
     store = Store(settings.store)
     path = zero_adapter(settings)
     if not path.exists():
@@ -256,6 +262,22 @@ async def publish_version(settings: Settings, store: Store, version: PolicyVersi
     """Brings a version into service on the configured engine."""
     async with engine_client(settings) as engine:
         await publish(store, engine, version)
+
+
+def _wait_for_engine(settings: Settings, stop: threading.Event) -> None:
+    """Returns once the managed engine is up, if one runs, or the learner must end.
+
+    vLLM measures what is free on its GPU while it starts: until then nothing else may take of it.
+    """
+    until = time.monotonic() + settings.engine.start_timeout_s
+    while engine_file(settings).exists() and time.monotonic() < until:
+        if asyncio.run(_is_healthy(settings)) or stop.wait(_LOOK_S):
+            return
+
+
+async def _is_healthy(settings: Settings) -> bool:
+    async with engine_client(settings) as engine:
+        return await engine.healthy()
 
 
 async def _live_requests(settings: Settings) -> int:

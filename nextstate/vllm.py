@@ -18,6 +18,8 @@ HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
 """Behind the requests of agents, which have 0."""
 
+_GPU_SHARE = 0.92
+"""vLLM's own default."""
 _MARK = re.compile(r"(?:Error|Exception)(?:\[.*\])?: |^ERROR|error:", re.MULTILINE)
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
 
@@ -53,6 +55,15 @@ def by_priority(config: EngineConfig) -> bool:
     """Whether requests may name a priority: `command` sees to it, unless told otherwise."""
     policy = _option(config, "--scheduling-policy")
     return config.mode == "managed" and policy in (None, "priority")
+
+
+def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
+    """Share of its memory that a managed server takes of the GPU that this process sees first."""
+    visible = "CUDA_VISIBLE_DEVICES"
+    elsewhere = config.env.get(visible, inherited.get(visible)) != inherited.get(visible)
+    if config.mode != "managed" or elsewhere or _on_cpu():
+        return 0.0
+    return float(_option(config, "--gpu-memory-utilization") or _GPU_SHARE)
 
 
 def _option(config: EngineConfig, name: str) -> str | None:

@@ -19,7 +19,8 @@ from learner.adapters import (
     version_path,
 )
 from learner.config import LearnerConfig
-from learner.model import check_quantization, load_model
+from learner.model import check_quantization, load_model, load_tokenizer
+from learner.trainer import PolicyTrainer
 from nextstate.adapters import file_sha256, verify_adapter
 from nextstate.errors import AdapterError, ConfigError, LearnerError, StartError
 from tests.test_learner_tiny import CONFIG, GOOD, PROMPT, load_float64, logprobs, save_tiny_model
@@ -190,6 +191,14 @@ def test_vllm_reads_the_scale_that_was_trained_and_still_refuses_dora(tmp_path):
     scale, refusal = done.stdout.strip().splitlines()[-2:]
     assert float(scale) == config.lora_alpha / config.lora_rank**0.5 == 4.0
     assert "DoRA" in refusal
+
+
+def test_the_adapter_of_a_4_bit_base_is_float32(tmp_path):
+    """TRL makes it bfloat16, of which small steps are lost."""
+    model = load_model(CONFIG, save_tiny_model(tmp_path / "model"))
+    model.is_loaded_in_4bit = True
+    trainer = PolicyTrainer(CONFIG, model, load_tokenizer(str(tmp_path / "model")), tmp_path)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_four_bits_without_a_gpu_or_the_package_are_refused(tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from learner import examiner as examiner_module
 from learner.config import LearnerConfig
 from learner.examiner import Examiner, canary_prompts, divergence, weight_change
 from learner.gate import (
@@ -322,6 +323,27 @@ def test_the_weight_change_is_that_of_the_whole_product(tmp_path):
     for _ in range(2):
         assert weight_change(trainer.model, norms) == pytest.approx(expected, rel=1e-5)
     assert expected > 0
+
+
+def test_canaries_are_answered_in_passes_of_the_learners_size_and_alike(tmp_path, monkeypatch):
+    model_path = save_tiny_model(tmp_path / "model")
+    turns = [sample(prompt=(5, 6, n)) for n in (7, 8, 9)]
+    sizes, found = [], []
+    answers = examiner_module.answers
+
+    def counted(model, prompts, *given, **options):
+        sizes.append(len(prompts))
+        return answers(model, prompts, *given, **options)
+
+    monkeypatch.setattr(examiner_module, "answers", counted)
+    for prompts in (1, 3):
+        tokens = 2 * prompts * (3 + CONFIG.gate_canary_tokens)
+        config = replace(CONFIG, gate_canaries=3, micro_batch_tokens=tokens)
+        examiner = Examiner(config, build_trainer(config, model_path, tmp_path / "work"))
+        examiner.prepare([], turns, 0)
+        found.append(examiner._parents_replies)
+    assert sizes == [1, 1, 1, 3]
+    assert found[0] == found[1]
 
 
 def test_a_parents_replies_are_drafts_and_are_asked_for_once_and_before_the_step(tmp_path):

@@ -335,6 +335,7 @@ def test_the_largest_move_is_reached_where_every_token_falls_alike(kl):
         {"max_wait_s": -1.0},
         {"min_batch": 17},
         {"device": "tpu"},
+        {"device": "cuda:1"},
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(wrong):

@@ -13,9 +13,13 @@ import torch
 from learner import memory
 from learner.machine import free_ram
 from learner.memory import Blueprint, Need, require_memory
+from nextstate import vllm
+from nextstate.config import EngineConfig
 from nextstate.errors import ConfigError, StartError
-from tests.test_learner_tiny import CONFIG, save_tiny_model
+from tests.test_learner_tiny import CONFIG as ANYWHERE
+from tests.test_learner_tiny import save_tiny_model
 
+CONFIG = replace(ANYWHERE, device="cpu")
 KB = 1024
 
 
@@ -113,7 +117,7 @@ def test_on_a_gpu_lineages_wait_in_the_machines_memory(
     model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory, "pick_device", lambda config: torch.device("cuda"))
-    monkeypatch.setattr(memory, "free_memory", lambda device: 10**9)
+    monkeypatch.setattr(memory, "free_memory", lambda device, share: 10**9)
     monkeypatch.setattr(memory, "free_ram", lambda: 100)
     assert Blueprint(CONFIG, model_path, 2).need(CONFIG).parked == 0
     assert require_memory(CONFIG, model_path)
@@ -183,6 +187,30 @@ def test_the_length_that_is_offered_fits(model_path: str, monkeypatch: pytest.Mo
     assert require_memory(replace(config, max_tokens=int(offered[1])), model_path)
 
 
+@pytest.mark.parametrize(("free", "share", "expected"), [(70, 0.6, 32), (20, 0.6, 20), (70, 0, 70)])
+def test_what_vllm_will_take_of_a_gpu_is_not_free(
+    free: int, share: float, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 80))
+    assert memory.free_memory(torch.device("cuda", 0), share) == expected
+
+
+def test_a_managed_vllm_takes_its_share_of_the_gpu_that_the_learner_sees(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(vllm, "_on_cpu", lambda: False)
+    ours = EngineConfig(model="m")
+    half = replace(ours, args=("--gpu-memory-utilization=0.5",))
+    other = replace(ours, env={"CUDA_VISIBLE_DEVICES": "0"})
+    external = EngineConfig(model="m", mode="external", url="http://127.0.0.1:1")
+    assert vllm.gpu_share(ours, {}) == 0.92
+    assert vllm.gpu_share(half, {"CUDA_VISIBLE_DEVICES": "1"}) == 0.5
+    assert vllm.gpu_share(other, {"CUDA_VISIBLE_DEVICES": "1"}) == 0
+    assert vllm.gpu_share(external, {}) == 0
+    monkeypatch.setattr(vllm, "_on_cpu", lambda: True)
+    assert vllm.gpu_share(ours, {}) == 0
+
+
 def test_a_model_that_is_too_large_in_itself_is_told_so(model_path: str) -> None:
     with pytest.raises(StartError, match="no setting makes it fit"):
         require_memory(replace(CONFIG, memory_gb=1e-6), model_path)
@@ -191,10 +219,10 @@ def test_a_model_that_is_too_large_in_itself_is_told_so(model_path: str) -> None
 def test_what_is_free_is_the_limit_unless_a_smaller_budget_is_set(
     model_path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(memory, "free_memory", lambda device: 10)
+    monkeypatch.setattr(memory, "free_memory", lambda device, share: 10)
     with pytest.raises(StartError, match=r"0\.00 GB are free on cpu"):
         require_memory(replace(CONFIG, memory_gb=50.0), model_path)
-    monkeypatch.setattr(memory, "free_memory", lambda device: None)
+    monkeypatch.setattr(memory, "free_memory", lambda device, share: None)
     assert "does not say what is free" in require_memory(CONFIG, model_path)
 
 

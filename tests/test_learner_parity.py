@@ -177,7 +177,7 @@ def trained_once(
 
     def keep(name: str):
         def hook(gradient: torch.Tensor) -> None:
-            gradients[name] = gradients.get(name, 0) + gradient.double()
+            gradients[name] = gradients.get(name, 0) + gradient.double().cpu()
 
         return hook
 
@@ -292,7 +292,7 @@ def test_the_average_teacher_follows_the_policy_slowly(tmp_path: Path) -> None:
             seen.append(trainer.adapter_weights())
             yield Update(samples, version=0)
             gaps.append(trainer.metrics["teacher_gap/mean"])
-            averages.append([value.clone() for value in trainer.training_state()["average"]])
+            averages.append([v.to("cpu", copy=True) for v in trainer.training_state()["average"]])
         seen.append(trainer.adapter_weights())
 
     trainer.train_on(two_steps())

@@ -13,7 +13,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from learner import stage
+from learner import examiner, stage
 from learner.adapters import load_weights
 from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
@@ -442,14 +442,46 @@ def test_another_rank_cannot_go_on_from_old_weights(recorded, model_path):
         train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, lora_rank=2))
 
 
-def test_an_idle_learner_asks_the_engine_before_every_micro_batch(recorded, model_path):
+def test_an_idle_learner_asks_the_engine_before_the_passes_over_every_micro_batch(
+    recorded, model_path, monkeypatch
+):
+    """Those of the step, of measuring it, and of the gate."""
+    events = []
+    score, replies = PolicyTrainer._score, examiner.answers
+
+    def passes(trainer, model, sequences):
+        events.append("pass")
+        return score(trainer, model, sequences)
+
+    def decodes(*given, **options):
+        events.append("pass")
+        return replies(*given, **options)
+
+    def asked() -> int:
+        events.append("ask")
+        return 1 if len(events) in (1, 4, 9) else 0
+
+    monkeypatch.setattr(PolicyTrainer, "_score", passes)
+    monkeypatch.setattr(examiner, "answers", decodes)
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
-    busy = iter([1, 0, 0, 2, 0, 0])
     config = replace(CONFIG, schedule="idle", micro_batch_tokens=28)
-    stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop, lambda: next(busy))
-    assert next(busy, None) is None
+    stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop, asked)
     assert recorded.states() == {"trained": 16}
+    runs = [len(run.split()) for run in " ".join(events).split("ask")]
+    assert runs[0] == 0
+    assert sum(runs) >= 12
+    assert max(runs) <= 2, "the policy and the base read each micro-batch"
+
+
+def test_a_gpu_that_is_full_is_told_with_what_would_help(recorded, model_path, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
+
+    monkeypatch.setattr(PolicyTrainer, "_score", full)
+    recorded.add_mixed(16)
+    with pytest.raises(LearnerError, match=r"CUDA out of memory; lower .*micro_batch_tokens"):
+        train(recorded, model_path, FakeEngine(recorded.store))
 
 
 def test_outside_its_window_the_learner_leases_nothing(recorded, model_path, monkeypatch):

@@ -25,6 +25,7 @@ CONFIG = LearnerConfig(
     epochs=1,
     gradient_checkpointing=False,
     holdout_after=0,
+    dtype="float32",
     threads=1,
     poll_s=0.01,
 )

@@ -40,4 +40,4 @@ def test_a_step_is_measured_where_vllm_cannot_be_imported() -> None:
         [sys.executable, "-c", _WITHOUT_VLLM], capture_output=True, text=True, timeout=120
     )
     assert done.returncode == 0, done.stderr
-    assert "| combined | 64 " in done.stdout
+    assert "| combined | float32 | 64 " in done.stdout
