@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, fields
+from multiprocessing import get_context
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -79,7 +80,11 @@ def _run_all(given: argparse.Namespace) -> dict[str, list[Run]]:
         for seed in range(given.seeds)
     ]
     runs: dict[str, list[Run]] = {}
-    with ProcessPoolExecutor(given.jobs) as pool, Progress(transient=True) as progress:
+    # A forked process could not use a GPU.
+    with (
+        ProcessPoolExecutor(given.jobs, get_context("spawn")) as pool,
+        Progress(transient=True) as progress,
+    ):
         task = progress.add_task("learning", total=len(plans))
         futures = {pool.submit(run, plan): plan for plan in plans}
         for future in as_completed(futures):

@@ -133,7 +133,7 @@ class Engine:
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=()):
             self._drawn += 1
             torch.manual_seed(self._drawn)
             made = self._model.generate(

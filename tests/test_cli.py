@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 
+from nextstate import stages
 from nextstate.cli import main
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
@@ -264,7 +267,7 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
     counted: list[int] = []
     trained: list[str] = []
 
-    def require_memory(_config: object, _model_path: str, count: int) -> str:
+    def require_memory(_config: object, _model_path: str, count: int, _share: float) -> str:
         counted.append(count)
         return "nothing"
 
@@ -277,6 +280,29 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
     monkeypatch.setattr("nextstate.stages.signal.signal", lambda *_: None)
     assert main(["learner", "--config", str(config), *arguments]) == 0
     assert (trained, counted) == (lineages, [len(lineages)])
+
+
+def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Starting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) == 3 else 503)
+            self.end_headers()
+
+    settings = Settings.read(config)
+    monkeypatch.setattr(stages, "_LOOK_S", 0.01)
+    stages._wait_for_engine(settings, threading.Event())  # no engine runs
+    with HTTPServer(("127.0.0.1", 0), Starting) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        stages.engine_file(settings).write_text(json.dumps({"url": url}))
+        stages._wait_for_engine(settings, threading.Event())
+        server.shutdown()
+    assert asked == ["/health"] * 3
 
 
 def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
