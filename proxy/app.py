@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _OPEN_PATHS = frozenset(("/healthz",))
 _DRAIN_S = 10.0
+_WRITER_START_S = 10.0
+"""How long the first request waits for a writer; it takes half a second to start."""
 _BEAT_S = 1.0
 _CHECKPOINT_S = 0.5
 
@@ -75,6 +77,7 @@ class Proxy:
             store.config,
             profile,
             config.record_queue,
+            config.record_queue_mb << 20,
             config.record_timeout_s,
             enabled=record,
         )
@@ -125,6 +128,7 @@ class Proxy:
             ]
             if self._worker is not None:
                 tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
+            await self.recorder.opened(_WRITER_START_S)
             yield
             await self.recorder.drain(_DRAIN_S)
             for task in tasks:
