@@ -9,12 +9,15 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from string import punctuation
 from typing import cast
+from urllib.parse import quote
 
 import aiohttp
 import orjson
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
+from yarl import URL
 
 from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError, RecordError, StoreError
@@ -25,7 +28,7 @@ from nextstate.store import Store
 from nextstate.wire import json_object, objects
 from proxy.config import ProxyConfig
 from proxy.feedback import Said, read_feedback
-from proxy.guard import administers, refusal
+from proxy.guard import administers, leads_out, refusal
 from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
@@ -203,6 +206,8 @@ class Proxy:
         return await self._forward(request, None, shown)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
+        if leads_out(request.path):
+            return _refused(request, 404, "NotFoundError", f"There is no {request.path}.")
         if administers(request.path):
             message = f"{request.path} administers the engine: it is not for agents."
             return _refused(request, 403, "PermissionDeniedError", message)
@@ -239,6 +244,11 @@ class Proxy:
         message = f"The request is larger than [proxy] max_body_mb = {self.config.max_body_mb}."
         return _refused(request, 413, "BadRequestError", message)
 
+    def _target(self, request: web.Request) -> URL:
+        """Where a request goes at the engine: its path as the client wrote it."""
+        path = quote(str(request.rel_url), safe=punctuation, errors="surrogateescape")
+        return URL(f"{self.engine.url}{path}", encoded=True)  # yarl would resolve and decode it
+
     async def _forward(
         self,
         request: web.Request,
@@ -257,7 +267,7 @@ class Proxy:
         try:
             async with self._session.request(
                 request.method,
-                f"{self.engine.url}{request.rel_url}",
+                self._target(request),
                 data=sent,
                 headers=headers,
                 allow_redirects=False,

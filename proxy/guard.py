@@ -11,6 +11,7 @@ from nextstate.records import Json
 _ADMIN = frozenset(
     ("load_lora_adapter", "unload_lora_adapter", "reset_prefix_cache", "sleep", "wake_up")
 )
+_DOTS = frozenset((".", ".."))
 _LONGEST = {"logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128}
 """Entries that vLLM's GPU worker has room for; it checks too late, and ends with its engine."""
 
@@ -27,6 +28,11 @@ class Refusal:
 def administers(path: str) -> bool:
     """Whether a path, decoded, leads to the engine's administration, however it is spelt."""
     return not _ADMIN.isdisjoint(path.split("/"))
+
+
+def leads_out(path: str) -> bool:
+    """Whether a path, decoded, has segments that a server or a client may resolve: `.` or `..`."""
+    return not _DOTS.isdisjoint(path.split("/"))
 
 
 def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | None:

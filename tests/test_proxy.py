@@ -18,6 +18,7 @@ import aiohttp
 import openai
 import orjson
 import pytest
+from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from nextstate.adapters import WEIGHTS_FILE
@@ -527,6 +528,88 @@ def test_other_paths_pass_and_admin_routes_do_not(store: Store, tmp_path: Path) 
             assert answer.status == 403
 
     both(test, store, tmp_path)
+
+
+async def ask_raw(p: Running, target: str, method: str = "POST") -> tuple[int, bytes]:
+    """Asks for a path as it is written here; a client's own library would resolve it."""
+    host, port = p.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
+    writer.write(f"{head}Content-Type: application/json\r\n\r\n{{}}".encode("latin-1"))
+    status = int((await reader.readline()).split(b" ")[1])
+    body = (await reader.read()).partition(b"\r\n\r\n")[2]
+    writer.close()
+    return status, body
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/../collective_rpc",
+        "/v1/%2e%2e/collective_rpc",
+        "/v1/.%2E/collective_rpc",
+        "/v1/x/../../inference/v1/generate",
+        "/v1/%2E%2e%2fcollective_rpc",
+        "/v1/x%2F..%2F..%2Fcollective_rpc?a=1",
+        "/v1/../metrics",
+        "/v1/..",
+        "/v1//../..//collective_rpc",
+        "/v1/./echo",
+        "http://x/v1/../collective_rpc",
+    ],
+)
+@pytest.mark.parametrize("base_path", ["", "/engine"])
+def test_no_path_leads_out_of_v1(store: Store, tmp_path: Path, target: str, base_path: str) -> None:
+    async def test() -> None:
+        async with any_path() as (url, seen), running(url + base_path, store, tmp_path) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            for method in ("POST", "GET"):
+                status, body = await ask_raw(p, target, method)
+                assert (status, json.loads(body)["error"]["code"]) == (404, 404)
+            assert seen == []
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "/v1/models/Qwen%2FQwen3",
+        "/v1/models/Qwen%2fQwen3?x=%2e%2e/..&y=a%20b+c",
+        "/v1/caf%C3%A9/%7Euser/a%2Eb/.hidden/...",
+        "/v1/%252e%252e/x",
+        "/v1/a;b=(c)@d:e!$&'*,|^{}",
+        "/v1//x//",
+        "/v1/%00%ff%zz",
+    ],
+)
+def test_other_paths_reach_the_engine_as_they_were_written(
+    store: Store, tmp_path: Path, target: str
+) -> None:
+    async def test() -> None:
+        async with any_path() as (url, seen), running(f"{url}/engine", store, tmp_path) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            assert (await ask_raw(p, target))[0] == 200
+            assert seen == [f"/engine{target}"]
+
+    asyncio.run(test())
+
+
+@asynccontextmanager
+async def any_path() -> AsyncGenerator[tuple[str, list[str]]]:
+    """(address, targets) of an engine that answers whatever path it is asked for."""
+    seen: list[str] = []
+    own = ("/health", "/v1/completions", "/v1/models")
+
+    async def answer(request: web.Request) -> web.Response:
+        if not request.raw_path.endswith(own):
+            seen.append(request.raw_path)
+        return web.json_response({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    async with TestServer(app) as server:
+        yield str(server.make_url("")).rstrip("/"), seen
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
