@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict
@@ -128,6 +130,8 @@ class Proxy:
             ]
             if self._worker is not None:
                 tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
+            for task in tasks:
+                task.add_done_callback(_end_if_failed)
             yield
             await self.recorder.drain(_DRAIN_S)
             for task in tasks:
@@ -352,6 +356,13 @@ class Proxy:
             counts.update(theirs)
         text = exposition(counts, self.versions, stored)
         return web.Response(text=text, content_type="text/plain", charset="utf-8")
+
+
+def _end_if_failed(task: asyncio.Task[None]) -> None:
+    """Ends the process, as from outside, when what it cannot serve without has failed."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s has failed: the proxy ends", task.get_coro(), exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _every(pause_s: float, work: Callable[[], None]) -> None:

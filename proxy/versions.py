@@ -17,6 +17,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
 from nextstate.errors import AdapterError, EngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
@@ -146,9 +148,11 @@ class Versions:
     async def _watch_engine(self) -> None:
         while True:
             self._failed.clear()
-            healthy = await self.engine.healthy()
-            if healthy and not self.up:
-                healthy = await self._prepare()
+            try:
+                healthy = await self.engine.healthy() and (self.up or await self._prepare())
+            except Exception:
+                healthy = False
+                log.exception("getting the engine ready failed; trying again")
             if healthy:
                 self._up.set()
             else:
@@ -182,12 +186,14 @@ class Versions:
             await self._load(serving)
 
     async def _forget_retired(self) -> None:
-        """Unloads versions that an earlier proxy left behind."""
-        states = {
-            version.adapter_name: version.state
-            for version in await asyncio.to_thread(self._store.versions)
-        }
-        elsewhere = await self._in_use_elsewhere()
+        """Unloads versions that an earlier proxy left behind; without the store they stay."""
+        try:
+            versions = await asyncio.to_thread(self._store.versions)
+            elsewhere = await self._in_use_elsewhere()
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("what an earlier proxy left in the engine stays there: %s", error)
+            return
+        states = {version.adapter_name: version.state for version in versions}
         for model in await self.engine.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
             if over and not self.running[model.id] and model.id not in elsewhere:

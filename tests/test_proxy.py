@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import io
 import json
+import signal
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
@@ -31,6 +32,7 @@ from nextstate.store import Store
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
 from proxy.lineages import Access, Lineages
+from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
 from tests.scripted_engine import (
     MODEL,
@@ -443,6 +445,48 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
         assert "main-v000002" not in engine.adapters
 
     both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("adapter", ["whole", "changed"])
+def test_a_store_that_fails_while_the_engine_comes_back_ends_no_watching(
+    store: Store, tmp_path: Path, adapter: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
+            file.execute("ALTER TABLE versions RENAME TO gone")
+            engine.adapters.clear()
+            if adapter == "changed":
+                (tmp_path / "v1" / WEIGHTS_FILE).write_bytes(b"something else")
+            p.proxy.versions.engine_failed()
+            if adapter == "changed":
+                await until(lambda: "getting the engine ready failed" in caplog.text)
+            else:  # the store is not needed to serve
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            file.execute("ALTER TABLE gone RENAME TO versions")
+        await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+        status, _, headers = await p.chat(request())
+        assert (status, headers["x-nextstate-version"]) == (200, "01"[adapter == "whole"])
+
+    both(test, store, tmp_path)
+
+
+def test_a_proxy_whose_watching_has_failed_ends(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def broken(_: Versions) -> None:
+        raise ValueError("a defect")
+
+    async def test() -> None:
+        ended = asyncio.Event()
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+        async with running("http://127.0.0.1:1", store, tmp_path):
+            await asyncio.wait_for(ended.wait(), 5)
+        assert "a defect" in caplog.text
+
+    monkeypatch.setattr(Versions, "run", broken)
+    asyncio.run(test())
 
 
 def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
