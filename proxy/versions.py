@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -29,6 +30,7 @@ log = logging.getLogger(__name__)
 STORE_POLL_S = 0.05
 HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
+UNLOAD_AGAIN_S = 10.0
 _ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
 
 
@@ -50,6 +52,8 @@ class Versions:
         self._store = store
         self._zero_adapter = zero_adapter
         self._worker = worker
+        self._unload_at = 0.0
+        """On the monotonic clock; later than now after a failure."""
         self._up = asyncio.Event()
         self._failed = asyncio.Event()
 
@@ -111,7 +115,7 @@ class Versions:
                 log.exception("following the serving versions failed; trying again")
 
     async def _unload_drained(self) -> None:
-        if not self.up:
+        if not self.up or time.monotonic() < self._unload_at:
             return
         needed = self._needed()
         idle = [name for name, count in self.running.items() if not count and name not in needed]
@@ -121,9 +125,10 @@ class Versions:
         for name in idle:
             if name in elsewhere or self.running[name]:
                 continue
-            del self.running[name]
-            if self.is_adapter(name):
-                await self._unload(name)
+            if self.is_adapter(name) and not await self._unload(name):
+                self._unload_at = time.monotonic() + UNLOAD_AGAIN_S
+            elif not self.running[name]:  # it may have come back into service meanwhile
+                del self.running[name]
 
     def in_use(self) -> list[str]:
         """The adapters that other workers must leave loaded."""
@@ -139,11 +144,19 @@ class Versions:
     def _name(self, version: PolicyVersion) -> str:
         return version.adapter_name or self.engine.model
 
-    async def _unload(self, name: str) -> None:
+    async def _unload(self, name: str) -> bool:
+        """Whether the engine is without the adapter now."""
         try:
             await self.engine.unload_adapter(name)
         except EngineError as error:
-            log.warning("adapter %s stays loaded: %s", name, error)
+            try:
+                if not await self.engine.has_model(name):  # another worker was first
+                    return True
+            except EngineError:
+                pass  # the first error says more
+            log.warning("adapter %s stays loaded for now: %s", name, error)
+            return False
+        return True
 
     async def _watch_engine(self) -> None:
         while True:

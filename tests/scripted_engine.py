@@ -64,6 +64,7 @@ class ScriptedEngine:
     """Holds those requests until it is set."""
     undone: int = 0
     """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
+    unloads_to_fail: int = 0
     unloaded: list[str] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
@@ -112,6 +113,11 @@ class ScriptedEngine:
     async def _unload(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
         del self.adapters[name]
+        if self.unloads_to_fail:
+            self.unloads_to_fail -= 1
+            return web.Response(status=500)
+        if name not in self.adapters:
+            return web.Response(status=404)
         self.unloaded.append(name)
         return web.Response(text="Success: LoRA adapter removed successfully.")
 

@@ -391,6 +391,35 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
     both(test, store, tmp_path)
 
 
+def test_an_unload_that_failed_is_tried_again(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.versions.UNLOAD_AGAIN_S", 0.1)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.unloads_to_fail = 2
+        for number in (1, 2):
+            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
+            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
+        await until(lambda: engine.unloaded == ["main-v000001"])
+        assert (engine.unloads_to_fail, list(engine.adapters)) == (0, ["main-v000002"])
+        await until(lambda: "main-v000001" not in p.proxy.versions.running)
+
+    both(test, store, tmp_path)
+
+
+def test_an_adapter_that_is_unloaded_already_is_left_in_peace(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        engine.adapters.clear()
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
+        await until(lambda: p.proxy.versions.serving["main"].number == 2)
+        await until(lambda: "main-v000001" not in p.proxy.versions.running)
+
+    both(test, store, tmp_path)
+
+
 def test_a_version_that_is_unloaded_while_it_comes_back_is_loaded_again(
     store: Store, tmp_path: Path
 ) -> None:
