@@ -24,7 +24,7 @@ from yarl import URL
 from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError, RecordError, StoreError
 from nextstate.hooks import AgentProfile, load_plugin
-from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
 from nextstate.store import Store
 from nextstate.wire import json_object, objects
@@ -35,7 +35,7 @@ from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
-from proxy.relay import Relay, api_error, client_headers, upstream_headers
+from proxy.relay import RETRY_AFTER_S, Relay, api_error, client_headers, upstream_headers
 from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.upstream import CONNECT_TIMEOUT_S, IDLE_S, Upstream
@@ -237,7 +237,7 @@ class Proxy:
                 # Quotes inside of a JSON string are escaped: this is always a key and its value.
                 return part.replace(_named(served), _named(named))
 
-            return await self._forward(request, sent, renamed)
+            return await self._forward(request, sent, renamed, version)
 
     def _lineage(self, request: web.Request, body: Json | None) -> str | None:
         """The lineage that a request's model belongs to, or None."""
@@ -258,29 +258,25 @@ class Proxy:
         request: web.Request,
         data: bytes | None,
         changed: Callable[[bytes], bytes] | None = None,
+        version: PolicyVersion | None = None,
     ) -> web.StreamResponse:
         """Passes a request and its reply on as they are, but for what `changed` does to a reply.
 
-        `changed` gets a whole body, or each event of a stream.
+        `changed` gets a whole body, or each event of a stream. `version` is what the request names:
+        if the engine does not know its adapter, it is brought back.
         """
-        headers = upstream_headers(request.headers)
-        if "Content-Type" in request.headers:
-            headers["Content-Type"] = request.headers["Content-Type"]
-        sent = data if data is not None else (request.content if request.can_read_body else None)
         response: web.StreamResponse | None = None
         try:
-            async with self._session.request(
-                request.method,
-                self._target(request),
-                data=sent,
-                headers=headers,
-                allow_redirects=False,
-            ) as upstream:
-                answer_headers = client_headers(upstream.headers)
+            async with await self._answer(request, data) as upstream:
+                headers = client_headers(upstream.headers)
+                response = web.StreamResponse(status=upstream.status, headers=headers)
                 if changed is not None and upstream.content_type != "text/event-stream":
-                    body = changed(await upstream.read())
-                    return web.Response(status=upstream.status, body=body, headers=answer_headers)
-                response = web.StreamResponse(status=upstream.status, headers=answer_headers)
+                    body = await upstream.read()
+                    if upstream.status == 404 and version is not None:
+                        unknown = str(version.adapter_name).encode() in body
+                        if unknown and await self.versions.restored(version):
+                            return await self._forward(request, data, changed)
+                    return web.Response(status=upstream.status, body=changed(body), headers=headers)
                 response.content_length = upstream.content_length
                 await response.prepare(request)
                 splitter = EventSplitter()
@@ -293,16 +289,45 @@ class Proxy:
                 await response.write_eof()
                 return response
         except (aiohttp.ClientError, TimeoutError) as error:
+            if response is not None:
+                return await _cut_off(request, response, error)
             if isinstance(request.content.exception(), web.RequestPayloadError):
                 return _refused(request, 400, "BadRequestError", "The request body cannot be read.")
-            if response is not None:
-                log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
-                if request.transport is not None:
-                    request.transport.abort()
-                return response
             log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
             message = "The inference engine is unreachable."
             return _refused(request, 503, "ServiceUnavailableError", message)
+
+    async def _answer(self, request: web.Request, data: bytes | None) -> aiohttp.ClientResponse:
+        """The engine's answer, once its head has come; waits for an engine that is down.
+
+        What need not be streamed is sent once more if the connection breaks before an answer.
+        """
+        headers = upstream_headers(request.headers)
+        if "Content-Type" in request.headers:
+            headers["Content-Type"] = request.headers["Content-Type"]
+        streamed = request.content if data is None and request.can_read_body else None
+        deadline = asyncio.get_running_loop().time() + self.config.hold_s
+
+        async def ask() -> aiohttp.ClientResponse:
+            if not self.versions.up:
+                async with asyncio.timeout_at(deadline):
+                    await self.versions.wait_up()
+            return await self._session.request(
+                request.method,
+                self._target(request),
+                data=data if streamed is None else streamed,
+                headers=headers,
+                allow_redirects=False,
+            )
+
+        try:
+            return await ask()
+        except aiohttp.ClientConnectionError as error:
+            if streamed is not None:
+                raise
+            log.info("%s %s: the engine is unreachable: %r", request.method, request.path, error)
+            self.versions.engine_failed()
+            return await ask()
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -391,4 +416,21 @@ def _named(model: str) -> bytes:
 
 
 def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:
-    return web.json_response(api_error(request, message, kind, status), status=status)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    error = api_error(request, message, kind, status)
+    return web.json_response(error, status=status, headers=headers)
+
+
+async def _cut_off(
+    request: web.Request, response: web.StreamResponse, error: BaseException
+) -> web.StreamResponse:
+    """Passes a cut on as a cut: the client must not take a broken answer for a whole one.
+
+    Of one that was to be renamed as a whole nothing but the head goes out.
+    """
+    log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
+    if not response.prepared:
+        await response.prepare(request)
+    if request.transport is not None:
+        request.transport.abort()
+    return response

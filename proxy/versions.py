@@ -93,6 +93,21 @@ class Versions:
         """Whether the engine's model `name` is one of our versions."""
         return name == WARM_UP_ADAPTER or _ADAPTER.fullmatch(name) is not None
 
+    async def restored(self, version: PolicyVersion) -> bool:
+        """Brings back an adapter that the engine has lost; False when that fails too."""
+        if version.adapter_name is None:
+            return False
+        try:
+            await ensure_loaded(self.engine, version)
+        except AdapterError as error:
+            log.error("version=%d cannot be restored: %s", version.number, error)
+            self.engine_failed()  # requests wait until another version serves
+            return False
+        except EngineError as error:
+            log.warning("version=%d cannot be restored: %s", version.number, error)
+            return False
+        return True
+
     async def run(self) -> None:
         """Follows the store and the engine until cancelled."""
         async with asyncio.TaskGroup() as tasks:

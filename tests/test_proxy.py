@@ -10,7 +10,7 @@ import signal
 import sqlite3
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -683,6 +683,96 @@ async def any_path() -> AsyncGenerator[tuple[str, list[str]]]:
     app.router.add_route("*", "/{path:.*}", answer)
     async with TestServer(app) as server:
         yield str(server.make_url("")).rstrip("/"), seen
+
+
+PASSED_ON = [("GET", "models"), ("POST", "score"), ("POST", "echo")]
+
+
+@pytest.mark.parametrize(("method", "path"), PASSED_ON)
+def test_while_the_engine_is_down_what_is_passed_on_is_held_too(
+    store: Store, tmp_path: Path, method: str, path: str
+) -> None:
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            engine.healthy = False
+            async with running(engine.url, store, tmp_path) as p:
+                asked = asyncio.create_task(
+                    p.http.request(method, f"{p.url}/v1/{path}", json={"model": MODEL})
+                )
+                done, _ = await asyncio.wait({asked}, timeout=0.2)
+                assert not done
+                engine.healthy = True
+                assert (await asked).status == 200
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize(("method", "path"), PASSED_ON)
+def test_what_is_passed_on_to_an_engine_that_stays_down_is_a_clear_503(
+    store: Store, tmp_path: Path, method: str, path: str
+) -> None:
+    async def test() -> None:
+        async with running("http://127.0.0.1:1", store, tmp_path, hold_s=0.1) as p:
+            answer = await p.http.request(method, f"{p.url}/v1/{path}", json={"model": MODEL})
+            assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
+            assert (await answer.json())["error"]["code"] == 503
+
+    asyncio.run(test())
+
+
+def test_what_is_passed_on_brings_a_lost_adapter_back(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        engine.adapters.clear()
+        answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
+        assert (answer.status, (await answer.json())["model"]) == (200, MODEL)
+        assert [sent["model"] for sent in engine.requests] == ["main-v000001"] * 2
+
+    both(test, store, tmp_path)
+
+
+def test_a_renamed_answer_that_the_engine_cut_reaches_the_client_as_a_cut(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        engine.script = Script(cut_after=9)
+        answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
+        assert (answer.status, answer.content_type) == (200, "application/json")
+        with pytest.raises(aiohttp.ClientPayloadError):
+            await answer.read()
+
+    both(test, store, tmp_path)
+
+
+def test_what_is_passed_on_over_a_connection_that_the_engine_has_closed_is_sent_again(
+    store: Store, tmp_path: Path
+) -> None:
+    taken: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer), suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                if head.startswith(b"POST /v1/score"):
+                    taken.append(head)
+                    if len(taken) == 2:
+                        return  # as if it had been idle for too long at this moment
+                length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
+                await reader.readexactly(int(length or 0))
+                body = compact({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    async def test() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with running(f"http://127.0.0.1:{port}", store, tmp_path) as p:
+                for asked in (1, 3):
+                    answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
+                    assert (answer.status, len(taken)) == (200, asked)
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
