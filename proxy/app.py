@@ -172,7 +172,7 @@ class Proxy:
             return refused
         if body is None or request.content_type != "application/json":
             return await self._forward(request, data)  # the engine says what is wrong with it
-        if not body.get("model") and request.path != MESSAGES:
+        if body.get("model") in (None, "") and request.path != MESSAGES:
             body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
         lineage = self._lineage(request, body)
         if lineage is None:

@@ -170,6 +170,9 @@ class ScriptedEngine:
         self.requests.append(body)
         self.headers.append(dict(request.headers))
         model = body.get("model")
+        if not isinstance(model, str):
+            error = {"message": "Input should be a valid string", "code": 400}
+            return web.json_response({"error": error}, status=400)
         if model != MODEL and model not in self.adapters:
             error = {"message": f"The model `{model}` does not exist.", "code": 404}
             return web.json_response({"error": error}, status=404)

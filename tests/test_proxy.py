@@ -868,3 +868,15 @@ def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_
         assert engine.requests[-1]["logprobs"] is True
 
     both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("model", [0, False, [], {}])
+def test_a_model_that_is_no_text_is_not_mended(store: Store, tmp_path: Path, model: object) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        sent = {**request(), "model": model}
+        assert (await p.chat(sent))[0] == 400
+        assert engine.requests == [sent]
+        for named in ({"model": None}, {"model": ""}):
+            assert (await p.chat({**request(), **named}))[0] == 200
+
+    both(test, store, tmp_path)
