@@ -784,6 +784,9 @@ def test_what_is_passed_on_over_a_connection_that_the_engine_has_closed_is_sent_
         ({"echo": True, "logprobs": True}, 400, "echo"),
         ({"n": 129}, 400, "n = 129"),
         ({"n": 10**9}, 400, "max_choices"),
+        ({"prompt": ["a"] * 129}, 400, "129 prompts"),
+        ({"prompt": [[1, 2]] * 43, "n": 3}, 400, "n = 3 for 43 prompts"),
+        ({"messages": [request()["messages"]] * 65, "n": "2"}, 400, "n = 2 for 65 prompts"),
         ({"model": "main-v000001"}, 404, "main-v000001"),
     ],
 )
@@ -797,6 +800,35 @@ def test_what_could_end_the_engine_never_reaches_it(
         assert (answer.status, error["code"]) == (status, status)
         assert named in error["message"]
         assert len(engine.requests) == seen
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prompt": ["a"] * 64, "n": 2},
+        {"prompt": [1] * 5000, "n": 2},
+        {"prompt": "a", "n": 128},
+    ],
+)
+def test_as_many_choices_as_are_allowed_pass(
+    store: Store, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        answer = await p.http.post(f"{p.url}/v1/completions", json={"model": MODEL, **fields})
+        assert answer.status == 200
+        assert engine.completions[-1]["prompt"] == fields["prompt"]
+
+    both(test, store, tmp_path)
+
+
+def test_a_batch_of_conversations_counts_like_prompts(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for count, status in ((64, 404), (65, 400)):  # the scripted engine has no such route
+            body = request(n=2) | {"messages": [request()["messages"]] * count}
+            answer = await p.http.post(f"{p.url}/v1/chat/completions/batch", json=body)
+            assert answer.status == status
 
     both(test, store, tmp_path)
 
