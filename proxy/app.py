@@ -291,11 +291,23 @@ class Proxy:
         except (aiohttp.ClientError, TimeoutError) as error:
             if response is not None:
                 return await _cut_off(request, response, error)
+            if isinstance(error.__cause__, web.HTTPRequestEntityTooLarge):
+                raise error.__cause__ from None
             if isinstance(request.content.exception(), web.RequestPayloadError):
                 return _refused(request, 400, "BadRequestError", "The request body cannot be read.")
             log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
             message = "The inference engine is unreachable."
             return _refused(request, 503, "ServiceUnavailableError", message)
+
+    async def _body(self, request: web.Request) -> AsyncGenerator[bytes]:
+        """A request's body as it comes, within the limit."""
+        limit = self.config.max_body_mb * 1024 * 1024
+        size = 0
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > limit:
+                raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=size)
+            yield chunk
 
     async def _answer(self, request: web.Request, data: bytes | None) -> aiohttp.ClientResponse:
         """The engine's answer, once its head has come; waits for an engine that is down.
@@ -305,7 +317,7 @@ class Proxy:
         headers = upstream_headers(request.headers)
         if "Content-Type" in request.headers:
             headers["Content-Type"] = request.headers["Content-Type"]
-        streamed = request.content if data is None and request.can_read_body else None
+        streamed = self._body(request) if data is None and request.can_read_body else None
         deadline = asyncio.get_running_loop().time() + self.config.hold_s
 
         async def ask() -> aiohttp.ClientResponse:

@@ -378,9 +378,11 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
         opening.result().close()
 
 
-def upstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The client's headers as the engine gets them: without keys and connection details."""
-    return {name: value for name, value in headers.items() if name.lower() not in _NOT_SENT_ON}
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_ON
+    )
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

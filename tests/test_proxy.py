@@ -21,6 +21,7 @@ import orjson
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from multidict import CIMultiDict
 
 from nextstate.adapters import WEIGHTS_FILE
 from nextstate.engine import EngineClient, publish
@@ -900,6 +901,52 @@ def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_
         assert engine.requests[-1]["logprobs"] is True
 
     both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("told", ["length", "chunks"])
+def test_streamed_bodies_larger_than_the_limit_are_refused_too(
+    store: Store, tmp_path: Path, told: str
+) -> None:
+    async def chunks(size: int) -> AsyncGenerator[bytes]:
+        for _ in range(size >> 16):
+            yield bytes(1 << 16)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for size, status in ((1 << 20, 200), ((1 << 20) + (1 << 16), 413)):
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            data = io.BytesIO(bytes(size)) if told == "length" else chunks(size)
+            answer = await p.http.post(f"{p.url}/v1/echo", data=data, headers=headers)
+            body = await answer.read()
+            assert (answer.status, len(body) == size) == (status, status == 200)
+        assert b"max_body_mb" in body
+
+    both(test, store, tmp_path, max_body_mb=1)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "echo"])
+def test_a_header_that_comes_twice_reaches_the_engine_twice(
+    store: Store, tmp_path: Path, path: str
+) -> None:
+    seen: list[list[str]] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        seen.append(request.headers.getall("x-many", []))
+        return web.json_response({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
+
+    async def test() -> None:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", answer)
+        async with (
+            TestServer(app) as server,
+            running(str(server.make_url("")), store, tmp_path) as p,
+        ):
+            headers = CIMultiDict([("x-many", "a"), ("x-many", "b")])
+            data = orjson.dumps(request())
+            asked = await p.http.post(f"{p.url}/v1/{path}", data=data, headers=headers)
+            assert asked.status == 200
+        assert ["a", "b"] in seen
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("model", [0, False, [], {}])
