@@ -5,32 +5,37 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
+import signal
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import asdict
 from pathlib import Path
+from string import punctuation
 from typing import cast
+from urllib.parse import quote
 
 import aiohttp
 import orjson
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
+from yarl import URL
 
 from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError, RecordError, StoreError
 from nextstate.hooks import AgentProfile, load_plugin
-from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
 from nextstate.store import Store
 from nextstate.wire import json_object, objects
 from proxy.config import ProxyConfig
 from proxy.feedback import Said, read_feedback
-from proxy.guard import administers, refusal
+from proxy.guard import administers, leads_out, refusal
 from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
-from proxy.relay import Relay, api_error, client_headers, upstream_headers
+from proxy.relay import RETRY_AFTER_S, Relay, api_error, client_headers, upstream_headers
 from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.upstream import CONNECT_TIMEOUT_S, IDLE_S, Upstream
@@ -128,6 +133,8 @@ class Proxy:
             ]
             if self._worker is not None:
                 tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
+            for task in tasks:
+                task.add_done_callback(_end_if_failed)
             await self.recorder.opened(_WRITER_START_S)
             yield
             await self.recorder.drain(_DRAIN_S)
@@ -169,7 +176,7 @@ class Proxy:
             return refused
         if body is None or request.content_type != "application/json":
             return await self._forward(request, data)  # the engine says what is wrong with it
-        if not body.get("model") and request.path != MESSAGES:
+        if body.get("model") in (None, "") and request.path != MESSAGES:
             body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
         lineage = self._lineage(request, body)
         if lineage is None:
@@ -207,6 +214,8 @@ class Proxy:
         return await self._forward(request, None, shown)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
+        if leads_out(request.path):
+            return _refused(request, 404, "NotFoundError", f"There is no {request.path}.")
         if administers(request.path):
             message = f"{request.path} administers the engine: it is not for agents."
             return _refused(request, 403, "PermissionDeniedError", message)
@@ -232,7 +241,7 @@ class Proxy:
                 # Quotes inside of a JSON string are escaped: this is always a key and its value.
                 return part.replace(_named(served), _named(named))
 
-            return await self._forward(request, sent, renamed)
+            return await self._forward(request, sent, renamed, version)
 
     def _lineage(self, request: web.Request, body: Json | None) -> str | None:
         """The lineage that a request's model belongs to, or None."""
@@ -243,34 +252,35 @@ class Proxy:
         message = f"The request is larger than [proxy] max_body_mb = {self.config.max_body_mb}."
         return _refused(request, 413, "BadRequestError", message)
 
+    def _target(self, request: web.Request) -> URL:
+        """Where a request goes at the engine: its path as the client wrote it."""
+        path = quote(str(request.rel_url), safe=punctuation, errors="surrogateescape")
+        return URL(f"{self.engine.url}{path}", encoded=True)  # yarl would resolve and decode it
+
     async def _forward(
         self,
         request: web.Request,
         data: bytes | None,
         changed: Callable[[bytes], bytes] | None = None,
+        version: PolicyVersion | None = None,
     ) -> web.StreamResponse:
         """Passes a request and its reply on as they are, but for what `changed` does to a reply.
 
-        `changed` gets a whole body, or each event of a stream.
+        `changed` gets a whole body, or each event of a stream. `version` is what the request names:
+        if the engine does not know its adapter, it is brought back.
         """
-        headers = upstream_headers(request.headers)
-        if "Content-Type" in request.headers:
-            headers["Content-Type"] = request.headers["Content-Type"]
-        sent = data if data is not None else (request.content if request.can_read_body else None)
         response: web.StreamResponse | None = None
         try:
-            async with self._session.request(
-                request.method,
-                f"{self.engine.url}{request.rel_url}",
-                data=sent,
-                headers=headers,
-                allow_redirects=False,
-            ) as upstream:
-                answer_headers = client_headers(upstream.headers)
+            async with await self._answer(request, data) as upstream:
+                headers = client_headers(upstream.headers)
+                response = web.StreamResponse(status=upstream.status, headers=headers)
                 if changed is not None and upstream.content_type != "text/event-stream":
-                    body = changed(await upstream.read())
-                    return web.Response(status=upstream.status, body=body, headers=answer_headers)
-                response = web.StreamResponse(status=upstream.status, headers=answer_headers)
+                    body = await upstream.read()
+                    if upstream.status == 404 and version is not None:
+                        unknown = str(version.adapter_name).encode() in body
+                        if unknown and await self.versions.restored(version):
+                            return await self._forward(request, data, changed)
+                    return web.Response(status=upstream.status, body=changed(body), headers=headers)
                 response.content_length = upstream.content_length
                 await response.prepare(request)
                 splitter = EventSplitter()
@@ -283,16 +293,57 @@ class Proxy:
                 await response.write_eof()
                 return response
         except (aiohttp.ClientError, TimeoutError) as error:
+            if response is not None:
+                return await _cut_off(request, response, error)
+            if isinstance(error.__cause__, web.HTTPRequestEntityTooLarge):
+                raise error.__cause__ from None
             if isinstance(request.content.exception(), web.RequestPayloadError):
                 return _refused(request, 400, "BadRequestError", "The request body cannot be read.")
-            if response is not None:
-                log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
-                if request.transport is not None:
-                    request.transport.abort()
-                return response
             log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
             message = "The inference engine is unreachable."
             return _refused(request, 503, "ServiceUnavailableError", message)
+
+    async def _body(self, request: web.Request) -> AsyncGenerator[bytes]:
+        """A request's body as it comes, within the limit."""
+        limit = self.config.max_body_mb * 1024 * 1024
+        size = 0
+        async for chunk in request.content.iter_any():
+            size += len(chunk)
+            if size > limit:
+                raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=size)
+            yield chunk
+
+    async def _answer(self, request: web.Request, data: bytes | None) -> aiohttp.ClientResponse:
+        """The engine's answer, once its head has come; waits for an engine that is down.
+
+        What need not be streamed is sent once more if the connection breaks before an answer.
+        """
+        headers = upstream_headers(request.headers)
+        if "Content-Type" in request.headers:
+            headers["Content-Type"] = request.headers["Content-Type"]
+        streamed = self._body(request) if data is None and request.can_read_body else None
+        deadline = asyncio.get_running_loop().time() + self.config.hold_s
+
+        async def ask() -> aiohttp.ClientResponse:
+            if not self.versions.up:
+                async with asyncio.timeout_at(deadline):
+                    await self.versions.wait_up()
+            return await self._session.request(
+                request.method,
+                self._target(request),
+                data=data if streamed is None else streamed,
+                headers=headers,
+                allow_redirects=False,
+            )
+
+        try:
+            return await ask()
+        except aiohttp.ClientConnectionError as error:
+            if streamed is not None:
+                raise
+            log.info("%s %s: the engine is unreachable: %r", request.method, request.path, error)
+            self.versions.engine_failed()
+            return await ask()
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -348,6 +399,13 @@ class Proxy:
         return web.Response(text=text, content_type="text/plain", charset="utf-8")
 
 
+def _end_if_failed(task: asyncio.Task[None]) -> None:
+    """Ends the process, as from outside, when what it cannot serve without has failed."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        log.critical("%s has failed: the proxy ends", task.get_coro(), exc_info=error)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 async def _every(pause_s: float, work: Callable[[], None]) -> None:
     """Does the store's housekeeping now and again; a failure is logged and tried again."""
     while True:
@@ -374,4 +432,21 @@ def _named(model: str) -> bytes:
 
 
 def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:
-    return web.json_response(api_error(request, message, kind, status), status=status)
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    error = api_error(request, message, kind, status)
+    return web.json_response(error, status=status, headers=headers)
+
+
+async def _cut_off(
+    request: web.Request, response: web.StreamResponse, error: BaseException
+) -> web.StreamResponse:
+    """Passes a cut on as a cut: the client must not take a broken answer for a whole one.
+
+    Of one that was to be renamed as a whole nothing but the head goes out.
+    """
+    log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
+    if not response.prepared:
+        await response.prepare(request)
+    if request.transport is not None:
+        request.transport.abort()
+    return response

@@ -18,7 +18,7 @@ class ProxyConfig:
     """Environment variable with the key that clients must send; needed beyond loopback."""
     max_body_mb: int = 64
     max_choices: int = 128
-    """Largest `n` of one request."""
+    """Most choices of one request: `n` for each of its prompts."""
     hold_s: float = 120.0
     """How long requests wait for an engine that is down or restarting."""
     keep_alive_s: float = 5.0

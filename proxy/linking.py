@@ -21,6 +21,7 @@ from nextstate.wire import obj, objects
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _SESSION_FIELDS = ("prompt_cache_key", "session_id")
+_LONGEST_NAME = 200
 _SOURCES = {"user": Source.USER, "tool": Source.TOOL, "function": Source.TOOL}
 
 
@@ -41,8 +42,11 @@ def session_names(name: str, profile: AgentProfile) -> list[str]:
 
 
 def _kept_name(name: str) -> str:
-    # A header may hold any bytes; the store holds text.
-    return name[:200].encode(errors="replace").decode()
+    # A header may hold any bytes; the store holds text, of a bounded length.
+    if len(name) > _LONGEST_NAME:
+        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+        name = f"{name[: _LONGEST_NAME - len(digest) - 1]}-{digest}"
+    return name.encode(errors="replace").decode()
 
 
 def canonical_reply(message: Json) -> bytes:

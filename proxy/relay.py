@@ -12,8 +12,6 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from nextstate.engine import ensure_loaded
-from nextstate.errors import AdapterError, EngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
@@ -43,7 +41,7 @@ OURS = frozenset(
 _NOT_SENT_ON = HOP_BY_HOP | OURS
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
-_RETRY_AFTER_S = 10
+RETRY_AFTER_S = 10
 _ATTEMPTS = 5
 """So often one request may find the engine's connection broken: it may be what breaks it."""
 _DONE = b"data: [DONE]\n\n"
@@ -267,7 +265,7 @@ class _Call:
     async def _answer(self) -> Answer:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
         upstream = await self._post()
-        if upstream.status == 404 and await self._restored():
+        if upstream.status == 404 and await self.relay.versions.restored(self.version):
             upstream.close()
             upstream = await self._post()
         if upstream.status != 200 and self.serving.path != self.request.path:
@@ -324,21 +322,6 @@ class _Call:
         headers = upstream_headers(self.request.headers)
         return await self.relay.upstream.post(target, headers, self._sent)
 
-    async def _restored(self) -> bool:
-        """Brings back an adapter that the engine has lost; False when that fails too."""
-        if self.version.adapter_name is None:
-            return False
-        try:
-            await ensure_loaded(self.relay.versions.engine, self.version)
-        except AdapterError as error:
-            log.error("turn=%s the serving adapter cannot be restored: %s", self.turn_id, error)
-            self.relay.versions.engine_failed()  # requests wait until another version serves
-            return False
-        except EngineError as error:
-            log.warning("turn=%s the serving adapter cannot be restored: %s", self.turn_id, error)
-            return False
-        return True
-
     def _exchange(self, cut: str | None) -> Exchange:
         serving = self.serving
         return Exchange(
@@ -368,7 +351,7 @@ class _Call:
 
     def _unavailable(self) -> web.Response:
         return web.json_response(
-            self._unavailable_body(), status=503, headers={"Retry-After": str(_RETRY_AFTER_S)}
+            self._unavailable_body(), status=503, headers={"Retry-After": str(RETRY_AFTER_S)}
         )
 
     def _unavailable_body(self) -> Json:
@@ -395,9 +378,11 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
         opening.result().close()
 
 
-def upstream_headers(headers: Mapping[str, str]) -> dict[str, str]:
+def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """The client's headers as the engine gets them: without keys and connection details."""
-    return {name: value for name, value in headers.items() if name.lower() not in _NOT_SENT_ON}
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_ON
+    )
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

@@ -76,11 +76,12 @@ class Upstream:
         Raises OSError for a server that cannot be reached or goes before it answers, NotHttp for
         one that answers something else, ValueError for a line break in `target` or a header.
         """
-        fields = {**self._headers, **headers, "Content-Length": str(len(body))}
-        lines = [f"{name}: {value}\r\n" for name, value in fields.items()]
+        ours = [(name, value) for name, value in self._headers.items() if name not in headers]
+        fields = [*ours, *headers.items(), ("Content-Length", len(body))]
+        lines = [f"{name}: {value}\r\n" for name, value in fields]
         head = f"POST {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
         if not head.count("\r") == head.count("\n") == len(lines) + 2:
-            raise ValueError(f"a line break in {target!r} or one of the headers {list(fields)}")
+            raise ValueError(f"a line break in {target!r} or one of the headers {[*headers]}")
         connection = self._unused() or await self._connected()
         try:
             return await connection.ask(head.encode("utf-8", "surrogateescape") + body)

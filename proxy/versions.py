@@ -11,11 +11,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
+
+from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
 from nextstate.errors import AdapterError, EngineError
@@ -27,6 +30,7 @@ log = logging.getLogger(__name__)
 STORE_POLL_S = 0.05
 HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
+UNLOAD_AGAIN_S = 10.0
 _ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
 
 
@@ -48,6 +52,8 @@ class Versions:
         self._store = store
         self._zero_adapter = zero_adapter
         self._worker = worker
+        self._unload_at = 0.0
+        """On the monotonic clock; later than now after a failure."""
         self._up = asyncio.Event()
         self._failed = asyncio.Event()
 
@@ -87,6 +93,21 @@ class Versions:
         """Whether the engine's model `name` is one of our versions."""
         return name == WARM_UP_ADAPTER or _ADAPTER.fullmatch(name) is not None
 
+    async def restored(self, version: PolicyVersion) -> bool:
+        """Brings back an adapter that the engine has lost; False when that fails too."""
+        if version.adapter_name is None:
+            return False
+        try:
+            await ensure_loaded(self.engine, version)
+        except AdapterError as error:
+            log.error("version=%d cannot be restored: %s", version.number, error)
+            self.engine_failed()  # requests wait until another version serves
+            return False
+        except EngineError as error:
+            log.warning("version=%d cannot be restored: %s", version.number, error)
+            return False
+        return True
+
     async def run(self) -> None:
         """Follows the store and the engine until cancelled."""
         async with asyncio.TaskGroup() as tasks:
@@ -109,7 +130,7 @@ class Versions:
                 log.exception("following the serving versions failed; trying again")
 
     async def _unload_drained(self) -> None:
-        if not self.up:
+        if not self.up or time.monotonic() < self._unload_at:
             return
         needed = self._needed()
         idle = [name for name, count in self.running.items() if not count and name not in needed]
@@ -119,9 +140,10 @@ class Versions:
         for name in idle:
             if name in elsewhere or self.running[name]:
                 continue
-            del self.running[name]
-            if self.is_adapter(name):
-                await self._unload(name)
+            if self.is_adapter(name) and not await self._unload(name):
+                self._unload_at = time.monotonic() + UNLOAD_AGAIN_S
+            elif not self.running[name]:  # it may have come back into service meanwhile
+                del self.running[name]
 
     def in_use(self) -> list[str]:
         """The adapters that other workers must leave loaded."""
@@ -137,18 +159,28 @@ class Versions:
     def _name(self, version: PolicyVersion) -> str:
         return version.adapter_name or self.engine.model
 
-    async def _unload(self, name: str) -> None:
+    async def _unload(self, name: str) -> bool:
+        """Whether the engine is without the adapter now."""
         try:
             await self.engine.unload_adapter(name)
         except EngineError as error:
-            log.warning("adapter %s stays loaded: %s", name, error)
+            try:
+                if not await self.engine.has_model(name):  # another worker was first
+                    return True
+            except EngineError:
+                pass  # the first error says more
+            log.warning("adapter %s stays loaded for now: %s", name, error)
+            return False
+        return True
 
     async def _watch_engine(self) -> None:
         while True:
             self._failed.clear()
-            healthy = await self.engine.healthy()
-            if healthy and not self.up:
-                healthy = await self._prepare()
+            try:
+                healthy = await self.engine.healthy() and (self.up or await self._prepare())
+            except Exception:
+                healthy = False
+                log.exception("getting the engine ready failed; trying again")
             if healthy:
                 self._up.set()
             else:
@@ -182,12 +214,14 @@ class Versions:
             await self._load(serving)
 
     async def _forget_retired(self) -> None:
-        """Unloads versions that an earlier proxy left behind."""
-        states = {
-            version.adapter_name: version.state
-            for version in await asyncio.to_thread(self._store.versions)
-        }
-        elsewhere = await self._in_use_elsewhere()
+        """Unloads versions that an earlier proxy left behind; without the store they stay."""
+        try:
+            versions = await asyncio.to_thread(self._store.versions)
+            elsewhere = await self._in_use_elsewhere()
+        except (SQLAlchemyError, OSError) as error:
+            log.warning("what an earlier proxy left in the engine stays there: %s", error)
+            return
+        states = {version.adapter_name: version.state for version in versions}
         for model in await self.engine.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
             if over and not self.running[model.id] and model.id not in elsewhere:

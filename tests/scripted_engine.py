@@ -64,6 +64,7 @@ class ScriptedEngine:
     """Holds those requests until it is set."""
     undone: int = 0
     """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
+    unloads_to_fail: int = 0
     unloaded: list[str] = field(default_factory=list)
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
@@ -83,6 +84,7 @@ class ScriptedEngine:
         app.router.add_post("/v1/load_lora_adapter", self._load)
         app.router.add_post("/v1/unload_lora_adapter", self._unload)
         app.router.add_post("/v1/echo", self._echo)
+        app.router.add_post("/v1/score", self._score)
         app.router.add_post("/tokenize", self._tokenize)
         return app
 
@@ -111,6 +113,11 @@ class ScriptedEngine:
 
     async def _unload(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
+        if self.unloads_to_fail:
+            self.unloads_to_fail -= 1
+            return web.Response(status=500)
+        if name not in self.adapters:
+            return web.Response(status=404)
         del self.adapters[name]
         self.unloaded.append(name)
         return web.Response(text="Success: LoRA adapter removed successfully.")
@@ -135,6 +142,25 @@ class ScriptedEngine:
     async def _echo(self, request: web.Request) -> web.Response:
         return web.Response(body=await request.read(), headers={"x-engine": "yes"})
 
+    async def _score(self, request: web.Request) -> web.StreamResponse:
+        """Stands for every route that names a model and that the proxy passes on."""
+        body = await request.json()
+        self.requests.append(body)
+        model = body["model"]
+        if model != MODEL and model not in self.adapters:
+            error = {"message": f"The model `{model}` does not exist.", "code": 404}
+            return web.json_response({"error": error}, status=404)
+        data = compact({"model": model, "data": [{"score": 0.5}]})
+        if self.script.cut_after is None:
+            return web.Response(body=data, content_type="application/json")
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response.content_length = len(data)
+        await response.prepare(request)
+        await response.write(data[: self.script.cut_after])
+        assert request.transport is not None
+        request.transport.close()
+        return response
+
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()
         try:
@@ -144,6 +170,9 @@ class ScriptedEngine:
         self.requests.append(body)
         self.headers.append(dict(request.headers))
         model = body.get("model")
+        if not isinstance(model, str):
+            error = {"message": "Input should be a valid string", "code": 400}
+            return web.json_response({"error": error}, status=400)
         if model != MODEL and model not in self.adapters:
             error = {"message": f"The model `{model}` does not exist.", "code": 404}
             return web.json_response({"error": error}, status=404)
@@ -366,7 +395,7 @@ async def scripted_engine() -> AsyncGenerator[ScriptedEngine]:
     """A running scripted engine on a free port."""
     engine = ScriptedEngine()
     engine.server = TestServer(engine.app(), handler_cancellation=True)
-    await engine.server.start_server()
+    await engine.server.start_server(max_field_size=1 << 16, max_line_size=1 << 16)
     try:
         yield engine
     finally:

@@ -332,7 +332,10 @@ class NastyEngine:
 
 def harm_in(first: bytes, body: bytes) -> str | None:
     """Why the engine should never have got this request, in the eyes of a lenient server."""
-    path = unquote_to_bytes(first.split(b" ")[1].partition(b"?")[0]).strip(b"/")
+    path = unquote_to_bytes(first.split(b" ")[1].partition(b"?")[0])
+    if not path.startswith(b"/v1/") or not {b".", b".."}.isdisjoint(path.split(b"/")):
+        return f"{first!r} leads out of /v1/"
+    path = path.strip(b"/")
     if path in (b"v1/sleep", b"v1/load_lora_adapter"):
         return f"{first!r} administers the engine"
     if not path.endswith(b"chat/completions") or not first.startswith(b"POST"):

@@ -122,3 +122,11 @@ def test_a_retry_stands_where_the_first_attempt_stood() -> None:
     assert after == place_of("main", "s", "main", "turn_1", ["Continue the current task"])
     assert after != place_of("main", "s", "side", "turn_1", [])
     assert place_of("main", None, "main", None, []) is None, "pictures alone are not one another"
+
+
+def test_long_session_ids_that_begin_alike_stay_apart() -> None:
+    ids = ["s" * 300, "s" * 301, "s" * 299 + "t", "s" * 200, "\udcff" * 300]
+    kept = [explicit_session({"x-session-id": name}, {}) for name in ids]
+    assert len(set(kept)) == len(ids)
+    assert all(name is not None and len(name.encode()) <= 200 for name in kept)
+    assert kept[3] == ids[3]

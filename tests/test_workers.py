@@ -263,6 +263,28 @@ def test_sigterm_ends_every_worker_after_its_replies(store: Store, tmp_path: Pat
     both_workers(tmp_path, test)
 
 
+def test_headers_as_long_as_the_engine_takes_them_pass(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            port = free_port()
+            proxy = Workers(write_config(tmp_path, engine.url, port, workers=1), port)
+            try:
+                await within(lambda: not port_is_free("127.0.0.1", port))
+                async with aiohttp.ClientSession(proxy.url, headers=JSON) as http:
+                    long = {"x-long": "a" * 60_000}
+                    body = orjson.dumps(request())
+                    async with http.post(f"/v1/echo?{'a' * 60_000}", data=b"{}") as answer:
+                        assert answer.status != 400
+                    async with http.post("/v1/chat/completions", data=body, headers=long) as answer:
+                        assert answer.status == 200
+                    assert engine.headers[-1]["x-long"] == long["x-long"]
+            finally:
+                proxy.process.terminate()
+                await asyncio.to_thread(proxy.process.wait, 20)
+
+    asyncio.run(test())
+
+
 def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, proxy: Workers) -> None:
         children = list(map(psutil.Process, proxy.listening()))
