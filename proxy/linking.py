@@ -142,14 +142,14 @@ def link_of(messages: Sequence[Json], hashes: Sequence[bytes], before: Said) -> 
         return None
     chain_key, reply_key = keys
     last = _last_reply(messages)
-    size = len(canonical_reply(messages[last]))
+    reply = canonical_reply(messages[last])
     return Link(
         chain_key,
-        reply_key if size > len(_NO_REPLY) else None,
+        reply_key if reply != canonical_reply({}) else None,
         tuple(hashes[:last]),
         said_key=before.key(chain_key),
         told=before.told,
-        telling=size >= _TELLING,
+        telling=len(reply) >= _TELLING,
     )
 
 
@@ -206,6 +206,3 @@ def _canonical_arguments(arguments: object) -> str:
     except orjson.JSONDecodeError:
         return arguments.strip()
     return orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS).decode()
-
-
-_NO_REPLY = canonical_reply({})
