@@ -20,12 +20,12 @@ import orjson
 from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
-from nextstate.recording import scoped
+from nextstate.recording import scoped, scoped_said
 from nextstate.records import Json
 from nextstate.rows import HASH_BYTES, compress, content_hash, hashes
 from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking import reply_keys
+from proxy.linking import message_hashes, reply_keys, said
 
 FILE = "nextstate.sqlite3"
 TURNS = 4
@@ -203,10 +203,16 @@ def _names(conversation: Conversation) -> list[object]:
     """What tells the rows of one conversation from those of another, in one order for all."""
     names: list[object] = [content_hash(orjson.dumps(m)) for m in _stored(conversation)]
     for index in range(TURNS):
-        keys = reply_keys(conversation.messages(index), conversation.reply(index))
+        messages = conversation.messages(index)
+        keys = reply_keys(messages, conversation.reply(index))
         assert keys is not None
+        read = [PROFILE.next_state_text(message) for message in messages]
+        _, in_all = said(messages, message_hashes(messages), read)
+        said_key = in_all.key(keys[0])
+        assert said_key is not None
         names.append(conversation.turn_id(index))
         names += [scoped(key, "main", conversation.name) for key in keys]
+        names.append(scoped_said(said_key, "main", conversation.name))
     return [*names, conversation.name]
 
 

@@ -31,11 +31,10 @@ from rich.progress import Progress
 
 from benchmarks.conversations import FILE, PROFILE, TURNS, Conversation, Filler
 from nextstate.config import StoreConfig
-from nextstate.recording import Link
 from nextstate.records import Turn, new_id
 from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking import message_hashes, reply_keys
+from proxy.linking import link_of, message_hashes, said
 
 KINDS = {
     "continues": "a turn of ten messages that continues a stored one",
@@ -188,9 +187,10 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     messages = stored.messages(TURNS)
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
-        history = reply_keys(messages, None)
-        assert history is not None
-        link = Link(*history, message_hashes(messages))
+        hashes = message_hashes(messages)
+        before, _ = said(messages, hashes, [PROFILE.next_state_text(m) for m in messages])
+        link = link_of(messages, hashes, before)
+        assert link is not None
         parent = recording.parent("main", link, stored.name)
         cost = _cost(reads, started)
     assert parent is not None

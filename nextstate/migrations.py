@@ -22,8 +22,7 @@ def _name_clients_sessions(connection: sa.Connection) -> None:
     for column in (t.turns.c.client_session, t.turns.c.place, t.turns.c.replaced_by):
         _add_column(connection, column)
     connection.execute(sa.text("UPDATE turns SET client_session = session"))
-    for index in t.turns.indexes:
-        index.create(connection, checkfirst=True)
+    _create_indexes(connection)
 
 
 def _store_by_content(connection: sa.Connection) -> None:
@@ -33,13 +32,13 @@ def _store_by_content(connection: sa.Connection) -> None:
     """
     for name in ("turns_by_client_session", "turns_by_place"):
         connection.execute(sa.text(f"DROP INDEX {name}"))
-    for index in t.turns.indexes:
-        index.create(connection, checkfirst=True)
+    _create_indexes(connection)
     t.workers.create(connection, checkfirst=True)
     _add_column(connection, t.messages.c.base)
     c = t.turns.c
+    read = [column for column in c if column.name != "said_key"]  # which comes with version 5
     for seq in connection.execute(sa.select(c.seq)).scalars().all():
-        row = connection.execute(sa.select(t.turns).where(c.seq == seq)).one()
+        row = connection.execute(sa.select(*read).where(c.seq == seq)).one()
         logprobs = row.behaviour_logprobs
         values = {
             "rest": keep_body(connection, decompress(row.rest)),
@@ -77,6 +76,20 @@ def _keep_feedback(connection: sa.Connection) -> None:
     t.other_hints.create(connection, checkfirst=True)
 
 
+def _keep_what_was_said(connection: sa.Connection) -> None:
+    """Version 5: a key that tells turns with the same replies apart; earlier turns have none."""
+    _add_column(connection, t.turns.c.said_key)
+    _create_indexes(connection)
+
+
+def _create_indexes(connection: sa.Connection) -> None:
+    """Those of the turns that are not there yet, as far as their columns are."""
+    there = {column["name"] for column in sa.inspect(connection).get_columns("turns")}
+    for index in t.turns.indexes:
+        if there.issuperset(column.name for column in index.columns):
+            index.create(connection, checkfirst=True)
+
+
 def _add_column(connection: sa.Connection, column: sa.Column[Any]) -> None:
     definition = CreateColumn(column).compile(dialect=connection.dialect)
     connection.execute(sa.text(f"ALTER TABLE {column.table.name} ADD COLUMN {definition}"))
@@ -86,6 +99,7 @@ MIGRATIONS: Mapping[int, Step] = {
     2: _name_clients_sessions,
     3: _store_by_content,
     4: _keep_feedback,
+    5: _keep_what_was_said,
 }
 """Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
 so each later step must leave an old database with the tables as they are; a test compares the two.

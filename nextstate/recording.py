@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -28,6 +28,7 @@ from nextstate.rows import (
 from nextstate.wire import objects
 
 _MOST_CANDIDATES = 16
+_LAST = b"\xff" * 8
 _MOST_HASHES = 4096
 _MOST_BASES, _MOST_BASE_BYTES = 32, 8 << 20
 _LONG_BODY, _BEGINNING = 4096, 256
@@ -35,14 +36,21 @@ _LONG_BODY, _BEGINNING = 4096, 256
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How a request is recognised as the continuation of a turn; all keys are 16-byte digests."""
+    """How a request is recognised as the continuation of a turn; keys and hashes are digests."""
 
     chain_key: bytes
     """Of all assistant messages in the request's history."""
-    reply_key: bytes
-    """Of the last assistant message alone."""
+    reply_key: bytes | None
+    """Of the last assistant message alone; None if it is empty, as many are."""
     message_hashes: tuple[bytes, ...]
-    """Of every message in the request, to choose among turns with identical replies."""
+    """Of every message before that one, to choose among turns with identical replies."""
+    said_key: bytes | None = None
+    """Of the chain and what was said before its last reply: 16 bytes of the words, 8 of the
+    messages to the letter. None if nothing was said."""
+    told: tuple[bytes, ...] = ()
+    """Of what was said, message by message: what a request must have in common with a turn."""
+    telling: bool = False
+    """True if the last reply is so long that nobody else gets the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +73,16 @@ _OF_CLIENT = sa.select(_C.session, _C.idx).where(_C.client_session == sa.bindpar
 _IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
 
 
-def _candidates(key: sa.Column[bytes]) -> sa.Select[*tuple[Any, ...]]:
+def _candidates(*where: sa.ColumnElement[bool]) -> sa.Select[*tuple[Any, ...]]:
+    query = sa.select(
+        *_PARENT_COLUMNS, _C.messages, _C.prompt_ids, _C.reply, _C.rest, _C.said_key, _C.seq
+    )
+    return query.where(*where, _C.replaced_by.is_(None)).limit(_MOST_CANDIDATES)
+
+
+def _newest(key: sa.Column[Any]) -> sa.Select[*tuple[Any, ...]]:
     """The newest turns with a link key."""
-    query = sa.select(*_PARENT_COLUMNS, _C.messages, _C.prompt_ids, _C.reply, _C.rest)
-    query = query.where(key == sa.bindparam("key"), _C.replaced_by.is_(None))
-    return query.order_by(_C.seq.desc()).limit(_MOST_CANDIDATES)
+    return _candidates(key == sa.bindparam("key")).order_by(_C.seq.desc())
 
 
 class _Statements:
@@ -83,8 +96,12 @@ class _Statements:
         def prepared(statement: sa.ClauseElement) -> Prepared:
             return Prepared(statement, dialect)
 
-        self.by_chain = prepared(_candidates(_C.chain_key))
-        self.by_reply = prepared(_candidates(_C.reply_key))
+        self.by_said = prepared(_newest(_C.said_key))
+        # Any of them, not the newest: the index has them by what comes after the words.
+        words = _C.said_key.between(sa.bindparam("key"), sa.bindparam("last"))
+        self.by_words = prepared(_candidates(words))
+        self.by_chain = prepared(_newest(_C.chain_key))
+        self.by_reply = prepared(_newest(_C.reply_key))
         self.above = prepared(sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE))
         theirs = _OF_CLIENT.where(_IN_LINEAGE)
         self.newest_of_client = prepared(theirs.order_by(_C.seq.desc()).limit(1))
@@ -150,6 +167,11 @@ def scoped(key: bytes, lineage: str, client_session: str | None) -> bytes:
     return hashlib.blake2b(scope + key, digest_size=HASH_BYTES).digest()
 
 
+def scoped_said(key: bytes, lineage: str, client_session: str | None) -> bytes:
+    """The key of what was said, likewise; what stands after the words stays as it is."""
+    return scoped(key[:HASH_BYTES], lineage, client_session) + key[HASH_BYTES:]
+
+
 @dataclass(slots=True)
 class Remembered:
     """What a process knows to be stored, so that it need not look; never more than is stored."""
@@ -196,27 +218,49 @@ class Recording:
     def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
         """The turn that a request with this link continues, under the client's name if it has one.
 
-        Turns whose whole chain of replies agrees come first; without one, the newest with the same
-        last reply (the agent may have cut its history). Among equals, the one that shares most
-        messages wins, then one that nothing has continued yet, then the newest.
+        First come turns whose whole chain of replies agrees and before which the same was said, to
+        the letter or at least in words; then those whose chain agrees; then those with the same
+        last reply (the agent may have cut its history). Where what was said differs, something of
+        it must be the same or the reply be a telling one, for strangers get the same replies too;
+        under a name they are no strangers. Among equals, the one that shares most messages wins,
+        then one that nothing has continued yet, then the newest.
         """
-        searches = (
-            (self._statements.by_chain, link.chain_key),
-            (self._statements.by_reply, link.reply_key),
-        )
-        for statement, key in searches:
-            rows = self._all(statement, key=scoped(key, lineage, client_session))
+        ours = frozenset(link.message_hashes)
+        for rows in self._alike(lineage, link, client_session):
             if rows:
-                ours = set(link.message_hashes)
-                newest_first = enumerate(rows)
-                _, best = max(
-                    newest_first,
-                    key=lambda at: (len(ours.intersection(hashes(at[1][5]))), not at[1][4], -at[0]),
+                best = max(
+                    rows,
+                    key=lambda row: (len(ours.intersection(hashes(row[5]))), not row[4], row[-1]),
                 )
-                _, _, _, _, _, messages, runs, *others = best
-                self._shared = frozenset([*hashes(messages), *hashes(runs or b""), *others])
+                _, _, _, _, _, messages, runs, reply, rest, *_ = best
+                self._shared = frozenset([*hashes(messages), *hashes(runs or b""), reply, rest])
                 return _parent(best)
         return None
+
+    def _alike(
+        self, lineage: str, link: Link, client_session: str | None
+    ) -> Iterator[list[tuple[Any, ...]]]:
+        """The turns that a request may continue, the likeliest first."""
+
+        def sharing(rows: list[tuple[Any, ...]], told: Sequence[bytes]) -> list[tuple[Any, ...]]:
+            if client_session is not None or link.telling:
+                return rows
+            return [row for row in rows if not frozenset(told).isdisjoint(hashes(row[5]))]
+
+        said = link.said_key and scoped_said(link.said_key, lineage, client_session)
+        if said is not None:
+            yield self._all(self._statements.by_said, key=said)
+        key = scoped(link.chain_key, lineage, client_session)
+        of_chain = self._all(self._statements.by_chain, key=key)
+        if said is not None:
+            words = said[:HASH_BYTES]
+            yield [row for row in of_chain if (row[9] or b"").startswith(words)]
+            yield self._all(self._statements.by_words, key=words, last=words + _LAST)
+        yield sharing(of_chain, link.told)
+        if link.reply_key is not None:
+            key = scoped(link.reply_key, lineage, client_session)
+            # Of a history that was cut, what stood before the reply is left.
+            yield sharing(self._all(self._statements.by_reply, key=key), link.told[-1:])
 
     def main_ancestor(self, turn: Parent) -> Parent | None:
         """The newest main turn that a side turn goes back to."""
@@ -272,11 +316,12 @@ class Recording:
         chain_key: bytes,
         reply_key: bytes,
         *,
+        said_key: bytes | None = None,
         client_session: str | None = None,
         place: bytes | None = None,
         message_hashes: Sequence[bytes] | None = None,
     ) -> None:
-        """Adds a turn; `chain_key` and `reply_key` are those of its own reply.
+        """Adds a turn; `chain_key`, `reply_key` and `said_key` are those of its own reply.
 
         `place` is where it stands if its reply never came to its end: a retry is found by it.
         `message_hashes` are those of the request's messages, where they are known already.
@@ -320,6 +365,9 @@ class Recording:
             reply_key=scoped(reply_key, turn.lineage, client_session),
             client_session=client_session,
             place=place,
+            said_key=None
+            if said_key is None
+            else scoped_said(said_key, turn.lineage, client_session),
         )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 4
+VERSION = 5
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -57,6 +57,7 @@ turns = sa.Table(
     sa.Column("client_session", sa.String(200)),
     sa.Column("place", sa.LargeBinary(16)),
     sa.Column("replaced_by", sa.String(40)),
+    sa.Column("said_key", sa.LargeBinary(24)),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
@@ -64,13 +65,14 @@ sa.Index("turns_by_reply", turns.c.reply_key, turns.c.seq)
 
 
 def _where_set(name: str, *columns: sa.Column[Any]) -> None:
-    """An index of the rows in which its first column is set, which few are."""
+    """An index of the rows in which its first column is set."""
     rows = columns[0].is_not(None)
     sa.Index(name, *columns, sqlite_where=rows, postgresql_where=rows)
 
 
 _where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
 _where_set("turns_by_place", turns.c.place)
+_where_set("turns_by_said", turns.c.said_key, turns.c.seq)
 
 next_states = sa.Table(
     "next_states",

@@ -6,11 +6,19 @@ from typing import NamedTuple
 
 from nextstate.errors import NextStateError
 from nextstate.hooks import AgentProfile
-from nextstate.recording import Link, Recording
+from nextstate.recording import Recording
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
-from proxy.linking import following, message_hashes, next_states, place_of, reply_keys
+from proxy.linking import (
+    following,
+    link_of,
+    message_hashes,
+    next_states,
+    place_of,
+    reply_keys,
+    said,
+)
 
 
 class Exchange(NamedTuple):
@@ -39,13 +47,14 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     named = (
         None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
     )
-    history = reply_keys(messages, None)
-    link = None if history is None else Link(*history, hashes)
+    read = [profile.next_state_text(message) for message in messages]
+    before, in_all = said(messages, hashes, read)
+    link = link_of(messages, hashes, before)
     parent = None if link is None else recording.parent(exchange.lineage, link, named)
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
         parent = recording.main_ancestor(parent)
-    texts = [text for message in messages if (text := profile.next_state_text(message))]
+    texts = [text for text in read if text]
     place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
     tried = None if place is None else recording.cut_session(place)
     if parent is not None:
@@ -65,6 +74,7 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     recording.add_turn(
         turn,
         *keys,
+        said_key=in_all.key(keys[0]),
         client_session=named,
         place=place if exchange.cut else None,
         message_hashes=hashes,

@@ -1,19 +1,22 @@
 """Which turn a request continues, and what it says about that turn.
 
-Assistant messages are compared, never user text: agents stamp, merge and drop what users wrote, but
-send the model's replies back (FACTS: OpenClaw strips `<think>` and rewrites tool-call ids, so both
-are left out of the comparison).
+Assistant messages are compared: agents stamp, merge and drop what users wrote, but send the model's
+replies back (FACTS: OpenClaw strips `<think>` and rewrites tool-call ids, so both are left out of
+the comparison). What users and tools said tells conversations with the same replies apart.
 """
 
 from __future__ import annotations
 
 import hashlib
 import re
+import string
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import orjson
 
 from nextstate.hooks import AgentProfile, text_of
+from nextstate.recording import Link
 from nextstate.records import TRUST, Json, NextState, Source
 from nextstate.rows import content_hash
 from nextstate.wire import obj, objects
@@ -22,6 +25,11 @@ _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _SESSION_FIELDS = ("prompt_cache_key", "session_id")
 _LONGEST_NAME = 200
+_SYSTEM = ("system", "developer")
+_WHITE_SPACE = string.whitespace.encode()
+_TELLING = 200
+"""Bytes from which on nobody else gets the same reply; canned greetings and refusals, and a first
+tool call, are shorter."""
 _SOURCES = {"user": Source.USER, "tool": Source.TOOL, "function": Source.TOOL}
 
 
@@ -76,6 +84,79 @@ def reply_keys(history: Sequence[Json], reply: Json | None) -> tuple[bytes, byte
     return digest.digest(), last
 
 
+class Said(NamedTuple):
+    """What people and tools said before a reply; digests, for the key of the turn."""
+
+    words: bytes
+    """Of their texts as the profile reads them, in which an agent's rewriting leaves no trace; of
+    the messages where there is no text."""
+    exact: bytes
+    """8 bytes, of the messages to the letter, the system's too; without those of the agent's own,
+    which it may not send again."""
+    told: tuple[bytes, ...]
+    """The messages' hashes, without the system's."""
+
+    def key(self, chain_key: bytes) -> bytes | None:
+        """24 bytes, the last 8 of them `exact`; None if nothing was said."""
+        if not self.told:
+            return None
+        return hashlib.blake2b(chain_key + self.words, digest_size=16).digest() + self.exact
+
+
+def said(
+    messages: Sequence[Json], hashes: Sequence[bytes], texts: Sequence[str | None]
+) -> tuple[Said, Said]:
+    """What was said before the last assistant message, and in all messages.
+
+    `texts` are what the profile reads in the messages, None where there is nothing.
+    """
+    last = _last_reply(messages)
+    exact, words = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=16)
+    told: list[bytes] = []
+    any_words = False
+
+    def so_far() -> Said:
+        return Said((words if any_words else exact).digest(), exact.digest(), tuple(told))
+
+    before = so_far()
+    for position, (message, key, text) in enumerate(zip(messages, hashes, texts, strict=True)):
+        role = message.get("role")
+        if role == "assistant":
+            if position == last:
+                before = so_far()
+        elif role in _SYSTEM:
+            exact.update(key)
+        elif text is not None or not text_of(message.get("content")):  # a picture has no text
+            exact.update(key)
+            told.append(key)
+            if text is not None:
+                any_words = True
+                # Without white space: messages may be merged.
+                words.update(text.encode().translate(None, _WHITE_SPACE))
+    return before, so_far()
+
+
+def link_of(messages: Sequence[Json], hashes: Sequence[bytes], before: Said) -> Link | None:
+    """How the turn that a request continues is found; None if it continues none.
+
+    `before` is what was said before its last assistant message.
+    """
+    keys = reply_keys(messages, None)
+    if keys is None:
+        return None
+    chain_key, reply_key = keys
+    last = _last_reply(messages)
+    reply = canonical_reply(messages[last])
+    return Link(
+        chain_key,
+        reply_key if reply != canonical_reply({}) else None,
+        tuple(hashes[:last]),
+        said_key=before.key(chain_key),
+        told=before.told,
+        telling=len(reply) >= _TELLING,
+    )
+
+
 def message_hashes(messages: Sequence[Json]) -> tuple[bytes, ...]:
     """The name under which each message is stored."""
     return tuple(content_hash(orjson.dumps(message)) for message in messages)
@@ -98,10 +179,8 @@ def place_of(
 
 def following(messages: Sequence[Json]) -> list[Json]:
     """The messages after the last assistant message; none if there is no such message."""
-    for position in range(len(messages) - 1, -1, -1):
-        if messages[position].get("role") == "assistant":
-            return list(messages[position + 1 :])
-    return []
+    last = _last_reply(messages)
+    return [] if last < 0 else list(messages[last + 1 :])
 
 
 def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> list[NextState]:
@@ -113,6 +192,14 @@ def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> l
             source = _SOURCES.get(str(message.get("role")), Source.ENVIRONMENT)
             states.append(NextState(turn, source, text, TRUST[source]))
     return states
+
+
+def _last_reply(messages: Sequence[Json]) -> int:
+    """The position of the last assistant message, -1 if there is none."""
+    for position in range(len(messages) - 1, -1, -1):
+        if messages[position].get("role") == "assistant":
+            return position
+    return -1
 
 
 def _canonical_arguments(arguments: object) -> str:

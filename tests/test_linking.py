@@ -11,9 +11,11 @@ from proxy.linking import (
     canonical_reply,
     explicit_session,
     following,
+    message_hashes,
     next_states,
     place_of,
     reply_keys,
+    said,
 )
 
 
@@ -54,6 +56,27 @@ def test_text_tool_names_and_arguments_do_matter() -> None:
         assistant("", ("ls", "not json")),
     ]
     assert len({canonical_reply(m) for m in different}) == len(different)
+
+
+def test_what_was_said_is_known_in_words_and_to_the_letter() -> None:
+    def before(*messages: Json) -> tuple[bytes, bytes, int]:
+        history = [*messages, assistant("Yes."), user("next")]
+        read = [Generic().next_state_text(message) for message in history]
+        found, in_all = said(history, message_hashes(history), read)
+        assert in_all.words != found.words
+        return found.words, found.exact, len(found.told)
+
+    system: Json = {"role": "system", "content": "It is 8."}
+    plain = before(system, user("a b"), user("c"))
+    assert plain[2] == 2
+    assert before(system, user("a b"), user("c")) == plain
+    merged = before(system, user("a  b\nc"))
+    later = before({**system, "content": "It is 9."}, user("a b"), user("c"))
+    for found in (merged, later):
+        assert found[0] == plain[0]
+        assert found[1] != plain[1]
+    assert before(system, user("a b"), user("d"))[0] != plain[0]
+    assert before(system)[2] == 0
 
 
 def test_what_users_write_does_not_change_the_chain() -> None:

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import tempfile
 from collections import defaultdict
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
+from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Json, Timings
 from nextstate.store import Store
 from plugins.agents.generic import Generic
@@ -29,6 +31,10 @@ FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthChec
 PROFILE = Generic()
 COMMON = ("Done.", "OK", "I will look into it.")
 """Replies that every agent gets to hear."""
+AT_LENGTH = " It says what it did and why as models do." * 6
+"""What makes a reply one that nobody else gets."""
+CROWD = 24
+"""More agents than candidates are looked at."""
 
 
 @dataclass
@@ -49,11 +55,13 @@ class Step:
 
 @dataclass
 class Agent:
-    """Plays a program of moves; `unique` replies occur nowhere else."""
+    """Plays a program of moves; `unique` replies are long and occur nowhere else."""
 
     name: str
     unique: bool
     rng: Random
+    common: Sequence[str] = COMMON
+    """What it hears where replies are not unique; if it is only one, no call of a tool."""
     steps: list[Step] = field(default_factory=list)
     _history: list[Json] = field(default_factory=list)
     _last: str | None = None
@@ -157,10 +165,11 @@ class Agent:
 
     def _reply(self, *, unseen: bool) -> Json:
         text = self._text("unseen" if unseen else "reply") if self.unique else self._common()
+        text += AT_LENGTH if self.unique else ""
         if self.rng.random() < 0.3:
             text = f"<think>{self.rng.random()}</think>\n{text}"
         reply: Json = {"role": "assistant", "content": text}
-        if self.rng.random() < 0.4:
+        if len(self.common) > 1 and self.rng.random() < 0.4:
             arguments = f'{{"path": "{text if self.unique else "."}", "depth": 1}}'
             function = {"name": "ls", "arguments": arguments.replace("\n", "")}
             call = {"id": f"call_{self.rng.random()}", "type": "function", "function": function}
@@ -178,7 +187,7 @@ class Agent:
         return kept
 
     def _common(self) -> str:
-        return self.rng.choice(COMMON)
+        return self.rng.choice(self.common)
 
     def _text(self, what: str) -> str:
         self._said += 1
@@ -206,6 +215,17 @@ def programs(draw: st.DrawFn, moves: Sequence[str], unique: bool = True) -> list
     ]
 
 
+@st.composite
+def crowds(draw: st.DrawFn) -> list[list[Step]]:
+    """The requests of agents of whom each hears the same all the time."""
+    seed = draw(st.integers(0, 2**32))
+    moves = draw(st.lists(st.sampled_from(PLAIN), min_size=2, max_size=3))
+    return [
+        Agent(f"a{number}", False, Random(seed + number), common=COMMON[:1]).play(moves)
+        for number in range(CROWD)
+    ]
+
+
 def interleaved(lanes: Sequence[Sequence[Step]], rng: Random) -> Iterator[tuple[int, Step]]:
     """Every step with its agent's number, each agent's own in order."""
     left = {number: iter(lane) for number, lane in enumerate(lanes)}
@@ -221,8 +241,9 @@ def interleaved(lanes: Sequence[Sequence[Step]], rng: Random) -> Iterator[tuple[
 class Played:
     """A store that has recorded every step, on disk."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, profile: AgentProfile) -> None:
         self.store = store
+        self.profile = profile
         self.parents: dict[str, str | None] = {}
         self.sessions: dict[str, str] = {}
 
@@ -243,7 +264,7 @@ class Played:
             untrainable="the engine cut the reply" if step.cut else None,
         )
         with self.store.recording() as recording:
-            turn = record_exchange(recording, exchange, PROFILE)
+            turn = record_exchange(recording, exchange, self.profile)
         self.parents[turn.id], self.sessions[turn.id] = turn.parent, turn.session
 
     def states(self, turn: str) -> list[str]:
@@ -252,11 +273,14 @@ class Played:
 
 @contextmanager
 def played(
-    lanes: Sequence[Sequence[Step]], rng: Random, names: Sequence[str] | None = None
+    lanes: Sequence[Sequence[Step]],
+    rng: Random,
+    names: Sequence[str] | None = None,
+    profile: AgentProfile = PROFILE,
 ) -> Generator[Played]:
     """The lanes recorded in a random order, each under its explicit session id if `names`."""
     with tempfile.TemporaryDirectory() as folder:
-        result = Played(Store(StoreConfig(dir=str(Path(folder) / "state"))))
+        result = Played(Store(StoreConfig(dir=str(Path(folder) / "state"))), profile)
         try:
             for number, step in interleaved(lanes, rng):
                 result.record(step, names and names[number])
@@ -334,6 +358,14 @@ def test_agents_that_hear_the_same_replies_are_told_apart_by_what_was_said(
         assert found.parents == {name: step.parent for name, step in truth.items()}
 
 
+@settings(FEW, max_examples=4)
+@given(crowds(), st.integers(0, 2**32))
+def test_so_are_more_of_them_than_are_looked_at(lanes: list[list[Step]], seed: int) -> None:
+    truth = {step.id: step for lane in lanes for step in lane}
+    with played(lanes, Random(seed)) as found:
+        assert found.parents == {name: step.parent for name, step in truth.items()}
+
+
 @FEW
 @given(
     programs(MOVES), st.randoms(use_true_random=False), st.sampled_from([None, "same", "different"])
@@ -401,3 +433,119 @@ def test_a_request_sent_again_does_not_go_to_another_agent_that_got_the_same_rep
         assert found.parents["a2"] == "a1"
         assert found.states("a1") == ["a: and now?"]
         assert found.states("b1") == []
+
+
+OPENCLAW: AgentProfile = load_plugin("agents", "openclaw", None)
+CARRIER: Json = {"role": "user", "content": "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>> time and place"}
+
+
+def begun_by(*first: Json) -> tuple[list[Json], list[Json]]:
+    """The first two requests of a conversation that hears "Done." and goes on as all do."""
+    return [*first], [*first, *said("", "Done.", "No, that is wrong.")[1:]]
+
+
+def only_the_system_differs(number: int) -> tuple[list[Json], list[Json]]:
+    system: Json = {"role": "system", "content": f"You play character {number}."}
+    return begun_by(system, {"role": "user", "content": "Hello"})
+
+
+def only_a_picture_differs(number: int) -> tuple[list[Json], list[Json]]:
+    picture = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{number}"}}
+    return begun_by({"role": "user", "content": [picture]})
+
+
+def white_space_and_parts_change(number: int) -> tuple[list[Json], list[Json]]:
+    """And the system tells the time, so that no message comes as it was."""
+    first, second = begun_by({"role": "user", "content": f"Task {number}:\n\nlook"})
+    parts = [{"type": "text", "text": f"Task {number}:"}, {"type": "text", "text": "look "}]
+    now, later = ({"role": "system", "content": f"It is {hour} o'clock."} for hour in (8, 9))
+    return [now, *first], [later, {"role": "user", "content": parts}, *second[1:]]
+
+
+def carriers_come_and_go(number: int) -> tuple[list[Json], list[Json]]:
+    first, second = begun_by({"role": "user", "content": f"[Sun 2026-11-22 08:38 UTC] {number}"})
+    return [*first, CARRIER], [*second, CARRIER]
+
+
+def only_the_runtime_differs(number: int) -> tuple[list[Json], list[Json]]:
+    first, second = begun_by(
+        {"role": "user", "content": f"Hello\n\nRuntime: agent=main | sessionId={number}"}
+    )
+    return [*first, CARRIER], [*second, CARRIER]
+
+
+@pytest.mark.parametrize(
+    ("requests", "profile"),
+    [
+        (only_the_system_differs, PROFILE),
+        (only_a_picture_differs, PROFILE),
+        (white_space_and_parts_change, PROFILE),
+        (carriers_come_and_go, OPENCLAW),
+        (only_the_runtime_differs, OPENCLAW),
+    ],
+)
+def test_any_number_of_agents_that_hear_the_same_keep_their_own_next_states(
+    requests: Callable[[int], tuple[list[Json], list[Json]]], profile: AgentProfile
+) -> None:
+    both = [requests(number) for number in range(2 * CROWD)]
+    steps = [step(f"first {n}", first, "Done.") for n, (first, _) in enumerate(both)]
+    steps += [step(f"second {n}", second, "I see.") for n, (_, second) in enumerate(both)]
+    with played([steps], Random(0), profile=profile) as found:
+        for number in range(len(both)):
+            assert found.parents[f"second {number}"] == f"first {number}"
+            assert found.states(f"first {number}") == ["No, that is wrong."]
+
+
+CALL = {"name": "exec", "arguments": '{"command": "cat README.md && git status && ls -la"}'}
+FIRST_CALL: Json = {
+    "role": "assistant",
+    "content": None,
+    "tool_calls": [{"id": "call_1", "type": "function", "function": CALL}],
+}
+
+
+@pytest.mark.parametrize("text", ["Done.", "", "Hello! How can I help you today?", None])
+@pytest.mark.parametrize("before", [[], said("Hi", "Hi!"), said("Hi", "")])
+def test_a_reply_that_many_get_links_no_strangers(text: str | None, before: list[Json]) -> None:
+    reply = FIRST_CALL if text is None else {"role": "assistant", "content": text}
+    system: Json = {"role": "system", "content": "You are careful."}
+    own = [*before, {"role": "user", "content": "Sort the files."}]
+    one = Step("one", [system, *own], reply, False, None, [], "")
+    for other in (said("Write a poem."), said("a", "b", "Write a poem."), said("a", "", "Write.")):
+        messages = [system, *other, reply, {"role": "user", "content": "No, that is wrong."}]
+        with played([[one, step("stranger", messages, "I see.")]], Random(0)) as found:
+            assert found.parents["stranger"] is None
+            assert found.states("one") == []
+
+
+def test_what_is_left_of_a_history_that_was_cut_finds_its_turn() -> None:
+    first = said("Sort the files.", "By name?", "By date.")
+    second = [*said("", "Done.", "Thanks. And now back.")[1:]]
+    for left in (first[2:], first[1:]):
+        steps = [step("one", first, "Done."), step("two", [*left, *second], "I see.")]
+        with played([steps], Random(0)) as found:
+            assert found.parents["two"] == "one"
+
+
+def test_a_summary_hides_what_a_reply_followed_unless_that_or_the_client_tells() -> None:
+    summary = said("Summary: files were sorted.")
+    for reply, names, parent in (
+        ("Done.", None, None),
+        ("Done.", ["chat"], "one"),
+        ("Done. " + AT_LENGTH, None, "one"),
+    ):
+        goes_on = [*summary, *said("", reply, "Thanks.")[1:]]
+        steps = [step("one", said("Sort the files."), reply), step("two", goes_on, "I see.")]
+        with played([steps], Random(0), names) as found:
+            assert found.parents["two"] == parent
+
+
+@pytest.mark.parametrize("system", ["You are careful.", "It is {} o'clock."])
+def test_of_conversations_that_are_all_alike_the_newest_is_continued(system: str) -> None:
+    def asked(hour: int, *texts: str) -> list[Json]:
+        return [{"role": "system", "content": system.format(hour)}, *said(*texts)]
+
+    steps = [step(f"first {n}", asked(n, "go"), "Done.") for n in range(CROWD)]
+    steps.append(step("second", asked(CROWD, "go", "Done.", "and now?"), "Yes."))
+    with played([steps], Random(0)) as found:
+        assert found.parents["second"] == f"first {CROWD - 1}"

@@ -276,11 +276,12 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(stor
         recording.add_turn(first, KEY, KEY)
         recording.add_turn(second, KEY, KEY)
         hashes = recording._keep(first.request["messages"][0])  # pyright: ignore[reportPrivateUsage]
-        found = recording.parent("main", Link(KEY, KEY, (hashes,)), None)
+        link = Link(KEY, KEY, (hashes,), told=(hashes,))
+        found = recording.parent("main", link, None)
         assert found is not None
         assert found.id == "turn_0"
         recording.add_next_states("turn_0", True, [NextState("turn_0", Source.USER, "x", 0.9)])
-        again = recording.parent("main", Link(KEY, KEY, (hashes,)), None)
+        again = recording.parent("main", link, None)
         assert again is not None
         assert again.id == "turn_0"  # although something continues it already
         assert recording.parent("main", Link(KEY, KEY, ()), "other session") is None
@@ -331,7 +332,9 @@ def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) ->
     assert majority(votes) == expected
 
 
-def undo_version_4(connection: sa.Connection) -> None:
+def undo_versions_4_and_5(connection: sa.Connection) -> None:
+    connection.execute(sa.text("DROP INDEX turns_by_said"))
+    connection.execute(sa.text("ALTER TABLE turns DROP COLUMN said_key"))
     for table in ("feedback", "spending", "other_hints"):
         connection.execute(sa.text(f"DROP TABLE {table}"))
     connection.execute(sa.text("ALTER TABLE verdicts DROP COLUMN confidence"))
@@ -356,7 +359,8 @@ def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None], int]]:
 def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
     new = {"client_session", "place", "replaced_by"}
-    kept = [c.name for c in schema.turns.columns if c.name not in new]
+    later = {*new, "said_key"}
+    kept = [c.name for c in schema.turns.columns if c.name not in later]
     ids = tuple(range(1000))
     expected = turn(0, session="s", prompt_ids=ids, request={"messages": [], "seed": 1})
 
@@ -371,7 +375,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
             connection.execute(sa.text(f"ALTER TABLE turns DROP COLUMN {column}"))
         connection.execute(sa.text("ALTER TABLE messages DROP COLUMN base"))
         connection.execute(sa.text("DROP TABLE workers"))
-        undo_version_4(connection)
+        undo_versions_4_and_5(connection)
         connection.execute(sa.insert(schema.schema_version).values(version=1))
         reply = orjson.dumps(expected.reply)
         connection.execute(
@@ -419,7 +423,7 @@ def test_a_store_of_version_3_keeps_its_verdicts_and_versions(tmp_path: Path) ->
     store.close()
     old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
     with old.begin() as connection:
-        undo_version_4(connection)
+        undo_versions_4_and_5(connection)
         connection.execute(sa.update(schema.schema_version).values(version=3))
     old.dispose()
     again = Store(StoreConfig(dir=str(tmp_path)))
