@@ -17,7 +17,7 @@ class ProxyConfig:
     api_key_env: str = ""
     """Environment variable with the key that clients must send; needed beyond loopback."""
     max_body_mb: int = 64
-    max_choices: int = 128
+    max_choices: int = 1024
     """Most choices of one request: `n` for each of its prompts."""
     hold_s: float = 120.0
     """How long requests wait for an engine that is down or restarting."""

@@ -349,7 +349,7 @@ def harm_in(first: bytes, body: bytes) -> str | None:
     if asked.get("prompt_logprobs") is not None:
         return "prompt_logprobs"
     try:
-        many = int(asked.get("n") or 1) > 128
+        many = int(asked.get("n") or 1) > 1024
     except (TypeError, ValueError):
         return None
     return f"n = {asked['n']!r}" if many else None
@@ -420,7 +420,7 @@ def body_wrong_types(rng: Random, stream: bool) -> bytes:
 def body_odd_json(rng: Random, stream: bool) -> bytes:
     start = as_json(chat(rng, stream))[:-1]
     if rng.random() < 0.2:
-        start += rng.choice((b',"prompt_logprobs":1', b',"n":1e9', b',"n":"999"', b',"n":129'))
+        start += rng.choice((b',"prompt_logprobs":1', b',"n":1e9', b',"n":"9999"', b',"n":1025'))
     return rng.choice(
         (
             start + b',"temperature":NaN}',

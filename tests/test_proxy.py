@@ -783,11 +783,11 @@ def test_what_is_passed_on_over_a_connection_that_the_engine_has_closed_is_sent_
         ({"prompt_logprobs": 1}, 400, "prompt_logprobs"),
         ({"prompt_logprobs": 0, "model": "unknown"}, 400, "prompt_logprobs"),
         ({"echo": True, "logprobs": True}, 400, "echo"),
-        ({"n": 129}, 400, "n = 129"),
+        ({"n": 1025}, 400, "n = 1025"),
         ({"n": 10**9}, 400, "max_choices"),
-        ({"prompt": ["a"] * 129}, 400, "129 prompts"),
-        ({"prompt": [[1, 2]] * 43, "n": 3}, 400, "n = 3 for 43 prompts"),
-        ({"messages": [request()["messages"]] * 65, "n": "2"}, 400, "n = 2 for 65 prompts"),
+        ({"prompt": ["a"] * 1025}, 400, "1025 prompts"),
+        ({"prompt": [[1, 2]] * 342, "n": 3}, 400, "n = 3 for 342 prompts"),
+        ({"messages": [request()["messages"]] * 513, "n": "2"}, 400, "n = 2 for 513 prompts"),
         ({"model": "main-v000001"}, 404, "main-v000001"),
     ],
 )
@@ -826,7 +826,7 @@ def test_as_many_choices_as_are_allowed_pass(
 
 def test_a_batch_of_conversations_counts_like_prompts(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        for count, status in ((64, 404), (65, 400)):  # the scripted engine has no such route
+        for count, status in ((512, 404), (513, 400)):  # the scripted engine has no such route
             body = request(n=2) | {"messages": [request()["messages"]] * count}
             answer = await p.http.post(f"{p.url}/v1/chat/completions/batch", json=body)
             assert answer.status == status
