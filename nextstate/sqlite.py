@@ -55,14 +55,6 @@ def begin_writing(cursor: Any) -> None:
     cursor.execute(_BEGIN_WRITING)
 
 
-def is_locked(error: BaseException | None) -> bool:
-    """Whether another connection held the database for too long, and nothing else is wrong."""
-    while error is not None and not isinstance(error, sqlite3.Error):
-        error = error.__cause__
-    code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_OK) & 0xFF
-    return code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
-
-
 def checkpoint(engine: sa.Engine, path: Path) -> None:
     """Moves the write-ahead log into the database once it has 4 MB; nobody waits for it."""
     log = path.with_name(path.name + "-wal")

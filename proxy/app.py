@@ -47,8 +47,6 @@ log = logging.getLogger(__name__)
 _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _OPEN_PATHS = frozenset(("/healthz",))
 _DRAIN_S = 10.0
-_WRITER_START_S = 10.0
-"""How long the first request waits for a writer; it takes half a second to start."""
 _BEAT_S = 1.0
 _CHECKPOINT_S = 0.5
 
@@ -82,7 +80,6 @@ class Proxy:
             store.config,
             profile,
             config.record_queue,
-            config.record_queue_mb << 20,
             config.record_timeout_s,
             enabled=record,
         )
@@ -135,7 +132,6 @@ class Proxy:
                 tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
             for task in tasks:
                 task.add_done_callback(_end_if_failed)
-            await self.recorder.opened(_WRITER_START_S)
             yield
             await self.recorder.drain(_DRAIN_S)
             for task in tasks:

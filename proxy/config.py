@@ -27,15 +27,13 @@ class ProxyConfig:
     """How long the end of a reply waits for its record; later records are still kept."""
     record_queue: int = 1024
     """Turns that may wait for a slow store before further ones are counted as lost."""
-    record_queue_mb: int = 128
-    """Memory that they may take, before they are compressed."""
     workers: int = 1
     """Processes that serve on the one port."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"[proxy] port = {self.port}: expected 0 to 65535")
-        for key in ("max_body_mb", "max_choices", "record_queue", "record_queue_mb", "workers"):
+        for key in ("max_body_mb", "max_choices", "record_queue", "workers"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"[proxy] {key} = {getattr(self, key)}: expected at least 1")
         if self.workers > 1 and self.port == 0:

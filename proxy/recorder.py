@@ -25,8 +25,6 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 """Before the next writer, when the last one ended without having kept anything."""
-_MOST_IN_HAND = 4 << 20
-"""Bytes that a writer has and has not answered for, before it gets more: they are there twice."""
 _DEADLY = 3
 """An exchange is lost that so many writers ended over, each with nothing else in hand."""
 
@@ -70,7 +68,6 @@ class Recorder:
         store: StoreConfig,
         profile: str,
         queue_size: int,
-        queue_bytes: int,
         timeout_s: float,
         *,
         enabled: bool = True,
@@ -81,10 +78,6 @@ class Recorder:
         self._enabled = enabled
         self._timeout_s = timeout_s
         self._queue_size = queue_size
-        self._queue_bytes = queue_bytes
-        self._bytes = 0
-        """Of what waits."""
-        self._opened = asyncio.Event()
         self._waiting: deque[_Waiting] = deque()
         """What is not settled, in the order in which it is sent."""
         self._channel: _Channel | None = None
@@ -111,7 +104,10 @@ class Recorder:
         if not self._enabled:
             return None
         if len(self._waiting) >= self._queue_size:
-            self._lose(exchange)
+            self.counts.lost += 1
+            log.error(
+                "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._queue_size
+            )
             return None
         exchange.capture.join()
         try:
@@ -120,31 +116,11 @@ class Recorder:
             self.counts.lost += 1
             log.exception("turn=%s could not be recorded", exchange.turn_id)
             return None
-        if self._waiting and self._bytes + len(pickled) > self._queue_bytes:
-            self._lose(exchange)
-            return None
         waiting = _Waiting(exchange.turn_id, pickled, asyncio.get_running_loop())
         self._waiting.append(waiting)
-        self._bytes += len(pickled)
         self._idle.clear()
         self._send()
         return waiting
-
-    def _lose(self, exchange: Exchange) -> None:
-        self.counts.lost += 1
-        count, size = len(self._waiting), self._bytes / 1e6
-        log.error(
-            "turn=%s is lost: %d turns, %.0f MB, wait for the store", exchange.turn_id, count, size
-        )
-
-    async def opened(self, timeout_s: float) -> None:
-        """Returns once the first writer is ready, or after the timeout with a warning."""
-        if not self._enabled:
-            return
-        try:
-            await asyncio.wait_for(self._opened.wait(), timeout_s)
-        except TimeoutError:
-            log.warning("no writer is ready after %.0f s: turns wait for one", timeout_s)
 
     async def run(self) -> None:
         """Keeps a writer at work until cancelled."""
@@ -160,9 +136,6 @@ class Recorder:
             except OSError as error:
                 log.error("no writer can be started, trying again in %.2f s: %s", pause_s, error)
             else:
-                # Not only once it is ready: what is in the socket is kept though we are killed.
-                self._channel = channel
-                self._send()
                 try:
                     await asyncio.shield(channel.ended)
                 finally:
@@ -170,8 +143,7 @@ class Recorder:
                     channel.abort()
                     await channel.ended
                 log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
-                if channel.ready:
-                    self._doubt(channel.in_hand)
+                self._doubt(channel.in_hand)
             if channel.settled:
                 pause_s = _FIRST_PAUSE_S
                 continue
@@ -185,9 +157,10 @@ class Recorder:
         except TimeoutError:
             log.error("%d turns are lost: the store did not take them in time", len(self._waiting))
 
-    def ready(self) -> None:
-        """Takes in that the writer has opened."""
-        self._opened.set()
+    def ready(self, channel: _Channel) -> None:
+        """Takes a writer that has opened, and gives it all that waits."""
+        self._channel = channel
+        self._send()
 
     def settle(self, kept: bool) -> None:
         """Takes in what became of the oldest exchange."""
@@ -204,14 +177,11 @@ class Recorder:
             return
         allowed = 1 if self._suspects else len(self._waiting)
         for waiting in islice(self._waiting, channel.in_hand, allowed):
-            if channel.bytes_in_hand >= _MOST_IN_HAND:
-                break
             channel.send(waiting.pickled, again=waiting.sent)
             waiting.sent = True
 
     def _forget_oldest(self) -> None:
         oldest = self._waiting.popleft()
-        self._bytes -= len(oldest.pickled)
         self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
@@ -236,18 +206,10 @@ class _Channel(asyncio.Protocol):
     def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
         self.settled = 0
         """How many exchanges the writer has answered for."""
-        self.ready = False
-        """Whether it has opened."""
-        self.bytes_in_hand = 0
-        self._sizes: deque[int] = deque()
-        """Bytes of each exchange that it has got and not answered for."""
+        self.in_hand = 0
+        """How many it has got and not answered for."""
         self.ended: asyncio.Future[None] = loop.create_future()
         self._recorder = recorder
-
-    @property
-    def in_hand(self) -> int:
-        """How many exchanges it has got and not answered for."""
-        return len(self._sizes)
 
     @property
     def closing(self) -> bool:
@@ -260,11 +222,10 @@ class _Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for answer in data:
             if answer == READY:
-                self.ready = True
-                self._recorder.ready()
+                self._recorder.ready(self)
                 continue
             self.settled += 1
-            self.bytes_in_hand -= self._sizes.popleft()
+            self.in_hand -= 1
             self._recorder.settle(answer == KEPT)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -272,8 +233,7 @@ class _Channel(asyncio.Protocol):
 
     def send(self, pickled: bytes, *, again: bool) -> None:
         """Sends one exchange, once what was sent before has gone out."""
-        self.bytes_in_hand += len(pickled)
-        self._sizes.append(len(pickled))
+        self.in_hand += 1
         self._transport.write(FRAME.pack(len(pickled), again) + pickled)
 
     def abort(self) -> None:

@@ -21,7 +21,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -30,7 +29,6 @@ from nextstate import logs
 from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.recording import Recording
-from nextstate.sqlite import is_locked
 from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
 
@@ -44,9 +42,6 @@ LONGEST_FEED = 65_536
 _BYTES_AT_ONCE = 1 << 20
 _MOST_AT_ONCE = 256
 """Exchanges in one transaction; all that wait there wait for its end."""
-_LONGEST_LOCK_S, _PAUSE_S = 600.0, 0.1
-"""How long a batch waits for a store that another process has locked, and how long between tries,
-each of which waits `nextstate.sqlite.BUSY_TIMEOUT_MS` itself."""
 _Delivered: TypeAlias = tuple[Exchange | None, bool]
 """(what was sent, None if it cannot be read; whether an earlier writer may have kept it)."""
 
@@ -112,22 +107,16 @@ class Connection:
 
     def _keep(self, batch: list[_Delivered]) -> list[int]:
         """Writes a batch; says of each exchange what became of it."""
-        until = time.monotonic() + _LONGEST_LOCK_S
-        while True:
-            try:
-                store, profile = self._open()
-                with store.recording() as recording:
-                    return [_record(recording, profile, *one) for one in batch]
-            except Exception as error:
-                if is_locked(error) and time.monotonic() < until:
-                    log.warning("the store is locked: %d turns wait", len(batch))
-                    time.sleep(_PAUSE_S)
-                    continue
-                if len(batch) > 1:  # one bad turn must not take the others with it
-                    return [answer for one in batch for answer in self._keep([one])]
-                exchange, _ = batch[0]
-                log.exception("turn=%s could not be recorded", exchange and exchange.turn_id)
-                return [LOST]
+        try:
+            store, profile = self._open()
+            with store.recording() as recording:
+                return [_record(recording, profile, *one) for one in batch]
+        except Exception:
+            if len(batch) > 1:  # one bad turn must not take the others with it
+                return [answer for one in batch for answer in self._keep([one])]
+            exchange, _ = batch[0]
+            log.exception("turn=%s could not be recorded", exchange and exchange.turn_id)
+            return [LOST]
 
     def _open(self) -> tuple[Store, AgentProfile]:
         if self._opened is None:

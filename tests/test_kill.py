@@ -105,7 +105,7 @@ class Victim:
     """The proxy as a process that is killed and started again, or whose writer is."""
 
     def __init__(
-        self, folder: Path, engine: str, *, writer_only: bool = False, patience_s: float = 0.25
+        self, folder: Path, engine: str, *, writer_only: bool = False, patience_s: float = 60.0
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -184,12 +184,6 @@ class Victim:
         """Returns when every writer has ended by itself."""
         _, alive = await asyncio.to_thread(psutil.wait_procs, self.writers, timeout=30)
         assert not alive, "a writer outlives its proxy"
-
-    async def end(self) -> None:
-        """SIGTERM to the proxy; returns when it has ended."""
-        self.up.clear()
-        self.process.terminate()
-        assert await asyncio.to_thread(self.process.wait, 30) == 0
 
     def kill(self) -> None:
         """SIGKILL to the proxy, now."""
@@ -316,19 +310,13 @@ async def kill_again_and_again(folder: Path, kills: int, seed: int, *, writer_on
                 await victim.restart()
                 await seen.wait_for(1, clients)
                 assert "nextstate_turns_lost_total 0" in await victim.metrics()
-                await end_all(clients)
-                await victim.end()  # what is late is written first
         finally:
             victim.kill()
-            await end_all(clients)
+            for client in clients:
+                client.cancel()
+            await asyncio.gather(*clients, return_exceptions=True)
         await victim.no_writer_is_left()
     return seen
-
-
-async def end_all(clients: Sequence[asyncio.Task[None]]) -> None:
-    for client in clients:
-        client.cancel()
-    await asyncio.gather(*clients, return_exceptions=True)
 
 
 def check_whole(turn: Turn) -> None:

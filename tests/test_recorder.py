@@ -8,9 +8,7 @@ import pickle
 import resource
 import signal
 import socket
-import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -62,9 +60,8 @@ async def recording(
     writer: WriterProcess = WRITER,
     queue_size: int = 10_000,
     timeout_s: float = PATIENCE_S,
-    queue_bytes: int = 1 << 30,
 ) -> AsyncGenerator[Recorder]:
-    recorder = Recorder(writer, store.config, "generic", queue_size, queue_bytes, timeout_s)
+    recorder = Recorder(writer, store.config, "generic", queue_size, timeout_s)
     running = asyncio.create_task(recorder.run())
     try:
         yield recorder
@@ -278,94 +275,6 @@ def test_a_locked_store_makes_turns_late_and_a_full_queue_loses_the_next(store: 
     run(scene)
 
 
-def test_large_turns_wait_within_a_bound_of_bytes_and_few_are_with_the_writer(store: Store) -> None:
-    async def scene() -> None:
-        large = 1 << 20  # heard and said
-        async with recording(store, timeout_s=0.0, queue_bytes=12 * large) as recorder:
-            await recorder.opened(PATIENCE_S)
-            with store.recording():
-                exchanges = [exchange(f"say {n} " + "x" * (large // 2)) for n in range(14)]
-                for one in exchanges:
-                    await recorder.record(one)
-                assert recorder.counts.lost == 3
-                channel = recorder._channel
-                assert channel is not None
-                assert channel.in_hand == 4
-                assert channel.bytes_in_hand < 5 * large
-            await recorder.drain(PATIENCE_S)
-        assert store.turn_ids() == ids(exchanges[:11])
-
-    run(scene)
-
-
-def test_a_turn_larger_than_the_bound_is_kept_when_nothing_else_waits(store: Store) -> None:
-    async def scene() -> None:
-        async with recording(store, queue_bytes=10) as recorder:
-            await recorder.record(exchange("longer than ten bytes"))
-            assert recorder.counts.recorded == 1
-
-    run(scene)
-
-
-def test_a_store_that_stays_locked_loses_nothing_that_has_room_to_wait(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr("nextstate.sqlite.BUSY_TIMEOUT_MS", 20)
-    ours, theirs = socket.socketpair()
-    connection = Connection(theirs, Feed(store.config, "generic"))
-    exchanges = [exchange(f"say {n}") for n in range(3)]
-    for one in exchanges:
-        pickled = pickle.dumps(one)
-        ours.sendall(FRAME.pack(len(pickled), False) + pickled)
-    with ThreadPoolExecutor(1) as thread:
-        with store.recording():
-            serving = thread.submit(connection.serve)
-            for _ in range(500):
-                if caplog.text.count("the store is locked: 3 turns wait") >= 3:
-                    break
-                assert not serving.done()
-                time.sleep(0.01)
-        assert serving.result(PATIENCE_S)
-    assert ours.recv(16) == bytes([READY, KEPT, KEPT, KEPT])
-    assert store.turn_ids() == ids(exchanges)
-    ours.close()
-    connection.close()
-
-
-def test_what_is_recorded_before_the_writer_is_ready_outlives_the_proxy(store: Store) -> None:
-    one = exchange("at once")
-
-    async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer, timeout_s=0.0) as recorder:
-                await until(lambda: recorder._channel is not None)
-                await recorder.record(one)
-                assert not recorder._opened.is_set()
-                assert recorder.counts.late == 1
-
-    run(scene)
-    assert store.turn_ids() == [one.turn_id]
-
-
-def test_a_writer_that_is_late_is_waited_for_and_not_for_ever(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def scene() -> None:
-        async with recording(store) as recorder:
-            await recorder.opened(PATIENCE_S)
-            await recorder.record(exchange("hi"))
-        monkeypatch.setattr(WriterProcess, "connect", no_writer)
-        async with recording(store) as recorder:
-            await recorder.opened(0.01)
-        assert "no writer is ready after 0 s" in caplog.text
-
-    run(scene)
-
-
-def no_writer(*_: object) -> socket.socket:
-    raise OSError("no more processes")
-
-
 def test_a_full_disk_loses_turns_and_no_more_once_there_is_room(store: Store) -> None:
     async def scene() -> None:
         with writer_of_its_own() as writer:
@@ -439,7 +348,7 @@ def test_the_writer_ends_when_it_is_closed_and_none_starts_where_nothing_is_reco
 ) -> None:
     async def scene() -> None:
         with writer_of_its_own() as writer:
-            off = Recorder(writer, store.config, "generic", 1, 1, PATIENCE_S, enabled=False)
+            off = Recorder(writer, store.config, "generic", 1, PATIENCE_S, enabled=False)
             await off.run()
             await off.record(exchange("hi"))
             assert (writer.pid, store.turn_ids()) == (None, [])
