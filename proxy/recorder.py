@@ -85,6 +85,7 @@ class Recorder:
         """How many exchanges from the oldest on are sent one by one: one may end each writer."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self._opened = asyncio.Event()
 
     async def record(self, exchange: Exchange) -> None:
         """Returns once the turn is recorded, or after the timeout; never raises for the store."""
@@ -96,6 +97,9 @@ class Recorder:
         try:
             if not await waiting.done:
                 self.counts.late += 1
+                log.warning(
+                    "turn=%s is late: not stored in %.2f s", exchange.turn_id, self._timeout_s
+                )
         finally:
             patience.cancel()
 
@@ -136,6 +140,10 @@ class Recorder:
             except OSError as error:
                 log.error("no writer can be started, trying again in %.2f s: %s", pause_s, error)
             else:
+                # Before it has opened: a writer that still starts finishes what its socket holds,
+                # even if the proxy is killed meanwhile.
+                self._channel = channel
+                self._send()
                 try:
                     await asyncio.shield(channel.ended)
                 finally:
@@ -143,12 +151,21 @@ class Recorder:
                     channel.abort()
                     await channel.ended
                 log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
-                self._doubt(channel.in_hand)
+                self._doubt(channel)
             if channel.settled:
                 pause_s = _FIRST_PAUSE_S
                 continue
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def wait_open(self, timeout_s: float) -> None:
+        """Waits until the first writer takes exchanges, at most `timeout_s`."""
+        if not self._enabled:
+            return
+        try:
+            await asyncio.wait_for(self._opened.wait(), timeout_s)
+        except TimeoutError:
+            log.warning("no writer has opened in %.1f s: turns may be late or lost", timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
         """Waits until everything queued is settled, at most `timeout_s`."""
@@ -157,10 +174,9 @@ class Recorder:
         except TimeoutError:
             log.error("%d turns are lost: the store did not take them in time", len(self._waiting))
 
-    def ready(self, channel: _Channel) -> None:
-        """Takes a writer that has opened, and gives it all that waits."""
-        self._channel = channel
-        self._send()
+    def opened(self) -> None:
+        """Takes in that a writer has opened."""
+        self._opened.set()
 
     def settle(self, kept: bool) -> None:
         """Takes in what became of the oldest exchange."""
@@ -187,10 +203,14 @@ class Recorder:
             self._idle.set()
         oldest.settle(True)
 
-    def _doubt(self, in_hand: int) -> None:
+    def _doubt(self, channel: _Channel) -> None:
         """Finds out, over several writers, whether one of the exchanges that they had ends them."""
-        self._suspects = in_hand
-        if in_hand != 1:
+        if not channel.opened:
+            return  # it never looked at them
+        if channel.settled and not self._suspects:
+            return  # killed, perhaps: the next writer gets them all, one that ends it comes first
+        self._suspects = channel.in_hand
+        if channel.in_hand != 1:
             return
         suspect = self._waiting[0]
         suspect.ended += 1
@@ -204,8 +224,10 @@ class _Channel(asyncio.Protocol):
     """The connection to one writer."""
 
     def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
+        self.opened = False
+        """Whether the writer reads what it is sent."""
         self.settled = 0
-        """How many exchanges the writer has answered for."""
+        """How many exchanges it has answered for."""
         self.in_hand = 0
         """How many it has got and not answered for."""
         self.ended: asyncio.Future[None] = loop.create_future()
@@ -222,7 +244,8 @@ class _Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for answer in data:
             if answer == READY:
-                self._recorder.ready(self)
+                self.opened = True
+                self._recorder.opened()
                 continue
             self.settled += 1
             self.in_hand -= 1

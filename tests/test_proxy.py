@@ -27,6 +27,7 @@ from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.settings import Settings
 from nextstate.stages import publish_version, withdraw_version
 from nextstate.store import Store
+from proxy import app
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
 from proxy.lineages import Access, Lineages
@@ -585,6 +586,23 @@ def test_a_store_that_fails_or_hangs_never_fails_a_reply(store: Store, tmp_path:
         await until(lambda: p.proxy.recorder.counts.recorded == 1)  # late, not lost
 
     both(test, store, tmp_path, record_timeout_s=0.05)
+
+
+def test_a_writer_that_cannot_start_delays_the_proxy_and_does_not_stop_it(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    monkeypatch.setattr(app, "_WRITER_S", 0.2)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        assert "no writer has opened in 0.2 s" in caplog.text
+        assert (await p.chat(request()))[0] == 200
+        assert p.proxy.recorder.counts.late == 1
+
+    both(test, store, tmp_path, writer=WriterProcess(), record_timeout_s=0.05)
 
 
 def test_metrics_count_what_happened(store: Store, tmp_path: Path) -> None:

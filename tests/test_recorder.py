@@ -144,6 +144,31 @@ def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store
     run(scene)
 
 
+def test_what_waits_while_a_writer_starts_outlives_the_proxy(store: Store) -> None:
+    exchanges = [exchange(f"say {n} " + "x" * 50_000) for n in range(6)]
+
+    async def scene() -> None:
+        with writer_of_its_own() as writer:
+            async with recording(store, writer) as recorder:
+                await recorder.record(exchanges[0])
+                first = psutil.Process(writer.pid)
+                first.suspend()
+                for one in exchanges[1:4]:
+                    recorder.submit(one)
+                first.kill()
+                await until(lambda: writer.pid != first.pid)
+                starting = psutil.Process(writer.pid)
+                starting.suspend()
+                last = [recorder.submit(one) for one in exchanges[4:]][-1]
+                await until(lambda: last is not None and last.sent)
+                await asyncio.sleep(0)  # what was sent goes out once the loop turns
+                assert recorder.counts.recorded == 1
+            starting.resume()
+
+    run(scene)
+    assert store.turn_ids() == ids(exchanges)
+
+
 def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None:
     async def scene() -> None:
         with writer_of_its_own() as writer:
