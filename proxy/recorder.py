@@ -25,6 +25,11 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 """Before the next writer, when the last one ended without having kept anything."""
+_BYTES_A_TURN = 1 << 16
+"""What an exchange that waits may take, on the average over a full queue."""
+_MOST_IN_HAND_BYTES = 4 << 20
+"""Sent and not answered for; one more may go beyond it. The rest would only lie in the transport a
+second time."""
 _DEADLY = 3
 """An exchange is lost that so many writers ended over, each with nothing else in hand."""
 
@@ -80,6 +85,7 @@ class Recorder:
         self._queue_size = queue_size
         self._waiting: deque[_Waiting] = deque()
         """What is not settled, in the order in which it is sent."""
+        self._waiting_bytes = 0
         self._channel: _Channel | None = None
         self._suspects = 0
         """How many exchanges from the oldest on are sent one by one: one may end each writer."""
@@ -107,10 +113,13 @@ class Recorder:
         """Queues without waiting; None when it is lost (the queue is full) or recording is off."""
         if not self._enabled:
             return None
-        if len(self._waiting) >= self._queue_size:
+        if self._full():
             self.counts.lost += 1
             log.error(
-                "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._queue_size
+                "turn=%s is lost: %d turns with %d bytes wait for the store",
+                exchange.turn_id,
+                len(self._waiting),
+                self._waiting_bytes,
             )
             return None
         exchange.capture.join()
@@ -122,8 +131,9 @@ class Recorder:
             return None
         waiting = _Waiting(exchange.turn_id, pickled, asyncio.get_running_loop())
         self._waiting.append(waiting)
+        self._waiting_bytes += len(pickled)
         self._idle.clear()
-        self._send()
+        self.send()
         return waiting
 
     async def run(self) -> None:
@@ -143,7 +153,7 @@ class Recorder:
                 # Before it has opened: a writer that still starts finishes what its socket holds,
                 # even if the proxy is killed meanwhile.
                 self._channel = channel
-                self._send()
+                self.send()
                 try:
                     await asyncio.shield(channel.ended)
                 finally:
@@ -178,30 +188,38 @@ class Recorder:
         """Takes in that a writer has opened."""
         self._opened.set()
 
-    def settle(self, kept: bool) -> None:
-        """Takes in what became of the oldest exchange."""
+    def settle(self, kept: bool) -> int:
+        """Takes in what became of the oldest exchange; returns how many bytes it had."""
         if kept:
             self.counts.recorded += 1
         else:
             self.counts.lost += 1
-        self._forget_oldest()
-        self._send()
+        return self._forget_oldest()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Sends what waits, as far as the writer may have it."""
         channel = self._channel
         if channel is None or channel.closing:
             return
         allowed = 1 if self._suspects else len(self._waiting)
         for waiting in islice(self._waiting, channel.in_hand, allowed):
+            if channel.in_hand_bytes >= _MOST_IN_HAND_BYTES:
+                break
             channel.send(waiting.pickled, again=waiting.sent)
             waiting.sent = True
 
-    def _forget_oldest(self) -> None:
+    def _full(self) -> bool:
+        most_bytes = self._queue_size * _BYTES_A_TURN
+        return len(self._waiting) >= self._queue_size or self._waiting_bytes >= most_bytes
+
+    def _forget_oldest(self) -> int:
         oldest = self._waiting.popleft()
+        self._waiting_bytes -= len(oldest.pickled)
         self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
         oldest.settle(True)
+        return len(oldest.pickled)
 
     def _doubt(self, channel: _Channel) -> None:
         """Finds out, over several writers, whether one of the exchanges that they had ends them."""
@@ -230,6 +248,7 @@ class _Channel(asyncio.Protocol):
         """How many exchanges it has answered for."""
         self.in_hand = 0
         """How many it has got and not answered for."""
+        self.in_hand_bytes = 0
         self.ended: asyncio.Future[None] = loop.create_future()
         self._recorder = recorder
 
@@ -249,7 +268,8 @@ class _Channel(asyncio.Protocol):
                 continue
             self.settled += 1
             self.in_hand -= 1
-            self._recorder.settle(answer == KEPT)
+            self.in_hand_bytes -= self._recorder.settle(answer == KEPT)
+        self._recorder.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set_result(None)
@@ -257,6 +277,7 @@ class _Channel(asyncio.Protocol):
     def send(self, pickled: bytes, *, again: bool) -> None:
         """Sends one exchange, once what was sent before has gone out."""
         self.in_hand += 1
+        self.in_hand_bytes += len(pickled)
         self._transport.write(FRAME.pack(len(pickled), again) + pickled)
 
     def abort(self) -> None:

@@ -21,7 +21,7 @@ from proxy.writer import Feed
 log = logging.getLogger(__name__)
 
 _SEND_BUFFER_BYTES = 4 << 20
-"""What a killed proxy may leave to its writer; less where the kernel's net.core.wmem_max is less."""
+"""What a killed proxy may leave to its writer; less where the kernel's net.core.wmem_max is."""
 _END_S = 10.0
 """How long `close` waits for the process."""
 

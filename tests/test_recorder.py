@@ -300,6 +300,33 @@ def test_a_locked_store_makes_turns_late_and_a_full_queue_loses_the_next(store: 
     run(scene)
 
 
+def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) -> None:
+    async def scene() -> None:
+        async with recording(store, queue_size=256, timeout_s=0.01) as recorder:  # 16 MB
+            with store.recording():  # another process holds the database
+                exchanges = [exchange("x" * (1 << 19)) for _ in range(20)]  # said and replied
+                for one in exchanges:
+                    await recorder.record(one)
+                assert in_transport(recorder) <= 5 << 20
+                assert (recorder.counts.late, recorder.counts.lost) == (16, 4)
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (16, 4)
+            largest = exchange("y" * (10 << 20))
+            recorder.submit(largest)  # alone it has room
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (17, 4)
+        assert store.turn_ids() == ids([*exchanges[:16], largest])
+
+    run(scene)
+
+
+def in_transport(recorder: Recorder) -> int:
+    """Bytes that wait a second time, between the recorder and its writer's socket."""
+    channel = recorder._channel  # pyright: ignore[reportPrivateUsage]
+    assert channel is not None
+    return channel._transport.get_write_buffer_size()  # pyright: ignore[reportPrivateUsage]
+
+
 def test_a_full_disk_loses_turns_and_no_more_once_there_is_room(store: Store) -> None:
     async def scene() -> None:
         with writer_of_its_own() as writer:
