@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -257,6 +258,26 @@ def test_one_bad_turn_does_not_take_the_others_with_it(store: Store) -> None:
         connection.serve()
         assert ours.recv(9) == bytes([READY, KEPT, LOST, LOST, KEPT])
     assert store.turn_ids() == ids([exchanges[0], exchanges[3]])
+
+
+@pytest.mark.parametrize("opened", [True, False], ids=["open", "yet to be opened"])
+def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, opened: bool
+) -> None:
+    monkeypatch.setattr("nextstate.sqlite.BUSY_TIMEOUT_MS", 1)
+    first, *others = exchanges = [exchange(f"say {n}") for n in range(3)]
+    with served(store) as (connection, ours), ThreadPoolExecutor() as pool:
+        if opened:
+            ours.sendall(framed(first))
+            connection.serve()
+        with store.recording():  # another process holds the database
+            sent = others if opened else exchanges
+            ours.sendall(b"".join(map(framed, sent)))
+            serving = pool.submit(connection.serve)
+            asyncio.run(until(lambda: f"{len(sent)} turns wait" in caplog.text or serving.done()))
+        assert serving.result(PATIENCE_S)
+        assert ours.recv(9) == bytes([READY, KEPT, KEPT, KEPT])
+    assert store.turn_ids() == ids(exchanges)
 
 
 def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
