@@ -28,6 +28,8 @@ class Exchange(NamedTuple):
     """Whether the client did not see the reply's end."""
     untrainable: str | None = None
     """Why the turn cannot train, where that is known without looking at its tokens."""
+    amends: bool = False
+    """Whether it was sent before, when nobody knew yet that the client would not see the end."""
 
 
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
@@ -36,16 +38,14 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     messages = objects(exchange.request.get("messages"))
     hashes = message_hashes(messages)
     kind = profile.kind(exchange.request)
-    named = (
-        None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
-    )
+    named = _named(exchange, profile)
     history = reply_keys(messages, None)
     link = None if history is None else Link(*history, hashes)
     parent = None if link is None else recording.parent(exchange.lineage, link, named)
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
         parent = recording.main_ancestor(parent)
-    texts = [text for message in messages if (text := profile.next_state_text(message))]
+    texts = _texts(messages, profile)
     place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
     tried = None if place is None else recording.cut_session(place)
     if parent is not None:
@@ -76,6 +76,26 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
         states = next_states(parent.id, following(messages), profile)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
+
+
+def amend_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> None:
+    """Lets a retry take the place of a turn that is stored: its client did not see the end."""
+    kind, parent = profile.kind(exchange.request), recording.parent_of(exchange.turn_id)
+    texts = _texts(objects(exchange.request.get("messages")), profile)
+    place = place_of(exchange.lineage, _named(exchange, profile), kind, parent, texts)
+    if place is not None:
+        recording.set_place(exchange.turn_id, place)
+
+
+def _named(exchange: Exchange, profile: AgentProfile) -> str | None:
+    """The session that the client names."""
+    said = exchange.explicit_session
+    return None if said is None else profile.session(said)
+
+
+def _texts(messages: list[Json], profile: AgentProfile) -> list[str]:
+    """What was said, without the agent's own notes."""
+    return [text for message in messages if (text := profile.next_state_text(message))]
 
 
 def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:

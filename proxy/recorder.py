@@ -18,7 +18,7 @@ from typing import cast
 
 from nextstate.config import StoreConfig
 from proxy.exchange import Exchange
-from proxy.writer import FRAME, KEPT, READY, Feed
+from proxy.writer import FRAME, KEPT, LOST, READY, Feed
 from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
@@ -94,7 +94,10 @@ class Recorder:
         self._opened = asyncio.Event()
 
     async def record(self, exchange: Exchange) -> None:
-        """Returns once the turn is recorded, or after the timeout; never raises for the store."""
+        """Returns once the turn is recorded, or after the timeout; never raises for the store.
+
+        Cancelled, the client has left before its end: a retry will take the turn's place.
+        """
         waiting = self.submit(exchange)
         if waiting is None:
             return
@@ -106,6 +109,10 @@ class Recorder:
                 log.warning(
                     "turn=%s is late: not stored in %.2f s", exchange.turn_id, self._timeout_s
                 )
+        except asyncio.CancelledError:
+            if not (exchange.cut or self._full()):
+                self.submit(exchange._replace(cut=True, amends=True))
+            raise
         finally:
             patience.cancel()
 
@@ -188,11 +195,11 @@ class Recorder:
         """Takes in that a writer has opened."""
         self._opened.set()
 
-    def settle(self, kept: bool) -> int:
+    def settle(self, answer: int) -> int:
         """Takes in what became of the oldest exchange; returns how many bytes it had."""
-        if kept:
+        if answer == KEPT:
             self.counts.recorded += 1
-        else:
+        elif answer == LOST:
             self.counts.lost += 1
         return self._forget_oldest()
 
@@ -268,7 +275,7 @@ class _Channel(asyncio.Protocol):
                 continue
             self.settled += 1
             self.in_hand -= 1
-            self.in_hand_bytes -= self._recorder.settle(answer == KEPT)
+            self.in_hand_bytes -= self._recorder.settle(answer)
         self._recorder.send()
 
     def connection_lost(self, exc: Exception | None) -> None:

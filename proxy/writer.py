@@ -32,14 +32,14 @@ from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.recording import Recording
 from nextstate.sqlite import is_busy
 from nextstate.store import Store
-from proxy.exchange import Exchange, record_exchange
+from proxy.exchange import Exchange, amend_exchange, record_exchange
 
 log = logging.getLogger(__name__)
 
 FRAME = struct.Struct("<I?")
 """Before each pickled exchange: its bytes, and whether an earlier writer may have kept it."""
-LOST, KEPT, READY = range(3)
-"""What the writer says: of each exchange, and once before all."""
+LOST, KEPT, READY, AMENDED = range(4)
+"""What the writer says: READY once before all, the others of each exchange."""
 LONGEST_FEED = 65_536
 _BYTES_AT_ONCE = 1 << 20
 _MOST_AT_ONCE = 256
@@ -151,6 +151,9 @@ def _record(
 ) -> int:
     if exchange is None:
         return LOST
+    if exchange.amends and recording.holds(exchange.turn_id):
+        amend_exchange(recording, exchange, profile)
+        return AMENDED
     if not (again and recording.holds(exchange.turn_id)):
         record_exchange(recording, exchange, profile)
     return KEPT

@@ -25,7 +25,7 @@ from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange
 from proxy.recorder import Recorder
-from proxy.writer import FRAME, KEPT, LOST, READY, Connection, Feed
+from proxy.writer import AMENDED, FRAME, KEPT, LOST, READY, Connection, Feed
 from proxy.writer_process import WriterProcess
 from tests.test_proxy import WRITER, until
 
@@ -202,6 +202,19 @@ def test_what_one_writer_kept_without_saying_so_is_not_kept_twice(store: Store) 
     assert store.turn_ids() == ids([first, second])
     assert [state.text for state in store.next_states(first.turn_id)] == ["and then?"]
     assert store.counts()["judgements/pending"] == 1
+
+
+def test_a_turn_whose_client_left_is_amended_once_or_twice_and_kept_if_it_was_lost(
+    store: Store,
+) -> None:
+    first, lost = exchange("hi"), exchange("ho")
+    with served(store) as (connection, ours):
+        left, lost_left = (one._replace(cut=True, amends=True) for one in (first, lost))
+        again = [exchange("hi"), exchange("ho")]
+        ours.sendall(b"".join(map(framed, (first, left, left, lost_left, *again))))
+        connection.serve()
+        assert ours.recv(9) == bytes([READY, KEPT, AMENDED, AMENDED, KEPT, KEPT, KEPT])
+    assert store.turn_ids() == ids(again)
 
 
 @contextmanager
