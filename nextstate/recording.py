@@ -113,6 +113,9 @@ class _Statements:
             .where(*_CUT_HERE, _C.id != sa.bindparam("turn"))
             .values(replaced_by=sa.bindparam("turn"))
         )
+        self.parent_of = prepared(sa.select(_C.parent).where(_C.id == sa.bindparam("turn")))
+        placed = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
+        self.set_place = prepared(placed.values(place=sa.bindparam("here")))
         last = sa.select(sa.func.max(_C.idx)).where(_C.session == sa.bindparam("name"))
         self.last_index = prepared(last)
         known = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
@@ -301,6 +304,15 @@ class Recording:
         """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
         self._run(self._statements.replace_cut, here=place, turn=turn)
 
+    def set_place(self, turn: str, place: bytes) -> None:
+        """Says where a stored turn stands: the client did not see the end of its reply."""
+        self._run(self._statements.set_place, turn=turn, here=place)
+
+    def parent_of(self, turn: str) -> str | None:
+        """The turn that a stored turn continues."""
+        row = self._first(self._statements.parent_of, turn=turn)
+        return None if row is None else row[0]
+
     def holds(self, turn: str) -> bool:
         """Whether a turn is stored already, and with it its next states."""
         return self._first(self._statements.known_turn, turn=turn) is not None
@@ -323,7 +335,7 @@ class Recording:
     ) -> None:
         """Adds a turn; `chain_key`, `reply_key` and `said_key` are those of its own reply.
 
-        `place` is where it stands if its reply never came to its end: a retry is found by it.
+        `place` is where it stands if the client saw no end of its reply: a retry is found by it.
         `message_hashes` are those of the request's messages, where they are known already.
         """
         rest = {key: value for key, value in turn.request.items() if key != "messages"}

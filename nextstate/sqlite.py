@@ -55,6 +55,16 @@ def begin_writing(cursor: Any) -> None:
     cursor.execute(_BEGIN_WRITING)
 
 
+def is_busy(error: BaseException | None) -> bool:
+    """Whether an error, or what caused it, is that another connection holds the database."""
+    while error is not None:
+        if isinstance(error, sqlite3.OperationalError):
+            code: int = getattr(error, "sqlite_errorcode", 0)  # with details above its low byte
+            return code & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+        error = error.__cause__
+    return False
+
+
 def checkpoint(engine: sa.Engine, path: Path) -> None:
     """Moves the write-ahead log into the database once it has 4 MB; nobody waits for it."""
     log = path.with_name(path.name + "-wal")

@@ -46,6 +46,8 @@ log = logging.getLogger(__name__)
 
 _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _OPEN_PATHS = frozenset(("/healthz",))
+_WRITER_S = 10.0
+"""How long the start waits for the writer: it takes half a second, and more on a busy machine."""
 _DRAIN_S = 10.0
 _BEAT_S = 1.0
 _CHECKPOINT_S = 0.5
@@ -132,6 +134,8 @@ class Proxy:
                 tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
             for task in tasks:
                 task.add_done_callback(_end_if_failed)
+            # Or the first replies would end before anything could take their turns.
+            await self.recorder.wait_open(_WRITER_S)
             yield
             await self.recorder.drain(_DRAIN_S)
             for task in tasks:

@@ -26,7 +26,8 @@ class ProxyConfig:
     record_timeout_s: float = 0.25
     """How long the end of a reply waits for its record; later records are still kept."""
     record_queue: int = 1024
-    """Turns that may wait for a slow store before further ones are counted as lost."""
+    """Turns that may wait for a slow store before further ones are counted as lost; 64 KiB for each
+    on the average bound their memory."""
     workers: int = 1
     """Processes that serve on the one port."""
 

@@ -36,6 +36,8 @@ class Exchange(NamedTuple):
     """Whether the client did not see the reply's end."""
     untrainable: str | None = None
     """Why the turn cannot train, where that is known without looking at its tokens."""
+    amends: bool = False
+    """Whether it was sent before, when nobody knew yet that the client would not see the end."""
 
 
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
@@ -44,9 +46,7 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     messages = objects(exchange.request.get("messages"))
     hashes = message_hashes(messages)
     kind = profile.kind(exchange.request)
-    named = (
-        None if exchange.explicit_session is None else profile.session(exchange.explicit_session)
-    )
+    named = _named(exchange, profile)
     read = [profile.next_state_text(message) for message in messages]
     before, in_all = said(messages, hashes, read)
     link = link_of(messages, hashes, before)
@@ -86,6 +86,22 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
         states = next_states(parent.id, following(messages), profile)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
+
+
+def amend_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> None:
+    """Lets a retry take the place of a turn that is stored: its client did not see the end."""
+    kind, parent = profile.kind(exchange.request), recording.parent_of(exchange.turn_id)
+    messages = objects(exchange.request.get("messages"))
+    texts = [text for message in messages if (text := profile.next_state_text(message))]
+    place = place_of(exchange.lineage, _named(exchange, profile), kind, parent, texts)
+    if place is not None:
+        recording.set_place(exchange.turn_id, place)
+
+
+def _named(exchange: Exchange, profile: AgentProfile) -> str | None:
+    """The session that the client names."""
+    given = exchange.explicit_session
+    return None if given is None else profile.session(given)
 
 
 def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:

@@ -18,13 +18,18 @@ from typing import cast
 
 from nextstate.config import StoreConfig
 from proxy.exchange import Exchange
-from proxy.writer import FRAME, KEPT, READY, Feed
+from proxy.writer import FRAME, KEPT, LOST, READY, Feed
 from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 """Before the next writer, when the last one ended without having kept anything."""
+_BYTES_A_TURN = 1 << 16
+"""What an exchange that waits may take, on the average over a full queue."""
+_MOST_IN_HAND_BYTES = 4 << 20
+"""Sent and not answered for; one more may go beyond it. The rest would only lie in the transport a
+second time."""
 _DEADLY = 3
 """An exchange is lost that so many writers ended over, each with nothing else in hand."""
 
@@ -80,14 +85,19 @@ class Recorder:
         self._queue_size = queue_size
         self._waiting: deque[_Waiting] = deque()
         """What is not settled, in the order in which it is sent."""
+        self._waiting_bytes = 0
         self._channel: _Channel | None = None
         self._suspects = 0
         """How many exchanges from the oldest on are sent one by one: one may end each writer."""
         self._idle = asyncio.Event()
         self._idle.set()
+        self._opened = asyncio.Event()
 
     async def record(self, exchange: Exchange) -> None:
-        """Returns once the turn is recorded, or after the timeout; never raises for the store."""
+        """Returns once the turn is recorded, or after the timeout; never raises for the store.
+
+        Cancelled, the client has left before its end: a retry will take the turn's place.
+        """
         waiting = self.submit(exchange)
         if waiting is None:
             return
@@ -96,6 +106,13 @@ class Recorder:
         try:
             if not await waiting.done:
                 self.counts.late += 1
+                log.warning(
+                    "turn=%s is late: not stored in %.2f s", exchange.turn_id, self._timeout_s
+                )
+        except asyncio.CancelledError:
+            if not (exchange.cut or self._full()):
+                self.submit(exchange._replace(cut=True, amends=True))
+            raise
         finally:
             patience.cancel()
 
@@ -103,10 +120,13 @@ class Recorder:
         """Queues without waiting; None when it is lost (the queue is full) or recording is off."""
         if not self._enabled:
             return None
-        if len(self._waiting) >= self._queue_size:
+        if self._full():
             self.counts.lost += 1
             log.error(
-                "turn=%s is lost: %d turns wait for the store", exchange.turn_id, self._queue_size
+                "turn=%s is lost: %d turns with %d bytes wait for the store",
+                exchange.turn_id,
+                len(self._waiting),
+                self._waiting_bytes,
             )
             return None
         exchange.capture.join()
@@ -118,8 +138,9 @@ class Recorder:
             return None
         waiting = _Waiting(exchange.turn_id, pickled, asyncio.get_running_loop())
         self._waiting.append(waiting)
+        self._waiting_bytes += len(pickled)
         self._idle.clear()
-        self._send()
+        self.send()
         return waiting
 
     async def run(self) -> None:
@@ -136,6 +157,10 @@ class Recorder:
             except OSError as error:
                 log.error("no writer can be started, trying again in %.2f s: %s", pause_s, error)
             else:
+                # Before it has opened: a writer that still starts finishes what its socket holds,
+                # even if the proxy is killed meanwhile.
+                self._channel = channel
+                self.send()
                 try:
                     await asyncio.shield(channel.ended)
                 finally:
@@ -143,12 +168,21 @@ class Recorder:
                     channel.abort()
                     await channel.ended
                 log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
-                self._doubt(channel.in_hand)
+                self._doubt(channel)
             if channel.settled:
                 pause_s = _FIRST_PAUSE_S
                 continue
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+
+    async def wait_open(self, timeout_s: float) -> None:
+        """Waits until the first writer takes exchanges, at most `timeout_s`."""
+        if not self._enabled:
+            return
+        try:
+            await asyncio.wait_for(self._opened.wait(), timeout_s)
+        except TimeoutError:
+            log.warning("no writer has opened in %.1f s: turns may be late or lost", timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
         """Waits until everything queued is settled, at most `timeout_s`."""
@@ -157,40 +191,51 @@ class Recorder:
         except TimeoutError:
             log.error("%d turns are lost: the store did not take them in time", len(self._waiting))
 
-    def ready(self, channel: _Channel) -> None:
-        """Takes a writer that has opened, and gives it all that waits."""
-        self._channel = channel
-        self._send()
+    def opened(self) -> None:
+        """Takes in that a writer has opened."""
+        self._opened.set()
 
-    def settle(self, kept: bool) -> None:
-        """Takes in what became of the oldest exchange."""
-        if kept:
+    def settle(self, answer: int) -> int:
+        """Takes in what became of the oldest exchange; returns how many bytes it had."""
+        if answer == KEPT:
             self.counts.recorded += 1
-        else:
+        elif answer == LOST:
             self.counts.lost += 1
-        self._forget_oldest()
-        self._send()
+        return self._forget_oldest()
 
-    def _send(self) -> None:
+    def send(self) -> None:
+        """Sends what waits, as far as the writer may have it."""
         channel = self._channel
         if channel is None or channel.closing:
             return
         allowed = 1 if self._suspects else len(self._waiting)
         for waiting in islice(self._waiting, channel.in_hand, allowed):
+            if channel.in_hand_bytes >= _MOST_IN_HAND_BYTES:
+                break
             channel.send(waiting.pickled, again=waiting.sent)
             waiting.sent = True
 
-    def _forget_oldest(self) -> None:
+    def _full(self) -> bool:
+        most_bytes = self._queue_size * _BYTES_A_TURN
+        return len(self._waiting) >= self._queue_size or self._waiting_bytes >= most_bytes
+
+    def _forget_oldest(self) -> int:
         oldest = self._waiting.popleft()
+        self._waiting_bytes -= len(oldest.pickled)
         self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
         oldest.settle(True)
+        return len(oldest.pickled)
 
-    def _doubt(self, in_hand: int) -> None:
+    def _doubt(self, channel: _Channel) -> None:
         """Finds out, over several writers, whether one of the exchanges that they had ends them."""
-        self._suspects = in_hand
-        if in_hand != 1:
+        if not channel.opened:
+            return  # it never looked at them
+        if channel.settled and not self._suspects:
+            return  # killed, perhaps: the next writer gets them all, one that ends it comes first
+        self._suspects = channel.in_hand
+        if channel.in_hand != 1:
             return
         suspect = self._waiting[0]
         suspect.ended += 1
@@ -204,10 +249,13 @@ class _Channel(asyncio.Protocol):
     """The connection to one writer."""
 
     def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
+        self.opened = False
+        """Whether the writer reads what it is sent."""
         self.settled = 0
-        """How many exchanges the writer has answered for."""
+        """How many exchanges it has answered for."""
         self.in_hand = 0
         """How many it has got and not answered for."""
+        self.in_hand_bytes = 0
         self.ended: asyncio.Future[None] = loop.create_future()
         self._recorder = recorder
 
@@ -222,11 +270,13 @@ class _Channel(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         for answer in data:
             if answer == READY:
-                self._recorder.ready(self)
+                self.opened = True
+                self._recorder.opened()
                 continue
             self.settled += 1
             self.in_hand -= 1
-            self._recorder.settle(answer == KEPT)
+            self.in_hand_bytes -= self._recorder.settle(answer)
+        self._recorder.send()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.ended.set_result(None)
@@ -234,6 +284,7 @@ class _Channel(asyncio.Protocol):
     def send(self, pickled: bytes, *, again: bool) -> None:
         """Sends one exchange, once what was sent before has gone out."""
         self.in_hand += 1
+        self.in_hand_bytes += len(pickled)
         self._transport.write(FRAME.pack(len(pickled), again) + pickled)
 
     def abort(self) -> None:

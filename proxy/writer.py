@@ -21,6 +21,7 @@ import signal
 import socket
 import struct
 import sys
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -29,19 +30,22 @@ from nextstate import logs
 from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.recording import Recording
+from nextstate.sqlite import is_busy
 from nextstate.store import Store
-from proxy.exchange import Exchange, record_exchange
+from proxy.exchange import Exchange, amend_exchange, record_exchange
 
 log = logging.getLogger(__name__)
 
 FRAME = struct.Struct("<I?")
 """Before each pickled exchange: its bytes, and whether an earlier writer may have kept it."""
-LOST, KEPT, READY = range(3)
-"""What the writer says: of each exchange, and once before all."""
+LOST, KEPT, READY, AMENDED = range(4)
+"""What the writer says: READY once before all, the others of each exchange."""
 LONGEST_FEED = 65_536
 _BYTES_AT_ONCE = 1 << 20
 _MOST_AT_ONCE = 256
 """Exchanges in one transaction; all that wait there wait for its end."""
+_BUSY_PAUSE_S = 0.1
+"""Before the next try of a store that is locked, should SQLite not have waited itself."""
 _Delivered: TypeAlias = tuple[Exchange | None, bool]
 """(what was sent, None if it cannot be read; whether an earlier writer may have kept it)."""
 
@@ -106,17 +110,22 @@ class Connection:
         return found
 
     def _keep(self, batch: list[_Delivered]) -> list[int]:
-        """Writes a batch; says of each exchange what became of it."""
-        try:
-            store, profile = self._open()
-            with store.recording() as recording:
-                return [_record(recording, profile, *one) for one in batch]
-        except Exception:
-            if len(batch) > 1:  # one bad turn must not take the others with it
-                return [answer for one in batch for answer in self._keep([one])]
-            exchange, _ = batch[0]
-            log.exception("turn=%s could not be recorded", exchange and exchange.turn_id)
-            return [LOST]
+        """Writes a batch, once the store lets it; says of each exchange what became of it."""
+        while True:
+            try:
+                store, profile = self._open()
+                with store.recording() as recording:
+                    return [_record(recording, profile, *one) for one in batch]
+            except Exception as error:
+                if is_busy(error):
+                    log.warning("the store is locked, %d turns wait: %s", len(batch), error)
+                    time.sleep(_BUSY_PAUSE_S)
+                    continue
+                if len(batch) > 1:  # one bad turn must not take the others with it
+                    return [answer for one in batch for answer in self._keep([one])]
+                exchange, _ = batch[0]
+                log.exception("turn=%s could not be recorded", exchange and exchange.turn_id)
+                return [LOST]
 
     def _open(self) -> tuple[Store, AgentProfile]:
         if self._opened is None:
@@ -142,6 +151,9 @@ def _record(
 ) -> int:
     if exchange is None:
         return LOST
+    if exchange.amends and recording.holds(exchange.turn_id):
+        amend_exchange(recording, exchange, profile)
+        return AMENDED
     if not (again and recording.holds(exchange.turn_id)):
         record_exchange(recording, exchange, profile)
     return KEPT

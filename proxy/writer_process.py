@@ -20,6 +20,8 @@ from proxy.writer import Feed
 
 log = logging.getLogger(__name__)
 
+_SEND_BUFFER_BYTES = 4 << 20
+"""What a killed proxy may leave to its writer; less where the kernel's net.core.wmem_max is."""
 _END_S = 10.0
 """How long `close` waits for the process."""
 
@@ -46,6 +48,7 @@ class WriterProcess:
     def connect(self, feed: Feed) -> socket.socket:
         """A stream socket to a writer that serves `feed`. Raises OSError when none can start."""
         ours, theirs = socket.socketpair()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER_BYTES)
         message = pickle.dumps(feed)
         with theirs:
             try:

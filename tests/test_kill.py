@@ -3,6 +3,10 @@
 Nothing is there in part, and no writer outlives its proxy. Half of the kills come at the worst
 moment, on the spot when a client sees the end of a reply; the others anywhere. The seed decides,
 the scheduler has the last word.
+
+The proxy has its default patience with the store. A turn that outlasts it, as on a machine that is
+busy with something else, may go with the proxy: it says so in its log before the client sees the
+end, and only such a turn may be missing.
 """
 
 from __future__ import annotations
@@ -10,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import sqlite3
 import subprocess
@@ -47,8 +52,9 @@ url = "{engine}"
 model = "{model}"
 [proxy]
 port = {port}
-record_timeout_s = {patience}
 """
+LOG = "proxy.log"
+LATE = re.compile(r"turn=(\S+) is late")
 
 
 def pieces_of(text: str) -> list[str]:
@@ -105,7 +111,12 @@ class Victim:
     """The proxy as a process that is killed and started again, or whose writer is."""
 
     def __init__(
-        self, folder: Path, engine: str, *, writer_only: bool = False, patience_s: float = 60.0
+        self,
+        folder: Path,
+        engine: str,
+        *,
+        writer_only: bool = False,
+        patience_s: float | None = None,
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -115,12 +126,11 @@ class Victim:
         """Every one that was met, the living one last."""
         self.writer_only = writer_only
         self._config = folder / "nextstate.toml"
-        self._log = folder / "proxy.log"
-        self._config.write_text(
-            CONFIG.format(
-                state=folder / "state", engine=engine, model=MODEL, port=port, patience=patience_s
-            )
-        )
+        self._log = folder / LOG
+        config = CONFIG.format(state=folder / "state", engine=engine, model=MODEL, port=port)
+        if patience_s is not None:
+            config += f"record_timeout_s = {patience_s}\n"
+        self._config.write_text(config)
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -334,8 +344,9 @@ def check_whole(turn: Turn) -> None:
     assert turn.trainable, turn.untrainable
 
 
-def check(state: Path, seen: Seen) -> None:
-    """Nothing that a client saw end is missing, and nothing is there in part."""
+def check(folder: Path, seen: Seen) -> None:
+    """Nothing that a client saw end in time is missing, and nothing is there in part."""
+    state = folder / "state"
     file = sqlite3.connect(state / "nextstate.sqlite3")
     assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     assert file.execute("PRAGMA foreign_key_check").fetchall() == []
@@ -345,8 +356,10 @@ def check(state: Path, seen: Seen) -> None:
     assert places == len(ids), "two turns of one session at the same index"
     store = Store(StoreConfig(dir=str(state)))
     turns = {turn: store.turn(turn) for turn in ids}
+    late = set(LATE.findall((folder / LOG).read_text()))
     missing = seen.ends.keys() - turns.keys()
-    assert not missing, f"{len(missing)} of {len(seen.ends)} turns are lost"
+    print(f"{len(seen.ends)} ends seen, {len(late)} turns late, {len(missing & late)} of them lost")
+    assert not missing - late, f"{len(missing - late)} of {len(seen.ends)} turns are lost"
     answered: dict[str, list[str]] = {turn: [] for turn in ids}
     for name, turn in turns.items():
         assert turn is not None
@@ -371,7 +384,31 @@ def test_a_kill_under_load_loses_no_turn_that_a_client_saw_end(
 ) -> None:
     seen = asyncio.run(kill_again_and_again(tmp_path, kills, seed=kills, writer_only=writer_only))
     assert seen.cuts > 0, "no reply was cut"
-    check(tmp_path / "state", seen)
+    check(tmp_path, seen)
+
+
+def test_the_first_turn_after_a_start_survives_the_proxy(tmp_path: Path) -> None:
+    async def scene() -> Seen:
+        seen = Seen()
+        async with answering() as engine, aiohttp.ClientSession(timeout=TIMEOUT) as http:
+            victim = Victim(tmp_path, engine)
+            try:
+                for number in range(3):
+                    await victim.start()
+                    text = f"first {number}"
+                    body = {"model": MODEL, "messages": [{"role": "user", "content": text}]}
+                    url = f"{victim.url}/v1/chat/completions"
+                    async with http.post(url, data=orjson.dumps(body), headers=JSON) as answer:
+                        turn = answer.headers["x-nextstate-turn"]
+                        await answer.read()
+                    victim.kill()
+                    seen.end(turn, text)
+                await victim.no_writer_is_left()
+            finally:
+                victim.kill()
+        return seen
+
+    check(tmp_path, asyncio.run(scene()))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

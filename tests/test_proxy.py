@@ -30,6 +30,7 @@ from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.settings import Settings
 from nextstate.stages import publish_version, withdraw_version
 from nextstate.store import Store
+from proxy import app
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
 from proxy.lineages import Access, Lineages
@@ -864,6 +865,61 @@ def test_a_store_that_fails_or_hangs_never_fails_a_reply(store: Store, tmp_path:
         await until(lambda: p.proxy.recorder.counts.recorded == 1)  # late, not lost
 
     both(test, store, tmp_path, record_timeout_s=0.05)
+
+
+def test_a_writer_that_cannot_start_delays_the_proxy_and_does_not_stop_it(
+    store: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("sys.executable", "/nowhere/python")
+    monkeypatch.setattr(app, "_WRITER_S", 0.2)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        assert "no writer has opened in 0.2 s" in caplog.text
+        assert (await p.chat(request()))[0] == 200
+        assert p.proxy.recorder.counts.late == 1
+
+    both(test, store, tmp_path, writer=WriterProcess(), record_timeout_s=0.05)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_gives_up_while_its_turn_waits_and_tries_again_makes_one_turn(
+    store: Store, tmp_path: Path, stream: bool
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        def waiting() -> int:
+            return len(p.proxy.recorder._waiting)  # pyright: ignore[reportPrivateUsage]
+
+        opening = request("one", stream=stream)
+        following = request("one", stream=stream)
+        following["messages"] += [
+            {"role": "assistant", "content": "Hello"},
+            {"role": "user", "content": "and two?"},
+        ]
+        kept: list[str] = []
+        for body in (opening, following):
+            with store.recording():  # another process holds the database
+                for _ in range(2):
+                    before = waiting()
+                    given_up = asyncio.create_task(p.chat(body))
+                    await until(lambda before=before: waiting() > before)
+                    given_up.cancel()
+                    await asyncio.gather(given_up, return_exceptions=True)
+                again = asyncio.create_task(p.chat(body))
+                await until(lambda: len(engine.requests) % 3 == 0)
+            kept.append((await again)[2]["x-nextstate-turn"])
+        assert store.turn_ids() == kept
+        assert p.proxy.recorder.counts.recorded == 6
+        first, second = (store.turn(turn) for turn in kept)
+        assert first is not None
+        assert second is not None
+        assert (second.parent, second.session) == (first.id, first.session)
+        assert [state.text for state in store.next_states(first.id)] == ["and two?"]
+        assert store.lease_judgements(9, 60) == [first.id]
+
+    both(test, store, tmp_path)
 
 
 def test_metrics_count_what_happened(store: Store, tmp_path: Path) -> None:

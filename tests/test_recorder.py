@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
 from typing import Any
@@ -24,7 +25,7 @@ from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange
 from proxy.recorder import Recorder
-from proxy.writer import FRAME, KEPT, LOST, READY, Connection, Feed
+from proxy.writer import AMENDED, FRAME, KEPT, LOST, READY, Connection, Feed
 from proxy.writer_process import WriterProcess
 from tests.test_proxy import WRITER, until
 
@@ -144,6 +145,31 @@ def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store
     run(scene)
 
 
+def test_what_waits_while_a_writer_starts_outlives_the_proxy(store: Store) -> None:
+    exchanges = [exchange(f"say {n} " + "x" * 50_000) for n in range(6)]
+
+    async def scene() -> None:
+        with writer_of_its_own() as writer:
+            async with recording(store, writer) as recorder:
+                await recorder.record(exchanges[0])
+                first = psutil.Process(writer.pid)
+                first.suspend()
+                for one in exchanges[1:4]:
+                    recorder.submit(one)
+                first.kill()
+                await until(lambda: writer.pid != first.pid)
+                starting = psutil.Process(writer.pid)
+                starting.suspend()
+                last = [recorder.submit(one) for one in exchanges[4:]][-1]
+                await until(lambda: last is not None and last.sent)
+                await asyncio.sleep(0)  # what was sent goes out once the loop turns
+                assert recorder.counts.recorded == 1
+            starting.resume()
+
+    run(scene)
+    assert store.turn_ids() == ids(exchanges)
+
+
 def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None:
     async def scene() -> None:
         with writer_of_its_own() as writer:
@@ -176,6 +202,19 @@ def test_what_one_writer_kept_without_saying_so_is_not_kept_twice(store: Store) 
     assert store.turn_ids() == ids([first, second])
     assert [state.text for state in store.next_states(first.turn_id)] == ["and then?"]
     assert store.counts()["judgements/pending"] == 1
+
+
+def test_a_turn_whose_client_left_is_amended_once_or_twice_and_kept_if_it_was_lost(
+    store: Store,
+) -> None:
+    first, lost = exchange("hi"), exchange("ho")
+    with served(store) as (connection, ours):
+        left, lost_left = (one._replace(cut=True, amends=True) for one in (first, lost))
+        again = [exchange("hi"), exchange("ho")]
+        ours.sendall(b"".join(map(framed, (first, left, left, lost_left, *again))))
+        connection.serve()
+        assert ours.recv(9) == bytes([READY, KEPT, AMENDED, AMENDED, KEPT, KEPT, KEPT])
+    assert store.turn_ids() == ids(again)
 
 
 @contextmanager
@@ -234,6 +273,26 @@ def test_one_bad_turn_does_not_take_the_others_with_it(store: Store) -> None:
     assert store.turn_ids() == ids([exchanges[0], exchanges[3]])
 
 
+@pytest.mark.parametrize("opened", [True, False], ids=["open", "yet to be opened"])
+def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
+    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, opened: bool
+) -> None:
+    monkeypatch.setattr("nextstate.sqlite.BUSY_TIMEOUT_MS", 1)
+    first, *others = exchanges = [exchange(f"say {n}") for n in range(3)]
+    with served(store) as (connection, ours), ThreadPoolExecutor() as pool:
+        if opened:
+            ours.sendall(framed(first))
+            connection.serve()
+        with store.recording():  # another process holds the database
+            sent = others if opened else exchanges
+            ours.sendall(b"".join(map(framed, sent)))
+            serving = pool.submit(connection.serve)
+            asyncio.run(until(lambda: f"{len(sent)} turns wait" in caplog.text or serving.done()))
+        assert serving.result(PATIENCE_S)
+        assert ours.recv(9) == bytes([READY, KEPT, KEPT, KEPT])
+    assert store.turn_ids() == ids(exchanges)
+
+
 def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
     async def scene() -> None:
         async with recording(store) as recorder:
@@ -273,6 +332,33 @@ def test_a_locked_store_makes_turns_late_and_a_full_queue_loses_the_next(store: 
         assert store.turn_ids() == ids(exchanges[:2])
 
     run(scene)
+
+
+def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) -> None:
+    async def scene() -> None:
+        async with recording(store, queue_size=256, timeout_s=0.01) as recorder:  # 16 MB
+            with store.recording():  # another process holds the database
+                exchanges = [exchange("x" * (1 << 19)) for _ in range(20)]  # said and replied
+                for one in exchanges:
+                    await recorder.record(one)
+                assert in_transport(recorder) <= 5 << 20
+                assert (recorder.counts.late, recorder.counts.lost) == (16, 4)
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (16, 4)
+            largest = exchange("y" * (10 << 20))
+            recorder.submit(largest)  # alone it has room
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (17, 4)
+        assert store.turn_ids() == ids([*exchanges[:16], largest])
+
+    run(scene)
+
+
+def in_transport(recorder: Recorder) -> int:
+    """Bytes that wait a second time, between the recorder and its writer's socket."""
+    channel = recorder._channel  # pyright: ignore[reportPrivateUsage]
+    assert channel is not None
+    return channel._transport.get_write_buffer_size()  # pyright: ignore[reportPrivateUsage]
 
 
 def test_a_full_disk_loses_turns_and_no_more_once_there_is_room(store: Store) -> None:
