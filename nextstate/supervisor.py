@@ -44,7 +44,7 @@ class Part:
     must_become_ready: bool = False
     """True for a part whose death of any kind before it was ready ends everything."""
     explain: Callable[[str], str] | None = None
-    """Turns the log of a failed start into one sentence."""
+    """Turns the log of a failed start into one sentence; a later end is told by its code."""
     was_ready: bool = False
     """Once True, the part is restarted whatever it ended with: the others go on without it."""
     restarts: int = 0
@@ -155,7 +155,8 @@ def _log_from(path: Path, start: int) -> str:
 
 def _obituary(part: Part, code: int, text: str) -> str:
     lines = [line for line in text.splitlines() if line.strip()]
-    if part.explain is None and code == EXIT_USAGE and lines:
+    explain = None if part.was_ready else part.explain
+    if explain is None and code == EXIT_USAGE and lines:
         return lines[-1].removeprefix("nextstate: ")
-    cause = part.explain(text) if part.explain else f"{part.name} ended with code {code}"
+    cause = explain(text) if explain else f"{part.name} ended with code {code}"
     return f"{cause}; the whole log is {part.log_file}"

@@ -21,6 +21,7 @@ VOTE_PRIORITY = 10
 _GPU_SHARE = 0.92
 """vLLM's own default."""
 _MARK = re.compile(r"(?:Error|Exception)(?:\[.*\])?: |^ERROR|error:", re.MULTILINE)
+_QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
 
 
@@ -135,7 +136,7 @@ def check_package() -> None:
 def cause_of_death(log: str) -> str:
     """The line of the server's log that says best why it ended, without its prefix."""
     lines = [line for line in log.splitlines() if line.strip()]
-    blamed = [line for line in lines if _MARK.search(line)]
+    blamed = [line for line in lines if _MARK.search(line) and not _QUIET.match(line)]
     generic = ("Engine core initialization failed", "EngineCore failed to start")
     specific = [line for line in blamed if not any(text in line for text in generic)]
     found = (specific or blamed or lines or ["(its log is empty)"])[-1]

@@ -10,10 +10,11 @@ from nextstate.records import Json, TurnKind
 
 CARRIER_TEXT = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nx\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 CARRIER: Json = {"role": "user", "content": [{"type": "text", "text": CARRIER_TEXT}]}
-SYSTEM: Json = {
-    "role": "system",
-    "content": "You are a personal assistant running inside OpenClaw.",
-}
+SENT_AGAIN = (
+    "[Queued user message from a previous active turn; preserved as context only. Continue with "
+    "the active prompt below.]\nno,\n\nshorter please\n\nContinue the current task from the existing "
+    "transcript, preserving completed work. Do not restart the task."
+)
 
 
 def user(text: str) -> Json:
@@ -40,6 +41,8 @@ def profile() -> AgentProfile:
         (user("[1] is a list item"), "[1] is a list item"),
         (CARRIER, None),
         (user("[Queued user message from a previous active turn] hello"), None),
+        (user(f"[Sun 2026-11-22 08:38 UTC] {SENT_AGAIN}"), "no,\n\nshorter please"),
+        (user(f"{SENT_AGAIN}\n\nRuntime: agent=main"), "no,\n\nshorter please"),
         (user("Continue the current task where you left off."), None),
         (user("[Sun 2026-11-22 08:51 UTC] A background task completed. Use it."), None),
         ({"role": "tool", "content": "Continue the current task"}, "Continue the current task"),

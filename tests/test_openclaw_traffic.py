@@ -8,6 +8,7 @@ the requests, without this code. An aside (`/btw`) and a typed command are no ne
 from __future__ import annotations
 
 import json
+import re
 from collections import defaultdict
 from pathlib import Path
 from random import Random
@@ -22,6 +23,17 @@ from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
 from proxy.linking import explicit_session
 
+QUEUED = (
+    "[Queued user message from a previous active turn; preserved as context only. Continue with "
+    "the active prompt below.]"
+)
+GO_ON = (
+    "Continue the current task from the existing transcript, preserving completed work. If an "
+    "action was interrupted, inspect its state before deciding whether to retry it. Do not restart "
+    "the task or repeat completed actions."
+)
+WORDS = re.compile(r"(\[\w{3} [^\]]*\] )?(.*?)(\n\nRuntime: [^\n]*)?", re.DOTALL)
+"""Stamp, what the person wrote, and the line about the runtime."""
 DATA = Path(__file__).parent / "data" / "openclaw"
 
 
@@ -49,6 +61,29 @@ def exchange_of(line: Json, *, cut: bool = False, turn: str | None = None) -> Ex
         cut=cut,
         untrainable="the engine cut the reply" if cut else None,
     )
+
+
+def wrapped_anew(line: Json) -> Json:
+    """The same request as OpenClaw makes it after a failure: with the person's last words wrapped.
+
+    Seen of 2026.9.6 when its engine was killed. What it wrote itself is sent again as it was.
+    """
+    messages = list(line["body"]["messages"])
+    last = max((at for at, m in enumerate(messages) if is_a_persons(m)), default=None)
+    if last is None or any(m["role"] != "user" for m in messages[last:]):
+        return line
+    found = WORDS.fullmatch(messages[last]["content"])
+    assert found is not None
+    stamp, words, runtime = (part or "" for part in found.groups())
+    content = f"{stamp}{QUEUED}\n{words}\n\n{GO_ON}{runtime}"
+    messages[last] = messages[last] | {"content": content}
+    return line | {"body": line["body"] | {"messages": messages}}
+
+
+def is_a_persons(message: Json) -> bool:
+    text = message.get("content")
+    stamped = isinstance(text, str) and re.match(r"\[\w{3} [^\]]*\] [^\[/]", text)
+    return message["role"] == "user" and bool(stamped)
 
 
 class Recorded:
@@ -117,6 +152,7 @@ def test_interleaved_agents_and_retried_requests_change_no_label(
         line = rng.choice([stream for stream in streams if stream]).pop(0)
         for attempt in range(rng.choice((0, 0, 1, 3))):
             recorded.add(exchange_of(line, cut=True, turn=f"cut_{line['n']}_{attempt}"))
+            line = wrapped_anew(line)
         recorded.add(exchange_of(line))
     local = read("local.labels.jsonl")
     for label in local:

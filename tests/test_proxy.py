@@ -901,12 +901,11 @@ def test_a_client_that_gives_up_while_its_turn_waits_and_tries_again_makes_one_t
         kept: list[str] = []
         for body in (opening, following):
             with store.recording():  # another process holds the database
-                for _ in range(2):
-                    before = waiting()
+                for tries in range(2):
                     given_up = asyncio.create_task(p.chat(body))
-                    await until(lambda before=before: waiting() > before)
+                    await until(lambda tries=tries: waiting() == 2 * tries + 1)
                     given_up.cancel()
-                    await asyncio.gather(given_up, return_exceptions=True)
+                    await until(lambda tries=tries: waiting() == 2 * tries + 2)
                 again = asyncio.create_task(p.chat(body))
                 await until(lambda: len(engine.requests) % 3 == 0)
             kept.append((await again)[2]["x-nextstate-turn"])

@@ -106,6 +106,27 @@ def test_an_engine_that_dies_at_start_is_explained_and_names_its_log(tmp_path: P
     asyncio.run(run())
 
 
+def test_an_engine_that_dies_once_it_has_served_is_not_said_to_have_failed_at_its_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def run() -> None:
+        child = part(
+            tmp_path,
+            "print('OSError: long ago'); raise SystemExit(3)",
+            must_become_ready=True,
+            explain=lambda log: f"vLLM ended before it could serve: {cause_of_death(log)}",
+            was_ready=True,
+        )
+        supervisor = Supervisor([child])
+        running = asyncio.create_task(supervisor.run())
+        await until(lambda: child.restarts > 0)
+        supervisor.stop()
+        await running
+
+    asyncio.run(run())
+    assert "part ended, restarting in 1 s: part ended with code 3; the whole log" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("log", "expected"),
     [
@@ -114,6 +135,12 @@ def test_an_engine_that_dies_at_start_is_explained_and_names_its_log(tmp_path: P
             "(EngineCore pid=1) ERROR 11-22 10:00:00 [core.py:1] ValueError: head size 7\n"
             "RuntimeError: Engine core initialization failed. See root cause above.\n",
             "ValueError: head size 7",
+        ),
+        (
+            "(APIServer pid=1) WARNING 11-27 12:00:00 [utils.py:2] fd errors like `OSError: [Errno "
+            "24] Too many open files`. Consider increasing\nRuntimeError: no memory\n"
+            "(APIServer pid=1) INFO 11-27 12:00:01 [launcher.py:3] error: none\n",
+            "RuntimeError: no memory",
         ),
         ("", "its log is empty"),
         ("just words\n", "just words"),

@@ -1,8 +1,9 @@
 """OpenClaw's envelope, as its releases 2026.7 to 2026.9 send it.
 
 Every main request ends with a machine-made carrier message that later requests do not repeat; human
-text is stamped with the time, and the first message of a session ends with a line about the
-runtime. Titles, `/btw`, compaction, memory flushes and heartbeats are requests of the agent's own.
+text is stamped with the time, and wrapped anew after a failed request; the first message of a
+session ends with a line about the runtime. Titles, `/btw`, compaction, memory flushes and
+heartbeats are requests of the agent's own.
 """
 
 from __future__ import annotations
@@ -15,6 +16,12 @@ from nextstate.records import Json, TurnKind
 _CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 _STAMP = re.compile(r"^\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d [\w+:/-]+\] ")
 _RUNTIME = re.compile(r"\n\nRuntime: agent=[^\n]*\Z")
+_SENT_AGAIN = re.compile(
+    r"\[Queued user message from a previous active turn[^\]\n]*\]\n(.*?)"
+    r"(?:\n\nContinue the current task [^\n]*)?",
+    re.DOTALL,
+)
+"""What it makes of a person's message when the request with it has failed."""
 _EPOCH = re.compile(r":\d+\Z")
 _COMMAND = re.compile(r"/[a-z][a-z_-]*\Z")
 _HOUSEKEEPING = (
@@ -29,7 +36,7 @@ _SIDE_PROMPTS = (
 _MACHINE_MADE = (
     *_HOUSEKEEPING,
     _CARRIER,
-    "[Queued user message from a previous active turn",  # its own retry after a failed request
+    "[Queued user message from a previous active turn",
     "Continue the current task",
     "A background task completed.",
     "[Subagent Context]",
@@ -73,7 +80,9 @@ class OpenClaw:
 
 def _text(message: Json) -> str:
     text = _STAMP.sub("", text_of(message.get("content")).strip())
-    return _RUNTIME.sub("", text).strip()
+    text = _RUNTIME.sub("", text).strip()
+    again = _SENT_AGAIN.fullmatch(text)
+    return again[1].strip() if again else text
 
 
 def create(settings: object) -> AgentProfile:
