@@ -12,8 +12,8 @@ CARRIER_TEXT = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nx\n<<<END_OPENCLAW_INTERN
 CARRIER: Json = {"role": "user", "content": [{"type": "text", "text": CARRIER_TEXT}]}
 SENT_AGAIN = (
     "[Queued user message from a previous active turn; preserved as context only. Continue with "
-    "the active prompt below.]\nno,\n\nshorter please\n\nContinue the current task from the existing "
-    "transcript, preserving completed work. Do not restart the task."
+    "the active prompt below.]\nno,\n\nshorter please\n\nContinue the current task from the "
+    "existing transcript, preserving completed work. Do not restart the task."
 )
 
 
