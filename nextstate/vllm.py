@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nextstate.config import EngineConfig
-from nextstate.errors import StartError
+from nextstate.errors import ConfigError, StartError
 
 HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
@@ -59,12 +59,20 @@ def by_priority(config: EngineConfig) -> bool:
 
 
 def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
-    """Share of its memory that a managed server takes of the GPU that this process sees first."""
+    """Share of its memory that a managed server takes of the GPU that this process sees first.
+
+    Raises ConfigError for one that is no number.
+    """
     visible = "CUDA_VISIBLE_DEVICES"
     elsewhere = config.env.get(visible, inherited.get(visible)) != inherited.get(visible)
     if config.mode != "managed" or elsewhere or _on_cpu():
         return 0.0
-    return float(_option(config, "--gpu-memory-utilization") or _GPU_SHARE)
+    name = "--gpu-memory-utilization"
+    given = _option(config, name) or _GPU_SHARE
+    try:
+        return float(given)
+    except ValueError:
+        raise ConfigError(f"[engine] args: {name} {given}: expected a share, such as 0.5") from None
 
 
 def _option(config: EngineConfig, name: str) -> str | None:

@@ -207,6 +207,8 @@ def test_a_managed_vllm_takes_its_share_of_the_gpu_that_the_learner_sees(
     assert vllm.gpu_share(half, {"CUDA_VISIBLE_DEVICES": "1"}) == 0.5
     assert vllm.gpu_share(other, {"CUDA_VISIBLE_DEVICES": "1"}) == 0
     assert vllm.gpu_share(external, {}) == 0
+    with pytest.raises(ConfigError, match=r"--gpu-memory-utilization half: expected a share"):
+        vllm.gpu_share(replace(ours, args=("--gpu-memory-utilization", "half")), {})
     monkeypatch.setattr(vllm, "_on_cpu", lambda: True)
     assert vllm.gpu_share(ours, {}) == 0
 
