@@ -11,7 +11,7 @@ from nextstate.errors import ConfigError
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the output's."""
 Method = Literal["binary", "opd", "opd_topk", "combined", "combined_sampled"]
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +30,12 @@ class LearnerConfig:
     teacher_decay: float = 0.9
     """Of the average teacher: the share of its weights that an update keeps."""
     loss_type: LossType = "grpo"
-    """How TRL averages over tokens. grpo: over each turn's, then over turns. bnpo and dapo: over
-    all tokens of the update, which makes the two the same here. dr_grpo: their sum, by turns."""
+    """TRL's loss. With the clipped ratio: grpo, a mean over each turn's tokens, then over turns;
+    bnpo and dapo, over all tokens of the update, which makes the two the same here; dr_grpo and
+    luspo (arXiv 2602.05261), their sum by turns, the former over 256. With another bound in the
+    clip's place: cispo (2506.13585), the ratio cut off at ratio_cap and without gradient, averaged
+    as by dapo; sapo (2511.20347), a sigmoid gate, as by grpo; vespo (2602.10693), a gamma weight
+    of the whole turn's ratio, as by dapo."""
     importance_sampling_level: Literal["token", "sequence"] = "token"
     """Whether each token has its own importance ratio, or a turn one for all, their geometric
     mean (arXiv 2507.18071)."""
@@ -216,6 +220,12 @@ class LearnerConfig:
             "ratio_cap",
             self.ratio_cap,
             f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}",
+        )
+        _require(
+            self.loss_type != "vespo" or self.importance_sampling_level == "token",
+            "importance_sampling_level",
+            self.importance_sampling_level,
+            '"token" with loss_type = "vespo", which weighs by the whole turn\'s ratio itself',
         )
         _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
         _require(

@@ -564,7 +564,8 @@ def _arguments(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) ->
         importance_sampling_level=config.importance_sampling_level,
         max_completion_length=DR_GRPO_TOKENS,
         epsilon=config.epsilon,
-        epsilon_high=config.epsilon_high,
+        # cispo's is the largest ratio itself.
+        epsilon_high=config.ratio_cap if config.loss_type == "cispo" else config.epsilon_high,
         delta=config.ratio_cap,
         beta=config.kl_coef,
         use_bias_correction_kl=True,

@@ -232,6 +232,10 @@ def test_the_average_follows_the_weights_and_stands_in_for_them_for_a_while():
         ("bnpo", (1 + 2 + 6) / 3),
         ("dapo", (1 + 2 + 6) / 3),
         ("dr_grpo", (1 + 2 + 6) / (2 * 256)),
+        ("luspo", (1 + 2 + 6) / 2),
+        ("cispo", (1 + 2 + 6) / 3),
+        ("sapo", ((1 + 2) / 2 + 6) / 2),
+        ("vespo", (1 + 2 + 6) / 3),
     ],
 )
 def test_the_average_is_the_loss_types(loss_type, expected):
@@ -328,6 +332,7 @@ def test_the_largest_move_is_reached_where_every_token_falls_alike(kl):
         {"adam_beta2": 1.0},
         {"kl_coef": -0.1},
         {"ratio_cap": 1.28},
+        {"importance_sampling_level": "sequence", "loss_type": "vespo"},
         {"lora_targets": ()},
         {"topk": 0},
         {"teacher_decay": 1.0},

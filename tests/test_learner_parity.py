@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -103,6 +103,30 @@ def reverse_kl(policy: torch.Tensor, teacher: torch.Tensor, k: int) -> torch.Ten
     return torch.stack(found)
 
 
+def policy_surrogate(
+    config: LearnerConfig,
+    now: torch.Tensor,
+    ratio: torch.Tensor,
+    turn_log_ratio: torch.Tensor,
+    advantage: torch.Tensor,
+) -> torch.Tensor:
+    """What a turn's tokens (T,) are worth, by the papers of the loss types."""
+    match config.loss_type:
+        case "cispo":
+            return ratio.detach().clamp(max=config.ratio_cap) * advantage * now
+        case "sapo":  # temperatures 1 above 0 and 1.05 below
+            tau = torch.where(advantage > 0, 1.0, 1.05)
+            return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantage
+        case "vespo":  # e^λ w^k e^(−λw), w of the whole turn: k, λ are 2, 3 above 0 and 3, 2 below
+            k = torch.where(advantage >= 0, 2.0, 3.0)
+            rate = torch.where(advantage >= 0, 3.0, 2.0)
+            w = turn_log_ratio.detach().exp()
+            return (rate * (1 - w)).exp() * w**k * advantage * now
+        case _:
+            clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
+            return torch.minimum(ratio.clamp(max=config.ratio_cap) * advantage, clipped * advantage)
+
+
 def written_out_loss(
     policy: torch.nn.Module,
     base: torch.nn.Module,
@@ -128,22 +152,22 @@ def written_out_loss(
             advantage += w_opd * (hinted - behaviour).clamp(-limit, limit)
             ours = distributions(policy, s.prompt_ids, s.completion_ids)
             distance = reverse_kl(ours, wanted, config.topk)
+        turn_log_ratio = (now - behaviour).sum()
         log_ratio = now - behaviour
         if config.importance_sampling_level == "sequence":
             log_ratio = log_ratio.mean().expand_as(log_ratio)
         ratio = log_ratio.exp()
-        clipped = ratio.clamp(1 - config.epsilon, 1 + config.epsilon_high)
-        surrogate = torch.minimum(
-            ratio.clamp(max=config.ratio_cap) * advantage, clipped * advantage
-        )
+        surrogate = policy_surrogate(config, now, ratio, turn_log_ratio, advantage)
         # Weighted by the ratio, as the reply was drawn from another policy: its gradient is then
         # that of KL(policy ‖ base), and no token that the policy has left makes it explode.
         kl = ratio * ((reference - now).exp() - (reference - now) - 1)
         turns.append(-surrogate + config.kl_coef * kl + w_topk * distance)
     match config.loss_type:
-        case "grpo":
+        case "grpo" | "sapo":
             return torch.stack([turn.mean() for turn in turns]).mean()
-        case "bnpo" | "dapo":
+        case "luspo":
+            return torch.stack([turn.sum() for turn in turns]).mean()
+        case "bnpo" | "dapo" | "cispo" | "vespo":
             return torch.cat(turns).mean()
         case "dr_grpo":
             return torch.cat(turns).sum() / (256 * len(turns))
@@ -225,11 +249,29 @@ def test_loss_and_gradient_equal_the_written_out_formula(
     assert ("kl/teacher" in trainer.metrics) == (WEIGHTS[method][2] > 0)
 
 
-@pytest.mark.parametrize("loss_type", ["grpo", "bnpo", "dapo", "dr_grpo"])
+@pytest.mark.parametrize("loss_type", ["cispo", "sapo", "vespo"])
+def test_losses_without_the_clip_bound_far_ratios_in_their_own_way(
+    tmp_path: Path, loss_type: LossType
+) -> None:
+    model_path = save_tiny_model(tmp_path / "model")
+    config = replace(STALE, method="combined_sampled", loss_type=loss_type)
+    trainer = assert_parity(config, model_path, off_policy_samples(model_path), tmp_path)
+    assert trainer.metrics["ratio/max"] > config.ratio_cap
+
+
 @pytest.mark.parametrize(
-    ("method", "level"),
-    # The divergence has no importance ratio.
-    [("combined_sampled", "token"), ("combined_sampled", "sequence"), ("combined", "token")],
+    ("loss_type", "method", "level"),
+    [
+        (loss_type, method, level)
+        for loss_type in get_args(LossType)
+        # The divergence has no importance ratio.
+        for method, level in (
+            ("combined_sampled", "token"),
+            ("combined_sampled", "sequence"),
+            ("combined", "token"),
+        )
+        if (loss_type, level) != ("vespo", "sequence")
+    ],
 )
 def test_turns_that_share_a_sequence_count_as_if_each_were_alone(
     tmp_path: Path, loss_type: LossType, level: Level, method: Method
