@@ -110,7 +110,7 @@ def policy_surrogate(
     turn_log_ratio: torch.Tensor,
     advantage: torch.Tensor,
 ) -> torch.Tensor:
-    """What a turn's tokens (T,) are worth, by the papers of the loss types."""
+    """What a turn's tokens (T,) are worth, with the constants that are TRL's defaults."""
     match config.loss_type:
         case "cispo":
             return ratio.detach().clamp(max=config.ratio_cap) * advantage * now
@@ -152,8 +152,8 @@ def written_out_loss(
             advantage += w_opd * (hinted - behaviour).clamp(-limit, limit)
             ours = distributions(policy, s.prompt_ids, s.completion_ids)
             distance = reverse_kl(ours, wanted, config.topk)
-        turn_log_ratio = (now - behaviour).sum()
         log_ratio = now - behaviour
+        turn_log_ratio = log_ratio.sum()
         if config.importance_sampling_level == "sequence":
             log_ratio = log_ratio.mean().expand_as(log_ratio)
         ratio = log_ratio.exp()
