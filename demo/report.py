@@ -91,7 +91,7 @@ class Display:
 
     def scored(self, score: Score) -> None:
         """A version's score, as a line that stays."""
-        bar = "█" * round(20 * score.score)
+        bar = ("█" if self._console.encoding.startswith("utf") else "#") * round(20 * score.score)
         self._console.print(
             f"version {score.version:2d}  [bold]{score.score:4.2f}[/bold] {bar:20} "
             f"satisfied {score.satisfied:4.2f}  right {score.right:4.2f}  "
@@ -109,9 +109,14 @@ class Display:
         self._live.update(grid)
 
 
+def record_files(out: Path) -> tuple[Path, Path]:
+    """Where a demo's record goes."""
+    return out / "curve.json", out / "curve.png"
+
+
 def write_record(record: Record, out: Path) -> tuple[Path, Path]:
-    """Writes `curve.json` and `curve.png` and returns their paths."""
-    data, picture = out / "curve.json", out / "curve.png"
+    """Writes the record and its picture and returns their paths."""
+    data, picture = record_files(out)
     data.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2))
     draw_curve(record.scores, f"{record.persona} persona, {record.method}", picture)
     return data, picture

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import shutil
 import signal
 import time
@@ -20,11 +21,13 @@ from pathlib import Path
 import aiohttp
 import openai
 
-from demo.report import Display, Record, print_summary, write_record
+from demo.report import Display, Record, print_summary, record_files, write_record
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
 from demo.tasks import Domain, Task, held_out_tasks
 from nextstate.errors import StartError
+from nextstate.locks import ProcessLock
+from nextstate.private import make_folder
 from nextstate.settings import Settings
 from nextstate.stack import Stack
 from nextstate.vllm import free_port
@@ -67,13 +70,16 @@ LEARNER: Mapping[str, bool | int | float] = {
 }
 """What a policy this small needs of `[learner]`."""
 
+_HEAD = "# Written by `nextstate demo`"
+_MARK = ".made-by-nextstate-demo"
+"""Says that a state folder is a demo's own: the next demo may delete it."""
 _CONFIG = """\
-# Written by `nextstate demo`; `nextstate turns --config {file}` and the like read what it recorded.
+{head}; `nextstate turns --config {file}` and the like read what it recorded.
 [store]
-dir = "{state}"
+dir = {state}
 
 [engine]
-model = "{policy}"
+model = {policy}
 served_model_name = "{model}"
 dtype = "float32"
 max_model_len = 1024
@@ -141,27 +147,67 @@ async def _run(plan: Plan) -> int:
 
 
 def write_settings(plan: Plan) -> Settings:
-    """Writes the demo's configuration and reads it back; earlier demo records go."""
+    """Writes the demo's configuration and reads it back; an earlier demo's records go.
+
+    Raises StartError rather than to delete or overwrite what no demo made.
+    """
     if not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
-    state = plan.out / "state"
-    if state.exists():
-        shutil.rmtree(state)
-    plan.out.mkdir(parents=True, exist_ok=True)
-    file = plan.out / "nextstate.toml"
+    state, file = plan.out / "state", plan.out / "nextstate.toml"
+    if not _is_demos(file):
+        for path in (file, *record_files(plan.out)):
+            if os.path.lexists(path):
+                raise _not_ours(path)
+    _forget(state)
+    make_folder(state)
+    (state / _MARK).touch()
     file.write_text(
-        _CONFIG.format(
-            file=file,
-            state=state,
-            policy=POLICY,
+        encoding="utf-8",
+        data=_CONFIG.format(
+            head=_HEAD,
+            file=_quoted(file),
+            state=_quoted(state),
+            policy=_quoted(POLICY),
             model=MODEL,
             port=free_port(),
             method=plan.method,
             seed=plan.seed,
             learner="\n".join(f"{key} = {json.dumps(value)}" for key, value in LEARNER.items()),
-        )
+        ),
     )
     return Settings.read(file)
+
+
+def _is_demos(file: Path) -> bool:
+    """Whether a demo wrote this configuration."""
+    return file.is_file() and file.read_bytes().startswith(_HEAD.encode())
+
+
+def _quoted(path: Path) -> str:
+    """A path as TOML has it. Raises StartError."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise StartError(f"--out {str(path)!r} is not valid Unicode: name another folder") from None
+    return json.dumps(str(path), ensure_ascii=False)
+
+
+def _forget(state: Path) -> None:
+    """Deletes an earlier demo's state folder, unless it is in use."""
+    if not os.path.lexists(state):
+        return
+    if state.is_symlink() or not (state / _MARK).is_file():
+        raise _not_ours(state)
+    taken = f"{state} is in use"
+    with ProcessLock(state / "lock", taken, "end it, or name another folder with --out"):
+        shutil.rmtree(state)
+
+
+def _not_ours(path: Path) -> StartError:
+    return StartError(
+        f"{path} was not made by `nextstate demo`, which would replace it: name another folder "
+        "with --out, or remove it yourself"
+    )
 
 
 class _Experiment:

@@ -29,6 +29,7 @@ from learner.config import LearnerConfig
 from learner.model import lora_config, model_shape
 from nextstate.adapters import WEIGHTS_FILE, file_sha256, verify_adapter
 from nextstate.errors import AdapterError, DiskError, LearnerError
+from nextstate.private import make_folder
 
 CARD_FILE = "card.json"
 
@@ -122,10 +123,10 @@ def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
     Raises DiskError, and leaves nothing, when that fails.
     """
     parent = path.parent
-    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(parent)
     draft = parent / f".{path.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(mode=0o700)
+    make_folder(draft)
     try:
         result = fill(draft)
         for file in sorted(draft.iterdir()):

@@ -68,6 +68,7 @@ from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
 from nextstate.locks import ProcessLock
+from nextstate.private import make_folder
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
 
@@ -117,7 +118,7 @@ def run(
         sinks: dict[str, Sinks] = {}
         for lineage in lineages:
             folder = lineage_folder(root, lineage)
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(folder)
             taken = f"lineage {lineage!r} is trained"
             remedy = "end it, or train another one with `nextstate learner --lineage NAME`"
             opened.enter_context(ProcessLock(folder / "lock", taken, remedy))

@@ -23,8 +23,10 @@ class Agreement:
     """Cases by (label, score)."""
 
 
-def agreement(pairs: Sequence[tuple[int, int | None]]) -> Agreement:
-    """The agreement of (label, score) pairs.
+def agreement(
+    pairs: Sequence[tuple[int, int | None]] | Mapping[tuple[int, int], int],
+) -> Agreement:
+    """The agreement of (label, score) pairs, each by itself or with how often there is one.
 
     >>> found = agreement([(1, 1), (1, 1), (0, 0), (-1, 1)])
     >>> found.accuracy, round(found.kappa, 4)
@@ -32,9 +34,13 @@ def agreement(pairs: Sequence[tuple[int, int | None]]) -> Agreement:
     """
     if not pairs:
         raise ValueError("agreement of no cases")
-    count = len(pairs)
-    accuracy = sum(label == score for label, score in pairs) / count
-    labels, scores = Counter(label for label, _ in pairs), Counter(score for _, score in pairs)
+    confusion: Counter[tuple[int, int | None]] = Counter(pairs)
+    count = confusion.total()
+    accuracy = sum(n for (label, score), n in confusion.items() if label == score) / count
+    labels, scores = Counter[int](), Counter[int | None]()
+    for (label, score), cases in confusion.items():
+        labels[label] += cases
+        scores[score] += cases
     chance = sum(labels[value] * scores[value] for value in SCORES) / count**2
     kappa = 0.0 if chance == 1 else (accuracy - chance) / (1 - chance)
-    return Agreement(count, accuracy, kappa, scores[None], Counter(pairs))
+    return Agreement(count, accuracy, kappa, scores[None], confusion)

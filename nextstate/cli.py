@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import errno
+import io
+import json
 import logging
 import os
 import signal
@@ -19,12 +22,13 @@ from nextstate import logs
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
+from nextstate.private import only_for_owner
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, Feedback, PolicyVersion
 from nextstate.settings import Settings
 from nextstate.stack import Stack
 from nextstate.store import Store
 from nextstate.supervisor import EXIT_USAGE
-from nextstate.wire import obj
+from nextstate.wire import obj, one_line
 
 _EPILOG = """\
 examples:
@@ -49,19 +53,35 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Errors that a person can fix exit with 2."""
-    options = _parser().parse_args(arguments)
+    _print_anything()
+    only_for_owner()
     logs.to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
-        return options.run(options)
+        options = _parser().parse_args(arguments)
+        code = options.run(options)
+        sys.stdout.flush()  # here, where a reader that has left can still be told from an error
+        return code
     except NextStateError as error:
         print(f"nextstate: {error}", file=sys.stderr)
         return EXIT_USAGE
     except BrokenPipeError:  # `nextstate turns | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"nextstate: {error}; make room there", file=sys.stderr)
+        return EXIT_USAGE
     except KeyboardInterrupt:
         return 130
+
+
+def _print_anything() -> None:
+    """Lets no text fail that the terminal's encoding does not have: it is shown escaped."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -181,7 +201,8 @@ async def _run_stack(settings: Settings) -> int:
     console.print(f"starting on {stack.dir} (logs in {stack.dir / 'logs'})")
     async with stack.running() as task:
         ready = asyncio.create_task(stack.wait_ready(task))
-        with console.status("vLLM loads the model (half a minute and more)"):
+        spinner = "dots" if console.encoding.startswith("utf") else "line"
+        with console.status("vLLM loads the model (half a minute and more)", spinner=spinner):
             await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
         if not stack.supervisor.stopping.is_set():
             ready.result()
@@ -270,8 +291,8 @@ def _turns(options: argparse.Namespace) -> int:
             )
             continue
         score = "  ·" if verdict is None else f"{verdict.score:+3d}"
-        followed = " | ".join(s.text for s in states).replace("\n", " ")
-        print(f"{turn.id} v{turn.policy_version} {score}  {followed[:90]}")
+        followed = " | ".join(s.text[:90] for s in states)
+        print(f"{turn.id} v{turn.policy_version} {score}  {one_line(followed[:90])}")
     return 0
 
 
@@ -354,4 +375,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _print_json(value: Any) -> None:
-    print(orjson.dumps(value).decode())
+    """Prints one line of JSON; where the terminal has no UTF-8, with JSON's own escapes."""
+    line = orjson.dumps(value).decode()
+    plain = (sys.stdout.encoding or "").lower().replace("_", "-") not in ("utf-8", "utf8")
+    print(json.dumps(orjson.loads(line)) if plain else line)

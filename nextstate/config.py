@@ -6,6 +6,7 @@ are errors that name the nearest known one, and values are checked against the f
 
 from __future__ import annotations
 
+import codecs
 import difflib
 import os
 import tomllib
@@ -30,8 +31,15 @@ class StoreConfig:
 
     @property
     def path(self) -> Path:
-        """`dir`, expanded and absolute."""
-        return Path(self.dir).expanduser().absolute()
+        """`dir`, expanded and absolute. Raises ConfigError for what cannot name a folder."""
+        if not self.dir.strip() or "\0" in self.dir:
+            raise ConfigError(f"[store] dir = {self.dir!r}: expected the path of a folder")
+        try:
+            return Path(self.dir).expanduser().absolute()
+        except RuntimeError as error:  # "~nobody"
+            raise ConfigError(
+                f"[store] dir = {self.dir!r}: {error}; write the whole path"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,19 +103,7 @@ def read_sections(
     `overrides` ({section: {key: value}}) replace what the file says. A missing default file means
     all defaults; a missing named file, an unknown key or a wrong value raises ConfigError.
     """
-    raw: dict[str, Any] = {}
-    if path.exists():
-        try:
-            raw = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path} is not valid TOML: {error}") from error
-        except OSError as error:
-            raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
-    elif path != DEFAULT_FILE:
-        raise ConfigError(
-            f"there is no file {path}: copy config.example.toml there, or name another with "
-            "--config FILE"
-        )
+    raw = _read(path)
     _refuse_unknown(raw, {**sections, **groups}, str(path), "section")
     result: dict[str, Any] = {}
     for name, kind in sections.items():
@@ -126,6 +122,37 @@ def read_sections(
                 raise ConfigError(f"{path}: {section} is a value, expected a section [{section}]")
             result[name][entry] = _section(section, kind, cast("Any", values), str(path))
     return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file says; nothing if the default file is missing. Raises ConfigError."""
+    try:
+        return tomllib.loads(_decoded(path.read_bytes()))
+    except FileNotFoundError:
+        if path == DEFAULT_FILE:
+            return {}
+        raise ConfigError(
+            f"there is no file {path}: copy config.example.toml there, or name another with "
+            "--config FILE"
+        ) from None
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deep") from None
+    except ValueError as error:  # also an integer with too many digits, a NUL in the path
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _decoded(data: bytes) -> str:
+    """The text of a file in UTF-8, with or without a byte order mark. Raises ValueError."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
+        raise ValueError("it is in UTF-16 or UTF-32; save it as UTF-8")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = data[error.start]
+        raise ValueError(f"line {line} has the byte 0x{byte:02x}; save it as UTF-8") from None
 
 
 def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> Any:

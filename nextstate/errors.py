@@ -5,6 +5,7 @@
     ├── StartError      what the machine must provide: a port, a model, a package, an engine
     ├── EngineError     vLLM answered wrongly, late or not at all
     ├── StoreError      the database refused or failed
+    │   └── WaitError   … but may not in a while: it is locked, or its disk is full
     ├── RecordError     a record that contradicts itself
     ├── JudgeError      a judge that could not vote
     │   └── BusyError   … but may in a moment
@@ -36,6 +37,10 @@ class EngineError(NextStateError):
 
 class StoreError(NextStateError):
     """The database cannot do what was asked."""
+
+
+class WaitError(StoreError):
+    """The database cannot be used for now, and whoever asked has waited long enough."""
 
 
 class RecordError(NextStateError):

@@ -10,6 +10,7 @@ import sqlalchemy as sa
 from sqlalchemy.schema import CreateColumn
 
 from nextstate import schema as t
+from nextstate.counting import count_all
 from nextstate.errors import StoreError
 from nextstate.recording import scoped
 from nextstate.rows import decompress, keep_body, keep_ids, pack_floats, pack_ids
@@ -82,6 +83,21 @@ def _keep_what_was_said(connection: sa.Connection) -> None:
     _create_indexes(connection)
 
 
+def _keep_counts(connection: sa.Connection) -> None:
+    """Version 6: counts, and indexes that give out work in its order."""
+    for table in (t.judgements, t.samples):
+        _add_column(connection, table.c.seq)
+        seq = sa.select(t.turns.c.seq).where(t.turns.c.id == table.c.turn).scalar_subquery()
+        connection.execute(sa.update(table).values(seq=seq))
+    for name in ("judgements_by_state", "samples_by_state"):
+        connection.execute(sa.text(f"DROP INDEX IF EXISTS {name}"))
+    for table in (t.judgements, t.samples, t.versions):
+        for index in table.indexes:
+            index.create(connection, checkfirst=True)
+    t.counts.create(connection, checkfirst=True)
+    count_all(connection)
+
+
 def _create_indexes(connection: sa.Connection) -> None:
     """Those of the turns that are not there yet, as far as their columns are."""
     there = {column["name"] for column in sa.inspect(connection).get_columns("turns")}
@@ -100,10 +116,19 @@ MIGRATIONS: Mapping[int, Step] = {
     3: _store_by_content,
     4: _keep_feedback,
     5: _keep_what_was_said,
+    6: _keep_counts,
 }
 """Step n brings a database of version n - 1 to version n. A new database is made whole at VERSION,
 so each later step must leave an old database with the tables as they are; a test compares the two.
 """
+
+
+def is_current(connection: sa.Connection) -> bool:
+    """Whether there is nothing to migrate: to see that needs no lock."""
+    known = sa.inspect(connection).has_table("schema_version")
+    return known and connection.execute(sa.select(t.schema_version.c.version)).all() == [
+        (t.VERSION,)
+    ]
 
 
 def migrate(
@@ -112,11 +137,24 @@ def migrate(
     steps: Mapping[int, Step] = MIGRATIONS,
 ) -> None:
     """Brings the database to `target` inside the caller's transaction. Raises StoreError."""
-    if not sa.inspect(connection).has_table("schema_version"):
+    tables = sa.inspect(connection).get_table_names()
+    if not tables:
         t.metadata.create_all(connection)
+        count_all(connection)
         connection.execute(sa.insert(t.schema_version).values(version=target))
         return
-    found = connection.execute(sa.select(t.schema_version.c.version)).scalar_one()
+    if not {"schema_version", "turns"}.issubset(tables):
+        raise StoreError(
+            f"it is a database of another program, with the tables {', '.join(tables)[:200]}: "
+            "name another file or folder in [store]"
+        )
+    rows = connection.execute(sa.select(t.schema_version.c.version)).scalars().all()
+    if len(rows) != 1 or not isinstance(rows[0], int) or rows[0] < 1:
+        raise StoreError(
+            f"its schema version is {rows!r:.80}, expected one number: put a whole copy of the "
+            "store in its place, or name another folder as [store] dir"
+        )
+    found = rows[0]
     if found > target:
         raise StoreError(
             f"the store has schema version {found}, this program knows up to {target}: "

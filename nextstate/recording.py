@@ -133,8 +133,9 @@ class _Statements:
         self.add_state = prepared(sa.insert(t.next_states))
         self.add_judgement = prepared(
             sa.text(  # a person may have spoken of the turn first
-                "INSERT INTO judgements (turn, state, not_before, attempts) "
-                "VALUES (:turn, 'pending', 0.0, 0) ON CONFLICT DO NOTHING"
+                "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
+                "SELECT id, seq, 'pending', 0.0, 0 FROM turns WHERE id = :turn "
+                "ON CONFLICT DO NOTHING"
             )
         )
         self.known_turn = prepared(sa.select(_C.seq).where(_C.id == sa.bindparam("turn")))

@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 5
+VERSION = 6
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -94,10 +94,11 @@ judgements = sa.Table(
     sa.Column("attempts", sa.Integer, nullable=False, default=0),
     sa.Column("reason", sa.Text),
     sa.Column("task_end", sa.String(40)),
+    sa.Column("seq", sa.Integer),
 )
 """The judge's work: one row for each main turn that has a next state. `task_end` is the later turn
-whose next state speaks about this one too."""
-sa.Index("judgements_by_state", judgements.c.state, judgements.c.not_before)
+whose next state speaks about this one too, `seq` the turn's own."""
+sa.Index("judgements_by_due", judgements.c.state, judgements.c.not_before, judgements.c.seq)
 
 verdicts = sa.Table(
     "verdicts",
@@ -159,8 +160,16 @@ samples = sa.Table(
     sa.Column("lease_until", sa.Float),
     sa.Column("trained_in", sa.Integer),
     sa.Column("reason", sa.Text),
+    sa.Column("seq", sa.Integer),
 )
-sa.Index("samples_by_state", samples.c.lineage, samples.c.state)
+"""What may train; `seq` is the turn's own."""
+_of_state = (samples.c.lineage, samples.c.state)
+sa.Index(
+    "samples_by_kind",
+    *(*_of_state, samples.c.policy_version, samples.c.score, samples.c.hinted, samples.c.seq),
+)
+sa.Index("samples_by_age", *_of_state, samples.c.seq)
+_where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
 
 versions = sa.Table(
     "versions",
@@ -176,6 +185,17 @@ versions = sa.Table(
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("reason", sa.Text),
 )
+
+sa.Index("versions_by_state", versions.c.state, versions.c.lineage)
+
+counts = sa.Table(
+    "counts",
+    metadata,
+    sa.Column("area", sa.String(12), primary_key=True),
+    sa.Column("key", sa.String(160), primary_key=True),
+    sa.Column("count", sa.Integer, nullable=False),
+)
+"""How many records there are; triggers keep it (nextstate/counting.py)."""
 
 workers = sa.Table(
     "workers",

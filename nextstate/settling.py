@@ -102,7 +102,7 @@ def feedback_of(connection: sa.Connection, turn_id: str) -> Feedback | None:
 
 def _turn(connection: sa.Connection, turn_id: str) -> Row:
     c = t.turns.c
-    query = sa.select(c.session, c.kind, c.lineage, c.policy_version, c.untrainable)
+    query = sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.untrainable)
     row = connection.execute(query.where(c.id == turn_id)).first()
     if row is None:
         raise StoreError(f"there is no turn {turn_id!r}: see `nextstate turns`")
@@ -161,7 +161,7 @@ def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float)
     _put_verdict(connection, verdict, now)
     _put_sample(connection, turn, verdict)
     if feedback.hint is not None and turn.untrainable is None:
-        _open_work(connection, feedback.turn)
+        _open_work(connection, turn)
     else:
         _close_work(connection, feedback.turn)
     return None
@@ -211,12 +211,12 @@ def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> Non
         connection.execute(sa.insert(t.other_hints).values(row))
 
 
-def _open_work(connection: sa.Connection, turn_id: str) -> None:
+def _open_work(connection: sa.Connection, turn: Row) -> None:
     """Lets the judge take the turn, whether or not it has done so before."""
     values = {"state": "pending", "lease_until": None, "not_before": 0.0, "attempts": 0}
-    work = sa.update(t.judgements).where(t.judgements.c.turn == turn_id)
+    work = sa.update(t.judgements).where(t.judgements.c.turn == turn.id)
     if not connection.execute(work.values(**values, reason=None)).rowcount:
-        connection.execute(sa.insert(t.judgements).values(turn=turn_id, **values))
+        connection.execute(sa.insert(t.judgements).values(turn=turn.id, seq=turn.seq, **values))
 
 
 def _is_open(connection: sa.Connection, turn_id: str) -> bool:
@@ -252,7 +252,7 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
     s = t.samples.c
     state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
     if state is None:
-        connection.execute(sa.insert(t.samples).values(turn=verdict.turn, **values))
+        connection.execute(sa.insert(t.samples).values(turn=turn.id, seq=turn.seq, **values))
     elif state not in _IN_TRAINING:
         # One that was held out is ready until the learner looks, which it does before it leases.
         connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))

@@ -12,6 +12,7 @@ import aiohttp
 from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.locks import ProcessLock
+from nextstate.private import make_folder, make_state_folder
 from nextstate.settings import Settings
 from nextstate.stages import engine_file, stage_part
 from nextstate.supervisor import Part, Supervisor
@@ -57,7 +58,7 @@ class Stack:
     async def running(self) -> AsyncGenerator[asyncio.Task[None]]:
         """Runs everything inside the block; the task ends when a part cannot go on."""
         self.check()
-        self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_state_folder(self.dir)
         taken = f"[store] dir = {str(self.dir)!r} is in use"
         with ProcessLock(self.dir / "lock", taken, "end it, or set another [store] dir"):
             engine_file(self.settings).write_text(json.dumps({"url": self.engine_url}))
@@ -97,7 +98,8 @@ class Stack:
 
     def _engine(self, port: int) -> Part:
         folder = self.dir / "engine"
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # neutral: nothing to import there
+        make_state_folder(self.dir)
+        make_folder(folder)  # neutral: nothing to import there
         return Part(
             "engine",
             vllm.command(self.settings.engine, port),

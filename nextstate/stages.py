@@ -11,6 +11,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import signal
 import sys
@@ -23,6 +24,7 @@ from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
 from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_judge, load_plugin
+from nextstate.patience import Patience
 from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
@@ -35,6 +37,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHUTDOWN_S = 10.0
+_STOP_S = 5.0
+"""How long a stage that is to stop still waits for its store."""
 _LOOK_S = 0.5
 _HEAD_LINE_BYTES = 64 * 1024
 """Longest request line or header: about what uvicorn, under vLLM, takes; aiohttp takes 8190."""
@@ -100,8 +104,11 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     if settings.proxy.workers > 1 and worker is None:
         await _run_workers(settings)
         return
-    stop = _stop_event()
-    store = Store(settings.store)
+    # A request waits for a while, the start for as long as it takes.
+    patience, at_start = Patience(), Patience(math.inf)
+    stop = _stop_event(patience, at_start)
+    (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
+    store = Store(settings.store, patience=patience)
     async with engine_client(settings) as engine, WriterProcess() as writer:
         proxy = Proxy(
             settings.proxy,
@@ -144,14 +151,15 @@ async def _run_workers(settings: Settings) -> None:
     """Starts the proxy's workers on the one port and restarts those that end."""
     if not port_is_free(settings.proxy.host, settings.proxy.port):
         raise cannot_listen(settings, OSError(errno.EADDRINUSE, "in use"))
-    Store(settings.store).close()  # made and brought up to date once, before they all open it
+    at_start = Patience(math.inf)
+    stop = _stop_event(at_start)
+    # Made and brought up to date once, before they all open it.
+    (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
     workers = range(settings.proxy.workers)
     supervisor = Supervisor(
         [stage_part(settings, "proxy", f"proxy-{n}", "--worker", str(n)) for n in workers]
     )
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, supervisor.stop)
+    supervisor.stopping = stop
     await supervisor.run()
 
 
@@ -176,8 +184,9 @@ async def run_judge(settings: Settings) -> None:
     from judge.pace import Counted, Pace
     from judge.stage import run
 
-    stop = _stop_event()
-    store = Store(settings.store)
+    patience = Patience(math.inf)
+    stop = _stop_event(patience)
+    store = await asyncio.to_thread(Store, settings.store, patience=patience)
     async with engine_client(settings) as engine:
         config = settings.judge
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
@@ -231,15 +240,20 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
             f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
         )
     lineages = known if lineage is None else (lineage,)
-    stop = threading.Event()
+    stop, patience = threading.Event(), Patience(math.inf)
+
+    def end(_number: int, _frame: object) -> None:
+        stop.set()
+        patience.end(_STOP_S)
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda _number, _frame: stop.set())
+        signal.signal(number, end)
     model_path = settings.engine.model_path
     share = gpu_share(settings.engine, os.environ)
     log.info("training %s", require_memory(settings.learner, model_path, len(lineages), share))
     if share and pick_device(settings.learner).type == "cuda":
         _wait_for_engine(settings, stop)
-    store = Store(settings.store)
+    store = Store(settings.store, patience=patience)
     path = zero_adapter(settings)
     if not path.exists():
         save_zero_adapter(model_path, settings.learner, path)
@@ -308,9 +322,16 @@ def cannot_listen(settings: Settings, error: OSError) -> StartError:
     return StartError(f"{where} cannot be bound: {error.strerror}; set another host or port")
 
 
-def _stop_event() -> asyncio.Event:
+def _stop_event(*patiences: Patience) -> asyncio.Event:
+    """Set when the process is to stop; then nothing waits for the store much longer."""
     stop = asyncio.Event()
+
+    def end() -> None:
+        stop.set()
+        for patience in patiences:
+            patience.end(_STOP_S)
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+        loop.add_signal_handler(number, end)
     return stop

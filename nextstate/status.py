@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import aiohttp
 
@@ -13,6 +13,7 @@ from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_client
 from nextstate.store import Store
+from nextstate.wire import obj
 
 
 async def status(settings: Settings) -> Json:
@@ -30,10 +31,10 @@ async def status(settings: Settings) -> Json:
     }
 
 
-def judge_agreement(labels: Mapping[str, Sequence[tuple[int, int]]]) -> Json:
+def judge_agreement(labels: Mapping[str, Mapping[tuple[int, int], int]]) -> Json:
     """How each judge's votes agree with what people said of the same turns; {} without any.
 
-    >>> judge_agreement({"rules": [(1, 1), (1, 1), (0, 0), (-1, 1)]})
+    >>> judge_agreement({"rules": {(1, 1): 2, (0, 0): 1, (-1, 1): 1}})
     {'rules': {'labels': 4, 'accuracy': 0.75, 'kappa': 0.5556}}
     """
     found = {judge: agreement(pairs) for judge, pairs in labels.items()}
@@ -62,8 +63,11 @@ async def _proxy_health(settings: Settings) -> str:
     try:
         timeout = aiohttp.ClientTimeout(total=2)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
-            return "up" if answer.status == 200 else f"answers {answer.status}"
-    except (aiohttp.ClientError, TimeoutError, OSError):
+            if answer.status != 200:
+                return f"answers {answer.status}"
+            waiting = obj(await answer.json(content_type=None)).get("turns_waiting", 0)
+            return f"up, {waiting} turns wait for the store" if waiting else "up"
+    except (ValueError, aiohttp.ClientError, TimeoutError, OSError):
         return "down"
 
 

@@ -7,12 +7,15 @@ never deleted on fetch.
 
 from __future__ import annotations
 
+import functools
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
-from typing import Any
+from itertools import islice
+from types import FunctionType, SimpleNamespace
+from typing import Any, TypeVar, cast
 
 import orjson
 import sqlalchemy as sa
@@ -20,8 +23,11 @@ from sqlalchemy.exc import DatabaseError
 
 from nextstate import schema as t
 from nextstate.config import StoreConfig
+from nextstate.counting import SHOWN
 from nextstate.errors import StoreError
-from nextstate.migrations import migrate
+from nextstate.migrations import is_current, migrate
+from nextstate.patience import Patience
+from nextstate.private import make_state_folder
 from nextstate.recording import Prepared, Recording, Remembered
 from nextstate.records import (
     BASE_VERSION,
@@ -57,11 +63,13 @@ from nextstate.settling import (
     settle_feedback,
     settle_verdict,
 )
-from nextstate.sqlite import begin_writing, checkpoint, open_file
+from nextstate.sqlite import begin_writing, checkpoint, file_of, is_damaged, open_file
 
 BUDGET_S = 3600.0
 """The window of the judge's budget."""
 _MOST_STEPS = 32
+_AT_ONCE = 500
+"""Rows of one statement."""
 _SILENT_S = 10.0
 """A worker that says nothing for so long is taken for dead."""
 
@@ -82,27 +90,48 @@ class Judgement:
     """What a person said of it: then nobody votes."""
 
 
-class Store:
-    """The database behind one state folder; see the module."""
+T = TypeVar("T")
 
-    def __init__(self, config: StoreConfig, clock: Callable[[], float] = time.time) -> None:
+
+def _patient(store: type[T]) -> type[T]:
+    """Lets every public method of the class wait for the database, as its `Patience` says."""
+
+    def waiting(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def patiently(self: Store, *args: Any, **kwargs: Any) -> Any:
+            return self.waiting(lambda: method(self, *args, **kwargs))
+
+        return patiently
+
+    for name, method in list(vars(store).items()):
+        if isinstance(method, FunctionType) and not name.startswith("_") and name != "waiting":
+            setattr(store, name, waiting(method))
+    return store
+
+
+@_patient
+class Store:
+    """The database behind one state folder; see the module.
+
+    A method is one transaction. Where the database is locked or its disk is full, it is tried again
+    until `patience` ends with a WaitError.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        clock: Callable[[], float] = time.time,
+        patience: Patience | None = None,
+    ) -> None:
         self._clock = clock
+        self._patience = patience or Patience()
         self.dir = config.path
         self.config = replace(config, dir=str(self.dir))
         """What another process opens the same store with, whatever its working directory."""
+        self._file = file_of(config.url, self.dir)
         try:
-            self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if config.url and not config.url.startswith("sqlite:///"):
-                raise StoreError(
-                    f"[store] url = {config.url!r}: only sqlite:///PATH is supported so far; "
-                    "empty the key to use [store] dir"
-                )
-            file = config.url.removeprefix("sqlite:///") or self.dir / "nextstate.sqlite3"
-            self._file = self.dir / file
-            self._db = open_file(self._file)
-            with self._write() as connection:
-                migrate(connection)
-        except (OSError, DatabaseError) as error:
+            self.waiting(self._open)
+        except (OSError, ValueError, DatabaseError) as error:
             raise StoreError(
                 f"[store] dir = {config.dir!r} cannot hold the store: {error}; "
                 "name a folder that you may write to"
@@ -113,6 +142,33 @@ class Store:
         put it back takes as long as the statements of a turn."""
         serving = t.versions.c.state == VersionState.SERVING
         self._serving = Prepared(sa.select(t.versions).where(serving), self._db.dialect)
+
+    def _open(self) -> None:
+        make_state_folder(self.dir)
+        self._db = open_file(self._file)
+        with self._read() as connection:
+            if is_current(connection):
+                return
+        with self._write() as connection:
+            try:
+                migrate(connection)
+            except StoreError as error:
+                raise StoreError(f"{self._file}: {error}") from error
+
+    def waiting(self, work: Callable[[], T]) -> T:
+        """The result of `work`, which is one transaction, once the database lets it.
+
+        Raises WaitError, and StoreError for a database that is damaged.
+        """
+        try:
+            return self._patience.run(work)
+        except DatabaseError as error:
+            if not is_damaged(error):
+                raise
+            raise StoreError(
+                f"{self._file} is no whole SQLite database: {error.orig}; it is left as it is: "
+                "put a whole copy in its place, or move it away to begin with an empty store"
+            ) from error
 
     def close(self) -> None:
         """Closes every connection."""
@@ -197,24 +253,26 @@ class Store:
         Only turns of `lineages` count, if given; none that a retry stands for.
         """
         c = t.turns.c
-        query = sa.select(c.id).where(
-            sa.or_(c.session.in_(names), c.client_session.in_(names)),
-            c.kind == TurnKind.MAIN,
-            c.replaced_by.is_(None),
-        )
+        counting = [c.kind == TurnKind.MAIN, c.replaced_by.is_(None)]
         if lineages is not None:
-            query = query.where(c.lineage.in_(lineages))
+            counting.append(c.lineage.in_(lineages))
+        # Each name by itself is the end of an index; all of them together would have to be sorted.
+        found: list[tuple[int, str]] = []
         with self._read() as connection:
-            return connection.execute(query.order_by(c.seq.desc()).limit(1)).scalar()
+            for name in names:
+                for column, order in ((c.session, c.idx), (c.client_session, c.seq)):
+                    query = sa.select(c.seq, c.id).where(column == name, *counting)
+                    newest = connection.execute(query.order_by(order.desc()).limit(1)).first()
+                    found += [] if newest is None else [(newest.seq, newest.id)]
+        return max(found)[1] if found else None
 
-    def labels(self) -> dict[str, list[tuple[int, int]]]:
-        """(what a person said, what the votes had come to) of each turn with both, by judge."""
-        f = t.feedback.c
-        query = sa.select(f.voted_judge, f.score, f.voted_score).where(f.voted_judge.is_not(None))
-        found: dict[str, list[tuple[int, int]]] = {}
+    def labels(self) -> dict[str, dict[tuple[int, int], int]]:
+        """How many turns have both, by judge and (what a person said, what the votes came to)."""
+        found: dict[str, dict[tuple[int, int], int]] = {}
         with self._read() as connection:
-            for judge, said, voted in connection.execute(query.order_by(f.voted_judge, f.turn)):
-                found.setdefault(judge, []).append((said, voted))
+            for key, count in _counts(connection, "labels"):
+                judge, said, voted = key.rsplit("/", 2)
+                found.setdefault(judge, {})[int(said), int(voted)] = count
         return found
 
     def turn_ids(self, limit: int | None = None, newest_first: bool = False) -> list[str]:
@@ -231,44 +289,29 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many records there are of each kind and state, under `area/what` names."""
-        groups: tuple[tuple[str, Any], ...] = (
-            ("turns", t.turns.c.kind),
-            ("judgements", t.judgements.c.state),
-            ("verdicts", t.verdicts.c.score),
-            ("samples", t.samples.c.state),
-            ("versions", t.versions.c.state),
-        )
-        result: dict[str, int] = {}
         with self._read() as connection:
-            for area, column in groups:
-                query = sa.select(column, sa.func.count()).group_by(column)
-                if area == "turns":
-                    query = query.where(t.turns.c.replaced_by.is_(None))
-                for value, count in connection.execute(query):
-                    result[f"{area}/{value}"] = count
-            trainable = sa.select(sa.func.count()).where(t.turns.c.untrainable.is_(None))
-            result["turns/trainable"] = connection.execute(trainable).scalar_one()
-        return result
+            found = {f"{a}/{key}": n for a in SHOWN for key, n in _counts(connection, a)}
+        return {"turns/trainable": 0} | found
 
     # The judge's work
 
     def lease_judgements(self, limit: int, lease_s: float) -> list[str]:
-        """Leases up to `limit` turns to judge, oldest first; an expired lease is leased again."""
+        """Leases up to `limit` turns to judge; an expired lease is leased again.
+
+        Oldest first: of those that were never put back, and of those that wait again for longest.
+        """
         now = self._clock()
         j = t.judgements.c
-        due = sa.or_(
-            sa.and_(j.state == "pending", j.not_before <= now),
-            sa.and_(j.state == "leased", j.lease_until < now),
+        pending = sa.select(j.seq, j.turn).where(j.state == "pending")
+        expired = sa.select(j.seq, j.turn).where(j.state == "leased", j.lease_until < now)
+        due = (  # each in the order of the index, so that none needs to be sorted
+            pending.where(j.not_before == 0.0).order_by(j.seq),
+            pending.where(j.not_before > 0.0, j.not_before <= now).order_by(j.not_before),
+            expired,
         )
         with self._write() as connection:
-            query = (
-                sa.select(j.turn)
-                .join(t.turns, t.turns.c.id == j.turn)
-                .where(due)
-                .order_by(t.turns.c.seq)
-                .limit(limit)
-            )
-            ids = list(connection.execute(query).scalars())
+            found = [tuple(r) for q in due for r in connection.execute(q.limit(limit))]
+            ids = [turn_id for _, turn_id in sorted(found)[:limit]]
             connection.execute(
                 sa.update(t.judgements)
                 .where(j.turn.in_(ids))
@@ -377,8 +420,8 @@ class Store:
     def ready_samples(self, lineage: str, scored: bool, hinted: bool) -> int:
         """How many samples wait that carry a score (`scored`) or a hinted prompt (`hinted`)."""
         with self._read() as connection:
-            query = sa.select(sa.func.count()).where(*_usable(lineage, scored, hinted))
-            return connection.execute(query).scalar_one()
+            ready = _ready(connection, lineage)
+        return sum(n for (_, *kind), n in ready.items() if _usable(kind, scored, hinted))
 
     def lease_samples(
         self, lineage: str, limit: int, batch: str, lease_s: float, *, scored: bool, hinted: bool
@@ -390,18 +433,14 @@ class Store:
         """
         s = t.samples.c
         with self._write() as connection:
-            query = (
-                _SAMPLES.where(*_usable(lineage, scored, hinted))
-                .order_by(s.policy_version.desc(), t.turns.c.seq)
-                .limit(limit)
-            )
-            leased = _samples(connection, query)
+            chosen = list(islice(_freshest(connection, lineage, limit, scored, hinted), limit))
+            found = {x.turn: x for x in _samples(connection, _SAMPLES.where(s.turn.in_(chosen)))}
             connection.execute(
                 sa.update(t.samples)
-                .where(s.turn.in_([sample.turn for sample in leased]))
+                .where(s.turn.in_(chosen))
                 .values(state=SampleState.LEASED, batch=batch, lease_until=self._clock() + lease_s)
             )
-        return leased
+        return [found[turn_id] for turn_id in chosen]
 
     def hold_out(self, lineage: str, chosen: Callable[[str], bool]) -> int:
         """Keeps the ready samples of the sessions that are `chosen` from training, for good.
@@ -411,17 +450,18 @@ class Store:
         s = t.samples.c
         ready = (s.lineage == lineage, s.state == SampleState.READY)
         with self._read() as connection:
-            query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id)
-            found = connection.execute(query.where(*ready).distinct()).scalars()
-            sessions = [session for session in found if chosen(session)]
-        if not sessions:
-            return 0
-        turns = sa.select(t.turns.c.id).where(t.turns.c.session.in_(sessions))
-        with self._write() as connection:
-            done = connection.execute(
-                sa.update(t.samples).where(*ready, s.turn.in_(turns)).values(state=SampleState.HELD)
-            )
-        return done.rowcount
+            query = sa.select(s.turn, t.turns.c.session).join(t.turns, s.turn == t.turns.c.id)
+            found = connection.execute(query.where(*ready)).all()
+        sessions = {session for _, session in found}
+        held = {session for session in sessions if chosen(session)}
+        turns = [turn_id for turn_id, session in found if session in held]
+        done = 0
+        for start in range(0, len(turns), _AT_ONCE):
+            some = s.turn.in_(turns[start : start + _AT_ONCE])
+            with self._write() as connection:
+                values = sa.update(t.samples).where(*ready, some).values(state=SampleState.HELD)
+                done += connection.execute(values).rowcount
+        return done
 
     def trained_sessions(self, lineage: str) -> frozenset[str]:
         """The sessions of the samples that have trained."""
@@ -437,19 +477,23 @@ class Store:
         Of each session only its newest `per_session`, so that one long session is not all there is.
         """
         s = t.samples.c
-        place = sa.func.row_number().over(
-            partition_by=t.turns.c.session, order_by=t.turns.c.seq.desc()
-        )
-        ranked = (
-            sa.select(t.turns.c.id, place.label("place"))
-            .join(t.samples, s.turn == t.turns.c.id)
+        query = (
+            sa.select(s.turn, t.turns.c.session)
+            .join(t.turns, t.turns.c.id == s.turn)
             .where(s.lineage == lineage, s.state == SampleState.HELD)
-            .subquery()
+            .order_by(s.seq.desc())
         )
-        newest = sa.select(ranked.c.id).where(ranked.c.place <= per_session)
-        query = _SAMPLES.where(t.turns.c.id.in_(newest)).order_by(t.turns.c.seq.desc())
+        chosen: list[str] = []
+        of_session = Counter[str]()
         with self._read() as connection:
-            return _samples(connection, query.limit(limit))
+            for turn_id, session in connection.execute(query):
+                of_session[session] += 1
+                if of_session[session] <= per_session:
+                    chosen.append(turn_id)
+                if len(chosen) == limit:
+                    break
+            found = {x.turn: x for x in _samples(connection, _SAMPLES.where(s.turn.in_(chosen)))}
+        return [found[turn_id] for turn_id in chosen]
 
     def release_samples(self, lineage: str) -> int:
         """Makes leased samples ready again: for a learner that starts and knows it is alone.
@@ -489,8 +533,7 @@ class Store:
         ready = (s.lineage == lineage, s.state == SampleState.READY)
         dropped: dict[str, int] = {}
         with self._read() as connection:
-            query = sa.select(s.policy_version).where(*ready).distinct()
-            versions = list(connection.execute(query).scalars())
+            versions = {version for version, _, _ in _ready(connection, lineage)}
         stale = {version: reason_for(version) for version in versions}
         if not any(stale.values()):
             return dropped
@@ -564,9 +607,8 @@ class Store:
         query = (
             sa.select(t.verdicts)
             .join(t.samples, s.turn == t.verdicts.c.turn)
-            .join(t.turns, t.turns.c.id == s.turn)
             .where(s.lineage == lineage, s.trained_in == number)
-            .order_by(t.turns.c.seq)
+            .order_by(s.seq)
         )
         with self._read() as connection:
             rows = connection.execute(query).all()
@@ -576,18 +618,17 @@ class Store:
 
     def score_counts(self, lineage: str, numbers: Sequence[int]) -> dict[int, ScoreCounts]:
         """The verdicts on the turns that each of the versions has served."""
-        s = t.samples.c
-        query = (
-            sa.select(s.policy_version, t.verdicts.c.score, sa.func.count())
-            .join(t.verdicts, t.verdicts.c.turn == s.turn)
-            .where(s.lineage == lineage, s.policy_version.in_(numbers))
-            .group_by(s.policy_version, t.verdicts.c.score)
-        )
         found = dict.fromkeys(numbers, ScoreCounts())
         fields = {1: "good", 0: "neutral", -1: "bad"}
+        c = t.counts.c
+        keys = {
+            f"{lineage}/{n}/{score}": (n, field) for n in numbers for score, field in fields.items()
+        }
+        query = sa.select(c.key, c.count).where(c.area == "scores", c.key.in_(keys))
         with self._read() as connection:
-            for number, score, count in connection.execute(query):
-                found[number] += ScoreCounts(**{fields[score]: count})
+            for key, count in connection.execute(query):
+                number, field = keys[key]
+                found[number] += ScoreCounts(**{field: count})
         return found
 
     def serving(self, lineage: str) -> PolicyVersion:
@@ -712,7 +753,47 @@ def _set_state(
     return connection.execute(query.values(**values)).rowcount
 
 
-def _usable(lineage: str, scored: bool, hinted: bool) -> tuple[sa.ColumnElement[bool], ...]:
+def _counts(connection: sa.Connection, area: str, prefix: str = "") -> Iterator[tuple[str, int]]:
+    """The counts of an area; of those keys that begin with `prefix`, which ends with a slash."""
+    c = t.counts.c
+    query = sa.select(c.key, c.count.label("count_")).where(c.area == area)
+    if prefix:
+        query = query.where(c.key > prefix, c.key < prefix[:-1] + "0")  # what follows the slash
+    for row in connection.execute(query):
+        yield row.key, row.count_
+
+
+def _ready(connection: sa.Connection, lineage: str) -> dict[tuple[int, int, int], int]:
+    """How many samples are ready, by version, score and whether there is a hinted prompt."""
+    found = _counts(connection, "ready", f"{lineage}/")
+    kinds = {tuple(map(int, key.rsplit("/", 3)[1:])): count for key, count in found}
+    return cast("dict[tuple[int, int, int], int]", kinds)
+
+
+def _usable(kind: Sequence[int], scored: bool, hinted: bool) -> bool:
+    score, has_hint = kind
+    return bool((scored and score) or (hinted and has_hint))
+
+
+def _freshest(
+    connection: sa.Connection, lineage: str, limit: int, scored: bool, hinted: bool
+) -> Iterator[str]:
+    """The turns of usable samples: of the newest version first, and of each version the oldest.
+
+    At most `limit` rows of each kind are read, in the order of the index.
+    """
     s = t.samples.c
-    signals = [s.score != 0] * scored + [s.hinted] * hinted
-    return s.lineage == lineage, s.state == SampleState.READY, sa.or_(*signals)
+    kinds = [kind for kind in _ready(connection, lineage) if _usable(kind[1:], scored, hinted)]
+    for version in sorted({kind[0] for kind in kinds}, reverse=True):
+        rows: list[tuple[int, str]] = []
+        for _, score, has_hint in (kind for kind in kinds if kind[0] == version):
+            query = sa.select(s.seq, s.turn).where(
+                s.lineage == lineage,
+                s.state == SampleState.READY,
+                s.policy_version == version,
+                s.score == score,
+                s.hinted == bool(has_hint),
+            )
+            found = connection.execute(query.order_by(s.seq).limit(limit))
+            rows += [(row.seq, row.turn) for row in found]
+        yield from (turn_id for _, turn_id in sorted(rows))

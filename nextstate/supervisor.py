@@ -18,7 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nextstate import logs
 from nextstate.errors import StartError
+from nextstate.private import make_folder
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +31,7 @@ LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
 """A part that ran this long starts over with the shortest pause."""
 GRACE_S = 15.0
+LOOK_AT_LOGS_S = 2.0
 _PR_SET_PDEATHSIG = 1
 
 
@@ -67,6 +70,7 @@ class Supervisor:
         """Returns when stopped; raises StartError when a part cannot start at all."""
         keepers = [asyncio.create_task(self._keep(part)) for part in self.parts]
         stopped = asyncio.create_task(self.stopping.wait())
+        rotating = asyncio.create_task(self._rotate_logs())
         try:
             await asyncio.wait({stopped, *keepers}, return_when=asyncio.FIRST_COMPLETED)
         finally:
@@ -74,10 +78,21 @@ class Supervisor:
             stopped.cancel()
             for part in self.parts:
                 await end(part)
+            rotating.cancel()
             results = await asyncio.gather(*keepers, return_exceptions=True)
+            await asyncio.gather(rotating, return_exceptions=True)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
+
+    async def _rotate_logs(self) -> None:
+        while True:
+            for part in self.parts:
+                try:
+                    await asyncio.to_thread(logs.rotate, part.log_file)
+                except OSError as error:
+                    log.warning("the log of %s cannot be rotated: %s", part.name, error)
+            await asyncio.sleep(LOOK_AT_LOGS_S)
 
     def stop(self) -> None:
         """Asks `run` to end every part and return."""
@@ -94,7 +109,7 @@ class Supervisor:
             _kill_group(part.process.pid)  # workers that outlived their leader
             if self.stopping.is_set():
                 return
-            last_words = _obituary(part, code, _log_from(part.log_file, log_start))
+            last_words = _obituary(part, code, logs.tail(part.log_file, log_start))
             if not part.was_ready and (code == EXIT_USAGE or part.must_become_ready):
                 raise StartError(last_words)
             if time.monotonic() - started > STEADY_S:
@@ -108,7 +123,7 @@ class Supervisor:
 
 async def start(part: Part) -> None:
     """Starts the part's process in its own group, its output appended to its log."""
-    part.log_file.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(part.log_file.parent)
     with part.log_file.open("ab") as output:
         part.process = await asyncio.create_subprocess_exec(
             *part.argv,
@@ -145,12 +160,6 @@ def _kill_group(pgid: int) -> None:
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _log_from(path: Path, start: int) -> str:
-    with path.open("rb") as file:
-        file.seek(start)
-        return file.read().decode(errors="replace")
 
 
 def _obituary(part: Part, code: int, text: str) -> str:

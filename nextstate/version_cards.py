@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nextstate.records import Json, PolicyVersion, Verdict
+from nextstate.wire import one_line
 
 _COLUMNS = (
     ("score", "score/mean", "{:+.2f}"),
@@ -68,7 +69,7 @@ def card(version: PolicyVersion, used: Sequence[tuple[str, Verdict]]) -> str:
         f"turns    {len(used)}",
     ]
     for turn, verdict in used:
-        hint = (verdict.hint or "").replace("\n", " ")[:_LONGEST]
+        hint = one_line((verdict.hint or "")[:_LONGEST])
         lines.append(f"  {turn}  {verdict.score:+d}  {hint}".rstrip())
     return "\n".join(lines)
 

@@ -23,6 +23,15 @@ def obj(value: object) -> Json:
     return cast(Json, value) if isinstance(value, dict) else {}
 
 
+def one_line(text: str) -> str:
+    """Text that others wrote without what a terminal would obey, on one line.
+
+    >>> one_line("a\\x1b[2Jb\\nc")
+    'a [2Jb c'
+    """
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
 def objects(value: object) -> list[Json]:
     """The objects in `value` if it is a list, else none."""
     if not isinstance(value, list):

@@ -9,6 +9,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from string import punctuation
@@ -22,7 +23,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
 from nextstate.engine import EngineClient
-from nextstate.errors import NextStateError, RecordError, StoreError
+from nextstate.errors import NextStateError, RecordError, StoreError, WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
@@ -142,7 +143,8 @@ class Proxy:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if self._worker is not None:
-                await asyncio.to_thread(self.store.leave, self._worker)
+                with suppress(WaitError):  # the others take a silent one for gone
+                    await asyncio.to_thread(self.store.leave, self._worker)
 
     def _beat(self) -> None:
         counts = counts_of(self.relay.counts, self.recorder.counts, self.versions)
@@ -352,12 +354,12 @@ class Proxy:
             return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
         try:
             found = await asyncio.to_thread(self._receive, said, request[_CALLER])
-        except StoreError:  # it was forgotten at this moment
-            found = None
-        except (SQLAlchemyError, OSError) as error:
+        except (WaitError, SQLAlchemyError, OSError) as error:
             log.warning("feedback on turn=%s could not be stored: %s", said.turn_id, error)
             message = "The store cannot be written now."
             return _refused(request, 503, "ServiceUnavailableError", message)
+        except StoreError:  # it was forgotten at this moment
+            found = None
         if found is None:
             where = f"turn {said.turn_id!r}" if said.turn_id else f"turn in {said.session_id!r}"
             return _refused(request, 404, "NotFoundError", f"There is no {where}.")
@@ -381,6 +383,7 @@ class Proxy:
                 "proxy": "up",
                 "engine": "up" if self.versions.up else "down",
                 "version": serving[MAIN_LINEAGE],
+                "turns_waiting": self.recorder.counts.waiting,
                 "lineages": serving,
             }
         )

@@ -18,6 +18,8 @@ def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) 
         "nextstate_turns_recorded_total": recorder.recorded,
         "nextstate_turns_recorded_late_total": recorder.late,
         "nextstate_turns_lost_total": recorder.lost,
+        "nextstate_turns_waiting": recorder.waiting,
+        "nextstate_store_waits_total": recorder.store_waits,
         "nextstate_requests_running": sum(versions.running.values()),
     }
 

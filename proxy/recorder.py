@@ -18,7 +18,7 @@ from typing import cast
 
 from nextstate.config import StoreConfig
 from proxy.exchange import Exchange
-from proxy.writer import FRAME, KEPT, LOST, READY, Feed
+from proxy.writer import FRAME, KEPT, LOST, READY, WAITING, Feed
 from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
@@ -42,6 +42,10 @@ class RecorderCounts:
     late: int = 0
     """Recorded, but after the client had seen the end of the reply."""
     lost: int = 0
+    waiting: int = 0
+    """Not settled yet."""
+    store_waits: int = 0
+    """How often the store did not take what had come: it was locked, or its disk was full."""
 
 
 class _Waiting:
@@ -139,6 +143,7 @@ class Recorder:
         waiting = _Waiting(exchange.turn_id, pickled, asyncio.get_running_loop())
         self._waiting.append(waiting)
         self._waiting_bytes += len(pickled)
+        self.counts.waiting += 1
         self._idle.clear()
         self.send()
         return waiting
@@ -222,6 +227,7 @@ class Recorder:
     def _forget_oldest(self) -> int:
         oldest = self._waiting.popleft()
         self._waiting_bytes -= len(oldest.pickled)
+        self.counts.waiting -= 1
         self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
@@ -272,6 +278,9 @@ class _Channel(asyncio.Protocol):
             if answer == READY:
                 self.opened = True
                 self._recorder.opened()
+                continue
+            if answer == WAITING:
+                self._recorder.counts.store_waits += 1
                 continue
             self.settled += 1
             self.in_hand -= 1

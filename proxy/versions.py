@@ -21,7 +21,7 @@ from pathlib import Path
 from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
-from nextstate.errors import AdapterError, EngineError
+from nextstate.errors import AdapterError, EngineError, WaitError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
 from nextstate.store import Store
 
@@ -126,6 +126,8 @@ class Versions:
                         self.running[self._name(old)] += 0  # so that it is unloaded once drained
                         self.serving[lineage] = version
                 await self._unload_drained()
+            except WaitError:
+                continue  # the store has said why
             except Exception:
                 log.exception("following the serving versions failed; trying again")
 
@@ -218,7 +220,7 @@ class Versions:
         try:
             versions = await asyncio.to_thread(self._store.versions)
             elsewhere = await self._in_use_elsewhere()
-        except (SQLAlchemyError, OSError) as error:
+        except (WaitError, SQLAlchemyError, OSError) as error:
             log.warning("what an earlier proxy left in the engine stays there: %s", error)
             return
         states = {version.adapter_name: version.state for version in versions}

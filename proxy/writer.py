@@ -21,7 +21,6 @@ import signal
 import socket
 import struct
 import sys
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
@@ -29,8 +28,10 @@ from typing import TypeAlias
 from nextstate import logs
 from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
+from nextstate.patience import Patience
+from nextstate.private import only_for_owner
 from nextstate.recording import Recording
-from nextstate.sqlite import is_busy
+from nextstate.sqlite import is_passing
 from nextstate.store import Store
 from proxy.exchange import Exchange, amend_exchange, record_exchange
 
@@ -38,14 +39,13 @@ log = logging.getLogger(__name__)
 
 FRAME = struct.Struct("<I?")
 """Before each pickled exchange: its bytes, and whether an earlier writer may have kept it."""
-LOST, KEPT, READY, AMENDED = range(4)
-"""What the writer says: READY once before all, the others of each exchange."""
+LOST, KEPT, READY, AMENDED, WAITING = range(5)
+"""What the writer says: READY once before all, WAITING when the store does not take what has come,
+the others of each exchange."""
 LONGEST_FEED = 65_536
 _BYTES_AT_ONCE = 1 << 20
 _MOST_AT_ONCE = 256
 """Exchanges in one transaction; all that wait there wait for its end."""
-_BUSY_PAUSE_S = 0.1
-"""Before the next try of a store that is locked, should SQLite not have waited itself."""
 _Delivered: TypeAlias = tuple[Exchange | None, bool]
 """(what was sent, None if it cannot be read; whether an earlier writer may have kept it)."""
 
@@ -66,6 +66,7 @@ class Connection:
         self._source = source
         self._feed = feed
         self._received = bytearray()
+        self._patience = Patience()
         self._opened: tuple[Store, AgentProfile] | None = None
         self._say(READY)
 
@@ -110,16 +111,22 @@ class Connection:
         return found
 
     def _keep(self, batch: list[_Delivered]) -> list[int]:
-        """Writes a batch, once the store lets it; says of each exchange what became of it."""
+        """Writes a batch, once the store lets it; says of each exchange what became of it.
+
+        A lock or a full disk passes: the batch waits for it, and so does what comes after.
+        """
+        waits = False
         while True:
             try:
                 store, profile = self._open()
                 with store.recording() as recording:
                     return [_record(recording, profile, *one) for one in batch]
             except Exception as error:
-                if is_busy(error):
-                    log.warning("the store is locked, %d turns wait: %s", len(batch), error)
-                    time.sleep(_BUSY_PAUSE_S)
+                if is_passing(error):
+                    if not waits:
+                        self._say(WAITING)
+                    waits = True
+                    self._patience.pause(error, f"a batch of {len(batch)} turns")
                     continue
                 if len(batch) > 1:  # one bad turn must not take the others with it
                     return [answer for one in batch for answer in self._keep([one])]
@@ -186,6 +193,7 @@ def main() -> None:
     """Serves until the proxy is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the proxy's, which drains first
         signal.signal(number, signal.SIG_IGN)
+    only_for_owner()
     logs.to_stderr()
     gc.collect()
     gc.freeze()

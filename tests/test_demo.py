@@ -10,9 +10,12 @@ import pytest
 
 from demo.replies import Style, render, render_wrong
 from demo.report import Display, Record, write_record
+from demo.run import Plan, write_settings
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talked
 from demo.tasks import Domain, held_out_tasks
+from nextstate.errors import StartError
+from nextstate.locks import ProcessLock
 
 
 def answers() -> list[Answer]:
@@ -79,3 +82,50 @@ def test_without_a_terminal_the_progress_is_plain_lines(
     printed = capsys.readouterr().out
     assert "version 12" in printed
     assert "7 turns" in printed
+
+
+def plan(out: Path) -> Plan:
+    return Plan("binary", Domain.STUDENT, 0, 1, out)
+
+
+@pytest.mark.parametrize("name", ["out", 'o"ut', "löss #1?%2F \\n"])
+def test_the_demo_replaces_its_own_state_and_nothing_else(tmp_path: Path, name: str) -> None:
+    settings = write_settings(plan(tmp_path / name))
+    state = settings.store.path
+    assert state == tmp_path / name / "state"
+    (state / "old").touch()
+    kept = tmp_path / name / "thesis.txt"
+    kept.touch()
+    assert write_settings(plan(tmp_path / name)).store.path == state
+    assert not (state / "old").exists()
+    assert kept.exists()
+
+
+@pytest.mark.parametrize("name", ["state/thesis.txt", "nextstate.toml", "curve.png", "curve.json"])
+def test_the_demo_touches_nothing_that_it_did_not_make(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.parent.mkdir(exist_ok=True)
+    file.write_text("mine")
+    with pytest.raises(
+        StartError, match=name.split("/")[0] + ".* was not made by `nextstate demo`"
+    ):
+        write_settings(plan(tmp_path))
+    assert file.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_the_demo_follows_no_link_to_a_state_of_another_one(tmp_path: Path) -> None:
+    elsewhere = write_settings(plan(tmp_path / "elsewhere")).store.path
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "state").symlink_to(elsewhere)
+    with pytest.raises(StartError, match="was not made"):
+        write_settings(plan(out))
+    assert elsewhere.is_dir()
+
+
+def test_the_demo_does_not_delete_a_state_that_is_in_use(tmp_path: Path) -> None:
+    state = write_settings(plan(tmp_path)).store.path
+    with ProcessLock(state / "lock", "in use", ""), pytest.raises(StartError, match="is in use by"):
+        write_settings(plan(tmp_path))
+    assert state.is_dir()

@@ -81,7 +81,7 @@ def test_feedback_after_the_judge_gets_its_own_hinted_prompt(tmp_path: Path) -> 
     store.give_feedback(SAID)
     judge_until(store, [never()], counts, judged=2)
     assert store.verdict(TURN) == TAUGHT
-    assert store.labels() == {"scripted": [(-1, 1)]}
+    assert store.labels() == {"scripted": {(-1, 1): 1}}
     store.close()
 
 
@@ -178,7 +178,7 @@ def test_a_vote_under_way_when_the_person_speaks_is_a_label_and_no_verdict(tmp_p
 
     asyncio.run(scene())
     assert store.verdict(TURN) == TAUGHT
-    assert store.labels() == {"scripted": [(-1, 1)]}
+    assert store.labels() == {"scripted": {(-1, 1): 1}}
     store.close()
 
 

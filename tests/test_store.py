@@ -332,7 +332,18 @@ def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) ->
     assert majority(votes) == expected
 
 
-def undo_versions_4_and_5(connection: sa.Connection) -> None:
+def undo_versions_4_to_6(connection: sa.Connection) -> None:
+    triggers = sa.text("SELECT name FROM sqlite_master WHERE type = 'trigger'")
+    for trigger in connection.execute(triggers).scalars().all():
+        connection.execute(sa.text(f"DROP TRIGGER {trigger}"))
+    connection.execute(sa.text("DROP TABLE counts"))
+    for index in ("judgements_by_due", "samples_by_kind", "samples_by_age"):
+        connection.execute(sa.text(f"DROP INDEX {index}"))
+    for index in ("samples_by_training", "versions_by_state"):
+        connection.execute(sa.text(f"DROP INDEX {index}"))
+    for table, columns in (("judgements", "state, not_before"), ("samples", "lineage, state")):
+        connection.execute(sa.text(f"ALTER TABLE {table} DROP COLUMN seq"))
+        connection.execute(sa.text(f"CREATE INDEX {table}_by_state ON {table} ({columns})"))
     connection.execute(sa.text("DROP INDEX turns_by_said"))
     connection.execute(sa.text("ALTER TABLE turns DROP COLUMN said_key"))
     for table in ("feedback", "spending", "other_hints"):
@@ -342,15 +353,19 @@ def undo_versions_4_and_5(connection: sa.Connection) -> None:
     connection.execute(sa.text("ALTER TABLE judgements DROP COLUMN task_end"))
 
 
-def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None], int]]:
-    """The columns, the indexes and the number of foreign keys of each table."""
+def shape(folder: Path) -> dict[str, tuple[set[str], set[str | None], int, set[str]]]:
+    """The columns, the indexes, the number of foreign keys and the triggers of each table."""
     database = sa.create_engine(f"sqlite:///{folder / 'nextstate.sqlite3'}")
     found = sa.inspect(database)
+    with database.connect() as connection:
+        query = sa.text("SELECT tbl_name, sql FROM sqlite_master WHERE type = 'trigger'")
+        triggers = connection.execute(query).all()
     return {
         table: (
             {f"{c['name']} {c['type']} {c['nullable']}" for c in found.get_columns(table)},
             {index["name"] for index in found.get_indexes(table)},
             len(found.get_foreign_keys(table)),
+            {sql for of, sql in triggers if of == table},
         )
         for table in found.get_table_names()
     }
@@ -375,7 +390,7 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
             connection.execute(sa.text(f"ALTER TABLE turns DROP COLUMN {column}"))
         connection.execute(sa.text("ALTER TABLE messages DROP COLUMN base"))
         connection.execute(sa.text("DROP TABLE workers"))
-        undo_versions_4_and_5(connection)
+        undo_versions_4_to_6(connection)
         connection.execute(sa.insert(schema.schema_version).values(version=1))
         reply = orjson.dumps(expected.reply)
         connection.execute(
@@ -419,11 +434,11 @@ def test_a_store_of_version_3_keeps_its_verdicts_and_versions(tmp_path: Path) ->
     judge(store, 0, -1, hint="Be brief.")
     version = PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE, {"loss": 0.5})
     store.add_version(version, None)
-    verdict = store.verdict("turn_0")
+    verdict, counts = store.verdict("turn_0"), store.counts()
     store.close()
     old = sa.create_engine(f"sqlite:///{tmp_path / 'nextstate.sqlite3'}")
     with old.begin() as connection:
-        undo_versions_4_and_5(connection)
+        undo_versions_4_to_6(connection)
         connection.execute(sa.update(schema.schema_version).values(version=3))
     old.dispose()
     again = Store(StoreConfig(dir=str(tmp_path)))
@@ -432,6 +447,10 @@ def test_a_store_of_version_3_keeps_its_verdicts_and_versions(tmp_path: Path) ->
     assert verdict is not None
     assert again.verdict("turn_0") == verdict
     assert again.versions() == [version]
+    assert again.counts() == counts
+    assert again.lease_judgements(9, 60) == []
+    leased = again.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    assert [sample.turn for sample in leased] == ["turn_0"]
 
 
 def test_how_sure_a_verdict_is_and_why_a_version_ended_come_back(store: Store) -> None:

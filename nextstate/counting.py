@@ -1,0 +1,105 @@
+"""Counts of the store's records that the database itself keeps: to read them costs the same always.
+
+Triggers change a row of `counts` in the transaction that changes what it counts, whoever does so.
+They are SQLite's; each kind of count is one line of `_COUNTED`, which another dialect can share.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+SHOWN = ("turns", "judgements", "verdicts", "samples", "versions")
+"""The areas that people see; the others are what the stages look up."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Counted:
+    """Rows of a table that are counted under `area`, by a key made of their columns."""
+
+    table: str
+    area: str
+    key: str
+    """SQL of the key, with `{r}` before each column."""
+    where: str = "1"
+    """SQL of the condition under which a row counts, likewise."""
+
+
+_COUNTED = (
+    _Counted("turns", "turns", "{r}kind", "{r}replaced_by IS NULL"),
+    _Counted("turns", "turns", "'trainable'", "{r}untrainable IS NULL"),
+    _Counted("judgements", "judgements", "{r}state"),
+    _Counted("verdicts", "verdicts", "{r}score"),
+    _Counted("samples", "samples", "{r}state"),
+    _Counted(
+        "samples",
+        "ready",
+        "{r}lineage || '/' || {r}policy_version || '/' || {r}score || '/' || {r}hinted",
+        "{r}state = 'ready' AND {r}policy_version IS NOT NULL",
+    ),
+    _Counted(
+        "samples",
+        "scores",
+        "{r}lineage || '/' || {r}policy_version || '/' || {r}score",
+        "{r}policy_version IS NOT NULL",
+    ),
+    _Counted("versions", "versions", "{r}state"),
+    _Counted(
+        "feedback",
+        "labels",
+        "{r}voted_judge || '/' || {r}score || '/' || {r}voted_score",
+        "{r}voted_judge IS NOT NULL",
+    ),
+)
+_CHANGING = {
+    "turns": ("kind", "replaced_by", "untrainable"),
+    "judgements": ("state",),
+    "verdicts": ("score",),
+    "samples": ("state", "lineage", "policy_version", "score", "hinted"),
+    "versions": ("state",),
+    "feedback": ("score", "voted_judge", "voted_score"),
+}
+"""The columns that the keys and conditions above are made of."""
+
+
+def count_all(connection: sa.Connection) -> None:
+    """Counts what is stored, and lets triggers keep the counts from now on."""
+    for counted in _COUNTED:
+        key, where = counted.key.format(r=""), counted.where.format(r="")
+        connection.exec_driver_sql(
+            f"INSERT INTO counts (area, key, count) SELECT '{counted.area}', {key}, count(*) "
+            f"FROM {counted.table} WHERE {where} GROUP BY 2"
+        )
+    for statement in _triggers():
+        connection.exec_driver_sql(statement)
+
+
+def _triggers() -> Iterator[str]:
+    for table, columns in _CHANGING.items():
+        kinds = [counted for counted in _COUNTED if counted.table == table]
+        gone, come = "".join(map(_less, kinds)), "".join(map(_more, kinds))
+        for name, event, body in (
+            ("added", "INSERT", come),
+            ("changed", f"UPDATE OF {', '.join(columns)}", gone + come),
+            ("removed", "DELETE", gone),
+        ):
+            yield f"CREATE TRIGGER {table}_{name} AFTER {event} ON {table} BEGIN {body}END"
+
+
+def _more(counted: _Counted) -> str:
+    key, where = counted.key.format(r="NEW."), counted.where.format(r="NEW.")
+    return (
+        f"INSERT INTO counts (area, key, count) SELECT '{counted.area}', {key}, 1 WHERE {where} "
+        "ON CONFLICT (area, key) DO UPDATE SET count = count + 1; "
+    )
+
+
+def _less(counted: _Counted) -> str:
+    key, where = counted.key.format(r="OLD."), counted.where.format(r="OLD.")
+    row = f"area = '{counted.area}' AND key = {key}"
+    return (
+        f"UPDATE counts SET count = count - 1 WHERE {row} AND {where}; "
+        f"DELETE FROM counts WHERE {row} AND count = 0; "
+    )
