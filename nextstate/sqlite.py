@@ -9,6 +9,7 @@ from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
+from sqlalchemy.exc import ArgumentError
 
 from nextstate.errors import StoreError
 from nextstate.private import make_file, make_folder
@@ -43,7 +44,7 @@ def file_of(url: str, folder: Path) -> Path:
         return folder / "nextstate.sqlite3"
     try:
         parsed = sa.make_url(url)
-    except sa.exc.ArgumentError:
+    except ArgumentError:
         parsed = None
     if parsed is None or parsed.drivername != "sqlite" or parsed.host:
         raise StoreError(

@@ -8,10 +8,12 @@ import pickle
 import resource
 import signal
 import socket
+import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -20,12 +22,13 @@ import uvloop
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from nextstate.config import StoreConfig
 from nextstate.records import Timings, new_id
 from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange
 from proxy.recorder import Recorder
-from proxy.writer import AMENDED, FRAME, KEPT, LOST, READY, Connection, Feed
+from proxy.writer import AMENDED, FRAME, KEPT, LOST, READY, WAITING, Connection, Feed
 from proxy.writer_process import WriterProcess
 from tests.test_proxy import WRITER, until
 
@@ -289,7 +292,8 @@ def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
             serving = pool.submit(connection.serve)
             asyncio.run(until(lambda: f"{len(sent)} turns wait" in caplog.text or serving.done()))
         assert serving.result(PATIENCE_S)
-        assert ours.recv(9) == bytes([READY, KEPT, KEPT, KEPT])
+        said = ours.recv(9)
+    assert (said.count(KEPT), said.count(WAITING), len(said)) == (3, 1, 5)
     assert store.turn_ids() == ids(exchanges)
 
 
@@ -361,23 +365,64 @@ def in_transport(recorder: Recorder) -> int:
     return channel._transport.get_write_buffer_size()  # pyright: ignore[reportPrivateUsage]
 
 
-def test_a_full_disk_loses_turns_and_no_more_once_there_is_room(store: Store) -> None:
+def test_on_a_full_disk_turns_wait_until_there_is_room(store: Store) -> None:
     async def scene() -> None:
         with writer_of_its_own() as writer:
-            async with recording(store, writer) as recorder:
-                await recorder.record(exchange("before"))
+            async with recording(store, writer, timeout_s=0.05) as recorder:
+                recorder.submit(before := exchange("before"))
+                await recorder.drain(PATIENCE_S)
                 process = psutil.Process(writer.pid)
                 size = max(file.stat().st_size for file in store.dir.glob("nextstate.sqlite3*"))
                 _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
                 process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
-                await recorder.record(exchange("while full " + random_text(size)))
-                assert (recorder.counts.recorded, recorder.counts.lost) == (1, 1)
+                late = [exchange(f"while full {n} " + random_text(size)) for n in range(3)]
+                for one in late:
+                    await recorder.record(one)
+                await until(lambda: recorder.counts.store_waits == 1)
+                assert (recorder.counts.late, recorder.counts.waiting) == (3, 3)
+                assert (recorder.counts.recorded, recorder.counts.lost) == (1, 0)
                 process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
-                await recorder.record(exchange("after"))
-                assert (recorder.counts.recorded, recorder.counts.lost) == (2, 1)
+                await recorder.drain(PATIENCE_S)
+                assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
+                assert recorder.counts.waiting == 0
                 assert process.is_running()
+        assert store.turn_ids() == ids([before, *late])
 
     run(scene)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Generator[Path]:
+    """A file system of 1 MB, where this process may mount one."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(folder)]
+    if os.geteuid() != 0 or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_when_the_first_turn_comes_takes_it_later(small_disk: Path) -> None:
+    ballast = small_disk / "ballast"
+    store = Store(StoreConfig(dir=str(small_disk / "state")))
+    ballast.write_bytes(bytes(4096 * (os.statvfs(small_disk).f_bavail)))
+
+    async def scene() -> None:
+        with writer_of_its_own() as writer:
+            async with recording(store, writer, timeout_s=0.05) as recorder:
+                exchanges = [exchange(f"say {n} " + random_text(40_000)) for n in range(4)]
+                for one in exchanges:
+                    await recorder.record(one)
+                await until(lambda: recorder.counts.store_waits > 0)
+                assert (recorder.counts.recorded, recorder.counts.lost) == (0, 0)
+                ballast.unlink()
+                await recorder.drain(PATIENCE_S)
+                assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
+        assert store.turn_ids() == ids(exchanges)
+
+    run(scene)
+    store.close()
 
 
 def random_text(size: int) -> str:
