@@ -13,13 +13,14 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, cast
 
 import aiohttp
 import orjson
 
 from nextstate.adapters import verify_adapter
 from nextstate.errors import AdapterError, EngineError
+from nextstate.habits import Habits, learn_habits
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
@@ -58,6 +59,8 @@ class EngineClient:
         """What the server calls itself in its replies, once one has been seen."""
         self.max_model_len: int | None = None
         """Tokens of its longest context, once its models have been listed."""
+        self.habits = Habits()
+        """How it reads /v1/messages, once it has been warmed up."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(headers=headers)
 
@@ -161,7 +164,19 @@ class EngineClient:
         if tools:
             body["tools"] = tools
         answer = await self._call("POST", "/tokenize", body)
-        return list(answer["tokens"])
+        tokens = answer.get("tokens")
+        if not isinstance(tokens, list):
+            raise EngineError(f"{self.url}/tokenize answered without tokens")
+        return cast("list[int]", tokens)
+
+    async def count_tokens(self, messages: list[Json], extra: Json) -> int:
+        """How many tokens /v1/messages makes of a request's messages and its `extra` fields."""
+        body = {"model": self.model, "messages": messages, **extra}
+        answer = await self._call("POST", "/v1/messages/count_tokens", body)
+        counted = answer.get("input_tokens")
+        if not isinstance(counted, int):
+            raise EngineError(f"{self.url}/v1/messages/count_tokens counted {counted!r} tokens")
+        return counted
 
     async def _call(self, method: str, path: str, body: Json | None) -> Json:
         text = await self._request(method, path, body, PROBE_TIMEOUT_S)
@@ -213,6 +228,7 @@ async def warm_up(engine: EngineClient, zero_adapter: Path) -> None:
     """
     await engine.generate_once(engine.model)
     await engine.models()
+    engine.habits = await learn_habits(engine)
     if not await asyncio.to_thread(zero_adapter.is_dir):
         return
     await engine.load_adapter(WARM_UP_ADAPTER, str(zero_adapter))

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import orjson
 
 from nextstate.engine import EngineClient
+from nextstate.habits import Habits
 from nextstate.records import Json
 from nextstate.wire import json_object
 from proxy.capture import Capture
@@ -91,7 +92,8 @@ class EventReader(Protocol):
 class Dialect:
     """A wire format that the chat route can serve."""
 
-    to_chat: Callable[[Json], Translation]
+    to_chat: Callable[[Json, Habits], Translation]
+    """(client's request, the engine's habits) → the request in chat form."""
     from_chat: Callable[[Json, Json, int], Json | None]
     """(chat reply, client's request, longest context) → its reply; None: only natively."""
     encode: Callable[[Json], bytes]
@@ -313,7 +315,7 @@ def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Servi
     dialect = DIALECTS.get(path)
     if dialect is None:
         return Direct(path, body, model, engine.fingerprint)
-    translation = dialect.to_chat(body)
+    translation = dialect.to_chat(body, engine.habits)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation, model)
     return Translated(dialect, body, translation.chat, model, engine.max_model_len)
@@ -322,7 +324,7 @@ def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Servi
 def natively(path: str, body: Json, model: str) -> Serving:
     """The same request relayed as it is, where its form as a chat request will not do."""
     dialect = DIALECTS[path]
-    return Native(dialect, path, body, dialect.to_chat(body), model)
+    return Native(dialect, path, body, dialect.to_chat(body, Habits()), model)
 
 
 def compact(reply: Json) -> bytes:

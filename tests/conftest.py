@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -10,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nextstate.config import StoreConfig
+from nextstate.engine import EngineClient
+from nextstate.habits import Habits, learn_habits
 from nextstate.store import Store
 from nextstate.vllm import free_port
 
@@ -58,6 +61,17 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 def native_engine(loop: Loop) -> Engine:
     """The loop's vLLM; its policy is untrained until test_end_to_end.py trains it."""
     return loop.engine()
+
+
+@pytest.fixture(scope="session")
+def habits(native_engine: Engine) -> Habits:
+    """What the loop's vLLM makes of /v1/messages."""
+
+    async def learnt() -> Habits:
+        async with EngineClient(native_engine.url, native_engine.model) as engine:
+            return await learn_habits(engine)
+
+    return asyncio.run(learnt())
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ _TRIES = 4
 _OWN = ("date", "x-nextstate-turn", "x-nextstate-version")
 _SALT = "cache_salt"
 _RANDOM = re.compile(
-    rb'"((?:chatcmpl-tool|chatcmpl|cmpl|modelperm)-|(?:call|resp|msg|rs|fc)_)[0-9a-f-]+"'
+    rb'"((?:chatcmpl-tool|chatcmpl|cmpl|modelperm)-|(?:call|resp|msg|rs|fc|ctc)_)[0-9a-f-]+"'
 )
 _FIELDS = re.compile(rb"<dict of \d+ items>")
 """How vLLM sums a request up that it refuses; the proxy's has more fields."""
@@ -52,6 +52,15 @@ class Answer:
             grown = len(body) - len(self.body)
             headers["content-length"] = str(int(headers["content-length"]) + grown)
         return replace(self, headers=headers, body=body)
+
+    @property
+    def as_parsed(self) -> Answer:
+        """With each event as the SDKs read it, its fields in the order of their names."""
+        headers = {name: held for name, held in self.headers.items() if name != "content-length"}
+        if len(self.events) == 1:
+            return replace(self, headers=headers, body=_parsed(self.body))
+        told = [b"data: %b\n\n" % _parsed(event_data(event) or b"") for event in self.events]
+        return replace(self, headers=headers, body=b"".join(told))
 
     @property
     def events(self) -> list[bytes]:
@@ -92,9 +101,13 @@ def assert_same(
     path: str,
     body: Json | bytes | None,
     adapter: str | None = None,
+    as_parsed: bool = False,
     **how: Any,
 ) -> Answer:
     """Asks both, and returns the proxy's answer; `adapter` is what vLLM calls the serving one.
+
+    With `as_parsed` only what the SDKs make of the answers is compared: to them null and no field
+    at all are the same, and so are fields in another order.
 
     An engine that is late puts two tokens into one event, so a stream that differs is asked for
     again. If its text stays cut elsewhere, neighbouring pieces of it are compared as one.
@@ -105,6 +118,8 @@ def assert_same(
         native = answer_of(native_url, path, _salted(_naming(adapter, body)), **how)
         native = native.naming(body, adapter)
         ours = answer_of(proxy_url, path, _salted(body), **how)
+        if as_parsed:
+            native, ours = native.as_parsed, ours.as_parsed
         assert (ours.status, ours.headers) == (native.status, native.headers), (ours, native)
         told, expected = by_choice(ours.events), by_choice(native.events)
         if told == expected:
@@ -157,6 +172,17 @@ def _salted(body: Json | bytes | None) -> Json | bytes | None:
     if isinstance(body, dict) and _SALT in body:
         return {**body, _SALT: uuid.uuid4().hex}
     return body
+
+
+def _parsed(data: bytes) -> bytes:
+    def known(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: known(held) for name, held in value.items() if held is not None}
+        return [known(held) for held in value] if isinstance(value, list) else value
+
+    if not data.startswith(b"{"):
+        return data  # the end of a stream
+    return orjson.dumps(known(orjson.loads(data)), option=orjson.OPT_SORT_KEYS)
 
 
 def _certain(body: bytes) -> bytes:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import itertools
 import json
 import re
 import urllib.error
@@ -23,7 +24,9 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
+from nextstate.habits import Habits
 from nextstate.records import Json
+from nextstate.wire import obj
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
 from proxy.dialects.messages import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
@@ -56,9 +59,9 @@ def payloads(stream: bytes) -> Iterator[bytes]:
             yield data
 
 
-def through_chat(engine: Engine, body: Json) -> tuple[int, str, bytes]:
+def through_chat(engine: Engine, body: Json, habits: Habits) -> tuple[int, str, bytes]:
     """What a client gets that is served through /v1/chat/completions."""
-    chat = to_chat(body).chat
+    chat = to_chat(body, habits).chat
     status, kind, data = post(
         f"{engine.url}/v1/chat/completions", upstream_request(chat, engine.model)
     )
@@ -111,6 +114,14 @@ def joined(stream: bytes) -> bytes:
 
 def ask(text: str) -> list[Json]:
     return [{"role": "user", "content": text}]
+
+
+REFERENCE = {"type": "tool_reference", "name": "add"}
+
+
+def changing(change: str, tool: Json) -> Json:
+    """A message that adds a tool to the request, or takes one away."""
+    return {"role": "system", "content": [{"type": change, "tool": tool}]}
 
 
 QUESTION = "Tom has 3 apples and gets 4 more. How many apples does Tom have?"
@@ -318,18 +329,60 @@ MATRIX: dict[str, Json] = {
 }
 
 
+REMINDED: list[Json] = [
+    *ask("Hi"),
+    {"role": "system", "content": "x-anthropic-billing-header: a"},
+    {"role": "system", "content": "Two agents are there."},
+    {"role": "assistant", "content": "Hello."},
+    {"role": "system", "content": [{"type": "text", "text": "Be kind.", "cache_control": None}]},
+    *ask(QUESTION),
+]
+HABITUAL: dict[str, Json] = {
+    "system among the messages": {"messages": REMINDED},
+    "system everywhere": {"system": "Be brief. ", "messages": REMINDED, "tools": [WEATHER]},
+    "system at the end": {"messages": [*ask("Hi"), {"role": "system", "content": "Be kind."}]},
+    "no thinking": {"messages": ask(QUESTION), "thinking": {"type": "disabled"}},
+    "no thinking, effort": {
+        "messages": ask(QUESTION),
+        "thinking": {"type": "disabled"},
+        "output_config": {"effort": "max"},
+    },
+    "empty tools": {"messages": ask(QUESTION), "tools": []},
+    "tools that come and go": {
+        "messages": [
+            *ask("Hi"),
+            changing("tool_removal", {"type": "tool_reference", "name": "say_yes"}),
+            changing("tool_addition", {"type": "tool_definition", "definition": EXACT}),
+            {"role": "assistant", "content": "Hello."},
+            changing("tool_addition", {"type": "tool_reference", "name": "say_yes"}),
+            changing("tool_removal", {"type": "tool_reference", "name": "get_weather"}),
+            *ask(QUESTION),
+        ],
+        "tools": [WEATHER, YES],
+    },
+    "no tool left": {
+        "messages": [
+            changing("tool_removal", {"type": "tool_reference", "name": "say_yes"}),
+            *ask(QUESTION),
+        ],
+        "tools": [YES],
+    },
+}
+"""What depends on the habits of the engine."""
+
+
 def salted(body: Json) -> Json:
     """With a salt of its own, so that the engine's cache tells nothing."""
     return {**body, "cache_salt": uuid.uuid4().hex}
 
 
-def equal_answers(engine: Engine, body: Json) -> int:
+def equal_answers(engine: Engine, body: Json, habits: Habits) -> int:
     """Asks the engine both ways, and compares; a refusal on both ways is the native one's to word.
 
     Returns the native status.
     """
     native = post(f"{engine.url}/v1/messages", salted(body))
-    translated = through_chat(engine, salted(body))
+    translated = through_chat(engine, salted(body), habits)
     if native[0] != 200:
         assert translated[0] != 200, (native, translated)
     else:
@@ -338,22 +391,23 @@ def equal_answers(engine: Engine, body: Json) -> int:
 
 
 @pytest.fixture(scope="module")
-def statuses(native_engine: Engine, ask_at_once: Callable[..., Done]) -> Done:
+def statuses(native_engine: Engine, habits: Habits, ask_at_once: Callable[..., Done]) -> Done:
     """The native statuses; raises in a case's place, if its answers differ."""
 
     def ask(case: str, stream: bool) -> int:
-        body = {"model": native_engine.model, "max_tokens": 12, "temperature": 0, **MATRIX[case]}
+        asked = {**MATRIX, **HABITUAL}[case]
+        body = {"model": native_engine.model, "max_tokens": 12, "temperature": 0, **asked}
         if stream:
             body["stream"] = True
-        assert to_chat(body).native is None
-        return equal_answers(native_engine, body)
+        assert to_chat(body, habits).native is None
+        return equal_answers(native_engine, body, habits)
 
     return ask_at_once("statuses", ask)
 
 
 @pytest.mark.engine
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
-@pytest.mark.parametrize("case", MATRIX)
+@pytest.mark.parametrize("case", {**MATRIX, **HABITUAL})
 def test_an_answer_through_chat_equals_the_native_one(
     statuses: Done, case: str, stream: bool
 ) -> None:
@@ -373,11 +427,13 @@ class Native:
     chat_reply: Any
     json_response: Any
 
-    def chat(self, body: Json, merge: bool) -> Json | None:
+    def chat(self, body: Json, merge: bool, effort: str = "none") -> Json | None:
         """The chat request that vLLM makes of a Messages request; None if it refuses it."""
         try:
             request = self.request.model_validate(copy.deepcopy(body))
-            made = self.serving.to_chat_completion_request(request, merge_inline_system=merge)
+            made = self.serving.to_chat_completion_request(
+                request, merge_inline_system=merge, disabled_thinking_effort=effort
+            )
         except Exception:
             return None
         return self.dumped(made)
@@ -393,6 +449,13 @@ class Native:
     def dumped(request: Any) -> Json:
         fields: Json = request.model_dump(mode="json", exclude={"request_id"}, warnings=False)
         fields["stop"] = fields["stop"] or []
+        if not fields["tools"]:
+            # To the parsers of a reply "auto" and None are the same.
+            fields["tools"] = None
+            fields["tool_choice"] = "none" if fields["tool_choice"] == "none" else None
+        budget = fields["thinking_token_budget"]
+        if budget is not None and budget == (fields["max_tokens"] or 0) - 1:
+            fields["thinking_token_budget"] = None
         return fields
 
     def body(self, reply: Json) -> bytes | None:
@@ -464,13 +527,26 @@ result = block(
     "tool_result",
     {"is_error": st.booleans()},
     tool_use_id=st.sampled_from(["t1", "t2"]),
-    content=texts | st.none() | st.lists(text_block | block("document"), max_size=2),
+    content=texts
+    | st.none()
+    | st.lists(
+        text_block | block("document") | block("tool_reference", tool_name=texts | st.none()),
+        max_size=2,
+    ),
 )
 call = block("tool_use", id=st.just("t1"), name=st.just("add"), input=inputs)
 thought = block("thinking", thinking=texts, signature=texts) | block(
     "redacted_thinking", data=texts
 )
 image = block("image", source=st.just({"type": "base64", "data": "AA=="}))
+
+
+tool_change = st.builds(
+    lambda change, tool: {"type": change, "tool": tool},
+    st.sampled_from(["tool_addition", "tool_removal"]),
+    st.just(REFERENCE)
+    | st.just({"type": "tool_definition", "definition": {"name": "new", "input_schema": {"a": 1}}}),
+)
 
 
 def message(role: str, blocks: Any) -> Any:
@@ -494,10 +570,11 @@ choice = st.fixed_dictionaries(
 sound = st.fixed_dictionaries(
     {
         "model": st.just("m"),
-        "max_tokens": st.integers(1, 9),
+        "max_tokens": st.integers(1, 9) | st.integers(1024, 1034),
         "messages": st.lists(
             message("user", text_block | result)
-            | message("assistant", text_block | call | thought),
+            | message("assistant", text_block | call | thought)
+            | message("system", text_block | tool_change),
             min_size=1,
             max_size=4,
         ),
@@ -509,9 +586,10 @@ sound = st.fixed_dictionaries(
         "temperature": st.sampled_from([0, 1, 0.5, None]),
         "top_p": st.sampled_from([1, 0.5, None]),
         "top_k": st.sampled_from([-1, 5, None]),
-        "tools": st.lists(tool, min_size=1, max_size=2) | st.none(),
+        "tools": st.lists(tool, max_size=2) | st.none(),
         "tool_choice": choice | st.none(),
-        "thinking": st.sampled_from([None, {"type": "adaptive"}]),
+        "thinking": st.sampled_from([None, {"type": "adaptive"}, {"type": "disabled"}])
+        | block("enabled", budget_tokens=st.integers(1022, 1030)),
         "output_config": st.fixed_dictionaries(
             {},
             optional={
@@ -578,23 +656,28 @@ def bodies(draw: Any) -> Json:
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_the_chat_request_is_the_one_that_vllm_makes(vllm: Native, body: Json) -> None:
-    """Whether the model's template allows system messages anywhere or not."""
-    translation = to_chat(copy.deepcopy(body))
-    if translation.native is None:
-        posted = vllm.posted(translation.chat)
-        assert posted == vllm.chat(body, merge=True)
-        assert posted == vllm.chat(body, merge=False)
+    """Whatever the habits of the engine are; and alike under all where they are not known."""
+    unknown = to_chat(copy.deepcopy(body))
+    for merge, effort in itertools.product((True, False), ("none", "low")):
+        translation = to_chat(copy.deepcopy(body), Habits(merge, effort, shows_no_tools=False))
+        expected = vllm.chat(body, merge, effort)
+        if translation.native is None:
+            assert vllm.posted(translation.chat) == expected
+        if unknown.native is None:
+            assert vllm.posted(unknown.chat) == expected
 
 
 @pytest.mark.engine
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_any_request_that_goes_through_chat_gets_the_native_answer(
-    native_engine: Engine, body: Json
+    native_engine: Engine, habits: Habits, body: Json
 ) -> None:
     body = {**body, "model": native_engine.model, "temperature": 0}
-    assume(to_chat(body).native is None)
-    equal_answers(native_engine, body)
+    assume(to_chat(body, habits).native is None)
+    assume("thinking_token_budget" not in to_chat(body, habits).chat)
+    assume(obj(body.get("thinking")).get("type") != "enabled")  # vLLM takes none without a parser
+    equal_answers(native_engine, body, habits)
 
 
 @pytest.mark.engine
@@ -817,11 +900,16 @@ def test_unreadable_native_answers_do_not_raise(body: Json) -> None:
     ("change", "reason"),
     [
         ({"tools": []}, "empty list of tools"),
+        ({"system": [{"type": "tool_removal", "tool": REFERENCE}]}, "no text"),
+        ({"messages": [changing("tool_removal", REFERENCE)]}, "names no tool"),
+        ({"messages": [changing("tool_addition", REFERENCE)]}, "names no tool"),
         ({"tool_choice": {"type": "auto"}}, "tool_choice without tools"),
         ({"tools": [YES], "tool_choice": {"type": "tool", "name": "no"}}, "names no tool"),
         ({"tools": [{"type": "web_search_20250305", "name": "s"}]}, "no input schema"),
-        ({"thinking": {"type": "disabled"}}, "thinking"),
-        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "thinking"),
+        ({"thinking": {"type": "disabled"}}, "how the engine does that is not known"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1024}}, "longer than its reply"),
+        ({"thinking": {"type": "enabled", "budget_tokens": 1}}, "no budget"),
+        ({"thinking": {"type": "loud"}}, "unknown"),
         ({"max_tokens": None}, "max_tokens"),
         ({"max_tokens": True}, "max_tokens"),
         ({"model": ""}, "names no model"),

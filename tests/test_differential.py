@@ -240,10 +240,22 @@ DIALECTS: dict[str, tuple[str, Json]] = {
             "max_tokens": 60,
         },
     ),
-    "message, natively": (
+    "message with a system message": (
         MESSAGES,
         {
             "messages": [*user("Hi"), {"role": "system", "content": "Be brief."}, *user(APPLES)],
+            "thinking": {"type": "disabled"},
+            "tools": [],
+            "max_tokens": 8,
+        },
+    ),
+    "message, natively": (
+        MESSAGES,
+        {
+            "messages": [
+                {"role": "assistant", "content": [{"type": "tool_result", "content": "7"}]},
+                *user(APPLES),
+            ],
             "max_tokens": 8,
         },
     ),

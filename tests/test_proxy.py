@@ -674,7 +674,7 @@ def test_other_paths_reach_the_engine_as_they_were_written(
 async def any_path() -> AsyncGenerator[tuple[str, list[str]]]:
     """(address, targets) of an engine that answers whatever path it is asked for."""
     seen: list[str] = []
-    own = ("/health", "/v1/completions", "/v1/models")
+    own = ("/health", "/v1/completions", "/v1/models", "/v1/messages/count_tokens", "/tokenize")
 
     async def answer(request: web.Request) -> web.Response:
         if not request.raw_path.endswith(own):

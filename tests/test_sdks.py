@@ -237,6 +237,57 @@ def test_a_message_with_a_tool(
     assert_linked(store, [first, second], Source.TOOL, "12:00")
 
 
+@PLAIN_AND_STREAM
+def test_a_conversation_with_system_messages_in_it(
+    claude: Any, model: str, store: Store, new_turns: NewTurns, stream: bool
+) -> None:
+    """As Claude Code has it."""
+    begun = [*ASKED, {"role": "system", "content": "Two agents are there."}]
+    more: Any = {
+        "system": [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}],
+        "thinking": {"type": "disabled"},
+        "tools": [],
+        "extra_body": {"context_management": {"edits": []}},
+    }
+    first = message(claude, model, begun, stream, **more)
+    history = [*begun, {"role": "assistant", "content": first.content}, NEXT]
+    second = message(claude, model, history, stream, **more)
+    turns = new_turns()
+    for turn, said in zip(turns, (first, second), strict=True):
+        assert_kept(turn, "".join(block.text for block in said.content))
+    assert_linked(store, turns, Source.USER, NEXT["content"])
+
+
+@PLAIN_AND_STREAM
+def test_a_response_with_tools_of_other_kinds(
+    gpt: openai.OpenAI, model: str, store: Store, new_turns: NewTurns, stream: bool
+) -> None:
+    """As Codex has them: a custom tool's input is its own text, a namespace stands by itself."""
+    agents: Json = {"type": "namespace", "name": "agents", "description": "Others"}
+    agents["tools"] = [{"type": "function", **CLOCK["function"], "strict": False}]
+    tools = [{"type": "custom", "name": "patch"}, agents, {"type": "web_search"}]
+    calls = [
+        '<tool_call>{"name":"patch","arguments":{"input":"+ \\"ü\\"\\n- 🧮"}}</tool_call>',
+        '<tool_call>{"name":"agents__clock","arguments":{"zone":"Köln"}}</tool_call>',
+    ]
+    scripted: Any = {"structured_outputs": {"choice": ["".join(calls)]}}
+    more: Any = {"tools": tools, "max_output_tokens": 160}
+    called = response(gpt, model, ASKED, stream, **more, extra_body=scripted)
+    patch, clock = called.output
+    assert (patch.type, patch.name, patch.input) == ("custom_tool_call", "patch", '+ "ü"\n- 🧮')
+    assert (clock.name, clock.namespace) == ("clock", "agents")
+    told = [
+        {"type": "custom_tool_call_output", "call_id": patch.call_id, "output": "Done."},
+        {"type": "function_call_output", "call_id": clock.call_id, "output": "12:00"},
+    ]
+    history = [*ASKED, *(item.model_dump(exclude_none=True) for item in called.output), *told]
+    said = response(gpt, model, history, stream, tools=tools, max_output_tokens=4)
+    first, second = new_turns()
+    assert_kept(second, said.output_text)
+    assert second.parent == first.id
+    assert [state.text for state in store.next_states(first.id)] == ["Done.", "12:00"]
+
+
 def test_counting_tokens_makes_no_turn(claude: Any, model: str, new_turns: NewTurns) -> None:
     counted = claude.messages.count_tokens(model=model, messages=ASKED)
     asked = message(claude, model, ASKED, stream=False)

@@ -1,9 +1,9 @@
 """The Anthropic Messages API in terms of chat completions, byte for byte as vLLM answers it.
 
 vLLM's own /v1/messages returns neither token ids nor log-probs, so a request goes to
-/v1/chat/completions and its reply comes back translated. Only what a differential test has shown to
-be equal goes this way; anything else is relayed to /v1/messages as it is, where vLLM answers or
-refuses it itself, and is recorded without tokens.
+/v1/chat/completions (`messages_request`) and its reply comes back translated. Only what a
+differential test has shown to be equal goes this way; anything else is relayed to /v1/messages as
+it is, where vLLM answers or refuses it itself, and is recorded without tokens.
 """
 
 from __future__ import annotations
@@ -13,32 +13,12 @@ import uuid
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects
-from proxy.dialects.messages_limits import encodes, reasons
-from proxy.dialects.translation import Translation
+from proxy.dialects.messages_request import text_of, to_chat, tool_call
 
-_SAMPLING = {
-    "stop_sequences": "stop",
-    "temperature": "temperature",
-    "top_p": "top_p",
-    "top_k": "top_k",
-    "chat_template_kwargs": "chat_template_kwargs",
-    "cache_salt": "cache_salt",
-}
-"""Fields that keep their meaning, with their names in a chat completion."""
-_TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
-_BILLING = "x-anthropic-billing-header"
-"""Starts a block in which a client attributes its request; vLLM keeps it out of the prompt."""
+__all__ = ["Chunks", "Events", "encode", "from_chat", "to_chat", "to_chat_reply"]
+
 _FINISH = {"end_turn": "stop", "stop_sequence": "stop", "max_tokens": "length"}
 _FINISH["tool_use"] = "tool_calls"
-
-
-def to_chat(body: Json) -> Translation:
-    """The request as a chat completion. Never raises: the engine refuses what is malformed."""
-    reason = next(reasons(body), None)
-    native = None if reason is None else f"{reason}, so its tokens are not known"
-    if not encodes(body):
-        return Translation({"model": _text(body.get("model")), "messages": []}, native)
-    return Translation(_chat(body), native)
 
 
 def from_chat(reply: Json) -> Json | None:
@@ -138,7 +118,7 @@ class Events:
         delta = obj(choice.get("delta"))
         sent: list[bytes] = []
         for kind, name in (("thinking", "reasoning"), ("text", "content")):
-            said = _text(delta.get(name))
+            said = text_of(delta.get(name))
             if said:
                 sent.append(self._say(kind, said))
         sent += [self._call(call) for call in objects(delta.get("tool_calls"))]
@@ -171,7 +151,7 @@ class Events:
                 }
                 opened = self._start(block)
                 self._tool_id, self._arguments = called, []
-        arguments = _text(function.get("arguments"))
+        arguments = text_of(function.get("arguments"))
         is_open = self._tool_id is not None and self._tool_ids.get(index) == self._tool_id
         if not arguments or not is_open or self._arguments is None:
             return opened
@@ -217,12 +197,12 @@ def to_chat_reply(body: Json) -> Json:
     blocks = objects(body.get("content"))
     message: Json = {
         "role": "assistant",
-        "content": "".join(_text(b.get("text")) for b in blocks if b.get("type") == "text"),
+        "content": "".join(text_of(b.get("text")) for b in blocks if b.get("type") == "text"),
     }
-    reasoning = "".join(_text(b.get("thinking")) for b in blocks if b.get("type") == "thinking")
+    reasoning = "".join(text_of(b.get("thinking")) for b in blocks if b.get("type") == "thinking")
     if reasoning:
         message["reasoning"] = reasoning
-    calls = [_tool_call(block) for block in blocks if block.get("type") == "tool_use"]
+    calls = [tool_call(block) for block in blocks if block.get("type") == "tool_use"]
     if calls:
         message["tool_calls"] = calls
     return {
@@ -262,7 +242,7 @@ class Chunks:
                 if block.get("type") != "tool_use":
                     return None
                 self._calls += 1
-                function = {"name": _text(block.get("name")), "arguments": ""}
+                function = {"name": text_of(block.get("name")), "arguments": ""}
                 return self._call({"id": block.get("id"), "type": "function", "function": function})
             case "content_block_delta":
                 return self._delta(obj(payload.get("delta")))
@@ -277,11 +257,11 @@ class Chunks:
     def _delta(self, delta: Json) -> Json | None:
         match delta.get("type"):
             case "text_delta":
-                return self._chunk({"content": _text(delta.get("text"))})
+                return self._chunk({"content": text_of(delta.get("text"))})
             case "thinking_delta":
-                return self._chunk({"reasoning": _text(delta.get("thinking"))})
+                return self._chunk({"reasoning": text_of(delta.get("thinking"))})
             case "input_json_delta":
-                return self._call({"function": {"arguments": _text(delta.get("partial_json"))}})
+                return self._call({"function": {"arguments": text_of(delta.get("partial_json"))}})
             case _:
                 return None
 
@@ -298,126 +278,6 @@ class Chunks:
             "choices": [choice],
         }
         return chunk if usage is None else {**chunk, "usage": _chat_usage(usage)}
-
-
-def _chat(body: Json) -> Json:
-    chat: Json = {"model": _text(body.get("model")), "messages": _messages(body)}
-    if body.get("max_tokens") is not None:
-        chat["max_tokens"] = chat["max_completion_tokens"] = body["max_tokens"]
-    for name, named in _SAMPLING.items():
-        if body.get(name) is not None:
-            chat[named] = body[name]
-    if body.get("stream"):
-        chat["stream"] = True
-        chat["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
-    output = obj(body.get("output_config"))
-    schema = obj(obj(output.get("format")).get("schema"))
-    if schema:
-        named_schema = {"name": "json_schema", "schema": schema}
-        chat["response_format"] = {"type": "json_schema", "json_schema": named_schema}
-    if output.get("effort") is not None:
-        chat["reasoning_effort"] = output["effort"]
-    thinking = obj(body.get("thinking"))
-    if thinking.get("type") == "enabled":
-        chat["thinking_token_budget"] = thinking.get("budget_tokens")
-    tools = objects(body.get("tools"))
-    # Without tools the chat route's own default would be "none", which is not quite vLLM's None.
-    chat["tool_choice"] = "auto" if tools else None
-    if tools:
-        chat["tools"] = [_tool(tool) for tool in tools]
-    if body.get("tool_choice") is not None:
-        choice = obj(body["tool_choice"])
-        function = {"name": _text(choice.get("name"))}
-        named_choice = {"type": "function", "function": function}
-        chat["tool_choice"] = _TOOL_CHOICES.get(_text(choice.get("type")), named_choice)
-        chat["parallel_tool_calls"] = not choice.get("disable_parallel_tool_use")
-    return chat
-
-
-def _tool(tool: Json) -> Json:
-    schema = obj(tool.get("input_schema"))
-    function: Json = {
-        "name": _text(tool.get("name")),
-        "description": tool.get("description"),
-        "parameters": schema if "type" in schema else {**schema, "type": "object"},
-    }
-    for name in ("strict", "defer_loading"):
-        if tool.get(name) is not None:
-            function[name] = tool[name]
-    return {"type": "function", "function": function}
-
-
-def _messages(body: Json) -> list[Json]:
-    chat: list[Json] = []
-    system = _system(body.get("system"))
-    if system:
-        chat.append({"role": "system", "content": system})
-    for message in objects(body.get("messages")):
-        role, content = _text(message.get("role")) or "user", message.get("content")
-        if role == "system":
-            inline = [{"type": "text", "text": content}] if isinstance(content, str) else content
-            system = _system(inline)
-            if system:
-                chat.append({"role": "system", "content": system})
-        elif isinstance(content, list):
-            chat += _blocks(role, objects(message["content"]))
-        else:
-            chat.append({"role": role, "content": _text(content)})
-    return chat
-
-
-def _system(content: object) -> str:
-    """The text of a system prompt, without the blocks that attribute the request."""
-    if isinstance(content, str):
-        return content
-    texts = [_text(block.get("text")) for block in objects(content) if block.get("type") == "text"]
-    return "".join(text for text in texts if not text.startswith(_BILLING))
-
-
-def _blocks(role: str, blocks: list[Json]) -> list[Json]:
-    """The chat messages that one message's blocks make: tool results first, then all else."""
-    results = [_result(block) for block in blocks if block.get("type") == "tool_result"]
-    parts = [part for part in map(_part, blocks) if part is not None]
-    thoughts = [
-        _text(block["thinking"])
-        for block in blocks
-        if block.get("type") == "thinking" and block.get("thinking") is not None
-    ]
-    calls = [_tool_call(block) for block in blocks if block.get("type") == "tool_use"]
-    message: Json = {"role": role}
-    if thoughts:
-        message["reasoning"] = "".join(thoughts)
-    if calls:
-        message["tool_calls"] = calls
-    if parts:
-        one = len(parts) == 1 and parts[0]["type"] == "text"
-        message["content"] = parts[0]["text"] if one else parts
-    return results if role == "user" and not parts else [*results, message]
-
-
-def _part(block: Json) -> Json | None:
-    if block.get("type") == "text" and block.get("text"):
-        return {"type": "text", "text": _text(block["text"])}
-    if block.get("type") == "image":
-        source = obj(block.get("source"))
-        data = f"data:{source.get('media_type', 'image/jpeg')};base64,{source.get('data', '')}"
-        url = source.get("url", "") if source.get("type") == "url" else data
-        return {"type": "image_url", "image_url": {"url": url}}
-    return None
-
-
-def _result(block: Json) -> Json:
-    content = block.get("content")
-    if not isinstance(content, str):
-        items = [item for item in objects(content) if item.get("type") == "text"]
-        content = "\n".join(_text(item.get("text")) for item in items)
-    return {"role": "tool", "tool_call_id": _text(block.get("tool_use_id")), "content": content}
-
-
-def _tool_call(block: Json) -> Json:
-    # The json module with its spaces and escapes: the prompt holds these very characters.
-    function = {"name": _text(block.get("name")), "arguments": json.dumps(obj(block.get("input")))}
-    return {"id": _text(block.get("id")), "type": "function", "function": function}
 
 
 def _stop(
@@ -437,7 +297,7 @@ def _stop(
 
 def _finish(end: Json) -> str:
     """The finish reason; vLLM names none for a reply that it aborted."""
-    return _FINISH.get(_text(end.get("stop_reason")), "abort")
+    return _FINISH.get(text_of(end.get("stop_reason")), "abort")
 
 
 def _usage(usage: object) -> Json:
@@ -490,10 +350,6 @@ def _event(kind: str, **fields: object) -> bytes:
 def _signature() -> str:
     """vLLM signs a thought with a random number, which nobody can check."""
     return uuid.uuid4().hex
-
-
-def _text(value: object) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _count(value: object) -> int:

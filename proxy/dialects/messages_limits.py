@@ -1,7 +1,7 @@
-"""Which Messages requests the chat route answers exactly as vLLM's own /v1/messages does.
+"""Which Messages requests the chat route answers as vLLM's own /v1/messages does.
 
-What vLLM refuses, what the chat route would refuse or take otherwise, and what depends on the
-model's template is not among them.
+What vLLM refuses, what the chat route would refuse or take otherwise, and what depends on habits of
+the engine that are not known is not among them.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard, cast
 
+from nextstate.habits import Habits
 from nextstate.records import Json
 from nextstate.wire import obj, objects
+from proxy.dialects.messages_tools import tool_changes, tools_in_effect
 
 _Kinds = tuple[type, ...]
 
@@ -35,7 +37,7 @@ _BLOCK: dict[str, _Kinds] = {
     **dict.fromkeys(("source", "input"), (dict,)),
     "content": (str, list),
     "is_error": (bool,),
-    "tool": (),
+    "tool": (dict,),
 }
 _TOOL: dict[str, _Kinds] = {"description": (str,), "strict": (bool,), "defer_loading": (bool,)}
 _UNPROVEN = frozenset(
@@ -47,14 +49,16 @@ _UNPROVEN = frozenset(
 _PROVEN_BLOCKS = {
     "user": ("text", "tool_result"),
     "assistant": ("text", "thinking", "redacted_thinking", "tool_use"),
-    "system": ("text",),
+    "system": ("text", "tool_addition", "tool_removal"),
 }
+_DISPLAYS = (None, "summarized", "omitted", "updates")
+_LEAST_BUDGET = 1024
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _DEPTH = 200
 """Deeper JSON is not encoded again: orjson stops at 254 levels, the json module near 1,000."""
 
 
-def reasons(body: Json) -> Iterator[str]:
+def reasons(body: Json, habits: Habits) -> Iterator[str]:
     """Why the chat route would not, or might not, serve the request as /v1/messages does."""
     if not encodes(body):
         yield "the request nests deeper or counts higher than can be passed on exactly"
@@ -68,20 +72,38 @@ def reasons(body: Json) -> Iterator[str]:
         yield "the request has no max_tokens"
     if not all(isinstance(text, str) for text in body.get("stop_sequences") or ()):
         yield "a stop sequence is not a text"
-    yield from _reasoning_reasons(body)
-    yield from _tool_reasons(body)
+    yield from _thinking_reasons(body, habits)
+    yield from _output_reasons(body)
+    yield from _tool_reasons(body, habits)
     if _is_list(body.get("system")):
         yield from _content_reasons("system", body["system"])
-    yield from _message_reasons(body)
+        if any(block.get("type") != "text" for block in objects(body["system"])):
+            yield "the system prompt holds something that is no text"
+    yield from _message_reasons(body, habits)
 
 
-def _reasoning_reasons(body: Json) -> Iterator[str]:
+def _thinking_reasons(body: Json, habits: Habits) -> Iterator[str]:
     thinking = obj(body.get("thinking"))
-    if body.get("thinking") is not None and (
-        thinking.get("type") != "adaptive"
-        or thinking.get("display") not in (None, "summarized", "omitted", "updates")
-    ):
-        yield "the request sets thinking"
+    kind = thinking.get("type")
+    if body.get("thinking") is None:
+        return
+    if kind not in ("adaptive", "enabled", "disabled"):
+        yield "the request sets thinking to something unknown"
+    if kind != "disabled" and thinking.get("display") not in _DISPLAYS:
+        yield "the request sets an unknown display of its thinking"
+    if kind == "disabled" and habits.disabled_effort is None:
+        yield "the request disables thinking, and how the engine does that is not known"
+    if kind != "enabled":
+        return
+    given = (thinking.get("budget_tokens"), body.get("max_tokens"))
+    budget, limit = (count if type(count) is int else 0 for count in given)
+    if budget < _LEAST_BUDGET:
+        yield "the request has no budget for its thinking"
+    elif budget >= limit:
+        yield "the request's thinking may be longer than its reply"
+
+
+def _output_reasons(body: Json) -> Iterator[str]:
     output = obj(body.get("output_config"))
     if output.get("effort") not in (None, *_EFFORTS):
         yield "the request sets an unknown effort"
@@ -92,22 +114,25 @@ def _reasoning_reasons(body: Json) -> Iterator[str]:
         yield "the request sets an unknown output format"
 
 
-def _tool_reasons(body: Json) -> Iterator[str]:
-    tools = body.get("tools")
-    if _is_list(tools):
-        if not tools:
-            yield "the request has an empty list of tools"
-        for tool in _items(tools):
-            if not isinstance(tool.get("name"), str):
-                yield "a tool has no name"
-            if not isinstance(tool.get("input_schema"), dict):
-                yield "a tool has no input schema"
-            yield from _wrong(tool, _TOOL, "a tool")
+def _tool_reasons(body: Json, habits: Habits) -> Iterator[str]:
+    changes = tool_changes(body)
+    names = [tool.get("name") for tool in objects(body.get("tools"))]
+    for tool in _items(body["tools"]) if _is_list(body.get("tools")) else ():
+        yield from _definition_reasons(tool)
+    for change, named in changes:
+        if "input_schema" in named and change == "tool_addition":
+            yield from _definition_reasons(named)
+            names.append(named.get("name"))
+        elif named.get("type") != "tool_reference" or named.get("name") not in names:
+            yield f"a {change} names no tool of the request"
+    listed = changes or body.get("tools") is not None
+    if listed and not tools_in_effect(body) and habits.shows_no_tools is not False:
+        yield "the request has an empty list of tools, which its model might be shown"
     if body.get("tool_choice") is None:
         return
     choice = obj(body["tool_choice"])
     yield from _wrong(choice, {"name": (str,), "disable_parallel_tool_use": (bool,)}, "tool_choice")
-    names = [tool.get("name") for tool in objects(tools)]
+    names = [tool.get("name") for tool in tools_in_effect(body)]
     kind = choice.get("type")
     if kind == "tool":
         if not choice.get("name") or choice["name"] not in names:
@@ -118,7 +143,16 @@ def _tool_reasons(body: Json) -> Iterator[str]:
         yield "the request sets tool_choice without tools"
 
 
-def _message_reasons(body: Json) -> Iterator[str]:
+def _definition_reasons(tool: Json) -> Iterator[str]:
+    if not isinstance(tool.get("name"), str):
+        yield "a tool has no name"
+    if not isinstance(tool.get("input_schema"), dict):
+        kind = str(tool.get("type"))[:40]
+        yield f"a tool has no input schema (type {kind}: only Anthropic's servers have it)"
+    yield from _wrong(tool, _TOOL, "a tool")
+
+
+def _message_reasons(body: Json, habits: Habits) -> Iterator[str]:
     messages = body.get("messages")
     if not _is_list(messages) or not messages:
         yield "the request has no messages"
@@ -131,10 +165,10 @@ def _message_reasons(body: Json) -> Iterator[str]:
             yield from _content_reasons(role, content)
         elif not isinstance(content, str):
             yield "a message has no content"
-    # Where other system messages go depends on what the model's chat template allows.
     inline = [i for i, m in enumerate(objects(messages)) if m.get("role") == "system"]
-    if inline not in ([], [0]) or (inline and body.get("system")):
-        yield "a system message stands among the messages"
+    alone = inline in ([], [0]) and not (inline and body.get("system"))
+    if not alone and habits.merges_system is None:
+        yield "a system message stands among the others, and where the engine puts it is not known"
 
 
 def _content_reasons(role: str, content: list[Any]) -> Iterator[str]:
@@ -153,8 +187,10 @@ def _result_reasons(content: list[Any]) -> Iterator[str]:
     if len(objects(content)) != len(content):
         yield "a tool's result holds something that is no block"
     for item in objects(content):
-        if item.get("type") in ("image", "tool_reference"):
-            yield f"a tool's result holds a block of type {item['type']}"
+        if item.get("type") == "image":
+            yield "a tool's result holds an image"
+        elif item.get("type") == "tool_reference":
+            yield from _wrong(item, {"tool_name": (str,), "name": (str,)}, "a tool_reference")
         elif item.get("type") == "text" and not isinstance(item.get("text", ""), str):
             yield "a tool's result holds a text that is none"
 

@@ -1,8 +1,9 @@
 """The OpenAI Responses dialect, served through chat completions.
 
 vLLM's own /v1/responses loses log-probs, so a request goes to /v1/chat/completions and the reply
-comes back as what vLLM 0.32 would have answered itself, byte for byte but for ids and times; a
-differential test holds that. `to_chat` says which requests are inside that proof; the others are
+comes back as what vLLM 0.32 would have answered itself, byte for byte but for ids, times and the
+echo of tools that are no functions, which stand as the client wrote them; a differential test holds
+that. `to_chat` says which requests are inside that proof; the others are
 relayed natively, and `to_chat_reply` and `Chunks` read the native reply for the record.
 
 What the engine does not tell, it must be known to be: no sampling defaults of its own
@@ -23,6 +24,7 @@ from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.responses_record import Chunks, to_chat_reply
 from proxy.dialects.responses_request import to_chat
+from proxy.dialects.responses_tools import InputReader, ToolNames, chosen_name, custom_input
 
 __all__ = ["Chunks", "Events", "encode", "from_chat", "to_chat", "to_chat_reply"]
 
@@ -37,16 +39,19 @@ def from_chat(reply: Json, body: Json, max_model_len: int) -> Json:
     choice = (objects(reply.get("choices")) or [obj(None)])[0]
     message = obj(choice.get("message"))
     reply_id, usage = str(reply.get("id")), obj(reply.get("usage"))
-    output: list[Json] = []
+    names, output = ToolNames(body), list[Json]()
     if message.get("reasoning"):
         output.append(_reasoning_item(_id("rs", reply_id, 0), message["reasoning"], None))
     if message.get("content"):
         output.append(_message_item(_id("msg", reply_id, len(output)), message["content"]))
     for call in objects(message.get("tool_calls")):
         function = obj(call.get("function"))
-        item_id = _id("fc", reply_id, len(output))
-        item = _call_item(item_id, call.get("id"), function.get("name"), "completed")
-        output.append({**item, "arguments": function.get("arguments")})
+        name, arguments = function.get("name"), function.get("arguments")
+        custom = names.is_custom(name)
+        item_id = _id("ctc" if custom else "fc", reply_id, len(output))
+        item = names.item(item_id, call.get("id"), name, "completed")
+        said = {"input": custom_input(arguments or "")} if custom else {"arguments": arguments}
+        output.append({**item, **said})
     response = _Response(body, reply, max_model_len, usage.get("prompt_tokens", 0))
     cut = choice.get("finish_reason") == "length"
     if message.get("tool_calls") and usage.get("completion_tokens") == response.max_output_tokens:
@@ -70,6 +75,7 @@ class Events:
         self.failed = False
         self._body = body
         self._max_model_len = max_model_len
+        self._names = ToolNames(body)
         self._response: _Response | None = None
         self._sequence = 0
         self._output: list[Json] = []
@@ -78,6 +84,10 @@ class Events:
         self._item: Json = {}
         self._text = ""
         self._call_index: object = None
+        self._input: InputReader | None = None
+        """What reads the open call's input, where that calls a custom tool."""
+        self._told = ""
+        """As much of it as has been sent."""
         self._cut = False
         self._usage: Json = {}
 
@@ -151,18 +161,30 @@ class Events:
         events: list[bytes] = []
         if self._kind != "call" or self._call_index != index:
             events += self._close()
-            item_id = self._open("call", "fc")
+            name = functions[0].get("name")
+            custom = self._names.is_custom(name)
+            item_id = self._open("call", "ctc" if custom else "fc")
             self._call_index = index
+            self._input, self._told = InputReader() if custom else None, ""
             call_id = calls[0].get("id") or _id("chatcmpl-tool-", item_id, 0)
-            self._item = _call_item(item_id, call_id, functions[0].get("name"), "in_progress")
+            self._item = self._names.item(item_id, call_id, name, "in_progress")
             events.append(self._item_event("response.output_item.added", self._item))
         arguments = "".join(function.get("arguments") or "" for function in functions)
-        if arguments:
-            self._text += arguments
+        self._text += arguments
+        if self._input is not None:
+            events += self._input_delta(self._input.feed(arguments))
+        elif arguments:
             data = {"delta": arguments, "item_id": self._item["id"]}
             data["output_index"] = len(self._output)
             events.append(self._event("response.function_call_arguments.delta", data))
         return events
+
+    def _input_delta(self, text: str) -> list[bytes]:
+        if not text:
+            return []
+        self._told += text
+        data = {"delta": text, "item_id": self._item["id"], "output_index": len(self._output)}
+        return [self._event("response.custom_tool_call_input.delta", data)]
 
     def _open(self, kind: str, prefix: str) -> str:
         assert self._response is not None
@@ -176,7 +198,15 @@ class Events:
         item_id: str = self._item["id"]
         index = len(self._output)
         text: Json = {"output_index": index, "text": self._text}
-        if self._kind == "call":
+        if self._kind == "call" and self._input is not None:
+            given = custom_input(self._text)
+            # What was sent cannot be taken back: an input that does not go on from it is told anew.
+            rest = given[len(self._told) :] if given.startswith(self._told) else given
+            done = {**self._item, "input": given}
+            data = {"input": given, "item_id": item_id, "output_index": index}
+            events = self._input_delta(rest)
+            events.append(self._event("response.custom_tool_call_input.done", data))
+        elif self._kind == "call":
             done = {**self._item, "arguments": self._text, "status": "completed"}
             data = {"arguments": self._text, "item_id": item_id, "name": done["name"]}
             data["output_index"] = index
@@ -286,20 +316,18 @@ def _tool_choice_echo(body: Json) -> Any:
     if not body.get("tools"):
         return "none"
     named = obj(choice)
-    return {"name": named["name"], "type": "function"} if named else choice
+    if not named:
+        return choice
+    chosen = chosen_name(named.get("name"), objects(body["tools"]))
+    return {"name": chosen, "type": named.get("type")}
 
 
 def _tool_echo(tool: Json) -> Json:
-    return {
-        "name": tool.get("name"),
-        "parameters": tool.get("parameters"),
-        "strict": tool.get("strict"),
-        "type": "function",
-        "allowed_callers": None,
-        "defer_loading": None,
-        "description": tool.get("description"),
-        "output_schema": None,
-    }
+    if tool.get("type") != "function":
+        return tool
+    names = ("name", "parameters", "strict", "type", "allowed_callers", "defer_loading")
+    known = {name: tool.get(name) for name in (*names, "description", "output_schema")}
+    return {**known, **{name: value for name, value in tool.items() if name not in known}}
 
 
 def _reasoning_echo(given: object) -> Json | None:
@@ -369,18 +397,5 @@ def _reasoning_item(item_id: str, text: str, status: str | None) -> Json:
         "type": "reasoning",
         "content": [{"text": text, "type": "reasoning_text"}],
         "encrypted_content": None,
-        "status": status,
-    }
-
-
-def _call_item(item_id: str, call_id: object, name: object, status: str) -> Json:
-    return {
-        "arguments": "",
-        "call_id": call_id,
-        "name": name,
-        "type": "function_call",
-        "id": item_id,
-        "caller": None,
-        "namespace": None,
         "status": status,
     }

@@ -1,7 +1,9 @@
 """A Responses request in chat form, or why it cannot be served that way.
 
 vLLM renders the same prompt and samples alike on both routes for what passes here; a request is
-relayed natively as soon as one thing in it is outside that proof. Two things no request tells: a
+relayed natively as soon as one thing in it is outside that proof. What vLLM does not look at, as
+the id of a message, a field that it does not know or a tool that it shows to no model, is passed
+over here too. Two things no request tells: a
 chat template that prints a past call's function object as a whole sees its name and arguments the
 other way round, and `--tool-strict-level` must be the default for `text` to be repeated rightly.
 """
@@ -11,8 +13,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
+from nextstate.habits import Habits
 from nextstate.records import Json
 from nextstate.wire import obj, objects
+from proxy.dialects.responses_tools import (
+    chat_tools,
+    chosen_name,
+    custom_arguments,
+    flat_name,
+    problem,
+)
 from proxy.dialects.translation import Translation
 
 _FORWARDED = (
@@ -42,28 +52,24 @@ _FORWARDED = (
 )
 """Fields that both routes have and read alike."""
 
-_READ = (
-    "input",
-    "instructions",
-    "tools",
-    "tool_choice",
-    "max_output_tokens",
-    "reasoning",
-    "text",
-    "background",
-    "include",
-    "include_reasoning",
-    "enable_response_messages",
-    "max_tool_calls",
-    "service_tier",
-    "store",
-    "top_logprobs",
-    "truncation",
+_UNPROVEN = (
+    "conversation",
+    "ec_transfer_params",
+    "kv_transfer_params",
+    "logit_bias",
+    "media_io_kwargs",
+    "mm_payload",
+    "mm_processor_kwargs",
+    "previous_input_messages",
+    "previous_response_id",
+    "prompt",
+    "request_id",
+    "return_mm_kwargs",
+    "stop_token_ids",
+    "vllm_xargs",
+    "watermarking",
 )
-"""Fields that `to_chat` turns into something else, or that the response repeats."""
-
-_IGNORED = ("safety_identifier", "prompt_cache_retention", "stream_options", "client_metadata")
-"""Fields that agents send and vLLM's /v1/responses does not have."""
+"""Fields whose effect, or whose echo in the response, the chat route does not have."""
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _SUMMARIES = ("auto", "concise", "detailed")
@@ -74,19 +80,20 @@ _INCLUDES = (
     "message.input_image.image_url",
     "reasoning.encrypted_content",
 )
+_UNKNOWN = Habits()
 _EXACT_FLOAT = 1e16
-"""From here on JSON libraries write numbers each in their own way."""
+_EXACT: dict[type, float] = {bool: 2, int: 2**63, float: _EXACT_FLOAT}
+"""From here on JSON libraries read or write numbers each in their own way."""
 
 
-def to_chat(body: Json) -> Translation:
+def to_chat(body: Json, habits: Habits = _UNKNOWN) -> Translation:
     """The request in chat form. Never raises: what cannot be read is a reason to relay it."""
     reader = _Reader()
     chat: Json = {name: body[name] for name in _FORWARDED if name in body}
     chat["messages"] = reader.messages(body)
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
-    if reader.tools(body, chat) and body.get("tools"):
-        chat["tool_choice"] = _chat_tool_choice(body.get("tool_choice", "auto"))
+    reader.tools(body, chat, habits)
     reasoning = obj(body.get("reasoning"))
     if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
@@ -115,16 +122,10 @@ class _Reader:
             self.reason = f"the Responses request {what}, so its tokens are not known"
         return fine
 
-    def keys(self, value: Json, names: tuple[str, ...], what: str) -> bool:
-        """Notes any field of `value` beyond `names`; null is as good as absent."""
-        extra = [name for name in value if name not in names and value[name] is not None]
-        return self.allow(not extra, f"has {what} with {', '.join(extra)[:60]}")
-
     def fields(self, body: Json) -> None:
         """Notes every field whose effect, or whose echo in the response, is not proven."""
-        unknown = [name for name in body if name not in (*_FORWARDED, *_READ, *_IGNORED)]
-        unknown = [name for name in unknown if body[name] is not None]
-        self.allow(not unknown, f"has the field {', '.join(unknown)[:60]}")
+        unproven = [name for name in _UNPROVEN if body.get(name) is not None]
+        self.allow(not unproven, f"has the field {', '.join(unproven)}")
         for name, fine in _FIELDS.items():
             self.allow(name not in body or fine(body[name]), f"has its own kind of {name}")
         twice = (
@@ -133,53 +134,39 @@ class _Reader:
         )
         self.allow(not twice, "has two formats")
         self.allow(_is_text(body.get("model")) and body["model"] != "", "names no model")
-        tools, choice = objects(body.get("tools")), body.get("tool_choice", "auto")
+        tools = [tool["function"] for tool in chat_tools(objects(body.get("tools")))]
+        choice = body.get("tool_choice", "auto")
         forced = choice not in ("auto", "none") or body.get("parallel_tool_calls") is False
         if tools and body.get("text") is not None:
             forced = forced or any(tool.get("strict") for tool in tools)
             kind = obj(obj(body["text"]).get("format")).get("type", "text")
             self.allow(not forced and kind == "text", "has a text format with tools")
 
-    def tools(self, body: Json, chat: Json) -> bool:
-        """Puts the tools into `chat`; False when the request has none."""
-        if "tools" not in body:
-            choice = body.get("tool_choice", "auto")
-            self.allow(choice in ("auto", "none"), "forces a tool without having one")
-            return False
-        listed = body["tools"]
-        if not self.allow(isinstance(listed, list), "has no list of tools"):
-            return False
-        names: list[object] = []
-        chat_tools: list[Json] = []
-        for tool in cast(list[Any], listed):
-            converted = self.tool(obj(tool))
-            if converted is not None:
-                chat_tools.append(converted)
-                names.append(converted["function"].get("name"))
-        choice = body.get("tool_choice", "auto")
-        named = obj(choice)
-        if named:
-            fine = set(named) == {"type", "name"} and named["type"] == "function"
-            self.allow(fine and named.get("name") in names, "has its own kind of tool_choice")
+    def tools(self, body: Json, chat: Json, habits: Habits) -> None:
+        """Puts the tools that the model sees into `chat`, and which of them it is to call."""
+        listed, choice = body.get("tools", []), body.get("tool_choice", "auto")
+        tools = objects(listed)
+        if not self.allow(tools == listed, "has no list of tools"):
+            return
+        why = next((why for tool in tools if (why := problem(tool)) is not None), None)
+        self.allow(why is None, why or "")
+        self.allow(_plain_numbers(tools), "has a malformed tool")
+        shown = [] if why else [*chat_tools(tools)]
+        if isinstance(choice, dict):
+            chosen = cast(Json, choice)
+            name = None if why else chosen_name(chosen.get("name"), tools)
+            fine = set(chosen) == {"type", "name"} and chosen["type"] in ("function", "custom")
+            self.allow(fine and name is not None, "has its own kind of tool_choice")
+            choice = {"type": "function", "function": {"name": name}}
         else:
             self.allow(choice in ("auto", "none", "required"), "has its own kind of tool_choice")
-            self.allow(bool(names) or choice != "required", "forces a tool without having one")
-        if chat_tools:
-            chat["tools"] = chat_tools
-        return bool(chat_tools)
-
-    def tool(self, tool: Json) -> Json | None:
-        """A function tool in chat form; None for any other kind."""
-        if not self.allow(tool.get("type") == "function", "has a tool that is not a function"):
-            return None
-        names = ("type", "name", "description", "parameters", "strict")
-        self.keys(tool, names, "a tool")
-        fine = _is_text(tool.get("name")) and _is_text_or_null(tool.get("description"))
-        fine = fine and isinstance(tool.get("parameters"), dict | None)
-        fine = fine and isinstance(tool.get("strict"), bool | None)
-        self.allow(fine and _plain_numbers(tool), "has a malformed tool")
-        function = {name: tool[name] for name in names[1:] if tool.get(name) is not None}
-        return {"type": "function", "function": function}
+            self.allow(bool(shown) or choice != "required", "forces a tool without having one")
+        if shown:
+            chat["tools"], chat["tool_choice"] = shown, choice
+        elif tools:
+            fine = habits.shows_no_tools is False
+            self.allow(fine, "has only tools that no model is shown")
+            chat["tool_choice"] = "none" if choice == "none" else None
 
     def messages(self, body: Json) -> list[Json]:
         """The conversation as chat messages."""
@@ -207,42 +194,42 @@ class _Reader:
             item.get("status") in (None, "completed", "incomplete", "in_progress"),
             "has an item with a status of its own",
         )
-        if kind == "function_call":
-            self.keys(item, ("type", "id", "call_id", "name", "arguments", "status"), "a call")
-            parts = [item.get(name) for name in ("call_id", "name", "arguments")]
-            self.allow(all(_is_text(part) for part in parts), "has a malformed call")
-            self.allow(_is_text_or_null(item.get("id")), "has a malformed call")
-            call: Json = {
-                "id": parts[0],
-                "type": "function",
-                "function": {"name": parts[1], "arguments": parts[2]},
-            }
-            if _last_assistant(messages) is None:
-                messages.append({"role": "assistant"})
-            messages[-1].setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            self.keys(item, ("type", "id", "call_id", "output", "status"), "a call's output")
+        if kind in ("function_call", "custom_tool_call"):
+            self.call(item, messages)
+        elif kind in ("function_call_output", "custom_tool_call_output"):
             self.allow(_is_text(item.get("call_id")), "has a malformed call's output")
-            self.allow(_is_text_or_null(item.get("id")), "has a malformed call's output")
             content = self.content(item.get("output"))
             messages.append(
                 {"role": "tool", "tool_call_id": item.get("call_id"), "content": content}
             )
         elif kind == "reasoning":
-            names = ("type", "id", "summary", "content", "status")
-            self.keys(item, names, "a reasoning item")
+            self.allow(not item.get("encrypted_content"), "has an encrypted thought")
             self.say("reasoning", self.thought(item), messages)
         elif kind == "message" and item.get("role") == "assistant":
-            names = ("type", "role", "id", "content", "status", "phase")
-            self.keys(item, names, "an assistant message")
-            phase = item.get("phase")
-            self.allow(phase in (None, "commentary", "final_answer"), "has a phase of its own")
             self.say("content", self.said(item), messages)
         elif kind == "message" and item.get("role") in ("user", "system", "developer"):
-            self.keys(item, ("type", "role", "content", "status"), "a message")
             messages.append({"role": item["role"], "content": self.content(item.get("content"))})
         else:
             self.allow(False, f"has an item of type {str(kind)[:40]}")
+
+    def call(self, item: Json, messages: list[Json]) -> None:
+        """Adds a call to the assistant message at the end, or begins one with it."""
+        custom, name = item["type"] == "custom_tool_call", item.get("name")
+        given = item.get("input" if custom else "arguments")
+        parts = (item.get("call_id"), name, given)
+        self.allow(all(_is_text(part) for part in parts), "has a malformed call")
+        self.allow(_is_text_or_null(item.get("namespace")), "has a malformed call")
+        if item.get("namespace") and not custom:
+            name = flat_name(item["namespace"], name)
+        arguments = custom_arguments(given) if custom else given
+        call: Json = {
+            "id": item.get("call_id"),
+            "type": "function",
+            "function": {"name": name, "arguments": arguments},
+        }
+        if _last_assistant(messages) is None:
+            messages.append({"role": "assistant"})
+        messages[-1].setdefault("tool_calls", []).append(call)
 
     def say(self, name: str, text: str, messages: list[Json]) -> None:
         """Adds to the assistant message at the end, or begins one if it has `name` already."""
@@ -256,12 +243,9 @@ class _Reader:
         """A reasoning item's text: its first content, else its first summary."""
         summary = objects(item.get("summary"))
         content = objects(item.get("content"))
-        fine = _is_text_or_null(item.get("id")) and ("id" not in item or item["id"] is not None)
-        fine = fine and summary == item.get("summary") and item.get("content") in (None, content)
-        for part in content:
-            fine = fine and set(part) == {"type", "text"} and part["type"] == "reasoning_text"
-        for part in summary:
-            fine = fine and set(part) == {"type", "text"} and part["type"] == "summary_text"
+        fine = summary == item.get("summary") and item.get("content") in (None, content)
+        fine = fine and all(part.get("type") == "reasoning_text" for part in content)
+        fine = fine and all(part.get("type") == "summary_text" for part in summary)
         texts = [part.get("text") for part in (*content, *summary)]
         fine = fine and all(_is_text(text) for text in texts)
         self.allow(fine, "has a malformed reasoning item")
@@ -273,16 +257,10 @@ class _Reader:
         if isinstance(content, str):
             return content
         parts = objects(content)
-        fine = bool(parts) and parts == content and item.get("type") == "message"
-        fine = fine and _is_text(item.get("id", ""))
-        fine = fine and ("status" not in item or item["status"] is not None)
+        fine = bool(parts) and parts == content
         for part in parts:
-            known = {"type", "text", "annotations", "logprobs"}
-            # OpenAI's SDK adds "parsed": null to what it has streamed.
-            fine = fine and not (part.keys() - known - {n for n in part if part[n] is None})
-            fine = fine and part.get("type") == "output_text" and _is_text(part.get("text"))
-            fine = fine and part.get("annotations", []) == []
-            fine = fine and part.get("logprobs") in (None, [])
+            fine = fine and part.get("type") in ("output_text", "input_text")
+            fine = fine and _is_text(part.get("text"))
         self.allow(fine, "has an assistant message in parts of its own")
         texts = [part["text"] for part in parts if _is_text(part.get("text"))]
         return texts[0] if texts else ""
@@ -294,8 +272,7 @@ class _Reader:
         parts = objects(content)
         fine = bool(parts) and parts == content
         for part in parts:
-            fine = fine and set(part) == {"type", "text"} and part["type"] == "input_text"
-            fine = fine and _is_text(part["text"])
+            fine = fine and part.get("type") == "input_text" and _is_text(part.get("text"))
         self.allow(fine, "has a message that is not text alone")
         return [{"type": "text", "text": p["text"]} for p in parts if _is_text(p.get("text"))]
 
@@ -345,12 +322,11 @@ def _is_metadata(value: object) -> bool:
 
 
 def _is_reasoning(value: object) -> bool:
-    if value is None:
-        return True
-    given = {name: held for name, held in obj(value).items() if held is not None}
-    allowed = {"effort": _EFFORTS, "summary": _SUMMARIES, "generate_summary": _SUMMARIES}
-    known = isinstance(value, dict) and not set(given) - set(allowed)
-    return known and all(held in allowed[name] for name, held in given.items())
+    given = obj(value)
+    fine = value is None or isinstance(value, dict)
+    fine = fine and given.get("effort") in (None, *_EFFORTS)
+    summaries = (given.get("summary"), given.get("generate_summary"))
+    return fine and all(summary in (None, *_SUMMARIES) for summary in summaries)
 
 
 def _is_text_config(value: object) -> bool:
@@ -386,7 +362,7 @@ def _plain_numbers(value: object) -> bool:
             pending += cast(Json, held).values()
         elif isinstance(held, list):
             pending += cast(list[Any], held)
-        elif isinstance(held, float) and abs(held) >= _EXACT_FLOAT:
+        elif isinstance(held, int | float) and abs(held) >= _EXACT[type(held)]:
             return False
     return True
 
@@ -418,11 +394,6 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
     "chat_template_kwargs": _is_template_switch,
 }
 """What a field may hold for the reply to be known; a field that is absent always may."""
-
-
-def _chat_tool_choice(choice: object) -> Any:
-    name = obj(choice).get("name")
-    return choice if name is None else {"type": "function", "function": {"name": name}}
 
 
 def _last_assistant(messages: list[Json]) -> Json | None:

@@ -1,0 +1,36 @@
+"""The tools of a Messages request, which system messages may add to and take from on the way."""
+
+from __future__ import annotations
+
+from nextstate.records import Json
+from nextstate.wire import obj, objects
+
+
+def tools_in_effect(body: Json) -> list[Json]:
+    """The tools after what system messages among the messages added and took away."""
+    listed, changes = objects(body.get("tools")), tool_changes(body)
+    if not changes:
+        return listed
+    tools = {str(tool.get("name")): tool for tool in listed}
+    removed: set[str] = set()
+    for change, named in changes:
+        name = str(named.get("name"))
+        if change == "tool_removal":
+            removed.add(name)
+            continue
+        removed.discard(name)
+        known = {**tools.get(name, {}), "defer_loading": None}
+        tools[name] = known if named.get("type") == "tool_reference" else named
+    return [tool for name, tool in tools.items() if name not in removed]
+
+
+def tool_changes(body: Json) -> list[tuple[str, Json]]:
+    """What adds or removes a tool, and the reference to it or its definition."""
+    found: list[tuple[str, Json]] = []
+    for message in objects(body.get("messages")):
+        for block in objects(message.get("content")):
+            if block.get("type") in ("tool_addition", "tool_removal"):
+                tool = obj(block.get("tool"))
+                defined = tool.get("type") == "tool_definition"
+                found.append((block["type"], obj(tool.get("definition")) if defined else tool))
+    return found
