@@ -32,7 +32,7 @@ dir = "{dir}/state"
 model = "{policy}"
 served_model_name = "{model}"
 dtype = "float32"
-max_model_len = 1024
+max_model_len = {context}
 args = [{args}]
 env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
 [proxy]
@@ -47,10 +47,18 @@ poll_s = 0.1
 """
 
 
-def write_config(folder: Path, *, port: int, args: tuple[str, ...] = _ARGS) -> Path:
+def write_config(
+    folder: Path,
+    *,
+    port: int,
+    args: tuple[str, ...] = _ARGS,
+    policy: Path = POLICY,
+    context: int = 1024,
+) -> Path:
     file = folder / "nextstate.toml"
     quoted = ", ".join(f'"{arg}"' for arg in args)
-    file.write_text(_CONFIG.format(dir=folder, policy=POLICY, model=MODEL, port=port, args=quoted))
+    values = {"dir": folder, "policy": policy, "model": MODEL, "port": port, "context": context}
+    file.write_text(_CONFIG.format(args=quoted, **values))
     return file
 
 
