@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
@@ -13,8 +14,10 @@ from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.locks import ProcessLock
 from nextstate.settings import Settings
-from nextstate.stages import engine_file, stage_part
+from nextstate.stages import engine_file, leave_engine, stage_part
 from nextstate.supervisor import Part, Supervisor
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 STAGES = ("proxy", "judge", "learner")
@@ -30,9 +33,10 @@ class Stack:
         self.managed = settings.engine.mode == "managed"
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
+        self._key = vllm.managed_key(settings.engine) if self.managed else None
         self.parts = {name: stage_part(settings, name, name) for name in STAGES}
-        if self.managed:
-            self.parts["engine"] = self._engine(port)
+        if self._key is not None:
+            self.parts["engine"] = self._engine(port, self._key)
         self.supervisor = Supervisor(list(self.parts.values()))
 
     @property
@@ -60,7 +64,7 @@ class Stack:
         self.dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         taken = f"[store] dir = {str(self.dir)!r} is in use"
         with ProcessLock(self.dir / "lock", taken, "end it, or set another [store] dir"):
-            engine_file(self.settings).write_text(json.dumps({"url": self.engine_url}))
+            leave_engine(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
                 yield task
@@ -95,14 +99,20 @@ class Stack:
         for part in self.parts.values():
             part.was_ready = True
 
-    def _engine(self, port: int) -> Part:
+    def _engine(self, port: int, key: str) -> Part:
+        if left_out := vllm.not_passed(self.settings.engine, os.environ):
+            log.warning(
+                "vLLM does not get %s of your environment: what it should get belongs into "
+                "[engine] env",
+                ", ".join(left_out),
+            )
         folder = self.dir / "engine"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # neutral: nothing to import there
         return Part(
             "engine",
             vllm.command(self.settings.engine, port),
             self.dir / "logs" / "engine.log",
-            env=vllm.server_environment(self.settings.engine),
+            env=vllm.server_environment(self.settings.engine, key),
             cwd=folder,
             must_become_ready=True,
             explain=lambda log: (
