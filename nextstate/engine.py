@@ -115,14 +115,31 @@ class EngineClient:
         """Whether the base model or an adapter of that name is loaded."""
         return any(model.id == name for model in await self.models())
 
+    async def holds(self, name: str, path: str) -> bool:
+        """Whether the adapter in folder `path` is loaded under `name`.
+
+        Another one under that name is nobody's that we know, and is unloaded.
+        """
+        found = [model for model in await self.models() if model.id == name]
+        if not found or found[0].root == path:
+            return bool(found)
+        log.error(
+            "adapter %s is loaded from %r, not from ours, %r: it is unloaded",
+            name,
+            found[0].root,
+            path,
+        )
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        return False
+
     async def load_adapter(self, name: str, path: str) -> None:
-        """Loads the adapter in folder `path` under `name`; an adapter that is there stays."""
+        """Loads the adapter in folder `path` under `name`; if it is there already it stays."""
         body = {"lora_name": name, "lora_path": path}
         try:
             await self._call("POST", "/v1/load_lora_adapter", body)
         except EngineError:
             # vLLM refuses one that is there; requests that miss it at once all come here.
-            if not await self.has_model(name):
+            if not await self.holds(name, path):
                 raise
 
     async def unload_adapter(self, name: str) -> None:
@@ -191,16 +208,17 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
 
     Raises AdapterError, before the engine has seen the file, if it is not the one registered.
     """
-    if version.adapter_name is None or version.path is None or version.sha256 is None:
+    name, path = version.adapter_name, version.path
+    if name is None or path is None or version.sha256 is None:
         return
     for left in reversed(range(_LOADS)):
-        if not await engine.has_model(version.adapter_name):
-            await asyncio.to_thread(verify_adapter, Path(version.path), version.sha256)
-            await engine.load_adapter(version.adapter_name, version.path)
+        if not await engine.holds(name, path):
+            await asyncio.to_thread(verify_adapter, Path(path), version.sha256)
+            await engine.load_adapter(name, path)
         try:
-            return await engine.probe(version.adapter_name)
+            return await engine.probe(name)
         except EngineError:
-            if not left or await engine.has_model(version.adapter_name):
+            if not left or await engine.holds(name, path):
                 raise
 
 

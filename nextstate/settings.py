@@ -17,11 +17,10 @@ from nextstate.config import (
     read_sections,
 )
 from nextstate.errors import ConfigError
-from nextstate.records import MAIN_LINEAGE
+from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
-_ADAPTER = re.compile(r".+-v\d{6}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,10 +95,10 @@ class Settings:
                 )
             if not lineage.model and not lineage.api_key_env:
                 raise ConfigError(f"{where} needs model or api_key_env: nothing would reach it")
-            if _ADAPTER.fullmatch(lineage.model):
+            if names_adapter(lineage.model):
                 raise ConfigError(
                     f"{where} model = {lineage.model!r} looks like an adapter's name: choose one "
-                    "that does not end in -v and six digits"
+                    "that does not end in -v and six digits, or a hash after them"
                 )
             if lineage.model in models:
                 raise ConfigError(

@@ -330,9 +330,7 @@ class _Call:
             explicit_session=explicit_session(self.request.headers, self.body),
             request=serving.chat,
             capture=serving.capture,
-            policy_version=self.relay.versions.number_of(
-                serving.capture.model, self.version.lineage
-            ),
+            policy_version=self.relay.versions.number_of(serving.capture.model, self.version),
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,

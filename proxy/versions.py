@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
@@ -22,7 +21,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
 from nextstate.errors import AdapterError, EngineError
-from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
+from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
 from nextstate.store import Store
 
 log = logging.getLogger(__name__)
@@ -31,7 +30,6 @@ STORE_POLL_S = 0.05
 HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
 UNLOAD_AGAIN_S = 10.0
-_ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
 
 
 class Versions:
@@ -82,16 +80,15 @@ class Versions:
         finally:
             self.running[name] -= 1
 
-    def number_of(self, served: str | None, lineage: str) -> int | None:
-        """The version of `lineage` that an engine's answer names; None if it is none of them."""
+    def number_of(self, served: str | None, version: PolicyVersion) -> int | None:
+        """The version that an engine's answer names: `version`, the base, or None for any other."""
         if served == self.engine.model:
             return BASE_VERSION
-        match = _ADAPTER.fullmatch(served or "")
-        return int(match["number"]) if match is not None and match["lineage"] == lineage else None
+        return version.number if served == version.adapter_name else None
 
     def is_adapter(self, name: str) -> bool:
         """Whether the engine's model `name` is one of our versions."""
-        return name == WARM_UP_ADAPTER or _ADAPTER.fullmatch(name) is not None
+        return name == WARM_UP_ADAPTER or names_adapter(name)
 
     async def restored(self, version: PolicyVersion) -> bool:
         """Brings back an adapter that the engine has lost; False when that fails too."""
@@ -214,7 +211,10 @@ class Versions:
             await self._load(serving)
 
     async def _forget_retired(self) -> None:
-        """Unloads versions that an earlier proxy left behind; without the store they stay."""
+        """Unloads versions that an earlier proxy left behind; without the store they stay.
+
+        So it does what an earlier release loaded under another name.
+        """
         try:
             versions = await asyncio.to_thread(self._store.versions)
             elsewhere = await self._in_use_elsewhere()
@@ -222,7 +222,9 @@ class Versions:
             log.warning("what an earlier proxy left in the engine stays there: %s", error)
             return
         states = {version.adapter_name: version.state for version in versions}
+        ours = {version.path for version in versions} - {None}
         for model in await self.engine.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
+            over |= model.root in ours and model.id not in states
             if over and not self.running[model.id] and model.id not in elsewhere:
                 await self._unload(model.id)

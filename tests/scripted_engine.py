@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -25,6 +26,11 @@ def write_weights(folder: Path) -> str:
     folder.mkdir()
     (folder / WEIGHTS_FILE).write_bytes(folder.name.encode())
     return file_sha256(folder / WEIGHTS_FILE)
+
+
+def adapter(lineage: str, number: int, folder: str) -> str:
+    """The name of the adapter that `write_weights` made in a folder of that name."""
+    return f"{lineage}-v{number:06d}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
 
 
 @dataclass
