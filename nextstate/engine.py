@@ -8,6 +8,7 @@ has once answered for another (issue 47724): hence new names, and a probe that c
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -34,6 +35,16 @@ GLANCE_TIMEOUT_S = 5.0
 """For what a server answers at once unless it is overloaded."""
 _LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 WARM_UP_ADAPTER = "nextstate-warm-up"
+_IDLE_S = 4.0
+"""uvicorn, under vLLM, closes connections that are idle for 5 s."""
+_EXHAUSTED = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether a connection failed for want of something here: it says nothing of the server."""
+    return isinstance(error, OSError) and error.errno in _EXHAUSTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +70,9 @@ class EngineClient:
         self.max_model_len: int | None = None
         """Tokens of its longest context, once its models have been listed."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._session = aiohttp.ClientSession(headers=headers)
+        self._session = aiohttp.ClientSession(
+            headers=headers, connector=aiohttp.TCPConnector(keepalive_timeout=_IDLE_S)
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -77,12 +90,17 @@ class EngineClient:
         await self._session.close()
 
     async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
-        """Whether the server says that it can serve now."""
+        """Whether the server says that it can serve now.
+
+        Raises EngineError if that cannot be asked, for want of file descriptors for one.
+        """
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
             async with self._session.get(f"{self.url}/health", timeout=timeout) as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if is_exhausted(error):
+                raise EngineError(f"{self.url}/health cannot be asked: {error}") from error
             return False
 
     async def models(self) -> list[ServedModel]:

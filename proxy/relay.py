@@ -12,6 +12,7 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from nextstate.engine import is_exhausted
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
@@ -20,7 +21,7 @@ from proxy.linking import explicit_session
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
-from proxy.upstream import Answer, Cut, NotHttp, Upstream
+from proxy.upstream import Answer, Cut, HeadCut, NotHttp, Upstream
 from proxy.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -42,13 +43,17 @@ _NOT_SENT_ON = HOP_BY_HOP | OURS
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 RETRY_AFTER_S = 10
-_ATTEMPTS = 5
+ATTEMPTS = 5
 """So often one request may find the engine's connection broken: it may be what breaks it."""
 _DONE = b"data: [DONE]\n\n"
 
 
-class EngineDown(Exception):
-    """The engine did not come back within the configured time."""
+class NoAnswer(Exception):
+    """The engine gave a request no answer; the client gets `status` and the message."""
+
+    def __init__(self, message: str, status: int = 503) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(slots=True)
@@ -57,7 +62,7 @@ class RelayCounts:
 
     requests: int = 0
     failed: int = 0
-    """Answered with a 503 of our own, because the engine did not come back in time."""
+    """Answered with an error of our own, because the engine did not answer."""
     cut: int = 0
     """Streams that the engine cut or that the client left."""
 
@@ -134,8 +139,8 @@ class _Call:
                 upstream, data, error = await self._whole()
                 ended = error is None and upstream.status == 200
                 sent = self.serving.reply(data) if ended else data
-        except EngineDown:
-            return self._unavailable()
+        except NoAnswer as none:
+            return self._unavailable(none)
         if error is not None:
             return await self._broken_off(upstream, data, error)
         headers = self._headers(upstream.headers)
@@ -156,10 +161,9 @@ class _Call:
         """A reply as events, passed on as they arrive."""
         try:
             upstream = await self._open_with_keep_alive()
-        except EngineDown:
-            if self._early is None:
-                return self._unavailable()
-            return await self._end_early(orjson.dumps(self._unavailable_body()))
+        except NoAnswer as none:
+            answer = self._unavailable(none)
+            return answer if self._early is None else await self._end_early(_bytes(answer))
         try:
             if upstream.status != 200:
                 data, error = await _read(upstream)
@@ -246,25 +250,42 @@ class _Call:
             self.request.transport.abort()
         return response
 
-    async def _open(self) -> Answer:
+    async def _open(self, tried: int = 0) -> Answer:
         """The engine's answer, once there is one; waits for an engine that is down."""
         deadline = time.monotonic() + self.relay.config.hold_s
-        for _ in range(_ATTEMPTS):
+        for attempt in range(tried, ATTEMPTS):
             await self._wait_up(deadline)
-            try:
-                return await self._answer()
-            except OSError as error:
-                log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
-                self.relay.versions.engine_failed()
-            except NotHttp as error:
-                log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
-                break
-        self.relay.counts.failed += 1
-        raise EngineDown
+            if (answer := await self._tried(fresh=attempt > 0)) is not None:
+                return answer
+        raise NoAnswer(f"The inference engine closed the connection {ATTEMPTS} times.")
 
-    async def _answer(self) -> Answer:
+    async def _tried(self, *, fresh: bool) -> Answer | None:
+        """One attempt; None if the request may be sent again. Raises NoAnswer.
+
+        It may on a fresh connection, as the other end may have closed the one that was kept; then
+        only if the engine is down. Not once a part of an answer has come.
+        """
+        try:
+            return await self._answer(fresh=fresh)
+        except NotHttp as error:
+            log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
+            raise NoAnswer("The inference engine's answer is not HTTP.", 502) from error
+        except OSError as error:
+            log.info("turn=%s the engine gave no answer: %r", self.turn_id, error)
+            if is_exhausted(error):
+                raise NoAnswer("The proxy cannot open more connections now.") from error
+            within = isinstance(error, HeadCut)
+            if not fresh and not within:
+                return None
+            if await self.relay.versions.is_well() or within:
+                raise NoAnswer(
+                    "The inference engine closed the connection without an answer.", 502
+                ) from error
+            return None
+
+    async def _answer(self, *, fresh: bool) -> Answer:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
-        upstream = await self._post()
+        upstream = await self._post(fresh=fresh)
         if upstream.status == 404 and await self.relay.versions.restored(self.version):
             upstream.close()
             upstream = await self._post()
@@ -276,13 +297,12 @@ class _Call:
 
     async def _open_with_keep_alive(self) -> Answer:
         """Like `_open`; while the engine is down the client gets its headers, then comments."""
+        tried = 0
         if self.relay.versions.up:
-            try:
-                return await self._answer()
-            except (NotHttp, OSError) as error:
-                log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
-                self.relay.versions.engine_failed()
-        opening = asyncio.create_task(self._open())
+            if (answer := await self._tried(fresh=False)) is not None:
+                return answer
+            tried = 1
+        opening = asyncio.create_task(self._open(tried))
         pause = HELD_BEFORE_HEADERS_S
         try:
             while not (await asyncio.wait({opening}, timeout=pause))[0]:
@@ -311,16 +331,17 @@ class _Call:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self.relay.versions.wait_up()
         except TimeoutError:
-            self.relay.counts.failed += 1
-            raise EngineDown from None
+            raise NoAnswer(
+                "The inference engine is not available; the request was held and has timed out."
+            ) from None
 
-    async def _post(self) -> Answer:
+    async def _post(self, *, fresh: bool = False) -> Answer:
         target = self.serving.path
         query = self.request.rel_url.raw_query_string
         if query and target == self.request.path:
             target = f"{target}?{query}"
         headers = upstream_headers(self.request.headers)
-        return await self.relay.upstream.post(target, headers, self._sent)
+        return await self.relay.upstream.post(target, headers, self._sent, fresh=fresh)
 
     def _exchange(self, cut: str | None) -> Exchange:
         serving = self.serving
@@ -347,17 +368,22 @@ class _Call:
             "x-nextstate-version": str(self.version.number),
         }
 
-    def _unavailable(self) -> web.Response:
-        return web.json_response(
-            self._unavailable_body(), status=503, headers={"Retry-After": str(RETRY_AFTER_S)}
+    def _unavailable(self, error: NoAnswer) -> web.Response:
+        self.relay.counts.failed += 1
+        kind = "ServiceUnavailableError" if error.status == 503 else "BadGatewayError"
+        body = orjson.dumps(api_error(self.request, str(error), kind, error.status))
+        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else None
+        return web.Response(
+            body=body, status=error.status, headers=headers, content_type="application/json"
         )
-
-    def _unavailable_body(self) -> Json:
-        message = "The inference engine is not available; the request was held and has timed out."
-        return api_error(self.request, message, "ServiceUnavailableError", 503)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
+
+
+def _bytes(answer: web.Response) -> bytes:
+    assert isinstance(answer.body, bytes)
+    return answer.body
 
 
 async def _read(upstream: Answer) -> tuple[bytes, Cut | None]:

@@ -54,6 +54,7 @@ class Versions:
         """On the monotonic clock; later than now after a failure."""
         self._up = asyncio.Event()
         self._failed = asyncio.Event()
+        self._asking: asyncio.Task[bool] | None = None
 
     @property
     def up(self) -> bool:
@@ -64,8 +65,28 @@ class Versions:
         """Returns when the engine serves."""
         await self._up.wait()
 
+    async def is_well(self) -> bool:
+        """Whether the engine can serve, after a request failed; if not, further ones are held.
+
+        All that ask at the same time share one look.
+        """
+        if self.up:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._is_healthy())
+            if not await asyncio.shield(self._asking):
+                self.engine_failed()
+        return self.up
+
+    async def _is_healthy(self) -> bool:
+        """What the engine says; as before, where it cannot be asked."""
+        try:
+            return await self.engine.healthy()
+        except EngineError as error:
+            log.warning("%s", error)
+            return self.up
+
     def engine_failed(self) -> None:
-        """Tells that a request could not reach the engine: hold further ones until it is back."""
+        """Holds requests until the engine is back, and what serves is loaded."""
         self._up.clear()
         self._failed.set()
 
@@ -174,7 +195,7 @@ class Versions:
         while True:
             self._failed.clear()
             try:
-                healthy = await self.engine.healthy() and (self.up or await self._prepare())
+                healthy = await self._is_healthy() and (self.up or await self._prepare())
             except Exception:
                 healthy = False
                 log.exception("getting the engine ready failed; trying again")

@@ -72,6 +72,10 @@ class ScriptedEngine:
     """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
     unloads_to_fail: int = 0
     unloaded: list[str] = field(default_factory=list)
+    resets: int = 0
+    """Requests whose connection breaks before a byte of an answer."""
+    was_reset: list[str] = field(default_factory=list)
+    """Their paths."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
     server: TestServer | None = None
@@ -82,7 +86,7 @@ class ScriptedEngine:
         return str(self.server.make_url("")).rstrip("/")
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 30)
+        app = web.Application(client_max_size=1 << 30, middlewares=[self._reset])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -93,6 +97,16 @@ class ScriptedEngine:
         app.router.add_post("/v1/score", self._score)
         app.router.add_post("/tokenize", self._tokenize)
         return app
+
+    @web.middleware
+    async def _reset(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.resets and request.method == "POST":
+            self.resets -= 1
+            self.was_reset.append(request.path)
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
