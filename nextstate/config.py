@@ -78,7 +78,8 @@ class PrivacyConfig:
     record: bool = True
     """False relays without keeping anything: the agent works, nothing is learned."""
     external_judge: bool = False
-    """True lets a `litellm` judge send turns to the provider of its model."""
+    """True lets a judge send turns to another machine: `litellm` to the provider of its model,
+    `engine` to a `base_url` that is not here, a plugin of your own wherever it likes."""
     external_metrics: bool = False
     """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
 
