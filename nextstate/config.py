@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 from nextstate.errors import ConfigError
 
@@ -59,6 +60,10 @@ class EngineConfig:
     """More environment variables for vLLM's server."""
     start_timeout_s: float = 600.0
 
+    def __post_init__(self) -> None:
+        if self.url:
+            object.__setattr__(self, "url", server_address(self.url))
+
     @property
     def name(self) -> str:
         """The model name under which the base answers."""
@@ -82,6 +87,33 @@ class PrivacyConfig:
     `engine` to a `base_url` that is not here, a plugin of your own wherever it likes."""
     external_metrics: bool = False
     """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
+
+
+_ROUTES = ("/v1", "/v1/chat/completions", "/v1/completions", "/v1/models")
+
+
+def server_address(url: str) -> str:
+    """An OpenAI server's address without the routes under it, which clients often put into it.
+
+    Raises ConfigError for what is no address.
+
+    >>> server_address("http://127.0.0.1:8000/v1/"), server_address("https://h/x/v1/models")
+    ('http://127.0.0.1:8000', 'https://h/x')
+    """
+    address = url.strip().rstrip("/")
+    route = max((route for route in _ROUTES if address.endswith(route)), key=len, default="")
+    address = address.removesuffix(route).rstrip("/")
+    try:
+        parts = urlsplit(address)
+        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        good = False
+    if not good or parts.query or parts.fragment or any(c.isspace() for c in address):
+        raise ConfigError(
+            f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST, without what "
+            "follows /v1"
+        )
+    return address
 
 
 def read_sections(

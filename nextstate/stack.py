@@ -13,9 +13,11 @@ import aiohttp
 from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.locks import ProcessLock
+from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_file, leave_engine, stage_part
 from nextstate.supervisor import Part, Supervisor
+from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,9 @@ class Stack:
             if task.done():
                 task.result()
                 raise StartError("stopped before it was ready")
-            if not ready.done():
+            if ready.done():
+                ready.result()
+            else:
                 raise StartError(
                     f"the engine was not ready within [engine] start_timeout_s = {timeout_s:.0f}: "
                     f"see {self.dir / 'logs'}, or raise the key"
@@ -94,7 +98,9 @@ class Stack:
 
     async def _ready(self) -> None:
         async with aiohttp.ClientSession() as session:
-            while not await _answers(session, f"{self.proxy_url}/healthz", b'"engine": "up"'):
+            while (health := await _healthz(session, self.proxy_url)).get("engine") != "up":
+                if problem := health.get("engine_problem"):
+                    raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
                 await asyncio.sleep(POLL_S)
         for part in self.parts.values():
             part.was_ready = True
@@ -122,10 +128,11 @@ class Stack:
         )
 
 
-async def _answers(session: aiohttp.ClientSession, url: str, needle: bytes | None) -> bool:
+async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:
+    """What the proxy says of itself and the engine; {} while it does not answer."""
     try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=2)) as answer:
-            body = await answer.read()
-            return answer.status == 200 and (needle is None or needle in body)
+        timeout = aiohttp.ClientTimeout(total=2)
+        async with session.get(f"{proxy_url}/healthz", timeout=timeout) as answer:
+            return json_object(await answer.read()) or {}
     except (aiohttp.ClientError, TimeoutError, OSError):
-        return False
+        return {}

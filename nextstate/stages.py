@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
-from nextstate.errors import ConfigError, StartError
+from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
@@ -303,7 +303,11 @@ def _wait_for_engine(settings: Settings, stop: threading.Event) -> None:
 
 async def _is_healthy(settings: Settings) -> bool:
     async with engine_client(settings) as engine:
-        return await engine.healthy()
+        try:
+            return await engine.healthy()
+        except EngineError as error:
+            log.warning("%s", error)
+            return False
 
 
 async def _live_requests(settings: Settings) -> int:

@@ -22,7 +22,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
 from nextstate.engine import EngineClient, is_exhausted
-from nextstate.errors import NextStateError, RecordError, StoreError
+from nextstate.errors import NextStateError, RecordError, StoreError, WrongEngineError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
@@ -292,6 +292,9 @@ class Proxy:
                 await response.write(splitter.rest)
                 await response.write_eof()
                 return response
+        except WrongEngineError as error:
+            message = f"The inference engine cannot be used: {error}."
+            return _refused(request, 503, "ServiceUnavailableError", message)
         except (aiohttp.ClientError, TimeoutError) as error:
             if response is not None:
                 return await _cut_off(request, response, error)
@@ -373,11 +376,13 @@ class Proxy:
         return None if turn is None else self.store.give_feedback(said.of(turn))
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
-        serving = {name: version.number for name, version in self.versions.serving.items()}
+        serving = {name: self.versions.serves(name).number for name in self.versions.serving}
         return web.json_response(
             {
                 "proxy": "up",
                 "engine": "up" if self.versions.up else "down",
+                "engine_problem": self.versions.wrong,
+                "learning_lacks": self.engine.abilities.lacks,
                 "version": serving[MAIN_LINEAGE],
                 "lineages": serving,
             }

@@ -13,13 +13,14 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from nextstate.engine import is_exhausted
+from nextstate.errors import WrongEngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
 from proxy.linking import explicit_session
 from proxy.recorder import Recorder
-from proxy.serving import MESSAGES, Serving, natively, serving_of
+from proxy.serving import DIALECTS, MESSAGES, Direct, Serving, natively, serving_of
 from proxy.sse import EventSplitter
 from proxy.upstream import Answer, Cut, HeadCut, NotHttp, Upstream
 from proxy.versions import Versions
@@ -43,6 +44,7 @@ _NOT_SENT_ON = HOP_BY_HOP | OURS
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 RETRY_AFTER_S = 10
+_REFUSED = (400, 422)
 ATTEMPTS = 5
 """So often one request may find the engine's connection broken: it may be what breaks it."""
 _DONE = b"data: [DONE]\n\n"
@@ -289,11 +291,24 @@ class _Call:
         if upstream.status == 404 and await self.relay.versions.restored(self.version):
             upstream.close()
             upstream = await self._post()
+        if upstream.status in _REFUSED and (plain := self._without_additions()) is not None:
+            upstream.close()
+            self._serve(plain)
+            upstream = await self._post()
+            if upstream.status == 200:
+                self.relay.versions.engine_refuses_additions()
         if upstream.status != 200 and self.serving.path != self.request.path:
             upstream.close()
             self._serve_natively()
             upstream = await self._post()
         return upstream
+
+    def _without_additions(self) -> Serving | None:
+        """The request as it came, if the engine may have refused what was added to it."""
+        abilities = self.relay.versions.engine.abilities
+        if abilities.tells_tokens or not abilities.additions or self.request.path in DIALECTS:
+            return None
+        return Direct(self.request.path, self.body, self.model, None, additions=False)
 
     async def _open_with_keep_alive(self) -> Answer:
         """Like `_open`; while the engine is down the client gets its headers, then comments."""
@@ -334,6 +349,8 @@ class _Call:
             raise NoAnswer(
                 "The inference engine is not available; the request was held and has timed out."
             ) from None
+        except WrongEngineError as error:
+            raise NoAnswer(f"The inference engine cannot be used: {error}.") from error
 
     async def _post(self, *, fresh: bool = False) -> Answer:
         target = self.serving.path

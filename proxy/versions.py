@@ -13,22 +13,27 @@ import logging
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
-from nextstate.errors import AdapterError, EngineError
+from nextstate.abilities import look
+from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
+from nextstate.errors import AdapterError, EngineError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
-from nextstate.store import Store
+from nextstate.store import Store, base_version
 
 log = logging.getLogger(__name__)
 
 STORE_POLL_S = 0.05
 HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
+SLOWEST_POLL_S = 5.0
+"""For an engine that answers and cannot serve: the pause doubles up to this."""
+LOOK_AGAIN_S = 30.0
+"""For an engine that lacks something: it may have been started anew with it."""
 UNLOAD_AGAIN_S = 10.0
 
 
@@ -52,18 +57,28 @@ class Versions:
         self._worker = worker
         self._unload_at = 0.0
         """On the monotonic clock; later than now after a failure."""
-        self._up = asyncio.Event()
+        self.wrong: str | None = None
+        """Why no request can be sent to what answers, until a person changes something."""
+        self._up = False
+        self._known = asyncio.Event()
+        """Whether requests can be let through or refused at once."""
         self._failed = asyncio.Event()
+        self._said = ""
+        """What was last logged about the engine."""
+        self._look_at = 0.0
         self._asking: asyncio.Task[bool] | None = None
 
     @property
     def up(self) -> bool:
         """Whether requests are let through."""
-        return self._up.is_set()
+        return self._up
 
     async def wait_up(self) -> None:
-        """Returns when the engine serves."""
-        await self._up.wait()
+        """Returns when the engine serves. Raises WrongEngineError if only a person can help."""
+        while not self._up:
+            if self.wrong is not None:
+                raise WrongEngineError(self.wrong)
+            await self._known.wait()
 
     async def is_well(self) -> bool:
         """Whether the engine can serve, after a request failed; if not, further ones are held.
@@ -87,14 +102,32 @@ class Versions:
 
     def engine_failed(self) -> None:
         """Holds requests until the engine is back, and what serves is loaded."""
-        self._up.clear()
+        self._set(up=False)
         self._failed.set()
+
+    def _set(self, *, up: bool, wrong: str | None = None) -> None:
+        self._up, self.wrong = up, wrong
+        if up or wrong is not None:
+            self._known.set()
+        else:
+            self._known.clear()
+
+    def engine_refuses_additions(self) -> None:
+        """Tells that a request got through only as it came: further ones go so at once."""
+        known = self.engine.abilities
+        self.engine.abilities = replace(known, additions=False)
+
+    def serves(self, lineage: str) -> PolicyVersion:
+        """What new requests take: the base, where the engine loads no adapters."""
+        version = self.serving[lineage]
+        loads = version.adapter_name is None or self.engine.abilities.adapters
+        return version if loads else base_version(lineage, version.state)
 
     @asynccontextmanager
     async def hold(self, lineage: str) -> AsyncGenerator[PolicyVersion]:
         """The lineage's serving version, kept loaded for as long as the request runs."""
-        version = self.serving[lineage]
-        name = version.adapter_name or self.engine.model
+        version = self.serves(lineage)
+        name = self._name(version)
         self.running[name] += 1
         try:
             yield version
@@ -143,6 +176,7 @@ class Versions:
                         log.info("version=%d serves lineage=%s", version.number, lineage)
                         self.running[self._name(old)] += 0  # so that it is unloaded once drained
                         self.serving[lineage] = version
+                        self._look_at = 0.0  # whether a server takes adapters may count now
                 await self._unload_drained()
             except Exception:
                 log.exception("following the serving versions failed; trying again")
@@ -192,33 +226,77 @@ class Versions:
         return True
 
     async def _watch_engine(self) -> None:
+        pause = DOWN_POLL_S
         while True:
             self._failed.clear()
+            healthy = False
             try:
-                healthy = await self._is_healthy() and (self.up or await self._prepare())
+                healthy = await self._is_healthy()
+                if not healthy:
+                    self._set(up=False)
+                    self._say(f"the engine is not there, requests wait: {self.engine.trouble}")
+                elif not self._up:
+                    await self._prepare()
+                    self._set(up=True)
+                    self._say(self._found())
+                elif self.engine.abilities.lacks and time.monotonic() > self._look_at:
+                    await self._look_again()
+            except WrongEngineError as error:
+                self._set(up=False, wrong=str(error))
+                self._say(f"no request is let through: {error}")
+            except EngineError as error:
+                self._set(up=False)
+                self._say(f"the engine is there, but cannot serve yet: {error}")
             except Exception:
-                healthy = False
+                self._set(up=False)
                 log.exception("getting the engine ready failed; trying again")
-            if healthy:
-                self._up.set()
+            if self._up:
+                pause = HEALTH_POLL_S
+            elif not healthy or pause == HEALTH_POLL_S:
+                pause = DOWN_POLL_S
             else:
-                self._up.clear()
-            try:
-                pause = HEALTH_POLL_S if healthy else DOWN_POLL_S
+                pause = min(2 * pause, SLOWEST_POLL_S)
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), pause)
-            except TimeoutError:
-                continue
 
-    async def _prepare(self) -> bool:
+    def _say(self, what: str) -> None:
+        """Logs what is new about the engine."""
+        if what != self._said:
+            self._said = what
+            level = (
+                logging.INFO if self._up and not self.engine.abilities.lacks else logging.WARNING
+            )
+            log.log(level, "%s (%s)", what, self.engine.url)
+
+    def _found(self) -> str:
+        lacks = self.engine.abilities.lacks
+        if not lacks:
+            return "the engine serves"
+        stand_ins = [name for name in self.serving if self.serves(name) != self.serving[name]]
+        base = f"; the base model serves in place of the versions of {', '.join(stand_ins)}"
+        return (
+            f"the engine serves and turns are recorded, but learning lacks {'; '.join(lacks)}"
+            f"{base if stand_ins else ''}"
+        )
+
+    async def _look_again(self) -> None:
+        """Looks whether an engine that serves has got what it lacked."""
         try:
-            await warm_up(self.engine, self._zero_adapter)
+            await self._prepare()
+        except EngineError as error:
+            log.info("the engine could not be looked at again: %s", error)
+        self._say(self._found())
+
+    async def _prepare(self) -> None:
+        """Finds out what the engine can do and loads what serves."""
+        needed = any(version.adapter_name for version in self.serving.values())
+        found = await look(self.engine, self._zero_adapter, adapters=needed)
+        if found.adapters:
             for version in list(self.serving.values()):
                 await self._load(version)
             await self._forget_retired()
-        except EngineError as error:
-            log.warning("the engine is up, but cannot serve yet: %s", error)
-            return False
-        return True
+        self.engine.abilities = found
+        self._look_at = time.monotonic() + LOOK_AGAIN_S
 
     async def _load(self, version: PolicyVersion) -> None:
         """Loads a serving version, or withdraws it if its adapter is no longer what it was."""
