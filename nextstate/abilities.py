@@ -10,10 +10,8 @@ import asyncio
 import logging
 from pathlib import Path
 
-import aiohttp
-
 from nextstate.engine import WARM_UP_ADAPTER, Abilities, EngineClient
-from nextstate.errors import AnswerError, EngineError, WrongEngineError
+from nextstate.errors import AnswerError, WrongEngineError
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 
@@ -64,12 +62,6 @@ async def _served(engine: EngineClient) -> tuple[str, ...]:
         raise WrongEngineError(
             f"what answers at [engine] url is no OpenAI server: /v1/models is {error.status}"
         ) from error
-    except EngineError as error:
-        if isinstance(error.__cause__, aiohttp.ClientSSLError):
-            raise WrongEngineError(
-                f"no TLS that we trust is spoken at [engine] url: {error.__cause__}; is it http://?"
-            ) from error
-        raise
 
 
 async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bool) -> Abilities:

@@ -21,7 +21,7 @@ import orjson
 
 from nextstate.adapters import verify_adapter
 from nextstate.config import server_address
-from nextstate.errors import AdapterError, AnswerError, EngineError
+from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
@@ -114,7 +114,8 @@ class EngineClient:
     async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
         """Whether the server says that it can serve now.
 
-        Raises EngineError if that cannot be asked, for want of file descriptors for one.
+        Raises EngineError if that cannot be asked, for want of file descriptors for one, and
+        WrongEngineError where TLS fails.
         """
         status = await self._status("/health", timeout_s)
         if status in _NO_ROUTE:
@@ -131,6 +132,10 @@ class EngineClient:
             async with self._session.get(self.url + path, timeout=timeout) as answer:
                 self.trouble = f"{path} answered {answer.status}"
                 return answer.status
+        except aiohttp.ClientSSLError as error:
+            raise WrongEngineError(
+                f"no TLS that we trust is spoken there: {error}; is it http://?"
+            ) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if is_exhausted(error):
                 raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error

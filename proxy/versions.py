@@ -97,6 +97,8 @@ class Versions:
         try:
             return await self.engine.healthy()
         except EngineError as error:
+            if isinstance(error, WrongEngineError) and not self.up:
+                raise
             log.warning("%s", error)
             return self.up
 

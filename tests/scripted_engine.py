@@ -71,6 +71,8 @@ class ScriptedEngine:
     undone: int = 0
     """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
     unloads_to_fail: int = 0
+    refuses_adapters: bool = False
+    """Answers loads as a vLLM without `--enable-lora`."""
     unloaded: list[str] = field(default_factory=list)
     resets: int = 0
     """Requests whose connection breaks before a byte of an answer."""
@@ -121,6 +123,9 @@ class ScriptedEngine:
         self.loads += 1
         if self.loading is not None:
             await self.loading.wait()
+        if self.refuses_adapters:
+            error = {"message": "LoRA is not enabled.", "type": "InternalServerError", "code": 500}
+            return web.json_response({"error": error}, status=500)
         if body["lora_name"] in self.adapters:
             message = f"The lora adapter '{body['lora_name']}' has already been loaded."
             error = {"message": message, "type": "InvalidUserInput", "param": None, "code": 400}
