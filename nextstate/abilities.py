@@ -10,10 +10,10 @@ import asyncio
 import logging
 from pathlib import Path
 
-from nextstate.engine import WARM_UP_ADAPTER, Abilities, EngineClient
+from nextstate.engine import WARM_UP_ADAPTER, Abilities, EngineClient, first_choice
 from nextstate.errors import AnswerError, WrongEngineError
 from nextstate.records import Json
-from nextstate.wire import obj, objects
+from nextstate.wire import obj
 
 log = logging.getLogger(__name__)
 
@@ -88,12 +88,12 @@ async def _chat(engine: EngineClient) -> tuple[Json, bool]:
     """The choice of a chat reply, and whether the server takes what the relay adds to a request."""
     body: Json = {"model": engine.model, "messages": [{"role": "user", "content": "hi"}]}
     try:
-        return _choice(await engine.post(_CHAT, body | _ONE_TOKEN | {"logprobs": True})), True
+        return first_choice(await engine.post(_CHAT, body | _ONE_TOKEN | {"logprobs": True})), True
     except AnswerError as error:
         _check_key(error)
         if error.status not in (400, 422):
             raise
-    return _choice(await engine.post(_CHAT, body | {"max_tokens": 1})), False
+    return first_choice(await engine.post(_CHAT, body | {"max_tokens": 1})), False
 
 
 def _check_key(error: AnswerError) -> None:
@@ -102,10 +102,6 @@ def _check_key(error: AnswerError) -> None:
             f"the engine refuses our key ({error.status}): name the environment variable that "
             "holds its key in [engine] api_key_env"
         ) from error
-
-
-def _choice(reply: Json) -> Json:
-    return next(iter(objects(reply.get("choices"))), {})
 
 
 async def _takes_adapters(engine: EngineClient, zero_adapter: Path | None) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -103,17 +104,21 @@ def server_address(url: str) -> str:
     address = url.strip().rstrip("/")
     route = max((route for route in _ROUTES if address.endswith(route)), key=len, default="")
     address = address.removesuffix(route).rstrip("/")
-    try:
-        parts = urlsplit(address)
-        good = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        good = False
-    if not good or parts.query or parts.fragment or any(c.isspace() for c in address):
+    if not _is_address(address):
         raise ConfigError(
             f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST, without what "
             "follows /v1"
         )
     return address
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return named and not parts.query and not parts.fragment and not re.search(r"\s", text)
 
 
 def read_sections(

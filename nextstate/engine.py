@@ -76,6 +76,12 @@ class Abilities:
     """The models that it lists, if it does not answer for ours."""
 
 
+def first_choice(reply: Json) -> Json:
+    """The first choice of a reply; {} if it has none."""
+    choices = objects(reply.get("choices"))
+    return choices[0] if choices else {}
+
+
 class EngineClient:
     """A connection to one vLLM server. Every method raises EngineError when the server fails."""
 
@@ -221,7 +227,7 @@ class EngineClient:
             "/v1/completions", body | {"logprobs": 1, "return_token_ids": True}
         )
         self.fingerprint = answer.get("system_fingerprint")
-        return next(iter(objects(answer.get("choices"))), {})
+        return first_choice(answer)
 
     async def post(self, path: str, body: Json) -> Json:
         """The object that a route answers; {} for anything else."""
