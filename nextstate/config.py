@@ -48,7 +48,7 @@ class EngineConfig:
     url: str = ""
     """External mode: the server's address. Managed mode: empty picks a free loopback port."""
     api_key_env: str = ""
-    """Environment variable with the engine's own key."""
+    """Environment variable with the engine's own key; a managed one makes a key where it is empty."""
     dtype: str = "auto"
     max_model_len: int = 0
     """Tokens of context; 0 means the model's own limit."""
@@ -58,7 +58,7 @@ class EngineConfig:
     args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])
-    """More environment variables for vLLM's server."""
+    """More environment variables for vLLM's server; of the shell's, it gets no other `VLLM_*`."""
     start_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
