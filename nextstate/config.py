@@ -48,7 +48,7 @@ class EngineConfig:
     url: str = ""
     """External mode: the server's address. Managed mode: empty picks a free loopback port."""
     api_key_env: str = ""
-    """Environment variable with the engine's own key; a managed one makes a key where it is empty."""
+    """Environment variable with the engine's own key; empty: a managed one gets a new one."""
     dtype: str = "auto"
     max_model_len: int = 0
     """Tokens of context; 0 means the model's own limit."""

@@ -20,7 +20,7 @@ from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
 from proxy.linking import explicit_session
 from proxy.recorder import Recorder
-from proxy.serving import DIALECTS, MESSAGES, Direct, Serving, natively, serving_of
+from proxy.serving import MESSAGES, Direct, Serving, natively, serving_of
 from proxy.sse import EventSplitter
 from proxy.upstream import Answer, Cut, HeadCut, NotHttp, Upstream
 from proxy.versions import Versions
@@ -287,6 +287,10 @@ class _Call:
 
     async def _answer(self, *, fresh: bool) -> Answer:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
+        version = self.relay.versions.serves(self.version.lineage)
+        if version.adapter_name is None and self.version.adapter_name is not None:
+            self.version = version  # while it waited, the engine was found to take no adapters
+            self._serve(self.serving)
         upstream = await self._post(fresh=fresh)
         if upstream.status == 404 and await self.relay.versions.restored(self.version):
             upstream.close()
@@ -305,8 +309,8 @@ class _Call:
 
     def _without_additions(self) -> Serving | None:
         """The request as it came, if the engine may have refused what was added to it."""
-        abilities = self.relay.versions.engine.abilities
-        if abilities.tells_tokens or not abilities.additions or self.request.path in DIALECTS:
+        added = isinstance(self.serving, Direct) and self.serving.additions
+        if not added or self.relay.versions.engine.abilities.tells_tokens:
             return None
         return Direct(self.request.path, self.body, self.model, None, additions=False)
 

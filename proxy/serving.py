@@ -138,7 +138,7 @@ class Direct:
         self.capture = Capture()
         self._body = body
         self._asked = (Asked.of if path == CHAT else completions.asked_for)(body, model)
-        self._additions = additions
+        self.additions = additions
         if not additions:
             self.untrainable = "the engine refuses to be asked for log-probs and token ids"
             self._asked = Asked(model, logprobs=True, token_ids=True, usage=True)
@@ -150,7 +150,7 @@ class Direct:
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        if not self._additions:
+        if not self.additions:
             return orjson.dumps({**self._body, "model": model})
         return orjson.dumps(self._format.upstream_request(self._body, model))
 

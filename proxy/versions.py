@@ -88,8 +88,9 @@ class Versions:
         if self.up:
             if self._asking is None or self._asking.done():
                 self._asking = asyncio.create_task(self._is_healthy())
-            if not await asyncio.shield(self._asking):
-                self.engine_failed()
+            with suppress(WrongEngineError):  # by now it is known to be down
+                if not await asyncio.shield(self._asking):
+                    self.engine_failed()
         return self.up
 
     async def _is_healthy(self) -> bool:

@@ -204,6 +204,31 @@ def test_the_base_serves_where_adapters_cannot(
     assert store.serving("main").number == 1
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("name", ["strict, 400", "ollama", "vLLM without LoRA"])
+def test_what_waited_for_an_unknown_engine_goes_as_that_engine_takes_it(
+    store: Store, tmp_path: Path, name: str, stream: bool
+) -> None:
+    add_version(store, tmp_path, 1)
+    store.set_serving("main", 1)
+
+    async def test() -> None:
+        engine = Foreign(**(ENGINES[name][0] | {"health": True}))
+        engine.healthy = False
+        async with relayed(engine, store, tmp_path) as p:
+            asked = asyncio.create_task(p.chat(request(stream=stream)))
+            await until(lambda: bool(p.proxy.versions.running))
+            engine.healthy = True
+            status, data, _ = await asked
+            assert status == 200
+            assert b"Hel" in data
+            [turn] = [store.turn(i) for i in store.turn_ids()]
+            assert turn is not None
+            assert turn.policy_version == 0
+
+    asyncio.run(test())
+
+
 def test_an_engine_that_gets_what_it_lacked_serves_the_version(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
