@@ -287,9 +287,10 @@ class _Call:
 
     async def _answer(self, *, fresh: bool) -> Answer:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
-        version = self.relay.versions.serves(self.version.lineage)
-        if version.adapter_name is None and self.version.adapter_name is not None:
-            self.version = version  # while it waited, the engine was found to take no adapters
+        abilities = self.relay.versions.engine.abilities
+        if self.version.adapter_name is not None and not abilities.adapters:
+            # Found out while the request waited.
+            self.version = self.relay.versions.serves(self.version.lineage)
             self._serve(self.serving)
         upstream = await self._post(fresh=fresh)
         if upstream.status == 404 and await self.relay.versions.restored(self.version):
