@@ -140,7 +140,7 @@ class EngineClient:
                 return answer.status
         except aiohttp.ClientSSLError as error:
             raise WrongEngineError(
-                f"no TLS that we trust is spoken there: {error}; is it http://?"
+                f"no TLS that we trust is spoken there: {error.__cause__}; is it http://?"
             ) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if is_exhausted(error):

@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import orjson
 import pytest
 
@@ -15,7 +16,7 @@ from nextstate.engine import EngineClient, is_exhausted
 from nextstate.store import Store
 from proxy.upstream import Upstream
 from tests.scripted_engine import MODEL, ScriptedEngine, compact
-from tests.test_proxy import Running, both, request, running
+from tests.test_proxy import Running, both, request, running, until
 
 ASKED: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": request(),
@@ -153,6 +154,30 @@ def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
 
     assert is_exhausted(OSError(number, "none left"))
     assert not is_exhausted(ConnectionResetError(errno.ECONNRESET, "reset"))
+    both(test, store, tmp_path)
+
+
+def test_a_look_at_the_engine_without_descriptors_changes_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.versions.HEALTH_POLL_S", 0.01)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        tried: list[None] = []
+
+        async def connect(*_: object, **__: object) -> None:
+            tried.append(None)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", connect)
+        session = p.proxy.engine._session
+        assert session.connector is not None
+        await session.connector.close()
+        session._connector = aiohttp.TCPConnector()
+        await until(lambda: len(tried) > 2)
+        assert p.proxy.versions.up
+        assert await p.proxy.versions.is_well()
+
     both(test, store, tmp_path)
 
 
