@@ -32,6 +32,8 @@ HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
 SLOWEST_POLL_S = 5.0
 """For an engine that answers and cannot serve: the pause doubles up to this."""
+QUIET_START_S = 5.0
+"""An engine that is not there is no news before."""
 LOOK_AGAIN_S = 30.0
 """For an engine that lacks something: it may have been started anew with it."""
 UNLOAD_AGAIN_S = 10.0
@@ -230,6 +232,7 @@ class Versions:
 
     async def _watch_engine(self) -> None:
         pause = DOWN_POLL_S
+        quiet_until = time.monotonic() + QUIET_START_S
         while True:
             self._failed.clear()
             healthy = False
@@ -237,7 +240,8 @@ class Versions:
                 healthy = await self._is_healthy()
                 if not healthy:
                     self._set(up=False)
-                    self._say(f"the engine is not there, requests wait: {self.engine.trouble}")
+                    if self._said or time.monotonic() > quiet_until:
+                        self._say(f"the engine is not there, requests wait: {self.engine.trouble}")
                 elif not self._up:
                     await self._prepare()
                     self._set(up=True)

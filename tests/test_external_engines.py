@@ -383,6 +383,33 @@ def test_an_engine_that_cannot_serve_yet_is_waited_for_with_one_log_line(
     assert "Loading model" in lines[0].getMessage()
 
 
+def test_an_engine_that_is_not_there_is_one_log_line(
+    store: Store,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("proxy.versions.QUIET_START_S", 0.0)
+    monkeypatch.setattr("proxy.versions.DOWN_POLL_S", 0.01)
+    looks: list[None] = []
+    healthy = EngineClient.healthy
+
+    async def looked(engine: EngineClient) -> bool:
+        looks.append(None)
+        return await healthy(engine)
+
+    monkeypatch.setattr(EngineClient, "healthy", looked)
+
+    async def test() -> None:
+        async with running("http://127.0.0.1:1", store, tmp_path):
+            await until(lambda: len(looks) > 5)
+
+    asyncio.run(test())
+    [line] = [record for record in caplog.records if record.name == "proxy.versions"]
+    assert "the engine is not there, requests wait" in line.getMessage()
+    assert "http://127.0.0.1:1" in line.getMessage()
+
+
 def test_the_pause_grows_while_an_engine_answers_and_cannot_serve(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
