@@ -51,11 +51,7 @@ _DONE = b"data: [DONE]\n\n"
 
 
 class NoAnswer(Exception):
-    """The engine gave a request no answer; the client gets `status` and the message."""
-
-    def __init__(self, message: str, status: int = 503) -> None:
-        super().__init__(message)
-        self.status = status
+    """The engine gave a request no answer; the client gets a 503 with the message."""
 
 
 @dataclass(slots=True)
@@ -271,7 +267,7 @@ class _Call:
             return await self._answer(fresh=fresh)
         except NotHttp as error:
             log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
-            raise NoAnswer("The inference engine's answer is not HTTP.", 502) from error
+            raise NoAnswer("The inference engine's answer is not HTTP.") from error
         except OSError as error:
             log.info("turn=%s the engine gave no answer: %r", self.turn_id, error)
             if is_exhausted(error):
@@ -281,7 +277,7 @@ class _Call:
                 return None
             if await self.relay.versions.is_well() or within:
                 raise NoAnswer(
-                    "The inference engine closed the connection without an answer.", 502
+                    "The inference engine closed the connection without an answer."
                 ) from error
             return None
 
@@ -392,12 +388,9 @@ class _Call:
 
     def _unavailable(self, error: NoAnswer) -> web.Response:
         self.relay.counts.failed += 1
-        kind = "ServiceUnavailableError" if error.status == 503 else "BadGatewayError"
-        body = orjson.dumps(api_error(self.request, str(error), kind, error.status))
-        headers = {"Retry-After": str(RETRY_AFTER_S)} if error.status == 503 else None
-        return web.Response(
-            body=body, status=error.status, headers=headers, content_type="application/json"
-        )
+        body = orjson.dumps(api_error(self.request, str(error), "ServiceUnavailableError", 503))
+        headers = {"Retry-After": str(RETRY_AFTER_S)}
+        return web.Response(body=body, status=503, headers=headers, content_type="application/json")
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
