@@ -330,7 +330,7 @@ class Proxy:
         while True:
             if not self.versions.up:
                 async with asyncio.timeout_at(deadline):
-                    await self.versions.wait_up()
+                    await self.versions.wait_admitted()
             try:
                 return await (self._fresh if attempt else self._session).request(
                     request.method,

@@ -345,7 +345,7 @@ class _Call:
             return
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self.relay.versions.wait_up()
+                await self.relay.versions.wait_admitted()
         except TimeoutError:
             raise NoAnswer(
                 "The inference engine is not available; the request was held and has timed out."

@@ -61,7 +61,7 @@ class Versions:
         """On the monotonic clock; later than now after a failure."""
         self.wrong: str | None = None
         """Why no request can be sent to what answers, until a person changes something."""
-        self._up = False
+        self._up = asyncio.Event()
         self._known = asyncio.Event()
         """Whether requests can be let through or refused at once."""
         self._failed = asyncio.Event()
@@ -73,11 +73,15 @@ class Versions:
     @property
     def up(self) -> bool:
         """Whether requests are let through."""
-        return self._up
+        return self._up.is_set()
 
     async def wait_up(self) -> None:
-        """Returns when the engine serves. Raises WrongEngineError if only a person can help."""
-        while not self._up:
+        """Returns when the engine serves."""
+        await self._up.wait()
+
+    async def wait_admitted(self) -> None:
+        """Like `wait_up`, but raises WrongEngineError if only a person can help."""
+        while not self.up:
             if self.wrong is not None:
                 raise WrongEngineError(self.wrong)
             await self._known.wait()
@@ -111,7 +115,11 @@ class Versions:
         self._failed.set()
 
     def _set(self, *, up: bool, wrong: str | None = None) -> None:
-        self._up, self.wrong = up, wrong
+        self.wrong = wrong
+        if up:
+            self._up.set()
+        else:
+            self._up.clear()
         if up or wrong is not None:
             self._known.set()
         else:
@@ -242,7 +250,7 @@ class Versions:
                     self._set(up=False)
                     if self._said or time.monotonic() > quiet_until:
                         self._say(f"the engine is not there, requests wait: {self.engine.trouble}")
-                elif not self._up:
+                elif not self.up:
                     await self._prepare()
                     self._set(up=True)
                     self._say(self._found())
@@ -257,7 +265,7 @@ class Versions:
             except Exception:
                 self._set(up=False)
                 log.exception("getting the engine ready failed; trying again")
-            if self._up:
+            if self.up:
                 pause = HEALTH_POLL_S
             elif not healthy or pause == HEALTH_POLL_S:
                 pause = DOWN_POLL_S
@@ -270,9 +278,7 @@ class Versions:
         """Logs what is new about the engine."""
         if what != self._said:
             self._said = what
-            level = (
-                logging.INFO if self._up and not self.engine.abilities.lacks else logging.WARNING
-            )
+            level = logging.INFO if self.up and not self.engine.abilities.lacks else logging.WARNING
             log.log(level, "%s (%s)", what, self.engine.url)
 
     def _found(self) -> str:
