@@ -100,11 +100,15 @@ class JudgeConfig:
 
 
 def plugin_settings(
-    config: JudgeConfig, model: str = "", base_url: str = "", extra: Mapping[str, Any] | None = None
+    config: JudgeConfig,
+    model: str = "",
+    base_url: str = "",
+    extra: Mapping[str, Any] | None = None,
+    api_key: str | None = None,
 ) -> JudgeSettings:
     """What the configured plugins get; `model` and `base_url`, the engine's, stand in for empty
-    keys, except for litellm, which would take the engine for the provider. So does `extra`, for
-    what `[judge] extra` does not name, if the engine is asked.
+    keys, except for litellm, which would take the engine for the provider. So do `api_key` and, for
+    what `[judge] extra` does not name, `extra`, if the engine is asked: its key goes nowhere else.
 
     Raises ConfigError when the named key variable is not set.
     """
@@ -113,7 +117,8 @@ def plugin_settings(
     return JudgeSettings(
         model=config.model or model,
         base_url=config.base_url or base_url,
-        api_key=secret(config.api_key_env, "[judge] api_key_env"),
+        api_key=secret(config.api_key_env, "[judge] api_key_env")
+        or (api_key if config.on_engine else None),
         timeout_s=config.timeout_s,
         max_tokens=config.max_tokens,
         temperature=config.temperature,

@@ -9,11 +9,13 @@ from __future__ import annotations
 import codecs
 import difflib
 import os
+import re
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
+from urllib.parse import urlsplit
 
 from nextstate.errors import ConfigError
 
@@ -54,7 +56,7 @@ class EngineConfig:
     url: str = ""
     """External mode: the server's address. Managed mode: empty picks a free loopback port."""
     api_key_env: str = ""
-    """Environment variable with the engine's own key."""
+    """Environment variable with the engine's own key; empty: a managed one gets a new one."""
     dtype: str = "auto"
     max_model_len: int = 0
     """Tokens of context; 0 means the model's own limit."""
@@ -64,8 +66,12 @@ class EngineConfig:
     args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])
-    """More environment variables for vLLM's server."""
+    """More environment variables for vLLM's server; of the shell's, it gets no other `VLLM_*`."""
     start_timeout_s: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.url:
+            object.__setattr__(self, "url", server_address(self.url))
 
     @property
     def name(self) -> str:
@@ -86,9 +92,41 @@ class PrivacyConfig:
     record: bool = True
     """False relays without keeping anything: the agent works, nothing is learned."""
     external_judge: bool = False
-    """True lets a `litellm` judge send turns to the provider of its model."""
+    """True lets a judge send turns to another machine: `litellm` to the provider of its model,
+    `engine` to a `base_url` that is not here, a plugin of your own wherever it likes."""
     external_metrics: bool = False
     """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
+
+
+_ROUTES = ("/v1", "/v1/chat/completions", "/v1/completions", "/v1/models")
+
+
+def server_address(url: str) -> str:
+    """An OpenAI server's address without the routes under it, which clients often put into it.
+
+    Raises ConfigError for what is no address.
+
+    >>> server_address("http://127.0.0.1:8000/v1/"), server_address("https://h/x/v1/models")
+    ('http://127.0.0.1:8000', 'https://h/x')
+    """
+    address = url.strip().rstrip("/")
+    route = max((route for route in _ROUTES if address.endswith(route)), key=len, default="")
+    address = address.removesuffix(route).rstrip("/")
+    if not _is_address(address):
+        raise ConfigError(
+            f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST, without what "
+            "follows /v1"
+        )
+    return address
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+    return named and not parts.query and not parts.fragment and not re.search(r"\s", text)
 
 
 def read_sections(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib
 import importlib.util
 import os
@@ -11,12 +12,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nextstate import vllm
-from nextstate.errors import ConfigError, NextStateError, StartError
+from nextstate.abilities import look
+from nextstate.engine import Abilities
+from nextstate.errors import (
+    ConfigError,
+    EngineError,
+    NextStateError,
+    StartError,
+    WrongEngineError,
+)
 from nextstate.hooks import load_plugin
 from nextstate.settings import Settings
 from nextstate.stack import Stack
+from nextstate.stages import engine_client
 from nextstate.store import Store
 
+_NAMED = 8
+"""Models of an external engine that are named."""
 _FOLDERS = ("proxy", "judge", "learner", "plugins")
 
 
@@ -42,7 +54,9 @@ def checks(config: Path) -> Iterator[Check]:
     yield _checked("state folder", lambda: str(_store_dir(settings)))
     yield _checked("agent profile", lambda: _plugin(settings))
     if settings.engine.mode == "managed":
-        yield _checked("vllm", _vllm)
+        yield _checked("vllm", lambda: _vllm(settings))
+    else:
+        yield from _engine(settings)
     yield _checked("model", lambda: _model(settings))
     yield _checked("port", lambda: _port(settings))
     yield _checked("training", lambda: _training(settings))
@@ -78,9 +92,42 @@ def _plugin(settings: Settings) -> str:
     return settings.agents.profile
 
 
-def _vllm() -> str:
+def _vllm(settings: Settings) -> str:
     vllm.check_package()
-    return "installed"
+    vllm.managed_key(settings.engine)
+    left_out = ", ".join(vllm.not_passed(settings.engine, os.environ))
+    return f"installed; it does not get {left_out} of this shell" if left_out else "installed"
+
+
+def _engine(settings: Settings) -> Iterator[Check]:
+    """What answers at the address of an external engine, and what learning lacks there."""
+    where = f"[engine] url = {settings.engine.url!r}"
+    try:
+        found = asyncio.run(_look(settings))
+    except WrongEngineError as error:
+        yield Check("engine", "", f"{where}: {error}")
+        return
+    except ConfigError as error:
+        yield Check("engine", "", str(error))
+        return
+    except EngineError as error:
+        yield Check("engine", "", f"{where} does not serve: {error}; start it, or set its address")
+        return
+    if found.served:
+        served = ", ".join(found.served[:_NAMED])
+        yield Check("engine", "", f"{where} lacks {found.lacks[0]}; it serves {served}")
+        return
+    yield Check("engine", f"{settings.engine.url} answers as {settings.engine.name}")
+    for lack in found.lacks:
+        problem = f"{where}: turns are recorded, but learning lacks {lack}"
+        yield Check("engine for learning", "", problem)
+
+
+async def _look(settings: Settings) -> Abilities:
+    async with engine_client(settings) as engine:
+        if not await engine.healthy():
+            raise EngineError(engine.trouble)
+        return await look(engine, adapters=True)
 
 
 def _model(settings: Settings) -> str:

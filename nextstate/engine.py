@@ -8,6 +8,7 @@ has once answered for another (issue 47724): hence new names, and a probe that c
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -19,8 +20,9 @@ import aiohttp
 import orjson
 
 from nextstate.adapters import verify_adapter
-from nextstate.errors import AdapterError, EngineError
-from nextstate.habits import Habits, learn_habits
+from nextstate.config import server_address
+from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
+from nextstate.habits import Habits
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
@@ -35,6 +37,17 @@ GLANCE_TIMEOUT_S = 5.0
 """For what a server answers at once unless it is overloaded."""
 _LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 WARM_UP_ADAPTER = "nextstate-warm-up"
+_NO_ROUTE = (404, 405, 501)
+_IDLE_S = 4.0
+"""uvicorn, under vLLM, closes connections that are idle for 5 s."""
+_EXHAUSTED = frozenset(
+    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
+)
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether a connection failed for want of something here: it says nothing of the server."""
+    return isinstance(error, OSError) and error.errno in _EXHAUSTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +61,49 @@ class ServedModel:
     """The folder or hub name that it was loaded from."""
 
 
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an engine can do beyond answering chat."""
+
+    adapters: bool = True
+    """Loads adapters at run time."""
+    tells_tokens: bool = True
+    """Tells token ids when asked: then it is vLLM and takes all that we ask of it."""
+    additions: bool = True
+    """Takes requests with the fields that we add."""
+    lacks: tuple[str, ...] = ()
+    """What learning would need of it, in words."""
+    served: tuple[str, ...] = ()
+    """The models that it lists, if it does not answer for ours."""
+
+
+def first_choice(reply: Json) -> Json:
+    """The first choice of a reply; {} if it has none."""
+    choices = objects(reply.get("choices"))
+    return choices[0] if choices else {}
+
+
 class EngineClient:
     """A connection to one vLLM server. Every method raises EngineError when the server fails."""
 
     def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
-        self.url = url.rstrip("/")
+        self.url = server_address(url)
         self.model = model
         """The name under which the base model answers."""
         self.fingerprint: str | None = None
         """What the server calls itself in its replies, once one has been seen."""
         self.max_model_len: int | None = None
         """Tokens of its longest context, once its models have been listed."""
+        self.abilities = Abilities()
+        """Once the server has been looked at."""
         self.habits = Habits()
-        """How it reads /v1/messages, once it has been warmed up."""
+        """How it reads /v1/messages, once the server has been looked at."""
+        self.trouble = ""
+        """Why it was not healthy, the last time that it was not."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._session = aiohttp.ClientSession(headers=headers)
+        self._session = aiohttp.ClientSession(
+            headers=headers, connector=aiohttp.TCPConnector(keepalive_timeout=_IDLE_S)
+        )
 
     async def __aenter__(self) -> Self:
         return self
@@ -80,17 +121,41 @@ class EngineClient:
         await self._session.close()
 
     async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
-        """Whether the server says that it can serve now."""
+        """Whether the server says that it can serve now.
+
+        Raises EngineError if that cannot be asked, for want of file descriptors for one, and
+        WrongEngineError where TLS fails.
+        """
+        status = await self._status("/health", timeout_s)
+        if status in _NO_ROUTE:
+            status = await self._status("/v1/models", timeout_s)
+        return status is not None and status < 500  # a refusal says that it is there
+
+    async def has_route(self, path: str) -> bool:
+        """Whether the server knows a route, which another method than GET would use."""
+        return await self._status(path, GLANCE_TIMEOUT_S) == 405
+
+    async def _status(self, path: str, timeout_s: float) -> int | None:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._session.get(f"{self.url}/health", timeout=timeout) as answer:
-                return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+            async with self._session.get(self.url + path, timeout=timeout) as answer:
+                self.trouble = f"{path} answered {answer.status}"
+                return answer.status
+        except aiohttp.ClientSSLError as error:
+            raise WrongEngineError(
+                f"no TLS that we trust is spoken there: {error.__cause__}; is it http://?"
+            ) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if is_exhausted(error):
+                raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
+            self.trouble = str(error) or type(error).__name__
+            return None
 
     async def models(self) -> list[ServedModel]:
         """The base model and every adapter that is loaded."""
         answer = await self._call("GET", "/v1/models", None)
+        if not isinstance(answer.get("data"), list):
+            raise AnswerError(f"{self.url}/v1/models answered without a list of models", 200)
         try:
             cards = objects(answer["data"])
             lengths = [card.get("max_model_len") for card in cards if card["id"] == self.model]
@@ -118,14 +183,31 @@ class EngineClient:
         """Whether the base model or an adapter of that name is loaded."""
         return any(model.id == name for model in await self.models())
 
+    async def holds(self, name: str, path: str) -> bool:
+        """Whether the adapter in folder `path` is loaded under `name`.
+
+        Another one under that name is nobody's that we know, and is unloaded.
+        """
+        found = [model for model in await self.models() if model.id == name]
+        if not found or found[0].root == path:
+            return bool(found)
+        log.error(
+            "adapter %s is loaded from %r, not from ours, %r: it is unloaded",
+            name,
+            found[0].root,
+            path,
+        )
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        return False
+
     async def load_adapter(self, name: str, path: str) -> None:
-        """Loads the adapter in folder `path` under `name`; an adapter that is there stays."""
+        """Loads the adapter in folder `path` under `name`; if it is there already it stays."""
         body = {"lora_name": name, "lora_path": path}
         try:
             await self._call("POST", "/v1/load_lora_adapter", body)
         except EngineError:
             # vLLM refuses one that is there; requests that miss it at once all come here.
-            if not await self.has_model(name):
+            if not await self.holds(name, path):
                 raise
 
     async def unload_adapter(self, name: str) -> None:
@@ -141,11 +223,18 @@ class EngineClient:
         if answer.get("model") != name:
             raise EngineError(f"asked vLLM for {name!r}, and {answer.get('model')!r} answered")
 
-    async def generate_once(self, name: str) -> None:
-        """Generates one token with log-probs, as turns are served; the first time is slow."""
-        body = {"model": name, "prompt": [0], "max_tokens": 1, "logprobs": 1}
-        answer = await self._call("POST", "/v1/completions", body)
+    async def generate_once(self, name: str) -> Json:
+        """Generates one token as turns are served, and returns its choice; at first it is slow."""
+        body = {"model": name, "prompt": [0], "max_tokens": 1}
+        answer = await self.post(
+            "/v1/completions", body | {"logprobs": 1, "return_token_ids": True}
+        )
         self.fingerprint = answer.get("system_fingerprint")
+        return first_choice(answer)
+
+    async def post(self, path: str, body: Json) -> Json:
+        """The object that a route answers; {} for anything else."""
+        return await self._call("POST", path, body)
 
     async def tokenize(
         self, messages: list[Json], tools: list[Json] | None, extra: Json
@@ -192,9 +281,10 @@ class EngineClient:
             ) as answer:
                 text = await answer.read()
                 if answer.status != 200:
-                    raise EngineError(
+                    raise AnswerError(
                         f"{method} {self.url}{path} answered {answer.status}: "
-                        f"{text[:300].decode(errors='replace')}"
+                        f"{text[:300].decode(errors='replace')}",
+                        answer.status,
                     )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise EngineError(f"{method} {self.url}{path} failed: {error!r}") from error
@@ -206,34 +296,18 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
 
     Raises AdapterError, before the engine has seen the file, if it is not the one registered.
     """
-    if version.adapter_name is None or version.path is None or version.sha256 is None:
+    name, path = version.adapter_name, version.path
+    if name is None or path is None or version.sha256 is None:
         return
     for left in reversed(range(_LOADS)):
-        if not await engine.has_model(version.adapter_name):
-            await asyncio.to_thread(verify_adapter, Path(version.path), version.sha256)
-            await engine.load_adapter(version.adapter_name, version.path)
+        if not await engine.holds(name, path):
+            await asyncio.to_thread(verify_adapter, Path(path), version.sha256)
+            await engine.load_adapter(name, path)
         try:
-            return await engine.probe(version.adapter_name)
+            return await engine.probe(name)
         except EngineError:
-            if not left or await engine.has_model(version.adapter_name):
+            if not left or await engine.holds(name, path):
                 raise
-
-
-async def warm_up(engine: EngineClient, zero_adapter: Path) -> None:
-    """Pays for the first generation with log-probs and with an adapter before an agent waits.
-
-    Both compile or allocate on first use; measured, they stalled every stream for 3.5 s and more.
-    `zero_adapter` is a folder with an adapter that changes nothing; without it only the base is
-    warmed.
-    """
-    await engine.generate_once(engine.model)
-    await engine.models()
-    engine.habits = await learn_habits(engine)
-    if not await asyncio.to_thread(zero_adapter.is_dir):
-        return
-    await engine.load_adapter(WARM_UP_ADAPTER, str(zero_adapter))
-    await engine.generate_once(WARM_UP_ADAPTER)
-    await engine.unload_adapter(WARM_UP_ADAPTER)
 
 
 def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:

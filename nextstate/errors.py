@@ -4,6 +4,8 @@
     ├── ConfigError     a key of the TOML file, a command-line value, a named secret
     ├── StartError      what the machine must provide: a port, a model, a package, an engine
     ├── EngineError     vLLM answered wrongly, late or not at all
+    │   ├── AnswerError      … with a status that says so
+    │   └── WrongEngineError … and will until a person changes something
     ├── StoreError      the database refused or failed
     │   └── WaitError   … but may not in a while: it is locked, or its disk is full
     ├── RecordError     a record that contradicts itself
@@ -33,6 +35,18 @@ class StartError(NextStateError):
 
 class EngineError(NextStateError):
     """The inference engine failed a request that NextState itself made."""
+
+
+class AnswerError(EngineError):
+    """The engine answered with an error."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class WrongEngineError(EngineError):
+    """What answers is not an engine that we may use: another server, or one with another key."""
 
 
 class StoreError(NextStateError):

@@ -7,6 +7,7 @@ constructor raises: nothing is padded or cut to fit. Unknown is `None`, never 0.
 from __future__ import annotations
 
 import math
+import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -26,6 +27,9 @@ MAX_HINT_CHARS, MAX_COMMENT_CHARS = 1000, 4000
 """Of a person's feedback; a hint goes into the teacher's prompt."""
 BASE_VERSION = 0
 """The base model without an adapter is version 0 of every lineage."""
+_NAME_DIGITS = 16
+"""Of an adapter's hash, in its name."""
+_ADAPTER = re.compile(rf".+-v\d{{6}}(-[0-9a-f]{{{_NAME_DIGITS}}})?")
 
 
 class TurnKind(StrEnum):
@@ -307,8 +311,24 @@ class PolicyVersion:
 
     @property
     def adapter_name(self) -> str | None:
-        """The name under which vLLM serves it, new for each version; None for the base."""
-        return None if self.number == BASE_VERSION else f"{self.lineage}-v{self.number:06d}"
+        """The name under which vLLM serves it, new for each version; None without an adapter.
+
+        It ends in a part of the weights' hash: nobody can load another adapter under it beforehand.
+        """
+        if self.number == BASE_VERSION or self.sha256 is None:
+            return None
+        return f"{self.lineage}-v{self.number:06d}-{self.sha256[:_NAME_DIGITS]}"
+
+
+def names_adapter(model: str) -> bool:
+    """Whether a model's name is one that a version's adapter has, or had before names held a hash.
+
+    >>> names_adapter("main-v000012-0123456789abcdef"), names_adapter("main-v000012")
+    (True, True)
+    >>> names_adapter("main"), names_adapter("qwen-v2")
+    (False, False)
+    """
+    return _ADAPTER.fullmatch(model) is not None
 
 
 def new_id(what: str) -> str:

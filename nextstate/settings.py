@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from ipaddress import ip_address
 from pathlib import Path
+
+from yarl import URL
 
 from judge.config import JudgeConfig
 from learner.config import LearnerConfig
@@ -17,11 +20,14 @@ from nextstate.config import (
     read_sections,
 )
 from nextstate.errors import ConfigError
-from nextstate.records import MAIN_LINEAGE
+from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
-_ADAPTER = re.compile(r".+-v\d{6}")
+
+
+_LOCAL_JUDGES = ("engine", "rules", "outcome")
+_OUR_JUDGE = re.compile(r"plugins\.judges\.(\w+):create")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,11 +85,42 @@ class Settings:
                 f"[learner] wandb = {self.learner.wandb!r} sends metrics to Weights & Biases: "
                 "allow it with [privacy] external_metrics = true"
             )
-        if "litellm" in self.judge.kinds and not self.privacy.external_judge:
+        if not self.privacy.external_judge:
+            self._check_judge_stays_here()
+
+    def _check_judge_stays_here(self) -> None:
+        """Raises ConfigError for a judge that may send turns to another machine."""
+        kinds = [_OUR_JUDGE.sub(r"\1", kind) for kind in self.judge.kinds]
+        allow = "allow it with [privacy] external_judge = true"
+        for kind in kinds:
+            if kind == "litellm":
+                raise ConfigError(
+                    f'[judge] kind = "{self.judge.kind}" sends turns to the provider of its model: '
+                    f"{allow}"
+                )
+            if kind not in _LOCAL_JUDGES:
+                raise ConfigError(
+                    f'[judge] kind = "{self.judge.kind}": {kind} is not one of ours and may send '
+                    f"turns anywhere: {allow}"
+                )
+        base_url = self.judge.base_url
+        if "engine" in kinds and base_url and not self._is_here(base_url):
             raise ConfigError(
-                f'[judge] kind = "{self.judge.kind}" sends turns to the provider of its model: '
-                "allow it with [privacy] external_judge = true"
+                f"[judge] base_url = {base_url!r} is neither this machine nor [engine] url, and "
+                f"gets every turn: {allow}"
             )
+
+    def _is_here(self, url: str) -> bool:
+        """Whether an address is this machine's, or that of the engine that serves the turns."""
+        host = _host(url)
+        if host is None:
+            return False
+        if self.engine.mode == "external" and host == _host(self.engine.url):
+            return True
+        try:
+            return ip_address(host).is_loopback
+        except ValueError:
+            return host == "localhost"
 
     def _check_lineages(self) -> None:
         models = [self.engine.name]
@@ -96,10 +133,10 @@ class Settings:
                 )
             if not lineage.model and not lineage.api_key_env:
                 raise ConfigError(f"{where} needs model or api_key_env: nothing would reach it")
-            if _ADAPTER.fullmatch(lineage.model):
+            if names_adapter(lineage.model):
                 raise ConfigError(
                     f"{where} model = {lineage.model!r} looks like an adapter's name: choose one "
-                    "that does not end in -v and six digits"
+                    "that does not end in -v and six digits, or a hash after them"
                 )
             if lineage.model in models:
                 raise ConfigError(
@@ -112,3 +149,11 @@ class Settings:
                 f"[engine] max_loras = {self.engine.max_loras}: {needed} lineages need at least "
                 f"{needed + 1}, one for each and one for a new version"
             )
+
+
+def _host(url: str) -> str | None:
+    """The host that a request to `url` goes to, as the judge's HTTP client reads it."""
+    try:
+        return URL(url).host
+    except ValueError:
+        return None

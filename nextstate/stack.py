@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import logging
+import os
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
@@ -13,9 +14,13 @@ from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.locks import ProcessLock
 from nextstate.private import make_folder, make_state_folder
+from nextstate.records import Json
 from nextstate.settings import Settings
-from nextstate.stages import engine_file, stage_part
+from nextstate.stages import engine_file, leave_engine, stage_part
 from nextstate.supervisor import Part, Supervisor
+from nextstate.wire import json_object
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 STAGES = ("proxy", "judge", "learner")
@@ -31,9 +36,10 @@ class Stack:
         self.managed = settings.engine.mode == "managed"
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
+        self._key = vllm.managed_key(settings.engine) if self.managed else None
         self.parts = {name: stage_part(settings, name, name) for name in STAGES}
-        if self.managed:
-            self.parts["engine"] = self._engine(port)
+        if self._key is not None:
+            self.parts["engine"] = self._engine(port, self._key)
         self.supervisor = Supervisor(list(self.parts.values()))
 
     @property
@@ -61,7 +67,7 @@ class Stack:
         make_state_folder(self.dir)
         taken = f"[store] dir = {str(self.dir)!r} is in use"
         with ProcessLock(self.dir / "lock", taken, "end it, or set another [store] dir"):
-            engine_file(self.settings).write_text(json.dumps({"url": self.engine_url}))
+            leave_engine(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
                 yield task
@@ -79,7 +85,9 @@ class Stack:
             if task.done():
                 task.result()
                 raise StartError("stopped before it was ready")
-            if not ready.done():
+            if ready.done():
+                ready.result()
+            else:
                 raise StartError(
                     f"the engine was not ready within [engine] start_timeout_s = {timeout_s:.0f}: "
                     f"see {self.dir / 'logs'}, or raise the key"
@@ -91,12 +99,20 @@ class Stack:
 
     async def _ready(self) -> None:
         async with aiohttp.ClientSession() as session:
-            while not await _answers(session, f"{self.proxy_url}/healthz", b'"engine": "up"'):
+            while (health := await _healthz(session, self.proxy_url)).get("engine") != "up":
+                if problem := health.get("engine_problem"):
+                    raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
                 await asyncio.sleep(POLL_S)
         for part in self.parts.values():
             part.was_ready = True
 
-    def _engine(self, port: int) -> Part:
+    def _engine(self, port: int, key: str) -> Part:
+        if left_out := vllm.not_passed(self.settings.engine, os.environ):
+            log.warning(
+                "vLLM does not get %s of your environment: what it should get belongs into "
+                "[engine] env",
+                ", ".join(left_out),
+            )
         folder = self.dir / "engine"
         make_state_folder(self.dir)
         make_folder(folder)  # neutral: nothing to import there
@@ -104,7 +120,7 @@ class Stack:
             "engine",
             vllm.command(self.settings.engine, port),
             self.dir / "logs" / "engine.log",
-            env=vllm.server_environment(self.settings.engine),
+            env=vllm.server_environment(self.settings.engine, key),
             cwd=folder,
             must_become_ready=True,
             explain=lambda log: (
@@ -114,10 +130,11 @@ class Stack:
         )
 
 
-async def _answers(session: aiohttp.ClientSession, url: str, needle: bytes | None) -> bool:
+async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:
+    """What the proxy says of itself and the engine; {} while it does not answer."""
     try:
-        async with session.get(url, timeout=aiohttp.ClientTimeout(total=2)) as answer:
-            body = await answer.read()
-            return answer.status == 200 and (needle is None or needle in body)
+        timeout = aiohttp.ClientTimeout(total=2)
+        async with session.get(f"{proxy_url}/healthz", timeout=timeout) as answer:
+            return json_object(await answer.read()) or {}
     except (aiohttp.ClientError, TimeoutError, OSError):
-        return False
+        return {}

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 
 from nextstate.config import secret
 from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
-from nextstate.errors import ConfigError, StartError
+from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.patience import Patience
 from nextstate.records import PolicyVersion
@@ -57,17 +57,37 @@ def stage_part(settings: Settings, stage: str, name: str, *arguments: str) -> Pa
 
 
 def engine_file(settings: Settings) -> Path:
-    """Where a supervisor leaves the address of the engine that it manages."""
+    """Where a supervisor leaves the address and the key of the engine that it manages."""
     return settings.store.path / "engine.json"
+
+
+def leave_engine(settings: Settings, url: str, key: str | None) -> None:
+    """Tells the stages where the engine is; nobody but the owner can read it."""
+    file = engine_file(settings)
+    draft = file.with_suffix(f".{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
+        json.dump({"url": url, "key": key}, opened)
+    draft.replace(file)
 
 
 def engine_url(settings: Settings) -> str:
     """The engine's address: configured, or left by the running supervisor. Raises StartError."""
+    return _left(settings)[0]
+
+
+def engine_key(settings: Settings) -> str | None:
+    """The engine's own key; None where it asks for none. Raises as `engine_url` does."""
+    return _left(settings)[1]
+
+
+def _left(settings: Settings) -> tuple[str, str | None]:
     if settings.engine.mode == "external":
-        return settings.engine.url
+        return settings.engine.url, secret(settings.engine.api_key_env, "[engine] api_key_env")
     try:
-        return str(json.loads(engine_file(settings).read_text())["url"])
-    except (OSError, ValueError, KeyError):
+        left = json.loads(engine_file(settings).read_text())
+        return str(left["url"]), left.get("key")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StartError(
             f"no engine runs on [store] dir = {settings.store.dir!r}: start one with "
             '`nextstate up`, or set [engine] mode = "external" and url'
@@ -76,12 +96,8 @@ def engine_url(settings: Settings) -> str:
 
 def engine_client(settings: Settings) -> EngineClient:
     """A client of the engine, with its key; inside a running event loop."""
-    return EngineClient(engine_url(settings), settings.engine.name, engine_key(settings))
-
-
-def engine_key(settings: Settings) -> str | None:
-    """The engine's own key."""
-    return secret(settings.engine.api_key_env, "[engine] api_key_env")
+    url, key = _left(settings)
+    return EngineClient(url, settings.engine.name, key)
 
 
 def zero_adapter(settings: Settings) -> Path:
@@ -190,7 +206,8 @@ async def run_judge(settings: Settings) -> None:
     async with engine_client(settings) as engine:
         config = settings.judge
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
-        given = plugin_settings(config, settings.engine.name, f"{engine.url}/v1", priority)
+        served, key = f"{engine.url}/v1", engine_key(settings)
+        given = plugin_settings(config, settings.engine.name, served, priority, key)
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
@@ -212,8 +229,10 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     from judge.evaluation import evaluate, read_cases, report
 
     cases = read_cases(file, split)
-    served = f"{engine_url(settings)}/v1" if "engine" in settings.judge.kinds else ""
-    given = plugin_settings(settings.judge, settings.engine.name, served)
+    served, key = "", None
+    if settings.judge.on_engine:
+        served, key = f"{engine_url(settings)}/v1", engine_key(settings)
+    given = plugin_settings(settings.judge, settings.engine.name, served, api_key=key)
     kind = load_judge(settings.judge.kinds, given)
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:
@@ -298,7 +317,11 @@ def _wait_for_engine(settings: Settings, stop: threading.Event) -> None:
 
 async def _is_healthy(settings: Settings) -> bool:
     async with engine_client(settings) as engine:
-        return await engine.healthy()
+        try:
+            return await engine.healthy()
+        except EngineError as error:
+            log.warning("%s", error)
+            return False
 
 
 async def _live_requests(settings: Settings) -> int:

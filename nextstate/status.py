@@ -8,12 +8,12 @@ from collections.abc import Mapping
 import aiohttp
 
 from nextstate.agreement import agreement
-from nextstate.errors import StartError
+from nextstate.errors import EngineError, StartError
 from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_client
 from nextstate.store import Store
-from nextstate.wire import obj
+from nextstate.wire import json_object
 
 
 async def status(settings: Settings) -> Json:
@@ -21,10 +21,11 @@ async def status(settings: Settings) -> Json:
     store = await asyncio.to_thread(Store, settings.store)
     serving = await asyncio.to_thread(store.serving_versions, settings.all_lineages)
     counts = await asyncio.to_thread(store.counts)
+    health = await _healthz(settings)
     return {
         "state_dir": str(settings.store.path),
-        "proxy": await _proxy_health(settings),
-        "engine": await _engine_health(settings),
+        "proxy": _proxy_health(health),
+        "engine": await _engine_health(settings, health),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
@@ -58,22 +59,34 @@ def agreement_shown(found: Json) -> Json | str:
     }
 
 
-async def _proxy_health(settings: Settings) -> str:
+async def _healthz(settings: Settings) -> Json | None:
+    """What the proxy says of itself and the engine; None if it is down."""
     url = f"http://{settings.proxy.host}:{settings.proxy.port}/healthz"
     try:
         timeout = aiohttp.ClientTimeout(total=2)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
-            if answer.status != 200:
-                return f"answers {answer.status}"
-            waiting = obj(await answer.json(content_type=None)).get("turns_waiting", 0)
-            return f"up, {waiting} turns wait for the store" if waiting else "up"
-    except (ValueError, aiohttp.ClientError, TimeoutError, OSError):
+            return (json_object(await answer.read()) or {}) | {"status": answer.status}
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return None
+
+
+def _proxy_health(health: Json | None) -> str:
+    if health is None:
         return "down"
+    if health["status"] != 200:
+        return f"answers {health['status']}"
+    waiting = health.get("turns_waiting", 0)
+    return f"up, {waiting} turns wait for the store" if waiting else "up"
 
 
-async def _engine_health(settings: Settings) -> str:
+async def _engine_health(settings: Settings, health: Json | None) -> str:
+    """As the proxy has found it; asked here while there is no proxy."""
+    if problem := (health or {}).get("engine_problem"):
+        return f"no use: {problem}"
     try:
         async with engine_client(settings) as engine:
-            return "up" if await engine.healthy() else "down"
-    except StartError:
-        return "down"
+            up = await engine.healthy()
+    except (StartError, EngineError):
+        up = False
+    lacks = ", ".join((health or {}).get("learning_lacks") or ())
+    return ("up" if up else "down") + (f"; learning lacks {lacks}" if up and lacks else "")

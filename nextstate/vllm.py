@@ -6,18 +6,21 @@ import importlib.metadata
 import importlib.util
 import os
 import re
+import secrets
 import socket
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from nextstate.config import EngineConfig
+from nextstate.config import EngineConfig, secret
+from nextstate.engine_door import KEY_VARIABLE, Door
 from nextstate.errors import ConfigError, StartError
 
 HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
 """Behind the requests of agents, which have 0."""
 
+_OWN_VARIABLES = "VLLM_"
 _GPU_SHARE = 0.92
 """vLLM's own default."""
 _MARK = re.compile(r"(?:Error|Exception)(?:\[.*\])?: |^ERROR|error:", re.MULTILINE)
@@ -32,6 +35,7 @@ def command(config: EngineConfig, port: int) -> list[str]:
     argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
     argv += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank)]
     argv += ["--max-loras", str(config.max_loras), "--disable-uvicorn-access-log"]
+    argv += ["--middleware", f"{Door.__module__}.{Door.__name__}"]
     if config.max_model_len:
         argv += ["--max-model-len", str(config.max_model_len)]
     if "--generation-config" not in config.args:
@@ -75,6 +79,21 @@ def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
         raise ConfigError(f"[engine] args: {name} {given}: expected a share, such as 0.5") from None
 
 
+def managed_key(config: EngineConfig) -> str:
+    """The key of a server that is to be started: the user's own, or a new one.
+
+    Raises ConfigError for one on the command line, which every user of the machine can read.
+    """
+    if _option(config, "--api-key") is not None:
+        raise ConfigError(
+            "[engine] args: --api-key can be read by every user of this machine: put the key into "
+            "an environment variable and name that in [engine] api_key_env; without it each start "
+            "makes a key of its own"
+        )
+    chosen = secret(config.api_key_env, "[engine] api_key_env") or config.env.get(KEY_VARIABLE)
+    return chosen or secrets.token_urlsafe(32)
+
+
 def _option(config: EngineConfig, name: str) -> str | None:
     """What the user's own arguments say after `name`."""
     words = " ".join(config.args).replace("=", " ").split()
@@ -82,9 +101,13 @@ def _option(config: EngineConfig, name: str) -> str | None:
 
 
 def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The server's environment: adapters at run time, nothing fetched, nothing reported."""
+    """The server's environment: adapters at run time, nothing fetched, nothing reported.
+
+    Of the inherited one what is vLLM's own stays out: it was not meant for this server.
+    """
+    left_out = not_passed(config, inherited)
     return {
-        **inherited,
+        **{name: value for name, value in inherited.items() if name not in left_out},
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
@@ -93,6 +116,12 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
         "PYTHONSAFEPATH": "1",
         **config.env,
     }
+
+
+def not_passed(config: EngineConfig, inherited: Mapping[str, str]) -> list[str]:
+    """vLLM's own variables that the server does not get, as `[engine] env` does not name them."""
+    ours = [name for name in inherited if name.startswith(_OWN_VARIABLES)]
+    return sorted(name for name in ours if name not in config.env)
 
 
 def free_port() -> int:
@@ -162,6 +191,6 @@ def _in_hub_cache(repository: str) -> bool:
     return isinstance(try_to_load_from_cache(repository, "config.json"), str)
 
 
-def server_environment(config: EngineConfig) -> dict[str, str]:
-    """`environment` on top of this process's own."""
-    return environment(config, os.environ)
+def server_environment(config: EngineConfig, key: str) -> dict[str, str]:
+    """`environment` on top of this process's own, with the key."""
+    return {**environment(config, os.environ), KEY_VARIABLE: key}

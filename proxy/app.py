@@ -8,7 +8,7 @@ import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +22,8 @@ from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
-from nextstate.engine import EngineClient
-from nextstate.errors import NextStateError, RecordError, StoreError, WaitError
+from nextstate.engine import EngineClient, is_exhausted
+from nextstate.errors import NextStateError, RecordError, StoreError, WaitError, WrongEngineError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
@@ -36,7 +36,7 @@ from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
 from proxy.recorder import Recorder
-from proxy.relay import RETRY_AFTER_S, Relay, api_error, client_headers, upstream_headers
+from proxy.relay import ATTEMPTS, RETRY_AFTER_S, Relay, api_error, client_headers, upstream_headers
 from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.upstream import CONNECT_TIMEOUT_S, IDLE_S, Upstream
@@ -92,6 +92,8 @@ class Proxy:
         self._relay: Relay | None = None
         self._session: aiohttp.ClientSession
         """For what is passed on as it is."""
+        self._fresh: aiohttp.ClientSession
+        """Like it, on a new connection each time."""
 
     @property
     def relay(self) -> Relay:
@@ -115,16 +117,14 @@ class Proxy:
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
         headers = {"Authorization": f"Bearer {self._engine_key}"} if self._engine_key else {}
-        self._session = aiohttp.ClientSession(
-            headers=headers,
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_S),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            auto_decompress=False,
-        )
+        self._session, self._fresh = _session(headers, IDLE_S), _session(headers, None)
         # Compressed, an answer could not be read.
         fixed = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        async with self._session, Upstream(self.engine.url, headers | fixed) as upstream:
+        async with (
+            self._session,
+            self._fresh,
+            Upstream(self.engine.url, headers | fixed) as upstream,
+        ):
             self._relay = Relay(self.config, self.versions, self.recorder, upstream)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
@@ -294,6 +294,9 @@ class Proxy:
                 await response.write(splitter.rest)
                 await response.write_eof()
                 return response
+        except WrongEngineError as error:
+            message = f"The inference engine cannot be used: {error}."
+            return _refused(request, 503, "ServiceUnavailableError", message)
         except (aiohttp.ClientError, TimeoutError) as error:
             if response is not None:
                 return await _cut_off(request, response, error)
@@ -325,27 +328,25 @@ class Proxy:
             headers["Content-Type"] = request.headers["Content-Type"]
         streamed = self._body(request) if data is None and request.can_read_body else None
         deadline = asyncio.get_running_loop().time() + self.config.hold_s
-
-        async def ask() -> aiohttp.ClientResponse:
+        attempt = 0
+        while True:
             if not self.versions.up:
                 async with asyncio.timeout_at(deadline):
-                    await self.versions.wait_up()
-            return await self._session.request(
-                request.method,
-                self._target(request),
-                data=data if streamed is None else streamed,
-                headers=headers,
-                allow_redirects=False,
-            )
-
-        try:
-            return await ask()
-        except aiohttp.ClientConnectionError as error:
-            if streamed is not None:
-                raise
-            log.info("%s %s: the engine is unreachable: %r", request.method, request.path, error)
-            self.versions.engine_failed()
-            return await ask()
+                    await self.versions.wait_admitted()
+            try:
+                return await (self._fresh if attempt else self._session).request(
+                    request.method,
+                    self._target(request),
+                    data=data if streamed is None else streamed,
+                    headers=headers,
+                    allow_redirects=False,
+                )
+            except aiohttp.ClientConnectionError as error:
+                attempt += 1
+                if streamed is not None or is_exhausted(error) or attempt == ATTEMPTS:
+                    raise
+                if attempt > 1 and await self.versions.is_well():
+                    raise
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -377,11 +378,13 @@ class Proxy:
         return None if turn is None else self.store.give_feedback(said.of(turn))
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
-        serving = {name: version.number for name, version in self.versions.serving.items()}
+        serving = {name: self.versions.serves(name).number for name in self.versions.serving}
         return web.json_response(
             {
                 "proxy": "up",
                 "engine": "up" if self.versions.up else "down",
+                "engine_problem": self.versions.wrong,
+                "learning_lacks": self.engine.abilities.lacks,
                 "version": serving[MAIN_LINEAGE],
                 "turns_waiting": self.recorder.counts.waiting,
                 "lineages": serving,
@@ -400,6 +403,19 @@ class Proxy:
             counts.update(theirs)
         text = exposition(counts, self.versions, stored)
         return web.Response(text=text, content_type="text/plain", charset="utf-8")
+
+
+def _session(headers: Mapping[str, str], idle_s: float | None) -> aiohttp.ClientSession:
+    """A client of the engine; its connections are kept for `idle_s`, or never used again."""
+    return aiohttp.ClientSession(
+        headers=headers,
+        connector=aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=idle_s, force_close=idle_s is None
+        ),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+        auto_decompress=False,
+    )
 
 
 def _end_if_failed(task: asyncio.Task[None]) -> None:

@@ -29,8 +29,9 @@ def exposition(counts: Mapping[str, int], versions: Versions, stored: Mapping[st
     values = {**counts, "nextstate_engine_up": int(versions.up)}
     lines = [f"# TYPE {name} {_kind(name)}\n{name} {value}\n" for name, value in values.items()]
     lines.append("# TYPE nextstate_serving_version gauge\n")
-    for lineage, version in versions.serving.items():
-        lines.append(f'nextstate_serving_version{{lineage="{lineage}"}} {version.number}\n')
+    for lineage in versions.serving:
+        number = versions.serves(lineage).number
+        lines.append(f'nextstate_serving_version{{lineage="{lineage}"}} {number}\n')
     lines.append("# TYPE nextstate_stored gauge\n")
     for key, count in sorted(stored.items()):
         area, _, state = key.partition("/")

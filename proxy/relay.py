@@ -12,15 +12,17 @@ import orjson
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from nextstate.engine import is_exhausted
+from nextstate.errors import WrongEngineError
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
 from proxy.linking import explicit_session
 from proxy.recorder import Recorder
-from proxy.serving import MESSAGES, Serving, natively, serving_of
+from proxy.serving import MESSAGES, Direct, Serving, natively, serving_of
 from proxy.sse import EventSplitter
-from proxy.upstream import Answer, Cut, NotHttp, Upstream
+from proxy.upstream import Answer, Cut, HeadCut, NotHttp, Upstream
 from proxy.versions import Versions
 
 log = logging.getLogger(__name__)
@@ -42,13 +44,14 @@ _NOT_SENT_ON = HOP_BY_HOP | OURS
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 RETRY_AFTER_S = 10
-_ATTEMPTS = 5
+_REFUSED = (400, 422)
+ATTEMPTS = 5
 """So often one request may find the engine's connection broken: it may be what breaks it."""
 _DONE = b"data: [DONE]\n\n"
 
 
-class EngineDown(Exception):
-    """The engine did not come back within the configured time."""
+class NoAnswer(Exception):
+    """The engine gave a request no answer; the client gets a 503 with the message."""
 
 
 @dataclass(slots=True)
@@ -57,7 +60,7 @@ class RelayCounts:
 
     requests: int = 0
     failed: int = 0
-    """Answered with a 503 of our own, because the engine did not come back in time."""
+    """Answered with an error of our own, because the engine did not answer."""
     cut: int = 0
     """Streams that the engine cut or that the client left."""
 
@@ -134,8 +137,8 @@ class _Call:
                 upstream, data, error = await self._whole()
                 ended = error is None and upstream.status == 200
                 sent = self.serving.reply(data) if ended else data
-        except EngineDown:
-            return self._unavailable()
+        except NoAnswer as none:
+            return self._unavailable(none)
         if error is not None:
             return await self._broken_off(upstream, data, error)
         headers = self._headers(upstream.headers)
@@ -156,10 +159,9 @@ class _Call:
         """A reply as events, passed on as they arrive."""
         try:
             upstream = await self._open_with_keep_alive()
-        except EngineDown:
-            if self._early is None:
-                return self._unavailable()
-            return await self._end_early(orjson.dumps(self._unavailable_body()))
+        except NoAnswer as none:
+            answer = self._unavailable(none)
+            return answer if self._early is None else await self._end_early(_bytes(answer))
         try:
             if upstream.status != 200:
                 data, error = await _read(upstream)
@@ -246,43 +248,77 @@ class _Call:
             self.request.transport.abort()
         return response
 
-    async def _open(self) -> Answer:
+    async def _open(self, tried: int = 0) -> Answer:
         """The engine's answer, once there is one; waits for an engine that is down."""
         deadline = time.monotonic() + self.relay.config.hold_s
-        for _ in range(_ATTEMPTS):
+        for attempt in range(tried, ATTEMPTS):
             await self._wait_up(deadline)
-            try:
-                return await self._answer()
-            except OSError as error:
-                log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
-                self.relay.versions.engine_failed()
-            except NotHttp as error:
-                log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
-                break
-        self.relay.counts.failed += 1
-        raise EngineDown
+            if (answer := await self._tried(fresh=attempt > 0)) is not None:
+                return answer
+        raise NoAnswer(f"The inference engine closed the connection {ATTEMPTS} times.")
 
-    async def _answer(self) -> Answer:
+    async def _tried(self, *, fresh: bool) -> Answer | None:
+        """One attempt; None if the request may be sent again. Raises NoAnswer.
+
+        It may on a fresh connection, as the other end may have closed the one that was kept; then
+        only if the engine is down. Not once a part of an answer has come.
+        """
+        try:
+            return await self._answer(fresh=fresh)
+        except NotHttp as error:
+            log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
+            raise NoAnswer("The inference engine's answer is not HTTP.") from error
+        except OSError as error:
+            log.info("turn=%s the engine gave no answer: %r", self.turn_id, error)
+            if is_exhausted(error):
+                raise NoAnswer("The proxy cannot open more connections now.") from error
+            within = isinstance(error, HeadCut)
+            if not fresh and not within:
+                return None
+            if await self.relay.versions.is_well() or within:
+                raise NoAnswer(
+                    "The inference engine closed the connection without an answer."
+                ) from error
+            return None
+
+    async def _answer(self, *, fresh: bool) -> Answer:
         """One attempt: with the adapter brought back if it was lost, natively if that is needed."""
-        upstream = await self._post()
+        abilities = self.relay.versions.engine.abilities
+        if self.version.adapter_name is not None and not abilities.adapters:
+            # Found out while the request waited.
+            self.version = self.relay.versions.serves(self.version.lineage)
+            self._serve(self.serving)
+        upstream = await self._post(fresh=fresh)
         if upstream.status == 404 and await self.relay.versions.restored(self.version):
             upstream.close()
             upstream = await self._post()
+        if upstream.status in _REFUSED and (plain := self._without_additions()) is not None:
+            upstream.close()
+            self._serve(plain)
+            upstream = await self._post()
+            if upstream.status == 200:
+                self.relay.versions.engine_refuses_additions()
         if upstream.status != 200 and self.serving.path != self.request.path:
             upstream.close()
             self._serve_natively()
             upstream = await self._post()
         return upstream
 
+    def _without_additions(self) -> Serving | None:
+        """The request as it came, if the engine may have refused what was added to it."""
+        added = isinstance(self.serving, Direct) and self.serving.additions
+        if not added or self.relay.versions.engine.abilities.tells_tokens:
+            return None
+        return Direct(self.request.path, self.body, self.model, None, additions=False)
+
     async def _open_with_keep_alive(self) -> Answer:
         """Like `_open`; while the engine is down the client gets its headers, then comments."""
+        tried = 0
         if self.relay.versions.up:
-            try:
-                return await self._answer()
-            except (NotHttp, OSError) as error:
-                log.info("turn=%s the engine is unreachable, holding: %r", self.turn_id, error)
-                self.relay.versions.engine_failed()
-        opening = asyncio.create_task(self._open())
+            if (answer := await self._tried(fresh=False)) is not None:
+                return answer
+            tried = 1
+        opening = asyncio.create_task(self._open(tried))
         pause = HELD_BEFORE_HEADERS_S
         try:
             while not (await asyncio.wait({opening}, timeout=pause))[0]:
@@ -309,18 +345,21 @@ class _Call:
             return
         try:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
-                await self.relay.versions.wait_up()
+                await self.relay.versions.wait_admitted()
         except TimeoutError:
-            self.relay.counts.failed += 1
-            raise EngineDown from None
+            raise NoAnswer(
+                "The inference engine is not available; the request was held and has timed out."
+            ) from None
+        except WrongEngineError as error:
+            raise NoAnswer(f"The inference engine cannot be used: {error}.") from error
 
-    async def _post(self) -> Answer:
+    async def _post(self, *, fresh: bool = False) -> Answer:
         target = self.serving.path
         query = self.request.rel_url.raw_query_string
         if query and target == self.request.path:
             target = f"{target}?{query}"
         headers = upstream_headers(self.request.headers)
-        return await self.relay.upstream.post(target, headers, self._sent)
+        return await self.relay.upstream.post(target, headers, self._sent, fresh=fresh)
 
     def _exchange(self, cut: str | None) -> Exchange:
         serving = self.serving
@@ -330,9 +369,7 @@ class _Call:
             explicit_session=explicit_session(self.request.headers, self.body),
             request=serving.chat,
             capture=serving.capture,
-            policy_version=self.relay.versions.number_of(
-                serving.capture.model, self.version.lineage
-            ),
+            policy_version=self.relay.versions.number_of(serving.capture.model, self.version),
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
@@ -349,17 +386,19 @@ class _Call:
             "x-nextstate-version": str(self.version.number),
         }
 
-    def _unavailable(self) -> web.Response:
-        return web.json_response(
-            self._unavailable_body(), status=503, headers={"Retry-After": str(RETRY_AFTER_S)}
-        )
-
-    def _unavailable_body(self) -> Json:
-        message = "The inference engine is not available; the request was held and has timed out."
-        return api_error(self.request, message, "ServiceUnavailableError", 503)
+    def _unavailable(self, error: NoAnswer) -> web.Response:
+        self.relay.counts.failed += 1
+        body = orjson.dumps(api_error(self.request, str(error), "ServiceUnavailableError", 503))
+        headers = {"Retry-After": str(RETRY_AFTER_S)}
+        return web.Response(body=body, status=503, headers=headers, content_type="application/json")
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
+
+
+def _bytes(answer: web.Response) -> bytes:
+    assert isinstance(answer.body, bytes)
+    return answer.body
 
 
 async def _read(upstream: Answer) -> tuple[bytes, Cut | None]:

@@ -124,22 +124,36 @@ DIALECTS = {
 
 
 class Direct:
-    """Chat and completions: the client's request with our additions."""
+    """Chat and completions: the client's request with our additions, if the engine takes them."""
 
-    def __init__(self, path: str, body: Json, model: str, fingerprint: str | None) -> None:
+    def __init__(
+        self,
+        path: str,
+        body: Json,
+        model: str,
+        fingerprint: str | None,
+        *,
+        additions: bool = True,
+    ) -> None:
         self.path = path
         self.untrainable: str | None = None
         self.capture = Capture()
         self._body = body
         self._asked = (Asked.of if path == CHAT else completions.asked_for)(body, model)
+        self.additions = additions
+        if not additions:
+            self.untrainable = "the engine refuses to be asked for log-probs and token ids"
+            self._asked = Asked(model, logprobs=True, token_ids=True, usage=True)
         self._fingerprint = fingerprint
         self._format: Any = chat if path == CHAT else completions
-        self._splice = Splice(self._asked) if path == CHAT else None
+        self._splice = Splice(self._asked) if path == CHAT and additions else None
         self.chat = body if path == CHAT else completions.to_chat(body)
         self.choices = chat.count(body) if path == CHAT else completions.choices_of(body)
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
+        if not self.additions:
+            return orjson.dumps({**self._body, "model": model})
         return orjson.dumps(self._format.upstream_request(self._body, model))
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
@@ -314,7 +328,8 @@ def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Servi
     """How a request that named `model` is served."""
     dialect = DIALECTS.get(path)
     if dialect is None:
-        return Direct(path, body, model, engine.fingerprint)
+        additions = engine.abilities.additions
+        return Direct(path, body, model, engine.fingerprint, additions=additions)
     translation = dialect.to_chat(body, engine.habits)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation, model)

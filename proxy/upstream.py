@@ -30,6 +30,10 @@ class NotHttp(Exception):
     """What came in an answer's place is not HTTP/1.1."""
 
 
+class HeadCut(ConnectionResetError):
+    """The engine broke off within the head of its answer: it may have done what was asked."""
+
+
 class Cut(Exception):
     """The engine broke its answer off."""
 
@@ -70,9 +74,12 @@ class Upstream:
         for connection in list(self._connections):
             connection.abort()
 
-    async def post(self, target: str, headers: Mapping[str, str], body: bytes) -> Answer:
+    async def post(
+        self, target: str, headers: Mapping[str, str], body: bytes, *, fresh: bool = False
+    ) -> Answer:
         """The answer, once its head has come. `target` is a path with its query.
 
+        `fresh` takes a new connection: one that was kept may be closed already at the other end.
         Raises OSError for a server that cannot be reached or goes before it answers, NotHttp for
         one that answers something else, ValueError for a line break in `target` or a header.
         """
@@ -82,7 +89,7 @@ class Upstream:
         head = f"POST {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
         if not head.count("\r") == head.count("\n") == len(lines) + 2:
             raise ValueError(f"a line break in {target!r} or one of the headers {[*headers]}")
-        connection = self._unused() or await self._connected()
+        connection = (None if fresh else self._unused()) or await self._connected()
         try:
             return await connection.ask(head.encode("utf-8", "surrogateescape") + body)
         except BaseException:
@@ -266,7 +273,8 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._upstream.lost(self)
         if self._answer is None:
-            error = ConnectionResetError("the engine closed the connection before it answered")
+            kind = HeadCut if self._unread else ConnectionResetError
+            error = kind("the engine closed the connection before it answered")
             error.__cause__ = exc
             self._end(error)
         elif exc is None and _until_closed(self._answer.headers):

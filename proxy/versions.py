@@ -10,28 +10,33 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, warm_up, withdraw
-from nextstate.errors import AdapterError, EngineError, WaitError
-from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
-from nextstate.store import Store
+from nextstate.abilities import look
+from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
+from nextstate.errors import AdapterError, EngineError, WaitError, WrongEngineError
+from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
+from nextstate.store import Store, base_version
 
 log = logging.getLogger(__name__)
 
 STORE_POLL_S = 0.05
 HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
+SLOWEST_POLL_S = 5.0
+"""For an engine that answers and cannot serve: the pause doubles up to this."""
+QUIET_START_S = 5.0
+"""An engine that is not there is no news before."""
+LOOK_AGAIN_S = 30.0
+"""For an engine that lacks something: it may have been started anew with it."""
 UNLOAD_AGAIN_S = 10.0
-_ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
 
 
 class Versions:
@@ -54,8 +59,16 @@ class Versions:
         self._worker = worker
         self._unload_at = 0.0
         """On the monotonic clock; later than now after a failure."""
+        self.wrong: str | None = None
+        """Why no request can be sent to what answers, until a person changes something."""
         self._up = asyncio.Event()
+        self._known = asyncio.Event()
+        """Whether requests can be let through or refused at once."""
         self._failed = asyncio.Event()
+        self._said = ""
+        """What was last logged about the engine."""
+        self._look_at = 0.0
+        self._asking: asyncio.Task[bool] | None = None
 
     @property
     def up(self) -> bool:
@@ -66,32 +79,83 @@ class Versions:
         """Returns when the engine serves."""
         await self._up.wait()
 
+    async def wait_admitted(self) -> None:
+        """Like `wait_up`, but raises WrongEngineError if only a person can help."""
+        while not self.up:
+            if self.wrong is not None:
+                raise WrongEngineError(self.wrong)
+            await self._known.wait()
+
+    async def is_well(self) -> bool:
+        """Whether the engine can serve, after a request failed; if not, further ones are held.
+
+        All that ask at the same time share one look.
+        """
+        if self.up:
+            if self._asking is None or self._asking.done():
+                self._asking = asyncio.create_task(self._is_healthy())
+            with suppress(WrongEngineError):  # by now it is known to be down
+                if not await asyncio.shield(self._asking):
+                    self.engine_failed()
+        return self.up
+
+    async def _is_healthy(self) -> bool:
+        """What the engine says; as before, where it cannot be asked."""
+        try:
+            return await self.engine.healthy()
+        except EngineError as error:
+            if isinstance(error, WrongEngineError) and not self.up:
+                raise
+            log.warning("%s", error)
+            return self.up
+
     def engine_failed(self) -> None:
-        """Tells that a request could not reach the engine: hold further ones until it is back."""
-        self._up.clear()
+        """Holds requests until the engine is back, and what serves is loaded."""
+        self._set(up=False)
         self._failed.set()
+
+    def _set(self, *, up: bool, wrong: str | None = None) -> None:
+        self.wrong = wrong
+        if up:
+            self._up.set()
+        else:
+            self._up.clear()
+        if up or wrong is not None:
+            self._known.set()
+        else:
+            self._known.clear()
+
+    def engine_refuses_additions(self) -> None:
+        """Tells that a request got through only as it came: further ones go so at once."""
+        known = self.engine.abilities
+        self.engine.abilities = replace(known, additions=False)
+
+    def serves(self, lineage: str) -> PolicyVersion:
+        """What new requests take: the base, where the engine loads no adapters."""
+        version = self.serving[lineage]
+        loads = version.adapter_name is None or self.engine.abilities.adapters
+        return version if loads else base_version(lineage, version.state)
 
     @asynccontextmanager
     async def hold(self, lineage: str) -> AsyncGenerator[PolicyVersion]:
         """The lineage's serving version, kept loaded for as long as the request runs."""
-        version = self.serving[lineage]
-        name = version.adapter_name or self.engine.model
+        version = self.serves(lineage)
+        name = self._name(version)
         self.running[name] += 1
         try:
             yield version
         finally:
             self.running[name] -= 1
 
-    def number_of(self, served: str | None, lineage: str) -> int | None:
-        """The version of `lineage` that an engine's answer names; None if it is none of them."""
+    def number_of(self, served: str | None, version: PolicyVersion) -> int | None:
+        """The version that an engine's answer names: `version`, the base, or None for any other."""
         if served == self.engine.model:
             return BASE_VERSION
-        match = _ADAPTER.fullmatch(served or "")
-        return int(match["number"]) if match is not None and match["lineage"] == lineage else None
+        return version.number if served == version.adapter_name else None
 
     def is_adapter(self, name: str) -> bool:
         """Whether the engine's model `name` is one of our versions."""
-        return name == WARM_UP_ADAPTER or _ADAPTER.fullmatch(name) is not None
+        return name == WARM_UP_ADAPTER or names_adapter(name)
 
     async def restored(self, version: PolicyVersion) -> bool:
         """Brings back an adapter that the engine has lost; False when that fails too."""
@@ -125,6 +189,7 @@ class Versions:
                         log.info("version=%d serves lineage=%s", version.number, lineage)
                         self.running[self._name(old)] += 0  # so that it is unloaded once drained
                         self.serving[lineage] = version
+                        self._look_at = 0.0  # whether a server takes adapters may count now
                 await self._unload_drained()
             except WaitError:
                 continue  # the store has said why
@@ -176,33 +241,77 @@ class Versions:
         return True
 
     async def _watch_engine(self) -> None:
+        pause = DOWN_POLL_S
+        quiet_until = time.monotonic() + QUIET_START_S
         while True:
             self._failed.clear()
+            healthy = False
             try:
-                healthy = await self.engine.healthy() and (self.up or await self._prepare())
+                healthy = await self._is_healthy()
+                if not healthy:
+                    self._set(up=False)
+                    if self._said or time.monotonic() > quiet_until:
+                        self._say(f"the engine is not there, requests wait: {self.engine.trouble}")
+                elif not self.up:
+                    await self._prepare()
+                    self._set(up=True)
+                    self._say(self._found())
+                elif self.engine.abilities.lacks and time.monotonic() > self._look_at:
+                    await self._look_again()
+            except WrongEngineError as error:
+                self._set(up=False, wrong=str(error))
+                self._say(f"no request is let through: {error}")
+            except EngineError as error:
+                self._set(up=False)
+                self._say(f"the engine is there, but cannot serve yet: {error}")
             except Exception:
-                healthy = False
+                self._set(up=False)
                 log.exception("getting the engine ready failed; trying again")
-            if healthy:
-                self._up.set()
+            if self.up:
+                pause = HEALTH_POLL_S
+            elif not healthy or pause == HEALTH_POLL_S:
+                pause = DOWN_POLL_S
             else:
-                self._up.clear()
-            try:
-                pause = HEALTH_POLL_S if healthy else DOWN_POLL_S
+                pause = min(2 * pause, SLOWEST_POLL_S)
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), pause)
-            except TimeoutError:
-                continue
 
-    async def _prepare(self) -> bool:
+    def _say(self, what: str) -> None:
+        """Logs what is new about the engine."""
+        if what != self._said:
+            self._said = what
+            level = logging.INFO if self.up and not self.engine.abilities.lacks else logging.WARNING
+            log.log(level, "%s (%s)", what, self.engine.url)
+
+    def _found(self) -> str:
+        lacks = self.engine.abilities.lacks
+        if not lacks:
+            return "the engine serves"
+        stand_ins = [name for name in self.serving if self.serves(name) != self.serving[name]]
+        base = f"; the base model serves in place of the versions of {', '.join(stand_ins)}"
+        return (
+            f"the engine serves and turns are recorded, but learning lacks {'; '.join(lacks)}"
+            f"{base if stand_ins else ''}"
+        )
+
+    async def _look_again(self) -> None:
+        """Looks whether an engine that serves has got what it lacked."""
         try:
-            await warm_up(self.engine, self._zero_adapter)
+            await self._prepare()
+        except EngineError as error:
+            log.info("the engine could not be looked at again: %s", error)
+        self._say(self._found())
+
+    async def _prepare(self) -> None:
+        """Finds out what the engine can do and loads what serves."""
+        needed = any(version.adapter_name for version in self.serving.values())
+        found = await look(self.engine, self._zero_adapter, adapters=needed)
+        if found.adapters:
             for version in list(self.serving.values()):
                 await self._load(version)
             await self._forget_retired()
-        except EngineError as error:
-            log.warning("the engine is up, but cannot serve yet: %s", error)
-            return False
-        return True
+        self.engine.abilities = found
+        self._look_at = time.monotonic() + LOOK_AGAIN_S
 
     async def _load(self, version: PolicyVersion) -> None:
         """Loads a serving version, or withdraws it if its adapter is no longer what it was."""
@@ -216,7 +325,10 @@ class Versions:
             await self._load(serving)
 
     async def _forget_retired(self) -> None:
-        """Unloads versions that an earlier proxy left behind; without the store they stay."""
+        """Unloads versions that an earlier proxy left behind; without the store they stay.
+
+        So it does what an earlier release loaded under another name.
+        """
         try:
             versions = await asyncio.to_thread(self._store.versions)
             elsewhere = await self._in_use_elsewhere()
@@ -224,7 +336,9 @@ class Versions:
             log.warning("what an earlier proxy left in the engine stays there: %s", error)
             return
         states = {version.adapter_name: version.state for version in versions}
+        ours = {version.path for version in versions} - {None}
         for model in await self.engine.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
+            over |= model.root in ours and model.id not in states
             if over and not self.running[model.id] and model.id not in elsewhere:
                 await self._unload(model.id)

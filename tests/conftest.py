@@ -68,7 +68,9 @@ def habits(native_engine: Engine) -> Habits:
     """What the loop's vLLM makes of /v1/messages."""
 
     async def learnt() -> Habits:
-        async with EngineClient(native_engine.url, native_engine.model) as engine:
+        async with EngineClient(
+            native_engine.url, native_engine.model, native_engine.key
+        ) as engine:
             return await learn_habits(engine)
 
     return asyncio.run(learnt())

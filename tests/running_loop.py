@@ -69,6 +69,13 @@ class Engine:
     url: str
     proxy_url: str
     model: str
+    key: str
+    """vLLM's own; nothing but `/health` answers without it."""
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request straight to vLLM carries."""
+        return {"Authorization": f"Bearer {self.key}"}
 
 
 class Loop:
@@ -101,7 +108,7 @@ class Loop:
     def engine(self) -> Engine:
         """Where its vLLM listens; another port after a restart."""
         state = json.loads((self.state / "engine.json").read_text())
-        return Engine(state["url"], self.url, MODEL)
+        return Engine(state["url"], self.url, MODEL, state["key"])
 
     def close(self) -> None:
         """Ends it, if no test has done so."""

@@ -15,6 +15,7 @@ import orjson
 
 from nextstate.records import Json
 from proxy.sse import EventSplitter, event_data
+from tests.running_loop import Engine
 
 _TIMEOUT_S = 120
 _TRIES = 4
@@ -78,13 +79,15 @@ def answer_of(
     *,
     method: str = "POST",
     content_type: str | None = "application/json",
+    key: str | None = None,
 ) -> Answer:
-    """What a server answers to one request."""
+    """What a server answers to one request; `key` is its own, where it asks for one."""
     place = urlsplit(url)
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=_TIMEOUT_S)
     sent = orjson.dumps(body) if isinstance(body, dict) else body
     try:
         headers = {} if content_type is None else {"Content-Type": content_type}
+        headers |= {} if key is None else {"Authorization": f"Bearer {key}"}
         connection.request(method, path, sent, headers)
         reply = connection.getresponse()
         found = {name.lower(): value for name, value in reply.getheaders()}
@@ -96,15 +99,16 @@ def answer_of(
 
 
 def assert_same(
-    native_url: str,
-    proxy_url: str,
+    engine: Engine,
     path: str,
     body: Json | bytes | None,
     adapter: str | None = None,
     as_parsed: bool = False,
     **how: Any,
 ) -> Answer:
-    """Asks both, and returns the proxy's answer; `adapter` is what vLLM calls the serving one.
+    """Asks vLLM and the proxy, and returns the proxy's answer.
+
+    `adapter` is what vLLM calls the one that serves.
 
     With `as_parsed` only what the SDKs make of the answers is compared: to them null and no field
     at all are the same, and so are fields in another order.
@@ -115,9 +119,10 @@ def assert_same(
     told: list[bytes] = []
     expected: list[bytes] = []
     for _ in range(_TRIES):
-        native = answer_of(native_url, path, _salted(_naming(adapter, body)), **how)
+        asked = _salted(_naming(adapter, body))
+        native = answer_of(engine.url, path, asked, key=engine.key, **how)
         native = native.naming(body, adapter)
-        ours = answer_of(proxy_url, path, _salted(body), **how)
+        ours = answer_of(engine.proxy_url, path, _salted(body), **how)
         if as_parsed:
             native, ours = native.as_parsed, ours.as_parsed
         assert (ours.status, ours.headers) == (native.status, native.headers), (ours, native)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
@@ -25,6 +26,11 @@ def write_weights(folder: Path) -> str:
     folder.mkdir()
     (folder / WEIGHTS_FILE).write_bytes(folder.name.encode())
     return file_sha256(folder / WEIGHTS_FILE)
+
+
+def adapter(lineage: str, number: int, folder: str) -> str:
+    """The name of the adapter that `write_weights` made in a folder of that name."""
+    return f"{lineage}-v{number:06d}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
 
 
 @dataclass
@@ -65,7 +71,13 @@ class ScriptedEngine:
     undone: int = 0
     """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
     unloads_to_fail: int = 0
+    refuses_adapters: bool = False
+    """Answers loads as a vLLM without `--enable-lora`."""
     unloaded: list[str] = field(default_factory=list)
+    resets: int = 0
+    """Requests whose connection breaks before a byte of an answer."""
+    was_reset: list[str] = field(default_factory=list)
+    """Their paths."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
     server: TestServer | None = None
@@ -76,7 +88,7 @@ class ScriptedEngine:
         return str(self.server.make_url("")).rstrip("/")
 
     def app(self) -> web.Application:
-        app = web.Application(client_max_size=1 << 30)
+        app = web.Application(client_max_size=1 << 30, middlewares=[self._reset])
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -87,6 +99,16 @@ class ScriptedEngine:
         app.router.add_post("/v1/score", self._score)
         app.router.add_post("/tokenize", self._tokenize)
         return app
+
+    @web.middleware
+    async def _reset(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.resets and request.method == "POST":
+            self.resets -= 1
+            self.was_reset.append(request.path)
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()
+        return await handler(request)
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
@@ -101,6 +123,9 @@ class ScriptedEngine:
         self.loads += 1
         if self.loading is not None:
             await self.loading.wait()
+        if self.refuses_adapters:
+            error = {"message": "LoRA is not enabled.", "type": "InternalServerError", "code": 500}
+            return web.json_response({"error": error}, status=500)
         if body["lora_name"] in self.adapters:
             message = f"The lora adapter '{body['lora_name']}' has already been loaded."
             error = {"message": message, "type": "InvalidUserInput", "param": None, "code": 400}

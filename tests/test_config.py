@@ -43,6 +43,7 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[learner]\nmethod = 'ppo'", "'opd_topk', 'combined' or 'combined_sampled'"),
         ("[proxy]\nworkers = 2\nport = 0", "name a port"),
         ("[lineages.a]\nmodel = 'x-v000001'", "looks like an adapter"),
+        (f"[lineages.a]\nmodel = 'x-v000001-{16 * 'a'}'", "looks like an adapter"),
         ("[proxy]\nworkers = 0", r"\[proxy\] workers = 0"),
         ("[lineages]\nalice = 1", r"expected a section \[lineages.alice\]"),
         ("[lineages.main]\nmodel = 'x'", "everyone else's"),
@@ -58,6 +59,52 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
 def test_bad_values_name_the_key_that_fixes_them(tmp_path: Path, text: str, expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         settings_from(tmp_path, text)
+
+
+_EXTERNAL = '[engine]\nmode = "external"\nurl = "http://gpu.lan:8000"\n[judge]\n'
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        'base_url = "https://api.example.com/v1"',
+        'kind = "rules,engine"\nbase_url = "http://10.0.0.5:8000/v1"',
+        'kind = "plugins.judges.engine:create"\nbase_url = "http://example.com/v1"',
+        'base_url = "http://127.0.0.1@example.com/v1"',
+        'base_url = "http://127.0.0.1.example.com/v1"',
+        'base_url = "http://localhost.example.com/v1"',
+        'base_url = "example.com/v1"',
+        'base_url = "http://[::1/v1"',
+        'kind = "plugins.judges.litellm:create"',
+        'kind = "rules, plugins.judges.litellm:create"',
+        'kind = "plugins.judges.litellm:LitellmJudge"',
+        'kind = "their_package.judge:create"',
+        'kind = "outcome,their_package.judge:make"',
+        'kind = "theirs"',
+    ],
+)
+def test_a_judge_that_may_send_turns_elsewhere_must_be_allowed(tmp_path: Path, judge: str) -> None:
+    text = f"[judge]\n{judge}\n"
+    with pytest.raises(ConfigError, match=r"\[privacy\] external_judge = true"):
+        settings_from(tmp_path, text)
+    settings_from(tmp_path, text + "[privacy]\nexternal_judge = true\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[judge]\nbase_url = "http://127.0.0.1:9000/v1"',
+        '[judge]\nbase_url = "http://127.8.8.8/v1"',
+        '[judge]\nbase_url = "http://localhost:9000/v1"',
+        '[judge]\nbase_url = "http://[::1]:9000/v1"',
+        '[judge]\nkind = "plugins.judges.rules:create"',
+        '[judge]\nkind = "outcome,rules,engine"',
+        _EXTERNAL + 'base_url = "http://gpu.lan:9000/v1"',
+        _EXTERNAL + 'kind = "engine"',
+    ],
+)
+def test_a_judge_on_this_machine_or_the_engines_needs_no_leave(tmp_path: Path, text: str) -> None:
+    settings_from(tmp_path, text)
 
 
 def test_a_named_file_must_exist_and_the_default_file_need_not(

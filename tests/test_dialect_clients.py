@@ -111,8 +111,7 @@ def compared(native_engine: Engine, ask_at_once: Callable[..., Done]) -> Done:
 
     def ask(case: str, stream: bool) -> int:
         body = smaller(REQUESTS[case], native_engine.model, stream)
-        urls = (native_engine.url, native_engine.proxy_url)
-        return assert_same(*urls, REQUESTS[case]["path"], body, as_parsed=True).status
+        return assert_same(native_engine, REQUESTS[case]["path"], body, as_parsed=True).status
 
     return ask_at_once("compared", ask)
 

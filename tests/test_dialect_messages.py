@@ -38,11 +38,10 @@ from tests.running_loop import Engine
 # The engine's own answers
 
 
-def post(url: str, body: Json) -> tuple[int, str, bytes]:
-    """Status, content type and body of the answer."""
-    request = urllib.request.Request(
-        url, json.dumps(body).encode(), {"Content-Type": "application/json"}
-    )
+def post(engine: Engine, path: str, body: Json) -> tuple[int, str, bytes]:
+    """Status, content type and body of vLLM's answer."""
+    headers = {"Content-Type": "application/json", **engine.headers}
+    request = urllib.request.Request(engine.url + path, json.dumps(body).encode(), headers)
     try:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return answer.status, answer.headers["Content-Type"], answer.read()
@@ -62,9 +61,7 @@ def payloads(stream: bytes) -> Iterator[bytes]:
 def through_chat(engine: Engine, body: Json, habits: Habits) -> tuple[int, str, bytes]:
     """What a client gets that is served through /v1/chat/completions."""
     chat = to_chat(body, habits).chat
-    status, kind, data = post(
-        f"{engine.url}/v1/chat/completions", upstream_request(chat, engine.model)
-    )
+    status, kind, data = post(engine, "/v1/chat/completions", upstream_request(chat, engine.model))
     if status != 200:
         return status, kind, data
     asked = Asked.of(chat, engine.model)
@@ -381,7 +378,7 @@ def equal_answers(engine: Engine, body: Json, habits: Habits) -> int:
 
     Returns the native status.
     """
-    native = post(f"{engine.url}/v1/messages", salted(body))
+    native = post(engine, "/v1/messages", salted(body))
     translated = through_chat(engine, salted(body), habits)
     if native[0] != 200:
         assert translated[0] != 200, (native, translated)

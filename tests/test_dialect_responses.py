@@ -340,7 +340,7 @@ CASES: dict[str, Json] = {
 
 
 def post(engine: Engine, path: str, body: Json) -> tuple[int, bytes]:
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", **engine.headers}
     request = urllib.request.Request(engine.url + path, orjson.dumps(body), headers)
     try:
         with urllib.request.urlopen(request, timeout=60) as reply:
@@ -351,7 +351,8 @@ def post(engine: Engine, path: str, body: Json) -> tuple[int, bytes]:
 
 
 def max_model_len(engine: Engine) -> int:
-    with urllib.request.urlopen(engine.url + "/v1/models", timeout=60) as reply:
+    request = urllib.request.Request(engine.url + "/v1/models", headers=engine.headers)
+    with urllib.request.urlopen(request, timeout=60) as reply:
         return json.load(reply)["data"][0]["max_model_len"]
 
 

@@ -302,7 +302,7 @@ def request_of(engine: Engine, path: str, more: Json, stream: bool = False) -> J
 
 def same(engine: Engine, path: str, body: Json | bytes | None, **how: Any) -> Answer:
     """The proxy's answer, which is the engine's."""
-    return assert_same(engine.url, engine.proxy_url, path, body, **how)
+    return assert_same(engine, path, body, **how)
 
 
 def precise(more: Json) -> bool:
@@ -409,11 +409,11 @@ def test_tokens_are_counted_as_vllm_counts_them(native_engine: Engine, more: Jso
 
 
 def test_the_models_are_those_of_vllm_without_its_adapters(native_engine: Engine) -> None:
-    def listed(url: str) -> tuple[int, Json]:
-        answer = answer_of(url, "/v1/models", None, method="GET")
+    def listed(url: str, key: str | None = None) -> tuple[int, Json]:
+        answer = answer_of(url, "/v1/models", None, method="GET", key=key)
         return answer.status, json.loads(answer.body)
 
-    status, models = listed(native_engine.url)
+    status, models = listed(native_engine.url, native_engine.key)
     models["data"] = [model for model in models["data"] if model["parent"] is None]
     assert listed(native_engine.proxy_url) == (status, models)
 

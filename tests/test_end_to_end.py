@@ -24,7 +24,7 @@ from nextstate.stages import publish_version
 from nextstate.store import Store
 from nextstate.vllm import free_port
 from tests.running_loop import Loop, run, wait_for, write_config
-from tests.same_answer import assert_same
+from tests.same_answer import answer_of, assert_same
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -134,8 +134,10 @@ def test_an_adapters_answers_are_those_of_vllm_under_the_clients_name(
     version = int(ask(loop).headers["x-nextstate-version"])
     assert version > 0
     body = {"model": MODEL, "temperature": 0, "cache_salt": "-", **ROUTES[path], "stream": stream}
-    adapter = f"main-v{version:06d}"
-    answer = assert_same(engine.url, engine.proxy_url, path, body, adapter)
+    listed = answer_of(engine.url, "/v1/models", None, method="GET", key=engine.key)
+    names = [model["id"] for model in json.loads(listed.body)["data"]]
+    [adapter] = [name for name in names if name.startswith(f"main-v{version:06d}-")]
+    answer = assert_same(engine, path, body, adapter)
     assert answer.status == 200
     assert adapter.encode() not in answer.body
 

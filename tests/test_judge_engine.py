@@ -28,7 +28,9 @@ TURNS = 2
 
 
 def settings_for(engine: Engine) -> JudgeSettings:
-    return JudgeSettings(model=MODEL, base_url=f"{engine.url}/v1", max_tokens=80)
+    return JudgeSettings(
+        model=MODEL, base_url=f"{engine.url}/v1", api_key=engine.key, max_tokens=80
+    )
 
 
 def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
@@ -76,7 +78,7 @@ def test_a_judge_that_talks_nonsense_gives_no_verdict_and_no_reward(
     async def scene() -> None:
         stop = asyncio.Event()
         judge = create(settings_for(native_engine))
-        async with EngineClient(native_engine.url, MODEL, None) as engine:
+        async with EngineClient(native_engine.url, MODEL, native_engine.key) as engine:
             task = asyncio.create_task(run(store, JudgeConfig(), judge, engine, stop, counts))
             await counts.until(deferred=TURNS)
             stop.set()

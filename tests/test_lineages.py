@@ -20,7 +20,14 @@ from nextstate.engine import publish
 from nextstate.records import PolicyVersion, Turn, Verdict, VersionState
 from nextstate.store import Store
 from proxy.lineages import Access
-from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine, write_weights
+from tests.scripted_engine import (
+    MODEL,
+    Script,
+    ScriptedEngine,
+    adapter,
+    scripted_engine,
+    write_weights,
+)
 from tests.test_proxy import Running, both, request, running, until
 
 MAIN, ALICE, BOB, CAROL = "main", "alice", "bob", "carol"
@@ -51,6 +58,11 @@ async def serve(store: Store, p: Running, tmp_path: Path, lineage: str, number: 
     """Publishes a new version and returns when new requests take it."""
     await publish(store, p.proxy.engine, add_version(store, tmp_path, lineage, number))
     await until(lambda: p.proxy.versions.serving[lineage].number == number)
+
+
+def name_of(lineage: str, number: int) -> str:
+    """What `add_version` calls an adapter."""
+    return adapter(lineage, number, f"{lineage}-{number}")
 
 
 def turn_of(store: Store, headers: dict[str, str]) -> Turn:
@@ -84,7 +96,7 @@ def test_an_alias_reaches_its_lineage_and_replies_carry_it(
             assert set(re.findall(rb'"model": ?"([^"]*)"', data)) == {b"bob-model"}
             assert b"-v0" not in data
             sent = (engine.completions if path == "completions" else engine.requests)[-1]
-            assert sent["model"] == ("bob-v000001" if number else MODEL)
+            assert sent["model"] == (name_of(BOB, 1) if number else MODEL)
             turn = turn_of(store, dict(answer.headers))
             assert (turn.lineage, turn.policy_version) == (BOB, number)
             assert (turn.client_model, turn.trainable) == ("bob-model", True)
@@ -126,7 +138,7 @@ def test_a_key_and_a_name_lead_to_one_lineage(
         status, data, headers = await p.chat({**request(), "model": model}, sent)
         assert status == 200
         assert orjson.loads(data)["model"] == (model or MODEL)
-        assert engine.requests[-1]["model"] == f"{lineage}-v000001"
+        assert engine.requests[-1]["model"] == name_of(lineage, 1)
         assert turn_of(store, headers).lineage == lineage
         assert key not in str(engine.headers[-1])
 
@@ -265,22 +277,22 @@ def test_adapters_of_one_lineage_unload_when_drained_and_of_no_other(
         await until(lambda: bool(engine.requests))
         await serve(store, p, tmp_path, ALICE, 2)
         await serve(store, p, tmp_path, BOB, 2)
-        await until(lambda: engine.unloaded == ["bob-v000001"])
+        await until(lambda: engine.unloaded == [name_of(BOB, 1)])
         _, _, headers = await p.chat(request(), bearer("alice-key"))
         assert turn_of(store, headers).policy_version == 2
-        loaded = {"main-v000001", "alice-v000001", "alice-v000002", "bob-v000002"}
+        loaded = {name_of(*version) for version in ((MAIN, 1), (ALICE, 1), (ALICE, 2), (BOB, 2))}
         assert set(engine.adapters) == loaded
         engine.script.gate.set()
         status, data, headers = await held
         assert (status, data[-14:]) == (200, b"data: [DONE]\n\n")
         assert turn_of(store, headers).policy_version == 1
-        await until(lambda: engine.unloaded == ["bob-v000001", "alice-v000001"])
-        assert set(engine.adapters) == loaded - {"alice-v000001"}
+        await until(lambda: engine.unloaded == [name_of(BOB, 1), name_of(ALICE, 1)])
+        assert set(engine.adapters) == loaded - {name_of(ALICE, 1)}
         base = store.version(ALICE, 0)
         assert base is not None
         await publish(store, p.proxy.engine, base)
-        await until(lambda: engine.unloaded[2:] == ["alice-v000002"])
-        assert set(engine.adapters) == {"main-v000001", "bob-v000002"}
+        await until(lambda: engine.unloaded[2:] == [name_of(ALICE, 2)])
+        assert set(engine.adapters) == {name_of(MAIN, 1), name_of(BOB, 2)}
 
     both(test, store, tmp_path, **OPEN)
 
@@ -392,7 +404,7 @@ class Traffic:
         ]
         assert len(set(served)) == 1
         number = turn.policy_version
-        assert served[0] == (f"{caller}-v{number:06d}" if number else MODEL)
+        assert served[0] == (name_of(caller, number) if number else MODEL)
         assert (turn.lineage, told["x-nextstate-version"]) == (caller, str(number))
 
     def check_store(self) -> None:

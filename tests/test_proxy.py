@@ -40,6 +40,7 @@ from tests.scripted_engine import (
     MODEL,
     Script,
     ScriptedEngine,
+    adapter,
     compact,
     plain_reply,
     scripted_engine,
@@ -48,6 +49,7 @@ from tests.scripted_engine import (
 )
 
 TIMEOUT = aiohttp.ClientTimeout(total=20)
+V1, V2 = (adapter("main", number, f"v{number}") for number in (1, 2))
 WRITER = WriterProcess()
 """For all tests that do not end it: it takes half a second to start."""
 atexit.register(WRITER.close)
@@ -364,14 +366,14 @@ def test_new_requests_take_the_new_version_and_the_old_unloads_when_drained(
         await until(lambda: bool(engine.requests))
         await publish(store, client, add_version(store, tmp_path, 2))
         await until(lambda: p.proxy.versions.serving["main"].number == 2)
-        assert set(engine.adapters) == {"main-v000001", "main-v000002"}  # still one reply on it
+        assert set(engine.adapters) == {V1, V2}  # still one reply on it
         engine.queue = [Script()]
         _, _, new = await p.chat(request("new"))
         engine.script.gate.set()
         _, data, headers = await old
         assert b"main-v" not in data
         assert (headers["x-nextstate-version"], new["x-nextstate-version"]) == ("1", "2")
-        await until(lambda: engine.unloaded == ["main-v000001"])
+        await until(lambda: engine.unloaded == [V1])
         turns = [store.turn(i) for i in store.turn_ids()]
         assert {turn.policy_version for turn in turns if turn} == {1, 2}
         answer = await p.http.get(f"{p.url}/v1/models")
@@ -403,9 +405,9 @@ def test_an_unload_that_failed_is_tried_again(
         for number in (1, 2):
             await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
             await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
-        await until(lambda: engine.unloaded == ["main-v000001"])
-        assert (engine.unloads_to_fail, list(engine.adapters)) == (0, ["main-v000002"])
-        await until(lambda: "main-v000001" not in p.proxy.versions.running)
+        await until(lambda: engine.unloaded == [V1])
+        assert (engine.unloads_to_fail, list(engine.adapters)) == (0, [V2])
+        await until(lambda: V1 not in p.proxy.versions.running)
 
     both(test, store, tmp_path)
 
@@ -417,7 +419,7 @@ def test_an_adapter_that_is_unloaded_already_is_left_in_peace(store: Store, tmp_
         engine.adapters.clear()
         await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
         await until(lambda: p.proxy.versions.serving["main"].number == 2)
-        await until(lambda: "main-v000001" not in p.proxy.versions.running)
+        await until(lambda: V1 not in p.proxy.versions.running)
 
     both(test, store, tmp_path)
 
@@ -473,7 +475,7 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
         first, second = store.versions("main")
         assert (first.state, second.state) == (VersionState.SERVING, VersionState.REJECTED)
         assert "changed on disk" in (second.reason or "")
-        assert "main-v000002" not in engine.adapters
+        assert V2 not in engine.adapters
 
     both(test, store, tmp_path)
 
@@ -535,7 +537,7 @@ def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
             engine.adapters.clear()
             rejected = replace(store.serving("main"), reason="worse")
             await withdraw_version(settings, store, rejected)
-            assert list(engine.adapters) == ["main-v000001"]
+            assert list(engine.adapters) == [V1]
             assert store.serving("main").number == 1
             assert store.versions("main")[2].reason == "worse"
             await withdraw_version(settings, store, rejected)  # another serves by now
@@ -729,7 +731,7 @@ def test_what_is_passed_on_brings_a_lost_adapter_back(store: Store, tmp_path: Pa
         engine.adapters.clear()
         answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
         assert (answer.status, (await answer.json())["model"]) == (200, MODEL)
-        assert [sent["model"] for sent in engine.requests] == ["main-v000001"] * 2
+        assert [sent["model"] for sent in engine.requests] == [V1] * 2
 
     both(test, store, tmp_path)
 
@@ -790,6 +792,7 @@ def test_what_is_passed_on_over_a_connection_that_the_engine_has_closed_is_sent_
         ({"prompt": [[1, 2]] * 342, "n": 3}, 400, "n = 3 for 342 prompts"),
         ({"messages": [request()["messages"]] * 513, "n": "2"}, 400, "n = 2 for 513 prompts"),
         ({"model": "main-v000001"}, 404, "main-v000001"),
+        ({"model": f"main-v000001-{16 * 'a'}"}, 404, "main-v000001"),
     ],
 )
 def test_what_could_end_the_engine_never_reaches_it(

@@ -27,7 +27,7 @@ from nextstate.store import Store
 from nextstate.supervisor import EXIT_USAGE
 from nextstate.vllm import free_port, port_is_free
 from proxy import app
-from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
 from tests.test_proxy import Running, add_version, request, running, until
 
 WORKERS = 2
@@ -387,7 +387,7 @@ def paired(tmp_path: Path, test: Callable[[Pair], Any]) -> None:
     asyncio.run(run())
 
 
-OLD, NEW = "main-v000001", "main-v000002"
+OLD, NEW = (adapter("main", number, f"v{number}") for number in (1, 2))
 
 
 @pytest.mark.parametrize("holder", [0, 1])
