@@ -16,14 +16,13 @@ from types import TracebackType
 from typing import Self
 
 import aiohttp
-import orjson
 
 from nextstate.adapters import verify_adapter
 from nextstate.errors import AdapterError, EngineError
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
-from nextstate.wire import json_object, objects
+from nextstate.wire import json_object, objects, write_json
 
 log = logging.getLogger(__name__)
 
@@ -169,7 +168,7 @@ class EngineClient:
 
     async def _request(self, method: str, path: str, body: Json | None, timeout_s: float) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        data = None if body is None else orjson.dumps(body)
+        data = None if body is None else write_json(body)
         headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(

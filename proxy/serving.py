@@ -17,7 +17,7 @@ import orjson
 
 from nextstate.engine import EngineClient
 from nextstate.records import Json
-from nextstate.wire import json_object
+from nextstate.wire import json_object, write_json
 from proxy.capture import Capture
 from proxy.dialects import chat, completions, messages, responses
 from proxy.dialects.chat import Asked
@@ -138,7 +138,7 @@ class Direct:
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        return orjson.dumps(self._format.upstream_request(self._body, model))
+        return write_json(self._format.upstream_request(self._body, model))
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
@@ -206,7 +206,7 @@ class Translated:
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        return orjson.dumps(chat.upstream_request(self.chat, model))
+        return write_json(chat.upstream_request(self.chat, model))
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
@@ -269,7 +269,7 @@ class Native:
     def request(self, model: str) -> bytes:
         """See `Serving`."""
         self._engine_name = b'"model":' + orjson.dumps(model)
-        return orjson.dumps({**self._body, "model": model})
+        return write_json({**self._body, "model": model})
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
