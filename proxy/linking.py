@@ -63,7 +63,7 @@ def canonical_reply(message: Json) -> bytes:
     text = "".join(_THINK.sub("", text_of(message.get("content"))).split())
     functions = [obj(call.get("function")) for call in objects(message.get("tool_calls"))]
     calls = [(f.get("name"), _canonical_arguments(f.get("arguments"))) for f in functions]
-    return orjson.dumps([text, calls])
+    return write_json([text, calls])
 
 
 def reply_keys(history: Sequence[Json], reply: Json | None) -> tuple[bytes, bytes] | None:
