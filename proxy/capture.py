@@ -11,6 +11,7 @@ import orjson
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects
+from proxy.whole import Whole
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (1, 1.0),
@@ -73,6 +74,8 @@ class Capture:
     error: str | None = None
     """Why what came could not be read, for example an error event in the stream."""
     _unread: list[Json | bytes | Piece] = field(default_factory=list["Json | bytes | Piece"])
+    _unread_prompt: bytes | None = None
+    """The prompt's ids without their brackets, as JSON."""
     _pieces: list[Piece] = field(default_factory=list[Piece])
     """Those that came after everything in `_unread`."""
 
@@ -105,6 +108,12 @@ class Capture:
         """Reads what was taken in: off the hot path, and pieces all at once."""
         self.join()
         unread, self._unread = self._unread, []
+        prompt, self._unread_prompt = self._unread_prompt, None
+        if prompt is not None:
+            try:
+                self.prompt_ids = self._ids(orjson.loads(b"[" + prompt + b"]"))
+            except orjson.JSONDecodeError:
+                self.error = _MALFORMED
         for part in unread:
             if isinstance(part, tuple):
                 self._read_piece(part)
@@ -157,6 +166,12 @@ class Capture:
     def body(self, reply: Json) -> None:
         """Takes in a plain reply."""
         self._choices(reply, "message")
+
+    def whole(self, reply: Whole) -> None:
+        """Takes in a plain reply that was taken apart."""
+        self.body(reply.rest)
+        self._unread.append((b"", reply.logprobs, reply.ids))
+        self._unread_prompt = reply.prompt_ids
 
     def message(self) -> Json:
         """The assistant message, as an agent would put it into its history."""

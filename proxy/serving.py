@@ -24,6 +24,7 @@ from proxy.dialects.chat import Asked
 from proxy.dialects.translation import Translation
 from proxy.splice import Splice
 from proxy.sse import event_data
+from proxy.whole import take_apart
 
 log = logging.getLogger(__name__)
 
@@ -171,6 +172,10 @@ class Direct:
 
     def reply(self, data: bytes) -> bytes:
         """See `Serving`."""
+        whole = take_apart(data, self._asked) if self.path == CHAT else None
+        if whole is not None:
+            self.capture.whole(whole)
+            return whole.sent
         reply = json_object(data)
         if reply is None:
             return _misshapen(data, self.capture, "it is not a JSON object")
@@ -229,11 +234,15 @@ class Translated:
 
     def reply(self, data: bytes) -> bytes | None:
         """See `Serving`."""
-        reply = json_object(data)
+        whole = take_apart(data, self._asked)
+        reply = json_object(data if whole is None or self._asked.logprobs else whole.sent)
         if reply is None:
             return None
         try:
-            self.capture.body(reply)
+            if whole is None:
+                self.capture.body(reply)
+            else:
+                self.capture.whole(whole)
             stripped = chat.client_reply(reply, self._asked)
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
             return None if answer is None else self._dialect.encode(answer)
