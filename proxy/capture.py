@@ -51,6 +51,7 @@ _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 _UNKNOWN_LOGPROB = -9999.0
 """What vLLM sends in place of a log-prob that it does not have."""
 _LARGEST_LOGPROB = 1e-6
+_NO_INDEX = "the engine told parts of a tool call without its index"
 _MALFORMED = "the reply held values of types that a chat reply does not have"
 
 
@@ -159,7 +160,7 @@ class Capture:
                 if self._skip(choice):
                     continue
                 self._tokens(choice)
-                self._delta(obj(choice.get(said)))
+                self._delta(obj(choice.get(said)), whole=said == "message")
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {error!s:.100}"
 
@@ -260,7 +261,7 @@ class Capture:
             self.error = _MALFORMED
         return ids
 
-    def _delta(self, delta: Json) -> None:
+    def _delta(self, delta: Json, *, whole: bool = False) -> None:
         if isinstance(text := delta.get("content"), str):
             self.content.append(text)
         elif text is not None:
@@ -271,21 +272,29 @@ class Capture:
         if isinstance(thought, str):
             self.reasoning.append(thought)
         for position, call in enumerate(objects(delta.get("tool_calls"))):
-            index = call.get("index", position)
+            index = position if whole else call.get("index")
             if _is_count(index):
                 self._tool_call(index, call)
             else:
-                self.error = _MALFORMED
+                self.error = _NO_INDEX
 
     def _tool_call(self, index: int, call: Json) -> None:
+        """Takes in a part of the tool call at `index`: the official SDKs join what comes for one."""
         known = self.tool_calls.setdefault(
             index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
         )
-        known["id"] = call.get("id") or known["id"]
-        function = obj(call.get("function"))
-        for name in ("name", "arguments"):
-            if isinstance(part := function.get(name), str):
-                known["function"][name] += part
+        function, joined = obj(call.get("function")), known["function"]
+        identity = call.get("id") or known["id"]
+        name = function.get("name")
+        if (known["id"] or identity) != identity or (name and name == joined["name"]):
+            # As some engines number every call 0, or name it in every part: clients make two calls
+            # of it, or one with a doubled name.
+            self.error = f"the engine began the tool call {index} twice"
+            return
+        known["id"] = identity
+        for key in ("name", "arguments"):
+            if isinstance(part := function.get(key), str):
+                joined[key] += part
             elif part is not None:
                 self.error = _MALFORMED
 
