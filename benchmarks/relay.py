@@ -151,8 +151,7 @@ def tables(found: Mapping[str, Found]) -> str:
     for load in LOADS:
         lines += [
             "",
-            f"| {load} | replies/s | of the bare relay | × LiteLLM "
-            "| its own CPU, ms a reply |",
+            f"| {load} | replies/s | of the bare relay | × LiteLLM | its own CPU, ms a reply |",
             "|---|---|---|---|---|",
         ]
         slow = found[LITELLM].rates[load] if LITELLM in found else None

@@ -82,7 +82,7 @@ def objects(value: object) -> list[Json]:
 
 
 class _NotFinite(float):
-    """NaN or an infinity. orjson would write null for it; it refuses a type that it does not know."""
+    """NaN or an infinity: orjson would write null for it, and refuses a type of ours."""
 
 
 def _read_float(text: str) -> float:

@@ -195,7 +195,9 @@ class Proxy:
         try:
             return await self.relay.generate(request, body, lineage, body["model"])
         except ValueError as error:
-            return _refused(request, 400, "BadRequestError", f"The body cannot be passed on: {error}.")
+            return _refused(
+                request, 400, "BadRequestError", f"The body cannot be passed on: {error}."
+            )
 
     async def _unserved(
         self, request: web.Request, data: bytes, reason: str, message: str
@@ -245,9 +247,13 @@ class Proxy:
         if administers(request.path):
             message = f"{request.path} administers the engine: it is not for agents."
             return _refused(request, 403, "PermissionDeniedError", message)
-        if request.path.startswith(_GENERATES):
+        generates = request.path.startswith(_GENERATES)
+        if generates:
             self.relay.counts.unrecorded["route"] += 1
         if request.method != "POST" or request.content_type.startswith("multipart/"):
+            if generates and self.versions.serving[request[_CALLER]].adapter_name is not None:
+                message = f"{request.path} takes a form: the serving version cannot answer it."
+                return _refused(request, 400, "BadRequestError", message)
             return await self._forward(request, None)
         data = await request.read()
         try:

@@ -279,7 +279,7 @@ class Capture:
                 self.error = _NO_INDEX
 
     def _tool_call(self, index: int, call: Json) -> None:
-        """Takes in a part of the tool call at `index`: the official SDKs join what comes for one."""
+        """Takes in a part of the call at `index`: the official SDKs join what comes for one."""
         known = self.tool_calls.setdefault(
             index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
         )

@@ -83,7 +83,9 @@ def tame(body: Json, lineage: str, *, salted: bool) -> None:
 
 def _is_salt(value: object) -> bool:
     """Whether the engine takes it for a salt."""
-    return isinstance(value, str) and 0 < len(value) <= _LONGEST_SALT and not _NOT_IN_SALT & {*value}
+    return (
+        isinstance(value, str) and 0 < len(value) <= _LONGEST_SALT and not _NOT_IN_SALT & {*value}
+    )
 
 
 def _too_many(body: Json, max_choices: int) -> str | None:
@@ -104,7 +106,9 @@ def _too_many(body: Json, max_choices: int) -> str | None:
     detection = obj(body.get("repetition_detection"))
     if (integer(detection.get("max_pattern_size")) or 0) > _LONGEST_REPETITION:
         size = detection["max_pattern_size"]
-        return f"repetition_detection.max_pattern_size = {size!s:.40}: at most {_LONGEST_REPETITION}."
+        return (
+            f"repetition_detection.max_pattern_size = {size!s:.40}: at most {_LONGEST_REPETITION}."
+        )
     return None
 
 

@@ -380,9 +380,7 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
     """Those of the client's headers that the engine gets."""
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() in _SENT_ON
-    )
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() in _SENT_ON)
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

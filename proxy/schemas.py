@@ -14,10 +14,12 @@ from nextstate.records import Json
 from nextstate.wire import obj, objects, read_json
 from proxy.dialects.chat import is_off
 
-_FIELDS = ("response_format", "structured_outputs", "output_format", "output_config")
-_FIELDS += ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+_FIELDS = (
+    *("response_format", "structured_outputs", "output_format", "output_config"),
+    *("guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+)
 _ITEMS = frozenset(
-    (f"{side}{what}" for side in ("min", "max") for what in ("Items", "Contains", "Properties", ""))
+    f"{side}{what}" for side in ("min", "max") for what in ("Items", "Contains", "Properties", "")
 )
 _LENGTHS = frozenset(("minLength", "maxLength"))
 _MOST = dict.fromkeys(_ITEMS, 10_000) | dict.fromkeys(_LENGTHS, 1_000_000)
@@ -82,10 +84,11 @@ def _compiles_tools(body: Json) -> bool:
     tools = objects(body.get("tools"))
     if not tools:
         return False
-    choice = body.get("tool_choice")
-    kind = obj(choice).get("type") if isinstance(choice, dict) else choice
+    named: object = body.get("tool_choice")
+    choice = obj(named)
+    free = named in (None, "auto", "none") or choice.get("type") in ("auto", "none")
     single = body.get("parallel_tool_calls") is not None and is_off(body["parallel_tool_calls"])
-    if kind not in (None, "auto", "none") or single or obj(choice).get("disable_parallel_tool_use"):
+    if not free or single or choice.get("disable_parallel_tool_use"):
         return True
     strict = [tool.get("strict") or obj(tool.get("function")).get("strict") for tool in tools]
     return any(not is_off(value) for value in strict)

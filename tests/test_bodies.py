@@ -1,4 +1,4 @@
-"""Whatever a client sends to generate: the serving version answers and is recorded, or nobody does."""
+"""What a client sends to generate: the serving version answers and is recorded, or nobody does."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def test_what_the_engine_reads_is_served_by_the_serving_version_and_recorded(
     async def test(engine: ScriptedEngine, p: Running) -> None:
         adapter = await serve(store, p, tmp_path)
         for name, data in BODIES.items():
-            data = data if not stream else data.replace(b'"messages"', b'"stream": true, "messages"')
+            data = (
+                data if not stream else data.replace(b'"messages"', b'"stream": true, "messages"')
+            )
             sent = json.loads(data)
             answer = await p.http.post(f"{p.url}/v1/chat/completions", data=data)
             assert (answer.status, await answer.read() != b"") == (200, True), name
@@ -86,6 +88,25 @@ def test_other_routes_get_the_serving_version_too(store: Store, tmp_path: Path) 
                 answer = await p.http.post(f"{p.url}/v1/score", data=data, headers=headers)
                 assert (answer.status, (await answer.json())["model"]) == (200, MODEL), name
                 assert engine.requests[-1]["model"] == adapter, name
+
+    both(test, store, tmp_path)
+
+
+def test_a_form_is_not_answered_by_the_base_model_in_place_of_a_version(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        data = b'--x\r\nContent-Disposition: form-data; name="model"\r\n\r\nbase\r\n--x--\r\n'
+        path = f"{p.url}/v1/audio/transcriptions"
+        answer = await p.http.post(path, data=data, headers=headers)
+        assert answer.status == 404  # the engine's own: it has no such route
+        await serve(store, p, tmp_path)
+        answer = await p.http.post(path, data=data, headers=headers)
+        assert answer.status == 400
+        assert "takes a form" in (await answer.json())["error"]["message"]
+        page = await (await p.http.get(f"{p.url}/metrics")).text()
+        assert 'nextstate_requests_unrecorded_total{reason="route"} 2\n' in page
 
     both(test, store, tmp_path)
 

@@ -26,7 +26,10 @@ def places(schema: Any) -> list[dict[str, Any]]:
     strict = {"type": "function", "name": "f", "parameters": schema, "strict": True}
     claude = {"name": "f", "input_schema": schema}
     tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
-    legacy = {"structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}], "triggers": ["<f>"]}
+    legacy = {
+        "structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}],
+        "triggers": ["<f>"],
+    }
     return [
         {"response_format": {"type": "json_schema", "json_schema": named}},
         {"response_format": tag},
@@ -142,9 +145,7 @@ def test_what_people_use_passes() -> None:
         ({"echo": "Yes", "logprobs": 1}, "echo"),
     ],
 )
-def test_numbers_are_bounded_as_the_engine_reads_them(
-    fields: dict[str, Any], message: str
-) -> None:
+def test_numbers_are_bounded_as_the_engine_reads_them(fields: dict[str, Any], message: str) -> None:
     assert message in told(**fields)
 
 

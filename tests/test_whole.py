@@ -29,7 +29,7 @@ messages = st.fixed_dictionaries(
     optional={
         "reasoning": texts | st.sampled_from(TRAPS_HERE),
         "tool_calls": st.just(
-            [{"id": "c", "type": "function", "function": {"name": "f", "arguments": "{\"a\":1}"}}]
+            [{"id": "c", "type": "function", "function": {"name": "f", "arguments": '{"a":1}'}}]
         ),
     },
 )
@@ -44,7 +44,11 @@ def reply_of(message: dict[str, Any], sampled: list[Any], text: str) -> dict[str
     choice = {"index": 0, "message": message, "logprobs": {"content": entries}}
     choice |= {"finish_reason": "stop", "stop_reason": None}
     choice["token_ids"] = [number for number, _ in sampled]
-    usage = {"prompt_tokens": 2, "total_tokens": 2 + len(sampled), "completion_tokens": len(sampled)}
+    usage = {
+        "prompt_tokens": 2,
+        "total_tokens": 2 + len(sampled),
+        "completion_tokens": len(sampled),
+    }
     head = {"id": text or "x", "object": "chat.completion", "created": 1, "model": "v-1"}
     rest = {"usage": usage, "prompt_logprobs": None, "prompt_token_ids": [7, 8], "metrics": None}
     return {**head, "choices": [choice], "service_tier": None, **rest}

@@ -14,7 +14,7 @@ from nextstate.wire import integer, read_json, write_json
 
 ODD = [
     b'{"a": NaN, "b": [Infinity, -Infinity], "c": 1e999, "d": -1E400}',
-    b'{"a": 18446744073709551616, "b": -9223372036854775809, "c": [1267650600228229401496703205376]}',
+    b'{"a": 18446744073709551616, "b": -9223372036854775809, "c": [126765060022822940149670]}',
     b'{"a": 1.0, "b": 1, "c": -0, "d": -0.0, "e": 0.1000000000000000055, "f": 1e22, "g": 5e-324}',
     b'{"a": "\\ud83d", "\\udc00": "\\ud83d\\ude00"}',
     b'{"a": "\xed\xa0\xbd"}',
@@ -53,7 +53,7 @@ def test_any_value_survives(value: Any) -> None:
     "data", [b"", b"{", b"\xff\xfe\xfd", b"[1,]", b"9" * 5000, b"[" * 100_000, b'{"a":1}{"b":2}']
 )
 def test_what_pythons_parser_refuses_is_refused(data: bytes) -> None:
-    with pytest.raises(ValueError, match="."):
+    with pytest.raises(ValueError, match=r"."):
         read_json(data)
 
 
