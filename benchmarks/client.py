@@ -1,4 +1,4 @@
-"""The least that an HTTP/1.1 client can do: when did each event of a streamed reply arrive?
+"""The least that an HTTP/1.1 client can do: when did each event of a reply arrive?
 
 Cheap on purpose. Client, engine and proxy share the machine's cores, and a heavy client would hide
 what a proxy costs.
@@ -7,11 +7,13 @@ what a proxy costs.
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 from time import perf_counter
 from typing import cast
 
 HOST = "127.0.0.1"
+_LENGTH = re.compile(rb"^(?:[^\r\n]+\r\n)*?content-length: *(\d+)\r\n", re.IGNORECASE)
 _END = b"\r\n0\r\n\r\n"
 """How a chunked body ends after its last chunk."""
 
@@ -54,6 +56,8 @@ class Connection(asyncio.Protocol):
         self._reply = Reply(0.0)
         self._tail = b""
         """The last bytes that came, for what is split between two reads."""
+        self._missing: int | None = None
+        """Bytes of a body whose length was told; None for one in chunks."""
         self._waiting: asyncio.Future[Reply] | None = None
         self._lost = asyncio.Event()
 
@@ -63,6 +67,7 @@ class Connection(asyncio.Protocol):
     async def ask(self, body: bytes) -> Reply:
         """Sends a chat request; returns when its reply is whole. Raises ConnectionError."""
         self._tail = b""
+        self._missing = None
         self._waiting = asyncio.get_running_loop().create_future()
         request = chat_request(self._port, body)
         self._reply = Reply(perf_counter())
@@ -74,7 +79,16 @@ class Connection(asyncio.Protocol):
         if not self._tail and not data.startswith(b"HTTP/1.1 200"):
             self._fail(f"port {self._port} answered {data[:400].decode(errors='replace')}")
             return
+        if not self._tail and (length := _LENGTH.search(data)) is not None:
+            self._missing = int(length[1]) + data.index(b"\r\n\r\n") + 4
+            self._reply.times.append(now)
         self._reply.received.append(data)
+        if self._missing is not None:
+            self._tail = data[-1:]
+            self._missing -= len(data)
+            if not self._missing:
+                self._end(now)
+            return
         events = data.count(b"\n\n")
         if self._tail.endswith(b"\n") and data.startswith(b"\n"):
             events += 1

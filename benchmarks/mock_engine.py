@@ -2,7 +2,7 @@
 
     python -m benchmarks.mock_engine PORT
 
-Answers every chat request with a prepared stream in the bytes of vLLM 0.32, one write an event. Two
+Answers every chat request with a prepared reply in the bytes of vLLM 0.32, one write an event. Two
 fields of the request shape it: `tokens` (default 64), and `pace_s`, the seconds from one token to
 the next (default 0: all at once). The schedule counts from the first token, so a late one delays
 none after it.
@@ -60,13 +60,7 @@ def chunks(tokens: int = TOKENS, *, ids: bool = False, usage: bool = False) -> l
         }
         events.append(event([choice], **(fingerprint if last and not usage else {})))
     if usage:
-        total = PROMPT_TOKENS + tokens
-        counted = {
-            "prompt_tokens": PROMPT_TOKENS,
-            "total_tokens": total,
-            "completion_tokens": tokens,
-        }
-        events.append(event([], usage=counted, **fingerprint))
+        events.append(event([], usage=_usage(tokens), **fingerprint))
     return [*events, b"data: [DONE]\n\n"]
 
 
@@ -76,6 +70,43 @@ def _frames(tokens: int, ids: bool, usage: bool) -> tuple[bytes, ...]:
     frames = [b"%x\r\n%b\r\n" % (len(e), e) for e in chunks(tokens, ids=ids, usage=usage)]
     frames[-1] += b"0\r\n\r\n"
     return tuple(frames)
+
+
+@functools.lru_cache(maxsize=32)
+def whole(tokens: int = TOKENS, ids: bool = False) -> bytes:
+    """A reply that is not streamed: with token ids and log-probs if `ids`."""
+    texts = [f" word{number}" for number in range(tokens)]
+    entries = [
+        {"token": text, "logprob": -0.5, "bytes": list(text.encode()), "top_logprobs": []}
+        for text in texts
+    ]
+    choice: dict[str, Any] = {
+        "index": 0,
+        "message": {"role": "assistant", "content": "".join(texts)},
+        "logprobs": {"content": entries} if ids else None,
+        "finish_reason": "stop",
+        "stop_reason": None,
+        "token_ids": list(range(tokens)) if ids else None,
+    }
+    reply = {
+        **{"id": "chatcmpl-0", "object": "chat.completion", "created": 1, "model": MODEL},
+        "choices": [choice],
+        "service_tier": None,
+        "system_fingerprint": "vllm-0.32.0-mock",
+        "usage": _usage(tokens),
+        "prompt_logprobs": None,
+        "prompt_token_ids": list(range(PROMPT_TOKENS)) if ids else None,
+    }
+    return json.dumps(reply, separators=(",", ":")).encode()
+
+
+def _usage(tokens: int) -> dict[str, int]:
+    total = PROMPT_TOKENS + tokens
+    return {
+        "prompt_tokens": PROMPT_TOKENS,
+        "total_tokens": total,
+        "completion_tokens": tokens,
+    }
 
 
 class _Connection(asyncio.Protocol):
@@ -102,7 +133,12 @@ class _Connection(asyncio.Protocol):
 
     def _answer(self, path: bytes, body: bytes) -> None:
         if path == b"/v1/chat/completions":
-            self._stream(orjson.loads(body))
+            asked = orjson.loads(body)
+            if asked.get("stream"):
+                self._stream(asked)
+            else:
+                ids = bool(asked.get("return_token_ids"))
+                self._once(whole(asked.get("tokens", TOKENS), ids))
         elif path == b"/v1/completions":
             self._once({"model": orjson.loads(body)["model"], "choices": []})
         elif path == b"/v1/models":
@@ -112,8 +148,8 @@ class _Connection(asyncio.Protocol):
         else:
             self._once({"detail": "Not Found"}, b"404 Not Found")
 
-    def _once(self, answer: dict[str, Any], status: bytes = b"200 OK") -> None:
-        body = orjson.dumps(answer)
+    def _once(self, answer: dict[str, Any] | bytes, status: bytes = b"200 OK") -> None:
+        body = answer if isinstance(answer, bytes) else orjson.dumps(answer)
         head = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n"
         self._transport.write(head % (status, len(body)) + body)
 

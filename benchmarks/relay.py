@@ -27,7 +27,8 @@ from benchmarks.client import Connection, connect
 from benchmarks.mock_engine import MODEL
 from benchmarks.servers import BARE, LITELLM, OURS, Server, add_nginx, recorded, running
 
-STREAMS = (16, 64)
+LOADS = {"16 streams": 16, "64 streams": 64, "16 at a time, not streamed": -16}
+"""How many connections ask; below zero, for replies in one piece."""
 SHARE = {LITELLM: 0.1}
 """The part of the requests that a slow server is asked."""
 _MARK = b"0000000000"
@@ -56,15 +57,17 @@ class Found:
 
     first_ms: list[float] = field(default_factory=list[float])
     whole_ms: list[float] = field(default_factory=list[float])
-    rates: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list[float]))
-    """Replies a second, by number of streams."""
-    cpu_ms: dict[int, list[float]] = field(default_factory=lambda: defaultdict(list[float]))
-    """The server's own CPU time for one reply, by number of streams."""
+    rates: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list[float]))
+    """Replies a second, by load."""
+    cpu_ms: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list[float]))
+    """The server's own CPU time for one reply, by load."""
 
 
-def bodies() -> Iterator[bytes]:
+def bodies(stream: bool = True) -> Iterator[bytes]:
     """Request bodies that are all different."""
-    return (_BODY.replace(_MARK, b"%010d" % number) for number in itertools.count(1))
+    body = _BODY if stream else _BODY.replace(b'"stream":true', b'"stream":false')
+    numbers = itertools.count(1 if stream else 5_000_000_000)
+    return (body.replace(_MARK, b"%010d" % number) for number in numbers)
 
 
 async def sequential(server: Server, requests: int, asked: Iterator[bytes]) -> tuple[float, float]:
@@ -105,9 +108,9 @@ async def measure(
 ) -> Mapping[str, Found]:
     """All rounds over all servers; one more round before them warms up."""
     found = {server.name: Found() for server in servers}
-    asked = bodies()
+    asked, whole = bodies(), bodies(stream=False)
     with Progress(console=Console(stderr=True)) as progress:
-        steps = (rounds + 1) * len(servers) * (1 + len(STREAMS))
+        steps = (rounds + 1) * len(servers) * (1 + len(LOADS))
         task = progress.add_task("relay", total=steps)
         for number in range(rounds + 1):
             order = servers if number % 2 else servers[::-1]
@@ -118,14 +121,15 @@ async def measure(
                 if number:
                     found[server.name].first_ms.append(got[0])
                     found[server.name].whole_ms.append(got[1])
-            for streams, server in itertools.product(STREAMS, order):
+            for (load, streams), server in itertools.product(LOADS.items(), order):
                 share = SHARE.get(server.name, 1.0)
-                requests = streams * max(1, round(share * per_stream))
-                rate, cpu = await parallel(server, streams, requests, asked)
+                requests = abs(streams) * max(1, round(share * per_stream))
+                kind = asked if streams > 0 else whole
+                rate, cpu = await parallel(server, abs(streams), requests, kind)
                 progress.advance(task)
                 if number:
-                    found[server.name].rates[streams].append(rate)
-                    found[server.name].cpu_ms[streams].append(cpu)
+                    found[server.name].rates[load].append(rate)
+                    found[server.name].cpu_ms[load].append(cpu)
     return found
 
 
@@ -144,21 +148,20 @@ def tables(found: Mapping[str, Found]) -> str:
             f"| {name} | {statistics.median(ours.first_ms):.2f} | {_spread(first, '+.2f')} "
             f"| {statistics.median(ours.whole_ms):.2f} | {_spread(whole, '+.2f')} |"
         )
-    for streams in STREAMS:
+    for load in LOADS:
         lines += [
             "",
-            f"| {streams} streams | replies/s | of the bare relay | × LiteLLM "
-            "| its own CPU, ms a reply |",
+            f"| {load} | replies/s | of the bare relay | × LiteLLM | its own CPU, ms a reply |",
             "|---|---|---|---|---|",
         ]
-        slow = found[LITELLM].rates[streams] if LITELLM in found else None
+        slow = found[LITELLM].rates[load] if LITELLM in found else None
         for name, ours in found.items():
-            rates = ours.rates[streams]
-            of_bare = [a / b for a, b in zip(rates, bare.rates[streams], strict=True)]
+            rates = ours.rates[load]
+            of_bare = [a / b for a, b in zip(rates, bare.rates[load], strict=True)]
             times = "" if slow is None else _spread(_ratios(rates, slow), ".1f")
             lines.append(
                 f"| {name} | {statistics.median(rates):.0f} | {_spread(of_bare, '.0%')} "
-                f"| {times} | {statistics.mean(ours.cpu_ms[streams]):.2f} |"
+                f"| {times} | {statistics.mean(ours.cpu_ms[load]):.2f} |"
             )
     return "\n".join(lines)
 

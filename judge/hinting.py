@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Protocol, cast
 
 from nextstate.records import Json, Turn
+from nextstate.wire import integer, obj, objects
 
 HINT_HEADER = "\n\n[hint]\n"
 _RENDERING = (
@@ -29,12 +30,40 @@ class Renderer(Protocol):
         ...
 
 
-async def hinted_prompt(turn: Turn, hint: str, engine: Renderer) -> tuple[int, ...]:
-    """The token ids of the turn's prompt with the hint in it. Raises EngineError."""
-    messages = cast("list[Json]", turn.request.get("messages") or [])
+async def hinted_prompt(turn: Turn, hint: str, engine: Renderer) -> tuple[int, ...] | None:
+    """The token ids of the turn's prompt with the hint in it. Raises EngineError.
+
+    None if the engine would have cut the hint off, or did not render the turn's own prompt.
+    """
+    messages = [_renamed(message) for message in objects(turn.request.get("messages"))]
     tools = cast("list[Json] | None", turn.request.get("tools"))
+    if obj(turn.request.get("kv_transfer_params")).get("prompt_token_ids") is not None:
+        return None
     options = rendering_options(turn.request)
-    return tuple(await engine.tokenize(hinted_messages(messages, hint), tools, options))
+    ids = await engine.tokenize(hinted_messages(messages, hint), tools, options)
+    return _truncated(tuple(ids), turn, hint)
+
+
+def _truncated(ids: tuple[int, ...], turn: Turn, hint: str) -> tuple[int, ...] | None:
+    """What the turn's `truncate_prompt_tokens` leaves of a prompt; `/tokenize` does not know it."""
+    longest = integer(turn.request.get("truncate_prompt_tokens"))
+    if longest is None:
+        return ids
+    if longest < 0:  # as long as fits: the turn's own length, if more than the hint was too much
+        own, block = len(turn.prompt_ids or ()), len((HINT_HEADER + hint).encode())
+        longest = own if len(ids) > own + block else len(ids)
+    if len(ids) <= longest:
+        return ids
+    cut_at_end = turn.request.get("truncation_side") == "right"  # where the hint is
+    return None if cut_at_end or not longest else ids[-longest:]
+
+
+def _renamed(message: Json) -> Json:
+    """A message as the chat route reads it; `/tokenize` does not know the old name."""
+    thought = message.get("reasoning_content")
+    if thought is None or message.get("reasoning") is not None:
+        return message
+    return {**message, "reasoning": thought}
 
 
 def hinted_messages(messages: list[Json], hint: str) -> list[Json]:

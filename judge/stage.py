@@ -137,8 +137,13 @@ async def judge_turn(
     if verdict.hint is None or not turn.trainable:
         return replace(verdict, others=())
     hints = (verdict.hint, *(other.hint for other in verdict.others))[: config.hints]
-    first, *others = [HintedPrompt(h, await hinted_prompt(turn, h, engine)) for h in hints]
-    return replace(verdict, hinted_prompt_ids=first.prompt_ids, others=tuple(others))
+    prompts = [(h, await hinted_prompt(turn, h, engine)) for h in hints]
+    first, *others = [HintedPrompt(hint, ids or ()) for hint, ids in prompts]
+    others = tuple(other for other in others if other.prompt_ids)
+    if not first.prompt_ids:
+        log.info("turn=%s: the engine would cut the hint off its prompt: score only", turn.id)
+        return replace(verdict, others=())
+    return replace(verdict, hinted_prompt_ids=first.prompt_ids, others=others)
 
 
 async def votes_on(

@@ -17,7 +17,6 @@ from types import TracebackType
 from typing import Self, cast
 
 import aiohttp
-import orjson
 
 from nextstate.adapters import verify_adapter
 from nextstate.config import server_address
@@ -26,7 +25,7 @@ from nextstate.habits import Habits
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
-from nextstate.wire import json_object, objects
+from nextstate.wire import json_object, objects, write_json
 
 log = logging.getLogger(__name__)
 
@@ -273,7 +272,7 @@ class EngineClient:
 
     async def _request(self, method: str, path: str, body: Json | None, timeout_s: float) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
-        data = None if body is None else orjson.dumps(body)
+        data = None if body is None else write_json(body)
         headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(

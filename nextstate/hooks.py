@@ -89,13 +89,16 @@ def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:
 
 
 def text_of(content: object) -> str:
-    """The plain text of a message's content, given as a string or as a list of parts."""
+    """The plain text of a message's content, given as a string or as a list of parts.
+
+    Lone surrogates, which JSON can hold and no encoding, are question marks in it.
+    """
     if isinstance(content, str):
-        return content
+        return content.encode(errors="replace").decode()
     if isinstance(content, list):
         parts = cast(Sequence[object], content)
         texts = [cast(Json, p).get("text", "") for p in parts if isinstance(p, dict)]
-        return "\n".join(t for t in texts if isinstance(t, str) and t)
+        return text_of("\n".join(t for t in texts if isinstance(t, str) and t))
     return ""
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 
 def gauge_sum(text: str, name: str) -> float | None:
     """The metric's value summed over its label sets, or None where the page does not have it.
@@ -23,3 +25,13 @@ def gauge_sum(text: str, name: str) -> float | None:
         value, *_ = rest.split() or [""]
         found = (found or 0.0) + float(value)
     return found
+
+
+def counts_by(text: str, name: str, label: str) -> dict[str, int]:
+    """A counter's values by one label.
+
+    >>> counts_by('lost{reason="a"} 2\\nlost{reason="b"} 1\\n', "lost", "reason")
+    {'a': 2, 'b': 1}
+    """
+    found = re.findall(rf'^{name}\{{{label}="(\w+)"\}} (\d+)$', text, re.MULTILINE)
+    return {value: int(count) for value, count in found}

@@ -25,7 +25,7 @@ from nextstate.rows import (
     pack_floats,
     pack_ids,
 )
-from nextstate.wire import objects
+from nextstate.wire import objects, write_json
 
 _MOST_CANDIDATES = 16
 _LAST = b"\xff" * 8
@@ -348,7 +348,7 @@ class Recording:
         else:
             for key, message in zip(message_hashes, messages, strict=True):
                 if not self._is_known(key):
-                    self._keep_body(key, orjson.dumps(message))
+                    self._keep_body(key, write_json(message))
         prompt = turn.prompt_ids
         runs = None if prompt is None else b"".join(self._keep_run(run) for run in id_runs(prompt))
         self._run(
@@ -402,7 +402,7 @@ class Recording:
 
     def _keep(self, value: object) -> bytes:
         """Stores a JSON value once and returns its content hash."""
-        body = orjson.dumps(value)
+        body = write_json(value)
         return self._keep_body(content_hash(body), body)
 
     def _keep_run(self, run: bytes) -> bytes:

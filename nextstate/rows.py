@@ -26,6 +26,7 @@ from nextstate.records import (
     Verdict,
     VersionState,
 )
+from nextstate.wire import read_json, write_json
 
 HASH_BYTES = 16
 Row: TypeAlias = sa.Row[*tuple[Any, ...]]
@@ -77,11 +78,11 @@ def sample_of(row: Row, bodies: Bodies, others: Sequence[bytes] = ()) -> Sample:
 def turn_of(connection: sa.Connection, row: Row) -> Turn:
     keys = [row.rest, row.reply, *hashes(row.messages), *hashes(row.prompt_ids or b"")]
     bodies = load_bodies(connection, keys)
-    request: Json = {"messages": [orjson.loads(bodies[key]) for key in hashes(row.messages)]}
-    request.update(orjson.loads(bodies[row.rest]))
+    request: Json = {"messages": [read_json(bodies[key]) for key in hashes(row.messages)]}
+    request.update(read_json(bodies[row.rest]))
     if "tools" in request:
         tools = bytes.fromhex(request["tools"])
-        request["tools"] = orjson.loads(load_bodies(connection, [tools])[tools])
+        request["tools"] = read_json(load_bodies(connection, [tools])[tools])
     return Turn(
         id=row.id,
         session=row.session,
@@ -91,12 +92,12 @@ def turn_of(connection: sa.Connection, row: Row) -> Turn:
         policy_version=row.policy_version,
         client_model=row.client_model,
         request=request,
-        reply=orjson.loads(bodies[row.reply]),
+        reply=read_json(bodies[row.reply]),
         finish_reason=row.finish_reason,
         prompt_ids=join_runs(row.prompt_ids, bodies),
         completion_ids=unpack_ids(row.completion_ids),
         behaviour_logprobs=unpack_floats(row.behaviour_logprobs),
-        sampling=orjson.loads(row.sampling),
+        sampling=read_json(row.sampling.encode()),
         timings=Timings(row.started_at, row.first_token_s, row.total_s),
         untrainable=row.untrainable,
         parent=row.parent,
@@ -196,7 +197,7 @@ def hashes(packed: bytes) -> Iterable[bytes]:
 
 
 def dump(value: Any) -> str:
-    return orjson.dumps(value).decode()
+    return write_json(value).decode()
 
 
 class _Zstd(threading.local):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Mapping
 
 import aiohttp
 
 from nextstate.agreement import agreement
 from nextstate.errors import EngineError, StartError
+from nextstate.prometheus import counts_by
 from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_client
@@ -28,6 +30,7 @@ async def status(settings: Settings) -> Json:
         "engine": await _engine_health(settings, health),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
+        "unrecorded": await _unrecorded(settings),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
     }
 
@@ -77,6 +80,23 @@ def _proxy_health(health: Json | None) -> str:
         return f"answers {health['status']}"
     waiting = health.get("turns_waiting", 0)
     return f"up, {waiting} turns wait for the store" if waiting else "up"
+
+
+async def _unrecorded(settings: Settings) -> Json:
+    """Requests to generate that no turn holds, by the reason; {} if the proxy does not say."""
+    url = f"http://{settings.proxy.host}:{settings.proxy.port}/metrics"
+    key = os.environ.get(settings.proxy.api_key_env) if settings.proxy.api_key_env else None
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        timeout = aiohttp.ClientTimeout(total=2)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+            session.get(url) as answer,
+        ):
+            text = await answer.text(errors="replace")
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return {}
+    return dict(counts_by(text, "nextstate_requests_unrecorded_total", "reason"))
 
 
 async def _engine_health(settings: Settings, health: Json | None) -> str:

@@ -1,21 +1,72 @@
-"""Reading JSON that others wrote: the wanted shape, or an empty one, never an exception."""
+"""JSON that others wrote: read as the engine reads it, and written so that it reads the same."""
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from typing import Any, cast
 
 import orjson
 
 from nextstate.records import Json
 
+_DIGITS = bytes(48 if 48 <= byte <= 57 else 0 for byte in range(256))
+_BEYOND_64_BITS = b"0" * 19
+"""As long as the shortest number that does not fit, once every digit is a zero."""
+_INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?")
+_LONGEST_NUMBER = 4300
+"""Digits of a text that Python makes a number of."""
+
 
 def json_object(data: bytes) -> Json | None:
-    """The JSON object in `data`; None for anything else."""
+    """The JSON object in `data`; None for anything else. For what an engine or NextState wrote."""
     try:
         parsed = orjson.loads(data)
     except orjson.JSONDecodeError:
         return None
     return cast(Json, parsed) if isinstance(parsed, dict) else None
+
+
+def read_json(data: bytes) -> Any:
+    """The value in `data` as vLLM reads it, with Python's parser. Raises ValueError.
+
+    orjson is quicker and reads the same, but for numbers beyond 64 bits, which it rounds, and what
+    it refuses: a byte order mark, UTF-16 and UTF-32, NaN and infinities, lone surrogates.
+    """
+    if _BEYOND_64_BITS not in data.translate(_DIGITS):
+        try:
+            return orjson.loads(data)
+        except orjson.JSONDecodeError:
+            pass
+    try:
+        return json.loads(data, parse_float=_read_float, parse_constant=_NotFinite)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+
+
+def write_json(value: object) -> bytes:
+    """What `read_json` reads as `value`. Raises ValueError for one that is nested too deep."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:  # what it cannot read, and what is nested deeper than 254 levels
+        pass
+    try:
+        return json.dumps(value, separators=(",", ":")).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep to be written") from None
+
+
+def integer(value: object) -> int | None:
+    """`value` as vLLM reads it for a whole number (pydantic's lax mode); None if it refuses it."""
+    if isinstance(value, str):
+        text = value.strip()
+        if len(text) > _LONGEST_NUMBER or not _INTEGER.fullmatch(text):
+            return None
+        return int(text.partition(".")[0])
+    if isinstance(value, float):
+        return int(value) if value.is_integer() and abs(value) < 1 << 63 else None
+    return int(value) if isinstance(value, int) else None
 
 
 def obj(value: object) -> Json:
@@ -37,3 +88,12 @@ def objects(value: object) -> list[Json]:
     if not isinstance(value, list):
         return []
     return cast("list[Json]", [item for item in cast("list[Any]", value) if isinstance(item, dict)])
+
+
+class _NotFinite(float):
+    """NaN or an infinity: orjson would write null for it, and refuses a type of ours."""
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    return value if math.isfinite(value) else _NotFinite(value)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import os
 import signal
@@ -28,10 +27,10 @@ from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
 from nextstate.store import Store
-from nextstate.wire import json_object, objects
+from nextstate.wire import json_object, objects, read_json, write_json
 from proxy.config import ProxyConfig
 from proxy.feedback import Said, read_feedback
-from proxy.guard import administers, leads_out, refusal
+from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
@@ -46,6 +45,11 @@ from proxy.writer_process import WriterProcess
 log = logging.getLogger(__name__)
 
 _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
+_JSON = "application/json"
+_PATHS = frozenset((CHAT, COMPLETIONS, *DIALECTS))
+"""What generates, and is recorded."""
+_GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
+"""What generates in a form that no turn can hold."""
 _OPEN_PATHS = frozenset(("/healthz",))
 _WRITER_S = 10.0
 """How long the start waits for the writer: it takes half a second, and more on a busy machine."""
@@ -106,7 +110,7 @@ class Proxy:
         limit = self.config.max_body_mb * 1024 * 1024
         app = web.Application(client_max_size=limit, middlewares=[self._authorize])
         app.cleanup_ctx.append(self._running)
-        for path in (CHAT, COMPLETIONS, *DIALECTS):
+        for path in _PATHS:
             app.router.add_post(path, self._generate)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/feedback", self._feedback)
@@ -173,23 +177,47 @@ class Proxy:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         data = await request.read()
-        body = json_object(data)
-        if (refused := self._guard(request, _as_the_engine_reads(data, body))) is not None:
+        try:
+            body = read_json(data)
+        except ValueError as error:
+            return await self._unserved(request, data, "body", f"The body is no JSON: {error}.")
+        if not isinstance(body, dict):
+            return await self._unserved(request, data, "body", "The body is no JSON object.")
+        if request.content_type != _JSON:
+            message = f"Content-Type: {request.content_type}: expected {_JSON}."
+            return await self._unserved(request, data, "content_type", message)
+        body = cast(Json, body)
+        if (refused := self._guard(request, body)) is not None:
             return refused
-        if body is None or request.content_type != "application/json":
-            return await self._forward(request, data)  # the engine says what is wrong with it
-        if body.get("model") in (None, "") and request.path != MESSAGES:
-            body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
         lineage = self._lineage(request, body)
         if lineage is None:
-            return await self._forward(request, data)
-        relayed = await self.relay.generate(request, body, lineage, body["model"])
-        return relayed or await self._forward(request, data)
+            message = f"The model `{body.get('model')!s:.200}` is not served here."
+            return await self._unserved(request, data, "model", message)
+        self._tame(request, body, lineage)
+        try:
+            return await self.relay.generate(request, body, lineage, body["model"])
+        except ValueError as error:
+            return _refused(
+                request, 400, "BadRequestError", f"The body cannot be passed on: {error}."
+            )
 
-    def _guard(self, request: web.Request, body: Json | None) -> web.Response | None:
+    async def _unserved(
+        self, request: web.Request, data: bytes, reason: str, message: str
+    ) -> web.StreamResponse:
+        """The engine's own answer to a request that it has to refuse.
+
+        An engine that takes it all the same would answer with its base model, for which nobody
+        asked: then the answer is `message`.
+        """
+        self.relay.counts.unrecorded[reason] += 1
+        return await self._forward(request, data, refused=message)
+
+    def _tame(self, request: web.Request, body: Json, lineage: str) -> None:
+        generates = request.path in _PATHS or request.path.startswith(_GENERATES)
+        tame(body, lineage, salted=generates and self.lineages.apart)
+
+    def _guard(self, request: web.Request, body: Json) -> web.Response | None:
         """The answer to a request that must not reach the engine, or None."""
-        if body is None:
-            return None
         found = refusal(
             body,
             max_choices=self.config.max_choices,
@@ -221,23 +249,35 @@ class Proxy:
         if administers(request.path):
             message = f"{request.path} administers the engine: it is not for agents."
             return _refused(request, 403, "PermissionDeniedError", message)
-        if request.method != "POST" or request.content_type != "application/json":
+        generates = request.path.startswith(_GENERATES)
+        if generates:
+            self.relay.counts.unrecorded["route"] += 1
+        if request.method != "POST" or request.content_type.startswith("multipart/"):
+            if generates and self.versions.serving[request[_CALLER]].adapter_name is not None:
+                message = f"{request.path} takes a form: the serving version cannot answer it."
+                return _refused(request, 400, "BadRequestError", message)
             return await self._forward(request, None)
         data = await request.read()
-        body = json_object(data)
-        if (refused := self._guard(request, _as_the_engine_reads(data, body))) is not None:
+        try:
+            body = read_json(data)
+        except ValueError:  # the engine says what is wrong with it
+            return await self._forward(request, data)
+        if not isinstance(body, dict):
+            return await self._forward(request, data)
+        body = cast(Json, body)
+        if (refused := self._guard(request, body)) is not None:
             return refused
         lineage = self._lineage(request, body)
-        if body is None or lineage is None:
+        if lineage is None:
             return await self._forward(request, data)
+        self._tame(request, body, lineage)
         async with self.versions.hold(lineage) as version:
-            served, named = version.adapter_name or self.engine.model, str(body.get("model"))
-            if served == named:
-                return await self._forward(request, data)
+            served, named = version.adapter_name or self.engine.model, str(body["model"])
             try:
-                sent = orjson.dumps({**body, "model": served})
-            except TypeError:  # nested deeper than orjson writes: the engine is to refuse it
-                return await self._forward(request, data)
+                sent = write_json({**body, "model": served})
+            except ValueError as error:
+                message = f"The body cannot be passed on: {error}."
+                return _refused(request, 400, "BadRequestError", message)
 
             def renamed(part: bytes) -> bytes:
                 # Quotes inside of a JSON string are escaped: this is always a key and its value.
@@ -245,9 +285,11 @@ class Proxy:
 
             return await self._forward(request, sent, renamed, version)
 
-    def _lineage(self, request: web.Request, body: Json | None) -> str | None:
-        """The lineage that a request's model belongs to, or None."""
-        model = None if body is None else body.get("model")
+    def _lineage(self, request: web.Request, body: Json) -> str | None:
+        """The lineage that a request's model belongs to, or None; names it where it is left out."""
+        if body.get("model") in (None, "") and not request.path.startswith(MESSAGES):
+            body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
+        model = body.get("model")
         return self.lineages.of(request[_CALLER], model) if isinstance(model, str) else None
 
     def _too_large(self, request: web.Request) -> web.Response:
@@ -265,15 +307,19 @@ class Proxy:
         data: bytes | None,
         changed: Callable[[bytes], bytes] | None = None,
         version: PolicyVersion | None = None,
+        refused: str | None = None,
     ) -> web.StreamResponse:
         """Passes a request and its reply on as they are, but for what `changed` does to a reply.
 
         `changed` gets a whole body, or each event of a stream. `version` is what the request names:
-        if the engine does not know its adapter, it is brought back.
+        if the engine does not know its adapter, it is brought back. `refused` is what the client
+        is told if the engine does not refuse the request itself.
         """
         response: web.StreamResponse | None = None
         try:
             async with await self._answer(request, data) as upstream:
+                if refused is not None and upstream.status < 400:
+                    return _refused(request, 400, "BadRequestError", refused)
                 headers = client_headers(upstream.headers)
                 response = web.StreamResponse(status=upstream.status, headers=headers)
                 if changed is not None and upstream.content_type != "text/event-stream":
@@ -433,17 +479,6 @@ async def _every(pause_s: float, work: Callable[[], None]) -> None:
         except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("%s failed: %s", work.__name__, error)
         await asyncio.sleep(pause_s)
-
-
-def _as_the_engine_reads(data: bytes, body: Json | None) -> Json | None:
-    """What a lenient parser makes of a body that ours refuses: NaN, UTF-16, a lone surrogate."""
-    if body is not None:
-        return body
-    try:
-        found = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return cast(Json, found) if isinstance(found, dict) else None
 
 
 def _named(model: str) -> bytes:

@@ -11,6 +11,7 @@ import orjson
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects
+from proxy.whole import Whole
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (1, 1.0),
@@ -50,6 +51,7 @@ _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 _UNKNOWN_LOGPROB = -9999.0
 """What vLLM sends in place of a log-prob that it does not have."""
 _LARGEST_LOGPROB = 1e-6
+_NO_INDEX = "the engine told parts of a tool call without its index"
 _MALFORMED = "the reply held values of types that a chat reply does not have"
 
 
@@ -73,6 +75,8 @@ class Capture:
     error: str | None = None
     """Why what came could not be read, for example an error event in the stream."""
     _unread: list[Json | bytes | Piece] = field(default_factory=list["Json | bytes | Piece"])
+    _unread_prompt: bytes | None = None
+    """The prompt's ids without their brackets, as JSON."""
     _pieces: list[Piece] = field(default_factory=list[Piece])
     """Those that came after everything in `_unread`."""
 
@@ -105,6 +109,12 @@ class Capture:
         """Reads what was taken in: off the hot path, and pieces all at once."""
         self.join()
         unread, self._unread = self._unread, []
+        prompt, self._unread_prompt = self._unread_prompt, None
+        if prompt is not None:
+            try:
+                self.prompt_ids = self._ids(orjson.loads(b"[" + prompt + b"]"))
+            except orjson.JSONDecodeError:
+                self.error = _MALFORMED
         for part in unread:
             if isinstance(part, tuple):
                 self._read_piece(part)
@@ -150,13 +160,19 @@ class Capture:
                 if self._skip(choice):
                     continue
                 self._tokens(choice)
-                self._delta(obj(choice.get(said)))
+                self._delta(obj(choice.get(said)), whole=said == "message")
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {error!s:.100}"
 
     def body(self, reply: Json) -> None:
         """Takes in a plain reply."""
         self._choices(reply, "message")
+
+    def whole(self, reply: Whole) -> None:
+        """Takes in a plain reply that was taken apart."""
+        self.body(reply.rest)
+        self._unread.append((b"", reply.logprobs, reply.ids))
+        self._unread_prompt = reply.prompt_ids
 
     def message(self) -> Json:
         """The assistant message, as an agent would put it into its history."""
@@ -245,7 +261,7 @@ class Capture:
             self.error = _MALFORMED
         return ids
 
-    def _delta(self, delta: Json) -> None:
+    def _delta(self, delta: Json, *, whole: bool = False) -> None:
         if isinstance(text := delta.get("content"), str):
             self.content.append(text)
         elif text is not None:
@@ -256,21 +272,29 @@ class Capture:
         if isinstance(thought, str):
             self.reasoning.append(thought)
         for position, call in enumerate(objects(delta.get("tool_calls"))):
-            index = call.get("index", position)
+            index = position if whole else call.get("index")
             if _is_count(index):
                 self._tool_call(index, call)
             else:
-                self.error = _MALFORMED
+                self.error = _NO_INDEX
 
     def _tool_call(self, index: int, call: Json) -> None:
+        """Takes in a part of the call at `index`: the official SDKs join what comes for one."""
         known = self.tool_calls.setdefault(
             index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
         )
-        known["id"] = call.get("id") or known["id"]
-        function = obj(call.get("function"))
-        for name in ("name", "arguments"):
-            if isinstance(part := function.get(name), str):
-                known["function"][name] += part
+        function, joined = obj(call.get("function")), known["function"]
+        identity = call.get("id") or known["id"]
+        name = function.get("name")
+        if (known["id"] or identity) != identity or (name and name == joined["name"]):
+            # As some engines number every call 0, or name it in every part: clients make two calls
+            # of it, or one with a doubled name.
+            self.error = f"the engine began the tool call {index} twice"
+            return
+        known["id"] = identity
+        for key in ("name", "arguments"):
+            if isinstance(part := function.get(key), str):
+                joined[key] += part
             elif part is not None:
                 self.error = _MALFORMED
 

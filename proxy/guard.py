@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sized
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 from nextstate.records import Json
+from nextstate.vllm import VOTE_PRIORITY
+from nextstate.wire import integer, obj
+from proxy.dialects.chat import is_off
+from proxy.schemas import excess
 
 _ADMIN = frozenset(
     ("load_lora_adapter", "unload_lora_adapter", "reset_prefix_cache", "sleep", "wake_up")
 )
 _DOTS = frozenset((".", ".."))
-_LONGEST = {"logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128}
+_LONGEST = {
+    **{"logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128},
+    **{"logprob_token_ids": 128, "stop": 1024},
+}
 """Entries that vLLM's GPU worker has room for; it checks too late, and ends with its engine."""
+_MOST_LOGPROBS = 1024
+"""Log-probs of other tokens beside each; vLLM itself takes 20, unless it is told otherwise."""
+_LONGEST_REPETITION = 1024
+"""Tokens of a repeated pattern that the engine looks for after each token, for all who wait."""
+_LONGEST_SALT = 128
+_NOT_IN_SALT = frozenset("@/\\\x00")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,33 +60,64 @@ def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | N
         return Refusal(404, "NotFoundError", f"The model `{name}` does not exist.")
     if body.get("prompt_logprobs") is not None:
         return _bad("prompt_logprobs is not available while adapters are served.")
-    if body.get("echo") and (body.get("logprobs") is not None or "messages" in body):
+    if not is_off(body.get("echo")) and (body.get("logprobs") is not None or "messages" in body):
         return _bad("echo with log-probs is not available while adapters are served.")
-    choices = body.get("n")
-    if isinstance(choices, str | float):  # the engine reads "5" and 5.0 as 5
-        try:
-            choices = int(choices)
-        except (ValueError, OverflowError):
-            choices = None
-    if not isinstance(choices, int) or choices < 1:
-        choices = 1
+    message = _too_many(body, max_choices) or excess(body)
+    return None if message is None else _bad(message)
+
+
+def tame(body: Json, lineage: str, *, salted: bool) -> None:
+    """Changes, in place, what one client could say to the harm of the others.
+
+    Nobody goes before the agents that name no priority, nor behind the judge's votes. If `salted`,
+    no lineage's prompts speed up another's: the salt of the prefix cache is made of the client's
+    own, which then counts within its lineage alone.
+    """
+    if (priority := integer(body.get("priority"))) is not None:
+        body["priority"] = min(max(priority, 0), VOTE_PRIORITY - 1)
+    salt = body.get("cache_salt")
+    if salted and (salt is None or _is_salt(salt)):  # any other is the engine's to refuse
+        told = repr((lineage, salt)).encode(errors="surrogatepass")
+        body["cache_salt"] = hashlib.blake2b(told, digest_size=16).hexdigest()
+
+
+def _is_salt(value: object) -> bool:
+    """Whether the engine takes it for a salt."""
+    return (
+        isinstance(value, str) and 0 < len(value) <= _LONGEST_SALT and not _NOT_IN_SALT & {*value}
+    )
+
+
+def _too_many(body: Json, max_choices: int) -> str | None:
+    """What a request asks too much of, or None."""
+    named = [(name, integer(body.get(name)) or 1) for name in ("n", "best_of")]
+    name, choices = max(named, key=lambda found: found[1])
     prompts = _prompts(body)
-    if choices * prompts > max_choices:
-        asked = f"n = {choices}" if prompts == 1 else f"n = {choices} for {prompts} prompts"
-        return _bad(f"{asked}: at most {max_choices} choices ([proxy] max_choices).")
+    if max(choices, 1) * prompts > max_choices:
+        asked = f"{name} = {choices}" + ("" if prompts == 1 else f" for {prompts} prompts")
+        return f"{asked}: at most {max_choices} choices ([proxy] max_choices)."
     for name, longest in _LONGEST.items():
         entries = body.get(name)
-        if isinstance(entries, (list, dict)) and len(cast("Sized", entries)) > longest:
-            return _bad(f"{name} has {len(cast('Sized', entries))} entries: at most {longest}.")
+        if isinstance(entries, (list, dict)) and len(cast(Sized, entries)) > longest:
+            return f"{name} has {len(cast(Sized, entries))} entries: at most {longest}."
+    for name in ("logprobs", "top_logprobs"):
+        if (integer(body.get(name)) or 0) > _MOST_LOGPROBS:
+            return f"{name} = {body[name]!s:.40}: at most {_MOST_LOGPROBS}."
+    detection = obj(body.get("repetition_detection"))
+    if (integer(detection.get("max_pattern_size")) or 0) > _LONGEST_REPETITION:
+        size = detection["max_pattern_size"]
+        return (
+            f"repetition_detection.max_pattern_size = {size!s:.40}: at most {_LONGEST_REPETITION}."
+        )
     return None
 
 
 def _prompts(body: Json) -> int:
     """How many prompts a request holds, each of which gets its own choices."""
     several = 0
-    for name, one in (("prompt", int), ("prompt_embeds", int), ("messages", dict)):
+    for name, one in (("prompt", (int, float)), ("prompt_embeds", int), ("messages", dict)):
         found = body.get(name)
-        entries = cast("list[object]", found) if isinstance(found, list) else []
+        entries = cast("list[Any]", found) if isinstance(found, list) else []
         if entries and not isinstance(entries[0], one):
             several += len(entries)
     return max(several, 1)

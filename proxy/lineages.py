@@ -37,6 +37,11 @@ class Lineages:
         """Every lineage, `main` first."""
         return [MAIN_LINEAGE, *self.doors]
 
+    @property
+    def apart(self) -> bool:
+        """Whether there are lineages that must not learn of each other."""
+        return any(door.key is not None for door in self.doors.values())
+
     def caller(self, sent_key: str) -> str | None:
         """The lineage whose key this is, `main` for everyone else; None for a wrong key."""
         found = [

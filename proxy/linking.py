@@ -19,7 +19,7 @@ from nextstate.hooks import AgentProfile, text_of
 from nextstate.recording import Link
 from nextstate.records import TRUST, Json, NextState, Source
 from nextstate.rows import content_hash
-from nextstate.wire import obj, objects
+from nextstate.wire import obj, objects, write_json
 
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
@@ -63,7 +63,7 @@ def canonical_reply(message: Json) -> bytes:
     text = "".join(_THINK.sub("", text_of(message.get("content"))).split())
     functions = [obj(call.get("function")) for call in objects(message.get("tool_calls"))]
     calls = [(f.get("name"), _canonical_arguments(f.get("arguments"))) for f in functions]
-    return orjson.dumps([text, calls])
+    return write_json([text, calls])
 
 
 def reply_keys(history: Sequence[Json], reply: Json | None) -> tuple[bytes, bytes] | None:
@@ -159,7 +159,7 @@ def link_of(messages: Sequence[Json], hashes: Sequence[bytes], before: Said) -> 
 
 def message_hashes(messages: Sequence[Json]) -> tuple[bytes, ...]:
     """The name under which each message is stored."""
-    return tuple(content_hash(orjson.dumps(message)) for message in messages)
+    return tuple(content_hash(write_json(message)) for message in messages)
 
 
 def place_of(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import groupby
 
 from proxy.recorder import RecorderCounts
 from proxy.relay import RelayCounts
 from proxy.versions import Versions
+
+UNRECORDED = "nextstate_requests_unrecorded_total"
 
 
 def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) -> dict[str, int]:
@@ -21,13 +24,17 @@ def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) 
         "nextstate_turns_waiting": recorder.waiting,
         "nextstate_store_waits_total": recorder.store_waits,
         "nextstate_requests_running": sum(versions.running.values()),
+        **{f'{UNRECORDED}{{reason="{reason}"}}': n for reason, n in relay.unrecorded.items()},
     }
 
 
 def exposition(counts: Mapping[str, int], versions: Versions, stored: Mapping[str, int]) -> str:
     """The page under /metrics."""
     values = {**counts, "nextstate_engine_up": int(versions.up)}
-    lines = [f"# TYPE {name} {_kind(name)}\n{name} {value}\n" for name, value in values.items()]
+    lines: list[str] = []
+    for family, members in groupby(sorted(values), lambda name: name.partition("{")[0]):
+        lines.append(f"# TYPE {family} {_kind(family)}\n")
+        lines += [f"{name} {values[name]}\n" for name in members]
     lines.append("# TYPE nextstate_serving_version gauge\n")
     for lineage in versions.serving:
         number = versions.serves(lineage).number

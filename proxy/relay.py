@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -33,14 +34,14 @@ HOP_BY_HOP = frozenset(
         *("trailer", "transfer-encoding", "upgrade", "host", "content-length", "expect"),
     }
 )
-OURS = frozenset(
+_SENT_ON = frozenset(
     {
-        *("authorization", "x-api-key"),  # the client's key is for the proxy
-        *("accept-encoding", "content-encoding", "content-type"),  # set anew
+        *("accept", "user-agent", "endpoint-load-metrics-format"),
+        *("x-request-id", "x-session-id", "traceparent", "tracestate"),
     }
 )
-"""Headers that are never forwarded."""
-_NOT_SENT_ON = HOP_BY_HOP | OURS
+"""What vLLM reads, but for what is set anew, and for what one client could say to the harm of
+others: its priority, the rank that is to serve it, the key that is for the proxy."""
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 RETRY_AFTER_S = 10
@@ -63,6 +64,8 @@ class RelayCounts:
     """Answered with an error of our own, because the engine did not answer."""
     cut: int = 0
     """Streams that the engine cut or that the client left."""
+    unrecorded: Counter[str] = field(default_factory=Counter[str])
+    """Requests to generate that were passed on as they came, by the reason."""
 
 
 @dataclass(slots=True)
@@ -77,17 +80,14 @@ class Relay:
 
     async def generate(
         self, request: web.Request, body: Json, lineage: str, model: str
-    ) -> web.StreamResponse | None:
+    ) -> web.StreamResponse:
         """Relays one request, which names `model`, and records its turn before its end is seen.
 
-        None if it cannot be written as JSON (nested too deep): the engine is to refuse it.
+        Raises ValueError for one that cannot be written as JSON, as it is nested too deep.
         """
         self.counts.requests += 1
         async with self.versions.hold(lineage) as version:
-            try:
-                call = _Call(self, request, body, version, model)
-            except TypeError:
-                return None
+            call = _Call(self, request, body, version, model)
             if not is_off(body.get("stream")):
                 return await call.streamed()
             return await call.plain()
@@ -418,10 +418,8 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """The client's headers as the engine gets them: without keys and connection details."""
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_ON
-    )
+    """Those of the client's headers that the engine gets."""
+    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() in _SENT_ON)
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

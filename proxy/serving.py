@@ -18,13 +18,14 @@ import orjson
 from nextstate.engine import EngineClient
 from nextstate.habits import Habits
 from nextstate.records import Json
-from nextstate.wire import json_object
+from nextstate.wire import json_object, write_json
 from proxy.capture import Capture
 from proxy.dialects import chat, completions, messages, responses
 from proxy.dialects.chat import Asked
 from proxy.dialects.translation import Translation
 from proxy.splice import Splice
 from proxy.sse import event_data
+from proxy.whole import take_apart
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +154,8 @@ class Direct:
     def request(self, model: str) -> bytes:
         """See `Serving`."""
         if not self.additions:
-            return orjson.dumps({**self._body, "model": model})
-        return orjson.dumps(self._format.upstream_request(self._body, model))
+            return write_json({**self._body, "model": model})
+        return write_json(self._format.upstream_request(self._body, model))
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
@@ -187,6 +188,10 @@ class Direct:
 
     def reply(self, data: bytes) -> bytes:
         """See `Serving`."""
+        whole = take_apart(data, self._asked) if self.path == CHAT else None
+        if whole is not None:
+            self.capture.whole(whole)
+            return whole.sent
         reply = json_object(data)
         if reply is None:
             return _misshapen(data, self.capture, "it is not a JSON object")
@@ -222,7 +227,7 @@ class Translated:
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        return orjson.dumps(chat.upstream_request(self.chat, model))
+        return write_json(chat.upstream_request(self.chat, model))
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
@@ -245,11 +250,15 @@ class Translated:
 
     def reply(self, data: bytes) -> bytes | None:
         """See `Serving`."""
-        reply = json_object(data)
+        whole = take_apart(data, self._asked)
+        reply = json_object(data if whole is None or self._asked.logprobs else whole.sent)
         if reply is None:
             return None
         try:
-            self.capture.body(reply)
+            if whole is None:
+                self.capture.body(reply)
+            else:
+                self.capture.whole(whole)
             stripped = chat.client_reply(reply, self._asked)
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
             return None if answer is None else self._dialect.encode(answer)
@@ -285,7 +294,7 @@ class Native:
     def request(self, model: str) -> bytes:
         """See `Serving`."""
         self._engine_name = b'"model":' + orjson.dumps(model)
-        return orjson.dumps({**self._body, "model": model})
+        return write_json({**self._body, "model": model})
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""

@@ -208,7 +208,8 @@ class ScriptedEngine:
         if script.answers_as is not None:
             body = {**body, "model": script.answers_as}
         if not body.get("stream"):
-            return web.json_response(plain_reply(body, script))
+            data = compact(plain_reply(body, script))
+            return web.Response(body=data, content_type="application/json")
         return await self._send(request, stream_chunks(body, script), script)
 
     async def _send(

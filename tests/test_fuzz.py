@@ -302,7 +302,7 @@ class NastyEngine:
             )
             body = await read_body(reader, headers)
             target = first.split(b" ")[1]
-            number = headers.get(b"x-case", b"").decode("latin-1")
+            number = headers.get(b"x-request-id", b"").decode("latin-1")
             answer = self.answers.get(number)
             if answer is None:
                 writer.write(self._own(target))
@@ -310,7 +310,7 @@ class NastyEngine:
             self.reached.add(number)
             is_json = headers.get(b"content-type", b"").startswith(b"application/json")
             if (harm := harm_in(first, body if is_json else b"")) is not None:
-                self.harm.append(f"case {headers[b'x-case'].decode()}: {harm}")
+                self.harm.append(f"case {headers[b'x-request-id'].decode()}: {harm}")
             if first.startswith(b"HEAD "):
                 writer.write(head(answer.status or 200, b"Content-Length: 5\r\n", False))
                 return True
@@ -486,7 +486,7 @@ def case(number: int) -> Case:
     lines = [method + b" " + path + b" HTTP/1.1", b"Host: a", b"Connection: close"]
     lines += [b"Authorization: Bearer " + KEY.encode()] * (rng.random() < 0.95)
     content_type = rng.choice(TYPES)
-    lines += [b"x-case: %d" % number, b"Content-Type: " + content_type]
+    lines += [b"x-request-id: %d" % number, b"Content-Type: " + content_type]
     odd = rng.choice(HEADERS) if rng.random() < 0.2 else b""
     lines += [odd] * bool(odd)
     if odd == b"Content-Encoding: gzip" and rng.random() < 0.5:
@@ -759,7 +759,7 @@ def test_a_stream_without_a_finish_reason_is_recorded_before_its_end_too(
                 await record(exchange)
 
             monkeypatch.setattr(p.proxy.recorder, "record", slow)
-            headers = {"Authorization": f"Bearer {KEY}", "x-case": "1"}
+            headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "1"}
             headers["Content-Type"] = "application/json"
             asked = as_json(chat(Random(0), True))
             async with p.http.post(
@@ -796,7 +796,7 @@ def test_a_turn_whose_reply_is_malformed_is_kept_and_says_that_it_must_not_train
     async def test() -> None:
         async with between(store, tmp_path) as (engine, p):
             engine.answers["1"] = Answer("odd", http(Random(1), 200, as_json(odd)))
-            headers = {"Authorization": f"Bearer {KEY}", "x-case": "1"}
+            headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "1"}
             status, body, answered = await p.chat(chat(Random(0), False), headers)
             assert (status, json.loads(body).keys()) == (200, odd.keys())
             turn = store.turn(answered["x-nextstate-turn"])

@@ -386,7 +386,7 @@ class Traffic:
             history = [{"role": "assistant", "content": "What none of them was told."}]
         messages = [*history, {"role": "user", "content": "hi"}]
         mark = f"ask-{len(self.asked)}-{id(messages)}"
-        headers = {**bearer(key), "x-mark": mark}
+        headers = {**bearer(key), "x-request-id": mark}
         if session is not None:
             headers["x-session-id"] = session
         body = {"model": models[by_alias], "messages": messages, "stream": stream}
@@ -400,7 +400,7 @@ class Traffic:
         served = [
             sent["model"]
             for sent, seen in zip(self.engine.requests, self.engine.headers, strict=True)
-            if seen.get("x-mark") == mark
+            if seen.get("X-Request-ID") == mark
         ]
         assert len(set(served)) == 1
         number = turn.policy_version

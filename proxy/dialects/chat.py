@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nextstate.records import Json
-from nextstate.wire import obj, objects
+from nextstate.wire import integer, obj, objects
 
 _OFF = frozenset(("0", "f", "false", "n", "no", "off"))
 """Texts that the engine's parser takes for false."""
@@ -113,8 +113,7 @@ def without_usage(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | 
 
 def count(request: Json) -> int:
     """How many choices a request asks for."""
-    choices = request.get("n")
-    return choices if isinstance(choices, int) and choices > 0 else 1
+    return max(integer(request.get("n")) or 1, 1)
 
 
 def client_reply(reply: Json, asked: Asked) -> Json:

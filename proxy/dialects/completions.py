@@ -16,6 +16,7 @@ from nextstate.wire import obj, objects
 from proxy.dialects.chat import (
     Asked,
     count,
+    is_off,
     strip_choice,
     with_token_ids,
     with_usage,
@@ -25,7 +26,7 @@ from proxy.dialects.chat import (
 
 def upstream_request(request: Json, model: str) -> Json:
     """The client's request with our additions; the client's own object is left as it is."""
-    if request.get("echo"):
+    if not is_off(request.get("echo")):
         return {**request, "model": model}
     sent = with_token_ids({**request, "model": model})
     if request.get("logprobs") is None:
@@ -35,7 +36,7 @@ def upstream_request(request: Json, model: str) -> Json:
 
 def asked_for(request: Json, model: str) -> Asked:
     """What the reply to a client's request, which named `model`, has for the client."""
-    if request.get("echo"):
+    if not is_off(request.get("echo")):
         return Asked(model, logprobs=True, token_ids=True, usage=True)
     # `logprobs` is a count here: 0 asks for those of the sampled tokens alone.
     return replace(Asked.of(request, model), logprobs=request.get("logprobs") is not None)
@@ -61,7 +62,7 @@ def choices_of(request: Json) -> int:
     """How many choices the reply has: `n` for each prompt."""
     found = request.get("prompt")
     prompts = cast("list[object]", found) if isinstance(found, list) else []
-    several = bool(prompts) and not isinstance(prompts[0], int)
+    several = bool(prompts) and not isinstance(prompts[0], (int, float))
     return count(request) * (len(prompts) if several else 1)
 
 

@@ -1,0 +1,189 @@
+"""What could end or stall the engine for everyone is refused, and what people use is not."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from proxy.guard import refusal, tame
+
+HELLO = [{"role": "user", "content": "hi"}]
+
+
+def told(**fields: Any) -> str:
+    """What the client of a request is told; nothing if the request may pass."""
+    found = refusal({"messages": HELLO, **fields}, max_choices=1024, names_adapter=False)
+    return "" if found is None else found.message
+
+
+def places(schema: Any) -> list[dict[str, Any]]:
+    """Requests that have the engine compile `schema`."""
+    text = json.dumps(schema)
+    named = {"name": "f", "schema": schema}
+    tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
+    strict = {"type": "function", "name": "f", "parameters": schema, "strict": True}
+    claude = {"name": "f", "input_schema": schema}
+    tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
+    legacy = {
+        "structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}],
+        "triggers": ["<f>"],
+    }
+    return [
+        {"response_format": {"type": "json_schema", "json_schema": named}},
+        {"response_format": tag},
+        {"response_format": {"type": "structural_tag", **legacy}},
+        {"structured_outputs": {"json": schema}},
+        {"structured_outputs": {"json": text}},
+        {"structured_outputs": {"structural_tag": json.dumps(tag)}},
+        {"guided_json": text},
+        {"tools": [tool], "tool_choice": "required"},
+        {"tools": [tool], "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        {"tools": [tool], "parallel_tool_calls": False},
+        {"tools": [{**tool, "function": {**tool["function"], "strict": True}}]},
+        {"tools": [strict], "tool_choice": "auto"},
+        {"tools": [claude], "tool_choice": {"type": "any"}},
+        {"text": {"format": {"type": "json_schema", **named}}},
+        {"output_format": {"type": "json_schema", "schema": schema}},
+    ]
+
+
+def nested(levels: int) -> dict[str, Any]:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(levels):
+        schema = {"type": "array", "items": schema}
+    return schema
+
+
+BOMBS: list[tuple[Any, str]] = [
+    ({"type": "array", "minItems": 1_000_000_000}, "minItems = 1000000000: at most 10000."),
+    ({"type": "array", "maxItems": 2e7}, "maxItems = 20000000.0"),
+    ({"type": "array", "contains": {}, "minContains": 10**30}, "minContains"),
+    ({"type": "object", "minProperties": 50_000}, "minProperties"),
+    ({"type": "string", "minLength": 10**9}, "minLength = 1000000000: at most 1000000."),
+    ({"properties": {"minItems": {"items": {"maxProperties": 1e300}}}}, "maxProperties"),
+    ({"properties": {"default": {"type": "array", "minItems": 70_000}}}, "default.minItems"),
+    ({"$defs": {"d": {"minItems": 70_000}}, "$ref": "#/$defs/d"}, "$defs.d.minItems"),
+    ({"anyOf": [{}, {"prefixItems": [{"minItems": 70_000}]}]}, "anyOf[1].prefixItems[0].minItems"),
+    ({"pattern": "^.{1,5000}$"}, "pattern repeats 5000"),
+    ({"pattern": "^[a-z]{99999999999999999999}$"}, "pattern repeats"),
+    ({"patternProperties": {"^a{1,4000}": {}}}, "repeats 4000"),
+    ({"properties": {f"p{n}": {"pattern": "a{900}"} for n in range(3)}}, "All patterns repeat"),
+    ({"properties": {f"p{n}": {} for n in range(1001)}}, "1001 entries"),
+    ({"anyOf": [{}] * 1001}, "1001 entries"),
+    ({"enum": [f"v{n}" for n in range(10_001)]}, "10001 entries"),
+    ({"const": "x" * 10_001}, "10001 characters"),
+    ({"enum": ["x" * 6000 + str(n) for n in range(20)]}, "characters"),
+    ({"items": [{"items": [{}] * 60}] * 60}, "3001 objects"),
+    ({"anyOf": [{"minLength": 900_000}] * 12}, "add up"),
+    (nested(101), "nested deeper"),
+]
+
+
+@pytest.mark.parametrize(("schema", "message"), BOMBS, ids=[message for _, message in BOMBS])
+def test_a_schema_that_could_end_the_engine_is_refused_wherever_it_stands(
+    schema: Any, message: str
+) -> None:
+    for fields in places(schema):
+        assert message in told(**fields), fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"regex": "(a{5}){100001}"}, "structured_outputs.regex repeats 100001 times"),
+        ({"regex": "b" * 10_001}, "10001 characters"),
+        ({"choice": ["a"] * 10_001}, "choice has 10001 entries"),
+        ({"choice": ["a" * 10_001]}, "choice[0] has 10001 characters"),
+        ({"grammar": 'root ::= "a"{1000000000}'}, "grammar repeats"),
+        ({"grammar": 'start: "a"~1..300000'}, "grammar repeats 300000"),
+        ({"grammar": 'root ::= "' + "a" * 10_001 + '"'}, "in a row"),
+        ({"grammar": "root ::= a\n" * 10_000}, "characters"),
+    ],
+)
+def test_a_grammar_that_could_end_the_engine_is_refused(
+    fields: dict[str, Any], message: str
+) -> None:
+    assert message in told(structured_outputs=fields)
+
+
+def test_what_people_use_passes() -> None:
+    schema = {
+        "type": "object",
+        "description": "x" * 20_000,
+        "properties": {
+            **{f"field{n}": {"type": "string", "maxLength": 4096} for n in range(300)},
+            "size": {"type": "integer", "minimum": -(2**70), "maximum": 2**70},
+            "name": {"type": "string", "pattern": "^[a-z]{1,255}$", "default": {"minItems": 1e12}},
+            "many": {"type": "array", "minItems": 1, "maxItems": 1000, "items": {"$ref": "#"}},
+            "kind": {"enum": [f"value-{n}" for n in range(2000)]},
+        },
+    }
+    for fields in places(schema):
+        assert told(**fields) == ""
+    harmless = {"type": "array", "maxItems": 2**31 - 1, "items": {"pattern": "^.{0,65535}$"}}
+    tool = {"type": "function", "function": {"name": "f", "parameters": harmless}}
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"tool_choice": None}):
+        assert told(tools=[tool], **choice) == ""  # nothing of it is compiled
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"n": "2000.0"}, "n = 2000: at most 1024 choices ([proxy] max_choices)."),
+        ({"n": " 1_025 "}, "n = 1025"),
+        ({"n": 1025.0}, "n = 1025"),
+        ({"n": "+00001500.000"}, "n = 1500"),
+        ({"best_of": "1_0000"}, "best_of = 10000"),
+        ({"n": "2", "prompt": ["a"] * 600}, "n = 2 for 600 prompts"),
+        ({"top_logprobs": 151_936.0}, "top_logprobs = 151936.0: at most 1024."),
+        ({"logprobs": "5_000"}, "logprobs = 5_000"),
+        ({"logprob_token_ids": [1] * 129}, "logprob_token_ids has 129 entries"),
+        ({"stop": ["a"] * 1025}, "stop has 1025 entries"),
+        ({"repetition_detection": {"max_pattern_size": "30000"}}, "max_pattern_size = 30000"),
+        ({"echo": "Yes", "logprobs": 1}, "echo"),
+    ],
+)
+def test_numbers_are_bounded_as_the_engine_reads_them(fields: dict[str, Any], message: str) -> None:
+    assert message in told(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"n": "1024"},
+        {"n": "2e9"},  # no number for the engine: it refuses it itself
+        {"n": None},
+        {"prompt": [1.0] * 2000, "n": 2},
+        {"echo": "false", "logprobs": 1},
+        {"echo": 0, "logprobs": True},
+        {"logprobs": True, "top_logprobs": 20},
+    ],
+)
+def test_what_the_engine_takes_or_refuses_without_harm_passes(fields: dict[str, Any]) -> None:
+    assert told(**fields) == ""
+
+
+@pytest.mark.parametrize(
+    ("sent", "got"),
+    [(-1, 0), (0, 0), (3, 3), (10, 9), ("-2000.0", 0), (2**63, 9), (True, 1), ("no", "no")],
+)
+def test_nobody_goes_before_other_agents_or_behind_the_judge(sent: Any, got: Any) -> None:
+    body: dict[str, Any] = {"priority": sent}
+    tame(body, "main", salted=False)
+    assert body == {"priority": got}
+
+
+def test_a_salt_counts_within_its_lineage_alone() -> None:
+    def salt(lineage: str, salted: bool = True, **body: Any) -> Any:
+        tame(body, lineage, salted=salted)
+        return body.get("cache_salt")
+
+    made = {salt("a"), salt("b"), salt("a", cache_salt="x"), salt("b", cache_salt="x")}
+    made.add(salt("b", cache_salt=salt("a")))
+    assert len(made) == 5
+    assert salt("a", cache_salt="x") == salt("a", cache_salt="x")
+    assert salt("a", salted=False) is None
+    for refused in ("", "a@b", "x" * 129, 5, ["x"]):
+        assert salt("a", cache_salt=refused) == refused
