@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import orjson
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from nextstate.open_files import ran_out
 from nextstate.records import Json, PolicyVersion, Timings, new_id
+from proxy.answers import RETRY_AFTER_S, Refused, error_body, error_response, redirected
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
@@ -39,9 +42,13 @@ OURS = frozenset(
 )
 """Headers that are never forwarded."""
 _NOT_SENT_ON = HOP_BY_HOP | OURS
+_NOT_SENT_BACK = HOP_BY_HOP | {
+    *("location", "content-location", "refresh"),  # the engine's own address
+    *("access-control-allow-origin", "access-control-allow-credentials"),  # ours to say
+    "access-control-expose-headers",
+}
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
-RETRY_AFTER_S = 10
 _ATTEMPTS = 5
 """So often one request may find the engine's connection broken: it may be what breaks it."""
 _DONE = b"data: [DONE]\n\n"
@@ -70,6 +77,8 @@ class Relay:
     versions: Versions
     recorder: Recorder
     upstream: Upstream
+    out_of_files: Callable[[BaseException], Refused]
+    """Counts that no connection to the engine can be opened, and says so."""
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
@@ -136,6 +145,8 @@ class _Call:
                 sent = self.serving.reply(data) if ended else data
         except EngineDown:
             return self._unavailable()
+        except Refused as refused:
+            return error_response(self.request.path, refused.status, refused.message)
         if error is not None:
             return await self._broken_off(upstream, data, error)
         headers = self._headers(upstream.headers)
@@ -160,6 +171,11 @@ class _Call:
             if self._early is None:
                 return self._unavailable()
             return await self._end_early(orjson.dumps(self._unavailable_body()))
+        except Refused as refused:
+            response = error_response(self.request.path, refused.status, refused.message)
+            if self._early is None:
+                return response
+            return await self._end_early(cast(bytes, response.body))
         try:
             if upstream.status != 200:
                 data, error = await _read(upstream)
@@ -272,6 +288,9 @@ class _Call:
             upstream.close()
             self._serve_natively()
             upstream = await self._post()
+        if 300 <= upstream.status < 400:
+            upstream.close()
+            raise redirected(self.serving.path, upstream.status)
         return upstream
 
     async def _open_with_keep_alive(self) -> Answer:
@@ -320,7 +339,12 @@ class _Call:
         if query and target == self.request.path:
             target = f"{target}?{query}"
         headers = upstream_headers(self.request.headers)
-        return await self.relay.upstream.post(target, headers, self._sent)
+        try:
+            return await self.relay.upstream.post(target, headers, self._sent)
+        except OSError as error:
+            if ran_out(error):  # which says nothing about the engine
+                raise self.relay.out_of_files(error) from error
+            raise
 
     def _exchange(self, cut: str | None) -> Exchange:
         serving = self.serving
@@ -388,15 +412,13 @@ def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """The engine's headers as the client gets them."""
     return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP
+        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_BACK
     )
 
 
 def api_error(request: web.Request, message: str, kind: str, code: int) -> Json:
     """An error body in the format of the API that was asked."""
-    if _is_messages(request):
-        return {"type": "error", "error": {"type": kind, "message": message}}
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+    return error_body(request.path, message, kind, code)
 
 
 def _is_messages(request: web.Request) -> bool:
