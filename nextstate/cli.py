@@ -15,7 +15,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from nextstate import logs
+from nextstate import logs, open_files
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
@@ -51,6 +51,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Errors that a person can fix exit with 2."""
     options = _parser().parse_args(arguments)
     logs.to_stderr()
+    open_files.raise_limit()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         return options.run(options)

@@ -20,6 +20,7 @@ import orjson
 
 from nextstate.adapters import verify_adapter
 from nextstate.errors import AdapterError, EngineError
+from nextstate.open_files import ran_out
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
@@ -80,10 +81,12 @@ class EngineClient:
         """Whether the server says that it can serve now."""
         try:
             timeout = aiohttp.ClientTimeout(total=timeout_s)
-            async with self._session.get(f"{self.url}/health", timeout=timeout) as answer:
+            async with self._session.get(
+                f"{self.url}/health", timeout=timeout, allow_redirects=False
+            ) as answer:
                 return answer.status == 200
-        except (aiohttp.ClientError, TimeoutError, OSError):
-            return False
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            return ran_out(error)  # of files: that says nothing about the server
 
     async def models(self) -> list[ServedModel]:
         """The base model and every adapter that is loaded."""
@@ -173,7 +176,12 @@ class EngineClient:
         headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(
-                method, self.url + path, data=data, headers=headers, timeout=timeout
+                method,
+                self.url + path,
+                data=data,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
             ) as answer:
                 text = await answer.read()
                 if answer.status != 200:

@@ -179,9 +179,11 @@ class Proxy:
             if self._worker is not None:
                 await asyncio.to_thread(self.store.leave, self._worker)
 
+    def _counts(self) -> dict[str, int]:
+        return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.gate)
+
     def _beat(self) -> None:
-        counts = counts_of(self.relay.counts, self.recorder.counts, self.versions)
-        self.store.beat(self._worker or "", self.versions.in_use(), counts)
+        self.store.beat(self._worker or "", self.versions.in_use(), self._counts())
 
     @web.middleware
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -448,7 +450,7 @@ class Proxy:
         except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("counting the store failed: %s", error)
             stored, others = {}, []
-        counts = Counter(counts_of(self.relay.counts, self.recorder.counts, self.versions))
+        counts = Counter(self._counts())
         for _, theirs in others:
             counts.update(theirs)
         text = exposition(counts, self.versions, stored)
@@ -494,7 +496,9 @@ def _refused(request: web.Request, status: int, kind: str, message: str) -> web.
 def _unreadable(request: web.Request, error: BaseException) -> web.Response:
     status = 408 if isinstance(error, BodyTooSlow) else 400
     message = f"The request body cannot be read: {error}."
-    return error_response(request.path, status, message)
+    response = error_response(request.path, status, message)
+    response.force_close()
+    return response
 
 
 async def _ask_later(_: web.Request) -> None:

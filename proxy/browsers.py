@@ -28,7 +28,7 @@ def foreign(headers: CIMultiDictProxy[str], own_host: str) -> str | None:
 
     `own_host` is what the proxy is bound to.
     """
-    for host in headers.getall("Host", ()):
+    for host in filter(None, headers.getall("Host", ())):
         name = _host(host)
         if name is None or not (name == own_host or _is_local(name)):
             return (

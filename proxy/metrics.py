@@ -6,10 +6,13 @@ from collections.abc import Mapping
 
 from proxy.recorder import RecorderCounts
 from proxy.relay import RelayCounts
+from proxy.server import Gate
 from proxy.versions import Versions
 
 
-def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) -> dict[str, int]:
+def counts_of(
+    relay: RelayCounts, recorder: RecorderCounts, versions: Versions, gate: Gate
+) -> dict[str, int]:
     """What one worker has counted; those of several add up."""
     return {
         "nextstate_requests_total": relay.requests,
@@ -19,6 +22,10 @@ def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) 
         "nextstate_turns_recorded_late_total": recorder.late,
         "nextstate_turns_lost_total": recorder.lost,
         "nextstate_requests_running": sum(versions.running.values()),
+        "nextstate_connections": len(gate.fronts),
+        "nextstate_connections_limit": gate.limit,
+        "nextstate_connections_refused_total": gate.refused,
+        "nextstate_out_of_files_total": gate.exhausted,
     }
 
 

@@ -403,10 +403,15 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """The client's headers as the engine gets them: without keys and connection details."""
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_ON
-    )
+    """The client's headers as the engine gets them: without keys and connection details.
+
+    One that was sent several times goes on as one line: not every server takes two User-Agents.
+    """
+    joined: CIMultiDict[str] = CIMultiDict()
+    for name, value in headers.items():
+        if name.lower() not in _NOT_SENT_ON:
+            joined[name] = f"{joined[name]}, {value}" if name in joined else value
+    return joined
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:

@@ -395,7 +395,7 @@ async def scripted_engine() -> AsyncGenerator[ScriptedEngine]:
     """A running scripted engine on a free port."""
     engine = ScriptedEngine()
     engine.server = TestServer(engine.app(), handler_cancellation=True)
-    await engine.server.start_server(max_field_size=1 << 16, max_line_size=1 << 16)
+    await engine.server.start_server(max_field_size=1 << 18, max_line_size=1 << 18, max_headers=1024)
     try:
         yield engine
     finally:
