@@ -40,7 +40,7 @@ class RequestParser:
 
     def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
         self.path = "/"
-        """Of the newest request whose head has come."""
+        """Of the newest request, as far as it is known."""
         self.since: float | None = loop.time()
         """When the head or body began that has not ended; None between two requests."""
         self.taken = 0
@@ -79,6 +79,8 @@ class RequestParser:
     def refuse(self, status: int, message: str) -> None:
         """Ends the reading within a head: `feed_data` raises the error next."""
         self.broken, self.since = True, None
+        if self._url:
+            self.path = known_as(_parts(_text(self._url))[1])
         self.refusal = HttpProcessingError(code=status, message=message)
 
     def break_body(self, error: web.RequestPayloadError) -> None:

@@ -62,9 +62,10 @@ class Gate:
         self.fronts.add(front)
         if len(self.fronts) - len(self.surplus) <= self.limit:
             return True
-        idle = [one for one in self.fronts if one is not front and one.idle_since is not None]
-        if idle:
-            min(idle, key=lambda one: one.idle_since or 0.0).force_close()
+        idle = {one: one.idle_since for one in self.fronts - self.surplus - {front}}
+        since = {one: at for one, at in idle.items() if at is not None}
+        if since:
+            min(since, key=lambda one: since[one]).force_close()
             return True
         self.refused += 1
         self.surplus.add(front)
