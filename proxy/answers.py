@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from aiohttp import web
 
 from nextstate.records import Json
@@ -47,6 +49,11 @@ def error_response(path: str, status: int, message: str, kind: str | None = None
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     body = error_body(path, message, kind or error_kind(status), status)
     return web.json_response(body, status=status, headers=headers)
+
+
+def is_redirect(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether an answer of the engine sends its client elsewhere."""
+    return 300 <= status < 400 and "Location" in headers
 
 
 def redirected(path: str, status: int) -> Refused:

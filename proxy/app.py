@@ -29,7 +29,7 @@ from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
 from nextstate.store import Store
 from nextstate.wire import json_object, objects
-from proxy.answers import Refused, error_response, redirected
+from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.bodies import read_body, refuse_coded, stream_body
 from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
@@ -325,7 +325,7 @@ class Proxy:
         response: web.StreamResponse | None = None
         try:
             async with await self._answer(request, data) as upstream:
-                if 300 <= upstream.status < 400 and upstream.status != 304:
+                if is_redirect(upstream.status, upstream.headers):
                     raise redirected(request.path, upstream.status)
                 headers = client_headers(upstream.headers)
                 response = web.StreamResponse(status=upstream.status, headers=headers)

@@ -15,7 +15,14 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from nextstate.open_files import ran_out
 from nextstate.records import Json, PolicyVersion, Timings, new_id
-from proxy.answers import RETRY_AFTER_S, Refused, error_body, error_response, redirected
+from proxy.answers import (
+    RETRY_AFTER_S,
+    Refused,
+    error_body,
+    error_response,
+    is_redirect,
+    redirected,
+)
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
@@ -42,6 +49,10 @@ OURS = frozenset(
 )
 """Headers that are never forwarded."""
 _NOT_SENT_ON = HOP_BY_HOP | OURS
+_ONCE = frozenset(
+    ("user-agent", "etag", "server", "max-forwards", "content-location", "content-range")
+)
+"""Sent on once, as not every server takes two."""
 _NOT_SENT_BACK = HOP_BY_HOP | {
     *("location", "content-location", "refresh"),  # the engine's own address
     *("access-control-allow-origin", "access-control-allow-credentials"),  # ours to say
@@ -288,7 +299,7 @@ class _Call:
             upstream.close()
             self._serve_natively()
             upstream = await self._post()
-        if 300 <= upstream.status < 400:
+        if is_redirect(upstream.status, upstream.headers):
             upstream.close()
             raise redirected(self.serving.path, upstream.status)
         return upstream
@@ -403,15 +414,12 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """The client's headers as the engine gets them: without keys and connection details.
-
-    One that was sent several times goes on as one line: not every server takes two User-Agents.
-    """
-    joined: CIMultiDict[str] = CIMultiDict()
+    """The client's headers as the engine gets them: without keys and connection details."""
+    sent: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
-        if name.lower() not in _NOT_SENT_ON:
-            joined[name] = f"{joined[name]}, {value}" if name in joined else value
-    return joined
+        if name.lower() not in _NOT_SENT_ON and not (name.lower() in _ONCE and name in sent):
+            sent.add(name, value)
+    return sent
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
