@@ -265,9 +265,7 @@ class Proxy:
                 model["root"] = model.get("id")  # else the folder that it was loaded from
             base = [m for m in theirs if m.get("id") == self.engine.model]
             names = self.lineages.models(caller)
-            listed["data"] = theirs + [
-                {**m, "id": name, "root": name} for m in base for name in names
-            ]
+            listed["data"] = theirs + [{**m, "id": name} for m in base for name in names]
             return compact(listed)
 
         return await self._forward(request, None, shown)
