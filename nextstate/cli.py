@@ -18,7 +18,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from nextstate import logs
+from nextstate import logs, open_files
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
@@ -56,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _print_anything()
     only_for_owner()
     logs.to_stderr()
+    open_files.raise_limit()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         options = _parser().parse_args(arguments)

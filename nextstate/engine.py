@@ -8,7 +8,6 @@ has once answered for another (issue 47724): hence new names, and a probe that c
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import logging
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from nextstate.adapters import verify_adapter
 from nextstate.config import server_address
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.habits import Habits
+from nextstate.open_files import ran_out
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
@@ -39,14 +39,6 @@ WARM_UP_ADAPTER = "nextstate-warm-up"
 _NO_ROUTE = (404, 405, 501)
 _IDLE_S = 4.0
 """uvicorn, under vLLM, closes connections that are idle for 5 s."""
-_EXHAUSTED = frozenset(
-    (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EADDRNOTAVAIL)
-)
-
-
-def is_exhausted(error: BaseException) -> bool:
-    """Whether a connection failed for want of something here: it says nothing of the server."""
-    return isinstance(error, OSError) and error.errno in _EXHAUSTED
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +129,9 @@ class EngineClient:
     async def _status(self, path: str, timeout_s: float) -> int | None:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
         try:
-            async with self._session.get(self.url + path, timeout=timeout) as answer:
+            async with self._session.get(
+                self.url + path, timeout=timeout, allow_redirects=False
+            ) as answer:
                 self.trouble = f"{path} answered {answer.status}"
                 return answer.status
         except aiohttp.ClientSSLError as error:
@@ -145,7 +139,7 @@ class EngineClient:
                 f"no TLS that we trust is spoken there: {error.__cause__}; is it http://?"
             ) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if is_exhausted(error):
+            if ran_out(error):
                 raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
             self.trouble = str(error) or type(error).__name__
             return None
@@ -276,7 +270,12 @@ class EngineClient:
         headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(
-                method, self.url + path, data=data, headers=headers, timeout=timeout
+                method,
+                self.url + path,
+                data=data,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
             ) as answer:
                 text = await answer.read()
                 if answer.status != 200:

@@ -36,12 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SHUTDOWN_S = 10.0
 _STOP_S = 5.0
 """How long a stage that is to stop still waits for its store."""
 _LOOK_S = 0.5
-_HEAD_LINE_BYTES = 64 * 1024
-"""Longest request line or header: about what uvicorn, under vLLM, takes; aiohttp takes 8190."""
 _COLLECT_AFTER = 10_000
 """Objects made before the garbage collector of the proxy looks at the young ones; after a hundred
 such looks at all. With 256 streams the latter holds every one of them up for 30 ms."""
@@ -138,14 +135,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
             engine_key=engine_key(settings),
             worker=None if worker is None else str(worker),
         )
-        runner = web.AppRunner(
-            proxy.app(),
-            handler_cancellation=True,
-            access_log=None,
-            shutdown_timeout=_SHUTDOWN_S,
-            max_line_size=_HEAD_LINE_BYTES,
-            max_field_size=_HEAD_LINE_BYTES,
-        )
+        runner = proxy.runner()
         await runner.setup()
         host, port = settings.proxy.host, settings.proxy.port
         try:

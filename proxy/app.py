@@ -21,22 +21,29 @@ from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 from yarl import URL
 
-from nextstate.engine import EngineClient, is_exhausted
+from nextstate.engine import EngineClient
 from nextstate.errors import NextStateError, RecordError, StoreError, WaitError, WrongEngineError
 from nextstate.hooks import AgentProfile, load_plugin
+from nextstate.open_files import ran_out
 from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
 from nextstate.store import Store
 from nextstate.wire import json_object, objects, read_json, write_json
+from proxy.answers import Refused, error_response, is_redirect, redirected
+from proxy.bodies import read_body, refuse_coded, stream_body
+from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
 from proxy.feedback import Said, read_feedback
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
+from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
 from proxy.recorder import Recorder
-from proxy.relay import ATTEMPTS, RETRY_AFTER_S, Relay, api_error, client_headers, upstream_headers
-from proxy.serving import CHAT, COMPLETIONS, DIALECTS, MESSAGES, compact
+from proxy.relay import ATTEMPTS, Relay, client_headers, upstream_headers
+from proxy.requests import BodyTooSlow
+from proxy.server import Gate, Runner
+from proxy.serving import MESSAGES, compact
 from proxy.sse import EventSplitter
 from proxy.upstream import CONNECT_TIMEOUT_S, IDLE_S, Upstream
 from proxy.versions import Versions
@@ -46,11 +53,10 @@ log = logging.getLogger(__name__)
 
 _CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
 _JSON = "application/json"
-_PATHS = frozenset((CHAT, COMPLETIONS, *DIALECTS))
-"""What generates, and is recorded."""
 _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 """What generates in a form that no turn can hold."""
-_OPEN_PATHS = frozenset(("/healthz",))
+_OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
+"""Need no key."""
 _WRITER_S = 10.0
 """How long the start waits for the writer: it takes half a second, and more on a busy machine."""
 _DRAIN_S = 10.0
@@ -93,6 +99,7 @@ class Proxy:
         self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._engine_key = engine_key
         self._worker = worker
+        self.gate = Gate()
         self._relay: Relay | None = None
         self._session: aiohttp.ClientSession
         """For what is passed on as it is."""
@@ -105,19 +112,43 @@ class Proxy:
         assert self._relay is not None
         return self._relay
 
+    def runner(self) -> web.AppRunner:
+        """Runs the application on a server with vLLM's idea of HTTP, deadlines and a limit."""
+        return Runner(self.app(), self.gate)
+
     def app(self) -> web.Application:
-        """The aiohttp application; run it with `handler_cancellation=True`."""
+        """The aiohttp application, for `runner`."""
         limit = self.config.max_body_mb * 1024 * 1024
-        app = web.Application(client_max_size=limit, middlewares=[self._authorize])
+        app = web.Application(client_max_size=limit, middlewares=[self._answered, self._authorize])
         app.cleanup_ctx.append(self._running)
-        for path in _PATHS:
-            app.router.add_post(path, self._generate)
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_post("/v1/feedback", self._feedback)
-        app.router.add_route("*", "/v1/{path:.*}", self._pass)
-        app.router.add_get("/healthz", self._healthz)
-        app.router.add_get("/metrics", self._metrics)
+        app.on_response_prepare.append(self._share)
+        # One route, so that no answer is the router's own. Who waits with a body is asked for it
+        # where it is read.
+        app.router.add_route("*", "/{path:.*}", self._route, expect_handler=_ask_later)
         return app
+
+    async def _route(self, request: web.Request) -> web.StreamResponse:
+        path, method = request.path, request.method
+        ours: dict[str, dict[str, Handler]] = {
+            "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
+            "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
+            "/health": {"GET": self._health, "HEAD": self._health},
+            "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
+            "/v1/feedback": {"POST": self._feedback},
+        }
+        if path in ours:
+            handler = ours[path].get(method)
+            if handler is None:
+                raise Refused(405, f"{path} takes {' or '.join(ours[path])}, not {method}.")
+            return await handler(request)
+        if path in GENERATING and method == "POST":
+            return await self._generate(request)
+        if path == MODELS and method == "GET":
+            return await self._models(request)
+        known = path.startswith("/v1/") or path in PROBED
+        if not known or leads_out(path) or resembles_generating(path):
+            raise Refused(404, f"There is no {path[:200]}.")
+        return await self._pass(request)
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
         headers = {"Authorization": f"Bearer {self._engine_key}"} if self._engine_key else {}
@@ -129,7 +160,9 @@ class Proxy:
             self._fresh,
             Upstream(self.engine.url, headers | fixed) as upstream,
         ):
-            self._relay = Relay(self.config, self.versions, self.recorder, upstream)
+            self._relay = Relay(
+                self.config, self.versions, self.recorder, upstream, self._out_of_files
+            )
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
@@ -150,33 +183,53 @@ class Proxy:
                 with suppress(WaitError):  # the others take a silent one for gone
                     await asyncio.to_thread(self.store.leave, self._worker)
 
+    def _counts(self) -> dict[str, int]:
+        return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.gate)
+
     def _beat(self) -> None:
-        counts = counts_of(self.relay.counts, self.recorder.counts, self.versions)
-        self.store.beat(self._worker or "", self.versions.in_use(), counts)
+        self.store.beat(self._worker or "", self.versions.in_use(), self._counts())
+
+    @web.middleware
+    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Puts what goes wrong in a request into the API's words."""
+        try:
+            return await handler(request)
+        except Refused as error:
+            return error_response(request.path, error.status, error.message)
+        except aiohttp.ClientConnectionResetError:
+            return web.Response(status=499)  # the client has left: nobody reads this
+        except web.RequestPayloadError as error:
+            return _unreadable(request, error)
 
     @web.middleware
     async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        if request.path in _OPEN_PATHS:
-            return await handler(request)
         scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
         sent = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         caller = self.lineages.caller(sent)
-        if caller is None:
-            message = "Wrong or missing API key: send it as a bearer key."
-            return _refused(request, 401, "AuthenticationError", message)
-        request[_CALLER] = caller
-        try:
-            return await handler(request)
-        except aiohttp.ClientConnectionResetError:
-            return web.Response(status=499)  # the client has left: nobody reads this
-        except web.HTTPRequestEntityTooLarge:
-            return self._too_large(request)
-        except web.RequestPayloadError as error:
-            message = f"The request body cannot be read: {error}."
-            return _refused(request, 400, "BadRequestError", message)
+        without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
+        if without_key and (why := foreign(request.headers, self.config.host)) is not None:
+            raise Refused(403, why)
+        if is_preflight(request.method, request.headers):
+            return web.Response(status=204, headers=preflight_headers(request.headers))
+        if caller is not None:
+            request[_CALLER] = caller
+        elif request.path not in _OPEN_PATHS:
+            raise Refused(401, "Wrong or missing API key: send it as a bearer key.")
+        refuse_coded(request)
+        return await handler(request)
+
+    async def _share(self, request: web.Request, response: web.StreamResponse) -> None:
+        """Lets the page that asked read what it gets; a foreign one was refused."""
+        if response.status != 403:
+            has_key = self.lineages.main_key is not None
+            response.headers.update(shared_with(request.headers, has_key))
+
+    def _out_of_files(self, error: BaseException) -> Refused:
+        self.gate.ran_out(error)
+        return Refused(503, "The proxy has no files left for a connection to the engine.")
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        data = await request.read()
+        data = await read_body(request, self.config.max_body_mb)
         try:
             body = read_json(data)
         except ValueError as error:
@@ -213,7 +266,7 @@ class Proxy:
         return await self._forward(request, data, refused=message)
 
     def _tame(self, request: web.Request, body: Json, lineage: str) -> None:
-        generates = request.path in _PATHS or request.path.startswith(_GENERATES)
+        generates = request.path in GENERATING or request.path.startswith(_GENERATES)
         tame(body, lineage, salted=generates and self.lineages.apart)
 
     def _guard(self, request: web.Request, body: Json) -> web.Response | None:
@@ -236,6 +289,8 @@ class Proxy:
                 return body
             is_adapter = self.versions.is_adapter
             theirs = [m for m in objects(listed["data"]) if not is_adapter(str(m.get("id")))]
+            for model in theirs:
+                model["root"] = model.get("id")  # else the folder that it was loaded from
             base = [m for m in theirs if m.get("id") == self.engine.model]
             names = self.lineages.models(caller)
             listed["data"] = theirs + [{**m, "id": name} for m in base for name in names]
@@ -244,8 +299,6 @@ class Proxy:
         return await self._forward(request, None, shown)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
-        if leads_out(request.path):
-            return _refused(request, 404, "NotFoundError", f"There is no {request.path}.")
         if administers(request.path):
             message = f"{request.path} administers the engine: it is not for agents."
             return _refused(request, 403, "PermissionDeniedError", message)
@@ -257,7 +310,7 @@ class Proxy:
                 message = f"{request.path} takes a form: the serving version cannot answer it."
                 return _refused(request, 400, "BadRequestError", message)
             return await self._forward(request, None)
-        data = await request.read()
+        data = await read_body(request, self.config.max_body_mb)
         try:
             body = read_json(data)
         except ValueError:  # the engine says what is wrong with it
@@ -292,10 +345,6 @@ class Proxy:
         model = body.get("model")
         return self.lineages.of(request[_CALLER], model) if isinstance(model, str) else None
 
-    def _too_large(self, request: web.Request) -> web.Response:
-        message = f"The request is larger than [proxy] max_body_mb = {self.config.max_body_mb}."
-        return _refused(request, 413, "BadRequestError", message)
-
     def _target(self, request: web.Request) -> URL:
         """Where a request goes at the engine: its path as the client wrote it."""
         path = quote(str(request.rel_url), safe=punctuation, errors="surrogateescape")
@@ -318,6 +367,8 @@ class Proxy:
         response: web.StreamResponse | None = None
         try:
             async with await self._answer(request, data) as upstream:
+                if is_redirect(upstream.status, upstream.headers):
+                    raise redirected(request.path, upstream.status)
                 if refused is not None and upstream.status < 400:
                     return _refused(request, 400, "BadRequestError", refused)
                 headers = client_headers(upstream.headers)
@@ -346,23 +397,15 @@ class Proxy:
         except (aiohttp.ClientError, TimeoutError) as error:
             if response is not None:
                 return await _cut_off(request, response, error)
-            if isinstance(error.__cause__, web.HTTPRequestEntityTooLarge):
+            if isinstance(error.__cause__, Refused):
                 raise error.__cause__ from None
-            if isinstance(request.content.exception(), web.RequestPayloadError):
-                return _refused(request, 400, "BadRequestError", "The request body cannot be read.")
+            if isinstance(broken := request.content.exception(), web.RequestPayloadError):
+                return _unreadable(request, broken)
+            if ran_out(error):
+                raise self._out_of_files(error) from error
             log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
             message = "The inference engine is unreachable."
             return _refused(request, 503, "ServiceUnavailableError", message)
-
-    async def _body(self, request: web.Request) -> AsyncGenerator[bytes]:
-        """A request's body as it comes, within the limit."""
-        limit = self.config.max_body_mb * 1024 * 1024
-        size = 0
-        async for chunk in request.content.iter_any():
-            size += len(chunk)
-            if size > limit:
-                raise web.HTTPRequestEntityTooLarge(max_size=limit, actual_size=size)
-            yield chunk
 
     async def _answer(self, request: web.Request, data: bytes | None) -> aiohttp.ClientResponse:
         """The engine's answer, once its head has come; waits for an engine that is down.
@@ -372,7 +415,8 @@ class Proxy:
         headers = upstream_headers(request.headers)
         if "Content-Type" in request.headers:
             headers["Content-Type"] = request.headers["Content-Type"]
-        streamed = self._body(request) if data is None and request.can_read_body else None
+        max_mb = self.config.max_body_mb
+        streamed = stream_body(request, max_mb) if data is None and request.can_read_body else None
         deadline = asyncio.get_running_loop().time() + self.config.hold_s
         attempt = 0
         while True:
@@ -389,14 +433,17 @@ class Proxy:
                 )
             except aiohttp.ClientConnectionError as error:
                 attempt += 1
-                if streamed is not None or is_exhausted(error) or attempt == ATTEMPTS:
+                if streamed is not None or ran_out(error) or attempt == ATTEMPTS:
                     raise
                 if attempt > 1 and await self.versions.is_well():
                     raise
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
+        if request.content_type != "application/json":
+            found = request.headers.get("Content-Type", "none")
+            raise Refused(415, f"Content-Type: {found[:100]!r}: feedback is application/json.")
         try:
-            said = read_feedback(await request.read())
+            said = read_feedback(await read_body(request, self.config.max_body_mb))
         except RecordError as error:
             return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
         try:
@@ -424,18 +471,28 @@ class Proxy:
         return None if turn is None else self.store.give_feedback(said.of(turn))
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
-        serving = {name: self.versions.serves(name).number for name in self.versions.serving}
-        return web.json_response(
-            {
-                "proxy": "up",
-                "engine": "up" if self.versions.up else "down",
-                "engine_problem": self.versions.wrong,
-                "learning_lacks": self.engine.abilities.lacks,
-                "version": serving[MAIN_LINEAGE],
-                "turns_waiting": self.recorder.counts.waiting,
-                "lineages": serving,
+        found: Json = {
+            "proxy": "up",
+            "engine": "up" if self.versions.up else "down",
+            "engine_problem": self.versions.wrong,
+            "learning_lacks": self.engine.abilities.lacks,
+            "turns_waiting": self.recorder.counts.waiting,
+        }
+        caller = request.get(_CALLER)
+        if caller is not None:
+            serving = {name: self.versions.serves(name).number for name in self.versions.serving}
+            found["version"] = serving[caller]
+            found["lineages"] = {
+                name: number for name, number in serving.items() if self.lineages.sees(caller, name)
             }
-        )
+            found["connections"] = {"open": len(self.gate.fronts), "limit": self.gate.limit}
+        return web.json_response(found)
+
+    async def _health(self, request: web.Request) -> web.StreamResponse:
+        """As the engine answers a probe, and at once: 200 and nothing, or a 503."""
+        if not self.versions.up:
+            raise Refused(503, "The inference engine is not available.")
+        return web.Response()
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         try:
@@ -444,7 +501,7 @@ class Proxy:
         except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("counting the store failed: %s", error)
             stored, others = {}, []
-        counts = Counter(counts_of(self.relay.counts, self.recorder.counts, self.versions))
+        counts = Counter(self._counts())
         for _, theirs in others:
             counts.update(theirs)
         text = exposition(counts, self.versions, stored)
@@ -486,9 +543,19 @@ def _named(model: str) -> bytes:
 
 
 def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    error = api_error(request, message, kind, status)
-    return web.json_response(error, status=status, headers=headers)
+    return error_response(request.path, status, message, kind)
+
+
+def _unreadable(request: web.Request, error: BaseException) -> web.Response:
+    status = 408 if isinstance(error, BodyTooSlow) else 400
+    message = f"The request body cannot be read: {error}."
+    response = error_response(request.path, status, message)
+    response.force_close()
+    return response
+
+
+async def _ask_later(_: web.Request) -> None:
+    """Does nothing yet about `Expect: 100-continue`."""
 
 
 async def _cut_off(

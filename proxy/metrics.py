@@ -7,12 +7,15 @@ from itertools import groupby
 
 from proxy.recorder import RecorderCounts
 from proxy.relay import RelayCounts
+from proxy.server import Gate
 from proxy.versions import Versions
 
 UNRECORDED = "nextstate_requests_unrecorded_total"
 
 
-def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) -> dict[str, int]:
+def counts_of(
+    relay: RelayCounts, recorder: RecorderCounts, versions: Versions, gate: Gate
+) -> dict[str, int]:
     """What one worker has counted; those of several add up."""
     return {
         "nextstate_requests_total": relay.requests,
@@ -25,6 +28,10 @@ def counts_of(relay: RelayCounts, recorder: RecorderCounts, versions: Versions) 
         "nextstate_store_waits_total": recorder.store_waits,
         "nextstate_requests_running": sum(versions.running.values()),
         **{f'{UNRECORDED}{{reason="{reason}"}}': n for reason, n in relay.unrecorded.items()},
+        "nextstate_connections": len(gate.fronts),
+        "nextstate_connections_limit": gate.limit,
+        "nextstate_connections_refused_total": gate.refused,
+        "nextstate_out_of_files_total": gate.exhausted,
     }
 
 

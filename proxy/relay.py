@@ -6,16 +6,16 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import orjson
 from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
-from nextstate.engine import is_exhausted
 from nextstate.errors import WrongEngineError
+from nextstate.open_files import ran_out
 from nextstate.records import Json, PolicyVersion, Timings, new_id
+from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
@@ -42,17 +42,17 @@ _SENT_ON = frozenset(
 )
 """What vLLM reads, but for what is set anew, and for what one client could say to the harm of
 others: its priority, the rank that is to serve it, the key that is for the proxy."""
+_NOT_SENT_BACK = HOP_BY_HOP | {
+    *("location", "content-location", "refresh"),  # the engine's own address
+    *("access-control-allow-origin", "access-control-allow-credentials"),  # ours to say
+    "access-control-expose-headers",
+}
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
-RETRY_AFTER_S = 10
 _REFUSED = (400, 422)
 ATTEMPTS = 5
 """So often one request may find the engine's connection broken: it may be what breaks it."""
 _DONE = b"data: [DONE]\n\n"
-
-
-class NoAnswer(Exception):
-    """The engine gave a request no answer; the client gets a 503 with the message."""
 
 
 @dataclass(slots=True)
@@ -76,6 +76,8 @@ class Relay:
     versions: Versions
     recorder: Recorder
     upstream: Upstream
+    out_of_files: Callable[[BaseException], Refused]
+    """Counts that no connection to the engine can be opened, and says so."""
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
@@ -137,8 +139,8 @@ class _Call:
                 upstream, data, error = await self._whole()
                 ended = error is None and upstream.status == 200
                 sent = self.serving.reply(data) if ended else data
-        except NoAnswer as none:
-            return self._unavailable(none)
+        except Refused as refused:
+            return self._refused(refused)
         if error is not None:
             return await self._broken_off(upstream, data, error)
         headers = self._headers(upstream.headers)
@@ -159,8 +161,8 @@ class _Call:
         """A reply as events, passed on as they arrive."""
         try:
             upstream = await self._open_with_keep_alive()
-        except NoAnswer as none:
-            answer = self._unavailable(none)
+        except Refused as refused:
+            answer = self._refused(refused)
             return answer if self._early is None else await self._end_early(_bytes(answer))
         try:
             if upstream.status != 200:
@@ -255,10 +257,10 @@ class _Call:
             await self._wait_up(deadline)
             if (answer := await self._tried(fresh=attempt > 0)) is not None:
                 return answer
-        raise NoAnswer(f"The inference engine closed the connection {ATTEMPTS} times.")
+        raise Refused(503, f"The inference engine closed the connection {ATTEMPTS} times.")
 
     async def _tried(self, *, fresh: bool) -> Answer | None:
-        """One attempt; None if the request may be sent again. Raises NoAnswer.
+        """One attempt; None if the request may be sent again. Raises Refused.
 
         It may on a fresh connection, as the other end may have closed the one that was kept; then
         only if the engine is down. Not once a part of an answer has come.
@@ -267,17 +269,17 @@ class _Call:
             return await self._answer(fresh=fresh)
         except NotHttp as error:
             log.warning("turn=%s the engine speaks no HTTP: %r", self.turn_id, error)
-            raise NoAnswer("The inference engine's answer is not HTTP.") from error
+            raise Refused(503, "The inference engine's answer is not HTTP.") from error
         except OSError as error:
             log.info("turn=%s the engine gave no answer: %r", self.turn_id, error)
-            if is_exhausted(error):
-                raise NoAnswer("The proxy cannot open more connections now.") from error
+            if ran_out(error):
+                raise self.relay.out_of_files(error) from error
             within = isinstance(error, HeadCut)
             if not fresh and not within:
                 return None
             if await self.relay.versions.is_well() or within:
-                raise NoAnswer(
-                    "The inference engine closed the connection without an answer."
+                raise Refused(
+                    503, "The inference engine closed the connection without an answer."
                 ) from error
             return None
 
@@ -302,6 +304,9 @@ class _Call:
             upstream.close()
             self._serve_natively()
             upstream = await self._post()
+        if is_redirect(upstream.status, upstream.headers):
+            upstream.close()
+            raise redirected(self.serving.path, upstream.status)
         return upstream
 
     def _without_additions(self) -> Serving | None:
@@ -347,11 +352,12 @@ class _Call:
             async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
                 await self.relay.versions.wait_admitted()
         except TimeoutError:
-            raise NoAnswer(
-                "The inference engine is not available; the request was held and has timed out."
+            raise Refused(
+                503,
+                "The inference engine is not available; the request was held and has timed out.",
             ) from None
         except WrongEngineError as error:
-            raise NoAnswer(f"The inference engine cannot be used: {error}.") from error
+            raise Refused(503, f"The inference engine cannot be used: {error}.") from error
 
     async def _post(self, *, fresh: bool = False) -> Answer:
         target = self.serving.path
@@ -386,11 +392,9 @@ class _Call:
             "x-nextstate-version": str(self.version.number),
         }
 
-    def _unavailable(self, error: NoAnswer) -> web.Response:
+    def _refused(self, refused: Refused) -> web.Response:
         self.relay.counts.failed += 1
-        body = orjson.dumps(api_error(self.request, str(error), "ServiceUnavailableError", 503))
-        headers = {"Retry-After": str(RETRY_AFTER_S)}
-        return web.Response(body=body, status=503, headers=headers, content_type="application/json")
+        return error_response(self.request.path, refused.status, refused.message)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock
@@ -418,22 +422,19 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Those of the client's headers that the engine gets."""
-    return CIMultiDict((name, value) for name, value in headers.items() if name.lower() in _SENT_ON)
+    """Those of the client's headers that the engine gets, each once: not every server takes two."""
+    sent: CIMultiDict[str] = CIMultiDict()
+    for name, value in headers.items():
+        if name.lower() in _SENT_ON:
+            sent.setdefault(name, value)
+    return sent
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
     """The engine's headers as the client gets them."""
     return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in HOP_BY_HOP
+        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_BACK
     )
-
-
-def api_error(request: web.Request, message: str, kind: str, code: int) -> Json:
-    """An error body in the format of the API that was asked."""
-    if _is_messages(request):
-        return {"type": "error", "error": {"type": kind, "message": message}}
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
 def _is_messages(request: web.Request) -> bool:

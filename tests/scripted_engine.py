@@ -90,6 +90,7 @@ class ScriptedEngine:
     def app(self) -> web.Application:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._reset])
         app.router.add_get("/health", self._health)
+        app.router.add_get("/version", self._version)
         app.router.add_get("/v1/models", self._models)
         app.router.add_post("/v1/chat/completions", self._chat)
         app.router.add_post("/v1/completions", self._completions)
@@ -112,6 +113,9 @@ class ScriptedEngine:
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
+
+    async def _version(self, request: web.Request) -> web.Response:
+        return web.json_response({"version": "0"})
 
     async def _models(self, request: web.Request) -> web.Response:
         models = [{"id": MODEL, "parent": None, "root": "/m", "max_model_len": 4096}]
@@ -421,7 +425,8 @@ async def scripted_engine() -> AsyncGenerator[ScriptedEngine]:
     """A running scripted engine on a free port."""
     engine = ScriptedEngine()
     engine.server = TestServer(engine.app(), handler_cancellation=True)
-    await engine.server.start_server(max_field_size=1 << 16, max_line_size=1 << 16)
+    limits = {"max_field_size": 1 << 18, "max_line_size": 1 << 18, "max_headers": 1024}
+    await engine.server.start_server(**limits)
     try:
         yield engine
     finally:

@@ -12,7 +12,8 @@ import aiohttp
 import orjson
 import pytest
 
-from nextstate.engine import EngineClient, is_exhausted
+from nextstate.engine import EngineClient
+from nextstate.open_files import ran_out
 from nextstate.store import Store
 from proxy.upstream import Upstream
 from tests.scripted_engine import MODEL, ScriptedEngine, compact
@@ -148,11 +149,11 @@ def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
             patched.setattr(Upstream, "_connected", connected)
             status, data = await ask(p, "/v1/chat/completions")
         assert (status, failed, p.proxy.versions.up) == (503, [], True)
-        assert b"cannot open more connections" in data
+        assert b"no files left" in data
         assert (await ask(p, "/v1/chat/completions"))[0] == 200
 
-    assert is_exhausted(OSError(number, "none left"))
-    assert not is_exhausted(ConnectionResetError(errno.ECONNRESET, "reset"))
+    assert ran_out(OSError(number, "none left"))
+    assert not ran_out(ConnectionResetError(errno.ECONNRESET, "reset"))
     both(test, store, tmp_path)
 
 

@@ -95,14 +95,16 @@ async def running(
             engine_key="engine-key",
             worker=worker,
         )
-        server = TestServer(proxy.app(), handler_cancellation=True)
-        await server.start_server()
+        runner = proxy.runner()
+        await runner.setup()
+        site = web.TCPSite(runner, "127.0.0.1", 0)
+        await site.start()
         json_type = {"Content-Type": "application/json"}
         async with aiohttp.ClientSession(timeout=TIMEOUT, headers=json_type) as http:
             try:
-                yield Running(proxy, str(server.make_url("")).rstrip("/"), http)
+                yield Running(proxy, site.name, http)
             finally:
-                await server.close()
+                await runner.cleanup()
 
 
 def both(

@@ -1,0 +1,65 @@
+"""Errors of our own, in the format of the API that was asked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aiohttp import web
+
+from nextstate.records import Json
+from proxy.serving import MESSAGES
+
+RETRY_AFTER_S = 10
+_KINDS = {
+    401: "AuthenticationError",
+    403: "PermissionDeniedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    408: "RequestTimeoutError",
+    415: "UnsupportedMediaTypeError",
+    502: "BadGatewayError",
+    503: "ServiceUnavailableError",
+    504: "GatewayTimeoutError",
+}
+
+
+class Refused(Exception):
+    """A request that goes no further, with the status and the words for its client."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+
+
+def error_kind(status: int) -> str:
+    """The name that the official clients and vLLM give to errors with a status."""
+    return _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+
+
+def error_body(path: str, message: str, kind: str, code: int) -> Json:
+    """An error body in the format of the API at `path`."""
+    if path.startswith(MESSAGES):
+        return {"type": "error", "error": {"type": kind, "message": message}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+def error_response(path: str, status: int, message: str, kind: str | None = None) -> web.Response:
+    """A whole answer with an error; a 503 says when to come back."""
+    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+    body = error_body(path, message, kind or error_kind(status), status)
+    return web.json_response(body, status=status, headers=headers)
+
+
+def is_redirect(status: int, headers: Mapping[str, str]) -> bool:
+    """Whether an answer of the engine sends its client elsewhere."""
+    return 300 <= status < 400 and "Location" in headers
+
+
+def redirected(path: str, status: int) -> Refused:
+    """What is told where the engine sends a request elsewhere: its address is not the client's."""
+    return Refused(
+        502,
+        f"The engine answers {path} with a redirect ({status}), which is not followed: "
+        "[engine] url must be the address that it really serves on.",
+    )

@@ -1,0 +1,89 @@
+"""A request's body as it is read: within bounds of its size and of what it unfolds to."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+from aiohttp import web
+
+from proxy.answers import Refused
+
+MOST_CONTAINERS = 250_000
+"""Objects and arrays of one body. Each costs 60 to 300 bytes and may be 3 on the wire."""
+MOST_VALUES = 4_000_000
+"""Commas of one body: prompts of some million token ids are fine."""
+_FEW = 100_000
+"""Bytes that cannot hold enough of either to matter."""
+_MANY = 1 << 20
+"""Bytes that take so long to look through that others get their turn meanwhile."""
+
+
+def refuse_coded(request: web.Request) -> None:
+    """Raises Refused for a compressed body: it could grow a thousandfold."""
+    for coding in ",".join(request.headers.getall("Content-Encoding", ())).split(","):
+        if coding.strip().lower() not in ("", "identity"):
+            raise Refused(
+                415, f"Content-Encoding: {coding.strip()[:40]!r}: send the body uncompressed."
+            )
+
+
+async def read_body(request: web.Request, max_mb: int) -> bytes:
+    """The whole body. Raises Refused for one that is too large or expensive."""
+    size = request.content_length
+    if size is not None and size > max_mb << 20:
+        raise too_large(max_mb)
+    await _welcome(request)
+    try:
+        data = await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large(max_mb) from None
+    why = await asyncio.to_thread(excess, data) if len(data) > _MANY else excess(data)
+    if why is not None:
+        raise Refused(400, f"The request body has {why}.")
+    return data
+
+
+async def stream_body(request: web.Request, max_mb: int) -> AsyncGenerator[bytes]:
+    """The body as it comes. Raises Refused where it gets too large."""
+    await _welcome(request)
+    size = 0
+    async for chunk in request.content.iter_any():
+        size += len(chunk)
+        if size > max_mb << 20:
+            raise too_large(max_mb)
+        yield chunk
+
+
+def too_large(max_mb: int) -> Refused:
+    """What a body beyond the limit is told."""
+    return Refused(413, f"The request is larger than [proxy] max_body_mb = {max_mb}.")
+
+
+def excess(data: bytes) -> str | None:
+    """Why JSON in `data` would take far more memory than it has bytes, or None.
+
+    Text may hold any number of brackets and commas, so what stands in strings does not count; it
+    is only cut out where it matters.
+    """
+    if len(data) < _FEW or not _exceeds(data):
+        return None
+    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    if plain.count(b'"') > MOST_VALUES:
+        return f"more than {MOST_VALUES // 2} strings"
+    return _exceeds(b"".join(plain.split(b'"')[::2]))
+
+
+def _exceeds(data: bytes) -> str | None:
+    if data.count(b"[") + data.count(b"{") > MOST_CONTAINERS:
+        return f"more than {MOST_CONTAINERS} objects and arrays"
+    if data.count(b",") > MOST_VALUES:
+        return f"more than {MOST_VALUES} values"
+    return None
+
+
+async def _welcome(request: web.Request) -> None:
+    """Asks for the body of a client that waits to be asked."""
+    if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= (1, 1):
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer itself has not begun

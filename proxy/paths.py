@@ -1,0 +1,41 @@
+"""What a request's path is to the engine's server, however the client has spelt it."""
+
+from __future__ import annotations
+
+from urllib.parse import unquote
+
+from proxy.serving import CHAT, COMPLETIONS, DIALECTS
+
+GENERATING = frozenset((CHAT, COMPLETIONS, *DIALECTS))
+"""The routes whose replies are recorded."""
+MODELS = "/v1/models"
+PROBED = frozenset(("/version", "/load", "/tokenize", "/detokenize", "/tokenizer_info"))
+"""Of the engine's routes outside /v1/ those that agents use; most others administer it."""
+OURS = frozenset(("/v1/feedback", "/healthz", "/metrics", "/health", "/ping"))
+_KNOWN = GENERATING | PROBED | OURS | {MODELS}
+
+
+def known_as(raw_path: str) -> str:
+    """The route that the engine's server would take a path for, if we know it; else the path.
+
+    uvicorn decodes a path once, and starlette redirects one that ends with a slash to the one
+    without.
+
+    >>> known_as("/v1/%63hat%2Fcompletions/"), known_as("/v1/models/a%2Fb")
+    ('/v1/chat/completions', '/v1/models/a%2Fb')
+    """
+    path = unquote(raw_path)
+    path = path.rstrip("/") or "/"
+    return path if path in _KNOWN else raw_path
+
+
+def resembles_generating(path: str) -> bool:
+    """Whether some server might take a path for one that generates, where it is not one.
+
+    A gateway before the engine may merge slashes, ignore parameters or case, or decode once more.
+
+    >>> [resembles_generating(path) for path in ("/v1//Chat;v=1/completions", "/v1/completions")]
+    [True, False]
+    """
+    parts = [part.partition(";")[0].strip() for part in unquote(unquote(path)).lower().split("/")]
+    return path not in GENERATING and "/" + "/".join(filter(None, parts)) in GENERATING
