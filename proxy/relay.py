@@ -422,11 +422,12 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Those of the client's headers that the engine gets, each once: not every server takes two."""
+    """Those of the client's headers that the engine gets; not every server takes two user agents."""
     sent: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
-        if name.lower() in _SENT_ON:
-            sent.setdefault(name, value)
+        again = name.lower() == "user-agent" and name in sent
+        if name.lower() in _SENT_ON and not again:
+            sent.add(name, value)
     return sent
 
 

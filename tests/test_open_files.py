@@ -19,11 +19,10 @@ import orjson
 import pytest
 
 from nextstate import open_files
-from nextstate.engine import EngineClient
 from nextstate.store import Store
 from nextstate.vllm import free_port
 from proxy.server import Gate
-from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
+from tests.scripted_engine import ScriptedEngine, scripted_engine
 from tests.test_edge import JSON, get, post
 from tests.test_proxy import Running, both, request
 from tests.test_requests import Answer, answer, ask
@@ -153,23 +152,6 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
         assert (await p.chat(request()))[0] == 200
 
     both(test, store, tmp_path)
-
-
-def test_a_health_check_without_a_file_says_nothing_about_the_engine(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    def none_left(*given: Any, **more: Any) -> socket.socket:
-        raise OSError(errno.EMFILE, "Too many open files")
-
-    async def test() -> None:
-        async with scripted_engine() as engine, EngineClient(engine.url, MODEL) as client:
-            monkeypatch.setattr(socket, "socket", none_left)
-            assert await client.healthy()
-            monkeypatch.undo()
-            engine.healthy = False
-            assert not await client.healthy()
-
-    asyncio.run(test())
 
 
 def test_every_command_raises_the_soft_limit() -> None:
