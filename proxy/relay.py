@@ -16,7 +16,7 @@ from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
-from proxy.linking import explicit_session
+from proxy.linking import explicit_session, names_conversation
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
@@ -336,6 +336,7 @@ class _Call:
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
+            vague_name=not names_conversation(self.request.headers, self.body),
         )
 
     def _headers(self, upstream: CIMultiDictProxy[str]) -> CIMultiDict[str]:
