@@ -7,9 +7,9 @@ import re
 _TAG = r"(?:[a-z]{1,16}:)?(?:ant)?(?:think|thinking|thoughts?|reasoning)"
 _CHANNEL = r"<\|channel\|>\s{0,4}"
 _MARKS = re.compile(
-    rf"(?P<open><\s{{0,4}}{_TAG}(?:\s[^<>]{{0,200}})?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|"
+    rf"(?P<open><{_TAG}(?:\s[^<>]{{0,200}})?>|\[THINK\]|◁think▷|<\|begin_of_thought\|>|"
     rf"<\|START_THINKING\|>|<unused94>|<\|channel>|{_CHANNEL}(?:analysis|commentary))|"
-    rf"(?P<close><\s{{0,4}}/\s{{0,4}}{_TAG}\s{{0,4}}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|"
+    rf"(?P<close></{_TAG}\s{{0,4}}>|\[/THINK\]|◁/think▷|<\|end_of_thought\|>|"
     rf"<\|END_THINKING\|>|<unused95>|<channel\|>|{_CHANNEL}final[^<>]{{0,100}}(?:<\|message\|>)?)|"
     r"(?P<frame><\|start\|>\s{0,4}assistant|<\|(?:message|end|return)\|>)",
     re.IGNORECASE,

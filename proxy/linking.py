@@ -127,6 +127,34 @@ def reply_starts(messages: Sequence[Json]) -> list[int]:
     return starts
 
 
+class _Told:
+    """Gathers what was said, message by message."""
+
+    def __init__(self) -> None:
+        self._words = hashlib.blake2b(digest_size=HASH_BYTES)
+        self._any_words = False
+        self._setting = hashlib.blake2b(digest_size=SETTING_BYTES)
+        self._exact = hashlib.blake2b(digest_size=EXACT_BYTES)
+        self.told: list[bytes] = []
+
+    def system(self, key: bytes, text: str) -> None:
+        self._exact.update(key)
+        self._setting.update(text.encode().translate(None, _CLOCK))
+
+    def add(self, key: bytes, text: str | None) -> None:
+        self._exact.update(key)
+        self.told.append(key)
+        if text is not None:
+            self._any_words = True
+            # Without white space: messages may be merged.
+            self._words.update(text.encode().translate(None, _WHITE_SPACE))
+
+    def so_far(self) -> Said:
+        words = self._words if self._any_words else self._exact
+        exact = self._exact.digest()
+        return Said(words.digest(), self._setting.digest(), exact, tuple(self.told))
+
+
 def said(
     messages: Sequence[Json],
     hashes: Sequence[bytes],
@@ -135,45 +163,26 @@ def said(
 ) -> list[Said]:
     """What was said before each of `starts` (else before the last reply), and in all messages.
 
-    `texts` are what the profile reads in the messages, None where there is nothing.
+    `texts` are what the profile reads in the messages, None where there is nothing. Where it has
+    read nothing yet, all messages count: it takes all that the agent says for machine-made.
     """
     wanted = reply_starts(messages)[:1] if starts is None else starts
-    words = hashlib.blake2b(digest_size=HASH_BYTES)
-    setting = hashlib.blake2b(digest_size=SETTING_BYTES)
-    exact = hashlib.blake2b(digest_size=EXACT_BYTES)
-    told: list[bytes] = []
+    read, every = _Told(), _Told()
     found: dict[int, Said] = {}
-    any_words = False
-
-    def so_far() -> Said:
-        heard = words if any_words else exact
-        return Said(heard.digest(), setting.digest(), exact.digest(), tuple(told))
-
-    # Of an agent whose every text its profile takes for machine-made, all texts count.
-    unread = not any(map(_is_told, messages, texts))
     for position, (message, key, text) in enumerate(zip(messages, hashes, texts, strict=True)):
         role = message.get("role")
+        plain = text_of(message.get("content"))
         if role == "assistant":
             if position in wanted:
-                found[position] = so_far()
+                found[position] = (read if read.told else every).so_far()
         elif role in _SYSTEM:
-            exact.update(key)
-            setting.update(text_of(message.get("content")).encode().translate(None, _CLOCK))
-        elif unread or _is_told(message, text):
-            exact.update(key)
-            told.append(key)
-            if text is not None:
-                any_words = True
-                # Without white space: messages may be merged.
-                words.update(text.encode().translate(None, _WHITE_SPACE))
-    return [*(found[start] for start in wanted), so_far()]
-
-
-def _is_told(message: Json, text: str | None) -> bool:
-    """Whether a message is of a person or a tool; a picture is, without a text."""
-    if message.get("role") in ("assistant", *_SYSTEM):
-        return False
-    return text is not None or not text_of(message.get("content"))
+            read.system(key, plain)
+            every.system(key, plain)
+        else:
+            every.add(key, text)
+            if text is not None or not plain:  # a picture has no text
+                read.add(key, text)
+    return [*(found[start] for start in wanted), (read if read.told else every).so_far()]
 
 
 def link_of(
