@@ -21,7 +21,7 @@ from nextstate.records import MAIN_LINEAGE
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
-_ADAPTER = re.compile(r".+-v\d{6}")
+_ADAPTER = re.compile(r"\A.+-v\d{6}\Z")
 
 
 @dataclass(frozen=True, slots=True)

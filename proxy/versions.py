@@ -31,7 +31,7 @@ STORE_POLL_S = 0.05
 HEALTH_POLL_S = 1.0
 DOWN_POLL_S = 0.2
 UNLOAD_AGAIN_S = 10.0
-_ADAPTER = re.compile(r"(?P<lineage>.+)-v(?P<number>\d{6})")
+_ADAPTER = re.compile(r"\A(?P<lineage>.+)-v(?P<number>\d{6})\Z")
 
 
 class Versions:
