@@ -72,7 +72,7 @@ def _line(pattern: str) -> re.Pattern[str]:
 
 def _counted(match: re.Match[str]) -> bool | None:
     """By the numbers before the words: any failure or error fails, some pass passes."""
-    counts = re.findall(r"(\d+) (\w+)", match.group().replace("|", ","))
+    counts = re.findall(r"(?<!\d)(\d+) (\w+)", match.group().replace("|", ","))
     if any(int(number) and word.startswith(("fail", "error")) for number, word in counts):
         return False
     return any(int(number) and word.startswith("pass") for number, word in counts) or None
