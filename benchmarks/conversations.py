@@ -207,7 +207,7 @@ def _names(conversation: Conversation) -> list[object]:
         keys = reply_keys(messages, conversation.reply(index))
         assert keys is not None
         read = [PROFILE.next_state_text(message) for message in messages]
-        _, in_all = said(messages, message_hashes(messages), read)
+        *_, in_all = said(messages, message_hashes(messages), read)
         said_key = in_all.key(keys[0])
         assert said_key is not None
         names.append(conversation.turn_id(index))

@@ -34,7 +34,8 @@ from nextstate.config import StoreConfig
 from nextstate.records import Turn, new_id
 from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking import link_of, message_hashes, said
+from proxy.linking import link_of, message_hashes, reply_starts, said
+from proxy.meaning import meant_in
 
 KINDS = {
     "continues": "a turn of ten messages that continues a stored one",
@@ -188,8 +189,9 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
         hashes = message_hashes(messages)
-        before, _ = said(messages, hashes, [PROFILE.next_state_text(m) for m in messages])
-        link = link_of(messages, hashes, before)
+        texts, starts = [PROFILE.next_state_text(m) for m in messages], reply_starts(messages)
+        *before, _ = said(messages, hashes, texts, starts)
+        link = link_of(meant_in(messages), hashes, starts, before)
         assert link is not None
         parent = recording.parent("main", link, stored.name)
         cost = _cost(reads, started)

@@ -19,7 +19,7 @@ FRIENDLY_WORDS = (
 
 _ITEM = re.compile(r"^(\d+)\. ")
 _SENTENCE_GAP = re.compile(r"(?<=[.!?]) ")
-_MARKUP = re.compile(r"\*|__|`|^\s*#|^\s*(?:\d+[.)]|[-•])\s|\b(?:final )?answer:|\bsteps:",
+_MARKUP = re.compile(r"\*|__|`|^[^\S\n]*(?:#|(?:\d+[.)]|[-•])\s)|\b(?:final )?answer:|\bsteps:",
                      re.IGNORECASE | re.MULTILINE)  # fmt: skip
 _REAL_SENTENCE = re.compile(r"(?:^|(?<=[.!?]\s))[^\s.!?]+(?: [^\s.!?]+){2,}[.!?](?=\s|$)")
 _NUMBER = re.compile(r"\d+")

@@ -8,7 +8,6 @@ whole, and longer ones share evenly what is left, so that no single message crow
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import cast
@@ -17,8 +16,7 @@ import orjson
 
 from nextstate.hooks import AgentProfile, Evidence, text_of
 from nextstate.records import Json, NextState, Turn
-
-_THINKING = re.compile(r"<think>.*?</think>\s*", re.DOTALL)
+from nextstate.thoughts import without_thoughts
 
 
 def build_evidence(
@@ -66,7 +64,7 @@ def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextSt
 
 def message_text(message: Json) -> str:
     """A message's text without its thinking, followed by its tool calls, one a line."""
-    parts = [_THINKING.sub("", text_of(message.get("content"))).strip()]
+    parts = [without_thoughts(text_of(message.get("content"))).strip()]
     refusal = message.get("refusal")
     if isinstance(refusal, str):
         parts.append(refusal)

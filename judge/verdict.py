@@ -18,7 +18,7 @@ learner may choose another than the first (`[judge] hints`).
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import SequenceMatcher
 
 from judge.config import VoteRule
@@ -47,8 +47,8 @@ _NOTHING = re.compile(
 )
 """Words that stand in the hint's place and ask for nothing."""
 _PASTED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
-_RANDOM = re.compile(r"(?=[\w+=-]*\d)(?=[\w+=-]*[A-Za-z])[\w+=-]{16,}")
-"""What keys and tokens look like: long, of letters and digits."""
+_LONG = re.compile(r"[\w+=-]{16,}")
+_DIGIT, _LETTER = re.compile(r"\d"), re.compile(r"[A-Za-z]")
 _NAMED_SECRET = re.compile(
     r"\b(?:password|passwd|passphrase|secret|token|api[ _-]?key|pin)\b[\"']?\s*(?:is|:|=)\s*"
     r"[\"'`]?([^\s\"'`,;]{4,})",
@@ -197,10 +197,15 @@ def gives_away(
         if any(_longest_run(mine, _words(part)) >= _ANSWER_WORDS for part in finished):
             return True
         named = (secret.rstrip(".!?)") for secret in _NAMED_SECRET.findall(text))
-        secrets = {*_RANDOM.findall(text), *named}
+        secrets = {*_random(text), *named}
         if any(secret in hint and secret not in before for secret in secrets):
             return True
     return False
+
+
+def _random(text: str) -> Iterator[str]:
+    """What looks like keys and tokens: long, of letters and digits."""
+    return (word for word in _LONG.findall(text) if _DIGIT.search(word) and _LETTER.search(word))
 
 
 def _longest_run(mine: Sequence[str], theirs: Sequence[str]) -> int:

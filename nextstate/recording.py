@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 import sqlalchemy as sa
@@ -28,7 +28,9 @@ from nextstate.rows import (
 from nextstate.wire import objects, write_json
 
 _MOST_CANDIDATES = 16
-_LAST = b"\xff" * 8
+SETTING_BYTES, EXACT_BYTES = 8, 8
+SAID_BYTES = HASH_BYTES + SETTING_BYTES + EXACT_BYTES
+"""A key of what was said: of the words, the system's setting, the messages to the letter."""
 _MOST_HASHES = 4096
 _MOST_BASES, _MOST_BASE_BYTES = 32, 8 << 20
 _LONG_BODY, _BEGINNING = 4096, 256
@@ -45,12 +47,14 @@ class Link:
     message_hashes: tuple[bytes, ...]
     """Of every message before that one, to choose among turns with identical replies."""
     said_key: bytes | None = None
-    """Of the chain and what was said before its last reply: 16 bytes of the words, 8 of the
-    messages to the letter. None if nothing was said."""
+    """Of the chain and what was said before its last reply: 16 bytes of the words, 8 of the system
+    but for its clock, 8 of the messages to the letter. None if nothing was said."""
     told: tuple[bytes, ...] = ()
     """Of what was said, message by message: what a request must have in common with a turn."""
     telling: bool = False
-    """True if the last reply is so long that nobody else gets the same."""
+    """True if the last reply is so long that hardly anybody else gets the same."""
+    longer: tuple[Link, ...] = ()
+    """The same if more of the last messages are one reply, which the agent cut into several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +67,8 @@ class Parent:
     kind: TurnKind
     continued: bool
     """True when another request has already given it a next state."""
+    at: int | None = None
+    """Which message of the request that was looked for begins the turn's reply."""
 
 
 _C = t.turns.c
@@ -71,11 +77,14 @@ _ABOVE = sa.select(_C.parent).where(_C.id == sa.bindparam("turn")).scalar_subque
 _CUT_HERE = (_C.place == sa.bindparam("here"), _C.replaced_by.is_(None), _C.continued.is_(False))
 _OF_CLIENT = sa.select(_C.session, _C.idx).where(_C.client_session == sa.bindparam("name"))
 _IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
+_MAIN = _C.kind == TurnKind.MAIN.value
+_THEIRS = (_C.client_session == sa.bindparam("name"), _IN_LINEAGE, _MAIN)
 
 
 def _candidates(*where: sa.ColumnElement[bool]) -> sa.Select[*tuple[Any, ...]]:
     query = sa.select(
-        *_PARENT_COLUMNS, _C.messages, _C.prompt_ids, _C.reply, _C.rest, _C.said_key, _C.seq
+        *_PARENT_COLUMNS,
+        *(_C.messages, _C.prompt_ids, _C.reply, _C.rest, _C.reply_key, _C.said_key, _C.seq),
     )
     return query.where(*where, _C.replaced_by.is_(None)).limit(_MOST_CANDIDATES)
 
@@ -105,6 +114,10 @@ class _Statements:
         self.above = prepared(sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE))
         theirs = _OF_CLIENT.where(_IN_LINEAGE)
         self.newest_of_client = prepared(theirs.order_by(_C.seq.desc()).limit(1))
+        begun = sa.select(_C.session, _C.seq).where(*_THEIRS, _C.idx == 0)
+        self.last_begun = prepared(begun.order_by(_C.seq.desc()).limit(1))
+        others = sa.select(_C.seq).where(*_THEIRS, _C.session != sa.bindparam("begun"))
+        self.others = prepared(others.where(_C.seq > sa.bindparam("since")).limit(1))
         started = _OF_CLIENT.where(_C.idx == 0)
         self.last_started = prepared(started.order_by(_C.seq.desc()).limit(1))
         self.cut_here = prepared(sa.select(_C.session).where(*_CUT_HERE).limit(1))
@@ -212,6 +225,8 @@ class Recording:
     def __init__(self, cursor: Any, dialect: sa.Dialect, known: Remembered) -> None:
         self.fresh = Remembered()
         """What this transaction stores, once it is committed."""
+        self.unsure = False
+        """Whether the turn that was looked for last is one of several and none is surely it."""
         self._shared = frozenset[bytes]()
         """What the turn that was looked for last is made of: stored with it, and sent again by
         every request that continues it. So no request need be remembered for the next one."""
@@ -219,52 +234,88 @@ class Recording:
         self._statements = _statements(dialect)
         self._known = known
 
-    def parent(self, lineage: str, link: Link, client_session: str | None) -> Parent | None:
+    def parent(
+        self, lineage: str, link: Link, client_session: str | None, *, own_name: bool = True
+    ) -> Parent | None:
         """The turn that a request with this link continues, under the client's name if it has one.
 
         First come turns whose whole chain of replies agrees and before which the same was said, to
         the letter or at least in words; then those whose chain agrees; then those with the same
         last reply (the agent may have cut its history). Where what was said differs, something of
-        it must be the same or the reply be a telling one, for strangers get the same replies too;
-        under a name they are no strangers. Among equals, the one that shares most messages wins,
-        then one that nothing has continued yet, then the newest.
+        it must be the same, for strangers get the same replies too. If nothing is, only a telling
+        reply will do, or a name under which one conversation alone goes on; `own_name` is false of
+        a name that is a person's or an app's.
+
+        Among those found, the one with most in common wins, then one that nothing has continued
+        yet, then the newest; but if several conversations have as much in common and are not all
+        alike, it is none of them. `unsure` then says that there were some.
         """
-        ours = frozenset(link.message_hashes)
-        for rows in self._alike(lineage, link, client_session):
+        self.unsure = False
+        for rows in self._alike(lineage, link, client_session, own_name):
             if rows:
-                best = max(
-                    rows,
-                    key=lambda row: (len(ours.intersection(hashes(row[5]))), not row[4], row[-1]),
-                )
-                _, _, _, _, _, messages, runs, reply, rest, *_ = best
-                self._shared = frozenset([*hashes(messages), *hashes(runs or b""), reply, rest])
-                return _parent(best)
+                best = _surest(rows, link)
+                self.unsure = best is None
+                if best is None:
+                    return None
+                bodies = (best.messages, best.prompt_ids or b"", best.reply, best.rest)
+                self._shared = frozenset(hashes(b"".join(bodies)))
+                return replace(_parent(best), at=_begins_at(link, best, lineage, client_session))
         return None
 
     def _alike(
-        self, lineage: str, link: Link, client_session: str | None
-    ) -> Iterator[list[tuple[Any, ...]]]:
+        self, lineage: str, link: Link, client_session: str | None, own_name: bool
+    ) -> Iterator[list[_Candidate]]:
         """The turns that a request may continue, the likeliest first."""
 
-        def sharing(rows: list[tuple[Any, ...]], told: Sequence[bytes]) -> list[tuple[Any, ...]]:
-            if client_session is not None or link.telling:
-                return rows
-            return [row for row in rows if not frozenset(told).isdisjoint(hashes(row[5]))]
+        def sharing(rows: list[_Candidate], told: Sequence[bytes]) -> list[_Candidate]:
+            shared = [row for row in rows if _in_common(row, told)]
+            if shared or not rows or link.telling:
+                return shared or rows
+            name = client_session
+            self.unsure = name is None or not self._one_conversation(lineage, name, own_name)
+            return [] if self.unsure else rows
 
-        said = link.said_key and scoped_said(link.said_key, lineage, client_session)
-        if said is not None:
-            yield self._all(self._statements.by_said, key=said)
+        links = (link, *link.longer)
+        keys = [scoped_said(one.said_key, lineage, client_session) for one in links if one.said_key]
+        for key in keys[:1]:
+            yield self._candidates(self._statements.by_said, key=key)
         key = scoped(link.chain_key, lineage, client_session)
-        of_chain = self._all(self._statements.by_chain, key=key)
-        if said is not None:
-            words = said[:HASH_BYTES]
-            yield [row for row in of_chain if (row[9] or b"").startswith(words)]
-            yield self._all(self._statements.by_words, key=words, last=words + _LAST)
-        yield sharing(of_chain, link.told)
-        if link.reply_key is not None:
-            key = scoped(link.reply_key, lineage, client_session)
-            # Of a history that was cut, what stood before the reply is left.
-            yield sharing(self._all(self._statements.by_reply, key=key), link.told[-1:])
+        of_chain = self._candidates(self._statements.by_chain, key=key)
+        if of_chain:
+            for key in keys[1:]:
+                yield self._candidates(self._statements.by_said, key=key)
+            for key in keys:
+                setting = key[: HASH_BYTES + SETTING_BYTES]
+                yield [row for row in of_chain if (row.said_key or b"").startswith(setting)]
+                yield self._beginning(setting)
+            for key in keys:
+                yield self._beginning(key[:HASH_BYTES])
+            yield sharing(of_chain, link.told)
+        for one in links:
+            if one.reply_key is not None:
+                key = scoped(one.reply_key, lineage, client_session)
+                # Of a history that was cut, what stood before the reply is left.
+                of_reply = self._candidates(self._statements.by_reply, key=key)
+                yield sharing(of_reply, one.told[-1:])
+
+    def _beginning(self, words: bytes) -> list[_Candidate]:
+        last = words.ljust(SAID_BYTES, b"\xff")
+        return self._candidates(self._statements.by_words, key=words, last=last)
+
+    def _candidates(self, statement: Prepared, **values: object) -> list[_Candidate]:
+        return [_Candidate._make(row) for row in self._all(statement, **values)]
+
+    def _one_conversation(self, lineage: str, name: str, own_name: bool) -> bool:
+        """Whether one conversation alone goes on under a client's name.
+
+        That is of a name of its own the last that began, if no other went on since: an agent that
+        resets a chat keeps its name. Under other names it is the only one that there was.
+        """
+        begun = self._first(self._statements.last_begun, name=name, lineage=lineage)
+        if begun is None:
+            return True
+        since = {"begun": begun[0], "since": begun[1] if own_name else 0}
+        return self._first(self._statements.others, name=name, lineage=lineage, **since) is None
 
     def main_ancestor(self, turn: Parent) -> Parent | None:
         """The newest main turn that a side turn goes back to."""
@@ -444,5 +495,51 @@ class Recording:
         return self._cursor.fetchall()
 
 
-def _parent(row: tuple[Any, ...]) -> Parent:
+class _Candidate(NamedTuple):
+    """A turn that a request may continue."""
+
+    id: str
+    session: str
+    idx: int
+    kind: str
+    continued: bool
+    messages: bytes
+    prompt_ids: bytes | None
+    reply: bytes
+    rest: bytes
+    reply_key: bytes
+    said_key: bytes | None
+    seq: int
+
+
+def _in_common(row: _Candidate, told: Sequence[bytes]) -> int:
+    """How many of the messages that were told before a reply were told before this turn's, too."""
+    return len(frozenset(told).intersection(hashes(row.messages)))
+
+
+def _surest(rows: Sequence[_Candidate], link: Link) -> _Candidate | None:
+    """The turn that has most in common with a request; None if it may as well be a stranger's."""
+    setting = _setting(link.said_key)
+    marks = [(_in_common(row, link.told), _setting(row.said_key) == setting) for row in rows]
+    top = [row for row, mark in zip(rows, marks, strict=True) if mark == max(marks)]
+    kinds = {row.said_key[:-EXACT_BYTES] if row.said_key else row.messages for row in top}
+    if len(kinds) > 1 and len({row.session for row in top}) > 1:
+        return None
+    return max(top, key=lambda row: (not row.continued, row.seq))
+
+
+def _setting(said_key: bytes | None) -> bytes | None:
+    return said_key and said_key[HASH_BYTES : HASH_BYTES + SETTING_BYTES]
+
+
+def _begins_at(link: Link, row: _Candidate, lineage: str, client_session: str | None) -> int:
+    """Which message of a request begins the reply of the turn that it continues."""
+    for one in (link, *link.longer):
+        reply_key = one.reply_key and scoped(one.reply_key, lineage, client_session)
+        if reply_key == row.reply_key:
+            return len(one.message_hashes)
+    return len(link.message_hashes)  # the last holds more than this reply
+
+
+def _parent(row: Sequence[Any]) -> Parent:
     return Parent(row[0], row[1], row[2], TurnKind(row[3]), bool(row[4]))

@@ -57,7 +57,7 @@ turns = sa.Table(
     sa.Column("client_session", sa.String(200)),
     sa.Column("place", sa.LargeBinary(16)),
     sa.Column("replaced_by", sa.String(40)),
-    sa.Column("said_key", sa.LargeBinary(24)),
+    sa.Column("said_key", sa.LargeBinary(32)),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)

@@ -23,7 +23,7 @@ VOTE_PRIORITY = 10
 _OWN_VARIABLES = "VLLM_"
 _GPU_SHARE = 0.92
 """vLLM's own default."""
-_MARK = re.compile(r"(?:Error|Exception)(?:\[.*\])?: |^ERROR|error:", re.MULTILINE)
+_MARK = re.compile(r"(?:Error|Exception)(?:\[[^\[\]\n]*\])?: |^ERROR|error:", re.MULTILINE)
 _QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import NamedTuple
 
-from nextstate.errors import NextStateError
 from nextstate.hooks import AgentProfile
-from nextstate.recording import Recording
+from nextstate.recording import Link, Recording
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
@@ -16,9 +16,10 @@ from proxy.linking import (
     message_hashes,
     next_states,
     place_of,
-    reply_keys,
+    reply_starts,
     said,
 )
+from proxy.meaning import key_of, meant, meant_in
 
 
 class Exchange(NamedTuple):
@@ -27,6 +28,7 @@ class Exchange(NamedTuple):
     turn_id: str
     lineage: str
     explicit_session: str | None
+    """The session that the client names."""
     request: Json
     capture: Capture
     policy_version: int | None
@@ -38,64 +40,107 @@ class Exchange(NamedTuple):
     """Why the turn cannot train, where that is known without looking at its tokens."""
     amends: bool = False
     """Whether it was sent before, when nobody knew yet that the client would not see the end."""
+    vague_name: bool = False
+    """Whether the client's name for its session is a person's or an app's: many have the same."""
 
 
-def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
-    """Links one exchange, adds its turn and the next state of the turn that it continues."""
+class Read(NamedTuple):
+    """An exchange with all that is known of it without looking into the store."""
+
+    exchange: Exchange
+    turn: Turn
+    """Without its place in a session."""
+    messages: list[Json]
+    hashes: tuple[bytes, ...]
+    texts: list[str]
+    """What the profile reads in the messages."""
+    named: str | None
+    """The session that the client names."""
+    link: Link | None
+    keys: tuple[bytes, bytes]
+    """The turn's own: of the chain of replies and of its reply."""
+    said_key: bytes | None
+
+
+def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
+    """Reads one exchange: done before the store is locked, for it takes as long as it is large."""
     exchange.capture.read()
     messages = objects(exchange.request.get("messages"))
     hashes = message_hashes(messages)
-    kind = profile.kind(exchange.request)
-    named = _named(exchange, profile)
-    read = [profile.next_state_text(message) for message in messages]
-    before, in_all = said(messages, hashes, read)
-    link = link_of(messages, hashes, before)
-    parent = None if link is None else recording.parent(exchange.lineage, link, named)
+    texts = [profile.next_state_text(message) for message in messages]
+    starts = reply_starts(messages)
+    *before, in_all = said(messages, hashes, texts, starts)
+    history = meant_in(messages)
+    turn = _turn(exchange, profile.kind(exchange.request))
+    reply = meant(turn.reply)
+    chain_key = key_of([*history, reply])
+    return Read(
+        exchange=exchange,
+        turn=turn,
+        messages=messages,
+        hashes=hashes,
+        texts=[text for text in texts if text],
+        named=_named(exchange, profile),
+        link=link_of(history, hashes, starts, before),
+        keys=(chain_key, key_of([reply])),
+        said_key=in_all.key(chain_key),
+    )
+
+
+def record_exchange(
+    recording: Recording, exchange: Exchange, profile: AgentProfile, read: Read | None = None
+) -> Turn:
+    """Links one exchange, adds its turn and the next state of the turn that it continues.
+
+    `read` is what `read_exchange` made of it, where that was done before.
+    """
+    read = read or read_exchange(exchange, profile)
+    lineage, named, link, kind = exchange.lineage, read.named, read.link, read.turn.kind
+    parent = None
+    if link is not None:
+        parent = recording.parent(lineage, link, named, own_name=not exchange.vague_name)
+    answered = parent and parent.at
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
         parent = recording.main_ancestor(parent)
-    texts = [text for text in read if text]
-    place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
+    place = place_of(lineage, named, kind, parent and parent.id, read.texts)
     tried = None if place is None else recording.cut_session(place)
     if parent is not None:
         session = parent.session
     elif tried is not None:
         session = tried
     elif named is not None:
-        session = recording.session(exchange.lineage, named, fresh=link is None)
+        fresh = link is None or recording.unsure or exchange.vague_name
+        session = recording.session(lineage, named, fresh=fresh)
     else:
         session = new_id("session")
     # What was just named has no turn yet.
     index = recording.next_index(session) if parent or tried or named else 0
-    turn = _turn(exchange, kind, session, index, parent and parent.id)
-    keys = reply_keys(messages, turn.reply)
-    if keys is None:
-        raise NextStateError(f"turn {turn.id} has no assistant message")
+    turn = replace(read.turn, session=session, index=index, parent=parent and parent.id)
     recording.add_turn(
         turn,
-        *keys,
-        said_key=in_all.key(keys[0]),
+        *read.keys,
+        said_key=read.said_key,
         client_session=named,
         place=place if exchange.cut else None,
-        message_hashes=hashes,
+        message_hashes=read.hashes,
     )
     if tried is not None and place is not None:
         recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, following(messages), profile)
+        states = next_states(parent.id, following(read.messages, answered), profile)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
 
 
-def amend_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> None:
+def amend_exchange(recording: Recording, read: Read) -> None:
     """Lets a retry take the place of a turn that is stored: its client did not see the end."""
-    kind, parent = profile.kind(exchange.request), recording.parent_of(exchange.turn_id)
-    messages = objects(exchange.request.get("messages"))
-    texts = [text for message in messages if (text := profile.next_state_text(message))]
-    place = place_of(exchange.lineage, _named(exchange, profile), kind, parent, texts)
+    turn = read.turn
+    parent = recording.parent_of(turn.id)
+    place = place_of(turn.lineage, read.named, turn.kind, parent, read.texts)
     if place is not None:
-        recording.set_place(exchange.turn_id, place)
+        recording.set_place(turn.id, place)
 
 
 def _named(exchange: Exchange, profile: AgentProfile) -> str | None:
@@ -104,12 +149,12 @@ def _named(exchange: Exchange, profile: AgentProfile) -> str | None:
     return None if given is None else profile.session(given)
 
 
-def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: str | None) -> Turn:
+def _turn(exchange: Exchange, kind: TurnKind) -> Turn:
     capture, request = exchange.capture, exchange.request
     return Turn(
         id=exchange.turn_id,
-        session=session,
-        index=index,
+        session="",
+        index=0,
         kind=kind,
         lineage=exchange.lineage,
         policy_version=exchange.policy_version,
@@ -123,5 +168,4 @@ def _turn(exchange: Exchange, kind: TurnKind, session: str, index: int, parent: 
         sampling=sampling_settings(request),
         timings=exchange.timings,
         untrainable=exchange.untrainable or capture.untrainable(request),
-        parent=parent,
     )

@@ -1,46 +1,66 @@
 """Which turn a request continues, and what it says about that turn.
 
-Assistant messages are compared: agents stamp, merge and drop what users wrote, but send the model's
-replies back (FACTS: OpenClaw strips `<think>` and rewrites tool-call ids, so both are left out of
-the comparison). What users and tools said tells conversations with the same replies apart.
+What the assistant messages mean is compared (`proxy/meaning.py`): agents stamp, merge and drop what
+users wrote, but send the model's replies back. What users and tools said tells conversations with
+the same replies apart.
 """
 
 from __future__ import annotations
 
 import hashlib
-import re
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import orjson
 
 from nextstate.hooks import AgentProfile, text_of
-from nextstate.recording import Link
+from nextstate.recording import EXACT_BYTES, SETTING_BYTES, Link
 from nextstate.records import TRUST, Json, NextState, Source
-from nextstate.rows import content_hash
-from nextstate.wire import obj, objects, write_json
+from nextstate.rows import HASH_BYTES, content_hash
+from nextstate.wire import obj, write_json
+from proxy.meaning import Meant, key_of, meant_in
+from proxy.meaning import canonical_reply as canonical_reply
 
-_THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
-_SESSION_FIELDS = ("prompt_cache_key", "session_id")
 _LONGEST_NAME = 200
 _SYSTEM = ("system", "developer")
+_TOOLS = ("tool", "function")
 _WHITE_SPACE = string.whitespace.encode()
-_TELLING = 200
-"""Bytes from which on nobody else gets the same reply; canned greetings and refusals, and a first
-tool call, are shorter."""
+_CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
+"""What a time is made of."""
+_TELLING = 180
+"""Bytes from which on hardly anybody else gets the same reply; most canned greetings and refusals,
+and a first tool call, are shorter."""
+_MOST_PARTS = 32
+"""Messages that one reply is looked for in."""
 _SOURCES = {"user": Source.USER, "tool": Source.TOOL, "function": Source.TOOL}
 
 
 def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
     """The session id that the client names, by header or by field, or None."""
-    named: list[object] = [headers.get(name) for name in _SESSION_HEADERS]
-    named += [request.get(name) for name in _SESSION_FIELDS]
-    named += [obj(request.get("metadata")).get("session_id"), request.get("user")]
-    named.append(obj(request.get("metadata")).get("user_id"))
-    found = next((value for value in named if isinstance(value, str) and value), None)
-    return None if found is None else _kept_name(found)
+    for value, _ in _names(headers, request):
+        return _kept_name(value)
+    return None
+
+
+def names_conversation(headers: Mapping[str, str], request: Json) -> bool:
+    """Whether that id is a conversation's; False if it is a person's or an app's, or there is none.
+
+    What clients give as `prompt_cache_key`, `user` or `user_id` is often the same for all they do.
+    """
+    return next((own for _, own in _names(headers, request)), False)
+
+
+def _names(headers: Mapping[str, str], request: Json) -> Iterator[tuple[str, bool]]:
+    """(a name that the client gives, whether it is a conversation's), what counts most first."""
+    metadata = obj(request.get("metadata"))
+    names = [(headers.get(name), True) for name in _SESSION_HEADERS]
+    names += [(request.get("prompt_cache_key"), False), (request.get("session_id"), True)]
+    names += [(metadata.get("session_id"), True), (request.get("user"), False)]
+    names.append((metadata.get("user_id"), False))
+    return ((name, own) for name, own in names if isinstance(name, str) and name)
 
 
 def session_names(name: str, profile: AgentProfile) -> list[str]:
@@ -57,31 +77,14 @@ def _kept_name(name: str) -> str:
     return name.encode(errors="replace").decode()
 
 
-def canonical_reply(message: Json) -> bytes:
-    """The parts of an assistant message that survive an agent's history, as bytes."""
-    # Without white space: what comes in one text may go back in several parts.
-    text = "".join(_THINK.sub("", text_of(message.get("content"))).split())
-    functions = [obj(call.get("function")) for call in objects(message.get("tool_calls"))]
-    calls = [(f.get("name"), _canonical_arguments(f.get("arguments"))) for f in functions]
-    return write_json([text, calls])
-
-
 def reply_keys(history: Sequence[Json], reply: Json | None) -> tuple[bytes, bytes] | None:
     """(chain key, reply key) of the assistant messages in `history`, with `reply` after them.
 
-    None if there is no assistant message at all.
+    The chain key is that of all of them, the reply key that of the last alone. None if there is no
+    assistant message at all.
     """
-    chain = [m for m in history if m.get("role") == "assistant"]
-    if reply is not None:
-        chain.append(reply)
-    if not chain:
-        return None
-    digest = hashlib.blake2b(digest_size=16)
-    last = b""
-    for message in chain:
-        last = hashlib.blake2b(canonical_reply(message), digest_size=16).digest()
-        digest.update(last)
-    return digest.digest(), last
+    chain = meant_in([*history, *([] if reply is None else [reply])])
+    return (key_of(chain), key_of(chain[-1:])) if chain else None
 
 
 class Said(NamedTuple):
@@ -90,6 +93,8 @@ class Said(NamedTuple):
     words: bytes
     """Of their texts as the profile reads them, in which an agent's rewriting leaves no trace; of
     the messages where there is no text."""
+    setting: bytes
+    """8 bytes, of the system's texts without what a clock changes."""
     exact: bytes
     """8 bytes, of the messages to the letter, the system's too; without those of the agent's own,
     which it may not send again."""
@@ -97,64 +102,115 @@ class Said(NamedTuple):
     """The messages' hashes, without the system's."""
 
     def key(self, chain_key: bytes) -> bytes | None:
-        """24 bytes, the last 8 of them `exact`; None if nothing was said."""
+        """32 bytes, the last 16 of them `setting` and `exact`; None if nothing was said."""
         if not self.told:
             return None
-        return hashlib.blake2b(chain_key + self.words, digest_size=16).digest() + self.exact
+        words = hashlib.blake2b(chain_key + self.words, digest_size=16).digest()
+        return words + self.setting + self.exact
+
+
+def reply_starts(messages: Sequence[Json]) -> list[int]:
+    """Where the last reply in a history may begin, the likeliest first; nothing without a reply.
+
+    That is the last assistant message, or one before it with nothing but results of tools between:
+    agents cut one reply into several messages, such as one for each of its calls.
+    """
+    starts: list[int] = []
+    for position in range(len(messages) - 1, -1, -1):
+        role = messages[position].get("role")
+        if role == "assistant":
+            starts.append(position)
+        elif starts and role not in _TOOLS:
+            break
+        if len(starts) == _MOST_PARTS:
+            break
+    return starts
+
+
+class _Told:
+    """Gathers what was said, message by message."""
+
+    def __init__(self) -> None:
+        self._words = hashlib.blake2b(digest_size=HASH_BYTES)
+        self._any_words = False
+        self._setting = hashlib.blake2b(digest_size=SETTING_BYTES)
+        self._exact = hashlib.blake2b(digest_size=EXACT_BYTES)
+        self.told: list[bytes] = []
+
+    def system(self, key: bytes, text: str) -> None:
+        self._exact.update(key)
+        self._setting.update(text.encode().translate(None, _CLOCK))
+
+    def add(self, key: bytes, text: str | None) -> None:
+        self._exact.update(key)
+        self.told.append(key)
+        if text is not None:
+            self._any_words = True
+            # Without white space: messages may be merged.
+            self._words.update(text.encode().translate(None, _WHITE_SPACE))
+
+    def so_far(self) -> Said:
+        words = self._words if self._any_words else self._exact
+        exact = self._exact.digest()
+        return Said(words.digest(), self._setting.digest(), exact, tuple(self.told))
 
 
 def said(
-    messages: Sequence[Json], hashes: Sequence[bytes], texts: Sequence[str | None]
-) -> tuple[Said, Said]:
-    """What was said before the last assistant message, and in all messages.
+    messages: Sequence[Json],
+    hashes: Sequence[bytes],
+    texts: Sequence[str | None],
+    starts: Sequence[int] | None = None,
+) -> list[Said]:
+    """What was said before each of `starts` (else before the last reply), and in all messages.
 
-    `texts` are what the profile reads in the messages, None where there is nothing.
+    `texts` are what the profile reads in the messages, None where there is nothing. Where it has
+    read nothing yet, all messages count: it takes all that the agent says for machine-made.
     """
-    last = _last_reply(messages)
-    exact, words = hashlib.blake2b(digest_size=8), hashlib.blake2b(digest_size=16)
-    told: list[bytes] = []
-    any_words = False
-
-    def so_far() -> Said:
-        return Said((words if any_words else exact).digest(), exact.digest(), tuple(told))
-
-    before = so_far()
+    wanted = reply_starts(messages)[:1] if starts is None else starts
+    read, every = _Told(), _Told()
+    found: dict[int, Said] = {}
     for position, (message, key, text) in enumerate(zip(messages, hashes, texts, strict=True)):
         role = message.get("role")
+        plain = text_of(message.get("content"))
         if role == "assistant":
-            if position == last:
-                before = so_far()
+            if position in wanted:
+                found[position] = (read if read.told else every).so_far()
         elif role in _SYSTEM:
-            exact.update(key)
-        elif text is not None or not text_of(message.get("content")):  # a picture has no text
-            exact.update(key)
-            told.append(key)
-            if text is not None:
-                any_words = True
-                # Without white space: messages may be merged.
-                words.update(text.encode().translate(None, _WHITE_SPACE))
-    return before, so_far()
+            read.system(key, plain)
+            every.system(key, plain)
+        else:
+            every.add(key, text)
+            if text is not None or not plain:  # a picture has no text
+                read.add(key, text)
+    return [*(found[start] for start in wanted), (read if read.told else every).so_far()]
 
 
-def link_of(messages: Sequence[Json], hashes: Sequence[bytes], before: Said) -> Link | None:
+def link_of(
+    chain: Sequence[Meant], hashes: Sequence[bytes], starts: Sequence[int], before: Sequence[Said]
+) -> Link | None:
     """How the turn that a request continues is found; None if it continues none.
 
-    `before` is what was said before its last assistant message.
+    `chain` is what the assistant messages of the request mean, and `before` is what was said before
+    each of `starts`, where the turn's reply may begin.
     """
-    keys = reply_keys(messages, None)
-    if keys is None:
+    if not chain:
         return None
-    chain_key, reply_key = keys
-    last = _last_reply(messages)
-    reply = canonical_reply(messages[last])
-    return Link(
-        chain_key,
-        reply_key if reply != canonical_reply({}) else None,
-        tuple(hashes[:last]),
-        said_key=before.key(chain_key),
-        told=before.told,
-        telling=len(reply) >= _TELLING,
-    )
+    chain_key = key_of(chain)
+    links: list[Link] = []
+    for parts, (start, told_before) in enumerate(zip(starts, before, strict=True), 1):
+        reply = chain[-parts:]
+        size = sum(message.size for message in reply)
+        links.append(
+            Link(
+                chain_key,
+                key_of(reply) if size else None,
+                tuple(hashes[:start]),
+                said_key=told_before.key(chain_key),
+                told=told_before.told,
+                telling=size >= _TELLING,
+            )
+        )
+    return replace(links[0], longer=tuple(links[1:]))
 
 
 def message_hashes(messages: Sequence[Json]) -> tuple[bytes, ...]:
@@ -177,10 +233,11 @@ def place_of(
     return hashlib.blake2b(place, digest_size=16).digest()
 
 
-def following(messages: Sequence[Json]) -> list[Json]:
-    """The messages after the last assistant message; none if there is no such message."""
-    last = _last_reply(messages)
-    return [] if last < 0 else list(messages[last + 1 :])
+def following(messages: Sequence[Json], start: int | None = None) -> list[Json]:
+    """What others said after the reply that begins at `start`, else after the last one."""
+    if start is None:
+        start = next(iter(reply_starts(messages)), len(messages))
+    return [m for m in messages[start + 1 :] if m.get("role") != "assistant"]
 
 
 def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> list[NextState]:
@@ -192,21 +249,3 @@ def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> l
             source = _SOURCES.get(str(message.get("role")), Source.ENVIRONMENT)
             states.append(NextState(turn, source, text, TRUST[source]))
     return states
-
-
-def _last_reply(messages: Sequence[Json]) -> int:
-    """The position of the last assistant message, -1 if there is none."""
-    for position in range(len(messages) - 1, -1, -1):
-        if messages[position].get("role") == "assistant":
-            return position
-    return -1
-
-
-def _canonical_arguments(arguments: object) -> str:
-    if not isinstance(arguments, str):
-        return orjson.dumps(arguments, option=orjson.OPT_SORT_KEYS).decode()
-    try:
-        parsed = orjson.loads(arguments)
-    except orjson.JSONDecodeError:
-        return arguments.strip()
-    return orjson.dumps(parsed, option=orjson.OPT_SORT_KEYS).decode()

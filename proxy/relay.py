@@ -19,7 +19,7 @@ from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
-from proxy.linking import explicit_session
+from proxy.linking import explicit_session, names_conversation
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Direct, Serving, natively, serving_of
 from proxy.sse import EventSplitter
@@ -379,6 +379,7 @@ class _Call:
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
+            vague_name=not names_conversation(self.request.headers, self.body),
         )
 
     def _headers(self, upstream: CIMultiDictProxy[str]) -> CIMultiDict[str]:
@@ -422,7 +423,7 @@ def _close_result(opening: asyncio.Task[Answer]) -> None:
 
 
 def upstream_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Those of the client's headers that the engine gets; not every server takes two user agents."""
+    """The client's headers as the engine gets them. Not every server takes two user agents."""
     sent: CIMultiDict[str] = CIMultiDict()
     for name, value in headers.items():
         again = name.lower() == "user-agent" and name in sent

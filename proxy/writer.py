@@ -33,7 +33,7 @@ from nextstate.private import only_for_owner
 from nextstate.recording import Recording
 from nextstate.sqlite import is_passing
 from nextstate.store import Store
-from proxy.exchange import Exchange, amend_exchange, record_exchange
+from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record_exchange
 
 log = logging.getLogger(__name__)
 
@@ -119,8 +119,12 @@ class Connection:
         while True:
             try:
                 store, profile = self._open()
+                read = [None if one is None else read_exchange(one, profile) for one, _ in batch]
                 with store.recording() as recording:
-                    return [_record(recording, profile, *one) for one in batch]
+                    return [
+                        _record(recording, profile, one, again)
+                        for one, (_, again) in zip(read, batch, strict=True)
+                    ]
             except Exception as error:
                 if is_passing(error):
                     if not waits:
@@ -153,16 +157,15 @@ def _exchange(pickled: bytearray) -> Exchange | None:
         return None
 
 
-def _record(
-    recording: Recording, profile: AgentProfile, exchange: Exchange | None, again: bool
-) -> int:
-    if exchange is None:
+def _record(recording: Recording, profile: AgentProfile, read: Read | None, again: bool) -> int:
+    if read is None:
         return LOST
+    exchange = read.exchange
     if exchange.amends and recording.holds(exchange.turn_id):
-        amend_exchange(recording, exchange, profile)
+        amend_exchange(recording, read)
         return AMENDED
     if not (again and recording.holds(exchange.turn_id)):
-        record_exchange(recording, exchange, profile)
+        record_exchange(recording, exchange, profile, read)
     return KEPT
 
 

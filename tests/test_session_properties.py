@@ -241,9 +241,10 @@ def interleaved(lanes: Sequence[Sequence[Step]], rng: Random) -> Iterator[tuple[
 class Played:
     """A store that has recorded every step, on disk."""
 
-    def __init__(self, store: Store, profile: AgentProfile) -> None:
+    def __init__(self, store: Store, profile: AgentProfile, vague: bool = False) -> None:
         self.store = store
         self.profile = profile
+        self.vague = vague
         self.parents: dict[str, str | None] = {}
         self.sessions: dict[str, str] = {}
 
@@ -262,6 +263,7 @@ class Played:
             timings=Timings(0.0, 0.0, 0.0),
             cut=step.cut,
             untrainable="the engine cut the reply" if step.cut else None,
+            vague_name=self.vague,
         )
         with self.store.recording() as recording:
             turn = record_exchange(recording, exchange, self.profile)
@@ -277,10 +279,14 @@ def played(
     rng: Random,
     names: Sequence[str] | None = None,
     profile: AgentProfile = PROFILE,
+    vague: bool = False,
 ) -> Generator[Played]:
-    """The lanes recorded in a random order, each under its explicit session id if `names`."""
+    """The lanes recorded in a random order, each under its explicit session id if `names`.
+
+    If `vague`, the ids are a person's or an app's.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        result = Played(Store(StoreConfig(dir=str(Path(folder) / "state"))), profile)
+        result = Played(Store(StoreConfig(dir=str(Path(folder) / "state"))), profile, vague)
         try:
             for number, step in interleaved(lanes, rng):
                 result.record(step, names and names[number])

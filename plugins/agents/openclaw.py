@@ -17,7 +17,7 @@ _CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 _STAMP = re.compile(r"^\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d [\w+:/-]+\] ")
 _RUNTIME = re.compile(r"\n\nRuntime: agent=[^\n]*\Z")
 _SENT_AGAIN = re.compile(
-    r"\[Queued user message from a previous active turn[^\]\n]*\]\n(.*?)"
+    r"\A\[Queued user message from a previous active turn[^\]\n]*\]\n(.*?)"
     r"(?:\n\nContinue the current task [^\n]*)?",
     re.DOTALL,
 )

@@ -9,11 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
-_CALL = re.compile(
-    r"^\[calls (?P<name>[^\s(]+)\((?P<arguments>.*)\)\]$"
-    r"|(?<![\w.])(?P<bare>[A-Za-z_][\w.-]*)\((?P<object>\{.*\})\)$",
-    re.MULTILINE,
-)
+_SHOWN = re.compile(r"\A\[calls ([^\s(]+)\((.*)\)\]\Z")
+_BARE = re.compile(r"(?<![\w.-])([A-Za-z_][\w.-]*)\((?=\{)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,10 @@ def calls_of(reply: str) -> list[Call]:
     >>> calls_of('I look.\\n[calls exec({"cmd": "ls"})]')
     [Call(name='exec', arguments='{"cmd": "ls"}')]
     """
-    return [
-        Call(match["name"] or match["bare"], match["arguments"] or match["object"] or "")
-        for match in _CALL.finditer(reply)
-    ]
+    found: list[Call] = []
+    for line in reply.split("\n"):
+        if shown := _SHOWN.match(line):
+            found.append(Call(shown[1], shown[2]))
+        elif line.endswith("})") and (bare := _BARE.search(line)):
+            found.append(Call(bare[1], line[bare.end() : -1]))
+    return found

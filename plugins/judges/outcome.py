@@ -43,7 +43,7 @@ _EXIT = re.compile(
     r"^[^\w\n]{0,20}(?:(?:error|the|process|command|program|script|shell|terminal|task|job|finished|failed|"
     r"completed|terminated|with|and)[^\w\n]{1,5}){0,5}"
     r"(?:exit(?:ed)?|returned)(?:[ _]?(?:with )?(?:an? )?(?:non-zero )?(?:exit )?(?:code|status)?)"
-    r"[ ]*[:=]?[ ]*(?P<code>-?\d+)[^\w\n]{0,20}$",
+    r"[ ]{0,20}[:=]?[ ]{0,20}(?P<code>-?\d+)[^\w\n]{0,20}$",
     re.IGNORECASE | re.MULTILINE,
 )
 _JSON_EXIT = re.compile(
@@ -72,7 +72,7 @@ def _line(pattern: str) -> re.Pattern[str]:
 
 def _counted(match: re.Match[str]) -> bool | None:
     """By the numbers before the words: any failure or error fails, some pass passes."""
-    counts = re.findall(r"(\d+) (\w+)", match.group().replace("|", ","))
+    counts = re.findall(r"(?<!\d)(\d+) (\w+)", match.group().replace("|", ","))
     if any(int(number) and word.startswith(("fail", "error")) for number, word in counts):
         return False
     return any(int(number) and word.startswith("pass") for number, word in counts) or None
@@ -149,7 +149,9 @@ REPORTS: Sequence[Report] = (
     ),
     # node --test and other TAP summaries
     Report(
-        re.compile(r"^# pass (?P<ran>\d+)\n(?:#.*\n)*?# fail (?P<failed>\d+)$", re.MULTILINE),
+        re.compile(
+            r"^# pass (?P<ran>\d+)\n(?:#(?! pass ).*\n)*?# fail (?P<failed>\d+)$", re.MULTILINE
+        ),
         _without_failures,
     ),
 )

@@ -82,13 +82,14 @@ _TEMPLATE = re.compile(
 _MAX_ANSWER_CHARS = 20_000
 _CHECK_LETTERS = 5
 _SCORES = {"1": 1, "+1": 1, "0": 0, "+0": 0, "-0": 0, "-1": -1}
-_VALUE = r"(?:[+\-\u2212\u2013] ?)?\d+(?!\d|[.,]\d|\s*(?:/|\||or\b|out of\b))"
+_VALUE = r"(?:[+\-\u2212\u2013] ?)?\d+(?!\d|[.,]\d|\s{0,9}(?:/|\||or\b|out of\b))"
 _SAID = re.compile(
-    rf"\\boxed\{{\s*({_VALUE})\s*\}}|\bscore\b[\"'*_`]*\s*(?:is|[:=])\s*[\"'*_`]*\s*({_VALUE})",
+    rf"\\boxed\{{\s{{0,9}}({_VALUE})\s{{0,9}}\}}|"
+    rf"\bscore\b[\"'*_`]{{0,9}}\s{{0,9}}(?:is|[:=])\s{{0,9}}[\"'*_`]{{0,9}}\s{{0,9}}({_VALUE})",
     re.IGNORECASE,
 )
-_CITED = re.compile(r"\"(?!score\"|hint\")[^\"\n]*\"|“[^”\n]*”|‘[^’\n]*’|`[^`\n]*`")
-_SAID_HINT = re.compile(r"^[\"'*_`\s]*hint[\"'*_`]*\s*[:=]\s*(.+)$", re.IGNORECASE | re.MULTILINE)
+_CITED = re.compile(r"\"(?!score\"|hint\")[^\"\n]*\"|“[^”\n]*”?|‘[^’\n]*’?|`[^`\n]*`")
+_SAID_HINT = re.compile(r"^[\"'*_` \t]*hint[\"'*_`]*\s*[:=]\s*(.+)$", re.IGNORECASE | re.MULTILINE)
 _NO_HINT = frozenset({"", "null", "none", "n/a", "no hint", "-"})
 _QUOTES = "\"'“‘«‹„"
 _AFTER = re.compile(r"[\s`.*]*\Z")

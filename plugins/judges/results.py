@@ -17,9 +17,8 @@ from plugins.judges.lexicons.shape import fold
 SILENT = Vote(0, sure=False)
 _MAX_CHARS = 4000
 _LOGGED = re.compile(
-    r"^\W*(?:\d{4}[-/.]\d\d[-/.]\d\d|(?:\w{3} )?\w{3} +\d{1,2}|"
-    r"\d{1,2}月\d{1,2})[ t日]+\d\d:\d\d.*\n?",
-    re.MULTILINE,
+    r"\A\W*(?:\d{4}[-/.]\d\d[-/.]\d\d|(?:\w{3} )?\w{3} +\d{1,2}|"
+    r"\d{1,2}月\d{1,2})[ t日]+\d\d:\d\d"
 )
 _PRINTED = re.compile(r"\b(?:echo|printf?|print|console\.log)\b[^|;&\n]*")
 _SHARE = re.compile(
@@ -33,8 +32,8 @@ def read_result(text: str, asked: str, arguments: str) -> Vote:
     shown = fold(text[:_MAX_CHARS]).strip()
     printed = "\n".join(_PRINTED.findall(fold(arguments)))
     lines = [line for line in shown.splitlines() if not line.strip() or line not in printed]
-    own = _LOGGED.sub("", "\n".join(lines))
-    if lines and not own:
+    own = "\n".join(line for line in lines if not _LOGGED.match(line))
+    if any(map(str.strip, lines)) and not own.strip():
         return Vote(1)
     some = any(0 < int(part) < int(whole) for part, whole in _SHARE.findall(own))
     tested = tools.TESTS.search(own)

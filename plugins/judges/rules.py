@@ -40,7 +40,9 @@ _FENCED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILIN
 _BREAK = re.compile(
     r"(?<=[.!?…])[\"'”’)*]*\s+|(?<=[。…])[”’)]*\s*|(?<=[!?;~])(?=[\u3400-\u9fff])|\n+"
 )
-_NO_BREAK = re.compile(r"(?:\b(?:e\.g|i\.e|vs|etc|mr|mrs|ms|dr|st|no)|(?:^|\n)\s*\d+)\.$", re.I)
+_NO_BREAK = re.compile(
+    r"(?:\b(?:e\.g|i\.e|vs|etc|mr|mrs|ms|dr|st|no)|(?:^|\n)[^\S\n]*\d+)\.$", re.I
+)
 _CLAUSE = re.compile(r"[,;:!?.…()\"“”]+(?!\d)|\s[-–—]\s|[。、~]+|(?<=[\u3400-\u9fff]),")
 _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*'?")
 _HAN = re.compile(r"[\u3400-\u9fff]+")
@@ -48,7 +50,7 @@ _TOKEN = re.compile(r"\d+(?:[.,]\d+)*|[\u3400-\u9fff]|[^\W\d_\u3400-\u9fff]+")
 _MARKUP = re.compile(r"[*`\"“”]")
 _EDGES = " \t\n.,;:!?…*_~\"'“”‘’()-–—。、¡¿"
 _BAFFLED = re.compile(r"\?[?!]|!\?")
-_QUESTION = re.compile(r"\?\W*$|^\s*¿")
+_QUESTION = re.compile(r"\?[^\w?]*$|^\s*¿")
 
 GLAD = "🤝🫡🥳🔥🚀✨💕😘😎🤗🎊🏆🫶💛💚💙💜👍👏🙏😊🙂😀😄😃😁🥰😍🤩🎉❤💯✅🙌👌💪"
 SAD = "🤨😩😫👎😡😠🙄🙃😒😞😕☹🤦😤❌🤡😑"
