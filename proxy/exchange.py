@@ -11,7 +11,6 @@ from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
 from proxy.linking import (
-    following,
     link_of,
     message_hashes,
     next_states,
@@ -38,6 +37,8 @@ class Exchange(NamedTuple):
     """Why the turn cannot train, where that is known without looking at its tokens."""
     amends: bool = False
     """Whether it was sent before, when nobody knew yet that the client would not see the end."""
+    kind: TurnKind | None = None
+    """What the client says that the turn is; None where the agent's profile tells."""
 
 
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
@@ -45,9 +46,11 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     exchange.capture.read()
     messages = objects(exchange.request.get("messages"))
     hashes = message_hashes(messages)
-    kind = profile.kind(exchange.request)
+    profile = profile.of(exchange.request)
+    kind = exchange.kind or profile.kind(exchange.request)
     named = _named(exchange, profile)
-    read = [profile.next_state_text(message) for message in messages]
+    heard = [profile.heard(message) for message in messages]
+    read = [one and one.text for one in heard]
     before, in_all = said(messages, hashes, read)
     link = link_of(messages, hashes, before)
     parent = None if link is None else recording.parent(exchange.lineage, link, named)
@@ -83,16 +86,18 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
         recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, following(messages), profile)
+        states = next_states(parent.id, messages, heard)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
 
 
 def amend_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> None:
     """Lets a retry take the place of a turn that is stored: its client did not see the end."""
-    kind, parent = profile.kind(exchange.request), recording.parent_of(exchange.turn_id)
+    profile = profile.of(exchange.request)
+    kind = exchange.kind or profile.kind(exchange.request)
+    parent = recording.parent_of(exchange.turn_id)
     messages = objects(exchange.request.get("messages"))
-    texts = [text for message in messages if (text := profile.next_state_text(message))]
+    texts = [heard.text for message in messages if (heard := profile.heard(message))]
     place = place_of(exchange.lineage, _named(exchange, profile), kind, parent, texts)
     if place is not None:
         recording.set_place(exchange.turn_id, place)

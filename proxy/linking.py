@@ -10,18 +10,20 @@ from __future__ import annotations
 import hashlib
 import re
 import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import orjson
 
-from nextstate.hooks import AgentProfile, text_of
+from nextstate.hooks import AgentProfile, Heard, attached, text_of
 from nextstate.recording import Link
-from nextstate.records import TRUST, Json, NextState, Source
+from nextstate.records import TRUST, Json, NextState, Source, TurnKind
 from nextstate.rows import content_hash
 from nextstate.wire import obj, objects
 
 _THINK = re.compile(r"<think>.*?</think>", re.DOTALL)
+TURN_TYPE = "x-turn-type"
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _SESSION_FIELDS = ("prompt_cache_key", "session_id")
 _LONGEST_NAME = 200
@@ -30,7 +32,8 @@ _WHITE_SPACE = string.whitespace.encode()
 _TELLING = 200
 """Bytes from which on nobody else gets the same reply; canned greetings and refusals, and a first
 tool call, are shorter."""
-_SOURCES = {"user": Source.USER, "tool": Source.TOOL, "function": Source.TOOL}
+_LONG_PROMPT, _SAID_TOO_OFTEN = 80, 3
+"""Characters of a text that a person does not type again to the letter, and how often is a program."""
 
 
 def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
@@ -41,6 +44,12 @@ def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
     named.append(obj(request.get("metadata")).get("user_id"))
     found = next((value for value in named if isinstance(value, str) and value), None)
     return None if found is None else _kept_name(found)
+
+
+def named_kind(headers: Mapping[str, str]) -> TurnKind | None:
+    """What the client says that the turn is, in `X-Turn-Type`; None where it says nothing known."""
+    named = headers.get(TURN_TYPE, "").strip().lower()
+    return TurnKind(named) if named in set(TurnKind) else None
 
 
 def session_names(name: str, profile: AgentProfile) -> list[str]:
@@ -177,20 +186,24 @@ def place_of(
     return hashlib.blake2b(place, digest_size=16).digest()
 
 
-def following(messages: Sequence[Json]) -> list[Json]:
-    """The messages after the last assistant message; none if there is no such message."""
-    last = _last_reply(messages)
-    return [] if last < 0 else list(messages[last + 1 :])
+def next_states(
+    turn: str, messages: Sequence[Json], heard: Sequence[Heard | None]
+) -> list[NextState]:
+    """What the messages after the last reply say about `turn`, without the agent's own notes.
 
-
-def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> list[NextState]:
-    """What the messages after a reply say about `turn`, without the agent's own notes."""
+    `heard` is what the agent's profile reads in each of the messages.
+    """
     states: list[NextState] = []
-    for message in messages:
-        text = profile.next_state_text(message)
-        if text is not None:
-            source = _SOURCES.get(str(message.get("role")), Source.ENVIRONMENT)
-            states.append(NextState(turn, source, text, TRUST[source]))
+    after = _last_reply(messages) + 1
+    times = Counter(one for one in heard if one and len(one.text) >= _LONG_PROMPT)
+    for message, one in zip(messages[after:], heard[after:], strict=True):
+        if message.get("role") in _SYSTEM:
+            continue  # it instructs the model, whatever the reply was
+        if one is None and message.get("role") == "user":
+            one = attached(message.get("content"))
+        if one is None or (one.source is Source.USER and times[one] >= _SAID_TOO_OFTEN):
+            continue
+        states.append(NextState(turn, one.source, one.text, TRUST[one.source]))
     return states
 
 

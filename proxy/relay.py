@@ -16,7 +16,7 @@ from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
-from proxy.linking import explicit_session
+from proxy.linking import TURN_TYPE, explicit_session, named_kind
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Serving, natively, serving_of
 from proxy.sse import EventSplitter
@@ -38,7 +38,7 @@ OURS = frozenset(
     }
 )
 """Headers that are never forwarded."""
-_NOT_SENT_ON = HOP_BY_HOP | OURS
+_NOT_SENT_ON = HOP_BY_HOP | OURS | {TURN_TYPE}
 HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 RETRY_AFTER_S = 10
@@ -336,6 +336,7 @@ class _Call:
             timings=Timings(self.started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
+            kind=named_kind(self.request.headers),
         )
 
     def _headers(self, upstream: CIMultiDictProxy[str]) -> CIMultiDict[str]:
