@@ -188,7 +188,9 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
         hashes = message_hashes(messages)
-        before, _ = said(messages, hashes, [PROFILE.next_state_text(m) for m in messages])
+        before, _ = said(
+            messages, hashes, [one and one.text for one in map(PROFILE.heard, messages)]
+        )
         link = link_of(messages, hashes, before)
         assert link is not None
         parent = recording.parent("main", link, stored.name)

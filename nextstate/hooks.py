@@ -15,7 +15,6 @@ from typing import Any, NamedTuple, Protocol, cast
 from nextstate.errors import PluginError
 from nextstate.records import Json, NextState, Source, TurnKind, Vote
 
-
 _ATTACHED = ("image", "audio", "video", "file", "document")
 """Stand in the type of a part that has no text: `image_url`, `input_audio`."""
 

@@ -33,7 +33,7 @@ _TELLING = 200
 """Bytes from which on nobody else gets the same reply; canned greetings and refusals, and a first
 tool call, are shorter."""
 _LONG_PROMPT, _SAID_TOO_OFTEN = 80, 3
-"""Characters of a text that a person does not type again to the letter, and how often is a program."""
+"""Who says a text of so many characters so often, to the letter, is a program."""
 
 
 def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
@@ -186,6 +186,12 @@ def place_of(
     return hashlib.blake2b(place, digest_size=16).digest()
 
 
+def following(messages: Sequence[Json]) -> list[Json]:
+    """The messages after the last assistant message; none if there is no such message."""
+    last = _last_reply(messages)
+    return [] if last < 0 else list(messages[last + 1 :])
+
+
 def next_states(
     turn: str, messages: Sequence[Json], heard: Sequence[Heard | None]
 ) -> list[NextState]:
@@ -194,11 +200,9 @@ def next_states(
     `heard` is what the agent's profile reads in each of the messages.
     """
     states: list[NextState] = []
-    after = _last_reply(messages) + 1
+    after = following(messages)
     times = Counter(one for one in heard if one and len(one.text) >= _LONG_PROMPT)
-    for message, one in zip(messages[after:], heard[after:], strict=True):
-        if message.get("role") in _SYSTEM:
-            continue  # it instructs the model, whatever the reply was
+    for message, one in zip(after, heard[len(heard) - len(after) :], strict=True):
         if one is None and message.get("role") == "user":
             one = attached(message.get("content"))
         if one is None or (one.source is Source.USER and times[one] >= _SAID_TOO_OFTEN):

@@ -1,4 +1,4 @@
-"""An agent that nobody asks about: what any known agent writes unmistakably is still no person's."""
+"""Any client: what some known agent writes unmistakably is no person's here, either."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ import orjson
 from nextstate.records import Source
 
 _TAG = re.compile(r"<([A-Za-z_][\w:.-]{0,60})(?:\s[^<>]{0,500})?/?>")
-_FORMATTING = frozenset(
-    "a b i u s p q em strong span br h1 h2 h3 h4 h5 h6 del mark small sub sup blockquote".split()
+_FORMATTING = re.compile(
+    r"</?(?:[abiuspq]|em|strong|span|br|h[1-6]|del|mark|small|su[bp]|blockquote)\b", re.IGNORECASE
 )
 _BANNER = re.compile(
     r"\[(?:tool|function|command|system|automated|auto|internal|notification|reminder|scheduled|"
@@ -33,7 +33,8 @@ _REPORT = re.compile(
     re.IGNORECASE,
 )
 _AUTOMATED = re.compile(
-    r"(?:this is an? (?:automated|automatic|system)[ -]|automated (?:message|reminder|follow-?up)\b|"
+    r"(?:this is an? (?:automated|automatic|system)[ -]|"
+    r"automated (?:message|reminder|follow-?up)\b|"
     r"system (?:message|notification|reminder|note)\s*:)",
     re.IGNORECASE,
 )
@@ -54,12 +55,14 @@ _LOG_LINE = re.compile(
 )
 _FORMAT = re.compile(
     r"\b(?:respond|reply|answer|return|output|format)\b[^.\n]{0,60}\b(?:json|xml|yaml|only|exactly|"
-    r"format|schema)\b|\bcontinue if you have next steps\b|\byour (?:response|output|answer) must\b|"
+    r"format|schema)\b|\bcontinue if you have next steps\b|"
+    r"\byour (?:response|output|answer) must\b|"
     r"\byour task is to\b|\byou must (?:respond|reply|answer|return|output|call|use)\b",
     re.IGNORECASE,
 )
 _SECTION = re.compile(
-    r"^(?:#{1,4} [^\n]{1,80}|[A-Z][\w ]{2,40}:|</?[a-zA-Z_]\w{2,40}>|\{\{?[^\n]{0,80}\}\}?|```json)$",
+    r"^(?:#{1,4} [^\n]{1,80}|[A-Z][\w ]{2,40}:|</?[a-zA-Z_]\w{2,40}>|"
+    r"\{\{?[^\n]{0,80}\}\}?|```json)$",
     re.MULTILINE,
 )
 _HEAD_CHARS, _LOOKED_AT, _LONG_LOG, _LOG_SHARE = 4000, 200, 12, 0.85
@@ -103,7 +106,7 @@ def is_tagged(text: str) -> bool:
     position, any_tag = 0, False
     while position < len(text):
         opened = _TAG.match(text, position)
-        if opened is None or opened[1].lower() in _FORMATTING:
+        if opened is None or _FORMATTING.match(opened.group()):
             return False
         position = opened.end()
         if not opened.group().endswith("/>"):
@@ -136,7 +139,7 @@ def is_template(text: str) -> bool:
 
 
 def _has_own_words(text: str) -> bool:
-    """Whether a person speaks in a report: in its one line, or in a paragraph at one of its ends."""
+    """Whether a person speaks in a report: in its one line, or in its first or last paragraph."""
     if "\n" not in text:
         return _ADDRESS.search(text[:_HEAD_CHARS]) is not None
     first = text[:_HEAD_CHARS].partition("\n\n")[0]

@@ -30,6 +30,8 @@ _NOTES = frozenset(tag for agent in AGENTS for tag in agent.notes)
 _WORDS = frozenset(tag for agent in AGENTS for tag in agent.words)
 _OPENING = re.compile(r"<([A-Za-z_][\w -]{0,60})>|<([A-Za-z_][\w-]{0,60})\s[^<>]{0,500}>")
 _CLOSING = re.compile(r"</([A-Za-z_][\w -]{0,60})>\Z")
+_PROBES = ("quota", "count", "Warmup")
+"""With one token to answer, Claude Code asks so whether anybody is there."""
 _LONGEST_CLOSING = 64
 _MOST_BLOCKS = 100
 _SYSTEM_CHARS, _FIRST_MESSAGES = 20_000, 12
@@ -55,6 +57,7 @@ class Profile:
             any(text.startswith(_SIDE_SYSTEM) for text in system)
             or last.startswith(_SIDE_ASKED)
             or any(is_side(last) for is_side in _SIDE)
+            or (last in _PROBES and request.get("max_tokens") == 1)
         )
         return TurnKind.SIDE if side else TurnKind.MAIN
 
@@ -64,12 +67,14 @@ class Profile:
 
     def heard(self, message: Json) -> Heard | None:
         """What a message says, and who says it; None for what the agent wrote itself."""
-        text = text_of(message.get("content"))
-        if message.get("role") in ("tool", "function"):
+        role, text = message.get("role"), text_of(message.get("content"))
+        if role in ("tool", "function"):
             return Heard(Source.TOOL, text) if text else None
-        if message.get("role") != "user":
-            return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
-        return self._in_user_role(_texts(message))
+        if role == "user":
+            return self._in_user_role(_texts(message))
+        if _is_system(message) and self._agent is not GENERIC:
+            return None  # known agents instruct the model there, whatever the reply was
+        return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
 
     def _in_user_role(self, texts: Sequence[str]) -> Heard | None:
         found = [heard for text in texts if (heard := self._read(text))]

@@ -37,9 +37,7 @@ AGENTS: Sequence[Agent] = (
         "open_webui",
         first_words=(_RAG,),
         side=task_of_open_webui,
-        side_asked=(
-            "Your task is to reflect the speaker's likely facial expression through a fitting emoji",
-        ),
+        side_asked=("Your task is to reflect the speaker's likely facial expression",),
         shared=asked_with_context,
         housekeeping=("History:\nUSER:", "Query: History:\nUSER:"),
     ),

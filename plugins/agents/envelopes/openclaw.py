@@ -97,7 +97,7 @@ def session_of(name: str) -> str:
 
 
 def is_housekeeping(text: str) -> bool:
-    """Whether OpenClaw asks for itself; a heartbeat's prompt may be a person's, the clock is not."""
+    """Whether OpenClaw asks for itself; its owner may have written what a heartbeat asks."""
     stamp = _STAMP.match(text)
     text = text[stamp.end() :] if stamp else text
     return text.startswith(_HOUSEKEEPING) or (stamp is None and _is_heartbeat(text))
@@ -133,7 +133,7 @@ def _is_heartbeat(text: str) -> bool:
 
 
 def _has_runtime(text: str) -> bool:
-    head, found, line = text.rpartition(_RUNTIME)
+    _, found, line = text.rpartition(_RUNTIME)
     return bool(found) and "\n" not in line
 
 
@@ -197,7 +197,7 @@ def _after_block(text: str, start: int) -> int:
 def _without_trailers(text: str) -> str:
     for mark in _REST_IS_CONTEXT:
         start = text.find(mark)
-        if start >= 0 and text[:start].endswith(("\n", "")):
+        if start == 0 or (start > 0 and text[start - 1] == "\n"):
             text = text[:start].rstrip()
     for _ in range(_MOST_PIECES):
         head, newline, last = text.rpartition("\n")
