@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nextstate.errors import NextStateError
-from nextstate.hooks import AgentProfile
+from nextstate.hooks import AgentProfile, Heard, text_of
 from nextstate.recording import Recording
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
 from proxy.linking import (
+    SYSTEM,
     link_of,
     message_hashes,
     next_states,
@@ -57,7 +59,7 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
         parent = recording.main_ancestor(parent)
-    texts = [text for text in read if text]
+    texts = _told(messages, heard)
     place = place_of(exchange.lineage, named, kind, parent and parent.id, texts)
     tried = None if place is None else recording.cut_session(place)
     if parent is not None:
@@ -97,10 +99,23 @@ def amend_exchange(recording: Recording, exchange: Exchange, profile: AgentProfi
     kind = exchange.kind or profile.kind(exchange.request)
     parent = recording.parent_of(exchange.turn_id)
     messages = objects(exchange.request.get("messages"))
-    texts = [heard.text for message in messages if (heard := profile.heard(message))]
+    texts = _told(messages, [profile.heard(message) for message in messages])
     place = place_of(exchange.lineage, _named(exchange, profile), kind, parent, texts)
     if place is not None:
         recording.set_place(exchange.turn_id, place)
+
+
+def _told(messages: Sequence[Json], heard: Sequence[Heard | None]) -> list[str]:
+    """What a request says, the system's part with it: by this a retry is known at the start."""
+    read = [
+        one.text
+        if one
+        else text_of(message.get("content"))
+        if message.get("role") in SYSTEM
+        else ""
+        for message, one in zip(messages, heard, strict=True)
+    ]
+    return [text for text in read if text]
 
 
 def _named(exchange: Exchange, profile: AgentProfile) -> str | None:

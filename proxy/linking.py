@@ -27,7 +27,7 @@ TURN_TYPE = "x-turn-type"
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _SESSION_FIELDS = ("prompt_cache_key", "session_id")
 _LONGEST_NAME = 200
-_SYSTEM = ("system", "developer")
+SYSTEM = ("system", "developer")
 _WHITE_SPACE = string.whitespace.encode()
 _TELLING = 200
 """Bytes from which on nobody else gets the same reply; canned greetings and refusals, and a first
@@ -133,7 +133,7 @@ def said(
         if role == "assistant":
             if position == last:
                 before = so_far()
-        elif role in _SYSTEM:
+        elif role in SYSTEM:
             exact.update(key)
         elif text is not None or not text_of(message.get("content")):  # a picture has no text
             exact.update(key)

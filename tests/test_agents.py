@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -268,7 +267,9 @@ def test_the_turn_type_header_is_read(header: str, kind: TurnKind | None) -> Non
     assert named_kind({}) is None
 
 
-def recorded(store: Store, turn: str, messages: list[Json], reply: str, **more: object) -> Turn:
+def recorded(
+    store: Store, turn: str, messages: list[Json], reply: str, kind: TurnKind | None = None
+) -> Turn:
     capture = Capture()
     choice = {"index": 0, "message": {"role": "assistant", "content": reply}}
     capture.body({"model": "base", "choices": [choice | {"finish_reason": "stop"}]})
@@ -276,7 +277,7 @@ def recorded(store: Store, turn: str, messages: list[Json], reply: str, **more: 
         turn, "main", None, {"messages": messages}, capture, BASE_VERSION, Timings(0.0, 0.0, 0.0)
     )
     with store.recording() as recording:
-        return record_exchange(recording, exchange._replace(**more), AUTO)
+        return record_exchange(recording, exchange._replace(kind=kind), AUTO)
 
 
 def test_what_the_client_says_of_its_turn_wins_over_the_profile(store: Store) -> None:
@@ -321,32 +322,31 @@ def test_a_picture_alone_is_recorded_as_what_followed(store: Store) -> None:
 
 
 @pytest.mark.parametrize(
-    "hostile",
+    ("before", "again", "after"),
     [
-        lambda n: "<system-reminder>" * n,
-        lambda n: "</system-reminder>" * n,
-        lambda n: "<a>" * n + "</b>",
-        lambda n: "<a></a>" * n + "x",
-        lambda n: "[" * n + "]",
-        lambda n: "<x " + "a" * n,
-        lambda n: "System: [x]\n" * n,
-        lambda n: "\n[message_id: 1]" * n,
-        lambda n: "Sender (untrusted metadata):\n```json\n" * n,
-        lambda n: CARRIER_TEXT.split("\n", 1)[0] * n,
-        lambda n: "a (untrusted" + " " * n + "):",
-        lambda n: "[x Result" * n,
-        lambda n: "2026-01-01 x\n" * n,
-        lambda n: (
-            "### Task:\nRespond to the user query using the provided context" + "</context>" * n
-        ),
-        lambda n: "[Replying to" + "]  " * n + "x",
-        lambda n: "<task>" * n + "</task>",
+        ("", "<system-reminder>", ""),
+        ("", "</system-reminder>", ""),
+        ("", "<a>", "</b>"),
+        ("", "<a></a>", "x"),
+        ("", "[", "]"),
+        ("<x ", "a", ""),
+        ("", "System: [x]\n", ""),
+        ("", "\n[message_id: 1]", ""),
+        ("", "Sender (untrusted metadata):\n```json\n", ""),
+        ("", CARRIER_TEXT.partition("\n")[0], ""),
+        ("", CARRIER_TEXT, ""),
+        ("a (untrusted", " ", "):"),
+        ("", "[x Result", ""),
+        ("", "2026-01-01 x\n", ""),
+        (RAG, "</context>", ""),
+        ("[Replying to", "]  ", "x"),
+        ("", "<task>", "</task>"),
     ],
 )
-def test_reading_a_hostile_text_grows_no_faster_than_the_text(
-    hostile: Callable[[int], str],
+def test_reading_hostile_text_grows_no_faster_than_the_text(
+    before: str, again: str, after: str
 ) -> None:
-    messages = [user(hostile(n)) for n in (4_000, 32_000)]
+    messages = [user(before + n * again + after) for n in (4_000, 32_000)]
 
     def seconds(profile: AgentProfile, message: Json) -> float:
         taken: list[float] = []

@@ -139,13 +139,16 @@ def _has_runtime(text: str) -> bool:
 
 def _without_carriers(text: str) -> str:
     """A carrier that was merged into the message of a person, before or behind their words."""
-    for _ in range(_MOST_PIECES):
-        start = text.find(CARRIER)
-        end = text.find(_CARRIER_END, start) if start >= 0 else -1
+    kept: list[str] = []
+    position = 0
+    while (start := text.find(CARRIER, position)) >= 0:
+        end = text.find(_CARRIER_END, start)
         if end < 0:
             break
-        text = (text[:start].rstrip() + "\n" + text[end + len(_CARRIER_END) :].lstrip()).strip()
-    return text
+        kept.append(text[position:start].strip())
+        position = end + len(_CARRIER_END)
+    kept.append(text[position:].strip())
+    return "\n".join(part for part in kept if part)
 
 
 def _without_headers(text: str) -> str:
@@ -199,12 +202,13 @@ def _without_trailers(text: str) -> str:
         start = text.find(mark)
         if start == 0 or (start > 0 and text[start - 1] == "\n"):
             text = text[:start].rstrip()
+    end = len(text)
     for _ in range(_MOST_PIECES):
-        head, newline, last = text.rpartition("\n")
-        if not (newline and len(last) < 400 and _TRAILER.fullmatch(last.strip())):
+        start = text.rfind("\n", 0, end) + 1
+        if not start or end - start > 400 or not _TRAILER.fullmatch(text[start:end].strip()):
             break
-        text = head.rstrip()
-    return text
+        end = start - 1
+    return text[:end].rstrip()
 
 
 def _line_end(text: str, start: int) -> int:
