@@ -350,14 +350,14 @@ def test_reading_hostile_text_grows_no_faster_than_the_text(
 
     def seconds(profile: AgentProfile, message: Json) -> float:
         taken: list[float] = []
-        for _ in range(5):
-            started = time.perf_counter()
+        for _ in range(7):
+            started = time.thread_time()
             profile.heard(message)
             profile.kind({"messages": [message]})
-            taken.append(time.perf_counter() - started)
+            taken.append(time.thread_time() - started)
         return min(taken)
 
     for name in ("openclaw", "generic"):
         profile = load_plugin("agents", name, None)
         short, long = (seconds(profile, message) for message in messages)
-        assert long < 24 * short + 0.005  # eight times the text: 64 if it were quadratic
+        assert long < 32 * short + 0.005  # eight times the text: 64 if it were quadratic
