@@ -120,7 +120,7 @@ def text_of(content: object) -> str:
 
 def attached(content: object) -> Heard | None:
     """What a person sent without a word: the kinds of its parts, such as `[image]`."""
-    parts = cast(Sequence[object], content) if isinstance(content, list) else ()
+    parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
     kinds = [str(cast(Json, part).get("type")) for part in parts if isinstance(part, dict)]
     if not kinds or text_of(content).strip():
         return None
