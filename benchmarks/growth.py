@@ -189,7 +189,8 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
         hashes = message_hashes(messages)
-        texts, starts = [PROFILE.next_state_text(m) for m in messages], reply_starts(messages)
+        texts = [one and one.text for one in map(PROFILE.heard, messages)]
+        starts = reply_starts(messages)
         *before, _ = said(messages, hashes, texts, starts)
         link = link_of(meant_in(messages), hashes, starts, before)
         assert link is not None

@@ -33,8 +33,9 @@ def build_evidence(
     so is its envelope around what people wrote.
     """
     messages = cast("list[Json]", turn.request.get("messages") or [])
-    texts = [(str(m.get("role", "")), said_in(m, profile)) for m in messages]
-    tail = [(role, text) for role, text in texts if text is not None][-tail_messages:]
+    profile = profile and profile.of(turn.request)
+    said = [heard for message in messages if (heard := said_in(message, profile)) is not None]
+    tail = said[-tail_messages:]
     reply = message_text(turn.reply)
     return bounded(Evidence(tuple(tail), reply, tuple(states), tuple(later)), max_chars)
 
@@ -50,11 +51,16 @@ def bounded(evidence: Evidence, max_chars: int) -> Evidence:
     )
 
 
-def said_in(message: Json, profile: AgentProfile | None) -> str | None:
-    """A message's text; of a person or a tool as `profile` sees it, None where the agent spoke."""
-    if profile is None or message.get("role") not in ("user", "tool"):
-        return message_text(message)
-    return profile.next_state_text(message)
+def said_in(message: Json, profile: AgentProfile | None) -> tuple[str, str] | None:
+    """(who speaks, what they say) in a message; None where the agent itself spoke.
+
+    As `profile` sees it: what stands in the user role may be the environment's.
+    """
+    role = str(message.get("role", ""))
+    if profile is None or role not in ("user", "tool"):
+        return role, message_text(message)
+    heard = profile.heard(message)
+    return None if heard is None else (heard.source.value, heard.text)
 
 
 def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextState, ...]:

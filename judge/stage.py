@@ -335,11 +335,11 @@ class _Worker:
 def task_of(request: Json, profile: AgentProfile | None = None) -> tuple[str, list[str]]:
     """What the user asked last in a request, and what each reply since then says and calls."""
     asked, calls = "", list[str]()
+    profile = profile and profile.of(request)
     for message in objects(request.get("messages")):
-        if message.get("role") == "user":
-            text = said_in(message, profile)
-            if text is not None:  # not what the agent put there itself
-                asked, calls = text, []
+        said = said_in(message, profile)
+        if said is not None and said[0] == Source.USER:  # not what the agent put there itself
+            asked, calls = said[1], []
         elif message.get("role") == "assistant":
             calls.append(message_text(message))
     return asked, calls

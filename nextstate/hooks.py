@@ -10,10 +10,13 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 from nextstate.errors import PluginError
-from nextstate.records import Json, NextState, TurnKind, Vote
+from nextstate.records import Json, NextState, Source, TurnKind, Vote
+
+_ATTACHED = ("image", "audio", "video", "file", "document")
+"""Stand in the type of a part that has no text: `image_url`, `input_audio`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +64,25 @@ class JudgeKind(Protocol):
         ...
 
 
+class Heard(NamedTuple):
+    """What one message of a request says, and who says it."""
+
+    source: Source
+    text: str
+    """A person's is stripped of the agent's envelope, a tool's is exact."""
+
+
 class AgentProfile(Protocol):
     """What is known about one agent's envelope around human text."""
 
     name: str
+
+    def of(self, request: Json) -> AgentProfile:
+        """The profile of the agent that sent `request`: itself, unless it knows several.
+
+        It depends on the request alone, so that the judge finds the one that the proxy found.
+        """
+        ...
 
     def kind(self, request: Json) -> TurnKind:
         """Whether the request is the agent's own work or its housekeeping."""
@@ -74,10 +92,11 @@ class AgentProfile(Protocol):
         """The client's name for a session, without what changes while the conversation goes on."""
         ...
 
-    def next_state_text(self, message: Json) -> str | None:
-        """What a person or a tool said in a message that followed a reply; None for machine-made.
+    def heard(self, message: Json) -> Heard | None:
+        """What a person, a tool or the environment said in a message that is no reply.
 
-        A person's text is stripped, a tool's is exact.
+        None for what the agent wrote itself. A role does not tell: agents put their own notes and
+        what they observed into the user role.
         """
         ...
 
@@ -100,6 +119,25 @@ def text_of(content: object) -> str:
         texts = [cast(Json, p).get("text", "") for p in parts if isinstance(p, dict)]
         return text_of("\n".join(t for t in texts if isinstance(t, str) and t))
     return ""
+
+
+def attached(content: object) -> Heard | None:
+    """What a person sent without a word: the kinds of its parts, such as `[image]`."""
+    parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
+    kinds = [str(cast(Json, part).get("type")) for part in parts if isinstance(part, dict)]
+    if not kinds or text_of(cast(object, content)).strip():
+        return None
+    found = [name for kind in kinds for name in _ATTACHED if name in kind]
+    return Heard(Source.USER, " ".join(f"[{name}]" for name in found)) if found else None
+
+
+def is_wordless(text: str) -> bool:
+    """Whether a next state says only that something was attached.
+
+    >>> is_wordless("[image] [file]"), is_wordless("[image] is wrong")
+    (True, False)
+    """
+    return bool(text) and all(word[1:-1] in _ATTACHED for word in text.split())
 
 
 def load_plugin(group: str, name: str, settings: object) -> Any:

@@ -61,8 +61,9 @@ class ProxyConfig:
 class AgentsConfig:
     """`[agents]`"""
 
-    profile: str = "generic"
-    """The plugin in plugins/agents/ that knows your agent's envelope."""
+    profile: str = "auto"
+    """The plugin in plugins/agents/ that knows your agent's envelope; `auto` finds it out of each
+    request."""
 
 
 @dataclass(frozen=True, slots=True)

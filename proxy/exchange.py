@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from nextstate.hooks import AgentProfile
+from nextstate.hooks import AgentProfile, Heard, text_of
 from nextstate.recording import Link, Recording
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
 from proxy.linking import (
-    following,
+    SYSTEM,
     link_of,
     message_hashes,
     next_states,
@@ -42,6 +42,8 @@ class Exchange(NamedTuple):
     """Whether it was sent before, when nobody knew yet that the client would not see the end."""
     vague_name: bool = False
     """Whether the client's name for its session is a person's or an app's: many have the same."""
+    kind: TurnKind | None = None
+    """What the client says that the turn is; None where the agent's profile tells."""
 
 
 class Read(NamedTuple):
@@ -52,8 +54,8 @@ class Read(NamedTuple):
     """Without its place in a session."""
     messages: list[Json]
     hashes: tuple[bytes, ...]
-    texts: list[str]
-    """What the profile reads in the messages."""
+    heard: list[Heard | None]
+    """What the profile reads in each of the messages."""
     named: str | None
     """The session that the client names."""
     link: Link | None
@@ -61,17 +63,27 @@ class Read(NamedTuple):
     """The turn's own: of the chain of replies and of its reply."""
     said_key: bytes | None
 
+    @property
+    def told(self) -> list[str]:
+        """What the request says, the system's part with it: so a retry is known at the start."""
+        texts = [
+            one.text if one else text_of(m.get("content")) if m.get("role") in SYSTEM else ""
+            for m, one in zip(self.messages, self.heard, strict=True)
+        ]
+        return [text for text in texts if text]
+
 
 def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
     """Reads one exchange: done before the store is locked, for it takes as long as it is large."""
     exchange.capture.read()
     messages = objects(exchange.request.get("messages"))
     hashes = message_hashes(messages)
-    texts = [profile.next_state_text(message) for message in messages]
+    profile = profile.of(exchange.request)
+    heard = [profile.heard(message) for message in messages]
     starts = reply_starts(messages)
-    *before, in_all = said(messages, hashes, texts, starts)
+    *before, in_all = said(messages, hashes, [one and one.text for one in heard], starts)
     history = meant_in(messages)
-    turn = _turn(exchange, profile.kind(exchange.request))
+    turn = _turn(exchange, exchange.kind or profile.kind(exchange.request))
     reply = meant(turn.reply)
     chain_key = key_of([*history, reply])
     return Read(
@@ -79,7 +91,7 @@ def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
         turn=turn,
         messages=messages,
         hashes=hashes,
-        texts=[text for text in texts if text],
+        heard=heard,
         named=_named(exchange, profile),
         link=link_of(history, hashes, starts, before),
         keys=(chain_key, key_of([reply])),
@@ -103,7 +115,7 @@ def record_exchange(
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
         parent = recording.main_ancestor(parent)
-    place = place_of(lineage, named, kind, parent and parent.id, read.texts)
+    place = place_of(lineage, named, kind, parent and parent.id, read.told)
     tried = None if place is None else recording.cut_session(place)
     if parent is not None:
         session = parent.session
@@ -129,7 +141,7 @@ def record_exchange(
         recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, following(read.messages, answered), profile)
+        states = next_states(parent.id, read.messages, read.heard, answered)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
 
@@ -138,7 +150,7 @@ def amend_exchange(recording: Recording, read: Read) -> None:
     """Lets a retry take the place of a turn that is stored: its client did not see the end."""
     turn = read.turn
     parent = recording.parent_of(turn.id)
-    place = place_of(turn.lineage, read.named, turn.kind, parent, read.texts)
+    place = place_of(turn.lineage, read.named, turn.kind, parent, read.told)
     if place is not None:
         recording.set_place(turn.id, place)
 

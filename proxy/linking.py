@@ -9,23 +9,25 @@ from __future__ import annotations
 
 import hashlib
 import string
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
 import orjson
 
-from nextstate.hooks import AgentProfile, text_of
+from nextstate.hooks import AgentProfile, Heard, attached, text_of
 from nextstate.recording import EXACT_BYTES, SETTING_BYTES, Link
-from nextstate.records import TRUST, Json, NextState, Source
+from nextstate.records import TRUST, Json, NextState, Source, TurnKind
 from nextstate.rows import HASH_BYTES, content_hash
 from nextstate.wire import obj, write_json
 from proxy.meaning import Meant, key_of, meant_in
 from proxy.meaning import canonical_reply as canonical_reply
 
+TURN_TYPE = "x-turn-type"
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _LONGEST_NAME = 200
-_SYSTEM = ("system", "developer")
+SYSTEM = ("system", "developer")
 _TOOLS = ("tool", "function")
 _WHITE_SPACE = string.whitespace.encode()
 _CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
@@ -35,7 +37,8 @@ _TELLING = 180
 and a first tool call, are shorter."""
 _MOST_PARTS = 32
 """Messages that one reply is looked for in."""
-_SOURCES = {"user": Source.USER, "tool": Source.TOOL, "function": Source.TOOL}
+_LONG_PROMPT, _SAID_TOO_OFTEN = 80, 3
+"""Who says a text of so many characters so often, to the letter, is a program."""
 
 
 def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
@@ -61,6 +64,12 @@ def _names(headers: Mapping[str, str], request: Json) -> Iterator[tuple[str, boo
     names += [(metadata.get("session_id"), True), (request.get("user"), False)]
     names.append((metadata.get("user_id"), False))
     return ((name, own) for name, own in names if isinstance(name, str) and name)
+
+
+def named_kind(headers: Mapping[str, str]) -> TurnKind | None:
+    """What the client says that the turn is, in `X-Turn-Type`; None where it says nothing known."""
+    named = headers.get(TURN_TYPE, "").strip().lower()
+    return TurnKind(named) if named in set(TurnKind) else None
 
 
 def session_names(name: str, profile: AgentProfile) -> list[str]:
@@ -175,7 +184,7 @@ def said(
         if role == "assistant":
             if position in wanted:
                 found[position] = (read if read.told else every).so_far()
-        elif role in _SYSTEM:
+        elif role in SYSTEM:
             read.system(key, plain)
             every.system(key, plain)
         else:
@@ -233,19 +242,22 @@ def place_of(
     return hashlib.blake2b(place, digest_size=16).digest()
 
 
-def following(messages: Sequence[Json], start: int | None = None) -> list[Json]:
-    """What others said after the reply that begins at `start`, else after the last one."""
+def next_states(
+    turn: str, messages: Sequence[Json], heard: Sequence[Heard | None], start: int | None = None
+) -> list[NextState]:
+    """What others said after the reply that begins at `start`, or after the last one, about `turn`.
+
+    `heard` is what the agent's profile reads in each of the messages.
+    """
     if start is None:
         start = next(iter(reply_starts(messages)), len(messages))
-    return [m for m in messages[start + 1 :] if m.get("role") != "assistant"]
-
-
-def next_states(turn: str, messages: Sequence[Json], profile: AgentProfile) -> list[NextState]:
-    """What the messages after a reply say about `turn`, without the agent's own notes."""
     states: list[NextState] = []
-    for message in messages:
-        text = profile.next_state_text(message)
-        if text is not None:
-            source = _SOURCES.get(str(message.get("role")), Source.ENVIRONMENT)
-            states.append(NextState(turn, source, text, TRUST[source]))
+    times = Counter(one for one in heard if one and len(one.text) >= _LONG_PROMPT)
+    for message, one in zip(messages[start + 1 :], heard[start + 1 :], strict=True):
+        if one is None and message.get("role") == "user":
+            one = attached(message.get("content"))
+        if one is None or message.get("role") == "assistant":
+            continue
+        if one.source is not Source.USER or times[one] < _SAID_TOO_OFTEN:
+            states.append(NextState(turn, one.source, one.text, TRUST[one.source]))
     return states

@@ -7,8 +7,9 @@ from random import Random
 
 import pytest
 
+from nextstate.hooks import Heard
 from nextstate.records import Json
-from plugins.agents.generic import Generic
+from plugins.agents.profile import GENERIC, Profile
 from tests.test_session_properties import AT_LENGTH, Step, played, said, step
 
 
@@ -185,10 +186,10 @@ def test_the_same_words_to_two_apps_go_to_the_one_whose_system_it_is() -> None:
 
 
 def test_agents_whose_every_text_is_machine_made_keep_their_links() -> None:
-    class Deaf(Generic):
-        def next_state_text(self, message: Json) -> str | None:
-            text = super().next_state_text(message)
-            return None if text is None or text.startswith("<") else text
+    class Deaf(Profile):
+        def heard(self, message: Json) -> Heard | None:
+            found = super().heard(message)
+            return None if found is None or found.text.startswith("<") else found
 
     steps = [step(f"{who}1", [user(f"<task>{who}</task>")], "ls") for who in ("a", "b")] + [
         step(
@@ -197,6 +198,6 @@ def test_agents_whose_every_text_is_machine_made_keep_their_links() -> None:
             "cat",
         ),
     ]
-    with played([steps], Random(0), profile=Deaf()) as found:
+    with played([steps], Random(0), profile=Deaf(GENERIC)) as found:
         assert found.parents["a2"] == "a1"
         assert found.states("a1") == ["Well?"]

@@ -30,7 +30,7 @@ from nextstate.wire import obj
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
 from proxy.dialects.messages import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
-from proxy.linking import canonical_reply, following
+from proxy.linking import canonical_reply, reply_starts
 from proxy.sse import EventSplitter, event_data
 from tests.conftest import Done
 from tests.running_loop import Engine
@@ -939,7 +939,7 @@ def test_no_request_raises_and_all_can_be_recorded(body: Json) -> None:
     translation = to_chat(body)
     assert body == before
     assert all(isinstance(m, dict) for m in translation.chat["messages"])
-    following(translation.chat["messages"])
+    reply_starts(translation.chat["messages"])
     orjson.dumps(translation.chat)
 
 
@@ -958,7 +958,7 @@ def test_a_request_that_nests_too_deep_to_be_encoded_goes_native() -> None:
 
 def test_tool_results_come_before_what_the_user_says() -> None:
     chat = to_chat({"model": "m", "max_tokens": 9, "messages": CALLED}).chat
-    assert following(chat["messages"]) == [
+    assert chat["messages"][reply_starts(chat["messages"])[0] + 1 :] == [
         {"role": "tool", "tool_call_id": "t1", "content": "12 °C"},
         {"role": "tool", "tool_call_id": "t2", "content": "no\ndata"},
         {

@@ -6,11 +6,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.records import Json, Source
-from plugins.agents.generic import Generic
+from plugins.agents.profile import GENERIC, Profile
 from proxy.linking import (
     canonical_reply,
     explicit_session,
-    following,
     message_hashes,
     next_states,
     place_of,
@@ -61,7 +60,7 @@ def test_text_tool_names_and_arguments_do_matter() -> None:
 def test_what_was_said_is_known_in_words_and_to_the_letter() -> None:
     def before(*messages: Json) -> tuple[bytes, bytes, int]:
         history = [*messages, assistant("Yes."), user("next")]
-        read = [Generic().next_state_text(message) for message in history]
+        read = [one and one.text for one in map(Profile(GENERIC).heard, history)]
         found, in_all = said(history, message_hashes(history), read)
         assert in_all.words != found.words
         return found.words, found.exact, len(found.told)
@@ -98,7 +97,7 @@ def test_a_request_that_continues_a_turn_has_the_turns_own_keys(texts: list[str]
 
 def test_a_first_request_continues_nothing() -> None:
     assert reply_keys([user("hello")], None) is None
-    assert following([user("hello")]) == []
+    assert next_states("t", [user("hello")], [None]) == []
 
 
 def test_everything_after_the_last_reply_is_the_next_state() -> None:
@@ -110,7 +109,7 @@ def test_everything_after_the_last_reply_is_the_next_state() -> None:
         user("  "),
     ]
     messages = [user("go"), assistant("", ("ls", "{}"), ("ls", "{}")), *tools]
-    states = next_states("t", following(messages), Generic())
+    states = next_states("t", messages, list(map(Profile(GENERIC).heard, messages)))
     assert [(s.source, s.text) for s in states] == [
         (Source.TOOL, "exit code 0"),
         (Source.TOOL, "exit code 1"),

@@ -16,11 +16,11 @@ from nextstate.config import StoreConfig
 from nextstate.recording import Remembered
 from nextstate.records import Json, Timings, new_id
 from nextstate.store import Store
-from plugins.agents.generic import Generic
+from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
 
-PROFILE = Generic()
+PROFILE = Profile(GENERIC)
 IDS = [(n * n * 7919) % 50_000 for n in range(20_000)]
 """Token ids of a long prompt, which are stored as some eighty runs."""
 MOST = recording._MOST_HASHES  # pyright: ignore[reportPrivateUsage]

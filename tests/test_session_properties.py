@@ -23,12 +23,12 @@ from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Json, Timings
 from nextstate.store import Store
-from plugins.agents.generic import Generic
+from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
 
 FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-PROFILE = Generic()
+PROFILE = Profile(GENERIC)
 COMMON = ("Done.", "OK", "I will look into it.")
 """Replies that every agent gets to hear."""
 AT_LENGTH = " It says what it did and why as models do." * 6

@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
+from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, is_wordless
 from nextstate.records import Source, Vote
 from plugins.judges.calls import calls_of
 from plugins.judges.lexicons import lexicon_for
@@ -94,7 +94,8 @@ def vote_on(evidence: Evidence) -> Vote:
     """The vote: what the user says comes first, then what tools report."""
     asked = next((text for role, text in reversed(evidence.tail) if role == "user"), "")
     states = (*evidence.next_states, *evidence.later)
-    said = [s.text for s in states if s.source in (Source.USER, Source.FEEDBACK)]
+    heard = [s.text for s in states if s.source in (Source.USER, Source.FEEDBACK)]
+    said = [text for text in heard if not is_wordless(text)]
     context = "\n".join([*(text for _, text in evidence.tail), evidence.reply])
     vote = read_message("\n".join(said)[:_MAX_CHARS], asked, evidence.reply, context)
     if vote.score or (said and vote.sure):

@@ -1,0 +1,1 @@
+"""What the agents that people use write around, before and after a person's words."""

@@ -1,0 +1,157 @@
+"""Whether a text looks made by a machine: the sceptical default for what no envelope explains.
+
+Structure speaks, not topic. A log, an error or a piece of JSON with a person's own words around it
+is the person's. Every scan is linear in the text, and looks at a bounded number of its lines.
+"""
+
+from __future__ import annotations
+
+import re
+
+import orjson
+
+from nextstate.records import Source
+
+_TAG = re.compile(r"<([A-Za-z_][\w:.-]{0,60})(?:\s[^<>]{0,500})?/?>")
+_FORMATTING = re.compile(
+    r"</?(?:[abiuspq]|em|strong|span|br|h[1-6]|del|mark|small|su[bp]|blockquote)\b", re.IGNORECASE
+)
+_BANNER = re.compile(
+    r"\[(?:tool|function|command|system|automated|auto|internal|notification|reminder|scheduled|"
+    r"cron|heartbeat|webhook|timer|subagent|background|hook|observation|environment|context)"
+    r"(?:[ _:-][^\]\n]{0,200})?\]",
+    re.IGNORECASE,
+)
+_RESULT_BANNER = re.compile(r"\[[^\]\n]{0,200}\b(?:results?|outputs?|response|observation)\b", re.I)
+_RESULT_LINE = re.compile(r"\[\w{1,60}[^\n]{0,500}\] Result:")
+_REPORT = re.compile(
+    r"(?:(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
+    r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b[^\n]{0,80}?:|"
+    r"(?:std(?:out|err)|output|result|return(?:ed)?[ _]?(?:code|value)|exit[ _]?(?:code|status))"
+    r"[ \t]*[:=]|(?:process|command|script) (?:exited|finished|terminated|returned|completed) with|"
+    r"exit(?:ed)? (?:code|status|with)\b|Traceback \(most recent call last\))",
+    re.IGNORECASE,
+)
+_AUTOMATED = re.compile(
+    r"(?:this is an? (?:automated|automatic|system)[ -]|"
+    r"automated (?:message|reminder|follow-?up)\b|"
+    r"system (?:message|notification|reminder|note)\s*:)",
+    re.IGNORECASE,
+)
+_OWN = re.compile(
+    r"[?？]|\b(?:i|i'm|you|your|my|me|we|please|pls|thanks?|why|how|what|that|this|it's|don't|not|"
+    r"ich|du|dein|bitte|danke|warum|nicht|das|yo|tu|por|gracias|no|je|vous|merci|pourquoi)\b|"
+    r"[\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af\u0400-\u04ff]",
+    re.IGNORECASE,
+)
+_ADDRESS = re.compile(
+    r"[?？]|\b(?:i|i'm|you|your|my|please|pls|thanks?|why|ich|dein|bitte|danke|gracias|merci)\b",
+    re.IGNORECASE,
+)
+_LOG_LINE = re.compile(
+    r"\s|\$ |>>> |[#|+*=~-]{2}|\[?\d{4}-\d\d-\d\d|\[?\d\d:\d\d|\[|/|\{|\}|at |"
+    r"[\w.]+(?:Error|Exception|Warning)\b|(?:DEBUG|INFO|WARN|WARNING|ERROR|FATAL|TRACE)\b|"
+    r"(?:PASS|FAIL|ok|not ok|npm|make|gcc|cargo|Compiling|File|E|tests?)\b[ :/]|\S+[:=]\d|\S{40}"
+)
+_FORMAT = re.compile(
+    r"\b(?:respond|reply|answer|return|output|format)\b[^.\n]{0,60}\b(?:json|xml|yaml|only|exactly|"
+    r"format|schema)\b|\bcontinue if you have next steps\b|"
+    r"\byour (?:response|output|answer) must\b|"
+    r"\byour task is to\b|\byou must (?:respond|reply|answer|return|output|call|use)\b",
+    re.IGNORECASE,
+)
+_SECTION = re.compile(
+    r"^(?:#{1,4} [^\n]{1,80}|[A-Z][\w ]{2,40}:|</?[a-zA-Z_]\w{2,40}>|"
+    r"\{\{?[^\n]{0,80}\}\}?|```json)$",
+    re.MULTILINE,
+)
+_HEAD_CHARS, _LOOKED_AT, _LONG_LOG, _LOG_SHARE = 4000, 200, 12, 0.85
+_TEMPLATE_CHARS = 200
+
+
+def source_of(text: str) -> Source | None:
+    """Who a text in the user role is from: a person, the environment, or None for a machine's note.
+
+    >>> source_of("no, shorter please"), source_of('{"exit_code": 1}')
+    (<Source.USER: 'user'>, <Source.ENVIRONMENT: 'environment'>)
+    """
+    if _RESULT_LINE.match(text) or is_json(text) or is_tagged(text):
+        return Source.ENVIRONMENT
+    if banner := _BANNER.match(text):
+        return Source.ENVIRONMENT if _RESULT_BANNER.match(banner.group()) else None
+    if _AUTOMATED.match(text):
+        return None
+    if (_REPORT.match(text) or is_log(text)) and not _has_own_words(text):
+        return Source.ENVIRONMENT
+    return None if is_template(text) else Source.USER
+
+
+def is_json(text: str) -> bool:
+    """Whether the whole text is one JSON object or array."""
+    if text[:1] + text[-1:] not in ("{}", "[]") or len(text) < 3:
+        return False
+    try:
+        orjson.loads(text)
+    except orjson.JSONDecodeError:
+        return False
+    return True
+
+
+def is_tagged(text: str) -> bool:
+    """Whether nothing of a text stands outside tags, formatting apart.
+
+    >>> is_tagged("<a>1</a>\\n<b x='2'>3</b>"), is_tagged("<a>1</a> good"), is_tagged("<b>good</b>")
+    (True, False, False)
+    """
+    position, any_tag = 0, False
+    while position < len(text):
+        opened = _TAG.match(text, position)
+        if opened is None or _FORMATTING.match(opened.group()):
+            return False
+        position = opened.end()
+        if not opened.group().endswith("/>"):
+            closing = f"</{opened[1]}>"
+            found = text.find(closing, position)
+            if found < 0:
+                return False
+            position = found + len(closing)
+        any_tag = True
+        while text[position : position + 1].isspace():
+            position += 1
+    return any_tag
+
+
+def is_log(text: str) -> bool:
+    """Whether a text of many lines is nearly all of the kind that programs print."""
+    if text.count("\n", 0, _HEAD_CHARS * 4) + 1 < _LONG_LOG:
+        return False
+    lines = [line for line in text[: 50 * _HEAD_CHARS].splitlines()[:_LOOKED_AT] if line.strip()]
+    alike = sum(1 for line in lines if _LOG_LINE.match(line))
+    return len(lines) >= _LONG_LOG and alike >= _LOG_SHARE * len(lines)
+
+
+def is_template(text: str) -> bool:
+    """Whether a longer text prescribes the form of the answer under headings of its own."""
+    head = text[:_HEAD_CHARS]
+    if len(head) < _TEMPLATE_CHARS or not (_FORMAT.search(head) or _FORMAT.search(text[-2000:])):
+        return False
+    return sum(1 for _ in _SECTION.finditer(head)) >= 2
+
+
+def _has_own_words(text: str) -> bool:
+    """Whether a person speaks in a report: in its one line, or in its first or last paragraph."""
+    if "\n" not in text:
+        return _ADDRESS.search(text[:_HEAD_CHARS]) is not None
+    first = text[:_HEAD_CHARS].partition("\n\n")[0]
+    last = text[-_HEAD_CHARS:].rpartition("\n\n")[2]
+    return any(_is_prose(block.strip()) for block in (first, last) if block.strip() != text)
+
+
+def _is_prose(block: str) -> bool:
+    lines = block.splitlines()
+    return (
+        len(lines) < _LONG_LOG // 2
+        and not _REPORT.match(block)
+        and not any(_LOG_LINE.match(line) for line in lines)
+        and _OWN.search(block) is not None
+    )

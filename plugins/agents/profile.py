@@ -1,0 +1,206 @@
+"""A profile made of tables of marks: it reads what one agent sends, and who said it.
+
+Every scan is linear: a block is peeled off an end of the text or the peeling stops.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import cast
+
+from nextstate.hooks import AgentProfile, Heard, text_of
+from nextstate.records import Json, Source, TurnKind
+from plugins.agents.envelopes import coding, frameworks, openclaw
+from plugins.agents.envelopes.shape import Agent
+from plugins.agents.machine import is_tagged, source_of
+
+AGENTS: Sequence[Agent] = (openclaw.AGENT, *coding.AGENTS, *frameworks.AGENTS)
+GENERIC = Agent("generic")
+
+_LEAD = tuple(mark for agent in AGENTS for mark in agent.led)
+_HOUSEKEEPING = tuple(mark for agent in AGENTS for mark in agent.housekeeping)
+_OBSERVATIONS = tuple(mark for agent in AGENTS for mark in agent.observations)
+_SIDE_SYSTEM = tuple(mark for agent in AGENTS for mark in agent.side_system)
+_SIDE_ASKED = tuple(mark for agent in AGENTS for mark in agent.side_asked)
+_SIDE = tuple(agent.side for agent in AGENTS if agent.side)
+_SHARED = tuple(agent.shared for agent in AGENTS if agent.shared)
+_CARRIERS = tuple(mark for agent in AGENTS for mark in agent.carriers)
+_NOTES = frozenset(tag for agent in AGENTS for tag in agent.notes)
+_WORDS = frozenset(tag for agent in AGENTS for tag in agent.words)
+_OPENING = re.compile(r"<([A-Za-z_][\w -]{0,60})>|<([A-Za-z_][\w-]{0,60})\s[^<>]{0,500}>")
+_CLOSING = re.compile(r"</([A-Za-z_][\w -]{0,60})>\Z")
+_PROBES = ("quota", "count", "Warmup")
+"""With one token to answer, Claude Code asks so whether anybody is there."""
+_LONGEST_CLOSING = 64
+_MOST_BLOCKS = 100
+_SYSTEM_CHARS, _FIRST_MESSAGES = 20_000, 12
+
+
+class Profile:
+    """The profile of one agent; marks that are unmistakable hold whoever wrote them."""
+
+    def __init__(self, agent: Agent) -> None:
+        self.name = agent.name
+        self._agent = agent
+
+    def of(self, request: Json) -> AgentProfile:
+        """Itself."""
+        return self
+
+    def kind(self, request: Json) -> TurnKind:
+        """Side for titles, compaction and whatever else an agent asks for itself."""
+        messages = _messages(request)
+        system = [text for m in messages if _is_system(m) for text in _texts(m)]
+        last = _last_asked(messages)
+        side = (
+            any(text.startswith(_SIDE_SYSTEM) for text in system)
+            or last.startswith(_SIDE_ASKED)
+            or any(is_side(last) for is_side in _SIDE)
+            or (last in _PROBES and request.get("max_tokens") == 1)
+        )
+        return TurnKind.SIDE if side else TurnKind.MAIN
+
+    def session(self, name: str) -> str:
+        """The name as the agent means it."""
+        return name if self._agent.session is None else self._agent.session(name)
+
+    def heard(self, message: Json) -> Heard | None:
+        """What a message says, and who says it; None for what the agent wrote itself."""
+        role, text = message.get("role"), text_of(message.get("content"))
+        if role in ("tool", "function"):
+            return Heard(Source.TOOL, text) if text else None
+        if role == "user":
+            return self._in_user_role(_texts(message))
+        if _is_system(message) and self._agent is not GENERIC:
+            return None  # known agents instruct the model there, whatever the reply was
+        return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
+
+    def _in_user_role(self, texts: Sequence[str]) -> Heard | None:
+        found = [heard for text in texts if (heard := self._read(text))]
+        if len(found) > 1:  # a block alone in its part is the agent's, where others speak
+            found = [heard for heard in found if not is_tagged(heard.text)] or found
+        said = [heard.text for heard in found if heard.source is Source.USER]
+        if said:
+            text = "\n".join(said)
+            source = source_of(text)
+            return None if source is None else Heard(source, text)
+        text = "\n".join(heard.text for heard in found)
+        return Heard(Source.ENVIRONMENT, text) if text else None
+
+    def _read(self, text: str) -> Heard | None:
+        """What the marks leave of one text."""
+        if self._agent.own is not None:
+            unwrapped = self._agent.own(text)
+            if unwrapped is None:
+                return None
+            text = unwrapped
+        text = peeled(text.strip())
+        for words_in in _SHARED:
+            words = words_in(text)
+            if words is not None:
+                return Heard(Source.USER, words) if words else None
+        if not text or text.startswith(_HOUSEKEEPING):
+            return None
+        if text.startswith(_OBSERVATIONS):
+            return Heard(Source.ENVIRONMENT, text)
+        return Heard(Source.USER, text)
+
+
+def detected(request: Json) -> Agent:
+    """The agent that sent a request, by its system prompt or the envelope of its messages."""
+    messages = _messages(request)
+    system = "\n".join(text_of(m.get("content"))[:_SYSTEM_CHARS] for m in messages if _is_system(m))
+    system = system[:_SYSTEM_CHARS]
+    asked = [m for m in messages if m.get("role") == "user"]
+    beginnings = [text for m in asked[:_FIRST_MESSAGES] for text in _texts(m)]
+    for agent in AGENTS:
+        if any(sign in system for sign in agent.signs):
+            return agent
+    for agent in AGENTS:
+        if agent.first_words and any(t.startswith(tuple(agent.first_words)) for t in beginnings):
+            return agent
+    return GENERIC
+
+
+def peeled(text: str) -> str:
+    """A text without the agents' notes at its two ends, and without what leads to the words.
+
+    >>> peeled("<system-reminder>\\nx\\n</system-reminder>\\nno, shorter")
+    'no, shorter'
+    """
+    for _ in range(_MOST_BLOCKS):
+        shorter = _without_lead(_without_notes(text))
+        if shorter == text:
+            break
+        text = shorter
+    closing = _CLOSING.search(text, max(0, len(text) - _LONGEST_CLOSING))
+    if text.startswith("<") and closing and closing[1] in _WORDS:
+        start = text.rfind(f"<{closing[1]}>", 0, closing.start())
+        if start == 0 or (start > 0 and text[start - 1] in "\n>"):
+            return text[start + len(closing[1]) + 2 : closing.start()].strip()
+    return text
+
+
+def _without_notes(text: str) -> str:
+    """Whole blocks of notes are cut off both ends."""
+    start, end = 0, len(text)
+    for _ in range(_MOST_BLOCKS):
+        opened = _OPENING.match(text, start)
+        name = opened and (opened[1] or opened[2])
+        if not opened or name not in _NOTES:
+            break
+        found = text.find(f"</{name}>", opened.end())
+        if found < 0:
+            break
+        start = found + len(name) + 3
+        while start < end and text[start].isspace():
+            start += 1
+    for _ in range(_MOST_BLOCKS):
+        closing = _CLOSING.search(text[max(start, end - _LONGEST_CLOSING) : end])
+        if closing is None or closing[1] not in _NOTES:
+            break
+        found = text.rfind(f"<{closing[1]}", start, end)
+        if found < 0 or (found > start and text[found - 1] not in "\n>"):
+            break
+        end = found
+        while end > start and text[end - 1].isspace():
+            end -= 1
+    return text[start:end]
+
+
+def _without_lead(text: str) -> str:
+    for mark in _LEAD:
+        if text.startswith(mark):
+            return text[len(mark) :].strip()
+    return text
+
+
+def _last_asked(messages: Sequence[Json]) -> str:
+    """The last message in the user role, without what agents add to every request."""
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            for text in reversed(_texts(message)):
+                asked = _without_notes(text.strip())
+                if asked and not asked.startswith(_CARRIERS):
+                    return asked
+    return ""
+
+
+def _messages(request: Json) -> list[Json]:
+    messages = request.get("messages")
+    if not isinstance(messages, list):
+        return []
+    return [cast(Json, m) for m in cast("list[object]", messages) if isinstance(m, dict)]
+
+
+def _is_system(message: Json) -> bool:
+    return message.get("role") in ("system", "developer")
+
+
+def _texts(message: Json) -> list[str]:
+    """The texts of a message, one for each part that has one."""
+    content = message.get("content")
+    if not isinstance(content, list):
+        return [text_of(content)]
+    return [text_of([part]) for part in cast("list[object]", content)]
