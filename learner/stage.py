@@ -13,7 +13,8 @@ to disk is forgotten, and its samples are ready again.
 
 While a version serves, the verdicts on its turns are watched. A clear drop, or an adapter that is
 no longer what was registered, takes it out of service for its parent, and it never returns by
-itself. What a person has put into service is left alone.
+itself. What a person has put into service is left alone: every flip says which version it replaces,
+and a candidate whose parent no longer serves is retired. Training goes on from what serves.
 
 All lineages of a process share one trainer and with it the base (`learner.turns`). Everything else
 is a lineage's own: folder, checkpoint, examiner, metrics. A lineage that must not go on stops
@@ -89,6 +90,7 @@ class Publisher(Protocol):
     def __call__(self, version: PolicyVersion, /, withdraw: bool = False) -> None:
         """Returns once the version serves; with `withdraw`, once an ancestor does in its place.
 
+        Returns as well, and changes nothing, if another version was put into service meanwhile.
         Raises EngineError if it may work later, and AdapterError for an adapter that is not the one
         registered.
         """
@@ -236,18 +238,19 @@ class _Learner:
         return checkpoint
 
     def resume(self) -> None:
-        """Goes on from the newest version that may serve, after `recover`."""
+        """Goes on from the candidate that waits to serve, or else from what serves."""
         checkpoint = self.recover()
         versions = self._store.versions(self.lineage)
         if not versions:
             return
         newest = versions[-1]
-        start = self._store.serving(self.lineage) if _is_behind(newest) else newest
+        waits = newest.state is VersionState.CANDIDATE and not self._store.overtaken(newest)
+        start = newest if waits else self._store.serving(self.lineage)
         if not self._can_go_on_from(start):
             return
         if checkpoint and checkpoint.version.number == start.number:
             self._trainer.load_training_state(checkpoint.state)
-        if newest.state is VersionState.CANDIDATE:
+        if waits:
             self._bring_into_service(newest)
 
     def _follow_rollback(self) -> bool:
@@ -294,10 +297,9 @@ class _Learner:
         log.error(
             "version rejected lineage=%s version=%d: %s", self.lineage, version.number, reason
         )
-        if version.state is VersionState.SERVING:
+        serves = version.state is VersionState.SERVING
+        if serves or not self._store.reject_version(self.lineage, version.number, reason):
             self._bring_into_service(replace(version, reason=reason), withdraw=True)
-        else:
-            self._store.reject_version(self.lineage, version.number, reason)
 
     def _can_go_on_from(self, version: PolicyVersion) -> bool:
         """`_go_on_from`; disowns a version whose adapter is not what was registered."""
@@ -553,8 +555,3 @@ class _Learner:
             attempt.attempt_number,
             error,
         )
-
-
-def _is_behind(newest: PolicyVersion) -> bool:
-    """Whether the newest version was rejected, or rolled back after it had served."""
-    return newest.state in (VersionState.REJECTED, VersionState.RETIRED)

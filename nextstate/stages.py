@@ -20,7 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nextstate.config import secret
-from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
+from nextstate.engine import (
+    EngineClient,
+    publish,
+    publish_candidate,
+    withdraw,
+    zero_adapter_path,
+)
 from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.records import PolicyVersion
@@ -245,7 +251,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         save_zero_adapter(model_path, settings.learner, path)
 
     def to_engine(version: PolicyVersion, withdraw: bool = False) -> None:
-        act = withdraw_version if withdraw else publish_version
+        act = withdraw_version if withdraw else publish_trained
         asyncio.run(act(settings, store, version))
 
     def live_requests() -> int:
@@ -266,9 +272,20 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
 
 
 async def publish_version(settings: Settings, store: Store, version: PolicyVersion) -> None:
-    """Brings a version into service on the configured engine."""
+    """Brings a version that a person chose into service on the configured engine."""
     async with engine_client(settings) as engine:
         await publish(store, engine, version)
+
+
+async def publish_trained(settings: Settings, store: Store, version: PolicyVersion) -> None:
+    """Brings a new version into service on the configured engine, unless it was overtaken."""
+    async with engine_client(settings) as engine:
+        if not await publish_candidate(store, engine, version):
+            log.warning(
+                "version not served lineage=%s version=%d: another one was put into service",
+                version.lineage,
+                version.number,
+            )
 
 
 def _wait_for_engine(settings: Settings, stop: threading.Event) -> None:

@@ -612,10 +612,39 @@ class Store:
         return {name: found.get(name) or base_version(name, base) for name in lineages}
 
     def set_serving(self, lineage: str, number: int) -> None:
-        """Flips the lineage to `number`; the version that served is retired."""
+        """Flips the lineage to `number`, which a person chose; the version that served is retired.
+
+        So is a candidate that waits for its publication: it was made before they chose.
+        """
+        v = t.versions.c
+        waiting = sa.and_(v.state == VersionState.CANDIDATE, v.number != number)
         with self._write() as connection:
             _set_state(connection, lineage, _SERVING, VersionState.RETIRED)
-            _set_state(connection, lineage, t.versions.c.number == number, VersionState.SERVING)
+            _set_state(connection, lineage, waiting, VersionState.RETIRED, _passed_over(number))
+            _set_state(connection, lineage, v.number == number, VersionState.SERVING)
+
+    def serve_candidate(self, version: PolicyVersion) -> bool:
+        """Flips from the version's parent to it; True as well if it serves already.
+
+        False if it is `overtaken`.
+        """
+        v = t.versions.c
+        with self._write() as connection:
+            if _retire_overtaken(connection, version, *_standing(connection, version)):
+                return False
+            _set_state(connection, version.lineage, _SERVING, VersionState.RETIRED)
+            ours = v.number == version.number
+            _set_state(connection, version.lineage, ours, VersionState.SERVING)
+        return True
+
+    def overtaken(self, version: PolicyVersion) -> bool:
+        """Whether training must not put this version into service, as another one was chosen.
+
+        That is a candidate whose parent no longer serves, which is retired here, and one that was
+        retired or rejected before.
+        """
+        with self._write() as connection:
+            return _retire_overtaken(connection, version, *_standing(connection, version))
 
     def replace_serving(self, rejected: PolicyVersion, number: int) -> bool:
         """Flips from `rejected`, which keeps its reason, to `number`.
@@ -632,11 +661,14 @@ class Store:
             _set_state(connection, rejected.lineage, v.number == number, VersionState.SERVING)
         return True
 
-    def reject_version(self, lineage: str, number: int, reason: str) -> None:
-        """Marks a version that must not come into service, and why."""
+    def reject_version(self, lineage: str, number: int, reason: str) -> bool:
+        """Marks a version that must not come into service, and why.
+
+        False, and nothing is changed, if it serves by now.
+        """
         with self._write() as connection:
-            chosen = t.versions.c.number == number
-            _set_state(connection, lineage, chosen, VersionState.REJECTED, reason)
+            chosen = sa.and_(t.versions.c.number == number, sa.not_(_SERVING))
+            return _set_state(connection, lineage, chosen, VersionState.REJECTED, reason) > 0
 
     # The proxy's workers
 
@@ -697,6 +729,36 @@ def _samples(connection: sa.Connection, query: sa.Select[Any]) -> list[Sample]:
 
 
 _SERVING = t.versions.c.state == VersionState.SERVING
+
+
+def _standing(connection: sa.Connection, version: PolicyVersion) -> tuple[str | None, int]:
+    """The state of a version, and the number of the one that serves its lineage."""
+    v = t.versions.c
+    ours = v.number == version.number
+    query = sa.select(v.number, v.state).where(v.lineage == version.lineage, ours | _SERVING)
+    states = {row.number: row.state for row in connection.execute(query)}
+    serving = [number for number, state in states.items() if state == VersionState.SERVING]
+    return states.get(version.number), next(iter(serving), BASE_VERSION)
+
+
+def _retire_overtaken(
+    connection: sa.Connection, version: PolicyVersion, state: str | None, serving: int
+) -> bool:
+    """See `Store.overtaken`; `state` and `serving` are the version's `_standing`."""
+    if state != VersionState.CANDIDATE:
+        return state != VersionState.SERVING
+    if serving == version.parent:
+        return False
+    ours = t.versions.c.number == version.number
+    _set_state(connection, version.lineage, ours, VersionState.RETIRED, _passed_over(serving))
+    return True
+
+
+def _passed_over(chosen: int) -> str:
+    return (
+        f"not served: version {chosen} was put into service before this one could be; "
+        "`nextstate rollback` serves it"
+    )
 
 
 def _set_state(
