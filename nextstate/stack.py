@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 
@@ -12,9 +13,12 @@ import aiohttp
 from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.locks import ProcessLock
+from nextstate.parts import parts_file, write_parts
 from nextstate.settings import Settings
 from nextstate.stages import engine_file, stage_part
-from nextstate.supervisor import Part, Supervisor
+from nextstate.supervisor import SHORT_RESTS_S, Part, Supervisor
+
+log = logging.getLogger(__name__)
 
 POLL_S = 0.2
 STAGES = ("proxy", "judge", "learner")
@@ -33,7 +37,7 @@ class Stack:
         self.parts = {name: stage_part(settings, name, name) for name in STAGES}
         if self.managed:
             self.parts["engine"] = self._engine(port)
-        self.supervisor = Supervisor(list(self.parts.values()))
+        self.supervisor = Supervisor(list(self.parts.values()), self._tell)
 
     @property
     def proxy_url(self) -> str:
@@ -68,6 +72,7 @@ class Stack:
                 self.supervisor.stop()
                 await asyncio.gather(task, return_exceptions=True)
                 engine_file(self.settings).unlink(missing_ok=True)
+                parts_file(self.dir).unlink(missing_ok=True)
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
         """Returns when the proxy answers and lets requests through. Raises StartError."""
@@ -95,6 +100,13 @@ class Stack:
         for part in self.parts.values():
             part.was_ready = True
 
+    def _tell(self) -> None:
+        states = {name: part.state for name, part in self.parts.items()}
+        try:
+            write_parts(self.dir, states)
+        except OSError as error:
+            log.warning("what the parts do is not shown by `nextstate status`: %s", error)
+
     def _engine(self, port: int) -> Part:
         folder = self.dir / "engine"
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)  # neutral: nothing to import there
@@ -105,6 +117,7 @@ class Stack:
             env=vllm.server_environment(self.settings.engine),
             cwd=folder,
             must_become_ready=True,
+            rests_s=SHORT_RESTS_S,
             explain=lambda log: (
                 f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
                 "model and args"

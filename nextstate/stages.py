@@ -32,7 +32,7 @@ from nextstate.hooks import load_judge, load_plugin
 from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
-from nextstate.supervisor import Part, Supervisor
+from nextstate.supervisor import RESTS_S, SHORT_RESTS_S, Part, Supervisor
 from nextstate.vllm import VOTE_PRIORITY, by_priority, gpu_share, port_is_free
 
 if TYPE_CHECKING:
@@ -55,7 +55,15 @@ def stage_part(settings: Settings, stage: str, name: str, *arguments: str) -> Pa
     if settings.file.exists():
         argv += ["--config", str(settings.file.absolute())]
     log_file = settings.store.path / "logs" / f"{name}.log"
-    return Part(name, argv, log_file, env=dict(os.environ))
+    return Part(
+        name,
+        argv,
+        log_file,
+        env=dict(os.environ),
+        watched=(settings.file.absolute(),),
+        follows=() if stage == "proxy" else ("engine",),
+        rests_s=SHORT_RESTS_S if stage == "proxy" else RESTS_S,
+    )
 
 
 def engine_file(settings: Settings) -> Path:

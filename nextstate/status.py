@@ -9,6 +9,8 @@ import aiohttp
 
 from nextstate.agreement import agreement
 from nextstate.errors import StartError
+from nextstate.notices import read_notices
+from nextstate.parts import read_parts
 from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_client
@@ -18,12 +20,15 @@ from nextstate.store import Store
 async def status(settings: Settings) -> Json:
     """One object with the counts and each part's health."""
     store = await asyncio.to_thread(Store, settings.store)
-    serving = await asyncio.to_thread(store.serving_versions, settings.all_lineages)
+    lineages = settings.all_lineages
+    serving = await asyncio.to_thread(store.serving_versions, lineages)
     counts = await asyncio.to_thread(store.counts)
     return {
         "state_dir": str(settings.store.path),
         "proxy": await _proxy_health(settings),
         "engine": await _engine_health(settings),
+        "parts": await asyncio.to_thread(read_parts, settings.store.path),
+        "training": await asyncio.to_thread(read_notices, settings.store.path, lineages),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
