@@ -9,7 +9,8 @@ A candidate that the gate rejects writes nothing but one transaction, which regi
 and drops its samples with that reason: a batch whose step was thrown away once would fail again.
 Killed before it, its samples are ready again; after it, they are settled. Either way the checkpoint
 is still the parent's, and weights and optimizer go on from there. A version that cannot be written
-to disk is forgotten, and its samples are ready again.
+to disk is forgotten, and its samples are ready again. Where one candidate after another is
+rejected, the lineage pauses and its samples stay ready (`learner/patience.py`).
 
 While a version serves, the verdicts on its turns are watched. A clear drop, or an adapter that is
 no longer what was registered, takes it out of service for its parent, and it never returns by
@@ -61,6 +62,7 @@ from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.examiner import Examiner
 from learner.gate import objection
+from learner.patience import MANY_REJECTIONS, Patience, rejected_in_a_row
 from learner.schedule import LiveRequests, Schedule
 from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
 from learner.sinks import Sinks, open_sinks
@@ -69,6 +71,7 @@ from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
 from nextstate.locks import ProcessLock
+from nextstate.notices import write_notice
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
 
@@ -77,8 +80,6 @@ log = logging.getLogger(__name__)
 _LEASE_S = 3600.0
 _FIRST_WAIT_S = 0.5
 _FULL_DISK_WAIT_S = 30.0
-_MANY_REJECTIONS = 3
-"""So many in a row are no chance."""
 _HELD_PER_SESSION = 4
 _WATCH_EVERY_S = 5.0
 """A look takes 30 ms over 100 000 verdicts."""
@@ -105,10 +106,12 @@ def run(
     publish: Publisher,
     stop: threading.Event,
     live_requests: LiveRequests | None = None,
+    engine_dtype: str = "float32",
 ) -> None:
     """Trains the lineages in turn, over one base, until `stop` is set.
 
-    `live_requests` asks the engine, which `schedule = "idle"` needs.
+    `live_requests` asks the engine, which `schedule = "idle"` needs. `engine_dtype` is what the
+    engine computes in, as far as that is known; `auto` is half precision.
     Raises StartError for a model that cannot be loaded or a lineage that another process trains,
     and LearnerError when the last lineage that trained must not go on. Leased samples are ready
     again then.
@@ -127,6 +130,7 @@ def run(
             opened.callback(sinks[lineage].close)
         trainer = build_trainer(config, model_path, root)
         trainer.before_micro_batch = schedule.before_micro_batch
+        trainer.engine_dtype = engine_dtype
         seat = Seat(trainer, lineages)
         learners = [
             _Learner(store, config, model_path, name, publish, stop, trainer, seat, sinks[name])
@@ -138,6 +142,7 @@ def run(
                 trainer.train_on(turns.updates())
                 return
             except LearnerError as error:
+                write_notice(store.dir, turns.acting, f"stopped: {error}")
                 turns.drop(error)
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
@@ -197,8 +202,7 @@ class _Learner:
         self._trained_before: frozenset[str] | None = None
         """Sessions that trained before any was held out; None until one may be."""
         self._examiner = Examiner(config, trainer)
-        self._rejections = 0
-        """In a row."""
+        self._patience = Patience()
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
 
@@ -208,7 +212,8 @@ class _Learner:
         What follows the `yield` runs after its step.
         """
         self._watch()
-        leased = self._lease() if self._follow_rollback() else None
+        follows = self._follow_rollback()
+        leased = self._lease() if follows and not self._patience.waits() else None
         if leased is None:
             return False
         self._seat.take(self.lineage)
@@ -240,7 +245,9 @@ class _Learner:
     def resume(self) -> None:
         """Goes on from the candidate that waits to serve, or else from what serves."""
         checkpoint = self.recover()
+        self._tell(None)
         versions = self._store.versions(self.lineage)
+        self._patience = Patience(rejected_in_a_row(versions))
         if not versions:
             return
         newest = versions[-1]
@@ -267,6 +274,8 @@ class _Learner:
             if not self._can_go_on_from(serving):
                 return False
             self._trainer.forget_moments()
+            self._patience = Patience()
+            self._tell(None)
         return True
 
     def _watch(self) -> None:
@@ -449,16 +458,20 @@ class _Learner:
             version.number,
             version.reason,
         )
-        self._rejections += 1
-        if self._rejections % _MANY_REJECTIONS == 0:
-            log.error(
-                "%d versions in a row were rejected lineage=%s: lower [learner] learning_rate = %g "
-                "or step_kl = %g; `nextstate versions` shows each reason",
-                self._rejections,
-                self.lineage,
-                self._config.learning_rate,
-                self._config.step_kl,
+        rejections, pause_s = self._patience.rejected()
+        if rejections >= MANY_REJECTIONS:
+            said = (
+                f"{rejections} versions in a row were rejected lineage={self.lineage}: lower "
+                f"[learner] learning_rate = {self._config.learning_rate:g} or step_kl = "
+                f"{self._config.step_kl:g}; `nextstate versions` shows each reason"
             )
+            if pause_s:
+                said += (
+                    f"; training pauses for {pause_s / 60:.0f} min and its samples wait: restart "
+                    "the learner, or put another version into service, to try at once"
+                )
+                self._tell(f"paused: {said}; the last reason: {version.reason}")
+            log.error("%s", said)
 
     def _undo(self, before: Mapping[str, Tensor]) -> None:
         """Weights and optimizer as they were before the step: the checkpoint is the parent's."""
@@ -498,7 +511,8 @@ class _Learner:
         self._register(version, batch)
         self._current = version.number
         self._examiner.accept(version.number)
-        self._rejections = 0
+        self._patience = Patience()
+        self._tell(None)
         return version
 
     def _save(self, candidate: PolicyVersion, batch: str, turns: list[str]) -> PolicyVersion:
@@ -522,6 +536,10 @@ class _Learner:
             version.number,
             version.state,
         )
+
+    def _tell(self, why_not: str | None) -> None:
+        """Says in `nextstate status` why the lineage does not train; None: it does."""
+        write_notice(self._store.dir, self.lineage, why_not)
 
     def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
         """Publishes or withdraws, again and again while the engine fails, until told to stop.

@@ -275,6 +275,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         to_engine,
         stop,
         live_requests,
+        settings.engine.dtype if settings.engine.mode == "managed" else "auto",
     )
     store.close()
 
