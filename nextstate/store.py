@@ -57,6 +57,7 @@ from nextstate.settling import (
     settle_feedback,
     settle_verdict,
 )
+from nextstate.shares import LOOKED_AT, fair_share
 from nextstate.sqlite import begin_writing, checkpoint, open_file
 
 BUDGET_S = 3600.0
@@ -386,22 +387,30 @@ class Store:
         """Leases `limit` usable samples under the name `batch`: of the newest versions first.
 
         Where turns come faster than the learner takes them, the freshest are the most on-policy;
-        the rest stays ready until its lag is too large (`drop_stale`).
+        the rest stays ready until its lag is too large (`drop_stale`). No session gives more than
+        half of a batch while others have some that wait (`nextstate/shares.py`).
         """
         s = t.samples.c
-        with self._write() as connection:
+        usable = _usable(lineage, scored, hinted)
+        freshest = s.policy_version.desc(), t.turns.c.seq
+        with self._read() as connection:
             query = (
-                _SAMPLES.where(*_usable(lineage, scored, hinted))
-                .order_by(s.policy_version.desc(), t.turns.c.seq)
-                .limit(limit)
+                sa.select(s.turn, t.turns.c.session)
+                .join(t.turns, t.turns.c.id == s.turn)
+                .where(*usable)
+                .order_by(*freshest)
+                .limit(limit * LOOKED_AT)
             )
-            leased = _samples(connection, query)
+            waiting = ((row.turn, row.session) for row in connection.execute(query))
+            chosen = fair_share(waiting, limit)
+        with self._write() as connection:
             connection.execute(
                 sa.update(t.samples)
-                .where(s.turn.in_([sample.turn for sample in leased]))
+                .where(*usable, s.turn.in_(chosen))
                 .values(state=SampleState.LEASED, batch=batch, lease_until=self._clock() + lease_s)
             )
-        return leased
+            ours = s.turn.in_(chosen), s.batch == batch
+            return _samples(connection, _SAMPLES.where(*ours).order_by(*freshest))
 
     def hold_out(self, lineage: str, chosen: Callable[[str], bool]) -> int:
         """Keeps the ready samples of the sessions that are `chosen` from training, for good.

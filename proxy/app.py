@@ -29,7 +29,7 @@ from nextstate.settling import Reception
 from nextstate.store import Store
 from nextstate.wire import json_object, objects
 from proxy.config import ProxyConfig
-from proxy.feedback import Said, read_feedback
+from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
 from proxy.guard import administers, leads_out, refusal
 from proxy.lineages import Lineages
 from proxy.linking import session_names
@@ -88,6 +88,7 @@ class Proxy:
         self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._engine_key = engine_key
         self._worker = worker
+        self._allowance = Allowance()
         self._relay: Relay | None = None
         self._session: aiohttp.ClientSession
         """For what is passed on as it is."""
@@ -350,6 +351,9 @@ class Proxy:
             said = read_feedback(await request.read())
         except RecordError as error:
             return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
+        if wait_s := self._allowance.wait_s(request[_CALLER]):
+            message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
+            return _refused(request, 429, "RateLimitError", message, wait_s)
         try:
             found = await asyncio.to_thread(self._receive, said, request[_CALLER])
         except StoreError:  # it was forgotten at this moment
@@ -431,8 +435,12 @@ def _named(model: str) -> bytes:
     return b'"model":' + orjson.dumps(model)
 
 
-def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:
-    headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
+def _refused(
+    request: web.Request, status: int, kind: str, message: str, retry_after_s: int | None = None
+) -> web.Response:
+    if status == 503:
+        retry_after_s = RETRY_AFTER_S
+    headers = None if retry_after_s is None else {"Retry-After": str(retry_after_s)}
     error = api_error(request, message, kind, status)
     return web.json_response(error, status=status, headers=headers)
 
