@@ -19,6 +19,7 @@ from nextstate import logs
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
+from nextstate.offline import go_offline
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, Feedback, PolicyVersion
 from nextstate.settings import Settings
 from nextstate.stack import Stack
@@ -49,6 +50,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Errors that a person can fix exit with 2."""
+    go_offline()
     options = _parser().parse_args(arguments)
     logs.to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 LOOKED_AT = 256
-"""For each sample of a batch, so many that wait are looked at: one session may have flooded them."""
+"""So many that wait are looked at for each sample of a batch: one session may have flooded them."""
 
 
 def fair_share(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:

@@ -29,6 +29,7 @@ from nextstate.engine import (
 )
 from nextstate.errors import ConfigError, StartError
 from nextstate.hooks import load_judge, load_plugin
+from nextstate.offline import switches
 from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
@@ -59,7 +60,7 @@ def stage_part(settings: Settings, stage: str, name: str, *arguments: str) -> Pa
         name,
         argv,
         log_file,
-        env=dict(os.environ),
+        env={**os.environ, **switches(settings.privacy.external_metrics)},
         watched=(settings.file.absolute(),),
         follows=() if stage == "proxy" else ("engine",),
         rests_s=SHORT_RESTS_S if stage == "proxy" else RESTS_S,
@@ -234,6 +235,8 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
 
     The step under way ends first.
     """
+    os.environ.update(switches(settings.privacy.external_metrics))
+
     from learner.adapters import save_zero_adapter
     from learner.memory import require_memory
     from learner.model import pick_device

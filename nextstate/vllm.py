@@ -13,6 +13,7 @@ from pathlib import Path
 
 from nextstate.config import EngineConfig
 from nextstate.errors import ConfigError, StartError
+from nextstate.offline import SWITCHES
 
 HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
@@ -87,8 +88,7 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
         **inherited,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
+        **SWITCHES,
         # Our folders `proxy`, `judge`, `plugins` must not shadow modules inside vLLM.
         "PYTHONSAFEPATH": "1",
         **config.env,

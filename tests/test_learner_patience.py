@@ -1,4 +1,4 @@
-"""A gate that keeps refusing does not lose batch after batch, and a drift says what may cause it."""
+"""A gate that keeps refusing does not lose batch after batch; a drift says what may cause it."""
 
 import logging
 import threading
