@@ -6,10 +6,9 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
 
 from nextstate.records import Json
-from nextstate.wire import json_object
+from nextstate.wire import json_object, obj
 
 
 def parts_file(state_dir: Path) -> Path:
@@ -28,10 +27,19 @@ def write_parts(state_dir: Path, states: Mapping[str, str]) -> None:
 def read_parts(state_dir: Path) -> Json:
     """The state of each part; {} without a supervisor that lives."""
     try:
-        said = json_object(parts_file(state_dir).read_bytes())
-        os.kill(cast(int, (said or {})["pid"]), 0)
-    except PermissionError:  # of another user, alive
-        pass
-    except (OSError, KeyError, TypeError, ValueError, OverflowError):
+        said = json_object(parts_file(state_dir).read_bytes()) or {}
+    except OSError:
         return {}
-    return {} if said is None else said["parts"]
+    return obj(said.get("parts")) if _lives(said.get("pid")) else {}
+
+
+def _lives(pid: object) -> bool:
+    if not isinstance(pid, int) or pid <= 0:
+        return False
+    try:
+        os.kill(pid, 0)
+    except PermissionError:  # it is another user's
+        return True
+    except (OSError, OverflowError):
+        return False
+    return True
