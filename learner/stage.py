@@ -557,13 +557,23 @@ class _Learner:
             if withdraw:
                 retrying(self._publish, version, withdraw=True)
             else:
-                retrying(self._publish, version)
+                retrying(self._publish_unless_overtaken, version)
         except AdapterError as error:
             self._disown(version, str(error))
         except RetryError:
             log.warning(
                 "version not published lineage=%s version=%d", version.lineage, version.number
             )
+
+    def _publish_unless_overtaken(self, version: PolicyVersion) -> None:
+        if self._store.overtaken(version):
+            log.warning(
+                "version not published lineage=%s version=%d: another one was put into service",
+                version.lineage,
+                version.number,
+            )
+        else:
+            self._publish(version)
 
     def _log_failure(self, attempt: RetryCallState) -> None:
         error = attempt.outcome.exception() if attempt.outcome else None

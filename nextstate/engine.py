@@ -235,19 +235,17 @@ async def publish(store: Store, engine: EngineClient, version: PolicyVersion) ->
     await asyncio.to_thread(store.set_serving, version.lineage, version.number)
 
 
-async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> bool:
+async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
     """`publish` for what training made: only in its parent's place.
 
-    False if another version was put into service meanwhile: then that one stays.
+    Where another version was put into service meanwhile, that one stays.
     """
-    if await asyncio.to_thread(store.overtaken, version):
-        return False
     await ensure_loaded(engine, version)
     if await asyncio.to_thread(store.serve_candidate, version):
-        return True
+        return
+    log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
     if version.adapter_name is not None:
         await engine.unload_adapter(version.adapter_name)
-    return False
 
 
 async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:

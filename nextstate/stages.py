@@ -292,12 +292,7 @@ async def publish_version(settings: Settings, store: Store, version: PolicyVersi
 async def publish_trained(settings: Settings, store: Store, version: PolicyVersion) -> None:
     """Brings a new version into service on the configured engine, unless it was overtaken."""
     async with engine_client(settings) as engine:
-        if not await publish_candidate(store, engine, version):
-            log.warning(
-                "version not served lineage=%s version=%d: another one was put into service",
-                version.lineage,
-                version.number,
-            )
+        await publish_candidate(store, engine, version)
 
 
 def _wait_for_engine(settings: Settings, stop: threading.Event) -> None:
