@@ -42,7 +42,7 @@ from nextstate import logs
 from nextstate.engine import EngineClient
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
 from nextstate.settings import Settings
-from nextstate.stages import publish_version, run_learner, zero_adapter
+from nextstate.stages import publish_trained, run_learner, zero_adapter
 from nextstate.store import Store
 
 WATCHED: dict[str, tuple[object, str]] = {
@@ -53,7 +53,7 @@ WATCHED: dict[str, tuple[object, str]] = {
     REGISTERED: (Store, "add_version"),
     LOADED: (EngineClient, "load_adapter"),
     PROBED: (EngineClient, "probe"),
-    FLIP: (Store, "set_serving"),
+    FLIP: (Store, "serve_candidate"),
 }
 _WEIGHT = 0.02
 """Standard deviation: enough to change replies, too little to spoil them."""
@@ -67,11 +67,11 @@ def mark(part: str, began: float, version: int | None = None) -> None:
 
 
 def watch(part: str, owner: object, name: str) -> None:
-    """Has every call of a function marked, with the version's number where it is the last given."""
+    """Has every call of a function marked, with the version's number if a version is given last."""
     function: Callable[..., Any] = getattr(owner, name)
 
     def version(given: tuple[object, ...]) -> int | None:
-        return given[-1] if isinstance(given[-1], int) else None
+        return given[-1].number if isinstance(given[-1], PolicyVersion) else None
 
     @wraps(function)
     def plain(*given: Any, **named: Any) -> Any:
@@ -99,7 +99,7 @@ def run_publisher(settings: Settings, count: int) -> None:
     mark(READY, perf_counter())
     for version, _ in zip(made, sys.stdin, strict=False):
         store.add_version(version, None)
-        asyncio.run(publish_version(settings, store, version))
+        asyncio.run(publish_trained(settings, store, version))
     store.close()
 
 

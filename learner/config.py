@@ -119,8 +119,9 @@ class LearnerConfig:
     """How often a version no worse than before is rolled back by mistake, ever; 0: no watch."""
     watch_drop: float = 0.2
     """A mean score (-1 to 1) that is lower by no more than this is never a reason to roll back."""
-    drift_limit: float = 0.02
-    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token."""
+    drift_limit: float = 0.0
+    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0:
+    what the precision of engine and learner explains (`learner/drift.py`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the frozen base; auto is float32 on a CPU and bfloat16 on a GPU. LoRA is float32."""
     device: str = "auto"
@@ -172,7 +173,6 @@ class LearnerConfig:
             "learning_rate",
             "max_grad_norm",
             "teacher_gap_clip",
-            "drift_limit",
             "poll_s",
             "step_kl",
             "gate_weight_change",
@@ -194,6 +194,7 @@ class LearnerConfig:
             "gate_drop",
             "gate_canaries",
             "watch_drop",
+            "drift_limit",
         ):
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in (

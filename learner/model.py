@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.util
+import re
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -93,9 +95,12 @@ def _local(kind: Any, model_path: str, **options: Any) -> Any:
         return kind.from_pretrained(model_path, local_files_only=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = str(error).strip().split("\n")[0]
+        remedy = "name a folder with weights and tokenizer"
+        if re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) and not Path(model_path).exists():
+            remedy = f"run `hf download {model_path}` once, or name a folder with all its files"
         raise StartError(
-            f"[engine] model = {model_path!r} cannot be loaded for training: {reason}; name a "
-            "folder with weights and tokenizer, or a model that is in the local hub cache"
+            f"[engine] model = {model_path!r} cannot be loaded for training, from local files "
+            f"alone: {reason}; {remedy}"
         ) from error
 
 

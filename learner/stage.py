@@ -9,11 +9,13 @@ A candidate that the gate rejects writes nothing but one transaction, which regi
 and drops its samples with that reason: a batch whose step was thrown away once would fail again.
 Killed before it, its samples are ready again; after it, they are settled. Either way the checkpoint
 is still the parent's, and weights and optimizer go on from there. A version that cannot be written
-to disk is forgotten, and its samples are ready again.
+to disk is forgotten, and its samples are ready again. Where one candidate after another is
+rejected, the lineage pauses and its samples stay ready (`learner/patience.py`).
 
 While a version serves, the verdicts on its turns are watched. A clear drop, or an adapter that is
 no longer what was registered, takes it out of service for its parent, and it never returns by
-itself. What a person has put into service is left alone.
+itself. What a person has put into service is left alone: every flip says which version it replaces,
+and a candidate whose parent no longer serves is retired. Training goes on from what serves.
 
 All lineages of a process share one trainer and with it the base (`learner.turns`). Everything else
 is a lineage's own: folder, checkpoint, examiner, metrics. A lineage that must not go on stops
@@ -60,6 +62,7 @@ from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.examiner import Examiner
 from learner.gate import objection
+from learner.patience import MANY_REJECTIONS, Patience, rejected_in_a_row
 from learner.schedule import LiveRequests, Schedule
 from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
 from learner.sinks import Sinks, open_sinks
@@ -68,6 +71,7 @@ from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
 from nextstate.locks import ProcessLock
+from nextstate.notices import write_notice
 from nextstate.private import make_folder
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store import Store
@@ -77,8 +81,6 @@ log = logging.getLogger(__name__)
 _LEASE_S = 3600.0
 _FIRST_WAIT_S = 0.5
 _FULL_DISK_WAIT_S = 30.0
-_MANY_REJECTIONS = 3
-"""So many in a row are no chance."""
 _HELD_PER_SESSION = 4
 _WATCH_EVERY_S = 5.0
 """A look takes 30 ms over 100 000 verdicts."""
@@ -90,6 +92,7 @@ class Publisher(Protocol):
     def __call__(self, version: PolicyVersion, /, withdraw: bool = False) -> None:
         """Returns once the version serves; with `withdraw`, once an ancestor does in its place.
 
+        Returns as well, and changes nothing, if another version was put into service meanwhile.
         Raises EngineError if it may work later, and AdapterError for an adapter that is not the one
         registered.
         """
@@ -104,10 +107,12 @@ def run(
     publish: Publisher,
     stop: threading.Event,
     live_requests: LiveRequests | None = None,
+    engine_dtype: str = "float32",
 ) -> None:
     """Trains the lineages in turn, over one base, until `stop` is set.
 
-    `live_requests` asks the engine, which `schedule = "idle"` needs.
+    `live_requests` asks the engine, which `schedule = "idle"` needs. `engine_dtype` is what the
+    engine computes in, as far as that is known; `auto` is half precision.
     Raises StartError for a model that cannot be loaded or a lineage that another process trains,
     and LearnerError when the last lineage that trained must not go on. Leased samples are ready
     again then.
@@ -126,6 +131,7 @@ def run(
             opened.callback(sinks[lineage].close)
         trainer = build_trainer(config, model_path, root)
         trainer.before_micro_batch = schedule.before_micro_batch
+        trainer.engine_dtype = engine_dtype
         seat = Seat(trainer, lineages)
         learners = [
             _Learner(store, config, model_path, name, publish, stop, trainer, seat, sinks[name])
@@ -137,6 +143,7 @@ def run(
                 trainer.train_on(turns.updates())
                 return
             except LearnerError as error:
+                write_notice(store.dir, turns.acting, f"stopped: {error}")
                 turns.drop(error)
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
@@ -196,8 +203,7 @@ class _Learner:
         self._trained_before: frozenset[str] | None = None
         """Sessions that trained before any was held out; None until one may be."""
         self._examiner = Examiner(config, trainer)
-        self._rejections = 0
-        """In a row."""
+        self._patience = Patience()
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
 
@@ -207,7 +213,8 @@ class _Learner:
         What follows the `yield` runs after its step.
         """
         self._watch()
-        leased = self._lease() if self._follow_rollback() else None
+        follows = self._follow_rollback()
+        leased = self._lease() if follows and not self._patience.waits() else None
         if leased is None:
             return False
         self._seat.take(self.lineage)
@@ -237,18 +244,21 @@ class _Learner:
         return checkpoint
 
     def resume(self) -> None:
-        """Goes on from the newest version that may serve, after `recover`."""
+        """Goes on from the candidate that waits to serve, or else from what serves."""
         checkpoint = self.recover()
+        self._tell(None)
         versions = self._store.versions(self.lineage)
+        self._patience = Patience(rejected_in_a_row(versions))
         if not versions:
             return
         newest = versions[-1]
-        start = self._store.serving(self.lineage) if _is_behind(newest) else newest
+        waits = newest.state is VersionState.CANDIDATE and not self._store.overtaken(newest)
+        start = newest if waits else self._store.serving(self.lineage)
         if not self._can_go_on_from(start):
             return
         if checkpoint and checkpoint.version.number == start.number:
             self._trainer.load_training_state(checkpoint.state)
-        if newest.state is VersionState.CANDIDATE:
+        if waits:
             self._bring_into_service(newest)
 
     def _follow_rollback(self) -> bool:
@@ -265,6 +275,8 @@ class _Learner:
             if not self._can_go_on_from(serving):
                 return False
             self._trainer.forget_moments()
+            self._patience = Patience()
+            self._tell(None)
         return True
 
     def _watch(self) -> None:
@@ -295,10 +307,9 @@ class _Learner:
         log.error(
             "version rejected lineage=%s version=%d: %s", self.lineage, version.number, reason
         )
-        if version.state is VersionState.SERVING:
+        serves = version.state is VersionState.SERVING
+        if serves or not self._store.reject_version(self.lineage, version.number, reason):
             self._bring_into_service(replace(version, reason=reason), withdraw=True)
-        else:
-            self._store.reject_version(self.lineage, version.number, reason)
 
     def _can_go_on_from(self, version: PolicyVersion) -> bool:
         """`_go_on_from`; disowns a version whose adapter is not what was registered."""
@@ -448,16 +459,20 @@ class _Learner:
             version.number,
             version.reason,
         )
-        self._rejections += 1
-        if self._rejections % _MANY_REJECTIONS == 0:
-            log.error(
-                "%d versions in a row were rejected lineage=%s: lower [learner] learning_rate = %g "
-                "or step_kl = %g; `nextstate versions` shows each reason",
-                self._rejections,
-                self.lineage,
-                self._config.learning_rate,
-                self._config.step_kl,
+        rejections, pause_s = self._patience.rejected()
+        if rejections >= MANY_REJECTIONS:
+            said = (
+                f"{rejections} versions in a row were rejected lineage={self.lineage}: lower "
+                f"[learner] learning_rate = {self._config.learning_rate:g} or step_kl = "
+                f"{self._config.step_kl:g}; `nextstate versions` shows each reason"
             )
+            if pause_s:
+                said += (
+                    f"; training pauses for {pause_s / 60:.0f} min and its samples wait: restart "
+                    "the learner, or put another version into service, to try at once"
+                )
+                self._tell(f"paused: {said}; the last reason: {version.reason}")
+            log.error("%s", said)
 
     def _undo(self, before: Mapping[str, Tensor]) -> None:
         """Weights and optimizer as they were before the step: the checkpoint is the parent's."""
@@ -497,7 +512,8 @@ class _Learner:
         self._register(version, batch)
         self._current = version.number
         self._examiner.accept(version.number)
-        self._rejections = 0
+        self._patience = Patience()
+        self._tell(None)
         return version
 
     def _save(self, candidate: PolicyVersion, batch: str, turns: list[str]) -> PolicyVersion:
@@ -522,6 +538,10 @@ class _Learner:
             version.state,
         )
 
+    def _tell(self, why_not: str | None) -> None:
+        """Says in `nextstate status` why the lineage does not train; None: it does."""
+        write_notice(self._store.dir, self.lineage, why_not)
+
     def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
         """Publishes or withdraws, again and again while the engine fails, until told to stop.
 
@@ -538,13 +558,23 @@ class _Learner:
             if withdraw:
                 retrying(self._publish, version, withdraw=True)
             else:
-                retrying(self._publish, version)
+                retrying(self._publish_unless_overtaken, version)
         except AdapterError as error:
             self._disown(version, str(error))
         except RetryError:
             log.warning(
                 "version not published lineage=%s version=%d", version.lineage, version.number
             )
+
+    def _publish_unless_overtaken(self, version: PolicyVersion) -> None:
+        if self._store.overtaken(version):
+            log.warning(
+                "version not published lineage=%s version=%d: another one was put into service",
+                version.lineage,
+                version.number,
+            )
+        else:
+            self._publish(version)
 
     def _log_failure(self, attempt: RetryCallState) -> None:
         error = attempt.outcome.exception() if attempt.outcome else None
@@ -554,8 +584,3 @@ class _Learner:
             attempt.attempt_number,
             error,
         )
-
-
-def _is_behind(newest: PolicyVersion) -> bool:
-    """Whether the newest version was rejected, or rolled back after it had served."""
-    return newest.state in (VersionState.REJECTED, VersionState.RETIRED)

@@ -40,6 +40,7 @@ from learner.divergence import (
     top_tokens,
     topk_divergence,
 )
+from learner.drift import drift_objection
 from learner.metrics import (
     TokenStats,
     drift,
@@ -127,6 +128,8 @@ class PolicyTrainer(GRPOTrainer):
         self.before_micro_batch: Callable[[], None] = lambda: None
         """Waits where the machine is needed for something else; also asked before the passes that
         measure a step and those of `learner.examiner`."""
+        self.engine_dtype = "float32"
+        """What the engine computes in."""
         self._updates: Iterator[Update] = iter(())
         self._epoch = 0
         """Of the update: the steps that it has taken before."""
@@ -233,18 +236,23 @@ class PolicyTrainer(GRPOTrainer):
         return len(samples)
 
     def _refuse_drift(self, tokens: TokenStats, model: Any) -> None:
-        limit, measured = self.config.drift_limit, drift(tokens)
-        compared = "for the same version"
+        measured, compared = drift(tokens), "for the same version"
         if measured is None:
             measured = unexplained_drift(tokens, self.config.step_kl)
             compared = "more than [learner] step_kl lets the steps in between explain"
-        if not measured <= limit:
+        reason = drift_objection(
+            measured, compared, self.config, self._precision, self.engine_dtype
+        )
+        if reason is not None:
             model.zero_grad()
-            raise LearnerError(
-                f"the learner's log-probabilities differ from the engine's by {measured:.4f} nats "
-                f"a token {compared}, over [learner] drift_limit = {limit:g}: nothing was trained; "
-                "check that [engine] model, dtype and adapter are the learner's"
-            )
+            raise LearnerError(reason)
+
+    @property
+    def _precision(self) -> str:
+        """What the frozen base is kept in."""
+        if self.config.quantization != "none":
+            return self.config.quantization
+        return str(self.accelerator.unwrap_model(self.model).dtype).removeprefix("torch.")
 
     @torch.no_grad()
     def _bound_step(self, before: Sequence[Tensor]) -> bool:

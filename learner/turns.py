@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Protocol
@@ -18,6 +19,10 @@ from learner.trainer import Parked, Update
 from nextstate.errors import LearnerError
 
 log = logging.getLogger(__name__)
+
+_REST_S = 600.0
+"""For which a lineage that must not go on is left alone; each further time twice as long."""
+_LONGEST_REST_S = 6 * 3600.0
 
 
 class Trainer(Protocol):
@@ -97,11 +102,16 @@ class Turns:
         before_turn: Callable[[], None],
         stop: threading.Event,
         poll_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`before_turn` returns once an update may begin; after a round without one comes a pause.
 
         The pause is `poll_s` seconds.
         """
+        self._clock = clock
+        self._resting: list[tuple[float, Learner]] = []
+        """Those that must not go on, each with the time at which it is tried again."""
+        self._rests_s: dict[str, float] = {}
         self._seat = seat
         self._before_turn = before_turn
         self._stop = stop
@@ -112,13 +122,16 @@ class Turns:
         self._acting = learners[0]
         """Whose code runs, or whose step."""
 
+    @property
+    def acting(self) -> str:
+        """The lineage whose code runs, or whose step."""
+        return self._acting.lineage
+
     def updates(self) -> Iterator[Update]:
         """The learners' updates, until told to stop; after `drop`, those of the others."""
-        while self._to_resume:
-            self._acting = self._to_resume.popleft()
-            self._acting.resume()
         without_update = 0
         while not self._stop.is_set():
+            self._resume()
             self._before_turn()
             if self._stop.is_set():
                 return
@@ -130,19 +143,37 @@ class Turns:
                 without_update = 0
                 self._stop.wait(self._poll_s)
 
+    def _resume(self) -> None:
+        """Has those go on that have not yet, or have rested."""
+        now = self._clock()
+        rested = [learner for until, learner in self._resting if until <= now]
+        self._resting = [(until, learner) for until, learner in self._resting if until > now]
+        self._waiting.extend(rested)
+        self._to_resume.extend(rested)
+        while self._to_resume:
+            self._acting = self._to_resume.popleft()
+            self._acting.resume()
+
     def drop(self, error: LearnerError) -> None:
-        """Ends the lineage whose turn ended with `error`; raises it where no other one is left."""
+        """Leaves the lineage alone whose turn ended with `error`, for some time.
+
+        Raises it where no other lineage is left.
+        """
         dropped = self._acting
         self._waiting.remove(dropped)
         self._seat.give_up(dropped.lineage)
         if not self._waiting:
             dropped.recover()
             raise error
+        rest_s = self._rests_s.get(dropped.lineage, _REST_S)
+        self._rests_s[dropped.lineage] = min(2 * rest_s, _LONGEST_REST_S)
+        self._resting.append((self._clock() + rest_s, dropped))
         log.error(
-            "training stopped lineage=%s: %s; the other lineages go on, and the next start of the "
-            "learner tries this one again",
+            "training stopped lineage=%s: %s; the other lineages go on. It is left alone for %.0f "
+            "min; before that, the next start of the learner tries this one again",
             dropped.lineage,
             error,
+            rest_s / 60,
         )
         try:
             dropped.recover()

@@ -22,6 +22,7 @@ from nextstate import logs, open_files
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import NextStateError, StartError, StoreError
 from nextstate.hooks import load_plugin
+from nextstate.offline import go_offline
 from nextstate.private import only_for_owner
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, Feedback, PolicyVersion
 from nextstate.settings import Settings
@@ -55,6 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command; returns its exit code. Errors that a person can fix exit with 2."""
     _print_anything()
     only_for_owner()
+    go_offline()
     logs.to_stderr()
     open_files.raise_limit()
     logging.getLogger("httpx").setLevel(logging.WARNING)

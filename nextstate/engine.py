@@ -315,12 +315,25 @@ def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:
 
 
 async def publish(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
-    """Adapter on disk → loaded → probed → serving. Also how a rollback returns to a version.
+    """Adapter on disk → loaded → probed → serving: how a person puts a version into service.
 
     Requests that run keep their version; the proxy unloads it once they have ended.
     """
     await ensure_loaded(engine, version)
     await asyncio.to_thread(store.set_serving, version.lineage, version.number)
+
+
+async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
+    """`publish` for what training made: only in its parent's place.
+
+    Where another version was put into service meanwhile, that one stays.
+    """
+    await ensure_loaded(engine, version)
+    if await asyncio.to_thread(store.serve_candidate, version):
+        return
+    log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
+    if version.adapter_name is not None:
+        await engine.unload_adapter(version.adapter_name)
 
 
 async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:

@@ -76,8 +76,9 @@ def open_file(path: Path) -> sa.Engine:
     for beside in (log, path.with_name(f"{path.name}-shm")):
         if beside.exists():
             make_file(beside)
-    # Not a URL as text: it would give `?` and `%` in a path a meaning.
-    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)))
+    # Not a URL as text: it would give `?` and `%` in a path a meaning. Its errors go into logs and
+    # rows, and the values in them are what people said.
+    engine = sa.create_engine(sa.URL.create("sqlite", database=str(path)), hide_parameters=True)
 
     @event.listens_for(engine, "connect")
     def _configure(connection: sqlite3.Connection, _: object) -> None:  # pyright: ignore[reportUnusedFunction]

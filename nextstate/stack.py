@@ -13,11 +13,12 @@ import aiohttp
 from nextstate import vllm
 from nextstate.errors import StartError
 from nextstate.locks import ProcessLock
+from nextstate.parts import parts_file, write_parts
 from nextstate.private import make_folder, make_state_folder
 from nextstate.records import Json
 from nextstate.settings import Settings
 from nextstate.stages import engine_file, leave_engine, stage_part
-from nextstate.supervisor import Part, Supervisor
+from nextstate.supervisor import SHORT_RESTS_S, Part, Supervisor
 from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ class Stack:
         self.parts = {name: stage_part(settings, name, name) for name in STAGES}
         if self._key is not None:
             self.parts["engine"] = self._engine(port, self._key)
-        self.supervisor = Supervisor(list(self.parts.values()))
+        self.supervisor = Supervisor(list(self.parts.values()), self._tell)
 
     @property
     def proxy_url(self) -> str:
@@ -75,6 +76,7 @@ class Stack:
                 self.supervisor.stop()
                 await asyncio.gather(task, return_exceptions=True)
                 engine_file(self.settings).unlink(missing_ok=True)
+                parts_file(self.dir).unlink(missing_ok=True)
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
         """Returns when the proxy answers and lets requests through. Raises StartError."""
@@ -106,6 +108,13 @@ class Stack:
         for part in self.parts.values():
             part.was_ready = True
 
+    def _tell(self) -> None:
+        states = {name: part.state for name, part in self.parts.items()}
+        try:
+            write_parts(self.dir, states)
+        except OSError as error:
+            log.warning("what the parts do is not shown by `nextstate status`: %s", error)
+
     def _engine(self, port: int, key: str) -> Part:
         if left_out := vllm.not_passed(self.settings.engine, os.environ):
             log.warning(
@@ -123,6 +132,7 @@ class Stack:
             env=vllm.server_environment(self.settings.engine, key),
             cwd=folder,
             must_become_ready=True,
+            rests_s=SHORT_RESTS_S,
             explain=lambda log: (
                 f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
                 "model and args"

@@ -21,14 +21,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nextstate.config import secret
-from nextstate.engine import EngineClient, publish, withdraw, zero_adapter_path
+from nextstate.engine import (
+    EngineClient,
+    publish,
+    publish_candidate,
+    withdraw,
+    zero_adapter_path,
+)
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
+from nextstate.offline import switches
 from nextstate.patience import Patience
 from nextstate.records import PolicyVersion
 from nextstate.settings import Settings
 from nextstate.store import Store
-from nextstate.supervisor import Part, Supervisor
+from nextstate.supervisor import RESTS_S, SHORT_RESTS_S, Part, Supervisor
 from nextstate.vllm import VOTE_PRIORITY, by_priority, gpu_share, port_is_free
 
 if TYPE_CHECKING:
@@ -50,7 +57,15 @@ def stage_part(settings: Settings, stage: str, name: str, *arguments: str) -> Pa
     if settings.file.exists():
         argv += ["--config", str(settings.file.absolute())]
     log_file = settings.store.path / "logs" / f"{name}.log"
-    return Part(name, argv, log_file, env=dict(os.environ))
+    return Part(
+        name,
+        argv,
+        log_file,
+        env={**os.environ, **switches(settings.privacy.external_metrics)},
+        watched=(settings.file.absolute(),),
+        follows=() if stage == "proxy" else ("engine",),
+        rests_s=SHORT_RESTS_S if stage == "proxy" else RESTS_S,
+    )
 
 
 def engine_file(settings: Settings) -> Path:
@@ -238,6 +253,8 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
 
     The step under way ends first.
     """
+    os.environ.update(switches(settings.privacy.external_metrics))
+
     from learner.adapters import save_zero_adapter
     from learner.memory import require_memory
     from learner.model import pick_device
@@ -268,7 +285,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         save_zero_adapter(model_path, settings.learner, path)
 
     def to_engine(version: PolicyVersion, withdraw: bool = False) -> None:
-        act = withdraw_version if withdraw else publish_version
+        act = withdraw_version if withdraw else publish_trained
         asyncio.run(act(settings, store, version))
 
     def live_requests() -> int:
@@ -284,14 +301,21 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         to_engine,
         stop,
         live_requests,
+        settings.engine.dtype if settings.engine.mode == "managed" else "auto",
     )
     store.close()
 
 
 async def publish_version(settings: Settings, store: Store, version: PolicyVersion) -> None:
-    """Brings a version into service on the configured engine."""
+    """Brings a version that a person chose into service on the configured engine."""
     async with engine_client(settings) as engine:
         await publish(store, engine, version)
+
+
+async def publish_trained(settings: Settings, store: Store, version: PolicyVersion) -> None:
+    """Brings a new version into service on the configured engine, unless it was overtaken."""
+    async with engine_client(settings) as engine:
+        await publish_candidate(store, engine, version)
 
 
 def _wait_for_engine(settings: Settings, stop: threading.Event) -> None:

@@ -10,6 +10,8 @@ import aiohttp
 
 from nextstate.agreement import agreement
 from nextstate.errors import EngineError, StartError
+from nextstate.notices import read_notices
+from nextstate.parts import read_parts
 from nextstate.prometheus import counts_by
 from nextstate.records import Json
 from nextstate.settings import Settings
@@ -21,13 +23,16 @@ from nextstate.wire import json_object
 async def status(settings: Settings) -> Json:
     """One object with the counts and each part's health."""
     store = await asyncio.to_thread(Store, settings.store)
-    serving = await asyncio.to_thread(store.serving_versions, settings.all_lineages)
+    lineages = settings.all_lineages
+    serving = await asyncio.to_thread(store.serving_versions, lineages)
     counts = await asyncio.to_thread(store.counts)
     health = await _healthz(settings)
     return {
         "state_dir": str(settings.store.path),
         "proxy": _proxy_health(health),
         "engine": await _engine_health(settings, health),
+        "parts": await asyncio.to_thread(read_parts, settings.store.path),
+        "training": await asyncio.to_thread(read_notices, settings.store.path, lineages),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
         "unrecorded": await _unrecorded(settings),

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import islice
+from heapq import merge
 from types import FunctionType, SimpleNamespace
 from typing import Any, TypeVar, cast
 
@@ -63,11 +63,14 @@ from nextstate.settling import (
     settle_feedback,
     settle_verdict,
 )
+from nextstate.shares import LOOKED_AT, fair_share
 from nextstate.sqlite import begin_writing, checkpoint, file_of, is_damaged, open_file
 
 BUDGET_S = 3600.0
 """The window of the judge's budget."""
 _MOST_STEPS = 32
+_READ_AHEAD = 64
+"""Rows that are fetched before it is known whether more are wanted."""
 _AT_ONCE = 500
 """Rows of one statement."""
 _SILENT_S = 10.0
@@ -429,18 +432,22 @@ class Store:
         """Leases `limit` usable samples under the name `batch`: of the newest versions first.
 
         Where turns come faster than the learner takes them, the freshest are the most on-policy;
-        the rest stays ready until its lag is too large (`drop_stale`).
+        the rest stays ready until its lag is too large (`drop_stale`). No session gives more than
+        half of a batch while others have some that wait (`nextstate/shares.py`).
         """
         s = t.samples.c
+        with self._read() as connection:
+            waiting = _freshest(connection, lineage, limit * LOOKED_AT, scored, hinted)
+            chosen = fair_share(waiting, limit)
         with self._write() as connection:
-            chosen = list(islice(_freshest(connection, lineage, limit, scored, hinted), limit))
-            found = {x.turn: x for x in _samples(connection, _SAMPLES.where(s.turn.in_(chosen)))}
             connection.execute(
                 sa.update(t.samples)
-                .where(s.turn.in_(chosen))
+                .where(s.turn.in_(chosen), s.state == SampleState.READY)
                 .values(state=SampleState.LEASED, batch=batch, lease_until=self._clock() + lease_s)
             )
-        return [found[turn_id] for turn_id in chosen]
+            ours = _SAMPLES.where(s.turn.in_(chosen), s.batch == batch)
+            found = {sample.turn: sample for sample in _samples(connection, ours)}
+        return [found[turn_id] for turn_id in chosen if turn_id in found]
 
     def hold_out(self, lineage: str, chosen: Callable[[str], bool]) -> int:
         """Keeps the ready samples of the sessions that are `chosen` from training, for good.
@@ -653,10 +660,39 @@ class Store:
         return {name: found.get(name) or base_version(name, base) for name in lineages}
 
     def set_serving(self, lineage: str, number: int) -> None:
-        """Flips the lineage to `number`; the version that served is retired."""
+        """Flips the lineage to `number`, which a person chose; the version that served is retired.
+
+        So is a candidate that waits for its publication: it was made before they chose.
+        """
+        v = t.versions.c
+        waiting = sa.and_(v.state == VersionState.CANDIDATE, v.number != number)
         with self._write() as connection:
             _set_state(connection, lineage, _SERVING, VersionState.RETIRED)
-            _set_state(connection, lineage, t.versions.c.number == number, VersionState.SERVING)
+            _set_state(connection, lineage, waiting, VersionState.RETIRED, _passed_over(number))
+            _set_state(connection, lineage, v.number == number, VersionState.SERVING)
+
+    def serve_candidate(self, version: PolicyVersion) -> bool:
+        """Flips from the version's parent to it; True as well if it serves already.
+
+        False if it is `overtaken`.
+        """
+        v = t.versions.c
+        with self._write() as connection:
+            if _retire_overtaken(connection, version, *_standing(connection, version)):
+                return False
+            _set_state(connection, version.lineage, _SERVING, VersionState.RETIRED)
+            ours = v.number == version.number
+            _set_state(connection, version.lineage, ours, VersionState.SERVING)
+        return True
+
+    def overtaken(self, version: PolicyVersion) -> bool:
+        """Whether training must not put this version into service, as another one was chosen.
+
+        That is a candidate whose parent no longer serves, which is retired here, and one that was
+        retired or rejected before.
+        """
+        with self._write() as connection:
+            return _retire_overtaken(connection, version, *_standing(connection, version))
 
     def replace_serving(self, rejected: PolicyVersion, number: int) -> bool:
         """Flips from `rejected`, which keeps its reason, to `number`.
@@ -673,11 +709,14 @@ class Store:
             _set_state(connection, rejected.lineage, v.number == number, VersionState.SERVING)
         return True
 
-    def reject_version(self, lineage: str, number: int, reason: str) -> None:
-        """Marks a version that must not come into service, and why."""
+    def reject_version(self, lineage: str, number: int, reason: str) -> bool:
+        """Marks a version that must not come into service, and why.
+
+        False, and nothing is changed, if it serves by now.
+        """
         with self._write() as connection:
-            chosen = t.versions.c.number == number
-            _set_state(connection, lineage, chosen, VersionState.REJECTED, reason)
+            chosen = sa.and_(t.versions.c.number == number, sa.not_(_SERVING))
+            return _set_state(connection, lineage, chosen, VersionState.REJECTED, reason) > 0
 
     # The proxy's workers
 
@@ -740,6 +779,36 @@ def _samples(connection: sa.Connection, query: sa.Select[Any]) -> list[Sample]:
 _SERVING = t.versions.c.state == VersionState.SERVING
 
 
+def _standing(connection: sa.Connection, version: PolicyVersion) -> tuple[str | None, int]:
+    """The state of a version, and the number of the one that serves its lineage."""
+    v = t.versions.c
+    ours = v.number == version.number
+    query = sa.select(v.number, v.state).where(v.lineage == version.lineage, ours | _SERVING)
+    states = {row.number: row.state for row in connection.execute(query)}
+    serving = [number for number, state in states.items() if state == VersionState.SERVING]
+    return states.get(version.number), next(iter(serving), BASE_VERSION)
+
+
+def _retire_overtaken(
+    connection: sa.Connection, version: PolicyVersion, state: str | None, serving: int
+) -> bool:
+    """See `Store.overtaken`; `state` and `serving` are the version's `_standing`."""
+    if state != VersionState.CANDIDATE:
+        return state != VersionState.SERVING
+    if serving == version.parent:
+        return False
+    ours = t.versions.c.number == version.number
+    _set_state(connection, version.lineage, ours, VersionState.RETIRED, _passed_over(serving))
+    return True
+
+
+def _passed_over(chosen: int) -> str:
+    return (
+        f"not served: version {chosen} was put into service before this one could be; "
+        "`nextstate rollback` serves it"
+    )
+
+
 def _set_state(
     connection: sa.Connection,
     lineage: str,
@@ -777,23 +846,26 @@ def _usable(kind: Sequence[int], scored: bool, hinted: bool) -> bool:
 
 def _freshest(
     connection: sa.Connection, lineage: str, limit: int, scored: bool, hinted: bool
-) -> Iterator[str]:
-    """The turns of usable samples: of the newest version first, and of each version the oldest.
+) -> Iterator[tuple[str, str]]:
+    """(turn, session) of usable samples: of the newest version first, of each the oldest first.
 
-    At most `limit` rows of each kind are read, in the order of the index.
+    They are read in the order of the index as they are asked for, at most `limit` of each kind.
     """
     s = t.samples.c
     kinds = [kind for kind in _ready(connection, lineage) if _usable(kind[1:], scored, hinted)]
+
+    def waiting(version: int, score: int, has_hint: int) -> Iterator[sa.Row[*tuple[Any, ...]]]:
+        query = sa.select(s.seq, s.turn, t.turns.c.session).where(
+            t.turns.c.id == s.turn,
+            s.lineage == lineage,
+            s.state == SampleState.READY,
+            s.policy_version == version,
+            s.score == score,
+            s.hinted == bool(has_hint),
+        )
+        some = query.order_by(s.seq).limit(limit).execution_options(yield_per=_READ_AHEAD)
+        return iter(connection.execute(some))
+
     for version in sorted({kind[0] for kind in kinds}, reverse=True):
-        rows: list[tuple[int, str]] = []
-        for _, score, has_hint in (kind for kind in kinds if kind[0] == version):
-            query = sa.select(s.seq, s.turn).where(
-                s.lineage == lineage,
-                s.state == SampleState.READY,
-                s.policy_version == version,
-                s.score == score,
-                s.hinted == bool(has_hint),
-            )
-            found = connection.execute(query.order_by(s.seq).limit(limit))
-            rows += [(row.seq, row.turn) for row in found]
-        yield from (turn_id for _, turn_id in sorted(rows))
+        of_kind = [waiting(*kind) for kind in kinds if kind[0] == version]
+        yield from ((row.turn, row.session) for row in merge(*of_kind, key=lambda row: row.seq))

@@ -1,7 +1,8 @@
 """Child processes that stay up: started, watched, restarted with back-off, and ended together.
 
 Each part has its own process group, so that ending it ends the workers it left behind, and dies
-with the supervisor even when that is killed.
+with the supervisor even when that is killed. One that says that only a person can help it rests
+until something about its cause has changed: the configuration, the engine, or time.
 """
 
 from __future__ import annotations
@@ -30,6 +31,13 @@ FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 30.0
 STEADY_S = 60.0
 """A part that ran this long starts over with the shortest pause."""
+RESTS_S = 600.0, 6 * 3600.0
+"""First and longest rest of a part that only a person can help: loading a model again for the same
+refusal takes minutes from everybody else."""
+SHORT_RESTS_S = LONGEST_PAUSE_S, LONGEST_PAUSE_S
+"""Of a part that agents wait for."""
+_LOOK_S = 1.0
+"""Between two looks at whether the cause of a rest is gone."""
 GRACE_S = 15.0
 LOOK_AT_LOGS_S = 2.0
 _PR_SET_PDEATHSIG = 1
@@ -49,8 +57,16 @@ class Part:
     explain: Callable[[str], str] | None = None
     """Turns the log of a failed start into one sentence; a later end is told by its code."""
     was_ready: bool = False
-    """Once True, the part is restarted whatever it ended with: the others go on without it."""
+    """Once True, no end of the part ends the others: it is restarted, or rests."""
+    watched: Sequence[Path] = ()
+    """Files that may hold the cause of a refusal: it rests no longer once one of them changes."""
+    follows: Sequence[str] = ()
+    """Other parts that may be the cause of a refusal: it rests until one of them starts anew."""
+    rests_s: tuple[float, float] = RESTS_S
     restarts: int = 0
+    starts: int = 0
+    state: str = "not started"
+    """What `nextstate status` shows."""
     process: asyncio.subprocess.Process | None = field(default=None, repr=False)
 
     @property
@@ -62,9 +78,11 @@ class Part:
 class Supervisor:
     """Runs parts until `stop`; give them in the order in which they should end."""
 
-    def __init__(self, parts: Sequence[Part]) -> None:
+    def __init__(self, parts: Sequence[Part], tell: Callable[[], None] = lambda: None) -> None:
+        """`tell` is called after each change of a part's state."""
         self.parts = parts
         self.stopping = asyncio.Event()
+        self._tell = tell
 
     async def run(self) -> None:
         """Returns when stopped; raises StartError when a part cannot start at all."""
@@ -99,11 +117,13 @@ class Supervisor:
         self.stopping.set()
 
     async def _keep(self, part: Part) -> None:
-        pause = FIRST_PAUSE_S
+        pause, rest = FIRST_PAUSE_S, part.rests_s[0]
         while not self.stopping.is_set():
             started = time.monotonic()
             log_start = part.log_file.stat().st_size if part.log_file.exists() else 0
+            signs = self._signs(part)
             await start(part)
+            self._say(part, "up")
             assert part.process is not None
             code = await part.process.wait()
             _kill_group(part.process.pid)  # workers that outlived their leader
@@ -112,13 +132,48 @@ class Supervisor:
             last_words = _obituary(part, code, logs.tail(part.log_file, log_start))
             if not part.was_ready and (code == EXIT_USAGE or part.must_become_ready):
                 raise StartError(last_words)
-            if time.monotonic() - started > STEADY_S:
-                pause = FIRST_PAUSE_S
+            ran_s = time.monotonic() - started
             part.restarts += 1
+            if code == EXIT_USAGE:
+                rest = part.rests_s[0] if ran_s > rest else rest
+                log.error("%s stopped, the others go on: %s", part.name, last_words)
+                self._say(part, f"stopped: {last_words}; {_comes_back(part, rest)}")
+                await self._rest(part, signs, rest)
+                rest = min(2 * rest, part.rests_s[1])
+                continue
+            if ran_s > STEADY_S:
+                pause = FIRST_PAUSE_S
             log.warning("%s ended, restarting in %.0f s: %s", part.name, pause, last_words)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.stopping.wait(), pause)
+            self._say(part, f"restarting: {last_words}")
+            await self._wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _rest(self, part: Part, signs: object, rest_s: float) -> None:
+        """Returns once the cause of a refusal may be gone, after `rest_s`, or when stopping.
+
+        `signs` are those that the part was started with.
+        """
+        until = time.monotonic() + rest_s
+        while not self.stopping.is_set() and self._signs(part) == signs:
+            left_s = until - time.monotonic()
+            if left_s <= 0:
+                return
+            await self._wait(min(left_s, _LOOK_S))
+
+    def _signs(self, part: Part) -> object:
+        """What changes when somebody has done something about a part's refusal."""
+        files = [_written(file) for file in part.watched]
+        others = [other for other in self.parts if other.name in part.follows]
+        # A first start is nothing new: all parts start together.
+        return files, [max(1, other.starts) for other in others]
+
+    async def _wait(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self.stopping.wait(), seconds)
+
+    def _say(self, part: Part, state: str) -> None:
+        part.state = state
+        self._tell()
 
 
 async def start(part: Part) -> None:
@@ -135,6 +190,7 @@ async def start(part: Part) -> None:
             start_new_session=True,
             preexec_fn=_die_with_parent if sys.platform == "linux" else None,
         )
+    part.starts += 1
 
 
 async def end(part: Part, grace_s: float = GRACE_S) -> None:
@@ -160,6 +216,21 @@ def _kill_group(pgid: int) -> None:
 
 def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _written(path: Path) -> int | None:
+    """When a file was last written; None without one."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def _comes_back(part: Part, rest_s: float) -> str:
+    """When a part that rests is started again."""
+    causes = [f"{file} changes" for file in part.watched]
+    causes += [f"the {name} restarts" for name in part.follows]
+    return f"tried again {''.join(f'when {cause}, ' for cause in causes)}or in {rest_s / 60:g} min"
 
 
 def _obituary(part: Part, code: int, text: str) -> str:

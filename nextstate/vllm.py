@@ -15,6 +15,7 @@ from pathlib import Path
 from nextstate.config import EngineConfig, secret
 from nextstate.engine_door import KEY_VARIABLE, Door
 from nextstate.errors import ConfigError, StartError
+from nextstate.offline import SWITCHES
 
 HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
@@ -110,8 +111,7 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
         **{name: value for name, value in inherited.items() if name not in left_out},
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
-        "DO_NOT_TRACK": "1",
-        "HF_HUB_OFFLINE": "1",
+        **SWITCHES,
         # Our folders `proxy`, `judge`, `plugins` must not shadow modules inside vLLM.
         "PYTHONSAFEPATH": "1",
         **config.env,

@@ -33,7 +33,7 @@ from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.bodies import read_body, refuse_coded, stream_body
 from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
-from proxy.feedback import Said, read_feedback
+from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
 from proxy.linking import session_names
@@ -100,6 +100,7 @@ class Proxy:
         self._engine_key = engine_key
         self._worker = worker
         self.gate = Gate()
+        self._allowance = Allowance()
         self._relay: Relay | None = None
         self._session: aiohttp.ClientSession
         """For what is passed on as it is."""
@@ -446,6 +447,11 @@ class Proxy:
             said = read_feedback(await read_body(request, self.config.max_body_mb))
         except RecordError as error:
             return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
+        if wait_s := self._allowance.wait_s(request[_CALLER]):
+            message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
+            response = _refused(request, 429, "RateLimitError", message)
+            response.headers["Retry-After"] = str(wait_s)
+            return response
         try:
             found = await asyncio.to_thread(self._receive, said, request[_CALLER])
         except (WaitError, SQLAlchemyError, OSError) as error:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -10,6 +13,10 @@ from nextstate.errors import RecordError
 from nextstate.records import Feedback, Json
 from nextstate.wire import json_object
 
+AT_ONCE = 60
+"""Feedback that a caller may give at once; a person clicks less than that in a minute."""
+A_MINUTE = 60.0
+"""How much more of it they may give in each minute."""
 _EXAMPLE = '{"turn_id": "turn_…", "score": -1, "hint": "Answer in one sentence."}'
 
 
@@ -26,6 +33,25 @@ class Said:
     def of(self, turn: str) -> Feedback:
         """The feedback on `turn`. Raises RecordError."""
         return Feedback(turn, self.score, self.hint, self.comment)
+
+
+class Allowance:
+    """How much feedback each caller may still give: a bucket of `AT_ONCE` that fills again."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._left: dict[str, tuple[float, float]] = {}
+        """By caller, one for each key: what was left, and when."""
+
+    def wait_s(self, caller: str) -> int:
+        """0 if the caller may give feedback now, which is counted; else the seconds until then."""
+        now = self._clock()
+        left, since = self._left.get(caller, (float(AT_ONCE), now))
+        left = min(AT_ONCE, left + (now - since) * A_MINUTE / 60)
+        if left < 1:
+            return math.ceil((1 - left) * 60 / A_MINUTE)
+        self._left[caller] = left - 1, now
+        return 0
 
 
 _FIELDS = ("turn_id", "session_id", "score", "hint", "comment")

@@ -15,13 +15,15 @@ import pytest
 from nextstate import supervisor
 from nextstate.config import EngineConfig
 from nextstate.errors import StartError
+from nextstate.parts import read_parts, write_parts
 from nextstate.supervisor import Part, Supervisor, end, start
 from nextstate.vllm import cause_of_death, command, environment, free_port, port_is_free
 
 
-def part(tmp_path: Path, code: str, **more: object) -> Part:
+def part(tmp_path: Path, code: str, log_file: Path | None = None, **more: object) -> Part:
     argv = [sys.executable, "-c", code]
-    return Part("part", argv, tmp_path / "part.log", **more)  # pyright: ignore[reportArgumentType]
+    log_file = log_file or tmp_path / "part.log"
+    return Part("part", argv, log_file, **more)  # pyright: ignore[reportArgumentType]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -88,6 +90,90 @@ def test_a_part_that_cannot_start_ends_everything_with_its_own_words(tmp_path: P
         assert not other.running
 
     asyncio.run(run())
+
+
+REFUSE = (
+    "import sys; print('refused', flush=True);"
+    "print('nextstate: [learner] drift_limit is too small', file=sys.stderr); sys.exit(2)"
+)
+
+
+def test_a_part_that_only_a_person_can_help_rests_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+    config = tmp_path / "nextstate.toml"
+    config.write_text("")
+
+    async def run() -> None:
+        other = part(tmp_path, SLEEP, log_file=tmp_path / "other.log", was_ready=True)
+        refusing = part(tmp_path, REFUSE, was_ready=True, watched=[config])
+        said: list[str] = []
+        keeper = Supervisor([other, refusing], lambda: said.append(refusing.state))
+        running = asyncio.create_task(keeper.run())
+        await until(lambda: refusing.state.startswith("stopped"))
+        assert "[learner] drift_limit is too small; tried again when" in refusing.state
+        assert refusing.state.endswith("nextstate.toml changes, or in 10 min")
+        assert said[-1] == refusing.state
+        await until(lambda: "up" in text(other.log_file))
+        assert (refusing.starts, other.running, other.state) == (1, True, "up")
+        config.write_text("[learner]\ndrift_limit = 0.2\n")
+        await until(lambda: refusing.starts == 2)
+        await until(lambda: refusing.state.startswith("stopped"))
+        assert refusing.state.endswith("or in 20 min")
+        keeper.stop()
+        await running
+
+    asyncio.run(run())
+    assert sum("stopped, the others go on" in r.getMessage() for r in caplog.records) == 2
+
+
+def test_a_part_rests_no_longer_once_what_it_follows_starts_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
+
+    async def run() -> None:
+        engine = part(tmp_path, SLEEP, log_file=tmp_path / "engine.log", was_ready=True)
+        engine.name = "engine"
+        refusing = part(tmp_path, REFUSE, was_ready=True, follows=["engine"])
+        keeper = Supervisor([engine, refusing])
+        running = asyncio.create_task(keeper.run())
+        await until(lambda: refusing.state.startswith("stopped"))
+        await until(lambda: "up" in text(engine.log_file))
+        assert refusing.starts == 1
+        assert engine.process is not None
+        os.kill(engine.process.pid, signal.SIGKILL)
+        await until(lambda: refusing.starts == 2)
+        keeper.stop()
+        await running
+
+    asyncio.run(run())
+
+
+def test_a_rest_ends_by_itself_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rests: list[float] = []
+
+    async def note(_: Supervisor, part: Part, signs: object, rest_s: float) -> None:
+        rests.append(rest_s)
+        if len(rests) == 8:
+            keeper.stop()
+
+    monkeypatch.setattr(Supervisor, "_rest", note)
+    keeper = Supervisor([part(tmp_path, "raise SystemExit(2)", was_ready=True)])
+    asyncio.run(keeper.run())
+    assert rests == [600, 1200, 2400, 4800, 9600, 19200, 21600, 21600]
+
+
+def test_what_parts_do_is_told_only_while_the_supervisor_lives(tmp_path: Path) -> None:
+    assert read_parts(tmp_path) == {}
+    write_parts(tmp_path, {"learner": "stopped: why"})
+    assert read_parts(tmp_path) == {"learner": "stopped: why"}
+    for broken in ('{"pid": 4194305, "parts": {"learner": "up"}}', "{", '{"pid": "x"}', "[]", ""):
+        (tmp_path / "parts.json").write_text(broken)
+        assert read_parts(tmp_path) == {}
 
 
 def test_an_engine_that_dies_at_start_is_explained_and_names_its_log(tmp_path: Path) -> None:

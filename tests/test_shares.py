@@ -1,0 +1,137 @@
+"""No session and no key decides a version alone while others have something to say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextstate.shares import fair_share
+from nextstate.store import Store
+from proxy.feedback import AT_ONCE, Allowance
+from proxy.lineages import Access
+from tests.scripted_engine import ScriptedEngine
+from tests.test_feedback import give
+from tests.test_proxy import Running, both
+from tests.test_store import KEY, add, judge, turn
+
+
+def ready(store: Store, *sessions: tuple[str, int, int]) -> dict[str, str]:
+    """Puts ready samples of (session, how many, policy version) there; sessions by turn."""
+    found: dict[str, str] = {}
+    for session, count, version in sessions:
+        for _ in range(count):
+            number = len(found)
+            add(store, turn(number, session=session, policy_version=version))
+            judge(store, number, 1)
+            found[f"turn_{number}"] = session
+    return found
+
+
+def leased(store: Store, limit: int, batch: str = "b") -> list[str]:
+    found = store.lease_samples("main", limit, batch, 60, scored=True, hinted=True)
+    return [sample.session for sample in found]
+
+
+def test_a_session_gives_at_most_half_of_a_batch_while_others_wait(store: Store) -> None:
+    ready(store, ("flood", 30, 0), ("b", 1, 0), ("c", 2, 0), ("d", 1, 0))
+    assert Counter(leased(store, 4, "b1")) == {"flood": 2, "b": 1, "c": 1}
+    assert Counter(leased(store, 4, "b2")) == {"flood": 2, "c": 1, "d": 1}
+    assert leased(store, 4, "b3") == ["flood"] * 4  # nobody else waits
+
+
+def test_newer_versions_do_not_make_a_flood_more_than_half(store: Store) -> None:
+    ready(store, ("b", 9, 1), ("flood", 30, 3))
+    assert leased(store, 16) == ["flood"] * 8 + ["b"] * 8
+
+
+def test_one_session_alone_trains_with_all_that_it_has(store: Store) -> None:
+    turns = ready(store, ("mine", 20, 0))
+    found = store.lease_samples("main", 16, "b", 60, scored=True, hinted=True)
+    assert [sample.turn for sample in found] == list(turns)[:16]
+    assert store.counts()["samples/leased"] == 16
+
+
+def test_few_samples_of_others_come_with_a_session_that_has_many(store: Store) -> None:
+    ready(store, ("mine", 20, 0), ("yesterday", 1, 0))
+    assert Counter(leased(store, 16)) == {"mine": 15, "yesterday": 1}
+
+
+def test_what_changed_since_it_was_looked_at_is_not_leased(store: Store) -> None:
+    ready(store, ("a", 2, 0), ("b", 2, 0))
+    store.drop_samples(["turn_1", "turn_2"], "gone")
+    assert leased(store, 4) == ["a", "b"]
+
+
+@given(st.lists(st.sampled_from("aaaaaaabcd"), max_size=60), st.integers(1, 20))
+def test_a_batch_is_full_fair_and_of_the_best(sessions: list[str], limit: int) -> None:
+    waiting = [(f"{number}", session) for number, session in enumerate(sessions)]
+    chosen = fair_share(waiting, limit)
+    assert len(chosen) == len(set(chosen)) == min(limit, len(sessions))
+    by_turn = dict(waiting)
+    given, most = Counter(by_turn[t] for t in chosen), max(1, limit // 2)
+    left = Counter(sessions) - given
+    for session, count in given.items():
+        # More than half only if no other session has any left that it might give.
+        if count > most:
+            assert all(given[other] >= most for other in left if other != session)
+        own = [t for t, s in waiting if s == session]
+        assert sorted(own[:count]) == sorted(t for t in chosen if by_turn[t] == session)
+
+
+def test_an_allowance_fills_again_and_each_caller_has_its_own() -> None:
+    now = [0.0]
+    allowance = Allowance(lambda: now[0])
+    assert [allowance.wait_s("main") for _ in range(AT_ONCE)] == [0] * AT_ONCE
+    assert allowance.wait_s("main") == 1
+    assert allowance.wait_s("alice") == 0
+    now[0] = 0.75
+    assert allowance.wait_s("main") == 1
+    now[0] = 2.25
+    assert [allowance.wait_s("main") for _ in range(3)] == [0, 0, 1]
+    now[0] = 1e9
+    assert [allowance.wait_s("main") for _ in range(AT_ONCE + 1)] == [0] * AT_ONCE + [1]
+
+
+def test_a_flood_of_feedback_is_refused_with_when_to_come_back(
+    store: Store, tmp_path: Path
+) -> None:
+    with store.recording() as recording:
+        for number in range(AT_ONCE + 5):
+            recording.add_turn(turn(number, session=f"s{number}"), KEY, KEY)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        now = [0.0]
+        p.proxy._allowance = Allowance(lambda: now[0])
+        for number in range(AT_ONCE):
+            await give(p, {"turn_id": f"turn_{number}", "score": -1}, key="main-key")
+        body = {"turn_id": f"turn_{AT_ONCE}", "score": -1}
+        headers = {"Authorization": "Bearer main-key"}
+        async with p.http.post(f"{p.url}/v1/feedback", json=body, headers=headers) as answer:
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+            error = (await answer.json())["error"]
+        assert error == {
+            "message": error["message"], "type": "RateLimitError", "param": None, "code": 429,
+        }  # fmt: skip
+        assert "60 times in a minute" in error["message"]
+        assert store.feedback(f"turn_{AT_ONCE}") is None
+        await give(p, {"score": 1}, 400, key="main-key")  # a mistake is told, not counted
+        await give(p, {"turn_id": "turn_0", "score": 1}, 404, key="alice-key")
+        now[0] = 1.0
+        await give(p, body, key="main-key")
+        assert store.feedback(f"turn_{AT_ONCE}") is not None
+
+    both(test, store, tmp_path, key="main-key", doors={"alice": Access(None, "alice-key")})
+
+
+def test_the_same_feedback_again_counts_once_for_a_version(store: Store, tmp_path: Path) -> None:
+    add(store, turn(0))
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for _ in range(20):
+            await give(p, {"turn_id": "turn_0", "score": 1})
+        assert len(leased(store, 16)) == 1
+
+    both(test, store, tmp_path)
