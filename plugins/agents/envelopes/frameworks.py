@@ -1,7 +1,7 @@
 """Frameworks that agents are built with, and front ends for people: what they write themselves.
 
 Seen in LangChain 1.5, smolagents 1.26, Pydantic AI 2.68, AutoGen 0.7, CrewAI 1.15, LlamaIndex 0.14
-and Open WebUI 0.12; LibreChat as it is documented.
+and Open WebUI 0.12; those of LibreChat are from memory.
 """
 
 from __future__ import annotations
