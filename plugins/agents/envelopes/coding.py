@@ -1,8 +1,8 @@
 """Agents that write code: their notes, their observations and their own requests.
 
 Seen in Claude Code 2.0, Codex 0.171, Gemini CLI 0.61, Qwen Code 0.15, opencode 1.18, mini-swe-agent
-2.4 and Aider 0.86. Those of Cline, Roo Code, SWE-agent, OpenHands, Goose, Continue and later releases
-of Claude Code are from memory: no release of these was looked at.
+2.4 and Aider 0.86. Those of Cline, Roo Code, SWE-agent, OpenHands, Goose, Continue and of later
+releases of Claude Code are from memory: no release of these was looked at.
 """
 
 from __future__ import annotations
