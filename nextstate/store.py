@@ -69,7 +69,7 @@ from nextstate.sqlite import begin_writing, checkpoint, file_of, is_damaged, ope
 BUDGET_S = 3600.0
 """The window of the judge's budget."""
 _MOST_STEPS = 32
-_READ_AHEAD = 64
+_READ_AHEAD = 8
 """Rows that are fetched before it is known whether more are wanted."""
 _AT_ONCE = 500
 """Rows of one statement."""
