@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import logging
 import os
-import shutil
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ MOST_BYTES = 10 << 20
 _KEPT = 3
 """Older files of each log: `proxy.log.1` is the newest."""
 _TAIL_BYTES = 256 << 10
+_COPIED_BYTES = 1 << 20
 
 
 def to_stderr() -> None:
@@ -48,7 +48,9 @@ def rotate(path: Path, most_bytes: int = MOST_BYTES) -> bool:
     try:
         with path.open("rb") as source, draft.open("wb") as copy:
             source.seek(max(0, size - most_bytes))  # of one that grew faster, the newest lines
-            shutil.copyfileobj(source, copy)
+            left = 2 * most_bytes  # what is written meanwhile, too, but not without end
+            while left > 0 and (part := source.read(min(left, _COPIED_BYTES))):
+                left -= copy.write(part)
         for number in range(_KEPT - 1, 0, -1):
             older = _older(path, number)
             if older.exists():

@@ -68,6 +68,12 @@ class Stack:
         make_state_folder(self.dir)
         taken = f"[store] dir = {str(self.dir)!r} is in use"
         with ProcessLock(self.dir / "lock", taken, "end it, or set another [store] dir"):
+            if self.managed and (left_out := vllm.not_passed(self.settings.engine, os.environ)):
+                log.warning(
+                    "vLLM does not get %s of your environment: what it should get belongs into "
+                    "[engine] env",
+                    ", ".join(left_out),
+                )
             leave_engine(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
@@ -116,12 +122,6 @@ class Stack:
             log.warning("what the parts do is not shown by `nextstate status`: %s", error)
 
     def _engine(self, port: int, key: str) -> Part:
-        if left_out := vllm.not_passed(self.settings.engine, os.environ):
-            log.warning(
-                "vLLM does not get %s of your environment: what it should get belongs into "
-                "[engine] env",
-                ", ".join(left_out),
-            )
         folder = self.dir / "engine"
         make_state_folder(self.dir)
         make_folder(folder)  # neutral: nothing to import there

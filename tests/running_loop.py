@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -155,8 +156,16 @@ class Loop:
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    # Importing vLLM, as some tests do, sets variables of its own.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return subprocess.run(
-        [*NEXTSTATE, *arguments], capture_output=True, text=True, timeout=240, check=False, cwd=cwd
+        [*NEXTSTATE, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+        cwd=cwd,
+        env=env,
     )
 
 

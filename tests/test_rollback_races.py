@@ -48,7 +48,7 @@ class Engine:
         self.probed: list[str] = []
         self._during = during
 
-    async def has_model(self, name: str) -> bool:
+    async def holds(self, name: str, path: str) -> bool:
         return True
 
     async def probe(self, name: str) -> None:
