@@ -30,9 +30,9 @@ _RESULT_TAG = re.compile(
 )
 _ABOUT_FORM = re.compile(
     r"no (?:valid )?(?:tool|function) calls? (?:was |were )?(?:found|detected|made)\b|"
-    r"(?:invalid|malformed) (?:tool|function|json|action|response) ?(?:call|format|arguments?)?[:.]|"
-    r"your (?:last |previous )?(?:response|output|message|reply) (?:could not be|was not|is not|did not"
-    r"|does not|didn't)\b[^.\n]{0,40}\b(?:parsed|valid|contain|include|match|conform|formatted)\b|"
+    r"(?:invalid|malformed) (?:tool|function|json|action)(?: call| format| arguments?)?[:.]|"
+    r"your (?:last |previous )?(?:response|output|message|reply) (?:could|was|is|did|does) not\b"
+    r"[^.\n]{0,40}\b(?:parsed|valid|contain|include|match|conform|formatted)\b|"
     r"you did not (?:call|use|make|provide) (?:any|a|exactly one) (?:tool|function|action|command)"
     r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b",
     re.IGNORECASE,
@@ -56,8 +56,8 @@ _REPORT = re.compile(
     re.IGNORECASE,
 )
 _AUTOMATED = re.compile(
-    r"(?:this is an? (?:automated|automatic|system)[ -](?:\w{1,20} ){0,2}(?:message|reminder|notice|"
-    r"notification|follow|prompt|check|event|update|request|response|reply)|"
+    r"(?:this is an? (?:automated|automatic|system)[ -](?:\w{1,20} ){0,2}(?:message|reminder|"
+    r"notice|notification|follow|prompt|check|event|update|request|response|reply)|"
     r"automated (?:message|reminder|follow-?up)\b|you have \d{1,6} (?:steps?|turns?|iterations?|"
     r"attempts?|tool calls?) (?:left|remaining)\b|"
     r"system (?:message|notification|reminder|note)\s*:)",

@@ -184,9 +184,9 @@ def _without_lead(text: str) -> str:
 
 
 def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:
-    """The last text in the user role, without what agents add to every request; its message's texts.
+    """The last text in the user role, without what agents add to every request, and its message's.
 
-    The texts stand as they are: a note may say that the words after it are asked aside.
+    Those stand as they are: a note may say that the words after it are asked aside.
     """
     for message in reversed(messages):
         if message.get("role") == "user":

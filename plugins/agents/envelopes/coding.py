@@ -12,7 +12,6 @@ from collections.abc import Sequence
 from plugins.agents.envelopes.cline import words_in_result
 from plugins.agents.envelopes.shape import Agent
 
-
 _FILES, _FILES_END = "--- Content from referenced files ---", "--- End of content ---"
 _GO_ON = ("Please continue.", "Continue from where you left off.")
 
