@@ -57,7 +57,6 @@ class Profile:
         side = (
             any(text.lstrip().startswith(_SIDE_SYSTEM) for text in system)
             or any(map(_is_aside, (last, *parts)))
-            or any(is_side(last) for is_side in _SIDE)
             or (last in _PROBES and request.get("max_tokens") == 1)
         )
         return TurnKind.SIDE if side else TurnKind.MAIN
@@ -86,6 +85,8 @@ class Profile:
         if said:
             text = "\n".join(said)
             source = source_of(text)
+            if source is not Source.USER and (words := [peeled(t) for t in texts if _is_words(t)]):
+                return Heard(Source.USER, "\n".join(words))  # beside a result
             return None if source is None else Heard(source, text)
         text = "\n".join(heard.text for heard in found)
         return Heard(Source.ENVIRONMENT, text) if text else None
@@ -109,9 +110,15 @@ class Profile:
         return Heard(Source.USER, text)
 
 
+def _is_words(text: str) -> bool:
+    """Whether the whole text is a person's words between tags."""
+    closing = _CLOSING.search(text, max(0, len(text) - _LONGEST_CLOSING))
+    return closing is not None and closing[1] in _WORDS and text.startswith(f"<{closing[1]}>")
+
+
 def _is_aside(text: str) -> bool:
     """Whether a text makes of its message a request of the agent's own."""
-    return text.startswith(_SIDE_ASKED)
+    return text.startswith(_SIDE_ASKED) or any(is_side(text) for is_side in _SIDE)
 
 
 def detected(request: Json) -> Agent:

@@ -55,7 +55,7 @@ AGENTS: Sequence[Agent] = (
             "Your task is to create a detailed summary of the conversation",
             "Your task is to create a detailed summary of the RECENT portion",
             "CRITICAL: Respond with TEXT ONLY. Do NOT call any tools.",
-            "Please write a 5-10 word title",
+            "Please write a 5-10 word title for the following conversation",
             "<policy_spec>",
             "[SUGGESTION MODE:",
             "Web page content:\n---",
@@ -125,6 +125,7 @@ AGENTS: Sequence[Agent] = (
         led=(
             "[Request interrupted by user]",
             "[Request interrupted by user for tool use]",
+            "The user sent a new message while you were working:",
         ),
         observations=(
             "Stop hook feedback:",
