@@ -286,7 +286,9 @@ class Capture:
         function, joined = obj(call.get("function")), known["function"]
         identity = call.get("id") or known["id"]
         name = function.get("name")
-        if (known["id"] or identity) != identity or (name and name == joined["name"]):
+        if (known["id"] or identity) != identity or (
+            name and (name == joined["name"] or joined["arguments"])
+        ):
             # As some engines number every call 0, or name it in every part: clients make two calls
             # of it, or one with a doubled name.
             self.error = f"the engine began the tool call {index} twice"

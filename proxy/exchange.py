@@ -80,7 +80,7 @@ def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
     hashes = message_hashes(messages)
     profile = profile.of(exchange.request)
     heard = [profile.heard(message) for message in messages]
-    starts = reply_starts(messages)
+    starts = reply_starts(messages, heard)
     *before, in_all = said(messages, hashes, [one and one.text for one in heard], starts)
     history = meant_in(messages)
     turn = _turn(exchange, exchange.kind or profile.kind(exchange.request))

@@ -118,18 +118,19 @@ class Said(NamedTuple):
         return words + self.setting + self.exact
 
 
-def reply_starts(messages: Sequence[Json]) -> list[int]:
+def reply_starts(messages: Sequence[Json], heard: Sequence[Heard | None] = ()) -> list[int]:
     """Where the last reply in a history may begin, the likeliest first; nothing without a reply.
 
-    That is the last assistant message, or one before it with nothing but results of tools between:
-    agents cut one reply into several messages, such as one for each of its calls.
+    That is the last assistant message, or one before it with nothing but results of tools between,
+    and what the agent adds to them, which says nothing in `heard`: agents cut one reply into
+    several messages, such as one for each of its calls.
     """
     starts: list[int] = []
     for position in range(len(messages) - 1, -1, -1):
         role = messages[position].get("role")
         if role == "assistant":
             starts.append(position)
-        elif starts and role not in _TOOLS:
+        elif starts and role not in _TOOLS and not (heard and heard[position] is None):
             break
         if len(starts) == _MOST_PARTS:
             break

@@ -100,7 +100,7 @@ def canonical_arguments(arguments: object) -> str:
         text = arguments if isinstance(arguments, str) else json.dumps(arguments)
         value = _parsed(text)
         if isinstance(value, str) and not value.startswith(_NUMBER):
-            value = _parsed(value)  # JSON within a JSON text
+            value = _parsed(value) if value.strip() else None  # JSON within a JSON text
         found = json.dumps(value, sort_keys=True, separators=(",", ":"))
     except (ValueError, RecursionError):  # cut, or deeper than anybody means it
         found = "".join(arguments.split()) if isinstance(arguments, str) else "not JSON"

@@ -164,7 +164,8 @@ def test_marks_hold_where_the_agent_is_not_known(name: str) -> None:
         if row["agent"] not in ("openclaw", "generic", "react") and row["source"] is None
         if (heard := profile.heard(user(row["content"]))) and heard.source is Source.USER
     ]
-    assert kept == ["Please continue."]  # a person may say so, unless the agent is Qwen Code
+    # A person may say so, unless the agent is Qwen Code or Claude Code.
+    assert kept == ["Please continue.", "Continue from where you left off."]
 
 
 def test_two_agents_at_once_are_each_read_their_own_way() -> None:
@@ -203,6 +204,111 @@ def test_two_agents_at_once_are_each_read_their_own_way() -> None:
 def test_an_agents_own_requests_are_side_turns(said: str, asked: str) -> None:
     request: Json = {"messages": [system(said), user(asked)]}
     assert AUTO.of(request).kind(request) is TurnKind.SIDE
+
+
+MEMORY = (
+    "Managed memory has TWO directories. Choose which one to write each memory into.\n\n"
+    "Scan the recent conversation history in your context."
+)
+ASIDE = "<system-reminder>{}This is a side question from the user. Answer it.</system-reminder>"
+ASKED_BEHIND_THE_HISTORY: list[list[str]] = [
+    [MEMORY],
+    ["You are now acting as the memory extraction subagent. Analyze the most recent ~4 messages"],
+    ["# Dream: Memory Consolidation\n\nYou are performing a dream"],
+    [ASIDE.format(""), "what does the second flag do?"],
+    [f"{ASIDE.format(chr(10))}\n\nwhat does the second flag do?"],
+    ["<system-reminder>\nYou are acting as an ADVISOR\n</system-reminder>\n\nFocus on the tests"],
+    ["The user stepped away and is coming back. Recap in under 40 words."],
+    ["Generate a short kebab-case name (2-4 words) for this conversation."],
+    ["Describe your most recent action in 3-5 words using present tense."],
+    ["[SUGGESTION MODE: Suggest what the user might naturally type next.]"],
+    ["First, reason in your <analysis> block. Then, produce the summary."],
+    ["Please analyze the conversation history above and generate a comprehensive project summary"],
+    ["Generate the recap now. Wrap it in <recap>...</recap>."],
+    ["Write a brief catch-up for a user returning to this task. Return JSON."],
+    ["<system-reminder>\nToday is Monday.\n</system-reminder>", MEMORY],
+]
+
+
+@pytest.mark.parametrize("texts", ASKED_BEHIND_THE_HISTORY, ids=range(15))
+def test_what_an_agent_asks_behind_the_whole_history_says_nothing_of_the_reply(
+    store: Store, texts: list[str]
+) -> None:
+    messages = [system("You are a helper."), user("What is 3 + 4?")]
+    recorded(store, "a", messages, "It is 7.")
+    messages.append({"role": "assistant", "content": "It is 7."})
+    parts = [{"type": "text", "text": text} for text in texts]
+    aside = [*messages, {"role": "user", "content": parts}]
+    assert recorded(store, "b", aside, "Nothing to save.").kind is TurnKind.SIDE
+    # The tools that it uses meanwhile, too.
+    call = {"id": "c", "type": "function", "function": {"name": "ls", "arguments": "{}"}}
+    aside += [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "MEMORY.md"},
+    ]
+    assert recorded(store, "c", aside, "Done.").kind is TurnKind.SIDE
+    assert not store.next_states("a")
+    told = recorded(store, "d", [*messages, user("wrong, look again")], "Yes, it is 7.")
+    assert (told.parent, told.kind) == ("a", TurnKind.MAIN)
+    assert [s.text for s in store.next_states("a")] == ["wrong, look again"]
+    # Whoever says that it is a main turn: the words are no person's.
+    assert AUTO.heard({"role": "user", "content": parts}) is None
+
+
+@pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ("\nYou are the component that summarizes a conversation when its window", "go"),
+        ("You are performing a managed memory dream", "Memory directory: `/m`"),
+        ("You generate session recaps for a CLI.", "x"),
+        ("You are a Memory Writing Agent.\n\nYour job", "x"),
+        ("Write a short summary label describing what these tool calls accomplished.", "x"),
+        ("You are a memory search agent.", "x"),
+        ("Generate a very short topic label (2-4 words)", "hi"),
+        ("Be kind.", "Write a dream diary entry from these memory fragments:\n- tea"),
+    ],
+)
+def test_side_requests_of_newer_releases(said: str, asked: str) -> None:
+    request: Json = {"messages": [system(said), user(asked)]}
+    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+
+
+def test_a_side_conversation_begins_behind_the_history() -> None:
+    told = {
+        "role": "developer",
+        "content": "You are in a side conversation, not the main thread.\nAnswer.",
+    }
+    assistant: Json = {"role": "assistant", "content": "Done."}
+    request: Json = {"messages": [user("fix it"), assistant, told, user("why?")]}
+    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "no, shorter\n--- Content from referenced files ---\nContent from @a.py:\nx = 1\n"
+        "--- End of content ---",
+        [
+            "no, shorter",
+            "\n--- Content from referenced files ---",
+            "\nContent from @a.py:\n",
+            "great, thanks",
+            "\n--- End of content ---",
+        ],
+    ],
+)
+def test_files_that_a_person_names_are_not_their_words(content: str | list[str]) -> None:
+    parts: object = content
+    if not isinstance(content, str):
+        parts = [{"type": "text", "text": text} for text in content]
+    assert AUTO.heard({"role": "user", "content": parts}) == (Source.USER, "no, shorter")
+
+
+def test_messages_that_waited_are_the_persons(profile: AgentProfile) -> None:
+    text = (
+        "[Queued messages while agent was busy]\n\n---\nQueued #1\nwrong\n\n---\nQueued #2\nagain"
+    )
+    assert profile.heard(user(text)) == (Source.USER, "wrong\n\nagain")
 
 
 @pytest.mark.parametrize(

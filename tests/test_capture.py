@@ -53,6 +53,7 @@ def test_calls_that_come_in_parts_are_joined_and_train() -> None:
         ([[part(0, "a", "{}", id="c1")], [part(0, "b", "{}", id="c2")]], "0 twice"),
         ([[part(3, "a", "{}", id="c1")], [part(3, "a", "{}", id="c1")]], "3 twice"),
         ([[part(0, "a", "{")], [part(0, "a", "}")]], "0 twice"),
+        ([[part(0, "a", '{"a": 1}')], [part(0, "b", '{"b": 2}')]], "0 twice"),
         ([[part(0, "a", "{}", id="c1"), part(0, "a", "{}", id="c2")]], "0 twice"),
         ([[without_index(part(0, "a", "{}"))], [without_index(part(0, "b", "{}"))]], "its index"),
         ([[part(None, "a", "{}")]], "its index"),

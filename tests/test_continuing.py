@@ -85,6 +85,29 @@ def test_turns_of_a_loop_with_one_call_each_stay_turns() -> None:
             assert found.states(f"t{n - 1}") == [f"result {n - 1}"]
 
 
+@pytest.mark.parametrize(
+    "added",
+    [
+        user("<system-reminder>\nThe file a.py has changed.\n</system-reminder>"),
+        {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]},
+        user(""),
+    ],
+)
+def test_what_an_agent_adds_between_the_results_cuts_no_reply_off(added: Json) -> None:
+    cut = [m for pair in zip(ONE_EACH, RESULTS, strict=True) for m in (*pair, added)]
+    steps = [asked("one", GO, REPLY), asked("two", [*GO, *cut], assistant("Both are fine."))]
+    said_between = [*GO, *cut[:3], user("Wait."), *cut[3:]]
+    steps.append(asked("other", said_between, assistant("I wait.")))
+    with played([steps], Random(0)) as found:
+        assert found.parents["two"] == "one"
+        states = found.states("one")
+        assert [state for state in states if state.startswith("result")] == [
+            "result 0",
+            "result 1",
+            "result 2",
+        ]
+
+
 @pytest.mark.parametrize("asks", [[], [user("continue")]])
 def test_a_reply_and_its_continuation_may_be_one_message_later(asks: list[Json]) -> None:
     part, rest = assistant("First, the files are sor"), assistant("ted by date.")

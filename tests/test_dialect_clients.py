@@ -14,11 +14,14 @@ from pathlib import Path
 import pytest
 
 from nextstate.habits import Habits
-from nextstate.records import Json
+from nextstate.hooks import AgentProfile, load_plugin, text_of
+from nextstate.records import BASE_VERSION, Json, Timings, Turn, TurnKind
 from nextstate.settings import Settings
 from nextstate.store import Store
-from proxy.capture import distribution_change
+from proxy.capture import Capture, distribution_change
 from proxy.dialects import messages, responses
+from proxy.exchange import Exchange, record_exchange
+from proxy.linking import explicit_session, names_conversation
 from tests.conftest import Done
 from tests.running_loop import Engine, Loop
 from tests.same_answer import answer_of, assert_same
@@ -31,6 +34,7 @@ REQUESTS = {f"{name} {i}": sent for name, made in SENT.items() for i, sent in en
 ASKED = [case for case in REQUESTS if "budget" not in case]
 """Without those that have room for 1,024 tokens of thoughts, as the small policy has not."""
 KNOWN = Habits(merges_system=True, disabled_effort="none", shows_no_tools=False)
+AUTO: AgentProfile = load_plugin("agents", "auto", None)
 INLINE = Habits(merges_system=False, disabled_effort="low", shows_no_tools=False)
 
 
@@ -90,6 +94,36 @@ def test_the_next_request_goes_on_from_the_one_before(name: str) -> None:
         one, two = (chat_form(sent, INLINE)[0]["messages"] for sent in (first, second))
         assert two[: len(one)] == one
         assert two[len(one)]["role"] == "assistant"
+
+
+@pytest.mark.parametrize("thoughts", ["", "<think>I look.</think>", "I look.</think>\n\n"])
+@pytest.mark.parametrize("name", SENT)
+def test_the_next_request_says_what_came_of_the_reply(
+    store: Store, name: str, thoughts: str
+) -> None:
+    main = [sent for sent in SENT[name] if sent["body"].get("tools")]
+    for n, (first, second) in enumerate(pairwise(main)):
+        one, two = (chat_form(sent, INLINE)[0]["messages"] for sent in (first, second))
+        reply, *after = two[len(one) :]
+        reply = {**reply, "content": thoughts + (reply.get("content") or "")}
+        recorded(store, f"{n} first", first, reply)
+        turn = recorded(store, f"{n} second", second, {"role": "assistant", "content": f"{n}"})
+        assert (turn.parent, turn.kind) == (f"{n} first", TurnKind.MAIN)
+        assert [state.text for state in store.next_states(f"{n} first")] == [
+            text_of(message["content"]) for message in after
+        ]
+
+
+def recorded(store: Store, turn: str, sent: Json, reply: Json) -> Turn:
+    """The turn of a request that the agent sent, after which it got `reply`."""
+    capture = Capture()
+    capture.body({"choices": [{"index": 0, "message": reply, "finish_reason": "stop"}]})
+    chat, _ = chat_form(sent, INLINE)
+    named = explicit_session(sent["headers"], sent["body"])
+    exchange = Exchange(turn, "main", named, chat, capture, BASE_VERSION, Timings(0.0, 0.0, 0.0))
+    vague = not names_conversation(sent["headers"], sent["body"])
+    with store.recording() as recording:
+        return record_exchange(recording, exchange._replace(vague_name=vague), AUTO)
 
 
 def smaller(sent: Json, model: str, stream: bool) -> Json:

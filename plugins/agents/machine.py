@@ -24,17 +24,42 @@ _BANNER = re.compile(
 )
 _RESULT_BANNER = re.compile(r"\[[^\]\n]{0,200}\b(?:results?|outputs?|response|observation)\b", re.I)
 _RESULT_LINE = re.compile(r"\[\w{1,60}[^\n]{0,500}\] Result:")
+_RESULT_TAG = re.compile(
+    r"<(?:(?:tool|function|execution|command)[_-]?(?:results?|response|outputs?|error)|observation)"
+    r"(?:\s[^<>\n]{0,200})?>"
+)
+_ABOUT_FORM = re.compile(
+    r"no (?:valid )?(?:tool|function) calls? (?:was |were )?(?:found|detected|made)\b|"
+    r"(?:invalid|malformed) (?:tool|function|json|action)(?: call| format| arguments?)?[:.]|"
+    r"your (?:last |previous )?(?:response|output|message|reply) (?:could|was|is|did|does) not\b"
+    r"[^.\n]{0,40}\b(?:parsed|valid|contain|include|match|conform|formatted)\b|"
+    r"you did not (?:call|use|make|provide) (?:any|a|exactly one) (?:tool|function|action|command)"
+    r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b",
+    re.IGNORECASE,
+)
+"""What harnesses say of a reply that they could not read."""
 _REPORT = re.compile(
-    r"(?:(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
-    r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b[^\n]{0,80}?:|"
+    r"(?:#{1,4} |\*\*)?(?:"
+    r"(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
+    r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b(?:[^\n]{0,80}?:|(?=\**\n))|"
+    r"(?:step|turn|iteration) \d{1,6} (?:result|output|observation)s?\b[^\n]{0,40}:|"
+    r"observation\b(?: \([^)\n]{0,40}\)\s{0,2}:|(?=\**\n))|"
+    r"(?:results?|outputs?) (?:of|from|for) [^\n]{1,80}:[ \t]*\n|"
     r"(?:std(?:out|err)|output|result|return(?:ed)?[ _]?(?:code|value)|exit[ _]?(?:code|status))"
-    r"[ \t]*[:=]|(?:process|command|script) (?:exited|finished|terminated|returned|completed) with|"
-    r"exit(?:ed)? (?:code|status|with)\b|Traceback \(most recent call last\))",
+    r"[ \t]*[:=]|"
+    r"(?:the )?(?:process|command|script|tool|function|execution)(?: call| `[^`\n]{1,100}`)? "
+    r"(?:exited|finished|terminated|returned|completed|failed)"
+    r"(?: (?:with|after)\b|[ ]?:|\.[ \n])|"
+    r"exit(?:ed)? (?:code|status|with)\b|executed: |command: [^\n]{1,300}\nexit|"
+    r"Traceback \(most recent call last\)|"
+    r"\$ [a-z./][^\n]{0,300}\n|```(?:output|console|stdout|stderr)\n|```\w{0,20}\n\$ [a-z./])",
     re.IGNORECASE,
 )
 _AUTOMATED = re.compile(
-    r"(?:this is an? (?:automated|automatic|system)[ -]|"
-    r"automated (?:message|reminder|follow-?up)\b|"
+    r"(?:this is an? (?:automated|automatic|system)[ -](?:\w{1,20} ){0,2}(?:message|reminder|"
+    r"notice|notification|follow|prompt|check|event|update|request|response|reply)|"
+    r"automated (?:message|reminder|follow-?up)\b|you have \d{1,6} (?:steps?|turns?|iterations?|"
+    r"attempts?|tool calls?) (?:left|remaining)\b|"
     r"system (?:message|notification|reminder|note)\s*:)",
     re.IGNORECASE,
 )
@@ -75,7 +100,9 @@ def source_of(text: str) -> Source | None:
     >>> source_of("no, shorter please"), source_of('{"exit_code": 1}')
     (<Source.USER: 'user'>, <Source.ENVIRONMENT: 'environment'>)
     """
-    if _RESULT_LINE.match(text) or is_json(text) or is_tagged(text):
+    if any(form.match(text) for form in (_RESULT_LINE, _RESULT_TAG, _ABOUT_FORM)):
+        return Source.ENVIRONMENT
+    if is_json(text) or is_tagged(text):
         return Source.ENVIRONMENT
     if banner := _BANNER.match(text):
         return Source.ENVIRONMENT if _RESULT_BANNER.match(banner.group()) else None

@@ -12,6 +12,7 @@ from typing import cast
 from nextstate.hooks import AgentProfile, Heard, text_of
 from nextstate.records import Json, Source, TurnKind
 from plugins.agents.envelopes import coding, frameworks, openclaw
+from plugins.agents.envelopes.coding import without_files
 from plugins.agents.envelopes.shape import Agent
 from plugins.agents.machine import is_tagged, source_of
 
@@ -52,11 +53,10 @@ class Profile:
         """Side for titles, compaction and whatever else an agent asks for itself."""
         messages = _messages(request)
         system = [text for m in messages if _is_system(m) for text in _texts(m)]
-        last = _last_asked(messages)
+        last, parts = _last_asked(messages)
         side = (
-            any(text.startswith(_SIDE_SYSTEM) for text in system)
-            or last.startswith(_SIDE_ASKED)
-            or any(is_side(last) for is_side in _SIDE)
+            any(text.lstrip().startswith(_SIDE_SYSTEM) for text in system)
+            or any(map(_is_aside, (last, *parts)))
             or (last in _PROBES and request.get("max_tokens") == 1)
         )
         return TurnKind.SIDE if side else TurnKind.MAIN
@@ -71,7 +71,8 @@ class Profile:
         if role in ("tool", "function"):
             return Heard(Source.TOOL, text) if text else None
         if role == "user":
-            return self._in_user_role(_texts(message))
+            texts = [text.strip() for text in without_files(_texts(message))]
+            return None if any(map(_is_aside, texts)) else self._in_user_role(texts)
         if _is_system(message) and self._agent is not GENERIC:
             return None  # known agents instruct the model there, whatever the reply was
         return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
@@ -84,6 +85,8 @@ class Profile:
         if said:
             text = "\n".join(said)
             source = source_of(text)
+            if source is not Source.USER and (words := [peeled(t) for t in texts if _is_words(t)]):
+                return Heard(Source.USER, "\n".join(words))  # beside a result
             return None if source is None else Heard(source, text)
         text = "\n".join(heard.text for heard in found)
         return Heard(Source.ENVIRONMENT, text) if text else None
@@ -105,6 +108,17 @@ class Profile:
         if text.startswith(_OBSERVATIONS):
             return Heard(Source.ENVIRONMENT, text)
         return Heard(Source.USER, text)
+
+
+def _is_words(text: str) -> bool:
+    """Whether the whole text is a person's words between tags."""
+    closing = _CLOSING.search(text, max(0, len(text) - _LONGEST_CLOSING))
+    return closing is not None and closing[1] in _WORDS and text.startswith(f"<{closing[1]}>")
+
+
+def _is_aside(text: str) -> bool:
+    """Whether a text makes of its message a request of the agent's own."""
+    return text.startswith(_SIDE_ASKED) or any(is_side(text) for is_side in _SIDE)
 
 
 def detected(request: Json) -> Agent:
@@ -176,15 +190,19 @@ def _without_lead(text: str) -> str:
     return text
 
 
-def _last_asked(messages: Sequence[Json]) -> str:
-    """The last message in the user role, without what agents add to every request."""
+def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:
+    """The last text in the user role, without what agents add to every request, and its message's.
+
+    Those stand as they are: a note may say that the words after it are asked aside.
+    """
     for message in reversed(messages):
         if message.get("role") == "user":
-            for text in reversed(_texts(message)):
-                asked = _without_notes(text.strip())
+            texts = [text.strip() for text in _texts(message)]
+            for text in reversed(texts):
+                asked = _without_notes(text)
                 if asked and not asked.startswith(_CARRIERS):
-                    return asked
-    return ""
+                    return asked, texts
+    return "", ()
 
 
 def _messages(request: Json) -> list[Json]:

@@ -79,7 +79,6 @@ AGENTS: Sequence[Agent] = (
         ),
         observations=(
             "Observation:",
-            "Observation ",
             "Invalid Format:",
             "Could not parse LLM output",
             "Invalid or incomplete response",

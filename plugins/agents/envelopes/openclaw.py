@@ -32,7 +32,10 @@ _HISTORY = (
     "[Chat messages since your last reply - for context]",
     "[Thread starter - for context]",
     "[Thread history - for context]",
+    "[Recent chat messages - for context]",
 )
+_BUSY = "[Queued messages while agent was busy]"
+_WAITED = re.compile(r"^---\nQueued #\d{1,6}[^\n]{0,200}\n", re.MULTILINE)
 _CURRENT = "[Current message - respond to this]"
 _NOTE_LINE = re.compile(
     r"(?:\[media attached[^\n]*|To send an image back[^\n]*|Delivery: [^\n]*|System: \[[^\n]*|"
@@ -67,6 +70,17 @@ _MACHINE_MADE = (
     _QUEUED,
     "Continue the current task",
     "Continue the OpenClaw runtime event",
+    "Continue pursuing the current goal.",
+    "Continue from the recovered transcript and finish the interrupted work",
+    "Continue this conversation using the OpenClaw transcript below",
+    "The previous assistant turn ",
+    "The previous attempt ",
+    "Your previous response was only an acknowledgement",
+    "Before accepting the previous final answer, apply this revision request",
+    "A completed subagent task is ready for parent review",
+    "Another session returned the result of your earlier",
+    "A child session returned the result of your earlier",
+    "OpenClaw runtime context",
     "A background task completed.",
     "A background task ",
     "[Subagent Context]",
@@ -77,7 +91,12 @@ _MACHINE_MADE = (
     "[cron:",
     "[Inter-session message]",
     "[System Message]",
-    "[Internal]",
+    "[Internal",
+    "[OpenClaw ",
+    "[SYSTEM HANDOFF]",
+    "[Generated media delivery retry]",
+    "[Startup context loaded by runtime]",
+    "[Bootstrap truncation warning]",
     "A scheduled reminder has been triggered.",
     "A scheduled cron event was triggered",
     "An async command ",
@@ -113,6 +132,8 @@ def words_of(text: str) -> str | None:
     """
     text = _without_carriers(text.strip())
     text = text.rpartition(_RUNTIME)[0] if _has_runtime(text) else text
+    if text.startswith(_BUSY):
+        text = _WAITED.sub("", text[len(_BUSY) :].lstrip())
     bare = text
     text = _without_trailers(_without_headers(text.strip()))
     if text.startswith(_QUEUED):
@@ -225,10 +246,21 @@ AGENT = Agent(
         "You are answering an ephemeral /btw side question",
         "You are a context summarization assistant",
         "Generate a concise session title",
+        "Generate a very short topic label",
+        "You are a memory search agent.",
+        "You are OpenClaw's ",
+    ),
+    side_asked=(
+        "Generate a concise session title (",
+        "Generate a very short topic label",
+        "Write a dream diary entry from these memory fragments",
+        "Create a structured summary of this conversation branch",
+        "The messages above are a conversation to summarize",
+        "The messages above are NEW conversation messages",
     ),
     carriers=(CARRIER,),
     side=is_housekeeping,
-    housekeeping=(CARRIER, _QUEUED, "A new session was started via /new or /reset"),
+    housekeeping=(CARRIER, _QUEUED, "A new session was started via /new or /reset", "[OpenClaw "),
     own=words_of,
     session=session_of,
 )
