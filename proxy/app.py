@@ -152,14 +152,15 @@ class Proxy:
         return await self._pass(request)
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
-        headers = {"Authorization": f"Bearer {self._engine_key}"} if self._engine_key else {}
-        self._session, self._fresh = _session(headers, IDLE_S), _session(headers, None)
         # Compressed, an answer could not be read.
-        fixed = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}
+        if self._engine_key:
+            headers["Authorization"] = f"Bearer {self._engine_key}"
+        self._session, self._fresh = _session(headers, IDLE_S), _session(headers, None)
         async with (
             self._session,
             self._fresh,
-            Upstream(self.engine.url, headers | fixed) as upstream,
+            Upstream(self.engine.url, headers | {"Content-Type": _JSON}) as upstream,
         ):
             self._relay = Relay(
                 self.config, self.versions, self.recorder, upstream, self._out_of_files
@@ -411,7 +412,8 @@ class Proxy:
     async def _answer(self, request: web.Request, data: bytes | None) -> aiohttp.ClientResponse:
         """The engine's answer, once its head has come; waits for an engine that is down.
 
-        What need not be streamed is sent once more if the connection breaks before an answer.
+        What need not be streamed is sent once more if the connection breaks before an answer; what
+        cannot be sent again does not go on a connection that may be closed already.
         """
         headers = upstream_headers(request.headers)
         if "Content-Type" in request.headers:
@@ -425,7 +427,8 @@ class Proxy:
                 async with asyncio.timeout_at(deadline):
                     await self.versions.wait_admitted()
             try:
-                return await (self._fresh if attempt else self._session).request(
+                fresh = attempt > 0 or streamed is not None
+                return await (self._fresh if fresh else self._session).request(
                     request.method,
                     self._target(request),
                     data=data if streamed is None else streamed,
@@ -435,6 +438,8 @@ class Proxy:
             except aiohttp.ClientConnectionError as error:
                 attempt += 1
                 if streamed is not None or ran_out(error) or attempt == ATTEMPTS:
+                    raise
+                if isinstance(error, aiohttp.ServerDisconnectedError) and _within_head(error):
                     raise
                 if attempt > 1 and await self.versions.is_well():
                     raise
@@ -558,6 +563,11 @@ def _unreadable(request: web.Request, error: BaseException) -> web.Response:
     response = error_response(request.path, status, message)
     response.force_close()
     return response
+
+
+def _within_head(error: aiohttp.ServerDisconnectedError) -> bool:
+    """Whether a part of an answer's head came: the engine may have done what was asked."""
+    return not isinstance(error.message, str)
 
 
 async def _ask_later(_: web.Request) -> None:

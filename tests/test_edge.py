@@ -485,6 +485,35 @@ def test_models_tell_no_paths(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path, doors={"open": Access("open", None)})
 
 
+def test_no_answer_is_compressed_for_a_client_that_does_not_ask(
+    store: Store, tmp_path: Path
+) -> None:
+    """Nor could the list of models be changed."""
+
+    class Gateway(ScriptedEngine):
+        @web.middleware
+        async def _reset(self, request: web.Request, handler: Any) -> web.StreamResponse:
+            response = await handler(request)
+            if response.body and "gzip" in request.headers.get("Accept-Encoding", ""):
+                response.enable_compression(web.ContentCoding.gzip)
+            return response
+
+    async def test() -> None:
+        engine = Gateway()
+        async with TestServer(engine.app()) as server:
+            engine.server = server
+            async with running(engine.url, store, tmp_path) as p:
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                for raw in (get("/v1/models"), get("/version"), post("/v1/score", JSON)):
+                    found = await ask(p.url, raw)
+                    assert "content-encoding" not in found.headers
+                    assert isinstance(json.loads(found.body), dict)
+                [base] = json.loads((await ask(p.url, get("/v1/models"))).body)["data"]
+                assert base["root"] == MODEL
+
+    asyncio.run(test())
+
+
 def test_a_page_reads_the_turn_of_a_streamed_reply(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         async with aiohttp.ClientSession() as http:
