@@ -26,6 +26,7 @@ from nextstate.stack import Stack
 from nextstate.status import status
 from nextstate.store import Store
 from proxy import versions
+from proxy.config import ProxyConfig
 from proxy.versions import Versions
 from tests.scripted_engine import MODEL, ScriptedEngine, compact, plain_reply, stream_chunks
 from tests.test_proxy import Running, add_version, request, running, until
@@ -554,6 +555,41 @@ def test_status_says_what_learning_lacks(store: Store, tmp_path: Path) -> None:
     assert said.startswith(f"up; learning lacks {COMPLETIONS}")
     assert asyncio.run(test(ScriptedEngine())) == "up"
     assert "no OpenAI server" in asyncio.run(test(html(200)))
+
+
+def test_status_of_a_proxy_with_a_key_says_as_much(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIENTS", "secret")
+
+    async def test() -> None:
+        engine = Foreign(key="engine-key", **ENGINES["ollama"][0])
+        async with relayed(engine, store, tmp_path, key="secret") as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            keyed = {"Authorization": "Bearer secret"}
+            await p.http.post(f"{p.url}/v1/completions", data=b"no JSON", headers=keyed)
+            port = int(p.url.rpartition(":")[2])
+            file = configured(tmp_path, engine.url, 'api_key_env = "ENGINES"', port)
+            file.write_text(file.read_text() + 'api_key_env = "CLIENTS"\n')
+            found = await status(Settings.read(file))
+            assert (found["proxy"], found["unrecorded"]) == ("up", {"body": 1})
+            # The engine's key need not be known here: the proxy has asked.
+            assert found["engine"].startswith(f"up; learning lacks {COMPLETIONS}")
+            for other in ("wrong", ""):
+                monkeypatch.setenv("CLIENTS", other)
+                found = await status(Settings.read(file))
+                assert found["engine"].startswith("up; learning lacks")
+                assert "[proxy] api_key_env = 'CLIENTS'" in found["unrecorded"]
+
+    asyncio.run(test())
+    down = asyncio.run(status(Settings.read(configured(tmp_path, "http://h", 'api_key_env = "E"'))))
+    assert (down["proxy"], down["unrecorded"]) == ("down", {})
+    assert "the environment variable E is not set" in down["engine"]
+
+
+def test_the_proxys_address_is_one_that_clients_understand() -> None:
+    assert ProxyConfig(host="::1", port=80).url == "http://[::1]:80"
+    assert ProxyConfig(host="localhost").url == "http://localhost:8080"
 
 
 def test_up_ends_at_once_where_only_a_person_can_help(store: Store, tmp_path: Path) -> None:
