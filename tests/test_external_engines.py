@@ -41,6 +41,9 @@ class Foreign(ScriptedEngine):
 
     health: bool = True
     completions_route: bool = True
+    lists: bool = True
+    forbids: int = 0
+    """The status for completions, or 0."""
     arrays: bool = True
     """Whether a prompt may be token ids."""
     tells_ids: bool = True
@@ -58,7 +61,8 @@ class Foreign(ScriptedEngine):
         app = web.Application(middlewares=[self._locked])
         if self.health:
             app.router.add_get("/health", self._health)
-        app.router.add_get("/v1/models", self._listed)
+        if self.lists:
+            app.router.add_get("/v1/models", self._listed)
         app.router.add_post("/v1/chat/completions", self._chatted)
         if self.completions_route:
             app.router.add_post("/v1/completions", self._completed)
@@ -80,6 +84,8 @@ class Foreign(ScriptedEngine):
 
     async def _completed(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if self.forbids:
+            return web.json_response({"error": {"message": "chat only"}}, status=self.forbids)
         if not self.arrays and isinstance(body["prompt"], list):
             return web.json_response({"error": {"message": "prompt: want string"}}, status=400)
         return await self._answered(body, request)  # pyright: ignore[reportReturnType]
@@ -123,6 +129,18 @@ ENGINES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "strict, 422": (
         {"refuses": 422, "health": False},
         [COMPLETIONS, LOG_PROBS, TOKEN_IDS, ADAPTERS],
+    ),
+    "strict, 500": (
+        {"refuses": 500, "completions_route": False},
+        [COMPLETIONS, LOG_PROBS, TOKEN_IDS, ADAPTERS],
+    ),
+    "a gateway for chat": (
+        {"forbids": 403, "tells_ids": False},
+        [COMPLETIONS, TOKEN_IDS, ADAPTERS],
+    ),
+    "no list of models": (
+        {"lists": False, "health": False, "completions_route": False, "tells_ids": False},
+        [COMPLETIONS, TOKEN_IDS, ADAPTERS],
     ),
     "vLLM without LoRA": ({}, [ADAPTERS]),
     "vLLM with the route alone": ({"lora_route": True}, [ADAPTERS]),
@@ -309,8 +327,17 @@ def moved() -> ScriptedEngine:
     return Moved()
 
 
+def shop() -> ScriptedEngine:
+    class Shop(Foreign):
+        async def _answered(self, body: dict[str, Any], request: web.Request) -> web.StreamResponse:
+            return web.json_response({"choices": None})
+
+    return Shop()
+
+
 WRONG = {
     "a web page": (lambda: html(200), "no OpenAI server"),
+    "one that answers without choices": (shop, "no OpenAI server.*without choices"),
     "another server": (lambda: html(404), "no OpenAI server"),
     "http to https": (moved, "no OpenAI server"),
     "a locked one": (lambda: Foreign(key="other"), r"refuses our key \(401\).*api_key_env"),
@@ -493,6 +520,10 @@ DOCTOR: dict[str, tuple[Any, list[str]]] = {
     ),
     "no model": (lambda: Foreign(names=("a", "b")), [r"lacks the model 'base'.*it serves a, b"]),
     "a web page": (lambda: html(200), ["no OpenAI server"]),
+    "one without a list": (
+        lambda: Foreign(lists=False, tells_ids=False),
+        ["learning lacks token ids", "runtime adapters"],
+    ),
     "a locked one": (lambda: Foreign(key="k"), [r"refuses our key \(401\).*api_key_env"]),
     "one that loads": (lambda: html(503), [r"does not serve: .*503"]),
 }
