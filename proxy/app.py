@@ -209,9 +209,12 @@ class Proxy:
         sent = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         caller = self.lineages.caller(sent)
         without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
+        preflight = is_preflight(request.method, request.headers)
+        if preflight and self.lineages.apart:
+            without_key = False  # the request that follows may bring a lineage's key
         if without_key and (why := foreign(request.headers, self.config.host)) is not None:
             raise Refused(403, why)
-        if is_preflight(request.method, request.headers):
+        if preflight:
             return web.Response(status=204, headers=preflight_headers(request.headers))
         if caller is not None:
             request[_CALLER] = caller

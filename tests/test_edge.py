@@ -400,6 +400,9 @@ def test_who_has_a_key_may_come_from_anywhere(store: Store, tmp_path: Path) -> N
 def test_a_lineages_key_is_a_key(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         lines = (JSON, "Origin: http://evil.example")
+        asks = "Access-Control-Request-Method: POST"
+        preflight = get("/v1/chat/completions", lines[1], asks, method="OPTIONS")
+        assert (await ask(p.url, preflight)).status == 204
         assert (await ask(p.url, post("/v1/chat/completions", *lines))).status == 403
         keyed = (*lines, "Authorization: Bearer hers")
         assert (await ask(p.url, post("/v1/chat/completions", *keyed))).status == 200
