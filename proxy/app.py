@@ -302,7 +302,7 @@ class Proxy:
         if generates:
             self.relay.counts.unrecorded["route"] += 1
         if request.method != "POST" or request.content_type.startswith("multipart/"):
-            if generates and self.versions.serving[request[_CALLER]].adapter_name is not None:
+            if generates and self.versions.serves(request[_CALLER]).adapter_name is not None:
                 message = f"{request.path} takes a form: the serving version cannot answer it."
                 return _refused(request, 400, "BadRequestError", message)
             return await self._passing.forward(request, None)

@@ -208,9 +208,18 @@ def test_the_base_serves_where_adapters_cannot(
     add_version(store, tmp_path, 1)
     store.set_serving("main", 1)
 
+    class Hears(Foreign):
+        def app(self) -> web.Application:
+            app = super().app()
+            app.router.add_post("/v1/audio/transcriptions", self._echo)
+            return app
+
     async def test() -> None:
-        async with relayed(Foreign(**ENGINES[name][0]), store, tmp_path) as p:
+        async with relayed(Hears(**ENGINES[name][0]), store, tmp_path) as p:
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            form = {"Content-Type": "multipart/form-data; boundary=x"}
+            url = f"{p.url}/v1/audio/transcriptions"
+            assert (await p.http.post(url, data=b"--x--", headers=form)).status == 200
             status, _, headers = await p.chat(request())
             turn = store.turn(headers["x-nextstate-turn"])
             assert turn is not None
