@@ -227,8 +227,8 @@ class _Experiment:
         """Talks until the last version serves; measures every version on the way."""
         plan = self._plan
         async with (
-            client_for(f"{self._stack.proxy_url}/v1") as client,
-            aiohttp.ClientSession(self._stack.proxy_url) as http,
+            client_for(f"{self._stack.settings.proxy.url}/v1") as client,
+            aiohttp.ClientSession(self._stack.settings.proxy.url) as http,
         ):
             talk = Talk(client, MODEL, plan.persona, plan.seed, CONVERSATIONS)
             after = before = await self._ask(client, self._tasks)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from contextlib import suppress
 from pathlib import Path
 
 from nextstate.engine import WARM_UP_ADAPTER, Abilities, EngineClient, first_choice
@@ -25,6 +26,8 @@ ADAPTERS = (
 )
 _REFUSES_KEY = (401, 403)
 _NOT_NOW = (408, 429, 503)
+_NO_ROUTE = (404, 405, 501)
+_NO_SERVER = "what answers at [engine] url is no OpenAI server"
 _CHAT = "/v1/chat/completions"
 _ONE_TOKEN: Json = {"max_tokens": 1, "return_token_ids": True}
 
@@ -58,20 +61,30 @@ async def _served(engine: EngineClient) -> tuple[str, ...]:
         return tuple(model.id for model in await engine.models())
     except AnswerError as error:
         _check_key(error)
-        if error.status in _NOT_NOW or error.status >= 500:
+        if error.status in _NOT_NOW or (error.status >= 500 and error.status not in _NO_ROUTE):
             raise
-        raise WrongEngineError(
-            f"what answers at [engine] url is no OpenAI server: /v1/models is {error.status}"
-        ) from error
+        if await _chats(engine):
+            return ()
+        models = "lists no models" if error.status == 200 else f"is {error.status}"
+        raise WrongEngineError(f"{_NO_SERVER}: /v1/models {models}") from error
+
+
+async def _chats(engine: EngineClient) -> bool:
+    """Whether a server that lists no models answers a chat for ours all the same."""
+    try:
+        return bool(first_choice(await engine.post(_CHAT, _hello(engine) | {"max_tokens": 1})))
+    except AnswerError as error:
+        _check_key(error)
+        return False
 
 
 async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bool) -> Abilities:
     lacks: list[str] = []
+    choice: Json = {}
     additions = True
-    try:
+    with suppress(AnswerError):  # whatever it answers: chat decides
         choice = await engine.generate_once(engine.model)
-    except AnswerError as error:
-        _check_key(error)
+    if not choice:
         lacks.append("/v1/completions (for the warm-up)")
         choice, additions = await _chat(engine)
     if not obj(choice.get("logprobs")):
@@ -89,14 +102,22 @@ async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bo
 
 async def _chat(engine: EngineClient) -> tuple[Json, bool]:
     """The choice of a chat reply, and whether the server takes what the relay adds to a request."""
-    body: Json = {"model": engine.model, "messages": [{"role": "user", "content": "hi"}]}
+    asked, additions = _hello(engine) | _ONE_TOKEN | {"logprobs": True}, True
     try:
-        return first_choice(await engine.post(_CHAT, body | _ONE_TOKEN | {"logprobs": True})), True
+        choice = first_choice(await engine.post(_CHAT, asked))
     except AnswerError as error:
         _check_key(error)
-        if error.status not in (400, 422):
+        if error.status in _NOT_NOW:
             raise
-    return first_choice(await engine.post(_CHAT, body | {"max_tokens": 1})), False
+        asked, additions = _hello(engine) | {"max_tokens": 1}, False
+        choice = first_choice(await engine.post(_CHAT, asked))
+    if not choice:
+        raise WrongEngineError(f"{_NO_SERVER}: {_CHAT} answers without choices")
+    return choice, additions
+
+
+def _hello(engine: EngineClient) -> Json:
+    return {"model": engine.model, "messages": [{"role": "user", "content": "hi"}]}
 
 
 def _check_key(error: AnswerError) -> None:

@@ -205,11 +205,13 @@ async def _run_stack(settings: Settings) -> int:
     async with stack.running() as task:
         ready = asyncio.create_task(stack.wait_ready(task))
         spinner = "dots" if console.encoding.startswith("utf") else "line"
-        with console.status("vLLM loads the model (half a minute and more)", spinner=spinner):
+        loading = "vLLM loads the model (half a minute and more)"
+        waiting = loading if stack.managed else f"waiting for the engine at {stack.engine_url}"
+        with console.status(waiting, spinner=spinner):
             await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
         if not stack.supervisor.stopping.is_set():
             ready.result()
-            console.print(f"ready: point your agent at {stack.proxy_url}/v1 (Ctrl-C ends it)")
+            console.print(f"ready: point your agent at {settings.proxy.url}/v1 (Ctrl-C ends it)")
         await asyncio.gather(ready, return_exceptions=True)
         await task
     return 0

@@ -155,7 +155,7 @@ class EngineClient:
             self.max_model_len = next((n for n in lengths if isinstance(n, int)), None)
             return [ServedModel(card["id"], card.get("parent"), card.get("root")) for card in cards]
         except KeyError as error:
-            raise EngineError(f"{self.url}/v1/models lists models without {error}") from error
+            raise AnswerError(f"{self.url}/v1/models lists models without {error}", 200) from error
 
     async def live_requests(self) -> int:
         """Requests that run or wait now, whoever sent them: an agent, the judge, a probe."""

@@ -43,12 +43,6 @@ class Stack:
             self.parts["engine"] = self._engine(port, self._key)
         self.supervisor = Supervisor(list(self.parts.values()), self._tell)
 
-    @property
-    def proxy_url(self) -> str:
-        """The address that agents use as their base URL, without /v1."""
-        host = self.settings.proxy.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.proxy.port}"
-
     def check(self) -> None:
         """Raises StartError for what would only fail after minutes of starting."""
         if self.managed:
@@ -107,7 +101,9 @@ class Stack:
 
     async def _ready(self) -> None:
         async with aiohttp.ClientSession() as session:
-            while (health := await _healthz(session, self.proxy_url)).get("engine") != "up":
+            while (health := await _healthz(session, self.settings.proxy.url)).get(
+                "engine"
+            ) != "up":
                 if problem := health.get("engine_problem"):
                     raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
                 await asyncio.sleep(POLL_S)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import aiohttp
 
 from nextstate.agreement import agreement
-from nextstate.errors import EngineError, StartError
+from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
 from nextstate.notices import read_notices
 from nextstate.parts import read_parts
 from nextstate.prometheus import counts_by
@@ -26,16 +26,17 @@ async def status(settings: Settings) -> Json:
     lineages = settings.all_lineages
     serving = await asyncio.to_thread(store.serving_versions, lineages)
     counts = await asyncio.to_thread(store.counts)
-    health = await _healthz(settings)
+    told = await _ask_proxy(settings, "/healthz")
+    health = (json_object(told[1]) or {}) if told is not None else {}
     return {
         "state_dir": str(settings.store.path),
-        "proxy": _proxy_health(health),
+        "proxy": _proxy_health(told, health),
         "engine": await _engine_health(settings, health),
         "parts": await asyncio.to_thread(read_parts, settings.store.path),
         "training": await asyncio.to_thread(read_notices, settings.store.path, lineages),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
-        "unrecorded": await _unrecorded(settings),
+        "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
     }
 
@@ -67,51 +68,60 @@ def agreement_shown(found: Json) -> Json | str:
     }
 
 
-async def _healthz(settings: Settings) -> Json | None:
-    """What the proxy says of itself and the engine; None if it is down."""
-    url = f"http://{settings.proxy.host}:{settings.proxy.port}/healthz"
+async def _ask_proxy(settings: Settings, path: str) -> tuple[int, bytes] | None:
+    """The status and the body that the proxy answers, asked with its key; None if it is down."""
+    variable = settings.proxy.api_key_env
+    key = os.environ.get(variable) if variable else None
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    timeout = aiohttp.ClientTimeout(total=2)
     try:
-        timeout = aiohttp.ClientTimeout(total=2)
-        async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
-            return (json_object(await answer.read()) or {}) | {"status": answer.status}
+        async with (
+            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+            session.get(settings.proxy.url + path) as answer,
+        ):
+            return answer.status, await answer.read()
     except (aiohttp.ClientError, TimeoutError, OSError):
         return None
 
 
-def _proxy_health(health: Json | None) -> str:
-    if health is None:
+def _proxy_health(answer: tuple[int, bytes] | None, health: Json) -> str:
+    if answer is None:
         return "down"
-    if health["status"] != 200:
-        return f"answers {health['status']}"
+    if answer[0] != 200:
+        return f"answers {answer[0]}"
     waiting = health.get("turns_waiting", 0)
     return f"up, {waiting} turns wait for the store" if waiting else "up"
 
 
-async def _unrecorded(settings: Settings) -> Json:
-    """Requests to generate that no turn holds, by the reason; {} if the proxy does not say."""
-    url = f"http://{settings.proxy.host}:{settings.proxy.port}/metrics"
-    key = os.environ.get(settings.proxy.api_key_env) if settings.proxy.api_key_env else None
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    try:
-        timeout = aiohttp.ClientTimeout(total=2)
-        async with (
-            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-            session.get(url) as answer,
-        ):
-            text = await answer.text(errors="replace")
-    except (aiohttp.ClientError, TimeoutError, OSError):
+def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | str:
+    """Requests to generate that no turn holds, by the reason, or why that is not known."""
+    if answer is None:
         return {}
-    return dict(counts_by(text, "nextstate_requests_unrecorded_total", "reason"))
+    status, text = answer
+    if status == 401:
+        return f"not told: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
+    counts = text.decode(errors="replace")
+    return dict(counts_by(counts, "nextstate_requests_unrecorded_total", "reason"))
 
 
-async def _engine_health(settings: Settings, health: Json | None) -> str:
+async def _engine_health(settings: Settings, health: Json) -> str:
     """As the proxy has found it; asked here while there is no proxy."""
-    if problem := (health or {}).get("engine_problem"):
+    if problem := health.get("engine_problem"):
         return f"no use: {problem}"
+    if "engine" not in health:
+        return await _ask_engine(settings)
+    lacks = ", ".join(health.get("learning_lacks") or ())
+    up = health["engine"] == "up"
+    return ("up" if up else "down") + (f"; learning lacks {lacks}" if up and lacks else "")
+
+
+async def _ask_engine(settings: Settings) -> str:
     try:
         async with engine_client(settings) as engine:
-            up = await engine.healthy()
+            return "up" if await engine.healthy() else "down"
+    except WrongEngineError as error:
+        return f"no use: {error}"
+    except ConfigError as error:
+        return f"not asked: {error}"
     except (StartError, EngineError):
-        up = False
-    lacks = ", ".join((health or {}).get("learning_lacks") or ())
-    return ("up" if up else "down") + (f"; learning lacks {lacks}" if up and lacks else "")
+        return "down"

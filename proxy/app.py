@@ -7,30 +7,26 @@ import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from string import punctuation
 from typing import cast
-from urllib.parse import quote
 
 import aiohttp
 import orjson
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
-from yarl import URL
 
 from nextstate.engine import EngineClient
-from nextstate.errors import NextStateError, RecordError, StoreError, WaitError, WrongEngineError
+from nextstate.errors import NextStateError, RecordError, StoreError, WaitError
 from nextstate.hooks import AgentProfile, load_plugin
-from nextstate.open_files import ran_out
-from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
+from nextstate.records import MAIN_LINEAGE, Json
 from nextstate.settling import Reception
 from nextstate.store import Store
 from nextstate.wire import json_object, objects, read_json, write_json
-from proxy.answers import Refused, error_response, is_redirect, redirected
-from proxy.bodies import read_body, refuse_coded, stream_body
+from proxy.answers import Refused, error_response
+from proxy.bodies import read_body, refuse_coded, unreadable
 from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
 from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
@@ -38,14 +34,13 @@ from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
 from proxy.linking import session_names
 from proxy.metrics import counts_of, exposition
+from proxy.passing import Passing
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
 from proxy.recorder import Recorder
-from proxy.relay import ATTEMPTS, Relay, client_headers, upstream_headers
-from proxy.requests import BodyTooSlow
+from proxy.relay import Relay
 from proxy.server import Gate, Runner
 from proxy.serving import MESSAGES, compact
-from proxy.sse import EventSplitter
-from proxy.upstream import CONNECT_TIMEOUT_S, IDLE_S, Upstream
+from proxy.upstream import Upstream
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
 
@@ -102,10 +97,8 @@ class Proxy:
         self.gate = Gate()
         self._allowance = Allowance()
         self._relay: Relay | None = None
-        self._session: aiohttp.ClientSession
-        """For what is passed on as it is."""
-        self._fresh: aiohttp.ClientSession
-        """Like it, on a new connection each time."""
+        self._passing: Passing
+        """For what is passed on as it is, once the application runs."""
 
     @property
     def relay(self) -> Relay:
@@ -152,14 +145,13 @@ class Proxy:
         return await self._pass(request)
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
-        headers = {"Authorization": f"Bearer {self._engine_key}"} if self._engine_key else {}
-        self._session, self._fresh = _session(headers, IDLE_S), _session(headers, None)
         # Compressed, an answer could not be read.
-        fixed = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers = {"Accept-Encoding": "identity"}
+        if self._engine_key:
+            headers["Authorization"] = f"Bearer {self._engine_key}"
         async with (
-            self._session,
-            self._fresh,
-            Upstream(self.engine.url, headers | fixed) as upstream,
+            Passing(self.config, self.versions, headers, self._out_of_files) as self._passing,
+            Upstream(self.engine.url, headers | {"Content-Type": _JSON}) as upstream,
         ):
             self._relay = Relay(
                 self.config, self.versions, self.recorder, upstream, self._out_of_files
@@ -200,7 +192,7 @@ class Proxy:
         except aiohttp.ClientConnectionResetError:
             return web.Response(status=499)  # the client has left: nobody reads this
         except web.RequestPayloadError as error:
-            return _unreadable(request, error)
+            return unreadable(request, error)
 
     @web.middleware
     async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -208,9 +200,12 @@ class Proxy:
         sent = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         caller = self.lineages.caller(sent)
         without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
+        preflight = is_preflight(request.method, request.headers)
+        if preflight and self.lineages.apart:
+            without_key = False  # the request that follows may bring a lineage's key
         if without_key and (why := foreign(request.headers, self.config.host)) is not None:
             raise Refused(403, why)
-        if is_preflight(request.method, request.headers):
+        if preflight:
             return web.Response(status=204, headers=preflight_headers(request.headers))
         if caller is not None:
             request[_CALLER] = caller
@@ -264,7 +259,7 @@ class Proxy:
         asked: then the answer is `message`.
         """
         self.relay.counts.unrecorded[reason] += 1
-        return await self._forward(request, data, refused=message)
+        return await self._passing.forward(request, data, refused=message)
 
     def _tame(self, request: web.Request, body: Json, lineage: str) -> None:
         generates = request.path in GENERATING or request.path.startswith(_GENERATES)
@@ -297,7 +292,7 @@ class Proxy:
             listed["data"] = theirs + [{**m, "id": name} for m in base for name in names]
             return compact(listed)
 
-        return await self._forward(request, None, shown)
+        return await self._passing.forward(request, None, shown)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
         if administers(request.path):
@@ -307,23 +302,23 @@ class Proxy:
         if generates:
             self.relay.counts.unrecorded["route"] += 1
         if request.method != "POST" or request.content_type.startswith("multipart/"):
-            if generates and self.versions.serving[request[_CALLER]].adapter_name is not None:
+            if generates and self.versions.serves(request[_CALLER]).adapter_name is not None:
                 message = f"{request.path} takes a form: the serving version cannot answer it."
                 return _refused(request, 400, "BadRequestError", message)
-            return await self._forward(request, None)
+            return await self._passing.forward(request, None)
         data = await read_body(request, self.config.max_body_mb)
         try:
             body = read_json(data)
         except ValueError:  # the engine says what is wrong with it
-            return await self._forward(request, data)
+            return await self._passing.forward(request, data)
         if not isinstance(body, dict):
-            return await self._forward(request, data)
+            return await self._passing.forward(request, data)
         body = cast(Json, body)
         if (refused := self._guard(request, body)) is not None:
             return refused
         lineage = self._lineage(request, body)
         if lineage is None:
-            return await self._forward(request, data)
+            return await self._passing.forward(request, data)
         self._tame(request, body, lineage)
         async with self.versions.hold(lineage) as version:
             served, named = version.adapter_name or self.engine.model, str(body["model"])
@@ -337,7 +332,7 @@ class Proxy:
                 # Quotes inside of a JSON string are escaped: this is always a key and its value.
                 return part.replace(_named(served), _named(named))
 
-            return await self._forward(request, sent, renamed, version)
+            return await self._passing.forward(request, sent, renamed, version)
 
     def _lineage(self, request: web.Request, body: Json) -> str | None:
         """The lineage that a request's model belongs to, or None; names it where it is left out."""
@@ -345,99 +340,6 @@ class Proxy:
             body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
         model = body.get("model")
         return self.lineages.of(request[_CALLER], model) if isinstance(model, str) else None
-
-    def _target(self, request: web.Request) -> URL:
-        """Where a request goes at the engine: its path as the client wrote it."""
-        path = quote(str(request.rel_url), safe=punctuation, errors="surrogateescape")
-        return URL(f"{self.engine.url}{path}", encoded=True)  # yarl would resolve and decode it
-
-    async def _forward(
-        self,
-        request: web.Request,
-        data: bytes | None,
-        changed: Callable[[bytes], bytes] | None = None,
-        version: PolicyVersion | None = None,
-        refused: str | None = None,
-    ) -> web.StreamResponse:
-        """Passes a request and its reply on as they are, but for what `changed` does to a reply.
-
-        `changed` gets a whole body, or each event of a stream. `version` is what the request names:
-        if the engine does not know its adapter, it is brought back. `refused` is what the client
-        is told if the engine does not refuse the request itself.
-        """
-        response: web.StreamResponse | None = None
-        try:
-            async with await self._answer(request, data) as upstream:
-                if is_redirect(upstream.status, upstream.headers):
-                    raise redirected(request.path, upstream.status)
-                if refused is not None and upstream.status < 400:
-                    return _refused(request, 400, "BadRequestError", refused)
-                headers = client_headers(upstream.headers)
-                response = web.StreamResponse(status=upstream.status, headers=headers)
-                if changed is not None and upstream.content_type != "text/event-stream":
-                    body = await upstream.read()
-                    if upstream.status == 404 and version is not None:
-                        unknown = str(version.adapter_name).encode() in body
-                        if unknown and await self.versions.restored(version):
-                            return await self._forward(request, data, changed)
-                    return web.Response(status=upstream.status, body=changed(body), headers=headers)
-                response.content_length = upstream.content_length
-                await response.prepare(request)
-                splitter = EventSplitter()
-                async for chunk in upstream.content.iter_any():
-                    if changed is None:
-                        await response.write(chunk)
-                    else:
-                        await response.write(b"".join(map(changed, splitter.feed(chunk))))
-                await response.write(splitter.rest)
-                await response.write_eof()
-                return response
-        except WrongEngineError as error:
-            message = f"The inference engine cannot be used: {error}."
-            return _refused(request, 503, "ServiceUnavailableError", message)
-        except (aiohttp.ClientError, TimeoutError) as error:
-            if response is not None:
-                return await _cut_off(request, response, error)
-            if isinstance(error.__cause__, Refused):
-                raise error.__cause__ from None
-            if isinstance(broken := request.content.exception(), web.RequestPayloadError):
-                return _unreadable(request, broken)
-            if ran_out(error):
-                raise self._out_of_files(error) from error
-            log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
-            message = "The inference engine is unreachable."
-            return _refused(request, 503, "ServiceUnavailableError", message)
-
-    async def _answer(self, request: web.Request, data: bytes | None) -> aiohttp.ClientResponse:
-        """The engine's answer, once its head has come; waits for an engine that is down.
-
-        What need not be streamed is sent once more if the connection breaks before an answer.
-        """
-        headers = upstream_headers(request.headers)
-        if "Content-Type" in request.headers:
-            headers["Content-Type"] = request.headers["Content-Type"]
-        max_mb = self.config.max_body_mb
-        streamed = stream_body(request, max_mb) if data is None and request.can_read_body else None
-        deadline = asyncio.get_running_loop().time() + self.config.hold_s
-        attempt = 0
-        while True:
-            if not self.versions.up:
-                async with asyncio.timeout_at(deadline):
-                    await self.versions.wait_admitted()
-            try:
-                return await (self._fresh if attempt else self._session).request(
-                    request.method,
-                    self._target(request),
-                    data=data if streamed is None else streamed,
-                    headers=headers,
-                    allow_redirects=False,
-                )
-            except aiohttp.ClientConnectionError as error:
-                attempt += 1
-                if streamed is not None or ran_out(error) or attempt == ATTEMPTS:
-                    raise
-                if attempt > 1 and await self.versions.is_well():
-                    raise
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/json":
@@ -514,19 +416,6 @@ class Proxy:
         return web.Response(text=text, content_type="text/plain", charset="utf-8")
 
 
-def _session(headers: Mapping[str, str], idle_s: float | None) -> aiohttp.ClientSession:
-    """A client of the engine; its connections are kept for `idle_s`, or never used again."""
-    return aiohttp.ClientSession(
-        headers=headers,
-        connector=aiohttp.TCPConnector(
-            limit=0, keepalive_timeout=idle_s, force_close=idle_s is None
-        ),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-        auto_decompress=False,
-    )
-
-
 def _end_if_failed(task: asyncio.Task[None]) -> None:
     """Ends the process, as from outside, when what it cannot serve without has failed."""
     if not task.cancelled() and (error := task.exception()) is not None:
@@ -552,28 +441,5 @@ def _refused(request: web.Request, status: int, kind: str, message: str) -> web.
     return error_response(request.path, status, message, kind)
 
 
-def _unreadable(request: web.Request, error: BaseException) -> web.Response:
-    status = 408 if isinstance(error, BodyTooSlow) else 400
-    message = f"The request body cannot be read: {error}."
-    response = error_response(request.path, status, message)
-    response.force_close()
-    return response
-
-
 async def _ask_later(_: web.Request) -> None:
     """Does nothing yet about `Expect: 100-continue`."""
-
-
-async def _cut_off(
-    request: web.Request, response: web.StreamResponse, error: BaseException
-) -> web.StreamResponse:
-    """Passes a cut on as a cut: the client must not take a broken answer for a whole one.
-
-    Of one that was to be renamed as a whole nothing but the head goes out.
-    """
-    log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
-    if not response.prepared:
-        await response.prepare(request)
-    if request.transport is not None:
-        request.transport.abort()
-    return response

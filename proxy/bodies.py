@@ -7,7 +7,8 @@ from collections.abc import AsyncGenerator
 
 from aiohttp import web
 
-from proxy.answers import Refused
+from proxy.answers import Refused, error_response
+from proxy.requests import BodyTooSlow
 
 MOST_CONTAINERS = 250_000
 """Objects and arrays of one body. Each costs 60 to 300 bytes and may be 3 on the wire."""
@@ -53,6 +54,15 @@ async def stream_body(request: web.Request, max_mb: int) -> AsyncGenerator[bytes
         if size > max_mb << 20:
             raise too_large(max_mb)
         yield chunk
+
+
+def unreadable(request: web.Request, error: BaseException) -> web.Response:
+    """What a client is told whose body broke off or came too slowly."""
+    status = 408 if isinstance(error, BodyTooSlow) else 400
+    message = f"The request body cannot be read: {error}."
+    response = error_response(request.path, status, message)
+    response.force_close()
+    return response
 
 
 def too_large(max_mb: int) -> Refused:

@@ -49,6 +49,12 @@ class ProxyConfig:
             )
 
     @property
+    def url(self) -> str:
+        """Where it is reached from this machine, without /v1."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
+    @property
     def loopback(self) -> bool:
         """Whether `host` is reachable from this machine only."""
         try:

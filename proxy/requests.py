@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import httptools
 from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http import HttpVersion, RawRequestMessage
+from aiohttp.http import HttpVersion, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -169,14 +169,16 @@ class RequestParser:
         framing = [f"{name}: {headers[name]}\r\n" for name in _FRAMING if name in headers]
         self._framing = "".join(framing).encode()
         target = URL.build(path=known_as(path), query_string=query, encoded=True)
+        version = HttpVersion(*map(int, self._parser.get_http_version().split(".")))
         self.path = target.path
         message = RawRequestMessage(
             method=self._parser.get_method().decode("ascii"),
             path=str(target),
-            version=HttpVersion(*map(int, self._parser.get_http_version().split("."))),
+            version=version,
             headers=CIMultiDictProxy(headers),
             raw_headers=tuple(self._headers),
-            should_close=not self._parser.should_keep_alive(),
+            # In 1.0 only the end of its connection ends a stream, whatever the client asked for.
+            should_close=version < HttpVersion11 or not self._parser.should_keep_alive(),
             compression=None,
             upgrade=False,
             chunked=chunked,

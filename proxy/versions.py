@@ -34,8 +34,9 @@ SLOWEST_POLL_S = 5.0
 """For an engine that answers and cannot serve: the pause doubles up to this."""
 QUIET_START_S = 5.0
 """An engine that is not there is no news before."""
-LOOK_AGAIN_S = 30.0
-"""For an engine that lacks something: it may have been started anew with it."""
+LOOK_AGAIN_S = 300.0
+"""For an engine that lacks something: it may have been started anew with it, unseen behind a
+gateway. Each look generates a token or two, which somebody may pay for."""
 UNLOAD_AGAIN_S = 10.0
 
 

@@ -400,6 +400,9 @@ def test_who_has_a_key_may_come_from_anywhere(store: Store, tmp_path: Path) -> N
 def test_a_lineages_key_is_a_key(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         lines = (JSON, "Origin: http://evil.example")
+        asks = "Access-Control-Request-Method: POST"
+        preflight = get("/v1/chat/completions", lines[1], asks, method="OPTIONS")
+        assert (await ask(p.url, preflight)).status == 204
         assert (await ask(p.url, post("/v1/chat/completions", *lines))).status == 403
         keyed = (*lines, "Authorization: Bearer hers")
         assert (await ask(p.url, post("/v1/chat/completions", *keyed))).status == 200
@@ -483,6 +486,35 @@ def test_models_tell_no_paths(store: Store, tmp_path: Path) -> None:
         }
 
     both(test, store, tmp_path, doors={"open": Access("open", None)})
+
+
+def test_no_answer_is_compressed_for_a_client_that_does_not_ask(
+    store: Store, tmp_path: Path
+) -> None:
+    """Nor could the list of models be changed."""
+
+    class Gateway(ScriptedEngine):
+        @web.middleware
+        async def _reset(self, request: web.Request, handler: Any) -> web.StreamResponse:
+            response = await handler(request)
+            if response.body and "gzip" in request.headers.get("Accept-Encoding", ""):
+                response.enable_compression(web.ContentCoding.gzip)
+            return response
+
+    async def test() -> None:
+        engine = Gateway()
+        async with TestServer(engine.app()) as server:
+            engine.server = server
+            async with running(engine.url, store, tmp_path) as p:
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                for raw in (get("/v1/models"), get("/version"), post("/v1/score", JSON)):
+                    found = await ask(p.url, raw)
+                    assert "content-encoding" not in found.headers
+                    assert isinstance(json.loads(found.body), dict)
+                [base] = json.loads((await ask(p.url, get("/v1/models"))).body)["data"]
+                assert base["root"] == MODEL
+
+    asyncio.run(test())
 
 
 def test_a_page_reads_the_turn_of_a_streamed_reply(store: Store, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from nextstate.engine import EngineClient
 from nextstate.open_files import ran_out
@@ -103,9 +105,10 @@ def test_requests_that_fail_together_share_one_look_at_the_engines_health(
     both(test, store, tmp_path)
 
 
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\nContent-"])
+@pytest.mark.parametrize("path", ASKED)
 def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
-    store: Store, tmp_path: Path, path: str
+    store: Store, tmp_path: Path, path: str, part: bytes
 ) -> None:
     taken: list[bytes] = []
 
@@ -116,7 +119,7 @@ def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
                 sent = await reader.readexactly(int(length or 0))
                 if b"hi" in sent:
                     taken.append(sent)
-                    writer.write(b"HTTP/1.1 200 OK\r\nContent-")
+                    writer.write(part)
                     await writer.drain()
                     return
                 body = compact({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
@@ -130,6 +133,33 @@ def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
                 failed = count_failures(p)
                 status, _ = await ask(p, path)
                 assert (status, len(taken), failed) == (503, 1, [])
+
+    asyncio.run(test())
+
+
+def test_a_form_that_cannot_be_sent_again_goes_on_a_new_connection(
+    store: Store, tmp_path: Path
+) -> None:
+    """One that was kept may be closed already at the other end."""
+    asked: list[tuple[str, int]] = []
+
+    class Forms(ScriptedEngine):
+        async def _echo(self, request: web.Request) -> web.Response:
+            asked.append((request.method, id(request.transport)))
+            return await super()._echo(request)
+
+    async def test() -> None:
+        engine = Forms()
+        async with TestServer(engine.app()) as server:
+            engine.server = server
+            async with running(engine.url, store, tmp_path) as p:
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                for kind in ("text/plain", "multipart/form-data; boundary=x", "text/plain"):
+                    headers = {"Content-Type": kind}
+                    answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
+                    assert await answer.read() == b"--x--"
+        [first, form, last] = asked
+        assert first == last != form
 
     asyncio.run(test())
 

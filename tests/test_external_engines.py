@@ -26,6 +26,7 @@ from nextstate.stack import Stack
 from nextstate.status import status
 from nextstate.store import Store
 from proxy import versions
+from proxy.config import ProxyConfig
 from proxy.versions import Versions
 from tests.scripted_engine import MODEL, ScriptedEngine, compact, plain_reply, stream_chunks
 from tests.test_proxy import Running, add_version, request, running, until
@@ -40,6 +41,9 @@ class Foreign(ScriptedEngine):
 
     health: bool = True
     completions_route: bool = True
+    lists: bool = True
+    forbids: int = 0
+    """The status for completions, or 0."""
     arrays: bool = True
     """Whether a prompt may be token ids."""
     tells_ids: bool = True
@@ -57,7 +61,8 @@ class Foreign(ScriptedEngine):
         app = web.Application(middlewares=[self._locked])
         if self.health:
             app.router.add_get("/health", self._health)
-        app.router.add_get("/v1/models", self._listed)
+        if self.lists:
+            app.router.add_get("/v1/models", self._listed)
         app.router.add_post("/v1/chat/completions", self._chatted)
         if self.completions_route:
             app.router.add_post("/v1/completions", self._completed)
@@ -79,6 +84,8 @@ class Foreign(ScriptedEngine):
 
     async def _completed(self, request: web.Request) -> web.Response:
         body = await request.json()
+        if self.forbids:
+            return web.json_response({"error": {"message": "chat only"}}, status=self.forbids)
         if not self.arrays and isinstance(body["prompt"], list):
             return web.json_response({"error": {"message": "prompt: want string"}}, status=400)
         return await self._answered(body, request)  # pyright: ignore[reportReturnType]
@@ -122,6 +129,18 @@ ENGINES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "strict, 422": (
         {"refuses": 422, "health": False},
         [COMPLETIONS, LOG_PROBS, TOKEN_IDS, ADAPTERS],
+    ),
+    "strict, 500": (
+        {"refuses": 500, "completions_route": False},
+        [COMPLETIONS, LOG_PROBS, TOKEN_IDS, ADAPTERS],
+    ),
+    "a gateway for chat": (
+        {"forbids": 403, "tells_ids": False},
+        [COMPLETIONS, TOKEN_IDS, ADAPTERS],
+    ),
+    "no list of models": (
+        {"lists": False, "health": False, "completions_route": False, "tells_ids": False},
+        [COMPLETIONS, TOKEN_IDS, ADAPTERS],
     ),
     "vLLM without LoRA": ({}, [ADAPTERS]),
     "vLLM with the route alone": ({"lora_route": True}, [ADAPTERS]),
@@ -189,9 +208,18 @@ def test_the_base_serves_where_adapters_cannot(
     add_version(store, tmp_path, 1)
     store.set_serving("main", 1)
 
+    class Hears(Foreign):
+        def app(self) -> web.Application:
+            app = super().app()
+            app.router.add_post("/v1/audio/transcriptions", self._echo)
+            return app
+
     async def test() -> None:
-        async with relayed(Foreign(**ENGINES[name][0]), store, tmp_path) as p:
+        async with relayed(Hears(**ENGINES[name][0]), store, tmp_path) as p:
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            form = {"Content-Type": "multipart/form-data; boundary=x"}
+            url = f"{p.url}/v1/audio/transcriptions"
+            assert (await p.http.post(url, data=b"--x--", headers=form)).status == 200
             status, _, headers = await p.chat(request())
             turn = store.turn(headers["x-nextstate-turn"])
             assert turn is not None
@@ -308,8 +336,17 @@ def moved() -> ScriptedEngine:
     return Moved()
 
 
+def shop() -> ScriptedEngine:
+    class Shop(Foreign):
+        async def _answered(self, body: dict[str, Any], request: web.Request) -> web.StreamResponse:
+            return web.json_response({"choices": None})
+
+    return Shop()
+
+
 WRONG = {
     "a web page": (lambda: html(200), "no OpenAI server"),
+    "one that answers without choices": (shop, "no OpenAI server.*without choices"),
     "another server": (lambda: html(404), "no OpenAI server"),
     "http to https": (moved, "no OpenAI server"),
     "a locked one": (lambda: Foreign(key="other"), r"refuses our key \(401\).*api_key_env"),
@@ -492,6 +529,10 @@ DOCTOR: dict[str, tuple[Any, list[str]]] = {
     ),
     "no model": (lambda: Foreign(names=("a", "b")), [r"lacks the model 'base'.*it serves a, b"]),
     "a web page": (lambda: html(200), ["no OpenAI server"]),
+    "one without a list": (
+        lambda: Foreign(lists=False, tells_ids=False),
+        ["learning lacks token ids", "runtime adapters"],
+    ),
     "a locked one": (lambda: Foreign(key="k"), [r"refuses our key \(401\).*api_key_env"]),
     "one that loads": (lambda: html(503), [r"does not serve: .*503"]),
 }
@@ -554,6 +595,41 @@ def test_status_says_what_learning_lacks(store: Store, tmp_path: Path) -> None:
     assert said.startswith(f"up; learning lacks {COMPLETIONS}")
     assert asyncio.run(test(ScriptedEngine())) == "up"
     assert "no OpenAI server" in asyncio.run(test(html(200)))
+
+
+def test_status_of_a_proxy_with_a_key_says_as_much(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIENTS", "secret")
+
+    async def test() -> None:
+        engine = Foreign(key="engine-key", **ENGINES["ollama"][0])
+        async with relayed(engine, store, tmp_path, key="secret") as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            keyed = {"Authorization": "Bearer secret"}
+            await p.http.post(f"{p.url}/v1/completions", data=b"no JSON", headers=keyed)
+            port = int(p.url.rpartition(":")[2])
+            file = configured(tmp_path, engine.url, 'api_key_env = "ENGINES"', port)
+            file.write_text(file.read_text() + 'api_key_env = "CLIENTS"\n')
+            found = await status(Settings.read(file))
+            assert (found["proxy"], found["unrecorded"]) == ("up", {"body": 1})
+            # The engine's key need not be known here: the proxy has asked.
+            assert found["engine"].startswith(f"up; learning lacks {COMPLETIONS}")
+            for other in ("wrong", ""):
+                monkeypatch.setenv("CLIENTS", other)
+                found = await status(Settings.read(file))
+                assert found["engine"].startswith("up; learning lacks")
+                assert "[proxy] api_key_env = 'CLIENTS'" in found["unrecorded"]
+
+    asyncio.run(test())
+    down = asyncio.run(status(Settings.read(configured(tmp_path, "http://h", 'api_key_env = "E"'))))
+    assert (down["proxy"], down["unrecorded"]) == ("down", {})
+    assert "the environment variable E is not set" in down["engine"]
+
+
+def test_the_proxys_address_is_one_that_clients_understand() -> None:
+    assert ProxyConfig(host="::1", port=80).url == "http://[::1]:80"
+    assert ProxyConfig(host="localhost").url == "http://localhost:8080"
 
 
 def test_up_ends_at_once_where_only_a_person_can_help(store: Store, tmp_path: Path) -> None:

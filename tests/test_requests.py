@@ -335,6 +335,28 @@ def test_who_waits_to_be_asked_for_a_body_is_asked_once_the_key_is_right(
     both(test, store, tmp_path, key="secret")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_connection_of_http_1_0_ends_with_its_answer(
+    store: Store, tmp_path: Path, stream: bool
+) -> None:
+    """A stream has no other end there, also for a client that asks to keep the connection."""
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        body = orjson.dumps(request(stream=stream))
+        head = f"POST {CHAT} HTTP/1.0\r\nConnection: keep-alive\r\n".encode()
+        host, port = p.url.removeprefix("http://").split(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + TYPE + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+        async with asyncio.timeout(20):
+            found = Answer(await reader.read())
+        writer.close()
+        assert found.status == 200
+        assert b"lo" in found.body
+        assert "transfer-encoding" not in found.headers
+
+    both(test, store, tmp_path)
+
+
 def test_a_head_without_an_end_is_refused(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for endless in (b"X: " + b"a" * 1_000_000, b"X" * 1_000_000, b"a: b\r\n" * 100_000):
