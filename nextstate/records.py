@@ -29,7 +29,7 @@ BASE_VERSION = 0
 """The base model without an adapter is version 0 of every lineage."""
 _NAME_DIGITS = 16
 """Of an adapter's hash, in its name."""
-_ADAPTER = re.compile(rf".+-v\d{{6}}(-[0-9a-f]{{{_NAME_DIGITS}}})?")
+_ADAPTER = re.compile(rf"\A.+-v\d{{6}}(-[0-9a-f]{{{_NAME_DIGITS}}})?")
 
 
 class TurnKind(StrEnum):
