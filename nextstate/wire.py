@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 import orjson
@@ -17,6 +18,8 @@ _BEYOND_64_BITS = b"0" * 19
 _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?")
 _LONGEST_NUMBER = 4300
 """Digits of a text that Python makes a number of."""
+MOST_LEVELS = 450
+"""Of objects and arrays within each other: the recorder's pickles end at 490."""
 
 
 def json_object(data: bytes) -> Json | None:
@@ -51,10 +54,9 @@ def write_json(value: object) -> bytes:
         return orjson.dumps(value)
     except orjson.JSONEncodeError:  # what it cannot read, and what is nested deeper than 254 levels
         pass
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deep to be written") from None
+    if _is_deeper(value, MOST_LEVELS):
+        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def integer(value: object) -> int | None:
@@ -88,6 +90,20 @@ def objects(value: object) -> list[Json]:
     if not isinstance(value, list):
         return []
     return cast("list[Json]", [item for item in cast("list[Any]", value) if isinstance(item, dict)])
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether objects and arrays are nested deeper than so many levels."""
+    level = [value]
+    for _ in range(levels):
+        level = [inner for one in level for inner in _entries(one)]
+    return any(isinstance(one, dict | list) for one in level)
+
+
+def _entries(value: object) -> Iterable[object]:
+    if isinstance(value, dict):
+        return cast("dict[str, object]", value).values()
+    return cast("list[object]", value) if isinstance(value, list) else ()
 
 
 class _NotFinite(float):

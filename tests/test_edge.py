@@ -471,16 +471,22 @@ def test_healthz_names_a_lineage_to_who_may_see_it(store: Store, tmp_path: Path)
     both(test, store, tmp_path, key="secret", doors=doors)
 
 
-def test_models_tell_no_paths(store: Store, tmp_path: Path) -> None:
+def test_models_are_those_that_generate_here_and_tell_no_paths(
+    store: Store, tmp_path: Path
+) -> None:
     add_version(store, tmp_path, 1)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.adapters["somebody's"] = "/home/somebody/adapter"
         found = await p.http.get(f"{p.url}/v1/models")
         assert {m["id"]: m["root"] for m in (await found.json())["data"]} == {
-            **{name: name for name in (MODEL, "somebody's")},
-            "open": MODEL,
+            **{MODEL: MODEL, "open": MODEL}
         }
+        answer = await p.http.post(
+            f"{p.url}/v1/chat/completions", json={**request(), "model": "somebody's"}
+        )
+        assert answer.status == 400
+        assert "use base, open." in (await answer.json())["error"]["message"]
 
     both(test, store, tmp_path, doors={"open": Access("open", None)})
 
