@@ -16,6 +16,7 @@ _DIGITS = bytes(48 if 48 <= byte <= 57 else 0 for byte in range(256))
 _BEYOND_64_BITS = b"0" * 19
 """As long as the shortest number that does not fit, once every digit is a zero."""
 _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?")
+_CONTAINERS = (dict, list)
 _LONGEST_NUMBER = 4300
 """Digits of a text that Python makes a number of."""
 MOST_LEVELS = 450
@@ -94,16 +95,16 @@ def objects(value: object) -> list[Json]:
 
 def _is_deeper(value: object, levels: int) -> bool:
     """Whether objects and arrays are nested deeper than so many levels."""
-    level = [value]
+    level = [value] if isinstance(value, _CONTAINERS) else []
     for _ in range(levels):
-        level = [inner for one in level for inner in _entries(one)]
-    return any(isinstance(one, dict | list) for one in level)
+        level = [e for one in level for e in _entries(one) if isinstance(e, _CONTAINERS)]
+    return bool(level)
 
 
-def _entries(value: object) -> Iterable[object]:
-    if isinstance(value, dict):
-        return cast("dict[str, object]", value).values()
-    return cast("list[object]", value) if isinstance(value, list) else ()
+def _entries(container: object) -> Iterable[object]:
+    if isinstance(container, dict):
+        return cast("dict[str, object]", container).values()
+    return cast("list[object]", container)
 
 
 class _NotFinite(float):

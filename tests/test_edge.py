@@ -503,3 +503,15 @@ def test_a_page_reads_the_turn_of_a_streamed_reply(store: Store, tmp_path: Path)
                 assert "x-nextstate-turn" in found.headers["Access-Control-Expose-Headers"]
 
     both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("text", ["∀", "℀", "\\u2200", "乜", "\\\\", "≢\\"])
+def test_the_bounds_hold_in_every_encoding(encoding: str, text: str) -> None:
+    """In UTF-16 a character may hold the byte of a quote, of a bracket or of a backslash."""
+    said = json.dumps({"a": text}, ensure_ascii=False)[:-1]
+    assert excess((said + ', "b": [' + "[]," * 260_000 + "1]}").encode(encoding)) is not None
+    assert excess((said + ', "b": [' + "1," * 1_100_000 + "1]}").encode(encoding)) is not None
+    fine = (said + ', "b": "' + "[]," * 1_100_000 + '"}').encode(encoding)
+    assert json.loads(fine)["a"] == text
+    assert excess(fine) is None
