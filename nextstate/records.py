@@ -29,7 +29,8 @@ BASE_VERSION = 0
 """The base model without an adapter is version 0 of every lineage."""
 _NAME_DIGITS = 16
 """Of an adapter's hash, in its name."""
-_ADAPTER = re.compile(rf".+-v\d{{6}}(-[0-9a-f]{{{_NAME_DIGITS}}})?")
+_MOST_LOGPROB = 1e-6
+_ADAPTER = re.compile(rf"\A.+-v\d{{6}}(-[0-9a-f]{{{_NAME_DIGITS}}})?")
 
 
 class TurnKind(StrEnum):
@@ -132,9 +133,14 @@ class Turn:
                     f"turn {self.id}: {len(self.behaviour_logprobs)} behaviour log-probs for "
                     f"{ids} completion ids"
                 )
-            for value in self.behaviour_logprobs:
-                if not (math.isfinite(value) and value <= 1e-6):
-                    raise RecordError(f"turn {self.id}: {value} is not a log-probability")
+            if not (
+                all(map(math.isfinite, self.behaviour_logprobs))
+                and max(self.behaviour_logprobs, default=0.0) <= _MOST_LOGPROB
+            ):
+                wrong = next(
+                    v for v in self.behaviour_logprobs if not -math.inf < v <= _MOST_LOGPROB
+                )
+                raise RecordError(f"turn {self.id}: {wrong} is not a log-probability")
         if self.untrainable is None and not (
             self.prompt_ids and self.completion_ids and self.behaviour_logprobs
         ):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+from collections.abc import Iterable
 from typing import Any, cast
 
 import orjson
@@ -15,8 +16,11 @@ _DIGITS = bytes(48 if 48 <= byte <= 57 else 0 for byte in range(256))
 _BEYOND_64_BITS = b"0" * 19
 """As long as the shortest number that does not fit, once every digit is a zero."""
 _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?")
+_CONTAINERS = (dict, list)
 _LONGEST_NUMBER = 4300
 """Digits of a text that Python makes a number of."""
+MOST_LEVELS = 450
+"""Of objects and arrays within each other: the recorder's pickles end at 490."""
 
 
 def json_object(data: bytes) -> Json | None:
@@ -51,10 +55,9 @@ def write_json(value: object) -> bytes:
         return orjson.dumps(value)
     except orjson.JSONEncodeError:  # what it cannot read, and what is nested deeper than 254 levels
         pass
-    try:
-        return json.dumps(value, separators=(",", ":")).encode()
-    except RecursionError:
-        raise ValueError("it is nested too deep to be written") from None
+    if _is_deeper(value, MOST_LEVELS):
+        raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
+    return json.dumps(value, separators=(",", ":")).encode()
 
 
 def integer(value: object) -> int | None:
@@ -88,6 +91,20 @@ def objects(value: object) -> list[Json]:
     if not isinstance(value, list):
         return []
     return cast("list[Json]", [item for item in cast("list[Any]", value) if isinstance(item, dict)])
+
+
+def _is_deeper(value: object, levels: int) -> bool:
+    """Whether objects and arrays are nested deeper than so many levels."""
+    level = [value] if isinstance(value, _CONTAINERS) else []
+    for _ in range(levels):
+        level = [e for one in level for e in _entries(one) if isinstance(e, _CONTAINERS)]
+    return bool(level)
+
+
+def _entries(container: object) -> Iterable[object]:
+    if isinstance(container, dict):
+        return cast("dict[str, object]", container).values()
+    return cast("list[object]", container)
 
 
 class _NotFinite(float):

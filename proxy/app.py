@@ -52,6 +52,8 @@ _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 """What generates in a form that no turn can hold."""
 _OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
 """Need no key."""
+_FOR_WHAT_IT_HOLDS = frozenset((400, 404, 413, 415))
+"""What a request is refused with that another one in its place would not be."""
 _WRITER_S = 10.0
 """How long the start waits for the writer: it takes half a second, and more on a busy machine."""
 _DRAIN_S = 10.0
@@ -188,6 +190,8 @@ class Proxy:
         try:
             return await handler(request)
         except Refused as error:
+            if request.path in GENERATING and error.status in _FOR_WHAT_IT_HOLDS:
+                self.relay.counts.unrecorded["refused"] += 1
             return error_response(request.path, error.status, error.message)
         except aiohttp.ClientConnectionResetError:
             return web.Response(status=499)  # the client has left: nobody reads this
@@ -236,19 +240,17 @@ class Proxy:
             message = f"Content-Type: {request.content_type}: expected {_JSON}."
             return await self._unserved(request, data, "content_type", message)
         body = cast(Json, body)
-        if (refused := self._guard(request, body)) is not None:
-            return refused
+        self._guard(body)
         lineage = self._lineage(request, body)
         if lineage is None:
-            message = f"The model `{body.get('model')!s:.200}` is not served here."
+            served = ", ".join((self.engine.model, *self.lineages.models(request[_CALLER])))
+            message = f"The model `{body.get('model')!s:.200}` is not served here: use {served}."
             return await self._unserved(request, data, "model", message)
         self._tame(request, body, lineage)
         try:
             return await self.relay.generate(request, body, lineage, body["model"])
         except ValueError as error:
-            return _refused(
-                request, 400, "BadRequestError", f"The body cannot be passed on: {error}."
-            )
+            raise Refused(400, f"The body cannot be passed on: {error}.") from error
 
     async def _unserved(
         self, request: web.Request, data: bytes, reason: str, message: str
@@ -265,16 +267,15 @@ class Proxy:
         generates = request.path in GENERATING or request.path.startswith(_GENERATES)
         tame(body, lineage, salted=generates and self.lineages.apart)
 
-    def _guard(self, request: web.Request, body: Json) -> web.Response | None:
-        """The answer to a request that must not reach the engine, or None."""
+    def _guard(self, body: Json) -> None:
+        """Raises Refused for a request that must not reach the engine."""
         found = refusal(
             body,
             max_choices=self.config.max_choices,
             names_adapter=self.versions.is_adapter(str(body.get("model"))),
         )
-        if found is None:
-            return None
-        return _refused(request, found.status, found.kind, found.message)
+        if found is not None:
+            raise found
 
     async def _models(self, request: web.Request) -> web.StreamResponse:
         caller = request[_CALLER]
@@ -283,13 +284,11 @@ class Proxy:
             listed = json_object(body)
             if listed is None or "data" not in listed:
                 return body
-            is_adapter = self.versions.is_adapter
-            theirs = [m for m in objects(listed["data"]) if not is_adapter(str(m.get("id")))]
-            for model in theirs:
-                model["root"] = model.get("id")  # else the folder that it was loaded from
-            base = [m for m in theirs if m.get("id") == self.engine.model]
-            names = self.lineages.models(caller)
-            listed["data"] = theirs + [{**m, "id": name} for m in base for name in names]
+            # No other model that the engine has generates here; its root may be a folder.
+            base = [m for m in objects(listed["data"]) if m.get("id") == self.engine.model]
+            names = (self.engine.model, *self.lineages.models(caller))
+            root = self.engine.model
+            listed["data"] = [{**m, "id": name, "root": root} for m in base for name in names]
             return compact(listed)
 
         return await self._passing.forward(request, None, shown)
@@ -314,8 +313,7 @@ class Proxy:
         if not isinstance(body, dict):
             return await self._passing.forward(request, data)
         body = cast(Json, body)
-        if (refused := self._guard(request, body)) is not None:
-            return refused
+        self._guard(body)
         lineage = self._lineage(request, body)
         if lineage is None:
             return await self._passing.forward(request, data)
@@ -325,8 +323,7 @@ class Proxy:
             try:
                 sent = write_json({**body, "model": served})
             except ValueError as error:
-                message = f"The body cannot be passed on: {error}."
-                return _refused(request, 400, "BadRequestError", message)
+                raise Refused(400, f"The body cannot be passed on: {error}.") from error
 
             def renamed(part: bytes) -> bytes:
                 # Quotes inside of a JSON string are escaped: this is always a key and its value.

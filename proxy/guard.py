@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sized
-from dataclasses import dataclass
 from typing import Any, cast
 
 from nextstate.records import Json
 from nextstate.vllm import VOTE_PRIORITY
 from nextstate.wire import integer, obj
+from proxy.answers import Refused
 from proxy.dialects.chat import is_off
 from proxy.schemas import excess
 
@@ -30,15 +30,6 @@ _LONGEST_SALT = 128
 _NOT_IN_SALT = frozenset("@/\\\x00")
 
 
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """What the client is told, in the API's error format."""
-
-    status: int
-    kind: str
-    message: str
-
-
 def administers(path: str) -> bool:
     """Whether a path, decoded, leads to the engine's administration, however it is spelt."""
     return not _ADMIN.isdisjoint(path.split("/"))
@@ -49,7 +40,7 @@ def leads_out(path: str) -> bool:
     return not _DOTS.isdisjoint(path.split("/"))
 
 
-def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | None:
+def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refused | None:
     """Why a request under /v1/ must not reach the engine, or None.
 
     Prompt log-probs end the whole engine on a CPU while an adapter is loaded, and cost gigabytes on
@@ -57,13 +48,13 @@ def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refusal | N
     """
     if names_adapter:
         name = body.get("model")
-        return Refusal(404, "NotFoundError", f"The model `{name}` does not exist.")
+        return Refused(404, f"The model `{name}` does not exist.")
     if body.get("prompt_logprobs") is not None:
-        return _bad("prompt_logprobs is not available while adapters are served.")
+        return Refused(400, "prompt_logprobs is not available while adapters are served.")
     if not is_off(body.get("echo")) and (body.get("logprobs") is not None or "messages" in body):
-        return _bad("echo with log-probs is not available while adapters are served.")
+        return Refused(400, "echo with log-probs is not available while adapters are served.")
     message = _too_many(body, max_choices) or excess(body)
-    return None if message is None else _bad(message)
+    return None if message is None else Refused(400, message)
 
 
 def tame(body: Json, lineage: str, *, salted: bool) -> None:
@@ -121,7 +112,3 @@ def _prompts(body: Json) -> int:
         if entries and not isinstance(entries[0], one):
             several += len(entries)
     return max(several, 1)
-
-
-def _bad(message: str) -> Refusal:
-    return Refusal(400, "BadRequestError", message)

@@ -65,7 +65,7 @@ class RelayCounts:
     cut: int = 0
     """Streams that the engine cut or that the client left."""
     unrecorded: Counter[str] = field(default_factory=Counter[str])
-    """Requests to generate that were passed on as they came, by the reason."""
+    """Requests to generate that no turn holds, by the reason."""
 
 
 @dataclass(slots=True)

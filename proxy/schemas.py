@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from typing import Any, NamedTuple, cast
+from urllib.parse import unquote
 
 from nextstate.records import Json
 from nextstate.wire import obj, objects, read_json
@@ -42,6 +43,7 @@ _NAMED = frozenset(
 )
 """Objects whose keys are names that somebody chose."""
 _NOTES = frozenset(("description", "title", "$comment", "examples", "default", "name", "$id"))
+_REFERENCES = frozenset(("$ref", "$dynamicRef", "$recursiveRef"))
 _AS_JSON = frozenset(("json", "guided_json", "structural_tag", "json_schema", "schema"))
 """Where a schema may stand as a text."""
 _COUNT = re.compile(r"[{~] *+(\d*+) *+(?:(?:,|\.\.) *+(\d*+))?")
@@ -102,11 +104,15 @@ class _Sizes:
         self._text = 0
         self._in_all = 0.0
         self._repeated = 0
+        self._notes: list[_Part] = []
+        """Those not looked at: no compiler reads them, unless a reference points into one."""
+        self._referred = False
+        """Whether one does."""
 
     def measure(self, parts: list[_Part]) -> None:
         """Takes in `parts` and all that is in them, in steps that the bounds limit."""
-        while parts:
-            part = parts.pop()
+        while parts or (self._referred and self._notes):
+            part = (parts or self._notes).pop()
             if part.depth > _MOST_DEPTH:
                 raise _Excess(f"{_short(part.path)} is nested deeper than {_MOST_DEPTH} levels.")
             match part.value:
@@ -127,9 +133,10 @@ class _Sizes:
         _bounded("The request's schemas have", self._objects, _MOST_OBJECTS, "objects")
         found: list[_Part] = []
         for key, inner in value.items():
-            if key in _NOTES and not part.named:
-                continue
             path = f"{part.path}.{key}"
+            if key in _NOTES and not part.named and not self._referred:
+                self._notes.append(_Part(path, key, inner, part.depth + 1))
+                continue
             self._add_text(path, key)
             if part.named and part.key == "patternProperties":
                 self._pattern(path, key)
@@ -160,6 +167,8 @@ class _Sizes:
             return [] if isinstance(inner, str) else [part._replace(value=inner)]
         else:
             self._add_text(part.path, value)
+            if part.key in _REFERENCES:
+                self._referred |= not _NOTES.isdisjoint(re.split("[#/]", unquote(value)))
             if part.key == "pattern":
                 self._pattern(part.path, value)
             elif part.key in ("regex", "guided_regex"):

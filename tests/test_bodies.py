@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,7 @@ BODIES = {
     "lone surrogate said": (TEXT % "1").replace("héllo", "h\\ud83dllo").encode(),
     "lone surrogate in a name": (TEXT % '{"\\udfff": 1}').encode(),
     "nested deep": (TEXT % ("[" * 400 + "]" * 400)).encode(),
+    "nested as deep as it may be": (TEXT % ('{"a":' * 449 + "1" + "}" * 449)).encode(),
     "twice": (TEXT % '1, "model": "base", "x": 2').encode(),
     "no model": (TEXT % "1").replace('"model": "base", ', "").encode(),
 }
@@ -180,5 +183,40 @@ def test_the_engine_gets_what_it_reads_and_no_word_to_the_harm_of_others(
         assert not {name.lower() for name in mine} & set(got)
         assert {name: got.get(name.lower()) for name in read} == read
         assert engine.requests[-1]["priority"] == 0
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("path", ["chat/completions", "completions", "messages", "responses"])
+def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, path: str) -> None:
+    """A body that nests 500 levels was served, and its turn was lost."""
+    body = {"model": MODEL, "prompt": "Hi", "input": "Hi", "messages": [], "max_tokens": 5}
+    plain = {"Content-Type": "application/json"}
+
+    def with_(value: str) -> bytes:
+        return (json.dumps(body)[:-1] + f', "x": {value}}}').encode()
+
+    refused = {
+        "an array too deep": (with_("[" * 450 + "]" * 450), plain, 400, "450 levels"),
+        "objects too deep": (with_('{"a":' * 600 + "1" + "}" * 600), plain, 400, "450 levels"),
+        "too many choices": (with_('1, "n": 100000'), plain, 400, "max_choices"),
+        "too many arrays": (with_("[" + "[]," * 300_000 + "1]"), plain, 400, "arrays"),
+        "an adapter": (with_('1, "model": "main-v000001"'), plain, 404, "does not exist"),
+        "too large": (with_('"' + "x" * (2 << 20) + '"'), plain, 413, "max_body_mb"),
+        "compressed": (with_("1"), {**plain, "Content-Encoding": "gzip"}, 415, "uncompressed"),
+    }
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        p.proxy.config = replace(p.proxy.config, max_body_mb=1)
+        for count, (name, case) in enumerate(refused.items(), 1):
+            data, headers, status, words = case
+            url = f"{p.url}/v1/{path}"
+            async with p.http.post(url, data=io.BytesIO(data), headers=headers) as answer:
+                assert (answer.status, words in await answer.text()) == (status, True), name
+            page = await (await p.http.get(f"{p.url}/metrics")).text()
+            counted = f'nextstate_requests_unrecorded_total{{reason="refused"}} {count}\n'
+            assert counted in page, name
+        assert engine.requests == []
+        assert "nextstate_turns_lost_total 0\n" in page
 
     both(test, store, tmp_path)

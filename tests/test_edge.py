@@ -474,16 +474,22 @@ def test_healthz_names_a_lineage_to_who_may_see_it(store: Store, tmp_path: Path)
     both(test, store, tmp_path, key="secret", doors=doors)
 
 
-def test_models_tell_no_paths(store: Store, tmp_path: Path) -> None:
+def test_models_are_those_that_generate_here_and_tell_no_paths(
+    store: Store, tmp_path: Path
+) -> None:
     add_version(store, tmp_path, 1)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.adapters["somebody's"] = "/home/somebody/adapter"
         found = await p.http.get(f"{p.url}/v1/models")
         assert {m["id"]: m["root"] for m in (await found.json())["data"]} == {
-            **{name: name for name in (MODEL, "somebody's")},
-            "open": MODEL,
+            **{MODEL: MODEL, "open": MODEL}
         }
+        answer = await p.http.post(
+            f"{p.url}/v1/chat/completions", json={**request(), "model": "somebody's"}
+        )
+        assert answer.status == 400
+        assert "use base, open." in (await answer.json())["error"]["message"]
 
     both(test, store, tmp_path, doors={"open": Access("open", None)})
 
@@ -529,3 +535,15 @@ def test_a_page_reads_the_turn_of_a_streamed_reply(store: Store, tmp_path: Path)
                 assert "x-nextstate-turn" in found.headers["Access-Control-Expose-Headers"]
 
     both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le"])
+@pytest.mark.parametrize("text", ["∀", "℀", "\\u2200", "乜", "\\\\", "≢\\"])
+def test_the_bounds_hold_in_every_encoding(encoding: str, text: str) -> None:
+    """In UTF-16 a character may hold the byte of a quote, of a bracket or of a backslash."""
+    said = json.dumps({"a": text}, ensure_ascii=False)[:-1]
+    assert excess((said + ', "b": [' + "[]," * 260_000 + "1]}").encode(encoding)) is not None
+    assert excess((said + ', "b": [' + "1," * 1_100_000 + "1]}").encode(encoding)) is not None
+    fine = (said + ', "b": "' + "[]," * 1_100_000 + '"}').encode(encoding)
+    assert json.loads(fine)["a"] == text
+    assert excess(fine) is None

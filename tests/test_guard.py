@@ -78,6 +78,18 @@ BOMBS: list[tuple[Any, str]] = [
     ({"items": [{"items": [{}] * 60}] * 60}, "3001 objects"),
     ({"anyOf": [{"minLength": 900_000}] * 12}, "add up"),
     (nested(101), "nested deeper"),
+    ({"$ref": "#/default", "default": {"minItems": 70_000}}, "default.minItems = 70000"),
+    ({"$ref": "#/examples/x", "examples": {"x": {"minItems": 70_001}}}, "examples.x.minItems"),
+    ({"title": {"items": {"maxItems": 70_002}}, "items": {"$ref": "#/%74itle"}}, "title.items"),
+    (
+        {
+            "properties": {
+                "a": {"$comment": {"a": {"minItems": 70_003}}, "$ref": "#/properties/b"},
+                "b": {"$ref": "#/properties/a/$comment/a"},
+            }
+        },
+        "$comment.a.minItems",
+    ),
 ]
 
 

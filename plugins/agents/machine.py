@@ -74,9 +74,9 @@ _ADDRESS = re.compile(
     re.IGNORECASE,
 )
 _LOG_LINE = re.compile(
-    r"\s|\$ |>>> |[#|+*=~-]{2}|\[?\d{4}-\d\d-\d\d|\[?\d\d:\d\d|\[|/|\{|\}|at |"
+    r"\A(?:\s|\$ |>>> |[#|+*=~-]{2}|\[?\d{4}-\d\d-\d\d|\[?\d\d:\d\d|\[|/|\{|\}|at |"
     r"[\w.]+(?:Error|Exception|Warning)\b|(?:DEBUG|INFO|WARN|WARNING|ERROR|FATAL|TRACE)\b|"
-    r"(?:PASS|FAIL|ok|not ok|npm|make|gcc|cargo|Compiling|File|E|tests?)\b[ :/]|\S+[:=]\d|\S{40}"
+    r"(?:PASS|FAIL|ok|not ok|npm|make|gcc|cargo|Compiling|File|E|tests?)\b[ :/]|\S+[:=]\d|\S{40})"
 )
 _FORMAT = re.compile(
     r"\b(?:respond|reply|answer|return|output|format)\b[^.\n]{0,60}\b(?:json|xml|yaml|only|exactly|"

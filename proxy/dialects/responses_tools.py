@@ -30,7 +30,7 @@ _UNSHOWN = re.compile(
     "shell|apply_patch|tool_search|programmatic_tool_calling"
 )
 """Types of tools that vLLM takes and shows to no model."""
-_OPENING = re.compile(r'\s*\{\s*"input"\s*:\s*"')
+_OPENING = re.compile(r'\A\s*\{\s*"input"\s*:\s*"')
 _TEXT = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*')
 _HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
 """Half a character, whose other half is still to come."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-_RESULT = re.compile(r"\[(\w{1,60})[^\n]{0,2000}\] Result:[ \t]*\n?")
+_RESULT = re.compile(r"\A\[(\w{1,60})[^\n]{0,2000}\] Result:[ \t]*\n?")
 _SAID = re.compile(
     r"\s{0,20}(?P<lead>The user [^\n<]{0,200}\n\s{0,20})?<(?P<tag>feedback|answer|user_message)>"
 )

@@ -39,8 +39,9 @@ _WAITED = re.compile(r"^---\nQueued #\d{1,6}[^\n]{0,200}\n", re.MULTILINE)
 _CURRENT = "[Current message - respond to this]"
 _NOTE_LINE = re.compile(
     r"(?:\[media attached[^\n]*|To send an image back[^\n]*|Delivery: [^\n]*|System: \[[^\n]*|"
-    r"System \(untrusted\): [^\n]*|\[Replying to[^\n]*\]|\[Forwarded from[^\n]*\]|"
-    r"\[(?:message_id|from|Sender):[^\n]*\]|\[Audio\]|User text:|\[Thinking level[^\n]*\])[ \t]*$",
+    r"System \(untrusted\): [^\n]*|\[Replying to[^\n]{0,400}\]|\[Forwarded from[^\n]{0,400}\]|"
+    r"\[(?:message_id|from|Sender):[^\n]{0,400}\]|\[Audio\]|User text:|"
+    r"\[Thinking level[^\n]{0,400}\])[ \t]*$",
     re.MULTILINE,
 )
 _EVENT_LINE = re.compile(r"System(?: \(untrusted\))?: ")
