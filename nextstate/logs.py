@@ -12,6 +12,10 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nextstate.told import told_with_place
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +26,28 @@ _KEPT = 3
 _TAIL_BYTES = 256 << 10
 
 
+class _Formatter(logging.Formatter):
+    """One line an event; of an error where it happened and what is `told` of it."""
+
+    def formatException(self, ei: Any) -> str:
+        return told_with_place(ei[1])
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name == "asyncio":  # further lines show the task that failed, with its error
+            record.message = record.message.partition("\n")[0]
+        return super().formatMessage(record)
+
+
 def to_stderr() -> None:
-    """Configures logging; for `__main__` only."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    """Configures logging; for `__main__` only. What ends the process is told alike."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = _last_words
+
+
+def _last_words(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
+    log.critical("the process ends", exc_info=error)
 
 
 def rotate(path: Path, most_bytes: int = MOST_BYTES) -> bool:

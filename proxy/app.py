@@ -28,6 +28,7 @@ from nextstate.open_files import ran_out
 from nextstate.records import MAIN_LINEAGE, Json, PolicyVersion
 from nextstate.settling import Reception
 from nextstate.store import Store
+from nextstate.told import told
 from nextstate.wire import json_object, objects, read_json, write_json
 from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.bodies import read_body, refuse_coded, stream_body
@@ -404,7 +405,9 @@ class Proxy:
                 return _unreadable(request, broken)
             if ran_out(error):
                 raise self._out_of_files(error) from error
-            log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
+            log.warning(
+                "%s %s: the engine is unreachable: %s", request.method, request.path, told(error)
+            )
             message = "The inference engine is unreachable."
             return _refused(request, 503, "ServiceUnavailableError", message)
 
@@ -571,7 +574,7 @@ async def _cut_off(
 
     Of one that was to be renamed as a whole nothing but the head goes out.
     """
-    log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
+    log.warning("%s %s: the answer was cut: %s", request.method, request.path, told(error))
     if not response.prepared:
         await response.prepare(request)
     if request.transport is not None:
