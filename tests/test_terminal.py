@@ -129,3 +129,21 @@ def test_a_folder_in_the_files_place_says_so(tmp_path: Path) -> None:
         Settings.read(tmp_path)
     with pytest.raises(ConfigError, match="there is no file"):
         Settings.read(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("module", ["rich.console", "sqlalchemy", "nextstate.version_cards"])
+def test_ctrl_c_ends_a_command_without_a_traceback_even_while_it_imports(
+    config: Path, module: str
+) -> None:
+    code = f"""
+import runpy, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["nextstate", "versions", "--config", {str(config)!r}]
+runpy.run_module("nextstate", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
