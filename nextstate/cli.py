@@ -20,7 +20,7 @@ from rich.console import Console
 
 from nextstate import logs, open_files
 from nextstate.config import DEFAULT_FILE
-from nextstate.errors import NextStateError, StartError, StoreError
+from nextstate.errors import NextStateError, StartError, StoreError, WaitError
 from nextstate.hooks import load_plugin
 from nextstate.offline import go_offline
 from nextstate.private import only_for_owner
@@ -31,6 +31,8 @@ from nextstate.store import Store
 from nextstate.supervisor import EXIT_USAGE
 from nextstate.wire import obj, one_line
 
+_EXIT_LATER = os.EX_TEMPFAIL
+"""The same command may succeed in a while."""
 _EPILOG = """\
 examples:
   nextstate doctor                      is everything there that `nextstate up` needs?
@@ -65,6 +67,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.run(options)
         sys.stdout.flush()  # here, where a reader that has left can still be told from an error
         return code
+    except WaitError as error:  # nobody has done anything wrong: a supervisor starts a stage again
+        print(f"nextstate: {error}", file=sys.stderr)
+        return _EXIT_LATER
     except NextStateError as error:
         print(f"nextstate: {error}", file=sys.stderr)
         return EXIT_USAGE
@@ -76,8 +81,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"nextstate: {error}; make room there", file=sys.stderr)
         return EXIT_USAGE
-    except KeyboardInterrupt:
-        return 130
 
 
 def _print_anything() -> None:
