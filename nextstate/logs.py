@@ -81,7 +81,12 @@ def rotate(path: Path, most_bytes: int = MOST_BYTES) -> bool:
 
 
 def tail(path: Path, start: int = 0) -> str:
-    """The end of what was written to a log since it had `start` bytes, however long that is."""
+    """The end of what was written to a log since it had `start` bytes, however long that is.
+
+    Nothing for a log that has been removed.
+    """
+    if not path.exists():
+        return ""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < start:  # rotated meanwhile

@@ -62,6 +62,12 @@ class Settings:
         return settings
 
     @property
+    def proxy_url(self) -> str:
+        """The address that agents use as their base URL, without /v1."""
+        host = self.proxy.host
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.proxy.port}"
+
+    @property
     def all_lineages(self) -> tuple[str, ...]:
         """The names of all lineages, the one of everyone else first."""
         return (MAIN_LINEAGE, *self.lineages)

@@ -45,9 +45,8 @@ class Stack:
 
     @property
     def proxy_url(self) -> str:
-        """The address that agents use as their base URL, without /v1."""
-        host = self.settings.proxy.host
-        return f"http://{f'[{host}]' if ':' in host else host}:{self.settings.proxy.port}"
+        """See `Settings`."""
+        return self.settings.proxy_url
 
     def check(self) -> None:
         """Raises StartError for what would only fail after minutes of starting."""

@@ -69,7 +69,7 @@ def agreement_shown(found: Json) -> Json | str:
 
 async def _healthz(settings: Settings) -> Json | None:
     """What the proxy says of itself and the engine; None if it is down."""
-    url = f"http://{settings.proxy.host}:{settings.proxy.port}/healthz"
+    url = f"{settings.proxy_url}/healthz"
     try:
         timeout = aiohttp.ClientTimeout(total=2)
         async with aiohttp.ClientSession(timeout=timeout) as session, session.get(url) as answer:
@@ -89,7 +89,7 @@ def _proxy_health(health: Json | None) -> str:
 
 async def _unrecorded(settings: Settings) -> Json:
     """Requests to generate that no turn holds, by the reason; {} if the proxy does not say."""
-    url = f"http://{settings.proxy.host}:{settings.proxy.port}/metrics"
+    url = f"{settings.proxy_url}/metrics"
     key = os.environ.get(settings.proxy.api_key_env) if settings.proxy.api_key_env else None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     try:
