@@ -76,11 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `nextstate turns | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PermissionError as error:
+        print(f"nextstate: {error}; give yourself access to it, or name another", file=sys.stderr)
+        return EXIT_USAGE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"nextstate: {error}; make room there", file=sys.stderr)
-        return EXIT_USAGE
+        return _EXIT_LATER
 
 
 def _print_anything() -> None:

@@ -23,7 +23,6 @@ from nextstate.errors import (
 )
 from nextstate.hooks import load_plugin
 from nextstate.settings import Settings
-from nextstate.stack import Stack
 from nextstate.stages import engine_client
 from nextstate.store import Store
 
@@ -149,4 +148,4 @@ def _port(settings: Settings) -> str:
     proxy = settings.proxy
     if not vllm.port_is_free(proxy.host, proxy.port):
         raise StartError(f"{proxy.port} on {proxy.host} is in use: set another [proxy] port")
-    return f"{proxy.host}:{proxy.port} is free ({Stack(settings).proxy_url}/v1)"
+    return f"{proxy.host}:{proxy.port} is free ({settings.proxy_url}/v1)"

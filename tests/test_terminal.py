@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -147,3 +148,30 @@ runpy.run_module("nextstate", run_name="__main__")
 """
     done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.EACCES, 2, "give yourself access to it"),
+        (errno.EPERM, 2, "give yourself access to it"),
+        (errno.ENOSPC, os.EX_TEMPFAIL, "make room there"),
+        (errno.EDQUOT, os.EX_TEMPFAIL, "make room there"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_the_file_and_what_to_do(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+    remedy: str,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("nextstate.cli.Store", refuse)
+    assert main(["turns", "--config", str(config)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nextstate: [Errno")
+    assert "'/some/file'; " + remedy in line
