@@ -93,6 +93,13 @@ def _print_anything() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
+def _count(text: str) -> int:
+    """A number of things, or the name of one, as an argument."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 0 to 999999999")
+    return int(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="nextstate",
@@ -150,8 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         default="student",
         help="student: nothing that looks machine-written; teacher: specific, friendly comments",
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the conversations and the adapter")
-    demo.add_argument("--updates", type=int, default=0, help="adapters to train (0: the default)")
+    demo.add_argument("--seed", type=_count, default=0, help="of the conversations and the adapter")
+    demo.add_argument(
+        "--updates", type=_count, default=0, help="adapters to train (0: the default)"
+    )
     demo.add_argument(
         "--out",
         type=Path,
@@ -166,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("--json", action="store_true", help="one JSON object a line")
         if name == "turns":
-            sub.add_argument("--limit", type=int, default=0, help="only the newest N (0: all)")
+            sub.add_argument("--limit", type=_count, default=0, help="only the newest N (0: all)")
         if name == "versions":
             sub.add_argument("number", type=int, nargs="?", help="show what made this one")
             text = "only this one's (of a NUMBER: default main)"

@@ -175,3 +175,25 @@ def test_what_the_system_refuses_is_one_line_with_the_file_and_what_to_do(
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nextstate: [Errno")
     assert "'/some/file'; " + remedy in line
+
+
+@pytest.mark.parametrize("given", ["-1", "9" * 30, "1e3", "", "٣"])
+def test_a_number_that_is_none_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    for arguments in (["turns", f"--limit={given}"], ["demo", f"--updates={given}"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "is not a number from 0 to" in capsys.readouterr().err
+    assert main(["turns", "--limit", "3", "--config", str(config)]) == 0
+
+
+def test_a_folder_that_cannot_hold_a_demo_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "thesis.txt"
+    file.touch()
+    for out in (file, file / "below", tmp_path / ("n" * 300)):
+        assert main(["demo", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"nextstate: --out {str(out)!r} cannot hold a demo: ")
