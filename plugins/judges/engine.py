@@ -73,7 +73,7 @@ class EngineJudge:
                 connector=aiohttp.TCPConnector(limit=0),  # the stage bounds the votes at once
             )
         try:
-            async with self._session.post(url, json=body) as response:
+            async with self._session.post(url, json=body, allow_redirects=False) as response:
                 if response.status != 200:
                     said = await response.text(errors="replace")
                     raise _refusal(response.status, said, "response_format" in body)
