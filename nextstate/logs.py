@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -33,8 +34,8 @@ class _Formatter(logging.Formatter):
         return told_with_place(ei[1])
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        if record.name == "asyncio":  # further lines show the task that failed, with its error
-            record.message = record.message.partition("\n")[0]
+        if record.name == "asyncio":  # then come a callback's arguments, or the error of a task
+            record.message = re.split(r"[\n(]", record.message, maxsplit=1)[0]
         return super().formatMessage(record)
 
 

@@ -144,7 +144,13 @@ async def lost():
     async def dies(): raise Quoting(said)
     task = asyncio.create_task(dies())
     await asyncio.wait([task])
+async def calls():
+    def callback(text): raise Quoting(text)
+    asyncio.get_running_loop().call_soon(callback, said)
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
 asyncio.run(lost())
+asyncio.run(calls())
 try:
     raise ExceptionGroup(said, [Quoting(said)])
 except ExceptionGroup:
@@ -166,6 +172,7 @@ def test_a_traceback_says_where_and_of_what_kind(tmp_path: Path) -> None:
     )
     assert "in fails" in done.stderr
     assert "Task exception was never retrieved" in done.stderr
+    assert "Exception in callback calls.<locals>.callback" in done.stderr
 
 
 def test_an_engines_error_in_a_stream_is_named_and_not_quoted() -> None:
