@@ -120,7 +120,12 @@ def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -
 
 
 async def _run(plan: Plan) -> int:
-    settings = write_settings(plan)
+    try:
+        settings = write_settings(plan)
+    except OSError as error:
+        raise StartError(
+            f"--out {str(plan.out)!r} cannot hold a demo: {error}; name another folder"
+        ) from error
     stack = Stack(settings)
     main = asyncio.current_task()
     assert main is not None

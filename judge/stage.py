@@ -34,6 +34,7 @@ from nextstate.errors import BusyError, EngineError, JudgeError
 from nextstate.hooks import AgentProfile, Evidence, JudgeKind
 from nextstate.records import HintedPrompt, Json, NextState, Source, Turn, Verdict, Vote
 from nextstate.store import Judgement, Store
+from nextstate.told import told
 from nextstate.wire import objects
 
 log = logging.getLogger(__name__)
@@ -281,7 +282,7 @@ class _Worker:
             await self._retry_later(turn_id, str(error))
         except Exception as error:
             log.exception("judging failed", extra={"turn": turn_id})
-            await self._retry_later(turn_id, f"{type(error).__name__}: {error}")
+            await self._retry_later(turn_id, told(error))
 
     async def put_back(self, turn_id: str, delay_s: float, reason: str) -> None:
         """Returns a leased turn to the queue; a settled one stays settled."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import logging
+import os
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,9 +39,12 @@ class JsonLines:
         self._path = path
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Appends the line."""
-        with self._path.open("ab") as file:
-            file.write(orjson.dumps({"version": version, **metrics}) + b"\n")
+        """Appends the line, or nothing of it where the disk is full."""
+        with self._path.open("ab", buffering=0) as file:
+            size, line = file.tell(), orjson.dumps({"version": version, **metrics}) + b"\n"
+            if file.write(line) != len(line):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def close(self) -> None:
         """Nothing is held back."""
@@ -88,16 +93,14 @@ class WeightsAndBiases:
 
 
 class Sinks:
-    """Several sinks, of which only the first must not fail: metrics never end training."""
+    """Several sinks; what one of them cannot write is logged: metrics never end training."""
 
-    def __init__(self, kept: JsonLines, others: Sequence[Sink]) -> None:
-        self._kept = kept
-        self._others = others
+    def __init__(self, sinks: Sequence[Sink]) -> None:
+        self._sinks = sinks
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Writes to each; another program's failure is logged."""
-        self._kept.write(version, metrics)
-        for sink in self._others:
+        """Writes to each."""
+        for sink in self._sinks:
             try:
                 sink.write(version, metrics)
             except Exception:
@@ -105,7 +108,7 @@ class Sinks:
 
     def close(self) -> None:
         """Closes each."""
-        for sink in self._others:
+        for sink in self._sinks:
             try:
                 sink.close()
             except Exception:
@@ -114,16 +117,16 @@ class Sinks:
 
 def open_sinks(config: LearnerConfig, folder: Path, lineage: str) -> Sinks:
     """The lineage's sinks in its folder. Raises StartError if `wandb` is set and not installed."""
-    others: list[Sink] = []
+    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl")]
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         log.warning("no TensorBoard files: tensorboardX is not installed; run `make env`")
     elif config.tensorboard:
-        others.append(TensorBoard(folder / "tensorboard"))
+        sinks.append(TensorBoard(folder / "tensorboard"))
     if config.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise StartError(
                 f"[learner] wandb = {config.wandb!r} needs the package wandb, 0.19.10 or newer, "
                 'which is not installed: `pip install wandb`, or set it to ""'
             )
-        others.append(WeightsAndBiases(config.wandb, lineage, folder))
-    return Sinks(JsonLines(folder / "metrics.jsonl"), others)
+        sinks.append(WeightsAndBiases(config.wandb, lineage, folder))
+    return Sinks(sinks)

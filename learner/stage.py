@@ -341,8 +341,9 @@ class _Learner:
         parents = self._parents()
         self._drop_stale(parents)
         self._begin_to_hold_out(len(parents))
-        self._hold_out()
         while self._is_due(self._store.ready_samples(self.lineage, scored, hinted)):
+            if self._hold_out():  # it looks at all that wait: not while there is nothing to do
+                continue
             batch = uuid.uuid4().hex
             samples = self._store.lease_samples(
                 self.lineage, size, batch, _LEASE_S, scored=scored, hinted=hinted
@@ -353,7 +354,6 @@ class _Learner:
                 self._waits_since = None
                 return batch, samples
             self._store.release_samples(self.lineage)
-            self._hold_out()
         return None
 
     def _is_due(self, ready: int) -> bool:
@@ -376,9 +376,11 @@ class _Learner:
         if self._trained_before is None and config.holdout and versions >= config.holdout_after:
             self._trained_before = self._store.trained_sessions(self.lineage)
 
-    def _hold_out(self) -> None:
-        if self._trained_before is not None:
-            self._store.hold_out(self.lineage, self._is_held_out)
+    def _hold_out(self) -> int:
+        """Keeps ready samples from training; says how many."""
+        if self._trained_before is None:
+            return 0
+        return self._store.hold_out(self.lineage, self._is_held_out)
 
     def _is_held_out(self, session: str) -> bool:
         return (

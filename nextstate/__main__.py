@@ -1,7 +1,19 @@
-"""`python -m nextstate`."""
+"""`nextstate`, and `python -m nextstate`."""
 
 import sys
 
-from nextstate.cli import main
+_INTERRUPTED = 130
 
-sys.exit(main())
+
+def main() -> int:
+    """Runs a command; returns its exit code."""
+    try:
+        from nextstate.cli import main as run  # takes a second, in which Ctrl-C may come too
+
+        return run()
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

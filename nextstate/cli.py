@@ -20,7 +20,7 @@ from rich.console import Console
 
 from nextstate import logs, open_files
 from nextstate.config import DEFAULT_FILE
-from nextstate.errors import NextStateError, StartError, StoreError
+from nextstate.errors import NextStateError, StartError, StoreError, WaitError
 from nextstate.hooks import load_plugin
 from nextstate.offline import go_offline
 from nextstate.private import only_for_owner
@@ -31,6 +31,8 @@ from nextstate.store import Store
 from nextstate.supervisor import EXIT_USAGE
 from nextstate.wire import obj, one_line
 
+_EXIT_LATER = os.EX_TEMPFAIL
+"""The same command may succeed in a while."""
 _EPILOG = """\
 examples:
   nextstate doctor                      is everything there that `nextstate up` needs?
@@ -65,19 +67,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = options.run(options)
         sys.stdout.flush()  # here, where a reader that has left can still be told from an error
         return code
+    except WaitError as error:  # nobody has done anything wrong: a supervisor starts a stage again
+        print(f"nextstate: {error}", file=sys.stderr)
+        return _EXIT_LATER
     except NextStateError as error:
         print(f"nextstate: {error}", file=sys.stderr)
         return EXIT_USAGE
     except BrokenPipeError:  # `nextstate turns | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except PermissionError as error:
+        print(f"nextstate: {error}; give yourself access to it, or name another", file=sys.stderr)
+        return EXIT_USAGE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         print(f"nextstate: {error}; make room there", file=sys.stderr)
-        return EXIT_USAGE
-    except KeyboardInterrupt:
-        return 130
+        return _EXIT_LATER
 
 
 def _print_anything() -> None:
@@ -85,6 +91,13 @@ def _print_anything() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+def _count(text: str) -> int:
+    """A number of things, or the name of one, as an argument."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 0 to 999999999")
+    return int(text)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -144,8 +157,10 @@ def _parser() -> argparse.ArgumentParser:
         default="student",
         help="student: nothing that looks machine-written; teacher: specific, friendly comments",
     )
-    demo.add_argument("--seed", type=int, default=0, help="of the conversations and the adapter")
-    demo.add_argument("--updates", type=int, default=0, help="adapters to train (0: the default)")
+    demo.add_argument("--seed", type=_count, default=0, help="of the conversations and the adapter")
+    demo.add_argument(
+        "--updates", type=_count, default=0, help="adapters to train (0: the default)"
+    )
     demo.add_argument(
         "--out",
         type=Path,
@@ -160,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
         sub = command(name, run, text)
         sub.add_argument("--json", action="store_true", help="one JSON object a line")
         if name == "turns":
-            sub.add_argument("--limit", type=int, default=0, help="only the newest N (0: all)")
+            sub.add_argument("--limit", type=_count, default=0, help="only the newest N (0: all)")
         if name == "versions":
             sub.add_argument("number", type=int, nargs="?", help="show what made this one")
             text = "only this one's (of a NUMBER: default main)"

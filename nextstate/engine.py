@@ -25,6 +25,7 @@ from nextstate.open_files import ran_out
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
+from nextstate.told import refusal, told
 from nextstate.wire import json_object, objects, write_json
 
 log = logging.getLogger(__name__)
@@ -257,7 +258,7 @@ class EngineClient:
         answer = await self._call("POST", "/v1/messages/count_tokens", body)
         counted = answer.get("input_tokens")
         if not isinstance(counted, int):
-            raise EngineError(f"{self.url}/v1/messages/count_tokens counted {counted!r} tokens")
+            raise EngineError(f"{self.url}/v1/messages/count_tokens counted no tokens")
         return counted
 
     async def _call(self, method: str, path: str, body: Json | None) -> Json:
@@ -279,13 +280,13 @@ class EngineClient:
             ) as answer:
                 text = await answer.read()
                 if answer.status != 200:
-                    raise AnswerError(
-                        f"{method} {self.url}{path} answered {answer.status}: "
-                        f"{text[:300].decode(errors='replace')}",
-                        answer.status,
-                    )
+                    said = text.decode(errors="replace")
+                    why = f"{answer.status}: {said[:300]}"
+                    if body is not None and "messages" in body:
+                        why = refusal(answer.status, said)  # it may quote the conversation
+                    raise AnswerError(f"{method} {self.url}{path} answered {why}", answer.status)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineError(f"{method} {self.url}{path} failed: {error!r}") from error
+            raise EngineError(f"{method} {self.url}{path} failed: {told(error)}") from error
         return text
 
 

@@ -9,8 +9,13 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from nextstate.told import told_with_place
 
 log = logging.getLogger(__name__)
 
@@ -22,13 +27,28 @@ _TAIL_BYTES = 256 << 10
 _COPIED_BYTES = 1 << 20
 
 
+class _Formatter(logging.Formatter):
+    """One line an event; of an error where it happened and what is `told` of it."""
+
+    def formatException(self, ei: Any) -> str:
+        return told_with_place(ei[1])
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        if record.name == "asyncio":  # then come a callback's arguments, or the error of a task
+            record.message = re.split(r"[\n(]", record.message, maxsplit=1)[0]
+        return super().formatMessage(record)
+
+
 def to_stderr() -> None:
-    """Configures logging; for `__main__` only."""
-    logging.basicConfig(
-        level=logging.INFO,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
-        stream=sys.stderr,
-    )
+    """Configures logging; for `__main__` only. What ends the process is told alike."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_Formatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    sys.excepthook = _last_words
+
+
+def _last_words(_: type[BaseException], error: BaseException, __: TracebackType | None) -> None:
+    log.critical("the process ends", exc_info=error)
 
 
 def rotate(path: Path, most_bytes: int = MOST_BYTES) -> bool:
@@ -64,7 +84,12 @@ def rotate(path: Path, most_bytes: int = MOST_BYTES) -> bool:
 
 
 def tail(path: Path, start: int = 0) -> str:
-    """The end of what was written to a log since it had `start` bytes, however long that is."""
+    """The end of what was written to a log since it had `start` bytes, however long that is.
+
+    Nothing for a log that has been removed.
+    """
+    if not path.exists():
+        return ""
     with path.open("rb") as file:
         size = file.seek(0, os.SEEK_END)
         if size < start:  # rotated meanwhile

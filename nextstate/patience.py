@@ -51,8 +51,8 @@ class Patience:
                     raise
                 if time.monotonic() >= min(give_up, self._end):
                     raise WaitError(
-                        f"the store cannot be used for now: {_cause(error)}; make room on its disk "
-                        "or end what locks it, and try again"
+                        f"the store cannot be used for now: {_cause(error)}; make room on its "
+                        "disk, end what locks it or make its files writable, and try again"
                     ) from error
                 self.pause(error)
 

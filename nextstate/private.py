@@ -66,7 +66,7 @@ def make_state_folder(path: Path) -> None:
         raise StoreError(
             f"[store] dir = {str(path)!r} is open to others (mode {stat.S_IMODE(status.st_mode):o})"
             " and holds other things: name a folder of its own, for example "
-            f"{str(path / 'nextstate')!r}, or run `chmod 700` on it"
+            f"{str(path / 'nextstate')!r}"
         )
     _close(path.resolve())
     for folder, folders, files in os.walk(path):

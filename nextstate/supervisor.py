@@ -119,17 +119,10 @@ class Supervisor:
     async def _keep(self, part: Part) -> None:
         pause, rest = FIRST_PAUSE_S, part.rests_s[0]
         while not self.stopping.is_set():
-            started = time.monotonic()
-            log_start = part.log_file.stat().st_size if part.log_file.exists() else 0
-            signs = self._signs(part)
-            await start(part)
-            self._say(part, "up")
-            assert part.process is not None
-            code = await part.process.wait()
-            _kill_group(part.process.pid)  # workers that outlived their leader
+            started, signs = time.monotonic(), self._signs(part)
+            code, last_words = await self._run_once(part)
             if self.stopping.is_set():
                 return
-            last_words = _obituary(part, code, logs.tail(part.log_file, log_start))
             if not part.was_ready and (code == EXIT_USAGE or part.must_become_ready):
                 raise StartError(last_words)
             ran_s = time.monotonic() - started
@@ -147,6 +140,21 @@ class Supervisor:
             self._say(part, f"restarting: {last_words}")
             await self._wait(pause)
             pause = min(2 * pause, LONGEST_PAUSE_S)
+
+    async def _run_once(self, part: Part) -> tuple[int, str]:
+        """How the part's process ended, and its last words; also where none could be started."""
+        log_start = part.log_file.stat().st_size if part.log_file.exists() else 0
+        try:
+            await start(part)
+        except OSError as error:  # no room for its log, no process or file to be had
+            if not part.was_ready:
+                raise StartError(f"{part.name} cannot be started: {error}") from error
+            return os.EX_OSERR, f"{part.name} cannot be started: {error}"
+        self._say(part, "up")
+        assert part.process is not None
+        code = await part.process.wait()
+        _kill_group(part.process.pid)  # workers that outlived their leader
+        return code, _obituary(part, code, logs.tail(part.log_file, log_start))
 
     async def _rest(self, part: Part, signs: object, rest_s: float) -> None:
         """Returns once the cause of a refusal may be gone, after `rest_s`, or when stopping.

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import orjson
 
 from nextstate.records import Json
+from nextstate.told import error_names, told
 from nextstate.wire import obj, objects
 from proxy.whole import Whole
 
@@ -136,7 +137,7 @@ class Capture:
             self.logprobs.extend(map(float, numbers))
             self._deltas(orjson.loads(b"[" + deltas + b"]"))
         except _MISSHAPEN as error:
-            self.error = f"the stream could not be read: {error!s:.100}"
+            self.error = f"the stream could not be read: {told(error)}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
@@ -162,7 +163,7 @@ class Capture:
                 self._tokens(choice)
                 self._delta(obj(choice.get(said)), whole=said == "message")
         except _MISSHAPEN as error:
-            self.error = f"the stream could not be read: {error!s:.100}"
+            self.error = f"the stream could not be read: {told(error)}"
 
     def body(self, reply: Json) -> None:
         """Takes in a plain reply."""
@@ -224,7 +225,8 @@ class Capture:
 
     def _head(self, data: Json) -> None:
         if "error" in data:
-            self.error = f"the engine reported an error: {str(data['error'])[:200]}"
+            names = ", ".join(error_names(data)) or "it is not named"
+            self.error = f"the engine reported an error: {names}"
         if isinstance(model := data.get("model"), str):
             self.model = model
         if data.get("prompt_token_ids") is not None:

@@ -17,6 +17,7 @@ from yarl import URL
 from nextstate.errors import WrongEngineError
 from nextstate.open_files import ran_out
 from nextstate.records import PolicyVersion
+from nextstate.told import told
 from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.bodies import stream_body, unreadable
 from proxy.config import ProxyConfig
@@ -110,7 +111,9 @@ class Passing:
                 return unreadable(request, broken)
             if ran_out(error):
                 raise self._out_of_files(error) from error
-            log.warning("%s %s: the engine is unreachable: %r", request.method, request.path, error)
+            log.warning(
+                "%s %s: the engine is unreachable: %s", request.method, request.path, told(error)
+            )
             message = "The inference engine is unreachable."
             return error_response(request.path, 503, message)
 
@@ -182,7 +185,7 @@ async def _cut_off(
 
     Of one that was to be renamed as a whole nothing but the head goes out.
     """
-    log.warning("%s %s: the answer was cut: %r", request.method, request.path, error)
+    log.warning("%s %s: the answer was cut: %s", request.method, request.path, told(error))
     if not response.prepared:
         await response.prepare(request)
     if request.transport is not None:

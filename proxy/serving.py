@@ -18,6 +18,7 @@ import orjson
 from nextstate.engine import EngineClient
 from nextstate.habits import Habits
 from nextstate.records import Json
+from nextstate.told import told
 from nextstate.wire import json_object, write_json
 from proxy.capture import Capture
 from proxy.dialects import chat, completions, messages, responses
@@ -263,7 +264,7 @@ class Translated:
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
             return None if answer is None else self._dialect.encode(answer)
         except _MISSHAPEN as error:
-            log.warning("a chat reply could not be put into the client's format: %r", error)
+            log.warning("a chat reply could not be put into the client's format: %s", told(error))
             return None
 
     @property
@@ -366,6 +367,7 @@ def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
     return chunk
 
 
-def _misshapen(data: bytes, capture: Capture, why: object) -> bytes:
-    capture.error = f"the engine's answer could not be read: {why!s:.100}"
+def _misshapen(data: bytes, capture: Capture, why: Exception | str) -> bytes:
+    why = why if isinstance(why, str) else told(why)
+    capture.error = f"the engine's answer could not be read: {why}"
     return data

@@ -17,6 +17,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
 from nextstate.errors import ConfigError
+from nextstate.told import told
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0
@@ -260,7 +261,7 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as error:
             kind = NotHttp if self._answer is None else Cut
-            self._end(kind(f"the engine's answer is broken: {error}"))
+            self._end(kind(f"the engine's answer is broken: {told(error)}"))
             self._reusable = False
         self._unread += len(data)
         if self._answer is None and self._unread > _HEAD_BYTES:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from judge.config import JudgeConfig, plugin_settings
 from nextstate.errors import BusyError, ConfigError, JudgeError
@@ -146,6 +147,35 @@ def test_an_engine_that_is_away_is_a_judge_error() -> None:
             await judge.close()
 
     asyncio.run(scene())
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+def test_a_redirect_of_the_judges_server_is_not_followed(status: int) -> None:
+    """It could lead the conversation to another machine."""
+    told: list[bytes] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        told.append(await request.read())
+        return web.json_response({})
+
+    async def scene() -> None:
+        other, server = web.Application(), web.Application()
+        other.router.add_route("*", "/{path:.*}", elsewhere)
+        async with TestServer(other) as there:
+
+            async def redirect(_: web.Request) -> web.Response:
+                return web.Response(status=status, headers={"Location": str(there.make_url("/x"))})
+
+            server.router.add_route("*", "/{path:.*}", redirect)
+            async with TestServer(server) as here:
+                settings = JudgeSettings(model="base", base_url=str(here.make_url("/v1")))
+                judge: JudgeKind = load_plugin("judges", "engine", settings)
+                with pytest.raises(JudgeError, match=f"answered {status}"):
+                    await judge.vote(EVIDENCE, 1)
+                await judge.close()
+
+    asyncio.run(scene())
+    assert told == []
 
 
 def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors() -> None:

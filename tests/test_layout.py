@@ -17,7 +17,7 @@ ALLOWED = {
     "proxy": {"proxy", "nextstate"},
     "judge": {"judge", "nextstate"},
     "learner": {"learner", "nextstate"},
-    "plugins": {"plugins", "nextstate.hooks", "nextstate.records", "nextstate.errors"},
+    "plugins": {"plugins", *(f"nextstate.{n}" for n in ("hooks", "records", "errors", "told"))},
     "demo": {"demo", "nextstate"},
 }
 FILES = [path for name in OURS for path in sorted((ROOT / name).rglob("*.py"))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import resource
+import signal
 import struct
 import sys
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from learner.config import LearnerConfig
-from learner.sinks import JsonLines, Sinks, open_sinks
+from learner.sinks import open_sinks
 from nextstate.errors import StartError
 
 QUIET = LearnerConfig(tensorboard=False)
@@ -120,9 +122,30 @@ def test_a_sink_that_fails_loses_its_metrics_and_nothing_else(
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_full_disk_is_not_hidden(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No such file"):
-        Sinks(JsonLines(tmp_path / "absent/metrics.jsonl"), []).write(1, {"loss": 1.0})
+def test_a_full_disk_costs_lines_and_not_the_training(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    sinks = open_sinks(QUIET, tmp_path, "main")
+    sinks.write(1, {"loss": 0.5})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        for room in (9, 0):  # for a part of the line, for none of it
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + room, limits[1]))
+            sinks.write(2, {"loss": 0.25})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    sinks.write(3, {"loss": 0.125})
+    sinks.close()
+    written = [json.loads(line)["version"] for line in file.read_text().splitlines()]
+    assert written == [1, 3]
+    assert caplog.text.count("metrics not written to=JsonLines version=2") == 2
+
+
+def test_a_folder_that_has_gone_does_not_end_training(tmp_path: Path) -> None:
+    open_sinks(QUIET, tmp_path / "absent", "main").write(1, {"loss": 1.0})
 
 
 def test_wandb_that_is_not_installed_is_refused_at_the_start(

@@ -639,6 +639,24 @@ def test_held_out_sessions_never_train_and_every_candidate_is_checked_on_them(re
     assert not used & {s.turn for s in checked_on}
 
 
+def test_the_backlog_is_looked_through_only_when_a_batch_is_due(recorded, model_path):
+    recorded.add_mixed(4)
+    engine, store = FakeEngine(recorded.store), recorded.store
+    config = replace(held_config(0.3), poll_s=0.001, holdout_after=0)
+    count, looks, held = store.ready_samples, [], []
+
+    def look(*arguments: object) -> int:
+        looks.append(arguments)
+        if len(looks) == 9:
+            engine.stop.set()
+        return count(*arguments)
+
+    store.ready_samples = look
+    store.hold_out = lambda *arguments: held.append(arguments) or 0
+    train(recorded, model_path, engine, config)
+    assert (len(looks), held) == (9, [])
+
+
 def test_the_first_versions_train_on_every_session_and_those_are_never_held_out(
     recorded, model_path
 ):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import sqlite3
+import subprocess
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
@@ -34,9 +38,9 @@ def database(store: Store) -> sqlite3.Connection:
 class Counting(RuleBasedStateMachine):
     """Everything that changes a record, in any order; the counts are those of the rows."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp())
+        self.folder = folder or Path(tempfile.mkdtemp())
         self.store = Store(StoreConfig(dir=str(self.folder)))
         self.turns = self.versions = self.batches = 0
 
@@ -166,6 +170,54 @@ class Counting(RuleBasedStateMachine):
         assert self.store.score_counts(lineage, [0, 1, 2]) == {
             n: ScoreCounts(by_version[n, 1], by_version[n, 0], by_version[n, -1]) for n in range(3)
         }
+
+
+def change_for_ever(folder: Path, seed: int) -> None:
+    """Changes records at random, with a line after each change, until it is killed."""
+    machine, random = Counting(folder), Random(seed)
+    machine.turns = machine.versions = 100_000 * seed
+
+    def number() -> int:
+        return random.randrange(100)
+
+    changes: list[Callable[[], object]] = [
+        lambda: machine.record("main", TurnKind.MAIN, random.choice((None, 0, 1)), None, True),
+        machine.retry,
+        lambda: machine.vote(number(), random.choice((-1, 0, 1)), random.random() < 0.5),
+        lambda: machine.say(number(), random.choice((-1, 0, 1)), random.choice((None, "Be kind."))),
+        lambda: machine.lease_work(3),
+        lambda: machine.train("main", 3, random.random() < 0.5),
+        lambda: machine.give_up("main", True),
+        lambda: machine.serve("main", number()),
+        lambda: machine.drop("main", number()),
+    ]
+    while True:
+        random.choice(changes)()
+        print(flush=True)
+
+
+def test_the_counts_are_exact_wherever_a_process_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    machine = Counting(folder)
+    for number in range(100):
+        machine.record(LINEAGES[number % 2], TurnKind.MAIN, 0, None, True)
+    for kill in range(1, 6):
+        code = (
+            "import sys, pathlib, tests.test_store_growth as t; "
+            f"t.change_for_ever(pathlib.Path(sys.argv[1]), {kill})"
+        )
+        argv = [sys.executable, "-c", code, str(folder)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            for _ in range(40 + 17 * kill):
+                assert child.stdout.readline()
+            child.kill()
+        assert child.returncode == -signal.SIGKILL
+        machine.counts_are_those_of_the_rows()
+    changed = machine.store.counts()
+    assert changed["turns/main"] > 100
+    assert changed["versions/retired"] > 0
+    machine.store.close()
 
 
 TestCounting = Counting.TestCase

@@ -78,6 +78,38 @@ def test_ending_a_part_ends_the_workers_it_left(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
+def test_a_part_comes_back_though_its_log_was_removed_or_it_cannot_be_started_for_now(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
+
+    async def run() -> None:
+        child = part(tmp_path, SLEEP, tmp_path / "logs" / "part.log", was_ready=True)
+        states: list[str] = []
+        keeper = Supervisor([child], lambda: states.append(child.state))
+        running = asyncio.create_task(keeper.run())
+        await until(lambda: "up" in text(child.log_file))
+        child.log_file.unlink()
+        child.log_file.parent.rmdir()
+        child.log_file.parent.write_text("a file where the folder was")
+        assert child.process is not None
+        os.kill(child.process.pid, signal.SIGKILL)
+        await until(lambda: any("part cannot be started: [Errno" in state for state in states))
+        child.log_file.parent.unlink()
+        await until(lambda: "up" in text(child.log_file))
+        keeper.stop()
+        await running
+
+    asyncio.run(run())
+
+
+def test_a_part_that_cannot_even_be_started_says_why(tmp_path: Path) -> None:
+    (tmp_path / "logs").write_text("")
+    child = part(tmp_path, SLEEP, tmp_path / "logs" / "part.log")
+    with pytest.raises(StartError, match=r"part cannot be started: .*logs"):
+        asyncio.run(Supervisor([child]).run())
+
+
 def test_a_part_that_cannot_start_ends_everything_with_its_own_words(tmp_path: Path) -> None:
     async def run() -> None:
         other = part(tmp_path, SLEEP)

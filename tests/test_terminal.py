@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -129,3 +130,70 @@ def test_a_folder_in_the_files_place_says_so(tmp_path: Path) -> None:
         Settings.read(tmp_path)
     with pytest.raises(ConfigError, match="there is no file"):
         Settings.read(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("module", ["rich.console", "sqlalchemy", "nextstate.version_cards"])
+def test_ctrl_c_ends_a_command_without_a_traceback_even_while_it_imports(
+    config: Path, module: str
+) -> None:
+    code = f"""
+import runpy, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["nextstate", "versions", "--config", {str(config)!r}]
+runpy.run_module("nextstate", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.EACCES, 2, "give yourself access to it"),
+        (errno.EPERM, 2, "give yourself access to it"),
+        (errno.ENOSPC, os.EX_TEMPFAIL, "make room there"),
+        (errno.EDQUOT, os.EX_TEMPFAIL, "make room there"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_the_file_and_what_to_do(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+    remedy: str,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("nextstate.cli.Store", refuse)
+    assert main(["turns", "--config", str(config)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nextstate: [Errno")
+    assert "'/some/file'; " + remedy in line
+
+
+@pytest.mark.parametrize("given", ["-1", "9" * 30, "1e3", "", "٣"])
+def test_a_number_that_is_none_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    for arguments in (["turns", f"--limit={given}"], ["demo", f"--updates={given}"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "is not a number from 0 to" in capsys.readouterr().err
+    assert main(["turns", "--limit", "3", "--config", str(config)]) == 0
+
+
+def test_a_folder_that_cannot_hold_a_demo_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "thesis.txt"
+    file.touch()
+    for out in (file, file / "below", tmp_path / ("n" * 300)):
+        assert main(["demo", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"nextstate: --out {str(out)!r} cannot hold a demo: ")

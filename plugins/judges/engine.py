@@ -10,9 +10,9 @@ import aiohttp
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
+from nextstate.told import refusal, told
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
-_SHOWN_CHARS = 200
 _SCHEMA_WORDS = re.compile(r"response_format|json_schema|structured|grammar", re.I)
 
 
@@ -73,7 +73,7 @@ class EngineJudge:
                 connector=aiohttp.TCPConnector(limit=0),  # the stage bounds the votes at once
             )
         try:
-            async with self._session.post(url, json=body) as response:
+            async with self._session.post(url, json=body, allow_redirects=False) as response:
                 if response.status != 200:
                     said = await response.text(errors="replace")
                     raise _refusal(response.status, said, "response_format" in body)
@@ -83,9 +83,9 @@ class EngineJudge:
                 f"the judge's server did not answer within {self._settings.timeout_s} s"
             ) from error
         except aiohttp.ClientError as error:
-            raise BusyError(f"the judge's server at {url} failed: {error}") from error
+            raise BusyError(f"the judge's server at {url} failed: {told(error)}") from error
         except ValueError as error:
-            raise JudgeError(f"the judge's server at {url} sent no JSON: {error}") from error
+            raise JudgeError(f"the judge's server at {url} sent no JSON") from error
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
@@ -99,7 +99,7 @@ def is_busy(status: int) -> bool:
 
 
 def _refusal(status: int, said: str, with_schema: bool) -> JudgeError:
-    text = f"the judge's server answered {status}: {said[:_SHOWN_CHARS]}"
+    text = f"the judge's server answered {refusal(status, said)}"
     if is_busy(status):
         return BusyError(text)
     about_schema = with_schema and status in (400, 422) and _SCHEMA_WORDS.search(said)

@@ -14,6 +14,7 @@ from typing import Any
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
+from nextstate.told import refusal, told
 from plugins.judges.engine import completion_text, is_busy, used_tokens
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
@@ -58,7 +59,7 @@ class LitellmJudge:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
             kind = BusyError if _may_pass(error, openai) else JudgeError
-            raise kind(f"litellm model {settings.model!r} failed: {error}") from error
+            raise kind(f"litellm model {settings.model!r} failed: {_told(error)}") from error
         completion = answer.model_dump()
         return asked.vote(completion_text(completion), used_tokens(completion))
 
@@ -79,6 +80,12 @@ def _may_pass(error: Exception, openai: Any) -> bool:
     status = getattr(error, "status_code", None)
     lost = isinstance(error, openai.APIConnectionError | OSError)
     return lost or (isinstance(status, int) and is_busy(status))
+
+
+def _told(error: Exception) -> str:
+    """The kind of a failure: litellm's own text may quote what it was asked."""
+    status = getattr(error, "status_code", None)
+    return f"{type(error).__name__} {refusal(status, str(error))}" if status else told(error)
 
 
 def create(settings: JudgeSettings) -> JudgeKind:

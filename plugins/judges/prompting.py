@@ -174,7 +174,7 @@ def parse_vote(text: str, check: str | None = None) -> Vote:
     scores = {_score_of(boxed or said) for boxed, said in _SAID.findall(text)}
     if len(scores) != 1:
         said = f"{len(scores)} different scores" if scores else "no score"
-        raise JudgeError(f"the judge's answer has {said}: {text[:80]!r}")
+        raise JudgeError(f"the judge's answer has {said} in {len(text)} characters")
     hints = _SAID_HINT.findall(text)
     return Vote(scores.pop(), _hint_of(hints[-1] if hints else None))
 
@@ -219,8 +219,8 @@ def _quoted(text: str, position: int) -> bool:
 def _vote_of(value: Json, check: str | None) -> Vote:
     if check is not None and value.get("check", check) != check:
         raise JudgeError(
-            f"the judge's check word is {str(value['check'])[:40]!r}, expected {check!r}: "
-            "its model does not follow the instructions"
+            "the judge's answer does not begin with the check word that it was given: its model "
+            "does not follow the instructions"
         )
     return Vote(_score_of(value["score"]), _hint_of(value.get("hint")))
 
@@ -234,7 +234,7 @@ def _score_of(value: object) -> int:
         key = re.sub(r"[\u2212\u2013]", "-", value).replace(" ", "")
         if key in _SCORES:
             return _SCORES[key]
-    raise JudgeError(f"the judge's score is {str(value)[:40]!r}, expected 1, 0 or -1")
+    raise JudgeError("the judge's score is not 1, 0 or -1")
 
 
 def _hint_of(value: object) -> str | None:
