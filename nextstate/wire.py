@@ -95,10 +95,14 @@ def objects(value: object) -> list[Json]:
 
 def _is_deeper(value: object, levels: int) -> bool:
     """Whether objects and arrays are nested deeper than so many levels."""
-    level = [value] if isinstance(value, _CONTAINERS) else []
+    level = _containers((value,))
     for _ in range(levels):
-        level = [e for one in level for e in _entries(one) if isinstance(e, _CONTAINERS)]
+        level = [inner for one in level for inner in _containers(_entries(one))]
     return bool(level)
+
+
+def _containers(values: Iterable[object]) -> list[object]:
+    return [value for value in values if isinstance(value, _CONTAINERS)]
 
 
 def _entries(container: object) -> Iterable[object]:

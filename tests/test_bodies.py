@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -190,7 +191,13 @@ def test_the_engine_gets_what_it_reads_and_no_word_to_the_harm_of_others(
 @pytest.mark.parametrize("path", ["chat/completions", "completions", "messages", "responses"])
 def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, path: str) -> None:
     """A body that nests 500 levels was served, and its turn was lost."""
-    body = {"model": MODEL, "prompt": "Hi", "input": "Hi", "messages": [], "max_tokens": 5}
+    body: dict[str, Any] = {
+        "model": MODEL,
+        "prompt": "Hi",
+        "input": "Hi",
+        "messages": [],
+        "max_tokens": 5,
+    }
     plain = {"Content-Type": "application/json"}
 
     def with_(value: str) -> bytes:
@@ -208,6 +215,7 @@ def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, 
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         p.proxy.config = replace(p.proxy.config, max_body_mb=1)
+        page = ""
         for count, (name, case) in enumerate(refused.items(), 1):
             data, headers, status, words = case
             url = f"{p.url}/v1/{path}"
