@@ -63,7 +63,7 @@ async def _served(engine: EngineClient) -> tuple[str, ...]:
         _check_key(error)
         if error.status in _NOT_NOW or (error.status >= 500 and error.status not in _NO_ROUTE):
             raise
-        if await _chats(engine):
+        if error.status != 200 and await _chats(engine):
             return ()
         models = "lists no models" if error.status == 200 else f"is {error.status}"
         raise WrongEngineError(f"{_NO_SERVER}: /v1/models {models}") from error
