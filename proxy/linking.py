@@ -220,7 +220,7 @@ def link_of(
                 telling=size >= _TELLING,
             )
         )
-    return replace(links[0], longer=tuple(links[1:]))
+    return replace(links[0], longer=tuple(links[1:])) if links[1:] else links[0]
 
 
 def message_hashes(messages: Sequence[Json]) -> tuple[bytes, ...]:

@@ -160,9 +160,11 @@ def is_log(text: str) -> bool:
 def is_template(text: str) -> bool:
     """Whether a longer text prescribes the form of the answer under headings of its own."""
     head = text[:_HEAD_CHARS]
-    if len(head) < _TEMPLATE_CHARS or not (_FORMAT.search(head) or _FORMAT.search(text[-2000:])):
+    if len(head) < _TEMPLATE_CHARS or "\n" not in head:
         return False
-    return sum(1 for _ in _SECTION.finditer(head)) >= 2
+    if sum(1 for _ in _SECTION.finditer(head)) < 2:
+        return False
+    return bool(_FORMAT.search(head) or _FORMAT.search(text[-2000:]))
 
 
 def _has_own_words(text: str) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import cast
 
 from nextstate.hooks import AgentProfile, Heard, text_of
@@ -36,6 +37,9 @@ _PROBES = ("quota", "count", "Warmup")
 _LONGEST_CLOSING = 64
 _MOST_BLOCKS = 100
 _SYSTEM_CHARS, _FIRST_MESSAGES = 20_000, 12
+_BEGINNING = 1000
+_REMEMBERED, _REMEMBERED_CHARS = 1024, 8192
+"""Messages, and the longest of them, that need not be read again."""
 
 
 class Profile:
@@ -44,6 +48,8 @@ class Profile:
     def __init__(self, agent: Agent) -> None:
         self.name = agent.name
         self._agent = agent
+        # Agents send the whole history again with each request.
+        self._known = lru_cache(maxsize=_REMEMBERED)(self._in_user_role)
 
     def of(self, request: Json) -> AgentProfile:
         """Itself."""
@@ -55,7 +61,7 @@ class Profile:
         system = [text for m in messages if _is_system(m) for text in _texts(m)]
         last, parts = _last_asked(messages)
         side = (
-            any(text.lstrip().startswith(_SIDE_SYSTEM) for text in system)
+            any(text[:_BEGINNING].lstrip().startswith(_SIDE_SYSTEM) for text in system)
             or any(map(_is_aside, (last, *parts)))
             or (last in _PROBES and request.get("max_tokens") == 1)
         )
@@ -71,13 +77,16 @@ class Profile:
         if role in ("tool", "function"):
             return Heard(Source.TOOL, text) if text else None
         if role == "user":
-            texts = [text.strip() for text in without_files(_texts(message))]
-            return None if any(map(_is_aside, texts)) else self._in_user_role(texts)
+            texts = tuple(text.strip() for text in without_files(_texts(message)))
+            short = sum(map(len, texts)) <= _REMEMBERED_CHARS
+            return self._known(texts) if short else self._in_user_role(texts)
         if _is_system(message) and self._agent is not GENERIC:
             return None  # known agents instruct the model there, whatever the reply was
         return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
 
     def _in_user_role(self, texts: Sequence[str]) -> Heard | None:
+        if any(map(_is_aside, texts)):
+            return None
         found = [heard for text in texts if (heard := self._read(text))]
         if len(found) > 1:  # a block alone in its part is the agent's, where others speak
             found = [heard for heard in found if not is_tagged(heard.text)] or found
@@ -125,16 +134,19 @@ def detected(request: Json) -> Agent:
     """The agent that sent a request, by its system prompt or the envelope of its messages."""
     messages = _messages(request)
     system = "\n".join(text_of(m.get("content"))[:_SYSTEM_CHARS] for m in messages if _is_system(m))
-    system = system[:_SYSTEM_CHARS]
+    if (known := _agent_of(system[:_SYSTEM_CHARS])) is not None:
+        return known
     asked = [m for m in messages if m.get("role") == "user"]
     beginnings = [text for m in asked[:_FIRST_MESSAGES] for text in _texts(m)]
-    for agent in AGENTS:
-        if any(sign in system for sign in agent.signs):
-            return agent
     for agent in AGENTS:
         if agent.first_words and any(t.startswith(tuple(agent.first_words)) for t in beginnings):
             return agent
     return GENERIC
+
+
+@lru_cache(maxsize=128)
+def _agent_of(system: str) -> Agent | None:
+    return next((a for a in AGENTS if any(sign in system for sign in a.signs)), None)
 
 
 def peeled(text: str) -> str:
