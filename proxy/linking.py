@@ -25,6 +25,7 @@ from proxy.meaning import Meant, key_of, meant_in
 from proxy.meaning import canonical_reply as canonical_reply
 
 TURN_TYPE = "x-turn-type"
+_KINDS = {kind.value: kind for kind in TurnKind}
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _LONGEST_NAME = 200
 SYSTEM = ("system", "developer")
@@ -68,8 +69,7 @@ def _names(headers: Mapping[str, str], request: Json) -> Iterator[tuple[str, boo
 
 def named_kind(headers: Mapping[str, str]) -> TurnKind | None:
     """What the client says that the turn is, in `X-Turn-Type`; None where it says nothing known."""
-    named = headers.get(TURN_TYPE, "").strip().lower()
-    return TurnKind(named) if named in set(TurnKind) else None
+    return _KINDS.get(headers.get(TURN_TYPE, "").strip().lower())
 
 
 def session_names(name: str, profile: AgentProfile) -> list[str]:

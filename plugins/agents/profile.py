@@ -21,6 +21,7 @@ AGENTS: Sequence[Agent] = (openclaw.AGENT, *coding.AGENTS, *frameworks.AGENTS)
 GENERIC = Agent("generic")
 
 _LEAD = tuple(mark for agent in AGENTS for mark in agent.led)
+_FIRST_WORDS = tuple(mark for agent in AGENTS for mark in agent.first_words)
 _HOUSEKEEPING = tuple(mark for agent in AGENTS for mark in agent.housekeeping)
 _OBSERVATIONS = tuple(mark for agent in AGENTS for mark in agent.observations)
 _SIDE_SYSTEM = tuple(mark for agent in AGENTS for mark in agent.side_system)
@@ -62,7 +63,7 @@ class Profile:
         last, parts = _last_asked(messages)
         side = (
             any(text[:_BEGINNING].lstrip().startswith(_SIDE_SYSTEM) for text in system)
-            or any(map(_is_aside, (last, *parts)))
+            or any(map(_is_aside, {last, *parts}))
             or (last in _PROBES and request.get("max_tokens") == 1)
         )
         return TurnKind.SIDE if side else TurnKind.MAIN
@@ -138,9 +139,11 @@ def detected(request: Json) -> Agent:
         return known
     asked = [m for m in messages if m.get("role") == "user"]
     beginnings = [text for m in asked[:_FIRST_MESSAGES] for text in _texts(m)]
-    for agent in AGENTS:
-        if agent.first_words and any(t.startswith(tuple(agent.first_words)) for t in beginnings):
-            return agent
+    if any(text.startswith(_FIRST_WORDS) for text in beginnings):
+        for agent in AGENTS:
+            words = tuple(agent.first_words)
+            if words and any(text.startswith(words) for text in beginnings):
+                return agent
     return GENERIC
 
 
