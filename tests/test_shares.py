@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextstate.records import Feedback
 from nextstate.shares import fair_share
 from nextstate.store import Store
 from proxy.feedback import AT_ONCE, Allowance
@@ -59,9 +62,18 @@ def test_few_samples_of_others_come_with_a_session_that_has_many(store: Store) -
     assert Counter(leased(store, 16)) == {"mine": 15, "yesterday": 1}
 
 
-def test_what_changed_since_it_was_looked_at_is_not_leased(store: Store) -> None:
+def test_what_changes_while_it_is_looked_at_is_not_leased(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ready(store, ("a", 2, 0), ("b", 2, 0))
-    store.drop_samples(["turn_1", "turn_2"], "gone")
+
+    def then_changed(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:
+        chosen = fair_share(waiting, limit)
+        store.drop_samples(["turn_1"], "gone")
+        store.give_feedback(Feedback("turn_2", 0))
+        return chosen
+
+    monkeypatch.setattr("nextstate.store.fair_share", then_changed)
     assert leased(store, 4) == ["a", "b"]
 
 
