@@ -12,13 +12,15 @@ LOOKED_AT = 256
 def fair_share(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:
     """The turns of a batch, from (turn, session) of those that wait, the best first.
 
-    No session gives more than half of them, unless the others have too few: then who has more
-    fills the batch, and one session alone gives all of it.
+    No session gives more than half of `limit` while another has one that waits: the batch is
+    smaller if the others have too few. One session alone gives all of it.
 
     >>> fair_share([("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("c1", "c")], 4)
     ['a1', 'a2', 'b1', 'c1']
     >>> fair_share([("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b")], 4)
-    ['a1', 'a2', 'b1', 'a3']
+    ['a1', 'a2', 'b1']
+    >>> fair_share([("a1", "a"), ("a2", "a"), ("a3", "a")], 4)
+    ['a1', 'a2', 'a3']
     """
     most = max(1, limit // 2)
     chosen: list[str] = []
@@ -32,4 +34,5 @@ def fair_share(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:
         chosen.append(turn)
         if len(chosen) == limit:
             return chosen
-    return chosen + over[: limit - len(chosen)]
+    alone = len(given) == 1
+    return chosen + over[: limit - len(chosen)] if alone else chosen
