@@ -78,8 +78,13 @@ def test_the_loop_trains_adapters_that_vllm_serves_without_a_failed_request(loop
     assert all(turn["next_state"] for turn in judged)
 
 
+def whole(loop: Loop) -> list[int]:
+    """The versions that have an adapter: one that the gate has rejected has none."""
+    return sorted(version["number"] for version in loop.versions() if version["path"])
+
+
 def test_the_adapter_changes_the_reply_and_a_rollback_brings_the_old_one_back(loop: Loop) -> None:
-    newest = max(v["number"] for v in loop.versions())
+    newest = whole(loop)[-1]
 
     def logprobs() -> list[float]:
         reply = ask(loop, logprobs=True, temperature=0).parse()
@@ -95,14 +100,14 @@ def test_the_adapter_changes_the_reply_and_a_rollback_brings_the_old_one_back(lo
 
 
 def test_no_request_fails_while_versions_change_under_load(loop: Loop) -> None:
-    newest = max(v["number"] for v in loop.versions())
+    two = whole(loop)[-2:]
     settings = Settings.read(loop.config)
     store = Store(settings.store)
     clients = Clients(loop.port, MODEL)
 
     async def change() -> None:
         async with clients.asking(8):
-            for number in (newest - 1, newest) * 3:
+            for number in two * 3:
                 version = store.version("main", number)
                 assert version is not None
                 await publish_version(settings, store, version)
@@ -111,7 +116,7 @@ def test_no_request_fails_while_versions_change_under_load(loop: Loop) -> None:
     asyncio.run(asyncio.wait_for(change(), 120))
     store.close()
     assert clients.failures == []
-    assert {newest - 1, newest} <= {reply.version for reply in clients.replies}
+    assert {*two} <= {reply.version for reply in clients.replies}
 
 
 SAID = [{"role": "user", "content": "Tom has 3 apples and gets 4 more."}]
