@@ -63,7 +63,7 @@ def test_the_loop_trains_adapters_that_vllm_serves_without_a_failed_request(loop
     for version in versions:
         weights = Path(version["path"]) / "adapter_model.safetensors"
         assert hashlib.sha256(weights.read_bytes()).hexdigest() == version["sha256"]
-        assert version["samples"] == 16
+        assert 8 < version["samples"] <= 16  # fewer where one session has more than half
     assert [v["state"] for v in versions].count("serving") == 1
     drifts = [v["metrics"]["drift/mean"] for v in versions if "drift/mean" in v["metrics"]]
     print("drift between engine and learner, nats a token:", drifts)
