@@ -31,9 +31,9 @@ from rich.progress import track
 from benchmarks.client import HOST, connect
 from benchmarks.mock_judge import MODEL
 from nextstate.config import StoreConfig
+from nextstate.engine.process import free_port
 from nextstate.records import NextState, Source, Timings, Turn, TurnKind, new_id
-from nextstate.store import Store
-from nextstate.vllm import free_port
+from nextstate.store.store import Store
 
 POLICY = Path(__file__).parent.parent / "demo" / "policy"
 POLICY_NAME = "seed-policy"

@@ -41,7 +41,7 @@ from nextstate.records import (
     Verdict,
     VersionState,
 )
-from nextstate.store import Store
+from nextstate.store.store import Store
 from plugins.judges.rules import vote_on
 
 POLICY = Path(__file__).parent.parent / "demo" / "policy"

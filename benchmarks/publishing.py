@@ -44,12 +44,12 @@ from benchmarks.gaps import (
 from benchmarks.marks import FLIP, READY, REGISTERED, UPDATE, Mark, shares, update_of
 from demo.run import MODEL, Plan, write_settings
 from demo.tasks import Domain
+from nextstate.app.settings import Settings
+from nextstate.app.stack import Stack
+from nextstate.app.stages import zero_adapter
+from nextstate.app.supervisor import Supervisor
 from nextstate.records import MAIN_LINEAGE
-from nextstate.settings import Settings
-from nextstate.stack import Stack
-from nextstate.stages import zero_adapter
-from nextstate.store import Store
-from nextstate.supervisor import Supervisor
+from nextstate.store.store import Store
 
 GAP_GOAL_S = 0.1
 ANSWER_GOAL_S = 1.0

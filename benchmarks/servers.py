@@ -21,7 +21,7 @@ import psutil
 
 from benchmarks.client import HOST, connect
 from benchmarks.mock_engine import MODEL
-from nextstate.vllm import free_port
+from nextstate.engine.process import free_port
 
 DIRECT, BARE, NGINX, LITELLM, OURS = "direct", "bare relay", "nginx", "LiteLLM", "NextState"
 START_TIMEOUT_S = 120.0

@@ -38,12 +38,12 @@ from learner.adapters import Card, load_weights, save_adapter, version_path
 from learner.config import LearnerConfig
 from learner.examiner import Examiner
 from learner.trainer import PolicyTrainer
-from nextstate import logs
-from nextstate.engine import EngineClient
+from nextstate.app import logs
+from nextstate.app.settings import Settings
+from nextstate.app.stages import publish_trained, run_learner, zero_adapter
+from nextstate.engine.client import EngineClient
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
-from nextstate.settings import Settings
-from nextstate.stages import publish_trained, run_learner, zero_adapter
-from nextstate.store import Store
+from nextstate.store.store import Store
 
 WATCHED: dict[str, tuple[object, str]] = {
     STEP: (PolicyTrainer, "_bound_step"),

@@ -20,7 +20,7 @@ from rich.text import Text
 from demo.curve import draw_curve
 from demo.score import Score
 from demo.talk import Talked
-from nextstate.settings import Settings
+from nextstate.app.settings import Settings
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,12 +25,12 @@ from demo.report import Display, Record, print_summary, record_files, write_reco
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
 from demo.tasks import Domain, Task, held_out_tasks
+from nextstate.app.settings import Settings
+from nextstate.app.stack import Stack
+from nextstate.engine.process import free_port
 from nextstate.errors import StartError
-from nextstate.locks import ProcessLock
-from nextstate.private import make_folder
-from nextstate.settings import Settings
-from nextstate.stack import Stack
-from nextstate.vllm import free_port
+from nextstate.private_files import make_folder
+from nextstate.process_lock import ProcessLock
 
 log = logging.getLogger(__name__)
 

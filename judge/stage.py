@@ -30,11 +30,11 @@ from judge.feedback import feedback_verdict
 from judge.hinting import Renderer, hinted_prompt
 from judge.pace import Pace
 from judge.verdict import verdict_of
+from nextstate.error_text import told
 from nextstate.errors import BusyError, EngineError, JudgeError
 from nextstate.hooks import AgentProfile, Evidence, JudgeKind
 from nextstate.records import HintedPrompt, Json, NextState, Source, Turn, Verdict, Vote
-from nextstate.store import Judgement, Store
-from nextstate.told import told
+from nextstate.store.store import Judgement, Store
 from nextstate.wire import objects
 
 log = logging.getLogger(__name__)

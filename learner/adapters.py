@@ -27,9 +27,9 @@ from torch import Tensor
 
 from learner.config import LearnerConfig
 from learner.model import lora_config, model_shape
-from nextstate.adapters import WEIGHTS_FILE, file_sha256, verify_adapter
+from nextstate.engine.adapter_files import WEIGHTS_FILE, file_sha256, verify_adapter
 from nextstate.errors import AdapterError, DiskError, LearnerError
-from nextstate.private import make_folder
+from nextstate.private_files import make_folder
 
 CARD_FILE = "card.json"
 

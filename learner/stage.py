@@ -70,11 +70,11 @@ from learner.trainer import PolicyTrainer, Update, build_trainer
 from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
-from nextstate.locks import ProcessLock
 from nextstate.notices import write_notice
-from nextstate.private import make_folder
+from nextstate.private_files import make_folder
+from nextstate.process_lock import ProcessLock
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
-from nextstate.store import Store
+from nextstate.store.store import Store
 
 log = logging.getLogger(__name__)
 

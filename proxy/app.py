@@ -18,12 +18,12 @@ import orjson
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
-from nextstate.engine import EngineClient
+from nextstate.engine.client import EngineClient
 from nextstate.errors import NextStateError, RecordError, StoreError, WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json
-from nextstate.settling import Reception
-from nextstate.store import Store
+from nextstate.store.settling import Reception
+from nextstate.store.store import Store
 from nextstate.wire import json_object, objects, read_json, write_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_body, refuse_coded, unreadable
@@ -32,9 +32,9 @@ from proxy.config import ProxyConfig
 from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
-from proxy.linking import session_names
+from proxy.linking.continuation import session_names
 from proxy.metrics import counts_of, exposition
-from proxy.passing import Passing
+from proxy.pass_through import Passing
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
 from proxy.recorder import Recorder
 from proxy.relay import Relay

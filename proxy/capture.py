@@ -9,10 +9,10 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import orjson
 
+from nextstate.error_text import error_names, told
 from nextstate.records import Json
-from nextstate.told import error_names, told
 from nextstate.wire import obj, objects
-from proxy.whole import Whole
+from proxy.whole_reply import Whole
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "temperature": (1, 1.0),

@@ -6,11 +6,11 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from nextstate.hooks import AgentProfile, Heard, text_of
-from nextstate.recording import Link, Recording
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
+from nextstate.store.recording import Link, Recording
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
-from proxy.linking import (
+from proxy.linking.continuation import (
     SYSTEM,
     link_of,
     message_hashes,
@@ -19,7 +19,7 @@ from proxy.linking import (
     reply_starts,
     said,
 )
-from proxy.meaning import key_of, meant, meant_in
+from proxy.linking.meaning import key_of, meant, meant_in
 
 
 class Exchange(NamedTuple):

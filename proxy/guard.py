@@ -6,8 +6,8 @@ import hashlib
 from collections.abc import Sized
 from typing import Any, cast
 
+from nextstate.engine.process import VOTE_PRIORITY
 from nextstate.records import Json
-from nextstate.vllm import VOTE_PRIORITY
 from nextstate.wire import integer, obj
 from proxy.answers import Refused
 from proxy.dialects.chat import is_off

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 import orjson
 
-from nextstate.engine import EngineClient
-from nextstate.habits import Habits
+from nextstate.engine.client import EngineClient
+from nextstate.engine.messages_behaviour import Habits
+from nextstate.error_text import told
 from nextstate.records import Json
-from nextstate.told import told
 from nextstate.wire import json_object, write_json
 from proxy.capture import Capture
 from proxy.dialects import chat, completions, messages, responses
@@ -26,7 +26,7 @@ from proxy.dialects.chat import Asked
 from proxy.dialects.translation import Translation
 from proxy.splice import Splice
 from proxy.sse import event_data
-from proxy.whole import take_apart
+from proxy.whole_reply import take_apart
 
 log = logging.getLogger(__name__)
 

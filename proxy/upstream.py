@@ -16,8 +16,8 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
+from nextstate.error_text import told
 from nextstate.errors import ConfigError
-from nextstate.told import told
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0

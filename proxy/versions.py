@@ -19,11 +19,11 @@ from pathlib import Path
 
 from sqlalchemy.exc import SQLAlchemyError
 
-from nextstate.abilities import look
-from nextstate.engine import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
+from nextstate.engine.abilities import look
+from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
 from nextstate.errors import AdapterError, EngineError, WaitError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
-from nextstate.store import Store, base_version
+from nextstate.store.store import Store, base_version
 
 log = logging.getLogger(__name__)
 

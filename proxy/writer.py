@@ -25,14 +25,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nextstate import logs
+from nextstate.app import logs
 from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
-from nextstate.patience import Patience
-from nextstate.private import only_for_owner
-from nextstate.recording import Recording
-from nextstate.sqlite import is_passing
-from nextstate.store import Store
+from nextstate.private_files import only_for_owner
+from nextstate.store.recording import Recording
+from nextstate.store.sqlite import is_passing
+from nextstate.store.store import Store
+from nextstate.store.waiting import Patience
 from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record_exchange
 
 log = logging.getLogger(__name__)

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from nextstate.config import StoreConfig
-from nextstate.engine import EngineClient
-from nextstate.habits import Habits, learn_habits
-from nextstate.store import Store
-from nextstate.vllm import free_port
+from nextstate.engine.client import EngineClient
+from nextstate.engine.messages_behaviour import Habits, learn_habits
+from nextstate.engine.process import free_port
+from nextstate.store.store import Store
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop

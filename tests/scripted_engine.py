@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from nextstate.adapters import WEIGHTS_FILE, file_sha256
+from nextstate.engine.adapter_files import WEIGHTS_FILE, file_sha256
 
 MODEL = "base"
 FINGERPRINT = "vllm-test"

@@ -7,10 +7,10 @@ from typing import Any, cast
 
 import aiohttp
 
+from nextstate.error_text import refusal, told
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from nextstate.told import refusal, told
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 _SCHEMA_WORDS = re.compile(r"response_format|json_schema|structured|grammar", re.I)

@@ -11,10 +11,10 @@ import importlib
 import os
 from typing import Any
 
+from nextstate.error_text import refusal, told
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from nextstate.told import refusal, told
 from plugins.judges.engine import completion_text, is_busy, used_tokens
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 

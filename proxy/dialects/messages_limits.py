@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard, cast
 
-from nextstate.habits import Habits
+from nextstate.engine.messages_behaviour import Habits
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.messages_tools import tool_changes, tools_in_effect

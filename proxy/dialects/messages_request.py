@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nextstate.habits import Habits
+from nextstate.engine.messages_behaviour import Habits
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.messages_limits import encodes, reasons

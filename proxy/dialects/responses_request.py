@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from nextstate.habits import Habits
+from nextstate.engine.messages_behaviour import Habits
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.responses_tools import (

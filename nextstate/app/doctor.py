@@ -1,0 +1,151 @@
+"""What `nextstate doctor` checks, each with what was found or what fixes it."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from nextstate.app.settings import Settings
+from nextstate.app.stages import engine_client
+from nextstate.engine import process as vllm
+from nextstate.engine.abilities import look
+from nextstate.engine.client import Abilities
+from nextstate.errors import (
+    ConfigError,
+    EngineError,
+    NextStateError,
+    StartError,
+    WrongEngineError,
+)
+from nextstate.hooks import load_plugin
+from nextstate.store.store import Store
+
+_NAMED = 8
+"""Models of an external engine that are named."""
+_FOLDERS = ("proxy", "judge", "learner", "plugins")
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One line of the report."""
+
+    name: str
+    found: str
+    problem: str | None = None
+
+
+def checks(config: Path) -> Iterator[Check]:
+    """Runs every check; those that need the configuration stop at a broken one."""
+    yield Check("python", sys.version.split()[0])
+    yield _checked("packages", _own_folders)
+    try:
+        settings = Settings.read(config)
+    except ConfigError as error:
+        yield Check("configuration", "", str(error))
+        return
+    yield Check("configuration", str(config) if config.exists() else "all defaults")
+    yield _checked("state folder", lambda: str(_store_dir(settings)))
+    yield _checked("agent profile", lambda: _plugin(settings))
+    if settings.engine.mode == "managed":
+        yield _checked("vllm", lambda: _vllm(settings))
+    else:
+        yield from _engine(settings)
+    yield _checked("model", lambda: _model(settings))
+    yield _checked("port", lambda: _port(settings))
+    yield _checked("training", lambda: _training(settings))
+
+
+def _checked(name: str, check: Callable[[], str]) -> Check:
+    try:
+        return Check(name, check())
+    except NextStateError as error:
+        return Check(name, "", str(error))
+
+
+def _own_folders() -> str:
+    root = Path(__file__).parents[2]
+    for name in _FOLDERS:
+        file = Path(importlib.import_module(name).__file__ or "")
+        if root not in file.parents:
+            raise StartError(
+                f"`import {name}` finds {file}, not ours: another package shadows it; "
+                "use a fresh environment (`make env`)"
+            )
+    return f"{', '.join(_FOLDERS)} are ours"
+
+
+def _store_dir(settings: Settings) -> Path:
+    store = Store(settings.store)
+    store.close()
+    return store.dir
+
+
+def _plugin(settings: Settings) -> str:
+    load_plugin("agents", settings.agents.profile, None)
+    return settings.agents.profile
+
+
+def _vllm(settings: Settings) -> str:
+    vllm.check_package()
+    vllm.managed_key(settings.engine)
+    left_out = ", ".join(vllm.not_passed(settings.engine, os.environ))
+    return f"installed; it does not get {left_out} of this shell" if left_out else "installed"
+
+
+def _engine(settings: Settings) -> Iterator[Check]:
+    """What answers at the address of an external engine, and what learning lacks there."""
+    where = f"[engine] url = {settings.engine.url!r}"
+    try:
+        found = asyncio.run(_look(settings))
+    except WrongEngineError as error:
+        yield Check("engine", "", f"{where}: {error}")
+        return
+    except ConfigError as error:
+        yield Check("engine", "", str(error))
+        return
+    except EngineError as error:
+        yield Check("engine", "", f"{where} does not serve: {error}; start it, or set its address")
+        return
+    if found.served:
+        served = ", ".join(found.served[:_NAMED])
+        yield Check("engine", "", f"{where} lacks {found.lacks[0]}; it serves {served}")
+        return
+    yield Check("engine", f"{settings.engine.url} answers as {settings.engine.name}")
+    for lack in found.lacks:
+        problem = f"{where}: turns are recorded, but learning lacks {lack}"
+        yield Check("engine for learning", "", problem)
+
+
+async def _look(settings: Settings) -> Abilities:
+    async with engine_client(settings) as engine:
+        if not await engine.healthy():
+            raise EngineError(engine.trouble)
+        return await look(engine, adapters=True)
+
+
+def _model(settings: Settings) -> str:
+    vllm.check_model(settings.engine)
+    return settings.engine.model
+
+
+def _training(settings: Settings) -> str:
+    if importlib.util.find_spec("trl") is None:
+        raise StartError("the learner needs TRL and torch, which are not installed: run `make env`")
+    from learner.memory import require_memory
+
+    lineages = len(settings.all_lineages)
+    share = vllm.gpu_share(settings.engine, os.environ)
+    return require_memory(settings.learner, settings.engine.model_path, lineages, share)
+
+
+def _port(settings: Settings) -> str:
+    proxy = settings.proxy
+    if not vllm.port_is_free(proxy.host, proxy.port):
+        raise StartError(f"{proxy.port} on {proxy.host} is in use: set another [proxy] port")
+    return f"{proxy.host}:{proxy.port} is free ({proxy.url}/v1)"

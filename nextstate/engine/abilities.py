@@ -1,0 +1,143 @@
+"""What an engine can do, found by asking it: any OpenAI server is relayed, not every one can train.
+
+The same requests pay for the first generation with log-probs and with an adapter before an agent
+waits: both compile or allocate on first use; measured, they stalled every stream for 3.5 s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from contextlib import suppress
+from pathlib import Path
+
+from nextstate.engine.client import WARM_UP_ADAPTER, Abilities, EngineClient, first_choice
+from nextstate.engine.messages_behaviour import learn_habits
+from nextstate.errors import AnswerError, WrongEngineError
+from nextstate.records import Json
+from nextstate.wire import obj
+
+log = logging.getLogger(__name__)
+
+LOG_PROBS, TOKEN_IDS = "log-probs", "token ids (vLLM's return_token_ids)"
+ADAPTERS = (
+    "runtime adapters (vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on this "
+    "machine's state folder)"
+)
+_REFUSES_KEY = (401, 403)
+_NOT_NOW = (408, 429, 503)
+_NO_ROUTE = (404, 405, 501)
+_NO_SERVER = "what answers at [engine] url is no OpenAI server"
+_CHAT = "/v1/chat/completions"
+_ONE_TOKEN: Json = {"max_tokens": 1, "return_token_ids": True}
+
+
+async def look(
+    engine: EngineClient, zero_adapter: Path | None = None, *, adapters: bool = False
+) -> Abilities:
+    """Asks for a token in each way that is used, and for the adapter in folder `zero_adapter`.
+
+    Without that folder nothing is loaded, and a server that tells no token ids is asked about
+    adapters only if some are to be loaded: only vLLM has that route.
+
+    Raises WrongEngineError for a server that no request can be sent to before a person has changed
+    something, EngineError for one that may serve later.
+    """
+    served = await _served(engine)
+    try:
+        return await _abilities(engine, zero_adapter, adapters)
+    except AnswerError as error:
+        if not 400 <= error.status < 500 or error.status in _NOT_NOW:
+            raise
+        lacks = f"chat: it answered {error.status}"
+        if engine.model not in served:  # some servers take any name
+            lacks = f"the model {engine.model!r} ([engine] model or served_model_name)"
+        return Abilities(False, False, False, (lacks,), served)
+
+
+async def _served(engine: EngineClient) -> tuple[str, ...]:
+    """The names that a server lists; raises for one that speaks another language."""
+    try:
+        return tuple(model.id for model in await engine.models())
+    except AnswerError as error:
+        _check_key(error)
+        if error.status in _NOT_NOW or (error.status >= 500 and error.status not in _NO_ROUTE):
+            raise
+        if error.status != 200 and await _chats(engine):
+            return ()
+        models = "lists no models" if error.status == 200 else f"is {error.status}"
+        raise WrongEngineError(f"{_NO_SERVER}: /v1/models {models}") from error
+
+
+async def _chats(engine: EngineClient) -> bool:
+    """Whether a server that lists no models answers a chat for ours all the same."""
+    try:
+        return bool(first_choice(await engine.post(_CHAT, _hello(engine) | {"max_tokens": 1})))
+    except AnswerError as error:
+        _check_key(error)
+        return False
+
+
+async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bool) -> Abilities:
+    lacks: list[str] = []
+    choice: Json = {}
+    additions = True
+    with suppress(AnswerError):  # whatever it answers: chat decides
+        choice = await engine.generate_once(engine.model)
+    if not choice:
+        lacks.append("/v1/completions (for the warm-up)")
+        choice, additions = await _chat(engine)
+    if not obj(choice.get("logprobs")):
+        lacks.append(LOG_PROBS)
+    tells_tokens = bool(choice.get("token_ids"))
+    if not tells_tokens:
+        lacks.append(TOKEN_IDS)
+    else:
+        engine.habits = await learn_habits(engine)
+    adapters = (tells_tokens or needed) and await _takes_adapters(engine, zero_adapter)
+    if not adapters:
+        lacks.append(ADAPTERS)
+    return Abilities(adapters, tells_tokens, additions, tuple(lacks))
+
+
+async def _chat(engine: EngineClient) -> tuple[Json, bool]:
+    """The choice of a chat reply, and whether the server takes what the relay adds to a request."""
+    asked, additions = _hello(engine) | _ONE_TOKEN | {"logprobs": True}, True
+    try:
+        choice = first_choice(await engine.post(_CHAT, asked))
+    except AnswerError as error:
+        _check_key(error)
+        if error.status in _NOT_NOW:
+            raise
+        asked, additions = _hello(engine) | {"max_tokens": 1}, False
+        choice = first_choice(await engine.post(_CHAT, asked))
+    if not choice:
+        raise WrongEngineError(f"{_NO_SERVER}: {_CHAT} answers without choices")
+    return choice, additions
+
+
+def _hello(engine: EngineClient) -> Json:
+    return {"model": engine.model, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def _check_key(error: AnswerError) -> None:
+    if error.status in _REFUSES_KEY:
+        raise WrongEngineError(
+            f"the engine refuses our key ({error.status}): name the environment variable that "
+            "holds its key in [engine] api_key_env"
+        ) from error
+
+
+async def _takes_adapters(engine: EngineClient, zero_adapter: Path | None) -> bool:
+    if zero_adapter is None or not await asyncio.to_thread(zero_adapter.is_dir):
+        return await engine.has_route("/v1/load_lora_adapter")
+    try:
+        await engine.load_adapter(WARM_UP_ADAPTER, str(zero_adapter))
+    except AnswerError as error:
+        if error.status in _NOT_NOW:
+            raise
+        log.warning("the engine takes no adapters: %s", error)
+        return False
+    await engine.generate_once(WARM_UP_ADAPTER)
+    await engine.unload_adapter(WARM_UP_ADAPTER)
+    return True

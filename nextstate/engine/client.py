@@ -1,0 +1,354 @@
+"""Driving vLLM over HTTP: health, tokenizing, adapters in and out, and publishing a version.
+
+An adapter is loaded under a name and a path that no earlier version had. Loading in place under an
+old name can reuse the prefix cache of the weights it replaces (vLLM issue 42125), and a new adapter
+has once answered for another (issue 47724): hence new names, and a probe that checks who answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self, cast
+
+import aiohttp
+
+from nextstate.config import server_address
+from nextstate.engine.adapter_files import verify_adapter
+from nextstate.engine.messages_behaviour import Habits
+from nextstate.error_text import refusal, told
+from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
+from nextstate.open_files import ran_out
+from nextstate.prometheus import gauge_sum
+from nextstate.records import Json, PolicyVersion
+from nextstate.store.store import Store
+from nextstate.wire import json_object, objects, write_json
+
+log = logging.getLogger(__name__)
+
+PROBE_TIMEOUT_S = 60.0
+_LOADS = 3
+"""So often a version is loaded: one that comes back may just have drained, and is unloaded then."""
+GLANCE_TIMEOUT_S = 5.0
+"""For what a server answers at once unless it is overloaded."""
+_LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+WARM_UP_ADAPTER = "nextstate-warm-up"
+_NO_ROUTE = (404, 405, 501)
+_IDLE_S = 4.0
+"""uvicorn, under vLLM, closes connections that are idle for 5 s."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """One entry of the engine's model list."""
+
+    id: str
+    parent: str | None
+    """The base model's name when this is an adapter."""
+    root: str | None
+    """The folder or hub name that it was loaded from."""
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an engine can do beyond answering chat."""
+
+    adapters: bool = True
+    """Loads adapters at run time."""
+    tells_tokens: bool = True
+    """Tells token ids when asked: then it is vLLM and takes all that we ask of it."""
+    additions: bool = True
+    """Takes requests with the fields that we add."""
+    lacks: tuple[str, ...] = ()
+    """What learning would need of it, in words."""
+    served: tuple[str, ...] = ()
+    """The models that it lists, if it does not answer for ours."""
+
+
+def first_choice(reply: Json) -> Json:
+    """The first choice of a reply; {} if it has none."""
+    choices = objects(reply.get("choices"))
+    return choices[0] if choices else {}
+
+
+class EngineClient:
+    """A connection to one vLLM server. Every method raises EngineError when the server fails."""
+
+    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
+        self.url = server_address(url)
+        self.model = model
+        """The name under which the base model answers."""
+        self.fingerprint: str | None = None
+        """What the server calls itself in its replies, once one has been seen."""
+        self.max_model_len: int | None = None
+        """Tokens of its longest context, once its models have been listed."""
+        self.abilities = Abilities()
+        """Once the server has been looked at."""
+        self.habits = Habits()
+        """How it reads /v1/messages, once the server has been looked at."""
+        self.trouble = ""
+        """Why it was not healthy, the last time that it was not."""
+        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._session = aiohttp.ClientSession(
+            headers=headers, connector=aiohttp.TCPConnector(keepalive_timeout=_IDLE_S)
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the connections."""
+        await self._session.close()
+
+    async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
+        """Whether the server says that it can serve now.
+
+        Raises EngineError if that cannot be asked, for want of file descriptors for one, and
+        WrongEngineError where TLS fails.
+        """
+        status = await self._status("/health", timeout_s)
+        if status in _NO_ROUTE:
+            status = await self._status("/v1/models", timeout_s)
+        return status is not None and status < 500  # a refusal says that it is there
+
+    async def has_route(self, path: str) -> bool:
+        """Whether the server knows a route, which another method than GET would use."""
+        return await self._status(path, GLANCE_TIMEOUT_S) == 405
+
+    async def _status(self, path: str, timeout_s: float) -> int | None:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        try:
+            async with self._session.get(
+                self.url + path, timeout=timeout, allow_redirects=False
+            ) as answer:
+                self.trouble = f"{path} answered {answer.status}"
+                return answer.status
+        except aiohttp.ClientSSLError as error:
+            raise WrongEngineError(
+                f"no TLS that we trust is spoken there: {error.__cause__}; is it http://?"
+            ) from error
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            if ran_out(error):
+                raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
+            self.trouble = str(error) or type(error).__name__
+            return None
+
+    async def models(self) -> list[ServedModel]:
+        """The base model and every adapter that is loaded."""
+        answer = await self._call("GET", "/v1/models", None)
+        if not isinstance(answer.get("data"), list):
+            raise AnswerError(f"{self.url}/v1/models answered without a list of models", 200)
+        try:
+            cards = objects(answer["data"])
+            lengths = [card.get("max_model_len") for card in cards if card["id"] == self.model]
+            self.max_model_len = next((n for n in lengths if isinstance(n, int)), None)
+            return [ServedModel(card["id"], card.get("parent"), card.get("root")) for card in cards]
+        except KeyError as error:
+            raise AnswerError(f"{self.url}/v1/models lists models without {error}", 200) from error
+
+    async def live_requests(self) -> int:
+        """Requests that run or wait now, whoever sent them: an agent, the judge, a probe."""
+        text = await self._request("GET", "/metrics", None, GLANCE_TIMEOUT_S)
+        try:
+            found = [gauge_sum(text.decode(), name) for name in _LIVE_GAUGES]
+            counts = [int(count) for count in found if count is not None]
+        except (UnicodeDecodeError, ValueError, OverflowError) as error:
+            raise EngineError(f"{self.url}/metrics cannot be read: {error}") from error
+        if len(counts) != len(_LIVE_GAUGES):
+            raise EngineError(
+                f"{self.url}/metrics lacks {' or '.join(_LIVE_GAUGES)}: start vLLM without "
+                '--disable-log-stats, or set [learner] schedule = "always" or "window"'
+            )
+        return sum(counts)
+
+    async def has_model(self, name: str) -> bool:
+        """Whether the base model or an adapter of that name is loaded."""
+        return any(model.id == name for model in await self.models())
+
+    async def holds(self, name: str, path: str) -> bool:
+        """Whether the adapter in folder `path` is loaded under `name`.
+
+        Another one under that name is nobody's that we know, and is unloaded.
+        """
+        found = [model for model in await self.models() if model.id == name]
+        if not found or found[0].root == path:
+            return bool(found)
+        log.error(
+            "adapter %s is loaded from %r, not from ours, %r: it is unloaded",
+            name,
+            found[0].root,
+            path,
+        )
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        return False
+
+    async def load_adapter(self, name: str, path: str) -> None:
+        """Loads the adapter in folder `path` under `name`; if it is there already it stays."""
+        body = {"lora_name": name, "lora_path": path}
+        try:
+            await self._call("POST", "/v1/load_lora_adapter", body)
+        except EngineError:
+            # vLLM refuses one that is there; requests that miss it at once all come here.
+            if not await self.holds(name, path):
+                raise
+
+    async def unload_adapter(self, name: str) -> None:
+        """Unloads the adapter `name`; one that is not there is no error."""
+        if not await self.has_model(name):
+            return
+        await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+
+    async def probe(self, name: str) -> None:
+        """Generates one token with `name`, which warms it, and checks that it was `name`."""
+        body = {"model": name, "prompt": [0], "max_tokens": 1, "temperature": 0}
+        answer = await self._call("POST", "/v1/completions", body)
+        if answer.get("model") != name:
+            raise EngineError(f"asked vLLM for {name!r}, and {answer.get('model')!r} answered")
+
+    async def generate_once(self, name: str) -> Json:
+        """Generates one token as turns are served, and returns its choice; at first it is slow."""
+        body = {"model": name, "prompt": [0], "max_tokens": 1}
+        answer = await self.post(
+            "/v1/completions", body | {"logprobs": 1, "return_token_ids": True}
+        )
+        self.fingerprint = answer.get("system_fingerprint")
+        return first_choice(answer)
+
+    async def post(self, path: str, body: Json) -> Json:
+        """The object that a route answers; {} for anything else."""
+        return await self._call("POST", path, body)
+
+    async def tokenize(
+        self, messages: list[Json], tools: list[Json] | None, extra: Json
+    ) -> list[int]:
+        """The token ids of the prompt that vLLM renders from `messages` and `tools`.
+
+        `extra` holds further fields of a chat request that change the rendering, such as
+        `chat_template_kwargs`.
+        """
+        body: Json = {
+            "model": self.model,
+            "messages": messages,
+            "add_generation_prompt": True,
+            **extra,
+        }
+        if tools:
+            body["tools"] = tools
+        answer = await self._call("POST", "/tokenize", body)
+        tokens = answer.get("tokens")
+        if not isinstance(tokens, list):
+            raise EngineError(f"{self.url}/tokenize answered without tokens")
+        return cast("list[int]", tokens)
+
+    async def count_tokens(self, messages: list[Json], extra: Json) -> int:
+        """How many tokens /v1/messages makes of a request's messages and its `extra` fields."""
+        body = {"model": self.model, "messages": messages, **extra}
+        answer = await self._call("POST", "/v1/messages/count_tokens", body)
+        counted = answer.get("input_tokens")
+        if not isinstance(counted, int):
+            raise EngineError(f"{self.url}/v1/messages/count_tokens counted no tokens")
+        return counted
+
+    async def _call(self, method: str, path: str, body: Json | None) -> Json:
+        text = await self._request(method, path, body, PROBE_TIMEOUT_S)
+        return json_object(text) or {}  # vLLM's adapter routes answer in plain words
+
+    async def _request(self, method: str, path: str, body: Json | None, timeout_s: float) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
+        data = None if body is None else write_json(body)
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method,
+                self.url + path,
+                data=data,
+                headers=headers,
+                timeout=timeout,
+                allow_redirects=False,
+            ) as answer:
+                text = await answer.read()
+                if answer.status != 200:
+                    said = text.decode(errors="replace")
+                    why = f"{answer.status}: {said[:300]}"
+                    if body is not None and "messages" in body:
+                        why = refusal(answer.status, said)  # it may quote the conversation
+                    raise AnswerError(f"{method} {self.url}{path} answered {why}", answer.status)
+        except (aiohttp.ClientError, TimeoutError, OSError) as error:
+            raise EngineError(f"{method} {self.url}{path} failed: {told(error)}") from error
+        return text
+
+
+async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
+    """Loads the version's adapter if it is missing and probes it; the base needs neither.
+
+    Raises AdapterError, before the engine has seen the file, if it is not the one registered.
+    """
+    name, path = version.adapter_name, version.path
+    if name is None or path is None or version.sha256 is None:
+        return
+    for left in reversed(range(_LOADS)):
+        if not await engine.holds(name, path):
+            await asyncio.to_thread(verify_adapter, Path(path), version.sha256)
+            await engine.load_adapter(name, path)
+        try:
+            return await engine.probe(name)
+        except EngineError:
+            if not left or await engine.holds(name, path):
+                raise
+
+
+def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:
+    """Where the zero adapter of a model lies."""
+    model = hashlib.sha256(model_path.encode()).hexdigest()[:12]
+    return state_dir / "warm-up" / f"{model}-rank{rank}"
+
+
+async def publish(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
+    """Adapter on disk → loaded → probed → serving: how a person puts a version into service.
+
+    Requests that run keep their version; the proxy unloads it once they have ended.
+    """
+    await ensure_loaded(engine, version)
+    await asyncio.to_thread(store.set_serving, version.lineage, version.number)
+
+
+async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
+    """`publish` for what training made: only in its parent's place.
+
+    Where another version was put into service meanwhile, that one stays.
+    """
+    await ensure_loaded(engine, version)
+    if await asyncio.to_thread(store.serve_candidate, version):
+        return
+    log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
+    if version.adapter_name is not None:
+        await engine.unload_adapter(version.adapter_name)
+
+
+async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:
+    """Takes a version out of service, for its `reason`, by the same steps as a rollback.
+
+    Its nearest ancestor whose adapter is whole serves in its place, unless another version serves
+    by now. Returns the version that serves.
+    """
+    for version in await asyncio.to_thread(store.ancestors, rejected):
+        try:
+            await ensure_loaded(engine, version)
+        except AdapterError as error:
+            log.error("version=%d lineage=%s is no use: %s", version.number, version.lineage, error)
+            continue
+        await asyncio.to_thread(store.replace_serving, rejected, version.number)
+        break
+    return await asyncio.to_thread(store.serving, rejected.lineage)

@@ -1,0 +1,87 @@
+"""What vLLM's own /v1/messages makes of three things that its chat route does not read alike.
+
+They depend on the model's chat template and on options of the server, which tells neither. So it is
+asked how many tokens a few small prompts have.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from nextstate.errors import EngineError
+from nextstate.records import Json
+
+if TYPE_CHECKING:
+    from nextstate.engine.client import EngineClient
+
+log = logging.getLogger(__name__)
+
+_Habit = TypeVar("_Habit")
+_EFFORTS = ("low", "medium", "high", "xhigh", "max")
+_HELLO: list[Json] = [{"role": "user", "content": "Hi"}]
+_FIRST, _LATER = "Be brief. ", "Be kind."
+
+
+@dataclass(frozen=True, slots=True)
+class Habits:
+    """Each is None as long as the engine has not told."""
+
+    merges_system: bool | None = None
+    """Whether system messages among the others are moved into the one at the start."""
+    disabled_effort: str | None = None
+    """The reasoning effort that `thinking: {"type": "disabled"}` stands for."""
+    shows_no_tools: bool | None = None
+    """Whether the prompt of an empty list of tools differs from that of none."""
+
+
+async def learn_habits(engine: EngineClient) -> Habits:
+    """Asks the engine. Never raises EngineError: what cannot be learnt stays unknown."""
+    return Habits(
+        await _or_unknown(_merges_system(engine)),
+        await _or_unknown(_disabled_effort(engine)),
+        await _or_unknown(_shows_no_tools(engine)),
+    )
+
+
+async def _or_unknown(learning: Awaitable[_Habit]) -> _Habit | None:
+    try:
+        return await learning
+    except EngineError as error:
+        log.debug("the engine does not tell how it reads /v1/messages: %s", error)
+        return None
+
+
+async def _merges_system(engine: EngineClient) -> bool:
+    talk: list[Json] = [{"role": "assistant", "content": "Hello."}, *_HELLO]
+    among = [*_HELLO, {"role": "system", "content": _LATER}, *talk]
+    given = await engine.count_tokens(among, {"system": _FIRST})
+    return given == await engine.count_tokens([*_HELLO, *talk], {"system": _FIRST + _LATER})
+
+
+async def _disabled_effort(engine: EngineClient) -> str | None:
+    """By vLLM's own rule: "none" if the template takes it, and for something else than an effort.
+
+    None if the engine was told to do otherwise.
+    """
+    counted = await engine.count_tokens(_HELLO, {"thinking": {"type": "disabled"}})
+    rendered = {effort: await _rendered(engine, effort) for effort in ("none", *_EFFORTS)}
+    none = rendered["none"]
+    ignored = none is None or none in [rendered[effort] for effort in _EFFORTS]
+    effort = "low" if ignored else "none"
+    prompt = rendered[effort]
+    return effort if prompt is not None and len(prompt) == counted else None
+
+
+async def _rendered(engine: EngineClient, effort: str) -> list[int] | None:
+    switches = {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    try:
+        return await engine.tokenize(_HELLO, None, {"chat_template_kwargs": switches})
+    except EngineError:
+        return None
+
+
+async def _shows_no_tools(engine: EngineClient) -> bool:
+    return await engine.count_tokens(_HELLO, {}) != await engine.count_tokens(_HELLO, {"tools": []})

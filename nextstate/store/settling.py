@@ -1,0 +1,258 @@
+"""How a turn's score is settled: once by votes, or by a person, whose last word counts.
+
+Every function works inside the caller's transaction: a verdict, its sample and the judge's work for
+it are changed together or not at all. A sample that is trained, or being trained, never changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import sqlalchemy as sa
+
+from nextstate.errors import StoreError
+from nextstate.records import FEEDBACK, Feedback, SampleState, TurnKind, Verdict
+from nextstate.store import schema as t
+from nextstate.store.rows import Row, dump, keep_ids, load_verdict
+
+_IN_TRAINING = (SampleState.LEASED, SampleState.TRAINED)
+
+
+@dataclass(frozen=True, slots=True)
+class Reception:
+    """What became of a person's feedback."""
+
+    turn: str
+    session: str
+    score: int
+    applied: bool
+    """Whether it is the turn's verdict now."""
+    reason: str | None
+    """Why it is not applied; None when it is. It is kept as a label either way."""
+
+
+def settle_verdict(
+    connection: sa.Connection, verdict: Verdict, task_end: str | None, now: float
+) -> bool:
+    """See `Store.settle_verdict`."""
+    turn = _turn(connection, verdict.turn)
+    known = load_verdict(connection, verdict.turn)
+    if verdict.judge == FEEDBACK:
+        return _add_hinted_prompt(connection, turn, known, verdict)
+    if known is not None:
+        if known.judge == FEEDBACK:
+            _keep_late_votes(connection, verdict)
+            return False
+        if not _is_open(connection, verdict.turn):
+            _close_work(connection, verdict.turn)
+            return False
+    _put_verdict(connection, verdict, now)
+    _close_work(connection, verdict.turn)
+    # The task may have ended while the votes were under way.
+    j = t.judgements.c
+    missed = (j.turn == verdict.turn, j.task_end.is_distinct_from(task_end))
+    connection.execute(sa.update(t.judgements).where(*missed).values(state="pending"))
+    _put_sample(connection, turn, verdict)
+    return True
+
+
+def judge_anew(connection: sa.Connection, turns: Sequence[str], task_end: str) -> None:
+    """Puts turns back to be judged with what followed `task_end` as evidence, if they were not."""
+    j, s, v = t.judgements.c, t.samples.c, t.verdicts.c
+    fixed = sa.union_all(
+        sa.select(s.turn).where(s.turn.in_(turns), s.state.in_(_IN_TRAINING)),
+        sa.select(v.turn).where(v.turn.in_(turns), v.judge == FEEDBACK),
+    )
+    unknown = j.task_end.is_distinct_from(task_end)
+    connection.execute(
+        sa.update(t.judgements)
+        .where(j.turn.in_(turns), j.turn.not_in(fixed), unknown)
+        .values(state="pending", task_end=task_end, attempts=0, not_before=0.0, lease_until=None)
+    )
+
+
+def give_feedback(connection: sa.Connection, feedback: Feedback, now: float) -> Reception:
+    """See `Store.give_feedback`."""
+    turn = _turn(connection, feedback.turn)
+    _keep(connection, feedback, now)
+    known = load_verdict(connection, feedback.turn)
+    reason = None if _says(known, feedback) else _apply(connection, turn, feedback, now)
+    return Reception(feedback.turn, turn.session, feedback.score, reason is None, reason)
+
+
+def settle_feedback(connection: sa.Connection, turn_id: str, now: float) -> None:
+    """Settles what was said of a turn while it was being trained, once that came to nothing."""
+    feedback = feedback_of(connection, turn_id)
+    assert feedback is not None
+    turn, known = _turn(connection, turn_id), load_verdict(connection, turn_id)
+    if known is not None and _says(known, feedback):
+        _put_sample(connection, turn, known)  # its hint may have been rendered meanwhile
+    else:
+        _apply(connection, turn, feedback, now)
+
+
+def feedback_of(connection: sa.Connection, turn_id: str) -> Feedback | None:
+    """What a person said last of a turn, or None."""
+    f = t.feedback.c
+    query = sa.select(f.turn, f.score, f.hint, f.comment).where(f.turn == turn_id)
+    row = connection.execute(query).first()
+    return None if row is None else Feedback(*row)
+
+
+def _turn(connection: sa.Connection, turn_id: str) -> Row:
+    c = t.turns.c
+    query = sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.untrainable)
+    row = connection.execute(query.where(c.id == turn_id)).first()
+    if row is None:
+        raise StoreError(f"there is no turn {turn_id!r}: see `nextstate turns`")
+    return row
+
+
+def _says(verdict: Verdict | None, feedback: Feedback) -> bool:
+    """Whether the verdict is what the person said."""
+    return (
+        verdict is not None
+        and verdict.judge == FEEDBACK
+        and (verdict.score, verdict.hint) == (feedback.score, feedback.hint)
+    )
+
+
+def _keep(connection: sa.Connection, feedback: Feedback, now: float) -> None:
+    """Keeps the last word on a turn, and what the votes had come to before the first."""
+    known = feedback_of(connection, feedback.turn)
+    if known == feedback:
+        return
+    said = {"score": feedback.score, "hint": feedback.hint, "comment": feedback.comment}
+    if known is not None:
+        row = sa.update(t.feedback).where(t.feedback.c.turn == feedback.turn)
+        connection.execute(row.values(**said, updated_at=now))
+        return
+    v = t.verdicts.c
+    votes = sa.select(v.score, v.judge).where(v.turn == feedback.turn, v.judge != FEEDBACK)
+    score, judge = connection.execute(votes).first() or (None, None)
+    values = {**said, "created_at": now, "updated_at": now}
+    values |= {"turn": feedback.turn, "voted_score": score, "voted_judge": judge}
+    connection.execute(sa.insert(t.feedback).values(values))
+
+
+def _keep_late_votes(connection: sa.Connection, verdict: Verdict) -> None:
+    """Keeps votes that were under way when the person spoke, where there were none before."""
+    f = t.feedback.c
+    connection.execute(
+        sa.update(t.feedback)
+        .where(f.turn == verdict.turn, f.voted_judge.is_(None))
+        .values(voted_score=verdict.score, voted_judge=verdict.judge)
+    )
+
+
+def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float) -> str | None:
+    """Makes the feedback the turn's verdict; returns why it could not."""
+    if turn.kind == TurnKind.SIDE:
+        return "a side turn is never judged or trained; the feedback is kept"
+    s = t.samples.c
+    query = sa.select(s.state, s.trained_in).where(s.turn == feedback.turn)
+    state, version = connection.execute(query).first() or (None, None)
+    if state == SampleState.TRAINED:
+        return f"version {version} has trained on this turn already; the feedback is kept"
+    if state == SampleState.LEASED:
+        return "the turn is being trained; the feedback is kept, and counts if that is given up"
+    verdict = Verdict(feedback.turn, (), feedback.score, FEEDBACK, feedback.hint)
+    _put_verdict(connection, verdict, now)
+    _put_sample(connection, turn, verdict)
+    if feedback.hint is not None and turn.untrainable is None:
+        _open_work(connection, turn)
+    else:
+        _close_work(connection, feedback.turn)
+    return None
+
+
+def _add_hinted_prompt(
+    connection: sa.Connection, turn: Row, known: Verdict | None, verdict: Verdict
+) -> bool:
+    feedback = feedback_of(connection, verdict.turn)
+    if feedback is None or not _says(verdict, feedback):
+        return False  # they have changed their mind, and the work is open again
+    _close_work(connection, verdict.turn)
+    if not _says(known, feedback):
+        return False
+    if known == verdict:
+        return True
+    ids = verdict.hinted_prompt_ids
+    connection.execute(
+        sa.update(t.verdicts)
+        .where(t.verdicts.c.turn == verdict.turn)
+        .values(hinted_prompt_ids=ids and keep_ids(connection, ids))
+    )
+    _put_sample(connection, turn, verdict)
+    return True
+
+
+def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> None:
+    """Keeps a verdict in the place of any other on its turn."""
+    for table in (t.verdicts, t.other_hints):
+        connection.execute(sa.delete(table).where(table.c.turn == verdict.turn))
+    hinted = verdict.hinted_prompt_ids
+    connection.execute(
+        sa.insert(t.verdicts).values(
+            turn=verdict.turn,
+            votes=dump(verdict.votes),
+            score=verdict.score,
+            judge=verdict.judge,
+            hint=verdict.hint,
+            hinted_prompt_ids=hinted and keep_ids(connection, hinted),
+            created_at=now,
+            confidence=verdict.confidence,
+        )
+    )
+    for seq, other in enumerate(verdict.others):
+        runs = keep_ids(connection, other.prompt_ids)
+        row = {"turn": verdict.turn, "seq": seq, "hint": other.hint, "prompt_ids": runs}
+        connection.execute(sa.insert(t.other_hints).values(row))
+
+
+def _open_work(connection: sa.Connection, turn: Row) -> None:
+    """Lets the judge take the turn, whether or not it has done so before."""
+    values = {"state": "pending", "lease_until": None, "not_before": 0.0, "attempts": 0}
+    work = sa.update(t.judgements).where(t.judgements.c.turn == turn.id)
+    if not connection.execute(work.values(**values, reason=None)).rowcount:
+        connection.execute(sa.insert(t.judgements).values(turn=turn.id, seq=turn.seq, **values))
+
+
+def _is_open(connection: sa.Connection, turn_id: str) -> bool:
+    """Whether a turn that was voted on is to be judged anew, and nothing has trained on it."""
+    j, s = t.judgements.c, t.samples.c
+    work = sa.select(j.state).where(j.turn == turn_id)
+    sample = sa.select(s.state).where(s.turn == turn_id)
+    return (
+        connection.execute(work).scalar() != "done"
+        and connection.execute(sample).scalar() not in _IN_TRAINING
+    )
+
+
+def _close_work(connection: sa.Connection, turn_id: str) -> None:
+    work = sa.update(t.judgements).where(t.judgements.c.turn == turn_id)
+    connection.execute(work.values(state="done", lease_until=None, reason=None))
+
+
+def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
+    reason = turn.untrainable
+    if reason is None and turn.policy_version is None:
+        reason = "served by a model that is not a version of this lineage"
+    if reason is None and verdict.score == 0 and verdict.hinted_prompt_ids is None:
+        reason = "score 0 without a hinted prompt teaches nothing"
+    values = {
+        "lineage": turn.lineage,
+        "state": SampleState.READY if reason is None else SampleState.DROPPED,
+        "policy_version": turn.policy_version,
+        "score": verdict.score,
+        "hinted": verdict.hinted_prompt_ids is not None,
+        "reason": reason,
+    }
+    s = t.samples.c
+    state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
+    if state is None:
+        connection.execute(sa.insert(t.samples).values(turn=turn.id, seq=turn.seq, **values))
+    elif state not in _IN_TRAINING:
+        # One that was held out is ready until the learner looks, which it does before it leases.
+        connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))

@@ -1,0 +1,315 @@
+"""The command line without an engine: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+from collections.abc import Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+
+from nextstate.app import stages
+from nextstate.app.cli import main
+from nextstate.app.settings import Settings
+from nextstate.app.stack import Stack
+from nextstate.config import StoreConfig
+from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
+from nextstate.store.store import Store
+from tests.store.test_records import add, judge, turn
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    """A configuration whose store holds two turns and a version."""
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\n[engine]\nmodel = "{tmp_path}"\n')
+    (tmp_path / "config.json").write_text("{}")
+    store = Store(StoreConfig(dir=f"{tmp_path}/state"))
+    add(store, turn(0), turn(1))
+    judge(store, 0, -1, hint="Be brief.")
+    store.add_version(PolicyVersion("main", 1, 0, "/a", "ff", 16, VersionState.CANDIDATE), None)
+    store.close()
+    return file
+
+
+def lines(capsys: pytest.CaptureFixture[str]) -> list[str]:
+    return capsys.readouterr().out.splitlines()
+
+
+def test_turns_are_one_json_object_a_line_with_the_documented_keys(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["turns", "--json", "--config", str(config)]) == 0
+    first, second = (json.loads(line) for line in lines(capsys))
+    assert list(first) == [
+        *("turn", "session", "index", "kind", "lineage", "version"),
+        *("trainable", "reason", "next_state", "verdict", "feedback"),
+    ]
+    assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief."}
+    assert first["next_state"] == [{"source": "user", "text": "thanks"}]
+    assert second["verdict"] is second["feedback"] is None
+    assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
+    assert [line.split()[0] for line in lines(capsys)] == ["turn_1"]
+
+
+def test_versions_are_one_json_object_a_line(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--json", "--config", str(config)]) == 0
+    assert json.loads(lines(capsys)[0])["state"] == "candidate"
+    assert main(["versions", "--config", str(config)]) == 0
+
+
+def newest(config: Path, capsys: pytest.CaptureFixture[str]) -> Json:
+    """The newest turn as `turns --json` shows it."""
+    capsys.readouterr()
+    main(["turns", "--json", "--limit", "1", "--config", str(config)])
+    return json.loads(lines(capsys)[0])
+
+
+def test_feedback_needs_no_proxy_and_its_comment_is_shown(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--score", "1", "--comment", "Just right.", "--config", str(config)]
+    assert main(["feedback", "turn_1", *given]) == 0
+    assert lines(capsys) == ["turn_1: score +1"]
+    found = newest(config, capsys)
+    assert found["verdict"] == {"score": 1, "votes": [], "hint": None}
+    assert found["feedback"] == {"score": 1, "comment": "Just right."}
+
+
+def test_feedback_on_a_session_is_on_its_newest_main_turn(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + '[agents]\nprofile = "openclaw"\n')
+    store = Store(StoreConfig(dir=f"{config.parent}/state"))
+    with store.recording() as recording:
+        recording.add_turn(turn(2, session="abc~2"), b"2", b"2", client_session="abc")
+        recording.add_turn(turn(3, session="abc~2", kind=TurnKind.SIDE), b"3", b"3")
+    store.close()
+    for name, score in (("abc~2", -1), ("abc", 1), ("abc:7", 0)):  # ours, theirs, with its epoch
+        given = ["--session", name, "--score", str(score), "--config", str(config)]
+        assert main(["feedback", *given]) == 0
+        assert lines(capsys) == [f"turn_2: score {score:+d}"]
+
+
+def test_feedback_that_comes_too_late_says_so(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=f"{config.parent}/state"))
+    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.close()
+    assert main(["feedback", "turn_0", "--score", "1", "--config", str(config)]) == 0
+    (line,) = lines(capsys)
+    assert line.startswith("turn_0: score +1 (the turn is being trained")
+
+
+def test_feedback_names_a_turn_or_a_session(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([], ["turn_1", "--session", "s"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(["feedback", *arguments, "--score", "1"])
+        assert "--session" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="0"):
+        main(["feedback", "--help"])
+    assert "nextstate feedback --session my-chat" in capsys.readouterr().out
+
+
+@pytest.fixture
+def chain(config: Path) -> Path:
+    """The same store with a trained version 2, which serves, and a rejected version 3."""
+    store = Store(Settings.read(config).store)
+    store.set_serving("main", 1)
+    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    metrics = {"score/mean": -1.0, "step/kl": 0.00456, "gate/kl_base": 0.12, "gate/rank": 0.0204}
+    state = VersionState.CANDIDATE
+    store.add_version(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")
+    store.set_serving("main", 2)
+    state = VersionState.REJECTED
+    store.add_version(PolicyVersion("main", 3, 2, None, None, 1, state, {}, "too far"), None)
+    store.close()
+    return config
+
+
+def test_the_versions_table_shows_what_changed_and_why_one_was_rejected(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--config", str(chain)]) == 0
+    headings, first, second, third, reason = lines(capsys)
+    assert headings.split()[:5] == ["lineage", "number", "state", "parent", "samples"]
+    assert first.split() == ["main", "1", "retired", "0", "16", "·", "·", "·", "·"]
+    assert second.split() == [
+        *("main", "2", "serving", "1", "1", "-1.00", "0.0046", "0.120", "+0.0204")
+    ]
+    assert third.split()[:3] == ["main", "3", "rejected"]
+    assert reason == "    too far"
+
+
+def test_versions_as_json_have_the_documented_keys(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "--json", "--config", str(chain)]) == 0
+    *_, second, third = (json.loads(line) for line in lines(capsys))
+    assert list(second) == [
+        *("lineage", "number", "state", "parent", "samples", "path", "sha256", "metrics", "reason")
+    ]
+    assert second["reason"] is None
+    assert (third["state"], third["reason"]) == ("rejected", "too far")
+
+
+def test_a_versions_card_shows_which_turns_made_it(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "2", "--config", str(chain)]) == 0
+    printed = lines(capsys)
+    assert printed[0] == "version 2 of main: serving"
+    assert printed[-1] == "  turn_0  -1  Be brief."
+    assert any(line.split() == ["gate/kl_base", "0.12"] for line in printed)
+    assert main(["versions", "2", "--json", "--config", str(chain)]) == 0
+    shown = json.loads(lines(capsys)[0])
+    assert shown["turns"] == [{"turn": "turn_0", "score": -1, "hint": "Be brief."}]
+    assert main(["versions", "3", "--config", str(chain)]) == 0
+    assert lines(capsys)[:2] == ["version 3 of main: rejected", "reason   too far"]
+
+
+def test_a_version_that_was_never_written_cannot_serve(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["rollback", "3", "--config", str(chain)]) == 2
+    said = capsys.readouterr().err
+    assert "version 3 was rejected before it was written and cannot serve: too far" in said
+
+
+def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["status", "--json", "--config", str(config)]) == 0
+    found = json.loads(lines(capsys)[0])
+    assert found["proxy"] == found["engine"] == "down"
+    assert found["counts"]["turns/main"] == 2
+
+
+def test_status_shows_how_the_judge_agrees_with_people(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["status", "--json", "--config", str(config)]) == 0
+    assert json.loads(lines(capsys)[0])["judge_agreement"] == {}
+    assert main(["status", "--config", str(config)]) == 0
+    assert any("no labels yet" in line for line in lines(capsys))
+    store = Store(StoreConfig(dir=f"{config.parent}/state"))
+    add(store, *(turn(number) for number in range(2, 6)))
+    # Votes (1, 1, 0, 1) on what people call (1, 1, 0, -1): 3 of 4 agree; by chance it would be
+    # (2·3 + 1·1) / 16, so kappa is (12/16 - 7/16) / (9/16) = 5/9.
+    for number, voted, said in ((2, 1, 1), (3, 1, 1), (4, 0, 0), (5, 1, -1)):
+        judge(store, number, voted)
+        store.give_feedback(Feedback(f"turn_{number}", said))
+    store.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
+    store.close()
+    assert main(["status", "--json", "--config", str(config)]) == 0
+    expected = {"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}
+    assert json.loads(lines(capsys)[0])["judge_agreement"] == expected
+    assert main(["status", "--config", str(config)]) == 0
+    shown = [line for line in lines(capsys) if line.startswith("judge_agreement/rules")]
+    assert [line.split(maxsplit=1)[1] for line in shown] == ["4 labels, accuracy 0.75, κ 0.56"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["rollback", "9"], "no version 9 of lineage 'main'; known: 1"),
+        (["rollback", "0"], "nextstate up"),
+        (["rollback", "0", "--lineage", "bob"], "no lineage 'bob': see [lineages.NAME]"),
+        (["learner", "--lineage", "bob"], "no lineage 'bob': known are main; see [lineages.NAME]"),
+        (["versions", "7"], "no version 7 of lineage 'main'; known: 1"),
+        (["feedback", "turn_x", "--score", "1"], "no turn 'turn_x'"),
+        (["feedback", "--session", "x", "--score", "1"], "no main turn in a session 'x'"),
+        (["feedback", "turn_1", "--score", "1", "--hint", "x" * 1001], "expected at most 1000"),
+        (["feedback", "turn_1", "--score", "1", "--comment", " "], "comment = ' ' says nothing"),
+        (["feedback", "turn_1", "--score", "1", "--hint", "\udcff"], "not valid Unicode"),
+        (["feedback", "--session", "\udcff", "--score", "1"], "no main turn in a session"),
+        (["judge"], "nextstate up"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+    config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
+) -> None:
+    assert main([*arguments, "--config", str(config)]) == 2
+    printed = capsys.readouterr().err.strip().splitlines()
+    assert len(printed) == 1
+    assert printed[0].startswith("nextstate: ")
+    assert expected in printed[0]
+
+
+def test_doctor_names_what_is_wrong(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shape = {"model_type": "qwen3", "hidden_size": 32, "num_hidden_layers": 1, "vocab_size": 64}
+    shape |= {"max_position_embeddings": 128}
+    (config.parent / "config.json").write_text(json.dumps(shape))
+    assert main(["doctor", "--config", str(config)]) == 0
+    found = lines(capsys)
+    assert all(line.startswith(" ok ") for line in found)
+    assert re.search(r"training: needs [\d.]+ GB: base .* GB are free on cpu", found[-1])
+    config.write_text(config.read_text() + '[agents]\nprofile = "nobody"\n')
+    assert main(["doctor", "--config", str(config)]) == 2
+    assert any(line.startswith("FAIL  agent profile") for line in lines(capsys))
+    config.write_text("[proxy]\nprot = 1\n")
+    assert main(["doctor", "--config", str(config)]) == 2
+    assert any("did you mean 'port'" in line for line in lines(capsys))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lineages"),
+    [([], ["main", "alice", "bob"]), (["--lineage", "bob"], ["bob"])],
+)
+def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
+    config: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], lineages: list[str]
+) -> None:
+    add_lineages(config)
+    counted: list[int] = []
+    trained: list[str] = []
+
+    def require_memory(_config: object, _model_path: str, count: int, _share: float) -> str:
+        counted.append(count)
+        return "nothing"
+
+    def run(_store: object, _config: object, _model: str, names: Sequence[str], *_: object) -> None:
+        trained.extend(names)
+
+    monkeypatch.setattr("learner.memory.require_memory", require_memory)
+    monkeypatch.setattr("learner.adapters.save_zero_adapter", lambda *_: None)
+    monkeypatch.setattr("learner.stage.run", run)
+    monkeypatch.setattr("nextstate.app.stages.signal.signal", lambda *_: None)
+    assert main(["learner", "--config", str(config), *arguments]) == 0
+    assert (trained, counted) == (lineages, [len(lineages)])
+
+
+def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(
+    config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    class Starting(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_response(200 if len(asked) == 3 else 503)
+            self.end_headers()
+
+    settings = Settings.read(config)
+    monkeypatch.setattr(stages, "_LOOK_S", 0.01)
+    stages._wait_for_engine(settings, threading.Event())  # no engine runs
+    with HTTPServer(("127.0.0.1", 0), Starting) as server:
+        threading.Thread(target=server.serve_forever).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        stages.engine_file(settings).write_text(json.dumps({"url": url}))
+        stages._wait_for_engine(settings, threading.Event())
+        server.shutdown()
+    assert asked == ["/health"] * 3
+
+
+def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
+    add_lineages(config)
+    assert list(Stack(Settings.read(config)).parts) == ["proxy", "judge", "learner", "engine"]
+
+
+def add_lineages(config: Path) -> None:
+    text = config.read_text() + "max_loras = 4\n"
+    config.write_text(text + "".join(f'[lineages.{n}]\nmodel = "{n}"\n' for n in ("alice", "bob")))

@@ -1,0 +1,84 @@
+"""Log files stay short while their parts go on writing, and nobody reads a whole one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+from nextstate.app import logs, supervisor
+from nextstate.app.logs import rotate, tail
+from nextstate.app.supervisor import Part, Supervisor
+from tests.app.test_supervisor import until
+
+WRITES = """
+for number in range(10**9):
+    print(f"line {number:09d}", flush=True)
+"""
+
+
+def test_a_log_is_moved_away_once_it_is_long_and_its_writer_goes_on(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    with file.open("ab", buffering=0) as writer:  # as the supervisor opens it
+        for turn in range(6):
+            writer.write(b"%d" % turn * 100)
+            assert rotate(file, 99)
+            assert not rotate(file, 99)
+        writer.write(b"last")
+    kept = {path.name: path.read_bytes()[:1] for path in tmp_path.iterdir()}
+    assert kept == {"part.log": b"l", "part.log.1": b"5", "part.log.2": b"4", "part.log.3": b"3"}
+
+
+def test_of_a_log_that_grew_too_fast_the_newest_lines_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    file.write_bytes(b"old" * 1000 + b"new" * 10)
+    assert rotate(file, 30)
+    assert (tmp_path / "part.log.1").read_bytes() == b"new" * 10
+    assert not rotate(tmp_path / "none.log", 30)
+
+
+def test_a_log_without_room_for_a_copy_is_cut_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "part.log"
+    file.write_bytes(b"x" * 100)
+    (tmp_path / "part.log.draft").symlink_to("/dev/full")
+    assert rotate(file, 50)
+    assert file.stat().st_size == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["part.log"]
+    assert "no copy could be made: [Errno 28]" in caplog.text
+
+
+def test_the_tail_is_short_however_long_the_log(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    file.write_bytes(b"earlier\n" + b"x" * (5 << 20) + b"\nlast words")
+    assert tail(file).endswith("last words")
+    assert len(tail(file)) <= 256 << 10
+    assert tail(file, file.stat().st_size - 5) == "words"
+    assert tail(file, 10**9).endswith("last words")  # rotated meanwhile
+
+
+def test_a_part_that_writes_without_end_fills_no_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "LOOK_AT_LOGS_S", 0.01)
+    monkeypatch.setattr(logs.rotate, "__defaults__", (50_000,))
+    file = tmp_path / "logs" / "part.log"
+
+    async def run() -> None:
+        keeper = Supervisor([Part("part", [sys.executable, "-c", WRITES], file)])
+        running = asyncio.create_task(keeper.run())
+        await until((tmp_path / "logs" / "part.log.3").exists)
+        keeper.stop()
+        await running
+
+    asyncio.run(run())
+    names = [f"part.log.{number}" for number in (3, 2, 1)]
+    assert sorted(os.listdir(file.parent)) == ["part.log", *sorted(names)]
+    assert all((file.parent / name).stat().st_size <= 2 * 50_000 for name in names)
+    kept = b"".join((file.parent / name).read_bytes() for name in names).split(b"\n")
+    numbers = [int(line[5:]) for line in kept[1:-1] if len(line) == 14]
+    assert numbers == sorted(numbers)

@@ -1,0 +1,199 @@
+"""What the command line prints and reads, on terminals and from files of every kind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nextstate.app.cli import main
+from nextstate.app.settings import Settings
+from nextstate.config import StoreConfig
+from nextstate.errors import ConfigError
+from nextstate.records import Feedback
+from nextstate.store.store import Store
+from tests.store.test_records import add, judge, turn
+
+SAID = "né → 谢谢 🙂\x1b[2J\nnext"
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("terminal")
+    store = Store(StoreConfig(dir=str(folder / "state")))
+    add(store, *(turn(number, session=f"s→{number}") for number in range(400)), next_state=SAID)
+    judge(store, 0, -1, hint="Sé breve → 短.")
+    store.give_feedback(Feedback("turn_0", -1, comment="nö →"))
+    store.close()
+    file = folder / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{folder}/state"\n')
+    return file
+
+
+def command(*arguments: str, encoding: str) -> subprocess.Popen[bytes]:
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    argv = [sys.executable, "-P", "-m", "nextstate", *arguments]
+    return subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "cp1252"])
+def test_a_terminal_without_unicode_gets_escapes_and_valid_json(
+    config: Path, encoding: str
+) -> None:
+    given = ("--config", str(config))
+    for arguments in (
+        ["status"],
+        ["turns"],
+        ["versions", "0"],
+        ["feedback", "tüřn", "--score", "1"],
+    ):
+        process = command(*arguments, *given, encoding=encoding)
+        _, errors = process.communicate()
+        assert b"Traceback" not in errors, errors
+        assert process.returncode == (2 if arguments[0] == "feedback" else 0)
+    process = command("turns", "--json", *given, encoding=encoding)
+    printed, _ = process.communicate()
+    rows = [json.loads(line) for line in printed.decode("ascii").splitlines()]
+    assert rows[0]["next_state"][0]["text"] == SAID
+    assert rows[7]["session"] == "s→7"
+
+
+def test_what_was_recorded_commands_no_terminal(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.endswith("né → 谢谢 🙂 [2J next")
+
+
+def test_a_reader_that_leaves_is_no_error(config: Path) -> None:
+    for arguments in (["turns", "--json"], ["status"]):
+        process = command(*arguments, "--config", str(config), encoding="utf-8")
+        assert process.stdout is not None
+        process.stdout.close()
+        _, errors = process.communicate()
+        assert (process.returncode, errors) == (0, b"")
+
+
+def test_output_that_finds_no_room_is_told(config: Path) -> None:
+    argv = [sys.executable, "-P", "-m", "nextstate", "turns", "--config", str(config)]
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(argv, stdout=full, stderr=subprocess.PIPE)
+    assert b"Traceback" not in done.stderr
+    assert b"nextstate: [Errno 28]" in done.stderr
+    assert done.returncode != 0
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xef\xbb\xbf[proxy]\nport = 4321\n",
+        b"[proxy]\r\nport = 4321\r\n",
+        b"\xef\xbb\xbf[proxy]\r\nport = 4321",
+    ],
+)
+def test_a_file_as_other_systems_write_it_is_read(tmp_path: Path, data: bytes) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(data)
+    assert Settings.read(file).proxy.port == 4321
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        ("[proxy]\nport = 1\n".encode("utf-16"), "UTF-16 or UTF-32; save it as UTF-8"),
+        ("[proxy]\nport = 1\n".encode("utf-16-le"), "UTF-16 or UTF-32"),
+        ("[proxy]\nport = 1\n".encode("utf-32"), "UTF-16 or UTF-32"),
+        ("[proxy]\n# Größe\n".encode("latin-1"), "line 2 has the byte 0xf6; save it as UTF-8"),
+        (b"[proxy]\nport = " + b"[" * 100_000, "nested too deep"),
+        (b"[proxy]\nport = " + b"1" * 5000, "Exceeds the limit"),
+        (b"[proxy\n", "not valid TOML"),
+    ],
+)
+def test_a_file_that_cannot_be_read_says_what_to_do(
+    tmp_path: Path, data: bytes, expected: str
+) -> None:
+    file = tmp_path / "x.toml"
+    file.write_bytes(data)
+    with pytest.raises(ConfigError, match=expected) as found:
+        Settings.read(file)
+    assert str(file) in str(found.value)
+
+
+def test_a_folder_in_the_files_place_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
+        Settings.read(tmp_path)
+    with pytest.raises(ConfigError, match="there is no file"):
+        Settings.read(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("module", ["rich.console", "sqlalchemy", "nextstate.app.version_views"])
+def test_ctrl_c_ends_a_command_without_a_traceback_even_while_it_imports(
+    config: Path, module: str
+) -> None:
+    code = f"""
+import runpy, sys
+class Interrupted:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+sys.argv = ["nextstate", "versions", "--config", {str(config)!r}]
+runpy.run_module("nextstate", run_name="__main__")
+"""
+    done = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, b"", b"")
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "remedy"),
+    [
+        (errno.EACCES, 2, "give yourself access to it"),
+        (errno.EPERM, 2, "give yourself access to it"),
+        (errno.ENOSPC, os.EX_TEMPFAIL, "make room there"),
+        (errno.EDQUOT, os.EX_TEMPFAIL, "make room there"),
+    ],
+)
+def test_what_the_system_refuses_is_one_line_with_the_file_and_what_to_do(
+    config: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: int,
+    code: int,
+    remedy: str,
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr("nextstate.app.cli.Store", refuse)
+    assert main(["turns", "--config", str(config)]) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nextstate: [Errno")
+    assert "'/some/file'; " + remedy in line
+
+
+@pytest.mark.parametrize("given", ["-1", "9" * 30, "1e3", "", "٣"])
+def test_a_number_that_is_none_is_refused(
+    config: Path, capsys: pytest.CaptureFixture[str], given: str
+) -> None:
+    for arguments in (["turns", f"--limit={given}"], ["demo", f"--updates={given}"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert "is not a number from 0 to" in capsys.readouterr().err
+    assert main(["turns", "--limit", "3", "--config", str(config)]) == 0
+
+
+def test_a_folder_that_cannot_hold_a_demo_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "thesis.txt"
+    file.touch()
+    for out in (file, file / "below", tmp_path / ("n" * 300)):
+        assert main(["demo", "--out", str(out)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"nextstate: --out {str(out)!r} cannot hold a demo: ")

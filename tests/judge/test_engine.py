@@ -1,0 +1,93 @@
+"""The judge on the real vLLM, whose tiny policy cannot judge: nonsense is never a verdict."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from demo.run import MODEL
+from judge.config import JudgeConfig
+from judge.stage import run
+from nextstate.engine.client import EngineClient
+from nextstate.errors import JudgeError
+from nextstate.hooks import Evidence, JudgeSettings
+from nextstate.records import NextState, Source
+from plugins.judges.engine import create
+from tests.judge.test_stage import Watched, a_turn, open_store, record
+from tests.running_loop import Engine
+
+pytestmark = pytest.mark.engine
+
+EVIDENCE = Evidence(
+    (("user", "Name a river."),), "**Nile**", (NextState("t", Source.USER, "No bold.", 0.9),)
+)
+TURNS = 2
+
+
+def settings_for(engine: Engine) -> JudgeSettings:
+    return JudgeSettings(
+        model=MODEL, base_url=f"{engine.url}/v1", api_key=engine.key, max_tokens=80
+    )
+
+
+def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
+    native_engine: Engine,
+) -> None:
+    """On a CPU vLLM dies of a sampled, seeded request that it prefills in pieces."""
+    sampled = {"model": MODEL, "max_tokens": 4, "temperature": 0.8}
+
+    async def ask() -> list[int]:
+        async with aiohttp.ClientSession() as http:
+
+            async def one(seed: int) -> int:
+                url = f"{native_engine.proxy_url}/v1/chat/completions"
+                text = f"Tom has {seed} apples. " * 140  # none finds another's prefix in the cache
+                body = sampled | {"seed": seed, "messages": [{"role": "user", "content": text}]}
+                async with http.post(url, json=body) as answer:
+                    return answer.status
+
+            return await asyncio.gather(*(one(seed) for seed in range(6)))
+
+    assert asyncio.run(ask()) == [200] * 6
+
+
+def test_what_a_schema_forces_out_of_nonsense_is_no_vote(native_engine: Engine) -> None:
+    async def ask() -> list[object]:
+        judge = create(settings_for(native_engine))
+        try:
+            votes = (judge.vote(EVIDENCE, seed) for seed in range(6))
+            return await asyncio.gather(*votes, return_exceptions=True)
+        finally:
+            await judge.close()
+
+    answers = asyncio.run(ask())
+    assert all(isinstance(answer, JudgeError) for answer in answers), answers
+    # Not one was refused for its form: the server took the schema and the prompt.
+    assert not any("answered" in str(answer) for answer in answers), answers
+
+
+def test_a_judge_that_talks_nonsense_gives_no_verdict_and_no_reward(
+    native_engine: Engine, tmp_path: Path
+) -> None:
+    store, counts = open_store(tmp_path), Watched()
+    record(store, [a_turn(number) for number in range(TURNS)])
+
+    async def scene() -> None:
+        stop = asyncio.Event()
+        judge = create(settings_for(native_engine))
+        async with EngineClient(native_engine.url, MODEL, native_engine.key) as engine:
+            task = asyncio.create_task(run(store, JudgeConfig(), judge, engine, stop, counts))
+            await counts.until(deferred=TURNS)
+            stop.set()
+            await task
+        await judge.close()
+
+    asyncio.run(scene())
+    assert counts.totals() == (0, TURNS, 3 * TURNS)
+    found = store.counts()
+    assert found["judgements/pending"] == TURNS
+    assert not [name for name in found if name.startswith(("verdicts/", "samples/"))]
+    store.close()

@@ -1,0 +1,160 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from judge.config import JudgeConfig, plugin_settings
+from judge.pace import LONGEST_REST_S, LOOK_S, QUIET_S, Counted, Pace, rest_s
+from nextstate.config import EngineConfig
+from nextstate.engine.process import by_priority, command
+from nextstate.errors import EngineError, JudgeError
+from nextstate.hooks import Evidence
+from nextstate.records import Vote
+from tests.judge.test_stage import ScriptedJudge
+
+
+@dataclass
+class Engine:
+    """How many requests it has, or why it cannot say."""
+
+    live: int | None = 0
+    asked: int = 0
+    now: float = 100.0
+
+    async def live_requests(self) -> int:
+        self.asked += 1
+        if self.live is None:
+            raise EngineError("away")
+        return self.live
+
+    def clock(self) -> float:
+        return self.now
+
+
+def pace_on(engine: Engine, share: float = 0.1) -> Pace:
+    return Pace(share, engine.live_requests, engine.clock)
+
+
+def allowed(pace: Pace, wanted: int = 16, held: int = 0) -> int:
+    return asyncio.run(pace.allowed(wanted, held))
+
+
+def test_on_an_engine_of_its_own_the_judge_takes_what_it_wants() -> None:
+    engine = Engine()
+    pace = pace_on(engine)
+    assert allowed(pace) == 16
+    engine.now += LOOK_S
+    engine.live = pace.asking = 6
+    assert allowed(pace, 14, held=2) == 14
+
+
+def test_on_an_engine_that_does_not_tell_nothing_is_held_back_and_it_says_so_once(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = Engine(None)
+    pace = pace_on(engine)
+    for _ in range(3):
+        assert allowed(pace) == 16
+        engine.now += LOOK_S
+    assert engine.asked == 3
+    assert caplog.text.count("cannot see agents") == 1
+
+
+def test_while_agents_use_the_engine_it_takes_one_turn_at_a_time_and_rests() -> None:
+    engine = Engine(1)
+    pace = pace_on(engine)
+    assert allowed(pace) == 1
+    assert allowed(pace, held=1) == 0
+    engine.now += 0.5
+    pace.judged(0.5)
+    assert allowed(pace) == 0
+    engine.now += 4.4
+    assert allowed(pace) == 0
+    engine.now += 0.2
+    assert allowed(pace) == 1
+
+
+def test_it_goes_on_freely_once_no_agent_has_been_seen_for_a_while() -> None:
+    engine = Engine(1)
+    pace = pace_on(engine)
+    assert allowed(pace) == 1
+    engine.live = 0
+    engine.now += QUIET_S - 0.1
+    assert allowed(pace) == 1
+    engine.now += 0.2
+    assert allowed(pace) == 16
+
+
+def test_an_agent_is_seen_beside_the_judges_own_votes() -> None:
+    engine = Engine(7)
+    pace = pace_on(engine)
+    pace.asking = 6
+    assert allowed(pace, held=2) == 0
+
+
+def test_votes_that_end_while_the_engine_is_asked_are_not_taken_for_an_agents() -> None:
+    pace = pace_on(Engine())
+
+    async def ending() -> int:
+        pace.asking = 0
+        return 3
+
+    pace._live_requests = ending
+    pace.asking = 3
+    assert allowed(pace, held=1) == 16
+
+
+def test_votes_under_way_are_counted_whether_they_succeed_or_not() -> None:
+    pace = pace_on(Engine())
+    seen: list[int] = []
+
+    def answer(_: Evidence, call: int) -> Vote | Exception:
+        seen.append(pace.asking)
+        return Vote(1) if call == 1 else JudgeError("no")
+
+    judge = Counted(ScriptedJudge(answer), pace)
+    evidence = Evidence((), "r", ())
+    assert asyncio.run(judge.vote(evidence, 1)) == Vote(1)
+    with pytest.raises(JudgeError):
+        asyncio.run(judge.vote(evidence, 2))
+    assert (seen, pace.asking, judge.deterministic) == ([1, 1], 0, False)
+
+
+def test_the_engine_is_not_asked_again_and_again() -> None:
+    engine = Engine()
+    pace = pace_on(engine)
+    for _ in range(50):
+        allowed(pace)
+    assert engine.asked == 1
+
+
+@given(st.floats(0, 1e4), st.floats(0.01, 1.0))
+def test_work_and_rest_keep_the_share(worked: float, share: float) -> None:
+    rest = rest_s(worked, share)
+    assert rest >= 0
+    assert rest == LONGEST_REST_S or worked <= share * (worked + rest) * (1 + 1e-9) + 1e-9
+
+
+def test_votes_on_a_managed_engine_stand_behind_its_agents() -> None:
+    ours = EngineConfig(model="m")
+    assert "priority" in command(ours, 1)
+    assert by_priority(ours)
+    assert not by_priority(EngineConfig(model="m", args=("--scheduling-policy", "fcfs")))
+    own = EngineConfig(model="m", args=("--scheduling-policy=priority",))
+    assert by_priority(own)
+    assert command(own, 1).count("--scheduling-policy") == 0
+    assert not by_priority(EngineConfig(mode="external", url="http://127.0.0.1:1", model="m"))
+
+
+def test_only_votes_on_the_engine_get_what_the_engine_takes() -> None:
+    extra = {"priority": 10}
+    assert plugin_settings(JudgeConfig(), "m", "u", extra).extra == extra
+    assert plugin_settings(JudgeConfig(extra={"priority": 3}), "m", "u", extra).extra == {
+        "priority": 3
+    }
+    for other in (JudgeConfig(base_url="http://x/v1"), JudgeConfig(kind="litellm")):
+        assert plugin_settings(other, "m", "u", extra).extra == {}

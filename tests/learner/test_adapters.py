@@ -1,0 +1,268 @@
+"""Adapter folders: whole or absent, checked, and without effect when they are to have none."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import GPT2Config, Phi3Config
+
+from learner.adapters import (
+    Card,
+    load_weights,
+    main,
+    save_adapter,
+    save_zero_adapter,
+    version_path,
+)
+from learner.config import LearnerConfig
+from learner.model import check_quantization, load_model, load_tokenizer
+from learner.trainer import PolicyTrainer
+from nextstate.engine.adapter_files import file_sha256, verify_adapter
+from nextstate.errors import AdapterError, ConfigError, LearnerError, StartError
+from tests.learner.test_tiny_model import (
+    CONFIG,
+    GOOD,
+    PROMPT,
+    load_float64,
+    logprobs,
+    save_tiny_model,
+)
+
+CARD = Card("main", 1, 0, "combined", ["turn-1", "turn-2"], {"loss": 0.5})
+
+
+@pytest.fixture
+def weights() -> dict[str, torch.Tensor]:
+    return {"a.lora_A.weight": torch.arange(6.0).reshape(2, 3), "a.lora_B.weight": torch.ones(3, 2)}
+
+
+def test_a_saved_adapter_reads_back_with_its_card(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    assert path == tmp_path / "versions" / "main" / "v000001"
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+    assert sha256 == file_sha256(path / "adapter_model.safetensors")
+    card = json.loads((path / "card.json").read_text())
+    assert card["turns"] == ["turn-1", "turn-2"]
+    assert (card["number"], card["parent"], card["sha256"]) == (1, 0, sha256)
+    assert json.loads((path / "adapter_config.json").read_text())["r"] == CONFIG.lora_rank
+    loaded = load_weights(path, sha256)
+    assert {n: t.tolist() for n, t in loaded.items()} == {n: t.tolist() for n, t in weights.items()}
+    assert [p.name for p in path.parent.iterdir()] == ["v000001"]
+
+
+def test_a_failed_save_leaves_nothing(tmp_path, weights, monkeypatch):
+    def full_disk(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    path = version_path(tmp_path, "main", 1)
+    monkeypatch.setattr("learner.adapters.save_file", full_disk)
+    with pytest.raises(LearnerError, match="No space left"):
+        save_adapter(path, weights, CONFIG, "some/model", CARD)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_an_unregistered_folder_of_a_killed_learner_is_replaced(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    path.mkdir(parents=True)
+    (path / "leftover").touch()
+    save_adapter(path, weights, CONFIG, "some/model", CARD)
+    assert not (path / "leftover").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path, weights, value):
+    weights["a.lora_B.weight"][1, 1] = value
+    with pytest.raises(LearnerError, match="not finite"):
+        save_adapter(version_path(tmp_path, "main", 1), weights, CONFIG, "some/model", CARD)
+    assert not (tmp_path / "versions").exists()
+
+
+def test_a_changed_weight_file_is_noticed(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+    verify_adapter(path, sha256)
+    file = path / "adapter_model.safetensors"
+    body = bytearray(file.read_bytes())
+    body[-1] ^= 1
+    file.write_bytes(body)
+    with pytest.raises(AdapterError, match="changed on disk"):
+        load_weights(path, sha256)
+
+
+def test_a_lineage_cannot_leave_its_folder(tmp_path):
+    with pytest.raises(LearnerError, match="cannot name a folder"):
+        version_path(tmp_path, "../etc", 1)
+
+
+def test_a_zero_adapter_has_no_effect(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    main(["zero", "--model", model_path, "--rank", "4", "--out", str(tmp_path / "zero")])
+    base = load_float64(model_path)
+    with torch.no_grad():
+        before = logprobs(base, PROMPT, GOOD)
+        adapted = PeftModel.from_pretrained(base, tmp_path / "zero")
+        assert torch.equal(logprobs(adapted, PROMPT, GOOD), before)
+    names = load_weights(tmp_path / "zero")
+    assert len(names) == 2 * 7 * 2  # layers, projections, A and B
+
+
+def test_a_zero_adapter_needs_no_weights(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    save_zero_adapter(model_path, CONFIG, tmp_path / "zero")
+    assert (tmp_path / "zero" / "adapter_model.safetensors").exists()
+
+
+def test_a_missing_model_is_one_clear_message(tmp_path):
+    with pytest.raises(StartError, match=r"\[engine\] model = .*cannot be loaded"):
+        save_zero_adapter(str(tmp_path / "nowhere"), CONFIG, tmp_path / "zero")
+
+
+@pytest.mark.parametrize("name", ["c_attn", "lm_head", "mlp", "all_linear"])
+def test_a_layer_that_cannot_have_a_pair_is_refused_with_those_that_can(tmp_path, name):
+    model_path = save_tiny_model(tmp_path / "model")
+    config = LearnerConfig(lora_targets=("q_proj", name))
+    with pytest.raises(ConfigError, match=rf"names {name}, .*q_proj, k_proj.*\[\"all-linear\"\]"):
+        save_zero_adapter(model_path, config, tmp_path / "zero")
+
+
+def test_another_architectures_layers_are_known_by_their_own_names(tmp_path):
+    config = Phi3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        vocab_size=64,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    config.save_pretrained(tmp_path)
+    fused = "o_proj, qkv_proj, gate_up_proj, down_proj"
+    with pytest.raises(ConfigError, match=f"name some of {fused}, or"):
+        save_zero_adapter(str(tmp_path), CONFIG, tmp_path / "zero")
+    everything = replace(CONFIG, lora_targets=("all-linear",))
+    save_zero_adapter(str(tmp_path), everything, tmp_path / "zero")
+    names = load_weights(tmp_path / "zero")
+    layers = {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in names}
+    assert layers == set(fused.split(", "))
+
+
+def test_a_model_without_linear_layers_is_refused(tmp_path):
+    GPT2Config(n_embd=32, n_layer=1, n_head=4, bos_token_id=0, eos_token_id=0).save_pretrained(
+        tmp_path
+    )
+    with pytest.raises(ConfigError, match="is a gpt2, which has no linear layers"):
+        save_zero_adapter(str(tmp_path), CONFIG, tmp_path / "zero")
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dora": True}, r"dora = true: vLLM refuses DoRA"),
+        ({"tuning": "full"}, r"weight-transfer routes .*VLLM_SERVER_DEV_MODE=1"),
+        ({"lora_targets": ("all-linear", "q_proj")}, r"lora_targets = .*'all-linear' alone"),
+        ({"lora_targets": ()}, r"at least one layer's name"),
+    ],
+)
+def test_what_no_engine_could_serve_is_refused_with_the_reason(change, reason):
+    with pytest.raises(ConfigError, match=reason):
+        replace(CONFIG, **change)
+
+
+_VLLM_READS = """
+import sys
+from vllm.config.lora import LoRAConfig
+from vllm.lora.peft_helper import PEFTHelper
+helper = PEFTHelper.from_local_dir(sys.argv[1], max_position_embeddings=None)
+helper.validate_legal(LoRAConfig(max_lora_rank=16))
+print(helper.vllm_lora_scaling_factor)
+helper.use_dora = True
+try:
+    helper.validate_legal(LoRAConfig(max_lora_rank=16))
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_vllm_reads_the_scale_that_was_trained_and_still_refuses_dora(tmp_path):
+    model_path = save_tiny_model(tmp_path / "model")
+    config = replace(CONFIG, rslora=True, lora_targets=("all-linear",))
+    save_zero_adapter(model_path, config, tmp_path / "zero")
+    argv = [sys.executable, "-P", "-c", _VLLM_READS, str(tmp_path / "zero")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=tmp_path)
+    scale, refusal = done.stdout.strip().splitlines()[-2:]
+    assert float(scale) == config.lora_alpha / config.lora_rank**0.5 == 4.0
+    assert "DoRA" in refusal
+
+
+def test_the_adapter_of_a_4_bit_base_is_float32(tmp_path):
+    """TRL makes it bfloat16, of which small steps are lost."""
+    model = load_model(CONFIG, save_tiny_model(tmp_path / "model"))
+    model.is_loaded_in_4bit = True
+    trainer = PolicyTrainer(CONFIG, model, load_tokenizer(str(tmp_path / "model")), tmp_path)
+    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_four_bits_without_a_gpu_or_the_package_are_refused(tmp_path, monkeypatch):
+    config = replace(CONFIG, quantization="4bit", device="cpu")
+    model_path = save_tiny_model(tmp_path / "model")
+    with pytest.raises(StartError, match=r'quantization = "4bit" needs an NVIDIA GPU.* on cpu'):
+        load_model(config, model_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(StartError, match="pip install bitsandbytes"):
+        check_quantization(config, torch.device("cuda", 0))
+
+
+def test_the_configuration_loads_without_torch():
+    code = "import sys, learner.config; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+FULL_DISK = """
+import resource, signal, sys
+from pathlib import Path
+import torch
+from learner.adapters import Card, save_adapter
+from learner.checkpoint import Checkpoint, save_checkpoint
+from learner.config import LearnerConfig
+from nextstate.errors import DiskError
+from nextstate.records import PolicyVersion, VersionState
+
+folder = Path(sys.argv[1])
+weights = {"a.lora_A.weight": torch.ones(512, 512)}
+card = Card("main", 1, 0, "combined", [], {})
+version = PolicyVersion("main", 1, 0, "p", "ff", 1, VersionState.CANDIDATE)
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+for save in (
+    lambda: save_adapter(folder / "v000001", weights, LearnerConfig(), "some/model", card),
+    lambda: save_checkpoint(folder, Checkpoint(version, "b", {"optimizer": weights})),
+):
+    try:
+        save()
+    except DiskError as error:
+        print(error)
+"""
+
+
+def test_a_write_that_the_system_cuts_short_leaves_nothing_and_says_what_helps(tmp_path):
+    """With a real limit on a file's size, which a write hits half-way, in a process of its own."""
+    folder = tmp_path / "versions"
+    folder.mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    adapter, checkpoint = done.stdout.splitlines()
+    assert adapter.startswith(f"{folder}/v000001 cannot be written: ")
+    assert checkpoint.startswith(f"{folder}/checkpoint.pt cannot be written: ")
+    assert all(
+        line.endswith("make room where [store] dir is, or move it")
+        for line in (adapter, checkpoint)
+    )
+    assert list(folder.iterdir()) == []

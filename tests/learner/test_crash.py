@@ -1,0 +1,221 @@
+"""A learner killed with SIGKILL at any point: nothing trains twice and nothing is lost."""
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from learner import stage
+from nextstate.config import StoreConfig
+from nextstate.engine.adapter_files import verify_adapter
+from nextstate.records import PolicyVersion, VersionState
+from nextstate.store.store import Store
+from tests.learner.test_tiny_model import CONFIG, GOOD, Recorded, save_tiny_model
+from tests.learner.test_turns import ALICE, MAIN, add_batch, assert_same, made, state, train
+
+# Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["learner.stage"])
+
+
+def kill_myself(*_: object, **__: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def rejected(*_: object) -> str:
+    return "it was told to"
+
+
+def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
+    """Runs the stage until `point`, which is a step of its order, and dies there."""
+    match point:
+        case "before the gate":
+            stage.objection = kill_myself
+        case "before rejecting":
+            stage.objection = rejected
+            Store.add_version = kill_myself
+        case "after rejecting":
+            stage.objection = rejected
+            stage.Sinks.write = kill_myself
+        case "before the step is undone":
+            stage.objection = rejected
+            stage._Learner._undo = kill_myself
+        case "before the step":
+            stage.PolicyTrainer.training_step = kill_myself
+        case "before the checkpoint":
+            stage.save_checkpoint = kill_myself
+        case "before settling":
+            Store.add_version = kill_myself
+        case _:
+            pass
+    store = Store(StoreConfig(dir=state_dir))
+    stage.run(store, CONFIG, model_path, ["main"], kill_myself, threading.Event())
+
+
+def dies_after(calls: int, act: Callable[..., Any]) -> Callable[..., Any]:
+    """`act`, in whose place the process dies once it was called so often."""
+    number = count()
+
+    def act_or_die(*arguments: object, **options: object) -> Any:
+        if next(number) == calls:
+            kill_myself()
+        return act(*arguments, **options)
+
+    return act_or_die
+
+
+STEPS: dict[str, tuple[Any, str]] = {
+    "before the step": (stage.PolicyTrainer, "training_step"),
+    "before the checkpoint": (stage, "save_checkpoint"),
+    "before settling": (Store, "add_version"),
+    "before serving": (Store, "set_serving"),
+    "before another lineage's state comes in": (stage.PolicyTrainer, "unpark"),
+}
+
+
+def lineages_that_die(state_dir: str, model_path: str, point: str, calls: int) -> None:
+    """Trains two lineages in turn, and dies when they come to `point` after so many times."""
+    owner, name = STEPS[point]
+    setattr(owner, name, dies_after(calls, getattr(owner, name)))
+    store = Store(StoreConfig(dir=state_dir))
+
+    def publish(version: PolicyVersion) -> None:
+        store.set_serving(version.lineage, version.number)
+
+    stage.run(store, CONFIG, model_path, [MAIN, ALICE], publish, threading.Event())
+
+
+def run_until_killed(
+    recorded: Recorded,
+    model_path: str,
+    point: str,
+    *calls: int,
+    learner: Callable[..., None] = learner_that_dies,
+) -> None:
+    arguments = (str(recorded.store.dir), model_path, point, *calls)
+    child = _processes.Process(target=learner, args=arguments)
+    child.start()
+    child.join(120)
+    if child.is_alive():
+        child.kill()
+        pytest.fail(f"the learner never came to the point {point!r}")
+    assert child.exitcode == -signal.SIGKILL
+
+
+def resume(recorded: Recorded, model_path: str, last: int = 2) -> list[int]:
+    """The versions that a fresh learner publishes, up to `last`."""
+    stop = threading.Event()
+    published = []
+
+    def publish(version: PolicyVersion) -> None:
+        recorded.store.set_serving("main", version.number)
+        published.append(version.number)
+        if version.number == last:
+            stop.set()
+
+    stage.run(recorded.store, CONFIG, model_path, ["main"], publish, stop)
+    return published
+
+
+@pytest.mark.parametrize(
+    ("point", "kept"),
+    [
+        ("before the step", False),
+        ("before the gate", False),
+        ("before rejecting", False),
+        ("before the checkpoint", False),
+        ("before settling", True),
+        ("before serving", True),
+    ],
+)
+def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
+    model_path = save_tiny_model(tmp_path / "model")
+    recorded = Recorded(tmp_path / "state", model_path)
+    turns = recorded.add_mixed(32)
+    run_until_killed(recorded, model_path, point)
+    trained = point == "before serving"
+    assert recorded.states() == {"trained" if trained else "leased": 16, "ready": 16}
+    first = tmp_path / "state/versions/main/v000001"
+    identity = first.stat().st_ino if first.exists() else None
+
+    assert resume(recorded, model_path) == [1, 2]
+    assert recorded.states() == {"trained": 32}
+    assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
+    for version in recorded.store.versions("main"):
+        assert version.path is not None
+        verify_adapter(Path(version.path), version.sha256)
+    # What the dead learner had finished is taken over, not made a second time.
+    assert (first.stat().st_ino == identity) is kept
+    assert sorted(p.name for p in first.parent.iterdir()) == ["v000001", "v000002"]
+
+
+@pytest.mark.parametrize("point", ["after rejecting", "before the step is undone"])
+def test_a_learner_killed_after_a_rejection_goes_on_from_the_parent(tmp_path, point):
+    model_path = save_tiny_model(tmp_path / "model")
+    recorded, spared = (Recorded(tmp_path / name, model_path) for name in ("state", "spared"))
+    for one in (recorded, spared):
+        one.add_mixed(16)
+        assert resume(one, model_path, last=1) == [1]
+    for _ in range(16):
+        recorded.add(GOOD, -1)
+    run_until_killed(recorded, model_path, point)
+    assert recorded.states() == {"trained": 16, "dropped": 16}
+
+    for one in (recorded, spared):
+        one.add_mixed(16)
+    assert resume(recorded, model_path, last=3) == [3]
+    assert resume(spared, model_path, last=2) == [2]
+    first, second, third = recorded.store.versions("main")
+    assert (second.state, second.parent, second.path) == (VersionState.REJECTED, 1, None)
+    assert (third.state, third.parent) == (VersionState.SERVING, first.number)
+    assert recorded.states() == {"trained": 32, "dropped": 16}
+    # As if the rejected batch had never been: weights, moments and random numbers.
+    assert third.sha256 == spared.store.versions("main")[-1].sha256
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Recorded]:
+    """A model, and two lineages that a learner has trained twice without being killed."""
+    model_path = save_tiny_model(tmp_path_factory.mktemp("model"))
+    recorded = Recorded(tmp_path_factory.mktemp("unharmed"), model_path)
+    for name in (MAIN, ALICE) * 2:
+        add_batch(recorded, name)
+    train(recorded, model_path, [MAIN, ALICE], (ALICE, 2))
+    return model_path, recorded
+
+
+@pytest.mark.parametrize(
+    ("point", "calls"),
+    [
+        ("before the step", 2),
+        ("before the checkpoint", 3),
+        ("before settling", 2),
+        ("before serving", 3),
+        ("before another lineage's state comes in", 3),
+    ],
+)
+def test_every_lineage_of_a_killed_learner_resumes_with_its_optimizer_and_step(
+    tmp_path, unharmed, point, calls
+):
+    """Killed in the main lineage's second update, which is the third in all, or in Alice's."""
+    model_path, expected = unharmed
+    recorded = Recorded(tmp_path / "state", model_path)
+    for name in (MAIN, ALICE) * 2:
+        add_batch(recorded, name)
+    run_until_killed(recorded, model_path, point, calls, learner=lineages_that_die)
+    trained_before = {turn: v for turn, v in recorded.trained_in().items() if v is not None}
+    assert len(trained_before) == 16 * (calls + (point == "before serving"))
+    train(recorded, model_path, [MAIN, ALICE], (ALICE, 2))
+    assert recorded.states() == {"trained": 16 * 4}
+    assert trained_before.items() <= recorded.trained_in().items()
+    for name in (MAIN, ALICE):
+        assert [v.number for v in recorded.store.versions(name)] == [1, 2]
+        assert made(recorded, name) == made(expected, name)
+        assert_same(state(recorded, name), state(expected, name))
+        assert recorded.store.serving(name).number == 2

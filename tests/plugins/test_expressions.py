@@ -1,0 +1,249 @@
+"""Regular expressions that meet outside text take time in proportion to it.
+
+Every expression of these packages is tried, also one that is added tomorrow, on texts made from its
+own parts: the beginning of a match over and over, and what it repeats without the end that it
+waits for. Only the lexicons are not: `rules` shows them no more than 4000 characters.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import importlib
+import re
+import time
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from re import _constants as c  # pyright: ignore
+from re import _parser as parser  # pyright: ignore
+from typing import Any
+
+import pytest
+
+from nextstate.thoughts import without_thoughts
+from plugins.judges import results, rules
+from proxy.linking.meaning import canonical_reply
+
+ROOT = Path(__file__).parents[2]
+PACKAGES = ("nextstate", "proxy", "judge", "plugins", "demo")
+BOUNDED = "plugins.judges.lexicons"
+Expression = re.Pattern[Any]
+SIZES = (500, 2_000, 8_000)
+"""Characters; time that grows with their square grows sixteenfold from one to the next."""
+MOST_GROWTH = 9.0
+UNMEASURED_S = 0.002
+"""What a large text may take without being compared: too little to be quadratic, or to measure."""
+
+
+def modules() -> list[str]:
+    found = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        for package in PACKAGES
+        for path in sorted((ROOT / package).rglob("*.py"))
+    ]
+    return [name for name in found if not name.endswith("__main__") and BOUNDED not in name]
+
+
+def compiled(name: str, value: object, depth: int = 4) -> Iterator[tuple[str, Expression]]:
+    """The expressions in a value, also within containers and dataclasses."""
+    if isinstance(value, re.Pattern):
+        yield name, value
+    elif depth and isinstance(value, list | tuple | set | frozenset):
+        for position, item in enumerate(value):  # pyright: ignore
+            yield from compiled(f"{name}[{position}]", item, depth - 1)
+    elif depth and isinstance(value, dict):
+        for key, item in value.items():  # pyright: ignore
+            yield from compiled(f"{name}[{key}]", item, depth - 1)
+    elif depth and dataclasses.is_dataclass(value) and not isinstance(value, type):
+        for field in dataclasses.fields(value):
+            yield from compiled(f"{name}.{field.name}", getattr(value, field.name), depth - 1)
+
+
+def written_out(name: str, source: str) -> Iterator[tuple[str, Expression]]:
+    """The expressions that a module hands to `re` where it uses them."""
+    for node in ast.walk(ast.parse(source)):
+        if (
+            isinstance(node, ast.Call)
+            and isinstance(node.func, ast.Attribute)
+            and isinstance(node.func.value, ast.Name)
+            and node.func.value.id == "re"
+            and node.func.attr in ("sub", "split", "search", "findall", "finditer")
+            and node.args
+            and isinstance(node.args[0], ast.Constant)
+        ):
+            yield f"{name}:{node.lineno}", re.compile(node.args[0].value)
+
+
+def expressions() -> dict[str, Expression]:
+    found: dict[tuple[Any, int], tuple[str, Expression]] = {}
+    for name in modules():
+        module = importlib.import_module(name)
+        here = [pair for key, value in vars(module).items() for pair in compiled(key, value)]
+        assert module.__file__ is not None
+        for where, one in [*here, *written_out("line", Path(module.__file__).read_text())]:
+            found.setdefault((one.pattern, one.flags), (f"{name}.{where}", one))
+    return dict(found.values())
+
+
+ALL = expressions()
+SOME = "a1A \n.-_<>\"'`中é,;:/(){}[]=?!#"
+
+
+class Parts:
+    """Texts that an expression's parts match."""
+
+    def __init__(self, expression: Expression) -> None:
+        self.repeated: set[tuple[str, str]] = set()
+        """(what stands before a repetition, what it repeats)."""
+        pattern: str | bytes = expression.pattern
+        text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
+        self.whole = self._text(parser.parse(text, expression.flags & ~re.DEBUG | re.UNICODE), "")
+
+    def texts(self, size: int) -> list[str]:
+        """What may be slow to search, each of `size` characters or a little more."""
+        units = {("", character) for character in SOME}
+        units |= {("", self.whole), ("", self.whole[:-1])}
+        for before, repeated in self.repeated:
+            units |= {("", repeated), ("", before + repeated), (before, repeated), ("", before)}
+        return [before + unit * (size // len(unit) + 1) for before, unit in sorted(units) if unit]
+
+    def _text(self, sequence: Sequence[Any], before: str) -> str:
+        text = ""
+        for kind, argument in sequence:
+            text += self._one(kind, argument, before + text)
+        return text
+
+    def _one(self, kind: Any, argument: Any, before: str) -> str:
+        if kind is c.LITERAL:
+            return chr(argument)
+        if kind in (c.IN, c.NOT_LITERAL, c.ANY, c.CATEGORY):
+            return next(iter(self._members(kind, argument)), "")
+        if kind in (c.MAX_REPEAT, c.MIN_REPEAT, c.POSSESSIVE_REPEAT):
+            least, most, repeated = argument
+            text = self._text(repeated, before)
+            if most > 50:
+                self.repeated.add((before, text))
+                if len(repeated) == 1:
+                    for character in self._members(*repeated[0]):
+                        self.repeated.add((before, character))
+            return text * least
+        if kind is c.SUBPATTERN:
+            return self._text(argument[3], before)
+        if kind is c.ATOMIC_GROUP:
+            return self._text(argument, before)
+        if kind is c.BRANCH:
+            found = [self._text(branch, before) for branch in argument[1]]
+            return found[0]
+        if kind in (c.ASSERT, c.ASSERT_NOT):
+            self._text(argument[1], before)
+        return ""
+
+    def _members(self, kind: Any, argument: Any) -> list[str]:
+        """Characters that a class of them holds."""
+        if kind is c.IN:
+            inverted = argument[0][0] is c.NEGATE
+            tests = argument[inverted:]
+            listed = [chr(value) for which, value in tests if which is c.LITERAL]
+            listed += [chr(value[0]) for which, value in tests if which is c.RANGE]
+            candidates = SOME if inverted else [*listed, *SOME]
+            return [
+                one for one in candidates if any(_holds(*test, one) for test in tests) != inverted
+            ]
+        return [one for one in SOME if _holds(kind, argument, one)]
+
+
+CLASSES = {
+    c.CATEGORY_DIGIT: r"\d",
+    c.CATEGORY_NOT_DIGIT: r"\D",
+    c.CATEGORY_SPACE: r"\s",
+    c.CATEGORY_NOT_SPACE: r"\S",
+    c.CATEGORY_WORD: r"\w",
+    c.CATEGORY_NOT_WORD: r"\W",
+}
+
+
+def _holds(kind: Any, argument: Any, character: str) -> bool:
+    if kind is c.LITERAL:
+        return ord(character) == argument
+    if kind is c.NOT_LITERAL:
+        return ord(character) != argument
+    if kind is c.RANGE:
+        return argument[0] <= ord(character) <= argument[1]
+    if kind is c.CATEGORY:
+        return re.match(CLASSES[argument], character) is not None
+    return kind is c.ANY and character != "\n"
+
+
+def seconds(expression: Expression, text: str, tries: int) -> float:
+    """The time of this process, not of the clock, that a search for all matches takes at least."""
+    given = text.encode("latin-1", "replace") if isinstance(expression.pattern, bytes) else text
+    best = float("inf")
+    for _ in range(tries):
+        started = time.process_time()
+        for _ in expression.finditer(given):
+            pass
+        best = min(best, time.process_time() - started)
+    return best
+
+
+def slow(expression: Expression) -> list[str]:
+    """The beginnings of texts on which an expression's time grows with more than their length."""
+    parts = Parts(expression)
+    by_size = [parts.texts(size) for size in SIZES]
+    return [texts[0][:60] for texts in zip(*by_size, strict=True) if _grows(expression, texts)]
+
+
+def _grows(expression: Expression, texts: Sequence[str]) -> bool:
+    for small, large in pairwise(texts):
+        if seconds(expression, large, 1) >= UNMEASURED_S:
+            return seconds(expression, large, 2) > MOST_GROWTH * seconds(expression, small, 5)
+    return False
+
+
+@pytest.mark.parametrize("where", ALL)
+def test_time_grows_with_the_text_alone(where: str) -> None:
+    assert slow(ALL[where]) == []
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"<think>.*?</think>",
+        r"(?=[\w+=-]*\d)[\w+=-]{16,}",
+        r"(?m)^\W*\d\d:\d\d",
+        r"\s+and\s+",
+        r"\[.*\]x",
+    ],
+)
+def test_these_tests_find_what_they_look_for(pattern: str) -> None:
+    assert slow(re.compile(pattern, re.DOTALL))
+
+
+def test_expressions_are_found_wherever_they_stand() -> None:
+    inside = {"a": [(re.compile("x"),)]}
+    assert [name for name, _ in compiled("top", inside)] == ["top[a][0][0]"]
+    assert [one.pattern for _, one in written_out("m", "re.sub(r'a+', '', text)")] == ["a+"]
+    assert any("thoughts" in where for where in ALL)
+    assert any("REPORTS" in where for where in ALL)
+
+
+@pytest.mark.parametrize("mark", ["<think>", "</think>", "<|channel|>", "< ", "[THINK]", "<think "])
+def test_thoughts_are_looked_for_once(mark: str) -> None:
+    """64 kB of openings held all recording for many seconds."""
+
+    def cost(count: int) -> float:
+        text, best = mark * count, float("inf")
+        for _ in range(3):
+            started = time.process_time()
+            without_thoughts(text)
+            canonical_reply({"role": "assistant", "content": text})
+            best = min(best, time.process_time() - started)
+        return best
+
+    assert cost(16_000) < MOST_GROWTH * max(cost(4_000), UNMEASURED_S)
+
+
+@pytest.mark.parametrize("module", [results, rules])
+def test_lexicons_are_shown_texts_of_a_bounded_length(module: Any) -> None:
+    assert module._MAX_CHARS <= 4000

@@ -1,0 +1,224 @@
+"""A broken connection is one request's trouble: nobody else waits while the engine is well."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+
+from nextstate.engine.client import EngineClient
+from nextstate.open_files import ran_out
+from nextstate.store.store import Store
+from proxy.upstream import Upstream
+from tests.proxy.test_proxy import Running, both, request, running, until
+from tests.scripted_engine import MODEL, ScriptedEngine, compact
+
+ASKED: dict[str, dict[str, Any]] = {
+    "/v1/chat/completions": request(),
+    "/v1/completions": {"model": MODEL, "prompt": "hi"},
+    "/v1/score": {"model": MODEL, "text": "hi"},
+}
+CASES = [*((path, False) for path in ASKED), ("/v1/chat/completions", True)]
+
+
+async def ask(p: Running, path: str, stream: bool = False) -> tuple[int, bytes]:
+    body = ASKED[path] | ({"stream": True} if stream else {})
+    async with p.http.post(p.url + path, data=orjson.dumps(body)) as answer:
+        return answer.status, await answer.read()
+
+
+@pytest.mark.parametrize(("path", "stream"), CASES)
+def test_one_reset_is_not_noticed(store: Store, tmp_path: Path, path: str, stream: bool) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        failed = count_failures(p)
+        warmed = len(engine.completions)
+        engine.resets = 1
+        status, _ = await ask(p, path, stream)
+        assert (status, engine.was_reset, failed) == (200, [path], [])
+        assert len(engine.completions) - warmed == (path == "/v1/completions")
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize(("path", "stream"), CASES)
+def test_a_request_that_a_healthy_engine_resets_again_fails_alone(
+    store: Store, tmp_path: Path, path: str, stream: bool
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        failed = count_failures(p)
+        engine.resets = 2
+        status, data = await ask(p, path, stream)
+        assert (status, orjson.loads(data)["error"]["code"]) == (503, 503)
+        assert (engine.was_reset, failed) == ([path] * 2, [])
+        assert (await ask(p, path, stream))[0] == 200
+
+    both(test, store, tmp_path, hold_s=0.5)
+
+
+@pytest.mark.parametrize(("path", "stream"), CASES)
+def test_what_an_engine_that_is_down_resets_waits_for_it(
+    store: Store, tmp_path: Path, path: str, stream: bool
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        failed = count_failures(p)
+        engine.resets, engine.healthy = 2, False
+        asked = asyncio.create_task(ask(p, path, stream))
+        while not failed:
+            await asyncio.sleep(0)
+        assert not p.proxy.versions.up
+        engine.healthy = True
+        assert (await asked)[0] == 200
+
+    both(test, store, tmp_path)
+
+
+def test_requests_that_fail_together_share_one_look_at_the_engines_health(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        asked: list[asyncio.Event] = []
+
+        async def healthy(_: EngineClient, timeout_s: float = 0) -> bool:
+            asked.append(asyncio.Event())
+            await asked[-1].wait()
+            return True
+
+        monkeypatch.setattr(EngineClient, "healthy", healthy)
+        versions = p.proxy.versions
+        looks = [asyncio.create_task(versions.is_well()) for _ in range(50)]
+        while not asked:
+            await asyncio.sleep(0)
+        before = len(asked)
+        assert before <= 2  # the watch's own look may be the other
+        for event in asked:
+            event.set()
+        assert all(await asyncio.gather(*looks))
+
+    both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("part", [b"H", b"HTTP/1.1 200 OK\r\nContent-"])
+@pytest.mark.parametrize("path", ASKED)
+def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
+    store: Store, tmp_path: Path, path: str, part: bytes
+) -> None:
+    taken: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with closing(writer), suppress(asyncio.IncompleteReadError):
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
+                sent = await reader.readexactly(int(length or 0))
+                if b"hi" in sent:
+                    taken.append(sent)
+                    writer.write(part)
+                    await writer.drain()
+                    return
+                body = compact({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
+                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+
+    async def test() -> None:
+        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            async with running(f"http://127.0.0.1:{port}", store, tmp_path) as p:
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                failed = count_failures(p)
+                status, _ = await ask(p, path)
+                assert (status, len(taken), failed) == (503, 1, [])
+
+    asyncio.run(test())
+
+
+def test_a_form_that_cannot_be_sent_again_goes_on_a_new_connection(
+    store: Store, tmp_path: Path
+) -> None:
+    """One that was kept may be closed already at the other end."""
+    asked: list[tuple[str, int]] = []
+
+    class Forms(ScriptedEngine):
+        async def _echo(self, request: web.Request) -> web.Response:
+            asked.append((request.method, id(request.transport)))
+            return await super()._echo(request)
+
+    async def test() -> None:
+        engine = Forms()
+        async with TestServer(engine.app()) as server:
+            engine.server = server
+            async with running(engine.url, store, tmp_path) as p:
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+                for kind in ("text/plain", "multipart/form-data; boundary=x", "text/plain"):
+                    headers = {"Content-Type": kind}
+                    answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
+                    assert await answer.read() == b"--x--"
+        [first, form, last] = asked
+        assert first == last != form
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
+def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
+    store: Store, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        failed = count_failures(p)
+
+        async def connected(_: object) -> None:
+            raise OSError(number, "none left")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Upstream, "_unused", lambda _: None)
+            patched.setattr(Upstream, "_connected", connected)
+            status, data = await ask(p, "/v1/chat/completions")
+        assert (status, failed, p.proxy.versions.up) == (503, [], True)
+        assert b"no files left" in data
+        assert (await ask(p, "/v1/chat/completions"))[0] == 200
+
+    assert ran_out(OSError(number, "none left"))
+    assert not ran_out(ConnectionResetError(errno.ECONNRESET, "reset"))
+    both(test, store, tmp_path)
+
+
+def test_a_look_at_the_engine_without_descriptors_changes_nothing(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("proxy.versions.HEALTH_POLL_S", 0.01)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        tried: list[None] = []
+
+        async def connect(*_: object, **__: object) -> None:
+            tried.append(None)
+            raise OSError(errno.EMFILE, "Too many open files")
+
+        monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", connect)
+        session = p.proxy.engine._session
+        assert session.connector is not None
+        await session.connector.close()
+        session._connector = aiohttp.TCPConnector()
+        await until(lambda: len(tried) > 2)
+        assert p.proxy.versions.up
+        assert await p.proxy.versions.is_well()
+
+    both(test, store, tmp_path)
+
+
+def count_failures(p: Running) -> list[None]:
+    """Grows whenever further requests are held."""
+    failed: list[None] = []
+    versions, known = p.proxy.versions, p.proxy.versions.engine_failed
+
+    def noted() -> None:
+        failed.append(None)
+        known()
+
+    versions.engine_failed = noted
+    return failed

@@ -1,0 +1,497 @@
+"""Several proxy processes on one port: one proxy to whoever connects."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections import defaultdict
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+import psutil
+import pytest
+
+from nextstate.app.supervisor import EXIT_USAGE
+from nextstate.config import StoreConfig
+from nextstate.engine.client import publish
+from nextstate.engine.process import free_port, port_is_free
+from nextstate.store.store import Store
+from proxy import app
+from tests.proxy.test_proxy import Running, add_version, request, running, until
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
+
+WORKERS = 2
+JSON = {"Content-Type": "application/json"}
+CONFIG = """
+[store]
+dir = "{folder}/state"
+[engine]
+mode = "external"
+url = "{engine}"
+model = "{model}"
+[proxy]
+port = {port}
+workers = {workers}
+record_timeout_s = 10.0
+"""
+
+
+def write_config(folder: Path, engine: str, port: int, workers: int = WORKERS) -> Path:
+    file = folder / "nextstate.toml"
+    values = {"folder": folder, "engine": engine, "model": MODEL, "port": port, "workers": workers}
+    file.write_text(CONFIG.format(**values))
+    return file
+
+
+def command(config: Path) -> list[str]:
+    return [sys.executable, "-P", "-m", "nextstate", "proxy", "--config", str(config)]
+
+
+async def within(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+    """Waits for another process's effect."""
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.02)
+
+
+@dataclass
+class Connection:
+    """A client's own connection, and the worker at its other end."""
+
+    http: aiohttp.ClientSession
+    pid: int
+
+    async def chat(self, messages: list[dict[str, Any]]) -> tuple[int, str]:
+        """The status and the turn's id."""
+        data = orjson.dumps({"model": MODEL, "messages": messages})
+        async with self.http.post("/v1/chat/completions", data=data, headers=JSON) as answer:
+            await answer.read()
+            return answer.status, answer.headers.get("x-nextstate-turn", "")
+
+
+class Workers:
+    """A running `nextstate proxy` with several workers."""
+
+    def __init__(self, config: Path, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+        self.log = config.parent / "log"
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command(config), cwd=config.parent, stdout=log, stderr=log
+            )
+        self._parent = psutil.Process(self.process.pid)
+
+    def listening(self) -> set[int]:
+        """The processes that accept connections on the port."""
+        found: set[int] = set()
+        for child in self._parent.children():
+            with suppress(psutil.Error):  # it has just ended
+                if any(
+                    c.status == psutil.CONN_LISTEN and c.laddr.port == self.port
+                    for c in child.net_connections("tcp")
+                ):
+                    found.add(child.pid)
+        return found
+
+    def all_listen(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
+        return len(self.listening()) == WORKERS
+
+    def at(self, client_port: int) -> int:
+        """The worker that a client's port is connected to."""
+        for pid in self.listening():
+            for c in psutil.Process(pid).net_connections("tcp"):
+                if c.raddr and c.raddr.port == client_port:
+                    return pid
+        raise AssertionError("no worker has the connection")
+
+    @asynccontextmanager
+    async def connected(self) -> AsyncGenerator[Connection]:
+        """A new connection, open until the block ends."""
+        port = free_port()
+        timeout = aiohttp.ClientTimeout(total=30)
+        connector = aiohttp.TCPConnector(
+            limit=1, local_addr=("127.0.0.1", port), keepalive_timeout=60
+        )
+        async with aiohttp.ClientSession(self.url, connector=connector, timeout=timeout) as http:
+            async with http.get("/healthz") as answer:
+                assert await answer.json()
+            yield Connection(http, self.at(port))
+
+    async def connections(
+        self, stack: AsyncExitStack, each: int = 1
+    ) -> dict[int, list[Connection]]:
+        """At least `each` connections to every worker; the kernel chooses the worker."""
+        found: defaultdict[int, list[Connection]] = defaultdict(list)
+        for _ in range(200):
+            made = await stack.enter_async_context(self.connected())
+            found[made.pid].append(made)
+            if len(found) == WORKERS and all(len(those) >= each for those in found.values()):
+                break
+        assert set(found) == self.listening()
+        return dict(found)
+
+
+@asynccontextmanager
+async def workers(engine: ScriptedEngine, folder: Path) -> AsyncGenerator[Workers]:
+    """`nextstate proxy` with workers that all listen and let requests through."""
+    port = free_port()
+    proxy = Workers(write_config(folder, engine.url, port), port)
+    children: list[psutil.Process] = []
+    try:
+        await within(proxy.all_listen)
+        children = psutil.Process(proxy.process.pid).children(recursive=True)
+        yield proxy
+    finally:
+        proxy.process.terminate()
+        await asyncio.to_thread(proxy.process.wait, 60)
+        _, alive = psutil.wait_procs(children, timeout=30)
+        for child in alive:
+            child.kill()
+
+
+def both_workers(tmp_path: Path, test: Callable[[ScriptedEngine, Workers], Any]) -> None:
+    async def run() -> None:
+        async with scripted_engine() as engine, workers(engine, tmp_path) as proxy:
+            await test(engine, proxy)
+
+    asyncio.run(run())
+
+
+def said(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+REPLY = {"role": "assistant", "content": "Hello"}
+
+
+def test_a_conversation_across_the_workers_is_one_session(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, proxy: Workers) -> None:
+        async with AsyncExitStack() as stack:
+            found = await proxy.connections(stack, each=3)
+            every = [c for those in found.values() for c in those]
+            answers = await asyncio.gather(
+                *(c.chat([said(f"hi {n}")]) for n, c in enumerate(every))
+            )
+            assert {status for status, _ in answers} == {200}
+            assert set(store.turn_ids()) == {turn for _, turn in answers}
+            messages, ids = [said("one")], list[str]()
+            alternating = zip(*found.values(), strict=False)
+            for connection in (c for pair in alternating for c in pair):
+                status, turn_id = await connection.chat(messages)
+                assert status == 200
+                ids.append(turn_id)
+                messages += [REPLY, said(f"and then, {len(ids)}?")]
+        turns = [turn for turn in map(store.turn, ids) if turn is not None]
+        assert len(turns) >= 6
+        assert [turn.index for turn in turns] == list(range(len(ids)))
+        assert [turn.parent for turn in turns] == [None, *ids[:-1]]
+        assert len({turn.session for turn in turns}) == 1
+        assert all(len(store.next_states(turn)) == 1 for turn in ids[:-1])
+
+    both_workers(tmp_path, test)
+
+
+def test_a_killed_worker_comes_back_and_the_others_serve_meanwhile(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, proxy: Workers) -> None:
+        async with AsyncExitStack() as stack:
+            (victim, _), (_, theirs) = (await proxy.connections(stack)).items()
+            gate = asyncio.Event()
+            engine.queue = [Script(gate=gate)]
+            data = orjson.dumps(request(stream=True))
+            held = await theirs[0].http.post("/v1/chat/completions", data=data, headers=JSON)
+            os.kill(victim, signal.SIGKILL)
+            await within(lambda: not psutil.pid_exists(victim))
+            served = 0
+            async with asyncio.timeout(60):
+                while not proxy.all_listen():
+                    async with proxy.connected() as connection:
+                        assert (await connection.chat([said("still there?")]))[0] == 200
+                        served += connection.pid == theirs[0].pid
+            assert served > 0
+            gate.set()
+            assert (await held.read()).endswith(b"data: [DONE]\n\n")
+            assert victim not in proxy.listening()
+            after = await proxy.connections(stack)
+            assert {(await those[0].chat([said("hi")]))[0] for those in after.values()} == {200}
+            lost = re.search(r"nextstate_turns_lost_total (\d+)", await metrics(theirs[0].http))
+            assert lost is not None
+            assert lost[1] == "0"
+
+    both_workers(tmp_path, test)
+
+
+async def metrics(http: aiohttp.ClientSession, url: str = "") -> str:
+    async with http.get(f"{url}/metrics") as answer:
+        return await answer.text()
+
+
+def test_sigterm_ends_every_worker_after_its_replies(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, proxy: Workers) -> None:
+        pids = proxy.listening()
+        async with AsyncExitStack() as stack:
+            found = await proxy.connections(stack)
+            engine.script.gate = asyncio.Event()
+            data = orjson.dumps(request(stream=True))
+            held = [
+                await those[0].http.post("/v1/chat/completions", data=data, headers=JSON)
+                for those in found.values()
+            ]
+            proxy.process.terminate()
+            await within(lambda: proxy.listening() < pids)
+            engine.script.gate.set()
+            for answer in held:
+                assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert await asyncio.to_thread(proxy.process.wait, 30) == 0
+        assert not any(map(psutil.pid_exists, pids))
+        assert port_is_free("127.0.0.1", proxy.port)
+        assert len(store.turn_ids()) == len(held)
+
+    both_workers(tmp_path, test)
+
+
+def test_headers_as_long_as_the_engine_takes_them_pass(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            port = free_port()
+            proxy = Workers(write_config(tmp_path, engine.url, port, workers=1), port)
+            try:
+                await within(lambda: not port_is_free("127.0.0.1", port))
+                async with aiohttp.ClientSession(proxy.url, headers=JSON) as http:
+                    long = {"tracestate": "a" * 60_000}
+                    body = orjson.dumps(request())
+                    async with http.post(f"/v1/echo?{'a' * 60_000}", data=b"{}") as answer:
+                        assert answer.status != 400
+                    async with http.post("/v1/chat/completions", data=body, headers=long) as answer:
+                        assert answer.status == 200
+                    assert engine.headers[-1]["tracestate"] == long["tracestate"]
+            finally:
+                proxy.process.terminate()
+                await asyncio.to_thread(proxy.process.wait, 20)
+
+    asyncio.run(test())
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, proxy: Workers) -> None:
+        children = list(map(psutil.Process, proxy.listening()))
+        proxy.process.kill()
+        _, alive = await asyncio.to_thread(psutil.wait_procs, children, timeout=30)
+        assert alive == []
+        assert port_is_free("127.0.0.1", proxy.port)
+
+    both_workers(tmp_path, test)
+
+
+@pytest.mark.parametrize(("count", "shared"), [(1, False), (WORKERS, True)])
+def test_a_port_in_use_is_one_message_with_the_key(
+    tmp_path: Path, count: int, shared: bool
+) -> None:
+    with socket.socket() as other:
+        if shared:
+            other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        config = write_config(tmp_path, "http://127.0.0.1:1", port, count)
+        done = subprocess.run(
+            command(config), cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False
+        )
+    assert done.returncode == EXIT_USAGE
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("nextstate: [proxy] ")
+    assert f"port = {port}" in line
+    assert "another program listens there" in line
+
+
+# Two workers in one process: what they tell each other through the store.
+
+
+class Clocked(Store):
+    """A store as another process opens it, with a clock that the test sets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = 1_000_000.0
+        self.looked = 0
+        """How many times the other workers were looked at."""
+        super().__init__(StoreConfig(dir=str(folder / "state")), lambda: self.now)
+
+    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
+        self.looked += 1
+        return super().others(worker)
+
+
+class Pair:
+    """Two workers of one proxy, each with its own connection to the store."""
+
+    def __init__(
+        self, engine: ScriptedEngine, workers: tuple[Running, Running], stores: tuple[Clocked, ...]
+    ) -> None:
+        self.engine, self.workers, self.stores = engine, workers, stores
+
+    async def serve(self, tmp_path: Path, number: int) -> None:
+        """Publishes a version and returns when both workers follow it."""
+        client = self.workers[0].proxy.engine
+        await publish(self.stores[0], client, add_version(self.stores[0], tmp_path, number))
+        for worker in self.workers:
+            serving = worker.proxy.versions.serving
+            await until(lambda serving=serving: serving["main"].number == number)
+
+    async def told(self, worker: int, *adapters: str) -> None:
+        """Returns when a worker has told that it uses just these adapters."""
+        store = self.stores[0]
+        await until(lambda: adapters in (tuple(a) for a, _ in store.others(str(1 - worker))))
+
+    async def looks(self, worker: int, times: int = 3) -> None:
+        """Returns when a worker has looked so often whether it may unload."""
+        store = self.stores[worker]
+        wanted = store.looked + times
+        await until(lambda: store.looked >= wanted)
+
+    async def hold(self, worker: int) -> asyncio.Task[tuple[int, bytes, dict[str, str]]]:
+        """A stream that runs at a worker until the script's gate opens."""
+        before = len(self.engine.requests)
+        self.engine.script.gate = asyncio.Event()
+        held = asyncio.create_task(self.workers[worker].chat(request(stream=True)))
+        await until(lambda: len(self.engine.requests) > before)
+        return held
+
+
+def paired(tmp_path: Path, test: Callable[[Pair], Any]) -> None:
+    async def run() -> None:
+        stores = Clocked(tmp_path), Clocked(tmp_path)
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, stores[0], tmp_path, worker="0", record_timeout_s=10.0) as first,
+            running(engine.url, stores[1], tmp_path, worker="1", record_timeout_s=10.0) as second,
+        ):
+            for worker in (first, second):
+                await asyncio.wait_for(worker.proxy.versions.wait_up(), 10)
+            await test(Pair(engine, (first, second), stores))
+        for store in stores:
+            store.close()
+
+    asyncio.run(run())
+
+
+OLD, NEW = (adapter("main", number, f"v{number}") for number in (1, 2))
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_an_adapter_that_another_worker_still_uses_stays_loaded(
+    tmp_path: Path, holder: int
+) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.serve(tmp_path, 1)
+        await pair.told(holder, OLD)
+        held = await pair.hold(holder)
+        await pair.serve(tmp_path, 2)
+        await pair.told(holder, OLD, NEW)
+        await pair.looks(1 - holder)
+        assert pair.engine.unloaded == []
+        assert pair.engine.script.gate is not None
+        pair.engine.script.gate.set()
+        status, _, headers = await held
+        assert (status, headers["x-nextstate-version"]) == (200, "1")
+        await until(lambda: pair.engine.unloaded == [OLD])
+        assert set(pair.engine.adapters) == {NEW}
+
+    paired(tmp_path, test)
+
+
+def test_a_worker_that_has_not_yet_followed_a_new_version_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.serve(tmp_path, 1)
+        await pair.told(1, OLD)
+        with monkeypatch.context() as patch:
+            old = pair.stores[1].serving_versions(["main"])
+            patch.setattr(pair.stores[1], "serving_versions", lambda names: old)
+            client = pair.workers[0].proxy.engine
+            await publish(pair.stores[0], client, add_version(pair.stores[0], tmp_path, 2))
+            await until(lambda: pair.workers[0].proxy.versions.serving["main"].number == 2)
+            await pair.looks(0)
+            assert pair.engine.unloaded == []
+        await until(lambda: pair.engine.unloaded == [OLD])
+
+    paired(tmp_path, test)
+
+
+def test_an_adapter_of_a_worker_that_fell_silent_is_unloaded(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.serve(tmp_path, 1)
+        await pair.told(1, OLD)
+        held = await pair.hold(1)
+        await pair.serve(tmp_path, 2)
+        await pair.told(1, OLD, NEW)
+        pair.stores[0].now += 9.9  # the other's clock stands still: it says nothing new
+        await pair.looks(0)
+        assert pair.engine.unloaded == []
+        pair.stores[0].now += 0.2
+        await until(lambda: pair.engine.unloaded == [OLD])
+        assert pair.engine.script.gate is not None
+        pair.engine.script.gate.set()
+        assert (await held)[0] == 200
+
+    paired(tmp_path, test)
+
+
+def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(app, "_BEAT_S", 3600.0)
+
+    async def test(pair: Pair) -> None:
+        await pair.told(0, MODEL)
+        async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2"):
+            await until(lambda: len(pair.stores[1].others("1")) == 2)
+        assert len(pair.stores[1].others("1")) == 1
+
+    paired(tmp_path, test)
+
+
+def test_metrics_are_those_of_all_workers(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        for worker, times in ((0, 2), (1, 3)):
+            for _ in range(times):
+                assert (await pair.workers[worker].chat(request()))[0] == 200
+        held = await pair.hold(1)
+
+        def heard(worker: int, requests: int) -> bool:
+            counts = [counts for _, counts in pair.stores[0].others(str(1 - worker))]
+            return [c["nextstate_requests_total"] for c in counts] == [requests]
+
+        await until(lambda: heard(0, 2) and heard(1, 4))
+        for worker in pair.workers:
+            text = await metrics(worker.http, worker.url)
+            for line in (
+                "nextstate_requests_total 6",
+                "nextstate_turns_recorded_total 5",
+                "nextstate_turns_lost_total 0",
+                "nextstate_requests_running 1",
+                "nextstate_engine_up 1",
+                'nextstate_stored{record="turns",state="main"} 5',
+            ):
+                assert f"{line}\n" in text
+        pair.stores[0].now += 10.1  # the other is silent: what it counted is no longer told
+        text = await metrics(pair.workers[0].http, pair.workers[0].url)
+        assert "nextstate_requests_total 2\n" in text
+        assert pair.engine.script.gate is not None
+        pair.engine.script.gate.set()
+        await held
+
+    paired(tmp_path, test)

@@ -1,0 +1,162 @@
+"""The configuration file: strict, and its example complete."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import MISSING, fields
+from pathlib import Path
+
+import pytest
+
+from nextstate.app.settings import Settings
+from nextstate.config import secret
+from nextstate.errors import ConfigError
+from proxy.config import LineageConfig
+
+EXAMPLE = Path(__file__).parents[2] / "config.example.toml"
+
+
+def settings_from(tmp_path: Path, text: str) -> Settings:
+    file = tmp_path / "n.toml"
+    file.write_text(text)
+    return Settings.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[engine]\nmodell = 'x'", "unknown key 'modell'; did you mean 'model'?"),
+        ("[engin]\nmodel = 'x'", "unknown section 'engin'; did you mean 'engine'?"),
+        ("[engine]\nmode = 'fast'", "should be 'managed' or 'external'"),
+        ("[proxy]\nport = 'x'", r"\[proxy\] port = 'x'"),
+        ("[proxy]\nport = 70000", "expected 0 to 65535"),
+        ("[proxy]\nhost = '0.0.0.0'", r"\[proxy\] api_key_env"),
+        ("[engine]\nmode = 'external'", r"needs \[engine\] url"),
+        ("[judge]\nkind = 'litellm'", r"\[privacy\] external_judge"),
+        (
+            "[judge]\nkind = 'rules,litellm'",
+            r"kind = \"rules,litellm\".*\[privacy\] external_judge",
+        ),
+        ("[learner]\nwandb = 'p'", r"\[privacy\] external_metrics"),
+        ("[judge]\nvotes = 0", r"\[judge\] votes"),
+        ("[learner]\nlora_rank = 64", "max_lora_rank"),
+        ("[learner]\nmethod = 'ppo'", "'opd_topk', 'combined' or 'combined_sampled'"),
+        ("[proxy]\nworkers = 2\nport = 0", "name a port"),
+        ("[lineages.a]\nmodel = 'x-v000001'", "looks like an adapter"),
+        (f"[lineages.a]\nmodel = 'x-v000001-{16 * 'a'}'", "looks like an adapter"),
+        ("[proxy]\nworkers = 0", r"\[proxy\] workers = 0"),
+        ("[lineages]\nalice = 1", r"expected a section \[lineages.alice\]"),
+        ("[lineages.main]\nmodel = 'x'", "everyone else's"),
+        ("[lineages.Alice]\nmodel = 'x'", "small letters"),
+        ("[lineages.alice]", "needs model or api_key_env"),
+        ("[lineages.alice]\nmodle = 'x'", "did you mean 'model'"),
+        ("[lineages.a]\nmodel = 'x'\n[lineages.b]\nmodel = 'x'", "'x' is taken"),
+        ("[engine]\nmax_loras = 2\n[lineages.a]\nmodel = 'x'", "max_loras = 2: 2 lineages need"),
+        ("[store", "not valid TOML"),
+        ("store = 3", r"expected a section \[store\]"),
+    ],
+)
+def test_bad_values_name_the_key_that_fixes_them(tmp_path: Path, text: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        settings_from(tmp_path, text)
+
+
+_EXTERNAL = '[engine]\nmode = "external"\nurl = "http://gpu.lan:8000"\n[judge]\n'
+
+
+@pytest.mark.parametrize(
+    "judge",
+    [
+        'base_url = "https://api.example.com/v1"',
+        'kind = "rules,engine"\nbase_url = "http://10.0.0.5:8000/v1"',
+        'kind = "plugins.judges.engine:create"\nbase_url = "http://example.com/v1"',
+        'base_url = "http://127.0.0.1@example.com/v1"',
+        'base_url = "http://127.0.0.1.example.com/v1"',
+        'base_url = "http://localhost.example.com/v1"',
+        'base_url = "example.com/v1"',
+        'base_url = "http://[::1/v1"',
+        'kind = "plugins.judges.litellm:create"',
+        'kind = "rules, plugins.judges.litellm:create"',
+        'kind = "plugins.judges.litellm:LitellmJudge"',
+        'kind = "their_package.judge:create"',
+        'kind = "outcome,their_package.judge:make"',
+        'kind = "theirs"',
+    ],
+)
+def test_a_judge_that_may_send_turns_elsewhere_must_be_allowed(tmp_path: Path, judge: str) -> None:
+    text = f"[judge]\n{judge}\n"
+    with pytest.raises(ConfigError, match=r"\[privacy\] external_judge = true"):
+        settings_from(tmp_path, text)
+    settings_from(tmp_path, text + "[privacy]\nexternal_judge = true\n")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[judge]\nbase_url = "http://127.0.0.1:9000/v1"',
+        '[judge]\nbase_url = "http://127.8.8.8/v1"',
+        '[judge]\nbase_url = "http://localhost:9000/v1"',
+        '[judge]\nbase_url = "http://[::1]:9000/v1"',
+        '[judge]\nkind = "plugins.judges.rules:create"',
+        '[judge]\nkind = "outcome,rules,engine"',
+        _EXTERNAL + 'base_url = "http://gpu.lan:9000/v1"',
+        _EXTERNAL + 'kind = "engine"',
+    ],
+)
+def test_a_judge_on_this_machine_or_the_engines_needs_no_leave(tmp_path: Path, text: str) -> None:
+    settings_from(tmp_path, text)
+
+
+def test_a_named_file_must_exist_and_the_default_file_need_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert Settings.read().proxy.host == "127.0.0.1"
+    with pytest.raises(ConfigError, match="no file"):
+        Settings.read(tmp_path / "absent.toml")
+
+
+def test_the_example_names_every_key_with_its_default() -> None:
+    written = tomllib.loads(EXAMPLE.read_text())
+    sections = {f.name: f.type for f in fields(Settings) if f.name not in ("file", "lineages")}
+    assert set(written) == set(sections)
+    defaults = Settings.read(Path("nextstate.toml"))
+    for section in sections:
+        default = getattr(defaults, section)
+        assert set(written[section]) == {f.name for f in fields(default)}, section
+        example = getattr(Settings.read(EXAMPLE), section)
+        assert example == default, section
+
+
+def test_the_example_shows_a_lineage_with_every_key(tmp_path: Path) -> None:
+    text = EXAMPLE.read_text()
+    shown = text[text.index("# [lineages.") :].split("\n\n")[0]
+    lines = [line.removeprefix("# ") for line in shown.splitlines() if " = " in line]
+    settings = settings_from(
+        tmp_path, "\n".join(["[engine]", "max_loras = 3", "[lineages.alice]", *lines])
+    )
+    assert set(tomllib.loads("\n".join(lines))) == {f.name for f in fields(LineageConfig)}
+    assert settings.lineages["alice"].model == "alice"
+
+
+def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
+    file = tmp_path / "n.toml"
+    file.write_text("[proxy]\nport = 1\n")
+    assert Settings.read(file, {"proxy": {"port": 2}}).proxy.port == 2
+
+
+def test_every_section_has_defaults_for_all_keys() -> None:
+    settings = Settings.read(EXAMPLE)
+    for section in fields(Settings):
+        if section.name not in ("file", "lineages"):
+            for f in fields(getattr(settings, section.name)):
+                assert f.default is not MISSING or f.default_factory is not MISSING
+
+
+def test_a_named_secret_must_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NEXTSTATE_TEST_KEY", "k")
+    assert secret("NEXTSTATE_TEST_KEY", "[x] y") == "k"
+    assert secret("", "[x] y") is None
+    monkeypatch.delenv("NEXTSTATE_TEST_KEY")
+    with pytest.raises(ConfigError, match=r"\[x\] y = 'NEXTSTATE_TEST_KEY'"):
+        secret("NEXTSTATE_TEST_KEY", "[x] y")

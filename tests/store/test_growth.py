@@ -1,0 +1,359 @@
+"""What the store counts is exact, and what it is asked often costs the same however full it is."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from nextstate.config import StoreConfig
+from nextstate.records import Feedback, PolicyVersion, ScoreCounts, TurnKind, VersionState
+from nextstate.store.store import Store
+from tests.store.test_records import KEY, add, judge, turn
+
+LINEAGES = ("main", "bob")
+SCORES = st.sampled_from((-1, 0, 1))
+BATCH = {"scored": True, "hinted": True}
+
+
+def database(store: Store) -> sqlite3.Connection:
+    return sqlite3.connect(store.dir / "nextstate.sqlite3")
+
+
+class Counting(RuleBasedStateMachine):
+    """Everything that changes a record, in any order; the counts are those of the rows."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        super().__init__()
+        self.folder = folder or Path(tempfile.mkdtemp())
+        self.store = Store(StoreConfig(dir=str(self.folder)))
+        self.turns = self.versions = self.batches = 0
+
+    def teardown(self) -> None:
+        self.store.close()
+        shutil.rmtree(self.folder)
+
+    def any_turn(self, number: int) -> int:
+        return number % max(self.turns, 1)
+
+    @rule(
+        lineage=st.sampled_from(LINEAGES),
+        kind=st.sampled_from(TurnKind),
+        version=st.sampled_from((None, 0, 1, 2)),
+        reason=st.sampled_from((None, "cut")),
+        followed=st.booleans(),
+    )
+    def record(
+        self,
+        lineage: str,
+        kind: TurnKind,
+        version: int | None,
+        reason: str | None,
+        followed: bool,
+    ) -> None:
+        values = {"lineage": lineage, "kind": kind, "policy_version": version}
+        new = turn(self.turns, session=f"s{self.turns % 5}", untrainable=reason, **values)
+        add(self.store, new, next_state="thanks" if followed else None)
+        self.turns += 1
+
+    @rule()
+    def retry(self) -> None:
+        place = b"p" * 16
+        with self.store.recording() as recording:
+            for _ in range(2):
+                recording.add_turn(turn(self.turns), KEY, KEY, place=place)
+                recording.replace_cut(place, f"turn_{self.turns}")
+                self.turns += 1
+
+    @rule()
+    def be_killed(self) -> None:
+        with suppress(KeyboardInterrupt), self.store.recording() as recording:
+            recording.add_turn(turn(self.turns), KEY, KEY)
+            raise KeyboardInterrupt
+
+    @rule(number=st.integers(0, 99), score=SCORES, hint=st.booleans())
+    def vote(self, number: int, score: int, hint: bool) -> None:
+        if self.turns:
+            judge(self.store, self.any_turn(number), score, "Be brief." if hint else None)
+
+    @rule(number=st.integers(0, 99), score=SCORES, hint=st.sampled_from((None, "Be kind.")))
+    def say(self, number: int, score: int, hint: str | None) -> None:
+        if self.turns:
+            self.store.give_feedback(Feedback(f"turn_{self.any_turn(number)}", score, hint))
+
+    @rule(limit=st.integers(1, 4))
+    def lease_work(self, limit: int) -> None:
+        for turn_id in self.store.lease_judgements(limit, 60)[1:]:
+            self.store.defer_judgement(turn_id, 0.0, "later")
+
+    @rule(lineage=st.sampled_from(LINEAGES), limit=st.integers(1, 4), kept=st.booleans())
+    def train(self, lineage: str, limit: int, kept: bool) -> None:
+        self.versions += 1
+        batch = f"b{self.versions}"
+        ready = self.store.ready_samples(lineage, **BATCH)
+        leased = self.store.lease_samples(lineage, limit, batch, 60, **BATCH)
+        # Fewer where one session has more than half of them while another waits, too.
+        assert min(limit, ready, 2) <= len(leased) <= min(limit, ready)
+        state = VersionState.CANDIDATE if kept else VersionState.REJECTED
+        version = PolicyVersion(lineage, self.versions, 0, "/a", "ff", 1, state)
+        self.store.add_version(version, batch)
+
+    @rule(lineage=st.sampled_from(LINEAGES), batch=st.booleans())
+    def give_up(self, lineage: str, batch: bool) -> None:
+        self.store.lease_samples(lineage, 2, "x", 60, scored=batch, hinted=True)
+        self.store.release_samples(lineage)
+
+    @rule(lineage=st.sampled_from(LINEAGES), number=st.integers(0, 9))
+    def serve(self, lineage: str, number: int) -> None:
+        self.store.set_serving(lineage, number)
+
+    @rule(lineage=st.sampled_from(LINEAGES), number=st.integers(0, 99))
+    def drop(self, lineage: str, number: int) -> None:
+        self.store.drop_samples([f"turn_{self.any_turn(number)}"], "too long")
+        self.store.drop_stale(lineage, lambda version: "old" if version == 1 else None)
+        self.store.hold_out(lineage, lambda session: session == f"s{number % 5}")
+
+    @invariant()
+    def counts_are_those_of_the_rows(self) -> None:
+        with database(self.store) as connection:
+
+            def grouped(what: str) -> dict[Any, int]:
+                rows = connection.execute(f"SELECT x, count(*) FROM (SELECT {what}) GROUP BY x")
+                return dict(rows.fetchall())
+
+            expected: dict[str, int] = {}
+            for area, what in (
+                ("turns", "kind AS x FROM turns WHERE replaced_by IS NULL"),
+                ("judgements", "state AS x FROM judgements"),
+                ("verdicts", "score AS x FROM verdicts"),
+                ("samples", "state AS x FROM samples"),
+                ("versions", "state AS x FROM versions"),
+            ):
+                expected |= {f"{area}/{key}": count for key, count in grouped(what).items()}
+            trainable = grouped("'turns/trainable' AS x FROM turns WHERE untrainable IS NULL")
+            assert self.store.counts() == {"turns/trainable": 0} | expected | trainable
+            pairs = connection.execute(
+                "SELECT voted_judge, score, voted_score FROM feedback WHERE voted_judge NOT NULL"
+            ).fetchall()
+            found = self.store.labels()
+            flat = {(judge, *pair): n for judge, of in found.items() for pair, n in of.items()}
+            assert flat == Counter(pairs)
+            for lineage in LINEAGES:
+                self.check_samples(connection, lineage)
+        connection.close()
+
+    def check_samples(self, connection: sqlite3.Connection, lineage: str) -> None:
+        rows = connection.execute(
+            "SELECT s.state, s.policy_version, v.score, s.hinted FROM samples s "
+            "JOIN verdicts v ON v.turn = s.turn WHERE s.lineage = ?",
+            (lineage,),
+        ).fetchall()
+        for scored, hinted in ((True, False), (False, True), (True, True)):
+            ready = [(score, hint) for state, _, score, hint in rows if state == "ready"]
+            usable = sum(bool((scored and score) or (hinted and hint)) for score, hint in ready)
+            assert self.store.ready_samples(lineage, scored, hinted) == usable
+        by_version = Counter((version, score) for _, version, score, _ in rows)
+        assert self.store.score_counts(lineage, [0, 1, 2]) == {
+            n: ScoreCounts(by_version[n, 1], by_version[n, 0], by_version[n, -1]) for n in range(3)
+        }
+
+
+def change_for_ever(folder: Path, seed: int) -> None:
+    """Changes records at random, with a line after each change, until it is killed."""
+    machine, random = Counting(folder), Random(seed)
+    machine.turns = machine.versions = 100_000 * seed
+
+    def number() -> int:
+        return random.randrange(100)
+
+    changes: list[Callable[[], object]] = [
+        lambda: machine.record("main", TurnKind.MAIN, random.choice((None, 0, 1)), None, True),
+        machine.retry,
+        lambda: machine.vote(number(), random.choice((-1, 0, 1)), random.random() < 0.5),
+        lambda: machine.say(number(), random.choice((-1, 0, 1)), random.choice((None, "Be kind."))),
+        lambda: machine.lease_work(3),
+        lambda: machine.train("main", 3, random.random() < 0.5),
+        lambda: machine.give_up("main", True),
+        lambda: machine.serve("main", number()),
+        lambda: machine.drop("main", number()),
+    ]
+    while True:
+        random.choice(changes)()
+        print(flush=True)
+
+
+def test_the_counts_are_exact_wherever_a_process_is_killed(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    machine = Counting(folder)
+    for number in range(100):
+        machine.record(LINEAGES[number % 2], TurnKind.MAIN, 0, None, True)
+    for kill in range(1, 6):
+        code = (
+            "import sys, pathlib, tests.store.test_growth as t; "
+            f"t.change_for_ever(pathlib.Path(sys.argv[1]), {kill})"
+        )
+        argv = [sys.executable, "-c", code, str(folder)]
+        with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None
+            for _ in range(40 + 17 * kill):
+                assert child.stdout.readline()
+            child.kill()
+        assert child.returncode == -signal.SIGKILL
+        machine.counts_are_those_of_the_rows()
+    changed = machine.store.counts()
+    assert changed["turns/main"] > 100
+    assert changed["versions/retired"] > 0
+    machine.store.close()
+
+
+TestCounting = Counting.TestCase
+TestCounting.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+
+
+def fill(store: Store, sessions: int, *, ready: int) -> None:
+    """Sessions of twenty judged turns each, of which `ready` samples wait and the rest are over."""
+    with store.recording() as recording:
+        for number in range(20 * sessions):
+            session = f"s{number // 20}"
+            one = turn(number, session=session, index=number % 20, policy_version=number % 7)
+            recording.add_turn(one, b"%016d" % number, b"%016d" % number, client_session=session)
+    with database(store) as connection:
+        connection.executescript(
+            f"""
+            INSERT INTO judgements (turn, seq, state, not_before, attempts, lease_until)
+            SELECT id, seq, CASE seq % 4 WHEN 0 THEN 'done' ELSE 'pending' END,
+                CASE seq % 4 WHEN 2 THEN 1e12 WHEN 3 THEN 1.0 + seq ELSE 0.0 END, 0, NULL
+            FROM turns;
+            INSERT INTO verdicts (turn, votes, score, judge, created_at)
+            SELECT id, '[1]', seq % 3 - 1, 'rules', 1.0 FROM turns;
+            INSERT INTO samples
+                (turn, seq, lineage, state, policy_version, score, hinted, trained_in)
+            SELECT id, seq, 'main',
+                CASE WHEN seq <= {ready} THEN 'ready' WHEN seq % 9 THEN 'trained' ELSE 'held' END,
+                policy_version, seq % 3 - 1, seq % 2, seq / 16 FROM turns;
+            INSERT INTO feedback (turn, score, created_at, updated_at, voted_score, voted_judge)
+            SELECT id, 1, 1.0, 1.0, seq % 3 - 1, 'rules' FROM turns;
+            INSERT INTO versions (lineage, number, samples, state, metrics, created_at)
+            SELECT 'main', seq, 1, 'retired', '{{}}', 1.0 FROM turns WHERE seq <= 40;
+            """
+        )
+    connection.close()
+    for number in (1, 2):
+        store.set_serving("main", number)
+
+
+BACKLOG = 160
+ASKED: dict[str, Callable[[Store], object]] = {
+    "counts": lambda s: s.counts(),
+    "labels": lambda s: s.labels(),
+    "ready_samples": lambda s: s.ready_samples("main", True, True),
+    "score_counts": lambda s: s.score_counts("main", [1, 2, 3]),
+    "lease_judgements": lambda s: s.lease_judgements(16, 60),
+    "defer_judgement": lambda s: s.defer_judgement("turn_5", 1.0, "later"),
+    "judgement": lambda s: s.judgement("turn_5"),
+    "earlier_steps": lambda s: s.earlier_steps("turn_9"),
+    "settle_verdict": lambda s: judge(s, 3, 1),
+    "give_feedback": lambda s: s.give_feedback(Feedback("turn_7", -1, "Be brief.")),
+    "lease_samples": lambda s: s.lease_samples("main", 16, "b", 60, **BATCH),
+    "release_samples": lambda s: s.release_samples("main"),
+    "drop_samples": lambda s: s.drop_samples(["turn_1", "turn_2"], "too long"),
+    "drop_stale": lambda s: s.drop_stale("main", lambda version: None),
+    "held_samples": lambda s: s.held_samples("main", 8, 2),
+    "used_turns": lambda s: s.used_turns("main", 11),
+    "newest_turn": lambda s: s.newest_turn(["s3", "s4"], ["main"]),
+    "turn_ids": lambda s: s.turn_ids(9, newest_first=True),
+    "serving": lambda s: s.serving("main"),
+    "serving_versions": lambda s: s.serving_versions(["main", "bob"]),
+    "turn": lambda s: s.turn("turn_9"),
+    "next_states": lambda s: s.next_states("turn_9"),
+    "spend": lambda s: s.spend(1, 2),
+}
+
+
+@pytest.fixture(scope="module")
+def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
+    """A store of 200 turns and one of twenty times as many, with the same backlog."""
+    found = [Store(StoreConfig(dir=str(tmp_path_factory.mktemp("store")))) for _ in range(2)]
+    for store, sessions in zip(found, (10, 200), strict=True):
+        fill(store, sessions, ready=BACKLOG)
+    return found
+
+
+def steps(store: Store, work: Callable[[Store], object]) -> int:
+    """How many steps SQLite's machine takes for what is done, to the nearest ten."""
+    taken = 0
+
+    def step() -> int:
+        nonlocal taken
+        taken += 10
+        return 0
+
+    def watch(connection: sqlite3.Connection, *_: object) -> None:
+        connection.set_progress_handler(step, 10)
+
+    engine = store._db  # pyright: ignore[reportPrivateUsage]
+    store.close()  # so that every connection is opened under our eyes
+    sa.event.listen(engine, "connect", watch)
+    try:
+        work(store)
+    finally:
+        sa.event.remove(engine, "connect", watch)
+        store.close()
+    return taken
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_what_is_asked_often_costs_the_same_in_a_large_store(
+    stores: list[Store], name: str
+) -> None:
+    small, large = (steps(store, ASKED[name]) for store in stores)
+    assert large <= 1.5 * small + 300, (small, large)
+
+
+@pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
+def test_a_backlog_is_not_sorted_before_some_of_it_is_leased(
+    tmp_path: Path, wanted: tuple[bool, bool]
+) -> None:
+    scored, hinted = wanted
+    found: list[tuple[int, int]] = []
+    for sessions in (10, 200):
+        store = Store(StoreConfig(dir=str(tmp_path / str(sessions))))
+        fill(store, sessions, ready=20 * sessions)
+
+        def lease(store: Store = store) -> None:
+            leased = store.lease_samples("main", 8, "b", 60, scored=scored, hinted=hinted)
+            assert [s.policy_version for s in leased] == [6] * 8
+
+        work = steps(store, lambda store: store.lease_judgements(8, 60))
+        found.append((work, steps(store, lambda _: lease())))
+    small, large = found
+    assert large[0] <= 1.5 * small[0] + 300, found
+    assert large[1] <= 1.5 * small[1] + 300, found
+
+
+def test_work_is_given_out_oldest_first_whether_it_was_put_back_or_not(tmp_path: Path) -> None:
+    now = [100.0]
+    store = Store(StoreConfig(dir=str(tmp_path)), clock=lambda: now[0])
+    add(store, *(turn(number) for number in range(6)))
+    assert store.lease_judgements(2, 10) == ["turn_0", "turn_1"]
+    store.defer_judgement("turn_1", 5, "busy")
+    assert store.lease_judgements(2, 100) == ["turn_2", "turn_3"]
+    now[0] = 120.0  # turn_0's lease is over, and turn_1 may be tried again
+    assert store.lease_judgements(3, 100) == ["turn_0", "turn_1", "turn_4"]
+    assert store.lease_judgements(9, 100) == ["turn_5"]
+    store.close()

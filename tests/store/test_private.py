@@ -1,0 +1,222 @@
+"""What is kept is for its owner only, wherever it lies and whoever made it first."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Generator
+from pathlib import Path
+
+import pytest
+
+from nextstate import private_files as private
+from nextstate.app.cli import main
+from nextstate.app.settings import Settings
+from nextstate.app.stack import Stack
+from nextstate.config import StoreConfig
+from nextstate.errors import ConfigError, NextStateError, StoreError
+from nextstate.private_files import make_folder, make_state_folder
+from nextstate.store.store import Store
+from tests.store.test_records import add, turn
+
+
+@pytest.fixture(autouse=True)
+def usual_umask() -> Generator[None]:
+    before = os.umask(0o022)
+    yield
+    os.umask(before)
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def below(folder: Path) -> list[Path]:
+    return [folder, *folder.rglob("*")]
+
+
+def test_every_folder_that_is_made_on_the_way_is_private(tmp_path: Path) -> None:
+    make_folder(tmp_path / "a" / "b" / "c")
+    assert [mode(tmp_path / name) for name in ("a", "a/b", "a/b/c")] == [0o700] * 3
+    tmp_path.chmod(0o755)
+    make_folder(tmp_path / "a")
+    assert mode(tmp_path) == 0o755  # not ours
+
+
+def test_a_stack_makes_its_state_folder_private(tmp_path: Path) -> None:
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/new/state"\n')
+    Stack(Settings.read(file))
+    assert {mode(path) for path in below(tmp_path / "new")} == {0o700}
+
+
+NAMES = [
+    "what?now",
+    "a%2Fb",
+    "hash#1",
+    "two words",
+    'it\'s "quoted"',
+    "čaj 茶",
+    "a&b=c;d",
+    "%",
+    ":",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_state_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / name
+    store = Store(StoreConfig(dir=str(folder)))
+    add(store, turn(0))
+    store.close()
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert mode(folder) == 0o700
+    assert "nextstate.sqlite3" in os.listdir(folder)
+    assert {mode(path) for path in folder.iterdir()} == {0o600}
+    again = Store(StoreConfig(dir=str(folder)))
+    assert again.turn_ids() == ["turn_0"]
+    again.close()
+
+
+def test_a_state_folder_may_be_relative_below_home_or_behind_a_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "real").mkdir(mode=0o755)
+    (tmp_path / "link").symlink_to("real")
+    for name, place in (("rel?", "rel?"), ("~/home", "home"), ("link", "real")):
+        Store(StoreConfig(dir=name)).close()
+        assert mode(tmp_path / place) == 0o700
+        assert mode(tmp_path / place / "nextstate.sqlite3") == 0o600
+
+
+def test_what_an_earlier_program_left_open_is_closed_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = tmp_path / "state"
+    store = Store(StoreConfig(dir=str(folder)))
+    add(store, turn(0))
+    (folder / "logs").mkdir(mode=0o755)
+    (folder / "logs" / "proxy.log").touch(0o644)
+    outside = tmp_path / "outside"
+    outside.touch(0o644)
+    (folder / "link").symlink_to(outside)
+    for path in (folder / "nextstate.sqlite3", folder / "nextstate.sqlite3-wal"):
+        path.chmod(0o664)
+    folder.chmod(0o755)
+    again = Store(StoreConfig(dir=str(folder)))
+    assert {mode(p) for p in below(folder) if not p.is_symlink()} == {0o700, 0o600}
+    assert mode(outside) == 0o644
+    assert f"{folder} was open to others (mode 755) and is closed" in caplog.text
+    assert again.turn_ids() == ["turn_0"]
+    (folder / "nextstate.sqlite3").chmod(0o640)
+    Store(StoreConfig(dir=str(folder))).close()
+    assert mode(folder / "nextstate.sqlite3") == 0o600
+    store.close()
+    again.close()
+
+
+@pytest.mark.parametrize("open_mode", [0o755, 0o1777])
+def test_a_folder_with_other_things_in_it_is_not_ours_to_close(
+    tmp_path: Path, open_mode: int
+) -> None:
+    (tmp_path / "thesis.txt").touch(0o644)
+    tmp_path.chmod(open_mode)
+    with pytest.raises(StoreError, match=r"holds other things: name .*/nextstate'"):
+        Store(StoreConfig(dir=str(tmp_path)))
+    assert (mode(tmp_path), mode(tmp_path / "thesis.txt")) == (open_mode, 0o644)
+    assert os.listdir(tmp_path) == ["thesis.txt"]
+
+
+def test_another_users_folder_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(private.os, "geteuid", lambda: os.stat(tmp_path).st_uid + 1)
+    with pytest.raises(StoreError, match="belongs to user"):
+        make_state_folder(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["", "  ", "a\0b", "~nobody-of-this-name/x"])
+def test_what_names_no_folder_names_the_key(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"\[store\] dir"):
+        Store(StoreConfig(dir=name))
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://localhost/x",
+        "nonsense",
+        "sqlite://",
+        "sqlite:///:memory:",
+        "sqlite:///a?b=c",
+        "sqlite://host/a",
+    ],
+)
+def test_a_url_that_names_no_file_names_the_key(tmp_path: Path, url: str) -> None:
+    with pytest.raises(StoreError, match=r"\[store\] url"):
+        Store(StoreConfig(dir=str(tmp_path), url=url))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_url_may_name_a_file_elsewhere_or_in_the_folder(tmp_path: Path) -> None:
+    for url, place in (("my%20own.db", "state/my own.db"), (f"/{tmp_path}/x y", "x y")):
+        Store(StoreConfig(dir=str(tmp_path / "state"), url=f"sqlite:///{url}")).close()
+        assert mode(tmp_path / place) == 0o600
+
+
+DAMAGES = {
+    "no database": lambda data: b"this is my diary, not a database" * 200,  # pyright: ignore[reportUnknownLambdaType]
+    "cut off": lambda data: data[: len(data) // 3 + 100],  # pyright: ignore
+    "holes": lambda data: data[:100] + bytes(8000) + data[8100:],  # pyright: ignore
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("command", ["status", "turns", "doctor"])
+def test_a_damaged_database_is_named_and_left_as_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], damage: str, command: str
+) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    add(store, *(turn(number, reply={"content": os.urandom(9000).hex()}) for number in range(9)))
+    store.close()
+    file = tmp_path / "state" / "nextstate.sqlite3"
+    file.write_bytes(DAMAGES[damage](file.read_bytes()))
+    before = file.read_bytes()
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    assert main([command, "--config", str(config)]) == 2
+    assert f"{file} is no whole SQLite database" in "".join(capsys.readouterr())
+    assert file.read_bytes() == before
+
+
+def test_another_programs_database_and_a_broken_schema_are_refused(tmp_path: Path) -> None:
+    import sqlite3
+
+    for statements, expected in (
+        ("CREATE TABLE bookmarks (x)", "of another program, with the tables bookmarks"),
+        ("CREATE TABLE schema_version (version); CREATE TABLE turns (x)", r"version is \[\]"),
+        (
+            "CREATE TABLE schema_version (version); CREATE TABLE turns (x);"
+            "INSERT INTO schema_version VALUES ('six')",
+            "expected one number",
+        ),
+    ):
+        file = tmp_path / "nextstate.sqlite3"
+        file.unlink(missing_ok=True)
+        with sqlite3.connect(file) as connection:
+            connection.executescript(statements)
+        connection.close()
+        with pytest.raises(NextStateError, match=rf"nextstate.sqlite3: .*{expected}"):
+            Store(StoreConfig(dir=str(tmp_path)))
+
+
+def test_an_emptied_database_does_not_take_its_log_with_it(tmp_path: Path) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    add(store, turn(0))
+    log = (tmp_path / "nextstate.sqlite3-wal").read_bytes()
+    store.close()
+    (tmp_path / "nextstate.sqlite3-wal").write_bytes(log)
+    (tmp_path / "nextstate.sqlite3").write_bytes(b"")
+    with pytest.raises(StoreError, match="would be lost"):
+        Store(StoreConfig(dir=str(tmp_path)))
+    assert (tmp_path / "nextstate.sqlite3-wal").read_bytes() == log
