@@ -17,7 +17,10 @@ ALLOWED = {
     "proxy": {"proxy", "nextstate"},
     "judge": {"judge", "nextstate"},
     "learner": {"learner", "nextstate"},
-    "plugins": {"plugins", *(f"nextstate.{n}" for n in ("hooks", "records", "errors", "error_text"))},
+    "plugins": {
+        "plugins",
+        *(f"nextstate.{n}" for n in ("hooks", "records", "errors", "error_text")),
+    },
     "demo": {"demo", "nextstate"},
 }
 FILES = [path for name in OURS for path in sorted((ROOT / name).rglob("*.py"))]
