@@ -33,11 +33,12 @@ from benchmarks.marks import (
     STEP,
     Mark,
 )
-from learner import stage
+from learner import lineage
 from learner.adapters import Card, load_weights, save_adapter, version_path
 from learner.config import LearnerConfig
-from learner.examiner import Examiner
+from learner.evaluator import Evaluator
 from learner.trainer import PolicyTrainer
+from learner.weights import LoraWeights
 from nextstate.app import logs
 from nextstate.app.settings import Settings
 from nextstate.app.stages import publish_trained, run_learner, zero_adapter
@@ -46,10 +47,10 @@ from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, Version
 from nextstate.store.store import Store
 
 WATCHED: dict[str, tuple[object, str]] = {
-    STEP: (PolicyTrainer, "_bound_step"),
-    GATE: (Examiner, "measure"),
-    ADAPTER: (stage, "save_adapter"),
-    CHECKPOINT: (stage, "save_checkpoint"),
+    STEP: (PolicyTrainer, "update"),
+    GATE: (Evaluator, "measure"),
+    ADAPTER: (LoraWeights, "save"),
+    CHECKPOINT: (lineage, "save_checkpoint"),
     REGISTERED: (Store, "add_version"),
     LOADED: (EngineClient, "load_adapter"),
     PROBED: (EngineClient, "probe"),

@@ -103,17 +103,16 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def check_scale(path: Path, config: LearnerConfig) -> None:
-    """Raises LearnerError unless the adapter counts in the engine with `config`'s scale."""
+    """Raises LearnerError if the adapter was trained for another scale than `config`'s."""
     try:
         saved = orjson.loads((path / "adapter_config.json").read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
-    if (saved["lora_alpha"], saved["use_rslora"]) != (config.lora_alpha, config.rslora):
+    if saved["lora_alpha"] != config.lora_alpha:
         raise LearnerError(
-            f"the adapter to go on from was trained with [learner] lora_alpha = "
-            f"{saved['lora_alpha']}, rslora = {str(saved['use_rslora']).lower()}, and its weights "
-            f"mean something else with {config.lora_alpha}, {str(config.rslora).lower()}: set "
-            "them back, or start a new lineage"
+            f"the adapter to continue from was trained with [learner] lora_alpha = "
+            f"{saved['lora_alpha']}, and its weights mean something else with "
+            f"{config.lora_alpha}: set it back, or start a new lineage"
         )
 
 

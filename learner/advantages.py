@@ -21,8 +21,8 @@ from learner.config import Method
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """How much each signal counts."""
+class Signals:
+    """How much each signal counts in a method."""
 
     rl: float
     """Of the score, in the advantage."""
@@ -33,16 +33,16 @@ class Weights:
 
     @property
     def distils(self) -> bool:
-        """Whether a hint is of any use."""
+        """True if the method uses hints."""
         return self.opd != 0 or self.topk != 0
 
 
-WEIGHTS: Mapping[Method, Weights] = {
-    "binary": Weights(1.0, 0.0, 0.0),
-    "opd": Weights(0.0, 1.0, 0.0),
-    "combined": Weights(1.0, 0.0, 1.0),
-    "combined_sampled": Weights(1.0, 1.0, 0.0),
-    "opd_topk": Weights(0.0, 0.0, 1.0),
+SIGNALS: Mapping[Method, Signals] = {
+    "binary": Signals(1.0, 0.0, 0.0),
+    "opd": Signals(0.0, 1.0, 0.0),
+    "combined": Signals(1.0, 0.0, 1.0),
+    "combined_sampled": Signals(1.0, 1.0, 0.0),
+    "opd_topk": Signals(0.0, 0.0, 1.0),
 }
 
 
@@ -61,13 +61,13 @@ def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
 
 
 def token_advantages(
-    scores: Tensor, gap: Tensor, mask: Tensor, weights: Weights, limit: float
+    scores: Tensor, gap: Tensor, mask: Tensor, signals: Signals, limit: float
 ) -> Tensor:
     """Advantages (B, T) of at most w_rl + w_opd · `limit`, 0 outside the completion.
 
     `scores` (B,); `gap` (B, T) is 0 in rows without a teacher; `mask` (B, T) is 1 on completion
     tokens.
     """
-    bound = abs(weights.rl) + abs(weights.opd) * limit
-    advantages = weights.rl * scores[:, None] + weights.opd * gap.clamp(-limit, limit)
+    bound = abs(signals.rl) + abs(signals.opd) * limit
+    advantages = signals.rl * scores[:, None] + signals.opd * gap.clamp(-limit, limit)
     return advantages.clamp(-bound, bound).masked_fill(mask == 0, 0.0)

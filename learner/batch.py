@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from learner.advantages import Weights
+from learner.advantages import Signals
 from nextstate.records import Sample
 
 PAD_ID = 0
@@ -96,8 +96,8 @@ class Batch:
     """(B,) updates since the version that sampled each turn; 0: it trains now"""
     hinted: tuple[Hinted, ...]
     """The teacher's passes, of the turns with a hint"""
-    share: float
-    """What its mean loss weighs in the whole update's."""
+    loss_weight: float
+    """Weight of its mean loss in the mean of the whole update."""
 
     @property
     def completion_mask(self) -> Tensor:
@@ -120,7 +120,7 @@ class Batch:
             scores=self.scores.to(device),
             lags=self.lags.to(device),
             hinted=tuple(teacher.to(device) for teacher in self.hinted),
-            share=self.share,
+            loss_weight=self.loss_weight,
         )
 
 
@@ -145,9 +145,9 @@ def collate(
     sequences: Sequence[Sequence[Sample]],
     *,
     lags: Mapping[int, int],
-    weights: Weights,
+    signals: Signals,
     pass_tokens: int,
-    share: float = 1.0,
+    loss_weight: float = 1.0,
 ) -> Batch:
     """One batch of all `sequences`, its turns in their order.
 
@@ -160,7 +160,7 @@ def collate(
     wanted = [
         (row, (*sample.hinted_prompt_ids, *sample.completion_ids))
         for row, sample in enumerate(samples)
-        if weights.distils and sample.hinted_prompt_ids is not None
+        if signals.distils and sample.hinted_prompt_ids is not None
     ]
     hinted = [
         Hinted(
@@ -183,7 +183,7 @@ def collate(
         scores=torch.tensor([float(s.score) for s in samples]),
         lags=torch.tensor([lags[s.policy_version] for s in samples]),
         hinted=tuple(hinted),
-        share=share,
+        loss_weight=loss_weight,
     )
 
 
@@ -217,6 +217,14 @@ def fill_passes(
         else:
             groups.append([items[index]])
     return groups
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of `values` (B, T) over each turn's tokens, then over turns, as in TRL's grpo loss.
+
+    `mask` (B, T) is 1 on completion tokens (arXiv 2402.03300, equation 3).
+    """
+    return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
 
 def token_count(sample: Sample) -> int:

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from learner.schedule import Kind, Window, parse_windows
+from learner.schedule import Kind, parse_window
 from nextstate.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the output's."""
 Method = Literal["binary", "opd", "opd_topk", "combined", "combined_sampled"]
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,21 +23,8 @@ class LearnerConfig:
     alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
     topk: int = 20
     """Tokens of the teacher that are compared one by one; all others are one bin."""
-    teacher: Literal["policy", "base", "average"] = "policy"
-    """Who reads the hint: the policy as it is, the base without an adapter, or a slow average of
-    the adapter's weights."""
-    teacher_decay: float = 0.9
-    """Of the average teacher: the share of its weights that an update keeps."""
-    loss_type: LossType = "grpo"
-    """TRL's loss. With the clipped ratio: grpo, a mean over each turn's tokens, then over turns;
-    bnpo and dapo, over all tokens of the update, which makes the two the same here; dr_grpo and
-    luspo (arXiv 2602.05261), their sum by turns, the former over 256. With another bound in the
-    clip's place: cispo (2506.13585), the ratio cut off at ratio_cap and without gradient, averaged
-    as by dapo; sapo (2511.20347), a sigmoid gate, as by grpo; vespo (2602.10693), a gamma weight
-    of the whole turn's ratio, as by dapo."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Whether each token has its own importance ratio, or a turn one for all, their geometric
-    mean (arXiv 2507.18071)."""
+    teacher: Literal["policy", "base"] = "policy"
+    """Which model reads the hint: the policy as it is, or the base without an adapter."""
     batch_size: int = 16
     """Samples of one update; each update makes one version."""
     min_batch: int = 1
@@ -49,15 +35,9 @@ class LearnerConfig:
     """Tokens of one forward pass with their padding; a longer turn is alone in one, never cut."""
     learning_rate: float = 1e-5
     """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
-    weight_decay: float = 0.1
-    """AdamW's decay of the adapter's weights."""
     adam_beta1: float = 0.3
     """AdamW's memory of the gradient: short, or an update goes on where earlier samples pointed,
     past what it has to correct."""
-    adam_beta2: float = 0.98
-    """AdamW's memory of the squared gradient."""
-    max_grad_norm: float = 1.0
-    """Gradients longer than this are scaled down to it."""
     epochs: int = 4
     """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
     step_kl: float = 0.02
@@ -70,22 +50,10 @@ class LearnerConfig:
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32
     """The pair's product is scaled by alpha / rank."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead, which suits high ranks (arXiv 2312.03732)."""
-    dora: bool = False
-    """Weight-decomposed LoRA; refused, because vLLM cannot serve it."""
-    tuning: Literal["lora", "full"] = "lora"
-    """What is trained; `full` is refused, because no running engine could be given the weights."""
     lora_targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Names of the linear layers that get a pair; `all-linear` alone: all but the output layer."""
-    epsilon: float = 0.2
-    """Lower clip of the importance ratio: below 1 - epsilon a token no longer falls."""
-    epsilon_high: float = 0.28
-    """Upper clip of the importance ratio: above 1 + epsilon_high a token no longer rises."""
-    ratio_cap: float = 4.0
-    """Truncation of the importance ratio of tokens that are pushed down, which no clip bounds."""
     kl_coef: float = 0.1
     """Weight of the KL divergence to the base model; 0 saves one forward pass."""
     teacher_gap_clip: float = 1.0
@@ -99,22 +67,16 @@ class LearnerConfig:
     holdout_after: int = 3
     """Versions that are made before any session is held out: the first turns teach most, and too
     few of them could not tell versions apart."""
-    holdout_samples: int = 32
-    """The newest held-out turns that a new version is checked on, at most 4 of a session."""
     gate_weight_change: float = 1.0
     """Rejects an adapter that changes a layer by more than this times the layer's own norm."""
     gate_kl_parent: float = 0.1
     """Rejects a version further from its parent, in nats a token of held-out turns."""
     gate_kl_base: float = 1.0
     """Rejects a version further from the base, in nats a token of held-out turns."""
-    gate_level: float = 0.01
-    """How often a version just at `gate_drop` is rejected for its ranking of held-out turns."""
     gate_drop: float = 0.02
     """A ranking that is worse by no more than this, in nats a token, is never a reason."""
     gate_canaries: int = 2
     """Recorded prompts that a new version answers, greedily and sampled; 0: none."""
-    gate_canary_tokens: int = 32
-    """Tokens of each such answer, at most."""
     watch_level: float = 0.01
     """How often a version no worse than before is rolled back by mistake, ever; 0: no watch."""
     watch_drop: float = 0.2
@@ -128,8 +90,6 @@ class LearnerConfig:
     """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU where there is one."""
     quantization: Literal["none", "4bit"] = "none"
     """Of the frozen base; `4bit` is bitsandbytes' NF4, which vLLM does not serve, on a GPU."""
-    memory_gb: float = 0.0
-    """Memory that training may need, in 10^9 bytes; 0 is what is free when it starts."""
     gradient_checkpointing: bool = True
     """Compute activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
@@ -148,12 +108,7 @@ class LearnerConfig:
     idle_patience_s: float = 60.0
     """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
     window: str = "22:00-07:00"
-    """`window`: local times as `22:00-07:00` or `sat-sun 00:00-24:00`, several with commas."""
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """`window`, parsed."""
-        return parse_windows(self.window)
+    """`window`: the local time of every day at which updates may begin."""
 
     def __post_init__(self) -> None:
         for key in (
@@ -165,13 +120,10 @@ class LearnerConfig:
             "lora_rank",
             "lora_alpha",
             "max_tokens",
-            "holdout_samples",
-            "gate_canary_tokens",
         ):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in (
             "learning_rate",
-            "max_grad_norm",
             "teacher_gap_clip",
             "poll_s",
             "step_kl",
@@ -183,14 +135,11 @@ class LearnerConfig:
         for key in (
             "max_wait_s",
             "holdout_after",
-            "weight_decay",
-            "epsilon_high",
             "kl_coef",
             "max_lag",
             "threads",
             "seed",
             "idle_patience_s",
-            "memory_gb",
             "gate_drop",
             "gate_canaries",
             "watch_drop",
@@ -199,34 +148,17 @@ class LearnerConfig:
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in (
             "adam_beta1",
-            "adam_beta2",
-            "epsilon",
-            "teacher_decay",
             "holdout",
             "watch_level",
         ):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
         floor = self.step_kl_floor
         _require(0 < floor <= 1, "step_kl_floor", floor, "more than 0 and at most 1")
-        level = self.gate_level
-        _require(0 < level <= 0.5, "gate_level", level, "more than 0 and at most 0.5")
         _require(
             self.min_batch <= self.batch_size,
             "min_batch",
             self.min_batch,
             f"at most batch_size = {self.batch_size}",
-        )
-        _require(
-            self.ratio_cap > 1 + self.epsilon_high,
-            "ratio_cap",
-            self.ratio_cap,
-            f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}",
-        )
-        _require(
-            self.loss_type != "vespo" or self.importance_sampling_level == "token",
-            "importance_sampling_level",
-            self.importance_sampling_level,
-            '"token" with loss_type = "vespo", which weighs by the whole turn\'s ratio itself',
         )
         _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
         _require(
@@ -235,21 +167,8 @@ class LearnerConfig:
             list(self.lora_targets),
             f"names of layers, or {ALL_LINEAR!r} alone",
         )
-        if self.tuning == "full":
-            raise ConfigError(
-                '[learner] tuning = "full": a running vLLM takes whole weights only by its '
-                "weight-transfer routes (/init_weight_transfer_engine, /start_weight_update, "
-                "/update_weights), which need VLLM_SERVER_DEV_MODE=1 and replace the base that "
-                "all versions, lineages and the judge share, and versions are kept as adapters; "
-                'set [learner] tuning = "lora"'
-            )
-        if self.dora:
-            raise ConfigError(
-                "[learner] dora = true: vLLM refuses DoRA adapters, so no version could serve; "
-                "set [learner] dora = false (rslora is served)"
-            )
         try:
-            parse_windows(self.window)
+            parse_window(self.window)
         except ValueError as error:
             raise ConfigError(f"[learner] window = {self.window!r}: {error}") from None
         expected = "auto, cpu or cuda, for another GPU with CUDA_VISIBLE_DEVICES=N at the start"

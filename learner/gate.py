@@ -3,7 +3,7 @@
 Four things can be wrong: weights that are not finite or outweigh the layers they change; a policy
 that moved too far from its parent or from the base; held-out judged turns that it ranks clearly
 worse than its parent does; replies of its own that loop or are empty. `objection` weighs them and
-`learner/examiner.py` measures them.
+`learner/evaluator.py` measures them.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from learner.config import LearnerConfig
 
 FEWEST_SESSIONS = 8
 """With fewer held-out sessions the ranking says nothing: a t-test needs a variance."""
+GATE_LEVEL = 0.01
+"""How often a version exactly at `gate_drop` is rejected for its ranking of held-out turns."""
 _BROKEN_SHARE = 0.5
 _SHORTEST_LOOP = 8
 
@@ -91,12 +93,12 @@ def objection(found: Measured, config: LearnerConfig) -> str | None:
         if value is not None and not value <= limit:
             return f"{what}, is {value:.3g}, over [learner] {key} = {limit:g}"
     if found.ranking is not None:
-        upper = found.ranking.upper(config.gate_level)
+        upper = found.ranking.upper(GATE_LEVEL)
         if not upper >= -config.gate_drop:
             return (
                 f"held-out turns of {found.ranking.sessions} sessions are ranked worse than by its "
-                f"parent: {found.ranking.mean:.3g} nats a token, at most {upper:.3g} at [learner] "
-                f"gate_level = {config.gate_level:g}, below -gate_drop = {-config.gate_drop:g}"
+                f"parent: {found.ranking.mean:.3g} nats a token, at most {upper:.3g} at the "
+                f"{GATE_LEVEL:.0%} level, below -[learner] gate_drop = {-config.gate_drop:g}"
             )
     return _canary_objection(found.canaries, found.parents_canaries)
 
@@ -115,7 +117,7 @@ def _canary_objection(ours: Canaries | None, parents: Canaries | None) -> str | 
 
 
 def looks_bad(canaries: Canaries) -> bool:
-    """Whether so many replies are broken that the parent's must be looked at."""
+    """True if over half the replies are broken: the parent's must be looked at then."""
     return canaries.finite and 2 * canaries.broken > canaries.count
 
 

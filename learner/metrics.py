@@ -3,14 +3,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-_NEWTON_STEPS = 50
+from learner.kl import kl_divergence, largest_move
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +62,6 @@ def unexplained_drift(tokens: TokenStats, step_kl: float) -> float:
     return float(moved - tokens.lag.float().mean() * largest_move(step_kl))
 
 
-def largest_move(kl: float) -> float:
-    """The most that the mean |new − old| of log-probabilities can be where `policy_change` is `kl`.
-
-    policy_change is a mean of e^d − d − 1, which is at least g(|d|) with g(x) = e^−x + x − 1; g is
-    convex, so g(mean |d|) ≤ kl, and the answer is where g is `kl`. Near 0 it is √(2 kl).
-    """
-    x = kl + 1.0  # to the right of the answer, from where Newton's method falls towards it
-    for _ in range(_NEWTON_STEPS):
-        x -= (math.expm1(-x) + x - kl) / -math.expm1(-x)
-    return x
-
-
 def token_metrics(tokens: TokenStats, step_kl: float) -> dict[str, float]:
     """Means over tokens; a name is absent where nothing was measured, never 0."""
     ratio = (tokens.policy - tokens.behaviour).exp()
@@ -95,17 +82,7 @@ def base_kl(tokens: TokenStats) -> float | None:
     """KL(policy ‖ base) a token; None without a KL term."""
     if tokens.reference is None:
         return None
-    return policy_change(tokens.policy, tokens.reference)
-
-
-def policy_change(old: Tensor, new: Tensor) -> float:
-    """KL(old ‖ new) a token, from log-probabilities (N,) of tokens that `old` drew.
-
-    The estimator is the loss's own, exp(new − old) − (new − old) − 1: unbiased and never negative
-    (Schulman 2020, "Approximating KL Divergence").
-    """
-    difference = new - old
-    return float((difference.exp() - difference - 1).mean())
+    return kl_divergence(tokens.policy, tokens.reference)
 
 
 def _mean(values: Tensor | None) -> float | None:

@@ -65,7 +65,6 @@ def lora_config(config: LearnerConfig) -> LoraConfig:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        use_rslora=config.rslora,
         target_modules=targets if targets != [ALL_LINEAR] else ALL_LINEAR,
         task_type="CAUSAL_LM",
     )

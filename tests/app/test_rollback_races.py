@@ -253,15 +253,15 @@ def test_a_rollback_during_an_update_stays_and_training_goes_on_from_it(
 ) -> None:
     loop = Loop(tmp_path / "state", model_path, wanted=4)
     loop.recorded.add_mixed(16 * 4)
-    step, steps = PolicyTrainer.training_step, []
+    update, updates = PolicyTrainer.update, []
 
-    def roll_back_then_step(self: PolicyTrainer, *arguments: object) -> object:
-        steps.append(self)
-        if len(steps) == 3:
+    def roll_back_then_update(self: PolicyTrainer, *arguments: object) -> object:
+        updates.append(self)
+        if len(updates) == 3:
             loop.store.set_serving("main", 1)
-        return step(self, *arguments)
+        return update(self, *arguments)
 
-    monkeypatch.setattr(PolicyTrainer, "training_step", roll_back_then_step)
+    monkeypatch.setattr(PolicyTrainer, "update", roll_back_then_update)
     loop.run()
     assert [(v.number, v.parent, v.state.value) for v in loop.store.versions("main")] == [
         (1, 0, "retired"), (2, 1, "retired"), (3, 2, "retired"), (4, 1, "serving"),

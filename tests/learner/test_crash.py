@@ -11,13 +11,23 @@ from typing import Any
 
 import pytest
 
-from learner import stage
+from learner import lineage, stage
+from learner.metric_writers import MetricWriters
+from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store.store import Store
+from tests.learner.test_lineages_in_turn import (
+    ALICE,
+    MAIN,
+    add_batch,
+    assert_same,
+    made,
+    state,
+    train,
+)
 from tests.learner.test_tiny_model import CONFIG, GOOD, Recorded, save_tiny_model
-from tests.learner.test_turns import ALICE, MAIN, add_batch, assert_same, made, state, train
 
 # Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
 _processes = multiprocessing.get_context("forkserver")
@@ -36,20 +46,20 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
     """Runs the stage until `point`, which is a step of its order, and dies there."""
     match point:
         case "before the gate":
-            stage.objection = kill_myself
+            lineage.objection = kill_myself
         case "before rejecting":
-            stage.objection = rejected
+            lineage.objection = rejected
             Store.add_version = kill_myself
         case "after rejecting":
-            stage.objection = rejected
-            stage.Sinks.write = kill_myself
+            lineage.objection = rejected
+            MetricWriters.write = kill_myself
         case "before the step is undone":
-            stage.objection = rejected
-            stage._Learner._undo = kill_myself
+            lineage.objection = rejected
+            PolicyTrainer.restore = kill_myself
         case "before the step":
-            stage.PolicyTrainer.training_step = kill_myself
+            PolicyTrainer.update = kill_myself
         case "before the checkpoint":
-            stage.save_checkpoint = kill_myself
+            lineage.save_checkpoint = kill_myself
         case "before settling":
             Store.add_version = kill_myself
         case _:
@@ -71,11 +81,11 @@ def dies_after(calls: int, act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "before the step": (stage.PolicyTrainer, "training_step"),
-    "before the checkpoint": (stage, "save_checkpoint"),
+    "before the step": (PolicyTrainer, "update"),
+    "before the checkpoint": (lineage, "save_checkpoint"),
     "before settling": (Store, "add_version"),
     "before serving": (Store, "set_serving"),
-    "before another lineage's state comes in": (stage.PolicyTrainer, "unpark"),
+    "before another lineage's state comes in": (PolicyTrainer, "restore"),
 }
 
 

@@ -6,13 +6,14 @@ from dataclasses import replace
 
 import pytest
 
-from learner import patience
+from learner import rejections
 from learner.config import LearnerConfig
 from learner.drift import drift_limit, drift_objection
-from learner.patience import Patience, rejected_in_a_row
+from learner.rejections import RejectionPause, rejected_in_a_row
 from nextstate.notices import read_notices
 from nextstate.records import PolicyVersion, VersionState
-from tests.learner.test_stage import SURE, FakeEngine, reject_all, train
+from tests.learner.test_lineage import SURE, reject_all
+from tests.learner.test_stage import FakeEngine, train
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
 
 
@@ -76,7 +77,7 @@ def test_a_restart_tries_once_and_then_pauses_longer(recorded, model_path, monke
 def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeypatch):
     reject_all(monkeypatch, 1, 2, 3, 4)
     now = [0.0]
-    monkeypatch.setattr(patience.Patience.__init__, "__defaults__", (0, lambda: now[0]))
+    monkeypatch.setattr(rejections.RejectionPause.__init__, "__defaults__", (0, lambda: now[0]))
     recorded.add_mixed(16 * 6)
     engine = FakeEngine(recorded.store, 2)
     looks = []
@@ -112,15 +113,15 @@ def test_another_version_put_into_service_ends_the_pause(recorded, model_path, m
 
 def test_pauses_grow_up_to_a_bound():
     now = [0.0]
-    waiting = Patience(clock=lambda: now[0])
+    waiting = RejectionPause(clock=lambda: now[0])
     found = [waiting.rejected() for _ in range(12)]
     assert found[:6] == [(1, 0), (2, 0), (3, 0), (4, 600), (5, 1200), (6, 2400)]
-    assert found[-1] == (12, patience.LONGEST_PAUSE_S)
-    assert waiting.waits()
-    now[0] = patience.LONGEST_PAUSE_S
-    assert not waiting.waits()
-    assert Patience(10**9).rejected()[1] == patience.LONGEST_PAUSE_S
-    assert not Patience(10**9).waits()
+    assert found[-1] == (12, rejections.LONGEST_PAUSE_S)
+    assert not waiting.is_over()
+    now[0] = rejections.LONGEST_PAUSE_S
+    assert waiting.is_over()
+    assert RejectionPause(10**9).rejected()[1] == rejections.LONGEST_PAUSE_S
+    assert RejectionPause(10**9).is_over()
 
 
 def test_only_what_the_gate_rejected_last_counts():

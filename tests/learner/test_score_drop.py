@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner.watch import clear_drop, log_capital_against_at_least, lower_bound, mean
+from learner.score_drop import clear_drop, log_capital_against_at_least, lower_bound, mean
 from nextstate.records import ScoreCounts
 
 LEVEL, DROP = 0.01, 0.2
@@ -18,7 +18,7 @@ COUNTS = st.builds(ScoreCounts, *[st.integers(0, 60)] * 3)
 def test_capital_worked_by_hand(monkeypatch):
     # Against "at least 0" with half of the largest stake, 1: a verdict of +1 halves the capital,
     # one of -1 makes it 1.5 times as much, 0 leaves it.
-    monkeypatch.setattr("learner.watch._STAKES", (0.5,))
+    monkeypatch.setattr("learner.score_drop._STAKES", (0.5,))
     assert math.exp(log_capital_against_at_least(0.0, ScoreCounts(2, 5, 3))) == pytest.approx(
         0.5**2 * 1.5**3
     )
@@ -27,7 +27,7 @@ def test_capital_worked_by_hand(monkeypatch):
         0.5 * 1.5 * 2.5
     )
     # Two stakes: the mean of what each has become.
-    monkeypatch.setattr("learner.watch._STAKES", (0.5, 0.1))
+    monkeypatch.setattr("learner.score_drop._STAKES", (0.5, 0.1))
     assert math.exp(log_capital_against_at_least(0.0, ScoreCounts(1, 0, 0))) == pytest.approx(
         (0.5 + 0.9) / 2
     )
@@ -114,7 +114,7 @@ def looks(rng: Random, ours, before, count: int, first: int, level=LEVEL) -> int
 @pytest.fixture(autouse=True)
 def remembered_bound(monkeypatch):
     """The reference hardly changes between looks: its bound need not be found again each time."""
-    monkeypatch.setattr("learner.watch.lower_bound", bound)
+    monkeypatch.setattr("learner.score_drop.lower_bound", bound)
 
 
 GOOD, NO_WORSE_THAN_ALLOWED, WORSE = (0.8, 0.1, 0.1), (0.7, 0.1, 0.2), (0.2, 0.2, 0.6)

@@ -20,7 +20,7 @@ from nextstate.errors import StartError
 log = logging.getLogger(__name__)
 
 
-class Sink(Protocol):
+class MetricWriter(Protocol):
     """Takes the metrics of one version after another."""
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
@@ -92,41 +92,43 @@ class WeightsAndBiases:
         self._run.finish()
 
 
-class Sinks:
-    """Several sinks; what one of them cannot write is logged: metrics never end training."""
+class MetricWriters:
+    """Several writers. What one of them cannot write is logged: metrics never end training."""
 
-    def __init__(self, sinks: Sequence[Sink]) -> None:
-        self._sinks = sinks
+    def __init__(self, writers: Sequence[MetricWriter]) -> None:
+        self._writers = writers
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
         """Writes to each."""
-        for sink in self._sinks:
+        for writer in self._writers:
             try:
-                sink.write(version, metrics)
+                writer.write(version, metrics)
             except Exception:
-                log.exception("metrics not written to=%s version=%d", type(sink).__name__, version)
+                log.exception(
+                    "metrics not written to=%s version=%d", type(writer).__name__, version
+                )
 
     def close(self) -> None:
         """Closes each."""
-        for sink in self._sinks:
+        for writer in self._writers:
             try:
-                sink.close()
+                writer.close()
             except Exception:
-                log.exception("metrics not closed in=%s", type(sink).__name__)
+                log.exception("metrics not closed in=%s", type(writer).__name__)
 
 
-def open_sinks(config: LearnerConfig, folder: Path, lineage: str) -> Sinks:
-    """The lineage's sinks in its folder. Raises StartError if `wandb` is set and not installed."""
-    sinks: list[Sink] = [JsonLines(folder / "metrics.jsonl")]
+def open_writers(config: LearnerConfig, folder: Path, lineage: str) -> MetricWriters:
+    """The lineage's writers. Raises StartError if `wandb` is set and not installed."""
+    writers: list[MetricWriter] = [JsonLines(folder / "metrics.jsonl")]
     if config.tensorboard and importlib.util.find_spec("tensorboardX") is None:
         log.warning("no TensorBoard files: tensorboardX is not installed; run `make env`")
     elif config.tensorboard:
-        sinks.append(TensorBoard(folder / "tensorboard"))
+        writers.append(TensorBoard(folder / "tensorboard"))
     if config.wandb:
         if importlib.util.find_spec("wandb") is None:
             raise StartError(
                 f"[learner] wandb = {config.wandb!r} needs the package wandb, 0.19.10 or newer, "
                 'which is not installed: `pip install wandb`, or set it to ""'
             )
-        sinks.append(WeightsAndBiases(config.wandb, lineage, folder))
-    return Sinks(sinks)
+        writers.append(WeightsAndBiases(config.wandb, lineage, folder))
+    return MetricWriters(writers)

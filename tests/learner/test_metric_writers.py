@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from learner.config import LearnerConfig
-from learner.sinks import open_sinks
+from learner.metric_writers import open_writers
 from nextstate.errors import StartError
 
 QUIET = LearnerConfig(tensorboard=False)
@@ -63,10 +63,10 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
 
 
 def test_one_line_a_version_is_always_written(tmp_path: Path) -> None:
-    sinks = open_sinks(QUIET, tmp_path, "main")
-    sinks.write(1, {"loss": 0.5})
-    sinks.write(2, {"loss": 0.25, "grad/norm": 1.0})
-    sinks.close()
+    writers = open_writers(QUIET, tmp_path, "main")
+    writers.write(1, {"loss": 0.5})
+    writers.write(2, {"loss": 0.25, "grad/norm": 1.0})
+    writers.close()
     written = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert written == [
         {"version": 1, "loss": 0.5},
@@ -78,9 +78,9 @@ def test_one_line_a_version_is_always_written(tmp_path: Path) -> None:
 def test_tensorboard_has_every_metric_under_its_version(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     for version in (1, 2):  # a learner that was restarted in between
-        sinks = open_sinks(LearnerConfig(), tmp_path, "main")
-        sinks.write(version, {"loss": 0.5 * version, "grad/norm": 2.0})
-        sinks.close()
+        writers = open_writers(LearnerConfig(), tmp_path, "main")
+        writers.write(version, {"loss": 0.5 * version, "grad/norm": 2.0})
+        writers.close()
     assert scalars(tmp_path / "tensorboard") == {
         ("loss", 1): 0.5,
         ("grad/norm", 1): 2.0,
@@ -93,16 +93,16 @@ def test_without_tensorboards_package_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    open_sinks(LearnerConfig(), tmp_path, "main").close()
+    open_writers(LearnerConfig(), tmp_path, "main").close()
     assert "make env" in caplog.text
 
 
 def test_wandb_gets_every_version_of_a_run_that_a_restart_goes_on_with(
     tmp_path: Path, wandb_calls: Path
 ) -> None:
-    sinks = open_sinks(replace(QUIET, wandb="p"), tmp_path, "alice")
-    sinks.write(3, {"loss": 0.5})
-    sinks.close()
+    writers = open_writers(replace(QUIET, wandb="p"), tmp_path, "alice")
+    writers.write(3, {"loss": 0.5})
+    writers.close()
     calls = [json.loads(line) for line in wandb_calls.read_text().splitlines()]
     options = {"project": "p", "name": "alice", "id": "p-alice", "dir": str(tmp_path)}
     assert calls == [
@@ -112,12 +112,12 @@ def test_wandb_gets_every_version_of_a_run_that_a_restart_goes_on_with(
     ]
 
 
-def test_a_sink_that_fails_loses_its_metrics_and_nothing_else(
+def test_a_writer_that_fails_loses_its_metrics_and_nothing_else(
     tmp_path: Path, wandb_calls: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    sinks = open_sinks(replace(QUIET, wandb="p"), tmp_path, "main")
-    sinks.write(1, {"bad": 1.0})
-    sinks.write(2, {"loss": 1.0})
+    writers = open_writers(replace(QUIET, wandb="p"), tmp_path, "main")
+    writers.write(1, {"bad": 1.0})
+    writers.write(2, {"loss": 1.0})
     assert "to=WeightsAndBiases version=1" in caplog.text
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
 
@@ -126,26 +126,26 @@ def test_a_full_disk_costs_lines_and_not_the_training(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "metrics.jsonl"
-    sinks = open_sinks(QUIET, tmp_path, "main")
-    sinks.write(1, {"loss": 0.5})
+    writers = open_writers(QUIET, tmp_path, "main")
+    writers.write(1, {"loss": 0.5})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         for room in (9, 0):  # for a part of the line, for none of it
             resource.setrlimit(resource.RLIMIT_FSIZE, (file.stat().st_size + room, limits[1]))
-            sinks.write(2, {"loss": 0.25})
+            writers.write(2, {"loss": 0.25})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, ignored)
-    sinks.write(3, {"loss": 0.125})
-    sinks.close()
+    writers.write(3, {"loss": 0.125})
+    writers.close()
     written = [json.loads(line)["version"] for line in file.read_text().splitlines()]
     assert written == [1, 3]
     assert caplog.text.count("metrics not written to=JsonLines version=2") == 2
 
 
 def test_a_folder_that_has_gone_does_not_end_training(tmp_path: Path) -> None:
-    open_sinks(QUIET, tmp_path / "absent", "main").write(1, {"loss": 1.0})
+    open_writers(QUIET, tmp_path / "absent", "main").write(1, {"loss": 1.0})
 
 
 def test_wandb_that_is_not_installed_is_refused_at_the_start(
@@ -153,4 +153,4 @@ def test_wandb_that_is_not_installed_is_refused_at_the_start(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(StartError, match=r"\[learner\] wandb = 'p' .*pip install wandb"):
-        open_sinks(replace(QUIET, wandb="p"), tmp_path, "main")
+        open_writers(replace(QUIET, wandb="p"), tmp_path, "main")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections import Counter, deque
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner import stage
+from learner import lineage, stage
 from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
-from learner.trainer import Parked, Update
-from learner.turns import Seat, Turns
+from learner.shared_trainer import SharedTrainer
+from learner.trainer import PolicyTrainer
+from learner.weights import Snapshot
 from nextstate.errors import LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store.store import Store
@@ -79,13 +80,12 @@ def made(recorded: Recorded, lineage: str) -> list[tuple[str | None, float, floa
 
 
 def state(recorded: Recorded, lineage: str) -> dict[str, Any]:
-    """The lineage's moments, steps and average teacher, flat."""
+    """The lineage's moments and steps, flat."""
     checkpoint = load_checkpoint(recorded.store.dir / "learner" / lineage)
     assert checkpoint is not None
-    moments: dict[int, dict[str, Any]] = checkpoint.state["optimizer"]["state"]
+    moments: dict[int, dict[str, Any]] = checkpoint.training["optimizer"]["state"]
     found = {f"{at}/{name}": v for at, one in moments.items() for name, v in one.items()}
-    found |= {f"average/{at}": v for at, v in enumerate(checkpoint.state["average"])}
-    return found | {"step": torch.tensor(checkpoint.state["step"])}
+    return found | {"step": torch.tensor(checkpoint.training["step"])}
 
 
 def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
@@ -93,19 +93,18 @@ def assert_same(ours: dict[str, Any], theirs: dict[str, Any]) -> None:
     assert all(torch.equal(value, theirs[name]) for name, value in ours.items())
 
 
-@pytest.mark.parametrize("keys", [{}, {"teacher": "average", "teacher_decay": 0.5}])
 def test_each_of_two_lineages_trains_bit_for_bit_as_if_it_were_alone(
-    tmp_path: Path, model_path: str, keys: dict[str, Any]
+    tmp_path: Path, model_path: str
 ) -> None:
     shared = Recorded(tmp_path / "shared", model_path)
     alone = {name: Recorded(tmp_path / name, model_path) for name in (MAIN, ALICE)}
     for name in (MAIN, ALICE) * 3:
         add_batch(shared, name)
         add_batch(alone[name], name)
-    published = train(shared, model_path, [MAIN, ALICE], (ALICE, 3), **keys)
+    published = train(shared, model_path, [MAIN, ALICE], (ALICE, 3))
     assert published == [(name, n) for n in (1, 2, 3) for name in (MAIN, ALICE)]
     for name, recorded in alone.items():
-        train(recorded, model_path, [name], (name, 3), **keys)
+        train(recorded, model_path, [name], (name, 3))
         assert made(shared, name) == made(recorded, name)
         assert_same(state(shared, name), state(recorded, name))
         assert state(shared, name)["step"] == 3
@@ -156,14 +155,14 @@ def test_a_lineage_that_must_not_go_on_stops_and_the_others_train_as_if_it_were_
 
 def fail_the_first_step(patched: pytest.MonkeyPatch) -> None:
     """No cut brings its change within the bound; it has been taken by then."""
-    measured = stage.PolicyTrainer._policy_change
+    measured = PolicyTrainer._kl_since
     seen: list[float] = []
 
-    def change(trainer: stage.PolicyTrainer) -> float:
-        seen.append(measured(trainer))
+    def change(trainer: PolicyTrainer, micros: Any) -> float:
+        seen.append(measured(trainer, micros))
         return 9.0 if len(seen) <= 11 else seen[-1]
 
-    patched.setattr(stage.PolicyTrainer, "_policy_change", change)
+    patched.setattr(PolicyTrainer, "_kl_since", change)
 
 
 def test_the_last_lineage_to_stop_ends_the_learner_with_its_error(
@@ -195,7 +194,7 @@ def test_a_rollback_and_a_rejection_of_one_lineage_change_nothing_for_the_other(
         asked.append(found)
         return "it was told to" if len(asked) == 1 else None
 
-    monkeypatch.setattr(stage, "objection", objection)
+    monkeypatch.setattr(lineage, "objection", objection)
     service = Service(shared.store, (MAIN, 3))
 
     def publish(version: PolicyVersion, withdraw: bool = False) -> None:
@@ -239,47 +238,52 @@ class FakeTrainer:
         self.held = 0
         self.exchanges = 0
 
-    def parked(self) -> Parked:
-        return Parked({}, {"held": self.held})
+    def snapshot(self) -> Snapshot:
+        return Snapshot({}, {"held": self.held})
 
-    def unpark(self, parked: Parked) -> None:
+    def restore(self, snapshot: Snapshot) -> None:
         self.exchanges += 1
-        self.held = parked.state["held"]
+        self.held = snapshot.training["held"]
 
 
-class FakeLearner:
+class FakeLineage:
     """Has something to train at some of its looks into the store, or fails there."""
 
     def __init__(
-        self, lineage: str, looks: Sequence[bool | None], seat: Seat, trainer: FakeTrainer
+        self, name: str, looks: Sequence[bool | None], shared: SharedTrainer[FakeTrainer]
     ) -> None:
-        self.lineage = lineage
+        self.name = name
         self.looks = deque(looks)
         self.expected = 0
         self.resumed = 0
-        self.recovered = 0
-        self._seat = seat
-        self._trainer = trainer
+        self.released = 0
+        self.reports: list[str] = []
+        self.trained: list[str] = []
+        """Shared by all: the names of the lineages that trained, in order."""
+        self._shared = shared
 
     def resume(self) -> None:
         self.resumed += 1
 
-    def turn(self) -> Generator[Update, None, bool]:
+    def update(self) -> bool:
         due = self.looks.popleft() if self.looks else False
         if due is None:
             self.looks.clear()
-            raise LearnerError(self.lineage)
+            raise LearnerError(self.name)
         if not due:
             return False
-        self._seat.take(self.lineage)
-        assert self._trainer.held == self.expected
-        yield Update((), version=int(self.lineage))
-        self.expected += int(self.lineage) + 1
-        self._trainer.held = self.expected
+        trainer = self._shared.of(self.name)
+        assert trainer.held == self.expected
+        self.trained.append(self.name)
+        self.expected += int(self.name) + 1
+        trainer.held = self.expected
         return True
 
-    def recover(self) -> None:
-        self.recovered += 1
+    def release(self) -> None:
+        self.released += 1
+
+    def report(self, why_not: str | None) -> None:
+        self.reports.append(str(why_not))
 
 
 class Rounds(threading.Event):
@@ -288,11 +292,11 @@ class Rounds(threading.Event):
     def __init__(self) -> None:
         super().__init__()
         self.pauses = 0
-        self.learners: list[FakeLearner] = []
+        self.lineages: list[FakeLineage] = []
 
     def wait(self, timeout: float | None = None) -> bool:
         self.pauses += 1
-        if not any(learner.looks for learner in self.learners):
+        if not any(one.looks for one in self.lineages):
             self.set()
         return self.is_set()
 
@@ -300,52 +304,67 @@ class Rounds(threading.Event):
 LOOKS = st.lists(st.sampled_from([True, True, False, None]), max_size=8)
 
 
-@given(st.lists(LOOKS, min_size=1, max_size=4))
-def test_turns_are_fair_and_each_lineage_finds_its_own_state(plans: list[list[bool | None]]):
+def run_in_turn(
+    plans: Sequence[Sequence[bool | None]],
+) -> tuple[list[FakeLineage], FakeTrainer, Rounds, str | None]:
+    """The lineages, their trainer, the pauses and the error that ended the loop."""
     stop, trainer = Rounds(), FakeTrainer()
     names = [str(number) for number in range(len(plans))]
-    seat = Seat(trainer, names)
-    learners = [FakeLearner(n, p, seat, trainer) for n, p in zip(names, plans, strict=True)]
-    stop.learners = learners
-    turns = Turns(learners, seat, lambda: None, stop, 1.0)
-    trained: list[str] = []
-    failed: list[str] = []
+    shared = SharedTrainer(trainer, names)
+    lineages = [FakeLineage(n, p, shared) for n, p in zip(names, plans, strict=True)]
+    for one in lineages:
+        one.trained = lineages[0].trained
+    stop.lineages = lineages
+    try:
+        stage.train_in_turn(lineages, shared.forget, lambda: None, stop, 1.0)
+    except LearnerError as error:
+        return lineages, trainer, stop, str(error)
+    return lineages, trainer, stop, None
 
-    def run() -> Iterator[str]:
-        while True:
-            try:
-                for update in turns.updates():
-                    trained.append(str(update.version))
-                return
-            except LearnerError as error:
-                failed.append(str(error))
-                try:
-                    turns.drop(error)
-                except LearnerError:
-                    yield str(error)
-                    return
 
-    last = list(run())
-    fails = {name: None in plan for name, plan in zip(names, plans, strict=True)}
-    assert sorted(failed) == [name for name in names if fails[name]]
-    assert last == (failed[-1:] if all(fails.values()) else [])
-    # Nothing is left out, nothing comes after a failure.
+@given(st.lists(LOOKS, min_size=1, max_size=4))
+def test_turns_are_fair_and_each_lineage_finds_its_own_state(plans: list[list[bool | None]]):
+    lineages, trainer, _, ended_by = run_in_turn(plans)
+    fails = [None in plan for plan in plans]
+    for one, failed in zip(lineages, fails, strict=True):
+        assert one.reports == ([f"stopped: {one.name}"] if failed else [])
+        assert (one.resumed, one.released) == (1, int(failed))
+    assert (ended_by is not None) == all(fails)
+    # Nothing is left out, and nothing comes after a failure. What is due at the first look of each
+    # comes before what is due at the second look of any.
     rounds: list[tuple[int, str]] = []
-    for name, plan in zip(names, plans, strict=True):
+    for one, plan in zip(lineages, plans, strict=True):
         until = plan.index(None) if None in plan else len(plan)
-        rounds += [(look, name) for look, due in enumerate(plan[:until]) if due]
-    # A look a round: what is due at everyone's first look comes before anyone's second, and so on.
+        rounds += [(look, one.name) for look, due in enumerate(plan[:until]) if due]
+    trained = lineages[0].trained
     assert trained == [name for _, name in sorted(rounds)]
-    assert all(learner.resumed == 1 for learner in learners)
-    assert [learner.recovered for learner in learners] == [int(fails[n]) for n in names]
     changes = sum(a != b for a, b in zip([None, *trained], trained, strict=False))
-    assert trainer.exchanges == (0 if len(names) == 1 else changes)
+    assert trainer.exchanges == (0 if len(lineages) == 1 else changes)
 
 
 def test_a_round_in_which_nothing_is_due_is_followed_by_one_pause() -> None:
-    stop, trainer = Rounds(), FakeTrainer()
-    seat = Seat(trainer, ["0", "1"])
-    learners = [FakeLearner("0", [True, False], seat, trainer), FakeLearner("1", [], seat, trainer)]
-    stop.learners = learners
-    assert len(list(Turns(learners, seat, lambda: None, stop, 1.0).updates())) == 1
+    lineages, _, stop, _ = run_in_turn([[True, False], []])
+    assert lineages[0].trained == ["0"]
     assert stop.pauses == 1
+
+
+def test_a_lineage_that_failed_is_tried_again_after_a_pause_that_doubles() -> None:
+    class Failing(FakeLineage):
+        def update(self) -> bool:
+            tried.append(now[0])
+            raise LearnerError(self.name)
+
+    class Clock(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            now[0] += 300.0
+            if now[0] > 2000:
+                self.set()
+            return self.is_set()
+
+    now, tried, stop = [0.0], list[float](), Clock()
+    shared = SharedTrainer(FakeTrainer(), ["0", "1"])
+    failing = Failing("0", [], shared)
+    lineages = [failing, FakeLineage("1", [], shared)]
+    stage.train_in_turn(lineages, shared.forget, lambda: None, stop, 1.0, lambda: now[0])
+    assert tried == [0.0, 600.0, 1800.0]
+    assert failing.resumed == failing.released == 3
