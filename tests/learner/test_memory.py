@@ -98,7 +98,7 @@ def test_on_a_gpu_the_engines_share_is_not_free_and_snapshots_are_in_the_machine
     assert require_memory(config, model_path, engine_share=0.5)
     with pytest.raises(StartError, match="on the GPU"):
         require_memory(config, model_path, engine_share=0.6)
-    with pytest.raises(StartError, match="in the machine's memory.*fewer snapshots"):
+    with pytest.raises(StartError, match=r"in the machine's memory.*fewer snapshots"):
         require_memory(config, model_path, 2)
 
 
