@@ -2,11 +2,10 @@
 
     advantage[t] = w_rl · score + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
 
-This is arXiv 2603.10165's combined advantage, with two deliberate choices. The gap is bounded per
-token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit, whatever the
-model says. And it is measured from the behaviour log-probabilities, the very distribution that the
-token was drawn from, which keeps the term an importance-weighted estimate when the policy has moved
-on since.
+This is the combined advantage of arXiv 2603.10165, with two deliberate choices. The gap is bounded
+per token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit. And it is
+measured from the behaviour log-probabilities, from whose distribution the token was drawn: this
+keeps the term an importance-weighted estimate after the policy has changed.
 """
 # pyright: basic
 
@@ -47,10 +46,10 @@ SIGNALS: Mapping[Method, Signals] = {
 
 
 def usefulness(gap: Tensor, score: int) -> float:
-    """How much a teacher's gap (T,), in nats, says what the score says.
+    """How well a teacher's gap (T,), in nats, agrees with the score.
 
-    After blame the teacher should think less of the tokens than the policy did, after praise more;
-    without a score it should differ at all.
+    After blame the teacher should give the tokens less probability than the policy did, after
+    praise more. Without a score any difference counts.
     """
     return float(gap.abs().mean() if score == 0 else score * gap.mean())
 

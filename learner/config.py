@@ -22,30 +22,30 @@ class LearnerConfig:
     combined_sampled). opd and combined_sampled compare policy and teacher at the sampled token
     alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
     topk: int = 20
-    """Tokens of the teacher that are compared one by one; all others are one bin."""
+    """The teacher's likeliest tokens that are compared one by one; all others are one bin."""
     teacher: Literal["policy", "base"] = "policy"
     """Which model reads the hint: the policy as it is, or the base without an adapter."""
     batch_size: int = 16
     """Samples of one update; each update makes one version."""
     min_batch: int = 1
-    """Samples that are enough for an update once they have waited for max_wait_s."""
+    """This many samples are enough for an update after they have waited for max_wait_s."""
     max_wait_s: float = 0.0
-    """Seconds that at least min_batch samples wait for a full batch; 0: until it is full."""
+    """Seconds that at least min_batch samples wait for a full batch; 0: only a full one trains."""
     micro_batch_tokens: int = 8192
-    """Tokens of one forward pass with their padding; a longer turn is alone in one, never cut."""
+    """Tokens of one forward pass, padding included; a longer turn gets a pass of its own."""
     learning_rate: float = 1e-5
     """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
     adam_beta1: float = 0.3
-    """AdamW's memory of the gradient: short, or an update goes on where earlier samples pointed,
-    past what it has to correct."""
+    """AdamW's memory of the gradient. Long memory moves the policy further in the direction of
+    earlier samples than the present ones ask for."""
     epochs: int = 4
-    """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
+    """Optimizer steps of one update on the same samples; fewer once step_kl is reached."""
     step_kl: float = 0.02
     """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token.
-    It is the bound of a batch whose mean score is at most 0; better ones have less to correct, and
-    the bound falls to nothing with 1 - mean score."""
+    It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
+    its bound falls with 1 - mean score."""
     step_kl_floor: float = 0.1
-    """The bound never falls below this share of step_kl; 1: it is step_kl for every batch."""
+    """The bound never falls below this fraction of step_kl; 1: it is step_kl for every batch."""
     lora_rank: int = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32
@@ -63,7 +63,7 @@ class LearnerConfig:
     max_tokens: int = 32768
     """Samples with more tokens of prompt and completion are dropped; never cut."""
     holdout: float = 0.1
-    """Share of the sessions whose turns never train: new versions are checked on them. 0: none."""
+    """Fraction of the sessions whose turns never train: new versions are checked on them."""
     holdout_after: int = 3
     """Versions that are made before any session is held out: the first turns teach most, and too
     few of them could not tell versions apart."""
@@ -74,37 +74,38 @@ class LearnerConfig:
     gate_kl_base: float = 1.0
     """Rejects a version further from the base, in nats a token of held-out turns."""
     gate_drop: float = 0.02
-    """A ranking that is worse by no more than this, in nats a token, is never a reason."""
+    """Rejects a version that ranks held-out turns worse by clearly more than this, in nats a
+    token."""
     gate_canaries: int = 2
-    """Recorded prompts that a new version answers, greedily and sampled; 0: none."""
+    """Recorded prompts that a new version answers before it serves; 0: none."""
     watch_level: float = 0.01
-    """How often a version no worse than before is rolled back by mistake, ever; 0: no watch."""
+    """Largest probability that a version which is no worse is rolled back; 0: no watch."""
     watch_drop: float = 0.2
-    """A mean score (-1 to 1) that is lower by no more than this is never a reason to roll back."""
+    """A version is rolled back if its mean score (-1 to 1) is clearly lower by more than this."""
     drift_limit: float = 0.0
-    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0:
-    what the precision of engine and learner explains (`learner/drift.py`)."""
+    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0
+    chooses by the precision of engine and learner (`learner/drift.py`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; auto is float32 on a CPU and bfloat16 on a GPU. LoRA is float32."""
+    """Precision of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"
-    """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU where there is one."""
+    """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU if there is one."""
     quantization: Literal["none", "4bit"] = "none"
-    """Of the frozen base; `4bit` is bitsandbytes' NF4, which vLLM does not serve, on a GPU."""
+    """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: a third more time, and for long turns a
+    """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
     threads: int = 0
     """CPU threads of a training step; 0 is torch's default."""
     seed: int = 0
-    """Of the adapter's first weights."""
+    """Seed of the adapter's first weights and of sampled canary replies."""
     poll_s: float = 1.0
     """Seconds between looks into the store while too few samples are ready."""
     tensorboard: bool = True
-    """Metrics also as TensorBoard's event files in the lineage's folder; nothing leaves it."""
+    """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
     wandb: str = ""
-    """Project of Weights & Biases that metrics are sent to; needs `[privacy] external_metrics`."""
+    """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
     schedule: Kind = "always"
-    """`idle` waits while the engine serves, `window` begins updates only at some times of day."""
+    """`idle` waits while the engine serves; `window` begins updates only at one time of the day."""
     idle_patience_s: float = 60.0
     """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
     window: str = "22:00-07:00"

@@ -1,4 +1,4 @@
-"""Where an update's metrics go beside the store: a file, TensorBoard, Weights & Biases."""
+"""Writes an update's metrics outside the store: to a file, TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class MetricWriter(Protocol):
         ...
 
     def close(self) -> None:
-        """Hands over what is still held back."""
+        """Writes what is still buffered."""
         ...
 
 
@@ -39,7 +39,7 @@ class JsonLines:
         self._path = path
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Appends the line, or nothing of it where the disk is full."""
+        """Appends the line; if the disk is full, appends nothing."""
         with self._path.open("ab", buffering=0) as file:
             size, line = file.tell(), orjson.dumps({"version": version, **metrics}) + b"\n"
             if file.write(line) != len(line):
@@ -47,7 +47,7 @@ class JsonLines:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
 
     def close(self) -> None:
-        """Nothing is held back."""
+        """Nothing is buffered."""
 
 
 class TensorBoard:
@@ -55,7 +55,7 @@ class TensorBoard:
 
     def __init__(self, folder: Path) -> None:
         writer: Any = importlib.import_module("tensorboardX")
-        # Its file is named after the second: a quick restart would overwrite the one before.
+        # The file name has only seconds: a quick restart would overwrite the earlier file.
         suffix = f".{time.time_ns()}"
         self._writer = writer.SummaryWriter(str(folder), flush_secs=5, filename_suffix=suffix)
 
@@ -70,7 +70,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of the lineage in a project of Weights & Biases, which a restart goes on with."""
+    """A run of the lineage in a project of Weights & Biases; a restart continues it."""
 
     def __init__(self, project: str, lineage: str, folder: Path) -> None:
         wandb: Any = importlib.import_module("wandb")
@@ -80,11 +80,11 @@ class WeightsAndBiases:
             id=f"{project}-{lineage}",
             dir=str(folder),
             resume="allow",
-            reinit="create_new",  # or a second lineage would get the first one's run
+            reinit="create_new",  # otherwise a second lineage would get the first one's run
         )
 
     def write(self, version: int, metrics: Mapping[str, float]) -> None:
-        """Sends the metrics, which may take a while."""
+        """Sends the metrics."""
         self._run.log(dict(metrics), step=version)
 
     def close(self) -> None:

@@ -98,13 +98,13 @@ def _local(kind: Any, model_path: str, **options: Any) -> Any:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) and not Path(model_path).exists():
             remedy = f"run `hf download {model_path}` once, or name a folder with all its files"
         raise StartError(
-            f"[engine] model = {model_path!r} cannot be loaded for training, from local files "
-            f"alone: {reason}; {remedy}"
+            f"[engine] model = {model_path!r} cannot be loaded for training from local "
+            f"files: {reason}; {remedy}"
         ) from error
 
 
 def check_quantization(config: LearnerConfig, device: torch.device) -> None:
-    """Raises StartError where `[learner] quantization` cannot work."""
+    """Raises StartError if `[learner] quantization` cannot work."""
     if config.quantization == "none":
         return
     asked = f'[learner] quantization = "{config.quantization}"'

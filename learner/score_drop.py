@@ -1,11 +1,11 @@
-"""Whether the verdicts on a serving version's turns are clearly worse than those on its ancestors'.
+"""A test whether a serving version's verdicts are clearly worse than its ancestors'.
 
-One looks after every verdict, so the test must hold however often one looks. Both means are bounded
-by betting (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by betting"):
-who bets on each verdict against "the mean is at least m", at fair odds, multiplies their capital by
-1 + λ (m − score), and if m is right, then with probability 1 − p the capital never reaches 1 / p
-(Ville's inequality). The capital is a mean over several λ, so it only needs how many verdicts there
-are of each score. Half of the level goes to each of the two means.
+The learner looks again and again, so the test must hold for any number of looks. Both means are
+bounded by betting (Waudby-Smith & Ramdas 2024, "Estimating means of bounded random variables by
+betting"). A gambler bets on each verdict against "the mean is at least m", at fair odds: each
+verdict multiplies the capital by 1 + λ (m − score). If m is right, the capital never reaches 1 / p
+with probability 1 − p (Ville's inequality). The capital is a mean over several λ, so the counts of
+each score are all that it needs. Each of the two means gets half of the level.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from dataclasses import dataclass
 from nextstate.records import ScoreCounts
 
 REFERENCE_VERSIONS = 4
-"""The nearest ancestors, whose verdicts together are what a version is compared with."""
+"""A version is compared with the verdicts of this many nearest ancestors together."""
 _STAKES = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7, 0.9)
-"""λ as a share of the largest stake that cannot lose everything in one verdict."""
+"""λ as a fraction of the largest stake that cannot lose everything in one verdict."""
 _BISECTIONS = 30
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """A clear one."""
+    """A clear drop of the mean score."""
 
     mean: float
     """Score of the version's turns."""
@@ -44,9 +44,9 @@ class Drop:
 def clear_drop(
     ours: ScoreCounts, before: Sequence[ScoreCounts], *, level: float, drop: float
 ) -> Drop | None:
-    """The drop of the mean score by more than `drop`, if that is clear; None if not.
+    """The drop of the mean score if it is clearly larger than `drop`; otherwise None.
 
-    If there is none, the probability that this ever finds one, over all looks, is at most `level`.
+    Without such a drop, the probability of ever finding one, over all looks, is at most `level`.
     """
     reference = sum(before, ScoreCounts())
     if not ours.total or not reference.total:
@@ -77,9 +77,9 @@ def lower_bound(counts: ScoreCounts, level: float) -> float:
 
 
 def log_capital_against_at_least(expected: float, counts: ScoreCounts) -> float:
-    """Logarithm of what 1 has become by betting that the mean score is below `expected`.
+    """Logarithm of what a capital of 1 became by betting that the mean is below `expected`.
 
-    With a share f of the largest stake, 1 / (1 - expected), a verdict multiplies the capital by
+    With a fraction f of the largest stake, 1 / (1 - expected), a verdict multiplies the capital by
     1 - f + f (1 - score) / (1 - expected). It grows with `expected`.
     """
     if expected >= 1:

@@ -263,7 +263,9 @@ class PolicyTrainer(GRPOTrainer):
 
     def _optimizer_step(self) -> float:
         """Clips the gradient, takes one step with it and returns its norm before clipping."""
-        norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.args.max_grad_norm)
+        norm: Any = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.args.max_grad_norm
+        )
         self.optimizer.step()
         self.model.zero_grad()
         self.state.global_step += 1
