@@ -82,7 +82,7 @@ class Lineage:
         name: str,
         store: Store,
         config: LearnerConfig,
-        shared: SharedTrainer[PolicyTrainer],
+        shared: SharedTrainer,
         evaluator: Evaluator,
         publish: Publisher,
         writers: MetricWriters,

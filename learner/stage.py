@@ -13,7 +13,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from typing import Protocol
 
 import torch
 
@@ -98,33 +97,8 @@ def run(
             raise LearnerError(f"an update did not fit: {reason}; {REMEDY}") from error
 
 
-class Trainable(Protocol):
-    """What the loop needs of a lineage. Each method raises LearnerError if it must not go on."""
-
-    @property
-    def name(self) -> str:
-        """Its name."""
-        ...
-
-    def resume(self) -> None:
-        """Continues from where the last process, or the last try, ended."""
-        ...
-
-    def update(self) -> bool:
-        """At most one update; True if there was one."""
-        ...
-
-    def release(self) -> object:
-        """Makes the samples ready again that are leased and not trained."""
-        ...
-
-    def report(self, why_not: str | None, /) -> None:
-        """Says why the lineage does not train."""
-        ...
-
-
 def train_in_turn(
-    lineages: Sequence[Trainable],
+    lineages: Sequence[Lineage],
     forget: Callable[[str], None],
     before_update: Callable[[], None],
     stop: threading.Event,
@@ -170,7 +144,7 @@ def train_in_turn(
 class _Turn:
     """A lineage's place in the loop."""
 
-    def __init__(self, lineage: Trainable) -> None:
+    def __init__(self, lineage: Lineage) -> None:
         self.lineage = lineage
         self.must_resume = True
         self._paused_until = 0.0

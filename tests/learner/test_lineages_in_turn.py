@@ -249,9 +249,7 @@ class FakeTrainer:
 class FakeLineage:
     """Has something to train at some of its looks into the store, or fails there."""
 
-    def __init__(
-        self, name: str, looks: Sequence[bool | None], shared: SharedTrainer[FakeTrainer]
-    ) -> None:
+    def __init__(self, name: str, looks: Sequence[bool | None], shared: SharedTrainer) -> None:
         self.name = name
         self.looks = deque(looks)
         self.expected = 0

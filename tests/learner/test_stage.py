@@ -497,8 +497,3 @@ def test_an_adapter_of_all_linear_layers_learns(recorded, model_path):
     # The saved folder, read as an engine reads it, is the policy that the learner had.
     assert first.metrics["drift/mean"] < 1e-5
     assert adapted_logprobs(model_path, second, GOOD) > adapted_logprobs(model_path, first, GOOD)
-
-
-def test_a_missing_model_is_one_clear_message(recorded, tmp_path):
-    with pytest.raises(StartError, match=r"\[engine\] model = "):
-        train(recorded, str(tmp_path / "nowhere"), FakeEngine(recorded.store), LearnerConfig())
