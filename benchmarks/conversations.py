@@ -21,11 +21,11 @@ from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
-from nextstate.store.recording import scoped, scoped_said
 from nextstate.store.rows import HASH_BYTES, compress, content_hash, hashes
 from nextstate.store.store import Store
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import message_hashes, reply_keys, said
+from proxy.linking.history import Scope, keys_of, read_history
+from proxy.linking.meaning import meaning_of
 
 FILE = "nextstate.sqlite3"
 TURNS = 4
@@ -204,15 +204,10 @@ def _names(conversation: Conversation) -> list[object]:
     names: list[object] = [content_hash(orjson.dumps(m)) for m in _stored(conversation)]
     for index in range(TURNS):
         messages = conversation.messages(index)
-        keys = reply_keys(messages, conversation.reply(index))
-        assert keys is not None
-        read = [one and one.text for one in map(PROFILE.heard, messages)]
-        *_, in_all = said(messages, message_hashes(messages), read)
-        said_key = in_all.key(keys[0])
-        assert said_key is not None
-        names.append(conversation.turn_id(index))
-        names += [scoped(key, "main", conversation.name) for key in keys]
-        names.append(scoped_said(said_key, "main", conversation.name))
+        history, scope = read_history(messages, PROFILE), Scope("main", conversation.name)
+        keys = keys_of(history, meaning_of(conversation.reply(index)), scope)
+        assert keys.context is not None
+        names += [conversation.turn_id(index), *keys]
     return [*names, conversation.name]
 
 

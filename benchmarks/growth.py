@@ -34,8 +34,8 @@ from nextstate.config import StoreConfig
 from nextstate.records import Turn, new_id
 from nextstate.store.store import Store
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import link_of, message_hashes, reply_starts, said
-from proxy.linking.meaning import meant_in
+from proxy.linking.history import Scope, link_of, read_history
+from proxy.linking.parents import find_parent
 
 KINDS = {
     "continues": "a turn of ten messages that continues a stored one",
@@ -188,13 +188,10 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     messages = stored.messages(TURNS)
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
-        hashes = message_hashes(messages)
-        texts = [one and one.text for one in map(PROFILE.heard, messages)]
-        starts = reply_starts(messages)
-        *before, _ = said(messages, hashes, texts, starts)
-        link = link_of(meant_in(messages), hashes, starts, before)
+        scope = Scope("main", stored.name)
+        link = link_of(read_history(messages, PROFILE), scope)
         assert link is not None
-        parent = recording.parent("main", link, stored.name)
+        parent = find_parent(recording, link, scope).parent
         cost = _cost(reads, started)
     assert parent is not None
     assert parent.id == last

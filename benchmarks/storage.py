@@ -29,7 +29,7 @@ from nextstate.hooks import load_plugin
 from nextstate.records import Json
 from nextstate.store.store import Store
 from proxy.exchange import record_exchange
-from proxy.linking.continuation import explicit_session
+from proxy.linking.names import explicit_session
 
 _POLICY = Path(__file__).parent.parent / "demo" / "policy"
 _GOAL = 0.1

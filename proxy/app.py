@@ -32,7 +32,7 @@ from proxy.config import ProxyConfig
 from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
-from proxy.linking.continuation import session_names
+from proxy.linking.names import session_names
 from proxy.metrics import counts_of, exposition
 from proxy.pass_through import Passing
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating

@@ -19,7 +19,7 @@ from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.config import ProxyConfig
 from proxy.dialects.chat import is_off
 from proxy.exchange import Exchange
-from proxy.linking.continuation import explicit_session, named_kind, names_conversation
+from proxy.linking.names import explicit_session, named_kind, names_conversation
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Direct, Serving, natively, serving_of
 from proxy.sse import EventSplitter

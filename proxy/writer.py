@@ -33,7 +33,8 @@ from nextstate.store.recording import Recording
 from nextstate.store.sqlite import is_passing
 from nextstate.store.store import Store
 from nextstate.store.waiting import Patience
-from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record_exchange
+from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
+from proxy.linking.history import RememberedMessages
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,7 @@ class Connection:
         self._feed = feed
         self._received = bytearray()
         self._patience = Patience()
+        self._remembered = RememberedMessages()
         self._opened: tuple[Store, AgentProfile] | None = None
         self._say(READY)
 
@@ -119,10 +121,13 @@ class Connection:
         while True:
             try:
                 store, profile = self._open()
-                read = [None if one is None else read_exchange(one, profile) for one, _ in batch]
+                read = [
+                    None if one is None else read_exchange(one, profile, self._remembered)
+                    for one, _ in batch
+                ]
                 with store.recording() as recording:
                     return [
-                        _record(recording, profile, one, again)
+                        _record(recording, one, again)
                         for one, (_, again) in zip(read, batch, strict=True)
                     ]
             except Exception as error:
@@ -157,7 +162,7 @@ def _exchange(pickled: bytearray) -> Exchange | None:
         return None
 
 
-def _record(recording: Recording, profile: AgentProfile, read: Read | None, again: bool) -> int:
+def _record(recording: Recording, read: Read | None, again: bool) -> int:
     if read is None:
         return LOST
     exchange = read.exchange
@@ -165,7 +170,7 @@ def _record(recording: Recording, profile: AgentProfile, read: Read | None, agai
         amend_exchange(recording, read)
         return AMENDED
     if not (again and recording.holds(exchange.turn_id)):
-        record_exchange(recording, exchange, profile, read)
+        record(recording, read)
     return KEPT
 
 

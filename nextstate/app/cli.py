@@ -369,7 +369,7 @@ def _feedback(options: argparse.Namespace) -> int:
     store = Store(settings.store)
     turn = options.turn
     if turn is None:
-        from proxy.linking.continuation import session_names
+        from proxy.linking.names import session_names
 
         profile = load_plugin("agents", settings.agents.profile, None)
         turn = store.newest_turn(session_names(options.session, profile))

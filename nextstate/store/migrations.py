@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 from array import array
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 from sqlalchemy.schema import CreateColumn
 
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
 from nextstate.store.counts import count_all
-from nextstate.store.recording import scoped
 from nextstate.store.rows import decompress, keep_body, keep_ids, pack_floats, pack_ids
 
 Step = Callable[[sa.Connection], None]
@@ -163,3 +164,8 @@ def migrate(
     for number in range(found + 1, target + 1):
         steps[number](connection)
         connection.execute(sa.update(t.schema_version).values(version=number))
+
+
+def scoped(key: bytes, lineage: str, client_session: str | None) -> bytes:
+    """A key within one lineage and one name."""
+    return hashlib.blake2b(orjson.dumps([lineage, client_session]) + key, digest_size=16).digest()

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import Any, NamedTuple
 
-import orjson
 import sqlalchemy as sa
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate.records import NextState, Turn, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.rows import (
-    HASH_BYTES,
     compress,
     content_hash,
     dump,
@@ -28,51 +25,46 @@ from nextstate.store.rows import (
 from nextstate.wire import objects, write_json
 
 _MOST_CANDIDATES = 16
-SETTING_BYTES, EXACT_BYTES = 8, 8
-SAID_BYTES = HASH_BYTES + SETTING_BYTES + EXACT_BYTES
-"""A key of what was said: of the words, the system's setting, the messages to the letter."""
+_CONTEXT_KEY_BYTES = 32
 _MOST_HASHES = 4096
 _MOST_BASES, _MOST_BASE_BYTES = 32, 8 << 20
 _LONG_BODY, _BEGINNING = 4096, 256
 
 
-@dataclass(frozen=True, slots=True)
-class Link:
-    """How a request is recognised as the continuation of a turn; keys and hashes are digests."""
-
-    chain_key: bytes
-    """Of all assistant messages in the request's history."""
-    reply_key: bytes | None
-    """Of the last assistant message alone; None if it is empty, as many are."""
-    message_hashes: tuple[bytes, ...]
-    """Of every message before that one, to choose among turns with identical replies."""
-    said_key: bytes | None = None
-    """Of the chain and what was said before its last reply: 16 bytes of the words, 8 of the system
-    but for its clock, 8 of the messages to the letter. None if nothing was said."""
-    told: tuple[bytes, ...] = ()
-    """Of what was said, message by message: what a request must have in common with a turn."""
-    telling: bool = False
-    """True if the last reply is so long that hardly anybody else gets the same."""
-    longer: tuple[Link, ...] = ()
-    """The same if more of the last messages are one reply, which the agent cut into several."""
-
-
-@dataclass(frozen=True, slots=True)
-class Parent:
-    """The turn that a request continues."""
+class Candidate(NamedTuple):
+    """A stored turn that a request may continue."""
 
     id: str
     session: str
-    index: int
-    kind: TurnKind
+    kind: str
     continued: bool
     """True when another request has already given it a next state."""
-    at: int | None = None
-    """Which message of the request that was looked for begins the turn's reply."""
+    messages: bytes
+    """The hashes of its request's messages, joined."""
+    prompt_ids: bytes | None
+    reply: bytes
+    rest: bytes
+    reply_key: bytes
+    context_key: bytes | None
+    seq: int
+    """Its position in the store."""
+
+    @property
+    def message_hashes(self) -> list[bytes]:
+        """The hashes of its request's messages."""
+        return hashes(self.messages)
+
+    @property
+    def bodies(self) -> list[bytes]:
+        """The names of all bodies that it is made of: they are stored."""
+        return hashes(b"".join((self.messages, self.prompt_ids or b"", self.reply, self.rest)))
 
 
 _C = t.turns.c
-_PARENT_COLUMNS = (_C.id, _C.session, _C.idx, _C.kind, _C.continued)
+_CANDIDATE = (
+    *(_C.id, _C.session, _C.kind, _C.continued, _C.messages, _C.prompt_ids, _C.reply, _C.rest),
+    *(_C.reply_key, _C.said_key, _C.seq),
+)
 _ABOVE = sa.select(_C.parent).where(_C.id == sa.bindparam("turn")).scalar_subquery()
 _CUT_HERE = (_C.place == sa.bindparam("here"), _C.replaced_by.is_(None), _C.continued.is_(False))
 _OF_CLIENT = sa.select(_C.session, _C.idx).where(_C.client_session == sa.bindparam("name"))
@@ -82,10 +74,7 @@ _THEIRS = (_C.client_session == sa.bindparam("name"), _IN_LINEAGE, _MAIN)
 
 
 def _candidates(*where: sa.ColumnElement[bool]) -> sa.Select[*tuple[Any, ...]]:
-    query = sa.select(
-        *_PARENT_COLUMNS,
-        *(_C.messages, _C.prompt_ids, _C.reply, _C.rest, _C.reply_key, _C.said_key, _C.seq),
-    )
+    query = sa.select(*_CANDIDATE)
     return query.where(*where, _C.replaced_by.is_(None)).limit(_MOST_CANDIDATES)
 
 
@@ -111,7 +100,7 @@ class _Statements:
         self.by_words = prepared(_candidates(words))
         self.by_chain = prepared(_newest(_C.chain_key))
         self.by_reply = prepared(_newest(_C.reply_key))
-        self.above = prepared(sa.select(*_PARENT_COLUMNS).where(_C.id == _ABOVE))
+        self.above = prepared(sa.select(*_CANDIDATE).where(_C.id == _ABOVE))
         theirs = _OF_CLIENT.where(_IN_LINEAGE)
         self.newest_of_client = prepared(theirs.order_by(_C.seq.desc()).limit(1))
         begun = sa.select(_C.session, _C.seq).where(*_THEIRS, _C.idx == 0)
@@ -126,7 +115,6 @@ class _Statements:
             .where(*_CUT_HERE, _C.id != sa.bindparam("turn"))
             .values(replaced_by=sa.bindparam("turn"))
         )
-        self.parent_of = prepared(sa.select(_C.parent).where(_C.id == sa.bindparam("turn")))
         placed = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
         self.set_place = prepared(placed.values(place=sa.bindparam("here")))
         last = sa.select(sa.func.max(_C.idx)).where(_C.session == sa.bindparam("name"))
@@ -178,17 +166,6 @@ def _statements(dialect: sa.Dialect) -> _Statements:
     return _Statements(dialect)
 
 
-def scoped(key: bytes, lineage: str, client_session: str | None) -> bytes:
-    """A link key within one lineage and one client's name for a session: others never match it."""
-    scope = orjson.dumps([lineage, client_session])
-    return hashlib.blake2b(scope + key, digest_size=HASH_BYTES).digest()
-
-
-def scoped_said(key: bytes, lineage: str, client_session: str | None) -> bytes:
-    """The key of what was said, likewise; what stands after the words stays as it is."""
-    return scoped(key[:HASH_BYTES], lineage, client_session) + key[HASH_BYTES:]
-
-
 @dataclass(slots=True)
 class Remembered:
     """What a process knows to be stored, so that it need not look; never more than is stored."""
@@ -225,127 +202,53 @@ class Recording:
     def __init__(self, cursor: Any, dialect: sa.Dialect, known: Remembered) -> None:
         self.fresh = Remembered()
         """What this transaction stores, once it is committed."""
-        self.unsure = False
-        """Whether the turn that was looked for last is one of several and none is surely it."""
-        self._shared = frozenset[bytes]()
-        """What the turn that was looked for last is made of: stored with it, and sent again by
-        every request that continues it. So no request need be remembered for the next one."""
         self._cursor = cursor
         self._statements = _statements(dialect)
         self._known = known
+        self._stored = frozenset[bytes]()
 
-    def parent(
-        self, lineage: str, link: Link, client_session: str | None, *, own_name: bool = True
-    ) -> Parent | None:
-        """The turn that a request with this link continues, under the client's name if it has one.
+    def with_context_key(self, key: bytes) -> list[Candidate]:
+        """The newest turns with this context key."""
+        return self._candidates(self._statements.by_said, key=key)
 
-        First come turns whose whole chain of replies agrees and before which the same was said, to
-        the letter or at least in words; then those whose chain agrees; then those with the same
-        last reply (the agent may have cut its history). Where what was said differs, something of
-        it must be the same, for strangers get the same replies too. If nothing is, only a telling
-        reply will do, or a name under which one conversation alone goes on; `own_name` is false of
-        a name that is a person's or an app's.
+    def with_context_prefix(self, prefix: bytes) -> list[Candidate]:
+        """Some turns whose context key begins so."""
+        last = prefix.ljust(_CONTEXT_KEY_BYTES, b"\xff")
+        return self._candidates(self._statements.by_words, key=prefix, last=last)
 
-        Among those found, the one with most in common wins, then one that nothing has continued
-        yet, then the newest; but if several conversations have as much in common and are not all
-        alike, it is none of them. `unsure` then says that there were some.
-        """
-        self.unsure = False
-        for rows in self._alike(lineage, link, client_session, own_name):
-            if rows:
-                best = _surest(rows, link)
-                self.unsure = best is None
-                if best is None:
-                    return None
-                bodies = (best.messages, best.prompt_ids or b"", best.reply, best.rest)
-                self._shared = frozenset(hashes(b"".join(bodies)))
-                return replace(_parent(best), at=_begins_at(link, best, lineage, client_session))
-        return None
+    def with_chain_key(self, key: bytes) -> list[Candidate]:
+        """The newest turns with this chain key."""
+        return self._candidates(self._statements.by_chain, key=key)
 
-    def _alike(
-        self, lineage: str, link: Link, client_session: str | None, own_name: bool
-    ) -> Iterator[list[_Candidate]]:
-        """The turns that a request may continue, the likeliest first."""
+    def with_reply_key(self, key: bytes) -> list[Candidate]:
+        """The newest turns with this reply key."""
+        return self._candidates(self._statements.by_reply, key=key)
 
-        def sharing(rows: list[_Candidate], told: Sequence[bytes]) -> list[_Candidate]:
-            shared = [row for row in rows if _in_common(row, told)]
-            if shared or not rows or link.telling:
-                return shared or rows
-            name = client_session
-            self.unsure = name is None or not self._one_conversation(lineage, name, own_name)
-            return [] if self.unsure else rows
+    def parent_of(self, turn: str) -> Candidate | None:
+        """The turn that a stored turn continues."""
+        return next(iter(self._candidates(self._statements.above, turn=turn)), None)
 
-        links = (link, *link.longer)
-        keys = [scoped_said(one.said_key, lineage, client_session) for one in links if one.said_key]
-        for key in keys[:1]:
-            yield self._candidates(self._statements.by_said, key=key)
-        key = scoped(link.chain_key, lineage, client_session)
-        of_chain = self._candidates(self._statements.by_chain, key=key)
-        if of_chain:
-            for key in keys[1:]:
-                yield self._candidates(self._statements.by_said, key=key)
-            for key in keys:
-                setting = key[: HASH_BYTES + SETTING_BYTES]
-                yield [row for row in of_chain if (row.said_key or b"").startswith(setting)]
-                yield self._beginning(setting)
-            for key in keys:
-                yield self._beginning(key[:HASH_BYTES])
-            yield sharing(of_chain, link.told)
-        for one in links:
-            if one.reply_key is not None:
-                key = scoped(one.reply_key, lineage, client_session)
-                # Of a history that was cut, what stood before the reply is left.
-                of_reply = self._candidates(self._statements.by_reply, key=key)
-                yield sharing(of_reply, one.told[-1:])
+    def newest_start(self, client_session: str, lineage: str) -> tuple[str, int] | None:
+        """(session, position in the store) of the newest main conversation under a name."""
+        row = self._first(self._statements.last_begun, name=client_session, lineage=lineage)
+        return None if row is None else (row[0], row[1])
 
-    def _beginning(self, words: bytes) -> list[_Candidate]:
-        last = words.ljust(SAID_BYTES, b"\xff")
-        return self._candidates(self._statements.by_words, key=words, last=last)
+    def has_others(self, client_session: str, lineage: str, session: str, after: int) -> bool:
+        """Whether other sessions under a name have main turns after a position in the store."""
+        others = {"name": client_session, "lineage": lineage, "begun": session, "since": after}
+        return self._first(self._statements.others, **others) is not None
 
-    def _candidates(self, statement: Prepared, **values: object) -> list[_Candidate]:
-        return [_Candidate._make(row) for row in self._all(statement, **values)]
+    def newest_session(self, client_session: str, lineage: str | None = None) -> str | None:
+        """The session of the newest turn under a name; of the newest first turn if no lineage."""
+        if lineage is None:
+            row = self._first(self._statements.last_started, name=client_session)
+        else:
+            statement = self._statements.newest_of_client
+            row = self._first(statement, name=client_session, lineage=lineage)
+        return None if row is None else row[0]
 
-    def _one_conversation(self, lineage: str, name: str, own_name: bool) -> bool:
-        """Whether one conversation alone goes on under a client's name.
-
-        That is of a name of its own the last that began, if no other went on since: an agent that
-        resets a chat keeps its name. Under other names it is the only one that there was.
-        """
-        begun = self._first(self._statements.last_begun, name=name, lineage=lineage)
-        if begun is None:
-            return True
-        since = {"begun": begun[0], "since": begun[1] if own_name else 0}
-        return self._first(self._statements.others, name=name, lineage=lineage, **since) is None
-
-    def main_ancestor(self, turn: Parent) -> Parent | None:
-        """The newest main turn that a side turn goes back to."""
-        found: Parent | None = turn
-        while found is not None and found.kind is not TurnKind.MAIN:
-            row = self._first(self._statements.above, turn=found.id)
-            found = None if row is None else _parent(row)
-        return found
-
-    def session(self, lineage: str, client_session: str, *, fresh: bool) -> str:
-        """The session of a turn that continues none: the client's own name for it, where free.
-
-        A client may use one name for many conversations (`user`, or a chat that was reset), and so
-        may clients of several lineages: each further one that starts `fresh`, with nothing from the
-        assistant in it, is named `name~2`, `name~3`, … One that does not is taken for the lineage's
-        newest of them, its history rewritten.
-        """
-        newest = self._first(
-            self._statements.newest_of_client, name=client_session, lineage=lineage
-        )
-        if newest is not None and not fresh:
-            return newest[0]
-        started = self._first(self._statements.last_started, name=client_session)
-        found = "" if started is None else started[0].removeprefix(f"{client_session}~")
-        number = int(found) if found.isdecimal() else 1
-        session = client_session
-        while self.next_index(session):  # also where a client has named one `name~2` itself
-            number += 1
-            session = f"{client_session}~{number}"
-        return session
+    def _candidates(self, statement: Prepared, **values: object) -> list[Candidate]:
+        return [Candidate._make(row) for row in self._all(statement, **values)]
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose reply never came to an end, if there is one."""
@@ -359,11 +262,6 @@ class Recording:
     def set_place(self, turn: str, place: bytes) -> None:
         """Says where a stored turn stands: the client did not see the end of its reply."""
         self._run(self._statements.set_place, turn=turn, here=place)
-
-    def parent_of(self, turn: str) -> str | None:
-        """The turn that a stored turn continues."""
-        row = self._first(self._statements.parent_of, turn=turn)
-        return None if row is None else row[0]
 
     def holds(self, turn: str) -> bool:
         """Whether a turn is stored already, and with it its next states."""
@@ -380,16 +278,20 @@ class Recording:
         chain_key: bytes,
         reply_key: bytes,
         *,
-        said_key: bytes | None = None,
+        context_key: bytes | None = None,
         client_session: str | None = None,
         place: bytes | None = None,
         message_hashes: Sequence[bytes] | None = None,
+        continues: Candidate | None = None,
     ) -> None:
-        """Adds a turn; `chain_key`, `reply_key` and `said_key` are those of its own reply.
+        """Adds a turn with the keys by which a request that continues it is found.
 
-        `place` is where it stands if the client saw no end of its reply: a retry is found by it.
-        `message_hashes` are those of the request's messages, where they are known already.
+        `place` is the place of a turn whose client did not see the end of the reply: a retry is
+        found by it. `message_hashes` are the hashes of the request's messages, if they are known.
+        What `continues` is made of is not looked up again.
         """
+        # A request sends again what its parent is made of, so no request need be remembered.
+        self._stored = frozenset(() if continues is None else continues.bodies)
         rest = {key: value for key, value in turn.request.items() if key != "messages"}
         if "tools" in rest:
             rest["tools"] = self._keep(rest["tools"]).hex()
@@ -425,13 +327,11 @@ class Recording:
             untrainable=turn.untrainable,
             parent=turn.parent,
             continued=False,
-            chain_key=scoped(chain_key, turn.lineage, client_session),
-            reply_key=scoped(reply_key, turn.lineage, client_session),
+            chain_key=chain_key,
+            reply_key=reply_key,
             client_session=client_session,
             place=place,
-            said_key=None
-            if said_key is None
-            else scoped_said(said_key, turn.lineage, client_session),
+            said_key=context_key,
         )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
@@ -481,7 +381,7 @@ class Recording:
         return plain, None
 
     def _is_known(self, key: bytes) -> bool:
-        return key in self._shared or self._known.knows(key) or key in self.fresh.hashes
+        return key in self._stored or self._known.knows(key) or key in self.fresh.hashes
 
     def _run(self, statement: Prepared, **values: object) -> None:
         self._cursor.execute(statement.sql, statement.arguments(values))
@@ -493,53 +393,3 @@ class Recording:
     def _all(self, statement: Prepared, **values: object) -> list[tuple[Any, ...]]:
         self._run(statement, **values)
         return self._cursor.fetchall()
-
-
-class _Candidate(NamedTuple):
-    """A turn that a request may continue."""
-
-    id: str
-    session: str
-    idx: int
-    kind: str
-    continued: bool
-    messages: bytes
-    prompt_ids: bytes | None
-    reply: bytes
-    rest: bytes
-    reply_key: bytes
-    said_key: bytes | None
-    seq: int
-
-
-def _in_common(row: _Candidate, told: Sequence[bytes]) -> int:
-    """How many of the messages that were told before a reply were told before this turn's, too."""
-    return len(frozenset(told).intersection(hashes(row.messages)))
-
-
-def _surest(rows: Sequence[_Candidate], link: Link) -> _Candidate | None:
-    """The turn that has most in common with a request; None if it may as well be a stranger's."""
-    setting = _setting(link.said_key)
-    marks = [(_in_common(row, link.told), _setting(row.said_key) == setting) for row in rows]
-    top = [row for row, mark in zip(rows, marks, strict=True) if mark == max(marks)]
-    kinds = {row.said_key[:-EXACT_BYTES] if row.said_key else row.messages for row in top}
-    if len(kinds) > 1 and len({row.session for row in top}) > 1:
-        return None
-    return max(top, key=lambda row: (not row.continued, row.seq))
-
-
-def _setting(said_key: bytes | None) -> bytes | None:
-    return said_key and said_key[HASH_BYTES : HASH_BYTES + SETTING_BYTES]
-
-
-def _begins_at(link: Link, row: _Candidate, lineage: str, client_session: str | None) -> int:
-    """Which message of a request begins the reply of the turn that it continues."""
-    for one in (link, *link.longer):
-        reply_key = one.reply_key and scoped(one.reply_key, lineage, client_session)
-        if reply_key == row.reply_key:
-            return len(one.message_hashes)
-    return len(link.message_hashes)  # the last holds more than this reply
-
-
-def _parent(row: Sequence[Any]) -> Parent:
-    return Parent(row[0], row[1], row[2], TurnKind(row[3]), bool(row[4]))

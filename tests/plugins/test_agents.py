@@ -18,7 +18,8 @@ from nextstate.store.store import Store
 from plugins.agents.profile import AGENTS
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import named_kind, next_states
+from proxy.linking.history import next_states, read_history
+from proxy.linking.names import named_kind
 
 CARRIER_TEXT = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nx\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 CARRIER: Json = {"role": "user", "content": [{"type": "text", "text": CARRIER_TEXT}]}
@@ -118,8 +119,7 @@ def conversation(row: Json) -> Json:
 
 
 def states_of(request: Json) -> list[NextState]:
-    profile = AUTO.of(request)
-    return next_states("t", request["messages"], [profile.heard(m) for m in request["messages"]])
+    return next_states("t", read_history(request["messages"], AUTO.of(request)))
 
 
 def votes(states: list[NextState]) -> tuple[int, bool]:

@@ -23,7 +23,7 @@ import pytest
 
 from nextstate.thoughts import without_thoughts
 from plugins.judges import results, rules
-from proxy.linking.meaning import canonical_reply
+from proxy.linking.meaning import meaning_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nextstate", "proxy", "judge", "plugins", "demo")
@@ -237,7 +237,7 @@ def test_thoughts_are_looked_for_once(mark: str) -> None:
         for _ in range(3):
             started = time.process_time()
             without_thoughts(text)
-            canonical_reply({"role": "assistant", "content": text})
+            meaning_of({"role": "assistant", "content": text})
             best = min(best, time.process_time() - started)
         return best
 

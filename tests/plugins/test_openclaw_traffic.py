@@ -21,7 +21,7 @@ from nextstate.records import Json, Timings, TurnKind
 from nextstate.store.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import explicit_session
+from proxy.linking.names import explicit_session
 
 QUEUED = (
     "[Queued user message from a previous active turn; preserved as context only. Continue with "

@@ -21,7 +21,7 @@ from nextstate.store.store import Store
 from proxy.capture import Capture, distribution_change
 from proxy.dialects import messages, responses
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import explicit_session, names_conversation
+from proxy.linking.names import explicit_session, names_conversation
 from tests.conftest import Done
 from tests.running_loop import Engine, Loop
 from tests.same_answer import answer_of, assert_same

@@ -27,10 +27,12 @@ from hypothesis import strategies as st
 from nextstate.engine.messages_behaviour import Habits
 from nextstate.records import Json
 from nextstate.wire import obj
+from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
 from proxy.dialects.messages import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
-from proxy.linking.continuation import canonical_reply, reply_starts
+from proxy.linking.history import read_history
+from proxy.linking.meaning import meaning_of
 from proxy.sse import EventSplitter, event_data
 from tests.conftest import Done
 from tests.running_loop import Engine
@@ -843,7 +845,7 @@ def test_a_native_reply_reads_as_the_chat_reply_that_makes_it(reply: Json) -> No
     again = from_chat(read)
     assert again is not None
     assert unsigned(encode(again)) == unsigned(encode(body))
-    assert canonical_reply(read["choices"][0]["message"]) == canonical_reply(message)
+    assert meaning_of(read["choices"][0]["message"]) == meaning_of(message)
 
 
 pieces = st.lists(st.text(min_size=1, max_size=4), min_size=1, max_size=3)
@@ -939,7 +941,7 @@ def test_no_request_raises_and_all_can_be_recorded(body: Json) -> None:
     translation = to_chat(body)
     assert body == before
     assert all(isinstance(m, dict) for m in translation.chat["messages"])
-    reply_starts(translation.chat["messages"])
+    read_history(translation.chat["messages"], Profile(GENERIC))
     orjson.dumps(translation.chat)
 
 
@@ -958,7 +960,8 @@ def test_a_request_that_nests_too_deep_to_be_encoded_goes_native() -> None:
 
 def test_tool_results_come_before_what_the_user_says() -> None:
     chat = to_chat({"model": "m", "max_tokens": 9, "messages": CALLED}).chat
-    assert chat["messages"][reply_starts(chat["messages"])[0] + 1 :] == [
+    reply = read_history(chat["messages"], Profile(GENERIC)).starts[0]
+    assert chat["messages"][reply + 1 :] == [
         {"role": "tool", "tool_call_id": "t1", "content": "12 °C"},
         {"role": "tool", "tool_call_id": "t2", "content": "no\ndata"},
         {
@@ -986,7 +989,7 @@ def test_a_reply_that_an_agent_sends_back_is_the_reply_that_was_recorded() -> No
     assert body is not None
     history = [*ask("?"), {"role": "assistant", "content": body["content"]}, *ask("!")]
     chat = to_chat({"model": "m", "max_tokens": 9, "messages": history}).chat
-    assert canonical_reply(chat["messages"][1]) == canonical_reply(message)
+    assert meaning_of(chat["messages"][1]) == meaning_of(message)
 
 
 def test_what_native_requests_hold_is_recorded_too() -> None:

@@ -24,10 +24,12 @@ from openai.types.responses import Response
 
 from nextstate.engine.messages_behaviour import Habits
 from nextstate.records import Json
+from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
 from proxy.dialects.responses import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
-from proxy.linking.continuation import reply_keys
+from proxy.linking.history import read_history
+from proxy.linking.meaning import key_of, meaning_of
 from proxy.sse import EventSplitter, event_data
 from tests.conftest import Done
 from tests.running_loop import Engine
@@ -702,7 +704,8 @@ def test_a_reply_sent_back_as_input_is_the_reply(pieces: list[Json]) -> None:
     assert translation.native is None
     if output:
         reply = captured(chunks).message()
-        assert reply_keys(translation.chat["messages"], None) == reply_keys([], reply)
+        sent_back = read_history(translation.chat["messages"], Profile(GENERIC)).replies
+        assert key_of(sent_back) == key_of([meaning_of(reply)])
 
 
 def test_the_openai_sdk_reads_our_stream() -> None:

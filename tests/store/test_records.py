@@ -36,8 +36,7 @@ from nextstate.records import (
     majority,
 )
 from nextstate.store import rows, schema
-from nextstate.store.migrations import migrate
-from nextstate.store.recording import Link
+from nextstate.store.migrations import migrate, scoped
 from nextstate.store.store import Store
 
 KEY = b"k" * 16
@@ -270,23 +269,6 @@ def test_a_version_settles_its_batch_and_only_one_serves(store: Store) -> None:
     assert store.serving("main").adapter_name is None
 
 
-def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(store: Store) -> None:
-    first, second = turn(0), turn(1)
-    with store.recording() as recording:
-        recording.add_turn(first, KEY, KEY)
-        recording.add_turn(second, KEY, KEY)
-        hashes = recording._keep(first.request["messages"][0])  # pyright: ignore[reportPrivateUsage]
-        link = Link(KEY, KEY, (hashes,), told=(hashes,))
-        found = recording.parent("main", link, None)
-        assert found is not None
-        assert found.id == "turn_0"
-        recording.add_next_states("turn_0", True, [NextState("turn_0", Source.USER, "x", 0.9)])
-        again = recording.parent("main", link, None)
-        assert again is not None
-        assert again.id == "turn_0"  # although something continues it already
-        assert recording.parent("main", Link(KEY, KEY, ()), "other session") is None
-
-
 def test_a_newer_store_is_refused_and_an_older_one_is_brought_up(tmp_path: Path) -> None:
     store = Store(StoreConfig(dir=str(tmp_path)))
     store.close()
@@ -423,9 +405,8 @@ def test_a_store_of_version_1_is_brought_up_to_date(tmp_path: Path) -> None:
     hinted = (*ids, 7)
     assert store.verdict("turn_0") == Verdict("turn_0", (1,), 1, "rules", "Be brief.", hinted)
     with store.recording() as recording:
-        found = recording.parent("main", Link(KEY, KEY, ()), "s")
-    assert found is not None
-    assert found.id == "turn_0"
+        found = recording.with_chain_key(scoped(KEY, "main", "s"))
+    assert [row.id for row in found] == ["turn_0"]
 
 
 def test_a_store_of_version_3_keeps_its_verdicts_and_versions(tmp_path: Path) -> None:
