@@ -32,7 +32,7 @@ from rich.progress import Progress
 from benchmarks.conversations import FILE, PROFILE, TURNS, Conversation, Filler
 from nextstate.config import StoreConfig
 from nextstate.records import Turn, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
 from proxy.linking.continuation import link_of, message_hashes, reply_starts, said
 from proxy.linking.meaning import meant_in

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import islice
@@ -11,20 +11,12 @@ from typing import Any, NamedTuple
 
 import orjson
 import sqlalchemy as sa
-from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate.records import NextState, Turn, TurnKind
 from nextstate.store import schema as t
-from nextstate.store.rows import (
-    HASH_BYTES,
-    compress,
-    content_hash,
-    dump,
-    hashes,
-    id_runs,
-    pack_floats,
-    pack_ids,
-)
+from nextstate.store.database import Cursor, Prepared
+from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
+from nextstate.store.texts import HASH_BYTES, compress, content_hash, hashes
 from nextstate.wire import objects, write_json
 
 _MOST_CANDIDATES = 16
@@ -129,7 +121,9 @@ class _Statements:
         self.parent_of = prepared(sa.select(_C.parent).where(_C.id == sa.bindparam("turn")))
         placed = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
         self.set_place = prepared(placed.values(place=sa.bindparam("here")))
-        last = sa.select(sa.func.max(_C.idx)).where(_C.session == sa.bindparam("name"))
+        last = sa.select(sa.func.max(_C.idx).label("last")).where(
+            _C.session == sa.bindparam("name")
+        )
         self.last_index = prepared(last)
         known = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
         self.known_body = prepared(known)
@@ -154,23 +148,6 @@ class _Statements:
         self.known_turn = prepared(sa.select(_C.seq).where(_C.id == sa.bindparam("turn")))
         continued = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
         self.continued = prepared(continued.values(continued=True))
-
-
-class Prepared:
-    """One statement as the driver takes it."""
-
-    def __init__(self, statement: sa.ClauseElement, dialect: sa.Dialect) -> None:
-        compiled = statement.compile(dialect=dialect)
-        assert isinstance(compiled, SQLCompiler)
-        self.sql = str(compiled)
-        self._names = compiled.positiontup
-        self._fixed = {k: v for k, v in compiled.params.items() if v is not None}
-
-    def arguments(self, values: Mapping[str, object]) -> Any:
-        """The values in the order, or under the names, that the driver wants."""
-        if self._names is None:
-            return {**self._fixed, **values}
-        return [values[n] if n in values else self._fixed[n] for n in self._names]
 
 
 @lru_cache(maxsize=4)
@@ -222,7 +199,7 @@ class Remembered:
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
-    def __init__(self, cursor: Any, dialect: sa.Dialect, known: Remembered) -> None:
+    def __init__(self, cursor: Cursor, known: Remembered) -> None:
         self.fresh = Remembered()
         """What this transaction stores, once it is committed."""
         self.unsure = False
@@ -231,7 +208,7 @@ class Recording:
         """What the turn that was looked for last is made of: stored with it, and sent again by
         every request that continues it. So no request need be remembered for the next one."""
         self._cursor = cursor
-        self._statements = _statements(dialect)
+        self._statements = _statements(cursor.dialect)
         self._known = known
 
     def parent(
@@ -303,7 +280,7 @@ class Recording:
         return self._candidates(self._statements.by_words, key=words, last=last)
 
     def _candidates(self, statement: Prepared, **values: object) -> list[_Candidate]:
-        return [_Candidate._make(row) for row in self._all(statement, **values)]
+        return self._cursor.all(statement, **values)
 
     def _one_conversation(self, lineage: str, name: str, own_name: bool) -> bool:
         """Whether one conversation alone goes on under a client's name.
@@ -311,17 +288,19 @@ class Recording:
         That is of a name of its own the last that began, if no other went on since: an agent that
         resets a chat keeps its name. Under other names it is the only one that there was.
         """
-        begun = self._first(self._statements.last_begun, name=name, lineage=lineage)
+        begun = self._cursor.first(self._statements.last_begun, name=name, lineage=lineage)
         if begun is None:
             return True
-        since = {"begun": begun[0], "since": begun[1] if own_name else 0}
-        return self._first(self._statements.others, name=name, lineage=lineage, **since) is None
+        since = {"begun": begun.session, "since": begun.seq if own_name else 0}
+        return (
+            self._cursor.first(self._statements.others, name=name, lineage=lineage, **since) is None
+        )
 
     def main_ancestor(self, turn: Parent) -> Parent | None:
         """The newest main turn that a side turn goes back to."""
         found: Parent | None = turn
         while found is not None and found.kind is not TurnKind.MAIN:
-            row = self._first(self._statements.above, turn=found.id)
+            row = self._cursor.first(self._statements.above, turn=found.id)
             found = None if row is None else _parent(row)
         return found
 
@@ -333,13 +312,13 @@ class Recording:
         assistant in it, is named `name~2`, `name~3`, … One that does not is taken for the lineage's
         newest of them, its history rewritten.
         """
-        newest = self._first(
+        newest = self._cursor.first(
             self._statements.newest_of_client, name=client_session, lineage=lineage
         )
         if newest is not None and not fresh:
-            return newest[0]
-        started = self._first(self._statements.last_started, name=client_session)
-        found = "" if started is None else started[0].removeprefix(f"{client_session}~")
+            return newest.session
+        started = self._cursor.first(self._statements.last_started, name=client_session)
+        found = "" if started is None else started.session.removeprefix(f"{client_session}~")
         number = int(found) if found.isdecimal() else 1
         session = client_session
         while self.next_index(session):  # also where a client has named one `name~2` itself
@@ -349,30 +328,30 @@ class Recording:
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose reply never came to an end, if there is one."""
-        row = self._first(self._statements.cut_here, here=place)
-        return None if row is None else row[0]
+        row = self._cursor.first(self._statements.cut_here, here=place)
+        return None if row is None else row.session
 
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` stand for the turns at the same place whose replies never came to an end."""
-        self._run(self._statements.replace_cut, here=place, turn=turn)
+        self._cursor.run(self._statements.replace_cut, here=place, turn=turn)
 
     def set_place(self, turn: str, place: bytes) -> None:
         """Says where a stored turn stands: the client did not see the end of its reply."""
-        self._run(self._statements.set_place, turn=turn, here=place)
+        self._cursor.run(self._statements.set_place, turn=turn, here=place)
 
     def parent_of(self, turn: str) -> str | None:
         """The turn that a stored turn continues."""
-        row = self._first(self._statements.parent_of, turn=turn)
-        return None if row is None else row[0]
+        row = self._cursor.first(self._statements.parent_of, turn=turn)
+        return None if row is None else row.parent
 
     def holds(self, turn: str) -> bool:
         """Whether a turn is stored already, and with it its next states."""
-        return self._first(self._statements.known_turn, turn=turn) is not None
+        return self._cursor.first(self._statements.known_turn, turn=turn) is not None
 
     def next_index(self, session: str) -> int:
         """The position of the next turn in a session."""
-        row = self._first(self._statements.last_index, name=session)
-        return 0 if row is None or row[0] is None else row[0] + 1
+        row = self._cursor.first(self._statements.last_index, name=session)
+        return 0 if row is None or row.last is None else row.last + 1
 
     def add_turn(
         self,
@@ -402,7 +381,7 @@ class Recording:
                     self._keep_body(key, write_json(message))
         prompt = turn.prompt_ids
         runs = None if prompt is None else b"".join(self._keep_run(run) for run in id_runs(prompt))
-        self._run(
+        self._cursor.run(
             self._statements.add_turn,
             id=turn.id,
             session=turn.session,
@@ -439,7 +418,7 @@ class Recording:
         if not states:
             return
         for seq, state in enumerate(states):
-            self._run(
+            self._cursor.run(
                 self._statements.add_state,
                 turn=turn,
                 seq=seq,
@@ -447,9 +426,9 @@ class Recording:
                 text=compress(state.text.encode()),
                 trust=state.trust,
             )
-        self._run(self._statements.continued, turn=turn)
+        self._cursor.run(self._statements.continued, turn=turn)
         if judge:
-            self._run(self._statements.add_judgement, turn=turn)
+            self._cursor.run(self._statements.add_judgement, turn=turn)
 
     def _keep(self, value: object) -> bytes:
         """Stores a JSON value once and returns its content hash."""
@@ -462,9 +441,9 @@ class Recording:
     def _keep_body(self, key: bytes, body: bytes) -> bytes:
         if not self._is_known(key):
             short = len(body) < _LONG_BODY
-            if short or self._first(self._statements.known_body, key=key) is None:
+            if short or self._cursor.first(self._statements.known_body, key=key) is None:
                 packed, base = (compress(body), None) if short else self._packed(key, body)
-                self._run(self._statements.add_body, hash=key, body=packed, base=base)
+                self._cursor.run(self._statements.add_body, hash=key, body=packed, base=base)
             self.fresh.hashes[key] = True
         return key
 
@@ -482,17 +461,6 @@ class Recording:
 
     def _is_known(self, key: bytes) -> bool:
         return key in self._shared or self._known.knows(key) or key in self.fresh.hashes
-
-    def _run(self, statement: Prepared, **values: object) -> None:
-        self._cursor.execute(statement.sql, statement.arguments(values))
-
-    def _first(self, statement: Prepared, **values: object) -> tuple[Any, ...] | None:
-        self._run(statement, **values)
-        return self._cursor.fetchone()
-
-    def _all(self, statement: Prepared, **values: object) -> list[tuple[Any, ...]]:
-        self._run(statement, **values)
-        return self._cursor.fetchall()
 
 
 class _Candidate(NamedTuple):
@@ -541,5 +509,5 @@ def _begins_at(link: Link, row: _Candidate, lineage: str, client_session: str | 
     return len(link.message_hashes)  # the last holds more than this reply
 
 
-def _parent(row: Sequence[Any]) -> Parent:
-    return Parent(row[0], row[1], row[2], TurnKind(row[3]), bool(row[4]))
+def _parent(row: Any) -> Parent:
+    return Parent(row.id, row.session, row.idx, TurnKind(row.kind), bool(row.continued))

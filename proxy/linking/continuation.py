@@ -19,7 +19,7 @@ import orjson
 from nextstate.hooks import AgentProfile, Heard, attached, text_of
 from nextstate.records import TRUST, Json, NextState, Source, TurnKind
 from nextstate.store.recording import EXACT_BYTES, SETTING_BYTES, Link
-from nextstate.store.rows import HASH_BYTES, content_hash
+from nextstate.store.texts import HASH_BYTES, content_hash
 from nextstate.wire import obj, write_json
 from proxy.linking.meaning import Meant, key_of, meant_in
 from proxy.linking.meaning import canonical_reply as canonical_reply
