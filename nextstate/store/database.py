@@ -70,7 +70,7 @@ class Prepared:
         self._names = compiled.positiontup
         self._fixed = {k: v for k, v in compiled.params.items() if v is not None}
         columns = statement.selected_columns.keys() if isinstance(statement, sa.Select) else []
-        self.row: Any = namedtuple("Row", columns)
+        self.row: Any = namedtuple("Row", columns)  # pyright: ignore[reportUntypedNamedTuple]
 
     def arguments(self, values: Mapping[str, object]) -> Any:
         """The values in the order, or under the names, that the driver wants."""

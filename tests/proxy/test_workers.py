@@ -422,7 +422,7 @@ def test_a_worker_that_has_not_yet_followed_a_new_version_keeps_the_old_one(
         await pair.told(1, OLD)
         with monkeypatch.context() as patch:
             old = pair.stores[1].versions.serving_of(["main"])
-            patch.setattr(pair.stores[1].versions.all, "serving_of", lambda names: old)
+            patch.setattr(pair.stores[1].versions, "serving_of", lambda names: old)
             client = pair.workers[0].proxy.engine
             await publish(pair.stores[0], client, add_version(pair.stores[0], tmp_path, 2))
             await until(lambda: pair.workers[0].proxy.versions.serving["main"].number == 2)

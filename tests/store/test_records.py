@@ -35,7 +35,9 @@ from nextstate.records import (
 )
 from nextstate.store import Store, schema
 from nextstate.store.migrations import migrate
+from nextstate.store.packing import id_runs, join_runs
 from nextstate.store.recording import Link
+from nextstate.store.texts import content_hash
 
 KEY = b"k" * 16
 
