@@ -21,8 +21,8 @@ from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
-from nextstate.store.rows import HASH_BYTES, compress, content_hash, hashes
-from nextstate.store.store import Store
+from nextstate.store import Store
+from nextstate.store.texts import HASH_BYTES, compress, content_hash, hashes
 from proxy.exchange import Exchange, record_exchange
 from proxy.linking.history import Scope, keys_of, read_history
 from proxy.linking.meaning import meaning_of

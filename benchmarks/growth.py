@@ -32,7 +32,7 @@ from rich.progress import Progress
 from benchmarks.conversations import FILE, PROFILE, TURNS, Conversation, Filler
 from nextstate.config import StoreConfig
 from nextstate.records import Turn, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
 from proxy.linking.history import Scope, link_of, read_history
 from proxy.linking.parents import find_parent
@@ -191,7 +191,7 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
         scope = Scope("main", stored.name)
         link = link_of(read_history(messages, PROFILE), scope)
         assert link is not None
-        parent = find_parent(recording, link, scope).parent
+        parent = find_parent(recording.sessions, link, scope).parent
         cost = _cost(reads, started)
     assert parent is not None
     assert parent.id == last

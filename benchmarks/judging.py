@@ -33,7 +33,7 @@ from benchmarks.mock_judge import MODEL
 from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.records import NextState, Source, Timings, Turn, TurnKind, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 POLICY = Path(__file__).parent.parent / "demo" / "policy"
 POLICY_NAME = "seed-policy"

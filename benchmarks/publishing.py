@@ -49,7 +49,7 @@ from nextstate.app.stack import Stack
 from nextstate.app.stages import zero_adapter
 from nextstate.app.supervisor import Supervisor
 from nextstate.records import MAIN_LINEAGE
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 GAP_GOAL_S = 0.1
 ANSWER_GOAL_S = 1.0
@@ -270,7 +270,7 @@ def _version(marks: Sequence[Mark]) -> int:
 
 def _serves(settings: Settings) -> int:
     store = Store(settings.store)
-    number = store.serving(MAIN_LINEAGE).number
+    number = store.versions.serving(MAIN_LINEAGE).number
     store.close()
     return number
 

@@ -27,7 +27,7 @@ from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.exchange import record_exchange
 from proxy.linking.names import explicit_session
 

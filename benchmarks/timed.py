@@ -43,7 +43,7 @@ from nextstate.app.settings import Settings
 from nextstate.app.stages import publish_trained, run_learner, zero_adapter
 from nextstate.engine.client import EngineClient
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 WATCHED: dict[str, tuple[object, str]] = {
     STEP: (PolicyTrainer, "_bound_step"),
@@ -93,12 +93,12 @@ def watch(part: str, owner: object, name: str) -> None:
 def run_publisher(settings: Settings, count: int) -> None:
     """Publishes a version for each line that comes, after all adapters have been made."""
     store = Store(settings.store)
-    known = store.versions(MAIN_LINEAGE)
+    known = store.versions.all(MAIN_LINEAGE)
     first = known[-1].number + 1 if known else BASE_VERSION + 1
     made = [make_version(settings, store, first + n) for n in range(count)]
     mark(READY, perf_counter())
     for version, _ in zip(made, sys.stdin, strict=False):
-        store.add_version(version, None)
+        store.versions.add(version, None)
         asyncio.run(publish_trained(settings, store, version))
     store.close()
 

@@ -34,7 +34,8 @@ from nextstate.error_text import told
 from nextstate.errors import BusyError, EngineError, JudgeError
 from nextstate.hooks import AgentProfile, Evidence, JudgeKind
 from nextstate.records import HintedPrompt, Json, NextState, Source, Turn, Verdict, Vote
-from nextstate.store.store import Judgement, Store
+from nextstate.store import Store
+from nextstate.store.judging import Judgement
 from nextstate.wire import objects
 
 log = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ class _Worker:
     async def lease(self, limit: int, held: int) -> list[str]:
         """Takes up to `limit` turns from the queue, as the budget allows beside the `held`."""
         if self._budget:
-            calls, tokens = await asyncio.to_thread(self._store.spent)
+            calls, tokens = await asyncio.to_thread(self._store.judging.spent)
             allowed = affordable(self._config, calls, tokens, held)
             if self.spent != (allowed == 0 and not held):
                 self.spent = not self.spent
@@ -261,9 +262,7 @@ class _Worker:
         if not limit:
             return []
         async with self._writing:
-            return await asyncio.to_thread(
-                self._store.lease_judgements, limit, self._config.lease_s
-            )
+            return await asyncio.to_thread(self._store.judging.lease, limit, self._config.lease_s)
 
     async def settle(self, turn_id: str) -> None:
         """Judges one leased turn; whatever goes wrong, the row is settled or put back."""
@@ -273,9 +272,7 @@ class _Worker:
                 verdict = await self._judged(work)
             meant = await asyncio.to_thread(self._steps_meant, work)
             async with self._writing:
-                settled = await asyncio.to_thread(
-                    self._store.settle_verdict, verdict, task_end=work.task_end, meant=meant
-                )
+                settled = await asyncio.to_thread(self._settle, work, verdict, meant)
             self._counts.judged += settled
         except (JudgeError, EngineError) as error:
             log.info("no verdict yet: %s", error, extra={"turn": turn_id})
@@ -284,10 +281,15 @@ class _Worker:
             log.exception("judging failed", extra={"turn": turn_id})
             await self._retry_later(turn_id, told(error))
 
+    def _settle(self, work: Judgement, verdict: Verdict, meant: Sequence[str]) -> bool:
+        if work.feedback is not None:
+            return self._store.judging.add_hinted_prompt(verdict, also_about=meant)
+        return self._store.judging.settle_verdict(verdict, task_end=work.task_end, also_about=meant)
+
     async def put_back(self, turn_id: str, delay_s: float, reason: str) -> None:
         """Returns a leased turn to the queue; a settled one stays settled."""
         async with self._writing:
-            await asyncio.to_thread(self._store.defer_judgement, turn_id, delay_s, reason)
+            await asyncio.to_thread(self._store.judging.defer, turn_id, delay_s, reason)
 
     async def _judged(self, work: Judgement) -> Verdict:
         """`judge_turn`, with what it cost taken off the budget whether it succeeds or not."""
@@ -311,12 +313,12 @@ class _Worker:
                 self._pace.judged(time.monotonic() - started)
             if self._budget:
                 async with self._writing:
-                    await asyncio.to_thread(self._store.spend, cost.calls, cost.tokens)
+                    await asyncio.to_thread(self._store.judging.spend, cost.calls, cost.tokens)
 
     def _steps_meant(self, work: Judgement) -> list[str]:
         """The earlier steps of the turn's task that the user's words are about as well."""
         said = "\n".join(s.text for s in work.next_states if s.source is Source.USER)
-        steps = self._store.earlier_steps(work.turn.id) if said and work.turn.parent else []
+        steps = self._store.judging.earlier_steps(work.turn.id) if said and work.turn.parent else []
         if not steps:
             return []
         request, calls = task_of(work.turn.request, self._profile)
@@ -325,7 +327,7 @@ class _Worker:
         return [shown[n][0] for n in steps_meant(said, [call for _, call in shown], request)]
 
     async def _retry_later(self, turn_id: str, reason: str) -> None:
-        work = await asyncio.to_thread(self._store.judgement, turn_id)
+        work = await asyncio.to_thread(self._store.judging.judgement, turn_id)
         config = self._config
         attempts = work.attempts if work else 1
         delay_s = retry_delay_s(attempts, config.retry_initial_s, config.retry_max_s)
@@ -347,7 +349,7 @@ def task_of(request: Json, profile: AgentProfile | None = None) -> tuple[str, li
 
 
 def _load(store: Store, turn_id: str) -> Judgement:
-    work = store.judgement(turn_id)
+    work = store.judging.judgement(turn_id)
     if work is None:
         raise JudgeError("the turn is no longer in the store")
     return work

@@ -74,7 +74,7 @@ from nextstate.notices import write_notice
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -238,22 +238,24 @@ class _Learner:
     def recover(self) -> Checkpoint | None:
         """Settles the samples that were trained and makes every other leased one ready again."""
         checkpoint = load_checkpoint(self._folder)
-        if checkpoint and self._store.version(self.lineage, checkpoint.version.number) is None:
+        if checkpoint and self._store.versions.get(self.lineage, checkpoint.version.number) is None:
             self._register(checkpoint.version, checkpoint.batch)
-        self._store.release_samples(self.lineage)
+        self._store.training.release_samples(self.lineage)
         return checkpoint
 
     def resume(self) -> None:
         """Goes on from the candidate that waits to serve, or else from what serves."""
         checkpoint = self.recover()
         self._tell(None)
-        versions = self._store.versions(self.lineage)
+        versions = self._store.versions.all(self.lineage)
         self._patience = Patience(rejected_in_a_row(versions))
         if not versions:
             return
         newest = versions[-1]
-        waits = newest.state is VersionState.CANDIDATE and not self._store.overtaken(newest)
-        start = newest if waits else self._store.serving(self.lineage)
+        waits = newest.state is VersionState.CANDIDATE and not self._store.versions.overtaken(
+            newest
+        )
+        start = newest if waits else self._store.versions.serving(self.lineage)
         if not self._can_go_on_from(start):
             return
         if checkpoint and checkpoint.version.number == start.number:
@@ -267,10 +269,10 @@ class _Learner:
         False if that one turns out to be of no use: then another serves soon. A newest version that
         has not served yet is what training goes on from.
         """
-        versions = self._store.versions(self.lineage)
+        versions = self._store.versions.all(self.lineage)
         if not versions or versions[-1].state is VersionState.CANDIDATE:
             return True
-        serving = self._store.serving(self.lineage)
+        serving = self._store.versions.serving(self.lineage)
         if serving.number != self._current:
             if not self._can_go_on_from(serving):
                 return False
@@ -287,15 +289,15 @@ class _Learner:
         if not self._config.watch_level or time.monotonic() < self._next_look:
             return
         self._next_look = time.monotonic() + _WATCH_EVERY_S
-        serving = self._store.serving(self.lineage)
+        serving = self._store.versions.serving(self.lineage)
         if serving.reason is not None:
             return
-        later = [v for v in self._store.versions(self.lineage) if v.number > serving.number]
-        before = self._store.ancestors(serving)[:REFERENCE_VERSIONS]
+        later = [v for v in self._store.versions.all(self.lineage) if v.number > serving.number]
+        before = self._store.versions.ancestors(serving)[:REFERENCE_VERSIONS]
         if not before or any(v.state is not VersionState.REJECTED for v in later):
             return
         numbers = [version.number for version in before]
-        counts = self._store.score_counts(self.lineage, [serving.number, *numbers])
+        counts = self._store.versions.score_counts(self.lineage, [serving.number, *numbers])
         level, drop = self._config.watch_level, self._config.watch_drop
         ours, others = counts[serving.number], [counts[number] for number in numbers]
         found = clear_drop(ours, others, level=level, drop=drop)
@@ -308,7 +310,7 @@ class _Learner:
             "version rejected lineage=%s version=%d: %s", self.lineage, version.number, reason
         )
         serves = version.state is VersionState.SERVING
-        if serves or not self._store.reject_version(self.lineage, version.number, reason):
+        if serves or not self._store.versions.reject(self.lineage, version.number, reason):
             self._bring_into_service(replace(version, reason=reason), withdraw=True)
 
     def _can_go_on_from(self, version: PolicyVersion) -> bool:
@@ -332,7 +334,7 @@ class _Learner:
         log.info("training goes on lineage=%s version=%d", self.lineage, version.number)
 
     def _parents(self) -> Parents:
-        return {v.number: v.parent for v in self._store.versions(self.lineage)}
+        return {v.number: v.parent for v in self._store.versions.all(self.lineage)}
 
     def _lease(self) -> tuple[str, list[Sample]] | None:
         """A batch of samples that may train, with its name; drops those that must not."""
@@ -341,11 +343,11 @@ class _Learner:
         parents = self._parents()
         self._drop_stale(parents)
         self._begin_to_hold_out(len(parents))
-        while self._is_due(self._store.ready_samples(self.lineage, scored, hinted)):
+        while self._is_due(self._store.training.ready_samples(self.lineage, scored, hinted)):
             if self._hold_out():  # it looks at all that wait: not while there is nothing to do
                 continue
             batch = uuid.uuid4().hex
-            samples = self._store.lease_samples(
+            samples = self._store.training.lease_samples(
                 self.lineage, size, batch, _LEASE_S, scored=scored, hinted=hinted
             )
             dropped = self._drop_unfit(samples, parents)
@@ -353,7 +355,7 @@ class _Learner:
             if not dropped and not any(self._is_held_out(s.session) for s in samples):
                 self._waits_since = None
                 return batch, samples
-            self._store.release_samples(self.lineage)
+            self._store.training.release_samples(self.lineage)
         return None
 
     def _is_due(self, ready: int) -> bool:
@@ -374,13 +376,13 @@ class _Learner:
         """From `holdout_after` versions on, except for sessions that trained before."""
         config = self._config
         if self._trained_before is None and config.holdout and versions >= config.holdout_after:
-            self._trained_before = self._store.trained_sessions(self.lineage)
+            self._trained_before = self._store.training.trained_sessions(self.lineage)
 
     def _hold_out(self) -> int:
         """Keeps ready samples from training; says how many."""
         if self._trained_before is None:
             return 0
-        return self._store.hold_out(self.lineage, self._is_held_out)
+        return self._store.training.hold_out(self.lineage, self._is_held_out)
 
     def _is_held_out(self, session: str) -> bool:
         return (
@@ -394,7 +396,7 @@ class _Learner:
         if self._trained_before is None:
             return []
         limit = self._config.holdout_samples
-        return self._store.held_samples(self.lineage, limit, _HELD_PER_SESSION)
+        return self._store.training.held_samples(self.lineage, limit, _HELD_PER_SESSION)
 
     def _drop_stale(self, parents: Parents) -> None:
         """Settles ready samples whose version is too far from the one that trains."""
@@ -404,7 +406,7 @@ class _Learner:
             limits = {"max_lag": self._config.max_lag, "max_tokens": self._config.max_tokens}
             return unfit(0, lag, **limits)
 
-        for text, count in self._store.drop_stale(self.lineage, reason).items():
+        for text, count in self._store.training.drop_stale(self.lineage, reason).items():
             log.info("samples dropped count=%d reason=%s", count, text)
 
     def _drop_unfit(self, samples: list[Sample], parents: Parents) -> int:
@@ -420,7 +422,7 @@ class _Learner:
         }
         found = {turn: reason for turn, reason in reasons.items() if reason is not None}
         for turn, reason in found.items():
-            self._store.drop_samples([turn], reason)
+            self._store.training.drop_samples([turn], reason)
             log.info("sample dropped turn=%s reason=%s", turn, reason)
         return len(found)
 
@@ -508,7 +510,7 @@ class _Learner:
             log.error("%s; trying again in %.0f s", error, _FULL_DISK_WAIT_S)
             self._forget_folder(candidate.number)
             self._undo(before)
-            self._store.release_samples(self.lineage)
+            self._store.training.release_samples(self.lineage)
             self._stop.wait(_FULL_DISK_WAIT_S)
             return None
         self._register(version, batch)
@@ -531,7 +533,7 @@ class _Learner:
         return version
 
     def _register(self, version: PolicyVersion, batch: str) -> None:
-        self._store.add_version(version, batch)
+        self._store.versions.add(version, batch)
         self._sinks.write(version.number, version.metrics)
         log.info(
             "version made lineage=%s version=%d state=%s",
@@ -569,7 +571,7 @@ class _Learner:
             )
 
     def _publish_unless_overtaken(self, version: PolicyVersion) -> None:
-        if self._store.overtaken(version):
+        if self._store.versions.overtaken(version):
             log.warning(
                 "version not published lineage=%s version=%d: another one was put into service",
                 version.lineage,

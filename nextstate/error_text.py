@@ -7,12 +7,10 @@ refusal): a piece of a conversation. Of those only the kind is told, and where i
 from __future__ import annotations
 
 import re
-import sqlite3
 import traceback
 
 import orjson
 from aiohttp import ClientConnectionError
-from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.errors import NextStateError
 from nextstate.records import Json
@@ -21,8 +19,6 @@ from nextstate.wire import obj
 _QUOTES_NOBODY = (
     OSError,
     ClientConnectionError,
-    sqlite3.Error,
-    SQLAlchemyError,  # the store's engine hides what its statements are given
     TypeError,
     AttributeError,
     NameError,

@@ -7,7 +7,8 @@
     │   ├── AnswerError      … with a status that says so
     │   └── WrongEngineError … and will until a person changes something
     ├── StoreError      the database refused or failed
-    │   └── WaitError   … but may not in a while: it is locked, or its disk is full
+    │   ├── WaitError   … but may not in a while: it is locked, or its disk is full
+    │   └── NoTurnError … because it has no such turn
     ├── RecordError     a record that contradicts itself
     ├── JudgeError      a judge that could not vote
     │   └── BusyError   … but may in a moment
@@ -55,6 +56,10 @@ class StoreError(NextStateError):
 
 class WaitError(StoreError):
     """The database cannot be used for now, and whoever asked has waited long enough."""
+
+
+class NoTurnError(StoreError):
+    """There is no such turn in the store."""
 
 
 class RecordError(NextStateError):

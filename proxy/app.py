@@ -16,14 +16,13 @@ from typing import cast
 import aiohttp
 import orjson
 from aiohttp import web
-from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine.client import EngineClient
-from nextstate.errors import NextStateError, RecordError, StoreError, WaitError
+from nextstate.errors import NextStateError, NoTurnError, RecordError, StoreError, WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.store import Store
 from nextstate.store.settling import Reception
-from nextstate.store.store import Store
 from nextstate.wire import json_object, objects, read_json, write_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_body, refuse_coded, unreadable
@@ -176,13 +175,13 @@ class Proxy:
             await asyncio.gather(*tasks, return_exceptions=True)
             if self._worker is not None:
                 with suppress(WaitError):  # the others take a silent one for gone
-                    await asyncio.to_thread(self.store.leave, self._worker)
+                    await asyncio.to_thread(self.store.workers.leave, self._worker)
 
     def _counts(self) -> dict[str, int]:
         return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.gate)
 
     def _beat(self) -> None:
-        self.store.beat(self._worker or "", self.versions.in_use(), self._counts())
+        self.store.workers.beat(self._worker or "", self.versions.in_use(), self._counts())
 
     @web.middleware
     async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -353,12 +352,12 @@ class Proxy:
             return response
         try:
             found = await asyncio.to_thread(self._receive, said, request[_CALLER])
-        except (WaitError, SQLAlchemyError, OSError) as error:
+        except NoTurnError:  # it was forgotten at this moment
+            found = None
+        except (StoreError, OSError) as error:
             log.warning("feedback on turn=%s could not be stored: %s", said.turn_id, error)
             message = "The store cannot be written now."
             return _refused(request, 503, "ServiceUnavailableError", message)
-        except StoreError:  # it was forgotten at this moment
-            found = None
         if found is None:
             where = f"turn {said.turn_id!r}" if said.turn_id else f"turn in {said.session_id!r}"
             return _refused(request, 404, "NotFoundError", f"There is no {where}.")
@@ -370,10 +369,10 @@ class Proxy:
         turn = said.turn_id
         if turn is None:
             assert said.session_id is not None
-            turn = self.store.newest_turn(session_names(said.session_id, self._profile), theirs)
-        elif self.store.lineage_of(turn) not in theirs:
+            turn = self.store.turns.newest(session_names(said.session_id, self._profile), theirs)
+        elif self.store.turns.lineage(turn) not in theirs:
             turn = None
-        return None if turn is None else self.store.give_feedback(said.of(turn))
+        return None if turn is None else self.store.judging.give_feedback(said.of(turn))
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
         found: Json = {
@@ -402,8 +401,8 @@ class Proxy:
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
         try:
             stored = await asyncio.to_thread(self.store.counts)
-            others = await asyncio.to_thread(self.store.others, self._worker or "")
-        except (NextStateError, SQLAlchemyError, OSError) as error:
+            others = await asyncio.to_thread(self.store.workers.others, self._worker or "")
+        except (NextStateError, OSError) as error:
             log.warning("counting the store failed: %s", error)
             stored, others = {}, []
         counts = Counter(self._counts())
@@ -425,7 +424,7 @@ async def _every(pause_s: float, work: Callable[[], None]) -> None:
     while True:
         try:
             await asyncio.to_thread(work)
-        except (NextStateError, SQLAlchemyError, OSError) as error:
+        except (NextStateError, OSError) as error:
             log.warning("%s failed: %s", work.__name__, error)
         await asyncio.sleep(pause_s)
 

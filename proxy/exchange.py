@@ -95,25 +95,25 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
 def record(recording: Recording, read: Read) -> Turn:
     """Links an exchange, adds its turn and the next state of the turn that it continues."""
     exchange, scope, link, kind = read.exchange, read.scope, read.link, read.kind
-    name = scope.client_session
-    found = Found() if link is None else find_parent(recording, link, scope)
+    sessions, name = recording.sessions, scope.client_session
+    found = Found() if link is None else find_parent(sessions, link, scope)
     parent = found.parent
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
-        parent = main_turn(recording, parent)
+        parent = main_turn(sessions, parent)
     place = place_of(scope, kind, parent and parent.id, read.history)
-    cut = None if place is None else recording.cut_session(place)
+    cut = None if place is None else sessions.cut_session(place)
     if parent is not None:
         session = parent.session
     elif cut is not None:
         session = cut
     elif name is not None:
         fresh = link is None or found.unsure or scope.is_shared_name
-        session = session_of(recording, scope, name, fresh=fresh)
+        session = session_of(sessions, scope, name, fresh=fresh)
     else:
         session = new_id("session")
     is_new = parent is None and cut is None and name is None
-    index = 0 if is_new else recording.next_index(session)
+    index = 0 if is_new else sessions.next_index(session)
     turn = _turn(read, session, index, parent and parent.id)
     recording.add_turn(
         turn,
@@ -126,7 +126,7 @@ def record(recording: Recording, read: Read) -> Turn:
         continues=found.parent,
     )
     if cut is not None and place is not None:
-        recording.replace_cut(place, turn.id)
+        sessions.replace_cut(place, turn.id)
     # A side turn repeats the history of the main turn, so it is no answer to its reply.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
         states = next_states(parent.id, read.history, found.start)
@@ -136,11 +136,11 @@ def record(recording: Recording, read: Read) -> Turn:
 
 def amend_exchange(recording: Recording, read: Read) -> None:
     """Lets a retry replace a stored turn, because its client did not see the end of the reply."""
-    turn = read.exchange.turn_id
-    parent = recording.parent_of(turn)
+    turn, sessions = read.exchange.turn_id, recording.sessions
+    parent = sessions.parent_of(turn)
     place = place_of(read.scope, read.kind, parent and parent.id, read.history)
     if place is not None:
-        recording.set_place(turn, place)
+        sessions.set_place(turn, place)
 
 
 def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:

@@ -17,13 +17,12 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from nextstate.engine.abilities import look
 from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
-from nextstate.errors import AdapterError, EngineError, WaitError, WrongEngineError
+from nextstate.errors import AdapterError, EngineError, StoreError, WaitError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
-from nextstate.store.store import Store, base_version
+from nextstate.store import Store
+from nextstate.store.versions import base_version
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,9 @@ class Versions:
         worker: str = "",
     ) -> None:
         self.engine = engine
-        self.serving: dict[str, PolicyVersion] = {name: store.serving(name) for name in lineages}
+        self.serving: dict[str, PolicyVersion] = {
+            name: store.versions.serving(name) for name in lineages
+        }
         self.running: Counter[str] = Counter()
         """Requests under way for each adapter name, and those that were: until it is unloaded."""
         self._store = store
@@ -183,7 +184,7 @@ class Versions:
         while True:
             await asyncio.sleep(STORE_POLL_S)
             try:
-                found = await asyncio.to_thread(self._store.serving_versions, list(self.serving))
+                found = await asyncio.to_thread(self._store.versions.serving_of, list(self.serving))
                 for lineage, version in found.items():
                     old = self.serving[lineage]
                     if version.number != old.number:
@@ -218,7 +219,7 @@ class Versions:
         return sorted(self._needed() | {name for name, count in self.running.items() if count})
 
     async def _in_use_elsewhere(self) -> set[str]:
-        others = await asyncio.to_thread(self._store.others, self._worker)
+        others = await asyncio.to_thread(self._store.workers.others, self._worker)
         return {name for adapters, _ in others for name in adapters}
 
     def _needed(self) -> set[str]:
@@ -331,9 +332,9 @@ class Versions:
         So it does what an earlier release loaded under another name.
         """
         try:
-            versions = await asyncio.to_thread(self._store.versions)
+            versions = await asyncio.to_thread(self._store.versions.all)
             elsewhere = await self._in_use_elsewhere()
-        except (WaitError, SQLAlchemyError, OSError) as error:
+        except (StoreError, OSError) as error:
             log.warning("what an earlier proxy left in the engine stays there: %s", error)
             return
         states = {version.adapter_name: version.state for version in versions}

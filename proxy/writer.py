@@ -27,11 +27,11 @@ from typing import TypeAlias
 
 from nextstate.app import logs
 from nextstate.config import StoreConfig
+from nextstate.errors import WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner
+from nextstate.store import Store
 from nextstate.store.recording import Recording
-from nextstate.store.sqlite import is_passing
-from nextstate.store.store import Store
 from nextstate.store.waiting import Patience
 from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
 from proxy.linking.history import RememberedMessages
@@ -130,13 +130,12 @@ class Connection:
                         _record(recording, one, again)
                         for one, (_, again) in zip(read, batch, strict=True)
                     ]
-            except Exception as error:
-                if is_passing(error):
-                    if not waits:
-                        self._say(WAITING)
-                    waits = True
-                    self._patience.pause(error, f"a batch of {len(batch)} turns")
-                    continue
+            except WaitError as error:
+                if not waits:
+                    self._say(WAITING)
+                waits = True
+                self._patience.pause(error, f"a batch of {len(batch)} turns")
+            except Exception:
                 if len(batch) > 1:  # one bad turn must not take the others with it
                     return [answer for one in batch for answer in self._keep([one])]
                 exchange, _ = batch[0]

@@ -14,7 +14,7 @@ from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import Habits, learn_habits
 from nextstate.engine.process import free_port
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop

@@ -29,7 +29,7 @@ from nextstate.hooks import load_plugin
 from nextstate.offline import go_offline
 from nextstate.private_files import only_for_owner
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, Feedback, PolicyVersion
-from nextstate.store.store import Store
+from nextstate.store import Store
 from nextstate.wire import obj, one_line
 
 _EXIT_LATER = os.EX_TEMPFAIL
@@ -287,12 +287,12 @@ def _status(options: argparse.Namespace) -> int:
 
 def _turns(options: argparse.Namespace) -> int:
     store = Store(Settings.read(options.config).store)
-    ids = store.turn_ids(options.limit or None, newest_first=bool(options.limit))
+    ids = store.turns.ids(options.limit or None, newest_first=bool(options.limit))
     for turn_id in reversed(ids) if options.limit else ids:
-        turn, verdict = store.turn(turn_id), store.verdict(turn_id)
+        turn, verdict = store.turns.get(turn_id), store.judging.verdict(turn_id)
         if turn is None:
             continue
-        states, said = store.next_states(turn_id), store.feedback(turn_id)
+        states, said = store.turns.next_states(turn_id), store.judging.feedback(turn_id)
         if options.json:
             _print_json(
                 {
@@ -323,13 +323,13 @@ def _versions(options: argparse.Namespace) -> int:
     store = Store(Settings.read(options.config).store)
     if options.number is not None:
         version = _version(store, options.lineage or MAIN_LINEAGE, options.number)
-        used = store.used_turns(version.lineage, version.number)
+        used = store.versions.used_turns(version.lineage, version.number)
         if options.json:
             _print_json(version_cards.row(version) | {"turns": version_cards.turn_rows(used)})
         else:
             print(version_cards.card(version, used))
         return 0
-    versions = store.versions(options.lineage)
+    versions = store.versions.all(options.lineage)
     if options.json:
         for version in versions:
             _print_json(version_cards.row(version))
@@ -339,9 +339,9 @@ def _versions(options: argparse.Namespace) -> int:
 
 
 def _version(store: Store, lineage: str, number: int) -> PolicyVersion:
-    version = store.version(lineage, number)
+    version = store.versions.get(lineage, number)
     if version is None:
-        known = ", ".join(str(v.number) for v in store.versions(lineage)) or "only 0"
+        known = ", ".join(str(v.number) for v in store.versions.all(lineage)) or "only 0"
         raise StartError(f"there is no version {number} of lineage {lineage!r}; known: {known}")
     return version
 
@@ -372,13 +372,15 @@ def _feedback(options: argparse.Namespace) -> int:
         from proxy.linking.names import session_names
 
         profile = load_plugin("agents", settings.agents.profile, None)
-        turn = store.newest_turn(session_names(options.session, profile))
+        turn = store.turns.newest(session_names(options.session, profile))
         if turn is None:
             raise StoreError(
                 f"there is no main turn in a session {options.session!r}: "
                 "see `nextstate turns --json`"
             )
-    found = store.give_feedback(Feedback(turn, options.score, options.hint, options.comment))
+    found = store.judging.give_feedback(
+        Feedback(turn, options.score, options.hint, options.comment)
+    )
     print(f"{turn}: score {options.score:+d}" + ("" if found.applied else f" ({found.reason})"))
     return 0
 

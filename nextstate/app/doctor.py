@@ -24,7 +24,7 @@ from nextstate.errors import (
     WrongEngineError,
 )
 from nextstate.hooks import load_plugin
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 _NAMED = 8
 """Models of an external engine that are named."""

@@ -35,7 +35,7 @@ from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.offline import switches
 from nextstate.records import PolicyVersion
-from nextstate.store.store import Store
+from nextstate.store import Store
 from nextstate.store.waiting import Patience
 
 if TYPE_CHECKING:

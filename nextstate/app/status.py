@@ -16,7 +16,7 @@ from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineEr
 from nextstate.notices import read_notices
 from nextstate.prometheus import counts_by
 from nextstate.records import Json
-from nextstate.store.store import Store
+from nextstate.store import Store
 from nextstate.wire import json_object
 
 
@@ -24,7 +24,7 @@ async def status(settings: Settings) -> Json:
     """One object with the counts and each part's health."""
     store = await asyncio.to_thread(Store, settings.store)
     lineages = settings.all_lineages
-    serving = await asyncio.to_thread(store.serving_versions, lineages)
+    serving = await asyncio.to_thread(store.versions.serving_of, lineages)
     counts = await asyncio.to_thread(store.counts)
     told = await _ask_proxy(settings, "/healthz")
     health = (json_object(told[1]) or {}) if told is not None else {}
@@ -37,7 +37,7 @@ async def status(settings: Settings) -> Json:
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
-        "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
+        "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
     }
 
 

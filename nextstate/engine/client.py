@@ -25,7 +25,7 @@ from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngine
 from nextstate.open_files import ran_out
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
-from nextstate.store.store import Store
+from nextstate.store import Store
 from nextstate.wire import json_object, objects, write_json
 
 log = logging.getLogger(__name__)
@@ -321,7 +321,7 @@ async def publish(store: Store, engine: EngineClient, version: PolicyVersion) ->
     Requests that run keep their version; the proxy unloads it once they have ended.
     """
     await ensure_loaded(engine, version)
-    await asyncio.to_thread(store.set_serving, version.lineage, version.number)
+    await asyncio.to_thread(store.versions.set_serving, version.lineage, version.number)
 
 
 async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
@@ -330,7 +330,7 @@ async def publish_candidate(store: Store, engine: EngineClient, version: PolicyV
     Where another version was put into service meanwhile, that one stays.
     """
     await ensure_loaded(engine, version)
-    if await asyncio.to_thread(store.serve_candidate, version):
+    if await asyncio.to_thread(store.versions.serve_candidate, version):
         return
     log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
     if version.adapter_name is not None:
@@ -343,12 +343,12 @@ async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) 
     Its nearest ancestor whose adapter is whole serves in its place, unless another version serves
     by now. Returns the version that serves.
     """
-    for version in await asyncio.to_thread(store.ancestors, rejected):
+    for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
             await ensure_loaded(engine, version)
         except AdapterError as error:
             log.error("version=%d lineage=%s is no use: %s", version.number, version.lineage, error)
             continue
-        await asyncio.to_thread(store.replace_serving, rejected, version.number)
+        await asyncio.to_thread(store.versions.replace_serving, rejected, version.number)
         break
-    return await asyncio.to_thread(store.serving, rejected.lineage)
+    return await asyncio.to_thread(store.versions.serving, rejected.lineage)

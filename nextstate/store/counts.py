@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from nextstate.store.schema import counts
+
 SHOWN = ("turns", "judgements", "verdicts", "samples", "versions")
 """The areas that people see; the others are what the stages look up."""
 
@@ -103,3 +105,15 @@ def _less(counted: _Counted) -> str:
         f"UPDATE counts SET count = count - 1 WHERE {row} AND {where}; "
         f"DELETE FROM counts WHERE {row} AND count = 0; "
     )
+
+
+def read_counts(
+    connection: sa.Connection, area: str, prefix: str = ""
+) -> Iterator[tuple[str, int]]:
+    """The counts of an area: of all keys, or of those under `prefix`, which ends with a slash."""
+    c = counts.c
+    query = sa.select(c.key, c.count.label("count_")).where(c.area == area)
+    if prefix:
+        query = query.where(c.key > prefix, c.key < prefix[:-1] + "0")  # what follows the slash
+    for row in connection.execute(query):
+        yield row.key, row.count_

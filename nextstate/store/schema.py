@@ -1,4 +1,4 @@
-"""The tables; what brings an older database up to them is in nextstate/store/migrations.py.
+"""The tables. nextstate/store/migrations.py brings an older database up to them.
 
 Lists of hashes are 16-byte hashes one after the other, each the key of a row of `messages`:
 `turns.messages`, and `turns.prompt_ids` and `verdicts.hinted_prompt_ids` for runs of token ids.
@@ -10,7 +10,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 6
+VERSION = 1
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))

@@ -17,7 +17,7 @@ import orjson
 
 from nextstate.hooks import AgentProfile, Heard, attached, text_of
 from nextstate.records import TRUST, Json, NextState, Source
-from nextstate.store.rows import content_hash
+from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
 from proxy.linking.meaning import Meaning, key_of, meaning_of
 

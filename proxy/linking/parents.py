@@ -6,54 +6,11 @@ The store hands out candidates by their keys; here one of them is chosen, or non
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from nextstate.records import TurnKind
-from nextstate.store.recording import Candidate
+from nextstate.store.sessions import Candidate, Sessions
 from proxy.linking.history import KEY_BYTES, LETTERS_BYTES, SYSTEM_BYTES, Link, Scope
-
-
-class StoredTurns(Protocol):
-    """What linking asks the store. Every query returns a bounded number of turns.
-
-    Turns that a retry has replaced are left out, but for the last three queries.
-    """
-
-    def with_context_key(self, key: bytes) -> list[Candidate]:
-        """The newest turns with this context key."""
-        ...
-
-    def with_context_prefix(self, prefix: bytes) -> list[Candidate]:
-        """Some turns whose context key begins so."""
-        ...
-
-    def with_chain_key(self, key: bytes) -> list[Candidate]:
-        """The newest turns with this chain key."""
-        ...
-
-    def with_reply_key(self, key: bytes) -> list[Candidate]:
-        """The newest turns with this reply key."""
-        ...
-
-    def parent_of(self, turn: str) -> Candidate | None:
-        """The turn that a stored turn continues."""
-        ...
-
-    def newest_start(self, client_session: str, lineage: str) -> tuple[str, int] | None:
-        """(session, position in the store) of the newest main conversation under a name."""
-        ...
-
-    def has_others(self, client_session: str, lineage: str, session: str, after: int) -> bool:
-        """Whether other sessions under a name have main turns after a position in the store."""
-        ...
-
-    def newest_session(self, client_session: str, lineage: str | None = None) -> str | None:
-        """The session of the newest turn under a name, of the newest first turn if no lineage."""
-        ...
-
-    def next_index(self, session: str) -> int:
-        """The position of the next turn in a session; 0 if it has none."""
-        ...
 
 
 class Found(NamedTuple):
@@ -66,7 +23,7 @@ class Found(NamedTuple):
     """True if there were candidates, and none of them is surely the parent."""
 
 
-def find_parent(turns: StoredTurns, link: Link, scope: Scope) -> Found:
+def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
     """The turn that a request with this link continues.
 
     The first candidates have the same chain of replies and the same context, to the letter or at
@@ -80,11 +37,11 @@ def find_parent(turns: StoredTurns, link: Link, scope: Scope) -> Found:
     alike, none is taken.
     """
     unsure = False
-    for rows, hashes in _candidates(turns, link):
+    for rows, hashes in _candidates(sessions, link):
         if hashes is not None:
             shared = [row for row in rows if _in_common(row, hashes)]
             if rows and not shared and not link.rare:
-                unsure = not _is_only_conversation(turns, scope)
+                unsure = not _is_only_conversation(sessions, scope)
                 if unsure:
                     continue
             rows = shared or rows
@@ -94,15 +51,15 @@ def find_parent(turns: StoredTurns, link: Link, scope: Scope) -> Found:
     return Found(unsure=unsure)
 
 
-def main_turn(turns: StoredTurns, turn: Candidate) -> Candidate | None:
+def main_turn(sessions: Sessions, turn: Candidate) -> Candidate | None:
     """The newest main turn that a turn goes back to; itself if it is one."""
     found: Candidate | None = turn
     while found is not None and found.kind != TurnKind.MAIN:
-        found = turns.parent_of(found.id)
+        found = sessions.parent_of(found.id)
     return found
 
 
-def session_of(turns: StoredTurns, scope: Scope, name: str, *, fresh: bool) -> str:
+def session_of(sessions: Sessions, scope: Scope, name: str, *, fresh: bool) -> str:
     """The session of a turn without a parent, under the client's `name`.
 
     One name may stand for many conversations (a user's name, a chat that was reset) and for clients
@@ -110,43 +67,43 @@ def session_of(turns: StoredTurns, scope: Scope, name: str, *, fresh: bool) -> s
     `name`, `name~2`, `name~3`, … Any other one is taken for the newest of the lineage, with its
     history rewritten.
     """
-    newest = turns.newest_session(name, scope.lineage)
+    newest = sessions.newest_of_name(name, scope.lineage)
     if newest is not None and not fresh:
         return newest
-    last = (turns.newest_session(name) or "").removeprefix(f"{name}~")
+    last = (sessions.newest_started(name) or "").removeprefix(f"{name}~")
     number = int(last) if last.isdecimal() else 1
     session = name
-    while turns.next_index(session):  # clients may use a name such as `name~2` themselves
+    while sessions.next_index(session):  # clients may use a name such as `name~2` themselves
         number += 1
         session = f"{name}~{number}"
     return session
 
 
 def _candidates(
-    turns: StoredTurns, link: Link
+    sessions: Sessions, link: Link
 ) -> Iterator[tuple[list[Candidate], Sequence[bytes] | None]]:
     """Candidates, the likeliest first, and the hashes of which one must be shared with them."""
     keys = [reply.context_key for reply in link.replies if reply.context_key]
     for key in keys[:1]:
-        yield turns.with_context_key(key), None
-    of_chain = turns.with_chain_key(link.chain_key)
+        yield sessions.with_context_key(key), None
+    of_chain = sessions.with_chain_key(link.chain_key)
     if of_chain:
         for key in keys[1:]:
-            yield turns.with_context_key(key), None
+            yield sessions.with_context_key(key), None
         for key in keys:
             start = key[:-LETTERS_BYTES]
             yield [row for row in of_chain if (row.context_key or b"").startswith(start)], None
-            yield turns.with_context_prefix(start), None
+            yield sessions.with_context_prefix(start), None
         for key in keys:
-            yield turns.with_context_prefix(key[:KEY_BYTES]), None
+            yield sessions.with_context_prefix(key[:KEY_BYTES]), None
         yield of_chain, link.replies[0].hashes
     for reply in link.replies:
         if reply.key is not None:
             # Of a history that was cut, only what stood right before the reply is left.
-            yield turns.with_reply_key(reply.key), reply.hashes[-1:]
+            yield sessions.with_reply_key(reply.key), reply.hashes[-1:]
 
 
-def _is_only_conversation(turns: StoredTurns, scope: Scope) -> bool:
+def _is_only_conversation(sessions: Sessions, scope: Scope) -> bool:
     """Whether a client's name stands for one conversation only.
 
     If the name is a conversation's, that is the last one that began, unless another one went on
@@ -155,12 +112,12 @@ def _is_only_conversation(turns: StoredTurns, scope: Scope) -> bool:
     """
     if scope.client_session is None:
         return False
-    begun = turns.newest_start(scope.client_session, scope.lineage)
+    begun = sessions.newest_start(scope.client_session, scope.lineage)
     if begun is None:
         return True
     session, position = begun
     after = 0 if scope.is_shared_name else position
-    return not turns.has_others(scope.client_session, scope.lineage, session, after)
+    return not sessions.has_others(scope.client_session, scope.lineage, session, after)
 
 
 def _in_common(row: Candidate, hashes: Sequence[bytes]) -> int:

@@ -17,7 +17,7 @@ from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.store.test_records import add, judge, turn
 
 
@@ -30,7 +30,7 @@ def config(tmp_path: Path) -> Path:
     store = Store(StoreConfig(dir=f"{tmp_path}/state"))
     add(store, turn(0), turn(1))
     judge(store, 0, -1, hint="Be brief.")
-    store.add_version(PolicyVersion("main", 1, 0, "/a", "ff", 16, VersionState.CANDIDATE), None)
+    store.versions.add(PolicyVersion("main", 1, 0, "/a", "ff", 16, VersionState.CANDIDATE), None)
     store.close()
     return file
 
@@ -100,7 +100,7 @@ def test_feedback_that_comes_too_late_says_so(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(StoreConfig(dir=f"{config.parent}/state"))
-    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
     store.close()
     assert main(["feedback", "turn_0", "--score", "1", "--config", str(config)]) == 0
     (line,) = lines(capsys)
@@ -121,14 +121,14 @@ def test_feedback_names_a_turn_or_a_session(capsys: pytest.CaptureFixture[str]) 
 def chain(config: Path) -> Path:
     """The same store with a trained version 2, which serves, and a rejected version 3."""
     store = Store(Settings.read(config).store)
-    store.set_serving("main", 1)
-    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.versions.set_serving("main", 1)
+    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
     metrics = {"score/mean": -1.0, "step/kl": 0.00456, "gate/kl_base": 0.12, "gate/rank": 0.0204}
     state = VersionState.CANDIDATE
-    store.add_version(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")
-    store.set_serving("main", 2)
+    store.versions.add(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")
+    store.versions.set_serving("main", 2)
     state = VersionState.REJECTED
-    store.add_version(PolicyVersion("main", 3, 2, None, None, 1, state, {}, "too far"), None)
+    store.versions.add(PolicyVersion("main", 3, 2, None, None, 1, state, {}, "too far"), None)
     store.close()
     return config
 
@@ -202,8 +202,8 @@ def test_status_shows_how_the_judge_agrees_with_people(
     # (2·3 + 1·1) / 16, so kappa is (12/16 - 7/16) / (9/16) = 5/9.
     for number, voted, said in ((2, 1, 1), (3, 1, 1), (4, 0, 0), (5, 1, -1)):
         judge(store, number, voted)
-        store.give_feedback(Feedback(f"turn_{number}", said))
-    store.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
+        store.judging.give_feedback(Feedback(f"turn_{number}", said))
+    store.judging.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
     store.close()
     assert main(["status", "--json", "--config", str(config)]) == 0
     expected = {"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}

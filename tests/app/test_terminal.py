@@ -16,7 +16,7 @@ from nextstate.app.settings import Settings
 from nextstate.config import StoreConfig
 from nextstate.errors import ConfigError
 from nextstate.records import Feedback
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.store.test_records import add, judge, turn
 
 SAID = "né → 谢谢 🙂\x1b[2J\nnext"
@@ -28,7 +28,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = Store(StoreConfig(dir=str(folder / "state")))
     add(store, *(turn(number, session=f"s→{number}") for number in range(400)), next_state=SAID)
     judge(store, 0, -1, hint="Sé breve → 短.")
-    store.give_feedback(Feedback("turn_0", -1, comment="nö →"))
+    store.judging.give_feedback(Feedback("turn_0", -1, comment="nö →"))
     store.close()
     file = folder / "nextstate.toml"
     file.write_text(f'[store]\ndir = "{folder}/state"\n')

@@ -21,7 +21,7 @@ from nextstate.engine.key_check import Door
 from nextstate.engine.process import command, managed_key, not_passed, server_environment
 from nextstate.errors import ConfigError, EngineError
 from nextstate.records import PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.proxy.test_proxy import add_version, running, until
 from tests.scripted_engine import MODEL, adapter, scripted_engine
 
@@ -187,7 +187,7 @@ def test_what_an_earlier_release_loaded_is_unloaded_and_its_versions_serve(
 ) -> None:
     store = Store(StoreConfig(dir=str(tmp_path / "state")))
     version = add_version(store, tmp_path, 1)
-    store.set_serving("main", 1)
+    store.versions.set_serving("main", 1)
 
     async def test() -> None:
         async with scripted_engine() as engine:

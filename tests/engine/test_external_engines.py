@@ -24,7 +24,7 @@ from nextstate.config import EngineConfig
 from nextstate.engine.abilities import ADAPTERS, LOG_PROBS, TOKEN_IDS
 from nextstate.engine.client import EngineClient
 from nextstate.errors import ConfigError, StartError
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy import versions
 from proxy.config import ProxyConfig
 from proxy.versions import Versions
@@ -191,7 +191,7 @@ def test_an_engine_that_answers_chat_is_relayed_and_recorded(
                 assert data == b"\n\n".join([*chunks, b"data: [DONE]", b""])
             elif not stream:
                 assert data == compact(plain_reply(said, engine.script))
-            turn = store.turn(headers["x-nextstate-turn"])
+            turn = store.turns.get(headers["x-nextstate-turn"])
             assert turn is not None
             assert (turn.client_model, turn.reply["content"]) == (MODEL, "Hello")
             assert turn.trainable == name.startswith("vLLM")
@@ -206,7 +206,7 @@ def test_the_base_serves_where_adapters_cannot(
     store: Store, tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     add_version(store, tmp_path, 1)
-    store.set_serving("main", 1)
+    store.versions.set_serving("main", 1)
 
     class Hears(Foreign):
         def app(self) -> web.Application:
@@ -221,7 +221,7 @@ def test_the_base_serves_where_adapters_cannot(
             url = f"{p.url}/v1/audio/transcriptions"
             assert (await p.http.post(url, data=b"--x--", headers=form)).status == 200
             status, _, headers = await p.chat(request())
-            turn = store.turn(headers["x-nextstate-turn"])
+            turn = store.turns.get(headers["x-nextstate-turn"])
             assert turn is not None
             assert (status, turn.policy_version, headers["x-nextstate-version"]) == (200, 0, "0")
             found = await (await p.http.get(f"{p.url}/healthz")).json()
@@ -229,7 +229,7 @@ def test_the_base_serves_where_adapters_cannot(
 
     asyncio.run(test())
     assert "the base model serves in place of the versions of main" in caplog.text
-    assert store.serving("main").number == 1
+    assert store.versions.serving("main").number == 1
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -238,7 +238,7 @@ def test_what_waited_for_an_unknown_engine_goes_as_that_engine_takes_it(
     store: Store, tmp_path: Path, name: str, stream: bool
 ) -> None:
     add_version(store, tmp_path, 1)
-    store.set_serving("main", 1)
+    store.versions.set_serving("main", 1)
 
     async def test() -> None:
         engine = Foreign(**(ENGINES[name][0] | {"health": True}))
@@ -250,7 +250,7 @@ def test_what_waited_for_an_unknown_engine_goes_as_that_engine_takes_it(
             status, data, _ = await asked
             assert status == 200
             assert b"Hel" in data
-            [turn] = [store.turn(i) for i in store.turn_ids()]
+            [turn] = [store.turns.get(i) for i in store.turns.ids()]
             assert turn is not None
             assert turn.policy_version == 0
 
@@ -264,7 +264,7 @@ def test_an_engine_that_gets_what_it_lacked_serves_the_version(
     monkeypatch.setattr("proxy.versions.HEALTH_POLL_S", 0.02)
     (tmp_path / "none").mkdir()
     add_version(store, tmp_path, 1)
-    store.set_serving("main", 1)
+    store.versions.set_serving("main", 1)
 
     async def test() -> None:
         engine = ScriptedEngine(refuses_adapters=True)
@@ -298,7 +298,7 @@ def test_fields_that_only_chat_refuses_are_left_out_from_then_on(
             for times in (2, 3):
                 status, _, headers = await p.chat(request(stream=True))
                 assert (status, engine.asked) == (200, times)
-                turn = store.turn(headers["x-nextstate-turn"])
+                turn = store.turns.get(headers["x-nextstate-turn"])
                 assert turn is not None
                 assert "refuses" in (turn.untrainable or "")
             bad, data, _ = await p.chat(request(return_token_ids=True))

@@ -16,7 +16,7 @@ from judge.stage import run
 from judge.verdict import unmarked
 from nextstate.errors import EngineError
 from nextstate.records import Feedback, Json, Verdict, Vote
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.judge.test_stage import (
     Clock,
     ScriptedEngine,
@@ -49,13 +49,13 @@ def never() -> ScriptedJudge:
 def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_path: Path) -> None:
     store, counts, engine = open_store(tmp_path), Watched(), ScriptedEngine()
     record_alone(store)
-    assert store.give_feedback(SAID).applied
+    assert store.judging.give_feedback(SAID).applied
     judge_until(store, [never()], counts, judged=1, engine=engine)
-    assert store.verdict(TURN) == TAUGHT
+    assert store.judging.verdict(TURN) == TAUGHT
     messages, _, extra = engine.calls[0]
     assert messages[-1]["content"] == f"What is 0 plus 1?\n\n[hint]\n{SAID.hint}"
     assert extra == {"chat_template_kwargs": {"enable_thinking": False}}
-    (sample,) = store.lease_samples("main", 9, "b", 60.0, scored=False, hinted=True)
+    (sample,) = store.training.lease_samples("main", 9, "b", 60.0, scored=False, hinted=True)
     assert (sample.score, sample.hinted_prompt_ids) == (-1, (7, 8, 9))
     assert counts.totals() == (1, 0, 0)
     store.close()
@@ -64,13 +64,13 @@ def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_pat
 def test_feedback_before_the_judge_is_taken_for_the_votes(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn(0), a_turn(1)])
-    store.give_feedback(Feedback("turn-1", 1))  # without a hint there is nothing left to do
-    store.give_feedback(SAID)
+    store.judging.give_feedback(Feedback("turn-1", 1))  # without a hint there is nothing left to do
+    store.judging.give_feedback(SAID)
     judge_until(store, [never()], counts, judged=1)
-    assert store.verdict(TURN) == TAUGHT
-    assert store.verdict("turn-1") == Verdict("turn-1", (), 1, "feedback")
+    assert store.judging.verdict(TURN) == TAUGHT
+    assert store.judging.verdict("turn-1") == Verdict("turn-1", (), 1, "feedback")
     assert store.counts()["judgements/done"] == 2
-    assert store.labels() == {}
+    assert store.judging.labels() == {}
     store.close()
 
 
@@ -78,20 +78,20 @@ def test_feedback_after_the_judge_gets_its_own_hinted_prompt(tmp_path: Path) -> 
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn()])
     judge_until(store, [constant(Vote(1, "Say more about the marbles."))], counts, judged=1)
-    store.give_feedback(SAID)
+    store.judging.give_feedback(SAID)
     judge_until(store, [never()], counts, judged=2)
-    assert store.verdict(TURN) == TAUGHT
-    assert store.labels() == {"scripted": {(-1, 1): 1}}
+    assert store.judging.verdict(TURN) == TAUGHT
+    assert store.judging.labels() == {"scripted": {(-1, 1): 1}}
     store.close()
 
 
 def test_a_score_of_zero_trains_once_its_hint_is_rendered(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record_alone(store)
-    store.give_feedback(Feedback(TURN, 0, "Name the unit."))
+    store.judging.give_feedback(Feedback(TURN, 0, "Name the unit."))
     assert store.counts()["samples/dropped"] == 1
     judge_until(store, [never()], counts, judged=1)
-    assert store.ready_samples("main", scored=False, hinted=True) == 1
+    assert store.training.ready_samples("main", scored=False, hinted=True) == 1
     store.close()
 
 
@@ -99,13 +99,13 @@ def test_an_engine_that_is_away_delays_the_hint_but_not_the_score(tmp_path: Path
     clock, counts, engine = Clock(), Watched(), ScriptedEngine(failures=1)
     store = open_store(tmp_path, clock)
     record_alone(store)
-    store.give_feedback(SAID)
+    store.judging.give_feedback(SAID)
     judge_until(store, [never()], counts, deferred=1, engine=engine)
-    assert store.ready_samples("main", scored=True, hinted=False) == 1
-    assert store.ready_samples("main", scored=False, hinted=True) == 0
+    assert store.training.ready_samples("main", scored=True, hinted=False) == 1
+    assert store.training.ready_samples("main", scored=False, hinted=True) == 0
     clock.now += 6.0
     judge_until(store, [never()], counts, judged=1, engine=engine)
-    assert store.verdict(TURN) == TAUGHT
+    assert store.judging.verdict(TURN) == TAUGHT
     store.close()
 
 
@@ -137,13 +137,13 @@ def test_who_changes_their_mind_while_the_hint_is_rendered_is_heard(
 ) -> None:
     store = open_store(tmp_path)
     record_alone(store)
-    store.give_feedback(Feedback(TURN, -1, "Be brief."))
+    store.judging.give_feedback(Feedback(TURN, -1, "Be brief."))
 
     async def scene() -> None:
         engine, stop, counts = HeldEngine(), asyncio.Event(), Watched()
         work = asyncio.create_task(run(store, JudgeConfig(), never(), engine, stop, counts))
         await asyncio.wait_for(engine.asked.wait(), 60)
-        store.give_feedback(second)
+        store.judging.give_feedback(second)
         engine.may.set()
         if ids is not None:
             await counts.until(judged=1)
@@ -151,7 +151,9 @@ def test_who_changes_their_mind_while_the_hint_is_rendered_is_heard(
         await work
 
     asyncio.run(scene())
-    assert store.verdict(TURN) == Verdict(TURN, (), second.score, "feedback", second.hint, ids)
+    assert store.judging.verdict(TURN) == Verdict(
+        TURN, (), second.score, "feedback", second.hint, ids
+    )
     assert store.counts()["judgements/done"] == 1
     store.close()
 
@@ -170,23 +172,23 @@ def test_a_vote_under_way_when_the_person_speaks_is_a_label_and_no_verdict(tmp_p
         judge = ScriptedJudge(lambda *_: Vote(1), deterministic=True, before=hold)
         work = asyncio.create_task(run(store, JudgeConfig(), judge, ScriptedEngine(), stop, counts))
         await asyncio.wait_for(asked.wait(), 60)
-        store.give_feedback(SAID)
+        store.judging.give_feedback(SAID)
         await counts.until(judged=1)  # the hint
         may.set()
         stop.set()
         await work
 
     asyncio.run(scene())
-    assert store.verdict(TURN) == TAUGHT
-    assert store.labels() == {"scripted": {(-1, 1): 1}}
+    assert store.judging.verdict(TURN) == TAUGHT
+    assert store.judging.labels() == {"scripted": {(-1, 1): 1}}
     store.close()
 
 
 def test_the_hint_of_a_turn_that_cannot_train_is_not_rendered(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     record_alone(store, trainable=False)
-    assert store.give_feedback(SAID).applied
-    assert store.lease_judgements(9, 60.0) == []
+    assert store.judging.give_feedback(SAID).applied
+    assert store.judging.lease(9, 60.0) == []
     engine = ScriptedEngine(failures=9)
     work = feedback_verdict(SAID, a_turn(trainable=False), engine)
     assert asyncio.run(work) == Verdict(TURN, (), -1, "feedback", SAID.hint)

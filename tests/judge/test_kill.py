@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestServer
 
 from nextstate.config import StoreConfig
 from nextstate.records import Json
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.judge.test_stage import a_turn, record
 
 TURNS_BETWEEN_KILLS = 12

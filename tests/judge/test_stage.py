@@ -14,7 +14,7 @@ from nextstate.config import StoreConfig
 from nextstate.errors import BusyError, ConfigError, EngineError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, load_plugin
 from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind, Vote
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 HINT = "Please answer in plain sentences."
 
@@ -162,7 +162,7 @@ def test_each_turn_gets_one_verdict_with_its_hinted_prompt(tmp_path: Path) -> No
     record(store, [a_turn(i) for i in range(20)])
     judge_until(store, [judge], counts, judged=20, engine=engine)
     for number in range(20):
-        verdict = store.verdict(f"turn-{number}")
+        verdict = store.judging.verdict(f"turn-{number}")
         assert verdict is not None
         assert (verdict.votes, verdict.score, verdict.hint) == ((-1, -1, -1), -1, HINT)
         assert verdict.hinted_prompt_ids == (7, 8, 9)
@@ -208,15 +208,15 @@ def test_a_garbage_judge_gives_no_verdict_and_the_turn_is_judged_later(tmp_path:
     record(store, [a_turn()])
     garbage = constant(JudgeError("no score in the answer"))
     judge_until(store, [garbage], counts, deferred=1)
-    assert store.verdict("turn-0") is None
-    assert store.ready_samples("main", scored=True, hinted=True) == 0
+    assert store.judging.verdict("turn-0") is None
+    assert store.training.ready_samples("main", scored=True, hinted=True) == 0
     assert store.counts()["judgements/pending"] == 1
     assert counts.totals() == (0, 1, 3)
 
-    assert store.lease_judgements(1, 60.0) == []
+    assert store.judging.lease(1, 60.0) == []
     clock.now += 5.0
     judge_until(store, [constant(Vote(1))], counts, judged=1)
-    verdict = store.verdict("turn-0")
+    verdict = store.judging.verdict("turn-0")
     assert verdict is not None
     assert verdict.score == 1
     store.close()
@@ -230,7 +230,7 @@ def test_waits_grow_with_each_attempt(tmp_path: Path) -> None:
     for attempt, wait in enumerate([5.0, 10.0, 20.0], start=1):
         judge_until(store, [garbage], counts, deferred=attempt)
         clock.now += wait - 0.1
-        assert store.lease_judgements(1, 60.0) == []
+        assert store.judging.lease(1, 60.0) == []
         clock.now += 0.2
     assert retry_delay_s(10_000, 5.0, 3600.0) == 3600.0
     store.close()
@@ -244,7 +244,7 @@ def test_other_failures_put_the_turn_back(
     store = open_store(tmp_path)
     record(store, [a_turn()])
     judge_until(store, [constant(error)], counts, deferred=1)
-    assert store.verdict("turn-0") is None
+    assert store.judging.verdict("turn-0") is None
     assert store.counts()["judgements/pending"] == 1
     assert ("Traceback" in caplog.text) == isinstance(error, RuntimeError)
     store.close()
@@ -256,7 +256,7 @@ def test_an_engine_that_cannot_render_delays_the_verdict(tmp_path: Path) -> None
     record(store, [a_turn()])
     judge = constant(Vote(-1, HINT))
     judge_until(store, [judge], counts, deferred=1, engine=engine)
-    assert store.verdict("turn-0") is None
+    assert store.judging.verdict("turn-0") is None
     clock.now += 6.0
     judge_until(store, [judge], counts, judged=1, engine=engine)
     store.close()
@@ -277,11 +277,11 @@ def test_the_lease_of_a_killed_judge_expires_and_the_turn_is_judged(tmp_path: Pa
     clock, counts = Clock(), Watched()
     store = open_store(tmp_path, clock)
     record(store, [a_turn()])
-    assert store.lease_judgements(1, 300.0) == ["turn-0"]  # and this judge is never seen again
-    assert store.lease_judgements(1, 300.0) == []
+    assert store.judging.lease(1, 300.0) == ["turn-0"]  # and this judge is never seen again
+    assert store.judging.lease(1, 300.0) == []
     clock.now += 301.0
     judge_until(store, [constant(Vote(1))], counts, judged=1)
-    assert store.verdict("turn-0") is not None
+    assert store.judging.verdict("turn-0") is not None
     store.close()
 
 
@@ -310,7 +310,7 @@ def test_a_late_second_verdict_changes_nothing(tmp_path: Path) -> None:
             stop.set()
 
     asyncio.run(scene())
-    verdict = store.verdict("turn-0")
+    verdict = store.judging.verdict("turn-0")
     assert verdict is not None
     assert verdict.score == -1
     store.close()
@@ -342,7 +342,7 @@ def test_a_judge_that_stops_puts_back_what_it_holds(
         assert task.done()
 
     asyncio.run(scene())
-    assert len(store.lease_judgements(8, 60.0)) == 3
+    assert len(store.judging.lease(8, 60.0)) == 3
     store.close()
 
 
@@ -394,13 +394,13 @@ def test_the_hours_budget_of_calls_bounds_what_is_judged(tmp_path: Path) -> None
     config = JudgeConfig(calls_per_hour=7, votes=3)
     judge = constant(Vote(1, tokens=10))
     judge_until(store, [judge], counts, judged=2, config=config)
-    assert (store.spent(), len(judge.seeds)) == ((6, 60), 6)
+    assert (store.judging.spent(), len(judge.seeds)) == ((6, 60), 6)
     clock.now += 3599.0
-    assert store.spent() == (6, 60)
+    assert store.judging.spent() == (6, 60)
     clock.now += 2.0
-    assert store.spent() == (0, 0)
+    assert store.judging.spent() == (0, 0)
     judge_until(store, [judge], counts, judged=4, config=config)
-    assert store.spent() == (6, 60)
+    assert store.judging.spent() == (6, 60)
     store.close()
 
 
@@ -411,7 +411,7 @@ def test_a_budget_that_is_used_up_leases_nothing_until_the_hour_is_over(
     clock, counts = Clock(), Watched()
     store = open_store(tmp_path, clock)
     record(store, [a_turn(0)])
-    store.spend(1, 500)
+    store.judging.spend(1, 500)
     judge = constant(Vote(1))
 
     async def scene() -> None:
@@ -436,7 +436,7 @@ def test_votes_that_fail_count_against_the_budget(tmp_path: Path) -> None:
     record(store, [a_turn(0)])
     judge = constant(JudgeError("garbage"))
     judge_until(store, [judge], counts, deferred=1, config=JudgeConfig(calls_per_hour=100))
-    assert store.spent() == (3, 0)
+    assert store.judging.spent() == (3, 0)
     assert (counts.calls, counts.tokens) == (3, 0)
     store.close()
 
@@ -468,10 +468,10 @@ def test_further_hints_of_the_votes_are_kept_for_the_learner_to_choose_from(
     record(store, [a_turn()])
     config = JudgeConfig(votes=4, hints=2)
     judge_until(store, [ScriptedJudge(answer)], counts, judged=1, engine=engine, config=config)
-    verdict = store.verdict("turn-0")
+    verdict = store.judging.verdict("turn-0")
     assert verdict is not None
     assert (verdict.hint, verdict.hinted_prompt_ids) == (HINT, (7, 1))
-    (sample,) = store.lease_samples("main", 1, "b", 60.0, scored=True, hinted=True)
+    (sample,) = store.training.lease_samples("main", 1, "b", 60.0, scored=True, hinted=True)
     assert (sample.hinted_prompt_ids, sample.other_prompts) == ((7, 1), ((7, 2),))
     assert engine.calls[1][0][-1]["content"].endswith("plain sentences.")
     store.close()

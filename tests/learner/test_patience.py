@@ -101,12 +101,12 @@ def test_another_version_put_into_service_ends_the_pause(recorded, model_path, m
     engine = FakeEngine(recorded.store)
 
     def roll_back(_: float | None = None) -> bool:
-        recorded.store.set_serving("main", 0)
+        recorded.store.versions.set_serving("main", 0)
         return engine.stop.is_set()
 
     engine.stop.wait = roll_back
     train(recorded, model_path, engine, SURE)
-    newest = recorded.store.versions("main")[-1]
+    newest = recorded.store.versions.all("main")[-1]
     assert (newest.number, newest.parent) == (6, 0)
 
 

@@ -24,7 +24,7 @@ from nextstate.app.version_views import card
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import Feedback, PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.learner.test_tiny_model import (
     BAD,
     CONFIG,
@@ -55,10 +55,10 @@ class FakeEngine:
         if self.attempts <= self._failures:
             raise EngineError("the engine is restarting")
         if withdraw:
-            self._store.replace_serving(version, version.parent)
+            self._store.versions.replace_serving(version, version.parent)
             self.withdrawn.append(version.number)
             return
-        self._store.set_serving(version.lineage, version.number)
+        self._store.versions.set_serving(version.lineage, version.number)
         self.published.append(version.number)
         self.after(version)
         if len(self.published) >= self._wanted:
@@ -91,7 +91,7 @@ def test_one_update_settles_its_samples_once(recorded, model_path):
     train(recorded, model_path, engine)
 
     assert recorded.states() == {"trained": 16, "ready": 4}
-    (version,) = recorded.store.versions("main")
+    (version,) = recorded.store.versions.all("main")
     assert (version.number, version.parent, version.samples) == (1, 0, 16)
     assert version.state is VersionState.SERVING
     assert engine.published == [1]
@@ -112,7 +112,7 @@ def test_one_update_settles_its_samples_once(recorded, model_path):
 def test_rewarded_replies_rise_and_punished_ones_fall(recorded, model_path, method):
     recorded.add_mixed(32)
     train(recorded, model_path, FakeEngine(recorded.store, 2), replace(CONFIG, method=method))
-    first, second = recorded.store.versions("main")
+    first, second = recorded.store.versions.all("main")
     base = load_float64(model_path)
     with torch.no_grad():
         good, bad = (logprobs(base, PROMPT, reply).sum().item() for reply in (GOOD, BAD))
@@ -139,7 +139,7 @@ def test_distillation_moves_towards_what_the_hinted_policy_would_say(recorded, m
     recorded.add(GOOD, 1)
     before = {r: logprobs(base, PROMPT, r).sum().item() for r in (GOOD, BAD)}
     train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, method="opd"))
-    (version,) = recorded.store.versions("main")
+    (version,) = recorded.store.versions.all("main")
     moved = {r: adapted_logprobs(model_path, version, r) - before[r] for r in (GOOD, BAD)}
     assert moved[liked] > moved[disliked]
     assert recorded.states() == {"trained": 16, "ready": 1}  # a score alone is no use to opd
@@ -148,14 +148,14 @@ def test_distillation_moves_towards_what_the_hinted_policy_would_say(recorded, m
 def test_too_old_and_too_long_samples_are_dropped_and_the_rest_waits(recorded, model_path):
     for number in range(1, 10):
         version = PolicyVersion("main", number, number - 1, None, None, 0, VersionState.RETIRED, {})
-        recorded.store.add_version(version, None)
-    recorded.store.set_serving("main", 9)
+        recorded.store.versions.add(version, None)
+    recorded.store.versions.set_serving("main", 9)
     old = recorded.add(version=0)
     long = recorded.add(prompt=(7,) * 90, version=9)
     for _ in range(15):
         recorded.add(version=9)
     engine = FakeEngine(recorded.store)
-    released = recorded.store.release_samples
+    released = recorded.store.training.release_samples
 
     def release_then_stop(lineage: str) -> int:
         count = released(lineage)
@@ -163,7 +163,7 @@ def test_too_old_and_too_long_samples_are_dropped_and_the_rest_waits(recorded, m
             engine.stop.set()
         return count
 
-    recorded.store.release_samples = release_then_stop
+    recorded.store.training.release_samples = release_then_stop
     train(recorded, model_path, engine, replace(CONFIG, max_tokens=80))
     assert recorded.states() == {"ready": 15, "dropped": 2}
     assert engine.published == []
@@ -176,7 +176,7 @@ def test_a_dropped_sample_is_not_settled_with_its_batch(recorded, model_path):
     turns = recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store), replace(CONFIG, max_tokens=80))
     assert recorded.states() == {"trained": 16, "dropped": 1}
-    (version,) = recorded.store.versions("main")
+    (version,) = recorded.store.versions.all("main")
     assert json.loads((Path(version.path) / "card.json").read_text())["turns"] == turns
 
 
@@ -185,21 +185,21 @@ def test_few_samples_train_once_they_have_waited(recorded, model_path):
     config = replace(CONFIG, min_batch=4, max_wait_s=0.02)
     train(recorded, model_path, FakeEngine(recorded.store), config)
     assert recorded.states() == {"trained": 5}
-    assert recorded.store.versions("main")[0].metrics["batch/size"] == 5
+    assert recorded.store.versions.all("main")[0].metrics["batch/size"] == 5
 
 
 def test_too_few_samples_wait_for_ever(recorded, model_path):
     recorded.add_mixed(3)
     engine = FakeEngine(recorded.store)
     looked = iter(range(5))
-    ready_samples = recorded.store.ready_samples
+    ready_samples = recorded.store.training.ready_samples
 
     def look(lineage: str, scored: bool, hinted: bool) -> int:
         if next(looked, None) is None:
             engine.stop.set()
         return ready_samples(lineage, scored, hinted)
 
-    recorded.store.ready_samples = look
+    recorded.store.training.ready_samples = look
     train(recorded, model_path, engine, replace(CONFIG, min_batch=4, max_wait_s=1e-6))
     assert recorded.states() == {"ready": 3}
 
@@ -226,7 +226,7 @@ def test_turns_of_one_session_train_with_what_came_between_masked(recorded, mode
     with torch.no_grad():
         before = [logprobs(base, PROMPT, GOOD).sum(), logprobs(base, later, BAD).sum()]
     train(recorded, model_path, FakeEngine(recorded.store))
-    (version,) = recorded.store.versions("main")
+    (version,) = recorded.store.versions.all("main")
     policy = PeftModel.from_pretrained(load_float64(model_path), version.path).double()
     with torch.no_grad():
         after = [logprobs(policy, PROMPT, GOOD).sum(), logprobs(policy, later, BAD).sum()]
@@ -249,10 +249,10 @@ def test_the_average_teacher_is_resumed_and_begins_anew_after_a_rollback(
         for wanted in runs:
             engine = FakeEngine(recorded.store, wanted)
             if rolled_back:
-                engine.after = lambda _, store=recorded.store: store.set_serving("main", 0)
+                engine.after = lambda _, store=recorded.store: store.versions.set_serving("main", 0)
             train(recorded, model_path, engine, config)
         checkpoint = load_checkpoint(recorded.store.dir / "learner/main")
-        newest = load_weights(Path(recorded.store.versions("main")[-1].path))
+        newest = load_weights(Path(recorded.store.versions.all("main")[-1].path))
         averages.append(checkpoint.state["average"])
     assert all(map(torch.equal, *averages))
     assert {v.shape for v in averages[0]} == {v.shape for v in newest.values()}
@@ -271,7 +271,7 @@ def test_drifted_log_probs_refuse_to_train_and_lose_nothing(recorded, model_path
     with pytest.raises(LearnerError, match=r"0\.0500 nats .*drift_limit = 0\.02"):
         train(recorded, model_path, engine)
     assert recorded.states() == {"ready": 16}
-    assert recorded.store.versions("main") == []
+    assert recorded.store.versions.all("main") == []
 
 
 def test_an_older_versions_samples_may_differ(recorded, model_path):
@@ -281,7 +281,7 @@ def test_an_older_versions_samples_may_differ(recorded, model_path):
         recorded.add(shift=0.05, version=0)
     train(recorded, model_path, engine := FakeEngine(recorded.store))
     assert engine.published == [2]
-    assert "drift/mean" not in recorded.store.versions("main")[-1].metrics
+    assert "drift/mean" not in recorded.store.versions.all("main")[-1].metrics
 
 
 def test_a_step_that_blows_up_is_rejected_and_training_goes_on(recorded, model_path, monkeypatch):
@@ -297,7 +297,7 @@ def test_a_step_that_blows_up_is_rejected_and_training_goes_on(recorded, model_p
     monkeypatch.setattr(PolicyTrainer, "training_step", first_explodes)
     recorded.add_mixed(16 * 2)
     train(recorded, model_path, engine := FakeEngine(recorded.store))
-    first, second = recorded.store.versions("main")
+    first, second = recorded.store.versions.all("main")
     assert engine.published == [2]
     assert (first.state, second.parent) == (VersionState.REJECTED, 0)
     assert first.reason.startswith("the adapter's largest change of a layer, is nan")
@@ -328,11 +328,11 @@ def test_an_unpublished_version_is_published_at_the_next_start(recorded, model_p
         publish(version)
 
     stage.run(recorded.store, CONFIG, model_path, ["main"], fail_and_stop, down.stop)
-    assert recorded.store.versions("main")[0].state is VersionState.CANDIDATE
+    assert recorded.store.versions.all("main")[0].state is VersionState.CANDIDATE
     up = FakeEngine(recorded.store)
     train(recorded, model_path, up)
     assert up.published == [1]
-    assert recorded.store.serving("main").number == 1
+    assert recorded.store.versions.serving("main").number == 1
 
 
 def test_a_restart_goes_on_with_weights_optimizer_and_loss(tmp_path, model_path):
@@ -342,7 +342,7 @@ def test_a_restart_goes_on_with_weights_optimizer_and_loss(tmp_path, model_path)
         recorded.add_mixed(32)
         for wanted in runs:
             train(recorded, model_path, FakeEngine(recorded.store, wanted))
-        newest = recorded.store.versions("main")[-1]
+        newest = recorded.store.versions.all("main")[-1]
         adapters.append(newest.sha256)
         losses.append(newest.metrics["loss"])
     assert adapters[0] == adapters[1]
@@ -355,35 +355,37 @@ def test_after_a_rollback_training_goes_on_from_the_serving_version(recorded, mo
 
     def roll_back(version: PolicyVersion) -> None:
         if version.number == 2:
-            recorded.store.set_serving("main", 1)
+            recorded.store.versions.set_serving("main", 1)
 
     engine.after = roll_back
     train(recorded, model_path, engine)
-    assert [v.parent for v in recorded.store.versions("main")] == [0, 1, 1]
+    assert [v.parent for v in recorded.store.versions.all("main")] == [0, 1, 1]
 
 
 def test_a_return_to_the_newest_version_takes_training_back_to_it(recorded, model_path):
     recorded.add_mixed(32)
     engine = FakeEngine(recorded.store, 3)
-    engine.after = lambda version: version.number == 2 and recorded.store.set_serving("main", 1)
+    engine.after = lambda version: (
+        version.number == 2 and recorded.store.versions.set_serving("main", 1)
+    )
 
     def back_again(_: float) -> bool:  # what a person does while the learner finds nothing to train
-        if recorded.store.serving("main").number == 1:
-            recorded.store.set_serving("main", 2)
+        if recorded.store.versions.serving("main").number == 1:
+            recorded.store.versions.set_serving("main", 2)
             recorded.add_mixed(16)
         return engine.stop.is_set()
 
     engine.stop.wait = back_again
     train(recorded, model_path, engine)
-    assert [v.parent for v in recorded.store.versions("main")] == [0, 1, 2]
+    assert [v.parent for v in recorded.store.versions.all("main")] == [0, 1, 2]
 
 
 def test_a_rollback_to_the_base_starts_from_the_base(recorded, model_path):
     recorded.add_mixed(16 * 2)
     engine = FakeEngine(recorded.store, 2)
-    engine.after = lambda _: recorded.store.set_serving("main", 0)
+    engine.after = lambda _: recorded.store.versions.set_serving("main", 0)
     train(recorded, model_path, engine)
-    assert [v.parent for v in recorded.store.versions("main")] == [0, 0]
+    assert [v.parent for v in recorded.store.versions.all("main")] == [0, 0]
 
 
 def damage(version: PolicyVersion) -> None:
@@ -394,12 +396,12 @@ def damage(version: PolicyVersion) -> None:
 def test_a_changed_adapter_of_the_serving_version_falls_back_to_its_parent(recorded, model_path):
     recorded.add_mixed(16 * 3)
     train(recorded, model_path, FakeEngine(recorded.store, 2))
-    first, second = recorded.store.versions("main")
+    first, second = recorded.store.versions.all("main")
     damage(second)
     engine = FakeEngine(recorded.store)
     train(recorded, model_path, engine)
     assert (engine.withdrawn, engine.published) == ([2], [3])
-    _, second, third = recorded.store.versions("main")
+    _, second, third = recorded.store.versions.all("main")
     assert second.state is VersionState.REJECTED
     assert "changed on disk" in second.reason
     assert (third.parent, third.state) == (first.number, VersionState.SERVING)
@@ -408,12 +410,12 @@ def test_a_changed_adapter_of_the_serving_version_falls_back_to_its_parent(recor
 def test_a_chain_of_changed_adapters_falls_back_to_the_base(recorded, model_path):
     recorded.add_mixed(16 * 3)
     train(recorded, model_path, FakeEngine(recorded.store, 2))
-    for version in recorded.store.versions("main"):
+    for version in recorded.store.versions.all("main"):
         damage(version)
     engine = FakeEngine(recorded.store)
     train(recorded, model_path, engine)
     assert engine.withdrawn == [2, 1]
-    assert [v.parent for v in recorded.store.versions("main")] == [0, 1, 0]
+    assert [v.parent for v in recorded.store.versions.all("main")] == [0, 1, 0]
 
 
 def test_a_changed_candidate_is_rejected_and_training_goes_on_without_it(recorded, model_path):
@@ -429,7 +431,7 @@ def test_a_changed_candidate_is_rejected_and_training_goes_on_without_it(recorde
         engine(version, withdraw)
 
     stage.run(recorded.store, CONFIG, model_path, ["main"], publish, engine.stop)
-    first, second = recorded.store.versions("main")
+    first, second = recorded.store.versions.all("main")
     assert (first.state, second.state) == (VersionState.REJECTED, VersionState.SERVING)
     assert "changed on disk" in first.reason
     assert second.parent == 0
@@ -515,7 +517,7 @@ def test_a_rank_stabilised_adapter_of_all_linear_layers_learns(recorded, model_p
     recorded.add_mixed(32)
     config = replace(CONFIG, rslora=True, lora_targets=("all-linear",))
     train(recorded, model_path, FakeEngine(recorded.store, 2), config)
-    first, second = recorded.store.versions("main")
+    first, second = recorded.store.versions.all("main")
     saved = json.loads((Path(second.path) / "adapter_config.json").read_text())
     assert sorted(saved["target_modules"]) == sorted(LearnerConfig().lora_targets)
     assert saved["use_rslora"] is True
@@ -550,14 +552,14 @@ def test_a_rejected_candidate_never_serves_and_its_samples_are_dropped_with_the_
     turns = recorded.add_mixed(16 * 3)
     engine = FakeEngine(recorded.store, 2)
     train(recorded, model_path, engine, SURE)
-    first, second, third = recorded.store.versions("main")
+    first, second, third = recorded.store.versions.all("main")
     assert engine.published == [1, 3]
     assert (second.state, second.reason) == (VersionState.REJECTED, "it was told to")
     assert (second.path, second.sha256) == (None, None)
     assert (first.parent, second.parent, third.parent) == (0, 1, 1)
     assert recorded.states() == {"trained": 32, "dropped": 16}
     assert recorded.reason(turns[16]) == "their version 2 was rejected: it was told to"
-    assert [t for t, _ in recorded.store.used_turns("main", 2)] == turns[16:32]
+    assert [t for t, _ in recorded.store.versions.used_turns("main", 2)] == turns[16:32]
     folder = recorded.store.dir / "versions/main"
     assert sorted(p.name for p in folder.iterdir()) == ["v000001", "v000003"]
 
@@ -580,7 +582,7 @@ def test_after_a_rejection_training_goes_on_as_if_the_step_had_not_been(
             for _ in range(16):
                 recorded.add(BAD, 1)
             train(recorded, model_path, FakeEngine(recorded.store), SURE)
-        found.append(recorded.store.versions("main")[-1])
+        found.append(recorded.store.versions.all("main")[-1])
     assert [version.number for version in found] == [3, 2]
     assert found[0].sha256 == found[1].sha256
     assert found[0].metrics["loss"] == found[1].metrics["loss"]
@@ -603,16 +605,16 @@ def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, mo
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
     config = replace(SURE, gate_kl_parent=1e-12, poll_s=0.001)
-    released = recorded.store.ready_samples
+    released = recorded.store.training.ready_samples
 
     def stop_when_done(*arguments: object) -> int:
         if recorded.states() == {"dropped": 16}:
             engine.stop.set()
         return released(*arguments)
 
-    recorded.store.ready_samples = stop_when_done
+    recorded.store.training.ready_samples = stop_when_done
     train(recorded, model_path, engine, config)
-    (version,) = recorded.store.versions("main")
+    (version,) = recorded.store.versions.all("main")
     assert version.state is VersionState.REJECTED
     assert "gate_kl_parent = 1e-12" in version.reason
     assert version.metrics["gate/kl_parent"] > 1e-12
@@ -630,12 +632,14 @@ def test_held_out_sessions_never_train_and_every_candidate_is_checked_on_them(re
         recorded.add(GOOD if i % 2 else BAD, 1 if i % 2 else -1, session=name)
     train(recorded, model_path, FakeEngine(recorded.store, 3), held_config(0.3))
     assert recorded.states() == {"trained": 48, "held": len(held), "ready": 32 - len(held)}
-    checked_on = recorded.store.held_samples("main", 100, 4)
+    checked_on = recorded.store.training.held_samples("main", 100, 4)
     assert {s.session for s in checked_on} == held
-    versions = recorded.store.versions("main")
+    versions = recorded.store.versions.all("main")
     assert [v.metrics["gate/sessions"] for v in versions] == [len(held)] * 3
     assert all(v.metrics["gate/rank"] > 0 for v in versions)
-    used = {turn for v in versions for turn, _ in recorded.store.used_turns("main", v.number)}
+    used = {
+        turn for v in versions for turn, _ in recorded.store.versions.used_turns("main", v.number)
+    }
     assert not used & {s.turn for s in checked_on}
 
 
@@ -643,7 +647,7 @@ def test_the_backlog_is_looked_through_only_when_a_batch_is_due(recorded, model_
     recorded.add_mixed(4)
     engine, store = FakeEngine(recorded.store), recorded.store
     config = replace(held_config(0.3), poll_s=0.001, holdout_after=0)
-    count, looks, held = store.ready_samples, [], []
+    count, looks, held = store.training.ready_samples, [], []
 
     def look(*arguments: object) -> int:
         looks.append(arguments)
@@ -651,8 +655,8 @@ def test_the_backlog_is_looked_through_only_when_a_batch_is_due(recorded, model_
             engine.stop.set()
         return count(*arguments)
 
-    store.ready_samples = look
-    store.hold_out = lambda *arguments: held.append(arguments) or 0
+    store.training.ready_samples = look
+    store.training.hold_out = lambda *arguments: held.append(arguments) or 0
     train(recorded, model_path, engine, config)
     assert (len(looks), held) == (9, [])
 
@@ -678,11 +682,11 @@ def test_feedback_on_a_held_out_turn_counts_and_the_turn_stays_held_out(recorded
     turn = recorded.add(GOOD, 1, session=name)
     recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store))
-    recorded.store.give_feedback(Feedback(turn, -1))
+    recorded.store.judging.give_feedback(Feedback(turn, -1))
     recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store))
     assert recorded.states() == {"trained": 32, "held": 1}
-    assert [s.score for s in recorded.store.held_samples("main", 9, 4)] == [-1]
+    assert [s.score for s in recorded.store.training.held_samples("main", 9, 4)] == [-1]
 
 
 def test_a_version_that_makes_things_worse_is_rolled_back_by_itself(recorded, model_path):
@@ -702,7 +706,7 @@ def test_a_version_that_makes_things_worse_is_rolled_back_by_itself(recorded, mo
     recorded.add_mixed(16)
     train(recorded, model_path, again)
     assert (again.withdrawn, again.published) == ([2], [3])
-    first, second, third = recorded.store.versions("main")
+    first, second, third = recorded.store.versions.all("main")
     assert second.state is VersionState.REJECTED
     assert second.reason.startswith("rolled back: its turns score -1.00 on average (40 verdicts)")
     assert (third.parent, third.state) == (first.number, VersionState.SERVING)
@@ -713,17 +717,17 @@ def test_what_a_person_put_into_service_is_left_alone(recorded, model_path, chos
     """An older version with worse verdicts than before it, or the one that was rolled back."""
     recorded.add_mixed(16 * 2)
     train(recorded, model_path, FakeEngine(recorded.store, 2), replace(CONFIG, watch_level=0.0))
-    _, second = recorded.store.versions("main")
+    _, second = recorded.store.versions.all("main")
     if chosen == 2:
-        recorded.store.replace_serving(replace(second, reason="rolled back: …"), 1)
-    recorded.store.set_serving("main", chosen)
+        recorded.store.versions.replace_serving(replace(second, reason="rolled back: …"), 1)
+    recorded.store.versions.set_serving("main", chosen)
     for version in range(3):
         for _ in range(40):
             bad = version == chosen
             recorded.add(GOOD, -1 if bad else 1, version=version, trainable=False)
     engine = FakeEngine(recorded.store)
     looks = []
-    counts = recorded.store.ready_samples
+    counts = recorded.store.training.ready_samples
 
     def stop_after_3_looks(*arguments: object) -> int:
         looks.append(arguments)
@@ -731,10 +735,10 @@ def test_what_a_person_put_into_service_is_left_alone(recorded, model_path, chos
             engine.stop.set()
         return counts(*arguments)
 
-    recorded.store.ready_samples = stop_after_3_looks
+    recorded.store.training.ready_samples = stop_after_3_looks
     train(recorded, model_path, engine)
     assert engine.withdrawn == []
-    assert recorded.store.serving("main").number == chosen
+    assert recorded.store.versions.serving("main").number == chosen
 
 
 def test_a_full_disk_registers_nothing_and_is_tried_again(
@@ -752,14 +756,14 @@ def test_a_full_disk_registers_nothing_and_is_tried_again(
         save_file(*arguments, **options)
 
     monkeypatch.setattr("learner.adapters.save_file", full_at_first)
-    released = recorded.store.release_samples
+    released = recorded.store.training.release_samples
 
     def release(lineage: str) -> int:
         count = released(lineage)
-        states.append((recorded.states(), recorded.store.versions("main")))
+        states.append((recorded.states(), recorded.store.versions.all("main")))
         return count
 
-    recorded.store.release_samples = release
+    recorded.store.training.release_samples = release
     engine = FakeEngine(recorded.store)
     train(recorded, model_path, engine)
     assert states[-1] == ({"ready": 16}, [])

@@ -22,7 +22,7 @@ from learner.trainer import Parked, Update
 from learner.turns import Seat, Turns
 from nextstate.errors import LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, PROMPT, Recorded, save_tiny_model
 
 ALICE, MAIN = "alice", "main"
@@ -44,7 +44,7 @@ class Service:
         self._last = last
 
     def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
-        self._store.set_serving(version.lineage, version.number)
+        self._store.versions.set_serving(version.lineage, version.number)
         self.published.append((version.lineage, version.number))
         if self.published[-1] == self._last:
             self.stop.set()
@@ -74,7 +74,7 @@ def train(
 
 def made(recorded: Recorded, lineage: str) -> list[tuple[str | None, float, float]]:
     """What each version of the lineage weighs, and what its step said."""
-    versions = recorded.store.versions(lineage)
+    versions = recorded.store.versions.all(lineage)
     return [(v.sha256, v.metrics["loss"], v.metrics["grad/norm"]) for v in versions]
 
 
@@ -142,7 +142,7 @@ def test_a_lineage_that_must_not_go_on_stops_and_the_others_train_as_if_it_were_
     train(alone, model_path, [MAIN], (MAIN, 2))
     assert made(shared, MAIN) == made(alone, MAIN)
     assert_same(state(shared, MAIN), state(alone, MAIN))
-    assert len(shared.store.versions(ALICE)) == 1
+    assert len(shared.store.versions.all(ALICE)) == 1
     assert Counter(shared.trained_in()[turn] for turn in refused) == {None: SIZE}
     said = [r.getMessage() for r in caplog.records if "training stopped" in r.getMessage()]
     assert len(said) == 1
@@ -201,12 +201,12 @@ def test_a_rollback_and_a_rejection_of_one_lineage_change_nothing_for_the_other(
     def publish(version: PolicyVersion, withdraw: bool = False) -> None:
         service(version, withdraw)
         if (version.lineage, version.number) == (ALICE, 2):
-            shared.store.set_serving(ALICE, 0)
+            shared.store.versions.set_serving(ALICE, 0)
 
     stage.run(shared.store, CONFIG, model_path, [ALICE, MAIN], publish, service.stop)
     assert made(shared, MAIN) == made(alone, MAIN)
     assert_same(state(shared, MAIN), state(alone, MAIN))
-    versions = shared.store.versions(ALICE)
+    versions = shared.store.versions.all(ALICE)
     assert versions[0].state is VersionState.REJECTED
     assert [v.parent for v in versions] == [0, 0, 0]
 

@@ -14,7 +14,7 @@ from judge.stage import task_of
 from nextstate.errors import PluginError
 from nextstate.hooks import AgentProfile, Evidence, JudgeSettings, load_judge, load_plugin
 from nextstate.records import BASE_VERSION, Json, NextState, Source, Timings, Turn, TurnKind
-from nextstate.store.store import Store
+from nextstate.store import Store
 from plugins.agents.profile import AGENTS
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
@@ -247,10 +247,10 @@ def test_what_an_agent_asks_behind_the_whole_history_says_nothing_of_the_reply(
         {"role": "tool", "tool_call_id": "c", "content": "MEMORY.md"},
     ]
     assert recorded(store, "c", aside, "Done.").kind is TurnKind.SIDE
-    assert not store.next_states("a")
+    assert not store.turns.next_states("a")
     told = recorded(store, "d", [*messages, user("wrong, look again")], "Yes, it is 7.")
     assert (told.parent, told.kind) == ("a", TurnKind.MAIN)
-    assert [s.text for s in store.next_states("a")] == ["wrong, look again"]
+    assert [s.text for s in store.turns.next_states("a")] == ["wrong, look again"]
     # Whoever says that it is a main turn: the words are no person's.
     assert AUTO.heard({"role": "user", "content": parts}) is None
 
@@ -410,7 +410,7 @@ def test_an_observation_in_the_user_role_is_the_environments_from_store_to_judge
     ]
     turn = recorded(store, "b", messages, "THOUGHT: gone")
     assert turn.parent == "a"
-    assert [(s.source, s.text, s.trust) for s in store.next_states("a")] == [
+    assert [(s.source, s.text, s.trust) for s in store.turns.next_states("a")] == [
         (Source.ENVIRONMENT, seen, 0.6)
     ]
     tail = build_evidence(turn, [], 4, 1000, profile=AUTO).tail
@@ -424,7 +424,7 @@ def test_a_picture_alone_is_recorded_as_what_followed(store: Store) -> None:
     recorded(store, "a", messages[:1], "Show me a picture of it")
     turn = recorded(store, "b", [*messages, {"role": "user", "content": [IMAGE]}], "Nice")
     assert turn.parent == "a"
-    assert [s.text for s in store.next_states("a")] == ["[image]"]
+    assert [s.text for s in store.turns.next_states("a")] == ["[image]"]
 
 
 @pytest.mark.parametrize(

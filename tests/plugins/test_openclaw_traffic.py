@@ -18,7 +18,7 @@ import pytest
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json, Timings, TurnKind
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
 from proxy.linking.names import explicit_session
@@ -108,11 +108,11 @@ class Recorded:
         ours: dict[str, set[str]] = defaultdict(set)
         theirs: dict[str, set[str]] = defaultdict(set)
         for label in labels:
-            turn = self.store.turn(turn_id(label["n"]))
+            turn = self.store.turns.get(turn_id(label["n"]))
             assert turn is not None
             where = f"request {label['n']}: {label['note']}"
             assert turn.kind == label["kind"], where
-            found = [(s.source.value, s.text) for s in self.store.next_states(turn.id)]
+            found = [(s.source.value, s.text) for s in self.store.turns.next_states(turn.id)]
             assert found == expected[turn.id], where
             if turn.kind is TurnKind.MAIN:
                 parent = label["continues"]
@@ -162,5 +162,5 @@ def test_interleaved_agents_and_retried_requests_change_no_label(
             state["turn"] += shift
     labels = local + read("gateway.labels.jsonl")
     recorded.check(labels)
-    listed = set(recorded.store.turn_ids(1000))
+    listed = set(recorded.store.turns.ids(1000))
     assert listed == {turn_id(label["n"]) for label in labels}, "a retried request is one turn"

@@ -14,7 +14,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import publish
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.proxy.test_proxy import Running, add_version, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine
 
@@ -73,7 +73,7 @@ def test_what_the_engine_reads_is_served_by_the_serving_version_and_recorded(
             assert repr({key: got[key] for key in sent if key != "model"}) == repr(
                 {key: value for key, value in sent.items() if key != "model"}
             ), name
-            turn = store.turn(answer.headers["x-nextstate-turn"])
+            turn = store.turns.get(answer.headers["x-nextstate-turn"])
             assert turn is not None, name
             assert turn.policy_version == 1
             assert repr(turn.request["x"]) == repr(sent["x"]), name

@@ -17,7 +17,7 @@ from nextstate.app.settings import Settings
 from nextstate.engine.messages_behaviour import Habits
 from nextstate.hooks import AgentProfile, load_plugin, text_of
 from nextstate.records import BASE_VERSION, Json, Timings, Turn, TurnKind
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.capture import Capture, distribution_change
 from proxy.dialects import messages, responses
 from proxy.exchange import Exchange, record_exchange
@@ -109,7 +109,7 @@ def test_the_next_request_says_what_came_of_the_reply(
         recorded(store, f"{n} first", first, reply)
         turn = recorded(store, f"{n} second", second, {"role": "assistant", "content": f"{n}"})
         assert (turn.parent, turn.kind) == (f"{n} first", TurnKind.MAIN)
-        assert [state.text for state in store.next_states(f"{n} first")] == [
+        assert [state.text for state in store.turns.next_states(f"{n} first")] == [
             text_of(message["content"]) for message in after
         ]
 
@@ -166,7 +166,7 @@ def test_a_turn_trains(loop: Loop, native_engine: Engine, case: str) -> None:
     answer = answer_of(native_engine.proxy_url, path, body)
     assert answer.status == 200, answer
     with closing(Store(Settings.read(loop.config).store)) as store:
-        turn = store.turn(answer.turn or "")
+        turn = store.turns.get(answer.turn or "")
     assert turn is not None
     strict = case.startswith("openai_agents")
     assert turn.untrainable == ("sampled under a grammar (strict tool)" if strict else None)

@@ -17,7 +17,7 @@ from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import EngineClient
 from nextstate.errors import EngineError
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.bodies import excess
 from proxy.lineages import Access
 from tests.proxy.test_proxy import Running, add_version, both, request, running
@@ -339,7 +339,7 @@ def test_without_a_key_another_sites_page_gets_nothing(
             assert "[proxy] api_key_env" in found.error["message"]
             assert "access-control-allow-origin" not in found.headers
         assert engine.requests == []
-        assert store.feedback(turn[2]["x-nextstate-turn"]) is None
+        assert store.judging.feedback(turn[2]["x-nextstate-turn"]) is None
 
     both(test, store, tmp_path)
 
@@ -450,7 +450,7 @@ def test_feedback_is_json_only(store: Store, tmp_path: Path, kind: str) -> None:
             found = await ask(p.url, post("/v1/feedback", *lines, body=said))
             assert found.status == 415
             assert found.error["message"].startswith("Content-Type: ")
-        assert store.feedback(turn) is None
+        assert store.judging.feedback(turn) is None
         raw = post("/v1/feedback", f"{JSON}; charset=utf-8", body=said)
         assert (await ask(p.url, raw)).status == 200
 

@@ -16,7 +16,7 @@ from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import EngineClient
 from nextstate.open_files import ran_out
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.upstream import Upstream
 from tests.proxy.test_proxy import Running, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact

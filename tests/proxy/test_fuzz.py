@@ -29,7 +29,7 @@ import pytest
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.exchange import Exchange
 from tests.proxy.test_proxy import Running, running, until
 from tests.scripted_engine import MODEL, Script, compact, plain_reply, stream_chunks
@@ -685,7 +685,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
                     break
             gc.collect()
             wrong += [f"reached the engine: {harm}" for harm in engine.harm]
-            wrong += [f"turn {turn} is lost" for turn in ended if store.turn(turn) is None]
+            wrong += [f"turn {turn} is lost" for turn in ended if store.turns.get(turn) is None]
             assert not wrong, "\n".join([f"{len(wrong)} complaints", *wrong[:100]])
             status, _, _ = await p.chat(chat(Random(0), False), {"Authorization": f"Bearer {KEY}"})
             assert status == 200, "the proxy does not serve any more"
@@ -799,7 +799,7 @@ def test_a_turn_whose_reply_is_malformed_is_kept_and_says_that_it_must_not_train
             headers = {"Authorization": f"Bearer {KEY}", "x-request-id": "1"}
             status, body, answered = await p.chat(chat(Random(0), False), headers)
             assert (status, json.loads(body).keys()) == (200, odd.keys())
-            turn = store.turn(answered["x-nextstate-turn"])
+            turn = store.turns.get(answered["x-nextstate-turn"])
             assert turn is not None
             assert turn.untrainable is not None
 

@@ -36,7 +36,7 @@ from aiohttp.test_utils import TestServer
 from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.records import Turn
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, compact, plain_reply, stream_chunks
 
 CLIENTS = 8
@@ -355,7 +355,7 @@ def check(folder: Path, seen: Seen) -> None:
     file.close()
     assert places == len(ids), "two turns of one session at the same index"
     store = Store(StoreConfig(dir=str(state)))
-    turns = {turn: store.turn(turn) for turn in ids}
+    turns = {turn: store.turns.get(turn) for turn in ids}
     late = set(LATE.findall((folder / LOG).read_text()))
     missing = seen.ends.keys() - turns.keys()
     print(f"{len(seen.ends)} ends seen, {len(late)} turns late, {len(missing & late)} of them lost")
@@ -370,7 +370,7 @@ def check(folder: Path, seen: Seen) -> None:
             assert turn.request["messages"][-1]["content"] == seen.ends[name]
             assert turn.finish_reason == "stop"
     for name, texts in answered.items():
-        states = [state.text for state in store.next_states(name)]
+        states = [state.text for state in store.turns.next_states(name)]
         assert states == sorted(set(texts)), "a turn without its next state, or with two"
     store.close()
 
@@ -440,5 +440,5 @@ def test_a_proxy_that_is_told_to_end_first_writes_what_is_late(
 
     blocking = Store(StoreConfig(dir=str(tmp_path / "state")))
     turn = asyncio.run(scene())
-    assert blocking.turn_ids() == [turn]
+    assert blocking.turns.ids() == [turn]
     blocking.close()

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextstate.config import StoreConfig
 from nextstate.hooks import Heard
-from nextstate.records import Json, Source
+from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind
+from nextstate.store import Store
+from nextstate.store.sessions import Candidate
 from plugins.agents.profile import GENERIC, Profile
 from proxy.linking.history import (
     Context,
+    Link,
     RememberedMessages,
+    Reply,
     Scope,
     keys_of,
     link_of,
@@ -20,6 +27,7 @@ from proxy.linking.history import (
 )
 from proxy.linking.meaning import meaning_of
 from proxy.linking.names import explicit_session
+from proxy.linking.parents import find_parent
 
 PROFILE = Profile(GENERIC)
 SCOPE = Scope("main", None)
@@ -226,3 +234,41 @@ def test_long_session_ids_that_begin_alike_stay_apart() -> None:
     assert len(set(kept)) == len(ids)
     assert all(name is not None and len(name.encode()) <= 200 for name in kept)
     assert kept[3] == ids[3]
+
+
+def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_path: Path) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    key, rows = bytes(16), list[Candidate]()
+    for name, text in (("a", "Sort."), ("b", "Write.")):
+        turn = Turn(
+            id=name,
+            session=name,
+            index=0,
+            kind=TurnKind.MAIN,
+            lineage="main",
+            policy_version=0,
+            client_model="base",
+            request={"messages": [user(text)]},
+            reply=assistant("Done."),
+            finish_reason="stop",
+            prompt_ids=None,
+            completion_ids=None,
+            behaviour_logprobs=None,
+            sampling={},
+            timings=Timings(1.0, 0.1, 0.2),
+            untrainable="no ids",
+        )
+        with store.recording() as recording:
+            recording.add_turn(turn, key, key)
+            rows = recording.sessions.with_chain_key(key)
+    oldest = rows[-1]
+    link = Link(key, (Reply(1, key, None, tuple(oldest.message_hashes)),), False)
+    for is_continued in (False, True):
+        with store.recording() as recording:
+            parent = find_parent(recording.sessions, link, SCOPE).parent
+            assert parent is not None
+            assert (parent.id, parent.continued) == ("a", is_continued)
+            if not is_continued:
+                states = [NextState("a", Source.USER, "No.", 0.9)]
+                recording.add_next_states("a", True, states)
+    store.close()

@@ -20,7 +20,7 @@ import pytest
 
 from nextstate import open_files
 from nextstate.engine.process import free_port
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.server import Gate
 from tests.proxy.test_edge import JSON, get, post
 from tests.proxy.test_proxy import Running, both, request

@@ -29,7 +29,7 @@ from nextstate.engine.adapter_files import WEIGHTS_FILE
 from nextstate.engine.client import EngineClient, publish
 from nextstate.errors import AdapterError, EngineError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy import app
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
@@ -133,7 +133,7 @@ def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
     version = PolicyVersion(
         "main", number, number - 1, str(folder), sha256, 16, VersionState.CANDIDATE
     )
-    store.add_version(version, None)
+    store.versions.add(version, None)
     return version
 
 
@@ -183,7 +183,7 @@ def test_the_store_holds_the_engines_own_ids_and_log_probs(
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         _, _, headers = await p.chat(request(stream=stream, tools=[{"type": "function"}]))
-        turn = store.turn(headers["x-nextstate-turn"])
+        turn = store.turns.get(headers["x-nextstate-turn"])
         assert turn is not None
         assert turn.prompt_ids == (1, 2, 3)
         assert turn.completion_ids == (100, 101)
@@ -203,7 +203,7 @@ def test_the_turn_is_recorded_before_the_client_sees_the_end(store: Store, tmp_p
         async for line in answer.content:
             if b'"finish_reason":"stop"' in line:
                 break
-        assert store.turn(answer.headers["x-nextstate-turn"]) is not None
+        assert store.turns.get(answer.headers["x-nextstate-turn"]) is not None
         answer.close()
 
     both(test, store, tmp_path, record_timeout_s=10.0)
@@ -248,7 +248,7 @@ def test_a_turn_that_must_not_train_says_why(
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.script = script
         _, _, headers = await p.chat(request(stream=True, **more))
-        turn = store.turn(headers["x-nextstate-turn"])
+        turn = store.turns.get(headers["x-nextstate-turn"])
         assert turn is not None
         assert reason in (turn.untrainable or "")
         assert (turn.behaviour_logprobs is None) == script.unknown_logprob
@@ -267,14 +267,14 @@ def test_a_conversation_links_itself_and_hands_its_next_state_to_the_judge(
             {"role": "user", "content": "thanks, and two?"},
         ]
         _, _, second = await p.chat(body)
-        turns = [store.turn(h["x-nextstate-turn"]) for h in (first, second)]
+        turns = [store.turns.get(h["x-nextstate-turn"]) for h in (first, second)]
         assert turns[0] is not None
         assert turns[1] is not None
         assert turns[1].parent == turns[0].id
         assert turns[1].session == turns[0].session
         assert [t.index for t in turns if t] == [0, 1]
-        assert [s.text for s in store.next_states(turns[0].id)] == ["thanks, and two?"]
-        assert store.lease_judgements(9, 60) == [turns[0].id]
+        assert [s.text for s in store.turns.next_states(turns[0].id)] == ["thanks, and two?"]
+        assert store.judging.lease(9, 60) == [turns[0].id]
 
     both(test, store, tmp_path)
 
@@ -292,7 +292,7 @@ def test_the_official_sdk_streams_tool_calls_through(store: Store, tmp_path: Pat
             calls = [c async for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
         assert calls[0].function is not None
         assert calls[0].function.arguments == '{"path":"."}'
-        turn = store.turn(store.turn_ids()[0])
+        turn = store.turns.get(store.turns.ids()[0])
         assert turn is not None
         assert turn.reply["tool_calls"][0]["function"] == call["function"]
         assert turn.reply["tool_calls"][0]["id"] == "call_1"
@@ -310,7 +310,7 @@ def test_the_engines_errors_pass_unchanged(
         found, data, _ = await p.chat(request(stream=stream))
         assert found == status
         assert json.loads(data) == {"error": {"message": "scripted", "code": status}}
-        assert store.turn_ids() == []
+        assert store.turns.ids() == []
 
     both(test, store, tmp_path)
 
@@ -336,7 +336,7 @@ def test_a_cut_stream_reaches_the_client_as_a_cut(store: Store, tmp_path: Path) 
         )
         with pytest.raises(aiohttp.ClientPayloadError):
             await answer.read()
-        turn = store.turn(answer.headers["x-nextstate-turn"])
+        turn = store.turns.get(answer.headers["x-nextstate-turn"])
         assert turn is not None
         assert turn.untrainable == "the engine cut the reply"
 
@@ -376,7 +376,7 @@ def test_new_requests_take_the_new_version_and_the_old_unloads_when_drained(
         assert b"main-v" not in data
         assert (headers["x-nextstate-version"], new["x-nextstate-version"]) == ("1", "2")
         await until(lambda: engine.unloaded == [V1])
-        turns = [store.turn(i) for i in store.turn_ids()]
+        turns = [store.turns.get(i) for i in store.turns.ids()]
         assert {turn.policy_version for turn in turns if turn} == {1, 2}
         answer = await p.http.get(f"{p.url}/v1/models")
         assert [m["id"] for m in (await answer.json())["data"]] == [MODEL]
@@ -432,11 +432,11 @@ def test_a_version_that_is_unloaded_while_it_comes_back_is_loaded_again(
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.undone = 2
         await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        assert (engine.loads, store.serving("main").number) == (3, 1)
+        assert (engine.loads, store.versions.serving("main").number) == (3, 1)
         engine.undone = 3
         with pytest.raises(EngineError, match="does not exist"):
             await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
-        assert (engine.loads, store.serving("main").number) == (6, 1)
+        assert (engine.loads, store.versions.serving("main").number) == (6, 1)
 
     both(test, store, tmp_path)
 
@@ -474,7 +474,7 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
         await until(lambda: p.proxy.versions.serving["main"].number == 1)
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "1")
-        first, second = store.versions("main")
+        first, second = store.versions.all("main")
         assert (first.state, second.state) == (VersionState.SERVING, VersionState.REJECTED)
         assert "changed on disk" in (second.reason or "")
         assert V2 not in engine.adapters
@@ -537,13 +537,13 @@ def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
                 await publish_version(settings, store, add_version(store, tmp_path, number))
             (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
             engine.adapters.clear()
-            rejected = replace(store.serving("main"), reason="worse")
+            rejected = replace(store.versions.serving("main"), reason="worse")
             await withdraw_version(settings, store, rejected)
             assert list(engine.adapters) == [V1]
-            assert store.serving("main").number == 1
-            assert store.versions("main")[2].reason == "worse"
+            assert store.versions.serving("main").number == 1
+            assert store.versions.all("main")[2].reason == "worse"
             await withdraw_version(settings, store, rejected)  # another serves by now
-            assert store.serving("main").number == 1
+            assert store.versions.serving("main").number == 1
 
     asyncio.run(test())
 
@@ -557,7 +557,7 @@ def test_a_changed_adapter_is_refused_before_the_engine_sees_it(
         with pytest.raises(AdapterError, match=r"v1 cannot be read: .*No such file"):
             await publish(store, p.proxy.engine, version)
         assert engine.adapters == {}
-        assert store.serving("main").number == 0
+        assert store.versions.serving("main").number == 0
 
     both(test, store, tmp_path)
 
@@ -914,14 +914,14 @@ def test_a_client_that_gives_up_while_its_turn_waits_and_tries_again_makes_one_t
                 again = asyncio.create_task(p.chat(body))
                 await until(lambda: len(engine.requests) % 3 == 0)
             kept.append((await again)[2]["x-nextstate-turn"])
-        assert store.turn_ids() == kept
+        assert store.turns.ids() == kept
         assert p.proxy.recorder.counts.recorded == 6
-        first, second = (store.turn(turn) for turn in kept)
+        first, second = (store.turns.get(turn) for turn in kept)
         assert first is not None
         assert second is not None
         assert (second.parent, second.session) == (first.id, first.session)
-        assert [state.text for state in store.next_states(first.id)] == ["and two?"]
-        assert store.lease_judgements(9, 60) == [first.id]
+        assert [state.text for state in store.turns.next_states(first.id)] == ["and two?"]
+        assert store.judging.lease(9, 60) == [first.id]
 
     both(test, store, tmp_path)
 

@@ -24,7 +24,8 @@ from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
 from nextstate.records import Timings, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
+from nextstate.store.waiting import Patience
 from proxy.capture import Capture
 from proxy.exchange import Exchange
 from proxy.recorder import Recorder
@@ -104,7 +105,7 @@ def test_a_turn_is_stored_when_record_returns(store: Store) -> None:
         async with recording(store) as recorder:
             one = exchange("hi")
             await recorder.record(one)
-            turn = store.turn(one.turn_id)
+            turn = store.turns.get(one.turn_id)
             assert turn is not None
             assert turn.reply["content"] == "re: hi"
             assert turn.request == one.request
@@ -139,11 +140,13 @@ def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store
                 said = await asyncio.gather(*talks)
                 assert len(killed) == 4
                 assert (recorder.counts.recorded, recorder.counts.lost) == (MANY, 0)
-        assert sorted(store.turn_ids()) == sorted(turn for turns in said for turn in turns)
+        assert sorted(store.turns.ids()) == sorted(turn for turns in said for turn in turns)
         for name, turns in enumerate(said):
-            assert [store.turn(turn).index for turn in turns] == list(range(25))  # pyright: ignore[reportOptionalMemberAccess]
+            assert [store.turns.get(turn).index for turn in turns] == list(range(25))  # pyright: ignore[reportOptionalMemberAccess]
             for number, turn in enumerate(turns[:-1], 1):
-                assert [state.text for state in store.next_states(turn)] == [f"t{name} {number}"]
+                assert [state.text for state in store.turns.next_states(turn)] == [
+                    f"t{name} {number}"
+                ]
 
     run(scene)
 
@@ -170,7 +173,7 @@ def test_what_waits_while_a_writer_starts_outlives_the_proxy(store: Store) -> No
             starting.resume()
 
     run(scene)
-    assert store.turn_ids() == ids(exchanges)
+    assert store.turns.ids() == ids(exchanges)
 
 
 def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None:
@@ -188,7 +191,7 @@ def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None
                     await asyncio.sleep(0)
                 await recorder.drain(PATIENCE_S)
                 assert (recorder.counts.recorded, recorder.counts.lost) == (count, 0)
-        assert len(store.turn_ids()) == count > 1
+        assert len(store.turns.ids()) == count > 1
 
     run(scene)
 
@@ -202,8 +205,8 @@ def test_what_one_writer_kept_without_saying_so_is_not_kept_twice(store: Store) 
                 ours.sendall(framed(one, again=True))
             connection.serve()
             assert ours.recv(9) == bytes([READY, KEPT, KEPT])
-    assert store.turn_ids() == ids([first, second])
-    assert [state.text for state in store.next_states(first.turn_id)] == ["and then?"]
+    assert store.turns.ids() == ids([first, second])
+    assert [state.text for state in store.turns.next_states(first.turn_id)] == ["and then?"]
     assert store.counts()["judgements/pending"] == 1
 
 
@@ -217,7 +220,7 @@ def test_a_turn_whose_client_left_is_amended_once_or_twice_and_kept_if_it_was_lo
         ours.sendall(b"".join(map(framed, (first, left, left, lost_left, *again))))
         connection.serve()
         assert ours.recv(9) == bytes([READY, KEPT, AMENDED, AMENDED, KEPT, KEPT, KEPT])
-    assert store.turn_ids() == ids(again)
+    assert store.turns.ids() == ids(again)
 
 
 @contextmanager
@@ -250,7 +253,7 @@ def test_frames_may_be_cut_anywhere(store: Store, cuts: list[int]) -> None:
             ours.sendall(sent[start:end])
             assert connection.serve()
         assert ours.recv(9) == bytes([READY, KEPT, KEPT, KEPT])
-    assert store.turn_ids(limit=3, newest_first=True) == ids(exchanges)[::-1]
+    assert store.turns.ids(limit=3, newest_first=True) == ids(exchanges)[::-1]
 
 
 def test_what_came_whole_before_the_proxy_was_gone_is_kept_and_a_part_is_not(store: Store) -> None:
@@ -259,7 +262,7 @@ def test_what_came_whole_before_the_proxy_was_gone_is_kept_and_a_part_is_not(sto
         ours.sendall(framed(whole) + framed(part)[:-1])
         ours.close()
         assert not connection.serve()
-    assert store.turn_ids() == [whole.turn_id]
+    assert store.turns.ids() == [whole.turn_id]
 
 
 def test_one_bad_turn_does_not_take_the_others_with_it(store: Store) -> None:
@@ -273,14 +276,14 @@ def test_one_bad_turn_does_not_take_the_others_with_it(store: Store) -> None:
         ours.sendall(b"".join(map(framed, exchanges)))
         connection.serve()
         assert ours.recv(9) == bytes([READY, KEPT, LOST, LOST, KEPT])
-    assert store.turn_ids() == ids([exchanges[0], exchanges[3]])
+    assert store.turns.ids() == ids([exchanges[0], exchanges[3]])
 
 
 @pytest.mark.parametrize("opened", [True, False], ids=["open", "yet to be opened"])
 def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, opened: bool
 ) -> None:
-    monkeypatch.setattr("nextstate.store.sqlite.BUSY_TIMEOUT_MS", 1)
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (10.0, 0.1, 0.001))
     first, *others = exchanges = [exchange(f"say {n}") for n in range(3)]
     with served(store) as (connection, ours), ThreadPoolExecutor() as pool:
         if opened:
@@ -294,7 +297,7 @@ def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
         assert serving.result(PATIENCE_S)
         said = ours.recv(9)
     assert (said.count(KEPT), said.count(WAITING), len(said)) == (3, 1, 5)
-    assert store.turn_ids() == ids(exchanges)
+    assert store.turns.ids() == ids(exchanges)
 
 
 def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
@@ -317,7 +320,7 @@ def test_an_exchange_that_ends_every_writer_is_lost_alone(store: Store) -> None:
                     *(recorder.record(one) for one in (*sound[:2], deadly, *sound[2:]))
                 )
                 assert (recorder.counts.recorded, recorder.counts.lost) == (4, 1)
-        assert store.turn_ids() == ids(sound)
+        assert store.turns.ids() == ids(sound)
 
     run(scene)
 
@@ -333,7 +336,7 @@ def test_a_locked_store_makes_turns_late_and_a_full_queue_loses_the_next(store: 
                 assert recorder.counts.recorded == 0
             await recorder.drain(PATIENCE_S)
             assert (recorder.counts.recorded, recorder.counts.lost) == (2, 1)
-        assert store.turn_ids() == ids(exchanges[:2])
+        assert store.turns.ids() == ids(exchanges[:2])
 
     run(scene)
 
@@ -353,7 +356,7 @@ def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) ->
             recorder.submit(largest)  # alone it has room
             await recorder.drain(PATIENCE_S)
             assert (recorder.counts.recorded, recorder.counts.lost) == (17, 4)
-        assert store.turn_ids() == ids([*exchanges[:16], largest])
+        assert store.turns.ids() == ids([*exchanges[:16], largest])
 
     run(scene)
 
@@ -386,7 +389,7 @@ def test_on_a_full_disk_turns_wait_until_there_is_room(store: Store) -> None:
                 assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
                 assert recorder.counts.waiting == 0
                 assert process.is_running()
-        assert store.turn_ids() == ids([before, *late])
+        assert store.turns.ids() == ids([before, *late])
 
     run(scene)
 
@@ -419,7 +422,7 @@ def test_a_disk_that_is_full_when_the_first_turn_comes_takes_it_later(small_disk
                 ballast.unlink()
                 await recorder.drain(PATIENCE_S)
                 assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
-        assert store.turn_ids() == ids(exchanges)
+        assert store.turns.ids() == ids(exchanges)
 
     run(scene)
     store.close()
@@ -482,7 +485,7 @@ def test_the_writer_ends_when_it_is_closed_and_none_starts_where_nothing_is_reco
             off = Recorder(writer, store.config, "generic", 1, PATIENCE_S, enabled=False)
             await off.run()
             await off.record(exchange("hi"))
-            assert (writer.pid, store.turn_ids()) == (None, [])
+            assert (writer.pid, store.turns.ids()) == (None, [])
             async with recording(store, writer) as recorder:
                 await recorder.record(exchange("hi"))
                 assert writer.pid is not None

@@ -13,9 +13,8 @@ from sqlalchemy import event
 
 from nextstate.config import StoreConfig
 from nextstate.records import Json, Timings, new_id
-from nextstate.store import recording
+from nextstate.store import Store, recording
 from nextstate.store.recording import Remembered
-from nextstate.store.store import Store
 from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
@@ -106,7 +105,7 @@ def test_workers_that_take_turns_at_a_conversation_store_it_whole(tmp_path: Path
     workers = [Store(StoreConfig(dir=str(tmp_path))) for _ in range(3)]
     kept = [record(worker, index) for index, worker in zip(range(12), cycle(workers), strict=False)]
     for index, turn_id in enumerate(kept):
-        turn = workers[0].turn(turn_id)
+        turn = workers[0].turns.get(turn_id)
         assert turn is not None
         expected = exchange(index)
         assert turn.request == expected.request

@@ -21,7 +21,7 @@ from aiohttp import StreamReader
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy import server
 from proxy.requests import RequestParser
 from tests.proxy.test_proxy import Running, both, request, running
@@ -179,7 +179,7 @@ def test_what_uvicorn_takes_the_proxy_takes(store: Store, tmp_path: Path) -> Non
                 found = await ask(p.url, raw)
                 assert found.status == 200, (name, found.raw[:300])
                 assert "x-nextstate-turn" in found.headers, name
-        assert len(store.turn_ids()) == len(TAKEN) == len(engine.requests)
+        assert len(store.turns.ids()) == len(TAKEN) == len(engine.requests)
 
     both(test, store, tmp_path)
 

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Json, Timings
-from nextstate.store.store import Store
+from nextstate.store import Store
 from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
@@ -270,7 +270,7 @@ class Played:
         self.parents[turn.id], self.sessions[turn.id] = turn.parent, turn.session
 
     def states(self, turn: str) -> list[str]:
-        return [state.text for state in self.store.next_states(turn)]
+        return [state.text for state in self.store.turns.next_states(turn)]
 
 
 @contextmanager
@@ -380,10 +380,10 @@ def test_a_retried_turn_is_one_turn(lanes: list[list[Step]], rng: Random, ids: s
     names = ids and [f"s{number if ids == 'different' else ''}" for number in range(len(lanes))]
     whole = {step.id for lane in lanes for step in lane if not step.cut}
     with played(lanes, rng, names or None) as found:
-        assert set(found.store.turn_ids()) == whole
+        assert set(found.store.turns.ids()) == whole
         assert found.store.counts().get("turns/main", 0) == len(whole)
         for turn in found.parents:
-            assert found.store.turn(turn) is not None, "replaced turns can still be read"
+            assert found.store.turns.get(turn) is not None, "replaced turns can still be read"
 
 
 @FEW
@@ -401,7 +401,7 @@ def test_whatever_happens_a_turn_is_judged_at_most_once_and_by_what_really_follo
             states = found.states(turn)
             assert not states or states in [child.states for child in children[turn]]
         judged = [turn for turn in truth if found.states(turn)]
-        assert sorted(found.store.lease_judgements(1000, 60.0)) == sorted(judged)
+        assert sorted(found.store.judging.lease(1000, 60.0)) == sorted(judged)
 
 
 def said(*texts: str) -> list[Json]:
@@ -424,7 +424,7 @@ def test_a_turn_that_was_replaced_by_its_retry_is_nobodys_parent() -> None:
     with played([steps], Random(0)) as found:
         assert found.parents["next, cut"] == "whole"
         assert found.parents["next"] == "whole"
-        assert found.store.turn_ids() == ["whole", "next"]
+        assert found.store.turns.ids() == ["whole", "next"]
 
 
 def test_a_request_sent_again_does_not_go_to_another_agent_that_got_the_same_reply() -> None:

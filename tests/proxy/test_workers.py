@@ -25,7 +25,7 @@ from nextstate.app.supervisor import EXIT_USAGE
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port, port_is_free
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy import app
 from tests.proxy.test_proxy import Running, add_version, request, running, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
@@ -185,7 +185,7 @@ def test_a_conversation_across_the_workers_is_one_session(store: Store, tmp_path
                 *(c.chat([said(f"hi {n}")]) for n, c in enumerate(every))
             )
             assert {status for status, _ in answers} == {200}
-            assert set(store.turn_ids()) == {turn for _, turn in answers}
+            assert set(store.turns.ids()) == {turn for _, turn in answers}
             messages, ids = [said("one")], list[str]()
             alternating = zip(*found.values(), strict=False)
             for connection in (c for pair in alternating for c in pair):
@@ -193,12 +193,12 @@ def test_a_conversation_across_the_workers_is_one_session(store: Store, tmp_path
                 assert status == 200
                 ids.append(turn_id)
                 messages += [REPLY, said(f"and then, {len(ids)}?")]
-        turns = [turn for turn in map(store.turn, ids) if turn is not None]
+        turns = [turn for turn in map(store.turns.get, ids) if turn is not None]
         assert len(turns) >= 6
         assert [turn.index for turn in turns] == list(range(len(ids)))
         assert [turn.parent for turn in turns] == [None, *ids[:-1]]
         assert len({turn.session for turn in turns}) == 1
-        assert all(len(store.next_states(turn)) == 1 for turn in ids[:-1])
+        assert all(len(store.turns.next_states(turn)) == 1 for turn in ids[:-1])
 
     both_workers(tmp_path, test)
 
@@ -258,7 +258,7 @@ def test_sigterm_ends_every_worker_after_its_replies(store: Store, tmp_path: Pat
         assert await asyncio.to_thread(proxy.process.wait, 30) == 0
         assert not any(map(psutil.pid_exists, pids))
         assert port_is_free("127.0.0.1", proxy.port)
-        assert len(store.turn_ids()) == len(held)
+        assert len(store.turns.ids()) == len(held)
 
     both_workers(tmp_path, test)
 
@@ -353,7 +353,9 @@ class Pair:
     async def told(self, worker: int, *adapters: str) -> None:
         """Returns when a worker has told that it uses just these adapters."""
         store = self.stores[0]
-        await until(lambda: adapters in (tuple(a) for a, _ in store.others(str(1 - worker))))
+        await until(
+            lambda: adapters in (tuple(a) for a, _ in store.workers.others(str(1 - worker)))
+        )
 
     async def looks(self, worker: int, times: int = 3) -> None:
         """Returns when a worker has looked so often whether it may unload."""
@@ -419,8 +421,8 @@ def test_a_worker_that_has_not_yet_followed_a_new_version_keeps_the_old_one(
         await pair.serve(tmp_path, 1)
         await pair.told(1, OLD)
         with monkeypatch.context() as patch:
-            old = pair.stores[1].serving_versions(["main"])
-            patch.setattr(pair.stores[1], "serving_versions", lambda names: old)
+            old = pair.stores[1].versions.serving_of(["main"])
+            patch.setattr(pair.stores[1].versions, "serving_of", lambda names: old)
             client = pair.workers[0].proxy.engine
             await publish(pair.stores[0], client, add_version(pair.stores[0], tmp_path, 2))
             await until(lambda: pair.workers[0].proxy.versions.serving["main"].number == 2)
@@ -458,8 +460,8 @@ def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(
     async def test(pair: Pair) -> None:
         await pair.told(0, MODEL)
         async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2"):
-            await until(lambda: len(pair.stores[1].others("1")) == 2)
-        assert len(pair.stores[1].others("1")) == 1
+            await until(lambda: len(pair.stores[1].workers.others("1")) == 2)
+        assert len(pair.stores[1].workers.others("1")) == 1
 
     paired(tmp_path, test)
 
@@ -472,7 +474,7 @@ def test_metrics_are_those_of_all_workers(tmp_path: Path) -> None:
         held = await pair.hold(1)
 
         def heard(worker: int, requests: int) -> bool:
-            counts = [counts for _, counts in pair.stores[0].others(str(1 - worker))]
+            counts = [counts for _, counts in pair.stores[0].workers.others(str(1 - worker))]
             return [c["nextstate_requests_total"] for c in counts] == [requests]
 
         await until(lambda: heard(0, 2) and heard(1, 4))

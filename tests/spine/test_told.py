@@ -18,7 +18,7 @@ from judge.stage import run
 from nextstate.engine.client import EngineClient
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import JudgeKind, JudgeSettings, load_plugin
-from nextstate.store.store import Store
+from nextstate.store import Store
 from plugins.judges.prompting import parse_vote
 from proxy.capture import Capture
 from tests.judge.test_kinds import EVIDENCE
@@ -111,7 +111,7 @@ def test_why_a_turn_is_put_back_quotes_nobody(
     add(store, turn(1), next_state=SAID)
     stop = asyncio.Event()
     asyncio.run(run(store, JudgeConfig(), Broken(), None, stop))  # pyright: ignore[reportArgumentType]
-    with store._read() as connection:  # pyright: ignore[reportPrivateUsage]
+    with store.database.read() as connection:
         reasons = connection.exec_driver_sql("SELECT reason FROM judgements").scalars().all()
     assert reasons == ["ValueError"]
 

@@ -16,7 +16,7 @@ from nextstate.app.stack import Stack
 from nextstate.config import StoreConfig
 from nextstate.errors import ConfigError, NextStateError, StoreError
 from nextstate.private_files import make_folder, make_state_folder
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.store.test_records import add, turn
 
 
@@ -74,7 +74,7 @@ def test_a_state_folder_may_have_any_name(tmp_path: Path, name: str) -> None:
     assert "nextstate.sqlite3" in os.listdir(folder)
     assert {mode(path) for path in folder.iterdir()} == {0o600}
     again = Store(StoreConfig(dir=str(folder)))
-    assert again.turn_ids() == ["turn_0"]
+    assert again.turns.ids() == ["turn_0"]
     again.close()
 
 
@@ -109,7 +109,7 @@ def test_what_an_earlier_program_left_open_is_closed_and_told(
     assert {mode(p) for p in below(folder) if not p.is_symlink()} == {0o700, 0o600}
     assert mode(outside) == 0o644
     assert f"{folder} was open to others (mode 755) and is closed" in caplog.text
-    assert again.turn_ids() == ["turn_0"]
+    assert again.turns.ids() == ["turn_0"]
     (folder / "nextstate.sqlite3").chmod(0o640)
     Store(StoreConfig(dir=str(folder))).close()
     assert mode(folder / "nextstate.sqlite3") == 0o600

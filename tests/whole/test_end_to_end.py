@@ -22,7 +22,7 @@ from demo.run import MODEL, POLICY
 from nextstate.app.settings import Settings
 from nextstate.app.stages import publish_version
 from nextstate.engine.process import free_port
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.running_loop import Loop, run, wait_for, write_config
 from tests.same_answer import answer_of, assert_same
 
@@ -44,7 +44,7 @@ def test_the_store_holds_the_ids_and_log_probs_that_vllm_returned(loop: Loop) ->
     reply = json.loads(raw.content)
     choice = reply["choices"][0]
     store = Store(Settings.read(loop.config).store)
-    turn = store.turn(raw.headers["x-nextstate-turn"])
+    turn = store.turns.get(raw.headers["x-nextstate-turn"])
     store.close()
     assert turn is not None
     assert turn.trainable
@@ -108,7 +108,7 @@ def test_no_request_fails_while_versions_change_under_load(loop: Loop) -> None:
     async def change() -> None:
         async with clients.asking(8):
             for number in two * 3:
-                version = store.version("main", number)
+                version = store.versions.get("main", number)
                 assert version is not None
                 await publish_version(settings, store, version)
                 await clients.reply_by(number, since=time.perf_counter())

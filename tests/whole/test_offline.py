@@ -12,15 +12,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.app.settings import Settings
 from nextstate.app.stages import stage_part
 from nextstate.config import EngineConfig
 from nextstate.engine.process import environment, free_port
+from nextstate.errors import StoreError
 from nextstate.offline import SWITCHES, switches
 from nextstate.records import Feedback
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 from tests.store.test_records import add, turn
 
@@ -161,12 +161,12 @@ def test_importing_the_learner_is_enough_to_be_offline() -> None:
 @pytest.mark.parametrize("broken", ["DROP TABLE feedback", "CREATE UNIQUE INDEX no ON feedback(1)"])
 def test_a_databases_error_tells_nobodys_words(store: Store, broken: str) -> None:
     add(store, turn(0), turn(1))
-    store.give_feedback(Feedback("turn_0", 1, "kept before", "kept before"))
+    store.judging.give_feedback(Feedback("turn_0", 1, "kept before", "kept before"))
     with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
         file.execute(broken)
     secret = Feedback("turn_1", 1, "My hint 4711.", "My comment 4712.")
-    with pytest.raises(SQLAlchemyError) as caught:
-        store.give_feedback(secret)
+    with pytest.raises(StoreError) as caught:
+        store.judging.give_feedback(secret)
     error: BaseException | None = caught.value
     while error is not None:
         for text in (str(error), repr(error)):
