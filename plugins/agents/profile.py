@@ -39,8 +39,6 @@ _LONGEST_CLOSING = 64
 _MOST_BLOCKS = 100
 _SYSTEM_CHARS, _FIRST_MESSAGES = 20_000, 12
 _BEGINNING = 1000
-_REMEMBERED, _REMEMBERED_CHARS = 1024, 8192
-"""Messages, and the longest of them, that need not be read again."""
 
 
 class Profile:
@@ -49,8 +47,6 @@ class Profile:
     def __init__(self, agent: Agent) -> None:
         self.name = agent.name
         self._agent = agent
-        # Agents send the whole history again with each request.
-        self._known = lru_cache(maxsize=_REMEMBERED)(self._in_user_role)
 
     def of(self, request: Json) -> AgentProfile:
         """Itself."""
@@ -78,9 +74,7 @@ class Profile:
         if role in ("tool", "function"):
             return Heard(Source.TOOL, text) if text else None
         if role == "user":
-            texts = tuple(text.strip() for text in without_files(_texts(message)))
-            short = sum(map(len, texts)) <= _REMEMBERED_CHARS
-            return self._known(texts) if short else self._in_user_role(texts)
+            return self._in_user_role([text.strip() for text in without_files(_texts(message))])
         if _is_system(message) and self._agent is not GENERIC:
             return None  # known agents instruct the model there, whatever the reply was
         return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
@@ -163,8 +157,10 @@ def peeled(text: str) -> str:
         if shorter == text:
             break
         text = shorter
+    if not text.startswith("<"):
+        return text
     closing = _CLOSING.search(text, max(0, len(text) - _LONGEST_CLOSING))
-    if text.startswith("<") and closing and closing[1] in _WORDS:
+    if closing and closing[1] in _WORDS:
         start = text.rfind(f"<{closing[1]}>", 0, closing.start())
         if start == 0 or (start > 0 and text[start - 1] in "\n>"):
             return text[start + len(closing[1]) + 2 : closing.start()].strip()
@@ -186,6 +182,8 @@ def _without_notes(text: str) -> str:
         while start < end and text[start].isspace():
             start += 1
     for _ in range(_MOST_BLOCKS):
+        if text[end - 1 : end] != ">":
+            break
         closing = _CLOSING.search(text[max(start, end - _LONGEST_CLOSING) : end])
         if closing is None or closing[1] not in _NOTES:
             break
@@ -199,10 +197,10 @@ def _without_notes(text: str) -> str:
 
 
 def _without_lead(text: str) -> str:
-    for mark in _LEAD:
-        if text.startswith(mark):
-            return text[len(mark) :].strip()
-    return text
+    if not text.startswith(_LEAD):
+        return text
+    mark = next(mark for mark in _LEAD if text.startswith(mark))
+    return text[len(mark) :].strip()
 
 
 def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:

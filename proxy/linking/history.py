@@ -193,8 +193,9 @@ def read_history(
 def keys_of(history: History, reply: Meaning, scope: Scope) -> Keys:
     """The keys of the turn that answers `history` with `reply`."""
     prefix = scope.prefix
-    chain = key_of([*history.replies, reply], prefix)
-    return Keys(chain, key_of([reply], prefix), history.context.key(chain))
+    own = key_of([reply], prefix)
+    chain = key_of([*history.replies, reply], prefix) if history.replies else own
+    return Keys(chain, own, history.context.key(chain))
 
 
 def link_of(history: History, scope: Scope) -> Link | None:
@@ -290,12 +291,14 @@ def _reply_starts(messages: Sequence[Message]) -> list[int]:
 class _Gathered:
     """Gathers a context, message by message."""
 
-    def __init__(self) -> None:
+    def __init__(self, system: Sequence[Message] = ()) -> None:
         self._words = hashlib.blake2b(digest_size=KEY_BYTES)
         self._any_words = False
         self._system = hashlib.blake2b(digest_size=SYSTEM_BYTES)
         self._letters = hashlib.blake2b(digest_size=LETTERS_BYTES)
         self.hashes: list[bytes] = []
+        for message in system:
+            self.add_system(message)
 
     def add_system(self, message: Message) -> None:
         self._letters.update(message.hash)
@@ -320,18 +323,20 @@ def _contexts(messages: Sequence[Message], starts: Sequence[int]) -> list[Contex
     Messages that do not count are left out. Where no message counts yet, all of them do: otherwise
     a profile that takes every text for the agent's own would leave nothing to compare.
     """
-    counted, every = _Gathered(), _Gathered()
+    gathered, any_counts = _Gathered(), False
+    system: list[Message] = []
     found: dict[int, Context] = {}
     for position, message in enumerate(messages):
         if message.meaning is not None:
             if position in starts:
-                found[position] = (counted if counted.hashes else every).context()
+                found[position] = gathered.context()
         elif message.role in _SYSTEM:
-            counted.add_system(message)
-            every.add_system(message)
-        else:
-            if message.counts:
-                counted.add(message)
-            if not counted.hashes:
-                every.add(message)
-    return [*(found[start] for start in starts), (counted if counted.hashes else every).context()]
+            system.append(message)
+            gathered.add_system(message)
+        elif message.counts or not any_counts:
+            if message.counts and not any_counts:
+                any_counts = True
+                if gathered.hashes:
+                    gathered = _Gathered(system)
+            gathered.add(message)
+    return [*(found[start] for start in starts), gathered.context()]

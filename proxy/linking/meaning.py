@@ -55,13 +55,12 @@ def key_of(replies: Sequence[Meaning], scope: bytes = b"") -> bytes:
     An empty message between others adds nothing. At the end it counts as a reply. Keys of different
     scopes are different.
     """
-    texts = hashlib.blake2b(digest_size=16)
+    calls = b"".join([reply.calls for reply in replies])
+    head = b"%b%d %d %b" % (scope, replies[-1].size == 0, len(calls), calls)
+    digest = hashlib.blake2b(head, digest_size=16)
     for reply in replies:
-        texts.update(reply.text)
-    calls = hashlib.blake2b(b"".join([reply.calls for reply in replies]), digest_size=16)
-    end = b"" if replies[-1].size else b"empty"
-    whole = scope + texts.digest() + calls.digest() + end
-    return hashlib.blake2b(whole, digest_size=16).digest()
+        digest.update(reply.text)
+    return digest.digest()
 
 
 def _text(message: Json) -> str:
