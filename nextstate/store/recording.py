@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import islice
 from typing import Any, NamedTuple
 
 import orjson
@@ -16,16 +15,14 @@ from nextstate.records import NextState, Turn, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor, Prepared
 from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
-from nextstate.store.texts import HASH_BYTES, compress, content_hash, hashes
+from nextstate.store.texts import HASH_BYTES, Known, Writer, content_hash, hashes
+from nextstate.store.turns import turn_texts
 from nextstate.wire import objects, write_json
 
 _MOST_CANDIDATES = 16
 SETTING_BYTES, EXACT_BYTES = 8, 8
 SAID_BYTES = HASH_BYTES + SETTING_BYTES + EXACT_BYTES
 """A key of what was said: of the words, the system's setting, the messages to the letter."""
-_MOST_HASHES = 4096
-_MOST_BASES, _MOST_BASE_BYTES = 32, 8 << 20
-_LONG_BODY, _BEGINNING = 4096, 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +73,7 @@ _THEIRS = (_C.client_session == sa.bindparam("name"), _IN_LINEAGE, _MAIN)
 def _candidates(*where: sa.ColumnElement[bool]) -> sa.Select[*tuple[Any, ...]]:
     query = sa.select(
         *_PARENT_COLUMNS,
-        *(_C.messages, _C.prompt_ids, _C.reply, _C.rest, _C.reply_key, _C.said_key, _C.seq),
+        *(_C.messages, _C.reply_key, _C.said_key, _C.seq),
     )
     return query.where(*where, _C.replaced_by.is_(None)).limit(_MOST_CANDIDATES)
 
@@ -125,14 +122,8 @@ class _Statements:
             _C.session == sa.bindparam("name")
         )
         self.last_index = prepared(last)
-        known = sa.select(t.messages.c.hash).where(t.messages.c.hash == sa.bindparam("key"))
-        self.known_body = prepared(known)
-        self.add_body = prepared(
-            sa.text(
-                "INSERT INTO messages (hash, body, base) VALUES (:hash, :body, :base) "
-                "ON CONFLICT DO NOTHING"
-            )
-        )
+        of_turn = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids)
+        self.texts_of = prepared(of_turn.where(_C.id == sa.bindparam("turn")))
         columns: dict[str, Any] = {
             c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
         }
@@ -166,50 +157,15 @@ def scoped_said(key: bytes, lineage: str, client_session: str | None) -> bytes:
     return scoped(key[:HASH_BYTES], lineage, client_session) + key[HASH_BYTES:]
 
 
-@dataclass(slots=True)
-class Remembered:
-    """What a process knows to be stored, so that it need not look; never more than is stored."""
-
-    hashes: dict[bytes, bool] = field(default_factory=dict[bytes, bool])
-    """Those that were asked for last come last."""
-    bases: dict[bytes, tuple[bytes, bytes]] = field(
-        default_factory=dict[bytes, tuple[bytes, bytes]]
-    )
-    """(hash, body) of a long body, by how it begins: others that begin so may be much like it."""
-
-    def knows(self, key: bytes) -> bool:
-        """Whether this body is known to be stored; if so, others are forgotten before it."""
-        known = self.hashes.pop(key, False)
-        if known:
-            self.hashes[key] = True
-        return known
-
-    def add(self, other: Remembered) -> None:
-        """Takes in what another has seen stored, and forgets what has become too much."""
-        self.hashes |= other.hashes
-        for oldest in list(islice(self.hashes, max(0, len(self.hashes) - _MOST_HASHES))):
-            self.hashes.pop(oldest, None)
-        self.bases |= other.bases
-        size = sum(len(body) for _, body in self.bases.values())
-        while len(self.bases) > _MOST_BASES or size > _MOST_BASE_BYTES:
-            _, body = self.bases.pop(next(iter(self.bases)))
-            size -= len(body)
-
-
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
-    def __init__(self, cursor: Cursor, known: Remembered) -> None:
-        self.fresh = Remembered()
-        """What this transaction stores, once it is committed."""
+    def __init__(self, cursor: Cursor, known: Known) -> None:
         self.unsure = False
         """Whether the turn that was looked for last is one of several and none is surely it."""
-        self._shared = frozenset[bytes]()
-        """What the turn that was looked for last is made of: stored with it, and sent again by
-        every request that continues it. So no request need be remembered for the next one."""
         self._cursor = cursor
         self._statements = _statements(cursor.dialect)
-        self._known = known
+        self._texts = Writer(cursor, known)
 
     def parent(
         self, lineage: str, link: Link, client_session: str | None, *, own_name: bool = True
@@ -234,8 +190,6 @@ class Recording:
                 self.unsure = best is None
                 if best is None:
                     return None
-                bodies = (best.messages, best.prompt_ids or b"", best.reply, best.rest)
-                self._shared = frozenset(hashes(b"".join(bodies)))
                 return replace(_parent(best), at=_begins_at(link, best, lineage, client_session))
         return None
 
@@ -369,18 +323,23 @@ class Recording:
         `place` is where it stands if the client saw no end of its reply: a retry is found by it.
         `message_hashes` are those of the request's messages, where they are known already.
         """
-        rest = {key: value for key, value in turn.request.items() if key != "messages"}
-        if "tools" in rest:
-            rest["tools"] = self._keep(rest["tools"]).hex()
         messages = objects(turn.request.get("messages"))
+        rest = {k: v for k, v in turn.request.items() if k not in ("messages", "tools")}
+        tools = write_json(turn.request["tools"]) if "tools" in turn.request else None
         if message_hashes is None:
-            message_hashes = [self._keep(message) for message in messages]
-        else:
-            for key, message in zip(message_hashes, messages, strict=True):
-                if not self._is_known(key):
-                    self._keep_body(key, write_json(message))
-        prompt = turn.prompt_ids
-        runs = None if prompt is None else b"".join(self._keep_run(run) for run in id_runs(prompt))
+            message_hashes = [content_hash(write_json(message)) for message in messages]
+        of_rest, of_reply = write_json(rest), write_json(turn.reply)
+        runs = id_runs(turn.prompt_ids or ())
+        others = [part for part in (tools, of_rest, of_reply, *runs) if part is not None]
+        other_hashes = [content_hash(part) for part in others]
+        used = self._texts_of(turn.parent)
+        for key, message in zip(message_hashes, messages, strict=True):
+            if key not in used:
+                used.add(self._texts.put(write_json(message), key))
+        for key, part in zip(other_hashes, others, strict=True):
+            if key not in used:
+                used.add(self._texts.put(part, key))
+        of_tools = [] if tools is None else [other_hashes.pop(0)]
         self._cursor.run(
             self._statements.add_turn,
             id=turn.id,
@@ -391,10 +350,11 @@ class Recording:
             policy_version=turn.policy_version,
             client_model=turn.client_model,
             messages=b"".join(message_hashes),
-            rest=self._keep(rest),
-            reply=self._keep(turn.reply),
+            tools=of_tools[0] if of_tools else None,
+            rest=other_hashes[0],
+            reply=other_hashes[1],
             finish_reason=turn.finish_reason,
-            prompt_ids=runs,
+            prompt_ids=None if turn.prompt_ids is None else b"".join(other_hashes[2:]),
             completion_ids=pack_ids(turn.completion_ids),
             behaviour_logprobs=pack_floats(turn.behaviour_logprobs),
             sampling=dump(turn.sampling),
@@ -423,44 +383,17 @@ class Recording:
                 turn=turn,
                 seq=seq,
                 source=state.source.value,
-                text=compress(state.text.encode()),
+                text=self._texts.put(state.text.encode()),
                 trust=state.trust,
             )
         self._cursor.run(self._statements.continued, turn=turn)
         if judge:
             self._cursor.run(self._statements.add_judgement, turn=turn)
 
-    def _keep(self, value: object) -> bytes:
-        """Stores a JSON value once and returns its content hash."""
-        body = write_json(value)
-        return self._keep_body(content_hash(body), body)
-
-    def _keep_run(self, run: bytes) -> bytes:
-        return self._keep_body(content_hash(run), run)
-
-    def _keep_body(self, key: bytes, body: bytes) -> bytes:
-        if not self._is_known(key):
-            short = len(body) < _LONG_BODY
-            if short or self._cursor.first(self._statements.known_body, key=key) is None:
-                packed, base = (compress(body), None) if short else self._packed(key, body)
-                self._cursor.run(self._statements.add_body, hash=key, body=packed, base=base)
-            self.fresh.hashes[key] = True
-        return key
-
-    def _packed(self, key: bytes, body: bytes) -> tuple[bytes, bytes | None]:
-        """(the body compressed, the hash of the base that it was compressed against)."""
-        plain = compress(body)
-        beginning = body[:_BEGINNING]
-        base = self.fresh.bases.get(beginning) or self._known.bases.get(beginning)
-        if base is not None:
-            against = compress(body, base[1])
-            if 2 * len(against) < len(plain):
-                return against, base[0]
-        self.fresh.bases[beginning] = key, body
-        return plain, None
-
-    def _is_known(self, key: bytes) -> bool:
-        return key in self._shared or self._known.knows(key) or key in self.fresh.hashes
+    def _texts_of(self, turn: str | None) -> set[bytes]:
+        """The hashes of the texts that a stored turn uses, or that the turn it continues uses."""
+        row = None if turn is None else self._cursor.first(self._statements.texts_of, turn=turn)
+        return set() if row is None else turn_texts(row)
 
 
 class _Candidate(NamedTuple):
@@ -472,9 +405,6 @@ class _Candidate(NamedTuple):
     kind: str
     continued: bool
     messages: bytes
-    prompt_ids: bytes | None
-    reply: bytes
-    rest: bytes
     reply_key: bytes
     said_key: bytes | None
     seq: int

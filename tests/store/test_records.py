@@ -38,6 +38,7 @@ from nextstate.store.migrations import migrate
 from nextstate.store.packing import id_runs, join_runs
 from nextstate.store.recording import Link
 from nextstate.store.texts import content_hash
+from nextstate.wire import write_json
 
 KEY = b"k" * 16
 
@@ -115,9 +116,9 @@ def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:
     long = {"role": "system", "content": "x" * 1000}
     add(store, *(turn(n, request={"messages": [long]}) for n in range(5)))
     with sa.create_engine(f"sqlite:///{store.dir}/nextstate.sqlite3").connect() as connection:
-        count = connection.execute(sa.select(sa.func.count()).select_from(schema.messages))
-        # The system message, the reply, the prompt's ids, and the empty rest of the request.
-        assert count.scalar_one() == 4
+        count = connection.execute(sa.select(sa.func.count()).select_from(schema.texts))
+        # The message, the reply, the prompt's ids, the empty rest of the request, the next state.
+        assert count.scalar_one() == 5
 
 
 @given(
@@ -159,8 +160,8 @@ def test_a_long_message_much_like_an_earlier_one_takes_little_room(tmp_path: Pat
     add(store, *recorded[:5])
     add(store, *recorded[5:])  # against a base that another transaction has stored
     with sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3").connect() as connection:
-        m = schema.messages.c
-        query = sa.select(sa.func.length(m.body)).where(m.base.is_not(None))
+        m = schema.texts.c
+        query = sa.select(sa.func.length(m.stored)).where(m.base.is_not(None))
         small = connection.execute(query).scalars().all()
     assert len(small) == 8
     assert max(small) < 500 < len(prompts[0]) / 50
@@ -276,7 +277,7 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(stor
     with store.recording() as recording:
         recording.add_turn(first, KEY, KEY)
         recording.add_turn(second, KEY, KEY)
-        hashes = recording._keep(first.request["messages"][0])  # pyright: ignore[reportPrivateUsage]
+        hashes = content_hash(write_json(first.request["messages"][0]))
         link = Link(KEY, KEY, (hashes,), told=(hashes,))
         found = recording.parent("main", link, None)
         assert found is not None
