@@ -38,7 +38,7 @@ _TOOLS = [
 ]
 _PROMPT_IDS, _COMPLETION_IDS = list(range(300)), list(range(64))
 _LOGPROBS = [-0.01 * number for number in range(64)]
-_COPIED = ("turns", "messages", "next_states", "judgements")
+_COPIED = ("turns", "texts", "next_states", "judgements")
 _PER_TRANSACTION = 5000
 _FIRST_MS = 1_700_000_000_000
 """When the first turn was recorded, in milliseconds; the others follow a second apart."""
@@ -168,7 +168,7 @@ class _Template:
         """Adds the conversation's rows."""
         names = [*_names(conversation), conversation.session]
         new = dict(zip(self._names, names, strict=True))
-        add = "INSERT OR IGNORE INTO messages (hash, body) VALUES (?, ?)"
+        add = "INSERT OR IGNORE INTO texts (hash, uses, stored) VALUES (?, 1, ?)"
         self._db.executemany(add, _bodies(conversation))
         seq, messages = self._columns.index("seq"), self._columns.index("messages")
         rows: list[list[object]] = []

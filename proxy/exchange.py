@@ -123,7 +123,6 @@ def record(recording: Recording, read: Read) -> Turn:
         client_session=name,
         place=place if exchange.cut else None,
         message_hashes=[message.hash for message in read.history.messages],
-        continues=found.parent,
     )
     if cut is not None and place is not None:
         sessions.replace_cut(place, turn.id)

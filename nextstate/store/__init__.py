@@ -19,8 +19,9 @@ from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database
 from nextstate.store.judging import Judging
 from nextstate.store.migrations import is_current, migrate
-from nextstate.store.recording import Recording, Remembered
+from nextstate.store.recording import Recording
 from nextstate.store.sqlite import SQLite, database_file
+from nextstate.store.texts import Known
 from nextstate.store.training import Training
 from nextstate.store.turns import Turns
 from nextstate.store.versions import Versions
@@ -58,7 +59,7 @@ class Store:
         self.training = Training(self.database)
         self.versions = Versions(self.database)
         self.workers = Workers(self.database)
-        self._known = Remembered()
+        self._known = Known()
 
     def _open(self) -> None:
         make_state_folder(self.dir)
@@ -83,9 +84,7 @@ class Store:
         It does not wait: a store that is locked or full is a WaitError at once.
         """
         with self.database.cursor(write=True) as cursor:
-            recording = Recording(cursor, self._known)
-            yield recording
-        self._known.add(recording.fresh)
+            yield Recording(cursor, self._known)
 
     def counts(self) -> dict[str, int]:
         """How many records there are of each kind and state, under `area/what` names."""

@@ -150,7 +150,7 @@ class Judging:
         False if that is not, or no longer, the turn's verdict.
         """
         with self._database.write() as connection:
-            added = add_hinted_prompt(connection, verdict)
+            added = add_hinted_prompt(connection, verdict, self._database.now())
             if added and also_about:
                 judge_again(connection, also_about, verdict.turn)
         return added

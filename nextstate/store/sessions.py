@@ -29,9 +29,6 @@ class Candidate(NamedTuple):
     """True when another request has already given it a next state."""
     messages: bytes
     """The hashes of its request's messages, joined."""
-    prompt_ids: bytes | None
-    reply: bytes
-    rest: bytes
     reply_key: bytes
     context_key: bytes | None
     seq: int
@@ -42,18 +39,10 @@ class Candidate(NamedTuple):
         """The hashes of its request's messages."""
         return list(hashes(self.messages))
 
-    @property
-    def text_hashes(self) -> list[bytes]:
-        """The hashes of all texts that it is made of; these are stored."""
-        return list(
-            hashes(b"".join((self.messages, self.prompt_ids or b"", self.reply, self.rest)))
-        )
-
 
 _C = t.turns.c
 _CANDIDATE = sa.select(
-    *(_C.id, _C.session, _C.kind, _C.continued, _C.messages, _C.prompt_ids, _C.reply, _C.rest),
-    *(_C.reply_key, _C.said_key, _C.seq),
+    *(_C.id, _C.session, _C.kind, _C.continued, _C.messages, _C.reply_key, _C.said_key, _C.seq)
 )
 _KEY, _NAME, _TURN, _PLACE = (sa.bindparam(name) for name in ("key", "name", "turn", "at"))
 _OF_NAME = sa.select(_C.session, _C.seq).where(_C.client_session == _NAME)

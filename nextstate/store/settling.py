@@ -73,7 +73,7 @@ def judge_again(connection: sa.Connection, turns: Sequence[str], task_end: str) 
     )
 
 
-def add_hinted_prompt(connection: sa.Connection, verdict: Verdict) -> bool:
+def add_hinted_prompt(connection: sa.Connection, verdict: Verdict, now: float) -> bool:
     """See `Judging.add_hinted_prompt`."""
     turn = _turn(connection, verdict.turn)
     feedback = load_feedback(connection, verdict.turn)
@@ -83,14 +83,9 @@ def add_hinted_prompt(connection: sa.Connection, verdict: Verdict) -> bool:
     known = load_verdict(connection, verdict.turn)
     if known is None or not _is_what_was_said(known, feedback):
         return False
-    if known == verdict:
-        return True
-    connection.execute(
-        sa.update(t.verdicts)
-        .where(t.verdicts.c.turn == verdict.turn)
-        .values(hinted_prompt_ids=_put_ids(connection, verdict.hinted_prompt_ids))
-    )
-    _put_sample(connection, turn, verdict)
+    if known != verdict:
+        _put_verdict(connection, verdict, now)
+        _put_sample(connection, turn, verdict)
     return True
 
 
@@ -119,7 +114,10 @@ def settle_feedback(connection: sa.Connection, turn_id: str, now: float) -> None
 def load_feedback(connection: sa.Connection, turn_id: str) -> Feedback | None:
     """What a person said last about a turn, or None."""
     row = connection.execute(sa.select(t.feedback).where(t.feedback.c.turn == turn_id)).first()
-    return None if row is None else Feedback(row.turn, row.score, row.hint, row.comment)
+    if row is None:
+        return None
+    found = texts.get(connection, (row.hint, row.comment))
+    return Feedback(row.turn, row.score, _text(row.hint, found), _text(row.comment, found))
 
 
 def load_verdict(connection: sa.Connection, turn_id: str) -> Verdict | None:
@@ -128,9 +126,10 @@ def load_verdict(connection: sa.Connection, turn_id: str) -> Verdict | None:
     return None if row is None else verdict_of(row, texts.get(connection, verdict_texts(row)))
 
 
-def verdict_texts(row: Row) -> list[bytes]:
+def verdict_texts(row: Row) -> set[bytes]:
     """The hashes of the texts that a row of `verdicts` refers to."""
-    return list(texts.hashes(row.hinted_prompt_ids or b""))
+    runs = set(texts.hashes(row.hinted_prompt_ids or b""))
+    return runs if row.hint is None else {*runs, row.hint}
 
 
 def verdict_of(row: Row, found: Texts) -> Verdict:
@@ -140,7 +139,7 @@ def verdict_of(row: Row, found: Texts) -> Verdict:
         votes=tuple(orjson.loads(row.votes)),
         score=row.score,
         judge=row.judge,
-        hint=row.hint,
+        hint=_text(row.hint, found),
         hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
         confidence=row.confidence,
     )
@@ -166,10 +165,16 @@ def _keep_feedback(connection: sa.Connection, feedback: Feedback, now: float) ->
     known = load_feedback(connection, feedback.turn)
     if known == feedback:
         return
-    said = {"score": feedback.score, "hint": feedback.hint, "comment": feedback.comment}
+    said = {
+        "score": feedback.score,
+        "hint": _put_text(connection, feedback.hint),
+        "comment": _put_text(connection, feedback.comment),
+    }
     if known is not None:
-        row = sa.update(t.feedback).where(t.feedback.c.turn == feedback.turn)
-        connection.execute(row.values(**said, updated_at=now))
+        ours = t.feedback.c.turn == feedback.turn
+        before = connection.execute(sa.select(t.feedback).where(ours)).one()
+        connection.execute(sa.update(t.feedback).where(ours).values(**said, updated_at=now))
+        texts.release(connection, (before.hint, before.comment))
         return
     v = t.verdicts.c
     votes = sa.select(v.score, v.judge).where(v.turn == feedback.turn, v.judge != FEEDBACK)
@@ -212,7 +217,10 @@ def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float)
 
 def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> None:
     """Keeps a verdict in the place of any other on its turn."""
-    for table in (t.verdicts, t.other_hints):
+    v, o = t.verdicts, t.other_hints
+    before = connection.execute(sa.select(v).where(v.c.turn == verdict.turn)).all()
+    others = connection.execute(sa.select(o).where(o.c.turn == verdict.turn)).all()
+    for table in (v, o):
         connection.execute(sa.delete(table).where(table.c.turn == verdict.turn))
     connection.execute(
         sa.insert(t.verdicts).values(
@@ -220,7 +228,7 @@ def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> Non
             votes=dump(verdict.votes),
             score=verdict.score,
             judge=verdict.judge,
-            hint=verdict.hint,
+            hint=_put_text(connection, verdict.hint),
             hinted_prompt_ids=_put_ids(connection, verdict.hinted_prompt_ids),
             created_at=now,
             confidence=verdict.confidence,
@@ -228,13 +236,31 @@ def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> Non
     )
     for seq, other in enumerate(verdict.others):
         runs = _put_ids(connection, other.prompt_ids)
-        row = {"turn": verdict.turn, "seq": seq, "hint": other.hint, "prompt_ids": runs}
+        hint = _put_text(connection, other.hint)
+        row = {"turn": verdict.turn, "seq": seq, "hint": hint, "prompt_ids": runs}
         connection.execute(sa.insert(t.other_hints).values(row))
+    for row in before:
+        texts.release(connection, verdict_texts(row))
+    for row in others:
+        texts.release(connection, {row.hint, *texts.hashes(row.prompt_ids)})
+
+
+def _put_text(connection: sa.Connection, text: str | None) -> bytes | None:
+    return None if text is None else texts.put(connection, text.encode())
+
+
+def _text(key: bytes | None, found: Texts) -> str | None:
+    return None if key is None else found[key].decode()
 
 
 def _put_ids(connection: sa.Connection, ids: Sequence[int] | None) -> bytes | None:
     """Stores token ids in runs; returns the hashes of the runs, one after the other."""
-    return None if ids is None else b"".join(texts.put(connection, run) for run in id_runs(ids))
+    if ids is None:
+        return None
+    runs = {texts.content_hash(run): run for run in id_runs(ids)}
+    for run in runs.values():
+        texts.put(connection, run)
+    return b"".join(texts.content_hash(run) for run in id_runs(ids))
 
 
 def _open_work(connection: sa.Connection, turn: Row) -> None:

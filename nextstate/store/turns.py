@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -71,13 +72,11 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
     row = connection.execute(sa.select(t.turns).where(t.turns.c.id == turn_id)).first()
     if row is None:
         return None
-    keys = [row.rest, row.reply, *hashes(row.messages), *hashes(row.prompt_ids or b"")]
-    found = texts.get(connection, keys)
+    found = texts.get(connection, turn_texts(row))
     request: Json = {"messages": [read_json(found[key]) for key in hashes(row.messages)]}
     request.update(read_json(found[row.rest]))
-    if "tools" in request:
-        tools = bytes.fromhex(request["tools"])
-        request["tools"] = read_json(texts.get(connection, [tools])[tools])
+    if row.tools is not None:
+        request["tools"] = read_json(found[row.tools])
     return Turn(
         id=row.id,
         session=row.session,
@@ -99,11 +98,18 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
     )
 
 
+def turn_texts(row: Any) -> set[bytes]:
+    """The hashes of the texts that a row of `turns` refers to."""
+    found = {row.rest, row.reply, *hashes(row.messages), *hashes(row.prompt_ids or b"")}
+    return found if row.tools is None else {*found, row.tools}
+
+
 def load_next_states(connection: sa.Connection, turn_id: str) -> tuple[NextState, ...]:
     """What followed a turn, in order."""
     n = t.next_states.c
     query = sa.select(t.next_states).where(n.turn == turn_id).order_by(n.seq)
+    rows = connection.execute(query).all()
+    found = texts.get(connection, (row.text for row in rows))
     return tuple(
-        NextState(row.turn, Source(row.source), texts.decompress(row.text).decode(), row.trust)
-        for row in connection.execute(query)
+        NextState(row.turn, Source(row.source), found[row.text].decode(), row.trust) for row in rows
     )

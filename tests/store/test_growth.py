@@ -25,6 +25,7 @@ from nextstate.config import StoreConfig
 from nextstate.records import Feedback, PolicyVersion, ScoreCounts, TurnKind, VersionState
 from nextstate.store import Store
 from tests.store.test_records import KEY, add, judge, turn
+from tests.store.test_texts import assert_uses_are_counted
 
 LINEAGES = ("main", "bob")
 SCORES = st.sampled_from((-1, 0, 1))
@@ -67,6 +68,9 @@ class Counting(RuleBasedStateMachine):
         followed: bool,
     ) -> None:
         values = {"lineage": lineage, "kind": kind, "policy_version": version}
+        earlier = self.turns - 5
+        values["parent"] = f"turn_{earlier}" if earlier >= 0 else None
+        values["request"] = {"messages": [{"role": "user", "content": "go on"}] * (self.turns % 3)}
         new = turn(self.turns, session=f"s{self.turns % 5}", untrainable=reason, **values)
         add(self.store, new, next_state="thanks" if followed else None)
         self.turns += 1
@@ -155,6 +159,7 @@ class Counting(RuleBasedStateMachine):
             assert flat == Counter(pairs)
             for lineage in LINEAGES:
                 self.check_samples(connection, lineage)
+            assert_uses_are_counted(connection)
         connection.close()
 
     def check_samples(self, connection: sqlite3.Connection, lineage: str) -> None:

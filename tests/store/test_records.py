@@ -114,9 +114,9 @@ def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:
     long = {"role": "system", "content": "x" * 1000}
     add(store, *(turn(n, request={"messages": [long]}) for n in range(5)))
     with sa.create_engine(f"sqlite:///{store.dir}/nextstate.sqlite3").connect() as connection:
-        count = connection.execute(sa.select(sa.func.count()).select_from(schema.messages))
-        # The system message, the reply, the prompt's ids, and the empty rest of the request.
-        assert count.scalar_one() == 4
+        count = connection.execute(sa.select(sa.func.count()).select_from(schema.texts))
+        # The message, the reply, the prompt's ids, the empty rest of the request, the next state.
+        assert count.scalar_one() == 5
 
 
 @given(
@@ -158,8 +158,8 @@ def test_a_long_message_much_like_an_earlier_one_takes_little_room(tmp_path: Pat
     add(store, *recorded[:5])
     add(store, *recorded[5:])  # against a base that another transaction has stored
     with sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3").connect() as connection:
-        m = schema.messages.c
-        query = sa.select(sa.func.length(m.body)).where(m.base.is_not(None))
+        m = schema.texts.c
+        query = sa.select(sa.func.length(m.stored)).where(m.base.is_not(None))
         small = connection.execute(query).scalars().all()
     assert len(small) == 8
     assert max(small) < 500 < len(prompts[0]) / 50
