@@ -26,7 +26,7 @@ from proxy.linking.parents import Found, find_parent, main_turn, session_of
 
 
 class Exchange(NamedTuple):
-    """One finished request and reply, before it is linked; a tuple, for it is pickled and read."""
+    """One finished request and reply, before it is linked. A tuple, because it is pickled."""
 
     turn_id: str
     lineage: str
@@ -35,18 +35,18 @@ class Exchange(NamedTuple):
     request: Json
     capture: Capture
     policy_version: int | None
-    """The version that the engine's answer names."""
+    """The version that the engine says it served."""
     timings: Timings
     cut: bool = False
-    """Whether the client did not see the reply's end."""
+    """True if the client did not see the end of the reply."""
     untrainable: str | None = None
-    """Why the turn cannot train, where that is known without looking at its tokens."""
+    """Why the turn must not train, if that is known without its tokens."""
     amends: bool = False
-    """Whether it was sent before, when nobody knew yet that the client would not see the end."""
+    """True if it was sent before, and only now it is known that the client did not see the end."""
     vague_name: bool = False
-    """Whether the client's name for its session is a person's or an app's: many have the same."""
+    """True if the client's name for its session is a person's or an app's."""
     kind: TurnKind | None = None
-    """What the client says that the turn is; None where the agent's profile tells."""
+    """The kind that the client gives; None if the agent's profile decides."""
 
 
 class Read(NamedTuple):

@@ -44,7 +44,10 @@ _C = t.turns.c
 _CANDIDATE = sa.select(
     *(_C.id, _C.session, _C.kind, _C.continued, _C.messages, _C.reply_key, _C.said_key, _C.seq)
 )
-_KEY, _NAME, _TURN, _PLACE = (sa.bindparam(name) for name in ("key", "name", "turn", "at"))
+_KEY: sa.BindParameter[Any] = sa.bindparam("key")
+_NAME: sa.BindParameter[Any] = sa.bindparam("name")
+_TURN: sa.BindParameter[Any] = sa.bindparam("turn")
+_PLACE: sa.BindParameter[Any] = sa.bindparam("at")
 _OF_NAME = sa.select(_C.session, _C.seq).where(_C.client_session == _NAME)
 _IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
 _IS_MAIN = _C.kind == TurnKind.MAIN.value
