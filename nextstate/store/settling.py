@@ -300,6 +300,7 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
         "score": verdict.score,
         "hinted": verdict.hinted_prompt_ids is not None,
         "reason": reason,
+        "screened": None,
     }
     s = t.samples.c
     state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
