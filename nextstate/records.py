@@ -1,7 +1,7 @@
 """The four records of the pipeline: Turn → NextState → Verdict → Sample.
 
-All are frozen and check themselves. A constructor raises RecordError if a per-token list does not have
-the length of `completion_ids`: nothing is padded or cut to fit. Unknown is `None`, never 0.0.
+All are frozen and check themselves. A constructor raises RecordError if a per-token list is not as
+long as `completion_ids`: nothing is padded or cut to fit. Unknown is `None`, never 0.0.
 """
 
 from __future__ import annotations
