@@ -376,7 +376,7 @@ class _Learner:
         """From `holdout_after` versions on, except for sessions that trained before."""
         config = self._config
         if self._trained_before is None and config.holdout and versions >= config.holdout_after:
-            self._trained_before = self._store.training.trained_sessions(self.lineage)
+            self._trained_before = self._store.training.begin_holding_out(self.lineage)
 
     def _hold_out(self) -> int:
         """Keeps ready samples from training; says how many."""

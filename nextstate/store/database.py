@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import namedtuple
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
 from types import FunctionType
 from typing import Any, Protocol, TypeVar
@@ -89,11 +89,6 @@ class Cursor:
     def run(self, statement: Prepared, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
         self._cursor.execute(statement.sql, statement.arguments(values))
-        return self._cursor.rowcount
-
-    def run_many(self, statement: Prepared, rows: Iterable[Mapping[str, object]]) -> int:
-        """Runs a statement once for each row; returns how many rows it changed."""
-        self._cursor.executemany(statement.sql, [statement.arguments(row) for row in rows])
         return self._cursor.rowcount
 
     def first(self, statement: Prepared, **values: object) -> Any | None:

@@ -164,14 +164,16 @@ samples = sa.Table(
     sa.Column("trained_in", sa.Integer),
     sa.Column("reason", sa.Text),
     sa.Column("seq", sa.Integer),
+    sa.Column("screened", sa.Boolean),
 )
-"""What may train; `seq` is the turn's own."""
+"""What may train. `seq` is the turn's own. `screened` is set once the learner has looked at a ready
+sample and not held it out; it is NULL before, and of a sample that is held out."""
 _of_state = (samples.c.lineage, samples.c.state)
 sa.Index(
     "samples_by_kind",
     *(*_of_state, samples.c.policy_version, samples.c.score, samples.c.hinted, samples.c.seq),
 )
-sa.Index("samples_by_age", *_of_state, samples.c.seq)
+sa.Index("samples_by_age", *_of_state, samples.c.screened, samples.c.seq)
 _where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
 
 versions = sa.Table(

@@ -254,13 +254,13 @@ def _text(key: bytes | None, found: Texts) -> str | None:
 
 
 def _put_ids(connection: sa.Connection, ids: Sequence[int] | None) -> bytes | None:
-    """Stores token ids in runs; returns the hashes of the runs, one after the other."""
+    """Stores token ids in runs, each distinct one once; returns the hashes of the runs in order."""
     if ids is None:
         return None
-    runs = {texts.content_hash(run): run for run in id_runs(ids)}
-    for run in runs.values():
+    runs = id_runs(ids)
+    for run in set(runs):
         texts.put(connection, run)
-    return b"".join(texts.content_hash(run) for run in id_runs(ids))
+    return b"".join(map(texts.content_hash, runs))
 
 
 def _open_work(connection: sa.Connection, turn: Row) -> None:
@@ -300,6 +300,7 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
         "score": verdict.score,
         "hinted": verdict.hinted_prompt_ids is not None,
         "reason": reason,
+        "screened": None,
     }
     s = t.samples.c
     state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()

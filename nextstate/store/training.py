@@ -58,34 +58,45 @@ class Training:
             )
             return _load_samples(connection, chosen, s.batch == batch)
 
+    def begin_holding_out(self, lineage: str) -> frozenset[str]:
+        """Lets `hold_out` look at every ready sample again: for a learner that starts.
+
+        Returns the sessions that have trained, which should never be held out.
+        """
+        s = t.samples.c
+        ours = s.lineage == lineage
+        looked_at = sa.update(t.samples).where(
+            ours, s.state == SampleState.READY, s.screened.is_not(None)
+        )
+        query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id).distinct()
+        with self._database.write() as connection:
+            connection.execute(looked_at.values(screened=None))
+            trained = connection.execute(query.where(ours, s.state == SampleState.TRAINED))
+            return frozenset(trained.scalars())
+
     def hold_out(self, lineage: str, chosen: Callable[[str], bool]) -> int:
         """Keeps the ready samples of the sessions that are `chosen` from training, for good.
 
-        Returns how many.
+        It looks at each sample once, so its cost does not grow with those that wait. Returns how
+        many it held out.
         """
         s = t.samples.c
         ready = (s.lineage == lineage, s.state == SampleState.READY)
-        with self._database.read() as connection:
-            query = sa.select(s.turn, t.turns.c.session).join(t.turns, s.turn == t.turns.c.id)
-            found = connection.execute(query.where(*ready)).all()
-        sessions = {row.session for row in found}
-        held = {session for session in sessions if chosen(session)}
-        turns = [row.turn for row in found if row.session in held]
-        done = 0
-        for start in range(0, len(turns), _PER_STATEMENT):
-            some = s.turn.in_(turns[start : start + _PER_STATEMENT])
+        query = sa.select(s.turn, t.turns.c.session).join(t.turns, s.turn == t.turns.c.id)
+        query = query.where(*ready, s.screened.is_(None)).order_by(s.seq).limit(_PER_STATEMENT)
+        held = 0
+        while True:
+            with self._database.read() as connection:
+                rows = connection.execute(query).all()
+            if not rows:
+                return held
+            sessions = {session for session in {row.session for row in rows} if chosen(session)}
             with self._database.write() as connection:
-                values = sa.update(t.samples).where(*ready, some).values(state=SampleState.HELD)
-                done += connection.execute(values).rowcount
-        return done
-
-    def trained_sessions(self, lineage: str) -> frozenset[str]:
-        """The sessions of the samples that have trained."""
-        s = t.samples.c
-        query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id).distinct()
-        trained = query.where(s.lineage == lineage, s.state == SampleState.TRAINED)
-        with self._database.read() as connection:
-            return frozenset(connection.execute(trained).scalars())
+                for is_held in (False, True):
+                    turns = [row.turn for row in rows if (row.session in sessions) == is_held]
+                    values = {"state": SampleState.HELD} if is_held else {"screened": True}
+                    update = sa.update(t.samples).where(*ready, s.turn.in_(turns)).values(values)
+                    held += connection.execute(update).rowcount * is_held
 
     def held_samples(self, lineage: str, limit: int, per_session: int) -> list[Sample]:
         """The newest `limit` samples that are held out, newest first.
@@ -96,7 +107,7 @@ class Training:
         query = (
             sa.select(s.turn, t.turns.c.session)
             .join(t.turns, t.turns.c.id == s.turn)
-            .where(s.lineage == lineage, s.state == SampleState.HELD)
+            .where(s.lineage == lineage, s.state == SampleState.HELD, s.screened.is_(None))
             .order_by(s.seq.desc())
         )
         chosen: list[str] = []

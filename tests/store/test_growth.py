@@ -330,6 +330,19 @@ def test_what_is_asked_often_costs_the_same_in_a_large_store(
     assert large <= 1.5 * small + 300, (small, large)
 
 
+def test_samples_that_the_learner_has_looked_at_are_not_looked_at_again(tmp_path: Path) -> None:
+    found: list[int] = []
+    for sessions in (10, 200):
+        store = Store(StoreConfig(dir=str(tmp_path / str(sessions))))
+        fill(store, sessions, ready=20 * sessions)
+        assert store.training.hold_out("main", lambda session: session == "s3") == 20
+        found.append(steps(store, lambda s: s.training.hold_out("main", lambda _: True)))
+        store.training.begin_holding_out("main")
+        assert store.training.hold_out("main", lambda _: True) == 20 * (sessions - 1)
+    small, large = found
+    assert large <= 1.5 * small + 300, found
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
 def test_a_backlog_is_not_sorted_before_some_of_it_is_leased(
     tmp_path: Path, wanted: tuple[bool, bool]
