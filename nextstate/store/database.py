@@ -26,6 +26,8 @@ T = TypeVar("T")
 class Dialect(Protocol):
     """What only one kind of database does."""
 
+    kind: str
+    """Such as "SQLite", for messages."""
     name: str
     """What a message calls the database: its file or address."""
     errors: tuple[type[Exception], ...]
@@ -207,7 +209,8 @@ class Database:
                 ) from cause
             if self._dialect.is_damaged(cause):
                 raise StoreError(
-                    f"{self._dialect.name} is no whole database: {cause}; it is left as it is: "
+                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {cause}; "
+                    "it is left as it is: "
                     "put a whole copy in its place, or move it away to begin with an empty store"
                 ) from cause
             if isinstance(error, OSError):

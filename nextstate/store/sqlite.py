@@ -38,6 +38,7 @@ _DAMAGED_CODES = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
 class SQLite:
     """A database in one file, which only its owner may read."""
 
+    kind = "SQLite"
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
     begin_writing = "BEGIN IMMEDIATE"
 
