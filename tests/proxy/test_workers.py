@@ -328,10 +328,13 @@ class Clocked(Store):
         self.looked = 0
         """How many times the other workers were looked at."""
         super().__init__(StoreConfig(dir=str(folder / "state")), lambda: self.now)
+        others = self.workers.others
 
-    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
-        self.looked += 1
-        return super().others(worker)
+        def looked(worker: str) -> list[tuple[list[str], dict[str, int]]]:
+            self.looked += 1
+            return others(worker)
+
+        self.workers.others = looked
 
 
 class Pair:
