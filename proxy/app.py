@@ -11,10 +11,8 @@ from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
 
 import aiohttp
-import orjson
 from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -24,32 +22,26 @@ from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Json
 from nextstate.store.settling import Reception
 from nextstate.store.store import Store
-from nextstate.wire import json_object, objects, read_json, write_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_body, refuse_coded, unreadable
 from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
+from proxy.dispatch import CALLER, Dispatch
+from proxy.engine_call import Engine
 from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
-from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import Lineages
 from proxy.linking.continuation import session_names
 from proxy.metrics import counts_of, exposition
-from proxy.pass_through import Passing
-from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
+from proxy.paths import GENERATING, OURS
 from proxy.recorder import Recorder
 from proxy.relay import Relay
 from proxy.server import Gate, Runner
-from proxy.serving import MESSAGES, compact
 from proxy.upstream import Upstream
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
-_CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
-_JSON = "application/json"
-_GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
-"""What generates in a form that no turn can hold."""
 _OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
 """Need no key."""
 _FOR_WHAT_IT_HOLDS = frozenset((400, 404, 413, 415))
@@ -98,15 +90,17 @@ class Proxy:
         self._worker = worker
         self.gate = Gate()
         self._allowance = Allowance()
-        self._relay: Relay | None = None
-        self._passing: Passing
-        """For what is passed on as it is, once the application runs."""
-
-    @property
-    def relay(self) -> Relay:
-        """The relay, once the application runs."""
-        assert self._relay is not None
-        return self._relay
+        self._own_routes: dict[str, dict[str, Handler]] = {
+            "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
+            "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
+            "/health": {"GET": self._health, "HEAD": self._health},
+            "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
+            "/v1/feedback": {"POST": self._feedback},
+        }
+        # Once the application runs:
+        self.upstream: Upstream
+        self.relay: Relay
+        self.dispatch: Dispatch
 
     def runner(self) -> web.AppRunner:
         """Runs the application on a server with vLLM's idea of HTTP, deadlines and a limit."""
@@ -125,39 +119,23 @@ class Proxy:
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         path, method = request.path, request.method
-        ours: dict[str, dict[str, Handler]] = {
-            "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
-            "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
-            "/health": {"GET": self._health, "HEAD": self._health},
-            "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
-            "/v1/feedback": {"POST": self._feedback},
-        }
-        if path in ours:
-            handler = ours[path].get(method)
+        if path in OURS:
+            handler = self._own_routes[path].get(method)
             if handler is None:
-                raise Refused(405, f"{path} takes {' or '.join(ours[path])}, not {method}.")
+                taken = " or ".join(self._own_routes[path])
+                raise Refused(405, f"{path} takes {taken}, not {method}.")
             return await handler(request)
-        if path in GENERATING and method == "POST":
-            return await self._generate(request)
-        if path == MODELS and method == "GET":
-            return await self._models(request)
-        known = path.startswith("/v1/") or path in PROBED
-        if not known or leads_out(path) or resembles_generating(path):
-            raise Refused(404, f"There is no {path[:200]}.")
-        return await self._pass(request)
+        return await self.dispatch.handle(request)
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
         # Compressed, an answer could not be read.
         headers = {"Accept-Encoding": "identity"}
         if self._engine_key:
             headers["Authorization"] = f"Bearer {self._engine_key}"
-        async with (
-            Passing(self.config, self.versions, headers, self._out_of_files) as self._passing,
-            Upstream(self.engine.url, headers | {"Content-Type": _JSON}) as upstream,
-        ):
-            self._relay = Relay(
-                self.config, self.versions, self.recorder, upstream, self._out_of_files
-            )
+        async with Upstream(self.engine.url, headers) as self.upstream:
+            engine = Engine(self.config, self.versions, self.upstream, self._out_of_files)
+            self.relay = Relay(engine, self.recorder)
+            self.dispatch = Dispatch(self.relay, self.lineages)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
@@ -212,7 +190,7 @@ class Proxy:
         if preflight:
             return web.Response(status=204, headers=preflight_headers(request.headers))
         if caller is not None:
-            request[_CALLER] = caller
+            request[CALLER] = caller
         elif request.path not in _OPEN_PATHS:
             raise Refused(401, "Wrong or missing API key: send it as a bearer key.")
         refuse_coded(request)
@@ -220,123 +198,13 @@ class Proxy:
 
     async def _share(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets the page that asked read what it gets; a foreign one was refused."""
-        if response.status != 403:
+        if "Origin" in request.headers and response.status != 403:
             has_key = self.lineages.main_key is not None
             response.headers.update(shared_with(request.headers, has_key))
 
     def _out_of_files(self, error: BaseException) -> Refused:
         self.gate.ran_out(error)
         return Refused(503, "The proxy has no files left for a connection to the engine.")
-
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        data = await read_body(request, self.config.max_body_mb)
-        try:
-            body = read_json(data)
-        except ValueError as error:
-            return await self._unserved(request, data, "body", f"The body is no JSON: {error}.")
-        if not isinstance(body, dict):
-            return await self._unserved(request, data, "body", "The body is no JSON object.")
-        if request.content_type != _JSON:
-            message = f"Content-Type: {request.content_type}: expected {_JSON}."
-            return await self._unserved(request, data, "content_type", message)
-        body = cast(Json, body)
-        self._guard(body)
-        lineage = self._lineage(request, body)
-        if lineage is None:
-            served = ", ".join((self.engine.model, *self.lineages.models(request[_CALLER])))
-            message = f"The model `{body.get('model')!s:.200}` is not served here: use {served}."
-            return await self._unserved(request, data, "model", message)
-        self._tame(request, body, lineage)
-        try:
-            return await self.relay.generate(request, body, lineage, body["model"])
-        except ValueError as error:
-            raise Refused(400, f"The body cannot be passed on: {error}.") from error
-
-    async def _unserved(
-        self, request: web.Request, data: bytes, reason: str, message: str
-    ) -> web.StreamResponse:
-        """The engine's own answer to a request that it has to refuse.
-
-        An engine that takes it all the same would answer with its base model, for which nobody
-        asked: then the answer is `message`.
-        """
-        self.relay.counts.unrecorded[reason] += 1
-        return await self._passing.forward(request, data, refused=message)
-
-    def _tame(self, request: web.Request, body: Json, lineage: str) -> None:
-        generates = request.path in GENERATING or request.path.startswith(_GENERATES)
-        tame(body, lineage, salted=generates and self.lineages.apart)
-
-    def _guard(self, body: Json) -> None:
-        """Raises Refused for a request that must not reach the engine."""
-        found = refusal(
-            body,
-            max_choices=self.config.max_choices,
-            names_adapter=self.versions.is_adapter(str(body.get("model"))),
-        )
-        if found is not None:
-            raise found
-
-    async def _models(self, request: web.Request) -> web.StreamResponse:
-        caller = request[_CALLER]
-
-        def shown(body: bytes) -> bytes:
-            listed = json_object(body)
-            if listed is None or "data" not in listed:
-                return body
-            # No other model that the engine has generates here; its root may be a folder.
-            base = [m for m in objects(listed["data"]) if m.get("id") == self.engine.model]
-            names = (self.engine.model, *self.lineages.models(caller))
-            root = self.engine.model
-            listed["data"] = [{**m, "id": name, "root": root} for m in base for name in names]
-            return compact(listed)
-
-        return await self._passing.forward(request, None, shown)
-
-    async def _pass(self, request: web.Request) -> web.StreamResponse:
-        if administers(request.path):
-            message = f"{request.path} administers the engine: it is not for agents."
-            return _refused(request, 403, "PermissionDeniedError", message)
-        generates = request.path.startswith(_GENERATES)
-        if generates:
-            self.relay.counts.unrecorded["route"] += 1
-        if request.method != "POST" or request.content_type.startswith("multipart/"):
-            if generates and self.versions.serves(request[_CALLER]).adapter_name is not None:
-                message = f"{request.path} takes a form: the serving version cannot answer it."
-                return _refused(request, 400, "BadRequestError", message)
-            return await self._passing.forward(request, None)
-        data = await read_body(request, self.config.max_body_mb)
-        try:
-            body = read_json(data)
-        except ValueError:  # the engine says what is wrong with it
-            return await self._passing.forward(request, data)
-        if not isinstance(body, dict):
-            return await self._passing.forward(request, data)
-        body = cast(Json, body)
-        self._guard(body)
-        lineage = self._lineage(request, body)
-        if lineage is None:
-            return await self._passing.forward(request, data)
-        self._tame(request, body, lineage)
-        async with self.versions.hold(lineage) as version:
-            served, named = version.adapter_name or self.engine.model, str(body["model"])
-            try:
-                sent = write_json({**body, "model": served})
-            except ValueError as error:
-                raise Refused(400, f"The body cannot be passed on: {error}.") from error
-
-            def renamed(part: bytes) -> bytes:
-                # Quotes inside of a JSON string are escaped: this is always a key and its value.
-                return part.replace(_named(served), _named(named))
-
-            return await self._passing.forward(request, sent, renamed, version)
-
-    def _lineage(self, request: web.Request, body: Json) -> str | None:
-        """The lineage that a request's model belongs to, or None; names it where it is left out."""
-        if body.get("model") in (None, "") and not request.path.startswith(MESSAGES):
-            body["model"] = self.engine.model  # as the engine takes it, but not in this dialect
-        model = body.get("model")
-        return self.lineages.of(request[_CALLER], model) if isinstance(model, str) else None
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
         if request.content_type != "application/json":
@@ -346,13 +214,13 @@ class Proxy:
             said = read_feedback(await read_body(request, self.config.max_body_mb))
         except RecordError as error:
             return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
-        if wait_s := self._allowance.wait_s(request[_CALLER]):
+        if wait_s := self._allowance.wait_s(request[CALLER]):
             message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
             response = _refused(request, 429, "RateLimitError", message)
             response.headers["Retry-After"] = str(wait_s)
             return response
         try:
-            found = await asyncio.to_thread(self._receive, said, request[_CALLER])
+            found = await asyncio.to_thread(self._receive, said, request[CALLER])
         except (WaitError, SQLAlchemyError, OSError) as error:
             log.warning("feedback on turn=%s could not be stored: %s", said.turn_id, error)
             message = "The store cannot be written now."
@@ -383,7 +251,7 @@ class Proxy:
             "learning_lacks": self.engine.abilities.lacks,
             "turns_waiting": self.recorder.counts.waiting,
         }
-        caller = request.get(_CALLER)
+        caller = request.get(CALLER)
         if caller is not None:
             serving = {name: self.versions.serves(name).number for name in self.versions.serving}
             found["version"] = serving[caller]
@@ -428,10 +296,6 @@ async def _every(pause_s: float, work: Callable[[], None]) -> None:
         except (NextStateError, SQLAlchemyError, OSError) as error:
             log.warning("%s failed: %s", work.__name__, error)
         await asyncio.sleep(pause_s)
-
-
-def _named(model: str) -> bytes:
-    return b'"model":' + orjson.dumps(model)
 
 
 def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:

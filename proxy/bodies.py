@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
 
 from aiohttp import web
 
@@ -32,30 +31,24 @@ def refuse_coded(request: web.Request) -> None:
 
 
 async def read_body(request: web.Request, max_mb: int) -> bytes:
-    """The whole body. Raises Refused for one that is too large or expensive."""
-    size = request.content_length
-    if size is not None and size > max_mb << 20:
-        raise too_large(max_mb)
-    await _welcome(request)
-    try:
-        data = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large(max_mb) from None
+    """A body that may be JSON. Raises Refused if it is too large or would unfold too far."""
+    data = await read_any_body(request, max_mb)
     why = await asyncio.to_thread(excess, data) if len(data) > _MANY else excess(data)
     if why is not None:
         raise Refused(400, f"The request body has {why}.")
     return data
 
 
-async def stream_body(request: web.Request, max_mb: int) -> AsyncGenerator[bytes]:
-    """The body as it comes. Raises Refused where it gets too large."""
-    await _welcome(request)
-    size = 0
-    async for chunk in request.content.iter_any():
-        size += len(chunk)
-        if size > max_mb << 20:
-            raise too_large(max_mb)
-        yield chunk
+async def read_any_body(request: web.Request, max_mb: int) -> bytes:
+    """The whole body. Raises Refused if it is larger than `max_mb` MiB."""
+    size = request.content_length
+    if size is not None and size > max_mb << 20:
+        raise too_large(max_mb)
+    await _ask_for_body(request)
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large(max_mb) from None
 
 
 def unreadable(request: web.Request, error: BaseException) -> web.Response:
@@ -96,7 +89,7 @@ def _exceeds(data: bytes) -> str | None:
     return None
 
 
-async def _welcome(request: web.Request) -> None:
+async def _ask_for_body(request: web.Request) -> None:
     """Asks for the body of a client that waits to be asked."""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= (1, 1):
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")

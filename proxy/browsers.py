@@ -12,6 +12,7 @@ one may come from anywhere.
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -111,6 +112,7 @@ def _host(value: str) -> str | None:
     return name if name and (not port or (port.isascii() and port.isdigit())) else None
 
 
+@lru_cache(maxsize=64)
 def _is_local(name: str) -> bool:
     """Whether a name or address is never a web site's, which has a dot in its name."""
     try:

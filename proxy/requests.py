@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import httptools
 from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http import HttpVersion, HttpVersion11, RawRequestMessage
+from aiohttp.http import HttpVersion, HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -26,6 +26,7 @@ HEAD_BYTES = 256 * 1024
 MOST_HEADERS = 1024
 _BUFFER_BYTES = 64 * 1024
 """Of a body that nobody reads yet: with twice as many the connection is not read any further."""
+_VERSIONS = {"1.1": HttpVersion11, "1.0": HttpVersion10}
 _FRAMING = ("Content-Length", "Transfer-Encoding")
 
 Message = tuple[RawRequestMessage, StreamReader]
@@ -59,7 +60,8 @@ class RequestParser:
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
-        self._framing = b""
+        self._framed: CIMultiDict[str] = CIMultiDict()
+        """The newest request's headers."""
         self._resumed = False
         """In a head made up to read the body behind one that asked for another protocol."""
         self._parser = self._new_parser()
@@ -124,7 +126,10 @@ class RequestParser:
             self._parser = self._new_parser()
             if self._payload is not None:
                 self._resumed = True
-                rest = b"POST / HTTP/1.1\r\n" + self._framing + b"\r\n" + rest
+                framing = [
+                    f"{name}: {self._framed[name]}\r\n" for name in _FRAMING if name in self._framed
+                ]
+                rest = b"POST / HTTP/1.1\r\n" + "".join(framing).encode() + b"\r\n" + rest
             if rest:
                 self._feed(rest)
 
@@ -166,14 +171,15 @@ class RequestParser:
         chunked = "Transfer-Encoding" in headers  # llhttp takes no other coding at its end
         if chunked or int(headers.get("Content-Length", "0")):
             self._payload = StreamReader(self._protocol, _BUFFER_BYTES, loop=self._loop)
-        framing = [f"{name}: {headers[name]}\r\n" for name in _FRAMING if name in headers]
-        self._framing = "".join(framing).encode()
-        target = URL.build(path=known_as(path), query_string=query, encoded=True)
-        version = HttpVersion(*map(int, self._parser.get_http_version().split(".")))
+        self._framed = headers
+        path = known_as(path)
+        target = URL.build(path=path, query_string=query, encoded=True)
+        named = self._parser.get_http_version()
+        version = _VERSIONS.get(named) or HttpVersion(*map(int, named.split(".")))
         self.path = target.path
         message = RawRequestMessage(
             method=self._parser.get_method().decode("ascii"),
-            path=str(target),
+            path=f"{path}?{query}" if query else path,
             version=version,
             headers=CIMultiDictProxy(headers),
             raw_headers=tuple(self._headers),

@@ -1,8 +1,9 @@
 """How one request is served: what the engine gets, and what each of its answers becomes.
 
-`Direct` adds to a request and takes back out of the reply. `Translated` serves another wire format
-through the chat route, which alone tells token ids and log-probs. `Native` relays such a format as
-it is, where a translation could differ: the turn is kept, without tokens.
+`Direct` adds fields to a request and takes them out of the reply again. `Translated` serves another
+wire format through the chat route, the only one that returns token ids and log-probs. `Native`
+relays such a format as it is, where a translation could differ: the turn is kept without tokens.
+`Passed` is for all other routes: nothing is recorded.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import orjson
 
 from nextstate.engine.client import EngineClient
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import Habits as MessagesBehaviour
 from nextstate.error_text import told
 from nextstate.records import Json
 from nextstate.wire import json_object, write_json
@@ -38,9 +39,26 @@ _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 
 
 class Serving(Protocol):
-    """One request while it runs; pure, fed with what the engine sends."""
+    """One form of a request. It does no input or output."""
 
     path: str
+    """The engine's route."""
+
+    def request(self, model: str) -> bytes:
+        """The body that the engine gets; `model` is the serving adapter's name there.
+
+        Raises ValueError if it is nested too deep to be written.
+        """
+        ...
+
+    def plainer(self) -> Serving | None:
+        """The same request in the form to try if the engine refuses this one."""
+        ...
+
+
+class Recorded(Serving, Protocol):
+    """One form of a request that generates, fed with what the engine sends."""
+
     chat: Json
     """The request in chat form, as it is recorded."""
     capture: Capture
@@ -49,23 +67,23 @@ class Serving(Protocol):
     untrainable: str | None
     """Why the turn cannot train whatever the engine answers, or None."""
 
-    def request(self, model: str) -> bytes:
-        """The body that the engine gets; `model` is the serving adapter's name there."""
+    def plainer(self) -> Recorded | None:
+        """See `Serving`."""
         ...
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """What the client gets for the plain content events from `start` on, and where they end.
+        """(what the client gets for the plain content events from `start` on, where they end).
 
-        None of them finishes the reply; what they leave is for `event`.
+        None of them finishes the reply. `event` reads the events that follow.
         """
         ...
 
     def event(self, event: bytes) -> bytes:
-        """What the client gets for one event of the stream, with its terminator; maybe nothing."""
+        """What the client gets for one event of the stream, with its terminator; may be empty."""
         ...
 
     def reply(self, data: bytes) -> bytes | None:
-        """What the client gets for a whole reply; None if only the native route can word it."""
+        """What the client gets for a whole reply; None if `plainer` has to be asked for it."""
         ...
 
     @property
@@ -94,8 +112,8 @@ class EventReader(Protocol):
 class Dialect:
     """A wire format that the chat route can serve."""
 
-    to_chat: Callable[[Json, Habits], Translation]
-    """(client's request, the engine's habits) → the request in chat form."""
+    to_chat: Callable[[Json, MessagesBehaviour], Translation]
+    """(client's request, what the engine's own route does with it) → the request in chat form."""
     from_chat: Callable[[Json, Json, int], Json | None]
     """(chat reply, client's request, longest context) → its reply; None: only natively."""
     encode: Callable[[Json], bytes]
@@ -158,6 +176,12 @@ class Direct:
             return write_json({**self._body, "model": model})
         return write_json(self._format.upstream_request(self._body, model))
 
+    def plainer(self) -> Recorded | None:
+        """The request as the client wrote it."""
+        if not self.additions:
+            return None
+        return Direct(self.path, self._body, self._asked.model, None, additions=False)
+
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
         if self._splice is None:
@@ -213,9 +237,16 @@ class Translated:
     """Another wire format, served through the chat route."""
 
     def __init__(
-        self, dialect: Dialect, body: Json, chat_request: Json, model: str, max_model_len: int
+        self,
+        dialect: Dialect,
+        path: str,
+        body: Json,
+        chat_request: Json,
+        model: str,
+        max_model_len: int,
     ) -> None:
         self.path = CHAT
+        self._client_path = path
         self.untrainable: str | None = None
         self.chat = chat_request
         self.capture = Capture()
@@ -229,6 +260,11 @@ class Translated:
     def request(self, model: str) -> bytes:
         """See `Serving`."""
         return write_json(chat.upstream_request(self.chat, model))
+
+    def plainer(self) -> Recorded | None:
+        """The request on the client's own route: an error about it is worded there."""
+        translation = self._dialect.to_chat(self._body, MessagesBehaviour())
+        return Native(self._dialect, self._client_path, self._body, translation, self._asked.model)
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
@@ -288,14 +324,16 @@ class Native:
         )
         self._dialect = dialect
         self._body = body
-        self._client_name = b'"model":' + orjson.dumps(model)
-        self._engine_name = self._client_name
+        self._client_name = self._engine_name = model_field(model)
         self._reader = dialect.chunks()
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        self._engine_name = b'"model":' + orjson.dumps(model)
+        self._engine_name = model_field(model)
         return write_json({**self._body, "model": model})
+
+    def plainer(self) -> None:
+        """There is none."""
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
@@ -334,8 +372,49 @@ class Native:
         return data.replace(self._engine_name, self._client_name)
 
 
-def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Serving:
-    """How a request that named `model` is served."""
+class Passed:
+    """A request that is relayed and not recorded; nothing but the model's name changes."""
+
+    def __init__(
+        self,
+        path: str,
+        data: bytes,
+        body: Json | None = None,
+        reply: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        self.path = path
+        self._data = data
+        self._body = body
+        """The request's JSON object, if it names a model that is served here."""
+        self._reply = reply
+        self._client_name = b"" if body is None else model_field(str(body["model"]))
+        self._engine_name = self._client_name
+
+    @property
+    def changes(self) -> bool:
+        """Whether a reply may differ from the engine's."""
+        return self._body is not None or self._reply is not None
+
+    def request(self, model: str) -> bytes:
+        """See `Serving`."""
+        if self._body is None:
+            return self._data
+        self._engine_name = model_field(model)
+        return write_json({**self._body, "model": model})
+
+    def plainer(self) -> None:
+        """There is none."""
+
+    def reply(self, data: bytes) -> bytes:
+        """What the client gets for a whole reply, or for one event of a stream."""
+        if self._reply is not None:
+            return self._reply(data)
+        # Quotes inside a JSON string are escaped, so this is always a key with its value.
+        return data.replace(self._engine_name, self._client_name) if self._body else data
+
+
+def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Recorded:
+    """How a request that generates and named `model` is served."""
     dialect = DIALECTS.get(path)
     if dialect is None:
         additions = engine.abilities.additions
@@ -343,13 +422,12 @@ def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Servi
     translation = dialect.to_chat(body, engine.habits)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation, model)
-    return Translated(dialect, body, translation.chat, model, engine.max_model_len)
+    return Translated(dialect, path, body, translation.chat, model, engine.max_model_len)
 
 
-def natively(path: str, body: Json, model: str) -> Serving:
-    """The same request relayed as it is, where its form as a chat request will not do."""
-    dialect = DIALECTS[path]
-    return Native(dialect, path, body, dialect.to_chat(body, Habits()), model)
+def model_field(name: str) -> bytes:
+    """The JSON field that names a model, as vLLM writes it."""
+    return b'"model":' + orjson.dumps(name)
 
 
 def compact(reply: Json) -> bytes:

@@ -1,7 +1,7 @@
 """The engine's side of a relayed request: HTTP/1.1 over connections that are kept open.
 
-Only what generation needs: POST with a whole body, and the answer as it comes. llhttp parses it;
-whatever one read brings reaches the relay as one piece, however many HTTP chunks it was.
+A request has a whole body, and its answer is given out as it comes. llhttp parses it. All that one
+read brings reaches the relay as one piece, however many HTTP chunks it was.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import ssl
 from base64 import b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Self, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
@@ -25,6 +26,7 @@ IDLE_S = 4.0
 _UNREAD_BYTES = 128 * 1024
 """With more than this unread, nothing more is taken from the engine."""
 _HEAD_BYTES = 64 * 1024
+_WITHOUT_BODY = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "CONNECT"))
 
 
 class NotHttp(Exception):
@@ -40,14 +42,22 @@ class Cut(Exception):
 
 
 class Upstream:
-    """Posts to one server, each request on a connection of its own while it runs.
+    """Sends requests to one server, each on a connection of its own while it runs.
 
-    `headers` go with every request; a user in the URL is its authorization, unless they have one.
-    There is no limit to connections; of those that are free the one that was used last goes first,
-    and what was not needed for `IDLE_S` is closed. Raises ConfigError for a URL that is none.
+    `headers` go with every request. A user in the URL becomes the authorization, unless `headers`
+    have one. Connections are not limited. The free one that was used last is taken first, and one
+    that was free for `idle_s` is closed. Raises ConfigError for an invalid URL.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        connect_s: float = CONNECT_TIMEOUT_S,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._connect_s, self._idle_s = connect_s, idle_s
         try:
             base = URL(url)
         except ValueError as error:
@@ -57,10 +67,11 @@ class Upstream:
         self._host, self._port = base.host, base.port
         self._ssl = ssl.create_default_context() if base.scheme == "https" else None
         self._base = base.raw_path.rstrip("/")
-        self._headers = {"Host": base.host_port_subcomponent or "", **headers}
+        sent = {"Host": base.host_port_subcomponent or "", **headers}
         if base.user is not None:
             login = b64encode(f"{base.user}:{base.password or ''}".encode()).decode()
-            self._headers.setdefault("Authorization", f"Basic {login}")
+            sent.setdefault("Authorization", f"Basic {login}")
+        self._headers = [*sent.items()]
         self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
         """The one that was freed last stands last."""
@@ -75,24 +86,32 @@ class Upstream:
         for connection in list(self._connections):
             connection.abort()
 
-    async def post(
-        self, target: str, headers: Mapping[str, str], body: bytes, *, fresh: bool = False
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        fresh: bool = False,
     ) -> Answer:
         """The answer, once its head has come. `target` is a path with its query.
 
         `fresh` takes a new connection: one that was kept may be closed already at the other end.
-        Raises OSError for a server that cannot be reached or goes before it answers, NotHttp for
-        one that answers something else, ValueError for a line break in `target` or a header.
+        Raises OSError if the server cannot be reached or closes before it answers, NotHttp if the
+        answer is not HTTP, ValueError for a line break in `target` or a header.
         """
-        ours = [(name, value) for name, value in self._headers.items() if name not in headers]
-        fields = [*ours, *headers.items(), ("Content-Length", len(body))]
-        lines = [f"{name}: {value}\r\n" for name, value in fields]
-        head = f"POST {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
+        lines = [f"{name}: {value}\r\n" for name, value in self._headers if name not in headers]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        if body or method not in _WITHOUT_BODY:
+            lines.append(f"Content-Length: {len(body)}\r\n")
+        head = f"{method} {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
         if not head.count("\r") == head.count("\n") == len(lines) + 2:
             raise ValueError(f"a line break in {target!r} or one of the headers {[*headers]}")
         connection = (None if fresh else self._unused()) or await self._connected()
         try:
-            return await connection.ask(head.encode("utf-8", "surrogateescape") + body)
+            sent = head.encode("utf-8", "surrogateescape") + body
+            return await connection.ask(sent, head_only=method == "HEAD")
         except BaseException:
             connection.abort()
             raise
@@ -106,7 +125,7 @@ class Upstream:
 
     async def _connected(self) -> _Connection:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(self._connect_s):
             _, connection = await loop.create_connection(
                 lambda: _Connection(self, loop), self._host, self._port, ssl=self._ssl
             )
@@ -127,20 +146,20 @@ class Upstream:
         connection.freed_at = loop.time()
         self._free.append(connection)
         if self._cleaning is None:
-            self._cleaning = loop.call_later(IDLE_S, self._clean, loop)
+            self._cleaning = loop.call_later(self._idle_s, self._clean, loop)
 
     def _clean(self, loop: asyncio.AbstractEventLoop) -> None:
         self._cleaning = None
-        while self._free and self._free[0].freed_at <= loop.time() - IDLE_S:
+        while self._free and self._free[0].freed_at <= loop.time() - self._idle_s:
             self._free.pop(0).abort()
         if self._free:
-            self._cleaning = loop.call_at(self._free[0].freed_at + IDLE_S, self._clean, loop)
+            self._cleaning = loop.call_at(self._free[0].freed_at + self._idle_s, self._clean, loop)
 
 
 class Answer:
     """One answer: its head, and its body as it comes. It has to be read to the end or closed."""
 
-    __slots__ = ("_connection", "headers", "status")
+    __slots__ = ("_connection", "_peeked", "headers", "status")
 
     def __init__(
         self, status: int, headers: CIMultiDictProxy[str], connection: _Connection
@@ -148,6 +167,8 @@ class Answer:
         self.status = status
         self.headers = headers
         self._connection: _Connection | None = connection
+        self._peeked = b""
+        """Bytes of the body that `peek` has taken and `read` has not given out."""
 
     @property
     def content_length(self) -> int | None:
@@ -155,8 +176,27 @@ class Answer:
         length = self.headers.get("Content-Length")
         return None if length is None else int(length)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a part of the body has come already."""
+        connection = self._connection
+        return bool(self._peeked or (connection is not None and connection.parts))
+
+    async def peek(self) -> bytes:
+        """The body as far as it comes, for `read` to give out again."""
+        with suppress(Cut):  # `read` raises it again
+            while data := await self._read():
+                self._peeked += data
+        return self._peeked
+
     async def read(self) -> bytes:
-        """What has come since the last call, once it is something; b"" at the end. Raises Cut."""
+        """What has come since the last call: at least one byte, or b"" at the end. Raises Cut."""
+        if self._peeked:
+            data, self._peeked = self._peeked, b""
+            return data
+        return await self._read()
+
+    async def _read(self) -> bytes:
         connection = self._connection
         if connection is None:
             return b""
@@ -196,18 +236,20 @@ class _Connection(asyncio.Protocol):
         """Bytes taken in since the last part was taken, or since the request without a head."""
         self._paused = False
         self._reusable = False
+        self._head_only = False
         self._waiter: asyncio.Future[None] | None = None
         self.on_body = self.parts.append
         self._parser = HttpResponseParser(self)
 
     # For the relay's side
 
-    async def ask(self, request: bytes) -> Answer:
-        """Sends a request; see `Upstream.post`."""
+    async def ask(self, request: bytes, *, head_only: bool) -> Answer:
+        """Sends a request; see `Upstream.ask`. The answer to HEAD has a head and no body."""
         if self.closing:
             raise ConnectionResetError("the engine closed the connection at once")
         self.over, self._reusable = False, False
         self._answer = None
+        self._head_only = head_only
         self._unread = 0
         self._transport.write(request)
         while self._answer is None:
@@ -308,6 +350,8 @@ class _Connection(asyncio.Protocol):
         if status >= 200:
             headers = CIMultiDictProxy(CIMultiDict(self._fields))
             self._answer = Answer(status, headers, self)
+            if self._head_only:  # llhttp would wait for a body: the connection is not used again
+                self._end(None)
 
     def on_message_complete(self) -> None:
         if self._answer is not None:  # not after an interim answer

@@ -80,12 +80,13 @@ class Versions:
         """Returns when the engine serves."""
         await self._up.wait()
 
-    async def wait_admitted(self) -> None:
-        """Like `wait_up`, but raises WrongEngineError if only a person can help."""
-        while not self.up:
-            if self.wrong is not None:
-                raise WrongEngineError(self.wrong)
-            await self._known.wait()
+    async def wait_admitted(self, timeout_s: float) -> None:
+        """Like `wait_up`. Raises TimeoutError, and WrongEngineError if only a person can help."""
+        async with asyncio.timeout(timeout_s):
+            while not self.up:
+                if self.wrong is not None:
+                    raise WrongEngineError(self.wrong)
+                await self._known.wait()
 
     async def is_well(self) -> bool:
         """Whether the engine can serve, after a request failed; if not, further ones are held.

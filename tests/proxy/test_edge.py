@@ -216,7 +216,7 @@ def test_a_failure_of_ours_is_told_in_the_apis_words_too(
         def broken(*_: object) -> None:
             raise ZeroDivisionError("secret detail")
 
-        monkeypatch.setattr(p.proxy, "_guard", broken)
+        monkeypatch.setattr(p.proxy.dispatch, "_guard", broken)
         found = await ask(p.url, post("/v1/chat/completions", JSON))
         assert (found.status, found.error["type"]) == (500, "InternalServerError")
         assert b"secret detail" not in found.raw

@@ -11,8 +11,6 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import EngineClient
 from nextstate.open_files import ran_out
@@ -137,31 +135,14 @@ def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
     asyncio.run(test())
 
 
-def test_a_form_that_cannot_be_sent_again_goes_on_a_new_connection(
-    store: Store, tmp_path: Path
-) -> None:
-    """One that was kept may be closed already at the other end."""
-    asked: list[tuple[str, int]] = []
+def test_a_form_is_sent_again_too(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.resets = 1
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
+        assert (await answer.read(), engine.was_reset) == (b"--x--", ["/v1/echo"])
 
-    class Forms(ScriptedEngine):
-        async def _echo(self, request: web.Request) -> web.Response:
-            asked.append((request.method, id(request.transport)))
-            return await super()._echo(request)
-
-    async def test() -> None:
-        engine = Forms()
-        async with TestServer(engine.app()) as server:
-            engine.server = server
-            async with running(engine.url, store, tmp_path) as p:
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-                for kind in ("text/plain", "multipart/form-data; boundary=x", "text/plain"):
-                    headers = {"Content-Type": kind}
-                    answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
-                    assert await answer.read() == b"--x--"
-        [first, form, last] = asked
-        assert first == last != form
-
-    asyncio.run(test())
+    both(test, store, tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])

@@ -691,10 +691,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
             assert status == 200, "the proxy does not serve any more"
             await until(lambda: engine.under_way == 0)
             assert not +p.proxy.versions.running
-            connector = p.proxy._passing.session.connector  # pyright: ignore[reportPrivateUsage]
-            assert connector is not None
-            assert not connector._acquired  # pyright: ignore[reportPrivateUsage]
-            upstream = p.proxy.relay.upstream
+            upstream = p.proxy.upstream
             in_use = upstream._connections.difference(upstream._free)  # pyright: ignore[reportPrivateUsage]
             assert not in_use
             await p.http.close()

@@ -136,7 +136,7 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
         host, port = p.url.removeprefix("http://").split(":")
         for stream in (False, True):
             reader, writer = await asyncio.open_connection(host, int(port))
-            await p.proxy.relay.upstream.__aexit__()
+            await p.proxy.upstream.__aexit__()
             monkeypatch.setattr(socket, "socket", none_left)
             raw = post(path, JSON, body=orjson.dumps(request(stream=stream)))
             writer.write(raw if path != "/v1/models" else get(path))

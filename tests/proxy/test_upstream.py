@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextstate.errors import ConfigError
-from proxy import upstream as module
 from proxy.upstream import Answer, Cut, NotHttp, Upstream
 from tests.proxy.test_proxy import until
 
@@ -115,7 +114,7 @@ async def whole(answer: Answer) -> bytes:
 
 async def ask(upstream: Upstream, body: bytes = b"{}") -> bytes:
     """The body of one answer."""
-    return await whole(await upstream.post("/", {}, body))
+    return await whole(await upstream.ask("POST", "/", {}, body))
 
 
 def chunked(parts: list[bytes]) -> bytes:
@@ -133,7 +132,7 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 def test_a_request_is_sent_in_these_bytes() -> None:
     async def test() -> None:
         async with server(saying(SIZED), base="/base/") as (upstream, talks):
-            answer = await upstream.post("/v1/x?a=%0d", {"x-a": "caf\udce9", "x-b": ""}, b"body")
+            answer = await upstream.ask("POST", "/v1/x?a=%0d", {"x-a": "caf\udce9", "x-b": ""}, b"body")
             assert await whole(answer) == b"hello"
             host = talks[0].writer.get_extra_info("sockname")
             assert talks[0].requests == [
@@ -152,7 +151,7 @@ def test_a_user_in_the_url_is_its_authorization_unless_there_is_another() -> Non
     async def test() -> None:
         async with server(saying(SIZED), user="me:pw@") as (upstream, talks):
             await ask(upstream)
-            answer = await upstream.post("/", {"Authorization": "Bearer key"}, b"")
+            answer = await upstream.ask("POST", "/", {"Authorization": "Bearer key"}, b"")
             assert await whole(answer) == b"hello"
             first, second = (head for head, _ in talks[0].requests)
             assert b"\r\nAuthorization: Basic bWU6cHc=\r\n" in first
@@ -184,7 +183,7 @@ def test_a_line_break_within_the_head_is_refused_and_nothing_sent(
     async def test() -> None:
         async with server(saying(SIZED)) as (upstream, talks):
             with pytest.raises(ValueError, match="line break"):
-                await upstream.post(target, {name: value}, b"")
+                await upstream.ask("POST", target, {name: value}, b"")
             assert talks == []
 
     run(test())
@@ -224,7 +223,7 @@ def test_every_framing_split_anywhere_gives_the_same_answer(
     async def test() -> None:
         async with server(saying(*pieces, keep=framed)) as (upstream, talks):
             for _ in range(2):
-                answer = await upstream.post("/", {}, b"")
+                answer = await upstream.ask("POST", "/", {}, b"")
                 assert (answer.status, answer.headers["x-a"]) == (200, "1")
                 assert "X-Trailer" not in answer.headers
                 assert "Link" not in answer.headers
@@ -239,7 +238,7 @@ def test_the_chunks_of_one_read_are_one_piece() -> None:
     async def test() -> None:
         parts = [b"data: %d\n\n" % number for number in range(100)]
         async with server(saying(CHUNKED + chunked(parts))) as (upstream, _):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert await answer.read() == b"".join(parts)
             assert await answer.read() == b""
 
@@ -257,7 +256,7 @@ def test_a_piece_is_there_before_the_next_one_comes() -> None:
             await talk.say(b"3\r\ntwo\r\n0\r\n\r\n")
 
         async with server(serve) as (upstream, _):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert await answer.read() == b"one"
             go_on.set()
             assert await answer.read() == b"two"
@@ -270,7 +269,7 @@ def test_headers_keep_their_order_their_doubles_and_their_bytes() -> None:
     async def test() -> None:
         fields = b"Set-Cookie: a\r\nX-Odd: \xff\xc3\xa9\r\nset-cookie: b\r\nX-Empty:\r\n"
         async with server(saying(OK + fields + b"Content-Length: 0\r\n\r\n")) as (upstream, _):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert list(answer.headers.items()) == [
                 ("Set-Cookie", "a"),
                 ("X-Odd", "\udcffé"),
@@ -291,7 +290,7 @@ def test_an_answer_without_a_body_ends_with_its_head(status: int) -> None:
         said = b"HTTP/1.1 %d X\r\nContent-Length: 5\r\n\r\n" % status
         async with server(saying(said)) as (upstream, talks):
             for _ in range(2):
-                answer = await upstream.post("/", {}, b"")
+                answer = await upstream.ask("POST", "/", {}, b"")
                 assert answer.status == status
                 assert await answer.read() == b""
             assert len(talks) == 1
@@ -303,7 +302,7 @@ def test_a_redirect_is_an_answer_like_any_other() -> None:
     async def test() -> None:
         said = b"HTTP/1.1 307 X\r\nLocation: http://127.0.0.1:1/\r\nContent-Length: 0\r\n\r\n"
         async with server(saying(said)) as (upstream, _):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert (answer.status, answer.headers["location"]) == (307, "http://127.0.0.1:1/")
 
     run(test())
@@ -324,7 +323,7 @@ def test_a_server_that_goes_before_it_answers_is_an_os_error(said: bytes, reset:
 
         async with server(serve) as (upstream, _):
             with pytest.raises(ConnectionResetError, match="before it answered"):
-                await upstream.post("/", {}, b"")
+                await upstream.ask("POST", "/", {}, b"")
 
     run(test())
 
@@ -346,7 +345,7 @@ def test_what_is_not_http_is_said_to_be_not_http(said: bytes) -> None:
     async def test() -> None:
         async with server(saying(said)) as (upstream, talks):
             with pytest.raises(NotHttp):
-                await upstream.post("/", {}, b"")
+                await upstream.ask("POST", "/", {}, b"")
             await talks[0].ended.wait()
 
     run(test())
@@ -375,7 +374,7 @@ def test_a_body_without_its_end_is_cut(said: bytes, came: bytes, reset: bool) ->
 
         taken = asyncio.Event()
         async with server(serve) as (upstream, _):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             if came:
                 assert await answer.read() == came
             taken.set()
@@ -397,7 +396,7 @@ def test_a_body_without_a_length_is_cut_by_a_reset_and_not_by_a_close() -> None:
 
         taken = asyncio.Event()
         async with server(serve) as (upstream, _):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert await answer.read() == b"hello"
             taken.set()
             with pytest.raises(Cut):
@@ -409,7 +408,7 @@ def test_a_body_without_a_length_is_cut_by_a_reset_and_not_by_a_close() -> None:
 def test_broken_framing_is_a_cut_after_what_came_before_it() -> None:
     async def test() -> None:
         async with server(saying(CHUNKED + b"5\r\nhello\r\nZZ\r\n")) as (upstream, talks):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert await answer.read() == b"hello"
             with pytest.raises(Cut, match="broken"):
                 await answer.read()
@@ -423,20 +422,18 @@ def test_a_refused_connection_is_an_os_error() -> None:
     async def test() -> None:
         async with Upstream("http://127.0.0.1:1", {}) as upstream:
             with pytest.raises(ConnectionRefusedError):
-                await upstream.post("/", {}, b"")
+                await upstream.ask("POST", "/", {}, b"")
 
     run(test())
 
 
-def test_a_connection_that_does_not_come_about_times_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CONNECT_TIMEOUT_S", 0.05)
-
+def test_a_connection_that_does_not_come_about_times_out() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
             url = f"https://127.0.0.1:{silent.getsockname()[1]}"
-            async with Upstream(url, {}) as upstream:
+            async with Upstream(url, {}, connect_s=0.05) as upstream:
                 with pytest.raises(TimeoutError):
-                    await upstream.post("/", {}, b"")
+                    await upstream.ask("POST", "/", {}, b"")
 
     run(test())
 
@@ -447,8 +444,8 @@ def test_a_connection_that_does_not_come_about_times_out(monkeypatch: pytest.Mon
 def test_a_connection_is_used_again_once_its_answer_is_read() -> None:
     async def test() -> None:
         async with server(saying(SIZED)) as (upstream, talks):
-            first = await upstream.post("/", {}, b"1")
-            second = await upstream.post("/", {}, b"2")
+            first = await upstream.ask("POST", "/", {}, b"1")
+            second = await upstream.ask("POST", "/", {}, b"2")
             assert [await whole(second), await whole(first)] == [b"hello", b"hello"]
             first.close()  # it is no longer theirs to close
             await ask(upstream, b"3")
@@ -515,12 +512,10 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used() -> None:
     run(test())
 
 
-def test_connections_that_nobody_needs_are_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "IDLE_S", 0.02)
-
+def test_connections_that_nobody_needs_are_closed() -> None:
     async def test() -> None:
-        async with server(saying(SIZED)) as (upstream, talks):
-            answers = [await upstream.post("/", {}, b"") for _ in range(3)]
+        async with server(saying(SIZED), idle_s=0.02) as (upstream, talks):
+            answers = [await upstream.ask("POST", "/", {}, b"") for _ in range(3)]
             for answer in answers:
                 await whole(answer)
             for talk in talks:
@@ -562,7 +557,7 @@ def test_a_reader_that_does_not_read_stops_the_server_until_it_does() -> None:
             await talk.say(SIZED)
 
         async with server(serve) as (upstream, talks):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             (connection,) = upstream._connections  # pyright: ignore[reportPrivateUsage]
             transport = connection._transport  # pyright: ignore[reportPrivateUsage]
             await until(lambda: not transport.is_reading())
@@ -584,7 +579,7 @@ def test_closing_an_answer_ends_its_request_at_once() -> None:
             await talk.request()
 
         async with server(serve) as (upstream, talks):
-            answer = await upstream.post("/", {}, b"")
+            answer = await upstream.ask("POST", "/", {}, b"")
             assert await answer.read() == b"hello"
             answer.close()
             await talks[0].ended.wait()
@@ -603,7 +598,7 @@ def test_a_request_that_is_given_up_before_its_answer_ends_at_once() -> None:
             await talk.request()
 
         async with server(serve) as (upstream, talks):
-            asking = asyncio.create_task(upstream.post("/", {}, b""))
+            asking = asyncio.create_task(upstream.ask("POST", "/", {}, b""))
             await asked.wait()
             asking.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -618,7 +613,7 @@ def test_a_client_that_ends_leaves_no_connection() -> None:
         async with server(saying(SIZED)) as (upstream, talks):
             assert await ask(upstream) == b"hello"
             async with upstream:
-                open_answer = await upstream.post("/", {}, b"")
+                open_answer = await upstream.ask("POST", "/", {}, b"")
             await talks[0].ended.wait()
             assert open_answer.status == 200
 
@@ -656,7 +651,7 @@ def test_https_needs_a_certificate_that_is_trusted(
         async with server(saying(SIZED), tls) as (upstream, talks):
             if not trusted:
                 with pytest.raises(ssl.SSLCertVerificationError):
-                    await upstream.post("/", {}, b"")
+                    await upstream.ask("POST", "/", {}, b"")
                 return
             assert [await ask(upstream), await ask(upstream)] == [b"hello", b"hello"]
             assert len(talks) == 1
