@@ -29,13 +29,14 @@ from proxy.config import ProxyConfig
 from proxy.dispatch import CALLER, Dispatch
 from proxy.engine_call import Engine
 from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
+from proxy.intervals import INTERVALS, Intervals
 from proxy.lineages import Lineages
 from proxy.linking.continuation import session_names
 from proxy.metrics import counts_of, exposition
 from proxy.paths import GENERATING, OURS
 from proxy.recorder import Recorder
 from proxy.relay import Relay
-from proxy.server import Gate, Runner
+from proxy.server import Connections, Runner
 from proxy.upstream import Upstream
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
@@ -46,12 +47,6 @@ _OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
 """Need no key."""
 _FOR_WHAT_IT_HOLDS = frozenset((400, 404, 413, 415))
 """What a request is refused with that another one in its place would not be."""
-_WRITER_S = 10.0
-"""How long the start waits for the writer: it takes half a second, and more on a busy machine."""
-_DRAIN_S = 10.0
-_BEAT_S = 1.0
-_CHECKPOINT_S = 0.5
-
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -71,12 +66,15 @@ class Proxy:
         lineages: Lineages,
         engine_key: str | None,
         worker: str | None = None,
+        intervals: Intervals = INTERVALS,
     ) -> None:
         self.config = config
         self.store = store
         self.engine = engine
         self.lineages = lineages
-        self.versions = Versions(store, engine, lineages.names, zero_adapter, worker or "")
+        self.versions = Versions(
+            store, engine, lineages.names, zero_adapter, worker or "", intervals
+        )
         self.recorder = Recorder(
             writer,
             store.config,
@@ -88,7 +86,8 @@ class Proxy:
         self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._engine_key = engine_key
         self._worker = worker
-        self.gate = Gate()
+        self._intervals = intervals
+        self.connections = Connections()
         self._allowance = Allowance()
         self._own_routes: dict[str, dict[str, Handler]] = {
             "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
@@ -104,7 +103,7 @@ class Proxy:
 
     def runner(self) -> web.AppRunner:
         """Runs the application on a server with vLLM's idea of HTTP, deadlines and a limit."""
-        return Runner(self.app(), self.gate)
+        return Runner(self.app(), self.connections, self._intervals)
 
     def app(self) -> web.Application:
         """The aiohttp application, for `runner`."""
@@ -139,16 +138,16 @@ class Proxy:
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
-                asyncio.create_task(_every(_CHECKPOINT_S, self.store.checkpoint)),
+                asyncio.create_task(_every(self._intervals.checkpoint_s, self.store.checkpoint)),
             ]
             if self._worker is not None:
-                tasks.append(asyncio.create_task(_every(_BEAT_S, self._beat)))
+                tasks.append(asyncio.create_task(_every(self._intervals.beat_s, self._beat)))
             for task in tasks:
                 task.add_done_callback(_end_if_failed)
             # Or the first replies would end before anything could take their turns.
-            await self.recorder.wait_open(_WRITER_S)
+            await self.recorder.wait_open(self._intervals.writer_s)
             yield
-            await self.recorder.drain(_DRAIN_S)
+            await self.recorder.drain(self._intervals.drain_s)
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -157,7 +156,7 @@ class Proxy:
                     await asyncio.to_thread(self.store.leave, self._worker)
 
     def _counts(self) -> dict[str, int]:
-        return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.gate)
+        return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.connections)
 
     def _beat(self) -> None:
         self.store.beat(self._worker or "", self.versions.in_use(), self._counts())
@@ -203,7 +202,7 @@ class Proxy:
             response.headers.update(shared_with(request.headers, has_key))
 
     def _out_of_files(self, error: BaseException) -> Refused:
-        self.gate.ran_out(error)
+        self.connections.ran_out(error)
         return Refused(503, "The proxy has no files left for a connection to the engine.")
 
     async def _feedback(self, request: web.Request) -> web.StreamResponse:
@@ -258,7 +257,10 @@ class Proxy:
             found["lineages"] = {
                 name: number for name, number in serving.items() if self.lineages.sees(caller, name)
             }
-            found["connections"] = {"open": len(self.gate.fronts), "limit": self.gate.limit}
+            found["connections"] = {
+                "open": len(self.connections.opened),
+                "limit": self.connections.limit,
+            }
         return web.json_response(found)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:

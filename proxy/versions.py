@@ -24,20 +24,9 @@ from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, ensure_loaded
 from nextstate.errors import AdapterError, EngineError, WaitError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
 from nextstate.store.store import Store, base_version
+from proxy.intervals import INTERVALS, Intervals
 
 log = logging.getLogger(__name__)
-
-STORE_POLL_S = 0.05
-HEALTH_POLL_S = 1.0
-DOWN_POLL_S = 0.2
-SLOWEST_POLL_S = 5.0
-"""For an engine that answers and cannot serve: the pause doubles up to this."""
-QUIET_START_S = 5.0
-"""An engine that is not there is no news before."""
-LOOK_AGAIN_S = 300.0
-"""For an engine that lacks something: it may have been started anew with it, unseen behind a
-gateway. Each look generates a token or two, which somebody may pay for."""
-UNLOAD_AGAIN_S = 10.0
 
 
 class Versions:
@@ -50,6 +39,7 @@ class Versions:
         lineages: Sequence[str],
         zero_adapter: Path,
         worker: str = "",
+        intervals: Intervals = INTERVALS,
     ) -> None:
         self.engine = engine
         self.serving: dict[str, PolicyVersion] = {name: store.serving(name) for name in lineages}
@@ -58,6 +48,7 @@ class Versions:
         self._store = store
         self._zero_adapter = zero_adapter
         self._worker = worker
+        self._intervals = intervals
         self._unload_at = 0.0
         """On the monotonic clock; later than now after a failure."""
         self.wrong: str | None = None
@@ -182,7 +173,7 @@ class Versions:
 
     async def _watch_store(self) -> None:
         while True:
-            await asyncio.sleep(STORE_POLL_S)
+            await asyncio.sleep(self._intervals.store_poll_s)
             try:
                 found = await asyncio.to_thread(self._store.serving_versions, list(self.serving))
                 for lineage, version in found.items():
@@ -210,7 +201,7 @@ class Versions:
             if name in elsewhere or self.running[name]:
                 continue
             if self.is_adapter(name) and not await self._unload(name):
-                self._unload_at = time.monotonic() + UNLOAD_AGAIN_S
+                self._unload_at = time.monotonic() + self._intervals.unload_again_s
             elif not self.running[name]:  # it may have come back into service meanwhile
                 del self.running[name]
 
@@ -243,8 +234,8 @@ class Versions:
         return True
 
     async def _watch_engine(self) -> None:
-        pause = DOWN_POLL_S
-        quiet_until = time.monotonic() + QUIET_START_S
+        pause = self._intervals.down_poll_s
+        quiet_until = time.monotonic() + self._intervals.quiet_start_s
         while True:
             self._failed.clear()
             healthy = False
@@ -270,11 +261,11 @@ class Versions:
                 self._set(up=False)
                 log.exception("getting the engine ready failed; trying again")
             if self.up:
-                pause = HEALTH_POLL_S
-            elif not healthy or pause == HEALTH_POLL_S:
-                pause = DOWN_POLL_S
+                pause = self._intervals.health_poll_s
+            elif not healthy or pause == self._intervals.health_poll_s:
+                pause = self._intervals.down_poll_s
             else:
-                pause = min(2 * pause, SLOWEST_POLL_S)
+                pause = min(2 * pause, self._intervals.slowest_poll_s)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), pause)
 
@@ -313,7 +304,7 @@ class Versions:
                 await self._load(version)
             await self._forget_retired()
         self.engine.abilities = found
-        self._look_at = time.monotonic() + LOOK_AGAIN_S
+        self._look_at = time.monotonic() + self._intervals.look_again_s
 
     async def _load(self, version: PolicyVersion) -> None:
         """Loads a serving version, or withdraws it if its adapter is no longer what it was."""

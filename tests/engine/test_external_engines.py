@@ -27,6 +27,7 @@ from nextstate.errors import ConfigError, StartError
 from nextstate.store.store import Store
 from proxy import versions
 from proxy.config import ProxyConfig
+from proxy.intervals import Intervals
 from proxy.versions import Versions
 from tests.proxy.test_proxy import Running, add_version, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact, plain_reply, stream_chunks
@@ -108,6 +109,8 @@ class Foreign(ScriptedEngine):
             return await self._send(request, stream_chunks(body, self.script), self.script)
         return web.json_response(plain_reply(body, self.script))
 
+
+QUICK = Intervals(slowest_poll_s=0.01)
 
 ENGINES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "llama.cpp": (
@@ -258,17 +261,16 @@ def test_what_waited_for_an_unknown_engine_goes_as_that_engine_takes_it(
 
 
 def test_an_engine_that_gets_what_it_lacked_serves_the_version(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr("proxy.versions.LOOK_AGAIN_S", 0.0)
-    monkeypatch.setattr("proxy.versions.HEALTH_POLL_S", 0.02)
+    often = Intervals(look_again_s=0.0, health_poll_s=0.02)
     (tmp_path / "none").mkdir()
     add_version(store, tmp_path, 1)
     store.set_serving("main", 1)
 
     async def test() -> None:
         engine = ScriptedEngine(refuses_adapters=True)
-        async with relayed(engine, store, tmp_path) as p:
+        async with relayed(engine, store, tmp_path, intervals=often) as p:
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
             assert (await p.chat(request()))[2]["x-nextstate-version"] == "0"
             engine.refuses_adapters = False
@@ -364,7 +366,6 @@ def test_a_wrong_engine_is_a_clear_503_at_once_and_one_log_line(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     make, why = WRONG[name]
-    monkeypatch.setattr("proxy.versions.SLOWEST_POLL_S", 0.01)
     seen: list[None] = []
     looked = versions.look
 
@@ -375,7 +376,7 @@ def test_a_wrong_engine_is_a_clear_503_at_once_and_one_log_line(
     monkeypatch.setattr(versions, "look", look)
 
     async def test() -> None:
-        async with relayed(make(), store, tmp_path, hold_s=1e6) as p:
+        async with relayed(make(), store, tmp_path, intervals=QUICK, hold_s=1e6) as p:
             for path in ("chat/completions", "score"):
                 body = request(stream=stream)
                 answer = await p.http.post(f"{p.url}/v1/{path}", json=body)
@@ -396,9 +397,7 @@ def test_an_engine_that_cannot_serve_yet_is_waited_for_with_one_log_line(
     store: Store,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("proxy.versions.SLOWEST_POLL_S", 0.01)
     caplog.set_level(logging.INFO)
 
     class Loading(ScriptedEngine):
@@ -411,7 +410,7 @@ def test_an_engine_that_cannot_serve_yet_is_waited_for_with_one_log_line(
             return await super()._models(request)
 
     async def test() -> None:
-        async with relayed(Loading(), store, tmp_path) as p:
+        async with relayed(Loading(), store, tmp_path, intervals=QUICK) as p:
             assert (await p.chat(request()))[0] == 200
 
     asyncio.run(test())
@@ -426,8 +425,7 @@ def test_an_engine_that_is_not_there_is_one_log_line(
     caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("proxy.versions.QUIET_START_S", 0.0)
-    monkeypatch.setattr("proxy.versions.DOWN_POLL_S", 0.01)
+    loud = Intervals(quiet_start_s=0.0, down_poll_s=0.01)
     looks: list[None] = []
     healthy = EngineClient.healthy
 
@@ -438,7 +436,7 @@ def test_an_engine_that_is_not_there_is_one_log_line(
     monkeypatch.setattr(EngineClient, "healthy", looked)
 
     async def test() -> None:
-        async with running("http://127.0.0.1:1", store, tmp_path):
+        async with running("http://127.0.0.1:1", store, tmp_path, intervals=loud):
             await until(lambda: len(looks) > 5)
 
     asyncio.run(test())

@@ -15,6 +15,7 @@ import pytest
 from nextstate.engine.client import EngineClient
 from nextstate.open_files import ran_out
 from nextstate.store.store import Store
+from proxy.intervals import Intervals
 from proxy.upstream import Upstream
 from tests.proxy.test_proxy import Running, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact
@@ -171,8 +172,6 @@ def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
 def test_a_look_at_the_engine_without_descriptors_changes_nothing(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.versions.HEALTH_POLL_S", 0.01)
-
     async def test(engine: ScriptedEngine, p: Running) -> None:
         tried: list[None] = []
 
@@ -189,7 +188,7 @@ def test_a_look_at_the_engine_without_descriptors_changes_nothing(
         assert p.proxy.versions.up
         assert await p.proxy.versions.is_well()
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, intervals=Intervals(health_poll_s=0.01))
 
 
 def count_failures(p: Running) -> list[None]:

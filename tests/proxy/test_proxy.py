@@ -30,9 +30,9 @@ from nextstate.engine.client import EngineClient, publish
 from nextstate.errors import AdapterError, EngineError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.store.store import Store
-from proxy import app
 from proxy.app import Proxy
 from proxy.config import ProxyConfig
+from proxy.intervals import INTERVALS, Intervals
 from proxy.lineages import Access, Lineages
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
@@ -80,6 +80,7 @@ async def running(
     doors: Mapping[str, Access] | None = None,
     worker: str | None = None,
     writer: WriterProcess = WRITER,
+    intervals: Intervals = INTERVALS,
     **config: Any,
 ) -> AsyncGenerator[Running]:
     async with EngineClient(engine_url, MODEL, "engine-key") as engine:
@@ -94,6 +95,7 @@ async def running(
             lineages=Lineages(MODEL, key, doors or {}),
             engine_key="engine-key",
             worker=worker,
+            intervals=intervals,
         )
         runner = proxy.runner()
         await runner.setup()
@@ -397,11 +399,7 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
     both(test, store, tmp_path)
 
 
-def test_an_unload_that_failed_is_tried_again(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("proxy.versions.UNLOAD_AGAIN_S", 0.1)
-
+def test_an_unload_that_failed_is_tried_again(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.unloads_to_fail = 2
         for number in (1, 2):
@@ -411,7 +409,7 @@ def test_an_unload_that_failed_is_tried_again(
         assert (engine.unloads_to_fail, list(engine.adapters)) == (0, [V2])
         await until(lambda: V1 not in p.proxy.versions.running)
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, intervals=Intervals(unload_again_s=0.1))
 
 
 def test_an_adapter_that_is_unloaded_already_is_left_in_peace(store: Store, tmp_path: Path) -> None:
@@ -879,14 +877,20 @@ def test_a_writer_that_cannot_start_delays_the_proxy_and_does_not_stop_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    monkeypatch.setattr(app, "_WRITER_S", 0.2)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         assert "no writer has opened in 0.2 s" in caplog.text
         assert (await p.chat(request()))[0] == 200
         assert p.proxy.recorder.counts.late == 1
 
-    both(test, store, tmp_path, writer=WriterProcess(), record_timeout_s=0.05)
+    both(
+        test,
+        store,
+        tmp_path,
+        writer=WriterProcess(),
+        intervals=Intervals(writer_s=0.2),
+        record_timeout_s=0.05,
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])

@@ -22,7 +22,7 @@ from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 
 from nextstate.store.store import Store
-from proxy import server
+from proxy.intervals import Intervals
 from proxy.requests import RequestParser
 from tests.proxy.test_proxy import Running, both, request, running
 from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
@@ -383,13 +383,7 @@ def test_a_broken_body_is_a_400(store: Store, tmp_path: Path, path: str, begun: 
     both(test, store, tmp_path)
 
 
-def test_slow_heads_and_bodies_get_a_408(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "LOOK_S", 0.02)
-    monkeypatch.setattr(server, "HEAD_S", 0.1)
-    monkeypatch.setattr(server, "BODY_S", 0.1)
-
+def test_slow_heads_and_bodies_get_a_408(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for begun in (b"P", HEAD, HEAD + b"X: a"):
             found = await ask(p.url, begun)
@@ -404,18 +398,20 @@ def test_slow_heads_and_bodies_get_a_408(
         assert (await ask(p.url)).status == 0  # one that says nothing is closed
         assert engine.requests == []
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, intervals=Intervals(look_s=0.02, head_s=0.1, body_s=0.1))
 
 
 def test_the_deadlines_leave_a_slow_reply_and_an_idle_connection_alone(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path
 ) -> None:
-    for name in ("LOOK_S", "HEAD_S", "BODY_S"):
-        monkeypatch.setattr(server, name, 0.01)
+    short = Intervals(look_s=0.01, head_s=0.01, body_s=0.01)
     looks = asyncio.Event()
 
     async def test() -> None:
-        async with scripted_engine() as engine, running(engine.url, store, tmp_path) as p:
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, store, tmp_path, intervals=short) as p,
+        ):
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
             engine.script.gate = gate = asyncio.Event()
             host, port = p.url.removeprefix("http://").split(":")

@@ -63,9 +63,13 @@ class Talk:
 
 @asynccontextmanager
 async def server(
-    serve: Serve, tls: ssl.SSLContext | None = None, user: str = "", base: str = ""
+    serve: Serve,
+    tls: ssl.SSLContext | None = None,
+    user: str = "",
+    base: str = "",
+    **times: float,
 ) -> AsyncGenerator[tuple[Upstream, list[Talk]]]:
-    """A server that serves every connection so, and a client for it."""
+    """A server that serves every connection with `serve`, and a client for it."""
     talks: list[Talk] = []
 
     async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -82,7 +86,7 @@ async def server(
     scheme = "http" if tls is None else "https"
     try:
         url = f"{scheme}://{user}127.0.0.1:{port}{base}"
-        async with Upstream(url, {"X-Fixed": "1"}) as upstream:
+        async with Upstream(url, {"X-Fixed": "1"}, **times) as upstream:
             yield upstream, talks
     finally:
         listening.close()
@@ -132,7 +136,9 @@ CHUNKED = OK + b"Transfer-Encoding: chunked\r\n\r\n"
 def test_a_request_is_sent_in_these_bytes() -> None:
     async def test() -> None:
         async with server(saying(SIZED), base="/base/") as (upstream, talks):
-            answer = await upstream.ask("POST", "/v1/x?a=%0d", {"x-a": "caf\udce9", "x-b": ""}, b"body")
+            answer = await upstream.ask(
+                "POST", "/v1/x?a=%0d", {"x-a": "caf\udce9", "x-b": ""}, b"body"
+            )
             assert await whole(answer) == b"hello"
             host = talks[0].writer.get_extra_info("sockname")
             assert talks[0].requests == [
@@ -280,6 +286,20 @@ def test_headers_keep_their_order_their_doubles_and_their_bytes() -> None:
             assert answer.headers.getall("SET-COOKIE") == ["a", "b"]
             assert answer.content_length == 0
             assert await answer.read() == b""
+
+    run(test())
+
+
+def test_an_answer_to_head_has_no_body_and_its_connection_is_not_used_again() -> None:
+    async def test() -> None:
+        said = b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\n"
+        async with server(saying(said)) as (upstream, talks):
+            for number in (1, 2):
+                answer = await upstream.ask("HEAD", "/", {}, b"")
+                assert (answer.status, answer.content_length) == (200, 5)
+                assert await answer.read() == b""
+                assert len(talks) == number
+            assert b"content-length" not in talks[0].requests[0][0].lower()
 
     run(test())
 

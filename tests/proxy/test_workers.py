@@ -26,7 +26,7 @@ from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port, port_is_free
 from nextstate.store.store import Store
-from proxy import app
+from proxy.intervals import Intervals
 from tests.proxy.test_proxy import Running, add_version, request, running, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
 
@@ -450,14 +450,12 @@ def test_an_adapter_of_a_worker_that_fell_silent_is_unloaded(tmp_path: Path) -> 
     paired(tmp_path, test)
 
 
-def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "_BEAT_S", 3600.0)
+def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(tmp_path: Path) -> None:
+    rare = Intervals(beat_s=3600.0)
 
     async def test(pair: Pair) -> None:
         await pair.told(0, MODEL)
-        async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2"):
+        async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2", intervals=rare):
             await until(lambda: len(pair.stores[1].others("1")) == 2)
         assert len(pair.stores[1].others("1")) == 1
 
