@@ -17,7 +17,7 @@ from typing import Any, Protocol
 import orjson
 
 from nextstate.engine.client import EngineClient
-from nextstate.engine.messages_behaviour import Habits as MessagesBehaviour
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.error_text import told
 from nextstate.records import Json
 from nextstate.wire import json_object, write_json
@@ -419,7 +419,7 @@ def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Re
     if dialect is None:
         additions = engine.abilities.additions
         return Direct(path, body, model, engine.fingerprint, additions=additions)
-    translation = dialect.to_chat(body, engine.habits)
+    translation = dialect.to_chat(body, engine.messages_behaviour)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation, model)
     return Translated(dialect, path, body, translation.chat, model, engine.max_model_len)

@@ -12,7 +12,7 @@ import pytest
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
-from nextstate.engine.messages_behaviour import Habits, learn_habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
 from nextstate.store.store import Store
 
@@ -64,14 +64,14 @@ def native_engine(loop: Loop) -> Engine:
 
 
 @pytest.fixture(scope="session")
-def habits(native_engine: Engine) -> Habits:
+def behaviour(native_engine: Engine) -> MessagesBehaviour:
     """What the loop's vLLM makes of /v1/messages."""
 
-    async def learnt() -> Habits:
+    async def learnt() -> MessagesBehaviour:
         async with EngineClient(
             native_engine.url, native_engine.model, native_engine.key
         ) as engine:
-            return await learn_habits(engine)
+            return await learn_messages_behaviour(engine)
 
     return asyncio.run(learnt())
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nextstate.engine.client import WARM_UP_ADAPTER, Abilities, EngineClient, first_choice
-from nextstate.engine.messages_behaviour import learn_habits
+from nextstate.engine.messages_behaviour import learn_messages_behaviour
 from nextstate.errors import AnswerError, WrongEngineError
 from nextstate.records import Json
 from nextstate.wire import obj
@@ -93,7 +93,7 @@ async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bo
     if not tells_tokens:
         lacks.append(TOKEN_IDS)
     else:
-        engine.habits = await learn_habits(engine)
+        engine.messages_behaviour = await learn_messages_behaviour(engine)
     adapters = (tells_tokens or needed) and await _takes_adapters(engine, zero_adapter)
     if not adapters:
         lacks.append(ADAPTERS)

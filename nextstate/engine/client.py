@@ -19,7 +19,7 @@ import aiohttp
 
 from nextstate.config import server_address
 from nextstate.engine.adapter_files import verify_adapter
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.error_text import refusal, told
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.open_files import ran_out
@@ -88,7 +88,7 @@ class EngineClient:
         """Tokens of its longest context, once its models have been listed."""
         self.abilities = Abilities()
         """Once the server has been looked at."""
-        self.habits = Habits()
+        self.messages_behaviour = MessagesBehaviour()
         """How it reads /v1/messages, once the server has been looked at."""
         self.trouble = ""
         """Why it was not healthy, the last time that it was not."""

@@ -26,7 +26,7 @@ _FIRST, _LATER = "Be brief. ", "Be kind."
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
+class MessagesBehaviour:
     """Each is None as long as the engine has not told."""
 
     merges_system: bool | None = None
@@ -37,9 +37,9 @@ class Habits:
     """Whether the prompt of an empty list of tools differs from that of none."""
 
 
-async def learn_habits(engine: EngineClient) -> Habits:
+async def learn_messages_behaviour(engine: EngineClient) -> MessagesBehaviour:
     """Asks the engine. Never raises EngineError: what cannot be learnt stays unknown."""
-    return Habits(
+    return MessagesBehaviour(
         await _or_unknown(_merges_system(engine)),
         await _or_unknown(_disabled_effort(engine)),
         await _or_unknown(_shows_no_tools(engine)),

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nextstate.config import EngineConfig, secret
-from nextstate.engine.key_check import KEY_VARIABLE, Door
+from nextstate.engine.key_check import KEY_VARIABLE, KeyCheck
 from nextstate.errors import ConfigError, StartError
 from nextstate.offline import SWITCHES
 
@@ -36,7 +36,7 @@ def command(config: EngineConfig, port: int) -> list[str]:
     argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
     argv += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank)]
     argv += ["--max-loras", str(config.max_loras), "--disable-uvicorn-access-log"]
-    argv += ["--middleware", f"{Door.__module__}.{Door.__name__}"]
+    argv += ["--middleware", f"{KeyCheck.__module__}.{KeyCheck.__name__}"]
     if config.max_model_len:
         argv += ["--max-model-len", str(config.max_model_len)]
     if "--generation-config" not in config.args:

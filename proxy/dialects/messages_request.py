@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.messages_limits import encodes, reasons
@@ -23,20 +23,20 @@ _SAMPLING = {
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _BILLING = "x-anthropic-billing-header"
 """Starts a block in which a client attributes its request; vLLM keeps it out of the prompt."""
-_UNKNOWN = Habits()
+_UNKNOWN = MessagesBehaviour()
 
 
-def to_chat(body: Json, habits: Habits = _UNKNOWN) -> Translation:
+def to_chat(body: Json, behaviour: MessagesBehaviour = _UNKNOWN) -> Translation:
     """The request as a chat completion. Never raises: the engine refuses what is malformed."""
-    reason = next(reasons(body, habits), None)
+    reason = next(reasons(body, behaviour), None)
     native = None if reason is None else f"{reason}, so its tokens are not known"
     if not encodes(body):
         return Translation({"model": text_of(body.get("model")), "messages": []}, native)
-    return Translation(_chat(body, habits), native)
+    return Translation(_chat(body, behaviour), native)
 
 
-def _chat(body: Json, habits: Habits) -> Json:
-    messages = _messages(body, merge=bool(habits.merges_system))
+def _chat(body: Json, behaviour: MessagesBehaviour) -> Json:
+    messages = _messages(body, merge=bool(behaviour.merges_system))
     chat: Json = {"model": text_of(body.get("model")), "messages": messages}
     if body.get("max_tokens") is not None:
         chat["max_tokens"] = chat["max_completion_tokens"] = body["max_tokens"]
@@ -53,7 +53,7 @@ def _chat(body: Json, habits: Habits) -> Json:
         chat["response_format"] = {"type": "json_schema", "json_schema": named_schema}
     if output.get("effort") is not None:
         chat["reasoning_effort"] = output["effort"]
-    _think(chat, body, habits)
+    _think(chat, body, behaviour)
     tools = tools_in_effect(body)
     # Without tools the chat route's own default would be "none", which is not quite vLLM's None.
     chat["tool_choice"] = "auto" if tools else None
@@ -68,11 +68,11 @@ def _chat(body: Json, habits: Habits) -> Json:
     return chat
 
 
-def _think(chat: Json, body: Json, habits: Habits) -> None:
+def _think(chat: Json, body: Json, behaviour: MessagesBehaviour) -> None:
     """Puts the thinking that the request asks for into `chat`."""
     thinking = obj(body.get("thinking"))
-    if thinking.get("type") == "disabled" and habits.disabled_effort is not None:
-        chat["reasoning_effort"] = habits.disabled_effort
+    if thinking.get("type") == "disabled" and behaviour.disabled_effort is not None:
+        chat["reasoning_effort"] = behaviour.disabled_effort
     if thinking.get("type") == "enabled" and not _is_boundless(thinking, body):
         chat["thinking_token_budget"] = thinking.get("budget_tokens")
 

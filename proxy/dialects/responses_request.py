@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.responses_tools import (
@@ -80,20 +80,20 @@ _INCLUDES = (
     "message.input_image.image_url",
     "reasoning.encrypted_content",
 )
-_UNKNOWN = Habits()
+_UNKNOWN = MessagesBehaviour()
 _EXACT_FLOAT = 1e16
 _EXACT: dict[type, float] = {bool: 2, int: 2**63, float: _EXACT_FLOAT}
 """From here on JSON libraries read or write numbers each in their own way."""
 
 
-def to_chat(body: Json, habits: Habits = _UNKNOWN) -> Translation:
+def to_chat(body: Json, behaviour: MessagesBehaviour = _UNKNOWN) -> Translation:
     """The request in chat form. Never raises: what cannot be read is a reason to relay it."""
     reader = _Reader()
     chat: Json = {name: body[name] for name in _FORWARDED if name in body}
     chat["messages"] = reader.messages(body)
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
-    reader.tools(body, chat, habits)
+    reader.tools(body, chat, behaviour)
     reasoning = obj(body.get("reasoning"))
     if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
@@ -142,7 +142,7 @@ class _Reader:
             kind = obj(obj(body["text"]).get("format")).get("type", "text")
             self.allow(not forced and kind == "text", "has a text format with tools")
 
-    def tools(self, body: Json, chat: Json, habits: Habits) -> None:
+    def tools(self, body: Json, chat: Json, behaviour: MessagesBehaviour) -> None:
         """Puts the tools that the model sees into `chat`, and which of them it is to call."""
         listed, choice = body.get("tools", []), body.get("tool_choice", "auto")
         tools = objects(listed)
@@ -164,7 +164,7 @@ class _Reader:
         if shown:
             chat["tools"], chat["tool_choice"] = shown, choice
         elif tools:
-            fine = habits.shows_no_tools is False
+            fine = behaviour.shows_no_tools is False
             self.allow(fine, "has only tools that no model is shown")
             chat["tool_choice"] = "none" if choice == "none" else None
 

@@ -17,7 +17,7 @@ from nextstate.app.stack import Stack
 from nextstate.app.stages import engine_file, engine_key, engine_url, leave_engine
 from nextstate.config import EngineConfig, StoreConfig
 from nextstate.engine.client import EngineClient, ensure_loaded
-from nextstate.engine.key_check import Door
+from nextstate.engine.key_check import KeyCheck
 from nextstate.engine.process import command, managed_key, not_passed, server_environment
 from nextstate.errors import ConfigError, EngineError
 from nextstate.records import PolicyVersion, VersionState
@@ -125,7 +125,7 @@ def test_the_door_lets_in_who_has_the_key(
 
     sent = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": kind, "path": path, "headers": sent}
-    asyncio.run(Door(app)(scope, receive, send))
+    asyncio.run(KeyCheck(app)(scope, receive, send))
     assert told[0] == status
     assert (200 in told) == (status == 200)
 
@@ -133,7 +133,7 @@ def test_the_door_lets_in_who_has_the_key(
 def test_the_engine_starts_behind_the_door() -> None:
     argv = command(EngineConfig(model="m"), 5)
     module, _, name = argv[argv.index("--middleware") + 1].rpartition(".")
-    assert (module, name) == (Door.__module__, Door.__name__)
+    assert (module, name) == (KeyCheck.__module__, KeyCheck.__name__)
 
 
 def test_a_versions_name_cannot_be_told_before_its_weights_are_there() -> None:

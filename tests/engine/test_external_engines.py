@@ -38,7 +38,7 @@ COMPLETIONS = "/v1/completions (for the warm-up)"
 
 @dataclass
 class Foreign(ScriptedEngine):
-    """A server with some of vLLM's routes and habits."""
+    """A server with some of vLLM's routes and behaviour."""
 
     health: bool = True
     completions_route: bool = True

@@ -24,7 +24,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from nextstate.wire import obj
 from proxy.capture import Capture
@@ -58,9 +58,11 @@ def payloads(stream: bytes) -> Iterator[bytes]:
             yield data
 
 
-def through_chat(engine: Engine, body: Json, habits: Habits) -> tuple[int, str, bytes]:
+def through_chat(
+    engine: Engine, body: Json, behaviour: MessagesBehaviour
+) -> tuple[int, str, bytes]:
     """What a client gets that is served through /v1/chat/completions."""
-    chat = to_chat(body, habits).chat
+    chat = to_chat(body, behaviour).chat
     status, kind, data = post(engine, "/v1/chat/completions", upstream_request(chat, engine.model))
     if status != 200:
         return status, kind, data
@@ -365,7 +367,7 @@ HABITUAL: dict[str, Json] = {
         "tools": [YES],
     },
 }
-"""What depends on the habits of the engine."""
+"""What depends on the behaviour of the engine."""
 
 
 def salted(body: Json) -> Json:
@@ -373,13 +375,13 @@ def salted(body: Json) -> Json:
     return {**body, "cache_salt": uuid.uuid4().hex}
 
 
-def equal_answers(engine: Engine, body: Json, habits: Habits) -> int:
+def equal_answers(engine: Engine, body: Json, behaviour: MessagesBehaviour) -> int:
     """Asks the engine both ways, and compares; a refusal on both ways is the native one's to word.
 
     Returns the native status.
     """
     native = post(engine, "/v1/messages", salted(body))
-    translated = through_chat(engine, salted(body), habits)
+    translated = through_chat(engine, salted(body), behaviour)
     if native[0] != 200:
         assert translated[0] != 200, (native, translated)
     else:
@@ -388,7 +390,9 @@ def equal_answers(engine: Engine, body: Json, habits: Habits) -> int:
 
 
 @pytest.fixture(scope="module")
-def statuses(native_engine: Engine, habits: Habits, ask_at_once: Callable[..., Done]) -> Done:
+def statuses(
+    native_engine: Engine, behaviour: MessagesBehaviour, ask_at_once: Callable[..., Done]
+) -> Done:
     """The native statuses; raises in a case's place, if its answers differ."""
 
     def ask(case: str, stream: bool) -> int:
@@ -396,8 +400,8 @@ def statuses(native_engine: Engine, habits: Habits, ask_at_once: Callable[..., D
         body = {"model": native_engine.model, "max_tokens": 12, "temperature": 0, **asked}
         if stream:
             body["stream"] = True
-        assert to_chat(body, habits).native is None
-        return equal_answers(native_engine, body, habits)
+        assert to_chat(body, behaviour).native is None
+        return equal_answers(native_engine, body, behaviour)
 
     return ask_at_once("statuses", ask)
 
@@ -653,10 +657,12 @@ def bodies(draw: Any) -> Json:
 @settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_the_chat_request_is_the_one_that_vllm_makes(vllm: Native, body: Json) -> None:
-    """Whatever the habits of the engine are; and alike under all where they are not known."""
+    """Whatever the behaviour of the engine is; and alike under all where they are not known."""
     unknown = to_chat(copy.deepcopy(body))
     for merge, effort in itertools.product((True, False), ("none", "low")):
-        translation = to_chat(copy.deepcopy(body), Habits(merge, effort, shows_no_tools=False))
+        translation = to_chat(
+            copy.deepcopy(body), MessagesBehaviour(merge, effort, shows_no_tools=False)
+        )
         expected = vllm.chat(body, merge, effort)
         if translation.native is None:
             assert vllm.posted(translation.chat) == expected
@@ -668,13 +674,13 @@ def test_the_chat_request_is_the_one_that_vllm_makes(vllm: Native, body: Json) -
 @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_any_request_that_goes_through_chat_gets_the_native_answer(
-    native_engine: Engine, habits: Habits, body: Json
+    native_engine: Engine, behaviour: MessagesBehaviour, body: Json
 ) -> None:
     body = {**body, "model": native_engine.model, "temperature": 0}
-    assume(to_chat(body, habits).native is None)
-    assume("thinking_token_budget" not in to_chat(body, habits).chat)
+    assume(to_chat(body, behaviour).native is None)
+    assume("thinking_token_budget" not in to_chat(body, behaviour).chat)
     assume(obj(body.get("thinking")).get("type") != "enabled")  # vLLM takes none without a parser
-    equal_answers(native_engine, body, habits)
+    equal_answers(native_engine, body, behaviour)
 
 
 @pytest.mark.engine

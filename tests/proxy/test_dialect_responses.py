@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from openai import OpenAI
 from openai.types.responses import Response
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from proxy.capture import Capture
 from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
@@ -91,7 +91,7 @@ PATCHED: Json = {
     "name": "patch",
     "input": '+ "ü"\n',
 }
-SHOWN = Habits(shows_no_tools=False)
+SHOWN = MessagesBehaviour(shows_no_tools=False)
 """The loop's template shows the model no empty list of tools."""
 SERVED: Json = {"type": "web_search", "external_web_access": True}
 
@@ -834,7 +834,7 @@ def test_what_is_not_proven_goes_native(body: Json) -> None:
 def test_an_empty_list_of_tools_goes_through_chat_where_the_model_is_not_shown_it() -> None:
     body = {"model": "m", "input": "hi", "tools": [SERVED]}
     assert "no model is shown" in (to_chat(body).native or "")
-    assert to_chat(body, Habits(shows_no_tools=True)).native is not None
+    assert to_chat(body, MessagesBehaviour(shows_no_tools=True)).native is not None
     translation = to_chat(body, SHOWN)
     assert translation.native is None
     assert "tools" not in translation.chat

@@ -156,7 +156,7 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
 
 def test_every_command_raises_the_soft_limit() -> None:
     code = (
-        "import resource, nextstate.cli as cli\n"
+        "import resource, nextstate.app.cli as cli\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))\n"
         "cli._parser = lambda: type('P', (), {'parse_args': lambda self, a: "
         "type('O', (), {'run': lambda self, o: print(resource.getrlimit(7)) or 0})()})()\n"

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from nextstate.engine.client import EngineClient
-from nextstate.engine.messages_behaviour import Habits, learn_habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.records import Json
 
 
@@ -72,10 +72,10 @@ class Template:
         return [{"role": "system", "content": start}, *messages] if start else messages
 
 
-def learnt(template: Template) -> Habits:
-    async def learn() -> Habits:
+def learnt(template: Template) -> MessagesBehaviour:
+    async def learn() -> MessagesBehaviour:
         async with served(template) as url, EngineClient(url, "m") as engine:
-            return await learn_habits(engine)
+            return await learn_messages_behaviour(engine)
 
     return asyncio.run(learn())
 
@@ -95,8 +95,8 @@ async def served(template: Template) -> AsyncGenerator[str]:
 @pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize("shown", [False, True])
 def test_what_depends_on_the_template_is_learnt(merges: bool, shown: bool) -> None:
-    habits = learnt(Template(merges=merges, shows_no_tools=shown))
-    assert habits == Habits(merges, "none", shown)
+    behaviour = learnt(Template(merges=merges, shows_no_tools=shown))
+    assert behaviour == MessagesBehaviour(merges, "none", shown)
 
 
 @pytest.mark.parametrize(
@@ -116,12 +116,12 @@ def test_disabled_thinking_is_what_the_server_takes_it_for(
 
 
 def test_an_engine_that_does_not_count_keeps_its_habits_to_itself() -> None:
-    assert learnt(Template(counts=False)) == Habits()
+    assert learnt(Template(counts=False)) == MessagesBehaviour()
 
 
 def test_an_engine_that_is_away_keeps_its_habits_to_itself() -> None:
-    async def learn() -> Habits:
+    async def learn() -> MessagesBehaviour:
         async with EngineClient("http://127.0.0.1:9", "m") as engine:
-            return await learn_habits(engine)
+            return await learn_messages_behaviour(engine)
 
-    assert asyncio.run(learn()) == Habits()
+    assert asyncio.run(learn()) == MessagesBehaviour()
