@@ -91,7 +91,7 @@ class Connection(RequestHandler):
 
     def __init__(self, server: Server, loop: asyncio.AbstractEventLoop) -> None:
         super().__init__(server, loop=loop, access_log=cast(Any, None))
-        self._connections = server.connections
+        self._connections = server.open_connections
         self._intervals = server.intervals
         self._requests = RequestParser(self, loop)
         self._parser = cast(Any, self._requests)
@@ -185,7 +185,7 @@ class Server(web.Server):
         super().__init__(
             made.request_handler, request_factory=made.request_factory, handler_cancellation=True
         )
-        self.connections = connections
+        self.open_connections = connections
         self.intervals = intervals
 
     def __call__(self) -> RequestHandler:
