@@ -108,23 +108,57 @@ class Proxy:
     def app(self) -> web.Application:
         """The aiohttp application, for `runner`."""
         limit = self.config.max_body_mb * 1024 * 1024
-        app = web.Application(client_max_size=limit, middlewares=[self._answered, self._authorize])
+        app = web.Application(client_max_size=limit)
         app.cleanup_ctx.append(self._running)
         app.on_response_prepare.append(self._share)
         # One route, so that no answer is the router's own. Who waits with a body is asked for it
         # where it is read.
-        app.router.add_route("*", "/{path:.*}", self._route, expect_handler=_ask_later)
+        app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=_ask_later)
         return app
+
+    async def _handle(self, request: web.Request) -> web.StreamResponse:
+        """The answer to any request; what goes wrong is said in the API's words."""
+        try:
+            answered = self._authorize(request)
+            return await self._route(request) if answered is None else answered
+        except Refused as error:
+            if request.path in GENERATING and error.status in _FOR_WHAT_IT_HOLDS:
+                self.relay.counts.unrecorded["refused"] += 1
+            return error_response(request.path, error.status, error.message)
+        except aiohttp.ClientConnectionResetError:
+            return web.Response(status=499)  # the client has left: nobody reads this
+        except web.RequestPayloadError as error:
+            return unreadable(request, error)
+
+    def _authorize(self, request: web.Request) -> web.StreamResponse | None:
+        """Finds out whose key a request has. Answers a browser's preflight. Raises Refused."""
+        headers = request.headers
+        scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+        sent = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+        caller = self.lineages.caller(sent)
+        without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
+        preflight = is_preflight(request.method, headers)
+        if preflight and self.lineages.apart:
+            without_key = False  # the request that follows may bring a lineage's key
+        if without_key and (why := foreign(headers, self.config.host)) is not None:
+            raise Refused(403, why)
+        if preflight:
+            return web.Response(status=204, headers=preflight_headers(headers))
+        if caller is not None:
+            request[CALLER] = caller
+        elif request.path not in _OPEN_PATHS:
+            raise Refused(401, "Wrong or missing API key: send it as a bearer key.")
+        refuse_coded(request)
+        return None
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         path, method = request.path, request.method
-        if path in OURS:
-            handler = self._own_routes[path].get(method)
-            if handler is None:
-                taken = " or ".join(self._own_routes[path])
-                raise Refused(405, f"{path} takes {taken}, not {method}.")
-            return await handler(request)
-        return await self.dispatch.handle(request)
+        if path not in OURS:
+            return await self.dispatch.handle(request)
+        taken = self._own_routes[path]
+        if method not in taken:
+            raise Refused(405, f"{path} takes {' or '.join(taken)}, not {method}.")
+        return await taken[method](request)
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
         # Compressed, an answer could not be read.
@@ -160,40 +194,6 @@ class Proxy:
 
     def _beat(self) -> None:
         self.store.beat(self._worker or "", self.versions.in_use(), self._counts())
-
-    @web.middleware
-    async def _answered(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        """Puts what goes wrong in a request into the API's words."""
-        try:
-            return await handler(request)
-        except Refused as error:
-            if request.path in GENERATING and error.status in _FOR_WHAT_IT_HOLDS:
-                self.relay.counts.unrecorded["refused"] += 1
-            return error_response(request.path, error.status, error.message)
-        except aiohttp.ClientConnectionResetError:
-            return web.Response(status=499)  # the client has left: nobody reads this
-        except web.RequestPayloadError as error:
-            return unreadable(request, error)
-
-    @web.middleware
-    async def _authorize(self, request: web.Request, handler: Handler) -> web.StreamResponse:
-        scheme, _, bearer = request.headers.get("Authorization", "").partition(" ")
-        sent = bearer if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
-        caller = self.lineages.caller(sent)
-        without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
-        preflight = is_preflight(request.method, request.headers)
-        if preflight and self.lineages.apart:
-            without_key = False  # the request that follows may bring a lineage's key
-        if without_key and (why := foreign(request.headers, self.config.host)) is not None:
-            raise Refused(403, why)
-        if preflight:
-            return web.Response(status=204, headers=preflight_headers(request.headers))
-        if caller is not None:
-            request[CALLER] = caller
-        elif request.path not in _OPEN_PATHS:
-            raise Refused(401, "Wrong or missing API key: send it as a bearer key.")
-        refuse_coded(request)
-        return await handler(request)
 
     async def _share(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets the page that asked read what it gets; a foreign one was refused."""

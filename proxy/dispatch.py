@@ -121,7 +121,7 @@ class Dispatch:
             lineage = self._lineage(request, body)
             if lineage is not None:
                 self._tame(request, body, lineage)
-                async with self._versions.hold(lineage) as version:
+                with self._versions.hold(lineage) as version:
                     try:
                         return await self._relay.pass_on(request, Passed(path, data, body), version)
                     except ValueError as error:

@@ -16,7 +16,7 @@ UNRECORDED = "nextstate_requests_unrecorded_total"
 def counts_of(
     relay: RelayCounts, recorder: RecorderCounts, versions: Versions, connections: Connections
 ) -> dict[str, int]:
-    """What one worker has counted; those of several add up."""
+    """What one worker has counted. The counts of several workers are added."""
     return {
         "nextstate_requests_total": relay.requests,
         "nextstate_requests_failed_total": relay.failed,

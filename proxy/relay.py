@@ -62,7 +62,7 @@ class Relay:
         Raises ValueError if the request is nested too deep to be written as JSON.
         """
         self.counts.requests += 1
-        async with self.engine.versions.hold(lineage) as version:
+        with self.engine.versions.hold(lineage) as version:
             serving = recorded_form(request.path, body, model, self.engine.versions.engine)
             generation = _Generation(self, request, body, serving, version)
             if not is_off(body.get("stream")):

@@ -1,8 +1,8 @@
-"""The HTTP server under the proxy: aiohttp's, with vLLM's idea of HTTP, deadlines and a limit.
+"""The HTTP server: aiohttp's, with the parser of `proxy/requests.py`, deadlines and a limit.
 
-Every error that it answers by itself is in the API's JSON. Connections are bounded by the files
-that the process may open: each may need one more to the engine. Beyond the bound the one that is
-idle for longest makes room; with none idle the next request is answered with a 503.
+Its own errors are in the API's JSON. The number of connections is limited by the files that the
+process may open, because each may need another connection to the engine. Beyond the limit, the
+connection that has been idle longest is closed. If none is idle, the next request gets a 503.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 BODY_BYTES_PER_S = 8 * 1024
 """A body may take longer than its time if it comes faster than this on average."""
 _RESERVED = 128
-"""Files that are not for connections: the store's, the writer's, the log, those to be refused."""
+"""Files that are not for connections: of the store, the writer, the log, and of refused clients."""
 _MOST_SURPLUS = 32
-"""Connections that wait to be told that there is no room; further ones are dropped."""
+"""Connections that may wait for their 503. Further ones are dropped."""
 _LOG_AGAIN_S = 60.0
 _SHUTDOWN_S = 10.0
 
@@ -42,11 +42,11 @@ class Connections:
     """How many files this process may have open."""
     opened: set[Connection] = field(default_factory=set["Connection"])
     surplus: set[Connection] = field(default_factory=set["Connection"])
-    """Those among them that get nothing but a 503."""
+    """Those that get nothing but a 503."""
     refused: int = 0
-    """Connections without room so far."""
+    """Connections beyond the limit so far."""
     exhausted: int = 0
-    """Times that no file could be opened."""
+    """How often no file could be opened."""
     _logged_at: float | None = None
 
     @property
@@ -55,7 +55,7 @@ class Connections:
         return max(1, (self.files - min(_RESERVED, self.files // 2)) // 2)
 
     def admits(self, connection: Connection) -> bool:
-        """Lets a new connection in, at the cost of an idle one if need be."""
+        """Whether a new connection is served. May close an idle one for it."""
         self.opened.add(connection)
         if len(self.opened) - len(self.surplus) <= self.limit:
             return True
@@ -99,7 +99,7 @@ class Connection(RequestHandler):
 
     @property
     def idle_since(self) -> float | None:
-        """The longer ago, the smaller; None while a request is under way or comes in."""
+        """When it became idle, to compare with others; None while a request is under way."""
         waits = self._waiter is not None and not self._waiter.done()
         if not waits or self._requests.begun or self.transport is None:
             return None
@@ -124,7 +124,7 @@ class Connection(RequestHandler):
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
         if self._requests.refusal is not None:
-            super().data_received(b"")  # answered after the requests before it
+            super().data_received(b"")  # it is answered after the requests before it
         if self._requests.broken:
             self._close = True
         self._watch()
@@ -136,7 +136,7 @@ class Connection(RequestHandler):
         exc: BaseException | None = None,
         message: str | None = None,
     ) -> web.StreamResponse:
-        """The answer where no handler gives one."""
+        """The answer if no handler gives one."""
         if isinstance(exc, HttpProcessingError):
             status, text = exc.code, exc.message
             log.info("a request from %s was refused: %s", request.remote, text)
@@ -144,7 +144,7 @@ class Connection(RequestHandler):
             log.error("%s %s failed", request.method, self._requests.path, exc_info=exc)
             text = "The proxy failed; its log says how."
         if request.writer.output_size > 0:
-            raise ConnectionError("part of an answer is out already")
+            raise ConnectionError("a part of the answer was sent already")
         response = error_response(self._requests.path, status, text)
         response.force_close()
         return response
@@ -160,7 +160,7 @@ class Connection(RequestHandler):
         if requests.since is None or self.transport is None:
             return
         if self._reading_paused or self._buffer_paused:
-            requests.since += self._intervals.look_s  # the wait is ours
+            requests.since += self._intervals.look_s  # the proxy itself does not read
         waited = self._loop.time() - requests.since
         times = self._intervals
         if requests.in_head and waited > times.head_s:
@@ -193,7 +193,7 @@ class Server(web.Server):
 
 
 class Runner(web.AppRunner):
-    """Runs the proxy's application on this server."""
+    """Runs an application on this server."""
 
     def __init__(
         self, app: web.Application, connections: Connections, intervals: Intervals

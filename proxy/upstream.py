@@ -24,21 +24,21 @@ CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0
 """uvicorn, under vLLM, closes connections that are idle for 5 s."""
 _UNREAD_BYTES = 128 * 1024
-"""With more than this unread, nothing more is taken from the engine."""
+"""With more than this unread, the engine's connection is not read any further."""
 _HEAD_BYTES = 64 * 1024
 _WITHOUT_BODY = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "CONNECT"))
 
 
 class NotHttp(Exception):
-    """What came in an answer's place is not HTTP/1.1."""
+    """The answer is not HTTP/1.1."""
 
 
 class HeadCut(ConnectionResetError):
-    """The engine broke off within the head of its answer: it may have done what was asked."""
+    """The engine broke off within the head of its answer, so it may have done what was asked."""
 
 
 class Cut(Exception):
-    """The engine broke its answer off."""
+    """The engine broke off its answer."""
 
 
 class Upstream:
@@ -74,7 +74,7 @@ class Upstream:
         self._headers = [*sent.items()]
         self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
-        """The one that was freed last stands last."""
+        """In the order in which they became free."""
         self._cleaning: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -132,11 +132,11 @@ class Upstream:
         return connection
 
     def opened(self, connection: _Connection) -> None:
-        """Takes note of a connection that is there."""
+        """Adds a new connection."""
         self._connections.add(connection)
 
     def lost(self, connection: _Connection) -> None:
-        """Forgets a connection that is gone."""
+        """Removes a connection that is closed."""
         self._connections.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
@@ -157,7 +157,7 @@ class Upstream:
 
 
 class Answer:
-    """One answer: its head, and its body as it comes. It has to be read to the end or closed."""
+    """One answer: its head, and its body as it comes. Read it to the end or close it."""
 
     __slots__ = ("_connection", "_peeked", "headers", "status")
 
@@ -172,7 +172,7 @@ class Answer:
 
     @property
     def content_length(self) -> int | None:
-        """How long the body was said to be."""
+        """The length of the body that the head names, in bytes."""
         length = self.headers.get("Content-Length")
         return None if length is None else int(length)
 
@@ -211,29 +211,29 @@ class Answer:
         return b""
 
     def close(self) -> None:
-        """Breaks off what has not been read to the end."""
+        """Ends the connection if the body was not read to its end."""
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, with at most one request under way."""
+    """One connection, with at most one request at a time."""
 
     def __init__(self, upstream: Upstream, loop: asyncio.AbstractEventLoop) -> None:
         self.parts: list[bytes] = []
-        """Of the body, unread."""
+        """The parts of the body that were not read."""
         self.over = True
-        """Nothing more is to come: the answer is whole or broken, or nothing was asked."""
+        """Whether nothing more is to come: the answer is whole or broken, or nothing was asked."""
         self.error: Exception | None = None
-        """How the answer broke."""
+        """Why the answer broke."""
         self.freed_at = 0.0
         self._upstream = upstream
         self._loop = loop
         self._answer: Answer | None = None
         self._fields: list[tuple[str, str]] = []
         self._unread = 0
-        """Bytes taken in since the last part was taken, or since the request without a head."""
+        """Bytes that came since the parts were taken, or since the request if there is no head."""
         self._paused = False
         self._reusable = False
         self._head_only = False
@@ -241,7 +241,7 @@ class _Connection(asyncio.Protocol):
         self.on_body = self.parts.append
         self._parser = HttpResponseParser(self)
 
-    # For the relay's side
+    # Called by the relay
 
     async def ask(self, request: bytes, *, head_only: bool) -> Answer:
         """Sends a request; see `Upstream.ask`. The answer to HEAD has a head and no body."""
@@ -259,12 +259,12 @@ class _Connection(asyncio.Protocol):
         return self._answer
 
     def more(self) -> asyncio.Future[None]:
-        """Done after the next read, or when there is none."""
+        """A future that is done after the next read, or when the connection is lost."""
         self._waiter = self._loop.create_future()
         return self._waiter
 
     def take(self) -> bytes:
-        """All parts of the body that nobody has taken."""
+        """The parts of the body that were not read, as one."""
         data = b"".join(self.parts)
         self.parts.clear()
         self._unread = 0
@@ -286,17 +286,17 @@ class _Connection(asyncio.Protocol):
 
     @property
     def closing(self) -> bool:
-        """Whether it cannot be used any more."""
+        """Whether it can no longer be used."""
         return self._transport.is_closing()
 
-    # For the event loop's side
+    # Called by the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._upstream.opened(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.over:  # nobody asked
+        if self.over:  # no request was sent
             self.abort()
             return
         try:
@@ -334,7 +334,7 @@ class _Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # For the parser
+    # Called by llhttp
 
     def on_message_begin(self) -> None:
         if self.over:

@@ -136,7 +136,7 @@ def test_a_lineages_key_is_a_key(store: Store, tmp_path: Path) -> None:
         keyed = (*lines, "Authorization: Bearer hers")
         assert (await ask(p.url, post("/v1/chat/completions", *keyed))).status == 200
 
-    both(test, store, tmp_path, doors={"alice": Access("alice", "hers")})
+    both(test, store, tmp_path, access={"alice": Access("alice", "hers")})
 
 
 @pytest.mark.parametrize("key", [None, "secret"])
@@ -187,7 +187,7 @@ def test_feedback_is_json_only(store: Store, tmp_path: Path, kind: str) -> None:
 
 
 def test_healthz_names_a_lineage_to_who_may_see_it(store: Store, tmp_path: Path) -> None:
-    doors = {"alice": Access("alice", "hers"), "open": Access("open", None)}
+    access = {"alice": Access("alice", "hers"), "open": Access("open", None)}
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         async def seen(*lines: str) -> list[str] | None:
@@ -200,7 +200,7 @@ def test_healthz_names_a_lineage_to_who_may_see_it(store: Store, tmp_path: Path)
         assert await seen("Authorization: Bearer secret") == ["main", "open"]
         assert await seen("x-api-key: hers") == ["alice"]
 
-    both(test, store, tmp_path, key="secret", doors=doors)
+    both(test, store, tmp_path, key="secret", access=access)
 
 
 def test_a_page_reads_the_turn_of_a_streamed_reply(store: Store, tmp_path: Path) -> None:

@@ -314,7 +314,7 @@ def test_models_are_those_that_generate_here_and_tell_no_paths(
         assert answer.status == 400
         assert "use base, open." in (await answer.json())["error"]["message"]
 
-    both(test, store, tmp_path, doors={"open": Access("open", None)})
+    both(test, store, tmp_path, access={"open": Access("open", None)})
 
 
 def test_no_answer_is_compressed_for_a_client_that_does_not_ask(

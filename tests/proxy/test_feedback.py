@@ -204,8 +204,8 @@ def test_a_key_reaches_no_session_of_another_lineage(store: Store, tmp_path: Pat
         await give(p, {"session_id": "chat", "score": 1}, 401, key="nobody's")
         assert [row[1] for row in rows(store)["feedback"]] == [1, 1]
 
-    doors = {"alice": Access(None, "alice-key")}
-    both(test, store, tmp_path, key="main-key", doors=doors)
+    access = {"alice": Access(None, "alice-key")}
+    both(test, store, tmp_path, key="main-key", access=access)
 
 
 def test_a_side_turn_is_never_judged_but_what_was_said_is_kept(

@@ -142,7 +142,7 @@ def test_a_flood_of_feedback_is_refused_with_when_to_come_back(
         await give(p, body, key="main-key")
         assert store.feedback(f"turn_{AT_ONCE}") is not None
 
-    both(test, store, tmp_path, key="main-key", doors={"alice": Access(None, "alice-key")})
+    both(test, store, tmp_path, key="main-key", access={"alice": Access(None, "alice-key")})
 
 
 def test_the_same_feedback_again_counts_once_for_a_version(store: Store, tmp_path: Path) -> None:
