@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 _DONE = b"[DONE]"
-_MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
-"""What reading an answer raises that is not the API's: it goes to the client as it came."""
+_MALFORMED = (TypeError, KeyError, ValueError, AttributeError, IndexError)
+"""Reading an answer of another API raises these. The client gets it unchanged."""
 
 
 class Serving(Protocol):
@@ -52,8 +52,8 @@ class Serving(Protocol):
         ...
 
     def plainer(self) -> Serving | None:
-        """The same request in the form to try if the engine refuses this one."""
-        ...
+        """The same request in the form to try if the engine refuses this one, if there is one."""
+        return None
 
 
 class Recorded(Serving, Protocol):
@@ -69,14 +69,14 @@ class Recorded(Serving, Protocol):
 
     def plainer(self) -> Recorded | None:
         """See `Serving`."""
-        ...
+        return None
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """(what the client gets for the plain content events from `start` on, where they end).
 
         None of them finishes the reply. `event` reads the events that follow.
         """
-        ...
+        return b"", start
 
     def event(self, event: bytes) -> bytes:
         """What the client gets for one event of the stream, with its terminator; may be empty."""
@@ -88,15 +88,15 @@ class Recorded(Serving, Protocol):
 
     @property
     def broken(self) -> bool:
-        """Whether the stream cannot be ended as one that went well."""
-        ...
+        """Whether the stream must be cut, because it cannot be ended as a complete one."""
+        return False
 
 
 class EventWriter(Protocol):
     """Chat chunks in, the dialect's events out."""
 
     failed: bool
-    """After an error in the stream: nothing more comes, and the connection is cut."""
+    """Whether an error came in the stream: nothing more is written, and the connection is cut."""
 
     def feed(self, chunk: Json) -> bytes: ...
     def done(self) -> bytes: ...
@@ -115,7 +115,7 @@ class Dialect:
     to_chat: Callable[[Json, MessagesBehaviour], Translation]
     """(client's request, what the engine's own route does with it) → the request in chat form."""
     from_chat: Callable[[Json, Json, int], Json | None]
-    """(chat reply, client's request, longest context) → its reply; None: only natively."""
+    """(chat reply, client's request, longest context) → its reply; None: ask its own route."""
     encode: Callable[[Json], bytes]
     events: Callable[[Json, int], EventWriter]
     """(client's request, longest context) → what writes its stream."""
@@ -143,8 +143,8 @@ DIALECTS = {
 }
 
 
-class Direct:
-    """Chat and completions: the client's request with our additions, if the engine takes them."""
+class Direct(Recorded):
+    """Chat and completions: the client's request with our additions, if the engine accepts them."""
 
     def __init__(
         self,
@@ -203,12 +203,12 @@ class Direct:
             else:
                 self.capture.chunk(completions.as_chat(chunk))
             if "choices" not in chunk:
-                return event  # an error, in the engine's own spelling
+                return event  # an error, as the engine wrote it
             if self._splice is not None:
                 self._splice.learn(event, chunk)
             sent = self._format.client_chunk(chunk, self._asked, self._fingerprint)
-        except _MISSHAPEN as error:
-            return _misshapen(event, self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(event, self.capture, error)
         return b"" if sent is None else b"data: " + orjson.dumps(sent) + b"\n\n"
 
     def reply(self, data: bytes) -> bytes:
@@ -219,21 +219,16 @@ class Direct:
             return whole.sent
         reply = json_object(data)
         if reply is None:
-            return _misshapen(data, self.capture, "it is not a JSON object")
+            return _unreadable(data, self.capture, "it is not a JSON object")
         try:
             self.capture.body(reply if self.path == CHAT else completions.as_chat(reply))
-            # As vLLM writes it: its numbers, which are the client's where it asked, stay the same.
+            # In vLLM's own notation: the numbers that the client asked for stay the same.
             return compact(self._format.client_reply(reply, self._asked))
-        except _MISSHAPEN as error:
-            return _misshapen(data, self.capture, error)
-
-    @property
-    def broken(self) -> bool:
-        """See `Serving`."""
-        return False
+        except _MALFORMED as error:
+            return _unreadable(data, self.capture, error)
 
 
-class Translated:
+class Translated(Recorded):
     """Another wire format, served through the chat route."""
 
     def __init__(
@@ -266,10 +261,6 @@ class Translated:
         translation = self._dialect.to_chat(self._body, MessagesBehaviour())
         return Native(self._dialect, self._client_path, self._body, translation, self._asked.model)
 
-    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """See `Serving`."""
-        return b"", start
-
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
         payload = event_data(event)
@@ -282,8 +273,8 @@ class Translated:
             self.capture.chunk(chunk, payload)
             stripped = chat.client_chunk(chunk, self._asked, None)
             return b"" if stripped is None else self._writer.feed(stripped)
-        except _MISSHAPEN as error:
-            return _misshapen(b"", self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(b"", self.capture, error)
 
     def reply(self, data: bytes) -> bytes | None:
         """See `Serving`."""
@@ -299,7 +290,7 @@ class Translated:
             stripped = chat.client_reply(reply, self._asked)
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
             return None if answer is None else self._dialect.encode(answer)
-        except _MISSHAPEN as error:
+        except _MALFORMED as error:
             log.warning("a chat reply could not be put into the client's format: %s", told(error))
             return None
 
@@ -309,7 +300,7 @@ class Translated:
         return self._writer.failed
 
 
-class Native:
+class Native(Recorded):
     """Another wire format, relayed as it is; nothing but the model's name changes."""
 
     def __init__(
@@ -332,47 +323,35 @@ class Native:
         self._engine_name = model_field(model)
         return write_json({**self._body, "model": model})
 
-    def plainer(self) -> None:
-        """There is none."""
-
-    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """See `Serving`."""
-        return b"", start
-
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
-        said = _chunk(event_data(event), self.capture)
-        if said is None:
+        payload = _chunk(event_data(event), self.capture)
+        if payload is None:
             return event
         try:
-            if (chunk := self._reader.feed(said)) is not None:
+            if (chunk := self._reader.feed(payload)) is not None:
                 self.capture.chunk(chunk)
-        except _MISSHAPEN as error:
-            return _misshapen(event, self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(event, self.capture, error)
         return self._renamed(event)
 
     def reply(self, data: bytes) -> bytes:
         """See `Serving`."""
         reply = json_object(data)
         if reply is None:
-            return _misshapen(data, self.capture, "it is not a JSON object")
+            return _unreadable(data, self.capture, "it is not a JSON object")
         try:
             self.capture.body(self._dialect.to_chat_reply(reply))
-        except _MISSHAPEN as error:
-            return _misshapen(data, self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(data, self.capture, error)
         return self._renamed(data)
 
-    @property
-    def broken(self) -> bool:
-        """See `Serving`."""
-        return False
-
     def _renamed(self, data: bytes) -> bytes:
-        # Quotes inside of a JSON string are escaped, so this is always a key with its value.
+        # Quotes inside a JSON string are escaped, so this is always a key with its value.
         return data.replace(self._engine_name, self._client_name)
 
 
-class Passed:
+class Passed(Serving):
     """A request that is relayed and not recorded; nothing but the model's name changes."""
 
     def __init__(
@@ -401,9 +380,6 @@ class Passed:
             return self._data
         self._engine_name = model_field(model)
         return write_json({**self._body, "model": model})
-
-    def plainer(self) -> None:
-        """There is none."""
 
     def reply(self, data: bytes) -> bytes:
         """What the client gets for a whole reply, or for one event of a stream."""
@@ -436,7 +412,7 @@ def compact(reply: Json) -> bytes:
 
 
 def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
-    """The object in an event's data; None for the end, comments and what is not one."""
+    """The object in an event's data; None for the end, a comment or anything else."""
     if payload is None or payload == _DONE:
         return None
     chunk = json_object(payload)
@@ -445,7 +421,7 @@ def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
     return chunk
 
 
-def _misshapen(data: bytes, capture: Capture, why: Exception | str) -> bytes:
+def _unreadable(data: bytes, capture: Capture, why: Exception | str) -> bytes:
     why = why if isinstance(why, str) else told(why)
     capture.error = f"the engine's answer could not be read: {why}"
     return data

@@ -55,7 +55,7 @@ _DISPLAYS = (None, "summarized", "omitted", "updates")
 _LEAST_BUDGET = 1024
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _DEPTH = 200
-"""Deeper JSON is not encoded again: orjson stops at 254 levels, the json module near 1,000."""
+"""Deeper JSON cannot be written safely: orjson stops at 254 levels, the json module near 1,000."""
 
 
 def reasons(body: Json, behaviour: MessagesBehaviour) -> Iterator[str]:
@@ -192,7 +192,7 @@ def _result_reasons(content: list[Any]) -> Iterator[str]:
         elif item.get("type") == "tool_reference":
             yield from _wrong(item, {"tool_name": (str,), "name": (str,)}, "a tool_reference")
         elif item.get("type") == "text" and not isinstance(item.get("text", ""), str):
-            yield "a tool's result holds a text that is none"
+            yield "a tool's result holds a text block without text"
 
 
 def _wrong(value: Json, kinds: dict[str, _Kinds], owner: str) -> Iterator[str]:
@@ -203,12 +203,12 @@ def _wrong(value: Json, kinds: dict[str, _Kinds], owner: str) -> Iterator[str]:
 
 
 def _items(values: list[Any]) -> list[Json]:
-    """The objects in a list, with an empty one, which is refused, for all else."""
+    """The objects in a list. Anything else becomes an empty object, which is refused."""
     return [obj(value) for value in values]
 
 
 def encodes(body: Json) -> bool:
-    """Whether no value nests too deep, or is a number that was rounded when it was read."""
+    """Whether the request can be written as it was: not nested too deep, no rounded numbers."""
     level: list[object] = [body]
     for _ in range(_DEPTH):
         # Integers beyond 64 bits become floats in orjson, but not in vLLM.

@@ -1,4 +1,4 @@
-"""A Messages request in chat form, as vLLM's own /v1/messages makes it, or why it cannot be."""
+"""Translates a Messages request into a chat request, as vLLM's own /v1/messages does."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ _SAMPLING = {
     "chat_template_kwargs": "chat_template_kwargs",
     "cache_salt": "cache_salt",
 }
-"""Fields that keep their meaning, with their names in a chat completion."""
+"""Fields with the same meaning in a chat request, and their names there."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _BILLING = "x-anthropic-billing-header"
-"""Starts a block in which a client attributes its request; vLLM keeps it out of the prompt."""
+"""The start of a block with which a client attributes its request. vLLM leaves it out."""
 _UNKNOWN = MessagesBehaviour()
 
 
 def to_chat(body: Json, behaviour: MessagesBehaviour = _UNKNOWN) -> Translation:
-    """The request as a chat completion. Never raises: the engine refuses what is malformed."""
+    """The request in chat form. Never raises: the engine refuses malformed requests."""
     reason = next(reasons(body, behaviour), None)
     native = None if reason is None else f"{reason}, so its tokens are not known"
     if not encodes(body):
@@ -69,7 +69,7 @@ def _chat(body: Json, behaviour: MessagesBehaviour) -> Json:
 
 
 def _think(chat: Json, body: Json, behaviour: MessagesBehaviour) -> None:
-    """Puts the thinking that the request asks for into `chat`."""
+    """Sets the thinking that the request asks for in `chat`."""
     thinking = obj(body.get("thinking"))
     if thinking.get("type") == "disabled" and behaviour.disabled_effort is not None:
         chat["reasoning_effort"] = behaviour.disabled_effort
@@ -78,9 +78,9 @@ def _think(chat: Json, body: Json, behaviour: MessagesBehaviour) -> None:
 
 
 def _is_boundless(thinking: Json, body: Json) -> bool:
-    """Whether a budget for thoughts ends where the reply does: clients that want none send it so.
+    """Whether the thinking budget ends with the reply, as clients send it that want no budget.
 
-    It would change nothing, and vLLM refuses every budget unless it has a reasoning parser.
+    Such a budget has no effect, and vLLM refuses any budget if it has no reasoning parser.
     """
     budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
     return isinstance(budget, int) and isinstance(limit, int) and budget == limit - 1
@@ -100,7 +100,7 @@ def _tool(tool: Json) -> Json:
 
 
 def _messages(body: Json, merge: bool) -> list[Json]:
-    """The chat messages; `merge` moves all that the system says to the start."""
+    """The chat messages; `merge` moves the text of all system messages to the start."""
     system, chat = _system(body.get("system")), list[Json]()
     for message in objects(body.get("messages")):
         role, content = text_of(message.get("role")) or "user", message.get("content")
@@ -129,7 +129,7 @@ def _system(content: object) -> str:
 
 
 def _blocks(role: str, blocks: list[Json]) -> list[Json]:
-    """The chat messages that one message's blocks make: tool results first, then all else."""
+    """The chat messages for one message's blocks: tool results first, then the others."""
     results = [
         result
         for block in blocks
@@ -185,12 +185,12 @@ def _results(block: Json) -> list[Json]:
 
 def tool_call(block: Json) -> Json:
     """A tool_use block as a chat tool call."""
-    # The json module with its spaces and escapes: the prompt holds these very characters.
+    # Written by the json module with its spaces and escapes, which become part of the prompt.
     arguments = json.dumps(obj(block.get("input")))
     function = {"name": text_of(block.get("name")), "arguments": arguments}
     return {"id": text_of(block.get("id")), "type": "function", "function": function}
 
 
 def text_of(value: object) -> str:
-    """A text; nothing for what is none."""
+    """`value` if it is a text, else an empty one."""
     return value if isinstance(value, str) else ""

@@ -32,8 +32,8 @@ class Talk:
         """Takes one request; False at the end of the connection."""
         try:
             head = await self.reader.readuntil(b"\r\n\r\n")
-            length = int(head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0])
-            self.requests.append((head, await self.reader.readexactly(length)))
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
+            self.requests.append((head, await self.reader.readexactly(int(length or 0))))
         except (asyncio.IncompleteReadError, ConnectionError):
             self.ended.set()
             return False
