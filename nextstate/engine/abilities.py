@@ -37,8 +37,8 @@ async def look(
 ) -> Abilities:
     """Asks for a token in each way that is used, and loads the adapter in `zero_adapter`.
 
-    Without that folder nothing is loaded. A server that returns no token ids is asked about adapters
-    only if `adapters` are needed, because only vLLM has that route.
+    Without that folder nothing is loaded. A server that returns no token ids is asked about
+    adapters only if `adapters` are needed, because only vLLM has that route.
 
     Raises WrongEngineError if a person has to change something before any request can be sent to
     the server, EngineError if it may serve later.

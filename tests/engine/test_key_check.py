@@ -13,6 +13,9 @@ from tests.running_loop import Engine, Loop
 from tests.same_answer import answer_of
 
 
+pytestmark = pytest.mark.engine
+
+
 @pytest.mark.parametrize(
     ("method", "path"),
     [
