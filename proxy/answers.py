@@ -17,6 +17,7 @@ _KINDS = {
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     415: "UnsupportedMediaTypeError",
+    429: "RateLimitError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
@@ -44,10 +45,10 @@ def error_body(path: str, message: str, kind: str, code: int) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def error_response(path: str, status: int, message: str, kind: str | None = None) -> web.Response:
+def error_response(path: str, status: int, message: str) -> web.Response:
     """A whole answer with an error. A 503 says when to try again."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    body = error_body(path, message, kind or error_kind(status), status)
+    body = error_body(path, message, error_kind(status), status)
     return web.json_response(body, status=status, headers=headers)
 
 

@@ -9,7 +9,6 @@ import signal
 from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import aiohttp
@@ -17,21 +16,18 @@ from aiohttp import web
 from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.engine.client import EngineClient
-from nextstate.errors import NextStateError, RecordError, StoreError, WaitError
-from nextstate.hooks import AgentProfile, load_plugin
+from nextstate.errors import NextStateError, WaitError
 from nextstate.records import MAIN_LINEAGE, Json
-from nextstate.store.settling import Reception
 from nextstate.store.store import Store
 from proxy.answers import Refused, error_response
-from proxy.bodies import read_body, refuse_coded, unreadable
+from proxy.bodies import refuse_coded, unreadable
 from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
-from proxy.dispatch import CALLER, Dispatch
+from proxy.dispatch import Dispatch
 from proxy.engine_call import Engine
-from proxy.feedback import A_MINUTE, Allowance, Said, read_feedback
+from proxy.feedback import FeedbackRoute
 from proxy.intervals import INTERVALS, Intervals
-from proxy.lineages import Lineages
-from proxy.linking.continuation import session_names
+from proxy.lineages import CALLER, Lineages
 from proxy.metrics import counts_of, exposition
 from proxy.paths import GENERATING, OURS
 from proxy.recorder import Recorder
@@ -46,7 +42,7 @@ log = logging.getLogger(__name__)
 _OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
 """Need no key."""
 _FOR_WHAT_IT_HOLDS = frozenset((400, 404, 413, 415))
-"""What a request is refused with that another one in its place would not be."""
+"""The statuses of requests that are refused for what they hold."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -83,18 +79,17 @@ class Proxy:
             config.record_timeout_s,
             enabled=record,
         )
-        self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._engine_key = engine_key
         self._worker = worker
         self._intervals = intervals
         self.connections = Connections()
-        self._allowance = Allowance()
+        feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
         self._own_routes: dict[str, dict[str, Handler]] = {
             "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
             "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
             "/health": {"GET": self._health, "HEAD": self._health},
             "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
-            "/v1/feedback": {"POST": self._feedback},
+            "/v1/feedback": {"POST": feedback.handle},
         }
         # Once the application runs:
         self.upstream: Upstream
@@ -178,7 +173,7 @@ class Proxy:
                 tasks.append(asyncio.create_task(_every(self._intervals.beat_s, self._beat)))
             for task in tasks:
                 task.add_done_callback(_end_if_failed)
-            # Or the first replies would end before anything could take their turns.
+            # Without it the first replies would end before their turns can be recorded.
             await self.recorder.wait_open(self._intervals.writer_s)
             yield
             await self.recorder.drain(self._intervals.drain_s)
@@ -186,7 +181,7 @@ class Proxy:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             if self._worker is not None:
-                with suppress(WaitError):  # the others take a silent one for gone
+                with suppress(WaitError):  # the others notice when its signs of life end
                     await asyncio.to_thread(self.store.leave, self._worker)
 
     def _counts(self) -> dict[str, int]:
@@ -196,7 +191,7 @@ class Proxy:
         self.store.beat(self._worker or "", self.versions.in_use(), self._counts())
 
     async def _share(self, request: web.Request, response: web.StreamResponse) -> None:
-        """Lets the page that asked read what it gets; a foreign one was refused."""
+        """Lets the page that asked read the answer. Another site's page was refused."""
         if "Origin" in request.headers and response.status != 403:
             has_key = self.lineages.main_key is not None
             response.headers.update(shared_with(request.headers, has_key))
@@ -204,43 +199,6 @@ class Proxy:
     def _out_of_files(self, error: BaseException) -> Refused:
         self.connections.ran_out(error)
         return Refused(503, "The proxy has no files left for a connection to the engine.")
-
-    async def _feedback(self, request: web.Request) -> web.StreamResponse:
-        if request.content_type != "application/json":
-            found = request.headers.get("Content-Type", "none")
-            raise Refused(415, f"Content-Type: {found[:100]!r}: feedback is application/json.")
-        try:
-            said = read_feedback(await read_body(request, self.config.max_body_mb))
-        except RecordError as error:
-            return _refused(request, 400, "BadRequestError", f"Feedback: {error}.")
-        if wait_s := self._allowance.wait_s(request[CALLER]):
-            message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
-            response = _refused(request, 429, "RateLimitError", message)
-            response.headers["Retry-After"] = str(wait_s)
-            return response
-        try:
-            found = await asyncio.to_thread(self._receive, said, request[CALLER])
-        except (WaitError, SQLAlchemyError, OSError) as error:
-            log.warning("feedback on turn=%s could not be stored: %s", said.turn_id, error)
-            message = "The store cannot be written now."
-            return _refused(request, 503, "ServiceUnavailableError", message)
-        except StoreError:  # it was forgotten at this moment
-            found = None
-        if found is None:
-            where = f"turn {said.turn_id!r}" if said.turn_id else f"turn in {said.session_id!r}"
-            return _refused(request, 404, "NotFoundError", f"There is no {where}.")
-        return web.json_response(asdict(found))
-
-    def _receive(self, said: Said, caller: str) -> Reception | None:
-        """Settles feedback; None when the caller has no such turn."""
-        theirs = [name for name in self.lineages.names if self.lineages.sees(caller, name)]
-        turn = said.turn_id
-        if turn is None:
-            assert said.session_id is not None
-            turn = self.store.newest_turn(session_names(said.session_id, self._profile), theirs)
-        elif self.store.lineage_of(turn) not in theirs:
-            turn = None
-        return None if turn is None else self.store.give_feedback(said.of(turn))
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
         found: Json = {
@@ -264,7 +222,7 @@ class Proxy:
         return web.json_response(found)
 
     async def _health(self, request: web.Request) -> web.StreamResponse:
-        """As the engine answers a probe, and at once: 200 and nothing, or a 503."""
+        """What the engine answers to a probe, at once: an empty 200, or a 503."""
         if not self.versions.up:
             raise Refused(503, "The inference engine is not available.")
         return web.Response()
@@ -284,14 +242,14 @@ class Proxy:
 
 
 def _end_if_failed(task: asyncio.Task[None]) -> None:
-    """Ends the process, as from outside, when what it cannot serve without has failed."""
+    """Ends the process with SIGTERM if a task that it needs has failed."""
     if not task.cancelled() and (error := task.exception()) is not None:
         log.critical("%s has failed: the proxy ends", task.get_coro(), exc_info=error)
         os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _every(pause_s: float, work: Callable[[], None]) -> None:
-    """Does the store's housekeeping now and again; a failure is logged and tried again."""
+    """Calls `work` again and again. A failure is logged and tried again."""
     while True:
         try:
             await asyncio.to_thread(work)
@@ -300,9 +258,5 @@ async def _every(pause_s: float, work: Callable[[], None]) -> None:
         await asyncio.sleep(pause_s)
 
 
-def _refused(request: web.Request, status: int, kind: str, message: str) -> web.Response:
-    return error_response(request.path, status, message, kind)
-
-
 async def _ask_later(_: web.Request) -> None:
-    """Does nothing yet about `Expect: 100-continue`."""
+    """Leaves `Expect: 100-continue` to whoever reads the body."""

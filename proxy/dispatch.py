@@ -11,13 +11,11 @@ from nextstate.wire import json_object, objects, read_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_any_body, read_body
 from proxy.guard import administers, leads_out, refusal, tame
-from proxy.lineages import Lineages
+from proxy.lineages import CALLER, Lineages
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
 from proxy.relay import Relay
 from proxy.serving import MESSAGES, Passed, compact
 
-CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
-"""The lineage whose key a request carries."""
 JSON_TYPE = "application/json"
 _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 """Routes that generate in a form that no turn can hold."""

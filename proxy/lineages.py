@@ -6,7 +6,12 @@ import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from aiohttp import web
+
 from nextstate.records import MAIN_LINEAGE
+
+CALLER: web.RequestKey[str] = web.RequestKey("lineage", str)
+"""The lineage whose key a request carries."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ import pytest
 from tests.running_loop import Engine, Loop
 from tests.same_answer import answer_of
 
-
 pytestmark = pytest.mark.engine
 
 
