@@ -90,9 +90,9 @@ class Relay:
             is_stream = answer.headers.get("Content-Type", "").lower().startswith(_EVENTS)
             if serving.changes and not is_stream:
                 data, error = await _read(answer)
-                if error is not None:  # nothing but the head goes out: what came is not renamed
-                    return await _broken_off(request, answer, headers, b"", error)
-                return web.Response(status=answer.status, body=serving.reply(data), headers=headers)
+                # Of a broken answer only the head goes out: what came is not renamed.
+                data = serving.reply(data) if error is None else b""
+                return await _whole_answer(request, answer, headers, data, error)
             return await _pass_body(request, answer, headers, serving if serving.changes else None)
         finally:
             answer.close()
@@ -132,25 +132,21 @@ class _Generation:
     async def plain(self) -> web.StreamResponse:
         """A reply in one body."""
         try:
-            answer, data, error = await self._whole()
-            whole = error is None and answer.status == 200
-            sent = self._serving.reply(data) if whole else data
-            if sent is None and (plainer := self._serving.plainer()) is not None:
-                self._call.use(plainer)
+            while True:
                 answer, data, error = await self._whole()
-                whole = error is None and answer.status == 200
-                sent = plainer.reply(data) if whole else data
+                if error is not None or answer.status != 200:
+                    return await self._pass_whole(answer, data, error)
+                sent = self._serving.reply(data)
+                if sent is not None:
+                    break
+                plainer = self._serving.plainer()
+                assert plainer is not None
+                self._call.use(plainer)
         except Refused as refused:
             return self._refused(refused)
-        headers = self._headers(answer)
-        if error is not None:
-            self._relay.counts.cut += 1
-            return await _broken_off(self._request, answer, headers, data, error)
-        if not whole:
-            return web.Response(status=answer.status, body=data, headers=headers)
         self._first_token_s = self._elapsed()
         await self._relay.recorder.record(self._exchange(None))
-        return web.Response(body=sent, headers=headers)
+        return web.Response(body=sent, headers=self._headers(answer))
 
     async def _whole(self) -> tuple[Answer, bytes, Cut | None]:
         answer = await self._call.open()
@@ -171,7 +167,10 @@ class _Generation:
             return await self._end_early(self._early, response.body)
         try:
             if answer.status != 200:
-                return await self._failed(answer)
+                data, error = await _read(answer)
+                if self._early is not None:
+                    return await self._end_early(self._early, data)
+                return await self._pass_whole(answer, data, error)
             response = self._early
             if response is None:
                 response = web.StreamResponse(headers=self._headers(answer))
@@ -183,16 +182,12 @@ class _Generation:
         finally:
             answer.close()
 
-    async def _failed(self, answer: Answer) -> web.StreamResponse:
-        """The answer to a streamed request where the engine gave another one than a stream."""
-        data, error = await _read(answer)
-        if self._early is not None:
-            return await self._end_early(self._early, data)
-        headers = self._headers(answer)
+    async def _pass_whole(
+        self, answer: Answer, data: bytes, error: Cut | None
+    ) -> web.StreamResponse:
         if error is not None:
             self._relay.counts.cut += 1
-            return await _broken_off(self._request, answer, headers, data, error)
-        return web.Response(status=answer.status, body=data, headers=headers)
+        return await _whole_answer(self._request, answer, self._headers(answer), data, error)
 
     async def _end_early(self, early: web.StreamResponse, error: bytes) -> web.StreamResponse:
         """Sends an error as an event: the headers are out already."""
@@ -341,10 +336,16 @@ async def _pass_body(
     return response
 
 
-async def _broken_off(
-    request: web.Request, answer: Answer, headers: CIMultiDict[str], data: bytes, error: Cut
+async def _whole_answer(
+    request: web.Request,
+    answer: Answer,
+    headers: CIMultiDict[str],
+    data: bytes,
+    error: Cut | None,
 ) -> web.StreamResponse:
-    """Passes on what came of a whole answer, and breaks off where the engine did."""
+    """An answer with the body `data`; broken off after it if the engine broke off."""
+    if error is None:
+        return web.Response(status=answer.status, body=data, headers=headers)
     log.warning("%s %s: the engine cut the answer: %s", request.method, request.path, error)
     response = web.StreamResponse(status=answer.status, headers=headers)
     response.content_length = answer.content_length

@@ -116,7 +116,6 @@ class Dialect:
     """(client's request, what the engine's own route does with it) → the request in chat form."""
     from_chat: Callable[[Json, Json, int], Json | None]
     """(chat reply, client's request, longest context) → its reply; None: ask its own route."""
-    encode: Callable[[Json], bytes]
     events: Callable[[Json, int], EventWriter]
     """(client's request, longest context) → what writes its stream."""
     to_chat_reply: Callable[[Json], Json]
@@ -127,7 +126,6 @@ DIALECTS = {
     MESSAGES: Dialect(
         messages.to_chat,
         lambda reply, _body, _length: messages.from_chat(reply),
-        messages.encode,
         lambda _body, _length: messages.Events(),
         messages.to_chat_reply,
         messages.Chunks,
@@ -135,7 +133,6 @@ DIALECTS = {
     RESPONSES: Dialect(
         responses.to_chat,
         responses.from_chat,
-        responses.encode,
         responses.Events,
         responses.to_chat_reply,
         responses.Chunks,
@@ -289,7 +286,7 @@ class Translated(Recorded):
                 self.capture.whole(whole)
             stripped = chat.client_reply(reply, self._asked)
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
-            return None if answer is None else self._dialect.encode(answer)
+            return None if answer is None else compact(answer)
         except _MALFORMED as error:
             log.warning("a chat reply could not be put into the client's format: %s", told(error))
             return None

@@ -15,7 +15,6 @@ a reply with tool calls that is exactly `max_output_tokens` long was cut: it cou
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 import orjson
@@ -26,7 +25,7 @@ from proxy.dialects.responses_record import Chunks, to_chat_reply
 from proxy.dialects.responses_request import to_chat
 from proxy.dialects.responses_tools import InputReader, ToolNames, chosen_name, custom_input
 
-__all__ = ["Chunks", "Events", "encode", "from_chat", "to_chat", "to_chat_reply"]
+__all__ = ["Chunks", "Events", "from_chat", "to_chat", "to_chat_reply"]
 
 _LEAST_TEMPERATURE = 0.01
 """vLLM raises a smaller temperature to this, unless it is 0."""
@@ -57,11 +56,6 @@ def from_chat(reply: Json, body: Json, max_model_len: int) -> Json:
     if message.get("tool_calls") and usage.get("completion_tokens") == response.max_output_tokens:
         cut = True  # chat says "tool_calls" even if it was cut
     return response.ended(output, cut, usage)
-
-
-def encode(response: Json) -> bytes:
-    """A whole Responses object as vLLM writes it (Starlette's JSON)."""
-    return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class Events:

@@ -1,4 +1,4 @@
-"""Servers that are no vLLM, or not all of one."""
+"""Servers that are not vLLM, or that lack a part of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whose the managed engine is: its key, its door, its environment and the names in it."""
+"""The managed engine's key, the check of it, its environment and the adapters' names in it."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def settings(tmp_path: Path) -> Settings:
     return Settings.read(file)
 
 
-def test_each_start_has_a_key_of_its_own_that_no_command_line_tells(
+def test_each_start_has_a_new_key_that_no_command_line_shows(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "elsewhere")
@@ -112,7 +112,7 @@ DOOR = [
 
 
 @pytest.mark.parametrize(("kind", "path", "headers", "status"), DOOR)
-def test_the_door_lets_in_who_has_the_key(
+def test_the_key_check_passes_requests_with_the_key(
     kind: str, path: str, headers: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "key")
@@ -134,13 +134,13 @@ def test_the_door_lets_in_who_has_the_key(
     assert (200 in told) == (status == 200)
 
 
-def test_the_engine_starts_behind_the_door() -> None:
+def test_the_engine_starts_with_the_key_check() -> None:
     argv = command(EngineConfig(model="m"), 5)
     module, _, name = argv[argv.index("--middleware") + 1].rpartition(".")
     assert (module, name) == (KeyCheck.__module__, KeyCheck.__name__)
 
 
-def test_a_versions_name_cannot_be_told_before_its_weights_are_there() -> None:
+def test_a_versions_name_cannot_be_guessed_before_its_weights_exist() -> None:
     version = PolicyVersion("main", 3, 2, "/v3", "ab" * 32, 16, VersionState.CANDIDATE)
     assert version.adapter_name == f"main-v000003-{'ab' * 8}"
     assert replace(version, sha256="cd" * 32).adapter_name != version.adapter_name

@@ -1,4 +1,4 @@
-"""Engines that are not a vLLM of ours: relayed and recorded, and told what learning lacks."""
+"""Engines other than a managed vLLM: relayed, recorded, and it is said what learning lacks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_the_base_serves_where_adapters_cannot(
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("name", ["strict, 400", "ollama", "vLLM without LoRA"])
-def test_what_waited_for_an_unknown_engine_goes_as_that_engine_takes_it(
+def test_requests_that_waited_for_an_unknown_engine_go_in_the_form_that_it_accepts(
     store: Store, tmp_path: Path, name: str, stream: bool
 ) -> None:
     add_version(store, tmp_path, 1)
@@ -158,7 +158,7 @@ def test_fields_that_only_chat_refuses_are_left_out_from_then_on(
     asyncio.run(test())
 
 
-def test_a_model_that_the_engine_does_not_know_is_told_and_its_own_answer_passes(
+def test_a_model_that_the_engine_does_not_know_is_reported_and_its_own_answer_passes(
     store: Store, tmp_path: Path
 ) -> None:
     async def test() -> None:
@@ -197,7 +197,7 @@ def test_the_address_may_end_where_clients_end_it(store: Store, tmp_path: Path, 
         ("http://[::1]:8000/v1//", "http://[::1]:8000"),
     ],
 )
-def test_an_address_is_read_kindly(url: str, address: str) -> None:
+def test_an_address_may_have_small_mistakes(url: str, address: str) -> None:
     assert EngineConfig(url=url).url == address
 
 
@@ -205,7 +205,7 @@ def test_an_address_is_read_kindly(url: str, address: str) -> None:
     "url",
     ["127.0.0.1:8000", "localhost:8000/v1", "ws://h", "http://", "http://h:x", "http://h?a=1"],
 )
-def test_what_is_no_address_says_what_to_write(url: str) -> None:
+def test_an_invalid_address_says_what_to_write(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[engine\] url = .*http://HOST:PORT"):
         EngineConfig(url=url)
 

@@ -1,4 +1,4 @@
-"""The real vLLM behind its door: what answers without the key, and what it was started with."""
+"""The key check in a real vLLM: which routes answer without the key, and where the key is."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_key_is_in_vllms_environment_and_on_no_command_line(
     assert mode & 0o077 == 0
 
 
-def test_the_log_tells_no_key(loop: Loop, native_engine: Engine) -> None:
+def test_the_log_shows_no_key(loop: Loop, native_engine: Engine) -> None:
     logs: list[Path] = [*(loop.state / "logs").iterdir()]
     assert logs
     for log in logs:

@@ -1,4 +1,4 @@
-"""What the engine makes of /v1/messages is learnt from its counts, whatever its template is."""
+"""The behaviour of /v1/messages is found out from token counts, whatever the template is."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ async def served(template: Template) -> AsyncGenerator[str]:
 
 @pytest.mark.parametrize("merges", [False, True])
 @pytest.mark.parametrize("shown", [False, True])
-def test_what_depends_on_the_template_is_learnt(merges: bool, shown: bool) -> None:
+def test_behaviour_that_depends_on_the_template_is_found_out(merges: bool, shown: bool) -> None:
     behaviour = learnt(Template(merges=merges, shows_no_tools=shown))
     assert behaviour == MessagesBehaviour(merges, "none", shown)
 
@@ -109,17 +109,17 @@ def test_what_depends_on_the_template_is_learnt(merges: bool, shown: bool) -> No
         (Template(efforts="switch", disabled="low"), None),
     ],
 )
-def test_disabled_thinking_is_what_the_server_takes_it_for(
+def test_disabled_thinking_is_what_the_server_reads_it_as(
     template: Template, effort: str | None
 ) -> None:
     assert learnt(template).disabled_effort == effort
 
 
-def test_an_engine_that_does_not_count_keeps_its_habits_to_itself() -> None:
+def test_the_behaviour_of_an_engine_that_counts_no_tokens_is_unknown() -> None:
     assert learnt(Template(counts=False)) == MessagesBehaviour()
 
 
-def test_an_engine_that_is_away_keeps_its_habits_to_itself() -> None:
+def test_the_behaviour_of_an_engine_that_is_away_is_unknown() -> None:
     async def learn() -> MessagesBehaviour:
         async with EngineClient("http://127.0.0.1:9", "m") as engine:
             return await learn_messages_behaviour(engine)

@@ -229,7 +229,7 @@ def test_status_says_what_learning_lacks(store: Store, tmp_path: Path) -> None:
     assert "no OpenAI server" in asyncio.run(test(html(200)))
 
 
-def test_status_of_a_proxy_with_a_key_says_as_much(
+def test_status_says_as_much_for_a_proxy_with_a_key(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CLIENTS", "secret")

@@ -14,7 +14,8 @@ import orjson
 from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from proxy.dialects.chat import Asked, client_chunk, client_reply, upstream_request
-from proxy.dialects.responses import Events, encode, from_chat, to_chat
+from proxy.dialects.responses import Events, from_chat, to_chat
+from proxy.serving import compact
 from proxy.sse import EventSplitter, event_data
 from tests.running_loop import Engine
 
@@ -357,7 +358,7 @@ def through_chat(engine: Engine, body: Json) -> tuple[int, Json, bytes]:
     if not body.get("stream"):
         reply = orjson.loads(data)
         raw = orjson.loads(data)
-        return status, raw, encode(from_chat(client_reply(reply, asked), body, limit))
+        return status, raw, compact(from_chat(client_reply(reply, asked), body, limit))
     events = Events(body, limit)
     out: list[bytes] = []
     raw = {}
@@ -419,12 +420,12 @@ def assert_plain_equal(engine: Engine, body: Json) -> None:
     if native_status != 200:
         return  # what vLLM refuses may be answered here
     whole = orjson.loads(native)
-    assert encode(json.loads(native)) == native
+    assert compact(json.loads(native)) == native
     tokens = [whole[name][0]["tokens"] for name in ("input_messages", "output_messages")]
     assert [raw["prompt_token_ids"], raw["choices"][0]["token_ids"]] == tokens
     whole["input_messages"] = whole["output_messages"] = None
     known = raw["usage"].get("prompt_tokens_details") is not None
-    told, expected = untimed(ours, known), untimed(encode(whole), known)
+    told, expected = untimed(ours, known), untimed(compact(whole), known)
     if only_functions(body):
         assert told == expected
     assert parsed(told) == parsed(expected)

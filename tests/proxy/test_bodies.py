@@ -1,4 +1,4 @@
-"""What a client sends to generate: the serving version answers and is recorded, or nobody does."""
+"""A request to generate is answered by the serving version and recorded, or gets an error."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ async def serve(store: Store, p: Running, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_engine_reads_is_served_by_the_serving_version_and_recorded(
+def test_every_body_that_the_engine_reads_is_served_by_the_version_and_recorded(
     store: Store, tmp_path: Path, stream: bool
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -122,7 +122,9 @@ def test_a_form_is_not_answered_by_the_base_model_in_place_of_a_version(
     both(test, store, tmp_path)
 
 
-def test_what_nobody_reads_gets_an_error_and_is_counted(store: Store, tmp_path: Path) -> None:
+def test_a_body_that_cannot_be_read_gets_an_error_and_is_counted(
+    store: Store, tmp_path: Path
+) -> None:
     """Also from an engine that would take it."""
 
     async def lax(request: web.Request) -> web.Response:
@@ -176,7 +178,7 @@ def test_a_schema_that_could_end_the_engine_does_not_reach_it_in_any_spelling(
     both(test, store, tmp_path)
 
 
-def test_the_engine_gets_what_it_reads_and_no_word_to_the_harm_of_others(
+def test_the_engine_gets_the_headers_it_reads_and_none_that_harms_others(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:

@@ -112,7 +112,7 @@ def test_programs_and_this_machines_own_pages_need_no_key(
     both(test, store, tmp_path)
 
 
-def test_who_has_a_key_may_come_from_anywhere(store: Store, tmp_path: Path) -> None:
+def test_a_client_with_a_key_may_come_from_anywhere(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for lines, host in FOREIGN:
             keyed = ("Authorization: Bearer secret", *lines)
@@ -186,7 +186,9 @@ def test_feedback_is_json_only(store: Store, tmp_path: Path, kind: str) -> None:
     both(test, store, tmp_path)
 
 
-def test_healthz_names_a_lineage_to_who_may_see_it(store: Store, tmp_path: Path) -> None:
+def test_healthz_names_a_lineage_only_to_callers_that_may_see_it(
+    store: Store, tmp_path: Path
+) -> None:
     access = {"alice": Access("alice", "hers"), "open": Access("open", None)}
 
     async def test(engine: ScriptedEngine, p: Running) -> None:

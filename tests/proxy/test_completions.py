@@ -1,4 +1,4 @@
-"""`/v1/completions` through the proxy: recorded like chat, and not a byte different for it."""
+"""`/v1/completions` through the proxy: recorded like chat, without changing a byte."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def test_no_request_makes_the_engine_compute_the_prompts_log_probs(
     both(test, store, tmp_path, record_timeout_s=10.0)
 
 
-def test_an_unknown_model_gets_the_engines_own_words(store: Store, tmp_path: Path) -> None:
+def test_an_unknown_model_gets_the_engines_own_error(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         body = request(model="nope")
         assert await complete(p, body) == await complete(p, body, engine.url)

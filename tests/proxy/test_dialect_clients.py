@@ -100,7 +100,7 @@ def test_the_next_request_goes_on_from_the_one_before(name: str) -> None:
 
 @pytest.mark.parametrize("thoughts", ["", "<think>I look.</think>", "I look.</think>\n\n"])
 @pytest.mark.parametrize("name", SENT)
-def test_the_next_request_says_what_came_of_the_reply(
+def test_the_next_request_shows_the_result_of_the_reply(
     store: Store, name: str, thoughts: str
 ) -> None:
     main = [sent for sent in SENT[name] if sent["body"].get("tools")]

@@ -106,7 +106,7 @@ def test_unreadable_native_answers_do_not_raise(body: Json) -> None:
         ({"metadata": {"n": 1e30}}, "counts higher"),
     ],
 )
-def test_what_chat_could_serve_otherwise_goes_native(change: Json, reason: str) -> None:
+def test_requests_that_chat_could_serve_differently_go_native(change: Json, reason: str) -> None:
     body: Json = {"model": "m", "max_tokens": 9, "messages": ask("Hello"), **change}
     native = to_chat(body).native
     assert native is not None
@@ -170,7 +170,7 @@ def test_a_reply_that_an_agent_sends_back_is_the_reply_that_was_recorded() -> No
     assert canonical_reply(chat["messages"][1]) == canonical_reply(message)
 
 
-def test_what_native_requests_hold_is_recorded_too() -> None:
+def test_the_content_of_native_requests_is_recorded_too() -> None:
     chat = to_chat(
         {
             "model": "m",

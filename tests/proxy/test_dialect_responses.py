@@ -21,8 +21,9 @@ from openai.types.responses import Response
 from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from proxy.capture import Capture
-from proxy.dialects.responses import Chunks, Events, encode, from_chat, to_chat, to_chat_reply
+from proxy.dialects.responses import Chunks, Events, from_chat, to_chat, to_chat_reply
 from proxy.linking.continuation import reply_keys
+from proxy.serving import compact
 from tests.conftest import Done
 from tests.proxy.responses_cases import (
     AGENTS,
@@ -253,7 +254,7 @@ def test_a_plain_reply_holds_what_the_stream_ends_with(pieces: list[Json]) -> No
     reply: Json = {**chunks[0], "usage": capture.usage, "choices": [choice]}
     body: Json = {"model": "m", "input": "hi"}
     plain = from_chat(reply, body, 100)
-    assert Response.model_validate_json(encode(plain)).id == plain["id"]
+    assert Response.model_validate_json(compact(plain)).id == plain["id"]
     streamed = payloads(event_stream(chunks, body))[-1]["response"]
     for item in (*plain["output"], *streamed["output"]):
         if item["type"] == "reasoning":
@@ -393,7 +394,7 @@ NATIVE: list[Json] = [
 
 
 @pytest.mark.parametrize("body", NATIVE, ids=lambda body: json.dumps(body)[-60:])
-def test_what_is_not_proven_goes_native(body: Json) -> None:
+def test_requests_that_are_not_proven_go_native(body: Json) -> None:
     reason = to_chat(body).native
     assert reason is not None
     assert reason.endswith("so its tokens are not known")
@@ -448,7 +449,7 @@ def test_arguments_of_another_form_are_a_custom_tools_whole_input(arguments: str
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_what_is_proven_goes_through_chat(name: str) -> None:
+def test_requests_that_are_proven_go_through_chat(name: str) -> None:
     body = {"model": "m", **CASES[name]}
     before = orjson.dumps(body)
     assert to_chat(body).native is None

@@ -1,4 +1,4 @@
-"""Who may ask the proxy what, by which spelling, and what is told to everyone else."""
+"""Paths, redirects and bodies at the proxy's edge: which are served, and how others are refused."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ LOOK_ALIKES = [
 
 @pytest.mark.parametrize("target", LOOK_ALIKES)
 @pytest.mark.parametrize("method", ["POST", "GET"])
-def test_what_only_resembles_a_route_is_a_404_of_ours(
+def test_a_path_that_only_resembles_a_route_is_a_404_of_the_proxy(
     store: Store, tmp_path: Path, target: str, method: str
 ) -> None:
     async def test() -> None:
@@ -191,7 +191,7 @@ def test_what_agents_probe_is_answered(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path, key="secret")
 
 
-def test_errors_are_in_the_words_of_the_api_that_was_asked(store: Store, tmp_path: Path) -> None:
+def test_errors_have_the_format_of_the_api_that_was_asked(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for raw, status in (
             (get("/v1/feedback"), 405),
@@ -214,7 +214,7 @@ def test_errors_are_in_the_words_of_the_api_that_was_asked(store: Store, tmp_pat
     both(test, store, tmp_path)
 
 
-def test_a_failure_of_ours_is_told_in_the_apis_words_too(
+def test_a_failure_of_the_proxy_has_the_apis_format_too(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -273,7 +273,7 @@ def test_a_length_beyond_the_limit_is_refused_before_the_body(store: Store, tmp_
         b'{"\\\\":[' + b"[]," * 500_000 + b"0]}",
     ],
 )
-def test_json_that_unfolds_is_refused_before_it_is_parsed(
+def test_json_with_too_many_values_is_refused_before_it_is_parsed(
     store: Store, tmp_path: Path, path: str, data: bytes
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -284,7 +284,7 @@ def test_json_that_unfolds_is_refused_before_it_is_parsed(
     both(test, store, tmp_path)
 
 
-def test_large_bodies_of_real_agents_are_no_excess() -> None:
+def test_large_bodies_of_real_agents_pass() -> None:
     code = 'if (a[1] == {2}) { b("\\n", [c, d]) } else { e = "\\\\" }\n' * 50_000
     table = "1,2,3,[4],{5}\n" * 200_000
     for body in (
@@ -297,7 +297,7 @@ def test_large_bodies_of_real_agents_are_no_excess() -> None:
         assert excess(orjson.dumps(body)) is None
 
 
-def test_models_are_those_that_generate_here_and_tell_no_paths(
+def test_models_lists_those_that_generate_here_and_shows_no_paths(
     store: Store, tmp_path: Path
 ) -> None:
     add_version(store, tmp_path, 1)
@@ -317,9 +317,7 @@ def test_models_are_those_that_generate_here_and_tell_no_paths(
     both(test, store, tmp_path, access={"open": Access("open", None)})
 
 
-def test_no_answer_is_compressed_for_a_client_that_does_not_ask(
-    store: Store, tmp_path: Path
-) -> None:
+def test_no_answer_is_compressed_unless_the_client_asks(store: Store, tmp_path: Path) -> None:
     """Nor could the list of models be changed."""
 
     class Gateway(ScriptedEngine):

@@ -1,4 +1,4 @@
-"""A broken connection is one request's trouble: nobody else waits while the engine is well."""
+"""A broken connection fails one request at most: nobody else waits while the engine is well."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_what_an_engine_that_is_down_resets_waits_for_it(
     both(test, store, tmp_path)
 
 
-def test_requests_that_fail_together_share_one_look_at_the_engines_health(
+def test_requests_that_fail_together_share_one_health_check(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:

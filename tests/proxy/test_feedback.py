@@ -284,7 +284,7 @@ def test_feedback_during_training_counts_once_the_batch_is_given_up(store: Store
     assert store.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
 
 
-def test_what_votes_had_come_to_is_kept_with_the_feedback(store: Store) -> None:
+def test_the_result_of_the_votes_is_kept_with_the_feedback(store: Store) -> None:
     add(store, turn(0), turn(1), turn(2))
     judge(store, 0, 1)
     for said in (0, -1):

@@ -1,4 +1,4 @@
-"""Requests and engine answers of every bad kind, over real sockets: the proxy stands and leaks not.
+"""Bad requests and engine answers of every kind: the proxy survives them and leaks nothing.
 
 Case N is made from N alone: NEXTSTATE_FUZZ_CASE=N runs it by itself. NEXTSTATE_FUZZ_CASES sets how
 many the long form runs.
@@ -351,7 +351,7 @@ def test_a_turn_whose_reply_is_malformed_is_kept_and_says_that_it_must_not_train
         asyncio.run(test())
 
 
-def test_a_store_that_is_gone_is_said_and_fails_no_reply(store: Store, tmp_path: Path) -> None:
+def test_a_store_that_is_gone_is_logged_and_fails_no_reply(store: Store, tmp_path: Path) -> None:
     async def test() -> None:
         async with between(store, tmp_path) as (_, p):
             p.http.headers["Authorization"] = f"Bearer {KEY}"

@@ -1,4 +1,4 @@
-"""Several lineages behind one proxy: who reaches which, and nothing of one gets into another."""
+"""Several lineages behind one proxy: who reaches which, and nothing passes between them."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_a_key_and_a_name_lead_to_one_lineage(
     ],
 )
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_name_that_is_not_the_callers_is_unknown_in_the_engines_own_words(
+def test_a_model_name_of_another_caller_gets_the_engines_own_error(
     store: Store, tmp_path: Path, key: str, model: str, path: str
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -214,7 +214,7 @@ def test_without_a_right_key_nothing_is_answered_where_main_has_one(
     both(test, store, tmp_path, **OPEN)
 
 
-def test_where_main_has_no_key_any_other_key_is_mains(store: Store, tmp_path: Path) -> None:
+def test_if_main_has_no_key_any_other_key_belongs_to_main(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for key, lineage in (("sk-whatever", MAIN), ("alice-key", ALICE), ("", MAIN)):
             status, _, headers = await p.chat(request(), bearer(key))
@@ -242,7 +242,7 @@ def test_each_caller_is_shown_the_base_and_its_own_names(store: Store, tmp_path:
     both(test, store, tmp_path, **OPEN)
 
 
-def test_feedback_about_anothers_turn_is_about_no_turn(store: Store, tmp_path: Path) -> None:
+def test_feedback_on_a_turn_of_another_caller_finds_no_turn(store: Store, tmp_path: Path) -> None:
     keys = {MAIN: "main-key", ALICE: "alice-key", BOB: "main-key", CAROL: "carol-key"}
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -305,7 +305,7 @@ def test_adapters_of_one_lineage_unload_when_drained_and_of_no_other(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("answers_as", ["bob-v000001", "main-v000002", "alice"])
-def test_a_turn_that_anothers_adapter_answered_trains_nobody(
+def test_a_turn_that_another_lineages_adapter_answered_trains_nobody(
     store: Store, tmp_path: Path, answers_as: str, stream: bool
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:

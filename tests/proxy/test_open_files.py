@@ -1,4 +1,4 @@
-"""A proxy that has few files left: it makes room, refuses in the API's words, and says so."""
+"""A proxy with few free files closes idle connections, refuses in the API's format, and logs it."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def test_every_command_raises_the_soft_limit() -> None:
     assert out.stdout == "(512, 512)\n"
 
 
-def test_a_limit_that_is_none_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlimited_limit_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
     assert open_files.limit() > 100_000
 

@@ -126,7 +126,7 @@ PASSED_ON = [("GET", "models"), ("POST", "score"), ("POST", "echo")]
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-def test_while_the_engine_is_down_what_is_passed_on_is_held_too(
+def test_other_routes_are_held_too_while_the_engine_is_down(
     store: Store, tmp_path: Path, method: str, path: str
 ) -> None:
     async def test() -> None:
@@ -145,7 +145,7 @@ def test_while_the_engine_is_down_what_is_passed_on_is_held_too(
 
 
 @pytest.mark.parametrize(("method", "path"), PASSED_ON)
-def test_what_is_passed_on_to_an_engine_that_stays_down_is_a_clear_503(
+def test_other_routes_get_a_clear_503_if_the_engine_stays_down(
     store: Store, tmp_path: Path, method: str, path: str
 ) -> None:
     async def test() -> None:
@@ -157,7 +157,7 @@ def test_what_is_passed_on_to_an_engine_that_stays_down_is_a_clear_503(
     asyncio.run(test())
 
 
-def test_what_is_passed_on_brings_a_lost_adapter_back(store: Store, tmp_path: Path) -> None:
+def test_other_routes_bring_a_lost_adapter_back(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
         await until(lambda: p.proxy.versions.serving["main"].number == 1)
@@ -184,7 +184,7 @@ def test_a_renamed_answer_that_the_engine_cut_reaches_the_client_as_a_cut(
     both(test, store, tmp_path)
 
 
-def test_what_is_passed_on_over_a_connection_that_the_engine_has_closed_is_sent_again(
+def test_a_request_on_a_connection_that_the_engine_has_closed_is_sent_again(
     store: Store, tmp_path: Path
 ) -> None:
     taken: list[bytes] = []

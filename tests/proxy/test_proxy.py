@@ -419,7 +419,9 @@ def test_requests_larger_than_the_limit_are_refused(store: Store, tmp_path: Path
     both(test, store, tmp_path, max_body_mb=1)
 
 
-def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_path: Path) -> None:
+def test_a_request_that_the_engine_would_refuse_is_not_repaired(
+    store: Store, tmp_path: Path
+) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await p.chat(request(top_logprobs=2))
         assert "logprobs" not in engine.requests[-1]
@@ -430,7 +432,9 @@ def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_
 
 
 @pytest.mark.parametrize("model", [0, False, [], {}])
-def test_a_model_that_is_no_text_is_not_mended(store: Store, tmp_path: Path, model: object) -> None:
+def test_a_model_that_is_not_a_text_is_not_repaired(
+    store: Store, tmp_path: Path, model: object
+) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         sent = {**request(), "model": model}
         assert (await p.chat(sent))[0] == 400

@@ -1,4 +1,4 @@
-"""Raw requests to the proxy's server and to uvicorn, which is what vLLM has: they agree on HTTP."""
+"""Raw requests to the proxy's server and to uvicorn, vLLM's server: both agree on HTTP."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ async def native() -> AsyncGenerator[str]:
     await task
 
 
-def test_what_uvicorn_takes_the_proxy_takes(store: Store, tmp_path: Path) -> None:
+def test_the_proxy_accepts_what_uvicorn_accepts(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         async with native() as url:
             for name, raw in TAKEN.items():
@@ -190,7 +190,7 @@ def test_what_uvicorn_takes_the_proxy_takes(store: Store, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-def test_what_is_no_http_is_refused_in_the_apis_words(
+def test_invalid_http_is_refused_in_the_apis_format(
     store: Store, tmp_path: Path, path: str
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -249,7 +249,7 @@ async def read_here(raw: bytes, cuts: list[int]) -> tuple[list[bytes], bool, str
     return found, parser.broken, why
 
 
-def test_mangled_requests_are_taken_exactly_where_uvicorns_parser_takes_them() -> None:
+def test_mangled_requests_are_accepted_exactly_if_uvicorns_parser_accepts_them() -> None:
     rng = random.Random(7)
     pieces = [b"\r", b"\n", b"\r\n", b":", b" ", b"\t", b"\0", b"\xff", b"a", b"chunked", b"0"]
     outcomes: Counter[bool] = Counter()
@@ -291,7 +291,9 @@ def test_the_openai_client_may_name_itself(store: Store, tmp_path: Path) -> None
     both(test, store, tmp_path)
 
 
-def test_bodies_come_whole_however_they_are_cut_and_asked_for(store: Store, tmp_path: Path) -> None:
+def test_bodies_come_whole_however_they_are_split_and_asked_for(
+    store: Store, tmp_path: Path
+) -> None:
     """Byte by byte, several on one connection, and behind a protocol switch that is declined."""
     switch = b"Connection: Upgrade, HTTP2-Settings"
 
@@ -319,7 +321,7 @@ def test_bodies_come_whole_however_they_are_cut_and_asked_for(store: Store, tmp_
     both(test, store, tmp_path)
 
 
-def test_who_waits_to_be_asked_for_a_body_is_asked_once_the_key_is_right(
+def test_a_client_that_waits_to_send_its_body_is_asked_once_its_key_is_right(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:

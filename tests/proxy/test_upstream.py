@@ -62,7 +62,7 @@ def test_a_user_in_the_url_is_its_authorization_unless_there_is_another() -> Non
 
 
 @pytest.mark.parametrize("url", ["", "host", "host:8000", "http://", "ftp://host", "http://h:x"])
-def test_an_address_that_is_none_is_refused_by_its_key(url: str) -> None:
+def test_an_invalid_address_is_refused_with_the_name_of_its_key(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[engine\] url"):
         Upstream(url, {})
 
@@ -134,7 +134,7 @@ def test_every_framing_split_anywhere_gives_the_same_answer(
     run(test())
 
 
-def test_the_chunks_of_one_read_are_one_piece() -> None:
+def test_the_chunks_of_one_read_come_as_one_piece() -> None:
     async def test() -> None:
         parts = [b"data: %d\n\n" % number for number in range(100)]
         async with server(saying(CHUNKED + chunked(parts))) as (upstream, _):
@@ -165,7 +165,7 @@ def test_a_piece_is_there_before_the_next_one_comes() -> None:
     run(test())
 
 
-def test_headers_keep_their_order_their_doubles_and_their_bytes() -> None:
+def test_headers_keep_their_order_duplicates_and_bytes() -> None:
     async def test() -> None:
         fields = b"Set-Cookie: a\r\nX-Odd: \xff\xc3\xa9\r\nset-cookie: b\r\nX-Empty:\r\n"
         async with server(saying(OK + fields + b"Content-Length: 0\r\n\r\n")) as (upstream, _):
@@ -227,7 +227,7 @@ def test_a_redirect_is_an_answer_like_any_other() -> None:
 
 @pytest.mark.parametrize("said", [b"", b"HTTP/1.1 ", OK + b"X-A: 1\r\n", OK[:-2] + b"\r\n"])
 @pytest.mark.parametrize("reset", [False, True])
-def test_a_server_that_goes_before_it_answers_is_an_os_error(said: bytes, reset: bool) -> None:
+def test_a_server_that_closes_before_it_answers_is_an_os_error(said: bytes, reset: bool) -> None:
     async def test() -> None:
         async def serve(talk: Talk) -> None:
             await talk.request()
@@ -255,7 +255,7 @@ def test_a_server_that_goes_before_it_answers_is_an_os_error(said: bytes, reset:
         b"\x16\x03\x01",
     ],
 )
-def test_what_is_not_http_is_said_to_be_not_http(said: bytes) -> None:
+def test_an_answer_that_is_not_http_raises_not_http(said: bytes) -> None:
     async def test() -> None:
         async with server(saying(said)) as (upstream, talks):
             with pytest.raises(NotHttp):
@@ -341,7 +341,7 @@ def test_a_refused_connection_is_an_os_error() -> None:
     run(test())
 
 
-def test_a_connection_that_does_not_come_about_times_out() -> None:
+def test_a_connection_that_cannot_be_made_times_out() -> None:
     async def test() -> None:
         with socket.create_server(("127.0.0.1", 0)) as silent:  # accepts, and never says a word
             url = f"https://127.0.0.1:{silent.getsockname()[1]}"

@@ -44,7 +44,7 @@ def test_a_connection_is_used_again_once_its_answer_is_read() -> None:
         OK + b"Connection: close\r\nContent-Length: 5\r\n\r\nhellorubbish",
     ],
 )
-def test_a_connection_that_is_to_close_or_says_too_much_is_not_used_again(said: bytes) -> None:
+def test_a_connection_that_will_close_or_sent_too_much_is_not_used_again(said: bytes) -> None:
     async def test() -> None:
         async with server(saying(said)) as (upstream, talks):
             for number in (1, 2):
@@ -55,7 +55,7 @@ def test_a_connection_that_is_to_close_or_says_too_much_is_not_used_again(said: 
     run(test())
 
 
-def test_a_connection_that_speaks_unasked_is_closed() -> None:
+def test_a_connection_that_sends_without_a_request_is_closed() -> None:
     async def test() -> None:
         async def serve(talk: Talk) -> None:
             await talk.request()
@@ -88,7 +88,7 @@ def test_a_connection_that_the_server_closed_meanwhile_is_not_used() -> None:
     run(test())
 
 
-def test_connections_that_nobody_needs_are_closed() -> None:
+def test_idle_connections_are_closed() -> None:
     async def test() -> None:
         async with server(saying(SIZED), idle_s=0.02) as (upstream, talks):
             answers = [await upstream.ask("POST", "/", {}, b"") for _ in range(3)]
@@ -184,7 +184,7 @@ def test_a_request_that_is_given_up_before_its_answer_ends_at_once() -> None:
     run(test())
 
 
-def test_a_client_that_ends_leaves_no_connection() -> None:
+def test_a_closed_client_leaves_no_connection() -> None:
     async def test() -> None:
         async with server(saying(SIZED)) as (upstream, talks):
             assert await ask(upstream) == b"hello"

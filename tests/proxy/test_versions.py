@@ -84,7 +84,9 @@ def test_an_unload_that_failed_is_tried_again(store: Store, tmp_path: Path) -> N
     both(test, store, tmp_path, intervals=Intervals(unload_again_s=0.1))
 
 
-def test_an_adapter_that_is_unloaded_already_is_left_in_peace(store: Store, tmp_path: Path) -> None:
+def test_an_adapter_that_is_unloaded_already_is_not_unloaded_again(
+    store: Store, tmp_path: Path
+) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
         await until(lambda: p.proxy.versions.serving["main"].number == 1)
@@ -153,7 +155,7 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
 
 
 @pytest.mark.parametrize("adapter", ["whole", "changed"])
-def test_a_store_that_fails_while_the_engine_comes_back_ends_no_watching(
+def test_a_store_that_fails_while_the_engine_comes_back_does_not_end_the_watching(
     store: Store, tmp_path: Path, adapter: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
