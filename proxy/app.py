@@ -83,13 +83,13 @@ class Proxy:
         self._worker = worker
         self._intervals = intervals
         self.connections = Connections()
-        feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
+        self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
         self._own_routes: dict[str, dict[str, Handler]] = {
             "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
             "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
             "/health": {"GET": self._health, "HEAD": self._health},
             "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
-            "/v1/feedback": {"POST": feedback.handle},
+            "/v1/feedback": {"POST": self.feedback.handle},
         }
         # Once the application runs:
         self.upstream: Upstream

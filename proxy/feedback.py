@@ -76,7 +76,7 @@ class FeedbackRoute:
         self._lineages = lineages
         self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._max_body_mb = max_body_mb
-        self._allowance = Allowance()
+        self.allowance = Allowance()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Stores feedback and answers with what came of it. Raises Refused."""
@@ -87,7 +87,7 @@ class FeedbackRoute:
             body = read_feedback(await read_body(request, self._max_body_mb))
         except RecordError as error:
             raise Refused(400, f"Feedback: {error}.") from error
-        if wait_s := self._allowance.wait_s(request[CALLER]):
+        if wait_s := self.allowance.wait_s(request[CALLER]):
             message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
             response = error_response(request.path, 429, message)
             response.headers["Retry-After"] = str(wait_s)

@@ -123,7 +123,7 @@ def test_a_flood_of_feedback_is_refused_with_when_to_come_back(
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         now = [0.0]
-        p.proxy._allowance = Allowance(lambda: now[0])
+        p.proxy.feedback.allowance = Allowance(lambda: now[0])
         for number in range(AT_ONCE):
             await give(p, {"turn_id": f"turn_{number}", "score": -1}, key="main-key")
         body = {"turn_id": f"turn_{AT_ONCE}", "score": -1}
