@@ -37,14 +37,14 @@ from tests.scripted_engine import (
 )
 
 MAIN, ALICE, BOB, CAROL = "main", "alice", "bob", "carol"
-ACCESS = {
+LINEAGES = {
     ALICE: Access("alice-model", "alice-key"),
     BOB: Access("bob-model", None),
     CAROL: Access(None, "carol-key"),
 }
 """Alice has a key and a name, Bob a name, Carol a key; main has a key of its own."""
 PATIENT: dict[str, Any] = {"record_timeout_s": 10.0}
-OPEN: dict[str, Any] = {"key": "main-key", "access": ACCESS, **PATIENT}
+OPEN: dict[str, Any] = {"key": "main-key", "access": LINEAGES, **PATIENT}
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -221,7 +221,7 @@ def test_if_main_has_no_key_any_other_key_belongs_to_main(store: Store, tmp_path
             assert (status, turn_of(store, headers).lineage) == (200, lineage)
         assert (await p.chat({**request(), "model": "alice-model"}))[0] == 404
 
-    both(test, store, tmp_path, access=ACCESS, **PATIENT)
+    both(test, store, tmp_path, access=LINEAGES, **PATIENT)
 
 
 def test_each_caller_is_shown_the_base_and_its_own_names(store: Store, tmp_path: Path) -> None:
