@@ -14,10 +14,7 @@ from aiohttp.test_utils import TestServer
 from nextstate.engine.abilities import ADAPTERS, LOG_PROBS, TOKEN_IDS
 from nextstate.store.store import Store
 from proxy.intervals import Intervals
-from tests.proxy.running_proxy import (
-    Running,
-    running,
-)
+from tests.proxy.running_proxy import Running, running
 from tests.scripted_engine import MODEL, ScriptedEngine, plain_reply, stream_chunks
 
 STRICT = "return_token_ids: Extra inputs are not permitted"

@@ -22,11 +22,7 @@ from nextstate.engine.process import command, managed_key, not_passed, server_en
 from nextstate.errors import ConfigError, EngineError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store.store import Store
-from tests.proxy.running_proxy import (
-    add_version,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import add_version, running, until
 from tests.scripted_engine import MODEL, adapter, scripted_engine
 
 SHELL = {"VLLM_API_KEY": "elsewhere", "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_X": "1"}

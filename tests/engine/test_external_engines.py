@@ -15,11 +15,7 @@ from nextstate.store.store import Store
 from proxy.config import ProxyConfig
 from proxy.intervals import Intervals
 from tests.engine.foreign_engines import ENGINES, STRICT, Foreign, relayed
-from tests.proxy.running_proxy import (
-    add_version,
-    request,
-    until,
-)
+from tests.proxy.running_proxy import add_version, request, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact, plain_reply, stream_chunks
 
 

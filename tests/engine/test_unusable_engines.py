@@ -33,11 +33,7 @@ from tests.engine.foreign_engines import (
     relayed,
     serving,
 )
-from tests.proxy.running_proxy import (
-    request,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine
 
 

@@ -12,9 +12,7 @@ from random import Random
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from tests.proxy.running_proxy import (
-    until,
-)
+from tests.proxy.running_proxy import until
 from tests.scripted_engine import MODEL, Script, compact, plain_reply, stream_chunks
 
 KEY = "secret"

@@ -15,14 +15,7 @@ from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import publish
 from nextstate.store.store import Store
-from tests.proxy.running_proxy import (
-    Running,
-    add_version,
-    both,
-    request,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import Running, add_version, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine
 
 TEXT = '{"model": "base", "messages": [{"role": "user", "content": "héllo"}], "x": %s}'

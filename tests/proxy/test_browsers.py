@@ -12,11 +12,7 @@ import pytest
 
 from nextstate.store.store import Store
 from proxy.lineages import Access
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-)
+from tests.proxy.running_proxy import Running, both, request
 from tests.proxy.test_edge import JSON, get, post
 from tests.proxy.test_requests import ask
 from tests.scripted_engine import ScriptedEngine

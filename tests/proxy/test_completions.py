@@ -13,10 +13,7 @@ import pytest
 
 from nextstate.records import Turn
 from nextstate.store.store import Store
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-)
+from tests.proxy.running_proxy import Running, both
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
 JSON = {"Content-Type": "application/json"}

@@ -19,13 +19,7 @@ from nextstate.errors import EngineError
 from nextstate.store.store import Store
 from proxy.bodies import excess
 from proxy.lineages import Access
-from tests.proxy.running_proxy import (
-    Running,
-    add_version,
-    both,
-    request,
-    running,
-)
+from tests.proxy.running_proxy import Running, add_version, both, request, running
 from tests.proxy.test_requests import ask
 from tests.scripted_engine import MODEL, ScriptedEngine
 

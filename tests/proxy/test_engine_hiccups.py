@@ -17,13 +17,7 @@ from nextstate.open_files import ran_out
 from nextstate.store.store import Store
 from proxy.intervals import Intervals
 from proxy.upstream import Upstream
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import Running, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact
 
 ASKED: dict[str, dict[str, Any]] = {

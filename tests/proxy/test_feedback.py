@@ -19,11 +19,7 @@ from nextstate.records import (
 from nextstate.store.settling import Reception
 from nextstate.store.store import Store
 from proxy.lineages import Access
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-)
+from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import KEY, add, judge, turn
 

@@ -40,11 +40,7 @@ from tests.proxy.nasty import (
     http,
     sse,
 )
-from tests.proxy.running_proxy import (
-    Running,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import Running, running, until
 
 SHORT, LONG = 400, int(os.environ.get("NEXTSTATE_FUZZ_CASES", "100000"))
 AT_ONCE = 16

@@ -20,13 +20,7 @@ from nextstate.engine.client import publish
 from nextstate.records import PolicyVersion, Turn, Verdict, VersionState
 from nextstate.store.store import Store
 from proxy.lineages import Access
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import Running, both, request, running, until
 from tests.scripted_engine import (
     MODEL,
     Script,

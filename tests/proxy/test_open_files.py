@@ -22,11 +22,7 @@ from nextstate import open_files
 from nextstate.engine.process import free_port
 from nextstate.store.store import Store
 from proxy.server import Connections
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-)
+from tests.proxy.running_proxy import Running, both, request
 from tests.proxy.test_edge import JSON, get, post
 from tests.proxy.test_requests import Answer, answer, ask
 from tests.proxy.test_workers import write_config

@@ -30,10 +30,7 @@ from proxy.exchange import Exchange
 from proxy.recorder import Recorder
 from proxy.writer import AMENDED, FRAME, KEPT, LOST, READY, WAITING, Connection, Feed
 from proxy.writer_process import WriterProcess
-from tests.proxy.running_proxy import (
-    WRITER,
-    until,
-)
+from tests.proxy.running_proxy import WRITER, until
 
 MANY = 200
 PATIENCE_S = 60.0

@@ -24,12 +24,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from nextstate.store.store import Store
 from proxy.intervals import Intervals
 from proxy.requests import RequestParser
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-    running,
-)
+from tests.proxy.running_proxy import Running, both, request, running
 from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
 
 CHAT = "/v1/chat/completions"

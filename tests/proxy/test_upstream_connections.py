@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.proxy.running_proxy import (
-    until,
-)
+from tests.proxy.running_proxy import until
 from tests.proxy.upstream_server import CHUNKED, OK, SIZED, Talk, ask, run, saying, server, whole
 
 # Connections

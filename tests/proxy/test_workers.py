@@ -27,13 +27,7 @@ from nextstate.engine.client import publish
 from nextstate.engine.process import free_port, port_is_free
 from nextstate.store.store import Store
 from proxy.intervals import Intervals
-from tests.proxy.running_proxy import (
-    Running,
-    add_version,
-    request,
-    running,
-    until,
-)
+from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
 
 WORKERS = 2

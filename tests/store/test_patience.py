@@ -28,11 +28,7 @@ from nextstate.store import waiting as module
 from nextstate.store.sqlite import is_passing
 from nextstate.store.store import Store
 from nextstate.store.waiting import Patience
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-    request,
-)
+from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import add, judge, turn
 

@@ -15,10 +15,7 @@ from nextstate.store.shares import fair_share
 from nextstate.store.store import Store
 from proxy.feedback import AT_ONCE, Allowance
 from proxy.lineages import Access
-from tests.proxy.running_proxy import (
-    Running,
-    both,
-)
+from tests.proxy.running_proxy import Running, both
 from tests.proxy.test_feedback import give
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import KEY, add, judge, turn
