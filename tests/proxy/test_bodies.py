@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,7 +215,6 @@ def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, 
     }
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        p.proxy.config = replace(p.proxy.config, max_body_mb=1)
         page = ""
         for count, (name, case) in enumerate(refused.items(), 1):
             data, headers, status, words = case
@@ -229,4 +227,4 @@ def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, 
         assert engine.requests == []
         assert "nextstate_turns_lost_total 0\n" in page
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, max_body_mb=1)
