@@ -137,13 +137,13 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     stop = _stop_event(patience, at_start)
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
     store = Store(settings.store, patience=patience)
-    async with engine_client(settings) as engine, WriterProcess() as writer:
+    async with engine_client(settings) as engine:
         proxy = Proxy(
             settings.proxy,
             store,
             engine,
             settings.agents.profile,
-            writer=writer,
+            writer=WriterProcess(),
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
             lineages=_doors(settings),
