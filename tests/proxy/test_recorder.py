@@ -1,4 +1,4 @@
-"""The recorder and its writer process: what was handed over is kept once, whatever happens."""
+"""The recorder and its writer: an exchange that was submitted is stored once."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ PATIENCE_S = 60.0
 
 
 def exchange(said: str, history: Sequence[tuple[str, str]] = (), **more: Any) -> Exchange:
-    """One that says `said` after a history of (said, replied), and hears `re: said`."""
+    """A user says `said` after a history of (said, reply); the reply is `re: {said}`."""
     messages: list[dict[str, Any]] = []
     for asked, replied in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
@@ -81,14 +81,14 @@ def ids(exchanges: Sequence[Exchange]) -> list[str]:
 
 
 class Poison:
-    """Ends the process that reads it."""
+    """Crashes the process that unpickles it."""
 
     def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
         return os._exit, (1,)
 
 
 class Unreadable:
-    """Can be sent and not be read."""
+    """Can be pickled, but not unpickled."""
 
     def __reduce__(self) -> tuple[type[int], tuple[str]]:
         return int, ("x",)
@@ -109,7 +109,7 @@ def test_a_turn_is_stored_when_record_returns(store: Store) -> None:
 
 
 async def talk(recorder: Recorder, name: str, turns: int) -> list[str]:
-    """A conversation, each turn recorded before the next; its turns' ids."""
+    """Records a conversation turn by turn; returns the ids of its turns."""
     found: list[str] = []
     history: list[tuple[str, str]] = []
     for number in range(turns):
@@ -120,7 +120,9 @@ async def talk(recorder: Recorder, name: str, turns: int) -> list[str]:
     return found
 
 
-def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store: Store) -> None:
+def test_a_writer_that_is_killed_repeatedly_loses_no_turn_and_stores_none_twice(
+    store: Store,
+) -> None:
     async def scene() -> None:
         writer = WriterProcess()
         async with recording(store, writer) as recorder:
@@ -142,7 +144,7 @@ def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store
     run(scene)
 
 
-def test_what_waits_while_a_writer_starts_outlives_the_proxy(store: Store) -> None:
+def test_exchanges_that_wait_for_a_starting_writer_outlive_the_proxy(store: Store) -> None:
     exchanges = [exchange(f"say {n} " + "x" * 50_000) for n in range(6)]
 
     async def scene() -> None:
@@ -167,7 +169,7 @@ def test_what_waits_while_a_writer_starts_outlives_the_proxy(store: Store) -> No
     assert store.turn_ids() == ids(exchanges)
 
 
-def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None:
+def test_an_exchange_may_come_at_any_moment_while_a_writer_ends(store: Store) -> None:
     async def scene() -> None:
         writer = WriterProcess()
         async with recording(store, writer) as recorder:
@@ -226,7 +228,7 @@ def test_an_exchange_that_is_sent_to_a_second_writer_is_stored_once(store: Store
     assert store.counts()["judgements/pending"] == 1
 
 
-def test_a_turn_whose_client_left_is_amended_once_or_twice_and_kept_if_it_was_lost(
+def test_a_turn_whose_client_left_is_amended_and_stored_if_it_was_lost(
     store: Store,
 ) -> None:
     first, lost = exchange("hi"), exchange("ho")
@@ -251,7 +253,7 @@ def test_exchanges_may_be_cut_anywhere_on_their_way(store: Store, cuts: list[int
     assert store.turn_ids(limit=3, newest_first=True) == ids(exchanges)[::-1]
 
 
-def test_what_arrived_whole_before_the_proxy_was_gone_is_kept_and_a_part_is_not(
+def test_an_exchange_that_arrived_whole_before_the_proxy_ended_is_stored_and_a_part_is_not(
     store: Store,
 ) -> None:
     whole, part = exchange("whole"), exchange("part")
@@ -294,7 +296,7 @@ def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
     assert store.turn_ids() == ids(exchanges)
 
 
-def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
+def test_an_exchange_that_cannot_be_pickled_is_lost_alone(store: Store) -> None:
     async def scene() -> None:
         async with recording(store) as recorder:
             await recorder.record(exchange("one", odd=lambda: None))
@@ -304,7 +306,7 @@ def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
     run(scene)
 
 
-def test_an_exchange_that_ends_every_writer_is_lost_alone(store: Store) -> None:
+def test_an_exchange_that_crashes_every_writer_is_lost_alone(store: Store) -> None:
     async def scene() -> None:
         writer = WriterProcess()
         async with recording(store, writer) as recorder:
@@ -335,7 +337,7 @@ def test_a_locked_store_makes_turns_late_and_a_full_queue_loses_the_next(store: 
     run(scene)
 
 
-def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) -> None:
+def test_the_queue_is_bounded_in_bytes_and_in_memory_once(store: Store) -> None:
     async def scene() -> None:
         async with recording(store, queue_size=256, timeout_s=0.01) as recorder:  # 16 MB
             with store.recording():  # another process holds the database
@@ -356,13 +358,13 @@ def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) ->
 
 
 def in_transport(recorder: Recorder) -> int:
-    """Bytes that wait a second time, between the recorder and its writer's socket."""
+    """Bytes of a second copy, between the recorder and the socket."""
     stream = recorder._stream  # pyright: ignore[reportPrivateUsage]
     assert stream is not None
     return stream.transport.get_write_buffer_size()
 
 
-def test_on_a_full_disk_turns_wait_until_there_is_room(store: Store) -> None:
+def test_on_a_full_disk_turns_wait_for_room(store: Store) -> None:
     async def scene() -> None:
         writer = WriterProcess()
         async with recording(store, writer, timeout_s=0.05) as recorder:
@@ -390,7 +392,7 @@ def test_on_a_full_disk_turns_wait_until_there_is_room(store: Store) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Generator[Path]:
-    """A file system of 1 MB, where this process may mount one."""
+    """A file system of 1 MB; skips the test if this process may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(folder)]
@@ -400,7 +402,7 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_when_the_first_turn_comes_takes_it_later(small_disk: Path) -> None:
+def test_a_disk_that_is_full_before_the_first_turn_makes_it_late(small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     store = Store(StoreConfig(dir=str(small_disk / "state")))
     ballast.write_bytes(bytes(4096 * (os.statvfs(small_disk).f_bavail)))
@@ -423,7 +425,7 @@ def test_a_disk_that_is_full_when_the_first_turn_comes_takes_it_later(small_disk
 
 
 def random_text(size: int) -> str:
-    """Text that no compression makes shorter than `size` bytes."""
+    """Text that takes at least `size` bytes when compressed."""
     return os.urandom(size).hex()
 
 
@@ -456,7 +458,7 @@ def test_a_writer_that_cannot_start_is_tried_again(
     run(scene)
 
 
-def test_neither_ctrl_c_nor_sigterm_ends_the_writer(store: Store) -> None:
+def test_the_writer_ignores_ctrl_c_and_sigterm(store: Store) -> None:
     async def scene() -> None:
         writer = WriterProcess()
         async with recording(store, writer) as recorder:
