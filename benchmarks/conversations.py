@@ -142,7 +142,7 @@ class Filler:
     def _refuse_unknown_tables(self) -> None:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
         for (name,) in self._db.execute(query).fetchall():
-            known = name in (*_COPIED, "schema_version")
+            known = name in (*_COPIED, "schema_version", "counts")  # triggers keep the counts
             if not known and self._db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone():
                 sys.exit(f"recording now fills {name}: let benchmarks/conversations.py copy it too")
 
