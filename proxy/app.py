@@ -168,7 +168,7 @@ class Proxy:
             for task in tasks:
                 task.add_done_callback(_end_if_failed)
             # Or the first replies would end before anything could take their turns.
-            await self.recorder.wait_ready(_WRITER_S)
+            await self.recorder.wait_open(_WRITER_S)
             yield
             await self.recorder.drain(_DRAIN_S)
             for task in tasks:

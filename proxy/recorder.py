@@ -162,7 +162,7 @@ class Recorder:
         finally:
             await asyncio.to_thread(self._writer.close)
 
-    async def wait_ready(self, timeout_s: float) -> None:
+    async def wait_open(self, timeout_s: float) -> None:
         """Waits until the first writer runs, at most `timeout_s`."""
         if self._enabled:
             try:

@@ -275,9 +275,8 @@ def test_one_bad_exchange_does_not_take_the_others_with_it(store: Store) -> None
 
 @pytest.mark.parametrize("opened", [True, False], ids=["open", "yet to be opened"])
 def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
-    store: Store, monkeypatch: pytest.MonkeyPatch, opened: bool
+    store: Store, opened: bool
 ) -> None:
-    monkeypatch.setattr("nextstate.store.sqlite.BUSY_TIMEOUT_MS", 1)
     first, *others = exchanges = [exchange(f"say {n}") for n in range(3)]
 
     async def scene() -> None:

@@ -453,7 +453,7 @@ def test_the_adapter_of_a_silent_worker_is_unloaded(tmp_path: Path) -> None:
     paired(tmp_path, test)
 
 
-def test_a_worker_announces_itself_at_once_and_when_it_leaves(
+def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(app, "_BEAT_S", 3600.0)
