@@ -38,7 +38,7 @@ from learner.adapters import Card, load_weights, save_adapter, version_path
 from learner.config import LearnerConfig
 from learner.examiner import Examiner
 from learner.trainer import PolicyTrainer
-from nextstate.app import logs
+from nextstate import logs
 from nextstate.app.settings import Settings
 from nextstate.app.stages import publish_trained, run_learner, zero_adapter
 from nextstate.engine.client import EngineClient

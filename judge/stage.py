@@ -30,7 +30,7 @@ from judge.feedback import feedback_verdict
 from judge.hinting import Renderer, hinted_prompt
 from judge.pace import Pace
 from judge.verdict import verdict_of
-from nextstate.error_text import told
+from nextstate.error_text import safe_text
 from nextstate.errors import BusyError, EngineError, JudgeError
 from nextstate.hooks import AgentProfile, Evidence, JudgeKind
 from nextstate.records import HintedPrompt, Json, NextState, Source, Turn, Verdict, Vote
@@ -282,7 +282,7 @@ class _Worker:
             await self._retry_later(turn_id, str(error))
         except Exception as error:
             log.exception("judging failed", extra={"turn": turn_id})
-            await self._retry_later(turn_id, told(error))
+            await self._retry_later(turn_id, safe_text(error))
 
     async def put_back(self, turn_id: str, delay_s: float, reason: str) -> None:
         """Returns a leased turn to the queue; a settled one stays settled."""

@@ -70,11 +70,11 @@ from learner.trainer import PolicyTrainer, Update, build_trainer
 from learner.turns import Seat, Turns
 from learner.watch import REFERENCE_VERSIONS, clear_drop
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError, StartError
-from nextstate.notices import write_notice
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import BASE_VERSION, PolicyVersion, Sample, VersionState
 from nextstate.store.store import Store
+from nextstate.training_status import write_training_status
 
 log = logging.getLogger(__name__)
 
@@ -143,7 +143,7 @@ def run(
                 trainer.train_on(turns.updates())
                 return
             except LearnerError as error:
-                write_notice(store.dir, turns.acting, f"stopped: {error}")
+                write_training_status(store.dir, turns.acting, f"stopped: {error}")
                 turns.drop(error)
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
@@ -542,7 +542,7 @@ class _Learner:
 
     def _tell(self, why_not: str | None) -> None:
         """Says in `nextstate status` why the lineage does not train; None: it does."""
-        write_notice(self._store.dir, self.lineage, why_not)
+        write_training_status(self._store.dir, self.lineage, why_not)
 
     def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
         """Publishes or withdraws, again and again while the engine fails, until told to stop.

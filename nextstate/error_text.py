@@ -36,10 +36,10 @@ _LONGEST = 300
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,64}")
 
 
-def told(error: BaseException) -> str:
+def safe_text(error: BaseException) -> str:
     """An error's own words if it is one of ours or quotes nobody; else its kind.
 
-    >>> told(KeyError("what somebody said")), told(TimeoutError("after 3 s"))
+    >>> safe_text(KeyError("what somebody said")), safe_text(TimeoutError("after 3 s"))
     ('KeyError', 'TimeoutError: after 3 s')
     """
     if isinstance(error, NextStateError):
@@ -49,7 +49,7 @@ def told(error: BaseException) -> str:
     return f"{name}: {text}" if text else name
 
 
-def told_with_place(error: BaseException) -> str:
+def safe_traceback(error: BaseException) -> str:
     """A traceback, with its causes above it as usual, in which each error is `told`."""
     shown: list[str] = []
     seen: set[int] = set()
@@ -58,7 +58,7 @@ def told_with_place(error: BaseException) -> str:
         seen.add(id(cause))
         place = "".join(traceback.format_tb(cause.__traceback__))
         kind = f"{type(cause).__name__}: " if isinstance(cause, NextStateError) else ""
-        shown.append(f"{place}{kind}{told(cause)}")
+        shown.append(f"{place}{kind}{safe_text(cause)}")
         cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return "\nwhich led to\n".join(reversed(shown))
 

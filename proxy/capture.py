@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import orjson
 
-from nextstate.error_text import error_names, told
+from nextstate.error_text import error_names, safe_text
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.whole_reply import Whole
@@ -137,7 +137,7 @@ class Capture:
             self.logprobs.extend(map(float, numbers))
             self._deltas(orjson.loads(b"[" + deltas + b"]"))
         except _MISSHAPEN as error:
-            self.error = f"the stream could not be read: {told(error)}"
+            self.error = f"the stream could not be read: {safe_text(error)}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
@@ -163,7 +163,7 @@ class Capture:
                 self._tokens(choice)
                 self._delta(obj(choice.get(said)), whole=said == "message")
         except _MISSHAPEN as error:
-            self.error = f"the stream could not be read: {told(error)}"
+            self.error = f"the stream could not be read: {safe_text(error)}"
 
     def body(self, reply: Json) -> None:
         """Takes in a plain reply."""

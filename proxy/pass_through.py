@@ -14,9 +14,9 @@ import aiohttp
 from aiohttp import web
 from yarl import URL
 
-from nextstate.error_text import told
+from nextstate.error_text import safe_text
 from nextstate.errors import WrongEngineError
-from nextstate.open_files import ran_out
+from nextstate.file_descriptors import out_of_descriptors
 from nextstate.records import PolicyVersion
 from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.bodies import stream_body, unreadable
@@ -109,10 +109,13 @@ class Passing:
                 raise error.__cause__ from None
             if isinstance(broken := request.content.exception(), web.RequestPayloadError):
                 return unreadable(request, broken)
-            if ran_out(error):
+            if out_of_descriptors(error):
                 raise self._out_of_files(error) from error
             log.warning(
-                "%s %s: the engine is unreachable: %s", request.method, request.path, told(error)
+                "%s %s: the engine is unreachable: %s",
+                request.method,
+                request.path,
+                safe_text(error),
             )
             message = "The inference engine is unreachable."
             return error_response(request.path, 503, message)
@@ -145,7 +148,7 @@ class Passing:
                 )
             except aiohttp.ClientConnectionError as error:
                 attempt += 1
-                if streamed is not None or ran_out(error) or attempt == ATTEMPTS:
+                if streamed is not None or out_of_descriptors(error) or attempt == ATTEMPTS:
                     raise
                 if isinstance(error, aiohttp.ServerDisconnectedError) and _within_head(error):
                     raise
@@ -185,7 +188,7 @@ async def _cut_off(
 
     Of one that was to be renamed as a whole nothing but the head goes out.
     """
-    log.warning("%s %s: the answer was cut: %s", request.method, request.path, told(error))
+    log.warning("%s %s: the answer was cut: %s", request.method, request.path, safe_text(error))
     if not response.prepared:
         await response.prepare(request)
     if request.transport is not None:

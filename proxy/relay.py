@@ -13,7 +13,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from nextstate.errors import WrongEngineError
-from nextstate.open_files import ran_out
+from nextstate.file_descriptors import out_of_descriptors
 from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.answers import Refused, error_response, is_redirect, redirected
 from proxy.config import ProxyConfig
@@ -272,7 +272,7 @@ class _Call:
             raise Refused(503, "The inference engine's answer is not HTTP.") from error
         except OSError as error:
             log.info("turn=%s the engine gave no answer: %r", self.turn_id, error)
-            if ran_out(error):
+            if out_of_descriptors(error):
                 raise self.relay.out_of_files(error) from error
             within = isinstance(error, HeadCut)
             if not fresh and not within:

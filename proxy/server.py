@@ -17,7 +17,7 @@ from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
-from nextstate import open_files
+from nextstate import file_descriptors
 from proxy.answers import error_response
 from proxy.requests import BodyTooSlow, RequestParser
 
@@ -41,7 +41,7 @@ _SHUTDOWN_S = 10.0
 class Gate:
     """The connections that are open, and how many may be."""
 
-    files: int = field(default_factory=open_files.limit)
+    files: int = field(default_factory=file_descriptors.limit)
     """How many files this process may have open."""
     fronts: set[Front] = field(default_factory=set["Front"])
     surplus: set[Front] = field(default_factory=set["Front"])

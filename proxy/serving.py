@@ -17,7 +17,7 @@ import orjson
 
 from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import Habits
-from nextstate.error_text import told
+from nextstate.error_text import safe_text
 from nextstate.records import Json
 from nextstate.wire import json_object, write_json
 from proxy.capture import Capture
@@ -264,7 +264,9 @@ class Translated:
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
             return None if answer is None else self._dialect.encode(answer)
         except _MISSHAPEN as error:
-            log.warning("a chat reply could not be put into the client's format: %s", told(error))
+            log.warning(
+                "a chat reply could not be put into the client's format: %s", safe_text(error)
+            )
             return None
 
     @property
@@ -368,6 +370,6 @@ def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
 
 
 def _misshapen(data: bytes, capture: Capture, why: Exception | str) -> bytes:
-    why = why if isinstance(why, str) else told(why)
+    why = why if isinstance(why, str) else safe_text(why)
     capture.error = f"the engine's answer could not be read: {why}"
     return data

@@ -16,7 +16,7 @@ from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from nextstate.error_text import told
+from nextstate.error_text import safe_text
 from nextstate.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
@@ -261,7 +261,7 @@ class _Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as error:
             kind = NotHttp if self._answer is None else Cut
-            self._end(kind(f"the engine's answer is broken: {told(error)}"))
+            self._end(kind(f"the engine's answer is broken: {safe_text(error)}"))
             self._reusable = False
         self._unread += len(data)
         if self._answer is None and self._unread > _HEAD_BYTES:

@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from nextstate.app import logs
+from nextstate import logs
 from nextstate.config import StoreConfig
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner

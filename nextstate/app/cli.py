@@ -18,8 +18,7 @@ from typing import Any
 import orjson
 from rich.console import Console
 
-from nextstate import open_files
-from nextstate.app import logs
+from nextstate import file_descriptors, logs
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.app.supervisor import EXIT_USAGE
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     only_for_owner()
     go_offline()
     logs.to_stderr()
-    open_files.raise_limit()
+    file_descriptors.raise_limit()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     try:
         options = _parser().parse_args(arguments)

@@ -13,10 +13,10 @@ from nextstate.app.parts import read_parts
 from nextstate.app.settings import Settings
 from nextstate.app.stages import engine_client
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
-from nextstate.notices import read_notices
 from nextstate.prometheus import counts_by
 from nextstate.records import Json
 from nextstate.store.store import Store
+from nextstate.training_status import read_training_status
 from nextstate.wire import json_object
 
 
@@ -33,7 +33,7 @@ async def status(settings: Settings) -> Json:
         "proxy": _proxy_health(told, health),
         "engine": await _engine_health(settings, health),
         "parts": await asyncio.to_thread(read_parts, settings.store.path),
-        "training": await asyncio.to_thread(read_notices, settings.store.path, lineages),
+        "training": await asyncio.to_thread(read_training_status, settings.store.path, lineages),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from nextstate.app import logs
+from nextstate import logs
 from nextstate.errors import StartError
 from nextstate.private_files import make_folder
 

@@ -20,9 +20,9 @@ import aiohttp
 from nextstate.config import server_address
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.engine.messages_behaviour import Habits
-from nextstate.error_text import refusal, told
+from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
-from nextstate.open_files import ran_out
+from nextstate.file_descriptors import out_of_descriptors
 from nextstate.prometheus import gauge_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store.store import Store
@@ -140,7 +140,7 @@ class EngineClient:
                 f"no TLS that we trust is spoken there: {error.__cause__}; is it http://?"
             ) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if ran_out(error):
+            if out_of_descriptors(error):
                 raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
             self.trouble = str(error) or type(error).__name__
             return None
@@ -286,7 +286,7 @@ class EngineClient:
                         why = refusal(answer.status, said)  # it may quote the conversation
                     raise AnswerError(f"{method} {self.url}{path} answered {why}", answer.status)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineError(f"{method} {self.url}{path} failed: {told(error)}") from error
+            raise EngineError(f"{method} {self.url}{path} failed: {safe_text(error)}") from error
         return text
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import aiohttp
 
-from nextstate.error_text import refusal, told
+from nextstate.error_text import refusal, safe_text
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
@@ -83,7 +83,7 @@ class EngineJudge:
                 f"the judge's server did not answer within {self._settings.timeout_s} s"
             ) from error
         except aiohttp.ClientError as error:
-            raise BusyError(f"the judge's server at {url} failed: {told(error)}") from error
+            raise BusyError(f"the judge's server at {url} failed: {safe_text(error)}") from error
         except ValueError as error:
             raise JudgeError(f"the judge's server at {url} sent no JSON") from error
 

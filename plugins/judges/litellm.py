@@ -11,7 +11,7 @@ import importlib
 import os
 from typing import Any
 
-from nextstate.error_text import refusal, told
+from nextstate.error_text import refusal, safe_text
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
@@ -85,7 +85,7 @@ def _may_pass(error: Exception, openai: Any) -> bool:
 def _told(error: Exception) -> str:
     """The kind of a failure: litellm's own text may quote what it was asked."""
     status = getattr(error, "status_code", None)
-    return f"{type(error).__name__} {refusal(status, str(error))}" if status else told(error)
+    return f"{type(error).__name__} {refusal(status, str(error))}" if status else safe_text(error)
 
 
 def create(settings: JudgeSettings) -> JudgeKind:

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from nextstate.app import logs, supervisor
-from nextstate.app.logs import rotate, tail
+from nextstate import logs
+from nextstate.app import supervisor
 from nextstate.app.supervisor import Part, Supervisor
+from nextstate.logs import rotate, tail
 from tests.app.test_supervisor import until
 
 WRITES = """

@@ -10,8 +10,8 @@ from learner import patience
 from learner.config import LearnerConfig
 from learner.drift import drift_limit, drift_objection
 from learner.patience import Patience, rejected_in_a_row
-from nextstate.notices import read_notices
 from nextstate.records import PolicyVersion, VersionState
+from nextstate.training_status import read_training_status
 from tests.learner.test_stage import SURE, FakeEngine, reject_all, train
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
 
@@ -54,7 +54,7 @@ def test_after_some_rejections_in_a_row_batches_wait_and_status_says_so(
     recorded.add_mixed(16 * 8)
     run(recorded, model_path)
     assert recorded.states() == {"dropped": 64, "ready": 64}
-    said = read_notices(recorded.store.dir, ["main", "alice"])
+    said = read_training_status(recorded.store.dir, ["main", "alice"])
     assert list(said) == ["main"]
     assert said["main"].startswith("paused: 4 versions in a row were rejected")
     assert "pauses for 10 min" in said["main"]
@@ -70,7 +70,7 @@ def test_a_restart_tries_once_and_then_pauses_longer(recorded, model_path, monke
     run(recorded, model_path)
     run(recorded, model_path)
     assert recorded.states() == {"dropped": 80, "ready": 48}
-    assert "pauses for 20 min" in read_notices(recorded.store.dir, ["main"])["main"]
+    assert "pauses for 20 min" in read_training_status(recorded.store.dir, ["main"])["main"]
 
 
 def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeypatch):
@@ -90,7 +90,7 @@ def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeyp
     train(recorded, model_path, engine, SURE)
     assert looks[:2] == [{"dropped": 64, "ready": 32}] * 2
     assert engine.published == [5, 6]
-    assert read_notices(recorded.store.dir, ["main"]) == {}
+    assert read_training_status(recorded.store.dir, ["main"]) == {}
 
 
 def test_another_version_put_into_service_ends_the_pause(recorded, model_path, monkeypatch):
@@ -179,4 +179,4 @@ def test_a_bfloat16_learner_trains_on_what_a_bfloat16_engine_says(
         with pytest.raises(Exception, match=r"bfloat16 and float32: nothing was trained"):
             train(recorded, model_path, engine, config)
         assert recorded.states() == {"ready": 16}
-        assert "drift_limit" in read_notices(recorded.store.dir, ["main"])["main"]
+        assert "drift_limit" in read_training_status(recorded.store.dir, ["main"])["main"]

@@ -15,7 +15,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import EngineClient
-from nextstate.open_files import ran_out
+from nextstate.file_descriptors import out_of_descriptors
 from nextstate.store.store import Store
 from proxy.upstream import Upstream
 from tests.proxy.test_proxy import Running, both, request, running, until
@@ -182,8 +182,8 @@ def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
         assert b"no files left" in data
         assert (await ask(p, "/v1/chat/completions"))[0] == 200
 
-    assert ran_out(OSError(number, "none left"))
-    assert not ran_out(ConnectionResetError(errno.ECONNRESET, "reset"))
+    assert out_of_descriptors(OSError(number, "none left"))
+    assert not out_of_descriptors(ConnectionResetError(errno.ECONNRESET, "reset"))
     both(test, store, tmp_path)
 
 

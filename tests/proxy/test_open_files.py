@@ -18,7 +18,7 @@ import aiohttp
 import orjson
 import pytest
 
-from nextstate import open_files
+from nextstate import file_descriptors
 from nextstate.engine.process import free_port
 from nextstate.store.store import Store
 from proxy.server import Gate
@@ -170,7 +170,7 @@ def test_every_command_raises_the_soft_limit() -> None:
 
 def test_a_limit_that_is_none_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
-    assert open_files.limit() > 100_000
+    assert file_descriptors.limit() > 100_000
 
 
 def test_a_running_proxy_with_few_files_answers_all_and_goes_on(tmp_path: Path) -> None:

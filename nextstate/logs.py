@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from nextstate.error_text import told_with_place
+from nextstate.error_text import safe_traceback
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ class _Formatter(logging.Formatter):
     """One line an event; of an error where it happened and what is `told` of it."""
 
     def formatException(self, ei: Any) -> str:
-        return told_with_place(ei[1])
+        return safe_traceback(ei[1])
 
     def formatMessage(self, record: logging.LogRecord) -> str:
         if record.name == "asyncio":  # then come a callback's arguments, or the error of a task

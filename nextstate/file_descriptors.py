@@ -30,7 +30,7 @@ def raise_limit() -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
-def ran_out(error: BaseException | None) -> bool:
+def out_of_descriptors(error: BaseException | None) -> bool:
     """Whether an error, or what caused it, is that no more connections or files can be opened here.
 
     It says nothing of the server at the other end.

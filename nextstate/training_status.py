@@ -12,7 +12,7 @@ log = logging.getLogger(__name__)
 _LONGEST = 2000
 
 
-def write_notice(state_dir: Path, lineage: str, text: str | None) -> None:
+def write_training_status(state_dir: Path, lineage: str, text: str | None) -> None:
     """Says why the lineage does not train; None: it does. A failure is logged and no more."""
     file = _file(state_dir, lineage)
     try:
@@ -24,7 +24,7 @@ def write_notice(state_dir: Path, lineage: str, text: str | None) -> None:
         log.warning("`nextstate status` does not show lineage=%s: %s", lineage, error)
 
 
-def read_notices(state_dir: Path, lineages: Sequence[str]) -> dict[str, str]:
+def read_training_status(state_dir: Path, lineages: Sequence[str]) -> dict[str, str]:
     """By lineage: why it does not train; those are absent that do, or wait for samples."""
     found: dict[str, str] = {}
     for lineage in lineages:

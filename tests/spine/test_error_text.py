@@ -118,7 +118,7 @@ def test_why_a_turn_is_put_back_quotes_nobody(
 
 RAISES = f"""
 import asyncio, logging
-from nextstate.app import logs
+from nextstate import logs
 logs.to_stderr()
 log = logging.getLogger("x")
 said = "{SAID} \\ud800"
