@@ -44,9 +44,9 @@ from benchmarks.gaps import (
 from benchmarks.marks import FLIP, READY, REGISTERED, UPDATE, Mark, shares, update_of
 from demo.run import MODEL, Plan, write_settings
 from demo.tasks import Domain
+from nextstate.app.engine_access import zero_adapter
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.app.stages import zero_adapter
 from nextstate.app.supervisor import Supervisor
 from nextstate.records import MAIN_LINEAGE
 from nextstate.store.store import Store
@@ -161,7 +161,7 @@ async def serving(folder: Path) -> AsyncGenerator[Settings]:
     settings = write_settings(Plan("combined", Domain.STUDENT, 0, 0, folder))
     await _make_zero_adapter(settings)
     stack = Stack(settings)
-    stack.supervisor = Supervisor([stack.parts[name] for name in _SERVERS])
+    stack.supervisor = Supervisor([stack.children[name] for name in _SERVERS])
     async with stack.running() as running:
         await stack.wait_ready(running)
         yield settings

@@ -39,9 +39,10 @@ from learner.config import LearnerConfig
 from learner.examiner import Examiner
 from learner.trainer import PolicyTrainer
 from nextstate import logs
+from nextstate.app.engine_access import change_version, zero_adapter
 from nextstate.app.settings import Settings
-from nextstate.app.stages import publish_trained, run_learner, zero_adapter
-from nextstate.engine.client import EngineClient
+from nextstate.app.stages import run_learner
+from nextstate.engine.client import EngineClient, publish_candidate
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
 from nextstate.store.store import Store
 
@@ -99,7 +100,7 @@ def run_publisher(settings: Settings, count: int) -> None:
     mark(READY, perf_counter())
     for version, _ in zip(made, sys.stdin, strict=False):
         store.add_version(version, None)
-        asyncio.run(publish_trained(settings, store, version))
+        asyncio.run(change_version(settings, publish_candidate, store, version))
     store.close()
 
 

@@ -1,4 +1,4 @@
-"""Why a lineage does not train now, in a file that the learner leaves for `nextstate status`."""
+"""Why a lineage does not train now: a file that the learner writes and `nextstate status` reads."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from pathlib import Path
 
 log = logging.getLogger(__name__)
 
-_LONGEST = 2000
+_MAX_CHARS = 2000
 
 
-def write_training_status(state_dir: Path, lineage: str, text: str | None) -> None:
-    """Says why the lineage does not train; None: it does. A failure is logged and no more."""
+def write_training_status(state_dir: Path, lineage: str, problem: str | None) -> None:
+    """Writes why the lineage does not train; None if it trains. A failure is only logged."""
     file = _file(state_dir, lineage)
     try:
-        if text is None:
+        if problem is None:
             file.unlink(missing_ok=True)
         else:
-            file.write_text(text[:_LONGEST])
+            file.write_text(problem[:_MAX_CHARS])
     except OSError as error:
         log.warning("`nextstate status` does not show lineage=%s: %s", lineage, error)
 
 
 def read_training_status(state_dir: Path, lineages: Sequence[str]) -> dict[str, str]:
-    """By lineage: why it does not train; those are absent that do, or wait for samples."""
+    """By lineage: why it does not train. Lineages that train or wait for samples are left out."""
     found: dict[str, str] = {}
     for lineage in lineages:
         with contextlib.suppress(OSError):
@@ -34,4 +34,4 @@ def read_training_status(state_dir: Path, lineages: Sequence[str]) -> dict[str, 
 
 
 def _file(state_dir: Path, lineage: str) -> Path:
-    return state_dir / "learner" / lineage / "notice"
+    return state_dir / "learner" / lineage / "problem"

@@ -23,7 +23,7 @@ from nextstate.engine.messages_behaviour import Habits
 from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.file_descriptors import out_of_descriptors
-from nextstate.prometheus import gauge_sum
+from nextstate.prometheus import metric_sum
 from nextstate.records import Json, PolicyVersion
 from nextstate.store.store import Store
 from nextstate.wire import json_object, objects, write_json
@@ -162,7 +162,7 @@ class EngineClient:
         """Requests that run or wait now, whoever sent them: an agent, the judge, a probe."""
         text = await self._request("GET", "/metrics", None, GLANCE_TIMEOUT_S)
         try:
-            found = [gauge_sum(text.decode(), name) for name in _LIVE_GAUGES]
+            found = [metric_sum(text.decode(), name) for name in _LIVE_GAUGES]
             counts = [int(count) for count in found if count is not None]
         except (UnicodeDecodeError, ValueError, OverflowError) as error:
             raise EngineError(f"{self.url}/metrics cannot be read: {error}") from error

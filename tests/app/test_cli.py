@@ -11,10 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from nextstate.app import stages
 from nextstate.app.cli import main
+from nextstate.app.engine_access import engine_file
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
+from nextstate.app.stages import wait_for_engine
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
 from nextstate.store.store import Store
@@ -282,9 +283,7 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
     assert (trained, counted) == (lineages, [len(lineages)])
 
 
-def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(config: Path) -> None:
     asked: list[str] = []
 
     class Starting(BaseHTTPRequestHandler):
@@ -294,20 +293,19 @@ def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(
             self.end_headers()
 
     settings = Settings.read(config)
-    monkeypatch.setattr(stages, "_LOOK_S", 0.01)
-    stages._wait_for_engine(settings, threading.Event())  # no engine runs
+    wait_for_engine(settings, threading.Event())  # no engine runs
     with HTTPServer(("127.0.0.1", 0), Starting) as server:
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        stages.engine_file(settings).write_text(json.dumps({"url": url}))
-        stages._wait_for_engine(settings, threading.Event())
+        engine_file(settings).write_text(json.dumps({"url": url}))
+        wait_for_engine(settings, threading.Event(), poll_s=0.01)
         server.shutdown()
     assert asked == ["/health"] * 3
 
 
 def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
     add_lineages(config)
-    assert list(Stack(Settings.read(config)).parts) == ["proxy", "judge", "learner", "engine"]
+    assert list(Stack(Settings.read(config)).children) == ["proxy", "judge", "learner", "engine"]
 
 
 def add_lineages(config: Path) -> None:

@@ -1,4 +1,4 @@
-"""Log files stay short while their parts go on writing, and nobody reads a whole one."""
+"""Log files stay short while processes write to them, and only their end is read."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nextstate import logs
-from nextstate.app import supervisor
-from nextstate.app.supervisor import Part, Supervisor
-from nextstate.logs import rotate, tail
+from nextstate.app.log_files import rotate, tail
+from nextstate.app.supervisor import Child, Supervisor, Timing
 from tests.app.test_supervisor import until
 
 WRITES = """
@@ -62,18 +60,16 @@ def test_the_tail_is_short_however_long_the_log(tmp_path: Path) -> None:
     assert tail(file, 10**9).endswith("last words")  # rotated meanwhile
 
 
-def test_a_part_that_writes_without_end_fills_no_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor, "LOOK_AT_LOGS_S", 0.01)
-    monkeypatch.setattr(logs.rotate, "__defaults__", (50_000,))
+def test_a_child_that_writes_without_end_fills_no_disk(tmp_path: Path) -> None:
     file = tmp_path / "logs" / "part.log"
 
     async def run() -> None:
-        keeper = Supervisor([Part("part", [sys.executable, "-c", WRITES], file)])
+        child = Child("part", [sys.executable, "-c", WRITES], file)
+        timing = Timing(rotate_s=0.01, max_log_bytes=50_000)
+        keeper = Supervisor([child], timing=timing)
         running = asyncio.create_task(keeper.run())
         await until((tmp_path / "logs" / "part.log.3").exists)
-        keeper.stop()
+        keeper.stopping.set()
         await running
 
     asyncio.run(run())

@@ -132,7 +132,7 @@ def test_a_folder_in_the_files_place_says_so(tmp_path: Path) -> None:
         Settings.read(tmp_path / "none.toml")
 
 
-@pytest.mark.parametrize("module", ["rich.console", "sqlalchemy", "nextstate.app.version_views"])
+@pytest.mark.parametrize("module", ["orjson", "sqlalchemy", "nextstate.app.views"])
 def test_ctrl_c_ends_a_command_without_a_traceback_even_while_it_imports(
     config: Path, module: str
 ) -> None:
@@ -170,7 +170,7 @@ def test_what_the_system_refuses_is_one_line_with_the_file_and_what_to_do(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number), "/some/file")
 
-    monkeypatch.setattr("nextstate.app.cli.Store", refuse)
+    monkeypatch.setattr("nextstate.store.store.Store", refuse)
     assert main(["turns", "--config", str(config)]) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("nextstate: [Errno")

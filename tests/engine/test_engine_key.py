@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
+from nextstate.app.engine_access import engine_access, engine_file, write_engine_file
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.app.stages import engine_file, engine_key, engine_url, leave_engine
 from nextstate.config import EngineConfig, StoreConfig
 from nextstate.engine.client import EngineClient, ensure_loaded
 from nextstate.engine.key_check import Door
@@ -40,13 +40,13 @@ def test_each_start_has_a_key_of_its_own_that_no_command_line_tells(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "elsewhere")
-    engines = [Stack(settings).parts["engine"] for _ in range(2)]
+    engines = [Stack(settings).children["engine"] for _ in range(2)]
     keys = [(engine.env or {})["VLLM_API_KEY"] for engine in engines]
     assert len({*keys, "elsewhere"}) == 3
     assert all(len(key) > 30 for key in keys)
     for engine, key in zip(engines, keys, strict=True):
         assert key not in " ".join(engine.argv)
-    others = [part for name, part in Stack(settings).parts.items() if name != "engine"]
+    others = [part for name, part in Stack(settings).children.items() if name != "engine"]
     assert all(key not in (part.env or {}).values() for part in others for key in keys)
 
 
@@ -55,11 +55,11 @@ def test_only_the_owner_can_read_where_the_key_is(settings: Settings) -> None:
     engine_file(settings).chmod(0o644)
     old = os.umask(0)
     try:
-        leave_engine(settings, "http://127.0.0.1:5", "secret")
+        write_engine_file(settings, "http://127.0.0.1:5", "secret")
     finally:
         os.umask(old)
     assert stat.S_IMODE(engine_file(settings).stat().st_mode) == 0o600
-    assert (engine_url(settings), engine_key(settings)) == ("http://127.0.0.1:5", "secret")
+    assert engine_access(settings) == ("http://127.0.0.1:5", "secret")
     assert [path.name for path in engine_file(settings).parent.iterdir()] == ["engine.json"]
 
 

@@ -17,7 +17,7 @@ from learner.config import LearnerConfig
 from learner.schedule import Schedule, Window, next_opening, parse_windows
 from nextstate.engine.client import EngineClient
 from nextstate.errors import ConfigError, EngineError
-from nextstate.prometheus import gauge_sum
+from nextstate.prometheus import metric_sum
 
 MONDAY = datetime(2026, 11, 23)
 WEEK_MINUTES = 7 * 24 * 60
@@ -201,12 +201,12 @@ def test_ending_the_learner_interrupts_a_real_wait() -> None:
 
 
 def test_a_gauge_is_summed_over_its_labels_and_no_other_name() -> None:
-    assert gauge_sum(VLLM_PAGE, "vllm:num_requests_running") == 3
-    assert gauge_sum(VLLM_PAGE, "vllm:num_requests_waiting") == 4
-    assert gauge_sum(VLLM_PAGE, "vllm:num_requests") is None
-    assert gauge_sum("up 1 1700000000", "up") == 1
+    assert metric_sum(VLLM_PAGE, "vllm:num_requests_running") == 3
+    assert metric_sum(VLLM_PAGE, "vllm:num_requests_waiting") == 4
+    assert metric_sum(VLLM_PAGE, "vllm:num_requests") is None
+    assert metric_sum("up 1 1700000000", "up") == 1
     with pytest.raises(ValueError, match="could not convert"):
-        gauge_sum('up{a="b"}', "up")
+        metric_sum('up{a="b"}', "up")
 
 
 labels = st.dictionaries(st.from_regex(r"[a-z]+", fullmatch=True), st.text("ab {}=,.1"), max_size=3)
@@ -220,7 +220,7 @@ def test_whatever_stands_in_the_labels_the_sum_is_of_the_values(
     for label_set, value in series:
         inner = ",".join(f'{name}="{text}"' for name, text in label_set.items())
         page += f"gauge{{{inner}}} {float(value)}\n"
-    assert gauge_sum(page, "gauge") == sum(value for _, value in series)
+    assert metric_sum(page, "gauge") == sum(value for _, value in series)
 
 
 async def ask(page: str) -> int:

@@ -20,7 +20,7 @@ from learner.config import LearnerConfig
 from learner.schedule import Schedule
 from learner.selection import is_held_out
 from learner.trainer import PolicyTrainer
-from nextstate.app.version_views import card
+from nextstate.app.views import version_card
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import Feedback, PolicyVersion, VersionState
@@ -303,7 +303,7 @@ def test_a_step_that_blows_up_is_rejected_and_training_goes_on(recorded, model_p
     assert first.reason.startswith("the adapter's largest change of a layer, is nan")
     assert recorded.states() == {"dropped": 16, "trained": 16}
     assert "step/kl" not in first.metrics
-    assert "step/length" in card(first, [])
+    assert "step/length" in version_card(first, [])
 
 
 def test_a_failing_engine_is_tried_again(recorded, model_path, monkeypatch):

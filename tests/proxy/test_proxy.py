@@ -23,10 +23,10 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from multidict import CIMultiDict
 
+from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
-from nextstate.app.stages import publish_version, withdraw_version
 from nextstate.engine.adapter_files import WEIGHTS_FILE
-from nextstate.engine.client import EngineClient, publish
+from nextstate.engine.client import EngineClient, publish, withdraw
 from nextstate.errors import AdapterError, EngineError
 from nextstate.records import PolicyVersion, TurnKind, VersionState
 from nextstate.store.store import Store
@@ -534,15 +534,15 @@ def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
             file.write_text(f"[engine]\n{address}\n")
             settings = Settings.read(file)
             for number in (1, 2, 3):
-                await publish_version(settings, store, add_version(store, tmp_path, number))
+                await change_version(settings, publish, store, add_version(store, tmp_path, number))
             (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
             engine.adapters.clear()
             rejected = replace(store.serving("main"), reason="worse")
-            await withdraw_version(settings, store, rejected)
+            await change_version(settings, withdraw, store, rejected)
             assert list(engine.adapters) == [V1]
             assert store.serving("main").number == 1
             assert store.versions("main")[2].reason == "worse"
-            await withdraw_version(settings, store, rejected)  # another serves by now
+            await change_version(settings, withdraw, store, rejected)  # another serves by now
             assert store.serving("main").number == 1
 
     asyncio.run(test())

@@ -21,10 +21,10 @@ import orjson
 import psutil
 import pytest
 
-from nextstate.app.supervisor import EXIT_USAGE
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port, port_is_free
+from nextstate.errors import EXIT_USAGE
 from nextstate.store.store import Store
 from proxy import app
 from tests.proxy.test_proxy import Running, add_version, request, running, until

@@ -19,8 +19,9 @@ import pytest
 
 from benchmarks.asking import Clients
 from demo.run import MODEL, POLICY
+from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
-from nextstate.app.stages import publish_version
+from nextstate.engine.client import publish
 from nextstate.engine.process import free_port
 from nextstate.store.store import Store
 from tests.running_loop import Loop, run, wait_for, write_config
@@ -110,7 +111,7 @@ def test_no_request_fails_while_versions_change_under_load(loop: Loop) -> None:
             for number in two * 3:
                 version = store.version("main", number)
                 assert version is not None
-                await publish_version(settings, store, version)
+                await change_version(settings, publish, store, version)
                 await clients.reply_by(number, since=time.perf_counter())
 
     asyncio.run(asyncio.wait_for(change(), 120))

@@ -15,7 +15,7 @@ import pytest
 from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.app.settings import Settings
-from nextstate.app.stages import stage_part
+from nextstate.app.stages import stage_process
 from nextstate.config import EngineConfig
 from nextstate.engine.process import environment, free_port
 from nextstate.offline import SWITCHES, switches
@@ -136,12 +136,12 @@ def test_every_child_gets_the_switches_whatever_the_shell_says(
         monkeypatch.setenv(name, "0")
     settings = Settings.read(overrides={"store": {"dir": str(tmp_path)}})
     for stage in ("proxy", "judge", "learner"):
-        env = stage_part(settings, stage, stage).env
+        env = stage_process(settings, stage, stage).env
         assert env is not None
         assert env.items() >= switches(external_metrics=False).items()
         assert env["WANDB_MODE"] == "disabled"
     allowed = {"privacy": {"external_metrics": True}, "store": {"dir": str(tmp_path)}}
-    env = stage_part(Settings.read(overrides=allowed), "learner", "learner").env
+    env = stage_process(Settings.read(overrides=allowed), "learner", "learner").env
     assert env is not None
     assert env["WANDB_MODE"] == "0"
     assert environment(EngineConfig(), os.environ).items() >= SWITCHES.items()
