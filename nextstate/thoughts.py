@@ -1,4 +1,4 @@
-"""A reply's text without the thoughts that models write into it, in one pass."""
+"""A reply's text without the thoughts that a model wrote into it."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ _MARKS = re.compile(
     r"(?P<frame>(?<=<)(?:\|start\|>\s{0,4}assistant|\|(?:message|end|return)\|>)))",
     re.IGNORECASE,
 )
-"""What models put around thoughts: tags of several names, Mistral, Kimi, Cohere, Gemma, and the
-channels of gpt-oss, whose frame is no text either. Every repetition has a bound. The first
-character stands alone, so that the search skips what begins no mark: ten times as fast."""
+"""The marks around thoughts: tags with several names, those of Mistral, Kimi, Cohere and Gemma, and
+the channels of gpt-oss with their frames. Every repetition is bounded. The first character stands
+alone, so that the search skips other characters: ten times as fast."""
 
 
 def without_thoughts(text: str) -> str:
-    """`text` without its thoughts, whether somebody has taken some of them out already or not.
+    """`text` without its thoughts, even if some of them have been removed already.
 
-    Before a mark that closes what nothing opened, all is a thought: the template opened it. After
-    one that is never closed, too: the reply was cut.
+    Text before a closing mark without an opening one is a thought: the template opened it. So is
+    text after an opening mark without a closing one: the reply was cut.
 
     >>> without_thoughts("<think>hm</think>Yes."), without_thoughts("hm</think>Yes.<think>And")
     ('Yes.', 'Yes.')
