@@ -56,14 +56,6 @@ def test_turns_are_one_json_object_a_line_with_the_documented_keys(
     assert [line.split()[0] for line in lines(capsys)] == ["turn_1"]
 
 
-def test_versions_are_one_json_object_a_line(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["versions", "--json", "--config", str(config)]) == 0
-    assert json.loads(lines(capsys)[0])["state"] == "candidate"
-    assert main(["versions", "--config", str(config)]) == 0
-
-
 def newest(config: Path, capsys: pytest.CaptureFixture[str]) -> Json:
     """The newest turn as `turns --json` shows it."""
     capsys.readouterr()
@@ -231,7 +223,7 @@ def test_status_shows_how_the_judge_agrees_with_people(
         (["judge"], "nextstate up"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+def test_an_error_is_one_line_and_exit_code_2(
     config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     assert main([*arguments, "--config", str(config)]) == 2

@@ -14,8 +14,7 @@ import pytest
 
 from nextstate.app.child_states import read_child_states, write_child_states
 from nextstate.app.supervisor import Backoff, Child, Supervisor, Timing, end, start
-from nextstate.config import EngineConfig
-from nextstate.engine.process import cause_of_death, command, environment, free_port, port_is_free
+from nextstate.engine.process import cause_of_death
 from nextstate.errors import StartError
 
 FAST = Timing(first_pause_s=0.01, poll_s=0.01)
@@ -231,53 +230,3 @@ def test_an_engine_that_dies_after_it_served_did_not_fail_at_its_start(
 
     asyncio.run(run())
     assert "child ended, restarting in 1 s: child ended with code 3; the whole log" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("log", "expected"),
-    [
-        ("INFO ok\napi_server.py: error: unrecognized arguments: --x\n", "unrecognized arguments"),
-        (
-            "(EngineCore pid=1) ERROR 11-22 10:00:00 [core.py:1] ValueError: head size 7\n"
-            "RuntimeError: Engine core initialization failed. See root cause above.\n",
-            "ValueError: head size 7",
-        ),
-        (
-            "(APIServer pid=1) WARNING 11-27 12:00:00 [utils.py:2] fd errors like `OSError: [Errno "
-            "24] Too many open files`. Consider increasing\nRuntimeError: no memory\n"
-            "(APIServer pid=1) INFO 11-27 12:00:01 [launcher.py:3] error: none\n",
-            "RuntimeError: no memory",
-        ),
-        ("", "its log is empty"),
-        ("just words\n", "just words"),
-    ],
-)
-def test_the_cause_of_death_is_the_most_telling_line(log: str, expected: str) -> None:
-    found = cause_of_death(log)
-    assert expected in found
-    assert "pid=" not in found
-
-
-def test_the_engine_is_started_neutrally(tmp_path: Path) -> None:
-    config = EngineConfig(model=str(tmp_path), served_model_name="m", env={"X": "1"})
-    argv = command(config, 5)
-    assert argv[1:4] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
-    assert "--enable-lora" in argv
-    assert argv[argv.index("--generation-config") + 1] == "vllm"
-    own = EngineConfig(model="m", args=("--generation-config", "auto"))
-    assert command(own, 5).count("--generation-config") == 1
-    env = environment(config, {"PATH": "/bin"})
-    assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
-    assert env["PATH"] == "/bin"
-
-
-def test_a_port_in_use_is_noticed() -> None:
-    async def run() -> None:
-        port = free_port()
-        assert port_is_free("127.0.0.1", port)
-        server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", port)
-        assert not port_is_free("127.0.0.1", port)
-        server.close()
-        await server.wait_closed()
-
-    asyncio.run(run())

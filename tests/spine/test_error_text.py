@@ -1,4 +1,4 @@
-"""Logs and stored reasons tell what went wrong, and nothing of what people said."""
+"""Logs and stored reasons say what went wrong and quote no conversation."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_a_refusal_of_a_conversation_is_not_quoted(status: int, answer: Any) -> 
     asyncio.run(scene())
 
 
-def test_what_is_refused_before_a_conversation_is_read_is_quoted() -> None:
+def test_a_refusal_before_a_conversation_is_read_is_quoted() -> None:
     async def scene() -> None:
         async with TestServer(refusing(404, {"error": {"message": "no model `base`"}})) as server:
             url = str(server.make_url("")).rstrip("/")
@@ -93,7 +93,7 @@ def test_a_judges_answer_is_not_quoted(answer: str) -> None:
     assert SAID not in str(raised.value)
 
 
-def test_why_a_turn_is_put_back_quotes_nobody(
+def test_the_reason_of_a_retried_turn_quotes_nobody(
     store: Store, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """A plugin may raise whatever it likes."""
@@ -158,7 +158,7 @@ except ExceptionGroup:
 """
 
 
-def test_a_traceback_says_where_and_of_what_kind(tmp_path: Path) -> None:
+def test_a_traceback_shows_place_and_kind(tmp_path: Path) -> None:
     code = RAISES.replace("[kind]", "['another']")
     file = tmp_path / "raises.py"
     file.write_text(code)

@@ -67,7 +67,7 @@ _SHELL = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_TE
 
 
 class Watched:
-    """A command whose look-ups and connections are noted, with a hub cache of its own."""
+    """A command with its own hub cache; its look-ups and connections are logged."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.folder = folder
@@ -117,7 +117,7 @@ def test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up(tmp_pa
 
 
 @pytest.mark.parametrize("command", ["learner", "doctor"])
-def test_a_model_that_is_not_here_is_not_looked_for_elsewhere(tmp_path: Path, command: str) -> None:
+def test_a_missing_model_is_not_looked_up_on_the_internet(tmp_path: Path, command: str) -> None:
     watched = Watched(tmp_path, "someone/absent")
     with watched.start(command) as process:
         assert process.stderr is not None
@@ -129,7 +129,7 @@ def test_a_model_that_is_not_here_is_not_looked_for_elsewhere(tmp_path: Path, co
     assert watched.noted == {"armed"}
 
 
-def test_every_child_gets_the_switches_whatever_the_shell_says(
+def test_every_child_gets_the_offline_switches_over_the_shells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*SWITCHES, "WANDB_MODE"):
@@ -159,7 +159,7 @@ def test_importing_the_learner_is_enough_to_be_offline() -> None:
 
 
 @pytest.mark.parametrize("broken", ["DROP TABLE feedback", "CREATE UNIQUE INDEX no ON feedback(1)"])
-def test_a_databases_error_tells_nobodys_words(store: Store, broken: str) -> None:
+def test_a_database_error_quotes_nobody(store: Store, broken: str) -> None:
     add(store, turn(0), turn(1))
     store.give_feedback(Feedback("turn_0", 1, "kept before", "kept before"))
     with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
