@@ -213,6 +213,12 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
 
 def run_learner(settings: Settings, lineage: str | None = None) -> None:
     """Trains all lineages in turn, or only one; the step in progress ends before it returns."""
+    known = settings.all_lineages
+    if lineage is not None and lineage not in known:
+        raise StartError(
+            f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
+        )
+    lineages = known if lineage is None else (lineage,)
     os.environ.update(switches(settings.privacy.external_metrics))
 
     from learner.adapters import save_zero_adapter
@@ -220,12 +226,6 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     from learner.model import pick_device
     from learner.stage import run
 
-    known = settings.all_lineages
-    if lineage is not None and lineage not in known:
-        raise StartError(
-            f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
-        )
-    lineages = known if lineage is None else (lineage,)
     stop, patience = threading.Event(), Patience(math.inf)
 
     def end(_number: int, _frame: object) -> None:
