@@ -60,3 +60,20 @@ def test_imports_point_one_way(path: Path) -> None:
         assert not {name for name in ours if is_in(name, {"nextstate.app"})}
     if room != "learner" and str(path.relative_to(ROOT)) not in IMPORTS_TORCH:
         assert not {name for name in names if is_in(name, TORCH)}
+
+
+MAX_LINES = 500
+LONG = {"lexicons"}
+"""Folders whose files may be longer: lists of words."""
+
+
+def test_no_file_is_too_long() -> None:
+    folders = [ROOT / name for name in (*ROOMS, "tests", "benchmarks", "docs")]
+    files = [*ROOT.glob("*.md"), *ROOT.glob("*.toml")]
+    files += [p for f in folders for p in f.rglob("*") if p.suffix in (".py", ".md", ".toml")]
+    lines = {
+        str(path.relative_to(ROOT)): path.read_text().count("\n")
+        for path in files
+        if not LONG.intersection(path.parts)
+    }
+    assert not {name: count for name, count in lines.items() if count > MAX_LINES}
