@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, and the order in which those of the engine run."""
+"""Fixtures that several test files share, and how the tests are marked, grouped and ordered."""
 
 from __future__ import annotations
 
@@ -27,12 +27,50 @@ Done = dict[tuple[Any, ...], "Future[Any]"]
 """What was done for a test, by its parameters in order of their names."""
 
 
+_ENGINE = {"loop", "talks", "vllm"}
+"""Fixtures that start vLLM or import it."""
+_PROCESSES = {"subprocess", "multiprocessing"}
+"""Modules that a file imports to start processes."""
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and pytest the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the file last that trains the loop's policy, kills its parts and ends it."""
-    items.sort(key=lambda item: item.path.stem == "test_end_to_end")
+    """Marks each test by what it uses, groups the tests for two workers, and orders the groups.
+
+    All tests that need vLLM are one group: one worker runs them and starts one engine. Any other
+    file is a group, so its module fixtures are made once. Groups that take long come first. Within
+    the engine's group test_end_to_end.py is last: it trains the policy and ends the engine.
+    """
     for item in items:
-        if "loop" in getattr(item, "fixturenames", ()):
+        assert isinstance(item, pytest.Function)
+        for marker in _markers(item):
+            item.add_marker(marker)
+        marked = {marker.name for marker in item.iter_markers()}
+        if "engine" in marked and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+        group = "engine" if "engine" in marked else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_place)
+
+
+def _markers(item: pytest.Function) -> Iterator[str]:
+    if _ENGINE & {*item.fixturenames}:
+        yield "engine"
+    names = vars(item.module).keys()
+    if names & _PROCESSES:
+        yield "processes"
+    if "save_tiny_model" in names:
+        yield "training"
+
+
+def _place(item: pytest.Item) -> tuple[bool, bool, bool, str]:
+    markers = {marker.name for marker in item.iter_markers()}
+    return (
+        "engine" not in markers,
+        item.path.stem == "test_end_to_end",
+        not markers & {"processes", "training"},
+        item.nodeid.partition("::")[0],
+    )
 
 
 @pytest.fixture
