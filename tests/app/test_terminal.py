@@ -46,16 +46,20 @@ def test_a_terminal_without_unicode_gets_escapes_and_valid_json(
     config: Path, encoding: str
 ) -> None:
     given = ("--config", str(config))
-    for arguments in (
-        ["status"],
-        ["turns"],
-        ["versions", "0"],
-        ["feedback", "tüřn", "--score", "1"],
-    ):
-        process = command(*arguments, *given, encoding=encoding)
-        _, errors = process.communicate()
-        assert b"Traceback" not in errors, errors
-        assert process.returncode == (2 if arguments[0] == "feedback" else 0)
+    shown = [["status"], ["turns"], ["versions", "0"], ["feedback", "tüřn", "--score", "1"]]
+    code = f"""
+import sys
+from nextstate.__main__ import main
+for arguments in {[[*one, *given] for one in shown]!r}:
+    sys.argv = ["nextstate", *arguments]
+    print(main())
+"""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    argv = [sys.executable, "-P", "-c", code]
+    done = subprocess.run(argv, capture_output=True, env=environment)
+    assert b"Traceback" not in done.stderr, done.stderr
+    codes = [line for line in done.stdout.splitlines() if line in (b"0", b"2")]
+    assert (done.returncode, codes) == (0, [b"0", b"0", b"0", b"2"])
     process = command("turns", "--json", *given, encoding=encoding)
     printed, _ = process.communicate()
     rows = [json.loads(line) for line in printed.decode("ascii").splitlines()]
