@@ -26,7 +26,7 @@ from nextstate.records import PolicyVersion, VersionState
 from nextstate.store.store import Store
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
 
-_processes = multiprocessing.get_context("fork")  # a spawned one would import torch
+_processes = multiprocessing.get_context("spawn")
 CANDIDATE, SERVING, RETIRED = (
     VersionState.CANDIDATE, VersionState.SERVING, VersionState.RETIRED,
 )  # fmt: skip
@@ -186,7 +186,6 @@ def learn(folder: str, times: int) -> None:
     store.close()
 
 
-@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")  # idle threads of torch
 def test_processes_that_race_never_replace_what_a_person_chose(tmp_path: Path) -> None:
     folder = str(tmp_path / "state")
     store = Store(StoreConfig(dir=folder))

@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = ("nextstate", "proxy", "judge", "plugins", "demo")
 BOUNDED = "plugins.judges.lexicons"
 Expression = re.Pattern[Any]
-SIZES = (250, 1_000, 4_000)
+SIZES = (500, 2_000, 8_000)
 """Characters; time that grows with their square grows sixteenfold from one to the next."""
 MOST_GROWTH = 9.0
 UNMEASURED_S = 0.002
