@@ -22,9 +22,9 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 600
 """For a test that may have to start the engine first."""
 AT_ONCE = 8
-"""Requests that the engine answers at once in little more time than one."""
+"""Parallel requests; the engine answers as many in little more time than one."""
 Done = dict[tuple[Any, ...], "Future[Any]"]
-"""What was done for a test, by its parameters in order of their names."""
+"""Results for each test, by the values of its parameters sorted by name."""
 
 
 _ENGINE = {"loop", "talks", "vllm"}
@@ -83,8 +83,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    """The shared `nextstate up`, on a real vLLM."""
-    from tests.running_loop import Loop, write_config  # here: it takes over a second to import
+    """The shared `nextstate up` with a real vLLM."""
+    from tests.running_loop import Loop, write_config  # imported late: it takes over a second
 
     port = free_port()
     started = Loop(write_config(tmp_path_factory.mktemp("loop"), port=port), port)
@@ -97,7 +97,7 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 
 @pytest.fixture(scope="session")
 def native_engine(loop: Loop) -> Engine:
-    """The loop's vLLM; its policy is untrained until test_end_to_end.py trains it."""
+    """The vLLM of the loop; its policy is untrained until test_end_to_end.py trains it."""
     return loop.engine()
 
 
@@ -116,9 +116,9 @@ def habits(native_engine: Engine) -> Habits:
 
 @pytest.fixture(scope="module")
 def ask_at_once(request: pytest.FixtureRequest) -> Callable[[str, Callable[..., Any]], Done]:
-    """Calls a function with the parameters of every test of this file that will run.
+    """Calls a function in parallel, once for each test of this file that uses the named fixture.
 
-    That is every one that uses the named fixture. Returns once all calls have ended.
+    The arguments are the parameters of the test. Returns when all calls have ended.
     """
 
     def asked(fixture: str, ask: Callable[..., Any]) -> Done:

@@ -1,4 +1,4 @@
-"""The whole loop on a real vLLM, used as its user would; this file trains it and ends it."""
+"""The whole loop with a real vLLM; these tests train its policy and end it."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ ROUTES: dict[str, Any] = {
     "/v1/responses": {"input": "Tom has", "max_output_tokens": 8, "truncation": "auto"},
     "/v1/messages/count_tokens": {"messages": SAID},
 }
-"""One request of each kind: added to, translated, relayed natively, and merely passed on."""
+"""One request of each kind: extended, translated, relayed natively, passed on."""
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])
