@@ -35,18 +35,19 @@ endif
 demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
 	$(BIN)/nextstate demo $(ARGS)
 
-# tests/conftest.py says which tests go to one worker. The options keep its order of the groups.
-TWO_WORKERS := -n 2 --dist loadgroup --no-loadscope-reorder
+# tests/conftest.py groups the tests: one worker runs a group, and the groups start in its order.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
 
 test: lint  ## lint, types and every test, one of them over the real vLLM
-	$(BIN)/python -m pytest -q $(TWO_WORKERS) $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-fast: env  ## the tests without vLLM, processes and training (about a minute)
-	$(BIN)/python -m pytest -q $(TWO_WORKERS) -m "not engine and not processes and not training and not soak" $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not engine and not processes and not training and not soak" $(ARGS)
 
 coverage: env  ## every test, and which lines and branches none of them reaches
 	$(BIN)/coverage erase
-	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/coverage run -m pytest -q $(TWO_WORKERS) $(ARGS)
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/coverage run -m pytest -q $(PARALLEL) $(ARGS)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
