@@ -32,6 +32,9 @@ _ENGINE = {"loop", "talks", "vllm"}
 _PROCESSES = {"subprocess", "multiprocessing"}
 """Modules that a file imports to start processes."""
 
+_TRAINING = {"torch", "save_tiny_model"}
+"""Names in a file that runs or trains a model."""
+
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and pytest the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -59,7 +62,7 @@ def _markers(item: pytest.Function) -> Iterator[str]:
     names = vars(item.module).keys()
     if names & _PROCESSES:
         yield "processes"
-    if "save_tiny_model" in names:
+    if names & _TRAINING:
         yield "training"
 
 
