@@ -25,13 +25,10 @@ AT_ONCE = 8
 """Parallel requests; the engine answers as many in little more time than one."""
 Done = dict[tuple[Any, ...], "Future[Any]"]
 """Results for each test, by the values of its parameters sorted by name."""
-
-
 _ENGINE = {"loop", "talks", "vllm"}
 """Fixtures that start vLLM or import it."""
 _PROCESSES = {"subprocess", "multiprocessing"}
 """Modules that a file imports to start processes."""
-
 _TRAINING = {"torch", "save_tiny_model"}
 """Names in a file that runs or trains a model."""
 
