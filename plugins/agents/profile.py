@@ -12,22 +12,22 @@ from typing import cast
 
 from nextstate.hooks import AgentProfile, Heard, text_of
 from nextstate.records import Json, Source, TurnKind
-from plugins.agents.envelopes import coding, frameworks, openclaw
-from plugins.agents.envelopes.coding import without_files
+from plugins.agents.envelopes import known, openclaw
+from plugins.agents.envelopes.known import without_files
 from plugins.agents.envelopes.shape import Agent
 from plugins.agents.machine import is_tagged, source_of
 
-AGENTS: Sequence[Agent] = (openclaw.AGENT, *coding.AGENTS, *frameworks.AGENTS)
+AGENTS: Sequence[Agent] = (openclaw.AGENT, *known.AGENTS)
 GENERIC = Agent("generic")
 
-_LEAD = tuple(mark for agent in AGENTS for mark in agent.led)
+_LEAD = tuple(mark for agent in AGENTS for mark in agent.prefixes)
 _FIRST_WORDS = tuple(mark for agent in AGENTS for mark in agent.first_words)
 _HOUSEKEEPING = tuple(mark for agent in AGENTS for mark in agent.housekeeping)
 _OBSERVATIONS = tuple(mark for agent in AGENTS for mark in agent.observations)
 _SIDE_SYSTEM = tuple(mark for agent in AGENTS for mark in agent.side_system)
 _SIDE_ASKED = tuple(mark for agent in AGENTS for mark in agent.side_asked)
-_SIDE = tuple(agent.side for agent in AGENTS if agent.side)
-_SHARED = tuple(agent.shared for agent in AGENTS if agent.shared)
+_SIDE = tuple(agent.is_side for agent in AGENTS if agent.is_side)
+_SHARED = tuple(agent.read_shared for agent in AGENTS if agent.read_shared)
 _CARRIERS = tuple(mark for agent in AGENTS for mark in agent.carriers)
 _NOTES = frozenset(tag for agent in AGENTS for tag in agent.notes)
 _WORDS = frozenset(tag for agent in AGENTS for tag in agent.words)
@@ -70,7 +70,7 @@ class Profile:
 
     def session(self, name: str) -> str:
         """The name as the agent means it."""
-        return name if self._agent.session is None else self._agent.session(name)
+        return name if self._agent.session_name is None else self._agent.session_name(name)
 
     def heard(self, message: Json) -> Heard | None:
         """What a message says, and who says it; None for what the agent wrote itself."""
@@ -103,8 +103,8 @@ class Profile:
 
     def _read(self, text: str) -> Heard | None:
         """What the marks leave of one text."""
-        if self._agent.own is not None:
-            unwrapped = self._agent.own(text)
+        if self._agent.read_own is not None:
+            unwrapped = self._agent.read_own(text)
             if unwrapped is None:
                 return None
             text = unwrapped

@@ -260,8 +260,8 @@ AGENT = Agent(
         "The messages above are NEW conversation messages",
     ),
     carriers=(CARRIER,),
-    side=is_housekeeping,
+    is_side=is_housekeeping,
     housekeeping=(CARRIER, _QUEUED, "A new session was started via /new or /reset", "[OpenClaw "),
-    own=words_of,
-    session=session_of,
+    read_own=words_of,
+    session_name=session_of,
 )
