@@ -65,8 +65,6 @@ port = {port}
 [judge]
 max_tokens = 64
 share = {share}
-retry_initial_s = 0.1
-retry_max_s = 0.1
 """
 _EXAMPLES = """\
 examples:

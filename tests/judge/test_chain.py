@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from judge.config import JudgeConfig, plugin_settings
-from judge.stage import votes_on
+from judge.votes import votes_on
 from nextstate.app.settings import Settings
 from nextstate.app.stages import evaluate_judge
 from nextstate.errors import ConfigError, JudgeError, PluginError

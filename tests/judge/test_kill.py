@@ -31,8 +31,6 @@ url = "{url}"
 model = "policy"
 [judge]
 timeout_s = 0.4
-lease_s = 1.0
-retry_initial_s = 0.1
 """
 
 

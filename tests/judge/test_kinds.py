@@ -223,8 +223,3 @@ def test_settings_fill_empty_keys_from_the_engine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ConfigError, match="JUDGE_KEY"):
         plugin_settings(JudgeConfig(api_key_env="JUDGE_KEY"))
-
-
-def test_a_lease_must_outlast_the_votes() -> None:
-    with pytest.raises(ConfigError, match="lease_s"):
-        JudgeConfig(lease_s=60.0, timeout_s=60.0)

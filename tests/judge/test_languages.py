@@ -19,7 +19,7 @@ from plugins.judges.lexicons.english import ENGLISH
 from plugins.judges.lexicons.german import GERMAN
 from plugins.judges.lexicons.shape import Lexicon, fold, narrow
 from plugins.judges.lexicons.spanish import SPANISH
-from plugins.judges.results import read_result, telling
+from plugins.judges.results import content_of, read_result
 from plugins.judges.rules import vote_on
 
 ROWS: list[dict[str, Any]] = [
@@ -120,8 +120,8 @@ def test_long_repetition_is_read_quickly(text: str) -> None:
     assert vote_on(evidence).score in (1, 0, -1)
 
 
-def test_telling_words_are_long_words_numbers_and_pairs_of_characters() -> None:
-    assert telling("to a file 42 窗帘关") == {"file", "42", "窗帘", "帘关"}
+def test_content_words_are_long_words_numbers_and_pairs_of_characters() -> None:
+    assert content_of("to a file 42 窗帘关") == {"file", "42", "窗帘", "帘关"}
 
 
 @pytest.mark.parametrize(

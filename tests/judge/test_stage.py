@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from judge.config import JudgeConfig
-from judge.stage import Counts, judge_turn, retry_delay_s, run
+from judge.stage import judge_turn, retry_delay_s, run
+from judge.votes import Counts, votes_on
 from nextstate.config import StoreConfig
 from nextstate.errors import BusyError, ConfigError, EngineError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, load_plugin
@@ -232,7 +233,7 @@ def test_waits_grow_with_each_attempt(tmp_path: Path) -> None:
         clock.now += wait - 0.1
         assert store.lease_judgements(1, 60.0) == []
         clock.now += 0.2
-    assert retry_delay_s(10_000, 5.0, 3600.0) == 3600.0
+    assert retry_delay_s(10_000) == 3600.0
     store.close()
 
 
@@ -317,10 +318,7 @@ def test_a_late_second_verdict_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["stop", "cancel"])
-def test_a_judge_that_stops_puts_back_what_it_holds(
-    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("judge.stage.FINISH_S", 0.01)
+def test_a_judge_that_stops_puts_back_what_it_holds(tmp_path: Path, how: str) -> None:
     store = open_store(tmp_path)
     record(store, [a_turn(i) for i in range(3)])
 
@@ -332,7 +330,8 @@ def test_a_judge_that_stops_puts_back_what_it_holds(
             await asyncio.Event().wait()
 
         hanging = ScriptedJudge(lambda *_: Vote(1), before=hang)
-        task = asyncio.create_task(run(store, JudgeConfig(), hanging, ScriptedEngine(), stop))
+        work = run(store, JudgeConfig(), hanging, ScriptedEngine(), stop, finish_s=0.01)
+        task = asyncio.create_task(work)
         await asyncio.wait_for(asked.wait(), 60)
         if how == "stop":
             stop.set()
@@ -346,16 +345,16 @@ def test_a_judge_that_stops_puts_back_what_it_holds(
     store.close()
 
 
-def test_a_busy_server_is_asked_again_before_the_vote_is_given_up(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("judge.stage.FIRST_RETRY_S", 0.001)
+def test_a_busy_server_is_asked_again_before_the_vote_is_given_up() -> None:
+    def votes(judge: JudgeKind) -> list[Vote]:
+        evidence = Evidence((), "r", ())
+        return asyncio.run(votes_on(evidence, "t", JudgeConfig(), judge, first_retry_s=0.001))
+
     busy = ScriptedJudge(lambda _, call: BusyError("wait") if call < 3 else Vote(1), True)
-    verdict = asyncio.run(judge_turn(a_turn(), [], JudgeConfig(), busy, ScriptedEngine()))
-    assert (verdict.votes, len(busy.seeds)) == ((1,), 3)
+    assert (votes(busy), len(busy.seeds)) == ([Vote(1)], 3)
     always = ScriptedJudge(lambda *_: BusyError("wait"), True)
     with pytest.raises(JudgeError, match="wait"):
-        asyncio.run(judge_turn(a_turn(), [], JudgeConfig(), always, ScriptedEngine()))
+        votes(always)
     assert len(always.seeds) == 3
 
 

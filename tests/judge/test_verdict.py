@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import json
 import re
 from typing import Any
@@ -15,8 +14,6 @@ from judge.evidence import build_evidence, clipped, clipped_all, fair_share, mes
 from judge.hinting import HINT_HEADER, hinted_messages, rendering_options
 from judge.verdict import (
     HINT_MAX_CHARS,
-    RULES,
-    by_consensus,
     checked_hint,
     gives_away,
     quotes,
@@ -66,23 +63,6 @@ def test_a_hint_comes_from_votes_that_agree_with_the_majority() -> None:
     tied = verdict_of("t", "j", [Vote(-1, "Write plain sentences."), Vote(1)], shown(Source.USER))
     assert tied is not None
     assert (tied.score, tied.hint) == (0, None)
-
-
-@given(st.lists(scores, min_size=2, max_size=9))
-def test_consensus_is_the_score_that_most_pairs_of_votes_agree_on(values: list[int]) -> None:
-    pairs = list(itertools.combinations(values, 2))
-    agreed = {score: sum(a == b == score for a, b in pairs) for score in (-1, 0, 1)}
-    strong = [score for score in agreed if 2 * agreed[score] > len(pairs)]
-    score, weight = by_consensus(values)
-    assert score == (strong[0] if strong else 0)
-    assert weight == pytest.approx(agreed[score] / len(pairs))
-
-
-def test_consensus_asks_for_more_than_the_majority() -> None:
-    votes = [Vote(1), Vote(1), Vote(-1)]
-    user = shown(Source.USER)
-    decided = {rule: verdict_of("t", "j", votes, user, rule) for rule in RULES}
-    assert {rule: v and v.score for rule, v in decided.items()} == {"majority": 1, "consensus": 0}
 
 
 def test_praise_that_only_tools_bear_witness_to_must_be_unanimous() -> None:
@@ -235,7 +215,7 @@ def test_evidence_holds_the_tail_the_calls_and_the_sources() -> None:
     call = {"type": "function", "function": {"name": "ls", "arguments": '{"dir": "docs"}'}}
     reply: Json = {"content": "<think>hm</think>Let me look.", "tool_calls": [call]}
     states = [NextState("t", Source.TOOL, "x" * 900, 0.4), NextState("t", Source.USER, "ok", 0.9)]
-    evidence = build_evidence(a_turn(messages, reply), states, tail_messages=2, max_chars=300)
+    evidence = build_evidence(a_turn(messages, reply), states, max_chars=300, tail_messages=2)
     assert evidence.tail == (("user", "8"), ("user", "9"))
     assert evidence.reply == 'Let me look.\n[calls ls({"dir": "docs"})]'
     assert [s.source for s in evidence.next_states] == [Source.TOOL, Source.USER]

@@ -413,7 +413,7 @@ def test_an_observation_in_the_user_role_is_the_environments_from_store_to_judge
     assert [(s.source, s.text, s.trust) for s in store.next_states("a")] == [
         (Source.ENVIRONMENT, seen, 0.6)
     ]
-    tail = build_evidence(turn, [], 4, 1000, profile=AUTO).tail
+    tail = build_evidence(turn, [], 1000, profile=AUTO, tail_messages=4).tail
     assert [who for who, _ in tail] == ["system", "user", "assistant", "environment"]
     asked, steps = task_of(turn.request, AUTO)
     assert (asked, len(steps)) == ("Please solve this: fix the parser", 1)
