@@ -1,4 +1,4 @@
-"""OpenClaw, whatever a request looks like."""
+"""OpenClaw, for every request."""
 
 from __future__ import annotations
 
