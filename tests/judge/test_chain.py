@@ -93,7 +93,7 @@ def test_a_chain_is_loaded_by_the_names_of_its_judges() -> None:
     assert load_judge(("rules",), JudgeSettings()).name == "rules"
     with pytest.raises(PluginError, match="no plugin 'ruels'"):
         load_judge(("ruels", "outcome"), JudgeSettings())
-    with pytest.raises(PluginError, match="names no judge"):
+    with pytest.raises(PluginError, match="is not a judge"):
         load_plugin("judges", "chain", JudgeSettings())
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ def question_with_context(text: str) -> str | None:
     return question
 
 
-_CODE: Mapping[str, Mapping[str, Callable[[str], Any]]] = {
+_CODE: Mapping[str, Mapping[str, Any]] = {
     "claude_code": {"read_own": without_going_on},
     "qwen_code": {"read_own": without_going_on},
     "gemini_cli": {"read_own": without_going_on},
