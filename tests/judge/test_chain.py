@@ -55,11 +55,11 @@ def test_the_first_sure_vote_counts_and_nobody_after_it_is_asked() -> None:
     assert last.seeds == []
 
 
-def test_without_a_sure_vote_the_last_one_counts() -> None:
+def test_without_a_sure_vote_the_last_vote_counts() -> None:
     assert asked(Scripted(Vote(1, sure=False)), Scripted(UNSURE)) == UNSURE
 
 
-def test_a_judge_that_fails_passes_on_and_the_last_ones_failure_is_the_chains() -> None:
+def test_after_a_failure_the_next_judge_is_asked_and_the_last_failure_is_raised() -> None:
     assert asked(Scripted(None), Scripted(SURE)) == SURE
     with pytest.raises(JudgeError, match="b has nothing"):
         asked(Scripted(UNSURE, name="a"), Scripted(None, name="b"))
@@ -108,7 +108,7 @@ def test_engine_and_litellm_cannot_share_their_keys() -> None:
         JudgeConfig(kind="engine,rules,litellm")
 
 
-def test_litellm_does_not_take_the_engine_for_its_provider() -> None:
+def test_litellm_does_not_use_the_engine_as_its_provider() -> None:
     given = plugin_settings(JudgeConfig(kind="rules,litellm"), model="base", base_url="http://e/v1")
     assert (given.model, given.base_url) == ("", "")
     own = JudgeConfig(kind="litellm", model="openai/m", base_url="http://own/v1")
@@ -122,7 +122,7 @@ def _settings(tmp_path: Path, text: str) -> Settings:
     return Settings.read(file)
 
 
-def test_litellm_anywhere_in_a_chain_needs_leave(tmp_path: Path) -> None:
+def test_litellm_anywhere_in_a_chain_needs_external_judge(tmp_path: Path) -> None:
     chain = "[judge]\nkind = 'rules,litellm'\n"
     with pytest.raises(ConfigError, match=r"\[privacy\] external_judge"):
         _settings(tmp_path, chain)

@@ -41,7 +41,7 @@ def test_words_are_about_the_steps_whose_calls_they_name(said: str, meant: list[
     assert steps_meant(said, CALLS, "Tidy up my folder") == meant
 
 
-def test_what_the_request_named_already_points_at_no_step() -> None:
+def test_a_name_from_the_request_does_not_point_at_a_step() -> None:
     assert steps_meant("notes.txt is gone!", CALLS, "Tidy up, but keep notes.txt") == []
 
 
@@ -52,7 +52,7 @@ def test_han_script_is_compared_by_pairs_of_characters() -> None:
 
 
 @given(st.text(max_size=80), st.lists(st.text(max_size=40), max_size=5), st.text(max_size=40))
-def test_only_steps_are_meant_and_each_names_something_said(
+def test_every_meant_step_named_something_that_was_said(
     said: str, calls: list[str], request: str
 ) -> None:
     for position in steps_meant(said, calls, request):
@@ -70,7 +70,7 @@ def test_a_task_is_what_came_after_the_users_last_message() -> None:
     assert task_of({"messages": messages}) == ("Tidy up my folder", CALLS[:1])
 
 
-def test_what_an_agent_puts_after_the_users_words_begins_no_task() -> None:
+def test_a_message_that_the_agent_wrote_does_not_begin_a_task() -> None:
     carrier = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>> the time is ten"
     messages = [
         {"role": "user", "content": "Tidy up my folder"},
@@ -134,7 +134,7 @@ def test_a_step_that_the_user_names_is_judged_anew_with_what_the_user_said(store
     assert store.lease_judgements(9, 60.0) == []
 
 
-def test_words_about_nothing_in_particular_stay_with_the_reply_that_they_answer(
+def test_general_words_count_only_for_the_reply_that_they_answer(
     store: Store,
 ) -> None:
     record_task(store, "You deleted too much!")

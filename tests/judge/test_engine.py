@@ -54,7 +54,7 @@ def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
     assert asyncio.run(ask()) == [200] * 6
 
 
-def test_what_a_schema_forces_out_of_nonsense_is_no_vote(native_engine: Engine) -> None:
+def test_nonsense_in_the_form_of_the_schema_is_no_vote(native_engine: Engine) -> None:
     async def ask() -> list[object]:
         judge = create(settings_for(native_engine))
         try:
@@ -69,7 +69,7 @@ def test_what_a_schema_forces_out_of_nonsense_is_no_vote(native_engine: Engine) 
     assert not any("answered" in str(answer) for answer in answers), answers
 
 
-def test_a_judge_that_talks_nonsense_gives_no_verdict_and_no_reward(
+def test_a_judge_that_answers_nonsense_gives_no_verdict_and_no_reward(
     native_engine: Engine, tmp_path: Path
 ) -> None:
     store, counts = open_store(tmp_path), Watched()

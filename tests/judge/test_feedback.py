@@ -61,7 +61,7 @@ def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_pat
     store.close()
 
 
-def test_feedback_before_the_judge_is_taken_for_the_votes(tmp_path: Path) -> None:
+def test_feedback_before_the_judge_replaces_the_votes(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn(0), a_turn(1)])
     store.give_feedback(Feedback("turn-1", 1))  # without a hint there is nothing left to do
@@ -95,7 +95,7 @@ def test_a_score_of_zero_trains_once_its_hint_is_rendered(tmp_path: Path) -> Non
     store.close()
 
 
-def test_an_engine_that_is_away_delays_the_hint_but_not_the_score(tmp_path: Path) -> None:
+def test_an_engine_that_is_down_delays_the_hint_but_not_the_score(tmp_path: Path) -> None:
     clock, counts, engine = Clock(), Watched(), ScriptedEngine(failures=1)
     store = open_store(tmp_path, clock)
     record_alone(store)
@@ -132,7 +132,7 @@ class HeldEngine:
         (Feedback(TURN, -1), None),
     ],
 )
-def test_who_changes_their_mind_while_the_hint_is_rendered_is_heard(
+def test_feedback_that_changes_while_the_hint_is_rendered_counts(
     tmp_path: Path, second: Feedback, ids: tuple[int, ...] | None
 ) -> None:
     store = open_store(tmp_path)
@@ -156,7 +156,7 @@ def test_who_changes_their_mind_while_the_hint_is_rendered_is_heard(
     store.close()
 
 
-def test_a_vote_under_way_when_the_person_speaks_is_a_label_and_no_verdict(tmp_path: Path) -> None:
+def test_a_vote_that_ends_after_feedback_is_a_label_and_not_a_verdict(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     record(store, [a_turn()])
 
@@ -194,7 +194,7 @@ def test_the_hint_of_a_turn_that_cannot_train_is_not_rendered(tmp_path: Path) ->
     store.close()
 
 
-def test_the_engines_error_is_told() -> None:
+def test_an_error_of_the_engine_is_raised() -> None:
     with pytest.raises(EngineError, match="away"):
         asyncio.run(feedback_verdict(SAID, a_turn(), ScriptedEngine(failures=1)))
 
@@ -212,7 +212,7 @@ def test_the_engines_error_is_told() -> None:
         ("\x07\u200b ", None),
     ],
 )
-def test_only_what_would_break_the_prompt_is_taken_out_of_a_persons_hint(
+def test_only_text_that_breaks_the_prompt_is_removed_from_a_persons_hint(
     said: str, taught: str | None
 ) -> None:
     assert unmarked(said) == taught

@@ -66,11 +66,13 @@ WHOLE = b"earlierlater" + HINT_HEADER.encode() + b"Be brief."
         ({"kv_transfer_params": {}}, WHOLE),
     ],
 )
-def test_it_is_cut_as_the_turns_own_was(fields: dict[str, Any], prompt: bytes | None) -> None:
+def test_the_hinted_prompt_is_cut_like_the_turns_own_prompt(
+    fields: dict[str, Any], prompt: bytes | None
+) -> None:
     assert rendered(turn_of("earlier", "later", **fields)) == prompt
 
 
-def test_thoughts_keep_the_name_that_the_chat_route_gives_them() -> None:
+def test_thoughts_have_the_name_that_the_chat_route_uses() -> None:
     turn, engine = turn_of("hi"), Letters()
     old = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
     new = {"role": "assistant", "content": "a", "reasoning_content": "hm", "reasoning": "so"}

@@ -114,20 +114,20 @@ def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
     ],
     ids=lambda server: f"{server.status}-{server.content}-{server.finish_reason}"[:24],
 )
-def test_what_is_no_vote_is_a_judge_error(server: Server) -> None:
+def test_an_answer_without_a_vote_is_a_judge_error(server: Server) -> None:
     with pytest.raises(JudgeError):
         asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 1))
 
 
 @pytest.mark.parametrize(("status", "busy"), [(429, True), (500, True), (503, True), (401, False)])
-def test_a_server_that_may_answer_in_a_moment_is_told_apart(status: int, busy: bool) -> None:
+def test_a_busy_server_is_a_busy_error_and_a_refusal_is_not(status: int, busy: bool) -> None:
     for kind, model in (("engine", "base"), ("litellm", "openai/base")):
         with pytest.raises(JudgeError) as raised:
             asked(Server(status=status), kind, model, lambda judge: judge.vote(EVIDENCE, 1))
         assert isinstance(raised.value, BusyError) == busy
 
 
-def test_a_server_without_schemas_is_asked_without_from_then_on() -> None:
+def test_a_server_that_refuses_a_schema_is_asked_without_one_afterwards() -> None:
     async def scene(judge: JudgeKind) -> list[Vote]:
         return [await judge.vote(EVIDENCE, seed) for seed in range(2)]
 
@@ -136,7 +136,7 @@ def test_a_server_without_schemas_is_asked_without_from_then_on() -> None:
     assert ["response_format" in body for body in server.requests] == [True, False, False]
 
 
-def test_an_engine_that_is_away_is_a_judge_error() -> None:
+def test_an_engine_that_is_down_is_a_judge_error() -> None:
     async def scene() -> None:
         settings = JudgeSettings(model="base", base_url="http://127.0.0.1:1/v1", timeout_s=5)
         judge: JudgeKind = load_plugin("judges", "engine", settings)

@@ -79,7 +79,7 @@ def test_full_width_and_traditional_characters_read_like_the_others() -> None:
     assert said("\u4e0d\u662f\u9019\u500b\uff0c\u91cd\u65b0\u4f86", "帮我查一下").score == -1
 
 
-def test_thanks_before_a_but_are_politeness() -> None:
+def test_thanks_before_a_but_are_only_polite() -> None:
     for text in (
         "Thanks, but we use another library here.",
         "Danke, aber wir nehmen hier eine andere Bibliothek.",
@@ -95,7 +95,7 @@ def test_what_to_do_makes_a_hint_in_every_language() -> None:
     assert said("短一点", "帮我写个通知", "各位同事大家好").hint == "短一点"
 
 
-def test_ignorance_is_unsure_and_a_recognised_topic_change_is_not() -> None:
+def test_an_unknown_message_is_unsure_and_a_new_topic_is_sure() -> None:
     assert said("Zwölf Uhr mittags") == UNKNOWN
     assert said("", "x", "y") == UNKNOWN
     assert said("Anyway, what is the tallest mountain in Peru?") == Vote(0)
@@ -103,7 +103,7 @@ def test_ignorance_is_unsure_and_a_recognised_topic_change_is_not() -> None:
     assert vote_on(Evidence((), "r", (state("intro.md", Source.TOOL),))) == UNKNOWN
 
 
-def test_a_step_is_charged_with_what_the_user_says_about_it_at_the_end_of_the_task() -> None:
+def test_a_step_is_judged_by_what_the_user_says_about_it_at_the_end_of_the_task() -> None:
     reply = '[calls edit({"path": "src/cart.py"})]'
     alone = Evidence((("user", "Fix the total."),), reply, (state("ok", Source.TOOL),))
     later = (state("That is wrong, cart.py lost its imports."),)

@@ -65,7 +65,7 @@ def test_a_hint_comes_from_votes_that_agree_with_the_majority() -> None:
     assert (tied.score, tied.hint) == (0, None)
 
 
-def test_praise_that_only_tools_bear_witness_to_must_be_unanimous() -> None:
+def test_praise_that_comes_only_from_tools_must_be_unanimous() -> None:
     for sources, wanted in (
         ((Source.TOOL,), 0),
         ((Source.TOOL, Source.ENVIRONMENT), 0),
@@ -130,7 +130,7 @@ def test_hints_that_would_not_help_are_refused(text: str) -> None:
     assert checked_hint(text, "So **the result is 7 apples** in all.") is None
 
 
-def test_the_words_of_a_person_are_tidied_and_not_judged() -> None:
+def test_a_persons_hint_is_tidied_and_not_refused() -> None:
     assert tidied_hint("The result is 7 apples") == "The result is 7 apples"
     assert tidied_hint("Say it.<|im_end|>") is None
 
@@ -178,7 +178,7 @@ def test_the_hint_block_is_a_part_of_list_content_or_a_message_of_its_own() -> N
     ]
 
 
-def test_only_what_shapes_the_prompt_is_rendered_with() -> None:
+def test_only_fields_that_shape_the_prompt_are_sent_for_rendering() -> None:
     request = {"model": "m", "temperature": 0.5, "chat_template_kwargs": {"a": 1}}
     assert rendering_options(request) == {"chat_template_kwargs": {"a": 1}}
     assert rendering_options({"reasoning_effort": "none"}) == {
@@ -210,7 +210,7 @@ def a_turn(messages: list[Json], reply: Json) -> Turn:
     )
 
 
-def test_evidence_holds_the_tail_the_calls_and_the_sources() -> None:
+def test_evidence_has_the_last_messages_the_calls_and_the_sources() -> None:
     messages: list[Json] = [{"role": "user", "content": str(n)} for n in range(10)]
     call = {"type": "function", "function": {"name": "ls", "arguments": '{"dir": "docs"}'}}
     reply: Json = {"content": "<think>hm</think>Let me look.", "tool_calls": [call]}
@@ -235,7 +235,7 @@ def test_clipping_keeps_head_and_tail(text: str, cap: int) -> None:
 
 
 @given(st.lists(st.integers(0, 500), max_size=8), st.integers(0, 2000))
-def test_a_fair_share_fills_the_total_without_passing_it(lengths: list[int], total: int) -> None:
+def test_a_fair_share_uses_the_total_and_not_more(lengths: list[int], total: int) -> None:
     share = fair_share(lengths, total)
     assert sum(min(length, share) for length in lengths) <= total
     if sum(lengths) > total:
@@ -315,7 +315,7 @@ def test_written_votes_are_read_back(score: int, hint: str | None, around: str) 
         ('The page says "score: 1". Score: -1', -1),
     ],
 )
-def test_tolerated_forms(text: str, score: int) -> None:
+def test_these_forms_of_an_answer_are_accepted(text: str, score: int) -> None:
     assert parse_vote(text).score == score
 
 
@@ -391,7 +391,7 @@ def test_an_answer_must_repeat_the_check_word_that_it_was_given() -> None:
             asked.vote(json.dumps({"check": wrong, "score": 1, "hint": None}))
 
 
-def test_only_the_instructions_hold_the_check_word() -> None:
+def test_only_the_instructions_have_the_check_word() -> None:
     system, user = (asked := question(Evidence((), "r", ()), 0)).messages
     assert asked.check in system["content"]
     assert asked.check not in user["content"]

@@ -88,7 +88,7 @@ def test_only_what_a_person_or_a_tool_said_is_a_next_state(
         ([], TurnKind.MAIN),
     ],
 )
-def test_housekeeping_is_not_the_agents_work(
+def test_housekeeping_is_a_side_turn(
     profile: AgentProfile, messages: list[Json], kind: TurnKind
 ) -> None:
     assert profile.kind({"messages": messages}) is kind
@@ -129,7 +129,7 @@ def votes(states: list[NextState]) -> tuple[int, bool]:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{n}-{row['agent']}" for n, row in enumerate(ROWS)])
-def test_every_labelled_text_is_ascribed_to_who_said_it(row: Json) -> None:
+def test_every_labelled_text_gets_its_speaker(row: Json) -> None:
     states = states_of(conversation(row))
     assert [state.source.value for state in states] == ([row["source"]] if row["source"] else [])
     if row["source"] == "user":
@@ -144,7 +144,7 @@ def test_agents_are_found_by_their_requests_alone() -> None:
     assert len({agent.name for agent in AGENTS}) == len(AGENTS)
 
 
-def test_rules_hears_no_harness_as_a_person() -> None:
+def test_the_rules_judge_does_not_take_a_harness_for_a_person() -> None:
     for row in ROWS:
         states = states_of(conversation(row))
         if row["source"] is None:
@@ -231,7 +231,7 @@ ASKED_BEHIND_THE_HISTORY: list[list[str]] = [
 
 
 @pytest.mark.parametrize("texts", ASKED_BEHIND_THE_HISTORY, ids=range(15))
-def test_what_an_agent_asks_behind_the_whole_history_says_nothing_of_the_reply(
+def test_an_agents_own_request_after_the_history_says_nothing_about_the_reply(
     store: Store, texts: list[str]
 ) -> None:
     messages = [system("You are a helper."), user("What is 3 + 4?")]
@@ -304,7 +304,7 @@ def test_files_that_a_person_names_are_not_their_words(content: str | list[str])
     assert AUTO.heard({"role": "user", "content": parts}) == (Source.USER, "no, shorter")
 
 
-def test_messages_that_waited_are_the_persons(profile: AgentProfile) -> None:
+def test_queued_messages_are_the_persons_words(profile: AgentProfile) -> None:
     text = (
         "[Queued messages while agent was busy]\n\n---\nQueued #1\nwrong\n\n---\nQueued #2\nagain"
     )
@@ -325,7 +325,7 @@ def test_a_person_may_ask_for_titles_and_summaries(asked: str) -> None:
     assert AUTO.of(request).kind(request) is TurnKind.MAIN
 
 
-def test_what_is_said_to_the_letter_again_and_again_is_no_persons() -> None:
+def test_a_text_that_is_repeated_letter_by_letter_is_not_a_persons() -> None:
     template = "Have a look at the list above, take the next point that is still open, then go on."
     assert len(template) >= 80
     again = [m for _ in range(3) for m in ({"role": "assistant", "content": "ok"}, user(template))]
@@ -386,7 +386,7 @@ def recorded(
         return record_exchange(recording, exchange._replace(kind=kind), AUTO)
 
 
-def test_what_the_client_says_of_its_turn_wins_over_the_profile(store: Store) -> None:
+def test_the_clients_turn_type_wins_over_the_profile(store: Store) -> None:
     hello = [user("hello")]
     assert recorded(store, "a", hello, "hi", kind=TurnKind.SIDE).kind is TurnKind.SIDE
     title = [system("You are a title generator"), user("hello")]

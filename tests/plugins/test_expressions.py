@@ -202,7 +202,7 @@ def _grows(expression: Expression, texts: Sequence[str]) -> bool:
 
 
 @pytest.mark.parametrize("where", ALL)
-def test_time_grows_with_the_text_alone(where: str) -> None:
+def test_time_grows_linearly_with_the_text(where: str) -> None:
     assert slow(ALL[where]) == []
 
 
@@ -216,11 +216,11 @@ def test_time_grows_with_the_text_alone(where: str) -> None:
         r"\[.*\]x",
     ],
 )
-def test_these_tests_find_what_they_look_for(pattern: str) -> None:
+def test_these_tests_notice_a_slow_expression(pattern: str) -> None:
     assert slow(re.compile(pattern, re.DOTALL))
 
 
-def test_expressions_are_found_wherever_they_stand() -> None:
+def test_all_expressions_of_the_code_are_found() -> None:
     inside = {"a": [(re.compile("x"),)]}
     assert [name for name, _ in compiled("top", inside)] == ["top[a][0][0]"]
     assert [one.pattern for _, one in written_out("m", "re.sub(r'a+', '', text)")] == ["a+"]
@@ -229,7 +229,7 @@ def test_expressions_are_found_wherever_they_stand() -> None:
 
 
 @pytest.mark.parametrize("mark", ["<think>", "</think>", "<|channel|>", "< ", "[THINK]", "<think "])
-def test_thoughts_are_looked_for_once(mark: str) -> None:
+def test_thoughts_are_searched_once(mark: str) -> None:
     """64 kB of openings held all recording for many seconds."""
 
     def cost(count: int) -> float:
@@ -245,5 +245,5 @@ def test_thoughts_are_looked_for_once(mark: str) -> None:
 
 
 @pytest.mark.parametrize("module", [results, rules])
-def test_lexicons_are_shown_texts_of_a_bounded_length(module: Any) -> None:
+def test_lexicons_get_texts_of_a_limited_length(module: Any) -> None:
     assert module._MAX_CHARS <= 4000
