@@ -206,7 +206,7 @@ def _names(conversation: Conversation) -> list[object]:
         messages = conversation.messages(index)
         keys = reply_keys(messages, conversation.reply(index))
         assert keys is not None
-        read = [one and one.text for one in map(PROFILE.heard, messages)]
+        read = [one and one.text for one in map(PROFILE.utterance, messages)]
         *_, in_all = said(messages, message_hashes(messages), read)
         said_key = in_all.key(keys[0])
         assert said_key is not None

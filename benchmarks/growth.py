@@ -189,7 +189,7 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
         hashes = message_hashes(messages)
-        texts = [one and one.text for one in map(PROFILE.heard, messages)]
+        texts = [one and one.text for one in map(PROFILE.utterance, messages)]
         starts = reply_starts(messages)
         *before, _ = said(messages, hashes, texts, starts)
         link = link_of(meant_in(messages), hashes, starts, before)

@@ -36,8 +36,10 @@ def build_evidence(
     a person's words.
     """
     messages = cast("list[Json]", turn.request.get("messages") or [])
-    profile = profile and profile.of(turn.request)
-    said = [heard for message in messages if (heard := said_in(message, profile)) is not None]
+    profile = profile and profile.for_request(turn.request)
+    said = [
+        utterance for message in messages if (utterance := said_in(message, profile)) is not None
+    ]
     tail = said[-tail_messages:]
     reply = message_text(turn.reply)
     return bounded(Evidence(tuple(tail), reply, tuple(states), tuple(later)), max_chars)
@@ -62,8 +64,8 @@ def said_in(message: Json, profile: AgentProfile | None) -> tuple[str, str] | No
     role = str(message.get("role", ""))
     if profile is None or role not in ("user", "tool"):
         return role, message_text(message)
-    heard = profile.heard(message)
-    return None if heard is None else (heard.source.value, heard.text)
+    utterance = profile.utterance(message)
+    return None if utterance is None else (utterance.source.value, utterance.text)
 
 
 def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextState, ...]:

@@ -251,7 +251,7 @@ class _Worker:
 def task_of(request: Json, profile: AgentProfile | None = None) -> tuple[str, list[str]]:
     """What the user asked last in a request, and the text and calls of each reply since then."""
     asked, calls = "", list[str]()
-    profile = profile and profile.of(request)
+    profile = profile and profile.for_request(request)
     for message in objects(request.get("messages")):
         said = said_in(message, profile)
         if said is not None and said[0] == Source.USER:  # not what the agent itself put there

@@ -63,7 +63,7 @@ class JudgeKind(Protocol):
         ...
 
 
-class Heard(NamedTuple):
+class Utterance(NamedTuple):
     """What one message of a request says, and who says it."""
 
     source: Source
@@ -76,7 +76,7 @@ class AgentProfile(Protocol):
 
     name: str
 
-    def of(self, request: Json) -> AgentProfile:
+    def for_request(self, request: Json) -> AgentProfile:
         """The profile of the agent that sent `request`; a profile of one agent returns itself.
 
         Only the request decides, so the judge finds the same profile as the proxy.
@@ -91,7 +91,7 @@ class AgentProfile(Protocol):
         """The client's name of a session without what changes while the conversation goes on."""
         ...
 
-    def heard(self, message: Json) -> Heard | None:
+    def utterance(self, message: Json) -> Utterance | None:
         """What a person, a tool or the environment said in a message that is not a reply.
 
         None where the agent wrote it. The role does not decide: agents write their own notes and
@@ -120,14 +120,14 @@ def text_of(content: object) -> str:
     return ""
 
 
-def attached(content: object) -> Heard | None:
+def attached(content: object) -> Utterance | None:
     """The kinds of the parts of a message without words, such as `[image]`."""
     parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
     kinds = [str(cast(Json, part).get("type")) for part in parts if isinstance(part, dict)]
     if not kinds or text_of(cast(object, content)).strip():
         return None
     found = [name for kind in kinds for name in _ATTACHED if name in kind]
-    return Heard(Source.USER, " ".join(f"[{name}]" for name in found)) if found else None
+    return Utterance(Source.USER, " ".join(f"[{name}]" for name in found)) if found else None
 
 
 def is_wordless(text: str) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import NamedTuple
 
-from nextstate.hooks import AgentProfile, Heard, text_of
+from nextstate.hooks import AgentProfile, Utterance, text_of
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
 from nextstate.store.recording import Link, Recording
 from nextstate.wire import objects
@@ -54,7 +54,7 @@ class Read(NamedTuple):
     """Without its place in a session."""
     messages: list[Json]
     hashes: tuple[bytes, ...]
-    heard: list[Heard | None]
+    utterances: list[Utterance | None]
     """What the profile reads in each of the messages."""
     named: str | None
     """The session that the client names."""
@@ -68,7 +68,7 @@ class Read(NamedTuple):
         """What the request says, the system's part with it: so a retry is known at the start."""
         texts = [
             one.text if one else text_of(m.get("content")) if m.get("role") in SYSTEM else ""
-            for m, one in zip(self.messages, self.heard, strict=True)
+            for m, one in zip(self.messages, self.utterances, strict=True)
         ]
         return [text for text in texts if text]
 
@@ -78,10 +78,10 @@ def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
     exchange.capture.read()
     messages = objects(exchange.request.get("messages"))
     hashes = message_hashes(messages)
-    profile = profile.of(exchange.request)
-    heard = [profile.heard(message) for message in messages]
-    starts = reply_starts(messages, heard)
-    *before, in_all = said(messages, hashes, [one and one.text for one in heard], starts)
+    profile = profile.for_request(exchange.request)
+    utterances = [profile.utterance(message) for message in messages]
+    starts = reply_starts(messages, utterances)
+    *before, in_all = said(messages, hashes, [one and one.text for one in utterances], starts)
     history = meant_in(messages)
     turn = _turn(exchange, exchange.kind or profile.kind(exchange.request))
     reply = meant(turn.reply)
@@ -91,7 +91,7 @@ def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
         turn=turn,
         messages=messages,
         hashes=hashes,
-        heard=heard,
+        utterances=utterances,
         named=_named(exchange, profile),
         link=link_of(history, hashes, starts, before),
         keys=(chain_key, key_of([reply])),
@@ -141,7 +141,7 @@ def record_exchange(
         recording.replace_cut(place, turn.id)
     # A side turn replays the history of the main one: it is nobody's answer to it.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, read.messages, read.heard, answered)
+        states = next_states(parent.id, read.messages, read.utterances, answered)
         recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
     return turn
 

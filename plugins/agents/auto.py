@@ -17,7 +17,7 @@ class Auto(Profile):
         super().__init__(GENERIC)
         self.name = "auto"
 
-    def of(self, request: Json) -> AgentProfile:
+    def for_request(self, request: Json) -> AgentProfile:
         """The profile of the agent that sent the request."""
         return _PROFILES[detected(request).name]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import cast
 
-from nextstate.hooks import AgentProfile, Heard, text_of
+from nextstate.hooks import AgentProfile, Utterance, text_of
 from nextstate.records import Json, Source, TurnKind
 from plugins.agents.envelopes import known, openclaw
 from plugins.agents.envelopes.known import without_files
@@ -52,7 +52,7 @@ class Profile:
         # Agents send the whole history with each request.
         self._known = lru_cache(maxsize=_REMEMBERED)(self._in_user_role)
 
-    def of(self, request: Json) -> AgentProfile:
+    def for_request(self, request: Json) -> AgentProfile:
         """Itself."""
         return self
 
@@ -72,38 +72,38 @@ class Profile:
         """The session's name without what changes while the conversation goes on."""
         return name if self._agent.session_name is None else self._agent.session_name(name)
 
-    def heard(self, message: Json) -> Heard | None:
+    def utterance(self, message: Json) -> Utterance | None:
         """What a message says, and who says it; None where the agent wrote it."""
         role, text = message.get("role"), text_of(message.get("content"))
         if role in ("tool", "function"):
-            return Heard(Source.TOOL, text) if text else None
+            return Utterance(Source.TOOL, text) if text else None
         if role == "user":
             texts = tuple(text.strip() for text in without_files(_texts(message)))
             short = sum(map(len, texts)) <= _REMEMBERED_CHARS
             return self._known(texts) if short else self._in_user_role(texts)
         if _is_system(message) and self._agent is not GENERIC:
             return None  # known agents give the model general instructions there
-        return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
+        return Utterance(Source.ENVIRONMENT, text.strip()) if text.strip() else None
 
-    def _in_user_role(self, texts: Sequence[str]) -> Heard | None:
+    def _in_user_role(self, texts: Sequence[str]) -> Utterance | None:
         if any(map(_is_aside, texts)):
             return None
-        found = [heard for text in texts if (heard := self._read(text))]
+        found = [utterance for text in texts if (utterance := self._read(text))]
         if len(found) > 1:  # beside other words, a part that is one block is the agent's
-            found = [heard for heard in found if not is_tagged(heard.text)] or found
-        said = [heard.text for heard in found if heard.source is Source.USER]
+            found = [utterance for utterance in found if not is_tagged(utterance.text)] or found
+        said = [utterance.text for utterance in found if utterance.source is Source.USER]
         if said:
             text = "\n".join(said)
             source = source_of(text)
             if source is not Source.USER and (words := [peeled(t) for t in texts if _is_words(t)]):
-                return Heard(
+                return Utterance(
                     Source.USER, "\n".join(words)
                 )  # words between tags, beside a tool's result
-            return None if source is None else Heard(source, text)
-        text = "\n".join(heard.text for heard in found)
-        return Heard(Source.ENVIRONMENT, text) if text else None
+            return None if source is None else Utterance(source, text)
+        text = "\n".join(utterance.text for utterance in found)
+        return Utterance(Source.ENVIRONMENT, text) if text else None
 
-    def _read(self, text: str) -> Heard | None:
+    def _read(self, text: str) -> Utterance | None:
         """One text without its envelope, and who wrote it."""
         if self._agent.read_own is not None:
             unwrapped = self._agent.read_own(text)
@@ -114,12 +114,12 @@ class Profile:
         for words_in in _SHARED:
             words = words_in(text)
             if words is not None:
-                return Heard(Source.USER, words) if words else None
+                return Utterance(Source.USER, words) if words else None
         if not text or text.startswith(_HOUSEKEEPING):
             return None
         if text.startswith(_OBSERVATIONS):
-            return Heard(Source.ENVIRONMENT, text)
-        return Heard(Source.USER, text)
+            return Utterance(Source.ENVIRONMENT, text)
+        return Utterance(Source.USER, text)
 
 
 def _is_words(text: str) -> bool:

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import orjson
 
-from nextstate.hooks import AgentProfile, Heard, attached, text_of
+from nextstate.hooks import AgentProfile, Utterance, attached, text_of
 from nextstate.records import TRUST, Json, NextState, Source, TurnKind
 from nextstate.store.recording import EXACT_BYTES, SETTING_BYTES, Link
 from nextstate.store.rows import HASH_BYTES, content_hash
@@ -118,11 +118,13 @@ class Said(NamedTuple):
         return words + self.setting + self.exact
 
 
-def reply_starts(messages: Sequence[Json], heard: Sequence[Heard | None] = ()) -> list[int]:
+def reply_starts(
+    messages: Sequence[Json], utterances: Sequence[Utterance | None] = ()
+) -> list[int]:
     """Where the last reply in a history may begin, the likeliest first; nothing without a reply.
 
     That is the last assistant message, or one before it with nothing but results of tools between,
-    and what the agent adds to them, which says nothing in `heard`: agents cut one reply into
+    and what the agent adds to them, which says nothing in `utterances`: agents cut one reply into
     several messages, such as one for each of its calls.
     """
     starts: list[int] = []
@@ -130,7 +132,7 @@ def reply_starts(messages: Sequence[Json], heard: Sequence[Heard | None] = ()) -
         role = messages[position].get("role")
         if role == "assistant":
             starts.append(position)
-        elif starts and role not in _TOOLS and not (heard and heard[position] is None):
+        elif starts and role not in _TOOLS and not (utterances and utterances[position] is None):
             break
         if len(starts) == _MOST_PARTS:
             break
@@ -244,17 +246,20 @@ def place_of(
 
 
 def next_states(
-    turn: str, messages: Sequence[Json], heard: Sequence[Heard | None], start: int | None = None
+    turn: str,
+    messages: Sequence[Json],
+    utterances: Sequence[Utterance | None],
+    start: int | None = None,
 ) -> list[NextState]:
     """What others said after the reply that begins at `start`, or after the last one, about `turn`.
 
-    `heard` is what the agent's profile reads in each of the messages.
+    `utterances` is what the agent's profile reads in each of the messages.
     """
     if start is None:
         start = next(iter(reply_starts(messages)), len(messages))
     states: list[NextState] = []
-    times = Counter(one for one in heard if one and len(one.text) >= _LONG_PROMPT)
-    for message, one in zip(messages[start + 1 :], heard[start + 1 :], strict=True):
+    times = Counter(one for one in utterances if one and len(one.text) >= _LONG_PROMPT)
+    for message, one in zip(messages[start + 1 :], utterances[start + 1 :], strict=True):
         if one is None and message.get("role") == "user":
             one = attached(message.get("content"))
         if one is None or message.get("role") == "assistant":

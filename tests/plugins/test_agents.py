@@ -64,7 +64,7 @@ def profile() -> AgentProfile:
 def test_only_what_a_person_or_a_tool_said_is_a_next_state(
     profile: AgentProfile, message: Json, expected: str | None
 ) -> None:
-    heard = profile.heard(message)
+    heard = profile.utterance(message)
     assert (heard and heard.text) == expected
 
 
@@ -118,8 +118,10 @@ def conversation(row: Json) -> Json:
 
 
 def states_of(request: Json) -> list[NextState]:
-    profile = AUTO.of(request)
-    return next_states("t", request["messages"], [profile.heard(m) for m in request["messages"]])
+    profile = AUTO.for_request(request)
+    return next_states(
+        "t", request["messages"], [profile.utterance(m) for m in request["messages"]]
+    )
 
 
 def votes(states: list[NextState]) -> tuple[int, bool]:
@@ -137,10 +139,12 @@ def test_every_labelled_text_gets_its_speaker(row: Json) -> None:
 
 
 def test_agents_are_found_by_their_requests_alone() -> None:
-    named = {(row["agent"], AUTO.of(conversation(row)).name) for row in ROWS if "system" in row}
+    named = {
+        (row["agent"], AUTO.for_request(conversation(row)).name) for row in ROWS if "system" in row
+    }
     assert all(wanted == found for wanted, found in named)
     assert len(named) >= 13
-    assert AUTO.of({"messages": [user("hello")]}).name == "generic"
+    assert AUTO.for_request({"messages": [user("hello")]}).name == "generic"
     assert len({agent.name for agent in AGENTS}) == len(AGENTS)
 
 
@@ -162,7 +166,7 @@ def test_marks_hold_where_the_agent_is_not_known(name: str) -> None:
         row["content"]
         for row in ROWS
         if row["agent"] not in ("openclaw", "generic", "react") and row["source"] is None
-        if (heard := profile.heard(user(row["content"]))) and heard.source is Source.USER
+        if (heard := profile.utterance(user(row["content"]))) and heard.source is Source.USER
     ]
     # A person may say so, unless the agent is Qwen Code or Claude Code.
     assert kept == ["Please continue.", "Continue from where you left off."]
@@ -170,11 +174,11 @@ def test_marks_hold_where_the_agent_is_not_known(name: str) -> None:
 
 def test_two_agents_at_once_are_each_read_their_own_way() -> None:
     stamped = user("[Sun 2026-11-22 08:38 UTC] no, shorter please")
-    openclaw = AUTO.of({"messages": [SYSTEM, stamped]})
-    plain = AUTO.of({"messages": [system("Be kind."), stamped]})
+    openclaw = AUTO.for_request({"messages": [SYSTEM, stamped]})
+    plain = AUTO.for_request({"messages": [system("Be kind."), stamped]})
     assert [p.name for p in (openclaw, plain)] == ["openclaw", "generic"]
-    assert openclaw.heard(stamped) == (Source.USER, "no, shorter please")
-    assert plain.heard(stamped) == (Source.USER, stamped["content"])
+    assert openclaw.utterance(stamped) == (Source.USER, "no, shorter please")
+    assert plain.utterance(stamped) == (Source.USER, stamped["content"])
     assert openclaw.session("abc:4") == "abc"
     assert plain.session("abc:4") == "abc:4"
 
@@ -203,7 +207,7 @@ def test_two_agents_at_once_are_each_read_their_own_way() -> None:
 )
 def test_an_agents_own_requests_are_side_turns(said: str, asked: str) -> None:
     request: Json = {"messages": [system(said), user(asked)]}
-    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+    assert AUTO.for_request(request).kind(request) is TurnKind.SIDE
 
 
 MEMORY = (
@@ -252,7 +256,7 @@ def test_an_agents_own_request_after_the_history_says_nothing_about_the_reply(
     assert (told.parent, told.kind) == ("a", TurnKind.MAIN)
     assert [s.text for s in store.next_states("a")] == ["wrong, look again"]
     # Whoever says that it is a main turn: the words are no person's.
-    assert AUTO.heard({"role": "user", "content": parts}) is None
+    assert AUTO.utterance({"role": "user", "content": parts}) is None
 
 
 @pytest.mark.parametrize(
@@ -270,7 +274,7 @@ def test_an_agents_own_request_after_the_history_says_nothing_about_the_reply(
 )
 def test_side_requests_of_newer_releases(said: str, asked: str) -> None:
     request: Json = {"messages": [system(said), user(asked)]}
-    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+    assert AUTO.for_request(request).kind(request) is TurnKind.SIDE
 
 
 def test_a_side_conversation_begins_behind_the_history() -> None:
@@ -280,7 +284,7 @@ def test_a_side_conversation_begins_behind_the_history() -> None:
     }
     assistant: Json = {"role": "assistant", "content": "Done."}
     request: Json = {"messages": [user("fix it"), assistant, told, user("why?")]}
-    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+    assert AUTO.for_request(request).kind(request) is TurnKind.SIDE
 
 
 @pytest.mark.parametrize(
@@ -301,14 +305,14 @@ def test_files_that_a_person_names_are_not_their_words(content: str | list[str])
     parts: object = content
     if not isinstance(content, str):
         parts = [{"type": "text", "text": text} for text in content]
-    assert AUTO.heard({"role": "user", "content": parts}) == (Source.USER, "no, shorter")
+    assert AUTO.utterance({"role": "user", "content": parts}) == (Source.USER, "no, shorter")
 
 
 def test_queued_messages_are_the_persons_words(profile: AgentProfile) -> None:
     text = (
         "[Queued messages while agent was busy]\n\n---\nQueued #1\nwrong\n\n---\nQueued #2\nagain"
     )
-    assert profile.heard(user(text)) == (Source.USER, "wrong\n\nagain")
+    assert profile.utterance(user(text)) == (Source.USER, "wrong\n\nagain")
 
 
 @pytest.mark.parametrize(
@@ -322,7 +326,7 @@ def test_queued_messages_are_the_persons_words(profile: AgentProfile) -> None:
 )
 def test_a_person_may_ask_for_titles_and_summaries(asked: str) -> None:
     request: Json = {"messages": [user(asked)]}
-    assert AUTO.of(request).kind(request) is TurnKind.MAIN
+    assert AUTO.for_request(request).kind(request) is TurnKind.MAIN
 
 
 def test_a_text_that_is_repeated_letter_by_letter_is_not_a_persons() -> None:
@@ -458,7 +462,7 @@ def test_reading_hostile_text_grows_no_faster_than_the_text(
         taken: list[float] = []
         for _ in range(7):
             started = time.thread_time()
-            profile.heard(message)
+            profile.utterance(message)
             profile.kind({"messages": [message]})
             taken.append(time.thread_time() - started)
         return min(taken)

@@ -7,7 +7,7 @@ from random import Random
 
 import pytest
 
-from nextstate.hooks import Heard
+from nextstate.hooks import Utterance
 from nextstate.records import Json
 from plugins.agents.profile import GENERIC, Profile
 from tests.proxy.test_session_properties import AT_LENGTH, Step, played, said, step
@@ -210,8 +210,8 @@ def test_the_same_words_to_two_apps_go_to_the_one_whose_system_it_is() -> None:
 
 def test_agents_whose_every_text_is_machine_made_keep_their_links() -> None:
     class Deaf(Profile):
-        def heard(self, message: Json) -> Heard | None:
-            found = super().heard(message)
+        def utterance(self, message: Json) -> Utterance | None:
+            found = super().utterance(message)
             return None if found is None or found.text.startswith("<") else found
 
     steps = [step(f"{who}1", [user(f"<task>{who}</task>")], "ls") for who in ("a", "b")] + [

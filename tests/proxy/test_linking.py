@@ -60,7 +60,7 @@ def test_text_tool_names_and_arguments_do_matter() -> None:
 def test_what_was_said_is_known_in_words_and_to_the_letter() -> None:
     def before(*messages: Json) -> tuple[bytes, bytes, int]:
         history = [*messages, assistant("Yes."), user("next")]
-        read = [one and one.text for one in map(Profile(GENERIC).heard, history)]
+        read = [one and one.text for one in map(Profile(GENERIC).utterance, history)]
         found, in_all = said(history, message_hashes(history), read)
         assert in_all.words != found.words
         return found.words, found.exact, len(found.told)
@@ -109,7 +109,7 @@ def test_everything_after_the_last_reply_is_the_next_state() -> None:
         user("  "),
     ]
     messages = [user("go"), assistant("", ("ls", "{}"), ("ls", "{}")), *tools]
-    states = next_states("t", messages, list(map(Profile(GENERIC).heard, messages)))
+    states = next_states("t", messages, list(map(Profile(GENERIC).utterance, messages)))
     assert [(s.source, s.text) for s in states] == [
         (Source.TOOL, "exit code 0"),
         (Source.TOOL, "exit code 1"),
