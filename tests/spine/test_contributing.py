@@ -1,4 +1,4 @@
-"""CONTRIBUTING.md is true: its paths exist, its map has every module, its glossary every word."""
+"""The documents are true: their paths exist, the map has every module, the glossary every word."""
 
 from __future__ import annotations
 
@@ -30,6 +30,17 @@ def mapped() -> set[str]:
 @pytest.mark.parametrize("path", sorted(set(_PATH.findall(TEXT))))
 def test_every_path_exists(path: str) -> None:
     assert (ROOT / path).exists()
+
+
+@pytest.mark.parametrize("name", ["README.md", "AGENTS.md", "docs/architecture.md"])
+def test_every_file_that_another_document_names_exists(name: str) -> None:
+    named = _PATH.findall((ROOT / name).read_text(encoding="utf-8"))
+    files = {path for path in named if not path.endswith("/")}
+    assert [path for path in sorted(files) if not (ROOT / path).exists()] == []
+
+
+def test_agents_md_is_short() -> None:
+    assert len((ROOT / "AGENTS.md").read_text(encoding="utf-8").splitlines()) <= 60
 
 
 @pytest.mark.parametrize("room", ROOMS)
