@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from nextstate.hooks import AgentProfile
 from nextstate.records import Json
+from plugins.agents.envelopes.known import AGENTS
 from plugins.agents.envelopes.openclaw import session_of
-from plugins.agents.profile import AGENTS, GENERIC, Profile, detected
+from plugins.agents.profile import GENERIC, Profile, detected
 
 _PROFILES = {agent.name: Profile(agent) for agent in (GENERIC, *AGENTS)}
 

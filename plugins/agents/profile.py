@@ -12,12 +12,10 @@ from typing import cast
 
 from nextstate.hooks import AgentProfile, Utterance, text_of
 from nextstate.records import Json, Source, TurnKind
-from plugins.agents.envelopes import known, openclaw
-from plugins.agents.envelopes.known import without_files
+from plugins.agents.envelopes.known import AGENTS, without_files
 from plugins.agents.envelopes.shape import Agent
 from plugins.agents.machine import is_tagged, source_of
 
-AGENTS: Sequence[Agent] = (openclaw.AGENT, *known.AGENTS)
 GENERIC = Agent("generic")
 
 _PREFIXES = tuple(mark for agent in AGENTS for mark in agent.prefixes)

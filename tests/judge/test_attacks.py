@@ -28,7 +28,7 @@ MAX_CHARS = 6000
 
 
 def evidence_of(attack: dict[str, Any], guess: str = "") -> Evidence:
-    """What a judge gets, clipped as the stage clips it; `guess` goes where an attacker writes."""
+    """The evidence for a judge, clipped as in the stage; `guess` stands in the attacker's text."""
     texts = [state["text"] * state.get("repeat", 1) + guess for state in attack["next_states"]]
     sources = [Source(state["source"]) for state in attack["next_states"]]
     kept = clipped_all(texts, MAX_CHARS, 2 * MAX_CHARS)

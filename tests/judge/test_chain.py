@@ -24,7 +24,7 @@ EVIDENCE = Evidence((("user", "Name a river."),), "Nile", (NextState("t", Source
 
 @dataclass
 class Scripted:
-    """Says the same to everyone, or raises, and remembers who asked."""
+    """Always gives the same answer or error, and counts the questions."""
 
     said: Vote | None
     name: str = "scripted"

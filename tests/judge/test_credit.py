@@ -1,4 +1,4 @@
-"""A user's words at the end of a task reach the steps of it that they are about."""
+"""A user's words at the end of a task count for the steps that they are about."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def record_task(store: Store, said: str) -> None:
 
 
 def angry(evidence: Evidence, _: int) -> Vote:
-    """Blames what the user complains about, now or at the task's end."""
+    """Votes -1 if the user complains, now or at the end of the task."""
     said = " ".join(s.text for s in (*evidence.next_states, *evidence.later))
     return Vote(-1 if "deleted" in said else 0)
 
@@ -171,7 +171,7 @@ def test_a_step_under_judgement_while_its_task_ends_is_judged_once_more(store: S
     record_task(store, "You deleted notes.txt!")
     assert len(lease_all(store)) == 3
     assert settle(store, "turn-2", -1, meant=["turn-1"])
-    assert settle(store, "turn-1", 0)  # it did not know
+    assert settle(store, "turn-1", 0)  # an answer without knowing
     assert lease_all(store) == ["turn-1"]
     assert settle(store, "turn-1", -1, task_end="turn-2")
     verdict = store.verdict("turn-1")

@@ -1,4 +1,4 @@
-"""The judge stage on turns that a person spoke of: no votes, and the hint rendered."""
+"""The judge stage on turns with a person's feedback: no votes, and the hint is rendered."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from tests.judge.test_stage import (
 
 TURN = "turn-0"
 SAID = Feedback(TURN, -1, "**Final answer:** 1")
-"""What it says quotes the reply: a judge's hint that does so would be dropped."""
+"""The hint quotes the reply; a judge's hint like that would be dropped."""
 TAUGHT = Verdict(TURN, (), -1, "feedback", SAID.hint, (7, 8, 9))
 
 
@@ -64,7 +64,7 @@ def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_pat
 def test_feedback_before_the_judge_replaces_the_votes(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn(0), a_turn(1)])
-    store.give_feedback(Feedback("turn-1", 1))  # without a hint there is nothing left to do
+    store.give_feedback(Feedback("turn-1", 1))  # without a hint the judge has nothing to do
     store.give_feedback(SAID)
     judge_until(store, [never()], counts, judged=1)
     assert store.verdict(TURN) == TAUGHT
@@ -111,7 +111,7 @@ def test_an_engine_that_is_down_delays_the_hint_but_not_the_score(tmp_path: Path
 
 @dataclass
 class HeldEngine:
-    """Renders the hint's length; the first time only when it may."""
+    """Renders the hint's length, but only after `may` is set."""
 
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     may: asyncio.Event = field(default_factory=asyncio.Event)

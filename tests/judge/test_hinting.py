@@ -1,4 +1,4 @@
-"""The hinted prompt is what the engine would have made of the request with the hint in it."""
+"""The hinted prompt is the prompt that the engine makes of the request with the hint in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nextstate.records import Json, Timings, Turn, TurnKind
 
 
 class Letters:
-    """Renders a prompt as one token a letter of all contents."""
+    """Renders a prompt with one token for each letter of all contents."""
 
     def __init__(self) -> None:
         self.messages: list[Json] = []

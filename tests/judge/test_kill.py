@@ -35,7 +35,7 @@ timeout_s = 0.4
 
 
 class JudgesModel:
-    """An OpenAI-compatible model that answers -1 with a hint, after a moment, now and then not."""
+    """An OpenAI-compatible model that answers -1 with a hint after a moment; it fails sometimes."""
 
     def __init__(self, seed: int) -> None:
         self.votes = 0

@@ -31,7 +31,7 @@ class Server:
     status: int = 200
     finish_reason: str = "stop"
     refuses: str = ""
-    """A field that it does not know."""
+    """A field that the server refuses."""
     requests: list[Json] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     url: str = ""
@@ -96,7 +96,7 @@ def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
     assert vote == Vote(-1, "Do not use bold.", tokens=2)
     body = server.requests[0]
     assert (body["model"], body["priority"]) == ("base", 10)
-    assert "seed" not in body  # vLLM on a CPU does not survive it beside a prompt taken in pieces
+    assert "seed" not in body  # vLLM on a CPU crashes when a seeded request meets a chunked prefill
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["score"]["enum"] == [1, 0, -1]
     assert "No bold." in body["messages"][-1]["content"]
@@ -151,7 +151,7 @@ def test_an_engine_that_is_down_is_a_judge_error() -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_of_the_judges_server_is_not_followed(status: int) -> None:
-    """It could lead the conversation to another machine."""
+    """A redirect could send the conversation to another machine."""
     told: list[bytes] = []
 
     async def elsewhere(request: web.Request) -> web.Response:

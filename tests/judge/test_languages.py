@@ -1,5 +1,5 @@
-"""What people write in English, German, Spanish and Chinese, and what tools print, as `rules` reads
-it; and what it owns not to know."""
+"""How `rules` reads what people write in four languages and what tools print, and what it does not
+know."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def said(text: str, asked: str = "Name a river.", reply: str = "The Nile.") -> V
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['language']}-{row['text'][:24]}")
 def test_reactions_and_results_are_read(row: dict[str, Any]) -> None:
-    """Written for this test; the held-out labelled set is another one."""
+    """Rows of this test; the held-out labelled cases are different."""
     evidence = Evidence(
         (("user", row["asked"]),), row["reply"], (state(row["text"], Source(row["source"])),)
     )

@@ -1,4 +1,4 @@
-"""Verifiable outcomes: what test runners and shells really print, and texts that only quote it."""
+"""Verifiable outcomes: real output of test runners and shells, and texts that only quote it."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from tests.judge.test_stage import ScriptedJudge
 
 @dataclass
 class Engine:
-    """How many requests it has, or why it cannot say."""
+    """A scripted engine with `live` requests; None: it cannot tell."""
 
     live: int | None = 0
     asked: int = 0

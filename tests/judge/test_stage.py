@@ -55,7 +55,7 @@ def record(store: Store, turns: Sequence[Turn]) -> None:
 
 @dataclass
 class ScriptedJudge:
-    """Answers from a function of (turn's reply, number of the call)."""
+    """Answers by a function of the evidence and the number of the call."""
 
     answer: Callable[[Evidence, int], Vote | Exception]
     deterministic: bool = False
@@ -108,7 +108,7 @@ def open_store(folder: Path, clock: Clock | None = None) -> Store:
 
 
 class Watched(Counts):
-    """Counts that wake whoever waits for them."""
+    """Counts that wake a waiting test."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -141,7 +141,7 @@ def judge_until(
     engine: ScriptedEngine | None = None,
     config: JudgeConfig | None = None,
 ) -> None:
-    """Runs one stage for each judge, all on the same store, until so much is done."""
+    """Runs one stage for each judge, all on the same store, until these counts are reached."""
 
     async def scene() -> None:
         stop = asyncio.Event()
@@ -278,7 +278,7 @@ def test_the_lease_of_a_killed_judge_expires_and_the_turn_is_judged(tmp_path: Pa
     clock, counts = Clock(), Watched()
     store = open_store(tmp_path, clock)
     record(store, [a_turn()])
-    assert store.lease_judgements(1, 300.0) == ["turn-0"]  # and this judge is never seen again
+    assert store.lease_judgements(1, 300.0) == ["turn-0"]  # this judge is killed
     assert store.lease_judgements(1, 300.0) == []
     clock.now += 301.0
     judge_until(store, [constant(Vote(1))], counts, judged=1)
@@ -287,7 +287,7 @@ def test_the_lease_of_a_killed_judge_expires_and_the_turn_is_judged(tmp_path: Pa
 
 
 def test_a_late_second_verdict_changes_nothing(tmp_path: Path) -> None:
-    """A judge that was only slow meets the verdict of the one that took its turn over."""
+    """A slow judge finishes after another judge took over its turn and settled it."""
     clock, counts = Clock(), Watched()
     store = open_store(tmp_path, clock)
     record(store, [a_turn()])

@@ -1,4 +1,4 @@
-"""Agent profiles: what is the person's, what is the machine's."""
+"""Agent profiles: which words are a person's and which are a machine's."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ ROWS: list[Json] = [
     json.loads(line)
     for line in (Path(__file__).parent / "data" / "agents.jsonl").read_text().splitlines()
 ]
-"""What may follow a reply in the user role, of agents and of people, labelled by hand."""
+"""Texts in the user role after a reply, by agents and by people, labelled by hand."""
 
 
 def conversation(row: Json) -> Json:
@@ -125,7 +125,7 @@ def states_of(request: Json) -> list[NextState]:
 
 
 def votes(states: list[NextState]) -> tuple[int, bool]:
-    """What `rules` says of a plain reply that was followed so."""
+    """The vote of `rules` on a plain reply with these next states."""
     vote = asyncio.run(RULES.vote(Evidence((("user", "hi"),), "Hello.", tuple(states)), 1))
     return vote.score, vote.sure
 
@@ -155,7 +155,7 @@ def test_the_rules_judge_does_not_take_a_harness_for_a_person() -> None:
             assert votes(states) == (0, False), row
         elif row["source"] == "environment":
             heard = [NextState("t", Source.USER, s.text, 0.9) for s in states]
-            assert heard  # an observation is a next state all the same
+            assert heard  # an observation is also a next state
             assert {s.source for s in states} == {Source.ENVIRONMENT}, row
 
 
@@ -168,7 +168,7 @@ def test_marks_hold_where_the_agent_is_not_known(name: str) -> None:
         if row["agent"] not in ("openclaw", "generic", "react") and row["source"] is None
         if (heard := profile.utterance(user(row["content"]))) and heard.source is Source.USER
     ]
-    # A person may say so, unless the agent is Qwen Code or Claude Code.
+    # A person may write this, unless the agent is Qwen Code or Claude Code.
     assert kept == ["Please continue.", "Continue from where you left off."]
 
 
@@ -244,7 +244,7 @@ def test_an_agents_own_request_after_the_history_says_nothing_about_the_reply(
     parts = [{"type": "text", "text": text} for text in texts]
     aside = [*messages, {"role": "user", "content": parts}]
     assert recorded(store, "b", aside, "Nothing to save.").kind is TurnKind.SIDE
-    # The tools that it uses meanwhile, too.
+    # The same holds for the tools that it uses meanwhile.
     call = {"id": "c", "type": "function", "function": {"name": "ls", "arguments": "{}"}}
     aside += [
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -255,7 +255,7 @@ def test_an_agents_own_request_after_the_history_says_nothing_about_the_reply(
     told = recorded(store, "d", [*messages, user("wrong, look again")], "Yes, it is 7.")
     assert (told.parent, told.kind) == ("a", TurnKind.MAIN)
     assert [s.text for s in store.next_states("a")] == ["wrong, look again"]
-    # Whoever says that it is a main turn: the words are no person's.
+    # Also in a main turn these are not a person's words.
     assert AUTO.utterance({"role": "user", "content": parts}) is None
 
 

@@ -1,4 +1,4 @@
-"""What OpenClaw 2026.9.6 really sent, labelled by hand: kind, session, turn and next state.
+"""Real traffic of OpenClaw 2026.9.6, labelled by hand: kind, session, turn and next state.
 
 `data/openclaw/*.jsonl` holds one request a line with the reply that it got; texts over 300
 characters and everything that no link depends on are cut. The labels beside it were made by reading
@@ -33,7 +33,7 @@ GO_ON = (
     "the task or repeat completed actions."
 )
 WORDS = re.compile(r"(\[\w{3} [^\]]*\] )?(.*?)(\n\nRuntime: [^\n]*)?", re.DOTALL)
-"""Stamp, what the person wrote, and the line about the runtime."""
+"""The stamp, the person's words, and the line about the runtime."""
 DATA = Path(__file__).parent / "data" / "openclaw"
 
 
@@ -64,7 +64,7 @@ def exchange_of(line: Json, *, cut: bool = False, turn: str | None = None) -> Ex
 
 
 def wrapped_anew(line: Json) -> Json:
-    """The same request as OpenClaw makes it after a failure: with the person's last words wrapped.
+    """The same request as OpenClaw sends it after a failure: the person's last words are wrapped.
 
     Seen of 2026.9.6 when its engine was killed. What it wrote itself is sent again as it was.
     """
@@ -87,7 +87,7 @@ def is_a_persons(message: Json) -> bool:
 
 
 class Recorded:
-    """The traffic in a store, with what was labelled beside it."""
+    """The recorded traffic in a store, with its labels."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(StoreConfig(dir=str(folder)))

@@ -1,4 +1,4 @@
-"""The known agents but OpenClaw: the marks of `agents.toml`, with the envelopes that need code."""
+"""The known agents: the marks of `agents.toml`, with the code for what marks cannot express."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from plugins.agents.envelopes import openclaw
 from plugins.agents.envelopes.cline import words_in_result
 from plugins.agents.envelopes.shape import Agent
 
@@ -53,6 +54,11 @@ def question_with_context(text: str) -> str | None:
 
 
 _CODE: Mapping[str, Mapping[str, Any]] = {
+    "openclaw": {
+        "is_side": openclaw.is_housekeeping,
+        "read_own": openclaw.words_of,
+        "session_name": openclaw.session_of,
+    },
     "claude_code": {"read_own": without_going_on},
     "qwen_code": {"read_own": without_going_on},
     "gemini_cli": {"read_own": without_going_on},
@@ -71,3 +77,4 @@ def read_agents(file: Path) -> list[Agent]:
 
 
 AGENTS: Sequence[Agent] = read_agents(Path(__file__).with_name("agents.toml"))
+OPENCLAW = next(agent for agent in AGENTS if agent.name == "openclaw")

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import re
 
-from plugins.agents.envelopes.shape import Agent
-
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 _CARRIER_END = "<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 _MARK = "⟦openclaw:ctx⟧"
@@ -238,31 +236,3 @@ def _line_end(text: str, start: int) -> int:
     """The position after the line that contains `start`."""
     found = text.find("\n", start)
     return len(text) if found < 0 else found + 1
-
-
-AGENT = Agent(
-    "openclaw",
-    signs=("running inside OpenClaw",),
-    first_words=(CARRIER, "[Subagent Context]", _QUEUED, "A new session was started via /new"),
-    side_system=(
-        "You are answering an ephemeral /btw side question",
-        "You are a context summarization assistant",
-        "Generate a concise session title",
-        "Generate a very short topic label",
-        "You are a memory search agent.",
-        "You are OpenClaw's ",
-    ),
-    side_asked=(
-        "Generate a concise session title (",
-        "Generate a very short topic label",
-        "Write a dream diary entry from these memory fragments",
-        "Create a structured summary of this conversation branch",
-        "The messages above are a conversation to summarize",
-        "The messages above are NEW conversation messages",
-    ),
-    carriers=(CARRIER,),
-    is_side=is_housekeeping,
-    housekeeping=(CARRIER, _QUEUED, "A new session was started via /new or /reset", "[OpenClaw "),
-    read_own=words_of,
-    session_name=session_of,
-)
