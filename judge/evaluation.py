@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -165,12 +166,7 @@ def settled_after(scores: Sequence[int]) -> int:
     4
     """
     for asked in range(len(scores)):
-        left = len(scores) - asked
-        rests = (
-            [1] * ups + [-1] * downs + [0] * (left - ups - downs)
-            for ups in range(left + 1)
-            for downs in range(left + 1 - ups)
-        )
+        rests = combinations_with_replacement(SCORES, len(scores) - asked)
         if len({majority([*scores[:asked], *rest]) for rest in rests}) == 1:
             return asked
     return len(scores)
