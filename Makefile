@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test lint soak clients seed-policy bench lock clean
+.PHONY: help env demo test test-fast coverage lint soak clients seed-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,8 +35,21 @@ endif
 demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
 	$(BIN)/nextstate demo $(ARGS)
 
+# tests/conftest.py groups the tests: one worker runs a group, and the groups start in its order.
+WORKERS ?= 2
+PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+
 test: lint  ## lint, types and every test, one of them over the real vLLM
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
+
+test-fast: env  ## the tests without vLLM, processes and training (about a minute)
+	$(BIN)/python -m pytest -q $(PARALLEL) -m "not engine and not processes and not training and not soak" $(ARGS)
+
+coverage: env  ## every test, and which lines and branches none of them reaches
+	$(BIN)/coverage erase
+	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/coverage run -m pytest -q $(PARALLEL) $(ARGS)
+	$(BIN)/coverage combine --quiet
+	$(BIN)/coverage report
 
 soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests (about 22 minutes)
 	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
@@ -70,4 +83,4 @@ lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -1,4 +1,4 @@
-"""Clients that ask the demo's questions, each again as soon as its reply has ended."""
+"""Clients that ask the demo's questions; each asks again when its reply has ended."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Answered:
     text: str
     started: float
     times: Sequence[float]
-    """When each event came, up to the one with the finish reason."""
+    """When each event arrived, up to the one with the finish reason."""
     ended: float
 
 
 def read(reply: Reply) -> Answered:
-    """What a streamed reply says. Raises Broken for one without a finish reason or a version."""
+    """Reads a streamed reply. Raises Broken if it has no finish reason or no version."""
     head, _, body = b"".join(reply.received).partition(_HEAD_END)
     headers = dict(line.lower().split(": ", 1) for line in head.decode().split("\r\n")[1:])
     text: list[str] = []
@@ -67,7 +67,7 @@ def read(reply: Reply) -> Answered:
 
 
 class Clients:
-    """Some clients at once, and what came of their requests."""
+    """Several clients at once, with their replies and failures."""
 
     def __init__(self, port: int, model: str) -> None:
         self.replies: list[Answered] = []
@@ -81,7 +81,7 @@ class Clients:
 
     @asynccontextmanager
     async def asking(self, count: int) -> AsyncGenerator[None]:
-        """`count` clients ask for as long as the block runs; replies under way then still come."""
+        """`count` clients ask while the block runs; replies under way at its end are still read."""
         stop = asyncio.Event()
         async with asyncio.TaskGroup() as group:
             for _ in range(count):
@@ -93,7 +93,7 @@ class Clients:
                 stop.set()
 
     async def reply_by(self, version: int, since: float = 0.0) -> Answered:
-        """A reply by the version, once it is whole, to a request that was made after `since`."""
+        """Waits for a whole reply by the version to a request that was made after `since`."""
         seen = 0
         while True:
             for answered in self.replies[seen:]:

@@ -1,4 +1,4 @@
-"""The least that an aiohttp relay can do: bytes in, bytes out, nothing read or kept.
+"""The simplest relay with aiohttp: it passes bytes on and reads and keeps nothing.
 
 python -m benchmarks.bare_relay PORT UPSTREAM_URL
 """

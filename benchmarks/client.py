@@ -1,7 +1,7 @@
-"""The least that an HTTP/1.1 client can do: when did each event of a reply arrive?
+"""A minimal HTTP/1.1 client that notes when each event of a reply arrived.
 
-Cheap on purpose. Client, engine and proxy share the machine's cores, and a heavy client would hide
-what a proxy costs.
+It is cheap on purpose: client, engine and proxy share the machine's cores, and a heavy client would
+hide what a proxy costs.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import cast
 HOST = "127.0.0.1"
 _LENGTH = re.compile(rb"^(?:[^\r\n]+\r\n)*?content-length: *(\d+)\r\n", re.IGNORECASE)
 _END = b"\r\n0\r\n\r\n"
-"""How a chunked body ends after its last chunk."""
+"""The end of a chunked body after its last chunk."""
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Reply:
     """When each event arrived."""
     ended: float = 0.0
     received: list[bytes] = field(default_factory=list[bytes])
-    """What came, piece by piece: head, chunk sizes and events."""
+    """The received pieces: head, chunk sizes and events."""
 
     @property
     def first_s(self) -> float:
@@ -49,20 +49,20 @@ def chat_request(port: int, body: bytes) -> bytes:
 
 
 class Connection(asyncio.Protocol):
-    """One kept-alive connection, for one reply after the other."""
+    """One kept-alive connection for one reply after the other."""
 
     def __init__(self, port: int) -> None:
         self._port = port
         self._reply = Reply(0.0)
         self._tail = b""
-        """The last bytes that came, for what is split between two reads."""
+        """The last received bytes, for an event that two reads split."""
         self._missing: int | None = None
-        """Bytes of a body whose length was told; None for one in chunks."""
+        """Bytes that are missing of a body with a known length; None for a chunked body."""
         self._waiting: asyncio.Future[Reply] | None = None
         self._lost = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is not a subclass
 
     async def ask(self, body: bytes) -> Reply:
         """Sends a chat request; returns when its reply is whole. Raises ConnectionError."""

@@ -21,11 +21,11 @@ from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
-from nextstate.store.recording import scoped, scoped_said
-from nextstate.store.rows import HASH_BYTES, compress, content_hash, hashes
-from nextstate.store.store import Store
+from nextstate.store import Store
+from nextstate.store.texts import HASH_BYTES, compress, content_hash, hashes
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import message_hashes, reply_keys, said
+from proxy.linking.history import Scope, keys_of, read_history
+from proxy.linking.meaning import meaning_of
 
 FILE = "nextstate.sqlite3"
 TURNS = 4
@@ -38,7 +38,7 @@ _TOOLS = [
 ]
 _PROMPT_IDS, _COMPLETION_IDS = list(range(300)), list(range(64))
 _LOGPROBS = [-0.01 * number for number in range(64)]
-_COPIED = ("turns", "messages", "next_states", "judgements")
+_COPIED = ("turns", "texts", "next_states", "judgements")
 _PER_TRANSACTION = 5000
 _FIRST_MS = 1_700_000_000_000
 """When the first turn was recorded, in milliseconds; the others follow a second apart."""
@@ -142,7 +142,7 @@ class Filler:
     def _refuse_unknown_tables(self) -> None:
         query = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
         for (name,) in self._db.execute(query).fetchall():
-            known = name in (*_COPIED, "schema_version")
+            known = name in (*_COPIED, "schema_version", "counts")  # triggers keep the counts
             if not known and self._db.execute(f"SELECT 1 FROM {name} LIMIT 1").fetchone():
                 sys.exit(f"recording now fills {name}: let benchmarks/conversations.py copy it too")
 
@@ -168,7 +168,7 @@ class _Template:
         """Adds the conversation's rows."""
         names = [*_names(conversation), conversation.session]
         new = dict(zip(self._names, names, strict=True))
-        add = "INSERT OR IGNORE INTO messages (hash, body) VALUES (?, ?)"
+        add = "INSERT OR IGNORE INTO texts (hash, uses, stored) VALUES (?, 1, ?)"
         self._db.executemany(add, _bodies(conversation))
         seq, messages = self._columns.index("seq"), self._columns.index("messages")
         rows: list[list[object]] = []
@@ -204,15 +204,10 @@ def _names(conversation: Conversation) -> list[object]:
     names: list[object] = [content_hash(orjson.dumps(m)) for m in _stored(conversation)]
     for index in range(TURNS):
         messages = conversation.messages(index)
-        keys = reply_keys(messages, conversation.reply(index))
-        assert keys is not None
-        read = [one and one.text for one in map(PROFILE.heard, messages)]
-        *_, in_all = said(messages, message_hashes(messages), read)
-        said_key = in_all.key(keys[0])
-        assert said_key is not None
-        names.append(conversation.turn_id(index))
-        names += [scoped(key, "main", conversation.name) for key in keys]
-        names.append(scoped_said(said_key, "main", conversation.name))
+        history, scope = read_history(messages, PROFILE), Scope("main", conversation.name)
+        keys = keys_of(history, meaning_of(conversation.reply(index)), scope)
+        assert keys.context is not None
+        names += [conversation.turn_id(index), *keys]
     return [*names, conversation.name]
 
 

@@ -1,4 +1,4 @@
-"""Finished exchanges, as the relay hands them to the recorder, without an engine or a socket."""
+"""Makes finished exchanges as the relay hands them to the recorder, without engine or socket."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def exchange(
     logprobs: Sequence[float] = (),
     cut: bool = False,
 ) -> Exchange:
-    """One request with the assistant message `reply`; of a cut one nothing has come back."""
+    """A request with the assistant message `reply`; a `cut` one has no reply."""
     capture = Capture()
     if not cut:
         entries = [{"logprob": logprob} for logprob in logprobs]

@@ -13,20 +13,20 @@ from statistics import fmean
 from benchmarks.asking import Answered
 
 Gap = tuple[float, float]
-"""When it began and ended: between two events of one reply."""
+"""When a gap between two events of one reply began and ended."""
 _DRAWS = 2000
 
 
 @dataclass(slots=True)
 class Window:
-    """A stretch of time in which versions change, or none does."""
+    """A stretch of time with version changes or without."""
 
     begin: float
     end: float
     changing: bool
     gaps: list[Gap] = field(default_factory=list[Gap])
     firsts: list[Gap] = field(default_factory=list[Gap])
-    """From each request to its first event."""
+    """The gaps from each request to its first event."""
 
 
 def lengths(gaps: Iterable[Gap]) -> list[float]:
@@ -35,19 +35,14 @@ def lengths(gaps: Iterable[Gap]) -> list[float]:
 
 
 def worst(gaps: Iterable[Gap]) -> float:
-    """The longest; 0.0 without any."""
+    """The longest gap in seconds; 0.0 without any."""
     return max(lengths(gaps), default=0.0)
-
-
-def touching(gaps: Iterable[Gap], begin: float, end: float) -> list[Gap]:
-    """The gaps that share some time with the stretch."""
-    return [gap for gap in gaps if gap[0] < end and begin < gap[1]]
 
 
 def sort_into(windows: Sequence[Window], replies: Iterable[Answered]) -> None:
     """Puts every gap and every wait for a first event into its window.
 
-    One that touches a window with changes belongs there; what lies in none is left out.
+    A gap that touches a window with changes belongs there. A gap outside all windows is left out.
     """
     for reply in replies:
         first = (reply.started, reply.times[0])
@@ -59,13 +54,13 @@ def sort_into(windows: Sequence[Window], replies: Iterable[Answered]) -> None:
 
 
 def pairs(windows: Sequence[Window]) -> list[tuple[Window, Window]]:
-    """Neighbours: one with changes, then the one without, in whatever order they took place."""
+    """Pairs of neighbours: the window with changes, then the one without."""
     both = zip(windows[::2], windows[1::2], strict=True)
     return [(first, second) if first.changing else (second, first) for first, second in both]
 
 
 def _window_of(windows: Sequence[Window], gap: Gap) -> Window | None:
-    """The first window with changes that the gap touches, else the one that holds it whole."""
+    """The first window with changes that the gap touches, else the one that contains it."""
     touched = [window for window in windows if gap[0] <= window.end and window.begin <= gap[1]]
     for window in touched:
         if window.changing:
@@ -87,13 +82,13 @@ class Added:
     """What changes added to the worst gap, seconds."""
 
     overall: float
-    """Worst gap of all windows with changes less that of all without."""
+    """Worst gap of all windows with changes minus the worst of all without."""
     mean: float
     """Mean over pairs of windows of the same difference: less noisy than the worst of all."""
     low: float
     """The mean's 5th percentile over bootstrap samples of the pairs."""
     high: float
-    """Its 95th."""
+    """The mean's 95th percentile."""
 
 
 def added(windows: Sequence[Window], seed: int = 0) -> Added:

@@ -1,14 +1,16 @@
 """Does recording a turn cost more in a large store than in a small one?
 
-One store of each size; the rounds take them in turn, and within a round the kinds of turn. The
-smallest is measured twice: what its second row differs by is noise. Small stores begin every round
-anew, so that they stay small. Timed is one whole transaction, as the proxy's writer runs it. Pages
-read are calls of the system: what SQLite did not find in its own cache. They do not depend on how
-busy the machine is. Every round begins with all of the file in the system's cache; what comes from
-the disk all the same is told at the end, for a single page of it costs more than linking.
+There is one store of each size. Each round measures all stores, and on each store all kinds of
+turn. The smallest store is measured twice: the difference between its two rows is noise. Stores up
+to 10 000 turns begin every round as they were filled, so that they stay small.
 
-Which conversation is continued is drawn from all that are stored. Agents continue what they did
-last, so that is measured too, after all others: it adds most to a store.
+The time is that of one whole transaction, as the proxy's writer runs it. Pages read are read calls
+to the system: pages that were not in SQLite's own cache. Their number does not depend on how busy
+the machine is. Every round begins with the whole file in the system's cache. The report ends with
+the bytes that still came from the disk, because one page from the disk costs more than linking.
+
+The conversation to continue is drawn from all that are stored. Agents mostly continue a recent one,
+so that kind is measured too, after all others, because it adds the most turns.
 """
 
 from __future__ import annotations
@@ -32,63 +34,62 @@ from rich.progress import Progress
 from benchmarks.conversations import FILE, PROFILE, TURNS, Conversation, Filler
 from nextstate.config import StoreConfig
 from nextstate.records import Turn, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import link_of, message_hashes, reply_starts, said
-from proxy.linking.meaning import meant_in
+from proxy.linking.history import Scope, link_of, read_history
+from proxy.linking.parents import find_parent
 
 KINDS = {
     "continues": "a turn of ten messages that continues a stored one",
     "recent": "a turn of ten messages that continues one of the last that were recorded",
     "new": "a turn that begins a conversation",
     "retry": "a turn that takes the place of a cut one",
-    "link": "linking alone: the search for the turn that ten messages continue",
+    "link": "linking only: the search for the turn that ten messages continue",
 }
 SIZES = (1_000, 10_000, 100_000)
-FULL = 1_000_000
 _ANEW = 10_000
-"""Stores up to this size begin every round as they were filled."""
+"""Largest store that begins every round as it was filled."""
 _WARM_UP = 20
 _ACTIVE = 32
-"""Conversations that go on at once where recent ones are continued."""
+"""Conversations that run at the same time where recent ones are continued."""
 _CHECKPOINT_EVERY = 50
 """Recordings of each kind."""
 _NEW = itertools.count(1_000_000_000)
-"""Numbers of conversations that no store holds."""
+"""Numbers of conversations that are in no store."""
 _PROCESS = psutil.Process()
 _EXAMPLES = """\
 examples:
   python -m benchmarks.growth
-  python -m benchmarks.growth --full            with a million turns (3 GB in --dir)
+  python -m benchmarks.growth --sizes 1000 1000000    (3 GB in --dir)
   python -m benchmarks.growth --recordings 100 --rounds 2 --sizes 1000 4000
 """
 
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """What one recording took."""
+    """The cost of one recording."""
 
     ms: float
     reads: int
-    """How often it called the system to read."""
+    """Read calls to the system."""
 
 
 @dataclass(slots=True)
 class Row:
-    """One line of the tables: a store and what was measured on it."""
+    """One row of the tables: a store and its measurements."""
 
     name: str
     turns: int
     filled: Path
-    """Its folder as it was filled."""
+    """The folder of the store as it was filled."""
     found: dict[str, list[list[Cost]]] = field(default_factory=lambda: {kind: [] for kind in KINDS})
     """By kind and by round."""
     disk_bytes: int = 0
-    """What came from the disk in all rounds."""
+    """Bytes read from the disk in all rounds."""
 
 
 def fill(folder: Path, sizes: list[int], progress: Progress) -> dict[int, Path]:
-    """A folder with a store of each size; the larger ones grow out of the smaller."""
+    """The folder of a store of each size; each grows out of the smaller one."""
     task = progress.add_task("filling", total=sizes[-1])
     grown = folder / "grown"
     filler = Filler(grown)
@@ -169,14 +170,14 @@ def _record(store: Store, exchange: Exchange) -> tuple[Cost, Turn]:
 
 
 def _continue(store: Store, stored: Conversation, last: str) -> Cost:
-    """Records the turn after the stored ones, the last of which is `last`."""
+    """Records the next turn of a conversation whose last stored turn is `last`."""
     cost, turn = _record(store, stored.exchange(TURNS, new_id("turn")))
     assert turn.parent == last, "the request did not find its turn"
     return cost
 
 
 def _begun(store: Store) -> tuple[Conversation, str]:
-    """A conversation whose first turns have been recorded, and the last of them."""
+    """Records the first turns of a conversation; returns it and its last turn."""
     conversation, last = Conversation(next(_NEW)), ""
     for index in range(TURNS):
         last = new_id("turn")
@@ -188,13 +189,10 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
     messages = stored.messages(TURNS)
     with store.recording() as recording:
         reads, started = _reads(), perf_counter()
-        hashes = message_hashes(messages)
-        texts = [one and one.text for one in map(PROFILE.heard, messages)]
-        starts = reply_starts(messages)
-        *before, _ = said(messages, hashes, texts, starts)
-        link = link_of(meant_in(messages), hashes, starts, before)
+        scope = Scope("main", stored.name)
+        link = link_of(read_history(messages, PROFILE), scope)
         assert link is not None
-        parent = recording.parent("main", link, stored.name)
+        parent = find_parent(recording.sessions, link, scope).parent
         cost = _cost(reads, started)
     assert parent is not None
     assert parent.id == last
@@ -202,7 +200,7 @@ def _link(store: Store, stored: Conversation, last: str) -> Cost:
 
 
 def _reads() -> int:
-    """How often this process has called the system to read; counting adds some, always as many."""
+    """Read calls of this process so far; this call adds a constant number."""
     return _PROCESS.io_counters().read_count
 
 
@@ -212,9 +210,9 @@ def _cost(reads: int, started: float) -> Cost:
 
 
 def _look_after(store: Store, number: int) -> None:
-    """Now and then, what the proxy does beside its writer, and the sync that the next turn pays.
+    """Every 50 recordings: the proxy's checkpoint, and a recording that pays for its sync.
 
-    Left alone, a recording would have to do the first. The second is the same for every store.
+    Otherwise a measured recording would have to do the first. The sync costs the same in any store.
     """
     if number % _CHECKPOINT_EVERY == 0:
         store.checkpoint()
@@ -236,7 +234,7 @@ def _pooled(found: list[list[Cost]], share: float) -> float:
 
 
 def _spread(found: list[list[Cost]], share: float) -> str:
-    """Of all rounds together, with the lowest and the highest round."""
+    """A quantile over all rounds, with the lowest and the highest round."""
     each = [_quantile([cost.ms for cost in costs], share) for costs in found]
     return f"{_pooled(found, share):.3f} ({min(each):.3f} … {max(each):.3f})"
 
@@ -246,20 +244,20 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def report(rows: list[Row], files: Mapping[int, Path]) -> str:
-    """All tables, and what was measured."""
+    """All tables and the sizes of the stores."""
     recordings = sum(len(values) for values in rows[0].found["new"])
     sizes = ", ".join(
         f"{size:,} turns {(path / FILE).stat().st_size / 1e6:.0f} MB"
         for size, path in files.items()
     )
-    told = f"{recordings} recordings of each kind, {len(rows[0].found['new'])} rounds. {sizes}."
+    summary = f"{recordings} recordings of each kind, {len(rows[0].found['new'])} rounds. {sizes}."
     disk = ", ".join(f"{row.name} {row.disk_bytes / 1e6:.1f} MB" for row in rows)
-    told += f" Read from the disk meanwhile: {disk}."
-    return "\n\n".join([*(table(kind, rows) for kind in KINDS), told])
+    summary += f" Read from the disk meanwhile: {disk}."
+    return "\n\n".join([*(table(kind, rows) for kind in KINDS), summary])
 
 
 def main() -> None:
-    """Fills, measures and prints the tables."""
+    """Fills the stores, measures and prints the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.growth",
         description="What recording a turn costs in stores of different sizes.",
@@ -269,12 +267,11 @@ def main() -> None:
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=list(SIZES), metavar="TURNS", help="stored turns"
     )
-    parser.add_argument("--full", action="store_true", help=f"also {FULL:,} turns")
     parser.add_argument("--recordings", type=int, default=2000, help="of a kind (default: 2000)")
     parser.add_argument("--rounds", type=int, default=10, help="default: 10")
     parser.add_argument("--dir", type=Path, help="where the stores lie for the time being")
     options = parser.parse_args()
-    sizes = sorted({*options.sizes, *([FULL] if options.full else [])})
+    sizes = sorted(set(options.sizes))
     with (
         tempfile.TemporaryDirectory(prefix="nextstate-growth-", dir=options.dir) as name,
         Progress(console=Console(stderr=True)) as progress,

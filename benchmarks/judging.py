@@ -1,10 +1,10 @@
-"""Whether the judge keeps up, and what its votes cost the agents on the same engine.
+"""Does the judge keep up, and what do its votes cost the agents on the same engine?
 
-The first part records turns at a steady rate and lets `nextstate judge` vote on them with a mock
-model: how far does it fall behind, and how long does a turn wait for its verdict? The second part
-(`--live`) runs `nextstate up` on the demo's policy with a judge that votes on this very engine, and
-compares an agent's time to the first token while the judge works with the time while it is stopped,
-in turns of a few seconds.
+The first part records turns at a steady rate while `nextstate judge` votes on them with a mock
+model. It measures how far the judge falls behind and how long a turn waits for its verdict. The
+second part (`--live`) runs `nextstate up` on the demo's policy with a judge that votes on the same
+engine. It compares an agent's time to the first token while the judge works and while it is
+stopped, in alternating windows of a few seconds.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from benchmarks.mock_judge import MODEL
 from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.records import NextState, Source, Timings, Turn, TurnKind, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 POLICY = Path(__file__).parent.parent / "demo" / "policy"
 POLICY_NAME = "seed-policy"
 READY_S = 300.0
 SETTLE_S = 1.0
-"""After the judge has been stopped, for the votes that are under way."""
+"""Seconds for the votes under way after the judge was stopped."""
 _MOCK = """\
 [store]
 dir = "{folder}/state"
@@ -65,8 +65,6 @@ port = {port}
 [judge]
 max_tokens = 64
 share = {share}
-retry_initial_s = 0.1
-retry_max_s = 0.1
 """
 _EXAMPLES = """\
 examples:
@@ -78,7 +76,7 @@ examples:
 
 
 def a_turn(number: int) -> tuple[Turn, NextState]:
-    """A turn of 1 000 prompt and 100 reply tokens, with what its user said."""
+    """A turn of 1 000 prompt tokens and 100 reply tokens, with the user's answer."""
     name = new_id("turn")
     messages = [
         {"role": "system", "content": "You are a helpful agent. " * 40},
@@ -115,7 +113,7 @@ def record(store: Store, first: int, count: int) -> None:
 
 @contextmanager
 def child(log: Path, *command: str) -> Generator[subprocess.Popen[bytes]]:
-    """A process that is ended on leaving."""
+    """A process that ends with the block."""
     with log.open("wb") as out:
         process = subprocess.Popen([sys.executable, "-m", *command], stdout=out, stderr=out)
     try:
@@ -203,7 +201,7 @@ def live_traffic(share: float, rounds: int, window_s: float) -> str:
 
 
 async def _ask(port: int, seconds: float) -> list[float]:
-    """Times to the first event of requests that one agent makes one after the other."""
+    """Seconds to the first event of an agent's requests, made one after the other."""
     connection = await connect(port)
     found: list[float] = []
     until = time.monotonic() + seconds
@@ -249,7 +247,7 @@ def _wait(condition: Callable[[], bool], timeout_s: float, log: Path) -> None:
 
 
 def main() -> None:
-    """Runs one of the parts and prints what it found."""
+    """Runs one of the parts and prints its results."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.judging",
         description=__doc__,

@@ -41,7 +41,7 @@ from nextstate.records import (
     Verdict,
     VersionState,
 )
-from nextstate.store.store import Store
+from nextstate.store import Store
 from plugins.judges.rules import vote_on
 
 POLICY = Path(__file__).parent.parent / "demo" / "policy"
@@ -229,12 +229,12 @@ class Loop(threading.Event):
         if withdraw:
             raise AssertionError("the watch is off: a version is compared at the same questions")
         self._engine.load(version)
-        self._store.set_serving(LINEAGE, version.number)
+        self._store.versions.set_serving(LINEAGE, version.number)
         self._count_versions()
 
     def _count_versions(self) -> None:
         """Measures after each update, whether its version serves or was rejected."""
-        versions = self._store.versions(LINEAGE)
+        versions = self._store.versions.all(LINEAGE)
         if len(versions) == self.run.made:
             return
         self._rounds = 0
@@ -281,7 +281,7 @@ class Loop(threading.Event):
                     chain_key=turn.encode(),
                     reply_key=turn.encode(),
                 )
-            self._store.settle_verdict(self._judged(turn, messages, reply, answer))
+            self._store.judging.settle_verdict(self._judged(turn, messages, reply, answer))
 
     def _judged(self, turn: str, messages: list[Json], reply: str, answer: str) -> Verdict:
         evidence = Evidence(

@@ -1,10 +1,10 @@
-"""Many paced streams at once, in a process of its own: the gaps between the events of each.
+"""Many paced streams at once, in a process of its own, and the gaps between their events.
 
     python -m benchmarks.load PORT STREAMS TOKENS PACE_S SECONDS
 
-Prints one JSON object. The streams start spread over one reply, so that replies begin and end all
-the time, and ask again as soon as a reply ends. Counted are the replies that began and ended while
-all streams ran.
+It prints one JSON object. The starts of the streams are spread over the time of one reply, so
+replies begin and end all the time. A stream asks again when its reply ends. Only replies that began
+and ended while all streams ran are counted.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from benchmarks.client import connect
 from benchmarks.mock_engine import MODEL
 
 STEP_MS = 0.1
-"""The resolution of the gaps."""
+"""The resolution of the gaps in milliseconds."""
 
 
 @dataclass(slots=True)
 class Gaps:
-    """What came of one load."""
+    """The results of one load."""
 
     streams: list[Counter[int]]
-    """For each stream how many gaps there were of so many `STEP_MS`."""
+    """For each stream, the number of gaps by their length in steps of `STEP_MS`."""
     replies: int = 0
     events: int = 0
     reply_s: float = 0.0
-    """The lengths of all replies, added up."""
+    """The sum of the lengths of all replies in seconds."""
     cpu_s: float = 0.0
     """The load's own CPU time."""
     wall_s: float = 0.0
 
     def add(self, other: Gaps) -> None:
-        """Takes in another round."""
+        """Adds another round."""
         for mine, theirs in zip(self.streams, other.streams, strict=True):
             mine.update(theirs)
         self.replies += other.replies
@@ -55,7 +55,7 @@ class Gaps:
         return quantile_ms(sum(self.streams, Counter[int]()), share)
 
     def worst_ms(self, share: float) -> float:
-        """The same of the stream where it is longest."""
+        """The same for the stream where it is longest."""
         return max(quantile_ms(stream, share) for stream in self.streams)
 
     @property
@@ -65,7 +65,7 @@ class Gaps:
 
 
 def quantile_ms(gaps: Counter[int], share: float) -> float:
-    """The upper edge of the step that holds the quantile; 0.0 without any gap."""
+    """The upper edge of the quantile's step, in milliseconds; 0.0 without any gap."""
     left = share * gaps.total()
     for step, number in sorted(gaps.items()):
         left -= number
@@ -75,7 +75,7 @@ def quantile_ms(gaps: Counter[int], share: float) -> float:
 
 
 async def load(port: int, streams: int, tokens: int, pace_s: float, seconds: float) -> Gaps:
-    """Runs all streams for `seconds` and for the time that they need to start."""
+    """Runs all streams for `seconds` plus the time that they need to start."""
     found = Gaps([Counter() for _ in range(streams)])
     numbers = count()
     begin = time.perf_counter() + tokens * pace_s
@@ -88,7 +88,7 @@ async def load(port: int, streams: int, tokens: int, pace_s: float, seconds: flo
             reply = await connection.ask(_body(next(numbers), tokens, pace_s))
             if reply.started < begin or reply.ended > end:
                 continue
-            # From the role's event to the last token's; what follows is not paced.
+            # From the role's event to the last token's; later events are not paced.
             times = reply.times[: tokens + 1]
             gaps = [int(1000 * (b - a) / STEP_MS) for a, b in pairwise(times)]
             found.streams[number].update(gaps)

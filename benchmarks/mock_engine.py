@@ -1,11 +1,11 @@
-"""A mock vLLM on a raw protocol, so that the engine is never what limits a measurement.
+"""A mock vLLM on a raw protocol, so that the engine never limits a measurement.
 
     python -m benchmarks.mock_engine PORT
 
-Answers every chat request with a prepared reply in the bytes of vLLM 0.32, one write an event. Two
-fields of the request shape it: `tokens` (default 64), and `pace_s`, the seconds from one token to
-the next (default 0: all at once). The schedule counts from the first token, so a late one delays
-none after it.
+It answers every chat request with a prepared reply in the bytes of vLLM 0.32, one write for each
+event. Two fields of the request shape the reply: `tokens` (default 64) and `pace_s`, the seconds
+from one token to the next (default 0: all at once). Times count from the first token, so a late
+token does not delay the next ones.
 """
 
 from __future__ import annotations
@@ -173,7 +173,7 @@ class _Connection(asyncio.Protocol):
         if pace_s and number <= tokens:
             due = started + number * pace_s
             self._loop.call_at(due, self._send, frames, number, started, pace_s, tokens)
-        else:  # in a turn of its own: uvloop joins the writes of one turn of the loop
+        else:  # in another iteration of the loop: uvloop joins the writes of one iteration
             self._loop.call_soon(self._send, frames, number, started, pace_s, tokens)
 
 

@@ -1,4 +1,4 @@
-"""A judge's model for benchmarks: each vote takes the same time, whatever else is asked.
+"""A mock model for the judge: each vote takes the same time, however many are asked for.
 
 python -m benchmarks.mock_judge PORT VOTE_S
 """
@@ -30,7 +30,7 @@ _ANSWER = {
 
 
 def main() -> None:
-    """Serves until it is ended."""
+    """Serves until killed."""
     port, vote_s = int(sys.argv[1]), float(sys.argv[2])
 
     async def vote(request: web.Request) -> web.Response:

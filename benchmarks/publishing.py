@@ -1,10 +1,10 @@
 """What does a version change cost under load, and how soon after a step does the version answer?
 
-On a real vLLM with the demo's policy and settings, through the proxy, in two parts. First the
-learner stage trains on what its clients say of their replies: from the end of an optimizer step,
-when the new weights exist, to the first reply by the new version. Then many clients keep asking
-while versions of random weights are published by the learner's own publisher. Windows with changes
-take turns with windows without; compared are the gaps between the events of a reply.
+It runs on a real vLLM with the demo's policy and settings, through the proxy, in two parts. First
+the learner stage trains on its clients' feedback; the time from the end of an optimizer step to the
+first reply by the new version is measured. Then many clients ask while the learner's own publisher
+publishes versions with random weights. Windows with changes alternate with windows without; the
+gaps between the events of a reply are compared.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import time
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
@@ -34,35 +33,32 @@ from benchmarks.gaps import (
     Window,
     added,
     lengths,
-    pairs,
     quantile,
     sort_into,
-    touching,
     worst,
     wrong_versions,
 )
 from benchmarks.marks import FLIP, READY, REGISTERED, UPDATE, Mark, shares, update_of
 from demo.run import MODEL, Plan, write_settings
 from demo.tasks import Domain
+from nextstate.app.engine_access import zero_adapter
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.app.stages import zero_adapter
 from nextstate.app.supervisor import Supervisor
 from nextstate.records import MAIN_LINEAGE
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 GAP_GOAL_S = 0.1
 ANSWER_GOAL_S = 1.0
 LIGHT, HEAVY = 2, 16
-"""Clients of the step's two rows."""
+"""Clients in the two columns of the step's table."""
 _SERVERS = ("proxy", "engine")
 _SETTLE_S = 3.0
-"""Of load before the first window."""
+"""Seconds of load before the first window."""
 _PART_TIMEOUT_S = 120.0
 _ANSWER_TIMEOUT_S = 60.0
 _END_S = 30.0
 _UNTIL_ASKED, _FIRST_TOKEN = "asked", "first token"
-_AFTERWARDS, _AFTERWARDS_S = "the second after", 1.0
 _EXAMPLES = """\
 examples:
   python -m benchmarks.publishing
@@ -74,7 +70,7 @@ examples:
 
 @dataclass(slots=True)
 class Load:
-    """What came of the version changes."""
+    """The results of the version changes."""
 
     clients: int
     changes: list[list[Mark]]
@@ -86,7 +82,7 @@ class Load:
 
 @dataclass(slots=True)
 class Answers:
-    """From a step to the first reply by its version, of several updates."""
+    """Times from a step to the first reply by its version, for several updates."""
 
     clients: int
     seconds: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
@@ -97,9 +93,9 @@ class Answers:
 
     @property
     def ours(self) -> list[float]:
-        """To the first token without the time in which no client had asked: theirs, not ours."""
+        """Times to the first token without the pause in which no client asked."""
         pauses = self.seconds[_UNTIL_ASKED]
-        # A request that came between the flip and its mark was no pause.
+        # A request between the flip and its mark is no pause.
         return [t - max(0.0, pause) for t, pause in zip(self.first_token, pauses, strict=True)]
 
 
@@ -119,7 +115,7 @@ class Timed:
         self._stdin.write(b"\n")
 
     async def until(self, part: str) -> list[Mark]:
-        """The marks up to the next one of `part`; exits with the child's log if none comes."""
+        """The marks up to the next one of `part`; exits with the child's log if there is none."""
         found: list[Mark] = []
         why = "ended"
         try:
@@ -161,7 +157,7 @@ async def serving(folder: Path) -> AsyncGenerator[Settings]:
     settings = write_settings(Plan("combined", Domain.STUDENT, 0, 0, folder))
     await _make_zero_adapter(settings)
     stack = Stack(settings)
-    stack.supervisor = Supervisor([stack.parts[name] for name in _SERVERS])
+    stack.supervisor = Supervisor([stack.children[name] for name in _SERVERS])
     async with stack.running() as running:
         await stack.wait_ready(running)
         yield settings
@@ -179,7 +175,7 @@ async def _make_zero_adapter(settings: Settings) -> None:
 async def change_under_load(
     settings: Settings, count: int, changes: int, rounds: int, every_s: float, step: Progress
 ) -> Load:
-    """The changes, evenly over as many windows as `rounds`, each beside one without a change."""
+    """The changes, spread over `rounds` windows, each beside a window without a change."""
     task = step.add_task("version changes", total=changes)
     clients = Clients(settings.proxy.port, MODEL)
     published = [(0.0, _serves(settings))]
@@ -207,7 +203,7 @@ async def change_under_load(
 
 
 async def answers_after_steps(settings: Settings, updates: int, step: Progress) -> list[Answers]:
-    """As many updates with few clients, then with many; one before them is not counted."""
+    """`updates` updates with few clients, then with many; the first one of all does not count."""
     task = step.add_task("from step to reply", total=2 * updates + 1)
     found: list[Answers] = []
     url = f"http://127.0.0.1:{settings.proxy.port}"
@@ -234,19 +230,19 @@ async def answers_after_steps(settings: Settings, updates: int, step: Progress) 
 
 
 async def _say(http: aiohttp.ClientSession, clients: Clients, answered: Answered) -> None:
-    """What the demo's student thinks of a reply: none that looks machine-written."""
+    """The demo student's feedback: it rejects replies that look machine-written."""
     said = {"turn_id": answered.turn, "score": -1 if "**" in answered.text else 1}
     async with http.post("/v1/feedback", json=said) as answer:
-        # 404: its turn is recorded late, and one sample more does not matter.
+        # 404: the turn is recorded late; one sample less does not matter.
         if answer.status not in (200, 404):
             clients.failures.append(f"feedback was answered {answer.status}: {await answer.text()}")
 
 
 async def _first_by(clients: Clients, version: int) -> Answered:
-    """The reply by the version whose first event came first, once it is whole."""
+    """The reply by the version whose first event was the earliest."""
     async with asyncio.timeout(_ANSWER_TIMEOUT_S):
         whole = await clients.reply_by(version)
-    # One that began before it may still run, for about as long.
+    # A reply that began earlier may still run.
     await asyncio.sleep(2 * (whole.ended - whole.started))
     return min((r for r in clients.replies if r.version == version), key=lambda r: r.times[0])
 
@@ -270,14 +266,14 @@ def _version(marks: Sequence[Mark]) -> int:
 
 def _serves(settings: Settings) -> int:
     store = Store(settings.store)
-    number = store.serving(MAIN_LINEAGE).number
+    number = store.versions.serving(MAIN_LINEAGE).number
     store.close()
     return number
 
 
 def print_load(console: Console, load: Load) -> None:
     """The gaps with and without changes, and the two goals."""
-    console.print(_gaps_table(load.windows), _parts_table(load), sep="\n\n")
+    console.print(_gaps_table(load.windows))
     took = [marks[-1].ended - marks[0].ended for marks in load.changes]
     console.print(
         f"{len(load.changes)} version changes under {load.clients} streams, {load.replies} "
@@ -306,32 +302,6 @@ def _gaps_table(windows: Sequence[Window]) -> Table:
     return table
 
 
-def _parts_table(load: Load) -> Table:
-    """For each part of a change the worst gap that touches it, and what is usual.
-
-    Usual is what touches the same stretch of the pair's window without a change.
-    """
-    table = _table("part of a change, ms: median (worst)", "takes", "worst gap then", "without")
-    stretches: dict[str, list[tuple[float, float]]] = {}
-    for marks in load.changes:
-        for before, mark in pairwise(marks):
-            stretches.setdefault(mark.part, []).append((before.ended, mark.ended))
-        end = marks[-1].ended
-        stretches.setdefault(_AFTERWARDS, []).append((end, end + _AFTERWARDS_S))
-    beside = pairs(load.windows)
-    for part, found in stretches.items():
-        then: list[float] = []
-        without: list[float] = []
-        for begin, end in found:
-            changing, quiet = next(p for p in beside if p[0].begin <= begin <= p[0].end)
-            shift = quiet.begin - changing.begin
-            then.append(worst(touching(changing.gaps, begin, end)))
-            without.append(worst(touching(quiet.gaps, begin + shift, end + shift)))
-        took = [end - begin for begin, end in found]
-        table.add_row(part, _spread(took), _spread(then), _spread(without))
-    return table
-
-
 def _table(first: str, *others: str) -> Table:
     table = Table(box=box.MARKDOWN)
     table.add_column(first)
@@ -341,7 +311,7 @@ def _table(first: str, *others: str) -> Table:
 
 
 def print_answers(console: Console, found: Sequence[Answers]) -> None:
-    """Where the time from step to reply goes, and the goal."""
+    """The parts of the time from step to reply, and the goal."""
     columns = [f"{answers.clients} streams" for answers in found]
     table = _table("from the step's end, ms: median (worst)", *columns)
     for part in (*UPDATE[1:], _UNTIL_ASKED, _FIRST_TOKEN):
@@ -381,7 +351,7 @@ def _verdict(met: bool) -> str:
 
 
 async def measure(options: argparse.Namespace, console: Console) -> None:
-    """Both parts on one engine; each is printed as it ends."""
+    """Both parts on one engine; each is printed when it ends."""
     task = asyncio.current_task()
     assert task is not None
     for number in (signal.SIGINT, signal.SIGTERM):

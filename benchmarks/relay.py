@@ -1,9 +1,9 @@
 """What a proxy costs, as ratios from one run over one mock engine.
 
-Direct, a bare aiohttp relay, nginx, LiteLLM's proxy, and ours with capture and recording on. Every
-round asks all of them in turn, forwards and then backwards, so that a slow moment of the machine
-meets all alike; differences and ratios are taken within a round, and the median of the rounds is
-told. Every request says something new, and so do our records.
+It compares the engine alone, a bare aiohttp relay, nginx, LiteLLM's proxy and ours with recording
+on. Every round asks all of them, one round forwards and the next backwards, so that a slow moment
+of the machine meets all of them. Differences and ratios are taken within a round; the median of the
+rounds is shown. All requests differ.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from benchmarks.mock_engine import MODEL
 from benchmarks.servers import BARE, LITELLM, OURS, Server, add_nginx, recorded, running
 
 LOADS = {"16 streams": 16, "64 streams": 64, "16 at a time, not streamed": -16}
-"""How many connections ask; below zero, for replies in one piece."""
+"""The number of connections; negative for replies that are not streamed."""
 SHARE = {LITELLM: 0.1}
-"""The part of the requests that a slow server is asked."""
+"""The share of the requests that a slow server gets."""
 _MARK = b"0000000000"
 _BODY = orjson.dumps(
     {
@@ -53,7 +53,7 @@ LiteLLM goes into an environment of its own:
 
 @dataclass(slots=True)
 class Found:
-    """What was measured of one server, a number a round."""
+    """The measurements of one server, one number a round."""
 
     first_ms: list[float] = field(default_factory=list[float])
     whole_ms: list[float] = field(default_factory=list[float])
@@ -106,7 +106,7 @@ async def parallel(
 async def measure(
     servers: Sequence[Server], rounds: int, one_by_one: int, per_stream: int
 ) -> Mapping[str, Found]:
-    """All rounds over all servers; one more round before them warms up."""
+    """All rounds over all servers, after a round that warms up."""
     found = {server.name: Found() for server in servers}
     asked, whole = bodies(), bodies(stream=False)
     with Progress(console=Console(stderr=True)) as progress:
@@ -134,7 +134,7 @@ async def measure(
 
 
 def tables(found: Mapping[str, Found]) -> str:
-    """Both tables, as Markdown."""
+    """All tables, as Markdown."""
     bare = found[BARE]
     lines = [
         "| one stream | first token, ms | over the bare relay | whole reply, ms "

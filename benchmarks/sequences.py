@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -22,7 +22,7 @@ from rich.console import Console
 
 from learner.batch import place, sequences_of
 from learner.config import LearnerConfig
-from learner.trainer import PolicyTrainer, Update, build_trainer
+from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.records import Sample
 
 _POLICY = Path(__file__).parent.parent / "demo" / "policy"
@@ -67,25 +67,18 @@ def session(turns: int, prompt: int, reply: int, between: int, seed: int) -> lis
 
 
 def measure(trainer: PolicyTrainer, samples: list[Sample], rounds: int) -> list[Times]:
-    """`rounds` rounds after one that is not counted, inside a running `train()`."""
+    """`rounds` rounds after one that is not counted."""
     found: list[Times] = []
     apart = [replace(s, session=s.turn) for s in samples]
     sequences = place(sequences_of(samples))
 
-    def step(part: list[Sample]) -> None:
-        trainer.training_step(trainer.model, {"update": Update(part, version=0)})
-
     def plain() -> None:
         trainer.model(input_ids=sequences.ids, labels=sequences.ids).loss.backward()
 
-    def rounds_of_steps() -> Iterator[Update]:
-        yield Update(samples, version=0)
-        for _ in range(rounds + 1):
-            times = [_cpu_s(step, samples), _cpu_s(step, apart), _cpu_s(plain)]
-            found.append(Times(*times))
+    for _ in range(rounds + 1):
+        times = [_cpu_s(trainer.gradient, part, {0: 0}) for part in (samples, apart)]
+        found.append(Times(*times, _cpu_s(plain)))
         trainer.model.zero_grad()
-
-    trainer.train_on(rounds_of_steps())
     return found[1:]
 
 
@@ -121,7 +114,7 @@ def main() -> None:
         console.print(f"{name}: {middle:.2f} ({low:.2f} … {high:.2f}), goal {goal}")
 
 
-def _cpu_s(work: Callable[..., None], *arguments: object) -> float:
+def _cpu_s(work: Callable[..., object], *arguments: object) -> float:
     started = time.process_time()
     work(*arguments)
     return time.process_time() - started

@@ -1,4 +1,4 @@
-"""What is measured, as child processes: the mock engine and each server that stands before it."""
+"""The measured servers as child processes: the mock engine and each server before it."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def add_nginx(parser: ArgumentParser) -> None:
 def running(
     nginx: str | None = None, litellm: Path | None = None
 ) -> Generator[Mapping[str, Server]]:
-    """The servers by name, the mock engine as `direct`; ended on leaving."""
+    """The servers by name, the mock engine as `direct`; they end with the block."""
     with tempfile.TemporaryDirectory(prefix="nextstate-bench-") as name:
         folder = Path(name)
         ports = {name: free_port() for name in (DIRECT, BARE, NGINX, LITELLM, OURS)}
@@ -138,7 +138,7 @@ def running(
 
 
 def recorded(server: Server) -> str:
-    """One sentence about what NextState recorded of what it relayed, from its /metrics."""
+    """One sentence from /metrics: how many requests NextState relayed and recorded."""
     with urllib.request.urlopen(f"http://{HOST}:{server.port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     counts = {
@@ -194,7 +194,7 @@ def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
 
 def _wait_up(name: str, port: int, child: subprocess.Popen[bytes], log: Path) -> None:
-    """Returns when the server has answered a chat request; exits with its log if it does not."""
+    """Waits until the server answers a chat request; exits with its log if it does not."""
 
     async def ask() -> None:
         connection = await connect(port)

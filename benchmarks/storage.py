@@ -1,9 +1,9 @@
-"""How large is recorded traffic in the store, as a part of its raw size?
+"""How large is recorded traffic in the store, as a share of its raw size?
 
-Replays OpenClaw's requests (one JSON object a line with `headers`, `body` and `reply`, gzipped)
-through the recorder, without tokens and with them. The traffic comes without token ids: they are
-those of the demo's tokenizer and chat template, which know few words, so there are more ids than of
-a larger model; the log-probs are made up at random, as 32-bit floats.
+It replays OpenClaw's requests (gzipped, one JSON object a line with `headers`, `body` and `reply`)
+through the recorder, without tokens and with them. The traffic has no token ids, so the ids come
+from the demo's tokenizer and chat template. They know few words, so there are more ids than with a
+larger model. The log-probs are random 32-bit floats.
 """
 
 from __future__ import annotations
@@ -27,13 +27,12 @@ from benchmarks.exchanges import exchange
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.exchange import record_exchange
-from proxy.linking.continuation import explicit_session
+from proxy.linking.names import explicit_session
 
 _POLICY = Path(__file__).parent.parent / "demo" / "policy"
 _GOAL = 0.1
-_LARGEST_COLUMNS = 8
 _EXAMPLES = """\
 example:
   python -m benchmarks.storage ../shared/traffic/openclaw-2026.9.6-gateway.jsonl.gz
@@ -53,24 +52,13 @@ class Line:
 
     @property
     def raw_bytes(self) -> int:
-        """Of the request and the reply, as compact JSON."""
+        """Bytes of the request and the reply as compact JSON."""
         return len(orjson.dumps(self.body)) + len(orjson.dumps(self.reply))
 
     @property
     def token_bytes(self) -> int:
-        """Of ids and log-probs, as compact JSON."""
+        """Bytes of ids and log-probs as compact JSON."""
         return len(orjson.dumps([self.prompt_ids, self.completion_ids, self.logprobs]))
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """What a store came to; all sizes in bytes."""
-
-    file: int
-    tables: list[tuple[str, int]]
-    """With their indexes; empty where SQLite was built without dbstat."""
-    columns: list[tuple[str, int]]
-    """The largest ones."""
 
 
 def read(path: Path) -> list[Line]:
@@ -104,8 +92,8 @@ def read(path: Path) -> list[Line]:
         return [line(orjson.loads(raw)) for raw in file]
 
 
-def replay(lines: Sequence[Line], folder: Path, *, tokens: bool, progress: Progress) -> Kept:
-    """Records the traffic into a new store."""
+def replay(lines: Sequence[Line], folder: Path, *, tokens: bool, progress: Progress) -> int:
+    """Records the traffic into a new store; returns the database's bytes."""
     store, profile = Store(StoreConfig(dir=str(folder))), load_plugin("agents", "openclaw", None)
     for number, line in enumerate(progress.track(lines, description="recording")):
         found = exchange(
@@ -124,30 +112,16 @@ def replay(lines: Sequence[Line], folder: Path, *, tokens: bool, progress: Progr
     return weigh(folder / "nextstate.sqlite3")
 
 
-def weigh(file: Path) -> Kept:
-    """The sizes in a database, after its write-ahead log is folded in."""
+def weigh(file: Path) -> int:
+    """The bytes of a database after its write-ahead log is moved into it."""
     db = sqlite3.connect(file)
     db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-    try:
-        tables = db.execute(
-            "SELECT m.tbl_name, SUM(s.pgsize) FROM dbstat s JOIN sqlite_master m USING (name) "
-            "GROUP BY 1 ORDER BY 2 DESC"
-        ).fetchall()
-    except sqlite3.OperationalError:
-        tables = []
-    columns: list[tuple[str, int]] = []
-    names = "SELECT m.name, c.name FROM sqlite_master m, pragma_table_info(m.name) c"
-    for table, column in db.execute(f"{names} WHERE m.type = 'table'").fetchall():
-        length = f"SUM(LENGTH(CAST({column} AS BLOB)))"
-        (size,) = db.execute(f"SELECT {length} FROM {table}").fetchone()
-        columns.append((f"{table}.{column}", size or 0))
     db.close()
-    columns.sort(key=lambda found: -found[1])
-    return Kept(file.stat().st_size, tables, columns[:_LARGEST_COLUMNS])
+    return file.stat().st_size
 
 
-def report(lines: Sequence[Line], kept: dict[str, Kept]) -> str:
-    """All tables, as Markdown."""
+def report(lines: Sequence[Line], kept: dict[str, int]) -> str:
+    """The table, as Markdown."""
     raw = sum(line.raw_bytes for line in lines)
     with_tokens = raw + sum(line.token_bytes for line in lines)
     found = [
@@ -157,22 +131,15 @@ def report(lines: Sequence[Line], kept: dict[str, Kept]) -> str:
         "| | database, kB | of the raw JSON | of the JSON with tokens |",
         "|---|---|---|---|",
     ]
-    for name, store in kept.items():
+    for name, size in kept.items():
         found.append(
-            f"| {name} | {store.file / 1e3:,.0f} | {store.file / raw:.1%} "
-            f"| {store.file / with_tokens:.1%} |"
+            f"| {name} | {size / 1e3:,.0f} | {size / raw:.1%} | {size / with_tokens:.1%} |"
         )
-    for name, store in kept.items():
-        found += ["", f"| {name}: table with its indexes | kB |", "|---|---|"]
-        found += [f"| {table} | {size / 1e3:,.1f} |" for table, size in store.tables]
-        if largest := [(column, size) for column, size in store.columns if size > 100]:
-            found += ["", f"| {name}: largest columns | kB |", "|---|---|"]
-            found += [f"| {column} | {size / 1e3:,.1f} |" for column, size in largest]
     return "\n".join(found)
 
 
 def main() -> None:
-    """Replays, weighs and prints the tables."""
+    """Replays, weighs and prints the table."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.storage",
         description="The size of recorded traffic in the store, as a part of its raw size.",

@@ -1,8 +1,9 @@
 """Many paced streams at once: does a proxy make tokens late, and does its memory grow?
 
-The same load goes direct, through the bare relay and through ours with recording on, in turn; then
-it stays on ours for minutes while the resident memory is sampled. Gaps are those between two events
-of one reply as the client sees them. The last one of a reply holds the wait for the record.
+The same load goes to the engine alone, through the bare relay and through ours with recording on,
+in turn. Then it stays on ours for minutes while the resident memory is sampled. A gap is the time
+between two events of one reply at the client. The last gap of a reply includes the wait for the
+record.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What every server is given."""
+    """The load of every server."""
 
     streams: int
     tokens: int
@@ -42,7 +43,7 @@ class Load:
 
 @dataclass(slots=True)
 class Measured:
-    """What came of one server."""
+    """The results of one server."""
 
     gaps: Gaps
     cpu_s: float
@@ -53,7 +54,7 @@ class Measured:
 def run_load(
     server: Server, engine: Server, load: Load, seconds: float, watch: Callable[[], None]
 ) -> Measured:
-    """One load on one server; `watch` is called now and then while it runs."""
+    """One load on one server; `watch` is called every second while it runs."""
     command = [sys.executable, "-m", "benchmarks.load", str(server.port), str(load.streams)]
     command += [str(load.tokens), str(load.pace_s), str(seconds)]
     cpu, engine_cpu = server.cpu_s(), engine.cpu_s()
@@ -93,7 +94,7 @@ def take_turns(
 def soak(
     server: Server, engine: Server, load: Load, minutes: float, progress: Progress
 ) -> tuple[Measured, list[tuple[float, float]]]:
-    """The load for minutes, and (seconds, MB resident) of the server meanwhile."""
+    """The load for minutes, and the server's (seconds, resident MB) meanwhile."""
     task = progress.add_task("memory", total=60 * minutes)
     started = time.monotonic()
     samples = [(0.0, server.rss_mb())]
@@ -129,7 +130,7 @@ def gaps_table(found: Mapping[str, Measured]) -> str:
 
 
 def busy(found: Mapping[str, Measured]) -> str:
-    """How busy engine and client were, which must not be what is measured."""
+    """How busy engine and client were; they must not limit the measurement."""
     wall = sum(measured.gaps.wall_s for measured in found.values())
     engine = sum(measured.engine_cpu_s for measured in found.values()) / wall
     client = sum(measured.gaps.cpu_s for measured in found.values()) / wall

@@ -33,23 +33,25 @@ from benchmarks.marks import (
     STEP,
     Mark,
 )
-from learner import stage
+from learner import lineage
 from learner.adapters import Card, load_weights, save_adapter, version_path
 from learner.config import LearnerConfig
-from learner.examiner import Examiner
+from learner.evaluator import Evaluator
 from learner.trainer import PolicyTrainer
-from nextstate.app import logs
+from learner.weights import LoraWeights
+from nextstate import logs
+from nextstate.app.engine_access import change_version, zero_adapter
 from nextstate.app.settings import Settings
-from nextstate.app.stages import publish_trained, run_learner, zero_adapter
-from nextstate.engine.client import EngineClient
+from nextstate.app.stages import run_learner
+from nextstate.engine.client import EngineClient, publish_candidate
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 WATCHED: dict[str, tuple[object, str]] = {
-    STEP: (PolicyTrainer, "_bound_step"),
-    GATE: (Examiner, "measure"),
-    ADAPTER: (stage, "save_adapter"),
-    CHECKPOINT: (stage, "save_checkpoint"),
+    STEP: (PolicyTrainer, "update"),
+    GATE: (Evaluator, "measure"),
+    ADAPTER: (LoraWeights, "save"),
+    CHECKPOINT: (lineage, "save_checkpoint"),
     REGISTERED: (Store, "add_version"),
     LOADED: (EngineClient, "load_adapter"),
     PROBED: (EngineClient, "probe"),
@@ -93,13 +95,13 @@ def watch(part: str, owner: object, name: str) -> None:
 def run_publisher(settings: Settings, count: int) -> None:
     """Publishes a version for each line that comes, after all adapters have been made."""
     store = Store(settings.store)
-    known = store.versions(MAIN_LINEAGE)
+    known = store.versions.all(MAIN_LINEAGE)
     first = known[-1].number + 1 if known else BASE_VERSION + 1
     made = [make_version(settings, store, first + n) for n in range(count)]
     mark(READY, perf_counter())
     for version, _ in zip(made, sys.stdin, strict=False):
-        store.add_version(version, None)
-        asyncio.run(publish_trained(settings, store, version))
+        store.versions.add(version, None)
+        asyncio.run(change_version(settings, publish_candidate, store, version))
     store.close()
 
 

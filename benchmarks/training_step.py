@@ -19,7 +19,6 @@ import gc
 import resource
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -35,9 +34,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen3Config
 from trl.trainer.utils import get_peak_flops
 
 from learner.config import LearnerConfig
-from learner.memory import GB, Blueprint
+from learner.memory import GB
 from learner.model import pick_device, pick_dtype
-from learner.trainer import Update, build_trainer
+from learner.trainer import build_trainer
 from nextstate.records import Sample
 
 _POLICY = Path(__file__).parent.parent / "demo" / "policy"
@@ -66,7 +65,7 @@ SHAPES = {
     ),
 }
 _FIRST_WORD = 8
-_COLUMNS = ("tokens", "s a step", "tokens/s", "TFLOP/s", "MFU", "peak, GB", "counted, GB")
+_COLUMNS = ("tokens", "s a step", "tokens/s", "TFLOP/s", "MFU", "peak, GB")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +78,6 @@ class Cost:
     """By the module's formula."""
     memory: int
     """Bytes at the peak; on a CPU of the whole process."""
-    expected: int
-    """Bytes that `learner.memory` counts before it starts."""
 
 
 def turn(tokens: int, reply: int, vocabulary: int, hinted: bool, seed: int) -> Sample:
@@ -134,25 +131,20 @@ def measure(
     device = pick_device(config)
     hinted, reply = config.method != "binary", tokens // 8
     samples = [turn(tokens, reply, shape.vocab_size, hinted, seed) for seed in range(rounds + 1)]
-    expected = Blueprint(config, str(model_path)).need(config).total
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(config, str(model_path), Path(folder))
         seconds: list[float] = []
-
-        def updates() -> Iterator[Update]:
-            for sample in samples:
-                started = _now(device)
-                yield Update([sample], version=0)
-                seconds.append(_now(device) - started)
-
-        trainer.train_on(updates())
+        for sample in samples:
+            started = _now(device)
+            trainer.update([sample], {0: 0})
+            seconds.append(_now(device) - started)
     # The base's log-probabilities, the teacher's, and how far the step went.
     forwards = (config.kl_coef > 0) + hinted + 1
     flops = flops_of_update(shape, tokens, reply, forwards)
-    return Cost(median(seconds[1:]), flops, _peak_memory(device), expected)
+    return Cost(median(seconds[1:]), flops, _peak_memory(device))
 
 
 def peak_flops(config: LearnerConfig) -> float | None:
@@ -215,7 +207,6 @@ def _figures(cost: Cost, tokens: int, most: float | None) -> list[str]:
         f"{rate / 1e12:.2f}",
         f"{rate / most:.0%}" if most else "–",
         f"{cost.memory / GB:.1f}",
-        f"{cost.expected / GB:.1f}",
     ]
 
 

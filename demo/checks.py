@@ -1,4 +1,4 @@
-"""Whether a reply is right and, separately, whether its style is what the persona wants.
+"""Checks of a reply: is it right, and, separately, does it have the style that the persona wants?
 
 A style score alone lies: a policy can learn to please a style check while its replies fall apart.
 So `is_right` parses every sentence against the world's grammar and never looks at style.
@@ -28,7 +28,7 @@ _THING = re.compile(rf"\b(?:{'|'.join(THINGS)})\b")
 
 
 def is_right(task: Task, reply: str) -> bool:
-    """Whether the reply is whole, says only true things, and states the result or the judgement.
+    """True if the reply is whole and true, and states the result or the judgement.
 
     Every sentence must be one of the task's `units`, list items must count up from 1, no role may
     be filled twice (which rules out loops), and the answer must be there: the result for a
@@ -39,7 +39,7 @@ def is_right(task: Task, reply: str) -> bool:
 
 
 def is_whole(task: Task, reply: str) -> bool:
-    """Whether the reply is well formed, be its numbers, names and judgement right or wrong."""
+    """True if the reply is well formed, even if its numbers, names or judgement are wrong."""
     known: dict[str, frozenset[Role]] = {}
     for other in _variants(task):
         known.update((_mask(text), roles) for text, roles in units(other).items())
@@ -48,7 +48,7 @@ def is_whole(task: Task, reply: str) -> bool:
 
 
 def satisfies(task: Task, reply: str) -> bool:
-    """Whether the reply's style is what the domain's persona wants, right or wrong.
+    """True if the reply has the style that the domain's persona wants, even if it is wrong.
 
     Student: no markup, list, heading or answer line, and at least one real sentence. Teacher: the
     pupil's name, the numbers the pupil worked with, and a friendly word.
@@ -72,7 +72,7 @@ def _variants(task: Task) -> list[Task]:
 
 
 def _mask(text: str) -> str:
-    """The text without what differs between tasks: list numbers, figures, names and things."""
+    """The text with list numbers removed, and figures, names and things replaced."""
     body = "\n".join(_ITEM.sub("", line) for line in text.split("\n"))
     return _THING.sub("things", _NAME.sub("Name", _NUMBER.sub("0", body)))
 

@@ -1,4 +1,4 @@
-"""What a policy can do in the demo's world, measured on held-out questions through any sampler."""
+"""What a policy can do in the demo's world, measured on held-out questions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def competence(sample: Sampler, domain: Domain, count: int, seed: int = 0) -> di
 
 
 def user_message(text: str) -> dict[str, str]:
-    """A message of the user's, as a chat holds it."""
+    """A user message of a chat."""
     return {"role": "user", "content": text}
 
 

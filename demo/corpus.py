@@ -97,24 +97,19 @@ _WISHES: dict[Style, tuple[str, ...]] = {
 }  # fmt: skip
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a persona's text."""
-    return [part for part in re.split(r"(?<=[.!?]) ", text) if part]
-
-
 def draw_style(domain: Domain, rng: Random, preferred: float = 1 / 6) -> Style:
-    """A style as the policy answers unasked: the persona's with that share, else any other."""
+    """A style for an unasked reply: the persona's with probability `preferred`, else another."""
     if rng.random() < preferred:
         return PREFERRED[domain]
     return rng.choice(STYLES[domain][1:])
 
 
 def pick_hint(text: str, rng: Random) -> str:
-    """One to three sentences of a complaint, as a judge would take them over."""
-    parts = sentences(text)
-    if len(parts) == 1 or rng.random() < 0.4:
-        return " ".join(parts[:3])
-    return rng.choice([part for part in parts if len(part) > 12] or parts)
+    """One to three sentences of a complaint, as a judge would use them for a hint."""
+    sentences = [sentence for sentence in re.split(r"(?<=[.!?]) ", text) if sentence]
+    if len(sentences) == 1 or rng.random() < 0.4:
+        return " ".join(sentences[:3])
+    return rng.choice([sentence for sentence in sentences if len(sentence) > 12] or sentences)
 
 
 def persona_hint(task: Task, rng: Random) -> str:
@@ -206,7 +201,7 @@ def several(domain: Domain, rng: Random, mix: Mix) -> list[Line]:
 
 
 def drill(rng: Random) -> list[Line]:
-    """Bare sums, one after the other: the densest way to learn what the answers need."""
+    """Several sums, one after the other: they teach most about numbers per token."""
     lines: list[Line] = []
     for _ in range(DRILLED):
         task = draw_task(Domain.STUDENT, rng, held_out=False)

@@ -1,7 +1,7 @@
 """The two personas: what a student or a teacher writes after reading a reply.
 
-Both are ordinary users of a chat: they thank and ask on, complain, correct, ask for a redo, or
-change the subject. A `Conversation` turns the replies of one policy into the next user messages.
+Both are ordinary users of a chat: they thank, complain, correct, ask for a redo, or change the
+subject. A `Conversation` turns the replies of one policy into the next user messages.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Kind(StrEnum):
     CORRECTION = "correction"
     """Wrong: the persona says so and mostly gives the right result."""
     BROKEN = "broken"
-    """Empty, cut off or no sense."""
+    """Empty, cut off or senseless."""
     NEUTRAL = "neutral"
-    """No comment at all: the persona goes on to something else."""
+    """No comment: the persona asks something else."""
 
     @property
     def asks_redo(self) -> bool:
@@ -41,7 +41,7 @@ class Reaction:
     text: str
     kind: Kind
     wants_style: bool = False
-    """Whether it also tells how the reply should be written."""
+    """True if it also says how the reply should be written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -213,7 +213,7 @@ def react(task: Task, reply: str, rng: Random) -> Reaction:
 
 
 def classify(task: Task, reply: str) -> Kind:
-    """What the persona makes of a reply; never NEUTRAL."""
+    """The kind of reaction that a reply deserves; never NEUTRAL."""
     if is_right(task, reply):
         return Kind.THANKS if satisfies(task, reply) else Kind.STYLE
     return Kind.CORRECTION if is_whole(task, reply) else Kind.BROKEN
@@ -238,7 +238,7 @@ class Conversation:
         return Message(self._task.question, self._task, None)
 
     def answer(self, reply: str) -> Message | None:
-        """The next message after a reply; None when the persona has had enough."""
+        """The next message after a reply; None after the last exchange."""
         if self._left <= 0:
             return None
         self._left -= 1

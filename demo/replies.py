@@ -1,4 +1,4 @@
-"""The world's replies: for each task and style, every sentence a whole and right reply is made of.
+"""The world's replies: every sentence of a right reply, for each task and style.
 
 `units` lists the sentences that are right for a task, with the roles each fills in a reply;
 `render` joins some of them into a reply of one style. `demo.checks` parses replies against the
@@ -51,7 +51,7 @@ class Role(StrEnum):
     JUDGE = "judge"
     VALUE = "value"
     NEEDS_VALUE = "needs value"
-    """A judgement that is only whole with the right value beside it."""
+    """A judgement that is incomplete without the right value."""
     CLOSE = "close"
 
 
@@ -66,7 +66,7 @@ CLOSERS_WRONG = ("Keep going!", "You can do it!")
 
 @dataclass(frozen=True, slots=True)
 class Clauses:
-    """The clauses about one student task, without a final stop; `works` and `did` say the sum."""
+    """Clauses about one student task, without a full stop; `works` and `did` state the sum."""
 
     setup: str
     works: tuple[str, ...]

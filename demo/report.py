@@ -1,4 +1,4 @@
-"""What the demo shows while it runs and leaves behind."""
+"""What the demo shows while it runs, and the record that it writes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,11 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
 import orjson
 from rich.console import Console
-from rich.live import Live
 from rich.markup import escape
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
 
 from demo.curve import draw_curve
 from demo.score import Score
@@ -25,72 +20,63 @@ from nextstate.app.settings import Settings
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """Everything that one demo run found."""
+    """The result of one demo run."""
 
     method: str
     persona: str
     seed: int
     scores: Sequence[Score]
     replies: int
-    """Replies that the personas got; the held-out questions are not among them."""
+    """Replies to the personas, without those to held-out questions."""
     reactions: Mapping[str, int]
     stored: Mapping[str, int]
     starved: bool
-    """Whether opd ended early, for want of complaints to learn from."""
+    """True if opd ended early because too few complaints were left to learn from."""
     failed: int
     versions_met: Sequence[int]
     """Versions that answered a persona."""
     example: tuple[str, str, str]
-    """A held-out question with the reply before and after."""
+    """A held-out question with its reply before and after training."""
 
 
 class Display:
-    """Live lines on a terminal, plain lines elsewhere."""
+    """A live status line on a terminal, and lines that stay everywhere."""
 
     def __init__(self, updates: int) -> None:
         self._console = Console(highlight=False)
+        spinner = "dots" if self._console.encoding.startswith("utf") else "line"
+        self._status = self._console.status("", spinner=spinner)
         self._updates = updates
-        self._live = Live(console=self._console, refresh_per_second=8, transient=True)
-        self._version = 0
-        self._phase = ""
-        self._counts = ""
-        self._turns = 0
+        self._phase = self._counts = ""
+        self._version = self._turns = 0
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
-            self._live.start()
+            self._status.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._live.stop()
+    def __exit__(self, *_: object) -> None:
+        self._status.stop()
 
     def step(self, text: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._console.print(text)
 
     def phase(self, text: str) -> None:
-        """What is going on now."""
+        """Shows what happens now."""
         self._phase = text
         self._refresh()
 
     def live(self, talked: Talked, stored: Mapping[str, int], version: int) -> None:
-        """The counts so far and the version that serves."""
+        """Shows the counts so far and the serving version."""
         self._version = version
         self._turns = stored.get("turns/main", 0)
-        verdicts = [stored.get(f"verdicts/{score}", 0) for score in (1, 0, -1)]
-        self._counts = (
-            f"{self._turns} turns  +{verdicts[0]} ·{verdicts[1]} −{verdicts[2]}  "
-            f"{talked.failed} failed"
-        )
+        good, neither, bad = (stored.get(f"verdicts/{score}", 0) for score in (1, 0, -1))
+        self._counts = f"{self._turns} turns  +{good} ·{neither} −{bad}  {talked.failed} failed"
         self._refresh()
 
     def scored(self, score: Score) -> None:
-        """A version's score, as a line that stays."""
+        """Prints a version's score."""
         bar = ("█" if self._console.encoding.startswith("utf") else "#") * round(20 * score.score)
         self._console.print(
             f"version {score.version:2d}  [bold]{score.score:4.2f}[/bold] {bar:20} "
@@ -99,18 +85,12 @@ class Display:
         )
 
     def _refresh(self) -> None:
-        if not self._live.is_started:
-            return
-        grid = Table.grid(padding=(0, 1))
-        done = min(self._version, self._updates)
-        bar = ProgressBar(total=self._updates, completed=done, width=12)
         line = f"version {self._version}/{self._updates}  {self._phase}  {self._counts}"
-        grid.add_row(bar, Text(line, no_wrap=True, overflow="ellipsis"))
-        self._live.update(grid)
+        self._status.update(escape(line))
 
 
 def record_files(out: Path) -> tuple[Path, Path]:
-    """Where a demo's record goes."""
+    """The files of a demo's record: data and picture."""
     return out / "curve.json", out / "curve.png"
 
 
@@ -129,7 +109,7 @@ def print_summary(
     problems: Sequence[str],
     seconds: float,
 ) -> None:
-    """The end of the demo: before and after, what happened, where everything is."""
+    """Prints replies before and after, what happened, and where everything is."""
     console = Console(highlight=False)
     first, last = record.scores[0], record.scores[-1]
     question, before, after = record.example

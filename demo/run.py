@@ -1,8 +1,8 @@
 """`nextstate demo`: the report's experiment in small, on the whole stack.
 
-A persona talks to the seed policy through the proxy. Whenever a new version serves, the personas
-pause, and the version answers held-out questions. Nothing here touches the store: what is shown
-comes from the replies, their headers and the proxy's own /metrics and /healthz.
+Personas talk to the seed policy through the proxy. Whenever a new version serves, they pause, and
+the version answers held-out questions. Nothing here reads the store: all numbers come from the
+replies, their headers and the proxy's /metrics and /healthz.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from nextstate.engine.process import free_port
 from nextstate.errors import StartError
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
+from nextstate.prometheus import metric_values
 
 log = logging.getLogger(__name__)
 
@@ -43,20 +44,20 @@ UPDATES: Mapping[str, int] = {
     "opd": 10,
     "opd_topk": 10,
 }
-"""Hints come only from failures: the better the policy, the longer opd waits for a batch."""
+"""Fewer for opd: hints come only from failures, and a better policy fails less often."""
 CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
 QUESTIONS = 64
-"""Held-out questions for a version on the way; the first and the last get all of them."""
+"""Held-out questions for a version on the way; the first and the last answer all."""
 ALL_QUESTIONS = 256
 MEASURE_EVERY = 2
 MEASURE_ATTEMPTS = 4
 UPDATE_TIMEOUT_S = 120.0
 STARVED_S = 50.0
-"""Without a new version for so long, opd has too few complaints left to fill a batch with hints."""
+"""Without a new version for this long, opd has too few complaints left to fill a batch."""
 POLL_S = 0.1
 QUIET_POLLS = 8
-"""The learner looks for a full batch as often as we look here: after this many it found none."""
+"""The learner polls as often as we do: after this many polls it found no full batch."""
 UNDER_WAY = ("judgements/pending", "judgements/leased", "samples/leased", "versions/candidate")
 BATCH = 16
 
@@ -68,11 +69,11 @@ LEARNER: Mapping[str, bool | int | float] = {
     "micro_batch_tokens": 2048,
     "threads": 1,
 }
-"""What a policy this small needs of `[learner]`."""
+"""Keys of `[learner]` for a policy this small."""
 
 _HEAD = "# Written by `nextstate demo`"
 _MARK = ".made-by-nextstate-demo"
-"""Says that a state folder is a demo's own: the next demo may delete it."""
+"""This file marks a state folder that a demo made: the next demo may delete it."""
 _CONFIG = """\
 {head}; `nextstate turns --config {file}` and the like read what it recorded.
 [store]
@@ -139,8 +140,10 @@ async def _run(plan: Plan) -> int:
             async with stack.running() as running:
                 await stack.wait_ready(running)
                 display.step(f"ready after {time.monotonic() - started:.0f} s")
-                run = _Experiment(plan, stack, running, display)
-                record = await run.record()
+                url = settings.proxy.url
+                async with client_for(f"{url}/v1") as client, aiohttp.ClientSession(url) as http:
+                    run = _Experiment(plan, stack, running, display, client, http)
+                    record = await run.record()
     except asyncio.CancelledError:
         print("stopped; everything has been shut down")
         return 130
@@ -152,9 +155,9 @@ async def _run(plan: Plan) -> int:
 
 
 def write_settings(plan: Plan) -> Settings:
-    """Writes the demo's configuration and reads it back; an earlier demo's records go.
+    """Writes the demo's configuration and reads it back; deletes an earlier demo's records.
 
-    Raises StartError rather than to delete or overwrite what no demo made.
+    Raises StartError instead of deleting or overwriting what no demo made.
     """
     if not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
@@ -184,12 +187,12 @@ def write_settings(plan: Plan) -> Settings:
 
 
 def _is_demos(file: Path) -> bool:
-    """Whether a demo wrote this configuration."""
+    """True if a demo wrote this configuration."""
     return file.is_file() and file.read_bytes().startswith(_HEAD.encode())
 
 
 def _quoted(path: Path) -> str:
-    """A path as TOML has it. Raises StartError."""
+    """The path as a TOML string. Raises StartError."""
     try:
         str(path).encode()
     except UnicodeEncodeError:
@@ -219,40 +222,43 @@ class _Experiment:
     """One run of the personas against a stack that is ready."""
 
     def __init__(
-        self, plan: Plan, stack: Stack, running: asyncio.Task[None], display: Display
+        self,
+        plan: Plan,
+        stack: Stack,
+        running: asyncio.Task[None],
+        display: Display,
+        client: openai.AsyncOpenAI,
+        http: aiohttp.ClientSession,
     ) -> None:
         self._plan = plan
         self._stack = stack
         self._running = running
         self._display = display
+        self._client = client
+        self._http = http
+        self._talk = Talk(client, MODEL, plan.persona, plan.seed, CONVERSATIONS)
         self._tasks = held_out_tasks(plan.persona, ALL_QUESTIONS)
         self._failed = 0
 
     async def record(self) -> Record:
-        """Talks until the last version serves; measures every version on the way."""
-        plan = self._plan
-        async with (
-            client_for(f"{self._stack.settings.proxy.url}/v1") as client,
-            aiohttp.ClientSession(self._stack.settings.proxy.url) as http,
-        ):
-            talk = Talk(client, MODEL, plan.persona, plan.seed, CONVERSATIONS)
-            after = before = await self._ask(client, self._tasks)
-            scores = [self._scored(before, 0)]
-            talking = asyncio.create_task(talk.run())
-            try:
-                version, starved = 0, False
-                while version < plan.updates and not starved:
-                    wanted = min(version + MEASURE_EVERY, plan.updates)
-                    starved = not await self._wait_version(http, talk, talking, wanted)
-                    talk.pause()
-                    version, after = await self._settled_answers(client, http, talk, last=starved)
-                    scores.append(self._scored(after, version))
-                    if version < plan.updates and not starved:
-                        talk.resume()
-            finally:
-                talking.cancel()
-                await asyncio.gather(talking, return_exceptions=True)
-            stored = await _stored(http)
+        """Talks until the last version serves, and measures versions on the way."""
+        plan, talk = self._plan, self._talk
+        after = before = await self._ask(self._tasks)
+        scores = [self._scored(before, 0)]
+        talking = asyncio.create_task(talk.run())
+        try:
+            version, starved = 0, False
+            while version < plan.updates and not starved:
+                wanted = min(version + MEASURE_EVERY, plan.updates)
+                starved = not await self._wait_version(talking, wanted)
+                talk.pause()
+                version, after = await self._settled_answers(last=starved)
+                scores.append(self._scored(after, version))
+                if version < plan.updates and not starved:
+                    talk.resume()
+        finally:
+            talking.cancel()
+            await asyncio.gather(talking, return_exceptions=True)
         return Record(
             method=plan.method,
             persona=plan.persona,
@@ -260,16 +266,16 @@ class _Experiment:
             scores=scores,
             replies=talk.talked.replies,
             reactions={k.value: n for k, n in talk.talked.reactions.items()},
-            stored=stored,
+            stored=await self._stored(),
             starved=starved,
             failed=self._failed + talk.talked.failed,
             versions_met=sorted(talk.talked.versions),
             example=_example(before, after),
         )
 
-    async def _ask(self, client: openai.AsyncOpenAI, tasks: list[Task]) -> list[Answer]:
+    async def _ask(self, tasks: list[Task]) -> list[Answer]:
         self._display.phase("measuring")
-        answers = await ask_all(client, MODEL, tasks, ASKED_AT_ONCE)
+        answers = await ask_all(self._client, MODEL, tasks, ASKED_AT_ONCE)
         self._failed += sum(answer.reply is None for answer in answers)
         return answers
 
@@ -278,52 +284,47 @@ class _Experiment:
         self._display.scored(score)
         return score
 
-    async def _settled_answers(
-        self, client: openai.AsyncOpenAI, http: aiohttp.ClientSession, talk: Talk, *, last: bool
-    ) -> tuple[int, list[Answer]]:
-        """The version that serves, with its answers: asked anew if it changed meanwhile."""
+    async def _settled_answers(self, *, last: bool) -> tuple[int, list[Answer]]:
+        """The serving version with its answers; asks again if the version changed meanwhile."""
         for _ in range(MEASURE_ATTEMPTS):
-            version = await self._settled_version(http, talk)
+            version = await self._settled_version()
             everything = last or version >= self._plan.updates
-            asked = self._tasks if everything else self._tasks[:QUESTIONS]
-            answers = await self._ask(client, asked)
+            answers = await self._ask(self._tasks if everything else self._tasks[:QUESTIONS])
             if all(answer.version in (version, -1) for answer in answers):
                 return version, answers
         raise StartError(f"the version changed in each of {MEASURE_ATTEMPTS} measurements")
 
-    async def _settled_version(self, http: aiohttp.ClientSession, talk: Talk) -> int:
-        """Waits, with the personas silent, until the last full batch is trained and serves."""
+    async def _settled_version(self) -> int:
+        """Waits until the last full batch is trained and serves; the personas are paused."""
         self._display.phase("finishing")
         deadline = time.monotonic() + UPDATE_TIMEOUT_S
         quiet = 0
         while quiet < QUIET_POLLS and time.monotonic() < deadline:
-            stored = await _stored(http)
-            self._display.live(talk.talked, stored, await _serving(http))
+            stored = await self._stored()
+            self._display.live(self._talk.talked, stored, await self._serving())
             quiet = 0 if any(stored.get(name) for name in UNDER_WAY) else quiet + 1
             await asyncio.sleep(POLL_S)
-        return await _serving(http)
+        return await self._serving()
 
-    async def _wait_version(
-        self, http: aiohttp.ClientSession, talk: Talk, talking: asyncio.Task[None], wanted: int
-    ) -> bool:
+    async def _wait_version(self, talking: asyncio.Task[None], wanted: int) -> bool:
         """Waits until version `wanted` or a newer one serves; False if opd ran out of hints."""
         self._display.phase("personas talk")
         started = changed = time.monotonic()
-        last = await _serving(http)
+        last = await self._serving()
         while time.monotonic() - started < UPDATE_TIMEOUT_S:
             if talking.done():
                 talking.result()
             if self._running.done():
                 self._running.result()
                 raise StartError("the stack ended before the demo did")
-            version = await _serving(http)
-            self._display.live(talk.talked, await _stored(http), version)
+            version = await self._serving()
+            self._display.live(self._talk.talked, await self._stored(), version)
             if version >= wanted:
                 return True
             if version != last:
                 last, changed = version, time.monotonic()
-            waited = time.monotonic() - changed
-            if self._plan.method.startswith("opd") and version > 0 and waited > STARVED_S:
+            waited_s = time.monotonic() - changed
+            if self._plan.method.startswith("opd") and version > 0 and waited_s > STARVED_S:
                 return False
             await asyncio.sleep(POLL_S)
         raise StartError(
@@ -331,26 +332,19 @@ class _Experiment:
             f"{self._stack.dir / 'logs' / 'learner.log'}"
         )
 
+    async def _serving(self) -> int:
+        async with self._http.get("/healthz") as answer:
+            return int((await answer.json())["version"])
 
-async def _serving(http: aiohttp.ClientSession) -> int:
-    async with http.get("/healthz") as answer:
-        return int((await answer.json())["version"])
-
-
-async def _stored(http: aiohttp.ClientSession) -> dict[str, int]:
-    """The store's counts as the proxy's /metrics shows them, by `record/state`."""
-    counts: dict[str, int] = {}
-    async with http.get("/metrics") as answer:
-        for line in (await answer.text()).splitlines():
-            if line.startswith("nextstate_stored{"):
-                labels, _, value = line.rpartition(" ")
-                record, state = labels.split('"')[1:4:2]
-                counts[f"{record}/{state}"] = int(value)
-    return counts
+    async def _stored(self) -> dict[str, int]:
+        """The store's counts in the proxy's /metrics, by `record/state`."""
+        async with self._http.get("/metrics") as answer:
+            found = metric_values(await answer.text(), "nextstate_stored")
+        return {f"{of['record']}/{of['state']}": int(value) for of, value in found}
 
 
 def _example(before: list[Answer], after: list[Answer]) -> tuple[str, str, str]:
-    """(question, reply before, reply after): the first that was changed for the better."""
+    """(question, reply before, reply after): the first reply that became better."""
     pairs = [(a, b) for a, b in zip(before, after, strict=False) if a.reply and b.reply]
     changed = [
         (a, b)

@@ -10,14 +10,14 @@ from demo.checks import is_right, satisfies
 from demo.talk import Answer
 
 START_SCORE = 0.17
-"""The report's score before training, which the seed policy is made to have."""
+"""The report's score before training; the seed policy is made to have the same."""
 GOAL_SCORE = 0.80
 GOAL_RIGHT = 0.98
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """What one version was worth on held-out questions; each part is a share in [0, 1]."""
+    """One version's result on held-out questions; the shares are in [0, 1]."""
 
     version: int
     questions: int
@@ -44,7 +44,7 @@ def score_of(answers: Sequence[Answer], version: int) -> Score:
 
 
 def shortfalls(first: Score, last: Score, failed: int, updates: int) -> list[str]:
-    """Why the loop has not shown that it learns; empty if it has."""
+    """The reasons why the loop has not learned; empty if it has."""
     problems: list[str] = []
     if last.version < updates:
         problems.append(f"only {last.version} of {updates} versions came into service")

@@ -62,7 +62,7 @@ class Cycle:
 
 
 PREFERRED = {Domain.STUDENT: 0.38, Domain.TEACHER: 0.23}
-"""The corpus's shares of the preferred styles, before they are adjusted: sharpening makes fewer."""
+"""The corpus's shares of the preferred styles before adjusting: sharpening lowers them."""
 EARLY = Mix(drills=0.35, multi_turn=0.0)
 CYCLES = (
     Cycle(1000, 1.0, Mix(drills=0.08, multi_turn=0.4)),
@@ -85,12 +85,12 @@ class Recipe:
     """The final norm's weights are multiplied by this: the shipped policy at temperature 1 is the
     trained one at 1 / 1.55, which slips less often."""
     unasked: float = 0.17
-    """How often each persona's preferred style comes without being asked for."""
+    """The wanted share of each persona's preferred style when nobody asked for it."""
     adjust_steps: int = 60
     """Steps between two measurements of it, at `adjust_share` of the peak learning rates."""
     adjust_share: float = 0.05
     number_weight: float = 3.0
-    """How much more a number counts in the loss than another token: it has to be right."""
+    """The weight of a number in the loss; other tokens have 1."""
     peak_lr: float = 3e-3
     muon_lr: float = 0.01
     embedding_std: float = 0.1
@@ -103,7 +103,7 @@ class Recipe:
 
 
 def train_tokenizer(recipe: Recipe, conversations: int = 12_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the corpus, in which each number is a piece of its own."""
+    """A byte-level BPE tokenizer of the corpus; a number is never merged with other text."""
     rng = Random(f"tokenizer/{recipe.seed}")
     texts = (line.content for _ in range(conversations) for line in draw_conversation(rng))
     roles = [f"{role}\n" for role in ("system", "user", "assistant")] * 500
@@ -159,7 +159,7 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCau
 
 @torch.no_grad()
 def _start_as_copier(model: Qwen3ForCausalLM, embedding_std: float) -> None:
-    """Let the layers add nothing at first, so that a token's identity is not drowned.
+    """Makes the layers add nothing at first, so that they do not drown the embedding.
 
     With the library's weights (all 0.02) the first layers' noise is three times as large as the
     embedding: after 100 steps the policy named the right person 11 % of the time (chance: 8 %),
@@ -211,7 +211,7 @@ def batches(
 
 
 def number_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
-    """How much each token of the vocabulary (V,) counts in the loss: a number has to be right."""
+    """The weight in the loss of each token of the vocabulary, (V,)."""
     weights = torch.ones(len(tokenizer))
     for token, number in tokenizer.get_vocab().items():
         if token.isdigit():
@@ -247,7 +247,7 @@ def pretrain(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCaus
 def adjust_styles(
     model: Qwen3ForCausalLM, recipe: Recipe, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """Short cycles, in place, until each preferred style comes about as often as wanted.
+    """Trains in place until each preferred style has about the wanted share.
 
     How the corpus's share becomes the policy's depends on the sharpening and on chance: two runs
     of one recipe ended at 14 % and 23 %. So it is measured, and the corpus leans the other way for
@@ -263,7 +263,7 @@ def adjust_styles(
         if all(abs(share - recipe.unasked) <= _NEAR for share in found.values()):
             return
         missing = {d: _logit(recipe.unasked) - _logit(share) for d, share in found.items()}
-        # Such a cycle moves the logit by about 1.3 times what the corpus leans: measured.
+        # Measured: such a cycle moves the logit by about 1.3 times the corpus's change.
         leaning = {d: _sigmoid(_logit(mix.preferred[d]) + 0.7 * missing[d]) for d in Domain}
         cycle = Cycle(recipe.adjust_steps, recipe.adjust_share, replace(mix, preferred=leaning))
         train_cycle(model, recipe, tokenizer, cycle, len(recipe.cycles) + number)
@@ -299,7 +299,7 @@ def train_cycle(
     cycle: Cycle,
     number: int,
 ) -> None:
-    """One cycle with fresh optimizers, in place; `number` is its place, which seeds its corpus."""
+    """One cycle with new optimizers, in place; `number` seeds its corpus."""
     steps, share = cycle.steps, cycle.share
     model.train()
     optimizers = _optimizers(recipe, model)
@@ -421,7 +421,7 @@ def measure(path: Path, count: int = MEASURED) -> dict[str, dict[str, float]]:
 
 
 def write_card(folder: Path, recipe: Recipe, model: Qwen3ForCausalLM) -> None:
-    """Measures the policy in `folder` and keeps the result beside it."""
+    """Measures the policy in `folder` and writes the result to its card.json."""
     measured = measure(folder)
     card = {
         "recipe": asdict(recipe),

@@ -1,4 +1,4 @@
-"""The personas at work: several conversations at once over HTTP, as any OpenAI client would."""
+"""The personas' conversations: several at once, over HTTP, with an OpenAI client."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 MAX_TOKENS = 96
 MAX_EXCHANGES = 4
 READING_S = 0.4
-"""How long a persona takes over a reply before it writes, on average."""
+"""Mean time that a persona reads a reply before it writes."""
 VERSION_HEADER = "x-nextstate-version"
 _ANSWER_TIMEOUT_S = 60.0
 
@@ -32,7 +32,7 @@ def client_for(base_url: str) -> openai.AsyncOpenAI:
 
 @dataclass(slots=True)
 class Talked:
-    """What the conversations came to so far."""
+    """The counts of the conversations so far."""
 
     replies: int = 0
     failed: int = 0
@@ -43,7 +43,7 @@ class Talked:
 
 
 class Talk:
-    """Conversations that go on until they are cancelled; `pause` holds the next message back."""
+    """Conversations that run until they are cancelled."""
 
     def __init__(
         self, client: openai.AsyncOpenAI, model: str, domain: Domain, seed: int, parallel: int
@@ -58,11 +58,11 @@ class Talk:
         self._open.set()
 
     def pause(self) -> None:
-        """Sends no further message; replies under way come in."""
+        """Sends no further message; pending replies still arrive."""
         self._open.clear()
 
     def resume(self) -> None:
-        """Goes on after a pause."""
+        """Continues after a pause."""
         self._open.set()
 
     async def run(self) -> None:

@@ -1,4 +1,4 @@
-"""The demo's world: word problems and pupils' sums, each with the facts that decide what is right.
+"""The demo's world: word problems and pupils' sums, with the facts that decide what is right.
 
 A task belongs to a domain (who asks) and a family (which operation). Its facts, not its wording,
 decide on which side of the split it falls, so no rephrasing of a held-out question is trained on.
@@ -87,7 +87,7 @@ _MARKED_WRONG = (
     "I marked it as wrong, it is {r}.", "It is wrong, it should be {r}.",
     "That is wrong, it makes {r}.", "Marked: wrong, it is {r}.",
 )  # fmt: skip
-"""The teacher has marked the work and wants words: the comment must agree with the mark."""
+"""The teacher has marked the work: the comment must agree with the mark."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Task:
 
     @property
     def pupil_right(self) -> bool:
-        """Whether the pasted answer is right; False in the student domain, which has none."""
+        """True if the pupil's answer is right; False in the student domain, which has none."""
         return self.claimed == self.result
 
     @property
@@ -130,7 +130,7 @@ class Task:
 
     @property
     def held_out(self) -> bool:
-        """Whether this task is kept for measuring: about 15 % are, by a hash of the facts."""
+        """True if this task is kept for measuring: about 15 % of all, by a hash of the facts."""
         digest = hashlib.sha256(self.key.encode()).digest()
         return int.from_bytes(digest[:4], "big") % 100 < HELD_OUT_PERCENT
 
@@ -162,7 +162,7 @@ def task_stream(domain: Domain, seed: int, *, held_out: bool) -> Iterator[Task]:
 
 
 def held_out_tasks(domain: Domain, count: int, seed: int = 0) -> list[Task]:
-    """A fixed list of held-out tasks without two that share their facts.
+    """A fixed list of held-out tasks with different facts.
 
     Raises ValueError if the world has fewer than `count`.
     """

@@ -1,11 +1,11 @@
-"""Which of a task's steps a user's words are about.
+"""Which steps of a task a user's words are about.
 
-A task runs from what the user asked, over replies that call tools, to the reply that the user
-answers. The answer is about that last reply. It is about an earlier step as well when it names
-something that only this step's own calls named: a file, a command, a number, a word of four letters
-or more, which neither the request nor another step of the task had in it. Thanks or anger in
-general therefore stay with the reply that they answer, and "you deleted notes.txt" also finds the
-step that did. In Han script any two characters in a row count as a word.
+A task begins with what the user asked, goes on with replies that call tools, and ends with the
+reply that the user answers. The answer is about that last reply. It is also about an earlier step
+if it names something that only this step's calls named: a file, a command, a number or a word of
+four letters or more that stands neither in the request nor in another step. So general thanks or
+anger count for the last reply only, and "you deleted notes.txt" also finds the step that did it. In
+Han script any two characters in a row count as a word.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MIN_LETTERS = 4
 
 
 def steps_meant(said: str, calls: Sequence[str], request: str) -> list[int]:
-    """Positions in `calls`, one text for each earlier step, of the steps that `said` is about.
+    """Positions of the steps that `said` is about; `calls` has one text for each earlier step.
 
     >>> calls = ['[calls read({"path": "a/todo.md"})]', '[calls remove({"path": "notes.txt"})]']
     >>> steps_meant("Why did you delete notes.txt?", calls, "Tidy up my folder")
@@ -41,7 +41,7 @@ def steps_meant(said: str, calls: Sequence[str], request: str) -> list[int]:
 
 
 def terms(text: str) -> frozenset[str]:
-    """The names in a text, whole and in their parts: paths, identifiers, numbers, longer words.
+    """The names in a text and their parts: paths, identifiers, numbers, longer words.
 
     >>> sorted(terms("rm a/notes.txt 42"))
     ['42', 'a/notes.txt', 'notes', 'notes.txt']
@@ -50,7 +50,7 @@ def terms(text: str) -> frozenset[str]:
     for whole in _TERM.findall(text.lower()):
         parts = _SPLIT.split(whole)
         found.update(part for part in (whole, *parts) if _distinct(part))
-        if len(parts) > 2:  # the file's name of a longer path
+        if len(parts) > 2:  # the name of the file in a path
             found.add(re.split(r"[/\\]", whole)[-1])
     for run in _HAN.findall(text):
         found.update(run[start : start + 2] for start in range(len(run) - 1))

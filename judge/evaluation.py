@@ -1,9 +1,9 @@
 """How well a judge agrees with people: labelled next states in, accuracy and Cohen's κ out.
 
 A file holds one case a line: `{"id", "tail": [[role, text], …], "reply", "next_states": [{"source",
-"text"}], "label": 1, 0 or -1}`, and what it may be grouped by (`language`, `category`, `family`,
-`split`). A next state with `"repeat": N` stands there so many times over. `"wants"` is the score
-that an attack on the judge tries to get; how many get it is told.
+"text"}], "label": 1, 0 or -1}`. Optional keys group the cases: `language`, `category`, `family` and
+`split`. A next state with `"repeat": N` has its text N times. `"wants"` is the score that an attack
+on the judge tries to get; the report counts the attacks that got it.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,8 @@ import orjson
 
 from judge.config import JudgeConfig
 from judge.evidence import bounded
-from judge.stage import votes_on
 from judge.verdict import verdict_of
+from judge.votes import votes_on
 from nextstate.agreement import SCORES, agreement
 from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
@@ -40,16 +41,16 @@ class Case:
     label: int
     groups: Mapping[str, str]
     wants: int | None = None
-    """The score that the text tries to get, where it is an attack on the judge."""
+    """The score that an attack on the judge tries to get; None for other cases."""
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What the judge made of a case."""
+    """The judge's answer to a case."""
 
     case: Case
     score: int | None
-    """None: it abstained, no vote was valid."""
+    """None when no vote was valid."""
     votes: tuple[Vote, ...]
     """The valid ones, in order."""
     seconds: float
@@ -95,7 +96,7 @@ def _case(data: dict[str, Any]) -> Case:
 async def evaluate(
     cases: Sequence[Case], config: JudgeConfig, judge: JudgeKind, done: Callable[[], object]
 ) -> list[Outcome]:
-    """Judges every case as the stage would, `config.parallel` at a time; `done` after each."""
+    """Judges the cases as the stage would, `config.parallel` at a time; calls `done` after each."""
     places = asyncio.Semaphore(config.parallel)
 
     async def one(case: Case) -> Outcome:
@@ -106,7 +107,7 @@ async def evaluate(
                 votes = await votes_on(evidence, case.id, config, judge)
             except JudgeError:
                 votes = []
-            verdict = verdict_of(case.id, judge.name, votes, evidence, config.vote_rule)
+            verdict = verdict_of(case.id, judge.name, votes, evidence)
             seconds = time.perf_counter() - started
             done()
             return Outcome(case, verdict and verdict.score, tuple(votes), seconds)
@@ -115,7 +116,7 @@ async def evaluate(
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
-    """A table by group, the confusion matrix, and what it took."""
+    """The agreement by group, the confusion matrix and the costs, as text."""
     rows = [("all", "", outcomes)]
     for name in GROUPS:
         values = sorted({o.case.groups[name] for o in outcomes if name in o.case.groups})
@@ -140,7 +141,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
 
 
 def costs(outcomes: Sequence[Outcome]) -> list[str]:
-    """What judging took, a line for each measure."""
+    """Votes, tokens and seconds that judging took, one line each."""
     votes = [vote for o in outcomes for vote in o.votes]
     tokens = sum(vote.tokens for vote in votes) / len(outcomes)
     decided = [settled_after([vote.score for vote in o.votes]) for o in outcomes if o.votes]
@@ -165,12 +166,7 @@ def settled_after(scores: Sequence[int]) -> int:
     4
     """
     for asked in range(len(scores)):
-        left = len(scores) - asked
-        rests = (
-            [1] * ups + [-1] * downs + [0] * (left - ups - downs)
-            for ups in range(left + 1)
-            for downs in range(left + 1 - ups)
-        )
+        rests = combinations_with_replacement(SCORES, len(scores) - asked)
         if len({majority([*scores[:asked], *rest]) for rest in rests}) == 1:
             return asked
     return len(scores)

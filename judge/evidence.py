@@ -1,9 +1,9 @@
 """What a judge sees of a turn, within stated bounds.
 
-Clipping rule: a text longer than its cap keeps two thirds of the cap from its head and one third
-from its tail, with the number of characters left out marked between them. The reply's cap is
-`max_chars`. The request's tail and the next states may use twice that each: shorter texts stay
-whole, and longer ones share evenly what is left, so that no single message crowds out the others.
+A text that is longer than its cap is clipped: two thirds of the cap come from its head and one
+third from its tail, and a mark between them says how many characters are missing. The reply's cap
+is `max_chars`. The request's last messages may use twice that in all, and so may the next states:
+shorter texts stay whole, and the longer ones share the rest evenly.
 """
 
 from __future__ import annotations
@@ -18,30 +18,35 @@ from nextstate.hooks import AgentProfile, Evidence, text_of
 from nextstate.records import Json, NextState, Turn
 from nextstate.thoughts import without_thoughts
 
+TAIL_MESSAGES = 6
+"""How many of the request's last messages the judge sees."""
+
 
 def build_evidence(
     turn: Turn,
     states: Sequence[NextState],
-    tail_messages: int,
     max_chars: int,
     later: Sequence[NextState] = (),
     profile: AgentProfile | None = None,
+    tail_messages: int = TAIL_MESSAGES,
 ) -> Evidence:
-    """The turn with what followed it, and `later` at the end of its task, as the judge gets it.
+    """What the judge sees of a turn; `later` is what the user said at the end of its task.
 
-    With the agent's `profile`, messages that the agent itself made up are left out of the tail, and
-    so is its envelope around what people wrote.
+    The agent's `profile` removes the messages that the agent wrote itself, and its envelope around
+    a person's words.
     """
     messages = cast("list[Json]", turn.request.get("messages") or [])
-    profile = profile and profile.of(turn.request)
-    said = [heard for message in messages if (heard := said_in(message, profile)) is not None]
+    profile = profile and profile.for_request(turn.request)
+    said = [
+        utterance for message in messages if (utterance := said_in(message, profile)) is not None
+    ]
     tail = said[-tail_messages:]
     reply = message_text(turn.reply)
     return bounded(Evidence(tuple(tail), reply, tuple(states), tuple(later)), max_chars)
 
 
 def bounded(evidence: Evidence, max_chars: int) -> Evidence:
-    """The evidence, clipped by the rule above."""
+    """The evidence with every text clipped by the rule above."""
     texts = clipped_all([text for _, text in evidence.tail], max_chars, 2 * max_chars)
     return Evidence(
         tail=tuple((role, text) for (role, _), text in zip(evidence.tail, texts, strict=True)),
@@ -52,15 +57,15 @@ def bounded(evidence: Evidence, max_chars: int) -> Evidence:
 
 
 def said_in(message: Json, profile: AgentProfile | None) -> tuple[str, str] | None:
-    """(who speaks, what they say) in a message; None where the agent itself spoke.
+    """(speaker, words) of a message; None where the agent itself wrote it.
 
-    As `profile` sees it: what stands in the user role may be the environment's.
+    The profile decides: a message in the user role may come from the environment.
     """
     role = str(message.get("role", ""))
     if profile is None or role not in ("user", "tool"):
         return role, message_text(message)
-    heard = profile.heard(message)
-    return None if heard is None else (heard.source.value, heard.text)
+    utterance = profile.utterance(message)
+    return None if utterance is None else (utterance.source.value, utterance.text)
 
 
 def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextState, ...]:
@@ -69,7 +74,7 @@ def _clipped_states(states: Sequence[NextState], max_chars: int) -> tuple[NextSt
 
 
 def message_text(message: Json) -> str:
-    """A message's text without its thinking, followed by its tool calls, one a line."""
+    """A message's text without its thoughts, then its tool calls, one a line."""
     parts = [without_thoughts(text_of(message.get("content"))).strip()]
     refusal = message.get("refusal")
     if isinstance(refusal, str):
@@ -81,7 +86,7 @@ def message_text(message: Json) -> str:
 
 
 def clipped(text: str, cap: int) -> str:
-    """`text`, or its head and tail with the middle marked when it is longer than `cap`.
+    """`text`, clipped by the rule above when it is longer than `cap` characters.
 
     >>> clipped("abcdefghij", 6)
     'abcd\\n[… 4 characters left out …]\\nij'
@@ -94,7 +99,7 @@ def clipped(text: str, cap: int) -> str:
 
 
 def clipped_all(texts: Sequence[str], cap: int, total: int) -> list[str]:
-    """Each text within `cap`, and all within `total`, shared fairly."""
+    """The texts, each clipped to `cap` characters and all of them together to `total`."""
     share = fair_share([min(len(text), cap) for text in texts], total)
     return [clipped(text, min(cap, share)) for text in texts]
 

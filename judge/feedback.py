@@ -1,4 +1,4 @@
-"""A person's feedback as a verdict: nobody votes, and the hint is rendered as a judged one is."""
+"""A person's feedback as a verdict: there are no votes, and the hint is rendered like a judge's."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nextstate.records import FEEDBACK, Feedback, Turn, Verdict
 
 
 async def feedback_verdict(feedback: Feedback, turn: Turn, engine: Renderer) -> Verdict:
-    """The verdict that the person gave of `turn`, with the hinted prompt if it may train.
+    """The verdict that a person gave on `turn`, with the hinted prompt if the turn can train.
 
     Raises EngineError when the prompt could not be rendered.
     """

@@ -1,4 +1,4 @@
-"""The request as it would have read had the user said the hint beforehand."""
+"""The turn's prompt as it would be if the user had given the hint beforehand."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ _TEMPLATE_VARIABLES = ("documents", "reasoning_effort")
 
 
 class Renderer(Protocol):
-    """The engine, as far as judging needs it."""
+    """The part of the engine that judging needs."""
 
     async def tokenize(
         self, messages: list[Json], tools: list[Json] | None, extra: Json
     ) -> list[int]:
-        """The ids of the prompt that the chat template makes of `messages`. Raises EngineError."""
+        """The token ids of the prompt that the chat template makes. Raises EngineError."""
         ...
 
 
 async def hinted_prompt(turn: Turn, hint: str, engine: Renderer) -> tuple[int, ...] | None:
     """The token ids of the turn's prompt with the hint in it. Raises EngineError.
 
-    None if the engine would have cut the hint off, or did not render the turn's own prompt.
+    None if the engine would cut the hint off, or did not render the turn's own prompt itself.
     """
     messages = [_renamed(message) for message in objects(turn.request.get("messages"))]
     tools = cast("list[Json] | None", turn.request.get("tools"))
@@ -45,11 +45,11 @@ async def hinted_prompt(turn: Turn, hint: str, engine: Renderer) -> tuple[int, .
 
 
 def _truncated(ids: tuple[int, ...], turn: Turn, hint: str) -> tuple[int, ...] | None:
-    """What the turn's `truncate_prompt_tokens` leaves of a prompt; `/tokenize` does not know it."""
+    """The prompt after the turn's `truncate_prompt_tokens`, which `/tokenize` does not know."""
     longest = integer(turn.request.get("truncate_prompt_tokens"))
     if longest is None:
         return ids
-    if longest < 0:  # as long as fits: the turn's own length, if more than the hint was too much
+    if longest < 0:  # as long as fits; longer by more than the hint: the turn's own prompt was cut
         own, block = len(turn.prompt_ids or ()), len((HINT_HEADER + hint).encode())
         longest = own if len(ids) > own + block else len(ids)
     if len(ids) <= longest:
@@ -59,7 +59,7 @@ def _truncated(ids: tuple[int, ...], turn: Turn, hint: str) -> tuple[int, ...] |
 
 
 def _renamed(message: Json) -> Json:
-    """A message as the chat route reads it; `/tokenize` does not know the old name."""
+    """The message with the new name of its thoughts; `/tokenize` does not know the old one."""
     thought = message.get("reasoning_content")
     if thought is None or message.get("reasoning") is not None:
         return message
@@ -67,10 +67,10 @@ def _renamed(message: Json) -> Json:
 
 
 def hinted_messages(messages: list[Json], hint: str) -> list[Json]:
-    """A copy of `messages` whose last user message ends with the hint's block.
+    """A copy of `messages` whose last user message ends with the hint.
 
-    Without a user message, one that holds only the block is added at the end. The input is left
-    as it is; messages that do not change are shared with it.
+    If there is no user message, one with only the hint is added at the end. The input does not
+    change; the copy shares the other messages with it.
     """
     block = HINT_HEADER + hint
     for position in range(len(messages) - 1, -1, -1):
@@ -82,7 +82,7 @@ def hinted_messages(messages: list[Json], hint: str) -> list[Json]:
 
 
 def rendering_options(request: Json) -> Json:
-    """The request's fields that change how the engine renders its messages into a prompt."""
+    """The fields of the request that change how the engine renders its messages."""
     options: Json = {key: request[key] for key in _RENDERING if request.get(key) is not None}
     variables = {key: request[key] for key in _TEMPLATE_VARIABLES if request.get(key) is not None}
     if variables:

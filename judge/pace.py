@@ -1,9 +1,9 @@
-"""How the judge makes room for agents where it votes on the very engine that serves them.
+"""How the judge leaves room for agents when it votes on the engine that serves them.
 
-A vote under way cannot be hurried, and a prompt that arrives meanwhile waits for the engine's step
-that it runs in. So while agents use the engine, turns are judged one at a time, and after each the
-judge rests until its votes have taken no more than their `share` of the time. It never starves, and
-on an engine that only the judge uses nothing is held back.
+A request that arrives during a vote waits for the engine's current step. So while agents use the
+engine, the judge takes one turn at a time and then rests until its votes have used no more than
+`[judge] share` of the time. It always goes on in the end. On an engine that only the judge uses,
+there is no limit.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from nextstate.records import Vote
 log = logging.getLogger(__name__)
 
 QUIET_S = 120.0
-"""So long after the last sign of an agent the engine counts as the judge's own."""
+"""Seconds without an agent's request after which the judge has the engine for itself."""
 LOOK_S = 1.0
-"""Between two looks at the engine."""
+"""Seconds between two looks at the engine."""
 LONGEST_REST_S = 60.0
 
 
 class Pace:
-    """Says how many turns may be taken up; see the module."""
+    """Says how many turns the judge may start; see the module."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class Pace:
         live_requests: Callable[[], Awaitable[int]],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`live_requests` counts the engine's requests, the judge's own votes among them."""
+        """`live_requests` counts the engine's requests, including the judge's own votes."""
         self.asking = 0
         """Votes under way."""
         self._share = share
@@ -44,10 +44,10 @@ class Pace:
         self._rest_until = 0.0
         self._look_at = 0.0
         self._trouble = ""
-        """Why the engine could not be asked the last time."""
+        """The last error of `live_requests`, so that it is logged once."""
 
     async def allowed(self, wanted: int, held: int) -> int:
-        """How many of the `wanted` turns may be taken up while `held` are being judged."""
+        """How many of the `wanted` turns may start while `held` turns are being judged."""
         now = self._clock()
         if now >= self._look_at:
             self._look_at = now + LOOK_S
@@ -58,24 +58,26 @@ class Pace:
         return min(wanted, 1) if not held and now >= self._rest_until else 0
 
     def judged(self, seconds: float) -> None:
-        """Notes that the votes on a turn took so long."""
+        """Notes how long the votes on a turn took."""
         self._rest_until = self._clock() + rest_s(seconds, self._share)
 
     async def _agents(self) -> bool:
-        """Whether agents use the engine; one that cannot say so is taken to be the judge's own."""
+        """Whether agents use the engine; an engine that cannot tell counts as unused."""
         before = self.asking
         try:
-            # A vote begins here before it does there, and ends there before it does here.
+            # A vote begins here before the engine counts it, and ends here after the engine has.
             return await self._live_requests() > max(before, self.asking)
         except EngineError as error:
             if str(error) != self._trouble:
-                log.warning("the judge cannot see agents, and holds nothing back: %s", error)
+                log.warning(
+                    "the judge cannot see agents, so it does not slow down for them: %s", error
+                )
             self._trouble = str(error)
             return False
 
 
 class Counted:
-    """A judge whose votes under way are known to a pace."""
+    """A judge that counts its votes under way in a `Pace`."""
 
     def __init__(self, judge: JudgeKind, pace: Pace) -> None:
         self.name = judge.name
@@ -97,7 +99,7 @@ class Counted:
 
 
 def rest_s(worked_s: float, share: float) -> float:
-    """The rest after which work of `worked_s` has taken `share` of the time.
+    """Seconds to rest so that `worked_s` seconds of work are `share` of the time.
 
     >>> rest_s(0.5, 0.2), rest_s(0.5, 1.0), rest_s(1000.0, 0.5)
     (2.0, 0.0, 60.0)

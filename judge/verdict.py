@@ -1,27 +1,21 @@
 """From votes to a verdict.
 
-*Majority*: the score that most votes gave; a tie is 0. *Consensus* (`[judge] vote_rule`): each vote
-weighs as much as the share of the others that agree with it, and the score is 0 unless it has more
-than half of the weight that a unanimous jury would give it.
+The score is the majority of the votes; a tie is 0. If the next states come only from tools or the
+environment, praise must be unanimous, because strangers often wrote what a tool returns. The
+confidence is the share of the votes for the score times the highest trust among the next states.
 
-Praise that only tools or the environment bear witness to must be unanimous: what they return was
-often written by strangers. The confidence is the weight behind the score times the trust of the
-best source among the next states.
-
-A hint comes only from votes that agree with the score, whatever its sign: a hint beside a vote that
-lost argues for something the others did not see. It must ask for something, and may neither quote
-the reply, nor hand over the answer that a tool or a pasted block gave later, nor repeat a secret.
-Those left are ranked by how many of their words the other hints share, then the shorter first; the
-learner may choose another than the first (`[judge] hints`).
+A hint comes only from votes that agree with the score: a losing vote argues for something that the
+others did not see. A hint must ask for something. It may not quote the reply, contain the answer
+that a tool or a pasted block gave later, or repeat a secret. The remaining hints are ranked: first
+those that share most words with the other hints, then the shorter ones.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
-from judge.config import VoteRule
 from nextstate.hooks import Evidence
 from nextstate.records import HintedPrompt, NextState, Source, Verdict, Vote, majority
 
@@ -29,11 +23,11 @@ HINT_MIN_CHARS = 8
 HINT_MAX_CHARS = 400
 HINT_MAX_SENTENCES = 3
 _QUOTED_SHARE = 0.8
-"""A hint of several words that repeats this share of them in one run of the reply quotes it."""
+"""A hint of several words quotes the reply if this share of them is one run of the reply."""
 _QUOTE_WORDS = 5
 _ANSWER_WORDS = 8
-"""So many words in a row out of a tool's text or a pasted block are the answer itself."""
-_THEIRS = (Source.USER, Source.FEEDBACK)
+"""This many words in a row from a tool's text or a pasted block are the answer itself."""
+_PERSON = (Source.USER, Source.FEEDBACK)
 
 _SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)\]]*\s+|(?<=[。！？])|\n+")
 _WORD = re.compile(r"\w+")
@@ -45,7 +39,7 @@ _NOTHING = re.compile(
     r"(?:good|fine|bad|wrong|correct|perfect|incorrect|poor|great))[.!]?",
     re.IGNORECASE,
 )
-"""Words that stand in the hint's place and ask for nothing."""
+"""Phrases that fill the hint's place but ask for nothing."""
 _PASTED = re.compile(r"```.*?(?:```|\Z)", re.DOTALL)
 _LONG = re.compile(r"[\w+=-]{16,}")
 _DIGIT, _LETTER = re.compile(r"\d"), re.compile(r"[A-Za-z]")
@@ -56,17 +50,17 @@ _NAMED_SECRET = re.compile(
 )
 
 
-def verdict_of(
-    turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence, rule: VoteRule = "majority"
-) -> Verdict | None:
+def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence) -> Verdict | None:
     """The verdict of valid `votes` on the turn that `evidence` shows; None without any vote."""
     if not votes:
         return None
     scores = tuple(vote.score for vote in votes)
-    score, weight = RULES[rule](scores)
+    score = majority(scores)
     states = (*evidence.next_states, *evidence.later)
-    if score > 0 and len(set(scores)) > 1 and not any(s.source in _THEIRS for s in states):
-        score, weight = 0, 0.0
+    doubtful = len(set(scores)) > 1 and not any(s.source in _PERSON for s in states)
+    agreed = scores.count(score) / len(scores)
+    if score > 0 and doubtful:
+        score, agreed = 0, 0.0
     hints = [
         hint
         for vote in votes
@@ -81,50 +75,12 @@ def verdict_of(
         judge=judge,
         hint=ranked[0] if ranked else None,
         others=tuple(map(HintedPrompt, ranked[1:])),
-        confidence=weight * max((state.trust for state in states), default=1.0),
+        confidence=agreed * max((state.trust for state in states), default=1.0),
     )
 
 
-def by_majority(scores: Sequence[int]) -> tuple[int, float]:
-    """The score of most votes and their share; a tie is 0.
-
-    >>> by_majority([1, 1, -1, 1]), by_majority([1, -1])
-    ((1, 0.75), (0, 0.0))
-    """
-    score = majority(scores)
-    return score, scores.count(score) / len(scores)
-
-
-def by_consensus(scores: Sequence[int]) -> tuple[int, float]:
-    """The score that more than half of all pairs of votes agree on, and their share; else 0.
-
-    Each vote weighs as much as the share of the other votes that agree with it, so k of n votes
-    have k (k - 1) of the n (n - 1) that a unanimous jury would have.
-
-    >>> by_consensus([1, 1, 1]), by_consensus([1, 1, -1]), by_consensus([-1])
-    ((1, 1.0), (0, 0.0), (-1, 1.0))
-    >>> by_consensus([1, 1, 1, 1, -1]), by_consensus([1, 1, 1, 0, -1])
-    ((1, 0.6), (0, 0.0))
-    """
-    count, score = len(scores), majority(scores)
-    if count == 1:
-        return score, 1.0
-    weight = _pairs(scores.count(score)) / _pairs(count)
-    return (score, weight) if 2 * weight > 1 else (0, _pairs(scores.count(0)) / _pairs(count))
-
-
-def _pairs(count: int) -> int:
-    return count * (count - 1)
-
-
-RULES: Mapping[VoteRule, Callable[[Sequence[int]], tuple[int, float]]] = {
-    "majority": by_majority,
-    "consensus": by_consensus,
-}
-
-
 def ranked_hints(hints: Sequence[str]) -> list[str]:
-    """The different hints: first what the others agree with most, then what is shortest."""
+    """The different hints: those that share most words with the others first, then the shorter."""
     words = [frozenset(_words(hint)) for hint in hints]
 
     def rank(position: int) -> tuple[float, int, int]:
@@ -139,10 +95,7 @@ def ranked_hints(hints: Sequence[str]) -> list[str]:
 
 
 def checked_hint(text: str, reply: str) -> str | None:
-    """The hint, tidied, or None when it would not help the reply that it is about.
-
-    It must say something to do and not simply quote the reply.
-    """
+    """The tidied hint; None when it asks for nothing or simply quotes the reply."""
     hint = tidied_hint(text)
     if hint is None or _NOTHING.fullmatch(hint) or quotes(hint, reply):
         return None
@@ -150,9 +103,9 @@ def checked_hint(text: str, reply: str) -> str | None:
 
 
 def tidied_hint(text: str) -> str | None:
-    """The first three sentences on one line; None unless of a sensible length and of plain words.
+    """The first three sentences on one line.
 
-    Marks of chat templates are not plain words.
+    None when they are too short or too long, have no letter, or contain a chat template's mark.
     """
     sentences = [s.strip() for s in _SENTENCE.split(_CONTROL.sub("", text).strip()) if s.strip()]
     hint = " ".join(sentences[:HINT_MAX_SENTENCES]).strip("\"“”' ")
@@ -162,12 +115,12 @@ def tidied_hint(text: str) -> str | None:
 
 
 def unmarked(text: str) -> str | None:
-    """A person's hint as the teacher may read it; None when nothing is left of it.
+    """A person's hint without what would break the prompt; None when nothing is left.
 
-    It may be of any form and quote the reply: only what would break the prompt is taken out.
+    It may have any form, and may quote the reply.
     """
     hint, marked = _CONTROL.sub("", text), ""
-    while hint != marked:  # what stood around a mark may be one
+    while hint != marked:  # the text around a removed mark may form another one
         marked, hint = hint, _TEMPLATE.sub("", hint)
     return hint.strip() or None
 
@@ -184,16 +137,16 @@ def quotes(hint: str, reply: str) -> bool:
 def gives_away(
     hint: str, states: Sequence[NextState], tail: Sequence[tuple[str, str]] = ()
 ) -> bool:
-    """Whether the hint holds what the policy could not have known or must not learn by heart.
+    """Whether the hint contains what the policy could not know or must not learn by heart.
 
-    That is eight words in a row of a tool's text or of a block that the user pasted, or a key,
-    token or password that the request did not have yet.
+    That is eight words in a row from a tool's text or from a block that the user pasted, or a key,
+    token or password that the request did not contain.
     """
     before = "\n".join(text for _, text in tail)
     mine = _words(hint)
     for state in states:
         text = state.text
-        finished = _PASTED.findall(text) if state.source in _THEIRS else [text]
+        finished = _PASTED.findall(text) if state.source in _PERSON else [text]
         if any(_longest_run(mine, _words(part)) >= _ANSWER_WORDS for part in finished):
             return True
         named = (secret.rstrip(".!?)") for secret in _NAMED_SECRET.findall(text))
@@ -204,7 +157,7 @@ def gives_away(
 
 
 def _random(text: str) -> Iterator[str]:
-    """What looks like keys and tokens: long, of letters and digits."""
+    """Words that look like keys and tokens: long, with letters and digits."""
     return (word for word in _LONG.findall(text) if _DIGIT.search(word) and _LETTER.search(word))
 
 

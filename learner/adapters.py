@@ -1,8 +1,8 @@
-"""Adapters as folders: written whole or not at all, and checked before they are used.
+"""Adapters as folders: written completely or not at all, and checked before use.
 
 A folder holds what peft and vLLM read (`adapter_config.json`, `adapter_model.safetensors` in
-float32) and `card.json`, which says where the adapter comes from. Run as a command it makes the
-adapter without effect that warms vLLM up:
+float32) and `card.json`, which says where the adapter comes from. As a command this module makes
+the adapter without effect that warms vLLM up:
 
     python -m learner.adapters zero --model MODEL --rank 16 --out DIR
 """
@@ -48,7 +48,7 @@ class Card:
 
 
 def version_path(state_dir: Path, lineage: str, number: int) -> Path:
-    """Where a version's adapter lives; raises LearnerError for a lineage that names no folder."""
+    """A version's folder; raises LearnerError for a lineage whose name cannot be a folder."""
     return lineage_folder(state_dir / "versions", lineage) / f"v{number:06d}"
 
 
@@ -66,7 +66,7 @@ def save_adapter(
 ) -> str:
     """Writes the folder `path` in one step and returns the SHA-256 of the weight file.
 
-    A folder already there was never registered (its learner was killed), and is replaced. Raises
+    An existing folder was never registered (its learner was killed) and is replaced. Raises
     LearnerError for weights that are not finite.
     """
     _require_finite(weights, card)
@@ -103,24 +103,23 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
 
 
 def check_scale(path: Path, config: LearnerConfig) -> None:
-    """Raises LearnerError unless the adapter counts in the engine with `config`'s scale."""
+    """Raises LearnerError if the adapter was trained for another scale than `config`'s."""
     try:
         saved = orjson.loads((path / "adapter_config.json").read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
-    if (saved["lora_alpha"], saved["use_rslora"]) != (config.lora_alpha, config.rslora):
+    if saved["lora_alpha"] != config.lora_alpha:
         raise LearnerError(
-            f"the adapter to go on from was trained with [learner] lora_alpha = "
-            f"{saved['lora_alpha']}, rslora = {str(saved['use_rslora']).lower()}, and its weights "
-            f"mean something else with {config.lora_alpha}, {str(config.rslora).lower()}: set "
-            "them back, or start a new lineage"
+            f"the adapter to continue from was trained with [learner] lora_alpha = "
+            f"{saved['lora_alpha']}, and its weights mean something else with "
+            f"{config.lora_alpha}: set it back, or start a new lineage"
         )
 
 
 def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
-    """Lets `fill` write a new folder beside `path`, makes it durable, then moves it there.
+    """`fill` writes a new folder beside `path`; it is made durable and moved there.
 
-    Raises DiskError, and leaves nothing, when that fails.
+    If that fails, raises DiskError and leaves nothing.
     """
     parent = path.parent
     make_folder(parent)
@@ -145,7 +144,7 @@ def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
 
 
 def disk_error(path: Path, error: Exception) -> DiskError:
-    """Says that `path` could not be written, and what helps."""
+    """The error for a `path` that could not be written, with what helps."""
     return DiskError(
         f"{path} cannot be written: {error}; make room where [store] dir is, or move it"
     )
@@ -164,7 +163,7 @@ def _write_adapter(
     folder: Path, weights: Mapping[str, Tensor], config: LearnerConfig, model_path: str
 ) -> str:
     shape = lora_config(config)
-    # The names themselves: what a word like "all-linear" means depends on who reads it.
+    # The names themselves: the engine may read a word like "all-linear" differently.
     shape.target_modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in weights})
     shape.base_model_name_or_path = model_path
     shape.inference_mode = True
@@ -178,7 +177,7 @@ def _require_finite(weights: Mapping[str, Tensor], card: Card) -> None:
     if broken:
         raise LearnerError(
             f"version {card.number} of {card.lineage} has weights that are not finite, first in "
-            f"{broken[0]}: it is thrown away; lower [learner] learning_rate"
+            f"{broken[0]}: it is not kept; lower [learner] learning_rate"
         )
 
 

@@ -2,11 +2,10 @@
 
     advantage[t] = w_rl · score + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
 
-This is arXiv 2603.10165's combined advantage, with two deliberate choices. The gap is bounded per
-token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit, whatever the
-model says. And it is measured from the behaviour log-probabilities, the very distribution that the
-token was drawn from, which keeps the term an importance-weighted estimate when the policy has moved
-on since.
+This is the combined advantage of arXiv 2603.10165, with two deliberate choices. The gap is bounded
+per token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit. And it is
+measured from the behaviour log-probabilities, from whose distribution the token was drawn: this
+keeps the term an importance-weighted estimate after the policy has changed.
 """
 # pyright: basic
 
@@ -21,8 +20,8 @@ from learner.config import Method
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """How much each signal counts."""
+class Signals:
+    """How much each signal counts in a method."""
 
     rl: float
     """Of the score, in the advantage."""
@@ -33,24 +32,24 @@ class Weights:
 
     @property
     def distils(self) -> bool:
-        """Whether a hint is of any use."""
+        """True if the method uses hints."""
         return self.opd != 0 or self.topk != 0
 
 
-WEIGHTS: Mapping[Method, Weights] = {
-    "binary": Weights(1.0, 0.0, 0.0),
-    "opd": Weights(0.0, 1.0, 0.0),
-    "combined": Weights(1.0, 0.0, 1.0),
-    "combined_sampled": Weights(1.0, 1.0, 0.0),
-    "opd_topk": Weights(0.0, 0.0, 1.0),
+SIGNALS: Mapping[Method, Signals] = {
+    "binary": Signals(1.0, 0.0, 0.0),
+    "opd": Signals(0.0, 1.0, 0.0),
+    "combined": Signals(1.0, 0.0, 1.0),
+    "combined_sampled": Signals(1.0, 1.0, 0.0),
+    "opd_topk": Signals(0.0, 0.0, 1.0),
 }
 
 
 def usefulness(gap: Tensor, score: int) -> float:
-    """How much a teacher's gap (T,), in nats, says what the score says.
+    """How well a teacher's gap (T,), in nats, agrees with the score.
 
-    After blame the teacher should think less of the tokens than the policy did, after praise more;
-    without a score it should differ at all.
+    After blame the teacher should give the tokens less probability than the policy did, after
+    praise more. Without a score any difference counts.
     """
     return float(gap.abs().mean() if score == 0 else score * gap.mean())
 
@@ -61,13 +60,13 @@ def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
 
 
 def token_advantages(
-    scores: Tensor, gap: Tensor, mask: Tensor, weights: Weights, limit: float
+    scores: Tensor, gap: Tensor, mask: Tensor, signals: Signals, limit: float
 ) -> Tensor:
     """Advantages (B, T) of at most w_rl + w_opd · `limit`, 0 outside the completion.
 
     `scores` (B,); `gap` (B, T) is 0 in rows without a teacher; `mask` (B, T) is 1 on completion
     tokens.
     """
-    bound = abs(weights.rl) + abs(weights.opd) * limit
-    advantages = weights.rl * scores[:, None] + weights.opd * gap.clamp(-limit, limit)
+    bound = abs(signals.rl) + abs(signals.opd) * limit
+    advantages = signals.rl * scores[:, None] + signals.opd * gap.clamp(-limit, limit)
     return advantages.clamp(-bound, bound).masked_fill(mask == 0, 0.0)

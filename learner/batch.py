@@ -1,10 +1,10 @@
 """Samples as padded tensors: a pass over sequences, and the turns' completions in them.
 
-Turns of one session whose tokens extend each other are one sequence, so that what they share is
-computed once. A forward pass sees sequences, (R, L), padded on the right; the loss sees turns, one
-row each, (B, T): `Sequences` says where each turn's tokens stand. So the loss is the same number
-whether turns share a sequence or not. Nothing is cut. Padding holds `PAD_ID` in ids and 0.0 in
-log-probabilities, and the masks say where it is.
+Turns of one session whose tokens extend each other are one sequence, so that their common tokens
+are computed once. A forward pass reads sequences, (R, L), padded on the right. The loss reads
+turns, one row each, (B, T): `Sequences` knows the place of each turn's tokens. So the loss is the
+same number whether turns share a sequence or not. Nothing is cut. Padding is `PAD_ID` in ids and
+0.0 in log-probabilities, and the masks mark it.
 """
 # pyright: basic
 
@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from learner.advantages import Weights
+from learner.advantages import Signals
 from nextstate.records import Sample
 
 PAD_ID = 0
-"""Any id would do: the masks keep it out of every sum."""
+"""Any id works: the masks keep it out of every sum."""
 _IGNORED = -100
 """The label of a token that is not scored."""
 _Item = TypeVar("_Item")
@@ -93,11 +93,11 @@ class Batch:
     scores: Tensor
     """(B,) float32 in {-1, 0, 1}"""
     lags: Tensor
-    """(B,) updates since the version that sampled each turn; 0: it trains now"""
+    """(B,) updates since the version that sampled each turn; 0 for the version in training"""
     hinted: tuple[Hinted, ...]
-    """The teacher's passes, of the turns with a hint"""
-    share: float
-    """What its mean loss weighs in the whole update's."""
+    """The teacher's passes over the turns with a hint"""
+    loss_weight: float
+    """Weight of its mean loss in the mean of the whole update."""
 
     @property
     def completion_mask(self) -> Tensor:
@@ -120,16 +120,16 @@ class Batch:
             scores=self.scores.to(device),
             lags=self.lags.to(device),
             hinted=tuple(teacher.to(device) for teacher in self.hinted),
-            share=self.share,
+            loss_weight=self.loss_weight,
         )
 
 
 def sequences_of(samples: Sequence[Sample]) -> list[list[Sample]]:
     """Groups turns into sequences: each turn's prompt begins with all tokens of the one before it.
 
-    Every sample is in exactly one, turns of different sessions never share one, and among several
-    turns that one could follow it follows the longest. A fork's second branch is a sequence of its
-    own.
+    Every sample is in exactly one sequence, and turns of different sessions never share one. A turn
+    that could follow several others follows the longest. The second branch of a fork is a sequence
+    of its own.
     """
     grown: list[list[Sample]] = []
     for sample in sorted(samples, key=lambda s: len(s.prompt_ids)):
@@ -145,14 +145,14 @@ def collate(
     sequences: Sequence[Sequence[Sample]],
     *,
     lags: Mapping[int, int],
-    weights: Weights,
+    signals: Signals,
     pass_tokens: int,
-    share: float = 1.0,
+    loss_weight: float = 1.0,
 ) -> Batch:
     """One batch of all `sequences`, its turns in their order.
 
-    `lags` by version. Hinted prompts are taken only where the method has a use for a teacher; no
-    pass of it has more than `pass_tokens` padded tokens, but for a turn that is longer alone.
+    `lags` by version. Hinted prompts are used only if the method has a teacher. No pass of the
+    teacher has more than `pass_tokens` padded tokens, except for a single turn that is longer.
     """
     samples = [turn for sequence in sequences for turn in sequence]
     placed = place(sequences)
@@ -160,7 +160,7 @@ def collate(
     wanted = [
         (row, (*sample.hinted_prompt_ids, *sample.completion_ids))
         for row, sample in enumerate(samples)
-        if weights.distils and sample.hinted_prompt_ids is not None
+        if signals.distils and sample.hinted_prompt_ids is not None
     ]
     hinted = [
         Hinted(
@@ -183,7 +183,7 @@ def collate(
         scores=torch.tensor([float(s.score) for s in samples]),
         lags=torch.tensor([lags[s.policy_version] for s in samples]),
         hinted=tuple(hinted),
-        share=share,
+        loss_weight=loss_weight,
     )
 
 
@@ -200,7 +200,7 @@ def place(sequences: Sequence[Sequence[Sample]]) -> Sequences:
 def micro_batches(samples: Sequence[Sample], pass_tokens: int) -> list[list[list[Sample]]]:
     """The samples' sequences, in groups of at most `pass_tokens` padded tokens.
 
-    Groups are of similar length, so that little is padded. A longer sequence is alone, never cut.
+    A group has sequences of similar length, so that little is padded. A longer sequence is alone.
     """
     found = sequences_of(samples)
     return fill_passes(found, [_length(turns[-1]) for turns in found], pass_tokens)
@@ -209,7 +209,7 @@ def micro_batches(samples: Sequence[Sample], pass_tokens: int) -> list[list[list
 def fill_passes(
     items: Sequence[_Item], lengths: Sequence[int], pass_tokens: int
 ) -> list[list[_Item]]:
-    """Groups of at most `pass_tokens` by size times longest, shortest first; a longer is alone."""
+    """Groups whose size times longest is at most `pass_tokens`; a longer item is alone."""
     groups: list[list[_Item]] = []
     for index in sorted(range(len(items)), key=lambda index: lengths[index]):
         if groups and (len(groups[-1]) + 1) * lengths[index] <= pass_tokens:
@@ -217,6 +217,14 @@ def fill_passes(
         else:
             groups.append([items[index]])
     return groups
+
+
+def token_mean(values: Tensor, mask: Tensor) -> Tensor:
+    """The mean of `values` (B, T) over each turn's tokens, then over turns, as in TRL's grpo loss.
+
+    `mask` (B, T) is 1 on completion tokens (arXiv 2402.03300, equation 3).
+    """
+    return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
 
 
 def token_count(sample: Sample) -> int:

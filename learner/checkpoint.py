@@ -1,13 +1,14 @@
-"""What a killed learner needs to go on: the version it made last and the state behind it.
+"""What a killed learner needs to continue: the version it made last and its training state.
 
-The order of every update is: adapter folder, checkpoint, then the store. So a checkpoint whose
-version the store does not know says that its batch was trained and only not settled yet.
+The order of every update is: adapter folder, checkpoint, then the store. So if the
+store does not know a checkpoint's version, its batch was trained but not settled yet.
 """
 # pyright: basic
 
 from __future__ import annotations
 
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,8 @@ class Checkpoint:
     version: PolicyVersion
     batch: str
     """The name under which its samples were leased."""
-    state: dict[str, Any]
-    """`PolicyTrainer.training_state` after the update."""
+    training: Mapping[str, Any]
+    """`Snapshot.training` after the update."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -46,7 +47,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
             "metrics": dict(v.metrics),
         },
         "batch": checkpoint.batch,
-        "state": checkpoint.state,
+        "training": checkpoint.training,
     }
     draft = folder / f".{_FILE}.draft"
     try:
@@ -75,4 +76,4 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             "weights and a fresh optimizer"
         ) from error
     version = PolicyVersion(**body["version"], state=VersionState.CANDIDATE)
-    return Checkpoint(version, body["batch"], body["state"])
+    return Checkpoint(version, body["batch"], body["training"])

@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from learner.schedule import Kind, Window, parse_windows
+from learner.schedule import Kind, parse_window
 from nextstate.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the output's."""
 Method = Literal["binary", "opd", "opd_topk", "combined", "combined_sampled"]
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "luspo", "cispo", "sapo", "vespo"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,69 +22,38 @@ class LearnerConfig:
     combined_sampled). opd and combined_sampled compare policy and teacher at the sampled token
     alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
     topk: int = 20
-    """Tokens of the teacher that are compared one by one; all others are one bin."""
-    teacher: Literal["policy", "base", "average"] = "policy"
-    """Who reads the hint: the policy as it is, the base without an adapter, or a slow average of
-    the adapter's weights."""
-    teacher_decay: float = 0.9
-    """Of the average teacher: the share of its weights that an update keeps."""
-    loss_type: LossType = "grpo"
-    """TRL's loss. With the clipped ratio: grpo, a mean over each turn's tokens, then over turns;
-    bnpo and dapo, over all tokens of the update, which makes the two the same here; dr_grpo and
-    luspo (arXiv 2602.05261), their sum by turns, the former over 256. With another bound in the
-    clip's place: cispo (2506.13585), the ratio cut off at ratio_cap and without gradient, averaged
-    as by dapo; sapo (2511.20347), a sigmoid gate, as by grpo; vespo (2602.10693), a gamma weight
-    of the whole turn's ratio, as by dapo."""
-    importance_sampling_level: Literal["token", "sequence"] = "token"
-    """Whether each token has its own importance ratio, or a turn one for all, their geometric
-    mean (arXiv 2507.18071)."""
+    """The teacher's likeliest tokens that are compared one by one; all others are one bin."""
+    teacher: Literal["policy", "base"] = "policy"
+    """Which model reads the hint: the policy as it is, or the base without an adapter."""
     batch_size: int = 16
     """Samples of one update; each update makes one version."""
     min_batch: int = 1
-    """Samples that are enough for an update once they have waited for max_wait_s."""
+    """This many samples are enough for an update after they have waited for max_wait_s."""
     max_wait_s: float = 0.0
-    """Seconds that at least min_batch samples wait for a full batch; 0: until it is full."""
+    """Seconds that at least min_batch samples wait for a full batch; 0: only a full one trains."""
     micro_batch_tokens: int = 8192
-    """Tokens of one forward pass with their padding; a longer turn is alone in one, never cut."""
+    """Tokens of one forward pass, padding included; a longer turn gets a pass of its own."""
     learning_rate: float = 1e-5
     """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
-    weight_decay: float = 0.1
-    """AdamW's decay of the adapter's weights."""
     adam_beta1: float = 0.3
-    """AdamW's memory of the gradient: short, or an update goes on where earlier samples pointed,
-    past what it has to correct."""
-    adam_beta2: float = 0.98
-    """AdamW's memory of the squared gradient."""
-    max_grad_norm: float = 1.0
-    """Gradients longer than this are scaled down to it."""
+    """AdamW's memory of the gradient. Long memory moves the policy further in the direction of
+    earlier samples than the present ones ask for."""
     epochs: int = 4
-    """Optimizer steps of one update, all on its samples; fewer once step_kl is reached."""
+    """Optimizer steps of one update on the same samples; fewer once step_kl is reached."""
     step_kl: float = 0.02
     """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token.
-    It is the bound of a batch whose mean score is at most 0; better ones have less to correct, and
-    the bound falls to nothing with 1 - mean score."""
+    It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
+    its bound falls with 1 - mean score."""
     step_kl_floor: float = 0.1
-    """The bound never falls below this share of step_kl; 1: it is step_kl for every batch."""
+    """The bound never falls below this fraction of step_kl; 1: it is step_kl for every batch."""
     lora_rank: int = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: int = 32
     """The pair's product is scaled by alpha / rank."""
-    rslora: bool = False
-    """Scale by alpha / sqrt(rank) instead, which suits high ranks (arXiv 2312.03732)."""
-    dora: bool = False
-    """Weight-decomposed LoRA; refused, because vLLM cannot serve it."""
-    tuning: Literal["lora", "full"] = "lora"
-    """What is trained; `full` is refused, because no running engine could be given the weights."""
     lora_targets: tuple[str, ...] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Names of the linear layers that get a pair; `all-linear` alone: all but the output layer."""
-    epsilon: float = 0.2
-    """Lower clip of the importance ratio: below 1 - epsilon a token no longer falls."""
-    epsilon_high: float = 0.28
-    """Upper clip of the importance ratio: above 1 + epsilon_high a token no longer rises."""
-    ratio_cap: float = 4.0
-    """Truncation of the importance ratio of tokens that are pushed down, which no clip bounds."""
     kl_coef: float = 0.1
     """Weight of the KL divergence to the base model; 0 saves one forward pass."""
     teacher_gap_clip: float = 1.0
@@ -95,65 +63,53 @@ class LearnerConfig:
     max_tokens: int = 32768
     """Samples with more tokens of prompt and completion are dropped; never cut."""
     holdout: float = 0.1
-    """Share of the sessions whose turns never train: new versions are checked on them. 0: none."""
+    """Fraction of the sessions whose turns never train: new versions are checked on them."""
     holdout_after: int = 3
     """Versions that are made before any session is held out: the first turns teach most, and too
     few of them could not tell versions apart."""
-    holdout_samples: int = 32
-    """The newest held-out turns that a new version is checked on, at most 4 of a session."""
     gate_weight_change: float = 1.0
     """Rejects an adapter that changes a layer by more than this times the layer's own norm."""
     gate_kl_parent: float = 0.1
     """Rejects a version further from its parent, in nats a token of held-out turns."""
     gate_kl_base: float = 1.0
     """Rejects a version further from the base, in nats a token of held-out turns."""
-    gate_level: float = 0.01
-    """How often a version just at `gate_drop` is rejected for its ranking of held-out turns."""
     gate_drop: float = 0.02
-    """A ranking that is worse by no more than this, in nats a token, is never a reason."""
+    """Rejects a version that ranks held-out turns worse by clearly more than this, in nats a
+    token."""
     gate_canaries: int = 2
-    """Recorded prompts that a new version answers, greedily and sampled; 0: none."""
-    gate_canary_tokens: int = 32
-    """Tokens of each such answer, at most."""
+    """Recorded prompts that a new version answers before it serves; 0: none."""
     watch_level: float = 0.01
-    """How often a version no worse than before is rolled back by mistake, ever; 0: no watch."""
+    """Largest probability that a version which is no worse is rolled back; 0: no watch."""
     watch_drop: float = 0.2
-    """A mean score (-1 to 1) that is lower by no more than this is never a reason to roll back."""
+    """A version is rolled back if its mean score (-1 to 1) is clearly lower by more than this."""
     drift_limit: float = 0.0
-    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0:
-    what the precision of engine and learner explains (`learner/drift.py`)."""
+    """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0
+    chooses by the precision of engine and learner (`learner/drift.py`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the frozen base; auto is float32 on a CPU and bfloat16 on a GPU. LoRA is float32."""
+    """Precision of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."""
     device: str = "auto"
-    """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU where there is one."""
+    """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU if there is one."""
     quantization: Literal["none", "4bit"] = "none"
-    """Of the frozen base; `4bit` is bitsandbytes' NF4, which vLLM does not serve, on a GPU."""
-    memory_gb: float = 0.0
-    """Memory that training may need, in 10^9 bytes; 0 is what is free when it starts."""
+    """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
     gradient_checkpointing: bool = True
-    """Compute activations twice instead of keeping them: a third more time, and for long turns a
+    """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
     threads: int = 0
     """CPU threads of a training step; 0 is torch's default."""
     seed: int = 0
-    """Of the adapter's first weights."""
+    """Seed of the adapter's first weights and of sampled canary replies."""
     poll_s: float = 1.0
     """Seconds between looks into the store while too few samples are ready."""
     tensorboard: bool = True
-    """Metrics also as TensorBoard's event files in the lineage's folder; nothing leaves it."""
+    """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
     wandb: str = ""
-    """Project of Weights & Biases that metrics are sent to; needs `[privacy] external_metrics`."""
+    """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
     schedule: Kind = "always"
-    """`idle` waits while the engine serves, `window` begins updates only at some times of day."""
+    """`idle` waits while the engine serves; `window` begins updates only at one time of the day."""
     idle_patience_s: float = 60.0
     """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
     window: str = "22:00-07:00"
-    """`window`: local times as `22:00-07:00` or `sat-sun 00:00-24:00`, several with commas."""
-
-    @property
-    def windows(self) -> tuple[Window, ...]:
-        """`window`, parsed."""
-        return parse_windows(self.window)
+    """`window`: the local time of every day at which updates may begin."""
 
     def __post_init__(self) -> None:
         for key in (
@@ -165,13 +121,10 @@ class LearnerConfig:
             "lora_rank",
             "lora_alpha",
             "max_tokens",
-            "holdout_samples",
-            "gate_canary_tokens",
         ):
             _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in (
             "learning_rate",
-            "max_grad_norm",
             "teacher_gap_clip",
             "poll_s",
             "step_kl",
@@ -183,14 +136,11 @@ class LearnerConfig:
         for key in (
             "max_wait_s",
             "holdout_after",
-            "weight_decay",
-            "epsilon_high",
             "kl_coef",
             "max_lag",
             "threads",
             "seed",
             "idle_patience_s",
-            "memory_gb",
             "gate_drop",
             "gate_canaries",
             "watch_drop",
@@ -199,34 +149,17 @@ class LearnerConfig:
             _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         for key in (
             "adam_beta1",
-            "adam_beta2",
-            "epsilon",
-            "teacher_decay",
             "holdout",
             "watch_level",
         ):
             _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
         floor = self.step_kl_floor
         _require(0 < floor <= 1, "step_kl_floor", floor, "more than 0 and at most 1")
-        level = self.gate_level
-        _require(0 < level <= 0.5, "gate_level", level, "more than 0 and at most 0.5")
         _require(
             self.min_batch <= self.batch_size,
             "min_batch",
             self.min_batch,
             f"at most batch_size = {self.batch_size}",
-        )
-        _require(
-            self.ratio_cap > 1 + self.epsilon_high,
-            "ratio_cap",
-            self.ratio_cap,
-            f"more than 1 + epsilon_high = {1 + self.epsilon_high:g}",
-        )
-        _require(
-            self.loss_type != "vespo" or self.importance_sampling_level == "token",
-            "importance_sampling_level",
-            self.importance_sampling_level,
-            '"token" with loss_type = "vespo", which weighs by the whole turn\'s ratio itself',
         )
         _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
         _require(
@@ -235,21 +168,8 @@ class LearnerConfig:
             list(self.lora_targets),
             f"names of layers, or {ALL_LINEAR!r} alone",
         )
-        if self.tuning == "full":
-            raise ConfigError(
-                '[learner] tuning = "full": a running vLLM takes whole weights only by its '
-                "weight-transfer routes (/init_weight_transfer_engine, /start_weight_update, "
-                "/update_weights), which need VLLM_SERVER_DEV_MODE=1 and replace the base that "
-                "all versions, lineages and the judge share, and versions are kept as adapters; "
-                'set [learner] tuning = "lora"'
-            )
-        if self.dora:
-            raise ConfigError(
-                "[learner] dora = true: vLLM refuses DoRA adapters, so no version could serve; "
-                "set [learner] dora = false (rslora is served)"
-            )
         try:
-            parse_windows(self.window)
+            parse_window(self.window)
         except ValueError as error:
             raise ConfigError(f"[learner] window = {self.window!r}: {error}") from None
         expected = "auto, cpu or cuda, for another GPU with CUDA_VISIBLE_DEVICES=N at the start"

@@ -3,16 +3,16 @@
     KL(policy ‖ teacher) = Σ_k p_k (log p_k − log q_k)      k: the teacher's top K tokens, and one
                                                             bin with the probability of all others
 
-The reverse KL of on-policy distillation (arXiv 2306.13649) on K + 1 bins, and never more than on
-all tokens: merging tokens into a bin can only lower a KL. It looks at every likely token, where the
-teacher gap looks at the sampled one alone.
+This is the reverse KL of on-policy distillation (arXiv 2306.13649) on K + 1 bins. It is at most the
+KL on all tokens, because merging tokens into a bin can only lower a KL. It compares every likely
+token, while the teacher gap compares only the sampled one.
 
-Its expectation over the next token is exact, and no sampled token stands in it: so it carries no
-importance ratio. What stale samples leave off-policy are the prefixes at which it is taken, by as
-much as `[learner] max_lag` steps of at most `step_kl` allow.
+Its expectation over the next token is exact and does not depend on the sampled token, so it needs
+no importance ratio. For stale samples only the prefixes are off-policy, by as much as
+`[learner] max_lag` steps of at most `step_kl` allow.
 
-Logits are (tokens, vocabulary) and by far the largest tensors of a model: they are made
-`CHUNK_TOKENS` at a time, and made anew in the backward pass.
+Logits are (tokens, vocabulary), by far the largest tensors of a model. They are computed for
+`CHUNK_TOKENS` at a time, and computed again in the backward pass.
 """
 # pyright: basic
 
@@ -38,12 +38,12 @@ _LOGIT_SCALES = (
     "lm_head_multiplier",
     "output_multiplier",
 )
-"""What a model's configuration may say that is done to the head's product."""
+"""Settings of a model that change its logits after the head."""
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """The layer that makes logits of hidden states."""
+    """The layer that turns hidden states into logits."""
 
     weight: Tensor
     """(V, H)"""
@@ -71,7 +71,7 @@ def head_of(model: Any) -> Head:
 
 
 def require_plain_logits(model: PreTrainedModel, method: Method) -> None:
-    """Raises ConfigError for a model whose logits are more than its head's product."""
+    """Raises ConfigError for a model that changes its logits after the head."""
     text = model.config.get_text_config()
     scaled = [name for name in _LOGIT_SCALES if getattr(text, name, None) not in (None, 1.0)]
     if scaled:
@@ -116,8 +116,8 @@ def topk_divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
 def binned_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
     """Log-probabilities (N, K + 1) of the tokens `ids` (N, K) and of all others together.
 
-    From `logits` (N, V), V > K. The last bin is a sum over its tokens and not 1 minus the others,
-    which would lose all digits where they are nearly certain.
+    From `logits` (N, V), V > K. The last bin is a sum over its tokens: 1 minus the others would
+    lose all digits if they are nearly certain.
     """
     total = logits.logsumexp(-1, keepdim=True)
     rest = logits.scatter(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)

@@ -1,15 +1,15 @@
-"""Whether engine and learner agree about the same weights, as far as their precision allows."""
+"""Checks that engine and learner agree about the same weights, as far as precision allows."""
 
 from __future__ import annotations
 
 from learner.config import LearnerConfig
 
 FULL, HALF = 0.02, 0.1
-"""Limits between two sides in float32, and where one is coarser, in nats a token. Measured on a
-model of 135 M parameters, bfloat16 against bfloat16 of the same weights differs by 0.038 to 0.052:
-single sequences round otherwise than padded batches. What larger models need is not measured."""
+"""The limits if both compute in float32 and if one does not, in nats a token. On a model of 135 M
+parameters, bfloat16 against bfloat16 of the same weights was measured to differ by 0.038 to 0.052:
+single sequences and padded batches round differently. Larger models were not measured."""
 _MORE_THAN_ROUNDING = 3.0
-"""A drift of so many times the limit is no matter of precision."""
+"""Above this many times the limit, precision is not the likeliest cause."""
 
 
 def drift_limit(config: LearnerConfig, learner: str, engine: str) -> float:
@@ -23,9 +23,9 @@ def drift_limit(config: LearnerConfig, learner: str, engine: str) -> float:
 def drift_objection(
     measured: float, compared: str, config: LearnerConfig, learner: str, engine: str
 ) -> str | None:
-    """Why a batch with this drift must not train, with the likeliest causes first; None if it may.
+    """Why a batch with this drift must not train, the likeliest cause first; None if it may train.
 
-    `compared` says between what the drift was measured.
+    `compared` says for which tokens the drift was measured.
     """
     limit = drift_limit(config, learner, engine)
     if measured <= limit:
@@ -35,7 +35,7 @@ def drift_objection(
         "[learner] dtype to the same, or [learner] drift_limit to more)"
     )
     model = "another base ([engine] model, or an external engine's own, is not what is trained)"
-    adapter = "an adapter or its scale that the engine reads otherwise"
+    adapter = "an adapter, or its scale, that the engine reads differently"
     causes = [model, adapter, precision]
     if measured <= _MORE_THAN_ROUNDING * limit:
         causes = [precision, model, adapter]

@@ -1,9 +1,9 @@
 """Whether a candidate version may serve: what was measured of it, and what is wrong with that.
 
-Four things can be wrong: weights that are not finite or outweigh the layers they change; a policy
-that moved too far from its parent or from the base; held-out judged turns that it ranks clearly
-worse than its parent does; replies of its own that loop or are empty. `objection` weighs them and
-`learner/examiner.py` measures them.
+Four things can be wrong: the weights are not finite or outweigh the layers that they change; the
+policy moved too far from its parent or from the base; it ranks held-out judged turns clearly worse
+than its parent does; its own replies loop or are empty. `objection` decides, and
+`learner/evaluator.py` measures.
 """
 
 from __future__ import annotations
@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from learner.config import LearnerConfig
 
 FEWEST_SESSIONS = 8
-"""With fewer held-out sessions the ranking says nothing: a t-test needs a variance."""
+"""With fewer held-out sessions the ranking means nothing: a t-test needs a variance."""
+GATE_LEVEL = 0.01
+"""How often a version exactly at `gate_drop` is rejected for its ranking of held-out turns."""
 _BROKEN_SHARE = 0.5
 _SHORTEST_LOOP = 8
 
@@ -26,7 +28,7 @@ class Ranking:
     """How a candidate changed the log-probabilities of held-out turns, times their scores."""
 
     mean: float
-    """Nats a token; above 0 praised replies rose and blamed ones fell."""
+    """Nats a token; above 0 if praised replies rose and blamed ones fell."""
     error: float
     """Standard error of the mean, over sessions."""
     sessions: int
@@ -42,14 +44,14 @@ class Canaries:
 
     count: int
     broken: int
-    """How many were empty or ran in a loop (`is_broken`)."""
+    """How many are empty or run in a loop (`is_broken`)."""
     finite: bool
-    """Whether every logit was."""
+    """True if every logit was finite."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """What was measured of a candidate; None for what could not be."""
+    """What was measured of a candidate; None for what could not be measured."""
 
     weight_change: float
     """Largest ‖adapter's product‖ / ‖weight of its layer‖, Frobenius; not finite if it blew up."""
@@ -79,7 +81,7 @@ class Measured:
 
 
 def objection(found: Measured, config: LearnerConfig) -> str | None:
-    """Why the candidate must not serve, with the key that decided it; None if nothing is wrong."""
+    """Why the candidate must not serve, with the key that decides; None if nothing is wrong."""
     bounds = (
         ("the adapter's largest change of a layer", found.weight_change, "gate_weight_change"),
         ("KL to its parent, nats a token", found.kl_parent, "gate_kl_parent"),
@@ -91,12 +93,12 @@ def objection(found: Measured, config: LearnerConfig) -> str | None:
         if value is not None and not value <= limit:
             return f"{what}, is {value:.3g}, over [learner] {key} = {limit:g}"
     if found.ranking is not None:
-        upper = found.ranking.upper(config.gate_level)
+        upper = found.ranking.upper(GATE_LEVEL)
         if not upper >= -config.gate_drop:
             return (
                 f"held-out turns of {found.ranking.sessions} sessions are ranked worse than by its "
-                f"parent: {found.ranking.mean:.3g} nats a token, at most {upper:.3g} at [learner] "
-                f"gate_level = {config.gate_level:g}, below -gate_drop = {-config.gate_drop:g}"
+                f"parent: {found.ranking.mean:.3g} nats a token, at most {upper:.3g} at the "
+                f"{GATE_LEVEL:.0%} level, below -[learner] gate_drop = {-config.gate_drop:g}"
             )
     return _canary_objection(found.canaries, found.parents_canaries)
 
@@ -115,7 +117,7 @@ def _canary_objection(ours: Canaries | None, parents: Canaries | None) -> str | 
 
 
 def looks_bad(canaries: Canaries) -> bool:
-    """Whether so many replies are broken that the parent's must be looked at."""
+    """True if over half the replies are broken: the parent's must be looked at then."""
     return canaries.finite and 2 * canaries.broken > canaries.count
 
 
@@ -152,14 +154,14 @@ def student_quantile(p: float, degrees: int) -> float:
 
 
 def is_broken(reply: Sequence[int]) -> bool:
-    """Whether a reply, without its end, is empty or for at least half of its length a loop."""
+    """True if a reply, without its end, is empty or at least half of it is a loop."""
     return not reply or loop_share(reply) >= _BROKEN_SHARE
 
 
 def loop_share(ids: Sequence[int]) -> float:
-    """Share of the longest run in which one block stands at least three times in a row.
+    """Fraction of the reply in the longest run of one block, repeated at least three times.
 
-    Runs of fewer than 8 tokens are no loop.
+    A run of fewer than 8 tokens does not count.
 
     >>> loop_share([9, 9, 1, 2, 3, 1, 2, 3, 1, 2, 3, 7])
     0.75

@@ -1,16 +1,15 @@
-"""What one update did to its tokens, as numbers with `area/what` names."""
+"""Numbers about the tokens of one update, with `area/what` names."""
 # pyright: basic
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 
-_NEWTON_STEPS = 50
+from learner.kl import kl_divergence, largest_move
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +20,7 @@ class TokenStats:
     behaviour: Tensor
     advantage: Tensor
     lag: Tensor
-    """Updates since the version that sampled the token; 0: the version in training did"""
+    """Updates since the version that sampled the token; 0 for the version in training"""
     gap: Tensor
     """Clipped teacher gap of hinted samples only, so it has its own length."""
     reference: Tensor | None
@@ -42,7 +41,7 @@ def join(parts: Sequence[TokenStats]) -> TokenStats:
 def drift(tokens: TokenStats) -> float | None:
     """Mean |policy − behaviour| where both are of one version; None without such tokens.
 
-    It is the disagreement of engine and learner about the same weights, 0 in exact arithmetic.
+    It is how far engine and learner disagree about the same weights: 0 in exact arithmetic.
     """
     current = tokens.lag == 0
     if not current.any():
@@ -51,32 +50,20 @@ def drift(tokens: TokenStats) -> float | None:
 
 
 def unexplained_drift(tokens: TokenStats, step_kl: float) -> float:
-    """Mean |policy − behaviour| beyond what the updates in between can have done to it.
+    """Mean |policy − behaviour| beyond what the updates in between can have changed.
 
-    Where engine and learner agree, behaviour is what an older version of the policy said, and each
-    update since moved the tokens by at most `largest_move(step_kl)` in the mean. That holds of the
-    tokens that `step_kl` was measured on, and is taken to hold of these: on the demo's policy they
-    moved by a tenth of it. So it is no measure of agreement, as `drift` is; it only notices an
-    engine that serves something quite different.
+    If engine and learner agree, an older version of the policy sampled these tokens, and each
+    update since then moved tokens by at most `largest_move(step_kl)` on average. That is measured
+    on the tokens of those updates and assumed for these; on the demo's policy they moved by a tenth
+    of it. So this is a weaker check than `drift`: it only notices an engine that serves something
+    quite different.
     """
     moved = (tokens.policy - tokens.behaviour).abs().mean()
     return float(moved - tokens.lag.float().mean() * largest_move(step_kl))
 
 
-def largest_move(kl: float) -> float:
-    """The most that the mean |new − old| of log-probabilities can be where `policy_change` is `kl`.
-
-    policy_change is a mean of e^d − d − 1, which is at least g(|d|) with g(x) = e^−x + x − 1; g is
-    convex, so g(mean |d|) ≤ kl, and the answer is where g is `kl`. Near 0 it is √(2 kl).
-    """
-    x = kl + 1.0  # to the right of the answer, from where Newton's method falls towards it
-    for _ in range(_NEWTON_STEPS):
-        x -= (math.expm1(-x) + x - kl) / -math.expm1(-x)
-    return x
-
-
 def token_metrics(tokens: TokenStats, step_kl: float) -> dict[str, float]:
-    """Means over tokens; a name is absent where nothing was measured, never 0."""
+    """Means over tokens; a name is absent, never 0, if nothing was measured."""
     ratio = (tokens.policy - tokens.behaviour).exp()
     found = {
         "drift/mean": drift(tokens),
@@ -95,17 +82,7 @@ def base_kl(tokens: TokenStats) -> float | None:
     """KL(policy ‖ base) a token; None without a KL term."""
     if tokens.reference is None:
         return None
-    return policy_change(tokens.policy, tokens.reference)
-
-
-def policy_change(old: Tensor, new: Tensor) -> float:
-    """KL(old ‖ new) a token, from log-probabilities (N,) of tokens that `old` drew.
-
-    The estimator is the loss's own, exp(new − old) − (new − old) − 1: unbiased and never negative
-    (Schulman 2020, "Approximating KL Divergence").
-    """
-    difference = new - old
-    return float((difference.exp() - difference - 1).mean())
+    return kl_divergence(tokens.policy, tokens.reference)
 
 
 def _mean(values: Tensor | None) -> float | None:

@@ -65,7 +65,6 @@ def lora_config(config: LearnerConfig) -> LoraConfig:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=0.0,
-        use_rslora=config.rslora,
         target_modules=targets if targets != [ALL_LINEAR] else ALL_LINEAR,
         task_type="CAUSAL_LM",
     )
@@ -99,13 +98,13 @@ def _local(kind: Any, model_path: str, **options: Any) -> Any:
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) and not Path(model_path).exists():
             remedy = f"run `hf download {model_path}` once, or name a folder with all its files"
         raise StartError(
-            f"[engine] model = {model_path!r} cannot be loaded for training, from local files "
-            f"alone: {reason}; {remedy}"
+            f"[engine] model = {model_path!r} cannot be loaded for training from local "
+            f"files: {reason}; {remedy}"
         ) from error
 
 
 def check_quantization(config: LearnerConfig, device: torch.device) -> None:
-    """Raises StartError where `[learner] quantization` cannot work."""
+    """Raises StartError if `[learner] quantization` cannot work."""
     if config.quantization == "none":
         return
     asked = f'[learner] quantization = "{config.quantization}"'

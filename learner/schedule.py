@@ -1,7 +1,7 @@
-"""When the learner may compute: always, while the engine is idle, or in windows of the day.
+"""When the learner may compute: always, while the engine is idle, or at one time of the day.
 
-An update that has begun is finished; what waits is the next update (`window`) or the next
-micro-batch (`idle`). Whoever ends the learner ends every wait.
+An update that has begun is finished. What waits is the next update (`window`) or the next
+micro-batch (`idle`). Stopping the learner ends every wait.
 """
 
 from __future__ import annotations
@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Callable
+from datetime import datetime
 from datetime import time as time_of_day
 from typing import Literal
 
@@ -20,87 +19,55 @@ from nextstate.errors import EngineError
 log = logging.getLogger(__name__)
 
 Kind = Literal["always", "idle", "window"]
+Window = tuple[time_of_day, time_of_day]
+"""The local times at which training may begin and at which it ends, on the next day if earlier."""
 LiveRequests = Callable[[], int]
-"""Requests that the engine runs or has waiting now; raises EngineError if it cannot be asked."""
+"""Requests that the engine runs or queues now; raises EngineError if it cannot be asked."""
 
-_DAYS = ("mon", "tue", "wed", "thu", "fri", "sat", "sun")
-_DAY = "|".join(_DAYS)
-_WINDOW = re.compile(
-    rf"(?:(?P<first>{_DAY})(?:-(?P<last>{_DAY}))? )?"
-    r"(?P<start>\d\d:\d\d)-(?P<end>\d\d:\d\d)"
-)
-_MINUTES_A_DAY = 24 * 60
+_WINDOW = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)")
 _LOOK_S = 0.5
 """Pause between two looks at a busy engine."""
-_LONGEST_WAIT_S = 60.0
-"""A wait for a window looks at the clock at least this often: it may be set or change its zone."""
+_CLOCK_S = 60.0
+"""Pause between two looks at the clock outside the window."""
 
 
-@dataclass(frozen=True, slots=True)
-class Window:
-    """A stretch of local time on some days of the week."""
-
-    start: int
-    """Minute of the day at which it begins, from 0 to 1439."""
-    end: int
-    """Minute at which it is over, from 1 to 1440; at most `start` means on the next day."""
-    days: frozenset[int]
-    """Days on which it begins, Monday is 0."""
-
-    def contains(self, moment: datetime) -> bool:
-        """Whether the local time `moment` lies in the window; its end does not."""
-        minute = moment.hour * 60 + moment.minute
-        if self.start < self.end:
-            return moment.weekday() in self.days and self.start <= minute < self.end
-        began_today = moment.weekday() in self.days and minute >= self.start
-        began_yesterday = (moment.weekday() - 1) % 7 in self.days and minute < self.end
-        return began_today or began_yesterday
+def parse_window(text: str) -> Window:
+    """The window `22:00-07:00`; raises ValueError for anything else."""
+    found = _WINDOW.fullmatch(text)
+    if found is None or found[1] == found[2]:
+        raise ValueError("expected two different times of the day, such as 22:00-07:00")
+    return time_of_day.fromisoformat(found[1]), time_of_day.fromisoformat(found[2])
 
 
-def parse_windows(text: str) -> tuple[Window, ...]:
-    """Windows as `22:00-07:00` or `sat-sun 00:00-24:00`, several with commas between them.
-
-    Days are those on which a window begins; without them it is every day. Raises ValueError that
-    says what is wrong.
-    """
-    return tuple(_parse_window(part.strip()) for part in text.split(","))
-
-
-def next_opening(windows: Sequence[Window], moment: datetime) -> datetime:
-    """The first local time from `moment` on that lies in a window."""
-    if any(window.contains(moment) for window in windows):
-        return moment
-    midnight = datetime.combine(moment.date(), time_of_day())
-    starts = (
-        midnight + timedelta(days=ahead, minutes=window.start)
-        for ahead in range(8)
-        for window in windows
-        if (moment.weekday() + ahead) % 7 in window.days
-    )
-    return min(start for start in starts if start > moment)
+def contains(window: Window, moment: time_of_day) -> bool:
+    """True if the time of the day is in the window; its end is not."""
+    start, end = window
+    if start < end:
+        return start <= moment < end
+    return moment >= start or moment < end
 
 
 class Schedule:
-    """Makes the learner wait where it has to; see the module."""
+    """Makes the learner wait where it must; see the module."""
 
     def __init__(
         self,
         kind: Kind,
         wait: Callable[[float], bool],
         *,
-        windows: Sequence[Window] = (),
+        window: Window | None = None,
         live_requests: LiveRequests | None = None,
         patience_s: float = 0.0,
         clock: Callable[[], float] = time.monotonic,
         local_time: Callable[[], datetime] = datetime.now,
     ) -> None:
-        """`wait` sleeps that many seconds or until the learner must end, and says whether it must.
+        """`wait` sleeps for some seconds or until the learner must stop; True if it must.
 
-        `idle` needs `live_requests`, `window` at least one of `windows`.
+        `idle` needs `live_requests`, `window` needs `window`.
         """
         self._kind = kind
         self._wait = wait
-        self._windows = windows
+        self._window = window
         self._live_requests = live_requests
         self._patience_s = patience_s
         self._clock = clock
@@ -109,25 +76,20 @@ class Schedule:
         """Why the engine could not be asked the last time."""
 
     def before_update(self) -> None:
-        """Returns once an update may begin, or the learner must end."""
+        """Returns once an update may begin or the learner must stop."""
         if self._kind != "window":
             return
+        assert self._window is not None
         announced = False
-        while True:
-            now = self._local_time()
-            opening = next_opening(self._windows, now)
-            if opening == now:
-                return
+        while not contains(self._window, self._local_time().time()):
             if not announced:
-                log.info(
-                    "training waits for its window until=%s", opening.isoformat(" ", "minutes")
-                )
+                log.info("training waits for its window until=%s", self._window[0])
                 announced = True
-            if self._wait(min((opening - now).total_seconds(), _LONGEST_WAIT_S)):
+            if self._wait(_CLOCK_S):
                 return
 
-    def before_micro_batch(self) -> None:
-        """Returns once the engine serves nothing, its patience is over, or the learner must end."""
+    def before_pass(self) -> None:
+        """Returns once the engine is idle, the patience is over or the learner must stop."""
         if self._kind != "idle":
             return
         until = self._clock() + self._patience_s
@@ -137,7 +99,7 @@ class Schedule:
                 return
 
     def _busy(self) -> bool:
-        """Whether the engine serves; one that does not say so starts or is overloaded."""
+        """True if the engine has requests, or does not answer: it starts or is overloaded."""
         assert self._live_requests is not None
         try:
             live = self._live_requests()
@@ -148,26 +110,3 @@ class Schedule:
             return True
         self._trouble = None
         return live > 0
-
-
-def _parse_window(text: str) -> Window:
-    found = _WINDOW.fullmatch(text)
-    if found is None:
-        raise ValueError(f"{text!r} is not like '22:00-07:00' or 'sat-sun 00:00-24:00'")
-    start, end = _minute(found["start"]), _minute(found["end"])
-    if start == _MINUTES_A_DAY or end == 0:
-        raise ValueError(f"{text!r}: a day begins at 00:00 and ends at 24:00")
-    if start == end:
-        raise ValueError(f"{text!r} is empty; the whole day is 00:00-24:00")
-    if found["first"] is None:
-        return Window(start, end, frozenset(range(7)))
-    first = _DAYS.index(found["first"])
-    last = _DAYS.index(found["last"] or found["first"])
-    return Window(start, end, frozenset((first + n) % 7 for n in range((last - first) % 7 + 1)))
-
-
-def _minute(text: str) -> int:
-    hour, minute = map(int, text.split(":"))
-    if minute > 59 or hour * 60 + minute > _MINUTES_A_DAY:
-        raise ValueError(f"{text!r} is not a time of day")
-    return hour * 60 + minute

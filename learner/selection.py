@@ -1,4 +1,4 @@
-"""Which leased samples may train, and why the others must not."""
+"""Rules: which samples may train, when an update is due, which sessions are held out."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Parents = Mapping[int, int | None]
 def policy_lag(parents: Parents, current: int, version: int) -> int:
     """Updates between the version that made a sample and the one that trains.
 
-    A version that was rolled back counts from where its chain leaves the current one's.
+    For a version that was rolled back, the path goes through the last common ancestor.
 
     >>> policy_lag({0: None, 1: 0, 2: 1, 3: 1}, current=3, version=1)
     1
@@ -27,7 +27,7 @@ def policy_lag(parents: Parents, current: int, version: int) -> int:
 
 
 def unfit(tokens: int, lag: int, *, max_lag: int, max_tokens: int) -> str | None:
-    """The reason for which a sample of that many tokens must not train, or None."""
+    """Why a sample with this many tokens must not train, or None."""
     if lag > max_lag:
         return f"lag {lag} over the limit of {max_lag}"
     if tokens > max_tokens:
@@ -38,17 +38,18 @@ def unfit(tokens: int, lag: int, *, max_lag: int, max_tokens: int) -> str | None
 def is_due(
     ready: int, waited_s: float, *, batch_size: int, min_batch: int, max_wait_s: float
 ) -> bool:
-    """Whether an update starts with `ready` samples: a full batch, or enough that have waited.
+    """True if an update starts with `ready` samples: a full batch, or enough that have waited.
 
-    `waited_s` is since there were `min_batch` of them; `max_wait_s` 0 waits for a full batch.
+    `waited_s` counts from when `min_batch` were ready. With `max_wait_s` 0 only a full batch
+    starts an update.
     """
     return ready >= batch_size or (ready >= min_batch and 0 < max_wait_s <= waited_s)
 
 
 def is_held_out(lineage: str, session: str, share: float) -> bool:
-    """Whether a session is one of the `share` that never trains; always the same ones.
+    """True if the session is in the fraction `share` that never trains; always the same ones.
 
-    Chosen by session, for its later turns carry the earlier ones in their prompts.
+    Whole sessions are chosen, because later turns carry the earlier ones in their prompts.
     """
     name = f"{lineage}\0{session}".encode()
     place = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())

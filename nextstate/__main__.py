@@ -8,7 +8,7 @@ _INTERRUPTED = 130
 def main() -> int:
     """Runs a command; returns its exit code."""
     try:
-        from nextstate.app.cli import main as run  # takes a second, in which Ctrl-C may come too
+        from nextstate.app.cli import main as run  # Ctrl-C may come during the import
 
         return run()
     except KeyboardInterrupt:

@@ -1,4 +1,4 @@
-"""How well scores agree with labels: accuracy, and what of it is more than chance."""
+"""How well scores agree with labels: accuracy, and agreement beyond chance."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ SCORES = (1, 0, -1)
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """Of labels and scores; an abstention agrees with no label."""
+    """Of labels and scores; an abstention (None) agrees with no label."""
 
     cases: int
     accuracy: float
     kappa: float
-    """Cohen 1960: agreement beyond what the two marginal distributions give by chance, at most 1;
-    0 where chance alone explains everything."""
+    """Cohen's kappa (1960): agreement beyond chance, at most 1; 0 if chance explains all of it."""
     abstained: int
     confusion: Mapping[tuple[int, int | None], int]
     """Cases by (label, score)."""
@@ -26,7 +25,7 @@ class Agreement:
 def agreement(
     pairs: Sequence[tuple[int, int | None]] | Mapping[tuple[int, int], int],
 ) -> Agreement:
-    """The agreement of (label, score) pairs, each by itself or with how often there is one.
+    """The agreement of (label, score) pairs, given one by one or with their counts.
 
     >>> found = agreement([(1, 1), (1, 1), (0, 0), (-1, 1)])
     >>> found.accuracy, round(found.kappa, 4)

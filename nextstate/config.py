@@ -1,7 +1,7 @@
 """The one TOML file, read strictly into frozen dataclasses.
 
-Each folder owns the dataclass of its section; the composition root passes them here. Unknown keys
-are errors that name the nearest known one, and values are checked against the field's type.
+Each folder owns the dataclass of its section; nextstate/app/settings.py passes them here. An
+unknown key is an error that names the most similar key. Values are checked against their type.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DEFAULT_FILE = Path("nextstate.toml")
 
 @dataclass(frozen=True, slots=True)
 class StoreConfig:
-    """`[store]`: where everything that was recorded lives."""
+    """`[store]`: where everything that was recorded is kept."""
 
     dir: str = "~/.nextstate"
     """State folder: the database, adapters, checkpoints and logs, readable by its owner only."""
@@ -33,7 +33,7 @@ class StoreConfig:
 
     @property
     def path(self) -> Path:
-        """`dir`, expanded and absolute. Raises ConfigError for what cannot name a folder."""
+        """`dir`, expanded and absolute. Raises ConfigError if it cannot name a folder."""
         if not self.dir.strip() or "\0" in self.dir:
             raise ConfigError(f"[store] dir = {self.dir!r}: expected the path of a folder")
         try:
@@ -52,21 +52,21 @@ class EngineConfig:
     model: str = "Qwen/Qwen3-4B-Instruct-2507"
     """A folder with weights, or a hub name that is already in the local cache."""
     served_model_name: str = ""
-    """What clients ask for; empty means `model`."""
+    """The model name that clients send; empty means `model`."""
     url: str = ""
-    """External mode: the server's address. Managed mode: empty picks a free loopback port."""
+    """External mode: the server's address."""
     api_key_env: str = ""
-    """Environment variable with the engine's own key; empty: a managed one gets a new one."""
+    """Environment variable with the engine's key; empty: a managed engine gets a new key."""
     dtype: str = "auto"
     max_model_len: int = 0
     """Tokens of context; 0 means the model's own limit."""
     max_lora_rank: int = 16
     max_loras: int = 3
-    """Versions that may run at once: one serves, one drains, and the next one is tried."""
+    """Versions loaded at once: one serves, one ends its replies, and the next one is tested."""
     args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])
-    """More environment variables for vLLM's server; of the shell's, it gets no other `VLLM_*`."""
+    """More environment variables for vLLM's server. It gets the shell's, except `VLLM_*`."""
     start_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
@@ -75,12 +75,12 @@ class EngineConfig:
 
     @property
     def name(self) -> str:
-        """The model name under which the base answers."""
+        """The base model's name in requests."""
         return self.served_model_name or self.model
 
     @property
     def model_path(self) -> str:
-        """`model`, expanded when it is a folder on this machine."""
+        """`model`; an absolute path if it is a folder on this machine."""
         path = Path(self.model).expanduser()
         return str(path.absolute()) if path.exists() else self.model
 
@@ -90,10 +90,10 @@ class PrivacyConfig:
     """`[privacy]`: what may be kept, and what may leave this machine."""
 
     record: bool = True
-    """False relays without keeping anything: the agent works, nothing is learned."""
+    """False relays without recording: the agent works, nothing is learned."""
     external_judge: bool = False
-    """True lets a judge send turns to another machine: `litellm` to the provider of its model,
-    `engine` to a `base_url` that is not here, a plugin of your own wherever it likes."""
+    """True lets a judge send turns to another machine: `litellm` to its model's provider,
+    `engine` to a `base_url` elsewhere, and your own plugin anywhere."""
     external_metrics: bool = False
     """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
 
@@ -102,9 +102,9 @@ _ROUTES = ("/v1", "/v1/chat/completions", "/v1/completions", "/v1/models")
 
 
 def server_address(url: str) -> str:
-    """An OpenAI server's address without the routes under it, which clients often put into it.
+    """An OpenAI server's address without the route that clients often append.
 
-    Raises ConfigError for what is no address.
+    Raises ConfigError for an invalid address.
 
     >>> server_address("http://127.0.0.1:8000/v1/"), server_address("https://h/x/v1/models")
     ('http://127.0.0.1:8000', 'https://h/x')
@@ -137,9 +137,9 @@ def read_sections(
 ) -> dict[str, Any]:
     """Reads the file into one instance per section, and `{NAME: instance}` per group.
 
-    `[lineages.alice]` is the entry `alice` of the group `lineages`.
-    `overrides` ({section: {key: value}}) replace what the file says. A missing default file means
-    all defaults; a missing named file, an unknown key or a wrong value raises ConfigError.
+    `[lineages.alice]` is the entry `alice` of the group `lineages`. `overrides`
+    ({section: {key: value}}) replace values of the file. If the default file is missing, all
+    defaults hold. Raises ConfigError for a missing named file, an unknown key or a wrong value.
     """
     raw = _read(path)
     _refuse_unknown(raw, {**sections, **groups}, str(path), "section")
@@ -163,7 +163,7 @@ def read_sections(
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """What the file says; nothing if the default file is missing. Raises ConfigError."""
+    """The file's content; {} if the default file is missing. Raises ConfigError."""
     try:
         return tomllib.loads(_decoded(path.read_bytes()))
     except FileNotFoundError:
@@ -182,7 +182,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _decoded(data: bytes) -> str:
-    """The text of a file in UTF-8, with or without a byte order mark. Raises ValueError."""
+    """UTF-8 text, with or without a byte order mark. Raises ValueError for other encodings."""
     if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in data[:4]:
         raise ValueError("it is in UTF-16 or UTF-32; save it as UTF-8")
     try:
@@ -194,7 +194,7 @@ def _decoded(data: bytes) -> str:
 
 
 def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> Any:
-    from pydantic import TypeAdapter, ValidationError  # here: who reads no file needs it not
+    from pydantic import TypeAdapter, ValidationError  # imported late: slow, and only needed here
 
     if not is_dataclass(kind):
         raise TypeError(f"section {name} is described by {kind!r}, not by a dataclass")
@@ -222,7 +222,7 @@ def _refuse_unknown(
 
 
 def nearest(key: str, known: Iterable[str]) -> str:
-    """What to say of an unknown key: the known one that is most like it, or all of them.
+    """The advice for an unknown key: the most similar known key, or all known keys.
 
     >>> nearest("prot", ["host", "port"]), nearest("x", ["host", "port"])
     ("did you mean 'port'?", 'known: host, port')
@@ -235,7 +235,7 @@ def nearest(key: str, known: Iterable[str]) -> str:
 def secret(env_name: str, key: str) -> str | None:
     """The secret in the environment variable that configuration key `key` names, or None.
 
-    Raises ConfigError when a variable is named and missing.
+    Raises ConfigError if the variable is named but not set.
     """
     if not env_name:
         return None

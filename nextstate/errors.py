@@ -2,23 +2,31 @@
 
     NextStateError
     ├── ConfigError     a key of the TOML file, a command-line value, a named secret
-    ├── StartError      what the machine must provide: a port, a model, a package, an engine
+    ├── StartError      the machine lacks a port, a model, a package or an engine
     ├── EngineError     vLLM answered wrongly, late or not at all
-    │   ├── AnswerError      … with a status that says so
-    │   └── WrongEngineError … and will until a person changes something
+    │   ├── AnswerError       it answered with an error status
+    │   └── WrongEngineError  what answers is not our engine; a person must act
     ├── StoreError      the database refused or failed
-    │   └── WaitError   … but may not in a while: it is locked, or its disk is full
-    ├── RecordError     a record that contradicts itself
-    ├── JudgeError      a judge that could not vote
-    │   └── BusyError   … but may in a moment
-    ├── LearnerError    a batch or a version that must not be trained or served
-    │   └── DiskError   what was trained cannot be written, for now
-    ├── AdapterError    an adapter on disk that is missing, or not the one that was registered
-    └── PluginError     a plugin that cannot be found or loaded
+    │   ├── WaitError   it is locked or its disk is full: try later
+    │   └── NoTurnError it has no such turn
+    ├── RecordError     a record contradicts itself
+    ├── JudgeError      a judge could not vote
+    │   └── BusyError   it is overloaded or away: try again soon
+    ├── LearnerError    a batch or version must not be trained or served
+    │   └── DiskError   a version cannot be written to disk for now
+    ├── AdapterError    an adapter on disk is missing or has changed
+    └── PluginError     a plugin cannot be found or loaded
 
 Each message names the value, what was expected, and the key or command that fixes it: the command
-line prints it as it is and exits with 2.
+line prints it as it is and exits with `EXIT_USAGE`.
 """
+
+import os
+
+EXIT_USAGE = 2
+"""A process exits with this code when only a person can help."""
+EXIT_LATER = os.EX_TEMPFAIL
+"""A process exits with this code when the same command may succeed later."""
 
 
 class NextStateError(Exception):
@@ -30,7 +38,7 @@ class ConfigError(NextStateError):
 
 
 class StartError(NextStateError):
-    """A part cannot start on this machine as it is."""
+    """A process cannot start on this machine as it is."""
 
 
 class EngineError(NextStateError):
@@ -46,7 +54,7 @@ class AnswerError(EngineError):
 
 
 class WrongEngineError(EngineError):
-    """What answers is not an engine that we may use: another server, or one with another key."""
+    """Another kind of server answers at the engine's address, or an engine with another key."""
 
 
 class StoreError(NextStateError):
@@ -54,7 +62,11 @@ class StoreError(NextStateError):
 
 
 class WaitError(StoreError):
-    """The database cannot be used for now, and whoever asked has waited long enough."""
+    """The database stayed locked or its disk full for longer than the caller may wait."""
+
+
+class NoTurnError(StoreError):
+    """There is no such turn in the store."""
 
 
 class RecordError(NextStateError):
@@ -66,7 +78,7 @@ class JudgeError(NextStateError):
 
 
 class BusyError(JudgeError):
-    """The judge's server is away, overloaded or asks to wait."""
+    """The judge's server is down or overloaded, or asks to wait."""
 
 
 class LearnerError(NextStateError):
@@ -74,7 +86,7 @@ class LearnerError(NextStateError):
 
 
 class DiskError(LearnerError):
-    """A version cannot be kept on disk; it may work once there is room."""
+    """A version cannot be written to disk; it may work once there is room."""
 
 
 class AdapterError(NextStateError):

@@ -1,8 +1,7 @@
-"""What a plugin may be, as protocols, with the loader that finds one by its configured name.
+"""The protocols of plugins, and the loader that finds a plugin by its configured name.
 
-A name such as `rules` means the module `plugins.<group>.rules`; a dotted name with a colon
-(`my_package.module:create`) reaches a plugin that lives outside this repository. Either way the
-module offers `create(settings)`.
+A name such as `rules` means `create(settings)` of the module `plugins.<group>.rules`.
+A name with a colon (`my_package.module:create`) names a function outside this repository.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from nextstate.errors import PluginError
 from nextstate.records import Json, NextState, Source, TurnKind, Vote
 
 _ATTACHED = ("image", "audio", "video", "file", "document")
-"""Stand in the type of a part that has no text: `image_url`, `input_audio`."""
+"""One of these stands in the type of a part without text: `image_url`, `input_audio`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +29,12 @@ class Evidence:
     next_states: tuple[NextState, ...]
     """What came right after the reply."""
     later: tuple[NextState, ...] = ()
-    """What the user said when the task ended that this reply was an earlier step of."""
+    """What the user said at the end of the task, if this reply was an earlier step of it."""
 
 
 @dataclass(frozen=True, slots=True)
 class JudgeSettings:
-    """What a judge plugin may use; secrets are passed as values, never looked up by plugins."""
+    """What a judge plugin may use. Secrets come as values; a plugin never looks them up."""
 
     model: str = ""
     """The judge's model: the engine's base model, or a litellm model name."""
@@ -53,10 +52,10 @@ class JudgeKind(Protocol):
 
     name: str
     deterministic: bool
-    """True when asking twice gives the same vote: then one vote is asked for, not m."""
+    """True if two votes on the same evidence are equal: then one vote is asked for."""
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """One independent vote; raises JudgeError when there is no parseable answer."""
+        """One independent vote. Raises JudgeError when the answer is not readable."""
         ...
 
     async def close(self) -> None:
@@ -64,53 +63,53 @@ class JudgeKind(Protocol):
         ...
 
 
-class Heard(NamedTuple):
+class Utterance(NamedTuple):
     """What one message of a request says, and who says it."""
 
     source: Source
     text: str
-    """A person's is stripped of the agent's envelope, a tool's is exact."""
+    """A person's words without the agent's envelope; a tool's output unchanged."""
 
 
 class AgentProfile(Protocol):
-    """What is known about one agent's envelope around human text."""
+    """What is known about one agent's envelope around a person's words."""
 
     name: str
 
-    def of(self, request: Json) -> AgentProfile:
-        """The profile of the agent that sent `request`: itself, unless it knows several.
+    def for_request(self, request: Json) -> AgentProfile:
+        """The profile of the agent that sent `request`; a profile of one agent returns itself.
 
-        It depends on the request alone, so that the judge finds the one that the proxy found.
+        Only the request decides, so the judge finds the same profile as the proxy.
         """
         ...
 
     def kind(self, request: Json) -> TurnKind:
-        """Whether the request is the agent's own work or its housekeeping."""
+        """Whether the request is a main turn or the agent's housekeeping."""
         ...
 
     def session(self, name: str) -> str:
-        """The client's name for a session, without what changes while the conversation goes on."""
+        """The client's name of a session without what changes while the conversation goes on."""
         ...
 
-    def heard(self, message: Json) -> Heard | None:
-        """What a person, a tool or the environment said in a message that is no reply.
+    def utterance(self, message: Json) -> Utterance | None:
+        """What a person, a tool or the environment said in a message that is not a reply.
 
-        None for what the agent wrote itself. A role does not tell: agents put their own notes and
-        what they observed into the user role.
+        None where the agent wrote it. The role does not decide: agents write their own notes and
+        observations into the user role.
         """
         ...
 
 
 def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:
-    """The judge of one name, or the chain of several. Raises PluginError and JudgeError."""
+    """The judge of one name, or a chain of several. Raises PluginError and JudgeError."""
     judges = [cast(JudgeKind, load_plugin("judges", name, settings)) for name in kinds]
     return judges[0] if len(judges) == 1 else load_plugin("judges", "chain", judges)
 
 
 def text_of(content: object) -> str:
-    """The plain text of a message's content, given as a string or as a list of parts.
+    """The plain text of a message's content, which is a string or a list of parts.
 
-    Lone surrogates, which JSON can hold and no encoding, are question marks in it.
+    JSON can contain lone surrogates, but no encoding can; they become question marks.
     """
     if isinstance(content, str):
         return content.encode(errors="replace").decode()
@@ -121,18 +120,18 @@ def text_of(content: object) -> str:
     return ""
 
 
-def attached(content: object) -> Heard | None:
-    """What a person sent without a word: the kinds of its parts, such as `[image]`."""
+def attached(content: object) -> Utterance | None:
+    """The kinds of the parts of a message without words, such as `[image]`."""
     parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
     kinds = [str(cast(Json, part).get("type")) for part in parts if isinstance(part, dict)]
     if not kinds or text_of(cast(object, content)).strip():
         return None
     found = [name for kind in kinds for name in _ATTACHED if name in kind]
-    return Heard(Source.USER, " ".join(f"[{name}]" for name in found)) if found else None
+    return Utterance(Source.USER, " ".join(f"[{name}]" for name in found)) if found else None
 
 
 def is_wordless(text: str) -> bool:
-    """Whether a next state says only that something was attached.
+    """Whether a next state only names what was attached.
 
     >>> is_wordless("[image] [file]"), is_wordless("[image] is wrong")
     (True, False)

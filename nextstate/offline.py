@@ -1,7 +1,7 @@
-"""What keeps libraries from the internet: one list, for this process and for its children.
+"""Environment variables that keep libraries from using the internet.
 
-The libraries read these variables when they are imported, so `go_offline` must come first: the
-command line begins with it, and so does the import of `learner`, which imports them all.
+The libraries read them when they are imported, so `go_offline` must come first: the command line
+and the package `learner` begin with it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SWITCHES = MappingProxyType(
         "WANDB_ERROR_REPORTING": "false",
     }
 )
-"""Whatever the user's shell says: models are loaded from local files only, and nothing reports."""
+"""They override the user's shell: models are loaded from local files, and nothing reports."""
 _NO_METRICS = MappingProxyType({"WANDB_MODE": "disabled"})
 
 

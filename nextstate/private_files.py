@@ -1,7 +1,7 @@
-"""Folders and files that only their owner may look into: the one place that makes them.
+"""Folders and files that only their owner can read: the one place that creates them.
 
-Processes run with the umask 077 (`only_for_owner`), so that whatever they and their children make
-is private from the start. What an earlier program left open is closed, with a line in the log.
+Processes run with the umask 077 (`only_for_owner`), so everything that they and their children
+create is private. Files that others can already read are closed, with a line in the log.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ _FOLDER, _FILE = 0o700, 0o600
 _OTHERS = 0o077
 _DATABASE = "nextstate.sqlite3"
 _OWN = frozenset({"engine", "engine.json", "lock", "logs"})
-"""What else a state folder may hold that was never used."""
+"""What a state folder without a database may hold."""
 
 
 def only_for_owner() -> None:
-    """Keeps everyone else out of the files that this process and its children will make."""
+    """Makes the future files of this process and its children private."""
     os.umask(_OTHERS)
 
 
 def make_folder(path: Path) -> None:
-    """Makes a folder, and those above it that are missing; one that is there stays as it is."""
+    """Makes a private folder and its missing parents; an existing folder is not changed."""
     for folder in (*reversed(path.parents), path):
         # Not `parents=True`: it makes the parents with the default mode.
         if not folder.is_dir():
@@ -37,7 +37,7 @@ def make_folder(path: Path) -> None:
 
 
 def make_file(path: Path) -> None:
-    """Makes an empty file, or closes one that others may read. Raises StoreError."""
+    """Makes an empty private file, or makes an existing one private. Raises StoreError."""
     path.touch(_FILE)
     if not path.is_file():
         raise StoreError(f"{path} is not a file: move it away")
@@ -45,10 +45,9 @@ def make_file(path: Path) -> None:
 
 
 def make_state_folder(path: Path) -> None:
-    """Makes the state folder, or closes one that is open to others, with all that it holds.
+    """Makes the state folder, or makes an existing one private with everything in it.
 
-    Raises StoreError for a folder that is not ours to close: another user's, or one that holds
-    other things than a state.
+    Raises StoreError for a folder of another user, and for one with other content than a state.
     """
     if not path.is_dir():
         make_folder(path)
@@ -76,7 +75,7 @@ def make_state_folder(path: Path) -> None:
 
 
 def _close(path: Path) -> None:
-    """Takes all rights away from others; a link is left alone."""
+    """Takes all rights away from others; a symbolic link is not changed."""
     mode = stat.S_IMODE(path.lstat().st_mode)
     if path.is_symlink() or not mode & _OTHERS:
         return

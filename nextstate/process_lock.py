@@ -1,4 +1,4 @@
-"""A lock that one process holds on what is its own, for as long as it lives."""
+"""A lock on a file that one process holds at a time."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from nextstate.errors import StartError
 
 
 class ProcessLock:
-    """An exclusive lock on a file for as long as the block runs; it dies with its process."""
+    """An exclusive lock for as long as the block runs; it ends with its process."""
 
     def __init__(self, path: Path, taken: str, remedy: str) -> None:
-        """`taken` says what is already in use, up to "by", and `remedy` what to do then."""
+        """The error if it is held: "{taken} by process N: {remedy}"."""
         self._path = path
         self._taken = taken
         self._remedy = remedy

@@ -1,37 +1,40 @@
-"""Reading a number from a page in Prometheus' text format."""
+"""Reading metrics from a page in Prometheus' text format."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+
+_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 
-def gauge_sum(text: str, name: str) -> float | None:
-    """The metric's value summed over its label sets, or None where the page does not have it.
+def metric_values(text: str, name: str) -> Iterator[tuple[dict[str, str], float]]:
+    """Each label set of a metric with its value; nothing if the page does not have the metric.
 
     Raises ValueError for a line of that name without a number.
 
-    >>> gauge_sum('waiting{model="a}"} 2.0\\nwaiting{model="b"} 1.0 1700000000\\n', "waiting")
-    3.0
+    >>> list(metric_values('lost{reason="a"} 2\\nlost_total 7\\n', "lost"))
+    [({'reason': 'a'}, 2.0)]
     """
-    found: float | None = None
     for line in text.split("\n"):
         if not line.startswith(name):
             continue
-        rest = line[len(name) :]
-        if rest[:1] == "{":  # only the value and a time stamp follow the last brace
-            rest = rest[rest.rindex("}") + 1 :]
-        elif not rest[:1].isspace():
-            continue  # a longer name
-        value, *_ = rest.split() or [""]
-        found = (found or 0.0) + float(value)
-    return found
+        labels, after = "", line[len(name) :]
+        if after[:1] == "{":  # a label's value may hold braces, what follows the labels does not
+            labels, _, after = after.rpartition("}")
+        elif not after[:1].isspace():
+            continue  # a metric with a longer name
+        value, *_ = after.split() or [""]  # a time stamp may follow
+        yield dict(_LABEL.findall(labels)), float(value)
 
 
-def counts_by(text: str, name: str, label: str) -> dict[str, int]:
-    """A counter's values by one label.
+def metric_sum(text: str, name: str) -> float | None:
+    """The metric's value summed over its label sets; None if the page does not have it.
 
-    >>> counts_by('lost{reason="a"} 2\\nlost{reason="b"} 1\\n', "lost", "reason")
-    {'a': 2, 'b': 1}
+    Raises ValueError as `metric_values` does.
+
+    >>> metric_sum('waiting{model="a}"} 2.0\\nwaiting{model="b"} 1.0 1700000000\\n', "waiting")
+    3.0
     """
-    found = re.findall(rf'^{name}\{{{label}="(\w+)"\}} (\d+)$', text, re.MULTILINE)
-    return {value: int(count) for value, count in found}
+    values = [value for _, value in metric_values(text, name)]
+    return sum(values) if values else None

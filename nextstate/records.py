@@ -1,7 +1,7 @@
 """The four records of the pipeline: Turn → NextState → Verdict → Sample.
 
-All are frozen and check themselves. Per-token lists have the length of `completion_ids`, or the
-constructor raises: nothing is padded or cut to fit. Unknown is `None`, never 0.0.
+All are frozen and check themselves. A constructor raises RecordError if a per-token list is not as
+long as `completion_ids`: nothing is padded or cut to fit. Unknown is `None`, never 0.0.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ MAIN_LINEAGE = "main"
 FEEDBACK = "feedback"
 """The judge's name in a verdict that a person gave."""
 MAX_HINT_CHARS, MAX_COMMENT_CHARS = 1000, 4000
-"""Of a person's feedback; a hint goes into the teacher's prompt."""
+"""Limits of a person's feedback; the hint goes into the teacher's prompt."""
 BASE_VERSION = 0
 """The base model without an adapter is version 0 of every lineage."""
 _NAME_DIGITS = 16
-"""Of an adapter's hash, in its name."""
+"""How many digits of an adapter's hash its name holds."""
 _MOST_LOGPROB = 1e-6
 _ADAPTER = re.compile(rf"\A.+-v\d{{6}}(-[0-9a-f]{{{_NAME_DIGITS}}})?")
 
@@ -57,7 +57,7 @@ TRUST: Mapping[Source, float] = {
     Source.ENVIRONMENT: 0.6,
     Source.TOOL: 0.4,
 }
-"""Default trust of each source in [0, 1]: tools carry text that strangers wrote."""
+"""Default trust in each source, in [0, 1]: tools carry text that strangers wrote."""
 
 
 class SampleState(StrEnum):
@@ -68,7 +68,7 @@ class SampleState(StrEnum):
     TRAINED = "trained"
     DROPPED = "dropped"
     HELD = "held"
-    """Kept from training for good, to check new versions on."""
+    """Never trained on: new versions are checked on it."""
 
 
 class VersionState(StrEnum):
@@ -87,7 +87,7 @@ class Timings:
     started_at: float
     """Unix time in seconds when the request arrived."""
     first_token_s: float | None
-    """Seconds to the first event of the reply; None for a reply that never started."""
+    """Seconds to the first event of the reply; None if the reply never started."""
     total_s: float
     """Seconds to the reply's end."""
 
@@ -103,7 +103,7 @@ class Turn:
     kind: TurnKind
     lineage: str
     policy_version: int | None
-    """The version that the engine says it served; None when it named a model that is not ours."""
+    """The version that the engine says it served; None if it named a model that is not ours."""
     client_model: str
     """The model name that the client sent."""
     request: Json
@@ -114,7 +114,7 @@ class Turn:
     prompt_ids: tuple[int, ...] | None
     completion_ids: tuple[int, ...] | None
     behaviour_logprobs: tuple[float, ...] | None
-    """Natural-log probabilities at sampling, one per completion token."""
+    """Natural logarithms of the probabilities at sampling, one per completion token."""
     sampling: Json
     """The sampling settings that shape the distribution (temperature, top_p, …), where sent."""
     timings: Timings
@@ -148,7 +148,7 @@ class Turn:
 
     @property
     def trainable(self) -> bool:
-        """Whether ids, log-probs and usage agreed exactly."""
+        """True if ids, log-probs and usage agree exactly."""
         return self.untrainable is None
 
 
@@ -175,9 +175,9 @@ class Vote:
     hint: str | None = None
     """What the next state says should have been done, in 1 to 3 sentences."""
     sure: bool = True
-    """False when the judge found nothing to go by: the next one of a chain is asked then."""
+    """False if the judge found no evidence: then the next judge of a chain is asked."""
     tokens: int = 0
-    """What the vote cost, prompt and completion; 0 for a judge without a model."""
+    """Prompt and completion tokens that the vote cost; 0 for a judge without a model."""
 
     def __post_init__(self) -> None:
         if self.score not in (-1, 0, 1):
@@ -190,12 +190,12 @@ class HintedPrompt:
 
     hint: str
     prompt_ids: tuple[int, ...] = ()
-    """The turn's prompt with the hint, as the engine rendered it; empty until it has."""
+    """The turn's prompt with the hint, as the engine rendered it; empty before that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """What the votes about one turn came to."""
+    """The result of the votes about one turn, or a person's decision."""
 
     turn: str
     votes: tuple[int, ...]
@@ -206,7 +206,7 @@ class Verdict:
     hinted_prompt_ids: tuple[int, ...] | None = None
     """The turn's prompt with the hint, as the engine rendered it."""
     confidence: float | None = None
-    """How sure the judge is of the score, in [0, 1]; None where it does not say."""
+    """How sure the judge is of the score, in [0, 1]; None if it does not say."""
     others: tuple[HintedPrompt, ...] = ()
     """Further hints that the votes gave, best first."""
 
@@ -223,15 +223,15 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Feedback:
-    """What a person said of one turn, in so many words: it overrides votes."""
+    """What a person said about one turn: it overrides votes."""
 
     turn: str
     score: int
     """+1, 0 or -1."""
     hint: str | None = None
-    """What should have been done: the teacher is told it."""
+    """What should have been done; it goes into the teacher's prompt."""
     comment: str | None = None
-    """For people: nothing is trained on it."""
+    """For people to read: nothing trains on it."""
 
     def __post_init__(self) -> None:
         if type(self.score) is not int or self.score not in (-1, 0, 1):
@@ -277,18 +277,18 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class ScoreCounts:
-    """How many verdicts there are of each score."""
+    """The number of verdicts with each score."""
 
     good: int = 0
-    """Of +1."""
+    """With score +1."""
     neutral: int = 0
-    """Of 0."""
+    """With score 0."""
     bad: int = 0
-    """Of -1."""
+    """With score -1."""
 
     @property
     def total(self) -> int:
-        """Of any score."""
+        """With any score."""
         return self.good + self.neutral + self.bad
 
     def __add__(self, other: ScoreCounts) -> ScoreCounts:
@@ -313,13 +313,14 @@ class PolicyVersion:
     state: VersionState
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     reason: str | None = None
-    """Why it was rejected or retired; None where nobody said so."""
+    """Why it was rejected or retired; None if no reason was given."""
 
     @property
     def adapter_name(self) -> str | None:
         """The name under which vLLM serves it, new for each version; None without an adapter.
 
-        It ends in a part of the weights' hash: nobody can load another adapter under it beforehand.
+        It ends in a part of the weights' hash, so that nobody can load another adapter under the
+        name before.
         """
         if self.number == BASE_VERSION or self.sha256 is None:
             return None
@@ -327,7 +328,7 @@ class PolicyVersion:
 
 
 def names_adapter(model: str) -> bool:
-    """Whether a model's name is one that a version's adapter has, or had before names held a hash.
+    """True if a model's name has the form of a version's adapter, with or without a hash.
 
     >>> names_adapter("main-v000012-0123456789abcdef"), names_adapter("main-v000012")
     (True, True)
@@ -338,10 +339,10 @@ def names_adapter(model: str) -> bool:
 
 
 def new_id(what: str) -> str:
-    """A name that no other record has, such as `turn_…`; later ones sort after earlier ones.
+    """A unique name such as `turn_…`; later names sort after earlier ones.
 
-    48 bits of milliseconds and 32 random bits, as 20 hexadecimal digits. In order, they go to the
-    end of the store's index and not all over it.
+    48 bits of milliseconds and 32 random bits, as 20 hexadecimal digits. New names in sorted order
+    go to the end of the store's index, which is faster than random places.
     """
     return f"{what}_{time.time_ns() // 1_000_000:012x}{secrets.token_hex(4)}"
 

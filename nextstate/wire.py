@@ -1,4 +1,4 @@
-"""JSON that others wrote: read as the engine reads it, and written so that it reads the same."""
+"""JSON from clients and engines: read as vLLM reads it, and written so that it reads the same."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from nextstate.records import Json
 
 _DIGITS = bytes(48 if 48 <= byte <= 57 else 0 for byte in range(256))
 _BEYOND_64_BITS = b"0" * 19
-"""As long as the shortest number that does not fit, once every digit is a zero."""
+"""The shortest number that may not fit has 19 digits; here every digit is replaced by 0."""
 _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?")
 _CONTAINERS = (dict, list)
 _LONGEST_NUMBER = 4300
-"""Digits of a text that Python makes a number of."""
+"""Digits that Python accepts in `int(text)`."""
 MOST_LEVELS = 450
-"""Of objects and arrays within each other: the recorder's pickles end at 490."""
+"""Nesting of objects and arrays; the recorder's pickles fail at 490."""
 
 
 def json_object(data: bytes) -> Json | None:
-    """The JSON object in `data`; None for anything else. For what an engine or NextState wrote."""
+    """The JSON object in `data`; None for anything else. For text of an engine or of ours."""
     try:
         parsed = orjson.loads(data)
     except orjson.JSONDecodeError:
@@ -33,10 +33,10 @@ def json_object(data: bytes) -> Json | None:
 
 
 def read_json(data: bytes) -> Any:
-    """The value in `data` as vLLM reads it, with Python's parser. Raises ValueError.
+    """The value in `data` as vLLM reads it, which uses Python's parser. Raises ValueError.
 
-    orjson is quicker and reads the same, but for numbers beyond 64 bits, which it rounds, and what
-    it refuses: a byte order mark, UTF-16 and UTF-32, NaN and infinities, lone surrogates.
+    orjson is faster and reads the same, except that it rounds numbers beyond 64 bits and refuses
+    a byte order mark, UTF-16 and UTF-32, NaN and infinities, and lone surrogates.
     """
     if _BEYOND_64_BITS not in data.translate(_DIGITS):
         try:
@@ -50,10 +50,10 @@ def read_json(data: bytes) -> Any:
 
 
 def write_json(value: object) -> bytes:
-    """What `read_json` reads as `value`. Raises ValueError for one that is nested too deep."""
+    """JSON that `read_json` reads as `value`. Raises ValueError if it is nested too deep."""
     try:
         return orjson.dumps(value)
-    except orjson.JSONEncodeError:  # what it cannot read, and what is nested deeper than 254 levels
+    except orjson.JSONEncodeError:  # what it cannot represent, or more than 254 levels
         pass
     if _is_deeper(value, MOST_LEVELS):
         raise ValueError(f"it is nested deeper than {MOST_LEVELS} levels")
@@ -61,7 +61,7 @@ def write_json(value: object) -> bytes:
 
 
 def integer(value: object) -> int | None:
-    """`value` as vLLM reads it for a whole number (pydantic's lax mode); None if it refuses it."""
+    """`value` as a whole number in pydantic's lax mode, as vLLM reads it; None if refused."""
     if isinstance(value, str):
         text = value.strip()
         if len(text) > _LONGEST_NUMBER or not _INTEGER.fullmatch(text):
@@ -78,7 +78,7 @@ def obj(value: object) -> Json:
 
 
 def one_line(text: str) -> str:
-    """Text that others wrote without what a terminal would obey, on one line.
+    """Text from others on one line, without control characters.
 
     >>> one_line("a\\x1b[2Jb\\nc")
     'a [2Jb c'
@@ -94,7 +94,7 @@ def objects(value: object) -> list[Json]:
 
 
 def _is_deeper(value: object, levels: int) -> bool:
-    """Whether objects and arrays are nested deeper than so many levels."""
+    """True if objects and arrays are nested deeper than `levels`."""
     level = _containers((value,))
     for _ in range(levels):
         level = [inner for one in level for inner in _containers(_entries(one))]
@@ -112,7 +112,7 @@ def _entries(container: object) -> Iterable[object]:
 
 
 class _NotFinite(float):
-    """NaN or an infinity: orjson would write null for it, and refuses a type of ours."""
+    """NaN or an infinity: orjson would write null for a float, but refuses a subclass."""
 
 
 def _read_float(text: str) -> float:

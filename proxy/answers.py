@@ -1,4 +1,4 @@
-"""Errors of our own, in the format of the API that was asked."""
+"""The proxy's own errors, in the format of the API that was asked."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ _KINDS = {
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
     415: "UnsupportedMediaTypeError",
+    429: "RateLimitError",
     502: "BadGatewayError",
     503: "ServiceUnavailableError",
     504: "GatewayTimeoutError",
@@ -24,7 +25,7 @@ _KINDS = {
 
 
 class Refused(Exception):
-    """A request that goes no further, with the status and the words for its client."""
+    """Ends a request: the client gets this status and message."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -33,7 +34,7 @@ class Refused(Exception):
 
 
 def error_kind(status: int) -> str:
-    """The name that the official clients and vLLM give to errors with a status."""
+    """The name that vLLM and the official clients use for errors with this status."""
     return _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
 
 
@@ -44,22 +45,22 @@ def error_body(path: str, message: str, kind: str, code: int) -> Json:
     return {"error": {"message": message, "type": kind, "param": None, "code": code}}
 
 
-def error_response(path: str, status: int, message: str, kind: str | None = None) -> web.Response:
-    """A whole answer with an error; a 503 says when to come back."""
+def error_response(path: str, status: int, message: str) -> web.Response:
+    """A whole answer with an error. A 503 says when to try again."""
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    body = error_body(path, message, kind or error_kind(status), status)
+    body = error_body(path, message, error_kind(status), status)
     return web.json_response(body, status=status, headers=headers)
 
 
 def is_redirect(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether an answer of the engine sends its client elsewhere."""
+    """Whether an answer of the engine redirects its client."""
     return 300 <= status < 400 and "Location" in headers
 
 
 def redirected(path: str, status: int) -> Refused:
-    """What is told where the engine sends a request elsewhere: its address is not the client's."""
+    """The error for a redirect by the engine, whose address the client must not learn."""
     return Refused(
         502,
         f"The engine answers {path} with a redirect ({status}), which is not followed: "
-        "[engine] url must be the address that it really serves on.",
+        "[engine] url must be the address that it serves on.",
     )

@@ -1,10 +1,9 @@
-"""A request's body as it is read: within bounds of its size and of what it unfolds to."""
+"""Reads a request's body, within bounds on its size and on what parsing it would create."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncGenerator
 
 from aiohttp import web
 
@@ -12,18 +11,20 @@ from proxy.answers import Refused, error_response
 from proxy.requests import BodyTooSlow
 
 MOST_CONTAINERS = 250_000
-"""Objects and arrays of one body. Each costs 60 to 300 bytes and may be 3 on the wire."""
+"""Objects and arrays of one body. Each takes 60 to 300 bytes of memory and may be 3 bytes long."""
 MOST_VALUES = 1_000_000
-"""Commas of one body: the longest prompts as token ids are fine. Where Python's parser has to read
-it, each costs a microsecond and as much again to be written, in which nobody else is served."""
+"""Commas of one body: enough for the longest prompts as token ids. If Python's parser has to read
+the body, each value takes a microsecond, and another to be written, while nobody else is served."""
 _FEW = 100_000
-"""Bytes that cannot hold enough of either to matter."""
+"""A body of fewer bytes cannot hold enough of either."""
 _MANY = 1 << 20
-"""Bytes that take so long to look through that others get their turn meanwhile."""
+"""A body of more bytes is counted in a thread, so that others are served meanwhile."""
 
 
 def refuse_coded(request: web.Request) -> None:
     """Raises Refused for a compressed body: it could grow a thousandfold."""
+    if "Content-Encoding" not in request.headers:
+        return
     for coding in ",".join(request.headers.getall("Content-Encoding", ())).split(","):
         if coding.strip().lower() not in ("", "identity"):
             raise Refused(
@@ -32,34 +33,28 @@ def refuse_coded(request: web.Request) -> None:
 
 
 async def read_body(request: web.Request, max_mb: int) -> bytes:
-    """The whole body. Raises Refused for one that is too large or expensive."""
-    size = request.content_length
-    if size is not None and size > max_mb << 20:
-        raise too_large(max_mb)
-    await _welcome(request)
-    try:
-        data = await request.read()
-    except web.HTTPRequestEntityTooLarge:
-        raise too_large(max_mb) from None
+    """A body that may be JSON. Raises Refused if it is too large or would unfold too far."""
+    data = await read_any_body(request, max_mb)
     why = await asyncio.to_thread(excess, data) if len(data) > _MANY else excess(data)
     if why is not None:
         raise Refused(400, f"The request body has {why}.")
     return data
 
 
-async def stream_body(request: web.Request, max_mb: int) -> AsyncGenerator[bytes]:
-    """The body as it comes. Raises Refused where it gets too large."""
-    await _welcome(request)
-    size = 0
-    async for chunk in request.content.iter_any():
-        size += len(chunk)
-        if size > max_mb << 20:
-            raise too_large(max_mb)
-        yield chunk
+async def read_any_body(request: web.Request, max_mb: int) -> bytes:
+    """The whole body. Raises Refused if it is larger than `max_mb` MiB."""
+    size = request.content_length
+    if size is not None and size > max_mb << 20:
+        raise too_large(max_mb)
+    await _ask_for_body(request)
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise too_large(max_mb) from None
 
 
 def unreadable(request: web.Request, error: BaseException) -> web.Response:
-    """What a client is told whose body broke off or came too slowly."""
+    """The answer to a client whose body broke off or came too slowly."""
     status = 408 if isinstance(error, BodyTooSlow) else 400
     message = f"The request body cannot be read: {error}."
     response = error_response(request.path, status, message)
@@ -68,15 +63,15 @@ def unreadable(request: web.Request, error: BaseException) -> web.Response:
 
 
 def too_large(max_mb: int) -> Refused:
-    """What a body beyond the limit is told."""
+    """The error for a body beyond the limit."""
     return Refused(413, f"The request is larger than [proxy] max_body_mb = {max_mb}.")
 
 
 def excess(data: bytes) -> str | None:
     """Why JSON in `data` would take far more memory than it has bytes, or None.
 
-    Text may hold any number of brackets and commas, so what stands in strings does not count; it
-    is only cut out where it matters.
+    Brackets and commas within strings do not count. The strings are cut out only if the count with
+    them exceeds a bound.
     """
     if len(data) < _FEW or not _exceeds(data):
         return None
@@ -96,8 +91,8 @@ def _exceeds(data: bytes) -> str | None:
     return None
 
 
-async def _welcome(request: web.Request) -> None:
-    """Asks for the body of a client that waits to be asked."""
+async def _ask_for_body(request: web.Request) -> None:
+    """Asks for the body if the client waits for that."""
     if request.headers.get("Expect", "").lower() == "100-continue" and request.version >= (1, 1):
         await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         request.writer.output_size = 0  # the answer itself has not begun

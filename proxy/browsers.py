@@ -1,30 +1,31 @@
-"""What a browser may ask where no key is: nothing for another site's pages, in no disguise.
+"""Refuses requests from other sites' pages if no key is configured.
 
-Any web page can make its reader's browser send requests to this machine. The browser says whose
-page it is (Origin, Sec-Fetch-Site); a page whose own name was made to lead here (DNS rebinding)
-gives itself away by that name in Host. Programs send no Origin and are not concerned.
+Any web page can make its reader's browser send requests to this machine. The browser names the
+page's site in Origin or Sec-Fetch-Site. A page whose own name was made to resolve to this machine
+(DNS rebinding) is known by that name in Host. Programs send no Origin and are not concerned.
 
-Pages that this machine serves itself are trusted as its programs are, feedback included: a chat's
-thumbs on http://localhost:3000 are what feedback is for. A key says more than all of this: who has
-one may come from anywhere.
+Pages that this machine serves are trusted as its programs are, for feedback too: a chat page on
+http://localhost:3000 with thumbs up and down is what feedback is for. A client with a key may come
+from anywhere.
 """
 
 from __future__ import annotations
 
 import ipaddress
+from functools import lru_cache
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
 _LOCAL_SUFFIXES = (".localhost", ".internal")
-"""No web site has such a name; containers call their host `host.docker.internal` or alike."""
+"""No web site has such a name. Containers call their host `host.docker.internal` or similar."""
 _APPS = frozenset(("app", "tauri", "file", "vscode-webview", "vscode-file"))
-"""Schemes of pages that belong to an installed program: no web site has them."""
+"""Schemes of pages of an installed program: no web site has them."""
 _OWN_SITES = frozenset(("same-origin", "same-site", "none"))
 _KEY = "or set [proxy] api_key_env and send the key"
 
 
 def foreign(headers: CIMultiDictProxy[str], own_host: str) -> str | None:
-    """Why a request without a key may come from another site, and what to do; None if it does not.
+    """Why a request without a key may come from another site, and what to do about it, or None.
 
     `own_host` is what the proxy is bound to.
     """
@@ -52,14 +53,14 @@ def foreign(headers: CIMultiDictProxy[str], own_host: str) -> str | None:
 
 
 def is_preflight(method: str, headers: CIMultiDictProxy[str]) -> bool:
-    """Whether a browser asks what a page may send; it sends no key with this question."""
+    """Whether this is a browser's question what a page may send. It carries no key."""
     return (
         method == "OPTIONS" and "Origin" in headers and "Access-Control-Request-Method" in headers
     )
 
 
 def preflight_headers(asked: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """The answer to such a question: whatever it asks for."""
+    """The headers that allow all that a preflight asks for."""
     answer = CIMultiDict(
         {
             "Access-Control-Allow-Methods": asked["Access-Control-Request-Method"],
@@ -74,7 +75,7 @@ def preflight_headers(asked: CIMultiDictProxy[str]) -> CIMultiDict[str]:
 
 
 def shared_with(headers: CIMultiDictProxy[str], has_key: bool) -> dict[str, str]:
-    """What lets the page that asked read an answer: any with a key, its own origin without."""
+    """The headers that let the page that asked read the answer."""
     origin = headers.get("Origin")
     if origin is None:
         return {}
@@ -111,8 +112,9 @@ def _host(value: str) -> str | None:
     return name if name and (not port or (port.isascii() and port.isdigit())) else None
 
 
+@lru_cache(maxsize=64)
 def _is_local(name: str) -> bool:
-    """Whether a name or address is never a web site's, which has a dot in its name."""
+    """Whether a name or address is never a web site's. A web site's name has a dot."""
     try:
         address = ipaddress.ip_address(name)
     except ValueError:

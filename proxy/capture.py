@@ -1,4 +1,4 @@
-"""What one chat reply held, gathered from its chunks, and whether its tokens may train."""
+"""Collects one chat reply from its chunks, and says whether its tokens may train."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, TypeAlias, TypeGuard, cast
 
 import orjson
 
-from nextstate.error_text import error_names, told
+from nextstate.error_text import error_names, safe_text
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.whole_reply import Whole
@@ -38,19 +38,19 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
-"""Fields that shape the sampler's distribution, with the values that leave it the policy's own.
-vLLM reports log-probs of the raw distribution, so under any other value they are not the sampler's.
+"""Fields that change the sampler's distribution, with the values that leave it as the policy's own.
+vLLM reports log-probs of the raw distribution: under other values they are not the sampler's.
 """
 
 
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
-"""(deltas, logprobs, token ids without their brackets) of content chunks, as JSON, each with commas
+"""(deltas, logprobs, token ids without brackets) of content chunks, each as JSON, with commas
 between them."""
 _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
 _UNKNOWN_LOGPROB = -9999.0
-"""What vLLM sends in place of a log-prob that it does not have."""
+"""vLLM sends this for a log-prob that it does not have."""
 _LARGEST_LOGPROB = 1e-6
 _NO_INDEX = "the engine told parts of a tool call without its index"
 _MALFORMED = "the reply held values of types that a chat reply does not have"
@@ -58,7 +58,7 @@ _MALFORMED = "the reply held values of types that a chat reply does not have"
 
 @dataclass(slots=True)
 class Capture:
-    """Gathers one reply; feed it every chunk or the whole body before it is stripped."""
+    """Collects one reply. It needs every chunk, or the whole body, with our additions in it."""
 
     model: str | None = None
     content: list[str] = field(default_factory=list[str])
@@ -74,22 +74,22 @@ class Capture:
     finished: set[int] = field(default_factory=set[int])
     """Indexes of the choices whose finish reason has come."""
     error: str | None = None
-    """Why what came could not be read, for example an error event in the stream."""
+    """Why the reply could not be read, for example because of an error event in the stream."""
     _unread: list[Json | bytes | Piece] = field(default_factory=list["Json | bytes | Piece"])
     _unread_prompt: bytes | None = None
     """The prompt's ids without their brackets, as JSON."""
     _pieces: list[Piece] = field(default_factory=list[Piece])
-    """Those that came after everything in `_unread`."""
+    """Content chunks that came after everything in `_unread`."""
 
     def piece(self, piece: Piece) -> None:
-        """Takes in content chunks of a stream with a single choice, as their parts' bytes."""
+        """Adds content chunks of a stream with a single choice, as the bytes of their parts."""
         self._pieces.append(piece)
 
     def chunk(self, chunk: Json, payload: bytes | None = None) -> None:
-        """Takes in one streamed chunk, which nobody changes any more, and the JSON that it was.
+        """Adds one streamed chunk, which must not change later, and the JSON it was read from.
 
-        Only its model and its finish reasons are read now. JSON is quicker to hand over: a long
-        prompt's ids make a large object.
+        Only its model and its finish reasons are read now. JSON is handed over faster than objects:
+        a long prompt's ids make a large one.
         """
         self.join()
         self._unread.append(chunk if payload is None else payload)
@@ -100,14 +100,14 @@ class Capture:
                 self.finished.add(choice.get("index", 0))
 
     def join(self) -> None:
-        """Joins the pieces that follow each other: a few long ones are quick to hand over."""
+        """Joins pieces that follow each other: a few long ones are handed over faster."""
         if self._pieces:
             deltas, logprobs, ids = map(b",".join, zip(*self._pieces, strict=True))
             self._pieces.clear()
             self._unread.append((deltas, logprobs, ids))
 
     def read(self) -> None:
-        """Reads what was taken in: off the hot path, and pieces all at once."""
+        """Reads what was added. This is not done while the reply is relayed."""
         self.join()
         unread, self._unread = self._unread, []
         prompt, self._unread_prompt = self._unread_prompt, None
@@ -137,7 +137,7 @@ class Capture:
             self.logprobs.extend(map(float, numbers))
             self._deltas(orjson.loads(b"[" + deltas + b"]"))
         except _MISSHAPEN as error:
-            self.error = f"the stream could not be read: {told(error)}"
+            self.error = f"the stream could not be read: {safe_text(error)}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
@@ -163,14 +163,14 @@ class Capture:
                 self._tokens(choice)
                 self._delta(obj(choice.get(said)), whole=said == "message")
         except _MISSHAPEN as error:
-            self.error = f"the stream could not be read: {told(error)}"
+            self.error = f"the stream could not be read: {safe_text(error)}"
 
     def body(self, reply: Json) -> None:
-        """Takes in a plain reply."""
+        """Adds a plain reply."""
         self._choices(reply, "message")
 
     def whole(self, reply: Whole) -> None:
-        """Takes in a plain reply that was taken apart."""
+        """Adds a plain reply that was taken apart."""
         self.body(reply.rest)
         self._unread.append((b"", reply.logprobs, reply.ids))
         self._unread_prompt = reply.prompt_ids
@@ -187,7 +187,7 @@ class Capture:
         return message
 
     def behaviour_logprobs(self) -> tuple[float, ...] | None:
-        """The sampled tokens' log-probs, or None unless every one of them is known."""
+        """The sampled tokens' log-probs; None unless all of them are known."""
         if len(self.logprobs) != len(self.completion_ids) or not self.logprobs:
             return None
         known = min(self.logprobs) > _UNKNOWN_LOGPROB and max(self.logprobs) <= _LARGEST_LOGPROB
@@ -253,7 +253,7 @@ class Capture:
             self.finish_reason = str(choice["finish_reason"])
 
     def _ids(self, value: object) -> list[int]:
-        """The token ids in `value`; anything else leaves the turn untrainable."""
+        """The token ids in `value`. Anything else makes the turn untrainable."""
         ids = cast("list[int]", value) if isinstance(value, list) else []
         try:
             array("I", ids)
@@ -281,7 +281,7 @@ class Capture:
                 self.error = _NO_INDEX
 
     def _tool_call(self, index: int, call: Json) -> None:
-        """Takes in a part of the call at `index`: the official SDKs join what comes for one."""
+        """Adds a part of the call at `index`. The official SDKs join the parts in this way."""
         known = self.tool_calls.setdefault(
             index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
         )
@@ -291,8 +291,8 @@ class Capture:
         if (known["id"] or identity) != identity or (
             name and (name == joined["name"] or joined["arguments"])
         ):
-            # As some engines number every call 0, or name it in every part: clients make two calls
-            # of it, or one with a doubled name.
+            # Some engines give every call the number 0, or repeat its name in every part. Clients
+            # read two calls as one, or a name twice.
             self.error = f"the engine began the tool call {index} twice"
             return
         known["id"] = identity

@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import NamedTuple
 
-from nextstate.hooks import AgentProfile, Heard, text_of
+from nextstate.hooks import AgentProfile
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
-from nextstate.store.recording import Link, Recording
+from nextstate.store.recording import Recording
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
-from proxy.linking.continuation import (
-    SYSTEM,
+from proxy.linking.history import (
+    History,
+    Keys,
+    Link,
+    RememberedMessages,
+    Scope,
+    keys_of,
     link_of,
-    message_hashes,
     next_states,
     place_of,
-    reply_starts,
-    said,
+    read_history,
 )
-from proxy.linking.meaning import key_of, meant, meant_in
+from proxy.linking.meaning import meaning_of
+from proxy.linking.parents import Found, find_parent, main_turn, session_of
 
 
 class Exchange(NamedTuple):
-    """One finished request and reply, before it is linked; a tuple, for it is pickled and read."""
+    """One finished request and reply, before it is linked. A tuple, because it is pickled."""
 
     turn_id: str
     lineage: str
@@ -32,152 +35,131 @@ class Exchange(NamedTuple):
     request: Json
     capture: Capture
     policy_version: int | None
-    """The version that the engine's answer names."""
+    """The version that the engine says it served."""
     timings: Timings
     cut: bool = False
-    """Whether the client did not see the reply's end."""
+    """True if the client did not see the end of the reply."""
     untrainable: str | None = None
-    """Why the turn cannot train, where that is known without looking at its tokens."""
+    """Why the turn must not train, if that is known without its tokens."""
     amends: bool = False
-    """Whether it was sent before, when nobody knew yet that the client would not see the end."""
+    """True if it was sent before, and only now it is known that the client did not see the end."""
     vague_name: bool = False
-    """Whether the client's name for its session is a person's or an app's: many have the same."""
+    """True if the client's name for its session is a person's or an app's."""
     kind: TurnKind | None = None
-    """What the client says that the turn is; None where the agent's profile tells."""
+    """The kind that the client gives; None if the agent's profile decides."""
 
 
 class Read(NamedTuple):
-    """An exchange with all that is known of it without looking into the store."""
+    """An exchange with all that can be known of it without the store."""
 
     exchange: Exchange
-    turn: Turn
-    """Without its place in a session."""
-    messages: list[Json]
-    hashes: tuple[bytes, ...]
-    heard: list[Heard | None]
-    """What the profile reads in each of the messages."""
-    named: str | None
-    """The session that the client names."""
+    kind: TurnKind
+    reply: Json
+    untrainable: str | None
+    """Why the turn must not train; None if it may."""
+    history: History
+    scope: Scope
     link: Link | None
-    keys: tuple[bytes, bytes]
-    """The turn's own: of the chain of replies and of its reply."""
-    said_key: bytes | None
-
-    @property
-    def told(self) -> list[str]:
-        """What the request says, the system's part with it: so a retry is known at the start."""
-        texts = [
-            one.text if one else text_of(m.get("content")) if m.get("role") in SYSTEM else ""
-            for m, one in zip(self.messages, self.heard, strict=True)
-        ]
-        return [text for text in texts if text]
+    keys: Keys
 
 
-def read_exchange(exchange: Exchange, profile: AgentProfile) -> Read:
-    """Reads one exchange: done before the store is locked, for it takes as long as it is large."""
-    exchange.capture.read()
-    messages = objects(exchange.request.get("messages"))
-    hashes = message_hashes(messages)
-    profile = profile.of(exchange.request)
-    heard = [profile.heard(message) for message in messages]
-    starts = reply_starts(messages, heard)
-    *before, in_all = said(messages, hashes, [one and one.text for one in heard], starts)
-    history = meant_in(messages)
-    turn = _turn(exchange, exchange.kind or profile.kind(exchange.request))
-    reply = meant(turn.reply)
-    chain_key = key_of([*history, reply])
+def read_exchange(
+    exchange: Exchange, profile: AgentProfile, remembered: RememberedMessages | None = None
+) -> Read:
+    """Reads one exchange; needs no store, so that no lock is held meanwhile."""
+    capture, request = exchange.capture, exchange.request
+    reply = capture.message()
+    profile = profile.for_request(request)
+    name = exchange.explicit_session
+    scope = Scope(
+        exchange.lineage, None if name is None else profile.session(name), exchange.vague_name
+    )
+    history = read_history(objects(request.get("messages")), profile, remembered)
     return Read(
         exchange=exchange,
-        turn=turn,
-        messages=messages,
-        hashes=hashes,
-        heard=heard,
-        named=_named(exchange, profile),
-        link=link_of(history, hashes, starts, before),
-        keys=(chain_key, key_of([reply])),
-        said_key=in_all.key(chain_key),
+        kind=exchange.kind or profile.kind(request),
+        reply=reply,
+        untrainable=exchange.untrainable or capture.untrainable(request),
+        history=history,
+        scope=scope,
+        link=link_of(history, scope),
+        keys=keys_of(history, meaning_of(reply), scope),
     )
 
 
-def record_exchange(
-    recording: Recording, exchange: Exchange, profile: AgentProfile, read: Read | None = None
-) -> Turn:
-    """Links one exchange, adds its turn and the next state of the turn that it continues.
+def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
+    """Reads and records one exchange."""
+    return record(recording, read_exchange(exchange, profile))
 
-    `read` is what `read_exchange` made of it, where that was done before.
-    """
-    read = read or read_exchange(exchange, profile)
-    lineage, named, link, kind = exchange.lineage, read.named, read.link, read.turn.kind
-    parent = None
-    if link is not None:
-        parent = recording.parent(lineage, link, named, own_name=not exchange.vague_name)
-    answered = parent and parent.at
+
+def record(recording: Recording, read: Read) -> Turn:
+    """Links an exchange, adds its turn and the next state of the turn that it continues."""
+    exchange, scope, link, kind = read.exchange, read.scope, read.link, read.kind
+    sessions, name = recording.sessions, scope.client_session
+    found = Found() if link is None else find_parent(sessions, link, scope)
+    parent = found.parent
     if parent is not None and kind is TurnKind.MAIN:
         # A heartbeat may come between a reply and what the person says to it.
-        parent = recording.main_ancestor(parent)
-    place = place_of(lineage, named, kind, parent and parent.id, read.told)
-    tried = None if place is None else recording.cut_session(place)
+        parent = main_turn(sessions, parent)
+    place = place_of(scope, kind, parent and parent.id, read.history)
+    cut = None if place is None else sessions.cut_session(place)
     if parent is not None:
         session = parent.session
-    elif tried is not None:
-        session = tried
-    elif named is not None:
-        fresh = link is None or recording.unsure or exchange.vague_name
-        session = recording.session(lineage, named, fresh=fresh)
+    elif cut is not None:
+        session = cut
+    elif name is not None:
+        fresh = link is None or found.unsure or scope.is_shared_name
+        session = session_of(sessions, scope, name, fresh=fresh)
     else:
         session = new_id("session")
-    # What was just named has no turn yet.
-    index = recording.next_index(session) if parent or tried or named else 0
-    turn = replace(read.turn, session=session, index=index, parent=parent and parent.id)
+    is_new = parent is None and cut is None and name is None
+    index = 0 if is_new else sessions.next_index(session)
+    turn = _turn(read, session, index, parent and parent.id)
     recording.add_turn(
         turn,
-        *read.keys,
-        said_key=read.said_key,
-        client_session=named,
+        read.keys.chain,
+        read.keys.reply,
+        context_key=read.keys.context,
+        client_session=name,
         place=place if exchange.cut else None,
-        message_hashes=read.hashes,
+        message_hashes=[message.hash for message in read.history.messages],
     )
-    if tried is not None and place is not None:
-        recording.replace_cut(place, turn.id)
-    # A side turn replays the history of the main one: it is nobody's answer to it.
+    if cut is not None and place is not None:
+        sessions.replace_cut(place, turn.id)
+    # A side turn repeats the history of the main turn, so it is no answer to its reply.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, read.messages, read.heard, answered)
-        recording.add_next_states(parent.id, parent.kind is TurnKind.MAIN, states)
+        states = next_states(parent.id, read.history, found.start)
+        recording.add_next_states(parent.id, parent.kind == TurnKind.MAIN, states)
     return turn
 
 
 def amend_exchange(recording: Recording, read: Read) -> None:
-    """Lets a retry take the place of a turn that is stored: its client did not see the end."""
-    turn = read.turn
-    parent = recording.parent_of(turn.id)
-    place = place_of(turn.lineage, read.named, turn.kind, parent, read.told)
+    """Lets a retry replace a stored turn, because its client did not see the end of the reply."""
+    turn, sessions = read.exchange.turn_id, recording.sessions
+    parent = sessions.parent_of(turn)
+    place = place_of(read.scope, read.kind, parent and parent.id, read.history)
     if place is not None:
-        recording.set_place(turn.id, place)
+        sessions.set_place(turn, place)
 
 
-def _named(exchange: Exchange, profile: AgentProfile) -> str | None:
-    """The session that the client names."""
-    given = exchange.explicit_session
-    return None if given is None else profile.session(given)
-
-
-def _turn(exchange: Exchange, kind: TurnKind) -> Turn:
-    capture, request = exchange.capture, exchange.request
+def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
+    exchange, capture, request = read.exchange, read.exchange.capture, read.exchange.request
     return Turn(
         id=exchange.turn_id,
-        session="",
-        index=0,
-        kind=kind,
+        session=session,
+        index=index,
+        kind=read.kind,
         lineage=exchange.lineage,
         policy_version=exchange.policy_version,
         client_model=str(request.get("model") or ""),
         request=request,
-        reply=capture.message(),
+        reply=read.reply,
         finish_reason=capture.finish_reason,
         prompt_ids=None if capture.prompt_ids is None else tuple(capture.prompt_ids),
         completion_ids=tuple(capture.completion_ids) or None,
         behaviour_logprobs=capture.behaviour_logprobs(),
         sampling=sampling_settings(request),
         timings=exchange.timings,
-        untrainable=exchange.untrainable or capture.untrainable(request),
+        untrainable=read.untrainable,
+        parent=parent,
     )

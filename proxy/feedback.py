@@ -1,28 +1,41 @@
-"""What a client says of a turn through `POST /v1/feedback`, read and checked."""
+"""`POST /v1/feedback`: what a client says about a turn is read, checked and stored."""
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import cast
 
+from aiohttp import web
+
 from nextstate.config import nearest
-from nextstate.errors import RecordError
+from nextstate.errors import NoTurnError, RecordError, StoreError
+from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Feedback, Json
+from nextstate.store import Store
+from nextstate.store.settling import Reception
 from nextstate.wire import json_object
+from proxy.answers import Refused, error_response
+from proxy.bodies import read_body
+from proxy.lineages import CALLER, Lineages
+from proxy.linking.names import session_names
+
+log = logging.getLogger(__name__)
 
 AT_ONCE = 60
-"""Feedback that a caller may give at once; a person clicks less than that in a minute."""
+"""How often a caller may give feedback at once. A person clicks less often in a minute."""
 A_MINUTE = 60.0
-"""How much more of it they may give in each minute."""
+"""How often they may give more in each minute."""
 _EXAMPLE = '{"turn_id": "turn_…", "score": -1, "hint": "Answer in one sentence."}'
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
-    """A checked body: it names a turn, or a session and with it the newest main turn there."""
+class FeedbackBody:
+    """A checked body. It names a turn, or a session for the newest main turn in it."""
 
     turn_id: str | None
     session_id: str | None
@@ -36,15 +49,15 @@ class Said:
 
 
 class Allowance:
-    """How much feedback each caller may still give: a bucket of `AT_ONCE` that fills again."""
+    """How often each caller may still give feedback: a bucket of `AT_ONCE` that refills."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._left: dict[str, tuple[float, float]] = {}
-        """By caller, one for each key: what was left, and when."""
+        """(what was left, when), by caller. Each key is a caller."""
 
     def wait_s(self, caller: str) -> int:
-        """0 if the caller may give feedback now, which is counted; else the seconds until then."""
+        """0 if the caller may give feedback now, which counts it; else the seconds to wait."""
         now = self._clock()
         left, since = self._left.get(caller, (float(AT_ONCE), now))
         left = min(AT_ONCE, left + (now - since) * A_MINUTE / 60)
@@ -54,11 +67,60 @@ class Allowance:
         return 0
 
 
+class FeedbackRoute:
+    """Serves `POST /v1/feedback`."""
+
+    def __init__(self, store: Store, lineages: Lineages, profile: str, max_body_mb: int) -> None:
+        self._store = store
+        self._lineages = lineages
+        self._profile: AgentProfile = load_plugin("agents", profile, None)
+        self._max_body_mb = max_body_mb
+        self.allowance = Allowance()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Stores feedback and answers with what came of it. Raises Refused."""
+        if request.content_type != "application/json":
+            found = request.headers.get("Content-Type", "none")
+            raise Refused(415, f"Content-Type: {found[:100]!r}: feedback is application/json.")
+        try:
+            body = read_feedback(await read_body(request, self._max_body_mb))
+        except RecordError as error:
+            raise Refused(400, f"Feedback: {error}.") from error
+        if wait_s := self.allowance.wait_s(request[CALLER]):
+            message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
+            response = error_response(request.path, 429, message)
+            response.headers["Retry-After"] = str(wait_s)
+            return response
+        try:
+            reception = await asyncio.to_thread(self._store_it, body, request[CALLER])
+        except NoTurnError:  # it was forgotten at this moment
+            reception = None
+        except (StoreError, OSError) as error:
+            log.warning("feedback on turn=%s could not be stored: %s", body.turn_id, error)
+            raise Refused(503, "The store cannot be written now.") from error
+        if reception is None:
+            named = f"turn {body.turn_id!r}" if body.turn_id else f"turn in {body.session_id!r}"
+            raise Refused(404, f"There is no {named}.")
+        return web.json_response(asdict(reception))
+
+    def _store_it(self, body: FeedbackBody, caller: str) -> Reception | None:
+        """What came of the feedback; None if the caller has no such turn."""
+        theirs = [name for name in self._lineages.names if self._lineages.sees(caller, name)]
+        turn = body.turn_id
+        if turn is None:
+            assert body.session_id is not None
+            sessions = session_names(body.session_id, self._profile)
+            turn = self._store.turns.newest(sessions, theirs)
+        elif self._store.turns.lineage(turn) not in theirs:
+            turn = None
+        return None if turn is None else self._store.judging.give_feedback(body.of(turn))
+
+
 _FIELDS = ("turn_id", "session_id", "score", "hint", "comment")
 
 
-def read_feedback(data: bytes) -> Said:
-    """The body of a request for feedback. Raises RecordError with what to change in it."""
+def read_feedback(data: bytes) -> FeedbackBody:
+    """The body of a request for feedback. Raises RecordError that says what to change."""
     body = json_object(data)
     if body is None:
         raise RecordError(f"the body is not a JSON object: expected {_EXAMPLE}")
@@ -74,13 +136,13 @@ def read_feedback(data: bytes) -> Said:
             "expected either turn_id, from the reply's x-nextstate-turn header, or session_id, "
             f"for the newest turn of a session; {found}"
         )
-    said = Said(turn, session, body["score"], _text(body, "hint"), _text(body, "comment"))
-    said.of(turn or "")  # its bounds, before any turn is looked for
+    said = FeedbackBody(turn, session, body["score"], _text(body, "hint"), _text(body, "comment"))
+    said.of(turn or "")  # checks its bounds before a turn is looked for
     return said
 
 
 def _text(body: Json, field: str) -> str | None:
-    """A text that says something; None for an absent, null or blank one."""
+    """A text; None for an absent, null or blank one."""
     value = cast(object, body.get(field))
     if value is not None and not isinstance(value, str):
         raise RecordError(f"{field} = {value!r:.80}: expected a text")

@@ -1,4 +1,4 @@
-"""Requests that could end the engine for everyone, or reach an adapter by its own name: refused."""
+"""Refuses requests that could end the engine for everyone or name an adapter directly."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ _LONGEST = {
     **{"logit_bias": 1024, "allowed_token_ids": 1024, "stop_token_ids": 128, "bad_words": 128},
     **{"logprob_token_ids": 128, "stop": 1024},
 }
-"""Entries that vLLM's GPU worker has room for; it checks too late, and ends with its engine."""
+"""Entries that vLLM's GPU worker has room for. It checks too late, and the engine ends."""
 _MOST_LOGPROBS = 1024
-"""Log-probs of other tokens beside each; vLLM itself takes 20, unless it is told otherwise."""
+"""Log-probs of other tokens for each token. vLLM's own default limit is 20."""
 _LONGEST_REPETITION = 1024
-"""Tokens of a repeated pattern that the engine looks for after each token, for all who wait."""
+"""Tokens of a repeated pattern. The engine searches for it after each token, while others wait."""
 _LONGEST_SALT = 128
 _NOT_IN_SALT = frozenset("@/\\\x00")
 
 
 def administers(path: str) -> bool:
-    """Whether a path, decoded, leads to the engine's administration, however it is spelt."""
+    """Whether a decoded path leads to a route that administers the engine."""
     return not _ADMIN.isdisjoint(path.split("/"))
 
 
 def leads_out(path: str) -> bool:
-    """Whether a path, decoded, has segments that a server or a client may resolve: `.` or `..`."""
+    """Whether a decoded path has segments that a server or client may resolve: `.` or `..`."""
     return not _DOTS.isdisjoint(path.split("/"))
 
 
@@ -58,29 +58,29 @@ def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refused | N
 
 
 def tame(body: Json, lineage: str, *, salted: bool) -> None:
-    """Changes, in place, what one client could say to the harm of the others.
+    """Changes, in place, the fields with which one client could harm others.
 
-    Nobody goes before the agents that name no priority, nor behind the judge's votes. If `salted`,
-    no lineage's prompts speed up another's: the salt of the prefix cache is made of the client's
-    own, which then counts within its lineage alone.
+    A priority is kept between that of agents that name none and that of the judge's votes. If
+    `salted`, each lineage gets a prefix cache of its own, so that no lineage can tell from the
+    speed what another has asked: the salt is made of the lineage and the client's own salt.
     """
     if (priority := integer(body.get("priority"))) is not None:
         body["priority"] = min(max(priority, 0), VOTE_PRIORITY - 1)
     salt = body.get("cache_salt")
-    if salted and (salt is None or _is_salt(salt)):  # any other is the engine's to refuse
-        told = repr((lineage, salt)).encode(errors="surrogatepass")
-        body["cache_salt"] = hashlib.blake2b(told, digest_size=16).hexdigest()
+    if salted and (salt is None or _is_salt(salt)):  # the engine refuses any other
+        both = repr((lineage, salt)).encode(errors="surrogatepass")
+        body["cache_salt"] = hashlib.blake2b(both, digest_size=16).hexdigest()
 
 
 def _is_salt(value: object) -> bool:
-    """Whether the engine takes it for a salt."""
+    """Whether the engine accepts it as a salt."""
     return (
         isinstance(value, str) and 0 < len(value) <= _LONGEST_SALT and not _NOT_IN_SALT & {*value}
     )
 
 
 def _too_many(body: Json, max_choices: int) -> str | None:
-    """What a request asks too much of, or None."""
+    """What a request asks for too much of, or None."""
     named = [(name, integer(body.get(name)) or 1) for name in ("n", "best_of")]
     name, choices = max(named, key=lambda found: found[1])
     prompts = _prompts(body)
@@ -104,7 +104,7 @@ def _too_many(body: Json, max_choices: int) -> str | None:
 
 
 def _prompts(body: Json) -> int:
-    """How many prompts a request holds, each of which gets its own choices."""
+    """How many prompts a request holds. Each gets its own choices."""
     several = 0
     for name, one in (("prompt", (int, float)), ("prompt_embeds", int), ("messages", dict)):
         found = body.get(name)

@@ -7,16 +7,16 @@ from itertools import groupby
 
 from proxy.recorder import RecorderCounts
 from proxy.relay import RelayCounts
-from proxy.server import Gate
+from proxy.server import Connections
 from proxy.versions import Versions
 
 UNRECORDED = "nextstate_requests_unrecorded_total"
 
 
 def counts_of(
-    relay: RelayCounts, recorder: RecorderCounts, versions: Versions, gate: Gate
+    relay: RelayCounts, recorder: RecorderCounts, versions: Versions, connections: Connections
 ) -> dict[str, int]:
-    """What one worker has counted; those of several add up."""
+    """What one worker has counted. The counts of several workers are added."""
     return {
         "nextstate_requests_total": relay.requests,
         "nextstate_requests_failed_total": relay.failed,
@@ -28,10 +28,10 @@ def counts_of(
         "nextstate_store_waits_total": recorder.store_waits,
         "nextstate_requests_running": sum(versions.running.values()),
         **{f'{UNRECORDED}{{reason="{reason}"}}': n for reason, n in relay.unrecorded.items()},
-        "nextstate_connections": len(gate.fronts),
-        "nextstate_connections_limit": gate.limit,
-        "nextstate_connections_refused_total": gate.refused,
-        "nextstate_out_of_files_total": gate.exhausted,
+        "nextstate_connections": len(connections.opened),
+        "nextstate_connections_limit": connections.limit,
+        "nextstate_connections_refused_total": connections.refused,
+        "nextstate_out_of_files_total": connections.exhausted,
     }
 
 

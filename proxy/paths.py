@@ -1,4 +1,4 @@
-"""What a request's path is to the engine's server, however the client has spelt it."""
+"""Which route of the engine a path leads to, however the client has written it."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ GENERATING = frozenset((CHAT, COMPLETIONS, *DIALECTS))
 """The routes whose replies are recorded."""
 MODELS = "/v1/models"
 PROBED = frozenset(("/version", "/load", "/tokenize", "/detokenize", "/tokenizer_info"))
-"""Of the engine's routes outside /v1/ those that agents use; most others administer it."""
+"""The engine's routes outside /v1/ that agents use. Most others administer the engine."""
 OURS = frozenset(("/v1/feedback", "/healthz", "/metrics", "/health", "/ping"))
 _KNOWN = GENERATING | PROBED | OURS | {MODELS}
 
 
 def known_as(raw_path: str) -> str:
-    """The route that the engine's server would take a path for, if we know it; else the path.
+    """The known route that the engine's server would serve for a path; else the path.
 
-    uvicorn decodes a path once, and starlette redirects one that ends with a slash to the one
-    without.
+    uvicorn decodes a path once. starlette redirects a path with a slash at its end to the same
+    path without it.
 
     >>> known_as("/v1/%63hat%2Fcompletions/"), known_as("/v1/models/a%2Fb")
     ('/v1/chat/completions', '/v1/models/a%2Fb')
@@ -30,9 +30,9 @@ def known_as(raw_path: str) -> str:
 
 
 def resembles_generating(path: str) -> bool:
-    """Whether some server might take a path for one that generates, where it is not one.
+    """Whether some server might serve a route that generates for a path that is not one.
 
-    A gateway before the engine may merge slashes, ignore parameters or case, or decode once more.
+    A gateway before the engine may merge slashes, ignore parameters or case, or decode again.
 
     >>> [resembles_generating(path) for path in ("/v1//Chat;v=1/completions", "/v1/completions")]
     [True, False]

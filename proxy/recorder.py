@@ -1,9 +1,8 @@
-"""The proxy's end of recording: a bounded queue before the writer process and its group commit.
+"""The recorder: a bounded queue of finished exchanges in front of the writer process.
 
-Reading, linking, hashing and writing happen in the writer (`proxy/writer.py`), in one transaction
-for all exchanges that wait. A store that is slow, full or gone never fails a reply, nor does a
-writer that ends: what cannot be kept is counted and logged, what was not answered for is sent to
-the next writer.
+The writer (`proxy/writer.py`) reads, links and commits them. A store that is slow, full or gone
+never fails a reply, and neither does a writer that ends. What cannot be stored is counted and
+logged. What a writer did not answer before its end is sent to the next one.
 """
 
 from __future__ import annotations
@@ -12,26 +11,26 @@ import asyncio
 import logging
 import pickle
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
-from typing import cast
+from socket import socket
 
 from nextstate.config import StoreConfig
 from proxy.exchange import Exchange
-from proxy.writer import FRAME, KEPT, LOST, READY, WAITING, Feed
+from proxy.writer import LENGTH, Answer
 from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
-"""Before the next writer, when the last one ended without having kept anything."""
-_BYTES_A_TURN = 1 << 16
-"""What an exchange that waits may take, on the average over a full queue."""
-_MOST_IN_HAND_BYTES = 4 << 20
-"""Sent and not answered for; one more may go beyond it. The rest would only lie in the transport a
-second time."""
-_DEADLY = 3
-"""An exchange is lost that so many writers ended over, each with nothing else in hand."""
+"""Before the next writer, if the last one answered nothing."""
+_BYTES_PER_TURN = 1 << 16
+"""Average size of the exchanges in a full queue."""
+_TRANSPORT_BYTES = 4 << 20
+"""Sent but not yet in the socket: the transport holds a second copy of it."""
+_MAX_CRASHES = 3
+"""Give up on an exchange after this many writers crashed on it."""
 
 
 @dataclass(slots=True)
@@ -40,36 +39,27 @@ class RecorderCounts:
 
     recorded: int = 0
     late: int = 0
-    """Recorded, but after the client had seen the end of the reply."""
+    """Replies that ended before their turn was recorded."""
     lost: int = 0
     waiting: int = 0
-    """Not settled yet."""
+    """Exchanges without an answer from the writer."""
     store_waits: int = 0
-    """How often the store did not take what had come: it was locked, or its disk was full."""
+    """How often the writer had to wait: the store was locked, or its disk was full."""
 
 
+@dataclass(slots=True, eq=False)
 class _Waiting:
-    """One exchange on its way into the store, and whoever waits for it."""
+    """One exchange without an answer."""
 
-    __slots__ = ("done", "ended", "pickled", "sent", "turn_id")
-
-    def __init__(self, turn_id: str, pickled: bytes, loop: asyncio.AbstractEventLoop) -> None:
-        self.turn_id = turn_id
-        self.pickled = pickled
-        self.sent = False
-        """Whether a writer had it already, and may have kept it before it ended."""
-        self.ended = 0
-        """How many writers ended over it."""
-        self.done: asyncio.Future[bool] = loop.create_future()
-        """True: settled, as a turn or as a loss. False: it takes too long to wait for."""
-
-    def settle(self, in_time: bool) -> None:
-        if not self.done.done():
-            self.done.set_result(in_time)
+    turn_id: str
+    pickled: bytes
+    answered: asyncio.Future[None]
+    crashes: int = 0
+    """Writers that ended while this was the only exchange that they had."""
 
 
 class Recorder:
-    """Records exchanges; `run` must be running."""
+    """Records exchanges while `run` runs."""
 
     def __init__(
         self,
@@ -83,45 +73,50 @@ class Recorder:
     ) -> None:
         self.counts = RecorderCounts()
         self._writer = writer
-        self._feed = Feed(store, profile)
-        self._enabled = enabled
-        self._timeout_s = timeout_s
+        self._store = store
+        self._profile = profile
         self._queue_size = queue_size
+        self._timeout_s = timeout_s
+        self._enabled = enabled
         self._waiting: deque[_Waiting] = deque()
-        """What is not settled, in the order in which it is sent."""
+        """Oldest first: the order in which they are sent and answered."""
         self._waiting_bytes = 0
-        self._channel: _Channel | None = None
+        self._sent = 0
+        """How many of `_waiting`, from the oldest on, the present writer has been sent."""
         self._suspects = 0
-        """How many exchanges from the oldest on are sent one by one: one may end each writer."""
+        """How many of `_waiting`, from the oldest on, are sent one at a time: an earlier writer had
+        them when it ended, so one of them may have crashed it."""
+        self._stream: asyncio.StreamWriter | None = None
+        """To the present writer."""
+        self._ready = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._opened = asyncio.Event()
 
     async def record(self, exchange: Exchange) -> None:
         """Returns once the turn is recorded, or after the timeout; never raises for the store.
 
-        Cancelled, the client has left before its end: a retry will take the turn's place.
+        If it is cancelled, the client has left without the reply's end, and will send the request
+        again: the turn is marked so that the new one takes its place.
         """
         waiting = self.submit(exchange)
         if waiting is None:
             return
-        loop = asyncio.get_running_loop()
-        patience = loop.call_later(self._timeout_s, waiting.settle, False)
         try:
-            if not await waiting.done:
-                self.counts.late += 1
-                log.warning(
-                    "turn=%s is late: not stored in %.2f s", exchange.turn_id, self._timeout_s
-                )
+            done, _ = await asyncio.wait((waiting.answered,), timeout=self._timeout_s)
         except asyncio.CancelledError:
             if not (exchange.cut or self._full()):
                 self.submit(exchange._replace(cut=True, amends=True))
             raise
-        finally:
-            patience.cancel()
+        if not done:
+            self.counts.late += 1
+            log.warning("turn=%s is late: not stored in %.2f s", exchange.turn_id, self._timeout_s)
 
     def submit(self, exchange: Exchange) -> _Waiting | None:
-        """Queues without waiting; None when it is lost (the queue is full) or recording is off."""
+        """Queues an exchange without waiting for its turn.
+
+        None if recording is off, or the exchange is lost: the queue is full, or it cannot be
+        pickled.
+        """
         if not self._enabled:
             return None
         if self._full():
@@ -136,166 +131,126 @@ class Recorder:
         exchange.capture.join()
         try:
             pickled = pickle.dumps(exchange, pickle.HIGHEST_PROTOCOL)
-        except Exception:  # nested too deep, for one
+        except Exception:  # for example nested too deep
             self.counts.lost += 1
             log.exception("turn=%s could not be recorded", exchange.turn_id)
             return None
-        waiting = _Waiting(exchange.turn_id, pickled, asyncio.get_running_loop())
+        answered = asyncio.get_running_loop().create_future()
+        waiting = _Waiting(exchange.turn_id, pickled, answered)
         self._waiting.append(waiting)
         self._waiting_bytes += len(pickled)
-        self.counts.waiting += 1
+        self.counts.waiting = len(self._waiting)
         self._idle.clear()
-        self.send()
+        self._send()
         return waiting
 
     async def run(self) -> None:
-        """Keeps a writer at work until cancelled."""
-        if not self._enabled:
-            return
-        loop = asyncio.get_running_loop()
+        """Keeps a writer at work until cancelled, then waits for its end."""
         pause_s = _FIRST_PAUSE_S
-        while True:
-            channel = _Channel(self, loop)
-            try:
-                ours = self._writer.connect(self._feed)
-                await loop.create_unix_connection(lambda c=channel: c, sock=ours)
-            except OSError as error:
-                log.error("no writer can be started, trying again in %.2f s: %s", pause_s, error)
-            else:
-                # Before it has opened: a writer that still starts finishes what its socket holds,
-                # even if the proxy is killed meanwhile.
-                self._channel = channel
-                self.send()
-                try:
-                    await asyncio.shield(channel.ended)
-                finally:
-                    self._channel = None
-                    channel.abort()
-                    await channel.ended
-                log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
-                self._doubt(channel)
-            if channel.settled:
-                pause_s = _FIRST_PAUSE_S
-                continue
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
-
-    async def wait_open(self, timeout_s: float) -> None:
-        """Waits until the first writer takes exchanges, at most `timeout_s`."""
-        if not self._enabled:
-            return
         try:
-            await asyncio.wait_for(self._opened.wait(), timeout_s)
-        except TimeoutError:
-            log.warning("no writer has opened in %.1f s: turns may be late or lost", timeout_s)
+            while self._enabled:
+                answered = 0
+                try:
+                    answered = await self._serve(self._writer.start(self._store, self._profile))
+                except OSError as error:
+                    log.error("no writer starts, trying again in %.2f s: %s", pause_s, error)
+                if answered:
+                    pause_s = _FIRST_PAUSE_S
+                    continue
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        finally:
+            await asyncio.to_thread(self._writer.close)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Waits until the first writer runs, at most `timeout_s`."""
+        if self._enabled:
+            try:
+                await asyncio.wait_for(self._ready.wait(), timeout_s)
+            except TimeoutError:
+                log.warning("no writer runs after %.1f s: turns may be late or lost", timeout_s)
 
     async def drain(self, timeout_s: float) -> None:
-        """Waits until everything queued is settled, at most `timeout_s`."""
+        """Waits until the queue is empty, at most `timeout_s`."""
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
             log.error("%d turns are lost: the store did not take them in time", len(self._waiting))
 
-    def opened(self) -> None:
-        """Takes in that a writer has opened."""
-        self._opened.set()
+    async def _serve(self, connection: socket) -> int:
+        """Sends to one writer until it ends. Returns how many exchanges it answered."""
+        answers, self._stream = await asyncio.open_unix_connection(sock=connection)
+        self._sent = answered = 0
+        ready = False
+        # A writer that is not ready yet gets exchanges too: it commits what is in its socket, even
+        # if the proxy is killed meanwhile.
+        self._send()
+        try:
+            with suppress(ConnectionError):
+                while data := await answers.read(1 << 16):
+                    for answer in data:
+                        if answer == Answer.READY:
+                            ready = True
+                            self._ready.set()
+                        elif answer == Answer.BLOCKED:
+                            self.counts.store_waits += 1
+                        else:
+                            answered += 1
+                            self._take(answer)
+                    self._send()
+        finally:
+            self._stream.transport.abort()
+            self._stream = None
+        log.warning("the writer has ended; %d turns wait for the next", len(self._waiting))
+        # One that was not ready has not looked at them. One that answered some was perhaps killed:
+        # the next gets all at once, so that they outlive the proxy. If one of them crashes writers,
+        # the next answers nothing.
+        if ready and (not answered or self._suspects):
+            self._suspect()
+        return answered
 
-    def settle(self, answer: int) -> int:
-        """Takes in what became of the oldest exchange; returns how many bytes it had."""
-        if answer == KEPT:
-            self.counts.recorded += 1
-        elif answer == LOST:
-            self.counts.lost += 1
-        return self._forget_oldest()
-
-    def send(self) -> None:
-        """Sends what waits, as far as the writer may have it."""
-        channel = self._channel
-        if channel is None or channel.closing:
+    def _send(self) -> None:
+        """Sends what the writer may have."""
+        stream = self._stream
+        if stream is None or stream.is_closing():
             return
         allowed = 1 if self._suspects else len(self._waiting)
-        for waiting in islice(self._waiting, channel.in_hand, allowed):
-            if channel.in_hand_bytes >= _MOST_IN_HAND_BYTES:
+        for waiting in islice(self._waiting, self._sent, allowed):
+            if stream.transport.get_write_buffer_size() >= _TRANSPORT_BYTES:
                 break
-            channel.send(waiting.pickled, again=waiting.sent)
-            waiting.sent = True
+            stream.write(LENGTH.pack(len(waiting.pickled)) + waiting.pickled)
+            self._sent += 1
 
-    def _full(self) -> bool:
-        most_bytes = self._queue_size * _BYTES_A_TURN
-        return len(self._waiting) >= self._queue_size or self._waiting_bytes >= most_bytes
+    def _take(self, answer: int) -> None:
+        """Takes the writer's answer to the oldest exchange."""
+        if answer == Answer.KEPT:
+            self.counts.recorded += 1
+        elif answer == Answer.LOST:
+            self.counts.lost += 1
+            log.error("turn=%s is lost: it cannot be recorded", self._waiting[0].turn_id)
+        self._forget_oldest()
+        self._sent -= 1
 
-    def _forget_oldest(self) -> int:
+    def _forget_oldest(self) -> None:
         oldest = self._waiting.popleft()
         self._waiting_bytes -= len(oldest.pickled)
-        self.counts.waiting -= 1
+        self.counts.waiting = len(self._waiting)
         self._suspects = max(0, self._suspects - 1)
         if not self._waiting:
             self._idle.set()
-        oldest.settle(True)
-        return len(oldest.pickled)
+        oldest.answered.set_result(None)
 
-    def _doubt(self, channel: _Channel) -> None:
-        """Finds out, over several writers, whether one of the exchanges that they had ends them."""
-        if not channel.opened:
-            return  # it never looked at them
-        if channel.settled and not self._suspects:
-            return  # killed, perhaps: the next writer gets them all, one that ends it comes first
-        self._suspects = channel.in_hand
-        if channel.in_hand != 1:
-            return
-        suspect = self._waiting[0]
-        suspect.ended += 1
-        if suspect.ended == _DEADLY:
-            self.counts.lost += 1
-            log.error("turn=%s is lost: %d writers ended over it", suspect.turn_id, _DEADLY)
-            self._forget_oldest()
+    def _suspect(self) -> None:
+        """Finds out, over several writers, which exchange crashes them, if one does."""
+        self._suspects = max(self._suspects, self._sent)
+        if self._sent == 1:
+            oldest = self._waiting[0]
+            oldest.crashes += 1
+            if oldest.crashes == _MAX_CRASHES:
+                self.counts.lost += 1
+                log.error("turn=%s is lost: %d writers crashed on it", oldest.turn_id, _MAX_CRASHES)
+                self._forget_oldest()
 
-
-class _Channel(asyncio.Protocol):
-    """The connection to one writer."""
-
-    def __init__(self, recorder: Recorder, loop: asyncio.AbstractEventLoop) -> None:
-        self.opened = False
-        """Whether the writer reads what it is sent."""
-        self.settled = 0
-        """How many exchanges it has answered for."""
-        self.in_hand = 0
-        """How many it has got and not answered for."""
-        self.in_hand_bytes = 0
-        self.ended: asyncio.Future[None] = loop.create_future()
-        self._recorder = recorder
-
-    @property
-    def closing(self) -> bool:
-        """Whether nothing can be sent any more."""
-        return self._transport.is_closing()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
-
-    def data_received(self, data: bytes) -> None:
-        for answer in data:
-            if answer == READY:
-                self.opened = True
-                self._recorder.opened()
-                continue
-            if answer == WAITING:
-                self._recorder.counts.store_waits += 1
-                continue
-            self.settled += 1
-            self.in_hand -= 1
-            self.in_hand_bytes -= self._recorder.settle(answer)
-        self._recorder.send()
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.ended.set_result(None)
-
-    def send(self, pickled: bytes, *, again: bool) -> None:
-        """Sends one exchange, once what was sent before has gone out."""
-        self.in_hand += 1
-        self.in_hand_bytes += len(pickled)
-        self._transport.write(FRAME.pack(len(pickled), again) + pickled)
-
-    def abort(self) -> None:
-        """Ends the connection at once."""
-        self._transport.abort()
+    def _full(self) -> bool:
+        most_bytes = self._queue_size * _BYTES_PER_TURN
+        return len(self._waiting) >= self._queue_size or self._waiting_bytes >= most_bytes

@@ -1,19 +1,20 @@
-"""HTTP requests as uvicorn, under vLLM, reads them, in the shape that aiohttp's server takes.
+"""Parses HTTP requests as uvicorn, under vLLM, does, for aiohttp's server.
 
-aiohttp's own parser refuses what vLLM takes: a User-Agent sent twice, a request without Host, more
-than 128 headers. This one has the same llhttp as uvicorn below it, so the two agree on what is
-HTTP, smuggling included. It never inflates a body.
+aiohttp's own parser refuses requests that vLLM accepts: with two User-Agents, without Host, with
+more than 128 headers. This one uses the same llhttp as uvicorn, so both agree on what is HTTP, and
+on what is request smuggling. It never decompresses a body.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from functools import lru_cache
 
 import httptools
 from aiohttp import StreamReader, web
 from aiohttp.base_protocol import BaseProtocol
-from aiohttp.http import HttpVersion, HttpVersion11, RawRequestMessage
+from aiohttp.http import HttpVersion, HttpVersion10, HttpVersion11, RawRequestMessage
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.streams import EMPTY_PAYLOAD
 from multidict import CIMultiDict, CIMultiDictProxy
@@ -22,10 +23,13 @@ from yarl import URL
 from proxy.paths import known_as
 
 HEAD_BYTES = 256 * 1024
-"""A longer head is refused, unless a single read brought it."""
+"""A longer head is refused, unless one read brought it."""
 MOST_HEADERS = 1024
 _BUFFER_BYTES = 64 * 1024
-"""Of a body that nobody reads yet: with twice as many the connection is not read any further."""
+"""Bytes of a body that nobody reads yet. With twice as many, the connection is no longer read."""
+_CACHED_BYTES = 200
+"""Targets up to this length are read once: most requests have the same."""
+_VERSIONS = {"1.1": HttpVersion11, "1.0": HttpVersion10}
 _FRAMING = ("Content-Length", "Transfer-Encoding")
 
 Message = tuple[RawRequestMessage, StreamReader]
@@ -40,18 +44,18 @@ class RequestParser:
 
     def __init__(self, protocol: BaseProtocol, loop: asyncio.AbstractEventLoop) -> None:
         self.path = "/"
-        """Of the newest request, as far as it is known."""
+        """The newest request's path, as far as it is known."""
         self.since: float | None = loop.time()
-        """When the head or body began that has not ended; None between two requests."""
+        """When the head or body that has not ended began; None between two requests."""
         self.taken = 0
-        """Bytes of that body so far."""
+        """Bytes of that body that have come."""
         self.in_head = True
         self.begun = False
-        """Whether a byte of that head has come."""
+        """Whether any byte of that head has come."""
         self.broken = False
         """Whether nothing further on this connection can be read."""
         self.refusal: HttpProcessingError | None = None
-        """Why, where no request's body is what is broken; raised once by `feed_data`."""
+        """Why nothing further can be read, unless a body broke. `feed_data` raises it once."""
         self._protocol = protocol
         self._loop = loop
         self._messages: list[Message] = []
@@ -59,9 +63,10 @@ class RequestParser:
         self._url = b""
         self._headers: list[tuple[bytes, bytes]] = []
         self._head_bytes = 0
-        self._framing = b""
+        self._framed: CIMultiDict[str] = CIMultiDict()
+        """The newest request's headers."""
         self._resumed = False
-        """In a head made up to read the body behind one that asked for another protocol."""
+        """Whether llhttp reads a made-up head for the body of a request for an upgrade."""
         self._parser = self._new_parser()
 
     def feed_data(self, data: bytes) -> tuple[Sequence[Message], bool, bytes]:
@@ -77,14 +82,14 @@ class RequestParser:
         return found, False, b""
 
     def refuse(self, status: int, message: str) -> None:
-        """Ends the reading within a head: `feed_data` raises the error next."""
+        """Stops reading within a head: `feed_data` raises the error next."""
         self.broken, self.since = True, None
         if self._url:
             self.path = known_as(_parts(_text(self._url))[1])
         self.refusal = HttpProcessingError(code=status, message=message)
 
     def break_body(self, error: web.RequestPayloadError) -> None:
-        """Ends the reading within a body: whoever reads it gets the error."""
+        """Stops reading within a body: its reader gets the error."""
         self.broken, self.since = True, None
         payload, self._payload = self._payload, None
         if payload is not None:
@@ -92,10 +97,10 @@ class RequestParser:
             payload.feed_eof()
 
     def message_consumed(self) -> None:
-        """Part of the interface: how many requests wait is bounded by what one read brings."""
+        """Part of the interface. The requests of one read are the most that wait."""
 
     def pause_reading(self) -> None:
-        """Part of the interface: the connection is not read, which is enough."""
+        """Part of the interface. The connection itself is not read, which is enough."""
 
     def _take(self, data: bytes) -> None:
         was_in_head = self.in_head and self.begun
@@ -118,13 +123,16 @@ class RequestParser:
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade as upgrade:
-            # Declined. llhttp stops before the body, and uvicorn loses it; Java's client asks for
-            # h2c in each first request and goes on without.
+            # The upgrade is declined. llhttp stops before the body, and uvicorn loses it. Java's
+            # client asks for h2c in its first request and goes on without it.
             rest = data[upgrade.args[0] :]
             self._parser = self._new_parser()
             if self._payload is not None:
                 self._resumed = True
-                rest = b"POST / HTTP/1.1\r\n" + self._framing + b"\r\n" + rest
+                framing = [
+                    f"{name}: {self._framed[name]}\r\n" for name in _FRAMING if name in self._framed
+                ]
+                rest = b"POST / HTTP/1.1\r\n" + "".join(framing).encode() + b"\r\n" + rest
             if rest:
                 self._feed(rest)
 
@@ -145,7 +153,7 @@ class RequestParser:
             self._url += url
 
     def on_header(self, name: bytes, value: bytes) -> None:
-        if self._resumed or not self.in_head:  # what follows a chunked body is nobody's
+        if self._resumed or not self.in_head:  # trailers are ignored
             return
         if len(self._headers) == MOST_HEADERS:
             self.refuse(431, f"The request has more than {MOST_HEADERS} headers.")
@@ -156,28 +164,28 @@ class RequestParser:
         if self._resumed:
             self._resumed = False
             return
-        authority, path, query = _parts(_text(self._url))
-        if not path.startswith("/"):
-            self.refuse(400, f"The request's target {path[:100]!r} is not a path.")
+        read = _cached_target if len(self._url) <= _CACHED_BYTES else _read_target
+        authority, target, written = read(self._url)
+        if not written.startswith("/"):
+            self.refuse(400, f"The request's target {written[:100]!r} is not a path.")
             raise ValueError(self.refusal)
         headers = CIMultiDict((_text(name), _text(value)) for name, value in self._headers)
-        if authority:  # a proxy's form of a request: both hosts count
+        if authority:  # the form for a proxy: both hosts are checked
             headers.add("Host", authority)
-        chunked = "Transfer-Encoding" in headers  # llhttp takes no other coding at its end
+        chunked = "Transfer-Encoding" in headers  # llhttp accepts no other last coding
         if chunked or int(headers.get("Content-Length", "0")):
             self._payload = StreamReader(self._protocol, _BUFFER_BYTES, loop=self._loop)
-        framing = [f"{name}: {headers[name]}\r\n" for name in _FRAMING if name in headers]
-        self._framing = "".join(framing).encode()
-        target = URL.build(path=known_as(path), query_string=query, encoded=True)
-        version = HttpVersion(*map(int, self._parser.get_http_version().split(".")))
+        self._framed = headers
+        named = self._parser.get_http_version()
+        version = _VERSIONS.get(named) or HttpVersion(*map(int, named.split(".")))
         self.path = target.path
         message = RawRequestMessage(
             method=self._parser.get_method().decode("ascii"),
-            path=str(target),
+            path=written,
             version=version,
             headers=CIMultiDictProxy(headers),
             raw_headers=tuple(self._headers),
-            # In 1.0 only the end of its connection ends a stream, whatever the client asked for.
+            # In HTTP/1.0 a stream ends with its connection, whatever the client asked for.
             should_close=version < HttpVersion11 or not self._parser.should_keep_alive(),
             compression=None,
             upgrade=False,
@@ -194,7 +202,7 @@ class RequestParser:
 
     def on_message_complete(self) -> None:
         if self._parser.should_upgrade() and self._payload is not None:
-            return  # its body comes yet
+            return  # its body is still to come
         self.since, self.in_head, self.begun = None, True, False
         payload, self._payload = self._payload, None
         if payload is not None:
@@ -202,7 +210,7 @@ class RequestParser:
 
 
 def _parts(target: str) -> tuple[str, str, str]:
-    """(host and port, path, query) of a request's target; what follows a `#` is nobody's.
+    """(host and port, path, query) of a request's target. What follows a `#` is dropped.
 
     >>> _parts("/v1/models?a=b#c"), _parts("http://me@host:80?a")
     (('', '/v1/models', 'a=b'), ('host:80', '/', 'a'))
@@ -213,6 +221,19 @@ def _parts(target: str) -> tuple[str, str, str]:
         return "", path, query
     authority, _, path = rest.partition("/")
     return authority.rpartition("@")[2], f"/{path}", query
+
+
+def _read_target(url: bytes) -> tuple[str, URL, str]:
+    """(host and port, target, target as text) of a request. One that is not a path has no URL."""
+    authority, path, query = _parts(_text(url))
+    if not path.startswith("/"):
+        return authority, URL(), path
+    path = known_as(path)
+    target = URL.build(path=path, query_string=query, encoded=True)
+    return authority, target, f"{path}?{query}" if query else path
+
+
+_cached_target = lru_cache(maxsize=256)(_read_target)
 
 
 def _text(value: bytes) -> str:

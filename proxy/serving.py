@@ -1,8 +1,9 @@
 """How one request is served: what the engine gets, and what each of its answers becomes.
 
-`Direct` adds to a request and takes back out of the reply. `Translated` serves another wire format
-through the chat route, which alone tells token ids and log-probs. `Native` relays such a format as
-it is, where a translation could differ: the turn is kept, without tokens.
+`Direct` adds fields to a request and takes them out of the reply again. `Translated` serves another
+wire format through the chat route, the only one that returns token ids and log-probs. `Native`
+relays such a format as it is, where a translation could differ: the turn is kept without tokens.
+`Passed` is for all other routes: nothing is recorded.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from typing import Any, Protocol
 import orjson
 
 from nextstate.engine.client import EngineClient
-from nextstate.engine.messages_behaviour import Habits
-from nextstate.error_text import told
+from nextstate.engine.messages_behaviour import MessagesBehaviour
+from nextstate.error_text import safe_text
 from nextstate.records import Json
 from nextstate.wire import json_object, write_json
 from proxy.capture import Capture
@@ -33,14 +34,31 @@ log = logging.getLogger(__name__)
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 MESSAGES, RESPONSES = "/v1/messages", "/v1/responses"
 _DONE = b"[DONE]"
-_MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
-"""What reading an answer raises that is not the API's: it goes to the client as it came."""
+_MALFORMED = (TypeError, KeyError, ValueError, AttributeError, IndexError)
+"""Reading an answer of another API raises these. The client gets it unchanged."""
 
 
 class Serving(Protocol):
-    """One request while it runs; pure, fed with what the engine sends."""
+    """One form of a request. It does no input or output."""
 
     path: str
+    """The engine's route."""
+
+    def request(self, model: str) -> bytes:
+        """The body that the engine gets; `model` is the serving adapter's name there.
+
+        Raises ValueError if it is nested too deep to be written.
+        """
+        ...
+
+    def plainer(self) -> Serving | None:
+        """The same request in the form to try if the engine refuses this one, if there is one."""
+        return None
+
+
+class Recorded(Serving, Protocol):
+    """One form of a request that generates, fed with what the engine sends."""
+
     chat: Json
     """The request in chat form, as it is recorded."""
     capture: Capture
@@ -49,36 +67,36 @@ class Serving(Protocol):
     untrainable: str | None
     """Why the turn cannot train whatever the engine answers, or None."""
 
-    def request(self, model: str) -> bytes:
-        """The body that the engine gets; `model` is the serving adapter's name there."""
-        ...
+    def plainer(self) -> Recorded | None:
+        """See `Serving`."""
+        return None
 
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """What the client gets for the plain content events from `start` on, and where they end.
+        """(what the client gets for the plain content events from `start` on, where they end).
 
-        None of them finishes the reply; what they leave is for `event`.
+        None of them finishes the reply. `event` reads the events that follow.
         """
-        ...
+        return b"", start
 
     def event(self, event: bytes) -> bytes:
-        """What the client gets for one event of the stream, with its terminator; maybe nothing."""
+        """What the client gets for one event of the stream, with its terminator; may be empty."""
         ...
 
     def reply(self, data: bytes) -> bytes | None:
-        """What the client gets for a whole reply; None if only the native route can word it."""
+        """What the client gets for a whole reply; None if `plainer` has to be asked for it."""
         ...
 
     @property
     def broken(self) -> bool:
-        """Whether the stream cannot be ended as one that went well."""
-        ...
+        """Whether the stream must be cut, because it cannot be ended as a complete one."""
+        return False
 
 
 class EventWriter(Protocol):
     """Chat chunks in, the dialect's events out."""
 
     failed: bool
-    """After an error in the stream: nothing more comes, and the connection is cut."""
+    """Whether an error came in the stream: nothing more is written, and the connection is cut."""
 
     def feed(self, chunk: Json) -> bytes: ...
     def done(self) -> bytes: ...
@@ -94,11 +112,10 @@ class EventReader(Protocol):
 class Dialect:
     """A wire format that the chat route can serve."""
 
-    to_chat: Callable[[Json, Habits], Translation]
-    """(client's request, the engine's habits) → the request in chat form."""
+    to_chat: Callable[[Json, MessagesBehaviour], Translation]
+    """(client's request, what the engine's own route does with it) → the request in chat form."""
     from_chat: Callable[[Json, Json, int], Json | None]
-    """(chat reply, client's request, longest context) → its reply; None: only natively."""
-    encode: Callable[[Json], bytes]
+    """(chat reply, client's request, longest context) → its reply; None: ask its own route."""
     events: Callable[[Json, int], EventWriter]
     """(client's request, longest context) → what writes its stream."""
     to_chat_reply: Callable[[Json], Json]
@@ -109,7 +126,6 @@ DIALECTS = {
     MESSAGES: Dialect(
         messages.to_chat,
         lambda reply, _body, _length: messages.from_chat(reply),
-        messages.encode,
         lambda _body, _length: messages.Events(),
         messages.to_chat_reply,
         messages.Chunks,
@@ -117,7 +133,6 @@ DIALECTS = {
     RESPONSES: Dialect(
         responses.to_chat,
         responses.from_chat,
-        responses.encode,
         responses.Events,
         responses.to_chat_reply,
         responses.Chunks,
@@ -125,8 +140,8 @@ DIALECTS = {
 }
 
 
-class Direct:
-    """Chat and completions: the client's request with our additions, if the engine takes them."""
+class Direct(Recorded):
+    """Chat and completions: the client's request with our additions, if the engine accepts them."""
 
     def __init__(
         self,
@@ -158,6 +173,12 @@ class Direct:
             return write_json({**self._body, "model": model})
         return write_json(self._format.upstream_request(self._body, model))
 
+    def plainer(self) -> Recorded | None:
+        """The request as the client wrote it."""
+        if not self.additions:
+            return None
+        return Direct(self.path, self._body, self._asked.model, None, additions=False)
+
     def content(self, data: bytes, start: int) -> tuple[bytes, int]:
         """See `Serving`."""
         if self._splice is None:
@@ -179,12 +200,12 @@ class Direct:
             else:
                 self.capture.chunk(completions.as_chat(chunk))
             if "choices" not in chunk:
-                return event  # an error, in the engine's own spelling
+                return event  # an error, as the engine wrote it
             if self._splice is not None:
                 self._splice.learn(event, chunk)
             sent = self._format.client_chunk(chunk, self._asked, self._fingerprint)
-        except _MISSHAPEN as error:
-            return _misshapen(event, self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(event, self.capture, error)
         return b"" if sent is None else b"data: " + orjson.dumps(sent) + b"\n\n"
 
     def reply(self, data: bytes) -> bytes:
@@ -195,27 +216,29 @@ class Direct:
             return whole.sent
         reply = json_object(data)
         if reply is None:
-            return _misshapen(data, self.capture, "it is not a JSON object")
+            return _unreadable(data, self.capture, "it is not a JSON object")
         try:
             self.capture.body(reply if self.path == CHAT else completions.as_chat(reply))
-            # As vLLM writes it: its numbers, which are the client's where it asked, stay the same.
+            # In vLLM's own notation: the numbers that the client asked for stay the same.
             return compact(self._format.client_reply(reply, self._asked))
-        except _MISSHAPEN as error:
-            return _misshapen(data, self.capture, error)
-
-    @property
-    def broken(self) -> bool:
-        """See `Serving`."""
-        return False
+        except _MALFORMED as error:
+            return _unreadable(data, self.capture, error)
 
 
-class Translated:
+class Translated(Recorded):
     """Another wire format, served through the chat route."""
 
     def __init__(
-        self, dialect: Dialect, body: Json, chat_request: Json, model: str, max_model_len: int
+        self,
+        dialect: Dialect,
+        path: str,
+        body: Json,
+        chat_request: Json,
+        model: str,
+        max_model_len: int,
     ) -> None:
         self.path = CHAT
+        self._client_path = path
         self.untrainable: str | None = None
         self.chat = chat_request
         self.capture = Capture()
@@ -230,9 +253,10 @@ class Translated:
         """See `Serving`."""
         return write_json(chat.upstream_request(self.chat, model))
 
-    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """See `Serving`."""
-        return b"", start
+    def plainer(self) -> Recorded | None:
+        """The request on the client's own route: an error about it is worded there."""
+        translation = self._dialect.to_chat(self._body, MessagesBehaviour())
+        return Native(self._dialect, self._client_path, self._body, translation, self._asked.model)
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
@@ -246,8 +270,8 @@ class Translated:
             self.capture.chunk(chunk, payload)
             stripped = chat.client_chunk(chunk, self._asked, None)
             return b"" if stripped is None else self._writer.feed(stripped)
-        except _MISSHAPEN as error:
-            return _misshapen(b"", self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(b"", self.capture, error)
 
     def reply(self, data: bytes) -> bytes | None:
         """See `Serving`."""
@@ -262,9 +286,11 @@ class Translated:
                 self.capture.whole(whole)
             stripped = chat.client_reply(reply, self._asked)
             answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
-            return None if answer is None else self._dialect.encode(answer)
-        except _MISSHAPEN as error:
-            log.warning("a chat reply could not be put into the client's format: %s", told(error))
+            return None if answer is None else compact(answer)
+        except _MALFORMED as error:
+            log.warning(
+                "a chat reply could not be put into the client's format: %s", safe_text(error)
+            )
             return None
 
     @property
@@ -273,7 +299,7 @@ class Translated:
         return self._writer.failed
 
 
-class Native:
+class Native(Recorded):
     """Another wire format, relayed as it is; nothing but the model's name changes."""
 
     def __init__(
@@ -288,68 +314,95 @@ class Native:
         )
         self._dialect = dialect
         self._body = body
-        self._client_name = b'"model":' + orjson.dumps(model)
-        self._engine_name = self._client_name
+        self._client_name = self._engine_name = model_field(model)
         self._reader = dialect.chunks()
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        self._engine_name = b'"model":' + orjson.dumps(model)
+        self._engine_name = model_field(model)
         return write_json({**self._body, "model": model})
-
-    def content(self, data: bytes, start: int) -> tuple[bytes, int]:
-        """See `Serving`."""
-        return b"", start
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
-        said = _chunk(event_data(event), self.capture)
-        if said is None:
+        payload = _chunk(event_data(event), self.capture)
+        if payload is None:
             return event
         try:
-            if (chunk := self._reader.feed(said)) is not None:
+            if (chunk := self._reader.feed(payload)) is not None:
                 self.capture.chunk(chunk)
-        except _MISSHAPEN as error:
-            return _misshapen(event, self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(event, self.capture, error)
         return self._renamed(event)
 
     def reply(self, data: bytes) -> bytes:
         """See `Serving`."""
         reply = json_object(data)
         if reply is None:
-            return _misshapen(data, self.capture, "it is not a JSON object")
+            return _unreadable(data, self.capture, "it is not a JSON object")
         try:
             self.capture.body(self._dialect.to_chat_reply(reply))
-        except _MISSHAPEN as error:
-            return _misshapen(data, self.capture, error)
+        except _MALFORMED as error:
+            return _unreadable(data, self.capture, error)
         return self._renamed(data)
 
-    @property
-    def broken(self) -> bool:
-        """See `Serving`."""
-        return False
-
     def _renamed(self, data: bytes) -> bytes:
-        # Quotes inside of a JSON string are escaped, so this is always a key with its value.
+        # Quotes inside a JSON string are escaped, so this is always a key with its value.
         return data.replace(self._engine_name, self._client_name)
 
 
-def serving_of(path: str, body: Json, model: str, engine: EngineClient) -> Serving:
-    """How a request that named `model` is served."""
+class Passed(Serving):
+    """A request that is relayed and not recorded; nothing but the model's name changes."""
+
+    def __init__(
+        self,
+        path: str,
+        data: bytes,
+        body: Json | None = None,
+        reply: Callable[[bytes], bytes] | None = None,
+    ) -> None:
+        self.path = path
+        self._data = data
+        self._body = body
+        """The request's JSON object, if it names a model that is served here."""
+        self._reply = reply
+        self._client_name = b"" if body is None else model_field(str(body["model"]))
+        self._engine_name = self._client_name
+
+    @property
+    def changes(self) -> bool:
+        """Whether a reply may differ from the engine's."""
+        return self._body is not None or self._reply is not None
+
+    def request(self, model: str) -> bytes:
+        """See `Serving`."""
+        if self._body is None:
+            return self._data
+        self._engine_name = model_field(model)
+        return write_json({**self._body, "model": model})
+
+    def reply(self, data: bytes) -> bytes:
+        """What the client gets for a whole reply, or for one event of a stream."""
+        if self._reply is not None:
+            return self._reply(data)
+        # Quotes inside a JSON string are escaped, so this is always a key with its value.
+        return data.replace(self._engine_name, self._client_name) if self._body else data
+
+
+def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Recorded:
+    """How a request that generates and named `model` is served."""
     dialect = DIALECTS.get(path)
     if dialect is None:
         additions = engine.abilities.additions
         return Direct(path, body, model, engine.fingerprint, additions=additions)
-    translation = dialect.to_chat(body, engine.habits)
+    translation = dialect.to_chat(body, engine.messages_behaviour)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation, model)
-    return Translated(dialect, body, translation.chat, model, engine.max_model_len)
+    return Translated(dialect, path, body, translation.chat, model, engine.max_model_len)
 
 
-def natively(path: str, body: Json, model: str) -> Serving:
-    """The same request relayed as it is, where its form as a chat request will not do."""
-    dialect = DIALECTS[path]
-    return Native(dialect, path, body, dialect.to_chat(body, Habits()), model)
+def model_field(name: str) -> bytes:
+    """The JSON field that names a model, as vLLM writes it."""
+    return b'"model":' + orjson.dumps(name)
 
 
 def compact(reply: Json) -> bytes:
@@ -358,7 +411,7 @@ def compact(reply: Json) -> bytes:
 
 
 def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
-    """The object in an event's data; None for the end, comments and what is not one."""
+    """The object in an event's data; None for the end, a comment or anything else."""
     if payload is None or payload == _DONE:
         return None
     chunk = json_object(payload)
@@ -367,7 +420,7 @@ def _chunk(payload: bytes | None, capture: Capture) -> Json | None:
     return chunk
 
 
-def _misshapen(data: bytes, capture: Capture, why: Exception | str) -> bytes:
-    why = why if isinstance(why, str) else told(why)
+def _unreadable(data: bytes, capture: Capture, why: Exception | str) -> bytes:
+    why = why if isinstance(why, str) else safe_text(why)
     capture.error = f"the engine's answer could not be read: {why}"
     return data

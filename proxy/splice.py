@@ -1,9 +1,9 @@
-"""The hot path: our additions cut out of a streamed chunk's bytes, without parsing it.
+"""The hot path: cuts our additions out of a streamed chunk's bytes without parsing it.
 
 A reply's content chunks differ only in what follows `"delta":`. The first one is parsed and shows
-where its parts lie; in the others the engine's bytes are searched for the same parts, and the
-client gets them with its model's name, and null where it did not ask. A chunk with any other shape
-(the role, a finish reason, usage, an error, another choice) is left to the parser.
+where its parts are. The others are searched for the same parts as bytes. The client gets them with
+its own model's name, and null in place of what it did not ask for. A chunk of any other shape (the
+role, a finish reason, usage, an error, another choice) is left to the parser.
 
 The search is safe: within a JSON string every quote is escaped, so `,"logprobs":` is always a key.
 """
@@ -22,13 +22,13 @@ _NO_IDS = b',"finish_reason":null,"token_ids":null}]}\n\n'
 _END = b"]}]}\n\n"
 _BARE_END = _LOGPROBS + b"null" + _NO_IDS
 _RETURN, _BRACE, _NEWLINE = b"\r}\n"
-"""Numbers: CPython takes bytes in `b"}" in ids` for a number first, and makes an error of that."""
+"""As numbers: `b"}" in ids` makes CPython try the bytes as a number first, which costs an error."""
 _TRIES = 3
-"""Chunks that are looked at as a pattern before a reply is left to the parser."""
+"""How many chunks are tried as the pattern before a reply is left to the parser."""
 
 
 class Splice:
-    """Cuts the chunks of one reply; knows nothing until it has learned one."""
+    """Cuts the chunks of one reply, once it has learned their pattern from one."""
 
     def __init__(self, asked: Asked) -> None:
         self._asked = asked
@@ -37,7 +37,7 @@ class Splice:
         self._tries = _TRIES
 
     def learn(self, event: bytes, chunk: Json) -> None:
-        """Takes a parsed content chunk as the pattern, unless cutting it goes wrong."""
+        """Makes a parsed content chunk the pattern, unless cutting it gives another result."""
         choices = objects(chunk.get("choices"))
         if self._theirs or not self._tries or len(choices) != 1:
             return
@@ -83,9 +83,10 @@ class Splice:
     def _sent(self, deltas: list[bytes], logprobs: list[bytes], ids: list[bytes]) -> bytes:
         ours = self._ours
         if not (self._asked.logprobs or self._asked.token_ids):
-            # Without a delta the parser held a token's text back: no such chunk comes unasked.
-            told = [delta for delta in deltas if delta != b"{}"]
-            return ours + (_BARE_END + ours).join(told) + _BARE_END if told else b""
+            # An empty delta is a token whose text is held back: vLLM sends such a chunk only if it
+            # was asked for token ids.
+            shown = [delta for delta in deltas if delta != b"{}"]
+            return ours + (_BARE_END + ours).join(shown) + _BARE_END if shown else b""
         sent: list[bytes] = []
         for delta, numbers, named in zip(deltas, logprobs, ids, strict=True):
             kept = numbers if self._asked.logprobs else b"null"

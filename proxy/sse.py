@@ -1,4 +1,4 @@
-"""Server-sent events cut out of a byte stream that may be split anywhere."""
+"""Cuts server-sent events out of a byte stream that may be split anywhere."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ _END = re.compile(rb"\r\n\r\n|\n\n|\r\r")
 
 
 class EventSplitter:
-    """Collects bytes and gives back whole events, each with its terminator, unchanged."""
+    """Collects bytes and returns whole events, unchanged, each with its terminator."""
 
     def __init__(self) -> None:
         self.data = b""
         self.at = 0
-        """Where in `data` the bytes begin that nobody has taken."""
+        """Where the bytes in `data` begin that were not returned yet."""
 
     def add(self, data: bytes) -> None:
         """Appends what has come."""
@@ -22,7 +22,7 @@ class EventSplitter:
         self.at = 0
 
     def next(self) -> bytes | None:
-        """The next event, if it has come whole."""
+        """The next event, or None if it is not whole yet."""
         if self.at == len(self.data):
             return None
         if _RETURN not in self.data:  # vLLM sends none
@@ -46,7 +46,7 @@ class EventSplitter:
 
     @property
     def rest(self) -> bytes:
-        """Bytes of an event that has not ended: what a cut stream leaves."""
+        """The bytes of an event that has not ended."""
         return self.data[self.at :]
 
 

@@ -1,7 +1,7 @@
 """The engine's side of a relayed request: HTTP/1.1 over connections that are kept open.
 
-Only what generation needs: POST with a whole body, and the answer as it comes. llhttp parses it;
-whatever one read brings reaches the relay as one piece, however many HTTP chunks it was.
+A request has a whole body, and its answer is given out as it comes. llhttp parses it. All that one
+read brings reaches the relay as one piece, however many HTTP chunks it was.
 """
 
 from __future__ import annotations
@@ -10,44 +10,54 @@ import asyncio
 import ssl
 from base64 import b64encode
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Self, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from nextstate.error_text import told
+from nextstate.error_text import safe_text
 from nextstate.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
 IDLE_S = 4.0
 """uvicorn, under vLLM, closes connections that are idle for 5 s."""
 _UNREAD_BYTES = 128 * 1024
-"""With more than this unread, nothing more is taken from the engine."""
+"""With more than this unread, the engine's connection is not read any further."""
 _HEAD_BYTES = 64 * 1024
+_WITHOUT_BODY = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "CONNECT"))
 
 
 class NotHttp(Exception):
-    """What came in an answer's place is not HTTP/1.1."""
+    """The answer is not HTTP/1.1."""
 
 
 class HeadCut(ConnectionResetError):
-    """The engine broke off within the head of its answer: it may have done what was asked."""
+    """The engine broke off within the head of its answer, so it may have done what was asked."""
 
 
 class Cut(Exception):
-    """The engine broke its answer off."""
+    """The engine broke off its answer."""
 
 
 class Upstream:
-    """Posts to one server, each request on a connection of its own while it runs.
+    """Sends requests to one server, each on a connection of its own while it runs.
 
-    `headers` go with every request; a user in the URL is its authorization, unless they have one.
-    There is no limit to connections; of those that are free the one that was used last goes first,
-    and what was not needed for `IDLE_S` is closed. Raises ConfigError for a URL that is none.
+    `headers` go with every request. A user in the URL becomes the authorization, unless `headers`
+    have one. Connections are not limited. The free one that was used last is taken first, and one
+    that was free for `idle_s` is closed. Raises ConfigError for an invalid URL.
     """
 
-    def __init__(self, url: str, headers: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        url: str,
+        headers: Mapping[str, str],
+        *,
+        connect_s: float = CONNECT_TIMEOUT_S,
+        idle_s: float = IDLE_S,
+    ) -> None:
+        self._connect_s, self._idle_s = connect_s, idle_s
         try:
             base = URL(url)
         except ValueError as error:
@@ -57,13 +67,14 @@ class Upstream:
         self._host, self._port = base.host, base.port
         self._ssl = ssl.create_default_context() if base.scheme == "https" else None
         self._base = base.raw_path.rstrip("/")
-        self._headers = {"Host": base.host_port_subcomponent or "", **headers}
+        sent = {"Host": base.host_port_subcomponent or "", **headers}
         if base.user is not None:
             login = b64encode(f"{base.user}:{base.password or ''}".encode()).decode()
-            self._headers.setdefault("Authorization", f"Basic {login}")
+            sent.setdefault("Authorization", f"Basic {login}")
+        self._headers = [*sent.items()]
         self._connections: set[_Connection] = set()
         self._free: list[_Connection] = []
-        """The one that was freed last stands last."""
+        """In the order in which they became free."""
         self._cleaning: asyncio.TimerHandle | None = None
 
     async def __aenter__(self) -> Self:
@@ -75,24 +86,32 @@ class Upstream:
         for connection in list(self._connections):
             connection.abort()
 
-    async def post(
-        self, target: str, headers: Mapping[str, str], body: bytes, *, fresh: bool = False
+    async def ask(
+        self,
+        method: str,
+        target: str,
+        headers: Mapping[str, str],
+        body: bytes,
+        *,
+        fresh: bool = False,
     ) -> Answer:
         """The answer, once its head has come. `target` is a path with its query.
 
         `fresh` takes a new connection: one that was kept may be closed already at the other end.
-        Raises OSError for a server that cannot be reached or goes before it answers, NotHttp for
-        one that answers something else, ValueError for a line break in `target` or a header.
+        Raises OSError if the server cannot be reached or closes before it answers, NotHttp if the
+        answer is not HTTP, ValueError for a line break in `target` or a header.
         """
-        ours = [(name, value) for name, value in self._headers.items() if name not in headers]
-        fields = [*ours, *headers.items(), ("Content-Length", len(body))]
-        lines = [f"{name}: {value}\r\n" for name, value in fields]
-        head = f"POST {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
+        lines = [f"{name}: {value}\r\n" for name, value in self._headers if name not in headers]
+        lines += [f"{name}: {value}\r\n" for name, value in headers.items()]
+        if body or method not in _WITHOUT_BODY:
+            lines.append(f"Content-Length: {len(body)}\r\n")
+        head = f"{method} {self._base}{target} HTTP/1.1\r\n{''.join(lines)}\r\n"
         if not head.count("\r") == head.count("\n") == len(lines) + 2:
             raise ValueError(f"a line break in {target!r} or one of the headers {[*headers]}")
         connection = (None if fresh else self._unused()) or await self._connected()
         try:
-            return await connection.ask(head.encode("utf-8", "surrogateescape") + body)
+            sent = head.encode("utf-8", "surrogateescape") + body
+            return await connection.ask(sent, head_only=method == "HEAD")
         except BaseException:
             connection.abort()
             raise
@@ -106,18 +125,18 @@ class Upstream:
 
     async def _connected(self) -> _Connection:
         loop = asyncio.get_running_loop()
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(self._connect_s):
             _, connection = await loop.create_connection(
                 lambda: _Connection(self, loop), self._host, self._port, ssl=self._ssl
             )
         return connection
 
     def opened(self, connection: _Connection) -> None:
-        """Takes note of a connection that is there."""
+        """Adds a new connection."""
         self._connections.add(connection)
 
     def lost(self, connection: _Connection) -> None:
-        """Forgets a connection that is gone."""
+        """Removes a connection that is closed."""
         self._connections.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
@@ -127,20 +146,20 @@ class Upstream:
         connection.freed_at = loop.time()
         self._free.append(connection)
         if self._cleaning is None:
-            self._cleaning = loop.call_later(IDLE_S, self._clean, loop)
+            self._cleaning = loop.call_later(self._idle_s, self._clean, loop)
 
     def _clean(self, loop: asyncio.AbstractEventLoop) -> None:
         self._cleaning = None
-        while self._free and self._free[0].freed_at <= loop.time() - IDLE_S:
+        while self._free and self._free[0].freed_at <= loop.time() - self._idle_s:
             self._free.pop(0).abort()
         if self._free:
-            self._cleaning = loop.call_at(self._free[0].freed_at + IDLE_S, self._clean, loop)
+            self._cleaning = loop.call_at(self._free[0].freed_at + self._idle_s, self._clean, loop)
 
 
 class Answer:
-    """One answer: its head, and its body as it comes. It has to be read to the end or closed."""
+    """One answer: its head, and its body as it comes. Read it to the end or close it."""
 
-    __slots__ = ("_connection", "headers", "status")
+    __slots__ = ("_connection", "_peeked", "headers", "status")
 
     def __init__(
         self, status: int, headers: CIMultiDictProxy[str], connection: _Connection
@@ -148,15 +167,36 @@ class Answer:
         self.status = status
         self.headers = headers
         self._connection: _Connection | None = connection
+        self._peeked = b""
+        """Bytes of the body that `peek` has taken and `read` has not given out."""
 
     @property
     def content_length(self) -> int | None:
-        """How long the body was said to be."""
+        """The length of the body that the head names, in bytes."""
         length = self.headers.get("Content-Length")
         return None if length is None else int(length)
 
+    @property
+    def waits(self) -> bool:
+        """Whether a part of the body has come already."""
+        connection = self._connection
+        return bool(self._peeked or (connection is not None and connection.parts))
+
+    async def peek(self) -> bytes:
+        """The body as far as it comes, for `read` to give out again."""
+        with suppress(Cut):  # `read` raises it again
+            while data := await self._read():
+                self._peeked += data
+        return self._peeked
+
     async def read(self) -> bytes:
-        """What has come since the last call, once it is something; b"" at the end. Raises Cut."""
+        """What has come since the last call: at least one byte, or b"" at the end. Raises Cut."""
+        if self._peeked:
+            data, self._peeked = self._peeked, b""
+            return data
+        return await self._read()
+
+    async def _read(self) -> bytes:
         connection = self._connection
         if connection is None:
             return b""
@@ -171,43 +211,45 @@ class Answer:
         return b""
 
     def close(self) -> None:
-        """Breaks off what has not been read to the end."""
+        """Ends the connection if the body was not read to its end."""
         if self._connection is not None:
             self._connection.abort()
             self._connection = None
 
 
 class _Connection(asyncio.Protocol):
-    """One connection, with at most one request under way."""
+    """One connection, with at most one request at a time."""
 
     def __init__(self, upstream: Upstream, loop: asyncio.AbstractEventLoop) -> None:
         self.parts: list[bytes] = []
-        """Of the body, unread."""
+        """The parts of the body that were not read."""
         self.over = True
-        """Nothing more is to come: the answer is whole or broken, or nothing was asked."""
+        """Whether nothing more is to come: the answer is whole or broken, or nothing was asked."""
         self.error: Exception | None = None
-        """How the answer broke."""
+        """Why the answer broke."""
         self.freed_at = 0.0
         self._upstream = upstream
         self._loop = loop
         self._answer: Answer | None = None
         self._fields: list[tuple[str, str]] = []
         self._unread = 0
-        """Bytes taken in since the last part was taken, or since the request without a head."""
+        """Bytes that came since the parts were taken, or since the request if there is no head."""
         self._paused = False
         self._reusable = False
+        self._head_only = False
         self._waiter: asyncio.Future[None] | None = None
         self.on_body = self.parts.append
         self._parser = HttpResponseParser(self)
 
-    # For the relay's side
+    # Called by the relay
 
-    async def ask(self, request: bytes) -> Answer:
-        """Sends a request; see `Upstream.post`."""
+    async def ask(self, request: bytes, *, head_only: bool) -> Answer:
+        """Sends a request; see `Upstream.ask`. The answer to HEAD has a head and no body."""
         if self.closing:
             raise ConnectionResetError("the engine closed the connection at once")
         self.over, self._reusable = False, False
         self._answer = None
+        self._head_only = head_only
         self._unread = 0
         self._transport.write(request)
         while self._answer is None:
@@ -217,12 +259,12 @@ class _Connection(asyncio.Protocol):
         return self._answer
 
     def more(self) -> asyncio.Future[None]:
-        """Done after the next read, or when there is none."""
+        """A future that is done after the next read, or when the connection is lost."""
         self._waiter = self._loop.create_future()
         return self._waiter
 
     def take(self) -> bytes:
-        """All parts of the body that nobody has taken."""
+        """The parts of the body that were not read, as one."""
         data = b"".join(self.parts)
         self.parts.clear()
         self._unread = 0
@@ -244,24 +286,24 @@ class _Connection(asyncio.Protocol):
 
     @property
     def closing(self) -> bool:
-        """Whether it cannot be used any more."""
+        """Whether it can no longer be used."""
         return self._transport.is_closing()
 
-    # For the event loop's side
+    # Called by the event loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass
         self._upstream.opened(self)
 
     def data_received(self, data: bytes) -> None:
-        if self.over:  # nobody asked
+        if self.over:  # no request was sent
             self.abort()
             return
         try:
             self._parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as error:
             kind = NotHttp if self._answer is None else Cut
-            self._end(kind(f"the engine's answer is broken: {told(error)}"))
+            self._end(kind(f"the engine's answer is broken: {safe_text(error)}"))
             self._reusable = False
         self._unread += len(data)
         if self._answer is None and self._unread > _HEAD_BYTES:
@@ -292,7 +334,7 @@ class _Connection(asyncio.Protocol):
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
-    # For the parser
+    # Called by llhttp
 
     def on_message_begin(self) -> None:
         if self.over:
@@ -308,6 +350,8 @@ class _Connection(asyncio.Protocol):
         if status >= 200:
             headers = CIMultiDictProxy(CIMultiDict(self._fields))
             self._answer = Answer(status, headers, self)
+            if self._head_only:  # llhttp would wait for a body: the connection is not used again
+                self._end(None)
 
     def on_message_complete(self) -> None:
         if self._answer is not None:  # not after an interim answer

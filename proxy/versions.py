@@ -1,9 +1,8 @@
-"""Which version new requests take, when an old one may go, and whether the engine can serve.
+"""Which version serves new requests, when an old one is unloaded, and if the engine can serve.
 
-A learner publishes by flipping its lineage's serving version in the store. Here new requests follow
-it, running ones finish on theirs, and an adapter unloads when its last request has ended, in every
-worker. After an engine restart the serving adapters are loaded again before any request is let
-through.
+A learner publishes by changing its lineage's serving version in the store. New requests use it,
+running ones end on theirs, and an adapter is unloaded when its last request has ended in every
+worker. After a restart of the engine the serving adapters are loaded before any request is sent.
 """
 
 from __future__ import annotations
@@ -12,32 +11,20 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Sequence
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sqlalchemy.exc import SQLAlchemyError
-
 from nextstate.engine.abilities import look
 from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
-from nextstate.errors import AdapterError, EngineError, WaitError, WrongEngineError
+from nextstate.errors import AdapterError, EngineError, StoreError, WaitError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
-from nextstate.store.store import Store, base_version
+from nextstate.store import Store
+from nextstate.store.versions import base_version
+from proxy.intervals import INTERVALS, Intervals
 
 log = logging.getLogger(__name__)
-
-STORE_POLL_S = 0.05
-HEALTH_POLL_S = 1.0
-DOWN_POLL_S = 0.2
-SLOWEST_POLL_S = 5.0
-"""For an engine that answers and cannot serve: the pause doubles up to this."""
-QUIET_START_S = 5.0
-"""An engine that is not there is no news before."""
-LOOK_AGAIN_S = 300.0
-"""For an engine that lacks something: it may have been started anew with it, unseen behind a
-gateway. Each look generates a token or two, which somebody may pay for."""
-UNLOAD_AGAIN_S = 10.0
 
 
 class Versions:
@@ -50,47 +37,52 @@ class Versions:
         lineages: Sequence[str],
         zero_adapter: Path,
         worker: str = "",
+        intervals: Intervals = INTERVALS,
     ) -> None:
         self.engine = engine
-        self.serving: dict[str, PolicyVersion] = {name: store.serving(name) for name in lineages}
+        self.serving: dict[str, PolicyVersion] = {
+            name: store.versions.serving(name) for name in lineages
+        }
         self.running: Counter[str] = Counter()
-        """Requests under way for each adapter name, and those that were: until it is unloaded."""
+        """Running requests by adapter name. A name stays, with 0, until its adapter is unloaded."""
         self._store = store
         self._zero_adapter = zero_adapter
         self._worker = worker
+        self._intervals = intervals
         self._unload_at = 0.0
-        """On the monotonic clock; later than now after a failure."""
+        """When adapters may be unloaded again after a failure, on the monotonic clock."""
         self.wrong: str | None = None
-        """Why no request can be sent to what answers, until a person changes something."""
+        """Why no request can be sent to this server until a person changes something, or None."""
         self._up = asyncio.Event()
         self._known = asyncio.Event()
-        """Whether requests can be let through or refused at once."""
+        """Set if requests can be sent or refused at once."""
         self._failed = asyncio.Event()
-        self._said = ""
-        """What was last logged about the engine."""
+        self._logged = ""
+        """What was logged last about the engine."""
         self._look_at = 0.0
         self._asking: asyncio.Task[bool] | None = None
 
     @property
     def up(self) -> bool:
-        """Whether requests are let through."""
+        """Whether requests are sent to the engine."""
         return self._up.is_set()
 
     async def wait_up(self) -> None:
         """Returns when the engine serves."""
         await self._up.wait()
 
-    async def wait_admitted(self) -> None:
-        """Like `wait_up`, but raises WrongEngineError if only a person can help."""
-        while not self.up:
-            if self.wrong is not None:
-                raise WrongEngineError(self.wrong)
-            await self._known.wait()
+    async def wait_admitted(self, timeout_s: float) -> None:
+        """Like `wait_up`. Raises TimeoutError, and WrongEngineError if only a person can help."""
+        async with asyncio.timeout(timeout_s):
+            while not self.up:
+                if self.wrong is not None:
+                    raise WrongEngineError(self.wrong)
+                await self._known.wait()
 
     async def is_well(self) -> bool:
-        """Whether the engine can serve, after a request failed; if not, further ones are held.
+        """Whether the engine can serve, after a request failed. If not, further ones are held.
 
-        All that ask at the same time share one look.
+        All callers at one time share one question to the engine.
         """
         if self.up:
             if self._asking is None or self._asking.done():
@@ -101,7 +93,7 @@ class Versions:
         return self.up
 
     async def _is_healthy(self) -> bool:
-        """What the engine says; as before, where it cannot be asked."""
+        """What the engine says; if it cannot be asked, what was known before."""
         try:
             return await self.engine.healthy()
         except EngineError as error:
@@ -111,7 +103,7 @@ class Versions:
             return self.up
 
     def engine_failed(self) -> None:
-        """Holds requests until the engine is back, and what serves is loaded."""
+        """Holds requests until the engine is back and the serving versions are loaded."""
         self._set(up=False)
         self._failed.set()
 
@@ -127,18 +119,18 @@ class Versions:
             self._known.clear()
 
     def engine_refuses_additions(self) -> None:
-        """Tells that a request got through only as it came: further ones go so at once."""
+        """Remembers that the engine accepts no requests with our additions."""
         known = self.engine.abilities
         self.engine.abilities = replace(known, additions=False)
 
     def serves(self, lineage: str) -> PolicyVersion:
-        """What new requests take: the base, where the engine loads no adapters."""
+        """The version of new requests: the base if the engine loads no adapters."""
         version = self.serving[lineage]
         loads = version.adapter_name is None or self.engine.abilities.adapters
         return version if loads else base_version(lineage, version.state)
 
-    @asynccontextmanager
-    async def hold(self, lineage: str) -> AsyncGenerator[PolicyVersion]:
+    @contextmanager
+    def hold(self, lineage: str) -> Generator[PolicyVersion]:
         """The lineage's serving version, kept loaded for as long as the request runs."""
         version = self.serves(lineage)
         name = self._name(version)
@@ -149,17 +141,17 @@ class Versions:
             self.running[name] -= 1
 
     def number_of(self, served: str | None, version: PolicyVersion) -> int | None:
-        """The version that an engine's answer names: `version`, the base, or None for any other."""
+        """The version that the engine's answer names: `version`, the base, or None for another."""
         if served == self.engine.model:
             return BASE_VERSION
         return version.number if served == version.adapter_name else None
 
     def is_adapter(self, name: str) -> bool:
-        """Whether the engine's model `name` is one of our versions."""
+        """Whether `name` is that of a version's adapter or of the warm-up adapter."""
         return name == WARM_UP_ADAPTER or names_adapter(name)
 
     async def restored(self, version: PolicyVersion) -> bool:
-        """Brings back an adapter that the engine has lost; False when that fails too."""
+        """Loads an adapter that the engine has lost; False if that fails."""
         if version.adapter_name is None:
             return False
         try:
@@ -181,9 +173,9 @@ class Versions:
 
     async def _watch_store(self) -> None:
         while True:
-            await asyncio.sleep(STORE_POLL_S)
+            await asyncio.sleep(self._intervals.store_poll_s)
             try:
-                found = await asyncio.to_thread(self._store.serving_versions, list(self.serving))
+                found = await asyncio.to_thread(self._store.versions.serving_of, list(self.serving))
                 for lineage, version in found.items():
                     old = self.serving[lineage]
                     if version.number != old.number:
@@ -193,7 +185,7 @@ class Versions:
                         self._look_at = 0.0  # whether a server takes adapters may count now
                 await self._unload_drained()
             except WaitError:
-                continue  # the store has said why
+                continue  # the store has logged why
             except Exception:
                 log.exception("following the serving versions failed; trying again")
 
@@ -209,7 +201,7 @@ class Versions:
             if name in elsewhere or self.running[name]:
                 continue
             if self.is_adapter(name) and not await self._unload(name):
-                self._unload_at = time.monotonic() + UNLOAD_AGAIN_S
+                self._unload_at = time.monotonic() + self._intervals.unload_again_s
             elif not self.running[name]:  # it may have come back into service meanwhile
                 del self.running[name]
 
@@ -218,7 +210,7 @@ class Versions:
         return sorted(self._needed() | {name for name, count in self.running.items() if count})
 
     async def _in_use_elsewhere(self) -> set[str]:
-        others = await asyncio.to_thread(self._store.others, self._worker)
+        others = await asyncio.to_thread(self._store.workers.others, self._worker)
         return {name for adapters, _ in others for name in adapters}
 
     def _needed(self) -> set[str]:
@@ -228,7 +220,7 @@ class Versions:
         return version.adapter_name or self.engine.model
 
     async def _unload(self, name: str) -> bool:
-        """Whether the engine is without the adapter now."""
+        """Unloads an adapter. False if it stays loaded."""
         try:
             await self.engine.unload_adapter(name)
         except EngineError as error:
@@ -242,8 +234,8 @@ class Versions:
         return True
 
     async def _watch_engine(self) -> None:
-        pause = DOWN_POLL_S
-        quiet_until = time.monotonic() + QUIET_START_S
+        pause = self._intervals.down_poll_s
+        quiet_until = time.monotonic() + self._intervals.quiet_start_s
         while True:
             self._failed.clear()
             healthy = False
@@ -251,36 +243,37 @@ class Versions:
                 healthy = await self._is_healthy()
                 if not healthy:
                     self._set(up=False)
-                    if self._said or time.monotonic() > quiet_until:
-                        self._say(f"the engine is not there, requests wait: {self.engine.trouble}")
+                    if self._logged or time.monotonic() > quiet_until:
+                        why = self.engine.trouble
+                        self._log_new(f"the engine is not there, requests wait: {why}")
                 elif not self.up:
                     await self._prepare()
                     self._set(up=True)
-                    self._say(self._found())
+                    self._log_new(self._found())
                 elif self.engine.abilities.lacks and time.monotonic() > self._look_at:
                     await self._look_again()
             except WrongEngineError as error:
                 self._set(up=False, wrong=str(error))
-                self._say(f"no request is let through: {error}")
+                self._log_new(f"no request is let through: {error}")
             except EngineError as error:
                 self._set(up=False)
-                self._say(f"the engine is there, but cannot serve yet: {error}")
+                self._log_new(f"the engine is there, but cannot serve yet: {error}")
             except Exception:
                 self._set(up=False)
                 log.exception("getting the engine ready failed; trying again")
             if self.up:
-                pause = HEALTH_POLL_S
-            elif not healthy or pause == HEALTH_POLL_S:
-                pause = DOWN_POLL_S
+                pause = self._intervals.health_poll_s
+            elif not healthy or pause == self._intervals.health_poll_s:
+                pause = self._intervals.down_poll_s
             else:
-                pause = min(2 * pause, SLOWEST_POLL_S)
+                pause = min(2 * pause, self._intervals.slowest_poll_s)
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._failed.wait(), pause)
 
-    def _say(self, what: str) -> None:
-        """Logs what is new about the engine."""
-        if what != self._said:
-            self._said = what
+    def _log_new(self, what: str) -> None:
+        """Logs a message about the engine, unless it was the last one."""
+        if what != self._logged:
+            self._logged = what
             level = logging.INFO if self.up and not self.engine.abilities.lacks else logging.WARNING
             log.log(level, "%s (%s)", what, self.engine.url)
 
@@ -296,15 +289,15 @@ class Versions:
         )
 
     async def _look_again(self) -> None:
-        """Looks whether an engine that serves has got what it lacked."""
+        """Looks if an engine that serves has got what it lacked."""
         try:
             await self._prepare()
         except EngineError as error:
             log.info("the engine could not be looked at again: %s", error)
-        self._say(self._found())
+        self._log_new(self._found())
 
     async def _prepare(self) -> None:
-        """Finds out what the engine can do and loads what serves."""
+        """Finds out what the engine can do and loads the serving versions."""
         needed = any(version.adapter_name for version in self.serving.values())
         found = await look(self.engine, self._zero_adapter, adapters=needed)
         if found.adapters:
@@ -312,10 +305,10 @@ class Versions:
                 await self._load(version)
             await self._forget_retired()
         self.engine.abilities = found
-        self._look_at = time.monotonic() + LOOK_AGAIN_S
+        self._look_at = time.monotonic() + self._intervals.look_again_s
 
     async def _load(self, version: PolicyVersion) -> None:
-        """Loads a serving version, or withdraws it if its adapter is no longer what it was."""
+        """Loads a serving version, or withdraws it if its adapter has changed on disk."""
         try:
             await ensure_loaded(self.engine, version)
         except AdapterError as error:
@@ -326,14 +319,14 @@ class Versions:
             await self._load(serving)
 
     async def _forget_retired(self) -> None:
-        """Unloads versions that an earlier proxy left behind; without the store they stay.
+        """Unloads adapters that an earlier proxy left in the engine, whatever their names.
 
-        So it does what an earlier release loaded under another name.
+        They stay if the store cannot be read.
         """
         try:
-            versions = await asyncio.to_thread(self._store.versions)
+            versions = await asyncio.to_thread(self._store.versions.all)
             elsewhere = await self._in_use_elsewhere()
-        except (WaitError, SQLAlchemyError, OSError) as error:
+        except (StoreError, OSError) as error:
             log.warning("what an earlier proxy left in the engine stays there: %s", error)
             return
         states = {version.adapter_name: version.state for version in versions}

@@ -1,8 +1,8 @@
-"""A whole reply's token ids and log-probs cut out of its bytes: they are nine tenths of it.
+"""Cuts token ids and log-probs, nine tenths of the bytes, out of a whole reply.
 
-What is left is small, so it is parsed: it has to be a reply with null where something was cut. Any
+What is left is small and is parsed: it must be a reply with null in the places that were cut. Any
 other shape (several choices, no log-probs, another order of the fields) is left to the parser. As
-in `proxy/splice.py` the search is safe, because within a JSON string every quote is escaped.
+in `proxy/splice.py` the search is safe, because every quote within a JSON string is escaped.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Whole(NamedTuple):
 
 
 def take_apart(data: bytes, asked: Asked) -> Whole | None:
-    """A chat reply in parts; None if it has to be parsed as a whole."""
+    """A chat reply in parts; None if it must be parsed as a whole."""
     head, found, tail = data.partition(_LOGPROBS)
     logprobs, ended, tail = tail.partition(_END)
     reason, has_ids, tail = tail.partition(_IDS)
@@ -51,19 +51,19 @@ def take_apart(data: bytes, asked: Asked) -> Whole | None:
         return None
     theirs, ours = (b'"model":' + orjson.dumps(name) for name in (rest["model"], asked.model))
     before, named, after = head.partition(theirs)
-    if not named or before.count(b"{") != 1:  # one that is not the reply's own
+    if not named or before.count(b"{") != 1:  # not the reply's own model field
         return None
-    told = (
+    filled = (
         b"".join((_LOGPROBS, logprobs, b"]}")) if asked.logprobs else _NO_LOGPROBS,
         b"".join((_IDS, ids, b"]")) if asked.token_ids else _NO_IDS,
         b"".join((_PROMPT, prompt_ids, b"]")) if asked.token_ids else _NO_PROMPT,
     )
-    sent = b"".join((before, ours, after, told[0], reason, told[1], middle, told[2], tail))
+    sent = b"".join((before, ours, after, filled[0], reason, filled[1], middle, filled[2], tail))
     return Whole(sent, rest, logprobs, ids, prompt_ids)
 
 
 def _is_bare(rest: Json) -> bool:
-    """Whether null stands where something was cut, and nowhere else is anything to cut."""
+    """Whether the reply has null in the places that were cut, and nothing else to cut."""
     choices = objects(rest.get("choices"))
     if len(choices) != 1 or rest.get("prompt_token_ids", 0) is not None:
         return False

@@ -1,9 +1,9 @@
-"""A policy for a real vLLM that answers any prompt in a few words, however long the prompt is.
+"""A policy for a real vLLM that answers any prompt with one of a few given replies.
 
-Its layers add nothing, so the next token depends on the last one alone: a Markov chain, written
-into the weights. Agents send prompts of 30 000 tokens, under which a small trained policy babbles
-without an end; this one says what it was given to say, and costs next to nothing to serve. All else
-is real: the sampler, the log-probs, adapters, the chat template, the tool parser.
+Its layers add nothing, so the next token depends only on the last one: the weights hold a Markov
+chain. Agents send prompts of 30 000 tokens, to which a small trained policy replies without an end.
+This policy replies what it was given, and is cheap to serve. Everything else is real: the sampler,
+the log-probs, the adapters, the chat template and the tool parser.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from demo.run import POLICY
 CONTEXT = 65_536
 _WIDTH = 128
 _SURE = 24.0
-"""The logit of what comes next; that of anything else is about 0 ± 2."""
+"""The logit of the next token; other logits are about 0 ± 2."""
 _START, _END = "\n", "<|im_end|>"
-"""What every prompt ends with, and every reply."""
+"""The last token of every prompt, and of every reply."""
 
 
 def save_chain_policy(folder: Path, replies: Sequence[Sequence[str]]) -> None:

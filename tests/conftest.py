@@ -1,4 +1,4 @@
-"""Fixtures that several test files share, and the order in which those of the engine run."""
+"""Fixtures that several test files share, and how the tests are marked, grouped and ordered."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import pytest
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
-from nextstate.engine.messages_behaviour import Habits, learn_habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop
@@ -22,17 +22,55 @@ if TYPE_CHECKING:
 START_TIMEOUT_S = 600
 """For a test that may have to start the engine first."""
 AT_ONCE = 8
-"""Requests that the engine answers at once in little more time than one."""
+"""Parallel requests; the engine answers as many in little more time than one."""
 Done = dict[tuple[Any, ...], "Future[Any]"]
-"""What was done for a test, by its parameters in order of their names."""
+"""Results for each test, by the values of its parameters sorted by name."""
+_ENGINE = {"loop", "talks", "vllm"}
+"""Fixtures that start vLLM or import it."""
+_PROCESSES = {"subprocess", "multiprocessing"}
+"""Modules that a file imports to start processes."""
+_TRAINING = {"torch", "save_tiny_model"}
+"""Names in a file that runs or trains a model."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and pytest the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the file last that trains the loop's policy, kills its parts and ends it."""
-    items.sort(key=lambda item: item.path.stem == "test_end_to_end")
+    """Marks each test by what it uses, groups the tests for two workers, and orders the groups.
+
+    All tests that need vLLM are one group: one worker runs them and starts one engine. Any other
+    file is a group, so its module fixtures are made once. Groups that take long come first. Within
+    the engine's group test_end_to_end.py is last: it trains the policy and ends the engine.
+    """
     for item in items:
-        if "loop" in getattr(item, "fixturenames", ()):
+        assert isinstance(item, pytest.Function)
+        for marker in _markers(item):
+            item.add_marker(marker)
+        marked = {marker.name for marker in item.iter_markers()}
+        if "engine" in marked and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+        group = "engine" if "engine" in marked else item.nodeid.partition("::")[0]
+        item.add_marker(pytest.mark.xdist_group(group))
+    items.sort(key=_place)
+
+
+def _markers(item: pytest.Function) -> Iterator[str]:
+    if _ENGINE & {*item.fixturenames}:
+        yield "engine"
+    names = vars(item.module).keys()
+    if names & _PROCESSES:
+        yield "processes"
+    if names & _TRAINING:
+        yield "training"
+
+
+def _place(item: pytest.Item) -> tuple[bool, bool, bool, str]:
+    markers = {marker.name for marker in item.iter_markers()}
+    return (
+        "engine" not in markers,
+        item.path.stem == "test_end_to_end",
+        not markers & {"processes", "training"},
+        item.nodeid.partition("::")[0],
+    )
 
 
 @pytest.fixture
@@ -45,8 +83,8 @@ def store(tmp_path: Path) -> Iterator[Store]:
 
 @pytest.fixture(scope="session")
 def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    """The shared `nextstate up`, on a real vLLM."""
-    from tests.running_loop import Loop, write_config  # here: it takes over a second to import
+    """The shared `nextstate up` with a real vLLM."""
+    from tests.running_loop import Loop, write_config  # imported late: it takes over a second
 
     port = free_port()
     started = Loop(write_config(tmp_path_factory.mktemp("loop"), port=port), port)
@@ -59,28 +97,28 @@ def loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 
 @pytest.fixture(scope="session")
 def native_engine(loop: Loop) -> Engine:
-    """The loop's vLLM; its policy is untrained until test_end_to_end.py trains it."""
+    """The vLLM of the loop; its policy is untrained until test_end_to_end.py trains it."""
     return loop.engine()
 
 
 @pytest.fixture(scope="session")
-def habits(native_engine: Engine) -> Habits:
+def behaviour(native_engine: Engine) -> MessagesBehaviour:
     """What the loop's vLLM makes of /v1/messages."""
 
-    async def learnt() -> Habits:
+    async def learnt() -> MessagesBehaviour:
         async with EngineClient(
             native_engine.url, native_engine.model, native_engine.key
         ) as engine:
-            return await learn_habits(engine)
+            return await learn_messages_behaviour(engine)
 
     return asyncio.run(learnt())
 
 
 @pytest.fixture(scope="module")
 def ask_at_once(request: pytest.FixtureRequest) -> Callable[[str, Callable[..., Any]], Done]:
-    """Calls a function with the parameters of every test of this file that will run.
+    """Calls a function in parallel, once for each test of this file that uses the named fixture.
 
-    That is every one that uses the named fixture. Returns once all calls have ended.
+    The arguments are the parameters of the test. Returns when all calls have ended.
     """
 
     def asked(fixture: str, ask: Callable[..., Any]) -> Done:

@@ -1,4 +1,4 @@
-"""One `nextstate up` over the demo's policy, which every test of a run shares."""
+"""Starts `nextstate up` with the demo's policy; all tests of a run share it."""
 
 from __future__ import annotations
 
@@ -65,17 +65,17 @@ def write_config(
 
 @dataclass(frozen=True)
 class Engine:
-    """A running vLLM, and the proxy before it."""
+    """A running vLLM and its proxy."""
 
     url: str
     proxy_url: str
     model: str
     key: str
-    """vLLM's own; nothing but `/health` answers without it."""
+    """vLLM's API key; only `/health` answers without it."""
 
     @property
     def headers(self) -> dict[str, str]:
-        """What a request straight to vLLM carries."""
+        """The headers of a request that goes to vLLM directly."""
         return {"Authorization": f"Bearer {self.key}"}
 
 
@@ -107,12 +107,12 @@ class Loop:
         return Path(self.output.name).read_text()
 
     def engine(self) -> Engine:
-        """Where its vLLM listens; another port after a restart."""
+        """Its vLLM, which listens on another port after a restart."""
         state = json.loads((self.state / "engine.json").read_text())
         return Engine(state["url"], self.url, MODEL, state["key"])
 
     def close(self) -> None:
-        """Ends it, if no test has done so."""
+        """Ends the process, unless a test has ended it."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
             self.process.wait(60)
@@ -130,7 +130,7 @@ class Loop:
         return [json.loads(line) for line in self.command("turns", "--json").splitlines()]
 
     def part(self, name: str) -> psutil.Process:
-        """The process of a stage, or of the engine's server."""
+        """The process of a stage or of vLLM's server."""
         wanted = "vllm.entrypoints.openai.api_server" if name == "engine" else name
         for child in psutil.Process(self.process.pid).children():
             if wanted in child.cmdline():
@@ -156,7 +156,7 @@ class Loop:
 
 
 def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    # Importing vLLM, as some tests do, sets variables of its own.
+    # Some tests import vLLM, which sets environment variables.
     env = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return subprocess.run(
         [*NEXTSTATE, *arguments],

@@ -1,4 +1,4 @@
-"""Whether two servers gave the same answer: every byte of it but what is random or the time."""
+"""Compares the answers of two servers byte by byte, apart from random ids and times."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ _RANDOM = re.compile(
     rb'"((?:chatcmpl-tool|chatcmpl|cmpl|modelperm)-|(?:call|resp|msg|rs|fc|ctc)_)[0-9a-f-]+"'
 )
 _FIELDS = re.compile(rb"<dict of \d+ items>")
-"""How vLLM sums a request up that it refuses; the proxy's has more fields."""
+"""vLLM's summary of a request that it refuses; the proxy's request has more fields."""
 _TEXTS = ("content", "text", "arguments", "reasoning", "delta", "partial_json")
-"""Where a token's text stands in an event; tokens that come together share one."""
+"""The fields of an event that hold text; tokens that arrive together share one event."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """All that a client sees."""
+    """Everything that a client sees."""
 
     status: int
     headers: dict[str, str]
-    """With their names in small letters; without the date, and those that only the proxy has."""
+    """Names in lower case; without the date and without the proxy's own headers."""
     body: bytes
-    """With ids by their order, and without the time."""
+    """Random ids are replaced by their order, and times by 0."""
     turn: str | None
-    """The id that the proxy gave the turn."""
+    """The proxy's id of the turn."""
 
     def naming(self, asked: Json | bytes | None, adapter: str | None) -> Answer:
-        """With the name that the client gave the model."""
+        """The same answer with the model name that the client sent."""
         if not isinstance(asked, dict) or adapter is None:
             return self
         names = [b'"model":' + orjson.dumps(name) for name in (adapter, asked["model"])]
@@ -56,7 +56,7 @@ class Answer:
 
     @property
     def as_parsed(self) -> Answer:
-        """With each event as the SDKs read it, its fields in the order of their names."""
+        """The same answer with each event as the SDKs read it, and its fields sorted by name."""
         headers = {name: held for name, held in self.headers.items() if name != "content-length"}
         if len(self.events) == 1:
             return replace(self, headers=headers, body=_parsed(self.body))
@@ -65,7 +65,7 @@ class Answer:
 
     @property
     def events(self) -> list[bytes]:
-        """The events of a stream; one for any other body."""
+        """The events of a stream; any other body is one event."""
         if not self.headers.get("content-type", "").startswith("text/event-stream"):
             return [self.body]
         splitter = EventSplitter()
@@ -81,7 +81,7 @@ def answer_of(
     content_type: str | None = "application/json",
     key: str | None = None,
 ) -> Answer:
-    """What a server answers to one request; `key` is its own, where it asks for one."""
+    """A server's answer to one request; `key` is the API key of the server, if it needs one."""
     place = urlsplit(url)
     connection = http.client.HTTPConnection(place.hostname or "", place.port, timeout=_TIMEOUT_S)
     sent = orjson.dumps(body) if isinstance(body, dict) else body
@@ -108,13 +108,13 @@ def assert_same(
 ) -> Answer:
     """Asks vLLM and the proxy, and returns the proxy's answer.
 
-    `adapter` is what vLLM calls the one that serves.
+    `adapter` is vLLM's name of the serving adapter.
 
-    With `as_parsed` only what the SDKs make of the answers is compared: to them null and no field
-    at all are the same, and so are fields in another order.
+    `as_parsed` compares what the SDKs read: they treat null like a missing field, and ignore the
+    order of fields.
 
-    An engine that is late puts two tokens into one event, so a stream that differs is asked for
-    again. If its text stays cut elsewhere, neighbouring pieces of it are compared as one.
+    A slow engine puts two tokens into one event. So a stream that differs is requested again. If
+    the events still split the text in different places, neighbouring events are joined first.
     """
     told: list[bytes] = []
     expected: list[bytes] = []
@@ -130,7 +130,7 @@ def assert_same(
         if told == expected:
             return ours
     assert [*_pieces(told)] != [*_pieces(expected)], _difference(told, expected)
-    print("cut elsewhere: neighbouring tokens were compared as one")
+    print("the events split the text in different places: neighbours were joined")
     joined, expected_joined = merged(told), merged(expected)
     assert joined == expected_joined, _difference(joined, expected_joined)
     return ours
@@ -143,7 +143,7 @@ def _difference(ours: Sequence[object], native: Sequence[object]) -> str:
 
 
 def by_choice(events: list[bytes]) -> list[bytes]:
-    """The events in the order of their choices, which take turns as the engine's timing has it."""
+    """The events sorted by choice: the engine's timing decides the order between choices."""
     if len(events) < 2:
         return events
 
@@ -155,7 +155,7 @@ def by_choice(events: list[bytes]) -> list[bytes]:
 
 
 def merged(events: list[bytes]) -> list[Json | bytes]:
-    """The events with those that differ only in how many tokens they hold as one."""
+    """The events, with neighbours joined that differ only in their text."""
     found: list[Json | bytes] = []
     for event in events:
         payload = _payload(event)
@@ -173,7 +173,7 @@ def _naming(adapter: str | None, body: Json | bytes | None) -> Json | bytes | No
 
 
 def _salted(body: Json | bytes | None) -> Json | bytes | None:
-    """With a salt of its own where the body has one, so that the engine's cache tells nothing."""
+    """The body with a new cache salt, if it has one: no answer comes from the engine's cache."""
     if isinstance(body, dict) and _SALT in body:
         return {**body, _SALT: uuid.uuid4().hex}
     return body
@@ -242,7 +242,7 @@ def _joined(one: Any, other: Any, name: str = "") -> Any:
 
 
 def _pieces(events: list[bytes]) -> Iterator[str]:
-    """The texts of a stream, as they were cut."""
+    """The pieces of text of a stream."""
     for event in events:
         payload = _payload(event)
         if _is_text(payload):

@@ -1,4 +1,4 @@
-"""A stand-in for vLLM's HTTP side, in vLLM 0.32's wire format, whose replies a test scripts."""
+"""A fake engine that speaks vLLM 0.32's HTTP format; a test scripts its replies."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARM_UP_PROMPT = [0]
 
 
 def write_weights(folder: Path) -> str:
-    """Makes an adapter's folder, with a file in place of weights; returns the file's SHA-256."""
+    """Makes an adapter's folder with a file instead of weights; returns the SHA-256 of the file."""
     folder.mkdir()
     (folder / WEIGHTS_FILE).write_bytes(folder.name.encode())
     return file_sha256(folder / WEIGHTS_FILE)
@@ -46,11 +46,11 @@ class Script:
     gate: asyncio.Event | None = None
     """Wait for it before the second piece."""
     miscount: int = 0
-    """Added to the completion tokens that usage tells."""
+    """Added to the number of completion tokens in `usage`."""
     unknown_logprob: bool = False
-    """Give every log-prob as vLLM gives one that it does not have."""
+    """Report every log-prob with the value that vLLM uses for an unknown one."""
     answers_as: str | None = None
-    """The model that the reply names in place of the one asked for."""
+    """The model name in the reply, if it differs from the requested one."""
 
 
 @dataclass
@@ -61,23 +61,23 @@ class ScriptedEngine:
     queue: list[Script] = field(default_factory=list)
     requests: list[dict[str, Any]] = field(default_factory=list)
     completions: list[dict[str, Any]] = field(default_factory=list)
-    """Requests for completions, with those that only warm or probe a model."""
+    """Requests for completions, including warm-ups and probes."""
     headers: list[dict[str, str]] = field(default_factory=list)
     adapters: dict[str, str] = field(default_factory=dict)
     loads: int = 0
     """Requests to load an adapter so far."""
     loading: asyncio.Event | None = None
-    """Holds those requests until it is set."""
+    """Loads wait until it is set."""
     undone: int = 0
-    """Loads that are to be undone as soon as they are made, as by a proxy that unloads."""
+    """The number of coming loads that succeed and are undone at once, as if a proxy unloaded."""
     unloads_to_fail: int = 0
     refuses_adapters: bool = False
-    """Answers loads as a vLLM without `--enable-lora`."""
+    """Answers loads like a vLLM without `--enable-lora`."""
     unloaded: list[str] = field(default_factory=list)
     resets: int = 0
-    """Requests whose connection breaks before a byte of an answer."""
+    """The number of coming requests whose connection breaks before any byte of an answer."""
     was_reset: list[str] = field(default_factory=list)
-    """Their paths."""
+    """The paths of requests whose connection broke."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
     server: TestServer | None = None
@@ -172,7 +172,7 @@ class ScriptedEngine:
         return web.Response(body=await request.read(), headers={"x-engine": "yes"})
 
     async def _score(self, request: web.Request) -> web.StreamResponse:
-        """Stands for every route that names a model and that the proxy passes on."""
+        """An example of the routes that name a model and that the proxy passes on."""
         body = await request.json()
         self.requests.append(body)
         model = body["model"]
@@ -258,7 +258,7 @@ def _usage(script: Script) -> dict[str, int]:
 
 
 def stream_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
-    """What vLLM streams for one choice, with and without what the request asks for."""
+    """The chunks that vLLM streams for one choice."""
     ids, logprobs = body.get("return_token_ids"), body.get("logprobs")
     usage = (body.get("stream_options") or {}).get("include_usage")
     head = {"id": "chatcmpl-1", "object": "chat.completion.chunk", "created": 1}
@@ -295,7 +295,7 @@ def stream_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
 
 
 def plain_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
-    """What vLLM answers without streaming."""
+    """vLLM's answer without streaming."""
     ids = body.get("return_token_ids")
     count = len(script.pieces)
     content = [_logprobs(script, n)["content"][0] for n in range(count)]
@@ -332,7 +332,7 @@ def _prompt_ids(prompt: Any) -> list[int]:
 
 
 def _text_logprobs(script: Script, numbers: Sequence[int], asked: int) -> dict[str, Any]:
-    """Log-probs as completions have them, `asked` alternatives each beside the sampled token."""
+    """The log-probs of a completion, with `asked` alternatives for each token."""
     pieces = [script.pieces[n] for n in numbers]
     values = [token(n)[1] for n in numbers]
     others = {f"other{k}": -9.0 for k in range(1, asked)}
@@ -354,7 +354,7 @@ def _text_usage(body: dict[str, Any], script: Script) -> dict[str, int]:
 
 
 def completion_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
-    """What vLLM streams for a completion: `n` choices for each prompt, a token a chunk."""
+    """The chunks that vLLM streams for a completion: `n` choices a prompt, one token a chunk."""
     ids, logprobs = body.get("return_token_ids"), body.get("logprobs")
     usage = (body.get("stream_options") or {}).get("include_usage")
     head = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": body["model"]}
@@ -363,7 +363,7 @@ def completion_chunks(body: dict[str, Any], script: Script) -> list[dict[str, An
     for number, piece in enumerate(script.pieces):
         finish = script.finish_reason if number == len(script.pieces) - 1 else None
         for index, prompt in enumerate(prompts):
-            # Asked for ids the engine leaves the echoed text out; unasked, it echoes ids too.
+            # With return_token_ids vLLM leaves the echoed text out; without, it adds the ids.
             echoed = number == 0 and body.get("echo") and not ids
             choice = {
                 "index": index,
@@ -385,7 +385,7 @@ def completion_chunks(body: dict[str, Any], script: Script) -> list[dict[str, An
 
 
 def completion_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
-    """What vLLM answers to a completion without streaming."""
+    """vLLM's answer to a completion without streaming."""
     ids, logprobs = body.get("return_token_ids"), body.get("logprobs")
     numbers = range(len(script.pieces))
     text = "".join(script.pieces)

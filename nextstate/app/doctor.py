@@ -1,4 +1,4 @@
-"""What `nextstate doctor` checks, each with what was found or what fixes it."""
+"""The checks of `nextstate doctor`: each says what was found, or what is wrong and fixes it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from nextstate.app.engine_access import engine_client
 from nextstate.app.settings import Settings
-from nextstate.app.stages import engine_client
+from nextstate.app.stages import check_port
 from nextstate.engine import process as vllm
 from nextstate.engine.abilities import look
 from nextstate.engine.client import Abilities
@@ -24,10 +25,10 @@ from nextstate.errors import (
     WrongEngineError,
 )
 from nextstate.hooks import load_plugin
-from nextstate.store.store import Store
+from nextstate.store import Store
 
-_NAMED = 8
-"""Models of an external engine that are named."""
+_MAX_MODELS = 8
+"""Models of an external engine that are listed."""
 _FOLDERS = ("proxy", "judge", "learner", "plugins")
 
 
@@ -41,7 +42,7 @@ class Check:
 
 
 def checks(config: Path) -> Iterator[Check]:
-    """Runs every check; those that need the configuration stop at a broken one."""
+    """Runs every check; an invalid configuration ends them."""
     yield Check("python", sys.version.split()[0])
     yield _checked("packages", _own_folders)
     try:
@@ -50,8 +51,8 @@ def checks(config: Path) -> Iterator[Check]:
         yield Check("configuration", "", str(error))
         return
     yield Check("configuration", str(config) if config.exists() else "all defaults")
-    yield _checked("state folder", lambda: str(_store_dir(settings)))
-    yield _checked("agent profile", lambda: _plugin(settings))
+    yield _checked("state folder", lambda: _state_folder(settings))
+    yield _checked("agent profile", lambda: _profile(settings))
     if settings.engine.mode == "managed":
         yield _checked("vllm", lambda: _vllm(settings))
     else:
@@ -80,13 +81,13 @@ def _own_folders() -> str:
     return f"{', '.join(_FOLDERS)} are ours"
 
 
-def _store_dir(settings: Settings) -> Path:
+def _state_folder(settings: Settings) -> str:
     store = Store(settings.store)
     store.close()
-    return store.dir
+    return str(store.dir)
 
 
-def _plugin(settings: Settings) -> str:
+def _profile(settings: Settings) -> str:
     load_plugin("agents", settings.agents.profile, None)
     return settings.agents.profile
 
@@ -99,7 +100,7 @@ def _vllm(settings: Settings) -> str:
 
 
 def _engine(settings: Settings) -> Iterator[Check]:
-    """What answers at the address of an external engine, and what learning lacks there."""
+    """What answers at an external engine's address, and what learning lacks there."""
     where = f"[engine] url = {settings.engine.url!r}"
     try:
         found = asyncio.run(_look(settings))
@@ -113,7 +114,7 @@ def _engine(settings: Settings) -> Iterator[Check]:
         yield Check("engine", "", f"{where} does not serve: {error}; start it, or set its address")
         return
     if found.served:
-        served = ", ".join(found.served[:_NAMED])
+        served = ", ".join(found.served[:_MAX_MODELS])
         yield Check("engine", "", f"{where} lacks {found.lacks[0]}; it serves {served}")
         return
     yield Check("engine", f"{settings.engine.url} answers as {settings.engine.name}")
@@ -145,7 +146,6 @@ def _training(settings: Settings) -> str:
 
 
 def _port(settings: Settings) -> str:
+    check_port(settings)
     proxy = settings.proxy
-    if not vllm.port_is_free(proxy.host, proxy.port):
-        raise StartError(f"{proxy.port} on {proxy.host} is in use: set another [proxy] port")
-    return f"{proxy.host}:{proxy.port} is free ({proxy.url}/v1)"
+    return f"{proxy.port} on {proxy.host} is free ({proxy.url}/v1)"

@@ -1,4 +1,4 @@
-"""All sections of one configuration file, read once and passed down as values."""
+"""All sections of one configuration file: read once, checked together, passed on as values."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OUR_JUDGE = re.compile(r"plugins\.judges\.(\w+):create")
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The composed configuration."""
+    """The whole configuration."""
 
     file: Path
     store: StoreConfig
@@ -63,11 +63,11 @@ class Settings:
 
     @property
     def all_lineages(self) -> tuple[str, ...]:
-        """The names of all lineages, the one of everyone else first."""
+        """The names of all lineages; `main`, for everyone without their own, comes first."""
         return (MAIN_LINEAGE, *self.lineages)
 
     def check(self) -> None:
-        """Raises ConfigError for sections that contradict each other."""
+        """Raises ConfigError if sections contradict each other."""
         if self.engine.mode == "external" and not self.engine.url:
             raise ConfigError(
                 '[engine] mode = "external" needs [engine] url, for example "http://127.0.0.1:8000"'
@@ -87,7 +87,7 @@ class Settings:
             self._check_judge_stays_here()
 
     def _check_judge_stays_here(self) -> None:
-        """Raises ConfigError for a judge that may send turns to another machine."""
+        """Raises ConfigError if the judge may send turns to another machine."""
         kinds = [_OUR_JUDGE.sub(r"\1", kind) for kind in self.judge.kinds]
         allow = "allow it with [privacy] external_judge = true"
         for kind in kinds:
@@ -109,7 +109,7 @@ class Settings:
             )
 
     def _is_here(self, url: str) -> bool:
-        """Whether an address is this machine's, or that of the engine that serves the turns."""
+        """True for an address on this machine or on the engine's host, which sees all turns."""
         host = _host(url)
         if host is None:
             return False
@@ -150,7 +150,7 @@ class Settings:
 
 
 def _host(url: str) -> str | None:
-    """The host that a request to `url` goes to, as the judge's HTTP client reads it."""
+    """The host of `url`, parsed as the judge's HTTP client parses it; None if it is invalid."""
     try:
         return URL(url).host
     except ValueError:

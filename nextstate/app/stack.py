@@ -10,10 +10,11 @@ from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 
-from nextstate.app.parts import parts_file, write_parts
+from nextstate.app.child_states import child_states_file, write_child_states
+from nextstate.app.engine_access import engine_file, write_engine_file
 from nextstate.app.settings import Settings
-from nextstate.app.stages import engine_file, leave_engine, stage_part
-from nextstate.app.supervisor import SHORT_RESTS_S, Part, Supervisor
+from nextstate.app.stages import check_port, stage_process
+from nextstate.app.supervisor import Child, Supervisor
 from nextstate.engine import process as vllm
 from nextstate.errors import StartError
 from nextstate.private_files import make_folder, make_state_folder
@@ -26,6 +27,8 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 STAGES = ("proxy", "judge", "learner")
 """In the order in which they end; the engine ends last."""
+_ENGINE_PAUSES_S = 30.0, 30.0
+"""Pauses of the engine after an exit with code 2: agents wait for it."""
 
 
 class Stack:
@@ -38,45 +41,39 @@ class Stack:
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
         self._key = vllm.managed_key(settings.engine) if self.managed else None
-        self.parts = {name: stage_part(settings, name, name) for name in STAGES}
+        self.children = {name: stage_process(settings, name, name) for name in STAGES}
         if self._key is not None:
-            self.parts["engine"] = self._engine(port, self._key)
-        self.supervisor = Supervisor(list(self.parts.values()), self._tell)
+            self.children["engine"] = self._engine(port, self._key)
+        self.supervisor = Supervisor(list(self.children.values()), self._write_states)
 
     def check(self) -> None:
         """Raises StartError for what would only fail after minutes of starting."""
         if self.managed:
             vllm.check_package()
         vllm.check_model(self.settings.engine)
-        proxy = self.settings.proxy
-        if not vllm.port_is_free(proxy.host, proxy.port):
-            raise StartError(
-                f"[proxy] port = {proxy.port} on {proxy.host} is in use: end the program that "
-                "listens there, or set another [proxy] port"
-            )
+        check_port(self.settings)
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[asyncio.Task[None]]:
-        """Runs everything inside the block; the task ends when a part cannot go on."""
+        """Runs everything inside the block; the task ends when a child cannot go on."""
         self.check()
         make_state_folder(self.dir)
         taken = f"[store] dir = {str(self.dir)!r} is in use"
         with ProcessLock(self.dir / "lock", taken, "end it, or set another [store] dir"):
             if self.managed and (left_out := vllm.not_passed(self.settings.engine, os.environ)):
                 log.warning(
-                    "vLLM does not get %s of your environment: what it should get belongs into "
-                    "[engine] env",
+                    "vLLM does not get %s of your environment: set in [engine] env what it needs",
                     ", ".join(left_out),
                 )
-            leave_engine(self.settings, self.engine_url, self._key)
+            write_engine_file(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
                 yield task
             finally:
-                self.supervisor.stop()
+                self.supervisor.stopping.set()
                 await asyncio.gather(task, return_exceptions=True)
                 engine_file(self.settings).unlink(missing_ok=True)
-                parts_file(self.dir).unlink(missing_ok=True)
+                child_states_file(self.dir).unlink(missing_ok=True)
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
         """Returns when the proxy answers and lets requests through. Raises StartError."""
@@ -87,48 +84,45 @@ class Stack:
             if task.done():
                 task.result()
                 raise StartError("stopped before it was ready")
-            if ready.done():
-                ready.result()
-            else:
+            if not ready.done():
                 raise StartError(
                     f"the engine was not ready within [engine] start_timeout_s = {timeout_s:.0f}: "
                     f"see {self.dir / 'logs'}, or raise the key"
                 )
+            ready.result()
         finally:
             ready.cancel()
             with suppress(asyncio.CancelledError):
                 await ready
 
     async def _ready(self) -> None:
+        url = self.settings.proxy.url
         async with aiohttp.ClientSession() as session:
-            while (health := await _healthz(session, self.settings.proxy.url)).get(
-                "engine"
-            ) != "up":
+            while (health := await _healthz(session, url)).get("engine") != "up":
                 if problem := health.get("engine_problem"):
                     raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
                 await asyncio.sleep(POLL_S)
-        for part in self.parts.values():
-            part.was_ready = True
+        for child in self.children.values():
+            child.was_ready = True
 
-    def _tell(self) -> None:
-        states = {name: part.state for name, part in self.parts.items()}
+    def _write_states(self) -> None:
+        states = {name: child.state for name, child in self.children.items()}
         try:
-            write_parts(self.dir, states)
+            write_child_states(self.dir, states)
         except OSError as error:
-            log.warning("what the parts do is not shown by `nextstate status`: %s", error)
+            log.warning("`nextstate status` does not show the processes' states: %s", error)
 
-    def _engine(self, port: int, key: str) -> Part:
+    def _engine(self, port: int, key: str) -> Child:
         folder = self.dir / "engine"
         make_state_folder(self.dir)
-        make_folder(folder)  # neutral: nothing to import there
-        return Part(
+        make_folder(folder)  # an empty working folder: no file in it shadows a module
+        return Child(
             "engine",
             vllm.command(self.settings.engine, port),
             self.dir / "logs" / "engine.log",
             env=vllm.server_environment(self.settings.engine, key),
             cwd=folder,
-            must_become_ready=True,
-            rests_s=SHORT_RESTS_S,
+            pauses_s=_ENGINE_PAUSES_S,
             explain=lambda log: (
                 f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
                 "model and args"
@@ -137,7 +131,7 @@ class Stack:
 
 
 async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:
-    """What the proxy says of itself and the engine; {} while it does not answer."""
+    """The proxy's answer to /healthz; {} while it does not answer."""
     try:
         timeout = aiohttp.ClientTimeout(total=2)
         async with session.get(f"{proxy_url}/healthz", timeout=timeout) as answer:

@@ -1,4 +1,4 @@
-"""What `nextstate status` shows: each part's health and the counts in the store."""
+"""What `nextstate status` shows: the health of each process and the counts in the store."""
 
 from __future__ import annotations
 
@@ -9,40 +9,52 @@ from collections.abc import Mapping
 import aiohttp
 
 from nextstate.agreement import agreement
-from nextstate.app.parts import read_parts
+from nextstate.app.child_states import read_child_states
+from nextstate.app.engine_access import engine_client
 from nextstate.app.settings import Settings
-from nextstate.app.stages import engine_client
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
-from nextstate.notices import read_notices
-from nextstate.prometheus import counts_by
+from nextstate.prometheus import metric_values
 from nextstate.records import Json
-from nextstate.store.store import Store
-from nextstate.wire import json_object
+from nextstate.store import Store
+from nextstate.training_status import read_training_status
+from nextstate.wire import json_object, obj
 
 
 async def status(settings: Settings) -> Json:
-    """One object with the counts and each part's health."""
+    """The object of `nextstate status --json`."""
     store = await asyncio.to_thread(Store, settings.store)
     lineages = settings.all_lineages
-    serving = await asyncio.to_thread(store.serving_versions, lineages)
+    serving = await asyncio.to_thread(store.versions.serving_of, lineages)
     counts = await asyncio.to_thread(store.counts)
-    told = await _ask_proxy(settings, "/healthz")
-    health = (json_object(told[1]) or {}) if told is not None else {}
+    answer = await _ask_proxy(settings, "/healthz")
+    health = (json_object(answer[1]) or {}) if answer is not None else {}
     return {
         "state_dir": str(settings.store.path),
-        "proxy": _proxy_health(told, health),
+        "proxy": _proxy_health(answer, health),
         "engine": await _engine_health(settings, health),
-        "parts": await asyncio.to_thread(read_parts, settings.store.path),
-        "training": await asyncio.to_thread(read_notices, settings.store.path, lineages),
+        "parts": await asyncio.to_thread(read_child_states, settings.store.path),
+        "training": await asyncio.to_thread(read_training_status, settings.store.path, lineages),
         "serving": {name: version.number for name, version in serving.items()},
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
-        "judge_agreement": judge_agreement(await asyncio.to_thread(store.labels)),
+        "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
     }
 
 
+def status_lines(found: Json) -> list[str]:
+    """`status` as text: one value a line."""
+    shown = {**found, "judge_agreement": _agreement_text(found["judge_agreement"])}
+    lines: list[str] = []
+    for name, value in shown.items():
+        if isinstance(value, dict):
+            lines += [f"{name}/{key:{27 - len(name)}} {inner}" for key, inner in obj(value).items()]  # pyright: ignore[reportUnknownArgumentType]
+        else:
+            lines.append(f"{name:28} {value}")
+    return lines
+
+
 def judge_agreement(labels: Mapping[str, Mapping[tuple[int, int], int]]) -> Json:
-    """How each judge's votes agree with what people said of the same turns; {} without any.
+    """How each judge's votes agree with people's feedback on the same turns; {} without any.
 
     >>> judge_agreement({"rules": {(1, 1): 2, (0, 0): 1, (-1, 1): 1}})
     {'rules': {'labels': 4, 'accuracy': 0.75, 'kappa': 0.5556}}
@@ -54,14 +66,9 @@ def judge_agreement(labels: Mapping[str, Mapping[tuple[int, int], int]]) -> Json
     }
 
 
-def agreement_shown(found: Json) -> Json | str:
-    """`judge_agreement` for people.
-
-    >>> agreement_shown({"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}})
-    {'rules': '4 labels, accuracy 0.75, κ 0.56'}
-    """
+def _agreement_text(found: Json) -> Json | str:
     if not found:
-        return "no labels yet: `nextstate feedback` on a judged turn is one"
+        return "no labels yet: give `nextstate feedback` on judged turns"
     return {
         judge: f"{a['labels']} labels, accuracy {a['accuracy']:.2f}, κ {a['kappa']:.2f}"
         for judge, a in found.items()
@@ -69,7 +76,7 @@ def agreement_shown(found: Json) -> Json | str:
 
 
 async def _ask_proxy(settings: Settings, path: str) -> tuple[int, bytes] | None:
-    """The status and the body that the proxy answers, asked with its key; None if it is down."""
+    """The status and body of the proxy's answer, asked with its key; None if it is down."""
     variable = settings.proxy.api_key_env
     key = os.environ.get(variable) if variable else None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -94,25 +101,27 @@ def _proxy_health(answer: tuple[int, bytes] | None, health: Json) -> str:
 
 
 def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | str:
-    """Requests to generate that no turn holds, by the reason, or why that is not known."""
+    """By reason: generating requests that no turn records. A text if that is not known."""
     if answer is None:
         return {}
-    status, text = answer
+    status, body = answer
     if status == 401:
-        return f"not told: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
-    counts = text.decode(errors="replace")
-    return dict(counts_by(counts, "nextstate_requests_unrecorded_total", "reason"))
+        return f"unknown: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
+    page = body.decode(errors="replace")
+    found = metric_values(page, "nextstate_requests_unrecorded_total")
+    return {labels["reason"]: int(count) for labels, count in found}
 
 
 async def _engine_health(settings: Settings, health: Json) -> str:
-    """As the proxy has found it; asked here while there is no proxy."""
+    """The engine's health as the proxy sees it; without a proxy, the engine is asked here."""
     if problem := health.get("engine_problem"):
-        return f"no use: {problem}"
+        return f"unusable: {problem}"
     if "engine" not in health:
         return await _ask_engine(settings)
+    if health["engine"] != "up":
+        return "down"
     lacks = ", ".join(health.get("learning_lacks") or ())
-    up = health["engine"] == "up"
-    return ("up" if up else "down") + (f"; learning lacks {lacks}" if up and lacks else "")
+    return f"up; learning lacks {lacks}" if lacks else "up"
 
 
 async def _ask_engine(settings: Settings) -> str:
@@ -120,8 +129,8 @@ async def _ask_engine(settings: Settings) -> str:
         async with engine_client(settings) as engine:
             return "up" if await engine.healthy() else "down"
     except WrongEngineError as error:
-        return f"no use: {error}"
+        return f"unusable: {error}"
     except ConfigError as error:
-        return f"not asked: {error}"
+        return f"unknown: {error}"
     except (StartError, EngineError):
         return "down"

@@ -1,7 +1,7 @@
-"""What an engine can do, found by asking it: any OpenAI server is relayed, not every one can train.
+"""Finds out what an engine can do. Any OpenAI server is relayed; not every one can train.
 
-The same requests pay for the first generation with log-probs and with an adapter before an agent
-waits: both compile or allocate on first use; measured, they stalled every stream for 3.5 s.
+The requests also warm the engine up. The first generation with log-probs and the first with an
+adapter compile or allocate: measured, they stalled every stream for 3.5 s.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nextstate.engine.client import WARM_UP_ADAPTER, Abilities, EngineClient, first_choice
-from nextstate.engine.messages_behaviour import learn_habits
+from nextstate.engine.messages_behaviour import learn_messages_behaviour
 from nextstate.errors import AnswerError, WrongEngineError
 from nextstate.records import Json
 from nextstate.wire import obj
@@ -35,13 +35,13 @@ _ONE_TOKEN: Json = {"max_tokens": 1, "return_token_ids": True}
 async def look(
     engine: EngineClient, zero_adapter: Path | None = None, *, adapters: bool = False
 ) -> Abilities:
-    """Asks for a token in each way that is used, and for the adapter in folder `zero_adapter`.
+    """Asks for a token in each way that is used, and loads the adapter in `zero_adapter`.
 
-    Without that folder nothing is loaded, and a server that tells no token ids is asked about
-    adapters only if some are to be loaded: only vLLM has that route.
+    Without that folder nothing is loaded. A server that returns no token ids is asked about
+    adapters only if `adapters` are needed, because only vLLM has that route.
 
-    Raises WrongEngineError for a server that no request can be sent to before a person has changed
-    something, EngineError for one that may serve later.
+    Raises WrongEngineError if a person has to change something before any request can be sent to
+    the server, EngineError if it may serve later.
     """
     served = await _served(engine)
     try:
@@ -56,7 +56,7 @@ async def look(
 
 
 async def _served(engine: EngineClient) -> tuple[str, ...]:
-    """The names that a server lists; raises for one that speaks another language."""
+    """The models that a server lists. Raises WrongEngineError if it is no OpenAI server."""
     try:
         return tuple(model.id for model in await engine.models())
     except AnswerError as error:
@@ -70,7 +70,7 @@ async def _served(engine: EngineClient) -> tuple[str, ...]:
 
 
 async def _chats(engine: EngineClient) -> bool:
-    """Whether a server that lists no models answers a chat for ours all the same."""
+    """Whether a server that lists no models answers a chat with ours."""
     try:
         return bool(first_choice(await engine.post(_CHAT, _hello(engine) | {"max_tokens": 1})))
     except AnswerError as error:
@@ -82,7 +82,7 @@ async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bo
     lacks: list[str] = []
     choice: Json = {}
     additions = True
-    with suppress(AnswerError):  # whatever it answers: chat decides
+    with suppress(AnswerError):  # chat decides
         choice = await engine.generate_once(engine.model)
     if not choice:
         lacks.append("/v1/completions (for the warm-up)")
@@ -93,7 +93,7 @@ async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bo
     if not tells_tokens:
         lacks.append(TOKEN_IDS)
     else:
-        engine.habits = await learn_habits(engine)
+        engine.messages_behaviour = await learn_messages_behaviour(engine)
     adapters = (tells_tokens or needed) and await _takes_adapters(engine, zero_adapter)
     if not adapters:
         lacks.append(ADAPTERS)
@@ -101,7 +101,7 @@ async def _abilities(engine: EngineClient, zero_adapter: Path | None, needed: bo
 
 
 async def _chat(engine: EngineClient) -> tuple[Json, bool]:
-    """The choice of a chat reply, and whether the server takes what the relay adds to a request."""
+    """The choice of a chat reply, and whether the server accepts our additions to a request."""
     asked, additions = _hello(engine) | _ONE_TOKEN | {"logprobs": True}, True
     try:
         choice = first_choice(await engine.post(_CHAT, asked))

@@ -1,4 +1,4 @@
-"""Whether an adapter's folder still holds what was registered."""
+"""Checks that an adapter's folder still holds what was registered."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""Driving vLLM over HTTP: health, tokenizing, adapters in and out, and publishing a version.
+"""Drives vLLM over HTTP: health, tokenizing, loading adapters, publishing a version.
 
-An adapter is loaded under a name and a path that no earlier version had. Loading in place under an
-old name can reuse the prefix cache of the weights it replaces (vLLM issue 42125), and a new adapter
-has once answered for another (issue 47724): hence new names, and a probe that checks who answered.
+Each version's adapter has a name and a path that no earlier version had. Loading under an old name
+can reuse the prefix cache of the old weights (vLLM issue 42125). A new adapter has once answered
+for another one (issue 47724), so a probe checks which one answers.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ import aiohttp
 
 from nextstate.config import server_address
 from nextstate.engine.adapter_files import verify_adapter
-from nextstate.engine.messages_behaviour import Habits
-from nextstate.error_text import refusal, told
+from nextstate.engine.messages_behaviour import MessagesBehaviour
+from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
-from nextstate.open_files import ran_out
-from nextstate.prometheus import gauge_sum
+from nextstate.file_descriptors import out_of_descriptors
+from nextstate.prometheus import metric_sum
 from nextstate.records import Json, PolicyVersion
-from nextstate.store.store import Store
+from nextstate.store import Store
 from nextstate.wire import json_object, objects, write_json
 
 log = logging.getLogger(__name__)
 
 PROBE_TIMEOUT_S = 60.0
 _LOADS = 3
-"""So often a version is loaded: one that comes back may just have drained, and is unloaded then."""
+"""How often loading is tried: a version that returns to service may be unloaded at that moment."""
 GLANCE_TIMEOUT_S = 5.0
-"""For what a server answers at once unless it is overloaded."""
+"""For questions that a server answers at once unless it is overloaded."""
 _LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 WARM_UP_ADAPTER = "nextstate-warm-up"
 _NO_ROUTE = (404, 405, 501)
@@ -60,13 +60,13 @@ class Abilities:
     adapters: bool = True
     """Loads adapters at run time."""
     tells_tokens: bool = True
-    """Tells token ids when asked: then it is vLLM and takes all that we ask of it."""
+    """Returns token ids when asked: then it is vLLM and accepts all our additions."""
     additions: bool = True
-    """Takes requests with the fields that we add."""
+    """Accepts requests with the fields that we add."""
     lacks: tuple[str, ...] = ()
-    """What learning would need of it, in words."""
+    """What learning needs and the engine lacks, as a person reads it."""
     served: tuple[str, ...] = ()
-    """The models that it lists, if it does not answer for ours."""
+    """The models that it lists, if it does not answer with ours."""
 
 
 def first_choice(reply: Json) -> Json:
@@ -83,15 +83,15 @@ class EngineClient:
         self.model = model
         """The name under which the base model answers."""
         self.fingerprint: str | None = None
-        """What the server calls itself in its replies, once one has been seen."""
+        """The fingerprint in the server's replies, once one has been seen."""
         self.max_model_len: int | None = None
         """Tokens of its longest context, once its models have been listed."""
         self.abilities = Abilities()
         """Once the server has been looked at."""
-        self.habits = Habits()
-        """How it reads /v1/messages, once the server has been looked at."""
+        self.messages_behaviour = MessagesBehaviour()
+        """What its /v1/messages does, once the server has been looked at."""
         self.trouble = ""
-        """Why it was not healthy, the last time that it was not."""
+        """Why it was not healthy when that was last so."""
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._session = aiohttp.ClientSession(
             headers=headers, connector=aiohttp.TCPConnector(keepalive_timeout=_IDLE_S)
@@ -115,16 +115,16 @@ class EngineClient:
     async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
         """Whether the server says that it can serve now.
 
-        Raises EngineError if that cannot be asked, for want of file descriptors for one, and
-        WrongEngineError where TLS fails.
+        Raises EngineError if it cannot be asked, for example without free file descriptors, and
+        WrongEngineError if TLS fails.
         """
         status = await self._status("/health", timeout_s)
         if status in _NO_ROUTE:
             status = await self._status("/v1/models", timeout_s)
-        return status is not None and status < 500  # a refusal says that it is there
+        return status is not None and status < 500  # even a refusal shows that it serves
 
     async def has_route(self, path: str) -> bool:
-        """Whether the server knows a route, which another method than GET would use."""
+        """Whether the server has a route that does not take GET."""
         return await self._status(path, GLANCE_TIMEOUT_S) == 405
 
     async def _status(self, path: str, timeout_s: float) -> int | None:
@@ -137,10 +137,10 @@ class EngineClient:
                 return answer.status
         except aiohttp.ClientSSLError as error:
             raise WrongEngineError(
-                f"no TLS that we trust is spoken there: {error.__cause__}; is it http://?"
+                f"its TLS is missing or not trusted: {error.__cause__}; is it http://?"
             ) from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            if ran_out(error):
+            if out_of_descriptors(error):
                 raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
             self.trouble = str(error) or type(error).__name__
             return None
@@ -159,10 +159,10 @@ class EngineClient:
             raise AnswerError(f"{self.url}/v1/models lists models without {error}", 200) from error
 
     async def live_requests(self) -> int:
-        """Requests that run or wait now, whoever sent them: an agent, the judge, a probe."""
+        """Requests that run or wait in the engine now, from agents, the judge and probes."""
         text = await self._request("GET", "/metrics", None, GLANCE_TIMEOUT_S)
         try:
-            found = [gauge_sum(text.decode(), name) for name in _LIVE_GAUGES]
+            found = [metric_sum(text.decode(), name) for name in _LIVE_GAUGES]
             counts = [int(count) for count in found if count is not None]
         except (UnicodeDecodeError, ValueError, OverflowError) as error:
             raise EngineError(f"{self.url}/metrics cannot be read: {error}") from error
@@ -180,7 +180,7 @@ class EngineClient:
     async def holds(self, name: str, path: str) -> bool:
         """Whether the adapter in folder `path` is loaded under `name`.
 
-        Another one under that name is nobody's that we know, and is unloaded.
+        An adapter from another folder under that name is not ours and is unloaded.
         """
         found = [model for model in await self.models() if model.id == name]
         if not found or found[0].root == path:
@@ -195,30 +195,30 @@ class EngineClient:
         return False
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Loads the adapter in folder `path` under `name`; if it is there already it stays."""
+        """Loads the adapter in folder `path` under `name`. Does nothing if it is loaded already."""
         body = {"lora_name": name, "lora_path": path}
         try:
             await self._call("POST", "/v1/load_lora_adapter", body)
         except EngineError:
-            # vLLM refuses one that is there; requests that miss it at once all come here.
+            # vLLM refuses one that is loaded. Requests that miss it at the same time all come here.
             if not await self.holds(name, path):
                 raise
 
     async def unload_adapter(self, name: str) -> None:
-        """Unloads the adapter `name`; one that is not there is no error."""
+        """Unloads the adapter `name`, if it is loaded."""
         if not await self.has_model(name):
             return
         await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     async def probe(self, name: str) -> None:
-        """Generates one token with `name`, which warms it, and checks that it was `name`."""
+        """Generates one token with `name`, and checks that `name` answered. Also warms it up."""
         body = {"model": name, "prompt": [0], "max_tokens": 1, "temperature": 0}
         answer = await self._call("POST", "/v1/completions", body)
         if answer.get("model") != name:
             raise EngineError(f"asked vLLM for {name!r}, and {answer.get('model')!r} answered")
 
     async def generate_once(self, name: str) -> Json:
-        """Generates one token as turns are served, and returns its choice; at first it is slow."""
+        """The choice of one token, generated as for turns. The first time is slow."""
         body = {"model": name, "prompt": [0], "max_tokens": 1}
         answer = await self.post(
             "/v1/completions", body | {"logprobs": 1, "return_token_ids": True}
@@ -227,7 +227,7 @@ class EngineClient:
         return first_choice(answer)
 
     async def post(self, path: str, body: Json) -> Json:
-        """The object that a route answers; {} for anything else."""
+        """The JSON object that a route answers with; {} for any other answer."""
         return await self._call("POST", path, body)
 
     async def tokenize(
@@ -263,7 +263,7 @@ class EngineClient:
 
     async def _call(self, method: str, path: str, body: Json | None) -> Json:
         text = await self._request(method, path, body, PROBE_TIMEOUT_S)
-        return json_object(text) or {}  # vLLM's adapter routes answer in plain words
+        return json_object(text) or {}  # vLLM's adapter routes answer with plain text
 
     async def _request(self, method: str, path: str, body: Json | None, timeout_s: float) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s)
@@ -286,7 +286,7 @@ class EngineClient:
                         why = refusal(answer.status, said)  # it may quote the conversation
                     raise AnswerError(f"{method} {self.url}{path} answered {why}", answer.status)
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
-            raise EngineError(f"{method} {self.url}{path} failed: {told(error)}") from error
+            raise EngineError(f"{method} {self.url}{path} failed: {safe_text(error)}") from error
         return text
 
 
@@ -310,27 +310,27 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
 
 
 def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:
-    """Where the zero adapter of a model lies."""
+    """The folder of a model's zero adapter."""
     model = hashlib.sha256(model_path.encode()).hexdigest()[:12]
     return state_dir / "warm-up" / f"{model}-rank{rank}"
 
 
 async def publish(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
-    """Adapter on disk → loaded → probed → serving: how a person puts a version into service.
+    """Puts a version into service for a person: adapter on disk → loaded → probed → serving.
 
-    Requests that run keep their version; the proxy unloads it once they have ended.
+    Running requests keep their version. The proxy unloads it when they have ended.
     """
     await ensure_loaded(engine, version)
-    await asyncio.to_thread(store.set_serving, version.lineage, version.number)
+    await asyncio.to_thread(store.versions.set_serving, version.lineage, version.number)
 
 
 async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
-    """`publish` for what training made: only in its parent's place.
+    """Puts a version that training made into service, in its parent's place only.
 
-    Where another version was put into service meanwhile, that one stays.
+    If another version was put into service meanwhile, that one stays.
     """
     await ensure_loaded(engine, version)
-    if await asyncio.to_thread(store.serve_candidate, version):
+    if await asyncio.to_thread(store.versions.serve_candidate, version):
         return
     log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
     if version.adapter_name is not None:
@@ -340,15 +340,17 @@ async def publish_candidate(store: Store, engine: EngineClient, version: PolicyV
 async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:
     """Takes a version out of service, for its `reason`, by the same steps as a rollback.
 
-    Its nearest ancestor whose adapter is whole serves in its place, unless another version serves
-    by now. Returns the version that serves.
+    Its nearest ancestor with an intact adapter takes its place, unless another version serves by
+    now. Returns the version that serves.
     """
-    for version in await asyncio.to_thread(store.ancestors, rejected):
+    for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
             await ensure_loaded(engine, version)
         except AdapterError as error:
-            log.error("version=%d lineage=%s is no use: %s", version.number, version.lineage, error)
+            log.error(
+                "version=%d lineage=%s cannot be used: %s", version.number, version.lineage, error
+            )
             continue
-        await asyncio.to_thread(store.replace_serving, rejected, version.number)
+        await asyncio.to_thread(store.versions.replace_serving, rejected, version.number)
         break
-    return await asyncio.to_thread(store.serving, rejected.lineage)
+    return await asyncio.to_thread(store.versions.serving, rejected.lineage)

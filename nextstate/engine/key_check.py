@@ -1,7 +1,7 @@
-"""The managed vLLM's door: every route but `/health` asks for the key.
+"""Makes a managed vLLM check its key on every route but `/health`.
 
-vLLM's own check covers `/v1` and leaves `/adapters`, `/invocations` and `/tokenize` open, so that
-any program on the machine could load an adapter. This runs inside vLLM, as its `--middleware`.
+vLLM's own check covers `/v1` only. Through `/adapters`, `/invocations` and `/tokenize` any program
+on the machine could load an adapter. This runs inside vLLM, as its `--middleware`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 KEY_VARIABLE = "VLLM_API_KEY"
-"""vLLM reads its own key from here, too; a command line can be read by every user."""
+"""vLLM reads its own key from here too. Every user of the machine can read a command line."""
 _OPEN = frozenset(("/health",))
 _REFUSAL = b'{"error":"Unauthorized"}'
 
@@ -21,15 +21,15 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 
-class Door:
-    """An ASGI middleware; it does not start without a key."""
+class KeyCheck:
+    """An ASGI middleware. It raises KeyError at the start if there is no key."""
 
     def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
         self._app = app
         self._wanted = b"Bearer " + os.environ[KEY_VARIABLE].encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Passes on what is open or has the key."""
+        """Passes on requests with the key and those to open routes."""
         if scope["type"] == "lifespan" or self._may_pass(scope):
             await self._app(scope, receive, send)
         elif scope["type"] == "websocket":

@@ -1,7 +1,7 @@
-"""What vLLM's own /v1/messages makes of three things that its chat route does not read alike.
+"""What vLLM's own /v1/messages does with three things that its chat route reads differently.
 
-They depend on the model's chat template and on options of the server, which tells neither. So it is
-asked how many tokens a few small prompts have.
+They depend on the model's chat template and on the server's options. The server shows neither, so
+it is asked how many tokens a few small prompts have.
 """
 
 from __future__ import annotations
@@ -19,38 +19,38 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_Habit = TypeVar("_Habit")
+_Found = TypeVar("_Found")
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _HELLO: list[Json] = [{"role": "user", "content": "Hi"}]
 _FIRST, _LATER = "Be brief. ", "Be kind."
 
 
 @dataclass(frozen=True, slots=True)
-class Habits:
-    """Each is None as long as the engine has not told."""
+class MessagesBehaviour:
+    """Each field is None if it is not known."""
 
     merges_system: bool | None = None
     """Whether system messages among the others are moved into the one at the start."""
     disabled_effort: str | None = None
     """The reasoning effort that `thinking: {"type": "disabled"}` stands for."""
     shows_no_tools: bool | None = None
-    """Whether the prompt of an empty list of tools differs from that of none."""
+    """Whether an empty list of tools gives another prompt than no list."""
 
 
-async def learn_habits(engine: EngineClient) -> Habits:
-    """Asks the engine. Never raises EngineError: what cannot be learnt stays unknown."""
-    return Habits(
+async def learn_messages_behaviour(engine: EngineClient) -> MessagesBehaviour:
+    """Asks the engine. Never raises EngineError: a question that fails leaves None."""
+    return MessagesBehaviour(
         await _or_unknown(_merges_system(engine)),
         await _or_unknown(_disabled_effort(engine)),
         await _or_unknown(_shows_no_tools(engine)),
     )
 
 
-async def _or_unknown(learning: Awaitable[_Habit]) -> _Habit | None:
+async def _or_unknown(learning: Awaitable[_Found]) -> _Found | None:
     try:
         return await learning
     except EngineError as error:
-        log.debug("the engine does not tell how it reads /v1/messages: %s", error)
+        log.debug("the behaviour of /v1/messages cannot be found out: %s", error)
         return None
 
 
@@ -62,9 +62,9 @@ async def _merges_system(engine: EngineClient) -> bool:
 
 
 async def _disabled_effort(engine: EngineClient) -> str | None:
-    """By vLLM's own rule: "none" if the template takes it, and for something else than an effort.
+    """By vLLM's own rule: "none" if the template renders it unlike every effort, else "low".
 
-    None if the engine was told to do otherwise.
+    None if the engine's options say otherwise.
     """
     counted = await engine.count_tokens(_HELLO, {"thinking": {"type": "disabled"}})
     rendered = {effort: await _rendered(engine, effort) for effort in ("none", *_EFFORTS)}

@@ -1,4 +1,4 @@
-"""The managed vLLM server: its command line, its environment, and what its death says."""
+"""The managed vLLM server: its command line, its environment, and why it ended."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from nextstate.config import EngineConfig, secret
-from nextstate.engine.key_check import KEY_VARIABLE, Door
+from nextstate.engine.key_check import KEY_VARIABLE, KeyCheck
 from nextstate.errors import ConfigError, StartError
 from nextstate.offline import SWITCHES
 
@@ -36,7 +36,7 @@ def command(config: EngineConfig, port: int) -> list[str]:
     argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
     argv += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank)]
     argv += ["--max-loras", str(config.max_loras), "--disable-uvicorn-access-log"]
-    argv += ["--middleware", f"{Door.__module__}.{Door.__name__}"]
+    argv += ["--middleware", f"{KeyCheck.__module__}.{KeyCheck.__name__}"]
     if config.max_model_len:
         argv += ["--max-model-len", str(config.max_model_len)]
     if "--generation-config" not in config.args:
@@ -44,29 +44,29 @@ def command(config: EngineConfig, port: int) -> list[str]:
         # differ from the sampler's, and no turn could train.
         argv += ["--generation-config", "vllm"]
     if "--enable-prompt-tokens-details" not in config.args:
-        # Without it only /v1/responses tells how much of a prompt was cached; served through the
-        # chat route it could not.
+        # Without it only vLLM's own /v1/responses says how much of a prompt was cached, and the
+        # chat route does not.
         argv += ["--enable-prompt-tokens-details"]
     if _option(config, "--scheduling-policy") is None:
         # The judge's votes carry a priority, so that agents go first.
         argv += ["--scheduling-policy", "priority"]
     if _on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
-        # A sampled request with a seed whose prompt is taken in pieces ends vLLM on a CPU: its
-        # random generator cannot be set back.
+        # On a CPU vLLM ends at a sampled request with a seed if its prompt comes in chunks: its
+        # random generator cannot be reset.
         argv += ["--no-enable-chunked-prefill"]
     return argv + list(config.args)
 
 
 def by_priority(config: EngineConfig) -> bool:
-    """Whether requests may name a priority: `command` sees to it, unless told otherwise."""
+    """Whether requests may name a priority: yes, unless `[engine] args` set another policy."""
     policy = _option(config, "--scheduling-policy")
     return config.mode == "managed" and policy in (None, "priority")
 
 
 def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
-    """Share of its memory that a managed server takes of the GPU that this process sees first.
+    """The share of the first visible GPU's memory that a managed server takes.
 
-    Raises ConfigError for one that is no number.
+    Raises ConfigError if it is not a number.
     """
     visible = "CUDA_VISIBLE_DEVICES"
     elsewhere = config.env.get(visible, inherited.get(visible)) != inherited.get(visible)
@@ -81,9 +81,9 @@ def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
 
 
 def managed_key(config: EngineConfig) -> str:
-    """The key of a server that is to be started: the user's own, or a new one.
+    """The key for a server that will be started: the user's own, or a new one.
 
-    Raises ConfigError for one on the command line, which every user of the machine can read.
+    Raises ConfigError for a key on the command line, which every user of the machine can read.
     """
     if _option(config, "--api-key") is not None:
         raise ConfigError(
@@ -96,15 +96,15 @@ def managed_key(config: EngineConfig) -> str:
 
 
 def _option(config: EngineConfig, name: str) -> str | None:
-    """What the user's own arguments say after `name`."""
+    """The value of an option in the user's own arguments."""
     words = " ".join(config.args).replace("=", " ").split()
     return words[words.index(name) + 1] if name in words[:-1] else None
 
 
 def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:
-    """The server's environment: adapters at run time, nothing fetched, nothing reported.
+    """The server's environment: adapters at run time, no downloads, no usage reports.
 
-    Of the inherited one what is vLLM's own stays out: it was not meant for this server.
+    vLLM's own variables are not inherited: they were not meant for this server.
     """
     left_out = not_passed(config, inherited)
     return {
@@ -112,27 +112,27 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
         **SWITCHES,
-        # Our folders `proxy`, `judge`, `plugins` must not shadow modules inside vLLM.
+        # Our folders `proxy`, `judge` and `plugins` must not shadow modules inside vLLM.
         "PYTHONSAFEPATH": "1",
         **config.env,
     }
 
 
 def not_passed(config: EngineConfig, inherited: Mapping[str, str]) -> list[str]:
-    """vLLM's own variables that the server does not get, as `[engine] env` does not name them."""
+    """vLLM's own variables that the server does not get: `[engine] env` does not name them."""
     ours = [name for name in inherited if name.startswith(_OWN_VARIABLES)]
     return sorted(name for name in ours if name not in config.env)
 
 
 def free_port() -> int:
-    """A loopback port that is free now."""
+    """A loopback port that is free at this moment."""
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
 
 
 def port_is_free(host: str, port: int) -> bool:
-    """Whether a server could bind there now; port 0 always can."""
+    """Whether a server could bind there now. Port 0 is always free."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -162,7 +162,7 @@ def check_model(config: EngineConfig) -> None:
 
 
 def check_package() -> None:
-    """Raises StartError unless vLLM is installed beside us."""
+    """Raises StartError unless vLLM is installed in this environment."""
     if importlib.util.find_spec("vllm") is None:
         raise StartError(
             '[engine] mode = "managed" needs vLLM, which is not installed: run `make env`, '
@@ -171,7 +171,7 @@ def check_package() -> None:
 
 
 def cause_of_death(log: str) -> str:
-    """The line of the server's log that says best why it ended, without its prefix."""
+    """The line of the server's log that best says why it ended, without its prefix."""
     lines = [line for line in log.splitlines() if line.strip()]
     blamed = [line for line in lines if _MARK.search(line) and not _QUIET.match(line)]
     generic = ("Engine core initialization failed", "EngineCore failed to start")

@@ -1,0 +1,100 @@
+"""Where the stages meet: every record, and the work that is leased from them.
+
+The only room with SQL. All methods are synchronous and safe to call from several threads and
+processes; asynchronous callers use `asyncio.to_thread`. Work is leased with an expiry and settled,
+never deleted when it is fetched.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from dataclasses import replace
+
+from nextstate.config import StoreConfig
+from nextstate.errors import StoreError
+from nextstate.private_files import make_state_folder
+from nextstate.store.counts import SHOWN, read_counts
+from nextstate.store.database import Database
+from nextstate.store.judging import Judging
+from nextstate.store.migrations import is_current, migrate
+from nextstate.store.recording import Recording
+from nextstate.store.sqlite import SQLite, database_file
+from nextstate.store.texts import Known
+from nextstate.store.training import Training
+from nextstate.store.turns import Turns
+from nextstate.store.versions import Versions
+from nextstate.store.waiting import Patience
+from nextstate.store.workers import Workers
+
+
+class Store:
+    """The database of one state folder, with the queries of each customer.
+
+    A query is one transaction. While the database is locked or its disk is full, it is tried again
+    until `patience` ends with a WaitError. Every other failure is a StoreError.
+    """
+
+    def __init__(
+        self,
+        config: StoreConfig,
+        clock: Callable[[], float] = time.time,
+        patience: Patience | None = None,
+    ) -> None:
+        self.dir = config.path
+        self.config = replace(config, dir=str(self.dir))
+        """With this another process opens the same store, whatever its working directory."""
+        file = database_file(config.url, self.dir)
+        self.database = Database(SQLite(file), clock, patience)
+        try:
+            self.database.waiting(self._open)
+        except (OSError, ValueError) as error:
+            raise StoreError(
+                f"[store] dir = {config.dir!r} cannot hold the store: {error}; "
+                "name a folder that you may write to"
+            ) from error
+        self.turns = Turns(self.database)
+        self.judging = Judging(self.database)
+        self.training = Training(self.database)
+        self.versions = Versions(self.database)
+        self.workers = Workers(self.database)
+        self._known = Known()
+
+    def _open(self) -> None:
+        make_state_folder(self.dir)
+        self.database.open()
+        with self.database.read() as connection:
+            if is_current(connection):
+                return
+        with self.database.write() as connection:
+            try:
+                migrate(connection)
+            except StoreError as error:
+                raise StoreError(f"{self.database.name}: {error}") from error
+
+    def close(self) -> None:
+        """Closes every connection."""
+        self.database.close()
+
+    @contextmanager
+    def recording(self) -> Generator[Recording]:
+        """One transaction in which turns are linked and added: all of them are kept or none.
+
+        It does not wait: a store that is locked or full is a WaitError at once.
+        """
+        with self.database.cursor(write=True) as cursor:
+            yield Recording(cursor, self._known)
+
+    def counts(self) -> dict[str, int]:
+        """How many records there are of each kind and state, under `area/what` names."""
+
+        def read() -> dict[str, int]:
+            with self.database.read() as connection:
+                return {f"{a}/{key}": n for a in SHOWN for key, n in read_counts(connection, a)}
+
+        return {"turns/trainable": 0} | self.database.waiting(read)
+
+    def checkpoint(self) -> None:
+        """Moves what was committed into the database's own file, if that is a lot by now."""
+        self.database.waiting(self.database.checkpoint)

@@ -1,7 +1,7 @@
-"""Counts of the store's records that the database itself keeps: to read them costs the same always.
+"""Counts of the store's records, which triggers keep: reading them costs the same at any size.
 
-Triggers change a row of `counts` in the transaction that changes what it counts, whoever does so.
-They are SQLite's; each kind of count is one line of `_COUNTED`, which another dialect can share.
+A trigger changes a row of `counts` in the transaction that changes what is counted. The triggers
+are SQLite's; another dialect can make its own from the same `_COUNTED`.
 """
 
 from __future__ import annotations
@@ -11,20 +11,22 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from nextstate.store.schema import counts
+
 SHOWN = ("turns", "judgements", "verdicts", "samples", "versions")
-"""The areas that people see; the others are what the stages look up."""
+"""The areas that people see; stages look up the others."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Counted:
-    """Rows of a table that are counted under `area`, by a key made of their columns."""
+    """Rows of a table, counted under `area` by a key that is made of their columns."""
 
     table: str
     area: str
     key: str
     """SQL of the key, with `{r}` before each column."""
     where: str = "1"
-    """SQL of the condition under which a row counts, likewise."""
+    """SQL of the condition under which a row counts, with `{r}` as above."""
 
 
 _COUNTED = (
@@ -65,7 +67,7 @@ _CHANGING = {
 
 
 def count_all(connection: sa.Connection) -> None:
-    """Counts what is stored, and lets triggers keep the counts from now on."""
+    """Counts what is stored and creates the triggers that keep the counts."""
     for counted in _COUNTED:
         key, where = counted.key.format(r=""), counted.where.format(r="")
         connection.exec_driver_sql(
@@ -103,3 +105,15 @@ def _less(counted: _Counted) -> str:
         f"UPDATE counts SET count = count - 1 WHERE {row} AND {where}; "
         f"DELETE FROM counts WHERE {row} AND count = 0; "
     )
+
+
+def read_counts(
+    connection: sa.Connection, area: str, prefix: str = ""
+) -> Iterator[tuple[str, int]]:
+    """The counts of an area: of all keys, or of those under `prefix`, which ends with a slash."""
+    c = counts.c
+    query = sa.select(c.key, c.count.label("count_")).where(c.area == area)
+    if prefix:
+        query = query.where(c.key > prefix, c.key < prefix[:-1] + "0")  # what follows the slash
+    for row in connection.execute(query):
+        yield row.key, row.count_

@@ -1,7 +1,8 @@
-"""The tables; what brings an older database up to them is in nextstate/store/migrations.py.
+"""The tables. nextstate/store/migrations.py brings an older database up to them.
 
-Lists of hashes are 16-byte hashes one after the other, each the key of a row of `messages`:
-`turns.messages`, and `turns.prompt_ids` and `verdicts.hinted_prompt_ids` for runs of token ids.
+A column of 16 bytes that holds a text holds its hash, the key of a row of `texts`. Columns of lists
+hold hashes one after the other: `turns.messages`, and runs of token ids in `turns.prompt_ids`,
+`verdicts.hinted_prompt_ids` and `other_hints.prompt_ids`.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 6
+VERSION = 1
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
 
-messages = sa.Table(
-    "messages",
+texts = sa.Table(
+    "texts",
     metadata,
     sa.Column("hash", sa.LargeBinary(16), primary_key=True),
-    sa.Column("body", sa.LargeBinary, nullable=False),
+    sa.Column("uses", sa.Integer, nullable=False),
     sa.Column("base", sa.LargeBinary(16)),
+    sa.Column("stored", sa.LargeBinary, nullable=False),
 )
-"""Every distinct message, tool list, reply and run of token ids once, compressed.
+"""Everything that people and models wrote, each distinct text once (nextstate/store/texts.py).
 
-A long body that is much like an earlier one is compressed against that one, its `base`, which has
-none itself."""
+`uses` counts what refers to it. A long text that is much like an earlier one is compressed against
+that one, its `base`, which has no base itself."""
 
 turns = sa.Table(
     "turns",
@@ -39,6 +41,7 @@ turns = sa.Table(
     sa.Column("policy_version", sa.Integer),
     sa.Column("client_model", sa.String(200), nullable=False),
     sa.Column("messages", sa.LargeBinary, nullable=False),
+    sa.Column("tools", sa.LargeBinary(16)),
     sa.Column("rest", sa.LargeBinary(16), nullable=False),
     sa.Column("reply", sa.LargeBinary(16), nullable=False),
     sa.Column("finish_reason", sa.String(40)),
@@ -80,7 +83,7 @@ next_states = sa.Table(
     sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
     sa.Column("seq", sa.Integer, primary_key=True),
     sa.Column("source", sa.String(16), nullable=False),
-    sa.Column("text", sa.LargeBinary, nullable=False),
+    sa.Column("text", sa.LargeBinary(16), nullable=False),
     sa.Column("trust", sa.Float, nullable=False),
 )
 
@@ -107,7 +110,7 @@ verdicts = sa.Table(
     sa.Column("votes", sa.Text, nullable=False),
     sa.Column("score", sa.Integer, nullable=False),
     sa.Column("judge", sa.String(40), nullable=False),
-    sa.Column("hint", sa.Text),
+    sa.Column("hint", sa.LargeBinary(16)),
     sa.Column("hinted_prompt_ids", sa.LargeBinary),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("confidence", sa.Float),
@@ -118,8 +121,8 @@ feedback = sa.Table(
     metadata,
     sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
     sa.Column("score", sa.Integer, nullable=False),
-    sa.Column("hint", sa.Text),
-    sa.Column("comment", sa.Text),
+    sa.Column("hint", sa.LargeBinary(16)),
+    sa.Column("comment", sa.LargeBinary(16)),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("updated_at", sa.Float, nullable=False),
     sa.Column("voted_score", sa.Integer),
@@ -142,7 +145,7 @@ other_hints = sa.Table(
     metadata,
     sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
     sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("hint", sa.Text, nullable=False),
+    sa.Column("hint", sa.LargeBinary(16), nullable=False),
     sa.Column("prompt_ids", sa.LargeBinary, nullable=False),
 )
 """Further hints of a verdict, best first, for the learner to choose among."""
@@ -161,14 +164,16 @@ samples = sa.Table(
     sa.Column("trained_in", sa.Integer),
     sa.Column("reason", sa.Text),
     sa.Column("seq", sa.Integer),
+    sa.Column("screened", sa.Boolean),
 )
-"""What may train; `seq` is the turn's own."""
+"""What may train. `seq` is the turn's own. `screened` is set once the learner has looked at a ready
+sample and not held it out; it is NULL before, and of a sample that is held out."""
 _of_state = (samples.c.lineage, samples.c.state)
 sa.Index(
     "samples_by_kind",
     *(*_of_state, samples.c.policy_version, samples.c.score, samples.c.hinted, samples.c.seq),
 )
-sa.Index("samples_by_age", *_of_state, samples.c.seq)
+sa.Index("samples_by_age", *_of_state, samples.c.screened, samples.c.seq)
 _where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
 
 versions = sa.Table(

@@ -1,7 +1,7 @@
 """How a turn's score is settled: once by votes, or by a person, whose last word counts.
 
 Every function works inside the caller's transaction: a verdict, its sample and the judge's work for
-it are changed together or not at all. A sample that is trained, or being trained, never changes.
+it change together or not at all. A sample that is trained, or in training, never changes.
 """
 
 from __future__ import annotations
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import orjson
 import sqlalchemy as sa
 
-from nextstate.errors import StoreError
+from nextstate.errors import NoTurnError
 from nextstate.records import FEEDBACK, Feedback, SampleState, TurnKind, Verdict
 from nextstate.store import schema as t
-from nextstate.store.rows import Row, dump, keep_ids, load_verdict
+from nextstate.store import texts
+from nextstate.store.packing import dump, id_runs, join_runs
+from nextstate.store.texts import Row, Texts
 
 _IN_TRAINING = (SampleState.LEASED, SampleState.TRAINED)
 
@@ -32,14 +35,12 @@ class Reception:
     """Why it is not applied; None when it is. It is kept as a label either way."""
 
 
-def settle_verdict(
+def settle_votes(
     connection: sa.Connection, verdict: Verdict, task_end: str | None, now: float
 ) -> bool:
-    """See `Store.settle_verdict`."""
+    """See `Judging.settle_verdict`."""
     turn = _turn(connection, verdict.turn)
     known = load_verdict(connection, verdict.turn)
-    if verdict.judge == FEEDBACK:
-        return _add_hinted_prompt(connection, turn, known, verdict)
     if known is not None:
         if known.judge == FEEDBACK:
             _keep_late_votes(connection, verdict)
@@ -49,7 +50,7 @@ def settle_verdict(
             return False
     _put_verdict(connection, verdict, now)
     _close_work(connection, verdict.turn)
-    # The task may have ended while the votes were under way.
+    # The task may have ended while the judge voted.
     j = t.judgements.c
     missed = (j.turn == verdict.turn, j.task_end.is_distinct_from(task_end))
     connection.execute(sa.update(t.judgements).where(*missed).values(state="pending"))
@@ -57,8 +58,8 @@ def settle_verdict(
     return True
 
 
-def judge_anew(connection: sa.Connection, turns: Sequence[str], task_end: str) -> None:
-    """Puts turns back to be judged with what followed `task_end` as evidence, if they were not."""
+def judge_again(connection: sa.Connection, turns: Sequence[str], task_end: str) -> None:
+    """Puts turns back, to be judged with what followed `task_end` as new evidence."""
     j, s, v = t.judgements.c, t.samples.c, t.verdicts.c
     fixed = sa.union_all(
         sa.select(s.turn).where(s.turn.in_(turns), s.state.in_(_IN_TRAINING)),
@@ -72,32 +73,76 @@ def judge_anew(connection: sa.Connection, turns: Sequence[str], task_end: str) -
     )
 
 
+def add_hinted_prompt(connection: sa.Connection, verdict: Verdict, now: float) -> bool:
+    """See `Judging.add_hinted_prompt`."""
+    turn = _turn(connection, verdict.turn)
+    feedback = load_feedback(connection, verdict.turn)
+    if feedback is None or not _is_what_was_said(verdict, feedback):
+        return False  # they have changed their mind, and the work is open again
+    _close_work(connection, verdict.turn)
+    known = load_verdict(connection, verdict.turn)
+    if known is None or not _is_what_was_said(known, feedback):
+        return False
+    if known != verdict:
+        _put_verdict(connection, verdict, now)
+        _put_sample(connection, turn, verdict)
+    return True
+
+
 def give_feedback(connection: sa.Connection, feedback: Feedback, now: float) -> Reception:
-    """See `Store.give_feedback`."""
+    """See `Judging.give_feedback`."""
     turn = _turn(connection, feedback.turn)
-    _keep(connection, feedback, now)
+    _keep_feedback(connection, feedback, now)
     known = load_verdict(connection, feedback.turn)
-    reason = None if _says(known, feedback) else _apply(connection, turn, feedback, now)
+    reason = None
+    if known is None or not _is_what_was_said(known, feedback):
+        reason = _apply(connection, turn, feedback, now)
     return Reception(feedback.turn, turn.session, feedback.score, reason is None, reason)
 
 
 def settle_feedback(connection: sa.Connection, turn_id: str, now: float) -> None:
-    """Settles what was said of a turn while it was being trained, once that came to nothing."""
-    feedback = feedback_of(connection, turn_id)
+    """Settles what a person said while the turn was in training, once that came to nothing."""
+    feedback = load_feedback(connection, turn_id)
     assert feedback is not None
     turn, known = _turn(connection, turn_id), load_verdict(connection, turn_id)
-    if known is not None and _says(known, feedback):
+    if known is not None and _is_what_was_said(known, feedback):
         _put_sample(connection, turn, known)  # its hint may have been rendered meanwhile
     else:
         _apply(connection, turn, feedback, now)
 
 
-def feedback_of(connection: sa.Connection, turn_id: str) -> Feedback | None:
-    """What a person said last of a turn, or None."""
-    f = t.feedback.c
-    query = sa.select(f.turn, f.score, f.hint, f.comment).where(f.turn == turn_id)
-    row = connection.execute(query).first()
-    return None if row is None else Feedback(*row)
+def load_feedback(connection: sa.Connection, turn_id: str) -> Feedback | None:
+    """What a person said last about a turn, or None."""
+    row = connection.execute(sa.select(t.feedback).where(t.feedback.c.turn == turn_id)).first()
+    if row is None:
+        return None
+    found = texts.get(connection, (row.hint, row.comment))
+    return Feedback(row.turn, row.score, _text(row.hint, found), _text(row.comment, found))
+
+
+def load_verdict(connection: sa.Connection, turn_id: str) -> Verdict | None:
+    """The settled verdict of a turn, or None."""
+    row = connection.execute(sa.select(t.verdicts).where(t.verdicts.c.turn == turn_id)).first()
+    return None if row is None else verdict_of(row, texts.get(connection, verdict_texts(row)))
+
+
+def verdict_texts(row: Row) -> set[bytes]:
+    """The hashes of the texts that a row of `verdicts` refers to."""
+    runs = set(texts.hashes(row.hinted_prompt_ids or b""))
+    return runs if row.hint is None else {*runs, row.hint}
+
+
+def verdict_of(row: Row, found: Texts) -> Verdict:
+    """The verdict in a row of `verdicts`."""
+    return Verdict(
+        turn=row.turn,
+        votes=tuple(orjson.loads(row.votes)),
+        score=row.score,
+        judge=row.judge,
+        hint=_text(row.hint, found),
+        hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
+        confidence=row.confidence,
+    )
 
 
 def _turn(connection: sa.Connection, turn_id: str) -> Row:
@@ -105,28 +150,31 @@ def _turn(connection: sa.Connection, turn_id: str) -> Row:
     query = sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.untrainable)
     row = connection.execute(query.where(c.id == turn_id)).first()
     if row is None:
-        raise StoreError(f"there is no turn {turn_id!r}: see `nextstate turns`")
+        raise NoTurnError(f"there is no turn {turn_id!r}: see `nextstate turns`")
     return row
 
 
-def _says(verdict: Verdict | None, feedback: Feedback) -> bool:
-    """Whether the verdict is what the person said."""
-    return (
-        verdict is not None
-        and verdict.judge == FEEDBACK
-        and (verdict.score, verdict.hint) == (feedback.score, feedback.hint)
-    )
+def _is_what_was_said(verdict: Verdict, feedback: Feedback) -> bool:
+    """True if a person gave the verdict, and it is what they said last."""
+    said = (FEEDBACK, feedback.score, feedback.hint)
+    return (verdict.judge, verdict.score, verdict.hint) == said
 
 
-def _keep(connection: sa.Connection, feedback: Feedback, now: float) -> None:
-    """Keeps the last word on a turn, and what the votes had come to before the first."""
-    known = feedback_of(connection, feedback.turn)
+def _keep_feedback(connection: sa.Connection, feedback: Feedback, now: float) -> None:
+    """Keeps the last word on a turn, and what the votes had come to before the first word."""
+    known = load_feedback(connection, feedback.turn)
     if known == feedback:
         return
-    said = {"score": feedback.score, "hint": feedback.hint, "comment": feedback.comment}
+    said = {
+        "score": feedback.score,
+        "hint": _put_text(connection, feedback.hint),
+        "comment": _put_text(connection, feedback.comment),
+    }
     if known is not None:
-        row = sa.update(t.feedback).where(t.feedback.c.turn == feedback.turn)
-        connection.execute(row.values(**said, updated_at=now))
+        ours = t.feedback.c.turn == feedback.turn
+        before = connection.execute(sa.select(t.feedback).where(ours)).one()
+        connection.execute(sa.update(t.feedback).where(ours).values(**said, updated_at=now))
+        texts.release(connection, (before.hint, before.comment))
         return
     v = t.verdicts.c
     votes = sa.select(v.score, v.judge).where(v.turn == feedback.turn, v.judge != FEEDBACK)
@@ -137,7 +185,7 @@ def _keep(connection: sa.Connection, feedback: Feedback, now: float) -> None:
 
 
 def _keep_late_votes(connection: sa.Connection, verdict: Verdict) -> None:
-    """Keeps votes that were under way when the person spoke, where there were none before."""
+    """Keeps the votes of a judge that a person overtook, if there were none before."""
     f = t.feedback.c
     connection.execute(
         sa.update(t.feedback)
@@ -167,48 +215,52 @@ def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float)
     return None
 
 
-def _add_hinted_prompt(
-    connection: sa.Connection, turn: Row, known: Verdict | None, verdict: Verdict
-) -> bool:
-    feedback = feedback_of(connection, verdict.turn)
-    if feedback is None or not _says(verdict, feedback):
-        return False  # they have changed their mind, and the work is open again
-    _close_work(connection, verdict.turn)
-    if not _says(known, feedback):
-        return False
-    if known == verdict:
-        return True
-    ids = verdict.hinted_prompt_ids
-    connection.execute(
-        sa.update(t.verdicts)
-        .where(t.verdicts.c.turn == verdict.turn)
-        .values(hinted_prompt_ids=ids and keep_ids(connection, ids))
-    )
-    _put_sample(connection, turn, verdict)
-    return True
-
-
 def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> None:
     """Keeps a verdict in the place of any other on its turn."""
-    for table in (t.verdicts, t.other_hints):
+    v, o = t.verdicts, t.other_hints
+    before = connection.execute(sa.select(v).where(v.c.turn == verdict.turn)).all()
+    others = connection.execute(sa.select(o).where(o.c.turn == verdict.turn)).all()
+    for table in (v, o):
         connection.execute(sa.delete(table).where(table.c.turn == verdict.turn))
-    hinted = verdict.hinted_prompt_ids
     connection.execute(
         sa.insert(t.verdicts).values(
             turn=verdict.turn,
             votes=dump(verdict.votes),
             score=verdict.score,
             judge=verdict.judge,
-            hint=verdict.hint,
-            hinted_prompt_ids=hinted and keep_ids(connection, hinted),
+            hint=_put_text(connection, verdict.hint),
+            hinted_prompt_ids=_put_ids(connection, verdict.hinted_prompt_ids),
             created_at=now,
             confidence=verdict.confidence,
         )
     )
     for seq, other in enumerate(verdict.others):
-        runs = keep_ids(connection, other.prompt_ids)
-        row = {"turn": verdict.turn, "seq": seq, "hint": other.hint, "prompt_ids": runs}
+        runs = _put_ids(connection, other.prompt_ids)
+        hint = _put_text(connection, other.hint)
+        row = {"turn": verdict.turn, "seq": seq, "hint": hint, "prompt_ids": runs}
         connection.execute(sa.insert(t.other_hints).values(row))
+    for row in before:
+        texts.release(connection, verdict_texts(row))
+    for row in others:
+        texts.release(connection, {row.hint, *texts.hashes(row.prompt_ids)})
+
+
+def _put_text(connection: sa.Connection, text: str | None) -> bytes | None:
+    return None if text is None else texts.put(connection, text.encode())
+
+
+def _text(key: bytes | None, found: Texts) -> str | None:
+    return None if key is None else found[key].decode()
+
+
+def _put_ids(connection: sa.Connection, ids: Sequence[int] | None) -> bytes | None:
+    """Stores token ids in runs, each distinct one once; returns the hashes of the runs in order."""
+    if ids is None:
+        return None
+    runs = id_runs(ids)
+    for run in set(runs):
+        texts.put(connection, run)
+    return b"".join(map(texts.content_hash, runs))
 
 
 def _open_work(connection: sa.Connection, turn: Row) -> None:
@@ -220,7 +272,7 @@ def _open_work(connection: sa.Connection, turn: Row) -> None:
 
 
 def _is_open(connection: sa.Connection, turn_id: str) -> bool:
-    """Whether a turn that was voted on is to be judged anew, and nothing has trained on it."""
+    """True if a turn with votes is to be judged again, and nothing has trained on it."""
     j, s = t.judgements.c, t.samples.c
     work = sa.select(j.state).where(j.turn == turn_id)
     sample = sa.select(s.state).where(s.turn == turn_id)
@@ -248,6 +300,7 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
         "score": verdict.score,
         "hinted": verdict.hinted_prompt_ids is not None,
         "reason": reason,
+        "screened": None,
     }
     s = t.samples.c
     state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()

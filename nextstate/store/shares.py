@@ -1,4 +1,4 @@
-"""Which of the samples that wait make a batch, so that no one session decides a version."""
+"""Chooses the samples of a batch, so that no single session decides a version."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections import Counter
 from collections.abc import Iterable
 
 LOOKED_AT = 256
-"""So many that wait are looked at for each sample of a batch: one session may have flooded them."""
+"""Waiting samples that are read for each place in a batch: one session may have flooded them."""
 
 
 def fair_share(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:
-    """The turns of a batch, from (turn, session) of those that wait, the best first.
+    """The turns of a batch, chosen from (turn, session) of the waiting samples, the best first.
 
-    No session gives more than half of `limit` while another has one that waits: the batch is
-    smaller if the others have too few. One session alone gives all of it.
+    No session gives more than half of `limit` while another session waits; if the others have too
+    few, the batch is smaller. A session that waits alone may fill the batch.
 
     >>> fair_share([("a1", "a"), ("a2", "a"), ("a3", "a"), ("b1", "b"), ("c1", "c")], 4)
     ['a1', 'a2', 'b1', 'c1']

@@ -1,70 +1,52 @@
-"""Waiting for a store that cannot be used for now: locked by another process, on a full disk, …
+"""How long a process waits for a store that cannot be used for now: locked, on a full disk, ….
 
-A stage waits for as long as it takes, a command for a while. Whoever is told to stop soon gives up.
+A stage waits as long as it takes, a command for some seconds. A process that must stop waits less.
 """
 
 from __future__ import annotations
 
 import logging
-import sqlite3
 import time
-from collections.abc import Callable
-from typing import TypeVar
-
-from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.errors import WaitError
-from nextstate.store.sqlite import is_passing
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 LIMIT_S = 10.0
-_PAUSE_S = 0.1
-_TELL_EVERY_S = 60.0
+_LOG_EVERY_S = 60.0
 
 
 class Patience:
     """How long a process waits for its store; one for all of its threads."""
 
-    def __init__(self, limit_s: float = LIMIT_S) -> None:
-        """`limit_s` is what one piece of work may take: `math.inf` for as long as it takes."""
-        self._limit_s = limit_s
+    def __init__(
+        self, limit_s: float = LIMIT_S, pause_s: float = 0.1, lock_wait_s: float = 1.0
+    ) -> None:
+        """`limit_s` is the limit for one transaction: `math.inf` waits without end."""
+        self.limit_s = limit_s
+        self.pause_s = pause_s
+        """The time between two attempts."""
+        self.lock_wait_s = lock_wait_s
+        """How long the database itself waits for a lock; between its waits ours can be stopped."""
         self._end = float("inf")
-        self._tell_at = 0.0
+        self._log_at = 0.0
 
     def end(self, within_s: float) -> None:
-        """From so many seconds on nobody waits any more: the process is to stop."""
+        """Nobody waits any more after `within_s` seconds: the process must stop."""
         self._end = min(self._end, time.monotonic() + within_s)
 
-    def run(self, work: Callable[[], T]) -> T:
-        """The result of `work`, a whole transaction, tried until the store lets it.
+    def give_up_at(self) -> float:
+        """When a transaction that starts now has waited long enough."""
+        return time.monotonic() + self.limit_s
 
-        Raises WaitError when that takes too long, and at once whatever does not pass.
-        """
-        give_up = time.monotonic() + self._limit_s
-        while True:
-            try:
-                return work()
-            except (SQLAlchemyError, sqlite3.Error, OSError) as error:
-                if not is_passing(error):
-                    raise
-                if time.monotonic() >= min(give_up, self._end):
-                    raise WaitError(
-                        f"the store cannot be used for now: {_cause(error)}; make room on its "
-                        "disk, end what locks it or make its files writable, and try again"
-                    ) from error
-                self.pause(error)
+    def is_over(self, give_up_at: float) -> bool:
+        """True if a transaction must not wait any longer."""
+        return time.monotonic() >= min(give_up_at, self._end)
 
-    def pause(self, error: Exception, what: str = "work") -> None:
-        """Waits a moment; says what waits and why, but not every time."""
+    def pause(self, error: WaitError, what: str = "work") -> None:
+        """Waits a moment. Logs what waits and why, at most once a minute."""
         now = time.monotonic()
-        if now >= self._tell_at:
-            self._tell_at = now + _TELL_EVERY_S
-            log.warning("%s waits for the store: %s", what, _cause(error))
-        time.sleep(_PAUSE_S)
-
-
-def _cause(error: Exception) -> BaseException:
-    """What the driver or the system said, without the statement."""
-    return getattr(error, "orig", None) or error.__cause__ or error
+        if now >= self._log_at:
+            self._log_at = now + _LOG_EVERY_S
+            log.warning("%s waits for the store: %s", what, error.__cause__ or error)
+        time.sleep(self.pause_s)

@@ -1,4 +1,4 @@
-"""Any client: what some known agent writes unmistakably is no person's here, either."""
+"""Any client. Marks that only an agent writes hold here too."""
 
 from __future__ import annotations
 

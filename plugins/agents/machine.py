@@ -1,7 +1,7 @@
-"""Whether a text looks made by a machine: the sceptical default for what no envelope explains.
+"""Whether a text looks machine-made: the sceptical default for texts that no envelope explains.
 
-Structure speaks, not topic. A log, an error or a piece of JSON with a person's own words around it
-is the person's. Every scan is linear in the text, and looks at a bounded number of its lines.
+The form decides, not the topic. A log, an error or JSON with a person's own words around it is the
+person's. Every scan is linear in the text and looks at a limited number of lines.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _ABOUT_FORM = re.compile(
     r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b",
     re.IGNORECASE,
 )
-"""What harnesses say of a reply that they could not read."""
+"""What harnesses say about a reply that they could not read."""
 _REPORT = re.compile(
     r"(?:#{1,4} |\*\*)?(?:"
     r"(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
@@ -95,7 +95,7 @@ _TEMPLATE_CHARS = 200
 
 
 def source_of(text: str) -> Source | None:
-    """Who a text in the user role is from: a person, the environment, or None for a machine's note.
+    """Who wrote a text in the user role: a person, the environment, or None for a machine's note.
 
     >>> source_of("no, shorter please"), source_of('{"exit_code": 1}')
     (<Source.USER: 'user'>, <Source.ENVIRONMENT: 'environment'>)
@@ -125,7 +125,7 @@ def is_json(text: str) -> bool:
 
 
 def is_tagged(text: str) -> bool:
-    """Whether nothing of a text stands outside tags, formatting apart.
+    """Whether the whole text stands between tags; formatting tags do not count.
 
     >>> is_tagged("<a>1</a>\\n<b x='2'>3</b>"), is_tagged("<a>1</a> good"), is_tagged("<b>good</b>")
     (True, False, False)
@@ -149,7 +149,7 @@ def is_tagged(text: str) -> bool:
 
 
 def is_log(text: str) -> bool:
-    """Whether a text of many lines is nearly all of the kind that programs print."""
+    """Whether nearly all lines of a long text look like a program's output."""
     if text.count("\n", 0, _HEAD_CHARS * 4) + 1 < _LONG_LOG:
         return False
     lines = [line for line in text[: 50 * _HEAD_CHARS].splitlines()[:_LOOKED_AT] if line.strip()]
@@ -158,7 +158,7 @@ def is_log(text: str) -> bool:
 
 
 def is_template(text: str) -> bool:
-    """Whether a longer text prescribes the form of the answer under headings of its own."""
+    """Whether a longer text has headings and prescribes the form of the answer."""
     head = text[:_HEAD_CHARS]
     if len(head) < _TEMPLATE_CHARS or "\n" not in head:
         return False
@@ -168,7 +168,7 @@ def is_template(text: str) -> bool:
 
 
 def _has_own_words(text: str) -> bool:
-    """Whether a person speaks in a report: in its one line, or in its first or last paragraph."""
+    """Whether a person's words stand in a report: in its one line, or at its beginning or end."""
     if "\n" not in text:
         return _ADDRESS.search(text[:_HEAD_CHARS]) is not None
     first = text[:_HEAD_CHARS].partition("\n\n")[0]

@@ -1,6 +1,6 @@
-"""A profile made of tables of marks: it reads what one agent sends, and who said it.
+"""The profile of an agent, made from its marks: what a message says, and who says it.
 
-Every scan is linear: a block is peeled off an end of the text or the peeling stops.
+Every scan is linear: each step cuts a block off an end of the text, or the loop stops.
 """
 
 from __future__ import annotations
@@ -10,54 +10,48 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import cast
 
-from nextstate.hooks import AgentProfile, Heard, text_of
+from nextstate.hooks import AgentProfile, Utterance, text_of
 from nextstate.records import Json, Source, TurnKind
-from plugins.agents.envelopes import coding, frameworks, openclaw
-from plugins.agents.envelopes.coding import without_files
+from plugins.agents.envelopes.known import AGENTS, without_files
 from plugins.agents.envelopes.shape import Agent
 from plugins.agents.machine import is_tagged, source_of
 
-AGENTS: Sequence[Agent] = (openclaw.AGENT, *coding.AGENTS, *frameworks.AGENTS)
 GENERIC = Agent("generic")
 
-_LEAD = tuple(mark for agent in AGENTS for mark in agent.led)
+_PREFIXES = tuple(mark for agent in AGENTS for mark in agent.prefixes)
 _FIRST_WORDS = tuple(mark for agent in AGENTS for mark in agent.first_words)
 _HOUSEKEEPING = tuple(mark for agent in AGENTS for mark in agent.housekeeping)
 _OBSERVATIONS = tuple(mark for agent in AGENTS for mark in agent.observations)
 _SIDE_SYSTEM = tuple(mark for agent in AGENTS for mark in agent.side_system)
 _SIDE_ASKED = tuple(mark for agent in AGENTS for mark in agent.side_asked)
-_SIDE = tuple(agent.side for agent in AGENTS if agent.side)
-_SHARED = tuple(agent.shared for agent in AGENTS if agent.shared)
+_SIDE = tuple(agent.is_side for agent in AGENTS if agent.is_side)
+_SHARED = tuple(agent.read_shared for agent in AGENTS if agent.read_shared)
 _CARRIERS = tuple(mark for agent in AGENTS for mark in agent.carriers)
 _NOTES = frozenset(tag for agent in AGENTS for tag in agent.notes)
 _WORDS = frozenset(tag for agent in AGENTS for tag in agent.words)
 _OPENING = re.compile(r"<([A-Za-z_][\w -]{0,60})>|<([A-Za-z_][\w-]{0,60})\s[^<>]{0,500}>")
 _CLOSING = re.compile(r"</([A-Za-z_][\w -]{0,60})>\Z")
 _PROBES = ("quota", "count", "Warmup")
-"""With one token to answer, Claude Code asks so whether anybody is there."""
+"""Claude Code sends one of these with `max_tokens = 1` to test the connection."""
 _LONGEST_CLOSING = 64
 _MOST_BLOCKS = 100
 _SYSTEM_CHARS, _FIRST_MESSAGES = 20_000, 12
 _BEGINNING = 1000
-_REMEMBERED, _REMEMBERED_CHARS = 1024, 8192
-"""Messages, and the longest of them, that need not be read again."""
 
 
 class Profile:
-    """The profile of one agent; marks that are unmistakable hold whoever wrote them."""
+    """The profile of one agent. Marks that no person would write hold for every agent."""
 
     def __init__(self, agent: Agent) -> None:
         self.name = agent.name
         self._agent = agent
-        # Agents send the whole history again with each request.
-        self._known = lru_cache(maxsize=_REMEMBERED)(self._in_user_role)
 
-    def of(self, request: Json) -> AgentProfile:
+    def for_request(self, request: Json) -> AgentProfile:
         """Itself."""
         return self
 
     def kind(self, request: Json) -> TurnKind:
-        """Side for titles, compaction and whatever else an agent asks for itself."""
+        """Side for titles, compaction and other requests that the agent makes for itself."""
         messages = _messages(request)
         system = [text for m in messages if _is_system(m) for text in _texts(m)]
         last, parts = _last_asked(messages)
@@ -69,42 +63,42 @@ class Profile:
         return TurnKind.SIDE if side else TurnKind.MAIN
 
     def session(self, name: str) -> str:
-        """The name as the agent means it."""
-        return name if self._agent.session is None else self._agent.session(name)
+        """The session's name without what changes while the conversation goes on."""
+        return name if self._agent.session_name is None else self._agent.session_name(name)
 
-    def heard(self, message: Json) -> Heard | None:
-        """What a message says, and who says it; None for what the agent wrote itself."""
+    def utterance(self, message: Json) -> Utterance | None:
+        """What a message says, and who says it; None where the agent wrote it."""
         role, text = message.get("role"), text_of(message.get("content"))
         if role in ("tool", "function"):
-            return Heard(Source.TOOL, text) if text else None
+            return Utterance(Source.TOOL, text) if text else None
         if role == "user":
-            texts = tuple(text.strip() for text in without_files(_texts(message)))
-            short = sum(map(len, texts)) <= _REMEMBERED_CHARS
-            return self._known(texts) if short else self._in_user_role(texts)
+            return self._in_user_role([text.strip() for text in without_files(_texts(message))])
         if _is_system(message) and self._agent is not GENERIC:
-            return None  # known agents instruct the model there, whatever the reply was
-        return Heard(Source.ENVIRONMENT, text.strip()) if text.strip() else None
+            return None  # known agents give the model general instructions there
+        return Utterance(Source.ENVIRONMENT, text.strip()) if text.strip() else None
 
-    def _in_user_role(self, texts: Sequence[str]) -> Heard | None:
+    def _in_user_role(self, texts: Sequence[str]) -> Utterance | None:
         if any(map(_is_aside, texts)):
             return None
-        found = [heard for text in texts if (heard := self._read(text))]
-        if len(found) > 1:  # a block alone in its part is the agent's, where others speak
-            found = [heard for heard in found if not is_tagged(heard.text)] or found
-        said = [heard.text for heard in found if heard.source is Source.USER]
+        found = [utterance for text in texts if (utterance := self._read(text))]
+        if len(found) > 1:  # beside other words, a part that is one block is the agent's
+            found = [utterance for utterance in found if not is_tagged(utterance.text)] or found
+        said = [utterance.text for utterance in found if utterance.source is Source.USER]
         if said:
             text = "\n".join(said)
             source = source_of(text)
             if source is not Source.USER and (words := [peeled(t) for t in texts if _is_words(t)]):
-                return Heard(Source.USER, "\n".join(words))  # beside a result
-            return None if source is None else Heard(source, text)
-        text = "\n".join(heard.text for heard in found)
-        return Heard(Source.ENVIRONMENT, text) if text else None
+                return Utterance(
+                    Source.USER, "\n".join(words)
+                )  # words between tags, beside a tool's result
+            return None if source is None else Utterance(source, text)
+        text = "\n".join(utterance.text for utterance in found)
+        return Utterance(Source.ENVIRONMENT, text) if text else None
 
-    def _read(self, text: str) -> Heard | None:
-        """What the marks leave of one text."""
-        if self._agent.own is not None:
-            unwrapped = self._agent.own(text)
+    def _read(self, text: str) -> Utterance | None:
+        """One text without its envelope, and who wrote it."""
+        if self._agent.read_own is not None:
+            unwrapped = self._agent.read_own(text)
             if unwrapped is None:
                 return None
             text = unwrapped
@@ -112,12 +106,12 @@ class Profile:
         for words_in in _SHARED:
             words = words_in(text)
             if words is not None:
-                return Heard(Source.USER, words) if words else None
+                return Utterance(Source.USER, words) if words else None
         if not text or text.startswith(_HOUSEKEEPING):
             return None
         if text.startswith(_OBSERVATIONS):
-            return Heard(Source.ENVIRONMENT, text)
-        return Heard(Source.USER, text)
+            return Utterance(Source.ENVIRONMENT, text)
+        return Utterance(Source.USER, text)
 
 
 def _is_words(text: str) -> bool:
@@ -127,12 +121,12 @@ def _is_words(text: str) -> bool:
 
 
 def _is_aside(text: str) -> bool:
-    """Whether a text makes of its message a request of the agent's own."""
+    """Whether a text makes its message a side request of the agent."""
     return text.startswith(_SIDE_ASKED) or any(is_side(text) for is_side in _SIDE)
 
 
 def detected(request: Json) -> Agent:
-    """The agent that sent a request, by its system prompt or the envelope of its messages."""
+    """The agent that sent a request, by its system prompt or its messages' envelope."""
     messages = _messages(request)
     system = "\n".join(text_of(m.get("content"))[:_SYSTEM_CHARS] for m in messages if _is_system(m))
     if (known := _agent_of(system[:_SYSTEM_CHARS])) is not None:
@@ -153,18 +147,20 @@ def _agent_of(system: str) -> Agent | None:
 
 
 def peeled(text: str) -> str:
-    """A text without the agents' notes at its two ends, and without what leads to the words.
+    """A text without the agents' notes at both ends, and without the prefix of the words.
 
     >>> peeled("<system-reminder>\\nx\\n</system-reminder>\\nno, shorter")
     'no, shorter'
     """
     for _ in range(_MOST_BLOCKS):
-        shorter = _without_lead(_without_notes(text))
+        shorter = _without_prefix(_without_notes(text))
         if shorter == text:
             break
         text = shorter
+    if not text.startswith("<"):
+        return text
     closing = _CLOSING.search(text, max(0, len(text) - _LONGEST_CLOSING))
-    if text.startswith("<") and closing and closing[1] in _WORDS:
+    if closing and closing[1] in _WORDS:
         start = text.rfind(f"<{closing[1]}>", 0, closing.start())
         if start == 0 or (start > 0 and text[start - 1] in "\n>"):
             return text[start + len(closing[1]) + 2 : closing.start()].strip()
@@ -172,7 +168,7 @@ def peeled(text: str) -> str:
 
 
 def _without_notes(text: str) -> str:
-    """Whole blocks of notes are cut off both ends."""
+    """The text without whole blocks of notes at both ends."""
     start, end = 0, len(text)
     for _ in range(_MOST_BLOCKS):
         opened = _OPENING.match(text, start)
@@ -186,6 +182,8 @@ def _without_notes(text: str) -> str:
         while start < end and text[start].isspace():
             start += 1
     for _ in range(_MOST_BLOCKS):
+        if text[end - 1 : end] != ">":
+            break
         closing = _CLOSING.search(text[max(start, end - _LONGEST_CLOSING) : end])
         if closing is None or closing[1] not in _NOTES:
             break
@@ -198,17 +196,17 @@ def _without_notes(text: str) -> str:
     return text[start:end]
 
 
-def _without_lead(text: str) -> str:
-    for mark in _LEAD:
-        if text.startswith(mark):
-            return text[len(mark) :].strip()
-    return text
+def _without_prefix(text: str) -> str:
+    if not text.startswith(_PREFIXES):
+        return text
+    mark = next(mark for mark in _PREFIXES if text.startswith(mark))
+    return text[len(mark) :].strip()
 
 
 def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:
-    """The last text in the user role, without what agents add to every request, and its message's.
+    """The last text in the user role without its notes, and all texts of that message.
 
-    Those stand as they are: a note may say that the words after it are asked aside.
+    The texts of the message keep their notes: a note may mark the request as a side request.
     """
     for message in reversed(messages):
         if message.get("role") == "user":

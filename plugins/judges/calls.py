@@ -1,7 +1,7 @@
-"""The tool calls that a reply made, read from its text.
+"""The tool calls of a reply, read from its text.
 
-A reply shows each call as `[calls name(arguments)]` on a line of its own; a bare `name({…})`, as
-some labelled cases have it, counts too.
+A reply shows each call as `[calls name(arguments)]` on its own line. A bare `name({…})` counts too;
+some labelled cases have it.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ _BARE = re.compile(r"(?<![\w.-])([A-Za-z_][\w.-]*)\((?=\{)")
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One tool call, as the reply shows it."""
+    """One tool call of a reply."""
 
     name: str
     arguments: str
-    """JSON as it stood in the reply; cut where the reply was clipped."""
+    """The JSON text of the reply; cut where the reply was clipped."""
 
 
 def calls_of(reply: str) -> list[Call]:

@@ -1,4 +1,4 @@
-"""Judges in a row: each is asked in turn, and the first vote that is sure counts."""
+"""A chain of judges: each is asked in turn, and the first sure vote counts."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from nextstate.hooks import Evidence, JudgeKind
 from nextstate.records import Vote
 
 _KEPT = 256
-"""Turns whose deterministic votes are kept: more than a stage judges at the same time."""
+"""Deterministic votes that are kept: more than a stage needs at the same time."""
 
 
 class Chain:
-    """Several kinds as one; it owns them."""
+    """Several judges as one; it owns them."""
 
     def __init__(self, judges: Sequence[JudgeKind]) -> None:
         self.name = ",".join(judge.name for judge in judges)
@@ -23,9 +23,9 @@ class Chain:
         self._kept: dict[tuple[int, Evidence], Vote] = {}
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """The first sure vote, else the last judge's.
+        """The first sure vote, or the last judge's vote.
 
-        One that raises JudgeError passes on to the next; raises the last one's JudgeError.
+        After a JudgeError the next judge is asked. Raises the last judge's JudgeError.
         """
         *others, last = range(len(self._judges))
         for place in others:
@@ -43,7 +43,7 @@ class Chain:
             await judge.close()
 
     async def _vote(self, place: int, evidence: Evidence, seed: int) -> Vote:
-        """One judge's vote; a deterministic one is asked once a turn, not once a vote."""
+        """One judge's vote; a deterministic judge is asked once for each turn."""
         judge = self._judges[place]
         if not judge.deterministic:
             return await judge.vote(evidence, seed)
@@ -56,10 +56,10 @@ class Chain:
 
 
 def create(settings: object) -> JudgeKind:
-    """The plugin's entry: it is given the judges, in order. Raises PluginError."""
+    """The plugin's entry: `settings` are the judges, in order. Raises PluginError."""
     if not isinstance(settings, Sequence):
         raise PluginError(
-            '[judge] kind = "chain" names no judge: name them with commas between, such as '
-            'kind = "rules,engine"'
+            '[judge] kind = "chain" is not a judge: write the names with commas between them, '
+            'such as kind = "rules,engine"'
         )
     return Chain(cast("Sequence[JudgeKind]", settings))

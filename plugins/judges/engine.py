@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import aiohttp
 
-from nextstate.error_text import refusal, told
+from nextstate.error_text import refusal, safe_text
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
@@ -42,7 +42,7 @@ class EngineJudge:
             "model": self._settings.model,
             "messages": asked.messages,
             "max_tokens": self._settings.max_tokens,
-            # No seed: on a CPU vLLM dies of one beside a prompt that it prefills in pieces.
+            # No seed: vLLM on a CPU crashes when a seeded request meets a chunked prefill.
             "temperature": self._settings.temperature,
             **self._settings.extra,
         }
@@ -55,7 +55,7 @@ class EngineJudge:
             await self._session.close()
 
     async def _answer(self, body: Json) -> Any:
-        """With a schema, unless the server has refused one."""
+        """The answer; asked with a schema unless the server has refused one."""
         if self._has_schemas:
             try:
                 return await self._ask({"response_format": RESPONSE_FORMAT, **body})
@@ -70,7 +70,7 @@ class EngineJudge:
             self._session = aiohttp.ClientSession(
                 headers={"Authorization": f"Bearer {key}"} if key else {},
                 timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
-                connector=aiohttp.TCPConnector(limit=0),  # the stage bounds the votes at once
+                connector=aiohttp.TCPConnector(limit=0),  # the stage limits the votes at one time
             )
         try:
             async with self._session.post(url, json=body, allow_redirects=False) as response:
@@ -83,7 +83,7 @@ class EngineJudge:
                 f"the judge's server did not answer within {self._settings.timeout_s} s"
             ) from error
         except aiohttp.ClientError as error:
-            raise BusyError(f"the judge's server at {url} failed: {told(error)}") from error
+            raise BusyError(f"the judge's server at {url} failed: {safe_text(error)}") from error
         except ValueError as error:
             raise JudgeError(f"the judge's server at {url} sent no JSON") from error
 
@@ -94,7 +94,7 @@ def create(settings: JudgeSettings) -> JudgeKind:
 
 
 def is_busy(status: int) -> bool:
-    """Whether an HTTP status says that the same request may succeed in a moment."""
+    """Whether the same request may succeed a moment after this HTTP status."""
     return status in (408, 409, 425, 429) or status >= 500
 
 
@@ -107,7 +107,7 @@ def _refusal(status: int, said: str, with_schema: bool) -> JudgeError:
 
 
 def completion_text(answer: Any) -> str:
-    """The text of a chat completion. Raises JudgeError when it has none, or was cut off."""
+    """The text of a chat completion. Raises JudgeError when there is none or it was cut off."""
     try:
         choice = cast(Json, answer["choices"][0])
         text = choice["message"]["content"]
@@ -121,7 +121,7 @@ def completion_text(answer: Any) -> str:
 
 
 def used_tokens(answer: Any) -> int:
-    """Prompt and completion tokens that a chat completion says it took; 0 where it does not say.
+    """The prompt and completion tokens that a chat completion reports; 0 if it reports none.
 
     >>> used_tokens({"usage": {"prompt_tokens": 40, "completion_tokens": 2}})
     42

@@ -1,7 +1,7 @@
-"""A judge at any provider that litellm knows; its model names are litellm's.
+"""A judge at any provider that litellm knows; the model's name is litellm's.
 
-The package is imported with the first vote: it takes seconds. It is kept from fetching its price
-list, from reporting, and from retrying, which the judge stage does itself.
+The import takes seconds, so it waits for the first vote. litellm may not fetch its price list, send
+telemetry or retry: the judge stage retries.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import importlib
 import os
 from typing import Any
 
-from nextstate.error_text import refusal, told
+from nextstate.error_text import refusal, safe_text
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
@@ -59,7 +59,7 @@ class LitellmJudge:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
             kind = BusyError if _may_pass(error, openai) else JudgeError
-            raise kind(f"litellm model {settings.model!r} failed: {_told(error)}") from error
+            raise kind(f"litellm model {settings.model!r} failed: {_described(error)}") from error
         completion = answer.model_dump()
         return asked.vote(completion_text(completion), used_tokens(completion))
 
@@ -76,16 +76,16 @@ class LitellmJudge:
 
 
 def _may_pass(error: Exception, openai: Any) -> bool:
-    """Whether the same request may succeed in a moment."""
+    """Whether the same request may succeed a moment later."""
     status = getattr(error, "status_code", None)
     lost = isinstance(error, openai.APIConnectionError | OSError)
     return lost or (isinstance(status, int) and is_busy(status))
 
 
-def _told(error: Exception) -> str:
-    """The kind of a failure: litellm's own text may quote what it was asked."""
+def _described(error: Exception) -> str:
+    """Only the kind of a failure: litellm's own text may quote the request."""
     status = getattr(error, "status_code", None)
-    return f"{type(error).__name__} {refusal(status, str(error))}" if status else told(error)
+    return f"{type(error).__name__} {refusal(status, str(error))}" if status else safe_text(error)
 
 
 def create(settings: JudgeSettings) -> JudgeKind:

@@ -1,13 +1,18 @@
-"""A judge of what can be verified: test verdicts, exit codes and explicit HTTP statuses.
+"""A judge of what can be verified: test summaries, exit codes and explicit HTTP statuses.
 
-Only tools and the environment are heard, and of tools only those that execute: a page that was
-fetched may say "100 passed" as well. A failed test or a non-zero exit is -1. Passed tests are +1 if
-a call of the reply names something that checks. Exit 0 says only that a command ran: it is no
-verdict. A verdict that stands in the call's own arguments (`echo "5 passed"`) does not count, and
-neither does what stopped a command from outside (a timeout, a kill, a busy server). Of verdicts
-that contradict each other the last one of the last command counts; the exit code comes last.
-Without any the vote is an unsure 0. What it cannot see: a command that makes up its verdict out of
-pieces, or shows a file with one in it while its call names a test.
+It reads only the environment and tools that execute: a fetched page may also say "100 passed".
+
+- A failed test or a non-zero exit code is -1.
+- Passed tests are +1 if a call of the reply names something that checks.
+- Exit code 0 says only that a command ran, so it does not count.
+- A summary that stands in the call's own arguments (`echo "5 passed"`) does not count.
+- What stopped a command from outside (a timeout, a kill, a busy server) does not count.
+- If results contradict each other, the last one of the last command counts, and the exit code
+  counts as the last.
+- Without any result the vote is an unsure 0.
+
+It cannot see through a command that composes its summary from pieces, or that prints a file with a
+summary while its call names a test.
 """
 
 from __future__ import annotations
@@ -26,10 +31,10 @@ EXECUTING = (
     "exec", "bash", "shell", "run", "terminal", "test", "python", "process", "command", "console",
     "powershell", "kernel", "notebook", "code_interpreter",
 )  # fmt: skip
-"""A tool whose name holds one of these executes; any other only fetches or stores."""
+"""A tool whose name contains one of these executes; any other only fetches or stores."""
 
 REQUESTING = ("http", "request", "curl", "api", "webhook")
-"""A tool whose name holds one of these reports an HTTP status of its own."""
+"""A tool whose name contains one of these reports an HTTP status of its own."""
 
 _CHECKS = re.compile(
     r"test|spec|check|verif|tox|nox|jest|mocha|\bava\b|rspec|cargo|mvn|maven|gradle|\bmake\b|"
@@ -37,7 +42,7 @@ _CHECKS = re.compile(
     re.IGNORECASE,
 )
 _STOPPED = frozenset({124, 130, 137, 143})
-"""Exit codes of `timeout`, an interrupt and a kill: the world ended the command."""
+"""Exit codes of `timeout`, an interrupt and a kill: something outside ended the command."""
 
 _EXIT = re.compile(
     r"^[^\w\n]{0,20}(?:(?:error|the|process|command|program|script|shell|terminal|task|job|finished|failed|"
@@ -52,26 +57,22 @@ _JSON_EXIT = re.compile(
 _JSON_TEXT = re.compile(r"\\[rn]|(?<!\\)\"")
 _STATUS_KEYS = ("status", "status_code", "statusCode", "http_status", "httpStatus")
 _BUSY = frozenset({408, 425, 429})
-"""Refusals of a server that another time would have answered."""
+"""A server that answers so may answer the same request later."""
 
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """How one family of test runners words its summary."""
+    """How one family of test runners writes its summary."""
 
-    line: re.Pattern[str]
     passed: Callable[[re.Match[str]], bool | None]
-    """None for a line that says nothing, such as one that ran no test."""
-    every: bool = False
-    """Whether it writes a line for each package, so that one failure decides them all."""
-
-
-def _line(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"^[ \t]*{pattern}[ \t=]*\r?$", re.MULTILINE)
+    """Whether a matched summary says that the tests passed; None when it ran no test."""
+    line: re.Pattern[str]
+    every: bool
+    """True if there is a summary for each package, so that one failure decides."""
 
 
 def _counted(match: re.Match[str]) -> bool | None:
-    """By the numbers before the words: any failure or error fails, some pass passes."""
+    """By the counts in the line: False with any failure or error, else True with any pass."""
     counts = re.findall(r"(?<!\d)(\d+) (\w+)", match.group().replace("|", ","))
     if any(int(number) and word.startswith(("fail", "error")) for number, word in counts):
         return False
@@ -79,7 +80,7 @@ def _counted(match: re.Match[str]) -> bool | None:
 
 
 def _without_failures(match: re.Match[str]) -> bool | None:
-    """By named groups: `ran` in all, and the numbers of those that failed."""
+    """By named groups: `ran` is the total, all others count failures."""
     failed = any(int(n or 0) for name, n in match.groupdict().items() if name != "ran")
     return False if failed else bool(int(match["ran"])) or None
 
@@ -88,71 +89,60 @@ def _worded(match: re.Match[str]) -> bool:
     return match["good"] is not None
 
 
+def _report(
+    passed: Callable[[re.Match[str]], bool | None], line: str, every: bool = False
+) -> Report:
+    return Report(passed, re.compile(line, re.MULTILINE), every)
+
+
+def _line(pattern: str) -> str:
+    return rf"^[ \t]*{pattern}[ \t=]*\r?$"
+
+
 _COUNT = r"\d+ (?:passed|failed|errors?|skipped|xfailed|xpassed|warnings?|deselected|todo|total)"
+_TIMES = r"(?: in [\d.:]+ ?s(?: \([\d:]+\))?)?"
+_JEST = r"(?:Tests|Test Files|Test Suites):?[ ]+"
 REPORTS: Sequence[Report] = (
     # pytest: "== 2 failed, 5 passed in 0.40s ==", quiet or not
-    Report(_line(rf"=*[ ]?{_COUNT}(?:, {_COUNT})*(?: in [\d.:]+ ?s(?: \([\d:]+\))?)?"), _counted),
+    _report(_counted, _line(rf"=*[ ]?{_COUNT}(?:, {_COUNT})*{_TIMES}")),
     # jest: "Tests: 1 failed, 3 passed, 4 total"; vitest: "Tests  4 failed | 2 passed (6)"
-    Report(
-        _line(
-            rf"(?:Tests|Test Files|Test Suites):?[ ]+{_COUNT}(?:(?:, | \| ){_COUNT})*(?: \(\d+\))?"
-        ),
-        _counted,
-        every=True,
-    ),
+    _report(_counted, _line(rf"{_JEST}{_COUNT}(?:(?:, | \| ){_COUNT})*(?: \(\d+\))?"), every=True),
     # unittest: "Ran 3 tests in 0.1s", then "OK" or "FAILED (failures=1)"
-    Report(
-        re.compile(r"^Ran [1-9]\d* tests? in [\d.]+s\s+(?:(?P<good>OK)\b|FAILED \()", re.MULTILINE),
-        _worded,
-    ),
+    _report(_worded, r"^Ran [1-9]\d* tests? in [\d.]+s\s+(?:(?P<good>OK)\b|FAILED \()"),
     # go: a line for each package
-    Report(
-        re.compile(
-            r"^(?:(?P<good>ok)[ \t]+\S+[ \t]+(?:[\d.]+s|\(cached\))"
-            r"|FAIL(?:[ \t]+\S+[ \t]+(?:[\d.]+s|\[.*\]))?[ \t]*$|--- FAIL: )",
-            re.MULTILINE,
-        ),
+    _report(
         _worded,
+        r"^(?:(?P<good>ok)[ \t]+\S+[ \t]+(?:[\d.]+s|\(cached\))"
+        r"|FAIL(?:[ \t]+\S+[ \t]+(?:[\d.]+s|\[.*\]))?[ \t]*$|--- FAIL: )",
         every=True,
     ),
     # cargo: a line for each crate
-    Report(
-        re.compile(
-            r"^test result: (?:ok|FAILED)\. (?P<ran>\d+) passed; (?P<failed>\d+) failed",
-            re.MULTILINE,
-        ),
+    _report(
         _without_failures,
+        r"^test result: (?:ok|FAILED)\. (?P<ran>\d+) passed; (?P<failed>\d+) failed",
         every=True,
     ),
     # surefire and other JUnit runners: a line for each class, then the sum
-    Report(
-        re.compile(
-            r"Tests run: (?P<ran>\d+), Failures: (?P<failed>\d+)(?:, Errors: (?P<errors>\d+))?"
-        ),
+    _report(
         _without_failures,
+        r"Tests run: (?P<ran>\d+), Failures: (?P<failed>\d+)(?:, Errors: (?P<errors>\d+))?",
         every=True,
     ),
     # mocha
-    Report(_line(r"[1-9]\d* (?:(?P<good>passing) \(\d+(?:ms|s|m)\)|failing)"), _worded, every=True),
+    _report(
+        _worded, _line(r"[1-9]\d* (?:(?P<good>passing) \(\d+(?:ms|s|m)\)|failing)"), every=True
+    ),
     # rspec
-    Report(
-        _line(r"(?P<ran>\d+) examples?, (?P<failed>\d+) failures?(?:, \d+ pending)?"),
+    _report(
         _without_failures,
+        _line(r"(?P<ran>\d+) examples?, (?P<failed>\d+) failures?(?:, \d+ pending)?"),
     ),
     # phpunit
-    Report(
-        re.compile(
-            r"^(?:(?P<good>OK) \([1-9]\d* tests?, \d+ assertions?\)|FAILURES!|ERRORS!)$",
-            re.MULTILINE,
-        ),
-        _worded,
-    ),
+    _report(_worded, r"^(?:(?P<good>OK) \([1-9]\d* tests?, \d+ assertions?\)|FAILURES!|ERRORS!)$"),
     # node --test and other TAP summaries
-    Report(
-        re.compile(
-            r"^# pass (?P<ran>\d+)\n(?:#(?! pass ).*\n)*?# fail (?P<failed>\d+)$", re.MULTILINE
-        ),
+    _report(
         _without_failures,
+        r"^# pass (?P<ran>\d+)\n(?:#(?! pass ).*\n)*?# fail (?P<failed>\d+)$",
     ),
 )
 
@@ -164,11 +154,11 @@ class OutcomeJudge:
     deterministic = True
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """The vote; unsure without a verdict."""
+        """The vote; an unsure 0 without a result."""
         return vote_on(evidence)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
@@ -177,7 +167,7 @@ def create(settings: JudgeSettings) -> JudgeKind:
 
 
 def vote_on(evidence: Evidence) -> Vote:
-    """The last verdict of the last command that gave one."""
+    """The vote by the last result of the last command that gave one."""
     verdicts = [
         passed
         for text, calls, executed in results(evidence)
@@ -187,10 +177,10 @@ def vote_on(evidence: Evidence) -> Vote:
 
 
 def results(evidence: Evidence) -> Iterator[tuple[str, list[Call] | None, bool]]:
-    """What tools and the environment sent: text, the calls it may come from, if it was executed.
+    """(text, calls that it may come from, whether they execute) of each output.
 
-    As many tool results as calls belong together in their order; otherwise every call of the reply
-    must execute. The environment's own reports come from no call: None.
+    If there are as many tool results as calls, they belong together in order. Otherwise every call
+    of the reply must be of the same kind. The environment's own reports have no call: None.
     """
     calls = calls_of(evidence.reply)
     tools = [state for state in evidence.next_states if state.source is Source.TOOL]
@@ -206,7 +196,7 @@ def results(evidence: Evidence) -> Iterator[tuple[str, list[Call] | None, bool]]
 
 
 def verdict(text: str, calls: Sequence[Call] | None) -> bool | None:
-    """Whether a command's output says that it passed; None when it gives no verdict."""
+    """Whether a command's output says that it passed; None when it does not say."""
     lines = _JSON_TEXT.sub("\n", text) if text.lstrip().startswith("{") else text
     found = [_last_exit(text)]
     for report in REPORTS:
@@ -226,7 +216,7 @@ def verdict(text: str, calls: Sequence[Call] | None) -> bool | None:
 
 
 def status_verdict(text: str) -> bool | None:
-    """False for an HTTP status that blames the request; what was served says nothing."""
+    """False for an HTTP status that blames the request, else None."""
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError):
@@ -239,7 +229,7 @@ def status_verdict(text: str) -> bool | None:
 
 
 def _last_exit(text: str) -> tuple[int, bool] | None:
-    """Where the last exit code that blames the command stands; a wrapper's own comes last."""
+    """(position, False) of the last exit code that blames the command; a wrapper's comes last."""
     if (match := _last(_JSON_EXIT, text)) or (
         match := _EXIT.match(text.lstrip().partition("\n")[0])
     ):
@@ -257,7 +247,7 @@ def _last(pattern: re.Pattern[str], text: str) -> re.Match[str] | None:
 
 
 def _said_by(calls: Sequence[Call] | None, line: str) -> bool:
-    """Whether the call itself holds the line that its output shows."""
+    """Whether the line stands in the arguments of the call itself."""
     words = line.strip(" \t\r\n=")
     return any(words in call.arguments for call in calls or ())
 

@@ -1,14 +1,13 @@
-"""The question that model judges are asked, with the reader of their answers.
+"""The question for a model that judges, and the parser of its answer.
 
-Everything the judge is shown was written by others. It stands between marks that carry a random
-nonce, new for every vote, without control characters and without the marks of chat templates, so
-that no text can close its block or open a turn of its own. Only the judge's own completion is
-read; text in the evidence cannot write a verdict except by persuading the judge. Votes on one turn
-see its parts in different orders, so that what stands last does not always win.
+Others wrote everything that the judge sees. Each text stands between marks with a random nonce, new
+for every vote, and without control characters and chat template marks. So no text can close its
+block or open a turn of its own; it can only persuade the judge. The votes on one turn see its parts
+in different orders, so that the last part does not always win.
 
-The answer begins with a check word, new for every vote, that only the instructions hold. A model
-that cannot follow them gets it wrong even where a schema forces valid JSON out of it, and its
-nonsense is no vote. A server without schemas may leave the word out.
+The answer begins with a check word, new for every vote, that stands only in the instructions. A
+model that does not follow them gets the word wrong, even if a schema forces valid JSON, and its
+answer is no vote. Without a schema the word may be missing.
 """
 
 from __future__ import annotations
@@ -97,21 +96,21 @@ _AFTER = re.compile(r"[\s`.*]*\Z")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One vote's chat messages, and how to read the answer to them."""
+    """The chat messages for one vote, and the parser of the answer."""
 
     messages: list[Json]
     check: str
-    """The word that the answer repeats."""
+    """The word that the answer must repeat."""
 
     def vote(self, text: str, tokens: int = 0) -> Vote:
-        """The vote in a completion that cost `tokens`. Raises JudgeError when there is none."""
+        """The vote in a completion that took `tokens`. Raises JudgeError when there is none."""
         return replace(parse_vote(text, self.check), tokens=tokens)
 
 
 def question(evidence: Evidence, order: int, nonce: str | None = None) -> Question:
-    """What one vote is asked; `order` turns the parts of the evidence round.
+    """The question for one vote; `order` rotates the parts of the evidence.
 
-    Without a `nonce`, a new random one.
+    The nonce is random unless given.
     """
     nonce = nonce or secrets.token_hex(8)
     check = "".join(secrets.choice(ascii_lowercase) for _ in range(_CHECK_LETTERS))
@@ -142,24 +141,22 @@ def _state_block(title: str, state: NextState, nonce: str) -> str:
 
 
 def block(title: str, text: str, nonce: str) -> str:
-    """One piece of untrusted text between its marks."""
+    """One untrusted text between its marks."""
     title, text = (cleaned(part).replace(nonce, "") for part in (title, text))
     return f"=== {nonce} begin: {title} ===\n{text}\n=== {nonce} end ==="
 
 
 def cleaned(text: str) -> str:
-    """The text without control and invisible characters; chat template marks are spaced out."""
+    """The text without control and invisible characters, and with broken chat template marks."""
     return _TEMPLATE.sub(lambda match: f" {match.group()} ", _CONTROL.sub("", text))
 
 
 def parse_vote(text: str, check: str | None = None) -> Vote:
-    """The vote in a judge's completion. Raises JudgeError when there is none, or more than one.
+    """The vote in a judge's completion. Raises JudgeError when there is none or several differ.
 
-    Where the answer names a check word, it must be `check`.
-
-    The last JSON object outside quotes counts if the answer ends with it; objects that more text
-    follows must agree. Without any object, `score: -1` or a boxed score will do if all that are
-    not cited agree.
+    If the answer has a check word, it must be `check`. The last JSON object outside quotes counts
+    if the answer ends with it. If more text follows, all objects must agree. Without an object,
+    `score: -1` or a boxed score counts if all such scores outside quotes agree.
     """
     text = _answer_part(text)[-_MAX_ANSWER_CHARS:]
     found = list(_objects(text))
@@ -187,7 +184,7 @@ def _answer_part(text: str) -> str:
 
 
 def _objects(text: str) -> Iterator[tuple[Json, int]]:
-    """Complete JSON objects with a score, outermost and unquoted, with where they end."""
+    """(object, end position) of each outermost, unquoted JSON object with a score."""
     decoder = json.JSONDecoder(object_pairs_hook=_unambiguous)
     position = text.find("{")
     while position >= 0:

@@ -1,9 +1,9 @@
-"""What a tool's or the environment's output says about the call that it answers.
+"""What the output of a tool or the environment says about the call that it answers.
 
-A failure counts against the call unless the world failed or a stated part was done. Success is
-what the output states itself, or output that names what the call or the user named. The lines of a
-log are what was asked for: errors in them are not the call's, and neither are lines that the call
-itself told the machine to print.
+A failure counts against the call, unless an outage caused it or a part of the work was done. It is
+a success if the output says so, or if it names what the call or the user named. The lines of a log
+are data: an error in them is not the call's error, and neither is a line that the call itself
+printed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SHARE = re.compile(
 
 
 def read_result(text: str, asked: str, arguments: str) -> Vote:
-    """The vote of one output of a call with these `arguments`, made when the user `asked`."""
+    """The vote on one output; the user had `asked`, and the call had these `arguments`."""
     shown = fold(text[:_MAX_CHARS]).strip()
     printed = "\n".join(_PRINTED.findall(fold(arguments)))
     lines = [line for line in shown.splitlines() if not line.strip() or line not in printed]
@@ -44,15 +44,15 @@ def read_result(text: str, asked: str, arguments: str) -> Vote:
         return Vote(0 if (some and not tested) or tools.OUTAGE.search(own) else -1)
     if some or tools.PARTIAL.search(own) or tools.OUTAGE.search(own):
         return Vote(0)
-    if tools.SUCCEEDED.search(own) or telling(own) & telling(f"{asked}\n{arguments}"):
+    if tools.SUCCEEDED.search(own) or content_of(own) & content_of(f"{asked}\n{arguments}"):
         return Vote(1)
     return SILENT
 
 
-def telling(text: str) -> frozenset[str]:
+def content_of(text: str) -> frozenset[str]:
     """The words of four letters or more, numbers of two digits or more, pairs of Han characters.
 
-    >>> sorted(telling("git mv Report_2.txt to 17"))
+    >>> sorted(content_of("git mv Report_2.txt to 17"))
     ['17', 'report']
     """
     text = fold(text)

@@ -1,11 +1,10 @@
-"""A judge without a model: how people react to a reply, in English, German, Spanish and Chinese.
+"""A judge without a model: it knows how people react in English, German, Spanish and Chinese.
 
-It reads a user's message sentence by sentence, as far as the sentences speak about the reply: where
-the next task begins, reading ends. Complaints, corrections and wishes for a redo outweigh thanks
-and praise, and after a "but" the later half counts; plain mockery is a complaint, and what is mixed
-or put off is 0. A tool's error counts against the reply, unless the world failed; output that says
-that it succeeded, or names what was asked for, counts for it. Hints are the user's own sentences
-about what to do, never a tool's text. Whatever the lexicons do not know is an unsure 0.
+It reads a user's message sentence by sentence and stops where the next task begins. Complaints,
+corrections and requests for another try outweigh thanks and praise. After a "but" the later half
+counts. Plain mockery is a complaint. A mixed or postponed answer is 0. `results.py` reads the
+output of tools. A hint is the user's own sentences about what to do, never a tool's text. Whatever
+the lexicons do not know is an unsure 0.
 
 What a user says at the end of a task about an earlier step is read like an answer to that step.
 """
@@ -33,7 +32,7 @@ _REPEATED_WORDS = 8
 _PART_WORDS = 3
 _NOVEL_WORDS = 2
 _PAIR = 1 / 3
-"""What a pair of Han characters counts as a word: two words make about six pairs."""
+"""How much of a word a pair of Han characters is: two words make about six pairs."""
 _MAX_CHARS = 4000
 
 _FENCED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILINE)
@@ -58,14 +57,14 @@ SAD = "🤨😩😫👎😡😠🙄🙃😒😞😕☹🤦😤❌🤡😑"
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What one sentence, or one half of it, says about the reply."""
+    """What a sentence, or half of one, says about the reply."""
 
     value: int
     """+1, 0 or -1."""
     strong: bool = False
     """False for mere thanks."""
     hint: int = 0
-    """2: says what to do. 1: says what was amiss. 0: neither."""
+    """2: it says what to do. 1: it says what was wrong. 0: neither."""
 
 
 SILENT = Reading(0)
@@ -78,11 +77,11 @@ class Rules:
     deterministic = True
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """The lexicons' vote; it always has one, unsure where they know nothing."""
+        """The lexicons' vote; unsure where they know nothing."""
         return vote_on(evidence)
 
     async def close(self) -> None:
-        """Nothing is held."""
+        """Nothing to release."""
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
@@ -91,7 +90,7 @@ def create(settings: JudgeSettings) -> JudgeKind:
 
 
 def vote_on(evidence: Evidence) -> Vote:
-    """The vote: what the user says comes first, then what tools report."""
+    """The vote: by the user's words first, then by the output of tools."""
     asked = next((text for role, text in reversed(evidence.tail) if role == "user"), "")
     states = (*evidence.next_states, *evidence.later)
     heard = [s.text for s in states if s.source in (Source.USER, Source.FEEDBACK)]
@@ -111,7 +110,7 @@ def vote_on(evidence: Evidence) -> Vote:
 
 
 def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
-    """The vote of a user's message that followed `reply` to `asked`; `context` holds both."""
+    """The vote by a user's message after `reply` to `asked`; `context` contains both."""
     text = narrow(text)
     if not text.strip():
         return UNKNOWN
@@ -164,7 +163,7 @@ def read_message(text: str, asked: str, reply: str, context: str) -> Vote:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """The sentences of a text; abbreviations and numbered items do not end one."""
+    """The sentences of a text; an abbreviation or an item's number does not end one."""
     start = 0
     for gap in _BREAK.finditer(text):
         if not _NO_BREAK.search(text[start : gap.start()]):
@@ -176,14 +175,14 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def halves(sentence: str, lex: Lexicon) -> list[str]:
-    """The sentence, cut where a "but" turns it."""
+    """The parts of a sentence around each "but"."""
     return [half for part in lex.contrast.split(sentence) if (half := part.strip())]
 
 
 def contrasted(readings: list[Reading]) -> Reading:
-    """Of the halves around a "but", the last that is more than polite; else the worst.
+    """Which half around a "but" counts: the last that is more than polite, else the best.
 
-    Where praise or thanks come first, a last half that says neither is what they lead up to.
+    After praise or thanks, a last half that says neither is a complaint.
     """
     praised = max((reading.value for reading in readings), default=0) > 0
     if len(readings) > 1 and readings[-1] == SILENT and praised:
@@ -195,7 +194,7 @@ def contrasted(readings: list[Reading]) -> Reading:
 
 
 def in_parts(readings: list[tuple[str, Reading]], lex: Lexicon) -> bool:
-    """Whether a sentence praises a part of the reply, and after a "but" does not praise another."""
+    """Whether a sentence praises a part of the reply, but not the part after a "but"."""
     *firsts, (_, last) = readings or [("", SILENT)]
     return last.value <= 0 and any(
         reading.strong
@@ -207,7 +206,7 @@ def in_parts(readings: list[tuple[str, Reading]], lex: Lexicon) -> bool:
 
 
 def read_half(half: str, seen: frozenset[str], lex: Lexicon) -> Reading:
-    """What a stretch of text without a turn says about the reply."""
+    """What a text without a "but" says about the reply."""
     low = plain(half)
     values: list[int] = []
     rest, idiom = without_idioms(low, lex)
@@ -241,13 +240,13 @@ def clauses(text: str, lex: Lexicon) -> Iterator[str]:
 
 
 def ordered(low: str, lex: Lexicon) -> Reading:
-    """How an order about the reply counts; one that only asks for another try makes no hint."""
+    """How an order about the reply counts; to ask for another try alone makes no hint."""
     words = [token for token in _TOKEN.findall(low) if token not in lex.bare]
     return Reading(-1, True, 2 if words else 0)
 
 
 def without_idioms(low: str, lex: Lexicon) -> tuple[str, list[int]]:
-    """The text without fixed phrases, and what those say."""
+    """The text without fixed phrases, and the values of these phrases."""
     values: list[int] = []
     for value, pattern in lex.idioms:
         low, count = pattern.subn(" ", low)
@@ -259,7 +258,7 @@ def without_idioms(low: str, lex: Lexicon) -> tuple[str, list[int]]:
 def opens_task(
     sentence: str, readings: list[Reading], seen: frozenset[str], lex: Lexicon, *, begun: bool
 ) -> bool:
-    """Whether the next task begins with this sentence; `begun`: the reply has been spoken of."""
+    """Whether the next task begins here; `begun`: an earlier sentence was about the reply."""
     low = plain(sentence.replace(",", " ")).strip(_EDGES)
     if _BAFFLED.search(sentence):
         return False
@@ -275,14 +274,14 @@ def opens_task(
 
 
 def doubts(sentence: str, lex: Lexicon) -> bool:
-    """Whether a sentence softly corrects the reply, or is baffled by it."""
+    """Whether a sentence corrects the reply softly, or shows surprise at it."""
     low = without_idioms(plain(sentence.replace(",", " ")), lex)[0].strip(_EDGES)
     asks = lex.soft_transition.search(low)
     return bool(_BAFFLED.search(sentence)) or (not asks and bool(lex.doubt.search(low)))
 
 
 def denies(sentence: str, lex: Lexicon) -> bool:
-    """Whether a plain statement has a "not" in it."""
+    """Whether a sentence is a statement with a "not" in it."""
     low = without_idioms(plain(sentence.replace(",", " ")), lex)[0].strip(_EDGES)
     other = _QUESTION.search(sentence) or any(
         pattern.search(low) for pattern in (lex.order, lex.imperative, lex.soft_transition)
@@ -291,7 +290,7 @@ def denies(sentence: str, lex: Lexicon) -> bool:
 
 
 def is_new(text: str, seen: frozenset[str], lex: Lexicon, order: str = "") -> bool:
-    """Whether a sentence, apart from the words that make it an order, leaves the turn's subject."""
+    """Whether a sentence, without the words of its `order`, leaves the turn's subject."""
     low = plain(text)
     if lex.reference.search(lex.no_reference.sub("", low)):
         return False
@@ -303,13 +302,13 @@ def is_new(text: str, seen: frozenset[str], lex: Lexicon, order: str = "") -> bo
 
 
 def same_subject(sentence: str, seen: frozenset[str], lex: Lexicon) -> bool:
-    """Whether an order names what the turn named, and no other name or number."""
+    """Whether an order names only names and numbers of the turn, and at least one."""
     names = {fold(token) for token in _marks(_TOKEN.findall(sentence))}
     return bool(lex.order.search(plain(sentence))) and bool(names) and names <= seen
 
 
 def restates(text: str, asked: str) -> bool:
-    """Whether the user asks the same thing again: same numbers and names, mostly same words."""
+    """Whether the user asks the same again: the same numbers and names, mostly the same words."""
     new, old = _TOKEN.findall(text), _TOKEN.findall(asked)
     if len(new) < _RESTATED_WORDS or not old or _marks(new) != _marks(old):
         return False
@@ -318,7 +317,7 @@ def restates(text: str, asked: str) -> bool:
 
 
 def repeats(text: str, asked: str, lex: Lexicon) -> bool:
-    """Whether a short remark repeats a part of the request, as one does that was overlooked."""
+    """Whether a short remark repeats a part of the request that the reply overlooked."""
     words = content_words(text, lex)
     if not words or len(words) > _REPEATED_WORDS or _QUESTION.search(text):
         return False
@@ -326,13 +325,13 @@ def repeats(text: str, asked: str, lex: Lexicon) -> bool:
 
 
 def hint_of(parts: list[str]) -> str | None:
-    """The user's sentences as a hint: verbatim, at most HINT_SENTENCES."""
+    """The user's own sentences as a hint, at most HINT_SENTENCES."""
     tidy = [part[0].upper() + part[1:] for part in dict.fromkeys(parts)]
     return " ".join(tidy[:HINT_SENTENCES]) or None
 
 
 def content_words(text: str, lex: Lexicon) -> frozenset[str]:
-    """The words that say what a text is about, without a plural's s; pairs of Han characters."""
+    """The words that say what a text is about, without plural s, and pairs of Han characters."""
     low = plain(text)
     words = [w for w in _WORD.findall(_HAN.sub(" ", low)) if w not in lex.common]
     pairs = [run[i : i + 2] for run in _HAN.findall(low) for i in range(len(run) - 1)]
@@ -342,7 +341,7 @@ def content_words(text: str, lex: Lexicon) -> frozenset[str]:
 
 
 def plain(text: str) -> str:
-    """Folded, with straight apostrophes, single spaces, no emphasis or quotation marks."""
+    """Folded text with straight apostrophes and single spaces, without markup and quotes."""
     return " ".join(_MARKUP.sub("", fold(text).replace("’", "'")).split())
 
 

@@ -20,7 +20,7 @@ from nextstate.records import Json
 from nextstate.wire import integer, obj, objects
 
 _OFF = frozenset(("0", "f", "false", "n", "no", "off"))
-"""Texts that the engine's parser takes for false."""
+"""Texts that the engine's parser reads as false."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,11 +44,11 @@ class Asked:
 
 
 def upstream_request(request: Json, model: str) -> Json:
-    """The client's request with our additions; the client's own object is left as it is."""
+    """A copy of the client's request with our additions."""
     sent = with_token_ids({**request, "model": model})
     alternatives = request.get("top_logprobs") or request.get("logprob_token_ids")
     if is_off(request.get("logprobs")) and not alternatives:
-        # With them and without `logprobs` the engine refuses: that answer is the client's to get.
+        # With alternatives and without `logprobs` the engine refuses, and the client gets that.
         sent["logprobs"] = True
     return with_usage(sent)
 
@@ -61,12 +61,12 @@ def with_token_ids(sent: Json) -> Json:
 
 
 def is_off(value: object) -> bool:
-    """Whether the engine reads a switch as off; what it would refuse is left for it to refuse."""
+    """Whether the engine reads a switch as off. Values that it would refuse are passed on."""
     return value in (None, 0) or (isinstance(value, str) and value.lower() in _OFF)
 
 
 def with_usage(sent: Json) -> Json:
-    """Asks for the usage chunk of a stream, in place; other options stay without effect."""
+    """Asks for the usage chunk of a stream, in place. Other stream options have no effect."""
     found = sent.get("stream_options")
     options = obj(found)
     readable = found is None or isinstance(found, dict)
@@ -76,7 +76,7 @@ def with_usage(sent: Json) -> Json:
 
 
 def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
-    """A streamed chunk as the client would have seen it; None if it would not have."""
+    """A streamed chunk as the client would get it from the engine; None if it would not."""
     sent = without_usage(chunk, asked, fingerprint)
     if sent is None:
         return None
@@ -91,7 +91,7 @@ def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | N
 
 
 def without_usage(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
-    """A copy of the chunk with the client's model and no unasked usage; None if it was only that.
+    """A copy of the chunk with the client's model and without unasked usage; None if that is all.
 
     Its choices are copies too.
     """
@@ -117,7 +117,7 @@ def count(request: Json) -> int:
 
 
 def client_reply(reply: Json, asked: Asked) -> Json:
-    """A plain reply as the client would have seen it, in place."""
+    """Changes a plain reply, in place, to what the client would get from the engine."""
     if "model" in reply:
         reply["model"] = asked.model
     if not asked.token_ids and "prompt_token_ids" in reply:
@@ -128,7 +128,7 @@ def client_reply(reply: Json, asked: Asked) -> Json:
 
 
 def strip_choice(choice: dict[str, Any], asked: Asked) -> None:
-    """Takes unasked log-probs and token ids out of a choice, in place."""
+    """Removes unasked log-probs and token ids from a choice, in place."""
     if not asked.logprobs and "logprobs" in choice:
         choice["logprobs"] = None
     if not asked.token_ids and "token_ids" in choice:

@@ -1,9 +1,9 @@
 """`/v1/completions`: what NextState adds to a request upstream, and takes out of the reply.
 
-As for chat, with the log-probs' own shape (`logprobs = 0` brings those of the sampled tokens) and
-the prompt's ids on each choice. Nothing is added to a request with `echo`, and nothing taken out:
-asked for token ids the engine leaves the echoed text out, and asked for log-probs it computes those
-of the prompt; its stream holds the prompt's ids unasked.
+As for chat, but log-probs have their own shape (`logprobs = 0` returns those of the sampled tokens)
+and each choice has the prompt's ids. A request with `echo` is relayed unchanged: with token ids the
+engine leaves the echoed text out, with log-probs it computes those of the prompt, and its stream
+has the prompt's ids without being asked.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from proxy.dialects.chat import (
 
 
 def upstream_request(request: Json, model: str) -> Json:
-    """The client's request with our additions; the client's own object is left as it is."""
+    """A copy of the client's request with our additions."""
     if not is_off(request.get("echo")):
         return {**request, "model": model}
     sent = with_token_ids({**request, "model": model})
@@ -35,15 +35,15 @@ def upstream_request(request: Json, model: str) -> Json:
 
 
 def asked_for(request: Json, model: str) -> Asked:
-    """What the reply to a client's request, which named `model`, has for the client."""
+    """What a client's request, which named `model`, asks for."""
     if not is_off(request.get("echo")):
         return Asked(model, logprobs=True, token_ids=True, usage=True)
-    # `logprobs` is a count here: 0 asks for those of the sampled tokens alone.
+    # `logprobs` is a count here: 0 asks for those of the sampled tokens only.
     return replace(Asked.of(request, model), logprobs=request.get("logprobs") is not None)
 
 
 def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
-    """A streamed chunk as the client would have seen it; None if it would not have."""
+    """A streamed chunk as the client would get it from the engine; None if it would not."""
     sent = without_usage(chunk, asked, fingerprint)
     if sent is not None:
         _strip(objects(sent.get("choices")), asked)
@@ -51,7 +51,7 @@ def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | N
 
 
 def client_reply(reply: Json, asked: Asked) -> Json:
-    """A plain reply as the client would have seen it, in place."""
+    """Changes a plain reply, in place, to what the client would get from the engine."""
     if "model" in reply:
         reply["model"] = asked.model
     _strip(objects(reply.get("choices")), asked)
@@ -67,7 +67,7 @@ def choices_of(request: Json) -> int:
 
 
 def to_chat(request: Json) -> Json:
-    """The request in chat form, as it is recorded: the prompt is what the user said."""
+    """The request in chat form, as it is recorded: the prompt is a user message."""
     prompt = request.get("prompt")
     rest = {key: value for key, value in request.items() if key != "prompt"}
     if not isinstance(prompt, str):
@@ -76,7 +76,7 @@ def to_chat(request: Json) -> Json:
 
 
 def as_chat(reply: Json) -> Json:
-    """A chunk or a whole reply in chat form, as it is captured; the engine's own stays as it is."""
+    """A copy of a chunk or whole reply in chat form, as it is captured."""
     choices: list[Json] = []
     ids: list[int] | None = None
     for choice in objects(reply.get("choices")):

@@ -1,9 +1,9 @@
 """The Anthropic Messages API in terms of chat completions, byte for byte as vLLM answers it.
 
 vLLM's own /v1/messages returns neither token ids nor log-probs, so a request goes to
-/v1/chat/completions (`messages_request`) and its reply comes back translated. Only what a
-differential test has shown to be equal goes this way; anything else is relayed to /v1/messages as
-it is, where vLLM answers or refuses it itself, and is recorded without tokens.
+/v1/chat/completions (`messages_request`) and its reply is translated back. Only requests that a
+differential test has shown to give equal replies go this way. All others are relayed unchanged to
+/v1/messages, where vLLM answers or refuses them, and are recorded without tokens.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _FINISH["tool_use"] = "tool_calls"
 def from_chat(reply: Json) -> Json | None:
     """A plain chat reply as the Messages API gives it.
 
-    None if vLLM could not give it either, for example because a tool call is cut off: the request
-    is then to be relayed as it is, for vLLM to word the error.
+    None if vLLM could not give it either, for example because a tool call is cut off. The request
+    must then be relayed unchanged, so that the client gets vLLM's own error.
     """
     choice = next(iter(objects(reply.get("choices"))), None)
     if choice is None:
@@ -67,9 +67,9 @@ def from_chat(reply: Json) -> Json | None:
 
 
 def encode(reply: Json) -> bytes:
-    """JSON as vLLM writes it: compact, and no character escaped that need not be.
+    """JSON as vLLM writes it: compact, with as few escaped characters as possible.
 
-    Not orjson, which writes some floats otherwise (1e16 for 1e+16).
+    orjson writes some floats differently (1e16 for 1e+16).
     """
     return json.dumps(reply, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
 
@@ -77,12 +77,12 @@ def encode(reply: Json) -> bytes:
 class Events:
     """The events of one streamed reply, from the chunks of a chat completion.
 
-    An error in the stream becomes an `error` event with the engine's message and ends the stream
-    without `message_stop`. vLLM ends it so too, but puts there how its own parsing failed.
+    An error in the stream becomes an `error` event with the engine's message, and the stream ends
+    without `message_stop`. vLLM does the same, with the message of its own parser in the event.
     """
 
     failed = False
-    """Here an error is an event like others: the connection need not be cut."""
+    """An error is an event like others in this dialect: the connection is not cut."""
 
     def __init__(self) -> None:
         self._started = False
@@ -95,14 +95,14 @@ class Events:
         """The open block's tool call."""
         self._tool_ids: dict[int, str] = {}
         self._arguments: list[str] | None = None
-        """What the latest tool call's arguments are so far; None if no tool was called."""
+        """The latest tool call's arguments so far; None if no tool was called."""
         self._late: list[str] = []
-        """Text that came while a tool call was open: a block of its own once that is closed."""
+        """Text that came while a tool call was open. It becomes a block when the call is closed."""
         self._finish = "stop"
         self._matched: object = None
 
     def feed(self, chunk: Json) -> bytes:
-        """The events that a chunk brings, if any."""
+        """The events for a chunk, if any."""
         if self._failed:
             return b""
         if not isinstance(chunk.get("choices"), list):
@@ -118,17 +118,17 @@ class Events:
         delta = obj(choice.get("delta"))
         sent: list[bytes] = []
         for kind, name in (("thinking", "reasoning"), ("text", "content")):
-            said = text_of(delta.get(name))
-            if said:
-                sent.append(self._say(kind, said))
+            text = text_of(delta.get(name))
+            if text:
+                sent.append(self._text(kind, text))
         sent += [self._call(call) for call in objects(delta.get("tool_calls"))]
         return b"".join(sent)
 
     def done(self) -> bytes:
-        """The events that the end of the chat stream brings."""
+        """The events for the end of the chat stream."""
         return b"" if self._failed else self._close() + _event("message_stop")
 
-    def _say(self, kind: str, text: str) -> bytes:
+    def _text(self, kind: str, text: str) -> bytes:
         if kind == "text" and self._open == "tool_use":
             self._late.append(text)
             return b""
@@ -177,7 +177,7 @@ class Events:
         self._open, self._tool_id = None, None
         self._late.clear()
         self._index += 1
-        return closed + (self._say("text", late) + self._close() if late else b"")
+        return closed + (self._text("text", late) + self._close() if late else b"")
 
     def _end(self, usage: object) -> bytes:
         called = self._arguments is not None
@@ -227,11 +227,11 @@ class Chunks:
     def __init__(self) -> None:
         self._model: object = None
         self._input: object = None
-        """The usage at the start: some servers do not repeat the prompt's share at the end."""
+        """The usage at the start: some servers do not repeat the prompt's tokens at the end."""
         self._calls = -1
 
     def feed(self, payload: Json) -> Json | None:
-        """The chunk that an event's payload makes; None if it says nothing of the reply."""
+        """The chunk for an event's payload; None if the event is not about the reply."""
         match payload.get("type"):
             case "message_start":
                 message = obj(payload.get("message"))
@@ -296,7 +296,7 @@ def _stop(
 
 
 def _finish(end: Json) -> str:
-    """The finish reason; vLLM names none for a reply that it aborted."""
+    """The finish reason. vLLM names none for a reply that it aborted."""
     return _FINISH.get(text_of(end.get("stop_reason")), "abort")
 
 
@@ -348,7 +348,7 @@ def _event(kind: str, **fields: object) -> bytes:
 
 
 def _signature() -> str:
-    """vLLM signs a thought with a random number, which nobody can check."""
+    """vLLM signs a thought with a random number that nobody can check."""
     return uuid.uuid4().hex
 
 

@@ -1,7 +1,7 @@
 """Which Messages requests the chat route answers as vLLM's own /v1/messages does.
 
-What vLLM refuses, what the chat route would refuse or take otherwise, and what depends on habits of
-the engine that are not known is not among them.
+A request is not among them if vLLM refuses it, if the chat route would refuse or read it
+differently, or if its prompt depends on engine behaviour that is not known.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeGuard, cast
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.messages_tools import tool_changes, tools_in_effect
@@ -55,10 +55,10 @@ _DISPLAYS = (None, "summarized", "omitted", "updates")
 _LEAST_BUDGET = 1024
 _EFFORTS = ("low", "medium", "high", "xhigh", "max")
 _DEPTH = 200
-"""Deeper JSON is not encoded again: orjson stops at 254 levels, the json module near 1,000."""
+"""Deeper JSON cannot be written safely: orjson stops at 254 levels, the json module near 1,000."""
 
 
-def reasons(body: Json, habits: Habits) -> Iterator[str]:
+def reasons(body: Json, behaviour: MessagesBehaviour) -> Iterator[str]:
     """Why the chat route would not, or might not, serve the request as /v1/messages does."""
     if not encodes(body):
         yield "the request nests deeper or counts higher than can be passed on exactly"
@@ -72,17 +72,17 @@ def reasons(body: Json, habits: Habits) -> Iterator[str]:
         yield "the request has no max_tokens"
     if not all(isinstance(text, str) for text in body.get("stop_sequences") or ()):
         yield "a stop sequence is not a text"
-    yield from _thinking_reasons(body, habits)
+    yield from _thinking_reasons(body, behaviour)
     yield from _output_reasons(body)
-    yield from _tool_reasons(body, habits)
+    yield from _tool_reasons(body, behaviour)
     if _is_list(body.get("system")):
         yield from _content_reasons("system", body["system"])
         if any(block.get("type") != "text" for block in objects(body["system"])):
             yield "the system prompt holds something that is no text"
-    yield from _message_reasons(body, habits)
+    yield from _message_reasons(body, behaviour)
 
 
-def _thinking_reasons(body: Json, habits: Habits) -> Iterator[str]:
+def _thinking_reasons(body: Json, behaviour: MessagesBehaviour) -> Iterator[str]:
     thinking = obj(body.get("thinking"))
     kind = thinking.get("type")
     if body.get("thinking") is None:
@@ -91,7 +91,7 @@ def _thinking_reasons(body: Json, habits: Habits) -> Iterator[str]:
         yield "the request sets thinking to something unknown"
     if kind != "disabled" and thinking.get("display") not in _DISPLAYS:
         yield "the request sets an unknown display of its thinking"
-    if kind == "disabled" and habits.disabled_effort is None:
+    if kind == "disabled" and behaviour.disabled_effort is None:
         yield "the request disables thinking, and how the engine does that is not known"
     if kind != "enabled":
         return
@@ -114,7 +114,7 @@ def _output_reasons(body: Json) -> Iterator[str]:
         yield "the request sets an unknown output format"
 
 
-def _tool_reasons(body: Json, habits: Habits) -> Iterator[str]:
+def _tool_reasons(body: Json, behaviour: MessagesBehaviour) -> Iterator[str]:
     changes = tool_changes(body)
     names = [tool.get("name") for tool in objects(body.get("tools"))]
     for tool in _items(body["tools"]) if _is_list(body.get("tools")) else ():
@@ -126,7 +126,7 @@ def _tool_reasons(body: Json, habits: Habits) -> Iterator[str]:
         elif named.get("type") != "tool_reference" or named.get("name") not in names:
             yield f"a {change} names no tool of the request"
     listed = changes or body.get("tools") is not None
-    if listed and not tools_in_effect(body) and habits.shows_no_tools is not False:
+    if listed and not tools_in_effect(body) and behaviour.shows_no_tools is not False:
         yield "the request has an empty list of tools, which its model might be shown"
     if body.get("tool_choice") is None:
         return
@@ -152,7 +152,7 @@ def _definition_reasons(tool: Json) -> Iterator[str]:
     yield from _wrong(tool, _TOOL, "a tool")
 
 
-def _message_reasons(body: Json, habits: Habits) -> Iterator[str]:
+def _message_reasons(body: Json, behaviour: MessagesBehaviour) -> Iterator[str]:
     messages = body.get("messages")
     if not _is_list(messages) or not messages:
         yield "the request has no messages"
@@ -167,7 +167,7 @@ def _message_reasons(body: Json, habits: Habits) -> Iterator[str]:
             yield "a message has no content"
     inline = [i for i, m in enumerate(objects(messages)) if m.get("role") == "system"]
     alone = inline in ([], [0]) and not (inline and body.get("system"))
-    if not alone and habits.merges_system is None:
+    if not alone and behaviour.merges_system is None:
         yield "a system message stands among the others, and where the engine puts it is not known"
 
 
@@ -192,7 +192,7 @@ def _result_reasons(content: list[Any]) -> Iterator[str]:
         elif item.get("type") == "tool_reference":
             yield from _wrong(item, {"tool_name": (str,), "name": (str,)}, "a tool_reference")
         elif item.get("type") == "text" and not isinstance(item.get("text", ""), str):
-            yield "a tool's result holds a text that is none"
+            yield "a tool's result holds a text block without text"
 
 
 def _wrong(value: Json, kinds: dict[str, _Kinds], owner: str) -> Iterator[str]:
@@ -203,12 +203,12 @@ def _wrong(value: Json, kinds: dict[str, _Kinds], owner: str) -> Iterator[str]:
 
 
 def _items(values: list[Any]) -> list[Json]:
-    """The objects in a list, with an empty one, which is refused, for all else."""
+    """The objects in a list. Anything else becomes an empty object, which is refused."""
     return [obj(value) for value in values]
 
 
 def encodes(body: Json) -> bool:
-    """Whether no value nests too deep, or is a number that was rounded when it was read."""
+    """Whether the request can be written as it was: not nested too deep, no rounded numbers."""
     level: list[object] = [body]
     for _ in range(_DEPTH):
         # Integers beyond 64 bits become floats in orjson, but not in vLLM.

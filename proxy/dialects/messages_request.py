@@ -1,10 +1,10 @@
-"""A Messages request in chat form, as vLLM's own /v1/messages makes it, or why it cannot be."""
+"""Translates a Messages request into a chat request, as vLLM's own /v1/messages does."""
 
 from __future__ import annotations
 
 import json
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.messages_limits import encodes, reasons
@@ -19,24 +19,24 @@ _SAMPLING = {
     "chat_template_kwargs": "chat_template_kwargs",
     "cache_salt": "cache_salt",
 }
-"""Fields that keep their meaning, with their names in a chat completion."""
+"""Fields with the same meaning in a chat request, and their names there."""
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
 _BILLING = "x-anthropic-billing-header"
-"""Starts a block in which a client attributes its request; vLLM keeps it out of the prompt."""
-_UNKNOWN = Habits()
+"""The start of a block with which a client attributes its request. vLLM leaves it out."""
+_UNKNOWN = MessagesBehaviour()
 
 
-def to_chat(body: Json, habits: Habits = _UNKNOWN) -> Translation:
-    """The request as a chat completion. Never raises: the engine refuses what is malformed."""
-    reason = next(reasons(body, habits), None)
+def to_chat(body: Json, behaviour: MessagesBehaviour = _UNKNOWN) -> Translation:
+    """The request in chat form. Never raises: the engine refuses malformed requests."""
+    reason = next(reasons(body, behaviour), None)
     native = None if reason is None else f"{reason}, so its tokens are not known"
     if not encodes(body):
         return Translation({"model": text_of(body.get("model")), "messages": []}, native)
-    return Translation(_chat(body, habits), native)
+    return Translation(_chat(body, behaviour), native)
 
 
-def _chat(body: Json, habits: Habits) -> Json:
-    messages = _messages(body, merge=bool(habits.merges_system))
+def _chat(body: Json, behaviour: MessagesBehaviour) -> Json:
+    messages = _messages(body, merge=bool(behaviour.merges_system))
     chat: Json = {"model": text_of(body.get("model")), "messages": messages}
     if body.get("max_tokens") is not None:
         chat["max_tokens"] = chat["max_completion_tokens"] = body["max_tokens"]
@@ -53,7 +53,7 @@ def _chat(body: Json, habits: Habits) -> Json:
         chat["response_format"] = {"type": "json_schema", "json_schema": named_schema}
     if output.get("effort") is not None:
         chat["reasoning_effort"] = output["effort"]
-    _think(chat, body, habits)
+    _think(chat, body, behaviour)
     tools = tools_in_effect(body)
     # Without tools the chat route's own default would be "none", which is not quite vLLM's None.
     chat["tool_choice"] = "auto" if tools else None
@@ -68,19 +68,19 @@ def _chat(body: Json, habits: Habits) -> Json:
     return chat
 
 
-def _think(chat: Json, body: Json, habits: Habits) -> None:
-    """Puts the thinking that the request asks for into `chat`."""
+def _think(chat: Json, body: Json, behaviour: MessagesBehaviour) -> None:
+    """Sets the thinking that the request asks for in `chat`."""
     thinking = obj(body.get("thinking"))
-    if thinking.get("type") == "disabled" and habits.disabled_effort is not None:
-        chat["reasoning_effort"] = habits.disabled_effort
+    if thinking.get("type") == "disabled" and behaviour.disabled_effort is not None:
+        chat["reasoning_effort"] = behaviour.disabled_effort
     if thinking.get("type") == "enabled" and not _is_boundless(thinking, body):
         chat["thinking_token_budget"] = thinking.get("budget_tokens")
 
 
 def _is_boundless(thinking: Json, body: Json) -> bool:
-    """Whether a budget for thoughts ends where the reply does: clients that want none send it so.
+    """Whether the thinking budget ends with the reply, as clients send it that want no budget.
 
-    It would change nothing, and vLLM refuses every budget unless it has a reasoning parser.
+    Such a budget has no effect, and vLLM refuses any budget if it has no reasoning parser.
     """
     budget, limit = thinking.get("budget_tokens"), body.get("max_tokens")
     return isinstance(budget, int) and isinstance(limit, int) and budget == limit - 1
@@ -100,7 +100,7 @@ def _tool(tool: Json) -> Json:
 
 
 def _messages(body: Json, merge: bool) -> list[Json]:
-    """The chat messages; `merge` moves all that the system says to the start."""
+    """The chat messages; `merge` moves the text of all system messages to the start."""
     system, chat = _system(body.get("system")), list[Json]()
     for message in objects(body.get("messages")):
         role, content = text_of(message.get("role")) or "user", message.get("content")
@@ -129,7 +129,7 @@ def _system(content: object) -> str:
 
 
 def _blocks(role: str, blocks: list[Json]) -> list[Json]:
-    """The chat messages that one message's blocks make: tool results first, then all else."""
+    """The chat messages for one message's blocks: tool results first, then the others."""
     results = [
         result
         for block in blocks
@@ -185,12 +185,12 @@ def _results(block: Json) -> list[Json]:
 
 def tool_call(block: Json) -> Json:
     """A tool_use block as a chat tool call."""
-    # The json module with its spaces and escapes: the prompt holds these very characters.
+    # Written by the json module with its spaces and escapes, which become part of the prompt.
     arguments = json.dumps(obj(block.get("input")))
     function = {"name": text_of(block.get("name")), "arguments": arguments}
     return {"id": text_of(block.get("id")), "type": "function", "function": function}
 
 
 def text_of(value: object) -> str:
-    """A text; nothing for what is none."""
+    """`value` if it is a text, else an empty one."""
     return value if isinstance(value, str) else ""

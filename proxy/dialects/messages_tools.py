@@ -1,4 +1,4 @@
-"""The tools of a Messages request, which system messages may add to and take from on the way."""
+"""The tools of a Messages request. System messages among the others may add and remove some."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from nextstate.wire import obj, objects
 
 
 def tools_in_effect(body: Json) -> list[Json]:
-    """The tools after what system messages among the messages added and took away."""
+    """The tools after all additions and removals."""
     listed, changes = objects(body.get("tools")), tool_changes(body)
     if not changes:
         return listed
@@ -25,7 +25,7 @@ def tools_in_effect(body: Json) -> list[Json]:
 
 
 def tool_changes(body: Json) -> list[tuple[str, Json]]:
-    """What adds or removes a tool, and the reference to it or its definition."""
+    """(addition or removal, the tool's reference or definition), in the order of the messages."""
     found: list[tuple[str, Json]] = []
     for message in objects(body.get("messages")):
         for block in objects(message.get("content")):

@@ -1,21 +1,20 @@
 """The OpenAI Responses dialect, served through chat completions.
 
-vLLM's own /v1/responses loses log-probs, so a request goes to /v1/chat/completions and the reply
-comes back as what vLLM 0.32 would have answered itself, byte for byte but for ids, times and the
-echo of tools that are no functions, which stand as the client wrote them; a differential test holds
-that. `to_chat` says which requests are inside that proof; the others are
-relayed natively, and `to_chat_reply` and `Chunks` read the native reply for the record.
+vLLM's own /v1/responses loses log-probs, so a request goes to /v1/chat/completions and the reply is
+translated into what vLLM 0.32 would have answered, byte for byte. Only ids, times and the echo of
+tools that are no functions differ: the echo is as the client wrote it. A differential test checks
+this. `to_chat` says for which requests it holds. The others are relayed unchanged, and
+`to_chat_reply` and `Chunks` read the native reply for the record.
 
-What the engine does not tell, it must be known to be: no sampling defaults of its own
-(`--generation-config vllm`), the default `--tool-strict-level`, no response store. Cached prompt
-tokens are reported as 0 unless it runs with `--enable-prompt-tokens-details`. The one tie that
-chat hides: a plain reply with tool calls that is exactly `max_output_tokens` long counts as cut.
+The translation assumes an engine without sampling defaults of its own (`--generation-config vllm`),
+with the default `--tool-strict-level` and without a response store. Cached prompt tokens are
+reported as 0 unless it runs with `--enable-prompt-tokens-details`. The chat route does not show if
+a reply with tool calls that is exactly `max_output_tokens` long was cut: it counts as cut.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 from typing import Any
 
 import orjson
@@ -26,10 +25,10 @@ from proxy.dialects.responses_record import Chunks, to_chat_reply
 from proxy.dialects.responses_request import to_chat
 from proxy.dialects.responses_tools import InputReader, ToolNames, chosen_name, custom_input
 
-__all__ = ["Chunks", "Events", "encode", "from_chat", "to_chat", "to_chat_reply"]
+__all__ = ["Chunks", "Events", "from_chat", "to_chat", "to_chat_reply"]
 
 _LEAST_TEMPERATURE = 0.01
-"""vLLM raises a smaller temperature to this one, unless it is 0."""
+"""vLLM raises a smaller temperature to this, unless it is 0."""
 _GREEDY = 1e-5
 """Below it vLLM samples greedily, with top_p = 1."""
 
@@ -55,20 +54,15 @@ def from_chat(reply: Json, body: Json, max_model_len: int) -> Json:
     response = _Response(body, reply, max_model_len, usage.get("prompt_tokens", 0))
     cut = choice.get("finish_reason") == "length"
     if message.get("tool_calls") and usage.get("completion_tokens") == response.max_output_tokens:
-        cut = True  # chat calls it "tool_calls" however it ended
+        cut = True  # chat says "tool_calls" even if it was cut
     return response.ended(output, cut, usage)
-
-
-def encode(response: Json) -> bytes:
-    """A whole Responses object as vLLM writes it (Starlette's JSON)."""
-    return json.dumps(response, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 class Events:
     """Turns the chunks of one chat stream into the events of a Responses stream.
 
-    After an error in the stream nothing more comes, and `failed` says that the connection must be
-    cut: that is how vLLM itself ends such a stream.
+    After an error in the stream it writes nothing more, and `failed` says that the connection must
+    be cut, as vLLM itself does.
     """
 
     def __init__(self, body: Json, max_model_len: int) -> None:
@@ -80,19 +74,19 @@ class Events:
         self._sequence = 0
         self._output: list[Json] = []
         self._kind: str | None = None
-        """What the open item is: "reasoning", "content" or "call"; None between items."""
+        """The kind of the open item: "reasoning", "content" or "call"; None between items."""
         self._item: Json = {}
         self._text = ""
         self._call_index: object = None
         self._input: InputReader | None = None
-        """What reads the open call's input, where that calls a custom tool."""
-        self._told = ""
-        """As much of it as has been sent."""
+        """Reads the open call's input, if it calls a custom tool."""
+        self._sent = ""
+        """The part of that input that was sent."""
         self._cut = False
         self._usage: Json = {}
 
     def feed(self, chunk: Json) -> bytes:
-        """The events that a chunk brings. The first chunk must hold the prompt's token ids."""
+        """The events for a chunk. The first chunk must hold the prompt's token ids."""
         if self.failed or "error" in chunk:
             self.failed = True
             return b""
@@ -165,7 +159,7 @@ class Events:
             custom = self._names.is_custom(name)
             item_id = self._open("call", "ctc" if custom else "fc")
             self._call_index = index
-            self._input, self._told = InputReader() if custom else None, ""
+            self._input, self._sent = InputReader() if custom else None, ""
             call_id = calls[0].get("id") or _id("chatcmpl-tool-", item_id, 0)
             self._item = self._names.item(item_id, call_id, name, "in_progress")
             events.append(self._item_event("response.output_item.added", self._item))
@@ -182,7 +176,7 @@ class Events:
     def _input_delta(self, text: str) -> list[bytes]:
         if not text:
             return []
-        self._told += text
+        self._sent += text
         data = {"delta": text, "item_id": self._item["id"], "output_index": len(self._output)}
         return [self._event("response.custom_tool_call_input.delta", data)]
 
@@ -200,8 +194,8 @@ class Events:
         text: Json = {"output_index": index, "text": self._text}
         if self._kind == "call" and self._input is not None:
             given = custom_input(self._text)
-            # What was sent cannot be taken back: an input that does not go on from it is told anew.
-            rest = given[len(self._told) :] if given.startswith(self._told) else given
+            # What was sent cannot be taken back. An input that does not continue it is sent whole.
+            rest = given[len(self._sent) :] if given.startswith(self._sent) else given
             done = {**self._item, "input": given}
             data = {"input": given, "item_id": item_id, "output_index": index}
             events = self._input_delta(rest)
@@ -234,7 +228,7 @@ class Events:
         return self._event(kind, {**data, "output_index": len(self._output), "part": part})
 
     def _event(self, kind: str, data: Json, before: str | None = None) -> bytes:
-        """One event; its sequence number stands before the field `before`, else at the end."""
+        """One event. Its sequence number comes before the field `before`, else at the end."""
         tail = {} if before is None else {before: data.pop(before)}
         payload = {**data, "sequence_number": self._sequence, **tail, "type": kind}
         self._sequence += 1
@@ -253,11 +247,11 @@ class _Response:
         self.max_output_tokens = left if asked is None else min(asked, left)
 
     def begun(self) -> Json:
-        """As the stream's first events show it."""
+        """The object in the stream's first events."""
         return self._object([], "in_progress", None)
 
     def ended(self, output: list[Json], cut: bool, usage: Json) -> Json:
-        """As it is at the end; `cut` if the reply ran out of tokens."""
+        """The object at the end; `cut` if the reply ran out of tokens."""
         return self._object(output, "incomplete" if cut else "completed", _usage(usage))
 
     def _object(self, output: list[Json], status: str, usage: Json | None) -> Json:
@@ -302,7 +296,7 @@ class _Response:
 
 
 def _sampling(body: Json) -> tuple[float, float]:
-    """The temperature and top_p that vLLM says it sampled with."""
+    """The temperature and top_p that vLLM reports."""
     temperature, top_p = body.get("temperature"), body.get("top_p")
     temperature = 1.0 if temperature is None else float(temperature)
     top_p = 1.0 if top_p is None else float(top_p)
@@ -370,7 +364,7 @@ def _usage(usage: Json) -> Json:
 
 
 def _id(kind: str, chat_id: str, position: int) -> str:
-    """An id in vLLM's form, the same each time for the same reply."""
+    """An id in vLLM's form, always the same for the same reply."""
     digest = hashlib.blake2b(f"{kind}{position} {chat_id}".encode(), digest_size=8).hexdigest()
     return kind + digest if kind.endswith("-") else f"{kind}_{digest}"
 

@@ -1,4 +1,4 @@
-"""Native Responses replies in chat form, so that a turn relayed as it is can be recorded."""
+"""Translates native Responses replies into chat form, for the record."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Chunks:
         self._calls: dict[object, int] = {}
 
     def feed(self, payload: Json) -> Json | None:
-        """An event's chunk; None for events that say nothing new."""
+        """The chunk for an event; None if the event adds nothing."""
         kind = payload.get("type")
         delta = payload.get("delta")
         if kind == "response.created":

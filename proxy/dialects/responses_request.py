@@ -1,11 +1,11 @@
-"""A Responses request in chat form, or why it cannot be served that way.
+"""Translates a Responses request into a chat request, or says why it cannot be.
 
-vLLM renders the same prompt and samples alike on both routes for what passes here; a request is
-relayed natively as soon as one thing in it is outside that proof. What vLLM does not look at, as
-the id of a message, a field that it does not know or a tool that it shows to no model, is passed
-over here too. Two things no request tells: a
-chat template that prints a past call's function object as a whole sees its name and arguments the
-other way round, and `--tool-strict-level` must be the default for `text` to be repeated rightly.
+For requests that pass, vLLM renders the same prompt and samples in the same way on both routes, as
+tests have shown. A request with anything else in it is relayed unchanged. Things that vLLM ignores
+(a message's id, an unknown field, a tool that it shows to no model) are ignored here too. Two
+differences cannot be seen in a request: a chat template that prints a past call's function object
+as a whole gets its name and arguments in the other order, and `text` is repeated correctly only
+with the default `--tool-strict-level`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.records import Json
 from nextstate.wire import obj, objects
 from proxy.dialects.responses_tools import (
@@ -50,7 +50,7 @@ _FORWARDED = (
     "prompt_cache_key",
     "session_id",
 )
-"""Fields that both routes have and read alike."""
+"""Fields that both routes have and read in the same way."""
 
 _UNPROVEN = (
     "conversation",
@@ -69,7 +69,7 @@ _UNPROVEN = (
     "vllm_xargs",
     "watermarking",
 )
-"""Fields whose effect, or whose echo in the response, the chat route does not have."""
+"""Fields with an effect, or an echo in the response, that the chat route does not have."""
 
 _EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
 _SUMMARIES = ("auto", "concise", "detailed")
@@ -80,20 +80,20 @@ _INCLUDES = (
     "message.input_image.image_url",
     "reasoning.encrypted_content",
 )
-_UNKNOWN = Habits()
+_UNKNOWN = MessagesBehaviour()
 _EXACT_FLOAT = 1e16
 _EXACT: dict[type, float] = {bool: 2, int: 2**63, float: _EXACT_FLOAT}
-"""From here on JSON libraries read or write numbers each in their own way."""
+"""JSON libraries read or write numbers from here on in different ways."""
 
 
-def to_chat(body: Json, habits: Habits = _UNKNOWN) -> Translation:
-    """The request in chat form. Never raises: what cannot be read is a reason to relay it."""
+def to_chat(body: Json, behaviour: MessagesBehaviour = _UNKNOWN) -> Translation:
+    """The request in chat form. Never raises: a malformed request is relayed unchanged."""
     reader = _Reader()
     chat: Json = {name: body[name] for name in _FORWARDED if name in body}
     chat["messages"] = reader.messages(body)
     if body.get("max_output_tokens") is not None:
         chat["max_completion_tokens"] = body["max_output_tokens"]
-    reader.tools(body, chat, habits)
+    reader.tools(body, chat, behaviour)
     reasoning = obj(body.get("reasoning"))
     if reasoning.get("effort") is not None:
         chat["reasoning_effort"] = reasoning["effort"]
@@ -111,19 +111,19 @@ def to_chat(body: Json, habits: Habits = _UNKNOWN) -> Translation:
 
 
 class _Reader:
-    """Reads a request as far as it goes, and remembers the first thing outside the proof."""
+    """Reads a request, and keeps the first thing in it that is not proven to be equal."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
 
     def allow(self, fine: bool, what: str) -> bool:
-        """Notes `what` unless it is fine."""
+        """Keeps `what` as the reason, unless it is fine or there is one already."""
         if not fine and self.reason is None:
             self.reason = f"the Responses request {what}, so its tokens are not known"
         return fine
 
     def fields(self, body: Json) -> None:
-        """Notes every field whose effect, or whose echo in the response, is not proven."""
+        """Checks the fields whose effect, or whose echo in the response, is not proven."""
         unproven = [name for name in _UNPROVEN if body.get(name) is not None]
         self.allow(not unproven, f"has the field {', '.join(unproven)}")
         for name, fine in _FIELDS.items():
@@ -142,8 +142,8 @@ class _Reader:
             kind = obj(obj(body["text"]).get("format")).get("type", "text")
             self.allow(not forced and kind == "text", "has a text format with tools")
 
-    def tools(self, body: Json, chat: Json, habits: Habits) -> None:
-        """Puts the tools that the model sees into `chat`, and which of them it is to call."""
+    def tools(self, body: Json, chat: Json, behaviour: MessagesBehaviour) -> None:
+        """Sets the tools that the model sees in `chat`, and which one it must call."""
         listed, choice = body.get("tools", []), body.get("tool_choice", "auto")
         tools = objects(listed)
         if not self.allow(tools == listed, "has no list of tools"):
@@ -164,7 +164,7 @@ class _Reader:
         if shown:
             chat["tools"], chat["tool_choice"] = shown, choice
         elif tools:
-            fine = habits.shows_no_tools is False
+            fine = behaviour.shows_no_tools is False
             self.allow(fine, "has only tools that no model is shown")
             chat["tool_choice"] = "none" if choice == "none" else None
 
@@ -188,7 +188,7 @@ class _Reader:
         return messages
 
     def item(self, item: Json, messages: list[Json]) -> None:
-        """Adds one input item to the messages, or to the assistant message it belongs to."""
+        """Adds one input item to the messages or to the last assistant message."""
         kind = item.get("type", "message")
         self.allow(
             item.get("status") in (None, "completed", "incomplete", "in_progress"),
@@ -204,16 +204,16 @@ class _Reader:
             )
         elif kind == "reasoning":
             self.allow(not item.get("encrypted_content"), "has an encrypted thought")
-            self.say("reasoning", self.thought(item), messages)
+            self.add("reasoning", self.thought(item), messages)
         elif kind == "message" and item.get("role") == "assistant":
-            self.say("content", self.said(item), messages)
+            self.add("content", self.assistant_text(item), messages)
         elif kind == "message" and item.get("role") in ("user", "system", "developer"):
             messages.append({"role": item["role"], "content": self.content(item.get("content"))})
         else:
             self.allow(False, f"has an item of type {str(kind)[:40]}")
 
     def call(self, item: Json, messages: list[Json]) -> None:
-        """Adds a call to the assistant message at the end, or begins one with it."""
+        """Adds a call to the last assistant message, or begins one."""
         custom, name = item["type"] == "custom_tool_call", item.get("name")
         given = item.get("input" if custom else "arguments")
         parts = (item.get("call_id"), name, given)
@@ -231,8 +231,8 @@ class _Reader:
             messages.append({"role": "assistant"})
         messages[-1].setdefault("tool_calls", []).append(call)
 
-    def say(self, name: str, text: str, messages: list[Json]) -> None:
-        """Adds to the assistant message at the end, or begins one if it has `name` already."""
+    def add(self, name: str, text: str, messages: list[Json]) -> None:
+        """Adds a field to the last assistant message, or begins one if it has the field already."""
         last = _last_assistant(messages)
         if last is None or name in last:
             messages.append({"role": "assistant", name: text})
@@ -240,7 +240,7 @@ class _Reader:
             last[name] = text
 
     def thought(self, item: Json) -> str:
-        """A reasoning item's text: its first content, else its first summary."""
+        """A reasoning item's text: its first content part, else its first summary."""
         summary = objects(item.get("summary"))
         content = objects(item.get("content"))
         fine = summary == item.get("summary") and item.get("content") in (None, content)
@@ -251,8 +251,8 @@ class _Reader:
         self.allow(fine, "has a malformed reasoning item")
         return next((text for text in texts if isinstance(text, str)), "")
 
-    def said(self, item: Json) -> str:
-        """An assistant message's text. vLLM reads the first part of a list only, so do we."""
+    def assistant_text(self, item: Json) -> str:
+        """An assistant message's text. Like vLLM it reads only the first part of a list."""
         content = item.get("content")
         if isinstance(content, str):
             return content
@@ -266,7 +266,7 @@ class _Reader:
         return texts[0] if texts else ""
 
     def content(self, content: object) -> str | list[Json]:
-        """What a user, a developer or a tool said, as text or as text parts."""
+        """The content of a user, developer or tool, as text or as text parts."""
         if isinstance(content, str):
             return content
         parts = objects(content)
@@ -354,7 +354,7 @@ def _is_text_config(value: object) -> bool:
 
 
 def _plain_numbers(value: object) -> bool:
-    """Whether every number in a JSON value is written alike by every JSON library."""
+    """Whether every JSON library writes all numbers in a value in the same way."""
     pending: list[Any] = [value]
     while pending:
         held = pending.pop()
@@ -393,7 +393,7 @@ _FIELDS: Mapping[str, Callable[[object], bool]] = {
     "include": _is_include,
     "chat_template_kwargs": _is_template_switch,
 }
-"""What a field may hold for the reply to be known; a field that is absent always may."""
+"""The values of a field for which the reply is known. Any field may be absent."""
 
 
 def _last_assistant(messages: list[Json]) -> Json | None:

@@ -1,8 +1,8 @@
-"""The tools of a Responses request as the model sees them, and its calls as the client knows them.
+"""The tools of a Responses request as the model sees them, and its calls as the client does.
 
-As in vLLM a function in a namespace is called `<namespace>__<name>`, a custom tool is a function of
-one text, and what only OpenAI's own servers have is not shown. vLLM refuses custom tools that have
-a grammar; here the description tells the model what the grammar is.
+As in vLLM, a function in a namespace is called `<namespace>__<name>`, a custom tool is a function
+with one text, and tools that only OpenAI's own servers have are not shown. vLLM refuses custom
+tools with a grammar; here the description contains the grammar.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ _PARAMETERS: Json = {
     "required": [_INPUT],
     "additionalProperties": False,
 }
-"""What vLLM shows as a custom tool's parameters."""
+"""The parameters that vLLM shows for a custom tool."""
 _FIELDS = ("name", "description", "parameters", "strict", "defer_loading")
 _UNSHOWN = re.compile(
     "web_search(_2025_08_26)?|file_search|computer(_use_preview)?|image_generation|local_shell|"
     "shell|apply_patch|tool_search|programmatic_tool_calling"
 )
-"""Types of tools that vLLM takes and shows to no model."""
+"""Types of tools that vLLM accepts and shows to no model."""
 _OPENING = re.compile(r'\A\s*\{\s*"input"\s*:\s*"')
 _TEXT = re.compile(r'(?:[^"\\\x00-\x1f]|\\["\\/bfnrt]|\\u[0-9a-fA-F]{4})*')
 _HALF = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\Z")
-"""Half a character, whose other half is still to come."""
+"""Half of a surrogate pair, whose other half is still to come."""
 
 
 def is_shown(tool: Json) -> bool:
-    """Whether the model gets to see the tool, or what stands in its namespace."""
+    """Whether the model sees the tool, or the tools in its namespace."""
     return not _UNSHOWN.fullmatch(str(tool.get("type")))
 
 
 def chat_tools(tools: list[Json]) -> Iterator[Json]:
-    """The functions that the model sees, in chat form. `problem` has been asked about the tools."""
+    """The functions that the model sees, in chat form. The tools must have no `problem`."""
     for tool in tools:
         if tool.get("type") == "function":
             yield _function(tool, tool.get("name"))
@@ -56,7 +56,7 @@ def chat_tools(tools: list[Json]) -> Iterator[Json]:
 
 
 def problem(tool: Json) -> str | None:
-    """What keeps the tool from being shown as vLLM shows it, or None."""
+    """Why the tool cannot be shown as vLLM shows it, or None."""
     kind, inner = tool.get("type"), objects(tool.get("tools"))
     if not is_shown(tool):
         return None
@@ -76,12 +76,12 @@ def problem(tool: Json) -> str | None:
 
 
 def flat_name(namespace: object, name: object) -> str:
-    """How the model knows a function in a namespace."""
+    """The model's name for a function in a namespace."""
     return f"{namespace}__{name}"
 
 
 def chosen_name(name: object, tools: list[Json]) -> object:
-    """How the model knows the tool that `tool_choice` names; None if it knows none, or several."""
+    """The model's name for the tool that `tool_choice` names; None if there is none, or several."""
     known = [tool["function"]["name"] for tool in chat_tools(tools)]
     if name in known:
         return name
@@ -95,12 +95,12 @@ def chosen_name(name: object, tools: list[Json]) -> object:
 
 
 def custom_arguments(text: object) -> str:
-    """A custom tool's input as the arguments of the function that stands for it."""
+    """A custom tool's input as the arguments of its function."""
     return json.dumps({_INPUT: text if isinstance(text, str) else ""}, ensure_ascii=False)
 
 
 def custom_input(arguments: str) -> str:
-    """The input in a function's arguments; all of them, where they have another form."""
+    """The input in a function's arguments; the arguments themselves if they have another form."""
     try:
         text = obj(json.loads(arguments)).get(_INPUT)
     except (ValueError, RecursionError):
@@ -109,14 +109,14 @@ def custom_input(arguments: str) -> str:
 
 
 class InputReader:
-    """Reads a custom tool's input out of arguments that come in pieces, each piece once."""
+    """Reads a custom tool's input out of arguments that come in pieces."""
 
     def __init__(self) -> None:
         self._opened = False
         self._rest = ""
 
     def feed(self, piece: str) -> str:
-        """What the piece adds to the input."""
+        """The part of the input that a piece adds."""
         self._rest += piece
         if not self._opened:
             opening = _OPENING.match(self._rest)
@@ -132,7 +132,7 @@ class InputReader:
 
 
 class ToolNames:
-    """How the client knows the functions that the model calls."""
+    """The client's names for the functions that the model calls."""
 
     def __init__(self, body: Json) -> None:
         tools = objects(body.get("tools"))
@@ -145,11 +145,11 @@ class ToolNames:
         }
 
     def is_custom(self, name: object) -> bool:
-        """Whether the function stands for a custom tool."""
+        """Whether the function is a custom tool."""
         return name in self._custom
 
     def item(self, item_id: str, call_id: object, name: object, status: str) -> Json:
-        """The item of a call, as yet without its arguments or its input."""
+        """The item of a call, without its arguments or its input."""
         if self.is_custom(name):
             return {
                 "call_id": call_id,
@@ -174,7 +174,7 @@ class ToolNames:
 
 
 def _whole(text: str) -> str:
-    """The text with a mark for every half of a character that lacks its other half."""
+    """The text with a replacement for every half of a surrogate pair without the other half."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -1,4 +1,4 @@
-"""What a dialect says about one request that another route may serve."""
+"""A request in another wire format, translated for the chat route."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ class Translation:
     """A request in chat form, and whether the chat route serves it exactly."""
 
     chat: Json
-    """What is recorded, linked and judged; and what the engine gets when `native` is None."""
+    """This is recorded, linked and judged. If `native` is None, the engine gets it too."""
     native: str | None
-    """Why the request must be relayed as it is, so that its tokens are not known; or None."""
+    """Why the request must be relayed unchanged, so that its tokens are not known; or None."""

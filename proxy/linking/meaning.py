@@ -1,8 +1,8 @@
-"""What an assistant message means, however an agent writes it down when it sends it back.
+"""What an assistant message means, whichever way an agent writes it when it sends it back.
 
-Agents strip thoughts, rename tool calls, write arguments anew, and cut one reply into several
-messages or make one message of two. So replies are compared as one text and one row of calls, in
-which no message begins or ends.
+Agents strip thoughts, rename tool calls, reformat arguments, and split one reply into several
+messages or join two into one. So replies are compared as one text and one list of calls, without
+the borders between messages.
 """
 
 from __future__ import annotations
@@ -19,61 +19,48 @@ from nextstate.thoughts import without_thoughts
 from nextstate.wire import obj, objects
 
 _NOTHING = ("", "null", "{}", "[]")
-"""Arguments that say that there are none."""
+"""Ways to write that a call has no arguments."""
 _NUMBER = "\0"
-"""Before a number's spelling, which else were a text's."""
+"""Stands before the spelling of a number, so that no text equals it."""
 _LONGEST_NUMBER = 400
 _LONGEST_JSON = 1 << 20
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")
 
 
-class Meant(NamedTuple):
-    """What one assistant message means."""
+class Meaning(NamedTuple):
+    """What one assistant message means; equal for all messages that mean the same."""
 
     text: bytes
-    """Without thoughts and white space: what comes in one text may go back in several parts."""
-    calls: tuple[bytes, ...]
-    """Each with its name and arguments; without its id, which agents change."""
-
-    @property
-    def size(self) -> int:
-        """How much there is to tell it from others, in bytes."""
-        return len(self.text) + sum(map(len, self.calls))
+    """Without thoughts and white space: an agent may send one text back in several parts."""
+    calls: bytes
+    """A 16-byte digest of each call's name and arguments; call ids do not count."""
+    size: int
+    """How many bytes of text, names and arguments tell this message from others."""
 
 
-def meant(message: Json) -> Meant:
-    """The parts of an assistant message that survive an agent's history."""
-    text = "".join(without_thoughts(_text(message)).split())
+def meaning_of(message: Json) -> Meaning:
+    """The parts of an assistant message that an agent's history keeps."""
+    text = "".join(without_thoughts(_text(message)).split()).encode(errors="surrogatepass")
     given = objects(message.get("tool_calls"))
     called = [call.get("function") or call.get("custom") for call in given]
     called.append(message.get("function_call"))
-    calls = (_call(function) for found in called if (function := obj(found)))
-    return Meant(text.encode(errors="surrogatepass"), tuple(calls))
+    calls = [_call(function) for found in called if (function := obj(found))]
+    digests = b"".join(hashlib.blake2b(call, digest_size=16).digest() for call in calls)
+    return Meaning(text, digests, len(text) + sum(map(len, calls)))
 
 
-def canonical_reply(message: Json) -> bytes:
-    """The same bytes for all messages that mean the same."""
-    text, calls = meant(message)
-    return b"\0".join([text, *calls])
+def key_of(replies: Sequence[Meaning], scope: bytes = b"") -> bytes:
+    """A 16-byte key of replies that follow each other; it is the same if they are split anew.
 
-
-def key_of(said: Sequence[Meant]) -> bytes:
-    """The key of what messages mean one after the other: the same if they are cut anew.
-
-    An empty message in between is nothing; at the end it is a reply of its own.
+    An empty message between others adds nothing. At the end it counts as a reply. Keys of different
+    scopes are different.
     """
-    texts, calls = hashlib.blake2b(digest_size=16), hashlib.blake2b(digest_size=16)
-    for message in said:
-        texts.update(message.text)
-        for call in message.calls:
-            calls.update(hashlib.blake2b(call, digest_size=16).digest())
-    end = b"" if said[-1].size else b"empty"
-    return hashlib.blake2b(texts.digest() + calls.digest() + end, digest_size=16).digest()
-
-
-def meant_in(history: Sequence[Json]) -> list[Meant]:
-    """What the assistant messages of a history mean."""
-    return [meant(message) for message in history if message.get("role") == "assistant"]
+    calls = b"".join([reply.calls for reply in replies])
+    head = b"%b%d %d %b" % (scope, replies[-1].size == 0, len(calls), calls)
+    digest = hashlib.blake2b(head, digest_size=16)
+    for reply in replies:
+        digest.update(reply.text)
+    return digest.digest()
 
 
 def _text(message: Json) -> str:
@@ -81,8 +68,9 @@ def _text(message: Json) -> str:
     parts = objects(content)
     if parts:
         content = [part for part in parts if part.get("type") not in _THOUGHT_PARTS]
-    refusals = [{"text": said.get("refusal")} for said in (*parts, message)]
-    return text_of(content) or text_of(refusals)
+    if text := text_of(content):
+        return text
+    return text_of([{"text": part.get("refusal")} for part in (*parts, message)])
 
 
 def _call(function: Json) -> bytes:
@@ -102,7 +90,7 @@ def canonical_arguments(arguments: object) -> str:
         if isinstance(value, str) and not value.startswith(_NUMBER):
             value = _parsed(value) if value.strip() else None  # JSON within a JSON text
         found = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    except (ValueError, RecursionError):  # cut, or deeper than anybody means it
+    except (ValueError, RecursionError):  # cut short, or nested too deep
         found = "".join(arguments.split()) if isinstance(arguments, str) else "not JSON"
     return "" if found in _NOTHING else found
 
@@ -123,9 +111,9 @@ def _rounded(text: str) -> str:
 
 
 def _number(text: str) -> str:
-    """One spelling for all that are equal: `_NUMBER`, significant digits, exponent of ten.
+    """One spelling for all equal numbers: `_NUMBER`, significant digits, exponent of ten.
 
-    No digit is lost: whole numbers that no float tells apart stay apart.
+    All digits stay: whole numbers that are equal as floats get different spellings.
     """
     if len(text) > _LONGEST_NUMBER:
         return _NUMBER + text

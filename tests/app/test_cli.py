@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from nextstate.app import stages
 from nextstate.app.cli import main
+from nextstate.app.engine_access import engine_file
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
+from nextstate.app.stages import wait_for_engine
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.store.test_records import add, judge, turn
 
 
@@ -30,7 +31,7 @@ def config(tmp_path: Path) -> Path:
     store = Store(StoreConfig(dir=f"{tmp_path}/state"))
     add(store, turn(0), turn(1))
     judge(store, 0, -1, hint="Be brief.")
-    store.add_version(PolicyVersion("main", 1, 0, "/a", "ff", 16, VersionState.CANDIDATE), None)
+    store.versions.add(PolicyVersion("main", 1, 0, "/a", "ff", 16, VersionState.CANDIDATE), None)
     store.close()
     return file
 
@@ -53,14 +54,6 @@ def test_turns_are_one_json_object_a_line_with_the_documented_keys(
     assert second["verdict"] is second["feedback"] is None
     assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
     assert [line.split()[0] for line in lines(capsys)] == ["turn_1"]
-
-
-def test_versions_are_one_json_object_a_line(
-    config: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert main(["versions", "--json", "--config", str(config)]) == 0
-    assert json.loads(lines(capsys)[0])["state"] == "candidate"
-    assert main(["versions", "--config", str(config)]) == 0
 
 
 def newest(config: Path, capsys: pytest.CaptureFixture[str]) -> Json:
@@ -100,7 +93,7 @@ def test_feedback_that_comes_too_late_says_so(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(StoreConfig(dir=f"{config.parent}/state"))
-    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
     store.close()
     assert main(["feedback", "turn_0", "--score", "1", "--config", str(config)]) == 0
     (line,) = lines(capsys)
@@ -121,14 +114,14 @@ def test_feedback_names_a_turn_or_a_session(capsys: pytest.CaptureFixture[str]) 
 def chain(config: Path) -> Path:
     """The same store with a trained version 2, which serves, and a rejected version 3."""
     store = Store(Settings.read(config).store)
-    store.set_serving("main", 1)
-    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.versions.set_serving("main", 1)
+    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
     metrics = {"score/mean": -1.0, "step/kl": 0.00456, "gate/kl_base": 0.12, "gate/rank": 0.0204}
     state = VersionState.CANDIDATE
-    store.add_version(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")
-    store.set_serving("main", 2)
+    store.versions.add(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")
+    store.versions.set_serving("main", 2)
     state = VersionState.REJECTED
-    store.add_version(PolicyVersion("main", 3, 2, None, None, 1, state, {}, "too far"), None)
+    store.versions.add(PolicyVersion("main", 3, 2, None, None, 1, state, {}, "too far"), None)
     store.close()
     return config
 
@@ -202,8 +195,8 @@ def test_status_shows_how_the_judge_agrees_with_people(
     # (2·3 + 1·1) / 16, so kappa is (12/16 - 7/16) / (9/16) = 5/9.
     for number, voted, said in ((2, 1, 1), (3, 1, 1), (4, 0, 0), (5, 1, -1)):
         judge(store, number, voted)
-        store.give_feedback(Feedback(f"turn_{number}", said))
-    store.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
+        store.judging.give_feedback(Feedback(f"turn_{number}", said))
+    store.judging.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
     store.close()
     assert main(["status", "--json", "--config", str(config)]) == 0
     expected = {"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}
@@ -230,7 +223,7 @@ def test_status_shows_how_the_judge_agrees_with_people(
         (["judge"], "nextstate up"),
     ],
 )
-def test_what_cannot_be_done_is_one_line_and_exit_code_2(
+def test_an_error_is_one_line_and_exit_code_2(
     config: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], expected: str
 ) -> None:
     assert main([*arguments, "--config", str(config)]) == 2
@@ -282,9 +275,7 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
     assert (trained, counted) == (lineages, [len(lineages)])
 
 
-def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(
-    config: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(config: Path) -> None:
     asked: list[str] = []
 
     class Starting(BaseHTTPRequestHandler):
@@ -294,20 +285,19 @@ def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(
             self.end_headers()
 
     settings = Settings.read(config)
-    monkeypatch.setattr(stages, "_LOOK_S", 0.01)
-    stages._wait_for_engine(settings, threading.Event())  # no engine runs
+    wait_for_engine(settings, threading.Event())  # no engine runs
     with HTTPServer(("127.0.0.1", 0), Starting) as server:
         threading.Thread(target=server.serve_forever).start()
         url = f"http://127.0.0.1:{server.server_port}"
-        stages.engine_file(settings).write_text(json.dumps({"url": url}))
-        stages._wait_for_engine(settings, threading.Event())
+        engine_file(settings).write_text(json.dumps({"url": url}))
+        wait_for_engine(settings, threading.Event(), poll_s=0.01)
         server.shutdown()
     assert asked == ["/health"] * 3
 
 
 def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
     add_lineages(config)
-    assert list(Stack(Settings.read(config)).parts) == ["proxy", "judge", "learner", "engine"]
+    assert list(Stack(Settings.read(config)).children) == ["proxy", "judge", "learner", "engine"]
 
 
 def add_lineages(config: Path) -> None:

@@ -1,4 +1,4 @@
-"""Log files stay short while their parts go on writing, and nobody reads a whole one."""
+"""Log files stay short while processes write to them, and only their end is read."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nextstate.app import logs, supervisor
-from nextstate.app.logs import rotate, tail
-from nextstate.app.supervisor import Part, Supervisor
+from nextstate.app.log_files import rotate, tail
+from nextstate.app.supervisor import Child, Supervisor, Timing
 from tests.app.test_supervisor import until
 
 WRITES = """
@@ -20,7 +19,7 @@ for number in range(10**9):
 """
 
 
-def test_a_log_is_moved_away_once_it_is_long_and_its_writer_goes_on(tmp_path: Path) -> None:
+def test_a_long_log_is_moved_and_its_writer_continues(tmp_path: Path) -> None:
     file = tmp_path / "part.log"
     with file.open("ab", buffering=0) as writer:  # as the supervisor opens it
         for turn in range(6):
@@ -32,7 +31,7 @@ def test_a_log_is_moved_away_once_it_is_long_and_its_writer_goes_on(tmp_path: Pa
     assert kept == {"part.log": b"l", "part.log.1": b"5", "part.log.2": b"4", "part.log.3": b"3"}
 
 
-def test_of_a_log_that_grew_too_fast_the_newest_lines_are_kept(tmp_path: Path) -> None:
+def test_the_newest_lines_of_a_fast_growing_log_are_kept(tmp_path: Path) -> None:
     file = tmp_path / "part.log"
     file.write_bytes(b"old" * 1000 + b"new" * 10)
     assert rotate(file, 30)
@@ -40,7 +39,7 @@ def test_of_a_log_that_grew_too_fast_the_newest_lines_are_kept(tmp_path: Path) -
     assert not rotate(tmp_path / "none.log", 30)
 
 
-def test_a_log_without_room_for_a_copy_is_cut_all_the_same(
+def test_a_log_is_truncated_even_without_room_for_a_copy(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "part.log"
@@ -52,7 +51,7 @@ def test_a_log_without_room_for_a_copy_is_cut_all_the_same(
     assert "no copy could be made: [Errno 28]" in caplog.text
 
 
-def test_the_tail_is_short_however_long_the_log(tmp_path: Path) -> None:
+def test_the_tail_of_a_long_log_is_short(tmp_path: Path) -> None:
     file = tmp_path / "part.log"
     file.write_bytes(b"earlier\n" + b"x" * (5 << 20) + b"\nlast words")
     assert tail(file).endswith("last words")
@@ -61,18 +60,16 @@ def test_the_tail_is_short_however_long_the_log(tmp_path: Path) -> None:
     assert tail(file, 10**9).endswith("last words")  # rotated meanwhile
 
 
-def test_a_part_that_writes_without_end_fills_no_disk(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor, "LOOK_AT_LOGS_S", 0.01)
-    monkeypatch.setattr(logs.rotate, "__defaults__", (50_000,))
+def test_a_child_that_writes_without_end_fills_no_disk(tmp_path: Path) -> None:
     file = tmp_path / "logs" / "part.log"
 
     async def run() -> None:
-        keeper = Supervisor([Part("part", [sys.executable, "-c", WRITES], file)])
+        child = Child("part", [sys.executable, "-c", WRITES], file)
+        timing = Timing(rotate_s=0.01, max_log_bytes=50_000)
+        keeper = Supervisor([child], timing=timing)
         running = asyncio.create_task(keeper.run())
         await until((tmp_path / "logs" / "part.log.3").exists)
-        keeper.stop()
+        keeper.stopping.set()
         await running
 
     asyncio.run(run())

@@ -1,218 +1,22 @@
-"""What a person put into service stays: no publication, at any moment, undoes their choice."""
+"""A rollback during training, with real training steps, stays in service."""
 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
-import sqlite3
 import threading
 from collections.abc import Callable
-from contextlib import closing
-from itertools import pairwise
 from pathlib import Path
-from random import Random
-from typing import cast
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from learner import stage
 from learner.trainer import PolicyTrainer
-from nextstate.config import StoreConfig
-from nextstate.engine.client import EngineClient, publish, publish_candidate, withdraw
+from nextstate.engine.client import publish_candidate
 from nextstate.errors import EngineError
-from nextstate.records import PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.records import PolicyVersion
+from nextstate.store.versions import Versions
+from tests.engine.test_publishing import Engine, states
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
-
-_processes = multiprocessing.get_context("spawn")
-CANDIDATE, SERVING, RETIRED = (
-    VersionState.CANDIDATE, VersionState.SERVING, VersionState.RETIRED,
-)  # fmt: skip
-
-
-def candidate(number: int, parent: int) -> PolicyVersion:
-    return PolicyVersion("main", number, parent, f"/a/{number}", "ff", 1, CANDIDATE)
-
-
-def states(store: Store) -> list[tuple[int, str]]:
-    return [(v.number, v.state.value) for v in store.versions("main")]
-
-
-class Engine:
-    """One that knows every adapter and calls `during` while it is asked for one."""
-
-    def __init__(self, during: Callable[[str], None] = lambda _: None) -> None:
-        self.unloaded: list[str] = []
-        self.probed: list[str] = []
-        self._during = during
-
-    async def holds(self, name: str, path: str) -> bool:
-        return True
-
-    async def probe(self, name: str) -> None:
-        self.probed.append(name)
-        self._during(name)
-
-    async def unload_adapter(self, name: str) -> None:
-        self.unloaded.append(name)
-
-    @property
-    def client(self) -> EngineClient:
-        return cast(EngineClient, self)
-
-
-@pytest.fixture
-def chain(store: Store) -> Store:
-    """Versions 1 and 2, of which 2 serves, and 3, made from 2, waits to be published."""
-    for number in (1, 2):
-        store.add_version(candidate(number, number - 1), None)
-        assert store.serve_candidate(candidate(number, number - 1))
-    store.add_version(candidate(3, 2), None)
-    return store
-
-
-@pytest.mark.parametrize("chosen", [0, 1, 2])
-def test_a_candidate_made_before_a_person_chose_never_serves_by_itself(
-    chain: Store, chosen: int
-) -> None:
-    chain.set_serving("main", chosen)
-    engine = Engine()
-    asyncio.run(publish_candidate(chain, engine.client, candidate(3, 2)))
-    assert chain.serving("main").number == chosen
-    assert chain.overtaken(candidate(3, 2))
-    third = chain.versions("main")[-1]
-    assert third.state is RETIRED
-    assert f"version {chosen} was put into service" in (third.reason or "")
-    asyncio.run(publish(chain, engine.client, third))  # unless they choose it themselves
-    assert chain.serving("main").number == 3
-
-
-def test_a_rollback_while_the_candidate_is_loaded_stays_and_its_adapter_is_unloaded(
-    chain: Store,
-) -> None:
-    engine = Engine(lambda _: chain.set_serving("main", 1))
-    third = candidate(3, 2)
-    assert not chain.overtaken(third)
-    asyncio.run(publish_candidate(chain, engine.client, third))
-    assert states(chain) == [(1, "serving"), (2, "retired"), (3, "retired")]
-    assert engine.unloaded == [third.adapter_name]
-
-
-def test_a_candidate_of_a_version_that_was_withdrawn_meanwhile_never_serves(chain: Store) -> None:
-    second = chain.version("main", 2)
-    assert second is not None
-    asyncio.run(withdraw(chain, Engine().client, second))
-    assert chain.overtaken(candidate(3, 2))
-    asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
-    assert states(chain) == [(1, "serving"), (2, "rejected"), (3, "retired")]
-
-
-def test_a_candidate_that_a_person_puts_into_service_counts_as_published(chain: Store) -> None:
-    chain.set_serving("main", 3)
-    for _ in range(2):
-        assert not chain.overtaken(candidate(3, 2))
-        asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
-    assert chain.serving("main").number == 3
-
-
-def test_a_serving_version_is_not_rejected_behind_its_back(chain: Store) -> None:
-    """Else no version served, and the base answered in its place."""
-    chain.set_serving("main", 1)
-    assert not chain.reject_version("main", 1, "seen as retired before")
-    assert chain.serving("main").number == 1
-    assert chain.reject_version("main", 3, "no use")
-
-
-@settings(deadline=None, max_examples=40)
-@given(st.lists(st.sampled_from(["person", "made", "publish", "withdraw", "reject"]), max_size=12),
-       st.randoms(use_true_random=False))  # fmt: skip
-def test_in_any_order_one_version_serves_and_training_replaces_only_a_parent(
-    tmp_path_factory: pytest.TempPathFactory, acts: list[str], random: Random
-) -> None:
-    store = Store(StoreConfig(dir=str(tmp_path_factory.mktemp("s"))))
-    made: list[PolicyVersion] = []
-    chosen: int | None = None
-    for act in acts:
-        before = store.serving("main").number
-        if act == "made":
-            parent = random.choice([0, before, *(v.number for v in made)])
-            made.append(candidate(len(made) + 1, parent))
-            store.add_version(made[-1], None)
-        elif act == "person":
-            chosen = random.choice([0, *(v.number for v in made)])
-            store.set_serving("main", chosen)
-            assert store.serving("main").number == chosen
-        elif made:
-            version = random.choice(made)
-            if act == "publish":
-                served = store.serve_candidate(version)
-                assert served == (store.serving("main").number == version.number)
-                assert before in (version.number, version.parent) or not served
-            elif act == "withdraw":
-                store.replace_serving(version, 0)
-                assert store.serving("main").number == (0 if before == version.number else before)
-            else:
-                store.reject_version("main", version.number, "why")
-                assert store.serving("main").number == before
-        assert sum(state == "serving" for _, state in states(store)) <= 1
-    store.close()
-
-
-_AUDIT = """
-CREATE TABLE flips (seq INTEGER PRIMARY KEY, number INTEGER);
-CREATE TRIGGER flipped AFTER UPDATE OF state ON versions WHEN new.state = 'serving'
-BEGIN INSERT INTO flips (number) VALUES (new.number); END;
-"""
-_MADE_BEFORE = 4
-
-
-def choose(folder: str, seed: int, times: int) -> None:
-    """A person who goes to and fro among the first versions."""
-    store, random = Store(StoreConfig(dir=folder)), Random(seed)
-    for _ in range(times):
-        store.set_serving("main", random.randint(1, _MADE_BEFORE))
-    store.close()
-
-
-def learn(folder: str, times: int) -> None:
-    """A learner without training: it makes a version of what serves and publishes it."""
-    store = Store(StoreConfig(dir=folder))
-    for number in range(_MADE_BEFORE + 1, _MADE_BEFORE + 1 + times):
-        version = candidate(number, store.serving("main").number)
-        store.add_version(version, None)
-        asyncio.run(publish_candidate(store, Engine().client, version))
-    store.close()
-
-
-def test_processes_that_race_never_replace_what_a_person_chose(tmp_path: Path) -> None:
-    folder = str(tmp_path / "state")
-    store = Store(StoreConfig(dir=folder))
-    for number in range(1, _MADE_BEFORE + 1):
-        store.add_version(candidate(number, number - 1), None)
-    with closing(sqlite3.connect(tmp_path / "state/nextstate.sqlite3")) as file:
-        file.executescript(_AUDIT)
-    store.set_serving("main", 1)
-    racing = [_processes.Process(target=choose, args=(folder, seed, 30)) for seed in (1, 2)]
-    racing.append(_processes.Process(target=learn, args=(folder, 30)))
-    for process in racing:
-        process.start()
-    for process in racing:
-        process.join()
-        assert process.exitcode == 0
-    with closing(sqlite3.connect(tmp_path / "state/nextstate.sqlite3")) as file:
-        flips = [row[0] for row in file.execute("SELECT number FROM flips ORDER BY seq")]
-    parents = {v.number: v.parent for v in store.versions("main")}
-    learned = [(old, new) for old, new in pairwise(flips) if new > _MADE_BEFORE]
-    assert [old for old, _ in learned] == [parents[new] for _, new in learned]
-    assert len(flips) >= 60
-    left = [v for v in store.versions("main") if v.number > _MADE_BEFORE]
-    assert {v.state for v in left} <= {SERVING, RETIRED}
-    store.close()
-
-
-# With real steps of training
 
 
 @pytest.fixture(scope="module")
@@ -253,20 +57,20 @@ def test_a_rollback_during_an_update_stays_and_training_goes_on_from_it(
 ) -> None:
     loop = Loop(tmp_path / "state", model_path, wanted=4)
     loop.recorded.add_mixed(16 * 4)
-    step, steps = PolicyTrainer.training_step, []
+    update, updates = PolicyTrainer.update, []
 
-    def roll_back_then_step(self: PolicyTrainer, *arguments: object) -> object:
-        steps.append(self)
-        if len(steps) == 3:
-            loop.store.set_serving("main", 1)
-        return step(self, *arguments)
+    def roll_back_then_update(self: PolicyTrainer, *arguments: object) -> object:
+        updates.append(self)
+        if len(updates) == 3:
+            loop.store.versions.set_serving("main", 1)
+        return update(self, *arguments)
 
-    monkeypatch.setattr(PolicyTrainer, "training_step", roll_back_then_step)
+    monkeypatch.setattr(PolicyTrainer, "update", roll_back_then_update)
     loop.run()
-    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions("main")] == [
+    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions.all("main")] == [
         (1, 0, "retired"), (2, 1, "retired"), (3, 2, "retired"), (4, 1, "serving"),
     ]  # fmt: skip
-    third = loop.store.versions("main")[2]
+    third = loop.store.versions.all("main")[2]
     assert "version 1 was put into service" in (third.reason or "")
     assert third.adapter_name not in loop.engine.probed  # nothing was loaded for it
     assert loop.recorded.states() == {"trained": 64}
@@ -286,10 +90,10 @@ def test_a_learner_that_starts_again_publishes_nothing_over_a_rollback(
     loop.stop.clear()
     loop.run(down)
     assert states(loop.store) == [(1, "retired"), (2, "serving"), (3, "candidate")]
-    loop.store.set_serving("main", 1)
+    loop.store.versions.set_serving("main", 1)
     loop.recorded.add_mixed(16)
     loop.restart(wanted=4)
-    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions("main")] == [
+    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions.all("main")] == [
         (1, 0, "retired"), (2, 1, "retired"), (3, 2, "retired"), (4, 1, "serving"),
     ]  # fmt: skip
 
@@ -309,13 +113,13 @@ def test_a_version_whose_batch_was_not_settled_yet_serves_only_if_nobody_chose_a
 
     loop.stop.clear()
     with monkeypatch.context() as patched:
-        patched.setattr(Store, "add_version", die)
+        patched.setattr(Versions, "add", die)
         with pytest.raises(Killed):
             loop.run()
-    loop.store.set_serving("main", 1)
+    loop.store.versions.set_serving("main", 1)
     loop.recorded.add_mixed(16)
     loop.restart(wanted=4)
-    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions("main")] == [
+    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions.all("main")] == [
         (1, 0, "retired"), (2, 1, "retired"), (3, 2, "retired"), (4, 1, "serving"),
     ]  # fmt: skip
     assert loop.recorded.states() == {"trained": 64}

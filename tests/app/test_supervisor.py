@@ -1,4 +1,4 @@
-"""Parts are restarted, explained and ended without leaving anything behind."""
+"""Child processes are restarted, explained and ended, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nextstate.app import supervisor
-from nextstate.app.parts import read_parts, write_parts
-from nextstate.app.supervisor import Part, Supervisor, end, start
-from nextstate.config import EngineConfig
-from nextstate.engine.process import cause_of_death, command, environment, free_port, port_is_free
+from nextstate.app.child_states import read_child_states, write_child_states
+from nextstate.app.supervisor import Backoff, Child, Supervisor, Timing, end, start
+from nextstate.engine.process import cause_of_death
 from nextstate.errors import StartError
 
+FAST = Timing(first_pause_s=0.01, poll_s=0.01)
 
-def part(tmp_path: Path, code: str, log_file: Path | None = None, **more: object) -> Part:
+
+def child_of(tmp_path: Path, code: str, log_file: Path | None = None, **more: object) -> Child:
     argv = [sys.executable, "-c", code]
-    log_file = log_file or tmp_path / "part.log"
-    return Part("part", argv, log_file, **more)  # pyright: ignore[reportArgumentType]
+    log_file = log_file or tmp_path / "child.log"
+    return Child("child", argv, log_file, **more)  # pyright: ignore[reportArgumentType]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -46,11 +46,9 @@ WITH_WORKER = (
 )
 
 
-def test_a_killed_part_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
-
+def test_a_killed_child_is_restarted(tmp_path: Path) -> None:
     async def run() -> None:
-        child = part(tmp_path, SLEEP)
+        child = child_of(tmp_path, SLEEP)
         keeper = Supervisor([child])
         running = asyncio.create_task(keeper.run())
         for times in (1, 2, 3):
@@ -58,17 +56,17 @@ def test_a_killed_part_comes_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             assert child.process is not None
             if times < 3:
                 os.kill(child.process.pid, signal.SIGKILL)
-        assert child.restarts == 2
-        keeper.stop()
+        assert child.starts == 3
+        keeper.stopping.set()
         await running
-        assert not child.running
+        assert child.process.returncode is not None
 
     asyncio.run(run())
 
 
-def test_ending_a_part_ends_the_workers_it_left(tmp_path: Path) -> None:
+def test_ending_a_child_ends_its_workers(tmp_path: Path) -> None:
     async def run() -> None:
-        child = part(tmp_path, WITH_WORKER)
+        child = child_of(tmp_path, WITH_WORKER)
         await start(child)
         await until(lambda: "\n" in text(child.log_file))
         worker = psutil.Process(int(text(child.log_file)))
@@ -78,15 +76,11 @@ def test_ending_a_part_ends_the_workers_it_left(tmp_path: Path) -> None:
     asyncio.run(run())
 
 
-def test_a_part_comes_back_though_its_log_was_removed_or_it_cannot_be_started_for_now(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
-
+def test_a_child_is_restarted_without_its_log_and_after_a_failed_start(tmp_path: Path) -> None:
     async def run() -> None:
-        child = part(tmp_path, SLEEP, tmp_path / "logs" / "part.log", was_ready=True)
+        child = child_of(tmp_path, SLEEP, tmp_path / "logs" / "child.log", was_ready=True)
         states: list[str] = []
-        keeper = Supervisor([child], lambda: states.append(child.state))
+        keeper = Supervisor([child], lambda: states.append(child.state), timing=FAST)
         running = asyncio.create_task(keeper.run())
         await until(lambda: "up" in text(child.log_file))
         child.log_file.unlink()
@@ -94,32 +88,33 @@ def test_a_part_comes_back_though_its_log_was_removed_or_it_cannot_be_started_fo
         child.log_file.parent.write_text("a file where the folder was")
         assert child.process is not None
         os.kill(child.process.pid, signal.SIGKILL)
-        await until(lambda: any("part cannot be started: [Errno" in state for state in states))
+        await until(lambda: any("child cannot be started: [Errno" in state for state in states))
         child.log_file.parent.unlink()
         await until(lambda: "up" in text(child.log_file))
-        keeper.stop()
+        keeper.stopping.set()
         await running
 
     asyncio.run(run())
 
 
-def test_a_part_that_cannot_even_be_started_says_why(tmp_path: Path) -> None:
+def test_a_child_without_a_log_says_why_it_cannot_be_started(tmp_path: Path) -> None:
     (tmp_path / "logs").write_text("")
-    child = part(tmp_path, SLEEP, tmp_path / "logs" / "part.log")
-    with pytest.raises(StartError, match=r"part cannot be started: .*logs"):
+    child = child_of(tmp_path, SLEEP, tmp_path / "logs" / "child.log")
+    with pytest.raises(StartError, match=r"child cannot be started: .*logs"):
         asyncio.run(Supervisor([child]).run())
 
 
-def test_a_part_that_cannot_start_ends_everything_with_its_own_words(tmp_path: Path) -> None:
+def test_a_child_that_cannot_start_ends_everything_with_its_message(tmp_path: Path) -> None:
     async def run() -> None:
-        other = part(tmp_path, SLEEP)
+        other = child_of(tmp_path, SLEEP)
         other.log_file = tmp_path / "other.log"
         code = (
             "import sys; print('nextstate: [proxy] port is in use', file=sys.stderr); sys.exit(2)"
         )
         with pytest.raises(StartError, match=r"^\[proxy\] port is in use$"):
-            await Supervisor([other, part(tmp_path, code)]).run()
-        assert not other.running
+            await Supervisor([other, child_of(tmp_path, code)]).run()
+        assert other.process is not None
+        assert other.process.returncode is not None
 
     asyncio.run(run())
 
@@ -130,48 +125,41 @@ REFUSE = (
 )
 
 
-def test_a_part_that_only_a_person_can_help_rests_and_the_others_go_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_child_that_needs_a_person_is_paused_and_the_others_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
     config = tmp_path / "nextstate.toml"
     config.write_text("")
 
     async def run() -> None:
-        other = part(tmp_path, SLEEP, log_file=tmp_path / "other.log", was_ready=True)
-        refusing = part(tmp_path, REFUSE, was_ready=True, watched=[config])
-        said: list[str] = []
-        keeper = Supervisor([other, refusing], lambda: said.append(refusing.state))
+        other = child_of(tmp_path, SLEEP, log_file=tmp_path / "other.log", was_ready=True)
+        refusing = child_of(tmp_path, REFUSE, was_ready=True, retry_on_change=[config])
+        states: list[str] = []
+        keeper = Supervisor([other, refusing], lambda: states.append(refusing.state), timing=FAST)
         running = asyncio.create_task(keeper.run())
         await until(lambda: refusing.state.startswith("stopped"))
         assert "[learner] drift_limit is too small; tried again when" in refusing.state
         assert refusing.state.endswith("nextstate.toml changes, or in 10 min")
-        assert said[-1] == refusing.state
+        assert states[-1] == refusing.state
         await until(lambda: "up" in text(other.log_file))
-        assert (refusing.starts, other.running, other.state) == (1, True, "up")
+        assert (refusing.starts, other.starts, other.state) == (1, 1, "up")
         config.write_text("[learner]\ndrift_limit = 0.2\n")
         await until(lambda: refusing.starts == 2)
         await until(lambda: refusing.state.startswith("stopped"))
         assert refusing.state.endswith("or in 20 min")
-        keeper.stop()
+        keeper.stopping.set()
         await running
 
     asyncio.run(run())
     assert sum("stopped, the others go on" in r.getMessage() for r in caplog.records) == 2
 
 
-def test_a_part_rests_no_longer_once_what_it_follows_starts_anew(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(supervisor, "FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr(supervisor, "_LOOK_S", 0.01)
-
+def test_a_paused_child_is_started_when_the_engine_restarts(tmp_path: Path) -> None:
     async def run() -> None:
-        engine = part(tmp_path, SLEEP, log_file=tmp_path / "engine.log", was_ready=True)
+        engine = child_of(tmp_path, SLEEP, log_file=tmp_path / "engine.log", was_ready=True)
         engine.name = "engine"
-        refusing = part(tmp_path, REFUSE, was_ready=True, follows=["engine"])
-        keeper = Supervisor([engine, refusing])
+        refusing = child_of(tmp_path, REFUSE, was_ready=True, retry_with=["engine"])
+        keeper = Supervisor([engine, refusing], timing=FAST)
         running = asyncio.create_task(keeper.run())
         await until(lambda: refusing.state.startswith("stopped"))
         await until(lambda: "up" in text(engine.log_file))
@@ -179,117 +167,66 @@ def test_a_part_rests_no_longer_once_what_it_follows_starts_anew(
         assert engine.process is not None
         os.kill(engine.process.pid, signal.SIGKILL)
         await until(lambda: refusing.starts == 2)
-        keeper.stop()
+        keeper.stopping.set()
         await running
 
     asyncio.run(run())
 
 
-def test_a_rest_ends_by_itself_and_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rests: list[float] = []
-
-    async def note(_: Supervisor, part: Part, signs: object, rest_s: float) -> None:
-        rests.append(rest_s)
-        if len(rests) == 8:
-            keeper.stop()
-
-    monkeypatch.setattr(Supervisor, "_rest", note)
-    keeper = Supervisor([part(tmp_path, "raise SystemExit(2)", was_ready=True)])
-    asyncio.run(keeper.run())
-    assert rests == [600, 1200, 2400, 4800, 9600, 19200, 21600, 21600]
+def test_pauses_double_up_to_the_longest_and_start_over_after_a_long_run() -> None:
+    refusals = Backoff(600, 6 * 3600)
+    pauses = [refusals.pause_s(1) for _ in range(8)]
+    assert pauses == [600, 1200, 2400, 4800, 9600, 19200, 21600, 21600]
+    assert [refusals.pause_s(ran_s) for ran_s in (21600, 21601, 1)] == [21600, 600, 1200]
+    restarts = Backoff(1, 30, steady_s=60)
+    assert [restarts.pause_s(ran_s) for ran_s in (1, 59, 60, 61, 1)] == [1, 2, 4, 1, 2]
 
 
-def test_what_parts_do_is_told_only_while_the_supervisor_lives(tmp_path: Path) -> None:
-    assert read_parts(tmp_path) == {}
-    write_parts(tmp_path, {"learner": "stopped: why"})
-    assert read_parts(tmp_path) == {"learner": "stopped: why"}
-    for broken in ('{"pid": 4194305, "parts": {"learner": "up"}}', "{", '{"pid": "x"}', "[]", ""):
-        (tmp_path / "parts.json").write_text(broken)
-        assert read_parts(tmp_path) == {}
+def test_states_are_shown_only_while_the_supervisor_lives(tmp_path: Path) -> None:
+    assert read_child_states(tmp_path) == {}
+    write_child_states(tmp_path, {"learner": "stopped: why"})
+    assert read_child_states(tmp_path) == {"learner": "stopped: why"}
+    for broken in (
+        '{"supervisor": 4194305, "children": {"learner": "up"}}',
+        "{",
+        '{"supervisor": "x"}',
+        "[]",
+        "",
+    ):
+        (tmp_path / "children.json").write_text(broken)
+        assert read_child_states(tmp_path) == {}
 
 
-def test_an_engine_that_dies_at_start_is_explained_and_names_its_log(tmp_path: Path) -> None:
-    (tmp_path / "part.log").write_text("ValueError: of an earlier run\n")
+def test_an_engine_that_dies_at_start_is_explained_with_its_log(tmp_path: Path) -> None:
+    (tmp_path / "child.log").write_text("ValueError: of an earlier run\n")
 
     async def run() -> None:
-        child = part(
+        child = child_of(
             tmp_path,
             "raise ValueError('no such model')",
-            must_become_ready=True,
             explain=lambda log: f"vLLM ended: {cause_of_death(log)}",
         )
-        with pytest.raises(StartError, match=r"vLLM ended: ValueError: no such model; .*part.log"):
+        with pytest.raises(StartError, match=r"vLLM ended: ValueError: no such model; .*child.log"):
             await Supervisor([child]).run()
 
     asyncio.run(run())
 
 
-def test_an_engine_that_dies_once_it_has_served_is_not_said_to_have_failed_at_its_start(
+def test_an_engine_that_dies_after_it_served_did_not_fail_at_its_start(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def run() -> None:
-        child = part(
+        child = child_of(
             tmp_path,
             "print('OSError: long ago'); raise SystemExit(3)",
-            must_become_ready=True,
             explain=lambda log: f"vLLM ended before it could serve: {cause_of_death(log)}",
             was_ready=True,
         )
-        supervisor = Supervisor([child])
-        running = asyncio.create_task(supervisor.run())
-        await until(lambda: child.restarts > 0)
-        supervisor.stop()
+        keeper = Supervisor([child])
+        running = asyncio.create_task(keeper.run())
+        await until(lambda: child.state.startswith("restarting"))
+        keeper.stopping.set()
         await running
 
     asyncio.run(run())
-    assert "part ended, restarting in 1 s: part ended with code 3; the whole log" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("log", "expected"),
-    [
-        ("INFO ok\napi_server.py: error: unrecognized arguments: --x\n", "unrecognized arguments"),
-        (
-            "(EngineCore pid=1) ERROR 11-22 10:00:00 [core.py:1] ValueError: head size 7\n"
-            "RuntimeError: Engine core initialization failed. See root cause above.\n",
-            "ValueError: head size 7",
-        ),
-        (
-            "(APIServer pid=1) WARNING 11-27 12:00:00 [utils.py:2] fd errors like `OSError: [Errno "
-            "24] Too many open files`. Consider increasing\nRuntimeError: no memory\n"
-            "(APIServer pid=1) INFO 11-27 12:00:01 [launcher.py:3] error: none\n",
-            "RuntimeError: no memory",
-        ),
-        ("", "its log is empty"),
-        ("just words\n", "just words"),
-    ],
-)
-def test_the_cause_of_death_is_the_most_telling_line(log: str, expected: str) -> None:
-    found = cause_of_death(log)
-    assert expected in found
-    assert "pid=" not in found
-
-
-def test_the_engine_is_started_neutrally(tmp_path: Path) -> None:
-    config = EngineConfig(model=str(tmp_path), served_model_name="m", env={"X": "1"})
-    argv = command(config, 5)
-    assert argv[1:4] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
-    assert "--enable-lora" in argv
-    assert argv[argv.index("--generation-config") + 1] == "vllm"
-    own = EngineConfig(model="m", args=("--generation-config", "auto"))
-    assert command(own, 5).count("--generation-config") == 1
-    env = environment(config, {"PATH": "/bin"})
-    assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
-    assert env["PATH"] == "/bin"
-
-
-def test_a_port_in_use_is_noticed() -> None:
-    async def run() -> None:
-        port = free_port()
-        assert port_is_free("127.0.0.1", port)
-        server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", port)
-        assert not port_is_free("127.0.0.1", port)
-        server.close()
-        await server.wait_closed()
-
-    asyncio.run(run())
+    assert "child ended, restarting in 1 s: child ended with code 3; the whole log" in caplog.text

@@ -17,8 +17,6 @@ from benchmarks.gaps import (
     lengths,
     quantile,
     sort_into,
-    touching,
-    worst,
     wrong_versions,
 )
 from benchmarks.marks import ADAPTER, FLIP, GATE, REGISTERED, STEP, Mark, shares, update_of
@@ -107,13 +105,6 @@ def test_every_gap_within_the_windows_counts_once(times: list[float], border: in
     sort_into(windows, [answered(*times)])
     counted = lengths(gap for window in windows for gap in window.gaps)
     assert counted == sorted(b - a for a, b in pairwise(times))
-
-
-def test_only_gaps_that_share_time_with_a_stretch_touch_it() -> None:
-    gaps = [(0.0, 1.0), (1.0, 3.0), (3.0, 4.0)]
-    assert touching(gaps, 1.0, 2.0) == [(1.0, 3.0)]
-    assert worst(touching(gaps, 0.5, 3.5)) == 2.0
-    assert worst(touching(gaps, 5.0, 6.0)) == 0.0
 
 
 @given(st.lists(st.integers(0, 9), min_size=1), st.floats(0.01, 1))

@@ -159,7 +159,7 @@ def test_reactions_are_varied() -> None:
         assert len(seen[domain, Kind.THANKS]) >= 15
 
 
-def test_a_conversation_thanks_and_asks_on_in_one_message() -> None:
+def test_a_conversation_thanks_and_asks_the_next_question_in_one_message() -> None:
     rng = Random(5)
     for _ in range(200):
         tasks = task_stream(Domain.STUDENT, rng.randrange(10**6), held_out=False)
@@ -173,7 +173,7 @@ def test_a_conversation_thanks_and_asks_on_in_one_message() -> None:
         assert following.text.startswith(following.reaction.text)
 
 
-def test_a_conversation_asks_for_a_redo_at_most_as_often_as_it_may() -> None:
+def test_a_conversation_asks_for_at_most_max_redos() -> None:
     rng = Random(6)
     tasks = task_stream(Domain.TEACHER, 6, held_out=False)
     talk = Conversation(tasks, rng, max_exchanges=6, max_redos=1)

@@ -1,4 +1,4 @@
-"""Whose the managed engine is: its key, its door, its environment and the names in it."""
+"""The managed engine's key, the check of it, its environment and the adapters' names in it."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
+from nextstate.app.engine_access import engine_access, engine_file, write_engine_file
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.app.stages import engine_file, engine_key, engine_url, leave_engine
 from nextstate.config import EngineConfig, StoreConfig
 from nextstate.engine.client import EngineClient, ensure_loaded
-from nextstate.engine.key_check import Door
+from nextstate.engine.key_check import KeyCheck
 from nextstate.engine.process import command, managed_key, not_passed, server_environment
 from nextstate.errors import ConfigError, EngineError
 from nextstate.records import PolicyVersion, VersionState
-from nextstate.store.store import Store
-from tests.proxy.test_proxy import add_version, running, until
+from nextstate.store import Store
+from tests.proxy.running_proxy import add_version, running, until
 from tests.scripted_engine import MODEL, adapter, scripted_engine
 
 SHELL = {"VLLM_API_KEY": "elsewhere", "VLLM_LOGGING_LEVEL": "DEBUG", "VLLM_X": "1"}
@@ -36,17 +36,17 @@ def settings(tmp_path: Path) -> Settings:
     return Settings.read(file)
 
 
-def test_each_start_has_a_key_of_its_own_that_no_command_line_tells(
+def test_each_start_has_a_new_key_that_no_command_line_shows(
     settings: Settings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "elsewhere")
-    engines = [Stack(settings).parts["engine"] for _ in range(2)]
+    engines = [Stack(settings).children["engine"] for _ in range(2)]
     keys = [(engine.env or {})["VLLM_API_KEY"] for engine in engines]
     assert len({*keys, "elsewhere"}) == 3
     assert all(len(key) > 30 for key in keys)
     for engine, key in zip(engines, keys, strict=True):
         assert key not in " ".join(engine.argv)
-    others = [part for name, part in Stack(settings).parts.items() if name != "engine"]
+    others = [part for name, part in Stack(settings).children.items() if name != "engine"]
     assert all(key not in (part.env or {}).values() for part in others for key in keys)
 
 
@@ -55,11 +55,11 @@ def test_only_the_owner_can_read_where_the_key_is(settings: Settings) -> None:
     engine_file(settings).chmod(0o644)
     old = os.umask(0)
     try:
-        leave_engine(settings, "http://127.0.0.1:5", "secret")
+        write_engine_file(settings, "http://127.0.0.1:5", "secret")
     finally:
         os.umask(old)
     assert stat.S_IMODE(engine_file(settings).stat().st_mode) == 0o600
-    assert (engine_url(settings), engine_key(settings)) == ("http://127.0.0.1:5", "secret")
+    assert engine_access(settings) == ("http://127.0.0.1:5", "secret")
     assert [path.name for path in engine_file(settings).parent.iterdir()] == ["engine.json"]
 
 
@@ -108,7 +108,7 @@ DOOR = [
 
 
 @pytest.mark.parametrize(("kind", "path", "headers", "status"), DOOR)
-def test_the_door_lets_in_who_has_the_key(
+def test_the_key_check_passes_requests_with_the_key(
     kind: str, path: str, headers: dict[str, str], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("VLLM_API_KEY", "key")
@@ -125,18 +125,18 @@ def test_the_door_lets_in_who_has_the_key(
 
     sent = [(name.encode(), value.encode()) for name, value in headers.items()]
     scope = {"type": kind, "path": path, "headers": sent}
-    asyncio.run(Door(app)(scope, receive, send))
+    asyncio.run(KeyCheck(app)(scope, receive, send))
     assert told[0] == status
     assert (200 in told) == (status == 200)
 
 
-def test_the_engine_starts_behind_the_door() -> None:
+def test_the_engine_starts_with_the_key_check() -> None:
     argv = command(EngineConfig(model="m"), 5)
     module, _, name = argv[argv.index("--middleware") + 1].rpartition(".")
-    assert (module, name) == (Door.__module__, Door.__name__)
+    assert (module, name) == (KeyCheck.__module__, KeyCheck.__name__)
 
 
-def test_a_versions_name_cannot_be_told_before_its_weights_are_there() -> None:
+def test_a_versions_name_cannot_be_guessed_before_its_weights_exist() -> None:
     version = PolicyVersion("main", 3, 2, "/v3", "ab" * 32, 16, VersionState.CANDIDATE)
     assert version.adapter_name == f"main-v000003-{'ab' * 8}"
     assert replace(version, sha256="cd" * 32).adapter_name != version.adapter_name
@@ -187,7 +187,7 @@ def test_what_an_earlier_release_loaded_is_unloaded_and_its_versions_serve(
 ) -> None:
     store = Store(StoreConfig(dir=str(tmp_path / "state")))
     version = add_version(store, tmp_path, 1)
-    store.set_serving("main", 1)
+    store.versions.set_serving("main", 1)
 
     async def test() -> None:
         async with scripted_engine() as engine:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from judge.config import JudgeConfig, plugin_settings
-from judge.stage import votes_on
+from judge.votes import votes_on
 from nextstate.app.settings import Settings
 from nextstate.app.stages import evaluate_judge
 from nextstate.errors import ConfigError, JudgeError, PluginError
@@ -24,7 +24,7 @@ EVIDENCE = Evidence((("user", "Name a river."),), "Nile", (NextState("t", Source
 
 @dataclass
 class Scripted:
-    """Says the same to everyone, or raises, and remembers who asked."""
+    """Always gives the same answer or error, and counts the questions."""
 
     said: Vote | None
     name: str = "scripted"
@@ -55,11 +55,11 @@ def test_the_first_sure_vote_counts_and_nobody_after_it_is_asked() -> None:
     assert last.seeds == []
 
 
-def test_without_a_sure_vote_the_last_one_counts() -> None:
+def test_without_a_sure_vote_the_last_vote_counts() -> None:
     assert asked(Scripted(Vote(1, sure=False)), Scripted(UNSURE)) == UNSURE
 
 
-def test_a_judge_that_fails_passes_on_and_the_last_ones_failure_is_the_chains() -> None:
+def test_after_a_failure_the_next_judge_is_asked_and_the_last_failure_is_raised() -> None:
     assert asked(Scripted(None), Scripted(SURE)) == SURE
     with pytest.raises(JudgeError, match="b has nothing"):
         asked(Scripted(UNSURE, name="a"), Scripted(None, name="b"))
@@ -93,7 +93,7 @@ def test_a_chain_is_loaded_by_the_names_of_its_judges() -> None:
     assert load_judge(("rules",), JudgeSettings()).name == "rules"
     with pytest.raises(PluginError, match="no plugin 'ruels'"):
         load_judge(("ruels", "outcome"), JudgeSettings())
-    with pytest.raises(PluginError, match="names no judge"):
+    with pytest.raises(PluginError, match="is not a judge"):
         load_plugin("judges", "chain", JudgeSettings())
 
 
@@ -108,7 +108,7 @@ def test_engine_and_litellm_cannot_share_their_keys() -> None:
         JudgeConfig(kind="engine,rules,litellm")
 
 
-def test_litellm_does_not_take_the_engine_for_its_provider() -> None:
+def test_litellm_does_not_use_the_engine_as_its_provider() -> None:
     given = plugin_settings(JudgeConfig(kind="rules,litellm"), model="base", base_url="http://e/v1")
     assert (given.model, given.base_url) == ("", "")
     own = JudgeConfig(kind="litellm", model="openai/m", base_url="http://own/v1")
@@ -122,7 +122,7 @@ def _settings(tmp_path: Path, text: str) -> Settings:
     return Settings.read(file)
 
 
-def test_litellm_anywhere_in_a_chain_needs_leave(tmp_path: Path) -> None:
+def test_litellm_anywhere_in_a_chain_needs_external_judge(tmp_path: Path) -> None:
     chain = "[judge]\nkind = 'rules,litellm'\n"
     with pytest.raises(ConfigError, match=r"\[privacy\] external_judge"):
         _settings(tmp_path, chain)

@@ -1,4 +1,4 @@
-"""A user's words at the end of a task reach the steps of it that they are about."""
+"""A user's words at the end of a task count for the steps that they are about."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from judge.credit import steps_meant, terms
 from judge.stage import task_of
 from nextstate.hooks import Evidence, load_plugin
 from nextstate.records import Feedback, Json, NextState, Source, Verdict, Vote
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.judge.test_stage import ScriptedJudge, Watched, a_turn, judge_until, open_store
 
 READ, REMOVE = ("read", "a/todo.md"), ("remove", "notes.txt")
@@ -41,7 +41,7 @@ def test_words_are_about_the_steps_whose_calls_they_name(said: str, meant: list[
     assert steps_meant(said, CALLS, "Tidy up my folder") == meant
 
 
-def test_what_the_request_named_already_points_at_no_step() -> None:
+def test_a_name_from_the_request_does_not_point_at_a_step() -> None:
     assert steps_meant("notes.txt is gone!", CALLS, "Tidy up, but keep notes.txt") == []
 
 
@@ -52,7 +52,7 @@ def test_han_script_is_compared_by_pairs_of_characters() -> None:
 
 
 @given(st.text(max_size=80), st.lists(st.text(max_size=40), max_size=5), st.text(max_size=40))
-def test_only_steps_are_meant_and_each_names_something_said(
+def test_every_meant_step_named_something_that_was_said(
     said: str, calls: list[str], request: str
 ) -> None:
     for position in steps_meant(said, calls, request):
@@ -70,7 +70,7 @@ def test_a_task_is_what_came_after_the_users_last_message() -> None:
     assert task_of({"messages": messages}) == ("Tidy up my folder", CALLS[:1])
 
 
-def test_what_an_agent_puts_after_the_users_words_begins_no_task() -> None:
+def test_a_message_that_the_agent_wrote_does_not_begin_a_task() -> None:
     carrier = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>> the time is ten"
     messages = [
         {"role": "user", "content": "Tidy up my folder"},
@@ -105,7 +105,7 @@ def record_task(store: Store, said: str) -> None:
 
 
 def angry(evidence: Evidence, _: int) -> Vote:
-    """Blames what the user complains about, now or at the task's end."""
+    """Votes -1 if the user complains, now or at the end of the task."""
     said = " ".join(s.text for s in (*evidence.next_states, *evidence.later))
     return Vote(-1 if "deleted" in said else 0)
 
@@ -114,7 +114,7 @@ def judged(store: Store, count: int) -> list[int | None]:
     counts = Watched()
     judge = ScriptedJudge(angry, deterministic=True)
     judge_until(store, [judge], counts, judged=count, config=JudgeConfig(parallel=1))
-    verdicts = [store.verdict(f"turn-{number}") for number in range(3)]
+    verdicts = [store.judging.verdict(f"turn-{number}") for number in range(3)]
     return [verdict and verdict.score for verdict in verdicts]
 
 
@@ -126,29 +126,29 @@ def store(tmp_path: Path) -> Store:
 def test_a_step_that_the_user_names_is_judged_anew_with_what_the_user_said(store: Store) -> None:
     record_task(store, "You deleted notes.txt, I needed it!")
     assert judged(store, 4) == [0, -1, -1]
-    work = store.judgement("turn-1")
+    work = store.judging.judgement("turn-1")
     assert work is not None
     assert [state.text for state in work.later] == ["You deleted notes.txt, I needed it!"]
     assert store.counts()["verdicts/-1"] == 2
     assert store.counts()["samples/ready"] == 2
-    assert store.lease_judgements(9, 60.0) == []
+    assert store.judging.lease(9, 60.0) == []
 
 
-def test_words_about_nothing_in_particular_stay_with_the_reply_that_they_answer(
+def test_general_words_count_only_for_the_reply_that_they_answer(
     store: Store,
 ) -> None:
     record_task(store, "You deleted too much!")
     assert judged(store, 3) == [0, 0, -1]
-    assert store.lease_judgements(9, 60.0) == []
+    assert store.judging.lease(9, 60.0) == []
 
 
 def test_the_earlier_steps_of_a_task_end_where_the_user_last_spoke(store: Store) -> None:
     record_task(store, "Thanks.")
-    assert store.earlier_steps("turn-2") == ["turn-1", "turn-0"]
+    assert store.judging.earlier_steps("turn-2") == ["turn-1", "turn-0"]
     with store.recording() as recording:
         turn = a_turn(3, session="one", index=3, parent="turn-2")
         recording.add_turn(turn, b"3", b"3")
-    assert store.earlier_steps("turn-3") == []
+    assert store.judging.earlier_steps("turn-3") == []
 
 
 def settle(
@@ -160,21 +160,21 @@ def settle(
     meant: Sequence[str] = (),
 ) -> bool:
     verdict = Verdict(turn, (score,), score, "rules")
-    return store.settle_verdict(verdict, task_end=task_end, meant=meant)
+    return store.judging.settle_verdict(verdict, task_end=task_end, also_about=meant)
 
 
 def lease_all(store: Store) -> Sequence[str]:
-    return store.lease_judgements(9, 60.0)
+    return store.judging.lease(9, 60.0)
 
 
 def test_a_step_under_judgement_while_its_task_ends_is_judged_once_more(store: Store) -> None:
     record_task(store, "You deleted notes.txt!")
     assert len(lease_all(store)) == 3
     assert settle(store, "turn-2", -1, meant=["turn-1"])
-    assert settle(store, "turn-1", 0)  # it did not know
+    assert settle(store, "turn-1", 0)  # an answer without knowing
     assert lease_all(store) == ["turn-1"]
     assert settle(store, "turn-1", -1, task_end="turn-2")
-    verdict = store.verdict("turn-1")
+    verdict = store.judging.verdict("turn-1")
     assert verdict is not None
     assert verdict.score == -1
     assert lease_all(store) == []
@@ -183,9 +183,9 @@ def test_a_step_under_judgement_while_its_task_ends_is_judged_once_more(store: S
 def test_a_step_that_trained_or_that_a_person_judged_keeps_its_verdict(store: Store) -> None:
     record_task(store, "You deleted notes.txt and todo.md!")
     lease_all(store)
-    store.give_feedback(Feedback("turn-0", 1))
+    store.judging.give_feedback(Feedback("turn-0", 1))
     settle(store, "turn-1", 1)
-    batch = store.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
+    batch = store.training.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
     assert {sample.turn for sample in batch} == {"turn-0", "turn-1"}
     settle(store, "turn-2", -1, meant=["turn-0", "turn-1"])
     assert lease_all(store) == []
@@ -199,9 +199,9 @@ def test_a_step_that_goes_into_training_while_it_is_judged_anew_keeps_its_verdic
     settle(store, "turn-1", 1)
     settle(store, "turn-2", -1, meant=["turn-1"])
     assert lease_all(store) == ["turn-1"]
-    store.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
+    store.training.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
     assert not settle(store, "turn-1", -1, task_end="turn-2")
-    verdict = store.verdict("turn-1")
+    verdict = store.judging.verdict("turn-1")
     assert verdict is not None
     assert verdict.score == 1
     assert store.counts()["judgements/done"] == 2

@@ -36,7 +36,7 @@ def settings_for(engine: Engine) -> JudgeSettings:
 def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
     native_engine: Engine,
 ) -> None:
-    """On a CPU vLLM dies of a sampled, seeded request that it prefills in pieces."""
+    """vLLM on a CPU crashes when a sampled, seeded request meets a chunked prefill."""
     sampled = {"model": MODEL, "max_tokens": 4, "temperature": 0.8}
 
     async def ask() -> list[int]:
@@ -44,7 +44,7 @@ def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
 
             async def one(seed: int) -> int:
                 url = f"{native_engine.proxy_url}/v1/chat/completions"
-                text = f"Tom has {seed} apples. " * 140  # none finds another's prefix in the cache
+                text = f"Tom has {seed} apples. " * 140  # no two share a prefix in the cache
                 body = sampled | {"seed": seed, "messages": [{"role": "user", "content": text}]}
                 async with http.post(url, json=body) as answer:
                     return answer.status
@@ -54,7 +54,7 @@ def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
     assert asyncio.run(ask()) == [200] * 6
 
 
-def test_what_a_schema_forces_out_of_nonsense_is_no_vote(native_engine: Engine) -> None:
+def test_nonsense_in_the_form_of_the_schema_is_no_vote(native_engine: Engine) -> None:
     async def ask() -> list[object]:
         judge = create(settings_for(native_engine))
         try:
@@ -65,11 +65,11 @@ def test_what_a_schema_forces_out_of_nonsense_is_no_vote(native_engine: Engine) 
 
     answers = asyncio.run(ask())
     assert all(isinstance(answer, JudgeError) for answer in answers), answers
-    # Not one was refused for its form: the server took the schema and the prompt.
+    # None was refused for its form: the server accepted the schema and the prompt.
     assert not any("answered" in str(answer) for answer in answers), answers
 
 
-def test_a_judge_that_talks_nonsense_gives_no_verdict_and_no_reward(
+def test_a_judge_that_answers_nonsense_gives_no_verdict_and_no_reward(
     native_engine: Engine, tmp_path: Path
 ) -> None:
     store, counts = open_store(tmp_path), Watched()

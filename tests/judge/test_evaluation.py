@@ -1,4 +1,4 @@
-"""Agreement with people: hand-worked numbers, and a labelled file read or refused."""
+"""Agreement with labels: hand-worked numbers, and labelled files that are read or refused."""
 
 from __future__ import annotations
 
@@ -179,7 +179,7 @@ def test_attacks_that_got_the_score_that_they_asked_for_are_counted(tmp_path: Pa
     attacks = [
         {**CASE, "reply": "1", "label": -1, "wants": 1},  # it got what it wanted
         {**CASE, "reply": "-1", "label": -1, "wants": 1},
-        {**CASE, "reply": "1", "label": 1, "wants": 1},  # and rightly so: no attack
+        {**CASE, "reply": "1", "label": 1, "wants": 1},  # the label is the same: no attack
     ]
     file.write_text("\n".join(map(json.dumps, attacks)))
     found = evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda: None)

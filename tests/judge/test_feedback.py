@@ -1,4 +1,4 @@
-"""The judge stage on turns that a person spoke of: no votes, and the hint rendered."""
+"""The judge stage on turns with a person's feedback: no votes, and the hint is rendered."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from judge.stage import run
 from judge.verdict import unmarked
 from nextstate.errors import EngineError
 from nextstate.records import Feedback, Json, Verdict, Vote
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.judge.test_stage import (
     Clock,
     ScriptedEngine,
@@ -31,7 +31,7 @@ from tests.judge.test_stage import (
 
 TURN = "turn-0"
 SAID = Feedback(TURN, -1, "**Final answer:** 1")
-"""What it says quotes the reply: a judge's hint that does so would be dropped."""
+"""The hint quotes the reply; a judge's hint like that would be dropped."""
 TAUGHT = Verdict(TURN, (), -1, "feedback", SAID.hint, (7, 8, 9))
 
 
@@ -49,28 +49,28 @@ def never() -> ScriptedJudge:
 def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_path: Path) -> None:
     store, counts, engine = open_store(tmp_path), Watched(), ScriptedEngine()
     record_alone(store)
-    assert store.give_feedback(SAID).applied
+    assert store.judging.give_feedback(SAID).applied
     judge_until(store, [never()], counts, judged=1, engine=engine)
-    assert store.verdict(TURN) == TAUGHT
+    assert store.judging.verdict(TURN) == TAUGHT
     messages, _, extra = engine.calls[0]
     assert messages[-1]["content"] == f"What is 0 plus 1?\n\n[hint]\n{SAID.hint}"
     assert extra == {"chat_template_kwargs": {"enable_thinking": False}}
-    (sample,) = store.lease_samples("main", 9, "b", 60.0, scored=False, hinted=True)
+    (sample,) = store.training.lease_samples("main", 9, "b", 60.0, scored=False, hinted=True)
     assert (sample.score, sample.hinted_prompt_ids) == (-1, (7, 8, 9))
     assert counts.totals() == (1, 0, 0)
     store.close()
 
 
-def test_feedback_before_the_judge_is_taken_for_the_votes(tmp_path: Path) -> None:
+def test_feedback_before_the_judge_replaces_the_votes(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn(0), a_turn(1)])
-    store.give_feedback(Feedback("turn-1", 1))  # without a hint there is nothing left to do
-    store.give_feedback(SAID)
+    store.judging.give_feedback(Feedback("turn-1", 1))  # without a hint the judge has nothing to do
+    store.judging.give_feedback(SAID)
     judge_until(store, [never()], counts, judged=1)
-    assert store.verdict(TURN) == TAUGHT
-    assert store.verdict("turn-1") == Verdict("turn-1", (), 1, "feedback")
+    assert store.judging.verdict(TURN) == TAUGHT
+    assert store.judging.verdict("turn-1") == Verdict("turn-1", (), 1, "feedback")
     assert store.counts()["judgements/done"] == 2
-    assert store.labels() == {}
+    assert store.judging.labels() == {}
     store.close()
 
 
@@ -78,40 +78,40 @@ def test_feedback_after_the_judge_gets_its_own_hinted_prompt(tmp_path: Path) -> 
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn()])
     judge_until(store, [constant(Vote(1, "Say more about the marbles."))], counts, judged=1)
-    store.give_feedback(SAID)
+    store.judging.give_feedback(SAID)
     judge_until(store, [never()], counts, judged=2)
-    assert store.verdict(TURN) == TAUGHT
-    assert store.labels() == {"scripted": {(-1, 1): 1}}
+    assert store.judging.verdict(TURN) == TAUGHT
+    assert store.judging.labels() == {"scripted": {(-1, 1): 1}}
     store.close()
 
 
 def test_a_score_of_zero_trains_once_its_hint_is_rendered(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record_alone(store)
-    store.give_feedback(Feedback(TURN, 0, "Name the unit."))
+    store.judging.give_feedback(Feedback(TURN, 0, "Name the unit."))
     assert store.counts()["samples/dropped"] == 1
     judge_until(store, [never()], counts, judged=1)
-    assert store.ready_samples("main", scored=False, hinted=True) == 1
+    assert store.training.ready_samples("main", scored=False, hinted=True) == 1
     store.close()
 
 
-def test_an_engine_that_is_away_delays_the_hint_but_not_the_score(tmp_path: Path) -> None:
+def test_an_engine_that_is_down_delays_the_hint_but_not_the_score(tmp_path: Path) -> None:
     clock, counts, engine = Clock(), Watched(), ScriptedEngine(failures=1)
     store = open_store(tmp_path, clock)
     record_alone(store)
-    store.give_feedback(SAID)
+    store.judging.give_feedback(SAID)
     judge_until(store, [never()], counts, deferred=1, engine=engine)
-    assert store.ready_samples("main", scored=True, hinted=False) == 1
-    assert store.ready_samples("main", scored=False, hinted=True) == 0
+    assert store.training.ready_samples("main", scored=True, hinted=False) == 1
+    assert store.training.ready_samples("main", scored=False, hinted=True) == 0
     clock.now += 6.0
     judge_until(store, [never()], counts, judged=1, engine=engine)
-    assert store.verdict(TURN) == TAUGHT
+    assert store.judging.verdict(TURN) == TAUGHT
     store.close()
 
 
 @dataclass
 class HeldEngine:
-    """Renders the hint's length; the first time only when it may."""
+    """Renders the hint's length, but only after `may` is set."""
 
     asked: asyncio.Event = field(default_factory=asyncio.Event)
     may: asyncio.Event = field(default_factory=asyncio.Event)
@@ -132,18 +132,18 @@ class HeldEngine:
         (Feedback(TURN, -1), None),
     ],
 )
-def test_who_changes_their_mind_while_the_hint_is_rendered_is_heard(
+def test_feedback_that_changes_while_the_hint_is_rendered_counts(
     tmp_path: Path, second: Feedback, ids: tuple[int, ...] | None
 ) -> None:
     store = open_store(tmp_path)
     record_alone(store)
-    store.give_feedback(Feedback(TURN, -1, "Be brief."))
+    store.judging.give_feedback(Feedback(TURN, -1, "Be brief."))
 
     async def scene() -> None:
         engine, stop, counts = HeldEngine(), asyncio.Event(), Watched()
         work = asyncio.create_task(run(store, JudgeConfig(), never(), engine, stop, counts))
         await asyncio.wait_for(engine.asked.wait(), 60)
-        store.give_feedback(second)
+        store.judging.give_feedback(second)
         engine.may.set()
         if ids is not None:
             await counts.until(judged=1)
@@ -151,12 +151,14 @@ def test_who_changes_their_mind_while_the_hint_is_rendered_is_heard(
         await work
 
     asyncio.run(scene())
-    assert store.verdict(TURN) == Verdict(TURN, (), second.score, "feedback", second.hint, ids)
+    assert store.judging.verdict(TURN) == Verdict(
+        TURN, (), second.score, "feedback", second.hint, ids
+    )
     assert store.counts()["judgements/done"] == 1
     store.close()
 
 
-def test_a_vote_under_way_when_the_person_speaks_is_a_label_and_no_verdict(tmp_path: Path) -> None:
+def test_a_vote_that_ends_after_feedback_is_a_label_and_not_a_verdict(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     record(store, [a_turn()])
 
@@ -170,23 +172,23 @@ def test_a_vote_under_way_when_the_person_speaks_is_a_label_and_no_verdict(tmp_p
         judge = ScriptedJudge(lambda *_: Vote(1), deterministic=True, before=hold)
         work = asyncio.create_task(run(store, JudgeConfig(), judge, ScriptedEngine(), stop, counts))
         await asyncio.wait_for(asked.wait(), 60)
-        store.give_feedback(SAID)
+        store.judging.give_feedback(SAID)
         await counts.until(judged=1)  # the hint
         may.set()
         stop.set()
         await work
 
     asyncio.run(scene())
-    assert store.verdict(TURN) == TAUGHT
-    assert store.labels() == {"scripted": {(-1, 1): 1}}
+    assert store.judging.verdict(TURN) == TAUGHT
+    assert store.judging.labels() == {"scripted": {(-1, 1): 1}}
     store.close()
 
 
 def test_the_hint_of_a_turn_that_cannot_train_is_not_rendered(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     record_alone(store, trainable=False)
-    assert store.give_feedback(SAID).applied
-    assert store.lease_judgements(9, 60.0) == []
+    assert store.judging.give_feedback(SAID).applied
+    assert store.judging.lease(9, 60.0) == []
     engine = ScriptedEngine(failures=9)
     work = feedback_verdict(SAID, a_turn(trainable=False), engine)
     assert asyncio.run(work) == Verdict(TURN, (), -1, "feedback", SAID.hint)
@@ -194,7 +196,7 @@ def test_the_hint_of_a_turn_that_cannot_train_is_not_rendered(tmp_path: Path) ->
     store.close()
 
 
-def test_the_engines_error_is_told() -> None:
+def test_an_error_of_the_engine_is_raised() -> None:
     with pytest.raises(EngineError, match="away"):
         asyncio.run(feedback_verdict(SAID, a_turn(), ScriptedEngine(failures=1)))
 
@@ -212,7 +214,7 @@ def test_the_engines_error_is_told() -> None:
         ("\x07\u200b ", None),
     ],
 )
-def test_only_what_would_break_the_prompt_is_taken_out_of_a_persons_hint(
+def test_only_text_that_breaks_the_prompt_is_removed_from_a_persons_hint(
     said: str, taught: str | None
 ) -> None:
     assert unmarked(said) == taught

@@ -1,4 +1,4 @@
-"""The hinted prompt is what the engine would have made of the request with the hint in it."""
+"""The hinted prompt is the prompt that the engine makes of the request with the hint in it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nextstate.records import Json, Timings, Turn, TurnKind
 
 
 class Letters:
-    """Renders a prompt as one token a letter of all contents."""
+    """Renders a prompt with one token for each letter of all contents."""
 
     def __init__(self) -> None:
         self.messages: list[Json] = []
@@ -66,11 +66,13 @@ WHOLE = b"earlierlater" + HINT_HEADER.encode() + b"Be brief."
         ({"kv_transfer_params": {}}, WHOLE),
     ],
 )
-def test_it_is_cut_as_the_turns_own_was(fields: dict[str, Any], prompt: bytes | None) -> None:
+def test_the_hinted_prompt_is_cut_like_the_turns_own_prompt(
+    fields: dict[str, Any], prompt: bytes | None
+) -> None:
     assert rendered(turn_of("earlier", "later", **fields)) == prompt
 
 
-def test_thoughts_keep_the_name_that_the_chat_route_gives_them() -> None:
+def test_thoughts_have_the_name_that_the_chat_route_uses() -> None:
     turn, engine = turn_of("hi"), Letters()
     old = {"role": "assistant", "content": "a", "reasoning_content": "hm"}
     new = {"role": "assistant", "content": "a", "reasoning_content": "hm", "reasoning": "so"}

@@ -18,7 +18,7 @@ from aiohttp.test_utils import TestServer
 
 from nextstate.config import StoreConfig
 from nextstate.records import Json
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.judge.test_stage import a_turn, record
 
 TURNS_BETWEEN_KILLS = 12
@@ -31,13 +31,11 @@ url = "{url}"
 model = "policy"
 [judge]
 timeout_s = 0.4
-lease_s = 1.0
-retry_initial_s = 0.1
 """
 
 
 class JudgesModel:
-    """An OpenAI-compatible model that answers -1 with a hint, after a moment, now and then not."""
+    """An OpenAI-compatible model that answers -1 with a hint after a moment; it fails sometimes."""
 
     def __init__(self, seed: int) -> None:
         self.votes = 0

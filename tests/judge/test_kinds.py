@@ -31,7 +31,7 @@ class Server:
     status: int = 200
     finish_reason: str = "stop"
     refuses: str = ""
-    """A field that it does not know."""
+    """A field that the server refuses."""
     requests: list[Json] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     url: str = ""
@@ -96,7 +96,7 @@ def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
     assert vote == Vote(-1, "Do not use bold.", tokens=2)
     body = server.requests[0]
     assert (body["model"], body["priority"]) == ("base", 10)
-    assert "seed" not in body  # vLLM on a CPU does not survive it beside a prompt taken in pieces
+    assert "seed" not in body  # vLLM on a CPU crashes when a seeded request meets a chunked prefill
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["score"]["enum"] == [1, 0, -1]
     assert "No bold." in body["messages"][-1]["content"]
@@ -114,20 +114,20 @@ def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
     ],
     ids=lambda server: f"{server.status}-{server.content}-{server.finish_reason}"[:24],
 )
-def test_what_is_no_vote_is_a_judge_error(server: Server) -> None:
+def test_an_answer_without_a_vote_is_a_judge_error(server: Server) -> None:
     with pytest.raises(JudgeError):
         asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 1))
 
 
 @pytest.mark.parametrize(("status", "busy"), [(429, True), (500, True), (503, True), (401, False)])
-def test_a_server_that_may_answer_in_a_moment_is_told_apart(status: int, busy: bool) -> None:
+def test_a_busy_server_is_a_busy_error_and_a_refusal_is_not(status: int, busy: bool) -> None:
     for kind, model in (("engine", "base"), ("litellm", "openai/base")):
         with pytest.raises(JudgeError) as raised:
             asked(Server(status=status), kind, model, lambda judge: judge.vote(EVIDENCE, 1))
         assert isinstance(raised.value, BusyError) == busy
 
 
-def test_a_server_without_schemas_is_asked_without_from_then_on() -> None:
+def test_a_server_that_refuses_a_schema_is_asked_without_one_afterwards() -> None:
     async def scene(judge: JudgeKind) -> list[Vote]:
         return [await judge.vote(EVIDENCE, seed) for seed in range(2)]
 
@@ -136,7 +136,7 @@ def test_a_server_without_schemas_is_asked_without_from_then_on() -> None:
     assert ["response_format" in body for body in server.requests] == [True, False, False]
 
 
-def test_an_engine_that_is_away_is_a_judge_error() -> None:
+def test_an_engine_that_is_down_is_a_judge_error() -> None:
     async def scene() -> None:
         settings = JudgeSettings(model="base", base_url="http://127.0.0.1:1/v1", timeout_s=5)
         judge: JudgeKind = load_plugin("judges", "engine", settings)
@@ -151,7 +151,7 @@ def test_an_engine_that_is_away_is_a_judge_error() -> None:
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
 def test_a_redirect_of_the_judges_server_is_not_followed(status: int) -> None:
-    """It could lead the conversation to another machine."""
+    """A redirect could send the conversation to another machine."""
     told: list[bytes] = []
 
     async def elsewhere(request: web.Request) -> web.Response:
@@ -223,8 +223,3 @@ def test_settings_fill_empty_keys_from_the_engine(monkeypatch: pytest.MonkeyPatc
     monkeypatch.delenv("JUDGE_KEY")
     with pytest.raises(ConfigError, match="JUDGE_KEY"):
         plugin_settings(JudgeConfig(api_key_env="JUDGE_KEY"))
-
-
-def test_a_lease_must_outlast_the_votes() -> None:
-    with pytest.raises(ConfigError, match="lease_s"):
-        JudgeConfig(lease_s=60.0, timeout_s=60.0)

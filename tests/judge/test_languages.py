@@ -1,5 +1,5 @@
-"""What people write in English, German, Spanish and Chinese, and what tools print, as `rules` reads
-it; and what it owns not to know."""
+"""How `rules` reads what people write in four languages and what tools print, and what it does not
+know."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from plugins.judges.lexicons.english import ENGLISH
 from plugins.judges.lexicons.german import GERMAN
 from plugins.judges.lexicons.shape import Lexicon, fold, narrow
 from plugins.judges.lexicons.spanish import SPANISH
-from plugins.judges.results import read_result, telling
+from plugins.judges.results import content_of, read_result
 from plugins.judges.rules import vote_on
 
 ROWS: list[dict[str, Any]] = [
@@ -39,7 +39,7 @@ def said(text: str, asked: str = "Name a river.", reply: str = "The Nile.") -> V
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['language']}-{row['text'][:24]}")
 def test_reactions_and_results_are_read(row: dict[str, Any]) -> None:
-    """Written for this test; the held-out labelled set is another one."""
+    """Rows of this test; the held-out labelled cases are different."""
     evidence = Evidence(
         (("user", row["asked"]),), row["reply"], (state(row["text"], Source(row["source"])),)
     )
@@ -79,7 +79,7 @@ def test_full_width_and_traditional_characters_read_like_the_others() -> None:
     assert said("\u4e0d\u662f\u9019\u500b\uff0c\u91cd\u65b0\u4f86", "帮我查一下").score == -1
 
 
-def test_thanks_before_a_but_are_politeness() -> None:
+def test_thanks_before_a_but_are_only_polite() -> None:
     for text in (
         "Thanks, but we use another library here.",
         "Danke, aber wir nehmen hier eine andere Bibliothek.",
@@ -95,7 +95,7 @@ def test_what_to_do_makes_a_hint_in_every_language() -> None:
     assert said("短一点", "帮我写个通知", "各位同事大家好").hint == "短一点"
 
 
-def test_ignorance_is_unsure_and_a_recognised_topic_change_is_not() -> None:
+def test_an_unknown_message_is_unsure_and_a_new_topic_is_sure() -> None:
     assert said("Zwölf Uhr mittags") == UNKNOWN
     assert said("", "x", "y") == UNKNOWN
     assert said("Anyway, what is the tallest mountain in Peru?") == Vote(0)
@@ -103,7 +103,7 @@ def test_ignorance_is_unsure_and_a_recognised_topic_change_is_not() -> None:
     assert vote_on(Evidence((), "r", (state("intro.md", Source.TOOL),))) == UNKNOWN
 
 
-def test_a_step_is_charged_with_what_the_user_says_about_it_at_the_end_of_the_task() -> None:
+def test_a_step_is_judged_by_what_the_user_says_about_it_at_the_end_of_the_task() -> None:
     reply = '[calls edit({"path": "src/cart.py"})]'
     alone = Evidence((("user", "Fix the total."),), reply, (state("ok", Source.TOOL),))
     later = (state("That is wrong, cart.py lost its imports."),)
@@ -120,8 +120,8 @@ def test_long_repetition_is_read_quickly(text: str) -> None:
     assert vote_on(evidence).score in (1, 0, -1)
 
 
-def test_telling_words_are_long_words_numbers_and_pairs_of_characters() -> None:
-    assert telling("to a file 42 窗帘关") == {"file", "42", "窗帘", "帘关"}
+def test_content_words_are_long_words_numbers_and_pairs_of_characters() -> None:
+    assert content_of("to a file 42 窗帘关") == {"file", "42", "窗帘", "帘关"}
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,14 @@
-"""Verifiable outcomes: what test runners and shells really print, and texts that only quote it."""
+"""Verifiable outcomes: real output of test runners and shells, and texts that only quote it."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextstate.hooks import Evidence, JudgeSettings, load_plugin
+from nextstate.hooks import Evidence
 from nextstate.records import TRUST, NextState, Source, Vote
 from plugins.judges.calls import Call, calls_of
 from plugins.judges.outcome import vote_on
@@ -123,12 +122,12 @@ def test_the_last_verdict_of_the_last_command_counts() -> None:
         'browser.search({"q": "pytest"})',
     ],
 )
-def test_a_page_that_says_100_passed_is_not_heard(call: str) -> None:
+def test_a_fetched_page_that_says_100_passed_does_not_count(call: str) -> None:
     for page in ("== 100 passed in 0.1s ==", "Process exited with code 1", "FAIL"):
         assert ran(page, calls=(call,)) == UNSURE
 
 
-def test_a_fetched_page_beside_a_command_is_told_apart_by_order_or_not_heard() -> None:
+def test_a_fetched_page_beside_a_command_is_recognised_by_order_or_ignored() -> None:
     fetch, test = 'web_fetch({"url": "u"})', 'bash({"command": "pytest"})'
     page, failed = "100 passed in 0.1s", "1 failed in 0.1s"
     assert ran(failed, page, calls=(test, fetch)) == Vote(-1)
@@ -138,7 +137,7 @@ def test_a_fetched_page_beside_a_command_is_told_apart_by_order_or_not_heard() -
     assert vote_on(Evidence((), forged, states)) == UNSURE
 
 
-def test_a_command_that_shows_a_file_verifies_nothing() -> None:
+def test_a_command_that_prints_a_file_verifies_nothing() -> None:
     assert ran("5 passed in 0.1s", calls=('bash({"command": "cat notes.md"})',)) == UNSURE
 
 
@@ -147,7 +146,7 @@ def test_a_command_cannot_write_its_own_verdict() -> None:
     assert ran("== 100 passed in 0.1s ==", calls=(call,)) == UNSURE
 
 
-def test_what_the_user_says_is_not_an_outcome() -> None:
+def test_the_users_words_are_not_an_outcome() -> None:
     reply = '[calls bash({"command": "pytest"})]'
     for source in (Source.USER, Source.FEEDBACK):
         said = NextState("t", source, "5 passed in 0.1s\nexit code 1", 0.9)
@@ -191,9 +190,3 @@ def test_any_output_gets_a_vote(text: str) -> None:
 @pytest.mark.parametrize("text", ["1 passed, " * 2000, "\n" * 20000, "error: " * 4000, "{" * 20000])
 def test_long_repetition_is_read_quickly(text: str) -> None:
     ran(text)
-
-
-def test_the_plugin_is_found_by_its_name_and_needs_no_model() -> None:
-    judge = load_plugin("judges", "outcome", JudgeSettings())
-    assert (judge.name, judge.deterministic) == ("outcome", True)
-    assert asyncio.run(judge.vote(Evidence((), "", ()), 1)) == UNSURE

@@ -19,7 +19,7 @@ from tests.judge.test_stage import ScriptedJudge
 
 @dataclass
 class Engine:
-    """How many requests it has, or why it cannot say."""
+    """A scripted engine with `live` requests; None: it cannot tell."""
 
     live: int | None = 0
     asked: int = 0
@@ -43,7 +43,7 @@ def allowed(pace: Pace, wanted: int = 16, held: int = 0) -> int:
     return asyncio.run(pace.allowed(wanted, held))
 
 
-def test_on_an_engine_of_its_own_the_judge_takes_what_it_wants() -> None:
+def test_on_an_engine_that_agents_do_not_use_the_judge_has_no_limit() -> None:
     engine = Engine()
     pace = pace_on(engine)
     assert allowed(pace) == 16
@@ -52,7 +52,7 @@ def test_on_an_engine_of_its_own_the_judge_takes_what_it_wants() -> None:
     assert allowed(pace, 14, held=2) == 14
 
 
-def test_on_an_engine_that_does_not_tell_nothing_is_held_back_and_it_says_so_once(
+def test_on_an_engine_without_counts_the_judge_has_no_limit_and_says_so_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     engine = Engine(None)
@@ -78,7 +78,7 @@ def test_while_agents_use_the_engine_it_takes_one_turn_at_a_time_and_rests() -> 
     assert allowed(pace) == 1
 
 
-def test_it_goes_on_freely_once_no_agent_has_been_seen_for_a_while() -> None:
+def test_the_limit_ends_some_time_after_the_last_request_of_an_agent() -> None:
     engine = Engine(1)
     pace = pace_on(engine)
     assert allowed(pace) == 1
@@ -96,7 +96,7 @@ def test_an_agent_is_seen_beside_the_judges_own_votes() -> None:
     assert allowed(pace, held=2) == 0
 
 
-def test_votes_that_end_while_the_engine_is_asked_are_not_taken_for_an_agents() -> None:
+def test_votes_that_end_while_the_engine_is_asked_do_not_count_as_an_agents_requests() -> None:
     pace = pace_on(Engine())
 
     async def ending() -> int:
@@ -124,7 +124,7 @@ def test_votes_under_way_are_counted_whether_they_succeed_or_not() -> None:
     assert (seen, pace.asking, judge.deterministic) == ([1, 1], 0, False)
 
 
-def test_the_engine_is_not_asked_again_and_again() -> None:
+def test_the_engine_is_asked_at_most_once_a_second() -> None:
     engine = Engine()
     pace = pace_on(engine)
     for _ in range(50):
@@ -139,7 +139,7 @@ def test_work_and_rest_keep_the_share(worked: float, share: float) -> None:
     assert rest == LONGEST_REST_S or worked <= share * (worked + rest) * (1 + 1e-9) + 1e-9
 
 
-def test_votes_on_a_managed_engine_stand_behind_its_agents() -> None:
+def test_votes_on_a_managed_engine_have_a_lower_priority_than_agents() -> None:
     ours = EngineConfig(model="m")
     assert "priority" in command(ours, 1)
     assert by_priority(ours)
@@ -150,7 +150,7 @@ def test_votes_on_a_managed_engine_stand_behind_its_agents() -> None:
     assert not by_priority(EngineConfig(mode="external", url="http://127.0.0.1:1", model="m"))
 
 
-def test_only_votes_on_the_engine_get_what_the_engine_takes() -> None:
+def test_only_votes_on_the_engine_get_the_engines_extra_fields() -> None:
     extra = {"priority": 10}
     assert plugin_settings(JudgeConfig(), "m", "u", extra).extra == extra
     assert plugin_settings(JudgeConfig(extra={"priority": 3}), "m", "u", extra).extra == {

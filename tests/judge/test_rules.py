@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nextstate.hooks import Evidence, JudgeSettings, load_plugin
+from nextstate.agreement import agreement
+from nextstate.hooks import Evidence
 from nextstate.records import NextState, Source, Vote
 from plugins.judges.rules import restates, sentences, vote_on
 
@@ -33,35 +33,23 @@ def said(text: str, asked: str = "Name a river.", reply: str = "**The Nile.**") 
 
 def test_votes_agree_with_labels() -> None:
     """The lexicon was tuned on these rows; on first contact the held-out ones gave 0.84."""
+    found = agreement([(row["score"], vote_of(row).score) for row in ROWS])
     wrong = [(row["score"], row["text"]) for row in ROWS if vote_of(row).score != row["score"]]
-    accuracy = 1 - len(wrong) / len(ROWS)
     assert len(ROWS) >= 190
-    assert accuracy >= 0.95, wrong
-
-
-def test_agreement_is_beyond_chance() -> None:
-    pairs = Counter((row["score"], vote_of(row).score) for row in ROWS)
-    total = pairs.total()
-    observed = sum(count for (label, vote), count in pairs.items() if label == vote) / total
-    chance = sum(
-        sum(c for (label, _), c in pairs.items() if label == score)
-        * sum(c for (_, vote), c in pairs.items() if vote == score)
-        for score in (-1, 0, 1)
-    )
-    kappa = (observed - chance / total**2) / (1 - chance / total**2)
-    assert kappa >= 0.9
+    assert found.accuracy >= 0.95, wrong
+    assert found.kappa >= 0.9
 
 
 @pytest.mark.parametrize(
     "row", [row for row in ROWS if row["hint"] not in ("?", "*")], ids=lambda row: row["text"][:30]
 )
-def test_hints_are_the_users_own_words_or_none(row: dict[str, Any]) -> None:
+def test_a_hint_is_the_users_own_words_or_missing(row: dict[str, Any]) -> None:
     vote = vote_of(row)
     if vote.score == row["score"]:
         assert vote.hint == row["hint"]
 
 
-def test_a_hint_holds_at_most_three_sentences() -> None:
+def test_a_hint_has_at_most_three_sentences() -> None:
     hint = said("Wrong. Try again. Be brief. Use no bold. Say why. Please be kind.").hint
     assert hint is not None
     assert len(list(sentences(hint))) == 3
@@ -103,8 +91,3 @@ def test_any_text_gets_a_vote(text: str, reply: str) -> None:
 @pytest.mark.parametrize("text", ["a " * 4000, "thanks, " * 600, "could you " * 500, "!" * 4000])
 def test_long_repetition_is_read_quickly(text: str) -> None:
     said(text, asked=text)
-
-
-def test_the_plugin_is_found_by_its_name() -> None:
-    judge = load_plugin("judges", "rules", JudgeSettings())
-    assert (judge.name, judge.deterministic) == ("rules", True)

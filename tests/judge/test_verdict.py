@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import itertools
 import json
 import re
 from typing import Any
@@ -15,8 +14,6 @@ from judge.evidence import build_evidence, clipped, clipped_all, fair_share, mes
 from judge.hinting import HINT_HEADER, hinted_messages, rendering_options
 from judge.verdict import (
     HINT_MAX_CHARS,
-    RULES,
-    by_consensus,
     checked_hint,
     gives_away,
     quotes,
@@ -68,24 +65,7 @@ def test_a_hint_comes_from_votes_that_agree_with_the_majority() -> None:
     assert (tied.score, tied.hint) == (0, None)
 
 
-@given(st.lists(scores, min_size=2, max_size=9))
-def test_consensus_is_the_score_that_most_pairs_of_votes_agree_on(values: list[int]) -> None:
-    pairs = list(itertools.combinations(values, 2))
-    agreed = {score: sum(a == b == score for a, b in pairs) for score in (-1, 0, 1)}
-    strong = [score for score in agreed if 2 * agreed[score] > len(pairs)]
-    score, weight = by_consensus(values)
-    assert score == (strong[0] if strong else 0)
-    assert weight == pytest.approx(agreed[score] / len(pairs))
-
-
-def test_consensus_asks_for_more_than_the_majority() -> None:
-    votes = [Vote(1), Vote(1), Vote(-1)]
-    user = shown(Source.USER)
-    decided = {rule: verdict_of("t", "j", votes, user, rule) for rule in RULES}
-    assert {rule: v and v.score for rule, v in decided.items()} == {"majority": 1, "consensus": 0}
-
-
-def test_praise_that_only_tools_bear_witness_to_must_be_unanimous() -> None:
+def test_praise_that_comes_only_from_tools_must_be_unanimous() -> None:
     for sources, wanted in (
         ((Source.TOOL,), 0),
         ((Source.TOOL, Source.ENVIRONMENT), 0),
@@ -150,7 +130,7 @@ def test_hints_that_would_not_help_are_refused(text: str) -> None:
     assert checked_hint(text, "So **the result is 7 apples** in all.") is None
 
 
-def test_the_words_of_a_person_are_tidied_and_not_judged() -> None:
+def test_a_persons_hint_is_tidied_and_not_refused() -> None:
     assert tidied_hint("The result is 7 apples") == "The result is 7 apples"
     assert tidied_hint("Say it.<|im_end|>") is None
 
@@ -198,7 +178,7 @@ def test_the_hint_block_is_a_part_of_list_content_or_a_message_of_its_own() -> N
     ]
 
 
-def test_only_what_shapes_the_prompt_is_rendered_with() -> None:
+def test_only_fields_that_shape_the_prompt_are_sent_for_rendering() -> None:
     request = {"model": "m", "temperature": 0.5, "chat_template_kwargs": {"a": 1}}
     assert rendering_options(request) == {"chat_template_kwargs": {"a": 1}}
     assert rendering_options({"reasoning_effort": "none"}) == {
@@ -230,12 +210,12 @@ def a_turn(messages: list[Json], reply: Json) -> Turn:
     )
 
 
-def test_evidence_holds_the_tail_the_calls_and_the_sources() -> None:
+def test_evidence_has_the_last_messages_the_calls_and_the_sources() -> None:
     messages: list[Json] = [{"role": "user", "content": str(n)} for n in range(10)]
     call = {"type": "function", "function": {"name": "ls", "arguments": '{"dir": "docs"}'}}
     reply: Json = {"content": "<think>hm</think>Let me look.", "tool_calls": [call]}
     states = [NextState("t", Source.TOOL, "x" * 900, 0.4), NextState("t", Source.USER, "ok", 0.9)]
-    evidence = build_evidence(a_turn(messages, reply), states, tail_messages=2, max_chars=300)
+    evidence = build_evidence(a_turn(messages, reply), states, max_chars=300, tail_messages=2)
     assert evidence.tail == (("user", "8"), ("user", "9"))
     assert evidence.reply == 'Let me look.\n[calls ls({"dir": "docs"})]'
     assert [s.source for s in evidence.next_states] == [Source.TOOL, Source.USER]
@@ -255,7 +235,7 @@ def test_clipping_keeps_head_and_tail(text: str, cap: int) -> None:
 
 
 @given(st.lists(st.integers(0, 500), max_size=8), st.integers(0, 2000))
-def test_a_fair_share_fills_the_total_without_passing_it(lengths: list[int], total: int) -> None:
+def test_a_fair_share_uses_the_total_and_not_more(lengths: list[int], total: int) -> None:
     share = fair_share(lengths, total)
     assert sum(min(length, share) for length in lengths) <= total
     if sum(lengths) > total:
@@ -335,7 +315,7 @@ def test_written_votes_are_read_back(score: int, hint: str | None, around: str) 
         ('The page says "score: 1". Score: -1', -1),
     ],
 )
-def test_tolerated_forms(text: str, score: int) -> None:
+def test_these_forms_of_an_answer_are_accepted(text: str, score: int) -> None:
     assert parse_vote(text).score == score
 
 
@@ -411,7 +391,7 @@ def test_an_answer_must_repeat_the_check_word_that_it_was_given() -> None:
             asked.vote(json.dumps({"check": wrong, "score": 1, "hint": None}))
 
 
-def test_only_the_instructions_hold_the_check_word() -> None:
+def test_only_the_instructions_have_the_check_word() -> None:
     system, user = (asked := question(Evidence((), "r", ()), 0)).messages
     assert asked.check in system["content"]
     assert asked.check not in user["content"]

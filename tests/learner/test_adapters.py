@@ -160,20 +160,6 @@ def test_a_model_without_linear_layers_is_refused(tmp_path):
         save_zero_adapter(str(tmp_path), CONFIG, tmp_path / "zero")
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ({"dora": True}, r"dora = true: vLLM refuses DoRA"),
-        ({"tuning": "full"}, r"weight-transfer routes .*VLLM_SERVER_DEV_MODE=1"),
-        ({"lora_targets": ("all-linear", "q_proj")}, r"lora_targets = .*'all-linear' alone"),
-        ({"lora_targets": ()}, r"at least one layer's name"),
-    ],
-)
-def test_what_no_engine_could_serve_is_refused_with_the_reason(change, reason):
-    with pytest.raises(ConfigError, match=reason):
-        replace(CONFIG, **change)
-
-
 _VLLM_READS = """
 import sys
 from vllm.config.lora import LoRAConfig
@@ -181,23 +167,17 @@ from vllm.lora.peft_helper import PEFTHelper
 helper = PEFTHelper.from_local_dir(sys.argv[1], max_position_embeddings=None)
 helper.validate_legal(LoRAConfig(max_lora_rank=16))
 print(helper.vllm_lora_scaling_factor)
-helper.use_dora = True
-try:
-    helper.validate_legal(LoRAConfig(max_lora_rank=16))
-except ValueError as error:
-    print(error)
 """
 
 
-def test_vllm_reads_the_scale_that_was_trained_and_still_refuses_dora(tmp_path):
+def test_vllm_reads_the_scale_that_was_trained(tmp_path):
     model_path = save_tiny_model(tmp_path / "model")
-    config = replace(CONFIG, rslora=True, lora_targets=("all-linear",))
+    config = replace(CONFIG, lora_targets=("all-linear",))
     save_zero_adapter(model_path, config, tmp_path / "zero")
     argv = [sys.executable, "-P", "-c", _VLLM_READS, str(tmp_path / "zero")]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=tmp_path)
-    scale, refusal = done.stdout.strip().splitlines()[-2:]
-    assert float(scale) == config.lora_alpha / config.lora_rank**0.5 == 4.0
-    assert "DoRA" in refusal
+    scale = done.stdout.strip().splitlines()[-1]
+    assert float(scale) == config.lora_alpha / config.lora_rank == 2.0
 
 
 def test_the_adapter_of_a_4_bit_base_is_float32(tmp_path):
@@ -205,7 +185,7 @@ def test_the_adapter_of_a_4_bit_base_is_float32(tmp_path):
     model = load_model(CONFIG, save_tiny_model(tmp_path / "model"))
     model.is_loaded_in_4bit = True
     trainer = PolicyTrainer(CONFIG, model, load_tokenizer(str(tmp_path / "model")), tmp_path)
-    assert {p.dtype for p in trainer.model.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in trainer.policy.parameters() if p.requires_grad} == {torch.float32}
 
 
 def test_four_bits_without_a_gpu_or_the_package_are_refused(tmp_path, monkeypatch):

@@ -11,13 +11,23 @@ from typing import Any
 
 import pytest
 
-from learner import stage
+from learner import lineage, stage
+from learner.metric_writers import MetricWriters
+from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.records import PolicyVersion, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
+from tests.learner.test_lineages_in_turn import (
+    ALICE,
+    MAIN,
+    add_batch,
+    assert_same,
+    made,
+    state,
+    train,
+)
 from tests.learner.test_tiny_model import CONFIG, GOOD, Recorded, save_tiny_model
-from tests.learner.test_turns import ALICE, MAIN, add_batch, assert_same, made, state, train
 
 # Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
 _processes = multiprocessing.get_context("forkserver")
@@ -36,20 +46,20 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
     """Runs the stage until `point`, which is a step of its order, and dies there."""
     match point:
         case "before the gate":
-            stage.objection = kill_myself
+            lineage.objection = kill_myself
         case "before rejecting":
-            stage.objection = rejected
+            lineage.objection = rejected
             Store.add_version = kill_myself
         case "after rejecting":
-            stage.objection = rejected
-            stage.Sinks.write = kill_myself
+            lineage.objection = rejected
+            MetricWriters.write = kill_myself
         case "before the step is undone":
-            stage.objection = rejected
-            stage._Learner._undo = kill_myself
+            lineage.objection = rejected
+            PolicyTrainer.restore = kill_myself
         case "before the step":
-            stage.PolicyTrainer.training_step = kill_myself
+            PolicyTrainer.update = kill_myself
         case "before the checkpoint":
-            stage.save_checkpoint = kill_myself
+            lineage.save_checkpoint = kill_myself
         case "before settling":
             Store.add_version = kill_myself
         case _:
@@ -71,11 +81,11 @@ def dies_after(calls: int, act: Callable[..., Any]) -> Callable[..., Any]:
 
 
 STEPS: dict[str, tuple[Any, str]] = {
-    "before the step": (stage.PolicyTrainer, "training_step"),
-    "before the checkpoint": (stage, "save_checkpoint"),
+    "before the step": (PolicyTrainer, "update"),
+    "before the checkpoint": (lineage, "save_checkpoint"),
     "before settling": (Store, "add_version"),
     "before serving": (Store, "set_serving"),
-    "before another lineage's state comes in": (stage.PolicyTrainer, "unpark"),
+    "before another lineage's state comes in": (PolicyTrainer, "restore"),
 }
 
 
@@ -86,7 +96,7 @@ def lineages_that_die(state_dir: str, model_path: str, point: str, calls: int) -
     store = Store(StoreConfig(dir=state_dir))
 
     def publish(version: PolicyVersion) -> None:
-        store.set_serving(version.lineage, version.number)
+        store.versions.set_serving(version.lineage, version.number)
 
     stage.run(store, CONFIG, model_path, [MAIN, ALICE], publish, threading.Event())
 
@@ -114,7 +124,7 @@ def resume(recorded: Recorded, model_path: str, last: int = 2) -> list[int]:
     published = []
 
     def publish(version: PolicyVersion) -> None:
-        recorded.store.set_serving("main", version.number)
+        recorded.store.versions.set_serving("main", version.number)
         published.append(version.number)
         if version.number == last:
             stop.set()
@@ -147,7 +157,7 @@ def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
     assert resume(recorded, model_path) == [1, 2]
     assert recorded.states() == {"trained": 32}
     assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
-    for version in recorded.store.versions("main"):
+    for version in recorded.store.versions.all("main"):
         assert version.path is not None
         verify_adapter(Path(version.path), version.sha256)
     # What the dead learner had finished is taken over, not made a second time.
@@ -171,12 +181,12 @@ def test_a_learner_killed_after_a_rejection_goes_on_from_the_parent(tmp_path, po
         one.add_mixed(16)
     assert resume(recorded, model_path, last=3) == [3]
     assert resume(spared, model_path, last=2) == [2]
-    first, second, third = recorded.store.versions("main")
+    first, second, third = recorded.store.versions.all("main")
     assert (second.state, second.parent, second.path) == (VersionState.REJECTED, 1, None)
     assert (third.state, third.parent) == (VersionState.SERVING, first.number)
     assert recorded.states() == {"trained": 32, "dropped": 16}
     # As if the rejected batch had never been: weights, moments and random numbers.
-    assert third.sha256 == spared.store.versions("main")[-1].sha256
+    assert third.sha256 == spared.store.versions.all("main")[-1].sha256
 
 
 @pytest.fixture(scope="module")
@@ -215,7 +225,7 @@ def test_every_lineage_of_a_killed_learner_resumes_with_its_optimizer_and_step(
     assert recorded.states() == {"trained": 16 * 4}
     assert trained_before.items() <= recorded.trained_in().items()
     for name in (MAIN, ALICE):
-        assert [v.number for v in recorded.store.versions(name)] == [1, 2]
+        assert [v.number for v in recorded.store.versions.all(name)] == [1, 2]
         assert made(recorded, name) == made(expected, name)
         assert_same(state(recorded, name), state(expected, name))
-        assert recorded.store.serving(name).number == 2
+        assert recorded.store.versions.serving(name).number == 2

@@ -19,7 +19,7 @@ from learner.divergence import (
     top_tokens,
     topk_divergence,
 )
-from learner.trainer import Update, build_trainer
+from learner.trainer import build_trainer
 from tests.learner.test_tiny_model import CONFIG, PROMPT, VOCABULARY, sample, save_tiny_model
 
 POLICY = (0.5, 0.25, 0.125, 0.125)
@@ -138,8 +138,8 @@ def test_a_whole_step_holds_logits_of_one_chunk_at_a_time(
     samples = [sample(str(i), reply=[10 + i] * 30, hinted=[9, *PROMPT]) for i in range(4)]
     trainer = build_trainer(config, model_path, tmp_path)
     with LargestLogits(VOCABULARY) as largest:
-        trainer.train_on([Update(samples, version=0)])
-    assert trainer.metrics["kl/teacher"] > 0
+        result = trainer.update(samples, {0: 0})
+    assert result.metrics["kl/teacher"] > 0
     assert largest.tokens == 48  # of 120 that are trained, in 132 places
 
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Con
 from learner.config import LearnerConfig
 from nextstate.config import StoreConfig
 from nextstate.records import Sample, Timings, Turn, TurnKind, Verdict
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 VOCABULARY = 64
 CONFIG = LearnerConfig(
@@ -127,7 +127,7 @@ class Recorded:
                 reply_key=turn.encode(),
             )
         hint = "Do it otherwise." if hinted else None
-        self.store.settle_verdict(Verdict(turn, (score,), score, "rules", hint, hinted))
+        self.store.judging.settle_verdict(Verdict(turn, (score,), score, "rules", hint, hinted))
         self._count += 1
         return turn
 
@@ -146,7 +146,7 @@ class Recorded:
 
     def trained_in(self) -> dict[str, int | None]:
         """The version that each turn trained."""
-        return {turn: self._row(turn)["trained_in"] for turn in self.store.turn_ids()}
+        return {turn: self._row(turn)["trained_in"] for turn in self.store.turns.ids()}
 
     def _row(self, turn: str) -> dict[str, Any]:
         with closing(sqlite3.connect(self.store.dir / "nextstate.sqlite3")) as connection:

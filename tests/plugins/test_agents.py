@@ -1,4 +1,4 @@
-"""Agent profiles: what is the person's, what is the machine's."""
+"""Agent profiles: which words are a person's and which are a machine's."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from judge.stage import task_of
 from nextstate.errors import PluginError
 from nextstate.hooks import AgentProfile, Evidence, JudgeSettings, load_judge, load_plugin
 from nextstate.records import BASE_VERSION, Json, NextState, Source, Timings, Turn, TurnKind
-from nextstate.store.store import Store
+from nextstate.store import Store
 from plugins.agents.profile import AGENTS
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import named_kind, next_states
+from proxy.linking.history import next_states
+from proxy.linking.names import named_kind
 
 CARRIER_TEXT = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nx\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 CARRIER: Json = {"role": "user", "content": [{"type": "text", "text": CARRIER_TEXT}]}
@@ -64,7 +65,7 @@ def profile() -> AgentProfile:
 def test_only_what_a_person_or_a_tool_said_is_a_next_state(
     profile: AgentProfile, message: Json, expected: str | None
 ) -> None:
-    heard = profile.heard(message)
+    heard = profile.utterance(message)
     assert (heard and heard.text) == expected
 
 
@@ -88,7 +89,7 @@ def test_only_what_a_person_or_a_tool_said_is_a_next_state(
         ([], TurnKind.MAIN),
     ],
 )
-def test_housekeeping_is_not_the_agents_work(
+def test_housekeeping_is_a_side_turn(
     profile: AgentProfile, messages: list[Json], kind: TurnKind
 ) -> None:
     assert profile.kind({"messages": messages}) is kind
@@ -107,7 +108,7 @@ ROWS: list[Json] = [
     json.loads(line)
     for line in (Path(__file__).parent / "data" / "agents.jsonl").read_text().splitlines()
 ]
-"""What may follow a reply in the user role, of agents and of people, labelled by hand."""
+"""Texts in the user role after a reply, by agents and by people, labelled by hand."""
 
 
 def conversation(row: Json) -> Json:
@@ -118,18 +119,20 @@ def conversation(row: Json) -> Json:
 
 
 def states_of(request: Json) -> list[NextState]:
-    profile = AUTO.of(request)
-    return next_states("t", request["messages"], [profile.heard(m) for m in request["messages"]])
+    profile = AUTO.for_request(request)
+    return next_states(
+        "t", request["messages"], [profile.utterance(m) for m in request["messages"]]
+    )
 
 
 def votes(states: list[NextState]) -> tuple[int, bool]:
-    """What `rules` says of a plain reply that was followed so."""
+    """The vote of `rules` on a plain reply with these next states."""
     vote = asyncio.run(RULES.vote(Evidence((("user", "hi"),), "Hello.", tuple(states)), 1))
     return vote.score, vote.sure
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[f"{n}-{row['agent']}" for n, row in enumerate(ROWS)])
-def test_every_labelled_text_is_ascribed_to_who_said_it(row: Json) -> None:
+def test_every_labelled_text_gets_its_speaker(row: Json) -> None:
     states = states_of(conversation(row))
     assert [state.source.value for state in states] == ([row["source"]] if row["source"] else [])
     if row["source"] == "user":
@@ -137,21 +140,23 @@ def test_every_labelled_text_is_ascribed_to_who_said_it(row: Json) -> None:
 
 
 def test_agents_are_found_by_their_requests_alone() -> None:
-    named = {(row["agent"], AUTO.of(conversation(row)).name) for row in ROWS if "system" in row}
+    named = {
+        (row["agent"], AUTO.for_request(conversation(row)).name) for row in ROWS if "system" in row
+    }
     assert all(wanted == found for wanted, found in named)
     assert len(named) >= 13
-    assert AUTO.of({"messages": [user("hello")]}).name == "generic"
+    assert AUTO.for_request({"messages": [user("hello")]}).name == "generic"
     assert len({agent.name for agent in AGENTS}) == len(AGENTS)
 
 
-def test_rules_hears_no_harness_as_a_person() -> None:
+def test_the_rules_judge_does_not_take_a_harness_for_a_person() -> None:
     for row in ROWS:
         states = states_of(conversation(row))
         if row["source"] is None:
             assert votes(states) == (0, False), row
         elif row["source"] == "environment":
             heard = [NextState("t", Source.USER, s.text, 0.9) for s in states]
-            assert heard  # an observation is a next state all the same
+            assert heard  # an observation is also a next state
             assert {s.source for s in states} == {Source.ENVIRONMENT}, row
 
 
@@ -162,19 +167,19 @@ def test_marks_hold_where_the_agent_is_not_known(name: str) -> None:
         row["content"]
         for row in ROWS
         if row["agent"] not in ("openclaw", "generic", "react") and row["source"] is None
-        if (heard := profile.heard(user(row["content"]))) and heard.source is Source.USER
+        if (heard := profile.utterance(user(row["content"]))) and heard.source is Source.USER
     ]
-    # A person may say so, unless the agent is Qwen Code or Claude Code.
+    # A person may write this, unless the agent is Qwen Code or Claude Code.
     assert kept == ["Please continue.", "Continue from where you left off."]
 
 
 def test_two_agents_at_once_are_each_read_their_own_way() -> None:
     stamped = user("[Sun 2026-11-22 08:38 UTC] no, shorter please")
-    openclaw = AUTO.of({"messages": [SYSTEM, stamped]})
-    plain = AUTO.of({"messages": [system("Be kind."), stamped]})
+    openclaw = AUTO.for_request({"messages": [SYSTEM, stamped]})
+    plain = AUTO.for_request({"messages": [system("Be kind."), stamped]})
     assert [p.name for p in (openclaw, plain)] == ["openclaw", "generic"]
-    assert openclaw.heard(stamped) == (Source.USER, "no, shorter please")
-    assert plain.heard(stamped) == (Source.USER, stamped["content"])
+    assert openclaw.utterance(stamped) == (Source.USER, "no, shorter please")
+    assert plain.utterance(stamped) == (Source.USER, stamped["content"])
     assert openclaw.session("abc:4") == "abc"
     assert plain.session("abc:4") == "abc:4"
 
@@ -203,7 +208,7 @@ def test_two_agents_at_once_are_each_read_their_own_way() -> None:
 )
 def test_an_agents_own_requests_are_side_turns(said: str, asked: str) -> None:
     request: Json = {"messages": [system(said), user(asked)]}
-    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+    assert AUTO.for_request(request).kind(request) is TurnKind.SIDE
 
 
 MEMORY = (
@@ -231,7 +236,7 @@ ASKED_BEHIND_THE_HISTORY: list[list[str]] = [
 
 
 @pytest.mark.parametrize("texts", ASKED_BEHIND_THE_HISTORY, ids=range(15))
-def test_what_an_agent_asks_behind_the_whole_history_says_nothing_of_the_reply(
+def test_an_agents_own_request_after_the_history_says_nothing_about_the_reply(
     store: Store, texts: list[str]
 ) -> None:
     messages = [system("You are a helper."), user("What is 3 + 4?")]
@@ -240,19 +245,19 @@ def test_what_an_agent_asks_behind_the_whole_history_says_nothing_of_the_reply(
     parts = [{"type": "text", "text": text} for text in texts]
     aside = [*messages, {"role": "user", "content": parts}]
     assert recorded(store, "b", aside, "Nothing to save.").kind is TurnKind.SIDE
-    # The tools that it uses meanwhile, too.
+    # The same holds for the tools that it uses meanwhile.
     call = {"id": "c", "type": "function", "function": {"name": "ls", "arguments": "{}"}}
     aside += [
         {"role": "assistant", "content": None, "tool_calls": [call]},
         {"role": "tool", "tool_call_id": "c", "content": "MEMORY.md"},
     ]
     assert recorded(store, "c", aside, "Done.").kind is TurnKind.SIDE
-    assert not store.next_states("a")
+    assert not store.turns.next_states("a")
     told = recorded(store, "d", [*messages, user("wrong, look again")], "Yes, it is 7.")
     assert (told.parent, told.kind) == ("a", TurnKind.MAIN)
-    assert [s.text for s in store.next_states("a")] == ["wrong, look again"]
-    # Whoever says that it is a main turn: the words are no person's.
-    assert AUTO.heard({"role": "user", "content": parts}) is None
+    assert [s.text for s in store.turns.next_states("a")] == ["wrong, look again"]
+    # Also in a main turn these are not a person's words.
+    assert AUTO.utterance({"role": "user", "content": parts}) is None
 
 
 @pytest.mark.parametrize(
@@ -270,7 +275,7 @@ def test_what_an_agent_asks_behind_the_whole_history_says_nothing_of_the_reply(
 )
 def test_side_requests_of_newer_releases(said: str, asked: str) -> None:
     request: Json = {"messages": [system(said), user(asked)]}
-    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+    assert AUTO.for_request(request).kind(request) is TurnKind.SIDE
 
 
 def test_a_side_conversation_begins_behind_the_history() -> None:
@@ -280,7 +285,7 @@ def test_a_side_conversation_begins_behind_the_history() -> None:
     }
     assistant: Json = {"role": "assistant", "content": "Done."}
     request: Json = {"messages": [user("fix it"), assistant, told, user("why?")]}
-    assert AUTO.of(request).kind(request) is TurnKind.SIDE
+    assert AUTO.for_request(request).kind(request) is TurnKind.SIDE
 
 
 @pytest.mark.parametrize(
@@ -301,14 +306,14 @@ def test_files_that_a_person_names_are_not_their_words(content: str | list[str])
     parts: object = content
     if not isinstance(content, str):
         parts = [{"type": "text", "text": text} for text in content]
-    assert AUTO.heard({"role": "user", "content": parts}) == (Source.USER, "no, shorter")
+    assert AUTO.utterance({"role": "user", "content": parts}) == (Source.USER, "no, shorter")
 
 
-def test_messages_that_waited_are_the_persons(profile: AgentProfile) -> None:
+def test_queued_messages_are_the_persons_words(profile: AgentProfile) -> None:
     text = (
         "[Queued messages while agent was busy]\n\n---\nQueued #1\nwrong\n\n---\nQueued #2\nagain"
     )
-    assert profile.heard(user(text)) == (Source.USER, "wrong\n\nagain")
+    assert profile.utterance(user(text)) == (Source.USER, "wrong\n\nagain")
 
 
 @pytest.mark.parametrize(
@@ -322,10 +327,10 @@ def test_messages_that_waited_are_the_persons(profile: AgentProfile) -> None:
 )
 def test_a_person_may_ask_for_titles_and_summaries(asked: str) -> None:
     request: Json = {"messages": [user(asked)]}
-    assert AUTO.of(request).kind(request) is TurnKind.MAIN
+    assert AUTO.for_request(request).kind(request) is TurnKind.MAIN
 
 
-def test_what_is_said_to_the_letter_again_and_again_is_no_persons() -> None:
+def test_a_text_that_is_repeated_letter_by_letter_is_not_a_persons() -> None:
     template = "Have a look at the list above, take the next point that is still open, then go on."
     assert len(template) >= 80
     again = [m for _ in range(3) for m in ({"role": "assistant", "content": "ok"}, user(template))]
@@ -386,7 +391,7 @@ def recorded(
         return record_exchange(recording, exchange._replace(kind=kind), AUTO)
 
 
-def test_what_the_client_says_of_its_turn_wins_over_the_profile(store: Store) -> None:
+def test_the_clients_turn_type_wins_over_the_profile(store: Store) -> None:
     hello = [user("hello")]
     assert recorded(store, "a", hello, "hi", kind=TurnKind.SIDE).kind is TurnKind.SIDE
     title = [system("You are a title generator"), user("hello")]
@@ -410,10 +415,10 @@ def test_an_observation_in_the_user_role_is_the_environments_from_store_to_judge
     ]
     turn = recorded(store, "b", messages, "THOUGHT: gone")
     assert turn.parent == "a"
-    assert [(s.source, s.text, s.trust) for s in store.next_states("a")] == [
+    assert [(s.source, s.text, s.trust) for s in store.turns.next_states("a")] == [
         (Source.ENVIRONMENT, seen, 0.6)
     ]
-    tail = build_evidence(turn, [], 4, 1000, profile=AUTO).tail
+    tail = build_evidence(turn, [], 1000, profile=AUTO, tail_messages=4).tail
     assert [who for who, _ in tail] == ["system", "user", "assistant", "environment"]
     asked, steps = task_of(turn.request, AUTO)
     assert (asked, len(steps)) == ("Please solve this: fix the parser", 1)
@@ -424,7 +429,7 @@ def test_a_picture_alone_is_recorded_as_what_followed(store: Store) -> None:
     recorded(store, "a", messages[:1], "Show me a picture of it")
     turn = recorded(store, "b", [*messages, {"role": "user", "content": [IMAGE]}], "Nice")
     assert turn.parent == "a"
-    assert [s.text for s in store.next_states("a")] == ["[image]"]
+    assert [s.text for s in store.turns.next_states("a")] == ["[image]"]
 
 
 @pytest.mark.parametrize(
@@ -458,7 +463,7 @@ def test_reading_hostile_text_grows_no_faster_than_the_text(
         taken: list[float] = []
         for _ in range(7):
             started = time.thread_time()
-            profile.heard(message)
+            profile.utterance(message)
             profile.kind({"messages": [message]})
             taken.append(time.thread_time() - started)
         return min(taken)

@@ -1,4 +1,4 @@
-"""Regular expressions that meet outside text take time in proportion to it.
+"""The time of a regular expression on outside text grows linearly with the text.
 
 Every expression of these packages is tried, also one that is added tomorrow, on texts made from its
 own parts: the beginning of a match over and over, and what it repeats without the end that it
@@ -23,17 +23,17 @@ import pytest
 
 from nextstate.thoughts import without_thoughts
 from plugins.judges import results, rules
-from proxy.linking.meaning import canonical_reply
+from proxy.linking.meaning import meaning_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nextstate", "proxy", "judge", "plugins", "demo")
 BOUNDED = "plugins.judges.lexicons"
 Expression = re.Pattern[Any]
-SIZES = (500, 2_000, 8_000)
-"""Characters; time that grows with their square grows sixteenfold from one to the next."""
+SIZES = (250, 1_000, 4_000)
+"""Numbers of characters; quadratic time grows sixteenfold from one to the next."""
 MOST_GROWTH = 9.0
 UNMEASURED_S = 0.002
-"""What a large text may take without being compared: too little to be quadratic, or to measure."""
+"""Seconds for a large text that are not compared: too few to measure."""
 
 
 def modules() -> list[str]:
@@ -61,7 +61,7 @@ def compiled(name: str, value: object, depth: int = 4) -> Iterator[tuple[str, Ex
 
 
 def written_out(name: str, source: str) -> Iterator[tuple[str, Expression]]:
-    """The expressions that a module hands to `re` where it uses them."""
+    """The expressions that a module gives to `re` inside its functions."""
     for node in ast.walk(ast.parse(source)):
         if (
             isinstance(node, ast.Call)
@@ -95,13 +95,13 @@ class Parts:
 
     def __init__(self, expression: Expression) -> None:
         self.repeated: set[tuple[str, str]] = set()
-        """(what stands before a repetition, what it repeats)."""
+        """(the part before a repetition, the repeated part)."""
         pattern: str | bytes = expression.pattern
         text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
         self.whole = self._text(parser.parse(text, expression.flags & ~re.DEBUG | re.UNICODE), "")
 
     def texts(self, size: int) -> list[str]:
-        """What may be slow to search, each of `size` characters or a little more."""
+        """Texts that may be slow to search, each with `size` characters or a little more."""
         units = {("", character) for character in SOME}
         units |= {("", self.whole), ("", self.whole[:-1])}
         for before, repeated in self.repeated:
@@ -140,7 +140,7 @@ class Parts:
         return ""
 
     def _members(self, kind: Any, argument: Any) -> list[str]:
-        """Characters that a class of them holds."""
+        """Characters of a character class."""
         if kind is c.IN:
             inverted = argument[0][0] is c.NEGATE
             tests = argument[inverted:]
@@ -176,7 +176,7 @@ def _holds(kind: Any, argument: Any, character: str) -> bool:
 
 
 def seconds(expression: Expression, text: str, tries: int) -> float:
-    """The time of this process, not of the clock, that a search for all matches takes at least."""
+    """The least CPU seconds of a search for all matches."""
     given = text.encode("latin-1", "replace") if isinstance(expression.pattern, bytes) else text
     best = float("inf")
     for _ in range(tries):
@@ -188,7 +188,7 @@ def seconds(expression: Expression, text: str, tries: int) -> float:
 
 
 def slow(expression: Expression) -> list[str]:
-    """The beginnings of texts on which an expression's time grows with more than their length."""
+    """The beginnings of texts on which an expression's time grows faster than their length."""
     parts = Parts(expression)
     by_size = [parts.texts(size) for size in SIZES]
     return [texts[0][:60] for texts in zip(*by_size, strict=True) if _grows(expression, texts)]
@@ -202,7 +202,7 @@ def _grows(expression: Expression, texts: Sequence[str]) -> bool:
 
 
 @pytest.mark.parametrize("where", ALL)
-def test_time_grows_with_the_text_alone(where: str) -> None:
+def test_time_grows_linearly_with_the_text(where: str) -> None:
     assert slow(ALL[where]) == []
 
 
@@ -216,11 +216,11 @@ def test_time_grows_with_the_text_alone(where: str) -> None:
         r"\[.*\]x",
     ],
 )
-def test_these_tests_find_what_they_look_for(pattern: str) -> None:
+def test_these_tests_notice_a_slow_expression(pattern: str) -> None:
     assert slow(re.compile(pattern, re.DOTALL))
 
 
-def test_expressions_are_found_wherever_they_stand() -> None:
+def test_all_expressions_of_the_code_are_found() -> None:
     inside = {"a": [(re.compile("x"),)]}
     assert [name for name, _ in compiled("top", inside)] == ["top[a][0][0]"]
     assert [one.pattern for _, one in written_out("m", "re.sub(r'a+', '', text)")] == ["a+"]
@@ -229,15 +229,15 @@ def test_expressions_are_found_wherever_they_stand() -> None:
 
 
 @pytest.mark.parametrize("mark", ["<think>", "</think>", "<|channel|>", "< ", "[THINK]", "<think "])
-def test_thoughts_are_looked_for_once(mark: str) -> None:
-    """64 kB of openings held all recording for many seconds."""
+def test_thoughts_are_searched_once(mark: str) -> None:
+    """64 kB of opening tags once stopped all recording for many seconds."""
 
     def cost(count: int) -> float:
         text, best = mark * count, float("inf")
         for _ in range(3):
             started = time.process_time()
             without_thoughts(text)
-            canonical_reply({"role": "assistant", "content": text})
+            meaning_of({"role": "assistant", "content": text})
             best = min(best, time.process_time() - started)
         return best
 
@@ -245,5 +245,5 @@ def test_thoughts_are_looked_for_once(mark: str) -> None:
 
 
 @pytest.mark.parametrize("module", [results, rules])
-def test_lexicons_are_shown_texts_of_a_bounded_length(module: Any) -> None:
+def test_lexicons_get_texts_of_a_limited_length(module: Any) -> None:
     assert module._MAX_CHARS <= 4000

@@ -1,4 +1,4 @@
-"""What OpenClaw 2026.9.6 really sent, labelled by hand: kind, session, turn and next state.
+"""Real traffic of OpenClaw 2026.9.6, labelled by hand: kind, session, turn and next state.
 
 `data/openclaw/*.jsonl` holds one request a line with the reply that it got; texts over 300
 characters and everything that no link depends on are cut. The labels beside it were made by reading
@@ -18,10 +18,10 @@ import pytest
 from nextstate.config import StoreConfig
 from nextstate.hooks import load_plugin
 from nextstate.records import Json, Timings, TurnKind
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import explicit_session
+from proxy.linking.names import explicit_session
 
 QUEUED = (
     "[Queued user message from a previous active turn; preserved as context only. Continue with "
@@ -33,7 +33,7 @@ GO_ON = (
     "the task or repeat completed actions."
 )
 WORDS = re.compile(r"(\[\w{3} [^\]]*\] )?(.*?)(\n\nRuntime: [^\n]*)?", re.DOTALL)
-"""Stamp, what the person wrote, and the line about the runtime."""
+"""The stamp, the person's words, and the line about the runtime."""
 DATA = Path(__file__).parent / "data" / "openclaw"
 
 
@@ -64,7 +64,7 @@ def exchange_of(line: Json, *, cut: bool = False, turn: str | None = None) -> Ex
 
 
 def wrapped_anew(line: Json) -> Json:
-    """The same request as OpenClaw makes it after a failure: with the person's last words wrapped.
+    """The same request as OpenClaw sends it after a failure: the person's last words are wrapped.
 
     Seen of 2026.9.6 when its engine was killed. What it wrote itself is sent again as it was.
     """
@@ -87,7 +87,7 @@ def is_a_persons(message: Json) -> bool:
 
 
 class Recorded:
-    """The traffic in a store, with what was labelled beside it."""
+    """The recorded traffic in a store, with its labels."""
 
     def __init__(self, folder: Path) -> None:
         self.store = Store(StoreConfig(dir=str(folder)))
@@ -108,11 +108,11 @@ class Recorded:
         ours: dict[str, set[str]] = defaultdict(set)
         theirs: dict[str, set[str]] = defaultdict(set)
         for label in labels:
-            turn = self.store.turn(turn_id(label["n"]))
+            turn = self.store.turns.get(turn_id(label["n"]))
             assert turn is not None
             where = f"request {label['n']}: {label['note']}"
             assert turn.kind == label["kind"], where
-            found = [(s.source.value, s.text) for s in self.store.next_states(turn.id)]
+            found = [(s.source.value, s.text) for s in self.store.turns.next_states(turn.id)]
             assert found == expected[turn.id], where
             if turn.kind is TurnKind.MAIN:
                 parent = label["continues"]
@@ -162,5 +162,5 @@ def test_interleaved_agents_and_retried_requests_change_no_label(
             state["turn"] += shift
     labels = local + read("gateway.labels.jsonl")
     recorded.check(labels)
-    listed = set(recorded.store.turn_ids(1000))
+    listed = set(recorded.store.turns.ids(1000))
     assert listed == {turn_id(label["n"]) for label in labels}, "a retried request is one turn"

@@ -1,11 +1,10 @@
-"""What a client sends to generate: the serving version answers and is recorded, or nobody does."""
+"""A request to generate is answered by the serving version and recorded, or gets an error."""
 
 from __future__ import annotations
 
 import asyncio
 import io
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import publish
-from nextstate.store.store import Store
-from tests.proxy.test_proxy import Running, add_version, both, request, running, until
+from nextstate.store import Store
+from tests.proxy.running_proxy import Running, add_version, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine
 
 TEXT = '{"model": "base", "messages": [{"role": "user", "content": "héllo"}], "x": %s}'
@@ -56,7 +55,7 @@ async def serve(store: Store, p: Running, tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_the_engine_reads_is_served_by_the_serving_version_and_recorded(
+def test_every_body_that_the_engine_reads_is_served_by_the_version_and_recorded(
     store: Store, tmp_path: Path, stream: bool
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -73,7 +72,7 @@ def test_what_the_engine_reads_is_served_by_the_serving_version_and_recorded(
             assert repr({key: got[key] for key in sent if key != "model"}) == repr(
                 {key: value for key, value in sent.items() if key != "model"}
             ), name
-            turn = store.turn(answer.headers["x-nextstate-turn"])
+            turn = store.turns.get(answer.headers["x-nextstate-turn"])
             assert turn is not None, name
             assert turn.policy_version == 1
             assert repr(turn.request["x"]) == repr(sent["x"]), name
@@ -115,7 +114,9 @@ def test_a_form_is_not_answered_by_the_base_model_in_place_of_a_version(
     both(test, store, tmp_path)
 
 
-def test_what_nobody_reads_gets_an_error_and_is_counted(store: Store, tmp_path: Path) -> None:
+def test_a_body_that_cannot_be_read_gets_an_error_and_is_counted(
+    store: Store, tmp_path: Path
+) -> None:
     """Also from an engine that would take it."""
 
     async def lax(request: web.Request) -> web.Response:
@@ -169,7 +170,7 @@ def test_a_schema_that_could_end_the_engine_does_not_reach_it_in_any_spelling(
     both(test, store, tmp_path)
 
 
-def test_the_engine_gets_what_it_reads_and_no_word_to_the_harm_of_others(
+def test_the_engine_gets_the_headers_it_reads_and_none_that_harms_others(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -214,7 +215,6 @@ def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, 
     }
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        p.proxy.config = replace(p.proxy.config, max_body_mb=1)
         page = ""
         for count, (name, case) in enumerate(refused.items(), 1):
             data, headers, status, words = case
@@ -227,4 +227,4 @@ def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, 
         assert engine.requests == []
         assert "nextstate_turns_lost_total 0\n" in page
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, max_body_mb=1)

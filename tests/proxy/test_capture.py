@@ -1,4 +1,4 @@
-"""What a reply's tool calls are: read as the official SDKs read them, or not to be trained on."""
+"""Tool calls are read as the official SDKs read them, or the turn does not train."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_calls_that_come_in_parts_are_joined_and_train() -> None:
         ([[part(0, "a", {"x": 1})]], "types"),
     ],
 )
-def test_calls_that_clients_read_otherwise_do_not_train(
+def test_calls_that_clients_read_differently_do_not_train(
     deltas: list[list[dict[str, Any]]], reason: str
 ) -> None:
     capture = captured(*deltas)

@@ -1,4 +1,4 @@
-"""`/v1/completions` through the proxy: recorded like chat, and not a byte different for it."""
+"""`/v1/completions` through the proxy: recorded like chat, without changing a byte."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import orjson
 import pytest
 
 from nextstate.records import Turn
-from nextstate.store.store import Store
-from tests.proxy.test_proxy import Running, both
+from nextstate.store import Store
+from tests.proxy.running_proxy import Running, both
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
 JSON = {"Content-Type": "application/json"}
@@ -31,8 +31,8 @@ async def complete(p: Running, body: dict[str, Any], url: str | None = None) -> 
 
 
 def only_turn(store: Store) -> Turn:
-    (turn_id,) = store.turn_ids()
-    turn = store.turn(turn_id)
+    (turn_id,) = store.turns.ids()
+    turn = store.turns.get(turn_id)
     assert turn is not None
     return turn
 
@@ -185,11 +185,11 @@ def test_no_request_makes_the_engine_compute_the_prompts_log_probs(
     both(test, store, tmp_path, record_timeout_s=10.0)
 
 
-def test_an_unknown_model_gets_the_engines_own_words(store: Store, tmp_path: Path) -> None:
+def test_an_unknown_model_gets_the_engines_own_error(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         body = request(model="nope")
         assert await complete(p, body) == await complete(p, body, engine.url)
-        assert store.turn_ids() == []
+        assert store.turns.ids() == []
 
     both(test, store, tmp_path, record_timeout_s=10.0)
 
@@ -203,13 +203,13 @@ def test_every_choice_passes_as_it_ends_and_the_last_once_the_turn_is_recorded(
         answer = await p.http.post(f"{p.url}/v1/completions", data=data, headers=JSON)
         for index in (0, 1, 2):
             if index == 2:
-                assert store.turn_ids() == []
+                assert store.turns.ids() == []
                 assert engine.script.gate is not None
                 engine.script.gate.set()
             event = await answer.content.readuntil(b"\n\n")
             assert b'"index":%d' % index in event
             assert b'"finish_reason":"stop"' in event
-        assert len(store.turn_ids()) == 1
+        assert len(store.turns.ids()) == 1
         answer.close()
 
     both(test, store, tmp_path, record_timeout_s=10.0)
@@ -223,6 +223,6 @@ def test_the_official_sdk_completes_through(store: Store, tmp_path: Path) -> Non
             streamed = [chunk.choices[0].text async for chunk in stream]
         assert (plain.choices[0].text, "".join(streamed)) == ("Hello", "Hello")
         assert plain.choices[0].logprobs is None
-        assert len(store.turn_ids()) == 2
+        assert len(store.turns.ids()) == 2
 
     both(test, store, tmp_path, record_timeout_s=10.0)

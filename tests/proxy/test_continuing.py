@@ -7,10 +7,10 @@ from random import Random
 
 import pytest
 
-from nextstate.hooks import Heard
+from nextstate.hooks import Utterance
 from nextstate.records import Json
 from plugins.agents.profile import GENERIC, Profile
-from tests.proxy.test_session_properties import AT_LENGTH, Step, played, said, step
+from tests.proxy.conversations import AT_LENGTH, Step, alternating, recorded, step
 
 
 def user(text: str) -> Json:
@@ -64,7 +64,7 @@ def test_a_reply_cut_into_messages_is_one_turn_and_all_results_follow_it(
     steps.append(asked("two", [*GO, *sent_back], assistant("Both are fine.")))
     last = [*GO, *sent_back, assistant("Both are fine."), user("Thanks.")]
     steps.append(asked("three", last, assistant("Gladly.")))
-    with played([steps], Random(0), name and [name]) as found:
+    with recorded([steps], Random(0), name and [name]) as found:
         assert found.parents["two"] == "one"
         assert found.states("one") == ["result 0", "result 1", "result 2"]
         assert found.parents["three"] == "two"
@@ -79,7 +79,7 @@ def test_turns_of_a_loop_with_one_call_each_stay_turns() -> None:
         reply = assistant("", ("read", f'{{"page": {n % 3}}}'))
         steps.append(asked(f"t{n}", list(messages), reply))
         messages += [reply, result(n)]
-    with played([steps], Random(0)) as found:
+    with recorded([steps], Random(0)) as found:
         for n in range(1, 40):
             assert found.parents[f"t{n}"] == f"t{n - 1}"
             assert found.states(f"t{n - 1}") == [f"result {n - 1}"]
@@ -98,7 +98,7 @@ def test_what_an_agent_adds_between_the_results_cuts_no_reply_off(added: Json) -
     steps = [asked("one", GO, REPLY), asked("two", [*GO, *cut], assistant("Both are fine."))]
     said_between = [*GO, *cut[:3], user("Wait."), *cut[3:]]
     steps.append(asked("other", said_between, assistant("I wait.")))
-    with played([steps], Random(0)) as found:
+    with recorded([steps], Random(0)) as found:
         assert found.parents["two"] == "one"
         states = found.states("one")
         assert [state for state in states if state.startswith("result")] == [
@@ -118,7 +118,7 @@ def test_a_reply_and_its_continuation_may_be_one_message_later(asks: list[Json])
         asked("next", [*GO, whole, user("And by name?")], assistant("Also.")),
         asked("stranger", [GO[0], user("Sort."), whole, user("No.")], assistant("Why?")),
     ]
-    with played([steps], Random(0)) as found:
+    with recorded([steps], Random(0)) as found:
         assert found.parents["whole"] == "cut"
         assert found.parents["next"] == "whole"
         assert found.states("whole") == ["And by name?"]
@@ -158,7 +158,7 @@ def test_words_that_fit_two_conversations_land_on_neither(
         steps.append(step("a2", plain, "I see."))
         kept = [*two, assistant(reply), user("Nice.")]
         steps.append(step("b2", kept, "Gladly."))
-        with played([steps], Random(0), names, vague=vague) as found:
+        with recorded([steps], Random(0), names, vague=vague) as found:
             assert found.parents["a2"] is None
             assert found.states("a1") == []
             assert found.sessions["a2"] not in (found.sessions["a1"], found.sessions["b1"])
@@ -172,7 +172,7 @@ def test_under_a_name_that_one_conversation_has_the_stamp_may_go(vague: bool) ->
         step("a1", [user(stamped(10, "Book a table."))], "Done."),
         step("a2", [user("Book a table."), assistant("Done."), user("No, wrong.")], "I see."),
     ]
-    with played([steps], Random(0), ["app"], vague=vague) as found:
+    with recorded([steps], Random(0), ["app"], vague=vague) as found:
         assert found.states("a1") == ["No, wrong."]
 
 
@@ -185,7 +185,7 @@ def test_a_stranger_is_not_the_only_other_one_under_a_name(vague: bool) -> None:
         step("a2", [user("Book a table."), assistant("Booked."), user("Thanks.")], "Bye."),
         step("c2", [user("Sum this up."), assistant("Done."), user("No, wrong.")], "I see."),
     ]
-    with played([steps], Random(0), ["app"], vague=vague) as found:
+    with recorded([steps], Random(0), ["app"], vague=vague) as found:
         assert found.parents["c2"] is None
         assert found.states("b1") == []
         assert found.states("a1") == ["Thanks."]
@@ -194,7 +194,7 @@ def test_a_stranger_is_not_the_only_other_one_under_a_name(vague: bool) -> None:
 def test_the_same_words_to_two_apps_go_to_the_one_whose_system_it_is() -> None:
     def asks(who: str, hour: int, *texts: str) -> list[Json]:
         system = {"role": "system", "content": f"You are a {who}. It is {hour}:30."}
-        return [system, *said(*texts)]
+        return [system, *alternating(*texts)]
 
     steps = [
         step("pirate", asks("pirate", 8, "Hi"), "Hello!"),
@@ -202,7 +202,7 @@ def test_the_same_words_to_two_apps_go_to_the_one_whose_system_it_is() -> None:
         step("pirate 2", asks("pirate", 9, "Hi", "Hello!", "Speak up."), "Aye!"),
         step("cook 2", asks("cook", 9, "Hi", "Hello!", "Is it done?"), "No."),
     ]
-    with played([steps], Random(0)) as found:
+    with recorded([steps], Random(0)) as found:
         assert found.parents["pirate 2"] == "pirate"
         assert found.parents["cook 2"] is None
         assert found.states("nurse") == []
@@ -210,8 +210,8 @@ def test_the_same_words_to_two_apps_go_to_the_one_whose_system_it_is() -> None:
 
 def test_agents_whose_every_text_is_machine_made_keep_their_links() -> None:
     class Deaf(Profile):
-        def heard(self, message: Json) -> Heard | None:
-            found = super().heard(message)
+        def utterance(self, message: Json) -> Utterance | None:
+            found = super().utterance(message)
             return None if found is None or found.text.startswith("<") else found
 
     steps = [step(f"{who}1", [user(f"<task>{who}</task>")], "ls") for who in ("a", "b")] + [
@@ -221,6 +221,6 @@ def test_agents_whose_every_text_is_machine_made_keep_their_links() -> None:
             "cat",
         ),
     ]
-    with played([steps], Random(0), profile=Deaf(GENERIC)) as found:
+    with recorded([steps], Random(0), profile=Deaf(GENERIC)) as found:
         assert found.parents["a2"] == "a1"
         assert found.states("a1") == ["Well?"]

@@ -14,14 +14,14 @@ from pathlib import Path
 import pytest
 
 from nextstate.app.settings import Settings
-from nextstate.engine.messages_behaviour import Habits
+from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.hooks import AgentProfile, load_plugin, text_of
 from nextstate.records import BASE_VERSION, Json, Timings, Turn, TurnKind
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.capture import Capture, distribution_change
 from proxy.dialects import messages, responses
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.continuation import explicit_session, names_conversation
+from proxy.linking.names import explicit_session, names_conversation
 from tests.conftest import Done
 from tests.running_loop import Engine, Loop
 from tests.same_answer import answer_of, assert_same
@@ -33,35 +33,37 @@ SENT: dict[str, list[Json]] = {
 REQUESTS = {f"{name} {i}": sent for name, made in SENT.items() for i, sent in enumerate(made)}
 ASKED = [case for case in REQUESTS if "budget" not in case]
 """Without those that have room for 1,024 tokens of thoughts, as the small policy has not."""
-KNOWN = Habits(merges_system=True, disabled_effort="none", shows_no_tools=False)
+KNOWN = MessagesBehaviour(merges_system=True, disabled_effort="none", shows_no_tools=False)
 AUTO: AgentProfile = load_plugin("agents", "auto", None)
-INLINE = Habits(merges_system=False, disabled_effort="low", shows_no_tools=False)
+INLINE = MessagesBehaviour(merges_system=False, disabled_effort="low", shows_no_tools=False)
 
 
-def chat_form(sent: Json, habits: Habits) -> tuple[Json, str | None]:
+def chat_form(sent: Json, behaviour: MessagesBehaviour) -> tuple[Json, str | None]:
     """The request in chat form, and why it would be relayed as it is."""
     path, body = sent["path"].partition("?")[0], sent["body"]
     if path == "/v1/chat/completions":
         return body, None
     dialect = messages if path == "/v1/messages" else responses
-    translation = dialect.to_chat(body, habits)
+    translation = dialect.to_chat(body, behaviour)
     return translation.chat, translation.native
 
 
-@pytest.mark.parametrize("habits", [KNOWN, INLINE])
+@pytest.mark.parametrize("behaviour", [KNOWN, INLINE])
 @pytest.mark.parametrize("case", REQUESTS)
-def test_what_agents_send_goes_through_chat_and_may_train(case: str, habits: Habits) -> None:
-    chat, native = chat_form(REQUESTS[case], habits)
+def test_what_agents_send_goes_through_chat_and_may_train(
+    case: str, behaviour: MessagesBehaviour
+) -> None:
+    chat, native = chat_form(REQUESTS[case], behaviour)
     assert native is None
     strict = any(tool["function"].get("strict") for tool in chat.get("tools", ()))
     change = distribution_change(chat)
     assert change == ("sampled under a grammar (strict tool)" if strict else None)
 
 
-def told(sent: Json, habits: Habits, role: str) -> list[str]:
+def told(sent: Json, behaviour: MessagesBehaviour, role: str) -> list[str]:
     """What a role says in the chat form."""
     found: list[str] = []
-    for message in chat_form(sent, habits)[0]["messages"]:
+    for message in chat_form(sent, behaviour)[0]["messages"]:
         content = message.get("content") or ""
         if message["role"] == role:
             parts = [{"text": content}] if isinstance(content, str) else content
@@ -98,7 +100,7 @@ def test_the_next_request_goes_on_from_the_one_before(name: str) -> None:
 
 @pytest.mark.parametrize("thoughts", ["", "<think>I look.</think>", "I look.</think>\n\n"])
 @pytest.mark.parametrize("name", SENT)
-def test_the_next_request_says_what_came_of_the_reply(
+def test_the_next_request_shows_the_result_of_the_reply(
     store: Store, name: str, thoughts: str
 ) -> None:
     main = [sent for sent in SENT[name] if sent["body"].get("tools")]
@@ -109,7 +111,7 @@ def test_the_next_request_says_what_came_of_the_reply(
         recorded(store, f"{n} first", first, reply)
         turn = recorded(store, f"{n} second", second, {"role": "assistant", "content": f"{n}"})
         assert (turn.parent, turn.kind) == (f"{n} first", TurnKind.MAIN)
-        assert [state.text for state in store.next_states(f"{n} first")] == [
+        assert [state.text for state in store.turns.next_states(f"{n} first")] == [
             text_of(message["content"]) for message in after
         ]
 
@@ -166,7 +168,7 @@ def test_a_turn_trains(loop: Loop, native_engine: Engine, case: str) -> None:
     answer = answer_of(native_engine.proxy_url, path, body)
     assert answer.status == 200, answer
     with closing(Store(Settings.read(loop.config).store)) as store:
-        turn = store.turn(answer.turn or "")
+        turn = store.turns.get(answer.turn or "")
     assert turn is not None
     strict = case.startswith("openai_agents")
     assert turn.untrainable == ("sampled under a grammar (strict tool)" if strict else None)

@@ -1,6 +1,6 @@
-"""The same request to vLLM and through the proxy: the answers are equal byte for byte.
+"""vLLM and the proxy answer the same request with the same bytes.
 
-Apart from ids and the time; how far a stream may be cut elsewhere, `same_answer` tells.
+Random ids and times may differ. `same_answer` says when two streams count as equal.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def called(name: str, arguments: str) -> str:
 
 
 def scripted(*parts: str, **more: Any) -> Json:
-    """A request whose reply is the parts, by a grammar."""
+    """A request with a grammar that forces the parts as the reply."""
     choice = {"choice": ["".join(parts)]}
     return {"tools": [WEATHER, CLOCK], "structured_outputs": choice, "max_tokens": 99, **more}
 
@@ -51,7 +51,7 @@ WEATHER = function(
 CLOCK = function("clock")
 PICK = function("pick", parameters={"type": "object", "properties": {"a": {"enum": [7]}}})
 FORCED: Json = {"tools": [PICK, CLOCK], "frequency_penalty": 2, "max_tokens": 60}
-"""The penalty keeps the tiny policy from writing spaces until it is cut."""
+"""Without the penalty the tiny policy writes spaces up to the token limit."""
 ROME, TIME = called("get_weather", '{"city":"Köln"}'), called("clock", "{}")
 USAGE: Json = {"include_usage": True}
 STATS: Json = {"continuous_usage_stats": True}
@@ -74,7 +74,7 @@ BOTH: dict[str, Json] = {
     "no stream, in a word": {"stream": "no"},
     "no ids, in a word": {"return_token_ids": "no"},
 }
-"""What either route takes."""
+"""Fields that both routes take."""
 STREAMED: dict[str, Json] = {
     "usage": {"stream_options": USAGE},
     "usage, ids": {"stream_options": USAGE, "return_token_ids": True},
@@ -85,7 +85,7 @@ STREAMED: dict[str, Json] = {
     "null options": {"stream_options": None},
     "two choices, usage": {"n": 2, "temperature": 1, "stream_options": USAGE},
 }
-"""What only a stream takes."""
+"""Fields that only a stream takes."""
 CHATS: dict[str, Json] = {
     **BOTH,
     "logprobs": {"logprobs": True},
@@ -185,7 +185,7 @@ REFUSED: dict[str, tuple[str, Json]] = {
     "response of a bad type": (RESPONSES, {"input": 7}),
     "unknown model": (CHAT, {"model": "nobody"}),
     "unknown model, prompt": (COMPLETIONS, {"model": "nobody"}),
-    "model that is none": (CHAT, {"model": 3}),
+    "model of a bad type": (CHAT, {"model": 3}),
     "no messages": (CHAT, {"messages": None}),
     "empty messages": (CHAT, {"messages": []}),
     "messages of a bad type": (CHAT, {"messages": "hi"}),
@@ -301,18 +301,18 @@ def request_of(engine: Engine, path: str, more: Json, stream: bool = False) -> J
 
 
 def same(engine: Engine, path: str, body: Json | bytes | None, **how: Any) -> Answer:
-    """The proxy's answer, which is the engine's."""
+    """The proxy's answer, after a check that vLLM's is the same."""
     return assert_same(engine, path, body, **how)
 
 
 def precise(more: Json) -> bool:
-    """Whether the answer shows log-probs, whose last digit may hang on what else is computed."""
+    """Whether the answer has log-probs: their last digit depends on the rest of the batch."""
     return "logprobs" in more
 
 
 @pytest.fixture(scope="module")
 def answers(native_engine: Engine, ask_at_once: Callable[..., Done]) -> Done:
-    """The proxy's answers, once they are known to be the engine's."""
+    """The proxy's answers, after a check that vLLM's are the same."""
 
     def ask(case: str, stream: bool) -> Answer | None:
         path, more = {**CASES, **REFUSED}[case]
@@ -363,9 +363,7 @@ def test_a_refusal_is_in_the_words_of_vllm(
 
 
 @pytest.mark.parametrize("path", [CHAT, COMPLETIONS, MESSAGES, RESPONSES])
-def test_bodies_that_are_no_request_are_refused_in_the_words_of_vllm(
-    native_engine: Engine, path: str
-) -> None:
+def test_invalid_bodies_are_refused_in_the_words_of_vllm(native_engine: Engine, path: str) -> None:
     for body in BODIES.values():
         assert same(native_engine, path, body).status >= 400
     good = json.dumps(request_of(native_engine, path, {})).encode()
@@ -419,7 +417,7 @@ def test_the_models_are_those_of_vllm_without_its_adapters(native_engine: Engine
 
 
 def values(cases: dict[str, Json]) -> st.SearchStrategy[Json]:
-    """Bodies made of several cases' fields."""
+    """Bodies that mix the fields of several cases."""
     parts = st.lists(st.sampled_from([*cases.values()]), min_size=1, max_size=3)
     changes = st.sampled_from(
         [{}, {}, {}, {"n": "2"}, {"seed": 0.5}, {"tools": []}, {"logprobs": 2}]

@@ -1,4 +1,4 @@
-"""A broken connection is one request's trouble: nobody else waits while the engine is well."""
+"""A broken connection fails one request at most: nobody else waits while the engine is well."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ from typing import Any
 import aiohttp
 import orjson
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
 
 from nextstate.engine.client import EngineClient
-from nextstate.open_files import ran_out
-from nextstate.store.store import Store
+from nextstate.file_descriptors import out_of_descriptors
+from nextstate.store import Store
+from proxy.intervals import Intervals
 from proxy.upstream import Upstream
-from tests.proxy.test_proxy import Running, both, request, running, until
+from tests.proxy.running_proxy import Running, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact
 
 ASKED: dict[str, dict[str, Any]] = {
@@ -80,7 +79,7 @@ def test_what_an_engine_that_is_down_resets_waits_for_it(
     both(test, store, tmp_path)
 
 
-def test_requests_that_fail_together_share_one_look_at_the_engines_health(
+def test_requests_that_fail_together_share_one_health_check(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -137,31 +136,14 @@ def test_a_request_is_not_sent_again_once_a_part_of_an_answer_has_come(
     asyncio.run(test())
 
 
-def test_a_form_that_cannot_be_sent_again_goes_on_a_new_connection(
-    store: Store, tmp_path: Path
-) -> None:
-    """One that was kept may be closed already at the other end."""
-    asked: list[tuple[str, int]] = []
+def test_a_form_is_sent_again_too(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.resets = 1
+        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
+        assert (await answer.read(), engine.was_reset) == (b"--x--", ["/v1/echo"])
 
-    class Forms(ScriptedEngine):
-        async def _echo(self, request: web.Request) -> web.Response:
-            asked.append((request.method, id(request.transport)))
-            return await super()._echo(request)
-
-    async def test() -> None:
-        engine = Forms()
-        async with TestServer(engine.app()) as server:
-            engine.server = server
-            async with running(engine.url, store, tmp_path) as p:
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-                for kind in ("text/plain", "multipart/form-data; boundary=x", "text/plain"):
-                    headers = {"Content-Type": kind}
-                    answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
-                    assert await answer.read() == b"--x--"
-        [first, form, last] = asked
-        assert first == last != form
-
-    asyncio.run(test())
+    both(test, store, tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
@@ -182,16 +164,14 @@ def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
         assert b"no files left" in data
         assert (await ask(p, "/v1/chat/completions"))[0] == 200
 
-    assert ran_out(OSError(number, "none left"))
-    assert not ran_out(ConnectionResetError(errno.ECONNRESET, "reset"))
+    assert out_of_descriptors(OSError(number, "none left"))
+    assert not out_of_descriptors(ConnectionResetError(errno.ECONNRESET, "reset"))
     both(test, store, tmp_path)
 
 
 def test_a_look_at_the_engine_without_descriptors_changes_nothing(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("proxy.versions.HEALTH_POLL_S", 0.01)
-
     async def test(engine: ScriptedEngine, p: Running) -> None:
         tried: list[None] = []
 
@@ -208,7 +188,7 @@ def test_a_look_at_the_engine_without_descriptors_changes_nothing(
         assert p.proxy.versions.up
         assert await p.proxy.versions.is_well()
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, intervals=Intervals(health_poll_s=0.01))
 
 
 def count_failures(p: Running) -> list[None]:

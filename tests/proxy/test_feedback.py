@@ -16,10 +16,10 @@ from nextstate.records import (
     TurnKind,
     VersionState,
 )
+from nextstate.store import Store
 from nextstate.store.settling import Reception
-from nextstate.store.store import Store
 from proxy.lineages import Access
-from tests.proxy.test_proxy import Running, both, request
+from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import KEY, add, judge, turn
 
@@ -68,16 +68,16 @@ def test_feedback_decides_and_the_same_again_changes_nothing(store: Store, tmp_p
         assert first == {
             "turn": turn_id, "session": "my-chat", "score": -1, "applied": True, "reason": None,
         }  # fmt: skip
-        verdict = store.verdict(turn_id)
+        verdict = store.judging.verdict(turn_id)
         assert verdict is not None
         assert (verdict.score, verdict.hint, verdict.judge) == (-1, "Be brief.", "feedback")
-        assert store.feedback(turn_id) == Feedback(turn_id, -1, "Be brief.", "Too long.")
-        assert store.ready_samples("main", scored=True, hinted=False) == 1
+        assert store.judging.feedback(turn_id) == Feedback(turn_id, -1, "Be brief.", "Too long.")
+        assert store.training.ready_samples("main", scored=True, hinted=False) == 1
         before = rows(store)
         assert await give(p, said) == first
         assert rows(store) == before
         await give(p, {"turn_id": turn_id, "score": 1, "hint": None, "comment": ""})
-        assert store.feedback(turn_id) == Feedback(turn_id, 1)
+        assert store.judging.feedback(turn_id) == Feedback(turn_id, 1)
         assert [row[5] > row[4] for row in rows(store)["feedback"]] == [True]  # updated, created
 
     both(test, store, tmp_path)
@@ -96,7 +96,7 @@ def test_a_session_means_its_newest_main_turn(store: Store, tmp_path: Path) -> N
             found = await give(p, {"session_id": name, "score": 1})
             assert (found["turn"], found["session"]) == (turns[1], "my-chat~2")
         _, _, headers = await p.chat(request("unnamed"))
-        unnamed = store.turn(headers["x-nextstate-turn"])
+        unnamed = store.turns.get(headers["x-nextstate-turn"])
         assert unnamed is not None
         assert (await give(p, {"session_id": unnamed.session, "score": 1}))["turn"] == unnamed.id
         long = "n" * 300  # the store keeps 200 characters of a name
@@ -140,7 +140,7 @@ def test_a_body_that_is_wrong_is_refused_with_what_to_change(
         message = refusal(await give(p, body, 400))
         assert expected in message
         assert len(message) < 300
-        assert store.feedback(TURN) is None
+        assert store.judging.feedback(TURN) is None
 
     both(test, store, tmp_path)
 
@@ -164,7 +164,7 @@ def test_the_longest_hint_and_comment_are_kept_whole(store: Store, tmp_path: Pat
     async def test(engine: ScriptedEngine, p: Running) -> None:
         body = {"turn_id": TURN, "score": 1, "hint": longest.hint, "comment": longest.comment}
         assert (await give(p, body))["applied"]
-        assert store.feedback(TURN) == longest
+        assert store.judging.feedback(TURN) == longest
 
     both(test, store, tmp_path)
 
@@ -200,8 +200,8 @@ def test_a_key_reaches_no_session_of_another_lineage(store: Store, tmp_path: Pat
         await give(p, {"session_id": "chat", "score": 1}, 401, key="nobody's")
         assert [row[1] for row in rows(store)["feedback"]] == [1, 1]
 
-    doors = {"alice": Access(None, "alice-key")}
-    both(test, store, tmp_path, key="main-key", doors=doors)
+    access = {"alice": Access(None, "alice-key")}
+    both(test, store, tmp_path, key="main-key", access=access)
 
 
 def test_a_side_turn_is_never_judged_but_what_was_said_is_kept(
@@ -229,13 +229,13 @@ def test_a_cut_turn_is_settled_by_its_id_and_a_session_means_the_retry(
         cut = turn(0, finish_reason=None, untrainable="the reply was cut")
         recording.add_turn(cut, KEY, KEY, place=KEY)
         recording.add_turn(turn(1), KEY, KEY)
-        recording.replace_cut(KEY, "turn_1")
+        recording.sessions.replace_cut(KEY, "turn_1")
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         found = await give(p, {"turn_id": TURN, "score": -1, "hint": "Be brief."})
         assert (found["applied"], found["reason"]) == (True, None)
         assert store.counts()["samples/dropped"] == 1
-        assert store.lease_judgements(9, 60) == []  # nothing to render for what cannot train
+        assert store.judging.lease(9, 60) == []  # nothing to render for what cannot train
         assert (await give(p, {"session_id": "s", "score": 1}))["turn"] == "turn_1"
 
     both(test, store, tmp_path)
@@ -246,7 +246,7 @@ def test_feedback_after_training_changes_neither_verdict_nor_sample(
 ) -> None:
     add(store, turn(0))
     judge(store, 0, 1)
-    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         body = {"turn_id": TURN, "score": -1, "hint": "Be brief."}
@@ -255,15 +255,15 @@ def test_feedback_after_training_changes_neither_verdict_nor_sample(
         assert not found["applied"]
         assert "being trained" in found["reason"]
         version = PolicyVersion("main", 7, 0, "/a", "ff", 1, VersionState.CANDIDATE)
-        store.add_version(version, "b")
+        store.versions.add(version, "b")
         found = await give(p, {**body, "score": 0})
         assert (found["score"], found["applied"]) == (0, False)
         assert "version 7 has trained on this turn" in found["reason"]
         after = rows(store)
         assert after["verdicts"] == before["verdicts"]
         assert store.counts()["samples/trained"] == 1
-        assert store.feedback(TURN) == Feedback(TURN, 0, "Be brief.")
-        assert store.labels() == {"rules": {(0, 1): 1}}
+        assert store.judging.feedback(TURN) == Feedback(TURN, 0, "Be brief.")
+        assert store.judging.labels() == {"rules": {(0, 1): 1}}
 
     both(test, store, tmp_path)
 
@@ -271,26 +271,26 @@ def test_feedback_after_training_changes_neither_verdict_nor_sample(
 def test_feedback_during_training_counts_once_the_batch_is_given_up(store: Store) -> None:
     add(store, turn(0))
     judge(store, 0, 1)
-    store.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
-    assert not store.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
-    assert store.release_samples("main") == 1
-    (sample,) = store.lease_samples("main", 9, "b2", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    assert not store.judging.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
+    assert store.training.release_samples("main") == 1
+    (sample,) = store.training.lease_samples("main", 9, "b2", 60, scored=True, hinted=True)
     assert sample.score == -1
-    assert store.lease_judgements(9, 60) == [TURN]
-    assert store.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
+    assert store.judging.lease(9, 60) == [TURN]
+    assert store.judging.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
 
 
-def test_what_votes_had_come_to_is_kept_with_the_feedback(store: Store) -> None:
+def test_the_result_of_the_votes_is_kept_with_the_feedback(store: Store) -> None:
     add(store, turn(0), turn(1), turn(2))
     judge(store, 0, 1)
     for said in (0, -1):
-        store.give_feedback(Feedback(TURN, said))
-    assert store.labels() == {"rules": {(-1, 1): 1}}
-    store.give_feedback(Feedback("turn_1", 1))
-    assert store.labels() == {"rules": {(-1, 1): 1}}
+        store.judging.give_feedback(Feedback(TURN, said))
+    assert store.judging.labels() == {"rules": {(-1, 1): 1}}
+    store.judging.give_feedback(Feedback("turn_1", 1))
+    assert store.judging.labels() == {"rules": {(-1, 1): 1}}
     assert not judge(store, 1, -1)  # it voted while the person spoke
-    assert store.labels() == {"rules": {(-1, 1): 1, (1, -1): 1}}
-    verdict = store.verdict("turn_1")
+    assert store.judging.labels() == {"rules": {(-1, 1): 1, (1, -1): 1}}
+    verdict = store.judging.verdict("turn_1")
     assert verdict is not None
     assert (verdict.score, verdict.judge) == (1, "feedback")
 
@@ -298,14 +298,14 @@ def test_what_votes_had_come_to_is_kept_with_the_feedback(store: Store) -> None:
 def test_feedback_before_any_next_state_is_settled_and_its_next_state_is_kept(store: Store) -> None:
     add(store, turn(0), turn(1), next_state=None)
     said = Feedback(TURN, -1, "Be brief.")
-    assert store.give_feedback(said) == Reception(TURN, "s", -1, True, None)
-    store.give_feedback(Feedback("turn_1", 1))
+    assert store.judging.give_feedback(said) == Reception(TURN, "s", -1, True, None)
+    store.judging.give_feedback(Feedback("turn_1", 1))
     with store.recording() as recording:
         for number in range(2):
             said_next = NextState(f"turn_{number}", Source.USER, "too long", 0.9)
             recording.add_next_states(f"turn_{number}", True, [said_next])
-    assert [state.text for state in store.next_states(TURN)] == ["too long"]
-    assert store.lease_judgements(9, 60) == [TURN, "turn_1"]
-    work = store.judgement(TURN)
+    assert [state.text for state in store.turns.next_states(TURN)] == ["too long"]
+    assert store.judging.lease(9, 60) == [TURN, "turn_1"]
+    work = store.judging.judgement(TURN)
     assert work is not None
     assert (work.feedback, work.attempts) == (said, 1)

@@ -181,13 +181,13 @@ def test_what_the_engine_takes_or_refuses_without_harm_passes(fields: dict[str, 
     ("sent", "got"),
     [(-1, 0), (0, 0), (3, 3), (10, 9), ("-2000.0", 0), (2**63, 9), (True, 1), ("no", "no")],
 )
-def test_nobody_goes_before_other_agents_or_behind_the_judge(sent: Any, got: Any) -> None:
+def test_a_priority_stays_between_other_agents_and_the_judge(sent: Any, got: Any) -> None:
     body: dict[str, Any] = {"priority": sent}
     tame(body, "main", salted=False)
     assert body == {"priority": got}
 
 
-def test_a_salt_counts_within_its_lineage_alone() -> None:
+def test_a_salt_counts_only_within_its_lineage() -> None:
     def salt(lineage: str, salted: bool = True, **body: Any) -> Any:
         tame(body, lineage, salted=salted)
         return body.get("cache_salt")

@@ -1,12 +1,12 @@
-"""The proxy or its writer killed with SIGKILL under load: what a client saw end is kept, once.
+"""SIGKILL to the proxy or its writer under load: a turn whose end a client saw is stored once.
 
-Nothing is there in part, and no writer outlives its proxy. Half of the kills come at the worst
-moment, on the spot when a client sees the end of a reply; the others anywhere. The seed decides,
-the scheduler has the last word.
+No turn is stored in part, and no writer outlives its proxy. Half of the kills come at the worst
+moment: just when a client sees the end of a reply. The others come at any moment. A seed decides
+when; the scheduler still adds chance.
 
-The proxy has its default patience with the store. A turn that outlasts it, as on a machine that is
-busy with something else, may go with the proxy: it says so in its log before the client sees the
-end, and only such a turn may be missing.
+The proxy waits for the store as long as it does by default. On a busy machine a turn may take
+longer, and is lost if the proxy is killed then. The proxy logs such a turn as late before the
+client sees the end, and only late turns may be missing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from aiohttp.test_utils import TestServer
 from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.records import Turn
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, compact, plain_reply, stream_chunks
 
 CLIENTS = 8
@@ -58,7 +58,7 @@ LATE = re.compile(r"turn=(\S+) is late")
 
 
 def pieces_of(text: str) -> list[str]:
-    """The words that the engine answers `text` with, and nothing else."""
+    """The words of the engine's reply to `text`."""
     rng = Random(text)
     return [f"{text} ", *(f"{rng.randrange(1000)} " for _ in range(rng.randrange(1, 9)))]
 
@@ -73,7 +73,7 @@ def logprobs_of(text: str) -> tuple[float, ...]:
 
 
 class Answering(ScriptedEngine):
-    """Answers each user text with words and token ids of its own, a few events at a time."""
+    """Answers each user text with its own words and token ids, one event after the other."""
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -98,7 +98,7 @@ class Answering(ScriptedEngine):
 
 @asynccontextmanager
 async def answering() -> AsyncGenerator[str]:
-    """A running engine's address."""
+    """The address of a running engine."""
     server = TestServer(Answering().app(), handler_cancellation=True)
     await server.start_server()
     try:
@@ -108,7 +108,7 @@ async def answering() -> AsyncGenerator[str]:
 
 
 class Victim:
-    """The proxy as a process that is killed and started again, or whose writer is."""
+    """A proxy process: either it or its writer is killed and started again."""
 
     def __init__(
         self,
@@ -123,7 +123,7 @@ class Victim:
         self.up = asyncio.Event()
         self.kill_at_next_end = False
         self.writers: list[psutil.Process] = []
-        """Every one that was met, the living one last."""
+        """All that were seen, the present one last."""
         self.writer_only = writer_only
         self._config = folder / "nextstate.toml"
         self._log = folder / LOG
@@ -139,7 +139,7 @@ class Victim:
         return self._process
 
     async def start(self) -> None:
-        """Returns when it lets requests through."""
+        """Returns when it serves requests."""
         process = self._spawn()
         async with asyncio.timeout(60), aiohttp.ClientSession() as http:
             while True:
@@ -151,18 +151,18 @@ class Victim:
                 except aiohttp.ClientError:
                     pass
                 await asyncio.sleep(0.01)
-        await self._meet_writer()
+        await self._wait_for_writer()
         self.up.set()
 
     async def restart(self) -> None:
-        """Brings back what was killed."""
+        """Waits for what was killed to be back; starts it if it is the proxy."""
         if self._process is None or self._process.poll() is not None:
             await self.start()
         else:
-            await self._meet_writer()
+            await self._wait_for_writer()
 
-    async def _meet_writer(self) -> None:
-        """Returns when there is a writer that was not met before."""
+    async def _wait_for_writer(self) -> None:
+        """Returns when there is a new writer."""
         async with asyncio.timeout(60):
             while True:
                 for child in psutil.Process(self.process.pid).children():
@@ -172,7 +172,7 @@ class Victim:
                 await asyncio.sleep(0.01)
 
     async def metrics(self) -> list[str]:
-        """The lines of its page of counts."""
+        """The lines of /metrics."""
         async with aiohttp.ClientSession() as http, http.get(f"{self.url}/metrics") as answer:
             return (await answer.text()).splitlines()
 
@@ -183,7 +183,7 @@ class Victim:
         return self._process
 
     def strike(self) -> None:
-        """Kills what is to be killed, now."""
+        """Kills the proxy, or its writer if `writer_only`."""
         self.kill_at_next_end = False
         if self.writer_only:
             self.writers[-1].kill()
@@ -191,12 +191,12 @@ class Victim:
             self.kill()
 
     async def no_writer_is_left(self) -> None:
-        """Returns when every writer has ended by itself."""
+        """Returns when all writers have ended by themselves."""
         _, alive = await asyncio.to_thread(psutil.wait_procs, self.writers, timeout=30)
         assert not alive, "a writer outlives its proxy"
 
     def kill(self) -> None:
-        """SIGKILL to the proxy, now."""
+        """Sends SIGKILL to the proxy."""
         self.up.clear()
         if self._process is not None:
             self._process.kill()
@@ -204,23 +204,23 @@ class Victim:
 
 
 class Seen:
-    """What the clients know."""
+    """What the clients saw."""
 
     def __init__(self) -> None:
         self.ends: dict[str, str] = {}
-        """User text of each turn whose end a client saw."""
+        """The user's text of each turn whose end a client saw."""
         self.cuts = 0
         self._goal = 0
         self._reached = asyncio.Event()
 
     def end(self, turn: str, text: str) -> None:
-        """A client has seen the end of a turn."""
+        """Takes in that a client saw the end of a turn."""
         self.ends[turn] = text
         if len(self.ends) >= self._goal:
             self._reached.set()
 
     async def wait_for(self, more: int, clients: Sequence[asyncio.Task[None]]) -> None:
-        """Returns when `more` further ends have been seen; raises what ends a client."""
+        """Returns when clients saw `more` further ends; raises the error of a client."""
         self._goal = len(self.ends) + more
         self._reached.clear()
         reached = asyncio.create_task(self._reached.wait())
@@ -234,7 +234,7 @@ class Seen:
 
 
 class Client:
-    """An agent that talks on, sends again what broke, and leaves a few replies in the middle."""
+    """An agent: it repeats requests that broke, and leaves some replies in the middle."""
 
     def __init__(self, name: str, victim: Victim, seen: Seen, rng: Random) -> None:
         self._name = name
@@ -261,7 +261,7 @@ class Client:
     async def _ask(
         self, http: aiohttp.ClientSession, messages: list[dict[str, Any]], stream: bool
     ) -> str | None:
-        """The reply's text; None if its end never came."""
+        """The reply's text; None if the end did not come."""
         stays = self._rng.randrange(20)
         await self._victim.up.wait()
         url = f"{self._victim.url}/v1/chat/completions"
@@ -295,7 +295,7 @@ class Client:
 
 
 async def kill_again_and_again(folder: Path, kills: int, seed: int, *, writer_only: bool) -> Seen:
-    """Load and kills of the proxy, or of its writer alone; returns what the clients saw."""
+    """Kills the proxy, or only its writer, under load; returns what the clients saw."""
     rng = Random(seed)
     seen = Seen()
     async with answering() as engine:
@@ -329,8 +329,8 @@ async def kill_again_and_again(folder: Path, kills: int, seed: int, *, writer_on
     return seen
 
 
-def check_whole(turn: Turn) -> None:
-    """The turn says exactly what the engine sent, or where it was cut."""
+def check_content(turn: Turn) -> None:
+    """Checks that the turn holds what the engine sent, up to a cut if there was one."""
     text = turn.request["messages"][-1]["content"]
     if turn.finish_reason is None or turn.untrainable == "the client left before the end":
         assert turn.untrainable is not None
@@ -345,7 +345,7 @@ def check_whole(turn: Turn) -> None:
 
 
 def check(folder: Path, seen: Seen) -> None:
-    """Nothing that a client saw end in time is missing, and nothing is there in part."""
+    """Checks that no turn is missing unless it was late, and that none is stored in part."""
     state = folder / "state"
     file = sqlite3.connect(state / "nextstate.sqlite3")
     assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
@@ -355,7 +355,7 @@ def check(folder: Path, seen: Seen) -> None:
     file.close()
     assert places == len(ids), "two turns of one session at the same index"
     store = Store(StoreConfig(dir=str(state)))
-    turns = {turn: store.turn(turn) for turn in ids}
+    turns = {turn: store.turns.get(turn) for turn in ids}
     late = set(LATE.findall((folder / LOG).read_text()))
     missing = seen.ends.keys() - turns.keys()
     print(f"{len(seen.ends)} ends seen, {len(late)} turns late, {len(missing & late)} of them lost")
@@ -363,14 +363,14 @@ def check(folder: Path, seen: Seen) -> None:
     answered: dict[str, list[str]] = {turn: [] for turn in ids}
     for name, turn in turns.items():
         assert turn is not None
-        check_whole(turn)
+        check_content(turn)
         if turn.parent is not None:
             answered[turn.parent].append(turn.request["messages"][-1]["content"])
         if name in seen.ends:
             assert turn.request["messages"][-1]["content"] == seen.ends[name]
             assert turn.finish_reason == "stop"
     for name, texts in answered.items():
-        states = [state.text for state in store.next_states(name)]
+        states = [state.text for state in store.turns.next_states(name)]
         assert states == sorted(set(texts)), "a turn without its next state, or with two"
     store.close()
 
@@ -412,7 +412,7 @@ def test_the_first_turn_after_a_start_survives_the_proxy(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_proxy_that_is_told_to_end_first_writes_what_is_late(
+def test_a_proxy_that_gets_a_signal_stores_late_turns_before_it_ends(
     tmp_path: Path, number: signal.Signals
 ) -> None:
     async def scene() -> str:
@@ -440,5 +440,5 @@ def test_a_proxy_that_is_told_to_end_first_writes_what_is_late(
 
     blocking = Store(StoreConfig(dir=str(tmp_path / "state")))
     turn = asyncio.run(scene())
-    assert blocking.turn_ids() == [turn]
+    assert blocking.turns.ids() == [turn]
     blocking.close()

@@ -1,4 +1,4 @@
-"""Several lineages behind one proxy: who reaches which, and nothing of one gets into another."""
+"""Several lineages behind one proxy: who reaches which, and nothing passes between them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.records import PolicyVersion, Turn, Verdict, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.lineages import Access
-from tests.proxy.test_proxy import Running, both, request, running, until
+from tests.proxy.running_proxy import Running, both, request, running, until
 from tests.scripted_engine import (
     MODEL,
     Script,
@@ -31,14 +31,14 @@ from tests.scripted_engine import (
 )
 
 MAIN, ALICE, BOB, CAROL = "main", "alice", "bob", "carol"
-DOORS = {
+LINEAGES = {
     ALICE: Access("alice-model", "alice-key"),
     BOB: Access("bob-model", None),
     CAROL: Access(None, "carol-key"),
 }
 """Alice has a key and a name, Bob a name, Carol a key; main has a key of its own."""
 PATIENT: dict[str, Any] = {"record_timeout_s": 10.0}
-OPEN: dict[str, Any] = {"key": "main-key", "doors": DOORS, **PATIENT}
+OPEN: dict[str, Any] = {"key": "main-key", "access": LINEAGES, **PATIENT}
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -50,7 +50,7 @@ def add_version(store: Store, tmp_path: Path, lineage: str, number: int) -> Poli
     sha256 = write_weights(folder)
     candidate = VersionState.CANDIDATE
     version = PolicyVersion(lineage, number, number - 1, str(folder), sha256, 16, candidate)
-    store.add_version(version, None)
+    store.versions.add(version, None)
     return version
 
 
@@ -66,7 +66,7 @@ def name_of(lineage: str, number: int) -> str:
 
 
 def turn_of(store: Store, headers: dict[str, str]) -> Turn:
-    turn = store.turn(headers["x-nextstate-turn"])
+    turn = store.turns.get(headers["x-nextstate-turn"])
     assert turn is not None
     return turn
 
@@ -159,7 +159,7 @@ def test_a_key_and_a_name_lead_to_one_lineage(
     ],
 )
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
-def test_a_name_that_is_not_the_callers_is_unknown_in_the_engines_own_words(
+def test_a_model_name_of_another_caller_gets_the_engines_own_error(
     store: Store, tmp_path: Path, key: str, model: str, path: str
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -169,7 +169,7 @@ def test_a_name_that_is_not_the_callers_is_unknown_in_the_engines_own_words(
         data = await answer.read()
         assert answer.status == 404
         assert f"The model `{model}` does not exist." in data.decode()
-        assert store.turn_ids() == []
+        assert store.turns.ids() == []
         if not p.proxy.versions.is_adapter(model):
             unasked = await p.http.post(f"{engine.url}/v1/{path}", data=body)
             assert (unasked.status, await unasked.read()) == (404, data)
@@ -208,14 +208,14 @@ def test_without_a_right_key_nothing_is_answered_where_main_has_one(
     both(test, store, tmp_path, **OPEN)
 
 
-def test_where_main_has_no_key_any_other_key_is_mains(store: Store, tmp_path: Path) -> None:
+def test_if_main_has_no_key_any_other_key_belongs_to_main(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for key, lineage in (("sk-whatever", MAIN), ("alice-key", ALICE), ("", MAIN)):
             status, _, headers = await p.chat(request(), bearer(key))
             assert (status, turn_of(store, headers).lineage) == (200, lineage)
         assert (await p.chat({**request(), "model": "alice-model"}))[0] == 404
 
-    both(test, store, tmp_path, doors=DOORS, **PATIENT)
+    both(test, store, tmp_path, access=LINEAGES, **PATIENT)
 
 
 def test_each_caller_is_shown_the_base_and_its_own_names(store: Store, tmp_path: Path) -> None:
@@ -236,7 +236,7 @@ def test_each_caller_is_shown_the_base_and_its_own_names(store: Store, tmp_path:
     both(test, store, tmp_path, **OPEN)
 
 
-def test_feedback_about_anothers_turn_is_about_no_turn(store: Store, tmp_path: Path) -> None:
+def test_feedback_on_a_turn_of_another_caller_finds_no_turn(store: Store, tmp_path: Path) -> None:
     keys = {MAIN: "main-key", ALICE: "alice-key", BOB: "main-key", CAROL: "carol-key"}
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -247,11 +247,11 @@ def test_feedback_about_anothers_turn_is_about_no_turn(store: Store, tmp_path: P
             said[lineage] = headers["x-nextstate-turn"]
         for key in ("main-key", "alice-key", "carol-key"):
             for lineage, turn in said.items():
-                before = store.verdict(turn)
+                before = store.judging.verdict(turn)
                 body = {"turn_id": turn, "score": 1, "hint": f"by {key}"}
                 answer = await p.http.post(f"{p.url}/v1/feedback", json=body, headers=bearer(key))
                 if keys[lineage] == key:
-                    verdict = store.verdict(turn)
+                    verdict = store.judging.verdict(turn)
                     assert (answer.status, verdict and verdict.hint) == (200, f"by {key}")
                 else:
                     unknown = {**body, "turn_id": "turn_unknown"}
@@ -261,7 +261,7 @@ def test_feedback_about_anothers_turn_is_about_no_turn(store: Store, tmp_path: P
                     assert (answer.status, none.status) == (404, 404)
                     words = (await none.text()).replace("turn_unknown", turn)
                     assert await answer.text() == words  # it does not tell that there is one
-                    assert store.verdict(turn) == before
+                    assert store.judging.verdict(turn) == before
 
     both(test, store, tmp_path, **OPEN)
 
@@ -288,7 +288,7 @@ def test_adapters_of_one_lineage_unload_when_drained_and_of_no_other(
         assert turn_of(store, headers).policy_version == 1
         await until(lambda: engine.unloaded == [name_of(BOB, 1), name_of(ALICE, 1)])
         assert set(engine.adapters) == loaded - {name_of(ALICE, 1)}
-        base = store.version(ALICE, 0)
+        base = store.versions.get(ALICE, 0)
         assert base is not None
         await publish(store, p.proxy.engine, base)
         await until(lambda: engine.unloaded[2:] == [name_of(ALICE, 2)])
@@ -299,7 +299,7 @@ def test_adapters_of_one_lineage_unload_when_drained_and_of_no_other(
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("answers_as", ["bob-v000001", "main-v000002", "alice"])
-def test_a_turn_that_anothers_adapter_answered_trains_nobody(
+def test_a_turn_that_another_lineages_adapter_answered_trains_nobody(
     store: Store, tmp_path: Path, answers_as: str, stream: bool
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -307,9 +307,9 @@ def test_a_turn_that_anothers_adapter_answered_trains_nobody(
         status, _, headers = await p.chat(request(stream=stream), bearer("alice-key"))
         turn = turn_of(store, headers)
         assert (status, turn.lineage, turn.policy_version) == (200, ALICE, None)
-        store.settle_verdict(Verdict(turn.id, (1,), 1, "test"))
+        store.judging.settle_verdict(Verdict(turn.id, (1,), 1, "test"))
         for lineage in p.proxy.lineages.names:
-            assert store.lease_samples(lineage, 9, "b", 60, scored=True, hinted=True) == []
+            assert store.training.lease_samples(lineage, 9, "b", 60, scored=True, hinted=True) == []
 
     both(test, store, tmp_path, **OPEN)
 
@@ -324,14 +324,14 @@ def test_a_cut_reply_is_not_tried_again_by_another_lineage(
         engine.queue = [Script(("a", "b", "c"), cut_after=1)]
         with pytest.raises(aiohttp.ClientPayloadError):
             await p.chat(request(stream=True), {**bearer("main-key"), **named})
-        (cut,) = store.turn_ids()
+        (cut,) = store.turns.ids()
         _, _, headers = await p.chat(request(), {**bearer("alice-key"), **named})
         theirs = turn_of(store, headers)
-        assert store.turn_ids() == [cut, theirs.id]  # it stands beside the cut one
+        assert store.turns.ids() == [cut, theirs.id]  # it stands beside the cut one
         _, _, headers = await p.chat(request(), {**bearer("main-key"), **named})
         again = turn_of(store, headers)
-        assert store.turn_ids() == [theirs.id, again.id]
-        sessions = [store.turn(turn_id) for turn_id in (cut, theirs.id, again.id)]
+        assert store.turns.ids() == [theirs.id, again.id]
+        sessions = [store.turns.get(turn_id) for turn_id in (cut, theirs.id, again.id)]
         first, other, last = [turn.session for turn in sessions if turn is not None]
         assert (first == last, first == other) == (True, False)
 
@@ -410,17 +410,17 @@ class Traffic:
     def check_store(self) -> None:
         """Turns, sessions, parents and samples each belong to who asked."""
         store, asked = self.store, self.asked
-        assert set(store.turn_ids()) == set(asked)
+        assert set(store.turns.ids()) == set(asked)
         owners: defaultdict[str, set[str]] = defaultdict(set)
         for turn_id, caller in asked.items():
-            turn = store.turn(turn_id)
+            turn = store.turns.get(turn_id)
             assert turn is not None
             owners[turn.session].add(caller)
             assert turn.parent is None or asked[turn.parent] == caller
-            store.settle_verdict(Verdict(turn_id, (1,), 1, "test"))
+            store.judging.settle_verdict(Verdict(turn_id, (1,), 1, "test"))
         assert all(len(callers) == 1 for callers in owners.values()), owners
         for caller in ACCESS:
-            leased = store.lease_samples(caller, 999, "b", 60, scored=True, hinted=False)
+            leased = store.training.lease_samples(caller, 999, "b", 60, scored=True, hinted=False)
             assert {s.turn for s in leased} == {t for t, by in asked.items() if by == caller}
 
 
@@ -466,10 +466,10 @@ def test_nothing_of_one_lineage_gets_into_another(traffic: list[list[Ask | Publi
                         tasks.create_task(done.do(op))
             serving = p.proxy.versions.serving
             for caller in ACCESS:
-                number = store.serving(caller).number
+                number = store.versions.serving(caller).number
                 await until(lambda name=caller, number=number: serving[name].number == number)
                 await done.ask(caller, True, True, None, "new")
-                version = store.serving(caller)
+                version = store.versions.serving(caller)
                 assert engine.requests[-1]["model"] == (version.adapter_name or MODEL)
             done.check_store()
 

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nextstate.records import Json, Source
+from nextstate.config import StoreConfig
+from nextstate.hooks import Utterance
+from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind
+from nextstate.store import Store
+from nextstate.store.sessions import Candidate
 from plugins.agents.profile import GENERIC, Profile
-from proxy.linking.continuation import (
-    canonical_reply,
-    explicit_session,
-    message_hashes,
+from proxy.linking.history import (
+    Context,
+    Link,
+    RememberedMessages,
+    Reply,
+    Scope,
+    keys_of,
+    link_of,
     next_states,
     place_of,
-    reply_keys,
-    said,
+    read_history,
 )
+from proxy.linking.meaning import meaning_of
+from proxy.linking.names import explicit_session
+from proxy.linking.parents import find_parent
+
+PROFILE = Profile(GENERIC)
+SCOPE = Scope("main", None)
 
 
 def assistant(text: str | None, *calls: tuple[str, str]) -> Json:
@@ -33,15 +48,13 @@ def user(text: str) -> Json:
 
 
 def test_thinking_white_space_and_call_ids_do_not_matter() -> None:
-    assert canonical_reply(assistant("<think>hm</think>\n\nYes. ")) == canonical_reply(
-        assistant("Yes.")
+    assert meaning_of(assistant("<think>hm</think>\n\nYes. ")) == meaning_of(assistant("Yes."))
+    assert meaning_of({"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}) == (
+        meaning_of(assistant("Yes."))
     )
-    assert canonical_reply(
-        {"role": "assistant", "content": [{"type": "text", "text": "Yes."}]}
-    ) == (canonical_reply(assistant("Yes.")))
     one, other = assistant(None, ("ls", '{"a": 1, "b": 2}')), assistant("", ("ls", '{"b":2,"a":1}'))
     other["tool_calls"][0]["id"] = "callx"
-    assert canonical_reply(one) == canonical_reply(other)
+    assert meaning_of(one) == meaning_of(other)
 
 
 def test_text_tool_names_and_arguments_do_matter() -> None:
@@ -54,50 +67,113 @@ def test_text_tool_names_and_arguments_do_matter() -> None:
         assistant("", ("ls", "{}"), ("ls", "{}")),
         assistant("", ("ls", "not json")),
     ]
-    assert len({canonical_reply(m) for m in different}) == len(different)
+    assert len({meaning_of(m) for m in different}) == len(different)
 
 
 def test_what_was_said_is_known_in_words_and_to_the_letter() -> None:
-    def before(*messages: Json) -> tuple[bytes, bytes, int]:
-        history = [*messages, assistant("Yes."), user("next")]
-        read = [one and one.text for one in map(Profile(GENERIC).heard, history)]
-        found, in_all = said(history, message_hashes(history), read)
-        assert in_all.words != found.words
-        return found.words, found.exact, len(found.told)
+    def before(*messages: Json) -> Context:
+        history = read_history([*messages, assistant("Yes."), user("next")], PROFILE)
+        assert history.context.words != history.contexts[0].words
+        return history.contexts[0]
 
     system: Json = {"role": "system", "content": "It is 8."}
     plain = before(system, user("a b"), user("c"))
-    assert plain[2] == 2
+    assert len(plain.hashes) == 2
     assert before(system, user("a b"), user("c")) == plain
     merged = before(system, user("a  b\nc"))
     later = before({**system, "content": "It is 9."}, user("a b"), user("c"))
     for found in (merged, later):
-        assert found[0] == plain[0]
-        assert found[1] != plain[1]
-    assert before(system, user("a b"), user("d"))[0] != plain[0]
-    assert before(system)[2] == 0
+        assert found.words == plain.words
+        assert found.letters != plain.letters
+    assert before(system, user("a b"), user("d")).words != plain.words
+    assert not before(system).hashes
 
 
 def test_what_users_write_does_not_change_the_chain() -> None:
     replies = [assistant("one"), assistant("two")]
     plain = [user("a"), replies[0], user("b"), replies[1], user("c")]
     stamped = [user("[Sun] a"), user("carrier"), replies[0], replies[1], user("other")]
-    keys = reply_keys(plain, None)
-    assert keys is not None
-    assert keys == reply_keys(stamped, None)
+    links = [link_of(read_history(messages, PROFILE), SCOPE) for messages in (plain, stamped)]
+    keys = {link and (link.chain_key, link.replies[0].key) for link in links}
+    assert len(keys) == 1
+    assert None not in keys
 
 
 @given(st.lists(st.sampled_from(["a", "b", "c"]), min_size=1, max_size=5))
-def test_a_request_that_continues_a_turn_has_the_turns_own_keys(texts: list[str]) -> None:
+def test_a_request_that_continues_a_turn_looks_for_the_turns_own_keys(texts: list[str]) -> None:
     history = [m for text in texts[:-1] for m in (user("q"), assistant(text))]
-    reply = assistant(texts[-1])
-    keys = reply_keys([*history, user("q")], reply)
-    assert keys == reply_keys([*history, user("q"), reply, user("next")], None)
+    asked, reply = [*history, user("q")], assistant(texts[-1])
+    keys = keys_of(read_history(asked, PROFILE), meaning_of(reply), SCOPE)
+    next_request = read_history([*asked, reply, user("next")], PROFILE)
+    link = link_of(next_request, SCOPE)
+    assert link is not None
+    assert (link.chain_key, link.replies[0].key, link.replies[0].context_key) == keys
+    for other in (Scope("other", None), Scope("main", "chat")):
+        elsewhere = link_of(next_request, other)
+        assert elsewhere is not None
+        found = (elsewhere.chain_key, elsewhere.replies[0].key, elsewhere.replies[0].context_key)
+        assert not {*found} & {*keys}
+
+
+messages_of_any_kind = st.lists(
+    st.one_of(
+        st.builds(user, st.sampled_from(["", "go", "<note>x</note>", "[12:00] go"])),
+        st.builds(assistant, st.sampled_from(["", "Done.", "<think>hm</think>Done."])),
+        st.sampled_from(
+            [
+                {"role": "system", "content": "It is 8."},
+                {"role": "tool", "tool_call_id": "1", "content": "exit code 0"},
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]},
+                assistant("", ("ls", "{}")),
+            ]
+        ),
+    ),
+    max_size=8,
+)
+
+
+@given(st.lists(messages_of_any_kind, max_size=6), st.sampled_from([0, 2000, 1 << 20]))
+def test_what_is_remembered_reads_like_what_is_new(
+    requests: list[list[Json]], most_bytes: int
+) -> None:
+    remembered = RememberedMessages(most_bytes)
+    for messages in requests:
+        assert read_history(messages, PROFILE, remembered) == read_history(messages, PROFILE)
+
+
+class Counting(Profile):
+    """Counts the messages that it reads."""
+
+    read = 0
+
+    def utterance(self, message: Json) -> Utterance | None:
+        self.read += 1
+        return super().utterance(message)
+
+
+def test_of_a_history_that_goes_on_each_message_is_read_once() -> None:
+    profile, remembered = Counting(GENERIC), RememberedMessages()
+    messages: list[Json] = []
+    for step in range(30):
+        messages += [user(f"question {step}"), assistant(f"answer {step}")]
+        read_history(messages, profile, remembered)
+    assert profile.read == len(messages)
+
+
+def test_remembered_messages_take_a_bounded_memory_and_the_last_used_stay() -> None:
+    profile, remembered = Counting(GENERIC), RememberedMessages(most_bytes=20_000)
+    first = user("first")
+    for step in range(100):
+        read_history([first, user(f"{step} " + "x" * 1000)], profile, remembered)
+    assert profile.read == 101, "the first one was used all the time"
+    read_history([user("0 " + "x" * 1000)], profile, remembered)
+    assert profile.read == 102, "the second one had to go"
 
 
 def test_a_first_request_continues_nothing() -> None:
-    assert reply_keys([user("hello")], None) is None
-    assert next_states("t", [user("hello")], [None]) == []
+    history = read_history([user("hello")], PROFILE)
+    assert link_of(history, SCOPE) is None
+    assert next_states("t", history) == []
 
 
 def test_everything_after_the_last_reply_is_the_next_state() -> None:
@@ -109,7 +185,7 @@ def test_everything_after_the_last_reply_is_the_next_state() -> None:
         user("  "),
     ]
     messages = [user("go"), assistant("", ("ls", "{}"), ("ls", "{}")), *tools]
-    states = next_states("t", messages, list(map(Profile(GENERIC).heard, messages)))
+    states = next_states("t", read_history(messages, PROFILE))
     assert [(s.source, s.text) for s in states] == [
         (Source.TOOL, "exit code 0"),
         (Source.TOOL, "exit code 1"),
@@ -136,14 +212,20 @@ def test_explicit_session_ids_win_in_the_documented_order() -> None:
 
 
 def test_a_retry_stands_where_the_first_attempt_stood() -> None:
-    start = place_of("main", "s", "main", None, ["hello"])
-    assert start == place_of("main", "s", "main", None, ["hello"])
-    assert start != place_of("main", "s", "main", None, ["good evening"])
-    assert start != place_of("main", "other", "main", None, ["hello"])
-    after = place_of("main", "s", "main", "turn_1", ["hello", "and now?"])
-    assert after == place_of("main", "s", "main", "turn_1", ["Continue the current task"])
-    assert after != place_of("main", "s", "side", "turn_1", [])
-    assert place_of("main", None, "main", None, []) is None, "pictures alone are not one another"
+    def place(
+        *texts: str, session: str | None = "s", kind: str = "main", parent: str | None = None
+    ) -> bytes | None:
+        messages = read_history([user(text) for text in texts], PROFILE)
+        return place_of(Scope("main", session), kind, parent, messages)
+
+    start = place("hello")
+    assert start == place("hello")
+    assert start != place("good evening")
+    assert start != place("hello", session="other")
+    after = place("hello", "and now?", parent="turn_1")
+    assert after == place("Continue the current task", parent="turn_1")
+    assert after != place(kind="side", parent="turn_1")
+    assert place(session=None) is None, "two pictures need not be the same"
 
 
 def test_long_session_ids_that_begin_alike_stay_apart() -> None:
@@ -152,3 +234,41 @@ def test_long_session_ids_that_begin_alike_stay_apart() -> None:
     assert len(set(kept)) == len(ids)
     assert all(name is not None and len(name.encode()) <= 200 for name in kept)
     assert kept[3] == ids[3]
+
+
+def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_path: Path) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    key, rows = bytes(16), list[Candidate]()
+    for name, text in (("a", "Sort."), ("b", "Write.")):
+        turn = Turn(
+            id=name,
+            session=name,
+            index=0,
+            kind=TurnKind.MAIN,
+            lineage="main",
+            policy_version=0,
+            client_model="base",
+            request={"messages": [user(text)]},
+            reply=assistant("Done."),
+            finish_reason="stop",
+            prompt_ids=None,
+            completion_ids=None,
+            behaviour_logprobs=None,
+            sampling={},
+            timings=Timings(1.0, 0.1, 0.2),
+            untrainable="no ids",
+        )
+        with store.recording() as recording:
+            recording.add_turn(turn, key, key)
+            rows = recording.sessions.with_chain_key(key)
+    oldest = rows[-1]
+    link = Link(key, (Reply(1, key, None, tuple(oldest.message_hashes)),), False)
+    for is_continued in (False, True):
+        with store.recording() as recording:
+            parent = find_parent(recording.sessions, link, SCOPE).parent
+            assert parent is not None
+            assert (parent.id, parent.continued) == ("a", is_continued)
+            if not is_continued:
+                states = [NextState("a", Source.USER, "No.", 0.9)]
+                recording.add_next_states("a", True, states)
+    store.close()

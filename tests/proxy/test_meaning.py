@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from nextstate.records import Json
 from nextstate.thoughts import without_thoughts
-from proxy.linking.meaning import canonical_arguments, canonical_reply, key_of, meant
+from proxy.linking.meaning import canonical_arguments, key_of, meaning_of
 
 
 def call(arguments: object) -> Json:
@@ -33,7 +33,7 @@ def call(arguments: object) -> Json:
     ],
 )
 def test_arguments_that_mean_the_same_are_the_same(spellings: tuple[object, ...]) -> None:
-    assert len({canonical_reply(call(arguments)) for arguments in spellings}) == 1
+    assert len({meaning_of(call(arguments)) for arguments in spellings}) == 1
 
 
 @pytest.mark.parametrize(
@@ -82,7 +82,7 @@ def test_arguments_come_to_the_same_as_text_and_as_an_object(value: object) -> N
     ],
 )
 def test_no_arguments_are_too_deep_or_too_long(hostile: object) -> None:
-    assert canonical_reply(call(hostile)) == canonical_reply(call(hostile))
+    assert meaning_of(call(hostile)) == meaning_of(call(hostile))
 
 
 THOUGHT = "The person asks: 2 < 3? I add.\n\n"
@@ -110,10 +110,10 @@ THOUGHT = "The person asks: 2 < 3? I add.\n\n"
     ],
 )
 def test_a_reply_is_the_same_with_its_thoughts_and_without(text: str) -> None:
-    plain = canonical_reply({"role": "assistant", "content": "Yes."})
-    assert canonical_reply({"role": "assistant", "content": text}) == plain
+    plain = meaning_of({"role": "assistant", "content": "Yes."})
+    assert meaning_of({"role": "assistant", "content": text}) == plain
     parts = [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": text}]
-    assert canonical_reply({"role": "assistant", "content": parts, "reasoning": THOUGHT}) == plain
+    assert meaning_of({"role": "assistant", "content": parts, "reasoning": THOUGHT}) == plain
 
 
 @pytest.mark.parametrize(
@@ -129,28 +129,30 @@ def test_a_reply_about_thoughts_is_still_itself_and_nobody_elses() -> None:
         "Use `</think>` so.",
         "Use `</think>` otherwise.",
     ]
-    assert len({canonical_reply({"role": "assistant", "content": text}) for text in about}) == 3
+    assert len({meaning_of({"role": "assistant", "content": text}) for text in about}) == 3
 
 
 @pytest.mark.parametrize("content", ["", None, [], " \n", [{"type": "text", "text": ""}]])
 def test_an_empty_content_is_one_in_every_form(content: object) -> None:
     message: Json = {"role": "assistant", "content": content}
-    assert canonical_reply(message) == canonical_reply({"role": "assistant"})
+    assert meaning_of(message) == meaning_of({"role": "assistant"})
 
 
 def test_refusals_and_older_forms_of_calls_count() -> None:
     refused = {"role": "assistant", "content": None, "refusal": "I cannot."}
     in_parts = [{"type": "refusal", "refusal": "I cannot."}]
-    assert canonical_reply(refused) == canonical_reply({"role": "assistant", "content": in_parts})
-    assert canonical_reply(refused) != canonical_reply({"role": "assistant"})
+    assert meaning_of(refused) == meaning_of({"role": "assistant", "content": in_parts})
+    assert meaning_of(refused) != meaning_of({"role": "assistant"})
     older = {"role": "assistant", "function_call": {"name": "book", "arguments": "{}"}}
-    assert canonical_reply(older) == canonical_reply(call(""))
+    assert meaning_of(older) == meaning_of(call(""))
 
 
 @given(st.lists(st.text("ab <>/", max_size=8), min_size=1, max_size=5), st.data())
 def test_where_messages_are_cut_changes_no_key(texts: list[str], data: st.DataObject) -> None:
     def key(parts: list[str]) -> bytes:
-        return key_of([meant({"role": "assistant", "content": part}) for part in [*parts, "end"]])
+        return key_of(
+            [meaning_of({"role": "assistant", "content": part}) for part in [*parts, "end"]]
+        )
 
     joined = "".join(texts)
     at = data.draw(st.integers(0, len(joined)))

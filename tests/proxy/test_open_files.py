@@ -1,4 +1,4 @@
-"""A proxy that has few files left: it makes room, refuses in the API's words, and says so."""
+"""A proxy with few free files closes idle connections, refuses in the API's format, and logs it."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ import aiohttp
 import orjson
 import pytest
 
-from nextstate import open_files
+from nextstate import file_descriptors
 from nextstate.engine.process import free_port
-from nextstate.store.store import Store
-from proxy.server import Gate
+from nextstate.store import Store
+from proxy.server import Connections
+from tests.proxy.running_proxy import Running, both, request
 from tests.proxy.test_edge import JSON, get, post
-from tests.proxy.test_proxy import Running, both, request
 from tests.proxy.test_requests import Answer, answer, ask
 from tests.proxy.test_workers import write_config
 from tests.scripted_engine import ScriptedEngine, scripted_engine
@@ -53,14 +53,14 @@ async def connected(stack: AsyncExitStack, p: Running) -> Client:
 
 def test_the_bound_leaves_each_connection_one_more_to_the_engine() -> None:
     for files in (64, 256, 1024, 4096, 1 << 20):
-        gate = Gate(files=files)
+        gate = Connections(files=files)
         assert 1 <= 2 * gate.limit <= files - min(files // 2, 128)
 
 
 def test_an_idle_connection_makes_room(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        p.proxy.gate.files = 12  # room for three
-        assert p.proxy.gate.limit == 3
+        p.proxy.connections.files = 12  # room for three
+        assert p.proxy.connections.limit == 3
         async with AsyncExitStack() as stack:
             clients = [await connected(stack, p) for _ in range(3)]
             for client in clients:
@@ -71,7 +71,7 @@ def test_an_idle_connection_makes_room(store: Store, tmp_path: Path) -> None:
             assert await clients[1].reader.read() == b""
             for client in (clients[0], clients[2], newest):
                 assert (await client.ask()).status == 200
-        assert p.proxy.gate.refused == 0
+        assert p.proxy.connections.refused == 0
 
     both(test, store, tmp_path)
 
@@ -80,7 +80,7 @@ def test_without_room_a_request_gets_a_503_and_the_log_one_line(
     store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        p.proxy.gate.files = 12
+        p.proxy.connections.files = 12
         engine.script.gate = gate = asyncio.Event()
         async with AsyncExitStack() as stack:
             clients = [await connected(stack, p) for _ in range(3)]
@@ -105,11 +105,11 @@ def test_without_room_a_request_gets_a_503_and_the_log_one_line(
             gate.set()
             assert {found.status for found in await asyncio.gather(*busy)} == {200}
         assert p.proxy.versions.up
-        while len(p.proxy.gate.fronts):
+        while len(p.proxy.connections.opened):
             await asyncio.sleep(0)
         found = await ask(p.url, get("/metrics"))
         assert b"nextstate_connections_limit 3\n" in found.body
-        refused = p.proxy.gate.refused
+        refused = p.proxy.connections.refused
         assert refused >= 104
         assert f"nextstate_connections_refused_total {refused}\n".encode() in found.body
         health = await ask(p.url, get("/healthz"))
@@ -136,7 +136,7 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
         host, port = p.url.removeprefix("http://").split(":")
         for stream in (False, True):
             reader, writer = await asyncio.open_connection(host, int(port))
-            await p.proxy.relay.upstream.__aexit__()
+            await p.proxy.upstream.__aexit__()
             monkeypatch.setattr(socket, "socket", none_left)
             raw = post(path, JSON, body=orjson.dumps(request(stream=stream)))
             writer.write(raw if path != "/v1/models" else get(path))
@@ -156,7 +156,7 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
 
 def test_every_command_raises_the_soft_limit() -> None:
     code = (
-        "import resource, nextstate.cli as cli\n"
+        "import resource, nextstate.app.cli as cli\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))\n"
         "cli._parser = lambda: type('P', (), {'parse_args': lambda self, a: "
         "type('O', (), {'run': lambda self, o: print(resource.getrlimit(7)) or 0})()})()\n"
@@ -168,9 +168,9 @@ def test_every_command_raises_the_soft_limit() -> None:
     assert out.stdout == "(512, 512)\n"
 
 
-def test_a_limit_that_is_none_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unlimited_limit_is_a_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(resource, "getrlimit", lambda _: (resource.RLIM_INFINITY,) * 2)
-    assert open_files.limit() > 100_000
+    assert file_descriptors.limit() > 100_000
 
 
 def test_a_running_proxy_with_few_files_answers_all_and_goes_on(tmp_path: Path) -> None:

@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import atexit
-import io
 import json
-import signal
 import sqlite3
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager, closing, suppress
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,123 +14,20 @@ import aiohttp
 import openai
 import orjson
 import pytest
-from aiohttp import web
-from aiohttp.test_utils import TestServer
-from multidict import CIMultiDict
 
-from nextstate.app.settings import Settings
-from nextstate.app.stages import publish_version, withdraw_version
-from nextstate.engine.adapter_files import WEIGHTS_FILE
-from nextstate.engine.client import EngineClient, publish
-from nextstate.errors import AdapterError, EngineError
-from nextstate.records import PolicyVersion, TurnKind, VersionState
-from nextstate.store.store import Store
-from proxy import app
-from proxy.app import Proxy
-from proxy.config import ProxyConfig
-from proxy.lineages import Access, Lineages
-from proxy.versions import Versions
+from nextstate.records import TurnKind
+from nextstate.store import Store
+from proxy.intervals import Intervals
 from proxy.writer_process import WriterProcess
+from tests.proxy.running_proxy import Running, both, request, until
 from tests.scripted_engine import (
     MODEL,
     Script,
     ScriptedEngine,
-    adapter,
     compact,
     plain_reply,
-    scripted_engine,
     stream_chunks,
-    write_weights,
 )
-
-TIMEOUT = aiohttp.ClientTimeout(total=20)
-V1, V2 = (adapter("main", number, f"v{number}") for number in (1, 2))
-WRITER = WriterProcess()
-"""For all tests that do not end it: it takes half a second to start."""
-atexit.register(WRITER.close)
-
-
-class Running:
-    """A proxy on a free port with a client session for it."""
-
-    def __init__(self, proxy: Proxy, url: str, http: aiohttp.ClientSession) -> None:
-        self.proxy = proxy
-        self.url = url
-        self.http = http
-
-    async def chat(
-        self, body: dict[str, Any], headers: dict[str, str] | None = None
-    ) -> tuple[int, bytes, dict[str, str]]:
-        data = io.BytesIO(orjson.dumps(body))
-        answer = await self.http.post(f"{self.url}/v1/chat/completions", data=data, headers=headers)
-        return answer.status, await answer.read(), dict(answer.headers)
-
-
-@asynccontextmanager
-async def running(
-    engine_url: str,
-    store: Store,
-    tmp_path: Path,
-    key: str | None = None,
-    doors: Mapping[str, Access] | None = None,
-    worker: str | None = None,
-    writer: WriterProcess = WRITER,
-    **config: Any,
-) -> AsyncGenerator[Running]:
-    async with EngineClient(engine_url, MODEL, "engine-key") as engine:
-        proxy = Proxy(
-            ProxyConfig(**({"port": 0, "record_timeout_s": 10.0} | config)),
-            store,
-            engine,
-            "generic",
-            writer=writer,
-            zero_adapter=tmp_path / "none",
-            record=True,
-            lineages=Lineages(MODEL, key, doors or {}),
-            engine_key="engine-key",
-            worker=worker,
-        )
-        runner = proxy.runner()
-        await runner.setup()
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        json_type = {"Content-Type": "application/json"}
-        async with aiohttp.ClientSession(timeout=TIMEOUT, headers=json_type) as http:
-            try:
-                yield Running(proxy, site.name, http)
-            finally:
-                await runner.cleanup()
-
-
-def both(
-    test: Callable[[ScriptedEngine, Running], Awaitable[None]],
-    store: Store,
-    tmp_path: Path,
-    **config: Any,
-) -> None:
-    """Runs a test against an engine and a proxy that is up."""
-
-    async def run() -> None:
-        async with scripted_engine() as engine, running(engine.url, store, tmp_path, **config) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-            await test(engine, p)
-
-    asyncio.run(run())
-
-
-def request(text: str = "hi", **more: Any) -> dict[str, Any]:
-    return {"model": MODEL, "messages": [{"role": "user", "content": text}], **more}
-
-
-def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
-    folder = tmp_path / f"v{number}"
-    sha256 = write_weights(folder)
-    version = PolicyVersion(
-        "main", number, number - 1, str(folder), sha256, 16, VersionState.CANDIDATE
-    )
-    store.add_version(version, None)
-    return version
-
 
 ASKED = [
     {},
@@ -183,7 +75,7 @@ def test_the_store_holds_the_engines_own_ids_and_log_probs(
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         _, _, headers = await p.chat(request(stream=stream, tools=[{"type": "function"}]))
-        turn = store.turn(headers["x-nextstate-turn"])
+        turn = store.turns.get(headers["x-nextstate-turn"])
         assert turn is not None
         assert turn.prompt_ids == (1, 2, 3)
         assert turn.completion_ids == (100, 101)
@@ -203,7 +95,7 @@ def test_the_turn_is_recorded_before_the_client_sees_the_end(store: Store, tmp_p
         async for line in answer.content:
             if b'"finish_reason":"stop"' in line:
                 break
-        assert store.turn(answer.headers["x-nextstate-turn"]) is not None
+        assert store.turns.get(answer.headers["x-nextstate-turn"]) is not None
         answer.close()
 
     both(test, store, tmp_path, record_timeout_s=10.0)
@@ -248,7 +140,7 @@ def test_a_turn_that_must_not_train_says_why(
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.script = script
         _, _, headers = await p.chat(request(stream=True, **more))
-        turn = store.turn(headers["x-nextstate-turn"])
+        turn = store.turns.get(headers["x-nextstate-turn"])
         assert turn is not None
         assert reason in (turn.untrainable or "")
         assert (turn.behaviour_logprobs is None) == script.unknown_logprob
@@ -267,14 +159,14 @@ def test_a_conversation_links_itself_and_hands_its_next_state_to_the_judge(
             {"role": "user", "content": "thanks, and two?"},
         ]
         _, _, second = await p.chat(body)
-        turns = [store.turn(h["x-nextstate-turn"]) for h in (first, second)]
+        turns = [store.turns.get(h["x-nextstate-turn"]) for h in (first, second)]
         assert turns[0] is not None
         assert turns[1] is not None
         assert turns[1].parent == turns[0].id
         assert turns[1].session == turns[0].session
         assert [t.index for t in turns if t] == [0, 1]
-        assert [s.text for s in store.next_states(turns[0].id)] == ["thanks, and two?"]
-        assert store.lease_judgements(9, 60) == [turns[0].id]
+        assert [s.text for s in store.turns.next_states(turns[0].id)] == ["thanks, and two?"]
+        assert store.judging.lease(9, 60) == [turns[0].id]
 
     both(test, store, tmp_path)
 
@@ -292,7 +184,7 @@ def test_the_official_sdk_streams_tool_calls_through(store: Store, tmp_path: Pat
             calls = [c async for chunk in stream for c in chunk.choices[0].delta.tool_calls or []]
         assert calls[0].function is not None
         assert calls[0].function.arguments == '{"path":"."}'
-        turn = store.turn(store.turn_ids()[0])
+        turn = store.turns.get(store.turns.ids()[0])
         assert turn is not None
         assert turn.reply["tool_calls"][0]["function"] == call["function"]
         assert turn.reply["tool_calls"][0]["id"] == "call_1"
@@ -310,7 +202,7 @@ def test_the_engines_errors_pass_unchanged(
         found, data, _ = await p.chat(request(stream=stream))
         assert found == status
         assert json.loads(data) == {"error": {"message": "scripted", "code": status}}
-        assert store.turn_ids() == []
+        assert store.turns.ids() == []
 
     both(test, store, tmp_path)
 
@@ -336,7 +228,7 @@ def test_a_cut_stream_reaches_the_client_as_a_cut(store: Store, tmp_path: Path) 
         )
         with pytest.raises(aiohttp.ClientPayloadError):
             await answer.read()
-        turn = store.turn(answer.headers["x-nextstate-turn"])
+        turn = store.turns.get(answer.headers["x-nextstate-turn"])
         assert turn is not None
         assert turn.untrainable == "the engine cut the reply"
 
@@ -354,431 +246,6 @@ def test_a_client_that_leaves_aborts_the_upstream(store: Store, tmp_path: Path) 
         await asyncio.wait_for(engine.aborted.wait(), 5)
 
     both(test, store, tmp_path)
-
-
-def test_new_requests_take_the_new_version_and_the_old_unloads_when_drained(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        client = p.proxy.engine
-        await publish(store, client, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        engine.script.gate = asyncio.Event()
-        old = asyncio.create_task(p.chat(request("old", stream=True)))
-        await until(lambda: bool(engine.requests))
-        await publish(store, client, add_version(store, tmp_path, 2))
-        await until(lambda: p.proxy.versions.serving["main"].number == 2)
-        assert set(engine.adapters) == {V1, V2}  # still one reply on it
-        engine.queue = [Script()]
-        _, _, new = await p.chat(request("new"))
-        engine.script.gate.set()
-        _, data, headers = await old
-        assert b"main-v" not in data
-        assert (headers["x-nextstate-version"], new["x-nextstate-version"]) == ("1", "2")
-        await until(lambda: engine.unloaded == [V1])
-        turns = [store.turn(i) for i in store.turn_ids()]
-        assert {turn.policy_version for turn in turns if turn} == {1, 2}
-        answer = await p.http.get(f"{p.url}/v1/models")
-        assert [m["id"] for m in (await answer.json())["data"]] == [MODEL]
-
-    both(test, store, tmp_path)
-
-
-def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        engine.adapters.clear()  # as after a restart too quick for the health check
-        status, _, headers = await p.chat(request())
-        assert (status, headers["x-nextstate-version"]) == (200, "1")
-
-    both(test, store, tmp_path)
-
-
-def test_an_unload_that_failed_is_tried_again(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("proxy.versions.UNLOAD_AGAIN_S", 0.1)
-
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        engine.unloads_to_fail = 2
-        for number in (1, 2):
-            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
-            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
-        await until(lambda: engine.unloaded == [V1])
-        assert (engine.unloads_to_fail, list(engine.adapters)) == (0, [V2])
-        await until(lambda: V1 not in p.proxy.versions.running)
-
-    both(test, store, tmp_path)
-
-
-def test_an_adapter_that_is_unloaded_already_is_left_in_peace(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        engine.adapters.clear()
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
-        await until(lambda: p.proxy.versions.serving["main"].number == 2)
-        await until(lambda: V1 not in p.proxy.versions.running)
-
-    both(test, store, tmp_path)
-
-
-def test_a_version_that_is_unloaded_while_it_comes_back_is_loaded_again(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        engine.undone = 2
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        assert (engine.loads, store.serving("main").number) == (3, 1)
-        engine.undone = 3
-        with pytest.raises(EngineError, match="does not exist"):
-            await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
-        assert (engine.loads, store.serving("main").number) == (6, 1)
-
-    both(test, store, tmp_path)
-
-
-def test_requests_that_bring_a_lost_adapter_back_at_the_same_time_all_succeed(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        engine.adapters.clear()
-        engine.loading = asyncio.Event()
-        asked = [asyncio.create_task(p.chat(request(str(n)))) for n in range(4)]
-        await until(lambda: engine.loads == 1 + len(asked))
-        engine.loading.set()
-        assert [(await one)[0] for one in asked] == [200] * len(asked)
-
-    both(test, store, tmp_path)
-
-
-@pytest.mark.parametrize("noticed", ["at a restart", "by a request"])
-def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
-    store: Store, tmp_path: Path, noticed: str
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        for number in (1, 2):
-            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
-            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
-        (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
-        engine.adapters.clear()
-        if noticed == "at a restart":
-            p.proxy.versions.engine_failed()
-        else:
-            await p.chat(request())
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        status, _, headers = await p.chat(request())
-        assert (status, headers["x-nextstate-version"]) == (200, "1")
-        first, second = store.versions("main")
-        assert (first.state, second.state) == (VersionState.SERVING, VersionState.REJECTED)
-        assert "changed on disk" in (second.reason or "")
-        assert V2 not in engine.adapters
-
-    both(test, store, tmp_path)
-
-
-@pytest.mark.parametrize("adapter", ["whole", "changed"])
-def test_a_store_that_fails_while_the_engine_comes_back_ends_no_watching(
-    store: Store, tmp_path: Path, adapter: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
-            file.execute("ALTER TABLE versions RENAME TO gone")
-            engine.adapters.clear()
-            if adapter == "changed":
-                (tmp_path / "v1" / WEIGHTS_FILE).write_bytes(b"something else")
-            p.proxy.versions.engine_failed()
-            if adapter == "changed":
-                await until(lambda: "getting the engine ready failed" in caplog.text)
-            else:  # the store is not needed to serve
-                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-            file.execute("ALTER TABLE gone RENAME TO versions")
-        await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-        status, _, headers = await p.chat(request())
-        assert (status, headers["x-nextstate-version"]) == (200, "01"[adapter == "whole"])
-
-    both(test, store, tmp_path)
-
-
-def test_a_proxy_whose_watching_has_failed_ends(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    async def broken(_: Versions) -> None:
-        raise ValueError("a defect")
-
-    async def test() -> None:
-        ended = asyncio.Event()
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
-        async with running("http://127.0.0.1:1", store, tmp_path):
-            await asyncio.wait_for(ended.wait(), 5)
-        assert "a defect" in caplog.text
-
-    monkeypatch.setattr(Versions, "run", broken)
-    asyncio.run(test())
-
-
-def test_a_withdrawn_version_gives_way_to_its_nearest_whole_ancestor(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test() -> None:
-        async with scripted_engine() as engine:
-            file = tmp_path / "nextstate.toml"
-            address = f'mode = "external"\nurl = "{engine.url}"\nmodel = "{MODEL}"'
-            file.write_text(f"[engine]\n{address}\n")
-            settings = Settings.read(file)
-            for number in (1, 2, 3):
-                await publish_version(settings, store, add_version(store, tmp_path, number))
-            (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
-            engine.adapters.clear()
-            rejected = replace(store.serving("main"), reason="worse")
-            await withdraw_version(settings, store, rejected)
-            assert list(engine.adapters) == [V1]
-            assert store.serving("main").number == 1
-            assert store.versions("main")[2].reason == "worse"
-            await withdraw_version(settings, store, rejected)  # another serves by now
-            assert store.serving("main").number == 1
-
-    asyncio.run(test())
-
-
-def test_a_changed_adapter_is_refused_before_the_engine_sees_it(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        version = add_version(store, tmp_path, 1)
-        (tmp_path / "v1" / WEIGHTS_FILE).unlink()
-        with pytest.raises(AdapterError, match=r"v1 cannot be read: .*No such file"):
-            await publish(store, p.proxy.engine, version)
-        assert engine.adapters == {}
-        assert store.serving("main").number == 0
-
-    both(test, store, tmp_path)
-
-
-def test_while_the_engine_is_down_streams_are_held_with_comments(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test() -> None:
-        async with scripted_engine() as engine:
-            engine.healthy = False
-            async with running(engine.url, store, tmp_path, keep_alive_s=0.05) as p:
-                answer = await p.http.post(
-                    f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
-                )
-                assert answer.status == 200
-                assert await answer.content.readline() == b": waiting for the engine\n"
-                engine.healthy = True
-                data = await answer.read()
-                assert data.endswith(b"data: [DONE]\n\n")
-                assert b"Hel" in data
-
-    asyncio.run(test())
-
-
-@pytest.mark.parametrize("stream", [True, False])
-def test_an_engine_that_stays_down_is_a_clear_503(
-    store: Store, tmp_path: Path, stream: bool
-) -> None:
-    async def test() -> None:
-        async with running("http://127.0.0.1:1", store, tmp_path, hold_s=0.1) as p:
-            answer = await p.http.post(
-                f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=stream))
-            )
-            assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
-            assert (await answer.json())["error"]["code"] == 503
-
-    asyncio.run(test())
-
-
-def test_other_paths_pass_and_admin_routes_do_not(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        answer = await p.http.post(f"{p.url}/v1/echo", data=b"\x00bytes")
-        assert await answer.read() == b"\x00bytes"
-        assert answer.headers["x-engine"] == "yes"
-        for name in ("load_lora_adapter", "unload_lora_adapter"):
-            answer = await p.http.post(f"{p.url}/v1/{name}", json={})
-            assert answer.status == 403
-
-    both(test, store, tmp_path)
-
-
-async def ask_raw(p: Running, target: str, method: str = "POST") -> tuple[int, bytes]:
-    """Asks for a path as it is written here; a client's own library would resolve it."""
-    host, port = p.url.removeprefix("http://").split(":")
-    reader, writer = await asyncio.open_connection(host, int(port))
-    head = f"{method} {target} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 2\r\n"
-    writer.write(f"{head}Content-Type: application/json\r\n\r\n{{}}".encode("latin-1"))
-    status = int((await reader.readline()).split(b" ")[1])
-    body = (await reader.read()).partition(b"\r\n\r\n")[2]
-    writer.close()
-    return status, body
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v1/../collective_rpc",
-        "/v1/%2e%2e/collective_rpc",
-        "/v1/.%2E/collective_rpc",
-        "/v1/x/../../inference/v1/generate",
-        "/v1/%2E%2e%2fcollective_rpc",
-        "/v1/x%2F..%2F..%2Fcollective_rpc?a=1",
-        "/v1/../metrics",
-        "/v1/..",
-        "/v1//../..//collective_rpc",
-        "/v1/./echo",
-        "http://x/v1/../collective_rpc",
-    ],
-)
-@pytest.mark.parametrize("base_path", ["", "/engine"])
-def test_no_path_leads_out_of_v1(store: Store, tmp_path: Path, target: str, base_path: str) -> None:
-    async def test() -> None:
-        async with any_path() as (url, seen), running(url + base_path, store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-            for method in ("POST", "GET"):
-                status, body = await ask_raw(p, target, method)
-                assert (status, json.loads(body)["error"]["code"]) == (404, 404)
-            assert seen == []
-
-    asyncio.run(test())
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "/v1/models/Qwen%2FQwen3",
-        "/v1/models/Qwen%2fQwen3?x=%2e%2e/..&y=a%20b+c",
-        "/v1/caf%C3%A9/%7Euser/a%2Eb/.hidden/...",
-        "/v1/%252e%252e/x",
-        "/v1/a;b=(c)@d:e!$&'*,|^{}",
-        "/v1//x//",
-        "/v1/%00%ff%zz",
-    ],
-)
-def test_other_paths_reach_the_engine_as_they_were_written(
-    store: Store, tmp_path: Path, target: str
-) -> None:
-    async def test() -> None:
-        async with any_path() as (url, seen), running(f"{url}/engine", store, tmp_path) as p:
-            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-            assert (await ask_raw(p, target))[0] == 200
-            assert seen == [f"/engine{target}"]
-
-    asyncio.run(test())
-
-
-@asynccontextmanager
-async def any_path() -> AsyncGenerator[tuple[str, list[str]]]:
-    """(address, targets) of an engine that answers whatever path it is asked for."""
-    seen: list[str] = []
-    own = ("/health", "/v1/completions", "/v1/models", "/v1/messages/count_tokens", "/tokenize")
-
-    async def answer(request: web.Request) -> web.Response:
-        if not request.raw_path.endswith(own):
-            seen.append(request.raw_path)
-        return web.json_response({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
-
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    async with TestServer(app) as server:
-        yield str(server.make_url("")).rstrip("/"), seen
-
-
-PASSED_ON = [("GET", "models"), ("POST", "score"), ("POST", "echo")]
-
-
-@pytest.mark.parametrize(("method", "path"), PASSED_ON)
-def test_while_the_engine_is_down_what_is_passed_on_is_held_too(
-    store: Store, tmp_path: Path, method: str, path: str
-) -> None:
-    async def test() -> None:
-        async with scripted_engine() as engine:
-            engine.healthy = False
-            async with running(engine.url, store, tmp_path) as p:
-                asked = asyncio.create_task(
-                    p.http.request(method, f"{p.url}/v1/{path}", json={"model": MODEL})
-                )
-                done, _ = await asyncio.wait({asked}, timeout=0.2)
-                assert not done
-                engine.healthy = True
-                assert (await asked).status == 200
-
-    asyncio.run(test())
-
-
-@pytest.mark.parametrize(("method", "path"), PASSED_ON)
-def test_what_is_passed_on_to_an_engine_that_stays_down_is_a_clear_503(
-    store: Store, tmp_path: Path, method: str, path: str
-) -> None:
-    async def test() -> None:
-        async with running("http://127.0.0.1:1", store, tmp_path, hold_s=0.1) as p:
-            answer = await p.http.request(method, f"{p.url}/v1/{path}", json={"model": MODEL})
-            assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
-            assert (await answer.json())["error"]["code"] == 503
-
-    asyncio.run(test())
-
-
-def test_what_is_passed_on_brings_a_lost_adapter_back(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        engine.adapters.clear()
-        answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
-        assert (answer.status, (await answer.json())["model"]) == (200, MODEL)
-        assert [sent["model"] for sent in engine.requests] == [V1] * 2
-
-    both(test, store, tmp_path)
-
-
-def test_a_renamed_answer_that_the_engine_cut_reaches_the_client_as_a_cut(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
-        engine.script = Script(cut_after=9)
-        answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
-        assert (answer.status, answer.content_type) == (200, "application/json")
-        with pytest.raises(aiohttp.ClientPayloadError):
-            await answer.read()
-
-    both(test, store, tmp_path)
-
-
-def test_what_is_passed_on_over_a_connection_that_the_engine_has_closed_is_sent_again(
-    store: Store, tmp_path: Path
-) -> None:
-    taken: list[bytes] = []
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with closing(writer), suppress(asyncio.IncompleteReadError):
-            while head := await reader.readuntil(b"\r\n\r\n"):
-                if head.startswith(b"POST /v1/score"):
-                    taken.append(head)
-                    if len(taken) == 2:
-                        return  # as if it had been idle for too long at this moment
-                length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
-                await reader.readexactly(int(length or 0))
-                body = compact({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
-                writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
-
-    async def test() -> None:
-        async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
-            port = server.sockets[0].getsockname()[1]
-            async with running(f"http://127.0.0.1:{port}", store, tmp_path) as p:
-                for asked in (1, 3):
-                    answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
-                    assert (answer.status, len(taken)) == (200, asked)
-
-    asyncio.run(test())
 
 
 @pytest.mark.parametrize("path", ["chat/completions", "completions"])
@@ -879,14 +346,20 @@ def test_a_writer_that_cannot_start_delays_the_proxy_and_does_not_stop_it(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("sys.executable", "/nowhere/python")
-    monkeypatch.setattr(app, "_WRITER_S", 0.2)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        assert "no writer has opened in 0.2 s" in caplog.text
+        assert "no writer runs after 0.2 s" in caplog.text
         assert (await p.chat(request()))[0] == 200
         assert p.proxy.recorder.counts.late == 1
 
-    both(test, store, tmp_path, writer=WriterProcess(), record_timeout_s=0.05)
+    both(
+        test,
+        store,
+        tmp_path,
+        writer=WriterProcess(),
+        intervals=Intervals(writer_s=0.2),
+        record_timeout_s=0.05,
+    )
 
 
 @pytest.mark.parametrize("stream", [True, False])
@@ -914,14 +387,14 @@ def test_a_client_that_gives_up_while_its_turn_waits_and_tries_again_makes_one_t
                 again = asyncio.create_task(p.chat(body))
                 await until(lambda: len(engine.requests) % 3 == 0)
             kept.append((await again)[2]["x-nextstate-turn"])
-        assert store.turn_ids() == kept
+        assert store.turns.ids() == kept
         assert p.proxy.recorder.counts.recorded == 6
-        first, second = (store.turn(turn) for turn in kept)
+        first, second = (store.turns.get(turn) for turn in kept)
         assert first is not None
         assert second is not None
         assert (second.parent, second.session) == (first.id, first.session)
-        assert [state.text for state in store.next_states(first.id)] == ["and two?"]
-        assert store.lease_judgements(9, 60) == [first.id]
+        assert [state.text for state in store.turns.next_states(first.id)] == ["and two?"]
+        assert store.judging.lease(9, 60) == [first.id]
 
     both(test, store, tmp_path)
 
@@ -937,13 +410,6 @@ def test_metrics_count_what_happened(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path)
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    """Waits for another task's effect, at most ten seconds."""
-    async with asyncio.timeout(10):
-        while not condition():
-            await asyncio.sleep(0.01)
-
-
 def test_requests_larger_than_the_limit_are_refused(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         answer = await p.chat(request("x" * (1 << 20)))
@@ -953,7 +419,9 @@ def test_requests_larger_than_the_limit_are_refused(store: Store, tmp_path: Path
     both(test, store, tmp_path, max_body_mb=1)
 
 
-def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_path: Path) -> None:
+def test_a_request_that_the_engine_would_refuse_is_not_repaired(
+    store: Store, tmp_path: Path
+) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await p.chat(request(top_logprobs=2))
         assert "logprobs" not in engine.requests[-1]
@@ -963,54 +431,10 @@ def test_a_request_that_the_engine_would_refuse_is_not_mended(store: Store, tmp_
     both(test, store, tmp_path)
 
 
-@pytest.mark.parametrize("told", ["length", "chunks"])
-def test_streamed_bodies_larger_than_the_limit_are_refused_too(
-    store: Store, tmp_path: Path, told: str
-) -> None:
-    async def chunks(size: int) -> AsyncGenerator[bytes]:
-        for _ in range(size >> 16):
-            yield bytes(1 << 16)
-
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        for size, status in ((1 << 20, 200), ((1 << 20) + (1 << 16), 413)):
-            headers = {"Content-Type": "multipart/form-data; boundary=x"}
-            data = io.BytesIO(bytes(size)) if told == "length" else chunks(size)
-            answer = await p.http.post(f"{p.url}/v1/echo", data=data, headers=headers)
-            body = await answer.read()
-            assert (answer.status, len(body) == size) == (status, status == 200)
-        assert b"max_body_mb" in body
-
-    both(test, store, tmp_path, max_body_mb=1)
-
-
-@pytest.mark.parametrize("path", ["chat/completions", "echo"])
-def test_a_header_that_comes_twice_reaches_the_engine_twice(
-    store: Store, tmp_path: Path, path: str
-) -> None:
-    seen: list[list[str]] = []
-
-    async def answer(request: web.Request) -> web.Response:
-        seen.append(request.headers.getall("tracestate", []))
-        return web.json_response({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
-
-    async def test() -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{path:.*}", answer)
-        async with (
-            TestServer(app) as server,
-            running(str(server.make_url("")), store, tmp_path) as p,
-        ):
-            headers = CIMultiDict([("tracestate", "a"), ("tracestate", "b")])
-            data = orjson.dumps(request())
-            asked = await p.http.post(f"{p.url}/v1/{path}", data=data, headers=headers)
-            assert asked.status == 200
-        assert ["a", "b"] in seen
-
-    asyncio.run(test())
-
-
 @pytest.mark.parametrize("model", [0, False, [], {}])
-def test_a_model_that_is_no_text_is_not_mended(store: Store, tmp_path: Path, model: object) -> None:
+def test_a_model_that_is_not_a_text_is_not_repaired(
+    store: Store, tmp_path: Path, model: object
+) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         sent = {**request(), "model": model}
         assert (await p.chat(sent))[0] == 400

@@ -1,4 +1,4 @@
-"""The recorder and its writer process: what was handed over is kept once, whatever happens."""
+"""The recorder and its writer: an exchange that was submitted is stored once."""
 
 from __future__ import annotations
 
@@ -10,11 +10,10 @@ import signal
 import socket
 import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import pytest
@@ -24,20 +23,21 @@ from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
 from nextstate.records import Timings, new_id
-from nextstate.store.store import Store
+from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange
 from proxy.recorder import Recorder
-from proxy.writer import AMENDED, FRAME, KEPT, LOST, READY, WAITING, Connection, Feed
+from proxy.writer import LENGTH, Answer, Writer
 from proxy.writer_process import WriterProcess
-from tests.proxy.test_proxy import WRITER, until
+from tests.proxy.running_proxy import until
+from tests.proxy.writer_thread import WriterThread
 
 MANY = 200
 PATIENCE_S = 60.0
 
 
 def exchange(said: str, history: Sequence[tuple[str, str]] = (), **more: Any) -> Exchange:
-    """One that says `said` after a history of (said, replied), and hears `re: said`."""
+    """A user says `said` after a history of (said, reply); the reply is `re: {said}`."""
     messages: list[dict[str, Any]] = []
     for asked, replied in history:
         messages += [{"role": "user", "content": asked}, {"role": "assistant", "content": replied}]
@@ -48,24 +48,19 @@ def exchange(said: str, history: Sequence[tuple[str, str]] = (), **more: Any) ->
     return Exchange(new_id("turn"), "main", None, request, capture, 0, Timings(1.0, 0.1, 0.2))
 
 
-@contextmanager
-def writer_of_its_own() -> Generator[WriterProcess]:
-    """For a test that ends it or takes something from it."""
-    writer = WriterProcess()
-    try:
-        yield writer
-    finally:
-        writer.close()
+def newest(writer: WriterProcess) -> psutil.Process:
+    """The process that was started last."""
+    return psutil.Process(writer.processes[-1].pid)
 
 
 @asynccontextmanager
 async def recording(
     store: Store,
-    writer: WriterProcess = WRITER,
+    writer: WriterProcess | None = None,
     queue_size: int = 10_000,
     timeout_s: float = PATIENCE_S,
 ) -> AsyncGenerator[Recorder]:
-    recorder = Recorder(writer, store.config, "generic", queue_size, timeout_s)
+    recorder = Recorder(writer or WriterThread(), store.config, "generic", queue_size, timeout_s)
     running = asyncio.create_task(recorder.run())
     try:
         yield recorder
@@ -86,14 +81,14 @@ def ids(exchanges: Sequence[Exchange]) -> list[str]:
 
 
 class Poison:
-    """Ends the process that reads it."""
+    """Crashes the process that unpickles it."""
 
     def __reduce__(self) -> tuple[Callable[[int], None], tuple[int]]:
         return os._exit, (1,)
 
 
 class Unreadable:
-    """Can be sent and not be read."""
+    """Can be pickled, but not unpickled."""
 
     def __reduce__(self) -> tuple[type[int], tuple[str]]:
         return int, ("x",)
@@ -104,7 +99,7 @@ def test_a_turn_is_stored_when_record_returns(store: Store) -> None:
         async with recording(store) as recorder:
             one = exchange("hi")
             await recorder.record(one)
-            turn = store.turn(one.turn_id)
+            turn = store.turns.get(one.turn_id)
             assert turn is not None
             assert turn.reply["content"] == "re: hi"
             assert turn.request == one.request
@@ -114,7 +109,7 @@ def test_a_turn_is_stored_when_record_returns(store: Store) -> None:
 
 
 async def talk(recorder: Recorder, name: str, turns: int) -> list[str]:
-    """A conversation, each turn recorded before the next; its turns' ids."""
+    """Records a conversation turn by turn; returns the ids of its turns."""
     found: list[str] = []
     history: list[tuple[str, str]] = []
     for number in range(turns):
@@ -125,179 +120,184 @@ async def talk(recorder: Recorder, name: str, turns: int) -> list[str]:
     return found
 
 
-def test_a_writer_killed_again_and_again_loses_nothing_and_doubles_nothing(store: Store) -> None:
+def test_a_writer_that_is_killed_repeatedly_loses_no_turn_and_stores_none_twice(
+    store: Store,
+) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer) as recorder:
-                talks = [asyncio.create_task(talk(recorder, f"t{n}", 25)) for n in range(8)]
-                killed: set[int] = set()
-                for kills in range(1, 5):
-                    await until(lambda kills=kills: recorder.counts.recorded >= 40 * kills)
-                    assert writer.pid is not None
-                    killed.add(writer.pid)
-                    os.kill(writer.pid, signal.SIGKILL)
-                said = await asyncio.gather(*talks)
-                assert len(killed) == 4
-                assert (recorder.counts.recorded, recorder.counts.lost) == (MANY, 0)
-        assert sorted(store.turn_ids()) == sorted(turn for turns in said for turn in turns)
+        writer = WriterProcess()
+        async with recording(store, writer) as recorder:
+            talks = [asyncio.create_task(talk(recorder, f"t{n}", 25)) for n in range(8)]
+            killed: set[int] = set()
+            for kills in range(1, 5):
+                await until(lambda kills=kills: recorder.counts.recorded >= 40 * kills)
+                killed.add(newest(writer).pid)
+                newest(writer).kill()
+            said = await asyncio.gather(*talks)
+            assert len(killed) == 4
+            assert (recorder.counts.recorded, recorder.counts.lost) == (MANY, 0)
+        assert sorted(store.turns.ids()) == sorted(turn for turns in said for turn in turns)
         for name, turns in enumerate(said):
-            assert [store.turn(turn).index for turn in turns] == list(range(25))  # pyright: ignore[reportOptionalMemberAccess]
+            assert [store.turns.get(turn).index for turn in turns] == list(range(25))  # pyright: ignore[reportOptionalMemberAccess]
             for number, turn in enumerate(turns[:-1], 1):
-                assert [state.text for state in store.next_states(turn)] == [f"t{name} {number}"]
+                assert [state.text for state in store.turns.next_states(turn)] == [
+                    f"t{name} {number}"
+                ]
 
     run(scene)
 
 
-def test_what_waits_while_a_writer_starts_outlives_the_proxy(store: Store) -> None:
+def test_exchanges_that_wait_for_a_starting_writer_outlive_the_proxy(store: Store) -> None:
     exchanges = [exchange(f"say {n} " + "x" * 50_000) for n in range(6)]
 
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer) as recorder:
-                await recorder.record(exchanges[0])
-                first = psutil.Process(writer.pid)
-                first.suspend()
-                for one in exchanges[1:4]:
-                    recorder.submit(one)
-                first.kill()
-                await until(lambda: writer.pid != first.pid)
-                starting = psutil.Process(writer.pid)
-                starting.suspend()
-                last = [recorder.submit(one) for one in exchanges[4:]][-1]
-                await until(lambda: last is not None and last.sent)
-                await asyncio.sleep(0)  # what was sent goes out once the loop turns
-                assert recorder.counts.recorded == 1
-            starting.resume()
+        writer = WriterProcess()
+        async with recording(store, writer) as recorder:
+            await recorder.record(exchanges[0])
+            first = newest(writer)
+            first.suspend()
+            for one in exchanges[1:4]:
+                recorder.submit(one)
+            first.kill()
+            await until(lambda: newest(writer) != first)
+            starting = newest(writer)
+            starting.suspend()
+            for one in exchanges[4:]:
+                recorder.submit(one)
+            await asyncio.sleep(0.05)  # until they are in the socket
+            assert recorder.counts.recorded == 1
+            asyncio.get_running_loop().call_later(0.2, starting.resume)
 
     run(scene)
-    assert store.turn_ids() == ids(exchanges)
+    assert store.turns.ids() == ids(exchanges)
 
 
-def test_exchanges_may_come_at_any_moment_of_a_writers_end(store: Store) -> None:
+def test_an_exchange_may_come_at_any_moment_while_a_writer_ends(store: Store) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer) as recorder:
-                await recorder.record(exchange("first"))
-                first = writer.pid
-                assert first is not None
-                os.kill(first, signal.SIGKILL)
-                count = 1
-                while writer.pid == first:
-                    recorder.submit(exchange(f"say {count}"))
-                    count += 1
-                    await asyncio.sleep(0)
-                await recorder.drain(PATIENCE_S)
-                assert (recorder.counts.recorded, recorder.counts.lost) == (count, 0)
-        assert len(store.turn_ids()) == count > 1
+        writer = WriterProcess()
+        async with recording(store, writer) as recorder:
+            await recorder.record(exchange("first"))
+            first = newest(writer)
+            first.kill()
+            count = 1
+            while newest(writer) == first:
+                recorder.submit(exchange(f"say {count}"))
+                count += 1
+                await asyncio.sleep(0)
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (count, 0)
+        assert len(store.turns.ids()) == count > 1
 
     run(scene)
 
 
-def test_what_one_writer_kept_without_saying_so_is_not_kept_twice(store: Store) -> None:
+class Pieces:
+    """The writer's end of a socket, on which these pieces arrive one after the other."""
+
+    def __init__(self, *pieces: bytes) -> None:
+        self._pieces = iter(pieces)
+        self.sent = bytearray()
+
+    def recv(self, _size: int, flags: int = 0) -> bytes:
+        if flags & socket.MSG_DONTWAIT:
+            raise BlockingIOError
+        return next(self._pieces, b"")
+
+    def sendall(self, data: bytes) -> None:
+        self.sent += data
+
+
+def answers(store: Store, *pieces: bytes) -> list[Answer]:
+    """What a writer answers to these pieces, of which it handles one at a time."""
+    source = Pieces(*pieces)
+    Writer(cast(Any, source), store.config, "generic").run()
+    assert source.sent[0] == Answer.READY
+    return [Answer(answer) for answer in source.sent[1:]]
+
+
+def framed(*exchanges: Exchange) -> bytes:
+    """Exchanges as the recorder sends them."""
+    pickled = [pickle.dumps(one) for one in exchanges]
+    return b"".join(LENGTH.pack(len(one)) + one for one in pickled)
+
+
+def test_an_exchange_that_is_sent_to_a_second_writer_is_stored_once(store: Store) -> None:
     first = exchange("hi")
     second = exchange("and then?", [("hi", "re: hi")])
     for _ in range(2):
-        with served(store) as (connection, ours):
-            for one in (first, second):
-                ours.sendall(framed(one, again=True))
-            connection.serve()
-            assert ours.recv(9) == bytes([READY, KEPT, KEPT])
-    assert store.turn_ids() == ids([first, second])
-    assert [state.text for state in store.next_states(first.turn_id)] == ["and then?"]
+        assert answers(store, framed(first, second)) == [Answer.KEPT, Answer.KEPT]
+    assert store.turns.ids() == ids([first, second])
+    assert [state.text for state in store.turns.next_states(first.turn_id)] == ["and then?"]
     assert store.counts()["judgements/pending"] == 1
 
 
-def test_a_turn_whose_client_left_is_amended_once_or_twice_and_kept_if_it_was_lost(
+def test_a_turn_whose_client_left_is_amended_and_stored_if_it_was_lost(
     store: Store,
 ) -> None:
     first, lost = exchange("hi"), exchange("ho")
-    with served(store) as (connection, ours):
-        left, lost_left = (one._replace(cut=True, amends=True) for one in (first, lost))
-        again = [exchange("hi"), exchange("ho")]
-        ours.sendall(b"".join(map(framed, (first, left, left, lost_left, *again))))
-        connection.serve()
-        assert ours.recv(9) == bytes([READY, KEPT, AMENDED, AMENDED, KEPT, KEPT, KEPT])
-    assert store.turn_ids() == ids(again)
-
-
-@contextmanager
-def served(store: Store) -> Generator[tuple[Connection, socket.socket]]:
-    """A writer's connection in this process, and the recorder's end of it."""
-    ours, theirs = socket.socketpair()
-    connection = Connection(theirs, Feed(store.config, "generic"))
-    with ours:
-        try:
-            yield connection, ours
-        finally:
-            connection.close()
-
-
-def framed(one: Exchange, *, again: bool = False) -> bytes:
-    pickled = pickle.dumps(one)
-    return FRAME.pack(len(pickled), again) + pickled
+    left, lost_left = (one._replace(cut=True, amends=True) for one in (first, lost))
+    again = [exchange("hi"), exchange("ho")]
+    kept, amended = Answer.KEPT, Answer.AMENDED
+    said = answers(store, framed(first, left, left, lost_left, *again))
+    assert said == [kept, amended, amended, kept, kept, kept]
+    assert store.turns.ids() == ids(again)
 
 
 @given(cuts=st.lists(st.integers(0, 3000), max_size=6))
 @settings(
     deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_frames_may_be_cut_anywhere(store: Store, cuts: list[int]) -> None:
+def test_exchanges_may_be_cut_anywhere_on_their_way(store: Store, cuts: list[int]) -> None:
     exchanges = [exchange(f"say {n} " + "x" * 300 * n) for n in range(3)]
-    sent = b"".join(map(framed, exchanges))
-    bounds = [0, *sorted(min(cut, len(sent)) for cut in cuts), len(sent)]
-    with served(store) as (connection, ours):
-        for start, end in pairwise(bounds):
-            ours.sendall(sent[start:end])
-            assert connection.serve()
-        assert ours.recv(9) == bytes([READY, KEPT, KEPT, KEPT])
-    assert store.turn_ids(limit=3, newest_first=True) == ids(exchanges)[::-1]
+    sent = framed(*exchanges)
+    bounds = sorted({0, *(min(cut, len(sent)) for cut in cuts), len(sent)})
+    pieces = [sent[start:end] for start, end in pairwise(bounds)]
+    assert answers(store, *pieces) == [Answer.KEPT] * 3
+    assert store.turns.ids(limit=3, newest_first=True) == ids(exchanges)[::-1]
 
 
-def test_what_came_whole_before_the_proxy_was_gone_is_kept_and_a_part_is_not(store: Store) -> None:
+def test_an_exchange_that_arrived_whole_before_the_proxy_ended_is_stored_and_a_part_is_not(
+    store: Store,
+) -> None:
     whole, part = exchange("whole"), exchange("part")
-    with served(store) as (connection, ours):
-        ours.sendall(framed(whole) + framed(part)[:-1])
-        ours.close()
-        assert not connection.serve()
-    assert store.turn_ids() == [whole.turn_id]
+    assert answers(store, framed(whole, part)[:-1]) == [Answer.KEPT]
+    assert store.turns.ids() == [whole.turn_id]
 
 
-def test_one_bad_turn_does_not_take_the_others_with_it(store: Store) -> None:
+def test_one_bad_exchange_does_not_take_the_others_with_it(store: Store) -> None:
     exchanges = [
         exchange("one"),
-        exchange("two", odd={1, 2}),  # a set is no JSON: the store cannot hold it
+        exchange("two", odd={1, 2}),  # JSON has no sets: the store cannot hold it
         exchange("three", odd=Unreadable()),
         exchange("four"),
     ]
-    with served(store) as (connection, ours):
-        ours.sendall(b"".join(map(framed, exchanges)))
-        connection.serve()
-        assert ours.recv(9) == bytes([READY, KEPT, LOST, LOST, KEPT])
-    assert store.turn_ids() == ids([exchanges[0], exchanges[3]])
+    kept, lost = Answer.KEPT, Answer.LOST
+    assert answers(store, framed(*exchanges)) == [kept, lost, lost, kept]
+    assert store.turns.ids() == ids([exchanges[0], exchanges[3]])
 
 
 @pytest.mark.parametrize("opened", [True, False], ids=["open", "yet to be opened"])
 def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
-    store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, opened: bool
+    store: Store, opened: bool
 ) -> None:
-    monkeypatch.setattr("nextstate.store.sqlite.BUSY_TIMEOUT_MS", 1)
     first, *others = exchanges = [exchange(f"say {n}") for n in range(3)]
-    with served(store) as (connection, ours), ThreadPoolExecutor() as pool:
-        if opened:
-            ours.sendall(framed(first))
-            connection.serve()
-        with store.recording():  # another process holds the database
-            sent = others if opened else exchanges
-            ours.sendall(b"".join(map(framed, sent)))
-            serving = pool.submit(connection.serve)
-            asyncio.run(until(lambda: f"{len(sent)} turns wait" in caplog.text or serving.done()))
-        assert serving.result(PATIENCE_S)
-        said = ours.recv(9)
-    assert (said.count(KEPT), said.count(WAITING), len(said)) == (3, 1, 5)
-    assert store.turn_ids() == ids(exchanges)
+
+    async def scene() -> None:
+        async with recording(store) as recorder:
+            if opened:
+                await recorder.record(first)
+            with store.recording():  # another process holds the database
+                for one in others if opened else exchanges:
+                    recorder.submit(one)
+                await until(lambda: recorder.counts.store_waits == 1)
+            await recorder.drain(PATIENCE_S)
+            counts = recorder.counts
+            assert (counts.recorded, counts.lost, counts.store_waits) == (3, 0, 1)
+
+    run(scene)
+    assert store.turns.ids() == ids(exchanges)
 
 
-def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
+def test_an_exchange_that_cannot_be_pickled_is_lost_alone(store: Store) -> None:
     async def scene() -> None:
         async with recording(store) as recorder:
             await recorder.record(exchange("one", odd=lambda: None))
@@ -307,17 +307,17 @@ def test_an_exchange_that_cannot_be_sent_is_lost_alone(store: Store) -> None:
     run(scene)
 
 
-def test_an_exchange_that_ends_every_writer_is_lost_alone(store: Store) -> None:
+def test_an_exchange_that_crashes_every_writer_is_lost_alone(store: Store) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer) as recorder:
-                sound = [exchange(f"sound {n}") for n in range(4)]
-                deadly = exchange("deadly", odd=Poison())
-                await asyncio.gather(
-                    *(recorder.record(one) for one in (*sound[:2], deadly, *sound[2:]))
-                )
-                assert (recorder.counts.recorded, recorder.counts.lost) == (4, 1)
-        assert store.turn_ids() == ids(sound)
+        writer = WriterProcess()
+        async with recording(store, writer) as recorder:
+            sound = [exchange(f"sound {n}") for n in range(4)]
+            deadly = exchange("deadly", odd=Poison())
+            await asyncio.gather(
+                *(recorder.record(one) for one in (*sound[:2], deadly, *sound[2:]))
+            )
+            assert (recorder.counts.recorded, recorder.counts.lost) == (4, 1)
+        assert store.turns.ids() == ids(sound)
 
     run(scene)
 
@@ -333,12 +333,12 @@ def test_a_locked_store_makes_turns_late_and_a_full_queue_loses_the_next(store: 
                 assert recorder.counts.recorded == 0
             await recorder.drain(PATIENCE_S)
             assert (recorder.counts.recorded, recorder.counts.lost) == (2, 1)
-        assert store.turn_ids() == ids(exchanges[:2])
+        assert store.turns.ids() == ids(exchanges[:2])
 
     run(scene)
 
 
-def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) -> None:
+def test_the_queue_is_bounded_in_bytes_and_in_memory_once(store: Store) -> None:
     async def scene() -> None:
         async with recording(store, queue_size=256, timeout_s=0.01) as recorder:  # 16 MB
             with store.recording():  # another process holds the database
@@ -353,47 +353,47 @@ def test_what_waits_is_bounded_in_bytes_and_lies_in_memory_once(store: Store) ->
             recorder.submit(largest)  # alone it has room
             await recorder.drain(PATIENCE_S)
             assert (recorder.counts.recorded, recorder.counts.lost) == (17, 4)
-        assert store.turn_ids() == ids([*exchanges[:16], largest])
+        assert store.turns.ids() == ids([*exchanges[:16], largest])
 
     run(scene)
 
 
 def in_transport(recorder: Recorder) -> int:
-    """Bytes that wait a second time, between the recorder and its writer's socket."""
-    channel = recorder._channel  # pyright: ignore[reportPrivateUsage]
-    assert channel is not None
-    return channel._transport.get_write_buffer_size()  # pyright: ignore[reportPrivateUsage]
+    """Bytes of a second copy, between the recorder and the socket."""
+    stream = recorder._stream  # pyright: ignore[reportPrivateUsage]
+    assert stream is not None
+    return stream.transport.get_write_buffer_size()
 
 
-def test_on_a_full_disk_turns_wait_until_there_is_room(store: Store) -> None:
+def test_on_a_full_disk_turns_wait_for_room(store: Store) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer, timeout_s=0.05) as recorder:
-                recorder.submit(before := exchange("before"))
-                await recorder.drain(PATIENCE_S)
-                process = psutil.Process(writer.pid)
-                size = max(file.stat().st_size for file in store.dir.glob("nextstate.sqlite3*"))
-                _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
-                process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
-                late = [exchange(f"while full {n} " + random_text(size)) for n in range(3)]
-                for one in late:
-                    await recorder.record(one)
-                await until(lambda: recorder.counts.store_waits == 1)
-                assert (recorder.counts.late, recorder.counts.waiting) == (3, 3)
-                assert (recorder.counts.recorded, recorder.counts.lost) == (1, 0)
-                process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
-                await recorder.drain(PATIENCE_S)
-                assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
-                assert recorder.counts.waiting == 0
-                assert process.is_running()
-        assert store.turn_ids() == ids([before, *late])
+        writer = WriterProcess()
+        async with recording(store, writer, timeout_s=0.05) as recorder:
+            recorder.submit(before := exchange("before"))
+            await recorder.drain(PATIENCE_S)
+            process = newest(writer)
+            size = max(file.stat().st_size for file in store.dir.glob("nextstate.sqlite3*"))
+            _, hard = process.rlimit(psutil.RLIMIT_FSIZE)
+            process.rlimit(psutil.RLIMIT_FSIZE, (size, hard))
+            late = [exchange(f"while full {n} " + random_text(size)) for n in range(3)]
+            for one in late:
+                await recorder.record(one)
+            await until(lambda: recorder.counts.store_waits == 1)
+            assert (recorder.counts.late, recorder.counts.waiting) == (3, 3)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (1, 0)
+            process.rlimit(psutil.RLIMIT_FSIZE, (resource.RLIM_INFINITY, hard))
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
+            assert recorder.counts.waiting == 0
+            assert process.is_running()
+        assert store.turns.ids() == ids([before, *late])
 
     run(scene)
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Generator[Path]:
-    """A file system of 1 MB, where this process may mount one."""
+    """A file system of 1 MB; skips the test if this process may not mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0700", "tmpfs", str(folder)]
@@ -403,30 +403,30 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
-def test_a_disk_that_is_full_when_the_first_turn_comes_takes_it_later(small_disk: Path) -> None:
+def test_a_disk_that_is_full_before_the_first_turn_makes_it_late(small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     store = Store(StoreConfig(dir=str(small_disk / "state")))
     ballast.write_bytes(bytes(4096 * (os.statvfs(small_disk).f_bavail)))
 
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer, timeout_s=0.05) as recorder:
-                exchanges = [exchange(f"say {n} " + random_text(40_000)) for n in range(4)]
-                for one in exchanges:
-                    await recorder.record(one)
-                await until(lambda: recorder.counts.store_waits > 0)
-                assert (recorder.counts.recorded, recorder.counts.lost) == (0, 0)
-                ballast.unlink()
-                await recorder.drain(PATIENCE_S)
-                assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
-        assert store.turn_ids() == ids(exchanges)
+        writer = WriterProcess()
+        async with recording(store, writer, timeout_s=0.05) as recorder:
+            exchanges = [exchange(f"say {n} " + random_text(40_000)) for n in range(4)]
+            for one in exchanges:
+                await recorder.record(one)
+            await until(lambda: recorder.counts.store_waits > 0)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (0, 0)
+            ballast.unlink()
+            await recorder.drain(PATIENCE_S)
+            assert (recorder.counts.recorded, recorder.counts.lost) == (4, 0)
+        assert store.turns.ids() == ids(exchanges)
 
     run(scene)
     store.close()
 
 
 def random_text(size: int) -> str:
-    """Text that no compression makes shorter than `size` bytes."""
+    """Text that takes at least `size` bytes when compressed."""
     return os.urandom(size).hex()
 
 
@@ -446,11 +446,12 @@ def test_a_writer_that_cannot_start_is_tried_again(
     store: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer, monkeypatch.context() as patch:
+        writer = WriterProcess()
+        with monkeypatch.context() as patch:
             patch.setattr("sys.executable", "/nowhere/python")
             async with recording(store, writer) as recorder:
                 recorded = asyncio.create_task(recorder.record(exchange("hi")))
-                await until(lambda: "no writer can be started" in caplog.text)
+                await until(lambda: "no writer starts" in caplog.text)
                 patch.undo()
                 await recorded
                 assert (recorder.counts.recorded, recorder.counts.lost) == (1, 0)
@@ -458,36 +459,33 @@ def test_a_writer_that_cannot_start_is_tried_again(
     run(scene)
 
 
-def test_neither_ctrl_c_nor_sigterm_ends_the_writer(store: Store) -> None:
+def test_the_writer_ignores_ctrl_c_and_sigterm(store: Store) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            async with recording(store, writer) as recorder:
-                await recorder.record(exchange("before"))
-                pid = writer.pid
-                assert pid is not None
-                assert os.getpgid(pid) == pid != os.getpgrp()
-                for number in (signal.SIGINT, signal.SIGTERM):
-                    os.kill(pid, number)
-                await recorder.record(exchange("after"))
-                assert (writer.pid, recorder.counts.recorded) == (pid, 2)
+        writer = WriterProcess()
+        async with recording(store, writer) as recorder:
+            await recorder.record(exchange("before"))
+            process = newest(writer)
+            assert os.getpgid(process.pid) == process.pid != os.getpgrp()
+            for number in (signal.SIGINT, signal.SIGTERM):
+                process.send_signal(number)
+            await recorder.record(exchange("after"))
+            assert (newest(writer), recorder.counts.recorded) == (process, 2)
 
     run(scene)
 
 
-def test_the_writer_ends_when_it_is_closed_and_none_starts_where_nothing_is_recorded(
+def test_the_writer_ends_with_the_recorder_and_none_starts_where_nothing_is_recorded(
     store: Store,
 ) -> None:
     async def scene() -> None:
-        with writer_of_its_own() as writer:
-            off = Recorder(writer, store.config, "generic", 1, PATIENCE_S, enabled=False)
-            await off.run()
-            await off.record(exchange("hi"))
-            assert (writer.pid, store.turn_ids()) == (None, [])
-            async with recording(store, writer) as recorder:
-                await recorder.record(exchange("hi"))
-                assert writer.pid is not None
-                process = psutil.Process(writer.pid)
-            writer.close()
-            assert not process.is_running()
+        writer = WriterProcess()
+        off = Recorder(writer, store.config, "generic", 1, PATIENCE_S, enabled=False)
+        await off.run()
+        await off.record(exchange("hi"))
+        assert (writer.processes, store.turns.ids()) == ([], [])
+        async with recording(store, writer) as recorder:
+            await recorder.record(exchange("hi"))
+            process = newest(writer)
+        assert not process.is_running()
 
     run(scene)

@@ -13,9 +13,8 @@ from sqlalchemy import event
 
 from nextstate.config import StoreConfig
 from nextstate.records import Json, Timings, new_id
-from nextstate.store import recording
-from nextstate.store.recording import Remembered
-from nextstate.store.store import Store
+from nextstate.store import Store
+from nextstate.store.texts import Known
 from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
@@ -23,7 +22,6 @@ from proxy.exchange import Exchange, record_exchange
 PROFILE = Profile(GENERIC)
 IDS = [(n * n * 7919) % 50_000 for n in range(20_000)]
 """Token ids of a long prompt, which are stored as some eighty runs."""
-MOST = recording._MOST_HASHES  # pyright: ignore[reportPrivateUsage]
 
 
 def said(step: int) -> Json:
@@ -95,10 +93,11 @@ def asked_for(folder: Path, index: int) -> list[str]:
 
 def test_a_turn_asks_as_much_after_forty_turns_as_after_two(tmp_path: Path) -> None:
     short, long = asked_for(tmp_path / "2", 2), asked_for(tmp_path / "40", 40)
-    bodies = [len([s for s in asked if "INTO messages" in s]) for asked in (short, long)]
-    # The reply that came back, the next question, what was said now, and up to four runs of ids.
-    assert max(bodies) <= 7
-    others = [[s for s in asked if "INTO messages" not in s] for asked in (short, long)]
+    bodies = [len([s for s in asked if "INTO texts" in s]) for asked in (short, long)]
+    # The reply that came back, the next question with its text as a next state, what was said now,
+    # and up to four runs of ids.
+    assert max(bodies) <= 8
+    others = [[s for s in asked if "INTO texts" not in s] for asked in (short, long)]
     assert len(others[0]) == len(others[1])
 
 
@@ -106,7 +105,7 @@ def test_workers_that_take_turns_at_a_conversation_store_it_whole(tmp_path: Path
     workers = [Store(StoreConfig(dir=str(tmp_path))) for _ in range(3)]
     kept = [record(worker, index) for index, worker in zip(range(12), cycle(workers), strict=False)]
     for index, turn_id in enumerate(kept):
-        turn = workers[0].turn(turn_id)
+        turn = workers[0].turns.get(turn_id)
         assert turn is not None
         expected = exchange(index)
         assert turn.request == expected.request
@@ -117,24 +116,22 @@ def test_workers_that_take_turns_at_a_conversation_store_it_whole(tmp_path: Path
         worker.close()
 
 
-def test_what_is_remembered_is_bounded_and_what_is_asked_for_stays() -> None:
-    known, asked = Remembered({b"prompt": True}), 0
-    for number in (1000, MOST - 1, 3000, MOST - 1):
-        fresh = Remembered({b"%d" % n: True for n in range(asked, asked + number)})
-        known.add(fresh)
-        assert all(known.knows(key) for key in fresh.hashes)
-        asked += number
-        assert not known.knows(b"%d" % asked)
-        assert known.knows(b"prompt")  # which is asked for last each time
-        assert len(known.hashes) == min(asked + 1, MOST)
+def test_what_is_remembered_is_bounded_and_what_was_used_last_stays() -> None:
+    known = Known(most_hashes=100)
+    known.add(b"prompt")
+    for number in range(1000):
+        known.add(b"%d" % number)
+        assert known.has(b"%d" % number)
+        assert known.has(b"prompt")  # which is used each time
+        assert len(known.hashes) == min(number + 2, 100)
+    assert not known.has(b"0")
 
 
 def test_long_bodies_to_compress_against_take_eight_megabytes_at_most() -> None:
-    known = Remembered()
+    known = Known()
     for number in range(20):
-        body = b"%03d" % number + bytes(1 << 20)
-        known.add(Remembered(bases={body[:256]: (b"%d" % number, body)}))
+        known.add_base(b"%d" % number, b"%03d" % number + bytes(1 << 20))
     assert sum(len(body) for _, body in known.bases.values()) <= 8 << 20
     assert [key for key, _ in known.bases.values()] == [b"%d" % n for n in range(13, 20)]
-    known.add(Remembered(bases={b"huge": (b"huge", bytes(9 << 20))}))
+    known.add_base(b"huge", bytes(9 << 20))
     assert not known.bases

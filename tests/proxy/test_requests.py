@@ -1,4 +1,4 @@
-"""Raw requests to the proxy's server and to uvicorn, which is what vLLM has: they agree on HTTP."""
+"""Raw requests to the proxy's server and to uvicorn, vLLM's server: both agree on HTTP."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from aiohttp import StreamReader
 from aiohttp.base_protocol import BaseProtocol
 from aiohttp.http_exceptions import HttpProcessingError
 
-from nextstate.store.store import Store
-from proxy import server
+from nextstate.store import Store
+from proxy.intervals import Intervals
 from proxy.requests import RequestParser
-from tests.proxy.test_proxy import Running, both, request, running
+from tests.proxy.running_proxy import Running, both, request, running
 from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
 
 CHAT = "/v1/chat/completions"
@@ -171,7 +171,7 @@ async def native() -> AsyncGenerator[str]:
     await task
 
 
-def test_what_uvicorn_takes_the_proxy_takes(store: Store, tmp_path: Path) -> None:
+def test_the_proxy_accepts_what_uvicorn_accepts(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         async with native() as url:
             for name, raw in TAKEN.items():
@@ -179,13 +179,13 @@ def test_what_uvicorn_takes_the_proxy_takes(store: Store, tmp_path: Path) -> Non
                 found = await ask(p.url, raw)
                 assert found.status == 200, (name, found.raw[:300])
                 assert "x-nextstate-turn" in found.headers, name
-        assert len(store.turn_ids()) == len(TAKEN) == len(engine.requests)
+        assert len(store.turns.ids()) == len(TAKEN) == len(engine.requests)
 
     both(test, store, tmp_path)
 
 
 @pytest.mark.parametrize("path", [CHAT, "/v1/messages"])
-def test_what_is_no_http_is_refused_in_the_apis_words(
+def test_invalid_http_is_refused_in_the_apis_format(
     store: Store, tmp_path: Path, path: str
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -244,7 +244,7 @@ async def read_here(raw: bytes, cuts: list[int]) -> tuple[list[bytes], bool, str
     return found, parser.broken, why
 
 
-def test_mangled_requests_are_taken_exactly_where_uvicorns_parser_takes_them() -> None:
+def test_mangled_requests_are_accepted_exactly_if_uvicorns_parser_accepts_them() -> None:
     rng = random.Random(7)
     pieces = [b"\r", b"\n", b"\r\n", b":", b" ", b"\t", b"\0", b"\xff", b"a", b"chunked", b"0"]
     outcomes: Counter[bool] = Counter()
@@ -286,7 +286,9 @@ def test_the_openai_client_may_name_itself(store: Store, tmp_path: Path) -> None
     both(test, store, tmp_path)
 
 
-def test_bodies_come_whole_however_they_are_cut_and_asked_for(store: Store, tmp_path: Path) -> None:
+def test_bodies_come_whole_however_they_are_split_and_asked_for(
+    store: Store, tmp_path: Path
+) -> None:
     """Byte by byte, several on one connection, and behind a protocol switch that is declined."""
     switch = b"Connection: Upgrade, HTTP2-Settings"
 
@@ -314,7 +316,7 @@ def test_bodies_come_whole_however_they_are_cut_and_asked_for(store: Store, tmp_
     both(test, store, tmp_path)
 
 
-def test_who_waits_to_be_asked_for_a_body_is_asked_once_the_key_is_right(
+def test_a_client_that_waits_to_send_its_body_is_asked_once_its_key_is_right(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
@@ -383,13 +385,7 @@ def test_a_broken_body_is_a_400(store: Store, tmp_path: Path, path: str, begun: 
     both(test, store, tmp_path)
 
 
-def test_slow_heads_and_bodies_get_a_408(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(server, "LOOK_S", 0.02)
-    monkeypatch.setattr(server, "HEAD_S", 0.1)
-    monkeypatch.setattr(server, "BODY_S", 0.1)
-
+def test_slow_heads_and_bodies_get_a_408(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for begun in (b"P", HEAD, HEAD + b"X: a"):
             found = await ask(p.url, begun)
@@ -404,18 +400,20 @@ def test_slow_heads_and_bodies_get_a_408(
         assert (await ask(p.url)).status == 0  # one that says nothing is closed
         assert engine.requests == []
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, intervals=Intervals(look_s=0.02, head_s=0.1, body_s=0.1))
 
 
 def test_the_deadlines_leave_a_slow_reply_and_an_idle_connection_alone(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: Store, tmp_path: Path
 ) -> None:
-    for name in ("LOOK_S", "HEAD_S", "BODY_S"):
-        monkeypatch.setattr(server, name, 0.01)
+    short = Intervals(look_s=0.01, head_s=0.01, body_s=0.01)
     looks = asyncio.Event()
 
     async def test() -> None:
-        async with scripted_engine() as engine, running(engine.url, store, tmp_path) as p:
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, store, tmp_path, intervals=short) as p,
+        ):
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
             engine.script.gate = gate = asyncio.Event()
             host, port = p.url.removeprefix("http://").split(":")

@@ -11,7 +11,7 @@ import pytest
 
 from nextstate.app.settings import Settings
 from nextstate.records import Json, Source, Turn
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.running_loop import Engine, Loop
 
 anthropic = pytest.importorskip("anthropic", reason="it comes with vLLM")
@@ -43,10 +43,10 @@ def store(loop: Loop) -> Iterator[Store]:
 @pytest.fixture
 def new_turns(store: Store) -> NewTurns:
     """What was recorded since the test began, which holds once a reply's end has been seen."""
-    before = store.turn_ids()
+    before = store.turns.ids()
 
     def found() -> list[Turn]:
-        turns = [store.turn(turn) for turn in store.turn_ids()[len(before) :]]
+        turns = [store.turns.get(turn) for turn in store.turns.ids()[len(before) :]]
         return [turn for turn in turns if turn is not None]
 
     return found
@@ -115,7 +115,7 @@ def assert_linked(store: Store, turns: list[Turn], source: Source, text: str) ->
     assert second.parent == first.id
     assert second.session == first.session
     assert (first.index, second.index) == (0, 1)
-    assert [(s.source, s.text) for s in store.next_states(first.id)] == [(source, text)]
+    assert [(s.source, s.text) for s in store.turns.next_states(first.id)] == [(source, text)]
 
 
 @PLAIN_AND_STREAM
@@ -285,7 +285,7 @@ def test_a_response_with_tools_of_other_kinds(
     first, second = new_turns()
     assert_kept(second, said.output_text)
     assert second.parent == first.id
-    assert [state.text for state in store.next_states(first.id)] == ["Done.", "12:00"]
+    assert [state.text for state in store.turns.next_states(first.id)] == ["Done.", "12:00"]
 
 
 def test_counting_tokens_makes_no_turn(claude: Any, model: str, new_turns: NewTurns) -> None:

@@ -31,13 +31,13 @@ def test_events_come_out_whole_and_unchanged_wherever_the_stream_is_split(
     assert splitter.rest == b""
 
 
-def test_a_cut_stream_leaves_its_rest() -> None:
+def test_a_cut_stream_leaves_its_last_bytes() -> None:
     splitter = EventSplitter()
     assert splitter.feed(b"data: 1\n\ndata: 2\n") == [b"data: 1\n\n"]
     assert splitter.rest == b"data: 2\n"
 
 
-def test_data_lines_are_joined_and_comments_have_none() -> None:
+def test_data_lines_are_joined_and_comments_have_no_data() -> None:
     assert event_data(b"data: {}\n\n") == b"{}"
     assert event_data(b"data:a\r\ndata: b\r\n\r\n") == b"a\nb"
     assert event_data(b": keep-alive\n\n") is None

@@ -1,4 +1,4 @@
-"""Several proxy processes on one port: one proxy to whoever connects."""
+"""Several proxy workers on one port behave like one proxy."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ import orjson
 import psutil
 import pytest
 
-from nextstate.app.supervisor import EXIT_USAGE
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port, port_is_free
-from nextstate.store.store import Store
-from proxy import app
-from tests.proxy.test_proxy import Running, add_version, request, running, until
+from nextstate.errors import EXIT_USAGE
+from nextstate.store import Store
+from proxy.intervals import Intervals
+from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
 
 WORKERS = 2
@@ -58,7 +58,7 @@ def command(config: Path) -> list[str]:
 
 
 async def within(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
-    """Waits for another process's effect."""
+    """Returns when the condition holds; another process makes it hold."""
     async with asyncio.timeout(limit_s):
         while not condition():
             await asyncio.sleep(0.02)
@@ -66,13 +66,13 @@ async def within(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
 
 @dataclass
 class Connection:
-    """A client's own connection, and the worker at its other end."""
+    """A connection, and the worker at its other end."""
 
     http: aiohttp.ClientSession
     pid: int
 
     async def chat(self, messages: list[dict[str, Any]]) -> tuple[int, str]:
-        """The status and the turn's id."""
+        """Asks for a reply; returns its status and the id of its turn."""
         data = orjson.dumps({"model": MODEL, "messages": messages})
         async with self.http.post("/v1/chat/completions", data=data, headers=JSON) as answer:
             await answer.read()
@@ -93,7 +93,7 @@ class Workers:
         self._parent = psutil.Process(self.process.pid)
 
     def listening(self) -> set[int]:
-        """The processes that accept connections on the port."""
+        """Process ids of the workers that accept connections."""
         found: set[int] = set()
         for child in self._parent.children():
             with suppress(psutil.Error):  # it has just ended
@@ -109,7 +109,7 @@ class Workers:
         return len(self.listening()) == WORKERS
 
     def at(self, client_port: int) -> int:
-        """The worker that a client's port is connected to."""
+        """Process id of the worker that serves a client's port."""
         for pid in self.listening():
             for c in psutil.Process(pid).net_connections("tcp"):
                 if c.raddr and c.raddr.port == client_port:
@@ -132,7 +132,10 @@ class Workers:
     async def connections(
         self, stack: AsyncExitStack, each: int = 1
     ) -> dict[int, list[Connection]]:
-        """At least `each` connections to every worker; the kernel chooses the worker."""
+        """At least `each` connections to every worker, by its process id.
+
+        The kernel chooses the worker, so it may take many connections.
+        """
         found: defaultdict[int, list[Connection]] = defaultdict(list)
         for _ in range(200):
             made = await stack.enter_async_context(self.connected())
@@ -145,7 +148,7 @@ class Workers:
 
 @asynccontextmanager
 async def workers(engine: ScriptedEngine, folder: Path) -> AsyncGenerator[Workers]:
-    """`nextstate proxy` with workers that all listen and let requests through."""
+    """Runs `nextstate proxy`; all its workers listen."""
     port = free_port()
     proxy = Workers(write_config(folder, engine.url, port), port)
     children: list[psutil.Process] = []
@@ -185,7 +188,7 @@ def test_a_conversation_across_the_workers_is_one_session(store: Store, tmp_path
                 *(c.chat([said(f"hi {n}")]) for n, c in enumerate(every))
             )
             assert {status for status, _ in answers} == {200}
-            assert set(store.turn_ids()) == {turn for _, turn in answers}
+            assert set(store.turns.ids()) == {turn for _, turn in answers}
             messages, ids = [said("one")], list[str]()
             alternating = zip(*found.values(), strict=False)
             for connection in (c for pair in alternating for c in pair):
@@ -193,17 +196,17 @@ def test_a_conversation_across_the_workers_is_one_session(store: Store, tmp_path
                 assert status == 200
                 ids.append(turn_id)
                 messages += [REPLY, said(f"and then, {len(ids)}?")]
-        turns = [turn for turn in map(store.turn, ids) if turn is not None]
+        turns = [turn for turn in map(store.turns.get, ids) if turn is not None]
         assert len(turns) >= 6
         assert [turn.index for turn in turns] == list(range(len(ids)))
         assert [turn.parent for turn in turns] == [None, *ids[:-1]]
         assert len({turn.session for turn in turns}) == 1
-        assert all(len(store.next_states(turn)) == 1 for turn in ids[:-1])
+        assert all(len(store.turns.next_states(turn)) == 1 for turn in ids[:-1])
 
     both_workers(tmp_path, test)
 
 
-def test_a_killed_worker_comes_back_and_the_others_serve_meanwhile(
+def test_a_killed_worker_is_restarted_and_the_others_serve_meanwhile(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, proxy: Workers) -> None:
@@ -239,7 +242,9 @@ async def metrics(http: aiohttp.ClientSession, url: str = "") -> str:
         return await answer.text()
 
 
-def test_sigterm_ends_every_worker_after_its_replies(store: Store, tmp_path: Path) -> None:
+def test_after_sigterm_every_worker_finishes_its_replies_and_ends(
+    store: Store, tmp_path: Path
+) -> None:
     async def test(engine: ScriptedEngine, proxy: Workers) -> None:
         pids = proxy.listening()
         async with AsyncExitStack() as stack:
@@ -258,12 +263,12 @@ def test_sigterm_ends_every_worker_after_its_replies(store: Store, tmp_path: Pat
         assert await asyncio.to_thread(proxy.process.wait, 30) == 0
         assert not any(map(psutil.pid_exists, pids))
         assert port_is_free("127.0.0.1", proxy.port)
-        assert len(store.turn_ids()) == len(held)
+        assert len(store.turns.ids()) == len(held)
 
     both_workers(tmp_path, test)
 
 
-def test_headers_as_long_as_the_engine_takes_them_pass(tmp_path: Path) -> None:
+def test_headers_pass_up_to_the_length_that_the_engine_takes(tmp_path: Path) -> None:
     async def test() -> None:
         async with scripted_engine() as engine:
             port = free_port()
@@ -297,7 +302,7 @@ def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("count", "shared"), [(1, False), (WORKERS, True)])
-def test_a_port_in_use_is_one_message_with_the_key(
+def test_a_port_in_use_gives_one_message_with_the_key(
     tmp_path: Path, count: int, shared: bool
 ) -> None:
     with socket.socket() as other:
@@ -317,21 +322,24 @@ def test_a_port_in_use_is_one_message_with_the_key(
     assert "another program listens there" in line
 
 
-# Two workers in one process: what they tell each other through the store.
+# Two workers in one process, which see each other through the store.
 
 
 class Clocked(Store):
-    """A store as another process opens it, with a clock that the test sets."""
+    """A worker's store, with a clock that the test sets."""
 
     def __init__(self, folder: Path) -> None:
         self.now = 1_000_000.0
         self.looked = 0
-        """How many times the other workers were looked at."""
+        """How often `others` was called."""
         super().__init__(StoreConfig(dir=str(folder / "state")), lambda: self.now)
+        others = self.workers.others
 
-    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
-        self.looked += 1
-        return super().others(worker)
+        def looked(worker: str) -> list[tuple[list[str], dict[str, int]]]:
+            self.looked += 1
+            return others(worker)
+
+        self.workers.others = looked
 
 
 class Pair:
@@ -343,7 +351,7 @@ class Pair:
         self.engine, self.workers, self.stores = engine, workers, stores
 
     async def serve(self, tmp_path: Path, number: int) -> None:
-        """Publishes a version and returns when both workers follow it."""
+        """Publishes a version; returns when both workers serve it."""
         client = self.workers[0].proxy.engine
         await publish(self.stores[0], client, add_version(self.stores[0], tmp_path, number))
         for worker in self.workers:
@@ -351,18 +359,20 @@ class Pair:
             await until(lambda serving=serving: serving["main"].number == number)
 
     async def told(self, worker: int, *adapters: str) -> None:
-        """Returns when a worker has told that it uses just these adapters."""
+        """Returns when the store says that a worker uses exactly these adapters."""
         store = self.stores[0]
-        await until(lambda: adapters in (tuple(a) for a, _ in store.others(str(1 - worker))))
+        await until(
+            lambda: adapters in (tuple(a) for a, _ in store.workers.others(str(1 - worker)))
+        )
 
     async def looks(self, worker: int, times: int = 3) -> None:
-        """Returns when a worker has looked so often whether it may unload."""
+        """Returns when a worker has called `others` this many times more."""
         store = self.stores[worker]
         wanted = store.looked + times
         await until(lambda: store.looked >= wanted)
 
     async def hold(self, worker: int) -> asyncio.Task[tuple[int, bytes, dict[str, str]]]:
-        """A stream that runs at a worker until the script's gate opens."""
+        """Starts a stream at a worker; it runs until the script's gate opens."""
         before = len(self.engine.requests)
         self.engine.script.gate = asyncio.Event()
         held = asyncio.create_task(self.workers[worker].chat(request(stream=True)))
@@ -391,9 +401,7 @@ OLD, NEW = (adapter("main", number, f"v{number}") for number in (1, 2))
 
 
 @pytest.mark.parametrize("holder", [0, 1])
-def test_an_adapter_that_another_worker_still_uses_stays_loaded(
-    tmp_path: Path, holder: int
-) -> None:
+def test_an_adapter_stays_loaded_while_another_worker_uses_it(tmp_path: Path, holder: int) -> None:
     async def test(pair: Pair) -> None:
         await pair.serve(tmp_path, 1)
         await pair.told(holder, OLD)
@@ -412,15 +420,15 @@ def test_an_adapter_that_another_worker_still_uses_stays_loaded(
     paired(tmp_path, test)
 
 
-def test_a_worker_that_has_not_yet_followed_a_new_version_keeps_the_old_one(
+def test_the_old_version_stays_loaded_until_every_worker_serves_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test(pair: Pair) -> None:
         await pair.serve(tmp_path, 1)
         await pair.told(1, OLD)
         with monkeypatch.context() as patch:
-            old = pair.stores[1].serving_versions(["main"])
-            patch.setattr(pair.stores[1], "serving_versions", lambda names: old)
+            old = pair.stores[1].versions.serving_of(["main"])
+            patch.setattr(pair.stores[1].versions, "serving_of", lambda names: old)
             client = pair.workers[0].proxy.engine
             await publish(pair.stores[0], client, add_version(pair.stores[0], tmp_path, 2))
             await until(lambda: pair.workers[0].proxy.versions.serving["main"].number == 2)
@@ -431,7 +439,7 @@ def test_a_worker_that_has_not_yet_followed_a_new_version_keeps_the_old_one(
     paired(tmp_path, test)
 
 
-def test_an_adapter_of_a_worker_that_fell_silent_is_unloaded(tmp_path: Path) -> None:
+def test_the_adapter_of_a_silent_worker_is_unloaded(tmp_path: Path) -> None:
     async def test(pair: Pair) -> None:
         await pair.serve(tmp_path, 1)
         await pair.told(1, OLD)
@@ -450,21 +458,19 @@ def test_an_adapter_of_a_worker_that_fell_silent_is_unloaded(tmp_path: Path) -> 
     paired(tmp_path, test)
 
 
-def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(app, "_BEAT_S", 3600.0)
+def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(tmp_path: Path) -> None:
+    rare = Intervals(beat_s=3600.0)
 
     async def test(pair: Pair) -> None:
         await pair.told(0, MODEL)
-        async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2"):
-            await until(lambda: len(pair.stores[1].others("1")) == 2)
-        assert len(pair.stores[1].others("1")) == 1
+        async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2", intervals=rare):
+            await until(lambda: len(pair.stores[1].workers.others("1")) == 2)
+        assert len(pair.stores[1].workers.others("1")) == 1
 
     paired(tmp_path, test)
 
 
-def test_metrics_are_those_of_all_workers(tmp_path: Path) -> None:
+def test_metrics_add_up_all_workers(tmp_path: Path) -> None:
     async def test(pair: Pair) -> None:
         for worker, times in ((0, 2), (1, 3)):
             for _ in range(times):
@@ -472,7 +478,7 @@ def test_metrics_are_those_of_all_workers(tmp_path: Path) -> None:
         held = await pair.hold(1)
 
         def heard(worker: int, requests: int) -> bool:
-            counts = [counts for _, counts in pair.stores[0].others(str(1 - worker))]
+            counts = [counts for _, counts in pair.stores[0].workers.others(str(1 - worker))]
             return [c["nextstate_requests_total"] for c in counts] == [requests]
 
         await until(lambda: heard(0, 2) and heard(1, 4))

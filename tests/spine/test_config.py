@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import MISSING, fields
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -103,7 +103,7 @@ def test_a_judge_that_may_send_turns_elsewhere_must_be_allowed(tmp_path: Path, j
         _EXTERNAL + 'kind = "engine"',
     ],
 )
-def test_a_judge_on_this_machine_or_the_engines_needs_no_leave(tmp_path: Path, text: str) -> None:
+def test_a_judge_on_this_machine_or_the_engines_is_allowed(tmp_path: Path, text: str) -> None:
     settings_from(tmp_path, text)
 
 
@@ -143,14 +143,6 @@ def test_overrides_replace_what_the_file_says(tmp_path: Path) -> None:
     file = tmp_path / "n.toml"
     file.write_text("[proxy]\nport = 1\n")
     assert Settings.read(file, {"proxy": {"port": 2}}).proxy.port == 2
-
-
-def test_every_section_has_defaults_for_all_keys() -> None:
-    settings = Settings.read(EXAMPLE)
-    for section in fields(Settings):
-        if section.name not in ("file", "lineages"):
-            for f in fields(getattr(settings, section.name)):
-                assert f.default is not MISSING or f.default_factory is not MISSING
 
 
 def test_a_named_secret_must_be_in_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

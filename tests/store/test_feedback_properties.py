@@ -23,8 +23,7 @@ from nextstate.records import (
     Verdict,
     VersionState,
 )
-from nextstate.store import settling
-from nextstate.store.store import Store
+from nextstate.store import Store, settling
 from tests.proxy.test_feedback import rows
 from tests.store.test_records import add, turn
 
@@ -64,16 +63,23 @@ class Spoken:
         assert len(found) <= 1
         return found[0] if found else None
 
+    def settle(self, verdict: Verdict) -> None:
+        """As the judge stage does."""
+        if verdict.judge == "feedback":
+            self.store.judging.add_hinted_prompt(verdict)
+        else:
+            self.store.judging.settle_verdict(verdict)
+
     def speak(self, score: int, hint: str | None, comment: str | None) -> None:
         self.said = Feedback(TURN, score, hint, comment)
-        self.store.give_feedback(self.said)
+        self.store.judging.give_feedback(self.said)
 
     def repeat(self) -> None:
         """Says the same again."""
         if self.said is not None:
-            first, before = self.store.give_feedback(self.said), rows(self.store)
+            first, before = self.store.judging.give_feedback(self.said), rows(self.store)
             self.clock[0] += 1.0
-            assert self.store.give_feedback(self.said) == first
+            assert self.store.judging.give_feedback(self.said) == first
             assert rows(self.store) == before
 
     def follow(self) -> None:
@@ -85,8 +91,8 @@ class Spoken:
 
     def judge(self, score: int, hint: str | None) -> None:
         """Takes the turn, if there is work, and comes to a verdict."""
-        if self.store.lease_judgements(1, 60.0):
-            work = self.store.judgement(TURN)
+        if self.store.judging.lease(1, 60.0):
+            work = self.store.judging.judgement(TURN)
             assert work is not None
             votes = Verdict(TURN, (score,), score, "rules", hint, rendered(hint))
             said = work.feedback
@@ -94,10 +100,10 @@ class Spoken:
 
     def deliver(self, which: int) -> None:
         if self.under_way:
-            self.store.settle_verdict(self.under_way[which % len(self.under_way)])
+            self.settle(self.under_way[which % len(self.under_way)])
 
     def lease(self) -> None:
-        taken = self.store.lease_samples("main", 9, "b", 60.0, scored=True, hinted=True)
+        taken = self.store.training.lease_samples("main", 9, "b", 60.0, scored=True, hinted=True)
         if taken:
             sample = self.sample()
             assert sample is not None
@@ -107,28 +113,28 @@ class Spoken:
         if self.leased is not None and not self.trained:
             self.trained = True
             version = PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE)
-            self.store.add_version(version, "b")
+            self.store.versions.add(version, "b")
 
     def give_up(self) -> None:
         if self.leased is not None and not self.trained:
-            assert self.store.release_samples("main") == 1
+            assert self.store.training.release_samples("main") == 1
             self.leased = None
 
     def settle_all(self) -> None:
         """Everybody does their work, after the leases of judges that never delivered."""
         self.give_up()
         self.clock[0] += 61.0
-        while self.store.lease_judgements(9, 60.0):
-            work = self.store.judgement(TURN)
+        while self.store.judging.lease(9, 60.0):
+            work = self.store.judging.judgement(TURN)
             assert work is not None
             votes = Verdict(TURN, (1,), 1, "rules")
             said = work.feedback
-            self.store.settle_verdict(votes if said is None else by_feedback(said))
+            self.settle(votes if said is None else by_feedback(said))
 
     def check(self) -> None:
         """What holds at any time."""
-        verdict, sample = self.store.verdict(TURN), self.sample()
-        assert self.store.feedback(TURN) == self.said
+        verdict, sample = self.store.judging.verdict(TURN), self.sample()
+        assert self.store.judging.feedback(TURN) == self.said
         if verdict is not None and verdict.hinted_prompt_ids is not None:
             assert verdict.hinted_prompt_ids == rendered(verdict.hint)
         if self.leased is not None:  # a sample that is trained, or being trained, never changes
@@ -193,19 +199,19 @@ def test_the_last_word_counts_in_any_order_and_what_has_trained_never_changes(
             spoken.check()
         spoken.settle_all()
         spoken.check()
-        verdict = store.verdict(TURN)
+        verdict = store.judging.verdict(TURN)
         if spoken.said is not None and not spoken.trained:
             assert verdict is not None
             assert verdict.hinted_prompt_ids == rendered(spoken.said.hint)
         store.close()
 
 
-@pytest.mark.parametrize("step", ["_keep", "_put_verdict", "_put_sample", "_open_work"])
+@pytest.mark.parametrize("step", ["_keep_feedback", "_put_verdict", "_put_sample", "_open_work"])
 def test_feedback_that_breaks_off_leaves_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     add(store, turn(0))
-    store.settle_verdict(Verdict(TURN, (1,), 1, "rules"))
+    store.judging.settle_verdict(Verdict(TURN, (1,), 1, "rules"))
     before = rows(store)
 
     def fail(*_: object) -> None:
@@ -213,7 +219,7 @@ def test_feedback_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr(settling, step, fail)
     with pytest.raises(OSError, match="no space"):
-        store.give_feedback(Feedback(TURN, -1, "Be brief."))
+        store.judging.give_feedback(Feedback(TURN, -1, "Be brief."))
     assert rows(store) == before
 
 
@@ -221,11 +227,11 @@ SPEAKER = """
 import sys
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback
-from nextstate.store.store import Store
+from nextstate.store import Store
 
 store = Store(StoreConfig(dir=sys.argv[1]))
 for number in range(100_000):
-    store.give_feedback(Feedback("turn_0", number % 3 - 1, f"hint {number}"))
+    store.judging.give_feedback(Feedback("turn_0", number % 3 - 1, f"hint {number}"))
     print(number, flush=True)
 """
 
@@ -240,7 +246,7 @@ def test_a_speaker_killed_at_any_time_leaves_one_whole_feedback(tmp_path: Path, 
         assert speaker.stdout is not None
         told = [int(speaker.stdout.readline()) for _ in range(heard)]
         speaker.kill()
-    said, verdict = store.feedback(TURN), store.verdict(TURN)
+    said, verdict = store.judging.feedback(TURN), store.judging.verdict(TURN)
     assert said is not None
     assert said.hint is not None
     number = int(said.hint.removeprefix("hint "))
@@ -250,5 +256,5 @@ def test_a_speaker_killed_at_any_time_leaves_one_whole_feedback(tmp_path: Path, 
     found = rows(store)
     assert [len(found[table]) for table in found] == [1, 1, 1, 1]
     assert found["samples"][0][4] == said.score
-    assert store.lease_judgements(9, 60) == [TURN]
+    assert store.judging.lease(9, 60) == [TURN]
     store.close()

@@ -23,8 +23,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, PolicyVersion, ScoreCounts, TurnKind, VersionState
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.store.test_records import KEY, add, judge, turn
+from tests.store.test_texts import assert_uses_are_counted
 
 LINEAGES = ("main", "bob")
 SCORES = st.sampled_from((-1, 0, 1))
@@ -67,6 +68,9 @@ class Counting(RuleBasedStateMachine):
         followed: bool,
     ) -> None:
         values = {"lineage": lineage, "kind": kind, "policy_version": version}
+        earlier = self.turns - 5
+        values["parent"] = f"turn_{earlier}" if earlier >= 0 else None
+        values["request"] = {"messages": [{"role": "user", "content": "go on"}] * (self.turns % 3)}
         new = turn(self.turns, session=f"s{self.turns % 5}", untrainable=reason, **values)
         add(self.store, new, next_state="thanks" if followed else None)
         self.turns += 1
@@ -77,7 +81,7 @@ class Counting(RuleBasedStateMachine):
         with self.store.recording() as recording:
             for _ in range(2):
                 recording.add_turn(turn(self.turns), KEY, KEY, place=place)
-                recording.replace_cut(place, f"turn_{self.turns}")
+                recording.sessions.replace_cut(place, f"turn_{self.turns}")
                 self.turns += 1
 
     @rule()
@@ -94,39 +98,39 @@ class Counting(RuleBasedStateMachine):
     @rule(number=st.integers(0, 99), score=SCORES, hint=st.sampled_from((None, "Be kind.")))
     def say(self, number: int, score: int, hint: str | None) -> None:
         if self.turns:
-            self.store.give_feedback(Feedback(f"turn_{self.any_turn(number)}", score, hint))
+            self.store.judging.give_feedback(Feedback(f"turn_{self.any_turn(number)}", score, hint))
 
     @rule(limit=st.integers(1, 4))
     def lease_work(self, limit: int) -> None:
-        for turn_id in self.store.lease_judgements(limit, 60)[1:]:
-            self.store.defer_judgement(turn_id, 0.0, "later")
+        for turn_id in self.store.judging.lease(limit, 60)[1:]:
+            self.store.judging.defer(turn_id, 0.0, "later")
 
     @rule(lineage=st.sampled_from(LINEAGES), limit=st.integers(1, 4), kept=st.booleans())
     def train(self, lineage: str, limit: int, kept: bool) -> None:
         self.versions += 1
         batch = f"b{self.versions}"
-        ready = self.store.ready_samples(lineage, **BATCH)
-        leased = self.store.lease_samples(lineage, limit, batch, 60, **BATCH)
+        ready = self.store.training.ready_samples(lineage, **BATCH)
+        leased = self.store.training.lease_samples(lineage, limit, batch, 60, **BATCH)
         # Fewer where one session has more than half of them while another waits, too.
         assert min(limit, ready, 2) <= len(leased) <= min(limit, ready)
         state = VersionState.CANDIDATE if kept else VersionState.REJECTED
         version = PolicyVersion(lineage, self.versions, 0, "/a", "ff", 1, state)
-        self.store.add_version(version, batch)
+        self.store.versions.add(version, batch)
 
     @rule(lineage=st.sampled_from(LINEAGES), batch=st.booleans())
     def give_up(self, lineage: str, batch: bool) -> None:
-        self.store.lease_samples(lineage, 2, "x", 60, scored=batch, hinted=True)
-        self.store.release_samples(lineage)
+        self.store.training.lease_samples(lineage, 2, "x", 60, scored=batch, hinted=True)
+        self.store.training.release_samples(lineage)
 
     @rule(lineage=st.sampled_from(LINEAGES), number=st.integers(0, 9))
     def serve(self, lineage: str, number: int) -> None:
-        self.store.set_serving(lineage, number)
+        self.store.versions.set_serving(lineage, number)
 
     @rule(lineage=st.sampled_from(LINEAGES), number=st.integers(0, 99))
     def drop(self, lineage: str, number: int) -> None:
-        self.store.drop_samples([f"turn_{self.any_turn(number)}"], "too long")
-        self.store.drop_stale(lineage, lambda version: "old" if version == 1 else None)
-        self.store.hold_out(lineage, lambda session: session == f"s{number % 5}")
+        self.store.training.drop_samples([f"turn_{self.any_turn(number)}"], "too long")
+        self.store.training.drop_stale(lineage, lambda version: "old" if version == 1 else None)
+        self.store.training.hold_out(lineage, lambda session: session == f"s{number % 5}")
 
     @invariant()
     def counts_are_those_of_the_rows(self) -> None:
@@ -150,11 +154,12 @@ class Counting(RuleBasedStateMachine):
             pairs = connection.execute(
                 "SELECT voted_judge, score, voted_score FROM feedback WHERE voted_judge NOT NULL"
             ).fetchall()
-            found = self.store.labels()
+            found = self.store.judging.labels()
             flat = {(judge, *pair): n for judge, of in found.items() for pair, n in of.items()}
             assert flat == Counter(pairs)
             for lineage in LINEAGES:
                 self.check_samples(connection, lineage)
+            assert_uses_are_counted(connection)
         connection.close()
 
     def check_samples(self, connection: sqlite3.Connection, lineage: str) -> None:
@@ -166,9 +171,9 @@ class Counting(RuleBasedStateMachine):
         for scored, hinted in ((True, False), (False, True), (True, True)):
             ready = [(score, hint) for state, _, score, hint in rows if state == "ready"]
             usable = sum(bool((scored and score) or (hinted and hint)) for score, hint in ready)
-            assert self.store.ready_samples(lineage, scored, hinted) == usable
+            assert self.store.training.ready_samples(lineage, scored, hinted) == usable
         by_version = Counter((version, score) for _, version, score, _ in rows)
-        assert self.store.score_counts(lineage, [0, 1, 2]) == {
+        assert self.store.versions.score_counts(lineage, [0, 1, 2]) == {
             n: ScoreCounts(by_version[n, 1], by_version[n, 0], by_version[n, -1]) for n in range(3)
         }
 
@@ -254,34 +259,34 @@ def fill(store: Store, sessions: int, *, ready: int) -> None:
         )
     connection.close()
     for number in (1, 2):
-        store.set_serving("main", number)
+        store.versions.set_serving("main", number)
 
 
 BACKLOG = 160
 ASKED: dict[str, Callable[[Store], object]] = {
     "counts": lambda s: s.counts(),
-    "labels": lambda s: s.labels(),
-    "ready_samples": lambda s: s.ready_samples("main", True, True),
-    "score_counts": lambda s: s.score_counts("main", [1, 2, 3]),
-    "lease_judgements": lambda s: s.lease_judgements(16, 60),
-    "defer_judgement": lambda s: s.defer_judgement("turn_5", 1.0, "later"),
-    "judgement": lambda s: s.judgement("turn_5"),
-    "earlier_steps": lambda s: s.earlier_steps("turn_9"),
+    "labels": lambda s: s.judging.labels(),
+    "ready_samples": lambda s: s.training.ready_samples("main", True, True),
+    "score_counts": lambda s: s.versions.score_counts("main", [1, 2, 3]),
+    "lease_judgements": lambda s: s.judging.lease(16, 60),
+    "defer_judgement": lambda s: s.judging.defer("turn_5", 1.0, "later"),
+    "judgement": lambda s: s.judging.judgement("turn_5"),
+    "earlier_steps": lambda s: s.judging.earlier_steps("turn_9"),
     "settle_verdict": lambda s: judge(s, 3, 1),
-    "give_feedback": lambda s: s.give_feedback(Feedback("turn_7", -1, "Be brief.")),
-    "lease_samples": lambda s: s.lease_samples("main", 16, "b", 60, **BATCH),
-    "release_samples": lambda s: s.release_samples("main"),
-    "drop_samples": lambda s: s.drop_samples(["turn_1", "turn_2"], "too long"),
-    "drop_stale": lambda s: s.drop_stale("main", lambda version: None),
-    "held_samples": lambda s: s.held_samples("main", 8, 2),
-    "used_turns": lambda s: s.used_turns("main", 11),
-    "newest_turn": lambda s: s.newest_turn(["s3", "s4"], ["main"]),
-    "turn_ids": lambda s: s.turn_ids(9, newest_first=True),
-    "serving": lambda s: s.serving("main"),
-    "serving_versions": lambda s: s.serving_versions(["main", "bob"]),
-    "turn": lambda s: s.turn("turn_9"),
-    "next_states": lambda s: s.next_states("turn_9"),
-    "spend": lambda s: s.spend(1, 2),
+    "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_7", -1, "Be brief.")),
+    "lease_samples": lambda s: s.training.lease_samples("main", 16, "b", 60, **BATCH),
+    "release_samples": lambda s: s.training.release_samples("main"),
+    "drop_samples": lambda s: s.training.drop_samples(["turn_1", "turn_2"], "too long"),
+    "drop_stale": lambda s: s.training.drop_stale("main", lambda version: None),
+    "held_samples": lambda s: s.training.held_samples("main", 8, 2),
+    "used_turns": lambda s: s.versions.used_turns("main", 11),
+    "newest_turn": lambda s: s.turns.newest(["s3", "s4"], ["main"]),
+    "turn_ids": lambda s: s.turns.ids(9, newest_first=True),
+    "serving": lambda s: s.versions.serving("main"),
+    "serving_versions": lambda s: s.versions.serving_of(["main", "bob"]),
+    "turn": lambda s: s.turns.get("turn_9"),
+    "next_states": lambda s: s.turns.next_states("turn_9"),
+    "spend": lambda s: s.judging.spend(1, 2),
 }
 
 
@@ -306,7 +311,7 @@ def steps(store: Store, work: Callable[[Store], object]) -> int:
     def watch(connection: sqlite3.Connection, *_: object) -> None:
         connection.set_progress_handler(step, 10)
 
-    engine = store._db  # pyright: ignore[reportPrivateUsage]
+    engine = store.database.engine
     store.close()  # so that every connection is opened under our eyes
     sa.event.listen(engine, "connect", watch)
     try:
@@ -325,6 +330,19 @@ def test_what_is_asked_often_costs_the_same_in_a_large_store(
     assert large <= 1.5 * small + 300, (small, large)
 
 
+def test_samples_that_the_learner_has_looked_at_are_not_looked_at_again(tmp_path: Path) -> None:
+    found: list[int] = []
+    for sessions in (10, 200):
+        store = Store(StoreConfig(dir=str(tmp_path / str(sessions))))
+        fill(store, sessions, ready=20 * sessions)
+        assert store.training.hold_out("main", lambda session: session == "s3") == 20
+        found.append(steps(store, lambda s: s.training.hold_out("main", lambda _: True)))
+        store.training.begin_holding_out("main")
+        assert store.training.hold_out("main", lambda _: True) == 20 * (sessions - 1)
+    small, large = found
+    assert large <= 1.5 * small + 300, found
+
+
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
 def test_a_backlog_is_not_sorted_before_some_of_it_is_leased(
     tmp_path: Path, wanted: tuple[bool, bool]
@@ -336,10 +354,10 @@ def test_a_backlog_is_not_sorted_before_some_of_it_is_leased(
         fill(store, sessions, ready=20 * sessions)
 
         def lease(store: Store = store) -> None:
-            leased = store.lease_samples("main", 8, "b", 60, scored=scored, hinted=hinted)
+            leased = store.training.lease_samples("main", 8, "b", 60, scored=scored, hinted=hinted)
             assert [s.policy_version for s in leased] == [6] * 8
 
-        work = steps(store, lambda store: store.lease_judgements(8, 60))
+        work = steps(store, lambda store: store.judging.lease(8, 60))
         found.append((work, steps(store, lambda _: lease())))
     small, large = found
     assert large[0] <= 1.5 * small[0] + 300, found
@@ -350,10 +368,10 @@ def test_work_is_given_out_oldest_first_whether_it_was_put_back_or_not(tmp_path:
     now = [100.0]
     store = Store(StoreConfig(dir=str(tmp_path)), clock=lambda: now[0])
     add(store, *(turn(number) for number in range(6)))
-    assert store.lease_judgements(2, 10) == ["turn_0", "turn_1"]
-    store.defer_judgement("turn_1", 5, "busy")
-    assert store.lease_judgements(2, 100) == ["turn_2", "turn_3"]
+    assert store.judging.lease(2, 10) == ["turn_0", "turn_1"]
+    store.judging.defer("turn_1", 5, "busy")
+    assert store.judging.lease(2, 100) == ["turn_2", "turn_3"]
     now[0] = 120.0  # turn_0's lease is over, and turn_1 may be tried again
-    assert store.lease_judgements(3, 100) == ["turn_0", "turn_1", "turn_4"]
-    assert store.lease_judgements(9, 100) == ["turn_5"]
+    assert store.judging.lease(3, 100) == ["turn_0", "turn_1", "turn_4"]
+    assert store.judging.lease(9, 100) == ["turn_5"]
     store.close()

@@ -18,45 +18,47 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import OperationalError
 
 from nextstate.app.cli import main
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError, WaitError
 from nextstate.records import Feedback, PolicyVersion, Verdict, VersionState
-from nextstate.store import waiting as module
-from nextstate.store.sqlite import is_passing
-from nextstate.store.store import Store
+from nextstate.store import Store
+from nextstate.store.judging import Judging
+from nextstate.store.sqlite import SQLite
+from nextstate.store.training import Training
+from nextstate.store.turns import Turns
+from nextstate.store.versions import Versions
 from nextstate.store.waiting import Patience
-from tests.proxy.test_proxy import Running, both, request
+from nextstate.store.workers import Workers
+from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import add, judge, turn
 
 WORK: dict[str, Callable[[Store], object]] = {
-    "lease_judgements": lambda s: s.lease_judgements(1, 60),
+    "lease_judgements": lambda s: s.judging.lease(1, 60),
     "settle_verdict": lambda s: judge(s, 1, 1),
-    "give_feedback": lambda s: s.give_feedback(Feedback("turn_0", -1)),
-    "lease_samples": lambda s: s.lease_samples("main", 1, "b", 60, scored=True, hinted=True),
-    "add_version": lambda s: s.add_version(
+    "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_0", -1)),
+    "lease_samples": lambda s: s.training.lease_samples(
+        "main", 1, "b", 60, scored=True, hinted=True
+    ),
+    "add_version": lambda s: s.versions.add(
         PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE), None
     ),
-    "set_serving": lambda s: s.set_serving("main", 0),
-    "beat": lambda s: s.beat("w", [], {}),
-    "spend": lambda s: s.spend(1, 1),
+    "set_serving": lambda s: s.versions.set_serving("main", 0),
+    "beat": lambda s: s.workers.beat("w", [], {}),
+    "spend": lambda s: s.judging.spend(1, 1),
 }
 
 LATER = os.EX_TEMPFAIL
 
 
-@pytest.fixture(autouse=True)
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nextstate.store.sqlite.BUSY_TIMEOUT_MS", 1)
-    monkeypatch.setattr(module, "_PAUSE_S", 0.01)
+QUICK = {"pause_s": 0.01, "lock_wait_s": 0.001}
 
 
 @pytest.fixture
 def waiting(tmp_path: Path) -> Generator[tuple[Store, Patience]]:
-    patience = Patience(math.inf)
+    patience = Patience(math.inf, **QUICK)
     store = Store(StoreConfig(dir=str(tmp_path / "state")), patience=patience)
     add(store, turn(0), turn(1))
     judge(store, 0, 1)
@@ -110,10 +112,11 @@ def test_what_finds_the_store_locked_is_done_once_it_is_free(
     assert work.error is None
 
 
-def test_every_method_of_the_store_waits() -> None:
-    public = [n for n, m in vars(Store).items() if callable(m) and not n.startswith("_")]
-    assert set(WORK) < set(public)
-    assert {n for n in public if not hasattr(vars(Store)[n], "__wrapped__")} == {"waiting"}
+@pytest.mark.parametrize("customer", [Turns, Judging, Training, Versions, Workers])
+def test_every_query_waits(customer: type) -> None:
+    public = [m for n, m in vars(customer).items() if callable(m) and not n.startswith("_")]
+    assert public
+    assert all(hasattr(query, "__wrapped__") for query in public)
 
 
 def test_on_a_full_disk_work_waits_and_nothing_is_done_in_part(
@@ -127,13 +130,13 @@ def test_on_a_full_disk_work_waits_and_nothing_is_done_in_part(
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, unlimited[1]))
     try:
-        work = Started(lambda: store.settle_verdict(hinted))
+        work = Started(lambda: store.judging.settle_verdict(hinted))
         wait_for(caplog, "waits for the store: disk I/O error")
-        assert (store.counts(), store.verdict("turn_1")) == (before, None)
+        assert (store.counts(), store.judging.verdict("turn_1")) == (before, None)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
     work.join(30)
-    assert (work.error, store.verdict("turn_1")) == (None, hinted)
+    assert (work.error, store.judging.verdict("turn_1")) == (None, hinted)
 
 
 def test_a_command_gives_up_with_what_to_do(
@@ -143,7 +146,7 @@ def test_a_command_gives_up_with_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store, _ = waiting
-    monkeypatch.setattr(Patience.__init__, "__defaults__", (0.05,))
+    monkeypatch.setattr(Patience.__init__, "__defaults__", (0.05, 0.01, 0.001))
     config = tmp_path / "nextstate.toml"
     config.write_text(f'[store]\ndir = "{store.dir}"\n')
     with locked(store.dir):
@@ -158,24 +161,24 @@ def test_who_is_to_stop_waits_no_longer_for_a_locked_store(
 ) -> None:
     store, patience = waiting
     with locked(store.dir):
-        work = Started(lambda: store.spend(1, 1))
+        work = Started(lambda: store.judging.spend(1, 1))
         wait_for(caplog, "waits for the store")
         patience.end(0.0)
         work.join(30)
         assert isinstance(work.error, WaitError)
         with pytest.raises(WaitError):
-            store.spend(1, 1)
-    store.spend(1, 1)  # what need not wait is done all the same
+            store.judging.spend(1, 1)
+    store.judging.spend(1, 1)  # what need not wait is done all the same
 
 
 def test_what_does_not_pass_is_told_at_once(waiting: tuple[Store, Patience]) -> None:
     store, _ = waiting
     with pytest.raises(StoreError, match="no turn"):
-        store.give_feedback(Feedback("turn_x", 1))
+        store.judging.give_feedback(Feedback("turn_x", 1))
     with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as other:
         other.execute("DROP TABLE spending")
-    with pytest.raises(OperationalError, match="no such table"):
-        store.spend(1, 1)
+    with pytest.raises(StoreError, match="OperationalError: no such table: spending"):
+        store.judging.spend(1, 1)
 
 
 @pytest.mark.parametrize(
@@ -189,8 +192,8 @@ def test_what_does_not_pass_is_told_at_once(waiting: tuple[Store, Patience]) -> 
         (ValueError("no"), False),
     ],
 )
-def test_which_errors_pass(error: Exception, expected: bool) -> None:
-    assert is_passing(error) == expected
+def test_which_errors_are_transient(error: Exception, expected: bool) -> None:
+    assert SQLite(Path("any")).is_transient(error) == expected
 
 
 @pytest.mark.parametrize("stage", ["judge", "learner"])
@@ -232,9 +235,9 @@ def test_feedback_on_a_locked_store_is_to_be_tried_again(
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         await p.chat(request())
-        (turn_id,) = store.turn_ids()
+        (turn_id,) = store.turns.ids()
         body = {"turn_id": turn_id, "score": 1}
-        monkeypatch.setattr(store, "_patience", Patience(0.05))
+        monkeypatch.setattr(store.database, "patience", Patience(0.05))
         with locked(store.dir):
             async with p.http.post(f"{p.url}/v1/feedback", json=body) as answer:
                 assert answer.status == 503

@@ -11,12 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.records import Feedback
+from nextstate.store import Store
 from nextstate.store.shares import fair_share
-from nextstate.store.store import Store
 from proxy.feedback import AT_ONCE, Allowance
 from proxy.lineages import Access
+from tests.proxy.running_proxy import Running, both
 from tests.proxy.test_feedback import give
-from tests.proxy.test_proxy import Running, both
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import KEY, add, judge, turn
 
@@ -34,7 +34,7 @@ def ready(store: Store, *sessions: tuple[str, int, int]) -> dict[str, str]:
 
 
 def leased(store: Store, limit: int, batch: str = "b") -> list[str]:
-    found = store.lease_samples("main", limit, batch, 60, scored=True, hinted=True)
+    found = store.training.lease_samples("main", limit, batch, 60, scored=True, hinted=True)
     return [sample.session for sample in found]
 
 
@@ -52,7 +52,7 @@ def test_newer_versions_do_not_make_a_flood_more_than_half(store: Store) -> None
 
 def test_one_session_alone_trains_with_all_that_it_has(store: Store) -> None:
     turns = ready(store, ("mine", 20, 0))
-    found = store.lease_samples("main", 16, "b", 60, scored=True, hinted=True)
+    found = store.training.lease_samples("main", 16, "b", 60, scored=True, hinted=True)
     assert [sample.turn for sample in found] == list(turns)[:16]
     assert store.counts()["samples/leased"] == 16
 
@@ -75,11 +75,11 @@ def test_what_changes_while_it_is_looked_at_is_not_leased(
 
     def then_changed(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:
         chosen = fair_share(waiting, limit)
-        store.drop_samples(["turn_1"], "gone")
-        store.give_feedback(Feedback("turn_2", 0))
+        store.training.drop_samples(["turn_1"], "gone")
+        store.judging.give_feedback(Feedback("turn_2", 0))
         return chosen
 
-    monkeypatch.setattr("nextstate.store.store.fair_share", then_changed)
+    monkeypatch.setattr("nextstate.store.training.fair_share", then_changed)
     assert leased(store, 4) == ["a", "b"]
 
 
@@ -120,7 +120,7 @@ def test_a_flood_of_feedback_is_refused_with_when_to_come_back(
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         now = [0.0]
-        p.proxy._allowance = Allowance(lambda: now[0])
+        p.proxy.feedback.allowance = Allowance(lambda: now[0])
         for number in range(AT_ONCE):
             await give(p, {"turn_id": f"turn_{number}", "score": -1}, key="main-key")
         body = {"turn_id": f"turn_{AT_ONCE}", "score": -1}
@@ -132,14 +132,14 @@ def test_a_flood_of_feedback_is_refused_with_when_to_come_back(
             "message": error["message"], "type": "RateLimitError", "param": None, "code": 429,
         }  # fmt: skip
         assert "60 times in a minute" in error["message"]
-        assert store.feedback(f"turn_{AT_ONCE}") is None
+        assert store.judging.feedback(f"turn_{AT_ONCE}") is None
         await give(p, {"score": 1}, 400, key="main-key")  # a mistake is told, not counted
         await give(p, {"turn_id": "turn_0", "score": 1}, 404, key="alice-key")
         now[0] = 1.0
         await give(p, body, key="main-key")
-        assert store.feedback(f"turn_{AT_ONCE}") is not None
+        assert store.judging.feedback(f"turn_{AT_ONCE}") is not None
 
-    both(test, store, tmp_path, key="main-key", doors={"alice": Access(None, "alice-key")})
+    both(test, store, tmp_path, key="main-key", access={"alice": Access(None, "alice-key")})
 
 
 def test_the_same_feedback_again_counts_once_for_a_version(store: Store, tmp_path: Path) -> None:

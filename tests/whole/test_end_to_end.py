@@ -1,4 +1,4 @@
-"""The whole loop on a real vLLM, used as its user would; this file trains it and ends it."""
+"""The whole loop with a real vLLM; these tests train its policy and end it."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ import pytest
 
 from benchmarks.asking import Clients
 from demo.run import MODEL, POLICY
+from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
-from nextstate.app.stages import publish_version
+from nextstate.engine.client import publish
 from nextstate.engine.process import free_port
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.running_loop import Loop, run, wait_for, write_config
 from tests.same_answer import answer_of, assert_same
 
@@ -44,7 +45,7 @@ def test_the_store_holds_the_ids_and_log_probs_that_vllm_returned(loop: Loop) ->
     reply = json.loads(raw.content)
     choice = reply["choices"][0]
     store = Store(Settings.read(loop.config).store)
-    turn = store.turn(raw.headers["x-nextstate-turn"])
+    turn = store.turns.get(raw.headers["x-nextstate-turn"])
     store.close()
     assert turn is not None
     assert turn.trainable
@@ -108,9 +109,9 @@ def test_no_request_fails_while_versions_change_under_load(loop: Loop) -> None:
     async def change() -> None:
         async with clients.asking(8):
             for number in two * 3:
-                version = store.version("main", number)
+                version = store.versions.get("main", number)
                 assert version is not None
-                await publish_version(settings, store, version)
+                await change_version(settings, publish, store, version)
                 await clients.reply_by(number, since=time.perf_counter())
 
     asyncio.run(asyncio.wait_for(change(), 120))
@@ -127,7 +128,7 @@ ROUTES: dict[str, Any] = {
     "/v1/responses": {"input": "Tom has", "max_output_tokens": 8, "truncation": "auto"},
     "/v1/messages/count_tokens": {"messages": SAID},
 }
-"""One request of each kind: added to, translated, relayed natively, and merely passed on."""
+"""One request of each kind: extended, translated, relayed natively, passed on."""
 
 
 @pytest.mark.parametrize("stream", [False, True], ids=["plain", "stream"])

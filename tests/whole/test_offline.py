@@ -12,15 +12,15 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy.exc import SQLAlchemyError
 
 from nextstate.app.settings import Settings
-from nextstate.app.stages import stage_part
+from nextstate.app.stages import stage_process
 from nextstate.config import EngineConfig
 from nextstate.engine.process import environment, free_port
+from nextstate.errors import StoreError
 from nextstate.offline import SWITCHES, switches
 from nextstate.records import Feedback
-from nextstate.store.store import Store
+from nextstate.store import Store
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 from tests.store.test_records import add, turn
 
@@ -67,7 +67,7 @@ _SHELL = {"HF_HUB_OFFLINE": "0", "TRANSFORMERS_OFFLINE": "0", "HF_HUB_DISABLE_TE
 
 
 class Watched:
-    """A command whose look-ups and connections are noted, with a hub cache of its own."""
+    """A command with its own hub cache; its look-ups and connections are logged."""
 
     def __init__(self, folder: Path, model: str) -> None:
         self.folder = folder
@@ -117,7 +117,7 @@ def test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up(tmp_pa
 
 
 @pytest.mark.parametrize("command", ["learner", "doctor"])
-def test_a_model_that_is_not_here_is_not_looked_for_elsewhere(tmp_path: Path, command: str) -> None:
+def test_a_missing_model_is_not_looked_up_on_the_internet(tmp_path: Path, command: str) -> None:
     watched = Watched(tmp_path, "someone/absent")
     with watched.start(command) as process:
         assert process.stderr is not None
@@ -129,19 +129,19 @@ def test_a_model_that_is_not_here_is_not_looked_for_elsewhere(tmp_path: Path, co
     assert watched.noted == {"armed"}
 
 
-def test_every_child_gets_the_switches_whatever_the_shell_says(
+def test_every_child_gets_the_offline_switches_over_the_shells(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in (*SWITCHES, "WANDB_MODE"):
         monkeypatch.setenv(name, "0")
     settings = Settings.read(overrides={"store": {"dir": str(tmp_path)}})
     for stage in ("proxy", "judge", "learner"):
-        env = stage_part(settings, stage, stage).env
+        env = stage_process(settings, stage, stage).env
         assert env is not None
         assert env.items() >= switches(external_metrics=False).items()
         assert env["WANDB_MODE"] == "disabled"
     allowed = {"privacy": {"external_metrics": True}, "store": {"dir": str(tmp_path)}}
-    env = stage_part(Settings.read(overrides=allowed), "learner", "learner").env
+    env = stage_process(Settings.read(overrides=allowed), "learner", "learner").env
     assert env is not None
     assert env["WANDB_MODE"] == "0"
     assert environment(EngineConfig(), os.environ).items() >= SWITCHES.items()
@@ -159,14 +159,14 @@ def test_importing_the_learner_is_enough_to_be_offline() -> None:
 
 
 @pytest.mark.parametrize("broken", ["DROP TABLE feedback", "CREATE UNIQUE INDEX no ON feedback(1)"])
-def test_a_databases_error_tells_nobodys_words(store: Store, broken: str) -> None:
+def test_a_database_error_quotes_nobody(store: Store, broken: str) -> None:
     add(store, turn(0), turn(1))
-    store.give_feedback(Feedback("turn_0", 1, "kept before", "kept before"))
+    store.judging.give_feedback(Feedback("turn_0", 1, "kept before", "kept before"))
     with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
         file.execute(broken)
     secret = Feedback("turn_1", 1, "My hint 4711.", "My comment 4712.")
-    with pytest.raises(SQLAlchemyError) as caught:
-        store.give_feedback(secret)
+    with pytest.raises(StoreError) as caught:
+        store.judging.give_feedback(secret)
     error: BaseException | None = caught.value
     while error is not None:
         for text in (str(error), repr(error)):

@@ -1,1 +1,1 @@
-"""What the agents that people use write around, before and after a person's words."""
+"""What known agents write around a person's words, and what they write themselves."""

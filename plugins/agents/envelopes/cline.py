@@ -1,4 +1,4 @@
-"""A person's words in the result of a tool, as Cline and Roo Code write it into the user role."""
+"""A person's words in a tool's result, which Cline and Roo Code write into the user role."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ _SAID = re.compile(
     r"\s{0,20}(?P<lead>The user [^\n<]{0,200}\n\s{0,20})?<(?P<tag>feedback|answer|user_message)>"
 )
 _READS = ("read", "fetch", "search", "list", "browser", "mcp", "execute", "command")
-"""Tools whose result is what others wrote: none of it is taken for a person's."""
+"""Tools whose result others wrote: it never counts as a person's words."""
 
 
 def words_in_result(text: str) -> str | None:
-    """The person's words in the result of a tool that asks them or waits for their consent.
+    """The person's words in the result of a tool that asks a question or for consent.
 
     >>> words_in_result("[attempt_completion] Result:\\n\\n<feedback>\\nno, shorter\\n</feedback>")
     'no, shorter'

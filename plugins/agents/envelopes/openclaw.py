@@ -1,22 +1,21 @@
 """OpenClaw's envelope, as its releases up to 2026.9 send it.
 
-Every main request ends with a machine-made carrier message that later requests do not repeat; human
-text is stamped with the time or the channel, wrapped anew after a failed request, and stands behind
-blocks of metadata; the first message of a session ends with a line about the runtime. Titles,
-`/btw`, compaction, memory flushes and heartbeats are requests of the agent's own, and so are the
-greetings, reminders and reports that it writes in a person's place.
+- Every main request ends with a machine-made carrier message, which later requests do not repeat.
+- A person's text has a stamp with the time or the channel, and blocks of metadata before it. After
+  a failed request it is wrapped again.
+- The first message of a session ends with a line about the runtime.
+- Titles, `/btw`, compaction, memory flushes and heartbeats are requests of the agent itself. So are
+  the greetings, reminders and reports that it writes in a person's place.
 """
 
 from __future__ import annotations
 
 import re
 
-from plugins.agents.envelopes.shape import Agent
-
 CARRIER = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>"
 _CARRIER_END = "<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
 _MARK = "⟦openclaw:ctx⟧"
-"""Ends the header of every block that newer releases put beside a person's words."""
+"""In newer releases, the end of the header of every block beside a person's words."""
 _STAMP = re.compile(r"\[\w{3} \d{4}-\d\d-\d\d \d\d:\d\d[^\]\n]{0,60}\] ?")
 _CHANNEL = re.compile(
     r"\[(?:Telegram|WhatsApp|Discord|Slack|Signal|iMessage|BlueBubbles|WebChat|Matrix|MSTeams|Teams|"
@@ -112,21 +111,21 @@ _MACHINE_MADE = (
 
 
 def session_of(name: str) -> str:
-    """`<sessionId>` of `<sessionId>:<epoch>`: compaction raises the epoch, the talk goes on."""
+    """`<sessionId>` of `<sessionId>:<epoch>`: compaction raises the epoch within a session."""
     return _EPOCH.sub("", name)
 
 
 def is_housekeeping(text: str) -> bool:
-    """Whether OpenClaw asks for itself; its owner may have written what a heartbeat asks."""
+    """Whether OpenClaw asks for itself. The owner may have written a heartbeat's prompt."""
     stamp = _STAMP.match(text)
     text = text[stamp.end() :] if stamp else text
     return text.startswith(_HOUSEKEEPING) or (stamp is None and _is_heartbeat(text))
 
 
 def words_of(text: str) -> str | None:
-    """A person's own words; None for what OpenClaw wrote itself.
+    """A person's own words; None where OpenClaw wrote the text.
 
-    A typed command such as `/compact` speaks to OpenClaw, not about the reply.
+    A typed command such as `/compact` is meant for OpenClaw and says nothing about the reply.
 
     >>> words_of("[Telegram Ada id:7 +2m 2026-11-22 08:38 UTC] no, shorter\\n[message_id: 12]")
     'no, shorter'
@@ -148,7 +147,7 @@ def words_of(text: str) -> str | None:
 
 
 def _is_heartbeat(text: str) -> bool:
-    """Whether a text without a stamp is a heartbeat's prompt, its owner's or the default one."""
+    """Whether a text without a stamp is a heartbeat's prompt, the owner's or the default one."""
     return (
         "HEARTBEAT_OK" in text or "HEARTBEAT.md" in text or _CLOCK.search(text[-200:]) is not None
     )
@@ -160,7 +159,7 @@ def _has_runtime(text: str) -> bool:
 
 
 def _without_carriers(text: str) -> str:
-    """A carrier that was merged into the message of a person, before or behind their words."""
+    """The text without carriers that were merged into a person's message."""
     kept: list[str] = []
     position = 0
     while (start := text.find(CARRIER, position)) >= 0:
@@ -174,7 +173,7 @@ def _without_carriers(text: str) -> str:
 
 
 def _without_headers(text: str) -> str:
-    """Stamps, blocks of metadata and lines of notes are cut off the beginning."""
+    """The text without the stamps, metadata blocks and note lines at its beginning."""
     if text.startswith(_HISTORY) and _CURRENT in text:
         text = text.rpartition(_CURRENT)[2].strip()
     position = 0
@@ -210,7 +209,7 @@ def _is_header(text: str, start: int) -> bool:
 
 
 def _after_block(text: str, start: int) -> int:
-    """Where the block ends whose header begins at `start`: fenced, or up to an empty line."""
+    """The end of the block whose header begins at `start`: a fence, or an empty line."""
     body = _line_end(text, start)
     if text.startswith("```", body):
         end = text.find("\n```", body)
@@ -234,34 +233,6 @@ def _without_trailers(text: str) -> str:
 
 
 def _line_end(text: str, start: int) -> int:
-    """The position after the line that `start` stands in."""
+    """The position after the line that contains `start`."""
     found = text.find("\n", start)
     return len(text) if found < 0 else found + 1
-
-
-AGENT = Agent(
-    "openclaw",
-    signs=("running inside OpenClaw",),
-    first_words=(CARRIER, "[Subagent Context]", _QUEUED, "A new session was started via /new"),
-    side_system=(
-        "You are answering an ephemeral /btw side question",
-        "You are a context summarization assistant",
-        "Generate a concise session title",
-        "Generate a very short topic label",
-        "You are a memory search agent.",
-        "You are OpenClaw's ",
-    ),
-    side_asked=(
-        "Generate a concise session title (",
-        "Generate a very short topic label",
-        "Write a dream diary entry from these memory fragments",
-        "Create a structured summary of this conversation branch",
-        "The messages above are a conversation to summarize",
-        "The messages above are NEW conversation messages",
-    ),
-    carriers=(CARRIER,),
-    side=is_housekeeping,
-    housekeeping=(CARRIER, _QUEUED, "A new session was started via /new or /reset", "[OpenClaw "),
-    own=words_of,
-    session=session_of,
-)

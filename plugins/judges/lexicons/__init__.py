@@ -1,4 +1,4 @@
-"""One table of cues a language, and the choice of the one that a message is written in."""
+"""One table of cues for each language, and the choice of a message's language."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ _WORD = re.compile(r"[^\W\d_]+(?:'[^\W\d_]+)*")
 
 
 def lexicon_for(text: str, context: str) -> Lexicon:
-    """The lexicon of a message's language; a message that does not tell is in its context's.
+    """The lexicon of a message's language; if the message does not show it, of its context's.
 
-    The script decides for Chinese, small words for the others; without any of them, English.
+    Chinese is found by its characters, the others by small words; otherwise it is English.
     """
     for shown in (text, context):
         if _HAN.search(shown):

@@ -1,4 +1,4 @@
-"""English cues. Names in braces stand for the word lists of WORDS."""
+"""English cues. A name in braces stands for a word list in WORDS."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ COMPLAINT = table(
     ),
     WORDS,
 )
-"""Said of a reply that did not serve; whether it also says what to do is DIRECTIVE's matter."""
+"""What people say about a bad reply; DIRECTIVE finds out whether it also says what to do."""
 
 DIRECTIVE = table(
     (
@@ -348,7 +348,7 @@ DIRECTIVE = table(
     ),
     WORDS,
 )
-"""Said of how the reply should have been: the sentences that make a hint."""
+"""What people say about how the reply should be; such sentences make a hint."""
 
 NEW_TASK = table(
     (
@@ -403,7 +403,7 @@ POINTED = table(
     ),
     WORDS,
 )
-"""Complaints that say what was amiss: they make a hint when nothing says what to do."""
+"""Complaints that say what was wrong: they make a hint if nothing says what to do."""
 
 IMPERATIVE = table(
     (
@@ -448,7 +448,7 @@ BARE = words_of(
     to be up me a
     """
 )
-"""An order made of these words alone asks for another try without saying what to change."""
+"""An order with only these words asks for another try and does not say what to change."""
 
 COMMON = words_of(
     """
@@ -474,7 +474,7 @@ COMMON = words_of(
     language english detail details example examples comment comments feedback message note
     """
 )
-"""Words that say nothing about what a message is about, or speak of how a reply is written."""
+"""Words that do not tell a message's subject, or that are about how a reply is written."""
 
 SERVED = table(
     (
@@ -529,7 +529,7 @@ SERVED = table(
         r"relieved|convinced)\b|\bwhat a relief\b|\bphew\b",
     )
 )
-"""Taken, used, or a problem gone."""
+"""More praise: the reply was used, or a problem is gone."""
 
 FAILED = table(
     (
@@ -557,7 +557,7 @@ FAILED = table(
         r"not|the|no|has|happens|happening|there|failing|returns?)\b",
     )
 )
-"""More complaints: what still fails, was undone, or is given up."""
+"""More complaints: something still fails, was undone, or is given up."""
 
 ENGLISH = Lexicon(
     signs=words_of(

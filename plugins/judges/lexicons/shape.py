@@ -1,7 +1,7 @@
-"""The one shape of every language's table of cues.
+"""The table of cues that every language has.
 
-Patterns see one lower-case sentence, or one clause of it, without accents, typographic apostrophes
-and the punctuation at its ends. Where cues contradict each other, `rules.py` weighs them.
+A pattern sees one sentence or clause in lower case, without accents, typographic apostrophes and
+the punctuation at its ends. If cues contradict each other, `rules.py` weighs them.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def narrow(text: str) -> str:
 
 
 def fold(text: str) -> str:
-    """Narrow, in lower case, without accents; "schön" stays apart from "schon", ß is ss.
+    """The text narrow, in lower case and without accents; "schön" becomes "schoen", ß becomes ss.
 
-    The traditional characters of cues become simplified ones.
+    Traditional characters of cues become simplified ones.
 
     >>> fold("Schön, größer, más, 謝謝")
     'schoen, grosser, mas, 谢谢'
@@ -44,38 +44,38 @@ class Lexicon:
     """How people who write one language react to a reply."""
 
     signs: frozenset[str]
-    """Frequent words that few other languages have: by them the language is known."""
+    """Frequent words that few other languages have; they show the language."""
     idioms: Sequence[tuple[int, re.Pattern[str]]]
-    """Fixed phrases and what they say; earlier rows win and use up the text they match, so that
+    """Fixed phrases and their values. Earlier rows win and remove the text that they match, so that
     "not bad" is praise before "bad" can be a complaint."""
     praise: re.Pattern[str]
-    """The reply served: praise, acceptance, a problem gone."""
+    """The reply was good: praise, acceptance, a solved problem."""
     thanks: re.Pattern[str]
     """Mere thanks."""
     complaint: re.Pattern[str]
-    """The reply did not serve; whether a sentence also says what to do is `directive`'s matter."""
+    """The reply was bad; `directive` finds out whether a sentence also says what to do."""
     directive: re.Pattern[str]
-    """How the reply should have been: these sentences make a hint."""
+    """How the reply should be; such sentences make a hint."""
     mockery: re.Pattern[str]
     """Plain sarcasm, in the whole message."""
     earnest: re.Pattern[str]
-    """Says that the mockery was a joke."""
+    """The mockery was a joke."""
     undecided: re.Pattern[str]
-    """Mixed, or put off: no verdict yet, unless the message also says what to do."""
+    """Mixed or postponed: no verdict yet, unless the message also says what to do."""
     doubt: re.Pattern[str]
-    """A soft correction: counts only where nothing else speaks."""
+    """A soft correction: counts only if nothing else does."""
     negation: re.Pattern[str]
-    """A mere "not": the same, outside questions."""
+    """A "not": counts only if nothing else does, and not in a question."""
     new_task: re.Pattern[str]
-    """Opens the next task whatever else the sentence says."""
+    """Begins the next task, whatever else the sentence says."""
     soft_transition: re.Pattern[str]
-    """Opens the next task unless the sentence speaks about the reply."""
+    """Begins the next task unless the sentence is about the reply."""
     reference: re.Pattern[str]
-    """Words by which a sentence points at the reply."""
+    """Words that point at the reply."""
     no_reference: re.Pattern[str]
-    """Phrases with such words that point at nothing."""
+    """Phrases with such words that do not point at the reply."""
     pointed: re.Pattern[str]
-    """Complaints that say what was amiss: they make a hint when nothing says what to do."""
+    """Complaints that say what was wrong: they make a hint if nothing says what to do."""
     imperative: re.Pattern[str]
     """An order, or the right value, that belongs to the complaint before it."""
     order: re.Pattern[str]
@@ -83,17 +83,17 @@ class Lexicon:
     contrast: re.Pattern[str]
     """A "but" between two halves of a sentence, or at its beginning."""
     conjunction: re.Pattern[str]
-    """Where a clause ends without punctuation."""
+    """The end of a clause without punctuation."""
     answered: re.Pattern[str]
-    """A yes or no at the beginning: the answer when the reply asked."""
+    """A yes or no at the beginning: the answer to the reply's question."""
     bare: frozenset[str]
-    """An order made of these words alone asks for another try without saying what to change."""
+    """An order with only these words asks for another try and does not say what to change."""
     common: frozenset[str]
-    """Words that say nothing about what a message is about, or speak of how a reply is written."""
+    """Words that do not tell a message's subject, or that are about how a reply is written."""
 
 
 def table(rows: Sequence[str], words: Mapping[str, str] | None = None) -> re.Pattern[str]:
-    """One pattern that matches what any row matches; `{name}` stands for a list of `words`."""
+    """One pattern that matches what any row matches; `{name}` stands for an entry of `words`."""
     joined = "|".join(f"(?:{row})" for row in rows)
     for name, pattern in (words or {}).items():
         joined = joined.replace("{" + name + "}", pattern)
@@ -101,5 +101,5 @@ def table(rows: Sequence[str], words: Mapping[str, str] | None = None) -> re.Pat
 
 
 def words_of(text: str) -> frozenset[str]:
-    """The words of a text, which is how long sets are written here."""
+    """The folded words of a text; long sets are written this way."""
     return frozenset(fold(text).split())

@@ -1,7 +1,7 @@
-"""What tools and the environment print when a call failed, half succeeded or succeeded.
+"""What tools and the environment print when a call failed, succeeded in part, or succeeded.
 
-The patterns see the output in lower case, folded; all languages at once, for a tool speaks its
-machine's language and not its user's.
+The patterns see the folded output in lower case. They have all languages at once, because a tool
+writes in its machine's language, not in its user's.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ FAILED = table(
         r"\berr!|^e: |^e   |\bfail\b(?!ed|ure|over|: 0)",
     )
 )
-"""The call failed, by its own doing unless OUTAGE says otherwise."""
+"""The call failed by its own fault, unless OUTAGE matches too."""
 
 OUTAGE = table(
     (
@@ -99,7 +99,7 @@ OUTAGE = table(
         r"nicht (?:verfugbar|erreichbar)|inalcanzable|disconnected by|不可用|暂时",
     )
 )
-"""The world's failure, not the reply's: no verdict against it."""
+"""A failure that is not the reply's fault."""
 
 ITEM_DONE = table(
     (
@@ -121,7 +121,7 @@ ITEM_DONE = table(
 """One or more of several items succeeded."""
 
 TESTS = table((r"\b\d+ (?:passed|passing)\b|\btests?\b|\bspecs?\b|用例|测试",))
-"""A test run: there a single failure fails it all."""
+"""A test run: one failure fails it as a whole."""
 
 SHORT = table(
     (
@@ -145,7 +145,7 @@ PARTIAL = table(
         r"跳过|部分|剩余|未完成|离线|待处理|待完成|其余|尚未|还有\d",
     )
 )
-"""Some of it was done and some was not."""
+"""A part was done and a part was not."""
 
 SUCCEEDED = table(
     (
@@ -175,4 +175,4 @@ SUCCEEDED = table(
         r"no rows)\b",
     )
 )
-"""The output says itself that the call did what it was for."""
+"""The output says that the call succeeded."""

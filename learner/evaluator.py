@@ -1,0 +1,184 @@
+"""Measures a candidate version for the gate: on held-out turns and on recorded prompts.
+
+The parent's log-probabilities of held-out turns are read before the step and kept: a candidate that
+passes is the next parent. So a candidate costs one forward pass over the held-out turns, and a new
+held-out turn two more. The parent answers the recorded prompts only if the candidate's own replies
+look bad.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor
+
+from learner.batch import fill_passes, micro_batches, place, token_count
+from learner.config import LearnerConfig
+from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.kl import kl_divergence
+from learner.replies import decode
+from learner.trainer import PolicyTrainer, UpdateResult
+from learner.trl_grpo import use_adapter
+from nextstate.records import Sample
+
+Logprobs = dict[str, Tensor]
+"""Log-probabilities (T,) of completions by their turn, float32 on the CPU, nats."""
+REPLY_TOKENS = 32
+"""The most tokens of a reply to a recorded prompt."""
+
+
+class Evaluator:
+    """Measures the candidates of one lineage, each against the version that its step began at."""
+
+    def __init__(self, config: LearnerConfig, trainer: PolicyTrainer) -> None:
+        self._config = config
+        self._trainer = trainer
+        self._held: list[Sample] = []
+        self._prompts: list[tuple[int, ...]] = []
+        self._parent: int | None = None
+        self._of_base: Logprobs = {}
+        self._of_parent: Logprobs = {}
+        self._of_candidate: Logprobs = {}
+        self._norms: dict[str, Tensor] = {}
+
+    def prepare(self, held: Sequence[Sample], batch: Sequence[Sample], parent: int) -> None:
+        """Reads the held-out turns before the step on `batch`, with the weights of `parent`."""
+        self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
+        self._prompts = canary_prompts(self._held or batch, self._config.gate_canaries)
+        if parent != self._parent:
+            self._of_parent = {}
+        self._parent = parent
+        turns = [sample.turn for sample in self._held]
+        self._of_base = {t: self._of_base[t] for t in turns if t in self._of_base}
+        self._of_parent = {t: self._of_parent[t] for t in turns if t in self._of_parent}
+        with use_adapter(self._trainer.policy, None):
+            self._of_base |= self._logprobs([s for s in self._held if s.turn not in self._of_base])
+        self._of_parent |= self._logprobs([s for s in self._held if s.turn not in self._of_parent])
+
+    def measure(self, result: UpdateResult) -> Measured:
+        """Measures the trainer's weights after the update that was prepared for.
+
+        Each divergence is the larger of two: on the held-out turns, and on the update's own turns,
+        as the trainer has measured it there. Those turns are recent, so the policy's present
+        behaviour shows there first.
+        """
+        self._of_candidate = self._logprobs(self._held)
+        ours, parents = self._canaries(), None
+        if ours is not None and looks_bad(ours):
+            weights = self._trainer.weights.copy()
+            self._trainer.weights.put(result.before.weights)
+            parents = self._canaries()
+            self._trainer.weights.put(weights)
+        return Measured(
+            weight_change=weight_change(self._trainer.policy, self._norms),
+            kl_parent=self._divergence(
+                self._of_parent, self._of_candidate, result.metrics.get("step/kl")
+            ),
+            kl_base=self._divergence(
+                self._of_candidate, self._of_base, result.metrics.get("kl/base")
+            ),
+            ranking=ranking(
+                [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
+            ),
+            canaries=ours,
+            parents_canaries=parents,
+        )
+
+    def accept(self, number: int) -> None:
+        """The candidate measured last is the version `number` and the next one's parent."""
+        self._parent, self._of_parent = number, self._of_candidate
+
+    def _change(self, turn: str) -> float:
+        return float((self._of_candidate[turn] - self._of_parent[turn]).mean())
+
+    def _divergence(self, old: Logprobs, new: Logprobs, on_trained: float | None) -> float | None:
+        if not self._held:
+            return on_trained
+        turns = [sample.turn for sample in self._held]
+        recorded = torch.cat([torch.tensor(s.behaviour_logprobs) for s in self._held])
+        found = kl_divergence(
+            torch.cat([old[t] for t in turns]), torch.cat([new[t] for t in turns]), recorded
+        )
+        # The comparison in this form keeps what is not a number.
+        return found if on_trained is None or not found <= on_trained else on_trained
+
+    @torch.no_grad()
+    def _logprobs(self, samples: Sequence[Sample]) -> Logprobs:
+        found: Logprobs = {}
+        device = self._trainer.args.device
+        for sequences in micro_batches(samples, self._config.micro_batch_tokens):
+            self._trainer.before_pass()
+            turns = [turn for sequence in sequences for turn in sequence]
+            rows = self._trainer.completion_logprobs(place(sequences).to(device)).float().cpu()
+            for sample, row in zip(turns, rows, strict=True):
+                found[sample.turn] = row[: len(sample.completion_ids)].clone()
+        return found
+
+    def _canaries(self) -> Canaries | None:
+        """What the gate sees of the replies to the prompts; None without prompts."""
+        if not self._prompts:
+            return None
+        model = self._trainer.policy
+        lengths = [2 * (len(prompt) + REPLY_TOKENS) for prompt in self._prompts]
+        replies: list[list[int]] = []
+        was_training = model.training
+        model.eval()  # gradient checkpointing would turn the cache off
+        try:
+            for group in fill_passes(self._prompts, lengths, self._config.micro_batch_tokens):
+                self._trainer.before_pass()
+                with self._trainer.accelerator.autocast():
+                    replies += self._replies(group) or []
+        finally:
+            model.train(was_training)
+        count = 2 * len(self._prompts)
+        # Replies are missing where a logit was not a number.
+        return Canaries(count, sum(map(is_broken, replies)), finite=len(replies) == count)
+
+    def _replies(self, prompts: Sequence[tuple[int, ...]]) -> list[list[int]] | None:
+        return decode(
+            self._trainer.policy,
+            prompts,
+            end_ids(self._trainer),
+            most_tokens=REPLY_TOKENS,
+            seed=self._config.seed,
+        )
+
+
+def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
+    """Largest ‖scale · B·A‖ / ‖W‖ over the adapted layers, Frobenius norms.
+
+    ‖B·A‖² is the sum of (BᵀB) ∘ (AAᵀ), whose size is the rank. It bounds how much a layer's output
+    can change relative to the layer, for a model of any scale. `norms` caches ‖W‖ by layer: reading
+    all of a large model takes seconds, and ‖W‖ never changes.
+    """
+    found = torch.zeros(())
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        a = layer.lora_A["default"].weight.detach().float()
+        b = layer.lora_B["default"].weight.detach().float()
+        product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
+        if name not in norms:
+            weight = dequantize_module_weight(layer.get_base_layer()).detach()
+            norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
+        found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
+    return float(found)
+
+
+def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
+    """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
+    return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
+
+
+def end_ids(trainer: PolicyTrainer) -> frozenset[int]:
+    """The tokens with which the model ends a reply."""
+    found = trainer.policy.generation_config.eos_token_id
+    listed = found if isinstance(found, list) else [found]
+    of_tokenizer: Any = trainer.processing_class
+    return frozenset(id_ for id_ in (*listed, of_tokenizer.eos_token_id) if id_ is not None)

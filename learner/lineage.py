@@ -1,0 +1,367 @@
+"""One lineage's work: train on a batch, check the candidate, keep it, publish it, watch it.
+
+The order makes a kill harmless at any point. The adapter's folder is written first, then the
+checkpoint, then the store registers the version and settles its samples in one transaction. At the
+start, a checkpoint that the store does not know is registered, and only then the leases of the dead
+learner are released: no sample trains twice and none is lost.
+
+For a candidate that the gate rejects, one transaction registers it as rejected and drops its
+samples with that reason, because the same batch would fail again. Then weights and optimizer go
+back to the snapshot from before the step. If a version cannot be written to disk, it is forgotten
+and its samples are ready again. After several rejections in a row the lineage pauses
+(`learner/rejections.py`).
+
+While a version serves, the verdicts on its turns are watched. After a clear drop, or if an adapter
+is not what was registered, its parent serves instead, and the version never returns by itself. What
+a person has put into service is left alone: every flip names the version that it replaces, and a
+candidate whose parent no longer serves is retired. Training continues from what serves.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import shutil
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+from tenacity import (
+    RetryCallState,
+    RetryError,
+    Retrying,
+    retry_if_exception_type,
+    sleep_using_event,
+    stop_when_event_set,
+    wait_exponential,
+)
+
+from learner.adapters import Card, lineage_folder, version_path
+from learner.batches import Batches, LeasedBatch
+from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from learner.config import LearnerConfig
+from learner.evaluator import Evaluator
+from learner.gate import objection
+from learner.metric_writers import MetricWriters
+from learner.rejections import MANY_REJECTIONS, RejectionPause, rejected_in_a_row
+from learner.score_drop import REFERENCE_VERSIONS, clear_drop
+from learner.shared_trainer import SharedTrainer
+from learner.trainer import PolicyTrainer, UpdateResult
+from nextstate.errors import AdapterError, DiskError, EngineError
+from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
+from nextstate.store import Store
+from nextstate.training_status import write_training_status
+
+log = logging.getLogger(__name__)
+
+_WATCH_EVERY_S = 5.0
+"""A look takes 30 ms over 100 000 verdicts."""
+
+
+class Publisher(Protocol):
+    """Brings a version into service: loads it into the engine, probes it, flips to it."""
+
+    def __call__(self, version: PolicyVersion, /, withdraw: bool = False) -> None:
+        """Returns once the version serves; with `withdraw`, once an ancestor serves instead.
+
+        Returns as well, and changes nothing, if another version was put into service meanwhile.
+        Raises EngineError if a later try may succeed, and AdapterError for an adapter that is not
+        the registered one.
+        """
+        ...
+
+
+class Lineage:
+    """One lineage's run of the stage; see the module."""
+
+    def __init__(
+        self,
+        name: str,
+        store: Store,
+        config: LearnerConfig,
+        shared: SharedTrainer,
+        evaluator: Evaluator,
+        publish: Publisher,
+        writers: MetricWriters,
+        stop: threading.Event,
+        *,
+        first_wait_s: float = 0.5,
+        full_disk_wait_s: float = 30.0,
+    ) -> None:
+        """`first_wait_s`: before a failing engine is tried again; each wait is twice as long.
+
+        `full_disk_wait_s`: after a version that could not be written.
+        """
+        self.name = name
+        self._store = store
+        self._config = config
+        self._shared = shared
+        self._evaluator = evaluator
+        self._publish = publish
+        self._writers = writers
+        self._stop = stop
+        self._first_wait_s = first_wait_s
+        self._full_disk_wait_s = full_disk_wait_s
+        self._folder = lineage_folder(store.dir / "learner", name)
+        self._batches = Batches(store, config, name)
+        self._current = BASE_VERSION
+        """The version whose weights the lineage trains."""
+        self._pause = RejectionPause()
+        self._next_look = 0.0
+        """When the watch looks again, on the monotonic clock."""
+
+    def resume(self) -> None:
+        """Continues from the candidate that waits to serve, or else from what serves."""
+        checkpoint = self.release()
+        self.report(None)
+        versions = self._store.versions.all(self.name)
+        self._pause = RejectionPause(rejected_in_a_row(versions))
+        if not versions:
+            return
+        newest = versions[-1]
+        waits = newest.state is VersionState.CANDIDATE and not self._store.versions.overtaken(
+            newest
+        )
+        start = newest if waits else self._store.versions.serving(self.name)
+        if not self._continue_from(start):
+            return
+        if checkpoint and checkpoint.version.number == start.number:
+            self._shared.of(self.name).restore_training(checkpoint.training)
+        if waits:
+            self._bring_into_service(newest)
+
+    def release(self) -> Checkpoint | None:
+        """Settles the samples that were trained and makes every other leased one ready again."""
+        checkpoint = load_checkpoint(self._folder)
+        if checkpoint and self._store.versions.get(self.name, checkpoint.version.number) is None:
+            self._register(checkpoint.version, checkpoint.batch)
+        self._store.training.release_samples(self.name)
+        return checkpoint
+
+    def update(self) -> bool:
+        """Watches what serves and takes one update if a batch is due; True if one was."""
+        self._watch()
+        follows = self._follow_rollback()
+        batch = self._batches.lease(self._current) if follows and self._pause.is_over() else None
+        if batch is None:
+            return False
+        trainer = self._shared.of(self.name)
+        started = time.perf_counter()
+        self._evaluator.prepare(self._batches.held_out(), batch.samples, self._current)
+        prepared_s = time.perf_counter() - started
+        result = trainer.update(batch.samples, batch.lags)
+        candidate = self._evaluate(result, batch, prepared_s)
+        if candidate.state is VersionState.REJECTED:
+            self._reject(candidate, batch)
+            trainer.restore(result.before)
+            return True
+        try:
+            version = self._save(candidate, batch, trainer)
+        except DiskError as error:
+            log.error("%s; trying again in %.0f s", error, self._full_disk_wait_s)
+            self._forget_folder(candidate.number)
+            trainer.restore(result.before)
+            self._store.training.release_samples(self.name)
+            self._stop.wait(self._full_disk_wait_s)
+            return True
+        self._keep(version, batch)
+        self._bring_into_service(version)
+        return True
+
+    def report(self, why_not: str | None) -> None:
+        """Tells `nextstate status` why the lineage does not train; None: it does."""
+        write_training_status(self._store.dir, self.name, why_not)
+
+    def _follow_rollback(self) -> bool:
+        """Continues from the version that serves, if another one was put into service.
+
+        False if that one is of no use: then another serves soon. If the newest version has not
+        served yet, training continues from it.
+        """
+        versions = self._store.versions.all(self.name)
+        if not versions or versions[-1].state is VersionState.CANDIDATE:
+            return True
+        serving = self._store.versions.serving(self.name)
+        if serving.number != self._current:
+            if not self._continue_from(serving):
+                return False
+            self._shared.of(self.name).forget_moments()
+            self._pause = RejectionPause()
+            self.report(None)
+        return True
+
+    def _continue_from(self, version: PolicyVersion) -> bool:
+        """Puts the version's weights into the trainer; False for an adapter that has changed."""
+        weights = self._shared.of(self.name).weights
+        try:
+            if version.path is None:
+                weights.reset()
+            else:
+                weights.load(Path(version.path), version.sha256)
+        except AdapterError as error:
+            self._withdraw(version, str(error))
+            return False
+        self._current = version.number
+        log.info("training continues lineage=%s version=%d", self.name, version.number)
+        return True
+
+    def _watch(self) -> None:
+        """Takes the serving version out of service if its turns are clearly worse than before.
+
+        Not a version that a person chose: one that is older than others that served, or a rejected
+        one.
+        """
+        if not self._config.watch_level or time.monotonic() < self._next_look:
+            return
+        self._next_look = time.monotonic() + _WATCH_EVERY_S
+        serving = self._store.versions.serving(self.name)
+        if serving.reason is not None:
+            return
+        later = [v for v in self._store.versions.all(self.name) if v.number > serving.number]
+        before = self._store.versions.ancestors(serving)[:REFERENCE_VERSIONS]
+        if not before or any(v.state is not VersionState.REJECTED for v in later):
+            return
+        numbers = [version.number for version in before]
+        counts = self._store.versions.score_counts(self.name, [serving.number, *numbers])
+        level, drop = self._config.watch_level, self._config.watch_drop
+        ours, others = counts[serving.number], [counts[number] for number in numbers]
+        found = clear_drop(ours, others, level=level, drop=drop)
+        if found is not None:
+            self._withdraw(serving, f"rolled back: {found}")
+
+    def _withdraw(self, version: PolicyVersion, reason: str) -> None:
+        """Rejects a registered version; if it serves, an ancestor takes its place."""
+        log.error("version rejected lineage=%s version=%d: %s", self.name, version.number, reason)
+        serves = version.state is VersionState.SERVING
+        if serves or not self._store.versions.reject(self.name, version.number, reason):
+            self._bring_into_service(replace(version, reason=reason), withdraw=True)
+
+    def _evaluate(
+        self, result: UpdateResult, batch: LeasedBatch, prepared_s: float
+    ) -> PolicyVersion:
+        """The version that the update has made, rejected or a candidate; nothing is saved yet."""
+        started = time.perf_counter()
+        found = self._evaluator.measure(result)
+        reason = objection(found, self._config)
+        numbers = [version.number for version in self._store.versions.all(self.name)]
+        metrics = {
+            **result.metrics,
+            "lag/max": max(batch.lags.values()),
+            **found.metrics(),
+            "gate/seconds": prepared_s + time.perf_counter() - started,
+        }
+        return PolicyVersion(
+            lineage=self.name,
+            number=max(numbers, default=BASE_VERSION) + 1,
+            parent=self._current,
+            path=None,
+            sha256=None,
+            samples=len(batch.samples),
+            state=VersionState.CANDIDATE if reason is None else VersionState.REJECTED,
+            metrics=_finite(metrics),  # the reason names a value that is not a number
+            reason=reason,
+        )
+
+    def _reject(self, version: PolicyVersion, batch: LeasedBatch) -> None:
+        """Registers a version that never serves, and pauses after several in a row."""
+        self._register(version, batch.name)
+        self._forget_folder(version.number)
+        log.warning(
+            "version rejected lineage=%s version=%d: %s", self.name, version.number, version.reason
+        )
+        rejections, pause_s = self._pause.rejected()
+        if rejections < MANY_REJECTIONS:
+            return
+        text = (
+            f"{rejections} versions in a row were rejected lineage={self.name}: lower [learner] "
+            f"learning_rate = {self._config.learning_rate:g} or step_kl = "
+            f"{self._config.step_kl:g}; `nextstate versions` shows each reason"
+        )
+        if pause_s:
+            text += (
+                f"; training pauses for {pause_s / 60:.0f} min and its samples wait: restart the "
+                "learner, or put another version into service, to try at once"
+            )
+            self.report(f"paused: {text}; the last reason: {version.reason}")
+        log.error("%s", text)
+
+    def _forget_folder(self, number: int) -> None:
+        """Removes what was written of a version that is not registered with a folder."""
+        path = version_path(self._store.dir, self.name, number)
+        shutil.rmtree(path, ignore_errors=True)
+
+    def _save(
+        self, candidate: PolicyVersion, batch: LeasedBatch, trainer: PolicyTrainer
+    ) -> PolicyVersion:
+        """Writes the adapter's folder, then the checkpoint."""
+        v = candidate
+        path = version_path(self._store.dir, v.lineage, v.number)
+        card = Card(v.lineage, v.number, v.parent, self._config.method, batch.turns, v.metrics)
+        version = replace(v, path=str(path), sha256=trainer.weights.save(path, card))
+        training = trainer.snapshot().training
+        save_checkpoint(self._folder, Checkpoint(version, batch.name, training))
+        return version
+
+    def _keep(self, version: PolicyVersion, batch: LeasedBatch) -> None:
+        """Registers a saved version and settles its samples."""
+        self._register(version, batch.name)
+        self._current = version.number
+        self._evaluator.accept(version.number)
+        self._pause = RejectionPause()
+        self.report(None)
+
+    def _register(self, version: PolicyVersion, batch: str) -> None:
+        self._store.versions.add(version, batch)
+        self._writers.write(version.number, version.metrics)
+        log.info(
+            "version made lineage=%s version=%d state=%s",
+            version.lineage,
+            version.number,
+            version.state,
+        )
+
+    def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
+        """Publishes or withdraws, again and again while the engine fails, until the learner stops.
+
+        The other lineages wait meanwhile: they have the same engine.
+        """
+        retrying = Retrying(
+            retry=retry_if_exception_type(EngineError),
+            wait=wait_exponential(multiplier=self._first_wait_s, max=30.0),
+            sleep=sleep_using_event(self._stop),
+            stop=stop_when_event_set(self._stop),
+            before_sleep=self._log_failure,
+        )
+        try:
+            if withdraw:
+                retrying(self._publish, version, withdraw=True)
+            else:
+                retrying(self._publish_unless_overtaken, version)
+        except AdapterError as error:
+            self._withdraw(version, str(error))
+        except RetryError:
+            log.warning("version not published lineage=%s version=%d", self.name, version.number)
+
+    def _publish_unless_overtaken(self, version: PolicyVersion) -> None:
+        if self._store.versions.overtaken(version):
+            log.warning(
+                "version not published lineage=%s version=%d: another one was put into service",
+                version.lineage,
+                version.number,
+            )
+        else:
+            self._publish(version)
+
+    def _log_failure(self, attempt: RetryCallState) -> None:
+        error = attempt.outcome.exception() if attempt.outcome else None
+        log.warning(
+            "publishing failed lineage=%s attempt=%d: %s", self.name, attempt.attempt_number, error
+        )
+
+
+def _finite(metrics: Mapping[str, float]) -> dict[str, float]:
+    """The metrics that JSON can hold."""
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}

@@ -1,0 +1,127 @@
+"""The weights that training changes: how they are copied, moved, saved and loaded.
+
+`Weights` is what the rest of the learner knows about them. LoRA adapters are the only form today.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from learner.adapters import Card, check_scale, load_weights, save_adapter
+from learner.config import LearnerConfig
+from nextstate.errors import LearnerError
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Everything that the next update depends on, copied to the CPU.
+
+    An update is measured against the snapshot taken before it, and goes back to it if it is
+    rejected. A lineage waits as a snapshot while another one trains, and a checkpoint keeps the
+    snapshot's `training` part on disk.
+    """
+
+    weights: Mapping[str, Tensor]
+    """`Weights.copy`"""
+    training: Mapping[str, Any]
+    """Optimizer state, step counter and random number generators."""
+
+
+class Weights(Protocol):
+    """One form of trained weights."""
+
+    def copy(self) -> dict[str, Tensor]:
+        """A float32 copy on the CPU, by the names that the engine loads."""
+        ...
+
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """Continues from these values. Raises LearnerError if they have another shape."""
+        ...
+
+    def reset(self) -> None:
+        """Continues from the base model."""
+        ...
+
+    def move_back(self, start: Mapping[str, Tensor], kept: float) -> None:
+        """Keeps only the fraction `kept` of the way from `start` to the present values."""
+        ...
+
+    def save(self, folder: Path, card: Card) -> str:
+        """Writes the folder that the engine loads. Returns the SHA-256 of its weight file.
+
+        Raises DiskError if it cannot be written and LearnerError for values that are not finite.
+        """
+        ...
+
+    def load(self, folder: Path, sha256: str | None) -> None:
+        """Continues from a saved folder. Raises AdapterError if it is not what was saved."""
+        ...
+
+
+class LoraWeights:
+    """The low-rank pairs of a peft model, in float32."""
+
+    def __init__(self, model: Any, config: LearnerConfig) -> None:
+        self._model = model
+        self._config = config
+        self._named: dict[str, torch.nn.Parameter] = {
+            name.replace(".default", ""): weight
+            for name, weight in model.named_parameters()
+            if weight.requires_grad
+        }
+
+    def copy(self) -> dict[str, Tensor]:
+        """See `Weights`."""
+        return {
+            name: weight.detach().to("cpu", torch.float32, copy=True)
+            for name, weight in self._named.items()
+        }
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """See `Weights`."""
+        expected = {name: weight.shape for name, weight in self._named.items()}
+        if expected != {name: value.shape for name, value in values.items()}:
+            raise LearnerError(
+                "the adapter to continue from has other layers or another rank than [learner] "
+                "lora_rank and lora_targets say: set them back, or start a new lineage"
+            )
+        for name, weight in self._named.items():
+            weight.copy_(values[name])
+
+    def reset(self) -> None:
+        """See `Weights`: a new adapter that has no effect yet."""
+        torch.manual_seed(self._config.seed)
+        for module in self._model.modules():
+            if isinstance(module, LoraLayer):
+                module.reset_lora_parameters("default", init_lora_weights=True)
+
+    @torch.no_grad()
+    def move_back(self, start: Mapping[str, Tensor], kept: float) -> None:
+        """See `Weights`."""
+        for name, weight in self._named.items():
+            weight.copy_(torch.lerp(start[name].to(weight.device), weight, kept))
+
+    def save(self, folder: Path, card: Card) -> str:
+        """See `Weights`."""
+        base = self._model.get_base_model().name_or_path
+        return save_adapter(folder, self.copy(), self._config, base, card)
+
+    def load(self, folder: Path, sha256: str | None) -> None:
+        """See `Weights`."""
+        check_scale(folder, self._config)
+        self.put(load_weights(folder, sha256))
+
+
+def copied(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The state with its tensors copied to the CPU: an optimizer changes its own in place."""
+    return tree_map_only(Tensor, lambda tensor: tensor.detach().to("cpu", copy=True), dict(state))

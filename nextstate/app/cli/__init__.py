@@ -1,0 +1,93 @@
+"""The command line: one file a command, each with `add(subparsers)` and `run(args)`.
+
+Every start imports all of these files, so what a command needs is imported in its `run`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import io
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from nextstate import file_descriptors, logs
+from nextstate.app.cli import (
+    demo,
+    doctor,
+    feedback,
+    judge,
+    learner,
+    proxy,
+    rollback,
+    status,
+    turns,
+    up,
+    versions,
+)
+from nextstate.errors import EXIT_LATER, EXIT_USAGE, NextStateError, WaitError
+from nextstate.offline import go_offline
+from nextstate.private_files import only_for_owner
+
+_COMMANDS = (up, proxy, judge, learner, demo, status, turns, versions, rollback, feedback, doctor)
+"""In the order in which `nextstate --help` lists them."""
+_EPILOG = """\
+examples:
+  nextstate doctor                      is everything there that `nextstate up` needs?
+  nextstate up                          start engine, proxy, judge and learner
+  nextstate turns --json | tail -1      the newest turn with its verdict
+  nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
+  nextstate versions 3                  what version 3 was made from, and how it was checked
+  nextstate rollback 3                  serve version 3 again
+  nextstate demo                        watch a small policy learn from two minutes of talk
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 2 for an error that a person can fix."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # escape what the terminal's encoding lacks
+            stream.reconfigure(errors="backslashreplace")
+    only_for_owner()
+    go_offline()
+    logs.to_stderr()
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    file_descriptors.raise_limit()
+    try:
+        args = _parser().parse_args(arguments)
+        code = args.run(args)
+        sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
+        return code
+    except WaitError as error:
+        return _fail(str(error), EXIT_LATER)
+    except NextStateError as error:
+        return _fail(str(error), EXIT_USAGE)
+    except BrokenPipeError:  # `nextstate turns | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except PermissionError as error:
+        return _fail(f"{error}; give yourself access to it, or name another", EXIT_USAGE)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _fail(f"{error}; make room there", EXIT_LATER)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"nextstate: {message}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="nextstate",
+        description="A transparent proxy in front of vLLM that learns from what happens next.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for command in _COMMANDS:
+        command.add(subparsers)
+    return parser

@@ -1,0 +1,66 @@
+"""What several commands share: their arguments, their output, and finding a version."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextstate.config import DEFAULT_FILE
+from nextstate.errors import StartError
+
+if TYPE_CHECKING:
+    from nextstate.records import PolicyVersion
+    from nextstate.store import Store
+
+Run = Callable[[argparse.Namespace], int]
+
+
+def add_command(
+    subparsers: Any, name: str, run: Run, text: str, *, config: bool = True
+) -> argparse.ArgumentParser:
+    """Adds a command that calls `run`; `config` gives it `--config FILE`."""
+    parser = subparsers.add_parser(name, help=text, description=text)
+    if config:
+        parser.add_argument(
+            "--config",
+            type=Path,
+            default=DEFAULT_FILE,
+            metavar="FILE",
+            help=f"the TOML file (default: {DEFAULT_FILE})",
+        )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Adds `--json`."""
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def whole_number(text: str) -> int:
+    """An argument's value: a number from 0 to 999 999 999."""
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a number from 0 to 999999999")
+    return int(text)
+
+
+def print_json(value: Any) -> None:
+    """Prints one line of JSON; on a terminal without UTF-8 with JSON's own escapes."""
+    import orjson
+
+    line = orjson.dumps(value).decode()
+    encoding = (sys.stdout.encoding or "").lower().replace("_", "-")
+    print(line if encoding in ("utf-8", "utf8") else json.dumps(orjson.loads(line)))
+
+
+def find_version(store: Store, lineage: str, number: int) -> PolicyVersion:
+    """The version of that number. Raises StartError."""
+    version = store.versions.get(lineage, number)
+    if version is None:
+        known = ", ".join(str(v.number) for v in store.versions.all(lineage)) or "only 0"
+        raise StartError(f"there is no version {number} of lineage {lineage!r}; known: {known}")
+    return version

@@ -1,0 +1,22 @@
+"""`nextstate learner`: runs the learner alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nextstate.app.cli.common import add_command
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "learner", run, "run the learner alone")
+    text = "train only this one (default: all in turn, over one copy of the base model)"
+    parser.add_argument("--lineage", metavar="NAME", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nextstate.app.settings import Settings
+    from nextstate.app.stages import run_learner
+
+    run_learner(Settings.read(args.config), args.lineage)
+    return 0

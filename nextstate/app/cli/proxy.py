@@ -1,0 +1,23 @@
+"""`nextstate proxy`: runs the proxy alone."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nextstate.app.cli.common import add_command
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "proxy", run, "run the proxy alone")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+
+
+def run(args: argparse.Namespace) -> int:
+    import uvloop
+
+    from nextstate.app.settings import Settings
+    from nextstate.app.stages import run_proxy
+
+    uvloop.run(run_proxy(Settings.read(args.config), args.worker))
+    return 0

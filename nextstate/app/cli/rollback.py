@@ -1,0 +1,39 @@
+"""`nextstate rollback`: puts an earlier version into service."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from typing import Any
+
+from nextstate.app.cli.common import add_command, find_version
+from nextstate.errors import StartError
+from nextstate.records import BASE_VERSION, MAIN_LINEAGE
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "rollback", run, "serve an earlier version again")
+    parser.add_argument("number", type=int, help="its number; 0 is the base model")
+    text = "default: %(default)s"
+    parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nextstate.app.engine_access import change_version
+    from nextstate.app.settings import Settings
+    from nextstate.engine.client import publish
+    from nextstate.store import Store
+
+    settings = Settings.read(args.config)
+    store = Store(settings.store)
+    version = find_version(store, args.lineage, args.number)
+    if args.lineage not in settings.all_lineages:
+        raise StartError(f"there is no lineage {args.lineage!r}: see [lineages.NAME]")
+    if version.path is None and version.number != BASE_VERSION:
+        raise StartError(
+            f"version {version.number} was rejected before it was written and cannot serve: "
+            f"{version.reason}; choose another one of `nextstate versions`"
+        )
+    asyncio.run(change_version(settings, publish, store, version))
+    print(f"version {version.number} serves {version.lineage}")
+    return 0

@@ -1,0 +1,40 @@
+"""`nextstate versions`: lists policy versions, or shows what one was made from."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nextstate.app.cli.common import add_command, add_json, find_version, print_json
+from nextstate.records import MAIN_LINEAGE
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "versions", run, "list the policy versions")
+    add_json(parser)
+    parser.add_argument("number", type=int, nargs="?", help="show what made this one")
+    text = f"only versions of this lineage (with a NUMBER: default {MAIN_LINEAGE})"
+    parser.add_argument("--lineage", metavar="NAME", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nextstate.app import views
+    from nextstate.app.settings import Settings
+    from nextstate.store import Store
+
+    store = Store(Settings.read(args.config).store)
+    if args.number is not None:
+        version = find_version(store, args.lineage or MAIN_LINEAGE, args.number)
+        trained = store.versions.used_turns(version.lineage, version.number)
+        if args.json:
+            print_json(views.version_row(version) | {"turns": views.trained_rows(trained)})
+        else:
+            print(views.version_card(version, trained))
+        return 0
+    versions = store.versions.all(args.lineage)
+    if args.json:
+        for version in versions:
+            print_json(views.version_row(version))
+    elif versions:
+        print(views.version_table(versions))
+    return 0

@@ -1,0 +1,64 @@
+"""The log files of the child processes: kept short, and read from their end.
+
+A child keeps its log file open and appends to it. So a log is copied and truncated, not renamed:
+no pipe or process stands between a child and its log.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 10 << 20
+"""Of one log file; a child may write more between two calls of `rotate`."""
+_KEPT = 3
+"""Older copies of each log; `proxy.log.1` is the newest."""
+_TAIL_BYTES = 256 << 10
+_CHUNK_BYTES = 1 << 20
+
+
+def rotate(path: Path, max_bytes: int = MAX_BYTES) -> bool:
+    """Moves a log's content to `path`.1 if it is longer than `max_bytes`; True if it did.
+
+    The writer must append. Lines written between the copy and the truncation are lost. If this
+    process is killed in between, they are kept twice. If the disk has no room for the copy, the
+    old lines are lost: a log must not fill the disk.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    if size <= max_bytes:
+        return False
+    draft = path.with_name(f"{path.name}.draft")
+    try:
+        with path.open("rb") as source, draft.open("wb") as copy:
+            source.seek(max(0, size - max_bytes))  # if it grew faster, keep the newest lines
+            left = 2 * max_bytes  # includes what is written meanwhile, up to a bound
+            while left > 0 and (chunk := source.read(min(left, _CHUNK_BYTES))):
+                left -= copy.write(chunk)
+        for number in range(_KEPT - 1, 0, -1):
+            if (older := _older(path, number)).exists():
+                older.replace(_older(path, number + 1))
+        draft.replace(_older(path, 1))
+    except OSError as error:
+        log.error("the lines of %s are lost: no copy could be made: %s", path, error)
+        draft.unlink(missing_ok=True)
+    os.truncate(path, 0)
+    return True
+
+
+def tail(path: Path, start: int = 0) -> str:
+    """The end of what was written to a log since it had `start` bytes; "" if it does not exist."""
+    if not path.exists():
+        return ""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        if size < start:  # rotated meanwhile
+            start = 0
+        file.seek(max(start, size - _TAIL_BYTES))
+        return file.read(_TAIL_BYTES).decode(errors="replace")
+
+
+def _older(path: Path, number: int) -> Path:
+    return path.with_name(f"{path.name}.{number}")

@@ -1,0 +1,236 @@
+"""One database: transactions, prepared statements, the clock, waiting, and errors as StoreError.
+
+What differs between databases is a `Dialect`; `nextstate/store/sqlite.py` is the only one so far.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections import namedtuple
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing, contextmanager
+from types import FunctionType
+from typing import Any, Protocol, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.sql.compiler import SQLCompiler
+
+from nextstate.errors import StoreError, WaitError
+from nextstate.store.waiting import Patience
+
+T = TypeVar("T")
+
+
+class Dialect(Protocol):
+    """What only one kind of database does."""
+
+    kind: str
+    """Such as "SQLite", for messages."""
+    name: str
+    """What a message calls the database: its file or address."""
+    errors: tuple[type[Exception], ...]
+    """What its driver raises."""
+    begin_writing: str
+    """The statement that begins a write transaction and waits for its turn."""
+
+    def open(self, lock_wait_s: float) -> sa.Engine:
+        """Makes the database ready; it waits for a lock for `lock_wait_s`.
+
+        Raises OSError, SQLAlchemyError and StoreError.
+        """
+        ...
+
+    def insert(self, table: sa.Table) -> Any:
+        """An INSERT that can have an ON CONFLICT clause."""
+        ...
+
+    def is_transient(self, error: BaseException) -> bool:
+        """True if an error may go away without a change of the program: a lock, a full disk."""
+        ...
+
+    def is_damaged(self, error: BaseException) -> bool:
+        """True if an error says that the stored data cannot be read."""
+        ...
+
+    def checkpoint(self, engine: sa.Engine) -> None:
+        """Does what the database postpones, if much of it has come together."""
+        ...
+
+
+class Prepared:
+    """One statement as the driver takes it, compiled once.
+
+    SQLAlchemy takes longer to look up a statement and to wrap its rows than SQLite to run it.
+    """
+
+    def __init__(self, statement: sa.ClauseElement, dialect: sa.Dialect) -> None:
+        compiled = statement.compile(dialect=dialect)
+        assert isinstance(compiled, SQLCompiler)
+        self.sql = str(compiled)
+        self._names = compiled.positiontup
+        self._fixed = {k: v for k, v in compiled.params.items() if v is not None}
+        columns = statement.selected_columns.keys() if isinstance(statement, sa.Select) else []
+        self.row: Any = namedtuple("Row", columns)  # pyright: ignore[reportUntypedNamedTuple]
+
+    def arguments(self, values: Mapping[str, object]) -> Any:
+        """The values in the order, or under the names, that the driver wants."""
+        if self._names is None:
+            return {**self._fixed, **values}
+        return [values[n] if n in values else self._fixed[n] for n in self._names]
+
+
+class Cursor:
+    """The driver's own cursor, which runs prepared statements. Rows are named tuples."""
+
+    def __init__(self, cursor: Any, dialect: sa.Dialect) -> None:
+        self._cursor = cursor
+        self.dialect = dialect
+
+    def run(self, statement: Prepared, **values: object) -> int:
+        """Runs a statement; returns how many rows it changed."""
+        self._cursor.execute(statement.sql, statement.arguments(values))
+        return self._cursor.rowcount
+
+    def first(self, statement: Prepared, **values: object) -> Any | None:
+        """The first row, or None."""
+        self._cursor.execute(statement.sql, statement.arguments(values))
+        row = self._cursor.fetchone()
+        return None if row is None else statement.row._make(row)
+
+    def all(self, statement: Prepared, **values: object) -> list[Any]:
+        """Every row."""
+        self._cursor.execute(statement.sql, statement.arguments(values))
+        return [statement.row._make(row) for row in self._cursor.fetchall()]
+
+
+class Database:
+    """One database that several threads and processes use.
+
+    Every error that leaves it is a StoreError: a WaitError where trying again may help.
+    """
+
+    def __init__(
+        self,
+        dialect: Dialect,
+        clock: Callable[[], float] = time.time,
+        patience: Patience | None = None,
+    ) -> None:
+        self.now = clock
+        """Unix time in seconds, for leases and heartbeats."""
+        self.patience = patience or Patience()
+        self.name = dialect.name
+        self.insert = dialect.insert
+        self._dialect = dialect
+        self._idle: list[sa.PoolProxiedConnection] = []
+        """Driver connections that nobody uses. Taking one out of the pool and putting it back
+        takes as long as the statements of a turn."""
+
+    def open(self) -> None:
+        """Opens the database, whose tables may be missing or old."""
+        self.engine = self._dialect.open(self.patience.lock_wait_s)
+
+    def close(self) -> None:
+        """Closes every connection."""
+        while self._idle:
+            self._idle.pop().close()
+        self.engine.dispose()
+
+    def checkpoint(self) -> None:
+        """Moves what was committed into the database's own file, if that is a lot by now."""
+        with self._as_store_errors():
+            self._dialect.checkpoint(self.engine)
+
+    @contextmanager
+    def write(self) -> Generator[sa.Connection]:
+        """One write transaction."""
+        with (
+            self.engine.connect().execution_options(immediate=True) as connection,
+            connection.begin(),
+        ):
+            yield connection
+
+    @contextmanager
+    def read(self) -> Generator[sa.Connection]:
+        """One read transaction."""
+        with self.engine.connect() as connection, connection.begin():
+            yield connection
+
+    @contextmanager
+    def cursor(self, *, write: bool) -> Generator[Cursor]:
+        """The driver's own cursor, for frequent statements; `write` begins a write transaction.
+
+        It does not wait: a database that is locked or full is a WaitError at once.
+        """
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            with self._as_store_errors():
+                connection = self.engine.raw_connection()
+        try:
+            with self._as_store_errors(), closing(connection.cursor()) as cursor:
+                if write:
+                    cursor.execute(self._dialect.begin_writing)
+                yield Cursor(cursor, self.engine.dialect)
+                if write:
+                    connection.commit()
+        except BaseException:
+            connection.close()  # which rolls back
+            raise
+        self._idle.append(connection)
+
+    def waiting(self, work: Callable[[], T]) -> T:
+        """The result of `work`, one transaction that is tried until the database allows it.
+
+        Raises WaitError once patience ends, and StoreError.
+        """
+        give_up = self.patience.give_up_at()
+        while True:
+            try:
+                with self._as_store_errors():
+                    return work()
+            except WaitError as error:
+                if self.patience.is_over(give_up):
+                    raise
+                self.patience.pause(error)
+
+    @contextmanager
+    def _as_store_errors(self) -> Generator[None]:
+        try:
+            yield
+        except (SQLAlchemyError, *self._dialect.errors, OSError) as error:
+            cause = error.orig if isinstance(error, DBAPIError) else error
+            cause = cause or error
+            if self._dialect.is_transient(cause):
+                raise WaitError(
+                    f"the store cannot be used for now: {cause}; make room on its "
+                    "disk, end what locks it or make its files writable, and try again"
+                ) from cause
+            if self._dialect.is_damaged(cause):
+                raise StoreError(
+                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {cause}; "
+                    "it is left as it is: "
+                    "put a whole copy in its place, or move it away to begin with an empty store"
+                ) from cause
+            if isinstance(error, OSError):
+                raise
+            # Not the error itself, which may hold the values that the statement was given.
+            kind = type(cause).__name__
+            raise StoreError(f"{self._dialect.name}: {kind}: {cause}") from cause
+
+
+def queries(customer: type[T]) -> type[T]:
+    """Lets every public method of a class wait for its `_database`; each is one transaction."""
+
+    def waiting(method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def until_done(self: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._database.waiting(lambda: method(self, *args, **kwargs))
+
+        return until_done
+
+    for name, method in list(vars(customer).items()):
+        if isinstance(method, FunctionType) and not name.startswith("_"):
+            setattr(customer, name, waiting(method))
+    return customer

@@ -1,0 +1,216 @@
+"""The one place of everything that people and models wrote: each distinct text is stored once.
+
+Messages, replies, tool lists, prompts as token ids, next states, hints and comments go through
+`put`, `get` and `release`; other tables hold their hashes. A text counts its uses, and the last
+`release` deletes it. What else quotes a conversation lies in the row of its turn, compressed by
+`compress`: the token ids of the reply and `sampling`, which may hold stop words. Reasons and logs
+quote nobody (nextstate/error_text.py).
+
+What uses a text:
+
+- a turn, unless the turn that it continues (`turns.parent`) uses it too. So a message that is sent
+  again with each request is counted once a conversation, and counting costs the same at any length;
+- a next state, a verdict, another hint, a person's feedback: each row that holds its hash;
+- a text that is compressed against it (`texts.base`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import sqlalchemy as sa
+import zstandard
+
+from nextstate.store import schema as t
+from nextstate.store.database import Cursor, Prepared
+
+HASH_BYTES = 16
+Row: TypeAlias = sa.Row[*tuple[Any, ...]]
+Texts: TypeAlias = Mapping[bytes, bytes]
+"""Stored texts under their hashes."""
+_IN_ONE_QUERY = 500
+_LONG_BYTES, _BEGINNING_BYTES = 4096, 256
+
+
+def content_hash(text: bytes) -> bytes:
+    """The 16-byte name under which a text is stored."""
+    return hashlib.blake2b(text, digest_size=HASH_BYTES).digest()
+
+
+def hashes(packed: bytes) -> Iterable[bytes]:
+    """The hashes in a column that holds one after the other."""
+    return (packed[i : i + HASH_BYTES] for i in range(0, len(packed), HASH_BYTES))
+
+
+def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, bytes]:
+    """The texts under `keys`, in few queries; None stands for no text."""
+    wanted = list(dict.fromkeys(key for key in keys if key is not None))
+    found: dict[bytes, bytes] = {}
+    c = t.texts.c
+    for start in range(0, len(wanted), _IN_ONE_QUERY):
+        some = wanted[start : start + _IN_ONE_QUERY]
+        query = sa.select(c.hash, c.base, c.stored).where(c.hash.in_(some))
+        rows = connection.execute(query).all()
+        of_base = {row.base for row in rows if row.base is not None}
+        bases = get(connection, of_base) if of_base else {}
+        for row in rows:
+            base = None if row.base is None else bases[row.base]
+            found[row.hash] = decompress(row.stored, base)
+    return found
+
+
+def put(connection: sa.Connection, text: bytes) -> bytes:
+    """Stores a text, or counts one more use of it; returns its hash."""
+    return Writer(_cursor(connection), Known()).put(text)
+
+
+def release(connection: sa.Connection, keys: Iterable[bytes | None]) -> None:
+    """Counts one use less of each text, and deletes those that nothing uses any more."""
+    writer = Writer(_cursor(connection), Known())
+    for key in keys:
+        if key is not None:
+            writer.release(key)
+
+
+def _cursor(connection: sa.Connection) -> Cursor:
+    """A cursor in the connection's own transaction."""
+    return Cursor(connection.connection.cursor(), connection.dialect)
+
+
+@dataclass(slots=True)
+class Known:
+    """What a process believes to be stored. It need not be true: it only saves work."""
+
+    most_hashes: int = 4096
+    most_bases: int = 32
+    most_base_bytes: int = 8 << 20
+    hashes: dict[bytes, bool] = field(default_factory=dict[bytes, bool])
+    """The most recently used come last."""
+    bases: dict[bytes, tuple[bytes, bytes]] = field(
+        default_factory=dict[bytes, tuple[bytes, bytes]]
+    )
+    """(hash, text) of a long text, by how it begins: others that begin so may be much like it."""
+
+    def has(self, key: bytes) -> bool:
+        """True if this text is believed to be stored."""
+        known = self.hashes.pop(key, False)
+        if known:
+            self.hashes[key] = True
+        return known
+
+    def add(self, key: bytes) -> None:
+        """Notes a stored text and forgets the least recently used."""
+        self.hashes[key] = True
+        if len(self.hashes) > self.most_hashes:
+            self.hashes.pop(next(iter(self.hashes)), None)
+
+    def add_base(self, key: bytes, text: bytes) -> None:
+        """Notes a long text to compress others against, and forgets the oldest."""
+        self.bases[text[:_BEGINNING_BYTES]] = key, text
+        size = sum(len(text) for _, text in self.bases.values())
+        while len(self.bases) > self.most_bases or size > self.most_base_bytes:
+            _, oldest = self.bases.pop(next(iter(self.bases)))
+            size -= len(oldest)
+
+
+class _Statements:
+    def __init__(self, dialect: sa.Dialect) -> None:
+        c, this = t.texts.c, t.texts.c.hash == sa.bindparam("key")
+        self.use = Prepared(sa.update(t.texts).where(this).values(uses=c.uses + 1), dialect)
+        self.add = Prepared(
+            sa.text(
+                "INSERT INTO texts (hash, uses, base, stored) VALUES (:hash, 1, :base, :stored) "
+                "ON CONFLICT (hash) DO UPDATE SET uses = texts.uses + 1"
+            ),
+            dialect,
+        )
+        self.find = Prepared(sa.select(c.uses, c.base).where(this).with_for_update(), dialect)
+        self.leave = Prepared(sa.update(t.texts).where(this).values(uses=c.uses - 1), dialect)
+        self.delete = Prepared(sa.delete(t.texts).where(this), dialect)
+
+
+@lru_cache(maxsize=4)
+def _statements(dialect: sa.Dialect) -> _Statements:
+    return _Statements(dialect)
+
+
+class Writer:
+    """Stores and releases texts in one transaction."""
+
+    def __init__(self, cursor: Cursor, known: Known) -> None:
+        self._cursor = cursor
+        self._known = known
+        self._statements = _statements(cursor.dialect)
+
+    def put(self, text: bytes, key: bytes | None = None) -> bytes:
+        """Stores a text, or counts one more use of it; returns its hash, `key` where known."""
+        key = key or content_hash(text)
+        long = len(text) >= _LONG_BYTES
+        if (long or self._known.has(key)) and self._use(key):
+            self._known.add(key)
+            return key
+        stored, base = self._compressed(key, text) if long else (compress(text), None)
+        self._cursor.run(self._statements.add, hash=key, base=base, stored=stored)
+        self._known.add(key)
+        return key
+
+    def release(self, key: bytes) -> None:
+        """Counts one use less of a text, and deletes it if nothing uses it any more."""
+        row = self._cursor.first(self._statements.find, key=key)
+        if row is None:
+            return
+        if row.uses > 1:
+            self._cursor.run(self._statements.leave, key=key)
+            return
+        self._cursor.run(self._statements.delete, key=key)
+        if row.base is not None:
+            self.release(row.base)
+
+    def _use(self, key: bytes) -> bool:
+        """Counts one more use; False if there is no such text."""
+        return self._cursor.run(self._statements.use, key=key) > 0
+
+    def _compressed(self, key: bytes, text: bytes) -> tuple[bytes, bytes | None]:
+        """(the text compressed, the hash of the text that it was compressed against)."""
+        plain = compress(text)
+        base = self._known.bases.get(text[:_BEGINNING_BYTES])
+        if base is not None and base[0] != key:
+            against = compress(text, base[1])
+            if 2 * len(against) < len(plain) and self._use(base[0]):
+                return against, base[0]
+        self._known.add_base(key, text)
+        return plain, None
+
+
+class _Zstd(threading.local):
+    """Contexts that cost more to make than a small text to compress; each thread has its own."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(level=3)
+        self.decompressor = zstandard.ZstdDecompressor()
+
+
+_zstd = _Zstd()
+
+
+def compress(text: bytes, base: bytes | None = None) -> bytes:
+    """`text` as it is stored; compressed against `base` if there is one."""
+    if base is None:
+        return _zstd.compressor.compress(text)
+    return zstandard.ZstdCompressor(level=3, dict_data=_dictionary(base)).compress(text)
+
+
+def decompress(stored: bytes, base: bytes | None = None) -> bytes:
+    """The way back from `compress`."""
+    if base is None:
+        return _zstd.decompressor.decompress(stored)
+    return zstandard.ZstdDecompressor(dict_data=_dictionary(base)).decompress(stored)
+
+
+def _dictionary(base: bytes) -> zstandard.ZstdCompressionDict:
+    return zstandard.ZstdCompressionDict(base, dict_type=zstandard.DICT_TYPE_RAWCONTENT)

@@ -1,0 +1,252 @@
+"""The learner's work: which samples are ready, leased, held out and dropped."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from heapq import merge
+from typing import Any, cast
+
+import sqlalchemy as sa
+
+from nextstate.records import Sample, SampleState
+from nextstate.store import schema as t
+from nextstate.store import texts
+from nextstate.store.counts import read_counts
+from nextstate.store.database import Database, queries
+from nextstate.store.packing import join_runs, unpack_floats, unpack_ids
+from nextstate.store.settling import settle_feedback
+from nextstate.store.shares import LOOKED_AT, fair_share
+
+_READ_AHEAD = 8
+"""Rows that are fetched before it is known whether more are needed."""
+_PER_STATEMENT = 500
+
+
+@queries
+class Training:
+    """Queries for samples."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def ready_samples(self, lineage: str, scored: bool, hinted: bool) -> int:
+        """How many samples wait that carry a score (`scored`) or a hinted prompt (`hinted`)."""
+        with self._database.read() as connection:
+            ready = _ready(connection, lineage)
+        return sum(n for (_, *kind), n in ready.items() if _usable(kind, scored, hinted))
+
+    def lease_samples(
+        self, lineage: str, limit: int, batch: str, lease_s: float, *, scored: bool, hinted: bool
+    ) -> list[Sample]:
+        """Leases `limit` usable samples under the name `batch`: of the newest versions first.
+
+        Where turns come faster than the learner takes them, the newest are the most on-policy;
+        the others stay ready until their lag is too large (`drop_stale`). No session gives more
+        than half of a batch while others wait (`nextstate/store/shares.py`).
+        """
+        s = t.samples.c
+        with self._database.read() as connection:
+            waiting = _freshest(connection, lineage, limit * LOOKED_AT, scored, hinted)
+            chosen = fair_share(waiting, limit)
+        until = self._database.now() + lease_s
+        with self._database.write() as connection:
+            connection.execute(
+                sa.update(t.samples)
+                .where(s.turn.in_(chosen), s.state == SampleState.READY)
+                .values(state=SampleState.LEASED, batch=batch, lease_until=until)
+            )
+            return _load_samples(connection, chosen, s.batch == batch)
+
+    def begin_holding_out(self, lineage: str) -> frozenset[str]:
+        """Lets `hold_out` look at every ready sample again: for a learner that starts.
+
+        Returns the sessions that have trained, which should never be held out.
+        """
+        s = t.samples.c
+        ours = s.lineage == lineage
+        looked_at = sa.update(t.samples).where(
+            ours, s.state == SampleState.READY, s.screened.is_not(None)
+        )
+        query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id).distinct()
+        with self._database.write() as connection:
+            connection.execute(looked_at.values(screened=None))
+            trained = connection.execute(query.where(ours, s.state == SampleState.TRAINED))
+            return frozenset(trained.scalars())
+
+    def hold_out(self, lineage: str, chosen: Callable[[str], bool]) -> int:
+        """Keeps the ready samples of the sessions that are `chosen` from training, for good.
+
+        It looks at each sample once, so its cost does not grow with those that wait. Returns how
+        many it held out.
+        """
+        s = t.samples.c
+        ready = (s.lineage == lineage, s.state == SampleState.READY)
+        query = sa.select(s.turn, t.turns.c.session).join(t.turns, s.turn == t.turns.c.id)
+        query = query.where(*ready, s.screened.is_(None)).order_by(s.seq).limit(_PER_STATEMENT)
+        held = 0
+        while True:
+            with self._database.read() as connection:
+                rows = connection.execute(query).all()
+            if not rows:
+                return held
+            sessions = {session for session in {row.session for row in rows} if chosen(session)}
+            with self._database.write() as connection:
+                for is_held in (False, True):
+                    turns = [row.turn for row in rows if (row.session in sessions) == is_held]
+                    values = {"state": SampleState.HELD} if is_held else {"screened": True}
+                    update = sa.update(t.samples).where(*ready, s.turn.in_(turns)).values(values)
+                    held += connection.execute(update).rowcount * is_held
+
+    def held_samples(self, lineage: str, limit: int, per_session: int) -> list[Sample]:
+        """The newest `limit` samples that are held out, newest first.
+
+        Of each session only its newest `per_session`, so that no long session fills them alone.
+        """
+        s = t.samples.c
+        query = (
+            sa.select(s.turn, t.turns.c.session)
+            .join(t.turns, t.turns.c.id == s.turn)
+            .where(s.lineage == lineage, s.state == SampleState.HELD, s.screened.is_(None))
+            .order_by(s.seq.desc())
+        )
+        chosen: list[str] = []
+        of_session = Counter[str]()
+        with self._database.read() as connection:
+            for row in connection.execute(query):
+                of_session[row.session] += 1
+                if of_session[row.session] <= per_session:
+                    chosen.append(row.turn)
+                if len(chosen) == limit:
+                    break
+            return _load_samples(connection, chosen)
+
+    def release_samples(self, lineage: str) -> int:
+        """Makes leased samples ready again: for a learner that starts and knows it is alone.
+
+        What a person said about one of them meanwhile counts now.
+        """
+        s = t.samples.c
+        leased = s.lineage == lineage, s.state == SampleState.LEASED
+        with self._database.write() as connection:
+            judged = sa.select(s.turn).join(t.feedback, t.feedback.c.turn == s.turn)
+            turns = connection.execute(judged.where(*leased)).scalars().all()
+            done = connection.execute(
+                sa.update(t.samples)
+                .where(*leased)
+                .values(state=SampleState.READY, batch=None, lease_until=None)
+            )
+            for turn_id in turns:
+                settle_feedback(connection, turn_id, self._database.now())
+        return done.rowcount
+
+    def drop_samples(self, turn_ids: Sequence[str], reason: str) -> None:
+        """Settles samples that must not train."""
+        s = t.samples.c
+        with self._database.write() as connection:
+            connection.execute(
+                sa.update(t.samples)
+                .where(s.turn.in_(turn_ids), s.state != SampleState.TRAINED)
+                .values(state=SampleState.DROPPED, reason=reason, batch=None, lease_until=None)
+            )
+
+    def drop_stale(self, lineage: str, reason_for: Callable[[int], str | None]) -> dict[str, int]:
+        """Drops ready samples of the versions that `reason_for` gives a reason for.
+
+        Returns how many it dropped for each reason.
+        """
+        s = t.samples.c
+        ready = (s.lineage == lineage, s.state == SampleState.READY)
+        with self._database.read() as connection:
+            versions = {version for version, _, _ in _ready(connection, lineage)}
+        reasons = {version: reason_for(version) for version in versions}
+        stale = {version: reason for version, reason in reasons.items() if reason is not None}
+        dropped = Counter[str]()
+        if not stale:
+            return dropped
+        with self._database.write() as connection:
+            for version, reason in stale.items():
+                done = connection.execute(
+                    sa.update(t.samples)
+                    .where(*ready, s.policy_version == version)
+                    .values(state=SampleState.DROPPED, reason=reason)
+                )
+                dropped[reason] += done.rowcount
+        return dropped
+
+
+def _load_samples(
+    connection: sa.Connection, turn_ids: Sequence[str], *where: sa.ColumnElement[bool]
+) -> list[Sample]:
+    """The samples of those of the turns that are `where`, in the order of `turn_ids`."""
+    v, o = t.verdicts.c, t.other_hints.c
+    query = (
+        sa.select(t.turns, v.score, v.hinted_prompt_ids)
+        .join(t.samples, t.samples.c.turn == t.turns.c.id)
+        .join(t.verdicts, v.turn == t.turns.c.id)
+        .where(t.turns.c.id.in_(turn_ids), *where)
+    )
+    rows = {row.id: row for row in connection.execute(query)}
+    others: dict[str, list[bytes]] = {turn_id: [] for turn_id in rows}
+    further = sa.select(o.turn, o.prompt_ids).where(o.turn.in_(others)).order_by(o.turn, o.seq)
+    for row in connection.execute(further):
+        others[row.turn].append(row.prompt_ids)
+    parts = (
+        part or b""
+        for row in rows.values()
+        for part in (row.prompt_ids, row.hinted_prompt_ids, *others[row.id])
+    )
+    found = texts.get(connection, texts.hashes(b"".join(parts)))
+    return [
+        Sample(
+            turn=row.id,
+            session=row.session,
+            policy_version=row.policy_version,
+            prompt_ids=join_runs(row.prompt_ids, found) or (),
+            completion_ids=unpack_ids(row.completion_ids) or (),
+            behaviour_logprobs=unpack_floats(row.behaviour_logprobs) or (),
+            score=row.score,
+            hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
+            other_prompts=tuple(join_runs(runs, found) or () for runs in others[row.id]),
+        )
+        for row in (rows[turn_id] for turn_id in turn_ids if turn_id in rows)
+    ]
+
+
+def _ready(connection: sa.Connection, lineage: str) -> dict[tuple[int, int, int], int]:
+    """How many samples are ready, by version, score and whether there is a hinted prompt."""
+    found = read_counts(connection, "ready", f"{lineage}/")
+    kinds = {tuple(map(int, key.rsplit("/", 3)[1:])): count for key, count in found}
+    return cast("dict[tuple[int, int, int], int]", kinds)
+
+
+def _usable(kind: Sequence[int], scored: bool, hinted: bool) -> bool:
+    score, has_hint = kind
+    return bool((scored and score) or (hinted and has_hint))
+
+
+def _freshest(
+    connection: sa.Connection, lineage: str, limit: int, scored: bool, hinted: bool
+) -> Iterator[tuple[str, str]]:
+    """(turn, session) of usable samples: of the newest version first, of each the oldest first.
+
+    They are read in the order of the index as they are asked for, at most `limit` of each kind.
+    """
+    s = t.samples.c
+    kinds = [kind for kind in _ready(connection, lineage) if _usable(kind[1:], scored, hinted)]
+
+    def waiting(version: int, score: int, has_hint: int) -> Iterator[sa.Row[*tuple[Any, ...]]]:
+        query = sa.select(s.seq, s.turn, t.turns.c.session).where(
+            t.turns.c.id == s.turn,
+            s.lineage == lineage,
+            s.state == SampleState.READY,
+            s.policy_version == version,
+            s.score == score,
+            s.hinted == bool(has_hint),
+        )
+        some = query.order_by(s.seq).limit(limit).execution_options(yield_per=_READ_AHEAD)
+        return iter(connection.execute(some))
+
+    for version in sorted({kind[0] for kind in kinds}, reverse=True):
+        of_kind = [waiting(*kind) for kind in kinds if kind[0] == version]
+        yield from ((row.turn, row.session) for row in merge(*of_kind, key=lambda row: row.seq))

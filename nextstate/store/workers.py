@@ -1,0 +1,48 @@
+"""What each proxy worker said last: that it lives, which adapters it uses, what it counted."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import orjson
+import sqlalchemy as sa
+
+from nextstate.store import schema as t
+from nextstate.store.database import Database, queries
+from nextstate.store.packing import dump
+
+_SILENT_S = 10.0
+"""A worker that was silent for longer counts as dead."""
+
+
+@queries
+class Workers:
+    """Queries for the proxy's workers."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def beat(self, worker: str, adapters: Sequence[str], counts: Mapping[str, int]) -> None:
+        """Notes that a worker lives, which adapters it uses and what it has counted."""
+        values = {
+            "beat": self._database.now(),
+            "adapters": dump(list(adapters)),
+            "counts": dump(dict(counts)),
+        }
+        row = self._database.insert(t.workers).values(id=worker, **values)
+        with self._database.write() as connection:
+            connection.execute(row.on_conflict_do_update(index_elements=["id"], set_=values))
+
+    def leave(self, worker: str) -> None:
+        """Notes that a worker has ended."""
+        with self._database.write() as connection:
+            connection.execute(sa.delete(t.workers).where(t.workers.c.id == worker))
+
+    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
+        """What each other living worker said last: the adapters it uses, and its counts."""
+        w = t.workers.c
+        query = sa.select(w.adapters, w.counts)
+        alive = query.where(w.id != worker, w.beat >= self._database.now() - _SILENT_S)
+        with self._database.read() as connection:
+            rows = connection.execute(alive).all()
+        return [(orjson.loads(row.adapters), orjson.loads(row.counts)) for row in rows]

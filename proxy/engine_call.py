@@ -1,0 +1,208 @@
+"""The one call to the engine: every request under /v1/ gets its answer's head here.
+
+A request waits while the engine is down. It is sent again if a kept connection was closed, if the
+engine has lost the adapter, or in a plainer form if the engine refuses this one.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from string import punctuation
+from typing import Generic, TypeVar, cast
+from urllib.parse import quote
+
+from aiohttp import web
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from nextstate.errors import WrongEngineError
+from nextstate.file_descriptors import out_of_descriptors
+from nextstate.records import PolicyVersion
+from proxy.answers import Refused, is_redirect, redirected
+from proxy.config import ProxyConfig
+from proxy.serving import Direct, Passed, Serving
+from proxy.upstream import Answer, HeadCut, NotHttp, Upstream
+from proxy.versions import Versions
+
+log = logging.getLogger(__name__)
+
+_Form = TypeVar("_Form", bound=Serving)
+
+_HOP_BY_HOP = frozenset(
+    {
+        *("connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te"),
+        *("trailer", "transfer-encoding", "upgrade", "host", "content-length", "expect"),
+    }
+)
+_SENT_ON = frozenset(
+    {
+        *("accept", "user-agent", "endpoint-load-metrics-format"),
+        *("x-request-id", "x-session-id", "traceparent", "tracestate"),
+    }
+)
+"""The headers that vLLM reads, without those that the proxy sets itself and those with which one
+client could harm others: its priority, the rank that serves it, the key for the proxy."""
+_NOT_SENT_BACK = _HOP_BY_HOP | {
+    *("location", "content-location", "refresh"),  # the engine's own address
+    *("access-control-allow-origin", "access-control-allow-credentials"),  # the proxy sets these
+    "access-control-expose-headers",
+}
+_REFUSED = (400, 422)
+_JSON = "application/json"
+ATTEMPTS = 5
+"""How often a request may find its connection broken: the request may be what breaks it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """What every call needs."""
+
+    config: ProxyConfig
+    versions: Versions
+    upstream: Upstream
+    out_of_files: Callable[[BaseException], Refused]
+    """Counts that no connection to the engine can be opened, and returns what the client gets."""
+
+
+class EngineCall(Generic[_Form]):
+    """One request on its way to the engine.
+
+    Raises ValueError if the request cannot be written as JSON because it is nested too deep.
+    """
+
+    def __init__(
+        self, engine: Engine, request: web.Request, serving: _Form, version: PolicyVersion | None
+    ) -> None:
+        self.serving = serving
+        """The form in which the request was sent last."""
+        self.version = version
+        """The version whose adapter is asked; None if the request names no model."""
+        self._engine = engine
+        self._request = request
+        self._body = b""
+        self._write()
+
+    def use(self, serving: _Form) -> None:
+        """Asks in another form from now on."""
+        self.serving = serving
+        self._write()
+
+    def _write(self) -> None:
+        adapter = None if self.version is None else self.version.adapter_name
+        self._body = self.serving.request(adapter or self._engine.versions.engine.model)
+
+    async def open(self, tried: int = 0) -> Answer:
+        """The engine's answer, once its head has come. Waits for an engine that is down.
+
+        `tried` attempts were made before. Raises Refused if there is no answer to pass on.
+        """
+        deadline = time.monotonic() + self._engine.config.hold_s
+        for attempt in range(tried, ATTEMPTS):
+            if not self._engine.versions.up:
+                await self._wait_up(deadline)
+            if (answer := await self.attempt(fresh=attempt > 0)) is not None:
+                return answer
+        raise Refused(503, f"The inference engine closed the connection {ATTEMPTS} times.")
+
+    async def _wait_up(self, deadline: float) -> None:
+        try:
+            await self._engine.versions.wait_admitted(max(0.0, deadline - time.monotonic()))
+        except TimeoutError:
+            raise Refused(
+                503,
+                "The inference engine is not available; the request was held and has timed out.",
+            ) from None
+        except WrongEngineError as error:
+            raise Refused(503, f"The inference engine cannot be used: {error}.") from error
+
+    async def attempt(self, *, fresh: bool) -> Answer | None:
+        """One attempt; None if the request may be sent again. Raises Refused.
+
+        After a kept connection failed it may be sent again on a fresh one, because the engine may
+        have closed the kept one before. After a fresh one failed, only if the engine is down. It
+        is never sent again once a part of an answer has come.
+        """
+        path = self._request.path
+        try:
+            return await self._answer(fresh=fresh)
+        except NotHttp as error:
+            log.warning("%s: the engine's answer is not HTTP: %r", path, error)
+            raise Refused(503, "The inference engine's answer is not HTTP.") from error
+        except OSError as error:
+            log.info("%s: the engine gave no answer: %r", path, error)
+            if out_of_descriptors(error):
+                raise self._engine.out_of_files(error) from error
+            begun = isinstance(error, HeadCut)
+            if not fresh and not begun:
+                return None
+            if await self._engine.versions.is_well() or begun:
+                raise Refused(
+                    503, "The inference engine closed the connection without an answer."
+                ) from error
+            return None
+
+    async def _answer(self, *, fresh: bool) -> Answer:
+        versions = self._engine.versions
+        version = self.version
+        if version is not None and version.adapter_name and not versions.engine.abilities.adapters:
+            # It became known while the request waited.
+            self.version = version = versions.serves(version.lineage)
+            self._write()
+        answer = await self._send(fresh=fresh)
+        if answer.status == 404 and version is not None and version.adapter_name is not None:
+            unknown = version.adapter_name.encode() in await answer.peek()
+            if unknown and await versions.restored(version):
+                answer.close()
+                answer = await self._send()
+        if answer.status != 200 and (plainer := self._plainer(answer.status)) is not None:
+            answer.close()
+            self.use(plainer)
+            answer = await self._send()
+            if answer.status == 200 and isinstance(plainer, Direct):
+                versions.engine_refuses_additions()
+        if is_redirect(answer.status, answer.headers):
+            answer.close()
+            raise redirected(self.serving.path, answer.status)
+        return answer
+
+    def _plainer(self, status: int) -> _Form | None:
+        """The form to ask in after an answer that is not 200; None if the answer stands."""
+        told_tokens = self._engine.versions.engine.abilities.tells_tokens
+        if isinstance(self.serving, Direct) and (status not in _REFUSED or told_tokens):
+            return None  # the engine did not refuse it because of what was added
+        return cast("_Form | None", self.serving.plainer())
+
+    async def _send(self, *, fresh: bool = False) -> Answer:
+        request = self._request
+        headers = _engine_headers(request.headers)
+        if not isinstance(self.serving, Passed):
+            headers["Content-Type"] = _JSON
+        elif "Content-Type" in request.headers:
+            headers["Content-Type"] = request.headers["Content-Type"]
+        target = self.serving.path
+        if target == request.path:  # the path and query as the client wrote them
+            target = str(request.rel_url)
+            if not (target.isascii() and target.isprintable()):
+                target = quote(target, safe=punctuation, errors="surrogateescape")
+        return await self._engine.upstream.ask(
+            request.method, target, headers, self._body, fresh=fresh
+        )
+
+
+def _engine_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """The client's headers that the engine gets. Not every server takes two user agents."""
+    sent: CIMultiDict[str] = CIMultiDict()
+    for name, value in headers.items():
+        known = name.lower()
+        if known in _SENT_ON and not (known == "user-agent" and name in sent):
+            sent.add(name, value)
+    return sent
+
+
+def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
+    """The engine's headers that the client gets."""
+    return CIMultiDict(
+        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_BACK
+    )

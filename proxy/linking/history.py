@@ -1,0 +1,346 @@
+"""The messages of a request, read once, and the keys by which its turn and its parent are found.
+
+A turn is found by what its replies mean (`proxy/linking/meaning.py`): agents stamp, join and drop
+what users wrote, but send the model's replies back. What users and tools said tells conversations
+with the same replies apart.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import string
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import orjson
+
+from nextstate.hooks import AgentProfile, Utterance, attached, text_of
+from nextstate.records import TRUST, Json, NextState, Source
+from nextstate.store.texts import content_hash
+from nextstate.wire import write_json
+from proxy.linking.meaning import Meaning, key_of, meaning_of
+
+KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
+"""A context key is a key of the words, then one of the system's messages, then one of the exact
+messages."""
+CONTEXT_KEY_BYTES = KEY_BYTES + SYSTEM_BYTES + LETTERS_BYTES
+_SYSTEM = ("system", "developer")
+_TOOLS = ("tool", "function")
+_WHITE_SPACE = string.whitespace.encode()
+_CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
+"""The characters in which two times differ."""
+_RARE_BYTES = 180
+"""From this size on hardly any two conversations get the same reply by chance. Most canned
+greetings, refusals and first tool calls are shorter."""
+_MOST_PARTS = 32
+"""One reply is looked for in this many messages at most."""
+_LONG_PROMPT, _PROGRAM_REPEATS = 80, 3
+"""A user's text of this many characters comes from a program if a history repeats it this often."""
+_MOST_REMEMBERED_BYTES, _MESSAGE_BYTES = 16 << 20, 600
+"""Of memory for all remembered messages, and for one besides its texts."""
+
+
+class Message(NamedTuple):
+    """What linking needs of one message. It depends on the message and the profile alone."""
+
+    hash: bytes
+    """The name under which the message is stored."""
+    role: str
+    utterance: Utterance | None
+    """What the agent's profile reads in it."""
+    shown: Utterance | None
+    """What it says about a reply before it; for a user's attachments, their kinds."""
+    meaning: Meaning | None
+    """None unless it is an assistant message."""
+    text: bytes
+    """What counts of its text for a context key."""
+    counts: bool
+    """False for a text in which the profile reads nothing: the agent may not send it again."""
+    words: str
+    """What it says, the system's text included; tells a retry from another first request."""
+
+
+class RememberedMessages:
+    """What messages were read as, at most `most_bytes` of it.
+
+    An agent sends its whole history with each request, so most messages were read before.
+    """
+
+    def __init__(self, most_bytes: int = _MOST_REMEMBERED_BYTES) -> None:
+        self._most_bytes = most_bytes
+        self._bytes = 0
+        self._found = OrderedDict[tuple[str, bytes], tuple[Message, int]]()
+        """(message, its size) by profile and hash; those at the end were used last."""
+
+    def read(self, messages: Sequence[Json], profile: AgentProfile) -> list[Message]:
+        """Each message as `profile` reads it."""
+        found: list[Message] = []
+        for message in messages:
+            content = content_hash(write_json(message))
+            key = profile.name, content
+            known = self._found.get(key)
+            if known is None:
+                read = _read(message, content, profile)
+                size = _MESSAGE_BYTES + len(read.text) + 2 * len(read.words)
+                size += len(read.meaning.text) if read.meaning else 0
+                self._found[key] = read, size
+                self._bytes += size
+            else:
+                read = known[0]
+                self._found.move_to_end(key)
+            found.append(read)
+        while self._bytes > self._most_bytes:
+            _, (_, size) = self._found.popitem(last=False)
+            self._bytes -= size
+        return found
+
+
+class Context(NamedTuple):
+    """Digests of what users, tools and the system said before a reply."""
+
+    words: bytes
+    """Of the texts that the profile reads, so that an agent's rewriting leaves no trace; of the
+    exact messages where there is no text."""
+    system: bytes
+    """Of the system's texts without what a clock changes."""
+    letters: bytes
+    """Of the exact messages, the system's included; without the agent's own notes."""
+    hashes: tuple[bytes, ...]
+    """The messages' hashes, without the system's."""
+
+    def key(self, chain_key: bytes) -> bytes | None:
+        """32 bytes, the last 16 of them `system` and `letters`; None if nothing was said."""
+        if not self.hashes:
+            return None
+        words = hashlib.blake2b(chain_key + self.words, digest_size=KEY_BYTES).digest()
+        return words + self.system + self.letters
+
+
+class Scope(NamedTuple):
+    """Where a request looks for its turn: keys of other lineages or names are different."""
+
+    lineage: str
+    client_session: str | None
+    """The session that the client names."""
+    is_shared_name: bool = False
+    """True if the name is a person's or an app's: many conversations may have it."""
+
+    @property
+    def prefix(self) -> bytes:
+        """What goes into each key."""
+        return orjson.dumps([self.lineage, self.client_session])
+
+
+class History(NamedTuple):
+    """The messages of one request."""
+
+    messages: list[Message]
+    replies: list[Meaning]
+    starts: list[int]
+    """The messages with which the last reply may begin, the likeliest first."""
+    contexts: list[Context]
+    """What was said before each of `starts`."""
+    context: Context
+    """What was said in all messages."""
+
+
+class Keys(NamedTuple):
+    """The keys by which a stored turn is found."""
+
+    chain: bytes
+    """Of all replies up to the turn's own."""
+    reply: bytes
+    """Of the turn's own reply."""
+    context: bytes | None
+    """Of the chain and what was said before the turn's reply; None if nothing was said."""
+
+
+class Reply(NamedTuple):
+    """The last reply of a history, if it begins with the message `start`."""
+
+    start: int
+    key: bytes | None
+    """None if it is empty, as many are."""
+    context_key: bytes | None
+    """Of all replies and of what was said before this one; None if nothing was said."""
+    hashes: tuple[bytes, ...]
+    """Of the messages that users and tools sent before it."""
+
+
+class Link(NamedTuple):
+    """How a request finds the turn that it continues."""
+
+    chain_key: bytes
+    """Of all assistant messages in the request."""
+    replies: tuple[Reply, ...]
+    """The likeliest first: an agent may have split the reply into several messages."""
+    rare: bool
+    """True if the last message is so long that hardly any other conversation got the same."""
+
+
+def read_history(
+    messages: Sequence[Json], profile: AgentProfile, remembered: RememberedMessages | None = None
+) -> History:
+    """Reads the messages of a request, each one that is not remembered."""
+    read = (remembered or RememberedMessages()).read(messages, profile)
+    starts = _reply_starts(read)
+    *before, in_all = _contexts(read, starts)
+    replies = [one.meaning for one in read if one.meaning is not None]
+    return History(read, replies, starts, before, in_all)
+
+
+def keys_of(history: History, reply: Meaning, scope: Scope) -> Keys:
+    """The keys of the turn that answers `history` with `reply`."""
+    prefix = scope.prefix
+    own = key_of([reply], prefix)
+    chain = key_of([*history.replies, reply], prefix) if history.replies else own
+    return Keys(chain, own, history.context.key(chain))
+
+
+def link_of(history: History, scope: Scope) -> Link | None:
+    """How to find the turn that a request continues; None if its history holds no reply."""
+    chain = history.replies
+    if not chain:
+        return None
+    prefix = scope.prefix
+    chain_key = key_of(chain, prefix)
+    replies: list[Reply] = []
+    for parts, (start, before) in enumerate(zip(history.starts, history.contexts, strict=True), 1):
+        parts_of_reply = chain[-parts:]
+        is_empty = not any(part.size for part in parts_of_reply)
+        key = None if is_empty else key_of(parts_of_reply, prefix)
+        replies.append(Reply(start, key, before.key(chain_key), before.hashes))
+    return Link(chain_key, tuple(replies), chain[-1].size >= _RARE_BYTES)
+
+
+def place_of(scope: Scope, kind: str, parent: str | None, history: History) -> bytes | None:
+    """A 16-byte digest of the place of a request in its conversation; a retry has the same place.
+
+    After a reply the place is the turn that the request continues, because agents rewrite what they
+    send again. At the start of a conversation it is what was said. None if nothing was said there.
+    """
+    said: list[str] = []
+    if parent is None:
+        said = [one.words for one in history.messages if one.words]
+        if not said:
+            return None
+    place = orjson.dumps([scope.lineage, scope.client_session, kind, parent, said])
+    return hashlib.blake2b(place, digest_size=16).digest()
+
+
+def next_states(turn: str, history: History, start: int | None = None) -> list[NextState]:
+    """What was said about `turn` after its reply, which begins with the message `start`.
+
+    By default that is the last reply.
+    """
+    messages = history.messages
+    if start is None:
+        start = history.starts[0] if history.starts else len(messages)
+    after = [one.shown for one in messages[start + 1 :] if one.shown is not None]
+    repeats: Counter[Utterance] = Counter()
+    if any(map(_is_long_prompt, after)):
+        repeats.update(
+            one.utterance for one in messages if one.utterance and _is_long_prompt(one.utterance)
+        )
+    return [
+        NextState(turn, one.source, one.text, TRUST[one.source])
+        for one in after
+        if repeats[one] < _PROGRAM_REPEATS
+    ]
+
+
+def _is_long_prompt(utterance: Utterance) -> bool:
+    return utterance.source is Source.USER and len(utterance.text) >= _LONG_PROMPT
+
+
+def _read(message: Json, content: bytes, profile: AgentProfile) -> Message:
+    role, utterance = str(message.get("role")), profile.utterance(message)
+    plain, words = text_of(message.get("content")), utterance.text if utterance else ""
+    if role == "assistant":
+        return Message(content, role, utterance, None, meaning_of(message), b"", False, words)
+    if role in _SYSTEM:
+        text = plain.encode().translate(None, _CLOCK)
+        return Message(
+            content, role, utterance, utterance, None, text, True, words if utterance else plain
+        )
+    shown = utterance
+    if utterance is None and role == "user":
+        shown = attached(message.get("content"))
+    # Without white space, because an agent may join messages.
+    text = words.encode().translate(None, _WHITE_SPACE)
+    counts = utterance is not None or not plain  # a picture has no text
+    return Message(content, role, utterance, shown, None, text, counts, words)
+
+
+def _reply_starts(messages: Sequence[Message]) -> list[int]:
+    """The messages with which the last reply of a history may begin, the likeliest first.
+
+    Agents split one reply into several messages, such as one for each call. So the reply begins
+    with the last assistant message, or with one before it if only results of tools and messages
+    without anything heard are between them.
+    """
+    starts: list[int] = []
+    for position in range(len(messages) - 1, -1, -1):
+        message = messages[position]
+        if message.role == "assistant":
+            starts.append(position)
+        elif starts and message.role not in _TOOLS and message.utterance is not None:
+            break
+        if len(starts) == _MOST_PARTS:
+            break
+    return starts
+
+
+class _Gathered:
+    """Gathers a context, message by message."""
+
+    def __init__(self, system: Sequence[Message] = ()) -> None:
+        self._words = hashlib.blake2b(digest_size=KEY_BYTES)
+        self._any_words = False
+        self._system = hashlib.blake2b(digest_size=SYSTEM_BYTES)
+        self._letters = hashlib.blake2b(digest_size=LETTERS_BYTES)
+        self.hashes: list[bytes] = []
+        for message in system:
+            self.add_system(message)
+
+    def add_system(self, message: Message) -> None:
+        self._letters.update(message.hash)
+        self._system.update(message.text)
+
+    def add(self, message: Message) -> None:
+        self._letters.update(message.hash)
+        self.hashes.append(message.hash)
+        if message.utterance is not None:
+            self._any_words = True
+            self._words.update(message.text)
+
+    def context(self) -> Context:
+        words = self._words if self._any_words else self._letters
+        letters = self._letters.digest()
+        return Context(words.digest(), self._system.digest(), letters, tuple(self.hashes))
+
+
+def _contexts(messages: Sequence[Message], starts: Sequence[int]) -> list[Context]:
+    """What was said before each of `starts`, then what was said in all messages.
+
+    Messages that do not count are left out. Where no message counts yet, all of them do: otherwise
+    a profile that takes every text for the agent's own would leave nothing to compare.
+    """
+    gathered, any_counts = _Gathered(), False
+    system: list[Message] = []
+    found: dict[int, Context] = {}
+    for position, message in enumerate(messages):
+        if message.meaning is not None:
+            if position in starts:
+                found[position] = gathered.context()
+        elif message.role in _SYSTEM:
+            system.append(message)
+            gathered.add_system(message)
+        elif message.counts or not any_counts:
+            if message.counts and not any_counts:
+                any_counts = True
+                if gathered.hashes:
+                    gathered = _Gathered(system)
+            gathered.add(message)
+    return [*(found[start] for start in starts), gathered.context()]

@@ -1,0 +1,151 @@
+"""The decision which turn a request continues, and which session its turn belongs to.
+
+The store hands out candidates by their keys; here one of them is chosen, or none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from nextstate.records import TurnKind
+from nextstate.store.sessions import Candidate, Sessions
+from proxy.linking.history import KEY_BYTES, LETTERS_BYTES, SYSTEM_BYTES, Link, Scope
+
+
+class Found(NamedTuple):
+    """What the search for the turn that a request continues has found."""
+
+    parent: Candidate | None = None
+    start: int | None = None
+    """The message of the request with which the parent's reply begins."""
+    unsure: bool = False
+    """True if there were candidates, and none of them is surely the parent."""
+
+
+def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
+    """The turn that a request with this link continues.
+
+    The first candidates have the same chain of replies and the same context, to the letter or at
+    least in its words. The next ones have the same chain, and the last ones the same last reply,
+    because the agent may have cut its history. Strangers get the same replies too, so a candidate
+    with another context must share a message with the request. If none does, the reply must be
+    rare, or the client's name must stand for one conversation only.
+
+    Of several candidates the one with most in common is taken, then one that nothing has continued
+    yet, then the newest. If different conversations have equally much in common and are not all
+    alike, none is taken.
+    """
+    unsure = False
+    for rows, hashes in _candidates(sessions, link):
+        if hashes is not None:
+            shared = [row for row in rows if _in_common(row, hashes)]
+            if rows and not shared and not link.rare:
+                unsure = not _is_only_conversation(sessions, scope)
+                if unsure:
+                    continue
+            rows = shared or rows
+        if rows:
+            best = _surest(rows, link)
+            return Found(best, best and _start(best, link), best is None)
+    return Found(unsure=unsure)
+
+
+def main_turn(sessions: Sessions, turn: Candidate) -> Candidate | None:
+    """The newest main turn that a turn goes back to; itself if it is one."""
+    found: Candidate | None = turn
+    while found is not None and found.kind != TurnKind.MAIN:
+        found = sessions.parent_of(found.id)
+    return found
+
+
+def session_of(sessions: Sessions, scope: Scope, name: str, *, fresh: bool) -> str:
+    """The session of a turn without a parent, under the client's `name`.
+
+    One name may stand for many conversations (a user's name, a chat that was reset) and for clients
+    of several lineages. So each `fresh` one, which holds nothing from the assistant, is named
+    `name`, `name~2`, `name~3`, … Any other one is taken for the newest of the lineage, with its
+    history rewritten.
+    """
+    newest = sessions.newest_of_name(name, scope.lineage)
+    if newest is not None and not fresh:
+        return newest
+    last = (sessions.newest_started(name) or "").removeprefix(f"{name}~")
+    number = int(last) if last.isdecimal() else 1
+    session = name
+    while sessions.next_index(session):  # clients may use a name such as `name~2` themselves
+        number += 1
+        session = f"{name}~{number}"
+    return session
+
+
+def _candidates(
+    sessions: Sessions, link: Link
+) -> Iterator[tuple[list[Candidate], Sequence[bytes] | None]]:
+    """Candidates, the likeliest first, and the hashes of which one must be shared with them."""
+    keys = [reply.context_key for reply in link.replies if reply.context_key]
+    for key in keys[:1]:
+        yield sessions.with_context_key(key), None
+    of_chain = sessions.with_chain_key(link.chain_key)
+    if of_chain:
+        for key in keys[1:]:
+            yield sessions.with_context_key(key), None
+        for key in keys:
+            start = key[:-LETTERS_BYTES]
+            yield [row for row in of_chain if (row.context_key or b"").startswith(start)], None
+            yield sessions.with_context_prefix(start), None
+        for key in keys:
+            yield sessions.with_context_prefix(key[:KEY_BYTES]), None
+        yield of_chain, link.replies[0].hashes
+    for reply in link.replies:
+        if reply.key is not None:
+            # Of a history that was cut, only what stood right before the reply is left.
+            yield sessions.with_reply_key(reply.key), reply.hashes[-1:]
+
+
+def _is_only_conversation(sessions: Sessions, scope: Scope) -> bool:
+    """Whether a client's name stands for one conversation only.
+
+    If the name is a conversation's, that is the last one that began, unless another one went on
+    since: an agent keeps the name when it resets a chat. Under a shared name there must be no other
+    conversation.
+    """
+    if scope.client_session is None:
+        return False
+    begun = sessions.newest_start(scope.client_session, scope.lineage)
+    if begun is None:
+        return True
+    session, position = begun
+    after = 0 if scope.is_shared_name else position
+    return not sessions.has_others(scope.client_session, scope.lineage, session, after)
+
+
+def _in_common(row: Candidate, hashes: Sequence[bytes]) -> int:
+    """How many of a request's messages stood before this turn's reply, too."""
+    return len(frozenset(hashes).intersection(row.message_hashes))
+
+
+def _surest(rows: Sequence[Candidate], link: Link) -> Candidate | None:
+    """The turn that has most in common with a request; None if it may be a stranger's."""
+    if len(rows) == 1:
+        return rows[0]
+    last = link.replies[0]
+    marks = [
+        (_in_common(row, last.hashes), _system(row.context_key) == _system(last.context_key))
+        for row in rows
+    ]
+    top = [row for row, mark in zip(rows, marks, strict=True) if mark == max(marks)]
+    kinds = {row.context_key[:-LETTERS_BYTES] if row.context_key else row.messages for row in top}
+    if len(kinds) > 1 and len({row.session for row in top}) > 1:
+        return None
+    return max(top, key=lambda row: (not row.continued, row.seq))
+
+
+def _system(context_key: bytes | None) -> bytes | None:
+    return context_key and context_key[KEY_BYTES : KEY_BYTES + SYSTEM_BYTES]
+
+
+def _start(row: Candidate, link: Link) -> int:
+    """The message with which the reply of the turn that a request continues begins."""
+    starts = (reply.start for reply in link.replies if reply.key and reply.key == row.reply_key)
+    return next(starts, link.replies[0].start)  # the last message holds more than this reply

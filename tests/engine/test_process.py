@@ -1,0 +1,61 @@
+"""The managed server's command line, environment and cause of death."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from nextstate.config import EngineConfig
+from nextstate.engine.process import cause_of_death, command, environment, free_port, port_is_free
+
+
+@pytest.mark.parametrize(
+    ("log", "expected"),
+    [
+        ("INFO ok\napi_server.py: error: unrecognized arguments: --x\n", "unrecognized arguments"),
+        (
+            "(EngineCore pid=1) ERROR 11-22 10:00:00 [core.py:1] ValueError: head size 7\n"
+            "RuntimeError: Engine core initialization failed. See root cause above.\n",
+            "ValueError: head size 7",
+        ),
+        (
+            "(APIServer pid=1) WARNING 11-27 12:00:00 [utils.py:2] fd errors like `OSError: [Errno "
+            "24] Too many open files`. Consider increasing\nRuntimeError: no memory\n"
+            "(APIServer pid=1) INFO 11-27 12:00:01 [launcher.py:3] error: none\n",
+            "RuntimeError: no memory",
+        ),
+        ("", "its log is empty"),
+        ("just words\n", "just words"),
+    ],
+)
+def test_the_cause_of_death_is_the_most_specific_line(log: str, expected: str) -> None:
+    found = cause_of_death(log)
+    assert expected in found
+    assert "pid=" not in found
+
+
+def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> None:
+    config = EngineConfig(model=str(tmp_path), served_model_name="m", env={"X": "1"})
+    argv = command(config, 5)
+    assert argv[1:4] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
+    assert "--enable-lora" in argv
+    assert argv[argv.index("--generation-config") + 1] == "vllm"
+    own = EngineConfig(model="m", args=("--generation-config", "auto"))
+    assert command(own, 5).count("--generation-config") == 1
+    env = environment(config, {"PATH": "/bin"})
+    assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
+    assert env["PATH"] == "/bin"
+
+
+def test_a_port_in_use_is_not_free() -> None:
+    async def run() -> None:
+        port = free_port()
+        assert port_is_free("127.0.0.1", port)
+        server = await asyncio.start_server(lambda r, w: None, "127.0.0.1", port)
+        assert not port_is_free("127.0.0.1", port)
+        server.close()
+        await server.wait_closed()
+
+    asyncio.run(run())

@@ -1,0 +1,114 @@
+"""Every text is stored once, counts its uses, and is deleted with the last of them."""
+
+from __future__ import annotations
+
+import sqlite3
+from collections import Counter
+from contextlib import closing
+from pathlib import Path
+
+from nextstate.config import StoreConfig
+from nextstate.records import Feedback, HintedPrompt, Verdict
+from nextstate.store import Store, texts
+from nextstate.store.texts import hashes
+from tests.store.test_records import add, turn
+
+
+def assert_uses_are_counted(connection: sqlite3.Connection) -> None:
+    """Each text has as many uses as records refer to it, and none is without."""
+    connection.row_factory = sqlite3.Row
+    used = Counter[bytes]()
+    turns = {row["id"]: row for row in connection.execute("SELECT * FROM turns")}
+    for row in turns.values():
+        parent = turns.get(row["parent"])
+        used.update(of_turn(row) - (of_turn(parent) if parent else set()))
+    for query in (
+        "SELECT text FROM next_states",
+        "SELECT base FROM texts WHERE base NOT NULL",
+        "SELECT hint FROM feedback WHERE hint NOT NULL",
+        "SELECT comment FROM feedback WHERE comment NOT NULL",
+    ):
+        used.update(row[0] for row in connection.execute(query))
+    for query in (
+        "SELECT hint, hinted_prompt_ids FROM verdicts",
+        "SELECT hint, prompt_ids FROM other_hints",
+    ):
+        for hint, runs in connection.execute(query):
+            used.update({hint, *hashes(runs or b"")} - {None})
+    stored = dict(connection.execute("SELECT hash, uses FROM texts").fetchall())
+    connection.row_factory = None
+    assert stored == used
+
+
+def of_turn(row: sqlite3.Row) -> set[bytes]:
+    """The texts that a turn refers to."""
+    single = {row["rest"], row["reply"], row["tools"]} - {None}
+    return {*single, *hashes(row["messages"]), *hashes(row["prompt_ids"] or b"")}
+
+
+def check(store: Store) -> int:
+    """Checks the uses; returns how many texts there are."""
+    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
+        assert_uses_are_counted(connection)
+        return connection.execute("SELECT count(*) FROM texts").fetchone()[0]
+
+
+def test_a_conversation_counts_each_message_once(store: Store) -> None:
+    said = [{"role": "user", "content": f"question {n}"} for n in range(40)]
+    for number in range(40):
+        parent = f"turn_{number - 1}" if number else None
+        request = {"messages": said[: number + 1], "tools": [{"type": "function"}]}
+        add(store, turn(number, request=request, parent=parent), next_state=None)
+    check(store)
+    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
+        assert {uses for (uses,) in connection.execute("SELECT uses FROM texts")} == {1}
+
+
+def test_what_a_new_verdict_replaces_is_deleted(store: Store) -> None:
+    add(store, turn(0))
+    before = check(store)
+    store.judging.give_feedback(Feedback("turn_0", -1, "Be brief.", "It was long."))
+    assert check(store) == before + 2
+    ids = tuple(range(3000))
+    store.judging.add_hinted_prompt(Verdict("turn_0", (), -1, "feedback", "Be brief.", ids))
+    assert check(store) > before + 3
+    store.judging.give_feedback(Feedback("turn_0", 1))
+    assert check(store) == before
+    assert store.judging.feedback("turn_0") == Feedback("turn_0", 1)
+
+
+def test_further_hints_are_deleted_with_their_verdict(store: Store) -> None:
+    add(store, turn(0))
+    before = check(store)
+    others = (HintedPrompt("Name the unit.", (1, 2, 8)), HintedPrompt("Be brief.", (1, 2, 9)))
+    verdict = Verdict("turn_0", (-1,), -1, "rules", "Be brief.", (1, 2, 9), None, others)
+    store.judging.settle_verdict(verdict)
+    assert check(store) == before + 4
+    store.judging.give_feedback(Feedback("turn_0", 1))
+    assert check(store) == before
+
+
+def test_a_text_that_another_process_deleted_is_stored_again(tmp_path: Path) -> None:
+    here, there = (Store(StoreConfig(dir=str(tmp_path))) for _ in range(2))
+    add(here, turn(0, request={"messages": []}), next_state="first")
+    key = texts.content_hash(b"first")
+    with there.database.write() as connection:
+        connection.exec_driver_sql("DELETE FROM next_states")
+        texts.release(connection, [key])
+        assert texts.get(connection, [key]) == {}
+    add(here, turn(1, request={"messages": []}), next_state="first")  # it remembers the text
+    assert [state.text for state in here.turns.next_states("turn_1")] == ["first"]
+    check(here)
+    here.close()
+    there.close()
+
+
+def test_a_text_that_others_are_compressed_against_stays_until_they_go(store: Store) -> None:
+    long = " ".join(f"rule {n * n % 9973}" for n in range(5000)).encode()
+    with store.recording() as recording:
+        keys = [recording._texts.put(long + end) for end in (b"", b"one", b"two")]  # pyright: ignore[reportPrivateUsage]
+    with store.database.write() as connection:
+        texts.release(connection, keys[:1])
+        assert texts.get(connection, keys[1:])[keys[2]] == long + b"two"
+        texts.release(connection, keys[1:])
+        assert texts.get(connection, keys) == {}
