@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-_LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
+_LABEL = re.compile(r'\b([a-zA-Z_]\w{0,199})="((?:[^"\\]|\\.)*)"')
 
 
 def metric_values(text: str, name: str) -> Iterator[tuple[dict[str, str], float]]:

@@ -240,7 +240,7 @@ def test_doctor_names_what_is_wrong(config: Path, capsys: pytest.CaptureFixture[
     assert main(["doctor", "--config", str(config)]) == 0
     found = lines(capsys)
     assert all(line.startswith(" ok ") for line in found)
-    assert re.search(r"training: needs [\d.]+ GB: base .* GB are free on cpu", found[-1])
+    assert re.search(r"training: needs [\d.]+ GB for the base, .* GB of RAM free", found[-1])
     config.write_text(config.read_text() + '[agents]\nprofile = "nobody"\n')
     assert main(["doctor", "--config", str(config)]) == 2
     assert any(line.startswith("FAIL  agent profile") for line in lines(capsys))

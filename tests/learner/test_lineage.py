@@ -12,7 +12,7 @@ from learner.config import LearnerConfig
 from learner.selection import is_held_out
 from learner.trainer import PolicyTrainer
 from nextstate.records import Feedback, PolicyVersion, VersionState
-from tests.learner.test_stage import FakeEngine, train
+from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, Recorded, save_tiny_model
 
 

@@ -15,7 +15,7 @@ from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.config import EngineConfig
 from nextstate.engine import process as vllm
 from nextstate.errors import ConfigError, StartError
-from tests.learner.test_stage import FakeEngine, train
+from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_tiny_model import CONFIG as ANYWHERE
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 

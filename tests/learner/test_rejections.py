@@ -12,8 +12,8 @@ from learner.drift import drift_limit, drift_objection
 from learner.rejections import RejectionPause, rejected_in_a_row
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.training_status import read_training_status
+from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_lineage import SURE, reject_all
-from tests.learner.test_stage import FakeEngine, train
 from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
 
 

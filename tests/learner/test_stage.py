@@ -2,8 +2,6 @@
 
 import json
 import math
-import threading
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from nextstate.app.views import version_card
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
-from nextstate.store import Store
+from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_tiny_model import (
     BAD,
     CONFIG,
@@ -32,34 +30,6 @@ from tests.learner.test_tiny_model import (
 )
 
 
-class FakeEngine:
-    """A publisher that flips at once, remembers what it got and stops after `wanted` versions."""
-
-    def __init__(self, store: Store, wanted: int = 1, failures: int = 0) -> None:
-        self.stop = threading.Event()
-        self.published: list[int] = []
-        self.withdrawn: list[int] = []
-        self.attempts = 0
-        self.after: Callable[[PolicyVersion], None] = lambda _: None
-        self._store = store
-        self._wanted = wanted
-        self._failures = failures
-
-    def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
-        self.attempts += 1
-        if self.attempts <= self._failures:
-            raise EngineError("the engine is restarting")
-        if withdraw:
-            self._store.versions.replace_serving(version, version.parent)
-            self.withdrawn.append(version.number)
-            return
-        self._store.versions.set_serving(version.lineage, version.number)
-        self.published.append(version.number)
-        self.after(version)
-        if len(self.published) >= self._wanted:
-            self.stop.set()
-
-
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory) -> str:
     return save_tiny_model(tmp_path_factory.mktemp("model"))
@@ -68,19 +38,6 @@ def model_path(tmp_path_factory) -> str:
 @pytest.fixture
 def recorded(tmp_path, model_path) -> Recorded:
     return Recorded(tmp_path / "state", model_path)
-
-
-def train(recorded: Recorded, model_path: str, engine: FakeEngine, config=CONFIG) -> None:
-    stage.run(
-        recorded.store,
-        config,
-        model_path,
-        ["main"],
-        engine,
-        engine.stop,
-        first_wait_s=0.001,
-        full_disk_wait_s=0.001,
-    )
 
 
 def adapted_logprobs(model_path: str, version: PolicyVersion, reply: tuple[int, ...]) -> float:

@@ -18,7 +18,7 @@ from nextstate.store import Store
 from plugins.agents.profile import AGENTS
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
-from proxy.linking.history import next_states
+from proxy.linking.history import next_states, read_history
 from proxy.linking.names import named_kind
 
 CARRIER_TEXT = "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nx\n<<<END_OPENCLAW_INTERNAL_CONTEXT>>>"
@@ -119,10 +119,7 @@ def conversation(row: Json) -> Json:
 
 
 def states_of(request: Json) -> list[NextState]:
-    profile = AUTO.for_request(request)
-    return next_states(
-        "t", request["messages"], [profile.utterance(m) for m in request["messages"]]
-    )
+    return next_states("t", read_history(request["messages"], AUTO.for_request(request)))
 
 
 def votes(states: list[NextState]) -> tuple[int, bool]:

@@ -1,0 +1,56 @@
+"""The learner's stage against an engine that loads every adapter at once."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+from learner import stage
+from learner.config import LearnerConfig
+from nextstate.errors import EngineError
+from nextstate.records import PolicyVersion
+from nextstate.store import Store
+from tests.learner.test_tiny_model import CONFIG, Recorded
+
+
+class FakeEngine:
+    """A publisher that flips at once, remembers what it got and stops after `wanted` versions."""
+
+    def __init__(self, store: Store, wanted: int = 1, failures: int = 0) -> None:
+        self.stop = threading.Event()
+        self.published: list[int] = []
+        self.withdrawn: list[int] = []
+        self.attempts = 0
+        self.after: Callable[[PolicyVersion], None] = lambda _: None
+        self._store = store
+        self._wanted = wanted
+        self._failures = failures
+
+    def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
+        self.attempts += 1
+        if self.attempts <= self._failures:
+            raise EngineError("the engine is restarting")
+        if withdraw:
+            self._store.versions.replace_serving(version, version.parent)
+            self.withdrawn.append(version.number)
+            return
+        self._store.versions.set_serving(version.lineage, version.number)
+        self.published.append(version.number)
+        self.after(version)
+        if len(self.published) >= self._wanted:
+            self.stop.set()
+
+
+def train(
+    recorded: Recorded, model_path: str, engine: FakeEngine, config: LearnerConfig = CONFIG
+) -> None:
+    stage.run(
+        recorded.store,
+        config,
+        model_path,
+        ["main"],
+        engine,
+        engine.stop,
+        first_wait_s=0.001,
+        full_disk_wait_s=0.001,
+    )

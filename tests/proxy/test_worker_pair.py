@@ -1,0 +1,196 @@
+"""Two workers in one process with a store each: which adapters stay loaded, and what is counted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextstate.config import StoreConfig
+from nextstate.engine.client import publish
+from nextstate.store import Store
+from proxy.intervals import Intervals
+from tests.proxy.running_proxy import Running, add_version, request, running, until
+from tests.proxy.test_workers import metrics
+from tests.scripted_engine import MODEL, ScriptedEngine, adapter, scripted_engine
+
+
+class Clocked(Store):
+    """A worker's store, with a clock that the test sets."""
+
+    def __init__(self, folder: Path) -> None:
+        self.now = 1_000_000.0
+        self.looked = 0
+        """How often `others` was called."""
+        super().__init__(StoreConfig(dir=str(folder / "state")), lambda: self.now)
+        others = self.workers.others
+
+        def looked(worker: str) -> list[tuple[list[str], dict[str, int]]]:
+            self.looked += 1
+            return others(worker)
+
+        self.workers.others = looked
+
+
+class Pair:
+    """Two workers of one proxy, each with its own connection to the store."""
+
+    def __init__(
+        self, engine: ScriptedEngine, workers: tuple[Running, Running], stores: tuple[Clocked, ...]
+    ) -> None:
+        self.engine, self.workers, self.stores = engine, workers, stores
+
+    async def serve(self, tmp_path: Path, number: int) -> None:
+        """Publishes a version; returns when both workers serve it."""
+        client = self.workers[0].proxy.engine
+        await publish(self.stores[0], client, add_version(self.stores[0], tmp_path, number))
+        for worker in self.workers:
+            serving = worker.proxy.versions.serving
+            await until(lambda serving=serving: serving["main"].number == number)
+
+    async def told(self, worker: int, *adapters: str) -> None:
+        """Returns when the store says that a worker uses exactly these adapters."""
+        store = self.stores[0]
+        await until(
+            lambda: adapters in (tuple(a) for a, _ in store.workers.others(str(1 - worker)))
+        )
+
+    async def looks(self, worker: int, times: int = 3) -> None:
+        """Returns when a worker has called `others` this many times more."""
+        store = self.stores[worker]
+        wanted = store.looked + times
+        await until(lambda: store.looked >= wanted)
+
+    async def hold(self, worker: int) -> asyncio.Task[tuple[int, bytes, dict[str, str]]]:
+        """Starts a stream at a worker; it runs until the script's gate opens."""
+        before = len(self.engine.requests)
+        self.engine.script.gate = asyncio.Event()
+        held = asyncio.create_task(self.workers[worker].chat(request(stream=True)))
+        await until(lambda: len(self.engine.requests) > before)
+        return held
+
+
+def paired(tmp_path: Path, test: Callable[[Pair], Any]) -> None:
+    async def run() -> None:
+        stores = Clocked(tmp_path), Clocked(tmp_path)
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, stores[0], tmp_path, worker="0", record_timeout_s=10.0) as first,
+            running(engine.url, stores[1], tmp_path, worker="1", record_timeout_s=10.0) as second,
+        ):
+            for worker in (first, second):
+                await asyncio.wait_for(worker.proxy.versions.wait_up(), 10)
+            await test(Pair(engine, (first, second), stores))
+        for store in stores:
+            store.close()
+
+    asyncio.run(run())
+
+
+OLD, NEW = (adapter("main", number, f"v{number}") for number in (1, 2))
+
+
+@pytest.mark.parametrize("holder", [0, 1])
+def test_an_adapter_stays_loaded_while_another_worker_uses_it(tmp_path: Path, holder: int) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.serve(tmp_path, 1)
+        await pair.told(holder, OLD)
+        held = await pair.hold(holder)
+        await pair.serve(tmp_path, 2)
+        await pair.told(holder, OLD, NEW)
+        await pair.looks(1 - holder)
+        assert pair.engine.unloaded == []
+        assert pair.engine.script.gate is not None
+        pair.engine.script.gate.set()
+        status, _, headers = await held
+        assert (status, headers["x-nextstate-version"]) == (200, "1")
+        await until(lambda: pair.engine.unloaded == [OLD])
+        assert set(pair.engine.adapters) == {NEW}
+
+    paired(tmp_path, test)
+
+
+def test_the_old_version_stays_loaded_until_every_worker_serves_the_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.serve(tmp_path, 1)
+        await pair.told(1, OLD)
+        with monkeypatch.context() as patch:
+            old = pair.stores[1].versions.serving_of(["main"])
+            patch.setattr(pair.stores[1].versions, "serving_of", lambda names: old)
+            client = pair.workers[0].proxy.engine
+            await publish(pair.stores[0], client, add_version(pair.stores[0], tmp_path, 2))
+            await until(lambda: pair.workers[0].proxy.versions.serving["main"].number == 2)
+            await pair.looks(0)
+            assert pair.engine.unloaded == []
+        await until(lambda: pair.engine.unloaded == [OLD])
+
+    paired(tmp_path, test)
+
+
+def test_the_adapter_of_a_silent_worker_is_unloaded(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        await pair.serve(tmp_path, 1)
+        await pair.told(1, OLD)
+        held = await pair.hold(1)
+        await pair.serve(tmp_path, 2)
+        await pair.told(1, OLD, NEW)
+        pair.stores[0].now += 9.9  # the other's clock stands still: it says nothing new
+        await pair.looks(0)
+        assert pair.engine.unloaded == []
+        pair.stores[0].now += 0.2
+        await until(lambda: pair.engine.unloaded == [OLD])
+        assert pair.engine.script.gate is not None
+        pair.engine.script.gate.set()
+        assert (await held)[0] == 200
+
+    paired(tmp_path, test)
+
+
+def test_a_worker_says_at_once_that_it_is_there_and_when_it_leaves(tmp_path: Path) -> None:
+    rare = Intervals(beat_s=3600.0)
+
+    async def test(pair: Pair) -> None:
+        await pair.told(0, MODEL)
+        async with running(pair.engine.url, pair.stores[1], tmp_path, worker="2", intervals=rare):
+            await until(lambda: len(pair.stores[1].workers.others("1")) == 2)
+        assert len(pair.stores[1].workers.others("1")) == 1
+
+    paired(tmp_path, test)
+
+
+def test_metrics_add_up_all_workers(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        for worker, times in ((0, 2), (1, 3)):
+            for _ in range(times):
+                assert (await pair.workers[worker].chat(request()))[0] == 200
+        held = await pair.hold(1)
+
+        def heard(worker: int, requests: int) -> bool:
+            counts = [counts for _, counts in pair.stores[0].workers.others(str(1 - worker))]
+            return [c["nextstate_requests_total"] for c in counts] == [requests]
+
+        await until(lambda: heard(0, 2) and heard(1, 4))
+        for worker in pair.workers:
+            text = await metrics(worker.http, worker.url)
+            for line in (
+                "nextstate_requests_total 6",
+                "nextstate_turns_recorded_total 5",
+                "nextstate_turns_lost_total 0",
+                "nextstate_requests_running 1",
+                "nextstate_engine_up 1",
+                'nextstate_stored{record="turns",state="main"} 5',
+            ):
+                assert f"{line}\n" in text
+        pair.stores[0].now += 10.1  # the other is silent: what it counted is no longer told
+        text = await metrics(pair.workers[0].http, pair.workers[0].url)
+        assert "nextstate_requests_total 2\n" in text
+        assert pair.engine.script.gate is not None
+        pair.engine.script.gate.set()
+        await held
+
+    paired(tmp_path, test)
