@@ -28,9 +28,6 @@ class JudgeConfig:
     """Environment variable with the judge's key."""
     votes: Annotated[int, Ge(1)] = 3
     """Independent votes on each turn. A deterministic kind is asked once."""
-    hints: Annotated[int, Ge(1)] = 1
-    """Different hints kept for each turn. The learner takes the one under which the teacher
-    differs most usefully from the policy; each hint costs it a forward pass."""
     parallel: Annotated[int, Ge(1)] = 8
     """Turns judged at the same time. All votes on a turn are asked for at once."""
     timeout_s: Annotated[float, Gt(0)] = 60.0

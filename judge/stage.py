@@ -26,7 +26,7 @@ from judge.votes import Counts, votes_on
 from nextstate.error_text import safe_text
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import AgentProfile, JudgeKind
-from nextstate.records import HintedPrompt, Json, NextState, Source, Turn, Verdict
+from nextstate.records import Json, NextState, Source, Turn, Verdict
 from nextstate.store import Store
 from nextstate.store.judging import Judgement
 from nextstate.wire import objects
@@ -109,15 +109,12 @@ async def judge_turn(
     verdict = verdict_of(turn.id, judge.name, votes, evidence)
     assert verdict is not None
     if verdict.hint is None or not turn.trainable:
-        return replace(verdict, others=())
-    hints = (verdict.hint, *(other.hint for other in verdict.others))[: config.hints]
-    prompts = [await hinted_prompt(turn, hint, engine) for hint in hints]
-    if not prompts[0]:
+        return verdict
+    prompt = await hinted_prompt(turn, verdict.hint, engine)
+    if not prompt:
         log.info("turn=%s: the engine would cut the hint off its prompt: score only", turn.id)
-        return replace(verdict, others=())
-    pairs = zip(hints[1:], prompts[1:], strict=True)
-    others = tuple(HintedPrompt(hint, ids) for hint, ids in pairs if ids)
-    return replace(verdict, hinted_prompt_ids=prompts[0], others=others)
+        return verdict
+    return replace(verdict, hinted_prompt_ids=prompt)
 
 
 def affordable(config: JudgeConfig, calls: int, tokens: int, held: int) -> int:

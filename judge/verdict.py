@@ -6,8 +6,8 @@ confidence is the share of the votes for the score times the highest trust among
 
 A hint comes only from votes that agree with the score: a losing vote argues for something that the
 others did not see. A hint must ask for something. It may not quote the reply, contain the answer
-that a tool or a pasted block gave later, or repeat a secret. The remaining hints are ranked: first
-those that share most words with the other hints, then the shorter ones.
+that a tool or a pasted block gave later, or repeat a secret. Of the remaining hints
+the one counts that shares most words with the others, and of equals the shortest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
 from nextstate.hooks import Evidence
-from nextstate.records import HintedPrompt, NextState, Source, Verdict, Vote, majority
+from nextstate.records import NextState, Source, Verdict, Vote, majority
 
 HINT_MIN_CHARS = 8
 HINT_MAX_CHARS = 400
@@ -67,20 +67,18 @@ def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence)
         if vote.score == score and vote.hint and (hint := checked_hint(vote.hint, evidence.reply))
     ]
     hints = [hint for hint in hints if not gives_away(hint, states, evidence.tail)]
-    ranked = ranked_hints(hints)
     return Verdict(
         turn=turn,
         votes=scores,
         score=score,
         judge=judge,
-        hint=ranked[0] if ranked else None,
-        others=tuple(map(HintedPrompt, ranked[1:])),
+        hint=best_hint(hints),
         confidence=agreed * max((state.trust for state in states), default=1.0),
     )
 
 
-def ranked_hints(hints: Sequence[str]) -> list[str]:
-    """The different hints: those that share most words with the others first, then the shorter."""
+def best_hint(hints: Sequence[str]) -> str | None:
+    """The hint that shares most words with the others, and of equals the shortest; None of none."""
     words = [frozenset(_words(hint)) for hint in hints]
 
     def rank(position: int) -> tuple[float, int, int]:
@@ -88,10 +86,7 @@ def ranked_hints(hints: Sequence[str]) -> list[str]:
         shared = sum(_overlap(mine, w) for i, w in enumerate(words) if i != position)
         return -round(shared, 6), len(hints[position]), position
 
-    different: dict[frozenset[str], str] = {}
-    for place in sorted(range(len(hints)), key=rank):
-        different.setdefault(words[place], hints[place])
-    return list(different.values())
+    return hints[min(range(len(hints)), key=rank)] if hints else None
 
 
 def checked_hint(text: str, reply: str) -> str | None:

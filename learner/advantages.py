@@ -45,15 +45,6 @@ SIGNALS: Mapping[Method, Signals] = {
 }
 
 
-def usefulness(gap: Tensor, score: int) -> float:
-    """How well a teacher's gap (T,), in nats, agrees with the score.
-
-    After blame the teacher should give the tokens less probability than the policy did, after
-    praise more. Without a score any difference counts.
-    """
-    return float(gap.abs().mean() if score == 0 else score * gap.mean())
-
-
 def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
     """Clipped difference of log-probabilities in nats, of the arguments' shape."""
     return (teacher - behaviour).clamp(-limit, limit)

@@ -13,8 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +25,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from learner.advantages import SIGNALS, teacher_gap, token_advantages, usefulness
-from learner.batch import Batch, Sequences, collate, micro_batches, place, token_mean
+from learner.advantages import SIGNALS, teacher_gap, token_advantages
+from learner.batch import Batch, Sequences, collate, micro_batches, token_mean
 from learner.config import LearnerConfig
 from learner.divergence import (
     TopTokens,
@@ -153,7 +153,7 @@ class PolicyTrainer(GRPOTrainer):
         started = time.perf_counter()
         scores = [sample.score for sample in samples]
         bound = step_bound(scores, self.config)
-        micros = self._prepare(self.with_best_hints(samples), lags)
+        micros = self._prepare(samples, lags)
         found: dict[str, float] = {}
         for epoch in range(1, self.config.epochs + 1):
             parts = [self._backward(micro) for micro in micros]
@@ -325,7 +325,8 @@ class PolicyTrainer(GRPOTrainer):
     def _teach(self, batch: Batch) -> tuple[Tensor, list[TopTokens]]:
         """The teacher's clipped gap (B, T), 0 without a hint, and its top tokens for each pass."""
         gap, top = torch.zeros_like(batch.behaviour_logprobs), []
-        with self._as_teacher():
+        is_base = self.config.teacher == "base"
+        with use_adapter(self.policy, None) if is_base else nullcontext():
             for hinted in batch.hinted:
                 scored = self._score(hinted.sequences)
                 behaviour = batch.behaviour_logprobs[hinted.turns]
@@ -336,37 +337,6 @@ class PolicyTrainer(GRPOTrainer):
                     states = hinted.sequences.predicting(scored.states, every)
                     top.append(top_tokens(states, self._head, self.config.topk))
         return gap, top
-
-    @torch.no_grad()
-    def with_best_hints(self, samples: Sequence[Sample]) -> Sequence[Sample]:
-        """The samples, each with the hinted prompt under which its teacher is most useful."""
-        if not self.signals.distils:
-            return samples
-        return [self._with_best_hint(s) if s.other_prompts else s for s in samples]
-
-    def _with_best_hint(self, sample: Sample) -> Sample:
-        offered = (sample.hinted_prompt_ids, *sample.other_prompts)
-        room = self.config.max_tokens - len(sample.completion_ids)
-        behaviour = torch.tensor(sample.behaviour_logprobs)
-        found: list[tuple[float, tuple[int, ...]]] = []
-        with self._as_teacher():
-            for prompt in (prompt for prompt in offered if prompt and len(prompt) <= room):
-                self.before_pass()
-                placed = place([[replace(sample, prompt_ids=prompt)]]).to(self.args.device)
-                teacher = self.completion_logprobs(placed)[0].float().cpu()
-                gap = teacher_gap(teacher, behaviour, self.config.teacher_gap_clip)
-                found.append((usefulness(gap, sample.score), prompt))
-        if not found:
-            return sample
-        _, best = max(found, key=lambda at: at[0])  # the first of equals is the judge's choice
-        return replace(sample, hinted_prompt_ids=best)
-
-    @contextmanager
-    def _as_teacher(self) -> Iterator[None]:
-        """The model with the teacher's weights inside the block."""
-        is_base = self.config.teacher == "base"
-        with use_adapter(self.policy, None) if is_base else nullcontext():
-            yield
 
     def _divergence(self, batch: Batch, states: Tensor, top: Sequence[TopTokens]) -> Tensor:
         """KL(policy ‖ teacher) (B, T) on the teacher's top tokens, 0 without a hint."""

@@ -185,15 +185,6 @@ class Vote:
 
 
 @dataclass(frozen=True, slots=True)
-class HintedPrompt:
-    """One way to tell the teacher what should have been done."""
-
-    hint: str
-    prompt_ids: tuple[int, ...] = ()
-    """The turn's prompt with the hint, as the engine rendered it; empty before that."""
-
-
-@dataclass(frozen=True, slots=True)
 class Verdict:
     """The result of the votes about one turn, or a person's decision."""
 
@@ -207,8 +198,6 @@ class Verdict:
     """The turn's prompt with the hint, as the engine rendered it."""
     confidence: float | None = None
     """How sure the judge is of the score, in [0, 1]; None if it does not say."""
-    others: tuple[HintedPrompt, ...] = ()
-    """Further hints that the votes gave, best first."""
 
     def __post_init__(self) -> None:
         if self.score not in (-1, 0, 1):
@@ -262,8 +251,6 @@ class Sample:
     behaviour_logprobs: tuple[float, ...]
     score: int
     hinted_prompt_ids: tuple[int, ...] | None
-    other_prompts: tuple[tuple[int, ...], ...] = ()
-    """Hinted prompts that the learner may take instead."""
 
     def __post_init__(self) -> None:
         if len(self.completion_ids) != len(self.behaviour_logprobs):

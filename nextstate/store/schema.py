@@ -1,8 +1,8 @@
 """The tables. nextstate/store/migrations.py brings an older database up to them.
 
 A column of 16 bytes that holds a text holds its hash, the key of a row of `texts`. Columns of lists
-hold hashes one after the other: `turns.messages`, and runs of token ids in `turns.prompt_ids`,
-`verdicts.hinted_prompt_ids` and `other_hints.prompt_ids`.
+hold hashes one after the other: `turns.messages`, and runs of token ids in `turns.prompt_ids` and
+`verdicts.hinted_prompt_ids`.
 """
 
 from __future__ import annotations
@@ -139,16 +139,6 @@ spending = sa.Table(
 )
 """What judging has cost, and when: the judge's budget is counted from it."""
 sa.Index("spending_by_time", spending.c.at)
-
-other_hints = sa.Table(
-    "other_hints",
-    metadata,
-    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
-    sa.Column("seq", sa.Integer, primary_key=True),
-    sa.Column("hint", sa.LargeBinary(16), nullable=False),
-    sa.Column("prompt_ids", sa.LargeBinary, nullable=False),
-)
-"""Further hints of a verdict, best first, for the learner to choose among."""
 
 samples = sa.Table(
     "samples",

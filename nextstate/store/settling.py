@@ -217,11 +217,9 @@ def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float)
 
 def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> None:
     """Keeps a verdict in the place of any other on its turn."""
-    v, o = t.verdicts, t.other_hints
-    before = connection.execute(sa.select(v).where(v.c.turn == verdict.turn)).all()
-    others = connection.execute(sa.select(o).where(o.c.turn == verdict.turn)).all()
-    for table in (v, o):
-        connection.execute(sa.delete(table).where(table.c.turn == verdict.turn))
+    ours = t.verdicts.c.turn == verdict.turn
+    before = connection.execute(sa.select(t.verdicts).where(ours)).all()
+    connection.execute(sa.delete(t.verdicts).where(ours))
     connection.execute(
         sa.insert(t.verdicts).values(
             turn=verdict.turn,
@@ -234,15 +232,8 @@ def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> Non
             confidence=verdict.confidence,
         )
     )
-    for seq, other in enumerate(verdict.others):
-        runs = _put_ids(connection, other.prompt_ids)
-        hint = _put_text(connection, other.hint)
-        row = {"turn": verdict.turn, "seq": seq, "hint": hint, "prompt_ids": runs}
-        connection.execute(sa.insert(t.other_hints).values(row))
     for row in before:
         texts.release(connection, verdict_texts(row))
-    for row in others:
-        texts.release(connection, {row.hint, *texts.hashes(row.prompt_ids)})
 
 
 def _put_text(connection: sa.Connection, text: str | None) -> bytes | None:

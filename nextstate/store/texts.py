@@ -10,7 +10,7 @@ What uses a text:
 
 - a turn, unless the turn that it continues (`turns.parent`) uses it too. So a message that is sent
   again with each request is counted once a conversation, and counting costs the same at any length;
-- a next state, a verdict, another hint, a person's feedback: each row that holds its hash;
+- a next state, a verdict, a person's feedback: each row that holds its hash;
 - a text that is compressed against it (`texts.base`).
 """
 

@@ -179,7 +179,7 @@ def _load_samples(
     connection: sa.Connection, turn_ids: Sequence[str], *where: sa.ColumnElement[bool]
 ) -> list[Sample]:
     """The samples of those of the turns that are `where`, in the order of `turn_ids`."""
-    v, o = t.verdicts.c, t.other_hints.c
+    v = t.verdicts.c
     query = (
         sa.select(t.turns, v.score, v.hinted_prompt_ids)
         .join(t.samples, t.samples.c.turn == t.turns.c.id)
@@ -187,14 +187,8 @@ def _load_samples(
         .where(t.turns.c.id.in_(turn_ids), *where)
     )
     rows = {row.id: row for row in connection.execute(query)}
-    others: dict[str, list[bytes]] = {turn_id: [] for turn_id in rows}
-    further = sa.select(o.turn, o.prompt_ids).where(o.turn.in_(others)).order_by(o.turn, o.seq)
-    for row in connection.execute(further):
-        others[row.turn].append(row.prompt_ids)
     parts = (
-        part or b""
-        for row in rows.values()
-        for part in (row.prompt_ids, row.hinted_prompt_ids, *others[row.id])
+        part or b"" for row in rows.values() for part in (row.prompt_ids, row.hinted_prompt_ids)
     )
     found = texts.get(connection, texts.hashes(b"".join(parts)))
     return [
@@ -207,7 +201,6 @@ def _load_samples(
             behaviour_logprobs=unpack_floats(row.behaviour_logprobs) or (),
             score=row.score,
             hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
-            other_prompts=tuple(join_runs(runs, found) or () for runs in others[row.id]),
         )
         for row in (rows[turn_id] for turn_id in turn_ids if turn_id in rows)
     ]

@@ -443,34 +443,3 @@ def test_votes_that_fail_count_against_the_budget(tmp_path: Path) -> None:
 def test_a_budget_below_one_turn_is_refused() -> None:
     with pytest.raises(ConfigError, match="calls_per_hour = 2 does not pay for one turn"):
         JudgeConfig(votes=3, calls_per_hour=2)
-
-
-# Several hints
-
-
-def test_more_hints_are_kept_for_the_learner_to_choose_from(
-    tmp_path: Path,
-) -> None:
-    hints = [HINT, HINT, "Please use plain sentences.", "Name the river that flows north."]
-
-    def answer(_: Evidence, call: int) -> Vote | Exception:
-        return Vote(-1, hints[call - 1])
-
-    class Numbering(ScriptedEngine):
-        async def tokenize(
-            self, messages: list[Json], tools: list[Json] | None, extra: Json
-        ) -> list[int]:
-            await super().tokenize(messages, tools, extra)
-            return [7, len(self.calls)]
-
-    store, counts, engine = open_store(tmp_path), Watched(), Numbering()
-    record(store, [a_turn()])
-    config = JudgeConfig(votes=4, hints=2)
-    judge_until(store, [ScriptedJudge(answer)], counts, judged=1, engine=engine, config=config)
-    verdict = store.judging.verdict("turn-0")
-    assert verdict is not None
-    assert (verdict.hint, verdict.hinted_prompt_ids) == (HINT, (7, 1))
-    (sample,) = store.training.lease_samples("main", 1, "b", 60.0, scored=True, hinted=True)
-    assert (sample.hinted_prompt_ids, sample.other_prompts) == ((7, 1), ((7, 2),))
-    assert engine.calls[1][0][-1]["content"].endswith("plain sentences.")
-    store.close()

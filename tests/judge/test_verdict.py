@@ -14,10 +14,10 @@ from judge.evidence import build_evidence, clipped, clipped_all, fair_share, mes
 from judge.hinting import HINT_HEADER, hinted_messages, rendering_options
 from judge.verdict import (
     HINT_MAX_CHARS,
+    best_hint,
     checked_hint,
     gives_away,
     quotes,
-    ranked_hints,
     tidied_hint,
     verdict_of,
 )
@@ -107,10 +107,10 @@ def test_a_hint_does_not_give_away_what_came_later() -> None:
 def test_the_hint_most_votes_share_wins_then_the_shorter() -> None:
     shared = ["Write plain sentences without bold.", "Please write plain sentences without bold."]
     odd = "Ask the user which city they meant."
-    assert ranked_hints([odd, *shared]) == [*shared, odd]
-    assert ranked_hints([odd, "Name one city."])[0] == "Name one city."
-    assert ranked_hints([odd, odd, odd.upper()]) == [odd]
-    assert ranked_hints([]) == []
+    assert best_hint([odd, *shared]) == shared[0]
+    assert best_hint([odd, "Name one city."]) == "Name one city."
+    assert best_hint([odd, odd, odd.upper()]) == odd
+    assert best_hint([]) is None
 
 
 @pytest.mark.parametrize(

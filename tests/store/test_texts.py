@@ -8,7 +8,7 @@ from contextlib import closing
 from pathlib import Path
 
 from nextstate.config import StoreConfig
-from nextstate.records import Feedback, HintedPrompt, Verdict
+from nextstate.records import Feedback, Verdict
 from nextstate.store import Store, texts
 from nextstate.store.texts import hashes
 from tests.store.test_records import add, turn
@@ -29,12 +29,8 @@ def assert_uses_are_counted(connection: sqlite3.Connection) -> None:
         "SELECT comment FROM feedback WHERE comment NOT NULL",
     ):
         used.update(row[0] for row in connection.execute(query))
-    for query in (
-        "SELECT hint, hinted_prompt_ids FROM verdicts",
-        "SELECT hint, prompt_ids FROM other_hints",
-    ):
-        for hint, runs in connection.execute(query):
-            used.update({hint, *hashes(runs or b"")} - {None})
+    for hint, runs in connection.execute("SELECT hint, hinted_prompt_ids FROM verdicts"):
+        used.update({hint, *hashes(runs or b"")} - {None})
     stored = dict(connection.execute("SELECT hash, uses FROM texts").fetchall())
     connection.row_factory = None
     assert stored == used
@@ -75,17 +71,6 @@ def test_what_a_new_verdict_replaces_is_deleted(store: Store) -> None:
     store.judging.give_feedback(Feedback("turn_0", 1))
     assert check(store) == before
     assert store.judging.feedback("turn_0") == Feedback("turn_0", 1)
-
-
-def test_further_hints_are_deleted_with_their_verdict(store: Store) -> None:
-    add(store, turn(0))
-    before = check(store)
-    others = (HintedPrompt("Name the unit.", (1, 2, 8)), HintedPrompt("Be brief.", (1, 2, 9)))
-    verdict = Verdict("turn_0", (-1,), -1, "rules", "Be brief.", (1, 2, 9), None, others)
-    store.judging.settle_verdict(verdict)
-    assert check(store) == before + 4
-    store.judging.give_feedback(Feedback("turn_0", 1))
-    assert check(store) == before
 
 
 def test_a_text_that_another_process_deleted_is_stored_again(tmp_path: Path) -> None:
