@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
+
+from annotated_types import Ge, Gt, Le, Lt, MinLen
 
 from learner.schedule import Kind, parse_window
 from nextstate.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
 """peft's word for every linear layer but the output's."""
+_Count = Annotated[int, Ge(1)]
+_Positive = Annotated[float, Gt(0)]
+_NotNegative = Annotated[float, Ge(0)]
+_Share = Annotated[float, Ge(0), Lt(1)]
 Method = Literal["binary", "opd", "opd_topk", "combined", "combined_sampled"]
 
 
@@ -21,84 +27,84 @@ class LearnerConfig:
     """Which signals train: the score (binary), the hint (opd, opd_topk) or both (combined,
     combined_sampled). opd and combined_sampled compare policy and teacher at the sampled token
     alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
-    topk: int = 20
+    topk: _Count = 20
     """The teacher's likeliest tokens that are compared one by one; all others are one bin."""
     teacher: Literal["policy", "base"] = "policy"
     """Which model reads the hint: the policy as it is, or the base without an adapter."""
-    batch_size: int = 16
+    batch_size: _Count = 16
     """Samples of one update; each update makes one version."""
-    min_batch: int = 1
+    min_batch: _Count = 1
     """This many samples are enough for an update after they have waited for max_wait_s."""
-    max_wait_s: float = 0.0
+    max_wait_s: _NotNegative = 0.0
     """Seconds that at least min_batch samples wait for a full batch; 0: only a full one trains."""
-    micro_batch_tokens: int = 8192
+    micro_batch_tokens: _Count = 8192
     """Tokens of one forward pass, padding included; a longer turn gets a pass of its own."""
-    learning_rate: float = 1e-5
+    learning_rate: _Positive = 1e-5
     """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
-    adam_beta1: float = 0.3
+    adam_beta1: _Share = 0.3
     """AdamW's memory of the gradient. Long memory moves the policy further in the direction of
     earlier samples than the present ones ask for."""
-    epochs: int = 4
+    epochs: _Count = 4
     """Optimizer steps of one update on the same samples; fewer once step_kl is reached."""
-    step_kl: float = 0.02
+    step_kl: _Positive = 0.02
     """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token.
     It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
     its bound falls with 1 - mean score."""
-    step_kl_floor: float = 0.1
+    step_kl_floor: Annotated[float, Gt(0), Le(1)] = 0.1
     """The bound never falls below this fraction of step_kl; 1: it is step_kl for every batch."""
-    lora_rank: int = 16
+    lora_rank: _Count = 16
     """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
-    lora_alpha: int = 32
+    lora_alpha: _Count = 32
     """The pair's product is scaled by alpha / rank."""
-    lora_targets: tuple[str, ...] = (
+    lora_targets: Annotated[tuple[str, ...], MinLen(1)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     """Names of the linear layers that get a pair; `all-linear` alone: all but the output layer."""
-    kl_coef: float = 0.1
+    kl_coef: _NotNegative = 0.1
     """Weight of the KL divergence to the base model; 0 saves one forward pass."""
-    teacher_gap_clip: float = 1.0
+    teacher_gap_clip: _Positive = 1.0
     """Largest |teacher - behaviour| log-probability of one token that counts, in nats."""
-    max_lag: int = 8
+    max_lag: Annotated[int, Ge(0)] = 8
     """Samples from more than this many versions ago are dropped."""
-    max_tokens: int = 32768
+    max_tokens: _Count = 32768
     """Samples with more tokens of prompt and completion are dropped; never cut."""
-    holdout: float = 0.1
+    holdout: _Share = 0.1
     """Fraction of the sessions whose turns never train: new versions are checked on them."""
-    holdout_after: int = 3
+    holdout_after: Annotated[int, Ge(0)] = 3
     """Versions that are made before any session is held out: the first turns teach most, and too
     few of them could not tell versions apart."""
-    gate_weight_change: float = 1.0
+    gate_weight_change: _Positive = 1.0
     """Rejects an adapter that changes a layer by more than this times the layer's own norm."""
-    gate_kl_parent: float = 0.1
+    gate_kl_parent: _Positive = 0.1
     """Rejects a version further from its parent, in nats a token of held-out turns."""
-    gate_kl_base: float = 1.0
+    gate_kl_base: _Positive = 1.0
     """Rejects a version further from the base, in nats a token of held-out turns."""
-    gate_drop: float = 0.02
+    gate_drop: _NotNegative = 0.02
     """Rejects a version that ranks held-out turns worse by clearly more than this, in nats a
     token."""
-    gate_canaries: int = 2
+    gate_canaries: Annotated[int, Ge(0)] = 2
     """Recorded prompts that a new version answers before it serves; 0: none."""
-    watch_level: float = 0.01
+    watch_level: _Share = 0.01
     """Largest probability that a version which is no worse is rolled back; 0: no watch."""
-    watch_drop: float = 0.2
+    watch_drop: _NotNegative = 0.2
     """A version is rolled back if its mean score (-1 to 1) is clearly lower by more than this."""
-    drift_limit: float = 0.0
+    drift_limit: _NotNegative = 0.0
     """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0
     chooses by the precision of engine and learner (`learner/drift.py`)."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Precision of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."""
-    device: str = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU if there is one."""
     quantization: Literal["none", "4bit"] = "none"
     """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
     gradient_checkpointing: bool = True
     """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
-    threads: int = 0
+    threads: Annotated[int, Ge(0)] = 0
     """CPU threads of a training step; 0 is torch's default."""
-    seed: int = 0
+    seed: Annotated[int, Ge(0)] = 0
     """Seed of the adapter's first weights and of sampled canary replies."""
-    poll_s: float = 1.0
+    poll_s: _Positive = 1.0
     """Seconds between looks into the store while too few samples are ready."""
     tensorboard: bool = True
     """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
@@ -106,76 +112,23 @@ class LearnerConfig:
     """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
     schedule: Kind = "always"
     """`idle` waits while the engine serves; `window` begins updates only at one time of the day."""
-    idle_patience_s: float = 60.0
+    idle_patience_s: _NotNegative = 60.0
     """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
     window: str = "22:00-07:00"
     """`window`: the local time of every day at which updates may begin."""
 
     def __post_init__(self) -> None:
-        for key in (
-            "topk",
-            "epochs",
-            "batch_size",
-            "min_batch",
-            "micro_batch_tokens",
-            "lora_rank",
-            "lora_alpha",
-            "max_tokens",
-        ):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in (
-            "learning_rate",
-            "teacher_gap_clip",
-            "poll_s",
-            "step_kl",
-            "gate_weight_change",
-            "gate_kl_parent",
-            "gate_kl_base",
-        ):
-            _require(getattr(self, key) > 0, key, getattr(self, key), "more than 0")
-        for key in (
-            "max_wait_s",
-            "holdout_after",
-            "kl_coef",
-            "max_lag",
-            "threads",
-            "seed",
-            "idle_patience_s",
-            "gate_drop",
-            "gate_canaries",
-            "watch_drop",
-            "drift_limit",
-        ):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        for key in (
-            "adam_beta1",
-            "holdout",
-            "watch_level",
-        ):
-            _require(0 <= getattr(self, key) < 1, key, getattr(self, key), "in [0, 1)")
-        floor = self.step_kl_floor
-        _require(0 < floor <= 1, "step_kl_floor", floor, "more than 0 and at most 1")
-        _require(
-            self.min_batch <= self.batch_size,
-            "min_batch",
-            self.min_batch,
-            f"at most batch_size = {self.batch_size}",
-        )
-        _require(bool(self.lora_targets), "lora_targets", [], "at least one layer's name")
-        _require(
-            ALL_LINEAR not in self.lora_targets or len(self.lora_targets) == 1,
-            "lora_targets",
-            list(self.lora_targets),
-            f"names of layers, or {ALL_LINEAR!r} alone",
-        )
+        if self.min_batch > self.batch_size:
+            raise ConfigError(
+                f"[learner] min_batch = {self.min_batch}: expected at most batch_size = "
+                f"{self.batch_size}"
+            )
+        if ALL_LINEAR in self.lora_targets and len(self.lora_targets) > 1:
+            raise ConfigError(
+                f"[learner] lora_targets = {list(self.lora_targets)}: expected names of layers, or "
+                f"{ALL_LINEAR!r} alone"
+            )
         try:
             parse_window(self.window)
         except ValueError as error:
             raise ConfigError(f"[learner] window = {self.window!r}: {error}") from None
-        expected = "auto, cpu or cuda, for another GPU with CUDA_VISIBLE_DEVICES=N at the start"
-        _require(self.device in ("auto", "cpu", "cuda"), "device", self.device, expected)
-
-
-def _require(holds: bool, key: str, value: object, expected: str) -> None:
-    if not holds:
-        raise ConfigError(f"[learner] {key} = {value!r}: expected {expected}")

@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from learner.advantages import SIGNALS, teacher_gap, token_advantages
 from learner.batch import collate, micro_batches, pad_right, sequences_of, token_mean
-from learner.config import LearnerConfig
 from learner.kl import kl_divergence, largest_move
 from learner.metrics import TokenStats, drift, join, token_metrics
 from learner.selection import is_due, policy_lag, unfit
+from nextstate.app.settings import Settings
 from nextstate.errors import ConfigError
 from tests.learner.test_tiny_model import sample
 
@@ -296,13 +296,24 @@ def test_the_largest_move_is_reached_where_every_token_falls_alike(kl):
         {"topk": 0},
         {"micro_batch_tokens": 0},
         {"max_wait_s": -1.0},
+        {"idle_patience_s": -1},
+        {"step_kl_floor": 0.0},
         {"min_batch": 17},
         {"adam_beta1": 1.0},
         {"lora_targets": ("all-linear", "q_proj")},
+        {"holdout": 1.0},
+        {"holdout": -0.1},
+        {"gate_weight_change": 0.0},
+        {"gate_kl_parent": 0.0},
+        {"gate_kl_base": -1.0},
+        {"gate_drop": -0.1},
+        {"gate_canaries": -1},
+        {"watch_level": 1.0},
+        {"watch_drop": -0.1},
         {"device": "tpu"},
         {"device": "cuda:1"},
     ],
 )
 def test_an_impossible_setting_is_refused_by_name(wrong):
     with pytest.raises(ConfigError, match=rf"\[learner\] {next(iter(wrong))} = "):
-        LearnerConfig(**wrong)
+        Settings.read(overrides={"learner": wrong})

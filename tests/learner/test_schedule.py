@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Callable
-from dataclasses import replace
 from datetime import datetime, time, timedelta
 
 import pytest
@@ -216,8 +215,3 @@ def test_a_gauge_that_is_no_count_is_an_engine_error(value: str) -> None:
     page = f"vllm:num_requests_running {value}\nvllm:num_requests_waiting 0\n"
     with pytest.raises(EngineError, match="cannot be read"):
         asyncio.run(ask(page))
-
-
-def test_a_negative_patience_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"\[learner\] idle_patience_s = -1"):
-        replace(LearnerConfig(), idle_patience_s=-1)
