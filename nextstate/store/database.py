@@ -59,7 +59,7 @@ class Dialect(Protocol):
         ...
 
 
-class Prepared:
+class _Prepared:
     """One statement as the driver takes it, compiled once.
 
     SQLAlchemy takes longer to look up a statement and to wrap its rows than SQLite to run it.
@@ -81,28 +81,41 @@ class Prepared:
         return [values[n] if n in values else self._fixed[n] for n in self._names]
 
 
+@functools.lru_cache(maxsize=256)
+def _prepared(statement: sa.ClauseElement, dialect: sa.Dialect) -> _Prepared:
+    return _Prepared(statement, dialect)
+
+
 class Cursor:
-    """The driver's own cursor, which runs prepared statements. Rows are named tuples."""
+    """The driver's own cursor, for frequent statements. Rows are named tuples.
+
+    A statement is compiled once, so it must be one object: a constant of its module.
+    """
 
     def __init__(self, cursor: Any, dialect: sa.Dialect) -> None:
         self._cursor = cursor
-        self.dialect = dialect
+        self._dialect = dialect
 
-    def run(self, statement: Prepared, **values: object) -> int:
+    def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
-        self._cursor.execute(statement.sql, statement.arguments(values))
+        self._execute(statement, values)
         return self._cursor.rowcount
 
-    def first(self, statement: Prepared, **values: object) -> Any | None:
+    def first(self, statement: sa.ClauseElement, **values: object) -> Any | None:
         """The first row, or None."""
-        self._cursor.execute(statement.sql, statement.arguments(values))
+        prepared = self._execute(statement, values)
         row = self._cursor.fetchone()
-        return None if row is None else statement.row._make(row)
+        return None if row is None else prepared.row._make(row)
 
-    def all(self, statement: Prepared, **values: object) -> list[Any]:
+    def all(self, statement: sa.ClauseElement, **values: object) -> list[Any]:
         """Every row."""
-        self._cursor.execute(statement.sql, statement.arguments(values))
-        return [statement.row._make(row) for row in self._cursor.fetchall()]
+        prepared = self._execute(statement, values)
+        return [prepared.row._make(row) for row in self._cursor.fetchall()]
+
+    def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> _Prepared:
+        prepared = _prepared(statement, self._dialect)
+        self._cursor.execute(prepared.sql, prepared.arguments(values))
+        return prepared
 
 
 class Database:

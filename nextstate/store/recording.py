@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import sqlalchemy as sa
 
 from nextstate.records import NextState, Turn
 from nextstate.store import schema as t
-from nextstate.store.database import Cursor, Prepared
+from nextstate.store.database import Cursor
 from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
 from nextstate.store.sessions import Sessions
 from nextstate.store.texts import Known, Writer, content_hash
@@ -18,37 +17,19 @@ from nextstate.store.turns import turn_texts
 from nextstate.wire import objects, write_json
 
 _C = t.turns.c
-
-
-class _Statements:
-    """Every statement of this module, compiled once."""
-
-    def __init__(self, dialect: sa.Dialect) -> None:
-        def prepared(statement: sa.ClauseElement) -> Prepared:
-            return Prepared(statement, dialect)
-
-        of_turn = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids)
-        self.texts_of = prepared(of_turn.where(_C.id == sa.bindparam("turn")))
-        columns: dict[str, Any] = {
-            c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
-        }
-        self.add_turn = prepared(sa.insert(t.turns).values(columns))
-        self.add_state = prepared(sa.insert(t.next_states))
-        self.add_judgement = prepared(
-            sa.text(  # a person may have given feedback on the turn before
-                "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
-                "SELECT id, seq, 'pending', 0.0, 0 FROM turns WHERE id = :turn "
-                "ON CONFLICT DO NOTHING"
-            )
-        )
-        self.known_turn = prepared(sa.select(_C.seq).where(_C.id == sa.bindparam("turn")))
-        continued = sa.update(t.turns).where(_C.id == sa.bindparam("turn"))
-        self.continued = prepared(continued.values(continued=True))
-
-
-@lru_cache(maxsize=4)
-def _statements(dialect: sa.Dialect) -> _Statements:
-    return _Statements(dialect)
+_THIS = _C.id == sa.bindparam("turn")
+_TEXTS_OF = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids).where(_THIS)
+_COLUMNS: dict[str, Any] = {
+    c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
+}
+_ADD_TURN = sa.insert(t.turns).values(_COLUMNS)
+_ADD_STATE = sa.insert(t.next_states)
+_ADD_JUDGEMENT = sa.text(  # a person may have given feedback on the turn before
+    "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
+    "SELECT id, seq, 'pending', 0.0, 0 FROM turns WHERE id = :turn ON CONFLICT DO NOTHING"
+)
+_KNOWN_TURN = sa.select(_C.seq).where(_THIS)
+_CONTINUED = sa.update(t.turns).where(_THIS).values(continued=True)
 
 
 class Recording:
@@ -58,12 +39,11 @@ class Recording:
         self.sessions = Sessions(cursor)
         """Where a turn stands, as the store knows it."""
         self._cursor = cursor
-        self._statements = _statements(cursor.dialect)
         self._texts = Writer(cursor, known)
 
     def holds(self, turn: str) -> bool:
         """True if a turn is stored already, with its next states."""
-        return self._cursor.first(self._statements.known_turn, turn=turn) is not None
+        return self._cursor.first(_KNOWN_TURN, turn=turn) is not None
 
     def add_turn(
         self,
@@ -99,7 +79,7 @@ class Recording:
                 used.add(self._texts.put(part, key))
         of_tools = [] if tools is None else [other_hashes.pop(0)]
         self._cursor.run(
-            self._statements.add_turn,
+            _ADD_TURN,
             id=turn.id,
             session=turn.session,
             idx=turn.index,
@@ -135,18 +115,18 @@ class Recording:
             return
         for seq, state in enumerate(states):
             self._cursor.run(
-                self._statements.add_state,
+                _ADD_STATE,
                 turn=turn,
                 seq=seq,
                 source=state.source.value,
                 text=self._texts.put(state.text.encode()),
                 trust=state.trust,
             )
-        self._cursor.run(self._statements.continued, turn=turn)
+        self._cursor.run(_CONTINUED, turn=turn)
         if judge:
-            self._cursor.run(self._statements.add_judgement, turn=turn)
+            self._cursor.run(_ADD_JUDGEMENT, turn=turn)
 
     def _texts_of(self, turn: str | None) -> set[bytes]:
         """The hashes of the texts that a stored turn uses, or that the turn it continues uses."""
-        row = None if turn is None else self._cursor.first(self._statements.texts_of, turn=turn)
+        row = None if turn is None else self._cursor.first(_TEXTS_OF, turn=turn)
         return set() if row is None else turn_texts(row)

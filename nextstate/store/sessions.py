@@ -5,14 +5,13 @@ These queries hand out rows. The decision is in `proxy/linking/parents.py`.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
 from nextstate.records import TurnKind
 from nextstate.store import schema as t
-from nextstate.store.database import Cursor, Prepared
+from nextstate.store.database import Cursor
 from nextstate.store.texts import hashes
 
 _MOST_CANDIDATES = 16
@@ -62,39 +61,22 @@ def _newest(query: sa.Select[*tuple[Any, ...]]) -> sa.Select[*tuple[Any, ...]]:
     return query.order_by(_C.seq.desc())
 
 
-class _Statements:
-    """Every statement of this module, compiled once."""
-
-    def __init__(self, dialect: sa.Dialect) -> None:
-        def prepared(statement: sa.ClauseElement) -> Prepared:
-            return Prepared(statement, dialect)
-
-        self.with_context_key = prepared(_newest(_candidates(_C.said_key == _KEY)))
-        # Not the newest: the index orders them by the rest of their keys.
-        prefix = _C.said_key.between(_KEY, sa.bindparam("last"))
-        self.with_context_prefix = prepared(_candidates(prefix))
-        self.with_chain_key = prepared(_newest(_candidates(_C.chain_key == _KEY)))
-        self.with_reply_key = prepared(_newest(_candidates(_C.reply_key == _KEY)))
-        parent = sa.select(_C.parent).where(_C.id == _TURN).scalar_subquery()
-        self.parent_of = prepared(_CANDIDATE.where(_C.id == parent))
-        self.newest_of_name = prepared(_newest(_OF_NAME.where(_IN_LINEAGE)).limit(1))
-        self.newest_first = prepared(_newest(_OF_NAME.where(_C.idx == 0)).limit(1))
-        started = _OF_NAME.where(_IN_LINEAGE, _IS_MAIN, _C.idx == 0)
-        self.newest_start = prepared(_newest(started).limit(1))
-        others = (_C.session != sa.bindparam("session"), _C.seq > sa.bindparam("after"))
-        self.others = prepared(_OF_NAME.where(_IN_LINEAGE, _IS_MAIN, *others).limit(1))
-        last = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
-        self.last_index = prepared(last)
-        self.cut_here = prepared(sa.select(_C.session).where(*_CUT_HERE).limit(1))
-        cut = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN)
-        self.replace_cut = prepared(cut.values(replaced_by=_TURN))
-        placed = sa.update(t.turns).where(_C.id == _TURN)
-        self.set_place = prepared(placed.values(place=_PLACE))
-
-
-@lru_cache(maxsize=4)
-def _statements(dialect: sa.Dialect) -> _Statements:
-    return _Statements(dialect)
+_WITH_CONTEXT_KEY = _newest(_candidates(_C.said_key == _KEY))
+# Not the newest: the index orders them by the rest of their keys.
+_WITH_CONTEXT_PREFIX = _candidates(_C.said_key.between(_KEY, sa.bindparam("last")))
+_WITH_CHAIN_KEY = _newest(_candidates(_C.chain_key == _KEY))
+_WITH_REPLY_KEY = _newest(_candidates(_C.reply_key == _KEY))
+_PARENT_OF = _CANDIDATE.where(_C.id == sa.select(_C.parent).where(_C.id == _TURN).scalar_subquery())
+_NEWEST_OF_NAME = _newest(_OF_NAME.where(_IN_LINEAGE)).limit(1)
+_NEWEST_STARTED = _newest(_OF_NAME.where(_C.idx == 0)).limit(1)
+_NEWEST_START = _newest(_OF_NAME.where(_IN_LINEAGE, _IS_MAIN, _C.idx == 0)).limit(1)
+_OTHERS = _OF_NAME.where(
+    *(_IN_LINEAGE, _IS_MAIN, _C.session != sa.bindparam("session"), _C.seq > sa.bindparam("after"))
+).limit(1)
+_LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
+_CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
+_REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
+_SET_PLACE = sa.update(t.turns).where(_C.id == _TURN).values(place=_PLACE)
 
 
 class Sessions:
@@ -102,65 +84,64 @@ class Sessions:
 
     def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
-        self._statements = _statements(cursor.dialect)
 
     def with_context_key(self, key: bytes) -> list[Candidate]:
         """The newest turns with this context key."""
-        return self._candidates(self._statements.with_context_key, key=key)
+        return self._candidates(_WITH_CONTEXT_KEY, key=key)
 
     def with_context_prefix(self, prefix: bytes) -> list[Candidate]:
         """Some turns whose context key begins so."""
         last = prefix.ljust(_CONTEXT_KEY_BYTES, b"\xff")
-        return self._candidates(self._statements.with_context_prefix, key=prefix, last=last)
+        return self._candidates(_WITH_CONTEXT_PREFIX, key=prefix, last=last)
 
     def with_chain_key(self, key: bytes) -> list[Candidate]:
         """The newest turns with this chain key."""
-        return self._candidates(self._statements.with_chain_key, key=key)
+        return self._candidates(_WITH_CHAIN_KEY, key=key)
 
     def with_reply_key(self, key: bytes) -> list[Candidate]:
         """The newest turns with this reply key."""
-        return self._candidates(self._statements.with_reply_key, key=key)
+        return self._candidates(_WITH_REPLY_KEY, key=key)
 
     def parent_of(self, turn: str) -> Candidate | None:
         """The turn that a stored turn continues."""
-        return next(iter(self._candidates(self._statements.parent_of, turn=turn)), None)
+        return next(iter(self._candidates(_PARENT_OF, turn=turn)), None)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""
-        return self._cursor.first(self._statements.newest_start, name=name, lineage=lineage)
+        return self._cursor.first(_NEWEST_START, name=name, lineage=lineage)
 
     def has_others(self, name: str, lineage: str, session: str, after: int) -> bool:
         """Whether other sessions under a name have main turns after a position in the store."""
         values = {"name": name, "lineage": lineage, "session": session, "after": after}
-        return self._cursor.first(self._statements.others, **values) is not None
+        return self._cursor.first(_OTHERS, **values) is not None
 
     def newest_of_name(self, name: str, lineage: str) -> str | None:
         """The session of a lineage's newest turn under a name."""
-        row = self._cursor.first(self._statements.newest_of_name, name=name, lineage=lineage)
+        row = self._cursor.first(_NEWEST_OF_NAME, name=name, lineage=lineage)
         return None if row is None else row.session
 
     def newest_started(self, name: str) -> str | None:
         """The session of any lineage that was started last under a name."""
-        row = self._cursor.first(self._statements.newest_first, name=name)
+        row = self._cursor.first(_NEWEST_STARTED, name=name)
         return None if row is None else row.session
 
     def next_index(self, session: str) -> int:
         """The index of the next turn in a session."""
-        row = self._cursor.first(self._statements.last_index, name=session)
+        row = self._cursor.first(_LAST_INDEX, name=session)
         return 0 if row is None or row.last is None else row.last + 1
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose client did not see the end of the reply."""
-        row = self._cursor.first(self._statements.cut_here, at=place)
+        row = self._cursor.first(_CUT_SESSION, at=place)
         return None if row is None else row.session
 
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` replace the cut turns at the same place."""
-        self._cursor.run(self._statements.replace_cut, at=place, turn=turn)
+        self._cursor.run(_REPLACE_CUT, at=place, turn=turn)
 
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
-        self._cursor.run(self._statements.set_place, turn=turn, at=place)
+        self._cursor.run(_SET_PLACE, turn=turn, at=place)
 
-    def _candidates(self, statement: Prepared, **values: object) -> list[Candidate]:
+    def _candidates(self, statement: sa.ClauseElement, **values: object) -> list[Candidate]:
         return [Candidate._make(row) for row in self._cursor.all(statement, **values)]

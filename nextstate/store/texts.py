@@ -20,14 +20,13 @@ import hashlib
 import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import sqlalchemy as sa
 import zstandard
 
 from nextstate.store import schema as t
-from nextstate.store.database import Cursor, Prepared
+from nextstate.store.database import Cursor
 
 HASH_BYTES = 16
 Row: TypeAlias = sa.Row[*tuple[Any, ...]]
@@ -118,25 +117,15 @@ class Known:
             size -= len(oldest)
 
 
-class _Statements:
-    def __init__(self, dialect: sa.Dialect) -> None:
-        c, this = t.texts.c, t.texts.c.hash == sa.bindparam("key")
-        self.use = Prepared(sa.update(t.texts).where(this).values(uses=c.uses + 1), dialect)
-        self.add = Prepared(
-            sa.text(
-                "INSERT INTO texts (hash, uses, base, stored) VALUES (:hash, 1, :base, :stored) "
-                "ON CONFLICT (hash) DO UPDATE SET uses = texts.uses + 1"
-            ),
-            dialect,
-        )
-        self.find = Prepared(sa.select(c.uses, c.base).where(this).with_for_update(), dialect)
-        self.leave = Prepared(sa.update(t.texts).where(this).values(uses=c.uses - 1), dialect)
-        self.delete = Prepared(sa.delete(t.texts).where(this), dialect)
-
-
-@lru_cache(maxsize=4)
-def _statements(dialect: sa.Dialect) -> _Statements:
-    return _Statements(dialect)
+_C, _THIS = t.texts.c, t.texts.c.hash == sa.bindparam("key")
+_USE = sa.update(t.texts).where(_THIS).values(uses=_C.uses + 1)
+_ADD = sa.text(
+    "INSERT INTO texts (hash, uses, base, stored) VALUES (:hash, 1, :base, :stored) "
+    "ON CONFLICT (hash) DO UPDATE SET uses = texts.uses + 1"
+)
+_FIND = sa.select(_C.uses, _C.base).where(_THIS).with_for_update()
+_LEAVE = sa.update(t.texts).where(_THIS).values(uses=_C.uses - 1)
+_DELETE = sa.delete(t.texts).where(_THIS)
 
 
 class Writer:
@@ -145,7 +134,6 @@ class Writer:
     def __init__(self, cursor: Cursor, known: Known) -> None:
         self._cursor = cursor
         self._known = known
-        self._statements = _statements(cursor.dialect)
 
     def put(self, text: bytes, key: bytes | None = None) -> bytes:
         """Stores a text, or counts one more use of it; returns its hash, `key` where known."""
@@ -155,25 +143,25 @@ class Writer:
             self._known.add(key)
             return key
         stored, base = self._compressed(key, text) if long else (compress(text), None)
-        self._cursor.run(self._statements.add, hash=key, base=base, stored=stored)
+        self._cursor.run(_ADD, hash=key, base=base, stored=stored)
         self._known.add(key)
         return key
 
     def release(self, key: bytes) -> None:
         """Counts one use less of a text, and deletes it if nothing uses it any more."""
-        row = self._cursor.first(self._statements.find, key=key)
+        row = self._cursor.first(_FIND, key=key)
         if row is None:
             return
         if row.uses > 1:
-            self._cursor.run(self._statements.leave, key=key)
+            self._cursor.run(_LEAVE, key=key)
             return
-        self._cursor.run(self._statements.delete, key=key)
+        self._cursor.run(_DELETE, key=key)
         if row.base is not None:
             self.release(row.base)
 
     def _use(self, key: bytes) -> bool:
         """Counts one more use; False if there is no such text."""
-        return self._cursor.run(self._statements.use, key=key) > 0
+        return self._cursor.run(_USE, key=key) > 0
 
     def _compressed(self, key: bytes, text: bytes) -> tuple[bytes, bytes | None]:
         """(the text compressed, the hash of the text that it was compressed against)."""

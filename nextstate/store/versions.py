@@ -18,11 +18,12 @@ from nextstate.records import (
 )
 from nextstate.store import schema as t
 from nextstate.store import texts
-from nextstate.store.database import Database, Prepared, queries
+from nextstate.store.database import Database, queries
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
 
 _SERVING = t.versions.c.state == VersionState.SERVING
+_ALL_SERVING = sa.select(t.versions).where(_SERVING)
 
 
 @queries
@@ -31,8 +32,6 @@ class Versions:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        serving = sa.select(t.versions).where(_SERVING)
-        self._serving = Prepared(serving, database.engine.dialect)
 
     def add(self, version: PolicyVersion, batch: str | None) -> None:
         """Registers a version and settles the samples of its batch, in one step.
@@ -132,7 +131,7 @@ class Versions:
     def serving_of(self, lineages: Sequence[str]) -> dict[str, PolicyVersion]:
         """The version that serves each of the lineages: a proxy asks 20 times a second."""
         with self._database.cursor(write=False) as cursor:
-            found = {row.lineage: _version_of(row) for row in cursor.all(self._serving)}
+            found = {row.lineage: _version_of(row) for row in cursor.all(_ALL_SERVING)}
         base = VersionState.SERVING
         return {name: found.get(name) or base_version(name, base) for name in lineages}
 
