@@ -10,7 +10,7 @@ from nextstate.records import Json
 from proxy.serving import MESSAGES
 
 RETRY_AFTER_S = 10
-_KINDS = {
+_KINDS = {  # as vLLM and the official clients name them
     401: "AuthenticationError",
     403: "PermissionDeniedError",
     404: "NotFoundError",
@@ -33,22 +33,13 @@ class Refused(Exception):
         self.message = message
 
 
-def error_kind(status: int) -> str:
-    """The name that vLLM and the official clients use for errors with this status."""
-    return _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
-
-
-def error_body(path: str, message: str, kind: str, code: int) -> Json:
-    """An error body in the format of the API at `path`."""
-    if path.startswith(MESSAGES):
-        return {"type": "error", "error": {"type": kind, "message": message}}
-    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
-
-
 def error_response(path: str, status: int, message: str) -> web.Response:
-    """A whole answer with an error. A 503 says when to try again."""
+    """An error in the format of the API at `path`. A 503 says when to try again."""
+    kind = _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    body: Json = {"error": {"message": message, "type": kind, "param": None, "code": status}}
+    if path.startswith(MESSAGES):
+        body = {"type": "error", "error": {"type": kind, "message": message}}
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
-    body = error_body(path, message, error_kind(status), status)
     return web.json_response(body, status=status, headers=headers)
 
 

@@ -71,12 +71,7 @@ class Proxy:
             store, engine, lineages.names, zero_adapter, worker or "", intervals
         )
         self.recorder = Recorder(
-            writer,
-            store.config,
-            profile,
-            config.record_queue,
-            config.record_timeout_s,
-            enabled=record,
+            writer, store.config, profile, config.record_timeout_s, enabled=record
         )
         self._engine_key = engine_key
         self._worker = worker
@@ -160,7 +155,9 @@ class Proxy:
         if self._engine_key:
             headers["Authorization"] = f"Bearer {self._engine_key}"
         async with Upstream(self.engine.url, headers) as self.upstream:
-            engine = Engine(self.config, self.versions, self.upstream, self._out_of_files)
+            engine = Engine(
+                self.config, self.versions, self.upstream, self._out_of_files, self._intervals
+            )
             self.relay = Relay(engine, self.recorder)
             self.dispatch = Dispatch(self.relay, self.lineages)
             tasks = [

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Annotated
+
+from annotated_types import Ge
 
 from nextstate.errors import ConfigError
 
@@ -16,27 +19,17 @@ class ProxyConfig:
     port: int = 8080
     api_key_env: str = ""
     """Environment variable with the key that clients must send; needed beyond loopback."""
-    max_body_mb: int = 64
-    max_choices: int = 1024
-    """Most choices of one request: `n` for each of its prompts."""
+    max_body_mb: Annotated[int, Ge(1)] = 64
     hold_s: float = 120.0
     """How long requests wait for an engine that is down or restarting."""
-    keep_alive_s: float = 5.0
-    """Pause between SSE comments while a streamed request waits."""
     record_timeout_s: float = 0.25
     """How long the end of a reply waits for its record; later records are still kept."""
-    record_queue: int = 1024
-    """Turns that may wait for a slow store before further ones are counted as lost; 64 KiB for each
-    on the average bound their memory."""
-    workers: int = 1
+    workers: Annotated[int, Ge(1)] = 1
     """Processes that serve on the one port."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ConfigError(f"[proxy] port = {self.port}: expected 0 to 65535")
-        for key in ("max_body_mb", "max_choices", "record_queue", "workers"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"[proxy] {key} = {getattr(self, key)}: expected at least 1")
         if self.workers > 1 and self.port == 0:
             raise ConfigError(
                 f"[proxy] workers = {self.workers} share one port, and [proxy] port = 0 gives each "

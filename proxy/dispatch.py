@@ -128,11 +128,7 @@ class Dispatch:
 
     def _guard(self, body: Json) -> None:
         """Raises Refused for a request that must not reach the engine."""
-        found = refusal(
-            body,
-            max_choices=self._config.max_choices,
-            names_adapter=self._versions.is_adapter(str(body.get("model"))),
-        )
+        found = refusal(body, names_adapter=self._versions.is_adapter(str(body.get("model"))))
         if found is not None:
             raise found
 

@@ -22,6 +22,7 @@ from nextstate.file_descriptors import out_of_descriptors
 from nextstate.records import PolicyVersion
 from proxy.answers import Refused, is_redirect, redirected
 from proxy.config import ProxyConfig
+from proxy.intervals import Intervals
 from proxy.serving import Direct, Passed, Serving
 from proxy.upstream import Answer, HeadCut, NotHttp, Upstream
 from proxy.versions import Versions
@@ -64,6 +65,7 @@ class Engine:
     upstream: Upstream
     out_of_files: Callable[[BaseException], Refused]
     """Counts that no connection to the engine can be opened, and returns what the client gets."""
+    intervals: Intervals
 
 
 class EngineCall(Generic[_Form]):

@@ -22,6 +22,8 @@ _LONGEST = {
     **{"logprob_token_ids": 128, "stop": 1024},
 }
 """Entries that vLLM's GPU worker has room for. It checks too late, and the engine ends."""
+_MOST_CHOICES = 1024
+"""`n` for each prompt: each choice is a sequence in the engine."""
 _MOST_LOGPROBS = 1024
 """Log-probs of other tokens for each token. vLLM's own default limit is 20."""
 _LONGEST_REPETITION = 1024
@@ -40,7 +42,7 @@ def leads_out(path: str) -> bool:
     return not _DOTS.isdisjoint(path.split("/"))
 
 
-def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refused | None:
+def refusal(body: Json, *, names_adapter: bool) -> Refused | None:
     """Why a request under /v1/ must not reach the engine, or None.
 
     Prompt log-probs end the whole engine on a CPU while an adapter is loaded, and cost gigabytes on
@@ -53,7 +55,7 @@ def refusal(body: Json, *, max_choices: int, names_adapter: bool) -> Refused | N
         return Refused(400, "prompt_logprobs is not available while adapters are served.")
     if not is_off(body.get("echo")) and (body.get("logprobs") is not None or "messages" in body):
         return Refused(400, "echo with log-probs is not available while adapters are served.")
-    message = _too_many(body, max_choices) or excess(body)
+    message = _too_many(body) or excess(body)
     return None if message is None else Refused(400, message)
 
 
@@ -79,14 +81,14 @@ def _is_salt(value: object) -> bool:
     )
 
 
-def _too_many(body: Json, max_choices: int) -> str | None:
+def _too_many(body: Json) -> str | None:
     """What a request asks for too much of, or None."""
     named = [(name, integer(body.get(name)) or 1) for name in ("n", "best_of")]
     name, choices = max(named, key=lambda found: found[1])
     prompts = _prompts(body)
-    if max(choices, 1) * prompts > max_choices:
+    if max(choices, 1) * prompts > _MOST_CHOICES:
         asked = f"{name} = {choices}" + ("" if prompts == 1 else f" for {prompts} prompts")
-        return f"{asked}: at most {max_choices} choices ([proxy] max_choices)."
+        return f"{asked}: at most {_MOST_CHOICES} choices."
     for name, longest in _LONGEST.items():
         entries = body.get(name)
         if isinstance(entries, (list, dict)) and len(cast(Sized, entries)) > longest:

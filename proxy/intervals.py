@@ -26,6 +26,8 @@ class Intervals:
     """Before an adapter that could not be unloaded is unloaded again."""
     writer_s: float = 10.0
     """How long the start waits for the writer, which takes half a second, longer under load."""
+    keep_alive_s: float = 5.0
+    """Between SSE comments while a streamed request waits for the engine."""
     drain_s: float = 10.0
     """How long the end waits for replies that are not recorded yet."""
     beat_s: float = 1.0

@@ -25,6 +25,8 @@ log = logging.getLogger(__name__)
 
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 """Before the next writer, if the last one answered nothing."""
+QUEUE_SIZE = 1024
+"""Turns that may wait for a slow store. Further turns are lost and counted."""
 _BYTES_PER_TURN = 1 << 16
 """Average size of the exchanges in a full queue."""
 _TRANSPORT_BYTES = 4 << 20
@@ -66,9 +68,9 @@ class Recorder:
         writer: WriterProcess,
         store: StoreConfig,
         profile: str,
-        queue_size: int,
         timeout_s: float,
         *,
+        queue_size: int = QUEUE_SIZE,
         enabled: bool = True,
     ) -> None:
         self.counts = RecorderCounts()

@@ -261,7 +261,7 @@ class _Generation:
                     self._early = web.StreamResponse(headers=headers)
                     await self._early.prepare(self._request)
                 await self._early.write(b": waiting for the engine\n\n")
-                pause = self._relay.engine.config.keep_alive_s
+                pause = self._relay.engine.intervals.keep_alive_s
         except BaseException:
             opening.add_done_callback(_close_result)
             opening.cancel()

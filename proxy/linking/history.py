@@ -24,7 +24,6 @@ from proxy.linking.meaning import Meaning, key_of, meaning_of
 KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
 """A context key is a key of the words, then one of the system's messages, then one of the exact
 messages."""
-CONTEXT_KEY_BYTES = KEY_BYTES + SYSTEM_BYTES + LETTERS_BYTES
 _SYSTEM = ("system", "developer")
 _TOOLS = ("tool", "function")
 _WHITE_SPACE = string.whitespace.encode()

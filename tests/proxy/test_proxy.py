@@ -256,7 +256,7 @@ def test_a_client_that_leaves_aborts_the_upstream(store: Store, tmp_path: Path) 
         ({"prompt_logprobs": 0, "model": "unknown"}, 400, "prompt_logprobs"),
         ({"echo": True, "logprobs": True}, 400, "echo"),
         ({"n": 1025}, 400, "n = 1025"),
-        ({"n": 10**9}, 400, "max_choices"),
+        ({"n": 10**9}, 400, "at most 1024 choices"),
         ({"prompt": ["a"] * 1025}, 400, "1025 prompts"),
         ({"prompt": [[1, 2]] * 342, "n": 3}, 400, "n = 3 for 342 prompts"),
         ({"messages": [request()["messages"]] * 513, "n": "2"}, 400, "n = 2 for 513 prompts"),

@@ -60,7 +60,9 @@ async def recording(
     queue_size: int = 10_000,
     timeout_s: float = PATIENCE_S,
 ) -> AsyncGenerator[Recorder]:
-    recorder = Recorder(writer or WriterThread(), store.config, "generic", queue_size, timeout_s)
+    recorder = Recorder(
+        writer or WriterThread(), store.config, "generic", timeout_s, queue_size=queue_size
+    )
     running = asyncio.create_task(recorder.run())
     try:
         yield recorder
@@ -479,7 +481,7 @@ def test_the_writer_ends_with_the_recorder_and_none_starts_where_nothing_is_reco
 ) -> None:
     async def scene() -> None:
         writer = WriterProcess()
-        off = Recorder(writer, store.config, "generic", 1, PATIENCE_S, enabled=False)
+        off = Recorder(writer, store.config, "generic", PATIENCE_S, enabled=False)
         await off.run()
         await off.record(exchange("hi"))
         assert (writer.processes, store.turns.ids()) == ([], [])

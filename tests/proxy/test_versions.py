@@ -240,7 +240,9 @@ def test_while_the_engine_is_down_streams_are_held_with_comments(
     async def test() -> None:
         async with scripted_engine() as engine:
             engine.healthy = False
-            async with running(engine.url, store, tmp_path, keep_alive_s=0.05) as p:
+            async with running(
+                engine.url, store, tmp_path, intervals=Intervals(keep_alive_s=0.05)
+            ) as p:
                 answer = await p.http.post(
                     f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=True))
                 )
