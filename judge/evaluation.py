@@ -14,7 +14,6 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations_with_replacement
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,7 @@ from judge.votes import votes_on
 from nextstate.agreement import SCORES, agreement
 from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
-from nextstate.records import TRUST, NextState, Source, Vote, majority
+from nextstate.records import TRUST, NextState, Source, Vote
 
 GROUPS = ("language", "category", "family")
 
@@ -144,29 +143,10 @@ def costs(outcomes: Sequence[Outcome]) -> list[str]:
     """Votes, tokens and seconds that judging took, one line each."""
     votes = [vote for o in outcomes for vote in o.votes]
     tokens = sum(vote.tokens for vote in votes) / len(outcomes)
-    decided = [settled_after([vote.score for vote in o.votes]) for o in outcomes if o.votes]
     latencies = sorted(1000 * o.seconds for o in outcomes)
     slow = latencies[math.ceil(0.95 * len(latencies)) - 1]
-    lines = [
+    return [
         f"{len(votes) / len(outcomes):.1f} valid votes and {tokens:.0f} tokens a case",
         f"{sum(not vote.sure for vote in votes)} of {len(votes)} votes unsure",
         f"latency: median {statistics.median(latencies):.1f} ms, p95 {slow:.1f} ms",
     ]
-    if decided:
-        lines.insert(1, f"majority settled after {statistics.mean(decided):.1f} votes on average")
-    return lines
-
-
-def settled_after(scores: Sequence[int]) -> int:
-    """How many of the votes, in their order, fix the majority whatever the rest say.
-
-    >>> settled_after([1, 1, -1]), settled_after([1, 0, 1]), settled_after([-1])
-    (2, 3, 1)
-    >>> settled_after([1, -1, 0, 0, 0])  # after four, one more could make a tie at most: 0
-    4
-    """
-    for asked in range(len(scores)):
-        rests = combinations_with_replacement(SCORES, len(scores) - asked)
-        if len({majority([*scores[:asked], *rest]) for rest in rests}) == 1:
-            return asked
-    return len(scores)

@@ -17,6 +17,7 @@ import orjson
 from nextstate.hooks import AgentProfile, Evidence, text_of
 from nextstate.records import Json, NextState, Turn
 from nextstate.thoughts import without_thoughts
+from nextstate.wire import obj, objects
 
 TAIL_MESSAGES = 6
 """How many of the request's last messages the judge sees."""
@@ -79,9 +80,9 @@ def message_text(message: Json) -> str:
     refusal = message.get("refusal")
     if isinstance(refusal, str):
         parts.append(refusal)
-    functions = [_object(call).get("function") for call in _list(message.get("tool_calls"))]
+    functions = [call.get("function") for call in objects(message.get("tool_calls"))]
     functions.append(message.get("function_call"))
-    parts += [_call_text(function) for f in functions if (function := _object(f))]
+    parts += [_call_text(function) for f in functions if (function := obj(f))]
     return "\n".join(part for part in parts if part)
 
 
@@ -118,14 +119,6 @@ def fair_share(lengths: Sequence[int], total: int) -> int:
             return share
         left -= waiting.pop(0)
     return total
-
-
-def _list(value: object) -> list[object]:
-    return cast("list[object]", value) if isinstance(value, list) else []
-
-
-def _object(value: object) -> Json:
-    return cast(Json, value) if isinstance(value, dict) else {}
 
 
 def _call_text(function: Json) -> str:

@@ -7,7 +7,7 @@ import logging
 import math
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, replace
 from typing import cast
 
 from aiohttp import web
@@ -31,21 +31,6 @@ AT_ONCE = 60
 A_MINUTE = 60.0
 """How often they may give more in each minute."""
 _EXAMPLE = '{"turn_id": "turn_…", "score": -1, "hint": "Answer in one sentence."}'
-
-
-@dataclass(frozen=True, slots=True)
-class FeedbackBody:
-    """A checked body. It names a turn, or a session for the newest main turn in it."""
-
-    turn_id: str | None
-    session_id: str | None
-    score: int
-    hint: str | None
-    comment: str | None
-
-    def of(self, turn: str) -> Feedback:
-        """The feedback on `turn`. Raises RecordError."""
-        return Feedback(turn, self.score, self.hint, self.comment)
 
 
 class Allowance:
@@ -83,7 +68,7 @@ class FeedbackRoute:
             found = request.headers.get("Content-Type", "none")
             raise Refused(415, f"Content-Type: {found[:100]!r}: feedback is application/json.")
         try:
-            body = read_feedback(await read_body(request, self._max_body_mb))
+            said, session = read_feedback(await read_body(request, self._max_body_mb))
         except RecordError as error:
             raise Refused(400, f"Feedback: {error}.") from error
         if wait_s := self.allowance.wait_s(request[CALLER]):
@@ -92,35 +77,37 @@ class FeedbackRoute:
             response.headers["Retry-After"] = str(wait_s)
             return response
         try:
-            reception = await asyncio.to_thread(self._store_it, body, request[CALLER])
+            reception = await asyncio.to_thread(self._store_it, said, session, request[CALLER])
         except NoTurnError:  # it was forgotten at this moment
             reception = None
         except (StoreError, OSError) as error:
-            log.warning("feedback on turn=%s could not be stored: %s", body.turn_id, error)
+            log.warning("feedback on turn=%s could not be stored: %s", said.turn, error)
             raise Refused(503, "The store cannot be written now.") from error
         if reception is None:
-            named = f"turn {body.turn_id!r}" if body.turn_id else f"turn in {body.session_id!r}"
+            named = f"turn {said.turn!r}" if session is None else f"turn in {session!r}"
             raise Refused(404, f"There is no {named}.")
         return web.json_response(asdict(reception))
 
-    def _store_it(self, body: FeedbackBody, caller: str) -> Reception | None:
+    def _store_it(self, said: Feedback, session: str | None, caller: str) -> Reception | None:
         """What came of the feedback; None if the caller has no such turn."""
         theirs = [name for name in self._lineages.names if self._lineages.sees(caller, name)]
-        turn = body.turn_id
+        if session is not None:
+            turn = self._store.turns.newest(session_names(session, self._profile), theirs)
+        else:
+            turn = said.turn if self._store.turns.lineage(said.turn) in theirs else None
         if turn is None:
-            assert body.session_id is not None
-            sessions = session_names(body.session_id, self._profile)
-            turn = self._store.turns.newest(sessions, theirs)
-        elif self._store.turns.lineage(turn) not in theirs:
-            turn = None
-        return None if turn is None else self._store.judging.give_feedback(body.of(turn))
+            return None
+        return self._store.judging.give_feedback(replace(said, turn=turn))
 
 
 _FIELDS = ("turn_id", "session_id", "score", "hint", "comment")
 
 
-def read_feedback(data: bytes) -> FeedbackBody:
-    """The body of a request for feedback. Raises RecordError that says what to change."""
+def read_feedback(data: bytes) -> tuple[Feedback, str | None]:
+    """(feedback, session) in the body of a request. Raises RecordError that says what to change.
+
+    Where it names a session, the feedback is on the newest main turn there, which is not known yet.
+    """
     body = json_object(data)
     if body is None:
         raise RecordError(f"the body is not a JSON object: expected {_EXAMPLE}")
@@ -136,9 +123,8 @@ def read_feedback(data: bytes) -> FeedbackBody:
             "expected either turn_id, from the reply's x-nextstate-turn header, or session_id, "
             f"for the newest turn of a session; {found}"
         )
-    said = FeedbackBody(turn, session, body["score"], _text(body, "hint"), _text(body, "comment"))
-    said.of(turn or "")  # checks its bounds before a turn is looked for
-    return said
+    hint, comment = _text(body, "hint"), _text(body, "comment")
+    return Feedback(turn or "", body["score"], hint, comment), session
 
 
 def _text(body: Json, field: str) -> str | None:

@@ -256,7 +256,7 @@ class Translated(Recorded):
     def plainer(self) -> Recorded | None:
         """The request on the client's own route: an error about it is worded there."""
         translation = self._dialect.to_chat(self._body, MessagesBehaviour())
-        return Native(self._dialect, self._client_path, self._body, translation, self._asked.model)
+        return Native(self._dialect, self._client_path, self._body, translation)
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
@@ -302,9 +302,7 @@ class Translated(Recorded):
 class Native(Recorded):
     """Another wire format, relayed as it is; nothing but the model's name changes."""
 
-    def __init__(
-        self, dialect: Dialect, path: str, body: Json, translation: Translation, model: str
-    ) -> None:
+    def __init__(self, dialect: Dialect, path: str, body: Json, translation: Translation) -> None:
         self.path = path
         self.chat = translation.chat
         self.capture = Capture()
@@ -313,14 +311,12 @@ class Native(Recorded):
             translation.native or "the engine refused its form as a chat request"
         )
         self._dialect = dialect
-        self._body = body
-        self._client_name = self._engine_name = model_field(model)
+        self._passed = Passed(path, b"", body)
         self._reader = dialect.chunks()
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
-        self._engine_name = model_field(model)
-        return write_json({**self._body, "model": model})
+        return self._passed.request(model)
 
     def event(self, event: bytes) -> bytes:
         """See `Serving`."""
@@ -332,7 +328,7 @@ class Native(Recorded):
                 self.capture.chunk(chunk)
         except _MALFORMED as error:
             return _unreadable(event, self.capture, error)
-        return self._renamed(event)
+        return self._passed.reply(event)
 
     def reply(self, data: bytes) -> bytes:
         """See `Serving`."""
@@ -343,11 +339,7 @@ class Native(Recorded):
             self.capture.body(self._dialect.to_chat_reply(reply))
         except _MALFORMED as error:
             return _unreadable(data, self.capture, error)
-        return self._renamed(data)
-
-    def _renamed(self, data: bytes) -> bytes:
-        # Quotes inside a JSON string are escaped, so this is always a key with its value.
-        return data.replace(self._engine_name, self._client_name)
+        return self._passed.reply(data)
 
 
 class Passed(Serving):
@@ -396,7 +388,7 @@ def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Re
         return Direct(path, body, model, engine.fingerprint, additions=additions)
     translation = dialect.to_chat(body, engine.messages_behaviour)
     if translation.native is not None or engine.max_model_len is None:
-        return Native(dialect, path, body, translation, model)
+        return Native(dialect, path, body, translation)
     return Translated(dialect, path, body, translation.chat, model, engine.max_model_len)
 
 

@@ -6,13 +6,10 @@ import asyncio
 import json
 import re
 from collections import Counter
-from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from judge.config import JudgeConfig
 from judge.evaluation import (
@@ -23,11 +20,10 @@ from judge.evaluation import (
     evaluate,
     read_cases,
     report,
-    settled_after,
 )
 from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, load_plugin
-from nextstate.records import Vote, majority
+from nextstate.records import Vote
 
 SHIPPED = Path(__file__).parents[2] / "judge" / "data" / "next_states.jsonl"
 CASE: dict[str, Any] = {
@@ -110,7 +106,6 @@ def test_costs_equal_the_hand_worked_numbers() -> None:
     outcomes = [Outcome(case, 1, votes if s == 0.007 else (), s) for s in seconds]
     assert costs(outcomes) == [
         "0.1 valid votes and 2 tokens a case",
-        "majority settled after 2.0 votes on average",
         "1 of 2 votes unsure",
         "latency: median 10.5 ms, p95 19.0 ms",
     ]
@@ -118,30 +113,6 @@ def test_costs_equal_the_hand_worked_numbers() -> None:
         "0.0 valid votes and 0 tokens a case",
         "0 of 0 votes unsure",
     ]
-
-
-@pytest.mark.parametrize(
-    ("scores", "needed"),
-    [((1,), 1), ((1, 1, -1), 2), ((1, 0, 1), 3), ((1, -1, 0, 0, 0), 4), ((0, 0, 0, 1, 1), 3)],
-)
-def test_the_majority_is_settled_when_no_rest_can_change_it(
-    scores: tuple[int, ...], needed: int
-) -> None:
-    assert settled_after(scores) == needed
-
-
-@given(st.lists(st.sampled_from((1, 0, -1)), min_size=1, max_size=6))
-def test_later_votes_never_change_a_settled_majority(scores: list[int]) -> None:
-    needed = settled_after(scores)
-    left = len(scores) - needed
-    for rest in product((1, 0, -1), repeat=left):
-        assert majority([*scores[:needed], *rest]) == majority(scores)
-    if needed > 1:
-        earlier = [
-            majority([*scores[: needed - 1], *rest])
-            for rest in product((1, 0, -1), repeat=left + 1)
-        ]
-        assert len(set(earlier)) > 1
 
 
 @pytest.mark.parametrize(
