@@ -25,6 +25,7 @@ from typing import cast
 
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Source, Vote
+from plugins.judges import WithoutModel
 from plugins.judges.calls import Call, calls_of
 
 EXECUTING = (
@@ -147,23 +148,9 @@ REPORTS: Sequence[Report] = (
 )
 
 
-class OutcomeJudge:
-    """The `outcome` kind."""
-
-    name = "outcome"
-    deterministic = True
-
-    async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """The vote; an unsure 0 without a result."""
-        return vote_on(evidence)
-
-    async def close(self) -> None:
-        """Nothing to release."""
-
-
 def create(settings: JudgeSettings) -> JudgeKind:
     """The plugin's entry; it needs no settings."""
-    return OutcomeJudge()
+    return WithoutModel("outcome", vote_on)
 
 
 def vote_on(evidence: Evidence) -> Vote:

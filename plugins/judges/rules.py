@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, is_wordless
 from nextstate.records import Source, Vote
+from plugins.judges import WithoutModel
 from plugins.judges.calls import calls_of
 from plugins.judges.lexicons import lexicon_for
 from plugins.judges.lexicons.shape import Lexicon, fold, narrow
@@ -70,23 +71,9 @@ class Reading:
 SILENT = Reading(0)
 
 
-class Rules:
-    """The `rules` kind."""
-
-    name = "rules"
-    deterministic = True
-
-    async def vote(self, evidence: Evidence, seed: int) -> Vote:
-        """The lexicons' vote; unsure where they know nothing."""
-        return vote_on(evidence)
-
-    async def close(self) -> None:
-        """Nothing to release."""
-
-
 def create(settings: JudgeSettings) -> JudgeKind:
     """The plugin's entry; it needs no settings."""
-    return Rules()
+    return WithoutModel("rules", vote_on)
 
 
 def vote_on(evidence: Evidence) -> Vote:
