@@ -12,7 +12,6 @@ from typing import cast
 
 from nextstate.hooks import AgentProfile, Utterance, text_of
 from nextstate.records import Json, Source, TurnKind
-from nextstate.wire import objects
 from plugins.agents.envelopes.known import AGENTS, without_files
 from plugins.agents.envelopes.shape import Agent
 from plugins.agents.machine import is_tagged, source_of
@@ -53,7 +52,7 @@ class Profile:
 
     def kind(self, request: Json) -> TurnKind:
         """Side for titles, compaction and other requests that the agent makes for itself."""
-        messages = objects(request.get("messages"))
+        messages = _messages(request)
         system = [text for m in messages if _is_system(m) for text in _texts(m)]
         last, parts = _last_asked(messages)
         side = (
@@ -128,7 +127,7 @@ def _is_aside(text: str) -> bool:
 
 def detected(request: Json) -> Agent:
     """The agent that sent a request, by its system prompt or its messages' envelope."""
-    messages = objects(request.get("messages"))
+    messages = _messages(request)
     system = "\n".join(text_of(m.get("content"))[:_SYSTEM_CHARS] for m in messages if _is_system(m))
     if (known := _agent_of(system[:_SYSTEM_CHARS])) is not None:
         return known
@@ -217,6 +216,13 @@ def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:
                 if asked and not asked.startswith(_CARRIERS):
                     return asked, texts
     return "", ()
+
+
+def _messages(request: Json) -> list[Json]:
+    messages = request.get("messages")
+    if not isinstance(messages, list):
+        return []
+    return [cast(Json, m) for m in cast("list[object]", messages) if isinstance(m, dict)]
 
 
 def _is_system(message: Json) -> bool:
