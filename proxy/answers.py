@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from aiohttp import web
 
 from nextstate.records import Json
@@ -41,17 +39,3 @@ def error_response(path: str, status: int, message: str) -> web.Response:
         body = {"type": "error", "error": {"type": kind, "message": message}}
     headers = {"Retry-After": str(RETRY_AFTER_S)} if status == 503 else None
     return web.json_response(body, status=status, headers=headers)
-
-
-def is_redirect(status: int, headers: Mapping[str, str]) -> bool:
-    """Whether an answer of the engine redirects its client."""
-    return 300 <= status < 400 and "Location" in headers
-
-
-def redirected(path: str, status: int) -> Refused:
-    """The error for a redirect by the engine, whose address the client must not learn."""
-    return Refused(
-        502,
-        f"The engine answers {path} with a redirect ({status}), which is not followed: "
-        "[engine] url must be the address that it serves on.",
-    )

@@ -20,7 +20,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from nextstate.errors import WrongEngineError
 from nextstate.file_descriptors import out_of_descriptors
 from nextstate.records import PolicyVersion
-from proxy.answers import Refused, is_redirect, redirected
+from proxy.answers import Refused
 from proxy.config import ProxyConfig
 from proxy.intervals import Intervals
 from proxy.serving import Direct, Passed, Serving
@@ -164,9 +164,13 @@ class EngineCall(Generic[_Form]):
             answer = await self._send()
             if answer.status == 200 and isinstance(plainer, Direct):
                 versions.engine_refuses_additions()
-        if is_redirect(answer.status, answer.headers):
+        if 300 <= answer.status < 400 and "Location" in answer.headers:
             answer.close()
-            raise redirected(self.serving.path, answer.status)
+            raise Refused(  # the client must not learn the address that the engine names
+                502,
+                f"The engine answers {self.serving.path} with a redirect ({answer.status}), which "
+                "is not followed: [engine] url must be the address that it serves on.",
+            )
         return answer
 
     def _plainer(self, status: int) -> _Form | None:

@@ -220,7 +220,7 @@ class Direct(Recorded):
         try:
             self.capture.body(reply if self.path == CHAT else completions.as_chat(reply))
             # In vLLM's own notation: the numbers that the client asked for stay the same.
-            return compact(self._format.client_reply(reply, self._asked))
+            return compact(chat.client_reply(reply, self._asked))
         except _MALFORMED as error:
             return _unreadable(data, self.capture, error)
 

@@ -131,5 +131,6 @@ def strip_choice(choice: dict[str, Any], asked: Asked) -> None:
     """Removes unasked log-probs and token ids from a choice, in place."""
     if not asked.logprobs and "logprobs" in choice:
         choice["logprobs"] = None
-    if not asked.token_ids and "token_ids" in choice:
-        choice["token_ids"] = None
+    for name in ("token_ids", "prompt_token_ids"):  # each choice of a completion has the latter
+        if not asked.token_ids and name in choice:
+            choice[name] = None

@@ -45,17 +45,9 @@ def asked_for(request: Json, model: str) -> Asked:
 def client_chunk(chunk: Json, asked: Asked, fingerprint: str | None) -> Json | None:
     """A streamed chunk as the client would get it from the engine; None if it would not."""
     sent = without_usage(chunk, asked, fingerprint)
-    if sent is not None:
-        _strip(objects(sent.get("choices")), asked)
+    for choice in objects(obj(sent).get("choices")):
+        strip_choice(choice, asked)
     return sent
-
-
-def client_reply(reply: Json, asked: Asked) -> Json:
-    """Changes a plain reply, in place, to what the client would get from the engine."""
-    if "model" in reply:
-        reply["model"] = asked.model
-    _strip(objects(reply.get("choices")), asked)
-    return reply
 
 
 def choices_of(request: Json) -> int:
@@ -86,10 +78,3 @@ def as_chat(reply: Json) -> Json:
         content = [{"logprob": value} for value in logprobs]
         choices.append({**choice, "delta": text, "message": text, "logprobs": {"content": content}})
     return {**reply, "choices": choices, "prompt_token_ids": ids}
-
-
-def _strip(choices: list[Json], asked: Asked) -> None:
-    for choice in choices:
-        strip_choice(choice, asked)
-        if not asked.token_ids and "prompt_token_ids" in choice:
-            choice["prompt_token_ids"] = None
