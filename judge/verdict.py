@@ -1,13 +1,12 @@
 """From votes to a verdict.
 
 The score is the majority of the votes; a tie is 0. If the next states come only from tools or the
-environment, praise must be unanimous, because strangers often wrote what a tool returns. The
-confidence is the share of the votes for the score times the highest trust among the next states.
+environment, praise must be unanimous, because strangers often wrote what a tool returns.
 
 A hint comes only from votes that agree with the score: a losing vote argues for something that the
 others did not see. A hint must ask for something. It may not quote the reply, contain the answer
-that a tool or a pasted block gave later, or repeat a secret. Of the remaining hints
-the one counts that shares most words with the others, and of equals the shortest.
+that a tool or a pasted block gave later, or repeat a secret. Of the remaining hints the one that
+shares most words with the others is taken, and of equals the shortest.
 """
 
 from __future__ import annotations
@@ -58,9 +57,8 @@ def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence)
     score = majority(scores)
     states = (*evidence.next_states, *evidence.later)
     doubtful = len(set(scores)) > 1 and not any(s.source in _PERSON for s in states)
-    agreed = scores.count(score) / len(scores)
     if score > 0 and doubtful:
-        score, agreed = 0, 0.0
+        score = 0
     hints = [
         hint
         for vote in votes
@@ -73,7 +71,6 @@ def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence)
         score=score,
         judge=judge,
         hint=best_hint(hints),
-        confidence=agreed * max((state.trust for state in states), default=1.0),
     )
 
 

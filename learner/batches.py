@@ -17,7 +17,6 @@ from nextstate.store import Store
 
 log = logging.getLogger(__name__)
 
-_LEASE_S = 3600.0
 _HELD_PER_SESSION = 4
 _HELD_OUT_TURNS = 32
 """The newest held-out turns that a candidate is checked on."""
@@ -69,7 +68,6 @@ class Batches:
                 self._lineage,
                 self._config.batch_size,
                 name,
-                _LEASE_S,
                 scored=self._scored,
                 hinted=self._hinted,
             )

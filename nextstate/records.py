@@ -196,18 +196,12 @@ class Verdict:
     hint: str | None = None
     hinted_prompt_ids: tuple[int, ...] | None = None
     """The turn's prompt with the hint, as the engine rendered it."""
-    confidence: float | None = None
-    """How sure the judge is of the score, in [0, 1]; None if it does not say."""
 
     def __post_init__(self) -> None:
         if self.score not in (-1, 0, 1):
             raise RecordError(f"verdict of {self.turn}: score {self.score!r} is not -1, 0 or 1")
         if self.hinted_prompt_ids is not None and not self.hint:
             raise RecordError(f"verdict of {self.turn}: a hinted prompt without a hint")
-        if self.confidence is not None and not 0.0 <= self.confidence <= 1.0:
-            raise RecordError(
-                f"verdict of {self.turn}: confidence {self.confidence} is not in [0, 1]"
-            )
 
 
 @dataclass(frozen=True, slots=True)

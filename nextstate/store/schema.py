@@ -113,7 +113,6 @@ verdicts = sa.Table(
     sa.Column("hint", sa.LargeBinary(16)),
     sa.Column("hinted_prompt_ids", sa.LargeBinary),
     sa.Column("created_at", sa.Float, nullable=False),
-    sa.Column("confidence", sa.Float),
 )
 
 feedback = sa.Table(
@@ -150,7 +149,6 @@ samples = sa.Table(
     sa.Column("score", sa.Integer, nullable=False),
     sa.Column("hinted", sa.Boolean, nullable=False),
     sa.Column("batch", sa.String(40)),
-    sa.Column("lease_until", sa.Float),
     sa.Column("trained_in", sa.Integer),
     sa.Column("reason", sa.Text),
     sa.Column("seq", sa.Integer),

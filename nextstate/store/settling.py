@@ -141,7 +141,6 @@ def verdict_of(row: Row, found: Texts) -> Verdict:
         judge=row.judge,
         hint=_text(row.hint, found),
         hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
-        confidence=row.confidence,
     )
 
 
@@ -229,7 +228,6 @@ def _put_verdict(connection: sa.Connection, verdict: Verdict, now: float) -> Non
             hint=_put_text(connection, verdict.hint),
             hinted_prompt_ids=_put_ids(connection, verdict.hinted_prompt_ids),
             created_at=now,
-            confidence=verdict.confidence,
         )
     )
     for row in before:

@@ -37,7 +37,7 @@ class Training:
         return sum(n for (_, *kind), n in ready.items() if _usable(kind, scored, hinted))
 
     def lease_samples(
-        self, lineage: str, limit: int, batch: str, lease_s: float, *, scored: bool, hinted: bool
+        self, lineage: str, limit: int, batch: str, *, scored: bool, hinted: bool
     ) -> list[Sample]:
         """Leases `limit` usable samples under the name `batch`: of the newest versions first.
 
@@ -49,12 +49,11 @@ class Training:
         with self._database.read() as connection:
             waiting = _freshest(connection, lineage, limit * LOOKED_AT, scored, hinted)
             chosen = fair_share(waiting, limit)
-        until = self._database.now() + lease_s
         with self._database.write() as connection:
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_(chosen), s.state == SampleState.READY)
-                .values(state=SampleState.LEASED, batch=batch, lease_until=until)
+                .values(state=SampleState.LEASED, batch=batch)
             )
             return _load_samples(connection, chosen, s.batch == batch)
 
@@ -132,9 +131,7 @@ class Training:
             judged = sa.select(s.turn).join(t.feedback, t.feedback.c.turn == s.turn)
             turns = connection.execute(judged.where(*leased)).scalars().all()
             done = connection.execute(
-                sa.update(t.samples)
-                .where(*leased)
-                .values(state=SampleState.READY, batch=None, lease_until=None)
+                sa.update(t.samples).where(*leased).values(state=SampleState.READY, batch=None)
             )
             for turn_id in turns:
                 settle_feedback(connection, turn_id, self._database.now())
@@ -147,7 +144,7 @@ class Training:
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_(turn_ids), s.state != SampleState.TRAINED)
-                .values(state=SampleState.DROPPED, reason=reason, batch=None, lease_until=None)
+                .values(state=SampleState.DROPPED, reason=reason, batch=None)
             )
 
     def drop_stale(self, lineage: str, reason_for: Callable[[int], str | None]) -> dict[str, int]:

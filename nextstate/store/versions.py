@@ -63,7 +63,7 @@ class Versions:
             connection.execute(
                 sa.update(t.samples)
                 .where(*leased, s.batch == batch)
-                .values(trained_in=version.number, lease_until=None, **settled)
+                .values(trained_in=version.number, **settled)
             )
 
     def all(self, lineage: str | None = None) -> list[PolicyVersion]:

@@ -93,7 +93,7 @@ def test_feedback_that_comes_too_late_says_so(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = Store(StoreConfig(dir=f"{config.parent}/state"))
-    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
     store.close()
     assert main(["feedback", "turn_0", "--score", "1", "--config", str(config)]) == 0
     (line,) = lines(capsys)
@@ -115,7 +115,7 @@ def chain(config: Path) -> Path:
     """The same store with a trained version 2, which serves, and a rejected version 3."""
     store = Store(Settings.read(config).store)
     store.versions.set_serving("main", 1)
-    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
     metrics = {"score/mean": -1.0, "step/kl": 0.00456, "gate/kl_base": 0.12, "gate/rank": 0.0204}
     state = VersionState.CANDIDATE
     store.versions.add(PolicyVersion("main", 2, 1, "/b", "ee", 1, state, metrics), "b")

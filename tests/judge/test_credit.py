@@ -185,7 +185,7 @@ def test_a_step_that_trained_or_that_a_person_judged_keeps_its_verdict(store: St
     lease_all(store)
     store.judging.give_feedback(Feedback("turn-0", 1))
     settle(store, "turn-1", 1)
-    batch = store.training.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
+    batch = store.training.lease_samples("main", 9, "batch", scored=True, hinted=False)
     assert {sample.turn for sample in batch} == {"turn-0", "turn-1"}
     settle(store, "turn-2", -1, meant=["turn-0", "turn-1"])
     assert lease_all(store) == []
@@ -199,7 +199,7 @@ def test_a_step_that_goes_into_training_while_it_is_judged_anew_keeps_its_verdic
     settle(store, "turn-1", 1)
     settle(store, "turn-2", -1, meant=["turn-1"])
     assert lease_all(store) == ["turn-1"]
-    store.training.lease_samples("main", 9, "batch", 60.0, scored=True, hinted=False)
+    store.training.lease_samples("main", 9, "batch", scored=True, hinted=False)
     assert not settle(store, "turn-1", -1, task_end="turn-2")
     verdict = store.judging.verdict("turn-1")
     assert verdict is not None

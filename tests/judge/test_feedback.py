@@ -55,7 +55,7 @@ def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_pat
     messages, _, extra = engine.calls[0]
     assert messages[-1]["content"] == f"What is 0 plus 1?\n\n[hint]\n{SAID.hint}"
     assert extra == {"chat_template_kwargs": {"enable_thinking": False}}
-    (sample,) = store.training.lease_samples("main", 9, "b", 60.0, scored=False, hinted=True)
+    (sample,) = store.training.lease_samples("main", 9, "b", scored=False, hinted=True)
     assert (sample.score, sample.hinted_prompt_ids) == (-1, (7, 8, 9))
     assert counts.totals() == (1, 0, 0)
     store.close()

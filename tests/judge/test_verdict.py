@@ -79,14 +79,6 @@ def test_praise_that_comes_only_from_tools_must_be_unanimous() -> None:
     assert [v and v.score for v in (unanimous, blamed)] == [1, -1]
 
 
-def test_confidence_is_the_share_of_the_votes_times_the_trust_of_the_best_source() -> None:
-    votes = [Vote(-1), Vote(-1), Vote(1), Vote(-1)]
-    for sources, trust in (((Source.USER, Source.TOOL), 0.9), ((Source.TOOL,), 0.4)):
-        verdict = verdict_of("t", "j", votes, shown(*sources))
-        assert verdict is not None
-        assert verdict.confidence == pytest.approx(0.75 * trust)
-
-
 def test_a_hint_does_not_give_away_what_came_later() -> None:
     def user(text: str) -> NextState:
         return NextState("t", Source.USER, text, 0.9)

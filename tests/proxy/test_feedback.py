@@ -246,7 +246,7 @@ def test_feedback_after_training_changes_neither_verdict_nor_sample(
 ) -> None:
     add(store, turn(0))
     judge(store, 0, 1)
-    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         body = {"turn_id": TURN, "score": -1, "hint": "Be brief."}
@@ -271,10 +271,10 @@ def test_feedback_after_training_changes_neither_verdict_nor_sample(
 def test_feedback_during_training_counts_once_the_batch_is_given_up(store: Store) -> None:
     add(store, turn(0))
     judge(store, 0, 1)
-    store.training.lease_samples("main", 9, "b", 60, scored=True, hinted=True)
+    store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
     assert not store.judging.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
     assert store.training.release_samples("main") == 1
-    (sample,) = store.training.lease_samples("main", 9, "b2", 60, scored=True, hinted=True)
+    (sample,) = store.training.lease_samples("main", 9, "b2", scored=True, hinted=True)
     assert sample.score == -1
     assert store.judging.lease(9, 60) == [TURN]
     assert store.judging.give_feedback(Feedback(TURN, -1, "Be brief.")).applied

@@ -309,7 +309,7 @@ def test_a_turn_that_another_lineages_adapter_answered_trains_nobody(
         assert (status, turn.lineage, turn.policy_version) == (200, ALICE, None)
         store.judging.settle_verdict(Verdict(turn.id, (1,), 1, "test"))
         for lineage in p.proxy.lineages.names:
-            assert store.training.lease_samples(lineage, 9, "b", 60, scored=True, hinted=True) == []
+            assert store.training.lease_samples(lineage, 9, "b", scored=True, hinted=True) == []
 
     both(test, store, tmp_path, **OPEN)
 
@@ -420,7 +420,7 @@ class Traffic:
             store.judging.settle_verdict(Verdict(turn_id, (1,), 1, "test"))
         assert all(len(callers) == 1 for callers in owners.values()), owners
         for caller in ACCESS:
-            leased = store.training.lease_samples(caller, 999, "b", 60, scored=True, hinted=False)
+            leased = store.training.lease_samples(caller, 999, "b", scored=True, hinted=False)
             assert {s.turn for s in leased} == {t for t, by in asked.items() if by == caller}
 
 

@@ -103,7 +103,7 @@ class Spoken:
             self.settle(self.under_way[which % len(self.under_way)])
 
     def lease(self) -> None:
-        taken = self.store.training.lease_samples("main", 9, "b", 60.0, scored=True, hinted=True)
+        taken = self.store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
         if taken:
             sample = self.sample()
             assert sample is not None

@@ -110,7 +110,7 @@ class Counting(RuleBasedStateMachine):
         self.versions += 1
         batch = f"b{self.versions}"
         ready = self.store.training.ready_samples(lineage, **BATCH)
-        leased = self.store.training.lease_samples(lineage, limit, batch, 60, **BATCH)
+        leased = self.store.training.lease_samples(lineage, limit, batch, **BATCH)
         # Fewer where one session has more than half of them while another waits, too.
         assert min(limit, ready, 2) <= len(leased) <= min(limit, ready)
         state = VersionState.CANDIDATE if kept else VersionState.REJECTED
@@ -119,7 +119,7 @@ class Counting(RuleBasedStateMachine):
 
     @rule(lineage=st.sampled_from(LINEAGES), batch=st.booleans())
     def give_up(self, lineage: str, batch: bool) -> None:
-        self.store.training.lease_samples(lineage, 2, "x", 60, scored=batch, hinted=True)
+        self.store.training.lease_samples(lineage, 2, "x", scored=batch, hinted=True)
         self.store.training.release_samples(lineage)
 
     @rule(lineage=st.sampled_from(LINEAGES), number=st.integers(0, 9))
@@ -274,7 +274,7 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "earlier_steps": lambda s: s.judging.earlier_steps("turn_9"),
     "settle_verdict": lambda s: judge(s, 3, 1),
     "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_7", -1, "Be brief.")),
-    "lease_samples": lambda s: s.training.lease_samples("main", 16, "b", 60, **BATCH),
+    "lease_samples": lambda s: s.training.lease_samples("main", 16, "b", **BATCH),
     "release_samples": lambda s: s.training.release_samples("main"),
     "drop_samples": lambda s: s.training.drop_samples(["turn_1", "turn_2"], "too long"),
     "drop_stale": lambda s: s.training.drop_stale("main", lambda version: None),
@@ -354,7 +354,7 @@ def test_a_backlog_is_not_sorted_before_some_of_it_is_leased(
         fill(store, sessions, ready=20 * sessions)
 
         def lease(store: Store = store) -> None:
-            leased = store.training.lease_samples("main", 8, "b", 60, scored=scored, hinted=hinted)
+            leased = store.training.lease_samples("main", 8, "b", scored=scored, hinted=hinted)
             assert [s.policy_version for s in leased] == [6] * 8
 
         work = steps(store, lambda store: store.judging.lease(8, 60))

@@ -39,9 +39,7 @@ WORK: dict[str, Callable[[Store], object]] = {
     "lease_judgements": lambda s: s.judging.lease(1, 60),
     "settle_verdict": lambda s: judge(s, 1, 1),
     "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_0", -1)),
-    "lease_samples": lambda s: s.training.lease_samples(
-        "main", 1, "b", 60, scored=True, hinted=True
-    ),
+    "lease_samples": lambda s: s.training.lease_samples("main", 1, "b", scored=True, hinted=True),
     "add_version": lambda s: s.versions.add(
         PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE), None
     ),

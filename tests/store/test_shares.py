@@ -34,7 +34,7 @@ def ready(store: Store, *sessions: tuple[str, int, int]) -> dict[str, str]:
 
 
 def leased(store: Store, limit: int, batch: str = "b") -> list[str]:
-    found = store.training.lease_samples("main", limit, batch, 60, scored=True, hinted=True)
+    found = store.training.lease_samples("main", limit, batch, scored=True, hinted=True)
     return [sample.session for sample in found]
 
 
@@ -52,7 +52,7 @@ def test_newer_versions_do_not_make_a_flood_more_than_half(store: Store) -> None
 
 def test_one_session_alone_trains_with_all_that_it_has(store: Store) -> None:
     turns = ready(store, ("mine", 20, 0))
-    found = store.training.lease_samples("main", 16, "b", 60, scored=True, hinted=True)
+    found = store.training.lease_samples("main", 16, "b", scored=True, hinted=True)
     assert [sample.turn for sample in found] == list(turns)[:16]
     assert store.counts()["samples/leased"] == 16
 
