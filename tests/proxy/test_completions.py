@@ -185,15 +185,6 @@ def test_no_request_makes_the_engine_compute_the_prompts_log_probs(
     both(test, store, tmp_path, record_timeout_s=10.0)
 
 
-def test_an_unknown_model_gets_the_engines_own_error(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        body = request(model="nope")
-        assert await complete(p, body) == await complete(p, body, engine.url)
-        assert store.turns.ids() == []
-
-    both(test, store, tmp_path, record_timeout_s=10.0)
-
-
 def test_every_choice_passes_as_it_ends_and_the_last_once_the_turn_is_recorded(
     store: Store, tmp_path: Path
 ) -> None:

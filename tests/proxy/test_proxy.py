@@ -410,15 +410,6 @@ def test_metrics_count_what_happened(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path)
 
 
-def test_requests_larger_than_the_limit_are_refused(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        answer = await p.chat(request("x" * (1 << 20)))
-        assert answer[0] == 413
-        assert b"max_body_mb" in answer[1]
-
-    both(test, store, tmp_path, max_body_mb=1)
-
-
 def test_a_request_that_the_engine_would_refuse_is_not_repaired(
     store: Store, tmp_path: Path
 ) -> None:
