@@ -63,8 +63,12 @@ def unexplained_drift(tokens: TokenStats, step_kl: float) -> float:
 
 
 def token_metrics(tokens: TokenStats, step_kl: float) -> dict[str, float]:
-    """Means over tokens; a name is absent, never 0, if nothing was measured."""
+    """Means over tokens; a name is absent, never 0, if nothing was measured.
+
+    `kl/base` is KL(policy ‖ base) a token.
+    """
     ratio = (tokens.policy - tokens.behaviour).exp()
+    base = tokens.reference
     found = {
         "drift/mean": drift(tokens),
         "drift/unexplained": unexplained_drift(tokens, step_kl),
@@ -72,17 +76,10 @@ def token_metrics(tokens: TokenStats, step_kl: float) -> dict[str, float]:
         "ratio/max": float(ratio.max()),
         "advantage/mean": float(tokens.advantage.mean()),
         "teacher_gap/mean": _mean(tokens.gap),
-        "kl/base": base_kl(tokens),
+        "kl/base": None if base is None else kl_divergence(tokens.policy, base),
         "kl/teacher": _mean(tokens.divergence),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def base_kl(tokens: TokenStats) -> float | None:
-    """KL(policy ‖ base) a token; None without a KL term."""
-    if tokens.reference is None:
-        return None
-    return kl_divergence(tokens.policy, tokens.reference)
 
 
 def _mean(values: Tensor | None) -> float | None:
