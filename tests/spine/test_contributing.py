@@ -11,7 +11,14 @@ import pytest
 from nextstate.app import cli
 
 ROOT = Path(__file__).parents[2]
-NAMES = ("README.md", "AGENTS.md", "CHANGELOG.md", "CONTRIBUTING.md", "docs/architecture.md")
+NAMES = (
+    "README.md",
+    "AGENTS.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "benchmarks/RESULTS.md",
+)
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = DOCUMENTS["CONTRIBUTING.md"]
 ROOMS = ("nextstate", "proxy", "judge", "plugins", "learner")
@@ -19,7 +26,7 @@ WORDS = """turn, session, main turn, side turn, next state, vote, verdict, hint,
 sample, held-out session, behaviour log-probs, policy log-probs, drift, importance ratio, advantage,
 teacher, adapter, policy version, candidate, policy lag, lineage, environment, gate, canary,
 score drop, share, engine, dialect, profile, check word, persona, seed policy"""
-STATE = ("learner/main/", "learner/NAME/", "versions/main/", "logs/")
+STATE = ("learner/main/", "learner/NAME/", "versions/main/", "logs/", "warm-up/")
 """Folders of a state folder."""
 _PATH = re.compile(r"`((?:[\w.-]+/)+(?:(?!NAME)[\w-]+\.\w+)?)`")
 _KEY = re.compile(r"`\[([a-z]+)\]\s+([a-z]\w*)")
