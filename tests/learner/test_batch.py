@@ -1,4 +1,4 @@
-"""Samples as padded tensors, and turns that share a sequence: worked by hand, and by any samples."""
+"""Samples as padded tensors, and turns that share a sequence, by hand and by any samples."""
 
 from dataclasses import replace
 
