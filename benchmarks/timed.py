@@ -45,6 +45,7 @@ from nextstate.app.settings import Settings
 from nextstate.app.stages import run_learner
 from nextstate.engine.client import EngineClient, publish_candidate
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
+from nextstate.store import Store
 from nextstate.store.versions import Versions
 
 WATCHED: dict[str, tuple[object, str]] = {
