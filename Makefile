@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test test-fast coverage lint soak clients seed-policy bench lock clean
+.PHONY: help env demo test test-engine test-others test-fast coverage lint soak clients seed-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -35,19 +35,26 @@ endif
 demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
 	$(BIN)/nextstate demo $(ARGS)
 
-# tests/conftest.py groups the tests: one worker runs a group, and the groups start in its order.
-WORKERS ?= 2
-PARALLEL := -n $(WORKERS) --dist loadgroup --no-loadscope-reorder
+# Two runs at once: the tests that share a real vLLM, one after the other, and all others.
+RUN    := $(BIN)/python
+PYTEST  = $(RUN) -m pytest -q
 
-test: lint  ## lint, types and every test, one of them over the real vLLM
-	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
+test: lint  ## lint, types and every test, some of them over one real vLLM
+	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-engine test-others
+
+test-engine: env
+	$(PYTEST) -m "engine and not soak" $(ARGS)
+
+test-others: env
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not soak" $(ARGS)
 
 test-fast: env  ## the tests without vLLM, processes and training (about a minute)
-	$(BIN)/python -m pytest -q $(PARALLEL) -m "not engine and not processes and not training and not soak" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not processes and not training and not soak" $(ARGS)
 
+coverage: export COVERAGE_FILE := $(CURDIR)/.coverage
 coverage: env  ## every test, and which lines and branches none of them reaches
 	$(BIN)/coverage erase
-	COVERAGE_FILE=$(CURDIR)/.coverage $(BIN)/coverage run -m pytest -q $(PARALLEL) $(ARGS)
+	@$(MAKE) --no-print-directory --jobs 2 RUN="$(BIN)/coverage run" test-engine test-others
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 

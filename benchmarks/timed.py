@@ -46,16 +46,17 @@ from nextstate.app.stages import run_learner
 from nextstate.engine.client import EngineClient, publish_candidate
 from nextstate.records import BASE_VERSION, MAIN_LINEAGE, PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.store.versions import Versions
 
 WATCHED: dict[str, tuple[object, str]] = {
     STEP: (PolicyTrainer, "update"),
     GATE: (Evaluator, "measure"),
     ADAPTER: (LoraWeights, "save"),
     CHECKPOINT: (lineage, "save_checkpoint"),
-    REGISTERED: (Store, "add_version"),
+    REGISTERED: (Versions, "add"),
     LOADED: (EngineClient, "load_adapter"),
     PROBED: (EngineClient, "probe"),
-    FLIP: (Store, "serve_candidate"),
+    FLIP: (Versions, "serve_candidate"),
 }
 _WEIGHT = 0.02
 """Standard deviation: enough to change replies, too little to spoil them."""

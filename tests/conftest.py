@@ -33,23 +33,18 @@ _TRAINING = {"torch", "save_tiny_model"}
 """Names in a file that runs or trains a model."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups, and pytest the markers
+@pytest.hookimpl(tryfirst=True)  # before pytest reads the markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks each test by what it uses, groups the tests for two workers, and orders the groups.
+    """Marks each test by what it uses, and puts files that take long first.
 
-    All tests that need vLLM are one group: one worker runs them and starts one engine. Any other
-    file is a group, so its module fixtures are made once. Groups that take long come first. Within
-    the engine's group test_end_to_end.py is last: it trains the policy and ends the engine.
+    test_end_to_end.py is the last that uses the engine: it trains the policy and ends the engine.
     """
     for item in items:
         assert isinstance(item, pytest.Function)
         for marker in _markers(item):
             item.add_marker(marker)
-        marked = {marker.name for marker in item.iter_markers()}
-        if "engine" in marked and item.get_closest_marker("timeout") is None:
+        if item.get_closest_marker("engine") and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
-        group = "engine" if "engine" in marked else item.nodeid.partition("::")[0]
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=_place)
 
 
@@ -63,14 +58,9 @@ def _markers(item: pytest.Function) -> Iterator[str]:
         yield "training"
 
 
-def _place(item: pytest.Item) -> tuple[bool, bool, bool, str]:
-    markers = {marker.name for marker in item.iter_markers()}
-    return (
-        "engine" not in markers,
-        item.path.stem == "test_end_to_end",
-        not markers & {"processes", "training"},
-        item.nodeid.partition("::")[0],
-    )
+def _place(item: pytest.Item) -> tuple[bool, bool]:
+    long = any(item.get_closest_marker(name) for name in ("processes", "training"))
+    return item.path.stem == "test_end_to_end", not long
 
 
 @pytest.fixture

@@ -72,52 +72,52 @@ def chain(store: Store) -> Store:
 def test_a_candidate_made_before_a_person_chose_never_serves_by_itself(
     chain: Store, chosen: int
 ) -> None:
-    chain.set_serving("main", chosen)
+    chain.versions.set_serving("main", chosen)
     engine = Engine()
     asyncio.run(publish_candidate(chain, engine.client, candidate(3, 2)))
-    assert chain.serving("main").number == chosen
-    assert chain.overtaken(candidate(3, 2))
-    third = chain.versions("main")[-1]
+    assert chain.versions.serving("main").number == chosen
+    assert chain.versions.overtaken(candidate(3, 2))
+    third = chain.versions.all("main")[-1]
     assert third.state is RETIRED
     assert f"version {chosen} was put into service" in (third.reason or "")
     asyncio.run(publish(chain, engine.client, third))  # unless they choose it themselves
-    assert chain.serving("main").number == 3
+    assert chain.versions.serving("main").number == 3
 
 
 def test_a_rollback_while_the_candidate_is_loaded_stays_and_its_adapter_is_unloaded(
     chain: Store,
 ) -> None:
-    engine = Engine(lambda _: chain.set_serving("main", 1))
+    engine = Engine(lambda _: chain.versions.set_serving("main", 1))
     third = candidate(3, 2)
-    assert not chain.overtaken(third)
+    assert not chain.versions.overtaken(third)
     asyncio.run(publish_candidate(chain, engine.client, third))
     assert states(chain) == [(1, "serving"), (2, "retired"), (3, "retired")]
     assert engine.unloaded == [third.adapter_name]
 
 
 def test_a_candidate_of_a_version_that_was_withdrawn_meanwhile_never_serves(chain: Store) -> None:
-    second = chain.version("main", 2)
+    second = chain.versions.get("main", 2)
     assert second is not None
     asyncio.run(withdraw(chain, Engine().client, second))
-    assert chain.overtaken(candidate(3, 2))
+    assert chain.versions.overtaken(candidate(3, 2))
     asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
     assert states(chain) == [(1, "serving"), (2, "rejected"), (3, "retired")]
 
 
 def test_a_candidate_that_a_person_puts_into_service_counts_as_published(chain: Store) -> None:
-    chain.set_serving("main", 3)
+    chain.versions.set_serving("main", 3)
     for _ in range(2):
-        assert not chain.overtaken(candidate(3, 2))
+        assert not chain.versions.overtaken(candidate(3, 2))
         asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
-    assert chain.serving("main").number == 3
+    assert chain.versions.serving("main").number == 3
 
 
 def test_a_serving_version_is_not_rejected(chain: Store) -> None:
     """Otherwise no version would serve, and the base model would answer."""
-    chain.set_serving("main", 1)
-    assert not chain.reject_version("main", 1, "seen as retired before")
-    assert chain.serving("main").number == 1
-    assert chain.reject_version("main", 3, "no use")
+    chain.versions.set_serving("main", 1)
+    assert not chain.versions.reject("main", 1, "seen as retired before")
+    assert chain.versions.serving("main").number == 1
+    assert chain.versions.reject("main", 3, "no use")
 
 
 @settings(deadline=None, max_examples=40)

@@ -7,10 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from judge.config import JudgeConfig, plugin_settings
 from judge.pace import LONGEST_REST_S, LOOK_S, QUIET_S, Counted, Pace, rest_s
-from nextstate.config import EngineConfig
-from nextstate.engine.process import by_priority, command
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import Evidence
 from nextstate.records import Vote
@@ -137,24 +134,3 @@ def test_work_and_rest_keep_the_share(worked: float, share: float) -> None:
     rest = rest_s(worked, share)
     assert rest >= 0
     assert rest == LONGEST_REST_S or worked <= share * (worked + rest) * (1 + 1e-9) + 1e-9
-
-
-def test_votes_on_a_managed_engine_have_a_lower_priority_than_agents() -> None:
-    ours = EngineConfig(model="m")
-    assert "priority" in command(ours, 1)
-    assert by_priority(ours)
-    assert not by_priority(EngineConfig(model="m", args=("--scheduling-policy", "fcfs")))
-    own = EngineConfig(model="m", args=("--scheduling-policy=priority",))
-    assert by_priority(own)
-    assert command(own, 1).count("--scheduling-policy") == 0
-    assert not by_priority(EngineConfig(mode="external", url="http://127.0.0.1:1", model="m"))
-
-
-def test_only_votes_on_the_engine_get_the_engines_extra_fields() -> None:
-    extra = {"priority": 10}
-    assert plugin_settings(JudgeConfig(), "m", "u", extra).extra == extra
-    assert plugin_settings(JudgeConfig(extra={"priority": 3}), "m", "u", extra).extra == {
-        "priority": 3
-    }
-    for other in (JudgeConfig(base_url="http://x/v1"), JudgeConfig(kind="litellm")):
-        assert plugin_settings(other, "m", "u", extra).extra == {}

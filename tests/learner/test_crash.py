@@ -18,6 +18,7 @@ from nextstate.config import StoreConfig
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.store.versions import Versions
 from tests.learner.test_lineages_in_turn import (
     ALICE,
     MAIN,
@@ -49,7 +50,7 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
             lineage.objection = kill_myself
         case "before rejecting":
             lineage.objection = rejected
-            Store.add_version = kill_myself
+            Versions.add = kill_myself
         case "after rejecting":
             lineage.objection = rejected
             MetricWriters.write = kill_myself
@@ -61,7 +62,7 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
         case "before the checkpoint":
             lineage.save_checkpoint = kill_myself
         case "before settling":
-            Store.add_version = kill_myself
+            Versions.add = kill_myself
         case _:
             pass
     store = Store(StoreConfig(dir=state_dir))
@@ -83,8 +84,8 @@ def dies_after(calls: int, act: Callable[..., Any]) -> Callable[..., Any]:
 STEPS: dict[str, tuple[Any, str]] = {
     "before the step": (PolicyTrainer, "update"),
     "before the checkpoint": (lineage, "save_checkpoint"),
-    "before settling": (Store, "add_version"),
-    "before serving": (Store, "set_serving"),
+    "before settling": (Versions, "add"),
+    "before serving": (Versions, "set_serving"),
     "before another lineage's state comes in": (PolicyTrainer, "restore"),
 }
 

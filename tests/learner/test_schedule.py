@@ -2,32 +2,19 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Callable
 from datetime import datetime, time, timedelta
 
 import pytest
-from aiohttp import web
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from learner.config import LearnerConfig
 from learner.schedule import Schedule, contains, parse_window
-from nextstate.engine.client import EngineClient
 from nextstate.errors import ConfigError, EngineError
-from nextstate.prometheus import metric_sum
 
 MONDAY = datetime(2026, 11, 23)
-VLLM_PAGE = """\
-# HELP vllm:num_requests_running Number of requests in model execution batches.
-# TYPE vllm:num_requests_running gauge
-vllm:num_requests_running{engine="0",model_name="a {} b"} 2.0
-vllm:num_requests_running{engine="1",model_name="a {} b"} 1.0
-# TYPE vllm:num_requests_waiting gauge
-vllm:num_requests_waiting{engine="0",model_name="a {} b"} 4.0
-vllm:num_requests_waiting_by_reason{engine="0",reason="capacity"} 99.0
-"""
 
 
 class Day:
@@ -155,63 +142,3 @@ def test_ending_the_learner_interrupts_a_real_wait() -> None:
     stop.set()
     waiting.join(30)
     assert not waiting.is_alive()
-
-
-def test_a_gauge_is_summed_over_its_labels_and_no_other_name() -> None:
-    assert metric_sum(VLLM_PAGE, "vllm:num_requests_running") == 3
-    assert metric_sum(VLLM_PAGE, "vllm:num_requests_waiting") == 4
-    assert metric_sum(VLLM_PAGE, "vllm:num_requests") is None
-    assert metric_sum("up 1 1700000000", "up") == 1
-    with pytest.raises(ValueError, match="could not convert"):
-        metric_sum('up{a="b"}', "up")
-
-
-labels = st.dictionaries(st.from_regex(r"[a-z]+", fullmatch=True), st.text("ab {}=,.1"), max_size=3)
-
-
-@given(st.lists(st.tuples(labels, st.integers(0, 10**6)), min_size=1))
-def test_whatever_stands_in_the_labels_the_sum_is_of_the_values(
-    series: list[tuple[dict[str, str], int]],
-) -> None:
-    page = ""
-    for label_set, value in series:
-        inner = ",".join(f'{name}="{text}"' for name, text in label_set.items())
-        page += f"gauge{{{inner}}} {float(value)}\n"
-    assert metric_sum(page, "gauge") == sum(value for _, value in series)
-
-
-async def ask(page: str) -> int:
-    """What a client reads off an engine whose metrics are `page`."""
-
-    async def metrics(_: web.Request) -> web.Response:
-        return web.Response(text=page)
-
-    app = web.Application()
-    app.router.add_get("/metrics", metrics)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        host, port = runner.addresses[0][:2]
-        async with EngineClient(f"http://{host}:{port}", "m") as engine:
-            return await engine.live_requests()
-    finally:
-        await runner.cleanup()
-
-
-def test_live_requests_are_those_that_run_and_those_that_wait() -> None:
-    assert asyncio.run(ask(VLLM_PAGE)) == 7
-
-
-@pytest.mark.parametrize("page", ["", "vllm:num_requests_running 1\n"])
-def test_an_engine_without_the_gauges_is_named_with_what_helps(page: str) -> None:
-    with pytest.raises(EngineError, match=r"--disable-log-stats.*\[learner\] schedule"):
-        asyncio.run(ask(page))
-
-
-@pytest.mark.parametrize("value", ["NaN", "+Inf", "many"])
-def test_a_gauge_that_is_no_count_is_an_engine_error(value: str) -> None:
-    page = f"vllm:num_requests_running {value}\nvllm:num_requests_waiting 0\n"
-    with pytest.raises(EngineError, match="cannot be read"):
-        asyncio.run(ask(page))

@@ -1,19 +1,37 @@
-"""The documents are true: their paths exist, the map has every module, the glossary every word."""
+"""The documents are true: what they name exists, and the map and the glossary are complete."""
 
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
 
+from nextstate.app import cli
+
 ROOT = Path(__file__).parents[2]
-TEXT = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-ROOMS = ("nextstate", "proxy", "judge", "plugins", "learner", "demo", "benchmarks")
-WORDS = """turn, session, main turn, side turn, next state, verdict, hint, behaviour log-probs,
-policy log-probs, importance ratio, advantage, teacher, adapter, policy version, policy lag,
-lineage, environment, task, episode, group, reward, replica, rank"""
+NAMES = (
+    "README.md",
+    "AGENTS.md",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "docs/architecture.md",
+    "benchmarks/RESULTS.md",
+)
+DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
+TEXT = DOCUMENTS["CONTRIBUTING.md"]
+ROOMS = ("nextstate", "proxy", "judge", "plugins", "learner")
+WORDS = """turn, session, main turn, side turn, next state, vote, verdict, hint, feedback, lease,
+sample, held-out session, behaviour log-probs, policy log-probs, drift, importance ratio, advantage,
+teacher, adapter, policy version, candidate, policy lag, lineage, environment, gate, canary,
+score drop, share, engine, dialect, profile, check word, persona, seed policy"""
+STATE = ("learner/main/", "learner/NAME/", "versions/main/", "logs/", "warm-up/")
+"""Folders of a state folder."""
 _PATH = re.compile(r"`((?:[\w.-]+/)+(?:(?!NAME)[\w-]+\.\w+)?)`")
+_KEY = re.compile(r"`\[([a-z]+)\]\s+([a-z]\w*)")
+_COMMAND = re.compile(r"`(?:\.venv/bin/)?(make|nextstate|python -m)\s+([a-z][\w.-]*)")
+_TARGET = re.compile(r"^([a-z-]+):", re.MULTILINE)
 
 
 def section(title: str) -> str:
@@ -21,45 +39,66 @@ def section(title: str) -> str:
     return TEXT.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
 
 
+def rows() -> list[list[str]]:
+    """The cells of each row of the map: file, what to change there, tests."""
+    found = [line.split(" | ") for line in section("The map").splitlines() if line[:3] == "| `"]
+    assert {len(row) for row in found} == {3}
+    return found
+
+
 def mapped() -> set[str]:
-    """The paths of the map's column "Open"."""
-    rows = [line.split("|") for line in section("The map").splitlines() if line.startswith("|")]
-    return {path for row in rows for path in _PATH.findall(row[2])}
+    """The files of the map."""
+    return {path for row in rows() for path in re.findall(r"`([^`]+)`", row[0])}
 
 
-@pytest.mark.parametrize("path", sorted(set(_PATH.findall(TEXT))))
-def test_every_path_exists(path: str) -> None:
-    assert (ROOT / path).exists()
+@pytest.mark.parametrize("name", NAMES)
+def test_every_path_in_a_document_exists(name: str) -> None:
+    paths = {path for path in _PATH.findall(DOCUMENTS[name]) if not path.startswith(STATE)}
+    assert [path for path in sorted(paths) if not (ROOT / path).exists()] == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "AGENTS.md", "docs/architecture.md"])
-def test_every_file_that_another_document_names_exists(name: str) -> None:
-    named = _PATH.findall((ROOT / name).read_text(encoding="utf-8"))
-    files = {path for path in named if not path.endswith("/")}
-    assert [path for path in sorted(files) if not (ROOT / path).exists()] == []
+@pytest.mark.parametrize("name", NAMES)
+def test_every_key_in_a_document_exists(name: str) -> None:
+    example = tomllib.loads((ROOT / "config.example.toml").read_text(encoding="utf-8"))
+    keys = set(_KEY.findall(DOCUMENTS[name]))
+    assert [key for key in sorted(keys) if key[1] not in example.get(key[0], {})] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_command_in_a_document_exists(name: str) -> None:
+    known = {
+        "make": set(_TARGET.findall((ROOT / "Makefile").read_text(encoding="utf-8"))),
+        "nextstate": {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"common"},
+        "python -m": {"pytest", *(_module(path) for path in ROOT.glob("[bdl]*/*.py"))},
+    }
+    commands = set(_COMMAND.findall(DOCUMENTS[name]))
+    assert [found for found in sorted(commands) if found[1] not in known[found[0]]] == []
+
+
+def _module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
 def test_agents_md_is_short() -> None:
-    assert len((ROOT / "AGENTS.md").read_text(encoding="utf-8").splitlines()) <= 60
+    assert len(DOCUMENTS["AGENTS.md"].splitlines()) <= 60
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_every_module_is_named_or_covered_by_a_row_of_its_folder(room: str) -> None:
-    named = mapped()
-    missing: list[str] = []
-    for file in sorted((ROOT / room).rglob("*.py")):
-        path = file.relative_to(ROOT)
-        folders = {f"{folder}/" for folder in path.parents}
-        if file.name != "__init__.py" and str(path) not in named and not folders & named:
-            missing.append(str(path))
-    assert missing == []
+def test_every_module_has_a_row_of_its_own(room: str) -> None:
+    files = {str(path.relative_to(ROOT)) for path in (ROOT / room).rglob("*.py")}
+    modules = {path for path in files if not path.endswith("__init__.py")}
+    alone = {row[0].strip("|` ") for row in rows()}
+    assert modules - alone == set()
 
 
-def test_every_row_of_the_map_has_a_test() -> None:
-    rows = [line.split("|") for line in section("The map").splitlines() if line.startswith("| ")]
-    rows = [row for row in rows if row[1].strip() != "To change"]
-    assert len(rows) > 60
-    assert [row[1] for row in rows if "`tests/" not in row[3]] == []
+def test_every_module_of_the_demo_is_in_the_map() -> None:
+    modules = {f"demo/{path.name}" for path in (ROOT / "demo").glob("[!_]*.py")}
+    assert modules - mapped() == set()
+
+
+def test_every_row_of_the_map_is_a_file_with_tests() -> None:
+    assert [path for path in sorted(mapped()) if not (ROOT / path).exists()] == []
+    assert [row[0] for row in rows() if "`tests/" not in row[2]] == []
 
 
 @pytest.mark.parametrize("word", [word.strip() for word in WORDS.split(",")])

@@ -21,7 +21,7 @@ from nextstate.hooks import JudgeKind, JudgeSettings, load_plugin
 from nextstate.store import Store
 from plugins.judges.prompting import parse_vote
 from proxy.capture import Capture
-from tests.judge.test_kinds import EVIDENCE
+from tests.judge.test_model_judges import EVIDENCE
 from tests.store.test_records import add, turn
 
 SAID = "my pin is 4711"

@@ -7,7 +7,6 @@ import os
 import random
 import stat
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,12 +17,9 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.errors import RecordError, StoreError
 from nextstate.records import (
-    Feedback,
     Json,
     NextState,
     PolicyVersion,
-    SampleState,
-    ScoreCounts,
     Source,
     Timings,
     Turn,
@@ -33,9 +29,6 @@ from nextstate.records import (
     majority,
 )
 from nextstate.store import Store, schema
-from nextstate.store.migrations import migrate
-from nextstate.store.packing import id_runs, join_runs
-from nextstate.store.texts import content_hash
 
 KEY = b"k" * 16
 
@@ -116,34 +109,6 @@ def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:
         count = connection.execute(sa.select(sa.func.count()).select_from(schema.texts))
         # The message, the reply, the prompt's ids, the empty rest of the request, the next state.
         assert count.scalar_one() == 5
-
-
-@given(
-    ids=st.lists(st.integers(0, 2**32 - 1), max_size=6000),
-    at=st.integers(0, 6000),
-    inserted=st.lists(st.integers(0, 300), max_size=5),
-)
-def test_runs_of_token_ids_join_to_the_same_ids_and_survive_an_insertion(
-    ids: list[int], at: int, inserted: list[int]
-) -> None:
-    def kept(tokens: list[int]) -> set[bytes]:
-        runs = id_runs(tokens)
-        bodies = {content_hash(run): run for run in runs}
-        joined = join_runs(b"".join(map(content_hash, runs)), bodies)
-        assert joined == tuple(tokens)
-        assert all(len(run) <= 4 * 2048 for run in runs)
-        return set(runs)
-
-    changed = ids[:at] + inserted + ids[at:]
-    before = id_runs(ids[:at])
-    assert set(before[:-1]) <= kept(changed)  # what stands before a change stays as it is
-
-
-def test_a_prompt_changed_in_the_middle_shares_its_other_runs() -> None:
-    ids = [(n * 7919 + n * n * 31) % 50_000 for n in range(20_000)]
-    runs = set(id_runs(ids))
-    changed = set(id_runs([*ids[:9_000], 5, 6, 7, *ids[9_010:]]))
-    assert len(changed - runs) <= 2 < 40 < len(runs)
 
 
 def test_a_long_message_much_like_an_earlier_one_takes_little_room(tmp_path: Path) -> None:
@@ -254,41 +219,6 @@ def test_a_batch_holds_only_what_its_method_can_use(store: Store) -> None:
     assert store.training.ready_samples("main", scored=True, hinted=False) == 2
 
 
-def test_a_version_settles_its_batch_and_only_one_serves(store: Store) -> None:
-    add(store, turn(0))
-    judge(store, 0, 1)
-    store.training.lease_samples("main", 9, "b1", scored=True, hinted=True)
-    for number in (1, 2):
-        version = PolicyVersion("main", number, 0, "/a", "ff", 1, VersionState.CANDIDATE)
-        store.versions.add(version, "b1" if number == 1 else None)
-        store.versions.set_serving("main", number)
-    assert store.counts()[f"samples/{SampleState.TRAINED}"] == 1
-    assert [v.state for v in store.versions.all("main")] == ["retired", "serving"]
-    store.versions.set_serving("main", 0)
-    assert store.versions.serving("main").number == 0
-    assert store.versions.serving("main").adapter_name is None
-
-
-def test_a_newer_store_is_refused_and_an_older_one_is_brought_up(tmp_path: Path) -> None:
-    store = Store(StoreConfig(dir=str(tmp_path)))
-    store.close()
-    engine = sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3")
-    with engine.begin() as connection:
-        migrate(
-            connection,
-            target=schema.VERSION + 1,
-            steps={
-                schema.VERSION + 1: lambda c: (
-                    c.exec_driver_sql("CREATE TABLE newer (x INTEGER)") and None
-                )
-            },
-        )
-        assert sa.inspect(connection).has_table("newer")
-    engine.dispose()
-    with pytest.raises(StoreError, match="schema version"):
-        Store(StoreConfig(dir=str(tmp_path)))
-
-
 def test_a_folder_that_cannot_be_made_names_the_key(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match=r"\[store\] dir"):
@@ -342,73 +272,3 @@ def test_held_out_samples_are_never_leased_and_the_newest_come_first(store: Stor
     assert [s.turn for s in store.training.held_samples("main", 3, 1)] == ["turn_7", "turn_6"]
     assert [s.turn for s in store.training.held_samples("main", 1, 9)] == ["turn_7"]
     assert store.training.held_samples("other", 9, 9) == []
-
-
-def test_a_rejected_version_drops_its_batch_with_the_reason(store: Store) -> None:
-    add(store, turn(0), turn(1))
-    for number in range(2):
-        judge(store, number, 1)
-    store.training.lease_samples("main", 1, "b1", scored=True, hinted=True)
-    rejected = PolicyVersion(
-        "main", 1, 0, None, None, 1, VersionState.REJECTED, {"gate/rank": -1.0}, "too far"
-    )
-    store.versions.add(rejected, "b1")
-    assert store.counts()["samples/dropped"] == 1
-    assert store.versions.all("main") == [rejected]
-    assert store.versions.serving("main").number == 0
-    (used,) = store.versions.used_turns("main", 1)
-    assert (used[0], used[1].score) == ("turn_0", 1)
-    assert store.versions.used_turns("main", 2) == []
-
-
-def add_versions(store: Store, count: int) -> None:
-    """A chain of which the last serves."""
-    for number in range(1, count + 1):
-        candidate = VersionState.CANDIDATE
-        store.versions.add(
-            PolicyVersion("main", number, number - 1, "/a", "ff", 1, candidate), None
-        )
-        store.versions.set_serving("main", number)
-
-
-def test_a_withdrawn_version_keeps_its_reason_and_only_while_it_serves(store: Store) -> None:
-    add_versions(store, 3)
-    rejected = replace(store.versions.serving("main"), reason="worse")
-    assert [v.number for v in store.versions.ancestors(rejected)] == [2, 1, 0]
-    assert store.versions.replace_serving(rejected, 2)
-    states = [(v.state.value, v.reason) for v in store.versions.all("main")]
-    assert states == [("retired", None), ("serving", None), ("rejected", "worse")]
-    store.versions.set_serving("main", 1)  # a person
-    assert not store.versions.replace_serving(replace(rejected, number=2), 0)
-    assert store.versions.serving("main").number == 1
-    store.versions.set_serving("main", 3)
-    assert (
-        store.versions.serving("main").reason == "worse"
-    )  # so that one sees that it was rejected once
-
-
-def test_a_version_can_be_withdrawn_for_the_base(store: Store) -> None:
-    add_versions(store, 1)
-    assert store.versions.replace_serving(
-        replace(store.versions.serving("main"), reason="worse"), 0
-    )
-    assert store.versions.serving("main").number == 0
-    assert store.versions.ancestors(store.versions.serving("main")) == []
-
-
-def test_verdicts_are_counted_by_the_version_that_served_the_turn(store: Store) -> None:
-    served = {0: (1, 1, -1), 1: (0, -1), 2: (1,)}
-    number = 0
-    for version, scores in served.items():
-        for score in scores:
-            add(store, turn(number, policy_version=version))
-            judge(store, number, score)
-            number += 1
-    assert store.versions.score_counts("main", [0, 1, 9]) == {
-        0: ScoreCounts(2, 0, 1),
-        1: ScoreCounts(0, 1, 1),
-        9: ScoreCounts(),
-    }
-    store.judging.give_feedback(Feedback("turn_0", -1))
-    assert store.versions.score_counts("main", [0]) == {0: ScoreCounts(1, 0, 2)}
-    assert store.versions.score_counts("other", [0]) == {0: ScoreCounts()}

@@ -1,3 +1,5 @@
+"""The judges that ask a model over HTTP: `engine` and `litellm`."""
+
 from __future__ import annotations
 
 import asyncio
@@ -13,8 +15,7 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from judge.config import JudgeConfig, plugin_settings
-from nextstate.errors import BusyError, ConfigError, JudgeError
+from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, load_plugin
 from nextstate.records import Json, NextState, Source, Vote
 
@@ -202,24 +203,3 @@ def test_litellm_is_imported_with_the_first_vote_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
-
-
-@pytest.mark.parametrize("kind", ["engine", "litellm"])
-def test_a_model_judge_without_a_model_says_which_key_to_set(kind: str) -> None:
-    with pytest.raises(JudgeError, match=r"\[judge\] model"):
-        load_plugin("judges", kind, JudgeSettings())
-
-
-def test_settings_fill_empty_keys_from_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = plugin_settings(JudgeConfig(), model="base", base_url="http://engine/v1")
-    assert (settings.model, settings.base_url, settings.api_key) == (
-        "base",
-        "http://engine/v1",
-        None,
-    )
-    monkeypatch.setenv("JUDGE_KEY", "secret")
-    own = plugin_settings(JudgeConfig(model="m", api_key_env="JUDGE_KEY"), model="base")
-    assert (own.model, own.api_key) == ("m", "secret")
-    monkeypatch.delenv("JUDGE_KEY")
-    with pytest.raises(ConfigError, match="JUDGE_KEY"):
-        plugin_settings(JudgeConfig(api_key_env="JUDGE_KEY"))

@@ -1,0 +1,39 @@
+"""`[learner]`: an impossible value is refused with its key."""
+
+import pytest
+
+from nextstate.app.settings import Settings
+from nextstate.errors import ConfigError
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"learning_rate": 0.0},
+        {"kl_coef": -0.1},
+        {"lora_targets": ()},
+        {"topk": 0},
+        {"micro_batch_tokens": 0},
+        {"max_wait_s": -1.0},
+        {"idle_patience_s": -1},
+        {"step_kl_floor": 0.0},
+        {"min_batch": 17},
+        {"adam_beta1": 1.0},
+        {"lora_targets": ("all-linear", "q_proj")},
+        {"holdout": 1.0},
+        {"holdout": -0.1},
+        {"gate_weight_change": 0.0},
+        {"gate_kl_parent": 0.0},
+        {"gate_kl_base": -1.0},
+        {"gate_drop": -0.1},
+        {"gate_canaries": -1},
+        {"watch_level": 1.0},
+        {"watch_drop": -0.1},
+        {"device": "tpu"},
+        {"device": "cuda:1"},
+    ],
+)
+def test_an_impossible_setting_is_refused_by_name(wrong):
+    with pytest.raises(ConfigError, match=rf"\[learner\] {next(iter(wrong))} = "):
+        Settings.read(overrides={"learner": wrong})
