@@ -185,7 +185,7 @@ def test_status_shows_every_part(loop: Loop) -> None:
 
 def test_a_second_loop_on_the_same_port_is_refused_with_the_key(loop: Loop, tmp_path: Path) -> None:
     done = run("up", "--config", str(write_config(tmp_path, port=loop.port)))
-    assert_clear(done, f"[proxy] port = {loop.port}")
+    assert_clear(done, "[proxy] ", f"port = {loop.port}")
 
 
 def test_a_second_loop_on_the_same_folder_is_refused_with_the_key(loop: Loop) -> None:
