@@ -20,8 +20,8 @@ from statistics import quantiles
 
 from rich.console import Console
 
-from learner.batch import place, sequences_of
 from learner.config import LearnerConfig
+from learner.tensors import place, sequences_of
 from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.records import Sample
 

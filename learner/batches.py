@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from learner.advantages import SIGNALS
-from learner.batch import token_count
 from learner.config import LearnerConfig
 from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
+from learner.tensors import token_count
 from nextstate.records import Sample
 from nextstate.store import Store
 

@@ -17,11 +17,11 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from learner.batch import fill_passes, micro_batches, place, token_count
 from learner.config import LearnerConfig
 from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
 from learner.kl import kl_divergence
 from learner.replies import decode
+from learner.tensors import fill_passes, micro_batches, place, token_count
 from learner.trainer import PolicyTrainer, UpdateResult
 from learner.trl_grpo import use_adapter
 from nextstate.records import Sample

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from learner.batch import PAD_ID
+from learner.tensors import PAD_ID
 
 
 @torch.no_grad()

@@ -26,7 +26,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.advantages import SIGNALS, teacher_gap, token_advantages
-from learner.batch import Batch, Sequences, collate, micro_batches, token_mean
 from learner.config import LearnerConfig
 from learner.divergence import (
     TopTokens,
@@ -39,6 +38,7 @@ from learner.drift import drift_objection
 from learner.kl import kl_divergence
 from learner.metrics import TokenStats, drift, join, token_metrics, unexplained_drift
 from learner.model import load_model, load_tokenizer, lora_config
+from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean
 from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
 from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError

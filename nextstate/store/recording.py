@@ -106,7 +106,7 @@ class Recording:
             reply_key=reply_key,
             client_session=client_session,
             place=place,
-            said_key=context_key,
+            context_key=context_key,
         )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:

@@ -60,7 +60,7 @@ turns = sa.Table(
     sa.Column("client_session", sa.String(200)),
     sa.Column("place", sa.LargeBinary(16)),
     sa.Column("replaced_by", sa.String(40)),
-    sa.Column("said_key", sa.LargeBinary(32)),
+    sa.Column("context_key", sa.LargeBinary(32)),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
@@ -75,7 +75,7 @@ def _where_set(name: str, *columns: sa.Column[Any]) -> None:
 
 _where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
 _where_set("turns_by_place", turns.c.place)
-_where_set("turns_by_said", turns.c.said_key, turns.c.seq)
+_where_set("turns_by_context", turns.c.context_key, turns.c.seq)
 
 next_states = sa.Table(
     "next_states",

@@ -41,7 +41,7 @@ class Candidate(NamedTuple):
 
 _C = t.turns.c
 _CANDIDATE = sa.select(
-    *(_C.id, _C.session, _C.kind, _C.continued, _C.messages, _C.reply_key, _C.said_key, _C.seq)
+    *(_C.id, _C.session, _C.kind, _C.continued, _C.messages, _C.reply_key, _C.context_key, _C.seq)
 )
 _KEY: sa.BindParameter[Any] = sa.bindparam("key")
 _NAME: sa.BindParameter[Any] = sa.bindparam("name")
@@ -61,9 +61,9 @@ def _newest(query: sa.Select[*tuple[Any, ...]]) -> sa.Select[*tuple[Any, ...]]:
     return query.order_by(_C.seq.desc())
 
 
-_WITH_CONTEXT_KEY = _newest(_candidates(_C.said_key == _KEY))
+_WITH_CONTEXT_KEY = _newest(_candidates(_C.context_key == _KEY))
 # Not the newest: the index orders them by the rest of their keys.
-_WITH_CONTEXT_PREFIX = _candidates(_C.said_key.between(_KEY, sa.bindparam("last")))
+_WITH_CONTEXT_PREFIX = _candidates(_C.context_key.between(_KEY, sa.bindparam("last")))
 _WITH_CHAIN_KEY = _newest(_candidates(_C.chain_key == _KEY))
 _WITH_REPLY_KEY = _newest(_candidates(_C.reply_key == _KEY))
 _PARENT_OF = _CANDIDATE.where(_C.id == sa.select(_C.parent).where(_C.id == _TURN).scalar_subquery())

@@ -8,9 +8,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
-from learner.batch import micro_batches, sequences_of
 from learner.config import LearnerConfig, Method
 from learner.kl import RATIO_CAP
+from learner.tensors import micro_batches, sequences_of
 from learner.trainer import PolicyTrainer, build_trainer, step_bound
 from learner.trl_grpo import EPSILON, EPSILON_HIGH
 from nextstate.errors import ConfigError, LearnerError
@@ -240,7 +240,7 @@ def test_an_update_of_shared_sequences_measures_what_separate_ones_measure(
     config = replace(STALE, learning_rate=0.3, step_kl=0.01)
     samples = conversation_samples(model_path)
     together = dict(trained_once(config, model_path, samples, tmp_path).metrics)
-    monkeypatch.setattr("learner.batch.sequences_of", lambda found: [[s] for s in found])
+    monkeypatch.setattr("learner.tensors.sequences_of", lambda found: [[s] for s in found])
     apart = dict(trained_once(config, model_path, samples, tmp_path).metrics)
     for metrics in (together, apart):
         assert metrics.pop("step/seconds") > 0

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from learner.advantages import SIGNALS
-from learner.batch import collate, micro_batches, pad_right, sequences_of, token_mean
+from learner.tensors import collate, micro_batches, pad_right, sequences_of, token_mean
 from tests.learner.test_tiny_model import sample
 
 TOKENS = st.lists(st.integers(1, 63), min_size=1, max_size=9)
