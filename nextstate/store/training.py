@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import ExitStack, closing
 from heapq import merge
 from typing import Any, cast
 
@@ -46,8 +47,11 @@ class Training:
         than half of a batch while others wait (`nextstate/store/shares.py`).
         """
         s = t.samples.c
-        with self._database.read() as connection:
-            waiting = _freshest(connection, lineage, limit * LOOKED_AT, scored, hinted)
+        most = limit * LOOKED_AT
+        with (
+            self._database.read() as connection,
+            closing(_freshest(connection, lineage, most, scored, hinted)) as waiting,
+        ):
             chosen = fair_share(waiting, limit)
         with self._database.write() as connection:
             connection.execute(
@@ -217,15 +221,17 @@ def _usable(kind: Sequence[int], scored: bool, hinted: bool) -> bool:
 
 def _freshest(
     connection: sa.Connection, lineage: str, limit: int, scored: bool, hinted: bool
-) -> Iterator[tuple[str, str]]:
+) -> Generator[tuple[str, str]]:
     """(turn, session) of usable samples: of the newest version first, of each the oldest first.
 
     They are read in the order of the index as they are asked for, at most `limit` of each kind.
+    Close it: a SELECT that was not read to its end keeps the connection at what it saw. Once
+    another process has written, no write can begin there: "database is locked", until it is closed.
     """
     s = t.samples.c
     kinds = [kind for kind in _ready(connection, lineage) if _usable(kind[1:], scored, hinted)]
 
-    def waiting(version: int, score: int, has_hint: int) -> Iterator[sa.Row[*tuple[Any, ...]]]:
+    def waiting(version: int, score: int, has_hint: int) -> Iterable[sa.Row[*tuple[Any, ...]]]:
         query = sa.select(s.seq, s.turn, t.turns.c.session).where(
             t.turns.c.id == s.turn,
             s.lineage == lineage,
@@ -235,8 +241,12 @@ def _freshest(
             s.hinted == bool(has_hint),
         )
         some = query.order_by(s.seq).limit(limit).execution_options(yield_per=_READ_AHEAD)
-        return iter(connection.execute(some))
+        result = connection.execute(some)
+        opened.callback(result.close)
+        return result
 
-    for version in sorted({kind[0] for kind in kinds}, reverse=True):
-        of_kind = [waiting(*kind) for kind in kinds if kind[0] == version]
-        yield from ((row.turn, row.session) for row in merge(*of_kind, key=lambda row: row.seq))
+    with ExitStack() as opened:
+        for version in sorted({kind[0] for kind in kinds}, reverse=True):
+            of_kind = [waiting(*kind) for kind in kinds if kind[0] == version]
+            for row in merge(*of_kind, key=lambda row: row.seq):
+                yield row.turn, row.session

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextstate.config import StoreConfig
 from nextstate.records import Feedback
 from nextstate.store import Store
 from nextstate.store.shares import fair_share
+from nextstate.store.waiting import Patience
 from tests.store.test_records import add, judge, turn
 
 
@@ -75,6 +78,24 @@ def test_what_changes_while_it_is_looked_at_is_not_leased(
 
     monkeypatch.setattr("nextstate.store.training.fair_share", then_changed)
     assert leased(store, 4) == ["a", "b"]
+
+
+def test_a_write_of_another_process_while_a_batch_is_chosen_makes_no_lease_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = StoreConfig(dir=str(tmp_path / "state"))
+    ours, other = (Store(config, patience=Patience(limit_s=0.0)) for _ in range(2))
+    ready(ours, ("a", 30, 0), ("b", 30, 0))  # more than are read
+
+    def meanwhile(waiting: Iterable[tuple[str, str]], limit: int) -> list[str]:
+        chosen = fair_share(waiting, limit)
+        other.training.drop_samples(["turn_9"], "gone")
+        return chosen
+
+    monkeypatch.setattr("nextstate.store.training.fair_share", meanwhile)
+    assert leased(ours, 4) == ["a", "a", "b", "b"]
+    ours.close()
+    other.close()
 
 
 @given(st.lists(st.sampled_from("aaaaaaabcd"), max_size=60), st.integers(1, 20))
