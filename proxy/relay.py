@@ -174,8 +174,6 @@ class _Generation:
             response = self._early
             if response is None:
                 response = web.StreamResponse(headers=self._headers(answer))
-                if answer.waits:  # one write for the head and the first events
-                    response._send_headers_immediately = False  # pyright: ignore[reportPrivateUsage]
                 await response.prepare(self._request)
             await self._relay_events(answer, response)
             return response

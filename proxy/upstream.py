@@ -176,12 +176,6 @@ class Answer:
         length = self.headers.get("Content-Length")
         return None if length is None else int(length)
 
-    @property
-    def waits(self) -> bool:
-        """Whether a part of the body has come already."""
-        connection = self._connection
-        return bool(self._peeked or (connection is not None and connection.parts))
-
     async def peek(self) -> bytes:
         """The body as far as it comes, for `read` to give out again."""
         with suppress(Cut):  # `read` raises it again
