@@ -44,7 +44,7 @@ from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
 
-_MAX_CUTS = 10
+_MAX_CUTS = 30
 
 
 @dataclass(frozen=True, slots=True)
