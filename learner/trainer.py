@@ -44,7 +44,8 @@ from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
 
-_MAX_CUTS = 30
+MAX_CUTS = 30
+"""How often a step is shortened before it is refused. A cut costs one forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,7 +283,7 @@ class PolicyTrainer(GRPOTrainer):
         which tells how much shorter the step must be.
         """
         length, kl = 1.0, self._kl_since(micros)
-        for _ in range(_MAX_CUTS):
+        for _ in range(MAX_CUTS):
             if kl <= limit:
                 break
             factor = min(0.9, math.sqrt(limit / kl)) if math.isfinite(kl) else 0.1
@@ -292,7 +293,7 @@ class PolicyTrainer(GRPOTrainer):
         # If it is not a number, no cut helps, and the gate rejects the version.
         if math.isfinite(kl) and kl > limit:
             raise LearnerError(
-                f"the step changes the policy by {kl:g} nats a token even after {_MAX_CUTS} cuts, "
+                f"the step changes the policy by {kl:g} nats a token even after {MAX_CUTS} cuts, "
                 f"over the {limit:g} of [learner] step_kl, and is not kept: lower [learner] "
                 f"learning_rate = {self.config.learning_rate:g}"
             )

@@ -15,11 +15,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from learner import lineage, stage
+from learner import lineage, stage, trainer
 from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
+from learner.kl import kl_divergence
 from learner.shared_trainer import SharedTrainer
-from learner.trainer import PolicyTrainer
+from learner.trainer import MAX_CUTS
 from learner.weights import Snapshot
 from nextstate.errors import LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
@@ -155,14 +156,12 @@ def test_a_lineage_that_must_not_go_on_stops_and_the_others_train_as_if_it_were_
 
 def fail_the_first_step(patched: pytest.MonkeyPatch) -> None:
     """No cut brings its change within the bound; it has been taken by then."""
-    measured = PolicyTrainer._kl_since
-    seen: list[float] = []
+    failing = iter([9.0] * (MAX_CUTS + 1))
 
-    def change(trainer: PolicyTrainer, micros: Any) -> float:
-        seen.append(measured(trainer, micros))
-        return 9.0 if len(seen) <= 11 else seen[-1]
+    def change(old: torch.Tensor, new: torch.Tensor) -> float:
+        return next(failing, None) or kl_divergence(old, new)
 
-    patched.setattr(PolicyTrainer, "_kl_since", change)
+    patched.setattr(trainer, "kl_divergence", change)
 
 
 def test_the_last_lineage_to_stop_ends_the_learner_with_its_error(
