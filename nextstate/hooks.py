@@ -112,7 +112,7 @@ def text_of(content: object) -> str:
     JSON can contain lone surrogates, but no encoding can; they become question marks.
     """
     if isinstance(content, str):
-        return content.encode(errors="replace").decode()
+        return content if content.isascii() else content.encode(errors="replace").decode()
     if isinstance(content, list):
         parts = cast(Sequence[object], content)
         texts = [cast(Json, p).get("text", "") for p in parts if isinstance(p, dict)]

@@ -84,7 +84,9 @@ class Store:
         It does not wait: a store that is locked or full is a WaitError at once.
         """
         with self.database.cursor(write=True) as cursor:
-            yield Recording(cursor, self._known)
+            recording = Recording(cursor, self._known)
+            yield recording
+            recording.close()
 
     def counts(self) -> dict[str, int]:
         """How many records there are of each kind and state, under `area/what` names."""

@@ -41,6 +41,10 @@ class Recording:
         self._cursor = cursor
         self._texts = Writer(cursor, known)
 
+    def close(self) -> None:
+        """Ends what was added; the transaction is committed after it."""
+        self._texts.close()
+
     def holds(self, turn: str) -> bool:
         """True if a turn is stored already, with its next states."""
         return self._cursor.first(_KNOWN_TURN, turn=turn) is not None

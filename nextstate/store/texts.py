@@ -118,10 +118,10 @@ class Known:
 
 
 _C, _THIS = t.texts.c, t.texts.c.hash == sa.bindparam("key")
-_USE = sa.update(t.texts).where(_THIS).values(uses=_C.uses + 1)
+_USE = sa.update(t.texts).where(_THIS).values(uses=_C.uses + sa.bindparam("more"))
 _ADD = sa.text(
-    "INSERT INTO texts (hash, uses, base, stored) VALUES (:hash, 1, :base, :stored) "
-    "ON CONFLICT (hash) DO UPDATE SET uses = texts.uses + 1"
+    "INSERT INTO texts (hash, uses, base, stored) VALUES (:hash, :more, :base, :stored) "
+    "ON CONFLICT (hash) DO UPDATE SET uses = texts.uses + :more"
 )
 _FIND = sa.select(_C.uses, _C.base).where(_THIS).with_for_update()
 _LEAVE = sa.update(t.texts).where(_THIS).values(uses=_C.uses - 1)
@@ -129,23 +129,32 @@ _DELETE = sa.delete(t.texts).where(_THIS)
 
 
 class Writer:
-    """Stores and releases texts in one transaction."""
+    """Stores and releases texts in one transaction; `close` it before the commit."""
 
     def __init__(self, cursor: Cursor, known: Known) -> None:
         self._cursor = cursor
         self._known = known
+        self._uncounted: dict[bytes, tuple[int, bytes]] = {}
+        """(new uses, text) of texts that are believed to be stored: several turns use one text."""
 
     def put(self, text: bytes, key: bytes | None = None) -> bytes:
-        """Stores a text, or counts one more use of it; returns its hash, `key` where known."""
+        """Stores a text, or counts one more use of it; returns its hash, `key` where known.
+
+        The use of a known text is counted by `close`.
+        """
         key = key or content_hash(text)
-        long = len(text) >= _LONG_BYTES
-        if (long or self._known.has(key)) and self._use(key):
-            self._known.add(key)
-            return key
-        stored, base = self._compressed(key, text) if long else (compress(text), None)
-        self._cursor.run(_ADD, hash=key, base=base, stored=stored)
-        self._known.add(key)
+        if self._known.has(key):
+            self._uncounted[key] = self._uncounted.get(key, (0, text))[0] + 1, text
+        else:
+            self._add(key, text, 1)
         return key
+
+    def close(self) -> None:
+        """Counts what `put` has left uncounted."""
+        for key, (uses, text) in self._uncounted.items():
+            if not self._use(key, uses):
+                self._add(key, text, uses)
+        self._uncounted.clear()
 
     def release(self, key: bytes) -> None:
         """Counts one use less of a text, and deletes it if nothing uses it any more."""
@@ -159,9 +168,16 @@ class Writer:
         if row.base is not None:
             self.release(row.base)
 
-    def _use(self, key: bytes) -> bool:
-        """Counts one more use; False if there is no such text."""
-        return self._cursor.run(_USE, key=key) > 0
+    def _add(self, key: bytes, text: bytes, uses: int) -> None:
+        is_long = len(text) >= _LONG_BYTES
+        if not (is_long and self._use(key, uses)):
+            stored, base = self._compressed(key, text) if is_long else (compress(text), None)
+            self._cursor.run(_ADD, hash=key, more=uses, base=base, stored=stored)
+        self._known.add(key)
+
+    def _use(self, key: bytes, uses: int = 1) -> bool:
+        """Counts more uses; False if there is no such text."""
+        return self._cursor.run(_USE, key=key, more=uses) > 0
 
     def _compressed(self, key: bytes, text: bytes) -> tuple[bytes, bytes | None]:
         """(the text compressed, the hash of the text that it was compressed against)."""
