@@ -2,10 +2,11 @@
 
 import logging
 import threading
+from functools import partial
 
 import pytest
 
-from learner import rejections
+from learner import lineage, rejections
 from learner.rejections import RejectionPause, rejected_in_a_row
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.training_status import read_training_status
@@ -74,7 +75,8 @@ def test_a_restart_tries_once_and_then_pauses_longer(recorded, model_path, monke
 def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeypatch):
     reject_all(monkeypatch, 1, 2, 3, 4)
     now = [0.0]
-    monkeypatch.setattr(rejections.RejectionPause.__init__, "__defaults__", (0, lambda: now[0]))
+    paused = partial(RejectionPause, clock=lambda: now[0])
+    monkeypatch.setattr(lineage, "RejectionPause", paused)
     recorded.add_mixed(16 * 6)
     engine = FakeEngine(recorded.store, 2)
     looks = []
