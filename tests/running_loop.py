@@ -22,6 +22,8 @@ from demo.talk import Talk, client_for
 from demo.tasks import Domain
 
 NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
+_IN_ONE_PROCESS = ("--distributed-executor-backend", "uni")
+"""vLLM computes in its engine's process: half the CPU time a request, and none while it is idle."""
 _ARGS = (
     *("--enforce-eager", "--enable-auto-tool-choice", "--tool-call-parser", "hermes"),
     "--enable-prompt-tokens-details",
@@ -35,7 +37,8 @@ served_model_name = "{model}"
 dtype = "float32"
 max_model_len = {context}
 args = [{args}]
-env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
+env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1", \
+OMP_NUM_THREADS = "1", VLLM_CPU_OMP_THREADS_BIND = "nobind", VLLM_ENABLE_V1_MULTIPROCESSING = "0" }}
 [proxy]
 port = {port}
 [judge]
@@ -57,7 +60,7 @@ def write_config(
     context: int = 1024,
 ) -> Path:
     file = folder / "nextstate.toml"
-    quoted = ", ".join(f'"{arg}"' for arg in args)
+    quoted = ", ".join(f'"{arg}"' for arg in (*args, *_IN_ONE_PROCESS))
     values = {"dir": folder, "policy": policy, "model": MODEL, "port": port, "context": context}
     file.write_text(_CONFIG.format(args=quoted, **values))
     return file
