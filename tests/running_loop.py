@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import psutil
 from demo.run import MODEL, POLICY
 from demo.talk import Talk, client_for
 from demo.tasks import Domain
+from nextstate.app.cli import main
 
 NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
 _IN_ONE_PROCESS = ("--distributed-executor-backend", "uni")
@@ -122,9 +125,10 @@ class Loop:
         self.output.close()
 
     def command(self, *arguments: str) -> str:
-        done = run(*arguments, "--config", str(self.config))
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        """What a command prints; it runs in this process."""
+        with redirect_stdout(io.StringIO()) as printed:
+            assert main([*arguments, "--config", str(self.config)]) == 0
+        return printed.getvalue()
 
     def versions(self) -> list[dict[str, Any]]:
         return [json.loads(line) for line in self.command("versions", "--json").splitlines()]
