@@ -22,6 +22,7 @@ from tests.learner.test_tiny_model import (
     CONFIG,
     GOOD,
     PROMPT,
+    WITH_CANARIES,
     Recorded,
     load_float64,
     logprobs,
@@ -404,7 +405,7 @@ def test_an_idle_learner_asks_the_engine_before_the_passes_over_every_micro_batc
     monkeypatch.setattr(evaluator, "decode", decodes)
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
-    config = replace(CONFIG, schedule="idle", micro_batch_tokens=28)
+    config = replace(WITH_CANARIES, schedule="idle", micro_batch_tokens=28)
     stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop, asked)
     assert recorded.states() == {"trained": 16}
     runs = [len(run.split()) for run in " ".join(events).split("ask")]
