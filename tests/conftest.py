@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
@@ -18,6 +20,14 @@ from nextstate.store import Store
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop
+
+# The models are tiny and several runs share the machine: more threads would only wait in a loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Other runs share the machine, so a slow example means nothing.
+settings.register_profile(
+    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+settings.load_profile("shared machine")
 
 START_TIMEOUT_S = 600
 """For a test that may have to start the engine first."""

@@ -8,7 +8,7 @@ from benchmarks.learning_loop import Plan, Point, Run
 from demo.run import LEARNER
 from learner.config import LearnerConfig
 
-PLAN = Plan(LearnerConfig(**{**LEARNER, "epochs": 1}), updates=1, questions=8)
+PLAN = Plan(LearnerConfig(**{**LEARNER, "epochs": 1, "batch_size": 4}), updates=1, questions=4)
 
 
 def test_a_run_is_a_function_of_its_plan():
@@ -16,15 +16,14 @@ def test_a_run_is_a_function_of_its_plan():
     assert first == again
     assert [point.update for point in first.points] == [0, 1]
     assert first.made == 1
-    assert first.turns >= 16
+    assert first.turns >= 4
     assert (first.rejected, first.rejected_served) == ([], 0)
 
 
 def test_a_version_that_the_gate_rejects_is_counted_and_never_answers():
     strict = replace(PLAN.config, gate_weight_change=1e-9)
     found = learning.run(replace(PLAN, config=strict))
-    assert found.made == 1
-    assert len(found.rejected) == 1
+    assert found.made == len(found.rejected) > 0
     assert found.rejected_served == 0
 
 

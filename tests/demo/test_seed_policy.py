@@ -13,7 +13,8 @@ from demo.corpus import HINT_BLOCK, Line, draw_conversation, persona_hint
 from demo.seed_policy import POLICY, encode, load, sampler
 from demo.tasks import Domain, held_out_tasks
 
-SAMPLE = 75
+SAMPLE = 50
+"""Held-out questions of each of the two domains."""
 MAX_BYTES = 8 * 1024 * 1024
 
 WEATHER = {
@@ -49,13 +50,13 @@ def share(flags: list[bool]) -> float:
 
 
 def test_replies_to_held_out_questions_are_right() -> None:
-    # A policy that is right 98 % of the time falls below 0.94 of 150 in fewer than 1 of 300 draws.
+    # A policy that is right 98 % of the time falls below 0.94 of 100 in fewer than 1 of 200 draws.
     assert share([right for right, _ in judged_replies(hinted=False)]) >= 0.94
 
 
 def test_the_preferred_style_is_about_one_in_six_unasked() -> None:
-    # Three standard deviations of 150 draws at 0.167 are 0.09.
-    assert 0.07 < share([pleased for _, pleased in judged_replies(hinted=False)]) < 0.27
+    # Three standard deviations of 100 draws at 0.167 are 0.11.
+    assert 0.05 < share([pleased for _, pleased in judged_replies(hinted=False)]) < 0.28
 
 
 def test_a_hint_is_obeyed_with_a_right_reply() -> None:

@@ -120,7 +120,7 @@ def test_a_serving_version_is_not_rejected(chain: Store) -> None:
     assert chain.versions.reject("main", 3, "no use")
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=25)
 @given(st.lists(st.sampled_from(["person", "made", "publish", "withdraw", "reject"]), max_size=12),
        st.randoms(use_true_random=False))  # fmt: skip
 def test_in_any_order_one_version_serves_and_training_replaces_only_a_parent(

@@ -5,16 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.agreement import agreement
 from nextstate.hooks import Evidence
 from nextstate.records import NextState, Source, Vote
 from plugins.judges.rules import restates, sentences, vote_on
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 ROWS: list[dict[str, Any]] = [
     json.loads(line)

@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from judge.evidence import build_evidence, clipped, clipped_all, fair_share, message_text
@@ -25,9 +25,6 @@ from nextstate.errors import JudgeError
 from nextstate.hooks import Evidence
 from nextstate.records import TRUST, Json, NextState, Source, Timings, Turn, TurnKind, Vote
 from plugins.judges.prompting import parse_vote, question
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 scores = st.sampled_from([-1, 0, 1])
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
+
+import pytest
 
 from learner import stage
 from learner.config import LearnerConfig
+from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.errors import EngineError
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
@@ -39,6 +43,18 @@ class FakeEngine:
         self.after(version)
         if len(self.published) >= self._wanted:
             self.stop.set()
+
+
+def with_hook(monkeypatch: pytest.MonkeyPatch, hook: Callable[[PolicyTrainer], object]) -> None:
+    """Shows the stage's trainer to `hook` before the first update, without the trial pass."""
+
+    def build(*given: Any) -> PolicyTrainer:
+        trainer = build_trainer(*given)
+        hook(trainer)
+        return trainer
+
+    monkeypatch.setattr(stage, "build_trainer", build)
+    monkeypatch.setattr(stage, "try_largest_batch", lambda _: (1, 1))
 
 
 def train(

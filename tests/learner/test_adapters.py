@@ -1,9 +1,12 @@
 """Adapter folders: whole or absent, checked, and without effect when they are to have none."""
 
 import json
+import resource
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,11 +21,13 @@ from learner.adapters import (
     save_zero_adapter,
     version_path,
 )
+from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.model import check_quantization, load_model, load_tokenizer
 from learner.trainer import PolicyTrainer
 from nextstate.engine.adapter_files import file_sha256, verify_adapter
-from nextstate.errors import AdapterError, ConfigError, LearnerError, StartError
+from nextstate.errors import AdapterError, ConfigError, DiskError, LearnerError, StartError
+from nextstate.records import PolicyVersion, VersionState
 from tests.learner.test_tiny_model import (
     CONFIG,
     GOOD,
@@ -160,24 +165,25 @@ def test_a_model_without_linear_layers_is_refused(tmp_path):
         save_zero_adapter(str(tmp_path), CONFIG, tmp_path / "zero")
 
 
-_VLLM_READS = """
-import sys
-from vllm.config.lora import LoRAConfig
-from vllm.lora.peft_helper import PEFTHelper
-helper = PEFTHelper.from_local_dir(sys.argv[1], max_position_embeddings=None)
-helper.validate_legal(LoRAConfig(max_lora_rank=16))
-print(helper.vllm_lora_scaling_factor)
-"""
+@pytest.fixture
+def vllm() -> tuple[Any, Any]:
+    """vLLM's reader of adapters and its limits, where it is installed."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip("vllm")
+        from vllm.config.lora import LoRAConfig
+        from vllm.lora.peft_helper import PEFTHelper
+    return PEFTHelper, LoRAConfig(max_lora_rank=16)
 
 
-def test_vllm_reads_the_scale_that_was_trained(tmp_path):
+def test_vllm_reads_the_scale_that_was_trained(tmp_path, vllm):
     model_path = save_tiny_model(tmp_path / "model")
     config = replace(CONFIG, lora_targets=("all-linear",))
     save_zero_adapter(model_path, config, tmp_path / "zero")
-    argv = [sys.executable, "-P", "-c", _VLLM_READS, str(tmp_path / "zero")]
-    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=tmp_path)
-    scale = done.stdout.strip().splitlines()[-1]
-    assert float(scale) == config.lora_alpha / config.lora_rank == 2.0
+    reader, limits = vllm
+    read = reader.from_local_dir(str(tmp_path / "zero"), max_position_embeddings=None)
+    read.validate_legal(limits)
+    assert read.vllm_lora_scaling_factor == config.lora_alpha / config.lora_rank == 2.0
 
 
 def test_the_adapter_of_a_4_bit_base_is_float32(tmp_path):
@@ -203,46 +209,22 @@ def test_the_configuration_loads_without_torch():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-FULL_DISK = """
-import resource, signal, sys
-from pathlib import Path
-import torch
-from learner.adapters import Card, save_adapter
-from learner.checkpoint import Checkpoint, save_checkpoint
-from learner.config import LearnerConfig
-from nextstate.errors import DiskError
-from nextstate.records import PolicyVersion, VersionState
-
-folder = Path(sys.argv[1])
-weights = {"a.lora_A.weight": torch.ones(512, 512)}
-card = Card("main", 1, 0, "combined", [], {})
-version = PolicyVersion("main", 1, 0, "p", "ff", 1, VersionState.CANDIDATE)
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then a write past the limit fails as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-for save in (
-    lambda: save_adapter(folder / "v000001", weights, LearnerConfig(), "some/model", card),
-    lambda: save_checkpoint(folder, Checkpoint(version, "b", {"optimizer": weights})),
-):
-    try:
-        save()
-    except DiskError as error:
-        print(error)
-"""
-
-
 def test_a_write_that_the_system_cuts_short_leaves_nothing_and_says_what_helps(tmp_path):
-    """With a real limit on a file's size, which a write hits half-way, in a process of its own."""
+    """With a real limit on a file's size, which a write hits half-way."""
     folder = tmp_path / "versions"
     folder.mkdir()
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    adapter, checkpoint = done.stdout.splitlines()
-    assert adapter.startswith(f"{folder}/v000001 cannot be written: ")
-    assert checkpoint.startswith(f"{folder}/checkpoint.pt cannot be written: ")
-    assert all(
-        line.endswith("make room where [store] dir is, or move it")
-        for line in (adapter, checkpoint)
-    )
+    large = {"a.lora_A.weight": torch.ones(512, 512)}
+    version = PolicyVersion("main", 1, 0, "p", "ff", 1, VersionState.CANDIDATE)
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, unlimited[1]))
+    try:
+        with pytest.raises(DiskError) as adapter:
+            save_adapter(folder / "v000001", large, LearnerConfig(), "some/model", CARD)
+        with pytest.raises(DiskError) as checkpoint:
+            save_checkpoint(folder, Checkpoint(version, "b", {"optimizer": large}))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    for found, name in ((adapter, "v000001"), (checkpoint, "checkpoint.pt")):
+        assert str(found.value).startswith(f"{folder}/{name} cannot be written: ")
+        assert str(found.value).endswith("make room where [store] dir is, or move it")
     assert list(folder.iterdir()) == []

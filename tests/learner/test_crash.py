@@ -28,7 +28,8 @@ from tests.learner.test_lineages_in_turn import (
     state,
     train,
 )
-from tests.learner.test_tiny_model import CONFIG, GOOD, Recorded, save_tiny_model
+from tests.learner.test_tiny_model import GOOD, Recorded, save_tiny_model
+from tests.learner.test_tiny_model import WITH_CANARIES as CONFIG
 
 # Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
 _processes = multiprocessing.get_context("forkserver")

@@ -26,13 +26,13 @@ from learner.selection import is_held_out
 from learner.trainer import UpdateResult, build_trainer
 from tests.learner.test_tiny_model import (
     BAD,
-    CONFIG,
     GOOD,
     load_float64,
     logprobs,
     sample,
     save_tiny_model,
 )
+from tests.learner.test_tiny_model import WITH_CANARIES as CONFIG
 
 FINE = Measured(
     weight_change=0.1,

@@ -26,9 +26,6 @@ def recorded(tmp_path, model_path) -> Recorded:
     return Recorded(tmp_path / "state", model_path)
 
 
-SURE = replace(CONFIG, gate_canaries=0)
-
-
 def reject_all(monkeypatch: pytest.MonkeyPatch, *numbers: int) -> None:
     """Lets the gate object to the versions with these numbers, or to all."""
 
@@ -46,7 +43,7 @@ def test_a_rejected_candidate_never_serves_and_its_samples_are_dropped_with_the_
     reject_all(monkeypatch, 2)
     turns = recorded.add_mixed(16 * 3)
     engine = FakeEngine(recorded.store, 2)
-    train(recorded, model_path, engine, SURE)
+    train(recorded, model_path, engine)
     first, second, third = recorded.store.versions.all("main")
     assert engine.published == [1, 3]
     assert (second.state, second.reason) == (VersionState.REJECTED, "it was told to")
@@ -67,7 +64,7 @@ def test_after_a_rejection_training_goes_on_as_if_the_step_had_not_been(
     for rejected in (True, False):
         recorded = Recorded(tmp_path / str(rejected), model_path)
         recorded.add_mixed(16)
-        train(recorded, model_path, FakeEngine(recorded.store), SURE)
+        train(recorded, model_path, FakeEngine(recorded.store))
         with monkeypatch.context() as patched:
             if rejected:
                 # Other samples than those that the second learner takes.
@@ -76,7 +73,7 @@ def test_after_a_rejection_training_goes_on_as_if_the_step_had_not_been(
                 reject_all(patched, 1)
             for _ in range(16):
                 recorded.add(BAD, 1)
-            train(recorded, model_path, FakeEngine(recorded.store), SURE)
+            train(recorded, model_path, FakeEngine(recorded.store))
         found.append(recorded.store.versions.all("main")[-1])
     assert [version.number for version in found] == [3, 2]
     assert found[0].sha256 == found[1].sha256
@@ -89,7 +86,7 @@ def test_rejections_in_a_row_say_what_to_change_and_go_on(
     reject_all(monkeypatch, 1, 2, 3)
     recorded.add_mixed(16 * 4)
     engine = FakeEngine(recorded.store)
-    train(recorded, model_path, engine, SURE)
+    train(recorded, model_path, engine)
     assert engine.published == [4]
     assert recorded.states() == {"dropped": 48, "trained": 16}
     (said,) = (r.getMessage() for r in caplog.records if "in a row" in r.getMessage())
@@ -99,7 +96,7 @@ def test_rejections_in_a_row_say_what_to_change_and_go_on(
 def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, model_path):
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
-    config = replace(SURE, gate_kl_parent=1e-12, poll_s=0.001)
+    config = replace(CONFIG, gate_kl_parent=1e-12, poll_s=0.001)
     released = recorded.store.training.ready_samples
 
     def stop_when_done(*arguments: object) -> int:

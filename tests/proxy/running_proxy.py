@@ -13,7 +13,7 @@ import aiohttp
 import orjson
 from aiohttp import web
 
-from nextstate.engine.client import EngineClient
+from nextstate.engine.client import EngineClient, publish
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from proxy.app import Proxy
@@ -116,6 +116,12 @@ def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
     )
     store.versions.add(version, None)
     return version
+
+
+async def serve(store: Store, p: Running, tmp_path: Path, number: int) -> None:
+    """Publishes the version; the proxy serves it when this returns."""
+    await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
+    await until(lambda: p.proxy.versions.serving["main"].number == number)
 
 
 async def until(condition: Callable[[], bool]) -> None:

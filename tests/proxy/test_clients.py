@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -189,12 +190,17 @@ def run(agent: Agent, arguments: tuple[str, ...], home: Path, url: str, said: st
     assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
 
 
-@pytest.mark.parametrize("agent", AGENTS, ids=lambda agent: agent.name)
+def if_installed(agent: Agent) -> Any:
+    """The agent as a parameter; where it is not installed, no vLLM starts for it either."""
+    reason = f"{agent.name} is not installed: `make clients` does it"
+    missing = pytest.mark.skipif(not agent.needs.exists(), reason=reason)
+    return pytest.param(agent, marks=missing, id=agent.name)
+
+
+@pytest.mark.parametrize("agent", [if_installed(agent) for agent in AGENTS])
 def test_the_turns_of_a_real_agent_are_linked_judged_and_trainable(
     agent: Agent, talks: Loop, tmp_path: Path
 ) -> None:
-    if not agent.needs.exists():
-        pytest.skip(f"{agent.name} is not installed: `make clients` does it")
     earlier = {turn["turn"] for turn in talks.turns()}
     run(agent, agent.arguments, tmp_path, talks.url, QUESTION)
     if agent.again is not None:

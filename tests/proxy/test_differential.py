@@ -431,7 +431,7 @@ def values(cases: dict[str, Json]) -> st.SearchStrategy[Json]:
     )
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=12, suppress_health_check=list(HealthCheck))
 @given(
     asked=st.one_of(
         st.tuples(st.just(CHAT), values({**CHATS, **STREAMED})),

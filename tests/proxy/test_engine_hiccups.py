@@ -13,10 +13,8 @@ import orjson
 import pytest
 
 from nextstate.engine.client import EngineClient
-from nextstate.file_descriptors import out_of_descriptors
 from nextstate.store import Store
 from proxy.intervals import Intervals
-from proxy.upstream import Upstream
 from tests.proxy.running_proxy import Running, both, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact
 
@@ -143,29 +141,6 @@ def test_a_form_is_sent_again_too(store: Store, tmp_path: Path) -> None:
         answer = await p.http.post(f"{p.url}/v1/echo", data=b"--x--", headers=headers)
         assert (await answer.read(), engine.was_reset) == (b"--x--", ["/v1/echo"])
 
-    both(test, store, tmp_path)
-
-
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
-def test_a_proxy_out_of_descriptors_does_not_take_the_engine_for_dead(
-    store: Store, tmp_path: Path, number: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        failed = count_failures(p)
-
-        async def connected(_: object) -> None:
-            raise OSError(number, "none left")
-
-        with monkeypatch.context() as patched:
-            patched.setattr(Upstream, "_unused", lambda _: None)
-            patched.setattr(Upstream, "_connected", connected)
-            status, data = await ask(p, "/v1/chat/completions")
-        assert (status, failed, p.proxy.versions.up) == (503, [], True)
-        assert b"no files left" in data
-        assert (await ask(p, "/v1/chat/completions"))[0] == 200
-
-    assert out_of_descriptors(OSError(number, "none left"))
-    assert not out_of_descriptors(ConnectionResetError(errno.ECONNRESET, "reset"))
     both(test, store, tmp_path)
 
 

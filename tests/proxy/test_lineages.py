@@ -425,7 +425,7 @@ class Traffic:
 
 
 @given(rounds)
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @example(
     [
         [("ask", MAIN, False, False, "session", "new")],

@@ -262,7 +262,7 @@ def bodies(draw: Any) -> Json:
 
 
 @pytest.mark.engine
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_the_chat_request_is_the_one_that_vllm_makes(vllm: Native, body: Json) -> None:
     """Whatever the behaviour of the engine is; and alike under all where they are not known."""
@@ -279,7 +279,7 @@ def test_the_chat_request_is_the_one_that_vllm_makes(vllm: Native, body: Json) -
 
 
 @pytest.mark.engine
-@settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, suppress_health_check=list(HealthCheck))
 @given(body=bodies())
 def test_any_request_that_goes_through_chat_gets_the_native_answer(
     native_engine: Engine, behaviour: MessagesBehaviour, body: Json
@@ -410,7 +410,7 @@ def events_of(chunks: list[Json]) -> bytes:
 
 
 @pytest.mark.engine
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(reply=replies())
 def test_a_plain_reply_is_the_one_that_vllm_makes(vllm: Native, reply: Json) -> None:
     native, ours = vllm.body(reply), from_chat(reply)
@@ -420,7 +420,7 @@ def test_a_plain_reply_is_the_one_that_vllm_makes(vllm: Native, reply: Json) -> 
 
 
 @pytest.mark.engine
-@settings(max_examples=400, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 @given(chunks=streams)
 def test_streamed_events_are_the_ones_that_vllm_makes(vllm: Native, chunks: list[Json]) -> None:
     assert unsigned(events_of(chunks)) == unsigned(vllm.stream(chunks))

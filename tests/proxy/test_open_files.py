@@ -20,10 +20,12 @@ import pytest
 
 from nextstate import file_descriptors
 from nextstate.engine.process import free_port
+from nextstate.file_descriptors import out_of_descriptors
 from nextstate.store import Store
 from proxy.server import Connections
 from tests.proxy.running_proxy import Running, both, request
 from tests.proxy.test_edge import JSON, get, post
+from tests.proxy.test_engine_hiccups import count_failures
 from tests.proxy.test_requests import Answer, answer, ask
 from tests.proxy.test_workers import write_config
 from tests.scripted_engine import ScriptedEngine, scripted_engine
@@ -122,16 +124,22 @@ def test_without_room_a_request_gets_a_503_and_the_log_one_line(
     assert "all 3 connections are busy" in told[0]
 
 
-@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE])
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.ENFILE, errno.ENOBUFS])
+def test_which_errors_mean_that_no_file_is_left(number: int) -> None:
+    assert out_of_descriptors(OSError(number, "none left"))
+    assert not out_of_descriptors(ConnectionResetError(errno.ECONNRESET, "reset"))
+
+
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/score", "/v1/models", "/v1/echo"])
 def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
-    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, number: int
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
+        failed = count_failures(p)
         made = socket.socket
 
         def none_left(*given: Any, **more: Any) -> socket.socket:
-            raise OSError(number, "Too many open files")
+            raise OSError(errno.EMFILE, "Too many open files")
 
         host, port = p.url.removeprefix("http://").split(":")
         for stream in (False, True):
@@ -144,8 +152,8 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
             monkeypatch.setattr(socket, "socket", made)
             writer.close()
             assert (found.status, found.headers["retry-after"]) == (503, "10")
-            assert "files" in found.error["message"]
-        assert p.proxy.versions.up
+            assert "no files left" in found.error["message"]
+        assert (failed, p.proxy.versions.up) == ([], True)
         metrics = await ask(p.url, get("/metrics"))
         assert b"nextstate_out_of_files_total 2\n" in metrics.body
         assert b"nextstate_engine_up 1\n" in metrics.body

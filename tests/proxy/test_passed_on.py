@@ -16,9 +16,8 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from multidict import CIMultiDict
 
-from nextstate.engine.client import publish
 from nextstate.store import Store
-from tests.proxy.running_proxy import V1, Running, add_version, both, request, running, until
+from tests.proxy.running_proxy import V1, Running, both, request, running, serve
 from tests.scripted_engine import (
     MODEL,
     Script,
@@ -144,23 +143,9 @@ def test_other_routes_are_held_too_while_the_engine_is_down(
     asyncio.run(test())
 
 
-@pytest.mark.parametrize(("method", "path"), PASSED_ON)
-def test_other_routes_get_a_clear_503_if_the_engine_stays_down(
-    store: Store, tmp_path: Path, method: str, path: str
-) -> None:
-    async def test() -> None:
-        async with running("http://127.0.0.1:1", store, tmp_path, hold_s=0.1) as p:
-            answer = await p.http.request(method, f"{p.url}/v1/{path}", json={"model": MODEL})
-            assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
-            assert (await answer.json())["error"]["code"] == 503
-
-    asyncio.run(test())
-
-
 def test_other_routes_bring_a_lost_adapter_back(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         engine.adapters.clear()
         answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
         assert (answer.status, (await answer.json())["model"]) == (200, MODEL)
@@ -173,8 +158,7 @@ def test_a_renamed_answer_that_the_engine_cut_reaches_the_client_as_a_cut(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         engine.script = Script(cut_after=9)
         answer = await p.http.post(f"{p.url}/v1/score", json={"model": MODEL})
         assert (answer.status, answer.content_type) == (200, "application/json")

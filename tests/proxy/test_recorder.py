@@ -245,9 +245,7 @@ def test_a_turn_whose_client_left_is_amended_and_stored_if_it_was_lost(
 
 
 @given(cuts=st.lists(st.integers(0, 3000), max_size=6))
-@settings(
-    deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_exchanges_may_be_cut_anywhere_on_their_way(store: Store, cuts: list[int]) -> None:
     exchanges = [exchange(f"say {n} " + "x" * 300 * n) for n in range(3)]
     sent = framed(*exchanges)

@@ -9,13 +9,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from random import Random
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.proxy.conversations import Step, recorded
 from tests.proxy.generated_agents import FORKING, MOVES, PLAIN, crowds, programs
 
-FEW = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+FEW = settings(max_examples=20)
 
 
 def followed(lanes: Sequence[Sequence[Step]], order: Sequence[str]) -> dict[str, list[str]]:

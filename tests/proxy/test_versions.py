@@ -21,7 +21,17 @@ from nextstate.records import VersionState
 from nextstate.store import Store
 from proxy.intervals import Intervals
 from proxy.versions import Versions
-from tests.proxy.running_proxy import V1, V2, Running, add_version, both, request, running, until
+from tests.proxy.running_proxy import (
+    V1,
+    V2,
+    Running,
+    add_version,
+    both,
+    request,
+    running,
+    serve,
+    until,
+)
 from tests.scripted_engine import (
     MODEL,
     Script,
@@ -34,14 +44,11 @@ def test_new_requests_take_the_new_version_and_the_old_unloads_when_drained(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        client = p.proxy.engine
-        await publish(store, client, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         engine.script.gate = asyncio.Event()
         old = asyncio.create_task(p.chat(request("old", stream=True)))
         await until(lambda: bool(engine.requests))
-        await publish(store, client, add_version(store, tmp_path, 2))
-        await until(lambda: p.proxy.versions.serving["main"].number == 2)
+        await serve(store, p, tmp_path, 2)
         assert set(engine.adapters) == {V1, V2}  # still one reply on it
         engine.queue = [Script()]
         _, _, new = await p.chat(request("new"))
@@ -62,8 +69,7 @@ def test_an_adapter_that_the_engine_lost_comes_back_without_the_agent_noticing(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         engine.adapters.clear()  # as after a restart too quick for the health check
         status, _, headers = await p.chat(request())
         assert (status, headers["x-nextstate-version"]) == (200, "1")
@@ -75,8 +81,7 @@ def test_an_unload_that_failed_is_tried_again(store: Store, tmp_path: Path) -> N
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.unloads_to_fail = 2
         for number in (1, 2):
-            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
-            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
+            await serve(store, p, tmp_path, number)
         await until(lambda: engine.unloaded == [V1])
         assert (engine.unloads_to_fail, list(engine.adapters)) == (0, [V2])
         await until(lambda: V1 not in p.proxy.versions.running)
@@ -88,11 +93,9 @@ def test_an_adapter_that_is_unloaded_already_is_not_unloaded_again(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         engine.adapters.clear()
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
-        await until(lambda: p.proxy.versions.serving["main"].number == 2)
+        await serve(store, p, tmp_path, 2)
         await until(lambda: V1 not in p.proxy.versions.running)
 
     both(test, store, tmp_path)
@@ -117,8 +120,7 @@ def test_requests_that_bring_a_lost_adapter_back_at_the_same_time_all_succeed(
     store: Store, tmp_path: Path
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         engine.adapters.clear()
         engine.loading = asyncio.Event()
         asked = [asyncio.create_task(p.chat(request(str(n)))) for n in range(4)]
@@ -135,8 +137,7 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for number in (1, 2):
-            await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
-            await until(lambda number=number: p.proxy.versions.serving["main"].number == number)
+            await serve(store, p, tmp_path, number)
         (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
         engine.adapters.clear()
         if noticed == "at a restart":
@@ -159,8 +160,7 @@ def test_a_store_that_fails_while_the_engine_comes_back_does_not_end_the_watchin
     store: Store, tmp_path: Path, adapter: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
-        await until(lambda: p.proxy.versions.serving["main"].number == 1)
+        await serve(store, p, tmp_path, 1)
         with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
             file.execute("ALTER TABLE versions RENAME TO gone")
             engine.adapters.clear()
@@ -256,15 +256,23 @@ def test_while_the_engine_is_down_streams_are_held_with_comments(
     asyncio.run(test())
 
 
-@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("method", "path", "stream"),
+    [
+        ("POST", "chat/completions", True),
+        ("POST", "chat/completions", False),
+        ("GET", "models", False),
+        ("POST", "score", False),
+        ("POST", "echo", False),
+    ],
+)
 def test_an_engine_that_stays_down_is_a_clear_503(
-    store: Store, tmp_path: Path, stream: bool
+    store: Store, tmp_path: Path, method: str, path: str, stream: bool
 ) -> None:
     async def test() -> None:
         async with running("http://127.0.0.1:1", store, tmp_path, hold_s=0.1) as p:
-            answer = await p.http.post(
-                f"{p.url}/v1/chat/completions", data=orjson.dumps(request(stream=stream))
-            )
+            data = orjson.dumps(request(stream=stream))
+            answer = await p.http.request(method, f"{p.url}/v1/{path}", data=data)
             assert (answer.status, answer.headers["Retry-After"]) == (503, "10")
             assert (await answer.json())["error"]["code"] == 503
 

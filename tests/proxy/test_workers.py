@@ -58,7 +58,7 @@ async def within(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
     """Returns when the condition holds; another process makes it hold."""
     async with asyncio.timeout(limit_s):
         while not condition():
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(0.1)
 
 
 @dataclass

@@ -28,7 +28,7 @@ def test_a_gauge_is_summed_over_its_labels_and_no_other_name() -> None:
         metric_sum('up{a="b"}', "up")
 
 
-labels = st.dictionaries(st.from_regex(r"[a-z]+", fullmatch=True), st.text("ab {}=,.1"), max_size=3)
+labels = st.dictionaries(st.text("abz", min_size=1), st.text("ab {}=,.1"), max_size=3)
 
 
 @given(st.lists(st.tuples(labels, st.integers(0, 10**6)), min_size=1))

@@ -158,7 +158,7 @@ STEPS = st.one_of(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25)
 @given(steps=st.lists(STEPS, min_size=8, max_size=20))
 @example(
     steps=[

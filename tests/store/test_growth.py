@@ -227,7 +227,7 @@ def test_the_counts_are_exact_wherever_a_process_is_killed(tmp_path: Path) -> No
 
 
 TestCounting = Counting.TestCase
-TestCounting.settings = settings(max_examples=25, stateful_step_count=25, deadline=None)
+TestCounting.settings = settings(max_examples=10, stateful_step_count=25)
 
 
 def fill(store: Store, sessions: int, *, ready: int) -> None:

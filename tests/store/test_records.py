@@ -77,7 +77,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30)
 @given(
     messages=st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=5),
     rest=st.dictionaries(st.text().filter(lambda k: k != "messages"), json_values, max_size=4),

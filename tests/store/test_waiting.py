@@ -23,7 +23,7 @@ from nextstate.app.cli import main
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError, WaitError
 from nextstate.records import Feedback, PolicyVersion, Verdict, VersionState
-from nextstate.store import Store
+from nextstate.store import Store, database
 from nextstate.store.judging import Judging
 from nextstate.store.sqlite import SQLite
 from nextstate.store.training import Training
@@ -144,7 +144,7 @@ def test_a_command_gives_up_with_what_to_do(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     store, _ = waiting
-    monkeypatch.setattr(Patience.__init__, "__defaults__", (0.05, 0.01, 0.001))
+    monkeypatch.setattr(database, "Patience", lambda: Patience(0.05, **QUICK))
     config = tmp_path / "nextstate.toml"
     config.write_text(f'[store]\ndir = "{store.dir}"\n')
     with locked(store.dir):

@@ -196,7 +196,7 @@ def test_a_second_loop_on_the_same_folder_is_refused_with_the_key(loop: Loop) ->
 
 def test_ctrl_c_ends_everything(loop: Loop) -> None:
     family = psutil.Process(loop.process.pid).children(recursive=True)
-    assert len(family) >= 5  # the server, its worker, and three stages
+    assert len(family) >= 5  # the server, its engine, and three stages
     loop.process.send_signal(signal.SIGINT)
     assert loop.process.wait(60) == 0
     assert not [p for p in family if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
