@@ -28,6 +28,8 @@ from torch.utils.checkpoint import checkpoint
 
 CHUNK_TOKENS = 128
 _SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
+
+
 @dataclass(frozen=True, slots=True)
 class Head:
     """The layer that turns hidden states into logits."""

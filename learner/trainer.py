@@ -283,7 +283,7 @@ class PolicyTrainer(GRPOTrainer):
         """Makes the way from `before` as long as `limit` allows; see `learner/step_size.py`.
 
         Returns the change, in nats a token of the update, and how many times as long the way is
-        now. The rate of the next step follows.
+        now. The next step's rate follows.
         """
         rate, most = self.rate, 1.0
         if not self.config.learning_rate and any(micro.teaches for micro in micros):
@@ -301,7 +301,7 @@ class PolicyTrainer(GRPOTrainer):
             raise LearnerError(
                 f"the step changes the policy by {kl:g} nats a token even after it was shortened "
                 f"{MAX_TRIES} times, over the {limit:g} of [learner] step_kl, and is not kept: "
-                f"the rate was {rate:g}; raise [learner] step_kl or step_kl_floor"
+                "raise step_kl, or step_kl_floor for batches with little to correct"
             )
         if not self.config.learning_rate:
             self.rate = rate * length

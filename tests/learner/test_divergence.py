@@ -176,7 +176,7 @@ def test_a_whole_step_holds_logits_of_one_chunk_at_a_time(
     monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 48)
     model_path = save_tiny_model(tmp_path / "model", intermediate_size=48)
     config = replace(CONFIG, method="opd_topk", drift_limit=99.0)
-    samples = [sample(str(i), reply=[10 + i] * 30, hinted=[9, *PROMPT]) for i in range(4)]
+    samples = [sample(str(i), reply=[10 + i] * 30, score=-1, hinted=[9, *PROMPT]) for i in range(4)]
     trainer = build_trainer(config, model_path, tmp_path)
     with LargestLogits(VOCABULARY) as largest:
         result = trainer.update(samples, {0: 0})

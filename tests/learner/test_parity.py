@@ -121,7 +121,8 @@ def written_out_loss(
         distance = torch.zeros_like(behaviour)
         with torch.no_grad():
             reference = logprobs(base, s.prompt_ids, s.completion_ids)
-        if s.hinted_prompt_ids is not None:
+        praised = w_rl != 0 and s.score > 0
+        if s.hinted_prompt_ids is not None and not praised:
             with torch.no_grad():
                 wanted = distributions(teacher, s.hinted_prompt_ids, s.completion_ids)
                 wanted = torch.log_softmax(wanted / config.teacher_temperature, dim=-1)
