@@ -152,8 +152,8 @@ def collate(
     """One batch of all `sequences`, its turns in their order.
 
     `lags` by version. Hinted prompts are used only if the method has a teacher, and where it also
-    reads the score, not of praised turns: the teacher would pull away from what was liked. No pass
-    of the teacher has more than `pass_tokens` padded tokens, except for a single turn that is longer.
+    reads the score, not of praised turns: the teacher would pull away from what was liked. No
+    pass of the teacher has more than `pass_tokens` padded tokens, except for a single longer turn.
     """
     samples = [turn for sequence in sequences for turn in sequence]
     placed = place(sequences)

@@ -38,7 +38,7 @@ from learner.drift import drift_objection
 from learner.kl import kl_divergence
 from learner.metrics import TokenStats, drift, join, token_metrics, unexplained_drift
 from learner.model import load_model, load_tokenizer, lora_config
-from learner.step_size import FIRST_RATE, HIGHEST_RATE, LONGER, MAX_TRIES, fit_step
+from learner.step_size import HIGHEST_RATE, LONGER, MAX_TRIES, fit_step
 from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean
 from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
 from learner.weights import LoraWeights, Snapshot, Weights, copied
