@@ -177,7 +177,7 @@ def _require_finite(weights: Mapping[str, Tensor], card: Card) -> None:
     if broken:
         raise LearnerError(
             f"version {card.number} of {card.lineage} has weights that are not finite, first in "
-            f"{broken[0]}: it is not kept; lower [learner] learning_rate"
+            f"{broken[0]}: it is not kept; lower [learner] step_kl"
         )
 
 

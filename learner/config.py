@@ -31,6 +31,8 @@ class LearnerConfig:
     """The teacher's likeliest tokens that are compared one by one; all others are one bin."""
     teacher: Literal["policy", "base"] = "policy"
     """Which model reads the hint: the policy as it is, or the base without an adapter."""
+    teacher_temperature: _Positive = 0.6
+    """The teacher's logits are divided by this: below 1 it is surer than what serves."""
     batch_size: _Count = 16
     """Samples of one update; each update makes one version."""
     min_batch: _Count = 1
@@ -39,15 +41,16 @@ class LearnerConfig:
     """Seconds that at least min_batch samples wait for a full batch; 0: only a full one trains."""
     micro_batch_tokens: _Count = 8192
     """Tokens of one forward pass, padding included; a longer turn gets a pass of its own."""
-    learning_rate: _Positive = 1e-5
-    """AdamW's step, constant; 1e-5 suits a model of some billion parameters."""
+    learning_rate: _NotNegative = 0.0
+    """AdamW's rate; 0: found, so that an update changes the policy by about its bound
+    (`step_kl`). A rate given here is only lowered by the bound."""
     adam_beta1: _Share = 0.3
     """AdamW's memory of the gradient. Long memory moves the policy further in the direction of
     earlier samples than the present ones ask for."""
     epochs: _Count = 4
-    """Optimizer steps of one update on the same samples; fewer once step_kl is reached."""
+    """Optimizer steps of one update on the same samples."""
     step_kl: _Positive = 0.02
-    """An update that changes the policy by more is shortened: KL(before ‖ after), nats a token.
+    """How far one update changes the policy: KL(before ‖ after), nats a token.
     It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
     its bound falls with 1 - mean score."""
     step_kl_floor: Annotated[float, Gt(0), Le(1)] = 0.1

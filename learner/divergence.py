@@ -25,20 +25,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
-
-from learner.config import Method
-from nextstate.errors import ConfigError
 
 CHUNK_TOKENS = 128
-_LOGIT_SCALES = (
-    "final_logit_softcapping",
-    "logit_scale",
-    "logits_scaling",
-    "lm_head_multiplier",
-    "output_multiplier",
-)
-"""Settings of a model that change its logits after the head."""
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +38,10 @@ class Head:
     """(V, H)"""
     bias: Tensor | None
     """(V,)"""
+    scale: float = 1.0
+    """Some models multiply their logits by this."""
+    softcap: float | None = None
+    """Then some bound them: softcap · tanh(logit / softcap)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,33 +58,44 @@ class TopTokens:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal language model, with or without an adapter."""
+    """The head of a causal language model, with or without an adapter.
+
+    Each family of models has its own name for a scale; `trl.trainer.utils.add_fused_lm_head`, which
+    computes the policy's log-probabilities, reads the same names.
+    """
     layer = model.get_output_embeddings()
-    return Head(layer.weight, layer.bias)
-
-
-def require_plain_logits(model: PreTrainedModel, method: Method) -> None:
-    """Raises ConfigError for a model that changes its logits after the head."""
     text = model.config.get_text_config()
-    scaled = [name for name in _LOGIT_SCALES if getattr(text, name, None) not in (None, 1.0)]
-    if scaled:
-        raise ConfigError(
-            f"[learner] method = {method!r}: this model's configuration has {scaled[0]} = "
-            f"{getattr(text, scaled[0])!r}, expected logits that are not scaled; set it to "
-            f"{'combined_sampled' if method == 'combined' else 'opd'!r}"
-        )
+    scales = (getattr(text, name, None) for name in _SCALES)
+    scale = next((scale for scale in scales if scale is not None), 1.0)
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor is not None:
+        scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
+    return Head(layer.weight, layer.bias, scale, getattr(text, "final_logit_softcapping", None))
 
 
 @torch.no_grad()
-def top_tokens(states: Tensor, head: Head, k: int) -> TopTokens:
-    """The `k` likeliest tokens after `states` (N, H); at most all of the vocabulary but one."""
+def top_tokens(states: Tensor, head: Head, k: int, temperature: float = 1.0) -> TopTokens:
+    """The `k` likeliest tokens after `states` (N, H), at a temperature.
+
+    At most all of the vocabulary but one.
+    """
     k = min(k, head.weight.size(0) - 1)
     ids, logprobs = [], []
     for chunk in states.split(CHUNK_TOKENS):
-        logits = _logits(chunk, head)
+        logits = _logits(chunk, head) / temperature
         ids.append(logits.topk(k).indices)
         logprobs.append(binned_logprobs(logits, ids[-1]))
     return TopTokens(torch.cat(ids), torch.cat(logprobs))
+
+
+@torch.no_grad()
+def token_logprobs(states: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
+    """Log-probabilities (N,) of the tokens `ids` (N,) after `states` (N, H), at a temperature."""
+    found = [
+        binned_logprobs(_logits(at, head) / temperature, chosen[:, None])[:, 0]
+        for at, chosen in zip(states.split(CHUNK_TOKENS), ids.split(CHUNK_TOKENS), strict=True)
+    ]
+    return torch.cat(found)
 
 
 def topk_divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
@@ -136,4 +140,5 @@ def _divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
 def _logits(states: Tensor, head: Head) -> Tensor:
     bias = None if head.bias is None else head.bias.to(states.dtype)
     logits = linear(states, head.weight.to(states.dtype), bias)
-    return logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)

@@ -277,8 +277,7 @@ class Lineage:
             return
         text = (
             f"{rejections} versions in a row were rejected lineage={self.name}: lower [learner] "
-            f"learning_rate = {self._config.learning_rate:g} or step_kl = "
-            f"{self._config.step_kl:g}; `nextstate versions` shows each reason"
+            f"step_kl = {self._config.step_kl:g}; `nextstate versions` shows each reason"
         )
         if pause_s:
             text += (

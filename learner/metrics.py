@@ -76,7 +76,7 @@ def token_metrics(tokens: TokenStats, step_kl: float) -> dict[str, float]:
         "ratio/max": float(ratio.max()),
         "advantage/mean": float(tokens.advantage.mean()),
         "teacher_gap/mean": _mean(tokens.gap),
-        "kl/base": None if base is None else kl_divergence(tokens.policy, base),
+        "kl/base": None if base is None else kl_divergence(tokens.policy, base, tokens.behaviour),
         "kl/teacher": _mean(tokens.divergence),
     }
     return {name: value for name, value in found.items() if value is not None}

@@ -151,8 +151,9 @@ def collate(
 ) -> Batch:
     """One batch of all `sequences`, its turns in their order.
 
-    `lags` by version. Hinted prompts are used only if the method has a teacher. No pass of the
-    teacher has more than `pass_tokens` padded tokens, except for a single turn that is longer.
+    `lags` by version. Hinted prompts are used only if the method has a teacher, and where it also
+    reads the score, not of praised turns: the teacher would pull away from what was liked. No
+    pass of the teacher has more than `pass_tokens` padded tokens, except for a single longer turn.
     """
     samples = [turn for sequence in sequences for turn in sequence]
     placed = place(sequences)
@@ -161,6 +162,7 @@ def collate(
         (row, (*sample.hinted_prompt_ids, *sample.completion_ids))
         for row, sample in enumerate(samples)
         if signals.distils and sample.hinted_prompt_ids is not None
+        if signals.rl == 0 or sample.score <= 0
     ]
     hinted = [
         Hinted(

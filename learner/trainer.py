@@ -30,7 +30,7 @@ from learner.config import LearnerConfig
 from learner.divergence import (
     TopTokens,
     head_of,
-    require_plain_logits,
+    token_logprobs,
     top_tokens,
     topk_divergence,
 )
@@ -38,14 +38,12 @@ from learner.drift import drift_objection
 from learner.kl import kl_divergence
 from learner.metrics import TokenStats, drift, join, token_metrics, unexplained_drift
 from learner.model import load_model, load_tokenizer, lora_config
+from learner.step_size import HIGHEST_RATE, LONGER, MAX_TRIES, fit_step
 from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean
 from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
 from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
-
-MAX_CUTS = 30
-"""How often a step is shortened before it is refused. A cut costs one forward pass."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +83,11 @@ class _MicroBatch:
     """The teacher's likeliest tokens, one item for each of its passes."""
     before: Tensor | None = None
     """(B, T): the policy's log-probabilities before the update"""
+
+    @property
+    def teaches(self) -> bool:
+        """False if the pull to the base is all that its gradient has."""
+        return bool(self.batch.hinted) or bool(self.inputs["advantages"].any())
 
 
 class PolicyTrainer(GRPOTrainer):
@@ -162,17 +165,18 @@ class PolicyTrainer(GRPOTrainer):
                 tokens = join([tokens for _, tokens in parts])
                 self._refuse_drift(tokens)
                 found = token_metrics(tokens, self.config.step_kl)
+            first = not self.optimizer.state
+            rate = self.rate
             grad_norm = self._optimizer_step()
-            kl, length = self._bound_step(before, micros, bound)
+            share = (epoch / self.config.epochs) ** 2  # of the change: its root grows evenly
+            kl, length = self._fit_step(before, micros, share * bound, first)
             found |= {
                 "loss": float(sum(loss for loss, _ in parts)),
                 "grad/norm": grad_norm,
                 "step/kl": kl,
                 "step/length": length,
-                "step/epochs": epoch,
+                "step/rate": rate * length,
             }
-            if length < 1:
-                break
         return UpdateResult(
             before,
             {
@@ -273,42 +277,57 @@ class PolicyTrainer(GRPOTrainer):
         return float(norm)
 
     @torch.no_grad()
-    def _bound_step(
-        self, before: Snapshot, micros: Sequence[_MicroBatch], limit: float
+    def _fit_step(
+        self, before: Snapshot, micros: Sequence[_MicroBatch], limit: float, first: bool
     ) -> tuple[float, float]:
-        """Shortens the way from `before` until the policy changed by at most `limit`.
+        """Makes the way from `before` as long as `limit` allows; see `learner/step_size.py`.
 
-        Returns the change, in nats a token of the update, and the fraction of the way that is left.
-        The change grows with the square of a small step (its Hessian is the Fisher information),
-        which tells how much shorter the step must be.
+        Returns the change, in nats a token of the update, and how many times as long the way is
+        now. The next step's rate follows.
         """
-        length, kl = 1.0, self._kl_since(micros)
-        for _ in range(MAX_CUTS):
-            if kl <= limit:
-                break
-            factor = min(0.9, math.sqrt(limit / kl)) if math.isfinite(kl) else 0.1
-            length *= factor
-            self.weights.move_back(before.weights, factor)
-            kl = self._kl_since(micros)
-        # If it is not a number, no cut helps, and the gate rejects the version.
+        rate, most = self.rate, 1.0
+        if not self.config.learning_rate and any(micro.teaches for micro in micros):
+            most = HIGHEST_RATE / rate
+            if not first:
+                most = min(most, LONGER)
+        kl, length = fit_step(
+            lambda: self._kl_since(micros),
+            lambda factor: self.weights.scale_way(before.weights, factor),
+            limit,
+            most,
+        )
+        # If it is not a number, the gate rejects the version.
         if math.isfinite(kl) and kl > limit:
             raise LearnerError(
-                f"the step changes the policy by {kl:g} nats a token even after {MAX_CUTS} cuts, "
-                f"over the {limit:g} of [learner] step_kl, and is not kept: lower [learner] "
-                f"learning_rate = {self.config.learning_rate:g}"
+                f"the step changes the policy by {kl:g} nats a token even after it was shortened "
+                f"{MAX_TRIES} times, over the {limit:g} of [learner] step_kl, and is not kept: "
+                "raise step_kl, or step_kl_floor for batches with little to correct"
             )
+        if not self.config.learning_rate:
+            self.rate = rate * length
         return kl, length
 
     def _kl_since(self, micros: Sequence[_MicroBatch]) -> float:
         """KL(policy before the update ‖ policy now), in nats a token of the update."""
-        old, new = [], []
+        old, new, drawn_by = [], [], []
         for micro in micros:
             assert micro.before is not None
             self.before_pass()
             mask = micro.batch.completion_mask.bool()
             old.append(micro.before[mask])
             new.append(self.completion_logprobs(micro.batch.sequences)[mask])
-        return kl_divergence(torch.cat(old), torch.cat(new))
+            drawn_by.append(micro.batch.behaviour_logprobs[mask])
+        return kl_divergence(torch.cat(old), torch.cat(new), torch.cat(drawn_by))
+
+    @property
+    def rate(self) -> float:
+        """AdamW's rate. Where it is found, the optimizer's state in a checkpoint keeps it."""
+        return self.optimizer.param_groups[0]["lr"]
+
+    @rate.setter
+    def rate(self, value: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = value
 
     def _refuse_drift(self, tokens: TokenStats) -> None:
         """Raises LearnerError if engine and learner disagree about the same weights."""
@@ -329,14 +348,17 @@ class PolicyTrainer(GRPOTrainer):
         is_base = self.config.teacher == "base"
         with use_adapter(self.policy, None) if is_base else nullcontext():
             for hinted in batch.hinted:
-                scored = self._score(hinted.sequences)
-                behaviour = batch.behaviour_logprobs[hinted.turns]
-                limit = self.config.teacher_gap_clip
-                gap[hinted.turns] = teacher_gap(scored.logprobs, behaviour, limit)
+                every = torch.arange(len(hinted.turns), device=gap.device)
+                read = hinted.sequences
+                mask = read.completion_mask.bool()
+                states = read.predicting(self._score(read).states, every)
+                surer = self.config.teacher_temperature
+                logprobs = token_logprobs(states, self._head, read.completion_ids[mask], surer)
+                behaviour = batch.behaviour_logprobs[hinted.turns][mask]
+                values = teacher_gap(logprobs, behaviour, self.config.teacher_gap_clip)
+                gap[hinted.turns] = torch.zeros_like(gap[hinted.turns]).masked_scatter(mask, values)
                 if self.signals.topk != 0:
-                    every = torch.arange(len(hinted.turns), device=gap.device)
-                    states = hinted.sequences.predicting(scored.states, every)
-                    top.append(top_tokens(states, self._head, self.config.topk))
+                    top.append(top_tokens(states, self._head, self.config.topk, surer))
         return gap, top
 
     def _divergence(self, batch: Batch, states: Tensor, top: Sequence[TopTokens]) -> Tensor:
@@ -400,9 +422,8 @@ class PolicyTrainer(GRPOTrainer):
     def restore_training(self, training: Mapping[str, Any]) -> None:
         """Restores `Snapshot.training` and leaves the weights as they are."""
         self.optimizer.load_state_dict(copied(training["optimizer"]))
-        # The optimizer's settings are those of the configuration, not those of the snapshot.
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.learning_rate
+        if self.config.learning_rate:
+            self.rate = self.config.learning_rate
         self.state.global_step = training["step"]
         torch.set_rng_state(training["rng"])
         for rng in training["device_rng"][: int(self.args.device.type == "cuda")]:
@@ -441,6 +462,4 @@ def build_trainer(config: LearnerConfig, model_path: str, work_dir: Path) -> Pol
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(config, model_path)
-    if SIGNALS[config.method].topk != 0:
-        require_plain_logits(model, config.method)
     return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir)

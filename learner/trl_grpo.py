@@ -21,6 +21,7 @@ from trl.trainer.utils import use_adapter  # noqa: E402
 
 from learner.config import LearnerConfig  # noqa: E402
 from learner.kl import RATIO_CAP  # noqa: E402
+from learner.step_size import FIRST_RATE  # noqa: E402
 
 __all__ = ["EPSILON", "EPSILON_HIGH", "GRPOTrainer", "grpo_config", "use_adapter"]
 
@@ -45,7 +46,7 @@ def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -
         use_bias_correction_kl=True,
         temperature=1.0,
         disable_dropout=True,
-        learning_rate=config.learning_rate,
+        learning_rate=config.learning_rate or FIRST_RATE,
         weight_decay=0.1,
         adam_beta1=config.adam_beta1,
         adam_beta2=0.98,

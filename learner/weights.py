@@ -51,8 +51,8 @@ class Weights(Protocol):
         """Continues from the base model."""
         ...
 
-    def move_back(self, start: Mapping[str, Tensor], kept: float) -> None:
-        """Keeps only the fraction `kept` of the way from `start` to the present values."""
+    def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
+        """Makes the way from `start` to the present values `factor` times as long."""
         ...
 
     def save(self, folder: Path, card: Card) -> str:
@@ -106,10 +106,10 @@ class LoraWeights:
                 module.reset_lora_parameters("default", init_lora_weights=True)
 
     @torch.no_grad()
-    def move_back(self, start: Mapping[str, Tensor], kept: float) -> None:
+    def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
         """See `Weights`."""
         for name, weight in self._named.items():
-            weight.copy_(torch.lerp(start[name].to(weight.device), weight, kept))
+            weight.copy_(torch.lerp(start[name].to(weight.device), weight, factor))
 
     def save(self, folder: Path, card: Card) -> str:
         """See `Weights`."""

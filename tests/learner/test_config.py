@@ -10,7 +10,7 @@ from nextstate.errors import ConfigError
     "wrong",
     [
         {"batch_size": 0},
-        {"learning_rate": 0.0},
+        {"learning_rate": -1.0},
         {"kl_coef": -0.1},
         {"lora_targets": ()},
         {"topk": 0},

@@ -10,12 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
 from learner.divergence import (
     CHUNK_TOKENS,
     Head,
     binned_logprobs,
+    head_of,
     reverse_kl,
+    token_logprobs,
     top_tokens,
     topk_divergence,
 )
@@ -61,6 +64,44 @@ def test_the_last_bin_keeps_its_digits_where_the_top_token_is_nearly_certain():
     logits = torch.tensor([[60.0, 0.0, 0.0]], dtype=torch.float64)
     rest = binned_logprobs(logits, torch.tensor([[0]]))[0, -1]
     assert rest.item() == pytest.approx(math.log(2) - 60.0)
+
+
+def test_a_surer_teacher_is_the_same_one_at_a_lower_temperature():
+    """Probabilities 1/2, 1/4, 1/8, 1/8 at temperature 1/2 are their squares over 11/32."""
+    surer = top_tokens(at(0.5, 0.25, 0.125, 0.125), plain_head(4), 2, temperature=0.5)
+    assert surer.logprobs.exp()[0].tolist() == pytest.approx([8 / 11, 2 / 11, 1 / 11])
+    found = token_logprobs(at(0.5, 0.25, 0.125, 0.125), plain_head(4), torch.tensor([2]), 0.5)
+    assert found.exp().tolist() == pytest.approx([1 / 22])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (Gemma2Config, {"final_logit_softcapping": 0.5, "head_dim": 8}),
+        (GraniteConfig, {"logits_scaling": 8.0}),
+        (CohereConfig, {"logit_scale": 0.25}),
+    ],
+)
+def test_models_that_change_their_logits_after_the_head_are_read_as_they_are(kind, settings):
+    torch.manual_seed(0)
+    config = kind(
+        vocab_size=40,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        initializer_range=0.5,
+        pad_token_id=0,
+        **settings,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.no_grad():
+        states = model.base_model(ids).last_hidden_state[0]
+        expected = model(ids).logits[0].log_softmax(-1)[torch.arange(4), ids[0]]
+        found = token_logprobs(states, head_of(model), ids[0], 1.0)
+    assert found.tolist() == pytest.approx(expected.tolist(), abs=1e-5)
 
 
 LOGITS = st.lists(st.floats(-30, 30), min_size=6, max_size=6)
@@ -135,7 +176,7 @@ def test_a_whole_step_holds_logits_of_one_chunk_at_a_time(
     monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 48)
     model_path = save_tiny_model(tmp_path / "model", intermediate_size=48)
     config = replace(CONFIG, method="opd_topk", drift_limit=99.0)
-    samples = [sample(str(i), reply=[10 + i] * 30, hinted=[9, *PROMPT]) for i in range(4)]
+    samples = [sample(str(i), reply=[10 + i] * 30, score=-1, hinted=[9, *PROMPT]) for i in range(4)]
     trainer = build_trainer(config, model_path, tmp_path)
     with LargestLogits(VOCABULARY) as largest:
         result = trainer.update(samples, {0: 0})

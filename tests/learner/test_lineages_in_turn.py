@@ -20,7 +20,7 @@ from learner.checkpoint import load_checkpoint
 from learner.config import LearnerConfig
 from learner.kl import kl_divergence
 from learner.shared_trainer import SharedTrainer
-from learner.trainer import MAX_CUTS
+from learner.step_size import MAX_TRIES
 from learner.weights import Snapshot
 from nextstate.errors import LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
@@ -157,10 +157,10 @@ def test_a_lineage_that_must_not_go_on_stops_and_the_others_train_as_if_it_were_
 
 def fail_the_first_step(patched: pytest.MonkeyPatch) -> None:
     """No cut brings its change within the bound; it has been taken by then."""
-    failing = iter([9.0] * (MAX_CUTS + 1))
+    failing = iter([9.0] * (MAX_TRIES + 1))
 
-    def change(old: torch.Tensor, new: torch.Tensor) -> float:
-        return next(failing, None) or kl_divergence(old, new)
+    def change(old: torch.Tensor, new: torch.Tensor, drawn_by: torch.Tensor) -> float:
+        return next(failing, None) or kl_divergence(old, new, drawn_by)
 
     patched.setattr(trainer, "kl_divergence", change)
 

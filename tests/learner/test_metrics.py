@@ -27,7 +27,8 @@ def test_drift_looks_at_the_current_version_only():
     assert metrics["ratio/max"] == pytest.approx(math.exp(6), rel=1e-5)
     assert metrics["advantage/mean"] == pytest.approx(1 / 3)
     assert metrics["teacher_gap/mean"] == pytest.approx(0.2)
-    assert metrics["kl/base"] == pytest.approx((2 - math.log(2) - 1) / 3, abs=1e-6)
+    # The policy draws the third token e^6 times as often as the behaviour did; truncated at 4.
+    assert metrics["kl/base"] == pytest.approx(4 * (2 - math.log(2) - 1) / 3, abs=1e-6)
     assert metrics["kl/teacher"] == pytest.approx(0.5)
 
 

@@ -13,7 +13,7 @@ from learner.kl import RATIO_CAP
 from learner.tensors import micro_batches, sequences_of
 from learner.trainer import PolicyTrainer, build_trainer, step_bound
 from learner.trl_grpo import EPSILON, EPSILON_HIGH
-from nextstate.errors import ConfigError, LearnerError
+from nextstate.errors import LearnerError
 from nextstate.records import Sample
 from tests.learner.test_tiny_model import (
     CONFIG,
@@ -121,10 +121,12 @@ def written_out_loss(
         distance = torch.zeros_like(behaviour)
         with torch.no_grad():
             reference = logprobs(base, s.prompt_ids, s.completion_ids)
-        if s.hinted_prompt_ids is not None:
+        praised = w_rl != 0 and s.score > 0
+        if s.hinted_prompt_ids is not None and not praised:
             with torch.no_grad():
-                hinted = logprobs(teacher, s.hinted_prompt_ids, s.completion_ids)
                 wanted = distributions(teacher, s.hinted_prompt_ids, s.completion_ids)
+                wanted = torch.log_softmax(wanted / config.teacher_temperature, dim=-1)
+            hinted = wanted.gather(1, torch.tensor(s.completion_ids)[:, None])[:, 0]
             limit = config.teacher_gap_clip
             advantage += w_opd * (hinted - behaviour).clamp(-limit, limit)
             ours = distributions(policy, s.prompt_ids, s.completion_ids)
@@ -237,7 +239,7 @@ def test_an_update_of_shared_sequences_measures_what_separate_ones_measure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model_path = save_tiny_model(tmp_path / "model")
-    config = replace(STALE, learning_rate=0.3, step_kl=0.01)
+    config = replace(STALE, learning_rate=0.3, step_kl=0.003)
     samples = conversation_samples(model_path)
     together = dict(trained_once(config, model_path, samples, tmp_path).metrics)
     monkeypatch.setattr("learner.tensors.sequences_of", lambda found: [[s] for s in found])
@@ -265,23 +267,15 @@ def test_the_base_as_teacher_reads_the_hint_without_the_adapter(tmp_path: Path) 
     assert gaps[0] != pytest.approx(gaps[1], abs=1e-4)
 
 
-def test_a_model_that_scales_its_logits_has_no_divergence_from_its_teacher(tmp_path: Path) -> None:
-    model_path = save_tiny_model(tmp_path / "model")
-    file = tmp_path / "model" / "config.json"
-    file.write_text(file.read_text().replace("{", '{"final_logit_softcapping": 30.0,', 1))
-    for method, instead in (("opd_topk", "opd"), ("combined", "combined_sampled")):
-        expected = rf"'{method}'.*final_logit_softcapping = 30\.0.*set it to '{instead}'"
-        with pytest.raises(ConfigError, match=expected):
-            build_trainer(replace(CONFIG, method=method), model_path, tmp_path)
-
-
-@pytest.mark.parametrize(("learning_rate", "shortened"), [(0.3, True), (1e-4, False)])
-def test_an_update_changes_the_policy_by_no_more_than_it_may(tmp_path, learning_rate, shortened):
+@pytest.mark.parametrize("epochs", [1, 2])
+@pytest.mark.parametrize("learning_rate", [0.0, 0.3, 1e-4])
+def test_an_update_changes_the_policy_by_as_much_as_it_may(tmp_path, learning_rate, epochs):
+    """A rate that is given is only lowered; one that is found is right for the next update."""
     model_path = save_tiny_model(tmp_path / "model")
     config = replace(
         CONFIG,
         learning_rate=learning_rate,
-        epochs=2,
+        epochs=epochs,
         step_kl=0.01,
         micro_batch_tokens=40,
         drift_limit=9,
@@ -290,25 +284,42 @@ def test_an_update_changes_the_policy_by_no_more_than_it_may(tmp_path, learning_
     trained = trained_once(config, model_path, samples, tmp_path)
 
     after, metrics = trained.trainer.weights.copy(), trained.metrics
-    moved = torch.stack([(after[n] - v).norm() for n, v in trained.start.items()]).norm()
-    differences = torch.cat(
-        [
-            logprobs(with_adapter(config, model_path, after), s.prompt_ids, s.completion_ids)
-            - logprobs(
-                with_adapter(config, model_path, trained.start), s.prompt_ids, s.completion_ids
-            )
-            for s in samples
-        ]
-    ).detach()
-    change = (differences.exp() - differences - 1).mean().item()
+    differences, ratios = [], []
+    for s in samples:
+        old, new = (
+            logprobs(with_adapter(config, model_path, weights), s.prompt_ids, s.completion_ids)
+            for weights in (trained.start, after)
+        )
+        differences.append((new - old).detach())
+        ratios.append((old - torch.tensor(s.behaviour_logprobs)).exp().clamp(max=RATIO_CAP))
+    moved = torch.cat(differences)
+    change = (torch.cat(ratios).detach() * (moved.exp() - moved - 1)).mean().item()
 
-    assert metrics["step/kl"] == pytest.approx(change, rel=1e-2, abs=1e-6)
+    assert metrics["step/kl"] == pytest.approx(change, rel=2e-2, abs=1e-6)
     assert 0 < change <= config.step_kl
-    assert moved > 0
-    assert (metrics["step/length"] < 1) == shortened
-    assert metrics["step/epochs"] == (1 if shortened else 2), "none where it is reached"
-    if shortened:
-        assert change > config.step_kl / 4, "no shorter than it has to be"
+    assert trained.trainer.rate == pytest.approx(learning_rate or metrics["step/rate"])
+    if learning_rate == 1e-4:
+        assert change < config.step_kl / 4
+        assert metrics["step/length"] == 1
+    else:
+        assert change > config.step_kl / 4
+    if learning_rate == 0:
+        passes = []
+        measure = trained.trainer._kl_since
+        trained.trainer._kl_since = lambda micros: passes.append(1) or measure(micros)
+        again = trained.trainer.update(samples, LAGS).metrics
+        assert config.step_kl / 4 < again["step/kl"] <= config.step_kl
+        assert len(passes) <= 3 * epochs, "the next search begins near its end"
+
+
+def test_a_batch_that_teaches_nothing_is_not_amplified(tmp_path):
+    """Without scores and hints only the pull to the base is left, which no bound asks for."""
+    model_path = save_tiny_model(tmp_path / "model")
+    config = replace(CONFIG, method="binary", learning_rate=0.0, drift_limit=9, kl_coef=0.1)
+    silent = [replace(s, score=0) for s in off_policy_samples(model_path)]
+    trained = trained_once(config, model_path, silent, tmp_path)
+    assert trained.metrics["step/length"] <= 1
+    assert trained.metrics["step/kl"] < config.step_kl / 10
 
 
 @pytest.mark.parametrize(
@@ -323,7 +334,7 @@ def test_an_update_with_less_to_correct_may_change_less(scores, share):
 def test_several_epochs_are_as_many_steps_on_the_same_samples(tmp_path):
     model_path = save_tiny_model(tmp_path / "model")
     config = replace(
-        STALE, method="combined_sampled", teacher="base", step_kl=9.0, micro_batch_tokens=40
+        STALE, method="combined_sampled", teacher="base", step_kl=99.0, micro_batch_tokens=40
     )
     samples = off_policy_samples(model_path)
     once, thrice = (

@@ -270,13 +270,17 @@ def test_an_unpublished_version_is_published_at_the_next_start(recorded, model_p
     assert recorded.store.versions.serving("main").number == 1
 
 
-def test_a_restart_goes_on_with_weights_optimizer_and_loss(tmp_path, model_path):
+@pytest.mark.parametrize("learning_rate", [1e-2, 0.0])
+def test_a_restart_goes_on_with_weights_optimizer_rate_and_loss(
+    tmp_path, model_path, learning_rate
+):
+    config = replace(CONFIG, learning_rate=learning_rate)
     adapters, losses = [], []
     for runs in ([2], [1, 1]):
         recorded = Recorded(tmp_path / str(len(runs)), model_path)
         recorded.add_mixed(32)
         for wanted in runs:
-            train(recorded, model_path, FakeEngine(recorded.store, wanted))
+            train(recorded, model_path, FakeEngine(recorded.store, wanted), config)
         newest = recorded.store.versions.all("main")[-1]
         adapters.append(newest.sha256)
         losses.append(newest.metrics["loss"])

@@ -66,9 +66,9 @@ def test_a_batch_holds_every_token_once_and_in_its_place(samples, pass_tokens):
             cut = len(ids) - len(turns[turn].completion_ids)
             assert ids[cut:] == list(turns[turn].completion_ids)
             taught[turn] = tuple(ids[:cut])
-    hints = {row: s.hinted_prompt_ids for row, s in enumerate(turns)}
+    hints = {row: s.hinted_prompt_ids for row, s in enumerate(turns) if s.score <= 0}
     assert taught == {row: ids for row, ids in hints.items() if ids is not None}
-    assert batch.has_teacher.tolist() == [s.hinted_prompt_ids is not None for s in turns]
+    assert batch.has_teacher.tolist() == [row in taught for row in range(len(turns))]
 
 
 @given(SAMPLES)
@@ -150,6 +150,13 @@ def test_a_method_without_distillation_has_no_teacher_pass():
     _, batch = collated([sample(hinted=(3, 4))], "binary")
     assert batch.hinted == ()
     assert batch.has_teacher.tolist() == [False]
+
+
+@pytest.mark.parametrize(("method", "taught"), [("combined", [0, 1]), ("opd", [0, 1, 2])])
+def test_a_hint_on_a_praised_turn_counts_only_where_no_score_does(method, taught):
+    samples = [sample(str(n), score=n - 1, hinted=(3, 4)) for n in range(3)]
+    _, batch = collated(samples, method)
+    assert [row for group in batch.hinted for row in group.turns.tolist()] == taught
 
 
 def test_the_mean_is_over_each_turns_tokens_and_then_over_turns():

@@ -1,0 +1,51 @@
+"""How far an optimizer step goes: AdamW gives its direction, the measured change its length.
+
+No rate suits models of any size. What an update may do is said in nats a token of the policy's own
+change, which means the same for all of them. The change grows with the square of a small step (its
+Hessian is the Fisher information), which tells by how much a step must be longer or shorter.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+FIRST_RATE = 1e-4
+"""AdamW's rate for the first step of a lineage. It is lengthened or shortened as measured."""
+HIGHEST_RATE = 3e-2
+"""Ten times what the smallest model here needs: where even this changes nothing, nothing will."""
+LONGER = 4.0
+"""The most by which a step is lengthened, except the first. AdamW divides a gradient by those
+before it, so a batch that teaches little makes a short step. This keeps it short."""
+MAX_TRIES = 30
+"""How often a step's length is changed before it is refused. Each time costs one forward pass."""
+_ENOUGH, _AIM = 0.5, 0.8
+"""A change of at least `_ENOUGH` of the limit is not lengthened; others are, to about `_AIM`."""
+_LEAP = 10.0
+"""The most by which one try lengthens: far from the measured change, its square misleads."""
+
+
+def fit_step(
+    change: Callable[[], float], scale: Callable[[float], None], limit: float, most: float
+) -> tuple[float, float]:
+    """Makes a step shorter or longer until its `change` is near `limit` and not above.
+
+    `change()` measures it in nats a token; `scale(factor)` makes it `factor` times as long. It gets
+    at most `most` times as long; 1: it is only shortened. Returns the last change and how long the
+    step is now. If no try sufficed, the change returned is over the limit, or not a number.
+    """
+    length, kl, shortened = 1.0, change(), False
+    for _ in range(MAX_TRIES):
+        if not kl <= limit:
+            factor, shortened = 0.1, True
+            if math.isfinite(kl):
+                factor = min(0.9, math.sqrt(limit / kl))
+        elif not shortened and kl < _ENOUGH * limit and length < most:
+            wanted = math.sqrt(_AIM * limit / kl) if kl > 0 else _LEAP
+            factor = min(wanted, _LEAP, most / length)
+        else:
+            break
+        length *= factor
+        scale(factor)
+        kl = change()
+    return kl, length
