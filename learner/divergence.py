@@ -31,6 +31,7 @@ from learner.config import Method
 from nextstate.errors import ConfigError
 
 CHUNK_TOKENS = 128
+_SCALES = ("logit_scale", "output_multiplier", "lm_head_multiplier")
 _LOGIT_SCALES = (
     "final_logit_softcapping",
     "logit_scale",
@@ -49,6 +50,10 @@ class Head:
     """(V, H)"""
     bias: Tensor | None
     """(V,)"""
+    scale: float = 1.0
+    """Some models multiply their logits by this."""
+    softcap: float | None = None
+    """Then some bound them: softcap · tanh(logit / softcap)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +70,19 @@ class TopTokens:
 
 
 def head_of(model: Any) -> Head:
-    """The head of a causal language model, with or without an adapter."""
+    """The head of a causal language model, with or without an adapter.
+
+    Each family of models has its own name for a scale; `trl.trainer.utils.add_fused_lm_head`, which
+    computes the policy's log-probabilities, reads the same names.
+    """
     layer = model.get_output_embeddings()
-    return Head(layer.weight, layer.bias)
+    text = model.config.get_text_config()
+    scales = (getattr(text, name, None) for name in _SCALES)
+    scale = next((scale for scale in scales if scale is not None), 1.0)
+    divisor = getattr(text, "logits_scaling", None)
+    if divisor is not None:
+        scale = divisor if text.model_type == "hyperclovax" else 1 / divisor
+    return Head(layer.weight, layer.bias, scale, getattr(text, "final_logit_softcapping", None))
 
 
 def require_plain_logits(model: PreTrainedModel, method: Method) -> None:
@@ -83,28 +98,39 @@ def require_plain_logits(model: PreTrainedModel, method: Method) -> None:
 
 
 @torch.no_grad()
-def top_tokens(states: Tensor, head: Head, k: int) -> TopTokens:
-    """The `k` likeliest tokens after `states` (N, H); at most all of the vocabulary but one."""
+def top_tokens(
+    states: Tensor, head: Head, k: int, temperature: Tensor | float = 1.0
+) -> TopTokens:
+    """The `k` likeliest tokens after `states` (N, H), at one `temperature` or at each its own (N, 1).
+
+    At most all of the vocabulary but one.
+    """
     k = min(k, head.weight.size(0) - 1)
     ids, logprobs = [], []
-    for chunk in states.split(CHUNK_TOKENS):
-        logits = _logits(chunk, head)
+    each = _each(temperature, states)
+    chunks = zip(states.split(CHUNK_TOKENS), each.split(CHUNK_TOKENS), strict=True)
+    for at, divisor in chunks:
+        logits = head_logits(at, head) / divisor
         ids.append(logits.topk(k).indices)
         logprobs.append(binned_logprobs(logits, ids[-1]))
     return TopTokens(torch.cat(ids), torch.cat(logprobs))
 
 
-def topk_divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
+def topk_divergence(
+    states: Tensor, head: Head, teacher: TopTokens, temperature: Tensor | float = 1.0
+) -> Tensor:
     """KL(policy ‖ teacher) (N,) in nats at the policy's `states` (N, H), over K + 1 bins.
 
-    Differentiable in `states` only; N is at least 1.
+    The policy is read at one `temperature`, or at each token's own (N, 1). Differentiable in `states` only; N is at least 1.
     """
+    each = _each(temperature, states)
     parts = [
         checkpoint(
             _divergence,
             states[start : start + CHUNK_TOKENS],
             head,
             teacher[start : start + CHUNK_TOKENS],
+            each[start : start + CHUNK_TOKENS],
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -129,11 +155,18 @@ def reverse_kl(policy: Tensor, teacher: Tensor) -> Tensor:
     return (policy.exp() * (policy - teacher)).sum(-1)
 
 
-def _divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
-    return reverse_kl(binned_logprobs(_logits(states, head), teacher.ids), teacher.logprobs)
+def _divergence(states: Tensor, head: Head, teacher: TopTokens, temperature: Tensor) -> Tensor:
+    logits = head_logits(states, head) / temperature
+    return reverse_kl(binned_logprobs(logits, teacher.ids), teacher.logprobs)
 
 
-def _logits(states: Tensor, head: Head) -> Tensor:
+def _each(temperature: Tensor | float, states: Tensor) -> Tensor:
+    return torch.as_tensor(temperature, device=states.device).expand(len(states), 1)
+
+
+def head_logits(states: Tensor, head: Head) -> Tensor:
+    """Logits (N, V), in float32 or better, after `states` (N, H)."""
     bias = None if head.bias is None else head.bias.to(states.dtype)
     logits = linear(states, head.weight.to(states.dtype), bias)
-    return logits if logits.dtype == torch.float64 else logits.float()
+    logits = (logits if logits.dtype == torch.float64 else logits.float()) * head.scale
+    return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
