@@ -98,12 +98,10 @@ def require_plain_logits(model: PreTrainedModel, method: Method) -> None:
 
 
 @torch.no_grad()
-def top_tokens(
-    states: Tensor, head: Head, k: int, temperature: Tensor | float = 1.0
-) -> TopTokens:
-    """The `k` likeliest tokens after `states` (N, H), at one `temperature` or at each its own (N, 1).
+def top_tokens(states: Tensor, head: Head, k: int, temperature: Tensor | float = 1.0) -> TopTokens:
+    """The `k` likeliest tokens after `states` (N, H); at most all of the vocabulary but one.
 
-    At most all of the vocabulary but one.
+    `temperature` is one for all, or each token's own (N, 1).
     """
     k = min(k, head.weight.size(0) - 1)
     ids, logprobs = [], []
@@ -121,7 +119,8 @@ def topk_divergence(
 ) -> Tensor:
     """KL(policy ‖ teacher) (N,) in nats at the policy's `states` (N, H), over K + 1 bins.
 
-    The policy is read at one `temperature`, or at each token's own (N, 1). Differentiable in `states` only; N is at least 1.
+    The policy is read at one `temperature`, or at each token's own (N, 1). Differentiable in
+    `states` only; N is at least 1.
     """
     each = _each(temperature, states)
     parts = [

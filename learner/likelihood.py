@@ -148,7 +148,9 @@ def _counts_before(completion: Tensor, steps: Tensor, like: Tensor) -> Tensor:
     return counts.cumsum(0)
 
 
-def log_kept(logprobs: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, drawn: Tensor) -> Tensor:
+def log_kept(
+    logprobs: Tensor, min_p: Tensor, top_k: Tensor, top_p: Tensor, drawn: Tensor
+) -> Tensor:
     """log M (N,): the mass of what min-p, then top-k, then top-p leave, with the drawn token.
 
     `logprobs` (N, V) sum to 1; min_p, top_k and top_p (N, 1) are 0, 0 and 1 where they are off;

@@ -53,8 +53,8 @@ def drift(tokens: TokenStats) -> float | None:
     return float((tokens.policy - tokens.behaviour)[current].abs().mean())
 
 
-def fits_raw(tokens: TokenStats) -> bool:
-    """Whether the recorded log-probs are those before temperature, penalties and truncation.
+def raw_drift(tokens: TokenStats) -> float | None:
+    """Mean |raw − behaviour| if the recorded log-probs are nearer to the raw ones; else None.
 
     A token speaks for that if `behaviour` is nearer to `raw` than to `policy`. If the recorded ones
     are right, the mean of the difference is about -|raw − policy|; if they are raw, about its
@@ -65,9 +65,10 @@ def fits_raw(tokens: TokenStats) -> bool:
     current = tokens.lag == 0
     chosen = current if current.any() else torch.ones_like(current)
     policy, raw, behaviour = (x[chosen] for x in (tokens.policy, tokens.raw, tokens.behaviour))
-    nearer = ((policy - behaviour).abs() - (raw - behaviour).abs()).mean()
+    from_raw = (raw - behaviour).abs()
+    nearer = ((policy - behaviour).abs() - from_raw).mean()
     apart = (policy - raw).abs().mean()
-    return bool(apart > 0) and bool(nearer > apart / 2)
+    return float(from_raw.mean()) if apart > 0 and nearer > apart / 2 else None
 
 
 def unexplained_drift(tokens: TokenStats, step_kl: float) -> float:

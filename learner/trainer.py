@@ -24,6 +24,7 @@ from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from learner.advantages import SIGNALS, teacher_gap, token_advantages
 from learner.config import LearnerConfig
@@ -34,14 +35,14 @@ from learner.divergence import (
     top_tokens,
     topk_divergence,
 )
-from learner.drift import RAW_OBJECTION, drift_objection
+from learner.drift import drift_objection
 from learner.kl import kl_divergence
 from learner.likelihood import TokenLogprobs, completion_logprobs
 from learner.metrics import (
     TokenStats,
     drift,
-    fits_raw,
     join,
+    raw_drift,
     token_metrics,
     unexplained_drift,
 )
@@ -323,8 +324,6 @@ class PolicyTrainer(GRPOTrainer):
 
     def _refuse_drift(self, tokens: TokenStats) -> None:
         """Raises LearnerError if engine and learner disagree about the same weights."""
-        if fits_raw(tokens):
-            raise LearnerError(RAW_OBJECTION)
         measured, compared = drift(tokens), "for the same version"
         if measured is None:
             measured = unexplained_drift(tokens, self.config.step_kl)
@@ -332,9 +331,8 @@ class PolicyTrainer(GRPOTrainer):
         precision = str(self.policy.dtype).removeprefix("torch.")
         if self.config.quantization != "none":
             precision = self.config.quantization
-        shaped = bool((tokens.policy != tokens.raw).any())
         reason = drift_objection(
-            measured, compared, self.config, precision, self.engine_dtype, shaped
+            measured, compared, raw_drift(tokens), self.config, precision, self.engine_dtype
         )
         if reason is not None:
             raise LearnerError(reason)
@@ -374,23 +372,20 @@ class PolicyTrainer(GRPOTrainer):
         return whole, -whole.detach(), self._scored.aux_loss
 
     def _score(self, sequences: Sequences) -> _Scored:
-        """One forward pass; the model itself computes the logits of the last token only."""
-        kept: list[Any] = []
+        """One forward pass, with the logits of one chunk of tokens at a time."""
         backbone = self.policy.get_base_model().base_model
-        hook = backbone.register_forward_hook(lambda *made: kept.append(made[2].last_hidden_state))
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        try:
-            with self.accelerator.autocast():
-                outputs = self.model(
-                    input_ids=sequences.ids,
-                    attention_mask=sequences.mask,
-                    logits_to_keep=1,
-                    **extra,
-                )
-        finally:
-            hook.remove()
-        found = completion_logprobs(kept[0], self._head, sequences)
-        return _Scored(found, getattr(outputs, "aux_loss", None), kept[0])
+        with self.accelerator.autocast():
+            outputs = backbone(
+                input_ids=sequences.ids, attention_mask=sequences.mask, use_cache=False, **extra
+            )
+        states, aux_loss = outputs.last_hidden_state, None
+        if self.aux_loss_enabled:
+            text = self.policy.config.get_text_config()
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, text.num_experts, text.num_experts_per_tok, sequences.mask
+            )
+        return _Scored(completion_logprobs(states, self._head, sequences), aux_loss, states)
 
     def completion_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-probabilities (B, T) of the completions in nats, each under its own sampler."""

@@ -87,11 +87,11 @@ class EngineConfig:
     def option(self, name: str) -> str | None:
         """The value of one of vLLM's options in `args`; the last one counts.
 
-        >>> EngineConfig(args=("--seed", "1", "--generation_config=vllm")).option("--generation-config")
-        'vllm'
+        >>> EngineConfig(args=("--seed", "1", "--logprobs_mode=x")).option("--logprobs-mode")
+        'x'
         """
         found = None
-        for word, following in zip(self.args, (*self.args[1:], None), strict=True):
+        for word, following in zip(self.args, (*self.args, None)[1:], strict=True):
             option, _, value = word.partition("=")
             if option.replace("_", "-") == name:
                 found = value if "=" in word else following

@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 from nextstate.errors import RecordError
-from nextstate.sampling import Sampling
+from nextstate.sampling import PLAIN, Sampling
 
 Json = dict[str, Any]
 """A JSON object as it stood on the wire: unknown fields survive."""
@@ -247,7 +247,7 @@ class Sample:
     behaviour_logprobs: tuple[float, ...]
     score: int
     hinted_prompt_ids: tuple[int, ...] | None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = PLAIN
     """What the tokens were drawn with."""
 
     def __post_init__(self) -> None:

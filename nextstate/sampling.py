@@ -80,6 +80,8 @@ class Sampling:
         return self.divisor == 1 and not self.truncates and not self.edits_logits
 
 
+PLAIN = Sampling()
+"""From the policy's own distribution."""
 NAMES = tuple(field.name for field in fields(Sampling))
 """The fields of a request that `Sampling` holds."""
 

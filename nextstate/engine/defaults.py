@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from nextstate.config import EngineConfig
-from nextstate.errors import ConfigError
+from nextstate.errors import ConfigError, RecordError
 from nextstate.records import Json
 from nextstate.sampling import Sampling
 from nextstate.wire import json_object
@@ -40,10 +40,12 @@ def sampling_defaults(config: EngineConfig) -> Json:
                 f"[engine] args: --override-generation-config {override!r}: expected a JSON object"
             ) from error
     given = {name: found[name] for name in _TAKEN if found.get(name) is not None}
-    neutral, read = Sampling(), Sampling.read(given)
-    return {
-        name: value for name, value in given.items() if getattr(read, name) != getattr(neutral, name)
-    }
+    neutral = Sampling()
+    try:
+        held = Sampling.read(given)
+    except RecordError as error:
+        raise ConfigError(f"the sampling defaults of [engine] model: {error}") from error
+    return {name: given[name] for name in given if getattr(held, name) != getattr(neutral, name)}
 
 
 def _read(model: str) -> Json:
