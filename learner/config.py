@@ -32,7 +32,8 @@ class LearnerConfig:
     teacher: Literal["policy", "base"] = "policy"
     """Which model reads the hint: the policy as it is, or the base without an adapter."""
     teacher_temperature: _Positive = 0.6
-    """The teacher's logits are divided by this: below 1 it is surer than what serves."""
+    """The most at which the teacher is read. A turn drawn at less has a teacher of its own
+    temperature."""
     batch_size: _Count = 16
     """Samples of one update; each update makes one version."""
     min_batch: _Count = 1

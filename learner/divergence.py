@@ -74,41 +74,38 @@ def head_of(model: Any) -> Head:
 
 
 @torch.no_grad()
-def top_tokens(states: Tensor, head: Head, k: int, temperature: float = 1.0) -> TopTokens:
-    """The `k` likeliest tokens after `states` (N, H), at a temperature.
+def top_tokens(states: Tensor, head: Head, k: int, temperature: Tensor | float = 1.0) -> TopTokens:
+    """The `k` likeliest tokens after `states` (N, H); at most all of the vocabulary but one.
 
-    At most all of the vocabulary but one.
+    `temperature` is one for all, or each token's own (N, 1).
     """
     k = min(k, head.weight.size(0) - 1)
     ids, logprobs = [], []
-    for chunk in states.split(CHUNK_TOKENS):
-        logits = _logits(chunk, head) / temperature
+    each = _each(temperature, states)
+    chunks = zip(states.split(CHUNK_TOKENS), each.split(CHUNK_TOKENS), strict=True)
+    for at, divisor in chunks:
+        logits = head_logits(at, head) / divisor
         ids.append(logits.topk(k).indices)
         logprobs.append(binned_logprobs(logits, ids[-1]))
     return TopTokens(torch.cat(ids), torch.cat(logprobs))
 
 
-@torch.no_grad()
-def token_logprobs(states: Tensor, head: Head, ids: Tensor, temperature: float) -> Tensor:
-    """Log-probabilities (N,) of the tokens `ids` (N,) after `states` (N, H), at a temperature."""
-    found = [
-        binned_logprobs(_logits(at, head) / temperature, chosen[:, None])[:, 0]
-        for at, chosen in zip(states.split(CHUNK_TOKENS), ids.split(CHUNK_TOKENS), strict=True)
-    ]
-    return torch.cat(found)
-
-
-def topk_divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
+def topk_divergence(
+    states: Tensor, head: Head, teacher: TopTokens, temperature: Tensor | float = 1.0
+) -> Tensor:
     """KL(policy ‖ teacher) (N,) in nats at the policy's `states` (N, H), over K + 1 bins.
 
-    Differentiable in `states` only; N is at least 1.
+    The policy is read at one `temperature`, or at each token's own (N, 1). Differentiable in
+    `states` only; N is at least 1.
     """
+    each = _each(temperature, states)
     parts = [
         checkpoint(
             _divergence,
             states[start : start + CHUNK_TOKENS],
             head,
             teacher[start : start + CHUNK_TOKENS],
+            each[start : start + CHUNK_TOKENS],
             use_reentrant=False,
             preserve_rng_state=False,
         )
@@ -133,11 +130,17 @@ def reverse_kl(policy: Tensor, teacher: Tensor) -> Tensor:
     return (policy.exp() * (policy - teacher)).sum(-1)
 
 
-def _divergence(states: Tensor, head: Head, teacher: TopTokens) -> Tensor:
-    return reverse_kl(binned_logprobs(_logits(states, head), teacher.ids), teacher.logprobs)
+def _divergence(states: Tensor, head: Head, teacher: TopTokens, temperature: Tensor) -> Tensor:
+    logits = head_logits(states, head) / temperature
+    return reverse_kl(binned_logprobs(logits, teacher.ids), teacher.logprobs)
 
 
-def _logits(states: Tensor, head: Head) -> Tensor:
+def _each(temperature: Tensor | float, states: Tensor) -> Tensor:
+    return torch.as_tensor(temperature, device=states.device).expand(len(states), 1)
+
+
+def head_logits(states: Tensor, head: Head) -> Tensor:
+    """Logits (N, V), in float32 or better, after `states` (N, H)."""
     bias = None if head.bias is None else head.bias.to(states.dtype)
     logits = linear(states, head.weight.to(states.dtype), bias)
     logits = (logits if logits.dtype == torch.float64 else logits.float()) * head.scale

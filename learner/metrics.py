@@ -17,6 +17,9 @@ class TokenStats:
     """Completion tokens of some samples in a row, each field (N,) on the CPU; nats."""
 
     policy: Tensor
+    """Each under the sampler that drew it, like `behaviour`"""
+    raw: Tensor
+    """Of the policy without temperature, penalties and truncation"""
     behaviour: Tensor
     advantage: Tensor
     lag: Tensor
@@ -24,7 +27,8 @@ class TokenStats:
     gap: Tensor
     """Clipped teacher gap of hinted samples only, so it has its own length."""
     reference: Tensor | None
-    """Log-probabilities of the base; None without a KL term."""
+    """Log-probabilities of the base, as far from `policy` as the whole distributions are; None
+    without a KL term."""
     divergence: Tensor | None
     """KL(policy ‖ teacher) of hinted samples only; None for a method without it."""
 
@@ -47,6 +51,24 @@ def drift(tokens: TokenStats) -> float | None:
     if not current.any():
         return None
     return float((tokens.policy - tokens.behaviour)[current].abs().mean())
+
+
+def raw_drift(tokens: TokenStats) -> float | None:
+    """Mean |raw − behaviour| if the recorded log-probs are nearer to the raw ones; else None.
+
+    A token speaks for that if `behaviour` is nearer to `raw` than to `policy`. If the recorded ones
+    are right, the mean of the difference is about -|raw − policy|; if they are raw, about its
+    opposite. Half of that decides: where rounding is larger than the difference, neither shows, and
+    a wrong mode would change the ratio by less than rounding does. Tokens of the version in
+    training decide if there are any.
+    """
+    current = tokens.lag == 0
+    chosen = current if current.any() else torch.ones_like(current)
+    policy, raw, behaviour = (x[chosen] for x in (tokens.policy, tokens.raw, tokens.behaviour))
+    from_raw = (raw - behaviour).abs()
+    nearer = ((policy - behaviour).abs() - from_raw).mean()
+    apart = (policy - raw).abs().mean()
+    return float(from_raw.mean()) if apart > 0 and nearer > apart / 2 else None
 
 
 def unexplained_drift(tokens: TokenStats, step_kl: float) -> float:

@@ -11,20 +11,18 @@ same number whether turns share a sequence or not. Nothing is cut. Padding is `P
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from learner.advantages import Signals
 from nextstate.records import Sample
+from nextstate.sampling import Sampling
 
 PAD_ID = 0
 """Any id works: the masks keep it out of every sum."""
-_IGNORED = -100
-"""The label of a token that is not scored."""
 _Item = TypeVar("_Item")
 
 
@@ -40,33 +38,48 @@ class Sequences:
     """(B, T) where each completion token stands among all R · L ids"""
     completion_mask: Tensor
     """(B, T)"""
+    samplings: tuple[Sampling, ...]
+    """B: what each completion was drawn with"""
 
     @property
     def completion_ids(self) -> Tensor:
         """(B, T)"""
         return self.ids.flatten()[self.places].masked_fill(self.completion_mask == 0, PAD_ID)
 
-    @property
-    def labels(self) -> Tensor:
-        """(R, L): the ids, and -100 for every token that belongs to no completion."""
-        labels = torch.full_like(self.ids, _IGNORED).flatten()
-        scored = self.places[self.completion_mask.bool()]
-        labels[scored] = self.ids.flatten()[scored]
-        return labels.view_as(self.ids)
-
-    def by_turn(self, predicted: Tensor) -> Tensor:
-        """(B, T) of the completions' tokens, from (R, L - 1) of all but each row's first."""
-        every = pad(predicted, (1, 0)).flatten()
-        return every[self.places].masked_fill(self.completion_mask == 0, 0.0)
+    def by_turn(self, values: Tensor) -> Tensor:
+        """(B, T) from `values` (N,) of the N completion tokens, turn by turn; 0 elsewhere."""
+        mask = self.completion_mask.bool()
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
 
     def predicting(self, states: Tensor, turns: Tensor) -> Tensor:
         """(N, H): those of `states` (R, L, H) that predict the N tokens of the rows `turns`."""
         scored = self.places[turns][self.completion_mask[turns].bool()]
         return states.flatten(0, 1)[scored - 1]
 
+    def divisors(self, turns: Tensor) -> Tensor:
+        """(N, 1): the temperature of the N tokens of the rows `turns`, 1 for a greedy turn."""
+        every = torch.tensor([sampling.divisor for sampling in self.samplings])
+        every = every.to(self.completion_mask.device)[turns]
+        return every.repeat_interleave(self.completion_mask[turns].sum(-1))[:, None]
+
+    def sharper(self, temperature: float) -> Sequences:
+        """The same, as if every completion had been drawn at most at this temperature."""
+        return replace(self, samplings=tuple(drawn.sharper(temperature) for drawn in self.samplings))
+
+    def prompt(self, turn: int) -> Tensor:
+        """The ids (P,) before the completion of one turn."""
+        row, start = divmod(int(self.places[turn, 0]), self.ids.size(1))
+        return self.ids[row, :start]
+
     def to(self, device: torch.device) -> Sequences:
         """The same on another device."""
-        return Sequences(*(getattr(self, f.name).to(device) for f in fields(self)))
+        return replace(
+            self,
+            ids=self.ids.to(device),
+            mask=self.mask.to(device),
+            places=self.places.to(device),
+            completion_mask=self.completion_mask.to(device),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +187,7 @@ def collate(
                     for row, (turn, ids) in enumerate(group)
                 ],
                 width,
+                tuple(samples[turn].sampling for turn, _ in group),
             ),
         )
         for group in fill_passes(wanted, [len(ids) for _, ids in wanted], pass_tokens)
@@ -196,6 +210,7 @@ def place(sequences: Sequence[Sequence[Sample]]) -> Sequences:
         [(*sequence[-1].prompt_ids, *sequence[-1].completion_ids) for sequence in sequences],
         [(row, len(turn.prompt_ids), len(turn.completion_ids)) for row, turn in turns],
         max(len(turn.completion_ids) for _, turn in turns),
+        tuple(turn.sampling for _, turn in turns),
     )
 
 
@@ -245,7 +260,10 @@ def pad_right(rows: Sequence[Sequence[float]], filler: float) -> tuple[Tensor, T
 
 
 def _lay_out(
-    rows: Sequence[Sequence[int]], completions: Sequence[tuple[int, int, int]], width: int
+    rows: Sequence[Sequence[int]],
+    completions: Sequence[tuple[int, int, int]],
+    width: int,
+    samplings: tuple[Sampling, ...],
 ) -> Sequences:
     """`rows` of ids with `completions` as (row, start, length) in them; T is `width`."""
     ids, mask = pad_right(rows, PAD_ID)
@@ -253,7 +271,8 @@ def _lay_out(
     lengths = torch.tensor([length for _, _, length in completions])
     steps = torch.arange(width)
     completion_mask = (steps < lengths[:, None]).long()
-    return Sequences(ids, mask, (starts[:, None] + steps) * completion_mask, completion_mask)
+    places = (starts[:, None] + steps) * completion_mask
+    return Sequences(ids, mask, places, completion_mask, samplings)
 
 
 def _extends(sample: Sample, earlier: Sample) -> bool:

@@ -24,19 +24,27 @@ from datasets import Dataset
 from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 
 from learner.advantages import SIGNALS, teacher_gap, token_advantages
 from learner.config import LearnerConfig
 from learner.divergence import (
     TopTokens,
     head_of,
-    token_logprobs,
     top_tokens,
     topk_divergence,
 )
 from learner.drift import drift_objection
 from learner.kl import kl_divergence
-from learner.metrics import TokenStats, drift, join, token_metrics, unexplained_drift
+from learner.likelihood import TokenLogprobs, completion_logprobs
+from learner.metrics import (
+    TokenStats,
+    drift,
+    join,
+    raw_drift,
+    token_metrics,
+    unexplained_drift,
+)
 from learner.model import load_model, load_tokenizer, lora_config
 from learner.step_size import HIGHEST_RATE, LONGER, MAX_TRIES, fit_step
 from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean
@@ -44,6 +52,7 @@ from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
 from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
+from nextstate.sampling import Sampling
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +69,7 @@ class UpdateResult:
 class _Scored:
     """The result of one forward pass over B completions."""
 
-    logprobs: Tensor
-    """(B, T)"""
-    entropies: Tensor
-    """(B, T)"""
+    logprobs: TokenLogprobs
     aux_loss: Tensor | None
     """The load-balancing loss of a mixture of experts."""
     states: Tensor
@@ -82,7 +88,7 @@ class _MicroBatch:
     top: Sequence[TopTokens]
     """The teacher's likeliest tokens, one item for each of its passes."""
     before: Tensor | None = None
-    """(B, T): the policy's log-probabilities before the update"""
+    """(B, T): the policy's log-probabilities before the update, under each turn's sampler"""
 
     @property
     def teaches(self) -> bool:
@@ -197,7 +203,8 @@ class PolicyTrainer(GRPOTrainer):
         tokens = min(self.config.max_tokens, positions or self.config.max_tokens)
         rows = max(1, min(self.config.batch_size, self.config.micro_batch_tokens // tokens))
         reply = (1,) * (tokens - 1)
-        one = Sample("", "", 0, (1,), reply, (-1.0,) * len(reply), 1, (1,))
+        heavy = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+        one = Sample("", "", 0, (1,), reply, (-1.0,) * len(reply), 1, (1,), heavy)
         samples = [replace(one, turn=str(row), session=str(row)) for row in range(rows)]
         self.gradient(samples, {0: 0})
         self.model.zero_grad()
@@ -230,7 +237,7 @@ class PolicyTrainer(GRPOTrainer):
         reference = None
         if self.beta != 0.0:
             with use_adapter(self.policy, None):
-                reference = self.completion_logprobs(batch.sequences)
+                reference = self._score(batch.sequences).logprobs.whole
         inputs = {
             # TRL joins prompts and completions for its own forward pass, which ours replaces.
             "prompt_ids": mask[:, :0],
@@ -238,7 +245,6 @@ class PolicyTrainer(GRPOTrainer):
             "completion_ids": batch.sequences.completion_ids,
             "completion_mask": mask,
             "num_items_in_batch": mask.sum(),
-            "old_per_token_logps": batch.behaviour_logprobs,
             "ref_per_token_logps": reference,
             "advantages": token_advantages(
                 batch.scores, gap, mask, self.signals, self.config.teacher_gap_clip
@@ -252,18 +258,23 @@ class PolicyTrainer(GRPOTrainer):
         self.model.train()
         batch = micro.batch
         self._scored = self._score(batch.sequences)
-        loss = self._compute_loss(self.model, micro.inputs)
+        logprobs = self._scored.logprobs
+        # Log M belongs to the policy's side of the ratio, with its gradient. It stands on the other
+        # side because TRL uses one tensor for the ratio and for the KL to the base, and that KL is
+        # one of whole distributions.
+        behaviour = batch.behaviour_logprobs + logprobs.kept
+        inputs = {**micro.inputs, "old_per_token_logps": behaviour}
+        loss = self._compute_loss(self.model, inputs)
         divergence = None
         if self.signals.topk != 0:
             divergence = self._divergence(batch, self._scored.states, micro.top)
             loss = loss + self.signals.topk * token_mean(divergence, batch.completion_mask)
         loss = loss * batch.loss_weight
-        logprobs = self._scored.logprobs.detach()
         del self._scored  # otherwise the last layer's states stay in memory
         self.accelerator.backward(loss)
         self._metrics["train"].clear()  # TRL collects them for its own log
         if micro.before is None:
-            micro.before = logprobs
+            micro.before = logprobs.sampled.detach()
         return loss.detach(), _token_stats(micro, logprobs, divergence)
 
     def _optimizer_step(self) -> float:
@@ -338,7 +349,9 @@ class PolicyTrainer(GRPOTrainer):
         precision = str(self.policy.dtype).removeprefix("torch.")
         if self.config.quantization != "none":
             precision = self.config.quantization
-        reason = drift_objection(measured, compared, self.config, precision, self.engine_dtype)
+        reason = drift_objection(
+            measured, compared, raw_drift(tokens), self.config, precision, self.engine_dtype
+        )
         if reason is not None:
             raise LearnerError(reason)
 
@@ -348,17 +361,17 @@ class PolicyTrainer(GRPOTrainer):
         is_base = self.config.teacher == "base"
         with use_adapter(self.policy, None) if is_base else nullcontext():
             for hinted in batch.hinted:
-                every = torch.arange(len(hinted.turns), device=gap.device)
-                read = hinted.sequences
-                mask = read.completion_mask.bool()
-                states = read.predicting(self._score(read).states, every)
-                surer = self.config.teacher_temperature
-                logprobs = token_logprobs(states, self._head, read.completion_ids[mask], surer)
-                behaviour = batch.behaviour_logprobs[hinted.turns][mask]
-                values = teacher_gap(logprobs, behaviour, self.config.teacher_gap_clip)
-                gap[hinted.turns] = torch.zeros_like(gap[hinted.turns]).masked_scatter(mask, values)
+                read = hinted.sequences.sharper(self.config.teacher_temperature)
+                scored = self._score(read)
+                behaviour = batch.behaviour_logprobs[hinted.turns]
+                limit = self.config.teacher_gap_clip
+                gap[hinted.turns] = teacher_gap(scored.logprobs.sampled, behaviour, limit)
                 if self.signals.topk != 0:
-                    top.append(top_tokens(states, self._head, self.config.topk, surer))
+                    every = torch.arange(len(hinted.turns), device=gap.device)
+                    states = read.predicting(scored.states, every)
+                    top.append(
+                        top_tokens(states, self._head, self.config.topk, read.divisors(every))
+                    )
         return gap, top
 
     def _divergence(self, batch: Batch, states: Tensor, top: Sequence[TopTokens]) -> Tensor:
@@ -367,41 +380,36 @@ class PolicyTrainer(GRPOTrainer):
         for hinted, tokens in zip(batch.hinted, top, strict=True):
             at = batch.sequences.predicting(states, hinted.turns)
             mask = hinted.sequences.completion_mask.bool()
-            values = topk_divergence(at, self._head, tokens).to(found.dtype)
+            temperature = batch.sequences.divisors(hinted.turns)
+            values = topk_divergence(at, self._head, tokens, temperature).to(found.dtype)
             found[hinted.turns] = torch.zeros_like(found[hinted.turns]).masked_scatter(mask, values)
         return found
 
     def _get_per_token_logps_and_entropies(self, *_: Any, **__: Any) -> Any:
         # TRL's loss asks for its own forward pass, whose rows are turns. Our rows are sequences.
-        return self._scored.logprobs, self._scored.entropies, self._scored.aux_loss
+        # It wants entropies for its log only, which is thrown away.
+        whole = self._scored.logprobs.whole
+        return whole, -whole.detach(), self._scored.aux_loss
 
     def _score(self, sequences: Sequences) -> _Scored:
-        """One forward pass, with the logits of one tile of tokens at a time."""
-        kept: list[Any] = []
+        """One forward pass, with the logits of one chunk of tokens at a time."""
         backbone = self.policy.get_base_model().base_model
-        hook = backbone.register_forward_hook(lambda *made: kept.append(made[2].last_hidden_state))
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        try:
-            with self.accelerator.autocast():
-                outputs = self.model(
-                    input_ids=sequences.ids,
-                    attention_mask=sequences.mask,
-                    labels=sequences.labels,
-                    fused_lm_head=True,
-                    **extra,
-                )
-        finally:
-            hook.remove()
-        return _Scored(
-            sequences.by_turn(outputs.log_probs),
-            sequences.by_turn(outputs.entropy),
-            outputs.aux_loss,
-            kept[0],
-        )
+        with self.accelerator.autocast():
+            outputs = backbone(
+                input_ids=sequences.ids, attention_mask=sequences.mask, use_cache=False, **extra
+            )
+        states, aux_loss = outputs.last_hidden_state, None
+        if self.aux_loss_enabled:
+            text = self.policy.config.get_text_config()
+            aux_loss = load_balancing_loss_func(
+                outputs.router_logits, text.num_experts, text.num_experts_per_tok, sequences.mask
+            )
+        return _Scored(completion_logprobs(states, self._head, sequences), aux_loss, states)
 
     def completion_logprobs(self, sequences: Sequences) -> Tensor:
-        """Log-probabilities (B, T) of the completions in the sequences, in nats."""
-        return self._score(sequences).logprobs
+        """Log-probabilities (B, T) of the completions in nats, each under its own sampler."""
+        return self._score(sequences).logprobs.sampled
 
     def snapshot(self) -> Snapshot:
         """A copy of everything that the next update depends on."""
@@ -440,18 +448,22 @@ def step_bound(scores: Sequence[int], config: LearnerConfig) -> float:
     return config.step_kl * min(1.0, max(config.step_kl_floor, to_correct))
 
 
-def _token_stats(micro: _MicroBatch, logprobs: Tensor, divergence: Tensor | None) -> TokenStats:
+def _token_stats(
+    micro: _MicroBatch, logprobs: TokenLogprobs, divergence: Tensor | None
+) -> TokenStats:
     batch = micro.batch
     mask = batch.completion_mask.bool()
     taught = mask & batch.has_teacher[:, None]
-    reference = micro.inputs["ref_per_token_logps"]
+    reference, kept = micro.inputs["ref_per_token_logps"], logprobs.kept.detach()
     return TokenStats(
-        policy=logprobs[mask].float().cpu(),
+        policy=logprobs.sampled.detach()[mask].float().cpu(),
+        raw=logprobs.raw[mask].float().cpu(),
         behaviour=batch.behaviour_logprobs[mask].cpu(),
         advantage=micro.inputs["advantages"][mask].float().cpu(),
         lag=batch.lags[:, None].expand_as(mask)[mask].cpu(),
         gap=micro.gap[taught].float().cpu(),
-        reference=None if reference is None else reference[mask].float().cpu(),
+        # The difference from the policy is that of whole distributions.
+        reference=None if reference is None else (reference - kept)[mask].float().cpu(),
         divergence=None if divergence is None else divergence.detach()[taught].float().cpu(),
     )
 

@@ -84,6 +84,19 @@ class EngineConfig:
         path = Path(self.model).expanduser()
         return str(path.absolute()) if path.exists() else self.model
 
+    def option(self, name: str) -> str | None:
+        """The value of one of vLLM's options in `args`; the last one counts.
+
+        >>> EngineConfig(args=("--seed", "1", "--logprobs_mode=x")).option("--logprobs-mode")
+        'x'
+        """
+        found = None
+        for word, following in zip(self.args, (*self.args, None)[1:], strict=True):
+            option, _, value = word.partition("=")
+            if option.replace("_", "-") == name:
+                found = value if "=" in word else following
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class PrivacyConfig:

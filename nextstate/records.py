@@ -16,6 +16,7 @@ from enum import StrEnum
 from typing import Any
 
 from nextstate.errors import RecordError
+from nextstate.sampling import PLAIN, Sampling
 
 Json = dict[str, Any]
 """A JSON object as it stood on the wire: unknown fields survive."""
@@ -116,7 +117,8 @@ class Turn:
     behaviour_logprobs: tuple[float, ...] | None
     """Natural logarithms of the probabilities at sampling, one per completion token."""
     sampling: Json
-    """The sampling settings that shape the distribution (temperature, top_p, …), where sent."""
+    """The sampling settings that the client sent. `defaults` has the engine's own for the others,
+    without those that change nothing; `Sampling.read` gives what held."""
     timings: Timings
     untrainable: str | None = None
     """Why this turn must not train; None when token integrity holds."""
@@ -245,6 +247,8 @@ class Sample:
     behaviour_logprobs: tuple[float, ...]
     score: int
     hinted_prompt_ids: tuple[int, ...] | None
+    sampling: Sampling = PLAIN
+    """What the tokens were drawn with."""
 
     def __post_init__(self) -> None:
         if len(self.completion_ids) != len(self.behaviour_logprobs):

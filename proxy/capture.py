@@ -10,22 +10,15 @@ from typing import Any, TypeAlias, TypeGuard, cast
 import orjson
 
 from nextstate.error_text import error_names, safe_text
+from nextstate.errors import RecordError
 from nextstate.records import Json
+from nextstate.sampling import DEFAULTS, NAMES, Sampling
 from nextstate.wire import obj, objects
 from proxy.whole_reply import Whole
 
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "temperature": (1, 1.0),
-    "top_p": (1, 1.0),
-    "top_k": (-1, 0),
-    "min_p": (0, 0.0),
     "min_tokens": (0,),
-    "presence_penalty": (0, 0.0),
-    "frequency_penalty": (0, 0.0),
-    "repetition_penalty": (1, 1.0),
-    "logit_bias": ({},),
     "bad_words": ([],),
-    "allowed_token_ids": (),
     "use_beam_search": (False,),
     "response_format": ({"type": "text"},),
     "structured_outputs": (),
@@ -38,8 +31,9 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "guided_choice": (),
     "guided_grammar": (),
 }
-"""Fields that change the sampler's distribution, with the values that leave it as the policy's own.
-vLLM reports log-probs of the raw distribution: under other values they are not the sampler's.
+"""Fields that change the sampler's distribution in a way that the learner cannot rebuild, with the
+values that change nothing. `min_tokens` and `bad_words` mask what the engine's own tokenizer says.
+The learner rebuilds what `nextstate.sampling.Sampling` holds.
 """
 
 
@@ -308,11 +302,15 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 
 def distribution_change(request: Json) -> str | None:
-    """Why the request's sampling is not the policy's own distribution, or None."""
+    """Why the learner cannot rebuild the distribution that was sampled, or None."""
     for name, neutral in _NEUTRAL.items():
         value = request.get(name)
         if value is not None and value not in neutral:
-            return f"sampled with {name} = {str(value)[:60]}, not from the policy's distribution"
+            return f"sampled with {name} = {str(value)[:60]}, which cannot be rebuilt for training"
+    try:
+        Sampling.read(request)
+    except RecordError as error:
+        return str(error)
     choice = request.get("tool_choice")
     if choice is not None and choice not in ("auto", "none"):
         return "sampled under a grammar (forced tool call)"
@@ -324,7 +322,9 @@ def distribution_change(request: Json) -> str | None:
     return None
 
 
-def sampling_settings(request: Json) -> Json:
-    """The sampling fields that the client sent."""
-    names = (*_NEUTRAL, "seed", "max_tokens", "max_completion_tokens", "stop")
-    return {name: request[name] for name in names if request.get(name) is not None}
+def sampling_settings(request: Json, defaults: Json) -> Json:
+    """The sampling fields that the client sent, and those of the engine's `defaults` that held."""
+    names = (*NAMES, *_NEUTRAL, "seed", "max_tokens", "max_completion_tokens", "stop")
+    sent = {name: request[name] for name in names if request.get(name) is not None}
+    held = {name: value for name, value in defaults.items() if name not in sent}
+    return {**sent, DEFAULTS: held} if held else sent

@@ -47,6 +47,8 @@ class Exchange(NamedTuple):
     """True if the client's name for its session is a person's or an app's."""
     kind: TurnKind | None = None
     """The kind that the client gives; None if the agent's profile decides."""
+    defaults: Json = {}  # noqa: RUF012
+    """The sampling settings that the engine uses for what the request leaves out."""
 
 
 class Read(NamedTuple):
@@ -158,7 +160,7 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         prompt_ids=None if capture.prompt_ids is None else tuple(capture.prompt_ids),
         completion_ids=tuple(capture.completion_ids) or None,
         behaviour_logprobs=capture.behaviour_logprobs(),
-        sampling=sampling_settings(request),
+        sampling=sampling_settings(request, exchange.defaults),
         timings=exchange.timings,
         untrainable=read.untrainable,
         parent=parent,

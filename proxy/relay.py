@@ -281,6 +281,7 @@ class _Generation:
             untrainable=cut or serving.untrainable,
             vague_name=not names_conversation(headers, self._body),
             kind=named_kind(headers),
+            defaults=self._relay.engine.versions.engine.sampling_defaults,
         )
 
     def _headers(self, answer: Answer) -> CIMultiDict[str]:

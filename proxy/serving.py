@@ -236,6 +236,7 @@ class Translated(Recorded):
         chat_request: Json,
         model: str,
         max_model_len: int,
+        sampling_defaults: Json,
     ) -> None:
         self.path = CHAT
         self._client_path = path
@@ -247,7 +248,10 @@ class Translated(Recorded):
         self._body = body
         self._asked = Asked.of(chat_request, model)
         self._max_model_len = max_model_len
-        self._writer = dialect.events(body, max_model_len)
+        left_out = {n: v for n, v in sampling_defaults.items() if body.get(n) is None}
+        self._in_effect = {**body, **left_out}
+        """The request with the engine's own sampling settings, which a reply may repeat."""
+        self._writer = dialect.events(self._in_effect, max_model_len)
 
     def request(self, model: str) -> bytes:
         """See `Serving`."""
@@ -285,7 +289,7 @@ class Translated(Recorded):
             else:
                 self.capture.whole(whole)
             stripped = chat.client_reply(reply, self._asked)
-            answer = self._dialect.from_chat(stripped, self._body, self._max_model_len)
+            answer = self._dialect.from_chat(stripped, self._in_effect, self._max_model_len)
             return None if answer is None else compact(answer)
         except _MALFORMED as error:
             log.warning(
@@ -389,7 +393,8 @@ def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Re
     translation = dialect.to_chat(body, engine.messages_behaviour)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation)
-    return Translated(dialect, path, body, translation.chat, model, engine.max_model_len)
+    length, defaults = engine.max_model_len, engine.sampling_defaults
+    return Translated(dialect, path, body, translation.chat, model, length, defaults)
 
 
 def model_field(name: str) -> bytes:

@@ -48,6 +48,10 @@ class Script:
     miscount: int = 0
     """Added to the number of completion tokens in `usage`."""
     unknown_logprob: bool = False
+    raw_logprobs: bool = False
+    """Whether log-probs are told before the temperature."""
+    temperature: float = 1.0
+    """Its default."""
     """Report every log-prob with the value that vLLM uses for an unknown one."""
     answers_as: str | None = None
     """The model name in the reply, if it differs from the requested one."""
@@ -331,10 +335,13 @@ def _prompt_ids(prompt: Any) -> list[int]:
     return [1, 2, 3] if isinstance(prompt, str) else prompt
 
 
-def _text_logprobs(script: Script, numbers: Sequence[int], asked: int) -> dict[str, Any]:
+def _text_logprobs(
+    body: dict[str, Any], script: Script, numbers: Sequence[int], asked: int
+) -> dict[str, Any]:
     """The log-probs of a completion, with `asked` alternatives for each token."""
     pieces = [script.pieces[n] for n in numbers]
-    values = [token(n)[1] for n in numbers]
+    temperature = 1.0 if script.raw_logprobs else body.get("temperature", script.temperature)
+    values = [token(n)[1] * (2 - temperature) for n in numbers]
     others = {f"other{k}": -9.0 for k in range(1, asked)}
     return {
         "text_offset": [len("".join(script.pieces[:n])) for n in numbers],
@@ -370,7 +377,7 @@ def completion_chunks(body: dict[str, Any], script: Script) -> list[dict[str, An
                 "text": f"{prompt}{piece}" if echoed else piece,
                 "logprobs": None
                 if logprobs is None
-                else _text_logprobs(script, [number], logprobs),
+                else _text_logprobs(body, script, [number], logprobs),
                 "finish_reason": finish,
                 "stop_reason": None,
                 "prompt_token_ids": _prompt_ids(prompt) if not number and (ids or echoed) else None,
@@ -394,7 +401,9 @@ def completion_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
         {
             "index": index,
             "text": f"{prompt}{text}" if body.get("echo") and not ids else text,
-            "logprobs": None if logprobs is None else _text_logprobs(script, numbers, logprobs),
+            "logprobs": None
+            if logprobs is None
+            else _text_logprobs(body, script, numbers, logprobs),
             "finish_reason": script.finish_reason,
             "stop_reason": None,
             "token_ids": [token(n)[0] for n in numbers] if ids else None,

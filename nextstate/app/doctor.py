@@ -8,14 +8,14 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nextstate.app.engine_access import engine_client
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port
 from nextstate.engine import process as vllm
-from nextstate.engine.abilities import look
+from nextstate.engine.abilities import look, sampling_lacks
 from nextstate.engine.client import Abilities
 from nextstate.errors import (
     ConfigError,
@@ -127,7 +127,10 @@ async def _look(settings: Settings) -> Abilities:
     async with engine_client(settings) as engine:
         if not await engine.healthy():
             raise EngineError(engine.trouble)
-        return await look(engine, adapters=True)
+        found = await look(engine, adapters=True)
+        if found.tells_tokens:
+            found = replace(found, lacks=(*found.lacks, *await sampling_lacks(engine)))
+        return found
 
 
 def _model(settings: Settings) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from nextstate.app.settings import Settings
 from nextstate.config import secret
 from nextstate.engine.client import EngineClient, zero_adapter_path
+from nextstate.engine.defaults import sampling_defaults
 from nextstate.errors import StartError
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
@@ -50,7 +51,8 @@ def engine_access(settings: Settings) -> tuple[str, str | None]:
 def engine_client(settings: Settings) -> EngineClient:
     """A client of the engine, with its key; inside a running event loop."""
     url, key = engine_access(settings)
-    return EngineClient(url, settings.engine.name, key)
+    defaults = sampling_defaults(settings.engine)
+    return EngineClient(url, settings.engine.name, key, defaults)
 
 
 def zero_adapter(settings: Settings) -> Path:

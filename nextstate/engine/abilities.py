@@ -24,6 +24,13 @@ ADAPTERS = (
     "runtime adapters (vLLM with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, on this "
     "machine's state folder)"
 )
+SAMPLED_LOG_PROBS = "the sampler's log-probs (vLLM with --logprobs-mode processed_logprobs)"
+_EXPLICIT: Json = {
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
+}
+_SAME_LOGPROB = 1e-3
+_NOT_TOLD = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 _REFUSES_KEY = (401, 403)
 _NOT_NOW = (408, 429, 503)
 _NO_ROUTE = (404, 405, 501)
@@ -53,6 +60,35 @@ async def look(
         if engine.model not in served:  # some servers take any name
             lacks = f"the model {engine.model!r} ([engine] model or served_model_name)"
         return Abilities(False, False, False, (lacks,), served)
+
+
+async def sampling_lacks(engine: EngineClient) -> tuple[str, ...]:
+    """What is wrong with the sampling of an engine that tells log-probs, as a person reads it.
+
+    Three questions for one token show it: at twice the temperature the sampler's log-probs differ,
+    raw ones do not; and without any settings they are those of the defaults that we know. Only the
+    likeliest token is compared, so the learner's own check is the stricter one.
+    """
+    plain = await _likeliest(engine, _EXPLICIT)
+    hot = await _likeliest(engine, {**_EXPLICIT, "temperature": 2.0})
+    if plain is None or hot is None:
+        return ()
+    if abs(plain - hot) < _SAME_LOGPROB and plain < -_SAME_LOGPROB:
+        return (SAMPLED_LOG_PROBS,)
+    by_default = await _likeliest(engine, {})
+    as_known = await _likeliest(engine, {**_EXPLICIT, **engine.sampling_defaults})
+    if by_default is None or as_known is None or abs(by_default - as_known) < _SAME_LOGPROB:
+        return ()
+    return (f"the sampling defaults of its model, {engine.sampling_defaults or 'none'}",)
+
+
+async def _likeliest(engine: EngineClient, settings: Json) -> float | None:
+    """The log-prob of the likeliest first token after a small prompt."""
+    asked: Json = {"model": engine.model, "prompt": "The", "max_tokens": 1, "logprobs": 1}
+    with suppress(AnswerError, *_NOT_TOLD):
+        choice = first_choice(await engine.post("/v1/completions", asked | settings))
+        return max(map(float, choice["logprobs"]["top_logprobs"][0].values()))
+    return None
 
 
 async def _served(engine: EngineClient) -> tuple[str, ...]:

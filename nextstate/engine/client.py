@@ -10,9 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import aiohttp
 
@@ -77,10 +78,18 @@ def first_choice(reply: Json) -> Json:
 class EngineClient:
     """A connection to one vLLM server. Every method raises EngineError when the server fails."""
 
-    def __init__(self, url: str, model: str, api_key: str | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        model: str,
+        api_key: str | None = None,
+        sampling_defaults: Mapping[str, Any] | None = None,
+    ) -> None:
         self.url = server_address(url)
         self.model = model
         """The name under which the base model answers."""
+        self.sampling_defaults: Json = dict(sampling_defaults or {})
+        """What it uses for the sampling settings that a request leaves out, as far as is known."""
         self.fingerprint: str | None = None
         """The fingerprint in the server's replies, once one has been seen."""
         self.max_model_len: int | None = None

@@ -39,15 +39,15 @@ def command(config: EngineConfig, port: int) -> list[str]:
     argv += ["--middleware", f"{KeyCheck.__module__}.{KeyCheck.__name__}"]
     if config.max_model_len:
         argv += ["--max-model-len", str(config.max_model_len)]
-    if "--generation-config" not in config.args:
-        # A model's own defaults (temperature 0.7, top-k 20, …) would make the reported log-probs
-        # differ from the sampler's, and no turn could train.
-        argv += ["--generation-config", "vllm"]
+    if config.option("--logprobs-mode") is None:
+        # Those of the sampler: after penalties, temperature and truncation. The raw ones are of a
+        # distribution from which no token was drawn.
+        argv += ["--logprobs-mode", "processed_logprobs"]
     if "--enable-prompt-tokens-details" not in config.args:
         # Without it only vLLM's own /v1/responses says how much of a prompt was cached, and the
         # chat route does not.
         argv += ["--enable-prompt-tokens-details"]
-    if _option(config, "--scheduling-policy") is None:
+    if config.option("--scheduling-policy") is None:
         # The judge's votes carry a priority, so that agents go first.
         argv += ["--scheduling-policy", "priority"]
     if _on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
@@ -59,7 +59,7 @@ def command(config: EngineConfig, port: int) -> list[str]:
 
 def by_priority(config: EngineConfig) -> bool:
     """Whether requests may name a priority: yes, unless `[engine] args` set another policy."""
-    policy = _option(config, "--scheduling-policy")
+    policy = config.option("--scheduling-policy")
     return config.mode == "managed" and policy in (None, "priority")
 
 
@@ -73,7 +73,7 @@ def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
     if config.mode != "managed" or elsewhere or _on_cpu():
         return 0.0
     name = "--gpu-memory-utilization"
-    given = _option(config, name) or _GPU_SHARE
+    given = config.option(name) or _GPU_SHARE
     try:
         return float(given)
     except ValueError:
@@ -85,7 +85,7 @@ def managed_key(config: EngineConfig) -> str:
 
     Raises ConfigError for a key on the command line, which every user of the machine can read.
     """
-    if _option(config, "--api-key") is not None:
+    if config.option("--api-key") is not None:
         raise ConfigError(
             "[engine] args: --api-key can be read by every user of this machine: put the key into "
             "an environment variable and name that in [engine] api_key_env; without it each start "
@@ -93,12 +93,6 @@ def managed_key(config: EngineConfig) -> str:
         )
     chosen = secret(config.api_key_env, "[engine] api_key_env") or config.env.get(KEY_VARIABLE)
     return chosen or secrets.token_urlsafe(32)
-
-
-def _option(config: EngineConfig, name: str) -> str | None:
-    """The value of an option in the user's own arguments."""
-    words = " ".join(config.args).replace("=", " ").split()
-    return words[words.index(name) + 1] if name in words[:-1] else None
 
 
 def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -11,6 +11,7 @@ from typing import Any, cast
 import sqlalchemy as sa
 
 from nextstate.records import Sample, SampleState
+from nextstate.sampling import Sampling
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.counts import read_counts
@@ -18,6 +19,7 @@ from nextstate.store.database import Database, queries
 from nextstate.store.packing import join_runs, unpack_floats, unpack_ids
 from nextstate.store.settling import settle_feedback
 from nextstate.store.shares import LOOKED_AT, fair_share
+from nextstate.wire import read_json
 
 _READ_AHEAD = 8
 """Rows that are fetched before it is known whether more are needed."""
@@ -202,6 +204,7 @@ def _load_samples(
             behaviour_logprobs=unpack_floats(row.behaviour_logprobs) or (),
             score=row.score,
             hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
+            sampling=Sampling.read(read_json(row.sampling.encode())),
         )
         for row in (rows[turn_id] for turn_id in turn_ids if turn_id in rows)
     ]

@@ -6,10 +6,11 @@ tools that are no functions differ: the echo is as the client wrote it. A differ
 this. `to_chat` says for which requests it holds. The others are relayed unchanged, and
 `to_chat_reply` and `Chunks` read the native reply for the record.
 
-The translation assumes an engine without sampling defaults of its own (`--generation-config vllm`),
-with the default `--tool-strict-level` and without a response store. Cached prompt tokens are
-reported as 0 unless it runs with `--enable-prompt-tokens-details`. The chat route does not show if
-a reply with tool calls that is exactly `max_output_tokens` long was cut: it counts as cut.
+The object repeats temperature, top-p and penalties: the engine's own defaults must be filled into
+the request before. The translation assumes the default `--tool-strict-level` and no response store.
+Cached prompt tokens are reported as 0 unless the engine runs with `--enable-prompt-tokens-details`.
+The chat route does not show if a reply with tool calls that is exactly `max_output_tokens` long was
+cut: it counts as cut.
 """
 
 from __future__ import annotations

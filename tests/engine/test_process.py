@@ -41,9 +41,10 @@ def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> N
     argv = command(config, 5)
     assert argv[1:4] == ["-P", "-m", "vllm.entrypoints.openai.api_server"]
     assert "--enable-lora" in argv
-    assert argv[argv.index("--generation-config") + 1] == "vllm"
-    own = EngineConfig(model="m", args=("--generation-config", "auto"))
-    assert command(own, 5).count("--generation-config") == 1
+    assert argv[argv.index("--logprobs-mode") + 1] == "processed_logprobs"
+    assert "--generation-config" not in argv
+    own = EngineConfig(model="m", args=("--logprobs-mode=raw_logprobs",))
+    assert "--logprobs-mode" not in command(own, 5)
     env = environment(config, {"PATH": "/bin"})
     assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
     assert env["PATH"] == "/bin"

@@ -34,7 +34,7 @@ from tests.engine.foreign_engines import (
     serving,
 )
 from tests.proxy.running_proxy import request, running, until
-from tests.scripted_engine import MODEL, ScriptedEngine
+from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -151,6 +151,14 @@ def test_the_pause_grows_while_an_engine_answers_and_cannot_serve(
 
 DOCTOR: dict[str, tuple[Any, list[str]]] = {
     "a vLLM": (ScriptedEngine, []),
+    "a vLLM that tells raw log-probs": (
+        lambda: ScriptedEngine(Script(raw_logprobs=True)),
+        [r"learning lacks the sampler's log-probs .*--logprobs-mode processed_logprobs"],
+    ),
+    "a vLLM with other defaults": (
+        lambda: ScriptedEngine(Script(temperature=0.3)),
+        [r"learning lacks the sampling defaults of its model, none"],
+    ),
     "ollama": (
         lambda: Foreign(**ENGINES["ollama"][0]),
         [r"learning lacks /v1/completions", "log-probs", "token ids", "runtime adapters"],

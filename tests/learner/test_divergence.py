@@ -173,7 +173,7 @@ def test_a_whole_step_holds_logits_of_one_chunk_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("learner.divergence.CHUNK_TOKENS", 48)
-    monkeypatch.setattr("trl.kernels.chunked_logprob.TOKEN_CHUNK_SIZE", 48)
+    monkeypatch.setattr("learner.likelihood.CHUNK_TOKENS", 48)
     model_path = save_tiny_model(tmp_path / "model", intermediate_size=48)
     config = replace(CONFIG, method="opd_topk", drift_limit=99.0)
     samples = [sample(str(i), reply=[10 + i] * 30, score=-1, hinted=[9, *PROMPT]) for i in range(4)]

@@ -39,15 +39,17 @@ def test_the_default_admits_what_precision_explains(learner, engine, expected):
 
 def test_a_drift_over_the_limit_names_both_precisions_and_the_likeliest_cause_first():
     config = LearnerConfig()
-    assert drift_objection(0.052, "for the same version", config, "bfloat16", "bfloat16") is None
-    near = drift_objection(0.12, "for the same version", config, "bfloat16", "float16")
-    far = drift_objection(1.2, "for the same version", config, "bfloat16", "float16")
+    assert (
+        drift_objection(0.052, "for the same version", None, config, "bfloat16", "bfloat16") is None
+    )
+    near = drift_objection(0.12, "for the same version", None, config, "bfloat16", "float16")
+    far = drift_objection(1.2, "for the same version", None, config, "bfloat16", "float16")
     for text in (near, far):
         assert "learner computes in bfloat16, the engine in float16" in text
         assert "drift_limit = 0.1, the default between bfloat16 and float16" in text
     assert near.index("precision (") < near.index("another base (")
     assert far.index("another base (") < far.index("precision (")
-    assert drift_objection(float("nan"), "", config, "float32", "float32") is not None
+    assert drift_objection(float("nan"), "", None, config, "float32", "float32") is not None
 
 
 @pytest.mark.parametrize(("shift", "trains"), [(0.05, True), (0.3, False)])

@@ -12,6 +12,7 @@ from learner.metrics import TokenStats, drift, join, token_metrics
 def test_drift_looks_at_the_current_version_only():
     tokens = TokenStats(
         policy=torch.tensor([-1.0, -2.0, -3.0]),
+        raw=torch.tensor([-1.0, -2.0, -3.0]),
         behaviour=torch.tensor([-1.5, -1.9, -9.0]),
         advantage=torch.tensor([1.0, 1.0, -1.0]),
         lag=torch.tensor([0, 0, 2]),
@@ -35,7 +36,7 @@ def test_drift_looks_at_the_current_version_only():
 def test_what_was_not_measured_has_no_number():
     one, nothing = torch.tensor([-1.0]), torch.zeros(0)
     metrics = token_metrics(
-        TokenStats(one, one, one, torch.tensor([1]), nothing, reference=None, divergence=None),
+        TokenStats(one, one, one, one, torch.tensor([1]), nothing, reference=None, divergence=None),
         step_kl=0.01,
     )
     assert set(metrics) == {"ratio/mean", "ratio/max", "advantage/mean", "drift/unexplained"}

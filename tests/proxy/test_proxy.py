@@ -125,7 +125,7 @@ STRICT_TOOL = {"type": "function", "function": {"name": "ls", "parameters": {}, 
     ("script", "more", "reason"),
     [
         (Script(miscount=1), {}, "usage counts"),
-        (Script(), {"temperature": 0.7}, "temperature = 0.7"),
+        (Script(), {"min_tokens": 3}, "min_tokens = 3"),
         (Script(), {"response_format": {"type": "json_object"}}, "response_format"),
         (Script(), {"tool_choice": "required"}, "grammar"),
         (Script(), {"tools": [STRICT_TOOL]}, "strict tool"),

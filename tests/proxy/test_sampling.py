@@ -1,4 +1,4 @@
-"""Every field of vLLM's requests either leaves the policy's distribution alone or is refused."""
+"""Every field of vLLM's requests leaves the distribution alone, can be rebuilt, or is refused."""
 
 import ast
 import importlib.util
@@ -7,20 +7,24 @@ from typing import Any
 
 import pytest
 
-from proxy.capture import distribution_change
+from nextstate.sampling import PLAIN, Sampling
+from proxy.capture import distribution_change, sampling_settings
 
-SHAPES: dict[str, Any] = {
+REBUILT: dict[str, Any] = {
     "temperature": 0.7,
     "top_p": 0.9,
     "top_k": 40,
     "min_p": 0.05,
-    "min_tokens": 8,
     "presence_penalty": 0.5,
     "frequency_penalty": 0.5,
     "repetition_penalty": 1.1,
     "logit_bias": {"5": 2.0},
-    "bad_words": ["no"],
     "allowed_token_ids": [5, 6],
+}
+"""Fields that the learner rebuilds, with a value that changes how a token is drawn."""
+SHAPES: dict[str, Any] = {
+    "min_tokens": 8,
+    "bad_words": ["no"],
     "use_beam_search": True,
     "watermarking": True,
     "response_format": {"type": "json_object"},
@@ -31,7 +35,7 @@ SHAPES: dict[str, Any] = {
     "tool_choice": "required",
     "parallel_tool_calls": False,
 }
-"""Fields that change how a token is drawn, with a value that does."""
+"""Fields that change how a token is drawn beyond that, with a value that does."""
 NEUTRAL: dict[str, Any] = {
     "temperature": 1,
     "top_p": 1.0,
@@ -95,7 +99,7 @@ def fields_of(module: str, name: str) -> set[str]:
     ],
 )
 def test_what_every_field_of_a_request_does_to_the_sampler_is_known(module: str, name: str) -> None:
-    known = {*SHAPES, *PROMPT, *ENDS, *COUNTED, *REPORTS}
+    known = {*REBUILT, *SHAPES, *PROMPT, *ENDS, *COUNTED, *REPORTS}
     assert fields_of(module, name) - known == set()
 
 
@@ -106,10 +110,36 @@ def test_a_turn_drawn_from_another_distribution_is_refused_with_the_reason(name:
     assert name in reason or "grammar" in reason
 
 
+@pytest.mark.parametrize("name", REBUILT)
+def test_what_the_learner_can_rebuild_trains(name: str) -> None:
+    asked = {name: REBUILT[name], "messages": []}
+    assert distribution_change(asked) is None
+    told = sampling_settings(asked, {})
+    assert told == {name: REBUILT[name]}
+    assert Sampling.read(told) != PLAIN
+
+
+@pytest.mark.parametrize(
+    "asked", [{"temperature": "hot"}, {"logit_bias": {"a": 1}}, {"top_p": float("nan")}]
+)
+def test_a_value_that_cannot_be_read_does_not_train(asked: dict[str, Any]) -> None:
+    assert "cannot be read" in (distribution_change(asked) or "")
+
+
+def test_a_turn_says_what_the_client_asked_for_and_which_defaults_held() -> None:
+    defaults = {"temperature": 0.7, "top_k": 20}
+    told = sampling_settings({"temperature": 0.2, "top_p": None, "stop": ["x"]}, defaults)
+    assert told == {"temperature": 0.2, "stop": ["x"], "defaults": {"top_k": 20}}
+    assert Sampling.read(told) == Sampling(temperature=0.2, top_k=20)
+    assert sampling_settings({}, {}) == {}
+    assert Sampling.read(sampling_settings({}, defaults)) == Sampling(temperature=0.7, top_k=20)
+
+
 @pytest.mark.parametrize("name", NEUTRAL)
 def test_the_same_field_at_its_neutral_value_changes_nothing(name: str) -> None:
     assert distribution_change({"tools": [{"type": "function"}], name: NEUTRAL[name]}) is None
     assert distribution_change({name: None}) is None
+    assert Sampling.read({name: NEUTRAL[name]}) == PLAIN
 
 
 @pytest.mark.parametrize("name", sorted(PROMPT | ENDS | COUNTED | REPORTS))

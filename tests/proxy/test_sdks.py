@@ -300,7 +300,7 @@ def test_the_command_line_shows_the_turns_as_they_are_linked(
 ) -> None:
     first = chat(gpt, model, ASKED, True)
     history = [*ASKED, {"role": "assistant", "content": first.content}, NEXT]
-    chat(gpt, model, history, True, temperature=0.5)
+    chat(gpt, model, history, True, extra_body={"min_tokens": 2})
     turns = new_turns()
     shown = {turn["turn"]: turn for turn in loop.turns()}
     one, two = (shown[turn.id] for turn in turns)
@@ -309,4 +309,4 @@ def test_the_command_line_shows_the_turns_as_they_are_linked(
     assert one["next_state"] == [{"source": "user", "text": NEXT["content"]}]
     assert (one["trainable"], one["reason"]) == (True, None)
     assert (two["trainable"], two["next_state"]) == (False, [])
-    assert "temperature = 0.5" in two["reason"]
+    assert "min_tokens = 2" in two["reason"]
