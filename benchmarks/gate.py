@@ -32,9 +32,10 @@ from learner.replies import decode
 from learner.trainer import UpdateResult, build_trainer
 from nextstate.records import Sample
 
-TOPICS = """gravity rain photosynthesis democracy inflation bread volcanoes whales chess jazz bees
-glaciers magnets vaccines coffee rainbows dinosaurs electricity sleep tides yoga steel trees football
-poetry taxes""".split()
+TOPICS = (
+    "gravity", "rain", "photosynthesis", "democracy", "inflation", "bread", "volcanoes", "whales",
+    "chess", "jazz", "bees", "glaciers", "magnets", "vaccines", "coffee", "rainbows", "trees",
+)  # fmt: skip
 FORMS = ("What is {}?", "Why does {} matter?", "Tell me about {}.", "Explain {} to a child.")
 BATCH, MOST_TOKENS = 16, 48
 EVERYTHING = 1e9

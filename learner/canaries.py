@@ -58,9 +58,9 @@ class Comparison:
     """The candidate's that are broken."""
     bases_broken: int
     right: Mean | None
-    """How the share of right answers has changed; None where the base does not know them."""
+    """How the share of right answers has changed; None without the built-in questions."""
     surprise: Mean | None
-    """How the replies' surprise has changed, in nats a token."""
+    """How the replies' surprise has changed, in nats a token; None with few canaries."""
     foreign: float
     """The share of the candidate's letters in scripts that nobody used before."""
     example: str
@@ -109,8 +109,6 @@ class Comparison:
 
 def compare(ours: Sequence[Reply], bases: Sequence[Reply], recorded: str) -> Comparison:
     """Compares a candidate's replies with the base's; `recorded` is text of recorded turns."""
-    asked = sum(reply.question is not None for reply in bases)
-    knows = sum(reply.is_right for reply in bases) >= _KNOWN_SHARE * asked > 0
     known = _scripts(r.text for r in bases) | _scripts([recorded])
     letters = Counter(script(c) for reply in ours for c in reply.text if c.isalpha())
     foreign = sum(count for name, count in letters.items() if name not in known)
@@ -118,11 +116,17 @@ def compare(ours: Sequence[Reply], bases: Sequence[Reply], recorded: str) -> Com
         count=len(ours),
         broken=sum(reply.is_broken for reply in ours),
         bases_broken=sum(reply.is_broken for reply in bases),
-        right=_change(_right(ours), _right(bases)) if knows else None,
-        surprise=_change(_surprise(ours), _surprise(bases)) if knows else None,
+        right=_change(_right(ours), _right(bases)),
+        surprise=_change(_surprise(ours), _surprise(bases)),
         foreign=foreign / max(1, letters.total()),
         example=_example(ours),
     )
+
+
+def knows(bases: Sequence[Reply]) -> bool:
+    """True if a base answers enough built-in questions right for them to tell anything of it."""
+    right = [reply.is_right for reply in bases if reply.question is not None]
+    return sum(right) >= _KNOWN_SHARE * len(right)
 
 
 def surprise(logprobs: Sequence[float]) -> float:

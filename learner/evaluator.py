@@ -19,7 +19,7 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
-from learner.canaries import Comparison, Reply, compare, is_broken, surprise
+from learner.canaries import Comparison, Reply, compare, is_broken, knows, surprise
 from learner.config import LearnerConfig
 from learner.gate import Measured
 from learner.kl import kl_divergence
@@ -46,6 +46,7 @@ class Evaluator:
         self._config = config
         self._trainer = trainer
         self._held: list[Sample] = []
+        self._questions = question_prompts(trainer.processing_class)
         self._canaries: dict[tuple[int, ...], Question | None] = {}
         self._replies_of_base: dict[tuple[int, ...], list[Reply]] = {}
         self._recorded = ""
@@ -131,7 +132,7 @@ class Evaluator:
             return
         recorded = canary_prompts(samples, count)
         tokenizer = self._trainer.processing_class
-        self._canaries = question_prompts(tokenizer) | dict.fromkeys(recorded)
+        self._canaries = self._questions | dict.fromkeys(recorded)
         said = [s.prompt_ids + (s.completion_ids if s.score > 0 else ()) for s in samples]
         self._recorded = "\n".join(tokenizer.batch_decode(said, skip_special_tokens=True))
 
@@ -139,18 +140,23 @@ class Evaluator:
         """What the gate sees of the replies to the canaries, and whether all logits were finite."""
         if not self._canaries:
             return None, True
-        kept = {p: r for p, r in self._replies_of_base.items() if p in self._canaries}
+        of_base = {p: r for p, r in self._replies_of_base.items() if p in self._canaries}
         with use_adapter(self._trainer.policy, None):
-            bases = self._ask([prompt for prompt in self._canaries if prompt not in kept])
-        for reply in bases or ():
-            kept.setdefault(reply.prompt, []).append(reply)
-        self._replies_of_base = kept
-        ours = self._ask([*self._canaries])
-        if bases is None or ours is None:
+            new = self._ask([prompt for prompt in self._canaries if prompt not in of_base])
+        if new is None:
             return None, False
-        return compare(
-            ours, [r for replies in kept.values() for r in replies], self._recorded
-        ), True
+        for reply in new:
+            of_base.setdefault(reply.prompt, []).append(reply)
+        if not knows(new):
+            for prompt in self._questions:
+                del of_base[prompt], self._canaries[prompt]
+            self._questions = {}
+        self._replies_of_base = of_base
+        ours = self._ask([*self._canaries])
+        if ours is None:
+            return None, False
+        theirs = [reply for replies in of_base.values() for reply in replies]
+        return compare(ours, theirs, self._recorded), True
 
     def _ask(self, prompts: Sequence[tuple[int, ...]]) -> list[Reply] | None:
         """One greedy and DRAWS sampled replies to each; None if a logit was not a number."""

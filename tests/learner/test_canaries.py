@@ -14,6 +14,7 @@ from learner.canaries import (
     Reply,
     compare,
     is_broken,
+    knows,
     loop_share,
     script,
     surprise,
@@ -99,10 +100,8 @@ def test_a_few_lost_answers_are_chance():
     assert RIGHT_DROP < 3 / 16
 
 
-def test_what_the_base_does_not_know_says_nothing():
-    found = compare(replies(right=0, surprising=9.0), replies(right=3), "")
-    assert (found.right, found.surprise) == (None, None)
-    assert found.objection() is None
+def test_a_base_knows_the_questions_from_a_quarter_on():
+    assert [knows(replies(right=right)) for right in (3, 4)] == [False, True]
 
 
 def test_babble_is_seen_although_the_answers_are_in_it():

@@ -281,6 +281,24 @@ def lora_layers(model):
     return [module for module in model.modules() if hasattr(module, "lora_B")]
 
 
+def test_questions_that_the_base_does_not_know_are_asked_once(tmp_path, monkeypatch):
+    trainer = build_trainer(CONFIG, save_tiny_model(tmp_path / "model"), tmp_path / "work")
+    questions = {(9, n): QUESTIONS[n] for n in range(8)}
+    monkeypatch.setattr(evaluator_module, "question_prompts", lambda _: dict(questions))
+    evaluator, asked = Evaluator(CONFIG, trainer), []
+
+    def decode(_model, prompts, *_given, **_options):
+        asked.append(len(prompts))
+        return [[5, 6]] * ((1 + DRAWS) * len(prompts))
+
+    monkeypatch.setattr(evaluator_module, "decode", decode)
+    for _ in range(2):
+        evaluator.prepare([], [sample(prompt=(5, 6, 7))], 0)
+        found = evaluator.measure(UpdateResult(trainer.snapshot(), {}))
+        assert found.replies.count == 1 + DRAWS
+    assert asked == [9, 1, 1]
+
+
 def test_the_built_in_questions_are_asked_in_the_models_own_chat_template():
     tokenizer = load_tokenizer(str(POLICY))
     prompts = question_prompts(tokenizer)
