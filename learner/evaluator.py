@@ -1,9 +1,11 @@
-"""Measures a candidate version for the gate: on held-out turns and on recorded prompts.
+"""Measures a candidate version for the gate: on held-out turns and by its own replies.
 
 The parent's log-probabilities of held-out turns are read before the step and kept: a candidate that
 passes is the next parent. So a candidate costs one forward pass over the held-out turns, and a new
-held-out turn two more. The parent answers the recorded prompts only if the candidate's own replies
-look bad.
+held-out turn two more.
+
+The base answers each canary once, and its replies are kept. The learner generates the replies, not
+the engine: the base must read them here anyway, and a rejected candidate never leaves the learner.
 """
 # pyright: basic
 
@@ -17,9 +19,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
+from learner.canaries import Comparison, Reply, compare, is_broken, knows, surprise
 from learner.config import LearnerConfig
-from learner.gate import Canaries, Measured, is_broken, looks_bad, ranking
+from learner.gate import Measured
 from learner.kl import kl_divergence
+from learner.means import mean_over_groups
+from learner.questions import QUESTIONS, Question
 from learner.replies import decode
 from learner.tensors import fill_passes, micro_batches, place, token_count
 from learner.trainer import PolicyTrainer, UpdateResult
@@ -28,8 +33,10 @@ from nextstate.records import Sample
 
 Logprobs = dict[str, Tensor]
 """Log-probabilities (T,) of completions by their turn, float32 on the CPU, nats."""
-REPLY_TOKENS = 32
-"""The most tokens of a reply to a recorded prompt."""
+REPLY_TOKENS = 48
+"""The most tokens of a reply to a canary."""
+DRAWS = 2
+"""Sampled replies to each canary, beside a greedy one."""
 
 
 class Evaluator:
@@ -39,7 +46,11 @@ class Evaluator:
         self._config = config
         self._trainer = trainer
         self._held: list[Sample] = []
-        self._prompts: list[tuple[int, ...]] = []
+        self._questions = question_prompts(trainer.processing_class)
+        self._canaries: dict[tuple[int, ...], Question | None] = {}
+        self._replies_of_base: dict[tuple[int, ...], list[Reply]] = {}
+        self._recorded = ""
+        """Text of recorded turns, whose scripts a reply may use."""
         self._parent: int | None = None
         self._of_base: Logprobs = {}
         self._of_parent: Logprobs = {}
@@ -49,7 +60,7 @@ class Evaluator:
     def prepare(self, held: Sequence[Sample], batch: Sequence[Sample], parent: int) -> None:
         """Reads the held-out turns before the step on `batch`, with the weights of `parent`."""
         self._held = [s for s in held if token_count(s) <= self._config.max_tokens]
-        self._prompts = canary_prompts(self._held or batch, self._config.gate_canaries)
+        self._choose_canaries(self._held or batch)
         if parent != self._parent:
             self._of_parent = {}
         self._parent = parent
@@ -68,12 +79,7 @@ class Evaluator:
         behaviour shows there first.
         """
         self._of_candidate = self._logprobs(self._held)
-        ours, parents = self._canaries(), None
-        if ours is not None and looks_bad(ours):
-            weights = self._trainer.weights.copy()
-            self._trainer.weights.put(result.before.weights)
-            parents = self._canaries()
-            self._trainer.weights.put(weights)
+        replies, is_finite = self._compare_replies()
         return Measured(
             weight_change=weight_change(self._trainer.policy, self._norms),
             kl_parent=self._divergence(
@@ -82,11 +88,11 @@ class Evaluator:
             kl_base=self._divergence(
                 self._of_candidate, self._of_base, result.metrics.get("kl/base")
             ),
-            ranking=ranking(
+            ranking=mean_over_groups(
                 [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
             ),
-            canaries=ours,
-            parents_canaries=parents,
+            replies=replies,
+            is_finite=is_finite,
         )
 
     def accept(self, number: int) -> None:
@@ -119,25 +125,82 @@ class Evaluator:
                 found[sample.turn] = row[: len(sample.completion_ids)].clone()
         return found
 
-    def _canaries(self) -> Canaries | None:
-        """What the gate sees of the replies to the prompts; None without prompts."""
-        if not self._prompts:
-            return None
+    def _choose_canaries(self, samples: Sequence[Sample]) -> None:
+        """The built-in questions and the shortest prompts among the samples: cheap to answer."""
+        count = self._config.gate_canaries
+        if not count:
+            return
+        recorded = canary_prompts(samples, count)
+        tokenizer = self._trainer.processing_class
+        self._canaries = self._questions | dict.fromkeys(recorded)
+        said = [s.prompt_ids + (s.completion_ids if s.score > 0 else ()) for s in samples]
+        self._recorded = "\n".join(tokenizer.batch_decode(said, skip_special_tokens=True))
+
+    def _compare_replies(self) -> tuple[Comparison | None, bool]:
+        """What the gate sees of the replies to the canaries, and whether all logits were finite."""
+        if not self._canaries:
+            return None, True
+        of_base = {p: r for p, r in self._replies_of_base.items() if p in self._canaries}
+        with use_adapter(self._trainer.policy, None):
+            new = self._ask([prompt for prompt in self._canaries if prompt not in of_base])
+        if new is None:
+            return None, False
+        for reply in new:
+            of_base.setdefault(reply.prompt, []).append(reply)
+        if not knows(new):
+            for prompt in self._questions:
+                del of_base[prompt], self._canaries[prompt]
+            self._questions = {}
+        self._replies_of_base = of_base
+        ours = self._ask([*self._canaries])
+        if ours is None:
+            return None, False
+        theirs = [reply for replies in of_base.values() for reply in replies]
+        return compare(ours, theirs, self._recorded), True
+
+    def _ask(self, prompts: Sequence[tuple[int, ...]]) -> list[Reply] | None:
+        """One greedy and DRAWS sampled replies to each; None if a logit was not a number."""
         model = self._trainer.policy
-        lengths = [2 * (len(prompt) + REPLY_TOKENS) for prompt in self._prompts]
-        replies: list[list[int]] = []
+        lengths = [(1 + DRAWS) * (len(prompt) + REPLY_TOKENS) for prompt in prompts]
+        answered: list[tuple[tuple[int, ...], list[int]]] = []
         was_training = model.training
         model.eval()  # gradient checkpointing would turn the cache off
         try:
-            for group in fill_passes(self._prompts, lengths, self._config.micro_batch_tokens):
+            for group in fill_passes(prompts, lengths, self._config.micro_batch_tokens):
                 self._trainer.before_pass()
                 with self._trainer.accelerator.autocast():
-                    replies += self._replies(group) or []
+                    replies = self._replies(group)
+                if replies is None:
+                    return None
+                answered += zip(group * (1 + DRAWS), replies, strict=True)
         finally:
             model.train(was_training)
-        count = 2 * len(self._prompts)
-        # Replies are missing where a logit was not a number.
-        return Canaries(count, sum(map(is_broken, replies)), finite=len(replies) == count)
+        return self._read_by_base(answered)
+
+    def _read_by_base(self, answered: Sequence[tuple[tuple[int, ...], list[int]]]) -> list[Reply]:
+        """The replies, each with its surprise."""
+        samples = [
+            Sample(str(at), str(at), 0, prompt, tuple(reply), (0.0,) * len(reply), 0, None)
+            for at, (prompt, reply) in enumerate(answered)
+            if reply
+        ]
+        with use_adapter(self._trainer.policy, None):
+            read = self._logprobs(samples)
+        found: list[Reply] = []
+        for at, (prompt, reply) in enumerate(answered):
+            text = self._trainer.processing_class.decode(reply, skip_special_tokens=True)
+            question, logprobs = self._canaries[prompt], read.get(str(at))
+            found.append(
+                Reply(
+                    prompt,
+                    text,
+                    is_broken(reply),
+                    None if logprobs is None else surprise(logprobs.tolist()),
+                    question and question.text,
+                    question is not None and question.is_right(text),
+                )
+            )
+        return found
 
     def _replies(self, prompts: Sequence[tuple[int, ...]]) -> list[list[int]] | None:
         return decode(
@@ -145,6 +208,8 @@ class Evaluator:
             prompts,
             end_ids(self._trainer),
             most_tokens=REPLY_TOKENS,
+            draws=DRAWS,
+            temperature=self._trainer.policy.generation_config.temperature or 1.0,
             seed=self._config.seed,
         )
 
@@ -174,6 +239,23 @@ def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
 def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:
     """The `count` shortest prompts among the samples, each once: the cheapest to answer."""
     return sorted({sample.prompt_ids for sample in samples}, key=lambda p: (len(p), p))[:count]
+
+
+def question_prompts(tokenizer: Any) -> dict[tuple[int, ...], Question | None]:
+    """The built-in questions by their prompts; none for a model without a chat template."""
+    if tokenizer.chat_template is None:
+        return {}
+    return {
+        tuple(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question.text}],
+                tokenize=True,
+                add_generation_prompt=True,
+                return_dict=False,
+            )
+        ): question
+        for question in QUESTIONS
+    }
 
 
 def end_ids(trainer: PolicyTrainer) -> frozenset[int]:

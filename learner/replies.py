@@ -1,7 +1,8 @@
 """Greedy and sampled replies of a model, one token to a forward pass.
 
-A sampled token is the largest of logit plus Gumbel noise, which is a draw from the softmax of the
-logits. The noise depends only on seed, prompt and place, so a reply is a function of the weights.
+A sampled token is the largest of logit plus temperature times Gumbel noise, which is a draw from
+the softmax at that temperature. The noise depends only on seed, draw, prompt and place, so a reply
+is a function of the weights.
 """
 # pyright: basic
 
@@ -25,13 +26,16 @@ def decode(
     ends: frozenset[int],
     *,
     most_tokens: int,
+    draws: int,
+    temperature: float,
     seed: int,
 ) -> list[list[int]] | None:
-    """A greedy reply to each of N prompts, then a sampled one to each, without their ends.
+    """A greedy reply to each of N prompts, then `draws` times a sampled one to each.
 
-    All 2 N replies are decoded together. None if a logit that decides a token is not a number.
+    The replies come without their ends. All of them are decoded together. None if a logit that
+    decides a token is not a number.
     """
-    rows, device = [*prompts, *prompts], model.device
+    rows, device = [*prompts] * (1 + draws), model.device
     width = max(map(len, rows))
     ids = torch.tensor([[PAD_ID] * (width - len(r)) + list(r) for r in rows], device=device)
     mask = torch.tensor([[0] * (width - len(r)) + [1] * len(r) for r in rows], device=device)
@@ -54,8 +58,9 @@ def decode(
         # The largest is not a number if any is not; a token may be masked with -inf.
         if not torch.isfinite(logits.max(dim=1).values[is_open]).all():
             return None
-        noise = [gumbel_noise(logits[0], (place, seed, *prompt)) for prompt in prompts]
-        logits[len(prompts) :] += torch.stack(noise)
+        for draw, row in enumerate(range(len(prompts), len(rows))):
+            of = (place, seed, draw // len(prompts), *rows[row])
+            logits[row] += temperature * gumbel_noise(logits[row], of)
         chosen.append(logits.argmax(dim=1))
         is_open &= ~torch.isin(chosen[-1], end_ids)
         if not is_open.any():

@@ -5,23 +5,24 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
+from demo.run import POLICY
 from learner import evaluator as evaluator_module
+from learner.canaries import Comparison
 from learner.config import LearnerConfig
-from learner.evaluator import REPLY_TOKENS, Evaluator, canary_prompts, weight_change
-from learner.gate import (
-    Canaries,
-    Measured,
-    Ranking,
-    is_broken,
-    loop_share,
-    objection,
-    ranking,
-    student_quantile,
+from learner.evaluator import (
+    DRAWS,
+    REPLY_TOKENS,
+    Evaluator,
+    canary_prompts,
+    question_prompts,
+    weight_change,
 )
+from learner.gate import Measured, objection
 from learner.kl import RATIO_CAP, kl_divergence
+from learner.means import Mean, mean_over_groups
+from learner.model import load_tokenizer
+from learner.questions import QUESTIONS
 from learner.selection import is_held_out
 from learner.trainer import UpdateResult, build_trainer
 from tests.learner.test_tiny_model import (
@@ -38,9 +39,8 @@ FINE = Measured(
     weight_change=0.1,
     kl_parent=0.01,
     kl_base=0.1,
-    ranking=Ranking(0.0, 0.001, 16),
-    canaries=Canaries(4, 0, finite=True),
-    parents_canaries=None,
+    ranking=Mean(0.0, 0.001, 16),
+    replies=Comparison(6, 0, 0, None, None, 0.0, ""),
 )
 GATE = LearnerConfig()
 
@@ -50,7 +50,7 @@ def test_a_candidate_with_nothing_wrong_may_serve():
 
 
 def test_what_was_not_measured_is_no_objection():
-    assert objection(Measured(0.1, None, None, None, None, None), GATE) is None
+    assert objection(Measured(0.1, None, None, None, None), GATE) is None
 
 
 @pytest.mark.parametrize(
@@ -62,34 +62,13 @@ def test_what_was_not_measured_is_no_objection():
         ({"kl_parent": 0.2}, r"0\.2, over \[learner\] gate_kl_parent = 0\.1"),
         ({"kl_base": 3.0}, r"3, over \[learner\] gate_kl_base"),
         ({"kl_base": math.nan}, "gate_kl_base"),
-        ({"canaries": Canaries(4, 0, finite=False)}, "logits that are not finite"),
+        ({"is_finite": False}, "logits that are not finite"),
+        ({"replies": Comparison(6, 6, 0, None, None, 0.0, "")}, "6 of 6 replies of its own"),
     ],
 )
 def test_each_objection_names_the_value_and_the_key(change, expected):
     with pytest.raises(AssertionError, match=expected):
         raise AssertionError(objection(replace(FINE, **change), GATE))
-
-
-def test_students_quantiles_are_those_of_the_tables():
-    assert student_quantile(0.99, 7) == pytest.approx(2.998, abs=2e-3)
-    assert student_quantile(0.99, 15) == pytest.approx(2.602, abs=1e-3)
-    assert student_quantile(0.95, 7) == pytest.approx(1.895, abs=1e-3)
-    assert student_quantile(0.999, 7) == pytest.approx(4.785, rel=0.02)
-    assert student_quantile(0.5, 9) == pytest.approx(0.0, abs=1e-12)
-
-
-def test_a_ranking_is_a_mean_over_sessions_worked_by_hand():
-    # Session means 1 (of 0 and 2), then 3, and six of 2: mean 2, squared deviations 1 + 1,
-    # s² = 2 / 7, standard error sqrt(2 / 7 / 8) = 0.18898.
-    changes = [("a", 0.0), ("a", 2.0), ("b", 3.0), *((name, 2.0) for name in "cdefgh")]
-    found = ranking(changes)
-    assert (found.mean, found.sessions) == (2.0, 8)
-    assert found.error == pytest.approx(0.18898, abs=1e-5)
-    assert found.upper(0.01) == pytest.approx(2 + 2.998 * 0.18898, abs=1e-3)
-
-
-def test_fewer_than_8_sessions_say_nothing_however_many_turns_they_have():
-    assert ranking([(f"s{i % 7}", -5.0) for i in range(100)]) is None
 
 
 @pytest.mark.parametrize(
@@ -104,7 +83,7 @@ def test_fewer_than_8_sessions_say_nothing_however_many_turns_they_have():
     ],
 )
 def test_only_a_clear_drop_in_ranking_is_rejected(mean, error, rejected):
-    found = objection(replace(FINE, ranking=Ranking(mean, error, 16)), GATE)
+    found = objection(replace(FINE, ranking=Mean(mean, error, 16)), GATE)
     assert (found is not None) is rejected
     assert found is None or "gate_drop" in found
 
@@ -115,54 +94,10 @@ def test_noise_around_the_allowed_drop_is_rejected_as_rarely_as_the_level_says()
     draw = torch.Generator().manual_seed(1)
     noise = torch.randn(2000, 12, generator=draw, dtype=torch.float64) * 0.1 - GATE.gate_drop
     rejected = sum(
-        objection(replace(FINE, ranking=ranking([(str(i), x) for i, x in enumerate(row)])), GATE)
-        is not None
+        objection(replace(FINE, ranking=mean_over_groups(enumerate(row))), GATE) is not None
         for row in noise.tolist()
     )
     assert 0.003 < rejected / 2000 < 0.017
-
-
-@pytest.mark.parametrize(
-    ("broken", "parents", "rejected"),
-    [
-        (4, Canaries(4, 0, finite=True), True),
-        (3, Canaries(4, 1, finite=True), True),
-        (3, Canaries(4, 2, finite=True), False),
-        (4, Canaries(4, 4, finite=True), False),  # the task's right answers are like that
-        (2, None, False),  # not more than half: the parent was not even asked
-    ],
-)
-def test_broken_replies_count_only_beyond_the_parents(broken, parents, rejected):
-    found = replace(FINE, canaries=Canaries(4, broken, finite=True), parents_canaries=parents)
-    assert (objection(found, GATE) is not None) is rejected
-
-
-@pytest.mark.parametrize(
-    ("reply", "share"),
-    [
-        ([5] * 8, 1.0),
-        ([5] * 7, 0.0),  # too short to be a loop
-        ([1, 2, 3] * 3 + [9], 0.9),
-        ([9, 9, 1, 2, 3, 1, 2, 3, 1, 2, 3, 7], 0.75),
-        ([1, 2, 3, 4, 5, 1, 2, 3, 4, 5], 0.0),  # twice is no loop
-        (list(range(20)), 0.0),
-        ([], 0.0),
-    ],
-)
-def test_the_share_of_a_loop_is_counted_by_hand(reply, share):
-    assert loop_share(reply or [0]) == pytest.approx(share)
-    assert is_broken(reply) is (not reply or share >= 0.5)
-
-
-@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(3, 6))
-def test_any_block_that_is_said_three_times_is_a_loop(block, times):
-    reply = block * times
-    assert loop_share(reply) == (1.0 if len(reply) >= 8 else 0.0)
-
-
-@given(st.lists(st.integers(0, 5), max_size=40))
-def test_a_loops_share_is_a_share(ids):
-    assert 0.0 <= loop_share(ids or [0]) <= 1.0
 
 
 def test_divergence_worked_by_hand():
@@ -250,7 +185,7 @@ def test_before_any_step_nothing_has_changed(examined):
     assert first.weight_change == 0.0
     assert first.kl_parent == pytest.approx(0, abs=1e-9)
     assert first.kl_base == pytest.approx(0, abs=1e-9)
-    assert first.ranking == Ranking(0.0, 0.0, 10)
+    assert first.ranking == Mean(0.0, 0.0, 10)
     assert objection(first, CONFIG) is None
 
 
@@ -259,8 +194,8 @@ def test_a_step_is_seen_on_turns_that_it_was_not_trained_on(examined):
     assert step.weight_change > 0
     assert step.kl_parent >= examined["metrics"]["step/kl"] > 0
     assert step.kl_base > 0
-    assert step.ranking.sessions == 10
-    assert step.ranking.mean > 0  # praised and blamed replies are those that it was trained on
+    assert step.ranking.count == 10
+    assert step.ranking.value > 0  # praised and blamed replies are those that it was trained on
 
 
 def test_without_held_out_turns_the_batch_stands_in_for_the_divergences(examined):
@@ -273,7 +208,7 @@ def test_without_held_out_turns_the_batch_stands_in_for_the_divergences(examined
 def test_weights_that_are_not_numbers_are_noticed(examined):
     broken = examined["broken"]
     assert math.isnan(broken.weight_change)
-    assert broken.canaries.finite is False
+    assert broken.is_finite is False
     assert "gate_weight_change" in objection(broken, CONFIG)
 
 
@@ -301,49 +236,78 @@ def test_canaries_are_answered_in_passes_of_the_learners_size_and_alike(tmp_path
     decode = evaluator_module.decode
 
     def kept(model, prompts, *given, **options):
-        replies.append(decode(model, prompts, *given, **options))
-        return replies[-1]
+        replies.append(dict(enumerate(decode(model, prompts, *given, **options))))
+        return [*replies[-1].values()]
 
     monkeypatch.setattr(evaluator_module, "decode", kept)
     for prompts in (1, 3):
-        tokens = 2 * prompts * (3 + REPLY_TOKENS)
+        tokens = (1 + DRAWS) * prompts * (3 + REPLY_TOKENS)
         config = replace(CONFIG, gate_canaries=3, micro_batch_tokens=tokens)
         trainer = build_trainer(config, model_path, tmp_path / "work")
         evaluator = Evaluator(config, trainer)
         evaluator.prepare([], turns, 0)
         measured = evaluator.measure(UpdateResult(trainer.snapshot(), {}))
-        assert measured.canaries.count == 6
-    *ones, together = replies[:4]
-    assert list(map(len, replies)) == [2, 2, 2, 6]
-    assert [one[0] for one in ones] + [one[1] for one in ones] == together
+        assert measured.replies.count == 3 * (1 + DRAWS)
+    *ones, together = replies[3:7]  # after those of the base
+    assert list(map(len, replies)) == [3, 3, 3, 3, 3, 3, 9, 9]
+    assert [one[draw] for draw in range(1 + DRAWS) for one in ones] == [*together.values()]
 
 
-def test_the_parent_answers_only_if_the_candidates_own_replies_look_bad(tmp_path, monkeypatch):
+def test_the_base_answers_a_canary_once_and_without_the_adapter(tmp_path, monkeypatch):
     trainer = build_trainer(CONFIG, save_tiny_model(tmp_path / "model"), tmp_path / "work")
     evaluator = Evaluator(CONFIG, trainer)
-    batch = [sample(prompt=(5, 6, n)) for n in (7, 8)]
-    evaluator.prepare([], batch, 0)
-    before = trainer.snapshot()
-    changed = {name: value + 0.5 for name, value in before.weights.items()}
-    trainer.weights.put(changed)
     asked = []
 
-    def decode(*_given, **_options):
-        is_parent = all(
-            torch.equal(v, before.weights[n]) for n, v in trainer.weights.copy().items()
-        )
-        asked.append(is_parent)
-        return [[] if looks_bad and not is_parent else [5, 6]] * 4
+    def decode(model, prompts, *_given, **_options):
+        is_base = all(not m.merged and m.disable_adapters for m in lora_layers(model))
+        asked.append((is_base, list(prompts)))
+        return [[5, 6] if is_base else []] * ((1 + DRAWS) * len(prompts))
 
     monkeypatch.setattr(evaluator_module, "decode", decode)
-    for looks_bad in (False, True):
-        asked.clear()
-        found = evaluator.measure(UpdateResult(before, {}))
-        assert asked == ([False, True] if looks_bad else [False])
-        assert (found.parents_canaries is not None) == looks_bad
-        assert all(torch.equal(v, changed[n]) for n, v in trainer.weights.copy().items())
-    assert found.canaries.broken == 4
-    assert found.parents_canaries.broken == 0
+    one, two, three = ((5, 6, n) for n in (7, 8, 9))
+    for prompts in ((one, two), (two, three)):
+        evaluator.prepare([], [sample(prompt=p) for p in prompts], 0)
+        found = evaluator.measure(UpdateResult(trainer.snapshot(), {}))
+        assert (found.replies.count, found.replies.broken, found.replies.bases_broken) == (6, 6, 0)
+    assert asked == [
+        (True, [one, two]),
+        (False, [one, two]),
+        (True, [three]),
+        (False, [two, three]),
+    ]
+
+
+def lora_layers(model):
+    return [module for module in model.modules() if hasattr(module, "lora_B")]
+
+
+def test_questions_that_the_base_does_not_know_are_asked_once(tmp_path, monkeypatch):
+    trainer = build_trainer(CONFIG, save_tiny_model(tmp_path / "model"), tmp_path / "work")
+    questions = {(9, n): QUESTIONS[n] for n in range(8)}
+    monkeypatch.setattr(evaluator_module, "question_prompts", lambda _: dict(questions))
+    evaluator, asked = Evaluator(CONFIG, trainer), []
+
+    def decode(_model, prompts, *_given, **_options):
+        asked.append(len(prompts))
+        return [[5, 6]] * ((1 + DRAWS) * len(prompts))
+
+    monkeypatch.setattr(evaluator_module, "decode", decode)
+    for _ in range(2):
+        evaluator.prepare([], [sample(prompt=(5, 6, 7))], 0)
+        found = evaluator.measure(UpdateResult(trainer.snapshot(), {}))
+        assert found.replies.count == 1 + DRAWS
+    assert asked == [9, 1, 1]
+
+
+def test_the_built_in_questions_are_asked_in_the_models_own_chat_template():
+    tokenizer = load_tokenizer(str(POLICY))
+    prompts = question_prompts(tokenizer)
+    assert [*prompts.values()] == [*QUESTIONS]
+    for ids, question in prompts.items():
+        text = tokenizer.decode(ids)
+        assert text.endswith(f"user\n{question.text}<|im_end|>\n<|im_start|>assistant\n")
+    tokenizer.chat_template = None
+    assert question_prompts(tokenizer) == {}
 
 
 def test_a_copy_of_the_weights_does_not_change_with_them(tmp_path):

@@ -16,7 +16,7 @@ from tests.learner.test_tiny_model import CONFIG, PROMPT, VOCABULARY, load_float
 
 PROMPTS = [PROMPT, (9, 8, 7, 6, 5)]
 ENDS = frozenset({1, 30})
-MOST = 14
+MOST, DRAWS, TEMPERATURE = 14, 2, 0.7
 
 
 def with_adapter(folder: str) -> torch.nn.Module:
@@ -43,20 +43,23 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> torch.nn.Module:
 def alone(model, prompts=PROMPTS, ends=ENDS, seed=0) -> list[list[int]]:
     """Each reply by itself: no padding, no cache."""
     found = []
-    for is_sampled in (False, True):
+    for draw in (None, *range(DRAWS)):
         for prompt in prompts:
             ids = list(prompt)
             for place in range(MOST):
                 logits = model(input_ids=torch.tensor([ids])).logits[0, -1].float()
-                if is_sampled:
-                    logits = logits + gumbel_noise(logits, (place, seed, *prompt))
+                if draw is not None:
+                    noise = gumbel_noise(logits, (place, seed, draw, *prompt))
+                    logits = logits + TEMPERATURE * noise
                 ids.append(int(logits.argmax()))
             found.append(up_to_end(ids[len(prompt) :], ends))
     return found
 
 
 def decoded(model, prompts=PROMPTS, ends=ENDS) -> list[list[int]] | None:
-    return decode(model, prompts, ends, most_tokens=MOST, seed=0)
+    return decode(
+        model, prompts, ends, most_tokens=MOST, draws=DRAWS, temperature=TEMPERATURE, seed=0
+    )
 
 
 @pytest.mark.parametrize("weights", range(4))
@@ -118,7 +121,7 @@ def test_a_token_with_the_most_noise_is_a_draw_from_the_softmax():
     assert ((shares - expected).abs() <= 4 * errors).all()
 
 
-def test_noise_belongs_to_seed_prompt_and_place():
+def test_noise_belongs_to_each_number_that_it_is_made_of():
     logits = torch.zeros(6)
     first = gumbel_noise(logits, (0, 0, 5, 6))
     assert torch.equal(gumbel_noise(logits, (0, 0, 5, 6)), first)
