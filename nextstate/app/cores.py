@@ -36,8 +36,8 @@ class Cores:
 def shared_cores(settings: Settings) -> Cores | None:
     """Who computes where; None if nothing is divided.
 
-    Nothing is divided if either computes elsewhere, if `[engine] env` binds vLLM's threads, on a
-    single core, and on systems other than Linux.
+    Nothing is divided if either computes elsewhere, if `[engine] env` binds vLLM's threads, if the
+    learner is given as many threads as there are cores, and on systems other than Linux.
     """
     engine, learner = settings.engine, settings.learner
     elsewhere = engine.mode != "managed" or learner.device == "cuda" or not on_cpu()
@@ -47,17 +47,16 @@ def shared_cores(settings: Settings) -> Cores | None:
 
 
 def divide(cores: list[frozenset[int]], threads: int) -> Cores | None:
-    """The last `threads` physical cores for the learner, 0 chooses; None with a single core.
+    """The last `threads` physical cores for the learner, 0 chooses; None if none is left for vLLM.
 
-    vLLM keeps at least one core. It takes its own from the first memory node only, and the last
-    cores are those of the last node.
+    vLLM takes its cores from the first memory node only, and the last ones are in the last node.
 
     >>> divide([frozenset({n}) for n in range(8)], 0)
     Cores(engine=frozenset({0, 1, 2, 3, 4, 5}), learner=frozenset({6, 7}))
     """
-    if len(cores) < 2:
+    kept = len(cores) - (threads or max(1, len(cores) // _LEARNERS_SHARE))
+    if kept < 1:
         return None
-    kept = len(cores) - min(threads or max(1, len(cores) // _LEARNERS_SHARE), len(cores) - 1)
     return Cores(frozenset().union(*cores[:kept]), frozenset().union(*cores[kept:]))
 
 

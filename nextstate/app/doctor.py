@@ -62,7 +62,7 @@ def checks(config: Path) -> Iterator[Check]:
     yield _checked("port", lambda: _port(settings))
     if cores := shared_cores(settings):
         chosen = "`[learner] threads`" if settings.learner.threads else "the default"
-        yield Check("cores", f"{cores} ({chosen}; [engine] env {BINDING} divides nothing)")
+        yield Check("cores", f"{cores} ({chosen}; {BINDING} in [engine] env divides nothing)")
     yield _checked("training", lambda: _training(settings))
 
 

@@ -50,7 +50,6 @@ def settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Settings:
         (3, 0, {0, 1}, {2}),
         (8, 0, {0, 1, 2, 3, 4, 5}, {6, 7}),
         (4, 3, {0}, {1, 2, 3}),
-        (4, 9, {0}, {1, 2, 3}),
     ],
 )
 def test_the_learner_gets_its_threads_or_a_quarter_and_vllm_keeps_at_least_one_core(
@@ -59,14 +58,17 @@ def test_the_learner_gets_its_threads_or_a_quarter_and_vllm_keeps_at_least_one_c
     assert divide(single(count), threads) == Cores(frozenset(engine), frozenset(learner))
 
 
-def test_a_single_core_is_not_divided() -> None:
-    assert divide(single(1), 0) is None
+@pytest.mark.parametrize(("count", "threads"), [(1, 0), (1, 1), (4, 4), (4, 9)])
+def test_nothing_is_divided_if_no_core_would_be_left(count: int, threads: int) -> None:
+    assert divide(single(count), threads) is None
 
 
 @given(st.integers(2, 64), st.integers(0, 80))
 def test_every_core_is_given_to_exactly_one_of_the_two(count: int, threads: int) -> None:
     found = divide(single(count), threads)
-    assert found is not None
+    if found is None:
+        assert threads >= count
+        return
     assert found.engine | found.learner == set(range(count))
     assert not found.engine & found.learner
     assert found.engine
