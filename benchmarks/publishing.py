@@ -114,18 +114,18 @@ class Timed:
         """Lets the publisher publish once."""
         self._stdin.write(b"\n")
 
-    async def until(self, part: str) -> list[Mark]:
+    async def until(self, part: str, timeout_s: float = _PART_TIMEOUT_S) -> list[Mark]:
         """The marks up to the next one of `part`; exits with the child's log if there is none."""
         found: list[Mark] = []
         why = "ended"
         try:
-            async with asyncio.timeout(_PART_TIMEOUT_S):
+            async with asyncio.timeout(timeout_s):
                 while line := await self._stdout.readline():
                     found.append(Mark(**orjson.loads(line)))
                     if found[-1].part == part:
                         return found
         except TimeoutError:
-            why = f"has done no {part!r} for {_PART_TIMEOUT_S:.0f} s"
+            why = f"has done no {part!r} for {timeout_s:.0f} s"
         sys.exit(f"benchmarks.timed {why}; its log ends:\n{self._log.read_text()[-2000:]}")
 
 
@@ -155,7 +155,7 @@ async def timed(settings: Settings, *arguments: str) -> AsyncGenerator[Timed]:
 async def serving(folder: Path) -> AsyncGenerator[Settings]:
     """The demo's engine behind a proxy, warmed with an adapter as `nextstate up` does."""
     settings = write_settings(Plan("combined", Domain.STUDENT, 0, 0, folder))
-    await _make_zero_adapter(settings)
+    await make_zero_adapter(settings)
     stack = Stack(settings)
     stack.supervisor = Supervisor([stack.children[name] for name in _SERVERS])
     async with stack.running() as running:
@@ -163,7 +163,8 @@ async def serving(folder: Path) -> AsyncGenerator[Settings]:
         yield settings
 
 
-async def _make_zero_adapter(settings: Settings) -> None:
+async def make_zero_adapter(settings: Settings) -> None:
+    """Makes the adapter with which the proxy warms the engine up, as the learner does at start."""
     rank, path = settings.learner.lora_rank, zero_adapter(settings)
     command = [sys.executable, "-m", "learner.adapters", "zero", "--rank", str(rank)]
     command += ["--model", settings.engine.model_path, "--out", str(path)]

@@ -2,15 +2,19 @@
 
     python -m benchmarks.timed learner CONFIG       # the learner stage, until SIGTERM
     python -m benchmarks.timed publisher CONFIG N   # N versions, one for each line on stdin
+    python -m benchmarks.timed updates CONFIG N     # an update of N turns for each line on stdin
 
-Both go the learner stage's own way through the functions that are named below. The publisher's
-adapters are small random ones: it tells what a version change costs when nothing trains.
+All go the learner stage's own way through the functions that are named below. The publisher's
+adapters are small random ones: it tells what a version change costs when nothing trains. The
+updates are all the same: each is undone, and its turns are made up.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+import tempfile
 from collections.abc import Callable
 from functools import wraps
 from inspect import iscoroutinefunction
@@ -33,13 +37,15 @@ from benchmarks.marks import (
     STEP,
     Mark,
 )
+from benchmarks.training_step import turn
 from learner import lineage
 from learner.adapters import Card, load_weights, save_adapter, version_path
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
-from learner.trainer import PolicyTrainer
+from learner.trainer import PolicyTrainer, build_trainer
 from learner.weights import LoraWeights
 from nextstate import logs
+from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import change_version, zero_adapter
 from nextstate.app.settings import Settings
 from nextstate.app.stages import run_learner
@@ -58,6 +64,8 @@ WATCHED: dict[str, tuple[object, str]] = {
     PROBED: (EngineClient, "probe"),
     FLIP: (Versions, "serve_candidate"),
 }
+TURN_TOKENS = 120, 70
+"""Tokens of a made-up turn, and those of its reply."""
 _WEIGHT = 0.02
 """Standard deviation: enough to change replies, too little to spoil them."""
 
@@ -106,6 +114,21 @@ def run_publisher(settings: Settings, count: int) -> None:
     store.close()
 
 
+def run_updates(settings: Settings, count: int) -> None:
+    """Makes the same update of `count` made-up turns with hints for each line that comes."""
+    cores = shared_cores(settings)
+    if cores is not None:
+        os.sched_setaffinity(0, cores.learner)
+        torch.set_num_threads(len(cores.learner))
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = build_trainer(settings.learner, settings.engine.model_path, Path(folder))
+        words = trainer.policy.config.get_text_config().vocab_size
+        samples = [turn(*TURN_TOKENS, words, True, seed) for seed in range(count)]
+        mark(READY, perf_counter())
+        for _ in sys.stdin:
+            trainer.restore(trainer.update(samples, {BASE_VERSION: 0}).before)
+
+
 def make_version(settings: Settings, store: Store, number: int) -> PolicyVersion:
     """Saves a random adapter of the shape that the learner's have."""
     config: LearnerConfig = settings.learner
@@ -129,6 +152,8 @@ def main() -> None:
         watch(part, owner, name)
     if what == "learner":
         run_learner(settings)
+    elif what == "updates":
+        run_updates(settings, int(count[0]))
     else:
         torch.set_num_threads(settings.learner.threads or 1)
         run_publisher(settings, int(count[0]))

@@ -105,7 +105,8 @@ class LearnerConfig:
     """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
     threads: Annotated[int, Ge(0)] = 0
-    """CPU threads of a training step; 0 is torch's default."""
+    """CPU threads of a training step; 0 is torch's default. Beside a managed vLLM without a GPU:
+    the number of cores that only the learner gets (`nextstate/app/cores.py`)."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the adapter's first weights and of sampled canary replies."""
     poll_s: _Positive = 1.0

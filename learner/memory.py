@@ -2,22 +2,26 @@
 
 The sum counts what is certain to be held: the base, the adapter with gradients and AdamW's moments,
 and the snapshots. It stops a learner that can only be killed for memory, again after every restart.
-What a forward and backward pass needs is found out by one pass over the largest batch.
+What a forward and backward pass needs is found out by one pass over the largest batch, or on a CPU
+by a short one if that is enough to know.
 """
 # pyright: basic
 
 from __future__ import annotations
 
+import logging
 import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import get_peft_model
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
 from learner.config import LearnerConfig
 from learner.model import check_quantization, lora_config, model_shape, pick_device, pick_dtype
@@ -32,6 +36,13 @@ _SNAPSHOT_BYTES = 4 * 3
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in 4 bits: its scales are a byte for 64 weights and 4 bytes for 256 of those."""
 _ROOT = Path("/")
+_SHORT_PASS = 128
+"""Tokens of the pass whose memory is counted on a CPU: it takes seconds."""
+_ALLOCATION = "[memory]"
+"""The profiler's name for an allocation, and with a negative size for its end."""
+_FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
+_UNFUSED = "aten::_scaled_dot_product_attention_math"
+log = logging.getLogger(__name__)
 
 
 def require_memory(
@@ -61,15 +72,19 @@ def require_memory(
 
 
 def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
-    """One pass over the largest batch, before any sample is leased. Returns its rows and tokens.
+    """Tries the largest batch before any sample is leased. Returns its rows and tokens.
 
     Raises StartError if memory is too small for it. On a CPU an allocation past what is free fails
-    here, where Linux would otherwise kill the process later.
+    here, where Linux would otherwise kill the process later. There a whole pass may take minutes,
+    so it is left out if a short one shows that memory is far from full.
     """
-    on_cpu = trainer.args.device.type == "cpu"
+    rows, tokens = trainer.largest_batch()
+    free = free_ram() if trainer.args.device.type == "cpu" else None
     try:
-        with _allocations_limited_to(free_ram() if on_cpu else None):
-            return trainer.try_largest_batch()
+        with _allocations_limited_to(free):
+            if free is None or not _clearly_fits(trainer, rows * tokens, free):
+                trainer.try_batch(rows, tokens)
+            return rows, tokens
     except (RuntimeError, MemoryError) as error:
         reason = str(error).strip().split("\n")[0]
         if not isinstance(error, torch.OutOfMemoryError | MemoryError) and (
@@ -83,6 +98,36 @@ REMEDY = (
     "lower [learner] max_tokens, micro_batch_tokens or lora_rank, set gradient_checkpointing = "
     'true or, on a GPU, quantization = "4bit", or lower "--gpu-memory-utilization" in [engine] args'
 )
+
+
+def _clearly_fits(trainer: PolicyTrainer, tokens: int, free: int) -> bool:
+    """True if a pass over `tokens` tokens on the CPU needs at most half of the `free` bytes.
+
+    What a pass holds grows with its tokens, and some of it is constant. So a short pass holds at
+    least as much for each token as a long one: its peak in proportion is a bound. That is not true
+    of attention that computes a matrix of all pairs of tokens, so only fused attention counts.
+    """
+    if tokens <= _SHORT_PASS:
+        return False
+    peak, names = held_by_pass(trainer, 1, _SHORT_PASS)
+    bound = peak * tokens // (_SHORT_PASS - 1)  # its first token is the prompt, without logits
+    fits = _FUSED in names and _UNFUSED not in names and 0 < 2 * bound <= free
+    log.info(
+        "a pass over %d tokens holds %s GB, so one over %d at most %s GB of %s GB free: %s",
+        *(_SHORT_PASS, _gb(peak), tokens, _gb(bound), _gb(free)),
+        "it fits" if fits else "it is tried, which may take minutes",
+    )
+    return fits
+
+
+def held_by_pass(trainer: PolicyTrainer, rows: int, tokens: int) -> tuple[int, set[str]]:
+    """The bytes that a pass holds at its peak on the CPU, and the names of its operations."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        trainer.try_batch(rows, tokens)
+    results: Any = seen.profiler
+    events = results.kineto_results.events()
+    changes = [event.nbytes() for event in events if event.name() == _ALLOCATION]
+    return max(accumulate(changes), default=0), {event.name() for event in events}
 
 
 def _sizes(config: LearnerConfig, model_path: str, device: torch.device) -> tuple[int, int]:

@@ -64,7 +64,9 @@ class Sequences:
 
     def sharper(self, temperature: float) -> Sequences:
         """The same, as if every completion had been drawn at most at this temperature."""
-        return replace(self, samplings=tuple(drawn.sharper(temperature) for drawn in self.samplings))
+        return replace(
+            self, samplings=tuple(drawn.sharper(temperature) for drawn in self.samplings)
+        )
 
     def prompt(self, turn: int) -> Tensor:
         """The ids (P,) before the completion of one turn."""

@@ -194,21 +194,24 @@ class PolicyTrainer(GRPOTrainer):
             },
         )
 
-    def try_largest_batch(self) -> tuple[int, int]:
-        """One forward and backward pass over the largest micro-batch that samples can make.
-
-        Returns its rows and tokens. It raises whatever torch raises where memory is too small.
-        """
+    def largest_batch(self) -> tuple[int, int]:
+        """Rows, and tokens of each, of the largest micro-batch that samples can make."""
         positions = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
         tokens = min(self.config.max_tokens, positions or self.config.max_tokens)
         rows = max(1, min(self.config.batch_size, self.config.micro_batch_tokens // tokens))
+        return rows, tokens
+
+    def try_batch(self, rows: int, tokens: int) -> None:
+        """One forward and backward pass over a micro-batch of that size, without a trace.
+
+        It raises whatever torch raises where memory is too small.
+        """
         reply = (1,) * (tokens - 1)
         heavy = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
         one = Sample("", "", 0, (1,), reply, (-1.0,) * len(reply), 1, (1,), heavy)
         samples = [replace(one, turn=str(row), session=str(row)) for row in range(rows)]
         self.gradient(samples, {0: 0})
         self.model.zero_grad()
-        return rows, tokens
 
     def gradient(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> None:
         """Adds the gradient of the samples' loss; takes no step."""

