@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.learning_loop import Plan, Point, Run, toy_loop
 from benchmarks.learning_model import add_model_options, learn_with_model
-from demo.run import LEARNER
+from demo.course import LEARNER
 from demo.tasks import Domain
 from learner.config import LearnerConfig
 
