@@ -3,6 +3,9 @@
 The demo's persona talks to the demo's policy over some seeds; after each update the version that
 serves answers held-out questions. A reply counts only if it satisfies the persona and is still
 right. Runs are a function of their options; see `benchmarks/learning_loop.py` for what is real.
+
+With `--model`, a person with a wish talks to a real model in their place, and the defaults of
+`[learner]` hold: see `benchmarks/learning_model.py`.
 """
 
 from __future__ import annotations
@@ -24,8 +27,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from benchmarks.learning_loop import Loop, Plan, Point, Run
-from demo.run import LEARNER
+from benchmarks.learning_loop import Plan, Point, Run, toy_loop
+from benchmarks.learning_model import add_model_options, learn_with_model
+from demo.course import LEARNER
 from demo.tasks import Domain
 from learner.config import LearnerConfig
 
@@ -36,7 +40,7 @@ _SHOWN = (0, 1, 2, 3, 4, 8, 14, 24, 34)
 def run(plan: Plan) -> Run:
     """One run, in a folder of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        return Loop(plan, Path(folder)).learn()
+        return toy_loop(plan, Path(folder)).learn()
 
 
 def main() -> None:
@@ -50,17 +54,27 @@ def main() -> None:
     parser.add_argument("--persona", choices=list(Domain), default=Domain.STUDENT)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--updates", type=int, default=4, help="of 16 turns each")
-    parser.add_argument("--questions", type=int, default=128, help="held-out, of each domain")
+    parser.add_argument(
+        "--questions", type=int, help="held-out (default: 128 of each domain, with --model 48)"
+    )
     parser.add_argument("--flipped", type=float, default=0.0, help="share of wrong verdicts")
     parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="of [learner], over the demo's"
+        "--set",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of [learner], over the demo's or, with --model, the defaults",
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at the same time")
     parser.add_argument("--out", type=Path, help="a file to which each run is added, as JSON")
     parser.add_argument(
         "--show", type=Path, nargs="+", help="only show the runs of such files; nothing is run"
     )
+    add_model_options(parser)
     given = parser.parse_args()
+    if given.model:
+        settings = dict(_setting(text) for text in given.set)
+        return learn_with_model(given, settings)
     found = read(given.show) if given.show else _run_all(given)
     Console(width=_WIDTH).print(table(found))
 
@@ -74,7 +88,7 @@ def _run_all(given: argparse.Namespace) -> dict[str, list[Run]]:
             given.updates,
             seed,
             given.flipped,
-            given.questions,
+            given.questions or 128,
         )
         for method in given.methods
         for seed in range(given.seeds)

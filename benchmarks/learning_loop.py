@@ -1,19 +1,21 @@
 """The whole loop without servers, for measuring what the learner learns.
 
-The learner stage, its gate, the store, the `rules` judge and the demo's personas are the real ones.
+The learner stage, its gate, the store, the `rules` judge and the demo's people are the real ones.
 In the engine's place transformers generates, in this process, with the adapter that the stage has
-published last. The personas talk whenever the stage finds too few samples, so a run is a function
-of its plan.
+published last. The people talk whenever the stage finds too few samples, so a run is a function
+of its plan. `Loop` is the same for every model; `toy_loop` is the demo's policy with its personas,
+`benchmarks/learning_model.py` a real model with a person.
 """
 # pyright: basic
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
@@ -88,7 +90,8 @@ class Point:
 class Run:
     """What became of a plan."""
 
-    points: list[Point] = field(default_factory=list)
+    points: list[Any] = field(default_factory=list)
+    """What was measured after some updates; a Point for the demo's policy."""
     turns: int = 0
     made: int = 0
     rejected: list[str] = field(default_factory=list)
@@ -97,14 +100,36 @@ class Run:
     """Turns and answers by versions that the gate rejected."""
 
 
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How tokens are drawn; `temperature` 0 takes the likeliest."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_tokens: int = _MAX_TOKENS
+
+    def asked(self) -> Json:
+        """As a client's request says it; nothing for temperature 1 without truncation."""
+        said = {"temperature": self.temperature, "top_p": self.top_p}
+        return {key: value for key, value in said.items() if value != 1.0}
+
+
 class Engine:
     """The policy as it serves: base and the adapter loaded last."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(
+        self,
+        seed: int,
+        model: Path = POLICY,
+        dtype: torch.dtype = torch.float32,
+        sampling: Sampling | None = None,
+    ) -> None:
         self.version = 0
-        self._base = AutoModelForCausalLM.from_pretrained(POLICY, dtype=torch.float32).eval()
+        self.model_path = model
+        self.sampling = sampling or Sampling()
+        self._base = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
         self._model = self._base
-        self._tokenizer = AutoTokenizer.from_pretrained(POLICY)
+        self._tokenizer = AutoTokenizer.from_pretrained(model)
         self._end = self._tokenizer.convert_tokens_to_ids("<|im_end|>")
         self._drawn = seed * 1_000_000
 
@@ -125,11 +150,28 @@ class Engine:
         """A reply's text."""
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
+    def finish_reason(self, ids: Sequence[int]) -> str:
+        """Why a reply ended, in the API's words."""
+        return "stop" if ids[-1] == self._end else "length"
+
+    @torch.no_grad()
+    def perplexity(self, text: str) -> float:
+        """exp of the mean surprise at a text's tokens, in the order of reading."""
+        ids = torch.tensor([self._tokenizer(text, add_special_tokens=False)["input_ids"]])
+        return float(torch.exp(self._model(input_ids=ids, labels=ids).loss.float()))
+
     @torch.no_grad()
     def replies(
-        self, prompts: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Sequence[int]],
+        sampling: Sampling | None = None,
+        logprobs: bool = True,
     ) -> list[tuple[tuple[int, ...], tuple[float, ...]]]:
-        """One reply to each prompt at temperature 1: ids with their end, and log-probs in nats."""
+        """One reply to each prompt: ids with their end, and their log-probs in nats.
+
+        The log-probs are of the distribution that was sampled, after temperature and truncation.
+        """
+        how = sampling or self.sampling
         width = max(map(len, prompts))
         ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts])
         mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
@@ -139,21 +181,23 @@ class Engine:
             made = self._model.generate(
                 input_ids=ids,
                 attention_mask=mask,
-                max_new_tokens=_MAX_TOKENS,
-                do_sample=True,
-                temperature=1.0,
+                max_new_tokens=how.max_tokens,
+                do_sample=how.temperature > 0,
+                temperature=how.temperature or 1.0,
                 top_k=0,
-                top_p=1.0,
+                top_p=how.top_p,
                 eos_token_id=self._end,
                 pad_token_id=0,
                 return_dict_in_generate=True,
-                output_logits=True,
+                output_scores=logprobs,
             )
         said = made.sequences[:, width:]
-        all_logprobs = torch.log_softmax(torch.stack(made.logits, 1).float(), -1)
-        logprobs = all_logprobs.gather(2, said[..., None])[..., 0].clamp(max=0.0)
+        drawn = torch.zeros(said.shape)
+        for place, scores in enumerate(made.scores or ()):
+            found = torch.log_softmax(scores.float(), -1).gather(1, said[:, place, None])[:, 0]
+            drawn[:, place] = found.clamp(max=0.0)
         found = []
-        for tokens, values in zip(said.tolist(), logprobs.tolist(), strict=True):
+        for tokens, values in zip(said.tolist(), drawn.tolist(), strict=True):
             length = tokens.index(self._end) + 1 if self._end in tokens else len(tokens)
             found.append((tuple(tokens[:length]), tuple(values[:length])))
         return found
@@ -189,28 +233,50 @@ class Persona:
         return message.text
 
 
-class Loop(threading.Event):
-    """The stage's event to stop: waiting for it lets the personas talk."""
+class User(Protocol):
+    """Somebody who talks: `messages` is the conversation that waits for a reply."""
 
-    def __init__(self, plan: Plan, folder: Path) -> None:
+    session: str
+    index: int
+    messages: list[Json]
+
+    def hear(self, reply: str) -> str | None:
+        """The next message after a reply; None where the conversation ends without one."""
+        ...
+
+
+class Loop(threading.Event):
+    """The stage's event to stop: waiting for it lets the users talk.
+
+    `measure` is called with the number of updates so far, at first with 0, and returns what the
+    run records, or None.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        folder: Path,
+        engine: Engine,
+        users: Sequence[User],
+        measure: Callable[[int], Any],
+    ) -> None:
         super().__init__()
         self.run = Run()
         self._plan = plan
         self._store = Store(StoreConfig(dir=str(folder)))
-        self._engine = Engine(plan.seed)
-        self._personas = [Persona(plan, number) for number in range(TALKING)]
+        self._engine = engine
+        self._personas = users
+        self._measure_version = measure
         self._judge_errs = Random(f"judge/{plan.seed}")
         self._rounds = 0
-        other = next(domain for domain in Domain if domain != plan.persona)
-        self._tasks = held_out_tasks(plan.persona, plan.questions)
-        self._other_tasks = held_out_tasks(other, plan.questions)
 
     def learn(self) -> Run:
         """Runs the stage until the plan's last update, or until nothing is left to learn from."""
         self._measure(0)
         try:
             config = self._plan.config
-            stage.run(self._store, config, str(POLICY), [LINEAGE], self._publish, self)
+            model = str(self._engine.model_path)
+            stage.run(self._store, config, model, [LINEAGE], self._publish, self)
         finally:
             self._store.close()
         return self.run
@@ -242,8 +308,7 @@ class Loop(threading.Event):
         rejected = {v.number: v for v in versions if v.state is VersionState.REJECTED}
         self.run.rejected = [version.reason or "" for version in rejected.values()]
         self.run.rejected_served += self._engine.version in rejected
-        if self.run.made in MEASURED:
-            self._measure(self.run.made)
+        self._measure(self.run.made)
         if self.run.made >= self._plan.updates:
             self.set()
 
@@ -271,11 +336,11 @@ class Loop(threading.Event):
                         client_model="seed-policy",
                         request={"messages": messages},
                         reply={"role": "assistant", "content": reply},
-                        finish_reason="stop",
+                        finish_reason=self._engine.finish_reason(ids),
                         prompt_ids=tuple(prompt),
                         completion_ids=ids,
                         behaviour_logprobs=logprobs,
-                        sampling={},
+                        sampling=self._engine.sampling.asked(),
                         timings=Timings(0.0, None, 0.0),
                     ),
                     chain_key=turn.encode(),
@@ -298,17 +363,34 @@ class Loop(threading.Event):
         return Verdict(turn, (score,), score, "rules", hint, hinted or None)
 
     def _measure(self, update: int) -> None:
-        score, right = self._share(self._tasks)
-        _, elsewhere = self._share(self._other_tasks)
-        self.run.points.append(Point(update, score, right, elsewhere))
+        if point := self._measure_version(update):
+            self.run.points.append(point)
 
-    def _share(self, tasks: Sequence) -> tuple[float, float]:
-        both = right = 0
-        for start in range(0, len(tasks), _ASKED_AT_ONCE):
-            part = tasks[start : start + _ASKED_AT_ONCE]
-            prompts = [self._engine.render([user_message(task.question)]) for task in part]
-            for task, (ids, _) in zip(part, self._engine.replies(prompts), strict=True):
-                reply = self._engine.text(ids)
-                right += (is_so := is_right(task, reply))
-                both += is_so and satisfies(task, reply)
-        return both / len(tasks), right / len(tasks)
+
+def toy_loop(plan: Plan, folder: Path) -> Loop:
+    """The demo's policy with its personas."""
+    engine = Engine(plan.seed)
+    other = next(domain for domain in Domain if domain != plan.persona)
+    tasks = held_out_tasks(plan.persona, plan.questions)
+    other_tasks = held_out_tasks(other, plan.questions)
+
+    def measure(update: int) -> Point | None:
+        if update not in MEASURED:
+            return None
+        score, right = _share(engine, tasks)
+        return Point(update, score, right, _share(engine, other_tasks)[1])
+
+    users = [Persona(plan, number) for number in range(TALKING)]
+    return Loop(plan, folder, engine, users, measure)
+
+
+def _share(engine: Engine, tasks: Sequence) -> tuple[float, float]:
+    both = right = 0
+    for start in range(0, len(tasks), _ASKED_AT_ONCE):
+        part = tasks[start : start + _ASKED_AT_ONCE]
+        prompts = [engine.render([user_message(task.question)]) for task in part]
+        for task, (ids, _) in zip(part, engine.replies(prompts), strict=True):
+            reply = engine.text(ids)
+            right += (is_so := is_right(task, reply))
+            both += is_so and satisfies(task, reply)
+    return both / len(tasks), right / len(tasks)

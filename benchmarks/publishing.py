@@ -39,7 +39,8 @@ from benchmarks.gaps import (
     wrong_versions,
 )
 from benchmarks.marks import FLIP, READY, REGISTERED, UPDATE, Mark, shares, update_of
-from demo.run import MODEL, Plan, write_settings
+from demo.course import MODEL, toy_course
+from demo.run import Plan, write_settings
 from demo.tasks import Domain
 from nextstate.app.engine_access import zero_adapter
 from nextstate.app.settings import Settings
@@ -154,7 +155,8 @@ async def timed(settings: Settings, *arguments: str) -> AsyncGenerator[Timed]:
 @asynccontextmanager
 async def serving(folder: Path) -> AsyncGenerator[Settings]:
     """The demo's engine behind a proxy, warmed with an adapter as `nextstate up` does."""
-    settings = write_settings(Plan("combined", Domain.STUDENT, 0, 0, folder))
+    course = toy_course("combined", Domain.STUDENT, 0)
+    settings = write_settings(Plan(course, "combined", 0, 0, folder))
     await make_zero_adapter(settings)
     stack = Stack(settings)
     stack.supervisor = Supervisor([stack.children[name] for name in _SERVERS])

@@ -6,11 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from demo.score import GOAL_SCORE, START_SCORE, Score
+from demo.score import Score
 
 
-def draw_curve(scores: Sequence[Score], title: str, path: Path) -> None:
-    """Draws the score of each version with its 95 % interval into a PNG."""
+def draw_curve(scores: Sequence[Score], goal: float, title: str, path: Path) -> None:
+    """Draws the score of each version with its 95 % interval, and the goal, into a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -23,10 +23,10 @@ def draw_curve(scores: Sequence[Score], title: str, path: Path) -> None:
     low = [max(0.0, s.score - s.margin) for s in scores]
     high = [min(1.0, s.score + s.margin) for s in scores]
     axes.fill_between(versions, low, high, alpha=0.2, color="tab:blue", linewidth=0)
-    axes.plot(versions, score, "o-", color="tab:blue", label="satisfies the persona and is right")
+    axes.plot(versions, score, "o-", color="tab:blue", label="as the user wants it, and right")
     axes.plot(versions, [s.right for s in scores], "--", color="tab:green", label="right")
-    axes.axhline(GOAL_SCORE, color="grey", linewidth=0.8, linestyle=":")
-    axes.axhline(START_SCORE, color="grey", linewidth=0.8, linestyle=":")
+    for level in (scores[0].score, goal):
+        axes.axhline(level, color="grey", linewidth=0.8, linestyle=":")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("policy version (one update of 16 judged turns each)")
     axes.set_ylabel("share of held-out replies")

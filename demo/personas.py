@@ -53,6 +53,11 @@ class Message:
     reaction: Reaction | None
     """None for the first message of a conversation."""
 
+    @property
+    def kind(self) -> Kind | None:
+        """The reaction's kind."""
+        return self.reaction and self.reaction.kind
+
 
 NEUTRAL_SHARE = 0.06
 INSTRUCTION_SHARE = 0.88
@@ -251,6 +256,11 @@ class Conversation:
         lead = self._rng.choice(_NEXT if reaction.kind is Kind.THANKS else _CHANGES)
         text = f"{reaction.text} {lead}{self._task.question}".strip()
         return Message(text, self._task, reaction)
+
+    @property
+    def is_over(self) -> bool:
+        """False: the persona reads every reply."""
+        return False
 
 
 def _fill(template: str, task: Task) -> str:

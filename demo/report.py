@@ -35,6 +35,8 @@ class Record:
     failed: int
     versions_met: Sequence[int]
     """Versions that answered a persona."""
+    goal: float
+    """Of the last score."""
     example: tuple[str, str, str]
     """A held-out question with its reply before and after training."""
 
@@ -98,7 +100,7 @@ def write_record(record: Record, out: Path) -> tuple[Path, Path]:
     """Writes the record and its picture and returns their paths."""
     data, picture = record_files(out)
     data.write_bytes(orjson.dumps(asdict(record), option=orjson.OPT_INDENT_2))
-    draw_curve(record.scores, f"{record.persona} persona, {record.method}", picture)
+    draw_curve(record.scores, record.goal, f"{record.persona}, {record.method}", picture)
     return data, picture
 
 
@@ -119,7 +121,7 @@ def print_summary(
     console.rule("what happened")
     reactions = ", ".join(f"{count} {kind}" for kind, count in record.reactions.items())
     console.print(
-        f"{record.replies} replies to the {record.persona} persona ({reactions}); versions "
+        f"{record.replies} replies to the {record.persona} ({reactions}); versions "
         f"{record.versions_met[0]}–{record.versions_met[-1]} answered; {record.failed} requests "
         "failed"
     )

@@ -14,17 +14,18 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import openai
 
+from demo.course import POLICY, Course
 from demo.report import Display, Record, print_summary, record_files, write_record
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
-from demo.tasks import Domain, Task, held_out_tasks
+from demo.world import HeldOut
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.engine.process import free_port
@@ -35,42 +36,12 @@ from nextstate.prometheus import metric_values
 
 log = logging.getLogger(__name__)
 
-POLICY = Path(__file__).parent / "policy"
-MODEL = "seed-policy"
-UPDATES: Mapping[str, int] = {
-    "binary": 16,
-    "combined": 16,
-    "combined_sampled": 16,
-    "opd": 10,
-    "opd_topk": 10,
-}
-"""Fewer for opd: hints come only from failures, and a better policy fails less often."""
-CONVERSATIONS = 8
 ASKED_AT_ONCE = 16
-QUESTIONS = 64
-"""Held-out questions for a version on the way; the first and the last answer all."""
-ALL_QUESTIONS = 256
-MEASURE_EVERY = 2
 MEASURE_ATTEMPTS = 4
-UPDATE_TIMEOUT_S = 120.0
-STARVED_S = 50.0
-"""Without a new version for this long, opd has too few complaints left to fill a batch."""
 POLL_S = 0.1
 QUIET_POLLS = 8
 """The learner polls as often as we do: after this many polls it found no full batch."""
 UNDER_WAY = ("judgements/pending", "judgements/leased", "samples/leased", "versions/candidate")
-BATCH = 16
-
-LEARNER: Mapping[str, bool | int | float] = {
-    "batch_size": BATCH,
-    "learning_rate": 2e-3,
-    "kl_coef": 0.2,
-    "gradient_checkpointing": False,
-    "micro_batch_tokens": 2048,
-    "threads": 1,
-}
-"""Keys of `[learner]` for a policy this small."""
-
 _HEAD = "# Written by `nextstate demo`"
 _MARK = ".made-by-nextstate-demo"
 """This file marks a state folder that a demo made: the next demo may delete it."""
@@ -81,8 +52,8 @@ dir = {state}
 
 [engine]
 model = {policy}
-served_model_name = "{model}"
-dtype = "float32"
+served_model_name = {model}
+dtype = "{dtype}"
 max_model_len = 1024
 args = ["--enforce-eager", "--max-num-seqs", "32"]
 # Compiling takes longer than this whole demo; the cache of a small model needs no more than 1 GB.
@@ -106,16 +77,16 @@ poll_s = 0.1
 class Plan:
     """What to run."""
 
+    course: Course
     method: str
-    persona: Domain
     seed: int
     updates: int
     out: Path
 
 
-def run_demo(*, method: str, persona: str, seed: int, updates: int, out: Path) -> int:
-    """Runs the demo; 0 if the loop learned, 1 if it did not."""
-    plan = Plan(method, Domain(persona), seed, updates or UPDATES[method], out.absolute())
+def run_demo(course: Course, *, method: str, seed: int, updates: int, out: Path) -> int:
+    """Runs the demo; 0 if the loop learned, 1 if it did not. `updates` 0: as the course says."""
+    plan = Plan(course, method, seed, updates or course.updates, out.absolute())
     logging.getLogger().setLevel(logging.WARNING)
     return asyncio.run(_run(plan))
 
@@ -149,7 +120,8 @@ async def _run(plan: Plan) -> int:
         return 130
     files = write_record(record, plan.out)
     wanted = record.scores[-1].version if record.starved else plan.updates
-    problems = shortfalls(record.scores[0], record.scores[-1], record.failed, wanted)
+    first, last = record.scores[0], record.scores[-1]
+    problems = shortfalls(first, last, record.failed, wanted, plan.course.goals(first))
     print_summary(record, files, settings, problems, time.monotonic() - started)
     return 1 if problems else 0
 
@@ -159,7 +131,8 @@ def write_settings(plan: Plan) -> Settings:
 
     Raises StartError instead of deleting or overwriting what no demo made.
     """
-    if not (POLICY / "model.safetensors").is_file():
+    course = plan.course
+    if course.model == POLICY and not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
     state, file = plan.out / "state", plan.out / "nextstate.toml"
     if not _is_demos(file):
@@ -175,12 +148,15 @@ def write_settings(plan: Plan) -> Settings:
             head=_HEAD,
             file=_quoted(file),
             state=_quoted(state),
-            policy=_quoted(POLICY),
-            model=MODEL,
+            policy=_quoted(course.model),
+            model=json.dumps(course.served_name),
+            dtype=course.dtype,
             port=free_port(),
             method=plan.method,
             seed=plan.seed,
-            learner="\n".join(f"{key} = {json.dumps(value)}" for key, value in LEARNER.items()),
+            learner="\n".join(
+                f"{key} = {json.dumps(value)}" for key, value in course.learner.items()
+            ),
         ),
     )
     return Settings.read(file)
@@ -236,8 +212,12 @@ class _Experiment:
         self._display = display
         self._client = client
         self._http = http
-        self._talk = Talk(client, MODEL, plan.persona, plan.seed, CONVERSATIONS)
-        self._tasks = held_out_tasks(plan.persona, ALL_QUESTIONS)
+        course = plan.course
+        self._course = course
+        self._talk = Talk(
+            client, course.served_name, course.world, course.conversations, course.max_tokens
+        )
+        self._tasks = course.world.held_out[: course.all_questions]
         self._failed = 0
 
     async def record(self) -> Record:
@@ -249,7 +229,7 @@ class _Experiment:
         try:
             version, starved = 0, False
             while version < plan.updates and not starved:
-                wanted = min(version + MEASURE_EVERY, plan.updates)
+                wanted = min(version + self._course.measure_every, plan.updates)
                 starved = not await self._wait_version(talking, wanted)
                 talk.pause()
                 version, after = await self._settled_answers(last=starved)
@@ -261,7 +241,7 @@ class _Experiment:
             await asyncio.gather(talking, return_exceptions=True)
         return Record(
             method=plan.method,
-            persona=plan.persona,
+            persona=plan.course.world.title,
             seed=plan.seed,
             scores=scores,
             replies=talk.talked.replies,
@@ -270,12 +250,14 @@ class _Experiment:
             starved=starved,
             failed=self._failed + talk.talked.failed,
             versions_met=sorted(talk.talked.versions),
+            goal=plan.course.goals(scores[0]).score,
             example=_example(before, after),
         )
 
-    async def _ask(self, tasks: list[Task]) -> list[Answer]:
+    async def _ask(self, tasks: Sequence[HeldOut]) -> list[Answer]:
         self._display.phase("measuring")
-        answers = await ask_all(self._client, MODEL, tasks, ASKED_AT_ONCE)
+        name, tokens = self._course.served_name, self._course.max_tokens
+        answers = await ask_all(self._client, name, tasks, ASKED_AT_ONCE, tokens)
         self._failed += sum(answer.reply is None for answer in answers)
         return answers
 
@@ -289,7 +271,9 @@ class _Experiment:
         for _ in range(MEASURE_ATTEMPTS):
             version = await self._settled_version()
             everything = last or version >= self._plan.updates
-            answers = await self._ask(self._tasks if everything else self._tasks[:QUESTIONS])
+            answers = await self._ask(
+                self._tasks if everything else self._tasks[: self._course.questions]
+            )
             if all(answer.version in (version, -1) for answer in answers):
                 return version, answers
         raise StartError(f"the version changed in each of {MEASURE_ATTEMPTS} measurements")
@@ -297,7 +281,7 @@ class _Experiment:
     async def _settled_version(self) -> int:
         """Waits until the last full batch is trained and serves; the personas are paused."""
         self._display.phase("finishing")
-        deadline = time.monotonic() + UPDATE_TIMEOUT_S
+        deadline = time.monotonic() + self._course.update_timeout_s
         quiet = 0
         while quiet < QUIET_POLLS and time.monotonic() < deadline:
             stored = await self._stored()
@@ -311,7 +295,7 @@ class _Experiment:
         self._display.phase("personas talk")
         started = changed = time.monotonic()
         last = await self._serving()
-        while time.monotonic() - started < UPDATE_TIMEOUT_S:
+        while time.monotonic() - started < self._course.update_timeout_s:
             if talking.done():
                 talking.result()
             if self._running.done():
@@ -324,11 +308,16 @@ class _Experiment:
             if version != last:
                 last, changed = version, time.monotonic()
             waited_s = time.monotonic() - changed
-            if self._plan.method.startswith("opd") and version > 0 and waited_s > STARVED_S:
+            if (
+                self._plan.method.startswith("opd")
+                and version > 0
+                and waited_s > self._course.starved_s
+            ):
                 return False
             await asyncio.sleep(POLL_S)
         raise StartError(
-            f"version {wanted} did not come into service within {UPDATE_TIMEOUT_S:.0f} s: see "
+            f"version {wanted} did not come into service within "
+            f"{self._course.update_timeout_s:.0f} s: see "
             f"{self._stack.dir / 'logs' / 'learner.log'}"
         )
 

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 import openai
 from openai.types.chat import ChatCompletionMessageParam
 
-from demo.personas import Conversation, Kind
-from demo.tasks import Domain, Task, task_stream
+from demo.personas import Kind
+from demo.world import HeldOut, World
 
 log = logging.getLogger(__name__)
 
 MAX_TOKENS = 96
-MAX_EXCHANGES = 4
 READING_S = 0.4
 """Mean time that a persona reads a reply before it writes."""
 VERSION_HEADER = "x-nextstate-version"
-_ANSWER_TIMEOUT_S = 60.0
+_ANSWER_TIMEOUT_S = 180.0
+"""A real model on two cores that also train answers 16 at once in a minute."""
 
 
 def client_for(base_url: str) -> openai.AsyncOpenAI:
@@ -46,14 +47,19 @@ class Talk:
     """Conversations that run until they are cancelled."""
 
     def __init__(
-        self, client: openai.AsyncOpenAI, model: str, domain: Domain, seed: int, parallel: int
+        self,
+        client: openai.AsyncOpenAI,
+        model: str,
+        world: World,
+        parallel: int,
+        max_tokens: int = MAX_TOKENS,
     ) -> None:
         self.talked = Talked()
         self._client = client
         self._model = model
-        self._domain = domain
-        self._seed = seed
+        self._world = world
         self._parallel = parallel
+        self._max_tokens = max_tokens
         self._open = asyncio.Event()
         self._open.set()
 
@@ -72,28 +78,28 @@ class Talk:
                 workers.create_task(self._talk(number))
 
     async def _talk(self, number: int) -> None:
-        rng = Random(f"{self._domain}/{self._seed}/{number}")
-        tasks = task_stream(self._domain, self._seed * 1000 + number, held_out=False)
-        while True:
-            conversation = Conversation(tasks, rng, max_exchanges=MAX_EXCHANGES)
+        rng = Random(number)
+        for conversation in self._world.conversations(number):
             message = conversation.open()
             history: list[ChatCompletionMessageParam] = []
             while message is not None:
                 await self._open.wait()
-                if message.reaction is not None:
-                    self.talked.reactions[message.reaction.kind] += 1
+                if message.kind is not None:
+                    self.talked.reactions[message.kind] += 1
                 await asyncio.sleep(READING_S * rng.uniform(0.5, 1.5))
                 history.append({"role": "user", "content": message.text})
-                reply = await self._reply(history)
-                if reply is None:
+                reply = await self._reply(history, 1 if conversation.is_over else self._max_tokens)
+                if reply is None or conversation.is_over:
                     break
                 history.append({"role": "assistant", "content": reply})
                 message = conversation.answer(reply)
 
-    async def _reply(self, history: list[ChatCompletionMessageParam]) -> str | None:
+    async def _reply(
+        self, history: list[ChatCompletionMessageParam], max_tokens: int
+    ) -> str | None:
         try:
             raw = await self._client.chat.completions.with_raw_response.create(
-                model=self._model, messages=history, max_tokens=MAX_TOKENS, stream=True
+                model=self._model, messages=history, max_tokens=max_tokens, stream=True
             )
             parts: list[str] = []
             finished = False
@@ -118,24 +124,28 @@ class Talk:
 class Answer:
     """One held-out question's reply and the version that gave it; None for a failed request."""
 
-    task: Task
+    task: HeldOut
     reply: str | None
     version: int
 
 
 async def ask_all(
-    client: openai.AsyncOpenAI, model: str, tasks: list[Task], parallel: int
+    client: openai.AsyncOpenAI,
+    model: str,
+    tasks: Sequence[HeldOut],
+    parallel: int,
+    max_tokens: int = MAX_TOKENS,
 ) -> list[Answer]:
     """Asks every task once in a fresh conversation, `parallel` at a time."""
     places = asyncio.Semaphore(parallel)
 
-    async def ask(task: Task) -> Answer:
+    async def ask(task: HeldOut) -> Answer:
         async with places:
             try:
                 raw = await client.chat.completions.with_raw_response.create(
                     model=model,
                     messages=[{"role": "user", "content": task.question}],
-                    max_tokens=MAX_TOKENS,
+                    max_tokens=max_tokens,
                 )
             except openai.OpenAIError as error:
                 log.warning("a request failed: %s", error)

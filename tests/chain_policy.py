@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from demo.run import POLICY
+from demo.course import POLICY
 
 CONTEXT = 65_536
 _WIDTH = 128

@@ -19,9 +19,10 @@ from typing import Any
 import aiohttp
 import psutil
 
-from demo.run import MODEL, POLICY
+from demo.course import MODEL, POLICY
 from demo.talk import Talk, client_for
 from demo.tasks import Domain
+from demo.world import persona_world
 from nextstate.app.cli import main
 
 NEXTSTATE = (sys.executable, "-P", "-m", "nextstate")
@@ -150,7 +151,7 @@ class Loop:
 
     async def _talk_until(self, version: int, seed: int) -> int:
         async with client_for(f"{self.url}/v1") as client, aiohttp.ClientSession(self.url) as http:
-            talk = Talk(client, MODEL, Domain.STUDENT, seed, parallel=6)
+            talk = Talk(client, MODEL, persona_world(Domain.STUDENT, seed), parallel=6)
             talking = asyncio.create_task(talk.run())
             while await serving(http) < version:
                 assert not talking.done()

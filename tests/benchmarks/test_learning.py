@@ -5,7 +5,7 @@ from dataclasses import asdict, replace
 
 from benchmarks import learning
 from benchmarks.learning_loop import Plan, Point, Run
-from demo.run import LEARNER
+from demo.course import LEARNER
 from learner.config import LearnerConfig
 
 PLAN = Plan(LearnerConfig(**{**LEARNER, "epochs": 1, "batch_size": 4}), updates=1, questions=4)

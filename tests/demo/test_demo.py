@@ -8,12 +8,14 @@ from random import Random
 
 import pytest
 
+from demo.course import toy_course
 from demo.replies import Style, render, render_wrong
 from demo.report import Display, Record, write_record
 from demo.run import Plan, write_settings
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talked
 from demo.tasks import Domain, held_out_tasks
+from demo.world import persona_world
 from nextstate.errors import StartError
 from nextstate.process_lock import ProcessLock
 
@@ -21,13 +23,14 @@ from nextstate.process_lock import ProcessLock
 def answers() -> list[Answer]:
     """Four of version 3 (good, wrong style, wrong content, failed) and one of another version."""
     rng = Random(1)
-    good, styled, wrong, failed, other = held_out_tasks(Domain.STUDENT, 5)
+    good, styled, wrong, _, other = held_out_tasks(Domain.STUDENT, 5)
+    asked = persona_world(Domain.STUDENT, 0).held_out
     return [
-        Answer(good, render(good, Style.PLAIN, rng), 3),
-        Answer(styled, render(styled, Style.FINAL, rng), 3),
-        Answer(wrong, render_wrong(wrong, Style.PLAIN, rng), 3),
-        Answer(failed, None, -1),
-        Answer(other, render(other, Style.PLAIN, rng), 2),
+        Answer(asked[0], render(good, Style.PLAIN, rng), 3),
+        Answer(asked[1], render(styled, Style.FINAL, rng), 3),
+        Answer(asked[2], render_wrong(wrong, Style.PLAIN, rng), 3),
+        Answer(asked[3], None, -1),
+        Answer(asked[4], render(other, Style.PLAIN, rng), 2),
     ]
 
 
@@ -48,7 +51,7 @@ FIRST, LAST = Score(0, 256, 0.17, 0.18, 0.99), Score(12, 256, 0.9, 0.91, 0.985)
     ("first", "last", "failed", "expected"),
     [
         (FIRST, LAST, 0, []),
-        (FIRST, Score(12, 256, 0.79, 0.8, 0.99), 0, ["below 0.8"]),
+        (FIRST, Score(12, 256, 0.79, 0.8, 0.99), 0, ["below 0.80"]),
         (FIRST, Score(12, 256, 0.9, 0.95, 0.97), 0, ["97.0% of the replies"]),
         (FIRST, LAST, 1, ["1 requests failed"]),
         (FIRST, Score(11, 256, 0.9, 0.91, 0.99), 0, ["only 11 of 12 versions"]),
@@ -65,7 +68,7 @@ def test_a_loop_that_did_not_learn_says_why(
 
 def test_the_record_is_written_as_json_and_picture(tmp_path: Path) -> None:
     record = Record(
-        "combined", "student", 0, [FIRST, LAST], 9, {}, {}, False, 0, [0, 12], ("q", "a", "b")
+        "combined", "student", 0, [FIRST, LAST], 9, {}, {}, False, 0, [0, 12], 0.8, ("q", "a", "b")
     )
     data, picture = write_record(record, tmp_path)
     assert json.loads(data.read_text())["scores"][1]["score"] == 0.9
@@ -85,7 +88,7 @@ def test_without_a_terminal_the_progress_is_plain_lines(
 
 
 def plan(out: Path) -> Plan:
-    return Plan("binary", Domain.STUDENT, 0, 1, out)
+    return Plan(toy_course("binary", Domain.STUDENT, 0), "binary", 0, 1, out)
 
 
 @pytest.mark.parametrize("name", ["out", 'o"ut', "löss #1?%2F \\n"])

@@ -8,7 +8,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 
-from demo.run import MODEL
+from demo.course import MODEL
 from judge.config import JudgeConfig
 from judge.stage import run
 from nextstate.engine.client import EngineClient

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from demo.run import MODEL
+from demo.course import MODEL
 from nextstate.engine.process import free_port
 from nextstate.records import Json
 from tests.chain_policy import CONTEXT, save_chain_policy

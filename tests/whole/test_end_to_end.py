@@ -18,7 +18,7 @@ import psutil
 import pytest
 
 from benchmarks.asking import Clients
-from demo.run import MODEL, POLICY
+from demo.course import MODEL, POLICY
 from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
 from nextstate.engine.client import publish

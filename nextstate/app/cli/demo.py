@@ -10,9 +10,9 @@ from nextstate.app.cli.common import add_command, whole_number
 
 
 def add(subparsers: Any) -> None:
-    text = "watch a small policy learn from talk, on a real vLLM"
+    text = "watch a model learn from talk, on a real vLLM"
     parser = add_command(subparsers, "demo", run, text, config=False)
-    parser.epilog = "example: nextstate demo --persona teacher --method opd --seed 1"
+    parser.epilog = "example: nextstate demo --model smollm2 --wish named"
     parser.add_argument(
         "--method",
         choices=("binary", "opd", "opd_topk", "combined", "combined_sampled"),
@@ -20,10 +20,22 @@ def add(subparsers: Any) -> None:
         help="learn from scores, from hints, or from both (default); see [learner] method",
     )
     parser.add_argument(
+        "--model",
+        default="",
+        help="a real model instead of the small policy: smollm2 (downloaded once) or a folder",
+    )
+    parser.add_argument(
         "--persona",
         choices=("student", "teacher"),
         default="student",
         help="student: nothing that looks machine-written; teacher: specific, friendly comments",
+    )
+    parser.add_argument(
+        "--wish",
+        choices=("short", "named", "cheerful"),
+        default="short",
+        help="what the person wants who talks to a real model: one short sentence (default), her "
+        "name and a question, or an exclamation mark",
     )
     text = "of the conversations and the adapter"
     parser.add_argument("--seed", type=whole_number, default=0, help=text)
@@ -38,11 +50,18 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from demo.course import model_course, toy_course
     from demo.run import run_demo
+    from demo.smollm2 import model_folder
+    from demo.tasks import Domain
 
+    if args.model:
+        course = model_course(model_folder(args.model), args.wish, args.seed)
+    else:
+        course = toy_course(args.method, Domain(args.persona), args.seed)
     return run_demo(
+        course,
         method=args.method,
-        persona=args.persona,
         seed=args.seed,
         updates=args.updates,
         out=args.out,
