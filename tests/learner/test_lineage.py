@@ -90,7 +90,7 @@ def test_rejections_in_a_row_say_what_to_change_and_go_on(
     assert engine.published == [4]
     assert recorded.states() == {"dropped": 48, "trained": 16}
     (said,) = (r.getMessage() for r in caplog.records if "in a row" in r.getMessage())
-    assert said.startswith("3 versions in a row were rejected lineage=main: lower [learner] learn")
+    assert said.startswith("3 versions in a row were rejected lineage=main: lower [learner] step_")
 
 
 def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, model_path):
