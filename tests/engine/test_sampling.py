@@ -23,6 +23,10 @@ if TYPE_CHECKING:
 
 QUESTION = "Tom has 3 apples and gets 4 more. How many apples does he have?"
 
+UNCHANGED = ("model's own", "plain", "greedy")
+SURELY_CHANGED = ("temperature 0.7", "temperature 1.5", "repetition 1.3", "all")
+"""The demo's policy is so sure of most tokens that a truncation or a bias need not show."""
+
 
 async def _ask_all(loop: Loop) -> dict[str, str]:
     """The turn of each case; they run at the same time, so that one batch has different rows."""
@@ -76,7 +80,10 @@ def test_the_learner_reads_a_turn_as_vllm_sampled_it(
     found = differences(model, [sample])
     assert found.hugging_face < 1e-3
     assert found.learner < 1e-3
-    assert (found.raw > 1e-2) == (case not in ("model's own", "plain", "greedy"))
+    if case in UNCHANGED:
+        assert found.raw < 1e-2
+    if case in SURELY_CHANGED:
+        assert found.raw > 1e-2, "so the raw log-probs would have been noticed"
 
 
 def test_the_doctor_finds_nothing_wrong_with_the_sampling_of_a_managed_engine(
