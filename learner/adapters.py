@@ -92,6 +92,11 @@ def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str
     return write_folder(path, lambda folder: _write_adapter(folder, weights, config, model_path))
 
 
+def remove_adapter(path: Path) -> None:
+    """Deletes a version's folder, also what was left of it; a failure leaves the rest of it."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The adapter's tensors; raises AdapterError if the file is missing, broken or not `sha256`."""
     try:

@@ -88,10 +88,10 @@ class LearnerConfig:
     token."""
     gate_canaries: Annotated[int, Ge(0)] = 2
     """Recorded prompts that a new version answers before it serves; 0: none."""
-    watch_level: _Share = 0.01
-    """Largest probability that a version which is no worse is rolled back; 0: no watch."""
-    watch_drop: _NotNegative = 0.2
-    """A version is rolled back if its mean score (-1 to 1) is clearly lower by more than this."""
+    watch: bool = True
+    """Rolls back a version that is clearly worse than those before it (`learner/watch.py`)."""
+    keep_versions: Annotated[int, Ge(2)] = 40
+    """The newest adapters that stay on disk (`learner/pruning.py`)."""
     drift_limit: _NotNegative = 0.0
     """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0
     chooses by the precision of engine and learner (`learner/drift.py`)."""
