@@ -115,7 +115,9 @@ def main() -> None:
     """The command line; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.watch", description=__doc__)
     parser.add_argument("--runs", type=int, default=200, help="of each number (default: 200)")
-    runs = range(parser.parse_args().runs)
+    parser.add_argument("--only", default="", metavar="TEXT", help="worlds with this in the name")
+    given = parser.parse_args()
+    runs = range(given.runs)
     table = Table(box=box.SIMPLE, title=f"runs of {BEFORE} + {AFTER} judged turns in which …")
     for heading in (
         "sessions",
@@ -131,6 +133,8 @@ def main() -> None:
         return f"{sum(at is not None and at > least for at in found) / len(found):.1%}"
 
     for name, world in _WORLDS.items():
+        if given.only not in name:
+            continue
         shifted = replace(world, harder=0.6)
         quiet = [alarm(Random(f"quiet/{n}"), world, first=VERSION_TURNS) for n in runs]
         table.add_row(
