@@ -94,18 +94,6 @@ def coarser(trainer: PolicyTrainer, bits: int) -> Iterator[None]:
             layer.weight.data = weight
 
 
-@contextmanager
-def hotter(trainer: PolicyTrainer, temperature: float) -> Iterator[None]:
-    """Inside the block the learner's log-probs are those at another temperature."""
-    head: Any = trainer.policy.get_output_embeddings()
-    kept = head.weight
-    head.weight = nn.Parameter(kept.data / temperature, requires_grad=False)
-    try:
-        yield
-    finally:
-        head.weight = kept
-
-
 def mistakes(trainer: PolicyTrainer, samples: Sequence[Sample]) -> Iterator[tuple[str, Tensor]]:
     """What each mistake does to the differences."""
 
@@ -115,8 +103,8 @@ def mistakes(trainer: PolicyTrainer, samples: Sequence[Sample]) -> Iterator[tupl
     for bits in (8, 4):
         with coarser(trainer, bits):
             yield f"base rounded to {bits} bits on one side", measured()
-    with hotter(trainer, _TEMPERATURE):
-        yield f"temperature {_TEMPERATURE} on one side, 1 on the other", measured()
+    other = [replace(s, sampling=replace(s.sampling, temperature=_TEMPERATURE)) for s in samples]
+    yield f"temperature {_TEMPERATURE} on one side only", differences(trainer, other)
     half = [replace(s, prompt_ids=s.prompt_ids[len(s.prompt_ids) // 2 :]) for s in samples]
     yield "the prompt's first half (system message) missing", differences(trainer, half)
     others = [s.prompt_ids for s in (*samples[1:], samples[0])]

@@ -129,7 +129,7 @@ class World:
         if update in (0, given.updates) or update in given.full:
             point = replace(
                 point,
-                retention=self.retention(),
+                retention=self.retention() if given.retention else None,
                 perplexity=self._engine.perplexity((FOLDER / "text.txt").read_text("utf-8")),
             )
         if given.samples:
@@ -206,8 +206,6 @@ def best_dtype() -> torch.dtype:
 def learn_with_model(given: argparse.Namespace, settings: dict[str, Any]) -> None:
     """All runs that the options name; prints a line for each measured update."""
     model = model_folder(given.model)
-    if not given.retention:
-        given.retention = None
     dtype = best_dtype()
     sampling = Sampling(given.temperature, given.top_p, MAX_TOKENS)
     if given.reference:
@@ -247,7 +245,9 @@ def _line(point: ModelPoint) -> str:
         f"right {point.right:.2f}  variety {point.variety:.2f}  words {point.words:5.1f}"
     )
     if point.retention is not None:
-        text += f"  retention {point.retention:.3f}  perplexity {point.perplexity:.2f}"
+        text += f"  retention {point.retention:.3f}"
+    if point.perplexity is not None:
+        text += f"  perplexity {point.perplexity:.2f}"
     return f"{text}  {point.seconds:.0f} s"
 
 

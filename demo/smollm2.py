@@ -150,7 +150,8 @@ def _converted(gguf: Path, work: Path) -> Path:
         **{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
     )
     # transformers does not save a model that came from GGUF, so a new one takes its weights.
-    model = LlamaForCausalLM(config).to(torch.float32)
+    model = LlamaForCausalLM(config)
+    model = model.to(torch.float32)
     model.load_state_dict(read.state_dict())
     target = work / "model"
     model.save_pretrained(target)

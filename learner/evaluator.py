@@ -131,7 +131,7 @@ class Evaluator:
         if not count:
             return
         recorded = canary_prompts(samples, count)
-        tokenizer = self._trainer.processing_class
+        tokenizer: Any = self._trainer.processing_class
         self._canaries = self._questions | dict.fromkeys(recorded)
         said = [s.prompt_ids + (s.completion_ids if s.score > 0 else ()) for s in samples]
         self._recorded = "\n".join(tokenizer.batch_decode(said, skip_special_tokens=True))
@@ -187,8 +187,9 @@ class Evaluator:
         with use_adapter(self._trainer.policy, None):
             read = self._logprobs(samples)
         found: list[Reply] = []
+        tokenizer: Any = self._trainer.processing_class
         for at, (prompt, reply) in enumerate(answered):
-            text = self._trainer.processing_class.decode(reply, skip_special_tokens=True)
+            text = tokenizer.decode(reply, skip_special_tokens=True)
             question, logprobs = self._canaries[prompt], read.get(str(at))
             found.append(
                 Reply(

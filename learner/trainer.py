@@ -405,7 +405,7 @@ class PolicyTrainer(GRPOTrainer):
         states, aux_loss = outputs.last_hidden_state, None
         if self.aux_loss_enabled:
             text = self.policy.config.get_text_config()
-            aux_loss = load_balancing_loss_func(
+            aux_loss: Any = load_balancing_loss_func(
                 outputs.router_logits, text.num_experts, text.num_experts_per_tok, sequences.mask
             )
         return _Scored(completion_logprobs(states, self._head, sequences), aux_loss, states)

@@ -57,7 +57,7 @@ def divide(cores: list[frozenset[int]], threads: int) -> Cores | None:
     kept = len(cores) - (threads or max(1, len(cores) // _LEARNERS_SHARE))
     if kept < 1:
         return None
-    return Cores(frozenset().union(*cores[:kept]), frozenset().union(*cores[kept:]))
+    return Cores(frozenset[int]().union(*cores[:kept]), frozenset[int]().union(*cores[kept:]))
 
 
 def physical_cores(allowed: set[int], topology: Path = _TOPOLOGY) -> list[frozenset[int]]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.asking import Answered, Clients
 from benchmarks.beside import tokens
-from benchmarks.drift import coarser, differences, figures, hotter
+from benchmarks.drift import coarser, differences, figures
 from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.records import Sample
 from tests.learner.test_tiny_model import CONFIG, save_tiny_model
@@ -26,10 +26,10 @@ def trainer(tmp_path_factory: pytest.TempPathFactory) -> PolicyTrainer:
     return build_trainer(config, model_path, tmp_path_factory.mktemp("work"))
 
 
-def policy_logprobs(trainer: PolicyTrainer, temperature: float = 1.0) -> torch.Tensor:
+def policy_logprobs(trainer: PolicyTrainer) -> torch.Tensor:
     """The log-probs of SAMPLE's completion from a forward pass of its own."""
     ids = torch.tensor([[*SAMPLE.prompt_ids, *SAMPLE.completion_ids]])
-    logits = trainer.policy.get_base_model()(ids).logits[0, 1:-1] / temperature
+    logits = trainer.policy.get_base_model()(ids).logits[0, 1:-1]
     return logits.log_softmax(-1).gather(1, ids[0, 2:, None])[:, 0].detach()
 
 
@@ -56,10 +56,6 @@ def test_a_difference_is_policy_minus_behaviour_of_each_token(trainer: PolicyTra
 
 def test_a_mistake_changes_the_differences_and_ends_with_its_block(trainer: PolicyTrainer) -> None:
     plain = differences(trainer, [SAMPLE])
-    expected = policy_logprobs(trainer, 0.7) - torch.tensor(SAMPLE.behaviour_logprobs)
-    with hotter(trainer, 0.7):
-        torch.testing.assert_close(differences(trainer, [SAMPLE]), expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(differences(trainer, [SAMPLE]), plain)
     with coarser(trainer, 4):
         rough = (differences(trainer, [SAMPLE]) - plain).abs().max()
     with coarser(trainer, 12):

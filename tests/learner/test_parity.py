@@ -17,6 +17,7 @@ from nextstate.errors import LearnerError
 from nextstate.records import Sample
 from tests.learner.test_tiny_model import (
     CONFIG,
+    backbone_of,
     distributions,
     load_float64,
     logprobs,
@@ -342,11 +343,11 @@ def test_several_epochs_are_as_many_steps_on_the_same_samples(tmp_path):
     )
     passes = {once: 0, thrice: 0}
 
-    def count(policy: object, _: object) -> None:
-        passes[once if policy is once.policy else thrice] += 1
+    def count(layers: object, _: object) -> None:
+        passes[once if layers is backbone_of(once) else thrice] += 1
 
     for trainer in passes:
-        trainer.policy.register_forward_pre_hook(count)
+        backbone_of(trainer).register_forward_pre_hook(count)
     once.update(samples, LAGS)
     thrice.update(samples, LAGS)
     # One for the gradient and one for the size of the step: the teacher reads a reply once.

@@ -24,6 +24,7 @@ from tests.learner.test_tiny_model import (
     PROMPT,
     WITH_CANARIES,
     Recorded,
+    backbone_of,
     load_float64,
     logprobs,
     save_tiny_model,
@@ -405,7 +406,7 @@ def test_an_idle_learner_asks_the_engine_before_the_passes_over_every_micro_batc
         events.append("ask")
         return 1 if len(events) in (1, 4, 9) else 0
 
-    with_hook(monkeypatch, lambda trainer: trainer.policy.register_forward_pre_hook(passes))
+    with_hook(monkeypatch, lambda trainer: backbone_of(trainer).register_forward_pre_hook(passes))
     monkeypatch.setattr(evaluator, "decode", decodes)
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
@@ -422,7 +423,7 @@ def test_a_gpu_that_is_full_is_told_with_what_would_help(recorded, model_path, m
     def full(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
-    with_hook(monkeypatch, lambda trainer: trainer.policy.register_forward_pre_hook(full))
+    with_hook(monkeypatch, lambda trainer: backbone_of(trainer).register_forward_pre_hook(full))
     recorded.add_mixed(16)
     with pytest.raises(LearnerError, match=r"CUDA out of memory; lower .*micro_batch_tokens"):
         train(recorded, model_path, FakeEngine(recorded.store))

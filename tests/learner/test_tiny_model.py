@@ -14,6 +14,7 @@ from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config
 
 from learner.config import LearnerConfig
+from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
 from nextstate.records import Sample, Timings, Turn, TurnKind, Verdict
 from nextstate.store import Store
@@ -157,6 +158,11 @@ class Recorded:
             connection.row_factory = sqlite3.Row
             query = "select * from samples where turn = ?"
             return dict(connection.execute(query, (turn,)).fetchone())
+
+
+def backbone_of(trainer: PolicyTrainer) -> torch.nn.Module:
+    """The layers below the head: each pass of the learner calls them once."""
+    return trainer.policy.get_base_model().base_model
 
 
 def sample(
