@@ -115,7 +115,7 @@ def check_scale(path: Path, config: LearnerConfig) -> None:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
     if saved["lora_alpha"] != config.lora_alpha:
         raise LearnerError(
-            f"the adapter to continue from was trained with [learner] lora_alpha = "
+            "the adapter to continue from was trained with lora_alpha = "
             f"{saved['lora_alpha']}, and its weights mean something else with "
             f"{config.lora_alpha}: set it back, or start a new lineage"
         )

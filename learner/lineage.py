@@ -59,7 +59,7 @@ from nextstate.training_status import write_training_status
 log = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 5.0
-"""A look reads 1140 turns."""
+"""A look reads 1040 turns."""
 
 
 class Publisher(Protocol):
@@ -238,8 +238,8 @@ class Lineage:
 
     def _rejections(self) -> list[int]:
         """The versions in a row that the gate rejected last, since a person decided."""
-        versions = self._store.versions.all(self.name)
-        return rejected_in_a_row(versions, self._store.versions.decisions(self.name).after)
+        newest = self._store.versions.newest(self.name, MANY_REJECTIONS)
+        return rejected_in_a_row(newest, self._store.versions.decisions(self.name).after)
 
     def _is_paused(self) -> bool:
         """True until a person decides how to go on after several rejections in a row."""

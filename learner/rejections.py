@@ -35,8 +35,8 @@ def pause_notice(lineage: str, numbers: Sequence[int], reason: str | None) -> st
     """What happened and what a person can do."""
     return (
         f"paused: the gate rejected versions {', '.join(map(str, numbers))} in a row; their "
-        f"samples are kept and wait; the last reason: {reason}. Change the key that it names, or "
-        "lower [learner] step_kl, and start again; or go on from an earlier version: `nextstate "
+        f"samples are kept and wait; the last reason: {reason}. Lower [learner] step_kl "
+        "and start again; or go on from an earlier version: `nextstate "
         f"rollback NUMBER --lineage {lineage}`; or try once more: `nextstate resume --lineage "
         f"{lineage}` ends the pause"
     )

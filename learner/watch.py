@@ -29,10 +29,10 @@ from nextstate.records import JudgedTurn, PolicyVersion
 LEVEL = 0.001
 """The most probable that a version which is no worse is withdrawn: 1 % in ten versions, which serve
 about 150 judged turns. `python -m benchmarks.watch` measures both errors."""
-LOOKS = {24: 0.05, 50: 0.05, 100: 0.2, 150: 0.55, 250: 0.1, 400: 0.05}
+LOOKS = {24: 0.05, 50: 0.05, 100: 0.2, 150: 0.6, 300: 0.1}
 """After so many judged turns a suspect is tested, at this share of the level. Most of it is spent
 where a fall of 0.3 can be seen."""
-REFERENCES = {160: 0.3, 640: 0.7}
+REFERENCES = {160: 0.2, 640: 0.8}
 """A suspect is compared with so many judged turns before it, at this share of a look's level. The
 short reference is for a lineage that still gets better; the long one sees smaller falls."""
 _OLD = max(LOOKS) + 100

@@ -95,6 +95,14 @@ class Versions:
         with self._database.read() as connection:
             return [_version_of(row) for row in connection.execute(query)]
 
+    def newest(self, lineage: str, count: int) -> list[PolicyVersion]:
+        """The newest `count` versions of a lineage, oldest first."""
+        v = t.versions.c
+        query = sa.select(t.versions).where(v.lineage == lineage).order_by(v.number.desc())
+        with self._database.read() as connection:
+            rows = connection.execute(query.limit(count)).all()
+        return [_version_of(row) for row in reversed(rows)]
+
     def get(self, lineage: str, number: int) -> PolicyVersion | None:
         """One version, or None; version 0 is the base and always exists."""
         v = t.versions.c
@@ -185,9 +193,10 @@ class Versions:
         """
         v = t.versions.c
         waiting = sa.and_(v.state == VersionState.CANDIDATE, v.number != number)
-        kept = sa.select(v.number).where(v.lineage == lineage, v.number == number, v.path.is_(None))
+        ours = v.lineage == lineage, v.number == number
+        deleted = sa.select(v.number).where(*ours, v.path.is_(None), v.sha256.is_not(None))
         with self._database.write() as connection:
-            if number != BASE_VERSION and connection.execute(kept).first() is not None:
+            if connection.execute(deleted).first() is not None:
                 return False
             _decide(connection, lineage, number, self._database.now())
             _set_state(connection, lineage, _SERVING, VersionState.RETIRED)

@@ -325,5 +325,5 @@ def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
 
 
 def add_lineages(config: Path) -> None:
-    text = config.read_text() + "max_loras = 4\n"
+    text = config.read_text()
     config.write_text(text + "".join(f'[lineages.{n}]\nmodel = "{n}"\n' for n in ("alice", "bob")))

@@ -95,7 +95,7 @@ def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, mo
     train(recorded, model_path, engine, config)
     (version,) = recorded.store.versions.all("main")
     assert version.state is VersionState.REJECTED
-    assert "gate_kl_parent = 1e-12" in version.reason
+    assert "over the bound of 1e-12" in version.reason
     assert version.metrics["gate/kl_parent"] > 1e-12
     assert engine.published == []
 
