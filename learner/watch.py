@@ -13,7 +13,9 @@ descendants count with its own. A suspect is tested once at each of LOOKS, on ex
 turns, beside each of REFERENCES. The levels of these tests add up to LEVEL (a group-sequential test
 that spends its level over its looks, by Bonferroni: Lan & DeMets 1983).
 
-Without a common session before and after, nothing tells a worse version from harder questions.
+Without a common session before and after, nothing tells a worse version from harder questions. And
+if the questions of a session get harder while it lasts, versions are blamed for it: the test knows
+no other order. `python -m benchmarks.watch` measures how often.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from statistics import NormalDist
 from nextstate.records import JudgedTurn, PolicyVersion
 
 LEVEL = 0.001
-"""The most probable that a version which is no worse is withdrawn: 1 % in ten versions, which serve
-about 150 judged turns. `python -m benchmarks.watch` measures both errors."""
+"""The level of all tests of one suspect together. So in ten versions, which serve about 150 judged
+turns, the probability that one is blamed by chance is at most 1 %."""
 LOOKS = {24: 0.05, 50: 0.05, 100: 0.2, 150: 0.6, 300: 0.1}
 """After so many judged turns a suspect is tested, at this share of the level. Most of it is spent
 where a fall of 0.3 can be seen."""
@@ -64,6 +66,11 @@ class Comparison:
     def error(self) -> float:
         """Standard error of the change if no version is worse."""
         return math.sqrt(self.variance / self.weight) if self.weight else math.inf
+
+    @property
+    def standing(self) -> float:
+        """The change in standard errors; 0 if all scores of each session are equal."""
+        return self.change / self.error if self.error else 0.0
 
     def visible(self, level: float) -> float:
         """The fall of the mean score that a test at `level` finds in four of five cases."""
@@ -114,13 +121,13 @@ class Watch:
             for look in LOOKS:
                 if look <= count and (suspect, look) not in self._tested:
                     self._tested.add((suspect, look))
-                    p = test(*split(chain, turns, suspect), look)
+                    p = chance(*split(chain, turns, suspect), look)
                     if p is not None:
                         least = min(p, least or 1.0)
         if least is None:
             return None
         found = {suspect: beside(chain, turns, suspect) for suspect in suspects}
-        began = min(suspects, key=lambda suspect: found[suspect].change / found[suspect].error)
+        began = min(suspects, key=lambda suspect: found[suspect].standing)
         return Fall(began, found[began], least)
 
 
@@ -130,12 +137,12 @@ def beside(chain: Sequence[int], turns: Sequence[JudgedTurn], suspect: int) -> C
     return compare(sessions(earlier[-max(REFERENCES) :], later), len(later))
 
 
-def test(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int) -> float | None:
+def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int) -> float | None:
     """How probable the fall is by chance, if the first `look` later turns are clearly worse."""
     for reference, part in REFERENCES.items():
         rows = sessions(earlier[-reference:], later[:look])
         found = compare(rows, look)
-        if found.change < -_CLEAR * found.error:
+        if found.standing < -_CLEAR:
             p = probability(rows)
             if p <= LEVEL * LOOKS[look] * part:
                 return p
