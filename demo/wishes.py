@@ -15,7 +15,7 @@ USER = "Mia"
 MOST_WORDS = 16
 """Of one short sentence."""
 
-_MARKUP = re.compile(r"\*|__|`|#|^\s*(?:\d+[.)]|[-•])\s", re.MULTILINE)
+_MARKUP = re.compile(r"\*|__|`|#|^[ \t]*(?:\d+[.)]|[-•])\s", re.MULTILINE)
 _ABBREVIATION = re.compile(r"\b(?:[A-Z]|Mr|Mrs|Ms|Dr|St|U\.S|U\.K)\.(?=\s)")
 _END = re.compile(r"[.!?](?=\s|$)")
 

@@ -10,7 +10,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from benchmarks.sampling import CASES, differences
-from demo.run import MODEL, POLICY
+from demo.course import MODEL, POLICY
 from nextstate.app.settings import Settings
 from nextstate.engine.abilities import sampling_lacks
 from nextstate.engine.client import EngineClient

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from demo.run import POLICY
+from demo.course import POLICY
 from learner import evaluator as evaluator_module
 from learner.canaries import Comparison
 from learner.config import LearnerConfig
