@@ -295,7 +295,7 @@ class Loop(threading.Event):
         if withdraw:
             raise AssertionError("the watch is off: a version is compared at the same questions")
         self._engine.load(version)
-        self._store.versions.set_serving(LINEAGE, version.number)
+        self._store.versions.serve_candidate(version)
         self._count_versions()
 
     def _count_versions(self) -> None:

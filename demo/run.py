@@ -40,7 +40,7 @@ ASKED_AT_ONCE = 16
 MEASURE_ATTEMPTS = 4
 POLL_S = 0.1
 QUIET_POLLS = 8
-"""The learner polls as often as we do: after this many polls it found no full batch."""
+"""The learner polls every 0.5 s: after this many polls it found no full batch."""
 UNDER_WAY = ("judgements/pending", "judgements/leased", "samples/leased", "versions/candidate")
 _HEAD = "# Written by `nextstate demo`"
 _MARK = ".made-by-nextstate-demo"
@@ -69,7 +69,6 @@ kind = "rules"
 method = "{method}"
 {learner}
 seed = {seed}
-poll_s = 0.1
 """
 
 

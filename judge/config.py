@@ -14,7 +14,20 @@ from nextstate.hooks import JudgeSettings
 
 
 @dataclass(frozen=True, slots=True)
-class JudgeConfig:
+class JudgeRecipe:
+    """What nobody needs to choose. No file sets it; benchmarks and tests may, in code."""
+
+    parallel: Annotated[int, Ge(1)] = 8
+    """Turns judged at the same time. All votes on a turn are asked for at once."""
+    temperature: Annotated[float, Ge(0)] = 0.6
+    """Above 0, so that votes are independent."""
+    max_chars: Annotated[int, Ge(200)] = 6000
+    """Characters shown of one text. The request's last messages may use twice as many in all, and
+    so may the next states."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgeConfig(JudgeRecipe):
     """The keys of `[judge]`."""
 
     kind: str = "engine"
@@ -28,14 +41,10 @@ class JudgeConfig:
     """Environment variable with the judge's key."""
     votes: Annotated[int, Ge(1)] = 3
     """Independent votes on each turn. A deterministic kind is asked once."""
-    parallel: Annotated[int, Ge(1)] = 8
-    """Turns judged at the same time. All votes on a turn are asked for at once."""
     timeout_s: Annotated[float, Gt(0)] = 60.0
     """Seconds that one vote may take."""
     max_tokens: Annotated[int, Ge(1)] = 512
     """Tokens that one vote may use."""
-    temperature: Annotated[float, Ge(0)] = 0.6
-    """Above 0, so that votes are independent."""
     share: Annotated[float, Gt(0), Le(1)] = 0.02
     """The share of the time that votes may take on the engine while agents use it; 1 means no
     limit. It holds for the kind `engine` on the vLLM that serves the agents."""
@@ -44,9 +53,6 @@ class JudgeConfig:
     tokens_per_hour: Annotated[int, Ge(0)] = 0
     """The most prompt and completion tokens of votes in any hour; 0 means no limit. Votes that are
     under way when the limit is reached are still counted in full."""
-    max_chars: Annotated[int, Ge(200)] = 6000
-    """Characters shown of one text. The request's last messages may use twice as many in all, and
-    so may the next states."""
     extra: Mapping[str, Any] = field(default_factory=dict[str, Any])
     """More fields of the judge's chat request, such as `priority = 10`. A vLLM refuses that field
     unless it runs with `--scheduling-policy priority`."""

@@ -92,6 +92,11 @@ def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str
     return write_folder(path, lambda folder: _write_adapter(folder, weights, config, model_path))
 
 
+def remove_adapter(path: Path) -> None:
+    """Deletes a version's folder, also what was left of it; a failure leaves the rest of it."""
+    shutil.rmtree(path, ignore_errors=True)
+
+
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     """The adapter's tensors; raises AdapterError if the file is missing, broken or not `sha256`."""
     try:
@@ -110,7 +115,7 @@ def check_scale(path: Path, config: LearnerConfig) -> None:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
     if saved["lora_alpha"] != config.lora_alpha:
         raise LearnerError(
-            f"the adapter to continue from was trained with [learner] lora_alpha = "
+            "the adapter to continue from was trained with lora_alpha = "
             f"{saved['lora_alpha']}, and its weights mean something else with "
             f"{config.lora_alpha}: set it back, or start a new lineage"
         )

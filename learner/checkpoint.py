@@ -31,6 +31,8 @@ class Checkpoint:
     """The name under which its samples were leased."""
     training: Mapping[str, Any]
     """`Snapshot.training` after the update."""
+    decided: int = 0
+    """How often people had chosen a version when the update began."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
@@ -48,6 +50,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         },
         "batch": checkpoint.batch,
         "training": checkpoint.training,
+        "decided": checkpoint.decided,
     }
     draft = folder / f".{_FILE}.draft"
     try:
@@ -76,4 +79,4 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
             "weights and a fresh optimizer"
         ) from error
     version = PolicyVersion(**body["version"], state=VersionState.CANDIDATE)
-    return Checkpoint(version, body["batch"], body["training"])
+    return Checkpoint(version, body["batch"], body["training"], body["decided"])

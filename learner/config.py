@@ -1,4 +1,4 @@
-"""The `[learner]` section, importable without torch."""
+"""The `[learner]` section and the recipe behind it, importable without torch."""
 
 from __future__ import annotations
 
@@ -20,13 +20,12 @@ Method = Literal["binary", "opd", "opd_topk", "combined", "combined_sampled"]
 
 
 @dataclass(frozen=True, slots=True)
-class LearnerConfig:
-    """How samples become adapters; defaults follow the report's recipe (arXiv 2603.10165)."""
+class Recipe:
+    """What nobody needs to choose: measured (benchmarks/RESULTS.md) or the report's.
 
-    method: Method = "combined"
-    """Which signals train: the score (binary), the hint (opd, opd_topk) or both (combined,
-    combined_sampled). opd and combined_sampled compare policy and teacher at the sampled token
-    alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
+    No file sets it. Benchmarks and tests may, in code.
+    """
+
     topk: _Count = 20
     """The teacher's likeliest tokens that are compared one by one; all others are one bin."""
     teacher: Literal["policy", "base"] = "policy"
@@ -34,46 +33,19 @@ class LearnerConfig:
     teacher_temperature: _Positive = 0.6
     """The most at which the teacher is read. A turn drawn at less has a teacher of its own
     temperature."""
-    batch_size: _Count = 16
-    """Samples of one update; each update makes one version."""
     min_batch: _Count = 1
     """This many samples are enough for an update after they have waited for max_wait_s."""
-    max_wait_s: _NotNegative = 0.0
-    """Seconds that at least min_batch samples wait for a full batch; 0: only a full one trains."""
-    micro_batch_tokens: _Count = 8192
-    """Tokens of one forward pass, padding included; a longer turn gets a pass of its own."""
-    learning_rate: _NotNegative = 0.0
-    """AdamW's rate; 0: found, so that an update changes the policy by about its bound
-    (`step_kl`). A rate given here is only lowered by the bound."""
     adam_beta1: _Share = 0.3
     """AdamW's memory of the gradient. Long memory moves the policy further in the direction of
     earlier samples than the present ones ask for."""
-    epochs: _Count = 4
-    """Optimizer steps of one update on the same samples."""
-    step_kl: _Positive = 0.02
-    """How far one update changes the policy: KL(before ‖ after), nats a token.
-    It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
-    its bound falls with 1 - mean score."""
     step_kl_floor: Annotated[float, Gt(0), Le(1)] = 0.1
     """The bound never falls below this fraction of step_kl; 1: it is step_kl for every batch."""
-    lora_rank: _Count = 16
-    """Rank of each low-rank pair; at most `[engine] max_lora_rank`."""
     lora_alpha: _Count = 32
     """The pair's product is scaled by alpha / rank."""
-    lora_targets: Annotated[tuple[str, ...], MinLen(1)] = (
-        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
-    )  # fmt: skip
-    """Names of the linear layers that get a pair; `all-linear` alone: all but the output layer."""
-    kl_coef: _NotNegative = 0.1
-    """Weight of the KL divergence to the base model; 0 saves one forward pass."""
     teacher_gap_clip: _Positive = 1.0
     """Largest |teacher - behaviour| log-probability of one token that counts, in nats."""
     max_lag: Annotated[int, Ge(0)] = 8
     """Samples from more than this many versions ago are dropped."""
-    max_tokens: _Count = 32768
-    """Samples with more tokens of prompt and completion are dropped; never cut."""
-    holdout: _Share = 0.1
-    """Fraction of the sessions whose turns never train: new versions are checked on them."""
     holdout_after: Annotated[int, Ge(0)] = 3
     """Versions that are made before any session is held out: the first turns teach most, and too
     few of them could not tell versions apart."""
@@ -88,10 +60,55 @@ class LearnerConfig:
     token."""
     gate_canaries: Annotated[int, Ge(0)] = 2
     """Recorded prompts that a new version answers before it serves; 0: none."""
-    watch_level: _Share = 0.01
-    """Largest probability that a version which is no worse is rolled back; 0: no watch."""
-    watch_drop: _NotNegative = 0.2
-    """A version is rolled back if its mean score (-1 to 1) is clearly lower by more than this."""
+    quantization: Literal["none", "4bit"] = "none"
+    """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
+    poll_s: _Positive = 0.5
+    """Seconds between looks into the store while too few samples are ready."""
+    tensorboard: bool = True
+    """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
+    idle_patience_s: _NotNegative = 60.0
+    """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
+
+
+@dataclass(frozen=True, slots=True)
+class LearnerConfig(Recipe):
+    """How samples become adapters; defaults follow the report's recipe (arXiv 2603.10165)."""
+
+    method: Method = "combined"
+    """Which signals train: the score (binary), the hint (opd, opd_topk) or both (combined,
+    combined_sampled). opd and combined_sampled compare policy and teacher at the sampled token
+    alone, as the report does; opd_topk and combined at the teacher's likeliest tokens."""
+    batch_size: _Count = 16
+    """Samples of one update; each update makes one version."""
+    max_wait_s: _NotNegative = 0.0
+    """Seconds that at least min_batch samples wait for a full batch; 0: only a full one trains."""
+    micro_batch_tokens: _Count = 8192
+    """Tokens of one forward pass, padding included; a longer turn gets a pass of its own."""
+    learning_rate: _NotNegative = 0.0
+    """AdamW's rate; 0: found, so that an update changes the policy by about its bound
+    (`step_kl`). A rate given here is only lowered by the bound."""
+    epochs: _Count = 4
+    """Optimizer steps of one update on the same samples."""
+    step_kl: _Positive = 0.02
+    """How far one update changes the policy: KL(before ‖ after), nats a token.
+    It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
+    its bound falls with 1 - mean score."""
+    lora_rank: Annotated[int, Ge(1), Le(512)] = 16
+    """Rank of each low-rank pair; vLLM accepts up to 512."""
+    lora_targets: Annotated[tuple[str, ...], MinLen(1)] = (
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    )  # fmt: skip
+    """Names of the linear layers that get a pair; `all-linear` alone: all but the output layer."""
+    kl_coef: _NotNegative = 0.1
+    """Weight of the KL divergence to the base model; 0 saves one forward pass."""
+    max_tokens: _Count = 32768
+    """Samples with more tokens of prompt and completion are dropped; never cut."""
+    holdout: _Share = 0.1
+    """Fraction of the sessions whose turns never train: new versions are checked on them."""
+    watch: bool = True
+    """Rolls back a version that is clearly worse than those before it (`learner/watch.py`)."""
+    keep_versions: Annotated[int, Ge(2)] = 40
+    """The newest adapters that stay on disk (`learner/pruning.py`)."""
     drift_limit: _NotNegative = 0.0
     """Largest mean |policy - behaviour| on the current version's own samples, in nats a token; 0
     chooses by the precision of engine and learner (`learner/drift.py`)."""
@@ -99,8 +116,6 @@ class LearnerConfig:
     """Precision of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU if there is one."""
-    quantization: Literal["none", "4bit"] = "none"
-    """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
     gradient_checkpointing: bool = True
     """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
@@ -109,25 +124,14 @@ class LearnerConfig:
     the number of cores that only the learner gets (`nextstate/app/cores.py`)."""
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the adapter's first weights and of sampled canary replies."""
-    poll_s: _Positive = 1.0
-    """Seconds between looks into the store while too few samples are ready."""
-    tensorboard: bool = True
-    """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
     wandb: str = ""
     """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
     schedule: Kind = "always"
     """`idle` waits while the engine serves; `window` begins updates only at one time of the day."""
-    idle_patience_s: _NotNegative = 60.0
-    """`idle`: after this long behind a busy engine one micro-batch goes ahead."""
     window: str = "22:00-07:00"
     """`window`: the local time of every day at which updates may begin."""
 
     def __post_init__(self) -> None:
-        if self.min_batch > self.batch_size:
-            raise ConfigError(
-                f"[learner] min_batch = {self.min_batch}: expected at most batch_size = "
-                f"{self.batch_size}"
-            )
         if ALL_LINEAR in self.lora_targets and len(self.lora_targets) > 1:
             raise ConfigError(
                 f"[learner] lora_targets = {list(self.lora_targets)}: expected names of layers, or "

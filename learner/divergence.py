@@ -9,7 +9,7 @@ token, while the teacher gap compares only the sampled one.
 
 Its expectation over the next token is exact and does not depend on the sampled token, so it needs
 no importance ratio. For stale samples only the prefixes are off-policy, by as much as
-`[learner] max_lag` steps of at most `step_kl` allow.
+`max_lag` steps of at most `step_kl` allow.
 
 Logits are (tokens, vocabulary), by far the largest tensors of a model. They are computed for
 `CHUNK_TOKENS` at a time, and computed again in the backward pass.

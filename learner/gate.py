@@ -51,24 +51,23 @@ class Measured:
 
 
 def objection(found: Measured, config: LearnerConfig) -> str | None:
-    """Why the candidate must not serve, with the key that decides; None if nothing is wrong."""
+    """Why the candidate must not serve, with the bound that decides; None if nothing is wrong."""
     bounds = (
-        ("the adapter's largest change of a layer", found.weight_change, "gate_weight_change"),
-        ("KL to its parent, nats a token", found.kl_parent, "gate_kl_parent"),
-        ("KL to the base, nats a token", found.kl_base, "gate_kl_base"),
+        ("the adapter's largest change of a layer", found.weight_change, config.gate_weight_change),
+        ("KL to its parent, nats a token", found.kl_parent, config.gate_kl_parent),
+        ("KL to the base, nats a token", found.kl_base, config.gate_kl_base),
     )
-    for what, value, key in bounds:
-        limit = getattr(config, key)
+    for what, value, limit in bounds:
         # Written so that a value that is not a number fails too.
         if value is not None and not value <= limit:
-            return f"{what}, is {value:.3g}, over [learner] {key} = {limit:g}"
+            return f"{what}, is {value:.3g}, over the bound of {limit:g}"
     if found.ranking is not None:
         upper = found.ranking.upper(GATE_LEVEL)
         if not upper >= -config.gate_drop:
             return (
                 f"held-out turns of {found.ranking.count} sessions are ranked worse than by its "
                 f"parent: {found.ranking.value:.3g} nats a token, at most {upper:.3g} at the "
-                f"{GATE_LEVEL:.0%} level, below -[learner] gate_drop = {-config.gate_drop:g}"
+                f"{GATE_LEVEL:.0%} level, below the bound of {-config.gate_drop:g}"
             )
     if not found.is_finite:
         return "its own replies have logits that are not finite"

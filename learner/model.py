@@ -104,10 +104,10 @@ def _local(kind: Any, model_path: str, **options: Any) -> Any:
 
 
 def check_quantization(config: LearnerConfig, device: torch.device) -> None:
-    """Raises StartError if `[learner] quantization` cannot work."""
+    """Raises StartError if the quantization cannot work."""
     if config.quantization == "none":
         return
-    asked = f'[learner] quantization = "{config.quantization}"'
+    asked = f'quantization = "{config.quantization}"'
     if device.type != "cuda":
         raise StartError(
             f"{asked} needs an NVIDIA GPU, and training runs on {device}: set it to "

@@ -1,54 +1,42 @@
-"""How long a lineage waits after the gate has rejected several candidates in a row.
+"""When a lineage pauses because the gate rejects what it makes.
 
-A rejected candidate takes its batch with it, because the same batch would fail again. Where many in
-a row fail, the batches are not the cause: a setting is wrong, and every further try only loses
-samples. So the tries become rare, and ready samples wait.
+A rejected candidate's samples are dropped, because the same batch would fail again. Where several
+in a row fail, the batches are not the cause: a setting is wrong, or the gate is. So the lineage
+pauses, the samples of all of them are ready again, and a person decides how to go on. The pause
+follows from the versions in the store, so it outlasts the learner.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import takewhile
 
 from nextstate.records import PolicyVersion, VersionState
 
 MANY_REJECTIONS = 3
-"""This many in a row are no accident; after each further one the lineage pauses."""
-PAUSE_S = 600.0
-"""The first pause; each further pause is twice as long."""
-LONGEST_PAUSE_S = 6 * 3600.0
+"""After this many in a row a lineage pauses."""
 
 
-class RejectionPause:
-    """Counts rejections in a row; see the module."""
+def rejected_in_a_row(versions: Sequence[PolicyVersion], after: int) -> list[int]:
+    """The numbers of the newest versions, as far as the gate has rejected them, oldest first.
 
-    def __init__(self, rejections: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
-        """After `rejections` earlier ones the next try comes at once, and pauses if it fails."""
-        self._rejections = rejections
-        self._clock = clock
-        self._until = 0.0
-
-    def rejected(self) -> tuple[int, float]:
-        """Counts one more; returns the number in a row and the seconds of the pause."""
-        self._rejections += 1
-        further = self._rejections - MANY_REJECTIONS
-        if further <= 0:
-            return self._rejections, 0.0
-        pause_s = min(PAUSE_S * 2 ** min(further - 1, 30), LONGEST_PAUSE_S)
-        self._until = self._clock() + pause_s
-        return self._rejections, pause_s
-
-    def is_over(self) -> bool:
-        """True if an update may begin."""
-        return self._clock() >= self._until
-
-
-def rejected_in_a_row(versions: Sequence[PolicyVersion]) -> int:
-    """How many of the newest versions the gate has rejected in a row; oldest version first.
-
-    A version that served before it was rejected has an adapter and does not count.
+    `versions` are in order. Those up to number `after` do not count: a person has decided since. A
+    version that served before it was rejected has an adapter and ends the row.
     """
-    newest_first = reversed(versions)
-    by_gate = takewhile(lambda v: v.state is VersionState.REJECTED and v.path is None, newest_first)
-    return sum(1 for _ in by_gate)
+
+    def by_gate(version: PolicyVersion) -> bool:
+        rejected = version.state is VersionState.REJECTED and version.sha256 is None
+        return rejected and version.number > after
+
+    return [version.number for version in takewhile(by_gate, reversed(versions))][::-1]
+
+
+def pause_notice(lineage: str, numbers: Sequence[int], reason: str | None) -> str:
+    """What happened and what a person can do."""
+    return (
+        f"paused: the gate rejected versions {', '.join(map(str, numbers))} in a row; their "
+        f"samples are kept and wait; the last reason: {reason}. Lower [learner] step_kl "
+        "and start again; or go on from an earlier version: `nextstate "
+        f"rollback NUMBER --lineage {lineage}`; or try once more: `nextstate resume --lineage "
+        f"{lineage}` ends the pause"
+    )

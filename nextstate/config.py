@@ -1,6 +1,7 @@
 """The one TOML file, read strictly into frozen dataclasses.
 
-Each folder owns the dataclass of its section; nextstate/app/settings.py passes them here. An
+Each folder owns the dataclass of its section; nextstate/app/settings.py passes them here. The keys
+are the fields of that class itself; what it inherits is its recipe, which only code sets. An
 unknown key is an error that names the most similar key. Values are checked against their type.
 """
 
@@ -11,7 +12,7 @@ import difflib
 import os
 import re
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -60,14 +61,10 @@ class EngineConfig:
     dtype: str = "auto"
     max_model_len: int = 0
     """Tokens of context; 0 means the model's own limit."""
-    max_lora_rank: int = 16
-    max_loras: int = 3
-    """Versions loaded at once: one serves, one ends its replies, and the next one is tested."""
     args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])
     """More environment variables for vLLM's server. It gets the shell's, except `VLLM_*`."""
-    start_timeout_s: float = 600.0
 
     def __post_init__(self) -> None:
         if self.url:
@@ -206,12 +203,21 @@ def _decoded(data: bytes) -> str:
         raise ValueError(f"line {line} has the byte 0x{byte:02x}; save it as UTF-8") from None
 
 
+def keys(kind: type) -> list[str]:
+    """The fields that the file may set: those of the class itself, not of its bases."""
+    return [f.name for f in fields(kind) if f.name in kind.__annotations__]
+
+
 def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> Any:
     from pydantic import TypeAdapter, ValidationError  # imported late: slow, and only needed here
 
     if not is_dataclass(kind):
         raise TypeError(f"section {name} is described by {kind!r}, not by a dataclass")
-    known = {f.name: f for f in fields(kind)}
+    known = keys(kind)
+    for fixed in (f for f in fields(kind) if f.name in values and f.name not in known):
+        raise ConfigError(
+            f"{where}: [{name}] {fixed.name} is no key: it is always {fixed.default!r}; remove it"
+        )
     _refuse_unknown(values, known, f"{where}: [{name}]", "key")
     adapter: TypeAdapter[Any] = TypeAdapter(kind)
     try:
@@ -226,7 +232,7 @@ def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> An
 
 
 def _refuse_unknown(
-    values: Mapping[str, object], known: Mapping[str, object], where: str, what: str
+    values: Mapping[str, object], known: Collection[str], where: str, what: str
 ) -> None:
     for key in values:
         if key in known:

@@ -261,25 +261,25 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class ScoreCounts:
-    """The number of verdicts with each score."""
+class JudgedTurn:
+    """What the watch needs of a turn with a verdict."""
 
-    good: int = 0
-    """With score +1."""
-    neutral: int = 0
-    """With score 0."""
-    bad: int = 0
-    """With score -1."""
+    session: str
+    version: int
+    """The policy version that served it."""
+    score: int
 
-    @property
-    def total(self) -> int:
-        """With any score."""
-        return self.good + self.neutral + self.bad
 
-    def __add__(self, other: ScoreCounts) -> ScoreCounts:
-        return ScoreCounts(
-            self.good + other.good, self.neutral + other.neutral, self.bad + other.bad
-        )
+@dataclass(frozen=True, slots=True)
+class Decisions:
+    """What people have decided about a lineage with `nextstate rollback` and `nextstate resume`."""
+
+    choices: int = 0
+    """How often a person has put a version into service."""
+    after: int = -1
+    """The newest version when the last one was made; what was before it is accepted. -1: none."""
+    pinned: frozenset[int] = frozenset()
+    """The versions that a person has put into service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,15 +290,20 @@ class PolicyVersion:
     number: int
     parent: int | None
     path: str | None
-    """The adapter's folder; None for the base."""
+    """The adapter's folder; None for the base, and once the folder was deleted to make room."""
     sha256: str | None
-    """Of the adapter's weight file; None for the base."""
+    """Of the adapter's weight file; None for the base and for what the gate rejected."""
     samples: int
     """How many samples its update used."""
     state: VersionState
     metrics: Mapping[str, float] = field(default_factory=dict[str, float])
     reason: str | None = None
     """Why it was rejected or retired; None if no reason was given."""
+
+    @property
+    def can_serve(self) -> bool:
+        """True for the base and for a version whose adapter is kept."""
+        return self.number == BASE_VERSION or self.path is not None
 
     @property
     def adapter_name(self) -> str | None:

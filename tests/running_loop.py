@@ -51,7 +51,6 @@ kind = "rules"
 learning_rate = 1e-3
 gradient_checkpointing = false
 threads = 1
-poll_s = 0.1
 """
 
 

@@ -72,11 +72,6 @@ class Settings:
             raise ConfigError(
                 '[engine] mode = "external" needs [engine] url, for example "http://127.0.0.1:8000"'
             )
-        if self.learner.lora_rank > self.engine.max_lora_rank:
-            raise ConfigError(
-                f"[learner] lora_rank = {self.learner.lora_rank} is more than [engine] "
-                f"max_lora_rank = {self.engine.max_lora_rank}: vLLM would refuse the adapters"
-            )
         self._check_lineages()
         if self.learner.wandb and not self.privacy.external_metrics:
             raise ConfigError(
@@ -141,12 +136,6 @@ class Settings:
                     f"{where} model = {lineage.model!r} is taken by the engine or another lineage"
                 )
             models += [lineage.model] * bool(lineage.model)
-        needed = len(self.all_lineages)
-        if self.lineages and self.engine.max_loras < needed + 1:
-            raise ConfigError(
-                f"[engine] max_loras = {self.engine.max_loras}: {needed} lineages need at least "
-                f"{needed + 1}, one for each and one for a new version"
-            )
 
 
 def _host(url: str) -> str | None:

@@ -78,7 +78,7 @@ class Stack:
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
         """Returns when the proxy answers and lets requests through. Raises StartError."""
-        timeout_s = self.settings.engine.start_timeout_s
+        timeout_s = vllm.START_TIMEOUT_S
         ready = asyncio.create_task(self._ready())
         try:
             await asyncio.wait({ready, task}, timeout=timeout_s, return_when="FIRST_COMPLETED")
@@ -87,8 +87,7 @@ class Stack:
                 raise StartError("stopped before it was ready")
             if not ready.done():
                 raise StartError(
-                    f"the engine was not ready within [engine] start_timeout_s = {timeout_s:.0f}: "
-                    f"see {self.dir / 'logs'}, or raise the key"
+                    f"the engine was not ready within {timeout_s:.0f} s: see {self.dir / 'logs'}"
                 )
             ready.result()
         finally:
@@ -120,7 +119,12 @@ class Stack:
         cores = shared_cores(self.settings)
         return Child(
             "engine",
-            vllm.command(self.settings.engine, port),
+            vllm.command(
+                self.settings.engine,
+                port,
+                self.settings.learner.lora_rank,
+                len(self.settings.all_lineages),
+            ),
             self.dir / "logs" / "engine.log",
             env=vllm.server_environment(self.settings.engine, key),
             cwd=folder,

@@ -30,7 +30,13 @@ from nextstate.app.settings import Settings
 from nextstate.app.supervisor import Child, Supervisor
 from nextstate.config import secret
 from nextstate.engine import client
-from nextstate.engine.process import VOTE_PRIORITY, by_priority, gpu_share, port_is_free
+from nextstate.engine.process import (
+    START_TIMEOUT_S,
+    VOTE_PRIORITY,
+    by_priority,
+    gpu_share,
+    port_is_free,
+)
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.offline import switches
@@ -276,7 +282,7 @@ def wait_for_engine(settings: Settings, stop: threading.Event, poll_s: float = 0
 
     While it starts, vLLM measures the free memory of its GPU: nothing else may take any then.
     """
-    until = time.monotonic() + settings.engine.start_timeout_s
+    until = time.monotonic() + START_TIMEOUT_S
     while engine_file(settings).exists() and time.monotonic() < until:
         if asyncio.run(_is_healthy(settings)) or stop.wait(poll_s):
             return

@@ -12,6 +12,7 @@ from nextstate.agreement import agreement
 from nextstate.app.child_states import read_child_states
 from nextstate.app.engine_access import engine_client
 from nextstate.app.settings import Settings
+from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
 from nextstate.prometheus import metric_values
 from nextstate.records import Json
@@ -35,6 +36,7 @@ async def status(settings: Settings) -> Json:
         "parts": await asyncio.to_thread(read_child_states, settings.store.path),
         "training": await asyncio.to_thread(read_training_status, settings.store.path, lineages),
         "serving": {name: version.number for name, version in serving.items()},
+        "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
@@ -44,6 +46,7 @@ async def status(settings: Settings) -> Json:
 def status_lines(found: Json) -> list[str]:
     """`status` as text: one value a line."""
     shown = {**found, "judge_agreement": _agreement_text(found["judge_agreement"])}
+    shown["watch"] = {name: watch_text(seen) for name, seen in obj(found["watch"]).items()}
     lines: list[str] = []
     for name, value in shown.items():
         if isinstance(value, dict):
@@ -51,6 +54,13 @@ def status_lines(found: Json) -> list[str]:
         else:
             lines.append(f"{name:28} {value}")
     return lines
+
+
+def _watch(settings: Settings, store: Store) -> Json:
+    """By lineage: what the watch sees; {} with `[learner] watch = false`."""
+    if not settings.learner.watch:
+        return {}
+    return {name: serving_watch(store, name) for name in settings.all_lineages}
 
 
 def judge_agreement(labels: Mapping[str, Mapping[tuple[int, int], int]]) -> Json:

@@ -299,8 +299,10 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
     Raises AdapterError, before the engine has seen the file, if it is not the one registered.
     """
     name, path = version.adapter_name, version.path
-    if name is None or path is None or version.sha256 is None:
+    if name is None or version.sha256 is None:
         return
+    if path is None:
+        raise AdapterError(f"the adapter of version {version.number} was deleted to make room")
     for left in reversed(range(_LOADS)):
         if not await engine.holds(name, path):
             await asyncio.to_thread(verify_adapter, Path(path), version.sha256)
@@ -324,7 +326,11 @@ async def publish(store: Store, engine: EngineClient, version: PolicyVersion) ->
     Running requests keep their version. The proxy unloads it when they have ended.
     """
     await ensure_loaded(engine, version)
-    await asyncio.to_thread(store.versions.set_serving, version.lineage, version.number)
+    if not await asyncio.to_thread(store.versions.set_serving, version.lineage, version.number):
+        raise AdapterError(
+            f"the adapter of version {version.number} was deleted meanwhile: choose another one of "
+            "`nextstate versions`"
+        )
 
 
 async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:

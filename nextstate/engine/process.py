@@ -21,6 +21,10 @@ HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
 """Behind the requests of agents, which have 0."""
 
+START_TIMEOUT_S = 600.0
+"""How long a server may take to be ready: a large model is read from a slow disk."""
+_LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
+"""Of those that vLLM's `--max-lora-rank` accepts."""
 _OWN_VARIABLES = "VLLM_"
 _GPU_SHARE = 0.92
 """vLLM's own default."""
@@ -29,13 +33,18 @@ _QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
 
 
-def command(config: EngineConfig, port: int) -> list[str]:
-    """The server's command line on a loopback port."""
+def command(config: EngineConfig, port: int, lora_rank: int = 16, lineages: int = 1) -> list[str]:
+    """The server's command line on a loopback port, for adapters of up to `lora_rank`.
+
+    One version of each lineage is loaded, and two more while one changes: the one that ends its
+    replies, and the one that is tried.
+    """
+    rank = min(known for known in _LORA_RANKS if known >= lora_rank)
     argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", config.model_path, "--served-model-name", config.name]
     argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
-    argv += ["--enable-lora", "--max-lora-rank", str(config.max_lora_rank)]
-    argv += ["--max-loras", str(config.max_loras), "--disable-uvicorn-access-log"]
+    argv += ["--enable-lora", "--max-lora-rank", str(rank)]
+    argv += ["--max-loras", str(lineages + 2), "--disable-uvicorn-access-log"]
     argv += ["--middleware", f"{KeyCheck.__module__}.{KeyCheck.__name__}"]
     if config.max_model_len:
         argv += ["--max-model-len", str(config.max_model_len)]

@@ -41,12 +41,6 @@ _COUNTED = (
         "{r}lineage || '/' || {r}policy_version || '/' || {r}score || '/' || {r}hinted",
         "{r}state = 'ready' AND {r}policy_version IS NOT NULL",
     ),
-    _Counted(
-        "samples",
-        "scores",
-        "{r}lineage || '/' || {r}policy_version || '/' || {r}score",
-        "{r}policy_version IS NOT NULL",
-    ),
     _Counted("versions", "versions", "{r}state"),
     _Counted(
         "feedback",

@@ -162,6 +162,7 @@ sa.Index(
     *(*_of_state, samples.c.policy_version, samples.c.score, samples.c.hinted, samples.c.seq),
 )
 sa.Index("samples_by_age", *_of_state, samples.c.screened, samples.c.seq)
+sa.Index("samples_by_turn", samples.c.lineage, samples.c.seq)
 _where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
 
 versions = sa.Table(
@@ -180,6 +181,20 @@ versions = sa.Table(
 )
 
 sa.Index("versions_by_state", versions.c.state, versions.c.lineage)
+
+decisions = sa.Table(
+    "decisions",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("number", sa.Integer),
+    sa.Column("after", sa.Integer, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+"""What people decide: version `number` shall serve, or, with NULL, a paused lineage goes on.
+
+`after` is the newest version at that time."""
+sa.Index("decisions_by_lineage", decisions.c.lineage, decisions.c.seq)
 
 counts = sa.Table(
     "counts",

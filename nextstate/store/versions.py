@@ -10,9 +10,10 @@ import sqlalchemy as sa
 
 from nextstate.records import (
     BASE_VERSION,
+    Decisions,
+    JudgedTurn,
     PolicyVersion,
     SampleState,
-    ScoreCounts,
     Verdict,
     VersionState,
 )
@@ -33,38 +34,58 @@ class Versions:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def add(self, version: PolicyVersion, batch: str | None) -> None:
+    def add(
+        self,
+        version: PolicyVersion,
+        batch: str | None,
+        decided: int | None = None,
+        give_back: Sequence[int] = (),
+    ) -> VersionState:
         """Registers a version and settles the samples of its batch, in one step.
 
-        They are trained, or dropped if the version is rejected.
+        They are trained, or dropped if the version is rejected. A candidate is retired at once if
+        people have chosen a version more often than `decided`, the number when its update began:
+        their choice stays. Of a rejected version with the numbers of those rejected before it in
+        `give_back`, the samples of all of them are ready again. Returns the state it got.
         """
         s = t.samples.c
+        lineage, state, reason = version.lineage, version.state, version.reason
         settled: dict[str, Any] = {"state": SampleState.TRAINED}
-        if version.state is VersionState.REJECTED:
-            reason = f"their version {version.number} was rejected: {version.reason}"
-            settled = {"state": SampleState.DROPPED, "reason": reason}
-        row = sa.insert(t.versions).values(
-            lineage=version.lineage,
-            number=version.number,
-            parent=version.parent,
-            path=version.path,
-            sha256=version.sha256,
-            samples=version.samples,
-            state=version.state,
-            metrics=dump(dict(version.metrics)),
-            created_at=self._database.now(),
-            reason=version.reason,
-        )
+        if state is VersionState.REJECTED:
+            why = f"their version {version.number} was rejected: {reason}"
+            settled = {"state": SampleState.DROPPED, "reason": why}
         with self._database.write() as connection:
-            connection.execute(row)
-            if batch is None:
-                return
-            leased = s.lineage == version.lineage, s.state == SampleState.LEASED
-            connection.execute(
-                sa.update(t.samples)
-                .where(*leased, s.batch == batch)
-                .values(trained_in=version.number, **settled)
+            made = state is VersionState.CANDIDATE and decided is not None
+            if made and _decisions(connection, lineage).choices != decided:
+                state = VersionState.RETIRED
+                reason = _passed_over(_serving(connection, lineage))
+            row = sa.insert(t.versions).values(
+                lineage=lineage,
+                number=version.number,
+                parent=version.parent,
+                path=version.path,
+                sha256=version.sha256,
+                samples=version.samples,
+                state=state,
+                metrics=dump(dict(version.metrics)),
+                created_at=self._database.now(),
+                reason=reason,
             )
+            connection.execute(row)
+            if batch is not None:
+                leased = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
+                values = {"trained_in": version.number, **settled}
+                connection.execute(sa.update(t.samples).where(*leased).values(values))
+            if give_back:
+                numbers = [*give_back, version.number]
+                dropped = s.lineage == lineage, s.trained_in.in_(numbers)
+                ready = {"state": SampleState.READY, "batch": None, "reason": None}
+                connection.execute(
+                    sa.update(t.samples)
+                    .where(*dropped, s.state == SampleState.DROPPED)
+                    .values(**ready, trained_in=None, screened=None)
+                )
+        return state
 
     def all(self, lineage: str | None = None) -> list[PolicyVersion]:
         """Every version, oldest first, of one lineage or of all."""
@@ -73,6 +94,14 @@ class Versions:
             query = query.where(t.versions.c.lineage == lineage)
         with self._database.read() as connection:
             return [_version_of(row) for row in connection.execute(query)]
+
+    def newest(self, lineage: str, count: int) -> list[PolicyVersion]:
+        """The newest `count` versions of a lineage, oldest first."""
+        v = t.versions.c
+        query = sa.select(t.versions).where(v.lineage == lineage).order_by(v.number.desc())
+        with self._database.read() as connection:
+            rows = connection.execute(query.limit(count)).all()
+        return [_version_of(row) for row in reversed(rows)]
 
     def get(self, lineage: str, number: int) -> PolicyVersion | None:
         """One version, or None; version 0 is the base and always exists."""
@@ -109,20 +138,41 @@ class Versions:
             found = texts.get(connection, (key for row in rows for key in verdict_texts(row)))
             return [(row.turn, verdict_of(row, found)) for row in rows]
 
-    def score_counts(self, lineage: str, numbers: Sequence[int]) -> dict[int, ScoreCounts]:
-        """The verdicts on the turns that each of the versions has served."""
-        found = dict.fromkeys(numbers, ScoreCounts())
-        fields = {1: "good", 0: "neutral", -1: "bad"}
-        c = t.counts.c
-        keys = {
-            f"{lineage}/{n}/{score}": (n, field) for n in numbers for score, field in fields.items()
-        }
-        query = sa.select(c.key, c.count).where(c.area == "scores", c.key.in_(keys))
+    def judged_turns(self, lineage: str, limit: int) -> list[JudgedTurn]:
+        """The newest turns with a verdict that a version of the lineage served, oldest first."""
+        s = t.samples.c
+        query = (
+            sa.select(t.turns.c.session, s.policy_version, s.score)
+            .join(t.samples, s.turn == t.turns.c.id)
+            .where(s.lineage == lineage, s.policy_version.is_not(None))
+            .order_by(s.seq.desc())
+            .limit(limit)
+        )
         with self._database.read() as connection:
-            for key, count in connection.execute(query):
-                number, field = keys[key]
-                found[number] += ScoreCounts(**{field: count})
-        return found
+            rows = connection.execute(query).all()
+        return [JudgedTurn(*row) for row in reversed(rows)]
+
+    def decisions(self, lineage: str) -> Decisions:
+        """What people have decided about the lineage so far."""
+        with self._database.read() as connection:
+            return _decisions(connection, lineage)
+
+    def resume(self, lineage: str) -> None:
+        """Lets a lineage go on that has paused because the gate rejected what it made."""
+        with self._database.write() as connection:
+            _decide(connection, lineage, None, self._database.now())
+
+    def forget_adapter(self, lineage: str, number: int) -> bool:
+        """Notes that a version's folder is deleted; it can never serve again.
+
+        False, and nothing is changed, if it serves, waits to serve or a person chose it.
+        """
+        v, d = t.versions.c, t.decisions.c
+        chosen = sa.select(d.number).where(d.lineage == lineage, d.number.is_not(None))
+        idle = v.state.in_((VersionState.RETIRED, VersionState.REJECTED)), v.number.not_in(chosen)
+        query = sa.update(t.versions).where(v.lineage == lineage, v.number == number, *idle)
+        with self._database.write() as connection:
+            return connection.execute(query.values(path=None)).rowcount > 0
 
     def serving(self, lineage: str) -> PolicyVersion:
         """The version that serves the lineage: the base until a first one is published."""
@@ -135,17 +185,24 @@ class Versions:
         base = VersionState.SERVING
         return {name: found.get(name) or base_version(name, base) for name in lineages}
 
-    def set_serving(self, lineage: str, number: int) -> None:
+    def set_serving(self, lineage: str, number: int) -> bool:
         """Puts version `number`, which a person chose, into service and retires the one before.
 
         A candidate that waits for its publication is retired too: it was made before they chose.
+        False, and nothing is changed, if its adapter was deleted meanwhile.
         """
         v = t.versions.c
         waiting = sa.and_(v.state == VersionState.CANDIDATE, v.number != number)
+        ours = v.lineage == lineage, v.number == number
+        deleted = sa.select(v.number).where(*ours, v.path.is_(None), v.sha256.is_not(None))
         with self._database.write() as connection:
+            if connection.execute(deleted).first() is not None:
+                return False
+            _decide(connection, lineage, number, self._database.now())
             _set_state(connection, lineage, _SERVING, VersionState.RETIRED)
             _set_state(connection, lineage, waiting, VersionState.RETIRED, _passed_over(number))
             _set_state(connection, lineage, v.number == number, VersionState.SERVING)
+        return True
 
     def serve_candidate(self, version: PolicyVersion) -> bool:
         """Puts a version into service in place of its parent; True as well if it serves already.
@@ -216,17 +273,36 @@ def _is_overtaken(connection: sa.Connection, version: PolicyVersion) -> bool:
     """See `Versions.overtaken`."""
     v = t.versions.c
     ours = v.number == version.number
-    query = sa.select(v.number, v.state).where(v.lineage == version.lineage, ours | _SERVING)
-    states = {row.number: row.state for row in connection.execute(query)}
-    state = states.get(version.number)
+    query = sa.select(v.state).where(v.lineage == version.lineage, ours)
+    state = connection.execute(query).scalar()
     if state != VersionState.CANDIDATE:
         return state != VersionState.SERVING
-    serving = [number for number, other in states.items() if other == VersionState.SERVING]
-    chosen = next(iter(serving), BASE_VERSION)
-    if chosen == version.parent:
+    serving = _serving(connection, version.lineage)
+    if serving == version.parent:
         return False
-    _set_state(connection, version.lineage, ours, VersionState.RETIRED, _passed_over(chosen))
+    _set_state(connection, version.lineage, ours, VersionState.RETIRED, _passed_over(serving))
     return True
+
+
+def _serving(connection: sa.Connection, lineage: str) -> int:
+    """The number of the version that serves."""
+    query = sa.select(t.versions.c.number).where(t.versions.c.lineage == lineage, _SERVING)
+    return connection.execute(query).scalar() or BASE_VERSION
+
+
+def _decisions(connection: sa.Connection, lineage: str) -> Decisions:
+    d = t.decisions.c
+    query = sa.select(d.number, d.after).where(d.lineage == lineage).order_by(d.seq)
+    rows = connection.execute(query).all()
+    chosen = [row.number for row in rows if row.number is not None]
+    return Decisions(len(chosen), rows[-1].after, frozenset(chosen)) if rows else Decisions()
+
+
+def _decide(connection: sa.Connection, lineage: str, number: int | None, now: float) -> None:
+    v = t.versions.c
+    newest = connection.execute(sa.select(sa.func.max(v.number)).where(v.lineage == lineage))
+    values = {"lineage": lineage, "number": number, "after": newest.scalar() or BASE_VERSION}
+    connection.execute(sa.insert(t.decisions).values(**values, at=now))
 
 
 def _passed_over(chosen: int) -> str:

@@ -175,6 +175,30 @@ def test_a_version_that_was_never_written_cannot_serve(
     assert "version 3 was rejected before it was written and cannot serve: too far" in said
 
 
+def test_a_version_whose_adapter_was_deleted_cannot_serve(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(Settings.read(chain).store)
+    made = PolicyVersion("main", 4, 2, "/d", "dd", 1, VersionState.RETIRED)
+    store.versions.add(made, None)
+    assert store.versions.forget_adapter("main", 4)
+    store.close()
+    assert main(["rollback", "4", "--config", str(chain)]) == 2
+    assert "version 4 has no adapter any more: it was deleted to" in capsys.readouterr().err
+    assert main(["versions", "4", "--config", str(chain)]) == 0
+    assert "adapter  deleted to make room" in lines(capsys)
+
+
+def test_resume_accepts_what_the_gate_rejected(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["resume", "--config", str(chain)]) == 0
+    assert lines(capsys) == ["main trains again once the learner looks"]
+    assert Store(Settings.read(chain).store).versions.decisions("main").after == 3
+    assert main(["resume", "--lineage", "bob", "--config", str(chain)]) == 2
+    assert "there is no lineage 'bob'" in capsys.readouterr().err
+
+
 def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json", "--config", str(config)]) == 0
     found = json.loads(lines(capsys)[0])
@@ -301,5 +325,5 @@ def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
 
 
 def add_lineages(config: Path) -> None:
-    text = config.read_text() + "max_loras = 4\n"
+    text = config.read_text()
     config.write_text(text + "".join(f'[lineages.{n}]\nmodel = "{n}"\n' for n in ("alice", "bob")))

@@ -76,6 +76,31 @@ def test_a_rollback_during_an_update_stays_and_training_goes_on_from_it(
     assert loop.recorded.states() == {"trained": 64}
 
 
+def test_a_choice_of_what_serves_already_stays_too(
+    tmp_path: Path, model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A person tries version 0 during an update and goes back to version 1, which they want."""
+    loop = Loop(tmp_path / "state", model_path, wanted=3)
+    loop.recorded.add_mixed(16 * 3)
+    update, updates = PolicyTrainer.update, []
+
+    def choose_then_update(self: PolicyTrainer, *arguments: object) -> object:
+        updates.append(self)
+        if len(updates) == 2:
+            loop.store.versions.set_serving("main", 0)
+            loop.store.versions.set_serving("main", 1)
+        return update(self, *arguments)
+
+    monkeypatch.setattr(PolicyTrainer, "update", choose_then_update)
+    loop.run()
+    assert [(v.number, v.parent, v.state.value) for v in loop.store.versions.all("main")] == [
+        (1, 0, "retired"), (2, 1, "retired"), (3, 1, "serving"),
+    ]  # fmt: skip
+    second = loop.store.versions.all("main")[1]
+    assert "version 1 was put into service" in (second.reason or "")
+    assert second.adapter_name not in loop.engine.probed
+
+
 def test_a_learner_that_starts_again_publishes_nothing_over_a_rollback(
     tmp_path: Path, model_path: str
 ) -> None:

@@ -36,6 +36,15 @@ def test_the_cause_of_death_is_the_most_specific_line(log: str, expected: str) -
     assert "pid=" not in found
 
 
+@pytest.mark.parametrize(("rank", "accepted"), [(4, 16), (16, 16), (17, 32), (512, 512)])
+def test_the_engine_holds_adapters_of_the_learners_rank_for_each_lineage(
+    rank: int, accepted: int
+) -> None:
+    argv = command(EngineConfig(model="m"), 5, rank, lineages=3)
+    assert argv[argv.index("--max-lora-rank") + 1] == str(accepted)
+    assert argv[argv.index("--max-loras") + 1] == "5"  # and two more while a version changes
+
+
 def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> None:
     config = EngineConfig(model=str(tmp_path), served_model_name="m", env={"X": "1"})
     argv = command(config, 5)

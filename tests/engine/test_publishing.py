@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient, publish, publish_candidate, withdraw
+from nextstate.errors import AdapterError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 
@@ -110,6 +111,27 @@ def test_a_candidate_that_a_person_puts_into_service_counts_as_published(chain: 
         assert not chain.versions.overtaken(candidate(3, 2))
         asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
     assert chain.versions.serving("main").number == 3
+
+
+def test_a_version_is_withdrawn_for_an_ancestor_whose_adapter_is_kept(chain: Store) -> None:
+    second = chain.versions.get("main", 2)
+    assert second is not None
+    assert chain.versions.forget_adapter("main", 1)
+    asyncio.run(withdraw(chain, Engine().client, second))
+    assert chain.versions.serving("main").number == 0
+
+
+def test_an_adapter_that_is_deleted_while_a_person_loads_it_does_not_serve(chain: Store) -> None:
+    first = chain.versions.get("main", 1)
+    assert first is not None
+    engine = Engine(lambda _: chain.versions.forget_adapter("main", 1))
+    with pytest.raises(AdapterError, match="version 1 was deleted meanwhile"):
+        asyncio.run(publish(chain, engine.client, first))
+    assert chain.versions.serving("main").number == 2
+    gone = chain.versions.get("main", 1)
+    assert gone is not None
+    with pytest.raises(AdapterError, match="version 1 was deleted to make room"):
+        asyncio.run(publish(chain, engine.client, gone))
 
 
 def test_a_serving_version_is_not_rejected(chain: Store) -> None:

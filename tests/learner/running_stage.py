@@ -38,7 +38,7 @@ class FakeEngine:
             self._store.versions.replace_serving(version, version.parent)
             self.withdrawn.append(version.number)
             return
-        self._store.versions.set_serving(version.lineage, version.number)
+        self._store.versions.serve_candidate(version)
         self.published.append(version.number)
         self.after(version)
         if len(self.published) >= self._wanted:

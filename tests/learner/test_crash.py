@@ -86,7 +86,7 @@ STEPS: dict[str, tuple[Any, str]] = {
     "before the step": (PolicyTrainer, "update"),
     "before the checkpoint": (lineage, "save_checkpoint"),
     "before settling": (Versions, "add"),
-    "before serving": (Versions, "set_serving"),
+    "before serving": (Versions, "serve_candidate"),
     "before another lineage's state comes in": (PolicyTrainer, "restore"),
 }
 
@@ -98,7 +98,7 @@ def lineages_that_die(state_dir: str, model_path: str, point: str, calls: int) -
     store = Store(StoreConfig(dir=state_dir))
 
     def publish(version: PolicyVersion) -> None:
-        store.versions.set_serving(version.lineage, version.number)
+        store.versions.serve_candidate(version)
 
     stage.run(store, CONFIG, model_path, [MAIN, ALICE], publish, threading.Event())
 
@@ -126,7 +126,7 @@ def resume(recorded: Recorded, model_path: str, last: int = 2) -> list[int]:
     published = []
 
     def publish(version: PolicyVersion) -> None:
-        recorded.store.versions.set_serving("main", version.number)
+        recorded.store.versions.serve_candidate(version)
         published.append(version.number)
         if version.number == last:
             stop.set()

@@ -80,19 +80,6 @@ def test_after_a_rejection_training_goes_on_as_if_the_step_had_not_been(
     assert found[0].metrics["loss"] == found[1].metrics["loss"]
 
 
-def test_rejections_in_a_row_say_what_to_change_and_go_on(
-    recorded, model_path, monkeypatch, caplog
-):
-    reject_all(monkeypatch, 1, 2, 3)
-    recorded.add_mixed(16 * 4)
-    engine = FakeEngine(recorded.store)
-    train(recorded, model_path, engine)
-    assert engine.published == [4]
-    assert recorded.states() == {"dropped": 48, "trained": 16}
-    (said,) = (r.getMessage() for r in caplog.records if "in a row" in r.getMessage())
-    assert said.startswith("3 versions in a row were rejected lineage=main: lower [learner] step_")
-
-
 def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, model_path):
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
@@ -108,7 +95,7 @@ def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, mo
     train(recorded, model_path, engine, config)
     (version,) = recorded.store.versions.all("main")
     assert version.state is VersionState.REJECTED
-    assert "gate_kl_parent = 1e-12" in version.reason
+    assert "over the bound of 1e-12" in version.reason
     assert version.metrics["gate/kl_parent"] > 1e-12
     assert engine.published == []
 
@@ -181,40 +168,57 @@ def test_feedback_on_a_held_out_turn_counts_and_the_turn_stays_held_out(recorded
     assert [s.score for s in recorded.store.training.held_samples("main", 9, 4)] == [-1]
 
 
-def test_a_version_that_makes_things_worse_is_rolled_back_by_itself(recorded, model_path):
-    recorded.add_mixed(16 * 2)
-    engine = FakeEngine(recorded.store, 2)
+def complain_from(recorded: Recorded, first_bad: int, turns: int = 60):
+    """Judges turns of one session as each version comes into service: bad from one version on."""
 
     def complain(version: PolicyVersion) -> None:
-        for _ in range(40):
-            score = 1 if version.number == 1 else -1
+        for _ in range(turns):
+            score = 1 if version.number < first_bad else -1
             recorded.add(GOOD, score, version=version.number, trainable=False)
 
-    engine.after = complain
-    train(recorded, model_path, engine)
-    assert engine.published == [1, 2]
+    return complain
 
+
+def test_what_made_things_worse_is_rolled_back_with_all_that_was_trained_from_it(
+    recorded, model_path
+):
+    recorded.add_mixed(16 * 3)
+    engine = FakeEngine(recorded.store, 3)
+    engine.after = complain_from(recorded, 2, turns=20)
+    train(recorded, model_path, engine, replace(CONFIG, watch=False))
     again = FakeEngine(recorded.store, 1)
     recorded.add_mixed(16)
     train(recorded, model_path, again)
-    assert (again.withdrawn, again.published) == ([2], [3])
-    first, second, third = recorded.store.versions.all("main")
-    assert second.state is VersionState.REJECTED
-    assert second.reason.startswith("rolled back: its turns score -1.00 on average (40 verdicts)")
-    assert (third.parent, third.state) == (first.number, VersionState.SERVING)
+    assert (again.withdrawn, again.published) == ([3], [4])
+    first, second, third, fourth = recorded.store.versions.all("main")
+    assert [v.state for v in (second, third)] == [VersionState.REJECTED] * 2
+    assert second.reason == third.reason
+    assert second.reason.startswith("rolled back: since version 2 the mean score fell by ")
+    assert (fourth.parent, fourth.state) == (first.number, VersionState.SERVING)
+
+
+def test_a_watch_that_is_off_rolls_nothing_back(recorded, model_path):
+    recorded.add_mixed(16 * 2)
+    engine = FakeEngine(recorded.store, 2)
+    engine.after = complain_from(recorded, 2)
+    train(recorded, model_path, engine, replace(CONFIG, watch=False))
+    recorded.add_mixed(16)
+    again = FakeEngine(recorded.store, 1)
+    train(recorded, model_path, again, replace(CONFIG, watch=False))
+    assert (again.withdrawn, again.published) == ([], [3])
 
 
 @pytest.mark.parametrize("chosen", [1, 2])
 def test_what_a_person_put_into_service_is_left_alone(recorded, model_path, chosen):
     """An older version with worse verdicts than before it, or the one that was rolled back."""
     recorded.add_mixed(16 * 2)
-    train(recorded, model_path, FakeEngine(recorded.store, 2), replace(CONFIG, watch_level=0.0))
+    train(recorded, model_path, FakeEngine(recorded.store, 2), replace(CONFIG, watch=False))
     _, second = recorded.store.versions.all("main")
     if chosen == 2:
         recorded.store.versions.replace_serving(replace(second, reason="rolled back: …"), 1)
     recorded.store.versions.set_serving("main", chosen)
     for version in range(3):
-        for _ in range(40):
+        for _ in range(60):
             bad = version == chosen
             recorded.add(GOOD, -1 if bad else 1, version=version, trainable=False)
     engine = FakeEngine(recorded.store)
@@ -231,6 +235,30 @@ def test_what_a_person_put_into_service_is_left_alone(recorded, model_path, chos
     train(recorded, model_path, engine)
     assert engine.withdrawn == []
     assert recorded.store.versions.serving("main").number == chosen
+
+
+def test_old_adapters_are_deleted_and_what_is_needed_stays(recorded, model_path):
+    recorded.add_mixed(16 * 5)
+    engine = FakeEngine(recorded.store, 5)
+    engine.after = lambda version: (
+        version.number == 1 and recorded.store.versions.set_serving("main", 1)
+    )
+    train(recorded, model_path, engine, replace(CONFIG, keep_versions=2))
+    folder = recorded.store.dir / "versions/main"
+    # 1 was chosen by a person, 5 serves, and 4 is its parent.
+    assert sorted(p.name for p in folder.iterdir()) == ["v000001", "v000004", "v000005"]
+    kept = [version.can_serve for version in recorded.store.versions.all("main")]
+    assert kept == [True, False, False, True, True]
+
+
+def test_what_a_kill_left_of_a_deleted_adapter_goes_with_the_next_version(recorded, model_path):
+    recorded.add_mixed(16 * 3)
+    train(recorded, model_path, FakeEngine(recorded.store, 3))
+    assert recorded.store.versions.forget_adapter("main", 1)
+    recorded.add_mixed(16)
+    train(recorded, model_path, FakeEngine(recorded.store, 1))
+    folder = recorded.store.dir / "versions/main"
+    assert sorted(p.name for p in folder.iterdir()) == ["v000002", "v000003", "v000004"]
 
 
 def test_a_full_disk_registers_nothing_and_is_tried_again(

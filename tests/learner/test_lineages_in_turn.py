@@ -46,7 +46,7 @@ class Service:
         self._last = last
 
     def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
-        self._store.versions.set_serving(version.lineage, version.number)
+        self._store.versions.serve_candidate(version)
         self.published.append((version.lineage, version.number))
         if self.published[-1] == self._last:
             self.stop.set()

@@ -2,12 +2,10 @@
 
 import logging
 import threading
-from functools import partial
 
 import pytest
 
-from learner import lineage, rejections
-from learner.rejections import RejectionPause, rejected_in_a_row
+from learner.rejections import rejected_in_a_row
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.training_status import read_training_status
 from tests.learner.running_stage import FakeEngine, train
@@ -46,58 +44,60 @@ def run(recorded: Recorded, model_path: str, looks: int = 5) -> FakeEngine:
     return engine
 
 
-def test_after_some_rejections_in_a_row_batches_wait_and_status_says_so(
+def test_after_three_rejections_the_lineage_pauses_keeps_its_samples_and_says_what_to_do(
     recorded, model_path, monkeypatch, caplog
 ):
     reject_all(monkeypatch)
-    recorded.add_mixed(16 * 8)
+    recorded.add_mixed(16 * 5)
     run(recorded, model_path)
-    assert recorded.states() == {"dropped": 64, "ready": 64}
+    assert len(recorded.store.versions.all("main")) == 3
+    assert recorded.states() == {"ready": 80}
     said = read_training_status(recorded.store.dir, ["main", "alice"])
     assert list(said) == ["main"]
-    assert said["main"].startswith("paused: 4 versions in a row were rejected")
-    assert "pauses for 10 min" in said["main"]
+    assert said["main"].startswith("paused: the gate rejected versions 1, 2, 3 in a row")
     assert "the last reason: it was told to" in said["main"]
-    assert [r.levelno for r in caplog.records if "in a row" in r.getMessage()] == [
-        logging.ERROR, logging.ERROR,
-    ]  # fmt: skip
+    assert "nextstate resume --lineage main" in said["main"]
+    assert "nextstate rollback NUMBER --lineage main" in said["main"]
+    (logged,) = (r for r in caplog.records if "in a row" in r.getMessage())
+    assert (logged.levelno, logged.getMessage()) == (logging.ERROR, f"lineage=main {said['main']}")
 
 
-def test_a_restart_tries_once_and_then_pauses_longer(recorded, model_path, monkeypatch):
-    reject_all(monkeypatch)
-    recorded.add_mixed(16 * 8)
+def test_a_pause_outlasts_the_learner_and_ends_with_resume(recorded, model_path, monkeypatch):
+    reject_all(monkeypatch, 1, 2, 3)
+    recorded.add_mixed(16 * 3)
     run(recorded, model_path)
     run(recorded, model_path)
-    assert recorded.states() == {"dropped": 80, "ready": 48}
-    assert "pauses for 20 min" in read_training_status(recorded.store.dir, ["main"])["main"]
+    assert recorded.states() == {"ready": 48}
+    assert read_training_status(recorded.store.dir, ["main"])["main"].startswith("paused")
+    recorded.store.versions.resume("main")
+    assert run(recorded, model_path).published == [4, 5, 6]
+    assert recorded.states() == {"trained": 48}
+    assert read_training_status(recorded.store.dir, ["main"]) == {}
 
 
-def test_what_passes_ends_the_pause_and_its_notice(recorded, model_path, monkeypatch):
-    reject_all(monkeypatch, 1, 2, 3, 4)
-    now = [0.0]
-    paused = partial(RejectionPause, clock=lambda: now[0])
-    monkeypatch.setattr(lineage, "RejectionPause", paused)
-    recorded.add_mixed(16 * 6)
-    engine = FakeEngine(recorded.store, 2)
+def test_a_running_learner_notices_that_a_person_resumes(recorded, model_path, monkeypatch):
+    reject_all(monkeypatch, 1, 2, 3)
+    recorded.add_mixed(16 * 3)
+    engine = FakeEngine(recorded.store, 1)
     looks = []
 
     def wait(_: float | None = None) -> bool:
         looks.append(recorded.states())
-        now[0] += 599.0 if len(looks) == 1 else 1.0
+        if len(looks) == 2:
+            recorded.store.versions.resume("main")
         return engine.stop.is_set()
 
     engine.stop.wait = wait
     train(recorded, model_path, engine)
-    assert looks[:2] == [{"dropped": 64, "ready": 32}] * 2
-    assert engine.published == [5, 6]
-    assert read_training_status(recorded.store.dir, ["main"]) == {}
+    assert looks == [{"ready": 48}] * 2
+    assert engine.published == [4]
 
 
 def test_another_version_put_into_service_ends_the_pause(recorded, model_path, monkeypatch):
     recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store))
-    reject_all(monkeypatch, 1, 2, 3, 4)
-    recorded.add_mixed(16 * 5)
+    reject_all(monkeypatch, 1, 2, 3)
+    recorded.add_mixed(16 * 4)
     engine = FakeEngine(recorded.store)
 
     def roll_back(_: float | None = None) -> bool:
@@ -107,29 +107,24 @@ def test_another_version_put_into_service_ends_the_pause(recorded, model_path, m
     engine.stop.wait = roll_back
     train(recorded, model_path, engine)
     newest = recorded.store.versions.all("main")[-1]
-    assert (newest.number, newest.parent) == (6, 0)
+    assert (newest.number, newest.parent) == (5, 0)
 
 
-def test_pauses_grow_up_to_a_bound():
-    now = [0.0]
-    waiting = RejectionPause(clock=lambda: now[0])
-    found = [waiting.rejected() for _ in range(12)]
-    assert found[:6] == [(1, 0), (2, 0), (3, 0), (4, 600), (5, 1200), (6, 2400)]
-    assert found[-1] == (12, rejections.LONGEST_PAUSE_S)
-    assert not waiting.is_over()
-    now[0] = rejections.LONGEST_PAUSE_S
-    assert waiting.is_over()
-    assert RejectionPause(10**9).rejected()[1] == rejections.LONGEST_PAUSE_S
-    assert RejectionPause(10**9).is_over()
+def test_what_passes_ends_the_row(recorded, model_path, monkeypatch):
+    reject_all(monkeypatch, 1, 2, 4, 5)
+    recorded.add_mixed(16 * 6)
+    assert run(recorded, model_path).published == [3, 6]
+    assert recorded.states() == {"trained": 32, "dropped": 64}
 
 
-def test_only_what_the_gate_rejected_last_counts():
-    def version(state: VersionState, path: str | None = None) -> PolicyVersion:
-        return PolicyVersion("main", 1, 0, path, path and "ff", 1, state)
+def test_only_what_the_gate_rejected_last_and_nobody_has_accepted_counts():
+    def version(number: int, state: VersionState, sha256: str | None = None) -> PolicyVersion:
+        return PolicyVersion("main", number, 0, sha256 and "/a", sha256, 1, state)
 
-    refused = version(VersionState.REJECTED)
-    withdrawn = version(VersionState.REJECTED, "/a")
-    serving = version(VersionState.SERVING, "/a")
-    assert rejected_in_a_row([]) == 0
-    assert rejected_in_a_row([refused, serving, refused, refused]) == 2
-    assert rejected_in_a_row([refused, withdrawn]) == 0
+    refused = [version(number, VersionState.REJECTED) for number in range(5)]
+    withdrawn = version(1, VersionState.REJECTED, "ff")
+    serving = version(1, VersionState.SERVING, "ff")
+    assert rejected_in_a_row([], -1) == []
+    assert rejected_in_a_row([refused[0], serving, *refused[2:4]], -1) == [2, 3]
+    assert rejected_in_a_row([refused[0], withdrawn], -1) == []
+    assert rejected_in_a_row(refused, 2) == [3, 4]

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
+from judge.config import JudgeConfig
+from learner.config import LearnerConfig
 from nextstate.app.settings import Settings
-from nextstate.config import secret
+from nextstate.config import keys, secret
 from nextstate.errors import ConfigError
 from proxy.config import LineageConfig
 
@@ -39,7 +42,8 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ),
         ("[learner]\nwandb = 'p'", r"\[privacy\] external_metrics"),
         ("[judge]\nvotes = 0", r"\[judge\] votes"),
-        ("[learner]\nlora_rank = 64", "max_lora_rank"),
+        ("[learner]\nlora_rank = 513", r"\[learner\] lora_rank = 513"),
+        ("[learner]\ntopk = 5", r"\[learner\] topk is no key: it is always 20; remove it"),
         ("[learner]\nmethod = 'ppo'", "'opd_topk', 'combined' or 'combined_sampled'"),
         ("[proxy]\nworkers = 2\nport = 0", "name a port"),
         ("[lineages.a]\nmodel = 'x-v000001'", "looks like an adapter"),
@@ -51,7 +55,6 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[lineages.alice]", "needs model or api_key_env"),
         ("[lineages.alice]\nmodle = 'x'", "did you mean 'model'"),
         ("[lineages.a]\nmodel = 'x'\n[lineages.b]\nmodel = 'x'", "'x' is taken"),
-        ("[engine]\nmax_loras = 2\n[lineages.a]\nmodel = 'x'", "max_loras = 2: 2 lineages need"),
         ("[store", "not valid TOML"),
         ("store = 3", r"expected a section \[store\]"),
     ],
@@ -123,18 +126,35 @@ def test_the_example_names_every_key_with_its_default() -> None:
     defaults = Settings.read(Path("nextstate.toml"))
     for section in sections:
         default = getattr(defaults, section)
-        assert set(written[section]) == {f.name for f in fields(default)}, section
+        assert set(written[section]) == set(keys(type(default))), section
         example = getattr(Settings.read(EXAMPLE), section)
         assert example == default, section
+
+
+def test_there_are_few_keys() -> None:
+    lines = EXAMPLE.read_text().splitlines()
+    found = [line for line in lines if re.match(r"(# )?\w+ = ", line)]
+    assert len(found) <= 60
+    assert len(keys(LearnerConfig)) <= 25
+    written = tomllib.loads(EXAMPLE.read_text())
+    assert len(found) == sum(map(len, written.values())) + len(fields(LineageConfig))
+
+
+def test_a_recipe_is_set_in_code_and_never_by_a_file(tmp_path: Path) -> None:
+    for section, kind in (("learner", LearnerConfig), ("judge", JudgeConfig)):
+        fixed = {f.name for f in fields(kind)} - set(keys(kind))
+        assert fixed
+        for name in fixed:
+            with pytest.raises(ConfigError, match=rf"\[{section}\] {name} is no key: it is always"):
+                settings_from(tmp_path, f"[{section}]\n{name} = 1")
+    assert LearnerConfig(topk=5).topk == 5
 
 
 def test_the_example_shows_a_lineage_with_every_key(tmp_path: Path) -> None:
     text = EXAMPLE.read_text()
     shown = text[text.index("# [lineages.") :].split("\n\n")[0]
     lines = [line.removeprefix("# ") for line in shown.splitlines() if " = " in line]
-    settings = settings_from(
-        tmp_path, "\n".join(["[engine]", "max_loras = 3", "[lineages.alice]", *lines])
-    )
+    settings = settings_from(tmp_path, "\n".join(["[lineages.alice]", *lines]))
     assert set(tomllib.loads("\n".join(lines))) == {f.name for f in fields(LineageConfig)}
     assert settings.lineages["alice"].model == "alice"
 

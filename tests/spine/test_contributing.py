@@ -25,7 +25,7 @@ ROOMS = ("nextstate", "proxy", "judge", "plugins", "learner")
 WORDS = """turn, session, main turn, side turn, next state, vote, verdict, hint, feedback, lease,
 sample, held-out session, behaviour log-probs, policy log-probs, drift, importance ratio, advantage,
 teacher, adapter, policy version, candidate, policy lag, lineage, environment, gate, canary,
-score drop, share, engine, dialect, profile, check word, persona, seed policy"""
+watch, suspect, pause, share, engine, dialect, profile, check word, persona, seed policy"""
 STATE = ("learner/main/", "learner/NAME/", "versions/main/", "logs/", "warm-up/")
 """Folders of a state folder."""
 _PATH = re.compile(r"`((?:[\w.-]+/)+(?:(?!NAME)[\w-]+\.\w+)?)`")

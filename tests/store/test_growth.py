@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from nextstate.config import StoreConfig
-from nextstate.records import Feedback, PolicyVersion, ScoreCounts, TurnKind, VersionState
+from nextstate.records import Feedback, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
 from tests.store.test_records import KEY, add, judge, turn
 from tests.store.test_texts import assert_uses_are_counted
@@ -172,10 +172,10 @@ class Counting(RuleBasedStateMachine):
             ready = [(score, hint) for state, _, score, hint in rows if state == "ready"]
             usable = sum(bool((scored and score) or (hinted and hint)) for score, hint in ready)
             assert self.store.training.ready_samples(lineage, scored, hinted) == usable
-        by_version = Counter((version, score) for _, version, score, _ in rows)
-        assert self.store.versions.score_counts(lineage, [0, 1, 2]) == {
-            n: ScoreCounts(by_version[n, 1], by_version[n, 0], by_version[n, -1]) for n in range(3)
-        }
+        watched = Counter(
+            (t.version, t.score) for t in self.store.versions.judged_turns(lineage, 999)
+        )
+        assert watched == Counter((v, score) for _, v, score, _ in rows if v is not None)
 
 
 def change_for_ever(folder: Path, seed: int) -> None:
@@ -267,7 +267,9 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "counts": lambda s: s.counts(),
     "labels": lambda s: s.judging.labels(),
     "ready_samples": lambda s: s.training.ready_samples("main", True, True),
-    "score_counts": lambda s: s.versions.score_counts("main", [1, 2, 3]),
+    "judged_turns": lambda s: s.versions.judged_turns("main", 12),
+    "newest_versions": lambda s: s.versions.newest("main", 3),
+    "decisions": lambda s: s.versions.decisions("main"),
     "lease_judgements": lambda s: s.judging.lease(16, 60),
     "defer_judgement": lambda s: s.judging.defer("turn_5", 1.0, "later"),
     "judgement": lambda s: s.judging.judgement("turn_5"),

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from nextstate.records import (
+    Decisions,
     Feedback,
+    JudgedTurn,
     PolicyVersion,
     SampleState,
-    ScoreCounts,
     VersionState,
 )
 from nextstate.store import Store
@@ -82,19 +83,79 @@ def test_a_version_can_be_withdrawn_for_the_base(store: Store) -> None:
     assert store.versions.ancestors(store.versions.serving("main")) == []
 
 
-def test_verdicts_are_counted_by_the_version_that_served_the_turn(store: Store) -> None:
-    served = {0: (1, 1, -1), 1: (0, -1), 2: (1,)}
-    number = 0
-    for version, scores in served.items():
-        for score in scores:
-            add(store, turn(number, policy_version=version))
+def test_the_watch_reads_the_newest_judged_turns_oldest_first(store: Store) -> None:
+    for number, (version, score) in enumerate(((0, 1), (1, -1), (None, 1), (2, 0), (2, 1))):
+        add(store, turn(number, policy_version=version, session=f"s{number % 2}"))
+        if number != 4:
             judge(store, number, score)
-            number += 1
-    assert store.versions.score_counts("main", [0, 1, 9]) == {
-        0: ScoreCounts(2, 0, 1),
-        1: ScoreCounts(0, 1, 1),
-        9: ScoreCounts(),
-    }
+    assert store.versions.judged_turns("main", 2) == [
+        JudgedTurn("s1", 1, -1),
+        JudgedTurn("s1", 2, 0),
+    ]
+    assert len(store.versions.judged_turns("main", 9)) == 3
     store.judging.give_feedback(Feedback("turn_0", -1))
-    assert store.versions.score_counts("main", [0]) == {0: ScoreCounts(1, 0, 2)}
-    assert store.versions.score_counts("other", [0]) == {0: ScoreCounts()}
+    assert store.versions.judged_turns("main", 9)[0] == JudgedTurn("s0", 0, -1)
+    assert store.versions.judged_turns("other", 9) == []
+
+
+def test_decisions_say_what_a_person_chose_and_how_far_they_reach(store: Store) -> None:
+    assert store.versions.decisions("main") == Decisions()
+    add_versions(store, 2)
+    store.versions.set_serving("main", 1)
+    before = store.versions.decisions("main")
+    assert (before.after, before.pinned) == (2, {1, 2})
+    rejected = PolicyVersion("main", 3, 1, None, None, 1, VersionState.REJECTED, {}, "too far")
+    store.versions.add(rejected, None)
+    store.versions.resume("main")
+    assert store.versions.decisions("main") == Decisions(before.choices, 3, frozenset({1, 2}))
+
+
+def test_a_candidate_that_was_begun_before_a_person_chose_never_serves(store: Store) -> None:
+    """Also when they chose the version that served already, from which it was made."""
+    add_versions(store, 1)
+    begun = store.versions.decisions("main").choices
+    store.versions.set_serving("main", 0)
+    store.versions.set_serving("main", 1)
+    candidate = PolicyVersion("main", 2, 1, "/a", "ff", 1, VersionState.CANDIDATE)
+    assert store.versions.add(candidate, None, begun) is VersionState.RETIRED
+    assert "version 1 was put into service" in (store.versions.all("main")[-1].reason or "")
+    assert not store.versions.serve_candidate(candidate)
+    assert store.versions.serving("main").number == 1
+
+
+def test_to_resume_is_no_choice_of_a_version(store: Store) -> None:
+    begun = store.versions.decisions("main").choices
+    store.versions.resume("main")
+    candidate = PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE)
+    assert store.versions.add(candidate, None, begun) is VersionState.CANDIDATE
+    assert store.versions.serve_candidate(candidate)
+
+
+def test_samples_of_rejected_versions_can_be_given_back(store: Store) -> None:
+    for number in range(4):
+        add(store, turn(number))
+        judge(store, number, 1)
+    for number, give_back in ((1, ()), (2, ()), (3, (2,))):
+        store.training.lease_samples("main", 1, f"b{number}", scored=True, hinted=True)
+        rejected = PolicyVersion("main", number, 0, None, None, 1, VersionState.REJECTED, {}, "no")
+        store.versions.add(rejected, f"b{number}", give_back=give_back)
+    counts = store.counts()
+    assert (counts["samples/dropped"], counts["samples/ready"]) == (1, 3)
+    assert len(store.training.lease_samples("main", 9, "b", scored=True, hinted=True)) == 3
+
+
+def test_an_adapter_that_is_needed_cannot_be_forgotten_and_a_forgotten_one_cannot_serve(
+    store: Store,
+) -> None:
+    add_versions(store, 1)  # a person chose it
+    for number in (2, 3, 4):
+        made = PolicyVersion("main", number, number - 1, "/a", "ff", 1, VersionState.CANDIDATE)
+        store.versions.add(made, None)
+        if number < 4:
+            assert store.versions.serve_candidate(made)
+    forgotten = [store.versions.forget_adapter("main", number) for number in (1, 2, 3, 4)]
+    assert forgotten == [False, True, False, False]
+    assert not store.versions.set_serving("main", 2)
+    assert store.versions.serving("main").number == 3
+    second = store.versions.all("main")[1]
+    assert (second.path, second.sha256, second.can_serve) == (None, "ff", False)

@@ -56,10 +56,8 @@ model = "{model}"
 [learner]
 batch_size = 4
 lora_rank = 4
-lora_alpha = 8
 epochs = 1
 dtype = "float32"
-poll_s = 0.1
 threads = 1
 gradient_checkpointing = false
 """

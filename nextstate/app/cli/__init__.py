@@ -21,6 +21,7 @@ from nextstate.app.cli import (
     judge,
     learner,
     proxy,
+    resume,
     rollback,
     status,
     turns,
@@ -31,7 +32,20 @@ from nextstate.errors import EXIT_LATER, EXIT_USAGE, NextStateError, WaitError
 from nextstate.offline import go_offline
 from nextstate.private_files import only_for_owner
 
-_COMMANDS = (up, proxy, judge, learner, demo, status, turns, versions, rollback, feedback, doctor)
+_COMMANDS = (
+    up,
+    proxy,
+    judge,
+    learner,
+    demo,
+    status,
+    turns,
+    versions,
+    rollback,
+    resume,
+    feedback,
+    doctor,
+)
 """In the order in which `nextstate --help` lists them."""
 _EPILOG = """\
 examples:

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextstate.app.cli.common import add_command, find_version
 from nextstate.errors import StartError
-from nextstate.records import BASE_VERSION, MAIN_LINEAGE
+from nextstate.records import MAIN_LINEAGE
 
 
 def add(subparsers: Any) -> None:
@@ -29,10 +29,14 @@ def run(args: argparse.Namespace) -> int:
     version = find_version(store, args.lineage, args.number)
     if args.lineage not in settings.all_lineages:
         raise StartError(f"there is no lineage {args.lineage!r}: see [lineages.NAME]")
-    if version.path is None and version.number != BASE_VERSION:
+    if not version.can_serve:
+        why = (
+            f"was rejected before it was written and cannot serve: {version.reason}"
+            if version.sha256 is None
+            else "has no adapter any more: it was deleted to make room ([learner] keep_versions)"
+        )
         raise StartError(
-            f"version {version.number} was rejected before it was written and cannot serve: "
-            f"{version.reason}; choose another one of `nextstate versions`"
+            f"version {version.number} {why}; choose another one of `nextstate versions`"
         )
     asyncio.run(change_version(settings, publish, store, version))
     print(f"version {version.number} serves {version.lineage}")

@@ -20,16 +20,19 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from nextstate.app import views
     from nextstate.app.settings import Settings
+    from nextstate.app.watching import version_watch, watch_text
     from nextstate.store import Store
 
     store = Store(Settings.read(args.config).store)
     if args.number is not None:
         version = find_version(store, args.lineage or MAIN_LINEAGE, args.number)
         trained = store.versions.used_turns(version.lineage, version.number)
+        seen = version_watch(store, version)
         if args.json:
-            print_json(views.version_row(version) | {"turns": views.trained_rows(trained)})
+            turns = views.trained_rows(trained)
+            print_json(views.version_row(version) | {"watch": seen, "turns": turns})
         else:
-            print(views.version_card(version, trained))
+            print(views.version_card(version, trained, watch_text(seen)))
         return 0
     versions = store.versions.all(args.lineage)
     if args.json:

@@ -1,0 +1,233 @@
+"""The watch: whether versions in service are worse than those before them, for the same sessions.
+
+Sessions differ in how hard they are, and a version comes into service in the middle of some. So a
+turn is compared only with the turns of its own session that earlier versions of the chain served:
+harder questions in other sessions say nothing about a version. If no version is worse, the order of
+a session's scores means nothing, and the sum of its later scores has the distribution of as many
+scores drawn from the session without replacement. Over all sessions that is the exact conditional
+test of stratified ordered categories (Mehta, Patel & Senchaudhuri 1992, "Exact stratified linear
+rank tests for ordered categorical and binary data"); it asks nothing of how sessions differ.
+
+One version serves few turns, so each version of the chain is a suspect, and the turns of all its
+descendants count with its own. A suspect is tested once at each of LOOKS, on exactly as many later
+turns, beside each of REFERENCES. The levels of these tests add up to LEVEL (a group-sequential test
+that spends its level over its looks, by Bonferroni: Lan & DeMets 1983).
+
+Without a common session before and after, nothing tells a worse version from harder questions. And
+if the questions of a session get harder while it lasts, versions are blamed for it: the test knows
+no other order. `python -m benchmarks.watch` measures how often.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+from nextstate.records import JudgedTurn, PolicyVersion
+
+LEVEL = 0.001
+"""The level of all tests of one suspect together. So in ten versions, which serve about 150 judged
+turns, the probability that one is blamed by chance is at most 1 %."""
+LOOKS = {24: 0.05, 50: 0.05, 100: 0.2, 150: 0.6, 300: 0.1}
+"""After so many judged turns a suspect is tested, at this share of the level. Most of it is spent
+where a fall of 0.3 can be seen."""
+REFERENCES = {160: 0.2, 640: 0.8}
+"""A suspect is compared with so many judged turns before it, at this share of a look's level. The
+short reference is for a lineage that still gets better; the long one sees smaller falls."""
+_OLD = max(LOOKS) + 100
+"""A suspect with more later turns has passed all its looks."""
+TURNS = _OLD + max(REFERENCES)
+"""The newest judged turns of a chain that the watch needs."""
+_POWER = 0.8
+_CLEAR = 2.5
+"""Standard errors; a smaller fall is not worth the exact test. Its level is below 0.0004."""
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Later turns beside earlier ones of the same sessions."""
+
+    turns: int
+    """Later turns, of all sessions."""
+    comparable: int
+    """Later turns of sessions that have earlier ones too."""
+    weight: float
+    """Sum over sessions of n·m / (n + m), for n earlier and m later turns: what the change is
+    worth, in turns that are compared with a known mean."""
+    change: float
+    """The mean change of the score within a session, by weight; 0 without weight."""
+    variance: float
+    """Of one score within its session, by weight."""
+
+    @property
+    def error(self) -> float:
+        """Standard error of the change if no version is worse."""
+        return math.sqrt(self.variance / self.weight) if self.weight else math.inf
+
+    @property
+    def standing(self) -> float:
+        """The change in standard errors; 0 if all scores of each session are equal."""
+        return self.change / self.error if self.error else 0.0
+
+    def visible(self, level: float) -> float:
+        """The fall of the mean score that a test at `level` finds in four of five cases."""
+        normal = NormalDist()
+        return (normal.inv_cdf(1 - level) + normal.inv_cdf(_POWER)) * self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Fall:
+    """A version, with all that were trained from it, is clearly worse than what served before."""
+
+    suspect: int
+    """Its number: the one with which the fall most probably began."""
+    found: Comparison
+    p: float
+    """How probable what was tested is if no version is worse."""
+
+    def __str__(self) -> str:
+        return (
+            f"since version {self.suspect} the mean score fell by {-self.found.change:.2f} within "
+            f"the same sessions ({self.found.comparable} later verdicts; by chance in {self.p:.1g} "
+            "of cases)"
+        )
+
+
+class Watch:
+    """Tests the suspects of one chain, each look once."""
+
+    def __init__(self) -> None:
+        self._tested: set[tuple[int, int]] = set()
+
+    def fall(self, chain: Sequence[int], turns: Sequence[JudgedTurn], after: int) -> Fall | None:
+        """A fall that is found now, and the version with which it most probably began.
+
+        `chain`: the serving version's ancestors and itself, oldest first. `turns`: the chain's
+        newest TURNS judged turns in the order in which they were recorded. Versions up to number
+        `after` are no suspects.
+        """
+        served = Counter(turn.version for turn in turns)
+        suspects: list[int] = []
+        least: float | None = None
+        count = 0
+        for suspect in reversed(chain[1:]):
+            count += served[suspect]
+            if suspect <= after or count > _OLD:
+                break
+            suspects.append(suspect)
+            for look in LOOKS:
+                if look <= count and (suspect, look) not in self._tested:
+                    self._tested.add((suspect, look))
+                    p = chance(*split(chain, turns, suspect), look)
+                    if p is not None:
+                        least = min(p, least or 1.0)
+        if least is None:
+            return None
+        found = {suspect: beside(chain, turns, suspect) for suspect in suspects}
+        began = min(suspects, key=lambda suspect: found[suspect].standing)
+        return Fall(began, found[began], least)
+
+
+def beside(chain: Sequence[int], turns: Sequence[JudgedTurn], suspect: int) -> Comparison:
+    """All later turns of a suspect beside the longest reference."""
+    earlier, later = split(chain, turns, suspect)
+    return compare(sessions(earlier[-max(REFERENCES) :], later), len(later))
+
+
+def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int) -> float | None:
+    """How probable the fall is by chance, if the first `look` later turns are clearly worse."""
+    for reference, part in REFERENCES.items():
+        rows = sessions(earlier[-reference:], later[:look])
+        found = compare(rows, look)
+        if found.standing < -_CLEAR:
+            p = probability(rows)
+            if p <= LEVEL * LOOKS[look] * part:
+                return p
+    return None
+
+
+def chain_of(versions: Sequence[PolicyVersion], number: int) -> list[int]:
+    """The numbers of the version's ancestors, the base first, and its own."""
+    parents = {version.number: version.parent for version in versions}
+    chain = [number]
+    while (parent := parents.get(chain[-1])) is not None:
+        chain.append(parent)
+    return chain[::-1]
+
+
+def split(
+    chain: Sequence[int], turns: Sequence[JudgedTurn], suspect: int
+) -> tuple[list[JudgedTurn], list[JudgedTurn]]:
+    """The turns that versions before `suspect` served, and those of it and later ones."""
+    before = set(chain[: chain.index(suspect)])
+    after = set(chain) - before
+    return (
+        [turn for turn in turns if turn.version in before],
+        [turn for turn in turns if turn.version in after],
+    )
+
+
+Row = tuple[list[int], list[int]]
+"""A session's numbers of scores -1, 0 and 1: of all its turns, and of the later ones."""
+
+
+def sessions(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> list[Row]:
+    """The rows of the sessions that have turns on both sides."""
+    rows: dict[str, Row] = {}
+    for turn in earlier:
+        rows.setdefault(turn.session, ([0, 0, 0], [0, 0, 0]))[0][turn.score + 1] += 1
+    for turn in later:
+        if (row := rows.get(turn.session)) is not None:
+            row[0][turn.score + 1] += 1
+            row[1][turn.score + 1] += 1
+    return [row for row in rows.values() if any(row[1])]
+
+
+def compare(rows: Sequence[Row], turns: int) -> Comparison:
+    """What the sessions' rows say; `turns` is the number of all later ones."""
+    weight = fall = spread = 0.0
+    for of_all, of_later in rows:
+        n, later = sum(of_all), sum(of_later)
+        mean = (of_all[2] - of_all[0]) / n
+        weight += later * (n - later) / n
+        fall += of_later[2] - of_later[0] - later * mean
+        squares = (of_all[2] + of_all[0]) / n - mean**2
+        spread += later * (n - later) / (n - 1) * squares
+    comparable = sum(sum(of_later) for _, of_later in rows)
+    if not weight:
+        return Comparison(turns, 0, 0.0, 0.0, 0.0)
+    return Comparison(turns, comparable, weight, fall / weight, spread / weight)
+
+
+def probability(rows: Sequence[Row]) -> float:
+    """That the later scores have at most their sum, if every order of a session is as probable."""
+    found, observed = {0: 1.0}, 0
+    for of_all, of_later in rows:
+        observed += of_later[2] - of_later[0]
+        sums = dict(_sums(of_all, sum(of_later)))
+        joined: Counter[int] = Counter()
+        for a, p in found.items():
+            for b, q in sums.items():
+                joined[a + b] += p * q  # pyright: ignore[reportArgumentType]
+        found = dict(joined)
+    return min(1.0, sum(p for total, p in found.items() if total <= observed))
+
+
+def _sums(of_all: list[int], draws: int) -> Iterator[tuple[int, float]]:
+    """The sums of `draws` scores without replacement: multivariate hypergeometric."""
+    bad, neutral, good = of_all
+    total = _log_choose(sum(of_all), draws)
+    found: dict[int, float] = {}
+    for b in range(max(0, draws - neutral - good), min(bad, draws) + 1):
+        of_bad = _log_choose(bad, b) - total
+        for g in range(max(0, draws - b - neutral), min(good, draws - b) + 1):
+            log = of_bad + _log_choose(good, g) + _log_choose(neutral, draws - b - g)
+            found[g - b] = found.get(g - b, 0.0) + math.exp(log)
+    yield from found.items()
+
+
+def _log_choose(n: int, k: int) -> float:
+    return math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1)

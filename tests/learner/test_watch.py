@@ -1,0 +1,134 @@
+"""The watch: exact probabilities, what it cannot be fooled by, false alarms and power."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import permutations
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.watch import World, alarm
+from learner import watch
+from learner.watch import Watch, chain_of, compare, probability, sessions
+from nextstate.records import JudgedTurn, PolicyVersion, VersionState
+
+SCORES = st.lists(st.sampled_from((-1, 0, 1)), min_size=1, max_size=3)
+
+
+def turns(session: str, version: int, scores: Sequence[int]) -> list[JudgedTurn]:
+    return [JudgedTurn(session, version, score) for score in scores]
+
+
+@given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=2))
+def test_the_probability_is_that_over_all_orders_of_each_session(drawn):
+    before = [t for i, (old, _) in enumerate(drawn) for t in turns(f"s{i}", 0, old)]
+    after = [t for i, (_, new) in enumerate(drawn) for t in turns(f"s{i}", 1, new)]
+    sums = Counter({0: 1})
+    for old, new in drawn:
+        of_session = Counter(sum(order[: len(new)]) for order in permutations(old + new))
+        sums = Counter(
+            {
+                s: sum(sums[a] * n for a in sums for b, n in of_session.items() if a + b == s)
+                for s in range(-6, 7)
+            }
+        )
+    observed = sum(sum(new) for _, new in drawn)
+    expected = sum(n for s, n in sums.items() if s <= observed) / sum(sums.values())
+    assert probability(sessions(before, after)) == pytest.approx(expected)
+
+
+def test_a_change_is_measured_within_sessions():
+    # An easy session that stays at 1, a hard one at -1 that falls no further, and one that falls.
+    before = turns("easy", 0, [1] * 9) + turns("hard", 0, [-1]) + turns("both", 0, [1, 1])
+    after = turns("hard", 1, [-1] * 9) + turns("both", 1, [-1, 1])
+    found = compare(sessions(before, after), len(after))
+    assert (found.turns, found.comparable) == (11, 11)
+    # Weights 1·9/10 and 2·2/4; changes 0 and -1.
+    assert found.weight == pytest.approx(1.9)
+    assert found.change == pytest.approx(-1 / 1.9)
+
+
+def test_harder_questions_in_new_sessions_say_nothing():
+    before, after = turns("easy", 0, [1] * 200), turns("hard", 1, [-1] * 200)
+    assert sessions(before, after) == []
+    assert compare([], 200) == watch.Comparison(200, 0, 0.0, 0.0, 0.0)
+    assert Watch().fall([0, 1], before + after, -1) is None
+
+
+def test_equal_scores_are_no_fall():
+    seen = turns("s", 0, [1] * 100) + turns("s", 1, [1] * 100)
+    found = compare(sessions(seen[:100], seen[100:]), 100)
+    assert (found.change, found.error, found.standing) == (0.0, 0.0, 0.0)
+    assert Watch().fall([0, 1], seen, -1) is None
+
+
+def test_a_fall_is_dated_to_the_version_with_which_it_began():
+    seen = [t for v in range(10) for t in turns("s", v, [1, 1, 1, -1] * 4)]
+    seen += [t for v in range(10, 14) for t in turns("s", v, [1, -1, -1, -1] * 4)]
+    found = Watch().fall(list(range(14)), seen, -1)  # a learner that starts: all looks at once
+    assert found is not None
+    assert found.suspect == 10
+
+
+def test_each_look_of_a_suspect_is_taken_once_and_on_exactly_so_many_turns(monkeypatch):
+    taken = []
+    monkeypatch.setattr(watch, "chance", lambda _, later, look: taken.append((len(later), look)))
+    seen = turns("s", 0, [1] * 30) + turns("s", 1, [1] * 60)
+    watched = Watch()
+    for count in (20, 24, 49, 50, 60):
+        watched.fall([0, 1], seen[: 30 + count], -1)
+    assert taken == [(24, 24), (50, 50)]
+
+
+def test_a_fall_is_counted_on_over_versions_and_names_the_first_that_is_worse():
+    seen = [t for v in range(4) for t in turns("s", v, [1] * 16)]
+    seen += [t for v in range(4, 8) for t in turns("s", v, [-1] * 6)]
+    found = Watch().fall(list(range(8)), seen, -1)
+    assert found is not None
+    assert (found.suspect, found.found.change) == (4, pytest.approx(-2))
+    assert str(found).startswith(
+        "since version 4 the mean score fell by 2.00 within the same sessions (24 later verdicts; "
+        "by chance in "
+    )
+
+
+def test_versions_that_a_person_accepted_are_no_suspects():
+    seen = turns("s", 0, [1] * 50) + turns("s", 1, [-1] * 50) + turns("s", 2, [-1] * 50)
+    assert Watch().fall([0, 1, 2], seen, 2) is None
+    found = Watch().fall([0, 1, 2], seen, 0)
+    assert found is not None
+    assert found.suspect == 1
+
+
+def test_what_is_not_in_the_chain_does_not_count():
+    seen = turns("s", 0, [1] * 50) + turns("s", 1, [-1] * 50) + turns("s", 2, [1] * 50)
+    assert Watch().fall([0, 2], seen, -1) is None
+
+
+def test_the_chain_leads_through_the_parents():
+    versions = [
+        PolicyVersion("main", n, parent, "/a", "ff", 1, VersionState.RETIRED)
+        for n, parent in ((1, 0), (2, 1), (3, 1), (4, 3))
+    ]
+    assert chain_of(versions, 4) == [0, 1, 3, 4]
+    assert chain_of([], 0) == [0]
+
+
+def test_the_levels_of_all_tests_add_up_to_the_level():
+    assert math.isclose(sum(watch.LOOKS.values()), 1.0)
+    assert math.isclose(sum(watch.REFERENCES.values()), 1.0)
+
+
+def test_a_fall_by_0_3_is_found_within_150_turns_in_one_long_session():
+    world = World(live=1, turns=10_000)
+    found = [alarm(Random(f"power/{run}"), world, fall=0.3) for run in range(16)]
+    assert sum(at is not None for at in found) >= 11
+
+
+def test_no_version_is_blamed_for_harder_questions_or_for_nothing():
+    for world in (World(live=4, turns=40), World(live=4, turns=40, harder=0.6)):
+        found = [alarm(Random(f"false/{run}"), world) for run in range(12)]
+        assert sum(at is not None for at in found) <= 1
