@@ -18,6 +18,7 @@ import tempfile
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from nextstate.errors import StartError
 from nextstate.offline import go_offline
@@ -150,7 +151,7 @@ def _converted(gguf: Path, work: Path) -> Path:
         **{k: v for k, v in read.config.to_dict().items() if k != "quantization_config"}
     )
     # transformers does not save a model that came from GGUF, so a new one takes its weights.
-    model = LlamaForCausalLM(config)
+    model: Any = LlamaForCausalLM(config)
     model = model.to(torch.float32)
     model.load_state_dict(read.state_dict())
     target = work / "model"
