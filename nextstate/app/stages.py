@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -245,15 +246,17 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, end)
-    model_path = settings.engine.model_path
+    model_path, config = settings.engine.model_path, settings.learner
+    if longest := settings.engine.max_model_len:  # no reply is longer, so no pass need be
+        config = replace(config, max_tokens=min(config.max_tokens, longest))
     share = gpu_share(settings.engine, os.environ)
-    log.info("training %s", require_memory(settings.learner, model_path, len(lineages), share))
-    if share and pick_device(settings.learner).type == "cuda":
+    log.info("training %s", require_memory(config, model_path, len(lineages), share))
+    if share and pick_device(config).type == "cuda":
         wait_for_engine(settings, stop)
     store = Store(settings.store, patience=patience)
     path = zero_adapter(settings)
     if not path.exists():
-        save_zero_adapter(model_path, settings.learner, path)
+        save_zero_adapter(model_path, config, path)
 
     def to_engine(version: PolicyVersion, withdraw: bool = False) -> None:
         change = client.withdraw if withdraw else client.publish_candidate
@@ -262,11 +265,11 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     def live_requests() -> int:
         return asyncio.run(_live_requests(settings))
 
-    if settings.learner.schedule == "idle":
+    if config.schedule == "idle":
         engine_access(settings)  # raises here if there is no engine whose requests to count
     run(
         store,
-        settings.learner,
+        config,
         model_path,
         lineages,
         to_engine,
