@@ -1,0 +1,261 @@
+"""Makes the weights of the judge `linear`: `python -m plugins.judges.linear_training`.
+
+It reads `judge/data/`: the cases with `"split": "dev"`, and `phrases.txt`, short reactions and
+outputs without a context. Nothing else: the held-out cases are only measured. The classifier is
+logistic regression over idf-weighted features with a ridge penalty; its probabilities are
+calibrated by one temperature on cross-validated logits. The same data give the same file.
+"""
+
+from __future__ import annotations
+
+import random
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+
+from plugins.judges.features import BITS, clipped, features, plain
+from plugins.judges.linear import _LEAST_ROWS, _SIGN, SCORES, SURE, WEIGHTS, own_words, sentences
+
+DATA = Path(__file__).parents[2] / "judge" / "data"
+CASES, PHRASES = DATA / "next_states.jsonl", DATA / "phrases.txt"
+RIDGE = 1e-5
+STEPS = 100
+FOLDS = 4
+_LEARNING_RATE = 0.05
+_FOLLOWED, _NEXT_TASKS = 0.5, 0.3
+"""Shares of cases that also count with the next task behind the reaction, or instead of it."""
+_LEADS = ("", "", "", "Next: ", "ok. ", "Another question: ", "And now: ")
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One text with its label."""
+
+    text: str
+    speaker: str
+    label: int
+    """1, 0 or -1; as a hint example 1 or 0."""
+    asked: str = ""
+    reply: str = ""
+    language: str = ""
+    weight: float = 1.0
+
+    @property
+    def fold(self) -> int:
+        """Examples of one context are in one fold."""
+        return zlib.crc32(f"{self.asked}|{self.reply}".encode()) % FOLDS
+
+
+def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
+    """(examples of scores, examples of hints) of the cases that may be learned from."""
+    scored: list[Example] = []
+    hints: list[Example] = []
+    for line in file.read_bytes().splitlines():
+        case = orjson.loads(line)
+        if case["split"] != "dev":
+            continue
+        states = case["next_states"]
+        said = "\n".join(s["text"] for s in states if s["source"] in ("user", "feedback"))
+        speaker = "user" if said else "tool"
+        one = Example(
+            own_words(said or "\n".join(s["text"] for s in states), speaker),
+            speaker,
+            case["label"],
+            next((text for role, text in reversed(case["tail"]) if role == "user"), ""),
+            case["reply"],
+            case["language"],
+        )
+        scored.append(one)
+        if said and (case["label"] >= 0 or "hint" in case):
+            wanted = " ".join(case.get("hint", []))
+            hints += [replace(one, text=s, label=int(s in wanted)) for s in sentences(one.text)]
+            hints += [replace(one, text=s, label=0) for s in sentences(one.asked)]
+    return scored, hints
+
+
+def read_phrases(file: Path = PHRASES) -> tuple[list[Example], list[Example]]:
+    """The same of the phrases. A line is `language label: phrase / phrase`; `!` is an order."""
+    scored: list[Example] = []
+    hints: list[Example] = []
+    for line in file.read_text().splitlines():
+        if line and not line.startswith("#"):
+            (language, mark), phrases = line.split(": ", 1)[0].split(), line.split(": ", 1)[1]
+            speaker = "tool" if language == "t" else "user"
+            for phrase in phrases.split(" / "):
+                text = phrase.replace("\\n", "\n")
+                label = {"+": 1, "0": 0}.get(mark, -1)
+                scored.append(Example(text, speaker, label, language=language))
+                if speaker == "user":
+                    hints.append(Example(text, speaker, int(mark == "!"), language=language))
+    return scored, hints
+
+
+def followed(cases: Sequence[Example], rng: random.Random) -> list[Example]:
+    """More examples: a reaction with the next task behind it, and a next task alone.
+
+    A task is what the user asked in another case; it says nothing about the reply.
+    """
+    tasks = [case for case in cases if len(case.asked) > 12]
+    more: list[Example] = []
+    for case in cases:
+        task = rng.choice(tasks)
+        lead = rng.choice(_LEADS)
+        draw = rng.random()
+        if case.speaker != "user" or task.language != case.language:
+            continue
+        if case.label and draw < _FOLLOWED:
+            text = f"{case.text}{rng.choice((' ', ' ', chr(10)))}{lead}{task.asked}"
+            more.append(replace(case, text=clipped(text), weight=0.5))
+        elif draw > 1 - _NEXT_TASKS:
+            more.append(replace(case, text=lead + task.asked, label=0, weight=0.5))
+    return more
+
+
+@dataclass(frozen=True, slots=True)
+class Matrix:
+    """Sparse rows: the features of each example and their values."""
+
+    index: NDArray[np.intp]
+    value: Array
+    ends: NDArray[np.intp]
+    """(N + 1,): where each example's features begin, and the end."""
+
+    def times(self, table: Array) -> Array:
+        """The logits (N, K) by a table (rows, K)."""
+        sums = np.cumsum(self.value[:, None] * table[self.index], axis=0)
+        sums = np.concatenate([np.zeros((1, table.shape[1])), sums])
+        return sums[self.ends[1:]] - sums[self.ends[:-1]]
+
+
+def matrix(examples: Sequence[Example]) -> Matrix:
+    """The features of the examples, weighted as the judge weighs them."""
+    index: list[NDArray[np.intp]] = []
+    value: list[Array] = []
+    ends = [0]
+    for one in examples:
+        found = features(plain(one.text), one.asked, one.reply, one.speaker)
+        index += [found.text, found.signs]
+        value.append(np.full(len(found.text), max(len(found.text), _LEAST_ROWS) ** -0.5))
+        value.append(np.full(len(found.signs), _SIGN))
+        ends.append(ends[-1] + len(found.text) + len(found.signs))
+    return Matrix(np.concatenate(index), np.concatenate(value), np.array(ends))
+
+
+def fit(rows: Matrix, classes: NDArray[np.intp], weights: Array, kinds: int) -> tuple[Array, Array]:
+    """(table (2 ** BITS, kinds), bias (kinds,)) of softmax regression, by Adam on all examples."""
+    used, index = np.unique(rows.index, return_inverse=True)
+    common = np.bincount(index, minlength=len(used))
+    rarity = np.log((len(classes) + 1) / (common + 1)) / 4  # idf: a frequent feature counts less
+    mine = Matrix(index, rows.value * rarity[index], rows.ends)
+    owner = np.repeat(np.arange(len(classes)), np.diff(rows.ends))
+    wanted = np.eye(kinds)[classes]
+    state = np.zeros((3, len(used) + 1, kinds))  # weights with the bias, and Adam's two means
+    table, mean, square = state
+    for step in range(1, STEPS + 1):
+        error = softmax(mine.times(table[:-1]) + table[-1]) - wanted
+        error *= weights[:, None] / weights.sum()
+        slope = np.empty_like(table)
+        for kind in range(kinds):
+            push = mine.value * error[owner, kind]
+            slope[:-1, kind] = np.bincount(index, push, minlength=len(used))
+        slope[:-1] += RIDGE * table[:-1]
+        slope[-1] = error.sum(0)
+        mean += 0.1 * (slope - mean)
+        square += 0.02 * (slope**2 - square)
+        rate = _LEARNING_RATE * (1 - step / (STEPS + 1))
+        table -= rate * mean / (1 - 0.9**step) / (np.sqrt(square / (1 - 0.98**step)) + 1e-8)
+    full = np.zeros((1 << BITS, kinds))
+    full[used] = table[:-1] * rarity[:, None]
+    return full, table[-1]
+
+
+def softmax(given: Array) -> Array:
+    """The probabilities (N, K) of logits (N, K)."""
+    raised = np.exp(given - given.max(1, keepdims=True))
+    return raised / raised.sum(1, keepdims=True)
+
+
+def fit_scores(cases: Sequence[Example], phrases: Sequence[Example]) -> tuple[Array, Array]:
+    """The table and bias for the three scores."""
+    examples = [*cases, *followed(cases, random.Random(5)), *phrases]
+    classes = np.array([SCORES.index(one.label) for one in examples])
+    return fit(matrix(examples), classes, np.array([one.weight for one in examples]), len(SCORES))
+
+
+def cross_validated(cases: Sequence[Example], phrases: Sequence[Example]) -> Array:
+    """Logits (N, 3) of cases by tables that saw neither them nor their context."""
+    found = np.empty((len(cases), len(SCORES)))
+    for fold in range(FOLDS):
+        mine = [place for place, case in enumerate(cases) if case.fold == fold]
+        table, bias = fit_scores([case for case in cases if case.fold != fold], phrases)
+        found[mine] = matrix([cases[place] for place in mine]).times(table) + bias
+    return found
+
+
+def temperature(given: Array, classes: NDArray[np.intp]) -> float:
+    """The divisor of logits (N, 3) under which the right classes are likeliest."""
+    places = np.arange(len(classes))
+
+    def loss(divisor: float) -> float:
+        return -float(np.log(softmax(given / divisor)[places, classes] + 1e-12).mean())
+
+    return min(np.arange(0.3, 3, 0.02).tolist(), key=loss)
+
+
+def data_mark() -> int:
+    """A checksum of the data that the weights are made from."""
+    dev = [line for line in CASES.read_bytes().splitlines() if b'"split": "dev"' in line]
+    return zlib.crc32(b"\n".join([*dev, PHRASES.read_bytes()]))
+
+
+def main() -> None:
+    """Trains, prints the cross-validated agreement by threshold, and writes the weights."""
+    cases, case_hints = read_cases()
+    phrases, phrase_hints = read_phrases()
+    given = cross_validated(cases, phrases)
+    labels = np.array([case.label for case in cases])
+    classes = np.array([SCORES.index(case.label) for case in cases])
+    divisor = temperature(given, classes)
+    print(f"{len(cases)} cases, {len(phrases)} phrases, temperature {divisor:.2f}")
+    report(softmax(given / divisor), labels)
+    table, bias = fit_scores(cases, phrases)
+    hints = [*case_hints, *phrase_hints]
+    orders = np.array([one.label for one in hints])
+    hint_table, hint_bias = fit(matrix(hints), orders, np.ones(len(hints)), 2)
+    side, side_bias = hint_table[:, 1] - hint_table[:, 0], hint_bias[1] - hint_bias[0]
+    whole = np.concatenate([table / divisor, side[:, None]], 1)
+    scale = np.abs(whole).max(0) / 127
+    small = np.rint(whole / scale).astype(np.int8)
+    used = np.flatnonzero(small.any(1)).astype(np.uint16)
+    np.savez_compressed(
+        WEIGHTS,
+        rows=used,
+        table=small[used],
+        scale=scale.astype(np.float32),
+        bias=np.append(bias / divisor, side_bias).astype(np.float32),
+        data=np.array(data_mark(), np.uint32),
+    )
+    print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size} bytes")
+
+
+def report(chances: Array, labels: NDArray[np.intp]) -> None:
+    """Prints κ and wrong votes for several thresholds."""
+    scores = np.array(SCORES)[chances.argmax(1)]
+    for least in (0.0, 0.5, SURE, 0.6, 0.65, 0.7, 0.8):
+        votes = np.where(chances.max(1) < least, 0, scores)
+        same = (votes == labels).mean()
+        chance = sum((votes == s).mean() * (labels == s).mean() for s in SCORES)
+        wrong = ((votes != 0) & (votes != labels)).mean()
+        opposite = (votes * labels == -1).mean()
+        kappa = (same - chance) / (1 - chance)
+        print(f"threshold {least:.2f}: κ {kappa:.3f}, wrong {wrong:.3f}, opposite {opposite:.3f}")
+
+
+if __name__ == "__main__":
+    main()
