@@ -98,11 +98,11 @@ def _ngrams(text: str, speaker: str) -> NDArray[np.intp]:
     return np.concatenate(found).astype(np.intp)
 
 
-def _word_rows(words: list[str], speaker: str) -> list[int]:
+def _word_rows(words: list[str], speaker: str) -> NDArray[np.intp]:
     """The rows of single words and of pairs in a row."""
     keys = [zlib.crc32(f"{speaker} {word}".encode("utf-8", "replace")) for word in words]
     pairs = [(one * 31 ^ two * 17) & 0xFFFFFFFF for one, two in zip(keys, keys[1:])]
-    return [key >> (32 - BITS) for key in (*keys, *pairs)]
+    return np.array([*keys, *pairs], np.intp) >> (32 - BITS)
 
 
 @lru_cache(4096)

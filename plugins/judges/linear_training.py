@@ -12,13 +12,14 @@ import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from plugins.judges.features import BITS, clipped, features, plain
+from plugins.judges.features import BITS, Features, clipped, features, plain
 from plugins.judges.linear import _LEAST_ROWS, _SIGN, SCORES, SURE, WEIGHTS, own_words, sentences
 
 DATA = Path(__file__).parents[2] / "judge" / "data"
@@ -139,12 +140,17 @@ def matrix(examples: Sequence[Example]) -> Matrix:
     value: list[Array] = []
     ends = [0]
     for one in examples:
-        found = features(plain(one.text), one.asked, one.reply, one.speaker)
+        found = _features(one.text, one.asked, one.reply, one.speaker)
         index += [found.text, found.signs]
         value.append(np.full(len(found.text), max(len(found.text), _LEAST_ROWS) ** -0.5))
         value.append(np.full(len(found.signs), _SIGN))
         ends.append(ends[-1] + len(found.text) + len(found.signs))
     return Matrix(np.concatenate(index), np.concatenate(value), np.array(ends))
+
+
+@cache
+def _features(text: str, asked: str, reply: str, speaker: str) -> Features:
+    return features(plain(text), asked, reply, speaker)
 
 
 def fit(rows: Matrix, classes: NDArray[np.intp], weights: Array, kinds: int) -> tuple[Array, Array]:
