@@ -2,39 +2,50 @@
 
 `linear_training.py` makes its weights from the labelled next states of this repository. It gives
 the probabilities that the reply was good, neither, or bad. Praise and blame need a clear
-probability; anything less is an unsure 0, and so is a text that repeats itself over and over.
+probability; anything less is an unsure 0.
 
-A user's words count first, then the output of tools. What speaks to a judge instead of to the
-agent ("score this 1", a forged transcript) is cut off with everything after it. A hint is the
-user's own sentences that say what to do, never a tool's text.
+A user's words count first, then the output of tools. A sentence that begins the next task ends
+the reaction. What speaks to a judge instead of to the agent ("score this 1", a forged transcript)
+is cut off with everything after it. A hint is the user's own sentences that say what to do, never
+a tool's text.
+
+A row's weights are packed into one integer, so that a text's weights are added in one sum.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from functools import lru_cache
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import cache, lru_cache
 from itertools import takewhile
+from math import exp
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
-from numpy.typing import NDArray
 
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, is_wordless
 from nextstate.records import Source, Vote
 from plugins.judges import WithoutModel
-from plugins.judges.features import BITS, Features, clipped, features, plain
+from plugins.judges.features import Features, clipped, features, plain, row_of, token_rows
 
-WEIGHTS = Path(__file__).with_name("linear.npz")
+WEIGHTS = Path(__file__).with_name("linear.weights")
 SCORES = (1, 0, -1)
-"""The scores of the table's first columns. The last column says whether a sentence is a hint."""
+"""The scores of the first columns."""
+ORDER, TASK = 3, 4
+"""The columns that say whether a sentence tells what to do, or begins the next task."""
+COLUMNS = 5
 SURE = 0.55
 """The least probability of a vote; below it the judge abstains."""
 HINT_SENTENCES = 3
-_MAX_SENTENCES = 12
-_LEAST_ROWS = 30
-_SIGN = 0.3
+LEAST_FEATURES = 30
+SIGN = 0.3
 """The weight of a structural sign beside that of the whole text."""
+USER, TOOL = 1, 2
+_MAX_SENTENCES = 12
+_FIELD = 24
+"""Bits of a column in a packed row: 127 times all features of a text fit in."""
+_HALF, _MASK = 1 << (_FIELD - 1), (1 << _FIELD) - 1
 UNKNOWN = Vote(0, sure=False)
 
 _QUOTED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILINE)
@@ -50,19 +61,19 @@ _TO_A_JUDGE = re.compile(
 class Weights(NamedTuple):
     """The table of the classifier."""
 
-    table: NDArray[np.float32]
-    """(2 ** BITS, 4)."""
-    bias: NDArray[np.float32]
-    """(4,)."""
+    table: bytes
+    """2 ** BITS rows of COLUMNS signed bytes."""
+    scale: list[float]
+    """What a column's unit is worth."""
+    bias: list[float]
 
 
-@lru_cache(1)
+@cache
 def weights() -> Weights:
     """The shipped weights."""
-    with np.load(WEIGHTS) as file:
-        table = np.zeros((1 << BITS, len(SCORES) + 1), np.float32)
-        table[file["rows"]] = file["table"] * file["scale"]
-        return Weights(table, file["bias"])
+    head, _, packed = WEIGHTS.read_bytes().partition(b"\n")
+    given = json.loads(head)
+    return Weights(zlib.decompress(packed), given["scale"], given["bias"])
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
@@ -77,64 +88,124 @@ def vote_on(evidence: Evidence) -> Vote:
     states = (*evidence.next_states, *evidence.later)
     heard = [s.text for s in states if s.source in (Source.USER, Source.FEEDBACK)]
     said = "\n".join(text for text in heard if not is_wordless(text))
-    vote = read(said, asked, evidence.reply, "user")
+    vote = read(said, asked, evidence.reply, USER)
     if vote.sure:
         return vote
     results = [
-        read(state.text, asked, evidence.reply, "tool")
+        read(state.text, asked, evidence.reply, TOOL)
         for state in evidence.next_states
         if state.source in (Source.TOOL, Source.ENVIRONMENT)
     ]
     return min((r for r in results if r.sure), key=lambda result: result.score, default=vote)
 
 
-def read(text: str, asked: str, reply: str, speaker: str) -> Vote:
-    """The vote by one text after `reply` to `asked`; `speaker` is "user" or "tool"."""
-    own = own_words(text, speaker)
-    found = features(plain(own), asked, reply, speaker)
-    if not own or found.repeats:
+def read(text: str, asked: str, reply: str, speaker: int) -> Vote:
+    """The vote by one text after `reply` to `asked`."""
+    parts = own_sentences(text, speaker)
+    hints: list[str] = []
+    if speaker == USER and len(parts) > 1:
+        parts = list(before_next_task(parts, asked, reply))
+    own = "\n".join(parts)
+    if not own:
         return UNKNOWN
-    chances = probabilities(logits(found))
-    place = int(chances.argmax())
+    chances = probabilities(logits(features(plain(own), asked, reply), speaker))
+    place = chances.index(max(chances))
     if chances[place] < SURE:
         return UNKNOWN
-    hint = hint_in(own, asked, reply) if (SCORES[place], speaker) == (-1, "user") else None
-    return Vote(SCORES[place], hint)
+    if SCORES[place] < 0 and speaker == USER:
+        hints = [part for part in parts if kind_of(part, asked, reply) == ORDER]
+    return Vote(SCORES[place], hint_of(hints))
 
 
-def own_words(text: str, speaker: str) -> str:
-    """The text's ends without quotes, code and what speaks to a judge; empty if nothing is left."""
-    text = clipped(_QUOTED.sub("\n", text) if speaker == "user" else text).strip()
-    if not _TO_A_JUDGE.search(plain(text)):
-        return text
-    kept = takewhile(lambda part: not _TO_A_JUDGE.search(plain(part)), sentences(text))
-    return "\n".join(kept)
+def own_sentences(text: str, speaker: int) -> list[str]:
+    """The sentences of a text's ends, without quotes, code and what speaks to a judge.
+
+    A tool's output is one sentence.
+    """
+    text = clipped(_QUOTED.sub("\n", text) if speaker == USER else text).strip()
+    if _TO_A_JUDGE.search(plain(text)):
+        return list(takewhile(lambda part: not _TO_A_JUDGE.search(plain(part)), sentences(text)))
+    return sentences(text) if speaker == USER else [text]
 
 
-def logits(found: Features) -> NDArray[np.float32]:
-    """The score columns' logits and the hint's, (4,)."""
-    table, bias = weights()
-    text = table[found.text].sum(0) / max(len(found.text), _LEAST_ROWS) ** 0.5
-    return text + table[found.signs].sum(0) * _SIGN + bias
+def sentences(text: str) -> list[str]:
+    """The sentences of a text.
+
+    >>> sentences('No. "Why?" Do it again!')
+    ['No.', '"Why?', 'Do it again!']
+    """
+    return [part for sentence in _SENTENCE.split(text) if (part := sentence.strip())]
 
 
-def probabilities(given: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The probabilities of +1, 0 and -1, (3,)."""
-    raised = np.exp(given[: len(SCORES)] - given[: len(SCORES)].max())
-    return raised / raised.sum()
+def before_next_task(parts: list[str], asked: str, reply: str) -> Iterator[str]:
+    """The first sentence and those after it up to the next task."""
+    yield parts[0]
+    for part in parts[1:_MAX_SENTENCES]:
+        if kind_of(part, asked, reply) == TASK:
+            return
+        yield part
 
 
-def hint_in(text: str, asked: str, reply: str) -> str | None:
-    """The sentences that say what the reply should be like, at most HINT_SENTENCES."""
-    parts = [
-        part
-        for part in sentences(text)[:_MAX_SENTENCES]
-        if logits(features(plain(part), asked, reply, "user"))[-1] > 0
+def kind_of(sentence: str, asked: str, reply: str) -> int:
+    """ORDER, TASK or 0."""
+    found = logits(features(plain(sentence), asked, reply), USER)
+    best = ORDER if found[ORDER] > found[TASK] else TASK
+    return best if found[best] > 0 else 0
+
+
+def logits(found: Features, speaker: int) -> list[float]:
+    """The logits of the columns, COLUMNS of them."""
+    _, scale, bias = weights()
+    counted = sum(_token(token, speaker) for token in found.tokens)
+    counted += sum(_single(pair, speaker) for pair in found.pairs)
+    *text, count = _unpacked(counted)
+    signs = _unpacked(sum(_single(sign, speaker) for sign in found.signs))
+    share = max(count, LEAST_FEATURES) ** -0.5
+    return [
+        (one * share + SIGN * two) * unit + base
+        for one, two, unit, base in zip(text, signs, scale, bias, strict=False)
     ]
+
+
+def probabilities(given: list[float]) -> list[float]:
+    """The probabilities of +1, 0 and -1."""
+    highest = max(given[: len(SCORES)])
+    raised = [exp(logit - highest) for logit in given[: len(SCORES)]]
+    return [one / sum(raised) for one in raised]
+
+
+def hint_of(parts: Iterable[str]) -> str | None:
+    """The user's own sentences as a hint, at most HINT_SENTENCES."""
     tidy = [part[0].upper() + part[1:] for part in dict.fromkeys(parts)]
     return " ".join(tidy[:HINT_SENTENCES]) or None
 
 
-def sentences(text: str) -> list[str]:
-    """The sentences of a text."""
-    return [part for sentence in _SENTENCE.split(text) if (part := sentence.strip())]
+@lru_cache(1 << 14)
+def _token(token: str, speaker: int) -> int:
+    """The packed sum of a token's rows."""
+    return sum(map(_packed, token_rows(token, speaker)))
+
+
+@lru_cache(1 << 14)
+def _single(name: str, speaker: int) -> int:
+    """The packed row of a pair or a sign."""
+    return _packed(row_of(name, speaker))
+
+
+def _packed(row: int) -> int:
+    """A row's weights and the count 1, each in its own bits of one integer."""
+    start = row * COLUMNS
+    total = 1 << (_FIELD * COLUMNS)
+    for place, byte in enumerate(weights().table[start : start + COLUMNS]):
+        total += (byte - 256 if byte > 127 else byte) << (_FIELD * place)
+    return total
+
+
+def _unpacked(total: int) -> list[int]:
+    """The sums of the columns, then the count."""
+    found: list[int] = []
+    for _ in range(COLUMNS + 1):
+        one = ((total + _HALF) & _MASK) - _HALF
+        found.append(one)
+        total = (total - one) >> _FIELD
+    return found

@@ -8,6 +8,7 @@ calibrated by one temperature on cross-validated logits. The same data give the 
 
 from __future__ import annotations
 
+import json
 import random
 import zlib
 from collections.abc import Sequence
@@ -16,11 +17,11 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
-from plugins.judges.features import BITS, Features, clipped, features, plain
-from plugins.judges.linear import _LEAST_ROWS, _SIGN, SCORES, SURE, WEIGHTS, own_words, sentences
+from plugins.judges import linear
+from plugins.judges.features import BITS, clipped, features, plain, row_of, token_rows
+from plugins.judges.linear import ORDER, SCORES, SURE, TASK, TOOL, USER, WEIGHTS
 
 DATA = Path(__file__).parents[2] / "judge" / "data"
 CASES, PHRASES = DATA / "next_states.jsonl", DATA / "phrases.txt"
@@ -39,9 +40,9 @@ class Example:
     """One text with its label."""
 
     text: str
-    speaker: str
+    speaker: int
     label: int
-    """1, 0 or -1; as a hint example 1 or 0."""
+    """1, 0 or -1; of a sentence's kind ORDER, TASK or 0."""
     asked: str = ""
     reply: str = ""
     language: str = ""
@@ -54,18 +55,19 @@ class Example:
 
 
 def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
-    """(examples of scores, examples of hints) of the cases that may be learned from."""
+    """(examples of scores, examples of sentences' kinds) of the cases that may be learned from."""
     scored: list[Example] = []
-    hints: list[Example] = []
+    kinds: list[Example] = []
     for line in file.read_bytes().splitlines():
-        case = orjson.loads(line)
+        case = json.loads(line)
         if case["split"] != "dev":
             continue
         states = case["next_states"]
         said = "\n".join(s["text"] for s in states if s["source"] in ("user", "feedback"))
-        speaker = "user" if said else "tool"
+        speaker = USER if said else TOOL
+        text = said or "\n".join(s["text"] for s in states)
         one = Example(
-            own_words(said or "\n".join(s["text"] for s in states), speaker),
+            "\n".join(linear.own_sentences(text, speaker)),
             speaker,
             case["label"],
             next((text for role, text in reversed(case["tail"]) if role == "user"), ""),
@@ -73,49 +75,54 @@ def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
             case["language"],
         )
         scored.append(one)
-        if said and (case["label"] >= 0 or "hint" in case):
+        if speaker == USER and case["category"] != "topic_change":
             wanted = " ".join(case.get("hint", []))
-            hints += [replace(one, text=s, label=int(s in wanted)) for s in sentences(one.text)]
-            hints += [replace(one, text=s, label=0) for s in sentences(one.asked)]
-    return scored, hints
+            for sentence in one.text.splitlines():
+                kind = ORDER if sentence in wanted else 0
+                if kind or case["label"] >= 0 or "hint" in case:
+                    kinds.append(replace(one, text=sentence, label=kind))
+    return scored, kinds
 
 
 def read_phrases(file: Path = PHRASES) -> tuple[list[Example], list[Example]]:
     """The same of the phrases. A line is `language label: phrase / phrase`; `!` is an order."""
     scored: list[Example] = []
-    hints: list[Example] = []
+    kinds: list[Example] = []
     for line in file.read_text().splitlines():
         if line and not line.startswith("#"):
-            (language, mark), phrases = line.split(": ", 1)[0].split(), line.split(": ", 1)[1]
-            speaker = "tool" if language == "t" else "user"
+            head, _, phrases = line.partition(": ")
+            language, mark = head.split()
+            speaker = TOOL if language == "t" else USER
             for phrase in phrases.split(" / "):
                 text = phrase.replace("\\n", "\n")
                 label = {"+": 1, "0": 0}.get(mark, -1)
-                scored.append(Example(text, speaker, label, language=language))
-                if speaker == "user":
-                    hints.append(Example(text, speaker, int(mark == "!"), language=language))
-    return scored, hints
+                one = Example(text, speaker, label, language=language)
+                scored.append(one)
+                if speaker == USER and mark != "0":
+                    kinds.append(replace(one, label=ORDER if mark == "!" else 0))
+    return scored, kinds
 
 
-def followed(cases: Sequence[Example], rng: random.Random) -> list[Example]:
-    """More examples: a reaction with the next task behind it, and a next task alone.
+def next_tasks(cases: Sequence[Example], rng: random.Random) -> tuple[list[Example], list[Example]]:
+    """The same of tasks that follow a reaction or stand alone.
 
     A task is what the user asked in another case; it says nothing about the reply.
     """
     tasks = [case for case in cases if len(case.asked) > 12]
-    more: list[Example] = []
+    scored: list[Example] = []
+    kinds: list[Example] = []
     for case in cases:
-        task = rng.choice(tasks)
-        lead = rng.choice(_LEADS)
-        draw = rng.random()
-        if case.speaker != "user" or task.language != case.language:
+        task, lead, draw = rng.choice(tasks), rng.choice(_LEADS), rng.random()
+        if case.speaker != USER or task.language != case.language:
             continue
+        one = replace(case, text=clipped(lead + task.asked), label=0, weight=0.5)
+        kinds += [replace(one, text=s, label=TASK, weight=1.0) for s in linear.sentences(one.text)]
         if case.label and draw < _FOLLOWED:
-            text = f"{case.text}{rng.choice((' ', ' ', chr(10)))}{lead}{task.asked}"
-            more.append(replace(case, text=clipped(text), weight=0.5))
+            text = f"{case.text}\n{one.text}"
+            scored.append(replace(case, text=clipped(text), weight=0.5))
         elif draw > 1 - _NEXT_TASKS:
-            more.append(replace(case, text=lead + task.asked, label=0, weight=0.5))
-    return more
+            scored.append(one)
+    return scored, kinds
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,21 +143,24 @@ class Matrix:
 
 def matrix(examples: Sequence[Example]) -> Matrix:
     """The features of the examples, weighted as the judge weighs them."""
-    index: list[NDArray[np.intp]] = []
+    index: list[int] = []
     value: list[Array] = []
     ends = [0]
     for one in examples:
-        found = _features(one.text, one.asked, one.reply, one.speaker)
-        index += [found.text, found.signs]
-        value.append(np.full(len(found.text), max(len(found.text), _LEAST_ROWS) ** -0.5))
-        value.append(np.full(len(found.signs), _SIGN))
-        ends.append(ends[-1] + len(found.text) + len(found.signs))
-    return Matrix(np.concatenate(index), np.concatenate(value), np.array(ends))
+        text, signs = _rows(one.text, one.asked, one.reply, one.speaker)
+        index += (*text, *signs)
+        value.append(np.full(len(text), max(len(text), linear.LEAST_FEATURES) ** -0.5))
+        value.append(np.full(len(signs), linear.SIGN))
+        ends.append(len(index))
+    return Matrix(np.array(index), np.concatenate(value), np.array(ends))
 
 
 @cache
-def _features(text: str, asked: str, reply: str, speaker: str) -> Features:
-    return features(plain(text), asked, reply, speaker)
+def _rows(text: str, asked: str, reply: str, speaker: int) -> tuple[list[int], list[int]]:
+    found = features(plain(text), asked, reply)
+    rows = [row for token in found.tokens for row in token_rows(token, speaker)]
+    rows += [row_of(pair, speaker) for pair in found.pairs]
+    return rows, [row_of(sign, speaker) for sign in found.signs]
 
 
 def fit(rows: Matrix, classes: NDArray[np.intp], weights: Array, kinds: int) -> tuple[Array, Array]:
@@ -189,7 +199,7 @@ def softmax(given: Array) -> Array:
 
 def fit_scores(cases: Sequence[Example], phrases: Sequence[Example]) -> tuple[Array, Array]:
     """The table and bias for the three scores."""
-    examples = [*cases, *followed(cases, random.Random(5)), *phrases]
+    examples = [*cases, *next_tasks(cases, random.Random(5))[0], *phrases]
     classes = np.array([SCORES.index(one.label) for one in examples])
     return fit(matrix(examples), classes, np.array([one.weight for one in examples]), len(SCORES))
 
@@ -222,8 +232,8 @@ def data_mark() -> int:
 
 def main() -> None:
     """Trains, prints the cross-validated agreement by threshold, and writes the weights."""
-    cases, case_hints = read_cases()
-    phrases, phrase_hints = read_phrases()
+    cases, case_kinds = read_cases()
+    phrases, phrase_kinds = read_phrases()
     given = cross_validated(cases, phrases)
     labels = np.array([case.label for case in cases])
     classes = np.array([SCORES.index(case.label) for case in cases])
@@ -231,23 +241,22 @@ def main() -> None:
     print(f"{len(cases)} cases, {len(phrases)} phrases, temperature {divisor:.2f}")
     report(softmax(given / divisor), labels)
     table, bias = fit_scores(cases, phrases)
-    hints = [*case_hints, *phrase_hints]
-    orders = np.array([one.label for one in hints])
-    hint_table, hint_bias = fit(matrix(hints), orders, np.ones(len(hints)), 2)
-    side, side_bias = hint_table[:, 1] - hint_table[:, 0], hint_bias[1] - hint_bias[0]
-    whole = np.concatenate([table / divisor, side[:, None]], 1)
-    scale = np.abs(whole).max(0) / 127
-    small = np.rint(whole / scale).astype(np.int8)
-    used = np.flatnonzero(small.any(1)).astype(np.uint16)
-    np.savez_compressed(
-        WEIGHTS,
-        rows=used,
-        table=small[used],
-        scale=scale.astype(np.float32),
-        bias=np.append(bias / divisor, side_bias).astype(np.float32),
-        data=np.array(data_mark(), np.uint32),
+    kinds = [*case_kinds, *phrase_kinds, *next_tasks(cases, random.Random(6))[1]]
+    places = np.array([(0, ORDER, TASK).index(one.label) for one in kinds])
+    sides, side_bias = fit(matrix(kinds), places, np.ones(len(kinds)), 3)
+    write(
+        np.concatenate([table / divisor, sides[:, 1:] - sides[:, :1]], 1),
+        np.concatenate([bias / divisor, side_bias[1:] - side_bias[0]]),
     )
     print(f"{WEIGHTS.name}: {WEIGHTS.stat().st_size} bytes")
+
+
+def write(table: Array, bias: Array) -> None:
+    """Writes the weights (2 ** BITS, COLUMNS) in signed bytes."""
+    scale = np.abs(table).max(0) / 127
+    head = {"scale": scale.tolist(), "bias": bias.tolist(), "data": data_mark()}
+    small = np.rint(table / scale).astype(np.int8)
+    WEIGHTS.write_bytes(json.dumps(head).encode() + b"\n" + zlib.compress(small.tobytes(), 9))
 
 
 def report(chances: Array, labels: NDArray[np.intp]) -> None:
