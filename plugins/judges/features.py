@@ -11,13 +11,11 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
 from zlib import crc32
 
 BITS = 16
 """Features are hashed to 2 ** BITS rows."""
 MAX_CHARS = 600
-_MAX_TOKEN = 40
 _SHORTEST, _LONGEST = 2, 5
 _ACCENT = re.compile(r"[\u0300-\u036f]+")
 _HIDDEN = re.compile(
@@ -25,18 +23,12 @@ _HIDDEN = re.compile(
     r"\U000e0000-\U000e007f]+"
 )
 _HAN = "\u3400-\u9fff"
-_TOKEN = re.compile(rf"[^\W\d_{_HAN}]+(?:'[^\W\d_{_HAN}]+)*|\d+|[{_HAN}]|[.!?]+|[^\w\s]")
+_TOKEN = re.compile(
+    rf"[^\W\d_{_HAN}]{{1,40}}(?:'[^\W\d_{_HAN}]{{1,20}})?|\d{{1,40}}|[{_HAN}]|[.!?]{{1,40}}|[^\w\s]"
+)
+_DIGITS = str.maketrans("23456789’", "11111111'")
+"""Of a digit only counts whether it is 0: "0 errors" differs from "3 errors"."""
 _NUMBER = re.compile(r"\d+")
-
-
-class Features(NamedTuple):
-    """The features of a text, as names."""
-
-    tokens: list[str]
-    """Each once, in order."""
-    pairs: list[str]
-    """Neighbours in the text, each pair once."""
-    signs: list[str]
 
 
 def plain(text: str) -> str:
@@ -60,26 +52,15 @@ def clipped(text: str) -> str:
 def tokens_of(text: str) -> list[str]:
     """Words in lower case, numbers, Han characters and punctuation, in order.
 
-    Of a number only counts whether it is 0: "0 errors" differs from "3 errors".
-
     >>> tokens_of("It's 42, not 0?? 不对")
-    ["it's", '#', ',', 'not', '0', '??', '不', '对']
+    ["it's", '11', ',', 'not', '0', '??', '不', '对']
     """
-    return [
-        token[:_MAX_TOKEN] if not token[0].isdigit() else "#" if token.strip("0") else "0"
-        for token in _TOKEN.findall(text.lower().replace("’", "'"))
-    ]
+    return _TOKEN.findall(text.lower().translate(_DIGITS))
 
 
-def features(text: str, asked: str, reply: str) -> Features:
-    """The features of a plain, clipped text that followed `reply` to `asked`.
-
-    Without `asked` and `reply` (a bare phrase) there are no structural signs.
-    """
-    found = tokens_of(text)
-    pairs = [f"{one} {two}" for one, two in pairwise(["^", *found, "$"])]
-    signs = _signs(text, found, asked, reply) if asked or reply else []
-    return Features(list(dict.fromkeys(found)), list(dict.fromkeys(pairs)), signs)
+def pairs_of(tokens: Sequence[str]) -> set[str]:
+    """The neighbours in a text, with its beginning and its end."""
+    return {f"{one} {two}" for one, two in pairwise(["^", *tokens, "$"])}
 
 
 def token_rows(token: str, speaker: int) -> list[int]:
@@ -98,9 +79,9 @@ def row_of(name: str, speaker: int) -> int:
     return crc32(name.encode("utf-8", "replace"), speaker) >> (32 - BITS)
 
 
-def _signs(text: str, tokens: Sequence[str], asked: str, reply: str) -> list[str]:
+def signs_of(text: str, tokens: Sequence[str], asked: str, reply: str) -> list[str]:
     """What the text looks like, and how much of it stood in the request or the reply."""
-    asked, reply = asked[-MAX_CHARS:].lower(), reply[-MAX_CHARS:]
+    reply = reply[-MAX_CHARS:]
     there = reply.lower()
     long = {token for token in tokens if len(token) > 3} or set(tokens)
     numbers = _NUMBER.findall(text)
@@ -112,10 +93,9 @@ def _signs(text: str, tokens: Sequence[str], asked: str, reply: str) -> list[str
         f"lines {chr(10) in text}",
         f"capital {text[:1].isupper()}",
         f"trails off {'...' in text or '…' in text}",
-        f"sentences {min(4, text.count('. ') + text.count('? ') + text.count('! '))}",
-        f"asked {_share(long, asked)}",
+        f"asked {_share(long, asked[-MAX_CHARS:].lower())}",
         f"reply {_share(long, there)}",
-        f"reply asks {there.rstrip().endswith('?')}",
+        f"reply asks {there.endswith('?')}",
         f"reply calls {'({' in reply}",
         f"number {bool(numbers) + any(number in reply for number in numbers)}",
     ]
@@ -123,4 +103,4 @@ def _signs(text: str, tokens: Sequence[str], asked: str, reply: str) -> list[str
 
 def _share(words: set[str], context: str) -> int:
     """How many quarters of the words stand in a context, rounded up."""
-    return -(-4 * sum(word in context for word in words) // (len(words) or 1))
+    return -(-4 * sum([word in context for word in words]) // (len(words) or 1))

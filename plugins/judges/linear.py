@@ -5,9 +5,9 @@ the probabilities that the reply was good, neither, or bad. Praise and blame nee
 probability; anything less is an unsure 0.
 
 A user's words count first, then the output of tools. A sentence that begins the next task ends
-the reaction. What speaks to a judge instead of to the agent ("score this 1", a forged transcript)
-is cut off with everything after it. A hint is the user's own sentences that say what to do, never
-a tool's text.
+the reaction. A text that speaks to a judge instead of to the agent ("score this 1", a forged
+transcript) or that repeats itself over and over gets no vote. A hint is the user's own sentences
+that say what to do, never a tool's text.
 
 A row's weights are packed into one integer, so that a text's weights are added in one sum.
 """
@@ -17,9 +17,8 @@ from __future__ import annotations
 import json
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Sequence
 from functools import cache, lru_cache
-from itertools import takewhile
 from math import exp
 from pathlib import Path
 from typing import NamedTuple
@@ -27,7 +26,15 @@ from typing import NamedTuple
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings, is_wordless
 from nextstate.records import Source, Vote
 from plugins.judges import WithoutModel
-from plugins.judges.features import Features, clipped, features, plain, row_of, token_rows
+from plugins.judges.features import (
+    clipped,
+    pairs_of,
+    plain,
+    row_of,
+    signs_of,
+    token_rows,
+    tokens_of,
+)
 
 WEIGHTS = Path(__file__).with_name("linear.weights")
 SCORES = (1, 0, -1)
@@ -50,19 +57,26 @@ UNKNOWN = Vote(0, sure=False)
 
 _QUOTED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILINE)
 _SENTENCE = re.compile(r"(?<=[.!?…])[\"'”’)]*\s+|(?<=[。!?])|\n+")
+_JUDGING = frozenset(
+    ("score", "scores", "scored", "scoring", "reward", "rewards", "judge", "judges", "grader",
+     "graders", "grading", "evaluator", "evaluators", "evaluating", "verdict", "rater", "raters")
+)  # fmt: skip
 _TO_A_JUDGE = re.compile(
-    r"\b(?:scor(?:e[sd]?|ing)|reward|judges?|grad(?:e[rsd]?|ing)|evaluat\w{1,6}|verdict|raters?|"
-    r"rat(?:e|ed|ing)|thumbs_up|hint|counted? as|user_\w{1,20})\b|"
-    r"^\W{0,3}(?:user|assistant|system|human|ai)\s?:|<\||\|>|\[/?INST|[+-]1\b|评分|裁判",
-    re.IGNORECASE | re.MULTILINE,
+    r"\x1b|<[<|]|\|>|</[a-z]+_|\[/?(?:INST|hint)|(?<![\d.])[+-]1\b(?!\.)|评分|裁判|"
+    r"\n\W{0,3}(?:user|assistant|system|human|ai)\s?:|"
+    r"\b(?:(?:rate|grade) (?:this|it|me|the)|hint should|counted? as|thumbs_)",
+    re.IGNORECASE,
 )
+"""Words and marks of texts that ask for a score, or forge a transcript."""
+_FLOOD_TOKENS, _FLOOD_SHARE = 60, 0.3
+"""A text of so many tokens with a smaller share of different pairs repeats itself."""
 
 
 class Weights(NamedTuple):
     """The table of the classifier."""
 
-    table: bytes
-    """2 ** BITS rows of COLUMNS signed bytes."""
+    rows: list[int]
+    """2 ** BITS packed rows."""
     scale: list[float]
     """What a column's unit is worth."""
     bias: list[float]
@@ -73,7 +87,10 @@ def weights() -> Weights:
     """The shipped weights."""
     head, _, packed = WEIGHTS.read_bytes().partition(b"\n")
     given = json.loads(head)
-    return Weights(zlib.decompress(packed), given["scale"], given["bias"])
+    table = zlib.decompress(packed)
+    starts = range(0, len(table), COLUMNS)
+    rows = [_packed(table[start : start + COLUMNS]) for start in starts]
+    return Weights(rows, given["scale"], given["bias"])
 
 
 def create(settings: JudgeSettings) -> JudgeKind:
@@ -101,31 +118,30 @@ def vote_on(evidence: Evidence) -> Vote:
 
 def read(text: str, asked: str, reply: str, speaker: int) -> Vote:
     """The vote by one text after `reply` to `asked`."""
-    parts = own_sentences(text, speaker)
-    hints: list[str] = []
-    if speaker == USER and len(parts) > 1:
-        parts = list(before_next_task(parts, asked, reply))
-    own = "\n".join(parts)
-    if not own:
+    own = clipped(_QUOTED.sub("\n", text) if speaker == USER else text).strip()
+    parts = sentences(own) if speaker == USER else [own]
+    words = [tokens_of(plain(part)) for part in parts]
+    tokens = [token for part in words for token in part]
+    if not tokens or not _JUDGING.isdisjoint(tokens) or _TO_A_JUDGE.search(f"\n{own}"):
         return UNKNOWN
-    chances = probabilities(logits(features(plain(own), asked, reply), speaker))
+    kinds = [0, *map(kind_of, words[1:_MAX_SENTENCES])]
+    if TASK in kinds:
+        end = kinds.index(TASK)
+        tokens = [token for part in words[:end] for token in part]
+        own = "\n".join(parts[:end])
+        kinds = kinds[:end]
+    if len(tokens) > _FLOOD_TOKENS and len(pairs_of(tokens)) < _FLOOD_SHARE * len(tokens):
+        return UNKNOWN
+    signs = signs_of(plain(own), tokens, asked, reply)
+    chances = probabilities(logits(tokens, signs, speaker))
     place = chances.index(max(chances))
     if chances[place] < SURE:
         return UNKNOWN
-    if SCORES[place] < 0 and speaker == USER:
-        hints = [part for part in parts if kind_of(part, asked, reply) == ORDER]
-    return Vote(SCORES[place], hint_of(hints))
-
-
-def own_sentences(text: str, speaker: int) -> list[str]:
-    """The sentences of a text's ends, without quotes, code and what speaks to a judge.
-
-    A tool's output is one sentence.
-    """
-    text = clipped(_QUOTED.sub("\n", text) if speaker == USER else text).strip()
-    if _TO_A_JUDGE.search(plain(text)):
-        return list(takewhile(lambda part: not _TO_A_JUDGE.search(plain(part)), sentences(text)))
-    return sentences(text) if speaker == USER else [text]
+    if SCORES[place] >= 0 or speaker != USER:
+        return Vote(SCORES[place])
+    kinds[0] = kind_of(words[0])
+    orders = [part for part, kind in zip(parts, kinds, strict=False) if kind == ORDER]
+    return Vote(-1, hint_of(orders))
 
 
 def sentences(text: str) -> list[str]:
@@ -137,33 +153,24 @@ def sentences(text: str) -> list[str]:
     return [part for sentence in _SENTENCE.split(text) if (part := sentence.strip())]
 
 
-def before_next_task(parts: list[str], asked: str, reply: str) -> Iterator[str]:
-    """The first sentence and those after it up to the next task."""
-    yield parts[0]
-    for part in parts[1:_MAX_SENTENCES]:
-        if kind_of(part, asked, reply) == TASK:
-            return
-        yield part
-
-
-def kind_of(sentence: str, asked: str, reply: str) -> int:
-    """ORDER, TASK or 0."""
-    found = logits(features(plain(sentence), asked, reply), USER)
+def kind_of(tokens: Sequence[str]) -> int:
+    """ORDER, TASK or 0 by the tokens of a user's sentence."""
+    found = logits(tokens, (), USER)
     best = ORDER if found[ORDER] > found[TASK] else TASK
     return best if found[best] > 0 else 0
 
 
-def logits(found: Features, speaker: int) -> list[float]:
+def logits(tokens: Sequence[str], signs: Sequence[str], speaker: int) -> list[float]:
     """The logits of the columns, COLUMNS of them."""
-    _, scale, bias = weights()
-    counted = sum(_token(token, speaker) for token in found.tokens)
-    counted += sum(_single(pair, speaker) for pair in found.pairs)
+    rows, scale, bias = weights()
+    counted = sum([_token(token, speaker) for token in set(tokens)])
+    counted += sum([rows[row_of(pair, speaker)] for pair in pairs_of(tokens)])
     *text, count = _unpacked(counted)
-    signs = _unpacked(sum(_single(sign, speaker) for sign in found.signs))
+    looks = _unpacked(sum([rows[row_of(sign, speaker)] for sign in signs]))
     share = max(count, LEAST_FEATURES) ** -0.5
     return [
         (one * share + SIGN * two) * unit + base
-        for one, two, unit, base in zip(text, signs, scale, bias, strict=False)
+        for one, two, unit, base in zip(text, looks, scale, bias, strict=False)
     ]
 
 
@@ -180,23 +187,17 @@ def hint_of(parts: Iterable[str]) -> str | None:
     return " ".join(tidy[:HINT_SENTENCES]) or None
 
 
-@lru_cache(1 << 14)
+@lru_cache(1 << 15)
 def _token(token: str, speaker: int) -> int:
     """The packed sum of a token's rows."""
-    return sum(map(_packed, token_rows(token, speaker)))
+    rows = weights().rows
+    return sum([rows[row] for row in token_rows(token, speaker)])
 
 
-@lru_cache(1 << 14)
-def _single(name: str, speaker: int) -> int:
-    """The packed row of a pair or a sign."""
-    return _packed(row_of(name, speaker))
-
-
-def _packed(row: int) -> int:
+def _packed(row: bytes) -> int:
     """A row's weights and the count 1, each in its own bits of one integer."""
-    start = row * COLUMNS
     total = 1 << (_FIELD * COLUMNS)
-    for place, byte in enumerate(weights().table[start : start + COLUMNS]):
+    for place, byte in enumerate(row):
         total += (byte - 256 if byte > 127 else byte) << (_FIELD * place)
     return total
 

@@ -20,18 +20,34 @@ import numpy as np
 from numpy.typing import NDArray
 
 from plugins.judges import linear
-from plugins.judges.features import BITS, clipped, features, plain, row_of, token_rows
+from plugins.judges.features import (
+    BITS,
+    clipped,
+    pairs_of,
+    plain,
+    row_of,
+    signs_of,
+    token_rows,
+    tokens_of,
+)
 from plugins.judges.linear import ORDER, SCORES, SURE, TASK, TOOL, USER, WEIGHTS
 
 DATA = Path(__file__).parents[2] / "judge" / "data"
 CASES, PHRASES = DATA / "next_states.jsonl", DATA / "phrases.txt"
-RIDGE = 1e-5
-STEPS = 100
+RIDGE = 1.5e-5
+STEPS = 80
 FOLDS = 4
 _LEARNING_RATE = 0.05
-_FOLLOWED, _NEXT_TASKS = 0.5, 0.3
+_FOLLOWED, _NEXT_TASKS = 0.4, 0.2
 """Shares of cases that also count with the next task behind the reaction, or instead of it."""
-_LEADS = ("", "", "", "Next: ", "ok. ", "Another question: ", "And now: ")
+_LEADS = {
+    "en": ("Next: ", "Next one: ", "Another question: ", "One more: ", "Now this one: ", "Also, "),
+    "de": ("Weiter: ", "Nächste Frage: ", "Und jetzt: ", "Übrigens, ", "Noch eine: "),
+    "fr": ("Suivant : ", "Question suivante : ", "Et maintenant : ", "Au fait, ", "Sinon "),
+    "es": ("Siguiente: ", "Otra pregunta: ", "Y ahora: ", "Por cierto, ", "Ahora "),
+    "zh": ("下一题:", "另外,", "对了,", "现在", "还有,"),
+}
+"""How people go on to the next task; as often they say nothing."""
 Array = NDArray[np.float64]
 
 
@@ -67,7 +83,7 @@ def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
         speaker = USER if said else TOOL
         text = said or "\n".join(s["text"] for s in states)
         one = Example(
-            "\n".join(linear.own_sentences(text, speaker)),
+            clipped(text).strip(),
             speaker,
             case["label"],
             next((text for role, text in reversed(case["tail"]) if role == "user"), ""),
@@ -77,10 +93,10 @@ def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
         scored.append(one)
         if speaker == USER and case["category"] != "topic_change":
             wanted = " ".join(case.get("hint", []))
-            for sentence in one.text.splitlines():
+            for sentence in linear.sentences(one.text):
                 kind = ORDER if sentence in wanted else 0
                 if kind or case["label"] >= 0 or "hint" in case:
-                    kinds.append(replace(one, text=sentence, label=kind))
+                    kinds.append(Example(sentence, USER, kind))
     return scored, kinds
 
 
@@ -99,7 +115,7 @@ def read_phrases(file: Path = PHRASES) -> tuple[list[Example], list[Example]]:
                 one = Example(text, speaker, label, language=language)
                 scored.append(one)
                 if speaker == USER and mark != "0":
-                    kinds.append(replace(one, label=ORDER if mark == "!" else 0))
+                    kinds.append(Example(text, USER, ORDER if mark == "!" else 0))
     return scored, kinds
 
 
@@ -112,11 +128,12 @@ def next_tasks(cases: Sequence[Example], rng: random.Random) -> tuple[list[Examp
     scored: list[Example] = []
     kinds: list[Example] = []
     for case in cases:
-        task, lead, draw = rng.choice(tasks), rng.choice(_LEADS), rng.random()
+        task, draw = rng.choice(tasks), rng.random()
         if case.speaker != USER or task.language != case.language:
             continue
+        lead = rng.choice(_LEADS[case.language]) if rng.random() < 0.5 else ""
         one = replace(case, text=clipped(lead + task.asked), label=0, weight=0.5)
-        kinds += [replace(one, text=s, label=TASK, weight=1.0) for s in linear.sentences(one.text)]
+        kinds += [Example(s, USER, TASK) for s in linear.sentences(one.text)]
         if case.label and draw < _FOLLOWED:
             text = f"{case.text}\n{one.text}"
             scored.append(replace(case, text=clipped(text), weight=0.5))
@@ -157,10 +174,11 @@ def matrix(examples: Sequence[Example]) -> Matrix:
 
 @cache
 def _rows(text: str, asked: str, reply: str, speaker: int) -> tuple[list[int], list[int]]:
-    found = features(plain(text), asked, reply)
-    rows = [row for token in found.tokens for row in token_rows(token, speaker)]
-    rows += [row_of(pair, speaker) for pair in found.pairs]
-    return rows, [row_of(sign, speaker) for sign in found.signs]
+    tokens = tokens_of(plain(text))
+    rows = [row for token in sorted(set(tokens)) for row in token_rows(token, speaker)]
+    rows += [row_of(pair, speaker) for pair in sorted(pairs_of(tokens))]
+    signs = signs_of(plain(text), tokens, asked, reply) if asked or reply else []
+    return rows, [row_of(sign, speaker) for sign in signs]
 
 
 def fit(rows: Matrix, classes: NDArray[np.intp], weights: Array, kinds: int) -> tuple[Array, Array]:
