@@ -109,7 +109,9 @@ def test_engine_and_litellm_cannot_share_their_keys() -> None:
 
 
 def test_litellm_does_not_use_the_engine_as_its_provider() -> None:
-    given = plugin_settings(JudgeConfig(kind="linear,litellm"), model="base", base_url="http://e/v1")
+    given = plugin_settings(
+        JudgeConfig(kind="linear,litellm"), model="base", base_url="http://e/v1"
+    )
     assert (given.model, given.base_url) == ("", "")
     own = JudgeConfig(kind="litellm", model="openai/m", base_url="http://own/v1")
     given = plugin_settings(own, model="base", base_url="http://e/v1")
