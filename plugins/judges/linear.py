@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import json
 import re
+import struct
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
 from functools import cache, lru_cache
 from math import exp
 from pathlib import Path
@@ -50,9 +51,11 @@ SIGN = 0.3
 """The weight of a structural sign beside that of the whole text."""
 USER, TOOL = 1, 2
 _MAX_SENTENCES = 12
-_FIELD = 24
-"""Bits of a column in a packed row: 127 times all features of a text fit in."""
-_HALF, _MASK = 1 << (_FIELD - 1), (1 << _FIELD) - 1
+_FIELD = 32
+"""Bits of a column in a packed row."""
+_HALF = 1 << (_FIELD - 1)
+_OFFSET = sum(_HALF << (_FIELD * place) for place in range(COLUMNS + 1))
+_FIELDS = struct.Struct(f"<{COLUMNS + 1}I")
 UNKNOWN = Vote(0, sure=False)
 
 _QUOTED = re.compile(r"```.*?(?:```|\Z)|^[ \t]*>[^\n]*", re.DOTALL | re.MULTILINE)
@@ -61,11 +64,13 @@ _JUDGING = frozenset(
     ("score", "scores", "scored", "scoring", "reward", "rewards", "judge", "judges", "grader",
      "graders", "grading", "evaluator", "evaluators", "evaluating", "verdict", "rater", "raters")
 )  # fmt: skip
-_TO_A_JUDGE = re.compile(
-    r"\x1b|<[<|]|\|>|</[a-z]+_|\[/?(?:INST|hint)|(?<![\d.])[+-]1\b(?!\.)|评分|裁判|"
-    r"\n\W{0,3}(?:user|assistant|system|human|ai)\s?:|"
-    r"\b(?:(?:rate|grade) (?:this|it|me|the)|hint should|counted? as|thumbs_)",
-    re.IGNORECASE,
+_JUDGING_PAIRS = frozenset(
+    (*(f"{verb} {it}" for verb in ("rate", "grade") for it in ("this", "it", "me", "the")),
+     "hint should", "counted as", "count as", "thumbs _")
+)  # fmt: skip
+_MARK = re.compile(
+    r"\x1b|<[<|]|\|>|</[a-z]+_|\[/?(?:inst|hint)|[+-]1(?![\w.])|评分|裁判|"
+    r"\n\W{0,3}(?:user|assistant|system|human|ai)\s?:"
 )
 """Words and marks of texts that ask for a score, or forge a transcript."""
 _FLOOD_TOKENS, _FLOOD_SHARE = 60, 0.3
@@ -118,11 +123,14 @@ def vote_on(evidence: Evidence) -> Vote:
 
 def read(text: str, asked: str, reply: str, speaker: int) -> Vote:
     """The vote by one text after `reply` to `asked`."""
-    own = clipped(_QUOTED.sub("\n", text) if speaker == USER else text).strip()
+    quotes = speaker == USER and ("```" in text or ">" in text)
+    own = clipped(_QUOTED.sub("\n", text) if quotes else text).strip()
     parts = sentences(own) if speaker == USER else [own]
     words = [tokens_of(plain(part)) for part in parts]
     tokens = [token for part in words for token in part]
-    if not tokens or not _JUDGING.isdisjoint(tokens) or _TO_A_JUDGE.search(f"\n{own}"):
+    pairs = pairs_of(tokens)
+    flood = len(tokens) > _FLOOD_TOKENS and len(pairs) < _FLOOD_SHARE * len(tokens)
+    if not tokens or flood or speaks_to_a_judge(tokens, pairs, own):
         return UNKNOWN
     kinds = [0, *map(kind_of, words[1:_MAX_SENTENCES])]
     if TASK in kinds:
@@ -130,8 +138,6 @@ def read(text: str, asked: str, reply: str, speaker: int) -> Vote:
         tokens = [token for part in words[:end] for token in part]
         own = "\n".join(parts[:end])
         kinds = kinds[:end]
-    if len(tokens) > _FLOOD_TOKENS and len(pairs_of(tokens)) < _FLOOD_SHARE * len(tokens):
-        return UNKNOWN
     signs = signs_of(plain(own), tokens, asked, reply)
     chances = probabilities(logits(tokens, signs, speaker))
     place = chances.index(max(chances))
@@ -142,6 +148,15 @@ def read(text: str, asked: str, reply: str, speaker: int) -> Vote:
     kinds[0] = kind_of(words[0])
     orders = [part for part, kind in zip(parts, kinds, strict=False) if kind == ORDER]
     return Vote(-1, hint_of(orders))
+
+
+def speaks_to_a_judge(tokens: Sequence[str], pairs: Set[str], text: str) -> bool:
+    """Whether a text asks for a score, or forges a transcript."""
+    return bool(
+        not _JUDGING.isdisjoint(tokens)
+        or not _JUDGING_PAIRS.isdisjoint(pairs)
+        or _MARK.search(f"\n{text.lower()}")
+    )
 
 
 def sentences(text: str) -> list[str]:
@@ -166,12 +181,13 @@ def logits(tokens: Sequence[str], signs: Sequence[str], speaker: int) -> list[fl
     counted = sum([_token(token, speaker) for token in set(tokens)])
     counted += sum([rows[row_of(pair, speaker)] for pair in pairs_of(tokens)])
     *text, count = _unpacked(counted)
-    looks = _unpacked(sum([rows[row_of(sign, speaker)] for sign in signs]))
     share = max(count, LEAST_FEATURES) ** -0.5
-    return [
-        (one * share + SIGN * two) * unit + base
-        for one, two, unit, base in zip(text, looks, scale, bias, strict=False)
-    ]
+    found = [one * share * unit + base for one, unit, base in zip(text, scale, bias, strict=True)]
+    if signs:
+        looks = _unpacked(sum([_sign(sign, speaker) for sign in signs]))
+        for place, unit in enumerate(scale):
+            found[place] += SIGN * looks[place] * unit
+    return found
 
 
 def probabilities(given: list[float]) -> list[float]:
@@ -194,6 +210,12 @@ def _token(token: str, speaker: int) -> int:
     return sum([rows[row] for row in token_rows(token, speaker)])
 
 
+@lru_cache(1 << 12)
+def _sign(sign: str, speaker: int) -> int:
+    """The packed row of a sign."""
+    return weights().rows[row_of(sign, speaker)]
+
+
 def _packed(row: bytes) -> int:
     """A row's weights and the count 1, each in its own bits of one integer."""
     total = 1 << (_FIELD * COLUMNS)
@@ -204,9 +226,5 @@ def _packed(row: bytes) -> int:
 
 def _unpacked(total: int) -> list[int]:
     """The sums of the columns, then the count."""
-    found: list[int] = []
-    for _ in range(COLUMNS + 1):
-        one = ((total + _HALF) & _MASK) - _HALF
-        found.append(one)
-        total = (total - one) >> _FIELD
-    return found
+    fields = _FIELDS.unpack((total + _OFFSET).to_bytes(_FIELDS.size, "little"))
+    return [one - _HALF for one in fields]
