@@ -40,6 +40,8 @@ FOLDS = 4
 _LEARNING_RATE = 0.05
 _FOLLOWED, _NEXT_TASKS = 0.4, 0.2
 """Shares of cases that also count with the next task behind the reaction, or instead of it."""
+_KIND_WEIGHT = 3.0
+"""An order or a next task that is missed does more harm than another sentence taken for one."""
 _LEADS = {
     "en": ("Next: ", "Next one: ", "Another question: ", "One more: ", "Now this one: ", "Also, "),
     "de": ("Weiter: ", "Nächste Frage: ", "Und jetzt: ", "Übrigens, ", "Noch eine: "),
@@ -101,7 +103,7 @@ def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
 
 
 def read_phrases(file: Path = PHRASES) -> tuple[list[Example], list[Example]]:
-    """The same of the phrases. A line is `language label: phrase / phrase`; `!` is an order."""
+    """The same of the phrases. A line is `language label: phrase / phrase`."""
     scored: list[Example] = []
     kinds: list[Example] = []
     for line in file.read_text().splitlines():
@@ -111,11 +113,11 @@ def read_phrases(file: Path = PHRASES) -> tuple[list[Example], list[Example]]:
             speaker = TOOL if language == "t" else USER
             for phrase in phrases.split(" / "):
                 text = phrase.replace("\\n", "\n")
-                label = {"+": 1, "0": 0}.get(mark, -1)
+                label = {"+": 1, "0": 0, ">": 0}.get(mark, -1)
                 one = Example(text, speaker, label, language=language)
                 scored.append(one)
                 if speaker == USER and mark != "0":
-                    kinds.append(Example(text, USER, ORDER if mark == "!" else 0))
+                    kinds.append(Example(text, USER, {"!": ORDER, ">": TASK}.get(mark, 0)))
     return scored, kinds
 
 
@@ -261,7 +263,8 @@ def main() -> None:
     table, bias = fit_scores(cases, phrases)
     kinds = [*case_kinds, *phrase_kinds, *next_tasks(cases, random.Random(6))[1]]
     places = np.array([(0, ORDER, TASK).index(one.label) for one in kinds])
-    sides, side_bias = fit(matrix(kinds), places, np.ones(len(kinds)), 3)
+    amounts = np.where(places, _KIND_WEIGHT, 1.0)
+    sides, side_bias = fit(matrix(kinds), places, amounts, 3)
     write(
         np.concatenate([table / divisor, sides[:, 1:] - sides[:, :1]], 1),
         np.concatenate([bias / divisor, side_bias[1:] - side_bias[0]]),
