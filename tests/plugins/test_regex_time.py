@@ -2,7 +2,7 @@
 
 Every expression of these packages is tried, also one that is added tomorrow, on texts made from its
 own parts: the beginning of a match over and over, and what it repeats without the end that it
-waits for. Only the lexicons are not: `rules` shows them no more than 4000 characters.
+waits for.
 """
 
 from __future__ import annotations
@@ -21,12 +21,10 @@ from typing import Any
 import pytest
 
 from nextstate.thoughts import without_thoughts
-from plugins.judges import results, rules
 from proxy.linking.meaning import meaning_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nextstate", "proxy", "judge", "plugins", "demo")
-BOUNDED = "plugins.judges.lexicons"
 Expression = re.Pattern[Any]
 SIZES = (250, 1_000, 4_000)
 """Numbers of characters. From the second to the third, quadratic time grows sixteenfold, that of
@@ -44,7 +42,7 @@ def modules() -> list[str]:
         for package in PACKAGES
         for path in sorted((ROOT / package).rglob("*.py"))
     ]
-    return [name for name in found if not name.endswith("__main__") and BOUNDED not in name]
+    return [name for name in found if not name.endswith("__main__")]
 
 
 def compiled(name: str, value: object, depth: int = 4) -> Iterator[tuple[str, Expression]]:
@@ -246,8 +244,3 @@ def test_thoughts_are_searched_once(mark: str) -> None:
         return best
 
     assert cost(16_000) < MOST_GROWTH * max(cost(4_000), UNMEASURED_S)
-
-
-@pytest.mark.parametrize("module", [results, rules])
-def test_lexicons_get_texts_of_a_limited_length(module: Any) -> None:
-    assert module._MAX_CHARS <= 4000

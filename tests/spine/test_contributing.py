@@ -66,10 +66,11 @@ def test_every_key_in_a_document_exists(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_command_in_a_document_exists(name: str) -> None:
+    modules = (*ROOT.glob("[bdl]*/*.py"), *ROOT.glob("plugins/*/*.py"))
     known = {
         "make": set(_TARGET.findall((ROOT / "Makefile").read_text(encoding="utf-8"))),
         "nextstate": {path.stem for path in Path(cli.__file__).parent.glob("*.py")} - {"common"},
-        "python -m": {"pytest", *(_module(path) for path in ROOT.glob("[bdl]*/*.py"))},
+        "python -m": {"pytest", *map(_module, modules)},
     }
     commands = set(_COMMAND.findall(DOCUMENTS[name]))
     assert [found for found in sorted(commands) if found[1] not in known[found[0]]] == []
