@@ -23,6 +23,8 @@ VERSION_TURNS = 16
 """Judged turns that a version serves before the next one is made."""
 BEFORE, AFTER = 800, 150
 """Judged turns before the fall, and those within which it should be found."""
+_HARDER = BEFORE - 100
+"""From this turn on new sessions are harder, in the last column."""
 _NEUTRAL = 0.1
 """The share of scores 0."""
 
@@ -40,7 +42,7 @@ class World:
     spread: float = 0.1
     """Standard deviation of the sessions' levels."""
     harder: float = 0.0
-    """New sessions score so much lower from 100 turns before the fall would be."""
+    """New sessions score so much lower from turn _HARDER on."""
     topic: float = 0.0
     """Standard deviation of the level of 10 turns in a row of a session."""
     tiring: float = 0.0
@@ -62,7 +64,7 @@ def talk(random: Random, world: World, fall: float, count: int) -> list[JudgedTu
         while len(live) < world.live:
             began += 1
             level = random.gauss(world.mean, world.spread)
-            level -= world.harder if at >= BEFORE - 100 else 0.0
+            level -= world.harder if at >= _HARDER else 0.0
             left = world.turns if at else random.randint(1, world.turns)
             live.append(_Session(f"s{began}", level, left))
         session = random.choice(live)
@@ -143,7 +145,10 @@ def main() -> None:
             share([alarm(Random(f"collapse/{n}"), world, 0.6) for n in runs], 0),
             share(quiet, 0),
             share(quiet, -BEFORE),
-            share([alarm(Random(f"harder/{n}"), shifted, first=VERSION_TURNS) for n in runs], 0),
+            share(
+                [alarm(Random(f"harder/{n}"), shifted, first=_HARDER) for n in runs],
+                _HARDER - BEFORE,
+            ),
         )
     Console(width=150).print(table)
 
