@@ -18,6 +18,7 @@ NAMES = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "benchmarks/RESULTS.md",
+    *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/results/*.md")),
 )
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = DOCUMENTS["CONTRIBUTING.md"]
