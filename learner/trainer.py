@@ -315,7 +315,7 @@ class PolicyTrainer(GRPOTrainer):
             raise LearnerError(
                 f"the step changes the policy by {kl:g} nats a token even after it was shortened "
                 f"{MAX_TRIES} times, over the {limit:g} of [learner] step_kl, and is not kept: "
-                "raise step_kl, or step_kl_floor for batches with little to correct"
+                "raise it"
             )
         if not self.config.learning_rate:
             self.rate = rate * length
