@@ -93,8 +93,9 @@ class Settings:
                 )
             if kind not in _LOCAL_JUDGES:
                 raise ConfigError(
-                    f'[judge] kind = "{self.judge.kind}": {kind} is not one of ours and may send '
-                    f"turns anywhere: {allow}"
+                    f'[judge] kind = "{self.judge.kind}": {kind} is not one of ours '
+                    f"({', '.join(_LOCAL_JUDGES)}, litellm). If it is a plugin of yours, it may "
+                    f"send turns anywhere: {allow}"
                 )
         base_url = self.judge.base_url
         if "engine" in kinds and base_url and not self._is_here(base_url):
