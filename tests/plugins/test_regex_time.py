@@ -12,7 +12,7 @@ import dataclasses
 import importlib
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from re import _constants as c  # pyright: ignore
 from re import _parser as parser  # pyright: ignore
@@ -32,6 +32,7 @@ a repetition of up to some hundred characters fivefold; from the first it grows 
 HOPELESS_S = 0.1
 """Seconds for one of the shorter texts after which the longest is not tried."""
 MOST_GROWTH = 9.0
+MEASUREMENTS = 6
 UNMEASURED_S = 0.002
 """Seconds for a large text that are not compared: too few to measure."""
 
@@ -187,25 +188,36 @@ def seconds(expression: Expression, text: str, tries: int) -> float:
     return best
 
 
-def slow(expression: Expression) -> list[str]:
+def slow(expression: Expression) -> Iterator[str]:
     """The beginnings of texts on which an expression's time grows faster than their length."""
     parts = Parts(expression)
-    by_size = [parts.texts(size) for size in SIZES]
-    return [texts[0][:60] for texts in zip(*by_size, strict=True) if _grows(expression, texts)]
+    for texts in zip(*(parts.texts(size) for size in SIZES), strict=True):
+        if _grows(expression, texts):
+            yield texts[0][:60]
 
 
 def _grows(expression: Expression, texts: Sequence[str]) -> bool:
     *shorter, longest = texts
-    if any(seconds(expression, text, 1) >= HOPELESS_S for text in shorter):
+    if any(seconds(expression, text, 3) >= HOPELESS_S for text in shorter):
         return True
     if seconds(expression, longest, 1) < UNMEASURED_S:
         return False
-    return seconds(expression, longest, 2) > MOST_GROWTH * seconds(expression, shorter[-1], 5)
+    return grows_every_time(
+        lambda: seconds(expression, longest, 1), lambda: seconds(expression, shorter[-1], 3)
+    )
+
+
+def grows_every_time(large: Callable[[], float], small: Callable[[], float]) -> bool:
+    """Whether more than MOST_GROWTH lies between two costs however often they are measured.
+
+    A busy machine slows single measurements down, a slow search is slow in all of them.
+    """
+    return all(large() > MOST_GROWTH * small() for _ in range(MEASUREMENTS))
 
 
 @pytest.mark.parametrize("where", ALL)
 def test_time_grows_linearly_with_the_text(where: str) -> None:
-    assert slow(ALL[where]) == []
+    assert list(slow(ALL[where])) == []
 
 
 @pytest.mark.parametrize(
@@ -219,7 +231,7 @@ def test_time_grows_linearly_with_the_text(where: str) -> None:
     ],
 )
 def test_these_tests_notice_a_slow_expression(pattern: str) -> None:
-    assert slow(re.compile(pattern, re.DOTALL))
+    assert any(slow(re.compile(pattern, re.DOTALL)))
 
 
 def test_all_expressions_of_the_code_are_found() -> None:
@@ -235,12 +247,10 @@ def test_thoughts_are_searched_once(mark: str) -> None:
     """64 kB of opening tags once stopped all recording for many seconds."""
 
     def cost(count: int) -> float:
-        text, best = mark * count, float("inf")
-        for _ in range(3):
-            started = time.process_time()
-            without_thoughts(text)
-            meaning_of({"role": "assistant", "content": text})
-            best = min(best, time.process_time() - started)
-        return best
+        text = mark * count
+        started = time.process_time()
+        without_thoughts(text)
+        meaning_of({"role": "assistant", "content": text})
+        return time.process_time() - started
 
-    assert cost(16_000) < MOST_GROWTH * max(cost(4_000), UNMEASURED_S)
+    assert not grows_every_time(lambda: cost(16_000), lambda: cost(4_000))
