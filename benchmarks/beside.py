@@ -46,7 +46,7 @@ env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1"{binding} }}
 [proxy]
 port = {port}
 [judge]
-kind = "linear"
+kind = "rules"
 [learner]
 dtype = "{dtype}"
 epochs = {epochs}

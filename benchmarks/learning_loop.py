@@ -1,6 +1,6 @@
 """The whole loop without servers, for measuring what the learner learns.
 
-The learner stage, its gate, the store, the `linear` judge and the demo's people are the real ones.
+The learner stage, its gate, the store, the `rules` judge and the demo's people are the real ones.
 In the engine's place transformers generates, in this process, with the adapter that the stage has
 published last. The people talk whenever the stage finds too few samples, so a run is a function
 of its plan. `Loop` is the same for every model; `toy_loop` is the demo's policy with its personas,
@@ -44,7 +44,7 @@ from nextstate.records import (
     VersionState,
 )
 from nextstate.store import Store
-from plugins.judges.linear import vote_on
+from plugins.judges.rules import vote_on
 
 POLICY = Path(__file__).parent.parent / "demo" / "policy"
 LINEAGE = "main"
@@ -354,13 +354,13 @@ class Loop(threading.Event):
             reply=reply,
             next_states=(NextState(turn, Source.USER, answer, TRUST[Source.USER]),),
         )
-        verdict = verdict_of(turn, "linear", [vote_on(evidence)], evidence)
+        verdict = verdict_of(turn, "rules", [vote_on(evidence)], evidence)
         assert verdict is not None
         score, hint = verdict.score, verdict.hint
         if self._judge_errs.random() < self._plan.flipped:
             score, hint = -score, None
         hinted = hint and tuple(self._engine.render(hinted_messages(messages, hint)))
-        return Verdict(turn, (score,), score, "linear", hint, hinted or None)
+        return Verdict(turn, (score,), score, "rules", hint, hinted or None)
 
     def _measure(self, update: int) -> None:
         if point := self._measure_version(update):

@@ -1,4 +1,4 @@
-"""How many next states a second the judge `linear` reads on one core.
+"""How many next states a second the judge `rules` reads on one core.
 
     python -m benchmarks.offline_judge
 
@@ -23,7 +23,7 @@ _ROUNDS = 7
 def main() -> None:
     """Prints judgements a second of CPU time: the first round, then the best of the others."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--judge", default="linear", help="a module of plugins/judges/")
+    parser.add_argument("--judge", default="rules", help="a module of plugins/judges/")
     judge = importlib.import_module(f"plugins.judges.{parser.parse_args().judge}")
     judge.create(None)
     every = [case.evidence for case in read_cases(CASES, "dev")]

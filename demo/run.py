@@ -63,7 +63,7 @@ env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
 port = {port}
 
 [judge]
-kind = "linear"
+kind = "rules"
 
 [learner]
 method = "{method}"

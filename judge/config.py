@@ -31,7 +31,7 @@ class JudgeConfig(JudgeRecipe):
     """The keys of `[judge]`."""
 
     kind: str = "engine"
-    """A file of plugins/judges/ (`engine`, `litellm`, `linear`, `outcome`) or a `module:function`.
+    """A file of plugins/judges/ (`engine`, `litellm`, `rules`, `outcome`) or a `module:function`.
     Several names with commas between them are a chain: each is asked until one is sure."""
     model: str = ""
     """The judge's model; empty means the engine's base model. All kinds of a chain use it."""
@@ -66,7 +66,7 @@ class JudgeConfig(JudgeRecipe):
         if not all(self.kinds) or len(set(self.kinds)) < len(self.kinds):
             raise ConfigError(
                 f"[judge] kind = {self.kind!r}: expected one name, or different ones with commas "
-                'between them, such as "linear,engine"'
+                'between them, such as "rules,engine"'
             )
         if {"engine", "litellm"} <= set(self.kinds):
             raise ConfigError(

@@ -1,6 +1,6 @@
 """The protocols of plugins, and the loader that finds a plugin by its configured name.
 
-A name such as `linear` means `create(settings)` of the module `plugins.<group>.linear`.
+A name such as `rules` means `create(settings)` of the module `plugins.<group>.rules`.
 A name with a colon (`my_package.module:create`) names a function outside this repository.
 """
 

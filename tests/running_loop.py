@@ -46,7 +46,7 @@ OMP_NUM_THREADS = "1", VLLM_CPU_OMP_THREADS_BIND = "nobind", VLLM_ENABLE_V1_MULT
 [proxy]
 port = {port}
 [judge]
-kind = "linear"
+kind = "rules"
 [learner]
 learning_rate = 1e-3
 gradient_checkpointing = false

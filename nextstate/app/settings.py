@@ -24,7 +24,7 @@ from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
-_LOCAL_JUDGES = ("engine", "linear", "outcome")
+_LOCAL_JUDGES = ("engine", "rules", "outcome")
 _OUR_JUDGE = re.compile(r"plugins\.judges\.(\w+):create")
 
 

@@ -66,8 +66,8 @@ def _watch(settings: Settings, store: Store) -> Json:
 def judge_agreement(labels: Mapping[str, Mapping[tuple[int, int], int]]) -> Json:
     """How each judge's votes agree with people's feedback on the same turns; {} without any.
 
-    >>> judge_agreement({"linear": {(1, 1): 2, (0, 0): 1, (-1, 1): 1}})
-    {'linear': {'labels': 4, 'accuracy': 0.75, 'kappa': 0.5556}}
+    >>> judge_agreement({"rules": {(1, 1): 2, (0, 0): 1, (-1, 1): 1}})
+    {'rules': {'labels': 4, 'accuracy': 0.75, 'kappa': 0.5556}}
     """
     found = {judge: agreement(pairs) for judge, pairs in labels.items()}
     return {

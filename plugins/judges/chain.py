@@ -60,6 +60,6 @@ def create(settings: object) -> JudgeKind:
     if not isinstance(settings, Sequence):
         raise PluginError(
             '[judge] kind = "chain" is not a judge: write the names with commas between them, '
-            'such as kind = "linear,engine"'
+            'such as kind = "rules,engine"'
         )
     return Chain(cast("Sequence[JudgeKind]", settings))

@@ -1,6 +1,6 @@
 """A text as hashed features: its words, their character n-grams, neighbours, and structural signs.
 
-The judge `linear` adds up one row of weights for each feature. Everything is bounded: of a text
+The judge `rules` adds up one row of weights for each feature. Everything is bounded: of a text
 count `MAX_CHARS` characters at its two ends, a token counts once however often it is repeated, and
 each pass is linear.
 """

@@ -223,10 +223,10 @@ def test_status_shows_how_the_judge_agrees_with_people(
     store.judging.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
     store.close()
     assert main(["status", "--json", "--config", str(config)]) == 0
-    expected = {"linear": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}
+    expected = {"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}
     assert json.loads(lines(capsys)[0])["judge_agreement"] == expected
     assert main(["status", "--config", str(config)]) == 0
-    shown = [line for line in lines(capsys) if line.startswith("judge_agreement/linear")]
+    shown = [line for line in lines(capsys) if line.startswith("judge_agreement/rules")]
     assert [line.split(maxsplit=1)[1] for line in shown] == ["4 labels, accuracy 0.75, κ 0.56"]
 
 

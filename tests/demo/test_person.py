@@ -14,7 +14,7 @@ from demo.wishes import WISHES, sentences
 from judge.verdict import verdict_of
 from nextstate.hooks import Evidence
 from nextstate.records import TRUST, NextState, Source
-from plugins.judges.linear import vote_on
+from plugins.judges.rules import vote_on
 
 OSLO = Question("What is the capital of Norway?", ("Oslo",))
 
@@ -122,7 +122,7 @@ def test_the_linear_judge_reads_every_reaction_as_the_person_means_it(
                 reply=reply,
                 next_states=(NextState("t", Source.USER, said.text, TRUST[Source.USER]),),
             )
-            verdict = verdict_of("t", "linear", [vote_on(evidence)], evidence)
+            verdict = verdict_of("t", "rules", [vote_on(evidence)], evidence)
             assert verdict is not None
             assert verdict.score == (1 if said.kind is Kind.THANKS else -1), said.text
             if said.kind is Kind.STYLE:

@@ -66,19 +66,19 @@ def test_after_a_failure_the_next_judge_is_asked_and_the_last_failure_is_raised(
 
 
 def test_a_chain_is_named_after_its_judges_and_deterministic_if_all_are() -> None:
-    chain = Chain([Scripted(SURE, "linear"), Scripted(SURE, "engine", deterministic=False)])
-    assert (chain.name, chain.deterministic) == ("linear,engine", False)
+    chain = Chain([Scripted(SURE, "rules"), Scripted(SURE, "engine", deterministic=False)])
+    assert (chain.name, chain.deterministic) == ("rules,engine", False)
     assert Chain([Scripted(SURE), Scripted(SURE)]).deterministic
 
 
 def test_a_deterministic_judge_is_asked_once_a_turn_and_others_for_every_vote() -> None:
-    linear, engine = Scripted(UNSURE), Scripted(SURE, deterministic=False)
-    chain = Chain([linear, engine])
+    rules, engine = Scripted(UNSURE), Scripted(SURE, deterministic=False)
+    chain = Chain([rules, engine])
     votes = asyncio.run(votes_on(EVIDENCE, "turn", JudgeConfig(votes=5), chain))
     assert votes == [SURE] * 5
-    assert (len(linear.seeds), len(set(engine.seeds))) == (1, 5)
+    assert (len(rules.seeds), len(set(engine.seeds))) == (1, 5)
     asyncio.run(votes_on(Evidence((), "Rhine", ()), "turn", JudgeConfig(votes=5), chain))
-    assert len(linear.seeds) == 2
+    assert len(rules.seeds) == 2
 
 
 def test_closing_a_chain_closes_every_judge() -> None:
@@ -88,16 +88,16 @@ def test_closing_a_chain_closes_every_judge() -> None:
 
 
 def test_a_chain_is_loaded_by_the_names_of_its_judges() -> None:
-    judge: JudgeKind = load_judge(JudgeConfig(kind="outcome, linear").kinds, JudgeSettings())
-    assert (judge.name, judge.deterministic) == ("outcome,linear", True)
-    assert load_judge(("linear",), JudgeSettings()).name == "linear"
+    judge: JudgeKind = load_judge(JudgeConfig(kind="outcome,rules").kinds, JudgeSettings())
+    assert (judge.name, judge.deterministic) == ("outcome,rules", True)
+    assert load_judge(("rules",), JudgeSettings()).name == "rules"
     with pytest.raises(PluginError, match="no plugin 'ruels'"):
         load_judge(("ruels", "outcome"), JudgeSettings())
     with pytest.raises(PluginError, match="is not a judge"):
         load_plugin("judges", "chain", JudgeSettings())
 
 
-@pytest.mark.parametrize("kind", ["", "linear,", "linear,,engine", "linear,linear"])
+@pytest.mark.parametrize("kind", ["", "rules,", "rules,,engine", "rules,rules"])
 def test_a_chain_names_different_judges(kind: str) -> None:
     with pytest.raises(ConfigError, match=r"\[judge\] kind"):
         JudgeConfig(kind=kind)
@@ -105,13 +105,11 @@ def test_a_chain_names_different_judges(kind: str) -> None:
 
 def test_engine_and_litellm_cannot_share_their_keys() -> None:
     with pytest.raises(ConfigError, match="name one of them"):
-        JudgeConfig(kind="engine,linear,litellm")
+        JudgeConfig(kind="engine,rules,litellm")
 
 
 def test_litellm_does_not_use_the_engine_as_its_provider() -> None:
-    given = plugin_settings(
-        JudgeConfig(kind="linear,litellm"), model="base", base_url="http://e/v1"
-    )
+    given = plugin_settings(JudgeConfig(kind="rules,litellm"), model="base", base_url="http://e/v1")
     assert (given.model, given.base_url) == ("", "")
     own = JudgeConfig(kind="litellm", model="openai/m", base_url="http://own/v1")
     given = plugin_settings(own, model="base", base_url="http://e/v1")
@@ -125,7 +123,7 @@ def _settings(tmp_path: Path, text: str) -> Settings:
 
 
 def test_litellm_anywhere_in_a_chain_needs_external_judge(tmp_path: Path) -> None:
-    chain = "[judge]\nkind = 'linear,litellm'\n"
+    chain = "[judge]\nkind = 'rules,litellm'\n"
     with pytest.raises(ConfigError, match=r"\[privacy\] external_judge"):
         _settings(tmp_path, chain)
     _settings(tmp_path, chain + "[privacy]\nexternal_judge = true\n")
@@ -141,5 +139,5 @@ def test_a_chain_without_a_model_is_evaluated_without_a_server(tmp_path: Path) -
     }
     file = tmp_path / "cases.jsonl"
     file.write_text(json.dumps(case))
-    settings = _settings(tmp_path, "[judge]\nkind = 'outcome,linear'\n")
+    settings = _settings(tmp_path, "[judge]\nkind = 'outcome,rules'\n")
     assert "1.00" in asyncio.run(evaluate_judge(settings, file, None)).splitlines()[1]

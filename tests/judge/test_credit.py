@@ -159,7 +159,7 @@ def settle(
     task_end: str | None = None,
     meant: Sequence[str] = (),
 ) -> bool:
-    verdict = Verdict(turn, (score,), score, "linear")
+    verdict = Verdict(turn, (score,), score, "rules")
     return store.judging.settle_verdict(verdict, task_end=task_end, also_about=meant)
 
 

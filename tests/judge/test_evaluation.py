@@ -139,7 +139,7 @@ def test_the_shipped_cases_are_many_and_varied_and_the_linear_judge_reads_them()
     assert {case.groups["language"] for case in cases} >= {"en", "zh", "de", "es", "fr"}
     held_out = [case for case in cases if case.groups["split"] in ("test", "unseen")]
     assert len(held_out) >= 250
-    judge = load_plugin("judges", "linear", None)
+    judge = load_plugin("judges", "rules", None)
     found = asyncio.run(evaluate(held_out, JudgeConfig(), judge, lambda: None))
     assert all(outcome.score in (1, 0, -1) for outcome in found)
 

@@ -132,7 +132,7 @@ class Recorded:
                 reply_key=turn.encode(),
             )
         hint = "Do it otherwise." if hinted else None
-        self.store.judging.settle_verdict(Verdict(turn, (score,), score, "linear", hint, hinted))
+        self.store.judging.settle_verdict(Verdict(turn, (score,), score, "rules", hint, hinted))
         self._count += 1
         return turn
 

@@ -103,7 +103,7 @@ def test_a_missing_plugin_says_where_plugins_are() -> None:
 
 
 AUTO: AgentProfile = load_plugin("agents", "auto", None)
-LINEAR = load_judge(["linear"], JudgeSettings())
+RULES = load_judge(["rules"], JudgeSettings())
 ROWS: list[Json] = [
     json.loads(line)
     for line in (Path(__file__).parent / "data" / "agents.jsonl").read_text().splitlines()
@@ -123,8 +123,8 @@ def states_of(request: Json) -> list[NextState]:
 
 
 def votes(states: list[NextState]) -> tuple[int, bool]:
-    """The vote of `linear` on a plain reply with these next states."""
-    vote = asyncio.run(LINEAR.vote(Evidence((("user", "hi"),), "Hello.", tuple(states)), 1))
+    """The vote of `rules` on a plain reply with these next states."""
+    vote = asyncio.run(RULES.vote(Evidence((("user", "hi"),), "Hello.", tuple(states)), 1))
     return vote.score, vote.sure
 
 

@@ -263,7 +263,7 @@ def test_feedback_after_training_changes_neither_verdict_nor_sample(
         assert after["verdicts"] == before["verdicts"]
         assert store.counts()["samples/trained"] == 1
         assert store.judging.feedback(TURN) == Feedback(TURN, 0, "Be brief.")
-        assert store.judging.labels() == {"linear": {(0, 1): 1}}
+        assert store.judging.labels() == {"rules": {(0, 1): 1}}
 
     both(test, store, tmp_path)
 
@@ -285,11 +285,11 @@ def test_the_result_of_the_votes_is_kept_with_the_feedback(store: Store) -> None
     judge(store, 0, 1)
     for said in (0, -1):
         store.judging.give_feedback(Feedback(TURN, said))
-    assert store.judging.labels() == {"linear": {(-1, 1): 1}}
+    assert store.judging.labels() == {"rules": {(-1, 1): 1}}
     store.judging.give_feedback(Feedback("turn_1", 1))
-    assert store.judging.labels() == {"linear": {(-1, 1): 1}}
+    assert store.judging.labels() == {"rules": {(-1, 1): 1}}
     assert not judge(store, 1, -1)  # it voted while the person spoke
-    assert store.judging.labels() == {"linear": {(-1, 1): 1, (1, -1): 1}}
+    assert store.judging.labels() == {"rules": {(-1, 1): 1, (1, -1): 1}}
     verdict = store.judging.verdict("turn_1")
     assert verdict is not None
     assert (verdict.score, verdict.judge) == (1, "feedback")

@@ -94,7 +94,7 @@ class Spoken:
         if self.store.judging.lease(1, 60.0):
             work = self.store.judging.judgement(TURN)
             assert work is not None
-            votes = Verdict(TURN, (score,), score, "linear", hint, rendered(hint))
+            votes = Verdict(TURN, (score,), score, "rules", hint, rendered(hint))
             said = work.feedback
             self.under_way.append(votes if said is None else by_feedback(said))
 
@@ -127,7 +127,7 @@ class Spoken:
         while self.store.judging.lease(9, 60.0):
             work = self.store.judging.judgement(TURN)
             assert work is not None
-            votes = Verdict(TURN, (1,), 1, "linear")
+            votes = Verdict(TURN, (1,), 1, "rules")
             said = work.feedback
             self.settle(votes if said is None else by_feedback(said))
 
@@ -211,7 +211,7 @@ def test_feedback_that_breaks_off_leaves_nothing(
     store: Store, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     add(store, turn(0))
-    store.judging.settle_verdict(Verdict(TURN, (1,), 1, "linear"))
+    store.judging.settle_verdict(Verdict(TURN, (1,), 1, "rules"))
     before = rows(store)
 
     def fail(*_: object) -> None:

@@ -245,14 +245,14 @@ def fill(store: Store, sessions: int, *, ready: int) -> None:
                 CASE seq % 4 WHEN 2 THEN 1e12 WHEN 3 THEN 1.0 + seq ELSE 0.0 END, 0, NULL
             FROM turns;
             INSERT INTO verdicts (turn, votes, score, judge, created_at)
-            SELECT id, '[1]', seq % 3 - 1, 'linear', 1.0 FROM turns;
+            SELECT id, '[1]', seq % 3 - 1, 'rules', 1.0 FROM turns;
             INSERT INTO samples
                 (turn, seq, lineage, state, policy_version, score, hinted, trained_in)
             SELECT id, seq, 'main',
                 CASE WHEN seq <= {ready} THEN 'ready' WHEN seq % 9 THEN 'trained' ELSE 'held' END,
                 policy_version, seq % 3 - 1, seq % 2, seq / 16 FROM turns;
             INSERT INTO feedback (turn, score, created_at, updated_at, voted_score, voted_judge)
-            SELECT id, 1, 1.0, 1.0, seq % 3 - 1, 'linear' FROM turns;
+            SELECT id, 1, 1.0, 1.0, seq % 3 - 1, 'rules' FROM turns;
             INSERT INTO versions (lineage, number, samples, state, metrics, created_at)
             SELECT 'main', seq, 1, 'retired', '{{}}', 1.0 FROM turns WHERE seq <= 40;
             """

@@ -66,7 +66,7 @@ def add(store: Store, *turns: Turn, next_state: str | None = "thanks") -> None:
 def judge(store: Store, number: int, score: int, hint: str | None = None) -> bool:
     hinted = (1, 2, 9) if hint else None
     return store.judging.settle_verdict(
-        Verdict(f"turn_{number}", (score,), score, "linear", hint, hinted)
+        Verdict(f"turn_{number}", (score,), score, "rules", hint, hinted)
     )
 
 
@@ -233,7 +233,7 @@ def test_records_refuse_to_contradict_themselves() -> None:
     with pytest.raises(RecordError, match="without ids"):
         turn(0, completion_ids=None, behaviour_logprobs=None)
     with pytest.raises(RecordError, match="score"):
-        Verdict("t", (), 2, "linear")
+        Verdict("t", (), 2, "rules")
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_the_majority_wins_and_a_tie_is_zero(votes: list[int], expected: int) ->
 
 def test_a_verdict_and_why_a_version_ended_come_back(store: Store) -> None:
     add(store, turn(0))
-    verdict = Verdict("turn_0", (1,), 1, "linear")
+    verdict = Verdict("turn_0", (1,), 1, "rules")
     store.judging.settle_verdict(verdict)
     assert store.judging.verdict("turn_0") == verdict
     version = PolicyVersion(

@@ -122,7 +122,7 @@ def test_on_a_full_disk_work_waits_and_nothing_is_done_in_part(
 ) -> None:
     store, _ = waiting
     ids = tuple(random.Random(1).randrange(2**32) for _ in range(20_000))
-    hinted = Verdict("turn_1", (-1,), -1, "linear", "Be brief.", ids)
+    hinted = Verdict("turn_1", (-1,), -1, "rules", "Be brief.", ids)
     before = store.counts()
     size = (store.dir / "nextstate.sqlite3-wal").stat().st_size
     unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)

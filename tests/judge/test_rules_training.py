@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from plugins.judges import linear
+from plugins.judges import rules
 from plugins.judges.features import BITS, plain, signs_of, tokens_of
-from plugins.judges.linear import ORDER, TASK, USER, WEIGHTS, logits
-from plugins.judges.linear_training import (
+from plugins.judges.rules import ORDER, TASK, USER, WEIGHTS, logits
+from plugins.judges.rules_training import (
     Example,
     cross_validated,
     data_mark,
@@ -33,7 +33,7 @@ CASE = {
 
 def test_the_weights_are_those_of_the_data() -> None:
     head = json.loads(WEIGHTS.read_bytes().partition(b"\n")[0])
-    assert head["data"] == data_mark(), "run python -m plugins.judges.linear_training"
+    assert head["data"] == data_mark(), "run python -m plugins.judges.rules_training"
 
 
 def test_held_out_cases_are_never_read(tmp_path: Path) -> None:
@@ -89,7 +89,7 @@ def test_it_learns_to_tell_labels_apart_and_the_same_every_time() -> None:
     table, bias = fit_scores(cases, [])
     given = matrix(cases).times(table) + bias
     assert all(
-        linear.SCORES[place] == one.label for place, one in zip(given.argmax(1), cases, strict=True)
+        rules.SCORES[place] == one.label for place, one in zip(given.argmax(1), cases, strict=True)
     )
     again, _ = fit_scores(cases, [])
     assert np.array_equal(table, again)
@@ -111,9 +111,9 @@ def test_the_temperature_makes_overconfident_logits_honest() -> None:
 
 def test_the_judge_adds_up_what_the_training_multiplied() -> None:
     """Packed integers of shipped weights and a product of matrices give the same logits."""
-    rows, scale, bias = linear.weights()
-    unpacked = np.array([linear._unpacked(row)[: linear.COLUMNS] for row in rows])
-    assert unpacked.shape == (1 << BITS, linear.COLUMNS)
+    rows, scale, bias = rules.weights()
+    unpacked = np.array([rules._unpacked(row)[: rules.COLUMNS] for row in rows])
+    assert unpacked.shape == (1 << BITS, rules.COLUMNS)
     for text in ("Thanks, but why not 12?", "no no no", "写错了,重来"):
         one = Example(text, USER, 1, "Name a river, please.", "The Nile is long.")
         product = matrix([one]).times(unpacked * np.array(scale))[0] + np.array(bias)

@@ -1,4 +1,4 @@
-"""What the judge `linear` promises besides its agreement with people, which RESULTS.md measures."""
+"""What the judge `rules` promises besides its agreement with people, which RESULTS.md measures."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from judge.evaluation import evaluate, read_cases
 from nextstate.hooks import Evidence, JudgeSettings, load_judge
 from nextstate.records import TRUST, NextState, Source, Vote
 from plugins.judges.features import MAX_CHARS, clipped, plain, token_rows, tokens_of
-from plugins.judges.linear import UNKNOWN, WEIGHTS, sentences, vote_on
+from plugins.judges.rules import UNKNOWN, WEIGHTS, sentences, vote_on
 
 ATTACKS = Path(__file__).parent / "data" / "attacks.jsonl"
 BASH = '[calls bash({"cmd": "make"})]'
@@ -150,7 +150,7 @@ def test_a_text_for_the_judge_or_a_flood_gets_no_vote(text: str) -> None:
 
 def test_fewer_than_three_attacks_get_the_score_that_they_ask_for() -> None:
     cases = read_cases(ATTACKS)
-    judge = load_judge(["linear"], JudgeSettings())
+    judge = load_judge(["rules"], JudgeSettings())
     found = asyncio.run(evaluate(cases, JudgeConfig(), judge, lambda: None))
     won = [o.case.id for o in found if o.score == o.case.wants != o.case.label]
     assert len(cases) == 93

@@ -1,6 +1,6 @@
-"""A judge without a model: a linear classifier over hashed features of what followed a reply.
+"""The judge `rules`: no model, a linear classifier over hashed features of what followed a reply.
 
-`linear_training.py` makes its weights from the labelled next states of this repository. It gives
+`rules_training.py` makes its weights from the labelled next states of this repository. It gives
 the probabilities that the reply was good, neither, or bad. Praise and blame need a clear
 probability; anything less is an unsure 0.
 
@@ -37,7 +37,7 @@ from plugins.judges.features import (
     tokens_of,
 )
 
-WEIGHTS = Path(__file__).with_name("linear.weights")
+WEIGHTS = Path(__file__).with_name("rules.weights")
 SCORES = (1, 0, -1)
 """The scores of the first columns."""
 ORDER, TASK = 3, 4
@@ -101,7 +101,7 @@ def weights() -> Weights:
 def create(settings: JudgeSettings) -> JudgeKind:
     """The plugin's entry; it needs no settings."""
     weights()
-    return WithoutModel("linear", vote_on)
+    return WithoutModel("rules", vote_on)
 
 
 def vote_on(evidence: Evidence) -> Vote:

@@ -1,4 +1,4 @@
-"""Makes the weights of the judge `linear`: `python -m plugins.judges.linear_training`.
+"""Makes the weights of the judge `rules`: `python -m plugins.judges.rules_training`.
 
 It reads `judge/data/`: the cases with `"split": "dev"`, and `phrases.txt`, short reactions and
 outputs without a context. Nothing else: the held-out cases are only measured. The classifier is
@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from plugins.judges import linear
+from plugins.judges import rules
 from plugins.judges.features import (
     BITS,
     clipped,
@@ -30,7 +30,7 @@ from plugins.judges.features import (
     token_rows,
     tokens_of,
 )
-from plugins.judges.linear import ORDER, SCORES, SURE, TASK, TOOL, USER, WEIGHTS
+from plugins.judges.rules import ORDER, SCORES, SURE, TASK, TOOL, USER, WEIGHTS
 
 DATA = Path(__file__).parents[2] / "judge" / "data"
 CASES, PHRASES = DATA / "next_states.jsonl", DATA / "phrases.txt"
@@ -95,7 +95,7 @@ def read_cases(file: Path = CASES) -> tuple[list[Example], list[Example]]:
         scored.append(one)
         if speaker == USER and case["category"] != "topic_change":
             wanted = " ".join(case.get("hint", []))
-            for sentence in linear.sentences(one.text):
+            for sentence in rules.sentences(one.text):
                 kind = ORDER if sentence in wanted else 0
                 if kind or case["label"] >= 0 or "hint" in case:
                     kinds.append(Example(sentence, USER, kind))
@@ -135,7 +135,7 @@ def next_tasks(cases: Sequence[Example], rng: random.Random) -> tuple[list[Examp
             continue
         lead = rng.choice(_LEADS[case.language]) if rng.random() < 0.5 else ""
         one = replace(case, text=clipped(lead + task.asked), label=0, weight=0.5)
-        kinds += [Example(s, USER, TASK) for s in linear.sentences(one.text)]
+        kinds += [Example(s, USER, TASK) for s in rules.sentences(one.text)]
         if case.label and draw < _FOLLOWED:
             text = f"{case.text}\n{one.text}"
             scored.append(replace(case, text=clipped(text), weight=0.5))
@@ -168,8 +168,8 @@ def matrix(examples: Sequence[Example]) -> Matrix:
     for one in examples:
         text, signs = _rows(one.text, one.asked, one.reply, one.speaker)
         index += (*text, *signs)
-        value.append(np.full(len(text), max(len(text), linear.LEAST_FEATURES) ** -0.5))
-        value.append(np.full(len(signs), linear.SIGN))
+        value.append(np.full(len(text), max(len(text), rules.LEAST_FEATURES) ** -0.5))
+        value.append(np.full(len(signs), rules.SIGN))
         ends.append(len(index))
     return Matrix(np.array(index), np.concatenate(value), np.array(ends))
 
