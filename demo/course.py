@@ -24,7 +24,6 @@ UPDATES: Mapping[str, int] = {
 """Fewer for opd: hints come only from failures, and a better policy fails less often."""
 LEARNER: Mapping[str, bool | int | float] = {
     "batch_size": BATCH,
-    "learning_rate": 2e-3,
     "kl_coef": 0.2,
     "gradient_checkpointing": False,
     "micro_batch_tokens": 2048,
