@@ -34,15 +34,32 @@ _ABOUT_FORM = re.compile(
     r"your (?:last |previous )?(?:response|output|message|reply) (?:could|was|is|did|does) not\b"
     r"[^.\n]{0,40}\b(?:parsed|valid|contain|include|match|conform|formatted)\b|"
     r"you did not (?:call|use|make|provide) (?:any|a|exactly one) (?:tool|function|action|command)"
-    r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b",
+    r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b|"
+    r"(?:error: )?(?:i )?(?:failed to|could not|couldn't|cannot|unable to) parse "
+    r"(?:your |the |a )?(?:response|output|message|reply|(?:tool|function) calls?|json)\b|"
+    r"previous response had (?:\w{1,20} )?(?:errors|warnings|issues)\b|"
+    r"\d{1,4} validation errors? (?:for|in|detected)\b|"
+    r"(?:deine|ihre) (?:(?:letzte|vorherige) )?(?:antwort|ausgabe|nachricht) (?:konnte|ist|war) "
+    r"(?:nicht|kein)\b[^.\n]{0,60}\b(?:geparst|verarbeitet|gelesen|json)\b|"
+    r"(?:votre|ta) (?:dernière |précédente )?(?:réponse|sortie)(?: précédente)? n'(?:a|est) pas\b"
+    r"[^.\n]{0,60}\b(?:analysée|interprétée|json)\b|"
+    r"(?:tu|su) (?:última )?(?:respuesta|salida)(?: anterior)? no (?:es|se|pudo)\b[^.\n]{0,60}\b"
+    r"(?:analizar|procesar|json)\b|"
+    r"你的?(?:上一?[次条個个]?|之前的|刚才的)?(?:回复|回答|输出|响应)[^。，\n]{0,12}"
+    r"(?:无法(?:被)?解析|解析失败|不是有效的 ?JSON)",
     re.IGNORECASE,
 )
 """What harnesses say about a reply that they could not read."""
 _REPORT = re.compile(
     r"(?:#{1,4} |\*\*)?(?:"
     r"(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
-    r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b(?:[^\n]{0,80}?:|(?=\**\n))|"
+    r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b"
+    r"(?:[^\n]{0,80}?:|(?=\**(?: \([^)\n]{1,80}\))?\n))|"
     r"(?:step|turn|iteration) \d{1,6} (?:result|output|observation)s?\b[^\n]{0,40}:|"
+    r"step \d{1,6}/\d{1,6}[.:] |linter (?:errors|warnings)\b[^\n]{0,80}:|"
+    r"(?:current|new) terminal (?:state|screen|output):|current url: |"
+    r"(?:command|tool|function) [\w.-]{1,60} returned:|"
+    r"(?:code|command|script) (?:was )?executed\b[^\n]{0,40}[:.]|"
     r"observation\b(?: \([^)\n]{0,40}\)\s{0,2}:|(?=\**\n))|"
     r"(?:results?|outputs?) (?:of|from|for) [^\n]{1,80}:[ \t]*\n|"
     r"(?:std(?:out|err)|output|result|return(?:ed)?[ _]?(?:code|value)|exit[ _]?(?:code|status))"
@@ -52,7 +69,18 @@ _REPORT = re.compile(
     r"(?: (?:with|after)\b|[ ]?:|\.[ \n])|"
     r"exit(?:ed)? (?:code|status|with)\b|executed: |command: [^\n]{1,300}\nexit|"
     r"Traceback \(most recent call last\)|"
-    r"\$ [a-z./][^\n]{0,300}\n|```(?:output|console|stdout|stderr)\n|```\w{0,20}\n\$ [a-z./])",
+    r"\$ [a-z./][^\n]{0,300}\n|```(?:output|console|stdout|stderr)\n|```\w{0,20}\n\$ [a-z./]|"
+    r"(?:(?:werkzeug|tool|befehls|programm|skript)-?(?:ergebnis|ausgabe)|"
+    r"(?:ausgabe|ergebnis) (?:des|der) "
+    r"(?:werkzeug|tool|befehl|programm|skript|funktion|ausführung)|"
+    r"(?:résultat|sortie|retour) d(?:e l['’]|e la |u |e )"
+    r"(?:outil|commande|script|fonction|exécution|programme)|"
+    r"(?:resultado|salida|saída) d(?:el|a|o|e la) "
+    r"(?:herramienta|comando|script|función|ejecución|ferramenta|função|execução)|"
+    r"(?:工具|命令|函数|代码|脚本|程序)(?:调用|执行|运行|返回)?(?:的)?(?:结果|输出)|观察(?:结果)?|"
+    r"(?:执行|运行)结果|(?:ツール|コマンド|コード|関数|スクリプト)の?(?:実行|呼び出し)?の?(?:結果|出力)|"
+    r"(?:результат|вывод) (?:(?:выполнения|вызова|работы) )?"
+    r"(?:инструмента|команды|функции|кода|скрипта|программы))[^\n:：]{0,60}[:：])",
     re.IGNORECASE,
 )
 _AUTOMATED = re.compile(
@@ -60,7 +88,23 @@ _AUTOMATED = re.compile(
     r"notice|notification|follow|prompt|check|event|update|request|response|reply)|"
     r"automated (?:message|reminder|follow-?up)\b|you have \d{1,6} (?:steps?|turns?|iterations?|"
     r"attempts?|tool calls?) (?:left|remaining)\b|"
-    r"system (?:message|notification|reminder|note)\s*:)",
+    r"(?:warning: )?you have used \d{1,6}(?:%| (?:of|out of) \d{1,6}) (?:(?:of )?(?:your|the) )?"
+    r"(?:context|tokens?|steps|turns|iterations|tool calls)\b|"
+    r"(?:\[[^\]\n]{1,40}\] )?scheduled (?:task|job) (?:fired|triggered|started)\b|"
+    r"system (?:message|notification|reminder|note)\s*:|"
+    r"(?:dies(?:e nachricht)?|das) ist eine (?:automatische|automatisierte|system-?)\s?"
+    r"(?:nachricht|meldung|erinnerung|benachrichtigung)\b|"
+    r"(?:automatische (?:nachricht|meldung|erinnerung)|system(?:nachricht|meldung|hinweis))\s?:|"
+    r"(?:ceci|il) est un (?:message|rappel|avis) (?:automatique|du système)\b|"
+    r"(?:message|rappel|avis|notification) (?:automatique|du système)\s?:|"
+    r"(?:est[eo] es un|est[ae] é uma?) (?:mensaje|recordatorio|aviso|mensagem|lembrete) "
+    r"(?:autom[áa]tic[oa]|del sistema|do sistema)\b|"
+    r"(?:mensaje|recordatorio|aviso|mensagem|lembrete) (?:autom[áa]tic[oa]|d[eo]l? sistema)\s?:|"
+    r"这是一?[条个]?(?:自动|系统)(?:消息|提示|提醒|通知)|"
+    r"[【\[]?(?:系统|自动)(?:消息|提示|提醒|通知)[】\]:：]|これは(?:自動|システム)(?:メッセージ|通知)|"
+    r"[【\[]?(?:自動|システム)(?:メッセージ|通知)[】\]:：]|"
+    r"это (?:автоматическое|системное) (?:сообщение|уведомление|напоминание)\b|"
+    r"(?:автоматическое|системное) (?:сообщение|уведомление|напоминание)\s?:)",
     re.IGNORECASE,
 )
 _OWN = re.compile(
@@ -73,6 +117,12 @@ _ADDRESS = re.compile(
     r"[?？]|\b(?:i|i'm|you|your|my|please|pls|thanks?|why|ich|dein|bitte|danke|gracias|merci)\b",
     re.IGNORECASE,
 )
+_OWN_SCRIPT = re.compile(r"\W{0,4}[\u3040-\u30ff\u3400-\u9fff\u0400-\u04ff]")
+_ADDRESS_ABROAD = re.compile(
+    r"[?？]|[你您请請吗]|不对|错了|谢谢|ください|ありがとう|なぜ|違|пожалуйста|спасибо|почему",
+    re.IGNORECASE,
+)
+"""A person's words beside a report whose heading is in their own script."""
 _LOG_LINE = re.compile(
     r"\A(?:\s|\$ |>>> |[#|+*=~-]{2}|\[?\d{4}-\d\d-\d\d|\[?\d\d:\d\d|\[|/|\{|\}|at |"
     r"[\w.]+(?:Error|Exception|Warning)\b|(?:DEBUG|INFO|WARN|WARNING|ERROR|FATAL|TRACE)\b|"
@@ -169,6 +219,8 @@ def is_template(text: str) -> bool:
 
 def _has_own_words(text: str) -> bool:
     """Whether a person's words stand in a report: in its one line, or at its beginning or end."""
+    if not text[:4].isascii() and _OWN_SCRIPT.match(text):
+        return _ADDRESS_ABROAD.search(text[:_HEAD_CHARS] + text[-_HEAD_CHARS:]) is not None
     if "\n" not in text:
         return _ADDRESS.search(text[:_HEAD_CHARS]) is not None
     first = text[:_HEAD_CHARS].partition("\n\n")[0]

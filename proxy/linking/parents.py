@@ -34,10 +34,10 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
 
     Of several candidates the one with most in common is taken, then one that nothing has continued
     yet, then the newest. If different conversations have equally much in common and are not all
-    alike, none is taken.
+    alike, none is taken; nor if different requests at one place of a conversation have.
     """
     unsure = False
-    for rows, hashes in _candidates(sessions, link):
+    for rows, hashes, siblings in _candidates(sessions, link):
         if hashes is not None:
             shared = [row for row in rows if _in_common(row, hashes)]
             if rows and not shared and not link.rare:
@@ -46,7 +46,7 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
                     continue
             rows = shared or rows
         if rows:
-            best = _surest(rows, link)
+            best = _surest(rows, link, siblings)
             return Found(best, best and _start(best, link), best is None)
     return Found(unsure=unsure)
 
@@ -81,26 +81,30 @@ def session_of(sessions: Sessions, scope: Scope, name: str, *, fresh: bool) -> s
 
 def _candidates(
     sessions: Sessions, link: Link
-) -> Iterator[tuple[list[Candidate], Sequence[bytes] | None]]:
-    """Candidates, the likeliest first, and the hashes of which one must be shared with them."""
+) -> Iterator[tuple[list[Candidate], Sequence[bytes] | None, bool]]:
+    """Candidates, the likeliest first, and the hashes of which one must be shared with them.
+
+    The last value is True if the candidates have one place and may have got different requests.
+    """
     keys = [reply.context_key for reply in link.replies if reply.context_key]
     for key in keys[:1]:
-        yield sessions.with_context_key(key), None
+        yield sessions.with_context_key(key), None, False
     of_chain = sessions.with_chain_key(link.chain_key)
     if of_chain:
         for key in keys[1:]:
-            yield sessions.with_context_key(key), None
+            yield sessions.with_context_key(key), None, False
         for key in keys:
             start = key[:-LETTERS_BYTES]
-            yield [row for row in of_chain if (row.context_key or b"").startswith(start)], None
-            yield sessions.with_context_prefix(start), None
+            alike = [row for row in of_chain if (row.context_key or b"").startswith(start)]
+            yield alike, None, False
+            yield sessions.with_context_prefix(start), None, False
         for key in keys:
-            yield sessions.with_context_prefix(key[:KEY_BYTES]), None
-        yield of_chain, link.replies[0].hashes
+            yield sessions.with_context_prefix(key[:KEY_BYTES]), None, False
+        yield of_chain, link.replies[0].hashes, True
     for reply in link.replies:
         if reply.key is not None:
             # Of a history that was cut, only what stood right before the reply is left.
-            yield sessions.with_reply_key(reply.key), reply.hashes[-1:]
+            yield sessions.with_reply_key(reply.key), reply.hashes[-1:], False
 
 
 def _is_only_conversation(sessions: Sessions, scope: Scope) -> bool:
@@ -125,7 +129,7 @@ def _in_common(row: Candidate, hashes: Sequence[bytes]) -> int:
     return len(frozenset(hashes).intersection(row.message_hashes))
 
 
-def _surest(rows: Sequence[Candidate], link: Link) -> Candidate | None:
+def _surest(rows: Sequence[Candidate], link: Link, siblings: bool) -> Candidate | None:
     """The turn that has most in common with a request; None if it may be a stranger's."""
     if len(rows) == 1:
         return rows[0]
@@ -136,7 +140,7 @@ def _surest(rows: Sequence[Candidate], link: Link) -> Candidate | None:
     ]
     top = [row for row, mark in zip(rows, marks, strict=True) if mark == max(marks)]
     kinds = {row.context_key[:-LETTERS_BYTES] if row.context_key else row.messages for row in top}
-    if len(kinds) > 1 and len({row.session for row in top}) > 1:
+    if len(kinds) > 1 and (siblings or len({row.session for row in top}) > 1):
         return None
     return max(top, key=lambda row: (not row.continued, row.seq))
 

@@ -191,6 +191,26 @@ def test_a_stranger_is_not_the_only_other_one_under_a_name(vague: bool) -> None:
         assert found.states("a1") == ["Thanks."]
 
 
+@pytest.mark.parametrize(("names", "vague"), [(None, False), (["app"], True), (["app"], False)])
+def test_words_that_fit_two_requests_of_one_session_land_on_neither(
+    names: Names, vague: bool
+) -> None:
+    """Two people began with the same words, so both conversations look like one."""
+    begun = alternating("Hi", "Hello.")
+    steps = [
+        step("a1", [user(stamped(10, "Hi"))], "Hello."),
+        step("b1", [user("Hi")], "Hello."),
+        step("a2", [*begun, user(stamped(10, "Book a table."))], "Done."),
+        step("b2", [*begun, user("Write a poem.")], "Done."),
+        step("a3", [*begun, user("Book a table."), assistant("Done."), user("No.")], "I see."),
+        step("b3", [*begun, user("Write a poem."), assistant("Done."), user("Nice.")], "Gladly."),
+    ]
+    with recorded([steps], Random(0), names, vague=vague) as found:
+        assert found.parents["a3"] is None
+        assert found.states("a2") == []
+        assert found.states("b2") == ["Nice."]
+
+
 def test_the_same_words_to_two_apps_go_to_the_one_whose_system_it_is() -> None:
     def asks(who: str, hour: int, *texts: str) -> list[Json]:
         system = {"role": "system", "content": f"You are a {who}. It is {hour}:30."}
