@@ -12,6 +12,8 @@ from proxy.requests import BodyTooSlow
 
 MOST_CONTAINERS = 250_000
 """Objects and arrays of one body. Each takes 60 to 300 bytes of memory and may be 3 bytes long."""
+MOST_KEYS = 250_000
+"""Colons of one body: a key takes two microseconds to parse, ten times as long as a value."""
 MOST_VALUES = 1_000_000
 """Commas of one body: enough for the longest prompts as token ids. If Python's parser has to read
 the body, each value takes a microsecond, and another to be written, while nobody else is served."""
@@ -86,6 +88,8 @@ def excess(data: bytes) -> str | None:
 def _exceeds(data: bytes) -> str | None:
     if data.count(b"[") + data.count(b"{") > MOST_CONTAINERS:
         return f"more than {MOST_CONTAINERS} objects and arrays"
+    if data.count(b":") > MOST_KEYS:
+        return f"more than {MOST_KEYS} keys of objects"
     if data.count(b",") > MOST_VALUES:
         return f"more than {MOST_VALUES} values"
     return None

@@ -146,7 +146,7 @@ def test_agents_are_found_by_their_requests_alone() -> None:
     assert len({agent.name for agent in AGENTS}) == len(AGENTS)
 
 
-def test_the_linear_judge_does_not_take_a_harness_for_a_person() -> None:
+def test_the_offline_judge_does_not_take_a_harness_for_a_person() -> None:
     for row in ROWS:
         states = states_of(conversation(row))
         if row["source"] is None:

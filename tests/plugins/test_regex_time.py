@@ -25,6 +25,8 @@ from proxy.linking.meaning import meaning_of
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = ("nextstate", "proxy", "judge", "plugins", "demo")
+READ_ONLY = "learner"
+"""Its modules import torch: their expressions are read from the source."""
 Expression = re.Pattern[Any]
 SIZES = (250, 1_000, 4_000)
 """Numbers of characters. From the second to the third, quadratic time grows sixteenfold, that of
@@ -33,6 +35,7 @@ HOPELESS_S = 0.1
 """Seconds for one of the shorter texts after which the longest is not tried."""
 MOST_GROWTH = 9.0
 MEASUREMENTS = 6
+USES = ("compile", "sub", "split", "search", "match", "fullmatch", "findall", "finditer")
 UNMEASURED_S = 0.002
 """Seconds for a large text that are not compared: too few to measure."""
 
@@ -69,7 +72,7 @@ def written_out(name: str, source: str) -> Iterator[tuple[str, Expression]]:
             and isinstance(node.func, ast.Attribute)
             and isinstance(node.func.value, ast.Name)
             and node.func.value.id == "re"
-            and node.func.attr in ("sub", "split", "search", "findall", "finditer")
+            and node.func.attr in USES
             and node.args
             and isinstance(node.args[0], ast.Constant)
         ):
@@ -78,6 +81,9 @@ def written_out(name: str, source: str) -> Iterator[tuple[str, Expression]]:
 
 def expressions() -> dict[str, Expression]:
     found: dict[tuple[Any, int], tuple[str, Expression]] = {}
+    for path in sorted((ROOT / READ_ONLY).rglob("*.py")):
+        for where, one in written_out("line", path.read_text()):
+            found.setdefault((one.pattern, one.flags), (f"{path.stem}.{where}", one))
     for name in modules():
         module = importlib.import_module(name)
         here = [pair for key, value in vars(module).items() for pair in compiled(key, value)]

@@ -265,6 +265,7 @@ def test_a_length_beyond_the_limit_is_refused_before_the_body(store: Store, tmp_
         b'{"a":[' + b"1," * 4_500_000 + b"0]}",
         b'{"a":[' + b'"",' * 4_500_000 + b"0]}",
         b'{"\\\\":[' + b"[]," * 500_000 + b"0]}",
+        b'{"a":{' + b'"":1,' * 600_000 + b'"b":0}}',
     ],
 )
 def test_json_with_too_many_values_is_refused_before_it_is_parsed(
