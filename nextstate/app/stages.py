@@ -184,7 +184,8 @@ async def run_judge(settings: Settings) -> None:
         config = settings.judge
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
         url, key = engine_access(settings)
-        given = plugin_settings(config, settings.engine.name, f"{url}/v1", priority, key)
+        hints = settings.learner.method != "binary"
+        given = plugin_settings(config, settings.engine.name, f"{url}/v1", priority, key, hints)
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
@@ -208,7 +209,7 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     cases = read_cases(file, split)
     url, key = engine_access(settings) if settings.judge.on_engine else ("", None)
     served = f"{url}/v1" if url else ""
-    given = plugin_settings(settings.judge, settings.engine.name, served, api_key=key)
+    given = plugin_settings(settings.judge, settings.engine.name, served, api_key=key, hints=False)
     kind = load_judge(settings.judge.kinds, given)
     try:
         with Progress(console=Console(stderr=True), transient=True) as progress:

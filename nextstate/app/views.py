@@ -33,7 +33,12 @@ def turn_row(
         "reason": turn.untrainable,
         "next_state": [{"source": state.source, "text": state.text} for state in states],
         "verdict": verdict
-        and {"score": verdict.score, "votes": verdict.votes, "hint": verdict.hint},
+        and {
+            "score": verdict.score,
+            "votes": verdict.votes,
+            "hint": verdict.hint,
+            "judge": verdict.judge,
+        },
         "feedback": feedback and {"score": feedback.score, "comment": feedback.comment},
     }
 

@@ -49,7 +49,7 @@ def test_turns_are_one_json_object_a_line_with_the_documented_keys(
         *("turn", "session", "index", "kind", "lineage", "version"),
         *("trainable", "reason", "next_state", "verdict", "feedback"),
     ]
-    assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief."}
+    assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief.", "judge": "linear"}
     assert first["next_state"] == [{"source": "user", "text": "thanks"}]
     assert second["verdict"] is second["feedback"] is None
     assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
@@ -70,7 +70,7 @@ def test_feedback_needs_no_proxy_and_its_comment_is_shown(
     assert main(["feedback", "turn_1", *given]) == 0
     assert lines(capsys) == ["turn_1: score +1"]
     found = newest(config, capsys)
-    assert found["verdict"] == {"score": 1, "votes": [], "hint": None}
+    assert found["verdict"] == {"score": 1, "votes": [], "hint": None, "judge": "feedback"}
     assert found["feedback"] == {"score": 1, "comment": "Just right."}
 
 
