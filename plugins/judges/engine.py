@@ -88,7 +88,7 @@ class EngineJudge:
             except _NoWordsError as error:
                 self._has_words = False
                 log.warning("votes are written out from now on: %s", error)
-        return await self._written_vote(evidence, seed)
+        return await self.written_vote(evidence, seed)
 
     async def close(self) -> None:
         """Closes the connections."""
@@ -116,7 +116,7 @@ class EngineJudge:
         if not self._settings.hints:
             return vote
         try:
-            said = await self._written_vote(evidence, seed)
+            said = await self.written_vote(evidence, seed)
         except BusyError:
             raise
         except JudgeError:  # a hint may be missing
@@ -157,7 +157,8 @@ class EngineJudge:
             raise _NoWordsError("the judge's server tells no log-probs")
         return told, sum(tokens for tokens, _ in costs), sum(written for _, written in costs)
 
-    async def _written_vote(self, evidence: Evidence, seed: int) -> Vote:
+    async def written_vote(self, evidence: Evidence, seed: int) -> Vote:
+        """A vote that the base model writes out, with a hint. Raises JudgeError."""
         asked = question(evidence, order=seed)
         body: Json = {
             "model": self._settings.model,
