@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt, Le
 
 from nextstate.config import secret
 from nextstate.errors import ConfigError
-from nextstate.hooks import JudgeSettings
+from nextstate.hooks import JudgeSettings, TrainedJudge
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,11 +40,12 @@ class JudgeConfig(JudgeRecipe):
     api_key_env: str = ""
     """Environment variable with the judge's key."""
     votes: Annotated[int, Ge(1)] = 3
-    """Independent votes on each turn. A deterministic kind is asked once."""
+    """Independent votes on each turn that are written out. A vote that is read from log-probs, or
+    of a kind without a model, would be the same again: it is asked for once."""
     timeout_s: Annotated[float, Gt(0)] = 60.0
     """Seconds that one vote may take."""
     max_tokens: Annotated[int, Ge(1)] = 512
-    """Tokens that one vote may use."""
+    """Tokens that one hint, or one vote that is written out, may use."""
     share: Annotated[float, Gt(0), Le(1)] = 0.02
     """The share of the time that votes may take on the engine while agents use it; 1 means no
     limit. It holds for the kind `engine` on the vLLM that serves the agents."""
@@ -89,6 +90,11 @@ class JudgeConfig(JudgeRecipe):
         """Whether votes are asked of the engine that serves the policy."""
         return "engine" in self.kinds and not self.base_url
 
+    @property
+    def uses_base(self) -> bool:
+        """Whether votes are asked of the engine's base model, for which a judge can be trained."""
+        return self.on_engine and not self.model
+
 
 def plugin_settings(
     config: JudgeConfig,
@@ -96,11 +102,14 @@ def plugin_settings(
     base_url: str = "",
     extra: Mapping[str, Any] | None = None,
     api_key: str | None = None,
+    hints: bool = True,
+    trained: Callable[[], TrainedJudge | None] = lambda: None,
 ) -> JudgeSettings:
     """The settings of the configured plugins, filled up from the engine's.
 
     `model` and `base_url` replace empty keys, except for litellm, which would take the engine for a
-    provider. `api_key` and the fields of `extra` are used only where the votes go to the engine.
+    provider. `api_key` and the fields of `extra` are used only where the votes go to the engine,
+    and a judge that was `trained` only in the place of the engine's base model.
 
     Raises ConfigError when the environment variable `[judge] api_key_env` is not set.
     """
@@ -115,4 +124,6 @@ def plugin_settings(
         max_tokens=config.max_tokens,
         temperature=config.temperature,
         extra={**((config.on_engine and extra) or {}), **config.extra},
+        hints=hints,
+        trained=trained if config.uses_base else lambda: None,
     )

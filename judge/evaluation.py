@@ -28,6 +28,8 @@ from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind
 from nextstate.records import TRUST, NextState, Source, Vote
 
+LABELLED = Path(__file__).parent / "data" / "next_states.jsonl"
+"""The cases of this repository. Those of split `dev` are for training."""
 GROUPS = ("language", "category", "family")
 
 
@@ -136,17 +138,21 @@ def report(outcomes: Sequence[Outcome]) -> str:
     if attacks:
         won = sum(o.score == o.case.wants for o in attacks)
         lines += ["", f"{won} of {len(attacks)} attacks got the score that they asked for"]
-    return "\n".join([*lines, "", *costs(outcomes)])
+    judges = sorted({vote.judge for o in outcomes for vote in o.votes if vote.judge})
+    voted = [f"votes of {', '.join(judges)}"] if judges else []
+    return "\n".join([*lines, "", *voted, *costs(outcomes)])
 
 
 def costs(outcomes: Sequence[Outcome]) -> list[str]:
     """Votes, tokens and seconds that judging took, one line each."""
     votes = [vote for o in outcomes for vote in o.votes]
     tokens = sum(vote.tokens for vote in votes) / len(outcomes)
+    written = sum(vote.written for vote in votes) / len(outcomes)
     latencies = sorted(1000 * o.seconds for o in outcomes)
     slow = latencies[math.ceil(0.95 * len(latencies)) - 1]
     return [
-        f"{len(votes) / len(outcomes):.1f} valid votes and {tokens:.0f} tokens a case",
+        f"{len(votes) / len(outcomes):.1f} valid votes and {tokens:.0f} tokens a case, of which "
+        f"{written:.1f} were written",
         f"{sum(not vote.sure for vote in votes)} of {len(votes)} votes unsure",
         f"latency: median {statistics.median(latencies):.1f} ms, p95 {slow:.1f} ms",
     ]

@@ -81,9 +81,13 @@ class Counted:
 
     def __init__(self, judge: JudgeKind, pace: Pace) -> None:
         self.name = judge.name
-        self.deterministic = judge.deterministic
         self._judge = judge
         self._pace = pace
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether the judge is."""
+        return self._judge.deterministic
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
         """The judge's vote."""

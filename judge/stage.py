@@ -168,8 +168,7 @@ class _Worker:
     @property
     def budgeted(self) -> bool:
         """Whether the votes of an hour are limited."""
-        limited = self.config.calls_per_hour > 0 or self.config.tokens_per_hour > 0
-        return limited and not self.judge.deterministic
+        return self.config.calls_per_hour > 0 or self.config.tokens_per_hour > 0
 
     async def lease(self, limit: int, held: int) -> list[str]:
         """Leases up to `limit` turns, as budget and pace allow beside the `held` ones."""
@@ -229,8 +228,11 @@ class _Worker:
             if self.pace is not None:
                 self.pace.judged(time.monotonic() - started)
             if self.budgeted:
-                async with self.writing:
-                    await asyncio.to_thread(self.store.judging.spend, cost.calls, cost.tokens)
+                # A judge without a model costs nothing: it neither reads tokens nor fails.
+                asked = cost.tokens or cost.unparsed or not self.judge.deterministic
+                if asked:
+                    async with self.writing:
+                        await asyncio.to_thread(self.store.judging.spend, cost.calls, cost.tokens)
 
     def _steps_meant(self, work: Judgement) -> list[str]:
         """The earlier steps of the turn's task that the user's words are also about."""

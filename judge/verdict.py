@@ -50,7 +50,10 @@ _NAMED_SECRET = re.compile(
 
 
 def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence) -> Verdict | None:
-    """The verdict of valid `votes` on the turn that `evidence` shows; None without any vote."""
+    """The verdict of valid `votes` on the turn that `evidence` shows; None without any vote.
+
+    `judge` is named in it, unless the votes name the members of a chain that gave them.
+    """
     if not votes:
         return None
     scores = tuple(vote.score for vote in votes)
@@ -69,7 +72,7 @@ def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence)
         turn=turn,
         votes=scores,
         score=score,
-        judge=judge,
+        judge=",".join(dict.fromkeys(vote.judge or judge for vote in votes)),
         hint=best_hint(hints),
     )
 

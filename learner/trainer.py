@@ -141,7 +141,7 @@ class PolicyTrainer(GRPOTrainer):
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.current_gradient_accumulation_steps = 1  # TRL's loss divides by it
         self.weights: Weights = LoraWeights(self.policy, config)
-        self._head = head_of(self.policy)
+        self.head = head_of(self.policy)
 
     def update(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> UpdateResult:
         """Takes the optimizer steps of one update on the samples.
@@ -173,7 +173,7 @@ class PolicyTrainer(GRPOTrainer):
                 found = token_metrics(tokens, self.config.step_kl)
             first = not self.optimizer.state
             rate = self.rate
-            grad_norm = self._optimizer_step()
+            grad_norm = self.optimizer_step()
             share = (epoch / self.config.epochs) ** 2  # of the change: its root grows evenly
             kl, length = self._fit_step(before, micros, share * bound, first)
             found |= {
@@ -280,7 +280,7 @@ class PolicyTrainer(GRPOTrainer):
             micro.before = logprobs.sampled.detach()
         return loss.detach(), _token_stats(micro, logprobs, divergence)
 
-    def _optimizer_step(self) -> float:
+    def optimizer_step(self) -> float:
         """Clips the gradient, takes one step with it and returns its norm before clipping."""
         norm: Any = self.accelerator.clip_grad_norm_(
             self.model.parameters(), self.args.max_grad_norm
@@ -373,7 +373,7 @@ class PolicyTrainer(GRPOTrainer):
                     every = torch.arange(len(hinted.turns), device=gap.device)
                     states = read.predicting(scored.states, every)
                     top.append(
-                        top_tokens(states, self._head, self.config.topk, read.divisors(every))
+                        top_tokens(states, self.head, self.config.topk, read.divisors(every))
                     )
         return gap, top
 
@@ -384,7 +384,7 @@ class PolicyTrainer(GRPOTrainer):
             at = batch.sequences.predicting(states, hinted.turns)
             mask = hinted.sequences.completion_mask.bool()
             temperature = batch.sequences.divisors(hinted.turns)
-            values = topk_divergence(at, self._head, tokens, temperature).to(found.dtype)
+            values = topk_divergence(at, self.head, tokens, temperature).to(found.dtype)
             found[hinted.turns] = torch.zeros_like(found[hinted.turns]).masked_scatter(mask, values)
         return found
 
@@ -396,19 +396,21 @@ class PolicyTrainer(GRPOTrainer):
 
     def _score(self, sequences: Sequences) -> _Scored:
         """One forward pass, with the logits of one chunk of tokens at a time."""
-        backbone = self.policy.get_base_model().base_model
         extra = {"output_router_logits": True} if self.aux_loss_enabled else {}
-        with self.accelerator.autocast():
-            outputs = backbone(
-                input_ids=sequences.ids, attention_mask=sequences.mask, use_cache=False, **extra
-            )
+        outputs = self.read(sequences.ids, sequences.mask, **extra)
         states, aux_loss = outputs.last_hidden_state, None
         if self.aux_loss_enabled:
             text = self.policy.config.get_text_config()
             aux_loss: Any = load_balancing_loss_func(
                 outputs.router_logits, text.num_experts, text.num_experts_per_tok, sequences.mask
             )
-        return _Scored(completion_logprobs(states, self._head, sequences), aux_loss, states)
+        return _Scored(completion_logprobs(states, self.head, sequences), aux_loss, states)
+
+    def read(self, ids: Tensor, mask: Tensor, **extra: Any) -> Any:
+        """One forward pass over R sequences, both (R, L), without the head."""
+        backbone = self.policy.get_base_model().base_model
+        with self.accelerator.autocast():
+            return backbone(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
 
     def completion_logprobs(self, sequences: Sequences) -> Tensor:
         """Log-probabilities (B, T) of the completions in nats, each under its own sampler."""

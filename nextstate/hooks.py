@@ -7,7 +7,7 @@ A name with a colon (`my_package.module:create`) names a function outside this r
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol, cast
 
@@ -33,6 +33,32 @@ class Evidence:
 
 
 @dataclass(frozen=True, slots=True)
+class Calibration:
+    """Makes probabilities of a model's log-probs of scores: those less `bias`, by `temperature`."""
+
+    temperature: float = 1.0
+    bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    """By score: how much the model favours it whatever it reads, in nats."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedJudge:
+    """An adapter of the base model that was trained to vote."""
+
+    name: str
+    """The judge's name in its votes."""
+    model: str
+    """The model name under which the engine serves it."""
+    calibration: Calibration
+    load: Callable[[], Awaitable[None]]
+    """Has the engine load it. Raises JudgeError."""
+
+
+def _untrained() -> None:
+    return None
+
+
+@dataclass(frozen=True, slots=True)
 class JudgeSettings:
     """What a judge plugin may use. Secrets come as values; a plugin never looks them up."""
 
@@ -45,14 +71,21 @@ class JudgeSettings:
     max_tokens: int = 512
     temperature: float = 0.6
     extra: Json = field(default_factory=dict[str, Any])
+    hints: bool = True
+    """Whether anything learns from hints. If not, a model need not be asked for them."""
+    trained: Callable[[], TrainedJudge | None] = _untrained
+    """The newest judge that was trained on the engine's base model, if there is one."""
 
 
 class JudgeKind(Protocol):
     """One way to vote on a turn."""
 
     name: str
-    deterministic: bool
-    """True if two votes on the same evidence are equal: then one vote is asked for."""
+
+    @property
+    def deterministic(self) -> bool:
+        """True if two votes on the same evidence are equal: then one vote is asked for."""
+        ...
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
         """One independent vote. Raises JudgeError when the answer is not readable."""

@@ -180,6 +180,10 @@ class Vote:
     """False if the judge found no evidence: then the next judge of a chain is asked."""
     tokens: int = 0
     """Prompt and completion tokens that the vote cost; 0 for a judge without a model."""
+    written: int = 0
+    """The completion tokens among them."""
+    judge: str = ""
+    """Which judge of a chain gave it; empty if there is only one."""
 
     def __post_init__(self) -> None:
         if self.score not in (-1, 0, 1):
@@ -194,7 +198,7 @@ class Verdict:
     votes: tuple[int, ...]
     score: int
     judge: str
-    """The judge kind that voted, or `feedback` when a person decided."""
+    """The judge that voted, of a chain its member, or `feedback` when a person decided."""
     hint: str | None = None
     hinted_prompt_ids: tuple[int, ...] | None = None
     """The turn's prompt with the hint, as the engine rendered it."""

@@ -123,7 +123,7 @@ class Stack:
                 self.settings.engine,
                 port,
                 self.settings.learner.lora_rank,
-                len(self.settings.all_lineages),
+                len(self.settings.all_lineages) + self.settings.judge.uses_base,
             ),
             self.dir / "logs" / "engine.log",
             env=vllm.server_environment(self.settings.engine, key),

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,6 +30,7 @@ from nextstate.app.engine_access import (
 )
 from nextstate.app.settings import Settings
 from nextstate.app.supervisor import Child, Supervisor
+from nextstate.app.trained_judge import TrainedJudges
 from nextstate.config import secret
 from nextstate.engine import client
 from nextstate.engine.process import (
@@ -184,7 +186,10 @@ async def run_judge(settings: Settings) -> None:
         config = settings.judge
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
         url, key = engine_access(settings)
-        given = plugin_settings(config, settings.engine.name, f"{url}/v1", priority, key)
+        hints, trained = settings.learner.method != "binary", TrainedJudges(settings, engine)
+        given = plugin_settings(
+            config, settings.engine.name, f"{url}/v1", priority, key, hints, trained
+        )
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
@@ -206,16 +211,20 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     from judge.evaluation import evaluate, read_cases, report
 
     cases = read_cases(file, split)
-    url, key = engine_access(settings) if settings.judge.on_engine else ("", None)
-    served = f"{url}/v1" if url else ""
-    given = plugin_settings(settings.judge, settings.engine.name, served, api_key=key)
-    kind = load_judge(settings.judge.kinds, given)
-    try:
+    async with AsyncExitStack() as opened:
+        given = plugin_settings(settings.judge, settings.engine.name, hints=False)
+        if settings.judge.on_engine:
+            url, key = engine_access(settings)
+            engine = await opened.enter_async_context(engine_client(settings))
+            trained = TrainedJudges(settings, engine)
+            given = plugin_settings(
+                settings.judge, settings.engine.name, f"{url}/v1", None, key, False, trained
+            )
+        kind = load_judge(settings.judge.kinds, given)
+        opened.push_async_callback(kind.close)
         with Progress(console=Console(stderr=True), transient=True) as progress:
             bar = progress.add_task(f"{kind.name} judges", total=len(cases))
             done = await evaluate(cases, settings.judge, kind, lambda: progress.advance(bar))
-    finally:
-        await kind.close()
     return report(done)
 
 

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Mapping
 
 import aiohttp
 
-from nextstate.agreement import agreement
 from nextstate.app.child_states import read_child_states
 from nextstate.app.engine_access import engine_client
+from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_worth
 from nextstate.app.settings import Settings
 from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
@@ -39,13 +38,18 @@ async def status(settings: Settings) -> Json:
         "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
+        "trained_judge": await asyncio.to_thread(trained_worth, settings),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
     }
 
 
 def status_lines(found: Json) -> list[str]:
     """`status` as text: one value a line."""
-    shown = {**found, "judge_agreement": _agreement_text(found["judge_agreement"])}
+    shown = {**found, "judge_agreement": agreement_text(found["judge_agreement"])}
+    if found["trained_judge"] is None:
+        del shown["trained_judge"]
+    else:
+        shown["trained_judge"] = found["trained_judge"]["text"]
     shown["watch"] = {name: watch_text(seen) for name, seen in obj(found["watch"]).items()}
     lines: list[str] = []
     for name, value in shown.items():
@@ -61,28 +65,6 @@ def _watch(settings: Settings, store: Store) -> Json:
     if not settings.learner.watch:
         return {}
     return {name: serving_watch(store, name) for name in settings.all_lineages}
-
-
-def judge_agreement(labels: Mapping[str, Mapping[tuple[int, int], int]]) -> Json:
-    """How each judge's votes agree with people's feedback on the same turns; {} without any.
-
-    >>> judge_agreement({"rules": {(1, 1): 2, (0, 0): 1, (-1, 1): 1}})
-    {'rules': {'labels': 4, 'accuracy': 0.75, 'kappa': 0.5556}}
-    """
-    found = {judge: agreement(pairs) for judge, pairs in labels.items()}
-    return {
-        judge: {"labels": a.cases, "accuracy": round(a.accuracy, 4), "kappa": round(a.kappa, 4)}
-        for judge, a in found.items()
-    }
-
-
-def _agreement_text(found: Json) -> Json | str:
-    if not found:
-        return "no labels yet: give `nextstate feedback` on judged turns"
-    return {
-        judge: f"{a['labels']} labels, accuracy {a['accuracy']:.2f}, κ {a['kappa']:.2f}"
-        for judge, a in found.items()
-    }
 
 
 async def _ask_proxy(settings: Settings, path: str) -> tuple[int, bytes] | None:

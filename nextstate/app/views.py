@@ -33,7 +33,12 @@ def turn_row(
         "reason": turn.untrainable,
         "next_state": [{"source": state.source, "text": state.text} for state in states],
         "verdict": verdict
-        and {"score": verdict.score, "votes": verdict.votes, "hint": verdict.hint},
+        and {
+            "score": verdict.score,
+            "votes": verdict.votes,
+            "hint": verdict.hint,
+            "judge": verdict.judge,
+        },
         "feedback": feedback and {"score": feedback.score, "comment": feedback.comment},
     }
 
@@ -83,10 +88,12 @@ def version_table(versions: Sequence[PolicyVersion]) -> str:
     return "\n".join(lines)
 
 
-def version_card(version: PolicyVersion, trained: Sequence[tuple[str, Verdict]], watch: str) -> str:
+def version_card(
+    version: PolicyVersion, trained: Sequence[tuple[str, Verdict]], watch: str, judge: str
+) -> str:
     """Everything about one version: its origin, its measurements and the turns it trained on.
 
-    `watch` is what is seen of the turns that it served.
+    `watch` is what is seen of the turns that it served, `judge` what the verdicts are worth.
     """
     lines = [
         f"version {version.number} of {version.lineage}: {version.state.value}",
@@ -94,6 +101,7 @@ def version_card(version: PolicyVersion, trained: Sequence[tuple[str, Verdict]],
         f"parent   {_UNKNOWN if version.parent is None else version.parent}",
         f"adapter  {version.path or ('deleted to make room' if version.sha256 else _UNKNOWN)}",
         f"sha256   {version.sha256 or _UNKNOWN}",
+        f"judge    {judge}",
         f"watch    {watch}",
         "metrics",
         *(f"  {name:24} {value:.6g}" for name, value in sorted(version.metrics.items())),

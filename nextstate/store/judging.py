@@ -174,6 +174,17 @@ class Judging:
         with self._database.write() as connection:
             return give_feedback(connection, feedback, self._database.now())
 
+    def rated(self, limit: int) -> list[tuple[str, int]]:
+        """The turns that a person has rated and that something followed, as (turn, score).
+
+        At most `limit`, those that were rated last first.
+        """
+        f, n = t.feedback.c, t.next_states.c
+        followed = sa.exists().where(n.turn == f.turn)
+        query = sa.select(f.turn, f.score).where(followed).order_by(f.updated_at.desc(), f.turn)
+        with self._database.read() as connection:
+            return [(row.turn, row.score) for row in connection.execute(query.limit(limit))]
+
     def labels(self) -> dict[str, dict[tuple[int, int], int]]:
         """How many turns have both, by judge and (what a person said, what the votes came to)."""
         found: dict[str, dict[tuple[int, int], int]] = {}

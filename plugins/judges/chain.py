@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import cast
 
 from nextstate.errors import JudgeError, PluginError
@@ -18,9 +19,13 @@ class Chain:
 
     def __init__(self, judges: Sequence[JudgeKind]) -> None:
         self.name = ",".join(judge.name for judge in judges)
-        self.deterministic = all(judge.deterministic for judge in judges)
         self._judges = judges
         self._kept: dict[tuple[int, Evidence], Vote] = {}
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether every judge is."""
+        return all(judge.deterministic for judge in self._judges)
 
     async def vote(self, evidence: Evidence, seed: int) -> Vote:
         """The first sure vote, or the last judge's vote.
@@ -46,13 +51,17 @@ class Chain:
         """One judge's vote; a deterministic judge is asked once for each turn."""
         judge = self._judges[place]
         if not judge.deterministic:
-            return await judge.vote(evidence, seed)
+            return _named(await judge.vote(evidence, seed), judge)
         key = (place, evidence)
         if key not in self._kept:
-            self._kept[key] = await judge.vote(evidence, seed)
+            self._kept[key] = _named(await judge.vote(evidence, seed), judge)
             if len(self._kept) > _KEPT:
                 del self._kept[next(iter(self._kept))]
         return self._kept[key]
+
+
+def _named(vote: Vote, judge: JudgeKind) -> Vote:
+    return replace(vote, judge=vote.judge or judge.name)
 
 
 def create(settings: object) -> JudgeKind:

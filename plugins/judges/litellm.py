@@ -61,7 +61,7 @@ class LitellmJudge:
             kind = BusyError if _may_pass(error, openai) else JudgeError
             raise kind(f"litellm model {settings.model!r} failed: {_described(error)}") from error
         completion = answer.model_dump()
-        return asked.vote(completion_text(completion), used_tokens(completion))
+        return asked.vote(completion_text(completion), *used_tokens(completion))
 
     async def close(self) -> None:
         """Closes litellm's connections."""

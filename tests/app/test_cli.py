@@ -49,7 +49,7 @@ def test_turns_are_one_json_object_a_line_with_the_documented_keys(
         *("turn", "session", "index", "kind", "lineage", "version"),
         *("trainable", "reason", "next_state", "verdict", "feedback"),
     ]
-    assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief."}
+    assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief.", "judge": "rules"}
     assert first["next_state"] == [{"source": "user", "text": "thanks"}]
     assert second["verdict"] is second["feedback"] is None
     assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
@@ -70,7 +70,7 @@ def test_feedback_needs_no_proxy_and_its_comment_is_shown(
     assert main(["feedback", "turn_1", *given]) == 0
     assert lines(capsys) == ["turn_1: score +1"]
     found = newest(config, capsys)
-    assert found["verdict"] == {"score": 1, "votes": [], "hint": None}
+    assert found["verdict"] == {"score": 1, "votes": [], "hint": None, "judge": "feedback"}
     assert found["feedback"] == {"score": 1, "comment": "Just right."}
 
 
@@ -223,11 +223,35 @@ def test_status_shows_how_the_judge_agrees_with_people(
     store.judging.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
     store.close()
     assert main(["status", "--json", "--config", str(config)]) == 0
-    expected = {"rules": {"labels": 4, "accuracy": 0.75, "kappa": 0.5556}}
-    assert json.loads(lines(capsys)[0])["judge_agreement"] == expected
+    counted = {"labels": 4, "agreed": 3, "accuracy": 0.75, "kappa": 0.5556}
+    expected = {"rules": {**counted, "interval": [0.3561, 0.9421]}}
+    found = json.loads(lines(capsys)[0])
+    assert (found["judge_agreement"], found["trained_judge"]) == (expected, None)
     assert main(["status", "--config", str(config)]) == 0
     shown = [line for line in lines(capsys) if line.startswith("judge_agreement/rules")]
-    assert [line.split(maxsplit=1)[1] for line in shown] == ["4 labels, accuracy 0.75, κ 0.56"]
+    said = (
+        "agrees with you on 3 of 4 turns you rated (36 to 94 %), κ 0.56; rate at least 10 to know "
+        "more"
+    )
+    assert [line.split(maxsplit=1)[1] for line in shown] == [said]
+
+
+def test_a_versions_card_says_what_the_judge_is_worth(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["versions", "2", "--config", str(chain)]) == 0
+    assert "judge    no labels yet: give `nextstate feedback` on judged turns" in lines(capsys)
+    store = Store(Settings.read(chain).store)
+    for number in range(20, 36):
+        add(store, turn(number))
+        judge(store, number, 1)
+        store.judging.give_feedback(Feedback(f"turn_{number}", 1 if number > 21 else -1))
+    store.close()
+    assert main(["versions", "2", "--config", str(chain)]) == 0
+    worth = "judge    rules agrees with you on 14 of 16 turns you rated (68 to 96 %), κ 0.00"
+    assert worth in lines(capsys)
+    assert main(["versions", "2", "--json", "--config", str(chain)]) == 0
+    assert json.loads(lines(capsys)[0])["judge_agreement"]["rules"]["agreed"] == 14
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ def test_the_cause_of_death_is_the_most_specific_line(log: str, expected: str) -
 def test_the_engine_holds_adapters_of_the_learners_rank_for_each_lineage(
     rank: int, accepted: int
 ) -> None:
-    argv = command(EngineConfig(model="m"), 5, rank, lineages=3)
+    argv = command(EngineConfig(model="m"), 5, rank, kept=3)
     assert argv[argv.index("--max-lora-rank") + 1] == str(accepted)
     assert argv[argv.index("--max-loras") + 1] == "5"  # and two more while a version changes
 

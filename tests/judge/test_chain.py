@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from judge.config import JudgeConfig, plugin_settings
+from judge.verdict import verdict_of
 from judge.votes import votes_on
 from nextstate.app.settings import Settings
 from nextstate.app.stages import evaluate_judge
@@ -51,16 +52,35 @@ UNSURE, SURE, OTHER = Vote(0, sure=False), Vote(1), Vote(-1)
 
 def test_the_first_sure_vote_counts_and_nobody_after_it_is_asked() -> None:
     last = Scripted(OTHER)
-    assert asked(Scripted(UNSURE), Scripted(SURE), last) == SURE
+    assert asked(Scripted(UNSURE), Scripted(SURE), last) == replace(SURE, judge="scripted")
     assert last.seeds == []
 
 
+def test_a_vote_says_which_judge_of_the_chain_gave_it_and_so_does_the_verdict() -> None:
+    chain = Chain([Scripted(UNSURE, "outcome"), Scripted(SURE, "rules"), Scripted(OTHER, "last")])
+    votes = asyncio.run(votes_on(EVIDENCE, "turn", JudgeConfig(), chain))
+    assert [vote.judge for vote in votes] == ["rules"]
+    verdict = verdict_of("turn", chain.name, votes, EVIDENCE)
+    assert verdict is not None
+    assert verdict.judge == "rules"
+
+
+def test_a_judge_that_becomes_deterministic_makes_its_chain_so() -> None:
+    model = Scripted(SURE, "engine", deterministic=False)
+    chain = Chain([Scripted(UNSURE), model])
+    assert not chain.deterministic
+    model.deterministic = True
+    assert chain.deterministic
+
+
 def test_without_a_sure_vote_the_last_vote_counts() -> None:
-    assert asked(Scripted(Vote(1, sure=False)), Scripted(UNSURE)) == UNSURE
+    assert asked(Scripted(Vote(1, sure=False)), Scripted(UNSURE)) == replace(
+        UNSURE, judge="scripted"
+    )
 
 
 def test_after_a_failure_the_next_judge_is_asked_and_the_last_failure_is_raised() -> None:
-    assert asked(Scripted(None), Scripted(SURE)) == SURE
+    assert asked(Scripted(None), Scripted(SURE)) == replace(SURE, judge="scripted")
     with pytest.raises(JudgeError, match="b has nothing"):
         asked(Scripted(UNSURE, name="a"), Scripted(None, name="b"))
 
@@ -75,7 +95,7 @@ def test_a_deterministic_judge_is_asked_once_a_turn_and_others_for_every_vote() 
     rules, engine = Scripted(UNSURE), Scripted(SURE, deterministic=False)
     chain = Chain([rules, engine])
     votes = asyncio.run(votes_on(EVIDENCE, "turn", JudgeConfig(votes=5), chain))
-    assert votes == [SURE] * 5
+    assert votes == [replace(SURE, judge="scripted")] * 5
     assert (len(rules.seeds), len(set(engine.seeds))) == (1, 5)
     asyncio.run(votes_on(Evidence((), "Rhine", ()), "turn", JudgeConfig(votes=5), chain))
     assert len(rules.seeds) == 2

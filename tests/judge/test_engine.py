@@ -1,9 +1,11 @@
-"""The judge on the real vLLM, whose tiny policy cannot judge: nonsense is never a verdict."""
+"""The judge on the real vLLM, whose tiny policy cannot judge: nonsense is never a reward."""
 
 from __future__ import annotations
 
 import asyncio
+import math
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -15,7 +17,8 @@ from nextstate.engine.client import EngineClient
 from nextstate.errors import JudgeError
 from nextstate.hooks import Evidence, JudgeSettings
 from nextstate.records import NextState, Source
-from plugins.judges.engine import create
+from plugins.judges.engine import EngineJudge, create
+from plugins.judges.one_word import OPTIONS, WORDS, word_logprobs, word_question
 from tests.judge.test_stage import Watched, a_turn, open_store, record
 from tests.running_loop import Engine
 
@@ -56,9 +59,9 @@ def test_seeded_prompts_that_do_not_fit_into_one_step_leave_the_engine_alive(
 
 def test_nonsense_in_the_form_of_the_schema_is_no_vote(native_engine: Engine) -> None:
     async def ask() -> list[object]:
-        judge = create(settings_for(native_engine))
+        judge = EngineJudge(settings_for(native_engine))
         try:
-            votes = (judge.vote(EVIDENCE, seed) for seed in range(6))
+            votes = (judge.written_vote(EVIDENCE, seed) for seed in range(6))
             return await asyncio.gather(*votes, return_exceptions=True)
         finally:
             await judge.close()
@@ -69,7 +72,30 @@ def test_nonsense_in_the_form_of_the_schema_is_no_vote(native_engine: Engine) ->
     assert not any("answered" in str(answer) for answer in answers), answers
 
 
-def test_a_judge_that_answers_nonsense_gives_no_verdict_and_no_reward(
+def test_vllm_tells_log_probs_of_the_words_alone(native_engine: Engine) -> None:
+    """With `--logprobs-mode processed_logprobs` the grammar leaves the words all the mass."""
+
+    async def ask() -> Any:
+        body = {**OPTIONS, "model": MODEL, "messages": word_question(EVIDENCE, 0)}
+        url = f"{native_engine.url}/v1/chat/completions"
+        async with (
+            aiohttp.ClientSession(headers=native_engine.headers) as http,
+            http.post(url, json=body) as answer,
+        ):
+            assert answer.status == 200, await answer.text()
+            return await answer.json()
+
+    answer = asyncio.run(ask())
+    (told,) = answer["choices"][0]["logprobs"]["content"]
+    possible = [token for token in told["top_logprobs"] if token["logprob"] > -9000]
+    assert sum(math.exp(token["logprob"]) for token in possible) == pytest.approx(1, abs=1e-3)
+    for token in possible:
+        assert any(word.startswith(token["token"]) for word in WORDS.values()), possible
+    assert answer["usage"]["completion_tokens"] == 1
+    assert word_logprobs(answer) is not None
+
+
+def test_a_judge_that_understands_nothing_gives_no_reward(
     native_engine: Engine, tmp_path: Path
 ) -> None:
     store, counts = open_store(tmp_path), Watched()
@@ -80,14 +106,15 @@ def test_a_judge_that_answers_nonsense_gives_no_verdict_and_no_reward(
         judge = create(settings_for(native_engine))
         async with EngineClient(native_engine.url, MODEL, native_engine.key) as engine:
             task = asyncio.create_task(run(store, JudgeConfig(), judge, engine, stop, counts))
-            await counts.until(deferred=TURNS)
+            await counts.until(judged=TURNS)
             stop.set()
             await task
         await judge.close()
 
     asyncio.run(scene())
-    assert counts.totals() == (0, TURNS, 3 * TURNS)
+    assert counts.totals() == (TURNS, 0, 0)
     found = store.counts()
-    assert found["judgements/pending"] == TURNS
-    assert not [name for name in found if name.startswith(("verdicts/", "samples/"))]
+    assert not any(name.startswith("samples/") and "ready" in name for name in found), found
+    verdicts = [store.judging.verdict(turn_id) for turn_id in store.turns.ids()]
+    assert [verdict and verdict.score for verdict in verdicts] == [0] * TURNS
     store.close()

@@ -91,7 +91,7 @@ def test_every_case_is_judged_and_an_invalid_vote_is_an_abstention(tmp_path: Pat
         ["+1", "2", "0", "1", "1"]
     ]
     # Four cases, three of them with three votes of 40 tokens.
-    assert "2.2 valid votes and 90 tokens a case" in lines
+    assert "2.2 valid votes and 90 tokens a case, of which 0.0 were written" in lines
     assert lines[-2] == "3 of 9 votes unsure"
     assert re.fullmatch(r"latency: median [\d.]+ ms, p95 [\d.]+ ms", lines[-1])
 
@@ -99,17 +99,17 @@ def test_every_case_is_judged_and_an_invalid_vote_is_an_abstention(tmp_path: Pat
 def test_costs_equal_the_hand_worked_numbers() -> None:
     evidence = Evidence((), "r", ())
     case = Case("a", evidence, 1, {})
-    votes = (Vote(1, tokens=30), Vote(0, sure=False, tokens=10))
+    votes = (Vote(1, tokens=30, written=3), Vote(0, sure=False, tokens=10, written=1))
     # 20 cases of 1 to 20 ms; one of them has two votes and the others none.
     seconds = [n / 1000 for n in range(1, 21)]
     outcomes = [Outcome(case, 1, votes if s == 0.007 else (), s) for s in seconds]
     assert costs(outcomes) == [
-        "0.1 valid votes and 2 tokens a case",
+        "0.1 valid votes and 2 tokens a case, of which 0.2 were written",
         "1 of 2 votes unsure",
         "latency: median 10.5 ms, p95 19.0 ms",
     ]
     assert costs([Outcome(case, None, (), 0.001)])[:2] == [
-        "0.0 valid votes and 0 tokens a case",
+        "0.0 valid votes and 0 tokens a case, of which 0.0 were written",
         "0 of 0 votes unsure",
     ]
 

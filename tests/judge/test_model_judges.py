@@ -1,4 +1,7 @@
-"""The judges that ask a model over HTTP: `engine` and `litellm`."""
+"""The judges that ask a model over HTTP and read what it writes: `litellm`, `engine` for a hint.
+
+How `engine` votes by one word: tests/judge/test_one_word.py.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,9 @@ class Server:
     content: str | None = '{"score": -1, "hint": "Do not use bold."}'
     status: int = 200
     finish_reason: str = "stop"
-    refuses: str = ""
-    """A field that the server refuses."""
+    refuses: str = "top_logprobs"
+    """A field that the server refuses. By default it tells no log-probs: votes are written out."""
+    also_refuses: str = ""
     requests: list[Json] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
     url: str = ""
@@ -41,8 +45,8 @@ class Server:
         body = await request.json()
         self.requests.append(body)
         self.keys.append(request.headers.get("Authorization"))
-        if self.refuses in body:
-            said = f"{self.refuses} is not supported"
+        if refused := {self.refuses, self.also_refuses} & body.keys():
+            said = f"{min(refused)} is not supported"
             return web.json_response({"error": {"message": said}}, status=400)
         if self.status != 200:
             return web.json_response({"error": {"message": "no"}}, status=self.status)
@@ -94,14 +98,14 @@ def asked(
 def test_the_engine_judge_asks_for_a_schema_and_reads_the_vote() -> None:
     server = Server()
     vote = asked(server, "engine", "base", lambda judge: judge.vote(EVIDENCE, 7), priority=10)
-    assert vote == Vote(-1, "Do not use bold.", tokens=2)
-    body = server.requests[0]
+    assert vote == Vote(-1, "Do not use bold.", tokens=2, written=1)
+    body = server.requests[-1]
     assert (body["model"], body["priority"]) == ("base", 10)
     assert "seed" not in body  # vLLM on a CPU crashes when a seeded request meets a chunked prefill
     schema = body["response_format"]["json_schema"]["schema"]
     assert schema["properties"]["score"]["enum"] == [1, 0, -1]
     assert "No bold." in body["messages"][-1]["content"]
-    assert server.keys == ["Bearer k"]
+    assert set(server.keys) == {"Bearer k"}
 
 
 @pytest.mark.parametrize(
@@ -132,9 +136,10 @@ def test_a_server_that_refuses_a_schema_is_asked_without_one_afterwards() -> Non
     async def scene(judge: JudgeKind) -> list[Vote]:
         return [await judge.vote(EVIDENCE, seed) for seed in range(2)]
 
-    server = Server(refuses="response_format")
+    server = Server(also_refuses="response_format")
     assert [vote.score for vote in asked(server, "engine", "base", scene)] == [-1, -1]
-    assert ["response_format" in body for body in server.requests] == [True, False, False]
+    written = [body for body in server.requests if "top_logprobs" not in body]
+    assert ["response_format" in body for body in written] == [True, False, False]
 
 
 def test_an_engine_that_is_down_is_a_judge_error() -> None:
@@ -188,7 +193,9 @@ def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors()
         return vote
 
     server = Server()
-    assert asked(server, "litellm", "openai/base", scene) == Vote(-1, "Do not use bold.", tokens=2)
+    assert asked(server, "litellm", "openai/base", scene) == Vote(
+        -1, "Do not use bold.", tokens=2, written=1
+    )
     assert [body["seed"] for body in server.requests] == [3, 4]
     assert server.requests[0]["model"] == "base"
     assert server.keys[0] == "Bearer k"

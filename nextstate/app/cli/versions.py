@@ -19,6 +19,7 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from nextstate.app import views
+    from nextstate.app.judge_worth import judge_agreement, worth_line
     from nextstate.app.settings import Settings
     from nextstate.app.watching import version_watch, watch_text
     from nextstate.store import Store
@@ -27,12 +28,13 @@ def run(args: argparse.Namespace) -> int:
     if args.number is not None:
         version = find_version(store, args.lineage or MAIN_LINEAGE, args.number)
         trained = store.versions.used_turns(version.lineage, version.number)
-        seen = version_watch(store, version)
+        seen, labels = version_watch(store, version), store.judging.labels()
         if args.json:
+            more = {"watch": seen, "judge_agreement": judge_agreement(labels)}
             turns = views.trained_rows(trained)
-            print_json(views.version_row(version) | {"watch": seen, "turns": turns})
+            print_json(views.version_row(version) | more | {"turns": turns})
         else:
-            print(views.version_card(version, trained, watch_text(seen)))
+            print(views.version_card(version, trained, watch_text(seen), worth_line(labels)))
         return 0
     versions = store.versions.all(args.lineage)
     if args.json:

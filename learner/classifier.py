@@ -1,0 +1,164 @@
+"""The policy as a classifier: how likely it finds each of a few words after a prompt.
+
+Only the first token of the answer counts. Under a grammar that allows the words alone, it can be
+any token with which a word begins: a word's probability is the sum over those. So the numbers here
+are those that vLLM reports for the same prompt. The weights, the optimizer, the clipping and the
+precision are `PolicyTrainer`'s; the loss is the cross-entropy of the word.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import nll_loss
+
+from learner.config import LearnerConfig
+from learner.divergence import head_logits
+from learner.tensors import PAD_ID, fill_passes, pad_right
+from learner.trainer import PolicyTrainer, build_trainer
+from learner.trl_grpo import use_adapter
+from nextstate.errors import LearnerError
+from nextstate.records import Json
+
+BATCH = 16
+"""Prompts of one optimizer step."""
+RATE = 1e-3
+"""AdamW's first rate; it falls to 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A prompt with the word that should follow."""
+
+    prompt_ids: tuple[int, ...]
+    label: int
+    """The word's place in the list of words."""
+
+
+class WordClassifier:
+    """A trainer's policy that answers with one of C words."""
+
+    def __init__(self, trainer: PolicyTrainer, words: Sequence[str]) -> None:
+        """Raises LearnerError for words that begin alike, or that no token begins."""
+        self.trainer = trainer
+        self._tokenizer: Any = trainer.processing_class
+        self._beginnings = _beginnings(self._tokenizer, words)
+
+    def render(self, messages: Sequence[Json]) -> tuple[int, ...]:
+        """The prompt's token ids as the engine renders them."""
+        rendered = self._tokenizer.apply_chat_template(
+            list(messages), add_generation_prompt=True, enable_thinking=False, tokenize=False
+        )
+        return tuple(self._tokenizer(rendered, add_special_tokens=False)["input_ids"])
+
+    @torch.no_grad()
+    def logprobs(
+        self,
+        prompts: Sequence[Sequence[int]],
+        done: Callable[[int], object],
+        *,
+        base: bool = False,
+    ) -> list[list[float]]:
+        """The words' log-probs after each prompt, normalised over the words; of the `base` alone.
+
+        `done` gets the number of prompts that each pass has read.
+        """
+        self.trainer.model.eval()
+        found: dict[int, list[float]] = {}
+        with use_adapter(self.trainer.policy, None) if base else nullcontext():
+            for group in self._passes(range(len(prompts)), prompts):
+                values = self._words([prompts[place] for place in group])
+                found |= dict(zip(group, values.tolist(), strict=True))
+                done(len(group))
+        return [found[place] for place in range(len(prompts))]
+
+    def fit(
+        self, examples: Sequence[Example], epochs: int, done: Callable[[int], object]
+    ) -> list[float]:
+        """Trains on the examples `epochs` times, in another order each time.
+
+        Returns each step's loss in nats. Raises LearnerError if it is not a number.
+        """
+        trainer = self.trainer
+        order = torch.Generator().manual_seed(trainer.config.seed)
+        chosen = [
+            group.tolist()
+            for _ in range(epochs)
+            for group in torch.randperm(len(examples), generator=order).split(BATCH)
+        ]
+        losses: list[float] = []
+        for step, places in enumerate(chosen):
+            trainer.model.train()
+            trainer.rate = RATE * (1 - step / len(chosen))
+            loss = 0.0
+            for group in self._passes(places, [example.prompt_ids for example in examples]):
+                values = self._words([examples[place].prompt_ids for place in group])
+                labels = torch.tensor([examples[place].label for place in group])
+                part = nll_loss(values, labels.to(values.device), reduction="sum") / len(places)
+                trainer.accelerator.backward(part)
+                loss += float(part.detach())
+                done(len(group))
+            trainer.optimizer_step()
+            losses.append(loss)
+            if not loss < float("inf"):
+                raise LearnerError(
+                    f"the judge's loss is {loss} at step {step + 1}: nothing is kept"
+                )
+        return losses
+
+    def _passes(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        lengths = [len(prompts[place]) for place in places]
+        return fill_passes(places, lengths, self.trainer.config.micro_batch_tokens)
+
+    def _words(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Log-probs (B, C) of the words after B prompts."""
+        ids, mask = (part.to(self.trainer.args.device) for part in pad_right(prompts, PAD_ID))
+        states = self.trainer.read(ids, mask).last_hidden_state
+        last = states[torch.arange(len(prompts), device=ids.device), mask.sum(-1) - 1]
+        head = self.trainer.head
+        values: list[Tensor] = []
+        for tokens in self._beginnings:
+            bias = None if head.bias is None else head.bias[tokens]
+            part = replace(head, weight=head.weight[tokens], bias=bias)
+            values.append(head_logits(last, part).logsumexp(-1))
+        return torch.stack(values, dim=-1).log_softmax(-1)
+
+
+def build_classifier(
+    config: LearnerConfig, model_path: str, work_dir: Path, words: Sequence[str]
+) -> WordClassifier:
+    """A classifier with a fresh adapter. Raises StartError, ConfigError and LearnerError."""
+    return WordClassifier(build_trainer(config, model_path, work_dir), words)
+
+
+@contextmanager
+def within_memory() -> Generator[None]:
+    """Turns an error for want of the GPU's memory inside the block into a LearnerError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise LearnerError(
+            f"the judge's training did not fit: {str(error).split('. ')[0]}; end `nextstate up` "
+            'meanwhile, or set [learner] device = "cpu"'
+        ) from error
+
+
+def _beginnings(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
+    """For each word the tokens with which it can begin."""
+    found: list[list[int]] = [[] for _ in words]
+    for token, number in tokenizer.get_vocab().items():
+        meant = [place for place, word in enumerate(words) if token and word.startswith(token)]
+        if len(meant) > 1:
+            raise LearnerError(f"the token {token!r} begins several of the words {list(words)}")
+        if meant:
+            found[meant[0]].append(number)
+    if not all(found):
+        raise LearnerError(f"no token of this model begins one of the words {list(words)}")
+    return [sorted(tokens) for tokens in found]
