@@ -76,7 +76,9 @@ def written_out(name: str, source: str) -> Iterator[tuple[str, Expression]]:
             and node.args
             and isinstance(node.args[0], ast.Constant)
         ):
-            yield f"{name}:{node.lineno}", re.compile(node.args[0].value)
+            pattern = node.args[0].value
+            at_start = node.func.attr in ("match", "fullmatch")
+            yield f"{name}:{node.lineno}", re.compile(rf"\A(?:{pattern})" if at_start else pattern)
 
 
 def expressions() -> dict[str, Expression]:
