@@ -26,6 +26,7 @@ from nextstate.engine.process import free_port
 from nextstate.store import Store
 from tests.running_loop import Loop, run, wait_for, write_config
 from tests.same_answer import answer_of, assert_same
+from tests.whole.withdrawal import complain_until_withdrawn
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -77,6 +78,12 @@ def test_the_loop_trains_adapters_that_vllm_serves_without_a_failed_request(loop
     assert {turn["verdict"]["score"] for turn in judged} >= {1, -1}
     assert any(turn["verdict"]["hint"] for turn in judged)
     assert all(turn["next_state"] for turn in judged)
+
+
+def test_a_version_that_people_complain_about_is_withdrawn_by_the_watch(loop: Loop) -> None:
+    complained_about, serving = complain_until_withdrawn(loop, MODEL, within_s=240)
+    assert serving < complained_about
+    assert "the mean score fell by" in loop.command("versions", str(complained_about))
 
 
 def whole(loop: Loop) -> list[int]:
