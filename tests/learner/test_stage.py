@@ -240,7 +240,7 @@ def test_a_step_that_blows_up_is_rejected_and_training_goes_on(recorded, model_p
     assert first.reason.startswith("the adapter's largest change of a layer, is nan")
     assert recorded.states() == {"dropped": 16, "trained": 16}
     assert "step/kl" not in first.metrics
-    assert "step/length" in version_card(first, [], "")
+    assert "step/length" in version_card(first, [], "", "")
 
 
 def test_a_failing_engine_is_tried_again(recorded, model_path):
