@@ -37,6 +37,8 @@ class Intervals:
     head_s: float = 20.0
     """A request's head must be whole this long after its first byte. A connection's first head must
     be whole this long after the connection was made."""
+    first_request_s: float = 1.0
+    """A new connection is not idle for this long."""
     body_s: float = 30.0
     """How long a body may take, however slowly it comes."""
     look_s: float = 1.0

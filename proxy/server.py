@@ -96,12 +96,18 @@ class Connection(RequestHandler):
         self._requests = RequestParser(self, loop)
         self._parser = cast(Any, self._requests)
         self._clock: asyncio.TimerHandle | None = None
+        self._unused = self._new_until = 0.0
 
     @property
     def idle_since(self) -> float | None:
-        """When it became idle, to compare with others; None while a request is under way."""
+        """When it became idle, to compare with others; None while a request is under way.
+
+        The first request of a new connection may be on its way.
+        """
         waits = self._waiter is not None and not self._waiter.done()
         if not waits or self._requests.begun or self.transport is None:
+            return None
+        if self._next_keepalive_close_time == self._unused and self._loop.time() < self._new_until:
             return None
         return self._next_keepalive_close_time
 
@@ -111,6 +117,8 @@ class Connection(RequestHandler):
             cast(asyncio.Transport, transport).abort()
             return
         super().connection_made(transport)
+        self._unused = self._next_keepalive_close_time  # a request's end moves it on
+        self._new_until = self._loop.time() + self._intervals.first_request_s
         if not admitted:
             self._request_handler = cast(Any, _no_room)
         self._watch()

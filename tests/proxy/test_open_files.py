@@ -22,6 +22,7 @@ from nextstate import file_descriptors
 from nextstate.engine.process import free_port
 from nextstate.file_descriptors import out_of_descriptors
 from nextstate.store import Store
+from proxy.intervals import Intervals
 from proxy.server import Connections
 from tests.proxy.running_proxy import Running, both, request
 from tests.proxy.test_edge import JSON, get, post
@@ -76,6 +77,32 @@ def test_an_idle_connection_makes_room(store: Store, tmp_path: Path) -> None:
         assert p.proxy.connections.refused == 0
 
     both(test, store, tmp_path)
+
+
+def test_a_new_connection_does_not_make_room_before_its_first_request(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        p.proxy.connections.files = 12
+        async with AsyncExitStack() as stack:
+            clients = [await connected(stack, p) for _ in range(3)]
+            assert (await (await connected(stack, p)).ask()).status == 503
+            assert [(await client.ask()).status for client in clients] == [200] * 3
+
+    both(test, store, tmp_path)
+
+
+def test_a_connection_that_never_asks_makes_room_after_a_while(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        p.proxy.connections.files = 12
+        async with AsyncExitStack() as stack:
+            clients = [await connected(stack, p) for _ in range(3)]
+            assert (await (await connected(stack, p)).ask()).status == 200
+            assert await clients[0].reader.read() == b""
+
+    both(test, store, tmp_path, intervals=Intervals(first_request_s=0.0))
 
 
 def test_without_room_a_request_gets_a_503_and_the_log_one_line(
