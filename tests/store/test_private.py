@@ -139,7 +139,7 @@ def test_a_log_behind_a_link_is_not_lost_with_an_emptied_database(tmp_path: Path
     folder.mkdir()
     (folder / "nextstate.sqlite3").symlink_to(disk / "big.db")
     (disk / "big.db-wal").write_bytes(b"what people said")
-    with pytest.raises(StoreError, match="big.db-wal beside it is not, and would be lost"):
+    with pytest.raises(StoreError, match=r"big\.db-wal beside it is not, and would be lost"):
         Store(StoreConfig(dir=str(folder)))
 
 
