@@ -140,7 +140,7 @@ def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:
 
 
 def text_of(content: object) -> str:
-    """The plain text of a message's content, which is a string or a list of parts.
+    """The plain text of a message's content: a string, or a list of parts and of strings.
 
     JSON can contain lone surrogates, but no encoding can; they become question marks.
     """
@@ -148,19 +148,19 @@ def text_of(content: object) -> str:
         return content if content.isascii() else content.encode(errors="replace").decode()
     if isinstance(content, list):
         parts = cast(Sequence[object], content)
-        texts = [cast(Json, p).get("text", "") for p in parts if isinstance(p, dict)]
+        texts = [cast(Json, p).get("text", "") if isinstance(p, dict) else p for p in parts]
         return text_of("\n".join(t for t in texts if isinstance(t, str) and t))
     return ""
 
 
-def attached(content: object) -> Utterance | None:
+def attached(content: object, source: Source) -> Utterance | None:
     """The kinds of the parts of a message without words, such as `[image]`."""
     parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
     kinds = [str(cast(Json, part).get("type")) for part in parts if isinstance(part, dict)]
     if not kinds or text_of(cast(object, content)).strip():
         return None
     found = [name for kind in kinds for name in _ATTACHED if name in kind]
-    return Utterance(Source.USER, " ".join(f"[{name}]" for name in found)) if found else None
+    return Utterance(source, " ".join(f"[{name}]" for name in found)) if found else None
 
 
 def is_wordless(text: str) -> bool:

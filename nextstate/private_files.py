@@ -41,7 +41,7 @@ def make_file(path: Path) -> None:
     path.touch(_FILE)
     if not path.is_file():
         raise StoreError(f"{path} is not a file: move it away")
-    _close(path)
+    _close(path.resolve())
 
 
 def make_state_folder(path: Path) -> None:

@@ -18,7 +18,7 @@ _BEYOND_64_BITS = b"0" * 19
 _INTEGER = re.compile(r"[+-]?[0-9]+(?:_[0-9]+)*(?:\.0+)?")
 _CONTAINERS = (dict, list)
 _LONGEST_NUMBER = 4300
-"""Digits that Python accepts in `int(text)`."""
+"""Digits that Python accepts in `int(text)`. pydantic does not count leading zeros."""
 MOST_LEVELS = 450
 """Nesting of objects and arrays; the recorder's pickles fail at 490."""
 
@@ -64,9 +64,12 @@ def integer(value: object) -> int | None:
     """`value` as a whole number in pydantic's lax mode, as vLLM reads it; None if refused."""
     if isinstance(value, str):
         text = value.strip()
-        if len(text) > _LONGEST_NUMBER or not _INTEGER.fullmatch(text):
+        if not _INTEGER.fullmatch(text):
             return None
-        return int(text.partition(".")[0])
+        digits = text.partition(".")[0].replace("_", "").lstrip("+-").lstrip("0") or "0"
+        if len(digits) > _LONGEST_NUMBER:
+            return None
+        return -int(digits) if text[0] == "-" else int(digits)
     if isinstance(value, float):
         return int(value) if value.is_integer() and abs(value) < 1 << 63 else None
     return int(value) if isinstance(value, int) else None

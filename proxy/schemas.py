@@ -14,6 +14,7 @@ from urllib.parse import unquote
 from nextstate.records import Json
 from nextstate.wire import obj, objects, read_json
 from proxy.dialects.chat import is_off
+from proxy.dialects.messages_tools import tool_changes
 
 _FIELDS = (
     *("response_format", "structured_outputs", "output_format", "output_config"),
@@ -70,8 +71,9 @@ def excess(body: Json) -> str | None:
     parts = [_Part(name, name, body[name], 0) for name in _FIELDS if body.get(name) is not None]
     if (form := obj(body.get("text")).get("format")) is not None:
         parts.append(_Part("text.format", "format", form, 0))
-    if _compiles_tools(body):
-        parts.append(_Part("tools", "tools", body.get("tools"), 0))
+    added = [tool for _, tool in tool_changes(body)]
+    if _compiles_tools(body, added):
+        parts += [_Part("tools", "tools", body.get("tools"), 0), _Part("tools", "tools", added, 0)]
     if not parts:
         return None
     try:
@@ -81,9 +83,10 @@ def excess(body: Json) -> str | None:
     return None
 
 
-def _compiles_tools(body: Json) -> bool:
-    """Whether the reply is bound to the schemas of the tools."""
-    tools = objects(body.get("tools"))
+def _compiles_tools(body: Json, added: list[Json]) -> bool:
+    """Whether the reply is bound to the schemas of the tools. Messages may have `added` some."""
+    tools = [*objects(body.get("tools")), *added]
+    tools += [inner for tool in tools for inner in objects(tool.get("tools"))]
     if not tools:
         return False
     named: object = body.get("tool_choice")

@@ -349,9 +349,10 @@ async def publish_candidate(store: Store, engine: EngineClient, version: PolicyV
 async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:
     """Takes a version out of service, for its `reason`, by the same steps as a rollback.
 
-    Its nearest ancestor with an intact adapter takes its place, unless another version serves by
-    now. Returns the version that serves.
+    Its nearest ancestor with an intact adapter takes its place, unless a person chooses a version
+    meanwhile. Returns the version that serves.
     """
+    decided = (await asyncio.to_thread(store.versions.decisions, rejected.lineage)).choices
     for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
             await ensure_loaded(engine, version)
@@ -360,6 +361,6 @@ async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) 
                 "version=%d lineage=%s cannot be used: %s", version.number, version.lineage, error
             )
             continue
-        await asyncio.to_thread(store.versions.replace_serving, rejected, version.number)
+        await asyncio.to_thread(store.versions.replace_serving, rejected, version.number, decided)
         break
     return await asyncio.to_thread(store.versions.serving, rejected.lineage)

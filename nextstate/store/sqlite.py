@@ -60,7 +60,7 @@ class SQLite:
                 f"{self.path} is empty, but {log.name} beside it is not, and would be lost: put "
                 "the database back, or move both away"
             )
-        for beside in (log, self.path.with_name(f"{self.path.name}-shm")):
+        for beside in (log, log.with_name(f"{self.path.resolve().name}-shm")):
             if beside.exists():
                 make_file(beside)
         # Not a URL as text: there `?` and `%` in a path have a meaning. Errors go into logs and
@@ -116,8 +116,9 @@ class SQLite:
 
     @property
     def _log(self) -> Path:
-        """The write-ahead log."""
-        return self.path.with_name(f"{self.path.name}-wal")
+        """The write-ahead log. SQLite puts it beside the file that a link leads to."""
+        file = self.path.resolve()
+        return file.with_name(f"{file.name}-wal")
 
 
 def database_file(url: str, folder: Path) -> Path:

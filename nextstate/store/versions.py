@@ -227,14 +227,19 @@ class Versions:
         with self._database.write() as connection:
             return _is_overtaken(connection, version)
 
-    def replace_serving(self, rejected: PolicyVersion, number: int) -> bool:
+    def replace_serving(
+        self, rejected: PolicyVersion, number: int, decided: int | None = None
+    ) -> bool:
         """Puts version `number` into service in place of `rejected`, which keeps its reason.
 
-        False, and nothing is changed, if another version serves by now.
+        False, and nothing is changed, if another version serves by now, or if people have chosen a
+        version more often than `decided`: they may want the rejected one.
         """
         v = t.versions.c
         lineage, ours = rejected.lineage, sa.and_(v.number == rejected.number, _SERVING)
         with self._database.write() as connection:
+            if decided is not None and _decisions(connection, lineage).choices != decided:
+                return False
             if not _set_state(connection, lineage, ours, VersionState.REJECTED, rejected.reason):
                 return False
             _set_state(connection, lineage, v.number == number, VersionState.SERVING)

@@ -116,7 +116,7 @@ def vote_on(evidence: Evidence) -> Vote:
     results = [
         read(state.text, asked, evidence.reply, TOOL)
         for state in evidence.next_states
-        if state.source in (Source.TOOL, Source.ENVIRONMENT)
+        if state.source in (Source.TOOL, Source.ENVIRONMENT) and not is_wordless(state.text)
     ]
     return min((r for r in results if r.sure), key=lambda result: result.score, default=vote)
 

@@ -26,6 +26,8 @@ KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
 messages."""
 _SYSTEM = ("system", "developer")
 _TOOLS = ("tool", "function")
+_SHOWING = {"user": Source.USER, **dict.fromkeys(_TOOLS, Source.TOOL)}
+"""Roles that may show something without words."""
 _WHITE_SPACE = string.whitespace.encode()
 _CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
 """The characters in which two times differ."""
@@ -264,8 +266,8 @@ def _read(message: Json, content: bytes, profile: AgentProfile) -> Message:
             content, role, utterance, utterance, None, text, True, words if utterance else plain
         )
     shown = utterance
-    if utterance is None and role == "user":
-        shown = attached(message.get("content"))
+    if utterance is None and role in _SHOWING:
+        shown = attached(message.get("content"), _SHOWING[role])
     # Without white space, because an agent may join messages.
     text = words.encode().translate(None, _WHITE_SPACE)
     counts = utterance is not None or not plain  # a picture has no text

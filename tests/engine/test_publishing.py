@@ -121,6 +121,17 @@ def test_a_version_is_withdrawn_for_an_ancestor_whose_adapter_is_kept(chain: Sto
     assert chain.versions.serving("main").number == 0
 
 
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_version_that_a_person_chooses_while_it_is_withdrawn_stays(
+    chain: Store, chosen: int
+) -> None:
+    second = chain.versions.get("main", 2)
+    assert second is not None
+    engine = Engine(lambda _: chain.versions.set_serving("main", chosen) and None)
+    asyncio.run(withdraw(chain, engine.client, second))
+    assert chain.versions.serving("main").number == chosen
+
+
 def test_an_adapter_that_is_deleted_while_a_person_loads_it_does_not_serve(chain: Store) -> None:
     first = chain.versions.get("main", 1)
     assert first is not None

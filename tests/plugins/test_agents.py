@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -338,6 +339,33 @@ def test_a_text_that_is_repeated_letter_by_letter_is_not_a_persons() -> None:
 
 RAG = "### Task:\nRespond to the user query using the provided context"
 IMAGE = {"type": "image_url", "image_url": {"url": "data:image/png;base64,AAAA"}}
+
+
+def test_a_picture_that_a_tool_made_is_what_followed() -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "screenshot", "arguments": "{}"}}
+    request: Json = {
+        "messages": [
+            user("How does it look?"),
+            {"role": "assistant", "content": None, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "c", "content": [IMAGE]},
+        ]
+    }
+    (state,) = states_of(request)
+    assert (state.source, state.text) == (Source.TOOL, "[image]")
+    assert votes([state]) == (0, False)
+
+
+@pytest.mark.parametrize("parts", [["No, in", "German!"], [{"text": "No, in"}, "German!", 7]])
+def test_words_in_bare_parts_are_heard(parts: list[Any]) -> None:
+    request: Json = {
+        "messages": [
+            user("Say hello"),
+            {"role": "assistant", "content": "hello"},
+            {"role": "user", "content": parts},
+        ]
+    }
+    (state,) = states_of(request)
+    assert (state.source, state.text) == (Source.USER, "No, in\nGerman!")
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,11 @@ def told(**fields: Any) -> str:
     return "" if found is None else found.message
 
 
+def added(tool: dict[str, Any]) -> dict[str, Any]:
+    """The message with which a client of the Messages API adds a tool."""
+    return {"role": "system", "content": [{"type": "tool_addition", "tool": tool}]}
+
+
 def places(schema: Any) -> list[dict[str, Any]]:
     """Requests that have the engine compile `schema`."""
     text = json.dumps(schema)
@@ -25,6 +30,8 @@ def places(schema: Any) -> list[dict[str, Any]]:
     tool = {"type": "function", "function": {"name": "f", "parameters": schema}}
     strict = {"type": "function", "name": "f", "parameters": schema, "strict": True}
     claude = {"name": "f", "input_schema": schema}
+    strict_claude = {**claude, "strict": True}
+    space = {"type": "namespace", "name": "n", "tools": [strict]}
     tag = {"type": "structural_tag", "format": {"type": "json_schema", "json_schema": schema}}
     legacy = {
         "structures": [{"begin": "<f>", "schema": schema, "end": "</f>"}],
@@ -44,6 +51,9 @@ def places(schema: Any) -> list[dict[str, Any]]:
         {"tools": [{**tool, "function": {**tool["function"], "strict": True}}]},
         {"tools": [strict], "tool_choice": "auto"},
         {"tools": [claude], "tool_choice": {"type": "any"}},
+        {"tools": [space]},
+        {"messages": [*HELLO, added(claude)], "tool_choice": {"type": "any"}},
+        {"messages": [*HELLO, added({"type": "tool_definition", "definition": strict_claude})]},
         {"text": {"format": {"type": "json_schema", **named}}},
         {"output_format": {"type": "json_schema", "schema": schema}},
     ]
@@ -147,6 +157,7 @@ def test_what_people_use_passes() -> None:
         ({"n": " 1_025 "}, "n = 1025"),
         ({"n": 1025.0}, "n = 1025"),
         ({"n": "+00001500.000"}, "n = 1500"),
+        ({"n": "0" * 5000 + "1_600"}, "n = 1600"),
         ({"best_of": "1_0000"}, "best_of = 10000"),
         ({"n": "2", "prompt": ["a"] * 600}, "n = 2 for 600 prompts"),
         ({"top_logprobs": 151_936.0}, "top_logprobs = 151936.0: at most 1024."),

@@ -117,6 +117,32 @@ def test_what_an_earlier_program_left_open_is_closed_and_told(
     again.close()
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_database_behind_a_link_is_private_where_it_lies(tmp_path: Path, exists: bool) -> None:
+    disk, folder = tmp_path / "disk", tmp_path / "state"
+    disk.mkdir()
+    folder.mkdir()
+    (folder / "nextstate.sqlite3").symlink_to(disk / "big.db")
+    if exists:
+        (disk / "big.db").touch(0o644)
+        (disk / "big.db-wal").touch(0o644)
+    store = Store(StoreConfig(dir=str(folder)))
+    add(store, turn(0))
+    assert {mode(path) for path in disk.iterdir()} == {0o600}
+    assert {path.name for path in disk.iterdir()} >= {"big.db", "big.db-wal"}
+    store.close()
+
+
+def test_a_log_behind_a_link_is_not_lost_with_an_emptied_database(tmp_path: Path) -> None:
+    disk, folder = tmp_path / "disk", tmp_path / "state"
+    disk.mkdir()
+    folder.mkdir()
+    (folder / "nextstate.sqlite3").symlink_to(disk / "big.db")
+    (disk / "big.db-wal").write_bytes(b"what people said")
+    with pytest.raises(StoreError, match=r"big\.db-wal beside it is not, and would be lost"):
+        Store(StoreConfig(dir=str(folder)))
+
+
 @pytest.mark.parametrize("open_mode", [0o755, 0o1777])
 def test_a_folder_with_other_things_in_it_is_not_ours_to_close(
     tmp_path: Path, open_mode: int
