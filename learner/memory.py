@@ -9,6 +9,7 @@ by a short one if that is enough to know.
 
 from __future__ import annotations
 
+import gc
 import logging
 import re
 import resource
@@ -122,6 +123,7 @@ def _clearly_fits(trainer: PolicyTrainer, tokens: int, free: int) -> bool:
 
 def held_by_pass(trainer: PolicyTrainer, rows: int, tokens: int) -> tuple[int, set[str]]:
     """The bytes that a pass holds at its peak on the CPU, and the names of its operations."""
+    gc.collect()  # what is freed during the pass would be taken off its peak
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         trainer.try_batch(rows, tokens)
     results: Any = seen.profiler
