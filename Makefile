@@ -58,7 +58,7 @@ coverage: env  ## every test, and which lines and branches none of them reaches
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests (about 22 minutes)
+soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests, a real model
 	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
 
 lint: env  ## ruff and strict types

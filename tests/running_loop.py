@@ -162,14 +162,16 @@ class Loop:
             return talk.talked.failed
 
 
-def run(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: str, cwd: Path | None = None, timeout_s: float = 240
+) -> subprocess.CompletedProcess[str]:
     # Some tests import vLLM, which sets environment variables.
     env = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return subprocess.run(
         [*NEXTSTATE, *arguments],
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout_s,
         check=False,
         cwd=cwd,
         env=env,
