@@ -1,4 +1,4 @@
-"""What the judge `rules` promises besides its agreement with people, which RESULTS.md measures."""
+"""What the judge `rules` promises. RESULTS.md has its agreement with people in full."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from judge.config import JudgeConfig
-from judge.evaluation import evaluate, read_cases
+from judge.evaluation import LABELLED, evaluate, read_cases
+from nextstate.agreement import agreement
 from nextstate.hooks import Evidence, JudgeSettings, load_judge
 from nextstate.records import TRUST, NextState, Source, Vote
 from plugins.judges.features import MAX_CHARS, clipped, plain, token_rows, tokens_of
@@ -146,6 +147,14 @@ def test_quoted_text_and_code_are_not_the_users_own() -> None:
 )
 def test_a_text_for_the_judge_or_a_flood_gets_no_vote(text: str) -> None:
     assert said(text) == UNKNOWN
+
+
+def test_it_agrees_with_people_on_next_states_that_it_has_not_learned_from() -> None:
+    cases = [*read_cases(LABELLED, "test"), *read_cases(LABELLED, "unseen")]
+    judge = load_judge(["rules"], JudgeSettings())
+    found = asyncio.run(evaluate(cases, JudgeConfig(), judge, lambda: None))
+    assert len(cases) == 292
+    assert agreement([(o.case.label, o.score) for o in found]).kappa > 0.5
 
 
 def test_fewer_than_three_attacks_get_the_score_that_they_ask_for() -> None:
