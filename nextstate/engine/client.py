@@ -24,7 +24,7 @@ from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.file_descriptors import out_of_descriptors
 from nextstate.prometheus import metric_sum
-from nextstate.records import Json, PolicyVersion
+from nextstate.records import Decisions, Json, PolicyVersion
 from nextstate.store import Store
 from nextstate.wire import json_object, objects, write_json
 
@@ -346,13 +346,16 @@ async def publish_candidate(store: Store, engine: EngineClient, version: PolicyV
         await engine.unload_adapter(version.adapter_name)
 
 
-async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:
+async def withdraw(
+    store: Store, engine: EngineClient, rejected: PolicyVersion, decisions: Decisions | None = None
+) -> PolicyVersion:
     """Takes a version out of service, for its `reason`, by the same steps as a rollback.
 
-    Its nearest ancestor with an intact adapter takes its place, unless a person chooses a version
-    meanwhile. Returns the version that serves.
+    Its nearest ancestor with an intact adapter takes its place, unless a person has chosen a
+    version after `decisions`, which are those until now if None. Returns the version that serves.
     """
-    decided = (await asyncio.to_thread(store.versions.decisions, rejected.lineage)).choices
+    if decisions is None:
+        decisions = await asyncio.to_thread(store.versions.decisions, rejected.lineage)
     for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
             await ensure_loaded(engine, version)
@@ -361,6 +364,7 @@ async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) 
                 "version=%d lineage=%s cannot be used: %s", version.number, version.lineage, error
             )
             continue
-        await asyncio.to_thread(store.versions.replace_serving, rejected, version.number, decided)
+        replace = store.versions.replace_serving
+        await asyncio.to_thread(replace, rejected, version.number, decisions.choices)
         break
     return await asyncio.to_thread(store.versions.serving, rejected.lineage)
