@@ -208,6 +208,7 @@ class Proxy:
         if caller is not None:
             serving = {name: self.versions.serves(name).number for name in self.versions.serving}
             found["version"] = serving[caller]
+            found["engine_trouble"] = self.versions.trouble
             found["lineages"] = {
                 name: number for name, number in serving.items() if self.lineages.sees(caller, name)
             }

@@ -142,6 +142,8 @@ class EngineClient:
             raise WrongEngineError(
                 f"its TLS is missing or not trusted: {error.__cause__}; is it http://?"
             ) from error
+        except aiohttp.ClientResponseError as error:
+            raise WrongEngineError("what answers does not speak HTTP; is it https://?") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if out_of_descriptors(error):
                 raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
@@ -284,7 +286,7 @@ class EngineClient:
                 text = await answer.read()
                 if answer.status != 200:
                     said = text.decode(errors="replace")
-                    why = f"{answer.status}: {said[:300]}"
+                    why = f"{answer.status}: {' '.join(said[:300].split())}"
                     if body is not None and "messages" in body:
                         why = refusal(answer.status, said)  # it may quote the conversation
                     raise AnswerError(f"{method} {self.url}{path} answered {why}", answer.status)

@@ -191,6 +191,10 @@ def test_the_address_may_end_where_clients_end_it(store: Store, tmp_path: Path, 
         ("http://h/v2", "http://h/v2"),
         ("http://h/models", "http://h/models"),
         ("http://[::1]:8000/v1//", "http://[::1]:8000"),
+        ("http://h/v1/responses", "http://h"),
+        ("http://h/v1/messages/", "http://h"),
+        ("http://h/v1/chat", "http://h"),
+        ("http://h/v1/gateway", "http://h/v1/gateway"),
     ],
 )
 def test_an_address_may_have_small_mistakes(url: str, address: str) -> None:
@@ -199,11 +203,28 @@ def test_an_address_may_have_small_mistakes(url: str, address: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["127.0.0.1:8000", "localhost:8000/v1", "ws://h", "http://", "http://h:x", "http://h?a=1"],
+    [
+        "127.0.0.1:8000",
+        "localhost:8000/v1",
+        "ws://h",
+        "http://",
+        "http://h:x",
+        "http://h?a=1",
+        "http:\\\\h",
+        "http://h\\v1",
+        f"http://{'a' * 64}.de",
+        "http://h..de",
+    ],
 )
 def test_an_invalid_address_says_what_to_write(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[engine\] url = .*http://HOST:PORT"):
         EngineConfig(url=url)
+
+
+def test_a_password_in_the_address_is_refused_and_not_shown() -> None:
+    with pytest.raises(ConfigError, match=r"\[engine\] api_key_env") as refused:
+        EngineConfig(url="http://user:pass-word@h:8000/v1")
+    assert "pass-word" not in str(refused.value)
 
 
 def test_the_proxys_address_is_one_that_clients_understand() -> None:
