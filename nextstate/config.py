@@ -122,11 +122,6 @@ def server_address(url: str) -> str:
     ('http://127.0.0.1:8000', 'https://h/x')
     """
     address = _ROUTE.sub("", url.strip().rstrip("/")).rstrip("/")
-    if "@" in address:
-        raise ConfigError(
-            "[engine] url holds an @: expected http://HOST:PORT without a user or a password; "
-            "[engine] api_key_env names the variable with the engine's key"
-        )
     if not _is_address(address):
         raise ConfigError(
             f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST, without what "

@@ -154,7 +154,7 @@ class Proxy:
         headers = {"Accept-Encoding": "identity"}
         if self._engine_key:
             headers["Authorization"] = f"Bearer {self._engine_key}"
-        async with Upstream(self.engine.url, headers) as self.upstream:
+        async with Upstream(self.engine.address, headers) as self.upstream:
             engine = Engine(
                 self.config, self.versions, self.upstream, self._out_of_files, self._intervals
             )

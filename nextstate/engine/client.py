@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 import aiohttp
+from yarl import URL
 
 from nextstate.config import server_address
 from nextstate.engine.adapter_files import verify_adapter
@@ -85,7 +87,11 @@ class EngineClient:
         api_key: str | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.url = server_address(url)
+        self.address = server_address(url)
+        """With the user and password that it may hold."""
+        shown = URL(self.address)
+        self.url = str(shown.with_user(None)) if shown.user else self.address
+        """The same without them, as logs may show it."""
         self.model = model
         """The name under which the base model answers."""
         self.sampling_defaults: Json = dict(sampling_defaults or {})
@@ -100,7 +106,12 @@ class EngineClient:
         """What its /v1/messages does, once the server has been looked at."""
         self.trouble = ""
         """Why it was not healthy when that was last so."""
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers: dict[str, str] = {}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        elif shown.user:
+            login = f"{shown.user}:{shown.password or ''}".encode()
+            headers["Authorization"] = f"Basic {b64encode(login).decode()}"
         self._session = aiohttp.ClientSession(
             headers=headers, connector=aiohttp.TCPConnector(keepalive_timeout=_IDLE_S)
         )

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -14,8 +16,8 @@ from nextstate.errors import ConfigError
 from nextstate.store import Store
 from proxy.config import ProxyConfig
 from proxy.intervals import Intervals
-from tests.engine.foreign_engines import ENGINES, STRICT, Foreign, relayed
-from tests.proxy.running_proxy import add_version, request, until
+from tests.engine.foreign_engines import ENGINES, STRICT, Foreign, relayed, serving
+from tests.proxy.running_proxy import add_version, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact, plain_reply, stream_chunks
 
 
@@ -221,10 +223,34 @@ def test_an_invalid_address_says_what_to_write(url: str) -> None:
         EngineConfig(url=url)
 
 
-def test_a_password_in_the_address_is_refused_and_not_shown() -> None:
-    with pytest.raises(ConfigError, match=r"\[engine\] api_key_env") as refused:
-        EngineConfig(url="http://user:pass-word@h:8000/v1")
-    assert "pass-word" not in str(refused.value)
+@pytest.mark.parametrize("key", ["", "key"])
+def test_a_password_in_the_address_is_used_unless_there_is_a_key_and_is_not_logged(
+    store: Store, tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asked: set[str] = set()
+
+    class Locked(ScriptedEngine):
+        def app(self) -> web.Application:
+            @web.middleware
+            async def note(request: web.Request, handler: Any) -> web.StreamResponse:
+                asked.add(request.headers["Authorization"])
+                return await handler(request)
+
+            app = super().app()
+            app.middlewares.append(note)
+            return app
+
+    async def test() -> None:
+        async with serving(Locked()) as url:
+            url = url.replace("http://", "http://jo:pass-w\u00f6rd@")
+            async with running(url, store, tmp_path, engine_key=key) as p:
+                assert (await p.chat(request()))[0] == 200
+
+    asyncio.run(test())
+    assert asked == {"Bearer key" if key else "Basic am86cGFzcy13w7ZyZA=="}
+    assert "the engine serves" in caplog.text
+    assert "pass-w" not in caplog.text
 
 
 def test_the_proxys_address_is_one_that_clients_understand() -> None:
