@@ -95,12 +95,17 @@ class Versions:
         return self.up
 
     async def _is_healthy(self) -> bool:
-        """What the engine says; if it cannot be asked, what was known before."""
+        """What the engine says; if it cannot be asked, what was known before.
+
+        Raises WrongEngineError once it is known to be down.
+        """
         try:
             return await self.engine.healthy()
+        except WrongEngineError:
+            if self.up:
+                return False
+            raise
         except EngineError as error:
-            if isinstance(error, WrongEngineError) and not self.up:
-                raise
             log.warning("%s", error)
             return self.up
 

@@ -244,6 +244,33 @@ def test_whatever_answers_the_doctor_and_status_say_it_in_one_line(
     asyncio.run(test())
 
 
+def test_another_server_in_the_engines_place_is_noticed_and_logged_once(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        writer.close()
+
+    async def test() -> None:
+        often = Intervals(health_poll_s=0.01, down_poll_s=0.01, slowest_poll_s=0.01)
+        engine = ScriptedEngine()
+        async with relayed(engine, store, tmp_path, intervals=often, hold_s=5) as p:
+            watched = p.proxy.versions
+            await asyncio.wait_for(watched.wait_up(), 10)
+            assert engine.server is not None
+            port = engine.server.port
+            await engine.server.close()
+            async with await asyncio.start_server(answer, "127.0.0.1", port):
+                await until(lambda: watched.wrong is not None)
+                assert (await p.chat(request()))[0] == 503
+                assert "does not speak HTTP" in (watched.wrong or "")
+
+    asyncio.run(test())
+    lines = [r.getMessage() for r in caplog.records if r.name == "proxy.versions"]
+    assert len([line for line in lines if "does not speak HTTP" in line]) == 1
+
+
 def test_https_to_a_server_without_tls_says_so(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
 
