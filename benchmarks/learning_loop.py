@@ -291,7 +291,7 @@ class Loop(threading.Event):
                 self.set()
         return self.is_set()
 
-    def _publish(self, version: PolicyVersion, withdraw: bool = False) -> None:
+    def _publish(self, version: PolicyVersion, withdraw: object = None) -> None:
         if withdraw:
             raise AssertionError("the watch is off: a version is compared at the same questions")
         self._engine.load(version)

@@ -130,7 +130,7 @@ def report(outcomes: Sequence[Outcome]) -> str:
             f"{found.abstained:11}"
         )
     confusion = agreement([(o.case.label, o.score) for o in outcomes]).confusion
-    lines += ["", f"{'people say':>12}{'judge: +1':>11}{'0':>5}{'−1':>5}{'none':>6}"]
+    lines += ["", f"{'people say':>12}{'judge: +1':>11}{'0':>5}{'-1':>5}{'none':>6}"]
     for label in SCORES:
         counts = [confusion.get((label, score), 0) for score in (*SCORES, None)]
         lines.append(f"{label:+12d}{counts[0]:11}{counts[1]:5}{counts[2]:5}{counts[3]:6}")

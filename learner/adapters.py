@@ -127,11 +127,10 @@ def write_folder(path: Path, fill: Callable[[Path], str]) -> str:
     If that fails, raises DiskError and leaves nothing.
     """
     parent = path.parent
-    make_folder(parent)
     draft = parent / f".{path.name}.draft"
     shutil.rmtree(draft, ignore_errors=True)
-    make_folder(draft)
     try:
+        make_folder(draft)
         result = fill(draft)
         for file in sorted(draft.iterdir()):
             file.chmod(0o600)

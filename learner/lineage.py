@@ -52,7 +52,7 @@ from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, UpdateResult
 from learner.watch import TURNS, Watch, chain_of
 from nextstate.errors import AdapterError, DiskError, EngineError
-from nextstate.records import BASE_VERSION, PolicyVersion, VersionState
+from nextstate.records import BASE_VERSION, Decisions, PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.training_status import write_training_status
 
@@ -65,10 +65,11 @@ _WATCH_EVERY_S = 5.0
 class Publisher(Protocol):
     """Brings a version into service: loads it into the engine, probes it, flips to it."""
 
-    def __call__(self, version: PolicyVersion, /, withdraw: bool = False) -> None:
+    def __call__(self, version: PolicyVersion, /, withdraw: Decisions | None = None) -> None:
         """Returns once the version serves; with `withdraw`, once an ancestor serves instead.
 
-        Returns as well, and changes nothing, if another version was put into service meanwhile.
+        `withdraw` is what people had decided when the version was found bad. Returns as well, and
+        changes nothing, if another version was put into service meanwhile, or this one again.
         Raises EngineError if a later try may succeed, and AdapterError for an adapter that is not
         the registered one.
         """
@@ -223,10 +224,11 @@ class Lineage:
             return
         self._next_look = time.monotonic() + _WATCH_EVERY_S
         stored = self._store.versions
+        decisions = stored.decisions(self.name)
         serving, versions = stored.serving(self.name), stored.all(self.name)
         chain = chain_of(versions, serving.number)
         turns = stored.judged_turns(self.name, TURNS)
-        fall = self._watched.fall(chain, turns, stored.decisions(self.name).after)
+        fall = self._watched.fall(chain, turns, decisions.after)
         if fall is None:
             return
         reason = f"rolled back: {fall}"
@@ -234,7 +236,7 @@ class Lineage:
         for number in to_blame[:-1]:
             stored.reject(self.name, number, reason)
         parent = chain[chain.index(fall.suspect) - 1]
-        self._withdraw(replace(serving, parent=parent), reason)
+        self._withdraw(replace(serving, parent=parent), reason, decisions)
 
     def _rejections(self) -> list[int]:
         """The versions in a row that the gate rejected last, since a person decided."""
@@ -249,12 +251,18 @@ class Lineage:
         self._was_paused = paused
         return paused
 
-    def _withdraw(self, version: PolicyVersion, reason: str) -> None:
-        """Rejects a registered version; if it serves, an ancestor takes its place."""
+    def _withdraw(
+        self, version: PolicyVersion, reason: str, decisions: Decisions | None = None
+    ) -> None:
+        """Rejects a registered version; if it serves, an ancestor takes its place.
+
+        Unless people choose a version after `decisions`, which are those until now if None.
+        """
+        decisions = decisions or self._store.versions.decisions(self.name)
         log.error("version rejected lineage=%s version=%d: %s", self.name, version.number, reason)
         serves = version.state is VersionState.SERVING
         if serves or not self._store.versions.reject(self.name, version.number, reason):
-            self._bring_into_service(replace(version, reason=reason), withdraw=True)
+            self._bring_into_service(replace(version, reason=reason), withdraw=decisions)
 
     def _evaluate(
         self, result: UpdateResult, batch: LeasedBatch, prepared_s: float
@@ -295,6 +303,7 @@ class Lineage:
             self._report_pause([*before, version.number], version.reason)
 
     def _report_pause(self, numbers: Sequence[int], reason: str | None) -> None:
+        self._was_paused = True
         notice = pause_notice(self.name, numbers, reason)
         self.report(notice)
         log.error("lineage=%s %s", self.name, notice)
@@ -355,7 +364,9 @@ class Lineage:
             state,
         )
 
-    def _bring_into_service(self, version: PolicyVersion, *, withdraw: bool = False) -> None:
+    def _bring_into_service(
+        self, version: PolicyVersion, *, withdraw: Decisions | None = None
+    ) -> None:
         """Publishes or withdraws, again and again while the engine fails, until the learner stops.
 
         The other lineages wait meanwhile: they have the same engine.
@@ -369,7 +380,7 @@ class Lineage:
         )
         try:
             if withdraw:
-                retrying(self._publish, version, withdraw=True)
+                retrying(self._publish, version, withdraw=withdraw)
             else:
                 retrying(self._publish_unless_overtaken, version)
         except AdapterError as error:

@@ -108,7 +108,9 @@ class PrivacyConfig:
     """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
 
 
-_ROUTES = ("/v1", "/v1/chat/completions", "/v1/completions", "/v1/models")
+_ROUTE = re.compile(
+    r"/v1(/(chat(/completions)?|completions|embeddings|messages|models|responses))?$"
+)
 
 
 def server_address(url: str) -> str:
@@ -119,9 +121,7 @@ def server_address(url: str) -> str:
     >>> server_address("http://127.0.0.1:8000/v1/"), server_address("https://h/x/v1/models")
     ('http://127.0.0.1:8000', 'https://h/x')
     """
-    address = url.strip().rstrip("/")
-    route = max((route for route in _ROUTES if address.endswith(route)), key=len, default="")
-    address = address.removesuffix(route).rstrip("/")
+    address = _ROUTE.sub("", url.strip().rstrip("/")).rstrip("/")
     if not _is_address(address):
         raise ConfigError(
             f"[engine] url = {url!r}: expected http://HOST:PORT or https://HOST, without what "
@@ -133,10 +133,11 @@ def server_address(url: str) -> str:
 def _is_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
-        named = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        host = (parts.hostname or "").encode("idna")
+        named = parts.scheme in ("http", "https") and bool(host) and parts.port != 0
     except ValueError:
         return False
-    return named and not parts.query and not parts.fragment and not re.search(r"\s", text)
+    return named and not parts.query and not parts.fragment and not re.search(r"[\s\\]", text)
 
 
 def read_sections(

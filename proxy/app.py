@@ -154,7 +154,7 @@ class Proxy:
         headers = {"Accept-Encoding": "identity"}
         if self._engine_key:
             headers["Authorization"] = f"Bearer {self._engine_key}"
-        async with Upstream(self.engine.url, headers) as self.upstream:
+        async with Upstream(self.engine.address, headers) as self.upstream:
             engine = Engine(
                 self.config, self.versions, self.upstream, self._out_of_files, self._intervals
             )
@@ -208,6 +208,7 @@ class Proxy:
         if caller is not None:
             serving = {name: self.versions.serves(name).number for name in self.versions.serving}
             found["version"] = serving[caller]
+            found["engine_trouble"] = self.versions.trouble
             found["lineages"] = {
                 name: number for name, number in serving.items() if self.lineages.sees(caller, name)
             }

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import json
 
 from aiohttp import web
 
+from nextstate.wire import without_escapes
 from proxy.answers import Refused, error_response
 from proxy.requests import BodyTooSlow
 
@@ -15,8 +15,8 @@ MOST_CONTAINERS = 250_000
 MOST_KEYS = 250_000
 """Colons of one body: a key takes two microseconds to parse, ten times as long as a value."""
 MOST_VALUES = 1_000_000
-"""Commas of one body: enough for the longest prompts as token ids. If Python's parser has to read
-the body, each value takes a microsecond, and another to be written, while nobody else is served."""
+"""Commas of one body: enough for the longest prompts as token ids. Fewer are read if orjson cannot
+read the body (`read_json`)."""
 _FEW = 100_000
 """A body of fewer bytes cannot hold enough of either."""
 _MANY = 1 << 20
@@ -77,9 +77,7 @@ def excess(data: bytes) -> str | None:
     """
     if len(data) < _FEW or not _exceeds(data):
         return None
-    if 0 in data[:4]:  # UTF-16 and UTF-32: bytes of other characters look like quotes
-        data = data.decode(json.detect_encoding(data), "ignore").encode()
-    plain = data.replace(b"\\\\", b"").replace(b'\\"', b"")
+    plain = without_escapes(data)
     if plain.count(b'"') > MOST_VALUES:
         return f"more than {MOST_VALUES // 2} strings"
     return _exceeds(b"".join(plain.split(b'"')[::2]))

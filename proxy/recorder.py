@@ -177,7 +177,12 @@ class Recorder:
         try:
             await asyncio.wait_for(self._idle.wait(), timeout_s)
         except TimeoutError:
-            log.error("%d turns are lost: the store did not take them in time", len(self._waiting))
+            log.error(
+                "%d turns wait: the writer stores them once the store takes them, unless it ends; "
+                "%d more are lost",
+                self._sent,
+                len(self._waiting) - self._sent,
+            )
 
     async def _serve(self, connection: socket) -> int:
         """Sends to one writer until it ends. Returns how many exchanges it answered."""

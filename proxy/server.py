@@ -2,14 +2,16 @@
 
 Its own errors are in the API's JSON. The number of connections is limited by the files that the
 process may open, because each may need another connection to the engine. Beyond the limit, the
-connection that has been idle longest is closed. If none is idle, the next request gets a 503.
+connection that has been idle longest is closed. If none is idle, the next one gets a 503.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -18,7 +20,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.web_protocol import RequestHandler
 
 from nextstate import file_descriptors
-from proxy.answers import error_response
+from proxy.answers import RETRY_AFTER_S, error_response
 from proxy.intervals import Intervals
 from proxy.requests import BodyTooSlow, RequestParser
 
@@ -29,7 +31,12 @@ BODY_BYTES_PER_S = 8 * 1024
 _RESERVED = 128
 """Files that are not for connections: of the store, the writer, the log, and of refused clients."""
 _MOST_SURPLUS = 32
-"""Connections that may wait for their 503. Further ones are dropped."""
+"""Connections whose request is read before its 503. Further ones get theirs at once."""
+_NO_ROOM_HEAD = (
+    b"HTTP/1.1 503 Service Unavailable\r\nContent-Type: application/json; charset=utf-8\r\n"
+    b"Retry-After: %d\r\nConnection: close\r\n\r\n" % RETRY_AFTER_S
+)
+_READ_BYTES = 256 * 1024
 _LOG_AGAIN_S = 60.0
 _SHUTDOWN_S = 10.0
 
@@ -114,7 +121,11 @@ class Connection(RequestHandler):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         admitted = self._connections.admits(self)
         if len(self._connections.surplus) > _MOST_SURPLUS:
-            cast(asyncio.Transport, transport).abort()
+            refused = cast(asyncio.Transport, transport)
+            with suppress(OSError):  # closed with a request unread, the answer might be lost
+                os.read(refused.get_extra_info("socket").fileno(), _READ_BYTES)
+            refused.write(_NO_ROOM_HEAD + (_no_room_answer("").text or "").encode())
+            refused.close()
             return
         super().connection_made(transport)
         self._unused = self._next_keepalive_close_time  # a request's end moves it on
@@ -214,7 +225,11 @@ class Runner(web.AppRunner):
 
 
 async def _no_room(request: web.BaseRequest) -> web.StreamResponse:
-    message = "The proxy has no room for another connection now: come back later."
-    response = error_response(request.path, 503, message)
+    response = _no_room_answer(request.path)
     response.force_close()
     return response
+
+
+def _no_room_answer(path: str) -> web.Response:
+    message = "The proxy has no room for another connection now: come back later."
+    return error_response(path, 503, message)

@@ -53,6 +53,8 @@ class Versions:
         """When adapters may be unloaded again after a failure, on the monotonic clock."""
         self.wrong: str | None = None
         """Why no request can be sent to this server until a person changes something, or None."""
+        self.trouble = ""
+        """What was the matter when the engine was last looked at; "" if it serves."""
         self._up = asyncio.Event()
         self._known = asyncio.Event()
         """Set if requests can be sent or refused at once."""
@@ -93,12 +95,17 @@ class Versions:
         return self.up
 
     async def _is_healthy(self) -> bool:
-        """What the engine says; if it cannot be asked, what was known before."""
+        """What the engine says; if it cannot be asked, what was known before.
+
+        Raises WrongEngineError once it is known to be down.
+        """
         try:
             return await self.engine.healthy()
+        except WrongEngineError:
+            if self.up:
+                return False
+            raise
         except EngineError as error:
-            if isinstance(error, WrongEngineError) and not self.up:
-                raise
             log.warning("%s", error)
             return self.up
 
@@ -107,8 +114,9 @@ class Versions:
         self._set(up=False)
         self._failed.set()
 
-    def _set(self, *, up: bool, wrong: str | None = None) -> None:
+    def _set(self, *, up: bool, wrong: str | None = None, trouble: str = "") -> None:
         self.wrong = wrong
+        self.trouble = trouble
         if up:
             self._up.set()
         else:
@@ -242,9 +250,9 @@ class Versions:
             try:
                 healthy = await self._is_healthy()
                 if not healthy:
-                    self._set(up=False)
+                    why = self.engine.trouble
+                    self._set(up=False, trouble=why)
                     if self._logged or time.monotonic() > quiet_until:
-                        why = self.engine.trouble
                         self._log_new(f"the engine is not there, requests wait: {why}")
                 elif not self.up:
                     await self._prepare()
@@ -256,7 +264,7 @@ class Versions:
                 self._set(up=False, wrong=str(error))
                 self._log_new(f"no request is let through: {error}")
             except EngineError as error:
-                self._set(up=False)
+                self._set(up=False, trouble=str(error))
                 self._log_new(f"the engine is there, but cannot serve yet: {error}")
             except Exception:
                 self._set(up=False)

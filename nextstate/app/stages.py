@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import gc
 import logging
 import math
@@ -43,7 +44,7 @@ from nextstate.engine.process import (
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.offline import switches
-from nextstate.records import PolicyVersion
+from nextstate.records import Decisions, PolicyVersion
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
 
@@ -267,8 +268,10 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
     if not path.exists():
         save_zero_adapter(model_path, config, path)
 
-    def to_engine(version: PolicyVersion, withdraw: bool = False) -> None:
-        change = client.withdraw if withdraw else client.publish_candidate
+    def to_engine(version: PolicyVersion, withdraw: Decisions | None = None) -> None:
+        change = client.publish_candidate
+        if withdraw:
+            change = functools.partial(client.withdraw, decisions=withdraw)
         asyncio.run(change_version(settings, change, store, version))
 
     def live_requests() -> int:

@@ -111,7 +111,7 @@ async def _engine_health(settings: Settings, health: Json) -> str:
     if "engine" not in health:
         return await _ask_engine(settings)
     if health["engine"] != "up":
-        return "down"
+        return _down(settings, health.get("engine_trouble"))
     lacks = ", ".join(health.get("learning_lacks") or ())
     return f"up; learning lacks {lacks}" if lacks else "up"
 
@@ -119,10 +119,19 @@ async def _engine_health(settings: Settings, health: Json) -> str:
 async def _ask_engine(settings: Settings) -> str:
     try:
         async with engine_client(settings) as engine:
-            return "up" if await engine.healthy() else "down"
+            return "up" if await engine.healthy() else _down(settings, engine.trouble)
     except WrongEngineError as error:
         return f"unusable: {error}"
     except ConfigError as error:
         return f"unknown: {error}"
-    except (StartError, EngineError):
+    except StartError:
         return "down"
+    except EngineError as error:
+        return _down(settings, str(error))
+
+
+def _down(settings: Settings, trouble: str | None) -> str:
+    """Says what is the matter with an external engine: the log of a managed one says it."""
+    if not trouble or settings.engine.mode == "managed":
+        return "down"
+    return f"down: [engine] url = {settings.engine.url!r} does not serve: {trouble}"

@@ -152,6 +152,7 @@ class Supervisor:
                 self._set_state(child, f"stopped: {reason}; {_next_try(child, pause_s)}")
                 await self._pause(child, causes, pause_s)
             else:
+                child.was_ready = True  # it could start, so from now on it ends nobody else
                 pause_s = restarts.pause_s(ran_s)
                 log.warning("%s ended, restarting in %.0f s: %s", child.name, pause_s, reason)
                 self._set_state(child, f"restarting: {reason}")

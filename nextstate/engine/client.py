@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from base64 import b64encode
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
 
 import aiohttp
+from yarl import URL
 
 from nextstate.config import server_address
 from nextstate.engine.adapter_files import verify_adapter
@@ -24,7 +26,7 @@ from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.file_descriptors import out_of_descriptors
 from nextstate.prometheus import metric_sum
-from nextstate.records import Json, PolicyVersion
+from nextstate.records import Decisions, Json, PolicyVersion
 from nextstate.store import Store
 from nextstate.wire import json_object, objects, write_json
 
@@ -85,7 +87,11 @@ class EngineClient:
         api_key: str | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
     ) -> None:
-        self.url = server_address(url)
+        self.address = server_address(url)
+        """With the user and password that it may hold."""
+        shown = URL(self.address)
+        self.url = str(shown.with_user(None)) if shown.user else self.address
+        """The same without them, as logs may show it."""
         self.model = model
         """The name under which the base model answers."""
         self.sampling_defaults: Json = dict(sampling_defaults or {})
@@ -100,7 +106,12 @@ class EngineClient:
         """What its /v1/messages does, once the server has been looked at."""
         self.trouble = ""
         """Why it was not healthy when that was last so."""
-        headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        headers: dict[str, str] = {}
+        if api_key:
+            headers["Authorization"] = f"Bearer {api_key}"
+        elif shown.user:
+            login = f"{shown.user}:{shown.password or ''}".encode()
+            headers["Authorization"] = f"Basic {b64encode(login).decode()}"
         self._session = aiohttp.ClientSession(
             headers=headers, connector=aiohttp.TCPConnector(keepalive_timeout=_IDLE_S)
         )
@@ -142,6 +153,8 @@ class EngineClient:
             raise WrongEngineError(
                 f"its TLS is missing or not trusted: {error.__cause__}; is it http://?"
             ) from error
+        except aiohttp.ClientResponseError as error:
+            raise WrongEngineError("what answers does not speak HTTP; is it https://?") from error
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             if out_of_descriptors(error):
                 raise EngineError(f"{self.url}{path} cannot be asked: {error}") from error
@@ -284,7 +297,7 @@ class EngineClient:
                 text = await answer.read()
                 if answer.status != 200:
                     said = text.decode(errors="replace")
-                    why = f"{answer.status}: {said[:300]}"
+                    why = f"{answer.status}: {' '.join(said[:300].split())}"
                     if body is not None and "messages" in body:
                         why = refusal(answer.status, said)  # it may quote the conversation
                     raise AnswerError(f"{method} {self.url}{path} answered {why}", answer.status)
@@ -346,13 +359,16 @@ async def publish_candidate(store: Store, engine: EngineClient, version: PolicyV
         await engine.unload_adapter(version.adapter_name)
 
 
-async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) -> PolicyVersion:
+async def withdraw(
+    store: Store, engine: EngineClient, rejected: PolicyVersion, decisions: Decisions | None = None
+) -> PolicyVersion:
     """Takes a version out of service, for its `reason`, by the same steps as a rollback.
 
-    Its nearest ancestor with an intact adapter takes its place, unless a person chooses a version
-    meanwhile. Returns the version that serves.
+    Its nearest ancestor with an intact adapter takes its place, unless a person has chosen a
+    version after `decisions`, which are those until now if None. Returns the version that serves.
     """
-    decided = (await asyncio.to_thread(store.versions.decisions, rejected.lineage)).choices
+    if decisions is None:
+        decisions = await asyncio.to_thread(store.versions.decisions, rejected.lineage)
     for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
             await ensure_loaded(engine, version)
@@ -361,6 +377,7 @@ async def withdraw(store: Store, engine: EngineClient, rejected: PolicyVersion) 
                 "version=%d lineage=%s cannot be used: %s", version.number, version.lineage, error
             )
             continue
-        await asyncio.to_thread(store.versions.replace_serving, rejected, version.number, decided)
+        replace = store.versions.replace_serving
+        await asyncio.to_thread(replace, rejected, version.number, decisions.choices)
         break
     return await asyncio.to_thread(store.versions.serving, rejected.lineage)

@@ -231,6 +231,8 @@ class Database:
             # Not the error itself, which may hold the values that the statement was given.
             kind = type(cause).__name__
             raise StoreError(f"{self._dialect.name}: {kind}: {cause}") from cause
+        except UnicodeEncodeError as error:  # an argument in another encoding than the terminal's
+            raise StoreError("a name or text is not valid Unicode: type it anew") from error
 
 
 def queries(customer: type[T]) -> type[T]:

@@ -60,6 +60,8 @@ class SQLite:
                 f"{self.path} is empty, but {log.name} beside it is not, and would be lost: put "
                 "the database back, or move both away"
             )
+        if not log.exists():
+            _require_whole_pages(self.path)
         for beside in (log, log.with_name(f"{self.path.resolve().name}-shm")):
             if beside.exists():
                 make_file(beside)
@@ -140,6 +142,16 @@ def database_file(url: str, folder: Path) -> Path:
             "a [store] dir may have any name"
         )
     return folder / parsed.database
+
+
+def _require_whole_pages(path: Path) -> None:
+    """Raises sqlite3.Error for a file that ends within a page: SQLite reads the rest as zeros."""
+    with path.open("rb") as file:
+        page = int.from_bytes(file.read(18)[16:])
+    if page and path.stat().st_size % (page if page > 1 else 1 << 16):
+        error = sqlite3.DatabaseError("its last page is cut")
+        error.sqlite_errorcode = sqlite3.SQLITE_CORRUPT
+        raise error
 
 
 def _code(error: sqlite3.Error) -> int:

@@ -76,6 +76,7 @@ class Training:
         query = sa.select(t.turns.c.session).join(t.samples, s.turn == t.turns.c.id).distinct()
         with self._database.write() as connection:
             connection.execute(looked_at.values(screened=None))
+        with self._database.read() as connection:  # it may be long: nobody waits for it
             trained = connection.execute(query.where(ours, s.state == SampleState.TRAINED))
             return frozenset(trained.scalars())
 

@@ -11,12 +11,13 @@ import pytest
 
 from learner import stage
 from learner.trainer import PolicyTrainer
+from nextstate.engine import client
 from nextstate.engine.client import publish_candidate
 from nextstate.errors import EngineError
-from nextstate.records import PolicyVersion
+from nextstate.records import Decisions, PolicyVersion
 from nextstate.store.versions import Versions
 from tests.engine.test_publishing import Engine, states
-from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
+from tests.learner.test_tiny_model import CONFIG, GOOD, Recorded, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +36,8 @@ class Loop:
         self._model_path = model_path
         self._wanted = wanted
 
-    def publish(self, version: PolicyVersion, withdraw: bool = False) -> None:
-        assert not withdraw
+    def publish(self, version: PolicyVersion, withdraw: Decisions | None = None) -> None:
+        assert withdraw is None
         asyncio.run(publish_candidate(self.store, self.engine.client, version))
         if version.number >= self._wanted:
             self.stop.set()
@@ -108,7 +109,7 @@ def test_a_learner_that_starts_again_publishes_nothing_over_a_rollback(
     loop.recorded.add_mixed(16 * 3)
     loop.run()
 
-    def down(version: PolicyVersion, withdraw: bool = False) -> None:
+    def down(version: PolicyVersion, withdraw: Decisions | None = None) -> None:
         loop.stop.set()
         raise EngineError("it restarts")
 
@@ -148,3 +149,31 @@ def test_a_version_whose_batch_was_not_settled_yet_serves_only_if_nobody_chose_a
         (1, 0, "retired"), (2, 1, "retired"), (3, 2, "retired"), (4, 1, "serving"),
     ]  # fmt: skip
     assert loop.recorded.states() == {"trained": 64}
+
+
+def test_a_version_that_a_person_keeps_while_the_engine_is_down_is_not_withdrawn(
+    tmp_path: Path, model_path: str
+) -> None:
+    """The watch has found a fall; before the engine can be asked, they choose the version again."""
+    loop = Loop(tmp_path / "state", model_path, wanted=2)
+    loop.recorded.add_mixed(16 * 2)
+    loop.run()
+    for version in range(3):
+        for _ in range(60):
+            score = -1 if version == 2 else 1
+            loop.recorded.add(GOOD, score, version=version, trainable=False)
+    tried: list[PolicyVersion] = []
+
+    def publish(version: PolicyVersion, withdraw: Decisions | None = None) -> None:
+        tried.append(version)
+        if len(tried) == 1:
+            loop.store.versions.set_serving("main", 2)
+            raise EngineError("it restarts")
+        assert withdraw is not None
+        asyncio.run(client.withdraw(loop.store, loop.engine.client, version, withdraw))
+        loop.stop.set()
+
+    loop.stop.clear()
+    loop.run(publish)
+    assert [v.number for v in tried] == [2, 2]
+    assert states(loop.store) == [(1, "retired"), (2, "serving")]

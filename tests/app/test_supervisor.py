@@ -154,6 +154,37 @@ def test_a_child_that_needs_a_person_is_paused_and_the_others_go_on(
     assert sum("stopped, the others go on" in r.getMessage() for r in caplog.records) == 2
 
 
+def test_one_that_ran_before_ends_nobody_when_it_cannot_start_again(tmp_path: Path) -> None:
+    """As a proxy's worker that crashes after the configuration was spoilt."""
+    spoilt = tmp_path / "spoilt"
+    code = f"""
+import os, sys, time
+if os.path.exists({str(spoilt)!r}):
+    print("nextstate: port is a text", file=sys.stderr)
+    sys.exit(2)
+{SLEEP}
+"""
+
+    async def run() -> None:
+        other = child_of(tmp_path, SLEEP, log_file=tmp_path / "other.log")
+        worker = child_of(tmp_path, code, retry_on_change=[spoilt])
+        keeper = Supervisor([other, worker], timing=FAST)
+        running = asyncio.create_task(keeper.run())
+        await until(lambda: "up" in text(worker.log_file) and "up" in text(other.log_file))
+        spoilt.touch()
+        assert worker.process is not None
+        os.kill(worker.process.pid, signal.SIGKILL)
+        await until(lambda: worker.state.startswith("stopped: port is a text") or running.done())
+        assert not running.done()
+        assert (other.starts, other.state) == (1, "up")
+        spoilt.unlink()
+        await until(lambda: text(worker.log_file).count("up") == 2)
+        keeper.stopping.set()
+        await running
+
+    asyncio.run(run())
+
+
 def test_a_paused_child_is_started_when_the_engine_restarts(tmp_path: Path) -> None:
     async def run() -> None:
         engine = child_of(tmp_path, SLEEP, log_file=tmp_path / "engine.log", was_ready=True)

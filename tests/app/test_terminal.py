@@ -186,6 +186,27 @@ def test_a_system_error_is_one_line_with_the_file_and_the_remedy(
     assert "'/some/file'; " + remedy in line
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["feedback", "caf\udce9", "--score", "1"],
+        ["feedback", "--session", "caf\udce9", "--score", "1"],
+        ["feedback", "turn_0", "--score", "1", "--hint", "caf\udce9"],
+        ["versions", "--lineage", "caf\udce9"],
+        ["versions", "0", "--lineage", "caf\udce9"],
+        ["rollback", "0", "--lineage", "caf\udce9"],
+        ["resume", "--lineage", "caf\udce9"],
+    ],
+)
+def test_an_argument_in_another_encoding_is_a_message(
+    config: Path, capsys: pytest.CaptureFixture[str], given: list[str]
+) -> None:
+    """ "café" in Latin-1, as Python passes it on where UTF-8 is expected."""
+    assert main([*given, "--config", str(config)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("nextstate: ")
+
+
 @pytest.mark.parametrize("given", ["-1", "9" * 30, "1e3", "", "٣"])
 def test_an_invalid_number_is_refused(
     config: Path, capsys: pytest.CaptureFixture[str], given: str

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -14,8 +16,8 @@ from nextstate.errors import ConfigError
 from nextstate.store import Store
 from proxy.config import ProxyConfig
 from proxy.intervals import Intervals
-from tests.engine.foreign_engines import ENGINES, STRICT, Foreign, relayed
-from tests.proxy.running_proxy import add_version, request, until
+from tests.engine.foreign_engines import ENGINES, STRICT, Foreign, relayed, serving
+from tests.proxy.running_proxy import add_version, request, running, until
 from tests.scripted_engine import MODEL, ScriptedEngine, compact, plain_reply, stream_chunks
 
 
@@ -191,6 +193,10 @@ def test_the_address_may_end_where_clients_end_it(store: Store, tmp_path: Path, 
         ("http://h/v2", "http://h/v2"),
         ("http://h/models", "http://h/models"),
         ("http://[::1]:8000/v1//", "http://[::1]:8000"),
+        ("http://h/v1/responses", "http://h"),
+        ("http://h/v1/messages/", "http://h"),
+        ("http://h/v1/chat", "http://h"),
+        ("http://h/v1/gateway", "http://h/v1/gateway"),
     ],
 )
 def test_an_address_may_have_small_mistakes(url: str, address: str) -> None:
@@ -199,11 +205,52 @@ def test_an_address_may_have_small_mistakes(url: str, address: str) -> None:
 
 @pytest.mark.parametrize(
     "url",
-    ["127.0.0.1:8000", "localhost:8000/v1", "ws://h", "http://", "http://h:x", "http://h?a=1"],
+    [
+        "127.0.0.1:8000",
+        "localhost:8000/v1",
+        "ws://h",
+        "http://",
+        "http://h:x",
+        "http://h?a=1",
+        "http:\\\\h",
+        "http://h\\v1",
+        f"http://{'a' * 64}.de",
+        "http://h..de",
+    ],
 )
 def test_an_invalid_address_says_what_to_write(url: str) -> None:
     with pytest.raises(ConfigError, match=r"\[engine\] url = .*http://HOST:PORT"):
         EngineConfig(url=url)
+
+
+@pytest.mark.parametrize("key", ["", "key"])
+def test_a_password_in_the_address_is_used_unless_there_is_a_key_and_is_not_logged(
+    store: Store, tmp_path: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    asked: set[str] = set()
+
+    class Locked(ScriptedEngine):
+        def app(self) -> web.Application:
+            @web.middleware
+            async def note(request: web.Request, handler: Any) -> web.StreamResponse:
+                asked.add(request.headers["Authorization"])
+                return await handler(request)
+
+            app = super().app()
+            app.middlewares.append(note)
+            return app
+
+    async def test() -> None:
+        async with serving(Locked()) as url:
+            url = url.replace("http://", "http://jo:pass-w\u00f6rd@")
+            async with running(url, store, tmp_path, engine_key=key) as p:
+                assert (await p.chat(request()))[0] == 200
+
+    asyncio.run(test())
+    assert asked == {"Bearer key" if key else "Basic am86cGFzcy13w7ZyZA=="}
+    assert "the engine serves" in caplog.text
+    assert "pass-w" not in caplog.text
 
 
 def test_the_proxys_address_is_one_that_clients_understand() -> None:

@@ -132,6 +132,17 @@ def test_a_version_that_a_person_chooses_while_it_is_withdrawn_stays(
     assert chain.versions.serving("main").number == chosen
 
 
+@pytest.mark.parametrize("chosen", [1, 2])
+def test_a_version_that_was_found_bad_before_a_person_chose_is_not_withdrawn(
+    chain: Store, chosen: int
+) -> None:
+    second, found = chain.versions.get("main", 2), chain.versions.decisions("main")
+    assert second is not None
+    chain.versions.set_serving("main", chosen)
+    asyncio.run(withdraw(chain, Engine().client, second, found))
+    assert chain.versions.serving("main").number == chosen
+
+
 def test_an_adapter_that_is_deleted_while_a_person_loads_it_does_not_serve(chain: Store) -> None:
     first = chain.versions.get("main", 1)
     assert first is not None

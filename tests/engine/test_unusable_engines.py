@@ -206,6 +206,71 @@ def engine_problems(file: Path, name: str = "engine") -> list[str]:
     return [check.problem for check in found if check.problem is not None]
 
 
+@pytest.mark.parametrize(
+    ("said", "expected"),
+    [
+        (b"SSH-2.0-OpenSSH_9.2\r\n", "does not speak HTTP"),
+        (b"-ERR unknown command 'GET'\r\n", "does not speak HTTP"),
+        (b"\x15\x03\x01\x00\x02\x02\x46", "does not speak HTTP; is it https://"),
+        (b"", "does not serve: Server disconnected"),
+        (b"HTTP/1.1 502 X\r\nContent-Length: 6\r\n\r\na\n\nb\nc", "does not serve: .*502"),
+        (b"HTTP/1.1 429 X\r\nContent-Length: 6\r\n\r\na\n\nb\nc", "does not serve: .*429: a b"),
+    ],
+)
+def test_whatever_answers_the_doctor_and_status_say_it_in_one_line(
+    store: Store, tmp_path: Path, said: bytes, expected: str
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(said)
+        writer.close()
+
+    async def test() -> None:
+        async with await asyncio.start_server(answer, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+            async with running(url, store, tmp_path, intervals=QUICK) as p:
+                watched = p.proxy.versions
+                await until(lambda: bool(watched.wrong or watched.trouble))
+                file = configured(tmp_path, url, port=int(p.url.rpartition(":")[2]))
+                [problem] = await asyncio.to_thread(lambda: engine_problems(file))
+                seen = (await status(Settings.read(file)))["engine"]
+            alone = (await status(Settings.read(file)))["engine"]
+        for line in (problem, seen):
+            assert re.search(expected, line)
+            assert "\n" not in line
+            assert len(line) < 200
+        assert alone.startswith("up" if b"429" in said else ("down: ", "unusable: "))
+
+    asyncio.run(test())
+
+
+def test_another_server_in_the_engines_place_is_noticed_and_logged_once(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+        writer.write(b"SSH-2.0-OpenSSH_9.2\r\n")
+        writer.close()
+
+    async def test() -> None:
+        often = Intervals(health_poll_s=0.01, down_poll_s=0.01, slowest_poll_s=0.01)
+        engine = ScriptedEngine()
+        async with relayed(engine, store, tmp_path, intervals=often, hold_s=5) as p:
+            watched = p.proxy.versions
+            await asyncio.wait_for(watched.wait_up(), 10)
+            assert engine.server is not None
+            port = engine.server.port
+            await engine.server.close()
+            async with await asyncio.start_server(answer, "127.0.0.1", port):
+                await until(lambda: watched.wrong is not None)
+                assert (await p.chat(request()))[0] == 503
+                assert "does not speak HTTP" in (watched.wrong or "")
+
+    asyncio.run(test())
+    lines = [r.getMessage() for r in caplog.records if r.name == "proxy.versions"]
+    assert len([line for line in lines if "does not speak HTTP" in line]) == 1
+
+
 def test_https_to_a_server_without_tls_says_so(tmp_path: Path) -> None:
     (tmp_path / "state").mkdir()
 

@@ -30,7 +30,7 @@ class FakeEngine:
         self._wanted = wanted
         self._failures = failures
 
-    def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
+    def __call__(self, version: PolicyVersion, withdraw: object = None) -> None:
         self.attempts += 1
         if self.attempts <= self._failures:
             raise EngineError("the engine is restarting")

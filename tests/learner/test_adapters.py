@@ -70,6 +70,15 @@ def test_a_failed_save_leaves_nothing(tmp_path, weights, monkeypatch):
     assert list(path.parent.iterdir()) == []
 
 
+def test_a_disk_without_room_for_a_folder_is_a_disk_error(tmp_path, weights, monkeypatch):
+    def full_disk(_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("learner.adapters.make_folder", full_disk)
+    with pytest.raises(DiskError, match=r"No space left.*make room"):
+        save_adapter(version_path(tmp_path, "main", 1), weights, CONFIG, "some/model", CARD)
+
+
 def test_an_unregistered_folder_of_a_killed_learner_is_replaced(tmp_path, weights):
     path = version_path(tmp_path, "main", 1)
     path.mkdir(parents=True)

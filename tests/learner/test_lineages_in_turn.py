@@ -45,7 +45,7 @@ class Service:
         self._store = store
         self._last = last
 
-    def __call__(self, version: PolicyVersion, withdraw: bool = False) -> None:
+    def __call__(self, version: PolicyVersion, withdraw: object = None) -> None:
         self._store.versions.serve_candidate(version)
         self.published.append((version.lineage, version.number))
         if self.published[-1] == self._last:
@@ -197,7 +197,7 @@ def test_a_rollback_and_a_rejection_of_one_lineage_change_nothing_for_the_other(
     monkeypatch.setattr(lineage, "objection", objection)
     service = Service(shared.store, (MAIN, 3))
 
-    def publish(version: PolicyVersion, withdraw: bool = False) -> None:
+    def publish(version: PolicyVersion, withdraw: object = None) -> None:
         service(version, withdraw)
         if (version.lineage, version.number) == (ALICE, 2):
             shared.store.versions.set_serving(ALICE, 0)
@@ -217,7 +217,7 @@ def test_a_lineage_is_trained_by_one_process_at_a_time(tmp_path: Path, model_pat
     refusals: list[str] = []
     service = Service(recorded.store, (MAIN, 1))
 
-    def publish(version: PolicyVersion, withdraw: bool = False) -> None:
+    def publish(version: PolicyVersion, withdraw: object = None) -> None:
         with pytest.raises(StartError) as refused:
             train(recorded, model_path, [ALICE, MAIN], (MAIN, 2))
         refusals.append(str(refused.value))

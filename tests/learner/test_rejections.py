@@ -5,7 +5,9 @@ import threading
 
 import pytest
 
+from learner.lineage import Lineage
 from learner.rejections import rejected_in_a_row
+from learner.trainer import PolicyTrainer
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.training_status import read_training_status
 from tests.learner.running_stage import FakeEngine, train
@@ -91,6 +93,32 @@ def test_a_running_learner_notices_that_a_person_resumes(recorded, model_path, m
     train(recorded, model_path, engine)
     assert looks == [{"ready": 48}] * 2
     assert engine.published == [4]
+
+
+def test_a_pause_that_ends_before_the_learner_looks_again_is_not_reported_for_ever(
+    recorded, model_path, monkeypatch
+):
+    """While another lineage trains, or between the last rejection and its report."""
+    reject_all(monkeypatch, 1, 2, 3)
+    recorded.add_mixed(16 * 3)
+    engine = FakeEngine(recorded.store, 1)
+    register, update = Lineage._register, PolicyTrainer.update
+
+    def resume_after(self, version, *given, **named):
+        register(self, version, *given, **named)
+        if version.number == 3:
+            recorded.store.versions.resume("main")
+
+    def said_when_it_trains(self, *given):
+        said.append(read_training_status(recorded.store.dir, ["main"]))
+        return update(self, *given)
+
+    said = []
+    monkeypatch.setattr(Lineage, "_register", resume_after)
+    monkeypatch.setattr(PolicyTrainer, "update", said_when_it_trains)
+    train(recorded, model_path, engine)
+    assert engine.published == [4]
+    assert said[3] == {}
 
 
 def test_another_version_put_into_service_ends_the_pause(recorded, model_path, monkeypatch):

@@ -363,7 +363,7 @@ def test_a_changed_candidate_is_rejected_and_training_goes_on_without_it(recorde
     engine = FakeEngine(recorded.store, 1)
     verified = []
 
-    def publish(version: PolicyVersion, withdraw: bool = False) -> None:
+    def publish(version: PolicyVersion, withdraw: object = None) -> None:
         if not verified:
             verified.append(version.number)
             damage(version)

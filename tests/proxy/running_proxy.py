@@ -60,9 +60,10 @@ async def running(
     worker: str | None = None,
     writer: WriterProcess | None = None,
     intervals: Intervals = INTERVALS,
+    engine_key: str = "engine-key",
     **config: Any,
 ) -> AsyncGenerator[Running]:
-    async with EngineClient(engine_url, MODEL, "engine-key") as engine:
+    async with EngineClient(engine_url, MODEL, engine_key) as engine:
         proxy = Proxy(
             ProxyConfig(**({"port": 0, "record_timeout_s": 10.0} | config)),
             store,
@@ -72,7 +73,7 @@ async def running(
             zero_adapter=tmp_path / "none",
             record=True,
             lineages=Lineages(MODEL, key, access or {}),
-            engine_key="engine-key",
+            engine_key=engine_key,
             worker=worker,
             intervals=intervals,
         )

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nextstate import wire
 from nextstate.wire import integer, read_json, write_json
 
 ODD = [
@@ -55,6 +56,34 @@ def test_any_value_survives(value: Any) -> None:
 def test_what_pythons_parser_refuses_is_refused(data: bytes) -> None:
     with pytest.raises(ValueError, match=r"."):
         read_json(data)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"[" + b"NaN," * 300_000 + b"1]",
+        b"[" + b"12345678901234567890," * 300_000 + b"1]",
+        b'["\\ud800",' + b"1," * 300_000 + b"1]",
+        b"\xef\xbb\xbf[" + b"1," * 300_000 + b"1]",
+        ("[" + "1," * 300_000 + "1]").encode("utf-16"),
+    ],
+    ids=["NaN", "large numbers", "surrogate", "mark", "UTF-16"],
+)
+def test_many_values_that_only_pythons_parser_reads_are_refused(
+    data: bytes, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three megabytes of NaN took it two seconds, while nobody else was served."""
+    monkeypatch.setattr(wire.json, "loads", None)
+    with pytest.raises(ValueError, match=r"."):
+        read_json(data)
+
+
+def test_many_values_are_read_whatever_their_strings_hold() -> None:
+    ids = list(range(300_000))
+    said = {"prompt": ids, "user": "9" * 30, "text": '\\" \\\\' + "1,2," * 300_000}
+    assert read_json(json.dumps(said).encode()) == said
+    odd = {"text": "\ud800" + "1,2," * 300_000, "n": 1 << 70}
+    assert read_json(json.dumps(odd).encode()) == odd
 
 
 NUMBERS = [

@@ -193,6 +193,8 @@ def test_a_url_may_name_a_file_elsewhere_or_in_the_folder(tmp_path: Path) -> Non
 DAMAGES = {
     "no database": lambda data: b"this is my diary, not a database" * 200,  # pyright: ignore[reportUnknownLambdaType]
     "cut off": lambda data: data[: len(data) // 3 + 100],  # pyright: ignore
+    "cut in its last page": lambda data: data[:-100],  # pyright: ignore
+    "without its last page": lambda data: data[:-4096],  # pyright: ignore
     "holes": lambda data: data[:100] + bytes(8000) + data[8100:],  # pyright: ignore
 }
 
