@@ -314,8 +314,8 @@ def distribution_change(request: Json) -> str | None:
     choice = request.get("tool_choice")
     if choice is not None and choice not in ("auto", "none"):
         return "sampled under a grammar (forced tool call)"
-    tools = objects(request.get("tools"))
-    if choice != "none" and any(obj(tool.get("function")).get("strict") for tool in tools):
+    tools = objects(request.get("tools")) if choice != "none" else []
+    if any(obj(tool.get("function")).get("strict") for tool in tools):
         return "sampled under a grammar (strict tool)"
     if tools and request.get("parallel_tool_calls") is False:
         return "sampled under a grammar (parallel_tool_calls = false)"
