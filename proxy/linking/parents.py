@@ -89,8 +89,8 @@ def _candidates(
     keys = [reply.context_key for reply in link.replies if reply.context_key]
     for key in keys[:1]:
         yield sessions.with_context_key(key), None, False
-    of_chain = sessions.with_chain_key(link.chain_key)
-    if of_chain:
+    chains = dict.fromkeys(reply.chain_key for reply in link.replies)
+    if of_chain := next(filter(None, map(sessions.with_chain_key, chains)), None):
         for key in keys[1:]:
             yield sessions.with_context_key(key), None, False
         for key in keys:
