@@ -89,8 +89,10 @@ def _candidates(
     keys = [reply.context_key for reply in link.replies if reply.context_key]
     for key in keys[:1]:
         yield sessions.with_context_key(key), None, False
-    chains = dict.fromkeys(reply.chain_key for reply in link.replies)
-    if of_chain := next(filter(None, map(sessions.with_chain_key, chains)), None):
+    of_chain: list[Candidate] = []
+    for chain_key in dict.fromkeys(reply.chain_key for reply in link.replies):
+        of_chain = of_chain or sessions.with_chain_key(chain_key)
+    if of_chain:
         for key in keys[1:]:
             yield sessions.with_context_key(key), None, False
         for key in keys:
