@@ -156,11 +156,12 @@ def text_of(content: object) -> str:
 def attached(content: object, source: Source) -> Utterance | None:
     """The kinds of the parts of a message without words, such as `[image]`."""
     parts: Sequence[object] = cast(Sequence[object], content) if isinstance(content, list) else ()
-    kinds = [str(cast(Json, part).get("type")) for part in parts if isinstance(part, dict)]
+    found = [cast(Json, part) for part in parts if isinstance(part, dict)]
+    kinds = [str(part.get("type") or [*part]) for part in found]  # vLLM needs no type
     if not kinds or text_of(cast(object, content)).strip():
         return None
-    found = [name for kind in kinds for name in _ATTACHED if name in kind]
-    return Utterance(source, " ".join(f"[{name}]" for name in found)) if found else None
+    names = [name for kind in kinds for name in _ATTACHED if name in kind]
+    return Utterance(source, " ".join(f"[{name}]" for name in names)) if names else None
 
 
 def is_wordless(text: str) -> bool:

@@ -5,26 +5,28 @@ from __future__ import annotations
 import re
 
 _TAG = (
-    r"(?:[a-z]{1,16}[:_])?(?:ant)?(?:think|thinking|thoughts?|reasoning|scratchpad)"
-    r"(?:_content|_scratchpad)?"
+    r"(?:[a-z]{1,16}[:_])?(?:ant)?(?:think|thinking|thoughts?|reasoning|scratchpad|reflection|"
+    r"analysis|monologue)(?:[:_][a-z0-9_]{1,64})?"
 )
+_OF_THOUGHT = r"[_▁]of[_▁]th(?:ought|inking)[|｜]>"
 _CHANNEL = r"\|channel\|>\s{0,4}"
 _MARKS = re.compile(
     r"[<\[◁](?:"
-    rf"(?P<open>(?<=<)(?:{_TAG}(?:\s[^<>]{{0,200}})?>|\|think(?:ing)?\|>|\|begin_of_thought\|>|"
+    rf"(?P<open>(?<=<)(?:{_TAG}(?:\s[^<>]{{0,200}})?>|\|think(?:ing)?\|>|[|｜]begin{_OF_THOUGHT}|"
     rf"\|START_THINKING\|>|unused94>|\|channel>|{_CHANNEL}(?:analysis|commentary))|"
     r"(?<=\[)THINK\]|(?<=◁)think▷)|"
-    rf"(?P<close>(?<=<)(?:/{_TAG}\s{{0,4}}>|\|/think(?:ing)?\|>|\|end_of_thought\|>|"
+    rf"(?P<close>(?<=<)(?:/{_TAG}\s{{0,4}}>|\|/think(?:ing)?\|>|[|｜]end{_OF_THOUGHT}|"
     rf"\|END_THINKING\|>|unused95>|channel\|>|{_CHANNEL}final[^<>]{{0,100}}(?:<\|message\|>)?)|"
     r"(?<=\[)/THINK\]|(?<=◁)/think▷)|"
     r"(?P<frame>(?<=<)(?:\|start\|>\s{0,4}assistant|\|(?:message|end|return)\|>|/?final>|"
-    r"\|(?:begin|end)_of_solution\|>|\|(?:START|END)_RESPONSE\|>)))",
+    r"/?answer(?::[a-z]{1,16})?>|[|｜](?:begin|end)[_▁]of[_▁](?:solution|sentence)[|｜]>|"
+    r"｜assistant｜>|\|(?:START|END)_RESPONSE\|>)))",
     re.IGNORECASE,
 )
-"""What models write around thoughts: tags of several names, the marks of Mistral, Kimi, Cohere and
-Gemma, and the channels of gpt-oss. A frame around the answer is no text either. Every repetition
-has a bound. The first character stands alone, so that the search skips all other characters: ten
-times as fast."""
+"""What models write around thoughts: tags of several names, the marks of Mistral, Kimi, Cohere,
+Gemma and DeepSeek, and the channels of gpt-oss. A frame around the answer is no text either. Every
+repetition has a bound. The first character stands alone, so that the search skips all other
+characters: ten times as fast."""
 
 
 def without_thoughts(text: str) -> str:

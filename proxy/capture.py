@@ -282,9 +282,9 @@ class Capture:
         function, joined = obj(call.get("function")), known["function"]
         identity = call.get("id") or known["id"]
         name = function.get("name")
-        if (known["id"] or identity) != identity or (
-            name and (name == joined["name"] or joined["arguments"])
-        ):
+        begun = joined["name"] or joined["arguments"]
+        again = joined["arguments"] or not identity or str(name).startswith(joined["name"])
+        if (known["id"] or identity) != identity or (name and begun and again):
             # Some engines give every call the number 0, or repeat its name in every part. Clients
             # read two calls as one, or a name twice.
             self.error = f"the engine began the tool call {index} twice"
@@ -314,8 +314,8 @@ def distribution_change(request: Json) -> str | None:
     choice = request.get("tool_choice")
     if choice is not None and choice not in ("auto", "none"):
         return "sampled under a grammar (forced tool call)"
-    tools = objects(request.get("tools"))
-    if choice != "none" and any(obj(tool.get("function")).get("strict") for tool in tools):
+    tools = objects(request.get("tools")) if choice != "none" else []
+    if any(obj(tool.get("function")).get("strict") for tool in tools):
         return "sampled under a grammar (strict tool)"
     if tools and request.get("parallel_tool_calls") is False:
         return "sampled under a grammar (parallel_tool_calls = false)"

@@ -132,8 +132,9 @@ def database_file(url: str, folder: Path) -> Path:
     except ArgumentError:
         parsed = None
     if parsed is None or parsed.drivername != "sqlite" or parsed.host:
+        shown = url if parsed is None else str(parsed)  # without a password
         raise StoreError(
-            f"[store] url = {url!r}: only sqlite:///PATH is supported so far; "
+            f"[store] url = {shown!r}: only sqlite:///PATH is supported so far; "
             "empty the key to use [store] dir"
         )
     if parsed.query or parsed.database in (None, "", ":memory:"):

@@ -37,6 +37,9 @@ _ABOUT_FORM = re.compile(
     r"(?: calls?)?\. (?:You must|Please|Every|Make sure|Use)\b|"
     r"(?:error: )?(?:i )?(?:failed to|could not|couldn't|cannot|unable to) parse "
     r"(?:your |the |a )?(?:response|output|message|reply|(?:tool|function) calls?|json)\b|"
+    r"your (?:last |previous )?(?:answer|completion) (?:could|was|is|did) not (?:be )?(?:a |in )?"
+    r"(?:parsed|valid (?:json|xml|yaml)|(?:the )?(?:required|expected|correct) format)\b|"
+    r"the (?:answer|response|output)(?: you gave)? (?:is|was) not valid (?:json|xml|yaml)\b|"
     r"previous response had (?:\w{1,20} )?(?:errors|warnings|issues)\b|"
     r"\d{1,4} validation errors? (?:for|in|detected)\b|"
     r"(?:deine|ihre) (?:(?:letzte|vorherige) )?(?:antwort|ausgabe|nachricht) (?:konnte|ist|war) "
@@ -50,8 +53,26 @@ _ABOUT_FORM = re.compile(
     re.IGNORECASE,
 )
 """What harnesses say about a reply that they could not read."""
+_ASSESSED = re.compile(
+    r"(?:(?:score|reward|grade|rating)\s?[:=]\s?-?\d[\d./%]{0,12}\s{0,2}[-,;|]?\s{0,2}"
+    r"(?:feedback|reason(?:ing)?|comments?|explanation)\s?[:=]|"
+    r"reward\s?[:=]\s?-?[\d.]{1,12}\s{0,9}\Z|"
+    r"your (?:submission|solution|code|program|patch) (?:failed|passed) \d{1,6} ?"
+    r"(?:of|out of|/) ?\d)",
+    re.IGNORECASE,
+)
+"""How a program rates a reply."""
 _REPORT = re.compile(
     r"(?:#{1,4} |\*\*)?(?:"
+    r"(?:schema )?(?:validation|schema|pars(?:e|ing)|json|api|https?|network|connection|timeout|"
+    r"server|syntax|runtime|type|value|key|attribute|import|assertion)[ _-]?"
+    r"(?:errors?|failures?|exceptions?|failed)\b[^\n]{0,80}:|"
+    r"(?:event|webhook|alert|notification|trigger)"
+    r"(?: (?:received|event|fired|triggered|type|name|payload)){0,2} ?:|(?:in|out) ?\[\d{1,6}\]: |"
+    r"\d{1,6} ?(?:of|out of|/) ?\d{1,6} (?:\w{1,20} )?(?:tests?|test cases|checks) "
+    r"(?:passed|failed)\b|"
+    r"(?:wrong answer|(?:time|memory|output) limit exceeded) on (?:test|case)\b|"
+    r"(?:错误|报错|异常|エラー)[:：] ?[a-z_./]{3}|"
     r"(?:tool|function|command|code|execution|shell|terminal|bash|python|action|script|test)"
     r"[ _-]?(?:call )?(?:result|output|response|error|execution)s?\b"
     r"(?:[^\n]{0,80}?:|(?=\**(?: \([^)\n]{1,80}\))?\n))|"
@@ -92,6 +113,8 @@ _AUTOMATED = re.compile(
     r"(?:context|tokens?|steps|turns|iterations|tool calls)\b|"
     r"(?:\[[^\]\n]{1,40}\] )?scheduled (?:task|job) (?:fired|triggered|started)\b|"
     r"system (?:message|notification|reminder|note)\s*:|"
+    r"(?:please )?(?:remember|don't forget) to (?:update|use|maintain|check) (?:(?:your|the) "
+    r"(?:to-?do|task)[ -]?list|your (?:plan|progress|memory|scratchpad))\b[^\n]{0,60}\Z|"
     r"(?:dies(?:e nachricht)?|das) ist eine (?:automatische|automatisierte|system-?)\s?"
     r"(?:nachricht|meldung|erinnerung|benachrichtigung)\b|"
     r"(?:automatische (?:nachricht|meldung|erinnerung)|system(?:nachricht|meldung|hinweis))\s?:|"
@@ -150,7 +173,7 @@ def source_of(text: str) -> Source | None:
     >>> source_of("no, shorter please"), source_of('{"exit_code": 1}')
     (<Source.USER: 'user'>, <Source.ENVIRONMENT: 'environment'>)
     """
-    if any(form.match(text) for form in (_RESULT_LINE, _RESULT_TAG, _ABOUT_FORM)):
+    if any(form.match(text) for form in (_RESULT_LINE, _RESULT_TAG, _ABOUT_FORM, _ASSESSED)):
         return Source.ENVIRONMENT
     if is_json(text) or is_tagged(text):
         return Source.ENVIRONMENT

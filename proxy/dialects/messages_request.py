@@ -172,6 +172,9 @@ def _results(block: Json) -> list[Json]:
     if not isinstance(content, str):
         texts = [text_of(item.get("text")) for item in items if item.get("type") == "text"]
         content = "\n".join(texts)
+        images = [part for part in map(_part, items) if part and part["type"] == "image_url"]
+        if images:  # only in the record: vLLM shows them to the model in the next message
+            content = [{"type": "text", "text": content}, *images]
     result = {"role": "tool", "tool_call_id": text_of(block.get("tool_use_id"))}
     names = [
         item.get("tool_name") or item.get("name")

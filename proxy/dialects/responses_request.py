@@ -266,15 +266,18 @@ class _Reader:
         return texts[0] if texts else ""
 
     def content(self, content: object) -> str | list[Json]:
-        """The content of a user, developer or tool, as text or as text parts."""
+        """A message's content: text, or parts, of which those without text stay as they are."""
         if isinstance(content, str):
             return content
         parts = objects(content)
-        fine = bool(parts) and parts == content
+        fine = parts == content
         for part in parts:
             fine = fine and part.get("type") == "input_text" and _is_text(part.get("text"))
         self.allow(fine, "has a message that is not text alone")
-        return [{"type": "text", "text": p["text"]} for p in parts if _is_text(p.get("text"))]
+        return [
+            {"type": "text", "text": part["text"]} if _is_text(part.get("text")) else part
+            for part in parts
+        ]
 
 
 def _is_text(value: object) -> bool:

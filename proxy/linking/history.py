@@ -19,7 +19,7 @@ from nextstate.hooks import AgentProfile, Utterance, attached, text_of
 from nextstate.records import TRUST, Json, NextState, Source
 from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
-from proxy.linking.meaning import Meaning, key_of, meaning_of
+from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of
 
 KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
 """A context key is a key of the words, then one of the system's messages, then one of the exact
@@ -163,6 +163,8 @@ class Reply(NamedTuple):
     start: int
     key: bytes | None
     """None if it is empty, as many are."""
+    chain_key: bytes
+    """Of all assistant messages in the request."""
     context_key: bytes | None
     """Of all replies and of what was said before this one; None if nothing was said."""
     hashes: tuple[bytes, ...]
@@ -172,8 +174,6 @@ class Reply(NamedTuple):
 class Link(NamedTuple):
     """How a request finds the turn that it continues."""
 
-    chain_key: bytes
-    """Of all assistant messages in the request."""
     replies: tuple[Reply, ...]
     """The likeliest first: an agent may have split the reply into several messages."""
     rare: bool
@@ -194,8 +194,8 @@ def read_history(
 def keys_of(history: History, reply: Meaning, scope: Scope) -> Keys:
     """The keys of the turn that answers `history` with `reply`."""
     prefix = scope.prefix
-    own = key_of([reply], prefix)
-    chain = key_of([*history.replies, reply], prefix) if history.replies else own
+    own = key_of([reply], prefix, 1)
+    chain = key_of([*history.replies, reply], prefix, 1) if history.replies else own
     return Keys(chain, own, history.context.key(chain))
 
 
@@ -204,15 +204,15 @@ def link_of(history: History, scope: Scope) -> Link | None:
     chain = history.replies
     if not chain:
         return None
-    prefix = scope.prefix
-    chain_key = key_of(chain, prefix)
+    prefix, texts = scope.prefix, digest_of_texts(chain)
     replies: list[Reply] = []
     for parts, (start, before) in enumerate(zip(history.starts, history.contexts, strict=True), 1):
         parts_of_reply = chain[-parts:]
         is_empty = not any(part.size for part in parts_of_reply)
-        key = None if is_empty else key_of(parts_of_reply, prefix)
-        replies.append(Reply(start, key, before.key(chain_key), before.hashes))
-    return Link(chain_key, tuple(replies), chain[-1].size >= _RARE_BYTES)
+        key = None if is_empty else key_of(parts_of_reply, prefix, parts)
+        chain_key = key_of(chain, prefix, parts, texts)
+        replies.append(Reply(start, key, chain_key, before.key(chain_key), before.hashes))
+    return Link(tuple(replies), chain[-1].size >= _RARE_BYTES)
 
 
 def place_of(scope: Scope, kind: str, parent: str | None, history: History) -> bytes | None:

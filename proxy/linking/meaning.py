@@ -22,6 +22,7 @@ _NOTHING = ("", "null", "{}", "[]")
 """Ways to write that a call has no arguments."""
 _NUMBER = "\0"
 """Stands before the spelling of a number, so that no text equals it."""
+_CALL_BYTES = 16
 _LONGEST_NUMBER = 400
 _LONGEST_JSON = 1 << 20
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")
@@ -45,19 +46,33 @@ def meaning_of(message: Json) -> Meaning:
     called = [call.get("function") or call.get("custom") for call in given]
     called.append(message.get("function_call"))
     calls = [_call(function) for found in called if (function := obj(found))]
-    digests = b"".join(hashlib.blake2b(call, digest_size=16).digest() for call in calls)
+    digests = b"".join(hashlib.blake2b(call, digest_size=_CALL_BYTES).digest() for call in calls)
     return Meaning(text, digests, len(text) + sum(map(len, calls)))
 
 
-def key_of(replies: Sequence[Meaning], scope: bytes = b"") -> bytes:
+def key_of(
+    replies: Sequence[Meaning], scope: bytes = b"", parts: int = 0, texts: bytes | None = None
+) -> bytes:
     """A 16-byte key of replies that follow each other; it is the same if they are split anew.
 
-    An empty message between others adds nothing. At the end it counts as a reply. Keys of different
-    scopes are different.
+    The last `parts` are one reply: the order of its calls does not count, because an agent that
+    runs them at the same time may send them back as they ended. An empty message between others
+    adds nothing. At the end it counts as a reply. Keys of different scopes are different. `texts`
+    is the `digest_of_texts` of the replies, if it is known.
     """
-    calls = b"".join([reply.calls for reply in replies])
+    first = len(replies) - parts
+    together = b"".join([reply.calls for reply in replies[first:]])
+    starts = range(0, len(together), _CALL_BYTES)
+    ordered = sorted([together[at : at + _CALL_BYTES] for at in starts])
+    calls = b"".join([*(reply.calls for reply in replies[:first]), *ordered])
     head = b"%b%d %d %b" % (scope, replies[-1].size == 0, len(calls), calls)
-    digest = hashlib.blake2b(head, digest_size=16)
+    said = digest_of_texts(replies) if texts is None else texts
+    return hashlib.blake2b(head + said, digest_size=16).digest()
+
+
+def digest_of_texts(replies: Sequence[Meaning]) -> bytes:
+    """A 16-byte digest of all texts together."""
+    digest = hashlib.blake2b(digest_size=16)
     for reply in replies:
         digest.update(reply.text)
     return digest.digest()

@@ -89,7 +89,9 @@ def _candidates(
     keys = [reply.context_key for reply in link.replies if reply.context_key]
     for key in keys[:1]:
         yield sessions.with_context_key(key), None, False
-    of_chain = sessions.with_chain_key(link.chain_key)
+    of_chain: list[Candidate] = []
+    for chain_key in dict.fromkeys(reply.chain_key for reply in link.replies):
+        of_chain = of_chain or sessions.with_chain_key(chain_key)
     if of_chain:
         for key in keys[1:]:
             yield sessions.with_context_key(key), None, False

@@ -375,6 +375,7 @@ def test_words_in_bare_parts_are_heard(parts: list[Any]) -> None:
         ([{"type": "input_audio", "input_audio": {}}], "[audio]"),
         ([{"type": "file", "file": {}}, IMAGE], "[file] [image]"),
         ([{"type": "text", "text": " "}, IMAGE], "[image]"),
+        ([{"image_url": "data:image/png;base64,AAAA"}], "[image]"),
     ],
 )
 def test_a_picture_alone_says_that_the_user_went_on_and_nothing_else(

@@ -52,6 +52,9 @@ RESULTS = [result(0), result(1), result(2)]
         [*ONE_EACH, *RESULTS],
         [assistant("I look"), assistant(" at both."), assistant(None, *BACK), *RESULTS],
         [assistant("Both.</think>I look at both.", *BACK), *RESULTS],
+        [assistant("I look at both.", *BACK[::-1]), *RESULTS],
+        [assistant("I look at both.", BACK[1], BACK[0], BACK[2]), *RESULTS],
+        [assistant("I look at both.", BACK[2]), assistant(None, *BACK[:2]), *RESULTS],
     ],
 )
 @pytest.mark.parametrize("name", [None, "chat"])
@@ -71,6 +74,34 @@ def test_a_reply_cut_into_messages_is_one_turn_and_all_results_follow_it(
         assert found.states("two") == ["Thanks."]
         assert found.sessions["one"] == found.sessions["three"]
         assert not any(found.states(f"x{n}") for n in range(crowd))
+
+
+def test_the_same_calls_in_another_order_in_two_conversations_are_two() -> None:
+    steps: list[Step] = []
+    for name, calls in (("a", CALLS), ("b", CALLS[::-1])):
+        begun = [GO[0], user(f"Look at both files of {name}.")]
+        steps.append(asked(name, begun, assistant("", *calls)))
+        sent_back = assistant("", *calls[::-1])
+        steps.append(asked(f"{name}2", [*begun, sent_back, *RESULTS], assistant("Fine.")))
+    with recorded([steps], Random(0)) as found:
+        assert (found.parents["a2"], found.parents["b2"]) == ("a", "b")
+        assert found.sessions["a"] != found.sessions["b"]
+
+
+def test_agents_that_do_the_same_in_another_order_stay_apart() -> None:
+    """A task that is tried several times at once, whose tools always answer the same."""
+    orders = {"a": "xyz", "b": "yxz", "c": "zyx", "d": "xzy"}
+    histories = {name: [*GO] for name in orders}
+    steps: list[Step] = []
+    for n in range(3):
+        for name, order in orders.items():
+            reply = assistant("", (order[n], "{}"))
+            steps.append(asked(f"{name}{n}", list(histories[name]), reply))
+            histories[name] += [reply, {"role": "tool", "tool_call_id": "c", "content": "ok"}]
+    steps += [asked(f"{name}3", histories[name], assistant("Done.")) for name in orders]
+    with recorded([steps], Random(0)) as found:
+        for name in orders:
+            assert found.parents[f"{name}3"] == f"{name}2"
 
 
 def test_turns_of_a_loop_with_one_call_each_stay_turns() -> None:

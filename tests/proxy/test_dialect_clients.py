@@ -116,6 +116,67 @@ def test_the_next_request_shows_the_result_of_the_reply(
         ]
 
 
+RESPONSES_CALL = {"type": "function_call", "call_id": "c", "name": "look", "arguments": "{}"}
+MESSAGES_CALL = {"type": "tool_use", "id": "c", "name": "look", "input": {}}
+MESSAGES_IMAGE = {"type": "image", "source": {"type": "base64", "data": "AAAA"}}
+
+
+def given_back(*content: Json) -> Json:
+    """The Messages block of a tool's result."""
+    return {"type": "tool_result", "tool_use_id": "c", "content": [*content]}
+
+
+def put_out(*parts: Json) -> Json:
+    """The Responses item of a tool's result."""
+    return {"type": "function_call_output", "call_id": "c", "output": [*parts]}
+
+
+@pytest.mark.parametrize(
+    ("path", "after", "text"),
+    [
+        ("/v1/messages", {"role": "user", "content": [MESSAGES_IMAGE]}, "[image]"),
+        ("/v1/messages", {"role": "user", "content": [given_back(MESSAGES_IMAGE)]}, "[image]"),
+        (
+            "/v1/messages",
+            {
+                "role": "user",
+                "content": [given_back({"type": "text", "text": "a"}, MESSAGES_IMAGE)],
+            },
+            "a",
+        ),
+        ("/v1/responses", {"role": "user", "content": [{"type": "input_image"}]}, "[image]"),
+        ("/v1/responses", {"role": "user", "content": [{"type": "input_file"}]}, "[file]"),
+        ("/v1/responses", put_out({"type": "input_image", "image_url": "data:"}), "[image]"),
+        (
+            "/v1/responses",
+            put_out({"type": "input_text", "text": "a"}, {"type": "input_image"}),
+            "a",
+        ),
+    ],
+)
+def test_a_picture_is_what_followed_a_call(store: Store, path: str, after: Json, text: str) -> None:
+    name = "messages" if path == "/v1/messages" else "input"
+    made = (
+        {"role": "assistant", "content": [MESSAGES_CALL]} if name == "messages" else RESPONSES_CALL
+    )
+    talk = [{"role": "user", "content": "How does it look?"}, made, after]
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    for turn, sent in (("first", talk[:1]), ("second", talk)):
+        body: Json = {"model": "m", "max_tokens": 9, name: sent}
+        request: Json = {"path": path, "headers": {}, "body": body}
+        recorded(store, turn, request, {"role": "assistant", "content": None, "tool_calls": [call]})
+    assert [state.text for state in store.turns.next_states("first")] == [text]
+
+
+def test_a_tool_that_says_nothing_is_shown_to_the_model() -> None:
+    items: list[Json] = [{"role": "user", "content": "Look."}, RESPONSES_CALL, put_out()]
+    chat, native = chat_form(
+        {"path": "/v1/responses", "body": {"model": "m", "input": items}}, KNOWN
+    )
+    assert native is None
+    assert chat["messages"][-1]["content"] == []
+
+
 def recorded(store: Store, turn: str, sent: Json, reply: Json) -> Turn:
     """The turn of a request that the agent sent, after which it got `reply`."""
     capture = Capture()

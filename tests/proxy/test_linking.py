@@ -94,7 +94,7 @@ def test_what_users_write_does_not_change_the_chain() -> None:
     plain = [user("a"), replies[0], user("b"), replies[1], user("c")]
     stamped = [user("[Sun] a"), user("carrier"), replies[0], replies[1], user("other")]
     links = [link_of(read_history(messages, PROFILE), SCOPE) for messages in (plain, stamped)]
-    keys = {link and (link.chain_key, link.replies[0].key) for link in links}
+    keys = {link and link.replies[0][1:3] for link in links}
     assert len(keys) == 1
     assert None not in keys
 
@@ -107,11 +107,15 @@ def test_a_request_that_continues_a_turn_looks_for_the_turns_own_keys(texts: lis
     next_request = read_history([*asked, reply, user("next")], PROFILE)
     link = link_of(next_request, SCOPE)
     assert link is not None
-    assert (link.chain_key, link.replies[0].key, link.replies[0].context_key) == keys
+    assert (link.replies[0].chain_key, link.replies[0].key, link.replies[0].context_key) == keys
     for other in (Scope("other", None), Scope("main", "chat")):
         elsewhere = link_of(next_request, other)
         assert elsewhere is not None
-        found = (elsewhere.chain_key, elsewhere.replies[0].key, elsewhere.replies[0].context_key)
+        found = (
+            elsewhere.replies[0].chain_key,
+            elsewhere.replies[0].key,
+            elsewhere.replies[0].context_key,
+        )
         assert not {*found} & {*keys}
 
 
@@ -262,7 +266,7 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_
             recording.add_turn(turn, key, key)
             rows = recording.sessions.with_chain_key(key)
     oldest = rows[-1]
-    link = Link(key, (Reply(1, key, None, tuple(oldest.message_hashes)),), False)
+    link = Link((Reply(1, key, key, None, tuple(oldest.message_hashes)),), False)
     for is_continued in (False, True):
         with store.recording() as recording:
             parent = find_parent(recording.sessions, link, SCOPE).parent

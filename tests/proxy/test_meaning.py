@@ -111,6 +111,13 @@ THOUGHT = "The person asks: 2 < 3? I add.\n\n"
         f"<think>{THOUGHT}</think><final>Yes.</final>",
         f"<|begin_of_thought|>{THOUGHT}<|end_of_thought|>\n<|begin_of_solution|>Yes."
         "<|end_of_solution|>",
+        f"<reflection>{THOUGHT}</reflection>\n<answer>Yes.</answer>",
+        f"<analysis>{THOUGHT}</analysis>Yes.",
+        f"<inner_monologue>{THOUGHT}</inner_monologue>Yes.",
+        f"<think_fast>{THOUGHT}</think_fast>Yes.",
+        f"<think:opsx>{THOUGHT}</think:opsx>\n<answer:opsx>Yes.</answer:opsx>",
+        f"<｜begin▁of▁thinking｜>{THOUGHT}<｜end▁of▁thinking｜>Yes.<｜end▁of▁sentence｜>",
+        f"<｜Assistant｜><think>{THOUGHT}</think>Yes.",
         f"<think>{THOUGHT}<think>more</think>{THOUGHT}</think>Yes.",
         f"<think>{THOUGHT}</think>Y<think>{THOUGHT}</think>es.",
         f"Yes.<think>{THOUGHT}",

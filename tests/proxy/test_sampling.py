@@ -119,6 +119,13 @@ def test_what_the_learner_can_rebuild_trains(name: str) -> None:
     assert Sampling.read(told) != PLAIN
 
 
+def test_without_a_choice_of_tools_no_grammar_holds() -> None:
+    tools = [{"type": "function", "function": {"name": "a", "strict": True}}]
+    none = {"tools": tools, "tool_choice": "none", "parallel_tool_calls": False}
+    assert distribution_change(none) is None
+    assert "grammar" in (distribution_change({**none, "tool_choice": "auto"}) or "")
+
+
 @pytest.mark.parametrize(
     "asked", [{"temperature": "hot"}, {"logit_bias": {"a": 1}}, {"top_p": float("nan")}]
 )

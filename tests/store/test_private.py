@@ -184,6 +184,13 @@ def test_a_url_that_names_no_file_names_the_key(tmp_path: Path, url: str) -> Non
     assert not list(tmp_path.iterdir())
 
 
+def test_the_password_in_a_refused_url_is_not_shown(tmp_path: Path) -> None:
+    url = "postgresql://ada:hunter2@db.example/store"
+    with pytest.raises(StoreError, match="only sqlite") as refused:
+        Store(StoreConfig(dir=str(tmp_path), url=url))
+    assert "hunter2" not in str(refused.value)
+
+
 def test_a_url_may_name_a_file_elsewhere_or_in_the_folder(tmp_path: Path) -> None:
     for url, place in (("my%20own.db", "state/my own.db"), (f"/{tmp_path}/x y", "x y")):
         Store(StoreConfig(dir=str(tmp_path / "state"), url=f"sqlite:///{url}")).close()

@@ -5,8 +5,11 @@ from __future__ import annotations
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import orjson
+
+from nextstate.records import Json
 from plugins.agents.envelopes import openclaw
 from plugins.agents.envelopes.cline import words_in_result
 from plugins.agents.envelopes.shape import Agent
@@ -14,6 +17,7 @@ from plugins.agents.envelopes.shape import Agent
 _FILES, _FILES_END = "--- Content from referenced files ---", "--- End of content ---"
 _GO_ON = ("Please continue.", "Continue from where you left off.")
 _RAG = "### Task:\nRespond to the user query using the provided context"
+_AGENT_ZERO = frozenset(("user_message", "user_intervention", "system_message", "attachments"))
 _HISTORY = ("<chat_history>", "### Chat History", "<prompt>")
 
 
@@ -53,6 +57,27 @@ def question_with_context(text: str) -> str | None:
     return question
 
 
+def words_in_json(text: str) -> str | None:
+    """A person's words in the JSON object that Letta or Agent Zero makes of them.
+
+    >>> words_in_json('{"type": "user_message", "message": "no, shorter", "time": "8:01"}')
+    'no, shorter'
+    """
+    if text[:1] != "{":
+        return None
+    try:
+        told = cast(Json, orjson.loads(text))
+    except orjson.JSONDecodeError:
+        return None
+    if told.get("type") == "user_message":
+        words = told.get("message")
+    elif told.keys() <= _AGENT_ZERO:
+        words = told.get("user_message") or told.get("user_intervention")
+    else:
+        return None
+    return words.strip() or None if isinstance(words, str) else None
+
+
 _CODE: Mapping[str, Mapping[str, Any]] = {
     "openclaw": {
         "is_side": openclaw.is_housekeeping,
@@ -62,6 +87,7 @@ _CODE: Mapping[str, Mapping[str, Any]] = {
     "claude_code": {"read_own": without_going_on},
     "qwen_code": {"read_own": without_going_on},
     "gemini_cli": {"read_own": without_going_on},
+    "letta": {"read_shared": words_in_json},
     "cline": {"read_shared": words_in_result},
     "open_webui": {"is_side": is_open_webui_task, "read_shared": question_with_context},
 }
