@@ -13,7 +13,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, NamedTuple
 
 from nextstate.errors import RecordError
 from nextstate.sampling import PLAIN, Sampling
@@ -81,9 +81,8 @@ class VersionState(StrEnum):
     REJECTED = "rejected"
 
 
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Wall-clock facts about one turn."""
+class Timings(NamedTuple):
+    """Wall-clock facts about one turn. A tuple, because it is pickled with each turn."""
 
     started_at: float
     """Unix time in seconds when the request arrived."""

@@ -91,7 +91,7 @@ NAMES = tuple(field.name for field in fields(Sampling))
 
 
 def _given(told: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: told[name] for name in NAMES if told.get(name) is not None}
+    return {n: value for n, value in told.items() if n in _READERS and value is not None}
 
 
 def _number(value: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from array import array
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard, cast
 
@@ -35,12 +36,15 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 values that change nothing. `min_tokens` and `bad_words` mask what the engine's own tokenizer says.
 The learner rebuilds what `nextstate.sampling.Sampling` holds.
 """
-
+_LIMITS = ("seed", "max_tokens", "max_completion_tokens", "stop")
+_SETTINGS = frozenset((*NAMES, *_NEUTRAL, *_LIMITS))
+"""The fields of a request that are kept with its turn's tokens."""
 
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
 """(deltas, logprobs, token ids without brackets) of content chunks, each as JSON, with commas
 between them."""
 _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
+_TEXT, _TEXT_END = b'{"content":"', b'"}'
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
 _UNKNOWN_LOGPROB = -9999.0
@@ -129,23 +133,21 @@ class Capture:
                     for entry in objects(found.get("content"))
                 ]
             self.logprobs.extend(map(float, numbers))
-            self._deltas(orjson.loads(b"[" + deltas + b"]"))
+            self._deltas(deltas)
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {safe_text(error)}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
 
-    def _deltas(self, deltas: list[Any]) -> None:
-        try:  # nearly all hold a text and nothing else
-            texts = [delta["content"] for delta in deltas if len(delta) == 1]
-            text = "".join(texts)
-        except (TypeError, KeyError):
-            texts, text = [], ""
-        if len(texts) == len(deltas):
-            self.content.append(text)
-            return
-        for delta in objects(deltas):
+    def _deltas(self, deltas: bytes) -> None:
+        if deltas.startswith(_TEXT) and deltas.endswith(_TEXT_END):
+            # Nearly all hold a text and nothing else. Any other one leaves a bare quote here.
+            texts = deltas[len(_TEXT) : -len(_TEXT_END)].replace(_TEXT_END + b"," + _TEXT, b"")
+            with suppress(orjson.JSONDecodeError):
+                self.content.append(orjson.loads(b'"' + texts + b'"'))
+                return
+        for delta in objects(orjson.loads(b"[" + deltas + b"]")):
             self._delta(delta)
 
     def _choices(self, data: Json, said: str) -> None:
@@ -303,9 +305,8 @@ def _is_count(value: object) -> TypeGuard[int]:
 
 def distribution_change(request: Json) -> str | None:
     """Why the learner cannot rebuild the distribution that was sampled, or None."""
-    for name, neutral in _NEUTRAL.items():
-        value = request.get(name)
-        if value is not None and value not in neutral:
+    for name, value in request.items():
+        if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
             return f"sampled with {name} = {str(value)[:60]}, which cannot be rebuilt for training"
     try:
         Sampling.read(request)
@@ -324,7 +325,6 @@ def distribution_change(request: Json) -> str | None:
 
 def sampling_settings(request: Json, defaults: Json) -> Json:
     """The sampling fields that the client sent, and those of the engine's `defaults` that held."""
-    names = (*NAMES, *_NEUTRAL, "seed", "max_tokens", "max_completion_tokens", "stop")
-    sent = {name: request[name] for name in names if request.get(name) is not None}
+    sent = {n: value for n, value in request.items() if n in _SETTINGS and value is not None}
     held = {name: value for name, value in defaults.items() if name not in sent}
     return {**sent, DEFAULTS: held} if held else sent
