@@ -125,14 +125,14 @@ class Capture:
         deltas, logprobs, ids = piece
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
-            numbers = _LOGPROB.findall(logprobs)
+            numbers = orjson.loads(b"[" + b",".join(_LOGPROB.findall(logprobs)) + b"]")
             if len(numbers) != len(token_ids):  # the client asked for alternatives too
                 numbers = [
-                    entry["logprob"]
+                    float(entry["logprob"])
                     for found in objects(orjson.loads(b"[" + logprobs + b"]"))
                     for entry in objects(found.get("content"))
                 ]
-            self.logprobs.extend(map(float, numbers))
+            self.logprobs.extend(numbers)
             self._deltas(deltas)
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {safe_text(error)}"

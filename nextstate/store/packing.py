@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Sequence
 from typing import Any
 
-from nextstate.store.texts import Texts, compress, decompress, hashes
+from nextstate.store.texts import Texts, compress, compress_numbers, decompress, hashes
 from nextstate.wire import write_json
 
 _SHORTEST_RUN, _LONGEST_RUN = 128, 2048
@@ -71,7 +71,7 @@ def pack_floats(values: Sequence[float] | None) -> bytes | None:
         return None
     exact, short = array("d", values), array("f", values)
     kept = short if array("d", short) == exact else exact
-    return compress(kept.typecode.encode() + kept.tobytes())
+    return compress_numbers(kept.typecode.encode() + kept.tobytes())
 
 
 def unpack_floats(packed: bytes | None) -> tuple[float, ...] | None:

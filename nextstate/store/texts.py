@@ -196,10 +196,16 @@ class _Zstd(threading.local):
 
     def __init__(self) -> None:
         self.compressor = zstandard.ZstdCompressor(level=3)
+        self.quick_compressor = zstandard.ZstdCompressor(level=-1)
         self.decompressor = zstandard.ZstdDecompressor()
 
 
 _zstd = _Zstd()
+
+
+def compress_numbers(packed: bytes) -> bytes:
+    """What `compress` returns, with less effort: numbers seldom repeat."""
+    return _zstd.quick_compressor.compress(packed)
 
 
 def compress(text: bytes, base: bytes | None = None) -> bytes:
