@@ -69,8 +69,8 @@ def pack_floats(values: Sequence[float] | None) -> bytes | None:
     """Exactly the numbers that the engine returned: in 32 bits each where they fit."""
     if values is None:
         return None
-    exact, short = array("d", values), array("f", values)
-    kept = short if array("d", short) == exact else exact
+    short = array("f", values)
+    kept = short if short.tolist() == list(values) else array("d", values)
     return compress_numbers(kept.typecode.encode() + kept.tobytes())
 
 
