@@ -143,7 +143,9 @@ class Recorder:
         self._waiting_bytes += len(pickled)
         self.counts.waiting = len(self._waiting)
         self._idle.clear()
-        self._send()
+        if self._sent + 1 == len(self._waiting):
+            # Together with what else ends now: each send wakes the writer.
+            asyncio.get_running_loop().call_soon(self._send)
         return waiting
 
     async def run(self) -> None:
