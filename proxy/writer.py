@@ -42,6 +42,8 @@ LENGTH = struct.Struct("<I")
 _RECEIVE_BYTES = 1 << 20
 _MAX_BATCH = 256
 """Exchanges in one transaction. Their replies all wait for its commit."""
+_OBJECTS_BETWEEN_COLLECTIONS = 50_000
+"""For the garbage collector: exchanges hold many objects and no cycles."""
 
 
 class Answer(IntEnum):
@@ -164,6 +166,7 @@ def main() -> None:
     config, profile = pickle.load(sys.stdin.buffer)
     gc.collect()
     gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     with socket.socket(fileno=int(sys.argv[1])) as source:
         Writer(source, config, profile).run()
 
