@@ -328,6 +328,25 @@ def test_status_says_as_much_for_a_proxy_with_a_key(
     assert "the environment variable E is not set" in down["engine"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("record", [False, True])
+def test_status_counts_replies_that_went_out_without_a_record(
+    store: Store, tmp_path: Path, record: bool, stream: bool
+) -> None:
+    async def test() -> None:
+        async with relayed(ScriptedEngine(), store, tmp_path, record=record) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            port = int(p.url.rpartition(":")[2])
+            settings = Settings.read(configured(tmp_path, "http://h", port=port))
+            for _ in range(2):
+                assert (await p.chat(request(stream=stream)))[0] == 200
+            p.proxy.recorder.counts.lost = 3
+            off = {} if record else {"recording_off": 2}
+            assert (await status(settings))["unrecorded"] == {"lost": 3, **off}
+
+    asyncio.run(test())
+
+
 def test_up_ends_at_once_where_only_a_person_can_help(store: Store, tmp_path: Path) -> None:
     async def test() -> None:
         engine = Foreign(key="other")
