@@ -76,7 +76,7 @@ async def _ask_proxy(settings: Settings, path: str) -> tuple[int, bytes] | None:
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-            session.get(settings.proxy.url + path) as answer,
+            session.get(settings.proxy.url + path, allow_redirects=False) as answer,
         ):
             return answer.status, await answer.read()
     except (aiohttp.ClientError, TimeoutError, OSError):

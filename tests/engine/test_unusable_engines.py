@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from nextstate.app.doctor import checks
 from nextstate.app.settings import Settings
@@ -326,6 +327,28 @@ def test_status_says_as_much_for_a_proxy_with_a_key(
     down = asyncio.run(status(Settings.read(configured(tmp_path, "http://h", 'api_key_env = "E"'))))
     assert (down["proxy"], down["unrecorded"]) == ("down", {})
     assert "the environment variable E is not set" in down["engine"]
+
+
+def test_status_follows_no_redirect_of_what_stands_in_the_proxys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIENTS", "secret")
+    asked: list[str] = []
+
+    async def redirect(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response(status=307, headers={"Location": "/moved"})
+
+    async def test() -> str:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", redirect)
+        async with TestServer(app) as server:
+            file = configured(tmp_path, "http://h", port=server.port or 0)
+            file.write_text(file.read_text() + 'api_key_env = "CLIENTS"\n')
+            return (await status(Settings.read(file)))["proxy"]
+
+    assert asyncio.run(test()) == "answers 307"
+    assert set(asked) == {"/healthz", "/metrics"}
 
 
 @pytest.mark.parametrize("stream", [False, True])
