@@ -16,7 +16,7 @@ from nextstate.error_text import refusal, safe_text
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from plugins.judges.engine import completion_text, is_busy, used_tokens
+from plugins.judges.engine import completion_text, is_busy, redirected, used_tokens
 from plugins.judges.prompting import RESPONSE_FORMAT, question
 
 
@@ -63,8 +63,8 @@ class LitellmJudge:
         try:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
-            if (redirected := _redirect(error)) is not None:
-                raise JudgeError(f"litellm model {settings.model!r} failed: {redirected}") from None
+            if (why := _redirect(error)) is not None:
+                raise JudgeError(f"litellm model {settings.model!r} failed: {why}") from None
             kind = BusyError if _may_pass(error, openai) else JudgeError
             raise kind(f"litellm model {settings.model!r} failed: {_described(error)}") from error
         completion = answer.model_dump()
@@ -117,24 +117,17 @@ def _follow_no_redirect() -> None:
         response = send(client, request, **more | {"follow_redirects": False})
         if response.has_redirect_location:
             response.close()
-            raise _told(response.status_code)
+            raise _Redirected(redirected(response.status_code))
         return response
 
     async def once_async(client: Any, request: Any, **more: Any) -> Any:
         response = await send_async(client, request, **more | {"follow_redirects": False})
         if response.has_redirect_location:
             await response.aclose()
-            raise _told(response.status_code)
+            raise _Redirected(redirected(response.status_code))
         return response
 
     httpx.Client.send, httpx.AsyncClient.send = once, once_async
-
-
-def _told(status: int) -> _Redirected:
-    return _Redirected(
-        f"its server answered with a redirect ({status}), which is not followed: set [judge] "
-        "base_url to the address that it serves on"
-    )
 
 
 def _import_quietly() -> Any:
