@@ -33,6 +33,7 @@ from nextstate.errors import StartError
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.prometheus import metric_values
+from nextstate.store.sqlite import FILE, is_open
 
 log = logging.getLogger(__name__)
 
@@ -134,10 +135,10 @@ def write_settings(plan: Plan) -> Settings:
     if course.model == POLICY and not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
     state, file = plan.out / "state", plan.out / "nextstate.toml"
-    if not _is_demos(file):
-        for path in (file, *record_files(plan.out)):
-            if os.path.lexists(path):
-                raise _not_ours(path)
+    ours = _is_demos(file)
+    for path in (file, *record_files(plan.out)):
+        if path.is_symlink() or (not ours and path.exists()):
+            raise _not_ours(path)
     _forget(state)
     make_folder(state)
     (state / _MARK).touch()
@@ -179,10 +180,13 @@ def _forget(state: Path) -> None:
     """Deletes an earlier demo's state folder, unless it is in use."""
     if not os.path.lexists(state):
         return
-    if state.is_symlink() or not (state / _MARK).is_file():
+    mark = state / _MARK
+    if state.is_symlink() or mark.is_symlink() or not mark.is_file():
         raise _not_ours(state)
-    taken = f"{state} is in use"
-    with ProcessLock(state / "lock", taken, "end it, or name another folder with --out"):
+    taken, remedy = f"{state} is in use", "end it, or name another folder with --out"
+    with ProcessLock(state / "lock", taken, remedy):
+        if is_open(state / FILE):  # a stage that runs alone holds no lock
+            raise StartError(f"{taken} by a `nextstate` process: {remedy}")
         shutil.rmtree(state)
 
 

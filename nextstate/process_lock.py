@@ -20,6 +20,8 @@ class ProcessLock:
 
     def __enter__(self) -> None:
         """Raises StartError that names the other process."""
+        if self._path.is_symlink():
+            raise StartError(f"{self._path} is a link, and a lock is written to: remove it")
         self._file = self._path.open("a+")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

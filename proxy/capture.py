@@ -44,6 +44,8 @@ Piece: TypeAlias = tuple[bytes, bytes, bytes]
 """(deltas, logprobs, token ids without brackets) of content chunks, each as JSON, with commas
 between them."""
 _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
+_ALTERNATIVES = b'"top_logprobs":[{'
+"""Stands in log-probs if the client asked for alternatives: each of them has a log-prob too."""
 _TEXT, _TEXT_END = b'{"content":"', b'"}'
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
@@ -126,7 +128,7 @@ class Capture:
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
             numbers = orjson.loads(b"[" + b",".join(_LOGPROB.findall(logprobs)) + b"]")
-            if len(numbers) != len(token_ids):  # the client asked for alternatives too
+            if _ALTERNATIVES in logprobs or len(numbers) != len(token_ids):
                 numbers = [
                     float(entry["logprob"])
                     for found in objects(orjson.loads(b"[" + logprobs + b"]"))
@@ -168,7 +170,7 @@ class Capture:
     def whole(self, reply: Whole) -> None:
         """Adds a plain reply that was taken apart."""
         self.body(reply.rest)
-        self._unread.append((b"", reply.logprobs, reply.ids))
+        self._unread.append((b"", b'{"content":[' + reply.logprobs + b"]}", reply.ids))
         self._unread_prompt = reply.prompt_ids
 
     def message(self) -> Json:

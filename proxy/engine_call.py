@@ -46,7 +46,7 @@ _SENT_ON = frozenset(
 """The headers that vLLM reads, without those that the proxy sets itself and those with which one
 client could harm others: its priority, the rank that serves it, the key for the proxy."""
 _NOT_SENT_BACK = _HOP_BY_HOP | {
-    *("location", "content-location", "refresh"),  # the engine's own address
+    *("location", "content-location", "refresh", "link", "alt-svc"),  # the engine's own address
     *("access-control-allow-origin", "access-control-allow-credentials"),  # the proxy sets these
     "access-control-expose-headers",
 }
@@ -164,9 +164,9 @@ class EngineCall(Generic[_Form]):
             answer = await self._send()
             if answer.status == 200 and isinstance(plainer, Direct):
                 versions.engine_refuses_additions()
-        if 300 <= answer.status < 400 and "Location" in answer.headers:
+        if 300 <= answer.status < 400:  # no request of ours is conditional, so none gets a 304
             answer.close()
-            raise Refused(  # the client must not learn the address that the engine names
+            raise Refused(  # nor must the client learn the address that its body may name
                 502,
                 f"The engine answers {self.serving.path} with a redirect ({answer.status}), which "
                 "is not followed: [engine] url must be the address that it serves on.",

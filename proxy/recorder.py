@@ -79,7 +79,8 @@ class Recorder:
         self._profile = profile
         self._queue_size = queue_size
         self._timeout_s = timeout_s
-        self._enabled = enabled
+        self.enabled = enabled
+        """`[privacy] record`."""
         self._waiting: deque[_Waiting] = deque()
         """Oldest first: the order in which they are sent and answered."""
         self._waiting_bytes = 0
@@ -119,7 +120,7 @@ class Recorder:
         None if recording is off, or the exchange is lost: the queue is full, or it cannot be
         pickled.
         """
-        if not self._enabled:
+        if not self.enabled:
             return None
         if self._full():
             self.counts.lost += 1
@@ -152,7 +153,7 @@ class Recorder:
         """Keeps a writer at work until cancelled, then waits for its end."""
         pause_s = _FIRST_PAUSE_S
         try:
-            while self._enabled:
+            while self.enabled:
                 answered = 0
                 try:
                     answered = await self._serve(self._writer.start(self._store, self._profile))
@@ -168,7 +169,7 @@ class Recorder:
 
     async def wait_ready(self, timeout_s: float) -> None:
         """Waits until the first writer runs, at most `timeout_s`."""
-        if self._enabled:
+        if self.enabled:
             try:
                 await asyncio.wait_for(self._ready.wait(), timeout_s)
             except TimeoutError:

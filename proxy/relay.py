@@ -62,6 +62,8 @@ class Relay:
         Raises ValueError if the request is nested too deep to be written as JSON.
         """
         self.counts.requests += 1
+        if not self.recorder.enabled:
+            self.counts.unrecorded["recording_off"] += 1
         with self.engine.versions.hold(lineage) as version:
             serving = recorded_form(request.path, body, model, self.engine.versions.engine)
             generation = _Generation(self, request, body, serving, version)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from pathlib import Path
+from typing import BinaryIO
 
 log = logging.getLogger(__name__)
 
@@ -18,13 +19,16 @@ _KEPT = 3
 """Older copies of each log; `proxy.log.1` is the newest."""
 _TAIL_BYTES = 256 << 10
 _CHUNK_BYTES = 1 << 20
+_LONGEST_LINE = 64 << 10
+"""So much of a line that was cut is left out; what follows of it is kept."""
 
 
 def rotate(path: Path, max_bytes: int = MAX_BYTES) -> bool:
     """Moves a log's content to `path`.1 if it is longer than `max_bytes`; True if it did.
 
-    The writer must append. Lines written between the copy and the truncation are lost. If this
-    process is killed in between, they are kept twice. If the disk has no room for the copy, the
+    The writer must append. Of more than twice `max_bytes` the newest whole lines are kept. A line
+    that is written in the microseconds between the last read and the truncation is lost. If this
+    process is killed in between, lines are kept twice. If the disk has no room for the copy, the
     old lines are lost: a log must not fill the disk.
     """
     size = path.stat().st_size if path.exists() else 0
@@ -33,19 +37,28 @@ def rotate(path: Path, max_bytes: int = MAX_BYTES) -> bool:
     draft = path.with_name(f"{path.name}.draft")
     try:
         with path.open("rb") as source, draft.open("wb") as copy:
-            source.seek(max(0, size - max_bytes))  # if it grew faster, keep the newest lines
-            left = 2 * max_bytes  # includes what is written meanwhile, up to a bound
-            while left > 0 and (chunk := source.read(min(left, _CHUNK_BYTES))):
-                left -= copy.write(chunk)
-        for number in range(_KEPT - 1, 0, -1):
-            if (older := _older(path, number)).exists():
-                older.replace(_older(path, number + 1))
-        draft.replace(_older(path, 1))
+            if size > 2 * max_bytes:
+                source.seek(size - 2 * max_bytes)
+                source.readline(_LONGEST_LINE)
+            _copy(source, copy, 2 * max_bytes)
+            for number in range(_KEPT - 1, 0, -1):
+                if (older := _older(path, number)).exists():
+                    older.replace(_older(path, number + 1))
+            draft.replace(_older(path, 1))
+            _copy(source, copy, max_bytes)  # what was written meanwhile
+            os.truncate(path, 0)
     except OSError as error:
         log.error("the lines of %s are lost: no copy could be made: %s", path, error)
         draft.unlink(missing_ok=True)
-    os.truncate(path, 0)
+        os.truncate(path, 0)
     return True
+
+
+def _copy(source: BinaryIO, copy: BinaryIO, most: int) -> None:
+    """Copies up to `most` bytes. After the read that finds no more nothing else is done."""
+    while most > 0 and (chunk := source.read(min(most, _CHUNK_BYTES))):
+        most -= copy.write(chunk)
+        copy.flush()
 
 
 def tail(path: Path, start: int = 0) -> str:

@@ -141,7 +141,9 @@ async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:
     """The proxy's answer to /healthz; {} while it does not answer."""
     try:
         timeout = aiohttp.ClientTimeout(total=2)
-        async with session.get(f"{proxy_url}/healthz", timeout=timeout) as answer:
+        async with session.get(
+            f"{proxy_url}/healthz", timeout=timeout, allow_redirects=False
+        ) as answer:
             return json_object(await answer.read()) or {}
     except (aiohttp.ClientError, TimeoutError, OSError):
         return {}

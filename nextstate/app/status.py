@@ -13,7 +13,7 @@ from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_w
 from nextstate.app.settings import Settings
 from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
-from nextstate.prometheus import metric_values
+from nextstate.prometheus import metric_sum, metric_values
 from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
@@ -76,7 +76,7 @@ async def _ask_proxy(settings: Settings, path: str) -> tuple[int, bytes] | None:
     try:
         async with (
             aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
-            session.get(settings.proxy.url + path) as answer,
+            session.get(settings.proxy.url + path, allow_redirects=False) as answer,
         ):
             return answer.status, await answer.read()
     except (aiohttp.ClientError, TimeoutError, OSError):
@@ -93,7 +93,10 @@ def _proxy_health(answer: tuple[int, bytes] | None, health: Json) -> str:
 
 
 def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | str:
-    """By reason: generating requests that no turn records. A text if that is not known."""
+    """By reason: generating requests that no turn records, since the proxy's start.
+
+    A text if that is not known.
+    """
     if answer is None:
         return {}
     status, body = answer
@@ -101,7 +104,9 @@ def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | 
         return f"unknown: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
     page = body.decode(errors="replace")
     found = metric_values(page, "nextstate_requests_unrecorded_total")
-    return {labels["reason"]: int(count) for labels, count in found}
+    counts = {labels["reason"]: int(count) for labels, count in found}
+    lost = metric_sum(page, "nextstate_turns_lost_total")
+    return counts | {"lost": int(lost)} if lost else counts
 
 
 async def _engine_health(settings: Settings, health: Json) -> str:

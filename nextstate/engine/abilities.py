@@ -54,6 +54,7 @@ async def look(
     try:
         return await _abilities(engine, zero_adapter, adapters)
     except AnswerError as error:
+        _check_redirect(error)
         if not 400 <= error.status < 500 or error.status in _NOT_NOW:
             raise
         lacks = f"chat: it answered {error.status}"
@@ -111,6 +112,7 @@ async def _chats(engine: EngineClient) -> bool:
         return bool(first_choice(await engine.post(_CHAT, _hello(engine) | {"max_tokens": 1})))
     except AnswerError as error:
         _check_key(error)
+        _check_redirect(error)
         return False
 
 
@@ -154,6 +156,14 @@ async def _chat(engine: EngineClient) -> tuple[Json, bool]:
 
 def _hello(engine: EngineClient) -> Json:
     return {"model": engine.model, "messages": [{"role": "user", "content": "hi"}]}
+
+
+def _check_redirect(error: AnswerError) -> None:
+    if 300 <= error.status < 400:
+        raise WrongEngineError(
+            f"the engine answers with a redirect ({error.status}), which is not followed: [engine] "
+            "url must be the address that it serves on"
+        ) from error
 
 
 def _check_key(error: AnswerError) -> None:

@@ -215,7 +215,17 @@ def is_busy(status: int) -> bool:
     return status in (408, 409, 425, 429) or status >= 500
 
 
+def redirected(status: int) -> str:
+    """What is wrong with a server that answers with a redirect."""
+    return (
+        f"its server answered with a redirect ({status}), which is not followed: set [judge] "
+        "base_url to the address that it serves on"
+    )
+
+
 def _refusal(status: int, said: str, body: Mapping[str, Any]) -> JudgeError:
+    if 300 <= status < 400:
+        return JudgeError(f"the engine judge failed: {redirected(status)}")
     text = f"the judge's server answered {refusal(status, said)}"
     if is_busy(status):
         return BusyError(text)

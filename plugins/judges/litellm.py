@@ -1,7 +1,7 @@
 """A judge at any provider that litellm knows; the model's name is litellm's.
 
 The import takes seconds, so it waits for the first vote. litellm may not fetch its price list, send
-telemetry or retry: the judge stage retries.
+telemetry, follow a redirect or retry: the judge stage retries.
 """
 
 from __future__ import annotations
@@ -9,14 +9,19 @@ from __future__ import annotations
 import asyncio
 import importlib
 import os
+from functools import cache
 from typing import Any
 
 from nextstate.error_text import refusal, safe_text
 from nextstate.errors import BusyError, JudgeError
 from nextstate.hooks import Evidence, JudgeKind, JudgeSettings
 from nextstate.records import Json, Vote
-from plugins.judges.engine import completion_text, is_busy, used_tokens
+from plugins.judges.engine import completion_text, is_busy, redirected, used_tokens
 from plugins.judges.prompting import RESPONSE_FORMAT, question
+
+
+class _Redirected(Exception):
+    """The provider answered with a redirect: where it leads, nobody allowed."""
 
 
 class LitellmJudge:
@@ -58,6 +63,8 @@ class LitellmJudge:
         try:
             answer = await litellm.acompletion(**request)
         except (openai.OpenAIError, ValueError, OSError) as error:
+            if (why := _redirect(error)) is not None:
+                raise JudgeError(f"litellm model {settings.model!r} failed: {why}") from None
             kind = BusyError if _may_pass(error, openai) else JudgeError
             raise kind(f"litellm model {settings.model!r} failed: {_described(error)}") from error
         completion = answer.model_dump()
@@ -93,8 +100,39 @@ def create(settings: JudgeSettings) -> JudgeKind:
     return LitellmJudge(settings)
 
 
+def _redirect(error: BaseException | None) -> _Redirected | None:
+    """The redirect behind an error of litellm's, if there is one."""
+    while error is not None and not isinstance(error, _Redirected):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+@cache
+def _follow_no_redirect() -> None:
+    """Makes httpx raise `_Redirected`: litellm's clients follow, and have no option against it."""
+    httpx: Any = importlib.import_module("httpx")
+    send, send_async = httpx.Client.send, httpx.AsyncClient.send
+
+    def once(client: Any, request: Any, **more: Any) -> Any:
+        response = send(client, request, **more | {"follow_redirects": False})
+        if response.has_redirect_location:
+            response.close()
+            raise _Redirected(redirected(response.status_code))
+        return response
+
+    async def once_async(client: Any, request: Any, **more: Any) -> Any:
+        response = await send_async(client, request, **more | {"follow_redirects": False})
+        if response.has_redirect_location:
+            await response.aclose()
+            raise _Redirected(redirected(response.status_code))
+        return response
+
+    httpx.Client.send, httpx.AsyncClient.send = once, once_async
+
+
 def _import_quietly() -> Any:
     os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # else the import goes to the internet
+    _follow_no_redirect()
     litellm: Any = importlib.import_module("litellm")
     litellm.telemetry = False
     litellm.suppress_debug_info = True

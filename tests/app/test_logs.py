@@ -31,11 +31,33 @@ def test_a_long_log_is_moved_and_its_writer_continues(tmp_path: Path) -> None:
     assert kept == {"part.log": b"l", "part.log.1": b"5", "part.log.2": b"4", "part.log.3": b"3"}
 
 
-def test_the_newest_lines_of_a_fast_growing_log_are_kept(tmp_path: Path) -> None:
+def test_no_line_is_lost_that_was_written_between_two_looks_or_while_a_log_is_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "part.log"
-    file.write_bytes(b"old" * 1000 + b"new" * 10)
+    move = Path.replace
+
+    def moved_while_written(path: Path, target: Path) -> Path:
+        with file.open("ab") as writer:
+            writer.write(b"meanwhile\n")
+        return move(path, target)
+
+    monkeypatch.setattr(Path, "replace", moved_while_written)
+    for _ in range(2):
+        written = b"".join(b"line %d\n" % number for number in range(20))
+        file.write_bytes(written)
+        assert rotate(file, len(written) // 2 + 1)
+        kept = (tmp_path / "part.log.1").read_bytes()
+        assert kept.removesuffix(b"meanwhile\n") in (written, written + b"meanwhile\n")
+        assert kept.endswith(b"meanwhile\n")
+        assert file.read_bytes() == b""
+
+
+def test_of_a_log_that_grows_too_fast_the_newest_whole_lines_are_kept(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    file.write_bytes(b"old\n" * 1000 + b"a longer one\n" + b"new\n" * 14)
     assert rotate(file, 30)
-    assert (tmp_path / "part.log.1").read_bytes() == b"new" * 10
+    assert (tmp_path / "part.log.1").read_bytes() == b"new\n" * 14
     assert not rotate(tmp_path / "none.log", 30)
 
 

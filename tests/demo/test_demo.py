@@ -18,6 +18,8 @@ from demo.tasks import Domain, held_out_tasks
 from demo.world import persona_world
 from nextstate.errors import StartError
 from nextstate.process_lock import ProcessLock
+from nextstate.store import Store
+from nextstate.store.sqlite import FILE
 
 
 def answers() -> list[Answer]:
@@ -125,6 +127,49 @@ def test_the_demo_follows_no_link_to_a_state_of_another_one(tmp_path: Path) -> N
     with pytest.raises(StartError, match="was not made"):
         write_settings(plan(out))
     assert elsewhere.is_dir()
+
+
+@pytest.mark.parametrize(
+    "name", ["nextstate.toml", "curve.png", "curve.json", "state/.made-by-nextstate-demo"]
+)
+def test_the_demo_writes_and_deletes_nothing_through_a_link(tmp_path: Path, name: str) -> None:
+    out = tmp_path / "out"
+    state = write_settings(plan(out)).store.path
+    (state / "thesis.txt").touch()
+    linked = out / name
+    mine = tmp_path / "mine"
+    if linked.exists():
+        linked.rename(mine)
+    else:
+        mine.touch()
+    linked.symlink_to(mine)
+    before = mine.read_bytes()
+    with pytest.raises(StartError, match="was not made by `nextstate demo`"):
+        write_settings(plan(out))
+    assert mine.read_bytes() == before
+    assert (state / "thesis.txt").exists()
+
+
+def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
+    state = write_settings(plan(tmp_path / "out")).store.path
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    (state / "lock").symlink_to(mine)
+    with pytest.raises(StartError, match="lock is a link"):
+        write_settings(plan(tmp_path / "out"))
+    assert mine.read_text() == "mine"
+
+
+def test_the_demo_does_not_delete_a_state_that_a_stage_of_its_own_has_open(tmp_path: Path) -> None:
+    config = write_settings(plan(tmp_path)).store
+    store = Store(config)
+    with pytest.raises(StartError, match="is in use"):
+        write_settings(plan(tmp_path))
+    assert store.turns.ids() == []
+    store.close()
+    write_settings(plan(tmp_path))
+    (config.path / FILE).write_text("no database")
+    assert not (write_settings(plan(tmp_path)).store.path / FILE).exists()
 
 
 def test_the_demo_does_not_delete_a_state_that_is_in_use(tmp_path: Path) -> None:

@@ -195,7 +195,25 @@ def shop() -> ScriptedEngine:
     return Shop()
 
 
+def elsewhere(status: int, own: tuple[str, ...] = ()) -> ScriptedEngine:
+    """A server that redirects all but its own paths."""
+
+    class Elsewhere(ScriptedEngine):
+        @web.middleware
+        async def _reset(self, request: web.Request, handler: Any) -> web.StreamResponse:
+            if request.path in own:
+                return await handler(request)
+            return web.Response(status=status, headers={"Location": "https://127.0.0.1:1/x"})
+
+    return Elsewhere()
+
+
 WRONG = {
+    "http to https, by a redirect": (lambda: elsewhere(301), r"redirect \(301\).*\[engine\] url"),
+    "a redirect of all that generates": (
+        lambda: elsewhere(308, ("/health", "/v1/models")),
+        r"redirect \(308\).*\[engine\] url",
+    ),
     "a web page": (lambda: html(200), "no OpenAI server"),
     "one that answers without choices": (shop, "no OpenAI server.*without choices"),
     "another server": (lambda: html(404), "no OpenAI server"),

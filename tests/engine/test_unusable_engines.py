@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from aiohttp.test_utils import TestServer
 
 from nextstate.app.doctor import checks
 from nextstate.app.settings import Settings
@@ -326,6 +327,47 @@ def test_status_says_as_much_for_a_proxy_with_a_key(
     down = asyncio.run(status(Settings.read(configured(tmp_path, "http://h", 'api_key_env = "E"'))))
     assert (down["proxy"], down["unrecorded"]) == ("down", {})
     assert "the environment variable E is not set" in down["engine"]
+
+
+def test_status_follows_no_redirect_of_what_stands_in_the_proxys_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CLIENTS", "secret")
+    asked: list[str] = []
+
+    async def redirect(request: web.Request) -> web.Response:
+        asked.append(request.path)
+        return web.Response(status=307, headers={"Location": "/moved"})
+
+    async def test() -> str:
+        app = web.Application()
+        app.router.add_route("*", "/{path:.*}", redirect)
+        async with TestServer(app) as server:
+            file = configured(tmp_path, "http://h", port=server.port or 0)
+            file.write_text(file.read_text() + 'api_key_env = "CLIENTS"\n')
+            return (await status(Settings.read(file)))["proxy"]
+
+    assert asyncio.run(test()) == "answers 307"
+    assert set(asked) == {"/healthz", "/metrics"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("record", [False, True])
+def test_status_counts_replies_that_went_out_without_a_record(
+    store: Store, tmp_path: Path, record: bool, stream: bool
+) -> None:
+    async def test() -> None:
+        async with relayed(ScriptedEngine(), store, tmp_path, record=record) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            port = int(p.url.rpartition(":")[2])
+            settings = Settings.read(configured(tmp_path, "http://h", port=port))
+            for _ in range(2):
+                assert (await p.chat(request(stream=stream)))[0] == 200
+            p.proxy.recorder.counts.lost = 3
+            off = {} if record else {"recording_off": 2}
+            assert (await status(settings))["unrecorded"] == {"lost": 3, **off}
+
+    asyncio.run(test())
 
 
 def test_up_ends_at_once_where_only_a_person_can_help(store: Store, tmp_path: Path) -> None:

@@ -155,9 +155,21 @@ def test_an_engine_that_is_down_is_a_judge_error() -> None:
     asyncio.run(scene())
 
 
-@pytest.mark.parametrize("status", [301, 302, 307, 308])
-def test_a_redirect_of_the_judges_server_is_not_followed(status: int) -> None:
-    """A redirect could send the conversation to another machine."""
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize(
+    ("kind", "model"),
+    [
+        ("engine", "base"),
+        ("litellm", "openai/base"),
+        ("litellm", "hosted_vllm/base"),
+        ("litellm", "anthropic/claude-3-5-haiku-latest"),
+        ("litellm", "ollama_chat/base"),
+    ],
+)
+def test_a_redirect_of_the_judges_server_is_not_followed(
+    kind: str, model: str, status: int
+) -> None:
+    """A redirect could send the conversation, or the key, to another machine."""
     told: list[bytes] = []
 
     async def elsewhere(request: web.Request) -> web.Response:
@@ -174,9 +186,9 @@ def test_a_redirect_of_the_judges_server_is_not_followed(status: int) -> None:
 
             server.router.add_route("*", "/{path:.*}", redirect)
             async with TestServer(server) as here:
-                settings = JudgeSettings(model="base", base_url=str(here.make_url("/v1")))
-                judge: JudgeKind = load_plugin("judges", "engine", settings)
-                with pytest.raises(JudgeError, match=f"answered {status}"):
+                settings = JudgeSettings(model, str(here.make_url("/v1")), "k")
+                judge: JudgeKind = load_plugin("judges", kind, settings)
+                with pytest.raises(JudgeError, match=rf"redirect \({status}\).*base_url"):
                     await judge.vote(EVIDENCE, 1)
                 await judge.close()
 

@@ -61,6 +61,7 @@ async def running(
     writer: WriterProcess | None = None,
     intervals: Intervals = INTERVALS,
     engine_key: str = "engine-key",
+    record: bool = True,
     **config: Any,
 ) -> AsyncGenerator[Running]:
     async with EngineClient(engine_url, MODEL, engine_key) as engine:
@@ -71,7 +72,7 @@ async def running(
             "generic",
             writer=writer or WriterThread(),
             zero_adapter=tmp_path / "none",
-            record=True,
+            record=record,
             lineages=Lineages(MODEL, key, access or {}),
             engine_key=engine_key,
             worker=worker,

@@ -108,7 +108,7 @@ def test_a_path_that_only_resembles_a_route_is_a_404_of_the_proxy(
 
 @asynccontextmanager
 async def any_engine(
-    redirect: str | None = None,
+    status: int = 200, location: str | None = None
 ) -> AsyncGenerator[tuple[str, list[tuple[str, bytes]]]]:
     """(address, what it was asked) of an engine that answers, or redirects, every request."""
     seen: list[tuple[str, bytes]] = []
@@ -118,9 +118,10 @@ async def any_engine(
         body = await request.read()
         if request.path not in own:
             seen.append((request.path, body))
-            if redirect is not None:
-                location = redirect.format(f"http://{request.host}")
-                return web.Response(status=307, headers={"Location": location}, text="elsewhere")
+            if status != 200:
+                here = f"http://{request.host}"
+                headers = {} if location is None else {"Location": location.format(here)}
+                return web.Response(status=status, headers=headers, text=f"see {here}/moved")
         return web.json_response({"data": [], "model": MODEL, "choices": [{"text": "x"}]})
 
     app = web.Application()
@@ -129,13 +130,15 @@ async def any_engine(
         yield str(server.make_url("")).rstrip("/"), seen
 
 
-@pytest.mark.parametrize("location", ["{}/moved", "/moved", "http://127.0.0.1:1/elsewhere"])
+@pytest.mark.parametrize(
+    "location", ["{}/moved", "/moved", "http://127.0.0.1:1/elsewhere", "//127.0.0.1:1/x", "", None]
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_redirect_of_the_engine_is_neither_followed_nor_passed_on(
-    store: Store, tmp_path: Path, location: str, stream: bool
+    store: Store, tmp_path: Path, location: str | None, stream: bool
 ) -> None:
     async def test() -> None:
-        async with any_engine(location) as (url, seen), running(url, store, tmp_path) as p:
+        async with any_engine(307, location) as (url, seen), running(url, store, tmp_path) as p:
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
             paths = ("/v1/chat/completions", "/v1/messages", "/v1/embeddings/", "/tokenize")
             for path in paths:
@@ -153,7 +156,7 @@ def test_a_redirect_of_the_engine_is_neither_followed_nor_passed_on(
 
 def test_the_engines_client_follows_no_redirect() -> None:
     async def test() -> None:
-        async with any_engine("{}/moved") as (url, seen), EngineClient(url, MODEL) as engine:
+        async with any_engine(307, "{}/moved") as (url, seen), EngineClient(url, MODEL) as engine:
             with pytest.raises(EngineError, match="307"):
                 await engine.tokenize([{"role": "user", "content": "secret"}], None, {})
             assert [path for path, _ in seen] == ["/tokenize"]

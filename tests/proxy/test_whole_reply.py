@@ -35,12 +35,15 @@ messages = st.fixed_dictionaries(
 )
 
 
-def reply_of(message: dict[str, Any], sampled: list[Any], text: str) -> dict[str, Any]:
+def reply_of(
+    message: dict[str, Any], sampled: list[Any], text: str, alternatives: int = 0
+) -> dict[str, Any]:
     """A plain reply as vLLM gives it."""
-    entries = [
-        {"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []}
-        for _, logprob in sampled
-    ]
+    entries: list[dict[str, Any]] = []
+    for _, logprob in sampled:
+        entry = {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+        others = [{**entry, "logprob": logprob - n} for n in range(alternatives)]
+        entries.append({**entry, "top_logprobs": others})
     choice = {"index": 0, "message": message, "logprobs": {"content": entries}}
     choice |= {"finish_reason": "stop", "stop_reason": None}
     choice["token_ids"] = [number for number, _ in sampled]
@@ -61,11 +64,11 @@ def read(capture: Capture) -> tuple[Any, ...]:
     return capture.message(), ids, logprobs, told, capture.finish_reason, capture.untrainable({})
 
 
-@given(askings, messages, tokens, texts | st.sampled_from(TRAPS_HERE))
+@given(askings, messages, tokens, texts | st.sampled_from(TRAPS_HERE), st.integers(0, 3))
 def test_a_reply_is_the_same_as_if_it_were_parsed_and_loses_nothing(
-    asked: Asked, message: dict[str, Any], sampled: list[Any], text: str
+    asked: Asked, message: dict[str, Any], sampled: list[Any], text: str, alternatives: int
 ) -> None:
-    data = compact(reply_of(message, sampled, text))
+    data = compact(reply_of(message, sampled, text, alternatives))
     whole = take_apart(data, asked)
     if whole is None:
         assert "{" in text
@@ -101,3 +104,13 @@ def test_any_other_shape_is_left_to_the_parser_or_comes_out_the_same() -> None:
         if whole is not None:
             assert orjson.loads(whole.sent) == client_reply(copy.deepcopy(reply), asked)
     assert take_apart(orjson.dumps(reply, option=orjson.OPT_INDENT_2), asked) is None
+
+
+def test_alternatives_never_count_as_log_probs_of_tokens() -> None:
+    reply = reply_of({"role": "assistant", "content": "Hi"}, [(1, -0.5)], "Hi", alternatives=1)
+    reply["choices"][0]["token_ids"].append(2)
+    cut = Capture()
+    whole = take_apart(compact(reply), Asked("mine"))
+    assert whole is not None
+    cut.whole(whole)
+    assert cut.untrainable({}) == "the engine returned 2 token ids and 1 log-probs"
