@@ -26,8 +26,8 @@ _LONGEST_LINE = 64 << 10
 def rotate(path: Path, max_bytes: int = MAX_BYTES) -> bool:
     """Moves a log's content to `path`.1 if it is longer than `max_bytes`; True if it did.
 
-    The writer must append. Of more than twice `max_bytes` the newest whole lines are kept, and up to
-    `max_bytes` of what is written meanwhile: a copy has at most three times `max_bytes`. A line
+    The writer must append. Of more than twice `max_bytes` the newest whole lines are kept, and up
+    to `max_bytes` of what is written meanwhile: a copy has at most three times `max_bytes`. A line
     that is written in the microseconds between the last read and the truncation is lost. If this
     process is killed in between, lines are kept twice. If the disk has no room for the copy, the
     old lines are lost: a log must not fill the disk.
