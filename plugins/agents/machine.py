@@ -200,7 +200,7 @@ def is_json(text: str) -> bool:
 def is_tagged(text: str) -> bool:
     """Whether the whole text stands between tags; formatting tags do not count.
 
-    >>> is_tagged("<a>1</a>\\n<b x='2'>3</b>"), is_tagged("<a>1</a> good"), is_tagged("<b>good</b>")
+    >>> is_tagged("<x>1</x>\\n<y z='2'>3</y>"), is_tagged("<x>1</x> good"), is_tagged("<b>good</b>")
     (True, False, False)
     """
     position, any_tag = 0, False
