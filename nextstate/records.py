@@ -124,8 +124,14 @@ class Turn:
     """Why this turn must not train; None when token integrity holds."""
     parent: str | None = None
     """The turn whose reply this request continues."""
+    episode: str | None = None
+    """The episode that it is a step of; None for people's turns."""
+    step: int | None = None
+    """Position in the episode, from 0; None without an episode."""
 
     def __post_init__(self) -> None:
+        if (self.episode is None) != (self.step is None):
+            raise RecordError(f"turn {self.id}: episode {self.episode!r} with step {self.step}")
         if self.index < 0:
             raise RecordError(f"turn {self.id}: index is {self.index}, expected 0 or more")
         if self.behaviour_logprobs is not None:

@@ -26,6 +26,8 @@ def turn_row(
         "turn": turn.id,
         "session": turn.session,
         "index": turn.index,
+        "episode": turn.episode,
+        "step": turn.step,
         "kind": turn.kind,
         "lineage": turn.lineage,
         "version": turn.policy_version,

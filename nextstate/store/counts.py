@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from nextstate.store.schema import counts
 
-SHOWN = ("turns", "judgements", "verdicts", "samples", "versions")
+SHOWN = ("turns", "judgements", "verdicts", "samples", "versions", "episodes", "rewards")
 """The areas that people see; stages look up the others."""
 
 
@@ -42,6 +42,8 @@ _COUNTED = (
         "{r}state = 'ready' AND {r}policy_version IS NOT NULL",
     ),
     _Counted("versions", "versions", "{r}state"),
+    _Counted("episodes", "episodes", "{r}state"),
+    _Counted("rewards", "rewards", "{r}kind"),
     _Counted(
         "feedback",
         "labels",
@@ -55,6 +57,8 @@ _CHANGING = {
     "verdicts": ("score",),
     "samples": ("state", "lineage", "policy_version", "score", "hinted"),
     "versions": ("state",),
+    "episodes": ("state",),
+    "rewards": ("kind",),
     "feedback": ("score", "voted_judge", "voted_score"),
 }
 """The columns that the keys and conditions above are made of."""

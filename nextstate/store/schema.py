@@ -61,6 +61,8 @@ turns = sa.Table(
     sa.Column("place", sa.LargeBinary(16)),
     sa.Column("replaced_by", sa.String(40)),
     sa.Column("context_key", sa.LargeBinary(32)),
+    sa.Column("episode", sa.String(100)),
+    sa.Column("step", sa.Integer),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
@@ -76,6 +78,7 @@ def _where_set(name: str, *columns: sa.Column[Any]) -> None:
 _where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
 _where_set("turns_by_place", turns.c.place)
 _where_set("turns_by_context", turns.c.context_key, turns.c.seq)
+_where_set("turns_by_episode", turns.c.episode, turns.c.step)
 
 next_states = sa.Table(
     "next_states",
@@ -164,6 +167,65 @@ sa.Index(
 sa.Index("samples_by_age", *_of_state, samples.c.screened, samples.c.seq)
 sa.Index("samples_by_turn", samples.c.lineage, samples.c.seq)
 _where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
+
+groups = sa.Table(
+    "groups",
+    metadata,
+    sa.Column("id", sa.String(100), primary_key=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("task_key", sa.String(32), nullable=False),
+    sa.Column("split", sa.String(8), nullable=False),
+    sa.Column("size", sa.Integer),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("opened_at", sa.Float, nullable=False),
+)
+"""Episodes of one task that are compared. NULL as `size`: nobody named one."""
+
+episodes = sa.Table(
+    "episodes",
+    metadata,
+    sa.Column("id", sa.String(100), primary_key=True),
+    sa.Column("api_key", sa.String(40), nullable=False, unique=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("environment", sa.String(100), nullable=False),
+    sa.Column("task", sa.LargeBinary(16), nullable=False),
+    sa.Column("task_key", sa.String(32), nullable=False),
+    sa.Column("group_id", sa.String(100), sa.ForeignKey("groups.id")),
+    sa.Column("split", sa.String(8), nullable=False),
+    sa.Column("seed", sa.BigInteger),
+    sa.Column("max_calls", sa.Integer),
+    sa.Column("max_tokens", sa.Integer),
+    sa.Column("deadline_s", sa.Float),
+    sa.Column("sampling", sa.Text, nullable=False),
+    sa.Column("metadata", sa.LargeBinary(16), nullable=False),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("status", sa.String(12)),
+    sa.Column("outcome", sa.Float),
+    sa.Column("opened_at", sa.Float, nullable=False),
+    sa.Column("closed_at", sa.Float),
+    sa.Column("version_min", sa.Integer),
+    sa.Column("version_max", sa.Integer),
+    sa.Column("calls", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text),
+)
+"""`task` and `metadata` are hashes of texts."""
+_where_set("episodes_by_group", episodes.c.group_id)
+
+rewards = sa.Table(
+    "rewards",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("episode", sa.String(100), sa.ForeignKey("episodes.id"), nullable=False),
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id")),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("value", sa.Float, nullable=False),
+    sa.Column("source", sa.String(100)),
+    sa.Column("at", sa.Float, nullable=False),
+)
+"""One row for each name and step; NULL as `turn` stands for the whole episode."""
+sa.Index("rewards_by_episode", rewards.c.episode)
 
 versions = sa.Table(
     "versions",

@@ -47,7 +47,7 @@ _KEY: sa.BindParameter[Any] = sa.bindparam("key")
 _NAME: sa.BindParameter[Any] = sa.bindparam("name")
 _TURN: sa.BindParameter[Any] = sa.bindparam("turn")
 _PLACE: sa.BindParameter[Any] = sa.bindparam("at")
-_OF_NAME = sa.select(_C.session, _C.seq).where(_C.client_session == _NAME)
+_OF_NAME = sa.select(_C.session, _C.seq).where(_C.client_session == _NAME, _C.episode.is_(None))
 _IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
 _IS_MAIN = _C.kind == TurnKind.MAIN.value
 _CUT_HERE = (_C.place == _PLACE, _C.replaced_by.is_(None), _C.continued.is_(False))
@@ -67,6 +67,13 @@ _WITH_CONTEXT_PREFIX = _candidates(_C.context_key.between(_KEY, sa.bindparam("la
 _WITH_CHAIN_KEY = _newest(_candidates(_C.chain_key == _KEY))
 _WITH_REPLY_KEY = _newest(_candidates(_C.reply_key == _KEY))
 _PARENT_OF = _CANDIDATE.where(_C.id == sa.select(_C.parent).where(_C.id == _TURN).scalar_subquery())
+_LAST_STEP = (
+    _CANDIDATE.where(_C.episode == sa.bindparam("episode"), _C.step >= 0, _IS_MAIN)
+    .where(_C.client_session.is_not_distinct_from(_NAME))
+    .where(_C.replaced_by.is_(None), _C.place.is_(None))
+    .order_by(_C.step.desc())
+    .limit(1)
+)
 _NEWEST_OF_NAME = _newest(_OF_NAME.where(_IN_LINEAGE)).limit(1)
 _NEWEST_STARTED = _newest(_OF_NAME.where(_C.idx == 0)).limit(1)
 _NEWEST_START = _newest(_OF_NAME.where(_IN_LINEAGE, _IS_MAIN, _C.idx == 0)).limit(1)
@@ -105,6 +112,13 @@ class Sessions:
     def parent_of(self, turn: str) -> Candidate | None:
         """The turn that a stored turn continues."""
         return next(iter(self._candidates(_PARENT_OF, turn=turn)), None)
+
+    def last_step(self, episode: str, name: str | None) -> Candidate | None:
+        """The newest main turn of an episode under the client's name for a conversation in it.
+
+        A turn whose client did not see the end of the reply does not count.
+        """
+        return next(iter(self._candidates(_LAST_STEP, episode=episode, name=name)), None)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""

@@ -1,0 +1,62 @@
+"""What a call in an episode follows, and which of its messages are new.
+
+The episode says what belongs together, not the history: agents drop malformed replies from it.
+What follows a reply is the environment's word, whatever role it has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from nextstate.hooks import attached, text_of
+from nextstate.records import TRUST, Json, NextState, Source
+from nextstate.store.sessions import Candidate, Sessions
+from proxy.linking.history import Link, Message, Scope
+from proxy.linking.parents import find_parent
+
+
+class Step(NamedTuple):
+    """Where a call stands in its episode."""
+
+    parent: Candidate | None
+    """The turn that it follows; None for the first of a conversation."""
+    start: int
+    """The first message that is new after that turn's reply."""
+
+
+def find_step(
+    sessions: Sessions, link: Link | None, scope: Scope, messages: Sequence[Message]
+) -> Step:
+    """What a call follows: the turn that its history ends with, else the episode's last one.
+
+    The history does not end with that turn if another call has followed it before. Of a call that
+    does not continue the last turn, what stands after all that was in that turn's request is new.
+    """
+    assert scope.episode is not None
+    if link is not None:
+        found = find_parent(sessions, link, scope)
+        if found.parent is not None and not found.parent.continued and found.start is not None:
+            return Step(found.parent, found.start + 1)
+    last = sessions.last_step(scope.episode, scope.client_session)
+    if last is None:
+        return Step(None, len(messages))
+    known = frozenset(last.message_hashes)
+    old = [position for position, message in enumerate(messages) if message.hash in known]
+    if not old:  # the history was written anew: nothing before the last reply is
+        old = [position for position, message in enumerate(messages) if message.meaning is not None]
+    return Step(last, old[-1] + 1 if old else 0)
+
+
+def environment_states(turn: str, messages: Sequence[Json]) -> list[NextState]:
+    """What an environment says in messages after the reply of `turn`."""
+    states: list[NextState] = []
+    for message in messages:
+        if message.get("role") == "assistant":
+            continue
+        content = message.get("content")
+        shown = attached(content, Source.ENVIRONMENT)
+        text = text_of(content) if shown is None else shown.text
+        if text:
+            states.append(NextState(turn, Source.ENVIRONMENT, text, TRUST[Source.ENVIRONMENT]))
+    return states
