@@ -133,7 +133,7 @@ class Episode:
                 raise RecordError(f"{name} = {value!s:.80}: expected more than 0, below 2^31")
         for name, value in self.sampling.items():
             least, most = SAMPLER.get(name, (math.nan, math.nan))
-            if not least <= value <= most:
+            if type(value) not in (int, float) or not least <= value <= most:
                 known = ", ".join(SAMPLER)
                 expected = f"{least:g} to {most:g}" if name in SAMPLER else f"one of {known}"
                 raise RecordError(f"sampling.{name:.80} = {value!s:.80}: expected {expected}")
@@ -170,9 +170,14 @@ class Reward:
             raise RecordError(f"kind = {self.kind.value!r}: a reward of this kind {named}")
 
 
+def is_label(name: str) -> bool:
+    """Whether it can name an episode, group, environment or reward."""
+    return _LABEL.match(name) is not None
+
+
 def check_label(what: str, label: str) -> None:
-    """Raises RecordError unless `label` can name an episode, group, environment or reward."""
-    if not _LABEL.match(label):
+    """Raises RecordError unless it can name an episode, group, environment or reward."""
+    if not is_label(label):
         raise RecordError(
             f"{what} = {label!r:.120}: expected 1 to 100 letters, digits and . _ : ~ + -, "
             "beginning with a letter or digit"

@@ -146,6 +146,8 @@ def _record_step(recording: Recording, read: Read, episode: str) -> Turn:
     exchange, scope, sessions = read.exchange, read.scope, recording.sessions
     step = find_step(sessions, read.link, scope, read.history.messages)
     parent = step.parent
+    if parent is not None and read.kind is TurnKind.MAIN:
+        parent = main_turn(sessions, parent)
     place = place_of(scope, read.kind, parent and parent.id, read.history)
     turn = _turn(read, episode, sessions.next_index(episode), parent and parent.id)
     _add(recording, read, turn, place if exchange.cut else None)

@@ -18,6 +18,7 @@ from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.answers import Refused, error_response
 from proxy.dialects.chat import is_off
 from proxy.engine_call import Engine, EngineCall, client_headers
+from proxy.episode_calls import EPISODE
 from proxy.exchange import Exchange
 from proxy.linking.names import explicit_session, named_kind, names_conversation
 from proxy.recorder import Recorder
@@ -63,7 +64,10 @@ class Relay:
         """
         self.counts.requests += 1
         with self.engine.versions.hold(lineage) as version:
-            serving = recorded_form(request.path, body, model, self.engine.versions.engine)
+            episode = request.get(EPISODE)
+            sampling: Json = {} if episode is None else episode.sampling
+            engine = self.engine.versions.engine
+            serving = recorded_form(request.path, body, model, engine, sampling)
             generation = _Generation(self, request, body, serving, version)
             if not is_off(body.get("stream")):
                 return await generation.streamed()
@@ -268,20 +272,26 @@ class _Generation:
 
     def _exchange(self, cut: str | None) -> Exchange:
         serving, headers = self._serving, self._request.headers
+        name, own = explicit_session(headers, self._body), names_conversation(headers, self._body)
+        episode = self._request.get(EPISODE)
+        if episode is not None and (not own or name == episode.id):
+            name = None  # what it names is not a conversation within the episode
         number = self._relay.engine.versions.number_of(serving.capture.model, self._version)
         return Exchange(
             turn_id=self._turn_id,
             lineage=self._version.lineage,
-            explicit_session=explicit_session(headers, self._body),
+            explicit_session=name,
             request=serving.chat,
             capture=serving.capture,
             policy_version=number,
             timings=Timings(self._started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
-            vague_name=not names_conversation(headers, self._body),
+            vague_name=not own,
             kind=named_kind(headers),
             defaults=self._relay.engine.versions.engine.sampling_defaults,
+            episode=episode and episode.id,
+            held_out=episode is not None and episode.held_out,
         )
 
     def _headers(self, answer: Answer) -> CIMultiDict[str]:

@@ -30,8 +30,10 @@ from nextstate.wire import read_json, write_json
 API_KEY = "ep-"
 """How an episode's own key begins."""
 _E, _R, _T = t.episodes.c, t.rewards.c, t.turns.c
-_ASKED = ("lineage", "environment", "task", "group", "split", "seed", "max_calls", "max_tokens")
-_ASKED = (*_ASKED, "deadline_s", "sampling", "metadata")
+_ASKED = (
+    *("lineage", "environment", "task", "group", "split", "seed", "max_calls", "max_tokens"),
+    *("deadline_s", "sampling", "metadata"),
+)
 """What an episode is opened with. Opened again, it must be the same."""
 
 

@@ -6,6 +6,7 @@ What follows a reply is the environment's word, whatever role it has.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -41,11 +42,15 @@ def find_step(
     last = sessions.last_step(scope.episode, scope.client_session)
     if last is None:
         return Step(None, len(messages))
-    known = frozenset(last.message_hashes)
-    old = [position for position, message in enumerate(messages) if message.hash in known]
-    if not old:  # the history was written anew: nothing before the last reply is
-        old = [position for position, message in enumerate(messages) if message.meaning is not None]
-    return Step(last, old[-1] + 1 if old else 0)
+    known, start = Counter(last.message_hashes), 0
+    for position, message in enumerate(messages):
+        if known[message.hash]:
+            known[message.hash] -= 1
+            start = position + 1
+    if not start:  # the history was written anew: what stands after its last reply is new
+        replies = [at for at, message in enumerate(messages) if message.meaning is not None]
+        start = replies[-1] + 1 if replies else 0
+    return Step(last, start)
 
 
 def environment_states(turn: str, messages: Sequence[Json]) -> list[NextState]:
