@@ -19,6 +19,7 @@ from nextstate.episodes import (
     RewardKind,
     Split,
     check_finite,
+    is_label,
 )
 from nextstate.errors import NoEpisodeError, RecordError
 from nextstate.records import Json, Turn, new_id
@@ -136,6 +137,8 @@ class EpisodeRoutes:
             size = asked.get("group_size", 1)
             if not 1 <= size <= _MOST_IN_GROUP:
                 raise RecordError(f"group_size = {size!s:.80}: expected 1 to {_MOST_IN_GROUP}")
+            if "group_size" in asked and "group" not in asked:
+                raise RecordError(f"group_size = {size} without a group: name one")
             metadata = asked.get("metadata", {})
             if len(write_json(metadata)) > _MOST_METADATA_BYTES:
                 raise RecordError(f"metadata is longer than {_MOST_METADATA_BYTES} bytes of JSON")
@@ -197,7 +200,7 @@ class EpisodeRoutes:
 
     async def _turns(self, name: str, request: web.Request) -> list[str]:
         """The turns of an episode that the caller may see, once all replies are recorded."""
-        found = await in_store(self._store.episodes.named, name)
+        found = await in_store(self._store.episodes.named, name) if is_label(name) else None
         if found is None or not self._lineages.sees(request[CALLER], found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST {EPISODES}.")
         if not await self._recorder.settled(self._wait_s):

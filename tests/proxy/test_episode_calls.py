@@ -91,22 +91,35 @@ def test_an_unknown_episode_is_a_404_and_reaches_no_engine(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("v1", ["/v1", ""])
-def test_the_base_url_serves_the_messages_dialect(
-    store: Store, tmp_path: Path, v1: str, stream: bool
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("/v1/chat/completions", {"messages": [TASK]}),
+        ("/v1/completions", {"prompt": "find the file"}),
+        ("/v1/messages", {"messages": [TASK], "max_tokens": 9}),
+        ("/v1/v1/messages", {"messages": [TASK], "max_tokens": 9}),
+        ("/v1/responses", {"input": "find the file"}),
+    ],
+)
+def test_the_base_url_serves_every_dialect_with_the_episodes_sampler(
+    store: Store, tmp_path: Path, path: str, asked: dict[str, Any], stream: bool
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        opened = await Environment(p).open("e-1", sampling={"min_p": 0.05})
-        body = {"model": MODEL, "max_tokens": 9, "messages": [TASK], "stream": stream}
-        url = f"{opened['base_url'].removesuffix('/v1')}{v1}/v1/messages"
+        opened = await Environment(p).open("e-1", sampling={"temperature": 1.0, "min_p": 0.05})
+        url = opened["base_url"].removesuffix("/v1") + path
+        body = {"model": MODEL, "temperature": 0.0, "stream": stream, **asked}
         answer = await p.http.post(url, json=body)
         assert answer.status == 200, await answer.text()
         await answer.read()
         found = turn(store, answer.headers["x-nextstate-turn"])
         assert (found.episode, found.step, found.trainable) == ("e-1", 0, True)
-        assert found.sampling["min_p"] == engine.requests[-1]["min_p"] == 0.05
-        refused = await p.http.post(f"{p.url}/episodes/none/v1/messages", json=body)
-        assert (await refused.json())["type"] == "error"
+        (sent,) = engine.requests or engine.completions[-1:]
+        for held in (sent, found.sampling):
+            assert (held["temperature"], held["min_p"]) == (1.0, 0.05)
+        refused = await p.http.post(f"{p.url}/episodes/none{path}", json=body)
+        assert refused.status == 404
+        is_messages = path.endswith("messages")
+        assert (await refused.json()).get("type") == ("error" if is_messages else None)
 
     both(test, store, tmp_path)
 

@@ -163,6 +163,7 @@ WRONG_OPENS: list[Any] = [
     ({"max_tokens": 1 << 31}, "below 2^31"),
     ({"deadline_s": "9"}, "deadline_s = '9': expected a number"),
     ({"deadline_s": float("nan")}, "deadline_s = nan: expected more than 0"),
+    ({"group_size": 2}, "group_size = 2 without a group: name one"),
     ({"group_size": 0}, "group_size = 0: expected 1 to 1024"),
     ({"sampling": {"temperature": 9}}, "sampling.temperature = 9: expected 0 to 2"),
     ({"sampling": {"top_p": float("nan")}}, "sampling.top_p = nan: expected 1e-06 to 1"),
@@ -365,6 +366,10 @@ def test_what_is_not_there_is_not_found(store: Store, tmp_path: Path) -> None:
             body: Any = [] if path.endswith("rewards") else {"status": "done"}
             found = await environment.ask(method, path, body, 404)
             assert refusal(found) == "There is no episode 'e-2': open it by POST /v1/episodes."
+        for name in ("%ED%B3%BC", "e%201", "%00"):
+            assert "no episode" in refusal(
+                await environment.ask("GET", f"episodes/{name}", None, 404)
+            )
         assert "known are" in refusal(await environment.ask("GET", "episodes/e-1/x", None, 404))
         found = await environment.ask("DELETE", "episodes/e-1", None, 405)
         assert refusal(found) == "/v1/episodes/e-1 takes GET, not DELETE."
