@@ -175,7 +175,8 @@ class Episodes:
             else:
                 _close(connection, episode_id, status, outcome, self._database.now())
                 if observation:
-                    _observe(connection, row, observation)
+                    judge = not never and row.split == Split.TRAIN
+                    _observe(connection, row, observation, judge=judge)
             found = _load(connection, episode_id)
             assert found is not None
             return found
@@ -332,7 +333,7 @@ def _close(
     outcome: float | None,
     now: float,
 ) -> None:
-    """Sets what closing sets; what never trains is taken out of training."""
+    """Sets what closing sets; what never trains is taken out of judging and training."""
     dropped = status in NEVER_TRAIN
     state = EpisodeState.DROPPED if dropped else EpisodeState.CLOSED
     reason = f"the episode was closed as {status.value}" if dropped else None
@@ -348,11 +349,13 @@ def _close(
             .where(*waiting)
             .values(state=SampleState.DROPPED.value, reason=reason)
         )
+        work = sa.update(t.judgements).where(t.judgements.c.turn.in_(turns))
+        connection.execute(work.values(state="done", lease_until=None, reason=reason))
         trainable = _T.episode == episode_id, _T.untrainable.is_(None)
         connection.execute(sa.update(t.turns).where(*trainable).values(untrainable=reason))
 
 
-def _observe(connection: sa.Connection, episode: Row, observation: str) -> None:
+def _observe(connection: sa.Connection, episode: Row, observation: str, *, judge: bool) -> None:
     """Makes the observation the next state of the last turn, unless something followed it."""
     last = sa.select(_T.id, _T.continued).where(
         _T.episode == episode.id, _T.kind == TurnKind.MAIN.value, _T.replaced_by.is_(None)
@@ -362,5 +365,5 @@ def _observe(connection: sa.Connection, episode: Row, observation: str) -> None:
         return
     recording = Recording(cursor_of(connection), Known())
     state = NextState(turn.id, Source.ENVIRONMENT, observation, TRUST[Source.ENVIRONMENT])
-    recording.add_next_states(turn.id, episode.split == Split.TRAIN, [state])
+    recording.add_next_states(turn.id, judge, [state])
     recording.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,8 @@ from nextstate.records import Source, Turn
 from nextstate.store import Store
 from proxy.lineages import Access
 from tests.proxy.environment import Environment, call, refusal, said, user
-from tests.proxy.running_proxy import Running, both, request
-from tests.scripted_engine import MODEL, Script, ScriptedEngine
+from tests.proxy.running_proxy import Running, both, request, running
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine
 
 TASK = user("find the file with the word")
 
@@ -363,3 +364,26 @@ def test_a_retry_after_a_cut_reply_replaces_that_turn(store: Store, tmp_path: Pa
         assert len(store.turns.next_states(first)) == 1
 
     both(test, store, tmp_path)
+
+
+def test_an_episode_that_one_worker_opens_is_known_to_the_other_at_once(
+    store: Store, tmp_path: Path
+) -> None:
+    async def run() -> None:
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, store, tmp_path, worker="a") as a,
+            running(engine.url, store, tmp_path, worker="b") as b,
+        ):
+            for p in (a, b):
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            opened = await Environment(a).open("e-1", max_calls=2)
+            session = {"X-Session-Id": "e-1"}
+            first, _ = await call(b, f"{b.url}/v1", TASK, headers=session)
+            second, _ = await call(a, f"{a.url}/v1", TASK, key=opened["api_key"])
+            assert [turn(store, one).step for one in (first, second)] == [0, 1]
+            await call(b, f"{b.url}/v1", TASK, headers=session, status=400)
+            await Environment(b).close("e-1")
+            await call(a, f"{a.url}/v1", TASK, headers=session, status=409)
+
+    asyncio.run(run())

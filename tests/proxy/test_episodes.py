@@ -297,9 +297,10 @@ def test_what_failed_for_another_reason_than_the_policy_never_trains(
         assert store.counts()["samples/ready"] == 1
         found = await environment.end("e-1", 400, status, outcome=0)
         assert f"closed as {status} has none" in refusal(found)
-        found = await environment.end("e-1", 200, status)
+        found = await environment.end("e-1", 200, status, observation="the engine is gone")
         assert (found["state"], found["outcome"]) == ("dropped", None)
         assert found["reason"] == f"the episode was closed as {status}"
+        assert store.judging.lease(9, 60) == []
         store.judging.settle_verdict(Verdict(second, (1,), 1, "rules"))
         counts = store.counts()
         assert ("samples/ready" in counts, counts["samples/dropped"]) == (False, 2)
