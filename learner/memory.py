@@ -77,12 +77,13 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
 
     Raises StartError if memory is too small for it. On a CPU an allocation past what is free fails
     here, where Linux would otherwise kill the process later. There a whole pass may take minutes,
-    so it is left out if a short one shows that memory is far from full.
+    so it is left out if a short one shows that memory is far from full. A tenth stays free: without
+    it the kernel takes its page cache from vLLM and everybody else, and the machine stands still.
     """
     rows, tokens = trainer.largest_batch()
     free = free_ram() if trainer.args.device.type == "cpu" else None
     try:
-        with _allocations_limited_to(free):
+        with _allocations_limited_to(free and int(_USABLE * free)):
             if free is None or not _clearly_fits(trainer, rows * tokens, free):
                 trainer.try_batch(rows, tokens)
             return rows, tokens
@@ -95,6 +96,8 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
         raise StartError(f"the largest possible batch does not fit: {reason}; {REMEDY}") from error
 
 
+_USABLE = 0.9
+"""The share of the free memory that a trial pass may take."""
 REMEDY = (
     "lower [learner] max_tokens, micro_batch_tokens or lora_rank, set gradient_checkpointing = "
     'true or, on a GPU, quantization = "4bit", or lower "--gpu-memory-utilization" in [engine] args'

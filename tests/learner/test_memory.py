@@ -171,17 +171,18 @@ def test_attention_over_all_pairs_of_tokens_is_tried_at_full_length(
     assert tried == [(1, 32), (rows, tokens)]
 
 
+@pytest.mark.parametrize(("free", "numbers"), [(10**8, 4 * 10**8), (10**9, 95 * 10**7 // 4)])
 def test_a_batch_that_does_not_fit_is_refused_with_the_keys_before_anything_is_leased(
-    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, numbers: int
 ) -> None:
-    """The limit is real: torch cannot allocate more than what is called free."""
+    """The limit is real: torch cannot allocate more than nine tenths of what is called free."""
     recorded = Recorded(tmp_path / "state", model_path)
     recorded.add_mixed(16)
 
     def allocate_much(trainer: object, rows: int, tokens: int) -> None:
-        torch.ones(400_000_000)
+        torch.ones(numbers)
 
-    monkeypatch.setattr(memory, "free_ram", lambda: 100_000_000)
+    monkeypatch.setattr(memory, "free_ram", lambda: free)
     monkeypatch.setattr(PolicyTrainer, "try_batch", allocate_much)
     with pytest.raises(StartError, match=r"largest possible batch.*allocate memory.*max_tokens"):
         train(recorded, model_path, FakeEngine(recorded.store), CONFIG)

@@ -1,36 +1,38 @@
-"""The whole loop with SmolLM2-135M-Instruct: its judge is trained and votes, the watch withdraws.
+"""The whole loop with SmolLM2-135M-Instruct: a bad version is withdrawn, and a judge is trained.
 
-`make soak` runs these tests; the model is downloaded where it is missing. They go on from each
-other.
+`make soak` runs these tests, in this order; the model is downloaded where it is missing.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import cycle, islice
+from pathlib import Path
 
 import pytest
 
 from demo import smollm2
 from demo.course import MODEL
-from judge.evaluation import LABELLED
 from nextstate.app.settings import Settings
 from nextstate.app.trained_judge import BASE_KAPPA, HELD_OUT, KAPPA, judge_versions
 from nextstate.engine.process import free_port
+from plugins.judges.rules_training import read_phrases
 from tests.running_loop import Loop, run, write_config
 from tests.whole.withdrawal import complain_until_withdrawn
 
 pytestmark = [pytest.mark.engine, pytest.mark.soak, pytest.mark.timeout(7200)]
 
+PHRASES = 300
+
 
 @pytest.fixture(scope="module")
 def real_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
-    """`nextstate up` with the real model, whose own judge, trained before, judges every turn."""
+    """`nextstate up` with the real model."""
     port, folder = free_port(), tmp_path_factory.mktemp("real")
     config = write_config(folder, port=port, policy=smollm2.fetch(), context=2048)
-    text = config.read_text().replace('kind = "rules"', 'kind = "engine"\nshare = 1.0')
-    config.write_text(text)
-    trained = run("judge", "train", "--config", str(config), timeout_s=5400)
-    assert trained.returncode == 0, trained.stdout + trained.stderr
+    # Without checkpoints a pass over 8192 tokens takes 22 GB.
+    config.write_text(config.read_text().replace("gradient_checkpointing = false\n", ""))
     started = Loop(config, port)
     try:
         started.wait_ready()
@@ -39,24 +41,52 @@ def real_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
         started.close()
 
 
-def test_training_makes_a_judge_that_agrees_more_with_people(real_loop: Loop) -> None:
-    (version,) = judge_versions(Settings.read(real_loop.config))
-    worth = version.metrics
-    print(f"κ {worth[KAPPA]:.2f}, the base {worth[BASE_KAPPA]:.2f}, on {worth[HELD_OUT]:.0f}")
-    assert worth[KAPPA] > max(0.2, worth[BASE_KAPPA])
-
-
-def test_the_trained_judge_votes_through_vllm(real_loop: Loop) -> None:
-    printed = real_loop.command("judge", "eval", str(LABELLED), "--split", "test")
-    print(printed)
-    assert "votes of engine v1\n" in printed
-    row = next(line for line in printed.splitlines() if line.startswith("all")).split()
-    assert float(row[3]) > 0.2
+def short_reactions() -> list[str]:
+    """Labelled next states as JSON: what English speakers say in a few words, and nothing else."""
+    english = [one for one in read_phrases()[0] if one.language == "en"]
+    by_label = [[one.text for one in english if one.label == label] for label in (1, -1, 0)]
+    mixed = [
+        (label, text)
+        for texts in zip(*by_label, strict=False)
+        for label, text in zip((1, -1, 0), texts, strict=True)
+    ]
+    rivers = cycle(["Nile", "Rhine", "Amazon", "Danube", "Volga", "Niger", "Loire"])
+    return [
+        json.dumps(
+            {
+                "id": f"phrase {number}",
+                "tail": [["user", f"Name river {number}."]],
+                "reply": f"The {river} is one.",
+                "next_states": [{"source": "user", "text": text}],
+                "label": label,
+            }
+        )
+        for number, (river, (label, text)) in enumerate(
+            zip(rivers, islice(mixed, PHRASES), strict=False)
+        )
+    ]
 
 
 def test_a_version_that_people_complain_about_is_withdrawn(real_loop: Loop) -> None:
     complained_about, serving = complain_until_withdrawn(real_loop, MODEL, within_s=3600)
     assert serving < complained_about
     assert "the mean score fell by" in real_loop.command("versions", str(complained_about))
-    judges = {turn["verdict"]["judge"] for turn in real_loop.turns() if turn["verdict"]}
-    assert judges == {"engine v1"}
+
+
+def test_a_judge_is_trained_and_votes_through_vllm(real_loop: Loop, tmp_path: Path) -> None:
+    file, config = tmp_path / "reactions.jsonl", tmp_path / "nextstate.toml"
+    file.write_text("\n".join(short_reactions()))
+    config.write_text(real_loop.config.read_text().replace('kind = "rules"', 'kind = "engine"'))
+    wanted = (str(file), "--examples", str(PHRASES), "--epochs", "2", "--config", str(config))
+    trained = run("judge", "train", *wanted, timeout_s=5400)
+    print(trained.stdout, trained.stderr)
+    assert trained.returncode == 0
+    (version,) = judge_versions(Settings.read(config))
+    worth = version.metrics
+    print(f"κ {worth[KAPPA]:.2f}, the base {worth[BASE_KAPPA]:.2f}, on {worth[HELD_OUT]:.0f}")
+    assert worth[KAPPA] > 0.4
+    evaluated = run("judge", "eval", str(file), "--config", str(config), timeout_s=3600)
+    print(evaluated.stdout)
+    assert "votes of engine v1\n" in evaluated.stdout
+    row = next(line for line in evaluated.stdout.splitlines() if line.startswith("all")).split()
+    assert float(row[3]) > 0.4
