@@ -10,6 +10,7 @@ learner does by its bound on the KL divergence. The advantages are those of `jud
 from __future__ import annotations
 
 import argparse
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from rich.table import Table
 
 from judge.advantages import (
     PREDICTS,
+    WINDOW,
     CreditMethod,
     EpisodeScores,
     JudgedEpisode,
@@ -36,8 +38,6 @@ from judge.advantages import (
 ACTIONS = 5
 GROUPS, SIZE = 8, 8
 UPDATES = 150
-STEPS = 200
-"""Judged steps whose AUC decides in the last column; λ stays 1 for less than half of them."""
 GOAL = 0.9
 """The probability that an episode succeeds."""
 RATE = 0.45
@@ -127,7 +127,7 @@ def learn(world: World, method: Method, seed: int) -> Learned:
             for action in range(ACTIONS):
                 gradient[:, action] += (advantages * (actions == action)).sum(0)
             gradient -= advantages.sum(0)[:, None] * policy
-            judged = [*judged, *_judged(next(names), episodes, method)][-STEPS:]
+            judged = [*judged, *_judged(next(names), episodes, method)][-WINDOW:]
         if squares:
             size = np.sqrt(squares / (GROUPS * SIZE * world.steps))
             logits += RATE * gradient / (GROUPS * SIZE * size)
@@ -159,9 +159,9 @@ def _episodes(
 
 
 def _weight(method: Method, judged: list[JudgedEpisode]) -> float:
-    """λ by the switch of the method."""
+    """λ by the switch of the method: over the last WINDOW episodes, or as many steps."""
     if method.switch == "steps":
-        auc = judge_auc(judged) if 2 * len(judged) >= STEPS else None
+        auc = judge_auc(judged) if 2 * len(judged) >= WINDOW else None
         return 0.0 if auc is not None and auc < PREDICTS else 1.0
     return process_weight(judged) if method.switch else 1.0
 
@@ -179,10 +179,14 @@ def _judged(group: str, episodes: list[EpisodeScores], method: Method) -> list[J
 def _cell(runs: list[Learned]) -> str:
     """The median of the updates to the goal, or of the success at the end, and both extremes."""
     ordered = sorted(runs, key=lambda run: (run.updates or UPDATES + 1, -run.success))
-    texts = [f"{run.updates}" if run.updates else f"end {run.success:.2f}" for run in ordered]
-    quiet = median(run.silenced for run in runs)
-    silent = f", λ 0 in {quiet:.0f}" if quiet else ""
-    return f"{texts[len(texts) // 2]} ({texts[0]}–{texts[-1].removeprefix('end ')}){silent}"
+    best, worst = (f"{r.updates or f'end {r.success:.2f}'}" for r in (ordered[0], ordered[-1]))
+    middle = median(run.updates or math.inf for run in runs)
+    end = f"end {median(run.success for run in runs):.2f}"
+    return f"{end if middle == math.inf else f'{middle:.0f}'} ({best} to {worst})"
+
+
+def _silenced(runs: list[Learned]) -> str:
+    return f"{median(run.silenced for run in runs):.0f}"
 
 
 def main() -> None:
@@ -193,15 +197,18 @@ def main() -> None:
     given = parser.parse_args()
     began = time.monotonic()
     table = Table(box=box.SIMPLE, title=f"updates to {GOAL:.0%} success, of at most {UPDATES}")
-    for heading in ("judge", *METHODS):
+    for heading in ("judge", *METHODS, "λ 0: ours", "of steps"):
         table.add_column(heading, justify="left" if heading == "judge" else "right")
     for name, world in WORLDS.items():
-        if given.only in name:
-            runs = (
-                [learn(world, m, seed) for seed in range(given.seeds)] for m in METHODS.values()
-            )
-            table.add_row(name, *map(_cell, runs))
-    Console(width=140).print(table)
+        if given.only not in name:
+            continue
+        runs = {
+            name: [learn(world, method, seed) for seed in range(given.seeds)]
+            for name, method in METHODS.items()
+        }
+        silenced = [_silenced(runs[name]) for name, method in METHODS.items() if method.switch]
+        table.add_row(name, *map(_cell, runs.values()), *silenced)
+    Console(width=170).print(table)
     print(f"{given.seeds} seeds, {time.monotonic() - began:.0f} s")
 
 
