@@ -122,7 +122,7 @@ def group_credit(
     same part of the outcome still hears the judge. `earlier` are outcomes of the same task family,
     the newest last; they count only if a single episode of the group has an outcome.
 
-    Raises RecordError if a turn occurs twice, or a number is not of its range.
+    Raises RecordError if a turn occurs twice, or if a number is out of its range.
     """
     if not 0.0 <= weight <= 1.0:
         raise RecordError(f"weight is {weight!r}, expected 0 to 1")
@@ -157,7 +157,7 @@ def judge_auc(episodes: Sequence[JudgedEpisode]) -> float | None:
     wins = pairs = 0.0
     for group in _by_group(episodes).values():
         for better, worse in product(group, repeat=2):
-            if better.outcome > worse.outcome:
+            if _better(better.outcome, worse.outcome):
                 pairs += 1.0
                 wins += (better.process > worse.process) + (better.process == worse.process) / 2
     return wins / pairs if pairs else None
@@ -172,7 +172,7 @@ def process_weight(episodes: Sequence[JudgedEpisode]) -> float:
     mixed = {
         name
         for name, group in _by_group(episodes).items()
-        if len({episode.outcome for episode in group}) > 1
+        if _better(max(e.outcome for e in group), min(e.outcome for e in group))
     }
     newest = [episode for episode in episodes if episode.group in mixed][-WINDOW:]
     auc = judge_auc(newest) if len(newest) >= ENOUGH else None
@@ -197,14 +197,8 @@ def _combined(
         references, z_outcomes = earlier, [_against(earlier, outcomes[0])]
     success = sum(_reaches(outcome, solved) for outcome in references) / max(len(references), 1)
     fading = weight * (1.0 - success)
-    judged = [step for _, steps in scored for step in steps if step.process is not None]
-    z_process = dict(
-        zip(
-            (step.turn for step in judged),
-            _standardised([step.process for step in judged if step.process is not None]),
-            strict=True,
-        )
-    )
+    judged = {s.turn: s.process for _, steps in scored for s in steps if s.process is not None}
+    z_process = dict(zip(judged, _standardised(list(judged.values())), strict=True))
     found = {
         step.turn: min(max(z + fading * z_process.get(step.turn, 0.0), -LIMIT), LIMIT)
         for z, (_, steps) in zip(z_outcomes, scored, strict=True)
@@ -280,6 +274,10 @@ def _against(earlier: Sequence[float], outcome: float) -> float:
 
 def _within_range(value: float) -> float:
     return min(max(value, -sys.float_info.max), sys.float_info.max)
+
+
+def _better(outcome: float, other: float) -> bool:
+    return outcome > other and not math.isclose(outcome, other, rel_tol=_EQUAL)
 
 
 def _reaches(outcome: float, solved: float) -> bool:

@@ -277,6 +277,7 @@ def test_the_auc_of_numbers_worked_by_hand() -> None:
     assert judge_auc(judged([1, 1, 0, 0], [1, 0, 0, -1])) == 3.5 / 4
     assert judge_auc(judged([1, 1], [1, -1])) is None
     assert judge_auc([]) is None
+    assert judge_auc(judged([1, sum([0.1] * 10)], [1, -1])) is None  # equal but for rounding
 
 
 EPISODES = st.lists(
