@@ -10,7 +10,8 @@ from typing import Any
 from nextstate.app.cli.common import add_command, whole_number
 
 EXAMPLES, EPOCHS = 240, 1
-"""Minutes for a model of 135 M parameters on two CPU cores."""
+"""13 minutes for a model of 135 M parameters on two busy CPU cores. It was too few for that model
+(benchmarks/results/judge.md)."""
 
 
 def add(subparsers: Any) -> None:
