@@ -6,7 +6,7 @@ are SQLite's; another dialect can make its own from the same `_COUNTED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
@@ -72,12 +72,18 @@ def count_all(connection: sa.Connection) -> None:
             f"INSERT INTO counts (area, key, count) SELECT '{counted.area}', {key}, count(*) "
             f"FROM {counted.table} WHERE {where} GROUP BY 2"
         )
-    for statement in _triggers():
+    create_triggers(connection, _CHANGING)
+
+
+def create_triggers(connection: sa.Connection, tables: Iterable[str]) -> None:
+    """Creates the triggers of some tables: of new ones, which have nothing to count yet."""
+    for statement in _triggers(tables):
         connection.exec_driver_sql(statement)
 
 
-def _triggers() -> Iterator[str]:
-    for table, columns in _CHANGING.items():
+def _triggers(tables: Iterable[str]) -> Iterator[str]:
+    for table in tables:
+        columns = _CHANGING[table]
         kinds = [counted for counted in _COUNTED if counted.table == table]
         gone, come = "".join(map(_less, kinds)), "".join(map(_more, kinds))
         for name, event, body in (

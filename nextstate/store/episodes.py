@@ -173,7 +173,7 @@ class Episodes:
                         f"{row.outcome}: it cannot be closed as {status} with {outcome}"
                     )
             else:
-                _close(connection, episode_id, status, outcome, self._database.now())
+                close_episode(connection, episode_id, status, outcome, self._database.now())
                 if observation:
                     judge = not never and row.split == Split.TRAIN
                     _observe(connection, row, observation, judge=judge)
@@ -298,6 +298,10 @@ def _join_group(connection: sa.Connection, episode: Episode, size: int | None, n
                 f"group {episode.group!r} is there with another {what}: "
                 "a group compares attempts at one task; choose another group"
             )
+    if row.state != "open":
+        raise ConflictError(
+            f"group {row.id!r} is settled: its steps have their advantages; choose another group"
+        )
     if row.size is None:
         if size is not None:
             connection.execute(sa.update(t.groups).where(g.id == row.id).values(size=size))
@@ -326,24 +330,30 @@ def _one_outcome(connection: sa.Connection, episode_id: str, said: float | None)
     return said
 
 
-def _close(
+def close_episode(
     connection: sa.Connection,
     episode_id: str,
     status: EpisodeStatus,
     outcome: float | None,
     now: float,
+    why: str | None = None,
 ) -> None:
-    """Sets what closing sets; what never trains is taken out of judging and training."""
+    """Sets what closing sets; what never trains is taken out of judging and training.
+
+    `why` says more about an episode that never trains.
+    """
     dropped = status in NEVER_TRAIN
     state = EpisodeState.DROPPED if dropped else EpisodeState.CLOSED
     reason = f"the episode was closed as {status.value}" if dropped else None
+    if dropped and why is not None:
+        reason = f"{reason}: {why}"
     values = {"state": state.value, "status": status.value, "outcome": outcome}
     ours = sa.update(t.episodes).where(_E.id == episode_id)
     connection.execute(ours.values(**values, closed_at=now, reason=reason))
     if dropped:
         s = t.samples.c
         turns = sa.select(_T.id).where(_T.episode == episode_id)
-        waiting = s.turn.in_(turns), s.state.in_((SampleState.READY, SampleState.HELD))
+        waiting = s.turn.in_(turns), s.state == SampleState.WAITING
         connection.execute(
             sa.update(t.samples)
             .where(*waiting)

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 1
+VERSION = 2
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -156,9 +156,11 @@ samples = sa.Table(
     sa.Column("reason", sa.Text),
     sa.Column("seq", sa.Integer),
     sa.Column("screened", sa.Boolean),
+    sa.Column("advantage", sa.Float),
 )
 """What may train. `seq` is the turn's own. `screened` is set once the learner has looked at a ready
-sample and not held it out; it is NULL before, and of a sample that is held out."""
+sample and not held it out; it is NULL before, and of a sample that is held out. `advantage` is set
+when the turn's group is settled, and `score` is its sign from then on; NULL for people's turns."""
 _of_state = (samples.c.lineage, samples.c.state)
 sa.Index(
     "samples_by_kind",
@@ -180,6 +182,7 @@ groups = sa.Table(
     sa.Column("opened_at", sa.Float, nullable=False),
 )
 """Episodes of one task that are compared. NULL as `size`: nobody named one."""
+sa.Index("groups_by_state", groups.c.state, groups.c.split)
 
 episodes = sa.Table(
     "episodes",
@@ -208,9 +211,15 @@ episodes = sa.Table(
     sa.Column("calls", sa.Integer, nullable=False),
     sa.Column("tokens", sa.Integer, nullable=False),
     sa.Column("reason", sa.Text),
+    sa.Column("version", sa.Integer),
+    sa.Column("process", sa.Float),
+    sa.Column("settled_at", sa.Float),
 )
-"""`task` and `metadata` are hashes of texts."""
+"""`task` and `metadata` are hashes of texts. `version` is the policy version that shall serve it,
+`process` the mean process reward of its judged steps when it was settled."""
 _where_set("episodes_by_group", episodes.c.group_id)
+sa.Index("episodes_by_state", episodes.c.state, episodes.c.split)
+_where_set("episodes_by_settling", episodes.c.settled_at, episodes.c.lineage)
 
 rewards = sa.Table(
     "rewards",

@@ -183,11 +183,12 @@ def _load_samples(
     connection: sa.Connection, turn_ids: Sequence[str], *where: sa.ColumnElement[bool]
 ) -> list[Sample]:
     """The samples of those of the turns that are `where`, in the order of `turn_ids`."""
-    v = t.verdicts.c
+    s, v = t.samples.c, t.verdicts.c
     query = (
-        sa.select(t.turns, v.score, v.hinted_prompt_ids)
-        .join(t.samples, t.samples.c.turn == t.turns.c.id)
-        .join(t.verdicts, v.turn == t.turns.c.id)
+        sa.select(t.turns, s.score, s.advantage, t.episodes.c.outcome, v.hinted_prompt_ids)
+        .join(t.samples, s.turn == t.turns.c.id)
+        .outerjoin(t.verdicts, v.turn == t.turns.c.id)  # not every step of an episode is judged
+        .outerjoin(t.episodes, t.episodes.c.id == t.turns.c.episode)
         .where(t.turns.c.id.in_(turn_ids), *where)
     )
     rows = {row.id: row for row in connection.execute(query)}
@@ -206,6 +207,8 @@ def _load_samples(
             score=row.score,
             hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
             sampling=Sampling.read(read_json(row.sampling.encode())),
+            advantage=row.advantage,
+            outcome=row.outcome,
         )
         for row in (rows[turn_id] for turn_id in turn_ids if turn_id in rows)
     ]

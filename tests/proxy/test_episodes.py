@@ -294,7 +294,7 @@ def test_what_failed_for_another_reason_than_the_policy_never_trains(
         first, _ = await call(p, url, user("go"))
         second, _ = await call(p, url, user("go"), said("ls"), user("a b"))
         store.judging.settle_verdict(Verdict(first, (1,), 1, "rules"))
-        assert store.counts()["samples/ready"] == 1
+        assert store.counts()["samples/waiting"] == 1
         found = await environment.end("e-1", 400, status, outcome=0)
         assert f"closed as {status} has none" in refusal(found)
         found = await environment.end("e-1", 200, status, observation="the engine is gone")
@@ -303,7 +303,7 @@ def test_what_failed_for_another_reason_than_the_policy_never_trains(
         assert store.judging.lease(9, 60) == []
         store.judging.settle_verdict(Verdict(second, (1,), 1, "rules"))
         counts = store.counts()
-        assert ("samples/ready" in counts, counts["samples/dropped"]) == (False, 2)
+        assert ("samples/waiting" in counts, counts["samples/dropped"]) == (False, 2)
         assert counts["turns/trainable"] == 0
 
     both(test, store, tmp_path)
