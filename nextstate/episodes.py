@@ -96,6 +96,8 @@ class Episode:
     """How many tokens its replies may have together."""
     deadline_s: float | None = None
     """Seconds from its opening after which no call begins."""
+    version: int | None = None
+    """The policy version that shall serve it; None: the one that serves its lineage."""
     sampling: Mapping[str, float] = field(default_factory=dict[str, float])
     """Sampling settings that take the place of the client's."""
     metadata: Json = field(default_factory=dict[str, Any])
@@ -127,6 +129,8 @@ class Episode:
             )
         if self.seed is not None and not -_MOST_SEED <= self.seed < _MOST_SEED:
             raise RecordError(f"seed = {self.seed!s:.80}: expected a number of 64 bits")
+        if self.version is not None and not 0 <= self.version < _MOST_BUDGET:
+            raise RecordError(f"version = {self.version!s:.80}: expected the number of a version")
         for name in ("max_calls", "max_tokens", "deadline_s"):
             value = getattr(self, name)
             if value is not None and not 0 < value < _MOST_BUDGET:

@@ -82,7 +82,13 @@ class Proxy:
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
         self.calls = EpisodeCalls(store, lineages, alone=worker is None)
         self.episodes = EpisodeRoutes(
-            store, lineages, self.recorder, self.calls, config.max_body_mb, intervals.drain_s
+            store,
+            lineages,
+            self.recorder,
+            self.calls,
+            self.versions,
+            config.max_body_mb,
+            intervals.drain_s,
         )
         self._own_routes: dict[str, dict[str, Handler]] = {
             EPISODES: {"POST": self.episodes.open},

@@ -10,7 +10,7 @@ from nextstate.records import Json
 from nextstate.wire import json_object, objects, read_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_any_body, read_body
-from proxy.episode_calls import EPISODE, EpisodeCalls
+from proxy.episode_calls import EPISODE, EpisodeCalls, within
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import CALLER, Lineages
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
@@ -46,6 +46,7 @@ class Dispatch:
         return await self._pass_on(request)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
+        path = request.path
         data = await read_body(request, self._config.max_body_mb)
         try:
             body = read_json(data)
@@ -64,10 +65,17 @@ class Dispatch:
             message = f"The model `{body.get('model')!s:.200}` is not served here: use {served}."
             return await self._unserved(request, data, "model", message)
         self._tame(request, body, lineage)
+        seconds, version = None, None
         if (episode := request.get(EPISODE)) is not None:
-            await self._episodes.begin(episode, lineage)
+            if episode.version is not None:
+                version = await self._versions.pinned(lineage, episode.version)
+            tokens, seconds = await self._episodes.begin(episode, lineage)
+            if tokens is not None:
+                body = within(path, body, tokens)
         try:
-            return await self._relay.generate(request, body, lineage, body["model"])
+            return await self._relay.generate(
+                request, body, lineage, body["model"], version=version, seconds=seconds
+            )
         except ValueError as error:
             raise _unwritable(error) from error
 

@@ -15,11 +15,13 @@ from aiohttp import web
 
 from nextstate.episodes import is_label
 from nextstate.errors import BudgetError, ConflictError, NoEpisodeError, StoreError
+from nextstate.records import Json
 from nextstate.store import Store
-from nextstate.store.episodes import API_KEY, Named
+from nextstate.store.episodes import API_KEY, Left, Named
 from proxy.answers import Refused
 from proxy.lineages import Lineages
 from proxy.requests import PATH_EPISODE
+from proxy.serving import CHAT, COMPLETIONS, RESPONSES
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +29,8 @@ EPISODE: web.RequestKey[Named] = web.RequestKey("episode", Named)
 """The episode that a request is a call of."""
 _HEADER, _SESSION = "x-nextstate-episode", "x-session-id"
 _MOST_REMEMBERED = 4096
+_COMPLETIONS_DEFAULT = 16
+"""Tokens of a reply to `/v1/completions` whose request names no number."""
 _T = TypeVar("_T")
 
 
@@ -78,7 +82,7 @@ class EpisodeCalls:
             raise Refused(403, f"The key of episode {by_key.id!r} is not that of {found.id!r}.")
         return found
 
-    async def begin(self, episode: Named, lineage: str) -> None:
+    async def begin(self, episode: Named, lineage: str) -> Left:
         """Counts a call for `lineage`. Raises Refused if the episode may not make it."""
         if lineage != episode.lineage:
             raise Refused(
@@ -86,7 +90,7 @@ class EpisodeCalls:
                 f"Episode {episode.id!r} trains the lineage {episode.lineage!r}, and the model is "
                 f"that of {lineage!r}: name the engine's model.",
             )
-        await in_store(self._episodes.begin_call, episode.id)
+        return await in_store(self._episodes.begin_call, episode.id)
 
     async def _find(
         self, kind: str, name: str, look_up: Callable[[str], Named | None]
@@ -102,6 +106,19 @@ class EpisodeCalls:
             if len(self._remembered) > _MOST_REMEMBERED:
                 del self._remembered[next(iter(self._remembered))]
         return found
+
+
+def within(path: str, body: Json, tokens: int) -> Json:
+    """A request whose reply has at most `tokens` tokens."""
+    name = {RESPONSES: "max_output_tokens"}.get(path, "max_tokens")
+    if path == CHAT and body.get("max_completion_tokens") is not None:
+        name = "max_completion_tokens"
+    asked = body.get(name)
+    if asked is None and path == COMPLETIONS:
+        asked = _COMPLETIONS_DEFAULT
+    if asked is None or (type(asked) is int and asked > tokens):
+        return {**body, name: min(tokens, asked or tokens)}
+    return body
 
 
 async def in_store(work: Callable[..., _T], *values: object) -> _T:

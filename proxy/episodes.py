@@ -31,6 +31,7 @@ from proxy.episode_calls import EpisodeCalls, in_store
 from proxy.lineages import CALLER, Lineages
 from proxy.paths import EPISODES
 from proxy.recorder import Recorder
+from proxy.versions import Versions
 
 _MOST_IN_GROUP, _MOST_METADATA_BYTES, _MOST_OBSERVATION = 1024, 64 << 10, 1 << 20
 _KINDS: Mapping[str, type | tuple[type, ...]] = {
@@ -41,7 +42,7 @@ _KINDS: Mapping[str, type | tuple[type, ...]] = {
 }
 _OPEN = {
     **dict.fromkeys(("episode", "environment", "task", "group", "split", "lineage"), "text"),
-    **dict.fromkeys(("group_size", "seed", "max_calls", "max_tokens"), "whole number"),
+    **dict.fromkeys(("group_size", "seed", "max_calls", "max_tokens", "version"), "whole number"),
     **{"deadline_s": "number", "sampling": "object", "metadata": "object"},
 }
 _OPEN_GROUP = {name: kind for name, kind in _OPEN.items() if name != "episode"}
@@ -64,6 +65,7 @@ class EpisodeRoutes:
         lineages: Lineages,
         recorder: Recorder,
         calls: EpisodeCalls,
+        versions: Versions,
         max_body_mb: int,
         wait_s: float,
     ) -> None:
@@ -71,6 +73,7 @@ class EpisodeRoutes:
         self._lineages = lineages
         self._recorder = recorder
         self._calls = calls
+        self._versions = versions
         self._max_body_mb = max_body_mb
         self._wait_s = wait_s
 
@@ -111,6 +114,8 @@ class EpisodeRoutes:
     async def _open_all(
         self, request: web.Request, episodes: Sequence[Episode], size: int | None
     ) -> list[Json]:
+        for episode in episodes[:1]:
+            await self._check_version(episode)
         opened = await in_store(self._store.episodes.open, episodes, size)
         for episode, _ in opened:
             self._calls.opened(episode.id)
@@ -119,11 +124,30 @@ class EpisodeRoutes:
             {
                 "episode": episode.id,
                 "state": episode.state,
+                "version": self._version(episode),
                 "base_url": f"{address}/{episode.id}/v1",
                 "api_key": key,
             }
             for episode, key in opened
         ]
+
+    async def _check_version(self, episode: Episode) -> None:
+        """Raises Refused if the version that shall serve it cannot."""
+        if episode.version is None:
+            return
+        found = await in_store(self._store.versions.get, episode.lineage, episode.version)
+        if found is None or not found.can_serve:
+            raise Refused(
+                400,
+                f"version = {episode.version}: lineage {episode.lineage!r} has no such version "
+                "with an adapter; see `nextstate versions`, or leave it out.",
+            )
+
+    def _version(self, episode: Episode) -> int:
+        """The version that serves its next call."""
+        if episode.version is not None:
+            return episode.version
+        return self._versions.serves(episode.lineage).number
 
     def _episode(self, request: web.Request, asked: Json, name: str) -> Episode:
         lineage = asked.get("lineage", request[CALLER])

@@ -23,8 +23,9 @@ from proxy.linking.history import (
 )
 from proxy.linking.meaning import meaning_of
 from proxy.linking.parents import Found, find_parent, main_turn, session_of
-from proxy.linking.steps import environment_states, find_step
+from proxy.linking.steps import environment_states, find_step, new_messages
 
+_LATE = "its episode was closed before the reply ended"
 _HELD_OUT = "its episode's split is eval: its turns never train"
 
 
@@ -149,13 +150,15 @@ def _record_step(recording: Recording, read: Read, episode: str) -> Turn:
     if parent is not None and read.kind is TurnKind.MAIN:
         parent = main_turn(sessions, parent)
     place = place_of(scope, read.kind, parent and parent.id, read.history)
+    if read.untrainable is None and not sessions.takes_steps(episode):
+        read = read._replace(untrainable=_LATE)
     turn = _turn(read, episode, sessions.next_index(episode), parent and parent.id)
     _add(recording, read, turn, place if exchange.cut else None)
     if place is not None:
         sessions.replace_cut(place, turn.id)
     if parent is not None and not parent.continued and read.kind is TurnKind.MAIN:
-        new = objects(exchange.request.get("messages"))[step.start :]
-        states = environment_states(parent.id, new)
+        messages = objects(exchange.request.get("messages"))
+        states = environment_states(parent.id, new_messages(sessions, step, parent, messages))
         recording.add_next_states(parent.id, not exchange.held_out, states)
     return turn
 

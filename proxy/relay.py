@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -32,6 +33,10 @@ _HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 _EVENTS = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
+_CUT_IN_TIME = "its episode's deadline_s passed before the end"
+_OVER_TIME = (
+    "The episode's deadline_s has passed during this call, which is cut: close it as truncated."
+)
 
 
 @dataclass(slots=True)
@@ -56,22 +61,30 @@ class Relay:
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
-        self, request: web.Request, body: Json, lineage: str, model: str
+        self,
+        request: web.Request,
+        body: Json,
+        lineage: str,
+        model: str,
+        *,
+        version: PolicyVersion | None = None,
+        seconds: float | None = None,
     ) -> web.StreamResponse:
         """Relays one request, which names `model`, and records its turn before its end is seen.
 
+        `version` serves it, or, with None, what serves the lineage. After `seconds` it is cut.
         Raises ValueError if the request is nested too deep to be written as JSON.
         """
         self.counts.requests += 1
-        with self.engine.versions.hold(lineage) as version:
+        with self.engine.versions.hold(lineage, version) as version:
             episode = request.get(EPISODE)
             sampling: Json = {} if episode is None else episode.sampling
             engine = self.engine.versions.engine
             serving = recorded_form(request.path, body, model, engine, sampling)
             generation = _Generation(self, request, body, serving, version)
-            if not is_off(body.get("stream")):
-                return await generation.streamed()
-            return await generation.plain()
+            streams = not is_off(body.get("stream"))
+            work = generation.streamed if streams else generation.plain
+            return await (work() if seconds is None else generation.in_time(work, seconds))
 
     async def pass_on(
         self,
@@ -123,6 +136,10 @@ class _Generation:
         self._first_token_s: float | None = None
         self._early: web.StreamResponse | None = None
         """The response to a streamed request that had to wait for the engine."""
+        self._prepared: web.StreamResponse | None = None
+        """The response whose head is out."""
+        self._limit: asyncio.Timeout | None = None
+        """The end of its episode's time."""
 
     @property
     def _serving(self) -> Recorded:
@@ -132,6 +149,24 @@ class _Generation:
     def _version(self) -> PolicyVersion:
         assert self._call.version is not None
         return self._call.version
+
+    async def in_time(
+        self, work: Callable[[], Awaitable[web.StreamResponse]], seconds: float
+    ) -> web.StreamResponse:
+        """What `work` returns; after `seconds` it is cut, and the client is told why."""
+
+        self._limit = asyncio.timeout(seconds)
+        try:
+            async with self._limit:
+                return await work()
+        except TimeoutError:
+            if not self._limit.expired():
+                raise
+        response = self._refused(Refused(400, _OVER_TIME, "EpisodeBudgetError"))
+        if self._prepared is None:
+            return response
+        assert isinstance(response.body, bytes)
+        return await self._end_early(self._prepared, response.body)
 
     async def plain(self) -> web.StreamResponse:
         """A reply in one body."""
@@ -179,6 +214,7 @@ class _Generation:
             if response is None:
                 response = web.StreamResponse(headers=self._headers(answer))
                 await response.prepare(self._request)
+            self._prepared = response
             await self._relay_events(answer, response)
             return response
         finally:
@@ -228,7 +264,10 @@ class _Generation:
             return
         except (asyncio.CancelledError, OSError):
             self._relay.counts.cut += 1
-            self._relay.recorder.submit(self._exchange("the client left before the end"))
+            why = "the client left before the end"
+            if self._limit is not None and self._limit.expired():
+                why = _CUT_IN_TIME
+            self._relay.recorder.submit(self._exchange(why))
             raise
         if serving.broken:
             await self._cut_off(response, b"".join(held), "an error in the stream")
@@ -260,7 +299,7 @@ class _Generation:
                     continue  # the engine works on it: its own headers will come
                 if self._early is None:
                     headers = {"Content-Type": f"{_EVENTS}; charset=utf-8", **self._own_headers()}
-                    self._early = web.StreamResponse(headers=headers)
+                    self._early = self._prepared = web.StreamResponse(headers=headers)
                     await self._early.prepare(self._request)
                 await self._early.write(b": waiting for the engine\n\n")
                 pause = self._relay.engine.intervals.keep_alive_s
@@ -307,7 +346,7 @@ class _Generation:
 
     def _refused(self, refused: Refused) -> web.Response:
         self._relay.counts.failed += 1
-        return error_response(self._request.path, refused.status, refused.message)
+        return error_response(self._request.path, refused.status, refused.message, refused.kind)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock

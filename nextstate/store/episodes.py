@@ -32,7 +32,7 @@ API_KEY = "ep-"
 _E, _R, _T = t.episodes.c, t.rewards.c, t.turns.c
 _ASKED = (
     *("lineage", "environment", "task", "group", "split", "seed", "max_calls", "max_tokens"),
-    *("deadline_s", "sampling", "metadata"),
+    *("deadline_s", "version", "sampling", "metadata"),
 )
 """What an episode is opened with. Opened again, it must be the same."""
 
@@ -45,6 +45,15 @@ class Named(NamedTuple):
     held_out: bool
     """Whether its turns never train."""
     sampling: Json
+    version: int | None
+    """The policy version that shall serve it; None: the one that serves its lineage."""
+
+
+class Left(NamedTuple):
+    """What a call may still use of its episode's budgets; None: as much as it likes."""
+
+    tokens: int | None
+    seconds: float | None
 
 
 @queries
@@ -81,7 +90,7 @@ class Episodes:
         with self._database.write() as connection:
             return [self._open(connection, episode, size) for episode in episodes]
 
-    def begin_call(self, episode_id: str) -> None:
+    def begin_call(self, episode_id: str) -> Left:
         """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError."""
         with self._database.write() as connection:
             row = _row(connection, episode_id)
@@ -104,6 +113,10 @@ class Episodes:
                     )
             more = sa.update(t.episodes).where(_E.id == episode_id)
             connection.execute(more.values(calls=_E.calls + 1))
+        return Left(
+            None if row.max_tokens is None else row.max_tokens - row.tokens,
+            None if row.deadline_s is None else row.deadline_s - past_s,
+        )
 
     def turn_ids(self, episode_id: str) -> list[str]:
         """The turns of an episode; each one's position is its step."""
@@ -182,13 +195,14 @@ class Episodes:
             return found
 
     def _named(self, condition: sa.ColumnElement[bool]) -> Named | None:
-        query = sa.select(_E.id, _E.lineage, _E.split, _E.sampling).where(condition)
+        columns = _E.id, _E.lineage, _E.split, _E.sampling, _E.version
+        query = sa.select(*columns).where(condition)
         with self._database.read() as connection:
             row = connection.execute(query).first()
         if row is None:
             return None
         sampling = read_json(row.sampling.encode())
-        return Named(row.id, row.lineage, row.split == Split.EVAL, sampling)
+        return Named(row.id, row.lineage, row.split == Split.EVAL, sampling, row.version)
 
     def _open(
         self, connection: sa.Connection, episode: Episode, size: int | None
@@ -227,6 +241,7 @@ class Episodes:
                 max_calls=episode.max_calls,
                 max_tokens=episode.max_tokens,
                 deadline_s=episode.deadline_s,
+                version=episode.version,
                 sampling=dump(dict(episode.sampling)),
                 metadata=texts.put(connection, write_json(episode.metadata)),
                 state=EpisodeState.OPEN.value,
@@ -263,6 +278,7 @@ def _load(connection: sa.Connection, episode_id: str) -> Episode | None:
         max_calls=row.max_calls,
         max_tokens=row.max_tokens,
         deadline_s=row.deadline_s,
+        version=row.version,
         sampling=read_json(row.sampling.encode()),
         metadata=read_json(found[row.metadata]),
         state=EpisodeState(row.state),

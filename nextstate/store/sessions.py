@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from nextstate.records import TurnKind
+from nextstate.episodes import EpisodeState
+from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
-from nextstate.store.texts import hashes
+from nextstate.store.texts import decompress, hashes
+from nextstate.wire import read_json
 
 _MOST_CANDIDATES = 16
 _CONTEXT_KEY_BYTES = 32
@@ -80,6 +82,14 @@ _NEWEST_START = _newest(_OF_NAME.where(_IN_LINEAGE, _IS_MAIN, _C.idx == 0)).limi
 _OTHERS = _OF_NAME.where(
     *(_IN_LINEAGE, _IS_MAIN, _C.session != sa.bindparam("session"), _C.seq > sa.bindparam("after"))
 ).limit(1)
+_OF_EPISODE = sa.select(t.episodes.c.state).where(t.episodes.c.id == sa.bindparam("episode"))
+_REPLY_OF = sa.select(_C.reply).where(_C.id == _TURN)
+_BASE = t.texts.alias("base")
+_TEXT = (
+    sa.select(t.texts.c.stored, _BASE.c.stored.label("base"))
+    .outerjoin(_BASE, t.texts.c.base == _BASE.c.hash)
+    .where(t.texts.c.hash == _KEY)
+)
 _LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
 _CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
 _REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
@@ -120,6 +130,17 @@ class Sessions:
         """
         return next(iter(self._candidates(_LAST_STEP, episode=episode, name=name)), None)
 
+    def takes_steps(self, episode: str) -> bool:
+        """Whether an episode is open."""
+        row = self._cursor.first(_OF_EPISODE, episode=episode)
+        return row is not None and row.state == EpisodeState.OPEN
+
+    def said(self, turn: Candidate) -> tuple[Json, Json]:
+        """(the last message of a turn's request, its reply)."""
+        reply = self._cursor.first(_REPLY_OF, turn=turn.id)
+        assert reply is not None
+        return self._text(turn.message_hashes[-1]), self._text(reply.reply)
+
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""
         return self._cursor.first(_NEWEST_START, name=name, lineage=lineage)
@@ -156,6 +177,11 @@ class Sessions:
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
         self._cursor.run(_SET_PLACE, turn=turn, at=place)
+
+    def _text(self, key: bytes) -> Json:
+        row = self._cursor.first(_TEXT, key=key)
+        assert row is not None
+        return read_json(decompress(row.stored, row.base))
 
     def _candidates(self, statement: sa.ClauseElement, **values: object) -> list[Candidate]:
         return [Candidate._make(row) for row in self._cursor.all(statement, **values)]

@@ -53,6 +53,27 @@ def find_step(
     return Step(last, start)
 
 
+def new_messages(
+    sessions: Sessions, step: Step, parent: Candidate, messages: Sequence[Json]
+) -> Sequence[Json]:
+    """The messages of a call that are new after its parent's reply.
+
+    An agent may send all in one text that grows: a prompt of `/v1/completions`, or a transcript as
+    the last message. Of such a text what follows the reply is new.
+    """
+    new = messages[step.start :]
+    if len(new) != 1 or len(messages) != len(parent.message_hashes):
+        return new
+    before, reply = (message.get("content") for message in sessions.said(parent))
+    now = new[0].get("content")
+    if not (isinstance(before, str) and before and isinstance(now, str) and now.startswith(before)):
+        return new
+    rest = now[len(before) :]
+    if isinstance(reply, str):
+        rest = rest.lstrip().removeprefix(reply.strip()) if reply.strip() else rest
+    return [{**new[0], "content": rest.strip()}]
+
+
 def environment_states(turn: str, messages: Sequence[Json]) -> list[NextState]:
     """What an environment says in messages after the reply of `turn`."""
     states: list[NextState] = []

@@ -33,7 +33,7 @@ def test_an_episode_comes_back_as_it_was_opened_called_and_closed(
         environment = Environment(p)
         opened = await environment.open("e-1", **FIELDS, group_size=2)
         assert opened == {
-            "episode": "e-1", "state": "open", "base_url": f"{p.url}/episodes/e-1/v1",
+            "episode": "e-1", "state": "open", "version": 0, "base_url": f"{p.url}/episodes/e-1/v1",
             "api_key": opened["api_key"],
         }  # fmt: skip
         turn_id, _ = await call(p, opened["base_url"], user("go"))
@@ -45,6 +45,7 @@ def test_an_episode_comes_back_as_it_was_opened_called_and_closed(
         assert found.pop("opened_at") <= found.pop("closed_at")
         assert found == {
             **FIELDS, "episode": "e-1", "state": "closed", "status": "done", "outcome": 1.0,
+            "version": None,
             "version_min": 0, "version_max": 0, "calls": 1, "tokens": 2, "reason": None,
             "turns": [turn_id],
             "rewards": [
