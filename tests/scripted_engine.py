@@ -48,6 +48,8 @@ class Script:
     miscount: int = 0
     """Added to the number of completion tokens in `usage`."""
     unknown_logprob: bool = False
+    tokens: Sequence[tuple[int, float]] | None = None
+    """The id and log-prob of each piece, instead of those of `token`."""
     raw_logprobs: bool = False
     """Whether log-probs are told before the temperature."""
     temperature: float = 1.0
@@ -247,13 +249,15 @@ def compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def token(number: int) -> tuple[int, float]:
+def token(number: int, script: Script | None = None) -> tuple[int, float]:
     """(id, log-prob) of the piece at a position."""
+    if script is not None and script.tokens is not None:
+        return script.tokens[number]
     return 100 + number, -0.25 * (number + 1)
 
 
 def _logprobs(script: Script, number: int) -> dict[str, Any]:
-    logprob = -9999.0 if script.unknown_logprob else token(number)[1]
+    logprob = -9999.0 if script.unknown_logprob else token(number, script)[1]
     entry = {"token": script.pieces[number], "logprob": logprob, "bytes": []}
     return {"content": [{**entry, "top_logprobs": []}]}
 
@@ -278,7 +282,7 @@ def stream_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
         if finish is not None:
             choice["stop_reason"] = None
         if number is not None:
-            choice["token_ids"] = [token(number)[0]] if ids else None
+            choice["token_ids"] = [token(number, script)[0]] if ids else None
         return {**head, "choices": [choice]}
 
     first = chunk({"role": "assistant", "content": ""}, None, None)
@@ -313,7 +317,7 @@ def plain_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
         "message": message,
         "logprobs": {"content": content} if body.get("logprobs") else None,
         "finish_reason": script.finish_reason,
-        "token_ids": [token(n)[0] for n in range(count)] if ids else None,
+        "token_ids": [token(n, script)[0] for n in range(count)] if ids else None,
     }
     return {
         "id": "chatcmpl-1",
