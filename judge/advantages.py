@@ -166,17 +166,22 @@ def judge_auc(episodes: Sequence[JudgedEpisode]) -> float | None:
 def process_weight(episodes: Sequence[JudgedEpisode]) -> float:
     """λ: 0.0 if the newest process rewards do not predict outcomes, else 1.0.
 
-    `episodes` are those of settled groups, the newest last. Groups in which all outcomes are equal
-    are passed over; of the others the last WINDOW episodes decide, if they are at least ENOUGH.
+    `episodes` are those of settled groups, the newest last. What is `compared` decides, if it is at
+    least ENOUGH.
     """
+    newest = compared(episodes)
+    auc = judge_auc(newest) if len(newest) >= ENOUGH else None
+    return 0.0 if auc is not None and auc < PREDICTS else 1.0
+
+
+def compared(episodes: Sequence[JudgedEpisode]) -> list[JudgedEpisode]:
+    """The last WINDOW episodes of groups in which not all outcomes are equal."""
     mixed = {
         name
         for name, group in _by_group(episodes).items()
         if _better(max(e.outcome for e in group), min(e.outcome for e in group))
     }
-    newest = [episode for episode in episodes if episode.group in mixed][-WINDOW:]
-    auc = judge_auc(newest) if len(newest) >= ENOUGH else None
-    return 0.0 if auc is not None and auc < PREDICTS else 1.0
+    return [episode for episode in episodes if episode.group in mixed][-WINDOW:]
 
 
 _Scored = tuple[float, tuple[StepScore, ...]]

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 
 from nextstate.store.schema import counts
 
-SHOWN = ("turns", "judgements", "verdicts", "samples", "versions", "episodes", "rewards")
+SHOWN = ("turns", "judgements", "verdicts", "samples", "versions", "episodes", "groups", "rewards")
 """The areas that people see; stages look up the others."""
 
 
@@ -43,6 +43,7 @@ _COUNTED = (
     ),
     _Counted("versions", "versions", "{r}state"),
     _Counted("episodes", "episodes", "{r}state"),
+    _Counted("groups", "groups", "{r}state"),
     _Counted("rewards", "rewards", "{r}kind"),
     _Counted(
         "feedback",
@@ -58,6 +59,7 @@ _CHANGING = {
     "samples": ("state", "lineage", "policy_version", "score", "hinted"),
     "versions": ("state",),
     "episodes": ("state",),
+    "groups": ("state",),
     "rewards": ("kind",),
     "feedback": ("score", "voted_judge", "voted_score"),
 }

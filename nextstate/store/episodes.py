@@ -81,6 +81,16 @@ class Episodes:
         with self._database.read() as connection:
             return _load(connection, episode_id)
 
+    def newest(self, limit: int | None = None, group: str | None = None) -> list[Episode]:
+        """The newest episodes, all of them or those of a group, oldest first."""
+        query = sa.select(_E.id).order_by(_E.opened_at.desc(), _E.id.desc()).limit(limit)
+        if group is not None:
+            query = query.where(_E.group_id == group)
+        with self._database.read() as connection:
+            ids = connection.execute(query).scalars().all()
+            found = [_load(connection, episode_id) for episode_id in reversed(ids)]
+        return [episode for episode in found if episode is not None]
+
     def open(self, episodes: Sequence[Episode], size: int | None) -> list[tuple[Episode, str]]:
         """Opens all of them or none; returns each with its API key.
 

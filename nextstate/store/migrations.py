@@ -24,7 +24,7 @@ def _add_episodes(connection: sa.Connection) -> None:
         table.create(connection)
     for index in t.turns.indexes:
         index.create(connection, checkfirst=True)
-    create_triggers(connection, ("episodes", "rewards"))
+    create_triggers(connection, ("episodes", "groups", "rewards"))
 
 
 MIGRATIONS: Mapping[int, Step] = {2: _add_episodes}
