@@ -18,7 +18,9 @@ from nextstate.errors import RecordError
 from nextstate.records import Json
 
 MAX_TASK_CHARS = 200_000
-_LABEL = re.compile(r"\A[A-Za-z0-9][A-Za-z0-9._:~+-]{0,99}\Z")
+LABEL = "^[A-Za-z0-9][A-Za-z0-9._:~+-]{0,99}$"
+"""What names an episode, group, environment or reward."""
+_LABEL = re.compile(LABEL)
 _MOST_SEED, _MOST_BUDGET = 1 << 63, 1 << 31
 SAMPLER: Mapping[str, tuple[float, float]] = {
     "temperature": (0, 2),
@@ -176,7 +178,7 @@ class Reward:
 
 def is_label(name: str) -> bool:
     """Whether it can name an episode, group, environment or reward."""
-    return _LABEL.match(name) is not None
+    return _LABEL.fullmatch(name) is not None
 
 
 def check_label(what: str, label: str) -> None:

@@ -28,30 +28,24 @@ from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
 from proxy.bodies import read_body
 from proxy.episode_calls import EpisodeCalls, in_store
+from proxy.episode_schema import (
+    CLOSE,
+    DESCRIPTION,
+    KINDS,
+    MOST_IN_GROUP,
+    MOST_METADATA_BYTES,
+    MOST_OBSERVATION,
+    OPEN,
+    OPEN_GROUP,
+    REWARD,
+    Field,
+    openapi,
+)
 from proxy.lineages import CALLER, Lineages
 from proxy.paths import EPISODES
 from proxy.recorder import Recorder
 from proxy.versions import Versions
 
-_MOST_IN_GROUP, _MOST_METADATA_BYTES, _MOST_OBSERVATION = 1024, 64 << 10, 1 << 20
-_KINDS: Mapping[str, type | tuple[type, ...]] = {
-    "text": str,
-    "whole number": int,
-    "number": (int, float),
-    "object": dict,
-}
-_OPEN = {
-    **dict.fromkeys(("episode", "environment", "task", "group", "split", "lineage"), "text"),
-    **dict.fromkeys(("group_size", "seed", "max_calls", "max_tokens", "version"), "whole number"),
-    **{"deadline_s": "number", "sampling": "object", "metadata": "object"},
-}
-_OPEN_GROUP = {name: kind for name, kind in _OPEN.items() if name != "episode"}
-_REWARD = {
-    **dict.fromkeys(("kind", "name", "turn", "source"), "text"),
-    **{"value": "number", "index": "whole number"},
-}
-_CLOSE = {"status": "text", "outcome": "number", "observation": "text"}
-"""The fields of each body, with the kind of their values."""
 _Choice = TypeVar("_Choice", bound=StrEnum)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -86,6 +80,8 @@ class EpisodeRoutes:
             "rewards": {"POST": self._reward},
             "close": {"POST": self._close},
         }
+        if name == DESCRIPTION and not rest:
+            return {"GET": _describe}
         found = routes.get("/".join(rest))
         if found is None:
             known = ", ".join(f"{EPISODES}/{{id}}/{route}".rstrip("/") for route in routes)
@@ -94,20 +90,20 @@ class EpisodeRoutes:
 
     async def open(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/episodes`: opens one, or finds the same one that is open."""
-        asked = await self._asked(request, _OPEN)
-        episode = self._episode(request, asked, asked.get("episode") or new_id("episode"))
+        asked = await self._asked(request, OPEN)
+        episode = self._episode(request, asked, asked.get("episode", new_id("episode")))
         (opened,) = await self._open_all(request, [episode], asked.get("group_size"))
         return web.json_response(opened)
 
     async def open_group(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/groups`: opens `group_size` episodes of one task, or none."""
-        asked = await self._asked(request, _OPEN_GROUP)
+        asked = await self._asked(request, OPEN_GROUP)
         asked.setdefault("group", new_id("group"))
         size = asked.get("group_size") or 0
-        ids = [f"{asked['group']}-{number}" for number in range(min(size, _MOST_IN_GROUP))]
+        ids = [f"{asked['group']}-{number}" for number in range(min(size, MOST_IN_GROUP))]
         episodes = [self._episode(request, asked, name) for name in ids]
         if not episodes:
-            raise Refused(400, f"group_size is missing: expected 1 to {_MOST_IN_GROUP}.")
+            raise Refused(400, f"group_size is missing: expected 1 to {MOST_IN_GROUP}.")
         opened = await self._open_all(request, episodes, size)
         return web.json_response({"group": asked["group"], "episodes": opened})
 
@@ -158,14 +154,18 @@ class EpisodeRoutes:
             for field in ("environment", "task"):
                 if field not in asked:
                     raise RecordError(f"{field} is missing: expected a text")
+            if name == DESCRIPTION:
+                raise RecordError(
+                    f"episode = {name!r}: this is the API's description; choose another"
+                )
             size = asked.get("group_size", 1)
-            if not 1 <= size <= _MOST_IN_GROUP:
-                raise RecordError(f"group_size = {size!s:.80}: expected 1 to {_MOST_IN_GROUP}")
+            if not 1 <= size <= MOST_IN_GROUP:
+                raise RecordError(f"group_size = {size!s:.80}: expected 1 to {MOST_IN_GROUP}")
             if "group_size" in asked and "group" not in asked:
                 raise RecordError(f"group_size = {size} without a group: name one")
             metadata = asked.get("metadata", {})
-            if len(write_json(metadata)) > _MOST_METADATA_BYTES:
-                raise RecordError(f"metadata is longer than {_MOST_METADATA_BYTES} bytes of JSON")
+            if len(write_json(metadata)) > MOST_METADATA_BYTES:
+                raise RecordError(f"metadata is longer than {MOST_METADATA_BYTES} bytes of JSON")
             given = {k: v for k, v in asked.items() if k not in ("episode", "group_size")}
             split = _choice(Split, "split", asked.get("split", Split.TRAIN))
             values: Json = {**given, "id": name, "lineage": lineage, "split": split}
@@ -184,7 +184,7 @@ class EpisodeRoutes:
 
     async def _close(self, name: str, request: web.Request) -> web.StreamResponse:
         """`POST …/close`: what the environment showed last is the last turn's next state."""
-        asked = await self._asked(request, _CLOSE)
+        asked = await self._asked(request, CLOSE)
         with _Checked():
             status = _choice(EpisodeStatus, "status", asked.get("status"))
             outcome, observation = asked.get("outcome"), asked.get("observation")
@@ -195,8 +195,8 @@ class EpisodeRoutes:
                         f"outcome = {outcome:g}: an episode that is closed as {status} has none; "
                         "leave it out, or close it as done or truncated"
                     )
-            if observation is not None and len(observation) > _MOST_OBSERVATION:
-                raise RecordError(f"observation has more than {_MOST_OBSERVATION} characters")
+            if observation is not None and len(observation) > MOST_OBSERVATION:
+                raise RecordError(f"observation has more than {MOST_OBSERVATION} characters")
         await self._turns(name, request)
         await in_store(self._store.episodes.close, name, status, outcome, observation)
         return await self._get(name, request)
@@ -231,7 +231,7 @@ class EpisodeRoutes:
             raise Refused(503, "Turns still wait for the store.")
         return await in_store(self._store.episodes.turn_ids, name)
 
-    async def _asked(self, request: web.Request, fields: Mapping[str, str]) -> Json:
+    async def _asked(self, request: web.Request, fields: Mapping[str, Field]) -> Json:
         body = await self._body(request)
         with _Checked():
             return _read(body, fields)
@@ -247,6 +247,11 @@ class EpisodeRoutes:
             raise Refused(400, f"The body is no JSON: {error}.") from error
 
 
+async def _describe(_: web.Request) -> web.StreamResponse:
+    """`GET /v1/episodes/openapi.json`: the description of this API."""
+    return web.json_response(openapi())
+
+
 class _Checked:
     """What a record says against a body is the client's mistake."""
 
@@ -260,7 +265,7 @@ class _Checked:
             raise Refused(400, f"{error}.") from error
 
 
-def _read(body: object, fields: Mapping[str, str]) -> Json:
+def _read(body: object, fields: Mapping[str, Field]) -> Json:
     """The fields of a body that are not null. Raises RecordError."""
     if not isinstance(body, dict):
         raise RecordError(f"{body!r:.80} is no object: expected one with {', '.join(fields)}")
@@ -268,10 +273,10 @@ def _read(body: object, fields: Mapping[str, str]) -> Json:
     for name, value in given.items():
         if name not in fields:
             raise RecordError(f"unknown field {name!r:.80}; {nearest(name, fields)}")
-        if not isinstance(value, _KINDS[fields[name]]) or isinstance(value, bool):
-            raise RecordError(f"{name} = {value!r:.80}: expected a {fields[name]}")
+        if not isinstance(value, KINDS[fields[name].kind]) or isinstance(value, bool):
+            raise RecordError(f"{name} = {value!r:.80}: expected a {fields[name].kind}")
         try:
-            if fields[name] == "number":
+            if fields[name].kind == "number":
                 given[name] = float(cast(float, value))
             elif isinstance(value, str):
                 value.encode()
@@ -291,7 +296,7 @@ def _choice(kind: type[_Choice], name: str, value: object) -> _Choice:
 
 def _reward(episode: str, body: object, turns: Sequence[str]) -> Reward:
     """One reward of a body. Raises RecordError and NoEpisodeError."""
-    given = _read(body, _REWARD)
+    given = _read(body, REWARD)
     if "value" not in given:
         raise RecordError("value is missing: expected a number")
     kind = _choice(RewardKind, "kind", given.get("kind"))
