@@ -63,13 +63,6 @@ def test_it_describes_every_answer(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path)
 
 
-ANY: dict[str, st.SearchStrategy[Any]] = {
-    "text": st.sampled_from(["a", "eval", "done", "process", "outcome", "", " ", "é", "x" * 101]),
-    "whole number": st.sampled_from([-1, 0, 1, 7, 1024, 1025, 2**31, 2**63, -(2**63) - 1]),
-    "number": st.sampled_from([-0.5, 0, 1.5, 2**31]),
-    "object": st.sampled_from([{}, {"temperature": 1}, {"temperature": 3}, {"top_p": 0.5}]),
-}
-VALUES = st.one_of(*ANY.values(), st.none(), st.booleans(), st.just([]))
 FIELDS = {"Open": OPEN, "OpenGroup": OPEN_GROUP, "Rewards": REWARD, "Close": CLOSE}
 NEEDED: dict[str, Json] = {
     "Open": TASK,
