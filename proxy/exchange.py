@@ -25,7 +25,7 @@ from proxy.linking.meaning import meaning_of
 from proxy.linking.parents import Found, find_parent, main_turn, session_of
 from proxy.linking.steps import environment_states, find_step, new_messages
 
-_LATE = "its episode was closed before the reply ended"
+_LATE = "its episode was closed before the turn was recorded"
 _HELD_OUT = "its episode's split is eval: its turns never train"
 
 

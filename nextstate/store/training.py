@@ -46,7 +46,8 @@ class Training:
 
         Where turns come faster than the learner takes them, the newest are the most on-policy;
         the others stay ready until their lag is too large (`drop_stale`). No session gives more
-        than half of a batch while others wait (`nextstate/store/shares.py`).
+        than half of a batch while others wait (`nextstate/store/shares.py`). An episode trains
+        whole: the others of its steps that wait come with the chosen ones, beyond `limit`.
         """
         s = t.samples.c
         most = limit * LOOKED_AT
@@ -55,6 +56,7 @@ class Training:
             closing(_freshest(connection, lineage, most, scored, hinted)) as waiting,
         ):
             chosen = fair_share(waiting, limit)
+            chosen += _siblings(connection, lineage, chosen, scored, hinted)
         with self._database.write() as connection:
             connection.execute(
                 sa.update(t.samples)
@@ -177,6 +179,25 @@ class Training:
                 )
                 dropped[reason] += done.rowcount
         return dropped
+
+
+def _siblings(
+    connection: sa.Connection, lineage: str, chosen: Sequence[str], scored: bool, hinted: bool
+) -> list[str]:
+    """The usable steps of the chosen turns' episodes that are ready and not chosen themselves."""
+    s, c = t.samples.c, t.turns.c
+    of_chosen = sa.select(c.episode).where(c.id.in_(chosen), c.episode.is_not(None)).distinct()
+    episodes = connection.execute(of_chosen).scalars().all()
+    if not episodes:
+        return []
+    steps = sa.select(c.id).where(c.episode.in_(episodes))
+    turns = {*connection.execute(steps).scalars()}.difference(chosen)
+    query = sa.select(s.seq, s.turn, s.score, s.hinted).where(s.turn.in_(turns))
+    ready = query.where(
+        s.lineage == lineage, s.state == SampleState.READY, s.policy_version.is_not(None)
+    )
+    rows = sorted(connection.execute(ready))
+    return [row.turn for row in rows if _usable((row.score, row.hinted), scored, hinted)]
 
 
 def _load_samples(

@@ -157,6 +157,21 @@ def test_verdicts_and_feedback_after_the_settling_change_no_sample(store: Store)
     assert samples(store) == before
 
 
+def test_an_episode_trains_whole_and_people_as_before(store: Store) -> None:
+    attempt(store, "e-1", 1.0, *((f"a{n}", [1]) for n in range(5)), size=2)
+    attempt(store, "e-2", 0.0, *((f"b{n}", [-1]) for n in range(3)))
+    settle_over(store, 0)
+    with store.recording() as recording:
+        for number in range(3):
+            recording.add_turn(turn(number, session="chat"), os.urandom(16), b"k" * 16)
+    for number in range(3):
+        store.judging.settle_verdict(Verdict(f"turn_{number}", (1,), 1, "j"))
+    first = store.training.lease_samples("main", 2, "1", scored=True, hinted=False)
+    assert sorted(s.turn for s in first) == ["a0", "a1", "a2", "a3", "a4", "b0", "b1", "b2"]
+    second = store.training.lease_samples("main", 2, "2", scored=True, hinted=False)
+    assert [s.turn for s in second] == ["turn_0", "turn_1"]
+
+
 def test_what_the_environment_declares_counts_more_than_votes(store: Store) -> None:
     open_episode(store, "e-1", 2)
     take(store, "e-1", ("a", [1]), ("b", [1, 1, -1]))

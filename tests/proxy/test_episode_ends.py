@@ -134,7 +134,7 @@ def test_a_reply_that_ends_after_the_close_never_trains_and_says_so(
         gate.set()
         second, _ = await late
         found = turn(store, second)
-        assert found.untrainable == "its episode was closed before the reply ended"
+        assert found.untrainable == "its episode was closed before the turn was recorded"
         assert (found.episode, found.step) == ("e-1", 1)
         assert [state.text for state in store.turns.next_states(first)] == ["done"]
 
