@@ -21,7 +21,7 @@ from judge.advantages import (
     process_weight,
 )
 from nextstate.episodes import EpisodeState
-from nextstate.errors import NextStateError
+from nextstate.errors import NextStateError, RecordError
 from nextstate.store import Store
 from nextstate.store.groups import (
     ScoredEpisode,
@@ -79,7 +79,12 @@ def settle_over(
                 return None  # another one was opened meanwhile
             return settlement(episodes, earlier, method)
 
-        if store.groups.settle(group, decide):
+        try:
+            done = store.groups.settle(group, decide)
+        except RecordError:  # the others must not wait for it
+            log.exception("group %s cannot be settled", group.name)
+            continue
+        if done:
             settled += 1
             log.info("settled %s with %d episodes", group.name, len(group.members))
     return settled

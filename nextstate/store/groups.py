@@ -24,6 +24,8 @@ from nextstate.wire import read_json
 
 _E, _G, _R, _T = t.episodes.c, t.groups.c, t.rewards.c, t.turns.c
 _MOST_EARLIER = 1000
+_UNSETTLED = (SampleState.WAITING, SampleState.DROPPED)
+"""What a sample is before: dropped if its turn cannot train."""
 _LEFT_OPEN = "it was still open when its group's deadline had passed"
 _NO_OUTCOME = "the episode was closed without an outcome"
 _TEACHES_NOTHING = "advantage 0 without a hinted prompt teaches nothing"
@@ -173,8 +175,8 @@ class Groups:
                     )
             for episode in closed:
                 _settle_episode(connection, episode, now)
-                for step in episode.steps:
-                    _settle_step(connection, step, settlement)
+            steps = [step for episode in closed for step in episode.steps]
+            _settle_steps(connection, steps, settlement)
             if not known.alone:
                 done = sa.update(t.groups).where(_G.id == known.name)
                 connection.execute(done.values(state="settled"))
@@ -284,17 +286,34 @@ def _settle_episode(connection: sa.Connection, episode: ScoredEpisode, now: floa
     connection.execute(ours.values(state=state, process=process, settled_at=now))
 
 
-def _settle_step(connection: sa.Connection, step: ScoredStep, settlement: Settlement) -> None:
-    """Makes the step's sample, or gives the one that waits its advantage."""
+def _settle_steps(
+    connection: sa.Connection, steps: Sequence[ScoredStep], settlement: Settlement
+) -> None:
+    """Makes the steps' samples, or gives those that wait their advantages.
+
+    In few statements: while they run, no turn is recorded.
+    """
     s = t.samples.c
-    columns = _T.seq, _T.lineage, _T.policy_version, _T.untrainable
-    turn = connection.execute(sa.select(*columns).where(_T.id == step.turn)).one()
+    turns = [step.turn for step in steps]
+    columns = _T.id, _T.seq, _T.lineage, _T.policy_version, _T.untrainable
+    rows = connection.execute(sa.select(*columns).where(_T.id.in_(turns)))
+    of_turn = {row.id: row for row in rows}
+    found = [_sample(of_turn[step.turn], step, settlement) for step in steps]
+    connection.execute(sa.delete(t.samples).where(s.turn.in_(turns), s.state.in_(_UNSETTLED)))
+    if found:
+        connection.execute(sa.insert(t.samples), found)
+
+
+def _sample(turn: Row, step: ScoredStep, settlement: Settlement) -> dict[str, Any]:
+    """The columns of a step's sample."""
     advantage, reason = settlement.advantages.get(step.turn), settlement.dropped.get(step.turn)
     if turn.untrainable is not None or turn.policy_version is None:
         advantage, reason = None, turn.untrainable or _NO_VERSION
     elif reason is None and not advantage and not step.hinted:
         reason = _TEACHES_NOTHING
-    values: dict[str, Any] = {
+    return {
+        "turn": step.turn,
+        "seq": turn.seq,
         "lineage": turn.lineage,
         "state": SampleState.READY if reason is None else SampleState.DROPPED,
         "policy_version": turn.policy_version,
@@ -304,6 +323,3 @@ def _settle_step(connection: sa.Connection, step: ScoredStep, settlement: Settle
         "screened": None,
         "advantage": advantage,
     }
-    waits = s.turn == step.turn, s.state.in_((SampleState.WAITING, SampleState.DROPPED))
-    if not connection.execute(sa.update(t.samples).where(*waits).values(**values)).rowcount:
-        connection.execute(sa.insert(t.samples).values(turn=step.turn, seq=turn.seq, **values))

@@ -23,6 +23,8 @@ from nextstate.store.database import Database, queries
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
 
+_LOOKED_THROUGH = 16
+"""Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
 _SERVING = t.versions.c.state == VersionState.SERVING
 _ALL_SERVING = sa.select(t.versions).where(_SERVING)
 
@@ -145,14 +147,21 @@ class Versions:
         """The newest turns with a verdict that a version of the lineage served, oldest first.
 
         Without the steps of episodes: a group's advantages have a mean of 0, however good it was.
+        Where these are many, fewer turns than `limit` may be found.
         """
         s = t.samples.c
-        query = (
-            sa.select(t.turns.c.session, s.policy_version, s.score)
+        newest = (
+            sa.select(t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
             .join(t.samples, s.turn == t.turns.c.id)
             .where(s.lineage == lineage, s.policy_version.is_not(None))
-            .where(t.turns.c.episode.is_(None))
             .order_by(s.seq.desc())
+            .limit(_LOOKED_THROUGH * limit)
+            .subquery()
+        ).c
+        query = (
+            sa.select(newest.session, newest.policy_version, newest.score)
+            .where(newest.episode.is_(None))
+            .order_by(newest.seq.desc())
             .limit(limit)
         )
         with self._database.read() as connection:
