@@ -44,7 +44,9 @@ class Script:
     cut_after: int | None = None
     """Break the connection after this many pieces."""
     gate: asyncio.Event | None = None
-    """Wait for it before the second piece, or before a reply in one body."""
+    """Wait for it before the second piece."""
+    body_gate: asyncio.Event | None = None
+    """Wait for it before a reply in one body."""
     miscount: int = 0
     """Added to the number of completion tokens in `usage`."""
     unknown_logprob: bool = False
@@ -218,8 +220,8 @@ class ScriptedEngine:
         if script.answers_as is not None:
             body = {**body, "model": script.answers_as}
         if not body.get("stream"):
-            if script.gate is not None:
-                await script.gate.wait()
+            if script.body_gate is not None:
+                await script.body_gate.wait()
             data = compact(plain_reply(body, script))
             return web.Response(body=data, content_type="application/json")
         return await self._send(request, stream_chunks(body, script), script)

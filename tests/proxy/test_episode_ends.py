@@ -62,7 +62,7 @@ def test_a_reply_that_streams_at_the_deadline_is_cut_with_an_error(
 
 def test_a_reply_in_one_body_that_is_late_is_an_error(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        engine.queue.append(Script(gate=asyncio.Event()))
+        engine.queue.append(Script(body_gate=asyncio.Event()))
         environment = Environment(p)
         url = (await environment.open("e-1", deadline_s=0.3))["base_url"]
         _, found = await call(p, url, TASK, status=400)
@@ -127,7 +127,7 @@ def test_a_reply_that_ends_after_the_close_never_trains_and_says_so(
         environment = Environment(p)
         url = (await environment.open("e-1"))["base_url"]
         first, _ = await call(p, url, TASK)
-        engine.queue.append(Script(gate=gate))
+        engine.queue.append(Script(body_gate=gate))
         late = asyncio.create_task(call(p, url, TASK, user("a b")))
         await until(lambda: len(engine.requests) == 2)
         await environment.close("e-1", outcome=1.0, observation="done")
