@@ -154,7 +154,6 @@ class _Generation:
         self, work: Callable[[], Awaitable[web.StreamResponse]], seconds: float
     ) -> web.StreamResponse:
         """What `work` returns; after `seconds` it is cut, and the client is told why."""
-
         self._limit = asyncio.timeout(seconds)
         try:
             async with self._limit:

@@ -59,19 +59,20 @@ def new_messages(
     """The messages of a call that are new after its parent's reply.
 
     An agent may send all in one text that grows: a prompt of `/v1/completions`, or a transcript as
-    the last message. Of such a text what follows the reply is new.
+    the last message. If such a text goes on with the reply, what follows that is new.
     """
     new = messages[step.start :]
     if len(new) != 1 or len(messages) != len(parent.message_hashes):
         return new
     before, reply = (message.get("content") for message in sessions.said(parent))
     now = new[0].get("content")
-    if not (isinstance(before, str) and before and isinstance(now, str) and now.startswith(before)):
+    if not (isinstance(before, str) and isinstance(reply, str) and isinstance(now, str)):
         return new
-    rest = now[len(before) :]
-    if isinstance(reply, str):
-        rest = rest.lstrip().removeprefix(reply.strip()) if reply.strip() else rest
-    return [{**new[0], "content": rest.strip()}]
+    before, reply = before.rstrip(), reply.strip()
+    rest = now.removeprefix(before).lstrip()
+    if not (reply and now.startswith(before) and rest.startswith(reply)):
+        return new
+    return [{**new[0], "content": rest.removeprefix(reply).strip()}]
 
 
 def environment_states(turn: str, messages: Sequence[Json]) -> list[NextState]:
