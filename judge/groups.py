@@ -21,7 +21,7 @@ from judge.advantages import (
     process_weight,
 )
 from nextstate.episodes import EpisodeState
-from nextstate.errors import NextStateError, RecordError
+from nextstate.errors import RecordError
 from nextstate.store import Store
 from nextstate.store.groups import (
     ScoredEpisode,
@@ -98,7 +98,7 @@ async def settle_groups(
     while not stop.is_set():
         try:
             await asyncio.to_thread(settle_over, store, since, method)
-        except (NextStateError, OSError):
+        except Exception:
             log.exception("settling failed; trying again")
         try:
             await asyncio.wait_for(stop.wait(), look_s)
