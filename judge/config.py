@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from annotated_types import Ge, Gt, Le
 
+from judge.advantages import CreditMethod
 from nextstate.config import secret
 from nextstate.errors import ConfigError
 from nextstate.hooks import JudgeSettings, TrainedJudge
@@ -24,6 +25,10 @@ class JudgeRecipe:
     max_chars: Annotated[int, Ge(200)] = 6000
     """Characters shown of one text. The request's last messages may use twice as many in all, and
     so may the next states."""
+    credit: CreditMethod = "combined"
+    """How the steps of an episode get their advantages; see `judge/advantages.py`."""
+    look_s: Annotated[float, Gt(0)] = 1.0
+    """Seconds between two looks at the groups of episodes that wait."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ It stands between the proxy, which records turns and what followed them, and the
 trains on the verdicts. All three meet only in the store. A turn is settled once: after a crash its
 lease expires, and the store refuses a second verdict. A turn without a valid vote, or whose hinted
 prompt the engine could not render, goes back into the queue with a growing delay. It is never
-charged to the policy.
+charged to the policy. Beside that, the groups of episodes are settled (`judge/groups.py`).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from judge.config import JudgeConfig
 from judge.credit import steps_meant
 from judge.evidence import build_evidence, message_text, said_in
 from judge.feedback import feedback_verdict
+from judge.groups import settle_groups
 from judge.hinting import Renderer, hinted_prompt
 from judge.pace import Pace
 from judge.verdict import verdict_of
@@ -65,6 +66,7 @@ async def run(
     worker = _Worker(store, config, judge, engine, counts or Counts(), pace, profile)
     held: dict[asyncio.Task[None], str] = {}
     stopping = asyncio.create_task(stop.wait())
+    settling = asyncio.create_task(settle_groups(store, stop, config.credit, config.look_s))
     try:
         while not stop.is_set():
             free = config.parallel * _LEASED_PER_PLACE - len(held)
@@ -80,9 +82,9 @@ async def run(
             await asyncio.wait(held, timeout=finish_s)
     finally:
         _forget_done(held)
-        for task in (stopping, *held):
+        for task in (stopping, settling, *held):
             task.cancel()
-        await asyncio.gather(stopping, *held, return_exceptions=True)
+        await asyncio.gather(stopping, settling, *held, return_exceptions=True)
         for turn_id in held.values():
             await worker.put_back(turn_id, 0.0, "the judge was stopped")
 

@@ -3,9 +3,12 @@
     advantage[t] = w_rl · score + w_opd · clip(teacher_logprob[t] − behaviour_logprob[t], ±limit)
 
 This is the combined advantage of arXiv 2603.10165, with two deliberate choices. The gap is bounded
-per token, so that no single token outweighs a score: |advantage| ≤ w_rl + w_opd · limit. And it is
-measured from the behaviour log-probabilities, from whose distribution the token was drawn: this
-keeps the term an importance-weighted estimate after the policy has changed.
+per token, so that no single token outweighs a score: |advantage| ≤ w_rl · |score| + w_opd · limit.
+And it is measured from the behaviour log-probabilities, from whose distribution the token was
+drawn: this keeps the term an importance-weighted estimate after the policy has changed.
+
+In the place of the score, a step of an episode has its advantage within its group, which the judge
+stage has settled (`judge/advantages.py`).
 """
 # pyright: basic
 
@@ -53,11 +56,10 @@ def teacher_gap(teacher: Tensor, behaviour: Tensor, limit: float) -> Tensor:
 def token_advantages(
     scores: Tensor, gap: Tensor, mask: Tensor, signals: Signals, limit: float
 ) -> Tensor:
-    """Advantages (B, T) of at most w_rl + w_opd · `limit`, 0 outside the completion.
+    """Advantages (B, T) of at most w_rl · |score| + w_opd · `limit`, 0 outside the completion.
 
     `scores` (B,); `gap` (B, T) is 0 in rows without a teacher; `mask` (B, T) is 1 on completion
     tokens.
     """
-    bound = abs(signals.rl) + abs(signals.opd) * limit
     advantages = signals.rl * scores[:, None] + signals.opd * gap.clamp(-limit, limit)
-    return advantages.clamp(-bound, bound).masked_fill(mask == 0, 0.0)
+    return advantages.masked_fill(mask == 0, 0.0)

@@ -89,7 +89,7 @@ class Evaluator:
                 self._of_candidate, self._of_base, result.metrics.get("kl/base")
             ),
             ranking=mean_over_groups(
-                [(s.session, s.score * self._change(s.turn)) for s in self._held if s.score]
+                [(s.session, s.credit * self._change(s.turn)) for s in self._held if s.score]
             ),
             replies=replies,
             is_finite=is_finite,

@@ -10,6 +10,7 @@ same number whether turns share a sequence or not. Nothing is cut. Padding is `P
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -106,7 +107,9 @@ class Batch:
     behaviour_logprobs: Tensor
     """(B, T) float32, in nats"""
     scores: Tensor
-    """(B,) float32 in {-1, 0, 1}"""
+    """(B,) float32: in {-1, 0, 1}, or the advantage of a step of an episode"""
+    weights: Tensor
+    """(B,) float32: of each turn's loss; see `turn_weights`"""
     lags: Tensor
     """(B,) updates since the version that sampled each turn; 0 for the version in training"""
     hinted: tuple[Hinted, ...]
@@ -133,6 +136,7 @@ class Batch:
             sequences=self.sequences.to(device),
             behaviour_logprobs=self.behaviour_logprobs.to(device),
             scores=self.scores.to(device),
+            weights=self.weights.to(device),
             lags=self.lags.to(device),
             hinted=tuple(teacher.to(device) for teacher in self.hinted),
             loss_weight=self.loss_weight,
@@ -162,13 +166,15 @@ def collate(
     lags: Mapping[int, int],
     signals: Signals,
     pass_tokens: int,
+    weights: Mapping[str, float] | None = None,
     loss_weight: float = 1.0,
 ) -> Batch:
     """One batch of all `sequences`, its turns in their order.
 
-    `lags` by version. Hinted prompts are used only if the method has a teacher, and where it also
-    reads the score, not of praised turns: the teacher would pull away from what was liked. No
-    pass of the teacher has more than `pass_tokens` padded tokens, except for a single longer turn.
+    `lags` by version, `weights` by turn; each is 1 without them. Hinted prompts are used only if
+    the method has a teacher, and where it also reads the score, not of praised turns: the teacher
+    would pull away from what was liked. No pass of the teacher has more than `pass_tokens` padded
+    tokens, except for a single longer turn.
     """
     samples = [turn for sequence in sequences for turn in sequence]
     placed = place(sequences)
@@ -198,7 +204,8 @@ def collate(
     return Batch(
         sequences=placed,
         behaviour_logprobs=behaviour,
-        scores=torch.tensor([float(s.score) for s in samples]),
+        scores=torch.tensor([s.credit for s in samples]),
+        weights=torch.tensor([1.0 if weights is None else weights[s.turn] for s in samples]),
         lags=torch.tensor([lags[s.policy_version] for s in samples]),
         hinted=tuple(hinted),
         loss_weight=loss_weight,
@@ -244,6 +251,29 @@ def token_mean(values: Tensor, mask: Tensor) -> Tensor:
     `mask` (B, T) is 1 on completion tokens (arXiv 2402.03300, equation 3).
     """
     return ((values * mask).sum(-1) / mask.sum(-1).clamp(min=1)).mean()
+
+
+def turn_weights(samples: Sequence[Sample]) -> dict[str, float]:
+    """How much each turn's loss counts in an update's mean over turns; 1.0 on average.
+
+    The steps of an episode count as much as one turn of a person, each by its share of their
+    tokens: so the loss is the mean over an episode's tokens, then over episodes. Otherwise long
+    episodes would weigh more.
+
+    >>> step = Sample("a", "e", 0, (1,), (2,), (-1.0,), 1, None, advantage=0.5)
+    >>> longer = replace(step, turn="b", completion_ids=(2, 3, 4), behaviour_logprobs=(-1.0,) * 3)
+    >>> turn_weights([step, longer, replace(step, turn="c", session="s", advantage=None)])
+    {'a': 0.375, 'b': 1.125, 'c': 1.5}
+    """
+    units = [(s.session, "") if s.advantage is not None else (s.session, s.turn) for s in samples]
+    tokens: Counter[tuple[str, str]] = Counter()
+    for unit, sample in zip(units, samples, strict=True):
+        tokens[unit] += len(sample.completion_ids)
+    average = len(samples) / max(len(tokens), 1)
+    return {
+        sample.turn: average * len(sample.completion_ids) / tokens[unit]
+        for unit, sample in zip(units, samples, strict=True)
+    }
 
 
 def token_count(sample: Sample) -> int:

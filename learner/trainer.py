@@ -47,7 +47,7 @@ from learner.metrics import (
 )
 from learner.model import load_model, load_tokenizer, lora_config
 from learner.step_size import HIGHEST_RATE, LONGER, MAX_TRIES, fit_step
-from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean
+from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean, turn_weights
 from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
 from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError
@@ -161,7 +161,7 @@ class PolicyTrainer(GRPOTrainer):
         self, samples: Sequence[Sample], lags: Mapping[int, int], before: Snapshot
     ) -> UpdateResult:
         started = time.perf_counter()
-        scores = [sample.score for sample in samples]
+        scores = [sample.quality for sample in samples]
         bound = step_bound(scores, self.config)
         micros = self._prepare(samples, lags)
         found: dict[str, float] = {}
@@ -220,6 +220,7 @@ class PolicyTrainer(GRPOTrainer):
 
     def _prepare(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> list[_MicroBatch]:
         """The samples as micro-batches, read by the teacher and by the base."""
+        weights = turn_weights(samples)
         found: list[_MicroBatch] = []
         for sequences in micro_batches(samples, self.config.micro_batch_tokens):
             self.before_pass()
@@ -228,6 +229,7 @@ class PolicyTrainer(GRPOTrainer):
                 lags=lags,
                 signals=self.signals,
                 pass_tokens=self.config.micro_batch_tokens,
+                weights=weights,
                 loss_weight=sum(map(len, sequences)) / len(samples),
             )
             found.append(self._prepared(batch.to(self.args.device)))
@@ -249,9 +251,9 @@ class PolicyTrainer(GRPOTrainer):
             "completion_mask": mask,
             "num_items_in_batch": mask.sum(),
             "ref_per_token_logps": reference,
-            "advantages": token_advantages(
-                batch.scores, gap, mask, self.signals, self.config.teacher_gap_clip
-            ),
+            # A turn's weight is that of its loss, which is linear in the advantage.
+            "advantages": batch.weights[:, None]
+            * token_advantages(batch.scores, gap, mask, self.signals, self.config.teacher_gap_clip),
         }
         return _MicroBatch(batch, inputs, gap, top)
 
@@ -271,7 +273,8 @@ class PolicyTrainer(GRPOTrainer):
         divergence = None
         if self.signals.topk != 0:
             divergence = self._divergence(batch, self._scored.states, micro.top)
-            loss = loss + self.signals.topk * token_mean(divergence, batch.completion_mask)
+            weighted = batch.weights[:, None] * divergence
+            loss = loss + self.signals.topk * token_mean(weighted, batch.completion_mask)
         loss = loss * batch.loss_weight
         del self._scored  # otherwise the last layer's states stay in memory
         self.accelerator.backward(loss)
@@ -447,8 +450,12 @@ class PolicyTrainer(GRPOTrainer):
         self.optimizer.state.clear()
 
 
-def step_bound(scores: Sequence[int], config: LearnerConfig) -> float:
-    """How much an update may change the policy, in nats a token: less where less was blamed."""
+def step_bound(scores: Sequence[float], config: LearnerConfig) -> float:
+    """How much an update may change the policy, in nats a token: less where less was blamed.
+
+    `scores` are at most 1: of people's turns those of their verdicts, of steps the outcome of their
+    episode. So the bound falls with 1 - success as a task is learned.
+    """
     to_correct = 1.0 - sum(scores) / len(scores)
     return config.step_kl * min(1.0, max(config.step_kl_floor, to_correct))
 

@@ -8,7 +8,10 @@
     │   └── WrongEngineError  what answers is not our engine; a person must act
     ├── StoreError      the database refused or failed
     │   ├── WaitError   it is locked or its disk is full: try later
-    │   └── NoTurnError it has no such turn
+    │   ├── NoTurnError it has no such turn
+    │   ├── NoEpisodeError  it has no such episode
+    │   └── ConflictError   it holds something else under this name
+    │       └── BudgetError an episode has used up what it may
     ├── RecordError     a record contradicts itself
     ├── JudgeError      a judge could not vote
     │   └── BusyError   it is overloaded or away: try again soon
@@ -67,6 +70,18 @@ class WaitError(StoreError):
 
 class NoTurnError(StoreError):
     """There is no such turn in the store."""
+
+
+class NoEpisodeError(StoreError):
+    """There is no such episode, or no such step of it, in the store."""
+
+
+class ConflictError(StoreError):
+    """What was asked contradicts what the store holds."""
+
+
+class BudgetError(ConflictError):
+    """An episode may not call the model any more."""
 
 
 class RecordError(NextStateError):

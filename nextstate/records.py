@@ -64,6 +64,8 @@ TRUST: Mapping[Source, float] = {
 class SampleState(StrEnum):
     """Where a judged turn stands on its way into an adapter."""
 
+    WAITING = "waiting"
+    """A step of an episode: it is ready once its group is settled."""
     READY = "ready"
     LEASED = "leased"
     TRAINED = "trained"
@@ -123,8 +125,14 @@ class Turn:
     """Why this turn must not train; None when token integrity holds."""
     parent: str | None = None
     """The turn whose reply this request continues."""
+    episode: str | None = None
+    """The episode that it is a step of; None for people's turns."""
+    step: int | None = None
+    """Position in the episode, from 0; None without an episode."""
 
     def __post_init__(self) -> None:
+        if (self.episode is None) != (self.step is None):
+            raise RecordError(f"turn {self.id}: episode {self.episode!r} with step {self.step}")
         if self.index < 0:
             raise RecordError(f"turn {self.id}: index is {self.index}, expected 0 or more")
         if self.behaviour_logprobs is not None:
@@ -252,8 +260,24 @@ class Sample:
     hinted_prompt_ids: tuple[int, ...] | None
     sampling: Sampling = PLAIN
     """What the tokens were drawn with."""
+    advantage: float | None = None
+    """Of a step of an episode, within its group; `score` is its sign. None for people's turns."""
+    outcome: float | None = None
+    """Of the step's episode; None for people's turns."""
+
+    @property
+    def credit(self) -> float:
+        """How much more likely the reply should become: its advantage, or else its score."""
+        return float(self.score) if self.advantage is None else self.advantage
+
+    @property
+    def quality(self) -> float:
+        """How good it was, from -1 to 1: its episode's outcome, or else its score."""
+        return float(self.score) if self.outcome is None else min(max(self.outcome, -1.0), 1.0)
 
     def __post_init__(self) -> None:
+        if self.advantage is not None and not math.isfinite(self.advantage):
+            raise RecordError(f"sample {self.turn}: advantage is {self.advantage}")
         if len(self.completion_ids) != len(self.behaviour_logprobs):
             raise RecordError(
                 f"sample {self.turn}: {len(self.behaviour_logprobs)} behaviour log-probs for "

@@ -14,6 +14,7 @@ _KINDS = {  # as vLLM and the official clients name them
     404: "NotFoundError",
     405: "MethodNotAllowedError",
     408: "RequestTimeoutError",
+    409: "ConflictError",
     415: "UnsupportedMediaTypeError",
     429: "RateLimitError",
     502: "BadGatewayError",
@@ -25,15 +26,18 @@ _KINDS = {  # as vLLM and the official clients name them
 class Refused(Exception):
     """Ends a request: the client gets this status and message."""
 
-    def __init__(self, status: int, message: str) -> None:
+    def __init__(self, status: int, message: str, kind: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
+        self.kind = kind
+        """The error's type, if it is not the one of all errors of this status."""
 
 
-def error_response(path: str, status: int, message: str) -> web.Response:
+def error_response(path: str, status: int, message: str, kind: str | None = None) -> web.Response:
     """An error in the format of the API at `path`. A 503 says when to try again."""
-    kind = _KINDS.get(status, "BadRequestError" if status < 500 else "InternalServerError")
+    default = "BadRequestError" if status < 500 else "InternalServerError"
+    kind = kind or _KINDS.get(status, default)
     body: Json = {"error": {"message": message, "type": kind, "param": None, "code": status}}
     if path.startswith(MESSAGES):
         body = {"type": "error", "error": {"type": kind, "message": message}}

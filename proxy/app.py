@@ -24,11 +24,13 @@ from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
 from proxy.config import ProxyConfig
 from proxy.dispatch import Dispatch
 from proxy.engine_call import Engine
+from proxy.episode_calls import EPISODE, EpisodeCalls
+from proxy.episodes import EpisodeRoutes
 from proxy.feedback import FeedbackRoute
 from proxy.intervals import INTERVALS, Intervals
 from proxy.lineages import CALLER, Lineages
 from proxy.metrics import counts_of, exposition
-from proxy.paths import GENERATING, OURS
+from proxy.paths import EPISODES, GENERATING, GROUPS, is_ours
 from proxy.recorder import Recorder
 from proxy.relay import Relay
 from proxy.server import Connections, Runner
@@ -78,7 +80,19 @@ class Proxy:
         self._intervals = intervals
         self.connections = Connections()
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
+        self.calls = EpisodeCalls(store, lineages, alone=worker is None)
+        self.episodes = EpisodeRoutes(
+            store,
+            lineages,
+            self.recorder,
+            self.calls,
+            self.versions,
+            config.max_body_mb,
+            intervals.drain_s,
+        )
         self._own_routes: dict[str, dict[str, Handler]] = {
+            EPISODES: {"POST": self.episodes.open},
+            GROUPS: {"POST": self.episodes.open_group},
             "/healthz": {"GET": self._healthz, "HEAD": self._healthz},
             "/metrics": {"GET": self._metrics, "HEAD": self._metrics},
             "/health": {"GET": self._health, "HEAD": self._health},
@@ -108,24 +122,28 @@ class Proxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         """The answer to any request; what goes wrong is said in the API's words."""
         try:
-            answered = self._authorize(request)
+            answered = await self._authorize(request)
             return await self._route(request) if answered is None else answered
         except Refused as error:
             if request.path in GENERATING and error.status in _FOR_WHAT_IT_HOLDS:
                 self.relay.counts.unrecorded["refused"] += 1
-            return error_response(request.path, error.status, error.message)
+            return error_response(request.path, error.status, error.message, error.kind)
         except aiohttp.ClientConnectionResetError:
             return web.Response(status=499)  # the client has left: nobody reads this
         except web.RequestPayloadError as error:
             return unreadable(request, error)
 
-    def _authorize(self, request: web.Request) -> web.StreamResponse | None:
+    async def _authorize(self, request: web.Request) -> web.StreamResponse | None:
         """Finds out whose key a request has. Answers a browser's preflight. Raises Refused."""
         headers = request.headers
         scheme, _, bearer = headers.get("Authorization", "").partition(" ")
         sent = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
         caller = self.lineages.caller(sent)
+        by_key = await self.calls.of_key(sent)
+        if by_key is not None:
+            caller = by_key.lineage
         without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
+        without_key = without_key and by_key is None
         preflight = is_preflight(request.method, headers)
         if preflight and self.lineages.apart:
             without_key = False  # the request that follows may bring a lineage's key
@@ -138,13 +156,20 @@ class Proxy:
         elif request.path not in _OPEN_PATHS:
             raise Refused(401, "Wrong or missing API key: send it as a bearer key.")
         refuse_coded(request)
+        if is_ours(request.path):
+            if by_key is not None and request.path not in _OPEN_PATHS:
+                raise Refused(403, f"An episode's key calls the model only, not {request.path}.")
+        elif caller is not None:
+            episode = await self.calls.named(request.headers, caller, by_key)
+            if episode is not None:
+                request[EPISODE], request[CALLER] = episode, episode.lineage
         return None
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         path, method = request.path, request.method
-        if path not in OURS:
+        if not is_ours(path):
             return await self.dispatch.handle(request)
-        taken = self._own_routes[path]
+        taken = self._own_routes.get(path) or self.episodes.routes_of_one(path)
         if method not in taken:
             raise Refused(405, f"{path} takes {' or '.join(taken)}, not {method}.")
         return await taken[method](request)
@@ -159,7 +184,7 @@ class Proxy:
                 self.config, self.versions, self.upstream, self._out_of_files, self._intervals
             )
             self.relay = Relay(engine, self.recorder)
-            self.dispatch = Dispatch(self.relay, self.lineages)
+            self.dispatch = Dispatch(self.relay, self.lineages, self.calls)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),

@@ -123,6 +123,12 @@ class Capture:
                 chunk = orjson.loads(part) if isinstance(part, bytes) else part
                 self._choices(chunk, "delta")
 
+    @property
+    def tokens(self) -> int:
+        """How many tokens the reply has, as far as the engine told it."""
+        told = (self.usage or {}).get("completion_tokens")
+        return told if _is_count(told) else len(self.completion_ids)
+
     def _read_piece(self, piece: Piece) -> None:
         deltas, logprobs, ids = piece
         try:

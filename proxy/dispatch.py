@@ -10,6 +10,7 @@ from nextstate.records import Json
 from nextstate.wire import json_object, objects, read_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_any_body, read_body
+from proxy.episode_calls import EPISODE, EpisodeCalls, within
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.lineages import CALLER, Lineages
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
@@ -24,8 +25,9 @@ _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 class Dispatch:
     """Sends each request to the relay in the right form."""
 
-    def __init__(self, relay: Relay, lineages: Lineages) -> None:
+    def __init__(self, relay: Relay, lineages: Lineages, episodes: EpisodeCalls) -> None:
         self._relay = relay
+        self._episodes = episodes
         self._lineages = lineages
         self._config = relay.engine.config
         self._versions = relay.engine.versions
@@ -44,6 +46,7 @@ class Dispatch:
         return await self._pass_on(request)
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
+        path = request.path
         data = await read_body(request, self._config.max_body_mb)
         try:
             body = read_json(data)
@@ -62,8 +65,17 @@ class Dispatch:
             message = f"The model `{body.get('model')!s:.200}` is not served here: use {served}."
             return await self._unserved(request, data, "model", message)
         self._tame(request, body, lineage)
+        seconds, version = None, None
+        if (episode := request.get(EPISODE)) is not None:
+            if episode.version is not None:
+                version = await self._versions.pinned(lineage, episode.version)
+            tokens, seconds = await self._episodes.begin(episode, lineage)
+            if tokens is not None:
+                body = within(path, body, tokens)
         try:
-            return await self._relay.generate(request, body, lineage, body["model"])
+            return await self._relay.generate(
+                request, body, lineage, body["model"], version=version, seconds=seconds
+            )
         except ValueError as error:
             raise _unwritable(error) from error
 
@@ -101,6 +113,8 @@ class Dispatch:
         generates = path.startswith(_GENERATES)
         if generates:
             self._relay.counts.unrecorded["route"] += 1
+            if EPISODE in request:
+                raise Refused(400, f"{path} has replies that cannot be the steps of an episode.")
         max_mb = self._config.max_body_mb
         if request.method != "POST" or request.content_type.startswith("multipart/"):
             if generates and self._versions.serves(request[CALLER]).adapter_name is not None:

@@ -23,6 +23,10 @@ from proxy.linking.history import (
 )
 from proxy.linking.meaning import meaning_of
 from proxy.linking.parents import Found, find_parent, main_turn, session_of
+from proxy.linking.steps import environment_states, find_step, new_messages
+
+_LATE = "its episode was closed before the turn was recorded"
+_HELD_OUT = "its episode's split is eval: its turns never train"
 
 
 class Exchange(NamedTuple):
@@ -49,6 +53,10 @@ class Exchange(NamedTuple):
     """The kind that the client gives; None if the agent's profile decides."""
     defaults: Json = {}  # noqa: RUF012
     """The sampling settings that the engine uses for what the request leaves out."""
+    episode: str | None = None
+    """The episode that it is a call of."""
+    held_out: bool = False
+    """True if the episode's turns never train."""
 
 
 class Read(NamedTuple):
@@ -74,14 +82,19 @@ def read_exchange(
     profile = profile.for_request(request)
     name = exchange.explicit_session
     scope = Scope(
-        exchange.lineage, None if name is None else profile.session(name), exchange.vague_name
+        exchange.lineage,
+        None if name is None else profile.session(name),
+        exchange.vague_name,
+        exchange.episode,
     )
     history = read_history(objects(request.get("messages")), profile, remembered)
     return Read(
         exchange=exchange,
         kind=exchange.kind or profile.kind(request),
         reply=reply,
-        untrainable=exchange.untrainable or capture.untrainable(request),
+        untrainable=exchange.untrainable
+        or capture.untrainable(request)
+        or (_HELD_OUT if exchange.held_out else None),
         history=history,
         scope=scope,
         link=link_of(history, scope),
@@ -97,6 +110,8 @@ def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProf
 def record(recording: Recording, read: Read) -> Turn:
     """Links an exchange, adds its turn and the next state of the turn that it continues."""
     exchange, scope, link, kind = read.exchange, read.scope, read.link, read.kind
+    if scope.episode is not None:
+        return _record_step(recording, read, scope.episode)
     sessions, name = recording.sessions, scope.client_session
     found = Found() if link is None else find_parent(sessions, link, scope)
     parent = found.parent
@@ -117,15 +132,7 @@ def record(recording: Recording, read: Read) -> Turn:
     is_new = parent is None and cut is None and name is None
     index = 0 if is_new else sessions.next_index(session)
     turn = _turn(read, session, index, parent and parent.id)
-    recording.add_turn(
-        turn,
-        read.keys.chain,
-        read.keys.reply,
-        context_key=read.keys.context,
-        client_session=name,
-        place=place if exchange.cut else None,
-        message_hashes=[message.hash for message in read.history.messages],
-    )
+    _add(recording, read, turn, place if exchange.cut else None)
     if cut is not None and place is not None:
         sessions.replace_cut(place, turn.id)
     # A side turn repeats the history of the main turn, so it is no answer to its reply.
@@ -133,6 +140,40 @@ def record(recording: Recording, read: Read) -> Turn:
         states = next_states(parent.id, read.history, found.start)
         recording.add_next_states(parent.id, parent.kind == TurnKind.MAIN, states)
     return turn
+
+
+def _record_step(recording: Recording, read: Read, episode: str) -> Turn:
+    """Adds a turn of an episode, and the next state of the turn that it follows."""
+    exchange, scope, sessions = read.exchange, read.scope, recording.sessions
+    step = find_step(sessions, read.link, scope, read.history.messages)
+    parent = step.parent
+    if parent is not None and read.kind is TurnKind.MAIN:
+        parent = main_turn(sessions, parent)
+    place = place_of(scope, read.kind, parent and parent.id, read.history)
+    if read.untrainable is None and not sessions.takes_steps(episode):
+        read = read._replace(untrainable=_LATE)
+    turn = _turn(read, episode, sessions.next_index(episode), parent and parent.id)
+    _add(recording, read, turn, place if exchange.cut else None)
+    if place is not None:
+        sessions.replace_cut(place, turn.id)
+    if parent is not None and not parent.continued and read.kind is TurnKind.MAIN:
+        messages = objects(exchange.request.get("messages"))
+        states = environment_states(parent.id, new_messages(sessions, step, parent, messages))
+        recording.add_next_states(parent.id, not exchange.held_out, states)
+    return turn
+
+
+def _add(recording: Recording, read: Read, turn: Turn, place: bytes | None) -> None:
+    recording.add_turn(
+        turn,
+        read.keys.chain,
+        read.keys.reply,
+        context_key=read.keys.context,
+        client_session=read.scope.client_session,
+        place=place,
+        message_hashes=[message.hash for message in read.history.messages],
+        tokens=read.exchange.capture.tokens,
+    )
 
 
 def amend_exchange(recording: Recording, read: Read) -> None:
@@ -164,4 +205,6 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         timings=exchange.timings,
         untrainable=read.untrainable,
         parent=parent,
+        episode=exchange.episode,
+        step=None if exchange.episode is None else index,
     )

@@ -58,6 +58,11 @@ class Lineages:
             return found[0]
         return MAIN_LINEAGE if self.main_key is None or _same(sent_key, self.main_key) else None
 
+    def has_key(self, sent_key: str) -> bool:
+        """Whether this is the key of a lineage, `main` included."""
+        keys = (self.main_key, *(access.key for access in self.access.values()))
+        return any(key is not None and _same(sent_key, key) for key in keys)
+
     def of(self, caller: str, model: str) -> str | None:
         """The lineage of a request that names `model`; None if the caller has no such model."""
         if model == self.engine_model:

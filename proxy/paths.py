@@ -11,7 +11,9 @@ GENERATING = frozenset((CHAT, COMPLETIONS, *DIALECTS))
 MODELS = "/v1/models"
 PROBED = frozenset(("/version", "/load", "/tokenize", "/detokenize", "/tokenizer_info"))
 """The engine's routes outside /v1/ that agents use. Most others administer the engine."""
-OURS = frozenset(("/v1/feedback", "/healthz", "/metrics", "/health", "/ping"))
+EPISODES, GROUPS = "/v1/episodes", "/v1/groups"
+OURS = frozenset(("/v1/feedback", EPISODES, GROUPS, "/healthz", "/metrics", "/health", "/ping"))
+_OF_EPISODE = "/episodes/"
 _KNOWN = GENERATING | PROBED | OURS | {MODELS}
 
 
@@ -27,6 +29,25 @@ def known_as(raw_path: str) -> str:
     path = unquote(raw_path)
     path = path.rstrip("/") or "/"
     return path if path in _KNOWN else raw_path
+
+
+def is_ours(path: str) -> bool:
+    """Whether the proxy answers it itself."""
+    return path in OURS or path.startswith(f"{EPISODES}/")
+
+
+def of_episode(raw_path: str) -> tuple[str | None, str]:
+    """(the episode that a path names, the path without it), or (None, the path).
+
+    Some clients add `/v1` to a base URL that ends with it.
+
+    >>> of_episode("/episodes/e-1/v1/v1/messages"), of_episode("/v1/episodes/e-1")
+    (('e-1', '/v1/messages'), (None, '/v1/episodes/e-1'))
+    """
+    name, _, rest = raw_path.removeprefix(_OF_EPISODE).partition("/")
+    if not raw_path.startswith(_OF_EPISODE) or not rest.startswith("v1/"):
+        return None, raw_path
+    return unquote(name), f"/{rest.removeprefix('v1/') if rest.startswith('v1/v1/') else rest}"
 
 
 def resembles_generating(path: str) -> bool:

@@ -175,6 +175,11 @@ class Recorder:
             except TimeoutError:
                 log.warning("no writer runs after %.1f s: turns may be late or lost", timeout_s)
 
+    async def settled(self, timeout_s: float) -> bool:
+        """Waits until all that waits now is stored or lost; False after the timeout."""
+        waiting = [one.answered for one in self._waiting]
+        return not waiting or not (await asyncio.wait(waiting, timeout=timeout_s))[1]
+
     async def drain(self, timeout_s: float) -> None:
         """Waits until the queue is empty, at most `timeout_s`."""
         try:

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -18,6 +19,7 @@ from nextstate.records import Json, PolicyVersion, Timings, new_id
 from proxy.answers import Refused, error_response
 from proxy.dialects.chat import is_off
 from proxy.engine_call import Engine, EngineCall, client_headers
+from proxy.episode_calls import EPISODE
 from proxy.exchange import Exchange
 from proxy.linking.names import explicit_session, named_kind, names_conversation
 from proxy.recorder import Recorder
@@ -31,6 +33,10 @@ _HELD_BEFORE_HEADERS_S = 1.0
 """A streamed request that waits longer for the engine gets its headers and keep-alive comments."""
 _EVENTS = "text/event-stream"
 _DONE = b"data: [DONE]\n\n"
+_CUT_IN_TIME = "its episode's deadline_s passed before the end"
+_OVER_TIME = (
+    "The episode's deadline_s has passed during this call, which is cut: close it as truncated."
+)
 
 
 @dataclass(slots=True)
@@ -55,21 +61,32 @@ class Relay:
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
-        self, request: web.Request, body: Json, lineage: str, model: str
+        self,
+        request: web.Request,
+        body: Json,
+        lineage: str,
+        model: str,
+        *,
+        version: PolicyVersion | None = None,
+        seconds: float | None = None,
     ) -> web.StreamResponse:
         """Relays one request, which names `model`, and records its turn before its end is seen.
 
+        `version` serves it, or, with None, what serves the lineage. After `seconds` it is cut.
         Raises ValueError if the request is nested too deep to be written as JSON.
         """
         self.counts.requests += 1
         if not self.recorder.enabled:
             self.counts.unrecorded["recording_off"] += 1
-        with self.engine.versions.hold(lineage) as version:
-            serving = recorded_form(request.path, body, model, self.engine.versions.engine)
+        with self.engine.versions.hold(lineage, version) as version:
+            episode = request.get(EPISODE)
+            sampling: Json = {} if episode is None else episode.sampling
+            engine = self.engine.versions.engine
+            serving = recorded_form(request.path, body, model, engine, sampling)
             generation = _Generation(self, request, body, serving, version)
-            if not is_off(body.get("stream")):
-                return await generation.streamed()
-            return await generation.plain()
+            streams = not is_off(body.get("stream"))
+            work = generation.streamed if streams else generation.plain
+            return await (work() if seconds is None else generation.in_time(work, seconds))
 
     async def pass_on(
         self,
@@ -121,6 +138,10 @@ class _Generation:
         self._first_token_s: float | None = None
         self._early: web.StreamResponse | None = None
         """The response to a streamed request that had to wait for the engine."""
+        self._prepared: web.StreamResponse | None = None
+        """The response whose head is out."""
+        self._limit: asyncio.Timeout | None = None
+        """The end of its episode's time."""
 
     @property
     def _serving(self) -> Recorded:
@@ -130,6 +151,23 @@ class _Generation:
     def _version(self) -> PolicyVersion:
         assert self._call.version is not None
         return self._call.version
+
+    async def in_time(
+        self, work: Callable[[], Awaitable[web.StreamResponse]], seconds: float
+    ) -> web.StreamResponse:
+        """What `work` returns; after `seconds` it is cut, and the client is told why."""
+        self._limit = asyncio.timeout(seconds)
+        try:
+            async with self._limit:
+                return await work()
+        except TimeoutError:
+            if not self._limit.expired():
+                raise
+        response = self._refused(Refused(400, _OVER_TIME, "EpisodeBudgetError"))
+        if self._prepared is None:
+            return response
+        assert isinstance(response.body, bytes)
+        return await self._end_early(self._prepared, response.body)
 
     async def plain(self) -> web.StreamResponse:
         """A reply in one body."""
@@ -177,6 +215,7 @@ class _Generation:
             if response is None:
                 response = web.StreamResponse(headers=self._headers(answer))
                 await response.prepare(self._request)
+            self._prepared = response
             await self._relay_events(answer, response)
             return response
         finally:
@@ -226,7 +265,10 @@ class _Generation:
             return
         except (asyncio.CancelledError, OSError):
             self._relay.counts.cut += 1
-            self._relay.recorder.submit(self._exchange("the client left before the end"))
+            why = "the client left before the end"
+            if self._limit is not None and self._limit.expired():
+                why = _CUT_IN_TIME
+            self._relay.recorder.submit(self._exchange(why))
             raise
         if serving.broken:
             await self._cut_off(response, b"".join(held), "an error in the stream")
@@ -258,7 +300,7 @@ class _Generation:
                     continue  # the engine works on it: its own headers will come
                 if self._early is None:
                     headers = {"Content-Type": f"{_EVENTS}; charset=utf-8", **self._own_headers()}
-                    self._early = web.StreamResponse(headers=headers)
+                    self._early = self._prepared = web.StreamResponse(headers=headers)
                     await self._early.prepare(self._request)
                 await self._early.write(b": waiting for the engine\n\n")
                 pause = self._relay.engine.intervals.keep_alive_s
@@ -270,20 +312,26 @@ class _Generation:
 
     def _exchange(self, cut: str | None) -> Exchange:
         serving, headers = self._serving, self._request.headers
+        name, own = explicit_session(headers, self._body), names_conversation(headers, self._body)
+        episode = self._request.get(EPISODE)
+        if episode is not None and (not own or name == episode.id):
+            name = None  # what it names is not a conversation within the episode
         number = self._relay.engine.versions.number_of(serving.capture.model, self._version)
         return Exchange(
             turn_id=self._turn_id,
             lineage=self._version.lineage,
-            explicit_session=explicit_session(headers, self._body),
+            explicit_session=name,
             request=serving.chat,
             capture=serving.capture,
             policy_version=number,
             timings=Timings(self._started_at, self._first_token_s, self._elapsed()),
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
-            vague_name=not names_conversation(headers, self._body),
+            vague_name=not own,
             kind=named_kind(headers),
             defaults=self._relay.engine.versions.engine.sampling_defaults,
+            episode=episode and episode.id,
+            held_out=episode is not None and episode.held_out,
         )
 
     def _headers(self, answer: Answer) -> CIMultiDict[str]:
@@ -299,7 +347,7 @@ class _Generation:
 
     def _refused(self, refused: Refused) -> web.Response:
         self._relay.counts.failed += 1
-        return error_response(self._request.path, refused.status, refused.message)
+        return error_response(self._request.path, refused.status, refused.message, refused.kind)
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._clock

@@ -20,8 +20,10 @@ from aiohttp.streams import EMPTY_PAYLOAD
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-from proxy.paths import known_as
+from proxy.paths import known_as, of_episode
 
+PATH_EPISODE = "x-nextstate-path-episode"
+"""The header in which the episode of a request's path is handed on."""
 HEAD_BYTES = 256 * 1024
 """A longer head is refused, unless one read brought it."""
 MOST_HEADERS = 1024
@@ -85,7 +87,7 @@ class RequestParser:
         """Stops reading within a head: `feed_data` raises the error next."""
         self.broken, self.since = True, None
         if self._url:
-            self.path = known_as(_parts(_text(self._url))[1])
+            self.path = known_as(of_episode(_parts(_text(self._url))[1])[1])
         self.refusal = HttpProcessingError(code=status, message=message)
 
     def break_body(self, error: web.RequestPayloadError) -> None:
@@ -165,13 +167,15 @@ class RequestParser:
             self._resumed = False
             return
         read = _cached_target if len(self._url) <= _CACHED_BYTES else _read_target
-        authority, target, written = read(self._url)
+        authority, target, written, episode = read(self._url)
         if not written.startswith("/"):
             self.refuse(400, f"The request's target {written[:100]!r} is not a path.")
             raise ValueError(self.refusal)
         headers = CIMultiDict((_text(name), _text(value)) for name, value in self._headers)
         if authority:  # the form for a proxy: both hosts are checked
             headers.add("Host", authority)
+        if episode is not None:
+            headers[PATH_EPISODE] = episode
         chunked = "Transfer-Encoding" in headers  # llhttp accepts no other last coding
         if chunked or int(headers.get("Content-Length", "0")):
             self._payload = StreamReader(self._protocol, _BUFFER_BYTES, loop=self._loop)
@@ -223,14 +227,18 @@ def _parts(target: str) -> tuple[str, str, str]:
     return authority.rpartition("@")[2], f"/{path}", query
 
 
-def _read_target(url: bytes) -> tuple[str, URL, str]:
-    """(host and port, target, target as text) of a request. One that is not a path has no URL."""
+def _read_target(url: bytes) -> tuple[str, URL, str, str | None]:
+    """(host and port, target, target as text, episode in its path) of a request.
+
+    The target is without the episode. One that is not a path has no URL.
+    """
     authority, path, query = _parts(_text(url))
     if not path.startswith("/"):
-        return authority, URL(), path
+        return authority, URL(), path, None
+    episode, path = of_episode(path)
     path = known_as(path)
     target = URL.build(path=path, query_string=query, encoded=True)
-    return authority, target, f"{path}?{query}" if query else path
+    return authority, target, f"{path}?{query}" if query else path, episode
 
 
 _cached_target = lru_cache(maxsize=256)(_read_target)

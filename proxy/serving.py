@@ -384,8 +384,15 @@ class Passed(Serving):
         return data.replace(self._engine_name, self._client_name) if self._body else data
 
 
-def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Recorded:
-    """How a request that generates and named `model` is served."""
+def recorded_form(
+    path: str, body: Json, model: str, engine: EngineClient, sampling: Json
+) -> Recorded:
+    """How a request that generates and named `model` is served.
+
+    `sampling` takes the place of what the client wrote.
+    """
+    if sampling:
+        body = {**body, **sampling}
     dialect = DIALECTS.get(path)
     if dialect is None:
         additions = engine.abilities.additions
@@ -394,7 +401,8 @@ def recorded_form(path: str, body: Json, model: str, engine: EngineClient) -> Re
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation)
     length, defaults = engine.max_model_len, engine.sampling_defaults
-    return Translated(dialect, path, body, translation.chat, model, length, defaults)
+    chat_request = {**translation.chat, **sampling}
+    return Translated(dialect, path, body, chat_request, model, length, defaults)
 
 
 def model_field(name: str) -> bytes:

@@ -22,9 +22,13 @@ from nextstate.errors import AdapterError, EngineError, StoreError, WaitError, W
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
 from nextstate.store import Store
 from nextstate.store.versions import base_version
+from proxy.answers import Refused
 from proxy.intervals import INTERVALS, Intervals
 
 log = logging.getLogger(__name__)
+
+_PINNED_S = 60.0
+"""Seconds for which an adapter that only episodes ask for stays loaded after a call."""
 
 
 class Versions:
@@ -49,6 +53,9 @@ class Versions:
         self._zero_adapter = zero_adapter
         self._worker = worker
         self._intervals = intervals
+        self._pinned_until: dict[str, float] = {}
+        """Until when the adapters of episodes that name their version stay loaded, on the monotonic
+        clock."""
         self._unload_at = 0.0
         """When adapters may be unloaded again after a failure, on the monotonic clock."""
         self.wrong: str | None = None
@@ -137,10 +144,24 @@ class Versions:
         loads = version.adapter_name is None or self.engine.abilities.adapters
         return version if loads else base_version(lineage, version.state)
 
+    async def pinned(self, lineage: str, number: int) -> PolicyVersion:
+        """A version that an episode asks for, whether it serves or not. Raises Refused.
+
+        The engine's 404 for an adapter that is not loaded makes the call load it. It stays loaded
+        for some time after its last call.
+        """
+        version = await asyncio.to_thread(self._store.versions.get, lineage, number)
+        if version is None or not version.can_serve:
+            raise Refused(409, f"Version {number} of lineage {lineage!r} is not there any more.")
+        if version.adapter_name is not None and not self.engine.abilities.adapters:
+            raise Refused(503, f"The engine loads no adapters, so version {number} cannot serve.")
+        self._pinned_until[self._name(version)] = time.monotonic() + _PINNED_S
+        return version
+
     @contextmanager
-    def hold(self, lineage: str) -> Generator[PolicyVersion]:
-        """The lineage's serving version, kept loaded for as long as the request runs."""
-        version = self.serves(lineage)
+    def hold(self, lineage: str, version: PolicyVersion | None = None) -> Generator[PolicyVersion]:
+        """The version, kept loaded for as long as the request runs; None: what serves."""
+        version = version or self.serves(lineage)
         name = self._name(version)
         self.running[name] += 1
         try:
@@ -166,7 +187,8 @@ class Versions:
             await ensure_loaded(self.engine, version)
         except AdapterError as error:
             log.error("version=%d cannot be restored: %s", version.number, error)
-            self.engine_failed()  # requests wait until another version serves
+            if version.number == self.serving[version.lineage].number:
+                self.engine_failed()  # requests wait until another version serves
             return False
         except EngineError as error:
             log.warning("version=%d cannot be restored: %s", version.number, error)
@@ -222,7 +244,9 @@ class Versions:
         return {name for adapters, _ in others for name in adapters}
 
     def _needed(self) -> set[str]:
-        return {self._name(version) for version in self.serving.values()}
+        now = time.monotonic()
+        pinned = {name for name, until in self._pinned_until.items() if until > now}
+        return {self._name(version) for version in self.serving.values()} | pinned
 
     def _name(self, version: PolicyVersion) -> str:
         return version.adapter_name or self.engine.model

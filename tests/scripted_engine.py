@@ -45,9 +45,13 @@ class Script:
     """Break the connection after this many pieces."""
     gate: asyncio.Event | None = None
     """Wait for it before the second piece."""
+    body_gate: asyncio.Event | None = None
+    """Wait for it before a reply in one body."""
     miscount: int = 0
     """Added to the number of completion tokens in `usage`."""
     unknown_logprob: bool = False
+    tokens: Sequence[tuple[int, float]] | None = None
+    """The id and log-prob of each piece, instead of those of `token`."""
     raw_logprobs: bool = False
     """Whether log-probs are told before the temperature."""
     temperature: float = 1.0
@@ -216,6 +220,8 @@ class ScriptedEngine:
         if script.answers_as is not None:
             body = {**body, "model": script.answers_as}
         if not body.get("stream"):
+            if script.body_gate is not None:
+                await script.body_gate.wait()
             data = compact(plain_reply(body, script))
             return web.Response(body=data, content_type="application/json")
         return await self._send(request, stream_chunks(body, script), script)
@@ -245,13 +251,15 @@ def compact(value: object) -> bytes:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False).encode()
 
 
-def token(number: int) -> tuple[int, float]:
+def token(number: int, script: Script | None = None) -> tuple[int, float]:
     """(id, log-prob) of the piece at a position."""
+    if script is not None and script.tokens is not None:
+        return script.tokens[number]
     return 100 + number, -0.25 * (number + 1)
 
 
 def _logprobs(script: Script, number: int) -> dict[str, Any]:
-    logprob = -9999.0 if script.unknown_logprob else token(number)[1]
+    logprob = -9999.0 if script.unknown_logprob else token(number, script)[1]
     entry = {"token": script.pieces[number], "logprob": logprob, "bytes": []}
     return {"content": [{**entry, "top_logprobs": []}]}
 
@@ -276,7 +284,7 @@ def stream_chunks(body: dict[str, Any], script: Script) -> list[dict[str, Any]]:
         if finish is not None:
             choice["stop_reason"] = None
         if number is not None:
-            choice["token_ids"] = [token(number)[0]] if ids else None
+            choice["token_ids"] = [token(number, script)[0]] if ids else None
         return {**head, "choices": [choice]}
 
     first = chunk({"role": "assistant", "content": ""}, None, None)
@@ -311,7 +319,7 @@ def plain_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
         "message": message,
         "logprobs": {"content": content} if body.get("logprobs") else None,
         "finish_reason": script.finish_reason,
-        "token_ids": [token(n)[0] for n in range(count)] if ids else None,
+        "token_ids": [token(n, script)[0] for n in range(count)] if ids else None,
     }
     return {
         "id": "chatcmpl-1",

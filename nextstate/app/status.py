@@ -9,6 +9,7 @@ import aiohttp
 
 from nextstate.app.child_states import read_child_states
 from nextstate.app.engine_access import engine_client
+from nextstate.app.episode_views import settled_text, settled_worth
 from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_worth
 from nextstate.app.settings import Settings
 from nextstate.app.watching import serving_watch, watch_text
@@ -38,6 +39,7 @@ async def status(settings: Settings) -> Json:
         "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
+        "environments": await asyncio.to_thread(settled_worth, store),
         "trained_judge": await asyncio.to_thread(trained_worth, settings),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
     }
@@ -50,6 +52,7 @@ def status_lines(found: Json) -> list[str]:
         del shown["trained_judge"]
     else:
         shown["trained_judge"] = found["trained_judge"]["text"]
+    shown["environments"] = {n: settled_text(one) for n, one in obj(found["environments"]).items()}
     shown["watch"] = {name: watch_text(seen) for name, seen in obj(found["watch"]).items()}
     lines: list[str] = []
     for name, value in shown.items():

@@ -26,6 +26,8 @@ def turn_row(
         "turn": turn.id,
         "session": turn.session,
         "index": turn.index,
+        "episode": turn.episode,
+        "step": turn.step,
         "kind": turn.kind,
         "lineage": turn.lineage,
         "version": turn.policy_version,
@@ -66,9 +68,9 @@ def version_row(version: PolicyVersion) -> Json:
     }
 
 
-def trained_rows(trained: Sequence[tuple[str, Verdict]]) -> list[Json]:
+def trained_rows(trained: Sequence[tuple[str, Verdict | None]]) -> list[Json]:
     """The turns that a version was trained on, as objects."""
-    return [{"turn": turn, "score": v.score, "hint": v.hint} for turn, v in trained]
+    return [{"turn": turn, "score": v and v.score, "hint": v and v.hint} for turn, v in trained]
 
 
 def version_table(versions: Sequence[PolicyVersion]) -> str:
@@ -89,7 +91,7 @@ def version_table(versions: Sequence[PolicyVersion]) -> str:
 
 
 def version_card(
-    version: PolicyVersion, trained: Sequence[tuple[str, Verdict]], watch: str, judge: str
+    version: PolicyVersion, trained: Sequence[tuple[str, Verdict | None]], watch: str, judge: str
 ) -> str:
     """Everything about one version: its origin, its measurements and the turns it trained on.
 
@@ -108,8 +110,9 @@ def version_card(
         f"turns    {len(trained)}",
     ]
     for turn, verdict in trained:
-        hint = one_line((verdict.hint or "")[:_HINT_CHARS])
-        lines.append(f"  {turn}  {verdict.score:+d}  {hint}".rstrip())
+        hint = one_line((verdict.hint or "")[:_HINT_CHARS]) if verdict else ""
+        score = f"{verdict.score:+d}" if verdict else f" {_UNKNOWN}"
+        lines.append(f"  {turn}  {score}  {hint}".rstrip())
     return "\n".join(lines)
 
 

@@ -17,6 +17,8 @@ from nextstate.errors import StoreError
 from nextstate.private_files import make_state_folder
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database
+from nextstate.store.episodes import Episodes
+from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Recording
@@ -58,6 +60,8 @@ class Store:
         self.judging = Judging(self.database)
         self.training = Training(self.database)
         self.versions = Versions(self.database)
+        self.episodes = Episodes(self.database)
+        self.groups = Groups(self.database)
         self.workers = Workers(self.database)
         self._known = Known()
 

@@ -6,14 +6,14 @@ are SQLite's; another dialect can make its own from the same `_COUNTED`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import sqlalchemy as sa
 
 from nextstate.store.schema import counts
 
-SHOWN = ("turns", "judgements", "verdicts", "samples", "versions")
+SHOWN = ("turns", "judgements", "verdicts", "samples", "versions", "episodes", "groups", "rewards")
 """The areas that people see; stages look up the others."""
 
 
@@ -42,6 +42,9 @@ _COUNTED = (
         "{r}state = 'ready' AND {r}policy_version IS NOT NULL",
     ),
     _Counted("versions", "versions", "{r}state"),
+    _Counted("episodes", "episodes", "{r}state"),
+    _Counted("groups", "groups", "{r}state"),
+    _Counted("rewards", "rewards", "{r}kind"),
     _Counted(
         "feedback",
         "labels",
@@ -55,6 +58,9 @@ _CHANGING = {
     "verdicts": ("score",),
     "samples": ("state", "lineage", "policy_version", "score", "hinted"),
     "versions": ("state",),
+    "episodes": ("state",),
+    "groups": ("state",),
+    "rewards": ("kind",),
     "feedback": ("score", "voted_judge", "voted_score"),
 }
 """The columns that the keys and conditions above are made of."""
@@ -68,12 +74,18 @@ def count_all(connection: sa.Connection) -> None:
             f"INSERT INTO counts (area, key, count) SELECT '{counted.area}', {key}, count(*) "
             f"FROM {counted.table} WHERE {where} GROUP BY 2"
         )
-    for statement in _triggers():
+    create_triggers(connection, _CHANGING)
+
+
+def create_triggers(connection: sa.Connection, tables: Iterable[str]) -> None:
+    """Creates the triggers of some tables: of new ones, which have nothing to count yet."""
+    for statement in _triggers(tables):
         connection.exec_driver_sql(statement)
 
 
-def _triggers() -> Iterator[str]:
-    for table, columns in _CHANGING.items():
+def _triggers(tables: Iterable[str]) -> Iterator[str]:
+    for table in tables:
+        columns = _CHANGING[table]
         kinds = [counted for counted in _COUNTED if counted.table == table]
         gone, come = "".join(map(_less, kinds)), "".join(map(_more, kinds))
         for name, event, body in (

@@ -8,12 +8,27 @@ import sqlalchemy as sa
 
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
-from nextstate.store.counts import count_all
+from nextstate.store.counts import count_all, create_triggers
 
 Step = Callable[[sa.Connection], None]
 
-MIGRATIONS: Mapping[int, Step] = {}
-"""Step n brings a database of version n - 1 to version n; there is none yet.
+
+def _add_episodes(connection: sa.Connection) -> None:
+    """Version 2: episodes, groups and rewards; a turn's episode and step, a sample's advantage."""
+    for column in (t.turns.c.episode, t.turns.c.step, t.samples.c.advantage):
+        kind = column.type.compile(connection.dialect)
+        connection.exec_driver_sql(
+            f"ALTER TABLE {column.table.name} ADD COLUMN {column.name} {kind}"
+        )
+    for table in (t.groups, t.episodes, t.rewards):
+        table.create(connection)
+    for index in t.turns.indexes:
+        index.create(connection, checkfirst=True)
+    create_triggers(connection, ("episodes", "groups", "rewards"))
+
+
+MIGRATIONS: Mapping[int, Step] = {2: _add_episodes}
+"""Step n brings a database of version n - 1 to version n.
 
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""
 

@@ -29,6 +29,21 @@ _ADD_JUDGEMENT = sa.text(  # a person may have given feedback on the turn before
     "SELECT id, seq, 'pending', 0.0, 0 FROM turns WHERE id = :turn ON CONFLICT DO NOTHING"
 )
 _KNOWN_TURN = sa.select(_C.seq).where(_THIS)
+_VERSION: sa.BindParameter[Any] = sa.bindparam("version")
+_E = t.episodes.c
+_SERVED = (
+    sa.update(t.episodes)
+    .where(_E.id == sa.bindparam("episode"))
+    .values(
+        tokens=_E.tokens + sa.bindparam("tokens"),
+        version_min=sa.case(
+            (_E.version_min > _VERSION, _VERSION), else_=sa.func.coalesce(_E.version_min, _VERSION)
+        ),
+        version_max=sa.case(
+            (_E.version_max < _VERSION, _VERSION), else_=sa.func.coalesce(_E.version_max, _VERSION)
+        ),
+    )
+)
 _CONTINUED = sa.update(t.turns).where(_THIS).values(continued=True)
 
 
@@ -59,11 +74,13 @@ class Recording:
         client_session: str | None = None,
         place: bytes | None = None,
         message_hashes: Sequence[bytes] | None = None,
+        tokens: int = 0,
     ) -> None:
         """Adds a turn with the keys by which a request that continues it is found.
 
         `place` is the place of a turn whose client did not see the end of the reply: a retry is
         found by it. `message_hashes` are the hashes of the request's messages, if they are known.
+        `tokens` are those of the reply, which count for its episode.
         """
         messages = objects(turn.request.get("messages"))
         rest = {k: v for k, v in turn.request.items() if k not in ("messages", "tools")}
@@ -111,7 +128,13 @@ class Recording:
             client_session=client_session,
             place=place,
             context_key=context_key,
+            episode=turn.episode,
+            step=turn.step,
         )
+        if turn.episode is not None:
+            self._cursor.run(
+                _SERVED, episode=turn.episode, tokens=tokens, version=turn.policy_version
+            )
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
         """Adds what followed `turn` and, if `judge`, the judge's work for it."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 1
+VERSION = 2
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -61,6 +61,8 @@ turns = sa.Table(
     sa.Column("place", sa.LargeBinary(16)),
     sa.Column("replaced_by", sa.String(40)),
     sa.Column("context_key", sa.LargeBinary(32)),
+    sa.Column("episode", sa.String(100)),
+    sa.Column("step", sa.Integer),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
@@ -76,6 +78,7 @@ def _where_set(name: str, *columns: sa.Column[Any]) -> None:
 _where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
 _where_set("turns_by_place", turns.c.place)
 _where_set("turns_by_context", turns.c.context_key, turns.c.seq)
+_where_set("turns_by_episode", turns.c.episode, turns.c.step)
 
 next_states = sa.Table(
     "next_states",
@@ -153,9 +156,11 @@ samples = sa.Table(
     sa.Column("reason", sa.Text),
     sa.Column("seq", sa.Integer),
     sa.Column("screened", sa.Boolean),
+    sa.Column("advantage", sa.Float),
 )
 """What may train. `seq` is the turn's own. `screened` is set once the learner has looked at a ready
-sample and not held it out; it is NULL before, and of a sample that is held out."""
+sample and not held it out; it is NULL before, and of a sample that is held out. `advantage` is set
+when the turn's group is settled, and `score` is its sign from then on; NULL for people's turns."""
 _of_state = (samples.c.lineage, samples.c.state)
 sa.Index(
     "samples_by_kind",
@@ -164,6 +169,72 @@ sa.Index(
 sa.Index("samples_by_age", *_of_state, samples.c.screened, samples.c.seq)
 sa.Index("samples_by_turn", samples.c.lineage, samples.c.seq)
 _where_set("samples_by_training", samples.c.trained_in, samples.c.lineage, samples.c.seq)
+
+groups = sa.Table(
+    "groups",
+    metadata,
+    sa.Column("id", sa.String(100), primary_key=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("task_key", sa.String(32), nullable=False),
+    sa.Column("split", sa.String(8), nullable=False),
+    sa.Column("size", sa.Integer),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("opened_at", sa.Float, nullable=False),
+)
+"""Episodes of one task that are compared. NULL as `size`: nobody named one."""
+sa.Index("groups_by_state", groups.c.state, groups.c.split)
+
+episodes = sa.Table(
+    "episodes",
+    metadata,
+    sa.Column("id", sa.String(100), primary_key=True),
+    sa.Column("api_key", sa.String(40), nullable=False, unique=True),
+    sa.Column("lineage", sa.String(80), nullable=False),
+    sa.Column("environment", sa.String(100), nullable=False),
+    sa.Column("task", sa.LargeBinary(16), nullable=False),
+    sa.Column("task_key", sa.String(32), nullable=False),
+    sa.Column("group_id", sa.String(100), sa.ForeignKey("groups.id")),
+    sa.Column("split", sa.String(8), nullable=False),
+    sa.Column("seed", sa.BigInteger),
+    sa.Column("max_calls", sa.Integer),
+    sa.Column("max_tokens", sa.Integer),
+    sa.Column("deadline_s", sa.Float),
+    sa.Column("sampling", sa.Text, nullable=False),
+    sa.Column("metadata", sa.LargeBinary(16), nullable=False),
+    sa.Column("state", sa.String(8), nullable=False),
+    sa.Column("status", sa.String(12)),
+    sa.Column("outcome", sa.Float),
+    sa.Column("opened_at", sa.Float, nullable=False),
+    sa.Column("closed_at", sa.Float),
+    sa.Column("version_min", sa.Integer),
+    sa.Column("version_max", sa.Integer),
+    sa.Column("calls", sa.Integer, nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+    sa.Column("reason", sa.Text),
+    sa.Column("version", sa.Integer),
+    sa.Column("process", sa.Float),
+    sa.Column("settled_at", sa.Float),
+)
+"""`task` and `metadata` are hashes of texts. `version` is the policy version that shall serve it,
+`process` the mean process reward of its judged steps when it was settled."""
+_where_set("episodes_by_group", episodes.c.group_id)
+sa.Index("episodes_by_state", episodes.c.state, episodes.c.split)
+_where_set("episodes_by_settling", episodes.c.settled_at, episodes.c.lineage)
+
+rewards = sa.Table(
+    "rewards",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("episode", sa.String(100), sa.ForeignKey("episodes.id"), nullable=False),
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id")),
+    sa.Column("name", sa.String(100), nullable=False),
+    sa.Column("kind", sa.String(8), nullable=False),
+    sa.Column("value", sa.Float, nullable=False),
+    sa.Column("source", sa.String(100)),
+    sa.Column("at", sa.Float, nullable=False),
+)
+"""One row for each name and step; NULL as `turn` stands for the whole episode."""
+sa.Index("rewards_by_episode", rewards.c.episode)
 
 versions = sa.Table(
     "versions",

@@ -9,10 +9,12 @@ from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from nextstate.records import TurnKind
+from nextstate.episodes import EpisodeState
+from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
-from nextstate.store.texts import hashes
+from nextstate.store.texts import decompress, hashes
+from nextstate.wire import read_json
 
 _MOST_CANDIDATES = 16
 _CONTEXT_KEY_BYTES = 32
@@ -47,7 +49,7 @@ _KEY: sa.BindParameter[Any] = sa.bindparam("key")
 _NAME: sa.BindParameter[Any] = sa.bindparam("name")
 _TURN: sa.BindParameter[Any] = sa.bindparam("turn")
 _PLACE: sa.BindParameter[Any] = sa.bindparam("at")
-_OF_NAME = sa.select(_C.session, _C.seq).where(_C.client_session == _NAME)
+_OF_NAME = sa.select(_C.session, _C.seq).where(_C.client_session == _NAME, _C.episode.is_(None))
 _IN_LINEAGE = _C.lineage == sa.bindparam("lineage")
 _IS_MAIN = _C.kind == TurnKind.MAIN.value
 _CUT_HERE = (_C.place == _PLACE, _C.replaced_by.is_(None), _C.continued.is_(False))
@@ -67,12 +69,27 @@ _WITH_CONTEXT_PREFIX = _candidates(_C.context_key.between(_KEY, sa.bindparam("la
 _WITH_CHAIN_KEY = _newest(_candidates(_C.chain_key == _KEY))
 _WITH_REPLY_KEY = _newest(_candidates(_C.reply_key == _KEY))
 _PARENT_OF = _CANDIDATE.where(_C.id == sa.select(_C.parent).where(_C.id == _TURN).scalar_subquery())
+_LAST_STEP = (
+    _CANDIDATE.where(_C.episode == sa.bindparam("episode"), _C.step >= 0, _IS_MAIN)
+    .where(_C.client_session.is_not_distinct_from(_NAME))
+    .where(_C.replaced_by.is_(None), _C.place.is_(None))
+    .order_by(_C.step.desc())
+    .limit(1)
+)
 _NEWEST_OF_NAME = _newest(_OF_NAME.where(_IN_LINEAGE)).limit(1)
 _NEWEST_STARTED = _newest(_OF_NAME.where(_C.idx == 0)).limit(1)
 _NEWEST_START = _newest(_OF_NAME.where(_IN_LINEAGE, _IS_MAIN, _C.idx == 0)).limit(1)
 _OTHERS = _OF_NAME.where(
     *(_IN_LINEAGE, _IS_MAIN, _C.session != sa.bindparam("session"), _C.seq > sa.bindparam("after"))
 ).limit(1)
+_OF_EPISODE = sa.select(t.episodes.c.state).where(t.episodes.c.id == sa.bindparam("episode"))
+_REPLY_OF = sa.select(_C.reply).where(_C.id == _TURN)
+_BASE = t.texts.alias("base")
+_TEXT = (
+    sa.select(t.texts.c.stored, _BASE.c.stored.label("base"))
+    .outerjoin(_BASE, t.texts.c.base == _BASE.c.hash)
+    .where(t.texts.c.hash == _KEY)
+)
 _LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
 _CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
 _REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
@@ -105,6 +122,24 @@ class Sessions:
     def parent_of(self, turn: str) -> Candidate | None:
         """The turn that a stored turn continues."""
         return next(iter(self._candidates(_PARENT_OF, turn=turn)), None)
+
+    def last_step(self, episode: str, name: str | None) -> Candidate | None:
+        """The newest main turn of an episode under the client's name for a conversation in it.
+
+        A turn whose client did not see the end of the reply does not count.
+        """
+        return next(iter(self._candidates(_LAST_STEP, episode=episode, name=name)), None)
+
+    def takes_steps(self, episode: str) -> bool:
+        """Whether an episode is open."""
+        row = self._cursor.first(_OF_EPISODE, episode=episode)
+        return row is not None and row.state == EpisodeState.OPEN
+
+    def said(self, turn: Candidate) -> tuple[Json, Json]:
+        """(the last message of a turn's request, its reply)."""
+        reply = self._cursor.first(_REPLY_OF, turn=turn.id)
+        assert reply is not None
+        return self._text(turn.message_hashes[-1]), self._text(reply.reply)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""
@@ -142,6 +177,11 @@ class Sessions:
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
         self._cursor.run(_SET_PLACE, turn=turn, at=place)
+
+    def _text(self, key: bytes) -> Json:
+        row = self._cursor.first(_TEXT, key=key)
+        assert row is not None
+        return read_json(decompress(row.stored, row.base))
 
     def _candidates(self, statement: sa.ClauseElement, **values: object) -> list[Candidate]:
         return [Candidate._make(row) for row in self._cursor.all(statement, **values)]

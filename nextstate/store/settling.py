@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import orjson
 import sqlalchemy as sa
 
+from nextstate.episodes import EpisodeState
 from nextstate.errors import NoTurnError
 from nextstate.records import FEEDBACK, Feedback, SampleState, TurnKind, Verdict
 from nextstate.store import schema as t
@@ -146,7 +147,8 @@ def verdict_of(row: Row, found: Texts) -> Verdict:
 
 def _turn(connection: sa.Connection, turn_id: str) -> Row:
     c = t.turns.c
-    query = sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.untrainable)
+    columns = c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.untrainable, c.episode
+    query = sa.select(*columns)
     row = connection.execute(query.where(c.id == turn_id)).first()
     if row is None:
         raise NoTurnError(f"there is no turn {turn_id!r}: see `nextstate turns`")
@@ -197,6 +199,8 @@ def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float)
     """Makes the feedback the turn's verdict; returns why it could not."""
     if turn.kind == TurnKind.SIDE:
         return "a side turn is never judged or trained; the feedback is kept"
+    if _is_settled(connection, turn):
+        return "the turn's episode is settled already; the feedback is kept"
     s = t.samples.c
     query = sa.select(s.state, s.trained_in).where(s.turn == feedback.turn)
     state, version = connection.execute(query).first() or (None, None)
@@ -276,15 +280,30 @@ def _close_work(connection: sa.Connection, turn_id: str) -> None:
     connection.execute(work.values(state="done", lease_until=None, reason=None))
 
 
+def _is_settled(connection: sa.Connection, turn: Row) -> bool:
+    """Whether the turn is a step whose sample does not change any more."""
+    if turn.episode is None:
+        return False
+    e = t.episodes.c
+    state = connection.execute(sa.select(e.state).where(e.id == turn.episode)).scalar()
+    return state in (EpisodeState.SETTLED, EpisodeState.DROPPED)
+
+
 def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
     reason = turn.untrainable
     if reason is None and turn.policy_version is None:
         reason = "served by a model that is not a version of this lineage"
-    if reason is None and verdict.score == 0 and verdict.hinted_prompt_ids is None:
+    in_episode = turn.episode is not None
+    if reason is None and _is_settled(connection, turn):
+        return
+    if reason is None and not (in_episode or verdict.score or verdict.hinted_prompt_ids):
         reason = "score 0 without a hinted prompt teaches nothing"
+    state = SampleState.WAITING if in_episode else SampleState.READY
+    if reason is not None:
+        state = SampleState.DROPPED
     values = {
         "lineage": turn.lineage,
-        "state": SampleState.READY if reason is None else SampleState.DROPPED,
+        "state": state,
         "policy_version": turn.policy_version,
         "score": verdict.score,
         "hinted": verdict.hinted_prompt_ids is not None,
@@ -292,9 +311,9 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
         "screened": None,
     }
     s = t.samples.c
-    state = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
-    if state is None:
+    before = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
+    if before is None:
         connection.execute(sa.insert(t.samples).values(turn=turn.id, seq=turn.seq, **values))
-    elif state not in _IN_TRAINING:
+    elif before not in _IN_TRAINING:
         # One that was held out is ready until the learner looks, which it does before it leases.
         connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))

@@ -10,7 +10,7 @@ What uses a text:
 
 - a turn, unless the turn that it continues (`turns.parent`) uses it too. So a message that is sent
   again with each request is counted once a conversation, and counting costs the same at any length;
-- a next state, a verdict, a person's feedback: each row that holds its hash;
+- a next state, a verdict, a person's feedback, an episode: each row that holds its hash;
 - a text that is compressed against it (`texts.base`).
 """
 
@@ -65,18 +65,18 @@ def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, 
 
 def put(connection: sa.Connection, text: bytes) -> bytes:
     """Stores a text, or counts one more use of it; returns its hash."""
-    return Writer(_cursor(connection), Known()).put(text)
+    return Writer(cursor_of(connection), Known()).put(text)
 
 
 def release(connection: sa.Connection, keys: Iterable[bytes | None]) -> None:
     """Counts one use less of each text, and deletes those that nothing uses any more."""
-    writer = Writer(_cursor(connection), Known())
+    writer = Writer(cursor_of(connection), Known())
     for key in keys:
         if key is not None:
             writer.release(key)
 
 
-def _cursor(connection: sa.Connection) -> Cursor:
+def cursor_of(connection: sa.Connection) -> Cursor:
     """A cursor in the connection's own transaction."""
     return Cursor(connection.connection.cursor(), connection.dialect)
 

@@ -46,7 +46,8 @@ class Training:
 
         Where turns come faster than the learner takes them, the newest are the most on-policy;
         the others stay ready until their lag is too large (`drop_stale`). No session gives more
-        than half of a batch while others wait (`nextstate/store/shares.py`).
+        than half of a batch while others wait (`nextstate/store/shares.py`). An episode trains
+        whole: the others of its steps that wait come with the chosen ones, beyond `limit`.
         """
         s = t.samples.c
         most = limit * LOOKED_AT
@@ -55,6 +56,7 @@ class Training:
             closing(_freshest(connection, lineage, most, scored, hinted)) as waiting,
         ):
             chosen = fair_share(waiting, limit)
+            chosen += _siblings(connection, lineage, chosen, scored, hinted)
         with self._database.write() as connection:
             connection.execute(
                 sa.update(t.samples)
@@ -179,15 +181,35 @@ class Training:
         return dropped
 
 
+def _siblings(
+    connection: sa.Connection, lineage: str, chosen: Sequence[str], scored: bool, hinted: bool
+) -> list[str]:
+    """The usable steps of the chosen turns' episodes that are ready and not chosen themselves."""
+    s, c = t.samples.c, t.turns.c
+    of_chosen = sa.select(c.episode).where(c.id.in_(chosen), c.episode.is_not(None)).distinct()
+    episodes = connection.execute(of_chosen).scalars().all()
+    if not episodes:
+        return []
+    steps = sa.select(c.id).where(c.episode.in_(episodes))
+    turns = {*connection.execute(steps).scalars()}.difference(chosen)
+    query = sa.select(s.seq, s.turn, s.score, s.hinted).where(s.turn.in_(turns))
+    ready = query.where(
+        s.lineage == lineage, s.state == SampleState.READY, s.policy_version.is_not(None)
+    )
+    rows = sorted(connection.execute(ready))
+    return [row.turn for row in rows if _usable((row.score, row.hinted), scored, hinted)]
+
+
 def _load_samples(
     connection: sa.Connection, turn_ids: Sequence[str], *where: sa.ColumnElement[bool]
 ) -> list[Sample]:
     """The samples of those of the turns that are `where`, in the order of `turn_ids`."""
-    v = t.verdicts.c
+    s, v = t.samples.c, t.verdicts.c
     query = (
-        sa.select(t.turns, v.score, v.hinted_prompt_ids)
-        .join(t.samples, t.samples.c.turn == t.turns.c.id)
-        .join(t.verdicts, v.turn == t.turns.c.id)
+        sa.select(t.turns, s.score, s.advantage, t.episodes.c.outcome, v.hinted_prompt_ids)
+        .join(t.samples, s.turn == t.turns.c.id)
+        .outerjoin(t.verdicts, v.turn == t.turns.c.id)  # not every step of an episode is judged
+        .outerjoin(t.episodes, t.episodes.c.id == t.turns.c.episode)
         .where(t.turns.c.id.in_(turn_ids), *where)
     )
     rows = {row.id: row for row in connection.execute(query)}
@@ -206,6 +228,8 @@ def _load_samples(
             score=row.score,
             hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
             sampling=Sampling.read(read_json(row.sampling.encode())),
+            advantage=row.advantage,
+            outcome=row.outcome,
         )
         for row in (rows[turn_id] for turn_id in turn_ids if turn_id in rows)
     ]

@@ -95,6 +95,8 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
         timings=Timings(row.started_at, row.first_token_s, row.total_s),
         untrainable=row.untrainable,
         parent=row.parent,
+        episode=row.episode,
+        step=row.step,
     )
 
 

@@ -23,6 +23,8 @@ from nextstate.store.database import Database, queries
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
 
+_LOOKED_THROUGH = 16
+"""Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
 _SERVING = t.versions.c.state == VersionState.SERVING
 _ALL_SERVING = sa.select(t.versions).where(_SERVING)
 
@@ -124,28 +126,42 @@ class Versions:
             number = found[-1].parent
         return found
 
-    def used_turns(self, lineage: str, number: int) -> list[tuple[str, Verdict]]:
-        """The turns that the version's update used and their verdicts, in order of recording."""
+    def used_turns(self, lineage: str, number: int) -> list[tuple[str, Verdict | None]]:
+        """The turns that the version's update used, in order of recording, and their verdicts.
+
+        A step of an episode may have none.
+        """
         s = t.samples.c
         query = (
-            sa.select(t.verdicts)
-            .join(t.samples, s.turn == t.verdicts.c.turn)
+            sa.select(s.turn.label("used"), t.verdicts)
+            .outerjoin(t.verdicts, s.turn == t.verdicts.c.turn)
             .where(s.lineage == lineage, s.trained_in == number)
             .order_by(s.seq)
         )
         with self._database.read() as connection:
             rows = connection.execute(query).all()
             found = texts.get(connection, (key for row in rows for key in verdict_texts(row)))
-            return [(row.turn, verdict_of(row, found)) for row in rows]
+            return [(row.used, verdict_of(row, found) if row.turn else None) for row in rows]
 
     def judged_turns(self, lineage: str, limit: int) -> list[JudgedTurn]:
-        """The newest turns with a verdict that a version of the lineage served, oldest first."""
+        """The newest turns with a verdict that a version of the lineage served, oldest first.
+
+        Without the steps of episodes: a group's advantages have a mean of 0, however good it was.
+        Where these are many, fewer turns than `limit` may be found.
+        """
         s = t.samples.c
-        query = (
-            sa.select(t.turns.c.session, s.policy_version, s.score)
+        newest = (
+            sa.select(t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
             .join(t.samples, s.turn == t.turns.c.id)
             .where(s.lineage == lineage, s.policy_version.is_not(None))
             .order_by(s.seq.desc())
+            .limit(_LOOKED_THROUGH * limit)
+            .subquery()
+        ).c
+        query = (
+            sa.select(newest.session, newest.policy_version, newest.score)
+            .where(newest.episode.is_(None))
+            .order_by(newest.seq.desc())
             .limit(limit)
         )
         with self._database.read() as connection:

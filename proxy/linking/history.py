@@ -126,11 +126,14 @@ class Scope(NamedTuple):
     """The session that the client names."""
     is_shared_name: bool = False
     """True if the name is a person's or an app's: many conversations may have it."""
+    episode: str | None = None
+    """The episode that the request is a call of."""
 
     @property
     def prefix(self) -> bytes:
         """What goes into each key."""
-        return orjson.dumps([self.lineage, self.client_session])
+        name = [self.lineage, self.client_session]
+        return orjson.dumps(name if self.episode is None else [*name, self.episode])
 
 
 class History(NamedTuple):
@@ -226,7 +229,7 @@ def place_of(scope: Scope, kind: str, parent: str | None, history: History) -> b
         said = [one.words for one in history.messages if one.words]
         if not said:
             return None
-    place = orjson.dumps([scope.lineage, scope.client_session, kind, parent, said])
+    place = scope.prefix + orjson.dumps([kind, parent, said])
     return hashlib.blake2b(place, digest_size=16).digest()
 
 

@@ -112,17 +112,22 @@ def written_out_loss(
     samples: list[Sample],
     config: LearnerConfig,
 ) -> torch.Tensor:
-    """arXiv 2603.10165's combined loss with two-sided clipping, one turn at a time."""
+    """arXiv 2603.10165's combined loss with two-sided clipping, one turn at a time.
+
+    What is learned is a mean over turns of people and over episodes, of each over its tokens.
+    """
     w_rl, w_opd, w_topk = WEIGHTS[config.method]
-    turns: list[torch.Tensor] = []
+    learned: dict[str, list[torch.Tensor]] = {}
+    pulls: list[torch.Tensor] = []
     for s in samples:
         now = logprobs(policy, s.prompt_ids, s.completion_ids)
         behaviour = torch.tensor(s.behaviour_logprobs, dtype=torch.float64)
-        advantage = torch.full_like(behaviour, w_rl * s.score)
+        signal = s.score if s.advantage is None else s.advantage
+        advantage = torch.full_like(behaviour, w_rl * signal)
         distance = torch.zeros_like(behaviour)
         with torch.no_grad():
             reference = logprobs(base, s.prompt_ids, s.completion_ids)
-        praised = w_rl != 0 and s.score > 0
+        praised = w_rl != 0 and signal > 0
         if s.hinted_prompt_ids is not None and not praised:
             with torch.no_grad():
                 wanted = distributions(teacher, s.hinted_prompt_ids, s.completion_ids)
@@ -138,8 +143,11 @@ def written_out_loss(
         # Weighted by the ratio, as the reply was drawn from another policy: its gradient is then
         # that of KL(policy ‖ base), and no token that the policy has left makes it explode.
         kl = ratio * ((reference - now).exp() - (reference - now) - 1)
-        turns.append(-surrogate + config.kl_coef * kl + w_topk * distance)
-    return torch.stack([turn.mean() for turn in turns]).mean()
+        pulls.append(config.kl_coef * kl.mean())
+        unit = s.turn if s.advantage is None else s.session
+        learned.setdefault(unit, []).append(-surrogate + w_topk * distance)
+    means = [torch.cat(tokens).mean() for tokens in learned.values()]
+    return torch.stack(means).mean() + torch.stack(pulls).mean()
 
 
 def with_adapter(
@@ -223,6 +231,30 @@ def test_loss_and_gradient_equal_the_written_out_formula(
     metrics = assert_parity(config, model_path, off_policy_samples(model_path), tmp_path)
     assert metrics["ratio/max"] > RATIO_CAP
     assert ("kl/teacher" in metrics) == (WEIGHTS[method][2] > 0)
+
+
+@pytest.mark.parametrize("method", ["binary", "combined"])
+@pytest.mark.parametrize("micro_batch_tokens", [1000, 40])
+def test_steps_train_with_their_advantages_and_each_episode_counts_once(
+    tmp_path: Path, method: Method, micro_batch_tokens: int
+) -> None:
+    model_path = save_tiny_model(tmp_path / "model")
+    samples = off_policy_samples(model_path)
+    for place, session, advantage in (
+        (0, "e", 2.5),
+        (1, "e", -0.25),
+        (3, "e", 0.5),
+        (5, "f", -3.0),
+    ):
+        score = 1 if advantage > 0 else -1
+        changes = {"session": session, "advantage": advantage, "score": score, "outcome": 0.0}
+        samples[place] = replace(samples[place], **changes)
+    config = replace(
+        STALE, method=method, micro_batch_tokens=micro_batch_tokens, kl_coef=0.3, topk=4
+    )
+    metrics = assert_parity(config, model_path, samples, tmp_path / "work")
+    # Two turns of people with the scores 0 and -1, and four steps with the outcome 0.
+    assert metrics["score/mean"] == pytest.approx(-1 / 6)
 
 
 @pytest.mark.parametrize("method", ["combined_sampled", "combined"])

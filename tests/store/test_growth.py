@@ -255,6 +255,15 @@ def fill(store: Store, sessions: int, *, ready: int) -> None:
             SELECT id, 1, 1.0, 1.0, seq % 3 - 1, 'rules' FROM turns;
             INSERT INTO versions (lineage, number, samples, state, metrics, created_at)
             SELECT 'main', seq, 1, 'retired', '{{}}', 1.0 FROM turns WHERE seq <= 40;
+            INSERT INTO groups (id, lineage, task_key, split, size, state, opened_at)
+            SELECT 'g' || seq, 'main', 'k', 'train', 2,
+                CASE WHEN seq <= 4 THEN 'open' ELSE 'settled' END, 1.0 FROM turns;
+            INSERT INTO episodes
+                (id, api_key, lineage, environment, task, task_key, group_id, split, sampling,
+                metadata, state, outcome, opened_at, calls, tokens, process, settled_at)
+            SELECT 'e' || seq, 'ep-' || seq, 'main', 'shell', x'00', 'k', 'g' || seq, 'train',
+                '{{}}', x'00', CASE WHEN seq <= 4 THEN 'open' ELSE 'settled' END,
+                1.0, 1.0, 0, 0, 0.5, CASE WHEN seq > 4 THEN 1.0 + seq END FROM turns;
             """
         )
     connection.close()
@@ -289,6 +298,11 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "turn": lambda s: s.turns.get("turn_9"),
     "next_states": lambda s: s.turns.next_states("turn_9"),
     "spend": lambda s: s.judging.spend(1, 2),
+    "unsettled_groups": lambda s: s.groups.unsettled(),
+    "unjudged_steps": lambda s: [s.groups.unjudged(group) for group in s.groups.unsettled()],
+    "begin_call": lambda s: s.episodes.begin_call("e3"),
+    "episode": lambda s: s.episodes.named("e3"),
+    "episode_of_key": lambda s: s.episodes.of_key("ep-3"),
 }
 
 

@@ -2,15 +2,106 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
 
 from nextstate.config import StoreConfig
+from nextstate.episodes import Episode
 from nextstate.errors import StoreError
+from nextstate.records import Feedback, SampleState, Source, Verdict
 from nextstate.store import Store, schema
 from nextstate.store.migrations import migrate
+from tests.store.test_texts import check
+
+OF_VERSION_1 = Path(__file__).parent / "data" / "schema_1.sql"
+"""A dump of a database that the program wrote before there were episodes."""
+
+
+def old_database(folder: Path) -> Path:
+    file = folder / "nextstate.sqlite3"
+    with closing(sqlite3.connect(file)) as connection:
+        connection.executescript(OF_VERSION_1.read_text())
+    return file
+
+
+Rows = dict[str, list[tuple[object, ...]]]
+
+
+def rows(file: Path, like: Rows | None = None) -> Rows:
+    """All rows of the tables, or of those in `like`, and in as many columns as there."""
+    with closing(sqlite3.connect(file)) as connection:
+        names = "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite_%'"
+        tables = [name for (name,) in connection.execute(names)]
+        found = {name: connection.execute(f"SELECT * FROM {name}").fetchall() for name in tables}
+    if like is None:
+        return found
+    return {
+        name: [row[: len(old[0])] for row in found[name]] if old else found[name]
+        for name, old in like.items()
+    }
+
+
+def shape(file: Path) -> tuple[dict[str, list[tuple[object, ...]]], dict[str, str]]:
+    """The columns of each table, and the SQL of each index and trigger."""
+    with closing(sqlite3.connect(file)) as connection:
+        made = connection.execute("SELECT type, name, sql FROM sqlite_master").fetchall()
+        columns = {
+            name: connection.execute(f"PRAGMA table_info({name})").fetchall()
+            for kind, name, _ in made
+            if kind == "table"
+        }
+    return columns, {name: sql for kind, name, sql in made if kind in ("index", "trigger")}
+
+
+def test_a_database_from_before_episodes_gets_the_tables_of_a_new_one(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    Store(StoreConfig(dir=str(tmp_path / "new"))).close()
+    file = old_database(tmp_path)
+    assert shape(file) != shape(tmp_path / "new" / "nextstate.sqlite3")
+    Store(StoreConfig(dir=str(tmp_path))).close()
+    assert shape(file) == shape(tmp_path / "new" / "nextstate.sqlite3")
+
+
+def test_nothing_that_was_recorded_before_episodes_is_lost(tmp_path: Path) -> None:
+    file = old_database(tmp_path)
+    before = rows(file)
+    assert before.pop("schema_version") == [(1,)]
+    with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
+        assert rows(file, like=before) == before
+        check(store)
+        turn = store.turns.get("turn_1")
+        assert turn is not None
+        assert (turn.episode, turn.step, turn.completion_ids) == (None, None, (4, 6))
+        assert turn.request["messages"] == [{"role": "user", "content": "question 1"}]
+        assert [(s.source, s.text) for s in store.turns.next_states("turn_3")] == [
+            (Source.USER, "thanks 3")
+        ]
+        hint = "Answer in one sentence."
+        assert store.judging.verdict("turn_1") == Verdict(
+            "turn_1", (-1,), -1, "rules", hint, (1, 2, 9)
+        )
+        assert store.judging.feedback("turn_2") == Feedback("turn_2", 1, None, "nice")
+        assert store.judging.lease(9, 60) == ["turn_3"]
+        assert [turn for turn, _ in store.versions.used_turns("main", 1)] == ["turn_0"]
+        leased = store.training.lease_samples("main", 9, "b2", scored=True, hinted=True)
+        assert [(s.turn, s.score, s.advantage) for s in leased] == [
+            ("turn_1", -1, None),
+            ("turn_2", 1, None),
+        ]
+
+
+def test_an_older_database_goes_on_with_episodes_and_their_counts(tmp_path: Path) -> None:
+    old_database(tmp_path)
+    for _ in range(2):  # it is brought up once
+        with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
+            store.episodes.open([Episode("e-1", "main", "shell", "find the file")], None)
+            counts = store.counts()
+            assert counts["episodes/open"] == 1
+            assert counts[f"samples/{SampleState.READY}"] == 2
 
 
 def test_a_newer_store_is_refused_and_an_older_one_is_brought_up(tmp_path: Path) -> None:

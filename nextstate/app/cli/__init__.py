@@ -17,6 +17,7 @@ from nextstate import file_descriptors, logs
 from nextstate.app.cli import (
     demo,
     doctor,
+    episodes,
     feedback,
     judge,
     learner,
@@ -40,6 +41,7 @@ _COMMANDS = (
     demo,
     status,
     turns,
+    episodes,
     versions,
     rollback,
     resume,
@@ -52,6 +54,7 @@ examples:
   nextstate doctor                      is everything there that `nextstate up` needs?
   nextstate up                          start engine, proxy, judge and learner
   nextstate turns --json | tail -1      the newest turn with its verdict
+  nextstate episodes --limit 20         attempts of agents at tasks, with their outcomes
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate versions 3                  what version 3 was made from, and how it was checked
   nextstate rollback 3                  serve version 3 again

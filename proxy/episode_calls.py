@@ -1,0 +1,136 @@
+"""Which episode a request is a call of, and whether that one may call the model once more.
+
+Named by the request's path, else by its key, else by a header of ours, else by a session id that is
+an episode's id. A request that names none costs no look into the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+from aiohttp import web
+
+from nextstate.episodes import is_label
+from nextstate.errors import BudgetError, ConflictError, NoEpisodeError, StoreError
+from nextstate.records import Json
+from nextstate.store import Store
+from nextstate.store.episodes import API_KEY, Left, Named
+from proxy.answers import Refused
+from proxy.lineages import Lineages
+from proxy.requests import PATH_EPISODE
+from proxy.serving import CHAT, COMPLETIONS, RESPONSES
+
+log = logging.getLogger(__name__)
+
+EPISODE: web.RequestKey[Named] = web.RequestKey("episode", Named)
+"""The episode that a request is a call of."""
+_HEADER, _SESSION = "x-nextstate-episode", "x-session-id"
+_MOST_REMEMBERED = 4096
+_COMPLETIONS_DEFAULT = 16
+"""Tokens of a reply to `/v1/completions` whose request names no number."""
+_T = TypeVar("_T")
+
+
+class EpisodeCalls:
+    """Finds episodes, and remembers them: what a call needs of one never changes."""
+
+    def __init__(self, store: Store, lineages: Lineages, *, alone: bool) -> None:
+        self._episodes = store.episodes
+        self._lineages = lineages
+        self._alone = alone
+        """Whether no other worker opens episodes."""
+        self._in_use = not alone or self._episodes.any()
+        self._remembered: dict[tuple[str, str], Named | None] = {}
+
+    def opened(self, episode_id: str) -> None:
+        """Notes that there is an episode of this name from now on."""
+        self._in_use = True
+        self._remembered.pop((_SESSION, episode_id), None)
+
+    async def of_key(self, key: str) -> Named | None:
+        """The episode whose own key this is. Raises Refused if it looks like one and is none."""
+        if not key.startswith(API_KEY) or self._lineages.has_key(key):
+            return None
+        found = await self._find("key", key, self._episodes.of_key)
+        if found is None:
+            message = f"Wrong API key: no episode has it, and only their keys begin with {API_KEY}."
+            raise Refused(401, message)
+        return found
+
+    async def named(
+        self, headers: Mapping[str, str], caller: str, by_key: Named | None
+    ) -> Named | None:
+        """The episode that a request names; None if it names none. Raises Refused."""
+        name = headers.get(PATH_EPISODE)
+        if name is None:
+            if by_key is not None:
+                return by_key
+            name = headers.get(_HEADER)
+        if name is None:
+            session = headers.get(_SESSION)
+            if session is None or not self._in_use:
+                return None
+            found = await self._find(_SESSION, session, self._episodes.named)
+            return found if found and self._lineages.sees(caller, found.lineage) else None
+        found = await self._find(_HEADER, name, self._episodes.named)
+        if found is None or not self._lineages.sees(caller, found.lineage):
+            raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST /v1/episodes.")
+        if by_key is not None and by_key != found and self._lineages.main_key is not None:
+            raise Refused(403, f"The key of episode {by_key.id!r} is not that of {found.id!r}.")
+        return found
+
+    async def begin(self, episode: Named, lineage: str) -> Left:
+        """Counts a call for `lineage`. Raises Refused if the episode may not make it."""
+        if lineage != episode.lineage:
+            raise Refused(
+                400,
+                f"Episode {episode.id!r} trains the lineage {episode.lineage!r}, and the model is "
+                f"that of {lineage!r}: name the engine's model.",
+            )
+        return await in_store(self._episodes.begin_call, episode.id)
+
+    async def _find(
+        self, kind: str, name: str, look_up: Callable[[str], Named | None]
+    ) -> Named | None:
+        if not is_label(name):
+            return None
+        key = kind, name
+        if key in self._remembered:
+            return self._remembered[key]
+        found = await in_store(look_up, name)
+        if found is not None or kind == _SESSION:
+            self._remembered[key] = found
+            if len(self._remembered) > _MOST_REMEMBERED:
+                del self._remembered[next(iter(self._remembered))]
+        return found
+
+
+def within(path: str, body: Json, tokens: int) -> Json:
+    """A request whose reply has at most `tokens` tokens."""
+    name = {RESPONSES: "max_output_tokens"}.get(path, "max_tokens")
+    if path == CHAT and body.get("max_completion_tokens") is not None:
+        name = "max_completion_tokens"
+    asked = body.get(name)
+    if asked is None and path == COMPLETIONS:
+        asked = _COMPLETIONS_DEFAULT
+    if asked is None or (type(asked) is int and asked > tokens):
+        return {**body, name: min(tokens, asked or tokens)}
+    return body
+
+
+async def in_store(work: Callable[..., _T], *values: object) -> _T:
+    """The result of a query in a thread. Raises Refused for what the store says against it."""
+    try:
+        return await asyncio.to_thread(work, *values)
+    except NoEpisodeError as error:
+        raise Refused(404, f"{error}.") from error
+    except BudgetError as error:
+        raise Refused(400, f"{error}.", "EpisodeBudgetError") from error
+    except ConflictError as error:
+        raise Refused(409, f"{error}.") from error
+    except (StoreError, OSError) as error:
+        log.warning("episodes: %s", error)
+        raise Refused(503, "The store cannot be used now.") from error
