@@ -114,7 +114,8 @@ def complaint(case: Case, got: Got, reached: bool) -> str | None:
     answer = case.answer
     if got.status is not None and got.status >= 500 and got.status != answer.status:
         unreachable = got.status == 503 and not answer.whole
-        if not unreachable:
+        redirected = got.status == 502 and answer.status is not None and answer.status // 100 == 3
+        if not (unreachable or redirected):
             return f"answered {got.status} of its own: {got.body[:80]!r}"
     if (
         not reached
