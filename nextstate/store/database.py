@@ -76,9 +76,8 @@ class _Prepared:
 
     def arguments(self, values: Mapping[str, object]) -> Any:
         """The values in the order, or under the names, that the driver wants."""
-        if self._names is None:
-            return {**self._fixed, **values}
-        return [values[n] if n in values else self._fixed[n] for n in self._names]
+        known = {**self._fixed, **values} if self._fixed else values
+        return known if self._names is None else tuple(map(known.__getitem__, self._names))
 
 
 @functools.lru_cache(maxsize=256)
