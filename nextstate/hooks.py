@@ -236,7 +236,7 @@ def is_wordless(text: str) -> bool:
 
 
 def load_plugin(group: str, name: str, settings: object) -> Any:
-    """Creates the plugin `name` of `group` (`agents`, `judges`, `environments`). Raises PluginError."""
+    """Creates the plugin `name` of a folder `group` in plugins/. Raises PluginError."""
     module_name, _, attribute = name.partition(":")
     if not attribute:
         module_name, attribute = f"plugins.{group}.{name}", "create"

@@ -9,8 +9,9 @@ A task has these fields beside its id:
     check_files   files that are added for the check; the agent never sees them (optional)
 
 `setup` and `check` get the group's seed as $SEED. `check` runs after the agent has ended, in a
-sandbox of its own with what the agent left in /task. It runs as the same user as the programs that it
-starts, so a check that runs a program of the agent trusts it: let it compare files.
+sandbox of its own with what the agent left in /task. It runs as the same user as the programs that
+it starts, so a check that runs a program of the agent trusts it: let it compare files. A file that
+its owner may not read is not kept from one command to the next.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ _FENCE = "```"
 _LANGUAGES = ("", "bash", "sh", "shell")
 _ESCAPES = re.compile(r"\x1b\[[0-?]{0,32}[ -/]{0,8}[@-~]")
 """Colours and cursor movements of a terminal."""
-_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if code not in (9, 10)}
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
 _HOW = f"""\
 You work in a bash shell in the folder /task. Answer with one command, or several lines, in a block:
 
