@@ -96,7 +96,7 @@ class Terminal:
             lines.append("(the command broke the sandbox: /task is as it was before)")
         else:
             self._files = ran.files
-        lines.append(readable(ran.output))
+        lines += [readable(ran.output)] * bool(ran.output)
         if ran.cut:
             lines.append(f"(cut after {self._sandbox.limits.output_bytes} bytes)")
         return Acted("\n".join(lines), -1.0 if ran.exit_code else 0.0, False)
@@ -104,8 +104,8 @@ class Terminal:
     async def score(self) -> Scored:
         files = self._files + _archive(self._task.get("check_files", {}))
         ran = await self._sandbox.run(self._task["check"], files, self._variables)
-        shown = readable(ran.output)
-        return Scored(float(ran.exit_code == 0), f"check: exit code {ran.exit_code}\n{shown}")
+        shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
+        return Scored(float(ran.exit_code == 0), shown)
 
     async def close(self) -> None:
         """Nothing is left: each command's sandbox ended with it."""

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from judge.groups import settle_over
+from nextstate.engine.process import free_port
 from nextstate.episodes import EpisodeState, EpisodeStatus, RewardKind, Split
 from nextstate.errors import RefusedError, RolloutError
 from nextstate.hooks import Acted, Scored
@@ -140,8 +141,8 @@ def test_a_solved_task_is_an_episode_with_steps_rewards_and_an_outcome(
         assert {state.source for states in followed for state in states} == {Source.ENVIRONMENT}
         assert [states[0].text for states in followed] == [
             "exit code 1\ncat: b.txt: No such file or directory",
-            "exit code 0\n",
-            "Submitted.\ncheck: exit code 0\n",
+            "exit code 0",
+            "Submitted.\ncheck: exit code 0",
         ]
         assert [len(request["messages"]) for request in engine.requests] == [1, 3, 5]
 
@@ -155,7 +156,7 @@ def test_a_group_is_settled_and_its_steps_are_ready_to_train(store: Store, tmp_p
         plan = replace(PLAN, group_size=2, parallel=1)
         attempts = await play(p, create(None), plan)
         assert [one.outcome for one in attempts] == [1.0, 0.0]
-        settle_over(store, 0)
+        settle_over(store, 0, judging_s=-1)  # nobody judges here
         states = [store.episodes.get(one.episode) for one in attempts]
         assert [one and one.state for one in states] == [EpisodeState.SETTLED] * 2
         assert store.counts()["samples/ready"] == 4
@@ -285,11 +286,11 @@ def test_the_proxys_words_are_told_when_it_opens_no_group(store: Store, tmp_path
     both(test, store, tmp_path)
 
 
-def test_a_proxy_that_does_not_run_is_named(unused_port: int) -> None:
+def test_a_proxy_that_does_not_run_is_named() -> None:
     async def test() -> None:
         async with aiohttp.ClientSession() as http:
-            proxy = ProxyClient(http, f"http://127.0.0.1:{unused_port}", None, MODEL, 9)
-            with pytest.raises(RolloutError, match="no answer from the proxy .*`nextstate up`"):
+            proxy = ProxyClient(http, f"http://127.0.0.1:{free_port()}", None, MODEL, 9)
+            with pytest.raises(RolloutError, match=r"no answer from the proxy .*`nextstate up`"):
                 await run(PLAN, [COUNT], ShownKind(), proxy, ignore)
 
     asyncio.run(test())

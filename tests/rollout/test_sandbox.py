@@ -157,7 +157,7 @@ def test_a_machine_without_bubblewrap_is_told_what_to_install(
 ) -> None:
     asyncio.run(Bubblewrap().check_machine())
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(StartError, match="bwrap and bash .* not found: .*apt install bubblewrap"):
+    with pytest.raises(StartError, match=r"bwrap and bash .* not found: .*apt install bubblewrap"):
         asyncio.run(Bubblewrap().check_machine())
     with pytest.raises(RolloutError, match="bwrap does not start"):
         run("true")
@@ -169,5 +169,5 @@ def test_a_bubblewrap_that_may_make_no_namespace_is_named(monkeypatch: pytest.Mo
         (Path(folder) / "bwrap").write_text("#!/bin/sh\necho bwrap: No permissions\nexit 1\n")
         (Path(folder) / "bwrap").chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-        with pytest.raises(StartError, match="No permissions.*are user namespaces allowed"):
+        with pytest.raises(StartError, match=r"No permissions.*are user namespaces allowed"):
             asyncio.run(Bubblewrap().check_machine())

@@ -49,10 +49,10 @@ def test_a_solved_task_has_the_outcome_one() -> None:
     found, scored = play(block("ls *"), block("wc -l < a.txt > n.txt"), block("submit"))
     assert found == [
         Acted("exit code 0\na.txt\n\nsrc:\nb.txt", 0.0, False),
-        Acted("exit code 0\n", 0.0, False),
+        Acted("exit code 0", 0.0, False),
         Acted("Submitted.", None, True),
     ]
-    assert scored == Scored(1.0, "check: exit code 0\n")
+    assert scored == Scored(1.0, "check: exit code 0")
 
 
 @needs_bubblewrap
@@ -69,7 +69,7 @@ def test_setup_makes_files_from_the_seed_and_the_check_has_its_own() -> None:
     more = {"setup": "echo $SEED > a.txt", "check": "diff n.txt hidden/right"}
     hidden = {"check_files": {"hidden/right": "7\n"}}
     found, scored = play(block("cp a.txt n.txt; ls; echo $SEED"), seed=7, **more, **hidden)
-    assert found[0].observation == "exit code 0\na.txt\nn.txt\nsrc\n"
+    assert found[0].observation == "exit code 0\na.txt\nn.txt\nsrc"
     assert scored.outcome == 1.0
     _, scored = play(block("echo 7 > n.txt; mkdir -p hidden/right/x"), seed=7, **more, **hidden)
     assert scored.outcome == 0.0
@@ -85,12 +85,12 @@ def test_a_setup_that_fails_is_no_failure_of_the_agent() -> None:
 def test_commands_that_break_off_are_answered() -> None:
     found, _ = play(
         block("echo kept > n.txt; sleep 9"),
-        block("rm n.txt; kill -9 $PPID"),
+        block("rm n.txt; kill -9 -1"),
         block("cat n.txt; yes"),
     )
-    assert found[0].observation == "exit code 124\n(a command is ended after 1 seconds)\n"
+    assert found[0].observation == "exit code 124\n(a command is ended after 1 seconds)"
     assert found[1].observation == (
-        "exit code 137\n(the command broke the sandbox: /task is as it was before)\n"
+        "exit code 137\n(the command broke the sandbox: /task is as it was before)"
     )
     assert found[2].observation.startswith("exit code 141\nkept\ny\ny\n")
     assert found[2].observation.endswith("\n(cut after 20000 bytes)")
