@@ -37,13 +37,13 @@ echo 1000 2>/dev/null >/proc/self/oom_score_adj
 ulimit -c 0 -n 256 -t "$cpu_s" -v "$memory_kb" -f "$file_kb" -u "$processes"
 printf 'ready\n' >&"$out"
 exec {shown}>&1 >/dev/null 2>&1
-tar --extract --ignore-zeros --file=- --directory=/task 2>&"$shown"
+tar --extract --preserve-permissions --ignore-zeros --file=- --directory=/task 2>&"$shown"
 unset cpu_s memory_kb file_kb processes
 env --unset=out --unset=wall_s timeout --kill-after=1 "$wall_s" bash -c "$1" \
   </dev/null >&"$shown" 2>&1 {out}>&- {shown}>&-
 code=$?
 kill -KILL -1
-tar --create --sparse --file=- --directory=/task . >&"$out"
+tar --create --format=posix --sparse --file=- --directory=/task . >&"$out"
 exit "$code"
 """
 """Runs the command ($1) between unpacking and packing. `kill -1` ends all that it left running."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
 import signal
 import sys
@@ -15,12 +16,16 @@ import pytest
 from nextstate.app.cli import main
 from nextstate.episodes import EpisodeStatus
 from nextstate.store import Store
+from plugins.environments.terminal import TerminalKind
+from rollout.tasks import read_tasks
 from tests.proxy.running_proxy import Running, both, until
 from tests.rollout.machine import needs_bubblewrap
 from tests.rollout.test_runner import says
-from tests.scripted_engine import MODEL, ScriptedEngine
+from tests.rollout.test_terminal import play
+from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "environments.md"
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "environments.md"
 COUNT = {"instruction": "count", "files": {"a.txt": "x\ny\n"}, "check": "test $(cat n.txt) = 2"}
 
 
@@ -43,7 +48,7 @@ async def start(p: Running, tmp_path: Path, *arguments: str) -> Process:
         *("--tasks", str(tmp_path / "tasks.jsonl"), *arguments),
         stdout=PIPE,
         stderr=PIPE,
-        cwd=Path(__file__).parents[2],
+        cwd=ROOT,
     )
 
 
@@ -121,6 +126,38 @@ def test_a_stopped_run_aborts_its_episodes_and_a_killed_one_leaves_them_open(
         assert all(one.deadline_s for one in found)
 
     both(test, store, tmp_path)
+
+
+def test_the_environment_of_the_document_is_played(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        _, module = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+        (tmp_path / "guesses.py").write_text(module)
+        engine.queue += [Script(("4",)), Script(("7", "\n"))]
+        config = configured(tmp_path, int(p.url.rpartition(":")[2]))
+        tasks = tmp_path / "numbers.jsonl"
+        tasks.write_text('{"id": "n-1", "split": "eval", "number": 7}')
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "nextstate", "rollout", "guesses:create", "--eval"),
+            *("--config", str(config), "--tasks", str(tasks)),
+            stdout=PIPE,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        )
+        out, _ = await process.communicate()
+        assert "n-1  done  outcome 1  2 calls\n" in out.decode()
+        (episode,) = store.episodes.newest(None, None)
+        assert (episode.environment, episode.outcome) == ("guesses", 1.0)
+
+    both(test, store, tmp_path)
+
+
+@needs_bubblewrap
+def test_the_task_of_the_document_can_be_solved(tmp_path: Path) -> None:
+    (line,) = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "tasks.jsonl").write_text(line)
+    (task,) = read_tasks(tmp_path / "tasks.jsonl", "terminal", TerminalKind().check_task)
+    _, scored = play("```bash\nwc -l < a.txt > n.txt\n```", **task.fields)
+    assert scored.outcome == 1.0
 
 
 def running(name: str) -> int:
