@@ -23,6 +23,8 @@ from rollout.tasks import Task
 
 log = logging.getLogger(__name__)
 
+_CLOSE_S = 30.0
+"""How long an environment may take to release what it has."""
 _BUDGET = "EpisodeBudgetError"
 
 
@@ -63,8 +65,12 @@ async def play(
             if not attempt.calls:
                 raise RolloutError(f"the model did not reply within {deadline_s:g} s") from None
             attempt.status, shown = EpisodeStatus.TRUNCATED, None
-        with _Clock(attempt, "environment_s"):
-            scored = await environment.score()
+        try:
+            with _Clock(attempt, "environment_s"):
+                async with asyncio.timeout(deadline_s):
+                    scored = await environment.score()
+        except TimeoutError:
+            raise RolloutError(f"the outcome was not known after {deadline_s:g} s") from None
         attempt.outcome = scored.outcome
         told = "\n".join(text for text in (shown, scored.observation) if text) or None
         await proxy.close(opened, attempt.status, scored.outcome, told, attempt.rewards)
@@ -78,7 +84,7 @@ async def play(
         await proxy.give_up(opened, EpisodeStatus.ABORTED)
         raise
     finally:
-        await environment.close()
+        await _close(environment)
     return attempt
 
 
@@ -107,7 +113,8 @@ async def _steps(
             raise
         attempt.calls += 1
         with _Clock(attempt, "environment_s"):
-            acted = await environment.step(reply.text)
+            # Without a reasoning parser in the engine, thoughts stand in the text.
+            acted = await environment.step(reply.text.rpartition("</think>")[2])
         shown = acted.observation
         if acted.reward is not None and reply.turn is not None:
             attempt.rewards.append((reply.turn, acted.reward))
@@ -117,6 +124,14 @@ async def _steps(
         messages.append({"role": "assistant", "content": reply.text})
         messages.append({"role": "user", "content": shown})
     return shown
+
+
+async def _close(environment: Environment) -> None:
+    try:
+        async with asyncio.timeout(_CLOSE_S):
+            await environment.close()
+    except Exception:  # a mistake in a plugin; the episode has ended
+        log.exception("an environment was not closed")
 
 
 class _Clock:

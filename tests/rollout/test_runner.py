@@ -65,6 +65,7 @@ class Shown:
         return "begin"
 
     async def step(self, action: str) -> Acted:
+        self.kind.actions.append(action)
         self.kind.playing += 1
         self.kind.most_playing = max(self.kind.most_playing, self.kind.playing)
         await self.kind.at_step()
@@ -73,10 +74,13 @@ class Shown:
         return Acted(f"shown {self.steps}", 0.5, self.steps == self.kind.ends_after)
 
     async def score(self) -> Scored:
+        await self.kind.at_score()
         return Scored(1.0)
 
     async def close(self) -> None:
         self.kind.closed += 1
+        if self.kind.breaks_at_close:
+            raise KeyError("text")
 
 
 async def nothing() -> None:
@@ -89,9 +93,12 @@ class ShownKind:
         at_step: Callable[[], Awaitable[None]] = nothing,
         at_reset: Callable[[], Awaitable[None]] = nothing,
         ends_after: int = 1,
+        at_score: Callable[[], Awaitable[None]] = nothing,
     ) -> None:
+        self.at_score, self.breaks_at_close = at_score, False
         self.at_step, self.at_reset, self.ends_after = at_step, at_reset, ends_after
         self.seeds: list[int] = []
+        self.actions: list[str] = []
         self.playing = self.most_playing = self.closed = 0
 
     def check_task(self, task: Json) -> None:
@@ -211,6 +218,9 @@ def test_a_deadline_ends_a_step(store: Store, tmp_path: Path) -> None:
             "failed",
             "the model did not reply within 0.5 s",
         )
+        (attempt,) = await play(p, ShownKind(at_score=forever), in_time)
+        assert (attempt.status, attempt.outcome) == ("failed", None)
+        assert attempt.reason == "the outcome was not known after 0.5 s"
 
     both(test, store, tmp_path)
 
@@ -238,6 +248,30 @@ def test_what_breaks_beside_the_policy_is_a_failed_episode(store: Store, tmp_pat
             "no disk",
             "the environment raised KeyError",
         ]
+
+    both(test, store, tmp_path)
+
+
+def test_an_environment_that_cannot_be_closed_costs_no_outcome(
+    store: Store, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        kind = ShownKind()
+        kind.breaks_at_close = True
+        (attempt,) = await play(p, kind)
+        assert (attempt.status, attempt.outcome) == ("done", 1.0)
+        assert "an environment was not closed" in caplog.text
+
+    both(test, store, tmp_path)
+
+
+def test_the_environment_gets_replies_without_thoughts(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        kind = ShownKind(ends_after=2)
+        engine.queue += [Script(("<think>```ls```", "</think>", "7")), Script(("8",))]
+        await play(p, kind)
+        assert kind.actions == ["7", "8"]
+        assert engine.requests[1]["messages"][1]["content"] == "<think>```ls```</think>7"
 
     both(test, store, tmp_path)
 

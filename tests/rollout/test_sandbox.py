@@ -33,7 +33,8 @@ def run(*commands: str, limits: Limits = SMALL, **variables: str) -> Ran:
 
 
 def test_files_modes_and_links_stay_from_command_to_command() -> None:
-    made = "mkdir d; echo hi > d/a; chmod 777 d/a; mkfifo d/f; touch -d @1.5 d; ln -s d/a link; touch /tmp/lost; exit 3"
+    made = "mkdir d; echo hi > d/a; chmod 777 d/a; mkfifo d/f; touch -d @1.5 d; ln -s d/a link"
+    made += "; touch /tmp/lost; exit 3"
     assert run(made).exit_code == 3
     ran = run(made, "cat link; stat -c %a d/a; stat -c %.1Y d; ls -F d /tmp | xargs")
     assert (ran.exit_code, ran.output, ran.cut) == (0, b"hi\n777\n1.5\n/tmp: d: a* f|\n", False)
