@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from asyncio.subprocess import PIPE, Process
+from asyncio import subprocess
 from pathlib import Path
 
 import pytest
@@ -41,13 +41,13 @@ def configured(tmp_path: Path, port: int = 1) -> Path:
     return file
 
 
-async def start(p: Running, tmp_path: Path, *arguments: str) -> Process:
+async def start(p: Running, tmp_path: Path, *arguments: str) -> subprocess.Process:
     config = configured(tmp_path, int(p.url.rpartition(":")[2]))
     return await asyncio.create_subprocess_exec(
         *(sys.executable, "-P", "-m", "nextstate", "rollout", "terminal", "--config", str(config)),
         *("--tasks", str(tmp_path / "tasks.jsonl"), *arguments),
-        stdout=PIPE,
-        stderr=PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         cwd=ROOT,
     )
 
@@ -139,7 +139,7 @@ def test_the_environment_of_the_document_is_played(store: Store, tmp_path: Path)
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-P", "-m", "nextstate", "rollout", "guesses:create", "--eval"),
             *("--config", str(config), "--tasks", str(tasks)),
-            stdout=PIPE,
+            stdout=subprocess.PIPE,
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
         )

@@ -28,6 +28,7 @@ async def outcome(family: str, split: str, seed: int, *commands: str | None) -> 
 
 
 @needs_bubblewrap
+@pytest.mark.processes
 @pytest.mark.parametrize("split", SCALES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_oracle_solves_every_task_and_who_does_nothing_none(family: str, split: str) -> None:
