@@ -108,7 +108,7 @@ async def _steps(
         except RefusedError as error:
             # What changes from call to call is the length of the messages: vLLM refuses with 400
             # those that are longer than its context.
-            if error.kind == _BUDGET or (error.status == 400 and attempt.calls):
+            if attempt.calls and (error.kind == _BUDGET or error.status == 400):
                 break
             raise
         attempt.calls += 1

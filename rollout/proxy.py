@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any, cast
 
 import aiohttp
 
-from nextstate.episodes import EpisodeStatus
+from nextstate.episodes import EpisodeState, EpisodeStatus
 from nextstate.errors import RefusedError, RolloutError
 from nextstate.hooks import text_of
 from nextstate.records import Json
@@ -28,6 +29,7 @@ class Opened:
     """An episode that may call the model."""
 
     episode: str
+    state: EpisodeState
     base_url: str
     api_key: str
 
@@ -58,8 +60,23 @@ class ProxyClient:
         given = {name: value for name, value in asked.items() if value is not None}
         answer, _ = await self._post(f"{self._url}/groups", self._key, given)
         return [
-            Opened(one["episode"], one["base_url"], one["api_key"]) for one in answer["episodes"]
+            Opened(one["episode"], EpisodeState(one["state"]), one["base_url"], one["api_key"])
+            for one in answer["episodes"]
         ]
+
+    async def can_begin(self, opened: Opened, needs_s: float) -> bool:
+        """Whether no run has begun an episode, and it has so many seconds left.
+
+        One that a killed run left half is closed as aborted.
+        """
+        if opened.state is not EpisodeState.OPEN:
+            return False
+        found, _ = await self._ask("GET", f"{self._url}/episodes/{opened.episode}", self._key)
+        left_s = found["opened_at"] + found["deadline_s"] - time.time()
+        if not found["calls"] and left_s > needs_s:
+            return True
+        await self.give_up(opened, EpisodeStatus.ABORTED)
+        return False
 
     async def call(self, opened: Opened, messages: Sequence[Json]) -> Reply:
         """The model's reply to messages, as a step of the episode."""
@@ -98,10 +115,15 @@ class ProxyClient:
                 await self.close(opened, status)
 
     async def _post(self, url: str, key: str, body: object) -> tuple[Json, Mapping[str, str]]:
+        return await self._ask("POST", url, key, body)
+
+    async def _ask(
+        self, method: str, url: str, key: str, body: object = None
+    ) -> tuple[Json, Mapping[str, str]]:
         sent = {"Authorization": f"Bearer {key}"}
         try:
-            async with self._http.post(
-                url, json=body, headers=sent, timeout=self._timeout, allow_redirects=False
+            async with self._http.request(
+                method, url, json=body, headers=sent, timeout=self._timeout, allow_redirects=False
             ) as answer:
                 data = await answer.content.read(_MOST_ANSWER_BYTES)
                 while len(data) < _MOST_ANSWER_BYTES and not answer.content.at_eof():

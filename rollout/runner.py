@@ -36,6 +36,8 @@ class Plan:
     """Of all replies of an episode."""
     deadline_s: float = 600.0
     """Of an episode, from its first step."""
+    name: str | None = None
+    """Of the run: one of the same name goes on with it. None: it is a new one."""
     lineage: str | None = None
     """None: the one of the key."""
     version: int | None = None
@@ -108,9 +110,12 @@ async def _episodes(
                 max_calls=plan.max_calls,
                 max_tokens=plan.max_tokens,
                 deadline_s=plan.open_s,
+                group=plan.name and f"{plan.name}-{number}",
                 lineage=plan.lineage,
                 version=plan.version,
             )
+            if plan.name:
+                waiting = [one for one in waiting if await proxy.can_begin(one, plan.deadline_s)]
             while waiting:
                 yield waiting.pop(0), task, plan.seed + number
     finally:

@@ -128,6 +128,25 @@ def test_a_stopped_run_aborts_its_episodes_and_a_killed_one_leaves_them_open(
     both(test, store, tmp_path)
 
 
+@needs_bubblewrap
+def test_a_killed_run_goes_on(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        arguments = ("--run", "night", "--group-size", "3", "--parallel", "1")
+        engine.queue += says("submit", "exec -a marked-night sleep 25")
+        process = await start(p, tmp_path, *arguments)
+        await until(lambda: running("marked-night") == 1)
+        process.kill()
+        await process.communicate()
+        engine.queue += says("submit")
+        process = await start(p, tmp_path, *arguments)
+        out, _ = await process.communicate()
+        assert [line.split()[0] for line in out.decode().splitlines()[:-2]] == ["night-0-2"]
+        found = {one.id: one.status for one in store.episodes.newest(None, None)}
+        assert found == {"night-0-0": "done", "night-0-1": "aborted", "night-0-2": "done"}
+
+    both(test, store, tmp_path)
+
+
 def test_the_environment_of_the_document_is_played(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         _, module = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)

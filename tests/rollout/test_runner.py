@@ -22,7 +22,8 @@ from nextstate.records import Json, Source
 from nextstate.store import Store
 from plugins.environments.terminal import create
 from rollout.attempt import Attempt
-from rollout.proxy import ProxyClient
+from rollout.attempt import play as attempt_at
+from rollout.proxy import Opened, ProxyClient
 from rollout.runner import Plan, run, summary
 from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, both, until
@@ -305,6 +306,76 @@ def test_a_stopped_run_aborts_what_is_open(store: Store, tmp_path: Path) -> None
         assert kind.closed == 2
         found = store.episodes.newest(None, None)
         assert [one.status for one in found] == [EpisodeStatus.ABORTED] * 3
+
+    both(test, store, tmp_path)
+
+
+class Silent(ProxyClient):
+    """Of a runner that is killed: it tells the proxy nothing more."""
+
+    async def give_up(self, opened: Opened, status: EpisodeStatus) -> None:
+        pass
+
+
+def test_a_run_of_the_same_name_goes_on_and_plays_nothing_twice(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        plan = replace(PLAN, parallel=1, group_size=2, name="night")
+        ended: list[str] = []
+
+        async def forever_in_the_third() -> None:
+            if len(ended) == 2:
+                await asyncio.Event().wait()
+
+        async with aiohttp.ClientSession() as http:
+            proxy = Silent(http, p.url, None, MODEL, 60)
+            kind = ShownKind(at_step=forever_in_the_third)
+            first = asyncio.create_task(
+                run(plan, tasks(3), kind, proxy, lambda one: ended.append(one.episode))
+            )
+            await until(lambda: len(ended) == 2 and kind.playing == 1)
+            first.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await first
+        rest = await play(p, ShownKind(), plan, tasks(3))
+        assert ended == ["night-0-0", "night-0-1"]
+        assert [one.episode for one in rest] == ["night-1-1", "night-2-0", "night-2-1"]
+        found = {one.id: one.status for one in store.episodes.newest(None, None)}
+        assert found.pop("night-1-0") == "aborted"
+        assert {*found.values()} == {EpisodeStatus.DONE}
+        assert await play(p, ShownKind(), plan, tasks(3)) == []
+        with pytest.raises(RefusedError, match="answered 409"):
+            await play(p, ShownKind(), replace(plan, seed=7), tasks(3))
+
+    both(test, store, tmp_path)
+
+
+def test_an_episode_without_the_time_to_begin_is_aborted(store: Store, tmp_path: Path) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        async with client(p) as proxy:
+            (opened,) = await proxy.open_group(
+                environment="terminal", task="count-1", group_size=1, deadline_s=9
+            )
+            assert await proxy.can_begin(opened, 5)
+            assert not await proxy.can_begin(opened, 10)
+        episode = store.episodes.get(opened.episode)
+        assert episode is not None
+        assert episode.status == "aborted"
+
+    both(test, store, tmp_path)
+
+
+def test_an_episode_whose_budget_was_used_up_before_it_began_has_failed(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        async with client(p) as proxy:
+            asked = {"environment": "terminal", "task": "count-1", "group_size": 1, "max_calls": 1}
+            (opened,) = await proxy.open_group(**asked)
+            await proxy.call(opened, [{"role": "user", "content": "hi"}])
+            attempt = await attempt_at(proxy, opened, Shown(ShownKind()), COUNT, 0, 9, 60)
+        assert (attempt.status, attempt.outcome) == ("failed", None)
 
     both(test, store, tmp_path)
 

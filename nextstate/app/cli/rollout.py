@@ -25,6 +25,7 @@ A task is a line of JSON: {"id", "split"?, …}, with the fields of its environm
 examples:
   nextstate rollout terminal --tasks tasks.jsonl                 four attempts at each task
   nextstate rollout terminal --tasks tasks.jsonl --parallel 32 --epochs 10
+  nextstate rollout terminal --tasks tasks.jsonl --run night-1   after a kill, the same again
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
   nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
@@ -59,6 +60,8 @@ def add(subparsers: Any) -> None:
         if default is not None:
             text += f" (default: {default})"
         parser.add_argument(f"--{name}", type=whole_number, default=default, metavar="N", help=text)
+    text = "a name for the run: started again with it, it goes on where it was"
+    parser.add_argument("--run", dest="name", metavar="NAME", help=text)
     parser.add_argument("--lineage", metavar="NAME", help="whom they train (default: main)")
 
 
@@ -111,6 +114,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
         max_calls=args.max_calls,
         max_tokens=args.max_tokens,
         deadline_s=args.deadline,
+        name=args.name,
         lineage=args.lineage,
         version=args.version,
     )
