@@ -59,9 +59,11 @@ async def play(
     attempt = Attempt(opened.episode, task)
     try:
         try:
-            async with asyncio.timeout(deadline_s):
+            async with asyncio.timeout(deadline_s) as limit:
                 shown = await _steps(proxy, opened, environment, attempt, seed, max_calls)
         except TimeoutError:
+            if not limit.expired():
+                raise  # the environment's own
             if not attempt.calls:
                 raise RolloutError(f"the model did not reply within {deadline_s:g} s") from None
             attempt.status, shown = EpisodeStatus.TRUNCATED, None

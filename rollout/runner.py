@@ -63,11 +63,11 @@ async def run(
     """
     attempts: list[Attempt] = []
     queue = _episodes(plan, tasks, proxy)
-    turn = asyncio.Lock()
+    taking = asyncio.Lock()
 
     async def work() -> None:
         while True:
-            async with turn:
+            async with taking:
                 found = await anext(queue, None)
             if found is None:
                 return
@@ -119,7 +119,8 @@ async def _episodes(
             while waiting:
                 yield waiting.pop(0), task, plan.seed + number
     finally:
-        for opened in waiting:
+        # A run with a name will find them, and play them then.
+        for opened in [] if plan.name else waiting:
             await proxy.give_up(opened, EpisodeStatus.ABORTED)
 
 

@@ -235,7 +235,12 @@ def test_what_breaks_beside_the_policy_is_a_failed_episode(store: Store, tmp_pat
             raise KeyError("secret text")
 
         engine.queue += [Script(status=400)]  # at once: nothing of it is the agent's
+
+        async def late() -> None:
+            raise TimeoutError
+
         kinds = [ShownKind(), ShownKind(at_step=breaks), ShownKind(at_reset=wrong)]
+        kinds.append(ShownKind(at_step=late))
         reasons: list[str] = []
         for kind in kinds:
             (attempt,) = await play(p, kind)
@@ -248,6 +253,7 @@ def test_what_breaks_beside_the_policy_is_a_failed_episode(store: Store, tmp_pat
             "the proxy answered 400: scripted",
             "no disk",
             "the environment raised KeyError",
+            "the environment raised TimeoutError",
         ]
 
     both(test, store, tmp_path)
