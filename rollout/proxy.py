@@ -47,12 +47,19 @@ class ProxyClient:
     """Requests about episodes to one proxy. Every method raises RolloutError."""
 
     def __init__(
-        self, http: aiohttp.ClientSession, url: str, key: str | None, model: str, deadline_s: float
+        self,
+        http: aiohttp.ClientSession,
+        url: str,
+        key: str | None,
+        model: str,
+        deadline_s: float,
+        extra: Json | None = None,
     ) -> None:
+        """`extra` are fields of every request to the model."""
         self._http = http
         self._url = f"{url.rstrip('/')}/v1"
         self._key = key or "none"
-        self._model = model
+        self._fields: Json = {**(extra or {}), "model": model}
         self._timeout = aiohttp.ClientTimeout(total=deadline_s + _EXTRA_S, connect=_EXTRA_S)
 
     async def open_group(self, **asked: Any) -> list[Opened]:
@@ -80,7 +87,7 @@ class ProxyClient:
 
     async def call(self, opened: Opened, messages: Sequence[Json]) -> Reply:
         """The model's reply to messages, as a step of the episode."""
-        body = {"model": self._model, "messages": messages}
+        body = {**self._fields, "messages": messages}
         url = f"{opened.base_url}/chat/completions"
         answer, headers = await self._post(url, opened.api_key, body)
         try:

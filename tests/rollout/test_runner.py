@@ -429,6 +429,17 @@ def test_a_key_is_sent(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path, key="the-key")
 
 
+def test_calls_have_the_fields_that_the_runner_adds(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        async with aiohttp.ClientSession() as http:
+            proxy = ProxyClient(http, p.url, None, MODEL, 60, {"priority": 9})
+            await run(PLAN, [COUNT], ShownKind(), proxy, ignore)
+        assert [request["priority"] for request in engine.requests] == [9]
+        assert store.counts()["turns/trainable"] == 1
+
+    both(test, store, tmp_path)
+
+
 def test_the_summary_counts_what_was_solved_with_its_confidence() -> None:
     attempts = [
         Attempt("e-1", COUNT, EpisodeStatus.DONE, 1.0, 2, 1.0, 0.5),

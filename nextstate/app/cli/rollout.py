@@ -85,6 +85,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     import aiohttp
 
     from nextstate.config import secret
+    from nextstate.engine.process import VOTE_PRIORITY, by_priority
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
     from nextstate.hooks import EnvironmentKind, load_plugin
@@ -123,7 +124,9 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        proxy = ProxyClient(http, settings.proxy.url, key, settings.engine.name, args.deadline)
+        engine = settings.engine
+        extra = {"priority": VOTE_PRIORITY - 1} if by_priority(engine) else {}  # people go first
+        proxy = ProxyClient(http, settings.proxy.url, key, engine.name, args.deadline, extra)
         return await runner.run(
             plan, tasks * args.epochs, kind, proxy, _tell_json if args.json else _tell
         )
