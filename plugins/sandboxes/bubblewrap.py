@@ -23,8 +23,6 @@ from nextstate.errors import RolloutError, StartError
 
 _NOBODY = 65534
 """root runs sandboxes as this user: the kernel does not limit the processes of root."""
-_GRACE_S = 20.0
-"""For unpacking, packing and a busy machine, beyond the seconds of a command."""
 _READY = b"ready\n"
 _PROGRAMS = ("bwrap", "bash", "tar", "timeout")
 MOST_COMMAND_BYTES = 64 << 10
@@ -65,6 +63,8 @@ class Limits:
     """The size of /task, and of /tmp."""
     output_bytes: int = 256 << 10
     """What is read of the output; the command's next write fails."""
+    grace_s: float = 20.0
+    """For unpacking, packing and a busy machine; after `wall_s` and this the sandbox is killed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,10 +124,12 @@ class Bubblewrap:
                 start_new_session=True,
                 **_as_nobody(),
             )
-        except OSError as error:
-            for pipe in (output, archive):
-                os.close(pipe.read_end)
-            raise RolloutError(f"bwrap does not start: {error.strerror}") from error
+        except BaseException as error:
+            output.close()
+            archive.close()
+            if isinstance(error, OSError):
+                raise RolloutError(f"bwrap does not start: {error.strerror}") from error
+            raise
         finally:
             for pipe in (output, archive):
                 os.close(pipe.write_end)
@@ -140,15 +142,18 @@ class Bubblewrap:
         most = (self.limits.folder_mb << 20) + _ARCHIVE_EXTRA
         ended = False
         try:
-            async with asyncio.timeout(self.limits.wall_s + _GRACE_S), asyncio.TaskGroup() as tasks:
-                tasks.create_task(_feed(process, files))
-                tasks.create_task(output.read(self.limits.output_bytes))
-                tasks.create_task(archive.read(most))
-            await process.wait()
+            async with asyncio.timeout(self.limits.wall_s + self.limits.grace_s):
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(_feed(process, files))
+                    tasks.create_task(output.read(self.limits.output_bytes))
+                    tasks.create_task(archive.read(most))
+                await process.wait()
             ended = True
         except TimeoutError:
             pass
         finally:
+            output.close()
+            archive.close()
             if not ended:
                 with suppress(ProcessLookupError):
                     process.kill()  # its sandbox dies with it
@@ -200,14 +205,15 @@ class _Pipe:
     """A pipe that a sandbox writes to; it is read up to a bound and then closed."""
 
     def __init__(self) -> None:
-        self.read_end, self.write_end = os.pipe()
+        read_end, self.write_end = os.pipe()
+        self._file = os.fdopen(read_end, "rb", 0)
         self.data = bytearray()
         self.cut = False
 
     async def read(self, most: int) -> None:
         reader = asyncio.StreamReader()
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), os.fdopen(self.read_end, "rb", 0)
+            lambda: asyncio.StreamReaderProtocol(reader), self._file
         )
         try:
             while not self.cut and (chunk := await reader.read(1 << 16)):
@@ -216,6 +222,10 @@ class _Pipe:
         finally:
             transport.close()
         del self.data[most:]
+
+    def close(self) -> None:
+        """Closes the end that is read, also twice."""
+        self._file.close()
 
 
 async def _feed(process: asyncio.subprocess.Process, files: bytes) -> None:

@@ -120,6 +120,12 @@ def test_a_command_that_ends_its_sandbox_leaves_no_files() -> None:
     assert (ran.exit_code, ran.files) == (137, None)
 
 
+def test_a_sandbox_that_does_not_end_is_killed() -> None:
+    """The shell that would end and pack everything is stopped; it is the second process."""
+    ran = run("kill -STOP 2; yes & sleep 60", limits=replace(SMALL, grace_s=1))
+    assert (ran.exit_code, ran.files, ran.cut) == (137, None, True)
+
+
 def test_an_archive_that_is_none_is_the_next_commands_trouble() -> None:
     ran = asyncio.run(Bubblewrap(SMALL).run("echo goes on", b"no archive"))
     assert ran.exit_code == 0
