@@ -57,9 +57,10 @@ async def play(
 ) -> Attempt:
     """Plays one episode and closes it; a failure is told in the result, and not raised."""
     attempt = Attempt(opened.episode, task)
+    limit = asyncio.timeout(deadline_s)
     try:
         try:
-            async with asyncio.timeout(deadline_s) as limit:
+            async with limit:
                 shown = await _steps(proxy, opened, environment, attempt, seed, max_calls)
         except TimeoutError:
             if not limit.expired():

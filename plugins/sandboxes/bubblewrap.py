@@ -112,6 +112,7 @@ class Bubblewrap:
         given = command.encode(errors="replace")
         if b"\0" in given or len(given) > MOST_COMMAND_BYTES:
             raise ValueError("a command with NUL or of more than 64 KiB")
+        nobody = _NOBODY if os.geteuid() == 0 else None
         output, archive = _Pipe(), _Pipe()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -122,7 +123,9 @@ class Bubblewrap:
                 pass_fds=(archive.write_end,),
                 cwd="/",
                 start_new_session=True,
-                **_as_nobody(),
+                user=nobody,
+                group=nobody,
+                extra_groups=None if nobody is None else (),
             )
         except BaseException as error:
             output.close()
@@ -237,9 +240,3 @@ async def _feed(process: asyncio.subprocess.Process, files: bytes) -> None:
     process.stdin.close()
     with suppress(ConnectionError):
         await process.stdin.wait_closed()
-
-
-def _as_nobody() -> dict[str, object]:
-    if os.geteuid() != 0:
-        return {}
-    return {"user": _NOBODY, "group": _NOBODY, "extra_groups": ()}
