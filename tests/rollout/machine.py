@@ -7,5 +7,5 @@ import shutil
 import pytest
 
 needs_bubblewrap = pytest.mark.skipif(
-    shutil.which("bwrap") is None, reason="needs bubblewrap: apt install bubblewrap"
+    shutil.which("bwrap") is None, reason="needs bubblewrap: make bubblewrap"
 )
