@@ -6,10 +6,12 @@ BIN    := $(VENV)/bin
 ACCEL  ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && echo cuda || echo cpu)
 # Where pip finds PyTorch's CPU wheel when your package index does not have it.
 TORCH_INDEX ?=
+# How a system package is installed; empty for root.
+SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test test-engine test-others test-fast coverage lint soak clients seed-policy bench lock clean
+.PHONY: help env demo test test-engine test-others test-fast coverage lint soak clients bubblewrap seed-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -78,6 +80,10 @@ clients: .clients/.installed  ## install the agents that tests/proxy/test_client
 	npm install --prefix .clients --no-save --ignore-scripts --no-audit --no-fund $(AGENTS)
 	$(BIN)/python -m pip install --no-deps --upgrade --target .clients/python $(MINI)
 	@touch $@
+
+bubblewrap:  ## install what the sandboxes of `nextstate rollout terminal` are made with, if it is missing
+	@command -v bwrap >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y bubblewrap; } || \
+	  { echo "bubblewrap cannot be installed with apt-get here: install the program bwrap yourself"; exit 2; }
 
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy

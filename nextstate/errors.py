@@ -17,6 +17,8 @@
     │   └── BusyError   it is overloaded or away: try again soon
     ├── LearnerError    a batch or version must not be trained or served
     │   └── DiskError   a version cannot be written to disk for now
+    ├── RolloutError    an episode cannot go on, and not because of the policy
+    │   └── RefusedError    the proxy refused its request
     ├── AdapterError    an adapter on disk is missing or has changed
     └── PluginError     a plugin cannot be found or loaded
 
@@ -102,6 +104,20 @@ class LearnerError(NextStateError):
 
 class DiskError(LearnerError):
     """A version cannot be written to disk; it may work once there is room."""
+
+
+class RolloutError(NextStateError):
+    """An environment, a sandbox or the proxy failed; that says nothing about the policy."""
+
+
+class RefusedError(RolloutError):
+    """The proxy answered with an error."""
+
+    def __init__(self, message: str, status: int, kind: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        """The type in the answer, such as `EpisodeBudgetError`; empty if it had none."""
 
 
 class AdapterError(NextStateError):

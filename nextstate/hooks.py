@@ -133,6 +133,68 @@ class AgentProfile(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Acted:
+    """What an environment answers to one action."""
+
+    observation: str
+    """What the agent sees next."""
+    reward: float | None
+    """What the step is worth, as a process reward; None: the environment does not say."""
+    done: bool
+    """Whether the agent has ended the episode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """How well an episode ended."""
+
+    outcome: float
+    """At least 1: the task is solved."""
+    observation: str = ""
+    """What the check showed, from which hints may be made; it may be empty."""
+
+
+class Environment(Protocol):
+    """What one episode acts in. Every method raises RolloutError if the environment breaks.
+
+    A mistake of the agent is no such error: the observation tells of it.
+    """
+
+    async def reset(self, task: Json, seed: int) -> str:
+        """Begins the task, which `check_task` has passed; returns the first observation.
+
+        The episodes of a group have the same seed, so that they begin alike.
+        """
+        ...
+
+    async def step(self, action: str) -> Acted:
+        """Takes the text of one reply, which is hostile."""
+        ...
+
+    async def score(self) -> Scored:
+        """Called once after the last step, also when the episode was cut at a budget."""
+        ...
+
+    async def close(self) -> None:
+        """Releases everything; called once in every case, also without a reset."""
+        ...
+
+
+class EnvironmentKind(Protocol):
+    """One kind of environment, from which each episode gets its own."""
+
+    def check_task(self, task: Json) -> None:
+        """Checks the fields of a task. Raises ConfigError that names the field."""
+        ...
+
+    async def check_machine(self) -> None:
+        """Raises StartError if this machine lacks what the environment needs."""
+        ...
+
+    def make(self) -> Environment: ...
+
+
 def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:
     """The judge of one name, or a chain of several. Raises PluginError and JudgeError."""
     judges = [cast(JudgeKind, load_plugin("judges", name, settings)) for name in kinds]
@@ -174,7 +236,7 @@ def is_wordless(text: str) -> bool:
 
 
 def load_plugin(group: str, name: str, settings: object) -> Any:
-    """Creates the plugin `name` of `group` (`agents`, `judges`). Raises PluginError."""
+    """Creates the plugin `name` of a folder `group` in plugins/. Raises PluginError."""
     module_name, _, attribute = name.partition(":")
     if not attribute:
         module_name, attribute = f"plugins.{group}.{name}", "create"

@@ -23,7 +23,7 @@ NAMES = (
 )
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in NAMES}
 TEXT = DOCUMENTS["CONTRIBUTING.md"]
-ROOMS = ("nextstate", "proxy", "judge", "plugins", "learner")
+ROOMS = ("nextstate", "proxy", "judge", "plugins", "learner", "rollout")
 WORDS = """turn, session, main turn, side turn, next state, vote, verdict, hint, feedback, lease,
 sample, held-out session, behaviour log-probs, policy log-probs, drift, importance ratio, advantage,
 teacher, adapter, policy version, candidate, policy lag, lineage, environment, gate, canary,

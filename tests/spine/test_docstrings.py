@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("nextstate", "proxy", "judge", "learner", "plugins", "demo", "benchmarks")
+PACKAGES = ("nextstate", "proxy", "judge", "learner", "rollout", "plugins", "demo", "benchmarks")
 MODULES = [
     ".".join(file.relative_to(ROOT).with_suffix("").parts)
     for package in PACKAGES

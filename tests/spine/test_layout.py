@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-ROOMS = ("nextstate", "proxy", "judge", "learner", "plugins", "demo")
+ROOMS = ("nextstate", "proxy", "judge", "learner", "rollout", "plugins", "demo")
 TORCH = {"torch", "transformers", "peft", "trl", "accelerate"}
 HOOKS = {f"nextstate.{name}" for name in ("hooks", "records", "errors", "error_text")}
 ALLOWED = {
@@ -17,6 +17,7 @@ ALLOWED = {
     "proxy": {"proxy", "nextstate"},
     "judge": {"judge", "nextstate"},
     "learner": {"learner", "nextstate"},
+    "rollout": {"rollout", "nextstate"},
     "plugins": {"plugins", *HOOKS},
     "demo": {"demo", "nextstate"},
 }

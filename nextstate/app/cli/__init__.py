@@ -24,6 +24,7 @@ from nextstate.app.cli import (
     proxy,
     resume,
     rollback,
+    rollout,
     status,
     turns,
     up,
@@ -38,6 +39,7 @@ _COMMANDS = (
     proxy,
     judge,
     learner,
+    rollout,
     demo,
     status,
     turns,
@@ -53,6 +55,8 @@ _EPILOG = """\
 examples:
   nextstate doctor                      is everything there that `nextstate up` needs?
   nextstate up                          start engine, proxy, judge and learner
+  nextstate rollout terminal --tasks tasks.jsonl
+                                        agents try tasks in a sandbox, and the policy learns
   nextstate turns --json | tail -1      the newest turn with its verdict
   nextstate episodes --limit 20         attempts of agents at tasks, with their outcomes
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."

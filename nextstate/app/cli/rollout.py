@@ -1,0 +1,159 @@
+"""`nextstate rollout`: plays the tasks of an environment through the running proxy."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import signal
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from nextstate.app.settings import Settings
+    from rollout.attempt import Attempt
+
+_EPILOG = """\
+A task is a line of JSON: {"id", "split"?, …}, with the fields of its environment. For terminal:
+{"id": "count-1", "instruction": "Write the number of lines of a.txt to n.txt.",
+ "files": {"a.txt": "x\\ny\\n"}, "check": "test $(cat n.txt) = 2"}
+
+examples:
+  nextstate rollout terminal --tasks tasks.jsonl                 four attempts at each task
+  nextstate rollout terminal --tasks tasks.jsonl --parallel 32 --epochs 10
+  nextstate rollout terminal --tasks tasks.jsonl --run night-1   after a kill, the same again
+  nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
+  nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
+  nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
+"""
+_MOST_PARALLEL = 256
+_STOPPED = 128 + signal.SIGTERM
+
+
+def add(subparsers: Any) -> None:
+    text = "play tasks of an environment through the running proxy"
+    parser = add_command(subparsers, "rollout", run, text)
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_json(parser)
+    text = "a file of plugins/environments/, as terminal, or module:function"
+    parser.add_argument("environment", metavar="ENVIRONMENT", help=text)
+    text = "the tasks, one JSON object a line"
+    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help=text)
+    text = "play the held-out tasks, which never train, instead of the others"
+    parser.add_argument("--eval", action="store_true", help=text)
+    numbers = {
+        "parallel": (8, "episodes at once"),
+        "group-size": (None, "attempts at each task (default: 4; with --eval 1)"),
+        "epochs": (1, "times that all tasks are played"),
+        "seed": (0, "the seed of the first task; each other one has one more"),
+        "max-calls": (10, "replies of the model in an episode"),
+        "max-tokens": (8192, "tokens of all replies of an episode"),
+        "deadline": (600, "seconds of an episode"),
+        "version": (None, "the policy version that serves them (default: the one that serves)"),
+    }
+    for name, (default, text) in numbers.items():
+        if default is not None:
+            text += f" (default: {default})"
+        parser.add_argument(f"--{name}", type=whole_number, default=default, metavar="N", help=text)
+    text = "a name for the run: started again with it, it goes on where it was"
+    parser.add_argument("--run", dest="name", metavar="NAME", help=text)
+    parser.add_argument("--lineage", metavar="NAME", help="whom they train (default: main)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from nextstate.app.settings import Settings
+
+    settings = Settings.read(args.config)
+    began = time.monotonic()
+    try:
+        attempts = asyncio.run(_play(args, settings))
+    except asyncio.CancelledError:
+        return _STOPPED
+    if not args.json:
+        from rollout.runner import summary
+
+        print(summary(attempts, time.monotonic() - began))
+    return 0
+
+
+async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attempt]:
+    import aiohttp
+
+    from nextstate.config import secret
+    from nextstate.engine.process import VOTE_PRIORITY, by_priority
+    from nextstate.episodes import Split
+    from nextstate.errors import ConfigError
+    from nextstate.hooks import EnvironmentKind, load_plugin
+    from rollout import runner
+    from rollout.proxy import ProxyClient
+    from rollout.tasks import read_tasks
+
+    sizes = (args.parallel, args.epochs, args.max_calls, args.max_tokens, args.deadline)
+    if not all(sizes) or args.group_size == 0 or args.parallel > _MOST_PARALLEL:
+        raise ConfigError(f"expected numbers of at least 1, and --parallel up to {_MOST_PARALLEL}")
+    kind: EnvironmentKind = load_plugin("environments", args.environment, None)
+    name = args.environment.rpartition(":")[0] or args.environment
+    split = Split.EVAL if args.eval else Split.TRAIN
+    read = await asyncio.to_thread(read_tasks, args.tasks, name, kind.check_task)
+    tasks = [task for task in read if task.split is split]
+    if not tasks:
+        raise ConfigError(
+            f"--tasks {args.tasks}: none of its {len(read)} tasks is for {split}; "
+            f'give some "split": "{split}"'
+        )
+    await kind.check_machine()
+    plan = runner.Plan(
+        environment=name,
+        parallel=args.parallel,
+        group_size=args.group_size or (1 if args.eval else 4),
+        seed=args.seed,
+        max_calls=args.max_calls,
+        max_tokens=args.max_tokens,
+        deadline_s=args.deadline,
+        name=args.name,
+        lineage=args.lineage,
+        version=args.version,
+    )
+    task = asyncio.current_task()
+    assert task is not None
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+    key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+        engine = settings.engine
+        extra = {"priority": VOTE_PRIORITY - 1} if by_priority(engine) else {}  # people go first
+        proxy = ProxyClient(http, settings.proxy.url, key, engine.name, args.deadline, extra)
+        return await runner.run(
+            plan, tasks * args.epochs, kind, proxy, _tell_json if args.json else _tell
+        )
+
+
+def _row(attempt: Attempt) -> dict[str, Any]:
+    return {
+        "episode": attempt.episode,
+        "task": attempt.task.id,
+        "split": attempt.task.split,
+        "status": attempt.status,
+        "outcome": attempt.outcome,
+        "calls": attempt.calls,
+        "model_s": round(attempt.model_s, 3),
+        "environment_s": round(attempt.environment_s, 3),
+        "reason": attempt.reason,
+    }
+
+
+def _tell_json(attempt: Attempt) -> None:
+    print_json(_row(attempt))
+
+
+def _tell(attempt: Attempt) -> None:
+    outcome = "·" if attempt.outcome is None else f"{attempt.outcome:g}"
+    print(
+        f"{attempt.episode}  {attempt.task.id}  {attempt.status}  outcome {outcome}  "
+        f"{attempt.calls} calls",
+        flush=True,
+    )

@@ -1,0 +1,212 @@
+"""The environment `terminal`: the agent runs bash in a sandbox until it submits.
+
+A task has these fields beside its id:
+
+    instruction   what the agent is asked to do
+    check         a command of bash that exits with 0 if the task is solved
+    files         the files that lie in /task at the beginning: path to text (optional)
+    setup         a command that runs before the agent, such as a generator of files (optional)
+    check_files   files that are added for the check; the agent never sees them (optional)
+
+`setup` and `check` get the group's seed as $SEED. `check` runs after the agent has ended, in a
+sandbox of its own with what the agent left in /task. It runs as the same user as the programs that
+it starts, so a check that runs a program of the agent trusts it: let it compare files. A file that
+its owner may not read is not kept from one command to the next.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import tarfile
+from collections.abc import Mapping
+from pathlib import PurePosixPath
+from typing import cast
+
+from nextstate.errors import ConfigError, RolloutError
+from nextstate.hooks import Acted, Scored
+from nextstate.records import Json
+from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
+
+SUBMIT = "submit"
+MOST_SHOWN = 4000
+"""Characters of an output that the agent sees: its beginning and its end."""
+_FIELDS = {"instruction": str, "check": str, "files": dict, "setup": str, "check_files": dict}
+_NEEDED = ("instruction", "check")
+_MOST_FILES_CHARS = 4 << 20
+_FENCE = "```"
+_LANGUAGES = ("", "bash", "sh", "shell")
+_ESCAPES = re.compile(r"\x1b\[[0-?]{0,32}[ -/]{0,8}[@-~]")
+"""Colours and cursor movements of a terminal."""
+_CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
+_HOW = f"""\
+You work in a bash shell in the folder /task. Answer with one command, or several lines, in a block:
+
+{_FENCE}bash
+ls
+{_FENCE}
+
+You get its exit code and output. Each command begins in /task; only files in /task are kept.
+There is no network. When the task is done, answer with the block:
+
+{_FENCE}bash
+{SUBMIT}
+{_FENCE}
+"""
+
+
+class Terminal:
+    """One episode in a shell."""
+
+    def __init__(self, sandbox: Bubblewrap) -> None:
+        self._sandbox = sandbox
+        self._task: Json = {}
+        self._variables: Mapping[str, str] = {}
+        self._files = b""
+
+    async def reset(self, task: Json, seed: int) -> str:
+        self._task, self._variables = task, {"SEED": str(seed)}
+        self._files = _archive(task.get("files", {}))
+        if "setup" in task:
+            ran = await self._sandbox.run(task["setup"], self._files, self._variables)
+            if ran.exit_code or ran.files is None:
+                raise RolloutError(
+                    f"setup of the task ended with exit code {ran.exit_code}: "
+                    f"{readable(ran.output)[-200:]!r}"
+                )
+            self._files = ran.files
+        return f"{task['instruction']}\n\n{_HOW}"
+
+    async def step(self, action: str) -> Acted:
+        command = command_of(action)
+        if command is None:
+            return Acted(
+                f"Expected exactly one block that begins with {_FENCE}bash and ends with {_FENCE}, "
+                f"with a command of at most {MOST_COMMAND_BYTES} bytes in it.",
+                -1.0,
+                False,
+            )
+        if command == SUBMIT:
+            return Acted("Submitted.", None, True)
+        ran = await self._sandbox.run(command, self._files)
+        lines = [f"exit code {ran.exit_code}"]
+        if ran.exit_code == 124:
+            lines.append(f"(a command is ended after {self._sandbox.limits.wall_s:g} seconds)")
+        if ran.files is None:
+            lines.append("(the command broke the sandbox: /task is as it was before)")
+        else:
+            self._files = ran.files
+        lines += [readable(ran.output)] * bool(ran.output)
+        if ran.cut:
+            lines.append(f"(cut after {self._sandbox.limits.output_bytes} bytes)")
+        return Acted("\n".join(lines), -1.0 if ran.exit_code else 0.0, False)
+
+    async def score(self) -> Scored:
+        files = self._files + _archive(self._task.get("check_files", {}))
+        ran = await self._sandbox.run(self._task["check"], files, self._variables)
+        shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
+        return Scored(float(ran.exit_code == 0), shown)
+
+    async def close(self) -> None:
+        """Nothing is left: each command's sandbox ended with it."""
+
+
+class TerminalKind:
+    """Makes terminals, whose commands have the same limits."""
+
+    def __init__(self, limits: Limits | None = None) -> None:
+        self._sandbox = Bubblewrap(limits)
+
+    def check_task(self, task: Json) -> None:
+        for name, value in task.items():
+            if name not in _FIELDS:
+                raise ConfigError(f"unknown field {name!r:.80}: known are {', '.join(_FIELDS)}")
+            if not isinstance(value, _FIELDS[name]):
+                kind = "an object of paths and texts" if _FIELDS[name] is dict else "a text"
+                raise ConfigError(f"{name} = {value!r:.80}: expected {kind}")
+        for name in _NEEDED:
+            if not task.get(name, "").strip():
+                raise ConfigError(f"{name} is missing: expected a text")
+        for name in ("check", "setup"):
+            command = task.get(name, "").encode(errors="replace")
+            if b"\0" in command or len(command) > MOST_COMMAND_BYTES:
+                raise ConfigError(f"{name}: expected at most {MOST_COMMAND_BYTES} bytes, none of 0")
+        for name in ("files", "check_files"):
+            _check_files(name, task.get(name, {}))
+
+    async def check_machine(self) -> None:
+        await self._sandbox.check_machine()
+
+    def make(self) -> Terminal:
+        return Terminal(self._sandbox)
+
+
+def create(settings: object) -> TerminalKind:
+    return TerminalKind(settings if isinstance(settings, Limits) else None)
+
+
+def command_of(reply: str) -> str | None:
+    """The command in the one fenced block of a reply; None if there is not exactly one.
+
+    >>> command_of("I look.\\n```bash\\nls -l\\n```")
+    'ls -l'
+    >>> command_of("ls -l") is None
+    True
+    """
+    blocks: list[list[str]] = []
+    inside = False
+    for line in reply.split("\n"):
+        mark = line.strip()
+        if inside and mark == _FENCE:
+            inside = False
+        elif inside:
+            blocks[-1].append(line)
+        elif mark.startswith(_FENCE):
+            if mark[len(_FENCE) :].strip().lower() not in _LANGUAGES:
+                return None
+            blocks.append([])
+            inside = True
+    if inside or len(blocks) != 1:
+        return None
+    command = "\n".join(blocks[0]).strip()
+    raw = command.encode(errors="replace")
+    return command if raw and b"\0" not in raw and len(raw) <= MOST_COMMAND_BYTES else None
+
+
+def readable(output: bytes) -> str:
+    """An output as text without control characters; of a long one its beginning and its end.
+
+    >>> readable(b"\\x1b[31mred\\x1b[0m\\x07\\n")
+    'red\\\\x07'
+    """
+    text = _ESCAPES.sub("", output.decode(errors="replace").replace("\r\n", "\n"))
+    text = text.translate(_CONTROLS).strip("\n")
+    if len(text) <= MOST_SHOWN:
+        return text
+    half = MOST_SHOWN // 2
+    return f"{text[:half]}\n[{len(text) - 2 * half} characters are left out]\n{text[-half:]}"
+
+
+def _check_files(name: str, files: Mapping[object, object]) -> None:
+    size = 0
+    for path, text in files.items():
+        parts = PurePosixPath(cast(str, path)).parts
+        if not parts or parts[0] == "/" or ".." in parts or "\0" in cast(str, path):
+            raise ConfigError(f"{name}: {path!r:.80}: expected a path below /task, as src/a.py")
+        if not isinstance(text, str):
+            raise ConfigError(f"{name}: {path!r:.80} = {text!r:.80}: expected a text")
+        size += len(text)
+    if size > _MOST_FILES_CHARS:
+        raise ConfigError(f"{name} has {size} characters: expected at most {_MOST_FILES_CHARS}")
+
+
+def _archive(files: Mapping[str, str]) -> bytes:
+    """A tar archive of text files, the same bytes for the same files."""
+    packed = io.BytesIO()
+    with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
+        for path, text in sorted(files.items()):
+            data = text.encode(errors="replace")
+            entry = tarfile.TarInfo(path)
+            entry.size = len(data)
+            archive.addfile(entry, io.BytesIO(data))
+    return packed.getvalue()

@@ -1,0 +1,1 @@
+"""Sandboxes: where an environment runs commands of an agent, which are hostile."""

@@ -1,0 +1,225 @@
+"""`nextstate rollout` as a process beside a running proxy: its output, and how it ends."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import sys
+from asyncio import subprocess
+from pathlib import Path
+
+import pytest
+
+from nextstate.app.cli import main
+from nextstate.episodes import EpisodeStatus
+from nextstate.store import Store
+from plugins.environments.terminal import TerminalKind
+from rollout.tasks import read_tasks
+from tests.proxy.running_proxy import Running, both, until
+from tests.rollout.machine import needs_bubblewrap
+from tests.rollout.test_runner import says
+from tests.rollout.test_terminal import play
+from tests.scripted_engine import MODEL, Script, ScriptedEngine
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs" / "environments.md"
+COUNT = {"instruction": "count", "files": {"a.txt": "x\ny\n"}, "check": "test $(cat n.txt) = 2"}
+
+
+def configured(tmp_path: Path, port: int = 1) -> Path:
+    """A configuration file for a proxy on this port, and `tasks.jsonl` beside it."""
+    file = tmp_path / "nextstate.toml"
+    file.write_text(
+        f'[store]\ndir = "{tmp_path}/other"\n[proxy]\nport = {port}\n'
+        f'[engine]\nmode = "external"\nurl = "http://127.0.0.1:1"\nmodel = "{MODEL}"\n'
+    )
+    tasks = [{"id": "t-1", "split": "train", **COUNT}, {"id": "e-1", "split": "eval", **COUNT}]
+    (tmp_path / "tasks.jsonl").write_text("\n".join(json.dumps(task) for task in tasks))
+    return file
+
+
+async def start(p: Running, tmp_path: Path, *arguments: str) -> subprocess.Process:
+    config = configured(tmp_path, int(p.url.rpartition(":")[2]))
+    return await asyncio.create_subprocess_exec(
+        *(sys.executable, "-P", "-m", "nextstate", "rollout", "terminal", "--config", str(config)),
+        *("--tasks", str(tmp_path / "tasks.jsonl"), *arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=ROOT,
+    )
+
+
+@needs_bubblewrap
+def test_it_plays_the_tasks_that_train_and_prints_a_line_for_each(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.queue += says("echo 2 > n.txt", "submit", "submit")
+        process = await start(p, tmp_path, "--group-size", "2", "--parallel", "1", "--seed", "3")
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        *lines, solved, spent = out.decode().splitlines()
+        ends = [line.split("  ", 1)[1] for line in lines]
+        assert ends == ["t-1  done  outcome 1  2 calls", "t-1  done  outcome 0  1 calls"]
+        assert re.fullmatch(
+            r"2 episodes in [\d.]+ s: solved 1 of 2 \(50%; with 90 % confidence .* to .*\)", solved
+        )
+        assert re.fullmatch(r"an episode waits .* s for the model, .* s for its environment", spent)
+        found = store.episodes.newest(None, None)
+        assert [(one.task, one.split, one.seed) for one in found] == [("t-1", "train", 3)] * 2
+        assert {one.task for one in found} == {"t-1"}
+
+    both(test, store, tmp_path)
+
+
+@needs_bubblewrap
+def test_eval_plays_the_held_out_tasks_once(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.queue += says("echo 2 > n.txt", "submit")
+        process = await start(p, tmp_path, "--eval", "--json")
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        (row,) = [json.loads(line) for line in out.splitlines()]
+        assert row.pop("model_s") > 0
+        assert row.pop("environment_s") > 0
+        (episode,) = store.episodes.newest(None, None)
+        assert episode.split == "eval"
+        assert row == {
+            "episode": episode.id,
+            "task": "e-1",
+            "split": "eval",
+            "status": "done",
+            "outcome": 1.0,
+            "calls": 2,
+            "reason": None,
+        }
+
+    both(test, store, tmp_path)
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("sent", "code", "status"),
+    [
+        (signal.SIGTERM, 143, EpisodeStatus.ABORTED),
+        (signal.SIGINT, 130, EpisodeStatus.ABORTED),
+        (signal.SIGKILL, -9, None),
+    ],
+)
+def test_a_stopped_run_aborts_its_episodes_and_a_killed_one_leaves_them_open(
+    store: Store, tmp_path: Path, sent: signal.Signals, code: int, status: EpisodeStatus | None
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        name = f"marked-{sent.name}"
+        engine.script = says(f"exec -a {name} sleep 25")[0]
+        process = await start(p, tmp_path, "--group-size", "2", "--deadline", "30")
+        await until(lambda: running(name) == 2)
+        process.send_signal(sent)
+        await process.communicate()
+        assert process.returncode == code
+        await until(lambda: running(name) == 0)
+        found = store.episodes.newest(None, None)
+        assert [one.status for one in found] == [status] * 2
+        assert all(one.deadline_s for one in found)
+
+    both(test, store, tmp_path)
+
+
+@needs_bubblewrap
+def test_a_killed_run_goes_on(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        arguments = ("--run", "night", "--group-size", "3", "--parallel", "1")
+        engine.queue += says("submit", "exec -a marked-night sleep 25")
+        process = await start(p, tmp_path, *arguments)
+        await until(lambda: running("marked-night") == 1)
+        process.kill()
+        await process.communicate()
+        engine.queue += says("submit")
+        process = await start(p, tmp_path, *arguments)
+        out, _ = await process.communicate()
+        assert [line.split()[0] for line in out.decode().splitlines()[:-2]] == ["night-0-2"]
+        found = {one.id: one.status for one in store.episodes.newest(None, None)}
+        assert found == {"night-0-0": "done", "night-0-1": "aborted", "night-0-2": "done"}
+
+    both(test, store, tmp_path)
+
+
+def test_the_environment_of_the_document_is_played(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        _, module = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+        (tmp_path / "guesses.py").write_text(module)
+        engine.queue += [Script(("4",)), Script(("7", "\n"))]
+        config = configured(tmp_path, int(p.url.rpartition(":")[2]))
+        tasks = tmp_path / "numbers.jsonl"
+        tasks.write_text('{"id": "n-1", "split": "eval", "number": 7}')
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "nextstate", "rollout", "guesses:create", "--eval"),
+            *("--config", str(config), "--tasks", str(tasks)),
+            stdout=subprocess.PIPE,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        )
+        out, _ = await process.communicate()
+        assert "n-1  done  outcome 1  2 calls\n" in out.decode()
+        (episode,) = store.episodes.newest(None, None)
+        assert (episode.environment, episode.outcome) == ("guesses", 1.0)
+
+    both(test, store, tmp_path)
+
+
+@needs_bubblewrap
+def test_the_task_of_the_document_can_be_solved(tmp_path: Path) -> None:
+    (line,) = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "tasks.jsonl").write_text(line)
+    (task,) = read_tasks(tmp_path / "tasks.jsonl", "terminal", TerminalKind().check_task)
+    _, scored = play("```bash\nwc -l < a.txt > n.txt\n```", **task.fields)
+    assert scored.outcome == 1.0
+
+
+def running(name: str) -> int:
+    """How many processes have this name as their first argument."""
+    count = 0
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            count += (folder / "cmdline").read_bytes().startswith(name.encode())
+        except OSError:
+            continue
+    return count
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["none", "--tasks", "tasks.jsonl"], "there is no plugin 'none' in plugins/environments/"),
+        (["terminal", "--tasks", "none.jsonl"], "--tasks none.jsonl: No such file or directory"),
+        (["terminal", "--tasks", "x.jsonl", "--eval"], "none of its 1 tasks is for eval"),
+        (["terminal", "--tasks", "bad.jsonl"], "bad.jsonl, line 1: check is missing"),
+        (["terminal", "--tasks", "tasks.jsonl", "--parallel", "0"], "numbers of at least 1"),
+        (["terminal", "--tasks", "tasks.jsonl", "--parallel", "999"], "--parallel up to 256"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    config = configured(tmp_path)
+    line = json.dumps({"id": "t-1", "split": "train", **COUNT})
+    (tmp_path / "x.jsonl").write_text(line)
+    (tmp_path / "bad.jsonl").write_text('{"id": "b", "instruction": "go"}')
+    monkeypatch.chdir(tmp_path)
+    assert main(["rollout", "--config", str(config), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+@needs_bubblewrap
+def test_a_proxy_that_is_away_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = str(tmp_path / "tasks.jsonl")
+    config = str(configured(tmp_path))
+    assert main(["rollout", "terminal", "--tasks", tasks, "--config", config]) == 2
+    assert "no answer from the proxy at http://127.0.0.1:1/v1" in capsys.readouterr().err
