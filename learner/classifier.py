@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import ModuleList
 from torch.nn.functional import nll_loss
 
 from learner.config import LearnerConfig
@@ -94,24 +95,36 @@ class WordClassifier:
             for group in torch.randperm(len(examples), generator=order).split(BATCH)
         ]
         losses: list[float] = []
-        for step, places in enumerate(chosen):
-            trainer.model.train()
-            trainer.rate = RATE * (1 - step / len(chosen))
-            loss = 0.0
-            for group in self._passes(places, [example.prompt_ids for example in examples]):
-                values = self._words([examples[place].prompt_ids for place in group])
-                labels = torch.tensor([examples[place].label for place in group])
-                part = nll_loss(values, labels.to(values.device), reduction="sum") / len(places)
-                trainer.accelerator.backward(part)
-                loss += float(part.detach())
-                done(len(group))
-            trainer.optimizer_step()
-            losses.append(loss)
-            if not loss < float("inf"):
-                raise LearnerError(
-                    f"the judge's loss is {loss} at step {step + 1}: nothing is kept"
-                )
+        with _upper_layers_only(trainer.policy):
+            for step, places in enumerate(chosen):
+                losses.append(self._step(examples, places, 1 - step / len(chosen), done))
+                if not losses[-1] < float("inf"):
+                    raise LearnerError(
+                        f"the judge's loss is {losses[-1]} at step {step + 1}: nothing is kept"
+                    )
         return losses
+
+    def _step(
+        self,
+        examples: Sequence[Example],
+        places: Sequence[int],
+        left: float,
+        done: Callable[[int], object],
+    ) -> float:
+        """One step of the optimizer on the examples at `places`; returns their loss."""
+        trainer = self.trainer
+        trainer.model.train()
+        trainer.rate = RATE * left
+        loss = 0.0
+        for group in self._passes(places, [example.prompt_ids for example in examples]):
+            values = self._words([examples[place].prompt_ids for place in group])
+            labels = torch.tensor([examples[place].label for place in group])
+            part = nll_loss(values, labels.to(values.device), reduction="sum") / len(places)
+            trainer.accelerator.backward(part)
+            loss += float(part.detach())
+            done(len(group))
+        trainer.optimizer_step()
+        return loss
 
     def _passes(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         lengths = [len(prompts[place]) for place in places]
@@ -148,6 +161,27 @@ def within_memory() -> Generator[None]:
             f"the judge's training did not fit: {str(error).split('. ')[0]}; end `nextstate up` "
             'meanwhile, or set [learner] device = "cpu"'
         ) from error
+
+
+@contextmanager
+def _upper_layers_only(policy: Any) -> Generator[None]:
+    """Ends the gradient below the upper third of the layers; the adapter's lower part stays.
+
+    What a prompt means stands in the middle of a model (benchmarks/results/judge.md), and a step
+    costs less than half.
+    """
+    count = policy.config.get_text_config().num_hidden_layers
+    backbone = policy.get_base_model().base_model
+    (layers,) = (m for m in backbone.modules() if isinstance(m, ModuleList) and len(m) == count)
+
+    def detached(_: object, given: tuple[Any, ...], more: Any) -> tuple[tuple[Any, ...], Any]:
+        return tuple(one.detach() if isinstance(one, Tensor) else one for one in given), more
+
+    handle = layers[count * 2 // 3].register_forward_pre_hook(detached, with_kwargs=True)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _beginnings(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:
