@@ -2,7 +2,7 @@
 
 Only the upper layers' adapters are trained (`learner/classifier.py`), so what enters them stays the
 same. It is computed without the adapter and without a gradient, and kept for the next time. Then
-a step costs the upper layers alone: of 30 layers 8, forwards and backwards.
+a step costs the upper layers alone: of 30 layers 4, forwards and backwards.
 
 What is kept takes H numbers of the model's precision a token: 0.2 MB for a prompt of 100 tokens
 where H = 576 in float32, 0.8 MB where H = 4096 in bfloat16. It lies in the CPU's memory, at most
@@ -23,7 +23,7 @@ from learner.tensors import PAD_ID, pad_right
 from learner.trainer import PolicyTrainer
 from learner.trl_grpo import use_adapter
 
-UPPER = 8
+UPPER = 4
 """Layers that are trained. A model that has no more is trained as a whole."""
 KEPT_BYTES = 2 * 10**9
 
