@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from learner.classifier import Example, WordClassifier
 from learner.trainer import PolicyTrainer, build_trainer
 from learner.upper_layers import UPPER, UpperLayers
 from tests.learner.test_tiny_model import CONFIG, VOCABULARY, save_tiny_model
@@ -89,6 +90,23 @@ def test_only_the_upper_layers_get_a_gradient(build: Build) -> None:
     assert taught == set(range(LAYERS - UPPER, LAYERS))
     layers = trainer.policy.get_base_model().base_model.layers
     assert not any("forward" in vars(layer) for layer in layers)  # as they were
+
+
+def test_a_classifier_learns_in_them_and_leaves_the_layers_below_as_they_were(build: Build) -> None:
+    trainer = build("llama")
+    classifier = WordClassifier(trainer, ["w40", "w50"])
+    before = trainer.weights.copy()
+    examples = [Example(prompt, place % 2) for place, prompt in enumerate(PROMPTS)] * 8
+    losses = classifier.fit(examples, 40, lambda _: None)
+    assert losses[-1] < losses[0] / 2
+    found = classifier.logprobs(PROMPTS, lambda _: None)
+    assert [max(range(2), key=values.__getitem__) for values in found] == [0, 1, 0]
+    changed = {
+        int(name.split(".layers.")[1].split(".")[0])
+        for name, weight in trainer.weights.copy().items()
+        if not torch.equal(weight, before[name])
+    }
+    assert changed == set(range(LAYERS - UPPER, LAYERS))
 
 
 def test_what_enters_the_upper_layers_is_computed_once_and_kept_within_the_bound(
