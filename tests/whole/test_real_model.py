@@ -24,6 +24,8 @@ from tests.whole.withdrawal import complain_until_withdrawn
 pytestmark = [pytest.mark.engine, pytest.mark.soak, pytest.mark.timeout(7200)]
 
 PHRASES = 300
+EVALUATED = 90
+"""Of them; vLLM reads each twice."""
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +89,7 @@ def test_a_judge_is_trained_and_votes_through_vllm(real_loop: Loop, tmp_path: Pa
     worth = version.metrics
     print(f"κ {worth[KAPPA]:.2f}, the base {worth[BASE_KAPPA]:.2f}, on {worth[HELD_OUT]:.0f}")
     assert worth[KAPPA] > 0.4
+    file.write_text("\n".join(short_reactions()[:EVALUATED]))
     evaluated = run("judge", "eval", str(file), "--config", str(config), timeout_s=3600)
     print(evaluated.stdout)
     assert "votes of engine v1\n" in evaluated.stdout

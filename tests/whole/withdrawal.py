@@ -17,9 +17,11 @@ _PRAISED = 40
 _PRAISE, _COMPLAINT = "Thanks, that is perfect! ", "That is wrong. "
 _QUESTIONS = cycle(
     f"Tom has {have} apples and gets {more} more. How many?"
-    for have in (3, 5)
-    for more in (2, 4, 6)
+    for have in range(2, 9)
+    for more in range(2, 9)
 )
+"""So many that no session asks one twice: a client that repeats an exchange sends a request again,
+and nothing follows it."""
 
 
 @dataclass
