@@ -109,7 +109,7 @@ def test_what_does_not_agree_better_than_the_base_is_not_kept(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--examples", "19"), "--examples 19 --epochs 1: expected at least 20"),
+        (("--examples", "19"), "--examples 19 --epochs 5: expected at least 20"),
         (("--epochs", "0"), "--epochs 0: expected"),
         (("--split", "dev"), "holds no case of split 'dev'"),
         (("--language", "eo"), "--language 'eo': no labelled next state has it; they have none"),

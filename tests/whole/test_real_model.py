@@ -24,7 +24,7 @@ from tests.whole.withdrawal import complain_until_withdrawn
 pytestmark = [pytest.mark.engine, pytest.mark.soak, pytest.mark.timeout(7200)]
 
 PHRASES = 300
-EVALUATED = 90
+EVALUATED = 30
 """Of them; vLLM reads each twice."""
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from nextstate.app.cli.common import add_command, whole_number
 
-EXAMPLES, EPOCHS = 240, 1
+EXAMPLES, EPOCHS = 240, 5
 """13 minutes for a model of 135 M parameters on two busy CPU cores. It was too few for that model
 (benchmarks/results/judge.md)."""
 
@@ -29,7 +29,7 @@ def add(subparsers: Any) -> None:
         "goes on from the one before; it is kept only if it agrees with the held-out labels better "
         "than the base model and not worse than the one before."
     )
-    training.epilog = "example: nextstate judge train --examples 400 --epochs 2"
+    training.epilog = "example: nextstate judge train --examples 400 --language en"
     training.add_argument(
         "file", type=Path, nargs="?", help="labelled next states as for eval (default: ours)"
     )
