@@ -10,8 +10,7 @@ from typing import Any
 from nextstate.app.cli.common import add_command, whole_number
 
 EXAMPLES, EPOCHS = 240, 5
-"""13 minutes for a model of 135 M parameters on two busy CPU cores. It was too few for that model
-(benchmarks/results/judge.md)."""
+"""Enough for a model of 135 M parameters and short reactions (benchmarks/results/judge.md)."""
 
 
 def add(subparsers: Any) -> None:
