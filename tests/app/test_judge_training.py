@@ -85,7 +85,7 @@ def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
     assert len(shown) == 1
     assert "engine v1 votes, trained on 80 labelled next states, 0 of them yours: κ " in shown[0]
 
-    assert train(config, "--examples", "60") == 0  # goes on from the first
+    assert train(config, "--examples", "60", "--epochs", "1") == 0  # goes on from the first
     assert [v.parent for v in judge_versions(settings)] == [None, 1]
     assert ", v1 " in capsys.readouterr().out
 
