@@ -1,4 +1,5 @@
 """The upper layers alone, on models of several families, random and tiny."""
+# pyright: basic
 
 from __future__ import annotations
 
