@@ -13,7 +13,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,15 +21,19 @@ from torch.nn.functional import nll_loss
 
 from learner.config import LearnerConfig
 from learner.divergence import head_logits
-from learner.tensors import PAD_ID, fill_passes, pad_right
+from learner.tensors import fill_passes
 from learner.trainer import PolicyTrainer, build_trainer
 from learner.trl_grpo import use_adapter
+from learner.upper_layers import UpperLayers
 from nextstate.errors import LearnerError
 from nextstate.records import Json
 
-BATCH = 16
+_Item = TypeVar("_Item")
+_Reader = Callable[[Sequence[Sequence[int]]], Tensor]
+"""Gives the last states (B, L, H) of B prompts, padded on the right."""
+BATCH = 8
 """Prompts of one optimizer step."""
-RATE = 1e-3
+RATE = 2e-3
 """AdamW's first rate; it falls to 0."""
 
 
@@ -50,6 +54,7 @@ class WordClassifier:
         self.trainer = trainer
         self._tokenizer: Any = trainer.processing_class
         self._beginnings = _beginnings(self._tokenizer, words)
+        self._upper = UpperLayers(trainer)
 
     def render(self, messages: Sequence[Json]) -> tuple[int, ...]:
         """The prompt's token ids as the engine renders them."""
@@ -73,8 +78,9 @@ class WordClassifier:
         self.trainer.model.eval()
         found: dict[int, list[float]] = {}
         with use_adapter(self.trainer.policy, None) if base else nullcontext():
+            read = self._reader(prompts)
             for group in self._passes(range(len(prompts)), prompts):
-                values = self._words([prompts[place] for place in group])
+                values = self._words([prompts[place] for place in group], read)
                 found |= dict(zip(group, values.tolist(), strict=True))
                 done(len(group))
         return [found[place] for place in range(len(prompts))]
@@ -84,7 +90,8 @@ class WordClassifier:
     ) -> list[float]:
         """Trains on the examples `epochs` times, in another order each time.
 
-        Returns each step's loss in nats. Raises LearnerError if it is not a number.
+        The upper layers learn, if they can be run alone; otherwise all. Returns each step's loss in
+        nats. Raises LearnerError if it is not a number.
         """
         trainer = self.trainer
         order = torch.Generator().manual_seed(trainer.config.seed)
@@ -93,35 +100,52 @@ class WordClassifier:
             for _ in range(epochs)
             for group in torch.randperm(len(examples), generator=order).split(BATCH)
         ]
+        trainer.model.train()
+        read = self._reader([example.prompt_ids for example in examples])
+        if read == self._upper.read:
+            # The activations of these few layers take less memory than an update of the policy.
+            trainer.policy.gradient_checkpointing_disable()
         losses: list[float] = []
         for step, places in enumerate(chosen):
-            trainer.model.train()
             trainer.rate = RATE * (1 - step / len(chosen))
-            loss = 0.0
-            for group in self._passes(places, [example.prompt_ids for example in examples]):
-                values = self._words([examples[place].prompt_ids for place in group])
-                labels = torch.tensor([examples[place].label for place in group])
-                part = nll_loss(values, labels.to(values.device), reduction="sum") / len(places)
-                trainer.accelerator.backward(part)
-                loss += float(part.detach())
-                done(len(group))
-            trainer.optimizer_step()
-            losses.append(loss)
-            if not loss < float("inf"):
+            losses.append(self._step([examples[place] for place in places], read, done))
+            if not losses[-1] < float("inf"):
                 raise LearnerError(
-                    f"the judge's loss is {loss} at step {step + 1}: nothing is kept"
+                    f"the judge's loss is {losses[-1]} at step {step + 1}: nothing is kept"
                 )
         return losses
 
-    def _passes(self, places: Sequence[int], prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        lengths = [len(prompts[place]) for place in places]
-        return fill_passes(places, lengths, self.trainer.config.micro_batch_tokens)
+    def _step(
+        self, examples: Sequence[Example], read: _Reader, done: Callable[[int], object]
+    ) -> float:
+        """One step of the optimizer; returns its loss."""
+        loss = 0.0
+        for group in self._passes(examples, [example.prompt_ids for example in examples]):
+            values = self._words([example.prompt_ids for example in group], read)
+            labels = torch.tensor([example.label for example in group], device=values.device)
+            part = nll_loss(values, labels, reduction="sum") / len(examples)
+            self.trainer.accelerator.backward(part)
+            loss += float(part.detach())
+            done(len(group))
+        self.trainer.optimizer_step()
+        return loss
 
-    def _words(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+    def _reader(self, prompts: Sequence[Sequence[int]]) -> _Reader:
+        """How the prompts are read: by the upper layers if these suffice."""
+        suffice = bool(prompts) and self._upper.suffice(prompts[0])
+        return self._upper.read if suffice else self._upper.read_whole
+
+    def _passes(
+        self, items: Sequence[_Item], prompts: Sequence[Sequence[int]]
+    ) -> list[list[_Item]]:
+        lengths = [len(prompt) for prompt in prompts]
+        return fill_passes(items, lengths, self.trainer.config.micro_batch_tokens)
+
+    def _words(self, prompts: Sequence[Sequence[int]], read: _Reader) -> Tensor:
         """Log-probs (B, C) of the words after B prompts."""
-        ids, mask = (part.to(self.trainer.args.device) for part in pad_right(prompts, PAD_ID))
-        states = self.trainer.read(ids, mask).last_hidden_state
-        last = states[torch.arange(len(prompts), device=ids.device), mask.sum(-1) - 1]
+        states = read(prompts)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=states.device)
+        last = states[torch.arange(len(prompts), device=states.device), ends]
         head = self.trainer.head
         values: list[Tensor] = []
         for tokens in self._beginnings:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from judge.evaluation import Case, read_cases
+from judge.evaluation import Case
 from judge.evidence import bounded, build_evidence
 from learner.config import LearnerConfig
 from nextstate.agreement import agreement
@@ -79,9 +79,9 @@ class Labelled:
 
 
 def train_judge(
-    settings: Settings, file: Path, split: str | None, examples: int, epochs: int, told: Progress
+    settings: Settings, given: Sequence[Case], examples: int, epochs: int, told: Progress
 ) -> str:
-    """Trains, checks and keeps a version; returns what it is worth.
+    """Trains on `given` and the person's own, checks and keeps a version; says what it is worth.
 
     Raises LearnerError if it is not kept, and ConfigError or StartError for what a person must fix.
     """
@@ -89,8 +89,8 @@ def train_judge(
     make_folder(judge_folder(settings))
     taken = "a judge is being trained"
     with ProcessLock(judge_folder(settings) / "lock", taken, "wait for it, or end it"):
-        labelled = chosen(own_cases(settings, examples), read_cases(file, split), examples,
-                          newest_number(settings))  # fmt: skip
+        own, seed = own_cases(settings, examples), newest_number(settings)
+        labelled = chosen(own, given, examples, seed)
         return _trained(settings, labelled, epochs, told)
 
 

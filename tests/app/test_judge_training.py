@@ -68,7 +68,10 @@ def train(config: Path, *more: str) -> int:
 def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert train(config, "--examples", "100", "--epochs", "8") == 0
+    spoken = [{**case, "language": "en"} for case in toy_cases(120)]
+    wrong = [{**case, "language": "de", "label": -case["label"]} for case in toy_cases(120)]
+    (config.parent / "cases.jsonl").write_text("\n".join(map(json.dumps, wrong + spoken)))
+    assert train(config, "--examples", "100", "--epochs", "8", "--language", "en") == 0
     settings = Settings.read(config)
     (first,) = judge_versions(settings)
     assert (first.number, first.parent, first.path) == (1, None, str(judge_path(settings, 1)))
@@ -82,7 +85,7 @@ def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
     assert len(shown) == 1
     assert "engine v1 votes, trained on 80 labelled next states, 0 of them yours: κ " in shown[0]
 
-    assert train(config, "--examples", "60") == 0  # goes on from the first
+    assert train(config, "--examples", "60", "--epochs", "1") == 0  # goes on from the first
     assert [v.parent for v in judge_versions(settings)] == [None, 1]
     assert ", v1 " in capsys.readouterr().out
 
@@ -106,9 +109,10 @@ def test_what_does_not_agree_better_than_the_base_is_not_kept(
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--examples", "19"), "--examples 19 --epochs 1: expected at least 20"),
+        (("--examples", "19"), "--examples 19 --epochs 5: expected at least 20"),
         (("--epochs", "0"), "--epochs 0: expected"),
         (("--split", "dev"), "holds no case of split 'dev'"),
+        (("--language", "eo"), "--language 'eo': no labelled next state has it; they have none"),
     ],
 )
 def test_what_cannot_be_trained_on_is_refused_before_the_model_is_read(

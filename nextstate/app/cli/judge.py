@@ -9,9 +9,8 @@ from typing import Any
 
 from nextstate.app.cli.common import add_command, whole_number
 
-EXAMPLES, EPOCHS = 240, 1
-"""13 minutes for a model of 135 M parameters on two busy CPU cores. It was too few for that model
-(benchmarks/results/judge.md)."""
+EXAMPLES, EPOCHS = 240, 5
+"""Enough for a model of 135 M parameters and short reactions (benchmarks/results/judge.md)."""
 
 
 def add(subparsers: Any) -> None:
@@ -29,12 +28,18 @@ def add(subparsers: Any) -> None:
         "goes on from the one before; it is kept only if it agrees with the held-out labels better "
         "than the base model and not worse than the one before."
     )
-    training.epilog = "example: nextstate judge train --examples 400 --epochs 2"
+    training.epilog = "example: nextstate judge train --examples 400 --language en"
     training.add_argument(
         "file", type=Path, nargs="?", help="labelled next states as for eval (default: ours)"
     )
     training.add_argument(
         "--split", help="only the cases of this split (default: dev of our file, all of yours)"
+    )
+    training.add_argument(
+        "--language",
+        metavar="NAME",
+        help="only the cases of this language, as en: a model learns nothing from one that it does "
+        "not speak (default: all)",
     )
     number = whole_number
     text = f"use at most N next states, yours first (default: {EXAMPLES})"
@@ -65,7 +70,7 @@ def run_train(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
 
-    from judge.evaluation import LABELLED
+    from judge.evaluation import LABELLED, read_cases
     from nextstate.app.judge_training import MIN_EXAMPLES, train_judge
     from nextstate.app.settings import Settings
     from nextstate.errors import ConfigError
@@ -77,6 +82,15 @@ def run_train(args: argparse.Namespace) -> int:
         )
     settings = Settings.read(args.config)
     split = args.split or ("dev" if args.file is None else None)
+    given = read_cases(args.file or LABELLED, split)
+    if args.language is not None:
+        languages = {case.groups.get("language", "none") for case in given}
+        given = [case for case in given if case.groups.get("language") == args.language]
+        if not given:
+            raise ConfigError(
+                f"--language {args.language!r}: no labelled next state has it; they have "
+                f"{', '.join(sorted(languages))}"
+            )
     columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         bars: dict[str, Any] = {}
@@ -86,7 +100,7 @@ def run_train(args: argparse.Namespace) -> int:
                 bars[what] = progress.add_task(what, total=of)
             progress.update(bars[what], completed=read)
 
-        text = train_judge(settings, args.file or LABELLED, split, args.examples, args.epochs, told)
+        text = train_judge(settings, given, args.examples, args.epochs, told)
     print(text)
     if not settings.judge.uses_base:
         print('it votes once [judge] kind has "engine", and model and base_url are empty')
