@@ -22,8 +22,9 @@ from nextstate.episodes import (
     is_label,
 )
 from nextstate.errors import NoEpisodeError, RecordError
-from nextstate.records import Json, Turn, new_id
+from nextstate.records import Json, new_id
 from nextstate.store import Store
+from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
 from proxy.bodies import read_body
@@ -219,8 +220,7 @@ class EpisodeRoutes:
         """`GET …/trace`: the turns whose tokens are known, as OpenEnv's TrainingTrace v1."""
         ids = await self._turns(name, request)
         turns = [await in_store(self._store.turns.get, turn) for turn in ids]
-        known = [turn for turn in turns if turn and turn.prompt_ids and turn.behaviour_logprobs]
-        return web.json_response({"schema_version": 1, "turns": [_traced(turn) for turn in known]})
+        return web.json_response(training_trace(turns))
 
     async def _turns(self, name: str, request: web.Request) -> list[str]:
         """The turns of an episode that the caller may see, once all replies are recorded."""
@@ -314,21 +314,3 @@ def _reward(episode: str, body: object, turns: Sequence[str]) -> Reward:
         raise NoEpisodeError(f"episode {episode!r} has no turn {turn!r:.80}")
     name = given.get("name", kind.value)
     return Reward(episode, name, kind, given["value"], turn, given.get("source"))
-
-
-def _traced(turn: Turn) -> Json:
-    """One turn of a trace. The mask covers prompt and completion; 0: it does not train."""
-    prompt, completion = turn.prompt_ids or (), turn.completion_ids or ()
-    return {
-        "node_id": turn.id,
-        "prompt_token_ids": prompt,
-        "completion_token_ids": completion,
-        "per_token_logps": turn.behaviour_logprobs,
-        "loss_mask": [0] * len(prompt) + [int(turn.trainable)] * len(completion),
-        "metadata": {
-            "step": turn.step,
-            "policy_version": turn.policy_version,
-            "finish_reason": turn.finish_reason,
-            "untrainable": turn.untrainable,
-        },
-    }

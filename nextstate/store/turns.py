@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
+from nextstate.episodes import Split
 from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind
 from nextstate.store import schema as t
 from nextstate.store import texts
@@ -14,6 +15,18 @@ from nextstate.store.database import Database, queries
 from nextstate.store.packing import join_runs, unpack_floats, unpack_ids
 from nextstate.store.texts import hashes
 from nextstate.wire import read_json
+
+
+class Exported(NamedTuple):
+    """A turn on its way out of the store."""
+
+    position: int
+    id: str
+    parent: str | None
+    request: bytes
+    """Equal for requests with the same messages and tools."""
+    score: int | None
+    """What a person or the judge's votes said; None without a verdict."""
 
 
 @queries
@@ -45,6 +58,39 @@ class Turns:
         kept = sa.select(t.turns.c.id).where(t.turns.c.replaced_by.is_(None))
         with self._database.read() as connection:
             return list(connection.execute(kept.order_by(order).limit(limit)).scalars())
+
+    def after(self, position: int, limit: int, lineage: str | None = None) -> list[Exported]:
+        """The next main turns in the order of recording; begin with position 0.
+
+        Without cut turns that a retry replaced, and without those of held-out episodes.
+        """
+        c, v, e = t.turns.c, t.verdicts.c, t.episodes.c
+        held_out = sa.exists().where(e.id == c.episode, e.split == Split.EVAL)
+        query = (
+            sa.select(c.seq, c.id, c.parent, c.messages, c.tools, v.score)
+            .outerjoin(t.verdicts, v.turn == c.id)
+            .where(c.seq > position, c.kind == TurnKind.MAIN, c.replaced_by.is_(None), ~held_out)
+            .order_by(c.seq)
+            .limit(limit)
+        )
+        if lineage is not None:
+            query = query.where(c.lineage == lineage)
+        with self._database.read() as connection:
+            return [
+                Exported(
+                    row.seq,
+                    row.id,
+                    row.parent,
+                    texts.content_hash(row.messages + (row.tools or b"")),
+                    row.score,
+                )
+                for row in connection.execute(query)
+            ]
+
+    def last(self) -> int:
+        """The position of the newest turn; 0 without any."""
+        with self._database.read() as connection:
+            return connection.execute(sa.select(sa.func.max(t.turns.c.seq))).scalar() or 0
 
     def newest(self, names: Sequence[str], lineages: Sequence[str] | None = None) -> str | None:
         """The newest main turn of the sessions that have one of `names`; None without any.

@@ -18,6 +18,7 @@ from nextstate.app.cli import (
     demo,
     doctor,
     episodes,
+    export,
     feedback,
     judge,
     learner,
@@ -48,6 +49,7 @@ _COMMANDS = (
     rollback,
     resume,
     feedback,
+    export,
     doctor,
 )
 """In the order in which `nextstate --help` lists them."""
@@ -62,6 +64,7 @@ examples:
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate versions 3                  what version 3 was made from, and how it was checked
   nextstate rollback 3                  serve version 3 again
+  nextstate export kto --out kto.jsonl  the judged turns as a dataset for TRL
   nextstate demo                        watch a small policy learn from two minutes of talk
 """
 

@@ -1,0 +1,104 @@
+"""`nextstate export`: recorded turns as datasets, and versions as adapters or whole models."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nextstate.app.cli.common import add_command, find_version, whole_number
+
+if TYPE_CHECKING:
+    from nextstate.app.settings import Settings
+
+_ADAPTER = "adapter"
+_EPILOG = """\
+what:
+  sft      praised turns as conversations               {messages}
+  kto      praised and blamed turns                     {prompt, completion, label}
+  dpo      a praised beside a blamed reply to one request, or to one that its user
+           had to correct                               {prompt, chosen, rejected}
+  prompts  each different request once                  {prompt}
+  traces   token ids, log-probs and masks: OpenEnv's TrainingTrace, an episode a row
+  turns    whole turns with verdicts and feedback, as JSON lines only
+  adapter  one policy version, for PEFT or vLLM; with --merged a whole model
+
+Turns of held-out episodes and side turns are left out. TRL's trainers read the first four as they
+are: datasets.load_dataset("json", data_files="kto.jsonl"), or "parquet".
+
+examples:
+  nextstate export kto --out kto.jsonl
+  nextstate export dpo --out pairs.parquet --lineage work
+  nextstate export adapter --version 3 --out my-adapter
+  nextstate export adapter --version 3 --out my-model --merged
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "export", run, "write datasets, adapters or whole models")
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = ("sft", "kto", "dpo", "prompts", "traces", "turns", _ADAPTER)
+    parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
+    text = "a new file that ends in .jsonl or .parquet; for an adapter a new folder"
+    parser.add_argument("--out", type=Path, required=True, metavar="PATH", help=text)
+    text = "only turns of this lineage; for an adapter its own (default: all, and main)"
+    parser.add_argument("--lineage", metavar="NAME", help=text)
+    text = "the policy version of an adapter"
+    parser.add_argument("--version", type=whole_number, metavar="N", help=text)
+    text = "merge the adapter into the base model, which [engine] model names"
+    parser.add_argument("--merged", action="store_true", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nextstate.app.export_files import check_target
+    from nextstate.app.settings import Settings
+
+    settings = Settings.read(args.config)
+    check_target(args.out)
+    (_export_adapter if args.what == _ADAPTER else _export_turns)(settings, args)
+    return 0
+
+
+def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nextstate.app.export_files import LINES, PARQUET, write_rows
+    from nextstate.app.exports import FORMATS, stored
+    from nextstate.errors import StartError
+    from nextstate.store import Store
+
+    format_ = FORMATS[args.what]
+    suffixes = (LINES,) if format_.columns is None else (LINES, PARQUET)
+    if args.out.suffix not in suffixes:
+        raise StartError(f"--out {args.out}: expected a name that ends in {' or '.join(suffixes)}")
+    if args.version is not None or args.merged:
+        raise StartError("--version and --merged are for `nextstate export adapter` only")
+    store = Store(settings.store)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task(args.what, total=store.turns.last())
+        source = stored(store, args.lineage, lambda at: progress.update(bar, completed=at))
+        count = write_rows(args.out, format_.rows(store, source), format_.columns)
+    print(f"{args.out}: {count} rows")
+    if not count and args.what in ("sft", "kto", "dpo"):
+        print("they are made of judged turns: `nextstate status` says how many there are")
+
+
+def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:
+    from nextstate.app.export_files import copy_adapter, write_merged
+    from nextstate.errors import StartError
+    from nextstate.store import Store
+
+    if args.version is None:
+        raise StartError("--version is missing: `nextstate versions` lists them")
+    version = find_version(Store(settings.store), args.lineage or "main", args.version)
+    folder = None if version.path is None else Path(version.path)
+    if folder is None or not folder.is_dir():
+        why = "it was deleted to make room" if version.sha256 else "it is the base model itself"
+        raise StartError(f"version {version.number} has no adapter: {why}")
+    if args.merged:
+        write_merged(settings.engine.model, folder, args.out)
+    else:
+        copy_adapter(folder, args.out)
+    print(f"{args.out}: version {version.number} of {version.lineage}")
