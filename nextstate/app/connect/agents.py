@@ -202,6 +202,7 @@ ENVIRONMENT_AGENTS = (
             "MSWEA_MODEL_NAME": f"openai/{target.model}",
             "MSWEA_CONFIGURED": "true",
             "MSWEA_COST_TRACKING": "ignore_errors",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it fetches a price list
         },
         "OPENAI_API_KEY",
     ),
