@@ -252,3 +252,21 @@ def test_a_settings_file_is_looked_for_where_the_agent_looks(
         monkeypatch.setenv(name, str(value))
         assert connect(home, agent, "--dry-run") == 0
         assert str(file) in capsys.readouterr().out
+
+
+def test_a_first_turn_that_is_refused_or_not_recorded_is_an_error(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=str(home / "proxy")))
+
+    async def run() -> None:
+        async with scripted_engine() as engine, running(engine.url, store, home, key=KEY) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            for url in (p.url, engine.url):  # without the proxy's key; no proxy at all
+                write_config(home, url)
+                assert await asyncio.to_thread(connect, home, "openclaw") == 2
+
+    asyncio.run(run())
+    refused, unrecorded = capsys.readouterr().err.splitlines()
+    assert "answered a first turn with 401: " in refused
+    assert "recorded no turn: see [privacy] record" in unrecorded
