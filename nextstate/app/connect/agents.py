@@ -1,0 +1,236 @@
+"""The agents that `nextstate connect` knows, each as what it must be told of the proxy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from nextstate.app.connect.json5_edit import Item, Step
+from nextstate.app.connect.target import PROVIDER, Target
+from nextstate.records import Json
+from nextstate.wire import obj
+
+Edit = tuple[tuple[Step, ...], object]
+"""A path in a settings file, and the value that it gets."""
+
+
+@dataclass(frozen=True, slots=True)
+class FileAgent:
+    """An agent with a settings file."""
+
+    name: str
+    language: Literal["json5", "toml"]
+    find: Callable[[Mapping[str, str], Path], Path]
+    """Its settings file, by the environment and the home folder."""
+    edits: Callable[[Target, Json], list[Edit]]
+    """What to set, by what its file holds now."""
+    needs: Callable[[Target], str | None] = lambda _: None
+    """What else a person must do; None if nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentAgent:
+    """An agent or library that reads environment variables."""
+
+    name: str
+    variables: Callable[[Target], dict[str, str]]
+    """Without its key's."""
+    key_variable: str
+    """The variable that it reads the key from."""
+    note: str = ""
+    """What its code or command line must name; `{model}` stands for the model."""
+
+
+def openclaw_needs(target: Target) -> str | None:
+    if target.context is None or target.context >= _OPENCLAW_CONTEXT:
+        return None
+    return (
+        f"the model's context has {target.context} tokens; OpenClaw's first request alone has 12 "
+        "to 20 thousand: serve a model with 32k or more ([engine] max_model_len)"
+    )
+
+
+def openclaw_file(env: Mapping[str, str], home: Path) -> Path:
+    if file := env.get("OPENCLAW_CONFIG_PATH"):
+        return Path(file)
+    own_home = Path(env.get("OPENCLAW_HOME") or home)
+    return Path(env.get("OPENCLAW_STATE_DIR") or own_home / ".openclaw") / "openclaw.json"
+
+
+def openclaw_edits(target: Target, found: Json) -> list[Edit]:
+    provider = ("models", "providers", PROVIDER)
+    model = (*provider, "models", Item(target.model))
+    reference = f"{PROVIDER}/{target.model}"
+    edits: list[Edit] = [
+        ((*provider, "baseUrl"), target.api),
+        ((*provider, "apiKey"), target.written_key),
+        ((*provider, "api"), "openai-completions"),
+        ((*model, "name"), f"{target.model}, learning"),
+    ]
+    if target.context:
+        edits.append(((*model, "contextWindow"), target.context))
+    # With these two OpenClaw names its sessions in each request.
+    edits.append(((*model, "compat", "supportsPromptCacheKey"), True))
+    edits.append(((*model, "compat", "sendSessionAffinityHeaders"), True))
+    defaults = _inner(found, "agents", "defaults")
+    chosen = ("agents", "defaults", "model")
+    plain = isinstance(defaults.get("model"), str)
+    edits.append((chosen if plain else (*chosen, "primary"), reference))
+    if _inner(defaults, "modelPolicy").get("allow"):  # an empty list allows every model
+        allow = ("agents", "defaults", "modelPolicy", "allow", Item(reference))
+        edits.append((allow, reference))
+    return edits
+
+
+def codex_edits(target: Target, found: Json) -> list[Edit]:
+    provider = ("model_providers", PROVIDER)
+    edits: list[Edit] = [
+        (("model",), target.model),
+        (("model_provider",), PROVIDER),
+        ((*provider, "name"), "NextState"),
+        ((*provider, "base_url"), target.api),
+        ((*provider, "wire_api"), "responses"),
+    ]
+    if target.context:
+        edits.insert(2, (("model_context_window",), target.context))
+    if target.key_variable:
+        edits.append(((*provider, "env_key"), target.key_variable))
+    return edits
+
+
+def qwen_edits(target: Target, found: Json) -> list[Edit]:
+    model = ("modelProviders", PROVIDER, Item(target.model))
+    key = target.key_variable or "NEXTSTATE_KEY"
+    edits: list[Edit] = [
+        # qwen-code would add its version itself to a new file, and the file could not be undone.
+        *([] if found else [(("$version",), _QWEN_VERSION)]),
+        (("providerProtocol", PROVIDER), "openai"),
+        ((*model, "name"), f"{target.model}, learning"),
+        ((*model, "baseUrl"), target.api),
+        ((*model, "envKey"), key),
+    ]
+    if target.context:
+        edits.append(((*model, "generationConfig", "contextWindowSize"), target.context))
+    edits.append((("env", key), target.written_key))
+    edits.append((("security", "auth", "selectedType"), "openai"))
+    edits.append((("model", "name"), target.model))
+    return edits
+
+
+def opencode_file(env: Mapping[str, str], home: Path) -> Path:
+    if file := env.get("OPENCODE_CONFIG"):
+        return Path(file)
+    folder = Path(env.get("XDG_CONFIG_HOME") or home / ".config") / "opencode"
+    commented = folder / "opencode.jsonc"
+    return commented if commented.exists() else folder / "opencode.json"
+
+
+def opencode_edits(target: Target, found: Json) -> list[Edit]:
+    provider = ("provider", PROVIDER)
+    model = (*provider, "models", target.model)
+    edits: list[Edit] = [
+        # opencode would add this itself, and the file could not be undone.
+        (("$schema",), found.get("$schema", "https://opencode.ai/config.json")),
+        ((*provider, "npm"), "@ai-sdk/openai-compatible"),
+        ((*provider, "name"), "NextState"),
+        ((*provider, "options", "baseURL"), target.api),
+        ((*provider, "options", "apiKey"), target.written_key),
+        ((*model, "name"), f"{target.model}, learning"),
+    ]
+    if target.context:
+        edits.append(((*model, "limit", "context"), target.context))
+        edits.append(((*model, "limit", "output"), target.context // 4))
+    edits.append((("model",), f"{PROVIDER}/{target.model}"))
+    return edits
+
+
+def _inner(data: Json, *path: str) -> Json:
+    """The object at the path; {} if there is none."""
+    for step in path:
+        data = obj(data.get(step))
+    return data
+
+
+def _openai(target: Target) -> dict[str, str]:
+    return {"OPENAI_BASE_URL": target.api}
+
+
+_LITELLM = "OPENAI_API_BASE"
+_OPENCLAW_CONTEXT = 32_000
+_QWEN_VERSION = 4
+
+FILE_AGENTS = (
+    FileAgent("openclaw", "json5", openclaw_file, openclaw_edits, openclaw_needs),
+    FileAgent(
+        "codex",
+        "toml",
+        lambda env, home: Path(env.get("CODEX_HOME") or home / ".codex") / "config.toml",
+        codex_edits,
+        lambda target: (
+            f"codex reads the key from ${target.key_variable}: export it in the shell that "
+            "starts codex"
+            if target.key_variable
+            else None
+        ),
+    ),
+    FileAgent("qwen-code", "json5", lambda _, home: home / ".qwen" / "settings.json", qwen_edits),
+    FileAgent("opencode", "json5", opencode_file, opencode_edits),
+)
+ENVIRONMENT_AGENTS = (
+    EnvironmentAgent(
+        "claude-code",
+        lambda target: {
+            "ANTHROPIC_BASE_URL": target.url,
+            "ANTHROPIC_MODEL": target.model,
+            "ANTHROPIC_DEFAULT_HAIKU_MODEL": target.model,
+            **({"CLAUDE_CODE_MAX_CONTEXT_TOKENS": str(target.context)} if target.context else {}),
+            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
+        },
+        "ANTHROPIC_API_KEY",
+    ),
+    EnvironmentAgent(
+        "aider",
+        lambda target: {_LITELLM: target.api, "AIDER_MODEL": f"openai/{target.model}"},
+        "OPENAI_API_KEY",
+    ),
+    EnvironmentAgent(
+        "mini-swe-agent",
+        lambda target: {
+            _LITELLM: target.api,
+            "MSWEA_MODEL_NAME": f"openai/{target.model}",
+            "MSWEA_CONFIGURED": "true",
+            "MSWEA_COST_TRACKING": "ignore_errors",
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # else it fetches a price list
+        },
+        "OPENAI_API_KEY",
+    ),
+    EnvironmentAgent(
+        "open-webui", lambda target: {"OPENAI_API_BASE_URL": target.api}, "OPENAI_API_KEY"
+    ),
+    EnvironmentAgent(
+        "langchain",
+        lambda target: {_LITELLM: target.api},
+        "OPENAI_API_KEY",
+        'ChatOpenAI(model="{model}")',
+    ),
+    EnvironmentAgent(
+        "openai-agents",
+        lambda target: {
+            **_openai(target),
+            "OPENAI_DEFAULT_MODEL": target.model,
+            # Traces would go to OpenAI with what was said.
+            "OPENAI_AGENTS_DISABLE_TRACING": "1",
+        },
+        "OPENAI_API_KEY",
+    ),
+    EnvironmentAgent("pydantic-ai", _openai, "OPENAI_API_KEY", 'Agent("openai-chat:{model}")'),
+    EnvironmentAgent(
+        "litellm",
+        lambda target: {_LITELLM: target.api},
+        "OPENAI_API_KEY",
+        'completion(model="openai/{model}", …)',
+    ),
+)
+AGENTS = (*FILE_AGENTS, *ENVIRONMENT_AGENTS)

@@ -1,0 +1,272 @@
+"""`nextstate connect` against a running proxy: what it writes, sends and says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from nextstate.app.cli import main
+from nextstate.app.cli.connect import AGENT_NAMES
+from nextstate.app.connect.agents import AGENTS, ENVIRONMENT_AGENTS, FILE_AGENTS
+from nextstate.config import StoreConfig
+from nextstate.engine.process import free_port
+from nextstate.records import TurnKind
+from nextstate.store import Store
+from tests.proxy.running_proxy import running
+from tests.scripted_engine import scripted_engine
+
+KEY = "a-key-of-mine"
+FILES = {
+    "openclaw": ".openclaw/openclaw.json",
+    "codex": ".codex/config.toml",
+    "qwen-code": ".qwen/settings.json",
+    "opencode": ".config/opencode/opencode.json",
+}
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty home folder, with a configuration of a proxy that is not up."""
+    for name in ("OPENCLAW_CONFIG_PATH", "OPENCLAW_HOME", "OPENCLAW_STATE_DIR", "CODEX_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("OPENCODE_CONFIG", "XDG_CONFIG_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NEXTSTATE_TEST_KEY", KEY)
+    write_config(tmp_path, f"http://127.0.0.1:{free_port()}")
+    return tmp_path
+
+
+def write_config(home: Path, url: str, more: str = "", engine: str = "") -> None:
+    port = url.rpartition(":")[2]
+    (home / "nextstate.toml").write_text(
+        f'[store]\ndir = "{home}/state"\n[engine]\nmodel = "base"\n{engine}\n'
+        f"[proxy]\nport = {port}\n{more}\n"
+    )
+
+
+def connect(home: Path, *arguments: str) -> int:
+    return main(["connect", *arguments, "--config", str(home / "nextstate.toml")])
+
+
+def through(home: Path, *arguments: str, key: str | None = None, context: int = 65_536) -> Store:
+    """Runs the command while a proxy is up; returns the proxy's store."""
+    store = Store(StoreConfig(dir=str(home / "proxy")))
+
+    async def run() -> None:
+        async with scripted_engine() as engine, running(engine.url, store, home, key=key) as p:
+            engine.context = context
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            more = 'api_key_env = "NEXTSTATE_TEST_KEY"' if key else ""
+            write_config(home, p.url, more)
+            assert await asyncio.to_thread(connect, home, *arguments) == 0
+
+    asyncio.run(run())
+    return store
+
+
+def test_the_command_knows_every_agent() -> None:
+    assert [agent.name for agent in AGENTS] == [*AGENT_NAMES]
+    assert {agent.name for agent in FILE_AGENTS} == {*FILES}
+
+
+@pytest.mark.parametrize("agent", FILES)
+def test_a_first_turn_arrives_and_does_not_train(
+    agent: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = through(home, agent)
+    said = re.search(r"a first turn arrived: (turn_\w+)", capsys.readouterr().out)
+    assert said is not None
+    turn = store.turns.get(said[1])
+    assert turn is not None
+    assert turn.kind is TurnKind.SIDE
+    assert "65536" in (home / FILES[agent]).read_text(), "the engine's context is in the settings"
+
+
+def test_openclaw_gets_provider_model_and_both_switches(home: Path) -> None:
+    file = home / FILES["openclaw"]
+    file.parent.mkdir()
+    file.write_text(
+        "// mine\n{\n  agents: { defaults: { model: 'a/b', modelPolicy: { allow: ['a/*'] } } },\n"
+        "  models: { providers: { other: { apiKey: 'k' } } }, // all\n}\n"
+    )
+    connect(home, "openclaw")
+    text = file.read_text()
+    assert text.startswith("// mine\n")
+    assert "}, // all\n" in text
+    assert 'model: "nextstate/base", modelPolicy: { allow: [\'a/*\', "nextstate/base"] }' in text
+    assert "other: { apiKey: 'k' }" in text
+    for switch in ("supportsPromptCacheKey", "sendSessionAffinityHeaders"):
+        assert f'"{switch}": true' in text
+
+
+@pytest.mark.parametrize("agent", FILES)
+def test_twice_changes_nothing_and_undo_restores_every_byte(
+    agent: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / FILES[agent]
+    file.parent.mkdir(parents=True)
+    before = b"# \xc3\xa9\r\n" if agent == "codex" else b"// \xc3\xa9\r\n{ }"
+    file.write_bytes(before)
+    connect(home, agent)
+    after = file.read_bytes()
+    capsys.readouterr()
+    connect(home, agent)
+    assert "names the proxy already" in capsys.readouterr().out
+    assert file.read_bytes() == after
+    assert connect(home, agent, "--undo") == 0
+    assert file.read_bytes() == before
+    assert [*file.parent.iterdir()] == [file]
+
+
+def test_a_dry_run_shows_the_change_and_writes_nothing(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for agent, file in FILES.items():
+        assert connect(home, agent, "--dry-run") == 0
+        said = capsys.readouterr().out
+        assert "+" in said
+        assert "/v1" in said
+        assert not (home / file).exists()
+        assert not (home / file).parent.exists()
+
+
+def test_the_key_is_written_and_not_shown(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    through(home, "openclaw", key=KEY)
+    assert f'"apiKey": "{KEY}"' in (home / FILES["openclaw"]).read_text()
+    assert (home / FILES["openclaw"]).stat().st_mode & 0o777 == 0o600
+    through(home, "qwen-code", key=KEY)
+    settings = json.loads((home / FILES["qwen-code"]).read_text())
+    assert settings["env"] == {"NEXTSTATE_TEST_KEY": KEY}
+    through(home, "codex", key=KEY)
+    provider = tomllib.loads((home / FILES["codex"]).read_text())["model_providers"]["nextstate"]
+    assert provider["env_key"] == "NEXTSTATE_TEST_KEY"
+    through(home, "claude-code", key=KEY)
+    shown = capsys.readouterr()
+    assert 'export ANTHROPIC_API_KEY="$NEXTSTATE_TEST_KEY"' in shown.out
+    assert KEY not in shown.out + shown.err
+
+
+def test_a_proxy_that_is_not_up_is_named_with_the_command_that_starts_it(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert connect(home, "openclaw") == 75
+    said = capsys.readouterr()
+    assert re.search(
+        r"no proxy listens at http://127\.0\.0\.1:\d+: start it with `nextstate up`", said.err
+    )
+    assert "context is not known" in said.out
+    assert (home / FILES["openclaw"]).exists()
+
+
+def test_without_a_proxy_the_context_is_the_configured_one(home: Path) -> None:
+    write_config(home, "http://127.0.0.1:1", engine="max_model_len = 40960")
+    assert connect(home, "opencode") == 75
+    found = json.loads((home / FILES["opencode"]).read_text())
+    model = found["provider"]["nextstate"]["models"]["base"]
+    assert model["limit"] == {"context": 40960, "output": 10240}
+
+
+def test_a_context_that_is_too_small_for_openclaw_is_said(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    through(home, "openclaw", context=4096)
+    assert "the model's context has 4096 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("agent", "text", "said"),
+    [
+        ("openclaw", '{\n  "a": 1\n  "b": 2\n}', "line 3, column 3: expected a comma or }"),
+        ("openclaw", "[]", "line 1, column 1: expected an object as the value of the whole file"),
+        ("qwen-code", '{"env": []}', "line 1, column 9: expected an object as the value of env"),
+        ("codex", "model = \n", "Invalid value"),
+        ("codex", "model_providers = {}\n", "is written in a way that cannot be changed here"),
+    ],
+)
+def test_an_unexpected_file_is_one_error_and_stays(
+    agent: str, text: str, said: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "elsewhere" / "settings"
+    file.parent.mkdir()
+    file.write_text(text)
+    assert connect(home, agent, "--file", str(file)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"nextstate: {file}: ")
+    assert said in line
+    assert "nothing was changed" in line
+    assert file.read_text() == text
+    assert [*file.parent.iterdir()] == [file]
+
+
+@pytest.mark.parametrize("agent", ENVIRONMENT_AGENTS, ids=lambda agent: agent.name)
+def test_the_lines_for_a_shell_name_proxy_and_key(
+    agent: object, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = getattr(agent, "name", "")
+    assert connect(home, name, "--dry-run") == 0
+    words = [shlex.split(line) for line in capsys.readouterr().out.splitlines()]
+    assert {word[0] for word in words} == {"export"}
+    variables = dict(word[1].split("=", 1) for word in words)
+    assert any(value.startswith("http://127.0.0.1:") for value in variables.values())
+    assert "unused" in variables.values()
+
+
+def test_an_agent_without_a_file_has_nothing_to_undo(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert connect(home, "claude-code", "--undo") == 2
+    assert "claude-code is connected by environment variables" in capsys.readouterr().err
+
+
+def test_a_lineage_has_its_own_model_and_key(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = '[lineages.alice]\nmodel = "alice"\napi_key_env = "NEXTSTATE_TEST_KEY"'
+    write_config(home, "http://127.0.0.1:1", more)
+    assert connect(home, "openai-agents", "--lineage", "alice", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert "export OPENAI_DEFAULT_MODEL=alice\n" in said
+    assert 'export OPENAI_API_KEY="$NEXTSTATE_TEST_KEY"\n' in said
+    assert connect(home, "openai-agents", "--lineage", "bob") == 2
+    assert "there is no lineage 'bob'" in capsys.readouterr().err
+
+
+def test_a_settings_file_is_looked_for_where_the_agent_looks(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    elsewhere = {
+        "OPENCLAW_STATE_DIR": ("openclaw", home / "s", home / "s/openclaw.json"),
+        "OPENCLAW_CONFIG_PATH": ("openclaw", home / "c.json", home / "c.json"),
+        "CODEX_HOME": ("codex", home / "x", home / "x/config.toml"),
+        "XDG_CONFIG_HOME": ("opencode", home / "g", home / "g/opencode/opencode.json"),
+        "OPENCODE_CONFIG": ("opencode", home / "o.json", home / "o.json"),
+    }
+    for name, (agent, value, file) in elsewhere.items():
+        monkeypatch.setenv(name, str(value))
+        assert connect(home, agent, "--dry-run") == 0
+        assert str(file) in capsys.readouterr().out
+
+
+def test_a_first_turn_that_is_refused_or_not_recorded_is_an_error(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=str(home / "proxy")))
+
+    async def run() -> None:
+        async with scripted_engine() as engine, running(engine.url, store, home, key=KEY) as p:
+            await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            for url in (p.url, engine.url):  # without the proxy's key; no proxy at all
+                write_config(home, url)
+                assert await asyncio.to_thread(connect, home, "openclaw") == 2
+
+    asyncio.run(run())
+    refused, unrecorded = capsys.readouterr().err.splitlines()
+    assert "answered a first turn with 401: " in refused
+    assert "recorded no turn: see [privacy] record" in unrecorded

@@ -1,0 +1,130 @@
+"""The real agents read the settings that `nextstate connect` wrote, and their turns arrive.
+
+`make clients` installs them; an agent that is not there is not tested.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from nextstate.app.cli import main
+from nextstate.config import StoreConfig
+from nextstate.records import TurnKind
+from nextstate.store import Store
+from tests.proxy.running_proxy import running
+from tests.scripted_engine import MODEL, scripted_engine
+
+NODE = Path(__file__).parents[3] / ".clients/node_modules"
+ANSWERS_WITHIN_S = 280
+SAID = "Tom has 3 apples."
+
+
+@dataclass(frozen=True)
+class Agent:
+    name: str
+    file: str
+    before: str
+    program: str
+    arguments: tuple[str, ...]
+    accepts: tuple[str, ...] = ()
+    """The agent's own check of its settings."""
+    names_sessions: bool = False
+
+
+AGENTS = (
+    Agent(
+        "openclaw",
+        ".openclaw/openclaw.json",
+        "// mine\n{\n  agents: { defaults: { workspace: 'HOME/workspace' } }, // here\n}\n",
+        ".bin/openclaw",
+        ("agent", "--local", "--session-id", "talk", "--message", SAID),
+        ("config", "validate"),
+        names_sessions=True,
+    ),
+    Agent(
+        "codex",
+        ".codex/config.toml",
+        '# mine\nmodel = "other"  # before\n\n[tui]\nanimations = false\n',
+        ".bin/codex",
+        ("exec", "--skip-git-repo-check", SAID),
+    ),
+    Agent(
+        "qwen-code",
+        ".qwen/settings.json",
+        '{\n  // mine\n  "ui": { "hideTips": true },\n  "$version": 4\n}\n',
+        ".bin/qwen",
+        ("-p", SAID),
+    ),
+    Agent(
+        "opencode",
+        ".config/opencode/opencode.jsonc",
+        '{\n  // mine\n  "$schema": "https://opencode.ai/config.json",\n  "share": "disabled"\n}\n',
+        "opencode-linux-x64/bin/opencode",
+        ("run", SAID),
+    ),
+)
+
+
+def if_installed(agent: Agent) -> object:
+    reason = f"{agent.name} is not installed: `make clients` does it"
+    missing = pytest.mark.skipif(not (NODE / agent.program).exists(), reason=reason)
+    return pytest.param(agent, marks=missing, id=agent.name)
+
+
+def run(agent: Agent, home: Path, *arguments: str) -> None:
+    """Runs the agent until it ends, with nothing in its environment but a path and a home."""
+    path = os.pathsep.join([str(NODE / ".bin"), os.environ["PATH"]])
+    done = subprocess.run(
+        [str(NODE / agent.program), *arguments],
+        env={"PATH": path, "HOME": str(home)},
+        cwd=home / "workspace",
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=ANSWERS_WITHIN_S,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("agent", [if_installed(agent) for agent in AGENTS])
+def test_a_real_agent_talks_and_its_file_comes_back(
+    agent: Agent, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file, config = tmp_path / agent.file, tmp_path / "nextstate.toml"
+    file.parent.mkdir(parents=True)
+    (tmp_path / "workspace").mkdir()
+    before = agent.before.replace("HOME", str(tmp_path))
+    file.write_text(before)
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    command = ["connect", agent.name, "--file", str(file), "--config", str(config)]
+
+    async def talk() -> None:
+        async with scripted_engine() as engine, running(engine.url, store, tmp_path) as proxy:
+            engine.context = 65_536
+            await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
+            port = proxy.url.rpartition(":")[2]
+            config.write_text(
+                f'[store]\ndir = "{tmp_path}/none"\n[engine]\nmodel = "{MODEL}"\n'
+                f"[proxy]\nport = {port}\n"
+            )
+            assert await asyncio.to_thread(main, command) == 0
+            if agent.accepts:
+                await asyncio.to_thread(run, agent, tmp_path, *agent.accepts)
+            await asyncio.to_thread(run, agent, tmp_path, *agent.arguments)
+            named = [body for body in engine.requests if body.get("prompt_cache_key")]
+            assert not agent.names_sessions or named
+
+    asyncio.run(talk())
+    turns = [store.turns.get(turn_id) for turn_id in store.turns.ids()]
+    assert [turn for turn in turns if turn is not None and turn.kind is TurnKind.MAIN]
+    assert main([*command, "--undo"]) == 0
+    assert file.read_text() == before
