@@ -25,7 +25,7 @@ def test_the_first_page_of_an_empty_store_says_what_to_do(store: Store, tmp_path
     async def test(site: Site) -> None:
         found = words(await site.get("/"))
         assert "Nothing can be said yet: no turn has been judged." in found
-        assert "0 of 16 judged turns are ready for the next update." in found
+        assert "0 judged turns are ready; an update takes 16." in found
         assert "no labels yet" in found
         assert "What is wrong now" not in found
 
@@ -45,7 +45,7 @@ def test_the_first_page_shows_scores_changes_waits_and_the_judge(
         page = await site.get("/")
         found = words(page)
         assert "version 0: +0.33, 3 judged turns in 1 sessions" in found
-        assert "3 of 16 judged turns are ready" in found
+        assert "3 judged turns are ready" in found
         assert "rules agrees with you on 0 of 1 turns" in found
         assert "v1 rejected" in found
         assert "16 turns: too far" in found
@@ -78,6 +78,13 @@ def test_the_answer_says_no_more_than_the_intervals_do() -> None:
     assert answer(scores(judged(0, -1) + judged(3, 1))).startswith("It looks so")
     assert answer(scores(judged(0, 1) + judged(3, -1))).startswith("No: the score fell")
     assert answer(scores(judged(0, 1) + judged(3, 1))).startswith("Not clear yet")
+
+
+def test_the_same_score_everywhere_is_not_certain() -> None:
+    (found,) = scores([JudgedTurn(str(n), 0, 1) for n in range(8)])
+    assert found.high == found.value == 1.0
+    assert found.low is not None
+    assert 0 < found.low < 0.7
 
 
 def test_turns_of_one_session_count_once_in_a_score() -> None:

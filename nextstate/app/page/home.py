@@ -8,7 +8,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from datetime import datetime, timedelta
 
-from learner.means import mean_over_groups
+from learner.means import FEWEST, mean_over_groups
 from learner.rejections import MANY_REJECTIONS, rejected_in_a_row
 from nextstate.app.child_states import read_child_states
 from nextstate.app.judge_worth import agreement_text, judge_agreement
@@ -46,6 +46,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "score_lines": charts.score_lines(),
         "days": days,
         "day_marks": charts.day_marks(days),
+        "most": max(count for _, count in days),
         "changes": newest,
         "made_at": store.browsing.made_at(lineage, [version.number for version in newest]),
         "waits": problem or _waits(settings, store, lineage, counts),
@@ -58,7 +59,9 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
 def scores(turns: Sequence[JudgedTurn]) -> list[Score]:
     """The mean score of each version, in ascending order, over its sessions.
 
-    Turns of one session are alike, so each session counts once.
+    Turns of one session are alike, so each session counts once. For the interval one good and one
+    bad session are added, as Agresti and Coull (1998) do for shares: otherwise the same score in
+    eight sessions would look certain.
     """
     by_version: dict[int, list[JudgedTurn]] = defaultdict(list)
     for turn in turns:
@@ -69,9 +72,11 @@ def scores(turns: Sequence[JudgedTurn]) -> list[Score]:
         for turn in ours:
             by_session[turn.session].append(turn.score)
         means = [math.fsum(values) / len(values) for values in by_session.values()]
-        mean = mean_over_groups((turn.session, turn.score) for turn in ours)
-        low, high = (None, None) if mean is None else (mean.lower(_LEVEL), mean.upper(_LEVEL))
-        value = math.fsum(means) / len(means)
+        value, low, high = math.fsum(means) / len(means), None, None
+        mean = mean_over_groups(enumerate([*means, 1.0, -1.0]))
+        if mean is not None and len(means) >= FEWEST:
+            low = max(min(mean.lower(_LEVEL), value), -1.0)
+            high = min(max(mean.upper(_LEVEL), value), 1.0)
         found.append(Score(version, value, low, high, len(ours), len(means)))
     return found
 
@@ -140,7 +145,7 @@ def _waits(settings: Settings, store: Store, lineage: str, counts: Mapping[str, 
     scored = config.method not in ("opd", "opd_topk")
     hinted = config.method != "binary"
     ready = store.training.ready_samples(lineage, scored=scored, hinted=hinted)
-    text = f"{ready} of {config.batch_size} judged turns are ready for the next update."
+    text = f"{ready} judged turns are ready; an update takes {config.batch_size}."
     if pending := counts.get("judgements/pending", 0):
         text += f" The judge has {pending} turns to judge."
     return text
