@@ -32,6 +32,10 @@ OVERFLOW = "document.documentElement.scrollWidth - document.documentElement.clie
 
 def fill(store: Store, tmp_path: Path) -> None:
     """Turns of three versions in enough sessions for intervals, and a rejected version."""
+    for back in reversed(range(12)):  # of the days before
+        for one in range(1 + back % 5):
+            name = f"turn_{int(1000 * (time.time() - 86400 * back)):012x}{one:08x}"
+            add(store, turn(100 + one, id=name, session=f"old-{back}"), next_state=None)
     number = 0
     for version, goods in ((0, 3), (1, 6), (2, 10)):
         for session in range(10):
@@ -57,11 +61,6 @@ def fill(store: Store, tmp_path: Path) -> None:
             )
             if session != 9:
                 judge(store, number, 1 if session < goods else -1, "Answer in one sentence.")
-            number += 1
-    for back in range(12):  # of the days before
-        for one in range(1 + back % 5):
-            name = f"turn_{int(1000 * (time.time() - 86400 * back)):012x}{one:08x}"
-            add(store, turn(number, id=name, session="old"), next_state=None)
             number += 1
     store.judging.give_feedback(Feedback("turn_3", -1, "Say it in one sentence.", "a note"))
     add_version(store, tmp_path, 1)

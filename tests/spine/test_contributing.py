@@ -18,6 +18,7 @@ NAMES = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/environments.md",
+    "docs/page.md",
     "benchmarks/RESULTS.md",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/results/*.md")),
 )
