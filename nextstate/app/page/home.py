@@ -19,7 +19,7 @@ from nextstate.records import Json, JudgedTurn
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
 
-_JUDGED = 2000
+_JUDGED = 1000
 """The scores are those of so many of the newest judged turns."""
 _VERSIONS, _CHANGES, _DAYS = 20, 5, 14
 _LEVEL = 0.05
