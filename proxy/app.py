@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 from aiohttp import web
@@ -45,6 +46,16 @@ _OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
 _FOR_WHAT_IT_HOLDS = frozenset((400, 404, 413, 415))
 """The statuses of requests that are refused for what they hold."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Pages(Protocol):
+    """Web pages beside the API, which decide themselves who may see them."""
+
+    def serves(self, path: str) -> bool:
+        """Whether a path is theirs."""
+        ...
+
+    async def handle(self, request: web.Request) -> web.StreamResponse: ...
 
 
 class Proxy:
@@ -99,6 +110,7 @@ class Proxy:
             "/ping": {"GET": self._health, "HEAD": self._health, "POST": self._health},
             "/v1/feedback": {"POST": self.feedback.handle},
         }
+        self.pages: Pages | None = None
         # Once the application runs:
         self.upstream: Upstream
         self.relay: Relay
@@ -122,6 +134,8 @@ class Proxy:
     async def _handle(self, request: web.Request) -> web.StreamResponse:
         """The answer to any request; what goes wrong is said in the API's words."""
         try:
+            if self.pages is not None and self.pages.serves(request.path):
+                return await self.pages.handle(request)
             answered = await self._authorize(request)
             return await self._route(request) if answered is None else answered
         except Refused as error:
@@ -213,6 +227,8 @@ class Proxy:
 
     async def _share(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets the page that asked read the answer. Another site's page was refused."""
+        if self.pages is not None and self.pages.serves(request.path):
+            return  # not even the pages of this machine's other programs
         if "Origin" in request.headers and response.status != 403:
             has_key = self.lineages.main_key is not None
             response.headers.update(shared_with(request.headers, has_key))
@@ -221,14 +237,18 @@ class Proxy:
         self.connections.ran_out(error)
         return Refused(503, "The proxy has no files left for a connection to the engine.")
 
-    async def _healthz(self, request: web.Request) -> web.StreamResponse:
-        found: Json = {
+    def health(self) -> Json:
+        """What `/healthz` tells everybody."""
+        return {
             "proxy": "up",
             "engine": "up" if self.versions.up else "down",
             "engine_problem": self.versions.wrong,
             "learning_lacks": self.engine.abilities.lacks,
             "turns_waiting": self.recorder.counts.waiting,
         }
+
+    async def _healthz(self, request: web.Request) -> web.StreamResponse:
+        found = self.health()
         caller = request.get(CALLER)
         if caller is not None:
             serving = {name: self.versions.serves(name).number for name in self.versions.serving}

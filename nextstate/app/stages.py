@@ -88,6 +88,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     """
     from aiohttp import web
 
+    from nextstate.app.page.routes import Page
     from proxy.app import Proxy
     from proxy.writer_process import WriterProcess
 
@@ -111,6 +112,14 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
             lineages=_lineages(settings),
             engine_key=engine_access(settings)[1],
             worker=None if worker is None else str(worker),
+        )
+        proxy.pages = Page(
+            settings,
+            store,
+            proxy.lineages,
+            functools.partial(client.publish, store, engine),
+            proxy.health,
+            proxy.feedback.allowance,
         )
         runner = proxy.runner()
         await runner.setup()

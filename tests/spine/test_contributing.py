@@ -19,6 +19,7 @@ NAMES = (
     "docs/architecture.md",
     "docs/connect.md",
     "docs/environments.md",
+    "docs/page.md",
     "benchmarks/RESULTS.md",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/results/*.md")),
 )

@@ -1,0 +1,120 @@
+"""How long does the proxy take for each page of its web page, with many turns in the store?
+
+The turns are those of `benchmarks.growth`; every second one gets a verdict, and there are 200
+versions. Each page is asked for over HTTP, one request after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import functools
+import os
+import sqlite3
+import statistics
+import tempfile
+from pathlib import Path
+from time import perf_counter
+
+import aiohttp
+from aiohttp import web
+
+from benchmarks.conversations import FILE, Conversation, Filler
+from nextstate.app.page.routes import Page
+from nextstate.app.settings import Settings
+from nextstate.engine.process import free_port
+from nextstate.records import Json, PolicyVersion, VersionState
+from nextstate.store import Store
+from proxy.feedback import Allowance
+from proxy.lineages import Lineages
+
+_VERSIONS = 200
+_HEALTH: Json = {"engine": "up"}
+
+
+def fill(folder: Path, turns: int) -> None:
+    """A store with turns, verdicts, samples and versions."""
+    filler = Filler(folder)
+    filler.fill(turns, lambda _: None)
+    filler.close()
+    with sqlite3.connect(folder / FILE) as db:
+        judged = "FROM turns WHERE seq % 2 = 0"
+        db.execute(
+            "INSERT INTO verdicts (turn, votes, score, judge, created_at) "
+            f"SELECT id, '[1]', seq % 3 - 1, 'rules', 0 {judged}"
+        )
+        db.execute(
+            "INSERT INTO samples (turn, lineage, state, policy_version, score, hinted, seq) "
+            f"SELECT id, lineage, 'ready', seq * {_VERSIONS} / {turns}, seq % 3 - 1, 0, seq "
+            f"{judged}"
+        )
+    db.close()
+
+
+def paths(turns: int) -> list[str]:
+    """One address of each page; also those that look through the most turns."""
+    conversation = Conversation(turns // 4 - 1)
+    return [
+        "/",
+        "/page/turns",
+        "/page/turns?version=150",
+        "/page/turns?untrained=1",
+        f"/page/turns?session={conversation.session}",
+        f"/page/turns/{conversation.turn_id(3)}",
+        "/page/versions",
+        "/page/versions/main/150",
+        "/page/versions/main/150/rollback",
+    ]
+
+
+async def measure(page: Page, port: int, asked: list[str], times: int) -> dict[str, list[float]]:
+    """Milliseconds of each request, by address."""
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", page.handle)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    found: dict[str, list[float]] = {path: [] for path in asked}
+    async with aiohttp.ClientSession() as http:
+        for number in range(times + 1):
+            for path in asked:
+                started = perf_counter()
+                answer = await http.get(f"http://127.0.0.1:{port}{path}")
+                text = await answer.text()
+                assert answer.status == 200, text
+                if number:  # the first time is a warm-up
+                    found[path].append(1000 * (perf_counter() - started))
+    await runner.cleanup()
+    return found
+
+
+def main() -> None:
+    """Fills a store, measures and prints a table."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.page", description=__doc__)
+    parser.add_argument("--turns", type=int, default=100_000, help="default: 100000")
+    parser.add_argument("--times", type=int, default=20, help="requests a page (default: 20)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="nextstate-page-") as name:
+        folder = Path(name) / "state"
+        fill(folder, options.turns)
+        file = Path(name) / "nextstate.toml"
+        file.write_text(f'[engine]\nmodel = "base"\n[store]\ndir = "{folder}"\n')
+        settings = Settings.read(file)
+        store = Store(settings.store)
+        for number in range(1, _VERSIONS + 1):
+            state = VersionState.RETIRED if number < _VERSIONS else VersionState.SERVING
+            version = PolicyVersion("main", number, number - 1, "/a", "ff", 16, state)
+            store.versions.add(version, None)
+        nothing = functools.partial(asyncio.sleep, 0)
+        lineages = Lineages("base", None)
+        page = Page(settings, store, lineages, lambda _: nothing(), lambda: _HEALTH, Allowance())
+        found = asyncio.run(measure(page, free_port(), paths(options.turns), options.times))
+        store.close()
+    print(f"{options.turns:,} turns, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    print("| page | median, ms | slowest, ms |\n|---|---|---|")
+    for path, values in found.items():
+        print(f"| `{path}` | {statistics.median(values):.0f} | {max(values):.0f} |")
+
+
+if __name__ == "__main__":
+    main()

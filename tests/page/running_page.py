@@ -1,0 +1,123 @@
+"""A proxy with its web page on a port of its own, for the tests of this folder."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from html import unescape
+from pathlib import Path
+
+import aiohttp
+
+from nextstate.app.page.routes import Page
+from nextstate.app.settings import Settings
+from nextstate.config import EngineConfig, StoreConfig
+from nextstate.engine.client import publish
+from nextstate.store import Store
+from proxy.lineages import Access
+from tests.proxy.running_proxy import TIMEOUT, running
+from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
+
+Test = Callable[["Site"], Awaitable[None]]
+
+
+class Site:
+    """A browser without scripts: it keeps cookies and sends forms."""
+
+    def __init__(self, url: str, http: aiohttp.ClientSession, engine: ScriptedEngine) -> None:
+        self.url = url
+        self.http = http
+        self.engine = engine
+
+    async def get(
+        self, path: str, status: int = 200, headers: Mapping[str, str] | None = None
+    ) -> str:
+        answer = await self.http.get(self.url + path, headers=headers)
+        text = await answer.text()
+        assert answer.status == status, text
+        return text
+
+    async def post(
+        self,
+        path: str,
+        fields: Mapping[str, str],
+        status: int = 200,
+        headers: Mapping[str, str] | None = None,
+    ) -> str:
+        """Sends fields; a redirection is followed."""
+        sent = {"Origin": self.url} if headers is None else headers
+        answer = await self.http.post(self.url + path, data=fields, headers=sent)
+        text = await answer.text()
+        assert answer.status == status, text
+        return text
+
+    async def submit(self, page: str, path: str, status: int = 200, **fields: str) -> str:
+        """Sends the form of a page, with its token."""
+        token = token_in(await self.get(page))
+        return await self.post(path, {"token": token, **fields}, status)
+
+
+def token_in(page: str) -> str:
+    """The token of the page's forms."""
+    found = re.search(r'name="token" value="([0-9a-f]{64})"', page)
+    assert found, page
+    return found[1]
+
+
+def words(page: str) -> str:
+    """What a page says, without its marks."""
+    return " ".join(unescape(re.sub(r"<[^>]*>", " ", page)).split())
+
+
+def settings_of(store: Store, tmp_path: Path) -> Settings:
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[engine]\nmodel = "{MODEL}"\n[store]\ndir = "{store.dir}"\n')
+    return replace(
+        Settings.read(file),
+        store=StoreConfig(dir=str(store.dir)),
+        engine=EngineConfig(model=MODEL),
+    )
+
+
+@asynccontextmanager
+async def site(
+    store: Store,
+    tmp_path: Path,
+    key: str | None = None,
+    access: Mapping[str, Access] | None = None,
+) -> AsyncGenerator[Site]:
+    async with (
+        scripted_engine() as engine,
+        running(engine.url, store, tmp_path, key=key, access=access) as p,
+        aiohttp.ClientSession(timeout=TIMEOUT, cookie_jar=aiohttp.CookieJar(unsafe=True)) as http,
+    ):
+        await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+        p.proxy.pages = Page(
+            settings_of(store, tmp_path),
+            store,
+            p.proxy.lineages,
+            functools.partial(publish, store, p.proxy.engine),
+            p.proxy.health,
+            p.proxy.feedback.allowance,
+        )
+        yield Site(p.url, http, engine)
+
+
+def on_site(
+    test: Test,
+    store: Store,
+    tmp_path: Path,
+    key: str | None = None,
+    access: Mapping[str, Access] | None = None,
+) -> None:
+    """Runs a test against the page of a proxy that is up."""
+
+    async def run() -> None:
+        async with site(store, tmp_path, key, access) as found:
+            await test(found)
+
+    asyncio.run(run())
