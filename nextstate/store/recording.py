@@ -22,7 +22,7 @@ _TEXTS_OF = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids).w
 _COLUMNS: dict[str, Any] = {
     c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
 }
-_ADD_TURN = sa.insert(t.turns).values(_COLUMNS)
+_ADD_TURN = sa.insert(t.turns).prefix_with("OR FAIL", dialect="sqlite").values(_COLUMNS)
 _ADD_STATE = sa.insert(t.next_states)
 _ADD_JUDGEMENT = sa.text(  # a person may have given feedback on the turn before
     "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
