@@ -17,6 +17,7 @@ NAMES = (
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "docs/architecture.md",
+    "docs/commands.md",
     "docs/environments.md",
     "benchmarks/RESULTS.md",
     *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("benchmarks/results/*.md")),

@@ -57,7 +57,7 @@ examples:
   nextstate up                          start engine, proxy, judge and learner
   nextstate rollout terminal --tasks tasks.jsonl
                                         agents try tasks in a sandbox, and the policy learns
-  nextstate turns --json | tail -1      the newest turn with its verdict
+  nextstate turns --limit 20            who said what, and what does not train
   nextstate episodes --limit 20         attempts of agents at tasks, with their outcomes
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate versions 3                  what version 3 was made from, and how it was checked
