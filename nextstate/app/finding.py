@@ -8,10 +8,11 @@ from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
-from nextstate.app.turn_views import contains
+from nextstate.app.terminal import columns
+from nextstate.app.turn_views import contains, turn_line
 from nextstate.errors import ConfigError, NoTurnError
 from nextstate.store import Store
-from nextstate.store.lookup import PAGE, Choice, TurnSummary
+from nextstate.store.lookup import PAGE, Choice, SessionSummary, TurnSummary
 
 LOOKED_THROUGH = 10_000
 """The newest turns that are looked through for some of them, unless words are searched."""
@@ -75,6 +76,52 @@ def every(
         if page.next is None:
             return
         at = page.next
+
+
+def newest_sessions(
+    store: Store, choice: Choice, limit: int, most: int = LOOKED_THROUGH
+) -> list[SessionSummary]:
+    """Up to `limit` sessions of the chosen turns, that with the newest turn last.
+
+    About `most` turns are looked through; with a `limit` of 0 all of them.
+    """
+    until = None if choice.since is None else store.lookup.first_since(choice.since)
+    names: dict[str, None] = {}
+    at, looked_at = None, 0
+    while True:
+        page = store.lookup.session_names(choice, at, until)
+        names |= dict.fromkeys(page.names)
+        at, looked_at = page.next, looked_at + page.looked_at
+        if at is None or (limit and (len(names) >= limit or looked_at >= most)):
+            chosen = [*names][: limit or None][::-1]
+            return [one for name in chosen if (one := store.lookup.session(name)) is not None]
+
+
+def the_meant(store: Store, words: Sequence[str]) -> str:
+    """The id of the one main turn that has each of the words, in what was said or replied.
+
+    The whole store is looked through, a page at a time. Raises NoTurnError if there is none, and if
+    there are several: then it lists the newest.
+    """
+    found: list[TurnSummary] = []
+    at = None
+    while True:
+        page = store.lookup.page(Choice(main=True), at)
+        found += [turn for turn in page.turns if contains(turn, words)]
+        at = page.next
+        if at is None or len(found) > _MOST_SHOWN:
+            break
+    text = " ".join(words)
+    if not found:
+        raise NoTurnError(f"no main turn has the words {text!r:.80}: see `nextstate turns --grep`")
+    if len(found) > 1:
+        shown = [f"  {turn_line(turn, columns())}" for turn in found[:_MOST_SHOWN]]
+        shown += ["  …"] if len(found) > _MOST_SHOWN else []
+        raise NoTurnError(
+            f"several main turns have the words {text!r:.80}; name one of them by its id, or more "
+            "words:\n" + "\n".join(shown)
+        )
+    return found[0].id
 
 
 def the_turn(store: Store, beginning: str) -> str:

@@ -6,13 +6,13 @@ import time
 from collections.abc import Iterable, Sequence
 from typing import cast
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 
 from nextstate.app.terminal import fitted, harmless_lines
 from nextstate.app.views import turn_row
 from nextstate.hooks import attached, text_of
 from nextstate.records import Feedback, Json, NextState, SampleState, Source, Turn, Verdict
-from nextstate.store.lookup import Standing, TurnSummary
+from nextstate.store.lookup import SessionSummary, Standing, TurnSummary
 from nextstate.wire import obj, objects, one_line
 
 _UNKNOWN = "·"
@@ -23,7 +23,7 @@ _SPEAKERS = {
     Source.TOOL: _TOOL,
     Source.ENVIRONMENT: _ENVIRONMENT,
 }
-_REASON_CELLS = 40
+_REASON_CELLS, _NAME_CELLS = 40, 32
 _THEN, _NOTHING = "  →  ", "·"
 
 
@@ -175,6 +175,39 @@ def training_text(turn: Turn, states: Sequence[NextState], standing: Standing | 
         SampleState.DROPPED: f"no: {standing.sample_reason}",
         SampleState.HELD: "no: it is held out, to check new versions on",
     }[standing.sample]
+
+
+def session_row(session: SessionSummary) -> Json:
+    """One object of `nextstate sessions --json`."""
+    return {
+        "session": session.name,
+        "client_session": session.client_name,
+        "lineage": session.lineage,
+        "turns": session.turns,
+        "first_at": session.first_at,
+        "last_at": session.last_at,
+        "mean_score": session.mean_score,
+    }
+
+
+def session_table(sessions: Sequence[SessionSummary]) -> str:
+    """A line for each session."""
+    table = [("session", "turns", "first", "last", "score", "lineage", "client name")]
+    for one in sessions:
+        score = _UNKNOWN if one.mean_score is None else f"{one.mean_score:+.2f}"
+        client = one.client_name if one.client_name != one.name else None
+        table.append(
+            (
+                *(fitted(one.name, _NAME_CELLS), str(one.turns), time_text(one.first_at)),
+                *(time_text(one.last_at), score, fitted(one.lineage, _NAME_CELLS)),
+                fitted(client or "", _NAME_CELLS),
+            )
+        )
+    widths = [max(map(cell_len, column)) for column in zip(*table, strict=True)]
+    return "\n".join(
+        "  ".join(set_cell_size(cell, n) for cell, n in zip(row, widths, strict=True)).rstrip()
+        for row in table
+    )
 
 
 def time_text(at: float) -> str:

@@ -93,6 +93,30 @@ class Standing:
     advantage: float | None
 
 
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """A session as a list shows it."""
+
+    name: str
+    client_name: str | None
+    """The client's own name for it."""
+    lineage: str
+    turns: int
+    first_at: float
+    last_at: float
+    """Unix times in seconds, at which the requests of its first and last turn arrived."""
+    mean_score: float | None
+    """Of its turns that have a verdict."""
+
+
+class SessionPage(NamedTuple):
+    """The sessions of the turns that a page has looked at, the newest first."""
+
+    names: list[str]
+    next: int | None
+    looked_at: int
+
+
 @queries
 class Lookup:
     """Queries for people who look something up."""
@@ -160,6 +184,40 @@ class Lookup:
             later = _followed(connection, rows) if followed else {}
             found = _summaries(connection, rows, later)
         return Page(found, end and end.seq, end and end.id, len(looked))
+
+    def session_names(
+        self, choice: Choice, at: int | None = None, until: int | None = None
+    ) -> SessionPage:
+        """The sessions of the chosen ones among up to `PAGE` turns before position `at`."""
+        c, s = t.turns.c, t.samples.c
+        columns = c.seq, c.session, c.kind, c.lineage, c.started_at, c.untrainable, c.replaced_by
+        with self._database.read() as connection:
+            seqs = _looked_at(connection, choice.sessions, at, True, until)
+            query = (
+                sa.select(*columns, s.state, s.reason)
+                .select_from(t.turns)
+                .outerjoin(t.samples, s.turn == c.id)
+                .where(c.seq.in_(seqs))
+            )
+            rows = connection.execute(query.order_by(c.seq.desc())).all()
+        names = dict.fromkeys(row.session for row in rows if _is_chosen(row, choice))
+        return SessionPage([*names], rows[-1].seq if len(rows) == PAGE else None, len(rows))
+
+    def session(self, name: str) -> SessionSummary | None:
+        """A session by our name for it, or None. It reads its turns."""
+        c, v, f = t.turns.c, t.verdicts.c, sa.func
+        query = (
+            sa.select(
+                *(f.max(c.client_session), f.max(c.lineage), f.count()),
+                *(f.min(c.started_at), f.max(c.started_at), f.avg(v.score)),
+            )
+            .select_from(t.turns)
+            .outerjoin(t.verdicts, v.turn == c.id)
+            .where(c.session == name, c.replaced_by.is_(None))
+        )
+        with self._database.read() as connection:
+            row = connection.execute(query).one()
+        return SessionSummary(name, *row) if row[2] else None
 
     def standing(self, turn_id: str) -> Standing | None:
         """What became of a turn; None when there is no such turn."""
