@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nextstate import file_descriptors, logs
+from nextstate import file_descriptors
 from nextstate.app.cli import (
     demo,
     doctor,
@@ -21,6 +21,7 @@ from nextstate.app.cli import (
     feedback,
     judge,
     learner,
+    logs,
     proxy,
     resume,
     rollback,
@@ -32,6 +33,7 @@ from nextstate.app.cli import (
     versions,
 )
 from nextstate.errors import EXIT_LATER, EXIT_USAGE, NextStateError, WaitError
+from nextstate.logs import to_stderr as log_to_stderr
 from nextstate.offline import go_offline
 from nextstate.private_files import only_for_owner
 
@@ -43,6 +45,7 @@ _COMMANDS = (
     rollout,
     demo,
     status,
+    logs,
     turns,
     sessions,
     episodes,
@@ -75,7 +78,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     only_for_owner()
     go_offline()
-    logs.to_stderr()
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     file_descriptors.raise_limit()
     try:

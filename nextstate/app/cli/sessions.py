@@ -11,7 +11,7 @@ _SHOWN = 20
 _EPILOG = f"""\
 A line shows our name for the session, how many turns it has, when its first and its last request
 arrived, the mean score of its verdicts, its lineage and the agent's own name for it. The session
-with the newest turn comes last. Unless --limit is 0, only the newest 10000 turns are looked through.
+with the newest turn comes last. Unless --limit is 0, the newest 10000 turns are looked through.
 
 examples:
   nextstate sessions                      the newest {_SHOWN}
