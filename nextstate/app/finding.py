@@ -45,7 +45,7 @@ def newest(
     store is looked through if need be, a page at a time. Raises NoTurnError.
     """
     at = None if before is None else _position(store, before)
-    until = None if choice.since is None else store.lookup.first_since(choice.since)
+    until = _first(store, choice, None if words else most)
     found: list[TurnSummary] = []
     looked_at = 0
     while True:
@@ -66,8 +66,8 @@ def every(
 ) -> Iterator[TurnSummary]:
     """All chosen turns, oldest first, a page at a time. Raises NoTurnError."""
     last = None if before is None else _position(store, before) - 1
-    since = choice.since
-    at = None if since is None else store.lookup.first_since(since) - 1
+    first = _first(store, choice, None)
+    at = None if first is None else first - 1
     while True:
         page = store.lookup.page(choice, at, newest_first=False, until=last, followed=bool(words))
         for turn in page.turns:
@@ -85,7 +85,7 @@ def newest_sessions(
 
     About `most` turns are looked through; with a `limit` of 0 all of them.
     """
-    until = None if choice.since is None else store.lookup.first_since(choice.since)
+    until = _first(store, choice, most if limit else None)
     names: dict[str, None] = {}
     at, looked_at = None, 0
     while True:
@@ -160,6 +160,15 @@ def since_time(text: str, now: float | None = None) -> float:
             f"--since {text!r:.60} is neither a duration such as 30m, 2h or 3d nor a date such as "
             "2026-05-31 or 2026-05-31T14:00"
         ) from None
+
+
+def _first(store: Store, choice: Choice, most: int | None) -> int | None:
+    """Where the chosen turns begin, if `since` says so; looked for among the newest `most`."""
+    if choice.since is None:
+        return None
+    if most is None:
+        return store.lookup.first_since(choice.since)
+    return store.lookup.first_since(choice.since, most)
 
 
 def _position(store: Store, turn_id: str) -> int:

@@ -140,22 +140,25 @@ class Lookup:
             query = sa.select(t.turns.c.seq).where(t.turns.c.id == turn_id)
             return connection.execute(query).scalar()
 
-    def first_since(self, since: float) -> int:
+    def first_since(self, since: float, most: int = _LAST) -> int | None:
         """A position before which no request arrived at `since` or later.
+
+        None if that is not among about `most` of the newest turns.
 
         It walks back from the newest turn: turns are recorded when they end, so nearly in the order
         of their requests, and a page without any ends the walk.
         """
         c = t.turns.c
-        found = _LAST
-        at = _LAST
+        at, looked_at = _LAST, 0
         with self._database.read() as connection:
             while True:
                 query = sa.select(c.seq, c.started_at).where(c.seq < at).order_by(c.seq.desc())
                 rows = connection.execute(query.limit(PAGE)).all()
                 if not any(row.started_at >= since for row in rows):
-                    return found
-                found = at = rows[-1].seq
+                    return at
+                at, looked_at = rows[-1].seq, looked_at + len(rows)
+                if looked_at >= most:
+                    return None
 
     def page(
         self,

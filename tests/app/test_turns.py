@@ -323,6 +323,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
         Choice(lineage="nobody"),
         Choice(since=2.0),
         Choice(untrained=True),
+        Choice(since=0.5),
+        Choice(since=0.5, lineage="nobody"),
     ],
 )
 def test_the_newest_turns_cost_the_same_in_a_large_store(
