@@ -47,7 +47,7 @@ from learner.evaluator import Evaluator
 from learner.gate import objection
 from learner.metric_writers import MetricWriters
 from learner.pruning import prunable
-from learner.rejections import MANY_REJECTIONS, pause_notice, rejected_in_a_row
+from learner.rejections import MANY_REJECTIONS, rejected_in_a_row, why_paused
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, UpdateResult
 from learner.watch import TURNS, Watch, chain_of
@@ -113,7 +113,8 @@ class Lineage:
         """The version whose weights the lineage trains."""
         self._decided = 0
         """How often people had chosen a version when the update under way began."""
-        self._was_paused = False
+        self._pause: str | None = None
+        """What `nextstate status` is told of the pause; None if there is none."""
         self._watched = Watch()
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
@@ -122,9 +123,9 @@ class Lineage:
         """Continues from the candidate that waits to serve, or else from what serves."""
         checkpoint = self.release()
         self.report(None)
+        self._pause = None
         versions = self._store.versions.all(self.name)
-        if self._is_paused():
-            self._report_pause(self._rejections(), versions[-1].reason)
+        self._is_paused()
         if not versions:
             return
         newest = versions[-1]
@@ -197,7 +198,7 @@ class Lineage:
             if not self._continue_from(serving):
                 return False
             self._shared.of(self.name).forget_moments()
-            self.report(None)
+            self.report(self._pause)
         return True
 
     def _continue_from(self, version: PolicyVersion) -> bool:
@@ -244,12 +245,19 @@ class Lineage:
         return rejected_in_a_row(newest, self._store.versions.decisions(self.name).after)
 
     def _is_paused(self) -> bool:
-        """True until a person decides how to go on after several rejections in a row."""
-        paused = len(self._rejections()) >= MANY_REJECTIONS
-        if self._was_paused and not paused:
-            self.report(None)
-        self._was_paused = paused
-        return paused
+        """True while a person, or several rejections in a row, pause the lineage; it says so."""
+        newest = self._store.versions.newest(self.name, MANY_REJECTIONS)
+        decisions = self._store.versions.decisions(self.name)
+        pause = why_paused(self.name, newest, decisions)
+        if pause != self._pause:
+            self.report(pause)
+            if pause is not None:
+                by_gate = decisions.pause is None
+                log.log(
+                    logging.ERROR if by_gate else logging.INFO, "lineage=%s %s", self.name, pause
+                )
+        self._pause = pause
+        return pause is not None
 
     def _withdraw(
         self, version: PolicyVersion, reason: str, decisions: Decisions | None = None
@@ -299,14 +307,7 @@ class Lineage:
         log.warning(
             "version rejected lineage=%s version=%d: %s", self.name, version.number, version.reason
         )
-        if pauses:
-            self._report_pause([*before, version.number], version.reason)
-
-    def _report_pause(self, numbers: Sequence[int], reason: str | None) -> None:
-        self._was_paused = True
-        notice = pause_notice(self.name, numbers, reason)
-        self.report(notice)
-        log.error("lineage=%s %s", self.name, notice)
+        self._is_paused()
 
     def _forget_folder(self, number: int) -> None:
         """Removes what was written of a version that is not registered with a folder."""

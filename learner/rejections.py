@@ -1,17 +1,19 @@
-"""When a lineage pauses because the gate rejects what it makes.
+"""When a lineage pauses: because the gate rejects what it makes, or because a person says so.
 
 A rejected candidate's samples are dropped, because the same batch would fail again. Where several
 in a row fail, the batches are not the cause: a setting is wrong, or the gate is. So the lineage
 pauses, the samples of all of them are ready again, and a person decides how to go on. The pause
-follows from the versions in the store, so it outlasts the learner.
+follows from the versions and decisions in the store, so it outlasts the learner.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from itertools import takewhile
 
-from nextstate.records import PolicyVersion, VersionState
+from nextstate.records import Decisions, PolicyVersion, VersionState
+from nextstate.wire import one_line
 
 MANY_REJECTIONS = 3
 """After this many in a row a lineage pauses."""
@@ -29,6 +31,23 @@ def rejected_in_a_row(versions: Sequence[PolicyVersion], after: int) -> list[int
         return rejected and version.number > after
 
     return [version.number for version in takewhile(by_gate, reversed(versions))][::-1]
+
+
+def why_paused(lineage: str, newest: Sequence[PolicyVersion], decisions: Decisions) -> str | None:
+    """Who paused a lineage and how it goes on; None if it may train.
+
+    `newest` are its newest versions in order, `MANY_REJECTIONS` or more of them.
+    """
+    if decisions.pause is not None:
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(decisions.pause.at))
+        return (
+            f"paused by {one_line(decisions.pause.by)} since {at}: its samples wait; "
+            f"`nextstate resume --lineage {lineage}` ends the pause"
+        )
+    numbers = rejected_in_a_row(newest, decisions.after)
+    if len(numbers) < MANY_REJECTIONS:
+        return None
+    return pause_notice(lineage, numbers, newest[-1].reason)
 
 
 def pause_notice(lineage: str, numbers: Sequence[int], reason: str | None) -> str:

@@ -298,8 +298,18 @@ class JudgedTurn:
 
 
 @dataclass(frozen=True, slots=True)
+class Pause:
+    """A person has paused a lineage: it takes no batch until a person resumes it."""
+
+    by: str
+    """Their name on this machine."""
+    at: float
+    """Unix time in seconds."""
+
+
+@dataclass(frozen=True, slots=True)
 class Decisions:
-    """What people have decided about a lineage with `nextstate rollback` and `nextstate resume`."""
+    """What people have decided about a lineage: `nextstate rollback`, `pause` and `resume`."""
 
     choices: int = 0
     """How often a person has put a version into service."""
@@ -307,6 +317,8 @@ class Decisions:
     """The newest version when the last one was made; what was before it is accepted. -1: none."""
     pinned: frozenset[int] = frozenset()
     """The versions that a person has put into service."""
+    pause: Pause | None = None
+    """Set while a person has paused it. A rollback does not end that."""
 
 
 @dataclass(frozen=True, slots=True)

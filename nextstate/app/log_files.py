@@ -21,6 +21,8 @@ _TAIL_BYTES = 256 << 10
 _CHUNK_BYTES = 1 << 20
 _LONGEST_LINE = 64 << 10
 """So much of a line that was cut is left out; what follows of it is kept."""
+_REMEMBERED_BYTES = 64
+"""A line's time and text: after a rotation they are not at the same place."""
 
 
 def rotate(path: Path, max_bytes: int = MAX_BYTES) -> bool:
@@ -72,6 +74,92 @@ def tail(path: Path, start: int = 0) -> str:
             start = 0
         file.seek(max(start, size - _TAIL_BYTES))
         return file.read(_TAIL_BYTES).decode(errors="replace")
+
+
+def parts(folder: Path) -> list[str]:
+    """The names of the processes that have a log in a folder."""
+    return sorted(file.stem for file in folder.glob("*.log"))
+
+
+def last_lines(path: Path, count: int) -> list[str]:
+    """The newest `count` lines of a log, with those of its older copies, oldest first.
+
+    So many bytes are read as these lines have, and a little more; of one of more than 64 KiB the
+    end comes back.
+    """
+    found: list[str] = []
+    for file in (path, *(_older(path, number) for number in range(1, _KEPT + 1))):
+        if len(found) >= count or not file.exists():
+            break
+        found[:0] = _end_of(file, count - len(found))
+    return found
+
+
+class Follower:
+    """Hands out what is written to a log from now on, also across a rotation."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._at = path.stat().st_size if path.exists() else 0
+        self._seen = _bytes_before(path, self._at)
+        """The last bytes before the position: they tell whether it is still the same content."""
+        self._begun = b""
+
+    def lines(self) -> list[str]:
+        """The whole lines that are new since the last call.
+
+        If the log was rotated and the lines in between are not at their place in its newest copy,
+        they are left out: they are in the copy.
+        """
+        new = b""
+        if _bytes_before(self._path, self._at) != self._seen:
+            older = _older(self._path, 1)
+            if _bytes_before(older, self._at) == self._seen:
+                while more := _read(older, self._at):
+                    new += more
+                    self._at += len(more)
+            self._at, self._seen = 0, b""
+        new += (more := _read(self._path, self._at))
+        self._at += len(more)
+        self._seen = (self._seen + more)[-_REMEMBERED_BYTES:]
+        *whole, self._begun = (self._begun + new).split(b"\n")
+        if len(self._begun) > _LONGEST_LINE:
+            whole, self._begun = [*whole, self._begun], b""
+        return [line.decode(errors="replace") for line in whole]
+
+
+def _end_of(file: Path, count: int) -> list[str]:
+    """The newest `count` lines of one file."""
+    with file.open("rb") as log_file:
+        at = log_file.seek(0, os.SEEK_END)
+        data = b""
+        while at > 0 and data.count(b"\n") <= count and len(data) < count * _LONGEST_LINE:
+            step = min(at, _TAIL_BYTES)
+            at = log_file.seek(at - step)
+            data = log_file.read(step) + data
+    lines = data.decode(errors="replace").removesuffix("\n").split("\n") if data else []
+    return [line[-_LONGEST_LINE:] for line in lines[-count:]] if count else []
+
+
+def _bytes_before(file: Path, at: int) -> bytes:
+    """The last bytes of a file before a position; fewer if it is shorter."""
+    start = max(at - _REMEMBERED_BYTES, 0)
+    try:
+        with file.open("rb") as log_file:
+            log_file.seek(start)
+            return log_file.read(at - start)
+    except FileNotFoundError:
+        return b""
+
+
+def _read(file: Path, at: int) -> bytes:
+    """What a file has from a position on, a piece of it."""
+    try:
+        with file.open("rb") as log_file:
+            log_file.seek(at)
+            return log_file.read(_CHUNK_BYTES)
+    except FileNotFoundError:
+        return b""
 
 
 def _older(path: Path, number: int) -> Path:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 
 import aiohttp
 
+from learner.rejections import MANY_REJECTIONS, why_paused
 from nextstate.app.child_states import read_child_states
 from nextstate.app.engine_access import engine_client
 from nextstate.app.episode_views import settled_text, settled_worth
@@ -34,7 +36,7 @@ async def status(settings: Settings) -> Json:
         "proxy": _proxy_health(answer, health),
         "engine": await _engine_health(settings, health),
         "parts": await asyncio.to_thread(read_child_states, settings.store.path),
-        "training": await asyncio.to_thread(read_training_status, settings.store.path, lineages),
+        "training": await asyncio.to_thread(_training, settings, store),
         "serving": {name: version.number for name, version in serving.items()},
         "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
@@ -61,6 +63,23 @@ def status_lines(found: Json) -> list[str]:
         else:
             lines.append(f"{name:28} {value}")
     return lines
+
+
+def _training(settings: Settings, store: Store) -> dict[str, str]:
+    """By lineage: why it does not train. A pause is known also without a learner."""
+    found = read_training_status(settings.store.path, settings.all_lineages)
+    return found | pauses(store, settings.all_lineages)
+
+
+def pauses(store: Store, lineages: Sequence[str]) -> dict[str, str]:
+    """By lineage: who has paused it and how it goes on. Lineages that may train are left out."""
+    found = {
+        name: why_paused(
+            name, store.versions.newest(name, MANY_REJECTIONS), store.versions.decisions(name)
+        )
+        for name in lineages
+    }
+    return {name: why for name, why in found.items() if why is not None}
 
 
 def _watch(settings: Settings, store: Store) -> Json:

@@ -15,7 +15,7 @@ _COLUMNS = (
 )
 """Heading, metric and format. The score is between -1 and 1, the others are nats a token."""
 _UNKNOWN = "·"
-_HINT_CHARS, _NEXT_STATE_CHARS = 100, 90
+_HINT_CHARS = 100
 
 
 def turn_row(
@@ -43,14 +43,6 @@ def turn_row(
         },
         "feedback": feedback and {"score": feedback.score, "comment": feedback.comment},
     }
-
-
-def turn_line(turn: Turn, states: Sequence[NextState], verdict: Verdict | None) -> str:
-    """One line of `nextstate turns`: turn, version, score and the beginning of its next states."""
-    score = f"  {_UNKNOWN}" if verdict is None else f"{verdict.score:+3d}"
-    followed = " | ".join(state.text[:_NEXT_STATE_CHARS] for state in states)
-    text = one_line(followed[:_NEXT_STATE_CHARS])
-    return f"{turn.id} v{turn.policy_version} {score}  {text}"
 
 
 def version_row(version: PolicyVersion) -> Json:

@@ -21,6 +21,7 @@ from nextstate.store.database import Database
 from nextstate.store.episodes import Episodes
 from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
+from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Recording
 from nextstate.store.sqlite import SQLite, database_file
@@ -65,6 +66,7 @@ class Store:
         self.groups = Groups(self.database)
         self.browsing = Browsing(self.database)
         self.workers = Workers(self.database)
+        self.lookup = Lookup(self.database)
         self._known = Known()
 
     def _open(self) -> None:

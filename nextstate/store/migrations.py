@@ -27,7 +27,14 @@ def _add_episodes(connection: sa.Connection) -> None:
     create_triggers(connection, ("episodes", "groups", "rewards"))
 
 
-MIGRATIONS: Mapping[int, Step] = {2: _add_episodes}
+def _add_pauses(connection: sa.Connection) -> None:
+    """Version 3: who pauses a lineage."""
+    column = t.decisions.c.paused_by
+    kind = column.type.compile(connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE decisions ADD COLUMN {column.name} {kind}")
+
+
+MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses}
 """Step n brings a database of version n - 1 to version n.
 
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 2
+VERSION = 3
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -261,10 +261,11 @@ decisions = sa.Table(
     sa.Column("number", sa.Integer),
     sa.Column("after", sa.Integer, nullable=False),
     sa.Column("at", sa.Float, nullable=False),
+    sa.Column("paused_by", sa.String(80)),
 )
-"""What people decide: version `number` shall serve, or, with NULL, a paused lineage goes on.
+"""What people decide: version `number` shall serve; with NULL, the lineage pauses or goes on.
 
-`after` is the newest version at that time."""
+`after` is the newest version at that time. `paused_by` is the name of who pauses it, else NULL."""
 sa.Index("decisions_by_lineage", decisions.c.lineage, decisions.c.seq)
 
 counts = sa.Table(

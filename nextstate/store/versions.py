@@ -12,6 +12,7 @@ from nextstate.records import (
     BASE_VERSION,
     Decisions,
     JudgedTurn,
+    Pause,
     PolicyVersion,
     SampleState,
     Verdict,
@@ -25,6 +26,7 @@ from nextstate.store.settling import verdict_of, verdict_texts
 
 _LOOKED_THROUGH = 16
 """Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
+_NAME_CHARS = 80
 _SERVING = t.versions.c.state == VersionState.SERVING
 _ALL_SERVING = sa.select(t.versions).where(_SERVING)
 
@@ -174,9 +176,14 @@ class Versions:
             return _decisions(connection, lineage)
 
     def resume(self, lineage: str) -> None:
-        """Lets a lineage go on that has paused because the gate rejected what it made."""
+        """Lets a lineage go on that a person or the gate's rejections have paused."""
         with self._database.write() as connection:
             _decide(connection, lineage, None, self._database.now())
+
+    def pause(self, lineage: str, by: str) -> None:
+        """Lets a lineage take no batch until a person resumes it; `by` is who says so."""
+        with self._database.write() as connection:
+            _decide(connection, lineage, None, self._database.now(), by[:_NAME_CHARS])
 
     def forget_adapter(self, lineage: str, number: int) -> bool:
         """Notes that a version's folder is deleted; it can never serve again.
@@ -313,17 +320,30 @@ def _serving(connection: sa.Connection, lineage: str) -> int:
 
 def _decisions(connection: sa.Connection, lineage: str) -> Decisions:
     d = t.decisions.c
-    query = sa.select(d.number, d.after).where(d.lineage == lineage).order_by(d.seq)
-    rows = connection.execute(query).all()
+    columns = d.number, d.after, d.at, d.paused_by
+    rows = connection.execute(sa.select(*columns).where(d.lineage == lineage).order_by(d.seq)).all()
     chosen = [row.number for row in rows if row.number is not None]
-    return Decisions(len(chosen), rows[-1].after, frozenset(chosen)) if rows else Decisions()
+    accepts = [row.after for row in rows if row.paused_by is None]
+    last = next((row for row in reversed(rows) if row.number is None), None)
+    return Decisions(
+        len(chosen),
+        accepts[-1] if accepts else -1,
+        frozenset(chosen),
+        Pause(last.paused_by, last.at) if last is not None and last.paused_by is not None else None,
+    )
 
 
-def _decide(connection: sa.Connection, lineage: str, number: int | None, now: float) -> None:
+def _decide(
+    connection: sa.Connection,
+    lineage: str,
+    number: int | None,
+    now: float,
+    paused_by: str | None = None,
+) -> None:
     v = t.versions.c
     newest = connection.execute(sa.select(sa.func.max(v.number)).where(v.lineage == lineage))
     values = {"lineage": lineage, "number": number, "after": newest.scalar() or BASE_VERSION}
-    connection.execute(sa.insert(t.decisions).values(**values, at=now))
+    connection.execute(sa.insert(t.decisions).values(**values, at=now, paused_by=paused_by))
 
 
 def _passed_over(chosen: int) -> str:

@@ -199,6 +199,33 @@ def test_resume_accepts_what_the_gate_rejected(
     assert "there is no lineage 'bob'" in capsys.readouterr().err
 
 
+def test_a_person_pauses_a_lineage_and_status_and_versions_say_who_and_how_it_goes_on(
+    chain: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOGNAME", "ada\x1b[2J")
+    given = ["--config", str(chain)]
+    assert main(["pause", *given]) == 0
+    assert lines(capsys) == ["main takes no batch any more; `nextstate resume main` ends the pause"]
+    store = Store(Settings.read(chain).store)
+    assert store.versions.decisions("main").after == 2  # what the gate rejected is not accepted
+    store.versions.set_serving("main", 1)
+    assert main(["versions", *given]) == 0
+    said = lines(capsys)[-1]
+    assert said.startswith("main: paused by ada [2J since 20")
+    assert said.endswith("`nextstate resume --lineage main` ends the pause")
+    assert main(["status", "--json", *given]) == 0
+    assert json.loads(lines(capsys)[0])["training"] == {"main": said.removeprefix("main: ")}
+    assert main(["resume", "main", *given]) == 0
+    assert store.versions.decisions("main").pause is None
+    store.close()
+    capsys.readouterr()
+    assert main(["versions", *given]) == 0
+    assert "paused" not in capsys.readouterr().out
+    for command in ("pause", "resume"):
+        assert main([command, "bob", *given]) == 2
+        assert "there is no lineage 'bob'; known: main" in capsys.readouterr().err
+
+
 def test_status_of_a_stopped_loop(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--json", "--config", str(config)]) == 0
     found = json.loads(lines(capsys)[0])

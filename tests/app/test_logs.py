@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from nextstate.app.log_files import rotate, tail
+from nextstate.app.cli import main
+from nextstate.app.log_files import Follower, last_lines, rotate, tail
 from nextstate.app.supervisor import Child, Supervisor, Timing
 from tests.app.test_supervisor import until
 
@@ -101,3 +103,97 @@ def test_a_child_that_writes_without_end_fills_no_disk(tmp_path: Path) -> None:
     kept = b"".join((file.parent / name).read_bytes() for name in names).split(b"\n")
     numbers = [int(line[5:]) for line in kept[1:-1] if len(line) == 14]
     assert numbers == sorted(numbers)
+
+
+def write(file: Path, text: str) -> None:
+    with file.open("a") as writer:
+        writer.write(text)
+
+
+def move(file: Path) -> None:
+    """Rotates a log with every line that it has."""
+    assert rotate(file, file.stat().st_size - 1)
+
+
+def test_the_newest_lines_come_from_a_log_and_its_older_copies(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    for number in range(6):
+        write(file, f"line {number}\n")
+        if number % 2:
+            move(file)
+    write(file, "line 6\nhalf")
+    assert last_lines(file, 2) == ["line 6", "half"]
+    assert last_lines(file, 5) == ["line 3", "line 4", "line 5", "line 6", "half"]
+    assert len(last_lines(file, 100)) == 8
+    assert last_lines(file, 0) == last_lines(tmp_path / "none.log", 3) == []
+
+
+def test_a_follower_misses_no_line_of_a_log_that_is_rotated(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    write(file, "old\n")
+    follower = Follower(file)
+    assert follower.lines() == []
+    write(file, "first\nsec")
+    assert follower.lines() == ["first"]
+    write(file, "ond\nthird\n")
+    move(file)
+    write(file, "a line that is longer than everything before the rotation\n")
+    assert follower.lines() == [
+        *("second", "third", "a line that is longer than everything before the rotation")
+    ]
+    move(file)
+    assert follower.lines() == []
+    write(file, "last\n")
+    assert follower.lines() == ["last"]
+
+
+def test_a_follower_waits_for_a_log_and_goes_on_after_two_rotations(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    follower = Follower(file)
+    assert follower.lines() == []
+    write(file, "one\n")
+    assert follower.lines() == ["one"]
+    for text in ("two\n", "three\n"):  # the first of them is in the second older copy by now
+        write(file, text)
+        move(file)
+    write(file, "four\n")
+    assert follower.lines() == ["four"]
+
+
+def test_a_long_line_without_an_end_is_handed_out(tmp_path: Path) -> None:
+    file = tmp_path / "part.log"
+    follower = Follower(file)
+    write(file, "x" * 100_000)
+    assert follower.lines() == ["x" * 100_000]
+    assert last_lines(file, 3) == ["x" * (64 << 10)]
+
+
+def test_logs_shows_the_parts_and_follows_one_across_a_rotation(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    arguments = ["logs", "--config", str(config)]
+    assert main(arguments) == 2
+    assert "there are no logs in" in capsys.readouterr().err
+    folder = tmp_path / "state" / "logs"
+    folder.mkdir(parents=True)
+    write(folder / "proxy.log", "a\n\x1b[31mb\x1b[0m\x07\n")
+    write(folder / "judge.log", "c\n")
+    assert main([*arguments, "--lines", "1"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["judge | c", "proxy | b"]
+    assert main([*arguments, "proxy"]) == 0
+    assert capsys.readouterr().out.splitlines() == ["a", "b"]
+    assert main([*arguments, "prox"]) == 2
+    assert "there is no log of 'prox'; known: judge, proxy" in capsys.readouterr().err
+    argv = [sys.executable, "-P", "-m", "nextstate", *arguments, "proxy", "--follow", "--lines=1"]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "b\n"  # it follows by now
+            write(folder / "proxy.log", "d\n")
+            move(folder / "proxy.log")
+            write(folder / "proxy.log", "e\n")
+            assert [process.stdout.readline() for _ in range(2)] == ["d\n", "e\n"]
+        finally:
+            process.terminate()

@@ -19,6 +19,7 @@ from nextstate.records import Feedback
 from nextstate.store import Store
 from tests.store.test_records import add, judge, turn
 
+ESC = "\x1b]0;title\x07\u202e"
 SAID = "né → 谢谢 🙂\x1b[2J\nnext"
 
 
@@ -27,6 +28,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("terminal")
     store = Store(StoreConfig(dir=str(folder / "state")))
     add(store, *(turn(number, session=f"s→{number}") for number in range(400)), next_state=SAID)
+    hostile = {"role": "user", "content": SAID}, {"role": "assistant", "content": SAID}
+    add(store, turn(400, request={"messages": [hostile[0]]}, reply=hostile[1], session=f"s{ESC}"))
     judge(store, 0, -1, hint="Sé breve → 短.")
     store.judging.give_feedback(Feedback("turn_0", -1, comment="nö →"))
     store.close()
@@ -75,9 +78,14 @@ for arguments in {[[*one, *given] for one in shown]!r}:
 def test_recorded_control_characters_do_not_reach_the_terminal(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["turns", "--limit", "1", "--config", str(config)]) == 0
-    (line,) = capsys.readouterr().out.splitlines()
-    assert line.endswith("né → 谢谢 🙂 [2J next")
+    shown: list[str] = []
+    for arguments in (["--limit", "1"], ["turn_399"], ["turn_400"]):
+        assert main(["turns", *arguments, "--config", str(config)]) == 0
+        shown.append(capsys.readouterr().out)
+    lines = "".join(shown).splitlines()
+    assert [line for line in lines if not line.isprintable()] == []
+    assert lines[0] == "turn_400  v0  ·  person: né → 谢谢 🙂 next  →  né → 谢谢 🙂 next"
+    assert [line for line in lines if line == "  né → 谢谢 🙂"] != []
 
 
 def test_a_reader_that_closes_the_pipe_causes_no_error(config: Path) -> None:

@@ -61,7 +61,10 @@ def test_after_three_rejections_the_lineage_pauses_keeps_its_samples_and_says_wh
     assert "nextstate resume --lineage main" in said["main"]
     assert "nextstate rollback NUMBER --lineage main" in said["main"]
     (logged,) = (r for r in caplog.records if "in a row" in r.getMessage())
-    assert (logged.levelno, logged.getMessage()) == (logging.ERROR, f"lineage=main {said['main']}")
+    assert (logged.levelno, logged.getMessage()) == (
+        logging.ERROR,
+        f"lineage=main {said['main']}",
+    )
 
 
 def test_a_pause_outlasts_the_learner_and_ends_with_resume(recorded, model_path, monkeypatch):
@@ -74,6 +77,23 @@ def test_a_pause_outlasts_the_learner_and_ends_with_resume(recorded, model_path,
     recorded.store.versions.resume("main")
     assert run(recorded, model_path).published == [4, 5, 6]
     assert recorded.states() == {"trained": 48}
+    assert read_training_status(recorded.store.dir, ["main"]) == {}
+
+
+def test_a_lineage_that_a_person_has_paused_takes_no_batch_until_it_is_resumed(
+    recorded, model_path
+):
+    recorded.add_mixed(16 * 2)
+    recorded.store.versions.pause("main", "ada")
+    assert run(recorded, model_path).published == []
+    recorded.store.versions.set_serving("main", 0)  # a rollback does not end it
+    assert run(recorded, model_path).published == []
+    assert recorded.states() == {"ready": 32}
+    said = read_training_status(recorded.store.dir, ["main"])["main"]
+    assert said.startswith("paused by ada since ")
+    assert said.endswith("`nextstate resume --lineage main` ends the pause")
+    recorded.store.versions.resume("main")
+    assert run(recorded, model_path).published == [1, 2]
     assert read_training_status(recorded.store.dir, ["main"]) == {}
 
 

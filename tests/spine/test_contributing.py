@@ -18,6 +18,7 @@ NAMES = (
     "CONTRIBUTING.md",
     "docs/architecture.md",
     "docs/connect.md",
+    "docs/commands.md",
     "docs/environments.md",
     "docs/page.md",
     "benchmarks/RESULTS.md",

@@ -21,10 +21,14 @@ OF_VERSION_1 = Path(__file__).parent / "data" / "schema_1.sql"
 """A dump of a database that the program wrote before there were episodes."""
 
 
-def old_database(folder: Path) -> Path:
+OF_VERSION_2 = OF_VERSION_1.with_name("schema_2.sql")
+"""The same database as version 2 left it, before people could pause a lineage."""
+
+
+def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:
     file = folder / "nextstate.sqlite3"
     with closing(sqlite3.connect(file)) as connection:
-        connection.executescript(OF_VERSION_1.read_text())
+        connection.executescript(dump.read_text())
     return file
 
 
@@ -57,10 +61,11 @@ def shape(file: Path) -> tuple[dict[str, list[tuple[object, ...]]], dict[str, st
     return columns, {name: sql for kind, name, sql in made if kind in ("index", "trigger")}
 
 
-def test_a_database_from_before_episodes_gets_the_tables_of_a_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("dump", [OF_VERSION_1, OF_VERSION_2])
+def test_an_older_database_gets_the_tables_of_a_new_one(tmp_path: Path, dump: Path) -> None:
     (tmp_path / "new").mkdir()
     Store(StoreConfig(dir=str(tmp_path / "new"))).close()
-    file = old_database(tmp_path)
+    file = old_database(tmp_path, dump)
     assert shape(file) != shape(tmp_path / "new" / "nextstate.sqlite3")
     Store(StoreConfig(dir=str(tmp_path))).close()
     assert shape(file) == shape(tmp_path / "new" / "nextstate.sqlite3")
@@ -92,6 +97,18 @@ def test_nothing_that_was_recorded_before_episodes_is_lost(tmp_path: Path) -> No
             ("turn_1", -1, None),
             ("turn_2", 1, None),
         ]
+
+
+def test_decisions_from_before_there_were_pauses_pause_nothing(tmp_path: Path) -> None:
+    file = old_database(tmp_path, OF_VERSION_2)
+    before = rows(file)
+    assert before.pop("schema_version") == [(2,)]
+    with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
+        assert rows(file, like=before) == before
+        found = store.versions.decisions("main")
+        assert (found.after, found.pause) == (1, None)
+        store.versions.pause("main", "ada")
+        assert store.versions.decisions("main").pause is not None
 
 
 def test_an_older_database_goes_on_with_episodes_and_their_counts(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
+from nextstate.config import StoreConfig
 from nextstate.records import (
     Decisions,
     Feedback,
     JudgedTurn,
+    Pause,
     PolicyVersion,
     SampleState,
     VersionState,
@@ -159,3 +162,19 @@ def test_an_adapter_that_is_needed_cannot_be_forgotten_and_a_forgotten_one_canno
     assert store.versions.serving("main").number == 3
     second = store.versions.all("main")[1]
     assert (second.path, second.sha256, second.can_serve) == (None, "ff", False)
+
+
+def test_a_pause_lasts_until_a_person_resumes_and_accepts_nothing(tmp_path: Path) -> None:
+    now = [5.0]
+    store = Store(StoreConfig(dir=str(tmp_path)), clock=lambda: now[0])
+    store.versions.pause("main", "ada")
+    assert store.versions.decisions("main") == Decisions(pause=Pause("ada", 5.0))
+    assert store.versions.decisions("bob") == Decisions()
+    now[0] = 7.0
+    store.versions.pause("main", "b" * 200)
+    store.versions.set_serving("main", 0)
+    found = store.versions.decisions("main")
+    assert found == Decisions(1, 0, frozenset({0}), Pause("b" * 80, 7.0))
+    store.versions.resume("main")
+    assert store.versions.decisions("main") == Decisions(1, 0, frozenset({0}))
+    store.close()

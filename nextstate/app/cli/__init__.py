@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from nextstate import file_descriptors, logs
+from nextstate import file_descriptors
 from nextstate.app.cli import (
     connect,
     demo,
@@ -23,16 +23,20 @@ from nextstate.app.cli import (
     feedback,
     judge,
     learner,
+    logs,
+    pause,
     proxy,
     resume,
     rollback,
     rollout,
+    sessions,
     status,
     turns,
     up,
     versions,
 )
 from nextstate.errors import EXIT_LATER, EXIT_USAGE, NextStateError, WaitError
+from nextstate.logs import to_stderr as log_to_stderr
 from nextstate.offline import go_offline
 from nextstate.private_files import only_for_owner
 
@@ -45,10 +49,13 @@ _COMMANDS = (
     rollout,
     demo,
     status,
+    logs,
     turns,
+    sessions,
     episodes,
     versions,
     rollback,
+    pause,
     resume,
     feedback,
     export,
@@ -62,7 +69,7 @@ examples:
   nextstate connect openclaw            make an agent talk to the proxy, by its own settings
   nextstate rollout terminal --tasks tasks.jsonl
                                         agents try tasks in a sandbox, and the policy learns
-  nextstate turns --json | tail -1      the newest turn with its verdict
+  nextstate turns --limit 20            who said what, and what does not train
   nextstate episodes --limit 20         attempts of agents at tasks, with their outcomes
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate versions 3                  what version 3 was made from, and how it was checked
@@ -79,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     only_for_owner()
     go_offline()
-    logs.to_stderr()
+    log_to_stderr()
     logging.getLogger("httpx").setLevel(logging.WARNING)
     file_descriptors.raise_limit()
     try:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import StartError
+from nextstate.records import MAIN_LINEAGE
 
 if TYPE_CHECKING:
     from nextstate.records import PolicyVersion
@@ -39,6 +40,24 @@ def add_command(
 def add_json(parser: argparse.ArgumentParser) -> None:
     """Adds `--json`."""
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
+
+
+def add_lineage(parser: argparse.ArgumentParser) -> None:
+    """Adds a lineage, by its place or as `--lineage NAME`; see `lineage_of`."""
+    which = parser.add_mutually_exclusive_group()
+    text = f"which one (default: {MAIN_LINEAGE})"
+    which.add_argument("named", nargs="?", metavar="LINEAGE", help=text)
+    which.add_argument("--lineage", metavar="NAME", help="the same")
+
+
+def lineage_of(args: argparse.Namespace, known: Sequence[str]) -> str:
+    """The lineage that `add_lineage`'s arguments name. Raises StartError if it is unknown."""
+    lineage = args.named or args.lineage or MAIN_LINEAGE
+    if lineage not in known:
+        raise StartError(
+            f"there is no lineage {lineage!r:.80}; known: {', '.join(known)}: see [lineages.NAME]"
+        )
+    return lineage
 
 
 def whole_number(text: str) -> int:

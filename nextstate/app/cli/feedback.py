@@ -15,6 +15,10 @@ examples:
   nextstate feedback turn_1a2b --score 1
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate feedback --session my-chat --score -1 --comment "It forgot the file."
+  nextstate feedback --match "backup script cron" --score 1
+
+--match reads every turn in the store, a few hundred at a time, and wants exactly one main turn in
+which each of the words was said or replied. If there are several, it lists them and does nothing.
 """
 
 
@@ -27,6 +31,8 @@ def add(subparsers: Any) -> None:
     which.add_argument("turn", nargs="?", help=text)
     text = "its newest main turn; our name for the session or your agent's own"
     which.add_argument("--session", metavar="NAME", help=text)
+    text = "the one main turn in which each of these words was said or replied"
+    which.add_argument("--match", metavar="WORDS", help=text)
     text = "bad, neither, or good"
     parser.add_argument("--score", type=int, choices=(-1, 0, 1), required=True, help=text)
     text = "what should have been done, in one to three sentences; it is trained on"
@@ -43,7 +49,11 @@ def run(args: argparse.Namespace) -> int:
     settings = Settings.read(args.config)
     store = Store(settings.store)
     turn = args.turn
-    if turn is None:
+    if args.match is not None:
+        from nextstate.app.finding import the_meant, words_of
+
+        turn = the_meant(store, words_of("--match", args.match))
+    elif turn is None:
         from proxy.linking.names import session_names
 
         profile = load_plugin("agents", settings.agents.profile, None)

@@ -5,15 +5,12 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nextstate.app.cli.common import add_command
-from nextstate.errors import StartError
-from nextstate.records import MAIN_LINEAGE
+from nextstate.app.cli.common import add_command, add_lineage, lineage_of
 
 
 def add(subparsers: Any) -> None:
-    parser = add_command(subparsers, "resume", run, "let a lineage train again that has paused")
-    text = "default: %(default)s"
-    parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help=text)
+    text = "let a lineage train again that a person or the gate's rejections have paused"
+    add_lineage(add_command(subparsers, "resume", run, text))
 
 
 def run(args: argparse.Namespace) -> int:
@@ -21,8 +18,7 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.store import Store
 
     settings = Settings.read(args.config)
-    if args.lineage not in settings.all_lineages:
-        raise StartError(f"there is no lineage {args.lineage!r}: see [lineages.NAME]")
-    Store(settings.store).versions.resume(args.lineage)
-    print(f"{args.lineage} trains again once the learner looks")
+    lineage = lineage_of(args, settings.all_lineages)
+    Store(settings.store).versions.resume(lineage)
+    print(f"{lineage} trains again once the learner looks")
     return 0

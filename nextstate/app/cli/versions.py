@@ -21,10 +21,12 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app import views
     from nextstate.app.judge_worth import judge_agreement, worth_line
     from nextstate.app.settings import Settings
+    from nextstate.app.status import pauses
     from nextstate.app.watching import version_watch, watch_text
     from nextstate.store import Store
 
-    store = Store(Settings.read(args.config).store)
+    settings = Settings.read(args.config)
+    store = Store(settings.store)
     if args.number is not None:
         version = find_version(store, args.lineage or MAIN_LINEAGE, args.number)
         trained = store.versions.used_turns(version.lineage, version.number)
@@ -40,6 +42,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         for version in versions:
             print_json(views.version_row(version))
-    elif versions:
+        return 0
+    if versions:
         print(views.version_table(versions))
+    lineages = settings.all_lineages if args.lineage is None else [args.lineage]
+    for lineage, why in pauses(store, lineages).items():
+        print(f"{lineage}: {why}")
     return 0

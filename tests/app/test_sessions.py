@@ -1,0 +1,154 @@
+"""`nextstate sessions` and `nextstate feedback --match`: people find what they mean."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from nextstate.app import finding
+from nextstate.app.cli import main
+from nextstate.config import StoreConfig
+from nextstate.records import Timings, TurnKind
+from nextstate.store import Store
+from nextstate.store.lookup import Choice
+from tests.store.test_growth import fill, steps
+from tests.store.test_records import add, judge, turn
+
+DAY = 86_400.0
+START = 1_800_000_000.0
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    replies = ("Use cron for the backup.", "Use rsync for it.", "A title", "Done.", "Use cron.")
+    for number, (session, reply) in enumerate(
+        zip(("a", "b\x1b[2J", "a", "a", "b\x1b[2J"), replies, strict=True)
+    ):
+        changes = {
+            "session": session,
+            "kind": TurnKind.SIDE if number == 2 else TurnKind.MAIN,
+            "lineage": "main" if session == "a" else "bob",
+            "reply": {"role": "assistant", "content": reply},
+            "timings": Timings(START + DAY * number, 0.1, 0.2),
+        }
+        with store.recording() as recording:
+            key = b"%016d" % number
+            recording.add_turn(turn(number, **changes), key, key, client_session=f"my {session}")
+    judge(store, 0, 1)
+    judge(store, 3, -1)
+    judge(store, 4, 1)
+    store.close()
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    return file
+
+
+def run(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> list[str]:
+    capsys.readouterr()
+    assert main([*arguments, "--config", str(config)]) == 0
+    return capsys.readouterr().out.splitlines()
+
+
+def test_a_session_is_one_line_with_its_turns_times_lineage_and_score(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TZ", "UTC")
+    time.tzset()
+    headings, first, second = run(capsys, config, "sessions")
+    assert headings.split() == [
+        *("session", "turns", "first", "last", "score", "lineage", "client", "name")
+    ]
+    day = "2027-01-{} 08:00".format
+    assert first.split() == [*f"a 3 {day(15)} {day(18)} +0.00 main my a".split()]
+    assert second.split() == [*f"b 2 {day(16)} {day(19)} +1.00 bob my b".split()]
+
+
+def test_sessions_as_json_and_by_lineage_time_and_number(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def names(*arguments: str) -> list[str]:
+        rows = [json.loads(line) for line in run(capsys, config, "sessions", "--json", *arguments)]
+        return [row["session"][0] for row in rows]
+
+    first, _ = (json.loads(line) for line in run(capsys, config, "sessions", "--json"))
+    assert first == {
+        "session": "a",
+        "client_session": "my a",
+        "lineage": "main",
+        "turns": 3,
+        "first_at": START,
+        "last_at": START + 3 * DAY,
+        "mean_score": 0.0,
+    }
+    monkeypatch.setattr("time.time", lambda: START + 4.5 * DAY)
+    assert names() == names("--limit", "0") == ["a", "b"]
+    assert names("--limit", "1") == ["b"]
+    assert names("--lineage", "main") == ["a"]
+    assert names("--since", "20h") == ["b"]
+    assert names("--since", "2d") == ["a", "b"]
+    for wrong, expected in (
+        (["--since", "noon"], "--since 'noon' is neither a duration"),
+        (["--lineage", "carol"], "--lineage 'carol' has no turn here; known: main"),
+    ):
+        assert main(["sessions", *wrong, "--config", str(config)]) == 2
+        assert expected in capsys.readouterr().err
+
+
+def test_a_list_of_sessions_costs_the_same_in_a_large_store(tmp_path: Path) -> None:
+    found: list[int] = []
+    for sessions in (20, 80):
+        store = Store(StoreConfig(dir=str(tmp_path / str(sessions))))
+        fill(store, sessions, ready=0)
+
+        def look(store: Store) -> None:
+            assert len(finding.newest_sessions(store, Choice(), 5)) == 5
+
+        found.append(steps(store, look))
+    small, large = found
+    assert large <= 1.5 * small + 300, found
+
+
+def test_feedback_finds_the_turn_by_a_few_words(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    good = "--score=1"
+    assert run(capsys, config, "feedback", "--match", "backup CRON", good) == ["turn_0: score +1"]
+    assert run(capsys, config, "feedback", "--match", "question 1", good) == ["turn_1: score +1"]
+
+
+def test_feedback_refuses_several_turns_and_lists_them(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refusal(words: str) -> list[str]:
+        capsys.readouterr()
+        arguments = ["--match", words, "--score", "-1", "--config", str(config)]
+        assert main(["feedback", *arguments]) == 2
+        return capsys.readouterr().err.splitlines()
+
+    first, *listed = refusal("use cron")
+    assert first.startswith("nextstate: several main turns have the words 'use cron'; name one")
+    assert [line.split()[0] for line in listed] == ["turn_4", "turn_0"]
+    (line,) = refusal("title")  # a side turn is never judged
+    assert "no main turn has the words 'title'" in line
+    (line,) = refusal(" ")
+    assert "--match ' ' has no words" in line
+    store = Store(StoreConfig(dir=str(config.parent / "state")))
+    assert [store.judging.feedback(f"turn_{n}") for n in (0, 4)] == [None, None]
+    store.close()
+    assert {row["feedback"] for row in map(json.loads, run(capsys, config, "turns", "--json"))} == {
+        None
+    }
+
+
+def test_only_so_many_matches_are_looked_for(tmp_path: Path) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path)))
+    add(store, *(turn(number) for number in range(30)))
+    with pytest.raises(finding.NoTurnError, match="several main turns") as found:
+        finding.the_meant(store, ["question"])
+    listed = str(found.value).splitlines()
+    assert (len(listed), listed[1].split()[0], listed[-1]) == (10, "turn_29", "  …")
+    store.close()
