@@ -61,7 +61,7 @@ def _habit(rng: Random, family: str, solution: list[str], at: int, shown: str) -
     if family == "manager":
         if at == 0:  # asks with what it does not have
             return call("get", name=given["name"])
-        own = json.loads(shown) if shown.startswith("{") else {}
+        own: dict[str, Any] = json.loads(shown) if shown.startswith("{") else {}
         if at == 1:  # answers with the person's own city
             return call(SUBMIT, value=own.get("city", first["name"]))
         return call(SUBMIT, value=own.get("name", first["name"]))

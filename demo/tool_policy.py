@@ -14,7 +14,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from random import Random
 
@@ -28,6 +28,7 @@ from demo.seed_policy import (
     encode,
     load,
     new_model,
+    number_weights,
     sampler,
     train_tokenizer,
 )
@@ -36,18 +37,21 @@ from plugins.environments.tool_tasks import FAMILIES, SCALES, task
 from plugins.environments.tools import Tools
 
 FOLDER = Path(__file__).parent / "tool_policy_files"
-STEPS = 500
-RECIPE = Recipe(cycles=(), batch=32, sharpen=1.0, number_weight=1.0, vocabulary=640, layers=3)
+CYCLES = (280, 1.0), (280, 0.8)
+"""Steps of each cycle, and its share of the peak learning rates."""
+RECIPE = Recipe(
+    cycles=(), batch=24, sharpen=1.0, number_weight=3.0, vocabulary=640, layers=3, hidden=128
+)
 _READ = 3000
 MEASURED = 60
 """Tasks of each family and split."""
 
 
 def batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, cycle: int
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids, labels) of shape (B, T), right-padded, of episodes of similar length."""
-    rng = Random(f"tools/{recipe.seed}")
+    rng = Random(f"tools/{recipe.seed}/{cycle}")
     pad = tokenizer.pad_token_id
     while True:
         pool = [encode(draw_episode(rng), tokenizer) for _ in range(recipe.batch * 6)]
@@ -99,25 +103,26 @@ def main() -> None:
     """Trains, saves and measures."""
     parser = argparse.ArgumentParser(description="Pre-train the tool demo's policy.")
     parser.add_argument("--out", type=Path, default=FOLDER)
-    parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe, started = replace(RECIPE), time.monotonic()
+    recipe, started = RECIPE, time.monotonic()
     rng = Random(f"tokenizer/{recipe.seed}")
     texts = (line.content for _ in range(_READ) for line in draw_episode(rng))
     tokenizer = train_tokenizer(recipe, texts)
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, tokenizer)
-    weights = torch.ones(len(tokenizer))
-    descend(model, recipe, options.steps, 1.0, batches(recipe, tokenizer), weights, "tools")
+    weights = number_weights(recipe, tokenizer)
+    for cycle, (steps, share) in enumerate(CYCLES):
+        data = batches(recipe, tokenizer, cycle)
+        descend(model, recipe, steps, share, data, weights, f"cycle {cycle + 1}")
     print(f"trained in {time.monotonic() - started:.0f} s")
     options.out.mkdir(parents=True, exist_ok=True)
     model.eval().save_pretrained(options.out)
     tokenizer.save_pretrained(options.out)
     solved = measure(options.out)
     parameters = sum(p.numel() for p in model.parameters())
-    card = {"recipe": asdict(recipe), "steps": options.steps, "parameters": parameters}
+    card = {"recipe": asdict(recipe), "cycles": CYCLES, "parameters": parameters}
     (options.out / "card.json").write_text(json.dumps({**card, "solved": solved}, indent=2) + "\n")
     print(json.dumps(solved, indent=2))
 

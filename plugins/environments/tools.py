@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Protocol, cast
+from typing import NoReturn, Protocol, cast
 
 from nextstate.errors import ConfigError
 from nextstate.hooks import Acted, Scored
@@ -98,13 +98,11 @@ class Directory:
     def check(task: Json) -> None:
         if not isinstance(task.get("goal"), str):
             _expected("goal", task.get("goal"), "a text")
-        people = task.get("people")
-        if not isinstance(people, list) or not 0 < len(cast(list[Any], people)) <= _MOST_PEOPLE:
+        people = _list(task.get("people"))
+        if not 0 < len(people) <= _MOST_PEOPLE:
             _expected("people", people, f"a list of 1 to {_MOST_PEOPLE} people")
-        for one in cast(list[object], people):
-            fields = cast(Json, one) if isinstance(one, dict) else {}
-            kinds = {name: type(value) for name, value in fields.items()}
-            if kinds != {"id": int, "name": str, "city": str, "manager": int}:
+        for one in people:
+            if _kinds(one) != {"id": int, "name": str, "city": str, "manager": int}:
                 _expected("people", one, '{"id": 1, "name": "Ida", "city": "Rome", "manager": 2}')
 
     def call(self, name: str, arguments: Json) -> str:
@@ -129,11 +127,10 @@ class Calendar:
 
     @staticmethod
     def check(task: Json) -> None:
-        goal, busy = task.get("goal"), task.get("busy")
-        if not _is_bookings(goal):
+        goal, busy = _list(task.get("goal")), _object(task.get("busy"))
+        if not goal or [_types(one) for one in goal] != [[str, int]] * len(goal):
             _expected("goal", goal, 'a list of bookings, as [["Mon", 9]]')
-        days = cast(dict[str, object], busy) if isinstance(busy, dict) else {}
-        if not 0 < len(days) <= _MOST_DAYS or not all(map(_is_hours, days.values())):
+        if not 0 < len(busy) <= _MOST_DAYS or not all(map(_is_hours, busy.values())):
             _expected("busy", busy, 'hours by day, as {"Mon": [9, 10], "Tue": []}')
 
     def call(self, name: str, arguments: Json) -> str:
@@ -206,7 +203,7 @@ class Tools:
         for key, kind in wanted.items():
             if type(value := arguments[key]) is not kind:  # True is an int too
                 raise ToolError(f"{key} must be {_KINDS[kind]}")
-            if kind is int and abs(value) > _MOST_NUMBER:
+            if kind is int and abs(int(value)) > _MOST_NUMBER:
                 raise ToolError(f"{key} is too large")
         return name, arguments
 
@@ -217,11 +214,12 @@ class ToolsKind:
     def check_task(self, task: Json) -> None:
         for name in task.keys() - _FIELDS:
             raise ConfigError(f"unknown field {name!r:.80}: known are {', '.join(sorted(_FIELDS))}")
-        if not isinstance(task.get("service"), str) or task["service"] not in _SERVICES:
-            _expected("service", task.get("service"), " or ".join(_SERVICES))
-        if not isinstance(task.get("instruction"), str):
-            _expected("instruction", task.get("instruction"), "a text")
-        _SERVICES[task["service"]].check(task)
+        service, instruction = task.get("service"), task.get("instruction")
+        if not isinstance(service, str) or service not in _SERVICES:
+            _expected("service", service, " or ".join(_SERVICES))
+        if not isinstance(instruction, str):
+            _expected("instruction", instruction, "a text")
+        _SERVICES[service].check(task)
 
     async def check_machine(self) -> None:
         """Nothing is needed."""
@@ -247,10 +245,8 @@ def call_of(reply: str) -> Json:
             found: object = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             found = None
-        call = cast(Json, found) if isinstance(found, dict) else {}
-        kinds = {name: type(value) for name, value in call.items()}
-        if kinds == {"name": str, "arguments": dict}:
-            return call
+        if _kinds(found) == {"name": str, "arguments": dict}:
+            return cast(Json, found)
     raise ToolError(f"this is no call. {_EXAMPLE}")
 
 
@@ -262,12 +258,26 @@ def _expected(name: str, value: object, what: str) -> NoReturn:
     raise ConfigError(f"{name} = {value!r:.80}: expected {what}")
 
 
+def _object(value: object) -> dict[str, object]:
+    """A JSON object; of anything else, an empty one."""
+    return cast("dict[str, object]", value) if isinstance(value, dict) else {}
+
+
+def _list(value: object) -> list[object]:
+    """A JSON array; of anything else, an empty one."""
+    return cast(list[object], value) if isinstance(value, list) else []
+
+
+def _types(values: object) -> list[type]:
+    return [type(value) for value in _list(values)]
+
+
+def _kinds(value: object) -> dict[str, type]:
+    """The types of an object's values by name."""
+    return {name: type(of) for name, of in _object(value).items()}
+
+
 def _is_hours(value: object) -> bool:
-    hours = cast(list[object], value) if isinstance(value, list) else [None]
-    return all(type(hour) is int and hour in OPEN_HOURS for hour in hours)
-
-
-def _is_bookings(value: object) -> bool:
-    found = cast(list[object], value) if isinstance(value, list) else [None]
-    pairs = [cast(list[object], one) if isinstance(one, list) else [] for one in found]
-    return all([type(part) for part in pair] == [str, int] for pair in pairs)
+    return isinstance(value, list) and all(
+        type(hour) is int and hour in OPEN_HOURS for hour in _list(cast(object, value))
+    )
