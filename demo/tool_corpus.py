@@ -21,20 +21,23 @@ SLIPS = {"chain": 0.37, "manager": 0.45, "book": 0.37}
 """By family: how often a step follows a habit."""
 
 
-def draw_episode(rng: Random, slips: dict[str, float] = SLIPS) -> list[Line]:
-    """One episode as a conversation."""
-    return asyncio.run(_episode(rng, slips))
+def draw_episode(rng: Random, chains: float = 1 / 3) -> list[Line]:
+    """One episode as a conversation; `chains`: the share of those with a chain of sums."""
+    return asyncio.run(_episode(rng, chains))
 
 
-async def _episode(rng: Random, slips: dict[str, float]) -> list[Line]:
-    family, split = rng.choice([*FAMILIES]), rng.choice([*SCALES])
+async def _episode(rng: Random, chains: float) -> list[Line]:
+    others = (1 - chains) / (len(FAMILIES) - 1)
+    weights = [chains if family == "chain" else others for family in FAMILIES]
+    (family,) = rng.choices([*FAMILIES], weights)
+    split = rng.choice([*SCALES])
     fields, solution = task(family, split, f"corpus {rng.random()}")
     tools = Tools()
     lines = [Line("user", await tools.reset(fields, 0))]
     at, shown = 0, ""
     for _ in range(MOST_CALLS):
         right = solution[at]
-        slips_now = rng.random() < slips[family]
+        slips_now = rng.random() < SLIPS[family]
         reply = _habit(rng, family, solution, at, shown) if slips_now else right
         acted = await tools.step(reply)
         lines.append(Line("assistant", reply, imitate=True))

@@ -37,8 +37,8 @@ from plugins.environments.tool_tasks import FAMILIES, SCALES, task
 from plugins.environments.tools import Tools
 
 FOLDER = Path(__file__).parent / "tool_policy_files"
-CYCLES = (280, 1.0), (280, 0.8)
-"""Steps of each cycle, and its share of the peak learning rates."""
+CYCLES = (280, 1.0, 1 / 3), (280, 0.8, 1 / 3), (160, 0.6, 0.6)
+"""Of each cycle: steps, its share of the peak learning rates, the share of chains of sums."""
 RECIPE = Recipe(
     cycles=(), batch=24, sharpen=1.0, number_weight=3.0, vocabulary=640, layers=3, hidden=128
 )
@@ -48,13 +48,13 @@ MEASURED = 60
 
 
 def batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, cycle: int
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, cycle: int, chains: float
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Endless (ids, labels) of shape (B, T), right-padded, of episodes of similar length."""
     rng = Random(f"tools/{recipe.seed}/{cycle}")
     pad = tokenizer.pad_token_id
     while True:
-        pool = [encode(draw_episode(rng), tokenizer) for _ in range(recipe.batch * 6)]
+        pool = [encode(draw_episode(rng, chains), tokenizer) for _ in range(recipe.batch * 6)]
         pool.sort(key=lambda pair: len(pair[0]))
         rows = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
         rng.shuffle(rows)
@@ -113,8 +113,8 @@ def main() -> None:
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, tokenizer)
     weights = number_weights(recipe, tokenizer)
-    for cycle, (steps, share) in enumerate(CYCLES):
-        data = batches(recipe, tokenizer, cycle)
+    for cycle, (steps, share, chains) in enumerate(CYCLES):
+        data = batches(recipe, tokenizer, cycle, chains)
         descend(model, recipe, steps, share, data, weights, f"cycle {cycle + 1}")
     print(f"trained in {time.monotonic() - started:.0f} s")
     options.out.mkdir(parents=True, exist_ok=True)
