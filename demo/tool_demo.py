@@ -45,7 +45,7 @@ MODEL = "tool-policy"
 GOAL = 0.8
 UPDATES = 16
 MEASURE_EVERY = 4
-HELD_OUT, BETWEEN = 240, 60
+HELD_OUT, BETWEEN = 120, 60
 """Held-out tasks of the first and the last measurement, and of one on the way."""
 GROUPS, GROUP_SIZE, PARALLEL, MAX_CALLS = 6, 8, 32, 6
 """Groups are played before it is looked whether the learner keeps up."""
@@ -54,6 +54,8 @@ LEARNER = {
     "method": "binary",
     "batch_size": BATCH,
     "kl_coef": 0.0,
+    "epochs": 2,
+    "step_kl": 0.03,
     "gradient_checkpointing": False,
     "micro_batch_tokens": 4096,
     "threads": 1,

@@ -37,7 +37,7 @@ from plugins.environments.tool_tasks import FAMILIES, SCALES, task
 from plugins.environments.tools import Tools
 
 FOLDER = Path(__file__).parent / "tool_policy_files"
-CYCLES = (280, 1.0, 1 / 3), (280, 0.8, 1 / 3), (160, 0.6, 0.6)
+CYCLES = (280, 1.0, 1 / 3), (280, 0.8, 1 / 3), (160, 0.6, 0.6), (220, 0.7, 0.6)
 """Of each cycle: steps, its share of the peak learning rates, the share of chains of sums."""
 RECIPE = Recipe(
     cycles=(), batch=24, sharpen=1.0, number_weight=3.0, vocabulary=640, layers=3, hidden=128
