@@ -43,7 +43,7 @@ from rollout.tasks import Task
 FOLDER = Path(__file__).parent / "tool_policy_files"
 MODEL = "tool-policy"
 GOAL = 0.8
-UPDATES = 16
+UPDATES = 18
 MEASURE_EVERY = 4
 HELD_OUT, BETWEEN = 120, 60
 """Held-out tasks of the first and the last measurement, and of one on the way."""
@@ -89,7 +89,7 @@ class _Heard(Tools):
     async def reset(self, task: Json, seed: int) -> str:
         shown = await super().reset(task, seed)
         self._said.append(("task", task["instruction"]))
-        self._episodes[task["instruction"]] = self._said
+        self._episodes[key_of(task)] = self._said
         return shown
 
     async def step(self, action: str) -> Acted:
@@ -98,10 +98,12 @@ class _Heard(Tools):
         return acted
 
 
-class _HeardKind(ToolsKind):
+class HeardKind(ToolsKind):
+    """Keeps what was said in the episodes that it made."""
+
     def __init__(self) -> None:
         self.episodes: dict[str, list[tuple[str, str]]] = {}
-        """What was said in the last episode of each task, by its instruction."""
+        """What was said in the last episode of each task, by `key_of` it."""
 
     def make(self) -> Tools:
         return _Heard(self.episodes)
@@ -209,7 +211,7 @@ class _Course:
         return {"before": self._before[better[0]], "after": self._after[better[0]]}
 
     async def _measure(self, count: int) -> dict[str, list[tuple[str, str]]]:
-        kind, version = _HeardKind(), await self._serving()
+        kind, version = HeardKind(), await self._serving()
         plan = Plan(
             "tools", PARALLEL, 1, 0, MAX_CALLS, deadline_s=_DEADLINE_S, version=version or None
         )
@@ -217,7 +219,7 @@ class _Course:
         self.failed += sum(one.outcome is None for one in attempts)
         solved = {one.task.id: _is_solved(one) for one in attempts}
         for one in attempts:
-            kind.episodes[one.task.fields["instruction"]].append(
+            kind.episodes[key_of(one.task.fields)].append(
                 ("right" if solved[one.task.id] else "wrong", "")
             )
         families = {
@@ -276,6 +278,11 @@ def tasks(split: Split, seed: int) -> Iterator[Task]:
             del fields["split"]
             yield Task(name, split, fields)
         number += 1
+
+
+def key_of(fields: Json) -> str:
+    """Tells tasks apart: many have the same instruction."""
+    return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS).decode()
 
 
 def _is_solved(attempt: Attempt) -> bool:

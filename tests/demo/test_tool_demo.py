@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from itertools import islice
 from pathlib import Path
 from random import Random
 
 from demo.curve import draw_solved
 from demo.tool_corpus import MOST_CALLS, draw_episode
-from demo.tool_demo import tasks
+from demo.tool_demo import HeardKind, key_of, tasks
 from nextstate.episodes import Split
 from plugins.environments.tool_tasks import FAMILIES
 from plugins.environments.tools import ToolsKind, call_of
@@ -36,6 +37,21 @@ def test_the_policy_imitates_calls_only_which_the_environment_understands() -> N
         imitated = [line for line in lines if line.imitate]
         assert 1 <= len(imitated) <= MOST_CALLS
         assert all(line.role == "assistant" and call_of(line.content) for line in imitated)
+
+
+def test_what_was_said_is_kept_for_each_task_also_with_the_same_instruction() -> None:
+    async def play(kind: HeardKind, answer: str) -> None:
+        for goal in (1, 2):
+            tools = kind.make()
+            await tools.reset({**task, "goal": goal}, 0)
+            await tools.step(answer)
+
+    task = {"service": "calculator", "instruction": "Guess."}
+    kind = HeardKind()
+    asyncio.run(play(kind, "1"))
+    said = kind.episodes[key_of({"goal": 2, **task})]
+    assert [who for who, _ in said] == ["task", "call", "answer"]
+    assert len(kind.episodes) == 2
 
 
 def test_the_curve_is_a_picture(tmp_path: Path) -> None:
