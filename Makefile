@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo test test-engine test-others test-fast coverage lint soak clients bubblewrap seed-policy bench lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium seed-policy tool-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -36,6 +36,9 @@ endif
 
 demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
 	$(BIN)/nextstate demo $(ARGS)
+
+rollout-demo: env  ## a small policy learns to call tools, on a real vLLM (about 5 minutes)
+	$(BIN)/nextstate demo --tools $(ARGS)
 
 # Two runs at once: the tests that share a real vLLM, one after the other, and all others.
 RUN    := $(BIN)/python
@@ -85,8 +88,15 @@ bubblewrap:  ## install what the sandboxes of `nextstate rollout terminal` are m
 	@command -v bwrap >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y bubblewrap; } || \
 	  { echo "bubblewrap cannot be installed with apt-get here: install the program bwrap yourself"; exit 2; }
 
+chromium:  ## install the browser in which the tests look at the web page, if it is missing
+	@command -v chromium >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y chromium; } || \
+	  { echo "chromium cannot be installed with apt-get here: install it yourself"; exit 2; }
+
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy
+
+tool-policy: env  ## rebuild the policy that `make rollout-demo` begins with (about 5 minutes)
+	$(BIN)/python -m demo.tool_policy
 
 # benchmarks.streams, .growth, .storage, .judging, .sequences, .training_step, .publishing and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)

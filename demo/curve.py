@@ -38,3 +38,24 @@ def draw_curve(scores: Sequence[Score], goal: float, title: str, path: Path) -> 
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
+
+
+def draw_solved(points: Sequence[tuple[int, float, float, float]], goal: float, path: Path) -> None:
+    """Draws (version, share solved, low, high) and the goal into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=150)
+    versions, solved, low, high = zip(*points, strict=True)
+    axes.fill_between(versions, low, high, alpha=0.2, color="tab:blue", linewidth=0)
+    axes.plot(versions, solved, "o-", color="tab:blue")
+    for level in (solved[0], goal):
+        axes.axhline(level, color="grey", linewidth=0.8, linestyle=":")
+    axes.set_xlabel("policy version")
+    axes.set_ylabel("share of held-out tasks solved at the first attempt")
+    axes.set_ylim(0, 1.03)
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)

@@ -8,10 +8,7 @@ replies, their headers and the proxy's /metrics and /healthz.
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import os
-import shutil
 import signal
 import time
 from collections.abc import Sequence
@@ -21,19 +18,16 @@ from pathlib import Path
 import aiohttp
 import openai
 
+from demo.configuration import Served, write_configuration
 from demo.course import POLICY, Course
-from demo.report import Display, Record, print_summary, record_files, write_record
+from demo.report import Display, Record, print_summary, write_record
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
 from demo.world import HeldOut
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.engine.process import free_port
 from nextstate.errors import StartError
-from nextstate.private_files import make_folder
-from nextstate.process_lock import ProcessLock
 from nextstate.prometheus import metric_values
-from nextstate.store.sqlite import FILE, is_open
 
 log = logging.getLogger(__name__)
 
@@ -43,34 +37,6 @@ POLL_S = 0.1
 QUIET_POLLS = 8
 """The learner polls every 0.5 s: after this many polls it found no full batch."""
 UNDER_WAY = ("judgements/pending", "judgements/leased", "samples/leased", "versions/candidate")
-_HEAD = "# Written by `nextstate demo`"
-_MARK = ".made-by-nextstate-demo"
-"""This file marks a state folder that a demo made: the next demo may delete it."""
-_CONFIG = """\
-{head}; `nextstate turns --config {file}` and the like read what it recorded.
-[store]
-dir = {state}
-
-[engine]
-model = {policy}
-served_model_name = {model}
-dtype = "{dtype}"
-max_model_len = 1024
-args = ["--enforce-eager", "--max-num-seqs", "32"]
-# Compiling takes longer than this whole demo; the cache of a small model needs no more than 1 GB.
-env = {{ TORCHDYNAMO_DISABLE = "1", VLLM_CPU_KVCACHE_SPACE = "1" }}
-
-[proxy]
-port = {port}
-
-[judge]
-kind = "rules"
-
-[learner]
-method = "{method}"
-{learner}
-seed = {seed}
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,73 +93,13 @@ async def _run(plan: Plan) -> int:
 
 
 def write_settings(plan: Plan) -> Settings:
-    """Writes the demo's configuration and reads it back; deletes an earlier demo's records.
-
-    Raises StartError instead of deleting or overwriting what no demo made.
-    """
+    """Writes the demo's configuration and reads it back; see `demo/configuration.py`."""
     course = plan.course
     if course.model == POLICY and not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
-    state, file = plan.out / "state", plan.out / "nextstate.toml"
-    ours = _is_demos(file)
-    for path in (file, *record_files(plan.out)):
-        if path.is_symlink() or (not ours and path.exists()):
-            raise _not_ours(path)
-    _forget(state)
-    make_folder(state)
-    (state / _MARK).touch()
-    file.write_text(
-        encoding="utf-8",
-        data=_CONFIG.format(
-            head=_HEAD,
-            file=_quoted(file),
-            state=_quoted(state),
-            policy=_quoted(course.model),
-            model=json.dumps(course.served_name),
-            dtype=course.dtype,
-            port=free_port(),
-            method=plan.method,
-            seed=plan.seed,
-            learner="\n".join(
-                f"{key} = {json.dumps(value)}" for key, value in course.learner.items()
-            ),
-        ),
-    )
-    return Settings.read(file)
-
-
-def _is_demos(file: Path) -> bool:
-    """True if a demo wrote this configuration."""
-    return file.is_file() and file.read_bytes().startswith(_HEAD.encode())
-
-
-def _quoted(path: Path) -> str:
-    """The path as a TOML string. Raises StartError."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError:
-        raise StartError(f"--out {str(path)!r} is not valid Unicode: name another folder") from None
-    return json.dumps(str(path), ensure_ascii=False)
-
-
-def _forget(state: Path) -> None:
-    """Deletes an earlier demo's state folder, unless it is in use."""
-    if not os.path.lexists(state):
-        return
-    mark = state / _MARK
-    if state.is_symlink() or mark.is_symlink() or not mark.is_file():
-        raise _not_ours(state)
-    taken, remedy = f"{state} is in use", "end it, or name another folder with --out"
-    with ProcessLock(state / "lock", taken, remedy):
-        if is_open(state / FILE):  # a stage that runs alone holds no lock
-            raise StartError(f"{taken} by a `nextstate` process: {remedy}")
-        shutil.rmtree(state)
-
-
-def _not_ours(path: Path) -> StartError:
-    return StartError(
-        f"{path} was not made by `nextstate demo`, which would replace it: name another folder "
-        "with --out, or remove it yourself"
+    learner = {"method": plan.method, **course.learner, "seed": plan.seed}
+    return write_configuration(
+        plan.out, Served(course.model, course.served_name, course.dtype, "rules", learner)
     )
 
 

@@ -14,7 +14,7 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -44,6 +44,8 @@ SEED = 7
 POLICY = Path(__file__).parent / "policy"
 MAX_POSITIONS = 2048
 IGNORED = -100
+_READ = 12_000
+"""Conversations from which the tokenizer is made."""
 _ADJUSTMENTS = 8
 _NEAR = 0.015
 _ASKED = 1500
@@ -102,10 +104,8 @@ class Recipe:
     seed: int = SEED
 
 
-def train_tokenizer(recipe: Recipe, conversations: int = 12_000) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer of the corpus; a number is never merged with other text."""
-    rng = Random(f"tokenizer/{recipe.seed}")
-    texts = (line.content for _ in range(conversations) for line in draw_conversation(rng))
+def train_tokenizer(recipe: Recipe, texts: Iterable[str]) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer of a corpus; a number is never merged with other text."""
     roles = [f"{role}\n" for role in ("system", "user", "assistant")] * 500
     core = Tokenizer(BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -135,8 +135,8 @@ def new_model(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> Qwen3ForCau
         hidden_size=recipe.hidden,
         intermediate_size=3 * recipe.hidden,
         num_hidden_layers=recipe.layers,
-        num_attention_heads=5,
-        num_key_value_heads=5,
+        num_attention_heads=recipe.hidden // 32,
+        num_key_value_heads=recipe.hidden // 32,
         head_dim=32,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
@@ -300,14 +300,26 @@ def train_cycle(
     number: int,
 ) -> None:
     """One cycle with new optimizers, in place; `number` seeds its corpus."""
-    steps, share = cycle.steps, cycle.share
+    data = batches(recipe, tokenizer, cycle, number)
+    weights = number_weights(recipe, tokenizer)
+    descend(model, recipe, cycle.steps, cycle.share, data, weights, f"cycle {number + 1}")
+
+
+def descend(
+    model: Qwen3ForCausalLM,
+    recipe: Recipe,
+    steps: int,
+    share: float,
+    data: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    weights: torch.Tensor,
+    title: str,
+) -> None:
+    """Takes `steps` on batches of `data`, at `share` of the peak learning rates."""
     model.train()
     optimizers = _optimizers(recipe, model)
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     peaks = [group["lr"] * share for group in groups]
-    data = batches(recipe, tokenizer, cycle, number)
-    weights = number_weights(recipe, tokenizer)
-    for step in track(range(steps), description=f"pre-training, cycle {number + 1}"):
+    for step in track(range(steps), description=f"pre-training, {title}"):
         # Constant for the first half, then a half cosine down to nothing.
         decay = 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / steps - 1)))
         for group, peak in zip(groups, peaks, strict=True):
@@ -442,7 +454,9 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     recipe = Recipe()
     started = time.monotonic()
-    tokenizer = train_tokenizer(recipe)
+    rng = Random(f"tokenizer/{recipe.seed}")
+    texts = (line.content for _ in range(_READ) for line in draw_conversation(rng))
+    tokenizer = train_tokenizer(recipe, texts)
     model = pretrain(recipe, tokenizer)
     print(f"trained in {time.monotonic() - started:.0f} s")
     options.out.mkdir(parents=True, exist_ok=True)

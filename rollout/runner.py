@@ -32,8 +32,9 @@ class Plan:
     seed: int = 0
     """The seed of the first task's group; the next one's is one more."""
     max_calls: int = 10
-    max_tokens: int = 8192
-    """Of all replies of an episode."""
+    max_tokens: int | None = None
+    """Of all replies of an episode. None: only the engine's context bounds them; vLLM refuses a
+    number that is larger than its context."""
     deadline_s: float = 600.0
     """Of an episode, from its first step."""
     name: str | None = None

@@ -157,6 +157,20 @@ def test_a_solved_task_is_an_episode_with_steps_rewards_and_an_outcome(
     both(test, store, tmp_path)
 
 
+@pytest.mark.parametrize("most", [None, 50])
+def test_a_reply_is_as_long_as_the_engine_lets_it_be_unless_the_plan_bounds_it(
+    store: Store, tmp_path: Path, most: int | None
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        await play(p, ShownKind(), replace(PLAN, max_tokens=most))
+        (request,) = engine.requests
+        assert {request.get("max_tokens"), request.get("max_completion_tokens")} - {None} == (
+            set() if most is None else {most}
+        )
+
+    both(test, store, tmp_path)
+
+
 @needs_bubblewrap
 def test_a_group_is_settled_and_its_steps_are_ready_to_train(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:

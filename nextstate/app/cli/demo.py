@@ -37,7 +37,9 @@ def add(subparsers: Any) -> None:
         help="what the person wants who talks to a real model: one short sentence (default), her "
         "name and a question, or an exclamation mark",
     )
-    text = "of the conversations and the adapter"
+    text = "tasks with tools instead of a persona: the policy learns from how its episodes end"
+    parser.add_argument("--tools", action="store_true", help=text)
+    text = "of the conversations or tasks, and the adapter"
     parser.add_argument("--seed", type=whole_number, default=0, help=text)
     text = "adapters to train (0: the default)"
     parser.add_argument("--updates", type=whole_number, default=0, help=text)
@@ -50,6 +52,10 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.tools:
+        from demo.tool_demo import run_tool_demo
+
+        return run_tool_demo(seed=args.seed, updates=args.updates, out=args.out)
     from demo.course import model_course, toy_course
     from demo.run import run_demo
     from demo.smollm2 import model_folder

@@ -52,7 +52,10 @@ def add(subparsers: Any) -> None:
         "epochs": (1, "times that all tasks are played"),
         "seed": (0, "the seed of the first task; each other one has one more"),
         "max-calls": (10, "replies of the model in an episode"),
-        "max-tokens": (8192, "tokens of all replies of an episode"),
+        "max-tokens": (
+            None,
+            "tokens of all replies of an episode (default: what the engine takes)",
+        ),
         "deadline": (600, "seconds of an episode"),
         "version": (None, "the policy version that serves them (default: the one that serves)"),
     }
@@ -93,8 +96,8 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     from rollout.proxy import ProxyClient
     from rollout.tasks import read_tasks
 
-    sizes = (args.parallel, args.epochs, args.max_calls, args.max_tokens, args.deadline)
-    if not all(sizes) or args.group_size == 0 or args.parallel > _MOST_PARALLEL:
+    sizes = (args.parallel, args.epochs, args.max_calls, args.deadline)
+    if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > _MOST_PARALLEL:
         raise ConfigError(f"expected numbers of at least 1, and --parallel up to {_MOST_PARALLEL}")
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
     name = args.environment.rpartition(":")[0] or args.environment
