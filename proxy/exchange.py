@@ -134,7 +134,7 @@ def record(recording: Recording, read: Read) -> Turn:
     turn = _turn(read, session, index, parent and parent.id)
     _add(recording, read, turn, place if exchange.cut else None)
     if cut is not None and place is not None:
-        sessions.replace_cut(place, turn.id)
+        recording.replace_cut(place, turn.id)
     # A side turn repeats the history of the main turn, so it is no answer to its reply.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
         states = next_states(parent.id, read.history, found.start)
@@ -155,7 +155,7 @@ def _record_step(recording: Recording, read: Read, episode: str) -> Turn:
     turn = _turn(read, episode, sessions.next_index(episode), parent and parent.id)
     _add(recording, read, turn, place if exchange.cut else None)
     if place is not None:
-        sessions.replace_cut(place, turn.id)
+        recording.replace_cut(place, turn.id)
     if parent is not None and not parent.continued and read.kind is TurnKind.MAIN:
         messages = objects(exchange.request.get("messages"))
         states = environment_states(parent.id, new_messages(sessions, step, parent, messages))

@@ -1,7 +1,9 @@
 """Counts of the store's records, which triggers keep: reading them costs the same at any size.
 
 A trigger changes a row of `counts` in the transaction that changes what is counted. The triggers
-are SQLite's; another dialect can make its own from the same `_COUNTED`.
+are SQLite's; another dialect can make its own from the same `_COUNTED`. Only new turns are counted
+without one (`nextstate/store/recording.py`): for a statement with a trigger SQLite first copies
+every page that it changes, which costs as much as the statement.
 """
 
 from __future__ import annotations
@@ -11,10 +13,23 @@ from dataclasses import dataclass
 
 import sqlalchemy as sa
 
+from nextstate.records import Turn
 from nextstate.store.schema import counts
 
 SHOWN = ("turns", "judgements", "verdicts", "samples", "versions", "episodes", "groups", "rewards")
 """The areas that people see; stages look up the others."""
+
+TURNS_ADDED = "turns_added"
+"""The trigger that does not exist: `Recording` counts new turns, a transaction at a time."""
+ADD = sa.text(
+    "INSERT INTO counts (area, key, count) VALUES (:area, :key, :more) "
+    "ON CONFLICT (area, key) DO UPDATE SET count = counts.count + :more"
+)
+
+
+def keys_of_new(turn: Turn) -> list[str]:
+    """The keys of the area `turns` under which a turn that is added counts."""
+    return [turn.kind.value, *(["trainable"] if turn.trainable else [])]
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,8 @@ def _triggers(tables: Iterable[str]) -> Iterator[str]:
             ("changed", f"UPDATE OF {', '.join(columns)}", gone + come),
             ("removed", "DELETE", gone),
         ):
-            yield f"CREATE TRIGGER {table}_{name} AFTER {event} ON {table} BEGIN {body}END"
+            if f"{table}_{name}" != TURNS_ADDED:
+                yield f"CREATE TRIGGER {table}_{name} AFTER {event} ON {table} BEGIN {body}END"
 
 
 def _more(counted: _Counted) -> str:

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
-from nextstate.store.counts import count_all, create_triggers
+from nextstate.store.counts import TURNS_ADDED, count_all, create_triggers
 
 Step = Callable[[sa.Connection], None]
 
@@ -28,10 +28,11 @@ def _add_episodes(connection: sa.Connection) -> None:
 
 
 def _add_pauses(connection: sa.Connection) -> None:
-    """Version 3: who pauses a lineage."""
+    """Version 3: who pauses a lineage; new turns are counted without a trigger."""
     column = t.decisions.c.paused_by
     kind = column.type.compile(connection.dialect)
     connection.exec_driver_sql(f"ALTER TABLE decisions ADD COLUMN {column.name} {kind}")
+    connection.exec_driver_sql(f"DROP TRIGGER {TURNS_ADDED}")
 
 
 MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses}

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import sqlalchemy as sa
 
 from nextstate.records import NextState, Turn
+from nextstate.store import counts
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
 from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
-from nextstate.store.sessions import Sessions
+from nextstate.store.sessions import REPLACE_CUT, Sessions
 from nextstate.store.texts import Known, Writer, content_hash
 from nextstate.store.turns import turn_texts
 from nextstate.wire import objects, write_json
@@ -22,7 +24,7 @@ _TEXTS_OF = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids).w
 _COLUMNS: dict[str, Any] = {
     c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
 }
-_ADD_TURN = sa.insert(t.turns).prefix_with("OR FAIL", dialect="sqlite").values(_COLUMNS)
+_ADD_TURN = sa.insert(t.turns).values(_COLUMNS)
 _ADD_STATE = sa.insert(t.next_states)
 _ADD_JUDGEMENT = sa.text(  # a person may have given feedback on the turn before
     "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
@@ -55,10 +57,13 @@ class Recording:
         """Where a turn stands, as the store knows it."""
         self._cursor = cursor
         self._texts = Writer(cursor, known)
+        self._added = Counter[str]()
+        """The turns that were added, by the keys under which they count."""
 
     def close(self) -> None:
         """Ends what was added; the transaction is committed after it."""
         self._texts.close()
+        self._count_added()
 
     def holds(self, turn: str) -> bool:
         """True if a turn is stored already, with its next states."""
@@ -131,10 +136,16 @@ class Recording:
             episode=turn.episode,
             step=turn.step,
         )
+        self._added.update(counts.keys_of_new(turn))
         if turn.episode is not None:
             self._cursor.run(
                 _SERVED, episode=turn.episode, tokens=tokens, version=turn.policy_version
             )
+
+    def replace_cut(self, place: bytes, turn: str) -> None:
+        """Lets `turn` replace the cut turns at the same place."""
+        self._count_added()  # before a trigger counts less
+        self._cursor.run(REPLACE_CUT, at=place, turn=turn)
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
         """Adds what followed `turn` and, if `judge`, the judge's work for it."""
@@ -152,6 +163,11 @@ class Recording:
         self._cursor.run(_CONTINUED, turn=turn)
         if judge:
             self._cursor.run(_ADD_JUDGEMENT, turn=turn)
+
+    def _count_added(self) -> None:
+        for key, more in self._added.items():
+            self._cursor.run(counts.ADD, area="turns", key=key, more=more)
+        self._added.clear()
 
     def _texts_of(self, turn: str | None) -> set[bytes]:
         """The hashes of the texts that a stored turn uses, or that the turn it continues uses."""

@@ -92,7 +92,7 @@ _TEXT = (
 )
 _LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
 _CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
-_REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
+REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
 _SET_PLACE = sa.update(t.turns).where(_C.id == _TURN).values(place=_PLACE)
 
 
@@ -169,10 +169,6 @@ class Sessions:
         """The session of a turn at this place whose client did not see the end of the reply."""
         row = self._cursor.first(_CUT_SESSION, at=place)
         return None if row is None else row.session
-
-    def replace_cut(self, place: bytes, turn: str) -> None:
-        """Lets `turn` replace the cut turns at the same place."""
-        self._cursor.run(_REPLACE_CUT, at=place, turn=turn)
 
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""

@@ -298,7 +298,7 @@ def test_a_turn_that_a_retry_replaced_is_not_listed_but_can_be_shown(
     with store.recording() as recording:
         for number in range(2):
             recording.add_turn(turn(number), b"k" * 16, b"k" * 16, place=place)
-            recording.sessions.replace_cut(place, f"turn_{number}")
+            recording.replace_cut(place, f"turn_{number}")
     store.close()
     file = tmp_path / "n.toml"
     file.write_text(f'[store]\ndir = "{tmp_path}/state"\n')

@@ -229,7 +229,7 @@ def test_a_cut_turn_is_settled_by_its_id_and_a_session_means_the_retry(
         cut = turn(0, finish_reason=None, untrainable="the reply was cut")
         recording.add_turn(cut, KEY, KEY, place=KEY)
         recording.add_turn(turn(1), KEY, KEY)
-        recording.sessions.replace_cut(KEY, "turn_1")
+        recording.replace_cut(KEY, "turn_1")
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         found = await give(p, {"turn_id": TURN, "score": -1, "hint": "Be brief."})

@@ -81,7 +81,7 @@ class Counting(RuleBasedStateMachine):
         with self.store.recording() as recording:
             for _ in range(2):
                 recording.add_turn(turn(self.turns), KEY, KEY, place=place)
-                recording.sessions.replace_cut(place, f"turn_{self.turns}")
+                recording.replace_cut(place, f"turn_{self.turns}")
                 self.turns += 1
 
     @rule()
