@@ -6,7 +6,7 @@ Every scan is linear: each step cuts a block off an end of the text, or the loop
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -18,15 +18,33 @@ from plugins.agents.machine import is_tagged, source_of
 
 GENERIC = Agent("generic")
 
-_PREFIXES = tuple(mark for agent in AGENTS for mark in agent.prefixes)
-_FIRST_WORDS = tuple(mark for agent in AGENTS for mark in agent.first_words)
-_HOUSEKEEPING = tuple(mark for agent in AGENTS for mark in agent.housekeeping)
-_OBSERVATIONS = tuple(mark for agent in AGENTS for mark in agent.observations)
-_SIDE_SYSTEM = tuple(mark for agent in AGENTS for mark in agent.side_system)
-_SIDE_ASKED = tuple(mark for agent in AGENTS for mark in agent.side_asked)
+
+class _Marks:
+    """Texts with which another one may begin. Only those with its first characters are compared."""
+
+    def __init__(self, marks: Iterable[str]) -> None:
+        every = tuple(marks)
+        self._size = min(map(len, every))
+        self._by_start: dict[str, tuple[str, ...]] = {}
+        for mark in every:
+            start = mark[: self._size]
+            self._by_start[start] = (*self._by_start.get(start, ()), mark)
+
+    def begin(self, text: str) -> str | None:
+        """The first of the marks with which `text` begins."""
+        alike = self._by_start.get(text[: self._size], ())
+        return next((mark for mark in alike if text.startswith(mark)), None)
+
+
+_PREFIXES = _Marks(mark for agent in AGENTS for mark in agent.prefixes)
+_FIRST_WORDS = _Marks(mark for agent in AGENTS for mark in agent.first_words)
+_HOUSEKEEPING = _Marks(mark for agent in AGENTS for mark in agent.housekeeping)
+_OBSERVATIONS = _Marks(mark for agent in AGENTS for mark in agent.observations)
+_SIDE_SYSTEM = _Marks(mark for agent in AGENTS for mark in agent.side_system)
+_SIDE_ASKED = _Marks(mark for agent in AGENTS for mark in agent.side_asked)
+_CARRIERS = _Marks(mark for agent in AGENTS for mark in agent.carriers)
 _SIDE = tuple(agent.is_side for agent in AGENTS if agent.is_side)
 _SHARED = tuple(agent.read_shared for agent in AGENTS if agent.read_shared)
-_CARRIERS = tuple(mark for agent in AGENTS for mark in agent.carriers)
 _NOTES = frozenset(tag for agent in AGENTS for tag in agent.notes)
 _WORDS = frozenset(tag for agent in AGENTS for tag in agent.words)
 _OPENING = re.compile(r"<([A-Za-z_][\w -]{0,60})>|<([A-Za-z_][\w-]{0,60})\s[^<>]{0,500}>")
@@ -56,7 +74,7 @@ class Profile:
         system = [text for m in messages if _is_system(m) for text in _texts(m)]
         last, parts = _last_asked(messages)
         side = (
-            any(text[:_BEGINNING].lstrip().startswith(_SIDE_SYSTEM) for text in system)
+            any(_SIDE_SYSTEM.begin(text[:_BEGINNING].lstrip()) for text in system)
             or any(map(_is_aside, {last, *parts}))
             or (last in _PROBES and request.get("max_tokens") == 1)
         )
@@ -107,9 +125,9 @@ class Profile:
             words = words_in(text)
             if words is not None:
                 return Utterance(Source.USER, words) if words else None
-        if not text or text.startswith(_HOUSEKEEPING):
+        if not text or _HOUSEKEEPING.begin(text):
             return None
-        if text.startswith(_OBSERVATIONS):
+        if _OBSERVATIONS.begin(text):
             return Utterance(Source.ENVIRONMENT, text)
         return Utterance(Source.USER, text)
 
@@ -122,7 +140,7 @@ def _is_words(text: str) -> bool:
 
 def _is_aside(text: str) -> bool:
     """Whether a text makes its message a side request of the agent."""
-    return text.startswith(_SIDE_ASKED) or any(is_side(text) for is_side in _SIDE)
+    return bool(_SIDE_ASKED.begin(text)) or any(is_side(text) for is_side in _SIDE)
 
 
 def detected(request: Json) -> Agent:
@@ -133,7 +151,7 @@ def detected(request: Json) -> Agent:
         return known
     asked = [m for m in messages if m.get("role") == "user"]
     beginnings = [text for m in asked[:_FIRST_MESSAGES] for text in _texts(m)]
-    if any(text.startswith(_FIRST_WORDS) for text in beginnings):
+    if any(map(_FIRST_WORDS.begin, beginnings)):
         for agent in AGENTS:
             words = tuple(agent.first_words)
             if words and any(text.startswith(words) for text in beginnings):
@@ -197,10 +215,8 @@ def _without_notes(text: str) -> str:
 
 
 def _without_prefix(text: str) -> str:
-    if not text.startswith(_PREFIXES):
-        return text
-    mark = next(mark for mark in _PREFIXES if text.startswith(mark))
-    return text[len(mark) :].strip()
+    mark = _PREFIXES.begin(text)
+    return text if mark is None else text[len(mark) :].strip()
 
 
 def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:
@@ -213,7 +229,7 @@ def _last_asked(messages: Sequence[Json]) -> tuple[str, Sequence[str]]:
             texts = [text.strip() for text in _texts(message)]
             for text in reversed(texts):
                 asked = _without_notes(text)
-                if asked and not asked.startswith(_CARRIERS):
+                if asked and not _CARRIERS.begin(asked):
                     return asked, texts
     return "", ()
 
