@@ -17,7 +17,9 @@ from nextstate.app.connect.json5_text import (
 )
 from nextstate.wire import obj
 
-_SAME_LINE_COMMENTS = re.compile(r"(?:[ \t]*(?://[^\n\r\u2028\u2029]*|/\*[\s\S]*?\*/))*")
+_SAME_LINE_COMMENTS = re.compile(
+    r"(?:(?<![ \t])[ \t]++(?=/[/*])|//[^\n\r\u2028\u2029]*+|/\*(?>[\s\S]*?(?:\*/|\Z)))*+"
+)
 _INDENT = re.compile(r"[ \t]*")
 _FIRST_INDENT = re.compile(r"\n([ \t]+)[^\s*]")
 

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass
 
 _DEEPEST = 100
-_TRIVIA = re.compile(r"(?:[\s\ufeff]|//[^\n\r\u2028\u2029]*|/\*[\s\S]*?\*/)*")
+_TRIVIA = re.compile(r"(?:[\s\ufeff]++|//[^\n\r\u2028\u2029]*+|/\*(?>[\s\S]*?(?:\*/|\Z)))*+")
 _STRING = re.compile(
     r'"(?:[^"\\\n\r]|\\(?:\r\n|[\s\S]))*+"' r"|'(?:[^'\\\n\r]|\\(?:\r\n|[\s\S]))*+'"
 )

@@ -8,8 +8,8 @@ import re
 from nextstate.wire import one_line
 
 _SECRET = re.compile(
-    r"""(?i)((["']?)([\w.-]*(?:key|token|secret|password))\2\s*[:=]\s*)"""
-    r"""("(?:[^"\\\n]|\\.)*+"|'(?:[^'\\\n]|\\.)*+')"""
+    r"""(?i)((["']?)(?<![\w.-])([\w.-]++)(?:(?<=key)|(?<=token)|(?<=secret)|(?<=password))\2"""
+    r"""\s*+[:=]\s*+)("(?:[^"\\\n]|\\.)*+"|'(?:[^'\\\n]|\\.)*+')"""
 )
 _PUBLIC = frozenset({"envkey", "env_key"})
 """What names a variable, not its value."""
