@@ -21,6 +21,9 @@ MAX_TRIES = 30
 """How often a step's length is changed before it is refused. Each time costs one forward pass."""
 _ENOUGH, _AIM = 0.5, 0.8
 """A change of at least `_ENOUGH` of the limit is not lengthened; others are, to about `_AIM`."""
+_SQUARE, _STEEPEST = 2.0, 8.0
+"""The power of the length with which the change is taken to grow: at first, and at most. A step
+that became too long tells it, so that it is not shortened by more than it has to be."""
 _LEAP = 10.0
 """The most by which one try lengthens: far from the measured change, its square misleads."""
 
@@ -35,11 +38,12 @@ def fit_step(
     step is now. If no try sufficed, the change returned is over the limit, or not a number.
     """
     length, kl, shortened = 1.0, change(), False
+    power = _SQUARE
     for _ in range(MAX_TRIES):
         if not kl <= limit:
             factor, shortened = 0.1, True
             if math.isfinite(kl):
-                factor = min(0.9, math.sqrt(limit / kl))
+                factor = min(0.9, (limit / kl) ** (1 / power))
         elif not shortened and kl < _ENOUGH * limit and length < most:
             wanted = math.sqrt(_AIM * limit / kl) if kl > 0 else _LEAP
             factor = min(wanted, _LEAP, most / length)
@@ -47,5 +51,7 @@ def fit_step(
             break
         length *= factor
         scale(factor)
-        kl = change()
+        before, kl = kl, change()
+        if factor > 1 and 0 < before < kl < math.inf:
+            power = min(max(math.log(kl / before) / math.log(factor), _SQUARE), _STEEPEST)
     return kl, length

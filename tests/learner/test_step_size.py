@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from learner.step_size import MAX_TRIES, fit_step
@@ -64,6 +64,8 @@ def test_no_length_helps_a_step_that_is_not_a_number():
     assert len(way.measured) == MAX_TRIES + 1
 
 
+@example(start=2**-8, power=4.0, limit=2**-4, most=4.0)
+@example(start=1e-4, power=4.0, limit=1e-2, most=300.0)
 @given(
     start=st.floats(1e-9, 10.0),
     power=st.floats(1.0, 4.0),
