@@ -69,6 +69,11 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+@pytest.fixture(autouse=True)
+def _wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")
+
+
 def run(capsys: pytest.CaptureFixture[str], config: Path, *arguments: str) -> list[str]:
     capsys.readouterr()
     assert main(["turns", *arguments, "--config", str(config)]) == 0
