@@ -282,6 +282,20 @@ def test_a_paused_lineage_goes_on_after_a_confirmation(store: Store, tmp_path: P
     on_site(test, store, tmp_path)
 
 
+def test_a_persons_pause_is_named_and_ended_too(store: Store, tmp_path: Path) -> None:
+    store.versions.pause("main", "ann")
+
+    async def test(site: Site) -> None:
+        page = "/page/lineages/main/resume"
+        assert f'href="{page}"' in await site.get("/")
+        assert "Training is paused. ann paused it." in words(await site.get("/page/versions"))
+        assert "trains again" in await site.submit(page, page)
+        assert store.versions.decisions("main").pause is None
+        assert "It is not paused." in await site.get(page)
+
+    on_site(test, store, tmp_path)
+
+
 @pytest.mark.parametrize("path", ["/page/nothing", "/page/turns/a/b", "/page/style.css/x"])
 def test_an_unknown_page_is_a_404_in_words(store: Store, tmp_path: Path, path: str) -> None:
     async def test(site: Site) -> None:

@@ -50,7 +50,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "changes": newest,
         "made_at": store.browsing.made_at(lineage, [version.number for version in newest]),
         "waits": problem or _waits(settings, store, lineage, counts),
-        "paused": is_paused(store, lineage),
+        "paused": why_paused(store, lineage),
         "problems": problems(settings, health, problem),
         "judges": _judges(store),
     }
@@ -111,11 +111,18 @@ def turns_a_day(store: Store, now: float | None = None) -> list[tuple[str, int]]
     return [(f"{day:%Y-%m-%d}", count) for day, count in zip(days, counts, strict=False)]
 
 
-def is_paused(store: Store, lineage: str) -> bool:
-    """Whether the lineage has paused because the gate rejected what it made."""
-    after = store.versions.decisions(lineage).after
+def why_paused(store: Store, lineage: str) -> str | None:
+    """Why a lineage does not train until it is resumed, in a sentence; None if it may train."""
+    decisions = store.versions.decisions(lineage)
+    if decisions.pause is not None:
+        return f"{decisions.pause.by} paused it."
     newest = store.versions.newest(lineage, MANY_REJECTIONS)
-    return len(rejected_in_a_row(newest, after)) >= MANY_REJECTIONS
+    if len(rejected_in_a_row(newest, decisions.after)) < MANY_REJECTIONS:
+        return None
+    return (
+        "The gate rejected its last versions, so it paused. If nothing else changed, it may reject "
+        "the next ones too."
+    )
 
 
 def problems(settings: Settings, health: Json, training: str | None) -> list[str]:

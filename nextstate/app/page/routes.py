@@ -16,7 +16,7 @@ from aiohttp import web
 
 from nextstate.app.page import turns
 from nextstate.app.page.charts import score_text
-from nextstate.app.page.home import home, is_paused
+from nextstate.app.page.home import home, why_paused
 from nextstate.app.page.logins import (
     LASTS_S,
     Logins,
@@ -202,7 +202,7 @@ class Page:
             name = "rollback.html" if found[3] else "version.html"
             text = await asyncio.to_thread(self._version, visitor, found[1], found[2], name)
         elif found := _RESUME.fullmatch(path):
-            paused = await asyncio.to_thread(is_paused, self._store, _seen(visitor, found[1]))
+            paused = await asyncio.to_thread(why_paused, self._store, _seen(visitor, found[1]))
             text = self._page("resume.html", visitor, lineage=found[1], paused=paused)
         if text is None:
             raise Refused(404, "There is no such page.")
@@ -296,7 +296,7 @@ class Page:
             older=older,
             serving=self._store.versions.serving(lineage).number,
             made_at=self._store.browsing.made_at(lineage, [v.number for v in found]),
-            paused=is_paused(self._store, lineage),
+            paused=why_paused(self._store, lineage),
         )
 
     def _version(self, visitor: Visitor, lineage: str, number: str, template: str) -> str:
