@@ -80,3 +80,8 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         ) from error
     version = PolicyVersion(**body["version"], state=VersionState.CANDIDATE)
     return Checkpoint(version, body["batch"], body["training"], body["decided"])
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Deletes the folder's checkpoint: its training state comes from what shall be forgotten."""
+    (folder / _FILE).unlink(missing_ok=True)

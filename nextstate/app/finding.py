@@ -11,8 +11,10 @@ from typing import NamedTuple
 from nextstate.app.terminal import columns
 from nextstate.app.turn_views import contains, turn_line
 from nextstate.errors import ConfigError, NoTurnError
+from nextstate.hooks import load_plugin
 from nextstate.store import Store
 from nextstate.store.lookup import PAGE, Choice, SessionSummary, TurnSummary
+from proxy.linking.names import session_names
 
 LOOKED_THROUGH = 10_000
 """The newest turns that are looked through for some of them, unless words are searched."""
@@ -143,8 +145,14 @@ def words_of(option: str, text: str) -> tuple[str, ...]:
     return words
 
 
-def since_time(text: str, now: float | None = None) -> float:
-    """The Unix time that `--since` means: so long ago, or a date. Raises ConfigError.
+def names_of(session: str, profile: str) -> tuple[str, ...]:
+    """The names under which the store may have a session; `profile` is that of [agents]."""
+    names = session_names(session, load_plugin("agents", profile, None))
+    return tuple(dict.fromkeys(names))
+
+
+def since_time(text: str, now: float | None = None, option: str = "--since") -> float:
+    """The Unix time that an option means: so long ago, or a date. Raises ConfigError.
 
     >>> since_time("2h", 7300.0), since_time("1970-01-01T00:00:10+00:00")
     (100.0, 10.0)
@@ -157,7 +165,7 @@ def since_time(text: str, now: float | None = None) -> float:
         return datetime.fromisoformat(text).timestamp()
     except (ValueError, OverflowError, OSError):
         raise ConfigError(
-            f"--since {text!r:.60} is neither a duration such as 30m, 2h or 3d nor a date such as "
+            f"{option} {text!r:.60} is neither a duration such as 30m, 2h or 3d nor a date such as "
             "2026-05-31 or 2026-05-31T14:00"
         ) from None
 

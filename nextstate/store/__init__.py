@@ -19,6 +19,7 @@ from nextstate.store.browsing import Browsing
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database
 from nextstate.store.episodes import Episodes
+from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
 from nextstate.store.lookup import Lookup
@@ -67,6 +68,7 @@ class Store:
         self.browsing = Browsing(self.database)
         self.workers = Workers(self.database)
         self.lookup = Lookup(self.database)
+        self.forgetting = Forgetting(self.database)
         self._known = Known()
 
     def _open(self) -> None:
@@ -108,3 +110,10 @@ class Store:
     def checkpoint(self) -> None:
         """Moves what was committed into the database's own file, if that is a lot by now."""
         self.database.waiting(self.database.checkpoint)
+
+    def compact(self) -> None:
+        """Writes the database anew, so that nothing that was deleted is left in its files.
+
+        Everybody else waits meanwhile. It needs as much room again as the database has.
+        """
+        self.database.waiting(self.database.compact)

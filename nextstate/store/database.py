@@ -58,6 +58,10 @@ class Dialect(Protocol):
         """Does what the database postpones, if much of it has come together."""
         ...
 
+    def compact(self, engine: sa.Engine) -> None:
+        """Writes the database anew, so that nothing that was deleted is left in its files."""
+        ...
+
 
 class _Prepared:
     """One statement as the driver takes it, compiled once.
@@ -153,6 +157,11 @@ class Database:
         """Moves what was committed into the database's own file, if that is a lot by now."""
         with self._as_store_errors():
             self._dialect.checkpoint(self.engine)
+
+    def compact(self) -> None:
+        """Writes the database anew, so that nothing that was deleted is left in its files."""
+        with self._as_store_errors():
+            self._dialect.compact(self.engine)
 
     @contextmanager
     def write(self) -> Generator[sa.Connection]:

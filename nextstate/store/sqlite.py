@@ -129,6 +129,17 @@ class SQLite:
             with engine.connect() as connection:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
+    def compact(self, engine: sa.Engine) -> None:
+        """Rewrites the file without its free pages, and empties the write-ahead log."""
+        with engine.connect() as connection:
+            cursor = connection.connection.cursor()
+            cursor.execute("VACUUM")
+            busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        if busy:  # somebody still reads what was there before
+            error = sqlite3.OperationalError("its write-ahead log is in use")
+            error.sqlite_errorcode = sqlite3.SQLITE_BUSY
+            raise error
+
     @property
     def _log(self) -> Path:
         """The write-ahead log. SQLite puts it beside the file that a link leads to."""

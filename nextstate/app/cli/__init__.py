@@ -21,6 +21,7 @@ from nextstate.app.cli import (
     episodes,
     export,
     feedback,
+    forget,
     judge,
     learner,
     logs,
@@ -58,6 +59,7 @@ _COMMANDS = (
     pause,
     resume,
     feedback,
+    forget,
     export,
     doctor,
 )
@@ -72,6 +74,7 @@ examples:
   nextstate turns --limit 20            who said what, and what does not train
   nextstate episodes --limit 20         attempts of agents at tasks, with their outcomes
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
+  nextstate forget --session my-chat    as if it had not been said
   nextstate versions 3                  what version 3 was made from, and how it was checked
   nextstate rollback 3                  serve version 3 again
   nextstate export kto --out kto.jsonl  the judged turns as a dataset for TRL

@@ -8,7 +8,7 @@ from typing import Any
 
 from nextstate.app.cli.common import add_command, find_version
 from nextstate.errors import StartError
-from nextstate.records import MAIN_LINEAGE
+from nextstate.records import MAIN_LINEAGE, VersionState
 
 
 def add(subparsers: Any) -> None:
@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
         why = (
             f"was rejected before it was written and cannot serve: {version.reason}"
             if version.sha256 is None
+            else f"has no adapter any more: {version.reason}"
+            if version.state is VersionState.REJECTED
             else "has no adapter any more: it was deleted to make room ([learner] keep_versions)"
         )
         raise StartError(

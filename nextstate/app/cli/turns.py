@@ -67,7 +67,9 @@ def run(args: argparse.Namespace) -> int:
         _show(store, finding.the_turn(store, args.turn), args.json)
         return 0
     choice = Choice(
-        sessions=() if args.session is None else _names(args.session, settings.agents.profile),
+        sessions=()
+        if args.session is None
+        else finding.names_of(args.session, settings.agents.profile),
         lineage=args.lineage,
         since=None if args.since is None else finding.since_time(args.since),
         untrained=args.untrained,
@@ -92,14 +94,6 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         print(note, file=sys.stderr)
     return 0
-
-
-def _names(name: str, profile: str) -> tuple[str, ...]:
-    """The names under which the store may have a session."""
-    from nextstate.hooks import load_plugin
-    from proxy.linking.names import session_names
-
-    return tuple(dict.fromkeys(session_names(name, load_plugin("agents", profile, None))))
 
 
 def _note(newest: Newest, limit: int) -> str:

@@ -1,0 +1,400 @@
+"""Forgetting: which records hold what a person wants gone, and taking all of it out of the store.
+
+A turn's words are in more records than its own: the turns that continue it send them again, and the
+turn before it has them as its next state, from which a judge made a score and a hint. So these go
+with it, and so does the whole episode of a step. A version that trained on any of them, and every
+version trained from that, must be withdrawn first (`withdraw`). What is deleted is gone from the
+file only after `Database.compact`.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sqlalchemy as sa
+
+from nextstate.records import FEEDBACK, SampleState, VersionState
+from nextstate.store import schema as t
+from nextstate.store import texts
+from nextstate.store.database import Database, queries
+from nextstate.store.settling import verdict_texts
+from nextstate.store.texts import Row
+from nextstate.store.turns import turn_texts
+from nextstate.wire import write_json
+
+_PER_STATEMENT = 500
+_ROWS_AT_ONCE = 1000
+_T, _S, _V, _J, _E = t.turns.c, t.samples.c, t.verdicts.c, t.judgements.c, t.episodes.c
+_WITHDRAWN = "it, or a version before it, trained on turns that a person let us forget"
+_DROPPED = "a person let us forget it"
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What shall be forgotten: everything that meets one of the conditions."""
+
+    turns: Collection[str] = ()
+    """Ids of turns."""
+    sessions: Collection[str] = ()
+    """Names of sessions: ours or the client's own."""
+    before: float | None = None
+    """Unix time in seconds: turns whose requests arrived earlier. Later turns of the same
+    conversations stay, with what they repeat of it."""
+    matching: str | None = None
+    """A text, which anything that was said, replied, hinted or remarked contains. Case does not
+    count."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What forgetting takes."""
+
+    turns: tuple[str, ...]
+    """Turns that go, oldest first."""
+    episodes: tuple[str, ...]
+    """Episodes that go."""
+    touched: tuple[str, ...]
+    """Turns that stay, and lose what followed them or what a judge made of it."""
+    versions: Mapping[str, tuple[int, ...]]
+    """The versions of each lineage that must be withdrawn first."""
+    in_training: int
+    """How many of the turns an update uses at this moment: nothing can be forgotten until it ends.
+    """
+
+
+@queries
+class Forgetting:
+    """Queries that delete."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def plan(self, wanted: Wanted) -> Plan:
+        """What forgetting takes; it reads every turn, and for `matching` every text."""
+        with self._database.read() as connection:
+            return _plan(connection, wanted)
+
+    def withdraw(self, plan: Plan) -> bool:
+        """Takes the plan's versions out of the chain for good, except where one of them serves.
+
+        Their other samples are ready to train again. False if one serves: nothing of its lineage is
+        changed.
+        """
+        v, done = t.versions.c, True
+        gone = {*plan.turns, *plan.touched}
+        with self._database.write() as connection:
+            for lineage, numbers in plan.versions.items():
+                ours = v.lineage == lineage, v.number.in_(numbers)
+                serving = sa.select(v.number).where(*ours, v.state == VersionState.SERVING)
+                if connection.execute(serving).first() is not None:
+                    done = False
+                    continue
+                values = {"state": VersionState.REJECTED, "path": None, "reason": _WITHDRAWN}
+                connection.execute(sa.update(t.versions).where(*ours).values(**values))
+                trained = sa.select(_S.turn).where(
+                    _S.lineage == lineage,
+                    _S.trained_in.in_(numbers),
+                    _S.state == SampleState.TRAINED,
+                )
+                turns = connection.execute(trained).scalars().all()
+                _set_samples(connection, gone.intersection(turns), SampleState.DROPPED, _DROPPED)
+                _set_samples(connection, set(turns) - gone, SampleState.READY, None)
+        return done
+
+    def forget(self, wanted: Wanted) -> Plan:
+        """Deletes everything that is wanted, if no version must be withdrawn first.
+
+        Returns what it took, or what it would take: nothing is changed if the plan has `versions`
+        or turns `in_training`.
+        """
+        with self._database.write() as connection:
+            plan = _plan(connection, wanted)
+            if not (plan.versions or plan.in_training):
+                _delete(connection, plan)
+        return plan
+
+
+def _plan(connection: sa.Connection, wanted: Wanted) -> Plan:
+    found = _chosen(connection, wanted)
+    turns, episodes = _with_the_rest(connection, found, wanted.before is None)
+    touched = _touched(connection, turns)
+    samples = [
+        row
+        for some in _parts([*turns, *touched])
+        for row in connection.execute(
+            sa.select(_S.lineage, _S.state, _S.trained_in).where(_S.turn.in_(some))
+        )
+    ]
+    used = {(row.lineage, row.trained_in) for row in samples if row.trained_in is not None}
+    return Plan(
+        tuple(turns),
+        tuple(sorted(episodes)),
+        tuple(touched),
+        _descendants(connection, used),
+        sum(row.state == SampleState.LEASED for row in samples),
+    )
+
+
+def _chosen(connection: sa.Connection, wanted: Wanted) -> set[str]:
+    """The turns that meet a condition themselves."""
+    found: set[str] = set()
+    for some in _parts(wanted.turns):
+        found |= {*connection.execute(sa.select(_T.id).where(_T.id.in_(some))).scalars()}
+    for name in wanted.sessions:
+        for column in (_T.session, _T.client_session):
+            found |= {*connection.execute(sa.select(_T.id).where(column == name)).scalars()}
+    if wanted.before is not None:
+        query = sa.select(_T.id).where(_T.started_at < wanted.before)
+        found |= {*connection.execute(query).scalars()}
+    if wanted.matching is not None:
+        found |= _matching(connection, wanted.matching)
+    return found
+
+
+def _matching(connection: sa.Connection, text: str) -> set[str]:
+    """The turns with a record that holds the text."""
+    wanted = text.casefold()
+    # Texts of messages are JSON, in which some characters have another form.
+    forms = {wanted, write_json(wanted).decode()[1:-1]}
+
+    def has(value: str | None) -> bool:
+        folded = (value or "").casefold()
+        return any(form in folded for form in forms)
+
+    keys = {key for key, stored in _all_texts(connection) if has(stored.decode(errors="replace"))}
+    found: set[str] = set()
+    columns = (_T.id, _T.episode, _T.session, _T.client_session, _T.client_model, _T.sampling)
+    texts_of = (_T.messages, _T.tools, _T.rest, _T.reply, _T.prompt_ids)
+    for row in _stream(connection, sa.select(*columns, *texts_of)):
+        if turn_texts(row) & keys or any(map(has, row[2:6])):
+            found.add(row.id)
+    n, f = t.next_states.c, t.feedback.c
+    for row in _stream(connection, sa.select(n.turn, n.text)):
+        found |= {row.turn} if row.text in keys else set()
+    for row in _stream(connection, sa.select(f.turn, f.hint, f.comment)):
+        found |= {row.turn} if {row.hint, row.comment} & keys else set()
+    for row in _stream(connection, sa.select(t.verdicts)):
+        found |= {row.turn} if verdict_texts(row) & keys or has(row.votes) else set()
+    episodes = [
+        row.id
+        for row in _stream(connection, sa.select(_E.id, _E.task, _E.metadata, _E.sampling))
+        if {row.task, row.metadata} & keys or has(row.id) or has(row.sampling)
+    ]
+    for some in _parts(episodes):
+        found |= {*connection.execute(sa.select(_T.id).where(_T.episode.in_(some))).scalars()}
+    return found
+
+
+def _with_the_rest(
+    connection: sa.Connection, chosen: Collection[str], continuations: bool
+) -> tuple[list[str], set[str]]:
+    """(the turns that go, oldest first; the episodes that go).
+
+    With a turn go the turns of its episode, a request that it was sent again as, and, with
+    `continuations`, those that continue it.
+    """
+    found, episodes = set(chosen), set[str]()
+    order: list[str] = []
+    query = sa.select(_T.id, _T.parent, _T.replaced_by, _T.episode).order_by(_T.seq)
+    before = -1
+    while before != len(found):  # a retry comes after what it replaces, and an episode's first step
+        before, order = len(found), []
+        for row in _stream(connection, query):
+            if (
+                row.id in found
+                or (continuations and row.parent in found)
+                or row.replaced_by in found
+                or row.episode in episodes
+            ):
+                found.add(row.id)
+                order.append(row.id)
+                if row.replaced_by is not None:
+                    found.add(row.replaced_by)
+                if row.episode is not None:
+                    episodes.add(row.episode)
+    return order, episodes
+
+
+def _touched(connection: sa.Connection, turns: Sequence[str]) -> list[str]:
+    """The turns that stay and were followed by one that goes, or judged by what followed."""
+    gone = set(turns)
+    found: set[str] = set()
+    for some in _parts(turns):
+        parents = sa.select(_T.parent).where(_T.id.in_(some), _T.parent.is_not(None))
+        found |= {*connection.execute(parents).scalars()}
+    found -= gone
+    ends = sa.select(_J.turn, _J.task_end).where(_J.task_end.is_not(None))
+    judged = {row.turn for row in _stream(connection, ends) if row.task_end in found | gone}
+    return sorted((found | judged) - gone)
+
+
+def _descendants(
+    connection: sa.Connection, used: Collection[tuple[str, int]]
+) -> dict[str, tuple[int, ...]]:
+    """The versions that must be withdrawn: these and those trained from them, oldest first."""
+    v = t.versions.c
+    found: dict[str, tuple[int, ...]] = {}
+    for lineage in sorted({lineage for lineage, _ in used}):
+        query = sa.select(v.number, v.parent, v.state, v.path).where(v.lineage == lineage)
+        tainted = {number for name, number in used if name == lineage}
+        wanted: list[int] = []
+        for row in connection.execute(query.order_by(v.number)):
+            if row.number in tainted or row.parent in tainted:
+                tainted.add(row.number)
+                if row.state != VersionState.REJECTED or row.path is not None:
+                    wanted.append(row.number)
+        if wanted:
+            found[lineage] = tuple(wanted)
+    return found
+
+
+def _set_samples(
+    connection: sa.Connection, turns: Collection[str], state: SampleState, reason: str | None
+) -> None:
+    values: dict[str, Any] = {"state": state, "reason": reason, "batch": None, "screened": None}
+    if state is SampleState.READY:
+        values["trained_in"] = None
+    for some in _parts(turns):
+        connection.execute(sa.update(t.samples).where(_S.turn.in_(some)).values(**values))
+
+
+def _delete(connection: sa.Connection, plan: Plan) -> None:
+    gone = set(plan.turns)
+    followed = set[str]()
+    staying: dict[str, list[str]] = defaultdict(list)
+    for row in _stream(connection, sa.select(_T.id, _T.parent).where(_T.parent.is_not(None))):
+        if row.id in gone:
+            followed.add(row.parent)
+        elif row.parent in gone:
+            staying[row.parent].append(row.id)
+    released = set[bytes]()
+    for turn_id in plan.touched:
+        released |= _unfollow(connection, turn_id, turn_id in followed)
+    for turn_id in reversed(plan.turns):  # what continues a turn first: it counts fewer texts
+        released |= _delete_turn(connection, turn_id, staying[turn_id])
+    for some in _parts(plan.episodes):
+        released |= _delete_episodes(connection, some)
+    _unbase(connection, released)
+
+
+def _delete_turn(connection: sa.Connection, turn_id: str, staying: Sequence[str]) -> set[bytes]:
+    """Deletes a turn with all that is said of it; returns the texts that it used.
+
+    The turns that stay and continue it count from now on the texts that it counted for them.
+    """
+    row = connection.execute(sa.select(t.turns).where(_T.id == turn_id)).one()
+    for child_id in staying:
+        child = connection.execute(sa.select(t.turns).where(_T.id == child_id)).one()
+        shared = turn_texts(child) & turn_texts(row)
+        for text in texts.get(connection, shared).values():
+            texts.put(connection, text)
+        connection.execute(sa.update(t.turns).where(_T.id == child_id).values(parent=None))
+    keys = [*_own_texts(connection, row), *_of_followers(connection, turn_id)]
+    f = t.feedback.c
+    said = connection.execute(sa.select(f.hint, f.comment).where(f.turn == turn_id)).first()
+    keys += [key for key in said or () if key is not None]
+    for table in (t.next_states, t.judgements, t.verdicts, t.feedback, t.samples, t.rewards):
+        connection.execute(sa.delete(table).where(table.c.turn == turn_id))
+    connection.execute(sa.delete(t.turns).where(_T.id == turn_id))
+    texts.release(connection, keys)
+    return set(keys)
+
+
+def _delete_episodes(connection: sa.Connection, episodes: Sequence[str]) -> set[bytes]:
+    """Deletes episodes whose turns are gone; returns the texts that they used."""
+    chosen = _E.id.in_(episodes)
+    rows = connection.execute(sa.select(_E.task, _E.metadata, _E.group_id).where(chosen)).all()
+    connection.execute(sa.delete(t.rewards).where(t.rewards.c.episode.in_(episodes)))
+    connection.execute(sa.delete(t.episodes).where(chosen))
+    groups = {row.group_id for row in rows if row.group_id is not None}
+    left = sa.select(_E.group_id).where(_E.group_id.in_(groups))
+    g = t.groups.c.id
+    connection.execute(sa.delete(t.groups).where(g.in_(groups), g.not_in(left)))
+    keys = [key for row in rows for key in (row.task, row.metadata)]
+    texts.release(connection, keys)
+    return set(keys)
+
+
+def _own_texts(connection: sa.Connection, row: Row) -> set[bytes]:
+    """The texts whose use counts for a turn: those that its parent does not use."""
+    keys = turn_texts(row)
+    if row.parent is not None:
+        parent = connection.execute(sa.select(t.turns).where(_T.id == row.parent)).first()
+        keys -= set() if parent is None else turn_texts(parent)
+    return keys
+
+
+def _of_followers(connection: sa.Connection, turn_id: str) -> list[bytes]:
+    """The texts of what followed a turn, and of what a judge made of it."""
+    n = t.next_states.c
+    keys = list(connection.execute(sa.select(n.text).where(n.turn == turn_id)).scalars())
+    verdict = connection.execute(sa.select(t.verdicts).where(_V.turn == turn_id)).first()
+    return keys + ([] if verdict is None else [*verdict_texts(verdict)])
+
+
+def _unfollow(connection: sa.Connection, turn_id: str, followed: bool) -> set[bytes]:
+    """Takes from a turn that stays what followed it, if so, and what a judge made of that.
+
+    What a person said of the turn stays. A step that keeps its next states, because only the end of
+    its task is gone, is judged again. Returns the texts that the turn used.
+    """
+    n = t.next_states.c
+    keys: list[bytes] = []
+    if followed:
+        keys += connection.execute(sa.select(n.text).where(n.turn == turn_id)).scalars()
+        connection.execute(sa.delete(t.next_states).where(n.turn == turn_id))
+        connection.execute(sa.update(t.turns).where(_T.id == turn_id).values(continued=False))
+    verdict = connection.execute(sa.select(t.verdicts).where(_V.turn == turn_id)).first()
+    again: dict[str, Any] = {"task_end": None}
+    if verdict is None or verdict.judge != FEEDBACK:
+        keys += [] if verdict is None else verdict_texts(verdict)
+        connection.execute(sa.delete(t.verdicts).where(_V.turn == turn_id))
+        connection.execute(sa.delete(t.samples).where(_S.turn == turn_id))
+        again |= {"state": "pending", "attempts": 0, "not_before": 0.0, "lease_until": None}
+        if followed:
+            connection.execute(sa.delete(t.judgements).where(_J.turn == turn_id))
+    connection.execute(sa.update(t.judgements).where(_J.turn == turn_id).values(**again))
+    texts.release(connection, keys)
+    return set(keys)
+
+
+def _unbase(connection: sa.Connection, released: Collection[bytes]) -> None:
+    """Deletes texts that nothing uses but others that are compressed against them."""
+    c = t.texts.c
+    against: dict[bytes, list[bytes]] = defaultdict(list)
+    for row in _stream(connection, sa.select(c.hash, c.base).where(c.base.is_not(None))):
+        if row.base in released:
+            against[row.base].append(row.hash)
+    for base, others in against.items():
+        uses = connection.execute(sa.select(c.uses).where(c.hash == base)).scalar()
+        if uses != len(others):
+            continue
+        for key, text in texts.get(connection, others).items():
+            plain = {"base": None, "stored": texts.compress(text)}
+            connection.execute(sa.update(t.texts).where(c.hash == key).values(**plain))
+        connection.execute(sa.delete(t.texts).where(c.hash == base))
+
+
+def _all_texts(connection: sa.Connection) -> Iterator[tuple[bytes, bytes]]:
+    """Every text under its hash, a page at a time."""
+    c = t.texts.c
+    keys: list[bytes] = []
+    for row in _stream(connection, sa.select(c.hash)):
+        keys.append(row.hash)
+        if len(keys) == _PER_STATEMENT:
+            yield from texts.get(connection, keys).items()
+            keys = []
+    yield from texts.get(connection, keys).items()
+
+
+def _stream(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> Iterator[Row]:
+    yield from connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
+
+
+def _parts(names: Collection[str]) -> Iterator[list[str]]:
+    every = list(names)
+    for start in range(0, len(every), _PER_STATEMENT):
+        yield every[start : start + _PER_STATEMENT]

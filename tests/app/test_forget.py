@@ -1,0 +1,134 @@
+"""`nextstate forget`: a person sees what goes and confirms it; nothing that learned from it serves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from learner.adapters import version_path
+from nextstate.app.cli import main
+from nextstate.config import StoreConfig
+from nextstate.records import PolicyVersion, VersionState
+from nextstate.store import Store
+from tests.store.test_forgetting import judge, record, said
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    """Two conversations; version 2 trained on the second one, and version 3 follows it."""
+    opened = Store(StoreConfig(dir=str(tmp_path / "state")))
+    first = said(0, None)
+    second = said(1, first)
+    other = said(2, None)
+    record(opened, first, second, other, said(3, other))
+    judge(opened, first.id, second)
+    for number in (1, 2, 3):
+        path = version_path(opened.dir, "main", number)
+        path.mkdir(parents=True)
+        batch = None
+        if number == 2:
+            opened.training.hold_out("main", lambda _: False)
+            opened.training.lease_samples("main", 1, "b", scored=True, hinted=True)
+            batch = "b"
+        state = VersionState.CANDIDATE
+        opened.versions.add(
+            PolicyVersion("main", number, number - 1, str(path), "ff", 1, state), batch
+        )
+        assert opened.versions.set_serving("main", number)
+    (opened.dir / "learner" / "main").mkdir(parents=True)
+    (opened.dir / "learner" / "main" / "checkpoint.pt").touch()
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def config(store: Store, tmp_path: Path) -> Path:
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{store.dir}"\n')
+    return file
+
+
+def test_a_dry_run_says_what_would_go_and_changes_nothing(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["forget", "turn_1", "--dry-run", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "1 turn to forget" in shown
+    assert "ask<1>" in shown
+    assert "1 turn before them" in shown
+    assert "versions 2, 3 of main trained on them" in shown
+    assert store.turns.get("turn_1") is not None
+    assert store.versions.serving("main").number == 3
+
+
+def test_what_learned_from_it_is_withdrawn_and_its_files_go(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["forget", "--session", "s0", "--yes", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "forgot 2 turns" in shown
+    assert "withdrew versions 2, 3 of main; version 1 serves" in shown
+    assert store.turns.ids() == ["turn_2", "turn_3"]
+    assert store.versions.serving("main").number == 1
+    assert version_path(store.dir, "main", 1).exists()
+    assert not version_path(store.dir, "main", 2).exists()
+    assert not version_path(store.dir, "main", 3).exists()
+    assert not (store.dir / "learner" / "main" / "checkpoint.pt").exists()
+    assert main(["rollback", "2", "--config", str(config)]) == 2
+    assert "trained on turns that a person let us forget" in capsys.readouterr().err
+
+
+def test_a_judge_that_trained_on_it_goes_with_those_after_it(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, parent, turns in ((1, None, ["other"]), (2, 1, ["turn_0"]), (3, 2, [])):
+        folder = store.dir / "judge" / f"v{number:06d}"
+        folder.mkdir(parents=True)
+        card = {"number": number, "parent": parent, "turns": turns}
+        (folder / "card.json").write_text(json.dumps(card))
+    assert main(["forget", "turn_0", "--yes", "--config", str(config)]) == 0
+    assert "deleted the trained judge v000002" in capsys.readouterr().out
+    assert sorted(path.name for path in (store.dir / "judge").glob("v*")) == ["v000001"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "name what shall be forgotten"),
+        (["turn_1", "--session", "s0"], "name what shall be forgotten"),
+        (["turn_9"], "there is no turn 'turn_9'"),
+        (["--before", "soon"], "--before 'soon' is neither a duration"),
+        (["--matching", "  "], "--matching '  ' is empty"),
+        (["turn_1"], "confirm it with --yes"),
+    ],
+)
+def test_what_is_not_clear_or_not_confirmed_is_refused(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    assert main(["forget", *arguments, "--config", str(config)]) == 2
+    assert message in capsys.readouterr().err
+    assert len(store.turns.ids()) == 4
+
+
+def test_what_is_not_there_is_no_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["forget", "--matching", "never said", "--config", str(config)]) == 0
+    assert "nothing is forgotten" in capsys.readouterr().out
+
+
+def test_it_waits_for_no_update_that_uses_it(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = said(3, said(2, None))
+    judge(store, "turn_2", other)
+    store.training.hold_out("main", lambda _: False)
+    store.training.lease_samples("main", 1, "now", scored=True, hinted=True)
+    assert main(["forget", "turn_2", "--yes", "--config", str(config)]) == 2
+    assert "an update uses 1 of these turns" in capsys.readouterr().err
+    assert store.turns.get("turn_2") is not None
