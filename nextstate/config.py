@@ -95,6 +95,9 @@ class EngineConfig:
         return found
 
 
+_HOST = re.compile(r"[A-Za-z0-9._-]{1,253}|[0-9A-Fa-f:.]{2,45}")
+
+
 @dataclass(frozen=True, slots=True)
 class PrivacyConfig:
     """`[privacy]`: what may be kept, and what may leave this machine."""
@@ -106,6 +109,17 @@ class PrivacyConfig:
     `engine` to a `base_url` elsewhere, and your own plugin anywhere."""
     external_metrics: bool = False
     """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
+    allow_hosts: tuple[str, ...] = ()
+    """Names or addresses of hosts that our processes may reach besides this machine and what the
+    other sections name."""
+
+    def __post_init__(self) -> None:
+        for host in self.allow_hosts:
+            if not _HOST.fullmatch(host):
+                raise ConfigError(
+                    f"[privacy] allow_hosts: {host!r:.100} is neither a host's name, such as "
+                    '"api.example.com", nor an address; give it without scheme, port and path'
+                )
 
 
 _ROUTE = re.compile(

@@ -19,6 +19,7 @@ from nextstate.config import (
     StoreConfig,
     read_sections,
 )
+from nextstate.egress import is_here
 from nextstate.errors import ConfigError
 from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
@@ -65,6 +66,20 @@ class Settings:
     def all_lineages(self) -> tuple[str, ...]:
         """The names of all lineages; `main`, for everyone without their own, comes first."""
         return (MAIN_LINEAGE, *self.lineages)
+
+    @property
+    def hosts(self) -> dict[str, str]:
+        """The hosts that our processes may reach besides this machine, and which key says so."""
+        found: dict[str, str] = {}
+        if self.engine.mode == "external" and (host := _host(self.engine.url)):
+            found[host] = "[engine] url"
+        if self.judge.base_url and (host := _host(self.judge.base_url)):
+            found.setdefault(host, "[judge] base_url")
+        if self.learner.wandb:
+            found["api.wandb.ai"] = "[learner] wandb"
+        return {host: key for host, key in found.items() if not is_here(host)} | dict.fromkeys(
+            self.privacy.allow_hosts, "[privacy] allow_hosts"
+        )
 
     def check(self) -> None:
         """Raises ConfigError if sections contradict each other."""

@@ -1,4 +1,4 @@
-"""`nextstate forget`: a person sees what goes and confirms it; nothing that learned from it serves."""
+"""`nextstate forget`: a person sees what goes and confirms; nothing that learned from it serves."""
 
 from __future__ import annotations
 

@@ -51,8 +51,11 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_judge
+    from nextstate.egress import guard
 
-    asyncio.run(run_judge(Settings.read(args.config)))
+    settings = Settings.read(args.config)
+    guard(settings.hosts)
+    asyncio.run(run_judge(settings))
     return 0
 
 
@@ -60,8 +63,11 @@ def run_eval(args: argparse.Namespace) -> int:
     """Prints how the judge agrees with the labels."""
     from nextstate.app.settings import Settings
     from nextstate.app.stages import evaluate_judge
+    from nextstate.egress import guard
 
-    print(asyncio.run(evaluate_judge(Settings.read(args.config), args.file, args.split)))
+    settings = Settings.read(args.config)
+    guard(settings.hosts)
+    print(asyncio.run(evaluate_judge(settings, args.file, args.split)))
     return 0
 
 
@@ -73,6 +79,7 @@ def run_train(args: argparse.Namespace) -> int:
     from judge.evaluation import LABELLED, read_cases
     from nextstate.app.judge_training import MIN_EXAMPLES, train_judge
     from nextstate.app.settings import Settings
+    from nextstate.egress import guard
     from nextstate.errors import ConfigError
 
     if args.examples < MIN_EXAMPLES or not args.epochs:
@@ -81,6 +88,7 @@ def run_train(args: argparse.Namespace) -> int:
             "examples and one epoch"
         )
     settings = Settings.read(args.config)
+    guard(settings.hosts)
     split = args.split or ("dev" if args.file is None else None)
     given = read_cases(args.file or LABELLED, split)
     if args.language is not None:

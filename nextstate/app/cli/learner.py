@@ -17,6 +17,9 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_learner
+    from nextstate.egress import guard
 
-    run_learner(Settings.read(args.config), args.lineage)
+    settings = Settings.read(args.config)
+    guard(settings.hosts)
+    run_learner(settings, args.lineage)
     return 0

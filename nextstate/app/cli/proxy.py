@@ -18,6 +18,10 @@ def run(args: argparse.Namespace) -> int:
 
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_proxy
+    from nextstate.egress import guard
+    from nextstate.guarded_loop import GuardedLoop
 
-    uvloop.run(run_proxy(Settings.read(args.config), args.worker))
+    settings = Settings.read(args.config)
+    guard(settings.hosts)
+    uvloop.run(run_proxy(settings, args.worker), loop_factory=GuardedLoop)
     return 0

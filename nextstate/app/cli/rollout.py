@@ -70,8 +70,10 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
+    from nextstate.egress import guard
 
     settings = Settings.read(args.config)
+    guard(settings.hosts)
     began = time.monotonic()
     try:
         attempts = asyncio.run(_play(args, settings))

@@ -1,0 +1,73 @@
+"""Runs a command on a network of its own, where every packet that leaves it is noted.
+
+    unshare --user --map-root-user --net python -m tests.whole.alone LOG COMMAND …
+
+There is the loopback, and one way out that leads nowhere: a name that is looked up and a connection
+that is tried are seen there, whatever program or library makes them.
+"""
+
+from __future__ import annotations
+
+import socket
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+_SETUP = (
+    "link set lo up",
+    "link add out type veth peer name nowhere",
+    "link set nowhere up",
+    "link set out arp off up",
+    "address add 192.0.2.1/24 dev out",
+    "route add default dev out",
+)
+_PACKET_OUTGOING = 4
+_IPV4, _IPV6 = 0x0800, 0x86DD
+_NEIGHBOUR_PROTOCOLS = (0, 58)
+"""What the kernel says by itself on a new interface: hop-by-hop options and ICMPv6."""
+
+
+def main(log: Path, command: list[str]) -> int:
+    """Returns the command's exit code."""
+    for line in _SETUP:
+        subprocess.run(["ip", *line.split()], check=True)
+    listener = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003))
+    listener.bind(("out", 0x0003))
+    listener.settimeout(0.2)
+    ended = threading.Event()
+
+    def note() -> None:
+        with log.open("a", buffering=1) as file:
+            while not ended.is_set():
+                try:
+                    packet, (_, protocol, kind, *_) = listener.recvfrom(1 << 16)
+                except TimeoutError:
+                    continue
+                if kind == _PACKET_OUTGOING and (text := _described(protocol, packet)):
+                    file.write(text + "\n")
+
+    noting = threading.Thread(target=note)
+    noting.start()
+    try:
+        return subprocess.run(command, check=False).returncode
+    finally:
+        ended.set()
+        noting.join()
+
+
+def _described(protocol: int, packet: bytes) -> str | None:
+    if protocol == _IPV4:
+        to, kind, payload = socket.inet_ntop(socket.AF_INET, packet[16:20]), packet[9], packet[20:]
+    elif protocol == _IPV6:
+        to, kind, payload = socket.inet_ntop(socket.AF_INET6, packet[24:40]), packet[6], packet[40:]
+        if kind in _NEIGHBOUR_PROTOCOLS:
+            return None
+    else:
+        return None
+    return f"protocol {kind} to {to} port {struct.unpack('>H', payload[2:4])[0]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,65 @@
+"""No packet leaves the machine, whoever would send it: seen on a network of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+_ALONE = ("unshare", "--user", "--map-root-user", "--net")
+
+
+def run_alone(log: Path, *command: str, timeout_s: float = 280) -> list[str]:
+    """What left the machine while the command ran. Skips where there are no namespaces."""
+    tried = subprocess.run([*_ALONE, "ip", "link"], capture_output=True, check=False)
+    if tried.returncode:
+        pytest.skip(f"no network namespaces here: {tried.stderr.decode()[:200]}")
+    log.touch()
+    argv = [*_ALONE, sys.executable, "-P", "-m", "tests.whole.alone", str(log), *command]
+    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    print(done.stdout[-3000:])
+    return log.read_text().splitlines()
+
+
+def test_a_connection_and_a_look_up_are_seen(tmp_path: Path) -> None:
+    code = """
+import socket
+with socket.socket() as opened:
+    opened.settimeout(0.5)
+    try:
+        opened.connect(("198.51.100.4", 443))
+    except OSError:
+        pass
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+    opened.sendto(b"x", ("198.51.100.5", 53))
+"""
+    seen = run_alone(tmp_path / "log", sys.executable, "-c", code)
+    assert "protocol 6 to 198.51.100.4 port 443" in seen
+    assert "protocol 17 to 198.51.100.5 port 53" in seen
+
+
+def test_proxy_judge_and_learner_send_nothing(tmp_path: Path) -> None:
+    tests = (
+        "tests/whole/test_offline.py::test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up",
+        "tests/judge/test_stage.py",
+        "tests/proxy/test_recording.py",
+    )
+    command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
+    assert run_alone(tmp_path / "log", *command) == []
+
+
+@pytest.mark.soak
+@pytest.mark.engine
+@pytest.mark.timeout(1800)
+def test_the_whole_demo_sends_nothing(tmp_path: Path) -> None:
+    out = str(tmp_path / "demo")
+    command = (sys.executable, "-P", "-m", "nextstate", "demo", "--out", out)
+    assert run_alone(tmp_path / "log", *command, timeout_s=1500) == []
