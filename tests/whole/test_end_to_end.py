@@ -23,6 +23,7 @@ from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port
+from nextstate.records import VersionState
 from nextstate.store import Store
 from tests.running_loop import Loop, run, wait_for, write_config
 from tests.same_answer import answer_of, assert_same
@@ -181,6 +182,27 @@ def test_requests_wait_for_a_killed_engine_and_its_version_is_loaded_again(loop:
     assert ask(loop).headers["x-nextstate-version"] == version
     assert loop.part("engine").pid != before.pid
     assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_what_a_version_learned_from_is_forgotten_while_it_serves(loop: Loop) -> None:
+    store = Store(Settings.read(loop.config).store)
+    serving = store.versions.serving("main")
+    turn = store.versions.used_turns("main", serving.number)[0][0]
+    assert serving.path is not None
+    said = loop.command("forget", turn, "--yes")
+    assert f"{serving.number} of main; version " in said
+    assert store.turns.get(turn) is None
+    assert not Path(serving.path).exists()
+    withdrawn = store.versions.get("main", serving.number)
+    assert withdrawn is not None
+    assert (withdrawn.state, withdrawn.path) == (VersionState.REJECTED, None)
+    served = int(ask(loop).headers["x-nextstate-version"])
+    now = store.versions.get("main", served)
+    store.close()
+    assert now is not None
+    assert now.can_serve
+    assert serving.number not in {served, now.parent}
+    assert '"engine": "up"' in _healthz(loop)
 
 
 def test_status_shows_every_part(loop: Loop) -> None:

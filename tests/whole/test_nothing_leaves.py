@@ -49,7 +49,7 @@ with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
 def test_proxy_judge_and_learner_send_nothing(tmp_path: Path) -> None:
     tests = (
         "tests/whole/test_offline.py::test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up",
-        "tests/judge/test_stage.py",
+        "tests/judge/test_stage.py::test_each_turn_gets_one_verdict_with_its_hinted_prompt",
         "tests/proxy/test_recording.py",
     )
     command = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *tests)
