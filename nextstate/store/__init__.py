@@ -29,6 +29,7 @@ from nextstate.store.sqlite import SQLite, database_file
 from nextstate.store.texts import Known
 from nextstate.store.training import Training
 from nextstate.store.turns import Turns
+from nextstate.store.verifying import Verifying
 from nextstate.store.versions import Versions
 from nextstate.store.waiting import Patience
 from nextstate.store.workers import Workers
@@ -69,6 +70,7 @@ class Store:
         self.workers = Workers(self.database)
         self.lookup = Lookup(self.database)
         self.forgetting = Forgetting(self.database)
+        self.verifying = Verifying(self.database)
         self._known = Known()
 
     def _open(self) -> None:

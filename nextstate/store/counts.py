@@ -83,13 +83,24 @@ _CHANGING = {
 
 def count_all(connection: sa.Connection) -> None:
     """Counts what is stored and creates the triggers that keep the counts."""
-    for counted in _COUNTED:
-        key, where = counted.key.format(r=""), counted.where.format(r="")
-        connection.exec_driver_sql(
-            f"INSERT INTO counts (area, key, count) SELECT '{counted.area}', {key}, count(*) "
-            f"FROM {counted.table} WHERE {where} GROUP BY 2"
-        )
+    for query in map(_counting, _COUNTED):
+        connection.exec_driver_sql(f"INSERT INTO counts (area, key, count) {query}")
     create_triggers(connection, _CHANGING)
+
+
+def recount(connection: sa.Connection) -> dict[tuple[str, str], int]:
+    """What the counts should be, by (area, key): every record is read."""
+    return {
+        (area, str(key)): count
+        for query in map(_counting, _COUNTED)
+        for area, key, count in connection.exec_driver_sql(query)
+    }
+
+
+def _counting(counted: _Counted) -> str:
+    """SQL that counts rows: (area, key, count)."""
+    key, where = counted.key.format(r=""), counted.where.format(r="")
+    return f"SELECT '{counted.area}', {key}, count(*) FROM {counted.table} WHERE {where} GROUP BY 2"
 
 
 def create_triggers(connection: sa.Connection, tables: Iterable[str]) -> None:

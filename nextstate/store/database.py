@@ -62,6 +62,10 @@ class Dialect(Protocol):
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         ...
 
+    def damage(self, engine: sa.Engine) -> list[str]:
+        """What the database itself finds wrong when it reads all of its pages and references."""
+        ...
+
 
 class _Prepared:
     """One statement as the driver takes it, compiled once.
@@ -162,6 +166,10 @@ class Database:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         with self._as_store_errors():
             self._dialect.compact(self.engine)
+
+    def damage(self) -> list[str]:
+        """What the database itself finds wrong when it reads all of its pages and references."""
+        return self._dialect.damage(self.engine)
 
     @contextmanager
     def write(self) -> Generator[sa.Connection]:

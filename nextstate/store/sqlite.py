@@ -140,6 +140,17 @@ class SQLite:
             error.sqlite_errorcode = sqlite3.SQLITE_BUSY
             raise error
 
+    def damage(self, engine: sa.Engine) -> list[str]:
+        """Broken pages and indexes, and rows that refer to rows that are not there."""
+        with engine.connect() as connection:
+            cursor = connection.connection.cursor()
+            pages = [row[0] for row in cursor.execute("PRAGMA integrity_check(10)")]
+            rows = cursor.execute("PRAGMA foreign_key_check").fetchmany(10)
+        found = [] if pages == ["ok"] else [f"SQLite says: {page}" for page in pages]
+        return found + [
+            f"row {row[1]} of {row[0]} refers to a {row[2]} that is gone" for row in rows
+        ]
+
     @property
     def _log(self) -> Path:
         """The write-ahead log. SQLite puts it beside the file that a link leads to."""

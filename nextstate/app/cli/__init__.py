@@ -34,6 +34,7 @@ from nextstate.app.cli import (
     status,
     turns,
     up,
+    verify,
     versions,
 )
 from nextstate.errors import EXIT_LATER, EXIT_USAGE, NextStateError, WaitError
@@ -60,6 +61,7 @@ _COMMANDS = (
     resume,
     feedback,
     forget,
+    verify,
     export,
     doctor,
 )
