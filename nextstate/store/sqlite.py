@@ -147,9 +147,10 @@ class SQLite:
             pages = [row[0] for row in cursor.execute("PRAGMA integrity_check(10)")]
             rows = cursor.execute("PRAGMA foreign_key_check").fetchmany(10)
         found = [] if pages == ["ok"] else [f"SQLite says: {page}" for page in pages]
-        return found + [
-            f"row {row[1]} of {row[0]} refers to a {row[2]} that is gone" for row in rows
+        found += [
+            f"row {row[1]} of {row[0]} refers to one of {row[2]} that is gone" for row in rows
         ]
+        return found
 
     @property
     def _log(self) -> Path:
