@@ -41,7 +41,12 @@ from tenacity import (
 
 from learner.adapters import Card, lineage_folder, remove_adapter, version_path
 from learner.batches import Batches, LeasedBatch
-from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from learner.checkpoint import (
+    Checkpoint,
+    load_checkpoint,
+    remove_checkpoint,
+    save_checkpoint,
+)
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
 from learner.gate import objection
@@ -357,6 +362,9 @@ class Lineage:
         give_back: Sequence[int] = (),
     ) -> None:
         state = self._store.versions.add(version, batch, decided, give_back)
+        if state is VersionState.REJECTED and version.path is not None:  # its parent was withdrawn
+            self._forget_folder(version.number)
+            remove_checkpoint(self._folder)
         self._writers.write(version.number, version.metrics)
         log.info(
             "version made lineage=%s version=%d state=%s",

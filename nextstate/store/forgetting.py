@@ -23,12 +23,12 @@ from nextstate.store.database import Database, queries
 from nextstate.store.settling import verdict_texts
 from nextstate.store.texts import Row
 from nextstate.store.turns import turn_texts
+from nextstate.store.versions import WITHDRAWN
 from nextstate.wire import write_json
 
 _PER_STATEMENT = 500
 _ROWS_AT_ONCE = 1000
 _T, _S, _V, _J, _E = t.turns.c, t.samples.c, t.verdicts.c, t.judgements.c, t.episodes.c
-_WITHDRAWN = "it, or a version before it, trained on turns that a person let us forget"
 _DROPPED = "a person let us forget it"
 
 
@@ -92,7 +92,7 @@ class Forgetting:
                 if connection.execute(serving).first() is not None:
                     done = False
                     continue
-                values = {"state": VersionState.REJECTED, "path": None, "reason": _WITHDRAWN}
+                values = {"state": VersionState.REJECTED, "path": None, "reason": WITHDRAWN}
                 connection.execute(sa.update(t.versions).where(*ours).values(**values))
                 trained = sa.select(_S.turn).where(
                     _S.lineage == lineage,

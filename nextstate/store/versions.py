@@ -27,6 +27,7 @@ from nextstate.store.settling import verdict_of, verdict_texts
 _LOOKED_THROUGH = 16
 """Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
 _NAME_CHARS = 80
+WITHDRAWN = "it, or a version before it, trained on turns that a person let us forget"
 _SERVING = t.versions.c.state == VersionState.SERVING
 _ALL_SERVING = sa.select(t.versions).where(_SERVING)
 
@@ -49,8 +50,10 @@ class Versions:
 
         They are trained, or dropped if the version is rejected. A candidate is retired at once if
         people have chosen a version more often than `decided`, the number when its update began:
-        their choice stays. Of a rejected version with the numbers of those rejected before it in
-        `give_back`, the samples of all of them are ready again. Returns the state it got.
+        their choice stays, and rejected if its parent was withdrawn to be forgotten: then it has no
+        folder any more, and its samples are ready again. Of a rejected version with the numbers of
+        those rejected before it in `give_back`, the samples of all of them are ready again. Returns
+        the state it got.
         """
         s = t.samples.c
         lineage, state, reason = version.lineage, version.state, version.reason
@@ -59,15 +62,19 @@ class Versions:
             why = f"their version {version.number} was rejected: {reason}"
             settled = {"state": SampleState.DROPPED, "reason": why}
         with self._database.write() as connection:
-            made = state is VersionState.CANDIDATE and decided is not None
-            if made and _decisions(connection, lineage).choices != decided:
+            made = state is VersionState.CANDIDATE
+            if made and decided is not None and _decisions(connection, lineage).choices != decided:
                 state = VersionState.RETIRED
                 reason = _passed_over(_serving(connection, lineage))
+            forgotten = made and _is_withdrawn(connection, lineage, version.parent)
+            if forgotten:
+                state, reason = VersionState.REJECTED, WITHDRAWN
+                settled = {"state": SampleState.READY, "batch": None, "trained_in": None}
             row = sa.insert(t.versions).values(
                 lineage=lineage,
                 number=version.number,
                 parent=version.parent,
-                path=version.path,
+                path=None if forgotten else version.path,
                 sha256=version.sha256,
                 samples=version.samples,
                 state=state,
@@ -78,7 +85,7 @@ class Versions:
             connection.execute(row)
             if batch is not None:
                 leased = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
-                values = {"trained_in": version.number, **settled}
+                values = {"trained_in": version.number} | settled
                 connection.execute(sa.update(t.samples).where(*leased).values(values))
             if give_back:
                 numbers = [*give_back, version.number]
@@ -281,6 +288,14 @@ class Versions:
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:
     """Version 0 of a lineage: the base model without an adapter."""
     return PolicyVersion(lineage, BASE_VERSION, None, None, None, 0, state)
+
+
+def _is_withdrawn(connection: sa.Connection, lineage: str, number: int | None) -> bool:
+    """True for a version that was trained from and whose adapter nobody may have any more."""
+    v = t.versions.c
+    ours = v.lineage == lineage, v.number == number, v.path.is_(None)
+    gone = sa.select(v.number).where(*ours, v.state == VersionState.REJECTED)
+    return connection.execute(gone).first() is not None
 
 
 def _version_of(row: Any) -> PolicyVersion:

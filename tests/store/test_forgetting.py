@@ -301,6 +301,28 @@ def test_versions_that_trained_on_it_are_withdrawn_with_those_after_them(store: 
     check(store)
 
 
+def test_a_version_that_is_made_from_a_withdrawn_one_never_serves(store: Store) -> None:
+    for number in (0, 2):
+        one = said(number, None)
+        after = said(number + 1, one)
+        record(store, one, after)
+        judge(store, one.id, after)
+    (used,) = train(store, 1, 0)
+    (other,) = store.training.lease_samples("main", 1, "late", scored=True, hinted=True)
+    plan = store.forgetting.plan(Wanted(turns=[used]))
+    assert store.versions.set_serving("main", 0)
+    assert store.forgetting.withdraw(plan)
+    store.forgetting.forget(Wanted(turns=[used]))
+    late = PolicyVersion("main", 2, 1, "/v2", "ff", 1, VersionState.CANDIDATE)
+    assert store.versions.add(late, "late", decided=0) is VersionState.REJECTED
+    kept = store.versions.get("main", 2)
+    assert kept is not None
+    assert kept.path is None
+    (again,) = store.training.lease_samples("main", 9, "again", scored=True, hinted=True)
+    assert again.turn == other.turn
+    check(store)
+
+
 def test_a_version_that_trained_on_the_turn_before_is_withdrawn_too(store: Store) -> None:
     first = said(0, None)
     second = said(1, first)
