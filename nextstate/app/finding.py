@@ -50,7 +50,7 @@ def newest(
     looked_at = 0
     while True:
         wanted = PAGE if words else limit + 1 - len(found)
-        page = store.lookup.page(choice, at, until=until, limit=wanted, followed=bool(words))
+        page = store.lookup.page(choice, at, until=until, limit=wanted)
         found += [turn for turn in page.turns if contains(turn, words)] if words else page.turns
         if len(found) > limit:
             found = found[:limit]
@@ -69,7 +69,7 @@ def every(
     first = _first(store, choice, None)
     at = None if first is None else first - 1
     while True:
-        page = store.lookup.page(choice, at, newest_first=False, until=last, followed=bool(words))
+        page = store.lookup.page(choice, at, newest_first=False, until=last)
         for turn in page.turns:
             if contains(turn, words):
                 yield turn

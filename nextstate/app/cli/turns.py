@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     choice = Choice(
         sessions=() if args.session is None else _names(args.session, settings.agents.profile),
-        lineage=args.lineage,
+        lineages=None if args.lineage is None else (args.lineage,),
         since=None if args.since is None else finding.since_time(args.since),
         untrained=args.untrained,
     )

@@ -14,6 +14,7 @@ from urllib.parse import parse_qs
 import jinja2
 from aiohttp import web
 
+from nextstate.app.finding import newest
 from nextstate.app.page import turns
 from nextstate.app.page.charts import score_text
 from nextstate.app.page.home import home, why_paused
@@ -34,7 +35,7 @@ from nextstate.errors import NextStateError, NoTurnError, RecordError, WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import MAIN_LINEAGE, Feedback, Json, PolicyVersion, Turn
 from nextstate.store import Store
-from nextstate.store.browsing import LOOKED_THROUGH, Wanted
+from nextstate.store.lookup import Choice
 from proxy.answers import Refused
 from proxy.bodies import read_any_body, refuse_coded
 from proxy.browsers import foreign
@@ -57,8 +58,11 @@ _HEADERS = {
 }
 _STATIC = {"/page/style.css": "text/css", "/page/icon.svg": "image/svg+xml"}
 _TURNS_SHOWN, _VERSIONS_SHOWN, _TRAINED_SHOWN = 25, 50, 100
+_LOOKED_THROUGH = 1000
+"""Turns that one page of the list looks through for those that a filter wants."""
 _MOST_FIELDS, _MOST_FORM_BYTES = 16, 1 << 16
 _NUMBER = re.compile(r"[0-9]{1,12}")
+_ID = re.compile(r"[\w.-]{1,40}")
 _TURN = re.compile(r"/page/turns/([\w.-]{1,40})")
 _TEXT = re.compile(r"/page/turns/([\w.-]{1,40})/text/(reply|[ms][0-9]{1,6})")
 _VERSION = re.compile(r"/page/versions/([a-z0-9_-]{1,40})/([0-9]{1,9})(/rollback)?")
@@ -257,20 +261,29 @@ class Page:
         return self._page("home.html", visitor, **found)
 
     def _turns(self, request: web.Request, visitor: Visitor) -> str:
-        session = request.query.get("session", "")[:200] or None
-        version, before = _number(request, "version"), _number(request, "before")
-        untrained = request.query.get("untrained") == "1"
-        wanted = Wanted(visitor.sees, session, version, untrained)
-        found = self._store.browsing.turns(wanted, _TURNS_SHOWN, before)
-        lines = [turns.line(glimpse, self._profile) for glimpse in found.turns]
+        session = request.query.get("session", "")[:200]
+        wanted = Choice(
+            sessions=(session,) if session else (),
+            lineages=visitor.sees,
+            version=_number(request, "version"),
+            untrained=request.query.get("untrained") == "1",
+        )
+        before = request.query.get("before") or None
+        if before is not None and not _ID.fullmatch(before):
+            raise Refused(400, f"before = {before[:40]!r}: expected the id of a turn.")
+        try:
+            found = newest(self._store, wanted, _TURNS_SHOWN, before, most=_LOOKED_THROUGH)
+        except NoTurnError as error:
+            raise Refused(404, "The turn before which the list goes on is not known.") from error
         return self._page(
             "turns.html",
             visitor,
-            lines=lines,
+            lines=[turns.line(turn, self._profile) for turn in reversed(found.turns)],
+            session=session,
             wanted=wanted,
-            older=found.older,
+            older=found.before,
             before=before,
-            looked=LOOKED_THROUGH,
+            looked=_LOOKED_THROUGH,
         )
 
     def _whole_turn(self, request: web.Request, visitor: Visitor, turn_id: str) -> str:
@@ -295,7 +308,7 @@ class Page:
             versions=found,
             older=older,
             serving=self._store.versions.serving(lineage).number,
-            made_at=self._store.browsing.made_at(lineage, [v.number for v in found]),
+            made_at=self._store.versions.made_at(lineage, [v.number for v in found]),
             paused=why_paused(self._store, lineage),
         )
 
@@ -310,7 +323,7 @@ class Page:
             visitor,
             version=version,
             serving=serving,
-            made_at=self._store.browsing.made_at(lineage, [version.number]),
+            made_at=self._store.versions.made_at(lineage, [version.number]),
             watch=watch_text(version_watch(self._store, version)),
             trained=used[:_TRAINED_SHOWN],
             more=max(len(used) - _TRAINED_SHOWN, 0),
