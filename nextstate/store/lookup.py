@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from nextstate.records import Json, NextState, SampleState, Source, TurnKind
 from nextstate.store import schema as t
 from nextstate.store import texts
+from nextstate.store.counts import SHOWN
 from nextstate.store.database import Database, queries
 from nextstate.wire import read_json
 
@@ -76,6 +77,8 @@ class TurnSummary:
     """The last next state of the turn that it continues: whose words, without an envelope."""
     reply: Json
     score: int | None
+    votes: tuple[int, ...]
+    hint: str | None
     untrainable: str | None
     """Why it cannot train; None if it can."""
     fate: Fate | None
@@ -128,12 +131,15 @@ class SessionSummary:
     """Unix times in seconds, at which the requests of its first and last turn arrived."""
     mean_score: float | None
     """Of its turns that have a verdict."""
+    last_seq: int
+    """The position of its newest turn in the store."""
 
 
 class SessionPage(NamedTuple):
     """The sessions of the turns that a page has looked at, the newest first."""
 
-    names: list[str]
+    names: dict[str, int]
+    """With the position of the newest chosen turn of each among those."""
     next: int | None
     looked_at: int
 
@@ -206,27 +212,39 @@ class Lookup:
             found = _summaries(connection, [row.seq for row in rows], newest_first)
         return Page(found, end and end.seq, end and end.id, len(looked))
 
+    def summaries(self, ids: Sequence[str]) -> list[TurnSummary]:
+        """Those of the turns that there are, in the order of recording."""
+        c = t.turns.c
+        with self._database.read() as connection:
+            seqs = connection.execute(sa.select(c.seq).where(c.id.in_(ids))).scalars().all()
+            return _summaries(connection, seqs, False)
+
     def session_names(
         self, choice: Choice, at: int | None = None, until: int | None = None
     ) -> SessionPage:
         """The sessions of the chosen ones among up to `PAGE` turns before position `at`."""
         with self._database.read() as connection:
             rows = _looked_at(connection, choice.sessions, at, True, until)
-        names = dict.fromkeys(row.session for row in rows if _is_chosen(row, choice))
-        return SessionPage([*names], rows[-1].seq if len(rows) == PAGE else None, len(rows))
+        names: dict[str, int] = {}
+        for row in rows:
+            if _is_chosen(row, choice):
+                names.setdefault(row.session, row.seq)
+        return SessionPage(names, rows[-1].seq if len(rows) == PAGE else None, len(rows))
 
-    def session(self, name: str) -> SessionSummary | None:
-        """A session by our name for it, or None. It reads its turns."""
+    def session(self, name: str, lineages: tuple[str, ...] | None = None) -> SessionSummary | None:
+        """A session by our name for it, or None. It reads its turns, only those of `lineages`."""
         c, v, f = t.turns.c, t.verdicts.c, sa.func
         query = (
             sa.select(
                 *(f.max(c.client_session), f.max(c.lineage), f.count()),
-                *(f.min(c.started_at), f.max(c.started_at), f.avg(v.score)),
+                *(f.min(c.started_at), f.max(c.started_at), f.avg(v.score), f.max(c.seq)),
             )
             .select_from(t.turns)
             .outerjoin(t.verdicts, v.turn == c.id)
             .where(c.session == name, c.replaced_by.is_(None))
         )
+        if lineages is not None:
+            query = query.where(c.lineage.in_(lineages))
         with self._database.read() as connection:
             row = connection.execute(query).one()
         return SessionSummary(name, *row) if row[2] else None
@@ -247,6 +265,14 @@ class Lookup:
         if row is None:
             return None
         return Standing(row.client_session, row.replaced_by, row.work, row.later, _fate(row))
+
+    def pulse(self) -> list[tuple[Any, ...]]:
+        """What changes when something happened that people look at: numbers, cheap to read."""
+        n, d = t.counts.c, t.decisions.c
+        query = sa.select(n.area, n.key, n.count.label("n")).where(n.area.in_(SHOWN))
+        decided = sa.select(sa.literal("decided"), sa.literal(""), sa.func.max(d.seq))
+        with self._database.read() as connection:
+            return [tuple(row) for row in connection.execute(sa.union_all(query, decided))]
 
     def recorded(self, boundaries: Sequence[float]) -> list[int]:
         """How many turns were recorded between each two of the Unix times, in ascending order.
@@ -343,7 +369,7 @@ def _summaries(
     query = (
         sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.started_at)
         .add_columns(c.messages, c.rest, c.reply, c.untrainable, c.parent, c.episode)
-        .add_columns(v.score, *_FATE)
+        .add_columns(v.score, v.votes, v.hint, *_FATE)
         .select_from(t.turns)
         .outerjoin(t.samples, _S.turn == c.id)
         .outerjoin(t.verdicts, v.turn == c.id)
@@ -360,6 +386,7 @@ def _summaries(
     query = sa.select(t.next_states).where(n.turn.in_(around)).order_by(n.turn, n.seq)
     states = connection.execute(query).all()
     keys = [key for row in rows for key in (*ends[row.seq], row.reply)]
+    keys += [row.hint for row in rows if row.hint is not None]
     found = texts.get(connection, [*keys, *(state.text for state in states)])
     followed: dict[str, list[NextState]] = {}
     for state in states:
@@ -384,6 +411,8 @@ def _summaries(
             else None,
             reply=read_json(found[row.reply]),
             score=row.score,
+            votes=() if row.votes is None else tuple(read_json(row.votes.encode())),
+            hint=None if row.hint is None else found[row.hint].decode(),
             untrainable=row.untrainable,
             fate=_fate(row),
             followed=tuple(followed.get(row.id, ())),

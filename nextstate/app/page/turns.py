@@ -23,8 +23,27 @@ def line(turn: TurnSummary, profile: AgentProfile) -> Json:
         "asked": asked and (asked[0], short(asked[1])),
         "reply": short(message_text(turn.reply)),
         "followed": [(str(s.source), short(s.text)) for s in turn.followed[:3]],
+        "votes": votes_text(turn.votes),
+        "hint": short(turn.hint) if turn.hint else "",
         "why": why(turn.kind, turn.untrainable, turn.score, turn.followed, turn.fate),
     }
+
+
+def spoken(turn: TurnSummary, profile: AgentProfile) -> Json:
+    """A turn of a conversation: the same, with what was said as far as a page shows it."""
+    asked = _asked(turn, profile)
+    return line(turn, profile) | {
+        "asked": None if asked is None else Said(asked[0], "", asked[1]),
+        "reply": Said("reply", "reply", message_text(turn.reply)),
+        "followed": [
+            Said(str(s.source), f"s{number}", s.text) for number, s in enumerate(turn.followed)
+        ],
+    }
+
+
+def votes_text(votes: Sequence[int]) -> str:
+    """The votes of a judge in a row."""
+    return " ".join(f"{vote:+d}" for vote in votes)
 
 
 def _asked(turn: TurnSummary, profile: AgentProfile) -> tuple[str, str] | None:
@@ -90,7 +109,7 @@ def whole(store: Store, turn: Turn, before: int | None) -> Json:
             Said(str(s.source), f"s{number}", s.text) for number, s in enumerate(states)
         ],
         "verdict": verdict,
-        "votes": "" if verdict is None else " ".join(f"{vote:+d}" for vote in verdict.votes),
+        "votes": "" if verdict is None else votes_text(verdict.votes),
         "feedback": store.judging.feedback(turn.id),
         "why": why(turn.kind, turn.untrainable, score, states, fate),
         "facts": facts(turn, verdict),
