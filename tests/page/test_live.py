@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import aiohttp
@@ -57,6 +58,7 @@ class Served:
     def __init__(self) -> None:
         self.value = 0
         self.looks = 0
+        self.answers: list[aiohttp.ClientResponse] = []
         self.streams = Streams(self.look, look_s=0.01)
 
     def look(self) -> object:
@@ -69,7 +71,20 @@ class Served:
         except Refused as error:
             return web.Response(status=error.status)
 
-    async def run(self, test: object) -> None:
+    async def status(self) -> int:
+        """What a further stream is answered with."""
+        async with self.http.get(self.url) as answer:
+            return answer.status
+
+    async def open(self) -> aiohttp.ClientResponse:
+        """A stream that has told of its beginning."""
+        answer = await self.http.get(self.url)
+        self.answers.append(answer)
+        assert answer.status == 200
+        await told(answer)
+        return answer
+
+    async def run(self, test: Callable[[], Awaitable[None]]) -> None:
         app = web.Application()
         app.router.add_get("/", self.handle)
         runner = web.AppRunner(app, handler_cancellation=True)
@@ -78,36 +93,31 @@ class Served:
             await web.TCPSite(runner, "127.0.0.1", 0).start()
             async with aiohttp.ClientSession(timeout=TIMEOUT) as http:
                 host, port = runner.addresses[0][:2]
-                await test(http, f"http://{host}:{port}/")  # pyright: ignore[reportCallIssue]
+                self.http, self.url = http, f"http://{host}:{port}/"
+                await test()
         finally:
+            for answer in self.answers:
+                answer.close()
             await self.streams.close()
             await runner.cleanup()
-
-
-async def opened(http: aiohttp.ClientSession, url: str) -> aiohttp.ClientResponse:
-    answer = await http.get(url)
-    assert answer.status == 200
-    await told(answer)
-    return answer
 
 
 def test_all_streams_share_one_look_and_only_so_many_are_open() -> None:
     served = Served()
 
-    async def test(http: aiohttp.ClientSession, url: str) -> None:
-        answers = [await opened(http, url) for _ in range(MOST_STREAMS)]
-        assert (await http.get(url)).status == 503
+    async def test() -> None:
+        answers = [await served.open() for _ in range(MOST_STREAMS)]
+        assert await served.status() == 503
         before = served.looks
         served.value += 1
         await asyncio.gather(*(told(answer) for answer in answers))
         assert 1 <= served.looks - before < MOST_STREAMS
         answers.pop().close()
         for _ in range(1000):  # until the server has noticed
-            answer = await http.get(url)
-            if answer.status == 200:
+            if (status := await served.status()) == 200:
                 break
             await asyncio.sleep(0.01)
-        assert answer.status == 200
+        assert status == 200
 
     asyncio.run(served.run(test))
 
@@ -115,16 +125,15 @@ def test_all_streams_share_one_look_and_only_so_many_are_open() -> None:
 def test_without_a_stream_nothing_looks_at_the_store() -> None:
     served = Served()
 
-    async def test(http: aiohttp.ClientSession, url: str) -> None:
-        (await opened(http, url)).close()
+    async def test() -> None:
+        (await served.open()).close()
         watch = served.streams._watch
         assert watch is not None
         await asyncio.wait_for(watch, 30)
         looks = served.looks
         served.value += 1
-        answer = await opened(http, url)
+        await served.open()
         assert served.looks > looks
-        answer.close()
 
     asyncio.run(served.run(test))
 
@@ -132,11 +141,11 @@ def test_without_a_stream_nothing_looks_at_the_store() -> None:
 def test_streams_end_when_the_proxy_ends() -> None:
     served = Served()
 
-    async def test(http: aiohttp.ClientSession, url: str) -> None:
-        answer = await opened(http, url)
+    async def test() -> None:
+        answer = await served.open()
         await served.streams.close()
         assert b"changed" not in await answer.read()
-        assert (await http.get(url)).status == 503
+        assert await served.status() == 503
 
     asyncio.run(served.run(test))
 
@@ -154,8 +163,8 @@ def test_a_store_that_fails_for_a_moment_ends_no_stream(error: OSError) -> None:
 
     served.streams = Streams(failing, look_s=0.01)
 
-    async def test(http: aiohttp.ClientSession, url: str) -> None:
-        answer = await opened(http, url)
+    async def test() -> None:
+        answer = await served.open()
         served.value = 1
         await told(answer)
 

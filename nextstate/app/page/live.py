@@ -53,13 +53,14 @@ class Streams:
         if len(self._bells) >= MOST_STREAMS or self._closed:
             raise Refused(503, f"{MOST_STREAMS} pages update themselves already.")
         bell = asyncio.Event()
+        bell.set()  # what was shown may be older than the stream
         self._bells.add(bell)
         if self._watch is None or self._watch.done():
+            bell.clear()  # its first look rings
             self._watch = asyncio.create_task(self._run())
         try:
             response = web.StreamResponse(headers={**headers, "Content-Type": "text/event-stream"})
             await response.prepare(request)
-            await response.write(_CHANGED)  # since the page was made, or while its tab was hidden
             end = asyncio.get_running_loop().time() + _LASTS_S
             while not self._closed and asyncio.get_running_loop().time() < end:
                 with suppress(TimeoutError):
@@ -81,15 +82,15 @@ class Streams:
             await asyncio.gather(self._watch, return_exceptions=True)
 
     async def _run(self) -> None:
-        """Rings the bells when something changed, as long as there is one."""
-        seen = await self._seen()
+        """Rings the bells at the first look and at each change, as long as there is one."""
+        seen: object = None
         while self._bells:
-            await asyncio.sleep(self._look_s)
             found = await self._seen()
             if found is not None and found != seen:
                 seen = found
                 for bell in self._bells:
                     bell.set()
+            await asyncio.sleep(self._look_s)
 
     async def _seen(self) -> object:
         try:
