@@ -65,9 +65,10 @@ class Streams:
             while not self._closed and asyncio.get_running_loop().time() < end:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(bell.wait(), _KEEP_ALIVE_S)
+                message = _CHANGED if bell.is_set() else _STILL_HERE
+                bell.clear()  # before the message: it may ring again while that is sent
                 if not self._closed:
-                    await response.write(_CHANGED if bell.is_set() else _STILL_HERE)
-                bell.clear()
+                    await response.write(message)
         finally:
             self._bells.discard(bell)
         return response
