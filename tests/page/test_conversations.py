@@ -62,7 +62,7 @@ def test_a_session_is_shown_as_a_conversation_oldest_first(store: Store, tmp_pat
         assert "30 turns of main" in found
         assert "question 04" not in found
         assert found.index("question 05") < found.index("question 29")
-        assert "−1 bad v0 ready to train votes -1 hint: Be brief. user then this" in found
+        assert "−1 bad v0 ready to train votes -1 · hint: Be brief. user then this" in found
         assert found.count("then this") == 1  # earlier ones are what was asked next
         earlier = page.split('<a href="/page/session?')[1].split('"')[0].replace("&amp;", "&")
         found = words(await site.get(f"/page/session?{earlier}"))

@@ -43,7 +43,7 @@ def test_how_it_runs_shows_queues_lag_engine_and_the_judge(store: Store, tmp_pat
 
 
 def test_the_lag_is_counted_from_what_serves() -> None:
-    assert lags({5: 2, 3: 1, 9: 4}, 5) == [(0, 2), (0, 4), (2, 1)]
+    assert lags({5: 2, 3: 1, 9: 4}, 5) == [(0, 6), (2, 1)]
     assert lags({}, 5) == []
 
 

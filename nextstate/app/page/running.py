@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 
 from nextstate.app.child_states import read_child_states
@@ -58,10 +59,15 @@ def running(settings: Settings, store: Store, health: Json, lineage: str) -> Jso
 def lags(ready: Mapping[int, int], serving: int) -> list[tuple[int, int]]:
     """(policy lag, how many samples wait) in ascending order.
 
-    >>> lags({3: 5, 1: 2}, 4)
-    [(1, 5), (3, 2)]
+    What was answered by a version that came after the one that serves has no lag.
+
+    >>> lags({3: 5, 1: 2, 6: 1, 5: 1}, 4)
+    [(0, 2), (1, 5), (3, 2)]
     """
-    return sorted((max(serving - version, 0), count) for version, count in ready.items())
+    found: Counter[int] = Counter()
+    for version, count in ready.items():
+        found[max(serving - version, 0)] += count
+    return sorted(found.items())
 
 
 def _serving(store: Store, lineage: str) -> int:
