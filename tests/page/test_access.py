@@ -22,7 +22,7 @@ PAGES = (
     *("/page/versions", "/page/versions/main/0", "/page/versions/main/0/rollback"),
     *("/page/lineages/main/pause", "/page/lineages/main/resume", "/page/nothing"),
     *("/page/sessions", "/page/session?name=s", "/page/episodes", "/page/episodes/e-1"),
-    *("/page/episodes/e-1/screenshots/0", "/page/running", "/page/export?what=sft"),
+    *("/page/episodes/e-1/pictures/0", "/page/running", "/page/export?what=sft"),
 )
 FORMS = (
     *("/page/turns/turn_0/feedback", "/page/versions/main/0/rollback"),

@@ -96,7 +96,7 @@ def fill_episodes(store: Store) -> None:
             add(store, turn(step, **values), next_state="The page shows 12 words.")
             reward = Reward(name, "progress", RewardKind.PROCESS, 0.25 * step, told, "checker")
             store.episodes.reward([reward])
-            file = store.dir / "screenshots" / name / f"{step}.png"
+            file = store.dir / "pictures" / name / f"{step}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(png(320, 180, (60 + 60 * step, 120, 160)))
         store.episodes.close(name, EpisodeStatus.DONE, outcome, None)

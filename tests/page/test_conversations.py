@@ -119,7 +119,7 @@ def test_episodes_are_filtered_by_environment_and_outcome(store: Store, tmp_path
 
 def test_an_episode_shows_steps_rewards_and_screenshots(store: Store, tmp_path: Path) -> None:
     attempt(store, "e-1", 0.25)
-    folder = store.dir / "screenshots" / "e-1"
+    folder = store.dir / "pictures" / "e-1"
     folder.mkdir(parents=True)
     picture = png(4, 4, (9, 9, 9))
     (folder / "1.png").write_bytes(picture)
@@ -133,14 +133,20 @@ def test_an_episode_shows_steps_rewards_and_screenshots(store: Store, tmp_path: 
         ):
             assert text in found, text
         assert page.count("<img") == 1
-        path = "/page/episodes/e-1/screenshots/1"
+        path = "/page/episodes/e-1/pictures/1"
         assert f'src="{path}" alt="The screen at step 1"' in page
         answer = await site.http.get(site.url + path)
         assert (answer.status, await answer.read()) == (200, picture)
         assert answer.headers["Content-Type"] == "image/png"
         assert answer.headers["X-Content-Type-Options"] == "nosniff"
         assert "default-src 'none'" in answer.headers["Content-Security-Policy"]
-        await site.get("/page/episodes/e-1/screenshots/2", 404)
+        await site.get("/page/episodes/e-1/pictures/2", 404)
+        (folder / "3.jpg").write_bytes(b"\xff\xd8\xff\xe0 a picture")
+        answer = await site.http.get(f"{site.url}/page/episodes/e-1/pictures/3")
+        assert answer.headers["Content-Type"] == "image/jpeg"
+        assert (await answer.read()).endswith(b"a picture")
+        (folder / "4.jpg").write_bytes(picture)  # the name says another kind
+        await site.get("/page/episodes/e-1/pictures/4", 404)
         assert "26 to 30 of 30" in words(await site.get("/page/episodes/e-1?from=25"))
         assert "It has not called" in words(await site.get("/page/episodes/e-1?from=99"))
 
@@ -179,12 +185,12 @@ def test_what_is_no_picture_of_the_episode_is_not_sent(
     store: Store, tmp_path: Path, make: object
 ) -> None:
     attempt(store, "e-1", None)
-    file = store.dir / "screenshots" / "e-1" / "0.png"
+    file = store.dir / "pictures" / "e-1" / "0.png"
     file.parent.mkdir(parents=True)
     make(file)  # pyright: ignore[reportCallIssue]
 
     async def test(site: Site) -> None:
-        await site.get("/page/episodes/e-1/screenshots/0", 404)
+        await site.get("/page/episodes/e-1/pictures/0", 404)
 
     on_site(test, store, tmp_path)
 
@@ -192,8 +198,8 @@ def test_what_is_no_picture_of_the_episode_is_not_sent(
 def test_another_lineages_key_sees_none_of_it(store: Store, tmp_path: Path) -> None:
     attempt(store, "e-1", 1.0)
     add(store, turn(1000, session="s", lineage="alice"))
-    (store.dir / "screenshots" / "e-1").mkdir(parents=True)
-    (store.dir / "screenshots" / "e-1" / "0.png").write_bytes(png(1, 1, (0, 0, 0)))
+    (store.dir / "pictures" / "e-1").mkdir(parents=True)
+    (store.dir / "pictures" / "e-1" / "0.png").write_bytes(png(1, 1, (0, 0, 0)))
 
     async def test(site: Site) -> None:
         await site.post("/page/login", {"key": "alice-key"})
@@ -201,7 +207,7 @@ def test_another_lineages_key_sees_none_of_it(store: Store, tmp_path: Path) -> N
         assert names(await site.get("/page/episodes")) == []
         for path in ("/page/session?name=e-1", "/page/episodes/e-1"):
             await site.get(path, 404)
-        for path in ("/page/episodes/e-1/screenshots/0", "/page/lineages/main/pause"):
+        for path in ("/page/episodes/e-1/pictures/0", "/page/lineages/main/pause"):
             await site.get(path, 404)
         await site.get("/page/running?lineage=main", 404)
         await site.get("/page/export?lineage=main&what=sft", 404)

@@ -1,4 +1,4 @@
-"""An episode as a page shows it: what it tried, its rewards, and its steps with screenshots."""
+"""An episode as a page shows it: what it tried, its rewards, and its steps with pictures."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from nextstate.records import Json
 from nextstate.store import Store
 
 MOST_BYTES = 8 << 20
-"""Of a screenshot; a larger file is not shown."""
+"""Of a picture; a larger file is not shown."""
 _STEPS = 25
 """Steps on one page."""
-_PNG = b"\x89PNG\r\n\x1a\n"
+_KINDS = {".jpg": ("image/jpeg", b"\xff\xd8\xff"), ".png": ("image/png", b"\x89PNG\r\n\x1a\n")}
+"""Kind and beginning of a file, by the end of its name."""
 
 
 def whole(store: Store, episode: Episode, start: int, profile: AgentProfile) -> Json:
@@ -33,7 +34,7 @@ def whole(store: Store, episode: Episode, start: int, profile: AgentProfile) -> 
         line = turns.line(by_id[name], profile)
         line["step"] = place
         line["rewards"] = [reward for reward in rewards if reward.turn == name]
-        line["picture"] = screenshot_file(store.dir, episode.id, place) is not None
+        line["picture"] = picture_file(store.dir, episode.id, place) is not None
         steps.append(line)
     return {
         "episode": episode,
@@ -64,26 +65,32 @@ def facts(episode: Episode) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in found if value is not None]
 
 
-def screenshot(state_dir: Path, episode: str, step: int) -> bytes | None:
-    """The PNG of a step; None if there is none, or if the file is no PNG or too large."""
-    file = screenshot_file(state_dir, episode, step)
+def picture(state_dir: Path, episode: str, step: int) -> tuple[bytes, str] | None:
+    """What the agent saw before its reply at a step, and the kind of its content.
+
+    None if there is no file, or if it is too large or not of the kind that its name says.
+    """
+    file = picture_file(state_dir, episode, step)
     if file is None:
         return None
+    kind, beginning = _KINDS[file.suffix]
     with suppress(OSError), open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
         found = opened.read(MOST_BYTES + 1)
-        return found if found.startswith(_PNG) and len(found) <= MOST_BYTES else None
+        return (found, kind) if found.startswith(beginning) and len(found) <= MOST_BYTES else None
     return None
 
 
-def screenshot_file(state_dir: Path, episode: str, step: int) -> Path | None:
-    """STATE/screenshots/EPISODE/STEP.png; None if it is not there or a link leads elsewhere.
+def picture_file(state_dir: Path, episode: str, step: int) -> Path | None:
+    """STATE/pictures/EPISODE/STEP.jpg or .png; None if it is not there or a link leads elsewhere.
 
     Whoever runs an environment with a screen puts it there; steps are numbered from 0.
     """
-    file = state_dir / "screenshots" / episode / f"{step}.png"
-    with suppress(OSError, ValueError):
-        if file.is_file() and file.resolve() == state_dir.resolve() / file.relative_to(state_dir):
-            return file
+    for suffix in _KINDS:
+        file = state_dir / "pictures" / episode / f"{step}{suffix}"
+        real = state_dir.resolve() / file.relative_to(state_dir)
+        with suppress(OSError):
+            if file.is_file() and file.resolve() == real:
+                return file
     return None
 
 

@@ -72,7 +72,7 @@ _SHOWN: tuple[tuple[re.Pattern[str], Callable[[Screens, Visit], Shown]], ...] = 
         (r"/page/session", Screens.session),
         (r"/page/episodes", Screens.episodes),
         (_EPISODE, Screens.episode),
-        (_EPISODE + r"/screenshots/([0-9]{1,9})", Screens.screenshot),
+        (_EPISODE + r"/pictures/([0-9]{1,9})", Screens.picture),
         (r"/page/versions", Screens.versions),
         (_VERSION, Screens.version),
         (_VERSION + r"/rollback", Screens.rollback),

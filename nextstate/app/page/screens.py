@@ -140,12 +140,12 @@ class Screens:
         found = episodes.whole(self._store, episode, start, self._profile)
         return self._page("episode.html", visit, **found)
 
-    def screenshot(self, visit: Visit) -> Shown:
+    def picture(self, visit: Visit) -> Shown:
         episode = self._episode_named(visit, visit.names[0])
-        found = episodes.screenshot(self._store.dir, episode.id, int(visit.names[1]))
+        found = episodes.picture(self._store.dir, episode.id, int(visit.names[1]))
         if found is None:
-            raise Refused(404, "This step has no screenshot.")
-        return web.Response(body=found, content_type="image/png")
+            raise Refused(404, "This step has no picture.")
+        return web.Response(body=found[0], content_type=found[1])
 
     def versions(self, visit: Visit) -> Shown:
         lineage = visit.lineage()
