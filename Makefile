@@ -88,9 +88,15 @@ bubblewrap:  ## install what the sandboxes of `nextstate rollout terminal` are m
 	@command -v bwrap >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y bubblewrap; } || \
 	  { echo "bubblewrap cannot be installed with apt-get here: install the program bwrap yourself"; exit 2; }
 
-chromium:  ## install the browser in which the tests look at the web page, if it is missing
+# What says whether a page can be used with a keyboard and a screen reader: only tests use it.
+AXE := axe-core@4.14.1
+
+chromium:  ## install the browser and the checker with which the tests look at the web page
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y chromium; } || \
 	  { echo "chromium cannot be installed with apt-get here: install it yourself"; exit 2; }
+	@test -e .browser/node_modules/axe-core/axe.min.js || \
+	  npm install --prefix .browser --no-save --ignore-scripts --no-audit --no-fund $(AXE) || \
+	  { echo "axe-core cannot be installed with npm here: its test is skipped"; exit 2; }
 
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy

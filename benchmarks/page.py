@@ -1,7 +1,8 @@
 """How long does the proxy take for each page of its web page, with many turns in the store?
 
-The turns are those of `benchmarks.growth`; every second one gets a verdict, and there are 200
-versions. Each page is asked for over HTTP, one request after the other.
+The turns are those of `benchmarks.growth`; every second one gets a verdict, a fifth of them are one
+session, and there are 200 versions and an episode for each ten turns. Each page is asked for over
+HTTP, one request after the other.
 """
 
 from __future__ import annotations
@@ -20,15 +21,17 @@ import aiohttp
 from aiohttp import web
 
 from benchmarks.conversations import FILE, Conversation, Filler
+from nextstate.app.page.live import watched
 from nextstate.app.page.routes import Page
 from nextstate.app.settings import Settings
 from nextstate.engine.process import free_port
+from nextstate.episodes import Episode
 from nextstate.records import Json, PolicyVersion, VersionState
 from nextstate.store import Store
 from proxy.feedback import Allowance
 from proxy.lineages import Lineages
 
-_VERSIONS = 200
+_VERSIONS, _AT_ONCE = 200, 500
 _HEALTH: Json = {"engine": "up"}
 
 
@@ -48,6 +51,24 @@ def fill(folder: Path, turns: int) -> None:
             f"SELECT id, lineage, 'ready', seq * {_VERSIONS} / {turns}, seq % 3 - 1, 0, seq "
             f"{judged}"
         )
+        db.execute(
+            "UPDATE turns SET session = 'long', idx = seq, client_session = NULL "
+            f"WHERE seq <= {turns // 5}"
+        )
+    db.close()
+
+
+def fill_episodes(store: Store, count: int) -> None:
+    """Episodes of twenty environments, half of which are settled."""
+    for start in range(0, count, _AT_ONCE):
+        numbers = range(start, min(start + _AT_ONCE, count))
+        episodes = [Episode(f"e-{n}", "main", f"env-{n % 20}", f"Task {n}.") for n in numbers]
+        store.episodes.open(episodes, None)
+    with sqlite3.connect(store.dir / FILE) as db:
+        db.execute(
+            "UPDATE episodes SET state = 'settled', outcome = rowid % 3 = 0, settled_at = rowid "
+            "WHERE rowid % 2 = 0"
+        )
     db.close()
 
 
@@ -61,6 +82,14 @@ def paths(turns: int) -> list[str]:
         "/page/turns?untrained=1",
         f"/page/turns?session={conversation.session}",
         f"/page/turns/{conversation.turn_id(3)}",
+        "/page/sessions",
+        "/page/session?name=long",
+        f"/page/session?name={conversation.session}",
+        "/page/episodes",
+        "/page/episodes?environment=env-7&outcome=solved",
+        "/page/episodes/e-5",
+        "/page/running",
+        "/page/export?what=kto",
         "/page/versions",
         "/page/versions/main/150",
         "/page/versions/main/150/rollback",
@@ -105,10 +134,17 @@ def main() -> None:
             state = VersionState.RETIRED if number < _VERSIONS else VersionState.SERVING
             version = PolicyVersion("main", number, number - 1, "/a", "ff", 16, state)
             store.versions.add(version, None)
+        fill_episodes(store, options.turns // 10)
         nothing = functools.partial(asyncio.sleep, 0)
         lineages = Lineages("base", None)
         page = Page(settings, store, lineages, lambda _: nothing(), lambda: _HEALTH, Allowance())
         found = asyncio.run(measure(page, free_port(), paths(options.turns), options.times))
+        looks: list[float] = []
+        for _ in range(options.times):
+            started = perf_counter()
+            watched(store, lambda: _HEALTH)
+            looks.append(1000 * (perf_counter() - started))
+        found["the look of all streams"] = looks
         store.close()
     print(f"{options.turns:,} turns, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
     print("| page | median, ms | slowest, ms |\n|---|---|---|")

@@ -57,6 +57,10 @@ class Pages(Protocol):
 
     async def handle(self, request: web.Request) -> web.StreamResponse: ...
 
+    async def close(self) -> None:
+        """Ends the answers that have no end of their own."""
+        ...
+
 
 class Proxy:
     """The parts behind the routes."""
@@ -126,6 +130,7 @@ class Proxy:
         app = web.Application(client_max_size=limit)
         app.cleanup_ctx.append(self._running)
         app.on_response_prepare.append(self._share)
+        app.on_shutdown.append(self._close_pages)
         # One route, so that no answer is the router's own. Who waits with a body is asked for it
         # where it is read.
         app.router.add_route("*", "/{path:.*}", self._handle, expect_handler=_ask_later)
@@ -218,6 +223,10 @@ class Proxy:
             if self._worker is not None:
                 with suppress(WaitError):  # the others notice when its signs of life end
                     await asyncio.to_thread(self.store.workers.leave, self._worker)
+
+    async def _close_pages(self, app: web.Application) -> None:
+        if self.pages is not None:
+            await self.pages.close()
 
     def _counts(self) -> dict[str, int]:
         return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.connections)

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict
+
+from rich.cells import cell_len
 
 from judge.advantages import compared, judge_auc, process_weight
 from judge.groups import judged
-from nextstate.episodes import Episode
+from nextstate.app.terminal import fitted
+from nextstate.episodes import Episode, Split
 from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.wire import one_line
 
 _UNKNOWN = "·"
 _SHOWN_CHARS = 60
+_NAME_CELLS, _REASON_CELLS = 16, 32
+_MARK = "  ✗ "
 _SHOWN_RATE = 200
 """The success rate is that of so many of the newest settled episodes."""
 
@@ -53,27 +57,23 @@ def episode_details(store: Store, episode: Episode) -> Json:
     return {**episode_row(episode), "rewards": rewards, "steps": steps}
 
 
-def episode_table(episodes: Sequence[Episode]) -> str:
-    """A line for each episode; below it the reason why it was dropped."""
-    headings = ("episode", "group", "environment", "split", "state", "outcome", "calls", "version")
-    table = [
-        headings,
-        *(
-            (
-                *(e.id, e.group or _UNKNOWN, e.environment, e.split.value, e.state.value),
-                *(_number(e.outcome), str(e.calls), _versions(e)),
-            )
-            for e in episodes
-        ),
-    ]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines: list[str] = []
-    for row, episode in zip(table, (None, *episodes), strict=True):
-        task = "task" if episode is None else one_line(episode.task[:_SHOWN_CHARS])
-        lines.append(f"{'  '.join(map(str.ljust, row, widths))}  {task}".rstrip())
-        if episode is not None and episode.reason is not None:
-            lines.append(f"    {episode.reason}")
-    return "\n".join(lines)
+def episode_line(episode: Episode, width: int) -> str:
+    """One line: id, environment, state, outcome, calls, versions, task, and `✗` if it was dropped.
+
+    At most `width` cells wide, unless the id and what follows it take more: an id is never cut.
+    """
+    split = " eval" if episode.split is Split.EVAL else ""
+    outcome = "" if episode.outcome is None else f" {episode.outcome:g}"
+    calls = f"{episode.calls} call{'' if episode.calls == 1 else 's'}"
+    start = (
+        f"{episode.id}  {fitted(episode.environment, _NAME_CELLS)}{split}  "
+        f"{episode.state}{outcome}  {calls}  {versions_text(episode)}  "
+    )
+    room, end = width - cell_len(start), ""
+    if episode.reason is not None:
+        end = f"{_MARK}{fitted(episode.reason, min(max(room - len(_MARK), 8), _REASON_CELLS))}"
+    room -= cell_len(end)
+    return f"{start}{fitted(episode.task, room) if room > 1 else ''}{end}".rstrip()
 
 
 def episode_card(found: Json) -> str:
@@ -133,12 +133,9 @@ def settled_text(found: Json) -> str:
     return text if found["process_weight"] else f"{text}, too little: it is ignored"
 
 
-def _number(value: float | None) -> str:
-    return _UNKNOWN if value is None else f"{value:g}"
-
-
-def _versions(episode: Episode) -> str:
+def versions_text(episode: Episode) -> str:
+    """The policy versions that served it; in brackets the one that shall."""
     low, high = episode.version_min, episode.version_max
     if low is None:
-        return _UNKNOWN if episode.version is None else f"({episode.version})"
-    return str(low) if low == high else f"{low} to {high}"
+        return _UNKNOWN if episode.version is None else f"(v{episode.version})"
+    return f"v{low}" if low == high else f"v{low} to v{high}"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
@@ -52,7 +52,7 @@ def newest(
     looked_at = 0
     while True:
         wanted = PAGE if words else limit + 1 - len(found)
-        page = store.lookup.page(choice, at, until=until, limit=wanted, followed=bool(words))
+        page = store.lookup.page(choice, at, until=until, limit=wanted)
         found += [turn for turn in page.turns if contains(turn, words)] if words else page.turns
         if len(found) > limit:
             found = found[:limit]
@@ -71,7 +71,7 @@ def every(
     first = _first(store, choice, None)
     at = None if first is None else first - 1
     while True:
-        page = store.lookup.page(choice, at, newest_first=False, until=last, followed=bool(words))
+        page = store.lookup.page(choice, at, newest_first=False, until=last)
         for turn in page.turns:
             if contains(turn, words):
                 yield turn
@@ -80,23 +80,46 @@ def every(
         at = page.next
 
 
+class NewestSessions(NamedTuple):
+    """The newest sessions, that with the newest turn last."""
+
+    sessions: list[SessionSummary]
+    before: int | None
+    """The position in the store before which the search may go on; None if there are no others."""
+
+
 def newest_sessions(
-    store: Store, choice: Choice, limit: int, most: int = LOOKED_THROUGH
-) -> list[SessionSummary]:
-    """Up to `limit` sessions of the chosen turns, that with the newest turn last.
+    store: Store,
+    choice: Choice,
+    limit: int,
+    most: int = LOOKED_THROUGH,
+    before: int | None = None,
+) -> NewestSessions:
+    """Up to `limit` sessions of the chosen turns whose newest turn is before `before`, if given.
 
     About `most` turns are looked through; with a `limit` of 0 all of them.
     """
     until = _first(store, choice, most if limit else None)
-    names: dict[str, None] = {}
-    at, looked_at = None, 0
+    found: dict[str, SessionSummary | None] = {}
+    at, looked_at, count = before, 0, 0
     while True:
         page = store.lookup.session_names(choice, at, until)
-        names |= dict.fromkeys(page.names)
+        for name, seq in page.names.items():
+            if name in found:
+                continue
+            one = found[name] = store.lookup.session(name, choice.lineages)
+            if one is not None and before is not None and one.last_seq >= before:
+                found[name] = None  # it stood on a page before
+            count += found[name] is not None
+            if limit and count == limit:
+                return NewestSessions(_shown(found), seq)
         at, looked_at = page.next, looked_at + page.looked_at
-        if at is None or (limit and (len(names) >= limit or looked_at >= most)):
-            chosen = [*names][: limit or None][::-1]
-            return [one for name in chosen if (one := store.lookup.session(name)) is not None]
+        if at is None or (limit and looked_at >= most):
+            return NewestSessions(_shown(found), at)
+
+
+def _shown(found: Mapping[str, SessionSummary | None]) -> list[SessionSummary]:
+    return [one for one in found.values() if one is not None][::-1]
 
 
 def the_meant(store: Store, words: Sequence[str]) -> str:

@@ -29,10 +29,11 @@ _THEN, _NOTHING = "  →  ", "·"
 
 def said(turn: TurnSummary) -> tuple[str, str]:
     """(who spoke last before the reply, what they said)."""
-    text = message_text(turn.message)
+    message = turn.messages[-1]
+    text = message_text(message)
     if turn.answers is not None and turn.answers[1] in text:  # a fork may answer something else
         return _SPEAKERS[turn.answers[0]], turn.answers[1]
-    role = str(turn.message.get("role", "user"))
+    role = str(message.get("role", "user"))
     if role == "user":
         return _ENVIRONMENT if turn.in_episode else _PERSON, text
     return _TOOL if role in ("tool", "function") else fitted(role, 12), text
@@ -63,7 +64,7 @@ def message_text(message: Json) -> str:
 
 def contains(turn: TurnSummary, words: Iterable[str]) -> bool:
     """Whether each of the words is in what was said, replied or followed; case does not count."""
-    texts = [said(turn)[1], message_text(turn.reply), *turn.followed]
+    texts = [said(turn)[1], message_text(turn.reply), *(state.text for state in turn.followed)]
     whole = " ".join("\n".join(texts).split()).casefold()
     return all(word in whole for word in words)
 
@@ -162,19 +163,20 @@ def training_text(turn: Turn, states: Sequence[NextState], standing: Standing | 
         return "no: a side turn is never judged or trained"
     if turn.untrainable is not None:
         return f"no: {turn.untrainable}"
-    if standing is None or standing.sample is None:
+    if standing is None or standing.fate is None:
         if standing is not None and standing.work_reason is not None:
             return f"not yet: {standing.work_reason}"
         return "not yet: it waits for its verdict" if states else "not yet: nothing has followed it"
-    worth = "" if standing.advantage is None else f", advantage {standing.advantage:+.2f}"
+    fate = standing.fate
+    worth = "" if fate.advantage is None else f", advantage {fate.advantage:+.2f}"
     return {
         SampleState.WAITING: "not yet: its group of episodes is not settled",
         SampleState.READY: f"yes: it waits for an update{worth}",
         SampleState.LEASED: f"yes: it is being trained{worth}",
-        SampleState.TRAINED: f"yes: version {standing.trained_in} was trained on it{worth}",
-        SampleState.DROPPED: f"no: {standing.sample_reason}",
+        SampleState.TRAINED: f"yes: version {fate.trained_in} was trained on it{worth}",
+        SampleState.DROPPED: f"no: {fate.reason}",
         SampleState.HELD: "no: it is held out, to check new versions on",
-    }[standing.sample]
+    }[fate.state]
 
 
 def session_row(session: SessionSummary) -> Json:

@@ -15,7 +15,6 @@ from dataclasses import replace
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
 from nextstate.private_files import make_state_folder
-from nextstate.store.browsing import Browsing
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database
 from nextstate.store.episodes import Episodes
@@ -66,7 +65,6 @@ class Store:
         self.versions = Versions(self.database)
         self.episodes = Episodes(self.database)
         self.groups = Groups(self.database)
-        self.browsing = Browsing(self.database)
         self.workers = Workers(self.database)
         self.lookup = Lookup(self.database)
         self.forgetting = Forgetting(self.database)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import sqlalchemy as sa
 
@@ -49,6 +50,20 @@ class Named(NamedTuple):
     """The policy version that shall serve it; None: the one that serves its lineage."""
 
 
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Which episodes are wanted: those that meet every condition that is given."""
+
+    lineages: Sequence[str] | None = None
+    """Of one of these; None: of any."""
+    environment: str | None = None
+    group: str | None = None
+    outcome: Literal["solved", "failed", "none"] | None = None
+    """At least 1; less; or not known, as of one that is still open."""
+    since: float | None = None
+    """Unix time in seconds: only those opened then or later."""
+
+
 class Left(NamedTuple):
     """What a call may still use of its episode's budgets; None: as much as it likes."""
 
@@ -81,14 +96,23 @@ class Episodes:
         with self._database.read() as connection:
             return _load(connection, episode_id)
 
-    def newest(self, limit: int | None = None, group: str | None = None) -> list[Episode]:
-        """The newest episodes, all of them or those of a group, oldest first."""
-        query = sa.select(_E.id).order_by(_E.opened_at.desc(), _E.id.desc()).limit(limit)
-        if group is not None:
-            query = query.where(_E.group_id == group)
+    def ids(self, choice: Choice, before: str | None = None, limit: int | None = None) -> list[str]:
+        """The newest chosen episodes, oldest first; only those opened before `before`, if given.
+
+        It looks at a row of each episode. Raises NoEpisodeError.
+        """
+        query = sa.select(_E.id).where(*_conditions(choice)).limit(limit)
         with self._database.read() as connection:
-            ids = connection.execute(query).scalars().all()
-            found = [_load(connection, episode_id) for episode_id in reversed(ids)]
+            if before is not None:
+                row = _row(connection, before)
+                query = query.where(sa.tuple_(_E.opened_at, _E.id) < (row.opened_at, row.id))
+            rows = connection.execute(query.order_by(_E.opened_at.desc(), _E.id.desc()))
+            return [*rows.scalars()][::-1]
+
+    def get_all(self, ids: Sequence[str]) -> list[Episode]:
+        """Those of the episodes that there are, in this order."""
+        with self._database.read() as connection:
+            found = [_load(connection, name) for name in ids]
         return [episode for episode in found if episode is not None]
 
     def open(self, episodes: Sequence[Episode], size: int | None) -> list[tuple[Episode, str]]:
@@ -263,6 +287,22 @@ class Episodes:
         opened = _load(connection, episode.id)
         assert opened is not None
         return opened, connection.execute(key).scalar_one()
+
+
+def _conditions(choice: Choice) -> list[sa.ColumnElement[bool]]:
+    found: list[sa.ColumnElement[bool]] = []
+    if choice.lineages is not None:
+        found.append(_E.lineage.in_(choice.lineages))
+    if choice.environment is not None:
+        found.append(_E.environment == choice.environment)
+    if choice.group is not None:
+        found.append(_E.group_id == choice.group)
+    if choice.since is not None:
+        found.append(_E.opened_at >= choice.since)
+    if choice.outcome is not None:
+        of = {"solved": _E.outcome >= 1.0, "failed": _E.outcome < 1.0}
+        found.append(of.get(choice.outcome, _E.outcome.is_(None)))
+    return found
 
 
 def _row(connection: sa.Connection, episode_id: str) -> Row:

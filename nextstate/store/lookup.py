@@ -1,4 +1,4 @@
-"""Finding turns and sessions for a person: in pages of bounded size, however large the store is.
+"""What a person looks up: turns and sessions in pages of bounded size, and turns a day.
 
 A page looks at so many turns in the order of recording and hands out those that were chosen.
 Nothing here needs an index of its own, so recording pays nothing for it.
@@ -6,21 +6,25 @@ Nothing here needs an index of its own, so recording pays nothing for it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from nextstate.records import Json, SampleState, Source, TurnKind
+from nextstate.records import Json, NextState, SampleState, Source, TurnKind
 from nextstate.store import schema as t
 from nextstate.store import texts
+from nextstate.store.counts import SHOWN
 from nextstate.store.database import Database, queries
 from nextstate.wire import read_json
 
 PAGE = 200
 """Turns that one page looks at."""
 _LAST = (1 << 63) - 1
+_MS_DIGITS = 12
+"""Of the time in a turn's name (`nextstate.records.new_id`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,26 @@ class Choice:
 
     sessions: tuple[str, ...] = ()
     """Names of one session: ours or the client's own."""
-    lineage: str | None = None
+    lineages: tuple[str, ...] | None = None
+    """Only of one of these; None: of any."""
+    version: int | None = None
+    """Only what this policy version answered."""
     since: float | None = None
     """Unix time in seconds: only requests that arrived then or later."""
     untrained: bool = False
     """Only turns that do not train, for whatever reason."""
     main: bool = False
     """Only main turns."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fate:
+    """What became of a judged turn."""
+
+    state: SampleState
+    reason: str | None
+    trained_in: int | None
+    advantage: float | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,16 +69,26 @@ class TurnSummary:
     started_at: float
     """Unix time in seconds."""
     in_episode: bool
-    message: Json
-    """The last message of its request; `{"content": …}` of a request without messages."""
+    messages: tuple[Json, ...]
+    """The last message of its request, before it the first one unless the turn continues another.
+
+    The first one tells which agent sent it. `{"content": …}` of a request without messages."""
     answers: tuple[Source, str] | None
     """The last next state of the turn that it continues: whose words, without an envelope."""
     reply: Json
     score: int | None
-    untrained: str | None
-    """Why it does not train; None if it did, may or will."""
-    followed: tuple[str, ...]
-    """Its next states' texts; none unless they were asked for."""
+    votes: tuple[int, ...]
+    hint: str | None
+    untrainable: str | None
+    """Why it cannot train; None if it can."""
+    fate: Fate | None
+    """None before it is judged."""
+    followed: tuple[NextState, ...]
+
+    @property
+    def untrained(self) -> str | None:
+        """Why it does not train; None if it did, may or will."""
+        return _untrained(self.kind, self.untrainable, self.fate)
 
 
 class Page(NamedTuple):
@@ -87,10 +114,7 @@ class Standing:
     work: str | None
     """The state of the judge's work for it; None without any."""
     work_reason: str | None
-    sample: SampleState | None
-    sample_reason: str | None
-    trained_in: int | None
-    advantage: float | None
+    fate: Fate | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,12 +131,15 @@ class SessionSummary:
     """Unix times in seconds, at which the requests of its first and last turn arrived."""
     mean_score: float | None
     """Of its turns that have a verdict."""
+    last_seq: int
+    """The position of its newest turn in the store."""
 
 
 class SessionPage(NamedTuple):
     """The sessions of the turns that a page has looked at, the newest first."""
 
-    names: list[str]
+    names: dict[str, int]
+    """With the position of the newest chosen turn of each among those."""
     next: int | None
     looked_at: int
 
@@ -168,82 +195,109 @@ class Lookup:
         newest_first: bool = True,
         until: int | None = None,
         limit: int = PAGE,
-        followed: bool = False,
     ) -> Page:
         """Looks at up to `PAGE` turns from position `at` on, without it, towards `until`.
 
-        At most `limit` of the chosen ones come back, in the order in which they were looked at;
-        with `followed` they have the texts that followed. Without `at` it begins at the newest or
-        the oldest turn. A turn that a retry replaced is left out.
+        At most `limit` of the chosen ones come back, in the order in which they were looked at.
+        Without `at` it begins at the newest or the oldest turn. A turn that a retry replaced is
+        left out.
         """
         with self._database.read() as connection:
-            seqs = _looked_at(connection, choice.sessions, at, newest_first, until)
-            looked = _rows(connection, seqs, newest_first)
+            looked = _looked_at(connection, choice.sessions, at, newest_first, until)
             rows = [row for row in looked if _is_chosen(row, choice)]
             end = looked[-1] if len(looked) == PAGE else None
             if len(rows) > limit:
                 rows = rows[:limit]
                 end = rows[-1]
-            later = _followed(connection, rows) if followed else {}
-            found = _summaries(connection, rows, later)
+            found = _summaries(connection, [row.seq for row in rows], newest_first)
         return Page(found, end and end.seq, end and end.id, len(looked))
+
+    def summaries(self, ids: Sequence[str]) -> list[TurnSummary]:
+        """Those of the turns that there are, in the order of recording."""
+        c = t.turns.c
+        with self._database.read() as connection:
+            seqs = connection.execute(sa.select(c.seq).where(c.id.in_(ids))).scalars().all()
+            return _summaries(connection, seqs, False)
 
     def session_names(
         self, choice: Choice, at: int | None = None, until: int | None = None
     ) -> SessionPage:
         """The sessions of the chosen ones among up to `PAGE` turns before position `at`."""
-        c, s = t.turns.c, t.samples.c
-        columns = c.seq, c.session, c.kind, c.lineage, c.started_at, c.untrainable, c.replaced_by
         with self._database.read() as connection:
-            seqs = _looked_at(connection, choice.sessions, at, True, until)
-            query = (
-                sa.select(*columns, s.state, s.reason)
-                .select_from(t.turns)
-                .outerjoin(t.samples, s.turn == c.id)
-                .where(c.seq.in_(seqs))
-            )
-            rows = connection.execute(query.order_by(c.seq.desc())).all()
-        names = dict.fromkeys(row.session for row in rows if _is_chosen(row, choice))
-        return SessionPage([*names], rows[-1].seq if len(rows) == PAGE else None, len(rows))
+            rows = _looked_at(connection, choice.sessions, at, True, until)
+        names: dict[str, int] = {}
+        for row in rows:
+            if _is_chosen(row, choice):
+                names.setdefault(row.session, row.seq)
+        return SessionPage(names, rows[-1].seq if len(rows) == PAGE else None, len(rows))
 
-    def session(self, name: str) -> SessionSummary | None:
-        """A session by our name for it, or None. It reads its turns."""
+    def session(self, name: str, lineages: tuple[str, ...] | None = None) -> SessionSummary | None:
+        """A session by our name for it, or None. It reads its turns, only those of `lineages`."""
         c, v, f = t.turns.c, t.verdicts.c, sa.func
         query = (
             sa.select(
                 *(f.max(c.client_session), f.max(c.lineage), f.count()),
-                *(f.min(c.started_at), f.max(c.started_at), f.avg(v.score)),
+                *(f.min(c.started_at), f.max(c.started_at), f.avg(v.score), f.max(c.seq)),
             )
             .select_from(t.turns)
             .outerjoin(t.verdicts, v.turn == c.id)
             .where(c.session == name, c.replaced_by.is_(None))
         )
+        if lineages is not None:
+            query = query.where(c.lineage.in_(lineages))
         with self._database.read() as connection:
             row = connection.execute(query).one()
         return SessionSummary(name, *row) if row[2] else None
 
     def standing(self, turn_id: str) -> Standing | None:
         """What became of a turn; None when there is no such turn."""
-        c, j, s = t.turns.c, t.judgements.c, t.samples.c
+        c, j = t.turns.c, t.judgements.c
         query = (
-            sa.select(
-                *(c.client_session, c.replaced_by, j.state.label("work"), j.reason.label("later")),
-                *(s.state, s.reason, s.trained_in, s.advantage),
-            )
+            sa.select(c.client_session, c.replaced_by, j.state.label("work"))
+            .add_columns(j.reason.label("later"), *_FATE)
             .select_from(t.turns)
             .outerjoin(t.judgements, j.turn == c.id)
-            .outerjoin(t.samples, s.turn == c.id)
+            .outerjoin(t.samples, t.samples.c.turn == c.id)
             .where(c.id == turn_id)
         )
         with self._database.read() as connection:
             row = connection.execute(query).first()
         if row is None:
             return None
-        sample = None if row.state is None else SampleState(row.state)
-        return Standing(
-            *(row.client_session, row.replaced_by, row.work, row.later),
-            *(sample, row.reason, row.trained_in, row.advantage),
-        )
+        return Standing(row.client_session, row.replaced_by, row.work, row.later, _fate(row))
+
+    def pulse(self) -> list[tuple[Any, ...]]:
+        """What changes when something happened that people look at: numbers, cheap to read."""
+        n, d = t.counts.c, t.decisions.c
+        query = sa.select(n.area, n.key, n.count.label("n")).where(n.area.in_(SHOWN))
+        decided = sa.select(sa.literal("decided"), sa.literal(""), sa.func.max(d.seq))
+        with self._database.read() as connection:
+            return [tuple(row) for row in connection.execute(sa.union_all(query, decided))]
+
+    def recorded(self, boundaries: Sequence[float]) -> list[int]:
+        """How many turns were recorded between each two of the Unix times, in ascending order.
+
+        The names of turns tell when their requests came. A retry and what it replaced count twice.
+        """
+        c = t.turns.c
+        first = sa.select(c.seq).where(c.id >= sa.bindparam("name")).order_by(c.id).limit(1)
+        found: list[int] = []
+        with self._database.read() as connection:
+            end = (connection.execute(sa.select(sa.func.max(c.seq))).scalar() or 0) + 1
+            for boundary in boundaries:
+                name = f"turn_{max(int(boundary * 1000), 0):0{_MS_DIGITS}x}"
+                found.append(connection.execute(first, {"name": name}).scalar() or end)
+        return [max(after - before, 0) for before, after in pairwise(found)]
+
+
+_S = t.samples.c
+_FATE = (_S.state, _S.reason, _S.trained_in, _S.advantage)
+
+
+def _fate(row: Any) -> Fate | None:
+    if row.state is None:
+        return None
+    return Fate(SampleState(row.state), row.reason, row.trained_in, row.advantage)
 
 
 def _looked_at(
@@ -252,8 +306,8 @@ def _looked_at(
     at: int | None,
     newest_first: bool,
     until: int | None,
-) -> list[int]:
-    """The positions of the turns that a page looks at, in its order."""
+) -> Sequence[Any]:
+    """The turns that a page looks at, in its order, with what they are chosen by."""
     c = t.turns.c
     limits: list[sa.ColumnElement[bool]] = []
     if at is not None:
@@ -266,65 +320,79 @@ def _looked_at(
         query = sa.select(c.seq).where(*where, *limits).order_by(order).limit(PAGE)
         return list(connection.execute(query).scalars())
 
-    if not sessions:
-        return ordered(c.seq)
-    # One query a name and column reads an index in its order; one for all would have to sort.
-    found: set[int] = set()
-    for name in sessions:
-        found.update(ordered(c.idx, c.session == name))
-        found.update(ordered(c.seq, c.client_session == name))
-    return sorted(found, reverse=newest_first)[:PAGE]
-
-
-def _rows(connection: sa.Connection, seqs: Sequence[int], newest_first: bool) -> list[Any]:
-    c, s, v = t.turns.c, t.samples.c, t.verdicts.c
+    if sessions:
+        # One query a name and column reads an index in its order; one for all would have to sort.
+        found: set[int] = set()
+        for name in sessions:
+            found.update(ordered(c.idx, c.session == name))
+            found.update(ordered(c.seq, c.client_session == name))
+        seqs = sorted(found, reverse=newest_first)[:PAGE]
+    else:
+        seqs = ordered(c.seq)
     query = (
-        sa.select(
-            *(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.started_at),
-            *(c.messages, c.rest, c.reply, c.untrainable, c.parent, c.replaced_by, c.episode),
-            *(s.state, s.reason, v.score),
-        )
+        sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.started_at)
+        .add_columns(c.untrainable, c.replaced_by, *_FATE)
         .select_from(t.turns)
-        .outerjoin(t.samples, s.turn == c.id)
-        .outerjoin(t.verdicts, v.turn == c.id)
+        .outerjoin(t.samples, _S.turn == c.id)
         .where(c.seq.in_(seqs))
         .order_by(c.seq.desc() if newest_first else c.seq)
     )
-    return list(connection.execute(query))
+    return connection.execute(query).all()
 
 
 def _is_chosen(row: Any, choice: Choice) -> bool:
     return (
         row.replaced_by is None
-        and (choice.lineage is None or row.lineage == choice.lineage)
+        and (choice.lineages is None or row.lineage in choice.lineages)
+        and (choice.version is None or row.policy_version == choice.version)
         and (choice.since is None or row.started_at >= choice.since)
         and not (choice.main and row.kind != TurnKind.MAIN)
-        and not (choice.untrained and _untrained(row) is None)
+        and not (choice.untrained and _untrained(row.kind, row.untrainable, _fate(row)) is None)
     )
 
 
-def _untrained(row: Any) -> str | None:
+def _untrained(kind: str, untrainable: str | None, fate: Fate | None) -> str | None:
     """Why a turn does not train, if that is certain."""
-    if row.kind == TurnKind.SIDE:
+    if kind == TurnKind.SIDE:
         return "side turn"
-    if row.untrainable is not None:
-        return row.untrainable
-    if row.state == SampleState.DROPPED:
-        return row.reason or "dropped"
-    return "held out, to check new versions on" if row.state == SampleState.HELD else None
+    if untrainable is not None or fate is None:
+        return untrainable
+    if fate.state is SampleState.DROPPED:
+        return fate.reason or "dropped"
+    return "held out, to check new versions on" if fate.state is SampleState.HELD else None
 
 
 def _summaries(
-    connection: sa.Connection, rows: Sequence[Any], later: Mapping[str, Sequence[str]]
+    connection: sa.Connection, seqs: Sequence[int], newest_first: bool
 ) -> list[TurnSummary]:
-    lasts = {row.seq: row.messages[-texts.HASH_BYTES :] or row.rest for row in rows}
-    found = texts.get(connection, [*lasts.values(), *(row.reply for row in rows)])
-    n = t.next_states.c
-    parents = {row.parent for row in rows if row.parent is not None}
-    query = sa.select(n.turn, n.source, n.text).where(n.turn.in_(parents))
-    states = connection.execute(query.order_by(n.turn, n.seq)).all()
-    answered = {state.turn: state for state in states}
-    said = texts.get(connection, (state.text for state in answered.values()))
+    c, v, n, size = t.turns.c, t.verdicts.c, t.next_states.c, texts.HASH_BYTES
+    query = (
+        sa.select(c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.started_at)
+        .add_columns(c.messages, c.rest, c.reply, c.untrainable, c.parent, c.episode)
+        .add_columns(v.score, v.votes, v.hint, *_FATE)
+        .select_from(t.turns)
+        .outerjoin(t.samples, _S.turn == c.id)
+        .outerjoin(t.verdicts, v.turn == c.id)
+        .where(c.seq.in_(seqs))
+        .order_by(c.seq.desc() if newest_first else c.seq)
+    )
+    rows = connection.execute(query).all()
+    ends: dict[int, list[bytes]] = {}
+    for row in rows:
+        first = row.messages[:size] if row.parent is None and len(row.messages) > size else b""
+        last = row.messages[-size:] or row.rest
+        ends[row.seq] = [first, last] if first else [last]
+    around = {row.id for row in rows} | {row.parent for row in rows if row.parent is not None}
+    query = sa.select(t.next_states).where(n.turn.in_(around)).order_by(n.turn, n.seq)
+    states = connection.execute(query).all()
+    keys = [key for row in rows for key in (*ends[row.seq], row.reply)]
+    keys += [row.hint for row in rows if row.hint is not None]
+    found = texts.get(connection, [*keys, *(state.text for state in states)])
+    followed: dict[str, list[NextState]] = {}
+    for state in states:
+        text = found[state.text].decode()
+        known = NextState(state.turn, Source(state.source), text, state.trust)
+        followed.setdefault(state.turn, []).append(known)
     return [
         TurnSummary(
             seq=row.seq,
@@ -335,14 +403,19 @@ def _summaries(
             version=row.policy_version,
             started_at=row.started_at,
             in_episode=row.episode is not None,
-            message=_message(read_json(found[lasts[row.seq]]), bool(row.messages)),
-            answers=None
-            if (state := answered.get(row.parent)) is None
-            else (Source(state.source), said[state.text].decode()),
+            messages=tuple(
+                _message(read_json(found[key]), bool(row.messages)) for key in ends[row.seq]
+            ),
+            answers=(before[-1].source, before[-1].text)
+            if (before := followed.get(row.parent))
+            else None,
             reply=read_json(found[row.reply]),
             score=row.score,
-            untrained=_untrained(row),
-            followed=tuple(later.get(row.id, ())),
+            votes=() if row.votes is None else tuple(read_json(row.votes.encode())),
+            hint=None if row.hint is None else found[row.hint].decode(),
+            untrainable=row.untrainable,
+            fate=_fate(row),
+            followed=tuple(followed.get(row.id, ())),
         )
         for row in rows
     ]
@@ -351,15 +424,3 @@ def _summaries(
 def _message(stored: Json, is_message: bool) -> Json:
     """The message, or what a request without messages asks for."""
     return stored if is_message else {"content": stored.get("prompt", stored.get("input"))}
-
-
-def _followed(connection: sa.Connection, rows: Sequence[Any]) -> dict[str, list[str]]:
-    """The texts that followed each turn."""
-    n = t.next_states.c
-    query = sa.select(n.turn, n.text).where(n.turn.in_([row.id for row in rows]))
-    states = connection.execute(query).all()
-    found = texts.get(connection, (state.text for state in states))
-    texts_of: dict[str, list[str]] = {}
-    for state in states:
-        texts_of.setdefault(state.turn, []).append(found[state.text].decode())
-    return texts_of

@@ -39,6 +39,14 @@ class Training:
             ready = _ready(connection, lineage)
         return sum(n for (_, *kind), n in ready.items() if _usable(kind, scored, hinted))
 
+    def ready_by_version(self, lineage: str) -> dict[int, int]:
+        """How many samples wait, by the policy version that answered."""
+        found: dict[int, int] = {}
+        with self._database.read() as connection:
+            for (version, *_), count in _ready(connection, lineage).items():
+                found[version] = found.get(version, 0) + count
+        return found
+
     def lease_samples(
         self, lineage: str, limit: int, batch: str, *, scored: bool, hinted: bool
     ) -> list[Sample]:

@@ -124,6 +124,13 @@ class Versions:
             return base_version(lineage, VersionState.RETIRED)
         return None if row is None else _version_of(row)
 
+    def made_at(self, lineage: str, numbers: Sequence[int]) -> dict[int, float]:
+        """When each of the versions was registered, in Unix time."""
+        v = t.versions.c
+        query = sa.select(v.number, v.created_at).where(v.lineage == lineage, v.number.in_(numbers))
+        with self._database.read() as connection:
+            return {row.number: row.created_at for row in connection.execute(query)}
+
     def ancestors(self, version: PolicyVersion) -> list[PolicyVersion]:
         """The versions that it was trained from, its parent first and the base last."""
         known = {v.number: v for v in self.all(version.lineage)}

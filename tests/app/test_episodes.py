@@ -8,11 +8,12 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 
 from judge.groups import settle_over
 from nextstate.app.cli import main
 from nextstate.config import StoreConfig
-from nextstate.episodes import EpisodeStatus, Reward, RewardKind
+from nextstate.episodes import Episode, EpisodeStatus, Reward, RewardKind
 from nextstate.records import Json
 from nextstate.store import Store
 from tests.judge.test_groups import attempt, open_episode, take
@@ -65,19 +66,63 @@ def test_episodes_are_one_json_object_a_line(
     assert rows(capsys, config, "episodes", "--group", "h") == []
 
 
-def test_the_table_has_a_line_for_each_episode(
+def test_a_line_says_what_an_episode_tried_and_how_it_ended(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    head, *lines = shown(capsys, config, "episodes")
-    assert head.split() == [
-        *("episode", "group", "environment", "split", "state", "outcome", "calls", "version"),
-        "task",
+    assert shown(capsys, config, "episodes") == [
+        "e-1  shell  settled 1  0 calls  v0  find the file",
+        "e-2  shell  settled 0  0 calls  v0  find the file",
+        "e-3  shell  open  0 calls  v0  find the file",
     ]
-    assert [" ".join(line.split()) for line in lines] == [
-        "e-1 g shell train settled 1 0 0 find the file",
-        "e-2 g shell train settled 0 0 0 find the file",
-        "e-3 · shell train open · 0 0 find the file",
-    ]
+
+
+def test_a_line_is_as_wide_as_the_terminal_and_never_cuts_an_id(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "e" * 100
+    with closing(Store(StoreConfig(dir=f"{config.parent}/state"))) as store:
+        task = "\x1b[2Jlook\n" * 100
+        for name in ("f-1", long):
+            store.episodes.open([Episode(name, "main", "s" * 100, task, version=3)], None)
+        store.episodes.close("f-1", EpisodeStatus.FAILED, None, None)
+    *_, one, other = shown(capsys, config, "episodes")
+    assert (cell_len(one), "dropped" in one, "✗" in one) == (80, True, True)
+    assert other.startswith(f"{long}  sss")
+    assert one.isprintable()
+    assert other.isprintable()
+
+
+def test_filters_and_pages_choose_episodes(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for chosen, expected in (
+        (["--outcome", "solved"], ["e-1"]),
+        (["--outcome", "failed"], ["e-2"]),
+        (["--outcome", "none"], ["e-3"]),
+        (["--environment", "shell"], ["e-1", "e-2", "e-3"]),
+        (["--environment", "other"], []),
+        (["--lineage", "main", "--group", "g"], ["e-1", "e-2"]),
+        (["--since", "1h"], ["e-1", "e-2", "e-3"]),
+        (["--since", "2999-01-01"], []),
+        (["--before", "e-3"], ["e-1", "e-2"]),
+        (["--before", "e-1"], []),
+        (["--before", "e-3", "--limit", "1"], ["e-2"]),
+    ):
+        for limit in ([], ["--limit", "0"]):
+            found = rows(capsys, config, "episodes", *limit, *chosen)
+            assert [one["episode"] for one in found] == expected, chosen
+    assert main(["episodes", "--limit", "2", "--config", str(config)]) == 0
+    assert "older ones: --before e-2" in capsys.readouterr().err
+    assert main(["episodes", "--before", "e-2", "--config", str(config)]) == 0
+    assert capsys.readouterr().err == ""
+    for wrong, said in (
+        (["--before", "e-9"], "there is no episode 'e-9'"),
+        (["--since", "noon"], "--since 'noon' is neither a duration"),
+        (["--lineage", "carol"], "there is no lineage 'carol'; known: main"),
+    ):
+        assert main(["episodes", *wrong, "--config", str(config)]) == 2
+        assert said in capsys.readouterr().err
 
 
 def test_one_episode_shows_what_each_step_is_worth(

@@ -105,7 +105,7 @@ def test_a_list_of_sessions_costs_the_same_in_a_large_store(tmp_path: Path) -> N
         fill(store, sessions, ready=0)
 
         def look(store: Store) -> None:
-            assert len(finding.newest_sessions(store, Choice(), 5)) == 5
+            assert len(finding.newest_sessions(store, Choice(), 5).sessions) == 5
 
         found.append(steps(store, look))
     small, large = found

@@ -325,11 +325,11 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> list[Store]:
     [
         Choice(),
         Choice(sessions=("s3", "s4")),
-        Choice(lineage="nobody"),
+        Choice(lineages=("nobody",)),
         Choice(since=2.0),
         Choice(untrained=True),
         Choice(since=0.5),
-        Choice(since=0.5, lineage="nobody"),
+        Choice(since=0.5, lineages=("nobody",)),
     ],
 )
 def test_the_newest_turns_cost_the_same_in_a_large_store(
@@ -343,7 +343,7 @@ def test_the_newest_turns_cost_the_same_in_a_large_store(
 
 
 def test_a_search_that_gives_up_says_where_it_goes_on(stores: list[Store]) -> None:
-    nobodys = Choice(lineage="nobody")
+    nobodys = Choice(lineages=("nobody",))
     assert finding.newest(stores[0], nobodys, 20, most=200) == ([], "turn_600", True)
     assert finding.newest(stores[0], nobodys, 20, "turn_100") == ([], None, False)
 

@@ -53,6 +53,28 @@ class Tab:
         assert "exceptionDetails" not in found, found
         return found["result"].get("value")
 
+    async def result(self, script: str) -> Any:
+        """What the promise of a script resolves to."""
+        found = await self.ask(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
+        assert "exceptionDetails" not in found, found
+        return found["result"].get("value")
+
+    async def becomes(self, script: str, wanted: Any = True) -> None:
+        """Waits until a script has this value."""
+        async with asyncio.timeout(60):
+            while (found := await self.value(script)) != wanted:
+                await asyncio.sleep(0.05)
+        assert found == wanted
+
+    async def key(self, name: str, code: int) -> None:
+        """Presses a key."""
+        for kind in ("keyDown", "keyUp"):
+            text = {"text": "\r"} if name == "Enter" and kind == "keyDown" else {}
+            more = {"key": name, "code": name, "windowsVirtualKeyCode": code, **text}
+            await self.ask("Input.dispatchKeyEvent", type=kind, **more)
+
     async def look(self, width: int, dark: bool) -> None:
         """How wide the window is, in pixels, and which colours its user prefers."""
         metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}

@@ -20,11 +20,13 @@ KEY = "the-proxy-key"
 PAGES = (
     *("/", "/page", "/page/turns", "/page/turns/turn_0", "/page/turns/turn_0/text/reply"),
     *("/page/versions", "/page/versions/main/0", "/page/versions/main/0/rollback"),
-    *("/page/lineages/main/resume", "/page/nothing"),
+    *("/page/lineages/main/pause", "/page/lineages/main/resume", "/page/nothing"),
+    *("/page/sessions", "/page/session?name=s", "/page/episodes", "/page/episodes/e-1"),
+    *("/page/episodes/e-1/pictures/0", "/page/running", "/page/export?what=sft"),
 )
 FORMS = (
     *("/page/turns/turn_0/feedback", "/page/versions/main/0/rollback"),
-    *("/page/lineages/main/resume", "/page/logout"),
+    *("/page/lineages/main/pause", "/page/lineages/main/resume", "/page/logout"),
 )
 
 
@@ -204,7 +206,7 @@ def test_without_a_key_another_host_or_site_sees_nothing(store: Store, tmp_path:
     on_site(test, store, tmp_path)
 
 
-def test_every_answer_forbids_scripts_frames_and_keeping(store: Store, tmp_path: Path) -> None:
+def test_every_answer_forbids_foreign_scripts_and_frames(store: Store, tmp_path: Path) -> None:
     add(store, turn(0))
 
     async def test(site: Site) -> None:
@@ -213,8 +215,8 @@ def test_every_answer_forbids_scripts_frames_and_keeping(store: Store, tmp_path:
             page = await answer.text()
             policy = answer.headers["Content-Security-Policy"]
             assert policy == (
-                "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
-                "base-uri 'none'; frame-ancestors 'none'"
+                "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; "
+                "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
             )
             assert answer.headers["X-Content-Type-Options"] == "nosniff"
             assert answer.headers["Referrer-Policy"] == "same-origin"

@@ -3,26 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import re
 import subprocess
 import time
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
+from nextstate.episodes import Episode, EpisodeStatus, Reward, RewardKind
 from nextstate.records import Feedback, PolicyVersion, Timings, VersionState
 from nextstate.store import Store
 from tests.page.chromium import PROGRAM, Tab, chromium
-from tests.page.running_page import site
+from tests.page.running_page import Site, png, site
 from tests.proxy.running_proxy import add_version
 from tests.store.test_records import add, judge, turn
 
 PROCESSES = subprocess  # this file starts processes
 KEY = "the-proxy-key"
 SHOWN = (
-    *("/", "/page/turns", "/page/turns/turn_3", "/page/versions", "/page/versions/main/1"),
-    *("/page/versions/main/1/rollback", "/page/nothing"),
+    *("/", "/page/turns", "/page/turns/turn_3", "/page/sessions", "/page/session?name=agent-3"),
+    *("/page/episodes", "/page/episodes/words-1-0", "/page/versions", "/page/versions/main/1"),
+    *("/page/versions/main/1/rollback", "/page/lineages/main/pause", "/page/running"),
+    *("/page/lineages/main/resume", "/page/export?what=kto", "/page/nothing"),
 )
+NAME = re.compile(r"[^a-z0-9]+")
+AXE = Path(__file__).parents[2] / ".browser" / "node_modules" / "axe-core" / "axe.min.js"
 SIZES = ((390, False), (390, True), (1100, False), (1100, True))
 PICTURES = os.environ.get("NEXTSTATE_PICTURES")
 """A folder for pictures of each page, to look at."""
@@ -62,6 +71,9 @@ def fill(store: Store, tmp_path: Path) -> None:
             if session != 9:
                 judge(store, number, 1 if session < goods else -1, "Answer in one sentence.")
             number += 1
+    for number in range(26):
+        add(store, turn(500 + number, session=f"short-{number}", index=0), next_state=None)
+    fill_episodes(store)
     store.judging.give_feedback(Feedback("turn_3", -1, "Say it in one sentence.", "a note"))
     add_version(store, tmp_path, 1)
     why = "KL to the base 0.81 is above its limit of 0.5, and 3 of 16 canaries lost sense"
@@ -71,46 +83,184 @@ def fill(store: Store, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.skipif(PROGRAM is None, reason="needs chromium (Debian: apt install chromium)")
-def test_every_page_and_button_works_in_a_real_browser(store: Store, tmp_path: Path) -> None:
+def fill_episodes(store: Store) -> None:
+    """Two attempts at a task with steps, rewards and screenshots, and one that was dropped."""
+    task = "Find the longest word of the page and say how many letters it has."
+    for number, outcome in enumerate((1.0, 0.0)):
+        name = f"words-1-{number}"
+        store.episodes.open([Episode(name, "main", "words", task, "words-1", max_calls=8)], 2)
+        for step in range(3):
+            told = f"step{number}{step}"
+            reply = {"role": "assistant", "content": f"I click on word {step}."}
+            values = {"id": told, "session": name, "episode": name, "step": step, "reply": reply}
+            add(store, turn(step, **values), next_state="The page shows 12 words.")
+            reward = Reward(name, "progress", RewardKind.PROCESS, 0.25 * step, told, "checker")
+            store.episodes.reward([reward])
+            file = store.dir / "pictures" / name / f"{step}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(320, 180, (60 + 60 * step, 120, 160)))
+        store.episodes.close(name, EpisodeStatus.DONE, outcome, None)
+    store.episodes.open([Episode("broken-1", "main", "terminal", "Build it.")], None)
+    store.episodes.close("broken-1", EpisodeStatus.FAILED, None, None)
+
+
+needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: make chromium")
+needs_axe = pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: make chromium")
+
+
+@asynccontextmanager
+async def browsing(
+    store: Store, tmp_path: Path, width: int, dark: bool
+) -> AsyncGenerator[tuple[Site, Tab]]:
+    """A site with content, and a browser that is logged in there."""
     fill(store, tmp_path)
+    async with site(store, tmp_path, KEY) as page, chromium(tmp_path / "profile") as tab:
+        await tab.look(width, dark)
+        await tab.open(page.url)
+        assert await tab.value("location.pathname") == "/page/login"
+        await picture(f"login-{width}-{dark}", tab)
+        await tab.value(f"document.querySelector('#key').value = {KEY!r}")
+        await tab.click("main button")
+        assert await tab.value("location.pathname") == "/"
+        yield page, tab
+
+
+@needs_browser
+@needs_axe
+@pytest.mark.parametrize(("width", "dark"), SIZES)
+def test_no_page_is_too_wide_breaks_its_rules_or_shuts_people_out(
+    store: Store, tmp_path: Path, width: int, dark: bool
+) -> None:
+    async def run() -> None:
+        axe = await asyncio.to_thread(AXE.read_text)
+        async with browsing(store, tmp_path, width, dark) as (page, tab):
+            for path in SHOWN:
+                await tab.open(page.url + path)
+                assert await tab.value(OVERFLOW) <= 0, (path, width)
+                colour = await tab.value("getComputedStyle(document.body).backgroundColor")
+                assert (colour == "rgb(20, 23, 27)") == dark, "the stylesheet holds"
+                await picture(f"{NAME.sub('-', path)}-{width}-{dark}", tab)
+                await tab.value(f"{axe};0")
+                found = await tab.result("axe.run().then(r => JSON.stringify(r.violations))")
+                bad = [one for one in json.loads(found) if one["impact"] in ("serious", "critical")]
+                assert bad == [], (path, json.dumps(bad, indent=1)[:4000])
+            assert [one for one in tab.complaints if "404" not in one] == []
+
+    asyncio.run(run())
+
+
+@needs_browser
+def test_every_button_works(store: Store, tmp_path: Path) -> None:
+    pressed: set[str] = set()
+    buttons = "[...document.querySelectorAll('button, a.button')].map(b => b.innerText)"
 
     async def run() -> None:
-        async with (
-            site(store, tmp_path, KEY) as page,
-            chromium(tmp_path / "profile") as tab,
-        ):
-            await tab.look(390, dark=False)
-            await tab.open(page.url)
-            assert await tab.value("location.pathname") == "/page/login"
-            await picture("login", tab)
-            await tab.value(f"document.querySelector('#key').value = {KEY!r}")
-            await tab.click("main button")
-            assert await tab.value("location.pathname") == "/"
-            assert await tab.value("document.cookie") == ""  # no script can read it
-            for width, dark in SIZES:
-                await tab.look(width, dark)
-                for path in SHOWN:
+        async with browsing(store, tmp_path, 390, False) as (page, tab):
+            pressed.add("Log in")
+
+            async def press(path: str, selector: str, *, says: str) -> None:
+                """Presses a button of a page and reads what the next page says."""
+                if path:
                     await tab.open(page.url + path)
-                    assert await tab.value(OVERFLOW) <= 0, (path, width)
-                    colour = await tab.value("getComputedStyle(document.body).backgroundColor")
-                    assert (colour == "rgb(20, 23, 27)") == dark, "the stylesheet holds"
-                    await picture(f"{path.strip('/').replace('/', '-')}-{width}-{dark}", tab)
-            await tab.open(f"{page.url}/page/turns/turn_5")
+                text = await tab.value(f"document.querySelector({selector!r}).innerText")
+                pressed.add(text)
+                await tab.click(selector)
+                assert says in await tab.value("document.body.innerText"), (path, text)
+
+            turn = "/page/turns/turn_5"
+            await press(turn, ".feedback button.good", says="Kept: +1.")
+            await press(turn, ".feedback button[value='0']", says="Kept: +0.")
+            await tab.open(page.url + turn)
             await tab.value("document.querySelector('#hint').value = 'Be brief.'")
-            await tab.click(".feedback button.bad")
-            assert "Kept: -1." in await tab.value("document.body.innerText")
+            await press("", ".feedback button.bad", says="Kept: -1.")
             assert store.judging.feedback("turn_5") == Feedback("turn_5", -1, "Be brief.")
-            await tab.open(f"{page.url}/page/turns")
-            await tab.click("a[rel=next]")
-            assert "before=" in await tab.value("location.search")
-            await tab.open(f"{page.url}/page/versions/main/1")
-            await tab.click("a.button")
-            await tab.click("main button")
+            await press("", "main a.button", says="Conversation")
+            await press("/", "a[href$='/pause']", says="takes no batch any more until")
+            await press("", "main button", says="main takes no batch any more.")
+            assert store.versions.decisions("main").pause is not None
+            await press("/page/versions", "a[href$='/resume']", says="Let main go on?")
+            await press("", "main button", says="trains again")
+            assert store.versions.decisions("main").pause is None
+            await press("/page/versions/main/1", "a.button", says="Serve version 1?")
+            await press("", "main button", says="Version 1 serves main now.")
             assert store.versions.serving("main").number == 1
-            assert [one for one in tab.complaints if "404" not in one] == []
-            await tab.click("header button")
-            assert await tab.value("location.pathname") == "/page/login"
+            for path, word in (("/page/turns", "Turns"), ("/page/sessions", "Sessions")):
+                await press(path, "a[rel=next]", says=word)
+                assert "before=" in await tab.value("location.search")
+                await press("", ".pager a", says=word)
+            await press("/page/turns", ".filters button", says="Turns")
+            await tab.open(f"{page.url}/page/episodes")
+            await tab.value("document.querySelector('select').value = 'failed'")
+            await press("", ".filters button", says="words-1-1")
+            assert "words-1-0" not in await tab.value("document.querySelector('main').innerText")
+            await press("/page/export", ".filters button", says="nextstate export sft --out")
+            known: set[str] = set()
+            for path in SHOWN:
+                await tab.open(page.url + path)
+                known |= set(await tab.value(buttons))
+            await press("/", "header button", says="Log in")
+            assert known <= pressed, known - pressed
+
+    asyncio.run(run())
+
+
+@needs_browser
+def test_a_page_shows_what_happens_without_being_loaded_again(store: Store, tmp_path: Path) -> None:
+    async def run() -> None:
+        async with browsing(store, tmp_path, 1100, False) as (page, tab):
+            await tab.open(page.url)
+            await tab.value("document.querySelector('details').open = true")
+            await tab.value("window.same = document.querySelector('summary'); same.focus()")
+            await asyncio.to_thread(store.versions.pause, "main", "ann")
+            await tab.becomes("document.body.innerText.includes('Let it go on')")
+            assert await tab.value("document.querySelector('details').open")
+            assert await tab.value("document.activeElement === same")
+            await tab.open(f"{page.url}/page/turns")
+            await tab.value("document.querySelector('#turn_525 a').focus(); window.mark = 1")
+            messages = [{"role": "user", "content": "Is it <b>live</b>?"}]
+            new = turn(900, request={"messages": messages}, session="agent-3")
+            await asyncio.to_thread(add, store, new)
+            await tab.becomes("document.querySelector('article').id", "turn_900")
+            assert "Is it <b>live</b>?" in await tab.value("document.body.innerText")
+            assert await tab.value("document.activeElement.closest('article').id") == "turn_525"
+            assert await tab.value("window.mark") == 1
+            assert tab.complaints == []
+
+    asyncio.run(run())
+
+
+@needs_browser
+@pytest.mark.parametrize("path", ["/", "/page/turns/turn_3", "/page/episodes", "/page/running"])
+def test_the_keyboard_reaches_everything_and_shows_where_it_is(
+    store: Store, tmp_path: Path, path: str
+) -> None:
+    async def run() -> None:
+        async with browsing(store, tmp_path, 1100, False) as (page, tab):
+            await tab.open(page.url + path)
+            await tab.key("Tab", 9)
+            assert await tab.value("document.activeElement.className") == "skip"
+            assert await tab.value("document.activeElement.getBoundingClientRect().x") >= 0
+            wanted = await tab.value(
+                "window.wanted = [...document.querySelectorAll('a, button, input, select, textarea,"
+                " summary, [tabindex]')].filter(e => e.type !== 'hidden' && e.getClientRects()"
+                ".length); wanted.length"
+            )
+            reached = {0}
+            for _ in range(wanted):
+                await tab.key("Tab", 9)
+                place = await tab.value("wanted.indexOf(document.activeElement)")
+                if place >= 0:
+                    style = await tab.value("getComputedStyle(document.activeElement).outlineStyle")
+                    assert style == "solid", place
+                    reached.add(place)
+            missed = sorted({*range(wanted)} - reached)
+            html = [await tab.value(f"wanted[{place}].outerHTML") for place in missed]
+            assert html == []
+            await tab.open(page.url + path)
+            await tab.key("Tab", 9)
+            await tab.key("Enter", 13)
+            await tab.key("Tab", 9)
+            assert await tab.value("document.activeElement.closest('main') !== null")
 
     asyncio.run(run())
 

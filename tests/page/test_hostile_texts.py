@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from html.parser import HTMLParser
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.app.page.texts import MOST_SHOWN, message_text, short, visible
+from nextstate.episodes import Episode
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.page.running_page import Site, on_site
@@ -34,7 +36,8 @@ ATTRIBUTES = {
     *("charset", "checked", "class", "colspan", "content", "cx", "cy", "dir", "for", "height"),
     *("href", "id", "inputmode", "lang", "maxlength", "method", "name", "pattern", "r", "rel"),
     *("role", "rows", "rx", "scope", "size", "text-anchor", "type", "value", "viewbox", "width"),
-    *("x", "x1", "x2", "y", "y1", "y2", "autofocus", "required"),
+    *("x", "x1", "x2", "y", "y1", "y2", "autofocus", "required", "defer", "src", "tabindex"),
+    *("hx-get", "hx-select", "hx-sse:connect", "hx-swap", "hx-target", "hx-trigger", "selected"),
 }
 
 
@@ -47,9 +50,13 @@ class Reader(HTMLParser):
         self.attributes: set[str] = set()
         self.addresses: set[str] = set()
         self.text = ""
+        self.scripts: set[str] = set()
+        """The addresses of scripts; one without an address is an empty one."""
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
+        if tag == "script":
+            self.scripts.add(dict(attrs).get("src") or "")
         for name, value in attrs:
             self.attributes.add(name)
             if name in ("href", "action", "src"):
@@ -92,13 +99,21 @@ def test_a_hostile_text_stays_a_text_wherever_it_is_shown(
     folder = store.dir / "learner" / "main"
     folder.mkdir(parents=True)
     (folder / "problem").write_text(text)
-    paths = ("/", "/page/turns", "/page/turns/turn_0", "/page/turns/turn_1", "/page/versions")
+    name = "e-1"
+    store.episodes.open([Episode(name, "main", "shell", text, metadata={text: text})], None)
+    add(store, turn(2, reply={"content": text}, session=name, episode=name, step=0))
+    paths = (
+        *("/", "/page/turns", "/page/turns/turn_0", "/page/turns/turn_1", "/page/versions"),
+        *("/page/sessions", f"/page/session?name={quote(text)}", "/page/episodes"),
+        *("/page/episodes/e-1", "/page/running"),
+    )
 
     async def test(site: Site) -> None:
         for path in (*paths, "/page/versions/main/1"):
             found = read(await site.get(path))
             assert text in found.text
-            assert not found.tags & {"script", "style", "iframe", "img", "base", "b", "object"}
+            assert found.scripts <= {"/page/htmx/htmx.min.js", "/page/htmx/hx-sse.min.js"}
+            assert not found.tags & {"style", "iframe", "img", "base", "b", "object"}
             assert found.attributes <= ATTRIBUTES
             ours = found.addresses - {"#main"}
             assert all(one.startswith("/") and one[1:2] != "/" for one in ours)

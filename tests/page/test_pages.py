@@ -108,7 +108,7 @@ def test_the_list_shows_who_said_what_and_what_became_of_it(store: Store, tmp_pa
 
     async def test(site: Site) -> None:
         found = words(await site.get("/page/turns"))
-        assert "user Where is it? model answer then user thanks ready to train" in found
+        assert "user Where is it? model answer then user thanks votes -1 ready to train" in found
         assert "cannot train: the client sent no ids" in found
         assert "a side turn" in found
         assert "Where is it?" not in words(await site.get("/page/turns?session=other"))

@@ -16,6 +16,7 @@ import pytest
 from nextstate.app.cli import main
 from nextstate.episodes import EpisodeStatus
 from nextstate.store import Store
+from nextstate.store.episodes import Choice
 from plugins.environments.terminal import TerminalKind
 from rollout.tasks import read_tasks
 from tests.proxy.running_proxy import Running, both, until
@@ -68,7 +69,7 @@ def test_it_plays_the_tasks_that_train_and_prints_a_line_for_each(
             r"2 episodes in [\d.]+ s: solved 1 of 2 \(50%; with 90 % confidence .* to .*\)", solved
         )
         assert re.fullmatch(r"an episode waits .* s for the model, .* s for its environment", spent)
-        found = store.episodes.newest(None, None)
+        found = store.episodes.get_all(store.episodes.ids(Choice()))
         assert [(one.task, one.split, one.seed) for one in found] == [("t-1", "train", 3)] * 2
         assert {one.task for one in found} == {"t-1"}
 
@@ -85,7 +86,7 @@ def test_eval_plays_the_held_out_tasks_once(store: Store, tmp_path: Path) -> Non
         (row,) = [json.loads(line) for line in out.splitlines()]
         assert row.pop("model_s") > 0
         assert row.pop("environment_s") > 0
-        (episode,) = store.episodes.newest(None, None)
+        (episode,) = store.episodes.get_all(store.episodes.ids(Choice()))
         assert episode.split == "eval"
         assert row == {
             "episode": episode.id,
@@ -121,7 +122,7 @@ def test_a_stopped_run_aborts_its_episodes_and_a_killed_one_leaves_them_open(
         await process.communicate()
         assert process.returncode == code
         await until(lambda: running(name) == 0)
-        found = store.episodes.newest(None, None)
+        found = store.episodes.get_all(store.episodes.ids(Choice()))
         assert [one.status for one in found] == [status] * 2
         assert all(one.deadline_s for one in found)
 
@@ -141,7 +142,7 @@ def test_a_killed_run_goes_on(store: Store, tmp_path: Path) -> None:
         process = await start(p, tmp_path, *arguments)
         out, _ = await process.communicate()
         assert [line.split()[0] for line in out.decode().splitlines()[:-2]] == ["night-0-2"]
-        found = {one.id: one.status for one in store.episodes.newest(None, None)}
+        found = {one.id: one.status for one in store.episodes.get_all(store.episodes.ids(Choice()))}
         assert found == {"night-0-0": "done", "night-0-1": "aborted", "night-0-2": "done"}
 
     both(test, store, tmp_path)
@@ -164,7 +165,7 @@ def test_the_environment_of_the_document_is_played(store: Store, tmp_path: Path)
         )
         out, _ = await process.communicate()
         assert "n-1  done  outcome 1  2 calls\n" in out.decode()
-        (episode,) = store.episodes.newest(None, None)
+        (episode,) = store.episodes.get_all(store.episodes.ids(Choice()))
         assert (episode.environment, episode.outcome) == ("guesses", 1.0)
 
     both(test, store, tmp_path)

@@ -42,8 +42,9 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     since = None if args.since is None else finding.since_time(args.since)
-    store = Store(settings.store)
-    sessions = finding.newest_sessions(store, Choice(lineage=args.lineage, since=since), args.limit)
+    lineages = None if args.lineage is None else (args.lineage,)
+    choice = Choice(lineages=lineages, since=since)
+    sessions = finding.newest_sessions(Store(settings.store), choice, args.limit).sessions
     if not sessions and args.lineage not in (None, *settings.all_lineages):
         known = ", ".join(settings.all_lineages)
         raise StartError(f"--lineage {args.lineage!r:.80} has no turn here; known: {known}")

@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         sessions=()
         if args.session is None
         else finding.names_of(args.session, settings.agents.profile),
-        lineage=args.lineage,
+        lineages=None if args.lineage is None else (args.lineage,),
         since=None if args.since is None else finding.since_time(args.since),
         untrained=args.untrained,
     )

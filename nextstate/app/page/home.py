@@ -48,7 +48,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "day_marks": charts.day_marks(days),
         "most": max(count for _, count in days),
         "changes": newest,
-        "made_at": store.browsing.made_at(lineage, [version.number for version in newest]),
+        "made_at": store.versions.made_at(lineage, [version.number for version in newest]),
         "waits": problem or _waits(settings, store, lineage, counts),
         "paused": why_paused(store, lineage),
         "problems": problems(settings, health, problem),
@@ -107,7 +107,7 @@ def turns_a_day(store: Store, now: float | None = None) -> list[tuple[str, int]]
     today = datetime.fromtimestamp(time.time() if now is None else now)
     midnight = today.replace(hour=0, minute=0, second=0, microsecond=0)
     days = [midnight - timedelta(days=back) for back in reversed(range(-1, _DAYS))]
-    counts = store.browsing.recorded([day.timestamp() for day in days])
+    counts = store.lookup.recorded([day.timestamp() for day in days])
     return [(f"{day:%Y-%m-%d}", count) for day, count in zip(days, counts, strict=False)]
 
 

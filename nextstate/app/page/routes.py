@@ -1,40 +1,34 @@
-"""The web page's routes: which path shows what, who may see it, and what its forms change."""
+"""The web page's routes: who may see it, which address shows what, and what its forms change."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from datetime import datetime
+from collections.abc import Awaitable, Callable, Mapping
 from importlib.resources import files
 from urllib.parse import parse_qs
 
-import jinja2
 from aiohttp import web
 
-from nextstate.app.page import turns
-from nextstate.app.page.charts import score_text
-from nextstate.app.page.home import home, why_paused
+from nextstate.app.page.changes import Changes, Done, Rollback
+from nextstate.app.page.live import Streams, watched
 from nextstate.app.page.logins import (
     LASTS_S,
     Logins,
     Tries,
     foreign_form,
-    form_token,
     is_ours,
     is_token,
     new_cookie,
 )
-from nextstate.app.page.texts import visible
+from nextstate.app.page.screens import Screens, Shown
+from nextstate.app.page.templating import Renderer
+from nextstate.app.page.visits import Visit, Visitor
 from nextstate.app.settings import Settings
-from nextstate.app.watching import version_watch, watch_text
-from nextstate.errors import NextStateError, NoTurnError, RecordError, WaitError
-from nextstate.hooks import AgentProfile, load_plugin
-from nextstate.records import MAIN_LINEAGE, Feedback, Json, PolicyVersion, Turn
+from nextstate.errors import NextStateError, WaitError
+from nextstate.records import MAIN_LINEAGE, Json
 from nextstate.store import Store
-from nextstate.store.browsing import LOOKED_THROUGH, Wanted
 from proxy.answers import Refused
 from proxy.bodies import read_any_body, refuse_coded
 from proxy.browsers import foreign
@@ -43,10 +37,10 @@ from proxy.lineages import Lineages
 
 log = logging.getLogger(__name__)
 
-_HEADERS = {
+HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; style-src 'self'; img-src 'self'; form-action 'self'; "
-        "base-uri 'none'; frame-ancestors 'none'"
+        "default-src 'none'; script-src 'self'; connect-src 'self'; style-src 'self'; "
+        "img-src 'self'; form-action 'self'; base-uri 'none'; frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
     # Not `no-referrer`: a browser would send its forms with `Origin: null`.
@@ -55,27 +49,48 @@ _HEADERS = {
     "Cross-Origin-Opener-Policy": "same-origin",
     "Cache-Control": "no-store",
 }
-_STATIC = {"/page/style.css": "text/css", "/page/icon.svg": "image/svg+xml"}
-_TURNS_SHOWN, _VERSIONS_SHOWN, _TRAINED_SHOWN = 25, 50, 100
+_STATIC = {
+    "/page/style.css": "text/css",
+    "/page/icon.svg": "image/svg+xml",
+    "/page/htmx/htmx.min.js": "text/javascript",
+    "/page/htmx/hx-sse.min.js": "text/javascript",
+}
+_EVENTS = "/page/events"
 _MOST_FIELDS, _MOST_FORM_BYTES = 16, 1 << 16
-_NUMBER = re.compile(r"[0-9]{1,12}")
-_TURN = re.compile(r"/page/turns/([\w.-]{1,40})")
-_TEXT = re.compile(r"/page/turns/([\w.-]{1,40})/text/(reply|[ms][0-9]{1,6})")
-_VERSION = re.compile(r"/page/versions/([a-z0-9_-]{1,40})/([0-9]{1,9})(/rollback)?")
-_RESUME = re.compile(r"/page/lineages/([a-z0-9_-]{1,40})/resume")
-Rollback = Callable[[PolicyVersion], Awaitable[None]]
-
-
-@dataclass(frozen=True, slots=True)
-class Visitor:
-    """Who asks for a page."""
-
-    lineage: str
-    """Whose key it is."""
-    sees: tuple[str, ...]
-    """The lineages that it may look at and change."""
-    cookie: str
-    logged_in: bool
+_TURN = r"/page/turns/([\w.-]{1,40})"
+_EPISODE = r"/page/episodes/([A-Za-z0-9][\w.:~+-]{0,99})"
+_VERSION = r"/page/versions/([a-z0-9_-]{1,40})/([0-9]{1,9})"
+_LINEAGE = r"/page/lineages/([a-z0-9_-]{1,40})"
+_SHOWN: tuple[tuple[re.Pattern[str], Callable[[Screens, Visit], Shown]], ...] = tuple(
+    (re.compile(path), screen)
+    for path, screen in (
+        (r"/|/page", Screens.home),
+        (r"/page/turns", Screens.turns),
+        (_TURN, Screens.turn),
+        (_TURN + r"/text/(reply|[ms][0-9]{1,6})", Screens.text),
+        (r"/page/sessions", Screens.sessions),
+        (r"/page/session", Screens.session),
+        (r"/page/episodes", Screens.episodes),
+        (_EPISODE, Screens.episode),
+        (_EPISODE + r"/pictures/([0-9]{1,9})", Screens.picture),
+        (r"/page/versions", Screens.versions),
+        (_VERSION, Screens.version),
+        (_VERSION + r"/rollback", Screens.rollback),
+        (_LINEAGE + r"/pause", Screens.pause),
+        (_LINEAGE + r"/resume", Screens.resume),
+        (r"/page/running", Screens.running),
+        (r"/page/export", Screens.export),
+    )
+)
+_CHANGED: tuple[tuple[re.Pattern[str], Callable[[Changes, Visit], Awaitable[Done]]], ...] = tuple(
+    (re.compile(path), change)
+    for path, change in (
+        (_TURN + r"/feedback", Changes.feedback),
+        (_VERSION + r"/rollback", Changes.rollback),
+        (_LINEAGE + r"/pause", Changes.pause),
+        (_LINEAGE + r"/resume", Changes.resume),
+    )
+)
 
 
 class Page:
@@ -90,24 +105,26 @@ class Page:
         health: Callable[[], Json],
         allowance: Allowance,
     ) -> None:
-        self._settings = settings
-        self._store = store
+        self._host = settings.proxy.host
         self._lineages = lineages
-        self._rollback = rollback
-        self._health = health
-        self._allowance = allowance
-        self._profile: AgentProfile = load_plugin("agents", settings.agents.profile, None)
+        self._renderer = Renderer()
+        self._screens = Screens(settings, store, health, self._renderer)
+        self._changes = Changes(store, self._screens, rollback, allowance)
+        self._streams = Streams(lambda: watched(store, health))
         self._logins = Logins(settings.store.path / "logins", lineages)
         self._tries = Tries()
         # Browsers send a cookie to every port of a host.
         self._cookie = f"nextstate-{settings.proxy.port}"
-        self._templates = _templates()
         folder = files("nextstate.app.page") / "static"
         self._static = {path: (folder / path[6:]).read_bytes() for path in _STATIC}
 
     def serves(self, path: str) -> bool:
         """Whether a path is the page's."""
         return path in ("/", "/page") or path.startswith("/page/")
+
+    async def close(self) -> None:
+        """Ends the streams of pages that update themselves."""
+        await self._streams.close()
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answers any request for the page, an error as a page too."""
@@ -121,14 +138,15 @@ class Page:
         except (NextStateError, OSError) as error:
             log.warning("a page could not be shown: %s", error)
             response = self._error(500, f"This page cannot be shown: {error}")
-        response.headers.update(_HEADERS)
+        if not response.prepared:
+            response.headers.update(HEADERS)
         return response
 
-    async def _answer(self, request: web.Request) -> web.Response:
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
         path, method = request.path, request.method
         if method not in ("GET", "HEAD", "POST"):
             raise Refused(405, f"{path} takes GET or POST, not {method[:20]}.")
-        why = None if self._logins.needed else foreign(request.headers, self._settings.proxy.host)
+        why = None if self._logins.needed else foreign(request.headers, self._host)
         if why is not None:
             raise Refused(403, why)
         if method == "POST" and (why := foreign_form(request)) is not None:
@@ -140,9 +158,11 @@ class Page:
             return await self._login(request, form)
         visitor = await self._visitor(request)
         if visitor is None:
-            if method == "POST":
+            if method == "POST" or path == _EVENTS:
                 raise Refused(403, "You are logged out: log in and try again.")
             return _redirect("/page/login")
+        if path == _EVENTS and method == "GET":
+            return await self._streams.stream(request, HEADERS)
         if method != "POST":
             return await self._show(request, visitor)
         if not is_ours(visitor.cookie, form.get("token", "")):
@@ -165,17 +185,19 @@ class Page:
 
     async def _login(self, request: web.Request, form: Json) -> web.Response:
         if request.method != "POST":
-            return web.Response(text=self._page("login.html", wrong=None), content_type="text/html")
+            return web.Response(
+                text=self._renderer.render("login.html", wrong=None), content_type="text/html"
+            )
         address = request.remote or ""
         if wait_s := self._tries.wait_s(address):
             text = f"Too many wrong keys: wait {wait_s} seconds and try again."
-            page = self._page("login.html", wrong=text)
+            page = self._renderer.render("login.html", wrong=text)
             headers = {"Retry-After": str(wait_s)}
             return web.Response(text=page, content_type="text/html", status=429, headers=headers)
         token = await asyncio.to_thread(self._logins.begin, form.get("key", ""))
         if token is None:
             self._tries.failed(address)
-            page = self._page("login.html", wrong="This is not the proxy's key.")
+            page = self._renderer.render("login.html", wrong="This is not the proxy's key.")
             return web.Response(text=page, content_type="text/html", status=403)
         response = _redirect("/")
         self._set_cookie(request, response, token, LASTS_S)
@@ -183,156 +205,35 @@ class Page:
 
     async def _show(self, request: web.Request, visitor: Visitor) -> web.Response:
         path = request.path.rstrip("/") or "/"
-        text: str | None = None
-        if found := _TEXT.fullmatch(path):
-            turn = await asyncio.to_thread(self._turn, visitor, found[1])
-            whole = await asyncio.to_thread(turns.text_named, self._store, turn, found[2])
-            if whole is None:
-                raise Refused(404, "This turn has no such text.")
-            return web.Response(text=visible(whole), content_type="text/plain", charset="utf-8")
-        if path in ("/", "/page"):
-            text = await asyncio.to_thread(self._home, request, visitor)
-        elif path == "/page/turns":
-            text = await asyncio.to_thread(self._turns, request, visitor)
-        elif found := _TURN.fullmatch(path):
-            text = await asyncio.to_thread(self._whole_turn, request, visitor, found[1])
-        elif path == "/page/versions":
-            text = await asyncio.to_thread(self._versions, request, visitor)
-        elif found := _VERSION.fullmatch(path):
-            name = "rollback.html" if found[3] else "version.html"
-            text = await asyncio.to_thread(self._version, visitor, found[1], found[2], name)
-        elif found := _RESUME.fullmatch(path):
-            paused = await asyncio.to_thread(why_paused, self._store, _seen(visitor, found[1]))
-            text = self._page("resume.html", visitor, lineage=found[1], paused=paused)
-        if text is None:
+        for pattern, screen in _SHOWN:
+            if found := pattern.fullmatch(path):
+                visit = Visit(visitor, request.path_qs, found.groups(), request.query)
+                shown = await asyncio.to_thread(screen, self._screens, visit)
+                break
+        else:
             raise Refused(404, "There is no such page.")
-        response = web.Response(text=text, content_type="text/html")
+        if not isinstance(shown, str):
+            return shown
+        response = web.Response(text=shown, content_type="text/html")
         if visitor.cookie != request.cookies.get(self._cookie):
             self._set_cookie(request, response, visitor.cookie, None)
         return response
 
-    async def _change(self, request: web.Request, visitor: Visitor, form: Json) -> web.Response:
-        path = request.path
-        if path == "/page/logout":
+    async def _change(
+        self, request: web.Request, visitor: Visitor, form: Mapping[str, str]
+    ) -> web.Response:
+        if request.path == "/page/logout":
             await asyncio.to_thread(self._logins.end, visitor.cookie)
             response = _redirect("/page/login" if self._logins.needed else "/")
             response.del_cookie(self._cookie)
             return response
-        if path.endswith("/feedback") and (found := _TURN.fullmatch(path[: -len("/feedback")])):
-            return await self._feedback(visitor, found[1], form)
-        if (found := _VERSION.fullmatch(path)) and found[3]:
-            version = await asyncio.to_thread(self._version_of, visitor, found[1], found[2])
-            if not version.can_serve:
-                raise Refused(409, f"Version {version.number} has no adapter and cannot serve.")
-            await self._rollback(version)
-            text = f"Version {version.number} serves {version.lineage} now."
-            return self._done(visitor, text, "/page/versions")
-        if found := _RESUME.fullmatch(path):
-            lineage = _seen(visitor, found[1])
-            await asyncio.to_thread(self._store.versions.resume, lineage)
-            return self._done(visitor, f"{lineage} trains again once the learner looks.", "/")
+        for pattern, change in _CHANGED:
+            if found := pattern.fullmatch(request.path):
+                visit = Visit(visitor, request.path_qs, found.groups(), request.query, form)
+                done = await change(self._changes, visit)
+                page = self._renderer.page("done.html", visit, text=done.text, back=done.back)
+                return web.Response(text=page, content_type="text/html")
         raise Refused(404, "There is no such form.")
-
-    async def _feedback(self, visitor: Visitor, turn_id: str, form: Json) -> web.Response:
-        turn = await asyncio.to_thread(self._turn, visitor, turn_id)
-        hint = form.get("hint", "").replace("\r\n", "\n").strip() or None
-        score = {"1": 1, "0": 0, "-1": -1}.get(form.get("score", ""))
-        if score is None:
-            raise Refused(400, "Choose good, neither or bad.")
-        if wait_s := self._allowance.wait_s(visitor.lineage):
-            raise Refused(429, f"Too much feedback in a minute: wait {wait_s} seconds.")
-        try:
-            said = Feedback(turn.id, score, hint)
-            found = await asyncio.to_thread(self._store.judging.give_feedback, said)
-        except (RecordError, NoTurnError) as error:
-            raise Refused(400, f"Your feedback was not kept: {error}.") from error
-        text = f"Kept: {score:+d}."
-        if not found.applied:
-            text += f" It is a label for the judge, but it does not train: {found.reason}."
-        return self._done(visitor, text, f"/page/turns/{turn.id}")
-
-    def _home(self, request: web.Request, visitor: Visitor) -> str:
-        lineage = _seen(visitor, request.query.get("lineage") or visitor.sees[0])
-        found = home(self._settings, self._store, self._health(), lineage)
-        return self._page("home.html", visitor, **found)
-
-    def _turns(self, request: web.Request, visitor: Visitor) -> str:
-        session = request.query.get("session", "")[:200] or None
-        version, before = _number(request, "version"), _number(request, "before")
-        untrained = request.query.get("untrained") == "1"
-        wanted = Wanted(visitor.sees, session, version, untrained)
-        found = self._store.browsing.turns(wanted, _TURNS_SHOWN, before)
-        lines = [turns.line(glimpse, self._profile) for glimpse in found.turns]
-        return self._page(
-            "turns.html",
-            visitor,
-            lines=lines,
-            wanted=wanted,
-            older=found.older,
-            before=before,
-            looked=LOOKED_THROUGH,
-        )
-
-    def _whole_turn(self, request: web.Request, visitor: Visitor, turn_id: str) -> str:
-        turn = self._turn(visitor, turn_id)
-        found = turns.whole(self._store, turn, _number(request, "before"))
-        return self._page("turn.html", visitor, **found)
-
-    def _versions(self, request: web.Request, visitor: Visitor) -> str:
-        lineage = _seen(visitor, request.query.get("lineage") or visitor.sees[0])
-        before = _number(request, "before")
-        if before is None:
-            found = self._store.versions.newest(lineage, _VERSIONS_SHOWN)[::-1]
-        else:
-            numbers = range(before - 1, max(before - 1 - _VERSIONS_SHOWN, -1), -1)
-            each = (self._store.versions.get(lineage, number) for number in numbers)
-            found = [version for version in each if version is not None]
-        older = found[-1].number if found and found[-1].number > 0 else None
-        return self._page(
-            "versions.html",
-            visitor,
-            lineage=lineage,
-            versions=found,
-            older=older,
-            serving=self._store.versions.serving(lineage).number,
-            made_at=self._store.browsing.made_at(lineage, [v.number for v in found]),
-            paused=why_paused(self._store, lineage),
-        )
-
-    def _version(self, visitor: Visitor, lineage: str, number: str, template: str) -> str:
-        version = self._version_of(visitor, lineage, number)
-        serving = self._store.versions.serving(lineage).number
-        if template == "rollback.html":
-            return self._page(template, visitor, version=version, serving=serving)
-        used = self._store.versions.used_turns(lineage, version.number)
-        return self._page(
-            template,
-            visitor,
-            version=version,
-            serving=serving,
-            made_at=self._store.browsing.made_at(lineage, [version.number]),
-            watch=watch_text(version_watch(self._store, version)),
-            trained=used[:_TRAINED_SHOWN],
-            more=max(len(used) - _TRAINED_SHOWN, 0),
-        )
-
-    def _turn(self, visitor: Visitor, turn_id: str) -> Turn:
-        if self._store.turns.lineage(turn_id) in visitor.sees:
-            turn = self._store.turns.get(turn_id)
-            if turn is not None:
-                return turn
-        raise Refused(404, f"There is no turn {turn_id!r}.")
-
-    def _version_of(self, visitor: Visitor, lineage: str, number: str) -> PolicyVersion:
-        found = self._store.versions.get(_seen(visitor, lineage), int(number))
-        if found is None:
-            raise Refused(404, f"Lineage {lineage} has no version {number}.")
-        return found
-
-    def _page(self, template: str, visitor: Visitor | None = None, **values: object) -> str:
-        token = "" if visitor is None else form_token(visitor.cookie)
-        shown = {"visitor": visitor, "token": token, **values}
-        return self._templates.get_template(template).render(shown)
 
     def _set_cookie(
         self, request: web.Request, response: web.Response, value: str, lasts_s: float | None
@@ -346,34 +247,9 @@ class Page:
             secure=request.secure or None,
         )
 
-    def _done(self, visitor: Visitor, text: str, back: str) -> web.Response:
-        page = self._page("done.html", visitor, text=text, back=back)
-        return web.Response(text=page, content_type="text/html")
-
     def _error(self, status: int, message: str) -> web.Response:
-        page = self._page("error.html", status=status, message=message)
+        page = self._renderer.render("error.html", status=status, message=message)
         return web.Response(text=page, content_type="text/html", status=status)
-
-
-def _templates() -> jinja2.Environment:
-    """Everything that a template writes is escaped: nothing here is marked as safe."""
-    found = jinja2.Environment(
-        loader=jinja2.PackageLoader("nextstate.app.page"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        auto_reload=False,
-    )
-    found.filters |= {"visible": visible, "when": _when, "score_text": score_text}
-    return found
-
-
-def _when(unix_time: float) -> str:
-    try:
-        return f"{datetime.fromtimestamp(unix_time):%Y-%m-%d %H:%M}"
-    except (OverflowError, ValueError, OSError):
-        return "at an unknown time"
 
 
 async def _form(request: web.Request) -> dict[str, str]:
@@ -389,22 +265,6 @@ async def _form(request: web.Request) -> dict[str, str]:
     except ValueError as error:
         raise Refused(400, "The form cannot be read: send few fields in UTF-8.") from error
     return {name: values[-1] for name, values in found.items()}
-
-
-def _number(request: web.Request, name: str) -> int | None:
-    """A number in the address. Raises Refused."""
-    text = request.query.get(name, "")
-    if not text:
-        return None
-    if not _NUMBER.fullmatch(text):
-        raise Refused(400, f"{name} = {text[:40]!r}: expected a number.")
-    return int(text)
-
-
-def _seen(visitor: Visitor, lineage: str) -> str:
-    if lineage not in visitor.sees:
-        raise Refused(404, f"There is no lineage {lineage[:40]!r}.")
-    return lineage
 
 
 def _redirect(to: str) -> web.Response:

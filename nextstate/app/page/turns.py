@@ -8,36 +8,52 @@ from nextstate.app.page.texts import Said, message_text, short
 from nextstate.hooks import AgentProfile
 from nextstate.records import Json, NextState, SampleState, Turn, TurnKind, Verdict
 from nextstate.store import Store
-from nextstate.store.browsing import Fate, Glimpse
+from nextstate.store.lookup import Fate, TurnSummary
 from nextstate.wire import objects
 
 _MESSAGES = 30
 """Messages of a request on one page."""
 
 
-def line(glimpse: Glimpse, profile: AgentProfile) -> Json:
+def line(turn: TurnSummary, profile: AgentProfile) -> Json:
     """A turn of the list."""
-    asked = _asked(glimpse.messages, profile)
+    asked = _asked(turn, profile)
     return {
-        "turn": glimpse,
+        "turn": turn,
         "asked": asked and (asked[0], short(asked[1])),
-        "reply": short(message_text(glimpse.reply)),
-        "followed": [(str(s.source), short(s.text)) for s in glimpse.next_states[:3]],
-        "why": why(
-            glimpse.kind, glimpse.untrainable, glimpse.score, glimpse.next_states, glimpse.fate
-        ),
+        "reply": short(message_text(turn.reply)),
+        "followed": [(str(s.source), short(s.text)) for s in turn.followed[:3]],
+        "votes": votes_text(turn.votes),
+        "hint": short(turn.hint) if turn.hint else "",
+        "why": why(turn.kind, turn.untrainable, turn.score, turn.followed, turn.fate),
     }
 
 
-def _asked(messages: Sequence[Json], profile: AgentProfile) -> tuple[str, str] | None:
-    """(who, what) of the last message that the agent did not write itself."""
-    ours = profile.for_request({"messages": list(messages)})
-    for message in reversed(messages):
-        if message.get("role") in ("assistant", "system", "developer"):
-            continue
-        if (said := ours.utterance(message)) is not None:
-            return str(said.source), said.text
-    return None
+def spoken(turn: TurnSummary, profile: AgentProfile) -> Json:
+    """A turn of a conversation: the same, with what was said as far as a page shows it."""
+    asked = _asked(turn, profile)
+    return line(turn, profile) | {
+        "asked": None if asked is None else Said(asked[0], "", asked[1]),
+        "reply": Said("reply", "reply", message_text(turn.reply)),
+        "followed": [
+            Said(str(s.source), f"s{number}", s.text) for number, s in enumerate(turn.followed)
+        ],
+    }
+
+
+def votes_text(votes: Sequence[int]) -> str:
+    """The votes of a judge in a row."""
+    return " ".join(f"{vote:+d}" for vote in votes)
+
+
+def _asked(turn: TurnSummary, profile: AgentProfile) -> tuple[str, str] | None:
+    """(who, what) of the last message, without an agent's envelope; None if the agent wrote it."""
+    last = turn.messages[-1]
+    if turn.answers is not None and turn.answers[1] in message_text(last):
+        return str(turn.answers[0]), turn.answers[1]
+    ours = profile.for_request({"messages": [*turn.messages]})
+    said = ours.utterance(last)
+    return None if said is None else (str(said.source), said.text)
 
 
 def why(
@@ -80,6 +96,8 @@ def whole(store: Store, turn: Turn, before: int | None) -> Json:
     begin = max(end - _MESSAGES, 0)
     shown = [_said(messages[number], f"m{number}") for number in range(begin, end)]
     score = None if verdict is None else verdict.score
+    standing = store.lookup.standing(turn.id)
+    fate = None if standing is None else standing.fate
     return {
         "turn": turn,
         "messages": shown,
@@ -91,9 +109,9 @@ def whole(store: Store, turn: Turn, before: int | None) -> Json:
             Said(str(s.source), f"s{number}", s.text) for number, s in enumerate(states)
         ],
         "verdict": verdict,
-        "votes": "" if verdict is None else " ".join(f"{vote:+d}" for vote in verdict.votes),
+        "votes": "" if verdict is None else votes_text(verdict.votes),
         "feedback": store.judging.feedback(turn.id),
-        "why": why(turn.kind, turn.untrainable, score, states, store.browsing.fate(turn.id)),
+        "why": why(turn.kind, turn.untrainable, score, states, fate),
         "facts": facts(turn, verdict),
     }
 
