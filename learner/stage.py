@@ -19,6 +19,7 @@ import torch
 from learner.adapters import lineage_folder
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
+from learner.examining import Examining
 from learner.lineage import Lineage, Publisher
 from learner.memory import REMEDY, try_largest_batch
 from learner.metric_writers import MetricWriters, open_writers
@@ -47,13 +48,15 @@ def run(
     live_requests: LiveRequests | None = None,
     engine_dtype: str = "float32",
     *,
+    examined: Sequence[str] = (),
     first_wait_s: float = 0.5,
     full_disk_wait_s: float = 30.0,
 ) -> None:
     """Trains the lineages in turn, over one base, until `stop` is set.
 
     `live_requests` asks the engine; `schedule = "idle"` needs it. `engine_dtype` is the precision
-    in which the engine computes, if known; `auto` is half precision. The waits are `Lineage`'s.
+    in which the engine computes, if known; `auto` is half precision. The candidates of the
+    `examined` lineages take exams before they serve. The waits are `Lineage`'s.
     Raises StartError for a model that cannot be loaded, a batch that does not fit into memory or a
     lineage that another process trains, and LearnerError when the last lineage must not go on.
     Leased samples are ready again then.
@@ -85,6 +88,7 @@ def run(
                 publish,
                 writers[name],
                 stop,
+                examining=Examining(store, name) if name in examined else None,
                 first_wait_s=first_wait_s,
                 full_disk_wait_s=full_disk_wait_s,
             )

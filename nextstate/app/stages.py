@@ -44,6 +44,7 @@ from nextstate.engine.process import (
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import load_judge, load_plugin
 from nextstate.offline import switches
+from nextstate.pace import Pace
 from nextstate.records import Decisions, PolicyVersion
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
@@ -186,7 +187,7 @@ def _cannot_listen(settings: Settings, error: OSError) -> StartError:
 async def run_judge(settings: Settings) -> None:
     """Judges turns."""
     from judge.config import plugin_settings
-    from judge.pace import Counted, Pace
+    from judge.pace import Counted
     from judge.stage import run
 
     patience = Patience(math.inf)
@@ -203,10 +204,10 @@ async def run_judge(settings: Settings) -> None:
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
-        pace = Pace(config.share, engine.live_requests) if polite else None
-        judge = kind if pace is None else Counted(kind, pace)
+        counted = Counted(kind, engine.live_requests)
+        pace = Pace(config.share, counted.agents) if polite else None
         try:
-            await run(store, config, judge, engine, stop, pace=pace, profile=profile)
+            await run(store, config, counted, engine, stop, pace=pace, profile=profile)
         finally:
             await kind.close()
     store.close()
