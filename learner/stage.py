@@ -23,7 +23,7 @@ from learner.examining import Examining
 from learner.lineage import Lineage, Publisher
 from learner.memory import REMEDY, try_largest_batch
 from learner.metric_writers import MetricWriters, open_writers
-from learner.schedule import LiveRequests, Schedule, parse_window
+from learner.schedule import LiveRequests, Schedule, parse_schedule
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import build_trainer
 from nextstate.errors import LearnerError, StartError
@@ -179,15 +179,16 @@ class _Turn:
 def _schedule(
     config: LearnerConfig, stop: threading.Event, live_requests: LiveRequests | None
 ) -> Schedule:
-    if config.schedule == "idle" and live_requests is None:
+    kind, window = parse_schedule(config.schedule)
+    if kind == "idle" and live_requests is None:
         raise StartError(
             '[learner] schedule = "idle" asks the engine whether it is idle, and there is none: '
-            'set [learner] schedule to "always" or "window"'
+            'set [learner] schedule to "always" or a time'
         )
     return Schedule(
-        config.schedule,
+        kind,
         stop.wait,
-        window=parse_window(config.window),
+        window=window,
         live_requests=live_requests,
         patience_s=config.idle_patience_s,
     )

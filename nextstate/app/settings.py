@@ -22,6 +22,7 @@ from nextstate.config import (
 from nextstate.errors import ConfigError
 from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
+from rollout.config import RolloutConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
 _LOCAL_JUDGES = ("engine", "rules", "outcome")
@@ -39,6 +40,7 @@ class Settings:
     agents: AgentsConfig
     judge: JudgeConfig
     learner: LearnerConfig
+    rollout: RolloutConfig
     privacy: PrivacyConfig
     lineages: Mapping[str, LineageConfig]
 
@@ -54,6 +56,7 @@ class Settings:
             "agents": AgentsConfig,
             "judge": JudgeConfig,
             "learner": LearnerConfig,
+            "rollout": RolloutConfig,
             "privacy": PrivacyConfig,
         }
         groups = {"lineages": LineageConfig}
