@@ -248,10 +248,11 @@ class Lineage:
 
     def _waits_for_exam(self) -> bool:
         """True while the newest version takes its exam; after it, it serves or is rejected."""
-        newest = self._store.versions.newest(self.name, 1)
-        if self._examining is None or not newest or newest[0].state is not VersionState.CANDIDATE:
+        if self._examining is None:
             return False
-        (candidate,) = newest
+        *before, candidate = self._store.versions.newest(self.name, MANY_REJECTIONS) or [None]
+        if candidate is None or candidate.state is not VersionState.CANDIDATE:
+            return False
         waits = self._examining.waits(candidate)
         self.report(waits or self._pause)
         if waits is not None:
@@ -260,8 +261,8 @@ class Lineage:
         if reason is None:
             self._bring_into_service(candidate)
             return False
-        before = self._rejections()
-        give_back = before if len(before) + 1 >= MANY_REJECTIONS else ()
+        rejected = rejected_in_a_row(before, self._store.versions.decisions(self.name).after)
+        give_back = rejected if len(rejected) + 1 >= MANY_REJECTIONS else ()
         if self._store.versions.fail(candidate, reason, give_back):
             log.warning(
                 "version rejected lineage=%s version=%d: %s", self.name, candidate.number, reason

@@ -74,6 +74,8 @@ async def run(
                 task.cancel()
     except* NextStateError as errors:
         raise errors.exceptions[0] from None
+    finally:
+        stage.progress.write(folder)
 
 
 async def _report(progress: Progress, folder: Path) -> None:
