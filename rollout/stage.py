@@ -215,6 +215,8 @@ class _Stage:
         name, _, tries = lost.opened.episode.partition("~")
         if int(tries or 1) >= MOST_TRIES:
             return None
+        # If the proxy was away when it ended, it is open still and holds its place.
+        await self._proxy.give_up(lost.opened, EpisodeStatus.FAILED)
         try:
             opened = await self._proxy.open_episode(
                 episode=f"{name}~{int(tries or 1) + 1}", **self._asked(lost.seed, lost.task)

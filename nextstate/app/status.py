@@ -24,7 +24,6 @@ from nextstate.training_status import read_training_status
 from nextstate.wire import json_object, obj
 from rollout.progress import progress_text, read_progress
 
-
 _EXAMS_SHOWN = 5
 """The last exam is looked for among so many of the newest versions."""
 
@@ -102,8 +101,9 @@ def _exams(settings: Settings, store: Store) -> dict[str, str]:
     if not settings.rollout.environment:
         return {}
     name = settings.rollout.lineage
-    newest = store.versions.newest(name, _EXAMS_SHOWN)
-    return {name: text for version in newest if (text := exam_text(version))}
+    texts = [exam_text(version) for version in store.versions.newest(name, _EXAMS_SHOWN)]
+    last = next(filter(None, reversed(texts)), None)
+    return {} if last is None else {name: last}
 
 
 def exam_text(version: PolicyVersion) -> str:
