@@ -168,7 +168,7 @@ async def live_through(folder: Path, model_path: str, store: Store, kills: int) 
             processes.kill(victim)
             processes.start(victim)
             processes.keep()
-        async with asyncio.timeout(300):
+        async with asyncio.timeout(400):  # the learner imports torch at its start
             while not store.versions.all("main") or store.groups.last("train.") is None:
                 processes.keep()
                 await asyncio.sleep(0.5)
@@ -187,7 +187,7 @@ async def live_through(folder: Path, model_path: str, store: Store, kills: int) 
         await server.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     "kills", [4, pytest.param(40, marks=[pytest.mark.soak, pytest.mark.timeout(3600)])]
 )
