@@ -24,6 +24,7 @@ from benchmarks.mock_engine import MODEL
 from nextstate.engine.process import free_port
 
 DIRECT, BARE, NGINX, LITELLM, OURS = "direct", "bare relay", "nginx", "LiteLLM", "NextState"
+RLLM = "rLLM gateway"
 START_TIMEOUT_S = 120.0
 _OURS = """\
 [store]
@@ -111,13 +112,25 @@ def add_nginx(parser: ArgumentParser) -> None:
 
 @contextmanager
 def running(
-    nginx: str | None = None, litellm: Path | None = None
+    nginx: str | None = None,
+    litellm: Path | None = None,
+    rllm: Path | None = None,
+    *,
+    bare: bool = True,
 ) -> Generator[Mapping[str, Server]]:
     """The servers by name, the mock engine as `direct`; they end with the block."""
     with tempfile.TemporaryDirectory(prefix="nextstate-bench-") as name:
         folder = Path(name)
-        ports = {name: free_port() for name in (DIRECT, BARE, NGINX, LITELLM, OURS)}
+        ports = {name: free_port() for name in (DIRECT, BARE, NGINX, LITELLM, RLLM, OURS)}
         commands = _commands(folder, ports, nginx, litellm)
+        if not bare:
+            del commands[BARE]
+        if rllm is not None:
+            commands[RLLM] = [
+                *(str(rllm / "bin" / "rllm-model-gateway"), "--host", HOST),
+                *("--port", str(ports[RLLM]), "--db-path", str(folder / "rllm.sqlite3")),
+                *("--worker", f"http://{HOST}:{ports[DIRECT]}/v1", "--log-level", "warning"),
+            ]
         children: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for name, command in commands.items():

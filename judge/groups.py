@@ -39,6 +39,9 @@ CLOSING_S = 60.0
 one may be replaced by another of its group."""
 JUDGING_S = 600.0
 """Seconds that the judge has for the steps of a group that is over."""
+MOST_APART = 4
+"""By how many versions the newest that served a group may differ from the oldest. The outcomes of
+versions further apart say more about the versions than about the steps."""
 
 
 def is_over(group: Unsettled, now: float) -> bool:
@@ -112,8 +115,11 @@ def settlement(
     """What the steps of a group's closed episodes are worth.
 
     Where neither outcomes nor process rewards tell steps apart, those with a hint stay, with the
-    advantage 0: the hint is all that they teach.
+    advantage 0: the hint is all that they teach. A group that versions far apart have served is
+    not compared at all.
     """
+    if (apart := _too_far_apart(episodes)) is not None:
+        return Settlement({}, {step.turn: apart for e in episodes for step in e.steps})
     weight = process_weight(judged(earlier))
     credit = group_credit(
         [
@@ -134,6 +140,19 @@ def settlement(
     }
     dropped = {turn: why for turn, why in credit.dropped.items() if turn not in taught}
     return Settlement(credit.advantages | taught, dropped)
+
+
+def _too_far_apart(episodes: Sequence[ScoredEpisode]) -> str | None:
+    """Why the episodes cannot be compared; None if they can."""
+    served = [e.versions for e in episodes if e.versions is not None and e.outcome is not None]
+    oldest = min((low for low, _ in served), default=0)
+    newest = max((high for _, high in served), default=0)
+    if newest - oldest <= MOST_APART:
+        return None
+    return (
+        f"its group was served by the versions {oldest} to {newest}: more than {MOST_APART} apart, "
+        "so its episodes are not compared"
+    )
 
 
 def judged(episodes: Sequence[SettledEpisode]) -> list[JudgedEpisode]:

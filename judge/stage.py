@@ -21,12 +21,12 @@ from judge.evidence import build_evidence, message_text, said_in
 from judge.feedback import feedback_verdict
 from judge.groups import settle_groups
 from judge.hinting import Renderer, hinted_prompt
-from judge.pace import Pace
 from judge.verdict import verdict_of
 from judge.votes import Counts, votes_on
 from nextstate.error_text import safe_text
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import AgentProfile, JudgeKind
+from nextstate.pace import Pace
 from nextstate.records import Json, NextState, Source, Turn, Verdict
 from nextstate.store import Store
 from nextstate.store.judging import Judgement
@@ -228,7 +228,7 @@ class _Worker:
         finally:
             self.counts.add(cost)
             if self.pace is not None:
-                self.pace.judged(time.monotonic() - started)
+                self.pace.worked(time.monotonic() - started)
             if self.budgeted:
                 # A judge without a model costs nothing: it neither reads tokens nor fails.
                 asked = cost.tokens or cost.unparsed or not self.judge.deterministic

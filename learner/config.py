@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge, Gt, Le, Lt, MinLen
 
-from learner.schedule import Kind, parse_window
+from learner.schedule import parse_schedule
 from nextstate.errors import ConfigError
 
 ALL_LINEAR = "all-linear"
@@ -126,10 +126,9 @@ class LearnerConfig(Recipe):
     """Seed of the adapter's first weights and of sampled canary replies."""
     wandb: str = ""
     """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
-    schedule: Kind = "always"
-    """`idle` waits while the engine serves; `window` begins updates only at one time of the day."""
-    window: str = "22:00-07:00"
-    """`window`: the local time of every day at which updates may begin."""
+    schedule: str = "always"
+    """`idle` waits while the engine serves; a time such as `22:00-07:00` begins updates only then,
+    local time of every day."""
 
     def __post_init__(self) -> None:
         if ALL_LINEAR in self.lora_targets and len(self.lora_targets) > 1:
@@ -138,6 +137,6 @@ class LearnerConfig(Recipe):
                 f"{ALL_LINEAR!r} alone"
             )
         try:
-            parse_window(self.window)
+            parse_schedule(self.schedule)
         except ValueError as error:
-            raise ConfigError(f"[learner] window = {self.window!r}: {error}") from None
+            raise ConfigError(f"[learner] schedule = {self.schedule!r}: {error}") from None

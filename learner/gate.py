@@ -4,18 +4,24 @@ Four things can be wrong: the weights are not finite or outweigh the layers that
 policy moved too far from its parent or from the base; it ranks held-out judged turns clearly worse
 than its parent does; its own replies are clearly worse than the base's (`learner/canaries.py`).
 `objection` decides, and `learner/evaluator.py` measures.
+
+In a lineage that learns in environments a candidate that has passed takes an exam too: it must not
+solve clearly fewer held-out tasks than its parent (`exam_objection`, `learner/examining.py`).
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from learner.canaries import Comparison
 from learner.config import LearnerConfig
 from learner.means import Mean
+from nextstate.exams import Exam
 
 GATE_LEVEL = 0.01
-"""How often a version exactly at `gate_drop` is rejected for its ranking of held-out turns."""
+"""How often a version exactly at `gate_drop` is rejected for its ranking of held-out turns, and at
+most how often one that is as good as its parent fails its exam."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +78,20 @@ def objection(found: Measured, config: LearnerConfig) -> str | None:
     if not found.is_finite:
         return "its own replies have logits that are not finite"
     return found.replies and found.replies.objection()
+
+
+def exam_objection(exam: Exam) -> str | None:
+    """Why the candidate must not serve after its exam; None if it solves no fewer tasks, clearly.
+
+    By the exact test of McNemar (1947): of the tasks that only one of both solved, a candidate that
+    is as good as its parent solved each with probability 1/2.
+    """
+    apart = exam.gained + exam.lost
+    at_least = sum(math.comb(apart, lost) for lost in range(exam.lost, apart + 1)) / 2**apart
+    if at_least > GATE_LEVEL:
+        return None
+    return (
+        f"it solves fewer held-out tasks than its parent: {exam.solved} of {exam.tasks}, its "
+        f"parent {exam.by_parent}; by chance that happens with probability {at_least:.1g}, below "
+        f"the bound of {GATE_LEVEL:g}"
+    )

@@ -49,6 +49,7 @@ from learner.checkpoint import (
 )
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
+from learner.examining import Examining
 from learner.gate import objection
 from learner.metric_writers import MetricWriters
 from learner.pruning import prunable
@@ -95,11 +96,13 @@ class Lineage:
         writers: MetricWriters,
         stop: threading.Event,
         *,
+        examining: Examining | None = None,
         first_wait_s: float = 0.5,
         full_disk_wait_s: float = 30.0,
     ) -> None:
-        """`first_wait_s`: before a failing engine is tried again; each wait is twice as long.
+        """`examining`: its candidates take exams; None: they take none.
 
+        `first_wait_s`: before a failing engine is tried again; each wait is twice as long.
         `full_disk_wait_s`: after a version that could not be written.
         """
         self.name = name
@@ -110,6 +113,7 @@ class Lineage:
         self._publish = publish
         self._writers = writers
         self._stop = stop
+        self._examining = examining
         self._first_wait_s = first_wait_s
         self._full_disk_wait_s = full_disk_wait_s
         self._folder = lineage_folder(store.dir / "learner", name)
@@ -142,7 +146,7 @@ class Lineage:
             return
         if checkpoint and checkpoint.version.number == start.number:
             self._shared.of(self.name).restore_training(checkpoint.training)
-        if waits:
+        if waits and self._examining is None:
             self._bring_into_service(newest)
 
     def release(self) -> Checkpoint | None:
@@ -156,6 +160,8 @@ class Lineage:
     def update(self) -> bool:
         """Watches what serves and takes one update if a batch is due; True if one was."""
         self._watch()
+        if self._waits_for_exam():
+            return False
         follows = self._follow_rollback()
         self._decided = self._store.versions.decisions(self.name).choices
         batch = self._batches.lease(self._current) if follows and not self._is_paused() else None
@@ -181,7 +187,8 @@ class Lineage:
             self._stop.wait(self._full_disk_wait_s)
             return True
         self._keep(version, batch)
-        self._bring_into_service(version)
+        if self._examining is None:
+            self._bring_into_service(version)
         self._prune()
         return True
 
@@ -243,6 +250,29 @@ class Lineage:
             stored.reject(self.name, number, reason)
         parent = chain[chain.index(fall.suspect) - 1]
         self._withdraw(replace(serving, parent=parent), reason, decisions)
+
+    def _waits_for_exam(self) -> bool:
+        """True while the newest version takes its exam; after it, it serves or is rejected."""
+        if self._examining is None:
+            return False
+        *before, candidate = self._store.versions.newest(self.name, MANY_REJECTIONS) or [None]
+        if candidate is None or candidate.state is not VersionState.CANDIDATE:
+            return False
+        waits = self._examining.waits(candidate)
+        self.report(waits or self._pause)
+        if waits is not None:
+            return True
+        reason = self._examining.objection(candidate)
+        if reason is None:
+            self._bring_into_service(candidate)
+            return False
+        rejected = rejected_in_a_row(before, self._store.versions.decisions(self.name).after)
+        give_back = rejected if len(rejected) + 1 >= MANY_REJECTIONS else ()
+        if self._store.versions.fail(candidate, reason, give_back):
+            log.warning(
+                "version rejected lineage=%s version=%d: %s", self.name, candidate.number, reason
+            )
+        return False
 
     def _rejections(self) -> list[int]:
         """The versions in a row that the gate rejected last, since a person decided."""

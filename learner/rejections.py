@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from itertools import takewhile
 
+from nextstate.exams import FAILED
 from nextstate.records import Decisions, PolicyVersion, VersionState
 from nextstate.wire import one_line
 
@@ -23,11 +24,13 @@ def rejected_in_a_row(versions: Sequence[PolicyVersion], after: int) -> list[int
     """The numbers of the newest versions, as far as the gate has rejected them, oldest first.
 
     `versions` are in order. Those up to number `after` do not count: a person has decided since. A
-    version that served before it was rejected has an adapter and ends the row.
+    version that served before it was rejected has an adapter, has not failed an exam, and ends the
+    row.
     """
 
     def by_gate(version: PolicyVersion) -> bool:
-        rejected = version.state is VersionState.REJECTED and version.sha256 is None
+        never_served = version.sha256 is None or FAILED in version.metrics
+        rejected = version.state is VersionState.REJECTED and never_served
         return rejected and version.number > after
 
     return [version.number for version in takewhile(by_gate, reversed(versions))][::-1]

@@ -31,12 +31,16 @@ _CLOCK_S = 60.0
 """Pause between two looks at the clock outside the window."""
 
 
-def parse_window(text: str) -> Window:
-    """The window `22:00-07:00`; raises ValueError for anything else."""
+def parse_schedule(text: str) -> tuple[Kind, Window | None]:
+    """`always`, `idle`, or the window `22:00-07:00`; raises ValueError for anything else."""
+    if text == "always" or text == "idle":
+        return text, None
     found = _WINDOW.fullmatch(text)
     if found is None or found[1] == found[2]:
-        raise ValueError("expected two different times of the day, such as 22:00-07:00")
-    return time_of_day.fromisoformat(found[1]), time_of_day.fromisoformat(found[2])
+        raise ValueError(
+            "expected always, idle, or two different times of the day, such as 22:00-07:00"
+        )
+    return "window", (time_of_day.fromisoformat(found[1]), time_of_day.fromisoformat(found[2]))
 
 
 def contains(window: Window, moment: time_of_day) -> bool:

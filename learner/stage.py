@@ -19,10 +19,11 @@ import torch
 from learner.adapters import lineage_folder
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
+from learner.examining import Examining
 from learner.lineage import Lineage, Publisher
 from learner.memory import REMEDY, try_largest_batch
 from learner.metric_writers import MetricWriters, open_writers
-from learner.schedule import LiveRequests, Schedule, parse_window
+from learner.schedule import LiveRequests, Schedule, parse_schedule
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import build_trainer
 from nextstate.errors import LearnerError, StartError
@@ -47,13 +48,15 @@ def run(
     live_requests: LiveRequests | None = None,
     engine_dtype: str = "float32",
     *,
+    examined: Sequence[str] = (),
     first_wait_s: float = 0.5,
     full_disk_wait_s: float = 30.0,
 ) -> None:
     """Trains the lineages in turn, over one base, until `stop` is set.
 
     `live_requests` asks the engine; `schedule = "idle"` needs it. `engine_dtype` is the precision
-    in which the engine computes, if known; `auto` is half precision. The waits are `Lineage`'s.
+    in which the engine computes, if known; `auto` is half precision. The candidates of the
+    `examined` lineages take exams before they serve. The waits are `Lineage`'s.
     Raises StartError for a model that cannot be loaded, a batch that does not fit into memory or a
     lineage that another process trains, and LearnerError when the last lineage must not go on.
     Leased samples are ready again then.
@@ -85,6 +88,7 @@ def run(
                 publish,
                 writers[name],
                 stop,
+                examining=Examining(store, name) if name in examined else None,
                 first_wait_s=first_wait_s,
                 full_disk_wait_s=full_disk_wait_s,
             )
@@ -175,15 +179,16 @@ class _Turn:
 def _schedule(
     config: LearnerConfig, stop: threading.Event, live_requests: LiveRequests | None
 ) -> Schedule:
-    if config.schedule == "idle" and live_requests is None:
+    kind, window = parse_schedule(config.schedule)
+    if kind == "idle" and live_requests is None:
         raise StartError(
             '[learner] schedule = "idle" asks the engine whether it is idle, and there is none: '
-            'set [learner] schedule to "always" or "window"'
+            'set [learner] schedule to "always" or a time'
         )
     return Schedule(
-        config.schedule,
+        kind,
         stop.wait,
-        window=parse_window(config.window),
+        window=window,
         live_requests=live_requests,
         patience_s=config.idle_patience_s,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from nextstate.errors import PluginError
 from nextstate.records import Json, NextState, Source, TurnKind, Vote
@@ -193,6 +193,19 @@ class EnvironmentKind(Protocol):
         ...
 
     def make(self) -> Environment: ...
+
+
+@runtime_checkable
+class GeneratesTasks(Protocol):
+    """A kind of environment that makes tasks too."""
+
+    def generate(self, split: str, number: int) -> Json:
+        """Task number N of the split `train` or `eval`, from 0 on: `id`, `split`, and its fields.
+
+        Always the same for these two. What is `eval` differs from all that is `train`, and
+        families take turns.
+        """
+        ...
 
 
 def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:

@@ -19,6 +19,7 @@ def counts_of(
     """What one worker has counted. The counts of several workers are added."""
     return {
         "nextstate_requests_total": relay.requests,
+        "nextstate_requests_of_episodes_total": relay.of_episodes,
         "nextstate_requests_failed_total": relay.failed,
         "nextstate_streams_cut_total": relay.cut,
         "nextstate_turns_recorded_total": recorder.recorded,

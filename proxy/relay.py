@@ -44,6 +44,8 @@ class RelayCounts:
     """Shown under /metrics."""
 
     requests: int = 0
+    of_episodes: int = 0
+    """Those of them that are calls in episodes: nobody waits for their replies."""
     failed: int = 0
     """Requests that the proxy answered with an error because the engine did not answer."""
     cut: int = 0
@@ -80,6 +82,7 @@ class Relay:
             self.counts.unrecorded["recording_off"] += 1
         with self.engine.versions.hold(lineage, version) as version:
             episode = request.get(EPISODE)
+            self.counts.of_episodes += episode is not None
             sampling: Json = {} if episode is None else episode.sampling
             engine = self.engine.versions.engine
             serving = recorded_form(request.path, body, model, engine, sampling)

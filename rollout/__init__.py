@@ -8,4 +8,7 @@ It keeps nothing: turns, rewards and outcomes are in the store, where the judge 
 and the learner finds its steps. A runner that is stopped closes its open episodes as aborted. One
 that is killed leaves them open: they run into their deadline, and never train. A run with a name
 can be started again: what has ended is not played again, and what was half is aborted.
+
+`stage.py` is the run without end of `[rollout]`, with tasks from `sources.py`. It replaces what was
+lost, leaves room for people, and plays the exams of candidates (`exam.py`). It alone reads the store.
 """

@@ -14,12 +14,14 @@ import aiohttp
 from nextstate.episodes import EpisodeState, EpisodeStatus
 from nextstate.errors import RefusedError, RolloutError
 from nextstate.hooks import text_of
+from nextstate.prometheus import metric_sum
 from nextstate.records import Json
 from nextstate.wire import json_object
 
 _MOST_ANSWER_BYTES = 64 << 20
 _EXTRA_S = 60.0
 """Beyond an episode's deadline, at which the proxy itself ends a call."""
+_REQUESTS, _OF_EPISODES = "nextstate_requests_total", "nextstate_requests_of_episodes_total"
 _GIVE_UP_S = 5.0
 """How long a runner that is stopped waits for the proxy."""
 
@@ -60,16 +62,32 @@ class ProxyClient:
         self._url = f"{url.rstrip('/')}/v1"
         self._key = key or "none"
         self._fields: Json = {**(extra or {}), "model": model}
+        self._of_people: float | None = None
+        """Requests of people's agents that the proxy had counted at the last look."""
         self._timeout = aiohttp.ClientTimeout(total=deadline_s + _EXTRA_S, connect=_EXTRA_S)
 
     async def open_group(self, **asked: Any) -> list[Opened]:
         """Opens the episodes of one group, all or none."""
         given = {name: value for name, value in asked.items() if value is not None}
         answer, _ = await self._post(f"{self._url}/groups", self._key, given)
-        return [
-            Opened(one["episode"], EpisodeState(one["state"]), one["base_url"], one["api_key"])
-            for one in answer["episodes"]
-        ]
+        return [_opened(one) for one in answer["episodes"]]
+
+    async def open_episode(self, **asked: Any) -> Opened:
+        """Opens one episode."""
+        answer, _ = await self._post(f"{self._url}/episodes", self._key, asked)
+        return _opened(answer)
+
+    async def people(self) -> bool:
+        """Whether people's agents have asked for replies since this was asked the last time."""
+        url = f"{self._url.removesuffix('/v1')}/metrics"
+        status, data, _ = await self._fetch("GET", url, self._key)
+        if status != 200:
+            raise RefusedError(f"{url} answered {status}", status, "")
+        page = data.decode(errors="replace")
+        counts = [metric_sum(page, name) or 0.0 for name in (_REQUESTS, _OF_EPISODES)]
+        theirs, before = counts[0] - counts[1], self._of_people
+        self._of_people = theirs
+        return before is not None and theirs > before
 
     async def can_begin(self, opened: Opened, needs_s: float) -> bool:
         """Whether no run has begun an episode, and it has so many seconds left.
@@ -127,6 +145,19 @@ class ProxyClient:
     async def _ask(
         self, method: str, url: str, key: str, body: object = None
     ) -> tuple[Json, Mapping[str, str]]:
+        status, data, headers = await self._fetch(method, url, key, body)
+        found = json_object(data)
+        if status == 200 and found is not None:
+            return found, headers
+        raw: object = (found or {}).get("error")
+        told = cast(Json, raw) if isinstance(raw, dict) else {}
+        message = f"the proxy answered {status}: {told.get('message', 'no message')!s:.500}"
+        raise RefusedError(message, status, str(told.get("type", "")))
+
+    async def _fetch(
+        self, method: str, url: str, key: str, body: object = None
+    ) -> tuple[int, bytes, Mapping[str, str]]:
+        """The status, body and headers of an answer."""
         sent = {"Authorization": f"Bearer {key}"}
         try:
             async with self._http.request(
@@ -135,15 +166,14 @@ class ProxyClient:
                 data = await answer.content.read(_MOST_ANSWER_BYTES)
                 while len(data) < _MOST_ANSWER_BYTES and not answer.content.at_eof():
                     data += await answer.content.read(_MOST_ANSWER_BYTES - len(data))
-                found, status, headers = json_object(data), answer.status, answer.headers
+                return answer.status, data, answer.headers
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             what = str(error) or type(error).__name__
             raise RolloutError(
                 f"no answer from the proxy at {self._url}: {what}; is `nextstate up` running?"
             ) from error
-        if status == 200 and found is not None:
-            return found, headers
-        raw: object = (found or {}).get("error")
-        told = cast(Json, raw) if isinstance(raw, dict) else {}
-        message = f"the proxy answered {status}: {told.get('message', 'no message')!s:.500}"
-        raise RefusedError(message, status, str(told.get("type", "")))
+
+
+def _opened(answer: Json) -> Opened:
+    state = EpisodeState(answer["state"])
+    return Opened(answer["episode"], state, answer["base_url"], answer["api_key"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ from nextstate.episodes import EpisodeStatus
 from nextstate.errors import NextStateError, RolloutError
 from nextstate.hooks import EnvironmentKind
 from rollout.attempt import Attempt, play
+from rollout.config import open_s
 from rollout.proxy import Opened, ProxyClient
 from rollout.tasks import Task
 
@@ -47,7 +47,7 @@ class Plan:
     @property
     def open_s(self) -> float:
         """The deadline of a group: its episodes may have to wait for places after each other."""
-        return self.deadline_s * (1 + math.ceil(self.group_size / self.parallel))
+        return open_s(self.deadline_s, self.group_size, self.parallel)
 
 
 async def run(

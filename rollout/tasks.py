@@ -70,6 +70,14 @@ def _task(line: bytes, environment: str, check: Callable[[Json], None]) -> Task:
     fields: dict[str, Any] | None = json_object(line)
     if fields is None:
         raise ConfigError('it is no JSON object: expected {"id": "count-1", …}')
+    task = task_of(fields, environment)
+    check(task.fields)
+    return task
+
+
+def task_of(given: Json, environment: str) -> Task:
+    """A task of its fields, with id and split among them. Raises ConfigError."""
+    fields = dict(given)
     name, split = fields.pop("id", None), fields.pop("split", None)
     if not isinstance(name, str) or not is_label(name):
         raise ConfigError(
@@ -78,5 +86,4 @@ def _task(line: bytes, environment: str, check: Callable[[Json], None]) -> Task:
         )
     if split not in (None, *Split):
         raise ConfigError(f"split = {split!r:.80}: expected {' or '.join(Split)}, or none")
-    check(fields)
     return Task(name, Split(split) if split else split_of(environment, name), fields)

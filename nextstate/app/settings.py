@@ -23,6 +23,7 @@ from nextstate.egress import is_here
 from nextstate.errors import ConfigError
 from nextstate.records import MAIN_LINEAGE, names_adapter
 from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
+from rollout.config import RolloutConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
 _LOCAL_JUDGES = ("engine", "rules", "outcome")
@@ -40,6 +41,7 @@ class Settings:
     agents: AgentsConfig
     judge: JudgeConfig
     learner: LearnerConfig
+    rollout: RolloutConfig
     privacy: PrivacyConfig
     lineages: Mapping[str, LineageConfig]
 
@@ -55,6 +57,7 @@ class Settings:
             "agents": AgentsConfig,
             "judge": JudgeConfig,
             "learner": LearnerConfig,
+            "rollout": RolloutConfig,
             "privacy": PrivacyConfig,
         }
         groups = {"lineages": LineageConfig}

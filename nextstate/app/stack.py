@@ -1,4 +1,4 @@
-"""The whole loop on one machine: engine, proxy, judge and learner under one supervisor."""
+"""The whole loop on one machine: engine and stages under one supervisor."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ from nextstate.wire import json_object
 log = logging.getLogger(__name__)
 
 POLL_S = 0.2
-STAGES = ("proxy", "judge", "learner")
-"""In the order in which they end; the engine ends last."""
+STAGES = ("rollout", "proxy", "judge", "learner")
+"""In the order in which they end; the engine ends last. Without `[rollout]` there is no first."""
 _ENGINE_PAUSES_S = 30.0, 30.0
 """Pauses of the engine after an exit with code 2: agents wait for it."""
 
@@ -42,7 +42,8 @@ class Stack:
         port = vllm.free_port() if self.managed else 0
         self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
         self._key = vllm.managed_key(settings.engine) if self.managed else None
-        self.children = {name: stage_process(settings, name, name) for name in STAGES}
+        stages = STAGES if settings.rollout.environment else STAGES[1:]
+        self.children = {name: stage_process(settings, name, name) for name in stages}
         if self._key is not None:
             self.children["engine"] = self._engine(port, self._key)
         self.supervisor = Supervisor(list(self.children.values()), self._write_states)

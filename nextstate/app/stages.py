@@ -42,8 +42,11 @@ from nextstate.engine.process import (
     port_is_free,
 )
 from nextstate.errors import ConfigError, EngineError, StartError
-from nextstate.hooks import load_judge, load_plugin
+from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
 from nextstate.offline import switches
+from nextstate.pace import Pace
+from nextstate.private_files import make_folder
+from nextstate.process_lock import ProcessLock
 from nextstate.records import Decisions, PolicyVersion
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
@@ -186,7 +189,7 @@ def _cannot_listen(settings: Settings, error: OSError) -> StartError:
 async def run_judge(settings: Settings) -> None:
     """Judges turns."""
     from judge.config import plugin_settings
-    from judge.pace import Counted, Pace
+    from judge.pace import Counted
     from judge.stage import run
 
     patience = Patience(math.inf)
@@ -203,13 +206,50 @@ async def run_judge(settings: Settings) -> None:
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
-        pace = Pace(config.share, engine.live_requests) if polite else None
-        judge = kind if pace is None else Counted(kind, pace)
+        counted = Counted(kind, engine.live_requests)
+        pace = Pace(config.share, counted.agents) if polite else None
         try:
-            await run(store, config, judge, engine, stop, pace=pace, profile=profile)
+            await run(store, config, counted, engine, stop, pace=pace, profile=profile)
         finally:
             await kind.close()
     store.close()
+
+
+async def run_rollout(settings: Settings) -> None:
+    """Plays the environment of `[rollout]` through the proxy. Raises ConfigError without one."""
+    import aiohttp
+
+    from rollout.proxy import ProxyClient
+    from rollout.sources import source_of
+    from rollout.stage import run
+
+    config = settings.rollout
+    if not config.environment:
+        raise ConfigError(
+            "[rollout] environment is empty: name one there, or give `nextstate rollout` an "
+            "ENVIRONMENT and --tasks FILE"
+        )
+    patience = Patience(math.inf)
+    stop = _stop_event(patience)
+    kind: EnvironmentKind = load_plugin("environments", config.environment, None)
+    source = await asyncio.to_thread(source_of, config.tasks, config.name, kind)
+    await kind.check_machine()
+    store = await asyncio.to_thread(Store, settings.store, patience=patience)
+    folder = settings.store.path / "rollout"
+    make_folder(folder)
+    taken = f"[rollout] environment = {config.environment!r} is played"
+    with ProcessLock(folder / "lock", taken, "end it, or set another [store] dir"):
+        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+            key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
+            name, extra = settings.engine.name, after_people(settings)
+            proxy = ProxyClient(http, settings.proxy.url, key, name, config.deadline_s, extra)
+            await run(config, kind, source, proxy, store, folder, stop)
+    store.close()
+
+
+def after_people(settings: Settings) -> dict[str, int]:
+    """The fields of a request that a managed engine answers after people's and before votes."""
+    return {"priority": VOTE_PRIORITY - 1} if by_priority(settings.engine) else {}
 
 
 async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> str:
@@ -297,6 +337,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         stop,
         live_requests,
         settings.engine.dtype if settings.engine.mode == "managed" else "auto",
+        examined=[settings.rollout.lineage] if settings.rollout.environment else [],
     )
     store.close()
 

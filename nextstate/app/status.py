@@ -16,11 +16,16 @@ from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_w
 from nextstate.app.settings import Settings
 from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
+from nextstate.exams import FAILED, MISSED, Exam
 from nextstate.prometheus import metric_sum, metric_values
-from nextstate.records import Json
+from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
 from nextstate.wire import json_object, obj
+from rollout.progress import progress_text, read_progress
+
+_EXAMS_SHOWN = 5
+"""The last exam is looked for among so many of the newest versions."""
 
 
 async def status(settings: Settings) -> Json:
@@ -41,6 +46,8 @@ async def status(settings: Settings) -> Json:
         "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
+        "rollout": await asyncio.to_thread(_rollout, settings),
+        "exams": await asyncio.to_thread(_exams, settings, store),
         "environments": await asyncio.to_thread(settled_worth, store),
         "trained_judge": await asyncio.to_thread(trained_worth, settings),
         "judge_agreement": judge_agreement(await asyncio.to_thread(store.judging.labels)),
@@ -55,6 +62,8 @@ def status_lines(found: Json) -> list[str]:
     else:
         shown["trained_judge"] = found["trained_judge"]["text"]
     shown["environments"] = {n: settled_text(one) for n, one in obj(found["environments"]).items()}
+    rollout = found["rollout"]
+    shown["rollout"] = progress_text(rollout) if rollout else "none: see [rollout]"
     shown["watch"] = {name: watch_text(seen) for name, seen in obj(found["watch"]).items()}
     lines: list[str] = []
     for name, value in shown.items():
@@ -80,6 +89,31 @@ def pauses(store: Store, lineages: Sequence[str]) -> dict[str, str]:
         for name in lineages
     }
     return {name: why for name, why in found.items() if why is not None}
+
+
+def _rollout(settings: Settings) -> Json:
+    """What the endless run has done since it began; {} without `[rollout]`, or before it began."""
+    return read_progress(settings.store.path / "rollout") if settings.rollout.environment else {}
+
+
+def _exams(settings: Settings, store: Store) -> dict[str, str]:
+    """By lineage whose candidates take exams: what came of the last one."""
+    if not settings.rollout.environment:
+        return {}
+    name = settings.rollout.lineage
+    texts = [exam_text(version) for version in store.versions.newest(name, _EXAMS_SHOWN)]
+    last = next(filter(None, reversed(texts)), None)
+    return {} if last is None else {name: last}
+
+
+def exam_text(version: PolicyVersion) -> str:
+    """What came of a version's exam; "" if it took none."""
+    exam, which = Exam.of(version.metrics), f"version {version.number}"
+    if FAILED in version.metrics:
+        return f"{which} failed: {exam}"
+    if MISSED in version.metrics:
+        return f"{which} serves without its whole exam: {exam}; does `nextstate rollout` run?"
+    return f"{which}: {exam}" if exam.planned else ""
 
 
 def _watch(settings: Settings, store: Store) -> Json:

@@ -185,7 +185,7 @@ class EngineClient:
         if len(counts) != len(_LIVE_GAUGES):
             raise EngineError(
                 f"{self.url}/metrics lacks {' or '.join(_LIVE_GAUGES)}: start vLLM without "
-                '--disable-log-stats, or set [learner] schedule = "always" or "window"'
+                '--disable-log-stats, or set [learner] schedule = "always" or a time'
             )
         return sum(counts)
 

@@ -78,6 +78,8 @@ class ScoredEpisode:
     outcome: float | None
     steps: tuple[ScoredStep, ...]
     """In their order, without side turns and without those that a retry replaced."""
+    versions: tuple[int, int] | None = None
+    """The oldest and the newest policy version that served it; None: none did."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +145,26 @@ class Groups:
         with self._database.read() as connection:
             rows = connection.execute(query.order_by(_E.lineage, _E.environment)).all()
         return [(row.lineage, row.environment) for row in rows]
+
+    def last(self, beginning: str) -> str | None:
+        """The last group by name of those whose names begin so."""
+        query = sa.select(_G.id).where(*_begins(_G.id, beginning)).order_by(_G.id.desc()).limit(1)
+        with self._database.read() as connection:
+            return connection.execute(query).scalar()
+
+    def unfinished(self, beginning: str) -> list[str]:
+        """The groups with episodes that are open, of those whose names begin so, in order."""
+        still = _E.state == EpisodeState.OPEN.value
+        query = sa.select(_E.group_id).where(*_begins(_E.group_id, beginning), still).distinct()
+        with self._database.read() as connection:
+            return list(connection.execute(query.order_by(_E.group_id)).scalars())
+
+    def attempts(self, beginning: str) -> list[tuple[str, EpisodeState, float | None]]:
+        """(group, state, outcome) of every episode of the groups whose names begin so."""
+        query = sa.select(_E.group_id, _E.state, _E.outcome).where(*_begins(_E.group_id, beginning))
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        return [(row.group_id, EpisodeState(row.state), row.outcome) for row in rows]
 
     def advantages(self, episode_id: str) -> dict[str, tuple[str, float | None, str | None]]:
         """(state of the sample, its advantage, why it was dropped) by turn of an episode."""
@@ -213,6 +235,11 @@ def _groups_of(rows: Sequence[Row]) -> list[Unsettled]:
     ]
 
 
+def _begins(name: sa.ColumnElement[Any], beginning: str) -> tuple[sa.ColumnElement[bool], ...]:
+    """That a name begins so, as a range that an index serves: `~` is the last of its letters."""
+    return name >= beginning, name < f"{beginning}\x7f"
+
+
 def _load(connection: sa.Connection, group: Unsettled) -> Unsettled | None:
     """The group as it is now; None if it is settled."""
     states = EpisodeState.OPEN.value, EpisodeState.CLOSED.value
@@ -229,7 +256,8 @@ def _closed(group: Unsettled) -> list[str]:
 
 def _scored(connection: sa.Connection, episodes: Sequence[str]) -> list[ScoredEpisode]:
     """The episodes with what is known of their steps."""
-    outcomes = sa.select(_E.id, _E.outcome).where(_E.id.in_(episodes)).order_by(_E.id)
+    columns = _E.id, _E.outcome, _E.version_min, _E.version_max
+    outcomes = sa.select(*columns).where(_E.id.in_(episodes)).order_by(_E.id)
     declared: defaultdict[str, list[float]] = defaultdict(list)
     of_steps = _R.episode.in_(episodes), _R.kind == RewardKind.PROCESS.value
     for row in connection.execute(sa.select(_R.turn, _R.value).where(*of_steps)):
@@ -248,7 +276,12 @@ def _scored(connection: sa.Connection, episodes: Sequence[str]) -> list[ScoredEp
         process = math.fsum(told) / len(told) if told else None
         steps[row.episode].append(ScoredStep(row.id, process, bool(row.hinted)))
     return [
-        ScoredEpisode(row.id, row.outcome, tuple(steps[row.id]))
+        ScoredEpisode(
+            row.id,
+            row.outcome,
+            tuple(steps[row.id]),
+            None if row.version_min is None else (row.version_min, row.version_max),
+        )
         for row in connection.execute(outcomes)
     ]
 

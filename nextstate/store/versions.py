@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -59,8 +59,7 @@ class Versions:
         lineage, state, reason = version.lineage, version.state, version.reason
         settled: dict[str, Any] = {"state": SampleState.TRAINED}
         if state is VersionState.REJECTED:
-            why = f"their version {version.number} was rejected: {reason}"
-            settled = {"state": SampleState.DROPPED, "reason": why}
+            settled = {"state": SampleState.DROPPED, "reason": _why_dropped(version, reason)}
         with self._database.write() as connection:
             made = state is VersionState.CANDIDATE
             if made and decided is not None and _decisions(connection, lineage).choices != decided:
@@ -88,15 +87,39 @@ class Versions:
                 values = {"trained_in": version.number} | settled
                 connection.execute(sa.update(t.samples).where(*leased).values(values))
             if give_back:
-                numbers = [*give_back, version.number]
-                dropped = s.lineage == lineage, s.trained_in.in_(numbers)
-                ready = {"state": SampleState.READY, "batch": None, "reason": None}
-                connection.execute(
-                    sa.update(t.samples)
-                    .where(*dropped, s.state == SampleState.DROPPED)
-                    .values(**ready, trained_in=None, screened=None)
-                )
+                _give_back(connection, lineage, [*give_back, version.number])
         return state
+
+    def note(self, lineage: str, number: int, metrics: Mapping[str, float]) -> bool:
+        """Adds metrics to a candidate. False, and nothing is changed, if it waits no more."""
+        v = t.versions.c
+        ours = v.lineage == lineage, v.number == number, v.state == VersionState.CANDIDATE
+        with self._database.write() as connection:
+            known = connection.execute(sa.select(v.metrics).where(*ours)).scalar()
+            if known is None:
+                return False
+            values = {"metrics": dump({**orjson.loads(known), **metrics})}
+            connection.execute(sa.update(t.versions).where(*ours).values(values))
+        return True
+
+    def fail(self, version: PolicyVersion, reason: str, give_back: Sequence[int] = ()) -> bool:
+        """Rejects a candidate that has failed its exam; its adapter stays.
+
+        What becomes of samples is as in `add`. False, and nothing is changed, if it waits no more.
+        """
+        v = t.versions.c
+        waits = sa.and_(v.number == version.number, v.state == VersionState.CANDIDATE)
+        with self._database.write() as connection:
+            state = VersionState.REJECTED
+            if not _set_state(connection, version.lineage, waits, state, reason):
+                return False
+            s = t.samples.c
+            used = s.lineage == version.lineage, s.trained_in == version.number
+            dropped = {"state": SampleState.DROPPED, "reason": _why_dropped(version, reason)}
+            connection.execute(sa.update(t.samples).where(*used).values(dropped))
+            if give_back:
+                _give_back(connection, version.lineage, [*give_back, version.number])
+        return True
 
     def all(self, lineage: str | None = None) -> list[PolicyVersion]:
         """Every version, oldest first, of one lineage or of all."""
@@ -317,6 +340,19 @@ def _version_of(row: Any) -> PolicyVersion:
         metrics=orjson.loads(row.metrics),
         reason=row.reason,
     )
+
+
+def _why_dropped(version: PolicyVersion, reason: str | None) -> str:
+    return f"their version {version.number} was rejected: {reason}"
+
+
+def _give_back(connection: sa.Connection, lineage: str, numbers: Sequence[int]) -> None:
+    """Makes the samples of versions ready again that were dropped with them."""
+    s = t.samples.c
+    dropped = s.lineage == lineage, s.trained_in.in_(numbers), s.state == SampleState.DROPPED
+    ready = {"state": SampleState.READY, "batch": None, "reason": None}
+    again = sa.update(t.samples).where(*dropped)
+    connection.execute(again.values(**ready, trained_in=None, screened=None))
 
 
 def _is_overtaken(connection: sa.Connection, version: PolicyVersion) -> bool:

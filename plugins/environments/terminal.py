@@ -26,6 +26,7 @@ from typing import cast
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
+from plugins.environments.terminal_tasks import numbered
 from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
 
 SUBMIT = "submit"
@@ -139,6 +140,9 @@ class TerminalKind:
 
     def make(self) -> Terminal:
         return Terminal(self._sandbox)
+
+    def generate(self, split: str, number: int) -> Json:
+        return numbered(split, number)
 
 
 def create(settings: object) -> TerminalKind:

@@ -125,12 +125,17 @@ def task(family: str, split: str, seed: int | str) -> Made:
     return {"id": f"{family}-{split}-{seed}", "split": split, **fields}, solution
 
 
+def numbered(split: str, number: int) -> dict[str, Any]:
+    """Task number N of a split; the families take turns."""
+    seed, place = divmod(number, len(FAMILIES))
+    return task([*FAMILIES][place], split, seed)[0]
+
+
 def main(count: int) -> None:
-    """Prints the tasks, one JSON object a line; the families take turns."""
+    """Prints the tasks, one JSON object a line."""
     for split, many in (("train", count), ("eval", -(-count // _EVAL_OF))):
         for number in range(many):
-            seed, place = divmod(number, len(FAMILIES))
-            print(json.dumps(task([*FAMILIES][place], split, seed)[0]))
+            print(json.dumps(numbered(split, number)))
 
 
 if __name__ == "__main__":

@@ -227,6 +227,11 @@ class ToolsKind:
     def make(self) -> Tools:
         return Tools()
 
+    def generate(self, split: str, number: int) -> Json:
+        from plugins.environments.tool_tasks import numbered  # it imports this module
+
+        return numbered(split, number)
+
 
 def create(settings: object) -> ToolsKind:
     return ToolsKind()

@@ -17,7 +17,7 @@ import pytest
 from judge import groups
 from judge.advantages import ALL_SOLVED
 from judge.config import JudgeConfig
-from judge.groups import CLOSING_S, EPISODE_S, JUDGING_S, is_over, settle_over
+from judge.groups import CLOSING_S, EPISODE_S, JUDGING_S, MOST_APART, is_over, settle_over
 from judge.stage import run
 from nextstate.config import StoreConfig
 from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Reward, RewardKind, Split
@@ -196,6 +196,27 @@ def test_a_person_who_speaks_before_the_settling_takes_the_place_of_votes(store:
     attempt(store, "e-2", 0.0)
     settle_over(store, 0)
     assert advantages(store) == {"a": -1.0, "b": 1.0}
+
+
+@pytest.mark.parametrize(("newest", "compared"), [(MOST_APART, True), (MOST_APART + 1, False)])
+def test_a_group_that_versions_far_apart_have_served_is_not_compared(
+    store: Store, newest: int, compared: bool
+) -> None:
+    for number, version in enumerate((0, newest)):
+        name = f"e-{number}"
+        open_episode(store, name, size=2)
+        take(store, name, (f"t-{number}", [1]), policy_version=version)
+        close(store, name, float(number))
+    settle_over(store, 0)
+    if compared:
+        assert advantages(store) == {"t-0": -1.0, "t-1": 1.0}
+        return
+    found = samples(store)
+    assert {(state, advantage) for state, advantage, _ in found.values()} == {("dropped", None)}
+    assert all("served by the versions 0 to 5" in (why or "") for _, _, why in found.values())
+    episode = store.episodes.get("e-1")
+    assert episode is not None
+    assert episode.state is EpisodeState.SETTLED  # its outcome still counts as one of its task
 
 
 def test_a_group_that_is_solved_teaches_nothing_and_says_so(store: Store) -> None:

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from judge.pace import LONGEST_REST_S, LOOK_S, QUIET_S, Counted, Pace, rest_s
+from judge.pace import Counted
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import Evidence
+from nextstate.pace import LONGEST_REST_S, LOOK_S, QUIET_S, Pace, rest_s
 from nextstate.records import Vote
 from tests.judge.test_stage import ScriptedJudge
 
@@ -32,8 +33,12 @@ class Engine:
         return self.now
 
 
+def judge_on(engine: Engine) -> Counted:
+    return Counted(ScriptedJudge(lambda *_: Vote(1)), engine.live_requests)
+
+
 def pace_on(engine: Engine, share: float = 0.1) -> Pace:
-    return Pace(share, engine.live_requests, engine.clock)
+    return Pace(share, judge_on(engine).agents, engine.clock)
 
 
 def allowed(pace: Pace, wanted: int = 16, held: int = 0) -> int:
@@ -42,10 +47,11 @@ def allowed(pace: Pace, wanted: int = 16, held: int = 0) -> int:
 
 def test_on_an_engine_that_agents_do_not_use_the_judge_has_no_limit() -> None:
     engine = Engine()
-    pace = pace_on(engine)
+    judge = judge_on(engine)
+    pace = Pace(0.1, judge.agents, engine.clock)
     assert allowed(pace) == 16
     engine.now += LOOK_S
-    engine.live = pace.asking = 6
+    engine.live = judge.asking = 6
     assert allowed(pace, 14, held=2) == 14
 
 
@@ -67,7 +73,7 @@ def test_while_agents_use_the_engine_it_takes_one_turn_at_a_time_and_rests() -> 
     assert allowed(pace) == 1
     assert allowed(pace, held=1) == 0
     engine.now += 0.5
-    pace.judged(0.5)
+    pace.worked(0.5)
     assert allowed(pace) == 0
     engine.now += 4.4
     assert allowed(pace) == 0
@@ -88,37 +94,34 @@ def test_the_limit_ends_some_time_after_the_last_request_of_an_agent() -> None:
 
 def test_an_agent_is_seen_beside_the_judges_own_votes() -> None:
     engine = Engine(7)
-    pace = pace_on(engine)
-    pace.asking = 6
-    assert allowed(pace, held=2) == 0
+    judge = judge_on(engine)
+    judge.asking = 6
+    assert allowed(Pace(0.1, judge.agents, engine.clock), held=2) == 0
 
 
 def test_votes_that_end_while_the_engine_is_asked_do_not_count_as_an_agents_requests() -> None:
-    pace = pace_on(Engine())
-
     async def ending() -> int:
-        pace.asking = 0
+        judge.asking = 0
         return 3
 
-    pace._live_requests = ending
-    pace.asking = 3
-    assert allowed(pace, held=1) == 16
+    judge = Counted(ScriptedJudge(lambda *_: Vote(1)), ending)
+    judge.asking = 3
+    assert not asyncio.run(judge.agents())
 
 
 def test_votes_under_way_are_counted_whether_they_succeed_or_not() -> None:
-    pace = pace_on(Engine())
     seen: list[int] = []
 
     def answer(_: Evidence, call: int) -> Vote | Exception:
-        seen.append(pace.asking)
+        seen.append(judge.asking)
         return Vote(1) if call == 1 else JudgeError("no")
 
-    judge = Counted(ScriptedJudge(answer), pace)
+    judge = Counted(ScriptedJudge(answer), Engine().live_requests)
     evidence = Evidence((), "r", ())
     assert asyncio.run(judge.vote(evidence, 1)) == Vote(1)
     with pytest.raises(JudgeError):
         asyncio.run(judge.vote(evidence, 2))
-    assert (seen, pace.asking, judge.deterministic) == ([1, 1], 0, False)
+    assert (seen, judge.asking, judge.deterministic) == ([1, 1], 0, False)
 
 
 def test_the_engine_is_asked_at_most_once_a_second() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -58,7 +58,11 @@ def with_hook(monkeypatch: pytest.MonkeyPatch, hook: Callable[[PolicyTrainer], o
 
 
 def train(
-    recorded: Recorded, model_path: str, engine: FakeEngine, config: LearnerConfig = CONFIG
+    recorded: Recorded,
+    model_path: str,
+    engine: FakeEngine,
+    config: LearnerConfig = CONFIG,
+    examined: Sequence[str] = (),
 ) -> None:
     stage.run(
         recorded.store,
@@ -67,6 +71,7 @@ def train(
         ["main"],
         engine,
         engine.stop,
+        examined=examined,
         first_wait_s=0.001,
         full_disk_wait_s=0.001,
     )

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from learner.config import LearnerConfig
-from learner.schedule import Schedule, contains, parse_window
+from learner.schedule import Schedule, contains, parse_schedule
 from nextstate.errors import ConfigError, EngineError
 
 MONDAY = datetime(2026, 11, 23)
@@ -41,7 +41,7 @@ def idle(day: Day, live: Callable[[], int], patience_s: float = 60.0) -> Schedul
 
 
 def window(day: Day, text: str) -> Schedule:
-    return Schedule("window", day.wait, window=parse_window(text), local_time=lambda: day.now)
+    return Schedule("window", day.wait, window=parse_schedule(text)[1], local_time=lambda: day.now)
 
 
 TIMES = st.times().map(lambda at: at.replace(second=0, microsecond=0))
@@ -52,7 +52,8 @@ def test_a_window_contains_its_start_and_what_follows_up_to_its_end(
     start: time, end: time, moment: time
 ) -> None:
     assume(start != end)
-    window = parse_window(f"{start:%H:%M}-{end:%H:%M}")
+    _, window = parse_schedule(f"{start:%H:%M}-{end:%H:%M}")
+    assert window is not None
     ahead = [
         (at.hour * 60 + at.minute - start.hour * 60 - start.minute) % 1440 for at in (moment, end)
     ]
@@ -64,9 +65,9 @@ def test_a_window_contains_its_start_and_what_follows_up_to_its_end(
     ["", "22-7", "22:00-07:00,", "fri 22:00-07:00", "22:60-07:00", "22:00-24:00", "07:00-07:00"],
 )
 def test_a_window_that_means_nothing_is_refused_with_its_key(text: str) -> None:
-    expected = rf"\[learner\] window = {text!r}: expected two different times"
+    expected = rf"\[learner\] schedule = {text!r}: expected always, idle, or two different times"
     with pytest.raises(ConfigError, match=expected):
-        LearnerConfig(window=text)
+        LearnerConfig(schedule=text)
 
 
 @pytest.mark.parametrize(("text", "opens"), [("13:00-14:00", 13), ("22:00-07:00", 22)])

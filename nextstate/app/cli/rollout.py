@@ -1,4 +1,4 @@
-"""`nextstate rollout`: plays the tasks of an environment through the running proxy."""
+"""`nextstate rollout`: plays tasks through the running proxy, or the stage of `[rollout]` alone."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ A task is a line of JSON: {"id", "split"?, …}, with the fields of its environm
  "files": {"a.txt": "x\\ny\\n"}, "check": "test $(cat n.txt) = 2"}
 
 examples:
+  nextstate rollout                                              what [rollout] says, without end
   nextstate rollout terminal --tasks tasks.jsonl                 four attempts at each task
   nextstate rollout terminal --tasks tasks.jsonl --parallel 32 --epochs 10
   nextstate rollout terminal --tasks tasks.jsonl --run night-1   after a kill, the same again
@@ -30,7 +31,6 @@ examples:
   nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
 """
-_MOST_PARALLEL = 256
 _STOPPED = 128 + signal.SIGTERM
 
 
@@ -41,9 +41,10 @@ def add(subparsers: Any) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_json(parser)
     text = "a file of plugins/environments/, as terminal, or module:function"
-    parser.add_argument("environment", metavar="ENVIRONMENT", help=text)
+    text += " (default: what [rollout] says, without end)"
+    parser.add_argument("environment", metavar="ENVIRONMENT", nargs="?", help=text)
     text = "the tasks, one JSON object a line"
-    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help=text)
+    parser.add_argument("--tasks", type=Path, metavar="FILE", help=text)
     text = "play the held-out tasks, which never train, instead of the others"
     parser.add_argument("--eval", action="store_true", help=text)
     numbers = {
@@ -74,6 +75,11 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     guard(settings.hosts)
+    if args.environment is None:
+        from nextstate.app.stages import run_rollout
+
+        asyncio.run(run_rollout(settings))
+        return 0
     began = time.monotonic()
     try:
         attempts = asyncio.run(_play(args, settings))
@@ -89,20 +95,23 @@ def run(args: argparse.Namespace) -> int:
 async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attempt]:
     import aiohttp
 
+    from nextstate.app.stages import after_people
     from nextstate.config import secret
-    from nextstate.engine.process import VOTE_PRIORITY, by_priority
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
     from nextstate.hooks import EnvironmentKind, load_plugin
     from rollout import runner
+    from rollout.config import MOST_PARALLEL, environment_name
     from rollout.proxy import ProxyClient
     from rollout.tasks import read_tasks
 
+    if args.tasks is None:
+        raise ConfigError(f"--tasks is missing: name a file of tasks for {args.environment}")
     sizes = (args.parallel, args.epochs, args.max_calls, args.deadline)
-    if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > _MOST_PARALLEL:
-        raise ConfigError(f"expected numbers of at least 1, and --parallel up to {_MOST_PARALLEL}")
+    if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > MOST_PARALLEL:
+        raise ConfigError(f"expected numbers of at least 1, and --parallel up to {MOST_PARALLEL}")
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
-    name = args.environment.rpartition(":")[0] or args.environment
+    name = environment_name(args.environment)
     split = Split.EVAL if args.eval else Split.TRAIN
     read = await asyncio.to_thread(read_tasks, args.tasks, name, kind.check_task)
     tasks = [task for task in read if task.split is split]
@@ -129,9 +138,8 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-        engine = settings.engine
-        extra = {"priority": VOTE_PRIORITY - 1} if by_priority(engine) else {}  # people go first
-        proxy = ProxyClient(http, settings.proxy.url, key, engine.name, args.deadline, extra)
+        name, extra = settings.engine.name, after_people(settings)
+        proxy = ProxyClient(http, settings.proxy.url, key, name, args.deadline, extra)
         return await runner.run(
             plan, tasks * args.epochs, kind, proxy, _tell_json if args.json else _tell
         )

@@ -1,0 +1,69 @@
+"""How long a candidate waits for its exam, and what comes of it.
+
+A candidate of a lineage that learns in environments plays held-out tasks before it serves, beside
+its parent. The stage `rollout` plays them, through the proxy and pinned to each version, and keeps
+the counts in the store. The lineage takes no batch meanwhile; other lineages go on. If nobody
+begins the exam, or it takes too long, the candidate serves without the rest of it, and says so.
+Everything is in the store, so a learner that was killed finds the exam where it was.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from learner.gate import exam_objection
+from nextstate.exams import FAILED, MISSED, Exam
+from nextstate.records import PolicyVersion
+from nextstate.store import Store
+
+log = logging.getLogger(__name__)
+
+BEGIN_S = 60.0
+"""How long a candidate waits for its exam to begin: a rollout looks every second."""
+LONGEST_S = 900.0
+"""How long it waits for the end."""
+
+
+class Examining:
+    """The exams of one lineage's candidates."""
+
+    def __init__(
+        self, store: Store, lineage: str, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._store = store
+        self._lineage = lineage
+        self._clock = clock
+        self._waits: tuple[int, float] | None = None
+        """The candidate that waits, and since when."""
+
+    def waits(self, candidate: PolicyVersion) -> str | None:
+        """What the candidate waits for; None once it is to be decided on."""
+        if self._waits is None or self._waits[0] != candidate.number:
+            self._waits = candidate.number, self._clock()
+        exam, waited_s = Exam.of(candidate.metrics), self._clock() - self._waits[1]
+        if exam.is_over or waited_s > (LONGEST_S if exam.planned else BEGIN_S):
+            return None
+        what = f"version {candidate.number} takes its exam before it serves"
+        if exam.planned:
+            return f"{what}: {exam}; it is waited for {LONGEST_S / 60:g} min at most"
+        return f"{what}: `nextstate rollout` has not begun it; {BEGIN_S:g} s are waited"
+
+    def objection(self, candidate: PolicyVersion) -> str | None:
+        """Why a candidate that need not wait any more must not serve; None: it may.
+
+        Notes in the store that an exam was missed, or failed.
+        """
+        self._waits = None
+        exam = Exam.of(candidate.metrics)
+        reason = exam_objection(exam)
+        where = f"lineage={self._lineage} version={candidate.number}"
+        if reason is not None:
+            self._store.versions.note(self._lineage, candidate.number, {FAILED: 1.0})
+        elif not exam.is_over:
+            self._store.versions.note(self._lineage, candidate.number, {MISSED: 1.0})
+            log.warning("it serves without its whole exam %s: %s", where, exam)
+        else:
+            log.info("exam passed %s: %s", where, exam)
+        return reason
