@@ -96,7 +96,7 @@ def _local(kind: Any, model_path: str, **options: Any) -> Any:
         reason = str(error).strip().split("\n")[0]
         remedy = "name a folder with weights and tokenizer"
         if re.fullmatch(r"[\w.-]+/[\w.-]+", model_path) and not Path(model_path).exists():
-            remedy = f"run `hf download {model_path}` once, or name a folder with all its files"
+            remedy = f"run `nextstate fetch {model_path}` once, or name a folder with all its files"
         raise StartError(
             f"[engine] model = {model_path!r} cannot be loaded for training from local "
             f"files: {reason}; {remedy}"

@@ -96,6 +96,15 @@ class Stack:
             with suppress(asyncio.CancelledError):
                 await ready
 
+    async def health(self) -> Json:
+        """The proxy's answer to /healthz; {} while it does not answer."""
+        async with aiohttp.ClientSession() as session:
+            return await _healthz(session, self.settings.proxy.url)
+
+    def states(self) -> dict[str, str]:
+        """The state of each process, the engine first."""
+        return {name: self.children[name].state for name in sorted(self.children, key=_order)}
+
     async def _ready(self) -> None:
         url = self.settings.proxy.url
         async with aiohttp.ClientSession() as session:
@@ -107,9 +116,8 @@ class Stack:
             child.was_ready = True
 
     def _write_states(self) -> None:
-        states = {name: child.state for name, child in self.children.items()}
         try:
-            write_child_states(self.dir, states)
+            write_child_states(self.dir, self.states())
         except OSError as error:
             log.warning("`nextstate status` does not show the processes' states: %s", error)
 
@@ -136,6 +144,11 @@ class Stack:
                 "model and args"
             ),
         )
+
+
+def _order(name: str) -> int:
+    """The place of a process in what people see: as a request goes through them."""
+    return ("engine", *STAGES).index(name)
 
 
 async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:

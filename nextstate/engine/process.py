@@ -16,6 +16,7 @@ from nextstate.config import EngineConfig, secret
 from nextstate.engine.key_check import KEY_VARIABLE, KeyCheck
 from nextstate.errors import ConfigError, StartError
 from nextstate.offline import SWITCHES
+from nextstate.wire import json_object, obj
 
 HOST = "127.0.0.1"
 VOTE_PRIORITY = 10
@@ -156,12 +157,16 @@ def check_model(config: EngineConfig) -> None:
                 "name a folder in the Hugging Face format"
             )
         return
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", config.model) and _in_hub_cache(config.model):
-        return
-    raise StartError(
-        f"[engine] model = {config.model!r} is neither a folder with weights nor in the local "
-        f"model cache: run `hf download {config.model}` once, or name another in [engine] model"
-    )
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.model):
+        raise StartError(
+            f"[engine] model = {config.model!r} is neither a folder on this machine nor a name "
+            "like OWNER/NAME: name another"
+        )
+    if not _in_hub_cache(config.model):
+        raise StartError(
+            f"[engine] model = {config.model!r} is neither a folder with weights nor whole in the "
+            f"local model cache: run `nextstate fetch {config.model}` once, or name another"
+        )
 
 
 def check_package() -> None:
@@ -189,9 +194,18 @@ def on_cpu() -> bool:
 
 
 def _in_hub_cache(repository: str) -> bool:
+    """Whether a model is in the cache with all its weights: a download may have been cut."""
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repository, "config.json"), str)
+    found = try_to_load_from_cache(repository, "config.json")
+    if not isinstance(found, str):
+        return False
+    folder = Path(found).parent
+    indexes = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    if not indexes:
+        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+    index = json_object(indexes[0].read_bytes()) or {}
+    return all((folder / str(name)).exists() for name in obj(index.get("weight_map")).values())
 
 
 def server_environment(config: EngineConfig, key: str) -> dict[str, str]:

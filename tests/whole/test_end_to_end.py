@@ -240,7 +240,7 @@ def test_a_vllm_that_dies_at_start_is_one_clear_message(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ((f'model = "{POLICY}"', 'model = "nobody/nothing"'), "hf download nobody/nothing"),
+        ((f'model = "{POLICY}"', 'model = "nobody/nothing"'), "nextstate fetch nobody/nothing"),
         ((f'model = "{POLICY}"', 'model = "/"'), "config.json"),
         (("port = ", "prot = "), "did you mean 'port'?"),
     ],

@@ -123,7 +123,7 @@ def test_a_missing_model_is_not_looked_up_on_the_internet(tmp_path: Path, comman
         assert process.wait() == 2
     if command == "learner":
         assert "[engine] model = 'someone/absent' cannot be loaded" in said
-        assert "`hf download someone/absent` once" in said
+        assert "`nextstate fetch someone/absent` once" in said
     assert watched.noted == {"armed"}
 
 

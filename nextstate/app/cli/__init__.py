@@ -21,6 +21,7 @@ from nextstate.app.cli import (
     episodes,
     export,
     feedback,
+    fetch,
     forget,
     judge,
     learner,
@@ -64,12 +65,14 @@ _COMMANDS = (
     verify,
     export,
     doctor,
+    fetch,
 )
 """In the order in which `nextstate --help` lists them."""
 _EPILOG = """\
 examples:
-  nextstate doctor                      is everything there that `nextstate up` needs?
   nextstate up                          start engine, proxy, judge and learner
+  nextstate fetch                       download the model of nextstate.toml
+  nextstate doctor                      is everything there that `nextstate up` needs?
   nextstate connect openclaw            make an agent talk to the proxy, by its own settings
   nextstate rollout terminal --tasks tasks.jsonl
                                         agents try tasks in a sandbox, and the policy learns

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from nextstate.app.cli.common import add_command
@@ -18,10 +19,9 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nextstate.app.doctor import checks
-    from nextstate.app.settings import Settings
-
     if args.egress:
+        from nextstate.app.settings import Settings
+
         hosts = Settings.read(args.config).hosts
         print("this machine: always")
         for host, key in hosts.items():
@@ -29,9 +29,16 @@ def run(args: argparse.Namespace) -> int:
         if not hosts:
             print("no other host may be reached")
         return 0
-    failed = False
-    for check in checks(args.config):
-        failed = failed or check.problem is not None
+    return 0 if show_checks(args.config) else EXIT_USAGE
+
+
+def show_checks(config: Path) -> bool:
+    """Prints each check; True if nothing is missing."""
+    from nextstate.app.doctor import checks
+
+    well = True
+    for check in checks(config):
+        well = well and check.problem is None
         mark = "FAIL" if check.problem else " ok "
-        print(f"{mark}  {check.name}: {check.problem or check.found}")
-    return EXIT_USAGE if failed else 0
+        print(f"{mark}  {check.name}: {check.problem or check.found}", flush=True)
+    return well

@@ -24,8 +24,8 @@ _JUDGED = 1000
 _VERSIONS, _CHANGES, _DAYS = 20, 5, 14
 _LEVEL = 0.05
 """At each end of the interval: 90 % lie within."""
-_WELL = ("running", "ready")
-"""Beginnings of the states of a process that is well."""
+_WELL = "up", "not started"
+"""The states of a process that is well."""
 
 
 def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
@@ -49,7 +49,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "most": max(count for _, count in days),
         "changes": newest,
         "made_at": store.versions.made_at(lineage, [version.number for version in newest]),
-        "waits": problem or _waits(settings, store, lineage, counts),
+        "waits": problem or waits(settings, store, lineage, counts),
         "paused": why_paused(store, lineage),
         "problems": problems(settings, health, problem),
         "judges": _judges(store),
@@ -135,7 +135,7 @@ def problems(settings: Settings, health: Json, training: str | None) -> list[str
     found += [
         f"The part {name}: {state}"
         for name, state in read_child_states(settings.store.path).items()
-        if not str(state).startswith(_WELL)
+        if state not in _WELL
     ]
     if lacks := health.get("learning_lacks"):
         found.append(f"The engine lacks what learning needs: {', '.join(map(str, lacks))}")
@@ -146,7 +146,7 @@ def problems(settings: Settings, health: Json, training: str | None) -> list[str
     return found
 
 
-def _waits(settings: Settings, store: Store, lineage: str, counts: Mapping[str, int]) -> str:
+def waits(settings: Settings, store: Store, lineage: str, counts: Mapping[str, int]) -> str:
     """What the next update waits for."""
     config = settings.learner
     scored = config.method not in ("opd", "opd_topk")

@@ -1,0 +1,38 @@
+"""`nextstate fetch`: downloads a model, because somebody said so."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nextstate.app.cli.common import add_command
+
+_EPILOG = """\
+It takes the weights, the tokenizer and the configuration, each once, into the local model cache
+(HF_HOME names another folder). No other command downloads anything.
+
+examples:
+  nextstate fetch                       the model of nextstate.toml
+  nextstate fetch Qwen/Qwen3-4B-Instruct-2507
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "fetch", run, "download a model into the local model cache")
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    text = "its name on the model hub (default: [engine] model)"
+    parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from nextstate.app.fetching import fetch, hub_name, missing, size_text
+    from nextstate.app.settings import Settings
+
+    found = missing(hub_name(args.model or Settings.read(args.config).engine.model))
+    if not found.files:
+        print(f"{found.model} is here already")
+        return 0
+    print(f"{found.model}: {len(found.files)} files, {size_text(found.size)}", flush=True)
+    print(f"{found.model} is here: {fetch(found)}")
+    return 0
