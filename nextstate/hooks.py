@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol, cast, runtime_checkable
 
 from nextstate.errors import PluginError
 from nextstate.records import Json, NextState, Source, TurnKind, Vote
@@ -181,6 +181,15 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class Pictured(Protocol):
+    """An environment that a person can look at."""
+
+    async def picture(self) -> bytes | None:
+        """What the agent sees now, as a JPEG; None: there is nothing to be seen."""
+        ...
+
+
 class EnvironmentKind(Protocol):
     """One kind of environment, from which each episode gets its own."""
 
@@ -193,6 +202,15 @@ class EnvironmentKind(Protocol):
         ...
 
     def make(self) -> Environment: ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A kind whose environments share something, such as browsers."""
+
+    async def release(self) -> None:
+        """Releases what was shared; called when no episode runs. It may be used again."""
+        ...
 
 
 def load_judge(kinds: Sequence[str], settings: JudgeSettings) -> JudgeKind:

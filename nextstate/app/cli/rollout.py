@@ -93,6 +93,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     from nextstate.errors import ConfigError
     from nextstate.hooks import EnvironmentKind, load_plugin
     from rollout import runner
+    from rollout.pictures import Pictures
     from rollout.proxy import ProxyClient
     from rollout.tasks import read_tasks
 
@@ -130,9 +131,9 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
         engine = settings.engine
         extra = {"priority": VOTE_PRIORITY - 1} if by_priority(engine) else {}  # people go first
         proxy = ProxyClient(http, settings.proxy.url, key, engine.name, args.deadline, extra)
-        return await runner.run(
-            plan, tasks * args.epochs, kind, proxy, _tell_json if args.json else _tell
-        )
+        tell = _tell_json if args.json else _tell
+        pictures = Pictures(settings.store.path / "pictures")
+        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures)
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
