@@ -12,6 +12,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from nextstate.episodes import is_label
 from nextstate.hooks import Acted, Environment, Pictured, Scored
 from nextstate.records import Json
 
@@ -32,7 +33,7 @@ class Pictures:
 
     def of(self, episode: str, environment: Environment) -> Environment:
         """The environment, made to keep the pictures of this episode if it has some."""
-        if not isinstance(environment, Pictured):
+        if not isinstance(environment, Pictured) or not is_label(episode):
             return environment
         self._begun += 1
         return _Kept(self, episode, environment) if self._begun % ONE_OF == 1 else environment

@@ -119,7 +119,8 @@ class _Browser:
 
     async def keep(self) -> None:
         """Runs the browser until `end`; then nothing of it is left."""
-        driver = process = folder = None
+        process = folder = None
+        driver: Any = None
         try:
             async with _answers("start", self._limits.start_s):
                 folder = Path(tempfile.mkdtemp(prefix="nextstate-browser-"))

@@ -80,6 +80,7 @@ def test_an_environment_without_a_look_or_with_a_broken_one_is_played_as_it_is(
 ) -> None:
     for environment in (Blind(), Broken()):
         play(Pictures(tmp_path), "e", environment)
+    play(Pictures(tmp_path / "in"), "../out", Seen())
     assert files(tmp_path) == {}
 
 
