@@ -136,6 +136,7 @@ class _Browser:
                     handle_sighup=False,
                 )
                 process = _process(folder / "pid")
+                browser.on("disconnected", lambda _: self.end())  # it died
             self._running.set_result(browser)
             await self._over.wait()
         except RolloutError as error:
