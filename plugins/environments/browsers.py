@@ -167,6 +167,7 @@ class _Browser:
                     accept_downloads=False,
                     service_workers="block",
                 )
+                context.set_default_timeout(0)  # `answer_s` holds, not Playwright's half a minute
                 await context.route(_OTHERS, _refuse)
                 return Tab(await context.new_page(), self._limits.answer_s)
         except BaseException:
