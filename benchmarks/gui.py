@@ -1,7 +1,8 @@
 """Episodes a second of the environment `gui`, with an agent that knows each task's solution.
 
 No model and no proxy: what a real Chromium takes for its pages. Each row plays as many episodes on
-every page, held-out tasks, with so many at once.
+every page, held-out tasks, with so many at once. CPU seconds are those of Python, of Playwright's
+driver and of all processes of the browsers.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import asyncio
 import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
+import psutil
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -53,8 +56,17 @@ async def play(kind: PageKind, page: str, number: int, times: Times, pictures: b
         await environment.close()
 
 
-async def measure(parallel: int, each: int, pictures: bool) -> tuple[float, float, Times]:
-    """Seconds until the first tab answers, episodes a second after that, times."""
+def cpu_s() -> float:
+    """CPU seconds that this process and its descendants have used."""
+    found = 0.0
+    for one in (own := psutil.Process(), *own.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            found += sum(one.cpu_times()[:4])
+    return found
+
+
+async def measure(parallel: int, each: int, pictures: bool) -> tuple[float, float, float, Times]:
+    """Seconds until all tabs are open; after that episodes a second, CPU seconds of each, times."""
     kind, times, places = create(None), Times(), asyncio.Semaphore(parallel)
 
     async def one(page: str, number: int, of: Times) -> None:
@@ -64,9 +76,10 @@ async def measure(parallel: int, each: int, pictures: bool) -> tuple[float, floa
     try:
         began = time.monotonic()
         await asyncio.gather(*(one("click-button", at, Times()) for at in range(parallel)))
-        started = time.monotonic()
+        started, used, count = time.monotonic(), cpu_s(), each * len(PAGES)
         await asyncio.gather(*(one(page, at, times) for at in range(each) for page in PAGES))
-        return started - began, each * len(PAGES) / (time.monotonic() - started), times
+        rate, cost = count / (time.monotonic() - started), (cpu_s() - used) / count
+        return started - began, rate, cost, times
     finally:
         await kind.release()
 
@@ -82,14 +95,22 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=8, help="episodes on each page (default: 8)")
     parser.add_argument("--pictures", action="store_true", help="take a picture at each step")
     args = parser.parse_args()
-    columns = ("at once", "until ready, s", "episodes/s", "reset, ms", "step, ms", "picture, ms")
+    columns = ("at once", "until ready, s", "episodes/s", "CPU, s an episode")
+    columns += ("reset, ms", "step, ms", "picture, ms")
     table = Table(*columns, box=box.MARKDOWN)
     for parallel in PARALLEL:
-        ready, rate, times = asyncio.run(measure(parallel, args.each, args.pictures))
+        ready, rate, cost, times = asyncio.run(measure(parallel, args.each, args.pictures))
         shown = middle(times.picture) if args.pictures else "–"
-        row = (f"{ready:.1f}", f"{rate:.1f}", middle(times.reset), middle(times.step), shown)
+        row = (
+            f"{ready:.1f}",
+            f"{rate:.1f}",
+            f"{cost:.2f}",
+            middle(times.reset),
+            middle(times.step),
+            shown,
+        )
         table.add_row(str(parallel), *row)
-    Console(width=120).print(table)
+    Console(width=140).print(table)
     print(f"load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
 
 

@@ -41,9 +41,11 @@ _FLAGS = (
     *("--disable-component-update", "--disable-sync", "--disable-breakpad", "--hide-scrollbars"),
     *("--disable-background-timer-throttling", "--disable-renderer-backgrounding"),
     *("--disable-backgrounding-occluded-windows", "--block-new-web-contents", "--in-process-gpu"),
-    "--disable-features=BackForwardCache,Translate",
+    "--disable-site-isolation-trials",
+    "--disable-features=BackForwardCache,RenderDocument,Translate,IsolateOrigins,InitialWebUI",
 )
-"""`--no-sandbox`: bubblewrap's is around it, in which Chromium can make none of its own."""
+"""`--no-sandbox`: bubblewrap's is around it, in which Chromium can make none of its own. Without
+site isolation and RenderDocument a page is opened in a quarter less CPU time; all are files."""
 
 
 @dataclass(frozen=True, slots=True)
