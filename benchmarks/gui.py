@@ -16,14 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 
 import psutil
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from plugins.environments.gui import PageKind, create
 from plugins.environments.gui_tasks import PAGES, solution, task
-
-PARALLEL = (1, 4, 8, 16)
 
 
 @dataclass(slots=True)
@@ -93,25 +88,20 @@ def middle(values: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--each", type=int, default=8, help="episodes on each page (default: 8)")
+    parser.add_argument("--at-once", type=int, nargs="+", default=[1, 4, 8, 16], metavar="N")
     parser.add_argument("--pictures", action="store_true", help="take a picture at each step")
     args = parser.parse_args()
-    columns = ("at once", "until ready, s", "episodes/s", "CPU, s an episode")
-    columns += ("reset, ms", "step, ms", "picture, ms")
-    table = Table(*columns, box=box.MARKDOWN)
-    for parallel in PARALLEL:
+    print(
+        "| at once | until ready, s | episodes/s | CPU, s an episode | reset, ms | step, ms |",
+        end="",
+    )
+    print(" picture, ms | load |\n|---|---|---|---|---|---|---|---|")
+    for parallel in args.at_once:
         ready, rate, cost, times = asyncio.run(measure(parallel, args.each, args.pictures))
         shown = middle(times.picture) if args.pictures else "–"
-        row = (
-            f"{ready:.1f}",
-            f"{rate:.1f}",
-            f"{cost:.2f}",
-            middle(times.reset),
-            middle(times.step),
-            shown,
-        )
-        table.add_row(str(parallel), *row)
-    Console(width=140).print(table)
-    print(f"load of the machine at the end: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores")
+        row = f"| {parallel} | {ready:.1f} | {rate:.2f} | {cost:.2f} | {middle(times.reset)} "
+        row += f"| {middle(times.step)} | {shown} | {os.getloadavg()[0]:.0f} |"
+        print(row, flush=True)
 
 
 if __name__ == "__main__":
