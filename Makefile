@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium seed-policy tool-policy bench lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui seed-policy tool-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -91,12 +91,15 @@ bubblewrap:  ## install what the sandboxes of `nextstate rollout terminal` are m
 # What says whether a page can be used with a keyboard and a screen reader: only tests use it.
 AXE := axe-core@4.14.1
 
-chromium:  ## install the browser and the checker with which the tests look at the web page
+chromium:  ## install the browser of the environment gui, and what checks the web page in it
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y chromium; } || \
 	  { echo "chromium cannot be installed with apt-get here: install it yourself"; exit 2; }
 	@test -e .browser/node_modules/axe-core/axe.min.js || \
 	  npm install --prefix .browser --no-save --ignore-scripts --no-audit --no-fund $(AXE) || \
 	  { echo "axe-core cannot be installed with npm here: its test is skipped"; exit 2; }
+
+gui: env bubblewrap chromium  ## install what `nextstate rollout gui` needs: pages, Playwright, a browser
+	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/gui.txt
 
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy

@@ -181,6 +181,15 @@ class Environment(Protocol):
         ...
 
 
+@runtime_checkable
+class Pictured(Protocol):
+    """An environment that a person can look at."""
+
+    async def picture(self) -> bytes | None:
+        """What the agent sees now, as a JPEG; None: there is nothing to be seen."""
+        ...
+
+
 class EnvironmentKind(Protocol):
     """One kind of environment, from which each episode gets its own."""
 
@@ -205,6 +214,15 @@ class GeneratesTasks(Protocol):
         Always the same for these two. What is `eval` differs from all that is `train`, and
         families take turns.
         """
+        ...
+
+
+@runtime_checkable
+class Shared(Protocol):
+    """A kind whose environments share something, such as browsers."""
+
+    async def release(self) -> None:
+        """Releases what was shared; called when no episode runs. It may be used again."""
         ...
 
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from nextstate.agreement import proportion_interval
 from nextstate.episodes import EpisodeStatus
 from nextstate.errors import NextStateError, RolloutError
-from nextstate.hooks import EnvironmentKind
+from nextstate.hooks import EnvironmentKind, Shared
 from rollout.attempt import Attempt, play
 from rollout.config import open_s
+from rollout.pictures import Pictures
 from rollout.proxy import Opened, ProxyClient
 from rollout.tasks import Task
 
@@ -56,6 +57,7 @@ async def run(
     kind: EnvironmentKind,
     proxy: ProxyClient,
     told: Callable[[Attempt], None],
+    pictures: Pictures | None = None,
 ) -> list[Attempt]:
     """Plays every task's group once; `told` gets each episode as it ends, in no order.
 
@@ -73,8 +75,11 @@ async def run(
             if found is None:
                 return
             opened, task, seed = found
+            environment = kind.make()
+            if pictures is not None:
+                environment = pictures.of(opened.episode, environment)
             attempt = await play(
-                proxy, opened, kind.make(), task, seed, plan.max_calls, plan.deadline_s
+                proxy, opened, environment, task, seed, plan.max_calls, plan.deadline_s
             )
             attempts.append(attempt)
             told(attempt)
@@ -92,6 +97,8 @@ async def run(
         raise errors.exceptions[0] from None
     finally:
         await queue.aclose()
+        if isinstance(kind, Shared):
+            await kind.release()
     return attempts
 
 

@@ -75,7 +75,7 @@ def forget(settings: Settings, store: Store, wanted: Wanted, told: Told) -> Forg
     told("looking at the trained judges")
     judges = _delete_judges(settings, {*plan.turns, *plan.touched})
     for episode in plan.episodes:
-        shutil.rmtree(store.dir / "screenshots" / episode, ignore_errors=True)
+        shutil.rmtree(store.dir / "pictures" / episode, ignore_errors=True)
     told("writing the database anew")
     store.compact()
     return Forgotten(plan, withdrawn, judges)

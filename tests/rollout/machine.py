@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 
+from nextstate.errors import StartError
+from plugins.environments.browsers import check_programs
+
 needs_bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="needs bubblewrap: make bubblewrap"
 )
+
+
+def _lacks_for_gui() -> str:
+    try:
+        check_programs()
+    except StartError as error:
+        return str(error)
+    return ""
+
+
+needs_chromium = pytest.mark.skipif(
+    bool(_lacks_for_gui()) and "CI" not in os.environ, reason=_lacks_for_gui() or "make gui"
+)
+"""In CI a test fails that lacks its browser."""

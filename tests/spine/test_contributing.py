@@ -32,7 +32,15 @@ WORDS = """turn, session, main turn, side turn, next state, vote, verdict, hint,
 sample, held-out session, behaviour log-probs, policy log-probs, drift, importance ratio, advantage,
 teacher, adapter, policy version, candidate, policy lag, lineage, environment, gate, canary,
 watch, suspect, pause, share, engine, dialect, profile, check word, persona, seed policy"""
-STATE = ("judge/v", "learner/main/", "learner/NAME/", "versions/main/", "logs/", "warm-up/")
+STATE = (
+    "judge/v",
+    "learner/main/",
+    "learner/NAME/",
+    "versions/main/",
+    "logs/",
+    "pictures/",
+    "warm-up/",
+)
 """Folders of a state folder."""
 _PATH = re.compile(r"`((?:[\w.-]+/)+(?:(?!NAME)[\w-]+\.\w+)?)`")
 _KEY = re.compile(r"`\[([a-z]+)\]\s+([a-z]\w*)")

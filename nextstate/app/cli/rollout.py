@@ -102,6 +102,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     from nextstate.hooks import EnvironmentKind, load_plugin
     from rollout import runner
     from rollout.config import MOST_PARALLEL, environment_name
+    from rollout.pictures import Pictures
     from rollout.proxy import ProxyClient
     from rollout.tasks import read_tasks
 
@@ -140,9 +141,9 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         name, extra = settings.engine.name, after_people(settings)
         proxy = ProxyClient(http, settings.proxy.url, key, name, args.deadline, extra)
-        return await runner.run(
-            plan, tasks * args.epochs, kind, proxy, _tell_json if args.json else _tell
-        )
+        tell = _tell_json if args.json else _tell
+        pictures = Pictures(settings.store.path / "pictures")
+        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures)
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
