@@ -3,9 +3,25 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
 needs_bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="needs bubblewrap: make bubblewrap"
+)
+
+
+def _has_pytest() -> bool:
+    """Whether the Python of sandboxes has pytest."""
+    found = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", "import pytest"], capture_output=True, check=False
+    )
+    return found.returncode == 0
+
+
+needs_pytest = pytest.mark.skipif(
+    shutil.which("bwrap") is None or not Path("/usr/bin/python3").exists() or not _has_pytest(),
+    reason="needs bubblewrap and python3-pytest: make bubblewrap",
 )
