@@ -32,7 +32,7 @@ from plugins.environments.repair_judge import (
     judge,
     render_tests,
 )
-from plugins.environments.terminal import SUBMIT, Terminal, archive, check_files, command_of
+from plugins.environments.terminal import SUBMIT, Terminal, archive_of, check_files, command_of
 from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
 
 VISIBLE_FILE = "test_visible.py"
@@ -77,7 +77,7 @@ class Repair:
     async def reset(self, task: Json, seed: int) -> str:
         self._visible, self._hidden = task["visible"], task["hidden"]
         files = {**task["files"], VISIBLE_FILE: render_tests(self._visible)}
-        self._terminal.files = archive(files)
+        self._terminal.files = archive_of(files)
         self._right = await self._count()
         return f"{task['instruction']}\nFiles: {' '.join(sorted(files))}\n\n{_HOW}"
 

@@ -20,7 +20,7 @@ from typing import cast
 from nextstate.errors import StartError
 from nextstate.hooks import Scored
 from nextstate.records import Json
-from plugins.environments.terminal import archive, readable
+from plugins.environments.terminal import archive_of, readable
 from plugins.sandboxes.bubblewrap import Bubblewrap
 
 PYTEST = "-m pytest -q --tb=short --no-header -p no:cacheprovider"
@@ -79,7 +79,7 @@ async def judge(sandbox: Bubblewrap, files: bytes, cases: Sequence[Json]) -> Sco
     """The outcome 1 if all cases hold for the package in `files`, and pytest's words."""
     found = await _call(sandbox, files, cases)
     given = {"test_hidden.py": _HIDDEN, "cases.json": json.dumps(cases), "gave.jsonl": found}
-    ran = await sandbox.run(f"python3 -I {PYTEST}", archive(given))
+    ran = await sandbox.run(f"python3 -I {PYTEST}", archive_of(given))
     return Scored(float(ran.exit_code == 0), readable(ran.output))
 
 

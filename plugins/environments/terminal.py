@@ -67,7 +67,7 @@ class Terminal:
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task, self._variables = task, {"SEED": str(seed)}
-        self.files = archive(task.get("files", {}))
+        self.files = archive_of(task.get("files", {}))
         if "setup" in task:
             ran = await self._sandbox.run(task["setup"], self.files, self._variables)
             if ran.exit_code or ran.files is None:
@@ -107,7 +107,7 @@ class Terminal:
         return Acted("\n".join(lines), -1.0 if ran.exit_code else 0.0, False)
 
     async def score(self) -> Scored:
-        files = self.files + archive(self._task.get("check_files", {}))
+        files = self.files + archive_of(self._task.get("check_files", {}))
         ran = await self._sandbox.run(self._task["check"], files, self._variables)
         shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
         return Scored(float(ran.exit_code == 0), shown)
@@ -206,7 +206,7 @@ def check_files(name: str, files: Mapping[object, object]) -> None:
         raise ConfigError(f"{name} has {size} characters: expected at most {_MOST_FILES_CHARS}")
 
 
-def archive(files: Mapping[str, str]) -> bytes:
+def archive_of(files: Mapping[str, str]) -> bytes:
     """A tar archive of text files, the same bytes for the same files."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
