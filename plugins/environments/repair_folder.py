@@ -17,6 +17,7 @@ import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 from nextstate.errors import ConfigError, NextStateError
 from nextstate.hooks import Scored
@@ -38,7 +39,8 @@ def read_task(file: Path) -> Json:
         raise ConfigError(f"{file}: {error}") from error
     if not isinstance(found, dict):
         raise ConfigError(f"{file}: expected a JSON object")
-    task: Json = {name: value for name, value in found.items() if name not in ("id", "split")}
+    given = cast(Json, found)
+    task: Json = {name: value for name, value in given.items() if name not in ("id", "split")}
     RepairKind().check_task(task)
     return task
 
