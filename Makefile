@@ -84,9 +84,10 @@ clients: .clients/.installed  ## install the agents that tests talk with (1.9 GB
 	$(BIN)/python -m pip install --no-deps --upgrade --target .clients/python $(MINI)
 	@touch $@
 
-bubblewrap:  ## install what the sandboxes of `nextstate rollout terminal` are made with, if it is missing
-	@command -v bwrap >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y bubblewrap; } || \
-	  { echo "bubblewrap cannot be installed with apt-get here: install the program bwrap yourself"; exit 2; }
+bubblewrap:  ## install what sandboxes are made with, and the pytest that `nextstate rollout repair` has in them
+	@{ command -v bwrap && /usr/bin/python3 -I -c 'import pytest'; } >/dev/null 2>&1 || \
+	  { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y bubblewrap python3-pytest; } || \
+	  { echo "apt-get cannot install them here: install bwrap, and pytest for /usr/bin/python3, yourself"; exit 2; }
 
 # What says whether a page can be used with a keyboard and a screen reader: only tests use it.
 AXE := axe-core@4.14.1

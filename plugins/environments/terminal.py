@@ -63,19 +63,20 @@ class Terminal:
         self._sandbox = sandbox
         self._task: Json = {}
         self._variables: Mapping[str, str] = {}
-        self._files = b""
+        self.files = b""
+        """What /task holds, as tar archives in a row."""
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task, self._variables = task, {"SEED": str(seed)}
-        self._files = _archive(task.get("files", {}))
+        self.files = archive_of(task.get("files", {}))
         if "setup" in task:
-            ran = await self._sandbox.run(task["setup"], self._files, self._variables)
+            ran = await self._sandbox.run(task["setup"], self.files, self._variables)
             if ran.exit_code or ran.files is None:
                 raise RolloutError(
                     f"setup of the task ended with exit code {ran.exit_code}: "
                     f"{readable(ran.output)[-200:]!r}"
                 )
-            self._files = ran.files
+            self.files = ran.files
         return f"{task['instruction']}\n\n{_HOW}"
 
     async def step(self, action: str) -> Acted:
@@ -87,23 +88,27 @@ class Terminal:
                 -1.0,
                 False,
             )
+        return await self.run(command)
+
+    async def run(self, command: str) -> Acted:
+        """Runs a command, which Bubblewrap takes; `submit` ends the episode."""
         if command == SUBMIT:
             return Acted("Submitted.", None, True)
-        ran = await self._sandbox.run(command, self._files)
+        ran = await self._sandbox.run(command, self.files)
         lines = [f"exit code {ran.exit_code}"]
         if ran.exit_code == 124:
             lines.append(f"(a command is ended after {self._sandbox.limits.wall_s:g} seconds)")
         if ran.files is None:
             lines.append("(the command broke the sandbox: /task is as it was before)")
         else:
-            self._files = ran.files
+            self.files = ran.files
         lines += [readable(ran.output)] * bool(ran.output)
         if ran.cut:
             lines.append(f"(cut after {self._sandbox.limits.output_bytes} bytes)")
         return Acted("\n".join(lines), -1.0 if ran.exit_code else 0.0, False)
 
     async def score(self) -> Scored:
-        files = self._files + _archive(self._task.get("check_files", {}))
+        files = self.files + archive_of(self._task.get("check_files", {}))
         ran = await self._sandbox.run(self._task["check"], files, self._variables)
         shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
         return Scored(float(ran.exit_code == 0), shown)
@@ -133,7 +138,7 @@ class TerminalKind:
             if b"\0" in command or len(command) > MOST_COMMAND_BYTES:
                 raise ConfigError(f"{name}: expected at most {MOST_COMMAND_BYTES} bytes, none of 0")
         for name in ("files", "check_files"):
-            _check_files(name, task.get(name, {}))
+            check_files(name, task.get(name, {}))
 
     async def check_machine(self) -> None:
         await self._sandbox.check_machine()
@@ -191,7 +196,8 @@ def readable(output: bytes) -> str:
     return f"{text[:half]}\n[{len(text) - 2 * half} characters are left out]\n{text[-half:]}"
 
 
-def _check_files(name: str, files: Mapping[object, object]) -> None:
+def check_files(name: str, files: Mapping[object, object]) -> None:
+    """Checks a field of paths and texts. Raises ConfigError."""
     size = 0
     for path, text in files.items():
         parts = PurePosixPath(cast(str, path)).parts
@@ -204,7 +210,7 @@ def _check_files(name: str, files: Mapping[object, object]) -> None:
         raise ConfigError(f"{name} has {size} characters: expected at most {_MOST_FILES_CHARS}")
 
 
-def _archive(files: Mapping[str, str]) -> bytes:
+def archive_of(files: Mapping[str, str]) -> bytes:
     """A tar archive of text files, the same bytes for the same files."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:

@@ -20,9 +20,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from nextstate.errors import RolloutError, StartError
+from plugins.sandboxes.syscalls import filter_program
 
 _NOBODY = 65534
 """root runs sandboxes as this user: the kernel does not limit the processes of root."""
+_FILTER = filter_program(os.uname().machine)
 _READY = b"ready\n"
 _PROGRAMS = ("bwrap", "bash", "tar", "timeout")
 MOST_COMMAND_BYTES = 64 << 10
@@ -113,15 +115,17 @@ class Bubblewrap:
         if b"\0" in given or len(given) > MOST_COMMAND_BYTES:
             raise ValueError("a command with NUL or of more than 64 KiB")
         nobody = _NOBODY if os.geteuid() == 0 else None
-        output, archive = _Pipe(), _Pipe()
+        output, archive, refused = _Pipe(), _Pipe(), _filter()
         try:
             process = await asyncio.create_subprocess_exec(
-                *self._argv(archive.write_end, given, variables or {}),
+                *self._argv(archive.write_end, refused, given, variables or {}),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=output.write_end,
                 stderr=output.write_end,
-                pass_fds=(archive.write_end,),
+                pass_fds=(archive.write_end, refused),
                 cwd="/",
+                # A sandbox can read in /proc with which variables bwrap itself was started.
+                env={"PATH": os.environ.get("PATH", os.defpath)},
                 start_new_session=True,
                 user=nobody,
                 group=nobody,
@@ -134,8 +138,8 @@ class Bubblewrap:
                 raise RolloutError(f"bwrap does not start: {error.strerror}") from error
             raise
         finally:
-            for pipe in (output, archive):
-                os.close(pipe.write_end)
+            for end in (output.write_end, archive.write_end, refused):
+                os.close(end)
         return await self._finish(process, output, archive, files)
 
     async def _finish(
@@ -174,7 +178,9 @@ class Bubblewrap:
             bytes(archive.data[len(_READY) :]) if whole else None,
         )
 
-    def _argv(self, out: int, command: bytes, variables: Mapping[str, str]) -> list[str | bytes]:
+    def _argv(
+        self, out: int, refused: int, command: bytes, variables: Mapping[str, str]
+    ) -> list[str | bytes]:
         limits = self.limits
         size = str(limits.folder_mb << 20)
         environment = {
@@ -191,6 +197,7 @@ class Bubblewrap:
         }
         return [
             *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns"),
+            *(("--seccomp", str(refused)) if _FILTER else ()),
             *("--new-session", "--die-with-parent", "--cap-drop", "ALL", "--hostname", "sandbox"),
             *("--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin"),
             *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
@@ -202,6 +209,14 @@ class Bubblewrap:
             *(part for item in environment.items() for part in ("--setenv", *item)),
             *("--", "bash", "-c", _INSIDE, "sandbox", command),
         ]
+
+
+def _filter() -> int:
+    """A descriptor from which the filter of system calls can be read."""
+    read_end, write_end = os.pipe()
+    os.write(write_end, _FILTER)
+    os.close(write_end)
+    return read_end
 
 
 class _Pipe:

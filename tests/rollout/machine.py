@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -27,3 +29,17 @@ needs_chromium = pytest.mark.skipif(
     bool(_lacks_for_gui()) and "CI" not in os.environ, reason=_lacks_for_gui() or "make gui"
 )
 """In CI a test fails that lacks its browser."""
+
+
+def _has_pytest() -> bool:
+    """Whether the Python of sandboxes has pytest."""
+    found = subprocess.run(
+        ["/usr/bin/python3", "-I", "-c", "import pytest"], capture_output=True, check=False
+    )
+    return found.returncode == 0
+
+
+needs_pytest = pytest.mark.skipif(
+    shutil.which("bwrap") is None or not Path("/usr/bin/python3").exists() or not _has_pytest(),
+    reason="needs bubblewrap and python3-pytest: make bubblewrap",
+)
