@@ -66,7 +66,7 @@ class Terminal:
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task, self._variables = task, {"SEED": str(seed)}
-        self._files = _archive(task.get("files", {}))
+        self._files = archive_of(task.get("files", {}))
         if "setup" in task:
             ran = await self._sandbox.run(task["setup"], self._files, self._variables)
             if ran.exit_code or ran.files is None:
@@ -102,7 +102,7 @@ class Terminal:
         return Acted("\n".join(lines), -1.0 if ran.exit_code else 0.0, False)
 
     async def score(self) -> Scored:
-        files = self._files + _archive(self._task.get("check_files", {}))
+        files = self._files + archive_of(self._task.get("check_files", {}))
         ran = await self._sandbox.run(self._task["check"], files, self._variables)
         shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
         return Scored(float(ran.exit_code == 0), shown)
@@ -132,7 +132,7 @@ class TerminalKind:
             if b"\0" in command or len(command) > MOST_COMMAND_BYTES:
                 raise ConfigError(f"{name}: expected at most {MOST_COMMAND_BYTES} bytes, none of 0")
         for name in ("files", "check_files"):
-            _check_files(name, task.get(name, {}))
+            check_files(name, task.get(name, {}))
 
     async def check_machine(self) -> None:
         await self._sandbox.check_machine()
@@ -187,7 +187,7 @@ def readable(output: bytes) -> str:
     return f"{text[:half]}\n[{len(text) - 2 * half} characters are left out]\n{text[-half:]}"
 
 
-def _check_files(name: str, files: Mapping[object, object]) -> None:
+def check_files(name: str, files: Mapping[object, object]) -> None:
     size = 0
     for path, text in files.items():
         parts = PurePosixPath(cast(str, path)).parts
@@ -200,7 +200,7 @@ def _check_files(name: str, files: Mapping[object, object]) -> None:
         raise ConfigError(f"{name} has {size} characters: expected at most {_MOST_FILES_CHARS}")
 
 
-def _archive(files: Mapping[str, str]) -> bytes:
+def archive_of(files: Mapping[str, str]) -> bytes:
     """A tar archive of text files, the same bytes for the same files."""
     packed = io.BytesIO()
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.PAX_FORMAT) as archive:
