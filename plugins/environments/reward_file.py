@@ -28,7 +28,7 @@ def read_reward(data: bytes) -> Scored:
     except (ValueError, RecursionError):
         _wrong(data, "a number or a JSON object")
     if not isinstance(found, dict):
-        return Scored(_number("it", found))
+        return Scored(_number("it", cast(object, found)))
     given = cast(Json, found)
     for name in given.keys() - _FIELDS:
         _wrong(name, f"the fields {', '.join(sorted(_FIELDS))}")
@@ -36,7 +36,7 @@ def read_reward(data: bytes) -> Scored:
     if not isinstance(observation, str):
         _wrong(observation, "observation to be a text")
     if not isinstance(steps, list):
-        _wrong(steps, "steps to be a list")
+        _wrong(cast(object, steps), "steps to be a list")
     of_steps: dict[int, float] = {}
     for step in cast("list[object]", steps):
         fields = cast(Json, step) if isinstance(step, dict) else {}

@@ -7,6 +7,7 @@ A task has these fields beside its id:
     files         the files that lie in /task at the beginning: path to text (optional)
     setup         a command that runs before the agent, such as a generator of files (optional)
     check_files   files that are added for the check; the agent never sees them (optional)
+    sandbox       bubblewrap, docker:IMAGE or podman:IMAGE (optional; by default bubblewrap)
 
 `setup` and `check` get the group's seed as $SEED. `check` runs after the agent has ended, in a
 sandbox of its own with what the agent left in /task. It runs as the same user as the programs that
@@ -26,12 +27,20 @@ from typing import cast
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
-from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
+from plugins.sandboxes.choice import DEFAULT, make_sandbox
+from plugins.sandboxes.protocol import MOST_COMMAND_BYTES, Limits, Sandbox
 
 SUBMIT = "submit"
 MOST_SHOWN = 4000
 """Characters of an output that the agent sees: its beginning and its end."""
-_FIELDS = {"instruction": str, "check": str, "files": dict, "setup": str, "check_files": dict}
+_FIELDS = {
+    "instruction": str,
+    "check": str,
+    "files": dict,
+    "setup": str,
+    "check_files": dict,
+    "sandbox": str,
+}
 _NEEDED = ("instruction", "check")
 _MOST_FILES_CHARS = 4 << 20
 _FENCE = "```"
@@ -58,14 +67,16 @@ There is no network. When the task is done, answer with the block:
 class Terminal:
     """One episode in a shell."""
 
-    def __init__(self, sandbox: Bubblewrap) -> None:
-        self._sandbox = sandbox
+    def __init__(self, limits: Limits | None) -> None:
+        self._limits = limits
+        self._sandbox: Sandbox = make_sandbox(DEFAULT, limits)
         self._task: Json = {}
         self._variables: Mapping[str, str] = {}
         self._files = b""
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task, self._variables = task, {"SEED": str(seed)}
+        self._sandbox = make_sandbox(task.get("sandbox", DEFAULT), self._limits)
         self._files = archive_of(task.get("files", {}))
         if "setup" in task:
             ran = await self._sandbox.run(task["setup"], self._files, self._variables)
@@ -115,7 +126,9 @@ class TerminalKind:
     """Makes terminals, whose commands have the same limits."""
 
     def __init__(self, limits: Limits | None = None) -> None:
-        self._sandbox = Bubblewrap(limits)
+        self._limits = limits
+        self._needed: set[str] = set()
+        """The sandboxes of the tasks that were checked."""
 
     def check_task(self, task: Json) -> None:
         for name, value in task.items():
@@ -133,12 +146,16 @@ class TerminalKind:
                 raise ConfigError(f"{name}: expected at most {MOST_COMMAND_BYTES} bytes, none of 0")
         for name in ("files", "check_files"):
             check_files(name, task.get(name, {}))
+        sandbox = task.get("sandbox", DEFAULT)
+        make_sandbox(sandbox)
+        self._needed.add(sandbox)
 
     async def check_machine(self) -> None:
-        await self._sandbox.check_machine()
+        for name in sorted(self._needed or {DEFAULT}):
+            await make_sandbox(name).check_machine()
 
     def make(self) -> Terminal:
-        return Terminal(self._sandbox)
+        return Terminal(self._limits)
 
 
 def create(settings: object) -> TerminalKind:
