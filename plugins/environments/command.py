@@ -142,7 +142,7 @@ class Sandboxed:
         self, command: str, variables: Mapping[str, str], access: ModelAccess | None
     ) -> _Ended:
         if access is None:
-            return await self._run(Bubblewrap(Limits(), self._readable), command, variables)
+            return await self._run(Bubblewrap(Limits(), None, self._readable), command, variables)
         seconds = access.deadline_s * _BEFORE_DEADLINE
         limits = Limits(
             wall_s=seconds,
@@ -154,7 +154,7 @@ class Sandboxed:
             output_bytes=4 << 20,
         )
         async with model_socket(access.base_url, access.api_key) as socket:
-            sandbox = Bubblewrap(limits, self._readable, {_SOCKET: socket})
+            sandbox = Bubblewrap(limits, None, self._readable, {_SOCKET: socket})
             source = await asyncio.to_thread(Path(bridge.__file__).read_text)
             argv = ("python3", "-I", "-c", source, _PORT, _SOCKET, "bash", "-c", command)
             given = {**variables, **_addresses(f"http://127.0.0.1:{_PORT}/v1", "sandbox")}

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 
 from nextstate.errors import RolloutError, StartError
 from plugins.sandboxes.one_command import INSIDE, Pipe, checked, finish, variables_of
-from plugins.sandboxes.protocol import MOST_COMMAND_BYTES, Limits, Ran
+from plugins.sandboxes.protocol import MOST_COMMAND_BYTES, Folders, Limits, Ran
 
 __all__ = ["MOST_COMMAND_BYTES", "Bubblewrap", "Limits", "Ran", "create"]
 
@@ -33,12 +33,14 @@ class Bubblewrap:
     def __init__(
         self,
         limits: Limits | None = None,
+        folders: Folders | None = None,
         readable: Sequence[str] = (),
         sockets: Mapping[str, str] | None = None,
     ) -> None:
         """`readable` are folders beside /usr that commands may read; `sockets` are Unix sockets
         of this machine that they may use: path there to path here."""
         self.limits = limits or Limits()
+        self._folders = folders or Folders()
         self._shown = [*zip(readable, readable, strict=True)]
         self._shown += [(here, there) for there, here in (sockets or {}).items()]
 
@@ -60,7 +62,7 @@ class Bubblewrap:
     async def run(
         self, command: str, files: bytes, variables: Mapping[str, str] | None = None
     ) -> Ran:
-        """Runs a command of bash in /task. Raises RolloutError if no sandbox could be made.
+        """Runs a command of bash. Raises RolloutError if no sandbox could be made.
 
         A command without NUL, of at most 64 KiB. `files` may be several archives in a row.
         """
@@ -94,12 +96,13 @@ class Bubblewrap:
 
     def _argv(self, out: int, command: bytes, variables: Mapping[str, str]) -> list[str | bytes]:
         size = str(self.limits.folder_mb << 20)
+        writable = (self._folders.work, "/tmp", *self._folders.others)
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": "/tmp",
             "LANG": "C.UTF-8",
             **variables,
-            **variables_of(self.limits, out, str(self.limits.processes)),
+            **variables_of(self.limits, self._folders.work, out, str(self.limits.processes)),
         }
         return [
             *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns"),
@@ -109,9 +112,17 @@ class Bubblewrap:
             *("--ro-bind-try", "/etc/alternatives", "/etc/alternatives"),
             *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
             *("--proc", "/proc", "--dev", "/dev"),
-            *("--size", size, "--tmpfs", "/task", "--size", size, "--tmpfs", "/tmp"),
+            *(part for folder in writable for part in ("--size", size, "--tmpfs", folder)),
             *(part for pair in self._shown for part in ("--ro-bind", *pair)),
-            *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/task", "--clearenv"),
+            *(
+                "--remount-ro",
+                "/dev",
+                "--remount-ro",
+                "/",
+                "--chdir",
+                self._folders.work,
+                "--clearenv",
+            ),
             *(part for item in environment.items() for part in ("--setenv", *item)),
             *("--", "bash", "-c", INSIDE, "sandbox", command),
         ]

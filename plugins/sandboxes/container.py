@@ -13,11 +13,11 @@ import asyncio
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from nextstate.errors import RolloutError, StartError
 from plugins.sandboxes.one_command import INSIDE, Pipe, checked, finish, variables_of
-from plugins.sandboxes.protocol import Limits, Ran
+from plugins.sandboxes.protocol import Folders, Limits, Ran
 
 PROGRAMS = ("docker", "podman")
 _USER = "65534:65534"
@@ -28,11 +28,16 @@ class Container:
     """Runs commands, each in a container of its own."""
 
     def __init__(
-        self, program: str, image: str, limits: Limits | None = None, more: Sequence[str] = ()
+        self,
+        program: str,
+        image: str,
+        limits: Limits | None = None,
+        folders: Folders | None = None,
     ) -> None:
-        """`program` is one of `PROGRAMS`; `more` are further options of its `run`."""
+        """`program` is one of `PROGRAMS`."""
         self.limits = limits or Limits()
-        self._program, self._image, self._more = program, image, more
+        self._folders = folders or Folders()
+        self._program, self._image = program, image
 
     async def check_machine(self) -> None:
         """Raises StartError unless a container of the image works here."""
@@ -42,7 +47,7 @@ class Container:
                 "needs no image"
             )
         try:
-            ran = await self.run("touch a && exit 7", b"")
+            ran = await self.run(": > a && exit 7", b"")
         except RolloutError as error:
             raise StartError(
                 f"{error}; does `{self._program} run {self._image} bash` work, with bash, tar and "
@@ -54,7 +59,7 @@ class Container:
     async def run(
         self, command: str, files: bytes, variables: Mapping[str, str] | None = None
     ) -> Ran:
-        """Runs a command of bash in /task. Raises RolloutError if there was no container."""
+        """Runs a command of bash. Raises RolloutError if there was no container."""
         given = checked(command)
         name = f"nextstate-{secrets.token_hex(8)}"
         output, archive = Pipe(), Pipe()
@@ -93,17 +98,18 @@ class Container:
             "HOME": "/tmp",
             "LANG": "C.UTF-8",
             **variables,
-            **variables_of(limits, 1, ""),
+            **variables_of(limits, self._folders.work, 1, ""),
         }
-        memory = str(limits.memory_mb * 2 + limits.folder_mb * 2)
+        writable = (self._folders.work, "/tmp", *self._folders.others)
+        memory = str(limits.memory_mb * 2 + limits.folder_mb * len(writable))
         return [
             *(self._program, "run", "--rm", "--interactive", "--name", name, "--pull", "never"),
             *("--network", "none", "--read-only", "--user", _USER, "--cap-drop", "ALL"),
             *("--security-opt", "no-new-privileges", "--hostname", "sandbox"),
             *("--pids-limit", str(limits.processes + 8), "--memory", f"{memory}m"),
-            *("--tmpfs", f"/task:{folder}", "--tmpfs", f"/tmp:{folder}", "--workdir", "/task"),
+            *(part for at in writable for part in ("--tmpfs", f"{at}:{folder}")),
+            *("--workdir", self._folders.work),
             *(part for item in environment.items() for part in ("--env", "=".join(item))),
-            *self._more,
             *("--entrypoint", "bash", self._image, "-c", INSIDE, "sandbox", command),
         ]
 

@@ -24,17 +24,23 @@ exec {archive}>&"$out" {shown}>&2
 [ "$out" -lt 3 ] || exec {out}>&-
 exec >/dev/null 2>&1
 printf 'ready\n' >&"$archive"
-tar --extract --preserve-permissions --ignore-zeros --file=- --directory=/task 2>&"$shown"
+tar --extract --preserve-permissions --ignore-zeros --file=- --directory="$work" 2>&"$shown"
 unset cpu_s memory_kb file_kb processes
-env --unset=out --unset=wall_s timeout --kill-after=1 "$wall_s" bash -c "$1" \
+env --unset=out --unset=wall_s --unset=work timeout --kill-after=1 "$wall_s" bash -c "$1" \
   </dev/null >&"$shown" 2>&1 {archive}>&- {shown}>&-
 code=$?
 kill -KILL -1
-tar --create --format=posix --sparse --file=- --directory=/task . >&"$archive"
+cd "$work"
+shopt -s dotglob nullglob
+set -- ./*
+[ $# = 0 ] || printf '%s\0' "$@" | tar --create --format=posix --sparse --file=- \
+  --null --verbatim-files-from --files-from=- >&"$archive"
+[ $# != 0 ] || tar --create --file=- --files-from=/dev/null >&"$archive"
 exit "$code"
 """
 """Runs the command ($1) between unpacking and packing. `kill -1` ends all that it left running.
-`out` is the descriptor for the archive; the output goes to standard error."""
+`out` is the descriptor for the archive; the output goes to standard error. The folder itself is
+not in the archive: in a container it belongs to root, who alone could give it its mode again."""
 
 
 def checked(command: str) -> bytes:
@@ -45,9 +51,10 @@ def checked(command: str) -> bytes:
     return given
 
 
-def variables_of(limits: Limits, out: int, processes: str) -> dict[str, str]:
+def variables_of(limits: Limits, work: str, out: int, processes: str) -> dict[str, str]:
     """The variables that `INSIDE` needs."""
     return {
+        "work": work,
         "out": str(out),
         "wall_s": str(limits.wall_s),
         "cpu_s": str(limits.cpu_s),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,11 +23,21 @@ class Limits:
     file_mb: int = 16
     """The size of each file."""
     folder_mb: int = 64
-    """The size of /task, and of /tmp."""
+    """The size of each folder, as /task and /tmp."""
     output_bytes: int = 256 << 10
     """What is read of the output; the command's next write fails."""
     grace_s: float = 20.0
     """For unpacking, packing and a busy machine; after `wall_s` and this the sandbox is killed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """The folders of a sandbox that commands may write to, beside /tmp."""
+
+    work: str = "/task"
+    """Where a command begins; only its files are kept."""
+    others: Sequence[str] = ()
+    """Empty folders."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +51,7 @@ class Ran:
     cut: bool
     """Whether there was more output than is read."""
     files: bytes | None
-    """What /task holds now; None: the command ended the sandbox itself or left too much."""
+    """What the folder for work holds now; None: the command ended the sandbox, or left too much."""
 
 
 class Sandbox(Protocol):
@@ -57,8 +67,9 @@ class Sandbox(Protocol):
     async def run(
         self, command: str, files: bytes, variables: Mapping[str, str] | None = None
     ) -> Ran:
-        """Runs a command of bash in /task. Raises RolloutError if no sandbox could be made.
+        """Runs a command of bash in the folder for work.
 
         A command without NUL, of at most 64 KiB. `files` may be several tar archives in a row.
+        Raises RolloutError if no sandbox could be made.
         """
         ...

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
@@ -42,8 +41,9 @@ def add(subparsers: Any) -> None:
     add_json(parser)
     text = "a file of plugins/environments/, as terminal, or module:function"
     parser.add_argument("environment", metavar="ENVIRONMENT", help=text)
-    text = "the tasks, one JSON object a line"
-    parser.add_argument("--tasks", type=Path, required=True, metavar="FILE", help=text)
+    text = "the tasks: a file of one JSON object a line, the address of an OpenEnv server, or a "
+    text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field"
+    parser.add_argument("--tasks", required=True, metavar="SOURCE", help=text)
     text = "play the held-out tasks, which never train, instead of the others"
     parser.add_argument("--eval", action="store_true", help=text)
     numbers = {
@@ -94,7 +94,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     from nextstate.hooks import EnvironmentKind, load_plugin
     from rollout import runner
     from rollout.proxy import ProxyClient
-    from rollout.tasks import read_tasks
+    from rollout.sources import read_source
 
     sizes = (args.parallel, args.epochs, args.max_calls, args.deadline)
     if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > _MOST_PARALLEL:
@@ -102,7 +102,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
     name = args.environment.rpartition(":")[0] or args.environment
     split = Split.EVAL if args.eval else Split.TRAIN
-    read = await asyncio.to_thread(read_tasks, args.tasks, name, kind.check_task)
+    read = await asyncio.to_thread(read_source, args.tasks, name, kind.check_task)
     tasks = [task for task in read if task.split is split]
     if not tasks:
         raise ConfigError(
