@@ -12,7 +12,7 @@ from nextstate.episodes import Split
 from nextstate.errors import ConfigError
 from nextstate.hooks import Scored
 from plugins.environments.terminal import TerminalKind
-from rollout.sources import read_source
+from rollout.reading import read_source
 from rollout.tasks import Task
 from tests.rollout.machine import needs_bubblewrap
 

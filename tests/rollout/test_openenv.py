@@ -25,8 +25,8 @@ from plugins.environments import tool_tasks
 from plugins.environments.openenv import OpenEnvKind, create
 from plugins.environments.openenv_server import OpenEnvServer, read_tasks
 from plugins.environments.tools import ToolsKind
+from rollout.reading import read_source
 from rollout.runner import Plan, run
-from rollout.sources import read_source
 from tests.proxy.running_proxy import Running, both
 from tests.rollout.test_runner import client, ignore
 from tests.scripted_engine import Script, ScriptedEngine

@@ -94,7 +94,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     from nextstate.hooks import EnvironmentKind, load_plugin
     from rollout import runner
     from rollout.proxy import ProxyClient
-    from rollout.sources import read_source
+    from rollout.reading import read_source
 
     sizes = (args.parallel, args.epochs, args.max_calls, args.deadline)
     if not all(sizes) or 0 in (args.group_size, args.max_tokens) or args.parallel > _MOST_PARALLEL:
