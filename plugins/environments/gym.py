@@ -7,7 +7,8 @@ A task has these fields beside its id:
     options       the options of `reset` (optional)
     instruction   a text before the first observation (optional)
     action        `text`, or `number` for a discrete space (optional; text)
-    outcome       what of the rewards is the outcome: `sum` or `last` (optional; sum)
+    outcome       what of the rewards is the outcome: `sum`, or `last`, that of the step that ended
+                  the episode (optional; sum)
 
 Whoever writes the tasks says which code runs. An environment lives in a thread of its own. A step
 that never ends cannot be ended; use the environment `command` for such.
@@ -58,6 +59,8 @@ class Gym:
         self._thread = ThreadPoolExecutor(1, "gym")
         self._environment: GymEnvironment | None = None
         self._rewards: list[float] = []
+        self._last = 0.0
+        """The reward of the step that ended the episode."""
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task = task
@@ -92,11 +95,12 @@ class Gym:
             raise RolloutError(f"step returned the reward {reward}: expected a finite number")
         self._rewards.append(reward)
         done = any(map(bool, ends))
+        self._last = reward if done else 0.0
         return Acted(_text(observation), None if done else reward, done)
 
     async def score(self) -> Scored:
         if self._task.get("outcome") == "last":
-            return Scored(self._rewards[-1] if self._rewards else 0.0)
+            return Scored(self._last)
         return Scored(math.fsum(self._rewards))
 
     async def close(self) -> None:

@@ -10,7 +10,8 @@ A task has these fields beside its id:
                   action itself, as a JSON object (optional)
     show          the field of an observation that the agent sees; without it all of it, as JSON
                   (optional)
-    outcome       what of the server's rewards is the outcome: `last` or `sum` (optional; last)
+    outcome       what of the server's rewards is the outcome: `last`, that of the step that ended
+                  the episode, or `sum` (optional; last)
 
 What the server gives for a step that does not end the episode is the step's process reward.
 An action that the server refuses is the agent's mistake; any other error of it is not.
@@ -54,6 +55,8 @@ class OpenEnv:
         self._http: aiohttp.ClientSession | None = None
         self._ws: aiohttp.ClientWebSocketResponse | None = None
         self._rewards: list[float] = []
+        self._last = 0.0
+        """The reward of the step that ended the episode."""
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task = task
@@ -89,12 +92,13 @@ class OpenEnv:
         done, reward = answer.get("done") is True, _number(answer.get("reward"))
         if reward is not None:
             self._rewards.append(reward)
+            self._last = reward if done else 0.0
         return Acted(self._shown(answer), None if done else reward, done)
 
     async def score(self) -> Scored:
         if self._task.get("outcome", "last") == "sum":
             return Scored(math.fsum(self._rewards))
-        return Scored(self._rewards[-1] if self._rewards else 0.0)
+        return Scored(self._last)
 
     async def close(self) -> None:
         if self._ws is not None:

@@ -71,6 +71,7 @@ def test_an_episode_shows_text_and_its_return_is_the_outcome() -> None:
 def test_an_episode_that_is_cut_short_keeps_what_it_reached() -> None:
     assert play(WORDS)[2].outcome == 0.0
     assert play(WORDS, "bush", "bush")[2].outcome == -0.5
+    assert play({**WORDS, "outcome": "last"}, "bush", "bush")[2].outcome == 0.0
     *_, last = play(WORDS, "bush", "bush", "bush")[1]
     assert last.done
 
