@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import math
 import os
+import re
 import shlex
 import shutil
 import stat
@@ -52,6 +53,8 @@ _FIELDS = {
     "sandbox": list,
 }
 _KINDS = {str: "a text", dict: "an object of texts", list: "a list of folders"}
+_READABLE = re.compile(r"/(?!(?:task|tmp|proc|dev)/?$)[^/\0][^\0]*")
+"""A folder that does not cover one of the sandbox."""
 _NOT_THERE = (126, 127)
 """Exit codes of bash for a program that cannot be run."""
 _REWARD = ".reward.json"
@@ -251,7 +254,7 @@ class CommandKind:
             if not isinstance(value, str) or "\0" in name + value or "=" in name or not name:
                 raise ConfigError(f"variables: {name!r:.80} = {value!r:.80}: expected a text")
         for folder in task.get("sandbox", []):
-            if not isinstance(folder, str) or not Path(folder).is_absolute():
+            if not isinstance(folder, str) or not _READABLE.fullmatch(folder):
                 raise ConfigError(f"sandbox: {folder!r:.80}: expected a folder, as /opt/agent")
             if not Path(folder).is_dir():
                 raise ConfigError(f"sandbox: {folder!r:.80}: there is no such folder")

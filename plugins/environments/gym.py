@@ -83,13 +83,14 @@ class Gym:
             if not given.removeprefix("-").isdecimal() or len(given) > _MOST_DIGITS:
                 return Acted("Expected a whole number, and nothing else.", -1.0, False)
             given = int(given)
-        found = await self._call(lambda: environment.step(given))
-        if not isinstance(found, tuple) or len(cast("tuple[object, ...]", found)) not in (4, 5):
+        found: object = await self._call(lambda: environment.step(given))
+        values: list[Any] = [*cast("tuple[Any, ...]", found)] if isinstance(found, tuple) else []
+        if len(values) not in (4, 5):
             raise RolloutError(
-                f"step returned {type(found).__name__}: expected (observation, reward, "
-                "terminated, truncated, info)"
+                f"step returned {type(cast(object, found)).__name__}: expected (observation, "
+                "reward, terminated, truncated, info)"
             )
-        observation, given_reward, *ends, _ = cast("tuple[Any, ...]", found)
+        observation, given_reward, *ends, _ = values
         reward = float(given_reward)
         if not math.isfinite(reward):
             raise RolloutError(f"step returned the reward {reward}: expected a finite number")

@@ -66,7 +66,7 @@ class OpenEnv:
             self._ws = await self._http.ws_connect(
                 url,
                 max_msg_size=_MOST_MESSAGE_BYTES,
-                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_S),
+                timeout=aiohttp.ClientWSTimeout(ws_close=_CLOSE_S),  # pyright: ignore[reportCallIssue]
             )
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             raise RolloutError(f"no OpenEnv server at {url}: {error}") from error
@@ -154,7 +154,7 @@ class OpenEnvKind:
             if not isinstance(value, _FIELDS[name]):
                 kind = "an object" if _FIELDS[name] is dict else "a text"
                 raise ConfigError(f"{name} = {value!r:.80}: expected {kind}")
-        url = task.get("url", "")
+        url: str = task.get("url", "")
         try:
             parts = urlsplit(url)
             is_server = parts.scheme in ("http", "https") and bool(parts.hostname)

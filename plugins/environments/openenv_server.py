@@ -199,7 +199,7 @@ def main() -> None:
     args = parser.parse_args()
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
     server = OpenEnvServer(args.environment, kind, read_tasks(args.tasks))
-    web.run_app(server.app, host="127.0.0.1", port=args.port, print=lambda line: print(line))
+    web.run_app(server.app, host="127.0.0.1", port=args.port)
 
 
 if __name__ == "__main__":

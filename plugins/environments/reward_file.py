@@ -28,21 +28,22 @@ def read_reward(data: bytes) -> Scored:
     except (ValueError, RecursionError):
         _wrong(data, "a number or a JSON object")
     if not isinstance(found, dict):
-        return Scored(_number("it", cast(object, found)))
+        return Scored(_number("it", found))
     given = cast(Json, found)
     for name in given.keys() - _FIELDS:
         _wrong(name, f"the fields {', '.join(sorted(_FIELDS))}")
-    observation, steps = given.get("observation", ""), given.get("steps", [])
+    observation: object = given.get("observation", "")
+    steps: object = given.get("steps", [])
     if not isinstance(observation, str):
         _wrong(observation, "observation to be a text")
     if not isinstance(steps, list):
-        _wrong(cast(object, steps), "steps to be a list")
+        _wrong(steps, "steps to be a list")
     of_steps: dict[int, float] = {}
     for step in cast("list[object]", steps):
         fields = cast(Json, step) if isinstance(step, dict) else {}
         index = fields.get("index")
         if fields.keys() != {"index", "value"} or type(index) is not int or index < 0:
-            _wrong(step, 'steps like {"index": 0, "value": -1}')
+            _wrong(cast(object, step), 'steps like {"index": 0, "value": -1}')
         of_steps[index] = _number(f"the value of step {index}", fields["value"])
     return Scored(_number("outcome", given.get("outcome")), observation, of_steps)
 

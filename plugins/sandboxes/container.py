@@ -80,11 +80,12 @@ class Container:
         finally:
             for pipe in (output, archive):
                 os.close(pipe.write_end)
-        ran = None
+        ended = False
         try:
             ran = await finish(self._program, process, output, archive, files, self.limits)
+            ended = ran.files is not None
         finally:
-            if ran is None or ran.files is None:
+            if not ended:
                 await self._remove(name)
         return ran
 

@@ -291,6 +291,8 @@ def test_a_program_in_the_sandbox_reads_the_folders_that_it_was_given(
         ({"command": "a", "check_files": {}}, "check_files are there without a check"),
         ({"command": "a", "variables": {"A": 1}}, "variables: 'A' = 1: expected a text"),
         ({"command": "a", "sandbox": ["opt"]}, "sandbox: 'opt': expected a folder"),
+        ({"command": "a", "sandbox": ["/"]}, "sandbox: '/': expected a folder"),
+        ({"command": "a", "sandbox": ["/tmp/"]}, "sandbox: '/tmp/': expected a folder"),
         ({"command": "a", "sandbox": ["/none"]}, "sandbox: '/none': there is no such folder"),
     ],
 )

@@ -28,6 +28,8 @@ examples:
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
   nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
+  nextstate rollout command --tasks agent.jsonl                  an agent program of yours
+  nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
 _MOST_PARALLEL = 256
 _STOPPED = 128 + signal.SIGTERM
