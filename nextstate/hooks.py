@@ -153,6 +153,20 @@ class Scored:
     """At least 1: the task is solved."""
     observation: str = ""
     """What the check showed, from which hints may be made; it may be empty."""
+    steps: Mapping[int, float] = field(default_factory=dict[int, float])
+    """Process rewards by step, from 0, where these become known only at the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelAccess:
+    """How an agent's program calls the model as one episode."""
+
+    base_url: str
+    """It ends in /v1."""
+    api_key: str
+    model: str
+    deadline_s: float
+    """How long the program may run."""
 
 
 class Environment(Protocol):
@@ -182,6 +196,24 @@ class Environment(Protocol):
 
 
 @runtime_checkable
+class AgentProgram(Protocol):
+    """One episode of an agent that calls the model itself. Every method raises RolloutError if
+    something other than the agent breaks."""
+
+    async def play(self, task: Json, seed: int, access: ModelAccess) -> str:
+        """Runs the agent until it ends; returns what it said last. A deadline cancels it."""
+        ...
+
+    async def score(self) -> Scored:
+        """Called once after `play`, also when that was cut at the deadline."""
+        ...
+
+    async def close(self) -> None:
+        """Releases everything; called once in every case, also without a `play`."""
+        ...
+
+
+@runtime_checkable
 class Pictured(Protocol):
     """An environment that a person can look at."""
 
@@ -201,7 +233,7 @@ class EnvironmentKind(Protocol):
         """Raises StartError if this machine lacks what the environment needs."""
         ...
 
-    def make(self) -> Environment: ...
+    def make(self) -> Environment | AgentProgram: ...
 
 
 @runtime_checkable

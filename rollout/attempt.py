@@ -1,7 +1,7 @@
 """One episode: the agent asks the model for actions and gives them to the environment.
 
-The agent is this loop: a message from the environment, a reply, the next message. It closes the
-episode in every case:
+The agent is this loop: a message from the environment, a reply, the next message. Or the
+environment brings a program that asks the model itself. The episode is closed in every case:
 
     done        the agent ended it             truncated   at a budget; what it reached counts
     failed      environment or proxy broke     aborted     the runner was stopped
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 from nextstate.episodes import EpisodeStatus
 from nextstate.errors import RefusedError, RolloutError
-from nextstate.hooks import Environment
+from nextstate.hooks import AgentProgram, Environment, ModelAccess
 from nextstate.records import Json
 from rollout.proxy import Opened, ProxyClient
 from rollout.tasks import Task
@@ -42,14 +42,14 @@ class Attempt:
     environment_s: float = 0.0
     reason: str | None = None
     """Why it failed."""
-    rewards: list[tuple[str, float]] = field(default_factory=list[tuple[str, float]])
-    """(turn, process reward) of the steps that have one."""
+    rewards: list[tuple[str | int, float]] = field(default_factory=list[tuple[str | int, float]])
+    """(turn or number of the step, process reward) of the steps that have one."""
 
 
 async def play(
     proxy: ProxyClient,
     opened: Opened,
-    environment: Environment,
+    environment: Environment | AgentProgram,
     task: Task,
     seed: int,
     max_calls: int,
@@ -61,13 +61,20 @@ async def play(
     try:
         try:
             async with limit:
-                shown = await _steps(proxy, opened, environment, attempt, seed, max_calls)
+                if isinstance(environment, AgentProgram):
+                    shown = await _program(proxy, opened, environment, attempt, seed, deadline_s)
+                else:
+                    shown = await _steps(proxy, opened, environment, attempt, seed, max_calls)
         except TimeoutError:
             if not limit.expired():
                 raise  # the environment's own
-            if not attempt.calls:
-                raise RolloutError(f"the model did not reply within {deadline_s:g} s") from None
             attempt.status, shown = EpisodeStatus.TRUNCATED, None
+        if isinstance(environment, AgentProgram):
+            attempt.calls = await proxy.calls(opened)
+        if not attempt.calls:
+            if shown is None:
+                raise RolloutError(f"the model did not reply within {deadline_s:g} s")
+            raise RolloutError(f"the agent's program did not call the model: {shown[-200:]!r}")
         try:
             with _Clock(attempt, "environment_s"):
                 async with asyncio.timeout(deadline_s):
@@ -75,6 +82,7 @@ async def play(
         except TimeoutError:
             raise RolloutError(f"the outcome was not known after {deadline_s:g} s") from None
         attempt.outcome = scored.outcome
+        attempt.rewards += scored.steps.items()
         told = "\n".join(text for text in (shown, scored.observation) if text) or None
         await proxy.close(opened, attempt.status, scored.outcome, told, attempt.rewards)
     except Exception as error:  # of the proxy, the environment, or a mistake in its plugin
@@ -89,6 +97,22 @@ async def play(
     finally:
         await _close(environment)
     return attempt
+
+
+async def _program(
+    proxy: ProxyClient,
+    opened: Opened,
+    program: AgentProgram,
+    attempt: Attempt,
+    seed: int,
+    deadline_s: float,
+) -> str:
+    """Runs an agent that calls the model itself; returns what it said last."""
+    access = ModelAccess(opened.base_url, opened.api_key, proxy.model, deadline_s)
+    with _Clock(attempt, "environment_s"):
+        shown = await program.play(attempt.task.fields, seed, access)
+    attempt.status = EpisodeStatus.DONE
+    return shown
 
 
 async def _steps(
@@ -129,7 +153,7 @@ async def _steps(
     return shown
 
 
-async def _close(environment: Environment) -> None:
+async def _close(environment: Environment | AgentProgram) -> None:
     try:
         async with asyncio.timeout(_CLOSE_S):
             await environment.close()

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from nextstate.episodes import is_label
-from nextstate.hooks import Acted, Environment, Pictured, Scored
+from nextstate.hooks import Acted, AgentProgram, Environment, Pictured, Scored
 from nextstate.records import Json
 
 log = logging.getLogger(__name__)
@@ -31,9 +31,13 @@ class Pictures:
         self._folder = folder
         self._begun = 0
 
-    def of(self, episode: str, environment: Environment) -> Environment:
+    def of(
+        self, episode: str, environment: Environment | AgentProgram
+    ) -> Environment | AgentProgram:
         """The environment, made to keep the pictures of this episode if it has some."""
-        if not isinstance(environment, Pictured) or not is_label(episode):
+        if isinstance(environment, AgentProgram) or not isinstance(environment, Pictured):
+            return environment
+        if not is_label(episode):
             return environment
         self._begun += 1
         return _Kept(self, episode, environment) if self._begun % ONE_OF == 1 else environment

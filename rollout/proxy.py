@@ -61,6 +61,7 @@ class ProxyClient:
         self._http = http
         self._url = f"{url.rstrip('/')}/v1"
         self._key = key or "none"
+        self.model = model
         self._fields: Json = {**(extra or {}), "model": model}
         self._of_people: float | None = None
         """Requests of people's agents that the proxy had counted at the last look."""
@@ -103,6 +104,11 @@ class ProxyClient:
         await self.give_up(opened, EpisodeStatus.ABORTED)
         return False
 
+    async def calls(self, opened: Opened) -> int:
+        """How many calls of the model the episode has begun."""
+        found, _ = await self._ask("GET", f"{self._url}/episodes/{opened.episode}", self._key)
+        return int(found["calls"])
+
     async def call(self, opened: Opened, messages: Sequence[Json]) -> Reply:
         """The model's reply to messages, as a step of the episode."""
         body = {**self._fields, "messages": messages}
@@ -120,14 +126,19 @@ class ProxyClient:
         status: EpisodeStatus,
         outcome: float | None = None,
         observation: str | None = None,
-        rewards: Sequence[tuple[str, float]] = (),
+        rewards: Sequence[tuple[str | int, float]] = (),
     ) -> None:
-        """Sends the process rewards, (turn, value) each, then closes the episode."""
+        """Sends the process rewards, (turn or number of the step, value) each, then closes."""
         url = f"{self._url}/episodes/{opened.episode}"
         if rewards:
             body = [
-                {"kind": "process", "name": "step", "turn": turn, "value": value}
-                for turn, value in rewards
+                {
+                    "kind": "process",
+                    "name": "step",
+                    "turn" if isinstance(step, str) else "index": step,
+                    "value": value,
+                }
+                for step, value in rewards
             ]
             await self._post(f"{url}/rewards", self._key, body)
         end = {"status": status, "outcome": outcome, "observation": observation}

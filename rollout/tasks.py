@@ -33,8 +33,13 @@ class Task:
     """What its environment reads."""
 
 
-def read_tasks(file: Path, environment: str, check: Callable[[Json], None]) -> list[Task]:
-    """All tasks of a file, each checked by its environment. Raises ConfigError with the line."""
+def read_tasks(
+    file: Path, environment: str, check: Callable[[Json], None], more: Json | None = None
+) -> list[Task]:
+    """All tasks of a file, each checked by its environment. Raises ConfigError with the line.
+
+    `more` are fields that every task gets.
+    """
     tasks: dict[str, Task] = {}
     try:
         with file.open("rb") as lines:
@@ -47,7 +52,7 @@ def read_tasks(file: Path, environment: str, check: Callable[[Json], None]) -> l
                 try:
                     if len(line) > _MOST_LINE_BYTES:
                         raise ConfigError(f"expected at most {_MOST_LINE_BYTES} bytes")
-                    task = _task(line, environment, check)
+                    task = _task(line, environment, check, more or {})
                 except ConfigError as error:
                     raise ConfigError(f"{where}: {error}") from error
                 if task.id in tasks:
@@ -66,11 +71,12 @@ def split_of(environment: str, name: str) -> Split:
     return Split.TRAIN if int.from_bytes(digest) % _EVAL_OF else Split.EVAL
 
 
-def _task(line: bytes, environment: str, check: Callable[[Json], None]) -> Task:
+def _task(line: bytes, environment: str, check: Callable[[Json], None], more: Json) -> Task:
     fields: dict[str, Any] | None = json_object(line)
     if fields is None:
         raise ConfigError('it is no JSON object: expected {"id": "count-1", …}')
     task = task_of(fields, environment)
+    task.fields.update(more)
     check(task.fields)
     return task
 

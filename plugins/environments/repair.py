@@ -68,7 +68,7 @@ class Repair:
 
     def __init__(self, sandbox: Bubblewrap) -> None:
         self._sandbox = sandbox
-        self._terminal = Terminal(sandbox)
+        self._terminal = Terminal(sandbox.limits)
         self._visible: Sequence[Json] = []
         self._hidden: Sequence[Json] = []
         self._right = 0

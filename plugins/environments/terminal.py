@@ -7,6 +7,9 @@ A task has these fields beside its id:
     files         the files that lie in /task at the beginning: path to text (optional)
     setup         a command that runs before the agent, such as a generator of files (optional)
     check_files   files that are added for the check; the agent never sees them (optional)
+    sandbox       bubblewrap, docker:IMAGE or podman:IMAGE (optional; by default bubblewrap)
+    work          the folder of the agent, in the place of /task (optional)
+    check_folders further folders that the check may write to (optional)
 
 `setup` and `check` get the group's seed as $SEED. `check` runs after the agent has ended, in a
 sandbox of its own with what the agent left in /task. It runs as the same user as the programs that
@@ -27,12 +30,27 @@ from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
 from plugins.environments.terminal_tasks import numbered
-from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
+from plugins.sandboxes.choice import DEFAULT, make_sandbox
+from plugins.sandboxes.protocol import MOST_COMMAND_BYTES, Folders, Limits, Sandbox
 
 SUBMIT = "submit"
 MOST_SHOWN = 4000
 """Characters of an output that the agent sees: its beginning and its end."""
-_FIELDS = {"instruction": str, "check": str, "files": dict, "setup": str, "check_files": dict}
+_FIELDS = {
+    "instruction": str,
+    "check": str,
+    "files": dict,
+    "setup": str,
+    "check_files": dict,
+    "sandbox": str,
+    "work": str,
+    "check_folders": list,
+}
+_NAMES = {str: "a text", dict: "an object of paths and texts", list: "a list of folders"}
+_FOLDER = re.compile(
+    r"/(?!(?:usr|bin|lib|lib64|etc|proc|sys|dev|tmp)(?:/|$))[\w-]{1,40}(?:/[\w-]{1,40}){0,4}"
+)
+"""A folder of a sandbox that is not part of its system."""
 _NEEDED = ("instruction", "check")
 _MOST_FILES_CHARS = 4 << 20
 _FENCE = "```"
@@ -40,27 +58,29 @@ _LANGUAGES = ("", "bash", "sh", "shell")
 _ESCAPES = re.compile(r"\x1b\[[0-?]{0,32}[ -/]{0,8}[@-~]")
 """Colours and cursor movements of a terminal."""
 _CONTROLS = {code: f"\\x{code:02x}" for code in (*range(9), *range(11, 32), *range(127, 160))}
-_HOW = f"""\
-You work in a bash shell in the folder /task. Answer with one command, or several lines, in a block:
+_HOW = """\
+You work in a bash shell in the folder {work}. Answer with one command, or several lines, in a
+block:
 
-{_FENCE}bash
+```bash
 ls
-{_FENCE}
+```
 
-You get its exit code and output. Each command begins in /task; only files in /task are kept.
+You get its exit code and output. Each command begins in {work}; only files in {work} are kept.
 There is no network. When the task is done, answer with the block:
 
-{_FENCE}bash
-{SUBMIT}
-{_FENCE}
+```bash
+submit
+```
 """
 
 
 class Terminal:
     """One episode in a shell."""
 
-    def __init__(self, sandbox: Bubblewrap) -> None:
-        self._sandbox = sandbox
+    def __init__(self, limits: Limits | None) -> None:
+        self._limits = limits
+        self._sandbox: Sandbox = make_sandbox(DEFAULT, limits)
         self._task: Json = {}
         self._variables: Mapping[str, str] = {}
         self.files = b""
@@ -68,6 +88,8 @@ class Terminal:
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task, self._variables = task, {"SEED": str(seed)}
+        work = task.get("work", "/task")
+        self._sandbox = self._made(Folders(work))
         self.files = archive_of(task.get("files", {}))
         if "setup" in task:
             ran = await self._sandbox.run(task["setup"], self.files, self._variables)
@@ -77,7 +99,7 @@ class Terminal:
                     f"{readable(ran.output)[-200:]!r}"
                 )
             self.files = ran.files
-        return f"{task['instruction']}\n\n{_HOW}"
+        return f"{task['instruction']}\n\n{_HOW.format(work=work)}"
 
     async def step(self, action: str) -> Acted:
         command = command_of(action)
@@ -109,27 +131,32 @@ class Terminal:
 
     async def score(self) -> Scored:
         files = self.files + archive_of(self._task.get("check_files", {}))
-        ran = await self._sandbox.run(self._task["check"], files, self._variables)
+        folders = Folders(self._task.get("work", "/task"), self._task.get("check_folders", ()))
+        ran = await self._made(folders).run(self._task["check"], files, self._variables)
         shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
         return Scored(float(ran.exit_code == 0), shown)
 
     async def close(self) -> None:
         """Nothing is left: each command's sandbox ended with it."""
 
+    def _made(self, folders: Folders) -> Sandbox:
+        return make_sandbox(self._task.get("sandbox", DEFAULT), self._limits, folders)
+
 
 class TerminalKind:
     """Makes terminals, whose commands have the same limits."""
 
     def __init__(self, limits: Limits | None = None) -> None:
-        self._sandbox = Bubblewrap(limits)
+        self._limits = limits
+        self._needed: set[str] = set()
+        """The sandboxes of the tasks that were checked."""
 
     def check_task(self, task: Json) -> None:
         for name, value in task.items():
             if name not in _FIELDS:
                 raise ConfigError(f"unknown field {name!r:.80}: known are {', '.join(_FIELDS)}")
             if not isinstance(value, _FIELDS[name]):
-                kind = "an object of paths and texts" if _FIELDS[name] is dict else "a text"
-                raise ConfigError(f"{name} = {value!r:.80}: expected {kind}")
+                raise ConfigError(f"{name} = {value!r:.80}: expected {_NAMES[_FIELDS[name]]}")
         for name in _NEEDED:
             if not task.get(name, "").strip():
                 raise ConfigError(f"{name} is missing: expected a text")
@@ -139,12 +166,19 @@ class TerminalKind:
                 raise ConfigError(f"{name}: expected at most {MOST_COMMAND_BYTES} bytes, none of 0")
         for name in ("files", "check_files"):
             check_files(name, task.get(name, {}))
+        for folder in (task.get("work", "/task"), *task.get("check_folders", [])):
+            if not isinstance(folder, str) or not _FOLDER.fullmatch(folder):
+                raise ConfigError(f"work or check_folders: {folder!r:.80}: expected one as /app")
+        sandbox = task.get("sandbox", DEFAULT)
+        make_sandbox(sandbox)
+        self._needed.add(sandbox)
 
     async def check_machine(self) -> None:
-        await self._sandbox.check_machine()
+        for name in sorted(self._needed or {DEFAULT}):
+            await make_sandbox(name).check_machine()
 
     def make(self) -> Terminal:
-        return Terminal(self._sandbox)
+        return Terminal(self._limits)
 
     def generate(self, split: str, number: int) -> Json:
         return numbered(split, number)

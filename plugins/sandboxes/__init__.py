@@ -1,1 +1,6 @@
-"""Sandboxes: where an environment runs commands of an agent, which are hostile."""
+"""Sandboxes: where commands of an agent run. A task names one of them:
+
+bubblewrap             this machine's /usr, read-only (the default)
+docker:IMAGE           a container of an image that is on this machine
+podman:IMAGE           likewise
+"""

@@ -1,9 +1,8 @@
 """A sandbox for one command at a time, made by bubblewrap.
 
 Each command gets new namespaces: no network, no other processes, a read-only /usr, and the two
-folders /task and /tmp in memory. What is in /task comes in as a tar archive and goes out as one.
-This machine never unpacks an archive that an agent could write, and nothing of a sandbox lies on
-its disk: a killed runner leaves nothing behind.
+folders /task and /tmp in memory. Nothing of a sandbox lies on this machine's disk: a killed runner
+leaves nothing behind.
 
 What is limited: seconds, CPU seconds, memory and size of files of each process, processes,
 the bytes in each folder, and the bytes of output that are read. Memory is limited for each process
@@ -15,79 +14,37 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
 from nextstate.errors import RolloutError, StartError
+from plugins.sandboxes.one_command import INSIDE, Pipe, checked, finish, variables_of
+from plugins.sandboxes.protocol import MOST_COMMAND_BYTES, Folders, Limits, Ran
 from plugins.sandboxes.syscalls import filter_program
+
+__all__ = ["MOST_COMMAND_BYTES", "Bubblewrap", "Limits", "Ran", "create"]
 
 _NOBODY = 65534
 """root runs sandboxes as this user: the kernel does not limit the processes of root."""
 _FILTER = filter_program(os.uname().machine)
-_READY = b"ready\n"
 _PROGRAMS = ("bwrap", "bash", "tar", "timeout")
-MOST_COMMAND_BYTES = 64 << 10
-"""The kernel takes at most 128 KiB for one argument."""
-_ARCHIVE_EXTRA = 16 << 20
-"""What an archive may have beyond the size of its folder: a head of 512 bytes for each file."""
-
-_INSIDE = r"""
-echo 1000 2>/dev/null >/proc/self/oom_score_adj
-ulimit -c 0 -n 256 -t "$cpu_s" -v "$memory_kb" -f "$file_kb" -u "$processes"
-printf 'ready\n' >&"$out"
-exec {shown}>&1 >/dev/null 2>&1
-tar --extract --preserve-permissions --ignore-zeros --file=- --directory=/task 2>&"$shown"
-unset cpu_s memory_kb file_kb processes
-env --unset=out --unset=wall_s timeout --kill-after=1 "$wall_s" bash -c "$1" \
-  </dev/null >&"$shown" 2>&1 {out}>&- {shown}>&-
-code=$?
-kill -KILL -1
-tar --create --format=posix --sparse --file=- --directory=/task . >&"$out"
-exit "$code"
-"""
-"""Runs the command ($1) between unpacking and packing. `kill -1` ends all that it left running."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one command may use."""
-
-    wall_s: float = 30.0
-    cpu_s: int = 20
-    """Of each process."""
-    memory_mb: int = 512
-    """Of each process."""
-    processes: int = 64
-    file_mb: int = 16
-    """The size of each file."""
-    folder_mb: int = 64
-    """The size of /task, and of /tmp."""
-    output_bytes: int = 256 << 10
-    """What is read of the output; the command's next write fails."""
-    grace_s: float = 20.0
-    """For unpacking, packing and a busy machine; after `wall_s` and this the sandbox is killed."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """What one command did."""
-
-    exit_code: int
-    """As bash tells it: 124 after its seconds, 128 and more for a signal."""
-    output: bytes
-    """Both streams in the order of their writes."""
-    cut: bool
-    """Whether there was more output than is read."""
-    files: bytes | None
-    """What /task holds now; None: the command ended the sandbox itself or left too much."""
 
 
 class Bubblewrap:
     """Runs commands, each in a sandbox of its own."""
 
-    def __init__(self, limits: Limits | None = None) -> None:
+    def __init__(
+        self,
+        limits: Limits | None = None,
+        folders: Folders | None = None,
+        readable: Sequence[str] = (),
+        sockets: Mapping[str, str] | None = None,
+    ) -> None:
+        """`readable` are folders beside /usr that commands may read; `sockets` are Unix sockets
+        of this machine that they may use: path there to path here."""
         self.limits = limits or Limits()
+        self._folders = folders or Folders()
+        self._shown = [*zip(readable, readable, strict=True)]
+        self._shown += [(here, there) for there, here in (sockets or {}).items()]
 
     async def check_machine(self) -> None:
         """Raises StartError unless a sandbox works here."""
@@ -107,15 +64,13 @@ class Bubblewrap:
     async def run(
         self, command: str, files: bytes, variables: Mapping[str, str] | None = None
     ) -> Ran:
-        """Runs a command of bash in /task. Raises RolloutError if no sandbox could be made.
+        """Runs a command of bash. Raises RolloutError if no sandbox could be made.
 
         A command without NUL, of at most 64 KiB. `files` may be several archives in a row.
         """
-        given = command.encode(errors="replace")
-        if b"\0" in given or len(given) > MOST_COMMAND_BYTES:
-            raise ValueError("a command with NUL or of more than 64 KiB")
+        given = checked(command)
         nobody = _NOBODY if os.geteuid() == 0 else None
-        output, archive, refused = _Pipe(), _Pipe(), _filter()
+        output, archive, refused = Pipe(), Pipe(), _filter()
         try:
             process = await asyncio.create_subprocess_exec(
                 *self._argv(archive.write_end, refused, given, variables or {}),
@@ -140,60 +95,20 @@ class Bubblewrap:
         finally:
             for end in (output.write_end, archive.write_end, refused):
                 os.close(end)
-        return await self._finish(process, output, archive, files)
-
-    async def _finish(
-        self, process: asyncio.subprocess.Process, output: _Pipe, archive: _Pipe, files: bytes
-    ) -> Ran:
-        """Feeds and reads a sandbox until it ends."""
-        most = (self.limits.folder_mb << 20) + _ARCHIVE_EXTRA
-        ended = False
-        try:
-            async with asyncio.timeout(self.limits.wall_s + self.limits.grace_s):
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(_feed(process, files))
-                    tasks.create_task(output.read(self.limits.output_bytes))
-                    tasks.create_task(archive.read(most))
-                await process.wait()
-            ended = True
-        except TimeoutError:
-            pass
-        finally:
-            output.close()
-            archive.close()
-            if not ended:
-                with suppress(ProcessLookupError):
-                    process.kill()  # its sandbox dies with it
-                await process.wait()
-        if not archive.data.startswith(_READY):
-            told = bytes(output.data[:300]).decode(errors="replace")
-            raise RolloutError(f"bwrap made no sandbox: {told!r}")
-        whole = ended and len(archive.data) > len(_READY) and not archive.cut
-        code = process.returncode
-        assert code is not None
-        return Ran(
-            code if code >= 0 else 128 - code,
-            bytes(output.data),
-            output.cut,
-            bytes(archive.data[len(_READY) :]) if whole else None,
-        )
+        # The sandbox dies with the process.
+        return await finish("bwrap", process, output, archive, files, self.limits)
 
     def _argv(
         self, out: int, refused: int, command: bytes, variables: Mapping[str, str]
     ) -> list[str | bytes]:
-        limits = self.limits
-        size = str(limits.folder_mb << 20)
+        size = str(self.limits.folder_mb << 20)
+        writable = (self._folders.work, "/tmp", *self._folders.others)
         environment = {
             "PATH": "/usr/bin:/bin",
             "HOME": "/tmp",
             "LANG": "C.UTF-8",
             **variables,
-            "out": str(out),
-            "wall_s": str(limits.wall_s),
-            "cpu_s": str(limits.cpu_s),
-            "memory_kb": str(limits.memory_mb << 10),
-            "file_kb": str(limits.file_mb << 10),
-            "processes": str(limits.processes),
+            **variables_of(self.limits, self._folders.work, out, str(self.limits.processes)),
         }
         return [
             *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns"),
@@ -204,10 +119,19 @@ class Bubblewrap:
             *("--ro-bind-try", "/etc/alternatives", "/etc/alternatives"),
             *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
             *("--proc", "/proc", "--dev", "/dev"),
-            *("--size", size, "--tmpfs", "/task", "--size", size, "--tmpfs", "/tmp"),
-            *("--remount-ro", "/dev", "--remount-ro", "/", "--chdir", "/task", "--clearenv"),
+            *(part for folder in writable for part in ("--size", size, "--tmpfs", folder)),
+            *(part for pair in self._shown for part in ("--ro-bind", *pair)),
+            *(
+                "--remount-ro",
+                "/dev",
+                "--remount-ro",
+                "/",
+                "--chdir",
+                self._folders.work,
+                "--clearenv",
+            ),
             *(part for item in environment.items() for part in ("--setenv", *item)),
-            *("--", "bash", "-c", _INSIDE, "sandbox", command),
+            *("--", "bash", "-c", INSIDE, "sandbox", command),
         ]
 
 
@@ -219,39 +143,5 @@ def _filter() -> int:
     return read_end
 
 
-class _Pipe:
-    """A pipe that a sandbox writes to; it is read up to a bound and then closed."""
-
-    def __init__(self) -> None:
-        read_end, self.write_end = os.pipe()
-        self._file = os.fdopen(read_end, "rb", 0)
-        self.data = bytearray()
-        self.cut = False
-
-    async def read(self, most: int) -> None:
-        reader = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), self._file
-        )
-        try:
-            while not self.cut and (chunk := await reader.read(1 << 16)):
-                self.data += chunk
-                self.cut = len(self.data) > most
-        finally:
-            transport.close()
-        del self.data[most:]
-
-    def close(self) -> None:
-        """Closes the end that is read, also twice."""
-        self._file.close()
-
-
-async def _feed(process: asyncio.subprocess.Process, files: bytes) -> None:
-    """Sends the archive; a sandbox that has ended takes no more of it."""
-    assert process.stdin is not None
-    with suppress(ConnectionError):
-        process.stdin.write(files or bytes(10240))  # tar's empty archive
-        await process.stdin.drain()
-    process.stdin.close()
-    with suppress(ConnectionError):
-        await process.stdin.wait_closed()
+def create(settings: object) -> Bubblewrap:
+    return Bubblewrap(settings if isinstance(settings, Limits) else None)

@@ -1,6 +1,6 @@
 """docs/environments.md: its program runs as it stands there.
 
-Its environment is played in tests/rollout/test_command.py.
+Its environment is played in tests/rollout/test_document.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "environments.md"
 
 
 def test_the_program_opens_plays_and_closes_a_group(store: Store, tmp_path: Path) -> None:
-    program, _ = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    program, *_ = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         here = program.replace("http://127.0.0.1:8080", p.url).replace("MODEL", MODEL)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import re
 import signal
 import sys
@@ -17,16 +16,12 @@ from nextstate.app.cli import main
 from nextstate.episodes import EpisodeStatus
 from nextstate.store import Store
 from nextstate.store.episodes import Choice
-from plugins.environments.terminal import TerminalKind
-from rollout.tasks import read_tasks
 from tests.proxy.running_proxy import Running, both, until
 from tests.rollout.machine import needs_bubblewrap
 from tests.rollout.test_runner import says
-from tests.rollout.test_terminal import play
-from tests.scripted_engine import MODEL, Script, ScriptedEngine
+from tests.scripted_engine import MODEL, ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
-DOCUMENT = ROOT / "docs" / "environments.md"
 COUNT = {"instruction": "count", "files": {"a.txt": "x\ny\n"}, "check": "test $(cat n.txt) = 2"}
 
 
@@ -146,38 +141,6 @@ def test_a_killed_run_goes_on(store: Store, tmp_path: Path) -> None:
         assert found == {"night-0-0": "done", "night-0-1": "aborted", "night-0-2": "done"}
 
     both(test, store, tmp_path)
-
-
-def test_the_environment_of_the_document_is_played(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        _, module = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
-        (tmp_path / "guesses.py").write_text(module)
-        engine.queue += [Script(("4",)), Script(("7", "\n"))]
-        config = configured(tmp_path, int(p.url.rpartition(":")[2]))
-        tasks = tmp_path / "numbers.jsonl"
-        tasks.write_text('{"id": "n-1", "split": "eval", "number": 7}')
-        process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-P", "-m", "nextstate", "rollout", "guesses:create", "--eval"),
-            *("--config", str(config), "--tasks", str(tasks)),
-            stdout=subprocess.PIPE,
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
-        )
-        out, _ = await process.communicate()
-        assert "n-1  done  outcome 1  2 calls\n" in out.decode()
-        (episode,) = store.episodes.get_all(store.episodes.ids(Choice()))
-        assert (episode.environment, episode.outcome) == ("guesses", 1.0)
-
-    both(test, store, tmp_path)
-
-
-@needs_bubblewrap
-def test_the_task_of_the_document_can_be_solved(tmp_path: Path) -> None:
-    (line,) = re.findall(r"```json\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
-    (tmp_path / "tasks.jsonl").write_text(line)
-    (task,) = read_tasks(tmp_path / "tasks.jsonl", "terminal", TerminalKind().check_task)
-    _, scored = play("```bash\nwc -l < a.txt > n.txt\n```", **task.fields)
-    assert scored.outcome == 1.0
 
 
 def running(name: str) -> int:

@@ -6,7 +6,6 @@ import argparse
 import asyncio
 import signal
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
@@ -30,6 +29,8 @@ examples:
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
   nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
+  nextstate rollout command --tasks agent.jsonl                  an agent program of yours
+  nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
 _STOPPED = 128 + signal.SIGTERM
 
@@ -43,8 +44,9 @@ def add(subparsers: Any) -> None:
     text = "a file of plugins/environments/, as terminal, or module:function"
     text += " (default: what [rollout] says, without end)"
     parser.add_argument("environment", metavar="ENVIRONMENT", nargs="?", help=text)
-    text = "the tasks, one JSON object a line"
-    parser.add_argument("--tasks", type=Path, metavar="FILE", help=text)
+    text = "the tasks: a file of one JSON object a line, the address of an OpenEnv server, or a "
+    text += "folder of Harbor tasks; ?FIELD=VALUE after it gives every task a field"
+    parser.add_argument("--tasks", metavar="SOURCE", help=text)
     text = "play the held-out tasks, which never train, instead of the others"
     parser.add_argument("--eval", action="store_true", help=text)
     numbers = {
@@ -104,7 +106,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     from rollout.config import MOST_PARALLEL, environment_name
     from rollout.pictures import Pictures
     from rollout.proxy import ProxyClient
-    from rollout.tasks import read_tasks
+    from rollout.reading import read_source
 
     if args.tasks is None:
         raise ConfigError(f"--tasks is missing: name a file of tasks for {args.environment}")
@@ -114,7 +116,7 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     kind: EnvironmentKind = load_plugin("environments", args.environment, None)
     name = environment_name(args.environment)
     split = Split.EVAL if args.eval else Split.TRAIN
-    read = await asyncio.to_thread(read_tasks, args.tasks, name, kind.check_task)
+    read = await asyncio.to_thread(read_source, args.tasks, name, kind.check_task)
     tasks = [task for task in read if task.split is split]
     if not tasks:
         raise ConfigError(

@@ -1,0 +1,118 @@
+"""docs/environments.md: its tasks can be solved, and its environments are played as it says."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextstate.store import Store
+from plugins.environments.reward_file import read_reward
+from plugins.environments.terminal import TerminalKind
+from rollout.tasks import read_tasks
+from tests.proxy.running_proxy import Running, both
+from tests.rollout.machine import needs_bubblewrap
+from tests.rollout.test_command import ROOT, configured
+from tests.rollout.test_openenv import served, tools
+from tests.rollout.test_terminal import play
+from tests.scripted_engine import Script, ScriptedEngine
+
+TEXT = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+MODULES: dict[str, str] = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
+TASKS: dict[str, dict[str, Any]] = {
+    task["id"]: task for task in map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL))
+}
+
+
+def played(
+    store: Store, tmp_path: Path, environment: str, task: dict[str, Any] | str, *replies: str
+) -> list[str]:
+    """The lines of `nextstate rollout` in a folder with the document's modules."""
+    for name, code in MODULES.items():
+        (tmp_path / name).write_text(code)
+    file = tmp_path / "own.jsonl"
+    if not isinstance(task, str):
+        file.write_text(json.dumps({**task, "split": "eval"}))
+    lines: list[str] = []
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.queue += [Script((reply,)) for reply in replies]
+        config = configured(tmp_path, int(p.url.rpartition(":")[2]))
+        source = task if isinstance(task, str) else str(file)
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-P", "-m", "nextstate", "rollout", environment, "--eval"),
+            *("--config", str(config), "--tasks", source),
+            stdout=asyncio.subprocess.PIPE,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}"},
+        )
+        out, _ = await process.communicate()
+        lines.extend(line.split("  ", 1)[-1] for line in out.decode().splitlines())
+
+    both(test, store, tmp_path)
+    return lines
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize(
+    ("environment", "name", "replies"),
+    [
+        ("guesses:create", "n-1", ["4", "7"]),
+        ("gym", "w-1", ["bush", "tree"]),
+        ("command", "a-1", ["7"]),
+    ],
+)
+def test_an_environment_of_the_document_is_played(
+    store: Store, tmp_path: Path, environment: str, name: str, replies: list[str]
+) -> None:
+    task = dict(TASKS[name])
+    if environment == "command":
+        task["command"] = task["command"].replace("/path/to", shlex.quote(str(tmp_path)))
+        task["command"] = task["command"].replace("python", shlex.quote(sys.executable), 1)
+    lines = played(store, tmp_path, environment, task, *replies)
+    assert lines[0] == f"{name}  done  outcome 1  {len(replies)} calls"
+    (episode,) = store.episodes.newest(None, None)
+    assert (episode.environment, episode.outcome) == (environment.partition(":")[0], 1.0)
+
+
+@pytest.mark.processes
+def test_a_server_of_openenv_is_played_with_its_tasks(store: Store, tmp_path: Path) -> None:
+    async def test() -> list[str]:
+        async with served(tools(2).app) as url:
+            source = f"{url}?action=text&show=text"
+            call = '{"name": "submit", "arguments": {"value": 0}}'
+            return await asyncio.to_thread(played, store, tmp_path, "openenv", source, call, call)
+
+    lines = asyncio.run(test())
+    assert sorted(lines[:2]) == [
+        "eval-0  done  outcome 0  1 calls",
+        "eval-1  truncated  outcome 0  10 calls",
+    ]
+
+
+@needs_bubblewrap
+def test_the_task_of_terminal_can_be_solved(tmp_path: Path) -> None:
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(TASKS["count-1"]))
+    (task,) = read_tasks(tmp_path / "tasks.jsonl", "terminal", TerminalKind().check_task)
+    _, scored = play("```bash\nwc -l < a.txt > n.txt\n```", **task.fields)
+    assert scored.outcome == 1.0
+
+
+def test_an_own_environment_has_at_most_thirty_lines() -> None:
+    assert set(MODULES) == {"guesses.py", "words.py", "agent.py"}
+    for name, code in MODULES.items():
+        lines = [line for line in code.splitlines() if line.strip()]
+        assert len(lines) <= 30, name
+
+
+def test_the_reward_file_of_the_document_is_one() -> None:
+    (text,) = re.findall(r'`(\{"outcome": 0\.5.*?\]\})`', TEXT)
+    scored = read_reward(text.encode())
+    assert (scored.outcome, scored.steps) == (0.5, {0: -1.0})
