@@ -2,7 +2,8 @@
 
 The turns are those of `benchmarks.growth`; every second one gets a verdict, a fifth of them are one
 session, and there are 200 versions and an episode for each ten turns. Each page is asked for over
-HTTP, one request after the other.
+HTTP, one request after the other. The CPU time is that of client and proxy together: it says what
+a page costs where other programs keep the machine busy.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import sqlite3
 import statistics
 import tempfile
 from pathlib import Path
-from time import perf_counter
+from time import perf_counter, process_time
 
 import aiohttp
 from aiohttp import web
@@ -96,25 +97,33 @@ def paths(turns: int) -> list[str]:
     ]
 
 
-async def measure(page: Page, port: int, asked: list[str], times: int) -> dict[str, list[float]]:
-    """Milliseconds of each request, by address."""
+Times = list[tuple[float, float]]
+"""(milliseconds, milliseconds of CPU time) of each request."""
+
+
+async def measure(page: Page, port: int, asked: list[str], times: int) -> dict[str, Times]:
+    """What each request took, by address."""
     app = web.Application()
     app.router.add_route("*", "/{path:.*}", page.handle)
     runner = web.AppRunner(app)
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
-    found: dict[str, list[float]] = {path: [] for path in asked}
+    found: dict[str, Times] = {path: [] for path in asked}
     async with aiohttp.ClientSession() as http:
         for number in range(times + 1):
             for path in asked:
-                started = perf_counter()
+                started = perf_counter(), process_time()
                 answer = await http.get(f"http://127.0.0.1:{port}{path}")
                 text = await answer.text()
                 assert answer.status == 200, text
                 if number:  # the first time is a warm-up
-                    found[path].append(1000 * (perf_counter() - started))
+                    found[path].append(_since(started))
     await runner.cleanup()
     return found
+
+
+def _since(started: tuple[float, float]) -> tuple[float, float]:
+    return 1000 * (perf_counter() - started[0]), 1000 * (process_time() - started[1])
 
 
 def main() -> None:
@@ -139,17 +148,19 @@ def main() -> None:
         lineages = Lineages("base", None)
         page = Page(settings, store, lineages, lambda _: nothing(), lambda: _HEALTH, Allowance())
         found = asyncio.run(measure(page, free_port(), paths(options.turns), options.times))
-        looks: list[float] = []
+        looks: Times = []
         for _ in range(options.times):
-            started = perf_counter()
+            started = perf_counter(), process_time()
             watched(store, lambda: _HEALTH)
-            looks.append(1000 * (perf_counter() - started))
+            looks.append(_since(started))
         found["the look of all streams"] = looks
         store.close()
     print(f"{options.turns:,} turns, load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-    print("| page | median, ms | slowest, ms |\n|---|---|---|")
+    print("| page | median, ms | slowest, ms | CPU, ms |\n|---|---|---|---|")
     for path, values in found.items():
-        print(f"| `{path}` | {statistics.median(values):.0f} | {max(values):.0f} |")
+        wall, cpu = zip(*values, strict=True)
+        print(f"| `{path}` | {statistics.median(wall):.0f} | {max(wall):.0f} | ", end="")
+        print(f"{statistics.median(cpu):.0f} |")
 
 
 if __name__ == "__main__":
