@@ -62,6 +62,7 @@ class Exams:
         self._todo: deque[Place] = deque()
         self._solved: dict[Place, bool] = {}
         self._tries: Counter[Place] = Counter()
+        self._playing: set[Place] = set()
 
     async def next(self) -> tuple[Place, Opened, Task] | None:
         """The next episode, opened; None if there is none to play now. Raises RolloutError."""
@@ -74,10 +75,12 @@ class Exams:
         task = self._tasks[place.number]
         opened = await self._open(place, task)
         self._todo.popleft()
+        self._playing.add(place)
         return place, opened, task
 
     async def ended(self, place: Place, attempt: Attempt) -> None:
         """Notes an outcome; an episode without one is tried again."""
+        self._playing.discard(place)
         if self._candidate is None or place.version not in _both(self._candidate):
             return  # it waits no more
         if attempt.outcome is not None:
@@ -147,28 +150,30 @@ class Exams:
         )
         return opened
 
+    def _is_given_up(self, place: Place) -> bool:
+        """Whether its episodes have failed too often; the last one allowed may still run."""
+        failed = place not in self._solved and place not in self._playing
+        return failed and self._tries[place] >= MOST_TRIES
+
     def _group(self, place: Place) -> str:
         return f"exam.{self._config.lineage}.{place.version}.{self._key}.{place.number}"
 
     async def _note(self, candidate: PolicyVersion) -> None:
         """Writes the counts so far into the store."""
-        ours, parents = ([] for _ in range(2))
-        lost = 0
+        ours, parents = _both(candidate)
+        pairs: list[tuple[bool, bool]] = []
+        left_out = 0
         for number in range(len(self._tasks)):
-            places = [Place(version, number) for version in _both(candidate)]
-            if all(place in self._solved for place in places):
-                ours.append(self._solved[places[0]])
-                parents.append(self._solved[places[1]])
+            places = Place(ours, number), Place(parents, number)
+            found = [self._solved.get(place) for place in places]
+            if found[0] is not None and found[1] is not None:
+                pairs.append((found[0], found[1]))
             else:
-                lost += any(
-                    place not in self._solved and self._tries[place] >= MOST_TRIES
-                    for place in places
-                )
-        pairs = [*zip(ours, parents, strict=True)]
+                left_out += any(map(self._is_given_up, places))
         exam = Exam(
-            planned=len(self._tasks) - lost,
+            planned=len(self._tasks) - left_out,
             tasks=len(pairs),
-            solved=sum(ours),
+            solved=sum(solved for solved, _ in pairs),
             gained=pairs.count((True, False)),
             lost=pairs.count((False, True)),
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ async def playing(
     kind: Any,
     config: RolloutConfig = CONFIG,
     source: Any = None,
-) -> AsyncIterator[asyncio.Task[None]]:
+) -> AsyncGenerator[asyncio.Task[None]]:
     """The stage, for as long as the block runs."""
     stop = asyncio.Event()
     async with client(p) as proxy:
@@ -231,8 +231,8 @@ def test_a_proxy_that_is_away_is_waited_for(store: Store, tmp_path: Path) -> Non
     async def test(_: ScriptedEngine, p: Running) -> None:
         url, p.url = p.url, "http://127.0.0.1:1"
         async with playing(p, store, tmp_path, ShownKind()) as stage:
-            done, _ = await asyncio.wait({stage}, timeout=0.2)
-            assert not done
+            ended, playing_on = await asyncio.wait({stage}, timeout=0.2)
+            assert (ended, playing_on) == (set(), {stage})
         p.url = url
 
     both(test, store, tmp_path)
