@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nextstate.episodes import EpisodeState, EpisodeStatus, Split
+from nextstate.errors import RefusedError
 from nextstate.exams import MISSED, Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -73,7 +74,13 @@ class Exams:
             return None
         place = self._todo[0]
         task = self._tasks[place.number]
-        opened = await self._open(place, task)
+        try:
+            opened = await self._open(place, task)
+        except RefusedError as error:
+            if error.status >= 500:
+                raise
+            await self._miss(str(error))
+            return None
         self._todo.popleft()
         self._playing.add(place)
         return place, opened, task
@@ -134,8 +141,7 @@ class Exams:
                 await self._proxy.give_up(left, EpisodeStatus.ABORTED)
 
     async def _open(self, place: Place, task: Task) -> Opened:
-        self._tries[place] += 1
-        tries = self._tries[place]
+        tries = self._tries[place] + 1
         (opened,) = await self._proxy.open_group(
             environment=self._config.name,
             task=task.id,
@@ -148,6 +154,7 @@ class Exams:
             max_calls=self._config.max_calls,
             deadline_s=self._config.deadline_s,
         )
+        self._tries[place] = tries
         return opened
 
     def _is_given_up(self, place: Place) -> bool:
@@ -177,13 +184,19 @@ class Exams:
             gained=pairs.count((True, False)),
             lost=pairs.count((False, True)),
         )
-        metrics = exam.metrics()
+        note = self._store.versions.note
+        await asyncio.to_thread(note, candidate.lineage, candidate.number, exam.metrics())
         if not exam.planned:
-            log.warning("version=%d has no exam: there are no held-out tasks", candidate.number)
-            metrics |= {MISSED: 1.0}
-        await asyncio.to_thread(
-            self._store.versions.note, candidate.lineage, candidate.number, metrics
-        )
+            await self._miss("there are no held-out tasks, or all their episodes failed")
+
+    async def _miss(self, why: str) -> None:
+        """Gives the exam up: the candidate need not wait."""
+        if (candidate := self._candidate) is None:
+            return
+        self._todo.clear()
+        log.warning("version=%d has no whole exam: %s", candidate.number, why)
+        note = self._store.versions.note
+        await asyncio.to_thread(note, candidate.lineage, candidate.number, {MISSED: 1.0})
 
 
 def _both(candidate: PolicyVersion) -> tuple[int, int]:

@@ -13,6 +13,7 @@ import pytest
 from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Split
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.exams import MISSED, Exam
+from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from plugins.environments.terminal import TerminalKind
 from plugins.environments.tools import ToolsKind
@@ -194,6 +195,19 @@ def test_without_held_out_tasks_an_exam_is_missed_at_once(store: Store, tmp_path
         async with playing(p, store, tmp_path, ShownKind(), source=Numbers(0)):
             await until(lambda: MISSED in store.versions.newest("main", 1)[0].metrics)
         assert not episodes(store, Split.EVAL)
+
+    both(test, store, tmp_path)
+
+
+def test_an_exam_that_the_proxy_refuses_is_given_up_and_training_goes_on(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        made = PolicyVersion("main", 1, 0, None, "ff", 16, VersionState.CANDIDATE)
+        store.versions.add(made, None)  # without an adapter
+        async with playing(p, store, tmp_path, ShownKind()):
+            await until(lambda: MISSED in store.versions.newest("main", 1)[0].metrics)
+            await until(lambda: ended(store) >= 3)
 
     both(test, store, tmp_path)
 
