@@ -43,7 +43,8 @@ class Examining:
         if self._waits is None or self._waits[0] != candidate.number:
             self._waits = candidate.number, self._clock()
         exam, waited_s = Exam.of(candidate.metrics), self._clock() - self._waits[1]
-        if exam.is_over or waited_s > (LONGEST_S if exam.planned else BEGIN_S):
+        over = exam.is_over or MISSED in candidate.metrics
+        if over or waited_s > (LONGEST_S if exam.planned else BEGIN_S):
             return None
         what = f"version {candidate.number} takes its exam before it serves"
         if exam.planned:

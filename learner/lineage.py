@@ -253,10 +253,11 @@ class Lineage:
 
     def _waits_for_exam(self) -> bool:
         """True while the newest version takes its exam; after it, it serves or is rejected."""
-        if self._examining is None:
+        newest = self._store.versions.newest(self.name, MANY_REJECTIONS)
+        if self._examining is None or not newest:
             return False
-        *before, candidate = self._store.versions.newest(self.name, MANY_REJECTIONS) or [None]
-        if candidate is None or candidate.state is not VersionState.CANDIDATE:
+        *before, candidate = newest
+        if candidate.state is not VersionState.CANDIDATE:
             return False
         waits = self._examining.waits(candidate)
         self.report(waits or self._pause)

@@ -9,7 +9,7 @@ and the learner finds its steps. A runner that is stopped closes its open episod
 that is killed leaves them open: they run into their deadline, and never train. A run with a name
 can be started again: what has ended is not played again, and what was half is aborted.
 
-`stage.py` is the run without end of `[rollout]`, with tasks from `sources.py`. It replaces what was
-lost, leaves room for people, and plays the exams of candidates (`exam.py`). It alone reads the
-store.
+`stage.py` is the run without end of `[rollout]`, with tasks from `sources.py`. It replaces what
+was lost, leaves room for people, and plays the exams of candidates (`exam.py`). Only these two read
+the store.
 """

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nextstate.episodes import EpisodeState, EpisodeStatus, Split
+from nextstate.errors import RefusedError
 from nextstate.exams import MISSED, Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -62,6 +63,7 @@ class Exams:
         self._todo: deque[Place] = deque()
         self._solved: dict[Place, bool] = {}
         self._tries: Counter[Place] = Counter()
+        self._playing: set[Place] = set()
 
     async def next(self) -> tuple[Place, Opened, Task] | None:
         """The next episode, opened; None if there is none to play now. Raises RolloutError."""
@@ -72,12 +74,20 @@ class Exams:
             return None
         place = self._todo[0]
         task = self._tasks[place.number]
-        opened = await self._open(place, task)
+        try:
+            opened = await self._open(place, task)
+        except RefusedError as error:
+            if error.status >= 500:
+                raise
+            await self._miss(str(error))
+            return None
         self._todo.popleft()
+        self._playing.add(place)
         return place, opened, task
 
     async def ended(self, place: Place, attempt: Attempt) -> None:
         """Notes an outcome; an episode without one is tried again."""
+        self._playing.discard(place)
         if self._candidate is None or place.version not in _both(self._candidate):
             return  # it waits no more
         if attempt.outcome is not None:
@@ -131,8 +141,7 @@ class Exams:
                 await self._proxy.give_up(left, EpisodeStatus.ABORTED)
 
     async def _open(self, place: Place, task: Task) -> Opened:
-        self._tries[place] += 1
-        tries = self._tries[place]
+        tries = self._tries[place] + 1
         (opened,) = await self._proxy.open_group(
             environment=self._config.name,
             task=task.id,
@@ -145,40 +154,49 @@ class Exams:
             max_calls=self._config.max_calls,
             deadline_s=self._config.deadline_s,
         )
+        self._tries[place] = tries
         return opened
+
+    def _is_given_up(self, place: Place) -> bool:
+        """Whether its episodes have failed too often; the last one allowed may still run."""
+        failed = place not in self._solved and place not in self._playing
+        return failed and self._tries[place] >= MOST_TRIES
 
     def _group(self, place: Place) -> str:
         return f"exam.{self._config.lineage}.{place.version}.{self._key}.{place.number}"
 
     async def _note(self, candidate: PolicyVersion) -> None:
         """Writes the counts so far into the store."""
-        ours, parents = ([] for _ in range(2))
-        lost = 0
+        ours, parents = _both(candidate)
+        pairs: list[tuple[bool, bool]] = []
+        left_out = 0
         for number in range(len(self._tasks)):
-            places = [Place(version, number) for version in _both(candidate)]
-            if all(place in self._solved for place in places):
-                ours.append(self._solved[places[0]])
-                parents.append(self._solved[places[1]])
+            places = Place(ours, number), Place(parents, number)
+            found = [self._solved.get(place) for place in places]
+            if found[0] is not None and found[1] is not None:
+                pairs.append((found[0], found[1]))
             else:
-                lost += any(
-                    place not in self._solved and self._tries[place] >= MOST_TRIES
-                    for place in places
-                )
-        pairs = [*zip(ours, parents, strict=True)]
+                left_out += any(map(self._is_given_up, places))
         exam = Exam(
-            planned=len(self._tasks) - lost,
+            planned=len(self._tasks) - left_out,
             tasks=len(pairs),
-            solved=sum(ours),
+            solved=sum(solved for solved, _ in pairs),
             gained=pairs.count((True, False)),
             lost=pairs.count((False, True)),
         )
-        metrics = exam.metrics()
+        note = self._store.versions.note
+        await asyncio.to_thread(note, candidate.lineage, candidate.number, exam.metrics())
         if not exam.planned:
-            log.warning("version=%d has no exam: there are no held-out tasks", candidate.number)
-            metrics |= {MISSED: 1.0}
-        await asyncio.to_thread(
-            self._store.versions.note, candidate.lineage, candidate.number, metrics
-        )
+            await self._miss("there are no held-out tasks, or all their episodes failed")
+
+    async def _miss(self, why: str) -> None:
+        """Gives the exam up: the candidate need not wait."""
+        if (candidate := self._candidate) is None:
+            return
+        self._todo.clear()
+        log.warning("version=%d has no whole exam: %s", candidate.number, why)
+        note = self._store.versions.note
+        await asyncio.to_thread(note, candidate.lineage, candidate.number, {MISSED: 1.0})
 
 
 def _both(candidate: PolicyVersion) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +15,13 @@ from rollout.attempt import Attempt, play
 from rollout.config import open_s
 from rollout.pictures import Pictures
 from rollout.proxy import Opened, ProxyClient
-from rollout.tasks import Task
+from rollout.tasks import Task, family_of
 
 SOLVED = 1.0
 """An outcome of at least this counts as solved, as in judge/advantages.py."""
+
+_MOST_FAMILIES = 20
+"""More are not shown one by one: then the ids have no families."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,21 +137,31 @@ async def _episodes(
 
 
 def summary(attempts: Sequence[Attempt], wall_s: float) -> str:
-    """What a run came to, in lines for a person."""
-    scored = [one for one in attempts if one.outcome is not None]
-    solved = sum(one.outcome >= SOLVED for one in scored if one.outcome is not None)
-    low, high = proportion_interval(solved, len(scored))
-    count = f"{len(attempts)} episodes in {wall_s:.1f} s"
-    line = f"{count}: solved {solved} of {len(scored)}"
-    if scored:
-        line += f" ({solved / len(scored):.0%}; with 90 % confidence {low:.0%} to {high:.0%})"
+    """What a run came to, in lines for a person; a line for each family if there are a few."""
+    line = f"{len(attempts)} episodes in {wall_s:.1f} s: solved {_solved(attempts)}"
     statuses = [one.status for one in attempts]
     others = [
         f"{statuses.count(status)} {status}"
         for status in (EpisodeStatus.TRUNCATED, EpisodeStatus.FAILED)
         if status in statuses
     ]
+    families: defaultdict[str, list[Attempt]] = defaultdict(list)
+    for one in attempts:
+        families[family_of(one.task.id)].append(one)
+    each = [f"  {name}: {_solved(some)}" for name, some in sorted(families.items())]
     model, world = (sum(getattr(one, n) for one in attempts) for n in ("model_s", "environment_s"))
     spent = f"an episode waits {model / max(1, len(attempts)):.2f} s for the model, "
     spent += f"{world / max(1, len(attempts)):.2f} s for its environment"
-    return "\n".join([", ".join([line, *others]), spent])
+    shown = each if 1 < len(each) <= _MOST_FAMILIES else []
+    return "\n".join([", ".join([line, *others]), *shown, spent])
+
+
+def _solved(attempts: Sequence[Attempt]) -> str:
+    """How many of those with an outcome are solved, with the share and its interval."""
+    outcomes = [one.outcome for one in attempts if one.outcome is not None]
+    solved = sum(outcome >= SOLVED for outcome in outcomes)
+    told = f"{solved} of {len(outcomes)}"
+    if not outcomes:
+        return told
+    low, high = proportion_interval(solved, len(outcomes))
+    return f"{told} ({solved / len(outcomes):.0%}; with 90 % confidence {low:.0%} to {high:.0%})"

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from nextstate.app.cli import main
+from nextstate.app.settings import Settings
+from nextstate.app.stack import Stack
 from nextstate.app.status import exam_text
 from nextstate.episodes import EpisodeStatus, Split
 from nextstate.exams import FAILED, MISSED, Exam
@@ -17,6 +20,7 @@ from rollout.attempt import Attempt
 from rollout.progress import Progress, read_progress
 from rollout.tasks import Task
 
+DOCUMENT = Path(__file__).parents[2] / "docs" / "environments.md"
 TASK = Task("t", Split.TRAIN, {})
 
 
@@ -71,3 +75,19 @@ def test_status_tells_the_run_and_the_last_exam(
     config.write_text(text)
     assert main(["status", "--config", str(config)]) == 0
     assert "none: see [rollout]" in capsys.readouterr().out
+
+
+def test_the_section_of_the_document_is_valid(tmp_path: Path) -> None:
+    (section,) = re.findall(r"```toml\n(.*?)```", DOCUMENT.read_text(encoding="utf-8"), re.S)
+    (tmp_path / "nextstate.toml").write_text(f'{section}[store]\ndir = "{tmp_path}/state"\n')
+    assert Settings.read(tmp_path / "nextstate.toml").rollout.environment == "terminal"
+    stages = Stack(Settings.read(tmp_path / "nextstate.toml")).children
+    assert [*stages][:4] == ["rollout", "proxy", "judge", "learner"]
+
+
+def test_without_an_environment_the_stage_says_what_to_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "nextstate.toml").write_text("")
+    assert main(["rollout", "--config", str(tmp_path / "nextstate.toml")]) == 2
+    assert "[rollout] environment is empty: name one there" in capsys.readouterr().err

@@ -33,8 +33,12 @@ class Engine:
         return self.now
 
 
+def praise(_evidence: Evidence, _call: int) -> Vote:
+    return Vote(1)
+
+
 def judge_on(engine: Engine) -> Counted:
-    return Counted(ScriptedJudge(lambda *_: Vote(1)), engine.live_requests)
+    return Counted(ScriptedJudge(praise), engine.live_requests)
 
 
 def pace_on(engine: Engine, share: float = 0.1) -> Pace:
@@ -104,7 +108,7 @@ def test_votes_that_end_while_the_engine_is_asked_do_not_count_as_an_agents_requ
         judge.asking = 0
         return 3
 
-    judge = Counted(ScriptedJudge(lambda *_: Vote(1)), ending)
+    judge = Counted(ScriptedJudge(praise), ending)
     judge.asking = 3
     assert not asyncio.run(judge.agents())
 

@@ -92,6 +92,8 @@ def test_an_exam_that_nobody_begins_is_waited_for_briefly_and_one_that_runs_long
     clock.now += 0.1
     assert examining.waits(begun) is None
     assert examining.waits(made) is None
+    given_up = replace(made, number=2, metrics={MISSED: 1.0})
+    assert examining.waits(given_up) is None
 
 
 def test_a_missed_exam_is_noted_and_does_not_hold_a_version_back(store: Store) -> None:

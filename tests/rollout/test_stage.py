@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import pytest
 from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Split
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.exams import MISSED, Exam
+from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from plugins.environments.terminal import TerminalKind
 from plugins.environments.tools import ToolsKind
@@ -49,7 +50,7 @@ async def playing(
     kind: Any,
     config: RolloutConfig = CONFIG,
     source: Any = None,
-) -> AsyncIterator[asyncio.Task[None]]:
+) -> AsyncGenerator[asyncio.Task[None]]:
     """The stage, for as long as the block runs."""
     stop = asyncio.Event()
     async with client(p) as proxy:
@@ -198,6 +199,19 @@ def test_without_held_out_tasks_an_exam_is_missed_at_once(store: Store, tmp_path
     both(test, store, tmp_path)
 
 
+def test_an_exam_that_the_proxy_refuses_is_given_up_and_training_goes_on(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        made = PolicyVersion("main", 1, 0, None, "ff", 16, VersionState.CANDIDATE)
+        store.versions.add(made, None)  # without an adapter
+        async with playing(p, store, tmp_path, ShownKind()):
+            await until(lambda: MISSED in store.versions.newest("main", 1)[0].metrics)
+            await until(lambda: ended(store) >= 3)
+
+    both(test, store, tmp_path)
+
+
 def test_while_people_use_the_engine_one_episode_is_played_at_a_time(
     store: Store, tmp_path: Path
 ) -> None:
@@ -231,8 +245,8 @@ def test_a_proxy_that_is_away_is_waited_for(store: Store, tmp_path: Path) -> Non
     async def test(_: ScriptedEngine, p: Running) -> None:
         url, p.url = p.url, "http://127.0.0.1:1"
         async with playing(p, store, tmp_path, ShownKind()) as stage:
-            done, _ = await asyncio.wait({stage}, timeout=0.2)
-            assert not done
+            ended, playing_on = await asyncio.wait({stage}, timeout=0.2)
+            assert (ended, playing_on) == (set(), {stage})
         p.url = url
 
     both(test, store, tmp_path)

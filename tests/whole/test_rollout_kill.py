@@ -93,11 +93,11 @@ class Tossing(ScriptedEngine):
         base = load_float64(model_path)
         with torch.no_grad():
             self._scripts = [
-                Script(
-                    words,
-                    tokens=[*zip(ids, logprobs(base, (1, 2, 3), ids).tolist(), strict=True)],
+                Script(words, tokens=list(zip(ids, map(float, found), strict=True)))
+                for words, ids, found in (
+                    (words, ids, logprobs(base, (1, 2, 3), ids))
+                    for words, ids in ((("right", "."), RIGHT), (("wrong", ".", "."), WRONG))
                 )
-                for words, ids in ((("right", "."), RIGHT), (("wrong", ".", "."), WRONG))
             ]
         self._rng = Random(seed)
         self.replies = 0
