@@ -138,6 +138,7 @@ class _Browser:
                     handle_sighup=False,
                 )
                 process = _process(folder / "pid")
+                shutil.rmtree(folder)  # so a killed runner leaves nothing
                 browser.on("disconnected", self.end)  # it died
             self._running.set_result(browser)
             await self._over.wait()
