@@ -108,7 +108,7 @@ seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 tool-policy: env  ## rebuild the policy that `make rollout-demo` begins with (about 5 minutes)
 	$(BIN)/python -m demo.tool_policy
 
-# benchmarks.streams, .growth, .storage, .judging, .sequences, .training_step, .publishing and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
+# benchmarks.streams, .growth, .storage, .judging, .sequences, .training_step, .publishing, .gui and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 	$(BIN)/python -m benchmarks.relay $(ARGS)
 

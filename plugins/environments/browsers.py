@@ -138,7 +138,8 @@ class _Browser:
                     handle_sighup=False,
                 )
                 process = _process(folder / "pid")
-                browser.on("disconnected", lambda _: self.end())  # it died
+                shutil.rmtree(folder)  # so a killed runner leaves nothing
+                browser.on("disconnected", self.end)  # it died
             self._running.set_result(browser)
             await self._over.wait()
         except RolloutError as error:
@@ -185,7 +186,7 @@ class _Browser:
         if not self.users and not self.takes:
             self.end()
 
-    def end(self) -> None:
+    def end(self, _: object = None) -> None:
         """Makes `keep` return soon."""
         self.is_sound = False
         self._over.set()

@@ -24,8 +24,8 @@ from nextstate.errors import ConfigError, RolloutError, StartError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
 from plugins.environments.browsers import Browsers, Limits, Tab, check_programs
+from plugins.environments.gui_tasks import WORDS, numbered
 
-WORDS = ("train", "eval")
 MOST_SEED = 2**31 - 1
 _MOST = {"lines": 60, "chars": 100, "options": 20, "nodes": 10_000, "query": 1000}
 """What a page may show: lines, characters of each text, options of a list, nodes that are looked
@@ -125,6 +125,10 @@ class PageKind:
             raise ConfigError(f"seed = {seed!r:.80}: expected a whole number, 0 to {MOST_SEED}")
         if words not in (None, *WORDS):
             raise ConfigError(f"words = {words!r:.80}: expected {' or '.join(WORDS)}, or none")
+
+    def generate(self, split: str, number: int) -> Json:
+        """Task number N of a split, with its `id`."""
+        return numbered(split, number)
 
     async def check_machine(self) -> None:
         """Raises StartError unless a browser shows a page here."""

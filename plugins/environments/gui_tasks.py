@@ -14,8 +14,8 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from plugins.environments.gui import WORDS
-
+WORDS = ("train", "eval")
+"""The parts into which the lists of names and words are divided."""
 UNSEEN = "click-option"
 """The page of which no task trains."""
 _EVAL_OF = 4
@@ -82,6 +82,12 @@ def task(page: str, split: str, number: int) -> dict[str, Any]:
     }
 
 
+def numbered(split: str, number: int) -> dict[str, Any]:
+    """Task number N of a split; the pages take turns."""
+    at, place = divmod(number, len(pages(split)))
+    return task(pages(split)[place], split, at)
+
+
 def solution(page: str, first: str) -> list[str]:
     """The actions that solve a task, by its first observation."""
     pattern, solver = PAGES[page]
@@ -102,9 +108,8 @@ def pages(split: str) -> list[str]:
 def main(count: int) -> None:
     """Prints the tasks, one JSON object a line; the pages take turns."""
     for split, many in zip(WORDS, (count, -(-count // _EVAL_OF)), strict=True):
-        for at in range(many):
-            number, place = divmod(at, len(pages(split)))
-            print(json.dumps(task(pages(split)[place], split, number)))
+        for number in range(many):
+            print(json.dumps(numbered(split, number)))
 
 
 if __name__ == "__main__":
