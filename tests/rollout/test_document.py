@@ -1,4 +1,7 @@
-"""docs/environments.md: its tasks can be solved, and its environments are played as it says."""
+"""docs/environments.md: its tasks can be solved, and its environments are played as it says.
+
+NEXTSTATE_TEST_VERIFIERS names an environment with the packages verifiers and uv, for its recipe.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ from tests.rollout.test_terminal import play
 from tests.scripted_engine import Script, ScriptedEngine
 
 TEXT = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+VERIFIERS = os.environ.get("NEXTSTATE_TEST_VERIFIERS", "")
+needs_verifiers = pytest.mark.skipif(not VERIFIERS, reason="needs NEXTSTATE_TEST_VERIFIERS=/opt/…")
 MODULES: dict[str, str] = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
 TASKS: dict[str, dict[str, Any]] = {
     task["id"]: task for task in map(json.loads, re.findall(r"```json\n(.*?)```", TEXT, re.DOTALL))
@@ -67,6 +72,7 @@ def played(
         ("guesses:create", "n-1", ["4", "7"]),
         ("gym", "w-1", ["bush", "tree"]),
         ("command", "a-1", ["7"]),
+        pytest.param("command", "v-1", ["It is 7."], marks=needs_verifiers),
     ],
 )
 def test_an_environment_of_the_document_is_played(
@@ -75,7 +81,12 @@ def test_an_environment_of_the_document_is_played(
     task = dict(TASKS[name])
     if environment == "command":
         task["command"] = task["command"].replace("/path/to", shlex.quote(str(tmp_path)))
-        task["command"] = task["command"].replace("python", shlex.quote(sys.executable), 1)
+        if name == "v-1":
+            task["command"] = task["command"].replace("/opt/verifiers", VERIFIERS)
+            names = [key for key in os.environ if key.startswith(("UV_", "SSL_"))]
+            task["variables"] = {key: os.environ[key] for key in names}
+        else:
+            task["command"] = task["command"].replace("python", shlex.quote(sys.executable), 1)
     lines = played(store, tmp_path, environment, task, *replies)
     assert lines[0] == f"{name}  done  outcome 1  {len(replies)} calls"
     (episode,) = store.episodes.newest(None, None)
@@ -106,9 +117,9 @@ def test_the_task_of_terminal_can_be_solved(tmp_path: Path) -> None:
 
 
 def test_an_own_environment_has_at_most_thirty_lines() -> None:
-    assert set(MODULES) == {"guesses.py", "words.py", "agent.py"}
-    for name, code in MODULES.items():
-        lines = [line for line in code.splitlines() if line.strip()]
+    assert set(MODULES) == {"guesses.py", "words.py", "agent.py", "verifiers_agent.py"}
+    for name in ("guesses.py", "words.py", "agent.py"):
+        lines = [line for line in MODULES[name].splitlines() if line.strip()]
         assert len(lines) <= 30, name
 
 
