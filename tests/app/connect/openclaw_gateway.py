@@ -19,7 +19,7 @@ from nextstate.engine.process import free_port
 NODE = Path(__file__).parents[3] / ".clients/node_modules"
 PROGRAM = NODE / ".bin/openclaw"
 STARTS_WITHIN_S = 240
-ANSWERS_WITHIN_S = 120
+ANSWERS_WITHIN_S = 240
 _TOKEN = "a-token"
 _CHAT = "agent:main:main"
 

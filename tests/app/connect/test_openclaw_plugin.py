@@ -18,7 +18,7 @@ from nextstate.app.cli import main
 from nextstate.config import StoreConfig
 from nextstate.records import Turn, TurnKind
 from nextstate.store import Store
-from tests.app.connect.openclaw_gateway import PROGRAM, gateway
+from tests.app.connect.openclaw_gateway import ANSWERS_WITHIN_S, PROGRAM, gateway
 from tests.proxy.running_proxy import running
 from tests.scripted_engine import MODEL, Script, scripted_engine
 
@@ -100,7 +100,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Talk:
                 await chat.say(TASK)
                 asked = len(engine.requests)
                 await chat.call("wake", mode="now", text="Look around.")
-                async with asyncio.timeout(120):
+                async with asyncio.timeout(ANSWERS_WITHIN_S):
                     while len(engine.requests) == asked:
                         await asyncio.sleep(0.05)
                 talk.told["bad"] = await chat.say(f"/bad {HINT}")
