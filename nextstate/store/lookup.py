@@ -54,6 +54,8 @@ class TurnSummary:
     in_episode: bool
     message: Json
     """The last message of its request; `{"content": …}` of a request without messages."""
+    earlier: Json | None
+    """The message before that one; None without one."""
     answers: tuple[Source, str] | None
     """The last next state of the turn that it continues: whose words, without an envelope."""
     reply: Json
@@ -318,7 +320,10 @@ def _summaries(
     connection: sa.Connection, rows: Sequence[Any], later: Mapping[str, Sequence[str]]
 ) -> list[TurnSummary]:
     lasts = {row.seq: row.messages[-texts.HASH_BYTES :] or row.rest for row in rows}
-    found = texts.get(connection, [*lasts.values(), *(row.reply for row in rows)])
+    size = texts.HASH_BYTES
+    earlier = {row.seq: row.messages[-2 * size : -size] for row in rows}
+    asked = [*lasts.values(), *filter(None, earlier.values()), *(row.reply for row in rows)]
+    found = texts.get(connection, asked)
     n = t.next_states.c
     parents = {row.parent for row in rows if row.parent is not None}
     query = sa.select(n.turn, n.source, n.text).where(n.turn.in_(parents))
@@ -336,6 +341,7 @@ def _summaries(
             started_at=row.started_at,
             in_episode=row.episode is not None,
             message=_message(read_json(found[lasts[row.seq]]), bool(row.messages)),
+            earlier=read_json(found[key]) if (key := earlier[row.seq]) else None,
             answers=None
             if (state := answered.get(row.parent)) is None
             else (Source(state.source), said[state.text].decode()),
