@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from nextstate.app.connect.json5_edit import Item, Step
 from nextstate.app.connect.target import PROVIDER, Target
@@ -92,7 +92,8 @@ def openclaw_plugin(found: Json) -> list[Edit]:
     plugins = _inner(found, "plugins")
     folder = str(files("plugins") / "agents" / "openclaw")
     known = _inner(plugins, "load").get("paths")
-    earlier = [path for path in known if _is_plugin(path)] if isinstance(known, list) else []
+    paths = cast("list[object]", known) if isinstance(known, list) else []
+    earlier = [path for path in paths if isinstance(path, str) and _is_plugin(path)]
     entry = ("plugins", "entries", PROVIDER)
     edits: list[Edit] = [
         (("plugins", "load", "paths", Item(earlier[0] if earlier else folder)), folder),
@@ -105,9 +106,9 @@ def openclaw_plugin(found: Json) -> list[Edit]:
     return edits
 
 
-def _is_plugin(path: object) -> bool:
+def _is_plugin(path: str) -> bool:
     """Whether it is the plugin, perhaps of a NextState that was installed elsewhere."""
-    return isinstance(path, str) and Path(path).parts[-3:] == ("plugins", "agents", "openclaw")
+    return Path(path).parts[-3:] == ("plugins", "agents", "openclaw")
 
 
 def codex_edits(target: Target, found: Json) -> list[Edit]:
