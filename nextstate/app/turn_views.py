@@ -10,7 +10,7 @@ from rich.cells import cell_len, set_cell_size
 
 from nextstate.app.terminal import fitted, harmless_lines
 from nextstate.app.views import turn_row
-from nextstate.hooks import attached, text_of
+from nextstate.hooks import AgentProfile, attached, load_plugin, text_of
 from nextstate.records import Feedback, Json, NextState, SampleState, Source, Turn, Verdict
 from nextstate.store.lookup import SessionSummary, Standing, TurnSummary
 from nextstate.wire import obj, objects, one_line
@@ -24,12 +24,16 @@ _SPEAKERS = {
     Source.ENVIRONMENT: _ENVIRONMENT,
 }
 _REASON_CELLS, _NAME_CELLS = 40, 32
+_GENERIC: AgentProfile = load_plugin("agents", "generic", None)
 _THEN, _NOTHING = "  →  ", "·"
 
 
 def said(turn: TurnSummary) -> tuple[str, str]:
     """(who spoke last before the reply, what they said)."""
-    message = turn.messages[-1]
+    message, earlier = turn.messages[-1], turn.earlier or {}
+    # OpenClaw ends each request with a message of its own, after the person's.
+    if earlier.get("role") == message.get("role") == "user" and not _GENERIC.utterance(message):
+        message = earlier
     text = message_text(message)
     if turn.answers is not None and turn.answers[1] in text:  # a fork may answer something else
         return _SPEAKERS[turn.answers[0]], turn.answers[1]

@@ -73,6 +73,8 @@ class TurnSummary:
     """The last message of its request, before it the first one unless the turn continues another.
 
     The first one tells which agent sent it. `{"content": …}` of a request without messages."""
+    earlier: Json | None
+    """The message before the last one; None without one."""
     answers: tuple[Source, str] | None
     """The last next state of the turn that it continues: whose words, without an envelope."""
     reply: Json
@@ -382,10 +384,12 @@ def _summaries(
         first = row.messages[:size] if row.parent is None and len(row.messages) > size else b""
         last = row.messages[-size:] or row.rest
         ends[row.seq] = [first, last] if first else [last]
+    earlier = {row.seq: row.messages[-2 * size : -size] for row in rows}
     around = {row.id for row in rows} | {row.parent for row in rows if row.parent is not None}
     query = sa.select(t.next_states).where(n.turn.in_(around)).order_by(n.turn, n.seq)
     states = connection.execute(query).all()
     keys = [key for row in rows for key in (*ends[row.seq], row.reply)]
+    keys += filter(None, earlier.values())
     keys += [row.hint for row in rows if row.hint is not None]
     found = texts.get(connection, [*keys, *(state.text for state in states)])
     followed: dict[str, list[NextState]] = {}
@@ -406,6 +410,7 @@ def _summaries(
             messages=tuple(
                 _message(read_json(found[key]), bool(row.messages)) for key in ends[row.seq]
             ),
+            earlier=read_json(found[key]) if (key := earlier[row.seq]) else None,
             answers=(before[-1].source, before[-1].text)
             if (before := followed.get(row.parent))
             else None,

@@ -363,3 +363,14 @@ def test_a_search_for_words_reads_pages_until_it_has_enough(stores: list[Store])
     for work in (newest, first):
         cost, cost_of_large = (steps(store, work) for store in stores)
         assert cost_of_large <= 1.5 * cost + 300
+
+
+def test_the_persons_words_are_shown_and_not_what_the_agent_put_behind_them(
+    store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    behind = said("user", "<<<BEGIN_OPENCLAW_INTERNAL_CONTEXT>>>\nHints\n")
+    request = {"messages": [said("user", "List my files."), behind]}
+    add(store, turn(0, request=request, reply=said("assistant", "Sure.")), next_state=None)
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    assert run(capsys, file) == ["turn_0  v0  ·  person: List my files.  →  Sure."]

@@ -62,6 +62,7 @@ async def running(
     intervals: Intervals = INTERVALS,
     engine_key: str = "engine-key",
     record: bool = True,
+    profile: str = "generic",
     **config: Any,
 ) -> AsyncGenerator[Running]:
     async with EngineClient(engine_url, MODEL, engine_key) as engine:
@@ -69,7 +70,7 @@ async def running(
             ProxyConfig(**({"port": 0, "record_timeout_s": 10.0} | config)),
             store,
             engine,
-            "generic",
+            profile,
             writer=writer or WriterThread(),
             zero_adapter=tmp_path / "none",
             record=record,

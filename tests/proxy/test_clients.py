@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 
 from demo.course import MODEL
+from nextstate.app.connect.agents import ENVIRONMENT_AGENTS
+from nextstate.app.connect.target import Target
 from nextstate.engine.process import free_port
 from nextstate.records import Json
 from tests.chain_policy import CONTEXT, save_chain_policy
@@ -65,12 +67,19 @@ class Agent:
     """What it finds in its home."""
 
 
+def lines(name: str) -> dict[str, str]:
+    """The variables that `nextstate connect NAME` prints."""
+    agent = next(agent for agent in ENVIRONMENT_AGENTS if agent.name == name)
+    target = Target("{url}", MODEL, context=CONTEXT)
+    return {**agent.variables(target), agent.key_variable: "unused"}
+
+
 _CODEX = (
     *("--skip-git-repo-check", "--dangerously-bypass-approvals-and-sandbox"),
     *("-c", f"model={MODEL}", "-c", "model_provider=here", "-c"),
     'model_providers.here={name="here",base_url="{url}/v1",env_key="KEY",wire_api="responses"}',
 )
-_CLAUDE = ("--model", MODEL, "--dangerously-skip-permissions")
+_CLAUDE = ("--dangerously-skip-permissions",)
 _QWEN = ("--auth-type", "openai", "--yolo")
 _OPENCLAW = ("agent", "--local", "--session-id", "talk", "--message", "{said}")
 _OPENCLAW_FILE = {
@@ -101,12 +110,7 @@ AGENTS = (
         NODE / "@anthropic-ai/claude-code-linux-x64/claude",
         ("-p", "{said}", *_CLAUDE),
         ("-p", "{said}", "--continue", *_CLAUDE),
-        {
-            "ANTHROPIC_BASE_URL": "{url}",
-            "ANTHROPIC_API_KEY": "unused",
-            "CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC": "1",
-            "IS_SANDBOX": "1",
-        },
+        lines("claude-code") | {"IS_SANDBOX": "1"},
     ),
     Agent(
         "codex",

@@ -29,6 +29,7 @@ AGENT is one of {", ".join(AGENT_NAMES[:6])},
 examples:
   nextstate connect openclaw --dry-run     show what would change in ~/.openclaw/openclaw.json
   nextstate connect openclaw               change it, keep a copy, and send a first turn
+  nextstate connect openclaw --plugin      also /good, /bad and exact kinds of turns
   nextstate connect openclaw --undo        put back the file that was there before
   nextstate connect codex --file ./config.toml
   eval "$(nextstate connect claude-code)"  set the variables that Claude Code reads
@@ -46,6 +47,7 @@ def add(subparsers: Any) -> None:
     text = "its settings file (default: where the agent itself looks)"
     parser.add_argument("--file", type=Path, metavar="PATH", help=text)
     parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help="whom it trains")
+    parser.add_argument("--plugin", action="store_true", help="also load NextState's plugin")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="show the change; write nothing")
     only.add_argument("--undo", action="store_true", help="put back what was there before")
@@ -53,8 +55,11 @@ def add(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from nextstate.app.connect import agents
+    from nextstate.errors import ConfigError
 
     agent = next(one for one in agents.AGENTS if one.name == args.agent)
+    if args.plugin and not (isinstance(agent, agents.FileAgent) and agent.plugin):
+        raise ConfigError(f"NextState has no plugin for {agent.name}: leave out --plugin")
     if isinstance(agent, agents.EnvironmentAgent):
         return _run_environment(args, agent)
     path = args.file or agent.find(os.environ, Path.home())
@@ -77,7 +82,7 @@ def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
 
     target, hold_s = _target(args)
     found = settings_file.find(path)
-    text = connected(agent, target, found)
+    text = connected(agent, target, found, args.plugin)
     if text.encode() == found.data:
         print(f"{found.path} names the proxy already")
     else:
@@ -94,6 +99,10 @@ def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
         )
     if needs := agent.needs(target):
         print(needs)
+    if agent.plugin and connected(agent, target, found, plugin=True) != text:
+        print(
+            f"its plugin adds /good and /bad to the chat: nextstate connect {agent.name} --plugin"
+        )
     return 0 if args.dry_run else _first_turn(target, hold_s)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from nextstate.app.connect.json5_edit import Item, Step
 from nextstate.app.connect.target import PROVIDER, Target
@@ -28,6 +29,8 @@ class FileAgent:
     """What to set, by what its file holds now."""
     needs: Callable[[Target], str | None] = lambda _: None
     """What else a person must do; None if nothing."""
+    plugin: Callable[[Json], list[Edit]] | None = None
+    """What makes it load NextState's plugin, by what its file holds now; None if there is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,30 @@ def openclaw_edits(target: Target, found: Json) -> list[Edit]:
         allow = ("agents", "defaults", "modelPolicy", "allow", Item(reference))
         edits.append((allow, reference))
     return edits
+
+
+def openclaw_plugin(found: Json) -> list[Edit]:
+    """The plugin is loaded from where it lies: `openclaw plugins install` drops all comments."""
+    plugins = _inner(found, "plugins")
+    folder = str(files("plugins") / "agents" / "openclaw")
+    known = _inner(plugins, "load").get("paths")
+    paths = cast("list[object]", known) if isinstance(known, list) else []
+    earlier = [path for path in paths if isinstance(path, str) and _is_plugin(path)]
+    entry = ("plugins", "entries", PROVIDER)
+    edits: list[Edit] = [
+        (("plugins", "load", "paths", Item(earlier[0] if earlier else folder)), folder),
+        ((*entry, "enabled"), True),
+        # Without it OpenClaw does not tell a plugin what started a turn.
+        ((*entry, "hooks", "allowConversationAccess"), True),
+    ]
+    if plugins.get("allow"):
+        edits.append((("plugins", "allow", Item(PROVIDER)), PROVIDER))
+    return edits
+
+
+def _is_plugin(path: str) -> bool:
+    """Whether it is the plugin, perhaps of a NextState that was installed elsewhere."""
+    return Path(path).parts[-3:] == ("plugins", "agents", "openclaw")
 
 
 def codex_edits(target: Target, found: Json) -> list[Edit]:
@@ -162,7 +189,7 @@ _OPENCLAW_CONTEXT = 32_000
 _QWEN_VERSION = 4
 
 FILE_AGENTS = (
-    FileAgent("openclaw", "json5", openclaw_file, openclaw_edits, openclaw_needs),
+    FileAgent("openclaw", "json5", openclaw_file, openclaw_edits, openclaw_needs, openclaw_plugin),
     FileAgent(
         "codex",
         "toml",

@@ -54,7 +54,8 @@ _QUEUED = "[Queued user message from a previous active turn"
 _GO_ON = "\n\nContinue the current task "
 _PICTURE = re.compile(r"<media:(\w{1,20})>")
 _EPOCH = re.compile(r":\d+\Z")
-_COMMAND = re.compile(r"/[a-z][a-z_-]{0,40}(?: [a-z0-9:/._-]{1,60})?\Z")
+_COMMAND = re.compile(r"/(?:(?:good|bad)\b|[a-z][a-z_-]{0,40}(?: [a-z0-9:/._-]{1,60})?\Z)")
+"""The plugin in `plugins/agents/openclaw` has sent what follows `/good` and `/bad` as feedback."""
 _CLOCK = re.compile(r"\n(?:Reference UTC: \d{4}-|Current time: \w+,? )[^\n]{0,80}\Z")
 _MOST_PIECES = 100
 _HOUSEKEEPING = (

@@ -106,6 +106,36 @@ def test_openclaw_gets_provider_model_and_both_switches(home: Path) -> None:
         assert f'"{switch}": true' in text
 
 
+def test_the_plugin_is_offered_and_loads_only_when_asked_for(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / FILES["openclaw"]
+    file.parent.mkdir()
+    earlier = "/an/earlier/place/plugins/agents/openclaw"
+    file.write_text(f"{{ plugins: {{ allow: ['a'], load: {{ paths: ['{earlier}'] }} }} }}")
+    connect(home, "openclaw")
+    assert "nextstate connect openclaw --plugin" in capsys.readouterr().out
+    assert earlier in file.read_text()
+    connect(home, "openclaw", "--plugin")
+    connect(home, "openclaw")
+    assert "--plugin" not in capsys.readouterr().out, "it is loaded already"
+    text = file.read_text()
+    found = re.search(r"paths: \[(\S+)\]", text)
+    assert found is not None
+    folder = Path(json.loads(found[1]))
+    assert (folder / "openclaw.plugin.json").is_file(), "of the NextState that runs now"
+    assert "allow: ['a', \"nextstate\"]" in text
+    assert '"allowConversationAccess": true' in text
+
+
+@pytest.mark.parametrize("agent", ["codex", "aider"])
+def test_an_agent_without_a_plugin_says_so(
+    agent: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert connect(home, agent, "--plugin") == 2
+    assert f"no plugin for {agent}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("agent", FILES)
 def test_twice_changes_nothing_and_undo_restores_every_byte(
     agent: str, home: Path, capsys: pytest.CaptureFixture[str]
