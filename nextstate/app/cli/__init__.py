@@ -21,6 +21,7 @@ from nextstate.app.cli import (
     episodes,
     export,
     feedback,
+    import_,
     judge,
     learner,
     logs,
@@ -59,6 +60,7 @@ _COMMANDS = (
     resume,
     feedback,
     export,
+    import_,
     doctor,
 )
 """In the order in which `nextstate --help` lists them."""
