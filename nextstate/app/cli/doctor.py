@@ -11,7 +11,8 @@ from nextstate.errors import EXIT_USAGE
 
 def add(subparsers: Any) -> None:
     text = "check that everything `nextstate up` needs is there"
-    add_command(subparsers, "doctor", run, text)
+    parser = add_command(subparsers, "doctor", run, text)
+    parser.epilog = "example: nextstate doctor --config work.toml"
 
 
 def run(args: argparse.Namespace) -> int:

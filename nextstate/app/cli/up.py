@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def add(subparsers: Any) -> None:
-    add_command(
-        subparsers, "up", run, "start engine, proxy, judge and learner, and keep them running"
-    )
+    text = "start engine, proxy, judge and learner, and keep them running"
+    parser = add_command(subparsers, "up", run, text)
+    parser.epilog = "example: nextstate up --config work.toml"
 
 
 def run(args: argparse.Namespace) -> int:
