@@ -27,7 +27,9 @@ def commands() -> dict[str, argparse.ArgumentParser]:
 
 def examples(text: str) -> Iterator[str]:
     """What stands after `nextstate` in each line that shows a command, without what explains it."""
-    for found in re.finditer(r"(?m)^.*?(?<![\w/-])(?:\.venv/bin/)?nextstate ([a-z]\w* ?.*)$", text):
+    for found in re.finditer(
+        r"(?m)^.*?(?<![\w/`-])(?:\.venv/bin/)?nextstate ([a-z]\w* ?.*)$", text
+    ):
         line = re.split(r"  +#? ?|\s#|\)\"| \| |`", found[1])[0]
         if not re.search(r"\b[A-Z]{2,}\b|…", line):  # a form, such as `export WHAT --out FILE`
             yield line
@@ -58,8 +60,6 @@ def test_the_help_has_examples_that_the_parser_accepts(name: str) -> None:
 def test_the_parser_accepts_every_command_that_a_document_shows(
     document: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    blocks = re.findall(
-        r"^```(?:bash)?\n(.*?)^```$", document.read_text(encoding="utf-8"), re.M | re.S
-    )
-    shown = [line for block in blocks for line in examples(block)]
+    every = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text("utf-8"), re.M | re.S)
+    shown = [line for language, block in every if not language for line in examples(block)]
     assert [line for line in shown if not accepts(line)] == []
