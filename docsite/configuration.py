@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from types import NoneType
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from judge.config import JudgeConfig
 from learner.config import LearnerConfig
@@ -107,7 +107,7 @@ def _prose(lines: list[str]) -> str:
 
 def _default(field: Field[Any]) -> str:
     made = field.default if field.default_factory is MISSING else field.default_factory()
-    value = list(made) if isinstance(made, tuple) else made
+    value: object = [*cast("tuple[object, ...]", made)] if isinstance(made, tuple) else made
     return "`{}`" if value == {} else f"`{json.dumps(value)}`"
 
 
