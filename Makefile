@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui seed-policy tool-policy bench lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy bench lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -102,6 +102,18 @@ chromium:  ## install the browser of the environment gui, and what checks the we
 gui: env bubblewrap chromium  ## install what `nextstate rollout gui` needs: pages, Playwright, a browser
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/gui.txt
 
+prometheus:  ## install what the tests read the numbers and the dashboard with, if it is missing
+	@command -v prometheus >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y prometheus; } || \
+	  { echo "prometheus cannot be installed with apt-get here: install it yourself"; exit 2; }
+
+docs: .docs/.installed  ## build the documentation into site/, strictly: a broken link is an error
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. .docs/bin/mkdocs build
+
+.docs/.installed: requirements/docs.lock
+	$(PYTHON) -m venv .docs
+	.docs/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/docs.lock
+	@touch $@
+
 seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 	$(BIN)/python -m demo.seed_policy
 
@@ -116,4 +128,4 @@ lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .docs site .pytest_cache .ruff_cache .hypothesis .coverage*

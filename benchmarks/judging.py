@@ -184,7 +184,7 @@ def live_traffic(share: float, rounds: int, window_s: float) -> str:
                     first[working].append(asyncio.run(_ask(port, window_s)))
             os.kill(judge.pid, signal.SIGCONT)
             log_lines = (folder / "state" / "logs" / "judge.log").read_text().splitlines()
-            attempts = sum("no verdict yet" in line for line in log_lines)
+            attempts = sum("has no verdict yet" in line for line in log_lines)
             store.close()
     pairs = list(zip(first[True], first[False], strict=True))
     rises = [statistics.mean(with_judge) / statistics.mean(alone) for with_judge, alone in pairs]

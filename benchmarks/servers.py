@@ -155,7 +155,7 @@ def recorded(server: Server) -> str:
     with urllib.request.urlopen(f"http://{HOST}:{server.port}/metrics", timeout=30) as answer:
         lines = answer.read().decode().splitlines()
     counts = {
-        name.removeprefix("nextstate_").removesuffix("_total"): int(value)
+        name.removeprefix("nextstate_").removesuffix("_total"): int(float(value))
         for name, _, value in (line.rpartition(" ") for line in lines if line[:1] != "#")
     }
     return (

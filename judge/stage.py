@@ -199,10 +199,10 @@ class _Worker:
                 settled = await asyncio.to_thread(self._settle, work, verdict, meant)
             self.counts.judged += settled
         except (JudgeError, EngineError) as error:
-            log.info("no verdict yet: %s", error, extra={"turn": turn_id})
+            log.info("turn=%s has no verdict yet: %s", turn_id, error)
             await self._retry_later(turn_id, str(error))
         except Exception as error:
-            log.exception("judging failed", extra={"turn": turn_id})
+            log.exception("turn=%s could not be judged", turn_id)
             await self._retry_later(turn_id, safe_text(error))
 
     def _settle(self, work: Judgement, verdict: Verdict, meant: Sequence[str]) -> bool:

@@ -41,6 +41,8 @@ class TurnKind(StrEnum):
     """May train."""
     SIDE = "side"
     """Titles, compaction, memory flushes, heartbeats: kept, never judged or trained."""
+    IMPORTED = "imported"
+    """A conversation from elsewhere: kept and exported, never judged or trained."""
 
 
 class Source(StrEnum):

@@ -43,10 +43,12 @@ class Sampling:
         Raises RecordError for a value that vLLM would refuse.
         """
         given = {**_given(told.get(DEFAULTS) or {}), **_given(told)}
-        try:
-            read = {name: _READERS[name](value) for name, value in given.items()}
-        except (TypeError, ValueError, AttributeError) as error:
-            raise RecordError(f"sampling settings cannot be read: {error}") from error
+        read: dict[str, Any] = {}
+        for name, value in given.items():
+            try:
+                read[name] = _READERS[name](value)
+            except (TypeError, ValueError, AttributeError) as error:  # which may quote a text
+                raise RecordError(f"the sampling setting {name} cannot be read") from error
         return cls(**read)
 
     @property

@@ -30,7 +30,7 @@ from proxy.episodes import EpisodeRoutes
 from proxy.feedback import FeedbackRoute
 from proxy.intervals import INTERVALS, Intervals
 from proxy.lineages import CALLER, Lineages
-from proxy.metrics import counts_of, exposition
+from proxy.metrics import EXPOSITION, counts_of, exposition
 from proxy.paths import EPISODES, GENERATING, GROUPS, is_ours
 from proxy.recorder import Recorder
 from proxy.relay import Relay
@@ -228,7 +228,7 @@ class Proxy:
         if self.pages is not None:
             await self.pages.close()
 
-    def _counts(self) -> dict[str, int]:
+    def _counts(self) -> dict[str, float]:
         return counts_of(self.relay.counts, self.recorder.counts, self.versions, self.connections)
 
     def _beat(self) -> None:
@@ -285,11 +285,11 @@ class Proxy:
         except (NextStateError, OSError) as error:
             log.warning("counting the store failed: %s", error)
             stored, others = {}, []
-        counts = Counter(self._counts())
-        for _, theirs in others:
+        counts = Counter[str]()
+        for theirs in (self._counts(), *(found for _, found in others)):
             counts.update(theirs)
         text = exposition(counts, self.versions, stored)
-        return web.Response(text=text, content_type="text/plain", charset="utf-8")
+        return web.Response(body=text.encode(), headers={"Content-Type": EXPOSITION})
 
 
 def _end_if_failed(task: asyncio.Task[None]) -> None:

@@ -315,7 +315,8 @@ def distribution_change(request: Json) -> str | None:
     """Why the learner cannot rebuild the distribution that was sampled, or None."""
     for name, value in request.items():
         if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
-            return f"sampled with {name} = {str(value)[:60]}, which cannot be rebuilt for training"
+            shown = f" = {value}" if isinstance(value, (int, float)) else ""  # a text may quote
+            return f"sampled with {name}{shown}, which cannot be rebuilt for training"
     try:
         Sampling.read(request)
     except RecordError as error:

@@ -2,20 +2,78 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections import Counter
 from collections.abc import Mapping
-from itertools import groupby
+from itertools import accumulate, groupby
+from typing import TYPE_CHECKING
 
-from proxy.recorder import RecorderCounts
-from proxy.relay import RelayCounts
-from proxy.server import Connections
-from proxy.versions import Versions
+if TYPE_CHECKING:
+    from proxy.recorder import RecorderCounts
+    from proxy.relay import RelayCounts
+    from proxy.server import Connections
+    from proxy.versions import Versions
 
+EXPOSITION = "text/plain; version=0.0.4; charset=utf-8"
+"""The format's content type."""
 UNRECORDED = "nextstate_requests_unrecorded_total"
+_REASONS = ("body", "content_type", "model", "route", "refused", "recording_off")
+"""Why a request is not recorded; each is told from the start on, so that a rise is seen."""
+_BOUNDS_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+"""Upper bounds of the buckets of a time, in seconds."""
+_HELP = {
+    "nextstate_connections": "Connections of clients that are open.",
+    "nextstate_connections_limit": "Connections of clients that may be open.",
+    "nextstate_connections_refused_total": "Connections that got a 503 because all were busy.",
+    "nextstate_engine_up": "Whether the engine answers: 1 or 0.",
+    "nextstate_first_token_seconds": "Time from a request to the first event of its reply.",
+    "nextstate_out_of_files_total": "How often no file was left for a connection.",
+    "nextstate_reply_seconds": "Time from a request to the end of its reply.",
+    "nextstate_requests_failed_total": "Requests that the engine did not answer.",
+    "nextstate_requests_running": "Requests that a version of a lineage answers now.",
+    "nextstate_requests_total": "Requests for a reply that becomes a turn.",
+    UNRECORDED: "Requests for a reply that no turn holds, by the reason.",
+    "nextstate_serving_version": "Number of the policy version that serves a lineage.",
+    "nextstate_store_waits_total": "How often the store was locked or its disk full.",
+    "nextstate_stored": "Records in the store, by what they are and their state.",
+    "nextstate_stored_trainable_turns": "Turns in the store whose tokens are known exactly.",
+    "nextstate_streams_cut_total": "Streams that the engine cut or that the client left.",
+    "nextstate_turns_lost_total": "Turns that could not be recorded.",
+    "nextstate_turns_recorded_late_total": "Turns that were recorded after their reply had ended.",
+    "nextstate_turns_recorded_total": "Turns that were recorded.",
+    "nextstate_turns_waiting": "Turns that wait for the store.",
+}
+"""What each family is. The numbers of a record's states add up to the whole."""
+_TRAINABLE = "turns/trainable"
+"""Of main and side turns: no state beside theirs."""
+
+
+class Times:
+    """A histogram of seconds."""
+
+    __slots__ = ("_buckets", "_sum")
+
+    def __init__(self) -> None:
+        self._buckets = [0] * (len(_BOUNDS_S) + 1)
+        self._sum = 0.0
+
+    def add(self, seconds: float) -> None:
+        self._buckets[bisect_left(_BOUNDS_S, seconds)] += 1
+        self._sum += seconds
+
+    def counts(self, name: str) -> dict[str, float]:
+        """The samples of the family `name`. Those of several histograms are added."""
+        below = accumulate(self._buckets)
+        bounds = (*map(str, _BOUNDS_S), "+Inf")
+        found: dict[str, float] = {
+            f'{name}_bucket{{le="{bound}"}}': n for bound, n in zip(bounds, below, strict=True)
+        }
+        return {**found, f"{name}_sum": round(self._sum, 6), f"{name}_count": sum(self._buckets)}
 
 
 def counts_of(
     relay: RelayCounts, recorder: RecorderCounts, versions: Versions, connections: Connections
-) -> dict[str, int]:
+) -> dict[str, float]:
     """What one worker has counted. The counts of several workers are added."""
     return {
         "nextstate_requests_total": relay.requests,
@@ -28,31 +86,41 @@ def counts_of(
         "nextstate_turns_waiting": recorder.waiting,
         "nextstate_store_waits_total": recorder.store_waits,
         "nextstate_requests_running": sum(versions.running.values()),
-        **{f'{UNRECORDED}{{reason="{reason}"}}': n for reason, n in relay.unrecorded.items()},
+        **{f'{UNRECORDED}{{reason="{reason}"}}': relay.unrecorded[reason] for reason in _REASONS},
         "nextstate_connections": len(connections.opened),
         "nextstate_connections_limit": connections.limit,
         "nextstate_connections_refused_total": connections.refused,
         "nextstate_out_of_files_total": connections.exhausted,
+        **relay.first_token.counts("nextstate_first_token_seconds"),
+        **relay.reply.counts("nextstate_reply_seconds"),
     }
 
 
-def exposition(counts: Mapping[str, int], versions: Versions, stored: Mapping[str, int]) -> str:
+def exposition(counts: Counter[str], versions: Versions, stored: Mapping[str, int]) -> str:
     """The page under /metrics."""
-    values = {**counts, "nextstate_engine_up": int(versions.up)}
-    lines: list[str] = []
-    for family, members in groupby(sorted(values), lambda name: name.partition("{")[0]):
-        lines.append(f"# TYPE {family} {_kind(family)}\n")
-        lines += [f"{name} {values[name]}\n" for name in members]
-    lines.append("# TYPE nextstate_serving_version gauge\n")
+    values: dict[str, float] = {**counts, "nextstate_engine_up": int(versions.up)}
     for lineage in versions.serving:
         number = versions.serves(lineage).number
-        lines.append(f'nextstate_serving_version{{lineage="{lineage}"}} {number}\n')
-    lines.append("# TYPE nextstate_stored gauge\n")
-    for key, count in sorted(stored.items()):
+        values[f'nextstate_serving_version{{lineage="{lineage}"}}'] = number
+    for key, count in stored.items():
         area, _, state = key.partition("/")
-        lines.append(f'nextstate_stored{{record="{area}",state="{state}"}} {count}\n')
+        name = f'nextstate_stored{{record="{area}",state="{state}"}}'
+        values["nextstate_stored_trainable_turns" if key == _TRAINABLE else name] = count
+    lines: list[str] = []
+    for family, members in groupby(sorted(values, key=_family), _family):
+        lines.append(f"# HELP {family} {_HELP[family]}\n# TYPE {family} {_kind(family)}\n")
+        lines += [f"{name} {values[name]}\n" for name in members]
     return "".join(lines)
 
 
-def _kind(name: str) -> str:
-    return "counter" if name.endswith("_total") else "gauge"
+def _family(name: str) -> str:
+    name = name.partition("{")[0]
+    if name in _HELP:
+        return name
+    return name.rpartition("_")[0]  # of a histogram
+
+
+def _kind(family: str) -> str:
+    if family.endswith("_seconds"):
+        return "histogram"
+    return "counter" if family.endswith("_total") else "gauge"

@@ -22,6 +22,7 @@ from proxy.engine_call import Engine, EngineCall, client_headers
 from proxy.episode_calls import EPISODE
 from proxy.exchange import Exchange
 from proxy.linking.names import explicit_session, named_kind, names_conversation
+from proxy.metrics import Times
 from proxy.recorder import Recorder
 from proxy.serving import MESSAGES, Passed, Recorded, recorded_form
 from proxy.sse import EventSplitter
@@ -52,6 +53,9 @@ class RelayCounts:
     """Streams that the engine cut or that the client left."""
     unrecorded: Counter[str] = field(default_factory=Counter[str])
     """Requests to generate that no turn holds, by the reason."""
+    first_token: Times = field(default_factory=Times)
+    reply: Times = field(default_factory=Times)
+    """How long replies took, also those that were cut."""
 
 
 @dataclass(slots=True)
@@ -320,6 +324,10 @@ class _Generation:
         if episode is not None and (not own or name == episode.id):
             name = None  # what it names is not a conversation within the episode
         number = self._relay.engine.versions.number_of(serving.capture.model, self._version)
+        timings = Timings(self._started_at, self._first_token_s, self._elapsed())
+        self._relay.counts.reply.add(timings.total_s)
+        if timings.first_token_s is not None:
+            self._relay.counts.first_token.add(timings.first_token_s)
         return Exchange(
             turn_id=self._turn_id,
             lineage=self._version.lineage,
@@ -327,7 +335,7 @@ class _Generation:
             request=serving.chat,
             capture=serving.capture,
             policy_version=number,
-            timings=Timings(self._started_at, self._first_token_s, self._elapsed()),
+            timings=timings,
             cut=cut is not None,
             untrainable=cut or serving.untrainable,
             vague_name=not own,

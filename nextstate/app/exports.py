@@ -8,7 +8,7 @@
     turns     everything that is known of a turn
 
 All of them leave out side turns, and what was held out: turns of eval episodes. Each row of the
-first three names its turns.
+first three names its turns. `sft` and `prompts` may have what was imported too.
 """
 
 from __future__ import annotations
@@ -32,10 +32,12 @@ Rows = Iterator[Json]
 Source = Iterator[Exported]
 
 
-def stored(store: Store, lineage: str | None, told: Callable[[int], None]) -> Source:
+def stored(
+    store: Store, lineage: str | None, told: Callable[[int], None], *, imported: bool = False
+) -> Source:
     """The turns to export; `told` gets each one's position in the store."""
     position = 0
-    while page := store.turns.after(position, _AT_ONCE, lineage):
+    while page := store.turns.after(position, _AT_ONCE, lineage, imported=imported):
         for found in page:
             position = found.position
             told(position)
@@ -43,9 +45,9 @@ def stored(store: Store, lineage: str | None, told: Callable[[int], None]) -> So
 
 
 def sft(store: Store, source: Source) -> Rows:
-    """Praised turns as conversations."""
+    """Praised turns as conversations, and imported ones."""
     for found in source:
-        if found.score == 1 and (turn := store.turns.get(found.id)) is not None:
+        if (found.score == 1 or found.imported) and (turn := store.turns.get(found.id)) is not None:
             messages = [*_prompt(turn), _message(turn.reply)]
             yield {"turn": turn.id, "messages": messages, **_tools(turn)}
 

@@ -160,7 +160,7 @@ def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | 
         return f"unknown: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
     page = body.decode(errors="replace")
     found = metric_values(page, "nextstate_requests_unrecorded_total")
-    counts = {labels["reason"]: int(count) for labels, count in found}
+    counts = {labels["reason"]: int(count) for labels, count in found if count}
     lost = metric_sum(page, "nextstate_turns_lost_total")
     return counts | {"lost": int(lost)} if lost else counts
 

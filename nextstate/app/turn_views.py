@@ -163,7 +163,7 @@ def turn_card(
 
 def training_text(turn: Turn, states: Sequence[NextState], standing: Standing | None) -> str:
     """Whether a turn trains, and if not, why."""
-    if turn.kind != "main":
+    if turn.kind == "side":
         return "no: a side turn is never judged or trained"
     if turn.untrainable is not None:
         return f"no: {turn.untrainable}"

@@ -44,7 +44,9 @@ def sampling_defaults(config: EngineConfig) -> Json:
     try:
         held = Sampling.read(given)
     except RecordError as error:
-        raise ConfigError(f"the sampling defaults of [engine] model: {error}") from error
+        raise ConfigError(
+            f"the sampling defaults of [engine] model: {error}: {error.__cause__}"
+        ) from error
     return {name: given[name] for name in given if getattr(held, name) != getattr(neutral, name)}
 
 

@@ -199,6 +199,8 @@ def _apply(connection: sa.Connection, turn: Row, feedback: Feedback, now: float)
     """Makes the feedback the turn's verdict; returns why it could not."""
     if turn.kind == TurnKind.SIDE:
         return "a side turn is never judged or trained; the feedback is kept"
+    if turn.kind == TurnKind.IMPORTED:
+        return "an imported turn is never judged or trained; the feedback is kept"
     if _is_settled(connection, turn):
         return "the turn's episode is settled already; the feedback is kept"
     s = t.samples.c

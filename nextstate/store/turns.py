@@ -27,6 +27,7 @@ class Exported(NamedTuple):
     """Equal for requests with the same messages and tools."""
     score: int | None
     """What a person or the judge's votes said; None without a verdict."""
+    imported: bool
 
 
 @queries
@@ -59,17 +60,21 @@ class Turns:
         with self._database.read() as connection:
             return list(connection.execute(kept.order_by(order).limit(limit)).scalars())
 
-    def after(self, position: int, limit: int, lineage: str | None = None) -> list[Exported]:
+    def after(
+        self, position: int, limit: int, lineage: str | None = None, *, imported: bool = False
+    ) -> list[Exported]:
         """The next main turns in the order of recording; begin with position 0.
 
-        Without cut turns that a retry replaced, and without those of held-out episodes.
+        Without cut turns that a retry replaced, and without those of held-out episodes. With
+        `imported`, also what was imported.
         """
         c, v, e = t.turns.c, t.verdicts.c, t.episodes.c
+        kinds = (TurnKind.MAIN, TurnKind.IMPORTED) if imported else (TurnKind.MAIN,)
         held_out = sa.exists().where(e.id == c.episode, e.split == Split.EVAL)
         query = (
-            sa.select(c.seq, c.id, c.parent, c.messages, c.tools, v.score)
+            sa.select(c.seq, c.id, c.kind, c.parent, c.messages, c.tools, v.score)
             .outerjoin(t.verdicts, v.turn == c.id)
-            .where(c.seq > position, c.kind == TurnKind.MAIN, c.replaced_by.is_(None), ~held_out)
+            .where(c.seq > position, c.kind.in_(kinds), c.replaced_by.is_(None), ~held_out)
             .order_by(c.seq)
             .limit(limit)
         )
@@ -83,6 +88,7 @@ class Turns:
                     row.parent,
                     texts.content_hash(row.messages + (row.tools or b"")),
                     row.score,
+                    row.kind == TurnKind.IMPORTED,
                 )
                 for row in connection.execute(query)
             ]

@@ -22,7 +22,7 @@ class Workers:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def beat(self, worker: str, adapters: Sequence[str], counts: Mapping[str, int]) -> None:
+    def beat(self, worker: str, adapters: Sequence[str], counts: Mapping[str, float]) -> None:
         """Notes that a worker lives, which adapters it uses and what it has counted."""
         values = {
             "beat": self._database.now(),
@@ -38,7 +38,7 @@ class Workers:
         with self._database.write() as connection:
             connection.execute(sa.delete(t.workers).where(t.workers.c.id == worker))
 
-    def others(self, worker: str) -> list[tuple[list[str], dict[str, int]]]:
+    def others(self, worker: str) -> list[tuple[list[str], dict[str, float]]]:
         """What each other living worker said last: the adapters it uses, and its counts."""
         w = t.workers.c
         query = sa.select(w.adapters, w.counts)

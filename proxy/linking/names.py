@@ -10,7 +10,7 @@ from nextstate.records import Json, TurnKind
 from nextstate.wire import obj
 
 TURN_TYPE = "x-turn-type"
-_KINDS = {kind.value: kind for kind in TurnKind}
+_KINDS = {kind.value: kind for kind in (TurnKind.MAIN, TurnKind.SIDE)}
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
 _LONGEST_NAME = 200
 

@@ -191,6 +191,40 @@ def test_trl_trains_a_step_on_an_export_as_it_is(config: Path, what: str, suffix
     assert trained.train().global_step == 1
 
 
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.filterwarnings("default")
+def test_trl_draws_and_trains_a_step_on_the_prompts_as_they_are(config: Path, suffix: str) -> None:
+    from trl import GRPOConfig, GRPOTrainer  # importing them warns of this vLLM's version
+
+    out = config.with_name(f"prompts.{suffix}")
+    assert main(["export", "prompts", "--out", str(out), "--config", str(config)]) == 0
+    kind = "json" if suffix == "jsonl" else suffix
+    data = load_dataset(kind, data_files=str(out), cache_dir=str(config.parent / "cache"))
+    arguments = GRPOConfig(
+        output_dir=str(config.parent / "trained"),
+        max_steps=1,
+        per_device_train_batch_size=2,
+        num_generations=2,
+        max_completion_length=4,
+        use_cpu=True,
+        bf16=False,
+        report_to="none",
+        save_strategy="no",
+    )
+    asked_for: list[Any] = []
+
+    def by_order(prompts: list[Any], **_: Any) -> list[float]:
+        asked_for.extend(prompts)
+        return [float(number) for number in range(len(prompts))]
+
+    trained = GRPOTrainer(
+        model=str(POLICY), reward_funcs=by_order, args=arguments, train_dataset=data["train"]
+    )
+    assert trained.train().global_step == 1
+    assert asked_for[0] == asked_for[1]  # a group
+    assert asked_for[0][-1]["content"] in {row["prompt"][-1]["content"] for row in data["train"]}
+
+
 def test_a_file_is_private_and_never_replaces_another(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -129,7 +129,7 @@ def test_nothing_is_added_to_a_request_with_echo(
         ({"n": 2}, "the request asked for 2 choices"),
         ({"prompt": ["a", "b", "c"]}, "the request asked for 3 choices"),
         ({"prompt": [[7], [8, 9]], "n": 2}, "the request asked for 4 choices"),
-        ({"bad_words": ["no"]}, "sampled with bad_words = ['no']"),
+        ({"bad_words": ["no"]}, "sampled with bad_words, which"),
         ({"guided_regex": "a+"}, "sampled with guided_regex"),
     ],
 )

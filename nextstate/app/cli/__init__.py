@@ -23,6 +23,7 @@ from nextstate.app.cli import (
     feedback,
     fetch,
     forget,
+    import_,
     judge,
     learner,
     logs,
@@ -64,6 +65,7 @@ _COMMANDS = (
     forget,
     verify,
     export,
+    import_,
     doctor,
     fetch,
 )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from nextstate.app.settings import Settings
 
 _ADAPTER = "adapter"
+_TAKES_IMPORTED = ("sft", "prompts")
 _EPILOG = """\
 what:
   sft      praised turns as conversations               {messages}
@@ -46,6 +47,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--lineage", metavar="NAME", help=text)
     text = "the policy version of an adapter"
     parser.add_argument("--version", type=whole_number, metavar="N", help=text)
+    text = "also what `nextstate import` took in (sft, prompts)"
+    parser.add_argument("--imported", action="store_true", help=text)
     text = "merge the adapter into the base model, which [engine] model names"
     parser.add_argument("--merged", action="store_true", help=text)
 
@@ -73,12 +76,19 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
     suffixes = (LINES,) if format_.columns is None else (LINES, PARQUET)
     if args.out.suffix not in suffixes:
         raise StartError(f"--out {args.out}: expected a name that ends in {' or '.join(suffixes)}")
+    if args.imported and args.what not in _TAKES_IMPORTED:
+        raise StartError(f"--imported is for {' and '.join(_TAKES_IMPORTED)}: nobody judged these")
     if args.version is not None or args.merged:
         raise StartError("--version and --merged are for `nextstate export adapter` only")
     store = Store(settings.store)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(args.what, total=store.turns.last())
-        source = stored(store, args.lineage, lambda at: progress.update(bar, completed=at))
+        source = stored(
+            store,
+            args.lineage,
+            lambda at: progress.update(bar, completed=at),
+            imported=args.imported,
+        )
         count = write_rows(args.out, format_.rows(store, source), format_.columns)
     print(f"{args.out}: {count} rows")
     if not count and args.what in ("sft", "kto", "dpo"):

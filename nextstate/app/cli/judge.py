@@ -15,6 +15,7 @@ EXAMPLES, EPOCHS = 240, 5
 
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "judge", run, "run the judge alone")
+    parser.epilog = "example: nextstate judge --config work.toml"
     text = "compare the configured judge with labelled next states"
     commands = parser.add_subparsers(metavar="eval | train")
     evaluation = add_command(commands, "eval", run_eval, text)

@@ -10,6 +10,7 @@ from nextstate.app.cli.common import add_command
 
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "learner", run, "run the learner alone")
+    parser.epilog = "example: nextstate learner --lineage alice"
     text = "train only this one (default: all in turn, over one copy of the base model)"
     parser.add_argument("--lineage", metavar="NAME", help=text)
 

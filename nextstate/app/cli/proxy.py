@@ -10,6 +10,7 @@ from nextstate.app.cli.common import add_command
 
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "proxy", run, "run the proxy alone")
+    parser.epilog = "example: nextstate proxy --config work.toml"
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
 
 

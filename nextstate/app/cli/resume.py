@@ -10,7 +10,9 @@ from nextstate.app.cli.common import add_command, add_lineage, lineage_of
 
 def add(subparsers: Any) -> None:
     text = "let a lineage train again that a person or the gate's rejections have paused"
-    add_lineage(add_command(subparsers, "resume", run, text))
+    parser = add_command(subparsers, "resume", run, text)
+    parser.epilog = "example: nextstate resume alice"
+    add_lineage(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,6 +13,7 @@ from nextstate.records import MAIN_LINEAGE, VersionState
 
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "rollback", run, "serve an earlier version again")
+    parser.epilog = "example: nextstate rollback 3"
     parser.add_argument("number", type=int, help="its number; 0 is the base model")
     text = "default: %(default)s"
     parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help=text)

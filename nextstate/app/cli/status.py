@@ -10,7 +10,9 @@ from nextstate.app.cli.common import add_command, add_json, print_json
 
 
 def add(subparsers: Any) -> None:
-    add_json(add_command(subparsers, "status", run, "show each part's health and what is stored"))
+    parser = add_command(subparsers, "status", run, "show each part's health and what is stored")
+    parser.epilog = "example: nextstate status --json | jq .training"
+    add_json(parser)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ from nextstate.records import MAIN_LINEAGE
 
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "versions", run, "list the policy versions")
+    parser.epilog = "example: nextstate versions 3 --lineage alice"
     add_json(parser)
     parser.add_argument("number", type=int, nargs="?", help="show what made this one")
     text = f"only versions of this lineage (with a NUMBER: default {MAIN_LINEAGE})"

@@ -1,0 +1,71 @@
+"""`nextstate import`: takes old conversations into the store."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from nextstate.app.cli.common import add_command
+from nextstate.records import MAIN_LINEAGE
+
+_EPILOG = """\
+forms, recognised by themselves, as JSON lines or as one list:
+  ShareGPT       {"conversations": [{"from": "human", "value": "…"}, {"from": "gpt", …}]}
+  OpenAI's chat  {"messages": [{"role": "user", "content": "…"}, …], "tools": […]}
+  OpenClaw       a session's transcript, ~/.openclaw/agents/…/sessions/*.jsonl
+
+They are kept as imported: never judged and never trained by the learner, since nobody said these
+words to this policy. `nextstate export sft --imported` writes them for a warm start with TRL.
+
+examples:
+  nextstate import chats.json
+  nextstate import ~/.openclaw/agents/main/sessions/*.jsonl --lineage alice
+  nextstate export sft --imported --out warm.jsonl
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "import", run, "take old conversations into the store")
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="conversations")
+    text = "whom they belong to (default: %(default)s)"
+    parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nextstate.app.importing import Imported, import_file
+    from nextstate.app.settings import Settings
+    from nextstate.errors import ConfigError
+    from nextstate.store import Store
+
+    settings = Settings.read(args.config)
+    known = settings.all_lineages
+    if args.lineage not in known:
+        raise ConfigError(f"--lineage {args.lineage!r:.80}: known are {', '.join(known)}")
+    if missing := next((path for path in args.files if not path.is_file()), None):
+        raise ConfigError(f"there is no file {missing}")
+    store = Store(settings.store)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for path in args.files:
+            counts = Imported()
+            bar = progress.add_task(path.name, total=path.stat().st_size)
+            try:
+                import_file(
+                    store,
+                    path,
+                    args.lineage,
+                    lambda read, bar=bar: progress.update(bar, completed=read),
+                    counts,
+                )
+            finally:
+                print(
+                    f"{path}: {counts.added} conversations imported, {counts.known} were known, "
+                    f"{counts.unanswered} without an answer",
+                    flush=True,
+                )
+    return 0

@@ -1,0 +1,281 @@
+"""`nextstate import`: what is read, what is kept, and that nobody takes it for a person's word."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nextstate.app.cli import main
+from nextstate.app.json_values import MOST_BYTES, json_objects
+from nextstate.config import StoreConfig
+from nextstate.errors import ConfigError
+from nextstate.records import Feedback, Turn, TurnKind
+from nextstate.store import Store
+from tests.proxy.running_proxy import Running, both, request
+from tests.scripted_engine import ScriptedEngine
+
+HI, HELLO = {"role": "user", "content": "Hi."}, {"role": "assistant", "content": "Hello!"}
+OPENAI = {"messages": [HI, HELLO]}
+SHAREGPT = {
+    "system": "Be kind.",
+    "conversations": [{"from": "human", "value": "Hi."}, {"from": "gpt", "value": "Hello!"}],
+}
+
+
+def entry(id_: str, parent: str | None, role: str, content: Any, **more: Any) -> dict[str, Any]:
+    message = {"role": role, "content": content, **more}
+    return {"type": "message", "id": id_, "parentId": parent, "message": message}
+
+
+CALL = {"type": "toolCall", "id": "c1", "name": "ls", "arguments": {"path": "."}}
+SESSION = [
+    {"type": "session", "version": 3, "id": "s", "cwd": "/home/me"},
+    entry("a", None, "user", [{"type": "text", "text": "Which files?"}]),
+    entry("b", "a", "assistant", [{"type": "thinking", "thinking": "Hm."}, CALL], model="m"),
+    entry("c", "b", "toolResult", [{"type": "text", "text": "a.txt"}], toolCallId="c1"),
+    entry("gone", "b", "user", "Another branch."),
+    {"type": "compaction", "id": "k", "parentId": "c", "summary": "…"},
+    entry("d", "k", "assistant", [{"type": "text", "text": "One: a.txt."}]),
+    {"type": "reset", "id": "r", "parentId": "d"},
+    entry("e", "r", "user", "Hi."),
+    entry("f", "e", "assistant", "Hello!"),
+    entry("g", "f", "user", "Nobody answers this."),
+]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\n[lineages.alice]\nmodel = "alice"\n')
+    return file
+
+
+def lines(values: Sequence[object]) -> str:
+    return "".join(f"{json.dumps(value)}\n" for value in values)
+
+
+def imported(config: Path, text: str | bytes, *more: str) -> list[Turn]:
+    """What the store holds after the import of a file with this text."""
+    file = config.with_name("chats.json")
+    file.write_bytes(text.encode() if isinstance(text, str) else text)
+    assert main(["import", str(file), *more, "--config", str(config)]) == 0
+    with closing(Store(StoreConfig(dir=f"{config.parent}/state"))) as store:
+        found = [store.turns.get(turn) for turn in store.turns.ids()]
+    return [turn for turn in found if turn is not None]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        lines([OPENAI, SHAREGPT]),
+        json.dumps([OPENAI, SHAREGPT]),
+        json.dumps([OPENAI, SHAREGPT], indent=2),
+        "\n\n" + json.dumps(OPENAI, indent=1) + "\n" + json.dumps(SHAREGPT),
+        b"\xef\xbb\xbf" + lines([OPENAI, SHAREGPT]).encode(),
+        lines([OPENAI, SHAREGPT]).replace("\n", "\r\n"),
+    ],
+)
+def test_conversations_are_read_as_lines_or_as_one_list(config: Path, text: str | bytes) -> None:
+    first, second = imported(config, text)
+    assert (first.request["messages"], first.reply) == ([HI], HELLO)
+    kind = {"role": "system", "content": "Be kind."}
+    assert (second.request["messages"], second.reply) == ([kind, HI], HELLO)
+
+
+def test_a_session_of_openclaw_is_the_way_to_its_last_entry_and_a_reset_divides_it(
+    config: Path,
+) -> None:
+    first, second = imported(config, lines(SESSION))
+    function = {"name": "ls", "arguments": '{"path":"."}'}
+    call = {"id": "c1", "type": "function", "function": function}
+    assert first.client_model == "m"
+    assert first.request["messages"] == [
+        {"role": "user", "content": "Which files?"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "a.txt", "tool_call_id": "c1"},
+    ]
+    assert first.reply == {"role": "assistant", "content": "One: a.txt."}
+    assert (second.request["messages"], second.reply) == ([HI], HELLO)
+
+
+def test_entries_without_parents_are_in_their_order(config: Path) -> None:
+    said = [*SESSION[:4], SESSION[6]]
+    bare = [{k: v for k, v in found.items() if k != "parentId"} for found in said]
+    (turn,) = imported(config, lines(bare))
+    assert [message["role"] for message in turn.request["messages"]] == [
+        "user",
+        "assistant",
+        "tool",
+    ]
+
+
+def test_what_was_imported_is_neither_judged_nor_trained_and_no_request_continues_it(
+    config: Path, tmp_path: Path
+) -> None:
+    (before,) = imported(config, lines([OPENAI]), "--lineage", "alice")
+    assert (before.kind, before.lineage, before.trainable) == (TurnKind.IMPORTED, "alice", False)
+    with closing(Store(StoreConfig(dir=f"{tmp_path}/state"))) as store:
+
+        async def test(engine: ScriptedEngine, p: Running) -> None:
+            body = request("Now what?")
+            body["messages"] = [HI, HELLO, *body["messages"]]
+            assert (await p.chat(body))[0] == 200
+            assert (await p.chat(request(), {"X-Turn-Type": "imported"}))[0] == 200
+
+        both(test, store, tmp_path)
+        _, *turns = [store.turns.get(turn) for turn in store.turns.ids()]
+        assert [turn and (turn.parent, turn.kind) for turn in turns] == [(None, TurnKind.MAIN)] * 2
+        assert store.turns.next_states(before.id) == ()
+        assert store.judging.lease(9, 60) == []
+        given = store.judging.give_feedback(Feedback(before.id, 1))
+        assert not given.applied
+        assert store.judging.verdict(before.id) is None
+        assert store.counts()["turns/imported"] == 1
+        assert store.training.ready_samples("alice", scored=True, hinted=True) == 0
+
+
+def test_importing_again_adds_nothing_and_another_lineage_has_its_own(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = lines([OPENAI, {"messages": [HI]}, SHAREGPT])
+    assert len(imported(config, text)) == len(imported(config, text)) == 2
+    first, again = capsys.readouterr().out.splitlines()
+    assert first.endswith(": 2 conversations imported, 0 were known, 1 without an answer")
+    assert again.endswith(": 0 conversations imported, 2 were known, 1 without an answer")
+    assert len(imported(config, text, "--lineage", "alice")) == 4
+
+
+def test_only_sft_and_prompts_hand_it_out_and_only_on_wish(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    imported(config, lines([OPENAI, SHAREGPT]))
+    rows: dict[str, list[Any]] = {}
+    for name, what, *more in (
+        ("a", "sft"),
+        ("b", "sft", "--imported"),
+        ("c", "prompts", "--imported"),
+    ):
+        out = config.with_name(f"{name}.jsonl")
+        assert main(["export", what, "--out", str(out), *more, "--config", str(config)]) == 0
+        rows[name] = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows["a"] == []
+    assert [row["messages"][-2:] for row in rows["b"]] == [[HI, HELLO]] * 2
+    assert [row["prompt"][-1] for row in rows["c"]] == [HI] * 2
+    out = str(config.with_name("d.jsonl"))
+    assert main(["export", "kto", "--out", out, "--imported", "--config", str(config)]) == 2
+    assert "--imported is for sft and prompts" in capsys.readouterr().err
+
+
+GOOD = lines([OPENAI])
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (GOOD + "\n{broken}\n", "line 3: this is no valid JSON object"),
+        (GOOD + "hello\n" + GOOD, "line 1: expected JSON objects"),
+        ("hello", "line 1: expected JSON objects"),
+        (GOOD + '{"messages": [', "line 2: the file ends within this value"),
+        (GOOD + "}", "a bracket closes that none opens"),
+        (GOOD + '{"text": "x"}', "line 2: expected a list under conversations or"),
+        (
+            GOOD + '{"messages": [{"role": "robot", "content": ""}]}',
+            "line 2, messages[0]: expected a role",
+        ),
+        (
+            GOOD + '{"messages": [{"role": "user"}]}',
+            "line 2, messages[0]: expected a text or a list",
+        ),
+        (GOOD + '{"messages": ["hi"]}', "line 2, messages[0]: expected a message, found 'hi'"),
+        (GOOD + '{"conversations": [{"from": "cat", "value": "x"}]}', "found cat"),
+        (GOOD + '{"conversations": [{"from": "gpt"}]}', "line 2, conversations[0]"),
+        (GOOD + '{"messages": [{"role": "user", "content": "\\ud800"}]}', "no valid JSON object"),
+    ],
+)
+def test_an_error_names_the_line_and_what_stood_before_it_is_kept(
+    config: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+) -> None:
+    file = config.with_name("chats.jsonl")
+    file.write_text(text)
+    assert main(["import", str(file), "--config", str(config)]) == 2
+    output = capsys.readouterr()
+    assert f"{file}, " in output.err
+    assert told in output.err
+    assert f"{int(text.startswith(GOOD))} conversations imported" in output.out
+
+
+def test_a_missing_file_and_an_unknown_lineage_are_told(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, told in (
+        (["nowhere.json"], "there is no file nowhere.json"),
+        ([str(config), "--lineage", "bob"], "--lineage 'bob': known are main, alice"),
+    ):
+        assert main(["import", *arguments, "--config", str(config)]) == 2
+        assert told in capsys.readouterr().err
+
+
+class Dripping(io.BytesIO):
+    """A file whose reads bring few bytes."""
+
+    def __init__(self, data: bytes, some: int) -> None:
+        super().__init__(data)
+        self.some = some
+
+    def read(self, size: int | None = -1) -> bytes:
+        return super().read(self.some)
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-9, 9)
+    | st.text(st.characters(exclude_categories=["Cs"])),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.text('"\\{}[]a', max_size=3), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+OBJECTS = st.lists(st.dictionaries(st.text('"\\{}[]a'), JSON, max_size=3), max_size=4)
+
+
+@given(OBJECTS, st.integers(1, 7), st.sampled_from([None, 1]), st.booleans())
+def test_objects_are_found_wherever_a_read_ends(
+    values: list[Any], some: int, indent: int | None, as_list: bool
+) -> None:
+    texts = [json.dumps(value, indent=indent) for value in values]
+    text = f"[{','.join(texts)}]" if as_list else "\n".join(texts)
+    found = [*json_objects(Dripping(text.encode(), some), "f")]
+    assert [one.value for one in found] == values
+    if not as_list:
+        starts = [
+            1 + sum(before.count("\n") + 1 for before in texts[:n]) for n in range(len(texts))
+        ]
+        assert [one.line for one in found] == starts
+
+
+class Endless(io.RawIOBase):
+    """An object that does not end."""
+
+    def __init__(self) -> None:
+        self.given = 0
+
+    def read(self, size: int = -1) -> bytes:
+        self.given += size
+        return b'{"a": "' + b"x" * (size - 7) if self.given == size else b"x" * size
+
+
+def test_an_object_that_is_too_long_is_refused_before_it_fills_the_memory() -> None:
+    file = Endless()
+    with pytest.raises(ConfigError, match="line 1: an object has more than 64 MiB"):
+        next(json_objects(file, "f"))  # pyright: ignore[reportArgumentType]
+    assert file.given < MOST_BYTES + (2 << 20)
