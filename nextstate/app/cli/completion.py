@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nextstate.app.cli.common import add_command
 
@@ -41,7 +41,8 @@ def _complete_files(parser: argparse.ArgumentParser, how: object) -> None:
     """Lets every argument that is a path be completed as one."""
     for action in parser._actions:  # pyright: ignore[reportPrivateUsage]
         if isinstance(action, argparse._SubParsersAction):  # pyright: ignore[reportPrivateUsage]
-            for command in set(action.choices.values()):
+            commands = cast("dict[str, argparse.ArgumentParser]", action.choices)
+            for command in commands.values():
                 _complete_files(command, how)
         elif action.type is Path:
             action.complete = how  # pyright: ignore[reportAttributeAccessIssue]
