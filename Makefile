@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy bench lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy bench wheel lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -124,8 +124,12 @@ tool-policy: env  ## rebuild the policy that `make rollout-demo` begins with (ab
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 	$(BIN)/python -m benchmarks.relay $(ARGS)
 
+wheel: env  ## build dist/nextstate-*.whl
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+
 lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .docs site .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .docs site build dist .pytest_cache .ruff_cache .hypothesis .coverage*

@@ -144,7 +144,10 @@ def _model(settings: Settings) -> str:
 
 def _training(settings: Settings) -> str:
     if importlib.util.find_spec("trl") is None:
-        raise StartError("the learner needs TRL and torch, which are not installed: run `make env`")
+        raise StartError(
+            "the learner needs TRL and torch, which are not installed: run `make env`, or install "
+            "nextstate with its extra cpu or cuda"
+        )
     from learner.memory import require_memory
 
     lineages = len(settings.all_lineages)

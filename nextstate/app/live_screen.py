@@ -19,7 +19,7 @@ _BAR = 24
 _LABEL = 11
 _LONGEST_LINES = 3
 """So many lines of the screen one text may take."""
-_OTHER_ROWS = 15
+_OTHER_ROWS = 16
 """Of the screen, beside the lineages."""
 _LINEAGE_ROWS = 4
 """Of a lineage, beside the scores of its versions."""
@@ -65,7 +65,7 @@ def screen(seen: Seen, frame: Frame, now: float) -> RenderableType:
     rows.append("")
     rows += [_row("Wrong now", problem, frame, "red") for problem in seen.problems[:_LONGEST_LINES]]
     rows.append(_last_error(seen, frame))
-    rows += ["", Text(f"{frame.next_step}{sep}Ctrl-C ends it", style="dim")]
+    rows += ["", Text(frame.next_step, "dim"), Text("Ctrl-C ends it", "dim")]
     return Padding(Group(*rows), (1, 2))
 
 

