@@ -34,6 +34,7 @@ _HELD_OUT = ("validation", "test", "eval")
 def read_source(source: str, environment: str, check: Callable[[Json], None]) -> list[Task]:
     """All tasks of a source, each checked by its environment. Raises ConfigError."""
     place, _, query = source.partition("?")
+    place = str(Path(place).expanduser()) if place.startswith("~") else place
     more: Json = dict(parse_qsl(query, keep_blank_values=True))
     is_server = place.startswith(("http://", "https://"))
     if not is_server and not Path(place).is_dir():

@@ -1,4 +1,4 @@
-"""Where the tasks of an endless run come from: a file, or the environment itself.
+"""Where the tasks of an endless run come from: a source as of `--tasks`, or the environment itself.
 
 Task number N is always the same. So the number of a group says its task and its seed, and a run
 that was killed goes on with the next number: no seed is used twice.
@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Protocol
 
 from nextstate.episodes import Split
 from nextstate.errors import ConfigError
 from nextstate.hooks import EnvironmentKind, GeneratesTasks
-from rollout.tasks import Task, read_tasks, task_of
+from rollout.reading import read_source
+from rollout.tasks import Task, task_of
 
 
 class Source(Protocol):
@@ -78,7 +78,7 @@ class Generated:
 def source_of(file: str, environment: str, kind: EnvironmentKind) -> Source:
     """The configured tasks. Raises ConfigError."""
     if file:
-        return TaskFile(file, read_tasks(Path(file).expanduser(), environment, kind.check_task))
+        return TaskFile(file, read_source(file, environment, kind.check_task))
     if isinstance(kind, GeneratesTasks):
         return Generated(environment, kind)
     raise ConfigError(

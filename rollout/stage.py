@@ -20,12 +20,13 @@ from typing import Any
 
 from nextstate.episodes import EpisodeState, EpisodeStatus, Split
 from nextstate.errors import NextStateError, RefusedError, RolloutError
-from nextstate.hooks import EnvironmentKind
+from nextstate.hooks import EnvironmentKind, Shared
 from nextstate.pace import Pace
 from nextstate.store import Store
 from rollout.attempt import Attempt, play
 from rollout.config import RolloutConfig
 from rollout.exam import Exams, Place
+from rollout.pictures import Pictures
 from rollout.progress import WRITE_EVERY_S, Progress
 from rollout.proxy import Opened, ProxyClient
 from rollout.sources import Source
@@ -64,7 +65,7 @@ async def run(
 ) -> None:
     """Plays until `stop`. Raises RolloutError if so many episodes failed in a row that neither
     tasks nor policy are the cause: two for each place."""
-    stage = _Stage(config, kind, source, proxy, store)
+    stage = _Stage(config, kind, source, proxy, store, Pictures(store.dir / "pictures"))
     try:
         async with asyncio.TaskGroup() as tasks:
             made = [tasks.create_task(stage.work()) for _ in range(config.parallel)]
@@ -76,6 +77,8 @@ async def run(
         raise errors.exceptions[0] from None
     finally:
         stage.progress.write(folder)
+        if isinstance(kind, Shared):
+            await kind.release()
 
 
 async def _report(progress: Progress, folder: Path) -> None:
@@ -92,7 +95,9 @@ class _Stage:
         source: Source,
         proxy: ProxyClient,
         store: Store,
+        pictures: Pictures,
     ) -> None:
+        self._pictures = pictures
         self.progress = Progress(config.name, time.time())
         self._config = config
         self._kind = kind
@@ -120,7 +125,7 @@ class _Stage:
                 attempt = await play(
                     self._proxy,
                     chosen.opened,
-                    self._kind.make(),
+                    self._pictures.of(chosen.opened.episode, self._kind.make()),
                     chosen.task,
                     chosen.seed,
                     self._config.max_calls,
