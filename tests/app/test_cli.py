@@ -339,7 +339,9 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
         counted.append(count)
         return "nothing"
 
-    def run(_store: object, _config: object, _model: str, names: Sequence[str], *_: object) -> None:
+    def run(
+        _store: object, _config: object, _model: str, names: Sequence[str], *_: object, **__: object
+    ) -> None:
         trained.extend(names)
 
     monkeypatch.setattr("learner.memory.require_memory", require_memory)

@@ -1,4 +1,4 @@
-"""docs/environments.md: its tasks can be solved, and its environments are played as it says.
+"""docs/environments.md and docs/other-harnesses.md: its tasks can be solved, and its environments are played as it says.
 
 NEXTSTATE_TEST_VERIFIERS names an environment with the packages verifiers and uv, for its recipe.
 """
@@ -27,7 +27,10 @@ from tests.rollout.test_openenv import served, tools
 from tests.rollout.test_terminal import play
 from tests.scripted_engine import Script, ScriptedEngine
 
-TEXT = (ROOT / "docs" / "environments.md").read_text(encoding="utf-8")
+TEXT = "".join(
+    (ROOT / "docs" / name).read_text(encoding="utf-8")
+    for name in ("environments.md", "other-harnesses.md")
+)
 VERIFIERS = os.environ.get("NEXTSTATE_TEST_VERIFIERS", "")
 needs_verifiers = pytest.mark.skipif(not VERIFIERS, reason="needs NEXTSTATE_TEST_VERIFIERS=/opt/…")
 MODULES: dict[str, str] = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))

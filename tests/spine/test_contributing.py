@@ -28,9 +28,9 @@ teacher, adapter, policy version, candidate, policy lag, lineage, environment, g
 watch, suspect, pause, share, engine, dialect, profile, check word, persona, seed policy"""
 STATE = (
     *("judge/v", "learner/main/", "learner/NAME/", "versions/", "logs/", "pictures/"),
-    *("warm-up/", "logins/"),
+    *("warm-up/", "logins/", "site/"),
 )
-"""Folders of a state folder."""
+"""Folders of a state folder, and that of the built documentation."""
 _PATH = re.compile(r"`((?:[\w.-]+/)+(?:(?!NAME)[\w-]+\.\w+)?)`")
 _KEY = re.compile(r"`\[([a-z]+)\]\s+([a-z]\w*)")
 _COMMAND = re.compile(r"`(?:\.venv/bin/)?(make|nextstate|python -m)\s+([a-z][\w.-]*)")
