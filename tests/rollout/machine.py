@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from nextstate.episodes import Episode
 from nextstate.errors import StartError
+from nextstate.store import Store
+from nextstate.store.episodes import Choice
 from plugins.environments.browsers import check_programs
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -43,3 +46,8 @@ needs_pytest = pytest.mark.skipif(
     shutil.which("bwrap") is None or not Path("/usr/bin/python3").exists() or not _has_pytest(),
     reason="needs bubblewrap and python3-pytest: make bubblewrap",
 )
+
+
+def every_episode(store: Store) -> list[Episode]:
+    """All episodes of a store, oldest first."""
+    return store.episodes.get_all(store.episodes.ids(Choice()))

@@ -1,4 +1,4 @@
-"""docs/environments.md and docs/other-harnesses.md: its tasks can be solved, and its environments are played as it says.
+"""The documents on environments: their tasks can be solved, and they are played as they say.
 
 NEXTSTATE_TEST_VERIFIERS names an environment with the packages verifiers and uv, for its recipe.
 """
@@ -21,7 +21,7 @@ from plugins.environments.reward_file import read_reward
 from plugins.environments.terminal import TerminalKind
 from rollout.tasks import read_tasks
 from tests.proxy.running_proxy import Running, both
-from tests.rollout.machine import needs_bubblewrap
+from tests.rollout.machine import every_episode, needs_bubblewrap
 from tests.rollout.test_command import ROOT, configured
 from tests.rollout.test_openenv import served, tools
 from tests.rollout.test_terminal import play
@@ -92,7 +92,7 @@ def test_an_environment_of_the_document_is_played(
             task["command"] = task["command"].replace("python", shlex.quote(sys.executable), 1)
     lines = played(store, tmp_path, environment, task, *replies)
     assert lines[0] == f"{name}  done  outcome 1  {len(replies)} calls"
-    (episode,) = store.episodes.newest(None, None)
+    (episode,) = every_episode(store)
     assert (episode.environment, episode.outcome) == (environment.partition(":")[0], 1.0)
 
 

@@ -27,7 +27,7 @@ from rollout.proxy import Opened, ProxyClient
 from rollout.runner import Plan, run, summary
 from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, both, until
-from tests.rollout.machine import needs_bubblewrap
+from tests.rollout.machine import every_episode, needs_bubblewrap
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
 COUNT = Task(
@@ -324,7 +324,7 @@ def test_a_stopped_run_aborts_what_is_open(store: Store, tmp_path: Path) -> None
         with pytest.raises(asyncio.CancelledError):
             await running
         assert kind.closed == 2
-        found = store.episodes.newest(None, None)
+        found = every_episode(store)
         assert [one.status for one in found] == [EpisodeStatus.ABORTED] * 3
 
     both(test, store, tmp_path)
@@ -361,7 +361,7 @@ def test_a_run_of_the_same_name_goes_on_and_plays_nothing_twice(
         rest = await play(p, ShownKind(), plan, tasks(3))
         assert ended == ["night-0-0", "night-0-1"]
         assert [one.episode for one in rest] == ["night-1-1", "night-2-0", "night-2-1"]
-        found = {one.id: one.status for one in store.episodes.newest(None, None)}
+        found = {one.id: one.status for one in every_episode(store)}
         assert found.pop("night-1-0") == "aborted"
         assert {*found.values()} == {EpisodeStatus.DONE}
         assert await play(p, ShownKind(), plan, tasks(3)) == []

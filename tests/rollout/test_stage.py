@@ -23,6 +23,7 @@ from rollout.sources import Generated, TaskFile, source_of
 from rollout.stage import run
 from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, add_version, both, request, until
+from tests.rollout.machine import every_episode
 from tests.rollout.test_runner import ShownKind, client
 from tests.scripted_engine import Script, ScriptedEngine
 
@@ -65,7 +66,7 @@ async def playing(
 
 
 def episodes(store: Store, split: Split = Split.TRAIN) -> list[Episode]:
-    return [one for one in store.episodes.newest(None, None) if one.split is split]
+    return [one for one in every_episode(store) if one.split is split]
 
 
 def ended(store: Store) -> int:

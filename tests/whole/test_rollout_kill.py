@@ -26,6 +26,7 @@ from nextstate.engine.process import free_port
 from nextstate.episodes import EpisodeState, EpisodeStatus
 from nextstate.store import Store
 from tests.learner.test_tiny_model import load_float64, logprobs, save_tiny_model
+from tests.rollout.machine import every_episode
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
@@ -173,7 +174,7 @@ async def live_through(folder: Path, model_path: str, store: Store, kills: int) 
                 processes.keep()
                 await asyncio.sleep(0.5)
         processes.end("rollout")
-        for one in store.episodes.newest(None, None):  # opened, and not begun
+        for one in every_episode(store):  # opened, and not begun
             if one.state is EpisodeState.OPEN:
                 store.episodes.close(one.id, EpisodeStatus.ABORTED, None, None)
         async with asyncio.timeout(300):  # a minute for groups that the stop has left with gaps
@@ -197,7 +198,7 @@ def test_no_episode_is_half_and_none_trains_twice_whatever_is_killed(
     model_path = save_tiny_model(tmp_path / "model")
     with closing(Store(StoreConfig(dir=str(tmp_path / "state")))) as store:
         asyncio.run(live_through(tmp_path, model_path, store, kills))
-        episodes = store.episodes.newest(None, None)
+        episodes = every_episode(store)
         trained = [one for one in episodes if (one.group or "").startswith("train.")]
         assert {one.state for one in trained} <= {EpisodeState.SETTLED, EpisodeState.DROPPED}
         # What counts has been played to its end: two steps, each of which is one turn.
