@@ -73,7 +73,7 @@ class Settings:
     @property
     def hosts(self) -> dict[str, str]:
         """The hosts that our processes may reach besides this machine, and which key says so."""
-        found: dict[str, str] = {}
+        found = {self.proxy.host: "[proxy] host"}
         if self.engine.mode == "external" and (host := _host(self.engine.url)):
             found[host] = "[engine] url"
         if self.judge.base_url and (host := _host(self.judge.base_url)):

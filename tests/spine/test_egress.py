@@ -148,12 +148,14 @@ def test_the_hosts_that_other_sections_name_are_listed_with_their_keys(
     file.write_text(
         '[engine]\nmode = "external"\nurl = "http://gpu.lan:8000/v1"\n'
         '[judge]\nbase_url = "http://127.0.0.1:9/v1"\n'
+        '[proxy]\nhost = "192.168.1.5"\napi_key_env = "KEY"\n'
         '[privacy]\nallow_hosts = ["api.example.com"]\n'
     )
     assert main(["doctor", "--egress", "--config", str(file)]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown == [
         "this machine: always",
+        "192.168.1.5: [proxy] host",
         "gpu.lan: [engine] url",
         "api.example.com: [privacy] allow_hosts",
     ]
