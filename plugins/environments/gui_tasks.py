@@ -7,19 +7,17 @@ page UNSEEN is only in held-out ones.
 
 from __future__ import annotations
 
-import json
 import random
 import re
-import sys
 from collections.abc import Callable, Mapping
 from typing import Any
+
+from plugins.environments.generated import asked_count, print_tasks
 
 WORDS = ("train", "eval")
 """The parts into which the lists of names and words are divided."""
 UNSEEN = "click-option"
 """The page of which no task trains."""
-_EVAL_OF = 4
-"""One held-out task for so many others."""
 _EVAL_SEEDS = 1 << 30
 """Held-out tasks have seeds from this one on."""
 _LINE = re.compile(r'([0-9]+) (\w+)(?: "([^"]*)")?')
@@ -105,12 +103,5 @@ def pages(split: str) -> list[str]:
     return [page for page in PAGES if split == "eval" or page != UNSEEN]
 
 
-def main(count: int) -> None:
-    """Prints the tasks, one JSON object a line; the pages take turns."""
-    for split, many in zip(WORDS, (count, -(-count // _EVAL_OF)), strict=True):
-        for number in range(many):
-            print(json.dumps(numbered(split, number)))
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    print_tasks(numbered, asked_count())

@@ -32,6 +32,7 @@ from plugins.environments.repair_judge import (
     judge,
     render_tests,
 )
+from plugins.environments.repair_tasks import numbered
 from plugins.environments.terminal import SUBMIT, Terminal, archive_of, check_files, command_of
 from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
 
@@ -119,6 +120,9 @@ class RepairKind:
         check_files("files", task["files"])
         for name in ("visible", "hidden"):
             _check_cases(name, task[name], task["files"])
+
+    def generate(self, split: str, number: int) -> Json:
+        return numbered(split, number)
 
     async def check_machine(self) -> None:
         await self._sandbox.check_machine()

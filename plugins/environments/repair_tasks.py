@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from itertools import islice
 from string import Template
 from typing import Any, cast
 
+from plugins.environments.generated import asked_count, print_tasks
 from plugins.environments.repair_programs import KINDS, PROGRAMS, Bug, Numbers, Program
 
 _TRAIN_WORDS = (
@@ -31,8 +31,6 @@ _VISIBLE, _HIDDEN, _OTHERS = 4, 10, 2
 """Cases of the module with the bug, and in either set of each other module."""
 _ROUNDS = 40
 """How often calls are drawn at most."""
-_EVAL_OF = 4
-"""One held-out task for so many others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +111,10 @@ def task(kind: str, split: str, seed: int | str) -> Made:
     }, [f"show {broken.path}", _repair(broken, bug), "test", "submit"]
 
 
-def main(count: int) -> None:
-    """Prints the tasks, one JSON object a line; the kinds of bugs take turns."""
-    for split, many in (("train", count), ("eval", -(-count // _EVAL_OF))):
-        for number in range(many):
-            seed, place = divmod(number, len(KINDS))
-            print(json.dumps(task(KINDS[place], split, seed)[0]))
+def numbered(split: str, number: int) -> dict[str, Any]:
+    """Task number N of a split; the kinds of bugs take turns."""
+    seed, place = divmod(number, len(KINDS))
+    return task(KINDS[place], split, seed)[0]
 
 
 class Running:
@@ -202,4 +198,4 @@ def _repair(module: Module, bug: Bug) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    print_tasks(numbered, asked_count())

@@ -7,12 +7,12 @@ has.
 
 from __future__ import annotations
 
-import json
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from plugins.environments.generated import asked_count, print_tasks
 
 _TRAIN_WORDS = (
     *("amber", "birch", "cedar", "delta", "ember", "fjord"),
@@ -23,8 +23,6 @@ _EVAL_WORDS = (
     *("slate", "tulip", "umber", "velvet", "willow", "zinc"),
 )
 _FOLDERS = ("a", "b", "c", "d/e", "d/f", "g")
-_EVAL_OF = 4
-"""One held-out task for so many others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +138,6 @@ def numbered(split: str, number: int) -> dict[str, Any]:
     return task([*FAMILIES][place], split, seed)[0]
 
 
-def main(count: int) -> None:
-    """Prints the tasks, one JSON object a line."""
-    for split, many in (("train", count), ("eval", -(-count // _EVAL_OF))):
-        for number in range(many):
-            print(json.dumps(numbered(split, number)))
-
-
 def _paths(draw: random.Random, scale: Scale, ending: str) -> list[str]:
     names = draw.sample(scale.words, draw.randint(*scale.files))
     return [f"{draw.choice(_FOLDERS)}/{name}.{ending}" for name in names]
@@ -158,4 +149,4 @@ def _prose(draw: random.Random, words: Sequence[str], scale: Scale) -> str:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    print_tasks(numbered, asked_count())

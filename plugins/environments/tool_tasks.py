@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from plugins.environments.generated import asked_count, print_tasks
 from plugins.environments.tools import OPEN_HOURS, SUBMIT
-
-_EVAL_OF = 4
-"""One held-out task for so many others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,12 +128,5 @@ def numbered(split: str, number: int) -> dict[str, Any]:
     return task([*FAMILIES][place], split, seed)[0]
 
 
-def main(count: int) -> None:
-    """Prints the tasks, one JSON object a line."""
-    for split, many in (("train", count), ("eval", -(-count // _EVAL_OF))):
-        for number in range(many):
-            print(json.dumps(numbered(split, number)))
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    print_tasks(numbered, asked_count())

@@ -8,6 +8,7 @@ import pytest
 
 from nextstate.episodes import Split
 from plugins.environments import gui_tasks
+from plugins.environments.generated import print_tasks
 from plugins.environments.gui import create
 from plugins.environments.gui_tasks import PAGES, UNSEEN, pages, task
 from rollout.tasks import read_tasks
@@ -32,7 +33,7 @@ def test_no_seed_words_or_unseen_page_of_a_held_out_task_is_in_training() -> Non
 
 
 def test_the_printed_tasks_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    gui_tasks.main(48)
+    print_tasks(gui_tasks.numbered, 48)
     file = tmp_path / "tasks.jsonl"
     file.write_text(capsys.readouterr().out)
     found = read_tasks(file, "gui", create(None).check_task)

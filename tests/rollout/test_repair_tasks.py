@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from nextstate.episodes import Split
 from nextstate.records import Json
 from plugins.environments import repair_tasks
+from plugins.environments.generated import print_tasks
 from plugins.environments.repair import RepairKind, create
 from plugins.environments.repair_judge import expected_of
 from plugins.environments.repair_programs import KINDS, PROGRAMS
@@ -138,7 +139,7 @@ def test_no_name_number_or_size_of_a_held_out_package_is_in_training() -> None:
 
 
 def test_the_printed_tasks_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    repair_tasks.main(48)
+    print_tasks(repair_tasks.numbered, 48)
     file = tmp_path / "tasks.jsonl"
     file.write_text(capsys.readouterr().out)
     found = read_tasks(file, "repair", RepairKind().check_task)

@@ -9,6 +9,7 @@ import pytest
 
 from nextstate.episodes import Split
 from plugins.environments import terminal_tasks
+from plugins.environments.generated import print_tasks
 from plugins.environments.terminal import TerminalKind, create
 from plugins.environments.terminal_tasks import FAMILIES, SCALES, task
 from rollout.tasks import read_tasks
@@ -54,7 +55,7 @@ def test_no_word_or_size_of_a_held_out_task_is_in_training() -> None:
 
 
 def test_the_printed_tasks_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    terminal_tasks.main(40)
+    print_tasks(terminal_tasks.numbered, 40)
     file = tmp_path / "tasks.jsonl"
     file.write_text(capsys.readouterr().out)
     found = read_tasks(file, "terminal", TerminalKind().check_task)

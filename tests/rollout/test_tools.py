@@ -15,6 +15,7 @@ from nextstate.episodes import Split
 from nextstate.errors import ConfigError
 from nextstate.hooks import Acted, Scored
 from plugins.environments import tool_tasks
+from plugins.environments.generated import print_tasks
 from plugins.environments.tool_tasks import FAMILIES, SCALES, call, task
 from plugins.environments.tools import ToolsKind, create
 from rollout.tasks import read_tasks
@@ -168,7 +169,7 @@ def test_no_parameter_of_a_held_out_task_is_in_training() -> None:
 
 
 def test_the_printed_tasks_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tool_tasks.main(24)
+    print_tasks(tool_tasks.numbered, 24)
     file = tmp_path / "tasks.jsonl"
     file.write_text(capsys.readouterr().out)
     found = read_tasks(file, "tools", ToolsKind().check_task)
