@@ -54,6 +54,7 @@ def checks(config: Path) -> Iterator[Check]:
     yield Check("configuration", str(config) if config.exists() else "all defaults")
     yield _checked("state folder", lambda: _state_folder(settings))
     yield _checked("agent profile", lambda: _profile(settings))
+    yield _checked("other hosts", lambda: _hosts(settings))
     if settings.engine.mode == "managed":
         yield _checked("vllm", lambda: _vllm(settings))
     else:
@@ -94,6 +95,16 @@ def _state_folder(settings: Settings) -> str:
 def _profile(settings: Settings) -> str:
     load_plugin("agents", settings.agents.profile, None)
     return settings.agents.profile
+
+
+def _hosts(settings: Settings) -> str:
+    judge = settings.judge
+    if "litellm" in judge.kinds and not judge.base_url and not settings.privacy.allow_hosts:
+        raise ConfigError(
+            f'[judge] kind = "{judge.kind}" asks the provider of its model, and its host may not '
+            'be reached: name it in [privacy] allow_hosts, such as ["api.openai.com"]'
+        )
+    return ", ".join(settings.hosts) or "none may be reached"
 
 
 def _vllm(settings: Settings) -> str:
