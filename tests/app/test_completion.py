@@ -19,7 +19,7 @@ $function nextstate "{last}" x
 printf '%s\\n' "${{COMPREPLY[@]}}"
 """
 CASES = {
-    "nextstate ver": {"versions"},
+    "nextstate ver": {"verify", "versions"},
     "nextstate turns --s": {"--session", "--since"},
     "nextstate connect openc": {"openclaw", "opencode"},
     "nextstate judge tr": {"train"},
