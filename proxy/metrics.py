@@ -30,6 +30,7 @@ _HELP = {
     "nextstate_out_of_files_total": "How often no file was left for a connection.",
     "nextstate_reply_seconds": "Time from a request to the end of its reply.",
     "nextstate_requests_failed_total": "Requests that the engine did not answer.",
+    "nextstate_requests_of_episodes_total": "Requests that are steps of episodes.",
     "nextstate_requests_running": "Requests that a version of a lineage answers now.",
     "nextstate_requests_total": "Requests for a reply that becomes a turn.",
     UNRECORDED: "Requests for a reply that no turn holds, by the reason.",

@@ -194,7 +194,7 @@ def test_every_command_raises_the_soft_limit() -> None:
     code = (
         "import resource, nextstate.app.cli as cli\n"
         "resource.setrlimit(resource.RLIMIT_NOFILE, (256, 512))\n"
-        "cli._parser = lambda: type('P', (), {'parse_args': lambda self, a: "
+        "cli.command_parser = lambda: type('P', (), {'parse_args': lambda self, a: "
         "type('O', (), {'run': lambda self, o: print(resource.getrlimit(7)) or 0})()})()\n"
         "cli.main([])\n"
     )
