@@ -64,8 +64,6 @@ class Recipe:
     """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
     poll_s: _Positive = 0.5
     """Seconds between looks into the store while too few samples are ready."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Of the adapter's first weights and of sampled canary replies."""
     tensorboard: bool = True
     """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
     idle_patience_s: _NotNegative = 60.0
@@ -124,6 +122,8 @@ class LearnerConfig(Recipe):
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of a training step; 0 is torch's default. Beside a managed vLLM without a GPU:
     the number of cores that only the learner gets (`nextstate/app/cores.py`)."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Seed of the adapter's first weights and of sampled canary replies."""
     wandb: str = ""
     """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
     schedule: str = "always"

@@ -21,7 +21,7 @@ JUDGES = {
     "rules,engine": "rules first, the model about what they are not sure of",
 }
 """`[judge] kind`, and what it means."""
-_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_NAME = re.compile(r"[\w.-]{1,96}/[\w.-]{1,96}")
 _ASKED_AT_MOST = 100
 _GPU_SHARE = "0.5"
 """Of one GPU's memory that vLLM gets; the learner needs some of the rest."""

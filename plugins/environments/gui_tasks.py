@@ -20,7 +20,7 @@ UNSEEN = "click-option"
 """The page of which no task trains."""
 _EVAL_SEEDS = 1 << 30
 """Held-out tasks have seeds from this one on."""
-_LINE = re.compile(r'([0-9]+) (\w+)(?: "([^"]*)")?')
+_LINE = re.compile(r'([0-9]{1,6}) (\w{1,40})(?: "([^"]{0,200})")?')
 Solver = Callable[[Mapping[tuple[str, str], int], str], list[str]]
 """The actions that solve a task: by the numbers of (kind, name), and by what is asked for."""
 

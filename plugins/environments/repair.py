@@ -38,7 +38,7 @@ from plugins.sandboxes.bubblewrap import MOST_COMMAND_BYTES, Bubblewrap, Limits
 
 VISIBLE_FILE = "test_visible.py"
 _FIELDS = {"instruction": str, "files": dict, "visible": list, "hidden": list}
-_CALL = re.compile(r"[^\W\d]\w{0,99}(\.[^\W\d]\w{0,99}){1,8}", re.ASCII)
+_CALL = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,99}(\.[A-Za-z_][A-Za-z0-9_]{0,99}){1,8}")
 _SHOW = re.compile(r"show (\S{1,200})")
 _REPLACE = re.compile(r"replace (\S{1,200}) (\d{1,6})(?:-(\d{1,6}))?")
 _EDIT = (
