@@ -130,3 +130,10 @@ def test_a_warm_start_makes_a_whole_model_of_imported_conversations(
     assert Path("warm-model", "config.json").is_file()
     assert Path("warm-model", "model.safetensors").is_file()
     assert Path("warm-model", "tokenizer.json").is_file()
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r": ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    results = {f"results/{path.name}" for path in (ROOT / "benchmarks" / "results").glob("*.md")}
+    assert (pages | results) - listed == set()
