@@ -11,7 +11,7 @@ from nextstate.errors import StartError
 
 MARK = "Written by `nextstate service`"
 """The first line of each file has it: such a file may be replaced."""
-HOME = "/work"
+HOME = "/nextstate"
 """In a container: the home and working folder."""
 _MODELS = "/models"
 """In a container: the model cache."""

@@ -93,8 +93,8 @@ def test_compose_runs_the_image_with_the_configuration_the_state_and_the_models(
     found: Any = yaml.safe_load((sources / "compose.yaml").read_text())["services"]["nextstate"]
     assert found["build"] == {"context": str(sources), "args": {"ACCEL": accelerator}}
     mounted = {one["target"]: (one["source"], "read_only" in one) for one in found["volumes"]}
-    assert mounted["/work/nextstate.toml"] == (str(config), True)
-    assert mounted["/work/mine"] == (f"{config.parent}/mine", False)
+    assert mounted["/nextstate/nextstate.toml"] == (str(config), True)
+    assert mounted["/nextstate/mine"] == (f"{config.parent}/mine", False)
     assert mounted[str(config.parent)] == (str(config.parent), True)
     assert mounted["/models"][1]
     assert ("deploy" in found) == (accelerator == "cuda")
