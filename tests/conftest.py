@@ -75,9 +75,10 @@ def _place(item: pytest.Item) -> tuple[bool, bool]:
 
 @pytest.fixture
 def store(tmp_path: Path) -> Iterator[Store]:
-    """An empty store on disk."""
+    """An empty store on disk. Whatever a test does with it, the ledger must tell it."""
     opened = Store(StoreConfig(dir=str(tmp_path / "state")))
     yield opened
+    assert opened.ledger.problems() == []
     opened.close()
 
 

@@ -8,6 +8,7 @@ between, the same command goes on.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import shutil
 from collections.abc import Callable, Collection
@@ -23,6 +24,7 @@ from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.store import Store
 from nextstate.store.forgetting import Plan, Wanted
+from nextstate.store.ledger import SOMEBODY
 from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
@@ -44,8 +46,10 @@ class Forgotten:
     """The names of the folders of trained judges that went."""
 
 
-def forget(settings: Settings, store: Store, wanted: Wanted, told: Told) -> Forgotten:
-    """Forgets everything that is wanted.
+def forget(
+    settings: Settings, store: Store, wanted: Wanted, told: Told, by: str = SOMEBODY
+) -> Forgotten:
+    """Forgets everything that is wanted; the ledger says that `by` wanted it.
 
     Raises ConflictError while an update uses one of the turns, and if versions are made of them
     faster than they can be withdrawn.
@@ -53,7 +57,7 @@ def forget(settings: Settings, store: Store, wanted: Wanted, told: Told) -> Forg
     withdrawn: dict[str, list[int]] = {}
     for _ in range(_TRIES):
         told("looking for what holds it")
-        plan = store.forgetting.forget(wanted)
+        plan = store.forgetting.forget(wanted, by)
         if plan.in_training:
             raise ConflictError(
                 f"an update uses {plan.in_training} of these turns: nothing is forgotten; try "
@@ -63,7 +67,7 @@ def forget(settings: Settings, store: Store, wanted: Wanted, told: Told) -> Forg
             break
         for lineage, numbers in plan.versions.items():
             told(f"withdrawing versions of {lineage}")
-            _serve_another(settings, store, lineage, numbers)
+            _serve_another(settings, store, lineage, numbers, by)
             withdrawn.setdefault(lineage, []).extend(numbers)
         if store.forgetting.withdraw(plan):
             _delete_files(store.dir, plan)
@@ -82,24 +86,25 @@ def forget(settings: Settings, store: Store, wanted: Wanted, told: Told) -> Forg
 
 
 def _serve_another(
-    settings: Settings, store: Store, lineage: str, numbers: Collection[int]
+    settings: Settings, store: Store, lineage: str, numbers: Collection[int], by: str
 ) -> None:
     """Puts the newest ancestor of what serves into service that is not one of `numbers`."""
     serving = store.versions.serving(lineage)
     if serving.number not in numbers:
         return
+    change = functools.partial(publish, by=by)
     for version in store.versions.ancestors(serving):
         if version.number in numbers or not version.can_serve:
             continue
         try:
-            asyncio.run(change_version(settings, publish, store, version))
+            asyncio.run(change_version(settings, change, store, version))
             return
         except AdapterError as error:
             log.warning("version %d cannot serve: %s", version.number, error)
         except (StartError, EngineError) as error:
             # Nobody is served meanwhile: the proxy loads what serves before it lets requests in.
             log.info("no engine answers, so nothing was loaded: %s", error)
-            if store.versions.set_serving(lineage, version.number):
+            if store.versions.set_serving(lineage, version.number, by):
                 return
 
 

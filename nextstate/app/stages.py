@@ -91,6 +91,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     """
     from aiohttp import web
 
+    from nextstate.app.page.changes import AT_THE_PAGE
     from nextstate.app.page.routes import Page
     from proxy.app import Proxy
     from proxy.writer_process import WriterProcess
@@ -120,7 +121,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
             settings,
             store,
             proxy.lineages,
-            functools.partial(client.publish, store, engine),
+            functools.partial(client.publish, store, engine, by=AT_THE_PAGE),
             proxy.health,
             proxy.feedback.allowance,
         )

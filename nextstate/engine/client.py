@@ -28,6 +28,7 @@ from nextstate.file_descriptors import out_of_descriptors
 from nextstate.prometheus import metric_sum
 from nextstate.records import Decisions, Json, PolicyVersion
 from nextstate.store import Store
+from nextstate.store.ledger import SOMEBODY
 from nextstate.wire import json_object, objects, write_json
 
 log = logging.getLogger(__name__)
@@ -333,13 +334,16 @@ def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:
     return state_dir / "warm-up" / f"{model}-rank{rank}"
 
 
-async def publish(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
+async def publish(
+    store: Store, engine: EngineClient, version: PolicyVersion, by: str = SOMEBODY
+) -> None:
     """Puts a version into service for a person: adapter on disk → loaded → probed → serving.
 
     Running requests keep their version. The proxy unloads it when they have ended.
     """
     await ensure_loaded(engine, version)
-    if not await asyncio.to_thread(store.versions.set_serving, version.lineage, version.number):
+    ours = version.lineage, version.number
+    if not await asyncio.to_thread(store.versions.set_serving, *ours, by):
         raise AdapterError(
             f"the adapter of version {version.number} was deleted meanwhile: choose another one of "
             "`nextstate versions`"

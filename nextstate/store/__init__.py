@@ -21,6 +21,7 @@ from nextstate.store.episodes import Episodes
 from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
+from nextstate.store.ledger import Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Recording
@@ -69,6 +70,7 @@ class Store:
         self.lookup = Lookup(self.database)
         self.forgetting = Forgetting(self.database)
         self.verifying = Verifying(self.database)
+        self.ledger = Ledger(self.database)
         self._known = Known()
 
     def _open(self) -> None:

@@ -20,6 +20,7 @@ from nextstate.records import FEEDBACK, SampleState, VersionState
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.database import Database, queries
+from nextstate.store.ledger import SOMEBODY, Kind, append, append_states
 from nextstate.store.settling import verdict_texts
 from nextstate.store.texts import Row
 from nextstate.store.turns import turn_texts
@@ -94,6 +95,8 @@ class Forgetting:
                     continue
                 values = {"state": VersionState.REJECTED, "path": None, "reason": WITHDRAWN}
                 connection.execute(sa.update(t.versions).where(*ours).values(**values))
+                now, state = self._database.now(), VersionState.REJECTED
+                append_states(connection, now, lineage, numbers, state, WITHDRAWN)
                 trained = sa.select(_S.turn).where(
                     _S.lineage == lineage,
                     _S.trained_in.in_(numbers),
@@ -104,9 +107,10 @@ class Forgetting:
                 _set_samples(connection, set(turns) - gone, SampleState.READY, None)
         return done
 
-    def forget(self, wanted: Wanted) -> Plan:
+    def forget(self, wanted: Wanted, by: str = SOMEBODY) -> Plan:
         """Deletes everything that is wanted, if no version must be withdrawn first.
 
+        The ledger gets the ids of what went, and `by`, who wanted it.
         Returns what it took, or what it would take: nothing is changed if the plan has `versions`
         or turns `in_training`.
         """
@@ -114,6 +118,9 @@ class Forgetting:
             plan = _plan(connection, wanted)
             if not (plan.versions or plan.in_training):
                 _delete(connection, plan)
+                if plan.turns:
+                    gone = {"turns": plan.turns, "episodes": plan.episodes, "by": by}
+                    append(connection, self._database.now(), Kind.FORGOTTEN, gone)
         return plan
 
 

@@ -9,6 +9,7 @@ import sqlalchemy as sa
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
 from nextstate.store.counts import TURNS_ADDED, count_all, create_triggers
+from nextstate.store.ledger import append_version
 
 Step = Callable[[sa.Connection], None]
 
@@ -35,7 +36,16 @@ def _add_pauses(connection: sa.Connection) -> None:
     connection.exec_driver_sql(f"DROP TRIGGER {TURNS_ADDED}")
 
 
-MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses}
+def _add_ledger(connection: sa.Connection) -> None:
+    """Version 4: the ledger, which begins with the versions that there are."""
+    t.ledger.create(connection)
+    c = t.versions.c
+    made = sa.select(c.lineage, c.number, c.created_at).order_by(c.created_at)
+    for row in connection.execute(made).all():
+        append_version(connection, row.created_at, row.lineage, row.number)
+
+
+MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses, 4: _add_ledger}
 """Step n brings a database of version n - 1 to version n.
 
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 3
+VERSION = 4
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -267,6 +267,17 @@ decisions = sa.Table(
 
 `after` is the newest version at that time. `paused_by` is the name of who pauses it, else NULL."""
 sa.Index("decisions_by_lineage", decisions.c.lineage, decisions.c.seq)
+
+ledger = sa.Table(
+    "ledger",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("kind", sa.String(12), nullable=False),
+    sa.Column("content", sa.Text, nullable=False),
+    sa.Column("hash", sa.LargeBinary(32), nullable=False),
+)
+"""What happened, in a chain of hashes (nextstate/store/ledger.py); `content` is JSON."""
 
 counts = sa.Table(
     "counts",

@@ -21,6 +21,7 @@ from nextstate.records import (
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.database import Database, queries
+from nextstate.store.ledger import SOMEBODY, Kind, append, append_states, append_version
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
 
@@ -60,6 +61,7 @@ class Versions:
         settled: dict[str, Any] = {"state": SampleState.TRAINED}
         if state is VersionState.REJECTED:
             settled = {"state": SampleState.DROPPED, "reason": _why_dropped(version, reason)}
+        now = self._database.now()
         with self._database.write() as connection:
             made = state is VersionState.CANDIDATE
             if made and decided is not None and _decisions(connection, lineage).choices != decided:
@@ -78,7 +80,7 @@ class Versions:
                 samples=version.samples,
                 state=state,
                 metrics=dump(dict(version.metrics)),
-                created_at=self._database.now(),
+                created_at=now,
                 reason=reason,
             )
             connection.execute(row)
@@ -86,6 +88,7 @@ class Versions:
                 leased = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
                 values = {"trained_in": version.number} | settled
                 connection.execute(sa.update(t.samples).where(*leased).values(values))
+            append_version(connection, now, lineage, version.number)
             if give_back:
                 _give_back(connection, lineage, [*give_back, version.number])
         return state
@@ -100,6 +103,8 @@ class Versions:
                 return False
             values = {"metrics": dump({**orjson.loads(known), **metrics})}
             connection.execute(sa.update(t.versions).where(*ours).values(values))
+            exam = {"lineage": lineage, "number": number, "metrics": dict(metrics)}
+            append(connection, self._database.now(), Kind.EXAM, exam)
         return True
 
     def fail(self, version: PolicyVersion, reason: str, give_back: Sequence[int] = ()) -> bool:
@@ -111,7 +116,8 @@ class Versions:
         waits = sa.and_(v.number == version.number, v.state == VersionState.CANDIDATE)
         with self._database.write() as connection:
             state = VersionState.REJECTED
-            if not _set_state(connection, version.lineage, waits, state, reason):
+            now = self._database.now()
+            if not _set_state(connection, now, version.lineage, waits, state, reason):
                 return False
             s = t.samples.c
             used = s.lineage == version.lineage, s.trained_in == version.number
@@ -212,15 +218,15 @@ class Versions:
         with self._database.read() as connection:
             return _decisions(connection, lineage)
 
-    def resume(self, lineage: str) -> None:
+    def resume(self, lineage: str, by: str = SOMEBODY) -> None:
         """Lets a lineage go on that a person or the gate's rejections have paused."""
         with self._database.write() as connection:
-            _decide(connection, lineage, None, self._database.now())
+            _decide(connection, self._database.now(), Kind.RESUME, lineage, by)
 
     def pause(self, lineage: str, by: str) -> None:
         """Lets a lineage take no batch until a person resumes it; `by` is who says so."""
         with self._database.write() as connection:
-            _decide(connection, lineage, None, self._database.now(), by[:_NAME_CHARS])
+            _decide(connection, self._database.now(), Kind.PAUSE, lineage, by)
 
     def forget_adapter(self, lineage: str, number: int) -> bool:
         """Notes that a version's folder is deleted; it can never serve again.
@@ -232,7 +238,11 @@ class Versions:
         idle = v.state.in_((VersionState.RETIRED, VersionState.REJECTED)), v.number.not_in(chosen)
         query = sa.update(t.versions).where(v.lineage == lineage, v.number == number, *idle)
         with self._database.write() as connection:
-            return connection.execute(query.values(path=None)).rowcount > 0
+            gone = connection.execute(query.values(path=None)).rowcount > 0
+            if gone:
+                what = {"lineage": lineage, "number": number}
+                append(connection, self._database.now(), Kind.DELETED, what)
+        return gone
 
     def serving(self, lineage: str) -> PolicyVersion:
         """The version that serves the lineage: the base until a first one is published."""
@@ -245,7 +255,7 @@ class Versions:
         base = VersionState.SERVING
         return {name: found.get(name) or base_version(name, base) for name in lineages}
 
-    def set_serving(self, lineage: str, number: int) -> bool:
+    def set_serving(self, lineage: str, number: int, by: str = SOMEBODY) -> bool:
         """Puts version `number`, which a person chose, into service and retires the one before.
 
         A candidate that waits for its publication is retired too: it was made before they chose.
@@ -258,10 +268,11 @@ class Versions:
         with self._database.write() as connection:
             if connection.execute(deleted).first() is not None:
                 return False
-            _decide(connection, lineage, number, self._database.now())
-            _set_state(connection, lineage, _SERVING, VersionState.RETIRED)
-            _set_state(connection, lineage, waiting, VersionState.RETIRED, _passed_over(number))
-            _set_state(connection, lineage, v.number == number, VersionState.SERVING)
+            now, passed = self._database.now(), _passed_over(number)
+            _decide(connection, now, Kind.CHOICE, lineage, by, number)
+            _set_state(connection, now, lineage, _SERVING, VersionState.RETIRED)
+            _set_state(connection, now, lineage, waiting, VersionState.RETIRED, passed)
+            _set_state(connection, now, lineage, v.number == number, VersionState.SERVING)
         return True
 
     def serve_candidate(self, version: PolicyVersion) -> bool:
@@ -271,11 +282,11 @@ class Versions:
         """
         v = t.versions.c
         with self._database.write() as connection:
-            if _is_overtaken(connection, version):
+            now, ours = self._database.now(), v.number == version.number
+            if _is_overtaken(connection, now, version):
                 return False
-            _set_state(connection, version.lineage, _SERVING, VersionState.RETIRED)
-            ours = v.number == version.number
-            _set_state(connection, version.lineage, ours, VersionState.SERVING)
+            _set_state(connection, now, version.lineage, _SERVING, VersionState.RETIRED)
+            _set_state(connection, now, version.lineage, ours, VersionState.SERVING)
         return True
 
     def overtaken(self, version: PolicyVersion) -> bool:
@@ -285,7 +296,7 @@ class Versions:
         retired or rejected before.
         """
         with self._database.write() as connection:
-            return _is_overtaken(connection, version)
+            return _is_overtaken(connection, self._database.now(), version)
 
     def replace_serving(
         self, rejected: PolicyVersion, number: int, decided: int | None = None
@@ -300,9 +311,10 @@ class Versions:
         with self._database.write() as connection:
             if decided is not None and _decisions(connection, lineage).choices != decided:
                 return False
-            if not _set_state(connection, lineage, ours, VersionState.REJECTED, rejected.reason):
+            now, state = self._database.now(), VersionState.REJECTED
+            if not _set_state(connection, now, lineage, ours, state, rejected.reason):
                 return False
-            _set_state(connection, lineage, v.number == number, VersionState.SERVING)
+            _set_state(connection, now, lineage, v.number == number, VersionState.SERVING)
         return True
 
     def reject(self, lineage: str, number: int, reason: str) -> bool:
@@ -312,7 +324,8 @@ class Versions:
         """
         with self._database.write() as connection:
             chosen = sa.and_(t.versions.c.number == number, sa.not_(_SERVING))
-            return _set_state(connection, lineage, chosen, VersionState.REJECTED, reason) > 0
+            now, state = self._database.now(), VersionState.REJECTED
+            return _set_state(connection, now, lineage, chosen, state, reason) > 0
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:
@@ -355,7 +368,7 @@ def _give_back(connection: sa.Connection, lineage: str, numbers: Sequence[int]) 
     connection.execute(again.values(**ready, trained_in=None, screened=None))
 
 
-def _is_overtaken(connection: sa.Connection, version: PolicyVersion) -> bool:
+def _is_overtaken(connection: sa.Connection, now: float, version: PolicyVersion) -> bool:
     """See `Versions.overtaken`."""
     v = t.versions.c
     ours = v.number == version.number
@@ -366,7 +379,8 @@ def _is_overtaken(connection: sa.Connection, version: PolicyVersion) -> bool:
     serving = _serving(connection, version.lineage)
     if serving == version.parent:
         return False
-    _set_state(connection, version.lineage, ours, VersionState.RETIRED, _passed_over(serving))
+    passed = _passed_over(serving)
+    _set_state(connection, now, version.lineage, ours, VersionState.RETIRED, passed)
     return True
 
 
@@ -393,15 +407,18 @@ def _decisions(connection: sa.Connection, lineage: str) -> Decisions:
 
 def _decide(
     connection: sa.Connection,
-    lineage: str,
-    number: int | None,
     now: float,
-    paused_by: str | None = None,
+    kind: Kind,
+    lineage: str,
+    by: str,
+    number: int | None = None,
 ) -> None:
-    v = t.versions.c
+    v, by = t.versions.c, by[:_NAME_CHARS]
     newest = connection.execute(sa.select(sa.func.max(v.number)).where(v.lineage == lineage))
     values = {"lineage": lineage, "number": number, "after": newest.scalar() or BASE_VERSION}
+    paused_by = by if kind is Kind.PAUSE else None
     connection.execute(sa.insert(t.decisions).values(**values, at=now, paused_by=paused_by))
+    append(connection, now, kind, {"lineage": lineage, "number": number, "by": by})
 
 
 def _passed_over(chosen: int) -> str:
@@ -413,6 +430,7 @@ def _passed_over(chosen: int) -> str:
 
 def _set_state(
     connection: sa.Connection,
+    now: float,
     lineage: str,
     chosen: sa.ColumnElement[bool],
     state: VersionState,
@@ -420,5 +438,7 @@ def _set_state(
 ) -> int:
     """Changes the state of versions, and the reason if one is given; returns how many."""
     values = {"state": state} if reason is None else {"state": state, "reason": reason}
-    query = sa.update(t.versions).where(t.versions.c.lineage == lineage, chosen)
-    return connection.execute(query.values(**values)).rowcount
+    query = sa.update(t.versions).where(t.versions.c.lineage == lineage, chosen).values(**values)
+    numbers = sorted(connection.execute(query.returning(t.versions.c.number)).scalars())
+    append_states(connection, now, lineage, numbers, state, reason)
+    return len(numbers)

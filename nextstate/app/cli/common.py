@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import getpass
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -58,6 +59,14 @@ def lineage_of(args: argparse.Namespace, known: Sequence[str]) -> str:
             f"there is no lineage {lineage!r:.80}; known: {', '.join(known)}: see [lineages.NAME]"
         )
     return lineage
+
+
+def user_name() -> str:
+    """Who gives the command, for the ledger."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user without a name
+        return "a person"
 
 
 def whole_number(text: str) -> int:

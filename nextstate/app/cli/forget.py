@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nextstate.app.cli.common import add_command
+from nextstate.app.cli.common import add_command, user_name
 
 if TYPE_CHECKING:
     from nextstate.app.settings import Settings
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
     console = Console(stderr=True)
     with console.status("") as status:
-        done = forget(settings, store, wanted, status.update)
+        done = forget(settings, store, wanted, status.update, user_name())
     print(f"forgot {_count(len(done.plan.turns), 'turn')}")
     for lineage, numbers in sorted(done.withdrawn.items()):
         serving = store.versions.serving(lineage).number

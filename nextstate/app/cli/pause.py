@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import getpass
 from typing import Any
 
-from nextstate.app.cli.common import add_command, add_lineage, lineage_of
+from nextstate.app.cli.common import add_command, add_lineage, lineage_of, user_name
 
 _EPILOG = """\
 An update that is under way ends as it would. After it the lineage takes no batch. Turns are
@@ -33,13 +32,6 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     lineage = lineage_of(args, settings.all_lineages)
-    Store(settings.store).versions.pause(lineage, _user())
+    Store(settings.store).versions.pause(lineage, user_name())
     print(f"{lineage} takes no batch any more; `nextstate resume {lineage}` ends the pause")
     return 0
-
-
-def _user() -> str:
-    try:
-        return getpass.getuser()
-    except (KeyError, OSError):  # a container's user without a name
-        return "a person"

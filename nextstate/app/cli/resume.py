@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nextstate.app.cli.common import add_command, add_lineage, lineage_of
+from nextstate.app.cli.common import add_command, add_lineage, lineage_of, user_name
 
 
 def add(subparsers: Any) -> None:
@@ -21,6 +21,6 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     lineage = lineage_of(args, settings.all_lineages)
-    Store(settings.store).versions.resume(lineage)
+    Store(settings.store).versions.resume(lineage, user_name())
     print(f"{lineage} trains again once the learner looks")
     return 0

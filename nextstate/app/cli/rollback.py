@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import functools
 from typing import Any
 
-from nextstate.app.cli.common import add_command, find_version
+from nextstate.app.cli.common import add_command, find_version, user_name
 from nextstate.errors import StartError
 from nextstate.records import MAIN_LINEAGE, VersionState
 
@@ -41,6 +42,7 @@ def run(args: argparse.Namespace) -> int:
         raise StartError(
             f"version {version.number} {why}; choose another one of `nextstate versions`"
         )
-    asyncio.run(change_version(settings, publish, store, version))
+    change = functools.partial(publish, by=user_name())
+    asyncio.run(change_version(settings, change, store, version))
     print(f"version {version.number} serves {version.lineage}")
     return 0

@@ -17,11 +17,16 @@ def add(subparsers: Any) -> None:
     text = "read everything that is stored and say what is wrong"
     parser = add_command(subparsers, "verify", run, text)
     parser.description = (
-        "Reads every page of the database, every text and every adapter: whether they are whole, "
-        "are what their hashes say, and are counted right. Nothing is changed. Exit code 2: "
-        "something is wrong."
+        "Reads every page of the database, every text, every adapter and the ledger: whether they "
+        "are whole, are what their hashes say, and are counted right. Nothing is changed. "
+        "Exit code 2: something is wrong."
     )
-    parser.epilog = "example: nextstate verify --config nextstate.toml"
+    parser.epilog = (
+        "The last line is the ledger's head. Note it elsewhere: with --head, a ledger that was cut "
+        "or written anew since is found too.\n\nexample: nextstate verify --head 12:9f86d081…"
+    )
+    text = "the head that an earlier verify printed: the ledger must go on from it"
+    parser.add_argument("--head", metavar="NUMBER:HASH", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,12 +45,15 @@ def run(args: argparse.Namespace) -> int:
 
         problems = store.verifying.problems(read)
     problems += _adapters(store)
+    problems += store.ledger.problems(args.head)
     for problem in problems:
         print(f"FAIL  {problem}")
     if not problems:
         counts = store.counts()
         turns = counts.get("turns/main", 0) + counts.get("turns/side", 0)
         print(f" ok   {turns} turns and {len(store.versions.all())} versions are whole")
+        newest = store.ledger.newest(1)
+        print(f" ok   ledger: {newest[0].head if newest else 'no entry yet'}")
     return EXIT_USAGE if problems else 0
 
 

@@ -15,7 +15,7 @@ from proxy.answers import Refused
 from proxy.feedback import Allowance
 
 Rollback = Callable[[PolicyVersion], Awaitable[None]]
-_BY = "somebody at the web page"
+AT_THE_PAGE = "somebody at the web page"
 
 
 class Done(NamedTuple):
@@ -64,11 +64,11 @@ class Changes:
 
     async def pause(self, visit: Visit) -> Done:
         lineage = visit.seen(visit.names[0])
-        await asyncio.to_thread(self._store.versions.pause, lineage, _BY)
+        await asyncio.to_thread(self._store.versions.pause, lineage, AT_THE_PAGE)
         text = f"{lineage} takes no batch any more. An update that is under way ends as it would."
         return Done(text, f"/?lineage={lineage}")
 
     async def resume(self, visit: Visit) -> Done:
         lineage = visit.seen(visit.names[0])
-        await asyncio.to_thread(self._store.versions.resume, lineage)
+        await asyncio.to_thread(self._store.versions.resume, lineage, AT_THE_PAGE)
         return Done(f"{lineage} trains again once the learner looks.", f"/?lineage={lineage}")

@@ -1,0 +1,78 @@
+"""`nextstate ledger`: what happened to versions, who decided it, and what was forgotten."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING, Any
+
+from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
+
+if TYPE_CHECKING:
+    from nextstate.store.ledger import Entry
+
+_SHOWN = 30
+_EPILOG = f"""\
+A line for each entry, oldest first. Each entry's hash covers the entry before it, so `nextstate
+verify` finds any that was changed or removed. No entry holds a word of a conversation.
+
+examples:
+  nextstate ledger                      the newest {_SHOWN} entries
+  nextstate ledger --limit 100 --before 71
+  nextstate ledger --limit 0 --json     all, with a version's turns and the gate's results
+"""
+
+
+def add(subparsers: Any) -> None:
+    text = "show what happened to versions, and what was forgotten"
+    parser = add_command(subparsers, "ledger", run, text)
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    add_json(parser)
+    text = "only the newest N (0: all; default: %(default)s)"
+    parser.add_argument("--limit", type=whole_number, default=_SHOWN, metavar="N", help=text)
+    text = "only entries before this one"
+    parser.add_argument("--before", type=whole_number, metavar="NUMBER", help=text)
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import asdict
+
+    from nextstate.app.settings import Settings
+    from nextstate.app.turn_views import time_text
+    from nextstate.store import Store
+
+    ledger = Store(Settings.read(args.config).store).ledger
+    for entry in ledger.newest(args.limit or None, args.before):
+        if args.json:
+            print_json(asdict(entry))
+        else:
+            print(f"{entry.seq:>5}  {time_text(entry.at)}  {_line(entry)}")
+    return 0
+
+
+def _line(entry: Entry) -> str:
+    """What an entry tells, in words."""
+    from nextstate.store.ledger import Kind
+
+    content = entry.content
+    what = f"version {content.get('number')} of {content.get('lineage')}"
+    why = f": {content['reason']}" if content.get("reason") else ""
+    by = content.get("by")
+    match entry.kind:
+        case Kind.VERSION:
+            made = f"made from version {content['parent']} with {len(content['turns'])} turns"
+            return f"{what} was {made}; it is a {content['state']}{why}"
+        case Kind.EXAM:
+            return f"{what} took its exam"
+        case Kind.STATE:
+            return f"{what} is {content['state']}{why}"
+        case Kind.DELETED:
+            return f"{what}: its adapter was deleted to make room"
+        case Kind.CHOICE:
+            return f"{what} serves by choice of {by}"
+        case Kind.PAUSE | Kind.RESUME:
+            return f"{content['lineage']} was {entry.kind}d by {by}"
+        case _:
+            turns, episodes = len(content["turns"]), len(content["episodes"])
+            more = f" and {episodes} episodes" if episodes else ""
+            return f"{turns} turns{more} were forgotten, as {by} wanted"

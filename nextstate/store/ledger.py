@@ -1,0 +1,237 @@
+"""The ledger: what happened to versions, and what was forgotten, in entries that nobody changes.
+
+An entry's hash covers the hash of the entry before it, its number, time, kind and content, so an
+entry that is changed, removed, added or moved later breaks the chain from there on. Who can write
+the database can also compute a whole new chain: that shows only to those who noted the last hash
+before, the ledger's head. Entries hold ids, scores and names, and never a word of a conversation.
+
+Each entry is appended in the transaction of what it tells, so neither is there without the other.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+import orjson
+import sqlalchemy as sa
+
+from nextstate.records import SampleState, VersionState
+from nextstate.store import schema as t
+from nextstate.store.database import Database, queries
+from nextstate.store.packing import dump
+from nextstate.wire import write_json
+
+_L, _S, _V = t.ledger.c, t.samples.c, t.versions.c
+SOMEBODY = "a person"
+"""Who did something, where no name is known."""
+_NO_HASH = bytes(32)
+"""What stands before the first entry."""
+_AT_ONCE = 1000
+_LISTED = 5
+
+
+class Kind(StrEnum):
+    """What an entry tells."""
+
+    VERSION = "version"
+    """A version was registered: what it was made of, with the gate's results."""
+    EXAM = "exam"
+    """A candidate's results in its exam."""
+    STATE = "state"
+    """A version came into service or left it, or was rejected, and why."""
+    DELETED = "deleted"
+    """The adapter of a version was deleted to make room."""
+    CHOICE = "choice"
+    """A person put a version into service."""
+    PAUSE = "pause"
+    RESUME = "resume"
+    FORGOTTEN = "forgotten"
+    """Turns and episodes were forgotten."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry."""
+
+    seq: int
+    """1 for the first one."""
+    at: float
+    """Unix time in seconds."""
+    kind: str
+    content: Mapping[str, Any]
+    hash: str
+    """Hexadecimal."""
+
+    @property
+    def head(self) -> str:
+        """What to note of the newest entry, to check the ledger against it later."""
+        return f"{self.seq}:{self.hash}"
+
+
+def append(connection: sa.Connection, now: float, kind: Kind, content: Mapping[str, Any]) -> None:
+    """Adds an entry in the caller's write transaction."""
+    newest = sa.select(_L.seq, _L.hash).order_by(_L.seq.desc()).limit(1)
+    row = connection.execute(newest).first()
+    seq, before = (row.seq + 1, row.hash) if row else (1, _NO_HASH)
+    text = dump(dict(content))
+    values = {"seq": seq, "at": now, "kind": kind, "content": text}
+    hashed = _hash(before, seq, now, kind, text)
+    connection.execute(sa.insert(t.ledger).values(**values, hash=hashed))
+
+
+def append_version(connection: sa.Connection, now: float, lineage: str, number: int) -> None:
+    """Adds the entry of a version whose row and samples are written already."""
+    ours = _V.lineage == lineage, _V.number == number
+    version = connection.execute(sa.select(t.versions).where(*ours)).one()
+    columns = _S.turn, _S.score, _S.hinted, _S.advantage
+    used = _S.lineage == lineage, _S.trained_in == number
+    turns = connection.execute(sa.select(*columns).where(*used).order_by(_S.seq))
+    content = {
+        "lineage": lineage,
+        "number": number,
+        "parent": version.parent,
+        "sha256": version.sha256,
+        "state": version.state,
+        "reason": version.reason,
+        "metrics": orjson.loads(version.metrics),
+        "turns": [list(row) for row in turns],
+    }
+    append(connection, now, Kind.VERSION, content)
+
+
+def append_states(
+    connection: sa.Connection,
+    now: float,
+    lineage: str,
+    numbers: Sequence[int],
+    state: VersionState,
+    reason: str | None,
+) -> None:
+    """Adds an entry for each version whose state changed."""
+    for number in numbers:
+        content = {"lineage": lineage, "number": number, "state": state, "reason": reason}
+        append(connection, now, Kind.STATE, content)
+
+
+@queries
+class Ledger:
+    """Queries that read the ledger."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def newest(self, count: int | None, before: int | None = None) -> list[Entry]:
+        """The newest `count` entries or all, of those before entry `before` if given.
+
+        Oldest first.
+        """
+        query = sa.select(t.ledger).order_by(_L.seq.desc()).limit(count)
+        if before is not None:
+            query = query.where(_L.seq < before)
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+        return [_entry_of(row) for row in reversed(rows)]
+
+    def problems(self, head: str | None = None) -> list[str]:
+        """What is wrong, a line each: in the chain itself, and where the versions differ from it.
+
+        `head` is one that was noted earlier: the ledger must go on from it.
+        """
+        with self._database.read() as connection:
+            told = _Told()
+            found = list(_broken(connection, told, head))
+            if not found:  # what a broken chain tells is no measure
+                found += _different(connection, told)
+        return found
+
+
+class _Told:
+    """What the entries tell of versions."""
+
+    def __init__(self) -> None:
+        self.versions: dict[tuple[str, int], tuple[int | None, str | None, str]] = {}
+        """Parent, SHA-256 and state by lineage and number."""
+        self.turns: dict[tuple[str, int], set[str]] = {}
+        """The turns that each version trained on and that are not forgotten."""
+        self._versions_of: dict[str, tuple[str, int]] = {}
+
+    def read(self, kind: str, content: Mapping[str, Any]) -> None:
+        if kind == Kind.FORGOTTEN:
+            for turn in content["turns"]:
+                if turn in self._versions_of:
+                    self.turns[self._versions_of[turn]].discard(turn)
+            return
+        if kind not in (Kind.VERSION, Kind.STATE):
+            return
+        key = content["lineage"], content["number"]
+        if kind == Kind.VERSION:
+            self.versions[key] = content["parent"], content["sha256"], content["state"]
+            self.turns[key] = {row[0] for row in content["turns"]}
+            self._versions_of |= dict.fromkeys(self.turns[key], key)
+        else:
+            self.versions[key] = (*self.versions[key][:2], content["state"])
+
+
+def _broken(connection: sa.Connection, told: _Told, head: str | None) -> Iterator[str]:
+    """The first fault of the chain, if there is one; `told` reads the entries before it."""
+    before, heads = _NO_HASH, set[str]()
+    query = sa.select(t.ledger).order_by(_L.seq).execution_options(yield_per=_AT_ONCE)
+    for number, row in enumerate(connection.execute(query), 1):
+        if row.seq != number:
+            yield f"the ledger's entry {number} is missing: the next one is {row.seq}"
+            return
+        if row.hash != _hash(before, number, row.at, row.kind, row.content):
+            yield f"the ledger's entry {number} was changed: its hash is not that of its content"
+            return
+        before = row.hash
+        if head is not None and head.partition(":")[0] == str(number):
+            heads.add(f"{number}:{row.hash.hex()}")
+        try:
+            told.read(row.kind, orjson.loads(row.content))
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            yield f"the ledger's entry {number} does not tell what its kind, {row.kind}, tells"
+            return
+    if head is not None and head not in heads:
+        yield f"the ledger does not go on from {head[:80]}: it was cut, or written anew"
+
+
+def _different(connection: sa.Connection, told: _Told) -> Iterator[str]:
+    """Where the versions and what they trained on are not what the ledger tells."""
+    columns = _V.lineage, _V.number, _V.parent, _V.sha256, _V.state
+    stored = {
+        (row.lineage, row.number): (row.parent, row.sha256, row.state)
+        for row in connection.execute(sa.select(*columns))
+    }
+    for lineage, number in sorted(stored.keys() | told.versions.keys()):
+        key = lineage, number
+        if stored.get(key) != told.versions.get(key):
+            yield (
+                f"version {number} of {lineage} is {stored.get(key, 'not there')}, and the ledger "
+                f"tells {told.versions.get(key, 'nothing of it')} (parent, sha256, state)"
+            )
+    trained: dict[tuple[str, int], set[str]] = {}
+    query = sa.select(_S.lineage, _S.trained_in, _S.turn).where(
+        _S.state == SampleState.TRAINED, _S.trained_in.is_not(None)
+    )
+    for row in connection.execute(query.execution_options(yield_per=_AT_ONCE)):
+        trained.setdefault((row.lineage, row.trained_in), set()).add(row.turn)
+    for key, version in sorted(told.versions.items()):
+        if version[2] == VersionState.REJECTED:
+            continue  # its samples may be ready again
+        if wrong := told.turns.get(key, set()) ^ trained.get(key, set()):
+            yield (
+                f"version {key[1]} of {key[0]} trained on other turns than the ledger tells: "
+                + ", ".join(sorted(wrong)[:_LISTED])
+            )
+
+
+def _hash(before: bytes, seq: int, at: float, kind: str, content: str) -> bytes:
+    return hashlib.sha256(before + write_json([seq, at, kind, content])).digest()
+
+
+def _entry_of(row: Any) -> Entry:
+    return Entry(row.seq, row.at, row.kind, orjson.loads(row.content), row.hash.hex())

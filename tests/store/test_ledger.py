@@ -1,0 +1,194 @@
+"""The ledger tells what happened to versions, and shows every edit of itself and of them."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import orjson
+import pytest
+
+from nextstate.config import StoreConfig
+from nextstate.records import PolicyVersion, VersionState
+from nextstate.store import Store
+from nextstate.store.forgetting import Wanted
+from tests.store.test_forgetting import judge, record, said, train
+from tests.store.test_migrations import OF_VERSION_2, old_database
+
+SECRET = "my locker opens with 4711"
+
+
+def candidate(number: int, parent: int, state: VersionState) -> PolicyVersion:
+    return PolicyVersion("main", number, parent, f"/v{number}", "ff", 1, state, {"kl": 0.01})
+
+
+@pytest.fixture
+def told(store: Store) -> Iterator[Store]:
+    """A store with something of each kind in its ledger."""
+    for number in range(4):
+        one = replace(said(2 * number, None), reply=SECRET)
+        after = said(2 * number + 1, one)
+        record(store, one, after)
+        judge(store, one.id, after)
+    versions = store.versions
+    train(store, 1, 0)
+    train(store, 2, 1)
+    versions.pause("main", "ana")
+    versions.resume("main", "ana")
+    versions.add(candidate(3, 2, VersionState.CANDIDATE), None)
+    versions.note("main", 3, {"exam/right": 0.5})
+    versions.fail(versions.newest("main", 1)[0], "worse than its parent")
+    versions.add(candidate(4, 2, VersionState.REJECTED), None)
+    versions.set_serving("main", 1, "ana")
+    versions.reject("main", 2, "rolled back: a fall")
+    versions.forget_adapter("main", 4)
+    store.forgetting.forget(Wanted(turns=["turn_7"]), "ana")
+    return store
+
+
+def rows(store: Store) -> list[tuple[int, float, str, str, bytes]]:
+    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
+        return connection.execute("SELECT * FROM ledger ORDER BY seq").fetchall()
+
+
+def change(store: Store, sql: str, *values: object) -> None:
+    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection, connection:
+        connection.execute(sql, values)
+
+
+def write(store: Store, entries: list[tuple[int, float, str, str, bytes]]) -> None:
+    change(store, "DELETE FROM ledger")
+    for entry in entries:
+        change(store, "INSERT INTO ledger VALUES (?, ?, ?, ?, ?)", *entry)
+
+
+def test_it_tells_what_happened_in_order(told: Store) -> None:
+    entries = told.ledger.newest(None)
+    assert [entry.seq for entry in entries] == [*range(1, len(entries) + 1)]
+    assert [entry.kind for entry in entries] == [
+        *("version", "state", "version", "state", "state", "pause", "resume", "version", "exam"),
+        *("state", "version", "choice", "state", "state", "state", "deleted", "forgotten"),
+    ]
+    first, *_ = entries
+    assert first.content["turns"] == [["turn_0", -1, True, None]]
+    assert first.content["parent"] == 0
+    assert first.content["sha256"] == "ff"
+    assert entries[11].content == {"lineage": "main", "number": 1, "by": "ana"}
+    assert entries[-1].content == {"turns": ["turn_7"], "episodes": [], "by": "ana"}
+    assert told.ledger.newest(2, before=3) == entries[:2]
+
+
+def test_a_hash_is_that_of_the_entry_before_and_its_own_content(told: Store) -> None:
+    before = bytes(32)
+    for seq, at, kind, content, found in rows(told):
+        before = hashlib.sha256(before + orjson.dumps([seq, at, kind, content])).digest()
+        assert found == before
+
+
+def test_it_holds_no_word_of_a_conversation(told: Store) -> None:
+    assert all(SECRET not in content for _, _, _, content, _ in rows(told))
+
+
+def test_every_edit_of_an_entry_is_found(told: Store) -> None:
+    entries = rows(told)
+    assert told.ledger.problems() == []
+    for number in range(len(entries)):
+        seq, at, kind, content, hashed = entries[number]
+        for edited in (
+            (seq, at + 1e-6, kind, content, hashed),
+            (seq, at, "pause" if kind != "pause" else "resume", content, hashed),
+            (seq, at, kind, content.replace("1", "2", 1) + " ", hashed),
+            (seq, at, kind, content, bytes([hashed[0] ^ 1]) + hashed[1:]),
+        ):
+            write(told, [*entries[:number], edited, *entries[number + 1 :]])
+            (found,) = told.ledger.problems()
+            assert f"entry {number + 1} was changed" in found
+    write(told, entries)
+
+
+def test_an_entry_that_is_missing_moved_or_put_in_is_found(told: Store) -> None:
+    entries = rows(told)
+    for number in range(len(entries) - 1):
+        one, two = entries[number], entries[number + 1]
+        write(told, [*entries[:number], *entries[number + 1 :]])
+        assert "is missing" in told.ledger.problems()[0]
+        swapped = [(one[0], *two[1:]), (two[0], *one[1:])]
+        write(told, [*entries[:number], *swapped, *entries[number + 2 :]])
+        assert "was changed" in told.ledger.problems()[0]
+        later = [(entry[0] + 1, *entry[1:]) for entry in entries[number:]]
+        write(told, [*entries[:number], one, *later])
+        assert "was changed" in told.ledger.problems()[0]
+    write(told, entries)
+
+
+@pytest.mark.parametrize(
+    ("edit", "undo", "told_of"),
+    [
+        (
+            "UPDATE versions SET state = 'retired' WHERE number = 3",
+            "UPDATE versions SET state = 'rejected' WHERE number = 3",
+            "version 3 of main is",
+        ),
+        (
+            "UPDATE versions SET sha256 = 'ee' WHERE number = 1",
+            "UPDATE versions SET sha256 = 'ff' WHERE number = 1",
+            "version 1 of main is",
+        ),
+        (
+            "UPDATE samples SET trained_in = NULL, state = 'ready' WHERE turn = 'turn_0'",
+            "UPDATE samples SET trained_in = 1, state = 'trained' WHERE turn = 'turn_0'",
+            "trained on other turns than the ledger tells: turn_0",
+        ),
+    ],
+)
+def test_versions_that_differ_from_what_it_tells_are_named(
+    told: Store, edit: str, undo: str, told_of: str
+) -> None:
+    change(told, edit)
+    (found,) = told.ledger.problems()
+    assert told_of in found
+    change(told, undo)
+
+
+def test_a_ledger_without_its_end_is_found_by_the_versions_or_by_a_head(told: Store) -> None:
+    entries, head = rows(told), told.ledger.newest(1)[0].head
+    assert told.ledger.problems(head) == []
+    write(told, entries[:9])
+    assert told.ledger.problems()
+    write(told, entries[:-1])  # nothing but the head knows of this entry
+    assert told.ledger.problems() == []
+    assert told.ledger.problems(head) == [
+        f"the ledger does not go on from {head}: it was cut, or written anew"
+    ]
+    write(told, entries)
+
+
+def test_a_ledger_that_is_written_anew_is_found_by_a_head_alone(told: Store) -> None:
+    entries, head = rows(told), told.ledger.newest(1)[0].head
+    before, forged = bytes(32), []
+    for seq, at, kind, content, _ in entries:
+        text = content.replace("ana", "bob")
+        before = hashlib.sha256(before + orjson.dumps([seq, at, kind, text])).digest()
+        forged.append((seq, at, kind, text, before))
+    write(told, forged)
+    assert told.ledger.problems() == []
+    assert told.ledger.problems(head)
+    write(told, entries)
+
+
+@pytest.mark.parametrize("head", ["", "1", "1:", "x:y", "99999:00", "0:" + "00" * 32])
+def test_a_head_that_is_none_is_not_gone_on_from(told: Store, head: str) -> None:
+    assert "does not go on from" in told.ledger.problems(head)[0]
+
+
+def test_an_older_store_begins_its_ledger_with_its_versions(tmp_path: Path) -> None:
+    old_database(tmp_path, OF_VERSION_2)
+    with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
+        versions = store.versions.all()
+        assert [entry.kind for entry in store.ledger.newest(None)] == ["version"] * len(versions)
+        assert versions
+        assert store.ledger.problems() == []
