@@ -69,6 +69,11 @@ def user_name() -> str:
         return "a person"
 
 
+def counted(number: int, what: str) -> str:
+    """A number of things, such as "1 turn" and "2 turns"."""
+    return f"{number} {what}" + ("" if number == 1 else "s")
+
+
 def whole_number(text: str) -> int:
     """An argument's value: a number from 0 to 999 999 999."""
     if not (text.isascii() and text.isdigit() and len(text) < 10):

@@ -6,7 +6,7 @@ import argparse
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nextstate.app.cli.common import add_command, user_name
+from nextstate.app.cli.common import add_command, counted, user_name
 
 if TYPE_CHECKING:
     from nextstate.app.settings import Settings
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console(stderr=True)
     with console.status("") as status:
         done = forget(settings, store, wanted, status.update, user_name())
-    print(f"forgot {_count(len(done.plan.turns), 'turn')}")
+    print(f"forgot {counted(len(done.plan.turns), 'turn')}")
     for lineage, numbers in sorted(done.withdrawn.items()):
         serving = store.versions.serving(lineage).number
         print(f"withdrew {_versions(numbers)} of {lineage}; version {serving} serves")
@@ -113,7 +113,7 @@ def _show(store: Store, plan: Plan) -> None:
     from nextstate.app.turn_views import turn_line
     from nextstate.store.lookup import Choice
 
-    print(f"{_count(len(plan.turns), 'turn')} to forget:")
+    print(f"{counted(len(plan.turns), 'turn')} to forget:")
     for turn_id in plan.turns[:_SHOWN]:
         position = store.lookup.position(turn_id) or 0
         shown = store.lookup.page(Choice(), position - 1, newest_first=False, limit=1).turns
@@ -123,15 +123,11 @@ def _show(store: Store, plan: Plan) -> None:
     if len(plan.turns) > _SHOWN:
         print(f"  … and {len(plan.turns) - _SHOWN} more")
     if plan.episodes:
-        print(f"with {_count(len(plan.episodes), 'episode')}")
+        print(f"with {counted(len(plan.episodes), 'episode')}")
     if plan.touched:
-        print(f"{_count(len(plan.touched), 'turn')} before them: what followed is deleted there")
+        print(f"{counted(len(plan.touched), 'turn')} before them: what followed is deleted there")
     for lineage, numbers in plan.versions.items():
         print(f"{_versions(numbers)} of {lineage} trained on them, and will be withdrawn")
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
 
 
 def _versions(numbers: tuple[int, ...] | list[int]) -> str:

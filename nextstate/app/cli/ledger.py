@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
+from nextstate.app.cli.common import add_command, add_json, counted, print_json, whole_number
 
 if TYPE_CHECKING:
     from nextstate.store.ledger import Entry
@@ -60,8 +60,9 @@ def _line(entry: Entry) -> str:
     by = content.get("by")
     match entry.kind:
         case Kind.VERSION:
-            made = f"made from version {content['parent']} with {len(content['turns'])} turns"
-            return f"{what} was {made}; it is a {content['state']}{why}"
+            turns = counted(len(content["turns"]), "turn")
+            made = f"made from version {content['parent']} with {turns}"
+            return f"{what} was {made}; it is {content['state']}{why}"
         case Kind.EXAM:
             return f"{what} took its exam"
         case Kind.STATE:
@@ -73,6 +74,7 @@ def _line(entry: Entry) -> str:
         case Kind.PAUSE | Kind.RESUME:
             return f"{content['lineage']} was {entry.kind}d by {by}"
         case _:
-            turns, episodes = len(content["turns"]), len(content["episodes"])
-            more = f" and {episodes} episodes" if episodes else ""
-            return f"{turns} turns{more} were forgotten, as {by} wanted"
+            gone = counted(len(content["turns"]), "turn")
+            if episodes := len(content["episodes"]):
+                gone += f" and {counted(episodes, 'episode')}"
+            return f"forgotten by {by}: {gone}"
