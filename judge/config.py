@@ -18,9 +18,6 @@ from nextstate.hooks import JudgeSettings, TrainedJudge
 class JudgeRecipe:
     """What nobody needs to choose. No file sets it; benchmarks and tests may, in code."""
 
-    tokens_per_hour: Annotated[int, Ge(0)] = 0
-    """The most prompt and completion tokens of votes in any hour; 0 means no limit. Votes that are
-    under way when the limit is reached are still counted in full."""
     parallel: Annotated[int, Ge(1)] = 8
     """Turns judged at the same time. All votes on a turn are asked for at once."""
     temperature: Annotated[float, Ge(0)] = 0.6

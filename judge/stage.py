@@ -119,19 +119,14 @@ async def judge_turn(
     return replace(verdict, hinted_prompt_ids=prompt)
 
 
-def affordable(config: JudgeConfig, calls: int, tokens: int, held: int) -> int:
-    """How many more turns may be leased when the last hour took `calls` votes and `tokens`.
+def affordable(config: JudgeConfig, calls: int, held: int) -> int:
+    """How many more turns may be leased when the last hour took `calls` votes.
 
-    The `held` turns will still ask for all their votes. Nobody knows beforehand how many tokens a
-    vote takes.
+    The `held` turns will still ask for all their votes.
 
-    >>> affordable(JudgeConfig(votes=3, calls_per_hour=20), calls=6, tokens=900, held=2)
+    >>> affordable(JudgeConfig(votes=3, calls_per_hour=20), calls=6, held=2)
     2
-    >>> affordable(JudgeConfig(tokens_per_hour=900), calls=6, tokens=900, held=0)
-    0
     """
-    if config.tokens_per_hour and tokens >= config.tokens_per_hour:
-        return 0
     if not config.calls_per_hour:
         return config.parallel * _LEASED_PER_PLACE
     left = config.calls_per_hour - calls - held * config.votes
@@ -167,16 +162,11 @@ class _Worker:
     def __post_init__(self) -> None:
         self.places = asyncio.Semaphore(self.config.parallel)
 
-    @property
-    def budgeted(self) -> bool:
-        """Whether the votes of an hour are limited."""
-        return self.config.calls_per_hour > 0 or self.config.tokens_per_hour > 0
-
     async def lease(self, limit: int, held: int) -> list[str]:
         """Leases up to `limit` turns, as budget and pace allow beside the `held` ones."""
-        if self.budgeted:
-            calls, tokens = await asyncio.to_thread(self.store.judging.spent)
-            allowed = affordable(self.config, calls, tokens, held)
+        if self.config.calls_per_hour:
+            calls, _ = await asyncio.to_thread(self.store.judging.spent)
+            allowed = affordable(self.config, calls, held)
             if self.spent != (allowed == 0 and not held):
                 self.spent = not self.spent
                 log.info("the hour's budget is %s", "used up" if self.spent else "open again")

@@ -410,12 +410,12 @@ def test_with_a_used_up_budget_nothing_is_leased_until_the_hour_is_over(
     clock, counts = Clock(), Watched()
     store = open_store(tmp_path, clock)
     record(store, [a_turn(0)])
-    store.judging.spend(1, 500)
+    store.judging.spend(3, 500)
     judge = constant(Vote(1))
 
     async def scene() -> None:
         stop = asyncio.Event()
-        config = JudgeConfig(tokens_per_hour=500)
+        config = JudgeConfig(votes=3, calls_per_hour=3)
         task = asyncio.create_task(run(store, config, judge, ScriptedEngine(), stop, counts))
         async with asyncio.timeout(60):
             while "used up" not in caplog.text:
