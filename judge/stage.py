@@ -219,7 +219,7 @@ class _Worker:
             self.counts.add(cost)
             if self.pace is not None:
                 self.pace.worked(time.monotonic() - started)
-            if self.budgeted:
+            if self.config.calls_per_hour:
                 # A judge without a model costs nothing: it neither reads tokens nor fails.
                 asked = cost.tokens or cost.unparsed or not self.judge.deterministic
                 if asked:
