@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy bench wheel lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy bench wheel audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -126,10 +126,25 @@ bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 
 wheel: env  ## build dist/nextstate-*.whl
 	rm -rf build
-	$(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+	cd dist && sha256sum nextstate-*.whl
+
+audit: env .audit/.installed  ## what the locked packages are (dist/*.cdx.json), their licences, and known faults (asks PyPI)
+	mkdir -p dist
+	.audit/bin/cyclonedx-py requirements $(LOCK) --pyproject pyproject.toml --output-reproducible --output-file dist/nextstate-$(ACCEL).cdx.json
+	.audit/bin/pip-licenses --python $(BIN)/python --from=mixed --format=csv --partial-match --fail-on "$(NO_LICENCE)" >dist/licences.csv
+	.audit/bin/pip-audit --disable-pip --require-hashes -r $(LOCK)
+
+# A package under one of these would bind what is built on us.
+NO_LICENCE := GNU General Public;GNU Affero;AGPL;GPL-2.0-;GPL-3.0-;SSPL;BUSL
+
+.audit/.installed: requirements/audit.lock
+	$(PYTHON) -m venv .audit
+	.audit/bin/python -m pip install --quiet --no-deps --require-hashes -r requirements/audit.lock
+	@touch $@
 
 lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .docs site build dist .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .docs .audit site build dist .pytest_cache .ruff_cache .hypothesis .coverage*

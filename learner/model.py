@@ -39,7 +39,7 @@ def load_model(config: LearnerConfig, model_path: str) -> PreTrainedModel:
         options: dict[str, Any] = {"quantization_config": four_bits, "device_map": {"": device}}
     else:
         options = {}
-    model = _local(AutoModelForCausalLM, model_path, dtype=dtype, **options)
+    model = _local(AutoModelForCausalLM, model_path, dtype=dtype, use_safetensors=True, **options)
     _check_targets(config, model)
     return model if options else model.to(device)
 

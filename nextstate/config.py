@@ -69,6 +69,12 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.url:
             object.__setattr__(self, "url", server_address(self.url))
+        for word in self.args:
+            if word.replace("_", "-").startswith("--trust"):
+                raise ConfigError(
+                    f"[engine] args: {word!r:.60} would run code that comes with a model, with "
+                    "your rights: remove it, and choose a model whose code vLLM has"
+                )
 
     @property
     def name(self) -> str:

@@ -13,6 +13,8 @@ uv pip compile "${common[@]}" --extra cuda \
    --python-version 3.11 --generate-hashes --output-file requirements/cuda.lock
 uv pip compile requirements/docs.in --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --generate-hashes \
    --no-annotate --no-header --output-file requirements/docs.lock
+uv pip compile requirements/audit.in --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --generate-hashes \
+   --no-annotate --no-header --output-file requirements/audit.lock
 
 # The CPU wheels of torch may not be there for each Python: their own needs stand for them.
 checks=$(mktemp -d)

@@ -18,11 +18,11 @@ from nextstate.errors import StartError
 
 T = TypeVar("T")
 _HUB_NAME = re.compile(r"[\w-][\w.-]{0,95}/[\w-][\w.-]{0,95}")
-_WEIGHTS = ".safetensors", ".bin"
-"""The second only for a model without the first."""
+_WEIGHTS = ".safetensors"
+"""Never pickles (`.bin`), which can run code when they are read."""
 _BESIDE = ".json", ".jinja", ".txt", ".model", ".tiktoken"
 """Configuration, tokenizer and chat template."""
-_NOT = "*/*", "consolidated*", "training_args.bin"
+_NOT = "*/*", "consolidated*"
 """The same weights once more, in folders or in another format, and what no server reads."""
 
 
@@ -54,7 +54,7 @@ def missing(model: str) -> Missing:
     sizes = {file.rfilename: file.size or 0 for file in info.siblings or ()}
     names = wanted_files(list(sizes))
     if not names:
-        raise StartError(f"{model} has no weights in {' or '.join(_WEIGHTS)}: name another model")
+        raise StartError(f"{model} has no weights in {_WEIGHTS}: name another model")
     away = [
         name
         for name in names
@@ -70,10 +70,9 @@ def wanted_files(names: Sequence[str]) -> list[str]:
     ['model.safetensors', 'config.json']
     """
     top = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in _NOT)]
-    for ending in _WEIGHTS:
-        if any(name.endswith(ending) for name in top):
-            return [name for name in top if name.endswith((ending, *_BESIDE))]
-    return []
+    if not any(name.endswith(_WEIGHTS) for name in top):
+        return []
+    return [name for name in top if name.endswith((_WEIGHTS, *_BESIDE))]
 
 
 def fetch(found: Missing) -> Path:

@@ -156,6 +156,12 @@ def check_model(config: EngineConfig) -> None:
                 f"[engine] model = {config.model!r} is a folder without config.json: "
                 "name a folder in the Hugging Face format"
             )
+        if any(path.glob("*.bin")) and not any(path.glob("*.safetensors")):
+            raise StartError(
+                f"[engine] model = {config.model!r} has its weights as pickles (*.bin), which can "
+                "run code when they are read: name a folder with *.safetensors, which "
+                "`save_pretrained` of transformers writes"
+            )
         return
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.model):
         raise StartError(
@@ -202,9 +208,9 @@ def _in_hub_cache(repository: str) -> bool:
     if not isinstance(found, str):
         return False
     folder = Path(found).parent
-    indexes = [*folder.glob("*.safetensors.index.json"), *folder.glob("*.bin.index.json")]
+    indexes = [*folder.glob("*.safetensors.index.json")]
     if not indexes:
-        return any(folder.glob("*.safetensors")) or any(folder.glob("*.bin"))
+        return any(folder.glob("*.safetensors"))
     index = json_object(indexes[0].read_bytes()) or {}
     return all((folder / str(name)).exists() for name in obj(index.get("weight_map")).values())
 

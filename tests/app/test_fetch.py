@@ -142,6 +142,6 @@ def test_without_a_network_the_command_says_that_it_can_be_repeated(tmp_path: Pa
     assert "the same command goes on where it ended" in line
 
 
-def test_weights_in_pickles_are_taken_only_where_there_are_no_others() -> None:
-    assert wanted_files(["a.bin", "config.json", "training_args.bin"]) == ["a.bin", "config.json"]
+def test_weights_in_pickles_are_never_taken() -> None:
+    assert wanted_files(["a.bin", "config.json", "training_args.bin"]) == []
     assert wanted_files(["config.json", "model.gguf"]) == []

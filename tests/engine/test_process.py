@@ -8,7 +8,15 @@ from pathlib import Path
 import pytest
 
 from nextstate.config import EngineConfig
-from nextstate.engine.process import cause_of_death, command, environment, free_port, port_is_free
+from nextstate.engine.process import (
+    cause_of_death,
+    check_model,
+    command,
+    environment,
+    free_port,
+    port_is_free,
+)
+from nextstate.errors import ConfigError, StartError
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,24 @@ def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> N
     env = environment(config, {"PATH": "/bin"})
     assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
     assert env["PATH"] == "/bin"
+
+
+@pytest.mark.parametrize("word", ["--trust-remote-code", "--trust_remote_code", "--trust=true"])
+def test_code_that_comes_with_a_model_is_never_run(word: str) -> None:
+    with pytest.raises(ConfigError, match=f"args: '{word}' would run code that comes with a model"):
+        EngineConfig(model="m", args=("--seed", "1", word))
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00002.bin"])
+def test_a_model_of_pickles_is_refused_and_one_of_safetensors_is_not(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "config.json").touch()
+    (tmp_path / name).touch()
+    with pytest.raises(StartError, match="has its weights as pickles"):
+        check_model(EngineConfig(model=str(tmp_path)))
+    (tmp_path / "model.safetensors").touch()
+    check_model(EngineConfig(model=str(tmp_path)))
 
 
 def test_a_port_in_use_is_not_free() -> None:
