@@ -22,16 +22,16 @@ from torch.nn.functional import nll_loss
 
 from learner.config import LearnerConfig
 from learner.divergence import head_logits
-from learner.last_layer import LastLayer
 from learner.tensors import fill_passes
 from learner.trainer import PolicyTrainer, build_trainer
 from learner.trl_grpo import use_adapter
+from learner.upper_layers import UpperLayers
 from nextstate.errors import LearnerError
 from nextstate.records import Json
 
 _Item = TypeVar("_Item")
 _Reader = Callable[[Sequence[Sequence[int]]], Tensor]
-"""Gives the states (B, H) at the ends of B prompts."""
+"""Gives the last states (B, L, H) of B prompts, padded on the right."""
 BATCH = 8
 """Prompts of one optimizer step."""
 RATE = 2e-3
@@ -57,8 +57,7 @@ class WordClassifier:
         self.trainer = trainer
         self._tokenizer: Any = trainer.processing_class
         self._beginnings = _beginnings(self._tokenizer, words)
-        self._last = LastLayer(trainer)
-        self._last.freeze_others()
+        self._upper = UpperLayers(trainer)
 
     def render(self, messages: Sequence[Json]) -> tuple[int, ...]:
         """The prompt's token ids as the engine renders them."""
@@ -98,18 +97,19 @@ class WordClassifier:
     ) -> list[float]:
         """Trains on the examples at most `epochs` times, in another order each time.
 
-        The last layer's MLP learns, of a small model all (`learner/last_layer.py`). It ends when
-        the loss on `watched`, which is not learned from, has not fallen for `PATIENCE` epochs. Kept
-        are the weights where it was least. Returns that loss in nats an example, before the first
-        epoch and after each; `done` gets the number of examples that each pass has learned from.
-        Raises LearnerError if a loss is not a number.
+        The upper layers learn, if they can be run alone; otherwise all. It ends when the loss on
+        `watched`, which is not learned from, has not fallen for `PATIENCE` epochs. Kept are the
+        weights where it was least. Returns that loss in nats an example, before the first epoch and
+        after each; `done` gets the number of examples that each pass has learned from. Raises
+        LearnerError if a loss is not a number.
         """
         trainer = self.trainer
         order = torch.Generator().manual_seed(trainer.config.seed)
         every = [example.prompt_ids for example in (*examples, *watched)]
         read = self._reader(every)
-        if read == self._last.read:
-            trainer.policy.gradient_checkpointing_disable()  # there is nothing to save
+        if read == self._upper.read:
+            # The activations of these few layers take less memory than an update of the policy.
+            trainer.policy.gradient_checkpointing_disable()
         losses = [self._loss(watched, read)]
         best = trainer.weights.copy()
         for epoch in range(epochs):
@@ -154,9 +154,9 @@ class WordClassifier:
         self.trainer.optimizer_step()
 
     def _reader(self, prompts: Sequence[Sequence[int]]) -> _Reader:
-        """How the prompts are read: by the last layer if it suffices."""
-        suffices = bool(prompts) and self._last.suffices(prompts[0])
-        return self._last.read if suffices else self._last.read_whole
+        """How the prompts are read: by the upper layers if these suffice."""
+        suffice = bool(prompts) and self._upper.suffice(prompts[0])
+        return self._upper.read if suffice else self._upper.read_whole
 
     def _passes(
         self, items: Sequence[_Item], prompts: Sequence[Sequence[int]]
@@ -166,7 +166,9 @@ class WordClassifier:
 
     def _words(self, prompts: Sequence[Sequence[int]], read: _Reader) -> Tensor:
         """Log-probs (B, C) of the words after B prompts."""
-        last = read(prompts)
+        states = read(prompts)
+        ends = torch.tensor([len(prompt) - 1 for prompt in prompts], device=states.device)
+        last = states[torch.arange(len(prompts), device=states.device), ends]
         head = self.trainer.head
         values: list[Tensor] = []
         for tokens in self._beginnings:
