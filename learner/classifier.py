@@ -9,7 +9,6 @@ precision are `PolicyTrainer`'s; the loss is the cross-entropy of the word.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -35,9 +34,7 @@ _Reader = Callable[[Sequence[Sequence[int]]], Tensor]
 BATCH = 8
 """Prompts of one optimizer step."""
 RATE = 2e-3
-"""AdamW's first rate; it falls to 0 at the last epoch."""
-PATIENCE = 2
-"""Training ends after so many epochs without a gain."""
+"""AdamW's first rate; it falls to 0."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,69 +86,49 @@ class WordClassifier:
         return [found[place] for place in range(len(prompts))]
 
     def fit(
-        self,
-        examples: Sequence[Example],
-        watched: Sequence[Example],
-        epochs: int,
-        done: Callable[[int], object],
+        self, examples: Sequence[Example], epochs: int, done: Callable[[int], object]
     ) -> list[float]:
-        """Trains on the examples at most `epochs` times, in another order each time.
+        """Trains on the examples `epochs` times, in another order each time.
 
-        The upper layers learn, if they can be run alone; otherwise all. It ends when the loss on
-        `watched`, which is not learned from, has not fallen for `PATIENCE` epochs. Kept are the
-        weights where it was least. Returns that loss in nats an example, before the first epoch and
-        after each; `done` gets the number of examples that each pass has learned from. Raises
-        LearnerError if a loss is not a number.
+        The upper layers learn, if they can be run alone; otherwise all. Returns each step's loss in
+        nats. Raises LearnerError if it is not a number.
         """
         trainer = self.trainer
         order = torch.Generator().manual_seed(trainer.config.seed)
-        every = [example.prompt_ids for example in (*examples, *watched)]
-        read = self._reader(every)
+        chosen = [
+            group.tolist()
+            for _ in range(epochs)
+            for group in torch.randperm(len(examples), generator=order).split(BATCH)
+        ]
+        trainer.model.train()
+        read = self._reader([example.prompt_ids for example in examples])
         if read == self._upper.read:
             # The activations of these few layers take less memory than an update of the policy.
             trainer.policy.gradient_checkpointing_disable()
-        losses = [self._loss(watched, read)]
-        best = trainer.weights.copy()
-        for epoch in range(epochs):
-            groups = torch.randperm(len(examples), generator=order).split(BATCH)
-            trainer.model.train()
-            for step, places in enumerate(groups):
-                trainer.rate = RATE * (1 - (epoch + step / len(groups)) / epochs)
-                self._step([examples[place] for place in places.tolist()], read, done)
-            losses.append(self._loss(watched, read))
-            least = losses.index(min(losses))
-            if least == epoch + 1:
-                best = trainer.weights.copy()
-            elif epoch + 1 - least >= PATIENCE:
-                break
-        trainer.weights.put(best)
+        losses: list[float] = []
+        for step, places in enumerate(chosen):
+            trainer.rate = RATE * (1 - step / len(chosen))
+            losses.append(self._step([examples[place] for place in places], read, done))
+            if not losses[-1] < float("inf"):
+                raise LearnerError(
+                    f"the judge's loss is {losses[-1]} at step {step + 1}: nothing is kept"
+                )
         return losses
-
-    @torch.no_grad()
-    def _loss(self, examples: Sequence[Example], read: _Reader) -> float:
-        """The mean loss in nats."""
-        self.trainer.model.eval()
-        total = 0.0
-        for group in self._passes(examples, [example.prompt_ids for example in examples]):
-            total += float(self._losses(group, read).sum())
-        return _finite(total) / len(examples)
-
-    def _losses(self, examples: Sequence[Example], read: _Reader) -> Tensor:
-        """The loss (B) of each example."""
-        values = self._words([example.prompt_ids for example in examples], read)
-        labels = torch.tensor([example.label for example in examples], device=values.device)
-        return nll_loss(values, labels, reduction="none")
 
     def _step(
         self, examples: Sequence[Example], read: _Reader, done: Callable[[int], object]
-    ) -> None:
-        """One step of the optimizer."""
+    ) -> float:
+        """One step of the optimizer; returns its loss."""
+        loss = 0.0
         for group in self._passes(examples, [example.prompt_ids for example in examples]):
-            part = self._losses(group, read).sum() / len(examples)
-            _finite(float(part.detach()))
+            values = self._words([example.prompt_ids for example in group], read)
+            labels = torch.tensor([example.label for example in group], device=values.device)
+            part = nll_loss(values, labels, reduction="sum") / len(examples)
             self.trainer.accelerator.backward(part)
+            loss += float(part.detach())
             done(len(group))
         self.trainer.optimizer_step()
+        return loss
 
     def _reader(self, prompts: Sequence[Sequence[int]]) -> _Reader:
         """How the prompts are read: by the upper layers if these suffice."""
@@ -195,12 +172,6 @@ def within_memory() -> Generator[None]:
             f"the judge's training did not fit: {str(error).split('. ')[0]}; end `nextstate up` "
             'meanwhile, or set [learner] device = "cpu"'
         ) from error
-
-
-def _finite(loss: float) -> float:
-    if not math.isfinite(loss):
-        raise LearnerError(f"the judge's loss is {loss}: nothing is kept")
-    return loss
 
 
 def _beginnings(tokenizer: Any, words: Sequence[str]) -> list[list[int]]:

@@ -60,14 +60,10 @@ MAX_PROMPT_TOKENS = 1024
 """Longer next states are left out of training."""
 _HELD_OUT = 5
 """One in so many contexts is held out."""
-_WATCHED = 8
-"""Of the others, one in so many is not learned from either: it tells when training ends."""
 _PASS_TOKENS = 4096
 _SCORES = list(WORDS)
 Progress = Callable[[str, int, int], object]
 """What is being done, how many prompts of it are read, and of how many."""
-_Prompts = tuple[tuple[int, ...], ...]
-"""A case's prompts, one in each order."""
 _Answer = tuple[list[dict[int, float]], int]
 """The words' log-probs in each order, and the right score."""
 
@@ -156,11 +152,10 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
         classifier = build_classifier(_config(settings), model_path, folder, list(WORDS.values()))
         held = _Checked(classifier, _short(classifier, settings, labelled.held_out), told)
         base, before = held.of_base(), held.of_version(previous)
-        cases = _short(classifier, settings, labelled.train)
-        examples, watched = (
-            [Example(p, _SCORES.index(case.label)) for case, prompts in part for p in prompts]
-            for part in _apart(cases)
-        )
+        examples = [
+            Example(prompts[place % len(ORDERS)], _SCORES.index(case.label))
+            for place, (case, prompts) in enumerate(_short(classifier, settings, labelled.train))
+        ]
         read = 0
 
         def trained_on(count: int) -> None:
@@ -168,7 +163,7 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
             read += count
             told("training", read, epochs * len(examples))
 
-        classifier.fit(examples, watched, epochs, trained_on)
+        classifier.fit(examples, epochs, trained_on)
         kappa, calibration = held.of_trained("checking it")
     number = newest_number(settings) + 1
     least = max(base, before)
@@ -181,7 +176,7 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
     own = [case.id for case in labelled.train if case.id in labelled.own]
     metrics = {
         **{KAPPA: kappa, BASE_KAPPA: base, HELD_OUT: float(len(held.cases))},
-        **{TEMPERATURE: calibration.temperature, EXAMPLES: float(len(cases))},
+        **{TEMPERATURE: calibration.temperature, EXAMPLES: float(len(examples))},
         OWN: float(len(own)),
     }
     parent = None if previous is None else previous.number
@@ -192,17 +187,6 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
         f"it had not seen (the base model {base:.2f}"
         + (f", v{previous.number} {before:.2f})" if previous else ")")
     )
-
-
-def _apart(
-    cases: Sequence[tuple[Case, _Prompts]],
-) -> tuple[Sequence[tuple[Case, _Prompts]], Sequence[tuple[Case, _Prompts]]]:
-    """What is learned from, and what tells when to end: one context in `_WATCHED`."""
-    parts: tuple[list[tuple[Case, _Prompts]], ...] = ([], [])
-    for one in cases:
-        parts[_digest(f"watched {one[0].evidence.tail!r}") % _WATCHED == 0].append(one)
-    learned, watched = parts
-    return (learned, watched) if learned and watched else (cases, cases)
 
 
 def _config(settings: Settings) -> LearnerConfig:
@@ -217,6 +201,10 @@ def _config(settings: Settings) -> LearnerConfig:
         adam_beta1=0.9,
         micro_batch_tokens=min(_PASS_TOKENS, settings.learner.micro_batch_tokens),
     )
+
+
+_Prompts = tuple[tuple[int, ...], ...]
+"""A case's prompts, one in each order."""
 
 
 def _short(

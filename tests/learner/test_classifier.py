@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from demo.course import POLICY
-from learner.classifier import PATIENCE, Example, WordClassifier, build_classifier, within_memory
+from learner.classifier import Example, WordClassifier, build_classifier, within_memory
 from learner.config import LearnerConfig
 from nextstate.errors import LearnerError
 
@@ -54,12 +54,8 @@ def test_training_makes_the_right_word_likelier_and_leaves_the_base_alone(
     before = classifier.logprobs(prompts, lambda _: None, base=True)
     read: list[int] = []
     examples = [Example(prompt, place) for place, prompt in enumerate(prompts)] * 4
-    losses = classifier.fit(examples, examples[:3], 12, read.append)
-    assert losses[0] == pytest.approx(
-        -sum(values[place] for place, values in enumerate(before)) / 3, abs=1e-4
-    )
-    assert min(losses) < losses[0] / 2
-    assert len(losses) == 1 + 12
+    losses = classifier.fit(examples, 12, read.append)
+    assert losses[-1] < losses[0] / 2
     assert sum(read) == 12 * len(examples)
     after = classifier.logprobs(prompts, lambda _: None)
     assert [max(range(3), key=values.__getitem__) for values in after] == [0, 1, 2]
@@ -67,20 +63,6 @@ def test_training_makes_the_right_word_likelier_and_leaves_the_base_alone(
     assert [v for one in unchanged for v in one] == pytest.approx(
         [v for one in before for v in one]
     )
-
-
-def test_training_ends_when_what_is_watched_gets_worse_and_goes_back_to_the_best(
-    classifier: WordClassifier,
-) -> None:
-    classifier.trainer.weights.reset()
-    prompts = prompts_of(classifier, "yes", "no")
-    taught = [Example(prompt, 0) for prompt in prompts]
-    against = [Example(prompt, 1) for prompt in prompts]  # so learning makes these worse
-    losses = classifier.fit(taught, against, 12, lambda _: None)
-    best = losses.index(min(losses))
-    assert len(losses) == 1 + best + PATIENCE < 1 + 12
-    kept = [values[1] for values in classifier.logprobs(prompts, lambda _: None)]
-    assert -sum(kept) / len(kept) == pytest.approx(losses[best], abs=1e-4)
 
 
 def test_a_prompt_is_rendered_as_the_chat_template_says(classifier: WordClassifier) -> None:

@@ -98,8 +98,8 @@ def test_a_classifier_learns_in_them_and_leaves_the_layers_below_as_they_were(bu
     classifier = WordClassifier(trainer, ["w40", "w50"])
     before = trainer.weights.copy()
     examples = [Example(prompt, place % 2) for place, prompt in enumerate(PROMPTS)] * 8
-    losses = classifier.fit(examples, examples[:3], 40, lambda _: None)
-    assert min(losses) < losses[0] / 2
+    losses = classifier.fit(examples, 40, lambda _: None)
+    assert losses[-1] < losses[0] / 2
     found = classifier.logprobs(PROMPTS, lambda _: None)
     assert [max(range(2), key=values.__getitem__) for values in found] == [0, 1, 0]
     changed = {
