@@ -104,8 +104,8 @@ class Loop:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def wait_ready(self) -> None:
-        wait_for(lambda: "ready: " in self.log() or self.process.poll() is not None, 300)
+    def wait_ready(self, within_s: float = 300) -> None:
+        wait_for(lambda: "ready: " in self.log() or self.process.poll() is not None, within_s)
         assert self.process.poll() is None, self.log()
 
     def log(self) -> str:

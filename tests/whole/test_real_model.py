@@ -39,7 +39,7 @@ def real_loop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
     config.write_text(config.read_text().replace("[learner]\n", shorter))
     started = Loop(config, port)
     try:
-        started.wait_ready()
+        started.wait_ready(within_s=1800)
         yield started
     finally:
         started.close()
