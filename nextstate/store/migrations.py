@@ -28,11 +28,12 @@ def _add_episodes(connection: sa.Connection) -> None:
 
 
 def _add_pauses(connection: sa.Connection) -> None:
-    """Version 3: who pauses a lineage; new turns are counted without a trigger."""
+    """Version 3: who pauses a lineage; new turns are counted without a trigger; keys."""
     column = t.decisions.c.paused_by
     kind = column.type.compile(connection.dialect)
     connection.exec_driver_sql(f"ALTER TABLE decisions ADD COLUMN {column.name} {kind}")
     connection.exec_driver_sql(f"DROP TRIGGER {TURNS_ADDED}")
+    t.keys.create(connection)
 
 
 MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses}
