@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 from nextstate.errors import RecordError
 
@@ -95,7 +96,7 @@ def weakness(key: str) -> str | None:
         return "it looks like a provider's key, or like an example of one"
     if key in (key + key)[1:-1]:
         return "it repeats itself"
-    steps = [ord(a) - ord(b) for a, b in zip(key, key[1:], strict=False)]
+    steps = [ord(a) - ord(b) for a, b in pairwise(key)]
     bits = min(_bits(key), _bits(steps))
     if bits < _LEAST_BITS:
         return f"its characters are worth about {bits:.0f} bits, expected {_LEAST_BITS} or more"

@@ -119,10 +119,11 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         proxy.pages = Page(
             settings,
             store,
-            proxy.lineages,
+            proxy.keys,
             functools.partial(client.publish, store, engine),
             proxy.health,
             proxy.feedback.allowance,
+            proxy.tries,
         )
         runner = proxy.runner()
         await runner.setup()

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 _EPILOG = """\
 A key is shown once, when it is made: the store keeps only its hash. As soon as there is a key,
-every request needs one. Scopes: chat (ask the model), feedback (say how good a turn was), read (look
-at the web page and the metrics), episodes (open and reward episodes), admin (everything). A running
-proxy knows of a new or revoked key within two seconds.
+every request needs one. Scopes: chat (ask the model), feedback (say how good a turn was), read
+(look at the web page and the metrics), episodes (open and reward episodes), admin (everything). A
+running proxy knows of a new or revoked key within two seconds.
 
 examples:
   nextstate keys create laptop                       an agent's: chat and feedback
@@ -87,7 +87,9 @@ def _create(store: Store, args: argparse.Namespace) -> int:
         print_json({"name": args.name, "key": secret})
         return 0
     print(secret)
-    told = f"{args.name}: {', '.join(sorted(made))}. It is shown only now: keep it where the client "
+    told = (
+        f"{args.name}: {', '.join(sorted(made))}. It is shown only now: keep it where the client "
+    )
     print(told + "reads it, and send it as a bearer key.", file=sys.stderr)
     return 0
 
