@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from itertools import pairwise
 
-from nextstate.errors import RecordError
+from nextstate.config import secret
+from nextstate.errors import ConfigError, RecordError
 
 _BEGINNING = "ns-"
 """So that a scanner for secrets, and a person, knows a key of ours."""
@@ -101,6 +102,20 @@ def weakness(key: str) -> str | None:
     if bits < _LEAST_BITS:
         return f"its characters are worth about {bits:.0f} bits, expected {_LEAST_BITS} or more"
     return None
+
+
+def chosen_key(variable: str, where: str) -> str | None:
+    """The key in the environment variable that configuration key `where` names, or None.
+
+    Raises ConfigError if it is not set or is weak.
+    """
+    key = secret(variable, where)
+    if key is not None and (why := weakness(key)) is not None:
+        raise ConfigError(
+            f"{where} = {variable!r}: the key in {variable} could be guessed: {why}. Export the "
+            "output of `openssl rand -hex 32` there, or use `nextstate keys create NAME`"
+        )
+    return key
 
 
 def _bits(values: Sequence[object]) -> float:

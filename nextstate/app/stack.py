@@ -13,9 +13,11 @@ import aiohttp
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_file, write_engine_file
+from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port, stage_process
 from nextstate.app.supervisor import Child, Supervisor
+from nextstate.app.tls import certificate, proxy_connector
 from nextstate.engine import process as vllm
 from nextstate.errors import StartError
 from nextstate.private_files import make_folder, make_state_folder
@@ -53,6 +55,7 @@ class Stack:
         if self.managed:
             vllm.check_package()
         vllm.check_model(self.settings.engine)
+        certificate(self.settings.proxy)
         check_port(self.settings)
 
     @asynccontextmanager
@@ -98,7 +101,7 @@ class Stack:
 
     async def health(self) -> Json:
         """The proxy's answer to /healthz; {} while it does not answer."""
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
             return await _healthz(session, self.settings.proxy.url)
 
     def states(self) -> dict[str, str]:
@@ -107,7 +110,7 @@ class Stack:
 
     async def _ready(self) -> None:
         url = self.settings.proxy.url
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
             while (health := await _healthz(session, url)).get("engine") != "up":
                 if problem := health.get("engine_problem"):
                     raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
@@ -135,7 +138,9 @@ class Stack:
                 len(self.settings.all_lineages) + self.settings.judge.uses_base,
             ),
             self.dir / "logs" / "engine.log",
-            env=vllm.server_environment(self.settings.engine, key),
+            env=vllm.server_environment(
+                self.settings.engine, key, part_environment(self.settings, "engine", os.environ)
+            ),
             cwd=folder,
             cpus=cores.engine if cores else None,
             pauses_s=_ENGINE_PAUSES_S,

@@ -10,8 +10,9 @@ import aiohttp
 
 from nextstate.app.connect.target import Target
 from nextstate.app.settings import Settings
-from nextstate.config import secret
+from nextstate.app.tls import client_context
 from nextstate.errors import ConfigError, StartError
+from nextstate.keys import chosen_key
 from nextstate.records import MAIN_LINEAGE
 from nextstate.wire import json_object, obj, objects, one_line
 
@@ -35,9 +36,10 @@ def target_of(settings: Settings, lineage: str) -> Target:
     return Target(
         url=settings.proxy.url,
         model=model,
-        key=secret(variable, where),
+        key=chosen_key(variable, where),
         key_variable=variable,
         context=settings.engine.max_model_len or None,
+        tls=client_context(settings.proxy),
     )
 
 
@@ -98,5 +100,7 @@ async def send(target: Target, hold_s: float) -> str | None:
 async def _proxy(target: Target, timeout_s: float) -> AsyncGenerator[aiohttp.ClientSession]:
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s)
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
+    async with aiohttp.ClientSession(
+        timeout=timeout, headers=headers, connector=aiohttp.TCPConnector(ssl=target.tls)
+    ) as http:
         yield http
