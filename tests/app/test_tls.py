@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import aiohttp
+import aiohttp.web
 import pytest
 
 from nextstate.app.cli import main
@@ -22,7 +23,9 @@ from nextstate.app.tls import certificate as tried
 from nextstate.app.tls import client_context, server_context
 from nextstate.engine.process import free_port
 from nextstate.errors import ConfigError
+from proxy import server
 from proxy.config import ProxyConfig
+from proxy.intervals import INTERVALS
 from tests.certificates import Files, certificate
 from tests.scripted_engine import MODEL, scripted_engine
 
@@ -155,3 +158,24 @@ def test_a_certificate_that_has_ended_is_told_at_the_start_of_up(
     file = configured(tmp_path, "http://127.0.0.1:1", certificate(tmp_path, days=-1))
     assert main(["up", "--config", str(file)]) == 2
     assert "has expired" in capsys.readouterr().err
+
+
+def test_a_client_that_says_nothing_is_cut_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = certificate(tmp_path)
+    monkeypatch.setattr(server, "HANDSHAKE_S", 0.2)
+
+    async def test() -> None:
+        app = aiohttp.web.Application()
+        runner = server.Runner(app, server.Connections(), INTERVALS)
+        await runner.setup()
+        context = server_context(ProxyConfig(**_keys(files)))
+        site = server.Site(runner, "127.0.0.1", 0, ssl_context=context)
+        await site.start()
+        reader, writer = await asyncio.open_connection("127.0.0.1", site.port)
+        assert await asyncio.wait_for(reader.read(), 10) == b""
+        writer.close()
+        await runner.cleanup()
+
+    asyncio.run(test())

@@ -19,7 +19,7 @@ from nextstate.wire import json_object, obj, objects, one_line
 _ASKED = "Say hello."
 _MOST_TOKENS = 16
 _ANSWERS_WITHIN_S = 30.0
-"""Beyond `[proxy] hold_s`, for which the proxy waits for its engine."""
+"""Beyond `hold_s`, for which the proxy waits for its engine."""
 
 
 def target_of(settings: Settings, lineage: str) -> Target:
