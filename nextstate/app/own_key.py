@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nextstate.app.settings import Settings
-from nextstate.keys import chosen_key
+from nextstate.config import secret
 
 
 def own_key_file(settings: Settings) -> Path:
@@ -40,9 +40,9 @@ def remove_own_key(settings: Settings, key: str) -> None:
 def proxy_key(settings: Settings) -> str | None:
     """The key for a request of ours: the running proxy's, else `[proxy] api_key_env`'s, else None.
 
-    Raises ConfigError if that variable is needed and is not set, or its key is weak.
+    Raises ConfigError if that variable is needed and is not set.
     """
     try:
         return own_key_file(settings).read_text().strip() or None
     except OSError:
-        return chosen_key(settings.proxy.api_key_env, "[proxy] api_key_env")
+        return secret(settings.proxy.api_key_env, "[proxy] api_key_env")

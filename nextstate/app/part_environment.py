@@ -10,9 +10,7 @@ from collections.abc import Iterator, Mapping
 
 from nextstate.app.settings import Settings
 
-_SECRET = re.compile(
-    r"(?:^|_)(?:KEY|KEYS|TOKEN|TOKENS|SECRET|SECRETS|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS)$"
-)
+_SECRET = re.compile(r"(?:^|_)KEYS?$|TOKENS?$|SECRETS?$|PASSWORD$|PASSWD$|PASSPHRASE$|CREDENTIALS$")
 _OWN_CODE = ":"
 """In `kind = "module:function"`: a person's own plugin, which may need what the person exported."""
 

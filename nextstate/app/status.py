@@ -162,7 +162,8 @@ def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | 
         return {}
     status, body = answer
     if status == 401:
-        return f"unknown: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
+        variable = settings.proxy.api_key_env
+        return f"unknown: the proxy asks for a key, and [proxy] api_key_env = {variable!r} has none"
     page = body.decode(errors="replace")
     found = metric_values(page, "nextstate_requests_unrecorded_total")
     counts = {labels["reason"]: int(count) for labels, count in found if count}

@@ -49,14 +49,23 @@ async def served(file: Path, engine: str) -> AsyncGenerator[Settings]:
             *command, stdout=output, stderr=output, cwd=file.parent
         )
     try:
-        async with asyncio.timeout(60):
-            while (await status(settings))["proxy"] == "down":
+        async with asyncio.timeout(200), aiohttp.ClientSession() as http:
+            while not await _answers(http, settings):
                 assert process.returncode is None, log.read_text()
-                await asyncio.sleep(0.1)
+                await asyncio.sleep(0.2)
         yield settings
     finally:
         process.terminate()
         await asyncio.wait_for(process.wait(), 30)
+
+
+async def _answers(http: aiohttp.ClientSession, settings: Settings) -> bool:
+    try:
+        url = f"{settings.proxy.url}/healthz"
+        async with http.get(url, ssl=client_context(settings.proxy)) as answer:
+            return answer.status == 200
+    except aiohttp.ClientError:
+        return False
 
 
 def test_the_proxy_speaks_tls_and_our_commands_trust_its_very_certificate(tmp_path: Path) -> None:

@@ -11,8 +11,8 @@ import aiohttp
 from nextstate.app.connect.target import Target
 from nextstate.app.settings import Settings
 from nextstate.app.tls import client_context
+from nextstate.config import secret
 from nextstate.errors import ConfigError, StartError
-from nextstate.keys import chosen_key
 from nextstate.records import MAIN_LINEAGE
 from nextstate.wire import json_object, obj, objects, one_line
 
@@ -36,7 +36,7 @@ def target_of(settings: Settings, lineage: str) -> Target:
     return Target(
         url=settings.proxy.url,
         model=model,
-        key=chosen_key(variable, where),
+        key=secret(variable, where),
         key_variable=variable,
         context=settings.engine.max_model_len or None,
         tls=client_context(settings.proxy),
