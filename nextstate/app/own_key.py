@@ -1,6 +1,6 @@
 """The key with which our own commands ask the running proxy of this state folder.
 
-A proxy makes a new one at each start and removes it at its end. Who can read the file can also read
+It is made anew at each start of `nextstate up`, or of a proxy alone, and removed at its end. Who can read the file can also read
 the store and make keys, so it gives nothing away; no command needs a key in its environment then.
 """
 
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from nextstate.app.settings import Settings
 from nextstate.config import secret
+from nextstate.keys import new_key
 
 
 def own_key_file(settings: Settings) -> Path:
@@ -35,6 +36,14 @@ def remove_own_key(settings: Settings, key: str) -> None:
     with suppress(OSError):
         if file.read_text() == key:
             file.unlink()
+
+
+def own_key_of(settings: Settings) -> str:
+    """The key that another process of ours wrote; one that nobody knows without it."""
+    try:
+        return own_key_file(settings).read_text().strip() or new_key()
+    except OSError:
+        return new_key()
 
 
 def proxy_key(settings: Settings) -> str | None:

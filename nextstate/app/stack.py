@@ -13,6 +13,7 @@ import aiohttp
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_file, write_engine_file
+from nextstate.app.own_key import remove_own_key, write_own_key
 from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port, stage_process
@@ -20,6 +21,7 @@ from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import certificate, proxy_connector
 from nextstate.engine import process as vllm
 from nextstate.errors import StartError
+from nextstate.keys import new_key
 from nextstate.private_files import make_folder, make_state_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import Json
@@ -46,6 +48,7 @@ class Stack:
         self._key = vllm.managed_key(settings.engine) if self.managed else None
         stages = STAGES if settings.rollout.environment else STAGES[1:]
         self.children = {name: stage_process(settings, name, name) for name in stages}
+        self.children["proxy"].argv = [*self.children["proxy"].argv, "--under-up"]
         if self._key is not None:
             self.children["engine"] = self._engine(port, self._key)
         self.supervisor = Supervisor(list(self.children.values()), self._write_states)
@@ -70,6 +73,8 @@ class Stack:
                     "vLLM does not get %s of your environment: set in [engine] env what it needs",
                     ", ".join(left_out),
                 )
+            own_key = new_key()
+            write_own_key(self.settings, own_key)
             write_engine_file(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
@@ -78,6 +83,7 @@ class Stack:
                 self.supervisor.stopping.set()
                 await asyncio.gather(task, return_exceptions=True)
                 engine_file(self.settings).unlink(missing_ok=True)
+                remove_own_key(self.settings, own_key)
                 child_states_file(self.dir).unlink(missing_ok=True)
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:

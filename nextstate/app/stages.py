@@ -29,7 +29,7 @@ from nextstate.app.engine_access import (
     engine_file,
     zero_adapter,
 )
-from nextstate.app.own_key import proxy_key, remove_own_key, write_own_key
+from nextstate.app.own_key import own_key_of, proxy_key, remove_own_key, write_own_key
 from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.supervisor import Child, Supervisor
@@ -90,10 +90,13 @@ def stage_process(settings: Settings, stage: str, name: str, *arguments: str) ->
     return child
 
 
-async def run_proxy(settings: Settings, worker: int | None = None) -> None:
+async def run_proxy(
+    settings: Settings, worker: int | None = None, *, under_up: bool = False
+) -> None:
     """Serves; requests in progress end before it returns.
 
     With several `[proxy] workers` it starts them and keeps them running; `worker` is one of them.
+    `under_up` and to a worker, another process of ours gives the key of our commands.
     """
     from nextstate.app.page.routes import Page
     from proxy.app import Proxy
@@ -101,11 +104,12 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
     from proxy.writer_process import WriterProcess
 
     if settings.proxy.workers > 1 and worker is None:
-        await _run_workers(settings)
+        await _run_workers(settings, under_up)
         return
     # A request waits a limited time for the store; the start waits without a limit.
     tls = server_context(settings.proxy)
-    own_key = new_key() if worker is None else proxy_key(settings)
+    alone = worker is None and not under_up
+    own_key = new_key() if alone else own_key_of(settings)
     patience, at_start = Patience(), Patience(math.inf)
     stop = _stop_event(patience, at_start)
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
@@ -142,7 +146,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         except OSError as error:
             await runner.cleanup()
             raise _cannot_listen(settings, error) from error
-        if worker is None and own_key is not None:
+        if alone:
             write_own_key(settings, own_key)
         # The collector need not look at what exists now again and again.
         gc.collect()
@@ -151,12 +155,12 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         log.info("serving on %s", [site.name for site in runner.sites])
         await stop.wait()
         await runner.cleanup()
-    if worker is None:
-        remove_own_key(settings, own_key or "")
+    if alone:
+        remove_own_key(settings, own_key)
     store.close()
 
 
-async def _run_workers(settings: Settings) -> None:
+async def _run_workers(settings: Settings, under_up: bool) -> None:
     """Starts the proxy's workers, which share one port, and restarts those that end."""
     check_port(settings)
     server_context(settings.proxy)
@@ -164,7 +168,7 @@ async def _run_workers(settings: Settings) -> None:
     stop = _stop_event(at_start)
     # The database is created here once, before all workers open it.
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
-    own_key = new_key()
+    own_key = own_key_of(settings) if under_up else new_key()
     write_own_key(settings, own_key)
     workers = [
         stage_process(settings, "proxy", f"proxy-{number}", "--worker", str(number))
@@ -173,7 +177,8 @@ async def _run_workers(settings: Settings) -> None:
     try:
         await Supervisor(workers, stopping=stop).run()
     finally:
-        remove_own_key(settings, own_key)
+        if not under_up:
+            remove_own_key(settings, own_key)
 
 
 def _lineages(settings: Settings) -> Lineages:
