@@ -1,8 +1,8 @@
 """The key with which our own commands ask the running proxy of this state folder.
 
-It is made anew at each start of `nextstate up`, or of a proxy alone, and removed at its end. Who can
-read the file can also read the store and make keys, so it gives nothing away. No command needs a
-key in its environment then.
+It is made anew at each start of `nextstate up`, or of a proxy alone, and removed at its end. Who
+can read the file can also read the store and make keys, so it gives nothing away. No command needs
+a key in its environment then.
 """
 
 from __future__ import annotations

@@ -145,7 +145,9 @@ def test_the_page_is_for_keys_that_may_read_and_its_buttons_for_admins(
         assert answer.status == (200 if looks else 403)
         if not looks:
             return
-        assert "Is it learning?" in await site.get("/")
+        home = await site.get("/")
+        assert "Is it learning?" in home
+        assert ("Pause the training" in home) is changes
         pause = "/page/lineages/main/pause"
         answer = await site.http.get(site.url + pause)
         assert answer.status == (200 if changes else 403)
