@@ -22,8 +22,11 @@ _ANSWERS_WITHIN_S = 30.0
 """Beyond `hold_s`, for which the proxy waits for its engine."""
 
 
-def target_of(settings: Settings, lineage: str) -> Target:
-    """What the configuration says of the proxy. Raises ConfigError."""
+def target_of(settings: Settings, lineage: str, key_env: str = "") -> Target:
+    """What the configuration says of the proxy. Raises ConfigError.
+
+    `key_env` is the variable with the agent's own key; "": the configuration names one, or none.
+    """
     if lineage not in settings.all_lineages:
         raise ConfigError(f"there is no lineage {lineage!r}: see [lineages.NAME]")
     model, variable = settings.engine.name, settings.proxy.api_key_env
@@ -33,6 +36,8 @@ def target_of(settings: Settings, lineage: str) -> Target:
         model = own.model or model
         if own.api_key_env:
             variable, where = own.api_key_env, f"[lineages.{lineage}] api_key_env"
+    if key_env:
+        variable, where = key_env, "--key-env"
     return Target(
         url=settings.proxy.url,
         model=model,
