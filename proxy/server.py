@@ -224,17 +224,17 @@ class Site(web.TCPSite):
         await web.BaseSite.start(self)
         server = self._runner.server
         assert server is not None
-        handshake = {} if self._ssl_context is None else {"ssl_handshake_timeout": HANDSHAKE_S}
-        self._server = await asyncio.get_running_loop().create_server(
+        listening = await asyncio.get_running_loop().create_server(
             cast(Any, server),
             self._host,
             self._port,
             ssl=self._ssl_context,
             backlog=self._backlog,
             reuse_port=self._reuse_port,
-            **handshake,
+            ssl_handshake_timeout=None if self._ssl_context is None else HANDSHAKE_S,
         )
-        self._bound_port = self._server.sockets[0].getsockname()[1]
+        self._server = listening
+        self._bound_port = listening.sockets[0].getsockname()[1]
 
 
 class Runner(web.AppRunner):
