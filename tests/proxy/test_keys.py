@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import time
 from pathlib import Path
 
@@ -165,3 +166,37 @@ def test_addresses_of_one_network_share_their_tries() -> None:
         tries.failed(f"2001:db8::{n:x}")
     assert tries.wait_s("2001:db8::ffff") > 0
     assert tries.wait_s("2001:db8:0:1::1") == 0
+
+
+def test_a_key_is_compared_with_all_keys_whichever_it_is(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent = [hashed(add_key(store, f"k{n}", Scope.CHAT)) for n in range(5)]
+    keys = Keys(Lineages(MODEL, "main-key"), store.keys)
+    compared: list[bytes] = []
+    known = hmac.compare_digest
+
+    def counting(a: bytes, b: bytes) -> bool:
+        compared.append(a)
+        return known(a, b)
+
+    monkeypatch.setattr("proxy.keys.hmac.compare_digest", counting)
+    for one in (*sent, hashed("main-key"), hashed("wrong")):
+        compared.clear()
+        keys.find(one)
+        assert len(compared) == 6
+
+
+def test_the_configured_key_goes_on_beside_those_of_the_store(store: Store, tmp_path: Path) -> None:
+    key = add_key(store, "a", Scope.CHAT)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for one in (key, "main-key"):
+            assert (await p.chat(request(), bearer(one)))[0] == 200
+        metrics = f"{p.url}/metrics"
+        statuses = [
+            (await p.http.get(metrics, headers=bearer(k))).status for k in ("main-key", key)
+        ]
+        assert statuses == [200, 403]
+
+    both(test, store, tmp_path, key="main-key")
