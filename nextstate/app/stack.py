@@ -55,10 +55,10 @@ class Stack:
 
     def check(self) -> None:
         """Raises StartError for what would only fail after minutes of starting."""
+        certificate(self.settings.proxy)
         if self.managed:
             vllm.check_package()
         vllm.check_model(self.settings.engine)
-        certificate(self.settings.proxy)
         check_port(self.settings)
 
     @asynccontextmanager

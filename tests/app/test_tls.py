@@ -145,7 +145,7 @@ def test_files_that_cannot_be_used_say_why(tmp_path: Path) -> None:
 
 
 def test_one_of_the_two_files_alone_is_refused() -> None:
-    with pytest.raises(ConfigError, match="tls_key is set alone"):
+    with pytest.raises(ConfigError, match="tls_key is set without tls_certificate"):
         ProxyConfig(tls_key="key.pem")
 
 
