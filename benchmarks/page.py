@@ -29,8 +29,11 @@ from nextstate.engine.process import free_port
 from nextstate.episodes import Episode
 from nextstate.records import Json, PolicyVersion, VersionState
 from nextstate.store import Store
-from proxy.feedback import Allowance
+from proxy.allowance import Allowance
+from proxy.feedback import A_MINUTE, AT_ONCE
+from proxy.keys import Keys
 from proxy.lineages import Lineages
+from proxy.tries import Tries
 
 _VERSIONS, _AT_ONCE = 200, 500
 _HEALTH: Json = {"engine": "up"}
@@ -145,8 +148,8 @@ def main() -> None:
             store.versions.add(version, None)
         fill_episodes(store, options.turns // 10)
         nothing = functools.partial(asyncio.sleep, 0)
-        lineages = Lineages("base", None)
-        page = Page(settings, store, lineages, lambda _: nothing(), lambda: _HEALTH, Allowance())
+        keys, allowance = Keys(Lineages("base", None)), Allowance(AT_ONCE, A_MINUTE)
+        page = Page(settings, store, keys, lambda _: nothing(), lambda: _HEALTH, allowance, Tries())
         found = asyncio.run(measure(page, free_port(), paths(options.turns), options.times))
         looks: Times = []
         for _ in range(options.times):

@@ -10,6 +10,7 @@
     │   ├── WaitError   it is locked or its disk is full: try later
     │   ├── NoTurnError it has no such turn
     │   ├── NoEpisodeError  it has no such episode
+    │   ├── NoKeyError  it has no such key
     │   └── ConflictError   it holds something else under this name
     │       └── BudgetError an episode has used up what it may
     ├── RecordError     a record contradicts itself
@@ -76,6 +77,10 @@ class NoTurnError(StoreError):
 
 class NoEpisodeError(StoreError):
     """There is no such episode, or no such step of it, in the store."""
+
+
+class NoKeyError(StoreError):
+    """There is no key of such a name in the store."""
 
 
 class ConflictError(StoreError):

@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _FOLDER, _FILE = 0o700, 0o600
 _OTHERS = 0o077
 _DATABASE = "nextstate.sqlite3"
-_OWN = frozenset({"engine", "engine.json", "lock", "logs"})
+_OWN = frozenset({"engine", "engine.json", "lock", "logs", "proxy.key"})
 """What a state folder without a database may hold."""
 
 

@@ -17,8 +17,11 @@ from aiohttp import web
 
 from nextstate.engine.client import EngineClient
 from nextstate.errors import NextStateError, WaitError
-from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.keys import Scope, hashed
+from nextstate.records import Json
 from nextstate.store import Store
+from nextstate.store.episodes import Named
+from proxy.allowance import REQUESTS_A_MINUTE, REQUESTS_AT_ONCE, Allowance
 from proxy.answers import Refused, error_response
 from proxy.bodies import refuse_coded, unreadable
 from proxy.browsers import foreign, is_preflight, preflight_headers, shared_with
@@ -29,20 +32,23 @@ from proxy.episode_calls import EPISODE, EpisodeCalls
 from proxy.episodes import EpisodeRoutes
 from proxy.feedback import FeedbackRoute
 from proxy.intervals import INTERVALS, Intervals
+from proxy.keys import ANYBODY, GRANT, Grant, Keys
 from proxy.lineages import CALLER, Lineages
 from proxy.metrics import EXPOSITION, counts_of, exposition
 from proxy.paths import EPISODES, GENERATING, GROUPS, is_ours
 from proxy.recorder import Recorder
 from proxy.relay import Relay
+from proxy.scopes import needed
 from proxy.server import Connections, Runner
+from proxy.tries import Tries
 from proxy.upstream import Upstream
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
 
 log = logging.getLogger(__name__)
 
-_OPEN_PATHS = frozenset(("/healthz", "/health", "/ping"))
-"""Need no key."""
+_OF_EPISODES = frozenset((Scope.CHAT,))
+"""What an episode's own key may do."""
 _FOR_WHAT_IT_HOLDS = frozenset((400, 404, 413, 415))
 """The statuses of requests that are refused for what they hold."""
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -77,6 +83,7 @@ class Proxy:
         record: bool,
         lineages: Lineages,
         engine_key: str | None,
+        own_key: str | None = None,
         worker: str | None = None,
         intervals: Intervals = INTERVALS,
     ) -> None:
@@ -84,6 +91,9 @@ class Proxy:
         self.store = store
         self.engine = engine
         self.lineages = lineages
+        self.keys = Keys(lineages, store.keys, own_key)
+        self.tries = Tries()
+        self.requests = Allowance(REQUESTS_AT_ONCE, REQUESTS_A_MINUTE)
         self.versions = Versions(
             store, engine, lineages.names, zero_adapter, worker or "", intervals
         )
@@ -95,7 +105,7 @@ class Proxy:
         self._intervals = intervals
         self.connections = Connections()
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
-        self.calls = EpisodeCalls(store, lineages, alone=worker is None)
+        self.calls = EpisodeCalls(store, self.keys, alone=worker is None)
         self.episodes = EpisodeRoutes(
             store,
             lineages,
@@ -146,43 +156,82 @@ class Proxy:
         except Refused as error:
             if request.path in GENERATING and error.status in _FOR_WHAT_IT_HOLDS:
                 self.relay.counts.unrecorded["refused"] += 1
-            return error_response(request.path, error.status, error.message, error.kind)
+            return error_response(
+                request.path, error.status, error.message, error.kind, error.wait_s
+            )
         except aiohttp.ClientConnectionResetError:
             return web.Response(status=499)  # the client has left: nobody reads this
         except web.RequestPayloadError as error:
             return unreadable(request, error)
 
     async def _authorize(self, request: web.Request) -> web.StreamResponse | None:
-        """Finds out whose key a request has. Answers a browser's preflight. Raises Refused."""
+        """Finds out what a request may do. Answers a browser's preflight. Raises Refused."""
         headers = request.headers
         scheme, _, bearer = headers.get("Authorization", "").partition(" ")
         sent = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        caller = self.lineages.caller(sent)
-        by_key = await self.calls.of_key(sent)
-        if by_key is not None:
-            caller = by_key.lineage
-        without_key = self.lineages.main_key is None and caller in (None, MAIN_LINEAGE)
-        without_key = without_key and by_key is None
+        grant, by_key = await self._grant(request, sent)
         preflight = is_preflight(request.method, headers)
-        if preflight and self.lineages.apart:
-            without_key = False  # the request that follows may bring a lineage's key
+        # After a preflight may follow a request with a lineage's key.
+        without_key = grant is ANYBODY and not (preflight and self.keys.apart)
         if without_key and (why := foreign(headers, self.config.host)) is not None:
             raise Refused(403, why)
         if preflight:
             return web.Response(status=204, headers=preflight_headers(headers))
-        if caller is not None:
-            request[CALLER] = caller
-        elif request.path not in _OPEN_PATHS:
+        scope = needed(request.method, request.path)
+        if grant is not None:
+            request[CALLER], request[GRANT] = grant.lineage, grant
+            self._check(request, grant, scope)
+        elif scope is not None:
             raise Refused(401, "Wrong or missing API key: send it as a bearer key.")
         refuse_coded(request)
-        if is_ours(request.path):
-            if by_key is not None and request.path not in _OPEN_PATHS:
-                raise Refused(403, f"An episode's key calls the model only, not {request.path}.")
-        elif caller is not None:
-            episode = await self.calls.named(request.headers, caller, by_key)
+        if grant is not None and not is_ours(request.path):
+            episode = await self.calls.named(headers, grant, by_key)
             if episode is not None:
                 request[EPISODE], request[CALLER] = episode, episode.lineage
         return None
+
+    async def _grant(self, request: web.Request, sent: str) -> tuple[Grant | None, Named | None]:
+        """(what a request with this key may do, the episode whose key it is). Raises Refused."""
+        anybody = None if self.keys.needed else ANYBODY
+        if not sent:
+            return anybody, None
+        address, hash_ = request.remote or "", hashed(sent)
+        if self.keys.needed and (wait_s := self.tries.wait_s(address, hash_)):
+            message = f"Many wrong API keys came from your address: wait {wait_s} seconds."
+            raise Refused(429, message, wait_s=wait_s)
+        grant, by_key = self.keys.find(hash_), None
+        try:
+            by_key = await self.calls.of_key(sent) if grant is None else None
+        except Refused as error:
+            if error.status == 401:
+                self.tries.failed(address, hash_)
+            raise
+        if by_key is not None:
+            grant = Grant(f"episode {by_key.id}", by_key.lineage, _OF_EPISODES, limited=False)
+        if grant is not None:
+            self.tries.succeeded(address, hash_)
+        elif self.keys.needed:
+            self.tries.failed(address, hash_)
+        return grant or anybody, by_key
+
+    def _check(self, request: web.Request, grant: Grant, scope: Scope | None) -> None:
+        """Raises Refused for what a key may not do, or not so often."""
+        if scope is None:
+            return
+        if not grant.may(scope):
+            if grant.scopes is _OF_EPISODES:
+                why = f"An episode's key calls the model only, not {request.path[:200]}."
+                raise Refused(403, why)
+            raise Refused(
+                403,
+                f"{request.path[:200]} needs a key with the scope {scope}, and this one has "
+                f"{', '.join(sorted(grant.scopes))}: see `nextstate keys`.",
+            )
+        if grant.limited and (wait_s := self.requests.wait_s(grant.who)):
+            message = (
+                f"This key sent more than {REQUESTS_A_MINUTE:g} requests a minute: wait {wait_s} s."
+            )
+            raise Refused(429, message, wait_s=wait_s)
 
     async def _route(self, request: web.Request) -> web.StreamResponse:
         path, method = request.path, request.method
@@ -203,10 +252,11 @@ class Proxy:
                 self.config, self.versions, self.upstream, self._out_of_files, self._intervals
             )
             self.relay = Relay(engine, self.recorder)
-            self.dispatch = Dispatch(self.relay, self.lineages, self.calls)
+            self.dispatch = Dispatch(self.relay, self.keys, self.calls)
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
+                asyncio.create_task(_every(self._intervals.keys_s, self.keys.refresh)),
                 asyncio.create_task(_every(self._intervals.checkpoint_s, self.store.checkpoint)),
             ]
             if self._worker is not None:
@@ -239,8 +289,7 @@ class Proxy:
         if self.pages is not None and self.pages.serves(request.path):
             return  # not even the pages of this machine's other programs
         if "Origin" in request.headers and response.status != 403:
-            has_key = self.lineages.main_key is not None
-            response.headers.update(shared_with(request.headers, has_key))
+            response.headers.update(shared_with(request.headers, self.keys.needed))
 
     def _out_of_files(self, error: BaseException) -> Refused:
         self.connections.ran_out(error)

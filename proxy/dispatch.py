@@ -12,7 +12,8 @@ from proxy.answers import Refused, error_response
 from proxy.bodies import read_any_body, read_body
 from proxy.episode_calls import EPISODE, EpisodeCalls, within
 from proxy.guard import administers, leads_out, refusal, tame
-from proxy.lineages import CALLER, Lineages
+from proxy.keys import Keys
+from proxy.lineages import CALLER
 from proxy.paths import GENERATING, MODELS, PROBED, resembles_generating
 from proxy.relay import Relay
 from proxy.serving import MESSAGES, Passed, compact
@@ -25,10 +26,11 @@ _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 class Dispatch:
     """Sends each request to the relay in the right form."""
 
-    def __init__(self, relay: Relay, lineages: Lineages, episodes: EpisodeCalls) -> None:
+    def __init__(self, relay: Relay, keys: Keys, episodes: EpisodeCalls) -> None:
         self._relay = relay
         self._episodes = episodes
-        self._lineages = lineages
+        self._keys = keys
+        self._lineages = keys.lineages
         self._config = relay.engine.config
         self._versions = relay.engine.versions
         self._model = relay.engine.versions.engine.model
@@ -148,7 +150,7 @@ class Dispatch:
 
     def _tame(self, request: web.Request, body: Json, lineage: str) -> None:
         generates = request.path in GENERATING or request.path.startswith(_GENERATES)
-        tame(body, lineage, salted=generates and self._lineages.apart)
+        tame(body, lineage, salted=generates and self._keys.apart)
 
     def _lineage(self, request: web.Request, body: Json) -> str | None:
         """The lineage that a request's model belongs to, or None. A missing model is filled in."""

@@ -15,11 +15,12 @@ from aiohttp import web
 
 from nextstate.episodes import is_label
 from nextstate.errors import BudgetError, ConflictError, NoEpisodeError, StoreError
+from nextstate.keys import Scope
 from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.store.episodes import API_KEY, Left, Named
 from proxy.answers import Refused
-from proxy.lineages import Lineages
+from proxy.keys import Grant, Keys
 from proxy.requests import PATH_EPISODE
 from proxy.serving import CHAT, COMPLETIONS, RESPONSES
 
@@ -37,9 +38,10 @@ _T = TypeVar("_T")
 class EpisodeCalls:
     """Finds episodes, and remembers them: what a call needs of one never changes."""
 
-    def __init__(self, store: Store, lineages: Lineages, *, alone: bool) -> None:
+    def __init__(self, store: Store, keys: Keys, *, alone: bool) -> None:
         self._episodes = store.episodes
-        self._lineages = lineages
+        self._keys = keys
+        self._lineages = keys.lineages
         self._alone = alone
         """Whether no other worker opens episodes."""
         self._in_use = not alone or self._episodes.any()
@@ -52,7 +54,7 @@ class EpisodeCalls:
 
     async def of_key(self, key: str) -> Named | None:
         """The episode whose own key this is. Raises Refused if it looks like one and is none."""
-        if not key.startswith(API_KEY) or self._lineages.has_key(key):
+        if not key.startswith(API_KEY):
             return None
         found = await self._find("key", key, self._episodes.of_key)
         if found is None:
@@ -61,9 +63,10 @@ class EpisodeCalls:
         return found
 
     async def named(
-        self, headers: Mapping[str, str], caller: str, by_key: Named | None
+        self, headers: Mapping[str, str], grant: Grant, by_key: Named | None
     ) -> Named | None:
         """The episode that a request names; None if it names none. Raises Refused."""
+        caller = grant.lineage
         name = headers.get(PATH_EPISODE)
         if name is None:
             if by_key is not None:
@@ -71,14 +74,16 @@ class EpisodeCalls:
             name = headers.get(_HEADER)
         if name is None:
             session = headers.get(_SESSION)
-            if session is None or not self._in_use:
+            if session is None or not self._in_use or not grant.may(Scope.EPISODES):
                 return None
             found = await self._find(_SESSION, session, self._episodes.named)
             return found if found and self._lineages.sees(caller, found.lineage) else None
+        if by_key is None and not grant.may(Scope.EPISODES):
+            raise Refused(403, "Only a key with the scope episodes may call for an episode.")
         found = await self._find(_HEADER, name, self._episodes.named)
         if found is None or not self._lineages.sees(caller, found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST /v1/episodes.")
-        if by_key is not None and by_key != found and self._lineages.main_key is not None:
+        if by_key is not None and by_key != found and self._keys.needed:
             raise Refused(403, f"The key of episode {by_key.id!r} is not that of {found.id!r}.")
         return found
 

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
-import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from typing import cast
 
@@ -19,37 +16,20 @@ from nextstate.records import Feedback, Json
 from nextstate.store import Store
 from nextstate.store.settling import Reception
 from nextstate.wire import json_object
-from proxy.answers import Refused, error_response
+from proxy.allowance import Allowance
+from proxy.answers import Refused
 from proxy.bodies import read_body
+from proxy.keys import GRANT
 from proxy.lineages import CALLER, Lineages
 from proxy.linking.names import session_names
 
 log = logging.getLogger(__name__)
 
 AT_ONCE = 60
-"""How often a caller may give feedback at once. A person clicks less often in a minute."""
+"""How often a key may give feedback at once. A person clicks less often in a minute."""
 A_MINUTE = 60.0
-"""How often they may give more in each minute."""
+"""How often it may give more in each minute."""
 _EXAMPLE = '{"turn_id": "turn_…", "score": -1, "hint": "Answer in one sentence."}'
-
-
-class Allowance:
-    """How often each caller may still give feedback: a bucket of `AT_ONCE` that refills."""
-
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._left: dict[str, tuple[float, float]] = {}
-        """(what was left, when), by caller. Each key is a caller."""
-
-    def wait_s(self, caller: str) -> int:
-        """0 if the caller may give feedback now, which counts it; else the seconds to wait."""
-        now = self._clock()
-        left, since = self._left.get(caller, (float(AT_ONCE), now))
-        left = min(AT_ONCE, left + (now - since) * A_MINUTE / 60)
-        if left < 1:
-            return math.ceil((1 - left) * 60 / A_MINUTE)
-        self._left[caller] = left - 1, now
-        return 0
 
 
 class FeedbackRoute:
@@ -60,7 +40,7 @@ class FeedbackRoute:
         self._lineages = lineages
         self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._max_body_mb = max_body_mb
-        self.allowance = Allowance()
+        self.allowance = Allowance(AT_ONCE, A_MINUTE)
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Stores feedback and answers with what came of it. Raises Refused."""
@@ -71,11 +51,9 @@ class FeedbackRoute:
             said, session = read_feedback(await read_body(request, self._max_body_mb))
         except RecordError as error:
             raise Refused(400, f"Feedback: {error}.") from error
-        if wait_s := self.allowance.wait_s(request[CALLER]):
+        if wait_s := self.allowance.wait_s(request[GRANT].who):
             message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
-            response = error_response(request.path, 429, message)
-            response.headers["Retry-After"] = str(wait_s)
-            return response
+            raise Refused(429, message, wait_s=wait_s)
         try:
             reception = await asyncio.to_thread(self._store_it, said, session, request[CALLER])
         except NoTurnError:  # it was forgotten at this moment

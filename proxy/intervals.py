@@ -32,6 +32,8 @@ class Intervals:
     """How long the end waits for replies that are not recorded yet."""
     beat_s: float = 1.0
     """Between the signs of life of one worker to the others."""
+    keys_s: float = 0.5
+    """Between looks at the keys in the store: a revoked one stops within two seconds."""
     checkpoint_s: float = 0.5
     """Between checkpoints of the store."""
     head_s: float = 20.0

@@ -1,8 +1,7 @@
-"""Which lineage a request belongs to: by the key that it carries, or by the model that it names."""
+"""Which lineage a request belongs to: by whose key it carries, or by the model that it names."""
 
 from __future__ import annotations
 
-import hmac
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -47,22 +46,6 @@ class Lineages:
         """Whether there are lineages that must not learn about each other."""
         return any(access.key is not None for access in self.access.values())
 
-    def caller(self, sent_key: str) -> str | None:
-        """The lineage whose key this is, else `main`; None for a wrong key."""
-        found = [
-            name
-            for name, access in self.access.items()
-            if access.key is not None and _same(sent_key, access.key)
-        ]
-        if found:
-            return found[0]
-        return MAIN_LINEAGE if self.main_key is None or _same(sent_key, self.main_key) else None
-
-    def has_key(self, sent_key: str) -> bool:
-        """Whether this is the key of a lineage, `main` included."""
-        keys = (self.main_key, *(access.key for access in self.access.values()))
-        return any(key is not None and _same(sent_key, key) for key in keys)
-
     def of(self, caller: str, model: str) -> str | None:
         """The lineage of a request that names `model`; None if the caller has no such model."""
         if model == self.engine_model:
@@ -84,8 +67,3 @@ class Lineages:
         if caller != MAIN_LINEAGE:
             return [caller]
         return [name for name, access in self.access.items() if access.key is None]
-
-
-def _same(sent: str, key: str) -> bool:
-    # A header need not be UTF-8: aiohttp keeps other bytes as surrogates.
-    return hmac.compare_digest(sent.encode(errors="surrogateescape"), key.encode())

@@ -39,6 +39,8 @@ _NO_ROOM_HEAD = (
 _READ_BYTES = 256 * 1024
 _LOG_AGAIN_S = 60.0
 _SHUTDOWN_S = 10.0
+HANDSHAKE_S = 10.0
+"""How long a client may take to agree on a TLS connection."""
 
 
 @dataclass(slots=True)
@@ -123,7 +125,8 @@ class Connection(RequestHandler):
         if len(self._connections.surplus) > _MOST_SURPLUS:
             refused = cast(asyncio.Transport, transport)
             with suppress(OSError):  # closed with a request unread, the answer might be lost
-                os.read(refused.get_extra_info("socket").fileno(), _READ_BYTES)
+                if refused.get_extra_info("ssl_object") is None:
+                    os.read(refused.get_extra_info("socket").fileno(), _READ_BYTES)
             refused.write(_NO_ROOM_HEAD + (_no_room_answer("").text or "").encode())
             refused.close()
             return
@@ -209,6 +212,29 @@ class Server(web.Server):
 
     def __call__(self) -> RequestHandler:
         return Connection(self, self._loop)
+
+
+class Site(web.TCPSite):
+    """Listens at an address, with TLS if there is a context.
+
+    A connection counts only once TLS is agreed on, so that has a deadline of its own.
+    """
+
+    async def start(self) -> None:
+        await web.BaseSite.start(self)
+        server = self._runner.server
+        assert server is not None
+        listening = await asyncio.get_running_loop().create_server(
+            cast(Any, server),
+            self._host,
+            self._port,
+            ssl=self._ssl_context,
+            backlog=self._backlog,
+            reuse_port=self._reuse_port,
+            ssl_handshake_timeout=None if self._ssl_context is None else HANDSHAKE_S,
+        )
+        self._server = listening
+        self._bound_port = listening.sockets[0].getsockname()[1]
 
 
 class Runner(web.AppRunner):

@@ -13,6 +13,7 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Mapping
 
 from nextstate.config import StoreConfig
 
@@ -26,7 +27,9 @@ _END_S = 10.0
 class WriterProcess:
     """The writer of one recorder: started again when it has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        """`env` are its variables; None: this process's own."""
+        self._env = os.environ if env is None else env
         self.processes: list[subprocess.Popen[bytes]] = []
         """Those that may still run, the newest last."""
 
@@ -40,7 +43,7 @@ class WriterProcess:
                 process = subprocess.Popen(
                     [sys.executable, "-P", "-m", "proxy.writer", str(theirs.fileno())],
                     # The writer finds what the proxy finds: plugins may be anywhere.
-                    env={**os.environ, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
+                    env={**self._env, "PYTHONPATH": os.pathsep.join(p or "." for p in sys.path)},
                     pass_fds=[theirs.fileno()],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from nextstate.app.cores import BINDING, shared_cores
 from nextstate.app.engine_access import engine_client
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port
+from nextstate.app.tls import certificate
 from nextstate.engine import process as vllm
 from nextstate.engine.abilities import look, sampling_lacks
 from nextstate.engine.client import Abilities
@@ -26,8 +28,11 @@ from nextstate.errors import (
     WrongEngineError,
 )
 from nextstate.hooks import load_plugin
+from nextstate.keys import chosen_key
 from nextstate.store import Store
 
+_RENEW_DAYS = 7
+"""A certificate that ends within so many days is a problem."""
 _MAX_MODELS = 8
 """Models of an external engine that are listed."""
 _FOLDERS = ("proxy", "judge", "learner", "plugins")
@@ -60,6 +65,9 @@ def checks(config: Path) -> Iterator[Check]:
     else:
         yield from _engine(settings)
     yield _checked("model", lambda: _model(settings))
+    yield _checked("keys", lambda: _keys(settings))
+    if settings.proxy.tls_certificate:
+        yield _checked("certificate", lambda: _certificate(settings))
     yield _checked("port", lambda: _port(settings))
     if cores := shared_cores(settings):
         chosen = "`[learner] threads`" if settings.learner.threads else "the default"
@@ -164,6 +172,31 @@ def _training(settings: Settings) -> str:
     lineages = len(settings.all_lineages)
     share = vllm.gpu_share(settings.engine, os.environ)
     return require_memory(settings.learner, settings.engine.model_path, lineages, share)
+
+
+def _keys(settings: Settings) -> str:
+    chosen = [settings.proxy.api_key_env]
+    chosen_key(settings.proxy.api_key_env, "[proxy] api_key_env")
+    for name, lineage in settings.lineages.items():
+        chosen_key(lineage.api_key_env, f"[lineages.{name}] api_key_env")
+        chosen.append(lineage.api_key_env)
+    store = Store(settings.store)
+    stored = [key for key in store.keys.all() if key.revoked_at is None]
+    store.close()
+    found = [f"${name}" for name in chosen if name] + [key.name for key in stored]
+    return ", ".join(found) or "none: every program of this machine may use the proxy"
+
+
+def _certificate(settings: Settings) -> str:
+    found = certificate(settings.proxy)
+    assert found is not None
+    ends = time.strftime("%Y-%m-%d", time.gmtime(found.ends_at))
+    if found.days_left < _RENEW_DAYS:
+        raise ConfigError(
+            f"[proxy] tls_certificate = {settings.proxy.tls_certificate!r} ends on {ends}, in "
+            f"{found.days_left} days: put a new one there and restart the proxy"
+        )
+    return f"good until {ends}, {found.days_left} days"
 
 
 def _port(settings: Settings) -> str:

@@ -13,11 +13,15 @@ import aiohttp
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_file, write_engine_file
+from nextstate.app.own_key import remove_own_key, write_own_key
+from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port, stage_process
 from nextstate.app.supervisor import Child, Supervisor
+from nextstate.app.tls import certificate, proxy_connector
 from nextstate.engine import process as vllm
 from nextstate.errors import StartError
+from nextstate.keys import new_key
 from nextstate.private_files import make_folder, make_state_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import Json
@@ -44,12 +48,14 @@ class Stack:
         self._key = vllm.managed_key(settings.engine) if self.managed else None
         stages = STAGES if settings.rollout.environment else STAGES[1:]
         self.children = {name: stage_process(settings, name, name) for name in stages}
+        self.children["proxy"].argv = [*self.children["proxy"].argv, "--under-up"]
         if self._key is not None:
             self.children["engine"] = self._engine(port, self._key)
         self.supervisor = Supervisor(list(self.children.values()), self._write_states)
 
     def check(self) -> None:
         """Raises StartError for what would only fail after minutes of starting."""
+        certificate(self.settings.proxy)
         if self.managed:
             vllm.check_package()
         vllm.check_model(self.settings.engine)
@@ -67,6 +73,8 @@ class Stack:
                     "vLLM does not get %s of your environment: set in [engine] env what it needs",
                     ", ".join(left_out),
                 )
+            own_key = new_key()
+            write_own_key(self.settings, own_key)
             write_engine_file(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
@@ -75,6 +83,7 @@ class Stack:
                 self.supervisor.stopping.set()
                 await asyncio.gather(task, return_exceptions=True)
                 engine_file(self.settings).unlink(missing_ok=True)
+                remove_own_key(self.settings, own_key)
                 child_states_file(self.dir).unlink(missing_ok=True)
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
@@ -98,7 +107,7 @@ class Stack:
 
     async def health(self) -> Json:
         """The proxy's answer to /healthz; {} while it does not answer."""
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
             return await _healthz(session, self.settings.proxy.url)
 
     def states(self) -> dict[str, str]:
@@ -107,7 +116,7 @@ class Stack:
 
     async def _ready(self) -> None:
         url = self.settings.proxy.url
-        async with aiohttp.ClientSession() as session:
+        async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
             while (health := await _healthz(session, url)).get("engine") != "up":
                 if problem := health.get("engine_problem"):
                     raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
@@ -135,7 +144,9 @@ class Stack:
                 len(self.settings.all_lineages) + self.settings.judge.uses_base,
             ),
             self.dir / "logs" / "engine.log",
-            env=vllm.server_environment(self.settings.engine, key),
+            env=vllm.server_environment(
+                self.settings.engine, key, part_environment(self.settings, "engine", os.environ)
+            ),
             cwd=folder,
             cpus=cores.engine if cores else None,
             pauses_s=_ENGINE_PAUSES_S,

@@ -29,10 +29,12 @@ from nextstate.app.engine_access import (
     engine_file,
     zero_adapter,
 )
+from nextstate.app.own_key import own_key_of, proxy_key, remove_own_key, write_own_key
+from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.supervisor import Child, Supervisor
+from nextstate.app.tls import proxy_connector, server_context
 from nextstate.app.trained_judge import TrainedJudges
-from nextstate.config import secret
 from nextstate.engine import client
 from nextstate.engine.process import (
     START_TIMEOUT_S,
@@ -43,6 +45,7 @@ from nextstate.engine.process import (
 )
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
+from nextstate.keys import chosen_key, new_key
 from nextstate.offline import switches
 from nextstate.pace import Pace
 from nextstate.private_files import make_folder
@@ -74,7 +77,10 @@ def stage_process(settings: Settings, stage: str, name: str, *arguments: str) ->
         name,
         argv,
         settings.store.path / "logs" / f"{name}.log",
-        env={**os.environ, **switches(settings.privacy.external_metrics)},
+        env={
+            **part_environment(settings, stage, os.environ),
+            **switches(settings.privacy.external_metrics),
+        },
         retry_on_change=(settings.file.absolute(),),
     )
     if stage == "proxy":
@@ -84,22 +90,27 @@ def stage_process(settings: Settings, stage: str, name: str, *arguments: str) ->
     return child
 
 
-async def run_proxy(settings: Settings, worker: int | None = None) -> None:
+async def run_proxy(
+    settings: Settings, worker: int | None = None, *, under_up: bool = False
+) -> None:
     """Serves; requests in progress end before it returns.
 
     With several `[proxy] workers` it starts them and keeps them running; `worker` is one of them.
+    `under_up` and to a worker, another process of ours gives the key of our commands.
     """
-    from aiohttp import web
-
     from nextstate.app.page.changes import AT_THE_PAGE
     from nextstate.app.page.routes import Page
     from proxy.app import Proxy
+    from proxy.server import Site
     from proxy.writer_process import WriterProcess
 
     if settings.proxy.workers > 1 and worker is None:
-        await _run_workers(settings)
+        await _run_workers(settings, under_up)
         return
     # A request waits a limited time for the store; the start waits without a limit.
+    tls = server_context(settings.proxy)
+    alone = worker is None and not under_up
+    own_key = new_key() if alone else own_key_of(settings)
     patience, at_start = Patience(), Patience(math.inf)
     stop = _stop_event(patience, at_start)
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
@@ -110,29 +121,34 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
             store,
             engine,
             settings.agents.profile,
-            writer=WriterProcess(),
+            writer=WriterProcess(part_environment(settings, "writer", os.environ)),
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
             lineages=_lineages(settings),
             engine_key=engine_access(settings)[1],
+            own_key=own_key,
             worker=None if worker is None else str(worker),
         )
         proxy.pages = Page(
             settings,
             store,
-            proxy.lineages,
+            proxy.keys,
             functools.partial(client.publish, store, engine, by=AT_THE_PAGE),
             proxy.health,
             proxy.feedback.allowance,
+            proxy.tries,
         )
         runner = proxy.runner()
         await runner.setup()
         host, port = settings.proxy.host, settings.proxy.port
         try:
-            await web.TCPSite(runner, host, port, reuse_port=worker is not None or None).start()
+            shared = worker is not None or None
+            await Site(runner, host, port, ssl_context=tls, reuse_port=shared).start()
         except OSError as error:
             await runner.cleanup()
             raise _cannot_listen(settings, error) from error
+        if alone:
+            write_own_key(settings, own_key)
         # The collector need not look at what exists now again and again.
         gc.collect()
         gc.freeze()
@@ -140,32 +156,41 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
         log.info("serving on %s", [site.name for site in runner.sites])
         await stop.wait()
         await runner.cleanup()
+    if alone:
+        remove_own_key(settings, own_key)
     store.close()
 
 
-async def _run_workers(settings: Settings) -> None:
+async def _run_workers(settings: Settings, under_up: bool) -> None:
     """Starts the proxy's workers, which share one port, and restarts those that end."""
     check_port(settings)
+    server_context(settings.proxy)
     at_start = Patience(math.inf)
     stop = _stop_event(at_start)
     # The database is created here once, before all workers open it.
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
+    own_key = own_key_of(settings) if under_up else new_key()
+    write_own_key(settings, own_key)
     workers = [
         stage_process(settings, "proxy", f"proxy-{number}", "--worker", str(number))
         for number in range(settings.proxy.workers)
     ]
-    await Supervisor(workers, stopping=stop).run()
+    try:
+        await Supervisor(workers, stopping=stop).run()
+    finally:
+        if not under_up:
+            remove_own_key(settings, own_key)
 
 
 def _lineages(settings: Settings) -> Lineages:
     from proxy.lineages import Access, Lineages
 
-    main_key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
+    main_key = chosen_key(settings.proxy.api_key_env, "[proxy] api_key_env")
     access: dict[str, Access] = {}
     owners = {main_key: "[proxy]"}
     for name, lineage in settings.lineages.items():
         where = f"[lineages.{name}]"
-        key = secret(lineage.api_key_env, f"{where} api_key_env")
+        key = chosen_key(lineage.api_key_env, f"{where} api_key_env")
         if key is not None and (other := owners.setdefault(key, where)) != where:
             raise ConfigError(f"{where} api_key_env holds the key of {other}: give it its own")
         access[name] = Access(lineage.model or None, key)
@@ -240,8 +265,8 @@ async def run_rollout(settings: Settings) -> None:
     make_folder(folder)
     taken = f"[rollout] environment = {config.environment!r} is played"
     with ProcessLock(folder / "lock", taken, "end it, or set another [store] dir"):
-        async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
-            key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
+        async with aiohttp.ClientSession(connector=proxy_connector(settings.proxy, 0)) as http:
+            key = proxy_key(settings)
             name, extra = settings.engine.name, after_people(settings)
             proxy = ProxyClient(http, settings.proxy.url, key, name, config.deadline_s, extra)
             await run(config, kind, source, proxy, store, folder, stop)

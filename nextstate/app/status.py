@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 
 import aiohttp
@@ -13,7 +12,9 @@ from nextstate.app.child_states import read_child_states
 from nextstate.app.engine_access import engine_client
 from nextstate.app.episode_views import settled_text, settled_worth
 from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_worth
+from nextstate.app.own_key import proxy_key
 from nextstate.app.settings import Settings
+from nextstate.app.tls import proxy_connector
 from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
 from nextstate.exams import FAILED, MISSED, Exam
@@ -125,13 +126,17 @@ def _watch(settings: Settings, store: Store) -> Json:
 
 async def _ask_proxy(settings: Settings, path: str) -> tuple[int, bytes] | None:
     """The status and body of the proxy's answer, asked with its key; None if it is down."""
-    variable = settings.proxy.api_key_env
-    key = os.environ.get(variable) if variable else None
+    try:
+        key = proxy_key(settings)
+    except ConfigError:  # the answer says whether it needs one
+        key = None
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = aiohttp.ClientTimeout(total=2)
     try:
         async with (
-            aiohttp.ClientSession(timeout=timeout, headers=headers) as session,
+            aiohttp.ClientSession(
+                timeout=timeout, headers=headers, connector=proxy_connector(settings.proxy)
+            ) as session,
             session.get(settings.proxy.url + path, allow_redirects=False) as answer,
         ):
             return answer.status, await answer.read()
@@ -157,7 +162,8 @@ def _unrecorded(settings: Settings, answer: tuple[int, bytes] | None) -> Json | 
         return {}
     status, body = answer
     if status == 401:
-        return f"unknown: [proxy] api_key_env = {settings.proxy.api_key_env!r} is not its key here"
+        variable = settings.proxy.api_key_env
+        return f"unknown: the proxy asks for a key, and [proxy] api_key_env = {variable!r} has none"
     page = body.decode(errors="replace")
     found = metric_values(page, "nextstate_requests_unrecorded_total")
     counts = {labels["reason"]: int(count) for labels, count in found if count}

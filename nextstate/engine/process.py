@@ -215,6 +215,8 @@ def _in_hub_cache(repository: str) -> bool:
     return all((folder / str(name)).exists() for name in obj(index.get("weight_map")).values())
 
 
-def server_environment(config: EngineConfig, key: str) -> dict[str, str]:
-    """`environment` on top of this process's own, with the key."""
-    return {**environment(config, os.environ), KEY_VARIABLE: key}
+def server_environment(
+    config: EngineConfig, key: str, inherited: Mapping[str, str] = os.environ
+) -> dict[str, str]:
+    """`environment` on top of `inherited`, with the key."""
+    return {**environment(config, inherited), KEY_VARIABLE: key}

@@ -21,6 +21,7 @@ from nextstate.store.episodes import Episodes
 from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
+from nextstate.store.keys import Keys
 from nextstate.store.ledger import Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
@@ -67,6 +68,7 @@ class Store:
         self.episodes = Episodes(self.database)
         self.groups = Groups(self.database)
         self.workers = Workers(self.database)
+        self.keys = Keys(self.database)
         self.lookup = Lookup(self.database)
         self.forgetting = Forgetting(self.database)
         self.verifying = Verifying(self.database)

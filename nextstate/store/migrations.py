@@ -37,7 +37,8 @@ def _add_pauses(connection: sa.Connection) -> None:
 
 
 def _add_ledger(connection: sa.Connection) -> None:
-    """Version 4: the ledger, which begins with the versions that there are."""
+    """Version 4: keys; the ledger, which begins with the versions that there are."""
+    t.keys.create(connection)
     t.ledger.create(connection)
     c = t.versions.c
     made = sa.select(c.lineage, c.number, c.created_at).order_by(c.created_at)

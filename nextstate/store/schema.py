@@ -297,3 +297,16 @@ workers = sa.Table(
     sa.Column("counts", sa.Text, nullable=False),
 )
 """What each of several proxy workers said last."""
+
+keys = sa.Table(
+    "keys",
+    metadata,
+    sa.Column("name", sa.String(40), primary_key=True),
+    sa.Column("hash", sa.LargeBinary(32), nullable=False, unique=True),
+    sa.Column("scopes", sa.Text, nullable=False),
+    sa.Column("lineage", sa.String(80)),
+    sa.Column("created_at", sa.Float, nullable=False),
+    sa.Column("used_at", sa.Float),
+    sa.Column("revoked_at", sa.Float),
+)
+"""The proxy's keys, by the SHA-256 of each. NULL as `lineage`: that of everybody without one."""

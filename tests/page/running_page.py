@@ -113,10 +113,11 @@ async def site(
         p.proxy.pages = Page(
             settings_of(store, tmp_path),
             store,
-            p.proxy.lineages,
+            p.proxy.keys,
             functools.partial(publish, store, p.proxy.engine),
             p.proxy.health,
             p.proxy.feedback.allowance,
+            p.proxy.tries,
         )
         yield Site(p.url, http, engine)
 

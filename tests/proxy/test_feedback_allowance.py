@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from nextstate.store import Store
-from proxy.feedback import AT_ONCE, Allowance
+from proxy.allowance import Allowance
+from proxy.feedback import A_MINUTE, AT_ONCE
 from proxy.lineages import Access
 from tests.proxy.running_proxy import Running, both
 from tests.proxy.test_feedback import give
@@ -16,7 +17,7 @@ from tests.store.test_shares import leased
 
 def test_an_allowance_fills_again_and_each_caller_has_its_own() -> None:
     now = [0.0]
-    allowance = Allowance(lambda: now[0])
+    allowance = Allowance(AT_ONCE, A_MINUTE, lambda: now[0])
     assert [allowance.wait_s("main") for _ in range(AT_ONCE)] == [0] * AT_ONCE
     assert allowance.wait_s("main") == 1
     assert allowance.wait_s("alice") == 0
@@ -37,7 +38,7 @@ def test_a_flood_of_feedback_is_refused_with_when_to_come_back(
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         now = [0.0]
-        p.proxy.feedback.allowance = Allowance(lambda: now[0])
+        p.proxy.feedback.allowance = Allowance(AT_ONCE, A_MINUTE, lambda: now[0])
         for number in range(AT_ONCE):
             await give(p, {"turn_id": f"turn_{number}", "score": -1}, key="main-key")
         body = {"turn_id": f"turn_{AT_ONCE}", "score": -1}

@@ -116,7 +116,6 @@ class Victim:
         engine: str,
         *,
         writer_only: bool = False,
-        patience_s: float | None = None,
     ) -> None:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
@@ -128,8 +127,6 @@ class Victim:
         self._config = folder / "nextstate.toml"
         self._log = folder / LOG
         config = CONFIG.format(state=folder / "state", engine=engine, model=MODEL, port=port)
-        if patience_s is not None:
-            config += f"record_timeout_s = {patience_s}\n"
         self._config.write_text(config)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -417,7 +414,7 @@ def test_a_proxy_that_gets_a_signal_stores_late_turns_before_it_ends(
 ) -> None:
     async def scene() -> str:
         async with answering() as engine:
-            victim = Victim(tmp_path, engine, patience_s=0.01)
+            victim = Victim(tmp_path, engine)
             try:
                 await victim.start()
                 with blocking.recording():  # another process holds the database

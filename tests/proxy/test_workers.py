@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def command(config: Path) -> list[str]:
     return [sys.executable, "-P", "-m", "nextstate", "proxy", "--config", str(config)]
 
 
-async def within(condition: Callable[[], bool], limit_s: float = 60.0) -> None:
+async def within(condition: Callable[[], object], limit_s: float = 60.0) -> None:
     """Returns when the condition holds; another process makes it hold."""
     async with asyncio.timeout(limit_s):
         while not condition():
@@ -185,12 +186,13 @@ def test_a_conversation_across_the_workers_is_one_session(store: Store, tmp_path
                 *(c.chat([said(f"hi {n}")]) for n, c in enumerate(every))
             )
             assert {status for status, _ in answers} == {200}
-            assert set(store.turns.ids()) == {turn for _, turn in answers}
+            await within(lambda: set(store.turns.ids()) == {turn for _, turn in answers})
             messages, ids = [said("one")], list[str]()
             alternating = zip(*found.values(), strict=False)
             for connection in (c for pair in alternating for c in pair):
                 status, turn_id = await connection.chat(messages)
                 assert status == 200
+                await within(partial(store.turns.get, turn_id))  # the next one may follow it
                 ids.append(turn_id)
                 messages += [REPLY, said(f"and then, {len(ids)}?")]
         turns = [turn for turn in map(store.turns.get, ids) if turn is not None]

@@ -26,6 +26,7 @@ from nextstate.app.cli import (
     forget,
     import_,
     judge,
+    keys,
     learner,
     ledger,
     logs,
@@ -68,6 +69,7 @@ _COMMANDS = (
     forget,
     verify,
     ledger,
+    keys,
     export,
     import_,
     doctor,
@@ -88,6 +90,7 @@ examples:
   nextstate episodes --limit 20         attempts of agents at tasks, with their outcomes
   nextstate feedback turn_1a2b --score -1 --hint "Answer in one sentence."
   nextstate forget --session my-chat    as if it had not been said
+  nextstate keys create laptop          a key for an agent; from then on the proxy asks for one
   nextstate versions 3                  what version 3 was made from, and how it was checked
   nextstate rollback 3                  serve version 3 again
   nextstate export kto --out kto.jsonl  the judged turns as a dataset for TRL

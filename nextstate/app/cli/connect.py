@@ -47,6 +47,8 @@ def add(subparsers: Any) -> None:
     text = "its settings file (default: where the agent itself looks)"
     parser.add_argument("--file", type=Path, metavar="PATH", help=text)
     parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help="whom it trains")
+    text = "the variable with this agent's own key, of `nextstate keys create`"
+    parser.add_argument("--key-env", default="", metavar="NAME", help=text)
     parser.add_argument("--plugin", action="store_true", help="also load NextState's plugin")
     only = parser.add_mutually_exclusive_group()
     only.add_argument("--dry-run", action="store_true", help="show the change; write nothing")
@@ -130,7 +132,7 @@ def _target(args: argparse.Namespace) -> tuple[Target, float]:
     from nextstate.app.settings import Settings
 
     settings = Settings.read(args.config)
-    target = asyncio.run(with_context(target_of(settings, args.lineage)))
+    target = asyncio.run(with_context(target_of(settings, args.lineage, args.key_env)))
     return target, settings.proxy.hold_s
 
 

@@ -12,6 +12,7 @@ def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "proxy", run, "run the proxy alone")
     parser.epilog = "example: nextstate proxy --config work.toml"
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--under-up", action="store_true", help=argparse.SUPPRESS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,5 +25,6 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     guard(settings.hosts)
-    uvloop.run(run_proxy(settings, args.worker), loop_factory=GuardedLoop)
+    running = run_proxy(settings, args.worker, under_up=args.under_up)
+    uvloop.run(running, loop_factory=GuardedLoop)
     return 0

@@ -97,8 +97,9 @@ def run(args: argparse.Namespace) -> int:
 async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attempt]:
     import aiohttp
 
+    from nextstate.app.own_key import proxy_key
     from nextstate.app.stages import after_people
-    from nextstate.config import secret
+    from nextstate.app.tls import proxy_connector
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
     from nextstate.hooks import EnvironmentKind, load_plugin
@@ -139,8 +140,8 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     task = asyncio.current_task()
     assert task is not None
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-    key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
-    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
+    key = proxy_key(settings)
+    async with aiohttp.ClientSession(connector=proxy_connector(settings.proxy, 0)) as http:
         name, extra = settings.engine.name, after_people(settings)
         proxy = ProxyClient(http, settings.proxy.url, key, name, args.deadline, extra)
         tell = _tell_json if args.json else _tell

@@ -10,6 +10,7 @@ import aiohttp
 
 from nextstate.app.connect.target import Target
 from nextstate.app.settings import Settings
+from nextstate.app.tls import client_context
 from nextstate.config import secret
 from nextstate.errors import ConfigError, StartError
 from nextstate.records import MAIN_LINEAGE
@@ -18,11 +19,14 @@ from nextstate.wire import json_object, obj, objects, one_line
 _ASKED = "Say hello."
 _MOST_TOKENS = 16
 _ANSWERS_WITHIN_S = 30.0
-"""Beyond `[proxy] hold_s`, for which the proxy waits for its engine."""
+"""Beyond `hold_s`, for which the proxy waits for its engine."""
 
 
-def target_of(settings: Settings, lineage: str) -> Target:
-    """What the configuration says of the proxy. Raises ConfigError."""
+def target_of(settings: Settings, lineage: str, key_env: str = "") -> Target:
+    """What the configuration says of the proxy. Raises ConfigError.
+
+    `key_env` is the variable with the agent's own key; "": the configuration names one, or none.
+    """
     if lineage not in settings.all_lineages:
         raise ConfigError(f"there is no lineage {lineage!r}: see [lineages.NAME]")
     model, variable = settings.engine.name, settings.proxy.api_key_env
@@ -32,12 +36,15 @@ def target_of(settings: Settings, lineage: str) -> Target:
         model = own.model or model
         if own.api_key_env:
             variable, where = own.api_key_env, f"[lineages.{lineage}] api_key_env"
+    if key_env:
+        variable, where = key_env, "--key-env"
     return Target(
         url=settings.proxy.url,
         model=model,
         key=secret(variable, where),
         key_variable=variable,
         context=settings.engine.max_model_len or None,
+        tls=client_context(settings.proxy),
     )
 
 
@@ -98,5 +105,7 @@ async def send(target: Target, hold_s: float) -> str | None:
 async def _proxy(target: Target, timeout_s: float) -> AsyncGenerator[aiohttp.ClientSession]:
     headers = {"Authorization": f"Bearer {target.key}"} if target.key else {}
     timeout = aiohttp.ClientTimeout(total=timeout_s)
-    async with aiohttp.ClientSession(timeout=timeout, headers=headers) as http:
+    async with aiohttp.ClientSession(
+        timeout=timeout, headers=headers, connector=aiohttp.TCPConnector(ssl=target.tls)
+    ) as http:
         yield http

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import ssl
+from dataclasses import dataclass, field
 
 PROVIDER = "nextstate"
 """The name under which agents list the proxy among their providers."""
@@ -19,6 +20,8 @@ class Target:
     """The key that the proxy asks for; None if it asks for none."""
     key_variable: str = ""
     """The environment variable with that key; empty without a key."""
+    tls: ssl.SSLContext | bool = field(default=True, repr=False, compare=False)
+    """How this machine trusts the proxy, as aiohttp's `ssl`."""
     context: int | None = None
     """Tokens of the model's context; None if nobody said it."""
 

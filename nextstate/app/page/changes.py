@@ -11,8 +11,8 @@ from nextstate.app.page.visits import Visit
 from nextstate.errors import NoTurnError, RecordError
 from nextstate.records import Feedback, PolicyVersion
 from nextstate.store import Store
+from proxy.allowance import Allowance
 from proxy.answers import Refused
-from proxy.feedback import Allowance
 
 Rollback = Callable[[PolicyVersion], Awaitable[None]]
 AT_THE_PAGE = "somebody at the web page"
@@ -42,7 +42,7 @@ class Changes:
         score = {"1": 1, "0": 0, "-1": -1}.get(visit.form.get("score", ""))
         if score is None:
             raise Refused(400, "Choose good, neither or bad.")
-        if wait_s := self._allowance.wait_s(visit.visitor.lineage):
+        if wait_s := self._allowance.wait_s(visit.visitor.who):
             raise Refused(429, f"Too much feedback in a minute: wait {wait_s} seconds.")
         try:
             said = Feedback(turn.id, score, hint)

@@ -16,7 +16,6 @@ from nextstate.app.page.live import Streams, watched
 from nextstate.app.page.logins import (
     LASTS_S,
     Logins,
-    Tries,
     foreign_form,
     is_ours,
     is_token,
@@ -27,13 +26,16 @@ from nextstate.app.page.templating import Renderer
 from nextstate.app.page.visits import Visit, Visitor
 from nextstate.app.settings import Settings
 from nextstate.errors import NextStateError, WaitError
-from nextstate.records import MAIN_LINEAGE, Json
+from nextstate.keys import Scope
+from nextstate.records import Json
 from nextstate.store import Store
+from proxy.allowance import Allowance
 from proxy.answers import Refused
 from proxy.bodies import read_any_body, refuse_coded
 from proxy.browsers import foreign
-from proxy.feedback import Allowance
-from proxy.lineages import Lineages
+from proxy.keys import ANYBODY, Keys
+from proxy.scopes import needed
+from proxy.tries import Tries
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ _STATIC = {
     "/page/htmx/hx-sse.min.js": "text/javascript",
 }
 _EVENTS = "/page/events"
+_WRONG_KEY = "This is not the proxy's key, or it may not look at the page."
 _MOST_FIELDS, _MOST_FORM_BYTES = 16, 1 << 16
 _TURN = r"/page/turns/([\w.-]{1,40})"
 _EPISODE = r"/page/episodes/([A-Za-z0-9][\w.:~+-]{0,99})"
@@ -100,19 +103,20 @@ class Page:
         self,
         settings: Settings,
         store: Store,
-        lineages: Lineages,
+        keys: Keys,
         rollback: Rollback,
         health: Callable[[], Json],
         allowance: Allowance,
+        tries: Tries,
     ) -> None:
         self._host = settings.proxy.host
-        self._lineages = lineages
+        self._keys = keys
+        self._tries = tries
         self._renderer = Renderer()
         self._screens = Screens(settings, store, health, self._renderer)
         self._changes = Changes(store, self._screens, rollback, allowance)
         self._streams = Streams(lambda: watched(store, health))
-        self._logins = Logins(settings.store.path / "logins", lineages)
-        self._tries = Tries()
+        self._logins = Logins(settings.store.path / "logins", keys)
         # Browsers send a cookie to every port of a host.
         self._cookie = f"nextstate-{settings.proxy.port}"
         folder = files("nextstate.app.page") / "static"
@@ -161,6 +165,8 @@ class Page:
             if method == "POST" or path == _EVENTS:
                 raise Refused(403, "You are logged out: log in and try again.")
             return _redirect("/page/login")
+        if needed(method, path) is Scope.ADMIN and not visitor.may_change:
+            raise Refused(403, "This key may look at the page only: log in with one that may more.")
         if path == _EVENTS and method == "GET":
             return await self._streams.stream(request, HEADERS)
         if method != "POST":
@@ -172,16 +178,17 @@ class Page:
     async def _visitor(self, request: web.Request) -> Visitor | None:
         """Who asks; None without the login that is needed."""
         cookie = request.cookies.get(self._cookie, "")
-        lineage = await asyncio.to_thread(self._logins.caller, cookie)
-        logged_in = lineage is not None
-        if lineage is None:
+        grant = await asyncio.to_thread(self._logins.caller, cookie)
+        logged_in = grant is not None
+        if grant is None:
             if self._logins.needed:
                 return None
-            lineage = MAIN_LINEAGE
+            grant = ANYBODY
             if not is_token(cookie):
                 cookie = new_cookie()
-        sees = tuple(name for name in self._lineages.names if self._lineages.sees(lineage, name))
-        return Visitor(lineage, sees, cookie, logged_in)
+        known, lineage = self._keys.lineages, grant.lineage
+        sees = tuple(name for name in known.names if known.sees(lineage, name))
+        return Visitor(lineage, sees, cookie, logged_in, grant.may(Scope.ADMIN), grant.who)
 
     async def _login(self, request: web.Request, form: Json) -> web.Response:
         if request.method != "POST":
@@ -197,7 +204,7 @@ class Page:
         token = await asyncio.to_thread(self._logins.begin, form.get("key", ""))
         if token is None:
             self._tries.failed(address)
-            page = self._renderer.render("login.html", wrong="This is not the proxy's key.")
+            page = self._renderer.render("login.html", wrong=_WRONG_KEY)
             return web.Response(text=page, content_type="text/html", status=403)
         response = _redirect("/")
         self._set_cookie(request, response, token, LASTS_S)

@@ -23,6 +23,10 @@ class Visitor:
     """The lineages that it may look at and change."""
     cookie: str
     logged_in: bool
+    may_change: bool
+    """Whether it may use the page's forms."""
+    who: str
+    """One name for each key."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -255,6 +255,18 @@ def test_an_agent_without_a_file_has_nothing_to_undo(
     assert "claude-code is connected by environment variables" in capsys.readouterr().err
 
 
+def test_an_agent_may_have_a_key_of_its_own(
+    home: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AGENT_KEY", "ns-its-own")
+    assert connect(home, "codex", "--key-env", "AGENT_KEY", "--dry-run") == 0
+    said = capsys.readouterr().out
+    assert 'env_key = "AGENT_KEY"' in said
+    assert "ns-its-own" not in said
+    assert connect(home, "codex", "--key-env", "NOBODYS", "--dry-run") == 2
+    assert "--key-env = 'NOBODYS'" in capsys.readouterr().err
+
+
 def test_a_lineage_has_its_own_model_and_key(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

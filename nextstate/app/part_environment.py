@@ -1,0 +1,70 @@
+"""Which secrets of our environment each part gets: those that it needs, and no others.
+
+What a variable's name says is a secret counts as one, besides those that the configuration names.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+
+from nextstate.app.settings import Settings
+
+_SECRET = re.compile(r"(?:^|_)KEYS?$|TOKENS?$|SECRETS?$|PASSWORD$|PASSWD$|PASSPHRASE$|CREDENTIALS$")
+_OWN_CODE = ":"
+"""In `kind = "module:function"`: a person's own plugin, which may need what the person exported."""
+
+
+def part_environment(settings: Settings, part: str, inherited: Mapping[str, str]) -> dict[str, str]:
+    """The variables for `proxy`, `writer`, `judge`, `learner`, `rollout` or `engine`."""
+    named, own = set(_named(settings)), _of_part(settings, part)
+    more = _takes_others(settings, part)
+    return {
+        name: value
+        for name, value in inherited.items()
+        if name in own or not (name in named or (_looks_secret(name) and not more))
+    }
+
+
+def left_out(settings: Settings, inherited: Mapping[str, str]) -> list[str]:
+    """The variables that look like secrets and that no part gets."""
+    parts = ("proxy", "judge", "learner", "rollout", "engine")
+    got = {name for part in parts for name in part_environment(settings, part, inherited)}
+    return sorted(set(inherited) - got)
+
+
+def _looks_secret(name: str) -> bool:
+    return _SECRET.search(name.upper()[-100:]) is not None
+
+
+def _named(settings: Settings) -> Iterator[str]:
+    """The variables that some key of the configuration names."""
+    yield settings.engine.api_key_env
+    yield settings.judge.api_key_env
+    yield settings.proxy.api_key_env
+    for lineage in settings.lineages.values():
+        yield lineage.api_key_env
+
+
+def _of_part(settings: Settings, part: str) -> set[str]:
+    """The secrets that a part needs."""
+    engine = {settings.engine.api_key_env} if settings.engine.mode == "external" else set[str]()
+    match part:
+        case "proxy":
+            theirs = {lineage.api_key_env for lineage in settings.lineages.values()}
+            return engine | theirs | {settings.proxy.api_key_env}
+        case "judge":
+            return engine | {settings.judge.api_key_env}
+        case "learner":
+            return engine | ({"WANDB_API_KEY"} if settings.learner.wandb else set[str]())
+        case _:  # the rollout asks the proxy with a key from the state folder
+            return set()
+
+
+def _takes_others(settings: Settings, part: str) -> bool:
+    """Whether a part also gets secrets that no key names: a provider's, or a plugin's own."""
+    kinds = {
+        "judge": settings.judge.kinds,
+        "rollout": (settings.rollout.environment,),
+    }.get(part, ())
+    return any(kind == "litellm" or _OWN_CODE in kind for kind in kinds)

@@ -1,0 +1,135 @@
+"""Whose key a request carries and what it may do, known without a look into the store.
+
+Each worker holds the keys in memory and looks for changes every `Intervals.keys_s`, so a revoked
+key stops within two seconds. A request that is under way goes on to its end.
+"""
+
+from __future__ import annotations
+
+import hmac
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from aiohttp import web
+
+from nextstate.keys import Key, Scope, hashed
+from nextstate.records import MAIN_LINEAGE
+from nextstate.store.keys import Keys as StoredKeys
+from proxy.lineages import Lineages
+
+_EVERYTHING = frozenset(Scope)
+_NOTED_S = 60.0
+"""The last use of a key is written again only after this long."""
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What a request may do."""
+
+    who: str
+    """One name for each key, and for all who have none."""
+    lineage: str
+    """What it reaches; `main` also reaches the lineages without a key of their own."""
+    scopes: frozenset[Scope] = _EVERYTHING
+    hash: bytes = field(default=b"", repr=False)
+    stored: str | None = None
+    """The name of a key of the store."""
+    limited: bool = True
+    """Whether its requests are counted."""
+
+    def may(self, scope: Scope | None) -> bool:
+        """Whether it includes a scope; None: what needs no key."""
+        return scope is None or scope in self.scopes or Scope.ADMIN in self.scopes
+
+
+GRANT: web.RequestKey[Grant] = web.RequestKey("grant", Grant)
+"""What a request may do; it is missing where none is needed and no key was sent."""
+ANYBODY = Grant(MAIN_LINEAGE, MAIN_LINEAGE, limited=False)
+"""A program of this machine, as long as there is no key."""
+
+
+class Keys:
+    """The keys of one proxy worker: the configuration's, the store's, and our own commands'."""
+
+    def __init__(
+        self,
+        lineages: Lineages,
+        stored: StoredKeys | None = None,
+        own: str | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        """`own` is the key of the commands of this machine."""
+        self.lineages = lineages
+        self._stored = stored
+        self._clock = clock
+        self._configured = tuple(_configured(lineages, own))
+        self._grants = self._configured
+        self._any = False
+        """Whether the store has a key, also a revoked one."""
+        self._used: dict[str, float] = {}
+        self._noted: dict[str, float] = {}
+        self.refresh()
+
+    @property
+    def needed(self) -> bool:
+        """Whether a request without a lineage's key needs another one."""
+        return self._any or self.lineages.main_key is not None
+
+    @property
+    def apart(self) -> bool:
+        """Whether there are clients that must not learn about each other's lineages."""
+        bound = any(grant.lineage != MAIN_LINEAGE for grant in self._grants)
+        return bound or self.lineages.apart
+
+    def find(self, sent: bytes) -> Grant | None:
+        """What the key may do that `hashed` made this of; None for a wrong one.
+
+        It takes the same time for each of them.
+        """
+        found = None
+        for grant in self._grants:
+            if hmac.compare_digest(grant.hash, sent):
+                found = grant
+        if found is not None and found.stored is not None:
+            self._used[found.stored] = self._clock()
+        return found
+
+    def named(self, who: str) -> Grant | None:
+        """What the key of this name may do now; None if there is none."""
+        return next((grant for grant in self._grants if grant.who == who), None)
+
+    def refresh(self) -> None:
+        """Looks into the store for changes, and notes there what was used. Raises StoreError."""
+        if self._stored is None:
+            return
+        found = self._stored.all()
+        self._any = bool(found)
+        in_force = [_granted(key) for key in found if key.revoked_at is None]
+        # A lineage that the configuration does not name any more cannot be reached.
+        known = [grant for grant in in_force if grant.lineage in self.lineages.names]
+        self._grants = (*self._configured, *known)
+        due = {
+            name: at
+            for name, at in list(self._used.items())
+            if at >= self._noted.get(name, 0.0) + _NOTED_S
+        }
+        if due:
+            self._stored.used(due)
+            self._noted |= due
+
+
+def _granted(key: Key) -> Grant:
+    who, lineage = f"key {key.name}", key.lineage or MAIN_LINEAGE
+    return Grant(who, lineage, key.scopes, key.hash, key.name)
+
+
+def _configured(lineages: Lineages, own: str | None) -> Iterator[Grant]:
+    """The keys that the environment gives: each may do everything in its lineage."""
+    if lineages.main_key is not None:
+        yield Grant(MAIN_LINEAGE, MAIN_LINEAGE, hash=hashed(lineages.main_key))
+    for name, access in lineages.access.items():
+        if access.key is not None:
+            yield Grant(name, name, hash=hashed(access.key))
+    if own is not None:
+        yield Grant("this machine's commands", MAIN_LINEAGE, hash=hashed(own), limited=False)

@@ -1,0 +1,139 @@
+"""Each part has only its own secrets in its environment."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+
+from nextstate.app.part_environment import left_out, part_environment
+from nextstate.app.settings import Settings
+from nextstate.app.stages import stage_process
+from nextstate.app.supervisor import end, start
+from tests.scripted_engine import MODEL, scripted_engine
+
+VARIABLES = {
+    "CLIENTS": "[proxy] api_key_env",
+    "ALICE": "[lineages.alice] api_key_env",
+    "ENGINE": "[engine] api_key_env",
+    "JUDGES": "[judge] api_key_env",
+    "WANDB_API_KEY": "the learner's",
+    "OPENAI_API_KEY": "nobody's",
+    "AWS_SECRET_ACCESS_KEY": "nobody's",
+    "GITHUB_TOKEN": "nobody's",
+    "PGPASSWORD": "nobody's",
+}
+CONFIG = """
+[store]
+dir = "{folder}/state"
+[engine]
+mode = "external"
+url = "{engine}"
+model = "{model}"
+api_key_env = "ENGINE"
+[proxy]
+port = 0
+api_key_env = "CLIENTS"
+[lineages.alice]
+api_key_env = "ALICE"
+[judge]
+kind = "{judge}"
+api_key_env = "JUDGES"
+[privacy]
+external_judge = true
+"""
+HAS = {
+    "proxy": {"CLIENTS", "ALICE", "ENGINE"},
+    "judge": {"ENGINE", "JUDGES"},
+    "learner": {"ENGINE"},
+    "rollout": set[str](),
+    "writer": set[str](),
+    "engine": set[str](),
+}
+
+
+def settings(folder: Path, engine: str = "http://127.0.0.1:1", judge: str = "rules") -> Settings:
+    file = folder / "nextstate.toml"
+    file.write_text(CONFIG.format(folder=folder, engine=engine, model=MODEL, judge=judge))
+    return Settings.read(file)
+
+
+@pytest.mark.parametrize("part", HAS)
+def test_a_part_gets_only_its_own_secrets(tmp_path: Path, part: str) -> None:
+    given = VARIABLES | {"PATH": "/bin", "HOME": "/root", "KEYBOARD": "de", "MONKEY": "x"}
+    found = part_environment(settings(tmp_path), part, given)
+    plain = {"PATH", "HOME", "KEYBOARD", "MONKEY"}
+    assert {*found} == HAS[part] | plain
+
+
+def test_a_providers_variable_is_for_the_judge_that_asks_a_provider(tmp_path: Path) -> None:
+    found = settings(tmp_path, judge="litellm")
+    assert "OPENAI_API_KEY" in part_environment(found, "judge", VARIABLES)
+    assert "CLIENTS" not in part_environment(found, "judge", VARIABLES)
+    for part in ("proxy", "learner", "engine", "writer"):
+        assert "OPENAI_API_KEY" not in part_environment(found, part, VARIABLES)
+
+
+def test_what_no_part_gets_is_known(tmp_path: Path) -> None:
+    found = left_out(settings(tmp_path), VARIABLES | {"PATH": "/bin"})
+    assert found == [
+        *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "OPENAI_API_KEY", "PGPASSWORD", "WANDB_API_KEY")
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_real_processes_have_only_their_own_secrets(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {name: f"{name}-{secrets.token_hex(16)}" for name in VARIABLES}
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+
+    def held(pid: int) -> set[str]:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+        return {name for name, value in values.items() if value.encode() in environ}
+
+    async def test() -> None:
+        async with scripted_engine() as engine:
+            found = settings(tmp_path, engine.url)
+            for part in ("proxy", "judge", "learner"):
+                child = stage_process(found, part, part)
+                process = await start(child)
+                try:
+                    assert held(process.pid) == HAS[part], part
+                    if part == "proxy":
+                        async with asyncio.timeout(60):
+                            while not (below := psutil.Process(process.pid).children()):
+                                assert process.returncode is None, child.log_file.read_text()
+                                await asyncio.sleep(0.1)
+                        (writer,) = below
+                        async with asyncio.timeout(10):
+                            while "proxy.writer" not in writer.cmdline():
+                                await asyncio.sleep(0.05)
+                        assert held(writer.pid) == HAS["writer"]
+                finally:
+                    await end(child)
+
+    asyncio.run(test())
+
+
+def test_a_weak_key_is_refused_at_the_start_and_not_quoted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings(tmp_path)
+    monkeypatch.setenv("ENGINE", "e")
+    monkeypatch.setenv("ALICE", secrets.token_hex(16))
+    monkeypatch.setenv("CLIENTS", "changeme")
+    command = [sys.executable, "-P", "-m", "nextstate", "proxy", "--config"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "nextstate.toml")], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 2
+    assert "[proxy] api_key_env = 'CLIENTS'" in done.stderr
+    assert "could be guessed" in done.stderr
+    assert "changeme" not in done.stderr
