@@ -1,0 +1,55 @@
+"""benchmarks/families: what its policies are taught at first is what a sandbox would show."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise, product
+from random import Random
+
+import pytest
+
+from benchmarks.families.terminal_corpus import MOST_CALLS, Act, acts, block, draw_episode
+from plugins.environments.terminal import command_of, create
+from plugins.environments.terminal_tasks import FAMILIES, SCALES, task
+from tests.rollout.machine import needs_bubblewrap
+
+
+@needs_bubblewrap
+@pytest.mark.processes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_written_observations_are_those_of_a_real_sandbox(family: str) -> None:
+    fields, solution = task(family, "eval", 5)
+    right, habits = acts(family, fields, solution)
+
+    async def play(steps: list[Act]) -> tuple[list[str], float]:
+        terminal = create(None).make()
+        await terminal.reset(fields, 0)
+        shown = [(await terminal.step(block(one.command))).observation for one in steps]
+        return shown, (await terminal.score()).outcome
+
+    def checked(steps: list[Act]) -> float:
+        shown, outcome = asyncio.run(play(steps))
+        assert shown == [one.shown for one in steps]
+        return outcome
+
+    assert checked([*right]) == 1.0
+    for number, others in enumerate(habits):
+        for habit in others:
+            checked([*right[:number], habit])
+
+
+def test_an_episode_of_the_corpus_is_one_of_the_environment() -> None:
+    rng = Random(0)
+    for _ in range(100):
+        lines = draw_episode(rng)
+        assert all(one.role != other.role for one, other in pairwise(lines))
+        replies = [line for line in lines if line.role == "assistant"]
+        assert all(line.imitate and command_of(line.content) for line in replies)
+        assert not any(line.imitate for line in lines if line.role == "user")
+        assert 1 <= len(replies) <= MOST_CALLS
+
+
+def test_no_task_of_the_corpus_is_played() -> None:
+    played = {task(f, s, n)[0]["id"] for f, s, n in product(FAMILIES, SCALES, range(50))}
+    for family, split in product(FAMILIES, SCALES):
+        assert task(family, split, f"corpus {Random(1).random()}")[0]["id"] not in played
