@@ -85,6 +85,8 @@ class Lesson:
     """The share of held-out tasks that are to be solved."""
     updates: int
     max_calls: int
+    most_s: float = math.inf
+    """After so many seconds since the start no further tasks are played to learn from."""
     learner: Mapping[str, bool | int | float | str] = field(default_factory=lambda: LEARNER)
 
 
@@ -213,7 +215,7 @@ async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
     console.print(
         f"[bold]steps[/bold]  nextstate episodes --config {settings.file}", soft_wrap=True
     )
-    learned = last.solved >= lesson.goal and last.version >= updates and not play.failed
+    learned = last.solved >= lesson.goal and not play.failed
     verdict = "the policy learned it" if learned else f"it did not reach {lesson.goal:.2f}"
     console.print(f"{verdict} ({time.monotonic() - started:.0f} s)")
     return 0 if learned else 1
@@ -251,7 +253,9 @@ class _Course:
         self._before = await self._measure(HELD_OUT)
         training = tasks(self._lesson.kind, Split.TRAIN, self._seed)
         next_look, plan = MEASURE_EVERY, self._plan(GROUP_SIZE)
-        while (version := await self._serving()) < updates:
+        while (
+            version := await self._serving()
+        ) < updates and time.monotonic() < self._started + self._lesson.most_s:
             if version >= next_look:
                 await self._measure(BETWEEN)
                 next_look = version + MEASURE_EVERY
@@ -322,7 +326,7 @@ class _Course:
                 raise StartError("the stack ended before the demo did")
             stored = await self._stored()
             waiting, ready = (stored.get(f"samples/{state}", 0) for state in ("waiting", "ready"))
-            if not waiting and ready < BATCH:
+            if not waiting and ready < int(self._lesson.learner["batch_size"]):
                 return
             await asyncio.sleep(_POLL_S)
         raise StartError(

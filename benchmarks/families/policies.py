@@ -25,7 +25,7 @@ from nextstate.hooks import load_plugin
 from rollout.tasks import family_of
 
 ROOT = Path(__file__).parents[2] / ".policies"
-MEASURED = 100
+MEASURED = 60
 """Held-out tasks that a new policy plays."""
 
 
@@ -47,7 +47,7 @@ SEEDS = {
     "terminal": Seed(
         terminal_corpus.draw_episode,
         terminal_corpus.MOST_CALLS,
-        ((400, 1.0), (300, 0.6)),
+        ((220, 1.0), (130, 0.6)),
         _RECIPE,
     ),
 }
