@@ -4,21 +4,23 @@
     python -m benchmarks.families.policies terminal
 
 They are made like the tool demo's: pre-trained on scripted episodes with bad habits. They are not
-in the repository; they lie in `.policies/`, and are made anew if their recipe is another.
+in the repository; they lie in `.policies/`, and are made anew if recipe or corpus is another.
 """
 
 from __future__ import annotations
 
 import argparse
+import inspect
 import json
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
 
-from benchmarks.families import terminal_corpus
+from benchmarks.families import gui_corpus, terminal_corpus
 from demo.seed_policy import Recipe
 from demo.tool_policy import Draw, measure, save, train, write_card
 from nextstate.hooks import load_plugin
@@ -50,6 +52,7 @@ SEEDS = {
         ((220, 1.0), (130, 0.6)),
         _RECIPE,
     ),
+    "gui": Seed(gui_corpus.draw_episode, gui_corpus.MOST_CALLS, ((700, 1.0), (400, 0.6)), _RECIPE),
 }
 
 
@@ -85,8 +88,10 @@ def build(environment: str) -> None:
 
 
 def _made(seed: Seed) -> str:
-    """Tells recipes apart. What the corpus says is not in it: `--anew` after a change of that."""
-    return json.dumps([asdict(seed.recipe), seed.cycles], default=str, sort_keys=True)
+    """Tells recipes and corpora apart."""
+    corpus = Path(inspect.getfile(seed.draw)).read_bytes()
+    recipe = json.dumps([asdict(seed.recipe), seed.cycles], sort_keys=True).encode()
+    return blake2b(corpus + recipe, digest_size=8).hexdigest()
 
 
 def main() -> None:

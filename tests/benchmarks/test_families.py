@@ -8,7 +8,10 @@ from random import Random
 
 import pytest
 
+from benchmarks.families import gui_corpus
 from benchmarks.families.terminal_corpus import MOST_CALLS, Act, acts, block, draw_episode
+from plugins.environments.gui import action_of
+from plugins.environments.gui_tasks import pages, solution
 from plugins.environments.terminal import command_of, create
 from plugins.environments.terminal_tasks import FAMILIES, SCALES, task
 from tests.rollout.machine import needs_bubblewrap
@@ -53,3 +56,25 @@ def test_no_task_of_the_corpus_is_played() -> None:
     played = {task(f, s, n)[0]["id"] for f, s, n in product(FAMILIES, SCALES, range(50))}
     for family, split in product(FAMILIES, SCALES):
         assert task(family, split, f"corpus {Random(1).random()}")[0]["id"] not in played
+
+
+@pytest.mark.parametrize("page", gui_corpus.PAGES)
+def test_imitated_pages_are_asked_and_solved_as_real_ones(page: str) -> None:
+    rng = Random(0)
+    for _ in range(50):
+        made = gui_corpus.PAGES[page](rng)
+        assert solution(page, gui_corpus.opening(made)) == made.right
+        shown = [gui_corpus.act(made, action) for action in made.right]
+        assert shown[-1] == gui_corpus.OVER
+        assert gui_corpus.OVER not in shown[:-1]
+
+
+def test_the_page_that_never_trains_is_in_no_corpus() -> None:
+    assert {*gui_corpus.PAGES} == {*pages("train")}
+
+
+def test_an_episode_of_pages_has_actions_alone() -> None:
+    rng = Random(0)
+    for _ in range(200):
+        replies = [one for one in gui_corpus.draw_episode(rng) if one.role == "assistant"]
+        assert all(one.imitate and action_of(one.content) for one in replies)
