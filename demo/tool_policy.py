@@ -38,10 +38,10 @@ from demo.seed_policy import (
     train_tokenizer,
 )
 from demo.tool_corpus import MOST_CALLS, draw_episode
-from nextstate.hooks import Environment
+from nextstate.hooks import EnvironmentKind, Shared
 from nextstate.records import Json
 from plugins.environments.tool_tasks import FAMILIES, SCALES, task
-from plugins.environments.tools import Tools
+from plugins.environments.tools import ToolsKind
 
 FOLDER = Path(__file__).parent / "tool_policy_files"
 CYCLES = (280, 1.0, 1 / 3), (280, 0.8, 1 / 3), (160, 0.6, 0.6), (220, 0.7, 0.6)
@@ -52,6 +52,8 @@ RECIPE = Recipe(
 Draw = Callable[[Random], list[Line]]
 """Draws one episode of a corpus, as a conversation."""
 _READ = 3000
+_AT_ONCE = 15
+"""Episodes that are measured at once: fewer than there are tabs of browsers."""
 MEASURED = 60
 """Tasks of each family and split."""
 
@@ -95,12 +97,26 @@ def train(
 
 
 def measure(
-    path: Path, make: Callable[[], Environment], tasks: Sequence[Json], most_calls: int
+    path: Path, kind: EnvironmentKind, tasks: Sequence[Json], most_calls: int
 ) -> list[float]:
     """What the policy in a folder reaches in each task."""
     model, tokenizer = load(path)
     torch.manual_seed(0)
-    return asyncio.run(_play(sampler(model, tokenizer), make, tasks, most_calls))
+    return asyncio.run(_measure(sampler(model, tokenizer), kind, tasks, most_calls))
+
+
+async def _measure(
+    sample: Sampler, kind: EnvironmentKind, tasks: Sequence[Json], most_calls: int
+) -> list[float]:
+    reached: list[float] = []
+    try:
+        for first in range(0, len(tasks), _AT_ONCE):
+            some = tasks[first : first + _AT_ONCE]
+            reached += await _play(sample, kind.make, some, most_calls)
+    finally:
+        if isinstance(kind, Shared):
+            await kind.release()
+    return reached
 
 
 async def _play(sample: Sampler, make, tasks: Sequence[Json], most_calls: int) -> list[float]:
@@ -156,7 +172,7 @@ def main() -> None:
     solved: dict[str, float] = {}
     for family, split in itertools.product(FAMILIES, SCALES):
         tasks = [task(family, split, f"measured {n}")[0] for n in range(MEASURED)]
-        reached = measure(options.out, Tools, tasks, MOST_CALLS)
+        reached = measure(options.out, ToolsKind(), tasks, MOST_CALLS)
         solved[f"{family}/{split}"] = sum(reached) / MEASURED
     write_card(options.out, {**card, "cycles": CYCLES, "solved": solved})
     print(json.dumps(solved, indent=2))

@@ -78,9 +78,7 @@ def build(environment: str) -> None:
     for one in tasks:
         del one["split"]
     names = [one.pop("id") for one in tasks]
-    for name, reached in zip(
-        names, measure(folder, kind.make, tasks, seed.most_calls), strict=True
-    ):
+    for name, reached in zip(names, measure(folder, kind, tasks, seed.most_calls), strict=True):
         found[family_of(name)].append(reached)
     solved = {name: sum(reached) / len(reached) for name, reached in found.items()}
     print(json.dumps(solved, indent=2))
