@@ -48,7 +48,7 @@ from rollout.proxy import ProxyClient
 from rollout.runner import SOLVED, Plan, run
 from rollout.tasks import Task, family_of
 
-MEASURE_EVERY = 4
+MEASURE_EVERY = 6
 HELD_OUT, BETWEEN = 120, 60
 """Held-out tasks of the first and the last measurement, and of one on the way."""
 GROUPS, GROUP_SIZE, PARALLEL = 6, 8, 32

@@ -14,7 +14,7 @@ import inspect
 import json
 import time
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 
@@ -49,8 +49,8 @@ SEEDS = {
     "terminal": Seed(
         terminal_corpus.draw_episode,
         terminal_corpus.MOST_CALLS,
-        ((220, 1.0), (130, 0.6)),
-        _RECIPE,
+        ((170, 1.0), (80, 0.6)),
+        replace(_RECIPE, batch=12, hidden=96),
     ),
     "gui": Seed(gui_corpus.draw_episode, gui_corpus.MOST_CALLS, ((700, 1.0), (400, 0.6)), _RECIPE),
 }

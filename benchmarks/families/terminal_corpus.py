@@ -22,6 +22,11 @@ SLIPS = {"find": 0.75, "add-up": 0.6, "rename": 0.85, "count-errors": 0.75, "mak
 _ENDS = 0.85
 """How often the agent submits after a habit that looks like an end."""
 _DONE = "exit code 0"
+_BY_NAME = (
+    "awk -F, -v c={} 'NR == 1 {{ for (i = 1; i <= NF; i++) if ($i == c) k = i }} "
+    "NR > 1 {{ n += $k }} END {{ print n }}' table.csv > answer.txt"
+)
+"""Adds up a column whose place is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +58,10 @@ def acts(family: str, fields: Json, solution: str) -> tuple[Sequence[Act], Seque
         case "add-up":
             header = fields["files"]["table.csv"].partition("\n")[0]
             look = Act("head -n 1 table.csv", f"{_DONE}\n{header}", looks_done=False)
-            first = f"awk -F, 'NR > 1 {{ n += $1 }} {solution.partition('} ')[2]}"
-            return [look, last], [[Act("wc -l table.csv > answer.txt")], [Act(first)]]
+            name = fields["instruction"].split()[4]
+            first = "awk -F, '{ n += $1 } END { print n }' table.csv > answer.txt"
+            right = Act(_BY_NAME.format(name))
+            return [look, right], [[Act("wc -l table.csv > answer.txt")], [Act(first)]]
         case "rename":
             ending = solution.partition("%txt}")[2].removesuffix("; done")
             all_files = f"find . -type f | while read f; do mv $f ${{f%.*}}.{ending}; done"
