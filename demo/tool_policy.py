@@ -14,7 +14,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -81,15 +81,25 @@ def batches(
 
 
 def train(
-    recipe: Recipe, name: str, cycles: Sequence[tuple[int, float, Draw]]
+    recipe: Recipe,
+    name: str,
+    cycles: Sequence[tuple[int, float, Draw]],
+    copied: Collection[str] = (),
 ) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
-    """A new model and tokenizer. Of each cycle: steps, share of the peak learning rates, corpus."""
+    """A new model and tokenizer. Of each cycle: steps, share of the peak learning rates, corpus;
+    the tokenizer is made from the last one's.
+
+    `copied`: words that have the weight of numbers in the loss.
+    """
     rng = Random(f"tokenizer/{recipe.seed}")
-    draw = cycles[0][2]
+    draw = cycles[-1][2]
     tokenizer = train_tokenizer(recipe, (line.content for _ in range(_READ) for line in draw(rng)))
     torch.manual_seed(recipe.seed)
     model = new_model(recipe, tokenizer)
     weights = number_weights(recipe, tokenizer)
+    for number in tokenizer.get_vocab().values():
+        if tokenizer.decode([number]).strip() in copied:
+            weights[number] = recipe.number_weight
     for cycle, (steps, share, draw) in enumerate(cycles):
         data = batches(recipe, tokenizer, f"{name}/{recipe.seed}/{cycle}", draw)
         descend(model, recipe, steps, share, data, weights, f"cycle {cycle + 1}")

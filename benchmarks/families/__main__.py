@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the tasks and the adapter")
     parser.add_argument("--updates", type=int, default=0, help="versions to make (0: the default)")
     parser.add_argument(
-        "--minutes", type=float, default=17, help="then only the last measurement follows"
+        "--minutes", type=float, default=23, help="then only the last measurement follows"
     )
     parser.add_argument("--out", type=Path, help="a folder (default: demo-output/ENVIRONMENT-SEED)")
     given = parser.parse_args()

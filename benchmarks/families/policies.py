@@ -14,6 +14,7 @@ import inspect
 import json
 import time
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -35,24 +36,34 @@ MEASURED = 60
 class Seed:
     """How a policy is made."""
 
-    draw: Draw
     most_calls: int
-    cycles: tuple[tuple[int, float], ...]
-    """Of each: steps, and the share of the peak learning rates."""
+    cycles: tuple[tuple[int, float, Draw], ...]
+    """Of each: steps, the share of the peak learning rates, and the corpus."""
     recipe: Recipe
+
+    copied: Collection[str] = ()
+    """Words that count more in the loss."""
 
 
 _RECIPE = Recipe(
-    cycles=(), batch=24, sharpen=1.0, number_weight=3.0, vocabulary=640, layers=3, hidden=128
+    cycles=(), batch=12, sharpen=1.0, number_weight=5.0, vocabulary=640, layers=3, hidden=96
 )
 SEEDS = {
     "terminal": Seed(
-        terminal_corpus.draw_episode,
         terminal_corpus.MOST_CALLS,
-        ((170, 1.0), (80, 0.6)),
-        replace(_RECIPE, batch=12, hidden=96),
+        (
+            (250, 1.0, terminal_corpus.draw_drill),
+            (200, 0.8, terminal_corpus.draw_episode),
+            (100, 0.4, terminal_corpus.draw_episode),
+        ),
+        _RECIPE,
+        terminal_corpus.WORDS,
     ),
-    "gui": Seed(gui_corpus.draw_episode, gui_corpus.MOST_CALLS, ((700, 1.0), (400, 0.6)), _RECIPE),
+    "gui": Seed(
+        gui_corpus.MOST_CALLS,
+        ((700, 1.0, gui_corpus.draw_episode), (400, 0.6, gui_corpus.draw_episode)),
+        replace(_RECIPE, batch=24, hidden=128),
+    ),
 }
 
 
@@ -68,8 +79,7 @@ def policy_of(environment: str) -> Path:
 def build(environment: str) -> None:
     """Trains, saves and measures."""
     seed, folder, started = SEEDS[environment], ROOT / environment, time.monotonic()
-    cycles = [(steps, share, seed.draw) for steps, share in seed.cycles]
-    model, tokenizer = train(seed.recipe, environment, cycles)
+    model, tokenizer = train(seed.recipe, environment, seed.cycles, seed.copied)
     seconds = time.monotonic() - started
     card = save(folder, model, tokenizer, seed.recipe)
     kind = load_plugin("environments", environment, None)
@@ -87,8 +97,9 @@ def build(environment: str) -> None:
 
 def _made(seed: Seed) -> str:
     """Tells recipes and corpora apart."""
-    corpus = Path(inspect.getfile(seed.draw)).read_bytes()
-    recipe = json.dumps([asdict(seed.recipe), seed.cycles], sort_keys=True).encode()
+    corpus = Path(inspect.getfile(seed.cycles[-1][2])).read_bytes()
+    cycles = [cycle[:2] for cycle in seed.cycles]
+    recipe = json.dumps([asdict(seed.recipe), cycles], sort_keys=True).encode()
     return blake2b(corpus + recipe, digest_size=8).hexdigest()
 
 

@@ -21,6 +21,9 @@ SLIPS = {"find": 0.75, "add-up": 0.6, "rename": 0.85, "count-errors": 0.75, "mak
 """By family: how often a step follows a habit."""
 _ENDS = 0.85
 """How often the agent submits after a habit that looks like an end."""
+_DRILLED = 3
+WORDS = {word for scale in SCALES.values() for word in scale.words}
+"""What has to be copied; it counts more in the loss."""
 _DONE = "exit code 0"
 _BY_NAME = (
     "awk -F, -v c={} 'NR == 1 {{ for (i = 1; i <= NF; i++) if ($i == c) k = i }} "
@@ -43,6 +46,18 @@ def draw_episode(rng: Random) -> list[Line]:
     family, split = rng.choice([*FAMILIES]), rng.choice([*SCALES])
     fields, solution = task(family, split, f"corpus {rng.random()}")
     return list(_episode(rng, family, fields, solution))
+
+
+def draw_drill(rng: Random) -> list[Line]:
+    """Some tasks with what solves them at once: they teach most about copying words per token."""
+    lines: list[Line] = []
+    for _ in range(_DRILLED):
+        family, split = rng.choice([*FAMILIES]), rng.choice([*SCALES])
+        fields, solution = task(family, split, f"corpus {rng.random()}")
+        right, _ = acts(family, fields, solution)
+        command = block(right[-1].command)
+        lines += [Line("user", fields["instruction"]), Line("assistant", command, imitate=True)]
+    return lines
 
 
 def acts(family: str, fields: Json, solution: str) -> tuple[Sequence[Act], Sequence[Sequence[Act]]]:

@@ -9,7 +9,14 @@ from random import Random
 import pytest
 
 from benchmarks.families import gui_corpus
-from benchmarks.families.terminal_corpus import MOST_CALLS, Act, acts, block, draw_episode
+from benchmarks.families.terminal_corpus import (
+    MOST_CALLS,
+    Act,
+    acts,
+    block,
+    draw_drill,
+    draw_episode,
+)
 from plugins.environments.gui import action_of
 from plugins.environments.gui_tasks import pages, solution
 from plugins.environments.terminal import command_of, create
@@ -50,6 +57,12 @@ def test_an_episode_of_the_corpus_is_one_of_the_environment() -> None:
         assert all(line.imitate and command_of(line.content) for line in replies)
         assert not any(line.imitate for line in lines if line.role == "user")
         assert 1 <= len(replies) <= MOST_CALLS
+
+
+def test_a_drill_has_a_command_for_each_instruction() -> None:
+    lines = draw_drill(Random(0))
+    assert [line.role for line in lines] == ["user", "assistant"] * (len(lines) // 2)
+    assert all(command_of(line.content) for line in lines if line.imitate)
 
 
 def test_no_task_of_the_corpus_is_played() -> None:
