@@ -52,7 +52,7 @@ SEEDS = {
     "terminal": Seed(
         terminal_corpus.MOST_CALLS,
         (
-            (250, 1.0, terminal_corpus.draw_drill),
+            (175, 1.0, terminal_corpus.draw_drill),
             (200, 0.8, terminal_corpus.draw_episode),
             (100, 0.4, terminal_corpus.draw_episode),
         ),
