@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy bench wheel audit lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -120,7 +120,10 @@ seed-policy: env  ## rebuild the demo's small policy from its generated corpus
 tool-policy: env  ## rebuild the policy that `make rollout-demo` begins with (about 5 minutes)
 	$(BIN)/python -m demo.tool_policy
 
-# benchmarks.streams, .growth, .storage, .judging, .sequences, .training_step, .publishing, .gui and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
+family-policies: env bubblewrap  ## make the policies that `python -m benchmarks.families` begins with
+	$(BIN)/python -m benchmarks.families.policies
+
+# benchmarks.families, .streams, .growth, .storage, .judging, .sequences, .training_step, .publishing, .gui and .learning run alone, for minutes each: see benchmarks/RESULTS.md.
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 	$(BIN)/python -m benchmarks.relay $(ARGS)
 

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
+from demo.competence import Sampler
+from demo.corpus import Line
 from demo.seed_policy import (
     IGNORED,
     Recipe,
@@ -33,8 +38,10 @@ from demo.seed_policy import (
     train_tokenizer,
 )
 from demo.tool_corpus import MOST_CALLS, draw_episode
+from nextstate.hooks import EnvironmentKind, Shared
+from nextstate.records import Json
 from plugins.environments.tool_tasks import FAMILIES, SCALES, task
-from plugins.environments.tools import Tools
+from plugins.environments.tools import ToolsKind
 
 FOLDER = Path(__file__).parent / "tool_policy_files"
 CYCLES = (280, 1.0, 1 / 3), (280, 0.8, 1 / 3), (160, 0.6, 0.6), (220, 0.7, 0.6)
@@ -42,19 +49,26 @@ CYCLES = (280, 1.0, 1 / 3), (280, 0.8, 1 / 3), (160, 0.6, 0.6), (220, 0.7, 0.6)
 RECIPE = Recipe(
     cycles=(), batch=24, sharpen=1.0, number_weight=3.0, vocabulary=640, layers=3, hidden=128
 )
+Draw = Callable[[Random], list[Line]]
+"""Draws one episode of a corpus, as a conversation."""
 _READ = 3000
+_AT_ONCE = 15
+"""Episodes that are measured at once: fewer than there are tabs of browsers."""
 MEASURED = 60
 """Tasks of each family and split."""
 
 
 def batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, cycle: int, chains: float
+    recipe: Recipe, tokenizer: PreTrainedTokenizerFast, name: str, draw: Draw
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Endless (ids, labels) of shape (B, T), right-padded, of episodes of similar length."""
-    rng = Random(f"tools/{recipe.seed}/{cycle}")
+    """Endless (ids, labels) of shape (B, T), right-padded, of episodes of similar length.
+
+    `name` seeds them.
+    """
+    rng = Random(name)
     pad = tokenizer.pad_token_id
     while True:
-        pool = [encode(draw_episode(rng, chains), tokenizer) for _ in range(recipe.batch * 6)]
+        pool = [encode(draw(rng), tokenizer) for _ in range(recipe.batch * 6)]
         pool.sort(key=lambda pair: len(pair[0]))
         rows = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
         rng.shuffle(rows)
@@ -66,37 +80,91 @@ def batches(
             )
 
 
-def measure(path: Path, count: int = MEASURED) -> dict[str, float]:
-    """The share of tasks that the policy in a folder solves, by family and split."""
+def train(
+    recipe: Recipe,
+    name: str,
+    cycles: Sequence[tuple[int, float, Draw]],
+    copied: Collection[str] = (),
+) -> tuple[Qwen3ForCausalLM, PreTrainedTokenizerFast]:
+    """A new model and tokenizer. Of each cycle: steps, share of the peak learning rates, corpus;
+    the tokenizer is made from the last one's.
+
+    `copied`: words that have the weight of numbers in the loss.
+    """
+    rng = Random(f"tokenizer/{recipe.seed}")
+    draw = cycles[-1][2]
+    tokenizer = train_tokenizer(recipe, (line.content for _ in range(_READ) for line in draw(rng)))
+    torch.manual_seed(recipe.seed)
+    model = new_model(recipe, tokenizer)
+    weights = number_weights(recipe, tokenizer)
+    for number in tokenizer.get_vocab().values():
+        if tokenizer.decode([number]).strip() in copied:
+            weights[number] = recipe.number_weight
+    for cycle, (steps, share, draw) in enumerate(cycles):
+        data = batches(recipe, tokenizer, f"{name}/{recipe.seed}/{cycle}", draw)
+        descend(model, recipe, steps, share, data, weights, f"cycle {cycle + 1}")
+    return model.eval(), tokenizer
+
+
+def measure(
+    path: Path, kind: EnvironmentKind, tasks: Sequence[Json], most_calls: int
+) -> list[float]:
+    """What the policy in a folder reaches in each task."""
     model, tokenizer = load(path)
     torch.manual_seed(0)
-    sample = sampler(model, tokenizer)
-    kinds = [(family, split) for family in FAMILIES for split in SCALES]
-    episodes = [_Episode(f, s, seed) for f, s in kinds for seed in range(count)]
-    asyncio.run(_play(sample, episodes))
-    solved = [asyncio.run(episode.tools.score()).outcome for episode in episodes]
-    shares = [sum(solved[i * count : (i + 1) * count]) / count for i in range(len(kinds))]
-    return {f"{f}/{s}": share for (f, s), share in zip(kinds, shares, strict=True)}
+    return asyncio.run(_measure(sampler(model, tokenizer), kind, tasks, most_calls))
 
 
-class _Episode:
-    def __init__(self, family: str, split: str, seed: int) -> None:
-        self.fields, _ = task(family, split, f"measured {seed}")
-        self.tools = Tools()
-        self.chat: list[dict[str, str]] = []
-        self.is_over = False
+async def _measure(
+    sample: Sampler, kind: EnvironmentKind, tasks: Sequence[Json], most_calls: int
+) -> list[float]:
+    reached: list[float] = []
+    try:
+        for first in range(0, len(tasks), _AT_ONCE):
+            some = tasks[first : first + _AT_ONCE]
+            reached += await _play(sample, kind.make, some, most_calls)
+    finally:
+        if isinstance(kind, Shared):
+            await kind.release()
+    return reached
 
 
-async def _play(sample, episodes: Sequence[_Episode]) -> None:
-    for one in episodes:
-        one.chat.append({"role": "user", "content": await one.tools.reset(one.fields, 0)})
-    for _ in range(MOST_CALLS):
-        going = [one for one in episodes if not one.is_over]
-        for one, reply in zip(going, sample([one.chat for one in going]), strict=True):
-            acted = await one.tools.step(reply)
-            one.is_over = acted.done
-            one.chat.append({"role": "assistant", "content": reply})
-            one.chat.append({"role": "user", "content": acted.observation})
+async def _play(sample: Sampler, make, tasks: Sequence[Json], most_calls: int) -> list[float]:
+    worlds = [make() for _ in tasks]
+    chats = [
+        [{"role": "user", "content": await world.reset(fields, 0)}]
+        for world, fields in zip(worlds, tasks, strict=True)
+    ]
+    going = [*range(len(tasks))]
+    for _ in range(most_calls):
+        replies = sample([chats[i] for i in going])
+        over: set[int] = set()
+        for i, reply in zip(going, replies, strict=True):
+            acted = await worlds[i].step(reply)
+            chats[i].append({"role": "assistant", "content": reply})
+            chats[i].append({"role": "user", "content": acted.observation})
+            over |= {i} if acted.done else set()
+        going = [i for i in going if i not in over]
+    reached = [(await world.score()).outcome for world in worlds]
+    for world in worlds:
+        await world.close()
+    return reached
+
+
+def save(
+    folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> dict[str, Any]:
+    """Writes the model folder; returns what its card says so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"recipe": asdict(recipe), "parameters": parameters}
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    """What a policy is and was measured to do."""
+    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
 def main() -> None:
@@ -106,24 +174,17 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    recipe, started = RECIPE, time.monotonic()
-    rng = Random(f"tokenizer/{recipe.seed}")
-    texts = (line.content for _ in range(_READ) for line in draw_episode(rng))
-    tokenizer = train_tokenizer(recipe, texts)
-    torch.manual_seed(recipe.seed)
-    model = new_model(recipe, tokenizer)
-    weights = number_weights(recipe, tokenizer)
-    for cycle, (steps, share, chains) in enumerate(CYCLES):
-        data = batches(recipe, tokenizer, cycle, chains)
-        descend(model, recipe, steps, share, data, weights, f"cycle {cycle + 1}")
+    started = time.monotonic()
+    cycles = [(n, share, partial(draw_episode, chains=chains)) for n, share, chains in CYCLES]
+    model, tokenizer = train(RECIPE, "tools", cycles)
     print(f"trained in {time.monotonic() - started:.0f} s")
-    options.out.mkdir(parents=True, exist_ok=True)
-    model.eval().save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    solved = measure(options.out)
-    parameters = sum(p.numel() for p in model.parameters())
-    card = {"recipe": asdict(recipe), "cycles": CYCLES, "parameters": parameters}
-    (options.out / "card.json").write_text(json.dumps({**card, "solved": solved}, indent=2) + "\n")
+    card = save(options.out, model, tokenizer, RECIPE)
+    solved: dict[str, float] = {}
+    for family, split in itertools.product(FAMILIES, SCALES):
+        tasks = [task(family, split, f"measured {n}")[0] for n in range(MEASURED)]
+        reached = measure(options.out, ToolsKind(), tasks, MOST_CALLS)
+        solved[f"{family}/{split}"] = sum(reached) / MEASURED
+    write_card(options.out, {**card, "cycles": CYCLES, "solved": solved})
     print(json.dumps(solved, indent=2))
 
 

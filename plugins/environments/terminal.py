@@ -99,7 +99,7 @@ class Terminal:
                     f"{readable(ran.output)[-200:]!r}"
                 )
             self.files = ran.files
-        return f"{task['instruction']}\n\n{_HOW.format(work=work)}"
+        return opening(task)
 
     async def step(self, action: str) -> Acted:
         command = command_of(action)
@@ -186,6 +186,11 @@ class TerminalKind:
 
 def create(settings: object) -> TerminalKind:
     return TerminalKind(settings if isinstance(settings, Limits) else None)
+
+
+def opening(task: Json) -> str:
+    """What the agent of a task sees first."""
+    return f"{task['instruction']}\n\n{_HOW.format(work=task.get('work', '/task'))}"
 
 
 def command_of(reply: str) -> str | None:

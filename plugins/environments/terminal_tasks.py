@@ -126,7 +126,7 @@ FAMILIES: dict[str, Callable[[random.Random, Scale], Made]] = {
 }
 
 
-def task(family: str, split: str, seed: int) -> Made:
+def task(family: str, split: str, seed: int | str) -> Made:
     """One task with its id and split, and its solution: always the same for these three."""
     fields, solution = FAMILIES[family](random.Random(f"{family} {split} {seed}"), SCALES[split])
     return {"id": f"{family}-{split}-{seed}", "split": split, **fields}, solution

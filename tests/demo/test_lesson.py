@@ -1,4 +1,4 @@
-"""demo/tool_demo.py: which tasks are played, and what its policy is taught at first."""
+"""demo/lesson.py: which tasks are played; and what the tool demo's policy is taught at first."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from random import Random
 
 from demo.curve import draw_solved
+from demo.lesson import HeardKind, key_of, tasks
 from demo.tool_corpus import MOST_CALLS, draw_episode
-from demo.tool_demo import HeardKind, key_of, tasks
 from nextstate.episodes import Split
 from plugins.environments.tool_tasks import FAMILIES
 from plugins.environments.tools import ToolsKind, call_of
@@ -17,7 +17,7 @@ from plugins.environments.tools import ToolsKind, call_of
 
 def test_the_families_take_turns_and_no_task_comes_twice() -> None:
     for split in Split:
-        found = list(islice(tasks(split, 0), 30))
+        found = list(islice(tasks(ToolsKind(), split, 0), 30))
         assert [one.id.split("-")[0] for one in found] == [*FAMILIES] * 10
         assert len({one.id for one in found}) == 30
         for one in found:
@@ -26,7 +26,7 @@ def test_the_families_take_turns_and_no_task_comes_twice() -> None:
 
 
 def test_another_seed_trains_on_other_tasks() -> None:
-    first, second = (list(islice(tasks(Split.TRAIN, seed), 30)) for seed in (0, 1))
+    first, second = (list(islice(tasks(ToolsKind(), Split.TRAIN, seed), 30)) for seed in (0, 1))
     assert not {one.id for one in first} & {one.id for one in second}
 
 
@@ -47,7 +47,7 @@ def test_what_was_said_is_kept_for_each_task_also_with_the_same_instruction() ->
             await tools.step(answer)
 
     task = {"service": "calculator", "instruction": "Guess."}
-    kind = HeardKind()
+    kind = HeardKind(ToolsKind())
     asyncio.run(play(kind, "1"))
     said = kind.episodes[key_of({"goal": 2, **task})]
     assert [who for who, _ in said] == ["task", "call", "answer"]

@@ -1,0 +1,55 @@
+"""Does a small policy learn an environment in the real loop?
+
+    python -m benchmarks.families terminal --seed 1
+
+Proxy, vLLM, judge, learner and the runner of `nextstate rollout` are the real ones. The policy is
+made once (`benchmarks/families/policies.py`). Held-out tasks have words and sizes that no task has
+from which the loop learns; its pre-training saw those words, with the same bad habits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from benchmarks.families.policies import SEEDS, policy_of
+from demo.lesson import LEARNER, Kind, Lesson, learn
+from nextstate.hooks import load_plugin
+
+GOALS = {"terminal": 0.85, "gui": 0.8}
+UPDATES = 24
+
+
+def lesson(environment: str, most_s: float) -> Lesson:
+    """What `demo.lesson.learn` runs for an environment."""
+    kind: Kind = load_plugin("environments", environment, None)
+    most_calls, policy = SEEDS[environment].most_calls, policy_of(environment)
+    learner = {**LEARNER, "step_kl": 0.05}
+    return Lesson(
+        environment, kind, policy, GOALS[environment], UPDATES, most_calls, most_s, learner
+    )
+
+
+def main() -> None:
+    """The command line; see the module."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.families",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("environment", choices=[*GOALS])
+    parser.add_argument("--seed", type=int, default=0, help="of the tasks and the adapter")
+    parser.add_argument("--updates", type=int, default=0, help="versions to make (0: the default)")
+    parser.add_argument(
+        "--minutes", type=float, default=23, help="then only the last measurement follows"
+    )
+    parser.add_argument("--out", type=Path, help="a folder (default: demo-output/ENVIRONMENT-SEED)")
+    given = parser.parse_args()
+    out: Path = given.out or Path("demo-output") / f"{given.environment}-{given.seed}"
+    made = lesson(given.environment, 60 * given.minutes)
+    sys.exit(learn(made, seed=given.seed, updates=given.updates, out=out))
+
+
+if __name__ == "__main__":
+    main()

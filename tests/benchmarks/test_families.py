@@ -1,0 +1,93 @@
+"""benchmarks/families: what its policies are taught at first is what a sandbox would show."""
+
+from __future__ import annotations
+
+import asyncio
+from itertools import pairwise, product
+from random import Random
+
+import pytest
+
+from benchmarks.families import gui_corpus
+from benchmarks.families.terminal_corpus import (
+    MOST_CALLS,
+    Act,
+    acts,
+    block,
+    draw_drill,
+    draw_episode,
+)
+from plugins.environments.gui import action_of
+from plugins.environments.gui_tasks import pages, solution
+from plugins.environments.terminal import command_of, create
+from plugins.environments.terminal_tasks import FAMILIES, SCALES, task
+from tests.rollout.machine import needs_bubblewrap
+
+
+@needs_bubblewrap
+@pytest.mark.processes
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_written_observations_are_those_of_a_real_sandbox(family: str) -> None:
+    fields, solution = task(family, "eval", 5)
+    right, habits = acts(family, fields, solution)
+
+    async def play(steps: list[Act]) -> tuple[list[str], float]:
+        terminal = create(None).make()
+        await terminal.reset(fields, 0)
+        shown = [(await terminal.step(block(one.command))).observation for one in steps]
+        return shown, (await terminal.score()).outcome
+
+    def checked(steps: list[Act]) -> float:
+        shown, outcome = asyncio.run(play(steps))
+        assert shown == [one.shown for one in steps]
+        return outcome
+
+    assert checked([*right]) == 1.0
+    for number, others in enumerate(habits):
+        for habit in others:
+            checked([*right[:number], habit])
+
+
+def test_an_episode_of_the_corpus_is_one_of_the_environment() -> None:
+    rng = Random(0)
+    for _ in range(100):
+        lines = draw_episode(rng)
+        assert all(one.role != other.role for one, other in pairwise(lines))
+        replies = [line for line in lines if line.role == "assistant"]
+        assert all(line.imitate and command_of(line.content) for line in replies)
+        assert not any(line.imitate for line in lines if line.role == "user")
+        assert 1 <= len(replies) <= MOST_CALLS
+
+
+def test_a_drill_has_a_command_for_each_instruction() -> None:
+    lines = draw_drill(Random(0))
+    assert [line.role for line in lines] == ["user", "assistant"] * (len(lines) // 2)
+    assert all(command_of(line.content) for line in lines if line.imitate)
+
+
+def test_no_task_of_the_corpus_is_played() -> None:
+    played = {task(f, s, n)[0]["id"] for f, s, n in product(FAMILIES, SCALES, range(50))}
+    for family, split in product(FAMILIES, SCALES):
+        assert task(family, split, f"corpus {Random(1).random()}")[0]["id"] not in played
+
+
+@pytest.mark.parametrize("page", gui_corpus.PAGES)
+def test_imitated_pages_are_asked_and_solved_as_real_ones(page: str) -> None:
+    rng = Random(0)
+    for _ in range(50):
+        made = gui_corpus.PAGES[page](rng)
+        assert solution(page, gui_corpus.opening(made)) == made.right
+        shown = [gui_corpus.act(made, action) for action in made.right]
+        assert shown[-1] == gui_corpus.OVER
+        assert gui_corpus.OVER not in shown[:-1]
+
+
+def test_the_page_that_never_trains_is_in_no_corpus() -> None:
+    assert {*gui_corpus.PAGES} == {*pages("train")}
+
+
+def test_an_episode_of_pages_has_actions_alone() -> None:
+    rng = Random(0)
+    for _ in range(200):
+        replies = [one for one in gui_corpus.draw_episode(rng) if one.role == "assistant"]
+        assert all(one.imitate and action_of(one.content) for one in replies)
