@@ -29,6 +29,7 @@ examples:
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
   nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
+  nextstate rollout terminal --tasks tasks.jsonl --ray 10.0.0.1:6379 --parallel 64
   nextstate rollout command --tasks agent.jsonl                  an agent program of yours
   nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
@@ -69,6 +70,9 @@ def add(subparsers: Any) -> None:
     text = "a name for the run: started again with it, it goes on where it was"
     parser.add_argument("--run", dest="name", metavar="NAME", help=text)
     parser.add_argument("--lineage", metavar="NAME", help="whom they train (default: main)")
+    text = "play on all nodes of the Ray cluster whose head is at HOST:PORT (default: in a Ray "
+    text += "of this machine alone); needs nextstate[ray]"
+    parser.add_argument("--ray", nargs="?", const="", metavar="HOST:PORT", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,14 +81,19 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     guard(settings.hosts)
+    ray = None
+    if args.ray is not None:
+        from rollout.nodes import connect
+
+        ray = connect(args.ray, settings.store.path)
     if args.environment is None:
         from nextstate.app.stages import run_rollout
 
-        asyncio.run(run_rollout(settings))
+        asyncio.run(run_rollout(settings, ray))
         return 0
     began = time.monotonic()
     try:
-        attempts = asyncio.run(_play(args, settings))
+        attempts = asyncio.run(_play(args, settings, ray))
     except asyncio.CancelledError:
         return _STOPPED
     if not args.json:
@@ -94,10 +103,10 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attempt]:
+async def _play(args: argparse.Namespace, settings: Settings, ray: Any) -> Sequence[Attempt]:
     import aiohttp
 
-    from nextstate.app.stages import after_people
+    from nextstate.app.stages import after_people, nodes_for, proxy_url
     from nextstate.config import secret
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
@@ -123,7 +132,8 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
             f"--tasks {args.tasks}: none of its {len(read)} tasks is for {split}; "
             f'give some "split": "{split}"'
         )
-    await kind.check_machine()
+    if ray is None:
+        await kind.check_machine()
     plan = runner.Plan(
         environment=name,
         parallel=args.parallel,
@@ -142,10 +152,12 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     key = secret(settings.proxy.api_key_env, "[proxy] api_key_env")
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         name, extra = settings.engine.name, after_people(settings)
-        proxy = ProxyClient(http, settings.proxy.url, key, name, args.deadline, extra)
+        proxy = ProxyClient(http, proxy_url(settings, ray), key, name, args.deadline, extra)
         tell = _tell_json if args.json else _tell
         pictures = Pictures(settings.store.path / "pictures")
-        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures)
+        bounds = args.max_calls, args.deadline
+        nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
+        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures, nodes)
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
