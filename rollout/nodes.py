@@ -189,7 +189,7 @@ class Nodes:
             else:
                 break
         status = EpisodeStatus(found["status"])
-        reason = lost or "see the log of its node" if found["outcome"] is None else None
+        reason = (lost or "see the log of its node") if found["outcome"] is None else None
         attempt = Attempt(opened.episode, task, status, found["outcome"], reason=reason)
         attempt.calls = found["calls"]
         return attempt
@@ -214,13 +214,15 @@ class Nodes:
     async def _look(self) -> None:
         """Puts an actor on each node that is alive and has none."""
         while True:
+            found: list[Json] = []
             try:
                 found = await asyncio.to_thread(self._ray.nodes)
             except Exception as error:  # Ray has several, also of gRPC
                 self._trouble = f"Ray does not say which nodes there are: {type(error).__name__}"
                 log.warning("%s", self._trouble)
-                found = []
-            alive = {one["NodeID"]: one["NodeManagerAddress"] for one in found if one["Alive"]}
+            alive: dict[str, str] = {
+                one["NodeID"]: one["NodeManagerAddress"] for one in found if one["Alive"]
+            }
             for name, address in alive.items():
                 if name not in self._nodes:
                     self._nodes[name] = node = _Node(address, self._make(name))
@@ -303,7 +305,7 @@ def connect(address: str, folder: Path) -> Any:
             "object_store_memory": _OBJECT_BYTES,
         }
     try:
-        ray.init(**where, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(**where, logging_level=logging.WARNING)
     except Exception as error:
         raise StartError(
             f"Ray did not start: {str(error)[:400]!r}; with --ray HOST:PORT this machine has to be "

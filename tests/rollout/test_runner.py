@@ -465,7 +465,7 @@ def test_the_summary_counts_what_was_solved_with_its_confidence() -> None:
         "1 truncated, 1 failed",
         "an episode waits 1.50 s for the model, 0.20 s for its environment",
     ]
-    assert summary([], 0.0).startswith("0 episodes in 0.0 s: solved 0 of 0\n")
+    assert summary([], 0.0) == "0 episodes in 0.0 s: solved 0 of 0"
 
 
 def test_the_summary_has_a_line_for_each_family_if_there_are_a_few() -> None:
@@ -473,9 +473,9 @@ def test_the_summary_has_a_line_for_each_family_if_there_are_a_few() -> None:
         return Attempt("e", Task(name, Split.EVAL, {}), EpisodeStatus.DONE, outcome)
 
     attempts = [solved("add-up-eval-0", 1.0), solved("add-up-eval-1", 0.0), solved("find-3", 1.0)]
-    assert summary(attempts, 2.0).splitlines()[1:-1] == [
+    assert summary(attempts, 2.0).splitlines()[1:] == [
         "  add-up: 1 of 2 (50%; with 90 % confidence 12% to 88%)",
         "  find: 1 of 1 (100%; with 90 % confidence 27% to 100%)",
     ]
     many = [solved(f"task{number}x", 1.0) for number in range(21)]
-    assert len(summary(many, 2.0).splitlines()) == 2
+    assert len(summary(many, 2.0).splitlines()) == 1

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import redirect_stdout
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
 
@@ -81,11 +84,16 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     guard(settings.hosts)
-    ray = None
-    if args.ray is not None:
-        from rollout.nodes import connect
+    if args.ray is None:
+        return _run(args, settings, None, sys.stdout)
+    from rollout.nodes import connect
 
-        ray = connect(args.ray, settings.store.path)
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):  # Ray prints what its nodes say between our results
+        return _run(args, settings, connect(args.ray, settings.store.path), out)
+
+
+def _run(args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO) -> int:
     if args.environment is None:
         from nextstate.app.stages import run_rollout
 
@@ -93,17 +101,19 @@ def run(args: argparse.Namespace) -> int:
         return 0
     began = time.monotonic()
     try:
-        attempts = asyncio.run(_play(args, settings, ray))
+        attempts = asyncio.run(_play(args, settings, ray, out))
     except asyncio.CancelledError:
         return _STOPPED
     if not args.json:
         from rollout.runner import summary
 
-        print(summary(attempts, time.monotonic() - began))
+        print(summary(attempts, time.monotonic() - began), file=out)
     return 0
 
 
-async def _play(args: argparse.Namespace, settings: Settings, ray: Any) -> Sequence[Attempt]:
+async def _play(
+    args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO
+) -> Sequence[Attempt]:
     import aiohttp
 
     from nextstate.app.stages import after_people, nodes_for, proxy_url
@@ -153,7 +163,7 @@ async def _play(args: argparse.Namespace, settings: Settings, ray: Any) -> Seque
     async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0)) as http:
         name, extra = settings.engine.name, after_people(settings)
         proxy = ProxyClient(http, proxy_url(settings, ray), key, name, args.deadline, extra)
-        tell = _tell_json if args.json else _tell
+        tell = partial(_tell_json if args.json else _tell, out)
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
@@ -174,14 +184,15 @@ def _row(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _tell_json(attempt: Attempt) -> None:
-    print_json(_row(attempt))
+def _tell_json(out: TextIO, attempt: Attempt) -> None:
+    print_json(_row(attempt), out)
 
 
-def _tell(attempt: Attempt) -> None:
+def _tell(out: TextIO, attempt: Attempt) -> None:
     outcome = "·" if attempt.outcome is None else f"{attempt.outcome:g}"
     print(
         f"{attempt.episode}  {attempt.task.id}  {attempt.status}  outcome {outcome}  "
         f"{attempt.calls} calls",
+        file=out,
         flush=True,
     )
