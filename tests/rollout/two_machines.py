@@ -38,7 +38,8 @@ port = {port}
 api_key_env = "KEY"
 """
 RAY = [sys.executable, "-m", "ray.scripts.scripts", "start", "--disable-usage-stats"]
-RAY += ["--num-cpus=1", "--object-store-memory=80000000", "--include-dashboard=false"]
+RAY += ["--num-cpus=1", "--object-store-memory=80000000"]
+HEAD = ["--head", "--include-dashboard=false", f"--node-ip-address={HERE}", "--block"]
 
 
 def start(command: list[str], log: IO[bytes], **variables: str) -> subprocess.Popen[bytes]:
@@ -126,9 +127,9 @@ async def play(folder: Path) -> dict[str, object]:
     proxy = [sys.executable, "-P", "-m", "nextstate", "proxy", "--config", str(config)]
     children = [start(proxy, log)]
     try:
-        head = [*RAY, "--head", f"--node-ip-address={HERE}", f"--temp-dir={rays}", "--block"]
-        children.append(start([*head, f"--port={PORT}"], log))
-        deadline = time.monotonic() + 400
+        head = [*RAY, *HEAD, f"--temp-dir={rays}", f"--port={PORT}"]
+        children.append(start(head, log))
+        deadline = time.monotonic() + 700
         while await asyncio.to_thread(alive) < 2 and time.monotonic() < deadline:
             await asyncio.sleep(1)
         found: dict[str, object] = {"groups": GROUPS}
@@ -140,8 +141,7 @@ async def play(folder: Path) -> dict[str, object]:
         )[1]
         found["runner"], _ = await runner(config, *where)
         found["calls from there"] = sum(other.name in json.dumps(one) for one in engine.requests)
-        unsafe = [*RAY, "--head", f"--node-ip-address={HERE}", f"--temp-dir={rays / 'o'}"]
-        unsafe = [*unsafe, "--block", f"--port={OPEN_PORT}"]
+        unsafe = [*RAY, *HEAD, f"--temp-dir={rays / 'o'}", f"--port={OPEN_PORT}"]
         children.append(start(unsafe, log, RAY_AUTH_MODE="disabled"))
         while "no head" in (told := (await runner(config, "--ray", f"{HERE}:{OPEN_PORT}"))[1]):
             assert time.monotonic() < deadline + 300
