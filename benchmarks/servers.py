@@ -25,7 +25,7 @@ from nextstate.engine.process import free_port
 
 DIRECT, BARE, NGINX, LITELLM, OURS = "direct", "bare relay", "nginx", "LiteLLM", "NextState"
 RLLM, CAPTURE = "rLLM gateway", "OpenEnv capture"
-START_TIMEOUT_S = 120.0
+START_TIMEOUT_S = 300.0
 _OURS = """\
 [store]
 dir = "{folder}/state"
