@@ -55,7 +55,7 @@ class Other:
         code = f"mount -t tmpfs none {folder} && echo ready && read line && "
         code += f"ip link set lo up && ip address add {THERE}/24 dev there && ip link set there up"
         join = f"{' '.join(RAY)} --address={HERE}:{PORT} --node-ip-address={THERE} --block"
-        code += f" && for _ in {{1..20}}; do {join} && break; done"
+        code += f" && for _ in {{1..20}}; do {join} 1>&2 && break; done"
         with (folder.parent / "there.log").open("wb") as log:
             self._process = subprocess.Popen(
                 [*own, "bash", "-c", code],
@@ -91,7 +91,7 @@ def ip(line: str) -> None:
 async def up(log: Path, again: Callable[[], None]) -> None:
     """Waits until Ray has started; `again` is called meanwhile."""
     async with asyncio.timeout(600):
-        while b"Ray runtime started" not in log.read_bytes():
+        while b"Ray runtime started" not in await asyncio.to_thread(log.read_bytes):
             await asyncio.sleep(0.5)
             again()
 
@@ -118,6 +118,7 @@ async def play(folder: Path) -> dict[str, object]:
     token = state / TOKEN
     token.write_text("01" * 32)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "KEY": "secret"}
+    os.environ["PYTHONUNBUFFERED"] = "1"
     other = Other(rays)
     engine = Holding(waiting=4, where=other.name, patience_s=0.5)
     engine.acts = [other.kill]
