@@ -186,21 +186,25 @@ def test_a_group_is_settled_and_its_steps_are_ready_to_train(store: Store, tmp_p
     both(test, store, tmp_path)
 
 
+@pytest.mark.parametrize("parallel", [3, pytest.param(64, marks=pytest.mark.soak)])
 def test_no_more_episodes_than_places_run_at_once_and_each_is_closed(
-    store: Store, tmp_path: Path
+    store: Store, tmp_path: Path, parallel: int
 ) -> None:
+    count = 4 * parallel
+
     async def test(_: ScriptedEngine, p: Running) -> None:
         async def full() -> None:
-            await until(lambda: kind.playing == 3 or kind.closed >= 9)
+            while kind.playing < parallel and kind.closed < count - parallel:
+                await asyncio.sleep(0.01)
 
         kind = ShownKind(at_step=full)
-        plan = replace(PLAN, parallel=3, group_size=2, seed=5)
-        attempts = await play(p, kind, plan, tasks(6))
-        assert (kind.most_playing, kind.closed) == (3, 12)
-        assert sorted(kind.seeds) == sorted([*range(5, 11)] * 2)
+        plan = replace(PLAN, parallel=parallel, group_size=2, seed=5)
+        attempts = await play(p, kind, plan, tasks(count // 2))
+        assert (kind.most_playing, kind.closed) == (parallel, count)
+        assert sorted(kind.seeds) == sorted([*range(5, 5 + count // 2)] * 2)
         groups = [store.episodes.get(one.episode) for one in attempts]
         assert {*Counter(one and one.group for one in groups).values()} == {2}
-        assert store.counts()["episodes/closed"] == 12
+        assert store.counts()["episodes/closed"] == count
 
     both(test, store, tmp_path)
 
