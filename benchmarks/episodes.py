@@ -86,10 +86,16 @@ class Agent:
 
     async def _post(self, url: str, key: str, body: Any) -> Any:
         headers = {"Authorization": f"Bearer {key}"}
-        async with self._http.post(url, json=body, headers=headers) as answer:
-            if answer.status != 200:
-                raise SystemExit(f"{url} answered {answer.status}: {(await answer.text())[:400]}")
-            return await answer.json()
+        for last in (False, False, True):
+            try:
+                async with self._http.post(url, json=body, headers=headers) as answer:
+                    if answer.status != 200:
+                        told = (await answer.text())[:400]
+                        raise SystemExit(f"{url} answered {answer.status}: {told}")
+                    return await answer.json()
+            except aiohttp.ClientConnectionError:  # some close a connection that rests for 5 s
+                if last:
+                    raise
 
 
 async def measure(

@@ -86,11 +86,14 @@ def run(args: argparse.Namespace) -> int:
     guard(settings.hosts)
     if args.ray is None:
         return _run(args, settings, None, sys.stdout)
-    from rollout.nodes import connect
+    from nextstate.app.stages import proxy_url
+    from rollout.nodes import connect, host_of
 
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # Ray prints what its nodes say between our results
-        return _run(args, settings, connect(args.ray, settings.store.path), out)
+        ray = connect(args.ray, settings.store.path)
+        guard([*settings.hosts, host_of(proxy_url(settings, ray))])
+        return _run(args, settings, ray, out)
 
 
 def _run(args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO) -> int:
