@@ -133,7 +133,7 @@ def main() -> None:
         "--parallel", type=int, nargs="+", default=PARALLEL, help="loads (default: 1 4 16 64)"
     )
     given = parser.parse_args()
-    console = Console(width=110)
+    console = Console(width=130)
     with running(rllm=given.rllm, capture=given.capture, bare=False) as servers:
         until = time.monotonic() + given.seconds
         found = measure_all(servers, given.parallel, given.rounds, given.episodes, until)
