@@ -71,6 +71,7 @@ class Other:
         self.name = os.readlink(f"/proc/{inner}/ns/net")
         ip("link add here type veth peer name there")
         ip(f"link set there netns {inner}")
+        ip(f"address add {HERE}/32 dev lo")  # it stays when the link goes with the other machine
         ip(f"address add {HERE}/24 dev here")
         ip("link set here up")
 
@@ -119,6 +120,8 @@ async def play(folder: Path) -> dict[str, object]:
     token.write_text("01" * 32)
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "KEY": "secret"}
     os.environ["PYTHONUNBUFFERED"] = "1"
+    # The other machine does not say that it ends: Ray notices after ten seconds, not a minute.
+    os.environ |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
     other = Other(rays)
     engine = Holding(waiting=4, where=other.name, patience_s=0.5)
     engine.acts = [other.kill]
