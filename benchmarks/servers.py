@@ -24,8 +24,8 @@ from benchmarks.mock_engine import MODEL
 from nextstate.engine.process import free_port
 
 DIRECT, BARE, NGINX, LITELLM, OURS = "direct", "bare relay", "nginx", "LiteLLM", "NextState"
-RLLM = "rLLM gateway"
-START_TIMEOUT_S = 120.0
+RLLM, CAPTURE = "rLLM gateway", "OpenEnv capture"
+START_TIMEOUT_S = 300.0
 _OURS = """\
 [store]
 dir = "{folder}/state"
@@ -74,6 +74,15 @@ model_list:
 general_settings:
   dangerously_permit_weak_or_unset_master_key: true  # loopback, for minutes, without a real key
 """
+_CAPTURE = """
+import sys
+import uvicorn
+from openenv.core.harness.capture.server import create_app
+engine, model, host, port = sys.argv[1:]
+app = create_app(llm_url=engine, model=model, require_registered=False)  # it answers `_WARM`
+uvicorn.run(app, host=host, port=int(port), log_level="warning")
+"""
+"""Its own command takes only registered keys, and every address of the machine."""
 _WARM = orjson.dumps(
     {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": "Are you there?"}]}
 )
@@ -115,13 +124,14 @@ def running(
     nginx: str | None = None,
     litellm: Path | None = None,
     rllm: Path | None = None,
+    capture: Path | None = None,
     *,
     bare: bool = True,
 ) -> Generator[Mapping[str, Server]]:
     """The servers by name, the mock engine as `direct`; they end with the block."""
     with tempfile.TemporaryDirectory(prefix="nextstate-bench-") as name:
         folder = Path(name)
-        ports = {name: free_port() for name in (DIRECT, BARE, NGINX, LITELLM, RLLM, OURS)}
+        ports = {name: free_port() for name in (DIRECT, BARE, NGINX, LITELLM, RLLM, CAPTURE, OURS)}
         commands = _commands(folder, ports, nginx, litellm)
         if not bare:
             del commands[BARE]
@@ -131,6 +141,9 @@ def running(
                 *("--port", str(ports[RLLM]), "--db-path", str(folder / "rllm.sqlite3")),
                 *("--worker", f"http://{HOST}:{ports[DIRECT]}/v1", "--log-level", "warning"),
             ]
+        if capture is not None:
+            where = (f"http://{HOST}:{ports[DIRECT]}/v1", MODEL, HOST, str(ports[CAPTURE]))
+            commands[CAPTURE] = [str(capture / "bin" / "python"), "-c", _CAPTURE, *where]
         children: dict[str, subprocess.Popen[bytes]] = {}
         try:
             for name, command in commands.items():

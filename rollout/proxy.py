@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any, cast
 
 import aiohttp
@@ -75,7 +76,8 @@ class ProxyClient:
 
     async def open_episode(self, **asked: Any) -> Opened:
         """Opens one episode."""
-        answer, _ = await self._post(f"{self._url}/episodes", self._key, asked)
+        given = {name: value for name, value in asked.items() if value is not None}
+        answer, _ = await self._post(f"{self._url}/episodes", self._key, given)
         return _opened(answer)
 
     async def people(self) -> bool:
@@ -143,6 +145,20 @@ class ProxyClient:
             await self._post(f"{url}/rewards", self._key, body)
         end = {"status": status, "outcome": outcome, "observation": observation}
         await self._post(f"{url}/close", self._key, end)
+
+    async def ended(self, opened: Opened, status: EpisodeStatus) -> Json:
+        """How an episode ended that nobody plays any more, as `GET /v1/episodes/ID` tells it.
+
+        If it is still open, it ends with this status: from then on, whoever might still play it is
+        refused.
+        """
+        try:
+            await self.close(opened, status)
+        except RefusedError as error:
+            if error.status != HTTPStatus.CONFLICT:  # it has ended otherwise
+                raise
+        url = f"{self._url}/episodes/{opened.episode}"
+        return (await self._ask("GET", url, self._key))[0]
 
     async def give_up(self, opened: Opened, status: EpisodeStatus) -> None:
         """Closes an episode without an outcome, if the proxy answers; else its deadline ends it."""

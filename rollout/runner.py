@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nextstate.agreement import proportion_interval
 from nextstate.episodes import EpisodeStatus
-from nextstate.errors import NextStateError, RolloutError
-from nextstate.hooks import EnvironmentKind, Shared
-from rollout.attempt import Attempt, play
+from nextstate.errors import NextStateError, RefusedError, RolloutError
+from nextstate.hooks import EnvironmentKind
+from nextstate.records import Json
+from rollout.attempt import Attempt
 from rollout.config import open_s
 from rollout.pictures import Pictures
+from rollout.player import Here, Player
 from rollout.proxy import Opened, ProxyClient
 from rollout.tasks import Task, family_of
+
+log = logging.getLogger(__name__)
 
 SOLVED = 1.0
 """An outcome of at least this counts as solved, as in judge/advantages.py."""
 
+MOST_TRIES = 3
+"""Episodes for one place of a group."""
 _MOST_FAMILIES = 20
 """More are not shown one by one: then the ids have no families."""
+
+
+_BROKEN = (EpisodeStatus.FAILED, EpisodeStatus.ABORTED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,14 +72,19 @@ async def run(
     proxy: ProxyClient,
     told: Callable[[Attempt], None],
     pictures: Pictures | None = None,
+    player: Player | None = None,
 ) -> list[Attempt]:
     """Plays every task's group once; `told` gets each episode as it ends, in no order.
+
+    `player` says where, by default in this process. An episode that it lost is aborted, and another
+    takes its place in the group.
 
     Raises RolloutError if the proxy opens no group, or if so many episodes failed in a row that
     it is not the tasks' fault: two for each place.
     """
     attempts: list[Attempt] = []
     queue = _episodes(plan, tasks, proxy)
+    player = player or Here(kind, proxy, plan.max_calls, plan.deadline_s, pictures)
     taking = asyncio.Lock()
 
     async def work() -> None:
@@ -79,18 +94,15 @@ async def run(
             if found is None:
                 return
             opened, task, seed = found
-            environment = kind.make()
-            if pictures is not None:
-                environment = pictures.of(opened.episode, environment)
-            attempt = await play(
-                proxy, opened, environment, task, seed, plan.max_calls, plan.deadline_s
-            )
+            attempt = await player.play(opened, task, seed)
+            while attempt.status is EpisodeStatus.ABORTED and (
+                opened := await _another(plan, opened, task, seed, proxy)
+            ):
+                attempt = await player.play(opened, task, seed)
             attempts.append(attempt)
             told(attempt)
             last = attempts[-2 * plan.parallel :]
-            if len(last) == 2 * plan.parallel and all(
-                one.status is EpisodeStatus.FAILED for one in last
-            ):
+            if len(last) == 2 * plan.parallel and all(one.status in _BROKEN for one in last):
                 raise RolloutError(f"the last {len(last)} episodes failed: {attempt.reason}")
 
     try:
@@ -101,8 +113,7 @@ async def run(
         raise errors.exceptions[0] from None
     finally:
         await queue.aclose()
-        if isinstance(kind, Shared):
-            await kind.release()
+        await player.release()
     return attempts
 
 
@@ -113,27 +124,48 @@ async def _episodes(
     waiting: list[Opened] = []
     try:
         for number, task in enumerate(tasks):
-            waiting = await proxy.open_group(
-                environment=plan.environment,
-                task=task.id,
-                group_size=plan.group_size,
-                split=task.split,
-                seed=plan.seed + number,
-                max_calls=plan.max_calls,
-                max_tokens=plan.max_tokens,
-                deadline_s=plan.open_s,
-                group=plan.name and f"{plan.name}-{number}",
-                lineage=plan.lineage,
-                version=plan.version,
-            )
+            seed = plan.seed + number
+            group = plan.name and f"{plan.name}-{number}"
+            waiting = await proxy.open_group(group=group, **_asked(plan, task, seed))
             if plan.name:
                 waiting = [one for one in waiting if await proxy.can_begin(one, plan.deadline_s)]
             while waiting:
-                yield waiting.pop(0), task, plan.seed + number
+                yield waiting.pop(0), task, seed
     finally:
         # A run with a name will find them, and play them then.
         for opened in [] if plan.name else waiting:
             await proxy.give_up(opened, EpisodeStatus.ABORTED)
+
+
+async def _another(
+    plan: Plan, lost: Opened, task: Task, seed: int, proxy: ProxyClient
+) -> Opened | None:
+    """An episode in the place of one that was lost; None if its group takes no more."""
+    name, _, tries = lost.episode.partition("~")
+    if int(tries or 1) >= MOST_TRIES:
+        return None
+    episode, group = f"{name}~{int(tries or 1) + 1}", name.rpartition("-")[0]
+    try:
+        return await proxy.open_episode(episode=episode, group=group, **_asked(plan, task, seed))
+    except RefusedError as error:
+        log.info("no episode in the place of %s: %s", lost.episode, error)
+        return None
+
+
+def _asked(plan: Plan, task: Task, seed: int) -> Json:
+    """What the episodes of a group have in common."""
+    return {
+        "environment": plan.environment,
+        "task": task.id,
+        "group_size": plan.group_size,
+        "split": task.split,
+        "seed": seed,
+        "max_calls": plan.max_calls,
+        "max_tokens": plan.max_tokens,
+        "deadline_s": plan.open_s,
+        "lineage": plan.lineage,
+        "version": plan.version,
+    }
 
 
 def summary(attempts: Sequence[Attempt], wall_s: float) -> str:
@@ -142,7 +174,7 @@ def summary(attempts: Sequence[Attempt], wall_s: float) -> str:
     statuses = [one.status for one in attempts]
     others = [
         f"{statuses.count(status)} {status}"
-        for status in (EpisodeStatus.TRUNCATED, EpisodeStatus.FAILED)
+        for status in (EpisodeStatus.TRUNCATED, *_BROKEN)
         if status in statuses
     ]
     families: defaultdict[str, list[Attempt]] = defaultdict(list)
@@ -153,7 +185,8 @@ def summary(attempts: Sequence[Attempt], wall_s: float) -> str:
     spent = f"an episode waits {model / max(1, len(attempts)):.2f} s for the model, "
     spent += f"{world / max(1, len(attempts)):.2f} s for its environment"
     shown = each if 1 < len(each) <= _MOST_FAMILIES else []
-    return "\n".join([", ".join([line, *others]), *shown, spent])
+    known = [spent] if model or world else []  # other machines do not tell
+    return "\n".join([", ".join([line, *others]), *shown, *known])
 
 
 def _solved(attempts: Sequence[Attempt]) -> str:

@@ -20,15 +20,17 @@ from typing import Any
 
 from nextstate.episodes import EpisodeState, EpisodeStatus, Split
 from nextstate.errors import NextStateError, RefusedError, RolloutError
-from nextstate.hooks import EnvironmentKind, Shared
+from nextstate.hooks import EnvironmentKind
 from nextstate.pace import Pace
 from nextstate.store import Store
-from rollout.attempt import Attempt, play
+from rollout.attempt import Attempt
 from rollout.config import RolloutConfig
 from rollout.exam import Exams, Place
 from rollout.pictures import Pictures
+from rollout.player import Here, Player
 from rollout.progress import WRITE_EVERY_S, Progress
 from rollout.proxy import Opened, ProxyClient
+from rollout.runner import MOST_TRIES
 from rollout.sources import Source
 from rollout.tasks import Task
 
@@ -38,8 +40,6 @@ AGAIN_S = 1.0
 """Seconds before a proxy that is away is asked again."""
 _REST_S = 0.2
 """Seconds between two looks whether the next episode may begin."""
-MOST_TRIES = 3
-"""Episodes for one place of a group."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,10 +62,16 @@ async def run(
     store: Store,
     folder: Path,
     stop: asyncio.Event,
+    player: Player | None = None,
 ) -> None:
-    """Plays until `stop`. Raises RolloutError if so many episodes failed in a row that neither
-    tasks nor policy are the cause: two for each place."""
-    stage = _Stage(config, kind, source, proxy, store, Pictures(store.dir / "pictures"))
+    """Plays until `stop`; `player` says where, by default in this process.
+
+    Raises RolloutError if so many episodes failed in a row that neither tasks nor policy are the
+    cause: two for each place.
+    """
+    pictures = Pictures(store.dir / "pictures")
+    player = player or Here(kind, proxy, config.max_calls, config.deadline_s, pictures)
+    stage = _Stage(config, player, source, proxy, store)
     try:
         async with asyncio.TaskGroup() as tasks:
             made = [tasks.create_task(stage.work()) for _ in range(config.parallel)]
@@ -77,8 +83,7 @@ async def run(
         raise errors.exceptions[0] from None
     finally:
         stage.progress.write(folder)
-        if isinstance(kind, Shared):
-            await kind.release()
+        await player.release()
 
 
 async def _report(progress: Progress, folder: Path) -> None:
@@ -91,16 +96,14 @@ class _Stage:
     def __init__(
         self,
         config: RolloutConfig,
-        kind: EnvironmentKind,
+        player: Player,
         source: Source,
         proxy: ProxyClient,
         store: Store,
-        pictures: Pictures,
     ) -> None:
-        self._pictures = pictures
         self.progress = Progress(config.name, time.time())
         self._config = config
-        self._kind = kind
+        self._player = player
         self._source = source
         self._proxy = proxy
         self._store = store
@@ -122,22 +125,14 @@ class _Stage:
                 self.progress.playing += 1
             began = time.monotonic()
             try:
-                attempt = await play(
-                    self._proxy,
-                    chosen.opened,
-                    self._pictures.of(chosen.opened.episode, self._kind.make()),
-                    chosen.task,
-                    chosen.seed,
-                    self._config.max_calls,
-                    self._config.deadline_s,
-                )
+                attempt = await self._player.play(chosen.opened, chosen.task, chosen.seed)
             finally:
                 self.progress.playing -= 1
                 self._pace.worked(time.monotonic() - began)
             self.progress.ended(attempt, exam=chosen.place is not None)
             if chosen.place is not None:
                 await self._exams.ended(chosen.place, attempt)
-            elif attempt.status is EpisodeStatus.FAILED:
+            elif attempt.status in (EpisodeStatus.FAILED, EpisodeStatus.ABORTED):
                 self._again.append(chosen)
             self._check(attempt)
 

@@ -19,7 +19,7 @@ import time
 from contextlib import AsyncExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import (
@@ -56,6 +56,8 @@ from nextstate.store.waiting import Patience
 
 if TYPE_CHECKING:
     from proxy.lineages import Lineages
+    from rollout.nodes import Nodes
+    from rollout.proxy import ProxyClient
 
 log = logging.getLogger(__name__)
 
@@ -241,8 +243,11 @@ async def run_judge(settings: Settings) -> None:
     store.close()
 
 
-async def run_rollout(settings: Settings) -> None:
-    """Plays the environment of `[rollout]` through the proxy. Raises ConfigError without one."""
+async def run_rollout(settings: Settings, ray: Any = None) -> None:
+    """Plays the environment of `[rollout]` through the proxy. Raises ConfigError without one.
+
+    With `ray`, of `rollout.nodes.connect`, it is played on the nodes of a cluster.
+    """
     import aiohttp
 
     from rollout.proxy import ProxyClient
@@ -259,7 +264,8 @@ async def run_rollout(settings: Settings) -> None:
     stop = _stop_event(patience)
     kind: EnvironmentKind = load_plugin("environments", config.environment, None)
     source = await asyncio.to_thread(source_of, config.tasks, config.name, kind)
-    await kind.check_machine()
+    if ray is None:
+        await kind.check_machine()
     store = await asyncio.to_thread(Store, settings.store, patience=patience)
     folder = settings.store.path / "rollout"
     make_folder(folder)
@@ -268,9 +274,45 @@ async def run_rollout(settings: Settings) -> None:
         async with aiohttp.ClientSession(connector=proxy_connector(settings.proxy, 0)) as http:
             key = proxy_key(settings)
             name, extra = settings.engine.name, after_people(settings)
-            proxy = ProxyClient(http, settings.proxy.url, key, name, config.deadline_s, extra)
-            await run(config, kind, source, proxy, store, folder, stop)
+            url, bounds = proxy_url(settings, ray), (config.max_calls, config.deadline_s)
+            proxy = ProxyClient(http, url, key, name, config.deadline_s, extra)
+            nodes = nodes_for(settings, ray, config.environment, *bounds, proxy) if ray else None
+            await run(config, kind, source, proxy, store, folder, stop, nodes)
     store.close()
+
+
+def proxy_url(settings: Settings, ray: Any) -> str:
+    """Where the proxy is reached, also by the nodes of Ray if it listens for other machines."""
+    config = settings.proxy
+    if ray is None or config.host not in ("0.0.0.0", "::"):
+        return config.url
+    from rollout.nodes import own_address
+
+    return replace(config, host=own_address(ray)).url
+
+
+def nodes_for(
+    settings: Settings,
+    ray: Any,
+    environment: str,
+    max_calls: int,
+    deadline_s: float,
+    proxy: ProxyClient,
+) -> Nodes:
+    """What plays on the nodes of Ray."""
+    from rollout.nodes import Nodes, Work
+
+    work = Work(
+        environment=environment,
+        url=proxy_url(settings, ray),
+        key=proxy_key(settings),
+        model=settings.engine.name,
+        max_calls=max_calls,
+        deadline_s=deadline_s,
+        extra=after_people(settings),
+        hosts=[*settings.hosts],
+    )
+    return Nodes(ray, work, proxy)
 
 
 def after_people(settings: Settings) -> dict[str, int]:

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nextstate.config import DEFAULT_FILE
 from nextstate.errors import StartError
@@ -81,13 +81,14 @@ def whole_number(text: str) -> int:
     return int(text)
 
 
-def print_json(value: Any) -> None:
+def print_json(value: Any, to: TextIO | None = None) -> None:
     """Prints one line of JSON; on a terminal without UTF-8 with JSON's own escapes."""
     import orjson
 
+    out = to or sys.stdout
     line = orjson.dumps(value).decode()
-    encoding = (sys.stdout.encoding or "").lower().replace("_", "-")
-    print(line if encoding in ("utf-8", "utf8") else json.dumps(orjson.loads(line)))
+    encoding = (out.encoding or "").lower().replace("_", "-")
+    print(line if encoding in ("utf-8", "utf8") else json.dumps(orjson.loads(line)), file=out)
 
 
 def find_version(store: Store, lineage: str, number: int) -> PolicyVersion:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import signal
+import sys
 import time
-from typing import TYPE_CHECKING, Any
+from contextlib import redirect_stdout
+from functools import partial
+from typing import TYPE_CHECKING, Any, TextIO
 
 from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
 
@@ -29,6 +32,7 @@ examples:
   nextstate rollout terminal --tasks tasks.jsonl --eval          the held-out tasks, once each
   nextstate rollout terminal --tasks tasks.jsonl --eval --version 0
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
+  nextstate rollout terminal --tasks tasks.jsonl --ray 10.0.0.1:6379 --parallel 64
   nextstate rollout command --tasks agent.jsonl                  an agent program of yours
   nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
@@ -69,6 +73,9 @@ def add(subparsers: Any) -> None:
     text = "a name for the run: started again with it, it goes on where it was"
     parser.add_argument("--run", dest="name", metavar="NAME", help=text)
     parser.add_argument("--lineage", metavar="NAME", help="whom they train (default: main)")
+    text = "play on all nodes of the Ray cluster whose head is at HOST:PORT (default: in a Ray "
+    text += "of this machine alone); needs nextstate[ray]"
+    parser.add_argument("--ray", nargs="?", const="", metavar="HOST:PORT", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -77,28 +84,43 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     guard(settings.hosts)
+    if args.ray is None:
+        return _run(args, settings, None, sys.stdout)
+    from nextstate.app.stages import proxy_url
+    from rollout.nodes import connect, host_of
+
+    out = sys.stdout
+    with redirect_stdout(sys.stderr):  # Ray prints what its nodes say between our results
+        ray = connect(args.ray, settings.store.path)
+        guard([*settings.hosts, host_of(proxy_url(settings, ray))])
+        return _run(args, settings, ray, out)
+
+
+def _run(args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO) -> int:
     if args.environment is None:
         from nextstate.app.stages import run_rollout
 
-        asyncio.run(run_rollout(settings))
+        asyncio.run(run_rollout(settings, ray))
         return 0
     began = time.monotonic()
     try:
-        attempts = asyncio.run(_play(args, settings))
+        attempts = asyncio.run(_play(args, settings, ray, out))
     except asyncio.CancelledError:
         return _STOPPED
     if not args.json:
         from rollout.runner import summary
 
-        print(summary(attempts, time.monotonic() - began))
+        print(summary(attempts, time.monotonic() - began), file=out)
     return 0
 
 
-async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attempt]:
+async def _play(
+    args: argparse.Namespace, settings: Settings, ray: Any, out: TextIO
+) -> Sequence[Attempt]:
     import aiohttp
 
     from nextstate.app.own_key import proxy_key
-    from nextstate.app.stages import after_people
+    from nextstate.app.stages import after_people, nodes_for, proxy_url
     from nextstate.app.tls import proxy_connector
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
@@ -124,7 +146,8 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
             f"--tasks {args.tasks}: none of its {len(read)} tasks is for {split}; "
             f'give some "split": "{split}"'
         )
-    await kind.check_machine()
+    if ray is None:
+        await kind.check_machine()
     plan = runner.Plan(
         environment=name,
         parallel=args.parallel,
@@ -143,10 +166,12 @@ async def _play(args: argparse.Namespace, settings: Settings) -> Sequence[Attemp
     key = proxy_key(settings)
     async with aiohttp.ClientSession(connector=proxy_connector(settings.proxy, 0)) as http:
         name, extra = settings.engine.name, after_people(settings)
-        proxy = ProxyClient(http, settings.proxy.url, key, name, args.deadline, extra)
-        tell = _tell_json if args.json else _tell
+        proxy = ProxyClient(http, proxy_url(settings, ray), key, name, args.deadline, extra)
+        tell = partial(_tell_json if args.json else _tell, out)
         pictures = Pictures(settings.store.path / "pictures")
-        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures)
+        bounds = args.max_calls, args.deadline
+        nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
+        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures, nodes)
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
@@ -163,14 +188,15 @@ def _row(attempt: Attempt) -> dict[str, Any]:
     }
 
 
-def _tell_json(attempt: Attempt) -> None:
-    print_json(_row(attempt))
+def _tell_json(out: TextIO, attempt: Attempt) -> None:
+    print_json(_row(attempt), out)
 
 
-def _tell(attempt: Attempt) -> None:
+def _tell(out: TextIO, attempt: Attempt) -> None:
     outcome = "·" if attempt.outcome is None else f"{attempt.outcome:g}"
     print(
         f"{attempt.episode}  {attempt.task.id}  {attempt.status}  outcome {outcome}  "
         f"{attempt.calls} calls",
+        file=out,
         flush=True,
     )

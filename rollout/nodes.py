@@ -1,0 +1,376 @@
+"""Episodes on many machines: one actor of Ray on each node of a cluster.
+
+The runner stays where it is, and `Nodes` is its player: it gives each episode to the node that
+plays the fewest. Nothing comes back. The actor plays through the proxy, like a runner, and the
+proxy is asked how the episode ended. So a lost actor needs no agreement with anybody: its episode
+is closed as aborted, unless it has ended, and the runner opens another. If the actor still plays
+somewhere, beyond a cut network, all that it asks for the old episode is refused.
+
+`connect` is the only place that imports Ray. It turns Ray's usage statistics off and its token
+authentication on, and joins no cluster that lets in somebody without the token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+import re
+import secrets
+import subprocess
+import sys
+import time
+from collections.abc import Collection
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nextstate.egress import guard
+from nextstate.episodes import EpisodeStatus
+from nextstate.errors import NextStateError, RefusedError, RolloutError, StartError
+from nextstate.hooks import load_plugin
+from nextstate.private_files import make_file, make_folder
+from nextstate.records import Json
+from rollout.attempt import Attempt
+from rollout.player import Here
+from rollout.proxy import Opened, ProxyClient
+from rollout.tasks import Task
+
+log = logging.getLogger(__name__)
+
+TOKEN = "ray-token"
+"""The file with the cluster's token, in the state folder."""
+_ADDRESS = re.compile(r"[A-Za-z0-9.:\[\]-]{1,253}:[0-9]{1,5}")
+_OBJECT_BYTES = 80 << 20
+"""Ray's memory for large objects, of which there are none; it takes no less."""
+_PROBE_S = 120.0
+_PROBE = """
+import sys
+from ray._raylet import GcsClient
+GcsClient(address=sys.argv[1])
+"""
+_LOOK_S = 2.0
+"""Between two looks which nodes there are."""
+_NO_NODE_S = 300.0
+"""How long an episode waits for a node that plays. Ray needs a minute to start on a busy machine,
+and some more to notice that a node is gone."""
+_AGAIN_S = 1.0
+_EXTRA_S = 180.0
+"""Beyond the deadlines of an episode and of its outcome, after which its actor counts as lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What an actor needs to know, besides its episodes."""
+
+    environment: str
+    """The plugin: `terminal`, or `module:function`."""
+    url: str
+    """The proxy's, as the nodes reach it."""
+    key: str | None
+    model: str
+    max_calls: int
+    deadline_s: float
+    extra: Json
+    """Fields of every request to the model."""
+    hosts: Collection[str]
+    """That the actor may reach besides its machine and the proxy's."""
+
+
+class Actor:
+    """The worker on a node: it plays what it is given, as many at once as are given."""
+
+    def __init__(self, work: Work) -> None:
+        self._work = work
+        self._here: Here | None = None
+        self._playing: set[asyncio.Task[Any]] = set()
+
+    async def ready(self) -> None:
+        """Raises NextStateError if the environment cannot be played here."""
+        import aiohttp
+
+        work = self._work
+        guard([*work.hosts, host_of(work.url)])
+        kind = load_plugin("environments", work.environment, None)
+        await kind.check_machine()
+        http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+        proxy = ProxyClient(http, work.url, work.key, work.model, work.deadline_s, work.extra)
+        await proxy.people()  # it answers
+        self._here = Here(kind, proxy, work.max_calls, work.deadline_s)
+
+    async def play(self, opened: Opened, task: Task, seed: int) -> None:
+        """Plays and closes one episode."""
+        assert self._here is not None
+        playing = asyncio.ensure_future(self._here.play(opened, task, seed))
+        self._playing.add(playing)
+        try:
+            await asyncio.wait({playing})
+        finally:
+            self._playing.discard(playing)
+
+    async def end(self) -> None:
+        """Ends its episodes as aborted, with all that their environments run."""
+        for playing in self._playing:
+            playing.cancel()
+        if self._playing:
+            await asyncio.wait(self._playing)
+        if self._here is not None:
+            await self._here.release()
+
+
+@dataclass(slots=True, eq=False)
+class _Node:
+    """An actor on its node."""
+
+    address: str
+    actor: Any
+    ready: bool = False
+    playing: int = 0
+
+
+class Nodes:
+    """Plays on all nodes of a cluster, also on those that come later."""
+
+    def __init__(self, ray: Any, work: Work, proxy: ProxyClient) -> None:
+        """`ray` is what `connect` returned."""
+        self._ray, self._work, self._proxy = ray, work, proxy
+        self._nodes: dict[str, _Node] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._changed = asyncio.Condition()
+        self._trouble = "no node is alive"
+
+    async def play(self, opened: Opened, task: Task, seed: int) -> Attempt:
+        """Plays one episode on some node; aborted if that was lost. Raises RolloutError."""
+        if not self._tasks:
+            self._begin(self._look())
+        lost = ""
+        node = await self._pick()
+        node.playing += 1
+        try:
+            async with asyncio.timeout(2 * self._work.deadline_s + _EXTRA_S):
+                await node.actor.play.remote(opened, task, seed)
+        except (self._ray.exceptions.RayError, TimeoutError) as error:
+            lost = f"node {node.address} was lost: {type(error).__name__}"
+            self._drop(node)
+        except BaseException:
+            await self._proxy.give_up(opened, EpisodeStatus.ABORTED)
+            raise
+        finally:
+            node.playing -= 1
+        attempt = await self._ended(opened, task, lost)
+        if lost:
+            log.warning("%s episode=%s ended as %s", lost, opened.episode, attempt.status)
+        return attempt
+
+    async def release(self) -> None:
+        """Ends all actors and what they play, and leaves the cluster."""
+        for task in self._tasks:
+            task.cancel()
+        nodes = [*self._nodes.values()]
+        ends = [asyncio.ensure_future(_wait(node.actor.end.remote())) for node in nodes]
+        if ends:
+            await asyncio.wait(ends, timeout=30)
+        await asyncio.to_thread(self._ray.shutdown)
+
+    async def _ended(self, opened: Opened, task: Task, lost: str) -> Attempt:
+        """How it ended by the proxy's word. If it did not, it is ended now."""
+        status = EpisodeStatus.ABORTED if lost else EpisodeStatus.FAILED
+        deadline = time.monotonic() + self._work.deadline_s
+        while True:
+            try:
+                found = await self._proxy.ended(opened, status)
+            except RolloutError as error:
+                refused = isinstance(error, RefusedError) and error.status < 500
+                if refused or time.monotonic() > deadline:
+                    return Attempt(opened.episode, task, reason=str(error))
+                await asyncio.sleep(_AGAIN_S)
+            else:
+                break
+        status = EpisodeStatus(found["status"])
+        reason = (lost or "see the log of its node") if found["outcome"] is None else None
+        attempt = Attempt(opened.episode, task, status, found["outcome"], reason=reason)
+        attempt.calls = found["calls"]
+        return attempt
+
+    async def _pick(self) -> _Node:
+        """The node that plays the fewest episodes, once there is one."""
+        try:
+            async with asyncio.timeout(_NO_NODE_S), self._changed:
+                await self._changed.wait_for(self._ready)
+        except TimeoutError:
+            raise RolloutError(f"no node plays: {self._trouble}") from None
+        return min(self._ready(), key=lambda node: node.playing)
+
+    def _ready(self) -> list[_Node]:
+        return [node for node in self._nodes.values() if node.ready]
+
+    def _begin(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _look(self) -> None:
+        """Puts an actor on each node that is alive and has none."""
+        while True:
+            found: list[Json] = []
+            try:
+                found = await asyncio.to_thread(self._ray.nodes)
+            except Exception as error:  # Ray has several, also of gRPC
+                self._trouble = f"Ray does not say which nodes there are: {type(error).__name__}"
+                log.warning("%s", self._trouble)
+            alive: dict[str, str] = {
+                one["NodeID"]: one["NodeManagerAddress"] for one in found if one["Alive"]
+            }
+            for name, address in alive.items():
+                if name not in self._nodes:
+                    self._nodes[name] = node = _Node(address, self._make(name))
+                    self._begin(self._greet(node))
+            for name in self._nodes.keys() - alive.keys() if found else ():
+                self._drop(self._nodes[name])
+            await asyncio.sleep(_LOOK_S)
+
+    def _make(self, name: str) -> Any:
+        pinned = importlib.import_module("ray.util.scheduling_strategies")
+        where = pinned.NodeAffinitySchedulingStrategy(name, soft=False)
+        made = self._ray.remote(num_cpus=0, max_concurrency=1000, scheduling_strategy=where)(Actor)
+        return made.remote(self._work)
+
+    async def _greet(self, node: _Node) -> None:
+        try:
+            await node.actor.ready.remote()
+        except self._ray.exceptions.RayError as error:
+            cause = getattr(error, "cause", None)
+            if not isinstance(cause, NextStateError):
+                self._drop(node)  # it died: the next look makes another
+                cause = type(error).__name__
+            self._trouble = f"node {node.address} cannot play: {cause}"
+            log.warning("%s", self._trouble)
+            return
+        log.info("node %s plays", node.address)
+        node.ready = True
+        async with self._changed:
+            self._changed.notify_all()
+
+    def _drop(self, node: _Node) -> None:
+        """Forgets an actor and ends it, if it can still be reached."""
+        for name, known in [*self._nodes.items()]:
+            if known is node:
+                del self._nodes[name]
+                with suppress(Exception):  # of Ray: it is gone
+                    self._ray.kill(node.actor, no_restart=True)
+
+
+async def _wait(answer: Any) -> None:
+    with suppress(Exception):  # of Ray: the actor has died
+        await answer
+
+
+def host_of(url: str) -> str:
+    """The host of a proxy's address.
+
+    >>> host_of("http://10.0.0.1:8080"), host_of("http://[::1]:8080")
+    ('10.0.0.1', '::1')
+    """
+    return url.partition("://")[2].rpartition(":")[0].strip("[]")
+
+
+def connect(address: str, folder: Path) -> Any:
+    """Joins the cluster whose head is at `address`, HOST:PORT, or starts Ray on this machine alone.
+
+    Returns the module. Raises StartError without Ray, a token or a cluster, and for an open one.
+    """
+    os.environ.update(
+        RAY_USAGE_STATS_ENABLED="0",
+        RAY_AUTH_MODE="token",
+        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # else Ray warns of its default
+    )
+    if address and not _ADDRESS.fullmatch(address):
+        raise StartError(f"--ray {address!r:.80}: expected HOST:PORT of the cluster's head")
+    try:
+        ray: Any = importlib.import_module("ray")
+    except ImportError:
+        raise StartError("--ray needs Ray: pip install 'nextstate[ray]'") from None
+    _find_token(folder, address)
+    if address:
+        _check(address)
+        where: Json = {"address": address}
+    else:
+        where = {
+            "address": "local",
+            "include_dashboard": False,
+            "num_cpus": 1,
+            "num_gpus": 0,
+            "object_store_memory": _OBJECT_BYTES,
+        }
+    try:
+        ray.init(**where, logging_level=logging.WARNING)
+    except Exception as error:
+        raise StartError(
+            f"Ray did not start: {str(error)[:400]!r}; with --ray HOST:PORT this machine has to be "
+            f"a node: ray start --address={address or 'HOST:PORT'}"
+        ) from error
+    return ray
+
+
+def own_address(ray: Any) -> str:
+    """This machine's address in the cluster."""
+    return str(ray.util.get_node_ip_address())
+
+
+def _find_token(folder: Path, address: str) -> None:
+    """Sees to it that Ray finds the token of the state folder, or the one that you have set."""
+    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
+        return
+    file = (folder / TOKEN).absolute()
+    is_new = not file.exists()
+    if is_new:
+        make_folder(folder)
+        make_file(file)
+        file.write_text(secrets.token_hex(32))
+    os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
+    if is_new and address:
+        port = address.rpartition(":")[2]
+        raise StartError(
+            f"a token for the cluster was made: {file}. Copy it to each machine, and start Ray "
+            "there with RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE RAY_USAGE_STATS_ENABLED=0: "
+            f"`ray start --head --port={port} --include-dashboard=false` at {address}, "
+            f"`ray start --address={address}` on the others"
+        )
+
+
+def _check(address: str) -> None:
+    """Raises StartError unless the cluster takes our token and refuses whoever has none."""
+    ours = {**os.environ}
+    nobody = {name: value for name, value in ours.items() if not name.startswith("RAY_AUTH_")}
+    command = [sys.executable, "-c", _PROBE, address]
+    asked = [
+        subprocess.Popen(
+            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+        for env in (ours, {**nobody, "RAY_AUTH_MODE": "disabled"})
+    ]
+    try:
+        told = [process.communicate(timeout=_PROBE_S)[1] for process in asked]
+    except subprocess.TimeoutExpired:
+        raise StartError(f"--ray {address}: no head of Ray answers there") from None
+    finally:
+        for process in asked:
+            process.kill()
+    if not asked[1].returncode:
+        raise StartError(
+            f"--ray {address}: this cluster runs anybody's code, since it asks for no token: start "
+            "each of its nodes again with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
+        )
+    if asked[0].returncode:
+        refused = "AuthenticationError" in told[0]
+        raise StartError(
+            f"--ray {address}: "
+            + (
+                f"it has another token than {os.environ.get('RAY_AUTH_TOKEN_PATH') or 'ours'}: "
+                "name its file in RAY_AUTH_TOKEN_PATH"
+                if refused
+                else "no head of Ray answers there"
+            )
+        )
