@@ -39,17 +39,13 @@ from tenacity import (
     wait_exponential,
 )
 
-from learner.adapters import Card, lineage_folder, remove_adapter, version_path
+from learner.adapters import Card
 from learner.batches import Batches, LeasedBatch
-from learner.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-)
+from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
 from learner.examining import Examining
+from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
 from learner.gate import objection
 from learner.metric_writers import MetricWriters
 from learner.pruning import prunable

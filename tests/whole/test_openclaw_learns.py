@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from demo import smollm2
-from demo.course import MODEL
 from nextstate.engine.process import free_port
 from tests.app.connect.openclaw_gateway import PROGRAM, environment
 from tests.running_loop import Loop, run, wait_for, write_config
