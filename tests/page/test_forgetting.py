@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
+from learner.folders import version_path
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from proxy.lineages import Access
 from tests.page.running_page import Site, on_site, words
+from tests.scripted_engine import write_weights
 from tests.store.test_forgetting import judge, record, said
 
 PROCESSES = subprocess  # the page starts `nextstate forget`
@@ -28,7 +30,11 @@ def fill(store: Store) -> None:
             store.training.hold_out("main", lambda _: False)
             store.training.lease_samples("main", 1, "b", scored=True, hinted=True)
             batch = "b"
-        version = PolicyVersion("main", number, number - 1, "/a", "ff", 1, VersionState.CANDIDATE)
+        path = version_path(store.dir, "main", number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        sha256 = write_weights(path)
+        state = VersionState.CANDIDATE
+        version = PolicyVersion("main", number, number - 1, str(path), sha256, 1, state)
         store.versions.add(version, batch)
         assert store.versions.set_serving("main", number)
 
@@ -62,10 +68,11 @@ def test_what_was_confirmed_goes_with_the_versions_that_learned_from_it(
     async def test(site: Site) -> None:
         done = words(await site.submit(SESSION, SESSION))
         assert "forgot 2 turns" in done
-        assert "withdrew versions 2, 3 of main; version 1 serves" in done
+        assert "withdrew versions 2, 3 of main; version 1 serves" in done, done
         assert "ask<0>" not in done
         assert store.turns.ids() == ["turn_2", "turn_3"]
         assert store.versions.serving("main").number == 1
+        assert not version_path(store.dir, "main", 2).exists()
         await site.get(SESSION, 404)
         await site.get(TURN, 404)
 
@@ -84,7 +91,7 @@ def test_while_an_update_uses_a_turn_there_is_no_button_and_the_form_is_refused(
         assert "An update uses 1 of these turns" in shown
         assert "Forget for good" not in shown
         form = "/page/turns/turn_2/forget"
-        assert "an update uses 1" in await site.submit("/page/turns/turn_3/forget", form, 409)
+        assert "an update uses 1" in await site.submit("/page/turns/turn_3", form, 409)
         assert store.turns.get("turn_2") is not None
 
     on_site(test, store, tmp_path)
