@@ -21,8 +21,10 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app.stages import run_proxy
     from nextstate.egress import guard
     from nextstate.guarded_loop import GuardedLoop
+    from nextstate.tracing import allow
 
     settings = Settings.read(args.config)
+    allow(settings.hosts)
     guard(settings.hosts)
     uvloop.run(run_proxy(settings, args.worker), loop_factory=GuardedLoop)
     return 0
