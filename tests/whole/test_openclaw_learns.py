@@ -44,7 +44,8 @@ def small_loop(tmp_path: Path) -> Iterator[Loop]:
     config.write_text(text.replace("gradient_checkpointing = false\n", ""))
     started = Loop(config, port)
     try:
-        started.wait_ready()
+        wait_for(lambda: "ready: " in started.log() or started.process.poll() is not None, 900)
+        assert started.process.poll() is None, started.log()
         yield started
     finally:
         started.close()
