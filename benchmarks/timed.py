@@ -39,9 +39,10 @@ from benchmarks.marks import (
 )
 from benchmarks.training_step import turn
 from learner import lineage
-from learner.adapters import Card, load_weights, save_adapter, version_path
+from learner.adapters import Card, load_weights, save_adapter
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
+from learner.folders import version_path
 from learner.trainer import PolicyTrainer, build_trainer
 from learner.weights import LoraWeights
 from nextstate import logs

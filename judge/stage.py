@@ -30,6 +30,7 @@ from nextstate.pace import Pace
 from nextstate.records import Json, NextState, Source, Turn, Verdict
 from nextstate.store import Store
 from nextstate.store.judging import Judgement
+from nextstate.tracing import tracing
 from nextstate.wire import objects
 
 log = logging.getLogger(__name__)
@@ -180,6 +181,7 @@ class _Worker:
 
     async def settle(self, turn_id: str) -> None:
         """Judges one leased turn; after any error the turn is put back."""
+        started_ns = time.time_ns()
         try:
             async with self.places:
                 work = await asyncio.to_thread(_load, self.store, turn_id)
@@ -188,6 +190,8 @@ class _Worker:
             async with self.writing:
                 settled = await asyncio.to_thread(self._settle, work, verdict, meant)
             self.counts.judged += settled
+            if settled:
+                tracing("judge").judged(work.turn, verdict.judge, verdict.score, started_ns)
         except (JudgeError, EngineError) as error:
             log.info("turn=%s has no verdict yet: %s", turn_id, error)
             await self._retry_later(turn_id, str(error))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -47,20 +46,6 @@ class Card:
     metrics: Mapping[str, float]
 
 
-def version_path(state_dir: Path, lineage: str, number: int) -> Path:
-    """A version's folder; raises LearnerError for a lineage whose name cannot be a folder."""
-    return lineage_folder(state_dir / "versions", lineage) / f"v{number:06d}"
-
-
-def lineage_folder(parent: Path, lineage: str) -> Path:
-    """The lineage's own folder in `parent`."""
-    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", lineage):
-        raise LearnerError(
-            f"lineage {lineage!r} cannot name a folder: use letters, digits, dots, - and _"
-        )
-    return parent / lineage
-
-
 def save_adapter(
     path: Path, weights: Mapping[str, Tensor], config: LearnerConfig, model_path: str, card: Card
 ) -> str:
@@ -90,11 +75,6 @@ def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str
     state = get_peft_model_state_dict(shape, save_embedding_layers=False)
     weights = {name: torch.zeros(v.shape) for name, v in state.items()}
     return write_folder(path, lambda folder: _write_adapter(folder, weights, config, model_path))
-
-
-def remove_adapter(path: Path) -> None:
-    """Deletes a version's folder, also what was left of it; a failure leaves the rest of it."""
-    shutil.rmtree(path, ignore_errors=True)
 
 
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:

@@ -16,10 +16,9 @@ from typing import Any
 import torch
 
 from learner.adapters import disk_error, sync
+from learner.folders import CHECKPOINT_FILE
 from nextstate.errors import LearnerError
 from nextstate.records import PolicyVersion, VersionState
-
-_FILE = "checkpoint.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +51,22 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "training": checkpoint.training,
         "decided": checkpoint.decided,
     }
-    draft = folder / f".{_FILE}.draft"
+    draft = folder / f".{CHECKPOINT_FILE}.draft"
     try:
         with draft.open("wb") as file:
             torch.save(body, file)
         draft.chmod(0o600)
         sync(draft)
-        draft.replace(folder / _FILE)
+        draft.replace(folder / CHECKPOINT_FILE)
         sync(folder)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
         draft.unlink(missing_ok=True)
-        raise disk_error(folder / _FILE, error) from error
+        raise disk_error(folder / CHECKPOINT_FILE, error) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint, or None where nothing was trained yet."""
-    path = folder / _FILE
+    path = folder / CHECKPOINT_FILE
     if not path.exists():
         return None
     try:
@@ -80,8 +79,3 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         ) from error
     version = PolicyVersion(**body["version"], state=VersionState.CANDIDATE)
     return Checkpoint(version, body["batch"], body["training"], body["decided"])
-
-
-def remove_checkpoint(folder: Path) -> None:
-    """Deletes the folder's checkpoint: its training state comes from what shall be forgotten."""
-    (folder / _FILE).unlink(missing_ok=True)

@@ -39,17 +39,13 @@ from tenacity import (
     wait_exponential,
 )
 
-from learner.adapters import Card, lineage_folder, remove_adapter, version_path
+from learner.adapters import Card
 from learner.batches import Batches, LeasedBatch
-from learner.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    remove_checkpoint,
-    save_checkpoint,
-)
+from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
 from learner.examining import Examining
+from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
 from learner.gate import objection
 from learner.metric_writers import MetricWriters
 from learner.pruning import prunable
@@ -60,6 +56,7 @@ from learner.watch import TURNS, Watch, chain_of
 from nextstate.errors import AdapterError, DiskError, EngineError
 from nextstate.records import BASE_VERSION, Decisions, PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.tracing import tracing
 from nextstate.training_status import write_training_status
 
 log = logging.getLogger(__name__)
@@ -168,13 +165,14 @@ class Lineage:
         if batch is None:
             return False
         trainer = self._shared.of(self.name)
-        started = time.perf_counter()
+        started, started_ns = time.perf_counter(), time.time_ns()
         self._evaluator.prepare(self._batches.held_out(), batch.samples, self._current)
         prepared_s = time.perf_counter() - started
         result = trainer.update(batch.samples, batch.lags)
         candidate = self._evaluate(result, batch, prepared_s)
         if candidate.state is VersionState.REJECTED:
             self._reject(candidate, batch)
+            tracing("learner").updated(candidate, batch.turns, started_ns)
             trainer.restore(result.before)
             return True
         try:
@@ -187,6 +185,7 @@ class Lineage:
             self._stop.wait(self._full_disk_wait_s)
             return True
         self._keep(version, batch)
+        tracing("learner").updated(version, batch.turns, started_ns)
         if self._examining is None:
             self._bring_into_service(version)
         self._prune()

@@ -16,10 +16,10 @@ from contextlib import ExitStack
 
 import torch
 
-from learner.adapters import lineage_folder
 from learner.config import LearnerConfig
 from learner.evaluator import Evaluator
 from learner.examining import Examining
+from learner.folders import lineage_folder
 from learner.lineage import Lineage, Publisher
 from learner.memory import REMEDY, try_largest_batch
 from learner.metric_writers import MetricWriters, open_writers

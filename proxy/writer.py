@@ -29,9 +29,11 @@ from nextstate.config import StoreConfig
 from nextstate.errors import WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner
+from nextstate.records import Turn
 from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
+from nextstate.tracing import guard_collector, tracing
 from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
 from proxy.linking.history import RememberedMessages
 
@@ -80,6 +82,7 @@ class Writer:
             self._answer(*self._commit(batch))
         if self._opened is not None:
             self._opened[0].close()
+        tracing("proxy").close()
 
     def _receive(self) -> list[bytearray]:
         """All exchanges that have arrived; waits for the first. Empty at the end."""
@@ -121,8 +124,11 @@ class Writer:
                     read_exchange(pickle.loads(pickled), profile, self._remembered)
                     for pickled in batch
                 ]
+                made: list[Turn] = []
                 with store.recording() as recording:
-                    return [_record(recording, one) for one in read]
+                    answers = [_record(recording, one, made) for one in read]
+                tracing("proxy").recorded(made)
+                return answers
             except WaitError as error:
                 if not blocked:
                     self._answer(Answer.BLOCKED)
@@ -146,14 +152,15 @@ class Writer:
             self._source.sendall(bytes(answers))
 
 
-def _record(recording: Recording, read: Read) -> Answer:
+def _record(recording: Recording, read: Read, made: list[Turn]) -> Answer:
+    """Stores one exchange; a new turn is added to `made`."""
     exchange: Exchange = read.exchange
     stored = recording.holds(exchange.turn_id)
     if stored and exchange.amends:
         amend_exchange(recording, read)
         return Answer.AMENDED
     if not stored:
-        record(recording, read)
+        made.append(record(recording, read))
     return Answer.KEPT
 
 
@@ -163,6 +170,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     only_for_owner()
     logs.to_stderr()
+    guard_collector()
     config, profile = pickle.load(sys.stdin.buffer)
     gc.collect()
     gc.freeze()

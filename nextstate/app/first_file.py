@@ -60,7 +60,7 @@ kind = {judge}
 [learner]
 # Judged turns that make one update, and so one version.
 batch_size = 16
-# "always"; "idle": it waits while the engine serves; "window": only at night, see `window`.
+# "always"; "idle": it waits while the engine serves; "22:00-07:00": only at night.
 schedule = "always"
 {agent_note}"""
 _GPU_NOTE = """

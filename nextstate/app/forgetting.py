@@ -110,8 +110,7 @@ def _serve_another(
 
 def _delete_files(state_dir: Path, plan: Plan) -> None:
     """Deletes the adapters of withdrawn versions, and the training state that goes with them."""
-    from learner.adapters import lineage_folder, remove_adapter, version_path
-    from learner.checkpoint import remove_checkpoint
+    from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
 
     for lineage, numbers in plan.versions.items():
         for number in numbers:

@@ -204,25 +204,34 @@ def _with_the_rest(
     `continuations`, those that continue it.
     """
     found, episodes = set(chosen), set[str]()
-    order: list[str] = []
-    query = sa.select(_T.id, _T.parent, _T.replaced_by, _T.episode).order_by(_T.seq)
-    before = -1
-    while before != len(found):  # a retry comes after what it replaces, and an episode's first step
-        before, order = len(found), []
-        for row in _stream(connection, query):
+    seqs = (sa.select(sa.func.min(_T.seq)).where(_T.id.in_(some)) for some in _parts(chosen))
+    known = [seq for query in seqs if (seq := connection.execute(query).scalar()) is not None]
+    first = min(known, default=0)
+    query = sa.select(_T.seq, _T.id, _T.parent, _T.replaced_by, _T.episode).order_by(_T.seq)
+    while True:  # a retry comes after what it replaces, and an episode's first step before others
+        order: list[tuple[int, str]] = []
+        passed: list[tuple[str | None, str | None]] = []
+        maybe = sa.or_(_T.seq >= first, _T.replaced_by.is_not(None), _T.episode.is_not(None))
+        for seq, turn_id, parent, retry, episode in _stream(connection, query.where(maybe)):
             if (
-                row.id in found
-                or (continuations and row.parent in found)
-                or row.replaced_by in found
-                or row.episode in episodes
+                turn_id in found
+                or (continuations and parent in found)
+                or retry in found
+                or episode in episodes
             ):
-                found.add(row.id)
-                order.append(row.id)
-                if row.replaced_by is not None:
-                    found.add(row.replaced_by)
-                if row.episode is not None:
-                    episodes.add(row.episode)
-    return order, episodes
+                found.add(turn_id)
+                order.append((seq, turn_id))
+                if retry is not None:
+                    found.add(retry)
+                if episode is not None:
+                    episodes.add(episode)
+            elif retry is not None or episode is not None:
+                passed.append((retry, episode))
+        lowest = order[0][0] if order else first
+        again = any(retry in found or episode in episodes for retry, episode in passed)
+        if lowest >= first and not again:
+            return [turn_id for _, turn_id in order], episodes
+        first = min(first, lowest)
 
 
 def _touched(connection: sa.Connection, turns: Sequence[str]) -> list[str]:

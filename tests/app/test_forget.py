@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.adapters import version_path
+from learner.folders import version_path
 from nextstate.app.cli import main
 from nextstate.config import StoreConfig
 from nextstate.records import PolicyVersion, VersionState

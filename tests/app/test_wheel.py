@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -65,3 +66,27 @@ def test_each_lock_has_every_package_that_the_wheel_names(lock: str) -> None:
     names = {re.split(r"[=<>\[]", need)[0].lower() for need in wanted} - {"nextstate", "torch"}
     text = (ROOT / "requirements" / f"{lock}.lock").read_text()
     assert names - set(re.findall(r"^([a-z0-9-]+)==", text, re.MULTILINE)) == set()
+
+
+def test_the_demo_finds_its_policies_and_questions_where_the_wheel_was_installed(
+    wheel: ZipFile, tmp_path: Path
+) -> None:
+    wheel.extractall(tmp_path)
+    found = "from demo import course, questions, tool_demo; "
+    found += "print(course.POLICY, tool_demo.FOLDER, questions.FOLDER)"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", found],
+        env={"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    policy, tools, questions = map(Path, done.stdout.split())
+    for folder in (policy, tools):
+        assert folder.is_relative_to(tmp_path)
+        assert (folder / "model.safetensors").stat().st_size > 1_000_000
+        assert (folder / "tokenizer.json").exists()
+    assert questions.is_relative_to(tmp_path)
+    assert (questions / "held_out.txt").exists()

@@ -19,10 +19,10 @@ from learner.adapters import (
     main,
     save_adapter,
     save_zero_adapter,
-    version_path,
 )
 from learner.checkpoint import Checkpoint, save_checkpoint
 from learner.config import LearnerConfig
+from learner.folders import version_path
 from learner.model import check_quantization, load_model, load_tokenizer
 from learner.trainer import PolicyTrainer
 from nextstate.engine.adapter_files import file_sha256, verify_adapter

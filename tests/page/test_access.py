@@ -23,12 +23,14 @@ PAGES = (
     *("/", "/page", "/page/turns", "/page/turns/turn_0", "/page/turns/turn_0/text/reply"),
     *("/page/versions", "/page/versions/main/0", "/page/versions/main/0/rollback"),
     *("/page/lineages/main/pause", "/page/lineages/main/resume", "/page/nothing"),
+    *("/page/turns/turn_0/forget", "/page/session/forget?name=s"),
     *("/page/sessions", "/page/session?name=s", "/page/episodes", "/page/episodes/e-1"),
     *("/page/episodes/e-1/pictures/0", "/page/running", "/page/export?what=sft"),
 )
 FORMS = (
     *("/page/turns/turn_0/feedback", "/page/versions/main/0/rollback"),
     *("/page/lineages/main/pause", "/page/lineages/main/resume", "/page/logout"),
+    *("/page/turns/turn_0/forget", "/page/session/forget?name=s"),
 )
 
 

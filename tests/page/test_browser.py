@@ -26,6 +26,7 @@ PROCESSES = subprocess  # this file starts processes
 KEY = "the-proxy-key"
 SHOWN = (
     *("/", "/page/turns", "/page/turns/turn_3", "/page/sessions", "/page/session?name=agent-3"),
+    *("/page/turns/turn_3/forget", "/page/session/forget?name=agent-3"),
     *("/page/episodes", "/page/episodes/words-1-0", "/page/versions", "/page/versions/main/1"),
     *("/page/versions/main/1/rollback", "/page/lineages/main/pause", "/page/running"),
     *("/page/lineages/main/resume", "/page/export?what=kto", "/page/nothing"),
@@ -175,6 +176,12 @@ def test_every_button_works(store: Store, tmp_path: Path) -> None:
             await press("", ".feedback button.bad", says="Kept: -1.")
             assert store.judging.feedback("turn_5") == Feedback("turn_5", -1, "Be brief.")
             await press("", "main a.button", says="Conversation")
+            await press("/page/turns/turn_0", "a[href$='/forget']", says="cannot be undone")
+            await press("", "main button", says="forgot 1 turn")
+            assert store.turns.get("turn_0") is None
+            await press("/page/session?name=short-2", "a[href*='/forget']", says="1 turn:")
+            await press("", "main button", says="forgot 1 turn")
+            assert store.turns.of_session("short-2", ["main"], 9) == []
             await press("/", "a[href$='/pause']", says="takes no batch any more until")
             await press("", "main button", says="main takes no batch any more.")
             assert store.versions.decisions("main").pause is not None

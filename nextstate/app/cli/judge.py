@@ -53,8 +53,10 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_judge
     from nextstate.egress import guard
+    from nextstate.tracing import allow
 
     settings = Settings.read(args.config)
+    allow(settings.hosts)
     guard(settings.hosts)
     asyncio.run(run_judge(settings))
     return 0

@@ -19,8 +19,10 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_learner
     from nextstate.egress import guard
+    from nextstate.tracing import allow
 
     settings = Settings.read(args.config)
+    allow(settings.hosts)
     guard(settings.hosts)
     run_learner(settings, args.lineage)
     return 0

@@ -22,8 +22,10 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app.stages import run_proxy
     from nextstate.egress import guard
     from nextstate.guarded_loop import GuardedLoop
+    from nextstate.tracing import allow
 
     settings = Settings.read(args.config)
+    allow(settings.hosts)
     guard(settings.hosts)
     running = run_proxy(settings, args.worker, under_up=args.under_up)
     uvloop.run(running, loop_factory=GuardedLoop)

@@ -51,7 +51,8 @@ def openclaw_needs(target: Target) -> str | None:
         return None
     return (
         f"the model's context has {target.context} tokens; OpenClaw's first request alone has 12 "
-        "to 20 thousand: serve a model with 32k or more ([engine] max_model_len)"
+        "to 20 thousand: serve a model with 32k or more ([engine] max_model_len), or shorten its "
+        "prompts (docs/start-openclaw.md)"
     )
 
 

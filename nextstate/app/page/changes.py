@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import NamedTuple
 
+from nextstate.app.page import forgetting
 from nextstate.app.page.screens import Screens
 from nextstate.app.page.visits import Visit
+from nextstate.app.settings import Settings
 from nextstate.errors import NoTurnError, RecordError
 from nextstate.records import Feedback, PolicyVersion
 from nextstate.store import Store
@@ -29,8 +31,14 @@ class Changes:
     """The forms of one proxy's page. Each raises Refused."""
 
     def __init__(
-        self, store: Store, screens: Screens, rollback: Rollback, allowance: Allowance
+        self,
+        settings: Settings,
+        store: Store,
+        screens: Screens,
+        rollback: Rollback,
+        allowance: Allowance,
     ) -> None:
+        self._settings = settings
         self._store = store
         self._screens = screens
         self._rollback = rollback
@@ -53,6 +61,15 @@ class Changes:
         if not found.applied:
             text += f" It is a label for the judge, but it does not train: {found.reason}."
         return Done(text, f"/page/turns/{turn.id}")
+
+    async def forget_turn(self, visit: Visit) -> Done:
+        await asyncio.to_thread(self._screens.forget_turn, visit)  # may it?
+        return Done(await forgetting.run(self._settings, [visit.names[0]]), "/page/turns")
+
+    async def forget_session(self, visit: Visit) -> Done:
+        await asyncio.to_thread(self._screens.forget_session, visit)
+        ids = await asyncio.to_thread(self._screens.turns_of, visit)
+        return Done(await forgetting.run(self._settings, ids), "/page/sessions")
 
     async def rollback(self, visit: Visit) -> Done:
         version = await asyncio.to_thread(self._screens.version_of, visit)

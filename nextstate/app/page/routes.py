@@ -70,9 +70,11 @@ _SHOWN: tuple[tuple[re.Pattern[str], Callable[[Screens, Visit], Shown]], ...] = 
         (r"/|/page", Screens.home),
         (r"/page/turns", Screens.turns),
         (_TURN, Screens.turn),
+        (_TURN + r"/forget", Screens.forget_turn),
         (_TURN + r"/text/(reply|[ms][0-9]{1,6})", Screens.text),
         (r"/page/sessions", Screens.sessions),
         (r"/page/session", Screens.session),
+        (r"/page/session/forget", Screens.forget_session),
         (r"/page/episodes", Screens.episodes),
         (_EPISODE, Screens.episode),
         (_EPISODE + r"/pictures/([0-9]{1,9})", Screens.picture),
@@ -89,6 +91,8 @@ _CHANGED: tuple[tuple[re.Pattern[str], Callable[[Changes, Visit], Awaitable[Done
     (re.compile(path), change)
     for path, change in (
         (_TURN + r"/feedback", Changes.feedback),
+        (_TURN + r"/forget", Changes.forget_turn),
+        (r"/page/session/forget", Changes.forget_session),
         (_VERSION + r"/rollback", Changes.rollback),
         (_LINEAGE + r"/pause", Changes.pause),
         (_LINEAGE + r"/resume", Changes.resume),
@@ -114,7 +118,7 @@ class Page:
         self._tries = tries
         self._renderer = Renderer()
         self._screens = Screens(settings, store, health, self._renderer)
-        self._changes = Changes(store, self._screens, rollback, allowance)
+        self._changes = Changes(settings, store, self._screens, rollback, allowance)
         self._streams = Streams(lambda: watched(store, health))
         self._logins = Logins(settings.store.path / "logins", keys)
         # Browsers send a cookie to every port of a host.

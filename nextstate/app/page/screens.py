@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from urllib.parse import quote
 
 from aiohttp import web
 
 from nextstate.app.finding import newest, newest_sessions
-from nextstate.app.page import episodes, exporting, running, turns
+from nextstate.app.page import episodes, exporting, forgetting, running, turns
 from nextstate.app.page.home import home, why_paused
 from nextstate.app.page.templating import Renderer
 from nextstate.app.page.texts import visible
@@ -147,6 +148,15 @@ class Screens:
             raise Refused(404, "This step has no picture.")
         return web.Response(body=found[0], content_type=found[1])
 
+    def forget_turn(self, visit: Visit) -> Shown:
+        turn = self.turn_of(visit)
+        return self._forget(visit, [turn.id], turn.id, f"/page/turns/{turn.id}", session=False)
+
+    def forget_session(self, visit: Visit) -> Shown:
+        name = visit.text("name")
+        back = f"/page/session?name={quote(name)}"
+        return self._forget(visit, self.turns_of(visit), name, back, session=True)
+
     def versions(self, visit: Visit) -> Shown:
         lineage = visit.lineage()
         before = visit.number("before")
@@ -214,6 +224,15 @@ class Screens:
                 return turn
         raise Refused(404, f"There is no turn {name!r}.")
 
+    def turns_of(self, visit: Visit) -> list[str]:
+        """The turns of the session that the query names."""
+        name = visit.text("name")
+        most = forgetting.MOST + 1
+        found = self._store.turns.of_session(name, visit.visitor.sees, most)
+        if not found:
+            raise Refused(404, f"There is no session {name[:80]!r}.")
+        return found
+
     def version_of(self, visit: Visit) -> PolicyVersion:
         """The version that the path names."""
         lineage, number = visit.names
@@ -227,6 +246,10 @@ class Screens:
         if found is None or found.lineage not in visit.visitor.sees:
             raise Refused(404, f"There is no episode {name!r}.")
         return found
+
+    def _forget(self, visit: Visit, ids: list[str], what: str, back: str, *, session: bool) -> str:
+        found = forgetting.plan(self._store, ids, visit.visitor.sees, self._profile)
+        return self._page("forget.html", visit, what=what, back=back, session=session, **found)
 
     def _decision(self, template: str, visit: Visit) -> str:
         lineage = visit.seen(visit.names[0])

@@ -1,0 +1,133 @@
+"""The real OpenClaw and a real small model: a correction makes a version, which the page shows.
+
+What docs/start-openclaw.md says for a small model is done here, with the settings that stand there.
+`make soak` runs it; `make clients` installs OpenClaw.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from demo import smollm2
+from nextstate.engine.process import free_port
+from tests.app.connect.openclaw_gateway import PROGRAM, environment
+from tests.running_loop import Loop, run, wait_for, write_config
+
+ROOT = Path(__file__).parents[2]
+ASKED = "Tom has 3 apples and gets 4 more. How many has he?"
+CORRECTION = "No, that is wrong. You should answer with one short sentence."
+CONTEXT = 8192
+"""All that SmolLM2 has."""
+
+pytestmark = [
+    pytest.mark.engine,
+    pytest.mark.soak,
+    pytest.mark.timeout(3600),
+    pytest.mark.skipif(not PROGRAM.exists(), reason="OpenClaw is not installed: `make clients`"),
+]
+
+
+@pytest.fixture
+def small_loop(tmp_path: Path) -> Iterator[Loop]:
+    """`nextstate up` with SmolLM2, whose update does not wait for sixteen turns."""
+    port = free_port()
+    config = write_config(tmp_path, port=port, policy=smollm2.fetch(), context=CONTEXT)
+    soon = "[learner]\nmax_wait_s = 1.0\nholdout = 0.0\nepochs = 1\n"
+    text = config.read_text().replace("[learner]\n", soon)
+    config.write_text(text.replace("gradient_checkpointing = false\n", ""))
+    started = Loop(config, port)
+    try:
+        wait_for(lambda: "ready: " in started.log() or started.process.poll() is not None, 900)
+        assert started.process.poll() is None, started.log()
+        yield started
+    finally:
+        started.close()
+
+
+def settings_for_small_models() -> str:
+    """OpenClaw's settings from the page about it."""
+    page = (ROOT / "docs/start-openclaw.md").read_text()
+    (found,) = re.findall(r"```json5\n(.*?)```", page, re.DOTALL)
+    return found
+
+
+def say(text: str, home: Path) -> str:
+    """What OpenClaw answers in its one conversation."""
+    argv = [str(PROGRAM), "agent", "--local", "--session-id", "talk", "--message", text]
+    done = subprocess.run(
+        argv,
+        env=environment(home),
+        cwd=home,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done.stdout
+
+
+def page(loop: Loop, path: str) -> str:
+    with urllib.request.urlopen(f"{loop.url}{path}", timeout=60) as answer:
+        return answer.read().decode()
+
+
+def test_a_correction_in_openclaw_makes_a_version_that_the_page_shows(
+    small_loop: Loop, tmp_path: Path
+) -> None:
+    file = tmp_path / ".openclaw/openclaw.json"
+    file.parent.mkdir()
+    before = settings_for_small_models()
+    file.write_text(before)
+    command = ("connect", "openclaw", "--file", str(file), "--config", str(small_loop.config))
+    connected = run(*command)
+    assert connected.returncode == 0, connected.stderr
+    print(connected.stdout, connected.stderr)
+
+    print(say(ASKED, tmp_path))
+    print(say(CORRECTION, tmp_path))
+    turns = [turn for turn in small_loop.turns() if turn["kind"] == "main"]
+    first = turns[0]
+    print(f"{first}")
+    assert [one["text"] for one in first["next_state"]] == [CORRECTION]
+    wait_for(lambda: [v for v in small_loop.versions() if v["state"] == "serving"], 1800)
+    (version,) = [v for v in small_loop.versions() if v["state"] == "serving"]
+    assert version["number"] >= 1
+    (first,) = [turn for turn in small_loop.turns() if turn["turn"] == first["turn"]]
+    assert first["verdict"]["score"] == -1
+
+    shown = page(small_loop, f"/page/versions/main/{version['number']}")
+    assert first["turn"] in shown, "the page names the turns that made the version"
+    assert f"/page/versions/main/{version['number']}" in page(small_loop, "/")
+    if pictures := os.environ.get("NEXTSTATE_PICTURES"):
+        _take_pictures(small_loop, version["number"], Path(pictures), tmp_path)
+
+    assert run(*command, "--undo").returncode == 0
+    assert file.read_text() == before
+
+
+def _take_pictures(loop: Loop, version: int, folder: Path, profile: Path) -> None:
+    import asyncio
+
+    from tests.page.chromium import PROGRAM as BROWSER
+    from tests.page.chromium import chromium
+
+    if BROWSER is None:
+        return
+
+    async def take() -> None:
+        async with chromium(profile / "profile") as tab:
+            await tab.look(1200, dark=False)
+            for name, path in (("home", "/"), ("version", f"/page/versions/main/{version}")):
+                await tab.open(loop.url + path)
+                await tab.picture(folder / f"openclaw-{name}.png")
+
+    asyncio.run(take())
