@@ -1,0 +1,160 @@
+"""Secrets that are known by the name before them: `password = …`, `Authorization: …`, `-u a:…`.
+
+The value decides too: code that fetches a secret, a type or a placeholder is none.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from nextstate.redaction.forms import Span, made_up
+
+_PASSWORDS = (
+    r"passw(?:or)?d|passphrase|passwort|kennwort|passwd|pwd(?<![a-z]pwd)|pgpassword|"
+    r"contrase(?:ñ|n|\\u00f1)a|clave(?<![a-z]clave)(?: secreta)?|密码|口令"
+)
+_KEYS = (
+    r"(?:api|access|secret|private|encryption|signing|master|account|auth|webhook|license)"
+    r"[ _-]?key(?:[ _-]?id)?|apikey(?<![a-z]apikey)|"
+    r"(?:access|auth|refresh|bearer|api|id|session|bot|deploy|personal|csrf|oauth)[ _-]?token|"
+    r"token(?<![a-z]token)|client[ _-]?secret|app[ _-]?secret|shared[ _-]?secret|secret(?<![a-z]secret)|"
+    r"api[ _-]?schlüssel|clave de api|secreto|密钥|令牌"
+)
+_SAYS = r"""(?:\\?["'])?\]?\s{0,3}(?::=|=>|==?|:|：|＝|是|为|\s(?:is|ist|lautet|es|to|auf|a)\s)\s{0,3}"""
+_NAMED = re.compile(
+    rf"""(?:(?P<password>{_PASSWORDS})|(?:{_KEYS})){_SAYS}"""
+    r"""(?P<quote>\\?["'`“「]|[rbf]["'])?(?P<value>[^\s"'`\\,;<>(){}\[\]|“”「」。，；]{4,200}+)"""
+)
+_SAID = re.compile(
+    r"(?:password|passwort|kennwort|contraseña|clave)\s(?P<value>[^\s\"'`\\,;<>(){}\[\]|]{6,200}+)"
+)
+"""`log in with the password …`"""
+_WORDS = ("pass", "pwd", "kennwort", "clave", "contrase", "key", "token", "secre", "schlüssel")
+_HAN_WORDS = ("密码", "口令", "密钥", "令牌")
+_HEADER = re.compile(
+    r"(?:authorization|auth)[\"']?\]?\s{0,3}[:=]\s{0,3}\\?[\"']?(?:bearer|basic|token)\s{1,3}"
+    r"(?P<value>[\w.~+/=-]{8,500}+)"
+)
+_FLAG = re.compile(
+    r"--(?:(?P<password>password|passwd|pass|passphrase)|(?:auth-|access-|api-|client-)?"
+    r"(?:token|key|apikey|secret|secret-key))[ =](?P<quote>\\?[\"'])?"
+    r"(?P<value>[^\s\"'\\;|]{4,200}+)"
+)
+_FLAGS = (
+    "--pass",
+    "--token",
+    "--api-key",
+    "--apikey",
+    "--secret",
+    "--auth",
+    "--access",
+    "--client",
+)
+_USER = re.compile(r"(?<= -u )\\?[\"']?[\w.@-]{1,64}:(?P<value>[^\s\"'\\:/]{4,200}+)")
+_LONG_OPTION = re.compile(r"--user[ =]\\?[\"']?[\w.@-]{1,64}:(?P<value>[^\s\"'\\:/]{4,200}+)")
+_SSHPASS = re.compile(r"sshpass -p ?\\?[\"']?(?P<value>[^\s\"'\\;|]{4,200}+)")
+_COMMANDS = ((" -u ", _USER), ("--user", _LONG_OPTION), ("sshpass -p", _SSHPASS))
+_CODE = re.compile(
+    r"[$%#&*@]*(?:[a-z_]\w*\.)+[a-z_]\w*|[$%*.x•<-]+.{0,3}|\$\{?\w+\}?|%\(?\w+\)?s?|"
+    r"[a-z]+(?:_[a-z]+)*|[A-Z]+(?:_[A-Z]+)*|\w*(?:env|config|settings|getenv|input|prompt)\w*|"
+    r"/(?:[\w.-]+/)*[\w.-]*|\.{1,2}/.*|https?:.*|\d{1,5}(?:\.\d+)?|v?\d+(?:\.\d+)+|file:.*|"
+    r"\d{4}-\d\d-\d\d.*|[A-Za-z]+\.[A-Za-z.]+"
+)
+"""Values that are code, words, paths, numbers, dates; matched whole."""
+_SHAPED = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.ASCII)
+_PLAIN_WORD = re.compile(r"[^\W\d_]+")
+_NOT_SECRET = frozenset(
+    "none null true false undefined string str text required optional hidden secret password token"
+    " passwd username user admin root test invalid missing wrong incorrect expired changed reset"
+    " forgot forgotten empty default value bytes object number boolean any unknown self this env"
+    " postgres contraseña clave passwort kennwort kwargs args".split()
+)
+
+
+def passwords(text: str) -> Iterator[Span]:
+    """Passwords and other secrets after their name."""
+    lower = text.lower()
+    if len(lower) != len(text):  # a letter that has two small ones
+        lower = text
+    if any(word in lower for word in _WORDS) or any(word in text for word in _HAN_WORDS):
+        for match in _NAMED.finditer(lower):
+            quoted, start, end = match["quote"] is not None, *match.span("value")
+            if lower.startswith("[secret:", max(match.start() - 1, 0)):
+                continue  # a placeholder of ours
+            end = end if quoted else _without_end(text, start, end)
+            value = text[start:end]
+            if _is_secret(value, quoted=quoted, password=match["password"] is not None):
+                yield Span(start, end, "password")
+        for match in _SAID.finditer(lower):
+            start = match.start("value")
+            end = _without_end(text, start, match.end())
+            value = text[start:end]
+            both = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
+            if both and _is_secret(value, quoted=False, password=True):
+                yield Span(start, end, "password")
+    if "auth" in lower:
+        for match in _HEADER.finditer(lower):
+            start, end = match.span("value")
+            value = text[start:end]
+            if not made_up(value) and any(map(str.isdigit, value)):
+                yield Span(start, end, "password")
+    if any(flag in lower for flag in _FLAGS):
+        for match in _FLAG.finditer(lower):
+            start, end = match.span("value")
+            if lower[start] == "-":
+                continue  # the next flag
+            named = match["password"] is not None
+            if _is_secret(text[start:end], quoted=named, password=named):
+                yield Span(start, end, "password")
+    for mark, expression in _COMMANDS:
+        if mark in text:
+            for match in expression.finditer(text):
+                if _is_secret(match["value"], quoted=True, password=True):
+                    yield Span(*match.span("value"), "password")
+
+
+def _without_end(text: str, start: int, end: int) -> int:
+    """Where a value ends without the sentence's full stop, or the next field of a query."""
+    value = text[start:end]
+    cut = value.find("&")
+    if cut >= 4 and "=" in value[cut:]:
+        value = value[:cut]
+    return start + len(value.rstrip(".:)") if value[-1] in ".:)" else value)
+
+
+def is_secret_of(name: str, value: str) -> bool:
+    """Whether a field of an object holds a secret, by its name and its value."""
+    match = _NAMED.fullmatch(f"{name.lower()}: '{value.lower()}")
+    if match is None:
+        return False
+    return _is_secret(value, quoted=True, password=match["password"] is not None)
+
+
+def _is_secret(value: str, *, quoted: bool, password: bool) -> bool:
+    low = value.lower()
+    if low in _NOT_SECRET or made_up(f"{low}abcdefg"[: max(len(low), 8)]) or low[0] in "$<{%[*":
+        return False
+    if _SHAPED.fullmatch(low):
+        return True
+    has_digit = any(map(str.isdigit, value))
+    if password:
+        if _PLAIN_WORD.fullmatch(value):
+            return quoted and len(value) >= 6
+        if quoted and len(value) >= 6 and "." not in value and not value.startswith(("/", "http")):
+            return not _is_name(value)
+        has_other = has_digit or any(not one.isalnum() for one in value)
+        return len(value) >= 6 and has_other and _CODE.fullmatch(value) is None
+    if len(value) < 10 or not has_digit or _CODE.fullmatch(value) is not None:
+        return False
+    return any(map(str.isalpha, value)) or len(value) >= 20
+
+
+def _is_name(value: str) -> bool:
+    """True for what reads as the name of a field, not as its value: `user_password`."""
+    parts = re.split("[_-]", value.lower())
+    return (
+        len(parts) > 1
+        and all(part.isalpha() and len(part) > 1 for part in parts)
+        and any(part in _NOT_SECRET for part in parts)
+    )
