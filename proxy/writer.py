@@ -3,7 +3,7 @@
     python -P -m proxy.writer FD
 
 FD is a stream socket to the proxy's recorder. Standard input holds a pickled (`StoreConfig`, name
-of the agent profile). The recorder sends pickled exchanges, each after its length. The writer
+of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length. The writer
 commits all that have arrived in one transaction, and answers each with one byte, in the order of
 arrival. The recorder may send an exchange again that an earlier writer did not answer: its turn is
 stored once.
@@ -29,11 +29,13 @@ from nextstate.config import StoreConfig
 from nextstate.errors import WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner
+from nextstate.redaction import NOTHING, Redactor
 from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
 from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
 from proxy.linking.history import RememberedMessages
+from proxy.redacting import Known
 
 log = logging.getLogger(__name__)
 
@@ -64,13 +66,20 @@ class Answer(IntEnum):
 class Writer:
     """One recorder's exchanges on their way into its store."""
 
-    def __init__(self, source: socket.socket, config: StoreConfig, profile: str) -> None:
+    def __init__(
+        self,
+        source: socket.socket,
+        config: StoreConfig,
+        profile: str,
+        redactor: Redactor = NOTHING,
+    ) -> None:
         self._source = source
         self._config = config
         self._profile_name = profile
         self._received = bytearray()
         self._patience = Patience()
-        self._remembered = RememberedMessages()
+        self._remembered = RememberedMessages(redactor=redactor)
+        self._known = Known(redactor)
         self._opened: tuple[Store, AgentProfile] | None = None
 
     def run(self) -> None:
@@ -118,7 +127,9 @@ class Writer:
             try:
                 store, profile = self._open()
                 read = [
-                    read_exchange(pickle.loads(pickled), profile, self._remembered)
+                    read_exchange(
+                        pickle.loads(pickled), profile, self._remembered, self._known
+                    )
                     for pickled in batch
                 ]
                 with store.recording() as recording:
@@ -163,12 +174,12 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     only_for_owner()
     logs.to_stderr()
-    config, profile = pickle.load(sys.stdin.buffer)
+    config, profile, redactor = pickle.load(sys.stdin.buffer)
     gc.collect()
     gc.freeze()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     with socket.socket(fileno=int(sys.argv[1])) as source:
-        Writer(source, config, profile).run()
+        Writer(source, config, profile, redactor).run()
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import subprocess
 import sys
 
 from nextstate.config import StoreConfig
+from nextstate.redaction import NOTHING, Redactor
 
 log = logging.getLogger(__name__)
 
@@ -26,7 +27,9 @@ _END_S = 10.0
 class WriterProcess:
     """The writer of one recorder: started again when it has ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, redactor: Redactor = NOTHING) -> None:
+        self.redactor = redactor
+        """What keeps secrets from the store."""
         self.processes: list[subprocess.Popen[bytes]] = []
         """Those that may still run, the newest last."""
 
@@ -49,7 +52,7 @@ class WriterProcess:
                 self.processes.append(process)
                 assert process.stdin is not None
                 with process.stdin:
-                    pickle.dump((store, profile), process.stdin)
+                    pickle.dump((store, profile, self.redactor), process.stdin)
             except OSError:
                 ours.close()
                 raise

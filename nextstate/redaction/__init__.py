@@ -17,7 +17,7 @@ from typing import Any, cast
 from nextstate.redaction import forms, named, numbers
 from nextstate.redaction.forms import Span
 
-__all__ = ["KINDS", "PATTERN", "Redactor", "Span", "placeholder"]
+__all__ = ["KINDS", "NOTHING", "PATTERN", "Redactor", "Span", "placeholder"]
 
 PATTERN = "pattern"
 """The kind of what the user's own expressions match."""
@@ -106,6 +106,15 @@ class Redactor:
             return self._object(cast("dict[str, Any]", value))
         return value
 
+    def secrets(self, value: Any) -> Iterator[str]:
+        """The secrets themselves in the texts of a JSON value."""
+        if isinstance(value, str):
+            yield from (value[span.start : span.end] for span in self.spans(value))
+        elif isinstance(value, list | dict):
+            found = cast("Any", value)
+            for one in found.values() if isinstance(value, dict) else found:
+                yield from self.secrets(one)
+
     def _object(self, value: dict[str, Any]) -> dict[str, Any]:
         changed, found = False, dict[str, Any]()
         for name, old in value.items():
@@ -117,6 +126,10 @@ class Redactor:
             changed = changed or new is not old or key is not name
             found[key] = new
         return found if changed else value
+
+
+NOTHING = Redactor(frozenset())
+"""Finds nothing."""
 
 
 def _apart(found: Sequence[Span], text: str) -> list[Span]:

@@ -81,10 +81,11 @@ _PHONE = re.compile(
     re.ASCII,
 )
 _PHONE_WORDS = re.compile(
-    r"phone|(?<![a-z])(?:tel|cell|call|fax|mobile|text)(?![a-z])|whatsapp|reach (?:me|him|her|us)|"
-    r"telefon|handy|mobil|rufnummer|anruf|erreichbar|ruf mich|teléfono|tel[eé]f|móvil|movil|"
-    r"ll[aá]m[ae]|celular|电话|手机|拨打|致电|联系方式|手机号|call_?back"
+    r"phone|(?<![a-z])(?:tel|fax|mobile)(?![a-z])|(?:call|text|reach|ring) (?:me|him|her|us|them)|"
+    r"(?<![a-z])cell(?: is|:| at)|whatsapp|telefon|handy|mobil|rufnummer|anruf|erreichbar|ruf mich|"
+    r"teléfono|tel[eé]f|móvil|movil|ll[aá]m[ae]|celular|电话|手机|拨打|致电|联系方式"
 )
+_DATE = re.compile(r"(?:19|20)\d\d[-./]\d\d?[-./]\d|\d\d?[-./]\d\d?[-./](?:19|20)\d\d")
 _COUNTING = "12345678"
 """Stands in no number that was given out."""
 _CALLING_CODES = frozenset(
@@ -169,7 +170,7 @@ def _is_phone(found: str, digits: str, before: str, text: str) -> bool:
         return True
     if _GERMANY.fullmatch(found) and 10 <= len(digits) <= 12 and len(found) > len(digits):
         return True
-    return _PHONE_WORDS.search(before) is not None and "." not in found[:-9]
+    return _DATE.search(found) is None and _PHONE_WORDS.search(before) is not None
 
 
 def _luhn(digits: str) -> bool:

@@ -1,41 +1,26 @@
-"""Which tokens of a reply hold a secret: spans of a text, found again among its tokens."""
+"""Which tokens of a reply come before its first secret."""
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 
-from nextstate.redaction.forms import Span
+from nextstate.redaction import Redactor
 
 
-def tokens_before(tokens: Sequence[bytes], spans: Sequence[Span], text: str) -> int:
-    """How many tokens end before the first span of `text`, which the tokens' bytes decode to.
+def tokens_before(pieces: Sequence[str], secrets: Collection[str], redactor: Redactor) -> int | None:
+    """How many tokens end before the first secret among them; None if it cannot be known.
 
-    Those after a secret were sampled with it in their context, which is not kept: so they cannot
-    train either. `text` is `b"".join(tokens)` decoded with `errors="replace"`, where each byte
-    that is no UTF-8 may have become one character.
+    `pieces` are the tokens' texts, `secrets` what was found in the message that was made of them.
+    Each of these must stand in the tokens too, letter by letter: a parser of tool calls may have
+    written a text anew. What only the tokens hold, such as a thought that the client did not ask
+    for, is searched here.
     """
-    if not spans:
-        return len(tokens)
-    first = byte_offset(b"".join(tokens), text, min(span.start for span in spans))
-    ends = list(accumulate(map(len, tokens)))
-    return bisect_right(ends, first)
-
-
-def byte_offset(data: bytes, text: str, at: int) -> int:
-    """Where the character `at` of `text` begins in `data`, which decodes to it with replacement.
-
-    Errs to the left if bytes before it are no UTF-8.
-    """
-    offset = len(text[:at].encode())
-    if data[:offset].decode(errors="replace") == text[:at]:
-        return offset
-    low = 0
-    for high in range(min(offset, len(data)), -1, -1):  # each replaced byte became three
-        if text.startswith(data[:high].decode(errors="replace").rstrip("�")) and (
-            len(data[:high].decode(errors="replace")) <= at
-        ):
-            low = high
-            break
-    return low
+    text = "".join(pieces)
+    places = [text.find(secret) for secret in secrets]
+    if min(places, default=0) < 0:
+        return None
+    places += (span.start for span in redactor.spans(text))
+    ends = list(accumulate(map(len, pieces)))
+    return bisect_right(ends, min(places, default=len(text)))
