@@ -1,4 +1,4 @@
-"""Labelled texts for `python -m benchmarks.redaction`: where secrets stand in them, and of which kind.
+"""Labelled texts for `python -m benchmarks.redaction`: where secrets stand in them.
 
 Each context of `redaction_contexts.txt` is filled a number of times with values that are made here:
 with issuers' prefixes, valid check digits, and formats of the context's language. Nothing in them
@@ -106,8 +106,14 @@ def _opaque(rng: random.Random, _: str) -> str:
     return rng.choice((_some(rng, 32, _HEX), _some(rng, 40), _some(rng, 24, _ALNUM + "_-")))
 
 
+_WORDS = (
+    *("Sommer", "Tiger", "dragon", "Verano", "perro", "Blume"),
+    *("river", "Monkey", "cafe", "Winter"),
+)
+
+
 def _password(rng: random.Random, _: str) -> str:
-    word = rng.choice("Sommer Tiger dragon Verano perro Blume river Monkey cafe Winter".split())
+    word = rng.choice(_WORDS)
     return rng.choice(
         (
             f"{word}{rng.randrange(10, 9999)}{rng.choice('!#?*')}",
@@ -130,7 +136,7 @@ def _email(rng: random.Random, language: str) -> str:
     }
     name = rng.choice(names.get(language, "maria.lopez jdoe+lists t.o-neil").split())
     host = rng.choice(
-        "gmail.com acme.io firma-nord.de correo.com.mx 163.com mail.uni-bonn.de".split()
+        ["gmail.com", "acme.io", "firma-nord.de", "correo.com.mx", "163.com", "mail.uni-bonn.de"]
     )
     return f"{name}{rng.choice(('', str(rng.randrange(99))))}@{host}"
 

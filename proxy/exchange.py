@@ -103,7 +103,7 @@ def read_exchange(
     reply: Json = redactor.value(said)
     kept = kept_tokens(capture, in_prompt, said, reply, redactor)
     exchange = exchange._replace(request=request)
-    name = exchange.explicit_session
+    name = exchange.explicit_session and known.hide(exchange.explicit_session)
     scope = Scope(
         exchange.lineage,
         None if name is None else profile.session(name),

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from nextstate.records import Json
 from nextstate.redaction import Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.redaction.tokens import tokens_before
 from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
@@ -52,8 +53,10 @@ class Known:
     Agents send the same ones with each request. What is known of them stays in memory.
     """
 
-    def __init__(self, redactor: Redactor) -> None:
+    def __init__(self, redactor: Redactor, hide: HiddenNames | None = None) -> None:
         self.redactor = redactor
+        self.hide = hide or HiddenNames()
+        """What stands for the name of a session."""
         self._found = OrderedDict[bytes, Any]()
         """By the hash of what came; None: nothing was replaced."""
 

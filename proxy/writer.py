@@ -3,9 +3,9 @@
     python -P -m proxy.writer FD
 
 FD is a stream socket to the proxy's recorder. Standard input holds a pickled (`StoreConfig`, name
-of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length. The writer
-commits all that have arrived in one transaction, and answers each with one byte, in the order of
-arrival. The recorder may send an exchange again that an earlier writer did not answer: its turn is
+of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length.
+The writer commits all that have arrived in one transaction, and answers each with one byte, in the
+order of arrival. The recorder may send an exchange again that an earlier writer did not answer: its turn is
 stored once.
 
 When the proxy closes its end, or is killed, the writer commits what has arrived whole, and ends. It
@@ -30,6 +30,7 @@ from nextstate.errors import WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner
 from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
@@ -79,7 +80,7 @@ class Writer:
         self._received = bytearray()
         self._patience = Patience()
         self._remembered = RememberedMessages(redactor=redactor)
-        self._known = Known(redactor)
+        self._known = Known(redactor, HiddenNames(config.path, redactor))
         self._opened: tuple[Store, AgentProfile] | None = None
 
     def run(self) -> None:
@@ -127,9 +128,7 @@ class Writer:
             try:
                 store, profile = self._open()
                 read = [
-                    read_exchange(
-                        pickle.loads(pickled), profile, self._remembered, self._known
-                    )
+                    read_exchange(pickle.loads(pickled), profile, self._remembered, self._known)
                     for pickled in batch
                 ]
                 with store.recording() as recording:

@@ -74,7 +74,7 @@ def stage_process(settings: Settings, stage: str, name: str, *arguments: str) ->
         name,
         argv,
         settings.store.path / "logs" / f"{name}.log",
-        env={**os.environ, **switches(settings.privacy.external_metrics)},
+        env={**os.environ, **switches(bool(settings.learner.wandb))},
         retry_on_change=(settings.file.absolute(),),
     )
     if stage == "proxy":
@@ -109,7 +109,7 @@ async def run_proxy(settings: Settings, worker: int | None = None) -> None:
             store,
             engine,
             settings.agents.profile,
-            writer=WriterProcess(),
+            writer=WriterProcess(settings.privacy.redactor),
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
             lineages=_lineages(settings),
@@ -286,7 +286,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
             f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
         )
     lineages = known if lineage is None else (lineage,)
-    os.environ.update(switches(settings.privacy.external_metrics))
+    os.environ.update(switches(bool(settings.learner.wandb)))
     cores = shared_cores(settings) if engine_file(settings).exists() else None
     if cores is not None:
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads

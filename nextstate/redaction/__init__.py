@@ -11,29 +11,18 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any, cast
-
-from nextstate.redaction import forms, named, numbers
-from nextstate.redaction.forms import Span
+from functools import lru_cache
+from typing import Any, NamedTuple, cast
 
 __all__ = ["KINDS", "NOTHING", "PATTERN", "Redactor", "Span", "placeholder"]
 
 PATTERN = "pattern"
 """The kind of what the user's own expressions match."""
-_FINDERS: Mapping[str, Callable[[str], Iterator[Span]]] = MappingProxyType(
-    {
-        "private_key": forms.private_keys,
-        "api_key": forms.api_keys,
-        "iban": numbers.ibans,
-        "card": numbers.cards,
-        "national_id": numbers.national_ids,
-        "email": forms.emails,
-        "phone": numbers.phones,
-    }
-)
 _PASSWORD = "password"
-KINDS: tuple[str, ...] = (*_FINDERS, _PASSWORD)
+KINDS = (
+    *("private_key", "api_key", "iban", "card", "national_id", "email", "phone"),
+    _PASSWORD,
+)
 """What can be found. Where two overlap, the first counts."""
 _OF_NUMBERS = frozenset(("iban", "card", "national_id", "phone"))
 _SEVEN_DIGITS = re.compile(r"\d(?:[^\w]{0,2}\d){6}|\d{2}[A-Z]\d{2}[A-Z]\d{3}")
@@ -43,6 +32,11 @@ _PICTURE = re.compile(r"data:[\w.+-]{1,60}/[\w.+-]{1,60}(?:;[\w=.+-]{1,60}){0,3}
 _ESCAPES = "nrtbf"
 
 
+def words(text: str) -> frozenset[str]:
+    """The words of a text."""
+    return frozenset(text.split())
+
+
 def placeholder(kind: str) -> str:
     """What stands where a secret stood.
 
@@ -50,6 +44,14 @@ def placeholder(kind: str) -> str:
     '[secret:email]'
     """
     return f"[secret:{kind}]"
+
+
+class Span(NamedTuple):
+    """Characters `start` to `end` of a text are a secret of some kind."""
+
+    start: int
+    end: int
+    kind: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +72,7 @@ class Redactor:
         for pattern in self.patterns:
             found += (Span(*match.span(), PATTERN) for match in pattern.finditer(text))
         with_digits: bool | None = None
-        for kind, finder in _FINDERS.items():
+        for kind, finder in _finders().items():
             if kind in self.kinds:
                 if kind in _OF_NUMBERS:
                     if with_digits is None:
@@ -79,8 +81,7 @@ class Redactor:
                         continue
                 found += finder(text)
         if _PASSWORD in self.kinds:
-            found += forms.url_passwords(text)
-            found += named.passwords(text)
+            found += _passwords(text)
         return _apart(found, text) if found else found
 
     def text(self, text: str) -> str:
@@ -95,7 +96,7 @@ class Redactor:
         return "".join((*parts, text[end:]))
 
     def value(self, value: Any) -> Any:
-        """A JSON value with its texts redacted, names of fields included; itself if none changes."""
+        """A JSON value with its texts redacted, names of fields too; itself if none changes."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
@@ -115,11 +116,15 @@ class Redactor:
             for one in found.values() if isinstance(value, dict) else found:
                 yield from self.secrets(one)
 
+    def comment(self, text: str | None, most: int) -> str | None:
+        """A hint or comment of at most `most` characters, without secrets."""
+        return text and self.text(text)[:most]
+
     def _object(self, value: dict[str, Any]) -> dict[str, Any]:
         changed, found = False, dict[str, Any]()
         for name, old in value.items():
             key = self.text(name)
-            if _PASSWORD in self.kinds and isinstance(old, str) and named.is_secret_of(name, old):
+            if _PASSWORD in self.kinds and isinstance(old, str) and _is_secret_of(name, old):
                 new = placeholder(_PASSWORD)
             else:
                 new = self.value(old)
@@ -130,6 +135,30 @@ class Redactor:
 
 NOTHING = Redactor(frozenset())
 """Finds nothing."""
+
+
+@lru_cache(maxsize=1)
+def _finders() -> Mapping[str, Callable[[str], Iterator[Span]]]:
+    """By kind. Imported late: their expressions take 0.1 s to compile, and few processes search."""
+    from nextstate.redaction import forms, numbers
+
+    finders = (forms.private_keys, forms.api_keys, numbers.ibans, numbers.cards)
+    return dict(
+        zip(KINDS, (*finders, numbers.national_ids, forms.emails, numbers.phones), strict=False)
+    )
+
+
+def _passwords(text: str) -> Iterator[Span]:
+    from nextstate.redaction import forms, named
+
+    yield from forms.url_passwords(text)
+    yield from named.passwords(text)
+
+
+def _is_secret_of(name: str, value: str) -> bool:
+    from nextstate.redaction import named
+
+    return named.is_secret_of(name, value)
 
 
 def _apart(found: Sequence[Span], text: str) -> list[Span]:

@@ -8,16 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache
 from typing import NamedTuple
 
-
-class Span(NamedTuple):
-    """Characters `start` to `end` of a text are a secret of some kind."""
-
-    start: int
-    end: int
-    kind: str
+from nextstate.redaction import Span, words
 
 
 class _Form(NamedTuple):
@@ -34,7 +28,7 @@ class _Form(NamedTuple):
         return _compiled(self.pattern)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compiled(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.ASCII)
 
@@ -123,9 +117,9 @@ _NO_DOMAINS = (
     *(".example", ".test", ".invalid", ".localhost", ".local"),
 )
 """Reserved for documents (RFC 2606), or not of the internet."""
-_FILES = frozenset(
-    "png jpg jpeg gif svg webp ico js ts tsx jsx css py rb rs go json yaml yml toml md txt html xml"
-    " lock whl gz zip tar tgz service timer socket target mount".split()
+_FILES = words(
+    "png jpg jpeg gif svg webp ico js ts tsx jsx css py rb rs go json yaml yml toml md txt "
+    "html xml lock whl gz zip tar tgz service timer socket target mount"
 )
 """What looks like the end of a domain and is the end of a file's or unit's name."""
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from nextstate.redaction.forms import Span, made_up
+from nextstate.redaction import Span, words
+from nextstate.redaction.forms import made_up
 
 _PASSWORDS = (
     r"passw(?:or)?d|passphrase|passwort|kennwort|passwd|pwd(?<![a-z]pwd)|pgpassword|"
@@ -18,10 +19,12 @@ _KEYS = (
     r"(?:api|access|secret|private|encryption|signing|master|account|auth|webhook|license)"
     r"[ _-]?key(?:[ _-]?id)?|apikey(?<![a-z]apikey)|"
     r"(?:access|auth|refresh|bearer|api|id|session|bot|deploy|personal|csrf|oauth)[ _-]?token|"
-    r"token(?<![a-z]token)|client[ _-]?secret|app[ _-]?secret|shared[ _-]?secret|secret(?<![a-z]secret)|"
+    r"token(?<![a-z]token)|(?:client|app|shared)[ _-]?secret|secret(?<![a-z]secret)|"
     r"api[ _-]?schlüssel|clave de api|secreto|密钥|令牌"
 )
-_SAYS = r"""(?:\\?["'])?\]?\s{0,3}(?::=|=>|==?|:|：|＝|是|为|\s(?:is|ist|lautet|es|to|auf|a)\s)\s{0,3}"""
+_SAYS = (
+    r"""(?:\\?["'])?\]?\s{0,3}(?::=|=>|==?|[:：＝是为]|\s(?:is|ist|lautet|es|to|auf|a)\s)\s{0,3}"""
+)
 _NAMED = re.compile(
     rf"""(?:(?P<password>{_PASSWORDS})|(?:{_KEYS})){_SAYS}"""
     r"""(?P<quote>\\?["'`“「]|[rbf]["'])?(?P<value>[^\s"'`\\,;<>(){}\[\]|“”「」。，；]{4,200}+)"""
@@ -64,11 +67,12 @@ _CODE = re.compile(
 """Values that are code, words, paths, numbers, dates; matched whole."""
 _SHAPED = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.ASCII)
 _PLAIN_WORD = re.compile(r"[^\W\d_]+")
-_NOT_SECRET = frozenset(
-    "none null true false undefined string str text required optional hidden secret password token"
-    " passwd username user admin root test invalid missing wrong incorrect expired changed reset"
-    " forgot forgotten empty default value bytes object number boolean any unknown self this env"
-    " postgres contraseña clave passwort kennwort kwargs args".split()
+_NOT_SECRET = words(
+    "none null true false undefined string str text required optional hidden secret "
+    "password token passwd username user admin root test invalid missing wrong incorrect "
+    "expired changed reset forgot forgotten empty default value bytes object number "
+    "boolean any unknown self this env postgres contraseña clave passwort kennwort kwargs "
+    "args"
 )
 
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from datetime import date
 
-from nextstate.redaction.forms import Span
+from nextstate.redaction import Span, words
 
 # Each begins with what it takes first and looks back after it: then `re` jumps from one such
 # character to the next, which is several times as fast as looking back everywhere.
@@ -24,23 +24,23 @@ _CARD_BEGINNINGS = (
 )
 _CARD_OF = {size: re.compile(beginning) for size, beginning in _CARD_BEGINNINGS}
 _CARD_GROUPS = frozenset((*((n,) for n in range(13, 20)), (4, 4, 4, 4), (4, 6, 5), (4, 6, 4)))
-_TEST_CARDS = frozenset(
-    "4242424242424242 4111111111111111 4012888888881881 5555555555554444 5105105105105100"
-    " 378282246310005 371449635398431 6011111111111117 6011000990139424 30569309025904"
-    " 3530111333300000 4000056655665556 2223003122003222 4222222222222".split()
+_TEST_CARDS = words(
+    "4242424242424242 4111111111111111 4012888888881881 5555555555554444 5105105105105100 "
+    "378282246310005 371449635398431 6011111111111117 6011000990139424 30569309025904 "
+    "3530111333300000 4000056655665556 2223003122003222 4222222222222"
 )
 """Published by payment providers for tests."""
 _IBAN = re.compile(r"[A-Z](?<![A-Za-z0-9].)[A-Z]\d{2}(?:[ -]?[A-Z0-9]){11,30}", re.ASCII)
-_IBAN_LENGTHS = dict(
-    (pair[:2], int(pair[2:]))
-    for pair in (
-        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 DO28"
-        " EE20 EG29 ES24 FI18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 IQ23 IS26"
-        " IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 MC27 MD24 ME22 MK19 MR27 MT31 MU30 NL18"
-        " NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24 SI19 SK24 SM27 ST25 SV28 TL23 TN24"
-        " TR26 UA29 VA22 VG24 XK20"
-    ).split()
-)
+_IBAN_LENGTHS = {
+    pair[:2]: int(pair[2:])
+    for pair in words(
+        "AD24 AE23 AL28 AT20 AZ28 BA20 BE16 BG22 BH22 BR29 BY28 CH21 CR22 CY28 CZ24 DE22 DK18 "
+        "DO28 EE20 EG29 ES24 FI18 FO18 FR27 GB22 GE22 GI23 GL18 GR27 GT28 HR21 HU28 IE22 IL23 "
+        "IQ23 IS26 IT27 JO30 KW30 KZ20 LB28 LC32 LI21 LT20 LU20 LV21 MC27 MD24 ME22 MK19 MR27 "
+        "MT31 MU30 NL18 NO15 PK24 PL28 PS29 PT25 QA29 RO24 RS22 SA24 SC31 SE24 SI19 SK24 SM27 "
+        "ST25 SV28 TL23 TN24 TR26 UA29 VA22 VG24 XK20"
+    )
+}
 _LONGEST_WORDS = 48
 """Characters before a number in which words say what it is."""
 
@@ -70,8 +70,10 @@ _CN_WEIGHTS = (7, 9, 10, 5, 8, 4, 2, 1, 6, 3, 7, 9, 10, 5, 8, 4, 2)
 _IT_ODD = dict(
     zip(
         "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZ",
-        (1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 2, 4, 18, 20, 11, 3)
-        + (6, 8, 12, 14, 16, 10, 22, 25, 24, 23),
+        (
+            *(1, 0, 5, 7, 9, 13, 15, 17, 19, 21, 1, 0, 5, 7, 9, 13, 15, 17, 19, 21),
+            *(2, 4, 18, 20, 11, 3, 6, 8, 12, 14, 16, 10, 22, 25, 24, 23),
+        ),
         strict=True,
     )
 )
@@ -88,12 +90,13 @@ _PHONE_WORDS = re.compile(
 _DATE = re.compile(r"(?:19|20)\d\d[-./]\d\d?[-./]\d|\d\d?[-./]\d\d?[-./](?:19|20)\d\d")
 _COUNTING = "12345678"
 """Stands in no number that was given out."""
-_CALLING_CODES = frozenset(
-    "1 7 20 27 30 31 32 33 34 36 39 40 41 43 44 45 46 47 48 49 51 52 53 54 55 56 57 58 60 61 62 63"
-    " 64 65 66 81 82 84 86 90 91 92 93 94 95 98 211 212 213 216 218 350 351 352 353 354 355 356 357"
-    " 358 359 370 371 372 373 374 375 376 377 380 381 382 385 386 387 389 420 421 423 502 503 504"
-    " 505 506 507 509 591 593 595 598 852 853 855 880 886 960 961 962 963 964 965 966 967 968 970"
-    " 971 972 973 974 975 976 977 992 993 994 995 996 998 234 254 255 256 233 221 225".split()
+_CALLING_CODES = words(
+    "1 7 20 27 30 31 32 33 34 36 39 40 41 43 44 45 46 47 48 49 51 52 53 54 55 56 57 58 60 "
+    "61 62 63 64 65 66 81 82 84 86 90 91 92 93 94 95 98 211 212 213 216 218 350 351 352 "
+    "353 354 355 356 357 358 359 370 371 372 373 374 375 376 377 380 381 382 385 386 387 "
+    "389 420 421 423 502 503 504 505 506 507 509 591 593 595 598 852 853 855 880 886 960 "
+    "961 962 963 964 965 966 967 968 970 971 972 973 974 975 976 977 992 993 994 995 996 "
+    "998 234 254 255 256 233 221 225"
 )
 _NORTH_AMERICA = re.compile(r"(?:1[ .-])?(?:\([2-9]\d\d\) ?|[2-9]\d\d[ .-])[2-9]\d\d[ .-]\d{4}")
 _CHINA = re.compile(r"1[3-9]\d(?:[ -]?\d{4}){2}")
@@ -147,7 +150,7 @@ def national_ids(text: str) -> Iterator[Span]:
 
 
 def phones(text: str) -> Iterator[Span]:
-    """Telephone numbers: by their calling code, by how a country writes them, or by words before."""
+    """Telephone numbers: by their calling code, a country's way to write them, or words."""
     for match in _PHONE.finditer(text):
         start, found = match.start(), match[0]
         digits = found.encode().translate(None, b" ()./+-").decode()

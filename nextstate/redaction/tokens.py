@@ -9,7 +9,9 @@ from itertools import accumulate
 from nextstate.redaction import Redactor
 
 
-def tokens_before(pieces: Sequence[str], secrets: Collection[str], redactor: Redactor) -> int | None:
+def tokens_before(
+    pieces: Sequence[str], secrets: Collection[str], redactor: Redactor
+) -> int | None:
     """How many tokens end before the first secret among them; None if it cannot be known.
 
     `pieces` are the tokens' texts, `secrets` what was found in the message that was made of them.

@@ -10,6 +10,7 @@ from nextstate.app.page.screens import Screens
 from nextstate.app.page.visits import Visit
 from nextstate.errors import NoTurnError, RecordError
 from nextstate.records import Feedback, PolicyVersion
+from nextstate.redaction import Redactor
 from nextstate.store import Store
 from proxy.answers import Refused
 from proxy.feedback import Allowance
@@ -29,9 +30,15 @@ class Changes:
     """The forms of one proxy's page. Each raises Refused."""
 
     def __init__(
-        self, store: Store, screens: Screens, rollback: Rollback, allowance: Allowance
+        self,
+        store: Store,
+        screens: Screens,
+        rollback: Rollback,
+        allowance: Allowance,
+        redactor: Redactor,
     ) -> None:
         self._store = store
+        self._redactor = redactor
         self._screens = screens
         self._rollback = rollback
         self._allowance = allowance
@@ -45,7 +52,7 @@ class Changes:
         if wait_s := self._allowance.wait_s(visit.visitor.lineage):
             raise Refused(429, f"Too much feedback in a minute: wait {wait_s} seconds.")
         try:
-            said = Feedback(turn.id, score, hint)
+            said = Feedback(turn.id, score, hint).without_secrets(self._redactor)
             found = await asyncio.to_thread(self._store.judging.give_feedback, said)
         except (RecordError, NoTurnError) as error:
             raise Refused(400, f"Your feedback was not kept: {error}.") from error

@@ -109,7 +109,9 @@ class Page:
         self._lineages = lineages
         self._renderer = Renderer()
         self._screens = Screens(settings, store, health, self._renderer)
-        self._changes = Changes(store, self._screens, rollback, allowance)
+        self._changes = Changes(
+            store, self._screens, rollback, allowance, settings.privacy.redactor
+        )
         self._streams = Streams(lambda: watched(store, health))
         self._logins = Logins(settings.store.path / "logins", lineages)
         self._tries = Tries()
