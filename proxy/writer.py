@@ -5,8 +5,8 @@
 FD is a stream socket to the proxy's recorder. Standard input holds a pickled (`StoreConfig`, name
 of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length.
 The writer commits all that have arrived in one transaction, and answers each with one byte, in the
-order of arrival. The recorder may send an exchange again that an earlier writer did not answer: its turn is
-stored once.
+order of arrival. The recorder may send an exchange again that an earlier writer did not answer: its
+turn is stored once.
 
 When the proxy closes its end, or is killed, the writer commits what has arrived whole, and ends. It
 ignores SIGINT and SIGTERM: the proxy gets them too, and closes its end once all is committed.

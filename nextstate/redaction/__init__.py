@@ -25,7 +25,7 @@ KINDS = (
 )
 """What can be found. Where two overlap, the first counts."""
 _OF_NUMBERS = frozenset(("iban", "card", "national_id", "phone"))
-_SEVEN_DIGITS = re.compile(r"\d(?:[^\w]{0,2}\d){6}|\d{2}[A-Z]\d{2}[A-Z]\d{3}")
+_DIGITS = re.compile(r"\d(?:\W{0,2}\d){5}|\d{2}[A-Z]\d{2}[A-Z]\d{3}")
 _SHORTEST = 6
 """No secret has fewer characters."""
 _PICTURE = re.compile(r"data:[\w.+-]{1,60}/[\w.+-]{1,60}(?:;[\w=.+-]{1,60}){0,3};base64,")
@@ -76,7 +76,7 @@ class Redactor:
             if kind in self.kinds:
                 if kind in _OF_NUMBERS:
                     if with_digits is None:
-                        with_digits = _SEVEN_DIGITS.search(text) is not None
+                        with_digits = _DIGITS.search(text) is not None
                     if not with_digits:
                         continue
                 found += finder(text)
