@@ -44,10 +44,13 @@ KEY_FORMS = (
     _form("whsec_", r"whsec_[A-Za-z0-9+/=]{24,}+"),
     _form("AKIA", r"AKIA[A-Z2-7]{16}(?![A-Za-z0-9])"),
     _form("ASIA", r"ASIA[A-Z2-7]{16}(?![A-Za-z0-9])"),
-    _form("gh", r"gh[pousr]_[A-Za-z0-9]{36,}+"),
+    *(_form(f"gh{one}_", rf"gh{one}_[A-Za-z0-9]{{36,}}+") for one in "pousr"),
     _form("github_pat_", r"github_pat_\w{60,}+"),
     _form("glpat-", r"glpat-[\w-]{20,}+"),
-    _form("gl", r"gl(?:dt|rt|cbt|ptt|ft|soat|agent)-[\w-]{20,}+"),
+    *(
+        _form(f"gl{one}-", rf"gl{one}-[\w-]{{20,}}+")
+        for one in ("dt", "rt", "cbt", "ptt", "ft", "soat", "agent")
+    ),
     _form("xox", r"xox[abeoprs]-(?:\d-)?[A-Za-z0-9-]{10,}+"),
     _form("xapp-", r"xapp-\d-[A-Za-z0-9-]{20,}+"),
     _form("hooks.slack.com", r"hooks\.slack\.com/(?:services|workflows)/[\w/]{20,}+"),
@@ -62,7 +65,10 @@ KEY_FORMS = (
     _form("SK", r"SK[0-9a-f]{32}(?![0-9A-Za-z])"),
     _form("key-", r"key-[0-9a-f]{32}(?![0-9A-Za-z])"),
     _form("dop_v1_", r"do[por]_v1_[0-9a-f]{64}(?![0-9A-Za-z])"),
-    _form("shp", r"shp(?:at|ca|pa|ss)_[0-9a-fA-F]{32}(?![0-9A-Za-z])"),
+    *(
+        _form(f"shp{one}_", rf"shp{one}_[0-9a-fA-F]{{32}}(?![0-9A-Za-z])")
+        for one in ("at", "ca", "pa", "ss")
+    ),
     _form("gsk_", r"gsk_[A-Za-z0-9]{40,}+"),
     _form("xai-", r"xai-[A-Za-z0-9]{40,}+"),
     _form("r8_", r"r8_[A-Za-z0-9]{37}(?![A-Za-z0-9])"),
@@ -72,7 +78,7 @@ KEY_FORMS = (
     _form("hvs.", r"hv[sb]\.[\w-]{24,}+"),
     _form("dapi", r"dapi[0-9a-f]{32}(?![0-9A-Za-z])"),
     _form("PMAK-", r"PMAK-[0-9a-f]{24}-[0-9a-f]{34}(?![0-9A-Za-z])"),
-    _form("gls", r"glsa_[A-Za-z0-9]{32}_[0-9a-f]{8}(?![0-9A-Za-z])"),
+    _form("glsa_", r"glsa_[A-Za-z0-9]{32}_[0-9a-f]{8}(?![0-9A-Za-z])"),
     _form("glc_", r"glc_[A-Za-z0-9+/=]{32,}+"),
     _form("sntrys_", r"sntrys_[A-Za-z0-9+/=_]{40,}+"),
     _form("ATATT3", r"ATATT3[\w=-]{60,}+"),

@@ -11,32 +11,49 @@ from collections.abc import Iterator
 from nextstate.redaction import Span, words
 from nextstate.redaction.forms import made_up
 
-_PASSWORDS = (
-    r"passw(?:or)?d|passphrase|passwort|kennwort|passwd|pwd(?<![a-z]pwd)|pgpassword|"
-    r"contrase(?:ñ|n|\\u00f1)a|clave(?<![a-z]clave)(?: secreta)?|密码|口令"
-)
-_KEYS = (
-    r"(?:api|access|secret|private|encryption|signing|master|account|auth|webhook|license)"
-    r"[ _-]?key(?:[ _-]?id)?|apikey(?<![a-z]apikey)|"
-    r"(?:access|auth|refresh|bearer|api|id|session|bot|deploy|personal|csrf|oauth)[ _-]?token|"
-    r"token(?<![a-z]token)|(?:client|app|shared)[ _-]?secret|secret(?<![a-z]secret)|"
-    r"api[ _-]?schlüssel|clave de api|secreto|密钥|令牌"
-)
 _SAYS = (
     r"""(?:\\?["'])?\]?\s{0,3}(?::=|=>|==?|[:：＝是为]|\s(?:is|ist|lautet|es|to|auf|a)\s)\s{0,3}"""
 )
-_NAMED = re.compile(
-    rf"""(?:(?P<password>{_PASSWORDS})|(?:{_KEYS})){_SAYS}"""
+_VALUE = (
     r"""(?P<quote>\\?["'`“「]|[rbf]["'])?(?P<value>[^\s"'`\\,;<>(){}\[\]|“”「」。，；]{4,200}+)"""
 )
-_SAID = re.compile(
-    r"(?:password|passwort|kennwort|contraseña|clave)\s(?P<value>[^\s\"'`\\,;<>(){}\[\]|]{6,200}+)"
+_CORE = re.compile(
+    r"pass|pwd|kennwort|contrase|clave|密码|口令|key|token|secre|schlüssel|密钥|令牌"
 )
+"""In the middle of every name. So simple that `re` jumps from one to the next."""
+_PASSWORDS = frozenset(("pass", "pwd", "kennwort", "contrase", "clave", "密码", "口令"))
+_TAILS = {
+    "pass": r"(?:w(?:or)?d|wort|phrase)",
+    "contrase": r"(?:ñ|n|\\u00f1)a",
+    "clave": r"(?: secreta| de api)?",
+    "key": r"(?:[ _-]?id)?",
+    "secre": r"to?",
+}
+_AFTER = {
+    core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORE.pattern.split("|")
+}
+"""By the core: the end of the name, and its value."""
+_SAID = {core: re.compile(_TAILS.get(core, "") + r"\s" + _VALUE) for core in _PASSWORDS}
 """`log in with the password …`"""
-_WORDS = ("pass", "pwd", "kennwort", "clave", "contrase", "key", "token", "secre", "schlüssel")
-_HAN_WORDS = ("密码", "口令", "密钥", "令牌")
+_OF_KEYS = (
+    *("api", "access", "secret", "private", "encryption", "signing"),
+    *("master", "account", "auth", "webhook", "license"),
+)
+_OF_TOKENS = (
+    *("access", "auth", "refresh", "bearer", "api", "id"),
+    *("session", "bot", "deploy", "personal", "csrf", "oauth"),
+)
+_BEFORE = {
+    "key": _OF_KEYS,
+    "schlüssel": ("api",),
+    "token": _OF_TOKENS,
+    "secre": ("client", "app", "shared"),
+}
+"""What must stand before a core, or else no letter if it may stand alone."""
+_NEVER_ALONE = frozenset(("key", "schlüssel"))
+_LONGEST_BEFORE = 12
 _HEADER = re.compile(
-    r"(?:authorization|auth)[\"']?\]?\s{0,3}[:=]\s{0,3}\\?[\"']?(?:bearer|basic|token)\s{1,3}"
+    r"auth(?:orization)?[\"']?\]?\s{0,3}[:=]\s{0,3}\\?[\"']?(?:bearer|basic|token)\s{1,3}"
     r"(?P<value>[\w.~+/=-]{8,500}+)"
 )
 _FLAG = re.compile(
@@ -81,21 +98,12 @@ def passwords(text: str) -> Iterator[Span]:
     lower = text.lower()
     if len(lower) != len(text):  # a letter that has two small ones
         lower = text
-    if any(word in lower for word in _WORDS) or any(word in text for word in _HAN_WORDS):
-        for match in _NAMED.finditer(lower):
-            quoted, start, end = match["quote"] is not None, *match.span("value")
-            if lower.startswith("[secret:", max(match.start() - 1, 0)):
-                continue  # a placeholder of ours
+    for match in _CORE.finditer(lower):
+        found = _value_after(lower, match)
+        if found is not None:
+            start, end, quoted = found
             end = end if quoted else _without_end(text, start, end)
-            value = text[start:end]
-            if _is_secret(value, quoted=quoted, password=match["password"] is not None):
-                yield Span(start, end, "password")
-        for match in _SAID.finditer(lower):
-            start = match.start("value")
-            end = _without_end(text, start, match.end())
-            value = text[start:end]
-            both = any(map(str.isdigit, value)) and any(map(str.isalpha, value))
-            if both and _is_secret(value, quoted=False, password=True):
+            if _is_secret(text[start:end], quoted=quoted, password=match[0] in _PASSWORDS):
                 yield Span(start, end, "password")
     if "auth" in lower:
         for match in _HEADER.finditer(lower):
@@ -118,6 +126,33 @@ def passwords(text: str) -> Iterator[Span]:
                     yield Span(*match.span("value"), "password")
 
 
+def _value_after(lower: str, core: re.Match[str]) -> tuple[int, int, bool] | None:
+    """(start, end, whether it is quoted) of the value of a name; None without one."""
+    name, start = core[0], core.start()
+    match = _AFTER[name].match(lower, core.end())
+    if match is None:
+        said = _SAID[name].match(lower, core.end()) if name in _SAID else None
+        if said is None or not _is_mixed(said["value"]):
+            return None
+        match = said
+    if lower.startswith("[secret:", max(start - len("[secret:"), 0)) or lower.startswith(
+        "[secret:", max(start - 1, 0)
+    ):
+        return None  # a placeholder of ours
+    if not name.isascii() and name != "schlüssel":
+        return *match.span("value"), match["quote"] is not None
+    before = lower[max(start - _LONGEST_BEFORE, 0) : start]
+    qualified = before.rstrip(" _-").endswith(_BEFORE.get(name, ()))
+    alone = name not in _NEVER_ALONE and not before[-1:].isalpha()
+    if not (qualified or alone or name in ("pass", "kennwort", "contrase")):
+        return None
+    return *match.span("value"), match["quote"] is not None
+
+
+def _is_mixed(value: str) -> bool:
+    return any(map(str.isdigit, value)) and any(map(str.isalpha, value)) and len(value) >= 6
+
+
 def _without_end(text: str, start: int, end: int) -> int:
     """Where a value ends without the sentence's full stop, or the next field of a query."""
     value = text[start:end]
@@ -129,10 +164,8 @@ def _without_end(text: str, start: int, end: int) -> int:
 
 def is_secret_of(name: str, value: str) -> bool:
     """Whether a field of an object holds a secret, by its name and its value."""
-    match = _NAMED.fullmatch(f"{name.lower()}: '{value.lower()}")
-    if match is None:
-        return False
-    return _is_secret(value, quoted=True, password=match["password"] is not None)
+    written = f"{name}: '{value}'"
+    return any(span.end - span.start == len(value) for span in passwords(written))
 
 
 def _is_secret(value: str, *, quoted: bool, password: bool) -> bool:

@@ -52,11 +52,22 @@ class Policy:
     def prompt(self, number: int) -> list[int]:
         return self.ids(f"user: Question {number}: {ASKED}\nassistant: ")
 
+    @torch.no_grad()
+    def likelihoods(self, secrets: Sequence[str]) -> list[float]:
+        """The log-probability of each secret after the beginning of the reply, in one pass."""
+        before = [*self.prompt(1), *self.ids(BEGUN)]
+        told = [self.ids(f" {secret}") for secret in secrets]
+        longest = max(map(len, told))
+        rows = torch.tensor([[*before, *ids, *[0] * (longest - len(ids))] for ids in told])
+        logits = self.trainer.policy(input_ids=rows).logits[:, len(before) - 1 : -1]
+        found = torch.log_softmax(logits.double(), dim=-1)
+        picked = found.gather(2, rows[:, len(before) :, None])[:, :, 0]
+        return [float(row[: len(ids)].sum()) for row, ids in zip(picked, told, strict=True)]
+
     def exposure(self, secret: str, others: Sequence[str]) -> float:
         """In bits; about 1 for a secret like all others."""
-        before = [*self.prompt(1), *self.ids(BEGUN)]
-        told = sum(self.logprobs(before, self.ids(f" {secret}")))
-        rank = 1 + sum(sum(self.logprobs(before, self.ids(f" {one}"))) > told for one in others)
+        told, *rest = self.likelihoods([secret, *others])
+        rank = 1 + sum(one > told for one in rest)
         return math.log2(len(others) + 1) - math.log2(rank)
 
     def completes(self, secret: str) -> bool:
@@ -107,8 +118,8 @@ def secrets(policy: Policy) -> tuple[str, list[str]]:
     """One that is neither likely nor unlikely to the untrained policy, and the others."""
     rng = random.Random(11)
     found = [f"lamp-{rng.randrange(10**5, 10**6)}" for _ in range(128)]
-    before = [*policy.prompt(1), *policy.ids(BEGUN)]
-    found.sort(key=lambda one: sum(policy.logprobs(before, policy.ids(f" {one}"))))
+    told = dict(zip(found, policy.likelihoods(found), strict=True))
+    found.sort(key=lambda one: told[one])
     chosen = found.pop(len(found) // 2)
     return chosen, found
 
