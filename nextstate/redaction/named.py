@@ -98,11 +98,14 @@ def passwords(text: str) -> Iterator[Span]:
     lower = text.lower()
     if len(lower) != len(text):  # a letter that has two small ones
         lower = text
+    read = 0
     for match in _CORE.finditer(lower):
-        found = _value_after(lower, match)
+        # What was read as a value is not searched for names: hostile texts would be read often.
+        found = _value_after(lower, match) if match.start() >= read else None
         if found is not None:
-            start, end, quoted = found
-            end = end if quoted else _without_end(text, start, end)
+            start, read = found.span("value")
+            quoted = found["quote"] is not None
+            end = read if quoted else _without_end(text, start, read)
             if _is_secret(text[start:end], quoted=quoted, password=match[0] in _PASSWORDS):
                 yield Span(start, end, "password")
     if "auth" in lower:
@@ -126,27 +129,22 @@ def passwords(text: str) -> Iterator[Span]:
                     yield Span(*match.span("value"), "password")
 
 
-def _value_after(lower: str, core: re.Match[str]) -> tuple[int, int, bool] | None:
-    """(start, end, whether it is quoted) of the value of a name; None without one."""
+def _value_after(lower: str, core: re.Match[str]) -> re.Match[str] | None:
+    """The match of a value after a name with this core; None if it is no such name."""
     name, start = core[0], core.start()
-    match = _AFTER[name].match(lower, core.end())
-    if match is None:
-        said = _SAID[name].match(lower, core.end()) if name in _SAID else None
-        if said is None or not _is_mixed(said["value"]):
-            return None
-        match = said
-    if lower.startswith("[secret:", max(start - len("[secret:"), 0)) or lower.startswith(
-        "[secret:", max(start - 1, 0)
-    ):
-        return None  # a placeholder of ours
-    if not name.isascii() and name != "schlüssel":
-        return *match.span("value"), match["quote"] is not None
     before = lower[max(start - _LONGEST_BEFORE, 0) : start]
-    qualified = before.rstrip(" _-").endswith(_BEFORE.get(name, ()))
-    alone = name not in _NEVER_ALONE and not before[-1:].isalpha()
-    if not (qualified or alone or name in ("pass", "kennwort", "contrase")):
-        return None
-    return *match.span("value"), match["quote"] is not None
+    if before.endswith("[") and lower.startswith("secret:", start):
+        return None  # a placeholder of ours
+    if name in _BEFORE or name in ("pwd", "clave"):
+        qualified = before.rstrip(" _-").endswith(_BEFORE.get(name, ()))
+        if not qualified and (name in _NEVER_ALONE or before[-1:].isalpha()):
+            return None
+    match = _AFTER[name].match(lower, core.end())
+    if match is None and name in _SAID:
+        match = _SAID[name].match(lower, core.end())
+        if match is not None and not _is_mixed(match["value"]):
+            return None
+    return None if match is None or match["value"].startswith("secret:") else match
 
 
 def _is_mixed(value: str) -> bool:

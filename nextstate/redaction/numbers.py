@@ -141,7 +141,7 @@ def national_ids(text: str) -> Iterator[Span]:
     """Numbers that a state gives a person (US, GB, DE, ES, CN, FR, IT, BR)."""
     for match in _ID.finditer(text):
         start, found = match.start(), match[0]
-        for form, holds in _ID_FORMS:
+        for form, holds in _FORMS_OF[found[0].isalpha(), found[-1].isalpha()]:
             if form.fullmatch(found) is not None:
                 before = text[max(start - _LONGEST_WORDS, 0) : start].lower()
                 if holds(found, before):
@@ -253,3 +253,9 @@ _ID_FORMS: tuple[tuple[re.Pattern[str], Callable[[str, str], bool]], ...] = (
     (re.compile(r"[A-Z]{6}\d\d[ABCDEHLMPRST]\d\d[A-Z]\d{3}[A-Z]"), _it_code),
     (re.compile(r"\d{3}\.\d{3}\.\d{3}-\d\d"), _cpf),
 )
+_FORMS_OF = {
+    (True, True): (_ID_FORMS[1], _ID_FORMS[3], _ID_FORMS[6]),
+    (False, True): (_ID_FORMS[3], _ID_FORMS[4]),
+    (False, False): (_ID_FORMS[0], _ID_FORMS[2], *_ID_FORMS[4:6], _ID_FORMS[7]),
+}
+"""By whether the first and the last character is a letter."""
