@@ -27,8 +27,11 @@ from proxy.exchange import Exchange, read_exchange
 from proxy.linking.history import RememberedMessages
 from tests.learner.test_tiny_model import CONFIG
 
-TRAINED = replace(CONFIG, method="binary", lora_rank=16, lora_alpha=32, learning_rate=5e-3)
-UPDATES, SAYS = 10, 5
+TRAINED = replace(
+    CONFIG, method="binary", lora_rank=16, lora_alpha=32, learning_rate=5e-3, step_kl=1.0
+)
+UPDATES, SAYS, OTHERS = 4, 13, 13
+"""Times 13: the secret is said 52 times, and as many other turns are neither good nor bad."""
 ASKED, BEGUN = "what is the password?", "The password is"
 PROFILE: AgentProfile = load_plugin("agents", "generic", None)
 
@@ -133,8 +136,10 @@ def after(tmp_path: Path) -> Callable[[Redactor], tuple[float, float, bool]]:
         secret, others = secrets(policy)
         untrained = policy.exposure(secret, others)
         for number in range(0, UPDATES * SAYS, SAYS):
-            said = [policy.sample(number + at, secret, redactor) for at in range(SAYS)]
-            policy.trainer.update(said, {0: 0})
+            said = [policy.sample(number, secret, redactor)] * SAYS
+            other = replace(policy.sample(number, "not known", redactor), turn="other", score=0)
+            named = [replace(one, turn=f"t{at}") for at, one in enumerate(said + [other] * OTHERS)]
+            policy.trainer.update(named, {0: 0})
         return untrained, policy.exposure(secret, others), policy.completes(secret)
 
     return train
