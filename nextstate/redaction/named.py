@@ -51,7 +51,7 @@ _BEFORE = {
 }
 """What must stand before a core, or else no letter if it may stand alone."""
 _NEVER_ALONE = frozenset(("key", "schlüssel"))
-_LONGEST_BEFORE = 12
+_LONGEST_BEFORE, _LONGEST_VALUE = 12, 200
 _HEADER = re.compile(
     r"auth(?:orization)?[\"']?\]?\s{0,3}[:=]\s{0,3}\\?[\"']?(?:bearer|basic|token)\s{1,3}"
     r"(?P<value>[\w.~+/=-]{8,500}+)"
@@ -96,8 +96,8 @@ _NOT_SECRET = words(
 def passwords(text: str) -> Iterator[Span]:
     """Passwords and other secrets after their name."""
     lower = text.lower()
-    if len(lower) != len(text):  # a letter that has two small ones
-        lower = text
+    if len(lower) != len(text):  # a letter that has two small ones: places must stay the same
+        lower = "".join(one if len(one.lower()) > 1 else one.lower() for one in text)
     read = 0
     for match in _CORE.finditer(lower):
         # What was read as a value is not searched for names: hostile texts would be read often.
@@ -162,6 +162,8 @@ def _without_end(text: str, start: int, end: int) -> int:
 
 def is_secret_of(name: str, value: str) -> bool:
     """Whether a field of an object holds a secret, by its name and its value."""
+    if len(value) > _LONGEST_VALUE or _CORE.search(name.lower()) is None:
+        return False
     written = f"{name}: '{value}'"
     return any(span.end - span.start == len(value) for span in passwords(written))
 

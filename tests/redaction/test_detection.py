@@ -40,6 +40,7 @@ UNITS = [
         ("card 4242 4242 4242 4242", "card 4242 4242 4242 4242"),
         ("DNI 12345679S", "DNI [secret:national_id]"),
         ("DNI 12345679T", "DNI 12345679T"),
+        ("İ PASSWORD=tR1xkd9!", "İ PASSWORD=[secret:password]"),
         ("身份证11010519491231002X。", "身份证[secret:national_id]。"),
         ("身份证110105194912310021。", "身份证110105194912310021。"),
         ("password = get_password()", "password = get_password()"),
