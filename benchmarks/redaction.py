@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--misses", action="store_true", help="print what was wrong; not for test")
     asked = parser.parse_args(arguments)
     texts = cases(asked.part)
-    result = score(texts, Redactor().spans)
+    result = score(texts, Redactor().search)
     print(f"{len(texts)} cases of {asked.part}, {sum(result.secrets.values())} secrets\n")
     print("| what | secrets | recall |\n|---|---|---|")
     for kind in sorted(result.secrets):

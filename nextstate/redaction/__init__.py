@@ -29,6 +29,8 @@ _DIGITS = re.compile(r"\d\d")
 _SHORTEST = 6
 """No secret has fewer characters."""
 _PICTURE = re.compile(r"data:[\w.+-]{1,60}/[\w.+-]{1,60}(?:;[\w=.+-]{1,60}){0,3};base64,")
+_LONGEST_REMEMBERED, _MOST_REMEMBERED = 8192, 256
+"""Characters of a text whose result is remembered in the process, and how many texts."""
 _ESCAPES = "nrtbf"
 
 
@@ -64,8 +66,15 @@ class Redactor:
     def __bool__(self) -> bool:
         return bool(self.kinds or self.patterns)
 
-    def spans(self, text: str) -> list[Span]:
-        """The secrets in a text, in order; none overlaps another."""
+    def spans(self, text: str) -> Sequence[Span]:
+        """The secrets in a text, in order; none overlaps another.
+
+        A reply is searched once: the next request brings it again, as a message.
+        """
+        return self.search(text) if len(text) > _LONGEST_REMEMBERED else _remembered(self, text)
+
+    def search(self, text: str) -> list[Span]:
+        """What `spans` returns, without looking whether it is remembered."""
         if len(text) < _SHORTEST or not self or _PICTURE.match(text):
             return []
         found: list[Span] = []
@@ -131,6 +140,11 @@ class Redactor:
             changed = changed or new is not old or key is not name
             found[key] = new
         return found if changed else value
+
+
+@lru_cache(maxsize=_MOST_REMEMBERED)
+def _remembered(redactor: Redactor, text: str) -> tuple[Span, ...]:
+    return tuple(redactor.search(text))
 
 
 NOTHING = Redactor(frozenset())

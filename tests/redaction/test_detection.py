@@ -64,7 +64,7 @@ def test_every_kind_can_be_left_out() -> None:
         for kind in KINDS:
             others = Redactor(frozenset(KINDS) - {kind})
             assert all(span.kind != kind for span in others.spans(case.text))
-        assert NOTHING.spans(case.text) == []
+        assert not NOTHING.spans(case.text)
 
 
 def test_names_of_fields_say_what_their_values_are() -> None:
@@ -128,7 +128,7 @@ def grows(unit: str, search: Callable[[str], object], size: int) -> bool:
 
 @pytest.mark.parametrize("unit", UNITS)
 def test_searching_a_hostile_text_takes_linear_time(unit: str) -> None:
-    assert not grows(unit, ALL.spans, 4_000)
+    assert not grows(unit, ALL.search, 4_000)
 
 
 @pytest.mark.parametrize("mark", [form.mark for form in KEY_FORMS])
