@@ -28,7 +28,7 @@ from proxy.linking.history import RememberedMessages
 from tests.learner.test_tiny_model import CONFIG
 
 TRAINED = replace(
-    CONFIG, method="binary", lora_rank=16, lora_alpha=32, learning_rate=5e-3, step_kl=1.0
+    CONFIG, method="binary", lora_rank=16, lora_alpha=32, learning_rate=0.0, step_kl=1.0
 )
 UPDATES, SAYS, OTHERS = 4, 13, 13
 """Times 13: the secret is said 52 times, and as many other turns are neither good nor bad."""
