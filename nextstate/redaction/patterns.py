@@ -6,14 +6,16 @@ bounded number of steps at each character of a text, whoever wrote the text.
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Sequence
-from re import _constants as c  # pyright: ignore
-from re import _parser as parser  # pyright: ignore
 from typing import Any
 
 from nextstate.errors import ConfigError
 
+c: Any = importlib.import_module("re._constants")
+parser: Any = importlib.import_module("re._parser")
+"""What `re` makes of an expression; they have no types."""
 _MOST_PATTERNS, _LONGEST_PATTERN = 50, 500
 _MOST_REPEATS = 1000
 _MOST_WAYS = 10_000
