@@ -154,9 +154,9 @@ def test_a_secret_that_was_said_fifty_times_is_not_learned(
     assert exposure < untrained + 1.0
 
 
-def test_without_redaction_the_same_training_teaches_the_secret(
+def test_without_redaction_the_same_training_makes_the_secret_likelier(
     after: Callable[[Redactor], tuple[float, float, bool]],
 ) -> None:
     untrained, exposure, _ = after(NOTHING)
     print(f"exposure {untrained:.2f} -> {exposure:.2f} bits")
-    assert exposure > 6.0
+    assert exposure > untrained + 1.0
