@@ -12,6 +12,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -40,7 +41,7 @@ class Policy:
     """The demo's small policy while it is trained."""
 
     def __init__(self, folder: Path) -> None:
-        self.tokenizer = AutoTokenizer.from_pretrained(POLICY)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(POLICY)
         self.trainer: PolicyTrainer = build_trainer(TRAINED, str(POLICY), folder)
 
     def ids(self, text: str) -> list[int]:
@@ -83,12 +84,12 @@ class Policy:
     def sample(self, number: int, secret: str, redactor: Redactor) -> Sample:
         """What training gets of a turn in which the policy, as it is now, says the secret."""
         prompt, reply = self.prompt(number), self.ids(f"{BEGUN} {secret}")
-        pieces = [self.tokenizer.decode([one]) for one in reply]
+        pieces: list[str] = [self.tokenizer.decode([one]) for one in reply]
         assert "".join(pieces) == f"{BEGUN} {secret}"
         logprobs = self.logprobs(prompt, reply)
         entries = [{"token": t, "logprob": p} for t, p in zip(pieces, logprobs, strict=True)]
         capture = Capture()
-        choice = {
+        choice: dict[str, Any] = {
             "index": 0,
             "message": {"role": "assistant", "content": "".join(pieces)},
             "finish_reason": "stop",
