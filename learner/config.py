@@ -125,7 +125,7 @@ class LearnerConfig(Recipe):
     seed: Annotated[int, Ge(0)] = 0
     """Seed of the adapter's first weights and of sampled canary replies."""
     wandb: str = ""
-    """Project of Weights & Biases to which metrics go; needs `[privacy] external_metrics`."""
+    """Project of Weights & Biases that gets the metrics; its host must be in `allow_hosts`."""
     schedule: str = "always"
     """`idle` waits while the engine serves; a time such as `22:00-07:00` begins updates only then,
     local time of every day."""

@@ -19,6 +19,8 @@ from typing import Any, Literal, cast
 from urllib.parse import urlsplit
 
 from nextstate.errors import ConfigError
+from nextstate.redaction import KINDS, Redactor
+from nextstate.redaction.patterns import compile_patterns
 
 DEFAULT_FILE = Path("nextstate.toml")
 
@@ -110,16 +112,26 @@ class PrivacyConfig:
 
     record: bool = True
     """False relays without recording: the agent works, nothing is learned."""
-    external_judge: bool = False
-    """True lets a judge send turns to another machine: `litellm` to its model's provider,
-    `engine` to a `base_url` elsewhere, and your own plugin anywhere."""
-    external_metrics: bool = False
-    """True lets `[learner] wandb` send metrics, never turns, to Weights & Biases."""
     allow_hosts: tuple[str, ...] = ()
-    """Names or addresses of hosts that our processes may reach besides this machine and what the
-    other sections name."""
+    """Names or addresses of hosts that our processes may reach besides this machine and [engine]
+    url: a judge's, or api.wandb.ai. Naming a host is the consent to send something there."""
+    redact: tuple[str, ...] = KINDS
+    """Kinds of secrets and personal data that are replaced before anything is kept."""
+    patterns: tuple[str, ...] = ()
+    """Regular expressions of your own for what is replaced too."""
+
+    @property
+    def redactor(self) -> Redactor:
+        """What replaces secrets, as `redact` and `patterns` ask for. Raises ConfigError."""
+        return Redactor(frozenset(self.redact), compile_patterns(self.patterns))
 
     def __post_init__(self) -> None:
+        for kind in self.redact:
+            if kind not in KINDS:
+                raise ConfigError(
+                    f"[privacy] redact: unknown kind {kind!r:.80}; {nearest(kind, KINDS)}"
+                )
+        compile_patterns(self.patterns)
         for host in self.allow_hosts:
             if not _HOST.fullmatch(host):
                 raise ConfigError(

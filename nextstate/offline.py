@@ -24,9 +24,9 @@ SWITCHES = MappingProxyType(
 _NO_METRICS = MappingProxyType({"WANDB_MODE": "disabled"})
 
 
-def switches(external_metrics: bool) -> dict[str, str]:
-    """All variables to set; `external_metrics` is `[privacy]`'s permission to send metrics."""
-    return {**SWITCHES, **({} if external_metrics else _NO_METRICS)}
+def switches(sends_metrics: bool) -> dict[str, str]:
+    """All variables to set; `sends_metrics`: `[learner] wandb` is set, and allowed."""
+    return {**SWITCHES, **({} if sends_metrics else _NO_METRICS)}
 
 
 def go_offline() -> None:

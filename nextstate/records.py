@@ -11,11 +11,12 @@ import re
 import secrets
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, NamedTuple
 
 from nextstate.errors import RecordError
+from nextstate.redaction import Redactor
 from nextstate.sampling import PLAIN, Sampling
 
 Json = dict[str, Any]
@@ -230,6 +231,12 @@ class Feedback:
     """What should have been done; it goes into the teacher's prompt."""
     comment: str | None = None
     """For people to read: nothing trains on it."""
+
+    def without_secrets(self, redactor: Redactor) -> Feedback:
+        """The same with placeholders for secrets in its texts."""
+        hint = redactor.comment(self.hint, MAX_HINT_CHARS)
+        comment = redactor.comment(self.comment, MAX_COMMENT_CHARS)
+        return replace(self, hint=hint, comment=comment)
 
     def __post_init__(self) -> None:
         if type(self.score) is not int or self.score not in (-1, 0, 1):

@@ -104,7 +104,7 @@ class Proxy:
         self._worker = worker
         self._intervals = intervals
         self.connections = Connections()
-        self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb)
+        self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb, writer.redactor)
         self.calls = EpisodeCalls(store, self.keys, alone=worker is None)
         self.episodes = EpisodeRoutes(
             store,
@@ -114,6 +114,7 @@ class Proxy:
             self.versions,
             config.max_body_mb,
             intervals.drain_s,
+            writer.redactor,
         )
         self._own_routes: dict[str, dict[str, Handler]] = {
             EPISODES: {"POST": self.episodes.open},

@@ -75,6 +75,8 @@ class Capture:
     """Indexes of the choices whose finish reason has come."""
     error: str | None = None
     """Why the reply could not be read, for example because of an error event in the stream."""
+    _told: list[bytes | list[Json]] = field(default_factory=list["bytes | list[Json]"])
+    """The log-probs as they came: as JSON, or as the entries of one chunk."""
     _unread: list[Json | bytes | Piece] = field(default_factory=list["Json | bytes | Piece"])
     _unread_prompt: bytes | None = None
     """The prompt's ids without their brackets, as JSON."""
@@ -141,6 +143,7 @@ class Capture:
                     for entry in objects(found.get("content"))
                 ]
             self.logprobs.extend(numbers)
+            self._told.append(logprobs)
             self._deltas(deltas)
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {safe_text(error)}"
@@ -197,6 +200,21 @@ class Capture:
         known = min(self.logprobs) > _UNKNOWN_LOGPROB and max(self.logprobs) <= _LARGEST_LOGPROB
         return tuple(self.logprobs) if known else None
 
+    def pieces(self) -> list[str] | None:
+        """The text of each sampled token, as the engine told it; None if it did not for all."""
+        self.read()
+        entries: list[Json] = []
+        for told in self._told:
+            if isinstance(told, bytes):
+                parts = objects(orjson.loads(b"[" + told + b"]"))
+                entries += (one for part in parts for one in objects(part.get("content")))
+            else:
+                entries += told
+        found = [entry.get("token") for entry in entries]
+        if len(found) != len(self.completion_ids) or not all(isinstance(t, str) for t in found):
+            return None
+        return cast("list[str]", found)
+
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
         self.read()
@@ -251,8 +269,10 @@ class Capture:
     def _tokens(self, choice: Json) -> None:
         if choice.get("token_ids") is not None:
             self.completion_ids.extend(self._ids(choice["token_ids"]))
-        for entry in objects(obj(choice.get("logprobs")).get("content")):
-            self.logprobs.append(float(entry["logprob"]))
+        entries = objects(obj(choice.get("logprobs")).get("content"))
+        self.logprobs.extend(float(entry["logprob"]) for entry in entries)
+        if entries:
+            self._told.append(entries)
         if choice.get("finish_reason") is not None:
             self.finish_reason = str(choice["finish_reason"])
 

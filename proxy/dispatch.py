@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import cast
 
 from aiohttp import web
@@ -19,6 +20,9 @@ from proxy.relay import Relay
 from proxy.serving import MESSAGES, Passed, compact
 
 JSON_TYPE = "application/json"
+RECORD = "x-nextstate-record"
+UNRECORDED = ":unrecorded"
+"""At the end of a model's name: the same model, and nothing of the request is kept."""
 _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 """Routes that generate in a form that no turn can hold."""
 
@@ -66,6 +70,7 @@ class Dispatch:
             served = ", ".join((self._model, *self._lineages.models(request[CALLER])))
             message = f"The model `{body.get('model')!s:.200}` is not served here: use {served}."
             return await self._unserved(request, data, "model", message)
+        recorded = is_recorded(request.headers, body["model"])
         self._tame(request, body, lineage)
         seconds, version = None, None
         if (episode := request.get(EPISODE)) is not None:
@@ -76,7 +81,13 @@ class Dispatch:
                 body = within(path, body, tokens)
         try:
             return await self._relay.generate(
-                request, body, lineage, body["model"], version=version, seconds=seconds
+                request,
+                body,
+                lineage,
+                body["model"],
+                version=version,
+                seconds=seconds,
+                recorded=recorded,
             )
         except ValueError as error:
             raise _unwritable(error) from error
@@ -157,7 +168,17 @@ class Dispatch:
         if body.get("model") in (None, "") and not request.path.startswith(MESSAGES):
             body["model"] = self._model  # as the engine does on all routes but this one
         model = body.get("model")
-        return self._lineages.of(request[CALLER], model) if isinstance(model, str) else None
+        if not isinstance(model, str):
+            return None
+        return self._lineages.of(request[CALLER], model.removesuffix(UNRECORDED))
+
+
+def is_recorded(headers: Mapping[str, str], model: str) -> bool:
+    """Whether a request may be kept, by its header and the model that it names. Raises Refused."""
+    said = headers.get(RECORD, "on").strip().lower()
+    if said not in ("on", "off"):
+        raise Refused(400, f"{RECORD}: {said!r:.80}: expected on or off.")
+    return said == "on" and not model.endswith(UNRECORDED)
 
 
 def _unwritable(error: ValueError) -> Refused:

@@ -23,6 +23,7 @@ from nextstate.episodes import (
 )
 from nextstate.errors import NoEpisodeError, RecordError
 from nextstate.records import Json, new_id
+from nextstate.redaction import NOTHING, Redactor
 from nextstate.store import Store
 from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
@@ -63,6 +64,7 @@ class EpisodeRoutes:
         versions: Versions,
         max_body_mb: int,
         wait_s: float,
+        redactor: Redactor = NOTHING,
     ) -> None:
         self._store = store
         self._lineages = lineages
@@ -71,6 +73,7 @@ class EpisodeRoutes:
         self._versions = versions
         self._max_body_mb = max_body_mb
         self._wait_s = wait_s
+        self._redactor = redactor
 
     def routes_of_one(self, path: str) -> Mapping[str, Handler]:
         """The handlers of a path below `/v1/episodes/`, by method."""
@@ -169,6 +172,9 @@ class EpisodeRoutes:
                 raise RecordError(f"metadata is longer than {MOST_METADATA_BYTES} bytes of JSON")
             given = {k: v for k, v in asked.items() if k not in ("episode", "group_size")}
             split = _choice(Split, "split", asked.get("split", Split.TRAIN))
+            for field in ("task", "metadata"):
+                if field in given:
+                    given[field] = self._redactor.value(given[field])
             values: Json = {**given, "id": name, "lineage": lineage, "split": split}
             return Episode(**values)
 
@@ -199,6 +205,7 @@ class EpisodeRoutes:
             if observation is not None and len(observation) > MOST_OBSERVATION:
                 raise RecordError(f"observation has more than {MOST_OBSERVATION} characters")
         await self._turns(name, request)
+        observation = observation and self._redactor.text(observation)
         await in_store(self._store.episodes.close, name, status, outcome, observation)
         return await self._get(name, request)
 

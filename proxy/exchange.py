@@ -24,6 +24,7 @@ from proxy.linking.history import (
 from proxy.linking.meaning import meaning_of
 from proxy.linking.parents import Found, find_parent, main_turn, session_of
 from proxy.linking.steps import environment_states, find_step, new_messages
+from proxy.redacting import Kept, Known, kept_tokens, without_secrets
 
 _LATE = "its episode was closed before the turn was recorded"
 _HELD_OUT = "its episode's split is eval: its turns never train"
@@ -71,34 +72,56 @@ class Read(NamedTuple):
     scope: Scope
     link: Link | None
     keys: Keys
+    kept: Kept
+    """Its tokens, as far as they tell no secret."""
 
 
 def read_exchange(
-    exchange: Exchange, profile: AgentProfile, remembered: RememberedMessages | None = None
+    exchange: Exchange,
+    profile: AgentProfile,
+    remembered: RememberedMessages | None = None,
+    known: Known | None = None,
 ) -> Read:
-    """Reads one exchange; needs no store, so that no lock is held meanwhile."""
-    capture, request = exchange.capture, exchange.request
-    reply = capture.message()
-    profile = profile.for_request(request)
-    name = exchange.explicit_session
+    """Reads one exchange; needs no store, so that no lock is held meanwhile.
+
+    Secrets are replaced first, in the request and in the reply. So a history is linked by what is
+    kept of it, and whoever sends a secret again finds the turn that held it.
+    """
+    remembered = remembered or RememberedMessages()
+    known = known or Known(remembered.redactor)
+    capture, redactor = exchange.capture, remembered.redactor
+    said = capture.message()
+    profile = profile.for_request(exchange.request)
+    history = read_history(objects(exchange.request.get("messages")), profile, remembered)
+    request, in_prompt = without_secrets(exchange.request, known)
+    if any(message.redacted for message in history.messages):
+        in_prompt = True
+        sent = objects(exchange.request.get("messages"))
+        request["messages"] = [
+            read.redacted or message for read, message in zip(history.messages, sent, strict=True)
+        ]
+    reply: Json = redactor.value(said)
+    kept = kept_tokens(capture, in_prompt, said, reply, redactor)
+    exchange = exchange._replace(request=request)
+    name = exchange.explicit_session and known.hide(exchange.explicit_session)
     scope = Scope(
         exchange.lineage,
         None if name is None else profile.session(name),
         exchange.vague_name,
         exchange.episode,
     )
-    history = read_history(objects(request.get("messages")), profile, remembered)
     return Read(
         exchange=exchange,
         kind=exchange.kind or profile.kind(request),
         reply=reply,
         untrainable=exchange.untrainable
         or capture.untrainable(request)
-        or (_HELD_OUT if exchange.held_out else None),
+        or (_HELD_OUT if exchange.held_out else kept.why),
         history=history,
         scope=scope,
         link=link_of(history, scope),
         keys=keys_of(history, meaning_of(reply), scope),
+        kept=kept,
     )
 
 
@@ -198,9 +221,9 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         request=request,
         reply=read.reply,
         finish_reason=capture.finish_reason,
-        prompt_ids=None if capture.prompt_ids is None else tuple(capture.prompt_ids),
-        completion_ids=tuple(capture.completion_ids) or None,
-        behaviour_logprobs=capture.behaviour_logprobs(),
+        prompt_ids=read.kept.prompt_ids,
+        completion_ids=read.kept.completion_ids,
+        behaviour_logprobs=read.kept.logprobs,
         sampling=sampling_settings(request, exchange.defaults),
         timings=exchange.timings,
         untrainable=read.untrainable,

@@ -13,6 +13,8 @@ from nextstate.config import nearest
 from nextstate.errors import NoTurnError, RecordError, StoreError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Feedback, Json
+from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.settling import Reception
 from nextstate.wire import json_object
@@ -35,8 +37,17 @@ _EXAMPLE = '{"turn_id": "turn_…", "score": -1, "hint": "Answer in one sentence
 class FeedbackRoute:
     """Serves `POST /v1/feedback`."""
 
-    def __init__(self, store: Store, lineages: Lineages, profile: str, max_body_mb: int) -> None:
+    def __init__(
+        self,
+        store: Store,
+        lineages: Lineages,
+        profile: str,
+        max_body_mb: int,
+        redactor: Redactor = NOTHING,
+    ) -> None:
         self._store = store
+        self._redactor = redactor
+        self._hide = HiddenNames(store.dir, redactor)
         self._lineages = lineages
         self._profile: AgentProfile = load_plugin("agents", profile, None)
         self._max_body_mb = max_body_mb
@@ -70,12 +81,16 @@ class FeedbackRoute:
         """What came of the feedback; None if the caller has no such turn."""
         theirs = [name for name in self._lineages.names if self._lineages.sees(caller, name)]
         if session is not None:
-            turn = self._store.turns.newest(session_names(session, self._profile), theirs)
+            turn = self._store.turns.newest(
+                session_names(session, self._profile, self._hide), theirs
+            )
         else:
             turn = said.turn if self._store.turns.lineage(said.turn) in theirs else None
         if turn is None:
             return None
-        return self._store.judging.give_feedback(replace(said, turn=turn))
+        return self._store.judging.give_feedback(
+            replace(said, turn=turn).without_secrets(self._redactor)
+        )
 
 
 _FIELDS = ("turn_id", "session_id", "score", "hint", "comment")

@@ -75,14 +75,16 @@ class Relay:
         *,
         version: PolicyVersion | None = None,
         seconds: float | None = None,
+        recorded: bool = True,
     ) -> web.StreamResponse:
         """Relays one request, which names `model`, and records its turn before its end is seen.
 
-        `version` serves it, or, with None, what serves the lineage. After `seconds` it is cut.
+        `version` serves it, or, with None, what serves the lineage. After `seconds` it is cut. If
+        it is not to be `recorded`, nothing of it is kept.
         Raises ValueError if the request is nested too deep to be written as JSON.
         """
         self.counts.requests += 1
-        if not self.recorder.enabled:
+        if not (recorded and self.recorder.enabled):
             self.counts.unrecorded["recording_off"] += 1
         with self.engine.versions.hold(lineage, version) as version:
             episode = request.get(EPISODE)
@@ -90,7 +92,7 @@ class Relay:
             sampling: Json = {} if episode is None else episode.sampling
             engine = self.engine.versions.engine
             serving = recorded_form(request.path, body, model, engine, sampling)
-            generation = _Generation(self, request, body, serving, version)
+            generation = _Generation(self, request, body, serving, version, recorded)
             streams = not is_off(body.get("stream"))
             work = generation.streamed if streams else generation.plain
             return await (work() if seconds is None else generation.in_time(work, seconds))
@@ -134,8 +136,10 @@ class _Generation:
         body: Json,
         serving: Recorded,
         version: PolicyVersion,
+        recorded: bool,
     ) -> None:
         self._relay = relay
+        self._recorded = recorded and relay.recorder.enabled
         self._request = request
         self._body = body
         self._call: EngineCall[Recorded] = EngineCall(relay.engine, request, serving, version)
@@ -192,7 +196,7 @@ class _Generation:
         except Refused as refused:
             return self._refused(refused)
         self._first_token_s = self._elapsed()
-        await self._relay.recorder.record(self._exchange(None))
+        await self._record(None)
         return web.Response(body=sent, headers=self._headers(answer))
 
     async def _whole(self) -> tuple[Answer, bytes, Cut | None]:
@@ -275,19 +279,21 @@ class _Generation:
             why = "the client left before the end"
             if self._limit is not None and self._limit.expired():
                 why = _CUT_IN_TIME
-            self._relay.recorder.submit(self._exchange(why))
+            exchange = self._exchange(why)
+            if self._recorded:
+                self._relay.recorder.submit(exchange)
             raise
         if serving.broken:
             await self._cut_off(response, b"".join(held), "an error in the stream")
             return
-        await self._relay.recorder.record(self._exchange(None))
+        await self._record(None)
         await response.write_eof(b"".join(held) + splitter.rest)
 
     async def _cut_off(self, response: web.StreamResponse, rest: bytes, error: object) -> None:
         """Passes a cut on as a cut: the client must not take a broken reply for a whole one."""
         self._relay.counts.cut += 1
         log.warning("turn=%s the engine cut the stream: %r", self._turn_id, error)
-        await self._relay.recorder.record(self._exchange("the engine cut the reply"))
+        await self._record("the engine cut the reply")
         await response.write(rest)
         _abort(self._request)
 
@@ -316,6 +322,11 @@ class _Generation:
             opening.cancel()
             raise
         return opening.result()
+
+    async def _record(self, cut: str | None) -> None:
+        exchange = self._exchange(cut)
+        if self._recorded:
+            await self._relay.recorder.record(exchange)
 
     def _exchange(self, cut: str | None) -> Exchange:
         serving, headers = self._serving, self._request.headers
@@ -351,10 +362,8 @@ class _Generation:
         return headers
 
     def _own_headers(self) -> dict[str, str]:
-        return {
-            "x-nextstate-turn": self._turn_id,
-            "x-nextstate-version": str(self._version.number),
-        }
+        version = {"x-nextstate-version": str(self._version.number)}
+        return {"x-nextstate-turn": self._turn_id, **version} if self._recorded else version
 
     def _refused(self, refused: Refused) -> web.Response:
         self._relay.counts.failed += 1

@@ -3,10 +3,10 @@
     python -P -m proxy.writer FD
 
 FD is a stream socket to the proxy's recorder. Standard input holds a pickled (`StoreConfig`, name
-of the agent profile). The recorder sends pickled exchanges, each after its length. The writer
-commits all that have arrived in one transaction, and answers each with one byte, in the order of
-arrival. The recorder may send an exchange again that an earlier writer did not answer: its turn is
-stored once.
+of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length.
+The writer commits all that have arrived in one transaction, and answers each with one byte, in the
+order of arrival. The recorder may send an exchange again that an earlier writer did not answer: its
+turn is stored once.
 
 When the proxy closes its end, or is killed, the writer commits what has arrived whole, and ends. It
 ignores SIGINT and SIGTERM: the proxy gets them too, and closes its end once all is committed.
@@ -30,12 +30,15 @@ from nextstate.errors import WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner
 from nextstate.records import Turn
+from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
 from nextstate.tracing import guard_collector, tracing
 from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
 from proxy.linking.history import RememberedMessages
+from proxy.redacting import Known
 
 log = logging.getLogger(__name__)
 
@@ -66,13 +69,20 @@ class Answer(IntEnum):
 class Writer:
     """One recorder's exchanges on their way into its store."""
 
-    def __init__(self, source: socket.socket, config: StoreConfig, profile: str) -> None:
+    def __init__(
+        self,
+        source: socket.socket,
+        config: StoreConfig,
+        profile: str,
+        redactor: Redactor = NOTHING,
+    ) -> None:
         self._source = source
         self._config = config
         self._profile_name = profile
         self._received = bytearray()
         self._patience = Patience()
-        self._remembered = RememberedMessages()
+        self._remembered = RememberedMessages(redactor=redactor)
+        self._known = Known(redactor, HiddenNames(config.path, redactor))
         self._opened: tuple[Store, AgentProfile] | None = None
 
     def run(self) -> None:
@@ -121,7 +131,7 @@ class Writer:
             try:
                 store, profile = self._open()
                 read = [
-                    read_exchange(pickle.loads(pickled), profile, self._remembered)
+                    read_exchange(pickle.loads(pickled), profile, self._remembered, self._known)
                     for pickled in batch
                 ]
                 made: list[Turn] = []
@@ -171,12 +181,12 @@ def main() -> None:
     only_for_owner()
     logs.to_stderr()
     guard_collector()
-    config, profile = pickle.load(sys.stdin.buffer)
+    config, profile, redactor = pickle.load(sys.stdin.buffer)
     gc.collect()
     gc.freeze()
     gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
     with socket.socket(fileno=int(sys.argv[1])) as source:
-        Writer(source, config, profile).run()
+        Writer(source, config, profile, redactor).run()
 
 
 if __name__ == "__main__":

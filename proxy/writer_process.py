@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 
 from nextstate.config import StoreConfig
+from nextstate.redaction import NOTHING, Redactor
 
 log = logging.getLogger(__name__)
 
@@ -27,8 +28,10 @@ _END_S = 10.0
 class WriterProcess:
     """The writer of one recorder: started again when it has ended."""
 
-    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+    def __init__(self, redactor: Redactor = NOTHING, env: Mapping[str, str] | None = None) -> None:
         """`env` are its variables; None: this process's own."""
+        self.redactor = redactor
+        """What keeps secrets from the store."""
         self._env = os.environ if env is None else env
         self.processes: list[subprocess.Popen[bytes]] = []
         """Those that may still run, the newest last."""
@@ -52,7 +55,7 @@ class WriterProcess:
                 self.processes.append(process)
                 assert process.stdin is not None
                 with process.stdin:
-                    pickle.dump((store, profile), process.stdin)
+                    pickle.dump((store, profile, self.redactor), process.stdin)
             except OSError:
                 ours.close()
                 raise

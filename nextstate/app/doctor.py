@@ -106,12 +106,6 @@ def _profile(settings: Settings) -> str:
 
 
 def _hosts(settings: Settings) -> str:
-    judge = settings.judge
-    if "litellm" in judge.kinds and not judge.base_url and not settings.privacy.allow_hosts:
-        raise ConfigError(
-            f'[judge] kind = "{judge.kind}" asks the provider of its model, and its host may not '
-            'be reached: name it in [privacy] allow_hosts, such as ["api.openai.com"]'
-        )
     return ", ".join(settings.hosts) or "none may be reached"
 
 

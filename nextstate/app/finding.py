@@ -8,10 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import NamedTuple
 
+from nextstate.app.settings import Settings
 from nextstate.app.terminal import columns
 from nextstate.app.turn_views import contains, turn_line
 from nextstate.errors import ConfigError, NoTurnError
 from nextstate.hooks import load_plugin
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.lookup import PAGE, Choice, SessionSummary, TurnSummary
 from proxy.linking.names import session_names
@@ -168,9 +170,10 @@ def words_of(option: str, text: str) -> tuple[str, ...]:
     return words
 
 
-def names_of(session: str, profile: str) -> tuple[str, ...]:
-    """The names under which the store may have a session; `profile` is that of [agents]."""
-    names = session_names(session, load_plugin("agents", profile, None))
+def names_of(session: str, settings: Settings) -> tuple[str, ...]:
+    """The names under which the store may have a session."""
+    hide = HiddenNames(settings.store.path, settings.privacy.redactor)
+    names = session_names(session, load_plugin("agents", settings.agents.profile, None), hide)
     return tuple(dict.fromkeys(names))
 
 

@@ -18,6 +18,7 @@ from nextstate.app.conversations import Conversation, read_conversations
 from nextstate.app.json_values import Found, json_objects
 from nextstate.errors import ConfigError
 from nextstate.records import Timings, Turn, TurnKind
+from nextstate.redaction import NOTHING, Redactor
 from nextstate.store import Store
 from nextstate.store.texts import HASH_BYTES
 from nextstate.wire import write_json
@@ -39,7 +40,12 @@ class Imported:
 
 
 def import_file(
-    store: Store, path: Path, lineage: str, told: Callable[[int], None], counts: Imported
+    store: Store,
+    path: Path,
+    lineage: str,
+    told: Callable[[int], None],
+    counts: Imported,
+    redactor: Redactor = NOTHING,
 ) -> None:
     """Adds the conversations of a file; `told` gets how many of its bytes have been read.
 
@@ -55,7 +61,7 @@ def import_file(
                     if one is None:
                         counts.unanswered += 1
                         continue
-                    turns.append(_turn(one, lineage))
+                    turns.append(_turn(one, lineage, redactor))
                     if len(turns) == _AT_ONCE:
                         _add(store, turns, counts)
             finally:
@@ -90,11 +96,11 @@ def _add(store: Store, turns: list[Turn], counts: Imported) -> None:
     turns.clear()
 
 
-def _turn(conversation: Conversation, lineage: str) -> Turn:
-    *before, reply = conversation.messages
+def _turn(conversation: Conversation, lineage: str, redactor: Redactor) -> Turn:
+    *before, reply = redactor.value(conversation.messages)
     request = {"model": conversation.model, "messages": before}
     if conversation.tools:
-        request["tools"] = conversation.tools
+        request["tools"] = redactor.value(conversation.tools)
     said = write_json([lineage, request, reply])
     name = f"import_{hashlib.blake2b(said, digest_size=10).hexdigest()}"
     return Turn(

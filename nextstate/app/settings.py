@@ -26,8 +26,19 @@ from proxy.config import AgentsConfig, LineageConfig, ProxyConfig
 from rollout.config import RolloutConfig
 
 _NAME = re.compile(r"[a-z0-9_-]{1,40}")
-_LOCAL_JUDGES = ("engine", "rules", "outcome")
-_OUR_JUDGE = re.compile(r"plugins\.judges\.(\w+):create")
+_LITELLM = re.compile(r"(?:plugins\.judges\.)?litellm(?::|\Z)")
+_PROVIDERS = {
+    "openai": "api.openai.com",
+    "anthropic": "api.anthropic.com",
+    "deepseek": "api.deepseek.com",
+    "gemini": "generativelanguage.googleapis.com",
+    "groq": "api.groq.com",
+    "mistral": "api.mistral.ai",
+    "openrouter": "openrouter.ai",
+    "xai": "api.x.ai",
+}
+"""The hosts of litellm's providers, by the beginning of a model's name."""
+_WANDB = "api.wandb.ai"
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +87,6 @@ class Settings:
         found = {self.proxy.host: "[proxy] host"}
         if self.engine.mode == "external" and (host := _host(self.engine.url)):
             found[host] = "[engine] url"
-        if self.judge.base_url and (host := _host(self.judge.base_url)):
-            found.setdefault(host, "[judge] base_url")
-        if self.learner.wandb:
-            found["api.wandb.ai"] = "[learner] wandb"
         return {host: key for host, key in found.items() if not is_here(host)} | dict.fromkeys(
             self.privacy.allow_hosts, "[privacy] allow_hosts"
         )
@@ -91,36 +98,37 @@ class Settings:
                 '[engine] mode = "external" needs [engine] url, for example "http://127.0.0.1:8000"'
             )
         self._check_lineages()
-        if self.learner.wandb and not self.privacy.external_metrics:
+        if self.learner.wandb and _WANDB not in self.privacy.allow_hosts:
             raise ConfigError(
                 f"[learner] wandb = {self.learner.wandb!r} sends metrics to Weights & Biases: "
-                "allow it with [privacy] external_metrics = true"
+                f'allow it by adding "{_WANDB}" to [privacy] allow_hosts'
             )
-        if not self.privacy.external_judge:
-            self._check_judge_stays_here()
+        self._check_judge()
 
-    def _check_judge_stays_here(self) -> None:
-        """Raises ConfigError if the judge may send turns to another machine."""
-        kinds = [_OUR_JUDGE.sub(r"\1", kind) for kind in self.judge.kinds]
-        allow = "allow it with [privacy] external_judge = true"
-        for kind in kinds:
-            if kind == "litellm":
+    def _check_judge(self) -> None:
+        """Raises ConfigError if the judge would send turns to a host that is not allowed."""
+        judge, allowed = self.judge, self.privacy.allow_hosts
+        if judge.base_url:
+            host = _host(judge.base_url)
+            if host is None:
                 raise ConfigError(
-                    f'[judge] kind = "{self.judge.kind}" sends turns to the provider of its model: '
-                    f"{allow}"
+                    f"[judge] base_url = {judge.base_url!r}: expected an address such as "
+                    '"http://127.0.0.1:9000/v1"'
                 )
-            if kind not in _LOCAL_JUDGES:
+            if not self._is_here(judge.base_url) and host not in allowed:
                 raise ConfigError(
-                    f'[judge] kind = "{self.judge.kind}": {kind} is not one of ours '
-                    f"({', '.join(_LOCAL_JUDGES)}, litellm). If it is a plugin of yours, it may "
-                    f"send turns anywhere: {allow}"
+                    f"[judge] base_url = {judge.base_url!r} is neither this machine nor [engine] "
+                    f'url, and gets every turn: allow it by adding "{host}" to [privacy] '
+                    "allow_hosts"
                 )
-        base_url = self.judge.base_url
-        if "engine" in kinds and base_url and not self._is_here(base_url):
-            raise ConfigError(
-                f"[judge] base_url = {base_url!r} is neither this machine nor [engine] url, and "
-                f"gets every turn: {allow}"
-            )
+        elif any(_LITELLM.match(kind) for kind in judge.kinds):
+            host = _PROVIDERS.get(judge.model.partition("/")[0] if "/" in judge.model else "openai")
+            if not allowed or (host is not None and host not in allowed):
+                named = f'"{host}"' if host else f'its host, such as "{_PROVIDERS["openai"]}",'
+                raise ConfigError(
+                    f'[judge] kind = "{judge.kind}" sends turns to the provider of its model: '
+                    f"allow it by adding {named} to [privacy] allow_hosts"
+                )
 
     def _is_here(self, url: str) -> bool:
         """True for an address on this machine or on the engine's host, which sees all turns."""

@@ -81,7 +81,7 @@ def stage_process(settings: Settings, stage: str, name: str, *arguments: str) ->
         settings.store.path / "logs" / f"{name}.log",
         env={
             **part_environment(settings, stage, os.environ),
-            **switches(settings.privacy.external_metrics),
+            **switches(bool(settings.learner.wandb)),
         },
         retry_on_change=(settings.file.absolute(),),
     )
@@ -123,7 +123,9 @@ async def run_proxy(
             store,
             engine,
             settings.agents.profile,
-            writer=WriterProcess(part_environment(settings, "writer", os.environ)),
+            writer=WriterProcess(
+                settings.privacy.redactor, part_environment(settings, "writer", os.environ)
+            ),
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,
             lineages=_lineages(settings),
@@ -354,7 +356,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
             f"there is no lineage {lineage!r}: known are {', '.join(known)}; see [lineages.NAME]"
         )
     lineages = known if lineage is None else (lineage,)
-    os.environ.update(switches(settings.privacy.external_metrics))
+    os.environ.update(switches(bool(settings.learner.wandb)))
     cores = shared_cores(settings) if engine_file(settings).exists() else None
     if cores is not None:
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads

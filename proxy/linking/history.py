@@ -17,6 +17,7 @@ import orjson
 
 from nextstate.hooks import AgentProfile, Utterance, attached, text_of
 from nextstate.records import TRUST, Json, NextState, Source
+from nextstate.redaction import NOTHING, Redactor
 from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
 from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of
@@ -60,6 +61,8 @@ class Message(NamedTuple):
     """False for a text in which the profile reads nothing: the agent may not send it again."""
     words: str
     """What it says, the system's text included; tells a retry from another first request."""
+    redacted: Json | None = None
+    """The message as it is stored, if a secret in it was replaced; all else is of this one."""
 
 
 class RememberedMessages:
@@ -68,7 +71,11 @@ class RememberedMessages:
     An agent sends its whole history with each request, so most messages were read before.
     """
 
-    def __init__(self, most_bytes: int = _MOST_REMEMBERED_BYTES) -> None:
+    def __init__(
+        self, most_bytes: int = _MOST_REMEMBERED_BYTES, redactor: Redactor = NOTHING
+    ) -> None:
+        self.redactor = redactor
+        """What replaces secrets before a message is read: a history sent again costs nothing."""
         self._most_bytes = most_bytes
         self._bytes = 0
         self._found = OrderedDict[tuple[str, bytes], tuple[Message, int]]()
@@ -82,9 +89,15 @@ class RememberedMessages:
             key = profile.name, content
             known = self._found.get(key)
             if known is None:
-                read = _read(message, content, profile)
+                kept = self.redactor.value(message)
+                if kept is message:
+                    read = _read(message, content, profile)
+                else:
+                    read = _read(kept, content_hash(write_json(kept)), profile)
+                    read = read._replace(redacted=kept)
                 size = _MESSAGE_BYTES + len(read.text) + 2 * len(read.words)
                 size += len(read.meaning.text) if read.meaning else 0
+                size += len(read.text) if read.redacted else 0
                 self._found[key] = read, size
                 self._bytes += size
             else:

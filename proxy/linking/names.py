@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from nextstate.hooks import AgentProfile
 from nextstate.records import Json, TurnKind
+from nextstate.redaction.names import HiddenNames
 from nextstate.wire import obj
 
 TURN_TYPE = "x-turn-type"
@@ -45,9 +46,9 @@ def named_kind(headers: Mapping[str, str]) -> TurnKind | None:
     return _KINDS.get(headers.get(TURN_TYPE, "").strip().lower())
 
 
-def session_names(name: str, profile: AgentProfile) -> list[str]:
+def session_names(name: str, profile: AgentProfile, hide: HiddenNames | None = None) -> list[str]:
     """The names under which the store may have the session that a client calls `name`."""
-    bounded = _bounded(name)
+    bounded = (hide or HiddenNames())(_bounded(name))
     return [bounded, profile.session(bounded)]
 
 

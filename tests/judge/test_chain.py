@@ -142,11 +142,11 @@ def _settings(tmp_path: Path, text: str) -> Settings:
     return Settings.read(file)
 
 
-def test_litellm_anywhere_in_a_chain_needs_external_judge(tmp_path: Path) -> None:
+def test_litellm_anywhere_in_a_chain_needs_its_host_to_be_allowed(tmp_path: Path) -> None:
     chain = "[judge]\nkind = 'rules,litellm'\n"
-    with pytest.raises(ConfigError, match=r"\[privacy\] external_judge"):
+    with pytest.raises(ConfigError, match=r"api\.openai\.com.*\[privacy\] allow_hosts"):
         _settings(tmp_path, chain)
-    _settings(tmp_path, chain + "[privacy]\nexternal_judge = true\n")
+    _settings(tmp_path, chain + "[privacy]\nallow_hosts = ['api.openai.com']\n")
 
 
 def test_a_chain_without_a_model_is_evaluated_without_a_server(tmp_path: Path) -> None:

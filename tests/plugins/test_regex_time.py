@@ -107,7 +107,9 @@ class Parts:
         """(the part before a repetition, the repeated part)."""
         pattern: str | bytes = expression.pattern
         text = pattern.decode("latin-1") if isinstance(pattern, bytes) else pattern
-        self.whole = self._text(parser.parse(text, expression.flags & ~re.DEBUG | re.UNICODE), "")
+        flags = expression.flags & ~re.DEBUG
+        flags |= 0 if flags & re.ASCII else re.UNICODE
+        self.whole = self._text(parser.parse(text, flags), "")
 
     def texts(self, size: int) -> list[str]:
         """Texts that may be slow to search, each with `size` characters or a little more."""

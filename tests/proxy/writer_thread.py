@@ -6,6 +6,7 @@ import socket
 from threading import Thread
 
 from nextstate.config import StoreConfig
+from nextstate.redaction import NOTHING, Redactor
 from proxy.writer import Writer
 from proxy.writer_process import WriterProcess
 
@@ -15,8 +16,8 @@ END_S = 10.0
 class WriterThread(WriterProcess):
     """For one recorder, as long as the test does not kill its writer."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, redactor: Redactor = NOTHING) -> None:
+        super().__init__(redactor)
         self._threads: list[Thread] = []
 
     def start(self, store: StoreConfig, profile: str) -> socket.socket:
@@ -24,7 +25,7 @@ class WriterThread(WriterProcess):
 
         def run() -> None:
             with theirs:
-                Writer(theirs, store, profile).run()
+                Writer(theirs, store, profile, self.redactor).run()
 
         self._threads.append(Thread(target=run, daemon=True))
         self._threads[-1].start()

@@ -35,12 +35,12 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[proxy]\nport = 70000", "expected 0 to 65535"),
         ("[proxy]\nhost = '0.0.0.0'", r"\[proxy\] api_key_env"),
         ("[engine]\nmode = 'external'", r"needs \[engine\] url"),
-        ("[judge]\nkind = 'litellm'", r"\[privacy\] external_judge"),
+        ("[judge]\nkind = 'litellm'", r"adding \"api\.openai\.com\" to \[privacy\] allow_hosts"),
         (
             "[judge]\nkind = 'rules,litellm'",
-            r"kind = \"rules,litellm\".*\[privacy\] external_judge",
+            r"kind = \"rules,litellm\".*\[privacy\] allow_hosts",
         ),
-        ("[learner]\nwandb = 'p'", r"\[privacy\] external_metrics"),
+        ("[learner]\nwandb = 'p'", r"adding \"api\.wandb\.ai\" to \[privacy\] allow_hosts"),
         ("[judge]\nvotes = 0", r"\[judge\] votes"),
         ("[learner]\nlora_rank = 513", r"\[learner\] lora_rank = 513"),
         ("[learner]\ntopk = 5", r"\[learner\] topk is no key: it is always 20; remove it"),
@@ -68,29 +68,59 @@ _EXTERNAL = '[engine]\nmode = "external"\nurl = "http://gpu.lan:8000"\n[judge]\n
 
 
 @pytest.mark.parametrize(
-    "judge",
+    ("judge", "host"),
     [
-        'base_url = "https://api.example.com/v1"',
-        'kind = "rules,engine"\nbase_url = "http://10.0.0.5:8000/v1"',
-        'kind = "plugins.judges.engine:create"\nbase_url = "http://example.com/v1"',
-        'base_url = "http://127.0.0.1@example.com/v1"',
-        'base_url = "http://127.0.0.1.example.com/v1"',
-        'base_url = "http://localhost.example.com/v1"',
-        'base_url = "example.com/v1"',
-        'base_url = "http://[::1/v1"',
-        'kind = "plugins.judges.litellm:create"',
-        'kind = "rules, plugins.judges.litellm:create"',
-        'kind = "plugins.judges.litellm:LitellmJudge"',
-        'kind = "their_package.judge:create"',
-        'kind = "outcome,their_package.judge:make"',
-        'kind = "theirs"',
+        ('base_url = "https://api.example.com/v1"', "api.example.com"),
+        ('kind = "rules,engine"\nbase_url = "http://10.0.0.5:8000/v1"', "10.0.0.5"),
+        ('kind = "plugins.judges.engine:create"\nbase_url = "http://b.org/v1"', "b.org"),
+        ('base_url = "http://127.0.0.1@example.com/v1"', "example.com"),
+        ('base_url = "http://127.0.0.1.example.com/v1"', "127.0.0.1.example.com"),
+        ('base_url = "http://localhost.example.com/v1"', "localhost.example.com"),
+        ('kind = "plugins.judges.litellm:create"', "api.openai.com"),
+        ('kind = "rules, plugins.judges.litellm:create"', "api.openai.com"),
+        ('kind = "litellm"\nmodel = "anthropic/claude"', "api.anthropic.com"),
+        ('kind = "litellm"\nmodel = "rare/m"', "api.openai.com"),
+        ('kind = "theirs"\nbase_url = "http://a.org/v1"', "a.org"),
     ],
 )
-def test_a_judge_that_may_send_turns_elsewhere_must_be_allowed(tmp_path: Path, judge: str) -> None:
+def test_a_judge_elsewhere_names_the_host_to_allow(tmp_path: Path, judge: str, host: str) -> None:
     text = f"[judge]\n{judge}\n"
-    with pytest.raises(ConfigError, match=r"\[privacy\] external_judge = true"):
+    with pytest.raises(ConfigError, match=rf'adding .*"{re.escape(host)}".*allow_hosts'):
         settings_from(tmp_path, text)
-    settings_from(tmp_path, text + "[privacy]\nexternal_judge = true\n")
+    settings_from(tmp_path, text + f'[privacy]\nallow_hosts = ["{host}"]\n')
+
+
+@pytest.mark.parametrize("address", ["example.com/v1", "http://[::1/v1"])
+def test_a_judges_address_must_be_one(tmp_path: Path, address: str) -> None:
+    with pytest.raises(ConfigError, match=r"\[judge\] base_url = .*expected an address"):
+        settings_from(tmp_path, f'[judge]\nbase_url = "{address}"\n')
+
+
+@pytest.mark.parametrize(
+    ("privacy", "expected"),
+    [
+        ("redact = ['mail']", r"redact: unknown kind 'mail'; did you mean 'email'"),
+        ("patterns = ['(']", "patterns: '\\(' is no regular expression"),
+        ("patterns = ['A+']", r"a repetition has no end below 1000; write \{1,64\} in place of \+"),
+        ("patterns = ['(ab|a){2,9}']", "a group is repeated"),
+        ("patterns = ['[a-z]{0,99}[a-y]{0,99}[a-x]{0,99}1']", "1000000 ways"),
+        ("patterns = ['(a)\\1']", "it uses groupref"),
+        ("patterns = ['a{0,9}']", "matches where nothing stands"),
+        (f"patterns = ['{501 * 'a'}']", "has more than 500 characters"),
+        (f"patterns = {51 * ['a']}", "has 51 expressions"),
+    ],
+)
+def test_what_is_redacted_is_checked(tmp_path: Path, privacy: str, expected: str) -> None:
+    with pytest.raises(ConfigError, match=expected):
+        settings_from(tmp_path, f"[privacy]\n{privacy}\n")
+
+
+def test_a_persons_own_patterns_are_redacted_beside_the_chosen_kinds(tmp_path: Path) -> None:
+    text = "[privacy]\nredact = ['email']\npatterns = ['ACME-[0-9]{4,12}']\n"
+    redactor = settings_from(tmp_path, text).privacy.redactor
+    found = redactor.text("ACME-12345 of ann@b.org, +49 170 1234987")
+    assert found == "[secret:pattern] of [secret:email], +49 170 1234987"
+    assert not settings_from(tmp_path, "[privacy]\nredact = []\n").privacy.redactor
 
 
 @pytest.mark.parametrize(

@@ -169,19 +169,17 @@ def test_a_host_is_named_without_scheme_port_and_path(tmp_path: Path, host: str)
         Settings.read(file)
 
 
-def test_the_doctor_names_a_judge_whose_provider_may_not_be_reached(
+def test_a_judges_provider_is_a_host_only_where_it_is_allowed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "nextstate.toml"
     text = (
         f'[store]\ndir = "{tmp_path}/state"\n[engine]\nmode = "external"\nurl = "http://127.0.0.1:9"\n'
-        '[judge]\nkind = "litellm"\nmodel = "openai/m"\n[privacy]\nexternal_judge = true\n'
+        '[judge]\nkind = "litellm"\nmodel = "openai/m"\n[privacy]\n'
     )
     file.write_text(text)
-    main(["doctor", "--config", str(file)])
-    assert (
-        "its host may not be reached: name it in [privacy] allow_hosts" in capsys.readouterr().out
-    )
+    with pytest.raises(ConfigError, match=r'adding "api\.openai\.com" to \[privacy\] allow_hosts'):
+        Settings.read(file)
     file.write_text(text + 'allow_hosts = ["api.openai.com"]\n')
     main(["doctor", "--config", str(file)])
     assert " ok   other hosts: api.openai.com" in capsys.readouterr().out

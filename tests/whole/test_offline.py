@@ -136,9 +136,13 @@ def test_every_child_gets_the_offline_switches_over_the_shells(
     for stage in ("proxy", "judge", "learner"):
         env = stage_process(settings, stage, stage).env
         assert env is not None
-        assert env.items() >= switches(external_metrics=False).items()
+        assert env.items() >= switches(sends_metrics=False).items()
         assert env["WANDB_MODE"] == "disabled"
-    allowed = {"privacy": {"external_metrics": True}, "store": {"dir": str(tmp_path)}}
+    allowed = {
+        "learner": {"wandb": "p"},
+        "privacy": {"allow_hosts": ["api.wandb.ai"]},
+        "store": {"dir": str(tmp_path)},
+    }
     env = stage_process(Settings.read(overrides=allowed), "learner", "learner").env
     assert env is not None
     assert env["WANDB_MODE"] == "0"

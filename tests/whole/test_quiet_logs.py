@@ -33,7 +33,6 @@ port = {port}
 kind = "{judge}"
 votes = 1
 [privacy]
-external_judge = true
 """
 LEAKY = """
 class Leaky:

@@ -54,14 +54,20 @@ def run(args: argparse.Namespace) -> int:
 
         turn = the_meant(store, words_of("--match", args.match))
     elif turn is None:
+        from nextstate.redaction.names import HiddenNames
         from proxy.linking.names import session_names
 
         profile = load_plugin("agents", settings.agents.profile, None)
-        turn = store.turns.newest(session_names(args.session, profile))
+        turn = store.turns.newest(
+            session_names(
+                args.session, profile, HiddenNames(settings.store.path, settings.privacy.redactor)
+            )
+        )
         if turn is None:
             raise StoreError(
                 f"there is no main turn in a session {args.session!r}: see `nextstate turns --json`"
             )
-    found = store.judging.give_feedback(Feedback(turn, args.score, args.hint, args.comment))
+    said = Feedback(turn, args.score, args.hint, args.comment)
+    found = store.judging.give_feedback(said.without_secrets(settings.privacy.redactor))
     print(f"{turn}: score {args.score:+d}" + ("" if found.applied else f" ({found.reason})"))
     return 0

@@ -102,7 +102,7 @@ def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wante
         raise ConfigError(f"--matching {args.matching!r:.40} is empty: expected a text")
     return Wanted(
         turns=[the_turn(store, turn) for turn in args.turns],
-        sessions=() if not args.session else names_of(args.session, settings.agents.profile),
+        sessions=() if not args.session else names_of(args.session, settings),
         before=None if not args.before else since_time(args.before, option="--before"),
         matching=text,
     )

@@ -61,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
                     args.lineage,
                     lambda read, bar=bar: progress.update(bar, completed=read),
                     counts,
+                    settings.privacy.redactor,
                 )
             finally:
                 print(

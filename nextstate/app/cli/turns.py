@@ -67,9 +67,7 @@ def run(args: argparse.Namespace) -> int:
         _show(store, finding.the_turn(store, args.turn), args.json)
         return 0
     choice = Choice(
-        sessions=()
-        if args.session is None
-        else finding.names_of(args.session, settings.agents.profile),
+        sessions=() if args.session is None else finding.names_of(args.session, settings),
         lineages=None if args.lineage is None else (args.lineage,),
         since=None if args.since is None else finding.since_time(args.since),
         untrained=args.untrained,

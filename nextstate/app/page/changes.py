@@ -12,6 +12,7 @@ from nextstate.app.page.visits import Visit
 from nextstate.app.settings import Settings
 from nextstate.errors import NoTurnError, RecordError
 from nextstate.records import Feedback, PolicyVersion
+from nextstate.redaction import Redactor
 from nextstate.store import Store
 from proxy.allowance import Allowance
 from proxy.answers import Refused
@@ -37,9 +38,11 @@ class Changes:
         screens: Screens,
         rollback: Rollback,
         allowance: Allowance,
+        redactor: Redactor,
     ) -> None:
         self._settings = settings
         self._store = store
+        self._redactor = redactor
         self._screens = screens
         self._rollback = rollback
         self._allowance = allowance
@@ -53,7 +56,7 @@ class Changes:
         if wait_s := self._allowance.wait_s(visit.visitor.who):
             raise Refused(429, f"Too much feedback in a minute: wait {wait_s} seconds.")
         try:
-            said = Feedback(turn.id, score, hint)
+            said = Feedback(turn.id, score, hint).without_secrets(self._redactor)
             found = await asyncio.to_thread(self._store.judging.give_feedback, said)
         except (RecordError, NoTurnError) as error:
             raise Refused(400, f"Your feedback was not kept: {error}.") from error

@@ -118,7 +118,8 @@ class Page:
         self._tries = tries
         self._renderer = Renderer()
         self._screens = Screens(settings, store, health, self._renderer)
-        self._changes = Changes(settings, store, self._screens, rollback, allowance)
+        redactor = settings.privacy.redactor
+        self._changes = Changes(settings, store, self._screens, rollback, allowance, redactor)
         self._streams = Streams(lambda: watched(store, health))
         self._logins = Logins(settings.store.path / "logins", keys)
         # Browsers send a cookie to every port of a host.

@@ -1,0 +1,120 @@
+"""What is kept of an exchange: its texts without secrets, and no token that would tell one.
+
+A policy learns what its tokens say, and the importance ratio of a token is true only under the
+context in which it was sampled. So a secret has two consequences:
+
+- in the prompt: the turn does not train. Its prompt's ids are not kept, and under a prompt with
+  placeholders in it the ratios would be those of another context;
+- in the reply: the tokens before the secret train, because they never saw it. The tokens of the
+  secret and all after it are not kept: these were sampled with the secret in their context.
+
+Both turns are judged like any other, by their texts with placeholders.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any, NamedTuple
+
+from nextstate.records import Json
+from nextstate.redaction import Redactor
+from nextstate.redaction.names import HiddenNames
+from nextstate.redaction.tokens import tokens_before
+from nextstate.store.texts import content_hash
+from nextstate.wire import write_json
+from proxy.capture import Capture
+
+IN_PROMPT = "a secret stood in its prompt, whose tokens are not kept"
+AT_START = "a secret stood at the start of its reply"
+SOMEWHERE = "a secret stood in its reply, and which tokens hold it is not known"
+_OUTSIDE = frozenset(
+    (
+        *("user", "metadata", "model", "stop", "prompt_cache_key", "safety_identifier"),
+        *("session_id", "request_id", "cache_salt", "store", "service_tier"),
+    )
+)
+"""Fields of a request that no prompt is made of."""
+_MOST_KNOWN = 256
+
+
+class Kept(NamedTuple):
+    """The tokens that may be kept of an exchange, and why it does not train."""
+
+    prompt_ids: tuple[int, ...] | None
+    completion_ids: tuple[int, ...] | None
+    logprobs: tuple[float, ...] | None
+    why: str | None
+    """None if a secret is no reason against its training."""
+
+
+class Known:
+    """The latest lists of tools and other fields, as they came and as they are kept.
+
+    Agents send the same ones with each request. What is known of them stays in memory.
+    """
+
+    def __init__(self, redactor: Redactor, hide: HiddenNames | None = None) -> None:
+        self.redactor = redactor
+        self.hide = hide or HiddenNames()
+        """What stands for the name of a session."""
+        self._found = OrderedDict[bytes, Any]()
+        """By the hash of what came; None: nothing was replaced."""
+
+    def value(self, value: Any) -> Any:
+        """`value` without secrets; itself if there are none."""
+        if not self.redactor:
+            return value
+        key = content_hash(write_json(value))
+        if key in self._found:
+            self._found.move_to_end(key)
+            kept = self._found[key]
+            return value if kept is None else kept
+        kept = self.redactor.value(value)
+        self._found[key] = None if kept is value else kept
+        if len(self._found) > _MOST_KNOWN:
+            self._found.popitem(last=False)
+        return kept
+
+
+def without_secrets(request: Json, known: Known) -> tuple[Json, bool]:
+    """(the request but for its messages, whether a secret stood in what its prompt is made of)."""
+    if not known.redactor:
+        return request, False
+    rest = {name: value for name, value in request.items() if name not in ("messages", "tools")}
+    kept_rest = known.value(rest)
+    in_prompt = kept_rest is not rest and any(
+        kept_rest.get(name) != old for name, old in rest.items() if name not in _OUTSIDE
+    )
+    messages = {"messages": request["messages"]} if "messages" in request else {}
+    kept: Json = {**messages, **kept_rest}
+    if "tools" in request:
+        kept["tools"] = known.value(request["tools"])
+        in_prompt = in_prompt or kept["tools"] is not request["tools"]
+    return kept, in_prompt
+
+
+def kept_tokens(
+    capture: Capture, in_prompt: bool, reply: Json, kept_reply: Json, redactor: Redactor
+) -> Kept:
+    """What may be kept of an exchange's tokens; `reply` is its message with its secrets."""
+    prompt = None if capture.prompt_ids is None else tuple(capture.prompt_ids)
+    completion = tuple(capture.completion_ids) or None
+    logprobs = capture.behaviour_logprobs()
+    if not redactor:
+        return Kept(prompt, completion, logprobs, None)
+    why = IN_PROMPT if in_prompt else None
+    if in_prompt:
+        prompt = None
+    if completion is None:
+        return Kept(prompt, completion, logprobs, why)
+    secrets = [] if kept_reply is reply else list(redactor.secrets(reply))
+    pieces = capture.pieces()
+    if pieces is None:
+        before = None if secrets else len(completion)
+    elif not secrets and "".join(pieces) == reply.get("content"):
+        before = len(completion)
+    else:
+        before = tokens_before(pieces, secrets, redactor)
+    if not before:
+        return Kept(prompt, None, None, why or (SOMEWHERE if before is None else AT_START))
+    return Kept(prompt, completion[:before], logprobs and logprobs[:before], why)

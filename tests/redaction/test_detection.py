@@ -1,0 +1,144 @@
+"""What is found in a text, whoever wrote it, and that looking for it takes linear time."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks.redaction_cases import cases
+from nextstate.redaction import KINDS, NOTHING, Redactor, placeholder
+from nextstate.redaction.forms import KEY_FORMS, api_keys
+
+ALL = Redactor()
+CASES = cases("dev")
+SECRETS = sorted({case.text[s.start : s.end] for case in CASES for s in case.secrets})
+UNITS = [
+    *("a", "1", "@", "1 ", "4 ", "sk-", "eyJ", "eyJa.", "password=", "password: ", "://a:"),
+    *("a@b.", "12-", "-----BEGIN PRIVATE KEY-----", "AB12", "DE89 ", "+1", "(1", "token", "-u a:"),
+    *("--token=x ", "--password ", "gh", "Ab1-", "é", "密码是", "0.", "12345678Z ", "\\n", "["),
+    *("[secret:", "password: ab1", "call me 4155552671 ", "x@a.a.", "authorization: bearer "),
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "redacted"),
+    [
+        ("write to ann.b@firma.de now", "write to [secret:email] now"),
+        ("jdoe@example.com and git@github.com", "jdoe@example.com and git@github.com"),
+        ("postgres://a:pX91kd@h/d", "postgres://a:[secret:password]@h/d"),
+        ("IBAN DE89370400440532013000 x", "IBAN [secret:iban] x"),
+        ("IBAN DE88370400440532013000 x", "IBAN DE88370400440532013000 x"),
+        ("card 4539 1488 0343 6467", "card [secret:card]"),
+        ("card 4539 1488 0343 6468", "card 4539 1488 0343 6468"),
+        ("card 4242 4242 4242 4242", "card 4242 4242 4242 4242"),
+        ("DNI 12345679S", "DNI [secret:national_id]"),
+        ("DNI 12345679T", "DNI 12345679T"),
+        ("İ PASSWORD=tR1xkd9!", "İ PASSWORD=[secret:password]"),
+        ("身份证11010519491231002X。", "身份证[secret:national_id]。"),
+        ("身份证110105194912310021。", "身份证110105194912310021。"),
+        ("password = get_password()", "password = get_password()"),
+        ("API_KEY=${API_KEY}", "API_KEY=${API_KEY}"),
+        ("cpf 529.982.247-25", "cpf [secret:national_id]"),
+        ("cf RSSMRA85T10A562S", "cf [secret:national_id]"),
+        ("nir 2 55 08 14 168 025 38", "nir [secret:national_id]"),
+        ("NI AB 12 34 57 C", "NI [secret:national_id]"),
+        ("SSN 219-09-9998", "SSN [secret:national_id]"),
+        ("SSN 000-12-3456", "SSN 000-12-3456"),
+        ("commit 4b825dc642cb6eb9a060e54bf8d69288fbee4904", None),
+        ("at 2026-03-04 10:22:31, phone: 2026-03-04", None),
+    ],
+)
+def test_what_is_replaced_and_what_stays(text: str, redacted: str | None) -> None:
+    assert ALL.text(text) == (text if redacted is None else redacted)
+
+
+def test_every_kind_can_be_left_out() -> None:
+    for case in CASES:
+        for kind in KINDS:
+            others = Redactor(frozenset(KINDS) - {kind})
+            assert all(span.kind != kind for span in others.spans(case.text))
+        assert not NOTHING.spans(case.text)
+
+
+def test_names_of_fields_say_what_their_values_are() -> None:
+    value = {"password": "tiger-lamp-7", "host": "db", "to": ["ann@firma.de"], "n": 3}
+    expected = {"password": placeholder("password"), "host": "db", "to": ["[secret:email]"], "n": 3}
+    assert ALL.value(value) == expected
+    assert value["password"] == "tiger-lamp-7"
+
+
+def test_a_value_without_secrets_is_returned_itself() -> None:
+    value = {"a": ["hello", {"b": 1.5}], "c": None}
+    assert ALL.value(value) is value
+
+
+def test_pictures_are_not_searched() -> None:
+    picture = "data:image/png;base64," + "A" * 100 + " ann@firma.de"
+    assert ALL.text(picture) == picture
+
+
+texts = st.lists(
+    st.one_of(
+        st.sampled_from(SECRETS), st.text(max_size=12), st.sampled_from([" ", "\n", "password: "])
+    ),
+    max_size=6,
+).map(" ".join)
+
+
+def test_what_is_redacted_once_stays_as_it_is() -> None:
+    for case in CASES:
+        once = ALL.text(case.text)
+        assert ALL.text(once) == once
+
+
+@given(texts)
+def test_spans_are_in_order_apart_and_not_empty(text: str) -> None:
+    end = 0
+    for span in ALL.spans(text):
+        assert end <= span.start < span.end <= len(text)
+        end = span.end
+
+
+@given(st.dictionaries(st.text(max_size=8), texts, max_size=4))
+def test_arguments_of_calls_stay_json(arguments: dict[str, str]) -> None:
+    for written in (json.dumps(arguments), json.dumps(arguments, ensure_ascii=False)):
+        assert isinstance(json.loads(ALL.text(written)), dict)
+
+
+MOST_GROWTH, MEASUREMENTS = 9.0, 6
+"""Quadratic time grows sixteenfold; a busy machine slows single measurements only."""
+
+
+def grows(unit: str, search: Callable[[str], object], size: int) -> bool:
+    def cost(size: int) -> float:
+        text = unit * (size // len(unit))
+        started = time.process_time()
+        search(text)
+        return time.process_time() - started
+
+    return all(cost(4 * size) > MOST_GROWTH * cost(size) for _ in range(MEASUREMENTS))
+
+
+@pytest.mark.parametrize("unit", UNITS)
+def test_searching_a_hostile_text_takes_linear_time(unit: str) -> None:
+    assert not grows(unit, ALL.search, 4_000)
+
+
+@pytest.mark.parametrize("mark", [form.mark for form in KEY_FORMS])
+def test_marks_of_keys_over_and_over_take_linear_time(mark: str) -> None:
+    for unit in (mark, f"{mark}a1B2", f"{mark}-", f"{mark}.", f"{mark}a1B2."):
+        assert not grows(unit, lambda text: list(api_keys(text)), 8_000)
+
+
+def test_a_process_that_searches_nothing_does_not_load_the_rules() -> None:
+    code = "import sys, nextstate.config; print([m for m in sys.modules if 'redaction.' in m])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True, text=True)
+    assert "numbers" not in found.stdout
+    assert "named" not in found.stdout
