@@ -57,7 +57,7 @@ class Recording:
         """Where a turn stands, as the store knows it."""
         self._cursor = cursor
         self._texts = Writer(cursor, known)
-        self._added = Counter[str]()
+        self._added: Counter[str] = Counter()
         """The turns that were added, by the keys under which they count."""
 
     def close(self) -> None:
