@@ -43,10 +43,9 @@ _SETTINGS = frozenset((*NAMES, *_NEUTRAL, *_LIMITS))
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
 """(deltas, logprobs, token ids without brackets) of content chunks, each as JSON, with commas
 between them."""
-_LOGPROB = re.compile(
-    rb'"logprob":(-?[0-9.eE+-]+),"bytes":(?:null|\[[0-9,]*\]),"top_logprobs":\[\]'
-)
-"""A token's, as vLLM writes it. One with alternatives, which have log-probs too, does not match."""
+_LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
+_ALTERNATIVES = b'"top_logprobs":[{'
+"""Stands in log-probs if the client asked for alternatives: each of them has a log-prob too."""
 _TEXT, _TEXT_END = b'{"content":"', b'"}'
 _BETWEEN_TEXTS = _TEXT_END + b"," + _TEXT
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
@@ -313,7 +312,7 @@ class Capture:
 def _logprobs(told: bytes, tokens: int) -> list[float]:
     """The sampled tokens' log-probs in `told`, all of which is parsed if a search does not do."""
     numbers = cast("list[float]", orjson.loads(b"[" + b",".join(_LOGPROB.findall(told)) + b"]"))
-    if len(numbers) == tokens:
+    if len(numbers) == tokens and _ALTERNATIVES not in told:
         return numbers
     return [
         float(entry["logprob"])
