@@ -86,8 +86,8 @@ class Splice:
     def _parts(self, chunks: list[bytes]) -> _Parts | None:
         """The parts of chunks that all fit the pattern; None if one does not, or there is none.
 
-        One check of them all is a third of the work of a check of each. What is not found is not
-        cut off, so only chunks that fit have the right size without their parts.
+        All are checked at once. What is not found is not cut off, so only chunks that fit have the
+        right size without their parts.
         """
         if not chunks:
             return None

@@ -118,7 +118,7 @@ class Known:
     def hash_of(self, text: bytes) -> bytes:
         """`content_hash` of a text that may come again: tools, settings, the start of a prompt.
 
-        Agents send these with each request, and to find one takes a twentieth of its hash's time.
+        Agents send these with each request.
         """
         found = self.hashed.pop(text, None)
         if found is None:

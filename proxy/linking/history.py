@@ -66,7 +66,7 @@ class RememberedMessages:
     """What messages were read as, at most `most_bytes` of it.
 
     An agent sends its whole history with each request, so most messages were read before. They are
-    known by their JSON itself: to hash it for a look-up takes longer than all else.
+    known by their JSON itself, so that only a new one is hashed with blake2b.
     """
 
     def __init__(self, most_bytes: int = _MOST_REMEMBERED_BYTES) -> None:
