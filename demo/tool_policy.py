@@ -98,7 +98,7 @@ def train(
     model = new_model(recipe, tokenizer)
     weights = number_weights(recipe, tokenizer)
     for number in tokenizer.get_vocab().values():
-        if tokenizer.decode([number]).strip() in copied:
+        if str(tokenizer.decode([number])).strip() in copied:
             weights[number] = recipe.number_weight
     for cycle, (steps, share, draw) in enumerate(cycles):
         data = batches(recipe, tokenizer, f"{name}/{recipe.seed}/{cycle}", draw)

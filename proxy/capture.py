@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from array import array
+import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias, TypeGuard, cast
@@ -47,6 +47,7 @@ _LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
 _ALTERNATIVES = b'"top_logprobs":[{'
 """Stands in log-probs if the client asked for alternatives: each of them has a log-prob too."""
 _TEXT, _TEXT_END = b'{"content":"', b'"}'
+_BETWEEN_TEXTS = _TEXT_END + b"," + _TEXT
 _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 """What reading a chunk raises that is not the API's."""
 _UNKNOWN_LOGPROB = -9999.0
@@ -58,30 +59,35 @@ _MALFORMED = "the reply held values of types that a chat reply does not have"
 
 @dataclass(slots=True)
 class Capture:
-    """Collects one reply. It needs every chunk, or the whole body, with our additions in it."""
+    """Collects one reply. It needs every chunk, or the whole body, with our additions in it.
+
+    Its fields begin as `[]` and not as `list[str]()`, which takes 2000 instructions more.
+    """
 
     model: str | None = None
-    content: list[str] = field(default_factory=list[str])
-    reasoning: list[str] = field(default_factory=list[str])
-    tool_calls: dict[int, Json] = field(default_factory=dict[int, Json])
+    content: list[str] = field(default_factory=lambda: [])
+    reasoning: list[str] = field(default_factory=lambda: [])
+    tool_calls: dict[int, Json] = field(default_factory=lambda: {})
     finish_reason: str | None = None
     prompt_ids: list[int] | None = None
-    completion_ids: list[int] = field(default_factory=list[int])
-    logprobs: list[float] = field(default_factory=list[float])
+    completion_ids: list[int] = field(default_factory=lambda: [])
+    logprobs: list[float] = field(default_factory=lambda: [])
     usage: Json | None = None
     choices: int = 0
     """The highest choice index seen, plus one."""
-    finished: set[int] = field(default_factory=set[int])
+    finished: set[int] = field(default_factory=lambda: set())
     """Indexes of the choices whose finish reason has come."""
     error: str | None = None
     """Why the reply could not be read, for example because of an error event in the stream."""
-    _told: list[bytes | list[Json]] = field(default_factory=list["bytes | list[Json]"])
+    _told: list[bytes | list[Json]] = field(default_factory=lambda: [])
     """The log-probs as they came: as JSON, or as the entries of one chunk."""
-    _unread: list[Json | bytes | Piece] = field(default_factory=list["Json | bytes | Piece"])
+    _unread: list[Json | bytes | Piece] = field(default_factory=lambda: [])
     _unread_prompt: bytes | None = None
     """The prompt's ids without their brackets, as JSON."""
-    _pieces: list[Piece] = field(default_factory=list[Piece])
+    _pieces: list[Piece] = field(default_factory=lambda: [])
     """Content chunks that came after everything in `_unread`."""
+    _checked: tuple[tuple[float, ...], bool] | None = None
+    """(the log-probs, whether all of them are known), once that was asked for."""
 
     def piece(self, piece: Piece) -> None:
         """Adds content chunks of a stream with a single choice, as the bytes of their parts."""
@@ -135,14 +141,7 @@ class Capture:
         deltas, logprobs, ids = piece
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
-            numbers = orjson.loads(b"[" + b",".join(_LOGPROB.findall(logprobs)) + b"]")
-            if _ALTERNATIVES in logprobs or len(numbers) != len(token_ids):
-                numbers = [
-                    float(entry["logprob"])
-                    for found in objects(orjson.loads(b"[" + logprobs + b"]"))
-                    for entry in objects(found.get("content"))
-                ]
-            self.logprobs.extend(numbers)
+            self.logprobs.extend(_logprobs(logprobs, len(token_ids)))
             self._told.append(logprobs)
             self._deltas(deltas)
         except _MISSHAPEN as error:
@@ -154,7 +153,7 @@ class Capture:
     def _deltas(self, deltas: bytes) -> None:
         if deltas.startswith(_TEXT) and deltas.endswith(_TEXT_END):
             # Nearly all hold a text and nothing else. Any other one leaves a bare quote here.
-            texts = deltas[len(_TEXT) : -len(_TEXT_END)].replace(_TEXT_END + b"," + _TEXT, b"")
+            texts = b"".join(deltas[len(_TEXT) : -len(_TEXT_END)].split(_BETWEEN_TEXTS))
             with suppress(orjson.JSONDecodeError):
                 self.content.append(orjson.loads(b'"' + texts + b'"'))
                 return
@@ -197,8 +196,11 @@ class Capture:
         """The sampled tokens' log-probs; None unless all of them are known."""
         if len(self.logprobs) != len(self.completion_ids) or not self.logprobs:
             return None
-        known = min(self.logprobs) > _UNKNOWN_LOGPROB and max(self.logprobs) <= _LARGEST_LOGPROB
-        return tuple(self.logprobs) if known else None
+        if self._checked is None or len(self._checked[0]) != len(self.logprobs):
+            told = tuple(self.logprobs)
+            self._checked = told, min(told) > _UNKNOWN_LOGPROB and max(told) <= _LARGEST_LOGPROB
+        told, known = self._checked
+        return told if known else None
 
     def pieces(self) -> list[str] | None:
         """The text of each sampled token, as the engine told it; None if it did not for all."""
@@ -280,8 +282,8 @@ class Capture:
         """The token ids in `value`. Anything else makes the turn untrainable."""
         ids = cast("list[int]", value) if isinstance(value, list) else []
         try:
-            array("I", ids)
-        except (TypeError, OverflowError):
+            struct.pack(f"{len(ids)}I", *ids)
+        except (struct.error, OverflowError, TypeError):
             ids = []
         if ids != value:
             self.error = _MALFORMED
@@ -325,6 +327,18 @@ class Capture:
                 joined[key] += part
             elif part is not None:
                 self.error = _MALFORMED
+
+
+def _logprobs(told: bytes, tokens: int) -> list[float]:
+    """The sampled tokens' log-probs in `told`, all of which is parsed if a search does not do."""
+    numbers = cast("list[float]", orjson.loads(b"[" + b",".join(_LOGPROB.findall(told)) + b"]"))
+    if len(numbers) == tokens and _ALTERNATIVES not in told:
+        return numbers
+    return [
+        float(entry["logprob"])
+        for found in objects(orjson.loads(b"[" + told + b"]"))
+        for entry in objects(found.get("content"))
+    ]
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -22,6 +22,7 @@ _LONGEST = {
     **{"logprob_token_ids": 128, "stop": 1024},
 }
 """Entries that vLLM's GPU worker has room for. It checks too late, and the engine ends."""
+_LOGPROBS = frozenset(("logprobs", "top_logprobs"))
 _MOST_CHOICES = 1024
 """`n` for each prompt: each choice is a sequence in the engine."""
 _MOST_LOGPROBS = 1024
@@ -83,20 +84,24 @@ def _is_salt(value: object) -> bool:
 
 def _too_many(body: Json) -> str | None:
     """What a request asks for too much of, or None."""
-    named = [(name, integer(body.get(name)) or 1) for name in ("n", "best_of")]
-    name, choices = max(named, key=lambda found: found[1])
+    name, choices = "n", 1
+    for asked in ("n", "best_of"):
+        if asked in body and (number := integer(body[asked]) or 1) > choices:
+            name, choices = asked, number
     prompts = _prompts(body)
     if max(choices, 1) * prompts > _MOST_CHOICES:
         asked = f"{name} = {choices}" + ("" if prompts == 1 else f" for {prompts} prompts")
         return f"{asked}: at most {_MOST_CHOICES} choices."
-    for name, longest in _LONGEST.items():
-        entries = body.get(name)
+    for name in sorted(_LONGEST.keys() & body.keys()):
+        entries, longest = body[name], _LONGEST[name]
         if isinstance(entries, (list, dict)) and len(cast(Sized, entries)) > longest:
             return f"{name} has {len(cast(Sized, entries))} entries: at most {longest}."
-    for name in ("logprobs", "top_logprobs"):
+    for name in sorted(_LOGPROBS & body.keys()):
         if (integer(body.get(name)) or 0) > _MOST_LOGPROBS:
             return f"{name} = {body[name]!s:.40}: at most {_MOST_LOGPROBS}."
-    detection = obj(body.get("repetition_detection"))
+    if "repetition_detection" not in body:
+        return None
+    detection = obj(body["repetition_detection"])
     if (integer(detection.get("max_pattern_size")) or 0) > _LONGEST_REPETITION:
         size = detection["max_pattern_size"]
         return (

@@ -10,6 +10,9 @@ The search is safe: within a JSON string every quote is escaped, so `,"logprobs"
 
 from __future__ import annotations
 
+from itertools import takewhile
+from typing import TypeAlias
+
 import orjson
 
 from nextstate.records import Json
@@ -23,6 +26,9 @@ _END = b"]}]}\n\n"
 _BARE_END = _LOGPROBS + b"null" + _NO_IDS
 _RETURN, _BRACE, _NEWLINE = b"\r}\n"
 """As numbers: `b"}" in ids` makes CPython try the bytes as a number first, which costs an error."""
+_BETWEEN = len(_LOGPROBS) + len(_IDS) + len(_END)
+_Parts: TypeAlias = tuple[list[bytes], list[bytes], list[bytes], Piece]
+"""(deltas, log-probs, token ids) of several chunks, and all of them joined."""
 _TRIES = 3
 """How many chunks are tried as the pattern before a reply is left to the parser."""
 
@@ -38,8 +44,10 @@ class Splice:
 
     def learn(self, event: bytes, chunk: Json) -> None:
         """Makes a parsed content chunk the pattern, unless cutting it gives another result."""
+        if self._theirs or not self._tries:
+            return
         choices = objects(chunk.get("choices"))
-        if self._theirs or not self._tries or len(choices) != 1:
+        if len(choices) != 1:
             return
         if choices[0].get("index") != 0 or not choices[0].get("token_ids"):
             return
@@ -61,24 +69,40 @@ class Splice:
         theirs = self._theirs
         if not theirs or not data.startswith(theirs, start) or _RETURN in data:
             return b"", None, start
-        size, taken = len(theirs), 0
-        deltas: list[bytes] = []
-        logprobs: list[bytes] = []
-        ids: list[bytes] = []
-        for chunk in data[start:].split(_END)[:-1]:
-            delta, _, rest = chunk[size:].partition(_LOGPROBS)
-            numbers, found, named = rest.partition(_IDS)
-            # No JSON string holds a line break: with one, it is not a single chunk.
-            if not found or _BRACE in named or _NEWLINE in chunk or chunk[:size] != theirs:
-                break
-            taken += len(chunk) + len(_END)
-            deltas.append(delta)
-            logprobs.append(numbers)
-            ids.append(named)
-        if not deltas:
+        chunks = data[start:].split(_END)[:-1]
+        if chunks and not self._fits(chunks[-1]):  # it often ends the reply
+            chunks.pop()
+        found = self._parts(chunks) or self._parts(list(takewhile(self._fits, chunks)))
+        if found is None:
             return b"", None, start
+        deltas, logprobs, ids, piece = found
+        size = sum(map(len, piece)) + len(deltas) * (len(theirs) + _BETWEEN) - 3 * (len(deltas) - 1)
+        return self._sent(deltas, logprobs, ids), piece, start + size
+
+    def _fits(self, chunk: bytes) -> bool:
+        """Whether one chunk, without its end, has the pattern's parts."""
+        return self._parts([chunk]) is not None
+
+    def _parts(self, chunks: list[bytes]) -> _Parts | None:
+        """The parts of chunks that all fit the pattern; None if one does not, or there is none.
+
+        All are checked at once. What is not found is not cut off, so only chunks that fit have the
+        right size without their parts.
+        """
+        if not chunks:
+            return None
+        split = [chunk.removeprefix(self._theirs).partition(_LOGPROBS) for chunk in chunks]
+        ends = [rest.partition(_IDS) for _, _, rest in split]
+        deltas = [delta for delta, _, _ in split]
+        logprobs = [numbers for numbers, _, _ in ends]
+        ids = [named for _, _, named in ends]
         piece = b",".join(deltas), b",".join(logprobs), b",".join(ids)
-        return self._sent(deltas, logprobs, ids), piece, start + taken
+        cut = len(b"".join(chunks)) - sum(map(len, piece)) + 3 * (len(chunks) - 1)
+        fits = cut == len(chunks) * (len(self._theirs) + len(_LOGPROBS) + len(_IDS))
+        # No JSON string holds a line break: with one, it is not a single chunk.
+        if not fits or _BRACE in piece[2] or any(_NEWLINE in part for part in piece):
+            return None
+        return deltas, logprobs, ids, piece
 
     def _sent(self, deltas: list[bytes], logprobs: list[bytes], ids: list[bytes]) -> bytes:
         ours = self._ours

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from array import array
 from collections.abc import Sequence
 from typing import Any
@@ -23,7 +24,7 @@ def id_runs(ids: Sequence[int]) -> list[bytes]:
     A prompt that repeats an earlier one with a change in the middle shares all other runs with it,
     and a run is stored once. A bound follows an id whose lowest byte is 0: one id in 256.
     """
-    packed = array("I", ids).tobytes()
+    packed = _packed_ids(ids)
     lowest, size = packed[::4], len(ids)
     runs: list[bytes] = []
     start = 0
@@ -44,7 +45,7 @@ def join_runs(packed: bytes | None, texts: Texts) -> tuple[int, ...] | None:
 
 def pack_ids(ids: Sequence[int] | None) -> bytes | None:
     """Token ids as the bytes of one column."""
-    return None if ids is None else compress(_in_planes(array("I", ids).tobytes()))
+    return None if ids is None else compress(_in_planes(_packed_ids(ids)))
 
 
 def unpack_ids(packed: bytes | None) -> tuple[int, ...] | None:
@@ -52,9 +53,13 @@ def unpack_ids(packed: bytes | None) -> tuple[int, ...] | None:
     return None if packed is None else tuple(array("I", _interleaved(decompress(packed))))
 
 
+def _packed_ids(ids: Sequence[int]) -> bytes:
+    return struct.pack(f"{len(ids)}I", *ids)
+
+
 def _in_planes(ids: bytes) -> bytes:
     """The lowest bytes of all ids, then the next ones, …: the high ones are nearly all alike."""
-    return b"".join(ids[byte::4] for byte in range(4))
+    return ids[::4] + ids[1::4] + ids[2::4] + ids[3::4]
 
 
 def _interleaved(planes: bytes) -> bytes:
@@ -69,9 +74,13 @@ def pack_floats(values: Sequence[float] | None) -> bytes | None:
     """Exactly the numbers that the engine returned: in 32 bits each where they fit."""
     if values is None:
         return None
-    short = array("f", values)
-    kept = short if short.tolist() == list(values) else array("d", values)
-    return compress_numbers(kept.typecode.encode() + kept.tobytes())
+    try:
+        packed = struct.pack(f"{len(values)}f", *values)
+    except OverflowError:  # beyond 32 bits
+        packed = b""
+    if struct.unpack(f"{len(packed) // 4}f", packed) == tuple(values):
+        return compress_numbers(b"f" + packed)
+    return compress_numbers(b"d" + struct.pack(f"{len(values)}d", *values))
 
 
 def unpack_floats(packed: bytes | None) -> tuple[float, ...] | None:

@@ -56,8 +56,9 @@ class Recording:
         self.sessions = Sessions(cursor)
         """Where a turn stands, as the store knows it."""
         self._cursor = cursor
+        self._known = known
         self._texts = Writer(cursor, known)
-        self._added = Counter[str]()
+        self._added: Counter[str] = Counter()
         """The turns that were added, by the keys under which they count."""
 
     def close(self) -> None:
@@ -95,7 +96,8 @@ class Recording:
         of_rest, of_reply = write_json(rest), write_json(turn.reply)
         runs = id_runs(turn.prompt_ids or ())
         others = [part for part in (tools, of_rest, of_reply, *runs) if part is not None]
-        other_hashes = [content_hash(part) for part in others]
+        again = self._known.hash_of
+        other_hashes = [(content_hash if part is of_reply else again)(part) for part in others]
         used = self._texts_of(turn.parent)
         for key, message in zip(message_hashes, messages, strict=True):
             if key not in used:

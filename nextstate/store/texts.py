@@ -34,6 +34,8 @@ Texts: TypeAlias = Mapping[bytes, bytes]
 """Stored texts under their hashes."""
 _IN_ONE_QUERY = 500
 _LONG_BYTES, _BEGINNING_BYTES = 4096, 256
+_HASHED_BYTES = 200
+"""Of memory for a remembered hash, besides the text."""
 
 
 def content_hash(text: bytes) -> bytes:
@@ -94,6 +96,11 @@ class Known:
         default_factory=dict[bytes, tuple[bytes, bytes]]
     )
     """(hash, text) of a long text, by how it begins: others that begin so may be much like it."""
+    most_hashed_bytes: int = 4 << 20
+    hashed: dict[bytes, bytes] = field(default_factory=dict[bytes, bytes])
+    """The hashes of texts that may come again. The most recently used come last."""
+    hashed_bytes: int = 0
+    """Of memory for `hashed`, about."""
 
     def has(self, key: bytes) -> bool:
         """True if this text is believed to be stored."""
@@ -107,6 +114,22 @@ class Known:
         self.hashes[key] = True
         if len(self.hashes) > self.most_hashes:
             self.hashes.pop(next(iter(self.hashes)), None)
+
+    def hash_of(self, text: bytes) -> bytes:
+        """`content_hash` of a text that may come again: tools, settings, the start of a prompt.
+
+        Agents send these with each request.
+        """
+        found = self.hashed.pop(text, None)
+        if found is None:
+            found = content_hash(text)
+            self.hashed_bytes += len(text) + _HASHED_BYTES
+        self.hashed[text] = found
+        while self.hashed_bytes > self.most_hashed_bytes:
+            oldest = next(iter(self.hashed))
+            del self.hashed[oldest]
+            self.hashed_bytes -= len(oldest) + _HASHED_BYTES
+        return found
 
     def add_base(self, key: bytes, text: bytes) -> None:
         """Notes a long text to compress others against, and forgets the oldest."""

@@ -32,8 +32,10 @@ class _Marks:
 
     def begin(self, text: str) -> str | None:
         """The first of the marks with which `text` begins."""
-        alike = self._by_start.get(text[: self._size], ())
-        return next((mark for mark in alike if text.startswith(mark)), None)
+        for mark in self._by_start.get(text[: self._size], ()):
+            if text.startswith(mark):
+                return mark
+        return None
 
 
 _PREFIXES = _Marks(mark for agent in AGENTS for mark in agent.prefixes)

@@ -68,7 +68,8 @@ class Message(NamedTuple):
 class RememberedMessages:
     """What messages were read as, at most `most_bytes` of it.
 
-    An agent sends its whole history with each request, so most messages were read before.
+    An agent sends its whole history with each request, so most messages were read before. They are
+    known by their JSON itself, so that only a new one is hashed with blake2b.
     """
 
     def __init__(
@@ -79,23 +80,23 @@ class RememberedMessages:
         self._most_bytes = most_bytes
         self._bytes = 0
         self._found = OrderedDict[tuple[str, bytes], tuple[Message, int]]()
-        """(message, its size) by profile and hash; those at the end were used last."""
+        """(message, its size) by profile and JSON; those at the end were used last."""
 
     def read(self, messages: Sequence[Json], profile: AgentProfile) -> list[Message]:
         """Each message as `profile` reads it."""
         found: list[Message] = []
         for message in messages:
-            content = content_hash(write_json(message))
-            key = profile.name, content
+            written = write_json(message)
+            key = profile.name, written
             known = self._found.get(key)
             if known is None:
                 kept = self.redactor.value(message)
                 if kept is message:
-                    read = _read(message, content, profile)
+                    read = _read(message, content_hash(written), profile)
                 else:
                     read = _read(kept, content_hash(write_json(kept)), profile)
                     read = read._replace(redacted=kept)
-                size = _MESSAGE_BYTES + len(read.text) + 2 * len(read.words)
+                size = _MESSAGE_BYTES + len(written) + len(read.text) + 2 * len(read.words)
                 size += len(read.meaning.text) if read.meaning else 0
                 size += len(read.text) if read.redacted else 0
                 self._found[key] = read, size

@@ -45,7 +45,7 @@ api_key_env = "ALICE"
 kind = "{judge}"
 api_key_env = "JUDGES"
 [privacy]
-external_judge = true
+allow_hosts = ["api.openai.com"]
 """
 HAS = {
     "proxy": {"CLIENTS", "ALICE", "ENGINE"},

@@ -99,3 +99,15 @@ def test_a_text_that_others_are_compressed_against_stays_until_they_go(store: St
         assert texts.get(connection, keys[1:])[keys[2]] == long + b"two"
         texts.release(connection, keys[1:])
         assert texts.get(connection, keys) == {}
+
+
+def test_remembered_hashes_are_right_and_take_a_bounded_memory() -> None:
+    known = texts.Known(most_hashed_bytes=5000)
+    first = b"You are a helpful agent."
+    for number in range(100):
+        text = b"tool %d " % number * 50
+        assert known.hash_of(first) == texts.content_hash(first)
+        assert known.hash_of(text) == known.hash_of(text) == texts.content_hash(text)
+        assert sum(map(len, known.hashed)) < known.hashed_bytes <= 5000
+    assert first in known.hashed, "it was used all the time"
+    assert known.hash_of(b"x" * 6000) == texts.content_hash(b"x" * 6000), "and one too large for it"
