@@ -35,7 +35,7 @@ _POLICY = Path(__file__).parent.parent / "demo" / "policy"
 _GOAL = 0.1
 _EXAMPLES = """\
 example:
-  python -m benchmarks.storage ../shared/traffic/openclaw-2026.9.6-gateway.jsonl.gz
+  python -m benchmarks.storage traffic.jsonl.gz
 """
 
 

@@ -146,7 +146,7 @@ class Tracing:
             from opentelemetry.sdk.trace import TracerProvider
             from opentelemetry.sdk.trace.export import BatchSpanProcessor
         except ImportError as error:
-            log.error("%s is set and %s is missing: pip install 'nextstate[otel]'", ENDPOINT, error)
+            log.error("%s is set and %s is missing: run `make env`", ENDPOINT, error)
             return
         self._ids = _Ids()
         resource = Resource.create({"service.name": f"nextstate-{part}"})

@@ -291,7 +291,7 @@ def connect(address: str, folder: Path) -> Any:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
-        raise StartError("--ray needs Ray: pip install 'nextstate[ray]'") from None
+        raise StartError("--ray needs Ray: run `make ray`") from None
     _find_token(folder, address)
     if address:
         _check(address)

@@ -138,7 +138,7 @@ def test_without_ray_the_option_names_what_to_install(
 ) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(StartError, match=r"pip install 'nextstate\[ray\]'"):
+    with pytest.raises(StartError, match="run `make ray`"):
         nodes.connect("", tmp_path)
 
 

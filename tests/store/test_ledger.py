@@ -17,7 +17,7 @@ from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.forgetting import Wanted
 from tests.store.test_forgetting import judge, record, said, train
-from tests.store.test_migrations import OF_VERSION_2, old_database
+from tests.store.test_migrations import OF_VERSION_3, old_database
 
 SECRET = "my locker opens with 4711"
 
@@ -186,7 +186,7 @@ def test_a_head_that_is_none_is_not_gone_on_from(told: Store, head: str) -> None
 
 
 def test_an_older_store_begins_its_ledger_with_its_versions(tmp_path: Path) -> None:
-    old_database(tmp_path, OF_VERSION_2)
+    old_database(tmp_path, OF_VERSION_3)
     with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
         versions = store.versions.all()
         assert [entry.kind for entry in store.ledger.newest(None)] == ["version"] * len(versions)

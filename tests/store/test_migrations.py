@@ -24,6 +24,9 @@ OF_VERSION_1 = Path(__file__).parent / "data" / "schema_1.sql"
 OF_VERSION_2 = OF_VERSION_1.with_name("schema_2.sql")
 """The same database as version 2 left it, before people could pause a lineage."""
 
+OF_VERSION_3 = OF_VERSION_1.with_name("schema_3.sql")
+"""The same as version 3 left it, before there were keys and a ledger."""
+
 
 def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:
     file = folder / "nextstate.sqlite3"
@@ -61,7 +64,7 @@ def shape(file: Path) -> tuple[dict[str, list[tuple[object, ...]]], dict[str, st
     return columns, {name: sql for kind, name, sql in made if kind in ("index", "trigger")}
 
 
-@pytest.mark.parametrize("dump", [OF_VERSION_1, OF_VERSION_2])
+@pytest.mark.parametrize("dump", [OF_VERSION_1, OF_VERSION_2, OF_VERSION_3])
 def test_an_older_database_gets_the_tables_of_a_new_one(tmp_path: Path, dump: Path) -> None:
     (tmp_path / "new").mkdir()
     Store(StoreConfig(dir=str(tmp_path / "new"))).close()

