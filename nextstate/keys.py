@@ -19,7 +19,7 @@ from itertools import pairwise
 from nextstate.config import secret
 from nextstate.errors import ConfigError, RecordError
 
-_BEGINNING = "ns-"
+BEGINNING = "ns-"
 """So that a scanner for secrets, and a person, knows a key of ours."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
 _SHORTEST, _LEAST_BITS = 20, 64
@@ -73,7 +73,7 @@ class Key:
 
 def new_key() -> str:
     """A new key."""
-    return _BEGINNING + secrets.token_urlsafe(32)
+    return BEGINNING + secrets.token_urlsafe(32)
 
 
 def hashed(key: str) -> bytes:

@@ -17,10 +17,10 @@ from aiohttp import web
 
 from nextstate.engine.client import EngineClient
 from nextstate.errors import NextStateError, WaitError
-from nextstate.keys import Scope, hashed
-from nextstate.records import Json
+from nextstate.keys import BEGINNING, Scope, hashed
+from nextstate.records import MAIN_LINEAGE, Json
 from nextstate.store import Store
-from nextstate.store.episodes import Named
+from nextstate.store.episodes import API_KEY, Named
 from proxy.allowance import REQUESTS_A_MINUTE, REQUESTS_AT_ONCE, Allowance
 from proxy.answers import Refused, error_response
 from proxy.bodies import refuse_coded, unreadable
@@ -197,10 +197,12 @@ class Proxy:
         if not sent:
             return anybody, None
         address, hash_ = request.remote or "", hashed(sent)
-        if self.keys.needed and (wait_s := self.tries.wait_s(address, hash_)):
+        grant, by_key = self.keys.find(hash_), None
+        # A key that we made is found by nobody's tries, so they are no reason to refuse it.
+        ours = sent.startswith(API_KEY) if grant is None else grant.random
+        if self.keys.needed and not ours and (wait_s := self.tries.wait_s(address, hash_)):
             message = f"Many wrong API keys came from your address: wait {wait_s} seconds."
             raise Refused(429, message, wait_s=wait_s)
-        grant, by_key = self.keys.find(hash_), None
         try:
             by_key = await self.calls.of_key(sent) if grant is None else None
         except Refused as error:
@@ -213,6 +215,8 @@ class Proxy:
             self.tries.succeeded(address, hash_)
         elif self.keys.needed:
             self.tries.failed(address, hash_)
+        elif sent.startswith(BEGINNING):
+            anybody = None  # a key that was removed is nobody's: its client is not everybody
         return grant or anybody, by_key
 
     def _check(self, request: web.Request, grant: Grant, scope: Scope | None) -> None:
@@ -329,6 +333,8 @@ class Proxy:
         return web.Response()
 
     async def _metrics(self, request: web.Request) -> web.StreamResponse:
+        if request.get(CALLER, MAIN_LINEAGE) != MAIN_LINEAGE:
+            raise Refused(403, "The metrics are of all lineages: use a key that is bound to none.")
         try:
             stored = await asyncio.to_thread(self.store.counts)
             others = await asyncio.to_thread(self.store.workers.others, self._worker or "")

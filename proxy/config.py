@@ -55,7 +55,8 @@ class ProxyConfig(ProxyRecipe):
         if not self.api_key_env and not self.loopback:
             raise ConfigError(
                 f"[proxy] host = {self.host!r} is reachable from other machines and no key is "
-                "asked for: name an environment variable in [proxy] api_key_env, or use 127.0.0.1"
+                "asked for: name an environment variable in [proxy] api_key_env (keys of "
+                "`nextstate keys` come on top of it), or use 127.0.0.1"
             )
 
     @property

@@ -38,6 +38,11 @@ class Grant:
     limited: bool = True
     """Whether its requests are counted."""
 
+    @property
+    def random(self) -> bool:
+        """Whether we made the key, and nobody chose it."""
+        return self.stored is not None or not self.limited
+
     def may(self, scope: Scope | None) -> bool:
         """Whether it includes a scope; None: what needs no key."""
         return scope is None or scope in self.scopes or Scope.ADMIN in self.scopes

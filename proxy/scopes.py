@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from nextstate.keys import Scope
-from proxy.paths import EPISODES, GENERATING, GROUPS, MODELS, PROBED
+from proxy.paths import EPISODES, GENERATING, GROUPS, MODELS, PROBED, is_ours
 
 _CHAT, _FEEDBACK, _READ = Scope.CHAT, Scope.FEEDBACK, Scope.READ
 _ADMIN, _EPISODES = Scope.ADMIN, Scope.EPISODES
@@ -79,7 +79,7 @@ def needed(method: str, path: str) -> Scope | None:
     methods = TABLE.get(path) or _of_template(path.rstrip("/"))
     if methods is None:
         # The engine's other routes, and addresses that there are not.
-        return _ADMIN if path.startswith(("/page", f"{EPISODES}/")) else _CHAT
+        return _ADMIN if is_ours(path) or path.startswith("/page") else _CHAT
     return methods.get("GET" if method == "HEAD" else method, methods[ANY])
 
 

@@ -26,7 +26,7 @@ class Tries:
         self._left: dict[str, tuple[float, float]] = {}
         """(what was left, when), by address; the one that failed longest ago comes first."""
         self._right: dict[tuple[str, bytes], None] = {}
-        """(address, hash of the key) that were right, the oldest first."""
+        """(address, hash of the key) that were right, the one used longest ago first."""
         self._wrong: dict[tuple[str, bytes], None] = {}
 
     def wait_s(self, address: str, sent: bytes = b"") -> int:
@@ -63,6 +63,7 @@ class Tries:
 
 
 def _remember(seen: dict[tuple[str, bytes], None], one: tuple[str, bytes]) -> None:
+    seen.pop(one, None)
     seen[one] = None
     if len(seen) > _MOST_SEEN:
         del seen[next(iter(seen))]

@@ -175,9 +175,12 @@ def _keys(settings: Settings) -> str:
         chosen_key(lineage.api_key_env, f"[lineages.{name}] api_key_env")
         chosen.append(lineage.api_key_env)
     store = Store(settings.store)
-    stored = [key for key in store.keys.all() if key.revoked_at is None]
+    known = store.keys.all()
+    stored = [key for key in known if key.revoked_at is None]
     store.close()
     found = [f"${name}" for name in chosen if name] + [key.name for key in stored]
+    if known and not found:
+        return "all are revoked: nobody may use the proxy until `nextstate keys create`"
     return ", ".join(found) or "none: every program of this machine may use the proxy"
 
 

@@ -158,10 +158,12 @@ async def run_proxy(
         gc.freeze()
         gc.set_threshold(_COLLECT_AFTER, *gc.get_threshold()[1:])
         log.info("serving on %s", [site.name for site in runner.sites])
-        await stop.wait()
-        await runner.cleanup()
-    if alone:
-        remove_own_key(settings, own_key)
+        try:
+            await stop.wait()
+            await runner.cleanup()
+        finally:
+            if alone:
+                remove_own_key(settings, own_key)
     store.close()
 
 

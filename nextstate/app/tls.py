@@ -12,6 +12,8 @@ import aiohttp
 from nextstate.errors import ConfigError
 from proxy.config import ProxyConfig
 
+_END = "-----END CERTIFICATE-----"
+
 
 def server_context(config: ProxyConfig) -> ssl.SSLContext | None:
     """What the proxy serves with; None for plain HTTP. Raises ConfigError."""
@@ -57,7 +59,9 @@ def client_context(config: ProxyConfig) -> ssl.SSLContext | bool:
     context.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN
     file = _file("tls_certificate", config.tls_certificate, "CERTIFICATE")
     try:
-        context.load_verify_locations(file)
+        # The first one is the proxy's own. Whoever signed it may have signed others' too.
+        own, end, _ = file.read_text("ascii", "replace").partition(_END)
+        context.load_verify_locations(cadata=own.replace("\ufffd", "?") + end + "\n")
     except ssl.SSLError as error:
         raise ConfigError(
             f"[proxy] tls_certificate = {config.tls_certificate!r}: OpenSSL cannot read it "

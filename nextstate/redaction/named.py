@@ -33,7 +33,7 @@ _AFTER = {
     core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORE.pattern.split("|")
 }
 """By the core: the end of the name, and its value."""
-_SAID = {core: re.compile(_TAILS.get(core, "") + r"\s" + _VALUE) for core in _PASSWORDS}
+_SAID = {core: re.compile(_TAILS.get(core, "") + r"\s" + _VALUE) for core in sorted(_PASSWORDS)}
 """`log in with the password …`"""
 _OF_KEYS = (
     *("api", "access", "secret", "private", "encryption", "signing"),

@@ -110,7 +110,7 @@ class Forgetting:
     def forget(self, wanted: Wanted, by: str = SOMEBODY) -> Plan:
         """Deletes everything that is wanted, if no version must be withdrawn first.
 
-        The ledger gets the ids of what went, and `by`, who wanted it.
+        The ledger gets the ids of turns, and `by`, who wanted it. (Clients choose episodes' ids.)
         Returns what it took, or what it would take: nothing is changed if the plan has `versions`
         or turns `in_training`.
         """
@@ -119,7 +119,7 @@ class Forgetting:
             if not (plan.versions or plan.in_training):
                 _delete(connection, plan)
                 if plan.turns:
-                    gone = {"turns": plan.turns, "episodes": plan.episodes, "by": by}
+                    gone = {"turns": plan.turns, "episodes": len(plan.episodes), "by": by}
                     append(connection, self._database.now(), Kind.FORGOTTEN, gone)
         return plan
 

@@ -157,6 +157,8 @@ class _Told:
         """Parent, SHA-256 and state by lineage and number."""
         self.turns: dict[tuple[str, int], set[str]] = {}
         """The turns that each version trained on and that are not forgotten."""
+        self.rejected: set[tuple[str, int]] = set()
+        """The versions that were rejected at some time: their samples may be ready again."""
         self._versions_of: dict[str, tuple[str, int]] = {}
 
     def read(self, kind: str, content: Mapping[str, Any]) -> None:
@@ -168,6 +170,8 @@ class _Told:
         if kind not in (Kind.VERSION, Kind.STATE):
             return
         key = content["lineage"], content["number"]
+        if content["state"] == VersionState.REJECTED:
+            self.rejected.add(key)
         if kind == Kind.VERSION:
             self.versions[key] = content["parent"], content["sha256"], content["state"]
             self.turns[key] = {row[0] for row in content["turns"]}
@@ -219,9 +223,7 @@ def _different(connection: sa.Connection, told: _Told) -> Iterator[str]:
     )
     for row in connection.execute(query.execution_options(yield_per=_AT_ONCE)):
         trained.setdefault((row.lineage, row.trained_in), set()).add(row.turn)
-    for key, version in sorted(told.versions.items()):
-        if version[2] == VersionState.REJECTED:
-            continue  # its samples may be ready again
+    for key in sorted(told.versions.keys() - told.rejected):
         if wrong := told.turns.get(key, set()) ^ trained.get(key, set()):
             yield (
                 f"version {key[1]} of {key[0]} trained on other turns than the ledger tells: "

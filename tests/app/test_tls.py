@@ -104,6 +104,35 @@ def test_the_proxy_speaks_tls_and_our_commands_trust_its_very_certificate(tmp_pa
     asyncio.run(test())
 
 
+def test_another_certificate_of_the_same_issuer_is_not_trusted(tmp_path: Path) -> None:
+    issuer = certificate(tmp_path, "issuer.test")
+    ours = certificate(tmp_path, issuer=issuer)
+    theirs = certificate(tmp_path, "theirs.test", issuer=issuer)
+    assert ours.certificate.read_text().count("BEGIN CERTIFICATE") == 2
+    trusted = client_context(ProxyConfig(**_keys(ours)))
+
+    async def answer(request: aiohttp.web.BaseRequest) -> aiohttp.web.Response:
+        return aiohttp.web.Response()
+
+    async def asked(files: Files) -> int:
+        runner = aiohttp.web.ServerRunner(aiohttp.web.Server(answer))
+        await runner.setup()
+        port, context = free_port(), server_context(ProxyConfig(**_keys(files)))
+        await aiohttp.web.TCPSite(runner, "127.0.0.1", port, ssl_context=context).start()
+        try:
+            async with (
+                aiohttp.ClientSession() as http,
+                http.get(f"https://127.0.0.1:{port}/", ssl=trusted) as told,
+            ):
+                return told.status
+        finally:
+            await runner.cleanup()
+
+    assert asyncio.run(asked(ours)) == 200
+    with pytest.raises(aiohttp.ClientConnectorCertificateError):
+        asyncio.run(asked(theirs))
+
+
 def _keys(files: Files) -> dict[str, str]:
     return {"tls_certificate": str(files.certificate), "tls_key": str(files.key)}
 

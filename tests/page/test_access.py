@@ -76,8 +76,9 @@ def test_a_login_sets_a_cookie_without_the_key_and_a_logout_ends_it(
 
 def test_wrong_keys_are_slowed_down(store: Store, tmp_path: Path) -> None:
     async def test(site: Site) -> None:
-        for _ in range(Tries.AT_ONCE):
-            assert "not the proxy&#39;s key" in await site.post("/page/login", {"key": "no"}, 403)
+        for n in range(Tries.AT_ONCE):
+            wrong = await site.post("/page/login", {"key": f"no {n}"}, 403)
+            assert "not the proxy&#39;s key" in wrong
         answer = await site.http.post(f"{site.url}/page/login", data={"key": KEY})
         assert answer.status == 429
         assert 0 < int(answer.headers["Retry-After"]) <= Tries.REFILL_S

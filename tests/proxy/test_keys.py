@@ -118,14 +118,38 @@ def test_wrong_keys_are_slowed_down_and_nobody_else(store: Store, tmp_path: Path
         assert (await p.chat(request(), bearer(key)))[0] == 200
         statuses = [(await p.chat(request(), bearer(f"guess {n}")))[0] for n in range(8)]
         assert statuses == [401] * Tries.AT_ONCE + [429] * 3
-        status, _, headers = await p.chat(request(), bearer(fresh))  # nor is a right guess told
+        status, _, headers = await p.chat(request(), bearer("guess 9"))
         assert (status, 1 <= int(headers["Retry-After"]) <= Tries.REFILL_S) == (429, True)
+        assert (await p.chat(request(), bearer(fresh)))[0] == 200  # nobody guesses a random key
         assert (await p.chat(request(), bearer("guess 0")))[0] == 401
         assert (await p.chat(request(), bearer(key)))[0] == 200
         assert (await p.chat(request()))[0] == 401  # without a key nothing is guessed
-        assert (await p.chat(request(), bearer("ep-" + "0" * 32)))[0] == 429
+        assert (await p.chat(request(), bearer("ep-" + "0" * 32)))[0] == 401
 
     both(test, store, tmp_path)
+
+
+def test_a_key_that_was_removed_is_not_everybodys(store: Store, tmp_path: Path) -> None:
+    key = add_key(store, "alice", Scope.CHAT)
+    store.keys.remove("alice")
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        assert (await p.chat(request()))[0] == 200
+        assert (await p.chat(request(), bearer("anything")))[0] == 200
+        assert (await p.chat(request(), bearer(key)))[0] == 401
+
+    both(test, store, tmp_path)
+
+
+def test_a_lineages_key_does_not_see_the_metrics_of_all(store: Store, tmp_path: Path) -> None:
+    key = add_key(store, "all", Scope.READ)
+    bound = add_key(store, "hers", Scope.READ, lineage="alice")
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        found = [await p.http.get(f"{p.url}/metrics", headers=bearer(k)) for k in (key, bound)]
+        assert [answer.status for answer in found] == [200, 403]
+
+    both(test, store, tmp_path, access={"alice": Access("alice", None)})
 
 
 def test_a_refused_try_does_not_hold_the_loop(store: Store, tmp_path: Path) -> None:

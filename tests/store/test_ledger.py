@@ -78,7 +78,7 @@ def test_it_tells_what_happened_in_order(told: Store) -> None:
     assert first.content["parent"] == 0
     assert first.content["sha256"] == "ff"
     assert entries[11].content == {"lineage": "main", "number": 1, "by": "ana"}
-    assert entries[-1].content == {"turns": ["turn_7"], "episodes": [], "by": "ana"}
+    assert entries[-1].content == {"turns": ["turn_7"], "episodes": 0, "by": "ana"}
     assert told.ledger.newest(2, before=3) == entries[:2]
 
 
@@ -152,6 +152,11 @@ def test_versions_that_differ_from_what_it_tells_are_named(
     (found,) = told.ledger.problems()
     assert told_of in found
     change(told, undo)
+
+
+def test_a_version_that_failed_its_exam_and_serves_by_choice_is_no_edit(told: Store) -> None:
+    told.versions.set_serving("main", 3, "ana")
+    assert told.ledger.problems() == []
 
 
 def test_a_ledger_without_its_end_is_found_by_the_versions_or_by_a_head(told: Store) -> None:

@@ -47,6 +47,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--matching", metavar="TEXT", help=text)
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.add_argument("--yes", action="store_true", help="do not ask")
+    text = "who wants it, for the ledger (default: this account's name)"
+    parser.add_argument("--by", metavar="NAME", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -75,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             return 1
     console = Console(stderr=True)
     with console.status("") as status:
-        done = forget(settings, store, wanted, status.update, user_name())
+        done = forget(settings, store, wanted, status.update, args.by or user_name())
     print(f"forgot {counted(len(done.plan.turns), 'turn')}")
     for lineage, numbers in sorted(done.withdrawn.items()):
         serving = store.versions.serving(lineage).number

@@ -69,6 +69,13 @@ def run(args: argparse.Namespace) -> int:
             f"--lineage {args.lineage!r:.80}: known are {', '.join(settings.all_lineages)}; see "
             "[lineages.NAME]"
         )
+    bound = settings.lineages.get(args.lineage or "")
+    if bound is not None and not bound.api_key_env:
+        print(
+            f"keys without --lineage reach {args.lineage} too, by its model's name, as long as "
+            f"[lineages.{args.lineage}] api_key_env is empty",
+            file=sys.stderr,
+        )
     return _create(Store(settings.store), args)
 
 

@@ -75,6 +75,6 @@ def _line(entry: Entry) -> str:
             return f"{content['lineage']} was {entry.kind}d by {by}"
         case _:
             gone = counted(len(content["turns"]), "turn")
-            if episodes := len(content["episodes"]):
+            if episodes := content["episodes"]:
                 gone += f" and {counted(episodes, 'episode')}"
             return f"forgotten by {by}: {gone}"

@@ -67,12 +67,13 @@ class Changes:
 
     async def forget_turn(self, visit: Visit) -> Done:
         await asyncio.to_thread(self._screens.forget_turn, visit)  # may it?
-        return Done(await forgetting.run(self._settings, [visit.names[0]]), "/page/turns")
+        told = await forgetting.run(self._settings, [visit.names[0]], AT_THE_PAGE)
+        return Done(told, "/page/turns")
 
     async def forget_session(self, visit: Visit) -> Done:
         await asyncio.to_thread(self._screens.forget_session, visit)
         ids = await asyncio.to_thread(self._screens.turns_of, visit)
-        return Done(await forgetting.run(self._settings, ids), "/page/sessions")
+        return Done(await forgetting.run(self._settings, ids, AT_THE_PAGE), "/page/sessions")
 
     async def rollback(self, visit: Visit) -> Done:
         version = await asyncio.to_thread(self._screens.version_of, visit)

@@ -22,6 +22,8 @@ from proxy.answers import Refused
 MOST = 5000
 """Turns that one form names: they are the arguments of a command."""
 _SHOWN = 8
+_ONE = asyncio.Semaphore(1)
+"""The command reads every turn and writes the database anew: once is enough at a time."""
 
 
 def plan(
@@ -42,9 +44,16 @@ def plan(
     }
 
 
-async def run(settings: Settings, ids: Sequence[str]) -> str:
-    """Forgets turns; returns what the command says of it. Raises Refused with its error."""
-    argv = [sys.executable, "-P", "-m", "nextstate", "forget", "--yes"]
+async def run(settings: Settings, ids: Sequence[str], by: str) -> str:
+    """Forgets turns for `by`; returns what the command says. Raises Refused with its error."""
+    if _ONE.locked():
+        raise Refused(503, "Something is being forgotten already: try again in a moment.")
+    async with _ONE:
+        return await _run(settings, ids, by)
+
+
+async def _run(settings: Settings, ids: Sequence[str], by: str) -> str:
+    argv = [sys.executable, "-P", "-m", "nextstate", "forget", "--yes", "--by", by]
     if settings.file.exists():
         argv += ["--config", str(settings.file.absolute())]
     process = await asyncio.create_subprocess_exec(

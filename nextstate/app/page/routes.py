@@ -26,7 +26,7 @@ from nextstate.app.page.templating import Renderer
 from nextstate.app.page.visits import Visit, Visitor
 from nextstate.app.settings import Settings
 from nextstate.errors import NextStateError, WaitError
-from nextstate.keys import Scope
+from nextstate.keys import Scope, hashed
 from nextstate.records import Json
 from nextstate.store import Store
 from proxy.allowance import Allowance
@@ -200,15 +200,15 @@ class Page:
             return web.Response(
                 text=self._renderer.render("login.html", wrong=None), content_type="text/html"
             )
-        address = request.remote or ""
-        if wait_s := self._tries.wait_s(address):
+        address, key = request.remote or "", form.get("key", "")
+        if wait_s := self._tries.wait_s(address, hashed(key)):
             text = f"Too many wrong keys: wait {wait_s} seconds and try again."
             page = self._renderer.render("login.html", wrong=text)
             headers = {"Retry-After": str(wait_s)}
             return web.Response(text=page, content_type="text/html", status=429, headers=headers)
-        token = await asyncio.to_thread(self._logins.begin, form.get("key", ""))
+        token = await asyncio.to_thread(self._logins.begin, key)
         if token is None:
-            self._tries.failed(address)
+            self._tries.failed(address, hashed(key))
             page = self._renderer.render("login.html", wrong=_WRONG_KEY)
             return web.Response(text=page, content_type="text/html", status=403)
         response = _redirect("/")
