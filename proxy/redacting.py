@@ -47,6 +47,10 @@ class Kept(NamedTuple):
     """None if a secret is no reason against its training."""
 
 
+_LONGEST_KNOWN = 1 << 18
+"""Bytes of a value with secrets that is remembered."""
+
+
 class Known:
     """The latest lists of tools and other fields, as they came and as they are kept.
 
@@ -64,13 +68,15 @@ class Known:
         """`value` without secrets; itself if there are none."""
         if not self.redactor:
             return value
-        key = content_hash(write_json(value))
+        written = write_json(value)
+        key = content_hash(written)
         if key in self._found:
             self._found.move_to_end(key)
             kept = self._found[key]
             return value if kept is None else kept
         kept = self.redactor.value(value)
-        self._found[key] = None if kept is value else kept
+        if kept is value or len(written) <= _LONGEST_KNOWN:
+            self._found[key] = None if kept is value else kept
         if len(self._found) > _MOST_KNOWN:
             self._found.popitem(last=False)
         return kept
@@ -102,11 +108,10 @@ def kept_tokens(
     logprobs = capture.behaviour_logprobs()
     if not redactor:
         return Kept(prompt, completion, logprobs, None)
-    why = IN_PROMPT if in_prompt else None
-    if in_prompt:
-        prompt = None
+    if in_prompt:  # it never trains, and the reply may repeat the secret without its name
+        return Kept(None, None, None, IN_PROMPT)
     if completion is None:
-        return Kept(prompt, completion, logprobs, why)
+        return Kept(prompt, None, logprobs, None)
     secrets = [] if kept_reply is reply else list(redactor.secrets(reply))
     pieces = capture.pieces()
     if pieces is None:
@@ -116,5 +121,5 @@ def kept_tokens(
     else:
         before = tokens_before(pieces, secrets, redactor)
     if not before:
-        return Kept(prompt, None, None, why or (SOMEWHERE if before is None else AT_START))
-    return Kept(prompt, completion[:before], logprobs and logprobs[:before], why)
+        return Kept(prompt, None, None, SOMEWHERE if before is None else AT_START)
+    return Kept(prompt, completion[:before], logprobs and logprobs[:before], None)

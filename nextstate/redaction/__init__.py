@@ -28,7 +28,9 @@ _OF_NUMBERS = frozenset(("iban", "card", "national_id", "phone"))
 _DIGITS = re.compile(r"\d\d")
 _SHORTEST = 6
 """No secret has fewer characters."""
-_PICTURE = re.compile(r"data:[\w.+-]{1,60}/[\w.+-]{1,60}(?:;[\w=.+-]{1,60}){0,3};base64,")
+_PICTURE = re.compile(
+    r"data:[\w.+-]{1,60}/[\w.+-]{1,60}(?:;[\w=.+-]{1,60}){0,3};base64,[\w+/=%-]*+\Z"
+)
 _LONGEST_REMEMBERED, _MOST_REMEMBERED = 8192, 256
 """Characters of a text whose result is remembered in the process, and how many texts."""
 _ESCAPES = "nrtbf"

@@ -109,6 +109,8 @@ _FEWEST_CHARACTERS = 6
 """A key with fewer different characters is made up."""
 _BEGIN = re.compile(r"-----BEGIN [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----")
 _END = re.compile(r"-----END [A-Z0-9 ]{0,30}PRIVATE KEY(?: BLOCK)?-----")
+_CUT_BODY = re.compile(r"(?:\\{0,4}[nr]|[A-Za-z0-9+/=\s:,-]){0,20000}+")
+"""What a key without its end may be made of."""
 _KEY_BODY = re.compile(r"[A-Za-z0-9+/]{32}")
 _TO_BODY = 400
 """The body of a private key begins within this many characters."""
@@ -119,7 +121,7 @@ _LONGEST_LOCAL = 64
 _NOBODY = frozenset(("git", "noreply", "no-reply", "donotreply", "do-not-reply", "hg", "svn"))
 """Names before the @ that are no person's."""
 _NO_DOMAINS = (
-    *("example.com", "example.org", "example.net", "example.edu", "noreply.github.com"),
+    *(".example.com", ".example.org", ".example.net", ".example.edu", ".noreply.github.com"),
     *(".example", ".test", ".invalid", ".localhost", ".local"),
 )
 """Reserved for documents (RFC 2606), or not of the internet."""
@@ -149,7 +151,7 @@ def api_keys(text: str) -> Iterator[Span]:
 
 
 def private_keys(text: str) -> Iterator[Span]:
-    """Private keys in PEM form, also where the line ends are escaped; to the text's end if cut."""
+    """Private keys in PEM form, also with escaped line ends or without their end."""
     if "PRIVATE KEY" not in text:
         return
     end = 0
@@ -158,7 +160,8 @@ def private_keys(text: str) -> Iterator[Span]:
         if match.start() < end or _KEY_BODY.search(body) is None:
             continue
         closing = _END.search(text, match.end())
-        end = closing.end() if closing else len(text)
+        cut = _CUT_BODY.match(text, match.end())
+        end = closing.end() if closing else match.end() if cut is None else cut.end()
         yield Span(match.start(), end, "private_key")
 
 
@@ -168,8 +171,10 @@ def url_passwords(text: str) -> Iterator[Span]:
         return
     for match in _URL_PASSWORD.finditer(text):
         found = match[1]
+        user = match[0][len("://") : -len(found) - len(":@")]
         if (
             found[0] not in "$<{%[*"
+            and found != user  # `postgres:postgres`
             and not made_up(found + "_abcdefg1"[:6])
             and found != "password"
         ):
@@ -194,6 +199,7 @@ def emails(text: str) -> Iterator[Span]:
             local
             and local.lower() not in _NOBODY
             and domain.rpartition(".")[2] not in _FILES
-            and not f".{domain}".endswith(tuple(f".{one.lstrip('.')}" for one in _NO_DOMAINS))
+            and text[match.end() : match.end() + 1] != "("  # `q@k.transpose(0, 1)`
+            and not f".{domain}".endswith(_NO_DOMAINS)
         ):
             yield Span(at - len(local), match.end(), "email")

@@ -12,18 +12,22 @@ from nextstate.redaction import Span, words
 from nextstate.redaction.forms import made_up
 
 _SAYS = (
-    r"""(?:\\?["'])?\]?\s{0,3}(?::=|=>|==?|[:：＝是为]|\s(?:is|ist|lautet|es|to|auf|a)\s)\s{0,3}"""
+    r"""(?:\\?["']|\*{1,2})?\]?\s{0,3}"""
+    r"""(?::=|=>|==?|[:：＝是为>]|\s(?:is|ist|lautet|es|to|auf|a)(?::|\s))\*{0,2}\s{0,3}"""
 )
 _VALUE = (
-    r"""(?P<quote>\\?["'`“「]|[rbf]["'])?(?P<value>[^\s"'`\\,;<>(){}\[\]|“”「」。，；]{4,200}+)"""
+    r"""(?P<quote>\\?["'`“「]|[rbf]["']|\*\*)?"""
+    r"""(?P<value>[^\s"'`\\,;<>(){}\[\]|“”「」。，；]{4,200}+)"""
 )
+_QUOTED = r"""(?P<quote>\\?["'`])(?P<value>(?:(?!(?P=quote))\S){4,200}+)(?=(?P=quote))"""
+"""A value up to its closing quote, whatever it is made of."""
 _CORE = re.compile(
     r"pass|pwd|kennwort|contrase|clave|密码|口令|key|token|secre|schlüssel|密钥|令牌"
 )
 """In the middle of every name. So simple that `re` jumps from one to the next."""
 _PASSWORDS = frozenset(("pass", "pwd", "kennwort", "contrase", "clave", "密码", "口令"))
 _TAILS = {
-    "pass": r"(?:w(?:or)?d|wort|phrase)",
+    "pass": r"(?:w(?:or)?d|wort|phrase|)",
     "contrase": r"(?:ñ|n|\\u00f1)a",
     "clave": r"(?: secreta| de api)?",
     "key": r"(?:[ _-]?id)?",
@@ -33,6 +37,9 @@ _AFTER = {
     core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORE.pattern.split("|")
 }
 """By the core: the end of the name, and its value."""
+_WHOLE = {
+    core: re.compile(_TAILS.get(core, "") + _SAYS + _QUOTED) for core in _CORE.pattern.split("|")
+}
 _SAID = {core: re.compile(_TAILS.get(core, "") + r"\s" + _VALUE) for core in sorted(_PASSWORDS)}
 """`log in with the password …`"""
 _OF_KEYS = (
@@ -71,10 +78,20 @@ _FLAGS = (
     "--access",
     "--client",
 )
-_USER = re.compile(r"(?<= -u )\\?[\"']?[\w.@-]{1,64}:(?P<value>[^\s\"'\\:/]{4,200}+)")
+_USER = re.compile(r"(?<= -u) ?\\?[\"']?[\w.@-]{1,64}:(?P<value>[^\s\"'\\:/]{4,200}+)")
 _LONG_OPTION = re.compile(r"--user[ =]\\?[\"']?[\w.@-]{1,64}:(?P<value>[^\s\"'\\:/]{4,200}+)")
 _SSHPASS = re.compile(r"sshpass -p ?\\?[\"']?(?P<value>[^\s\"'\\;|]{4,200}+)")
-_COMMANDS = ((" -u ", _USER), ("--user", _LONG_OPTION), ("sshpass -p", _SSHPASS))
+_MYSQL = re.compile(r"mysql(?:dump|admin)? [^\n|;]{0,100}?-p(?P<value>[^\s\"'\\;|]{4,200}+)")
+_REDIS = re.compile(r"redis-cli (?:-[hpn] ?\S{1,100} ){0,3}-a (?P<value>[^\s\"'\\;|]{4,200}+)")
+_SQL = re.compile(r"IDENTIFIED BY '(?P<value>[^'\s]{4,200}+)'")
+_COMMANDS = (
+    ("IDENTIFIED BY", _SQL),
+    ("mysql", _MYSQL),
+    ("redis-cli", _REDIS),
+    (" -u", _USER),
+    ("--user", _LONG_OPTION),
+    ("sshpass -p", _SSHPASS),
+)
 _CODE = re.compile(
     r"[$%#&*@]*(?:[a-z_]\w*\.)+[a-z_]\w*|[$%*.x•<-]+.{0,3}|\$\{?\w+\}?|%\(?\w+\)?s?|"
     r"[a-z]+(?:_[a-z]+)*|[A-Z]+(?:_[A-Z]+)*|\w*(?:env|config|settings|getenv|input|prompt)\w*|"
@@ -112,7 +129,7 @@ def passwords(text: str) -> Iterator[Span]:
         for match in _HEADER.finditer(lower):
             start, end = match.span("value")
             value = text[start:end]
-            if not made_up(value) and any(map(str.isdigit, value)):
+            if not made_up(value) and (any(map(str.isdigit, value)) or len(value) >= 12):
                 yield Span(start, end, "password")
     if any(flag in lower for flag in _FLAGS):
         for match in _FLAG.finditer(lower):
@@ -135,11 +152,12 @@ def _value_after(lower: str, core: re.Match[str]) -> re.Match[str] | None:
     before = lower[max(start - _LONGEST_BEFORE, 0) : start]
     if before.endswith("[") and lower.startswith("secret:", start):
         return None  # a placeholder of ours
-    if name in _BEFORE or name in ("pwd", "clave"):
+    bare = name == "pass" and not lower.startswith(("w", "phrase"), core.end())
+    if bare or name in _BEFORE or name in ("pwd", "clave"):
         qualified = before.rstrip(" _-").endswith(_BEFORE.get(name, ()))
         if not qualified and (name in _NEVER_ALONE or before[-1:].isalpha()):
             return None
-    match = _AFTER[name].match(lower, core.end())
+    match = _WHOLE[name].match(lower, core.end()) or _AFTER[name].match(lower, core.end())
     if match is None and name in _SAID:
         match = _SAID[name].match(lower, core.end())
         if match is not None and not _is_mixed(match["value"]):

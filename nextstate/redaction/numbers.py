@@ -19,7 +19,6 @@ _CARD_BEGINNINGS = (
     (16, r"5[1-5]|2(?:22[1-9]|2[3-9]|[3-6]|7[01]|720)|4|6011|65|64[4-9]|62|35(?:2[89]|[3-8])"),
     (15, r"3[47]"),
     (14, r"3(?:0[0-5]|[68])"),
-    (13, r"4"),
     (19, r"4|62|6011|65"),
 )
 _CARD_OF = {size: re.compile(beginning) for size, beginning in _CARD_BEGINNINGS}
@@ -168,7 +167,10 @@ def _is_phone(found: str, digits: str, before: str, text: str) -> bool:
     if found.startswith(("+", "(+")):
         known = any(digits[:size] in _CALLING_CODES for size in (1, 2, 3))
         return known and len(digits) >= 9 and (before != "" or "@@ -" not in text)
-    if _NORTH_AMERICA.fullmatch(found) or _SPAIN.fullmatch(found):
+    # Digits and spaces alone may be sizes of anything: they need words.
+    if _NORTH_AMERICA.fullmatch(found) and not found.replace(" ", "").isdigit():
+        return True
+    if _SPAIN.fullmatch(found):
         return True
     if _CHINA.fullmatch(found) and (len(found) > len(digits) or _HAN.search(before) is not None):
         return True

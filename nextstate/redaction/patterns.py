@@ -18,7 +18,7 @@ parser: Any = importlib.import_module("re._parser")
 """What `re` makes of an expression; they have no types."""
 _MOST_PATTERNS, _LONGEST_PATTERN = 50, 500
 _MOST_REPEATS = 1000
-_MOST_WAYS = 10_000
+_MOST_WAYS = 1000
 """In how many ways an expression may match from one place: a search may have to try them all."""
 _ONE_CHARACTER = (c.LITERAL, c.NOT_LITERAL, c.IN, c.ANY, c.CATEGORY)
 _REPEATS = (c.MAX_REPEAT, c.MIN_REPEAT, c.POSSESSIVE_REPEAT)

@@ -25,4 +25,7 @@ def tokens_before(
         return None
     places += (span.start for span in redactor.spans(text))
     ends = list(accumulate(map(len, pieces)))
-    return bisect_right(ends, min(places, default=len(text)))
+    before = bisect_right(ends, min(places, default=len(text)))
+    while places and before and not pieces[before - 1]:
+        before -= 1  # a token without a text of its own may be the first byte of the secret
+    return before

@@ -98,7 +98,7 @@ class RememberedMessages:
                     read = read._replace(redacted=kept)
                 size = _MESSAGE_BYTES + len(written) + len(read.text) + 2 * len(read.words)
                 size += len(read.meaning.text) if read.meaning else 0
-                size += len(read.text) if read.redacted else 0
+                size += len(written) if read.redacted else 0
                 self._found[key] = read, size
                 self._bytes += size
             else:

@@ -80,7 +80,8 @@ def test_a_turn_without_a_secret_is_kept_as_it_is(store: Store) -> None:
 def test_a_secret_in_the_prompt_leaves_no_prompt_ids_and_does_not_train(store: Store) -> None:
     turn = Recorder(store)([user(f"my key is {KEY}")], captured(["Thanks", "!"]))
     assert turn.untrainable == IN_PROMPT
-    assert turn.prompt_ids is None
+    # The reply may repeat the secret in other tokens.
+    assert (turn.prompt_ids, turn.completion_ids, turn.behaviour_logprobs) == (None, None, None)
     assert turn.request["messages"] == [user("my key is [secret:api_key]")]
     assert turn.reply["content"] == "Thanks!"
 

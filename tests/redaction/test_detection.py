@@ -17,6 +17,8 @@ from nextstate.redaction import KINDS, NOTHING, Redactor, placeholder
 from nextstate.redaction.forms import KEY_FORMS, api_keys
 
 ALL = Redactor()
+BEGIN = "-----BEGIN PRIVATE KEY-----"
+TEXT_URL = "data:text/plain;base64,aGFs="
 CASES = cases("dev")
 SECRETS = sorted({case.text[s.start : s.end] for case in CASES for s in case.secrets})
 UNITS = [
@@ -51,6 +53,22 @@ UNITS = [
         ("NI AB 12 34 57 C", "NI [secret:national_id]"),
         ("SSN 219-09-9998", "SSN [secret:national_id]"),
         ("SSN 000-12-3456", "SSN 000-12-3456"),
+        ('{"password": "aB3$kd(9,xY;zQ"}', '{"password": "[secret:password]"}'),
+        ('password="Xk9(zz!Qw7"', 'password="[secret:password]"'),
+        ("DB_PASS=hunter2Xy9", "DB_PASS=[secret:password]"),
+        ("**Password:** hunter2Xy9", "**Password:** [secret:password]"),
+        ("<password>hunter2Xy9</password>", "<password>[secret:password]</password>"),
+        ("Das Passwort lautet: Geheim99x", "Das Passwort lautet: [secret:password]"),
+        ("mysql -u root -phunter2Xy9 db", "mysql -u root -p[secret:password] db"),
+        ("redis-cli -h h -a hunter2Xy9", "redis-cli -h h -a [secret:password]"),
+        ("USER x IDENTIFIED BY 'hunter2Xy9';", "USER x IDENTIFIED BY '[secret:password]';"),
+        ("curl -uadmin:hunter2Xy9 x", "curl -uadmin:[secret:password] x"),
+        ("Authorization: Basic dXNlcjpwYXNz", "Authorization: Basic [secret:password]"),
+        (f'{BEGIN}\n{"Ab1+" * 16}\n"}} and more.', '[secret:private_key]"} and more.'),
+        ("data:text/plain;base64,aGFs= mail ann.b@firma.de", f"{TEXT_URL} mail [secret:email]"),
+        *((text, None) for text in ("bypass: north99x", "first pass: 12 tests2")),
+        *((text, None) for text in ("conv 224 224 1024", "a = q@k.transpose(-2, -1)")),
+        ("postgres://postgres:postgres@localhost/db", None),
         ("commit 4b825dc642cb6eb9a060e54bf8d69288fbee4904", None),
         ("at 2026-03-04 10:22:31, phone: 2026-03-04", None),
     ],
@@ -80,8 +98,13 @@ def test_a_value_without_secrets_is_returned_itself() -> None:
 
 
 def test_pictures_are_not_searched() -> None:
-    picture = "data:image/png;base64," + "A" * 100 + " ann@firma.de"
+    picture = "data:image/png;base64," + "4155552671" * 10  # telephone numbers, by their digits
     assert ALL.text(picture) == picture
+
+
+def test_a_password_is_found_in_an_object_whatever_it_is_made_of() -> None:
+    for secret in ("aB3$kd(9,xY;zQ", "straße99XX", "p@ss\\w0rd99"):
+        assert ALL.value({"password": secret}) == {"password": "[secret:password]"}
 
 
 texts = st.lists(

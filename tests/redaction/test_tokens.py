@@ -35,8 +35,8 @@ def test_what_is_kept_ends_before_the_first_secret_and_no_earlier(
     size = len("".join(pieces[:kept]))
     first = spans[0].start if spans else len(text)
     assert size <= first
-    if kept < len(pieces):
-        assert size + len(pieces[kept]) > first
+    if following := next(filter(None, pieces[kept:]), None):
+        assert size + len(following) > first
 
 
 @given(cut_texts())
@@ -46,6 +46,11 @@ def test_secrets_that_are_known_already_cut_the_tokens_too(cut: tuple[str, list[
     kept = tokens_before(pieces, secrets, NOTHING)
     assert kept is not None
     assert not any(secret in "".join(pieces[:kept]) for secret in secrets)
+
+
+def test_a_token_without_text_before_a_secret_may_be_its_first_byte() -> None:
+    assert tokens_before(["key: ", "", "ü9xk2pL"], ["ü9xk2pL"], NOTHING) == 1
+    assert tokens_before(["hello", ""], [], ALL) == 2
 
 
 def test_a_secret_that_the_tokens_spell_otherwise_cannot_be_placed() -> None:
