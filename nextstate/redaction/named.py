@@ -93,10 +93,10 @@ _COMMANDS = (
     ("sshpass -p", _SSHPASS),
 )
 _CODE = re.compile(
-    r"[$%#&*@]*(?:[a-z_]\w*\.)+[a-z_]\w*|[$%*.x•<-]+.{0,3}|\$\{?\w+\}?|%\(?\w+\)?s?|"
+    r"\A(?:[$%#&*@]*(?:[a-z_]\w*\.)+[a-z_]\w*|[$%*.x•<-]+.{0,3}|\$\{?\w+\}?|%\(?\w+\)?s?|"
     r"[a-z]+(?:_[a-z]+)*|[A-Z]+(?:_[A-Z]+)*|\w*(?:env|config|settings|getenv|input|prompt)\w*|"
     r"/(?:[\w.-]+/)*[\w.-]*|\.{1,2}/.*|https?:.*|\d{1,5}(?:\.\d+)?|v?\d+(?:\.\d+)+|file:.*|"
-    r"\d{4}-\d\d-\d\d.*|[A-Za-z]+\.[A-Za-z.]+"
+    r"\d{4}-\d\d-\d\d.*|[A-Za-z]+\.[A-Za-z.]+)\Z"
 )
 """Values that are code, words, paths, numbers, dates; matched whole."""
 _SHAPED = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}", re.ASCII)
@@ -199,8 +199,8 @@ def _is_secret(value: str, *, quoted: bool, password: bool) -> bool:
         if quoted and len(value) >= 6 and "." not in value and not value.startswith(("/", "http")):
             return not _is_name(value)
         has_other = has_digit or any(not one.isalnum() for one in value)
-        return len(value) >= 6 and has_other and _CODE.fullmatch(value) is None
-    if len(value) < 10 or not has_digit or _CODE.fullmatch(value) is not None:
+        return len(value) >= 6 and has_other and _CODE.match(value) is None
+    if len(value) < 10 or not has_digit or _CODE.match(value) is not None:
         return False
     return any(map(str.isalpha, value)) or len(value) >= 20
 

@@ -180,7 +180,8 @@ def test_requests_wait_for_a_killed_engine_and_its_version_is_loaded_again(loop:
             model=MODEL, messages=[{"role": "user", "content": "hello"}], stream=True, timeout=240
         )
         assert [c.choices[0].finish_reason for c in stream.parse() if c.choices][-1] is not None
-    assert ask(loop).headers["x-nextstate-version"] == version
+    # The learner may have made another one meanwhile.
+    assert int(ask(loop).headers["x-nextstate-version"]) >= int(version)
     assert loop.part("engine").pid != before.pid
     assert not [w for w in workers if w.is_running() and w.status() != psutil.STATUS_ZOMBIE]
 
