@@ -91,7 +91,7 @@ class Proxy:
         self.store = store
         self.engine = engine
         self.lineages = lineages
-        self.keys = Keys(lineages, store.keys, own_key)
+        self.keys = Keys(lineages, store.keys, own_key, closed=not config.loopback)
         self.tries = Tries()
         self.requests = Allowance(REQUESTS_AT_ONCE, REQUESTS_A_MINUTE)
         self.versions = Versions(

@@ -52,12 +52,6 @@ class ProxyConfig(ProxyRecipe):
                 f"[proxy] workers = {self.workers} share one port, and [proxy] port = 0 gives each "
                 "its own: name a port"
             )
-        if not self.api_key_env and not self.loopback:
-            raise ConfigError(
-                f"[proxy] host = {self.host!r} is reachable from other machines and no key is "
-                "asked for: name an environment variable in [proxy] api_key_env (keys of "
-                "`nextstate keys` come on top of it), or use 127.0.0.1"
-            )
 
     @property
     def url(self) -> str:

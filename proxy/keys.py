@@ -63,13 +63,16 @@ class Keys:
         stored: StoredKeys | None = None,
         own: str | None = None,
         clock: Callable[[], float] = time.time,
+        *,
+        closed: bool = False,
     ) -> None:
-        """`own` is the key of the commands of this machine."""
+        """`own` is the key of the commands of this machine; `closed`: nobody gets in without."""
         self.lineages = lineages
         self._stored = stored
         self._clock = clock
         self._configured = tuple(_configured(lineages, own))
         self._grants = self._configured
+        self._closed = closed
         self._any = False
         """Whether the store has a key, also a revoked one."""
         self._used: dict[str, float] = {}
@@ -79,7 +82,7 @@ class Keys:
     @property
     def needed(self) -> bool:
         """Whether a request without a lineage's key needs another one."""
-        return self._any or self.lineages.main_key is not None
+        return self._closed or self._any or self.lineages.main_key is not None
 
     @property
     def apart(self) -> bool:

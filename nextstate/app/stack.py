@@ -16,7 +16,7 @@ from nextstate.app.engine_access import engine_file, write_engine_file
 from nextstate.app.own_key import remove_own_key, write_own_key
 from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
-from nextstate.app.stages import check_port, stage_process
+from nextstate.app.stages import check_port, require_key, stage_process
 from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import certificate, proxy_connector
 from nextstate.engine import process as vllm
@@ -25,6 +25,7 @@ from nextstate.keys import new_key
 from nextstate.private_files import make_folder, make_state_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import Json
+from nextstate.store import Store
 from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,10 @@ class Stack:
             vllm.check_package()
         vllm.check_model(self.settings.engine)
         check_port(self.settings)
+        if not self.settings.proxy.loopback:
+            store = Store(self.settings.store)
+            require_key(self.settings, store)
+            store.close()
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[asyncio.Task[None]]:

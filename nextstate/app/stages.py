@@ -117,6 +117,7 @@ async def run_proxy(
     stop = _stop_event(patience, at_start)
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
     store = Store(settings.store, patience=patience)
+    require_key(settings, store)
     async with engine_client(settings) as engine:
         proxy = Proxy(
             settings.proxy,
@@ -167,6 +168,17 @@ async def run_proxy(
     store.close()
 
 
+def require_key(settings: Settings, store: Store) -> None:
+    """Raises ConfigError if other machines can reach the proxy and it has no key."""
+    proxy = settings.proxy
+    if proxy.loopback or proxy.api_key_env or any(k.revoked_at is None for k in store.keys.all()):
+        return
+    raise ConfigError(
+        f"[proxy] host = {proxy.host!r} is reachable from other machines and no key is asked for: "
+        "make one with `nextstate keys create NAME`, or use 127.0.0.1"
+    )
+
+
 async def _run_workers(settings: Settings, under_up: bool) -> None:
     """Starts the proxy's workers, which share one port, and restarts those that end."""
     check_port(settings)
@@ -174,7 +186,9 @@ async def _run_workers(settings: Settings, under_up: bool) -> None:
     at_start = Patience(math.inf)
     stop = _stop_event(at_start)
     # The database is created here once, before all workers open it.
-    (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
+    store = await asyncio.to_thread(Store, settings.store, patience=at_start)
+    require_key(settings, store)
+    store.close()
     own_key = own_key_of(settings) if under_up else new_key()
     write_own_key(settings, own_key)
     workers = [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 import stat
+from contextlib import closing
 from pathlib import Path
 
 import orjson
@@ -12,11 +13,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.app.cli import main
+from nextstate.app.settings import Settings
+from nextstate.app.stages import require_key
 from nextstate.config import StoreConfig
 from nextstate.errors import ConflictError, RecordError
 from nextstate.keys import Key, Scope, hashed, new_key, weakness
 from nextstate.store import Store
 from nextstate.store.keys import MOST_KEYS
+from proxy.keys import Keys
+from proxy.lineages import Lineages
 
 WEAK = (
     *("changeme", "secret", "k" * 40, "changeme-changeme-changeme", "1234567890123456789012"),
@@ -130,3 +135,24 @@ def test_there_may_be_so_many_keys_in_force(tmp_path: Path) -> None:
 def test_a_key_needs_a_scope() -> None:
     with pytest.raises(RecordError, match="has no scope"):
         key("k", scopes=())
+
+
+def test_a_proxy_that_others_reach_does_not_start_without_a_key(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config.write_text(config.read_text() + '[proxy]\nhost = "192.0.2.7"\n')
+    for _ in range(2):
+        assert main(["proxy", "--config", str(config)]) == 2
+        refused = "[proxy] host = '192.0.2.7' is reachable from other machines and no key is asked"
+        assert refused in capsys.readouterr().err
+        assert keys(config, "create", "laptop") == 0
+        assert keys(config, "revoke", "laptop", "--remove") == 0
+        assert "every program of this machine" not in capsys.readouterr().out
+    assert keys(config, "create", "laptop") == 0
+    settings = Settings.read(config)
+    with closing(Store(settings.store)) as store:
+        require_key(settings, store)
+        found = Keys(Lineages("m", None), store.keys, closed=True)
+        store.keys.remove("laptop")
+        found.refresh()
+        assert found.needed  # the last key's removal does not open it

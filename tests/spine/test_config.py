@@ -33,7 +33,6 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[engine]\nmode = 'fast'", "should be 'managed' or 'external'"),
         ("[proxy]\nport = 'x'", r"\[proxy\] port = 'x'"),
         ("[proxy]\nport = 70000", "expected 0 to 65535"),
-        ("[proxy]\nhost = '0.0.0.0'", r"\[proxy\] api_key_env"),
         ("[engine]\nmode = 'external'", r"needs \[engine\] url"),
         ("[judge]\nkind = 'litellm'", r"adding \"api\.openai\.com\" to \[privacy\] allow_hosts"),
         (

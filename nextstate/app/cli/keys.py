@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
         (store.keys.remove if args.remove else store.keys.revoke)(args.name)
         done = "removed" if args.remove else "revoked"
         print(f"{args.name} is {done}; a running proxy refuses it within two seconds")
-        if args.remove and not store.keys.all() and not settings.proxy.api_key_env:
+        proxy = settings.proxy
+        if args.remove and not store.keys.all() and not proxy.api_key_env and proxy.loopback:
             print("there is no key any more: every program of this machine may ask the proxy")
         return 0
     if args.lineage is not None and args.lineage not in settings.all_lineages:
