@@ -9,8 +9,7 @@ from collections.abc import Callable
 REQUESTS_AT_ONCE = 3000
 """Requests that a key may send at once, to one worker. Many agents may share a key."""
 REQUESTS_A_MINUTE = 6000.0
-"""How many it may send in each minute after that: 100 a second. vLLM with the default model answers
-fewer on one GPU, so only a client that runs wild meets this."""
+"""How many it may send in each minute after that: 100 a second, for a client that runs wild."""
 
 
 class Allowance:
