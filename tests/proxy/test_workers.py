@@ -40,7 +40,6 @@ model = "{model}"
 [proxy]
 port = {port}
 workers = {workers}
-record_timeout_s = 10.0
 """
 
 

@@ -10,8 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -50,13 +53,13 @@ def start(command: list[str], log: IO[bytes], **variables: str) -> subprocess.Po
 class Other:
     """The other machine: its processes, its network and its own folder of Ray end at once."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, said: Path) -> None:
         own = ["unshare", "--net", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc"]
         code = f"mount -t tmpfs none {folder} && echo ready && read line && "
         code += f"ip link set lo up && ip address add {THERE}/24 dev there && ip link set there up"
         join = f"{' '.join(RAY)} --address={HERE}:{PORT} --node-ip-address={THERE} --block"
         code += f" && for _ in {{1..20}}; do {join} 1>&2 && break; done"
-        with (folder.parent / "there.log").open("wb") as log:
+        with said.open("wb") as log:
             self._process = subprocess.Popen(
                 [*own, "bash", "-c", code],
                 stdin=subprocess.PIPE,
@@ -113,16 +116,20 @@ async def runner(config: Path, *more: str, **variables: str) -> tuple[int | None
 
 async def play(folder: Path) -> dict[str, object]:
     ip("link set lo up")
-    rays, state = folder / "rays", folder / "state"
-    for made in (rays, state):
-        made.mkdir(mode=0o700)
+    state = folder / "state"
+    state.mkdir(mode=0o700)
+    rays = Path(tempfile.mkdtemp(prefix="ray"))  # Ray's sockets need a short path
     token = state / TOKEN
     token.write_text("01" * 32)
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "KEY": "secret"}
+    os.environ |= {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "KEY": secrets.token_hex(32),
+    }
     os.environ["PYTHONUNBUFFERED"] = "1"
     # The other machine does not say that it ends: Ray notices after ten seconds, not a minute.
     os.environ |= {"RAY_health_check_period_ms": "1000", "RAY_health_check_timeout_ms": "2000"}
-    other = Other(rays)
+    other = Other(rays, folder / "there.log")
     engine = Holding(waiting=4, where=other.name, patience_s=0.5)
     engine.acts = [other.kill]
     server = engine.server = TestServer(engine.app())
@@ -167,6 +174,7 @@ async def play(folder: Path) -> dict[str, object]:
         for child in children:
             child.wait(60)
         await server.close()
+        shutil.rmtree(rays, ignore_errors=True)
 
 
 if __name__ == "__main__":

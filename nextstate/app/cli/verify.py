@@ -23,7 +23,7 @@ def add(subparsers: Any) -> None:
     )
     parser.epilog = (
         "The last line is the ledger's head. Note it elsewhere: with --head, a ledger that was cut "
-        "or written anew since is found too.\n\nexample: nextstate verify --head 12:9f86d081…"
+        "or written anew since is found too.\n\nexample: nextstate verify --config nextstate.toml"
     )
     text = "the head that an earlier verify printed: the ledger must go on from it"
     parser.add_argument("--head", metavar="NUMBER:HASH", help=text)
