@@ -1,6 +1,7 @@
 """The key with which our own commands ask the running proxy of this state folder.
 
-It is made anew at each start of `nextstate up`, or of a proxy alone, and removed at its end. Who
+It is made anew at each start of `nextstate up`, or of a proxy alone, and removed at its end. A
+proxy that was killed leaves it, and the next one takes it, so that a rollout that runs goes on. Who
 can read the file can also read the store and make keys, so it gives nothing away. No command needs
 a key in its environment then.
 """

@@ -45,7 +45,7 @@ from nextstate.engine.process import (
 )
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
-from nextstate.keys import chosen_key, new_key
+from nextstate.keys import chosen_key
 from nextstate.offline import switches
 from nextstate.pace import Pace
 from nextstate.private_files import make_folder
@@ -112,7 +112,7 @@ async def run_proxy(
     # A request waits a limited time for the store; the start waits without a limit.
     tls = server_context(settings.proxy)
     alone = worker is None and not under_up
-    own_key = new_key() if alone else own_key_of(settings)
+    own_key = own_key_of(settings)
     patience, at_start = Patience(), Patience(math.inf)
     stop = _stop_event(patience, at_start)
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
@@ -189,7 +189,7 @@ async def _run_workers(settings: Settings, under_up: bool) -> None:
     store = await asyncio.to_thread(Store, settings.store, patience=at_start)
     require_key(settings, store)
     store.close()
-    own_key = own_key_of(settings) if under_up else new_key()
+    own_key = own_key_of(settings)
     write_own_key(settings, own_key)
     workers = [
         stage_process(settings, "proxy", f"proxy-{number}", "--worker", str(number))
