@@ -6,7 +6,6 @@ import asyncio
 import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,6 @@ from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
-from nextstate.errors import StoreError
 from nextstate.store import Store
 
 if TYPE_CHECKING:
@@ -80,8 +78,7 @@ def store(tmp_path: Path) -> Iterator[Store]:
     """An empty store on disk. Whatever a test does with it, the ledger must tell it."""
     opened = Store(StoreConfig(dir=str(tmp_path / "state")))
     yield opened
-    with suppress(StoreError):  # it was broken on purpose
-        assert opened.ledger.problems() == []
+    assert opened.ledger.problems() == []
     opened.close()
 
 

@@ -26,6 +26,7 @@ import pytest
 from aiohttp import web
 from aiohttp.http_exceptions import HttpProcessingError
 
+from nextstate.config import StoreConfig
 from nextstate.store import Store
 from proxy.exchange import Exchange
 from tests.proxy.nasty import (
@@ -348,9 +349,11 @@ def test_a_turn_whose_reply_is_malformed_is_kept_and_says_that_it_must_not_train
         asyncio.run(test())
 
 
-def test_a_store_that_is_gone_is_logged_and_fails_no_reply(store: Store, tmp_path: Path) -> None:
+def test_a_store_that_is_gone_is_logged_and_fails_no_reply(tmp_path: Path) -> None:
+    broken = Store(StoreConfig(dir=str(tmp_path / "state")))
+
     async def test() -> None:
-        async with between(store, tmp_path) as (_, p):
+        async with between(broken, tmp_path) as (_, p):
             p.http.headers["Authorization"] = f"Bearer {KEY}"
             with sqlite3.connect(tmp_path / "state" / "nextstate.sqlite3") as file:
                 for table in ("next_states", "judgements", "verdicts", "samples", "turns"):
@@ -365,3 +368,4 @@ def test_a_store_that_is_gone_is_logged_and_fails_no_reply(store: Store, tmp_pat
 
     with listening():
         asyncio.run(test())
+    broken.close()
