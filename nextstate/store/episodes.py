@@ -37,6 +37,13 @@ _ASKED = (
 )
 """What an episode is opened with. Opened again, it must be the same."""
 
+_THIS = _E.id == sa.bindparam("episode")
+_CALLING = sa.select(
+    *(_E.state, _E.status, _E.opened_at, _E.calls, _E.tokens),
+    *(_E.max_calls, _E.max_tokens, _E.deadline_s),
+).where(_THIS)
+_CALLED = sa.update(t.episodes).where(_THIS).values(calls=_E.calls + 1)
+
 
 class Named(NamedTuple):
     """What a call in an episode needs to know of it. It never changes."""
@@ -126,8 +133,10 @@ class Episodes:
 
     def begin_call(self, episode_id: str) -> Left:
         """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError."""
-        with self._database.write() as connection:
-            row = _row(connection, episode_id)
+        with self._database.cursor(write=True) as cursor:
+            row = cursor.first(_CALLING, episode=episode_id)
+            if row is None:
+                raise _missing(episode_id)
             if row.state != EpisodeState.OPEN:
                 raise ConflictError(
                     f"episode {episode_id!r} is closed as {row.status}: "
@@ -145,8 +154,7 @@ class Episodes:
                         f"episode {episode_id!r} may not call the model any more: it has used "
                         f"{used:.10g} of {name} = {most:.10g}; close it as truncated"
                     )
-            more = sa.update(t.episodes).where(_E.id == episode_id)
-            connection.execute(more.values(calls=_E.calls + 1))
+            cursor.run(_CALLED, episode=episode_id)
         return Left(
             None if row.max_tokens is None else row.max_tokens - row.tokens,
             None if row.deadline_s is None else row.deadline_s - past_s,
@@ -308,8 +316,12 @@ def _conditions(choice: Choice) -> list[sa.ColumnElement[bool]]:
 def _row(connection: sa.Connection, episode_id: str) -> Row:
     row = connection.execute(sa.select(t.episodes).where(_E.id == episode_id)).first()
     if row is None:
-        raise NoEpisodeError(f"there is no episode {episode_id!r}: open it first")
+        raise _missing(episode_id)
     return row
+
+
+def _missing(episode_id: str) -> NoEpisodeError:
+    return NoEpisodeError(f"there is no episode {episode_id!r}: open it first")
 
 
 def _load(connection: sa.Connection, episode_id: str) -> Episode | None:
