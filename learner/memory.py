@@ -37,8 +37,9 @@ _SNAPSHOT_BYTES = 4 * 3
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in 4 bits: its scales are a byte for 64 weights and 4 bytes for 256 of those."""
 _ROOT = Path("/")
-_SHORT_PASS = 128
-"""Tokens of the pass whose memory is counted on a CPU: it takes seconds."""
+_SHORT_PASSES = (128, 1024)
+"""Tokens of the passes whose memory is counted on a CPU: the first takes seconds, the second, which
+tells more, a fraction of the largest one."""
 _ALLOCATION = "[memory]"
 """The profiler's name for an allocation, and with a negative size for its end."""
 _FUSED = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -77,8 +78,9 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
 
     Raises StartError if memory is too small for it. On a CPU an allocation past what is free fails
     here, where Linux would otherwise kill the process later. There a whole pass may take minutes,
-    so it is left out if a short one shows that memory is far from full. A tenth stays free: without
-    it the kernel takes its page cache from vLLM and everybody else, and the machine stands still.
+    so it is left out if a shorter one shows that memory is far from full. A tenth stays free:
+    without it the kernel takes its page cache from vLLM and everybody else, and the machine stands
+    still.
     """
     rows, tokens = trainer.largest_batch()
     free = free_ram() if trainer.args.device.type == "cpu" else None
@@ -111,17 +113,22 @@ def _clearly_fits(trainer: PolicyTrainer, tokens: int, free: int) -> bool:
     least as much for each token as a long one: its peak in proportion is a bound. That is not true
     of attention that computes a matrix of all pairs of tokens, so only fused attention counts.
     """
-    if tokens <= _SHORT_PASS:
-        return False
-    peak, names = held_by_pass(trainer, 1, _SHORT_PASS)
-    bound = peak * tokens // (_SHORT_PASS - 1)  # its first token is the prompt, without logits
-    fits = _FUSED in names and _UNFUSED not in names and 0 < 2 * bound <= free
-    log.info(
-        "a pass over %d tokens holds %s GB, so one over %d at most %s GB of %s GB free: %s",
-        *(_SHORT_PASS, _gb(peak), tokens, _gb(bound), _gb(free)),
-        "it fits" if fits else "it is tried, which may take minutes",
-    )
-    return fits
+    for short in _SHORT_PASSES:
+        if tokens <= short:
+            break
+        peak, names = held_by_pass(trainer, 1, short)
+        bound = peak * tokens // (short - 1)  # its first token is the prompt, without logits
+        if _FUSED not in names or _UNFUSED in names:
+            break
+        log.info(
+            "a pass over %d tokens holds %s GB, so one over %d at most %s GB of %s GB free",
+            *(short, _gb(peak), tokens, _gb(bound), _gb(free)),
+        )
+        if 0 < 2 * bound <= free:
+            log.info("it fits")
+            return True
+    log.info("a pass over %d tokens is tried, which may take minutes", tokens)
+    return False
 
 
 def held_by_pass(trainer: PolicyTrainer, rows: int, tokens: int) -> tuple[int, set[str]]:

@@ -120,8 +120,8 @@ def test_the_largest_batch_that_samples_can_make_is_tried_and_leaves_no_trace(
 
 @pytest.fixture
 def tried(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
-    """The sizes of the passes that are made; a short one has 32 tokens."""
-    monkeypatch.setattr(memory, "_SHORT_PASS", 32)
+    """The sizes of the passes that are made; the short ones have 32 and 64 tokens."""
+    monkeypatch.setattr(memory, "_SHORT_PASSES", (32, 64))
     made: list[tuple[int, int]] = []
     attempt = PolicyTrainer.try_batch
 
@@ -144,22 +144,25 @@ def test_a_short_pass_in_proportion_holds_at_least_as_much_as_a_long_one(
     assert short > 32 * 64 * 4, "the logits of the short pass alone take that much"
 
 
-def test_the_largest_batch_is_run_only_if_a_short_pass_leaves_doubt(
+def test_the_largest_batch_is_run_only_if_the_shorter_ones_leave_doubt(
     model_path: str,
     tmp_path: Path,
     tried: list[tuple[int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     trainer = build_trainer(replace(CONFIG, micro_batch_tokens=300), model_path, tmp_path)
-    bound = 256 * held_by_pass(trainer, 1, 32)[0] // 31
-    tried.clear()
-    monkeypatch.setattr(memory, "free_ram", lambda: 10**9)
-    assert try_largest_batch(trainer) == (2, 128)
-    assert tried == [(1, 32)]
-    monkeypatch.setattr(memory, "free_ram", lambda: 2 * bound - 10**5)
+    short, middle = (256 * held_by_pass(trainer, 1, n)[0] // (n - 1) for n in (32, 64))
+    assert middle < short - 10**4, "the longer of the two says more"
     monkeypatch.setattr(memory, "_allocations_limited_to", lambda free: nullcontext())
-    assert try_largest_batch(trainer) == (2, 128)
-    assert tried == [(1, 32), (1, 32), (2, 128)]
+    for free, passes in (
+        (10**9, [(1, 32)]),
+        (2 * short - 10**4, [(1, 32), (1, 64)]),
+        (2 * middle - 10**4, [(1, 32), (1, 64), (2, 128)]),
+    ):
+        tried.clear()
+        monkeypatch.setattr(memory, "free_ram", lambda free=free: free)
+        assert try_largest_batch(trainer) == (2, 128)
+        assert tried == passes
 
 
 def test_attention_over_all_pairs_of_tokens_is_tried_at_full_length(
