@@ -21,6 +21,7 @@ from proxy.dialects.chat import is_off
 from proxy.engine_call import Engine, EngineCall, client_headers
 from proxy.episode_calls import EPISODE
 from proxy.exchange import Exchange
+from proxy.keys import GRANT
 from proxy.linking.names import explicit_session, named_kind, names_conversation
 from proxy.metrics import Times
 from proxy.recorder import Recorder
@@ -354,6 +355,7 @@ class _Generation:
             defaults=self._relay.engine.versions.engine.sampling_defaults,
             episode=episode and episode.id,
             held_out=episode is not None and episode.held_out,
+            client="" if episode is not None else self._request[GRANT].client,
         )
 
     def _headers(self, answer: Answer) -> CIMultiDict[str]:

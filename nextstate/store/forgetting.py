@@ -178,11 +178,12 @@ def _matching(connection: sa.Connection, text: str) -> set[str]:
     for row in _stream(connection, sa.select(*columns, *texts_of)):
         if turn_texts(row) & keys or any(map(has, row[2:6])):
             found.add(row.id)
-    n, f = t.next_states.c, t.feedback.c
+    n = t.next_states.c
     for row in _stream(connection, sa.select(n.turn, n.text)):
         found |= {row.turn} if row.text in keys else set()
-    for row in _stream(connection, sa.select(f.turn, f.hint, f.comment)):
-        found |= {row.turn} if {row.hint, row.comment} & keys else set()
+    for said in (t.feedback.c, t.reviews.c):
+        for row in _stream(connection, sa.select(said.turn, said.hint, said.comment)):
+            found |= {row.turn} if {row.hint, row.comment} & keys else set()
     for row in _stream(connection, sa.select(t.verdicts)):
         found |= {row.turn} if verdict_texts(row) & keys or has(row.votes) else set()
     episodes = [
@@ -309,10 +310,11 @@ def _delete_turn(connection: sa.Connection, turn_id: str, staying: Sequence[str]
             texts.put(connection, text)
         connection.execute(sa.update(t.turns).where(_T.id == child_id).values(parent=None))
     keys = [*_own_texts(connection, row), *_of_followers(connection, turn_id)]
-    f = t.feedback.c
-    said = connection.execute(sa.select(f.hint, f.comment).where(f.turn == turn_id)).first()
-    keys += [key for key in said or () if key is not None]
-    for table in (t.next_states, t.judgements, t.verdicts, t.feedback, t.samples, t.rewards):
+    for f in (t.feedback.c, t.reviews.c):
+        said = sa.select(f.hint, f.comment).where(f.turn == turn_id)
+        keys += [key for row in connection.execute(said) for key in row if key is not None]
+    tables = t.next_states, t.judgements, t.verdicts, t.feedback, t.reviews, t.samples, t.rewards
+    for table in tables:
         connection.execute(sa.delete(table).where(table.c.turn == turn_id))
     connection.execute(sa.delete(t.turns).where(_T.id == turn_id))
     texts.release(connection, keys)
