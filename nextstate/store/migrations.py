@@ -47,14 +47,14 @@ def _add_ledger(connection: sa.Connection) -> None:
 
 
 def _add_clients(connection: sa.Connection) -> None:
-    """Version 5: whose each turn, feedback and sample is, and feedback that waits for a review."""
+    """Version 5: whose each turn, feedback and sample is; feedback that waits; texts by base."""
     columns = t.turns.c.client, t.feedback.c.client, t.samples.c.client, t.samples.c.source
     for column in columns:
         made = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
         connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {made}")
     t.reviews.create(connection)
     connection.exec_driver_sql("DROP INDEX samples_by_kind")
-    for index in (*t.samples.indexes, *t.feedback.indexes):
+    for index in (*t.samples.indexes, *t.feedback.indexes, *t.texts.indexes):
         index.create(connection, checkfirst=True)
     count_anew(connection, "samples", "ready")
 

@@ -61,7 +61,7 @@ class Reviewing:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def waiting(self, limit: int = MOST) -> list[Review]:
+    def waiting(self, limit: int | None = MOST) -> list[Review]:
         """What waits, oldest first."""
         with self._database.read() as connection:
             rows = connection.execute(sa.select(t.reviews).order_by(_R.seq).limit(limit)).all()
@@ -107,7 +107,7 @@ class Reviewing:
 
     def accept(self, seqs: Sequence[int]) -> int:
         """Lets what waits count, as if the owner had said it; returns how many did."""
-        waiting = [review for review in self.waiting() if review.seq in seqs]
+        waiting = [review for review in self.waiting(None) if review.seq in seqs]
         with self._database.write() as connection:
             for review in waiting:
                 _take(connection, _R.seq == review.seq)

@@ -82,6 +82,7 @@ def _where_set(name: str, *columns: sa.Column[Any]) -> None:
     sa.Index(name, *columns, sqlite_where=rows, postgresql_where=rows)
 
 
+_where_set("texts_by_base", texts.c.base)
 _where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
 _where_set("turns_by_place", turns.c.place)
 _where_set("turns_by_context", turns.c.context_key, turns.c.seq)
