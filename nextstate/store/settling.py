@@ -335,11 +335,16 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
 
 
 def _decided_by(connection: sa.Connection, turn: Row, verdict: Verdict) -> str:
-    """The client that says what a sample teaches: whose feedback it is, else who sent the turn."""
+    """The client whose share a sample takes: whose feedback it is, or else who sent the turn.
+
+    The owner's word on a client's turn is no other client's, or a person who clicks on a reply of
+    their own agent would compete with it.
+    """
     if verdict.judge != FEEDBACK:
         return turn.client
     f = t.feedback.c
-    return connection.execute(sa.select(f.client).where(f.turn == turn.id)).scalar() or OWNER
+    said = sa.select(f.client).where(f.turn == turn.id)
+    return connection.execute(said).scalar() or turn.client
 
 
 def _source_of(connection: sa.Connection, verdict: Verdict) -> Source:

@@ -172,7 +172,8 @@ def test_one_person_with_one_agent_never_meets_a_share(dated: Store, now: list[f
     """One key for the agent, and the owner's clicks at the page, also on another day."""
     ready_of(dated, "key laptop", 40, "yesterday")
     for number in range(3):
-        dated.reviewing.give(Feedback(f"turn_{number}", -1), "key laptop")
+        dated.reviewing.give(Feedback(f"turn_{number}", -1), "")
+        dated.reviewing.give(Feedback(f"turn_{number + 9}", 1), "key laptop")
     ready_of(dated, "key laptop", 40, "today")
     while (waits := dated.training.ready_samples("main", True, True)) >= 16:
         assert dated.training.allotted("main", 16, True, True) == {"key laptop": 16}
