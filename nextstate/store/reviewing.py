@@ -1,8 +1,8 @@
 """Feedback that counts only once somebody accepts it: floods and contradictions.
 
-A client without the scope `admin` may say much, and may say the opposite of what another one said
-of the same turn. Such feedback is kept here and does nothing until somebody accepts it, drops it,
-or says themselves what the turn is worth.
+A client without the scope `admin` may say much, may speak about another one's turns, and may say the
+opposite of what that one or the owner said. Such feedback is kept here and does nothing until
+somebody accepts it, drops it, or says themselves what the turn is worth.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ from enum import StrEnum
 
 import sqlalchemy as sa
 
-from nextstate.records import Feedback, SampleState
+from nextstate.records import Feedback
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.database import Database, queries
-from nextstate.store.settling import Reception, give_feedback, put_sample_again
+from nextstate.store.settling import Reception, give_feedback
 from nextstate.store.shares import OWNER
 
 AN_HOUR = 60
 """Feedback of a client in an hour; more waits for a review. A person clicks less often."""
 MOST = 1000
 """Feedback of a client that waits; more is not kept."""
-_F, _R, _S = t.feedback.c, t.reviews.c, t.samples.c
-_APART = "two clients contradict each other about it: see `nextstate review`"
+_F, _R, _T, _V = t.feedback.c, t.reviews.c, t.turns.c, t.verdicts.c
 
 
 class Why(StrEnum):
     """Why feedback waits for a review."""
 
     FLOOD = "flood"
+    FOREIGN = "foreign"
+    """It is about another client's turn."""
     CONTRADICTION = "contradiction"
+    """It is, and says otherwise than what followed that turn; or otherwise than the owner."""
 
 
 _SAID = {
     Why.FLOOD: f"more than {AN_HOUR} verdicts of this key in an hour wait for a review",
+    Why.FOREIGN: "the turn is another key's, so it waits for a review",
     Why.CONTRADICTION: "somebody else said otherwise, so it waits for a review",
 }
 
@@ -97,11 +100,9 @@ class Reviewing:
             why = _why(connection, said, client, now)
             if why is None:
                 return give_feedback(connection, said, now, client)
-            c = t.turns.c
-            turn = connection.execute(sa.select(c.session).where(c.id == said.turn)).scalar()
+            session = sa.select(_T.session).where(_T.id == said.turn)
+            turn = connection.execute(session).scalar()
             kept = _keep(connection, said, client, why, now)
-            if why is Why.CONTRADICTION:
-                _set_apart(connection, said.turn)
         reason = _SAID[why] if kept else f"{MOST} verdicts of this key wait already: it is not kept"
         return Reception(said.turn, turn or "", said.score, applied=False, reason=reason)
 
@@ -115,22 +116,25 @@ class Reviewing:
         return len(waiting)
 
     def drop(self, seqs: Sequence[int]) -> int:
-        """Forgets what waits; the turns train as they would without it. Returns how many went."""
+        """Forgets what waits; returns how many went."""
         with self._database.write() as connection:
             turns = _take(connection, _R.seq.in_(seqs))
-            for turn in turns:
-                apart = _S.turn == turn, _S.state == SampleState.DROPPED, _S.reason == _APART
-                if connection.execute(sa.select(_S.turn).where(*apart)).first() is not None:
-                    put_sample_again(connection, turn)
         return len(turns)
 
 
 def _why(connection: sa.Connection, said: Feedback, client: str, now: float) -> Why | None:
-    before = sa.select(_F.score, _F.client).where(_F.turn == said.turn)
-    row = connection.execute(before).first()
+    turn = connection.execute(sa.select(_T.client).where(_T.id == said.turn)).first()
+    if turn is None:
+        return None  # give_feedback says so
+    known = sa.select(_F.score, _F.client).where(_F.turn == said.turn)
+    before = connection.execute(known).first()
+    verdict = sa.select(_V.score).where(_V.turn == said.turn)
+    score = before.score if before else connection.execute(verdict).scalar()
+    differs = score is not None and score != said.score
+    if turn.client != client:
+        return Why.CONTRADICTION if differs else Why.FOREIGN
     # A hint of this one would take the place of the other's.
-    says_more = row is not None and (row.score != said.score or said.hint is not None)
-    if row is not None and row.client != client and says_more:
+    if before is not None and before.client != client and (differs or said.hint is not None):
         return Why.CONTRADICTION
     lately = sa.select(_F.turn).where(_F.client == client, _F.updated_at > now - 3600)
     count = sa.select(sa.func.count()).select_from(lately.limit(AN_HOUR).subquery())
@@ -159,10 +163,3 @@ def _take(connection: sa.Connection, condition: sa.ColumnElement[bool]) -> list[
     connection.execute(sa.delete(t.reviews).where(condition))
     texts.release(connection, (key for row in rows for key in (row.hint, row.comment)))
     return [row.turn for row in rows]
-
-
-def _set_apart(connection: sa.Connection, turn: str) -> None:
-    """Keeps a turn from training, unless it does already, until somebody decides."""
-    ready = _S.turn == turn, _S.state == SampleState.READY
-    values = {"state": SampleState.DROPPED, "reason": _APART}
-    connection.execute(sa.update(t.samples).where(*ready).values(**values))

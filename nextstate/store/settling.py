@@ -115,13 +115,6 @@ def settle_feedback(connection: sa.Connection, turn_id: str, now: float) -> None
         _apply(connection, turn, feedback, now)
 
 
-def put_sample_again(connection: sa.Connection, turn_id: str) -> None:
-    """Makes a turn's sample from its verdict, as if that had just been settled."""
-    verdict = load_verdict(connection, turn_id)
-    if verdict is not None:
-        _put_sample(connection, _turn(connection, turn_id), verdict)
-
-
 def load_feedback(connection: sa.Connection, turn_id: str) -> Feedback | None:
     """What a person said last about a turn, or None."""
     row = connection.execute(sa.select(t.feedback).where(t.feedback.c.turn == turn_id)).first()

@@ -2,10 +2,11 @@
 
 Each limit counts only where somebody competes: a person who is alone never meets one.
 
-- A client (a key without the scope `admin`) gives at most a quarter of a version. Fewer than four
-  clients give even shares, unless one of them is the owner (a key that may do everything, or nobody
-  needs one), who is not limited. Others are those who wait and those who gave something to the last
-  versions of a day. What is too much waits until others give something or a day has passed.
+- A client (a key without the scope `admin`) gives at most a quarter of a version, and at most twice
+  an even share where more than eight wait. Fewer than four clients give even shares, unless one of
+  them is the owner (a key that may do everything, or nobody needs one), who is not limited. Others
+  are those who wait and those who gave something to the last versions of a day. What is too much
+  waits until others give something or a day has passed.
 - A session gives at most half while another one of its client waits, so a batch may be smaller.
 - A session, an hour, and what only tools or the environment said get at most a quarter as long as
   something else fills the batch. What is then left over fills it up.
@@ -87,8 +88,7 @@ def allotted(available: Mapping[str, int], known: Collection[str], limit: int) -
     >>> allotted({"key bob": 90}, {"key eve"}, 16), allotted({"key bob": 90, "key eve": 3}, (), 16)
     ({}, {'key bob': 3, 'key eve': 3})
     """
-    everybody = {*known, *(client for client, count in available.items() if count)}
-    share = SHARE if OWNER in everybody else max(SHARE, 1 / max(1, len(everybody)))
+    share = share_of(available, known)
     for size in range(min(limit, sum(available.values())), 0, -1):
         most = {
             client: count if client == OWNER else min(count, int(share * size + 1e-9))
@@ -97,6 +97,14 @@ def allotted(available: Mapping[str, int], known: Collection[str], limit: int) -
         if sum(most.values()) >= size:
             return _in_turn(most, size)
     return {}
+
+
+def share_of(available: Mapping[str, int], known: Collection[str]) -> float:
+    """The share of a version that each client but the owner may give."""
+    waiting = {client for client, count in available.items() if count}
+    everybody = {*known, *waiting}
+    most = min(SHARE, 2 / max(1, len(waiting)))
+    return most if OWNER in everybody else max(most, 1 / max(1, len(everybody)))
 
 
 def _in_turn(most: Mapping[str, int], size: int) -> dict[str, int]:

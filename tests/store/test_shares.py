@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, PolicyVersion, VersionState
 from nextstate.store import Store
-from nextstate.store.shares import LOOKED_AT, SHARE, Waiting, allotted, fair_share
+from nextstate.store.shares import LOOKED_AT, SHARE, Waiting, allotted, fair_share, share_of
 from nextstate.store.waiting import Patience
 from tests.store.test_records import add, judge, turn
 
@@ -173,7 +173,7 @@ def test_one_person_with_one_agent_never_meets_a_share(dated: Store, now: list[f
     ready_of(dated, "key laptop", 40, "yesterday")
     for number in range(3):
         dated.reviewing.give(Feedback(f"turn_{number}", -1), "")
-        dated.reviewing.give(Feedback(f"turn_{number + 9}", 1), "key laptop")
+        assert dated.reviewing.give(Feedback(f"turn_{number + 9}", 1), "key laptop").applied
     ready_of(dated, "key laptop", 40, "today")
     while (waits := dated.training.ready_samples("main", True, True)) >= 16:
         assert dated.training.allotted("main", 16, True, True) == {"key laptop": 16}
@@ -234,7 +234,8 @@ def test_no_client_but_the_owner_gets_more_than_its_share(
     given = allotted(available, known, limit)
     size = sum(given.values())
     everybody = {*known, *(client for client, count in available.items() if count)}
-    share = SHARE if "" in everybody else max(SHARE, 1 / max(1, len(everybody)))
+    share = share_of(available, known)
+    assert share <= SHARE or ("" not in everybody and share <= 1 / len(everybody) + 1e-9)
     assert size <= min(limit, sum(available.values()))
     for client, count in given.items():
         assert count <= available[client]
@@ -243,12 +244,13 @@ def test_no_client_but_the_owner_gets_more_than_its_share(
         assert size == min(limit, sum(available.values()))
 
 
-def test_feedback_counts_as_a_sample_of_who_gave_it(dated: Store) -> None:
+def test_feedback_counts_as_a_sample_of_who_sent_the_turn(dated: Store) -> None:
     ready_of(dated, "", 12, "o")
-    for number in range(8):
-        dated.reviewing.give(Feedback(f"turn_{number}", -1), "key eve")
+    ready_of(dated, "key eve", 12, "e")
+    for number in range(12, 24):
+        dated.reviewing.give(Feedback(f"turn_{number}", -1), "key eve" if number % 2 else "")
     found = dated.training.lease_samples("main", 16, "b", scored=True, hinted=True)
-    assert Counter(sample.score for sample in found) == {1: 4, -1: 1}
+    assert Counter(sample.score for sample in found) == {1: 12, -1: 4}
 
 
 def test_an_hour_and_what_only_tools_said_get_a_quarter_while_others_fill_the_batch() -> None:
