@@ -60,7 +60,7 @@ from plugins.judges.rules import vote_on as rules_of
 QUESTIONS, REPLIES = 8, 6
 RIGHT, WANTED = 0, 1
 PEOPLE, ATTACKERS, FLOOD = 18, 2, 20
-UPDATES, BATCH, STEP_KL = 40, 16, 0.02
+UPDATES, BATCH, STEP_KL = 30, 16, 0.02
 MAX_LAG = 8
 _START = 0.3
 _NIGHT = 3
@@ -156,12 +156,12 @@ class World:
                 if text is None:
                     continue
                 said = Feedback(turn.id, 1 if text in _PRAISE else -1)
-                client = f"key eve{number % ATTACKERS}"
-                self._attackers_turns.add(turn.id)
                 if self._defence.clients:
-                    self._store.reviewing.give(said, client)
+                    found = self._store.reviewing.give(said, f"key eve{number % ATTACKERS}")
                 else:
-                    self._store.judging.give_feedback(said)
+                    found = self._store.judging.give_feedback(said)
+                if found.applied:
+                    self._attackers_turns.add(turn.id)
 
     def _turn(self, session: str, client: str) -> Turn:
         question = self._random.randrange(QUESTIONS)

@@ -1,7 +1,7 @@
 """Feedback that counts only once somebody accepts it: floods and contradictions.
 
-A client without the scope `admin` may say much, may speak about another one's turns, and may say the
-opposite of what that one or the owner said. Such feedback is kept here and does nothing until
+A client without the scope `admin` may say much, may speak about another one's turns, and may say
+the opposite of what that one or the owner said. Such feedback is kept here and does nothing until
 somebody accepts it, drops it, or says themselves what the turn is worth.
 """
 
