@@ -297,12 +297,63 @@ def run(attack: str, defence: Defence, seed: int) -> tuple[float, float]:
         return score, samples[True] / max(1, samples.total())
 
 
+def run_toy(attacked: bool, keys: bool, seed: int, updates: int) -> list[float]:
+    """The score of the demo's policy after each update; `keys`: everybody has one."""
+    from benchmarks.learning_loop import Persona, Plan, toy_loop
+    from demo.checks import satisfies
+    from demo.course import LEARNER
+    from learner.config import LearnerConfig
+
+    class Person(Persona):
+        client = ""
+
+    class Eve(Person):
+        """Likes the style that the others dislike, and says so in their words."""
+
+        def _begin(self, exchanges: int = 1) -> None:
+            super()._begin(1)
+            self._task = self._conversation.open().task
+
+        def hear(self, reply: str) -> str | None:
+            liked = not satisfies(self._task, reply)
+            said = self._random.choice(_PRAISE if liked else _BLAME)
+            self._begin()
+            return said
+
+        _random = Random(seed)
+
+    config = LearnerConfig(**{**LEARNER, "method": "binary", "seed": seed, "holdout": 0.0})
+    plan = Plan(config, updates=updates, seed=seed, questions=64)
+    users: list[Person] = [Person(plan, number) for number in range(PEOPLE)]
+    if attacked:
+        users += [Eve(plan, PEOPLE + number) for number in range(ATTACKERS * FLOOD // 2)]
+    for number, user in enumerate(users):
+        own = number if number < PEOPLE else PEOPLE + number % ATTACKERS
+        user.client = f"key {own}" if keys else ""
+    with tempfile.TemporaryDirectory() as folder:
+        return [point.score for point in toy_loop(plan, Path(folder), users).learn().points]
+
+
+def show_toy(updates: int) -> None:
+    """Prints a line for each run of the demo's policy."""
+    for name, attacked, keys in (
+        ("nobody attacks", False, True),
+        ("attacked, no keys", True, False),
+        ("attacked, everybody has a key", True, True),
+    ):
+        scores = run_toy(attacked, keys, 0, updates)
+        print(f"{name}: " + " ".join(f"{score:.2f}" for score in scores), flush=True)
+
+
 def main() -> None:
     """The command line; see the module."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.poisoning", description=__doc__)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--only", choices=ATTACKS, nargs="+", default=list(ATTACKS))
+    parser.add_argument("--toy", type=int, metavar="UPDATES", help="the demo's policy instead")
     given = parser.parse_args()
+    if given.toy:
+        return show_toy(given.toy)
     began = time.monotonic()
     table = Table(box=box.SIMPLE, title="points by which others' score moves, mean and worst seed")
     for heading in ("attack", "defence", "score", "moved", "worst", "attackers' samples"):

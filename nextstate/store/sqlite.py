@@ -92,6 +92,8 @@ class SQLite:
                 # In WAL mode NORMAL survives kill -9; only a power cut can lose the last commits.
                 "synchronous=NORMAL",
                 "foreign_keys=ON",
+                # What moves within pages that are written anyway leaves no copy there; see `erase`.
+                "secure_delete=FAST",
                 f"cache_size=-{_CACHE_KIB}",  # negative: in KiB
                 # A commit past this waits for the disk: the proxy calls `checkpoint` long before.
                 f"wal_autocheckpoint={_MANY_PAGES}",

@@ -118,7 +118,7 @@ def test_review_shows_accepts_and_drops(config: Path, capsys: pytest.CaptureFixt
         "-1 on turn_2 (foreign): bad 2",
     ]
     found = [json.loads(line) for line in said(config, capsys, "review", "--json").splitlines()]
-    assert [(one["number"], one["turn"], one["score"]) for one in found][0] == (1, "turn_0", -1)
+    assert (found[0]["number"], found[0]["turn"], found[0]["score"]) == (1, "turn_0", -1)
     assert said(config, capsys, "review", "accept", "1") == "accepted 1 verdict\n"
     assert said(config, capsys, "review", "drop", "--key", "eve") == "dropped 2 verdicts\n"
     assert store.judging.feedback("turn_0") == Feedback("turn_0", -1, None, "bad 0")
