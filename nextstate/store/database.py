@@ -66,10 +66,6 @@ class Dialect(Protocol):
         """How much the database needs on its disk, without room that is free in its files."""
         ...
 
-    def erase(self, connection: sa.Connection) -> None:
-        """Lets the bytes be overwritten that the connection deletes from now on."""
-        ...
-
     def damage(self, engine: sa.Engine) -> list[str]:
         """What the database itself finds wrong when it reads all of its pages and references."""
         ...
@@ -179,13 +175,6 @@ class Database:
         """How much it needs on its disk, without room that is free in its files."""
         with self._as_store_errors():
             return self._dialect.used_bytes(self.engine)
-
-    @contextmanager
-    def erasing(self) -> Generator[sa.Connection]:
-        """One write transaction; the bytes of what it deletes are overwritten."""
-        with self.write() as connection:
-            self._dialect.erase(connection)
-            yield connection
 
     def damage(self) -> list[str]:
         """What the database itself finds wrong when it reads all of its pages and references."""

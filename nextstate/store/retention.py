@@ -78,7 +78,7 @@ class Retention:
             of_theirs = _T.session.in_({row.session for row in free}), _T.parent.in_(ids)
             children = connection.execute(sa.select(_T.id, _T.parent).where(*of_theirs)).all()
         if free:
-            with self._database.erasing() as connection:
+            with self._database.write() as connection:
                 # What was recorded meanwhile may continue one of them.
                 newer = sa.select(_T.id, _T.parent).where(_T.seq > last, _T.parent.in_(ids))
                 children += connection.execute(newer).all()

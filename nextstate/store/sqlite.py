@@ -92,8 +92,8 @@ class SQLite:
                 # In WAL mode NORMAL survives kill -9; only a power cut can lose the last commits.
                 "synchronous=NORMAL",
                 "foreign_keys=ON",
-                # What moves within pages that are written anyway leaves no copy there; see `erase`.
-                "secure_delete=FAST",
+                # What is deleted is overwritten, also on pages that become free. Debian's default.
+                "secure_delete=ON",
                 f"cache_size=-{_CACHE_KIB}",  # negative: in KiB
                 # A commit past this waits for the disk: the proxy calls `checkpoint` long before.
                 f"wal_autocheckpoint={_MANY_PAGES}",
@@ -150,10 +150,6 @@ class SQLite:
                 for name in ("page_count", "freelist_count", "page_size")
             )
         return (pages - free) * size + (self._log.stat().st_size if self._log.exists() else 0)
-
-    def erase(self, connection: sa.Connection) -> None:
-        """What is deleted is overwritten with zeros, also on pages that become free."""
-        connection.exec_driver_sql("PRAGMA secure_delete=ON").close()
 
     def damage(self, engine: sa.Engine) -> list[str]:
         """Broken pages and indexes, and rows that refer to rows that are not there."""
