@@ -36,6 +36,8 @@ PENDING_S = 7 * 86_400.0
 KEPT_JUDGED, KEPT_HELD = 256, 64
 """Newest turns of a lineage that stay: judged ones, and held-out ones."""
 _UNBASED = 64
+"""So many texts are compressed anew at most when the one goes that they are compressed against."""
+_NONE = (1 << 63) - 1
 _T, _S, _J, _E, _C = t.turns.c, t.samples.c, t.judgements.c, t.episodes.c, t.texts.c
 _USED = (SampleState.WAITING, SampleState.READY, SampleState.LEASED)
 _OVER = (EpisodeState.SETTLED, EpisodeState.DROPPED)
@@ -132,7 +134,8 @@ def _first_kept(connection: sa.Connection, lineage: str) -> tuple[int, int]:
     def oldest(count: int, *where: sa.ColumnElement[bool]) -> int:
         newest = sa.select(_S.seq).where(_S.lineage == lineage, *where)
         some = newest.order_by(_S.seq.desc()).limit(count).subquery()
-        return connection.execute(sa.select(sa.func.min(some.c.seq))).scalar() or 0
+        found = connection.execute(sa.select(sa.func.min(some.c.seq))).scalar()
+        return _NONE if found is None else found
 
     held = _S.state == SampleState.HELD, _S.screened.is_(None)
     return oldest(KEPT_JUDGED), oldest(KEPT_HELD, *held)
