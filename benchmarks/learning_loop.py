@@ -342,6 +342,7 @@ class Loop(threading.Event):
                         behaviour_logprobs=logprobs,
                         sampling=self._engine.sampling.asked(),
                         timings=Timings(0.0, None, 0.0),
+                        client=getattr(persona, "client", ""),
                     ),
                     chain_key=turn.encode(),
                     reply_key=turn.encode(),
@@ -367,8 +368,8 @@ class Loop(threading.Event):
             self.run.points.append(point)
 
 
-def toy_loop(plan: Plan, folder: Path) -> Loop:
-    """The demo's policy with its personas."""
+def toy_loop(plan: Plan, folder: Path, users: Sequence[User] | None = None) -> Loop:
+    """The demo's policy with its personas, or with others."""
     engine = Engine(plan.seed)
     other = next(domain for domain in Domain if domain != plan.persona)
     tasks = held_out_tasks(plan.persona, plan.questions)
@@ -380,7 +381,7 @@ def toy_loop(plan: Plan, folder: Path) -> Loop:
         score, right = _share(engine, tasks)
         return Point(update, score, right, _share(engine, other_tasks)[1])
 
-    users = [Persona(plan, number) for number in range(TALKING)]
+    users = users or [Persona(plan, number) for number in range(TALKING)]
     return Loop(plan, folder, engine, users, measure)
 
 

@@ -14,6 +14,7 @@ from typing import cast
 
 import orjson
 
+from judge.strangers import without_trust
 from nextstate.hooks import AgentProfile, Evidence, text_of
 from nextstate.records import Json, NextState, Turn
 from nextstate.thoughts import without_thoughts
@@ -47,12 +48,12 @@ def build_evidence(
 
 
 def bounded(evidence: Evidence, max_chars: int) -> Evidence:
-    """The evidence with every text clipped by the rule above."""
+    """The evidence with every text clipped by the rule above, and strangers' without trust."""
     texts = clipped_all([text for _, text in evidence.tail], max_chars, 2 * max_chars)
     return Evidence(
         tail=tuple((role, text) for (role, _), text in zip(evidence.tail, texts, strict=True)),
         reply=clipped(evidence.reply, max_chars),
-        next_states=_clipped_states(evidence.next_states, max_chars),
+        next_states=_clipped_states(without_trust(evidence.reply, evidence.next_states), max_chars),
         later=_clipped_states(evidence.later, max_chars),
     )
 

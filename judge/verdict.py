@@ -1,7 +1,8 @@
 """From votes to a verdict.
 
 The score is the majority of the votes; a tie is 0. If the next states come only from tools or the
-environment, praise must be unanimous, because strangers often wrote what a tool returns.
+environment, praise must be unanimous, because strangers often wrote what a tool returns. What a
+tool only fetched gives no score (`judge/strangers.py`).
 
 A hint comes only from votes that agree with the score: a losing vote argues for something that the
 others did not see. A hint must ask for something. It may not quote the reply, contain the answer
@@ -15,6 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 from difflib import SequenceMatcher
 
+from judge.strangers import is_evidence
 from nextstate.hooks import Evidence
 from nextstate.records import NextState, Source, Verdict, Vote, majority
 
@@ -60,7 +62,7 @@ def verdict_of(turn: str, judge: str, votes: Sequence[Vote], evidence: Evidence)
     score = majority(scores)
     states = (*evidence.next_states, *evidence.later)
     doubtful = len(set(scores)) > 1 and not any(s.source in _PERSON for s in states)
-    if score > 0 and doubtful:
+    if (score > 0 and doubtful) or (states and not any(map(is_evidence, states))):
         score = 0
     hints = [
         hint

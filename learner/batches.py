@@ -18,6 +18,9 @@ from nextstate.store import Store
 log = logging.getLogger(__name__)
 
 _HELD_PER_SESSION = 4
+_HELD_BACK_S = 3600.0
+"""A full batch that the shares make smaller (`nextstate/store/shares.py`) waits so long to be full
+again."""
 _HELD_OUT_TURNS = 32
 """The newest held-out turns that a candidate is checked on."""
 
@@ -71,6 +74,8 @@ class Batches:
                 scored=self._scored,
                 hinted=self._hinted,
             )
+            if not samples:  # somebody else took what others had given
+                return None
             lags = {
                 version: policy_lag(parents, current, version)
                 for version in {sample.policy_version for sample in samples}
@@ -94,6 +99,12 @@ class Batches:
 
     def _is_due(self) -> bool:
         ready = self._store.training.ready_samples(self._lineage, self._scored, self._hinted)
+        size, longest_s = self._config.batch_size, self._config.max_wait_s
+        if ready >= self._config.min_batch:
+            given = self._store.training.allotted(self._lineage, size, self._scored, self._hinted)
+            if ready >= size > sum(given.values()):
+                longest_s = longest_s or _HELD_BACK_S
+            ready = min(ready, sum(given.values()))
         now = time.monotonic()
         if ready < self._config.min_batch:
             self._waits_since = None
@@ -104,7 +115,7 @@ class Batches:
             now - (self._waits_since or now),
             batch_size=self._config.batch_size,
             min_batch=self._config.min_batch,
-            max_wait_s=self._config.max_wait_s,
+            max_wait_s=longest_s,
         )
 
     def _begin_to_hold_out(self, versions: int) -> None:

@@ -132,6 +132,8 @@ class Turn:
     """The episode that it is a step of; None for people's turns."""
     step: int | None = None
     """Position in the episode, from 0; None without an episode."""
+    client: str = ""
+    """The key that sent it; empty: one that may do everything, or none was needed."""
 
     def __post_init__(self) -> None:
         if (self.episode is None) != (self.step is None):

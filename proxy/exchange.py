@@ -58,6 +58,8 @@ class Exchange(NamedTuple):
     """The episode that it is a call of."""
     held_out: bool = False
     """True if the episode's turns never train."""
+    client: str = ""
+    """The key that sent it; empty: one that may do everything, or none was needed."""
 
 
 class Read(NamedTuple):
@@ -230,4 +232,5 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         parent=parent,
         episode=exchange.episode,
         step=None if exchange.episode is None else index,
+        client=exchange.client,
     )

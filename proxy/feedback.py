@@ -66,7 +66,7 @@ class FeedbackRoute:
             message = f"This key gave feedback more than {A_MINUTE:g} times in a minute."
             raise Refused(429, message, wait_s=wait_s)
         try:
-            reception = await asyncio.to_thread(self._store_it, said, session, request[CALLER])
+            reception = await asyncio.to_thread(self._store_it, said, session, request)
         except NoTurnError:  # it was forgotten at this moment
             reception = None
         except (StoreError, OSError) as error:
@@ -77,8 +77,11 @@ class FeedbackRoute:
             raise Refused(404, f"There is no {named}.")
         return web.json_response(asdict(reception))
 
-    def _store_it(self, said: Feedback, session: str | None, caller: str) -> Reception | None:
+    def _store_it(
+        self, said: Feedback, session: str | None, request: web.Request
+    ) -> Reception | None:
         """What came of the feedback; None if the caller has no such turn."""
+        caller = request[CALLER]
         theirs = [name for name in self._lineages.names if self._lineages.sees(caller, name)]
         if session is not None:
             turn = self._store.turns.newest(
@@ -88,9 +91,8 @@ class FeedbackRoute:
             turn = said.turn if self._store.turns.lineage(said.turn) in theirs else None
         if turn is None:
             return None
-        return self._store.judging.give_feedback(
-            replace(said, turn=turn).without_secrets(self._redactor)
-        )
+        said = replace(said, turn=turn).without_secrets(self._redactor)
+        return self._store.reviewing.give(said, request[GRANT].client)
 
 
 _FIELDS = ("turn_id", "session_id", "score", "hint", "comment")

@@ -43,6 +43,11 @@ class Grant:
         """Whether we made the key, and nobody chose it."""
         return self.stored is not None or not self.limited
 
+    @property
+    def client(self) -> str:
+        """Whom shares and reviews count it as; empty: who may do everything is never limited."""
+        return "" if self.may(Scope.ADMIN) else self.who
+
     def may(self, scope: Scope | None) -> bool:
         """Whether it includes a scope; None: what needs no key."""
         return scope is None or scope in self.scopes or Scope.ADMIN in self.scopes

@@ -21,6 +21,7 @@ from proxy.dialects.chat import is_off
 from proxy.engine_call import Engine, EngineCall, client_headers
 from proxy.episode_calls import EPISODE
 from proxy.exchange import Exchange
+from proxy.keys import GRANT
 from proxy.linking.names import explicit_session, named_kind, names_conversation
 from proxy.metrics import Times
 from proxy.recorder import Recorder
@@ -331,7 +332,7 @@ class _Generation:
     def _exchange(self, cut: str | None) -> Exchange:
         serving, headers = self._serving, self._request.headers
         name, own = explicit_session(headers, self._body), names_conversation(headers, self._body)
-        episode = self._request.get(EPISODE)
+        episode, grant = self._request.get(EPISODE), self._request.get(GRANT)
         if episode is not None and (not own or name == episode.id):
             name = None  # what it names is not a conversation within the episode
         number = self._relay.engine.versions.number_of(serving.capture.model, self._version)
@@ -354,6 +355,7 @@ class _Generation:
             defaults=self._relay.engine.versions.engine.sampling_defaults,
             episode=episode and episode.id,
             held_out=episode is not None and episode.held_out,
+            client="" if grant is None or episode is not None else grant.client,
         )
 
     def _headers(self, answer: Answer) -> CIMultiDict[str]:

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from nextstate.app import retention
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import (
     change_version,
@@ -233,14 +234,26 @@ def _cannot_listen(settings: Settings, error: OSError) -> StartError:
 
 
 async def run_judge(settings: Settings) -> None:
-    """Judges turns."""
+    """Judges turns, and deletes those that are too old or too many (`nextstate retain`)."""
+    patience = Patience(math.inf)
+    stop = _stop_event(patience)
+    store = await asyncio.to_thread(Store, settings.store, patience=patience)
+    sweeping = threading.Event()
+    sweeper = threading.Thread(target=retention.run, args=(store, sweeping), name="retention")
+    sweeper.start()
+    try:
+        await _judge(settings, store, stop)
+    finally:
+        sweeping.set()
+        await asyncio.to_thread(sweeper.join)
+    store.close()
+
+
+async def _judge(settings: Settings, store: Store, stop: asyncio.Event) -> None:
     from judge.config import plugin_settings
     from judge.pace import Counted
     from judge.stage import run
 
-    patience = Patience(math.inf)
-    stop = _stop_event(patience)
-    store = await asyncio.to_thread(Store, settings.store, patience=patience)
     async with engine_client(settings) as engine:
         config = settings.judge
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
@@ -258,7 +271,6 @@ async def run_judge(settings: Settings) -> None:
             await run(store, config, counted, engine, stop, pace=pace, profile=profile)
         finally:
             await kind.close()
-    store.close()
 
 
 async def run_rollout(settings: Settings, ray: Any = None) -> None:

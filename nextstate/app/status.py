@@ -13,6 +13,7 @@ from nextstate.app.engine_access import engine_client
 from nextstate.app.episode_views import settled_text, settled_worth
 from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_worth
 from nextstate.app.own_key import proxy_key
+from nextstate.app.retention import read_keep
 from nextstate.app.settings import Settings
 from nextstate.app.tls import proxy_connector
 from nextstate.app.watching import serving_watch, watch_text
@@ -46,6 +47,9 @@ async def status(settings: Settings) -> Json:
         "serving": {name: version.number for name, version in serving.items()},
         "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
+        "review": await asyncio.to_thread(store.reviewing.counts),
+        "held_back": await asyncio.to_thread(_held_back, settings, store),
+        "kept": str(await asyncio.to_thread(read_keep, settings.store.path)),
         "unrecorded": _unrecorded(settings, await _ask_proxy(settings, "/metrics")),
         "rollout": await asyncio.to_thread(_rollout, settings),
         "exams": await asyncio.to_thread(_exams, settings, store),
@@ -73,6 +77,14 @@ def status_lines(found: Json) -> list[str]:
         else:
             lines.append(f"{name:28} {value}")
     return lines
+
+
+def _held_back(settings: Settings, store: Store) -> Json:
+    """By lineage: the judged turns that wait by client, because the shares hold some back."""
+    method, size = settings.learner.method, settings.learner.batch_size
+    signals = method not in ("opd", "opd_topk"), method != "binary"
+    found = {name: store.training.held_back(name, size, *signals) for name in settings.all_lineages}
+    return {name: waits for name, waits in found.items() if waits}
 
 
 def _training(settings: Settings, store: Store) -> dict[str, str]:

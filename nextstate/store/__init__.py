@@ -26,6 +26,8 @@ from nextstate.store.ledger import Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Recording
+from nextstate.store.retention import Retention
+from nextstate.store.reviewing import Reviewing
 from nextstate.store.sqlite import SQLite, database_file
 from nextstate.store.texts import Known
 from nextstate.store.training import Training
@@ -63,6 +65,8 @@ class Store:
             ) from error
         self.turns = Turns(self.database)
         self.judging = Judging(self.database)
+        self.retention = Retention(self.database)
+        self.reviewing = Reviewing(self.database)
         self.training = Training(self.database)
         self.versions = Versions(self.database)
         self.episodes = Episodes(self.database)

@@ -53,7 +53,8 @@ _COUNTED = (
     _Counted(
         "samples",
         "ready",
-        "{r}lineage || '/' || {r}policy_version || '/' || {r}score || '/' || {r}hinted",
+        "{r}lineage || '/' || {r}client || '/' || {r}policy_version || '/' || {r}score || '/' || "
+        "{r}hinted",
         "{r}state = 'ready' AND {r}policy_version IS NOT NULL",
     ),
     _Counted("versions", "versions", "{r}state"),
@@ -71,7 +72,7 @@ _CHANGING = {
     "turns": ("kind", "replaced_by", "untrainable"),
     "judgements": ("state",),
     "verdicts": ("score",),
-    "samples": ("state", "lineage", "policy_version", "score", "hinted"),
+    "samples": ("state", "lineage", "client", "policy_version", "score", "hinted"),
     "versions": ("state",),
     "episodes": ("state",),
     "groups": ("state",),
@@ -86,6 +87,18 @@ def count_all(connection: sa.Connection) -> None:
     for query in map(_counting, _COUNTED):
         connection.exec_driver_sql(f"INSERT INTO counts (area, key, count) {query}")
     create_triggers(connection, _CHANGING)
+
+
+def count_anew(connection: sa.Connection, table: str, area: str) -> None:
+    """Counts an area of a table anew, under keys that an older program made otherwise."""
+    for event in ("added", "changed", "removed"):
+        connection.exec_driver_sql(f"DROP TRIGGER IF EXISTS {table}_{event}")
+    connection.execute(sa.delete(counts).where(counts.c.area == area))
+    for counted in _COUNTED:
+        if (counted.table, counted.area) == (table, area):
+            query = _counting(counted)
+            connection.exec_driver_sql(f"INSERT INTO counts (area, key, count) {query}")
+    create_triggers(connection, (table,))
 
 
 def recount(connection: sa.Connection) -> dict[tuple[str, str], int]:

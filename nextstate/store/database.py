@@ -62,6 +62,10 @@ class Dialect(Protocol):
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         ...
 
+    def used_bytes(self, engine: sa.Engine) -> int:
+        """How much the database needs on its disk, without room that is free in its files."""
+        ...
+
     def damage(self, engine: sa.Engine) -> list[str]:
         """What the database itself finds wrong when it reads all of its pages and references."""
         ...
@@ -166,6 +170,11 @@ class Database:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         with self._as_store_errors():
             self._dialect.compact(self.engine)
+
+    def used_bytes(self) -> int:
+        """How much it needs on its disk, without room that is free in its files."""
+        with self._as_store_errors():
+            return self._dialect.used_bytes(self.engine)
 
     def damage(self) -> list[str]:
         """What the database itself finds wrong when it reads all of its pages and references."""

@@ -178,11 +178,12 @@ def _matching(connection: sa.Connection, text: str) -> set[str]:
     for row in _stream(connection, sa.select(*columns, *texts_of)):
         if turn_texts(row) & keys or any(map(has, row[2:6])):
             found.add(row.id)
-    n, f = t.next_states.c, t.feedback.c
+    n = t.next_states.c
     for row in _stream(connection, sa.select(n.turn, n.text)):
         found |= {row.turn} if row.text in keys else set()
-    for row in _stream(connection, sa.select(f.turn, f.hint, f.comment)):
-        found |= {row.turn} if {row.hint, row.comment} & keys else set()
+    for said in (t.feedback.c, t.reviews.c):
+        for row in _stream(connection, sa.select(said.turn, said.hint, said.comment)):
+            found |= {row.turn} if {row.hint, row.comment} & keys else set()
     for row in _stream(connection, sa.select(t.verdicts)):
         found |= {row.turn} if verdict_texts(row) & keys or has(row.votes) else set()
     episodes = [
@@ -290,36 +291,38 @@ def _delete(connection: sa.Connection, plan: Plan) -> None:
     for turn_id in plan.touched:
         released |= _unfollow(connection, turn_id, turn_id in followed)
     for turn_id in reversed(plan.turns):  # what continues a turn first: it counts fewer texts
-        released |= _delete_turn(connection, turn_id, staying[turn_id])
+        released |= delete_turn(connection, turn_id, staying[turn_id])
     for some in _parts(plan.episodes):
-        released |= _delete_episodes(connection, some)
+        released |= delete_episodes(connection, some)
     _unbase(connection, released)
 
 
-def _delete_turn(connection: sa.Connection, turn_id: str, staying: Sequence[str]) -> set[bytes]:
+def delete_turn(connection: sa.Connection, turn_id: str, staying: Sequence[str]) -> set[bytes]:
     """Deletes a turn with all that is said of it; returns the texts that it used.
 
     The turns that stay and continue it count from now on the texts that it counted for them.
     """
     row = connection.execute(sa.select(t.turns).where(_T.id == turn_id)).one()
+    own, every = _own_texts(connection, row), turn_texts(row)
     for child_id in staying:
         child = connection.execute(sa.select(t.turns).where(_T.id == child_id)).one()
-        shared = turn_texts(child) & turn_texts(row)
-        for text in texts.get(connection, shared).values():
-            texts.put(connection, text)
+        shared = turn_texts(child) & every
+        texts.use(connection, shared - own)
+        own -= shared  # the child has this use of them now
         connection.execute(sa.update(t.turns).where(_T.id == child_id).values(parent=None))
-    keys = [*_own_texts(connection, row), *_of_followers(connection, turn_id)]
-    f = t.feedback.c
-    said = connection.execute(sa.select(f.hint, f.comment).where(f.turn == turn_id)).first()
-    keys += [key for key in said or () if key is not None]
-    for table in (t.next_states, t.judgements, t.verdicts, t.feedback, t.samples, t.rewards):
+    keys = [*own, *_of_followers(connection, turn_id)]
+    for f in (t.feedback.c, t.reviews.c):
+        said = sa.select(f.hint, f.comment).where(f.turn == turn_id)
+        keys += [key for row in connection.execute(said) for key in row if key is not None]
+    tables = t.next_states, t.judgements, t.verdicts, t.feedback, t.reviews, t.samples, t.rewards
+    for table in tables:
         connection.execute(sa.delete(table).where(table.c.turn == turn_id))
     connection.execute(sa.delete(t.turns).where(_T.id == turn_id))
     texts.release(connection, keys)
     return set(keys)
 
 
-def _delete_episodes(connection: sa.Connection, episodes: Sequence[str]) -> set[bytes]:
+def delete_episodes(connection: sa.Connection, episodes: Sequence[str]) -> set[bytes]:
     """Deletes episodes whose turns are gone; returns the texts that they used."""
     chosen = _E.id.in_(episodes)
     rows = connection.execute(sa.select(_E.task, _E.metadata, _E.group_id).where(chosen)).all()

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
-from nextstate.store.counts import TURNS_ADDED, count_all, create_triggers
+from nextstate.store.counts import TURNS_ADDED, count_all, count_anew, create_triggers
 from nextstate.store.ledger import append_version
 
 Step = Callable[[sa.Connection], None]
@@ -46,7 +46,25 @@ def _add_ledger(connection: sa.Connection) -> None:
         append_version(connection, row.created_at, row.lineage, row.number)
 
 
-MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses, 4: _add_ledger}
+def _add_clients(connection: sa.Connection) -> None:
+    """Version 5: whose each turn, feedback and sample is; feedback that waits; texts by base."""
+    columns = t.turns.c.client, t.feedback.c.client, t.samples.c.client, t.samples.c.source
+    for column in columns:
+        made = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
+        connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {made}")
+    t.reviews.create(connection)
+    connection.exec_driver_sql("DROP INDEX samples_by_kind")
+    for index in (*t.samples.indexes, *t.feedback.indexes, *t.texts.indexes):
+        index.create(connection, checkfirst=True)
+    count_anew(connection, "samples", "ready")
+
+
+MIGRATIONS: Mapping[int, Step] = {
+    2: _add_episodes,
+    3: _add_pauses,
+    4: _add_ledger,
+    5: _add_clients,
+}
 """Step n brings a database of version n - 1 to version n.
 
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""

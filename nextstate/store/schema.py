@@ -11,8 +11,13 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 4
+VERSION = 5
 metadata = sa.MetaData()
+
+
+def _client() -> sa.Column[Any]:
+    return sa.Column("client", sa.String(60), nullable=False, default="", server_default="")
+
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
 
@@ -63,7 +68,9 @@ turns = sa.Table(
     sa.Column("context_key", sa.LargeBinary(32)),
     sa.Column("episode", sa.String(100)),
     sa.Column("step", sa.Integer),
+    _client(),
 )
+"""`client` is the key that sent it; empty: one that may do everything, or none was needed."""
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)
 sa.Index("turns_by_reply", turns.c.reply_key, turns.c.seq)
@@ -75,6 +82,7 @@ def _where_set(name: str, *columns: sa.Column[Any]) -> None:
     sa.Index(name, *columns, sqlite_where=rows, postgresql_where=rows)
 
 
+_where_set("texts_by_base", texts.c.base)
 _where_set("turns_by_client_session", turns.c.client_session, turns.c.seq)
 _where_set("turns_by_place", turns.c.place)
 _where_set("turns_by_context", turns.c.context_key, turns.c.seq)
@@ -129,8 +137,28 @@ feedback = sa.Table(
     sa.Column("updated_at", sa.Float, nullable=False),
     sa.Column("voted_score", sa.Integer),
     sa.Column("voted_judge", sa.String(40)),
+    _client(),
 )
-"""What a person said of a turn last; with what a judge's votes, which did not know it, came to."""
+"""What a person said of a turn last; with what a judge's votes, which did not know it, came to.
+`client` is the key that said it, as in `turns`."""
+
+sa.Index("feedback_by_client", feedback.c.client, feedback.c.updated_at)
+
+reviews = sa.Table(
+    "reviews",
+    metadata,
+    sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
+    sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), nullable=False),
+    _client(),
+    sa.Column("score", sa.Integer, nullable=False),
+    sa.Column("hint", sa.LargeBinary(16)),
+    sa.Column("comment", sa.LargeBinary(16)),
+    sa.Column("reason", sa.String(16), nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+)
+"""Feedback that counts only once somebody accepts it (nextstate/store/reviewing.py)."""
+sa.Index("reviews_by_turn", reviews.c.turn, reviews.c.client, unique=True)
+sa.Index("reviews_by_client", reviews.c.client)
 
 spending = sa.Table(
     "spending",
@@ -157,14 +185,19 @@ samples = sa.Table(
     sa.Column("seq", sa.Integer),
     sa.Column("screened", sa.Boolean),
     sa.Column("advantage", sa.Float),
+    _client(),
+    sa.Column("source", sa.String(16)),
 )
 """What may train. `seq` is the turn's own. `screened` is set once the learner has looked at a ready
 sample and not held it out; it is NULL before, and of a sample that is held out. `advantage` is set
-when the turn's group is settled, and `score` is its sign from then on; NULL for people's turns."""
+when the turn's group is settled, and `score` is its sign from then on; NULL for people's turns.
+`client` is the key that decided what it teaches: whose feedback it is, or else who sent the turn.
+`source` is the most trusted source of that (`Source`); NULL of an episode's step."""
 _of_state = (samples.c.lineage, samples.c.state)
 sa.Index(
     "samples_by_kind",
-    *(*_of_state, samples.c.policy_version, samples.c.score, samples.c.hinted, samples.c.seq),
+    *(*_of_state, samples.c.client, samples.c.policy_version, samples.c.score),
+    *(samples.c.hinted, samples.c.seq),
 )
 sa.Index("samples_by_age", *_of_state, samples.c.screened, samples.c.seq)
 sa.Index("samples_by_turn", samples.c.lineage, samples.c.seq)

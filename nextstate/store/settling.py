@@ -14,10 +14,11 @@ import sqlalchemy as sa
 
 from nextstate.episodes import EpisodeState
 from nextstate.errors import NoTurnError
-from nextstate.records import FEEDBACK, Feedback, SampleState, TurnKind, Verdict
+from nextstate.records import FEEDBACK, Feedback, SampleState, Source, TurnKind, Verdict
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.packing import dump, id_runs, join_runs
+from nextstate.store.shares import OWNER
 from nextstate.store.texts import Row, Texts
 
 _IN_TRAINING = (SampleState.LEASED, SampleState.TRAINED)
@@ -90,10 +91,12 @@ def add_hinted_prompt(connection: sa.Connection, verdict: Verdict, now: float) -
     return True
 
 
-def give_feedback(connection: sa.Connection, feedback: Feedback, now: float) -> Reception:
+def give_feedback(
+    connection: sa.Connection, feedback: Feedback, now: float, client: str = OWNER
+) -> Reception:
     """See `Judging.give_feedback`."""
     turn = _turn(connection, feedback.turn)
-    _keep_feedback(connection, feedback, now)
+    _keep_feedback(connection, feedback, now, client)
     known = load_verdict(connection, feedback.turn)
     reason = None
     if known is None or not _is_what_was_said(known, feedback):
@@ -148,7 +151,7 @@ def verdict_of(row: Row, found: Texts) -> Verdict:
 def _turn(connection: sa.Connection, turn_id: str) -> Row:
     c = t.turns.c
     columns = c.seq, c.id, c.session, c.kind, c.lineage, c.policy_version, c.untrainable, c.episode
-    query = sa.select(*columns)
+    query = sa.select(*columns, c.client)
     row = connection.execute(query.where(c.id == turn_id)).first()
     if row is None:
         raise NoTurnError(f"there is no turn {turn_id!r}: see `nextstate turns`")
@@ -161,7 +164,7 @@ def _is_what_was_said(verdict: Verdict, feedback: Feedback) -> bool:
     return (verdict.judge, verdict.score, verdict.hint) == said
 
 
-def _keep_feedback(connection: sa.Connection, feedback: Feedback, now: float) -> None:
+def _keep_feedback(connection: sa.Connection, feedback: Feedback, now: float, client: str) -> None:
     """Keeps the last word on a turn, and what the votes had come to before the first word."""
     known = load_feedback(connection, feedback.turn)
     if known == feedback:
@@ -170,6 +173,7 @@ def _keep_feedback(connection: sa.Connection, feedback: Feedback, now: float) ->
         "score": feedback.score,
         "hint": _put_text(connection, feedback.hint),
         "comment": _put_text(connection, feedback.comment),
+        "client": client,
     }
     if known is not None:
         ours = t.feedback.c.turn == feedback.turn
@@ -311,6 +315,8 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
         "hinted": verdict.hinted_prompt_ids is not None,
         "reason": reason,
         "screened": None,
+        "client": OWNER if in_episode else _decided_by(connection, turn, verdict),
+        "source": None if in_episode else _source_of(connection, verdict),
     }
     s = t.samples.c
     before = connection.execute(sa.select(s.state).where(s.turn == verdict.turn)).scalar()
@@ -319,3 +325,27 @@ def _put_sample(connection: sa.Connection, turn: Row, verdict: Verdict) -> None:
     elif before not in _IN_TRAINING:
         # One that was held out is ready until the learner looks, which it does before it leases.
         connection.execute(sa.update(t.samples).where(s.turn == verdict.turn).values(**values))
+
+
+def _decided_by(connection: sa.Connection, turn: Row, verdict: Verdict) -> str:
+    """The client whose share a sample takes: whose feedback it is, or else who sent the turn.
+
+    The owner's word on a client's turn is no other client's, or a person who clicks on a reply of
+    their own agent would compete with it.
+    """
+    if verdict.judge != FEEDBACK:
+        return turn.client
+    f = t.feedback.c
+    said = sa.select(f.client).where(f.turn == turn.id)
+    return connection.execute(said).scalar() or turn.client
+
+
+def _source_of(connection: sa.Connection, verdict: Verdict) -> Source:
+    """The most trusted source of what a verdict is about."""
+    if verdict.judge == FEEDBACK:
+        return Source.FEEDBACK
+    n, j = t.next_states.c, t.judgements.c
+    end = sa.select(j.task_end).where(j.turn == verdict.turn).scalar_subquery()
+    query = sa.select(n.source).where(sa.or_(n.turn == verdict.turn, n.turn == end)).distinct()
+    found = {*connection.execute(query).scalars()}
+    return next((source for source in Source if source in found), Source.TOOL)

@@ -92,6 +92,8 @@ class SQLite:
                 # In WAL mode NORMAL survives kill -9; only a power cut can lose the last commits.
                 "synchronous=NORMAL",
                 "foreign_keys=ON",
+                # What is deleted is overwritten, also on pages that become free. Debian's default.
+                "secure_delete=ON",
                 f"cache_size=-{_CACHE_KIB}",  # negative: in KiB
                 # A commit past this waits for the disk: the proxy calls `checkpoint` long before.
                 f"wal_autocheckpoint={_MANY_PAGES}",
@@ -139,6 +141,15 @@ class SQLite:
             error = sqlite3.OperationalError("its write-ahead log is in use")
             error.sqlite_errorcode = sqlite3.SQLITE_BUSY
             raise error
+
+    def used_bytes(self, engine: sa.Engine) -> int:
+        """The pages that are not free, and the write-ahead log."""
+        with engine.connect() as connection:
+            pages, free, size = (
+                connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
+                for name in ("page_count", "freelist_count", "page_size")
+            )
+        return (pages - free) * size + (self._log.stat().st_size if self._log.exists() else 0)
 
     def damage(self, engine: sa.Engine) -> list[str]:
         """Broken pages and indexes, and rows that refer to rows that are not there."""

@@ -70,6 +70,14 @@ def put(connection: sa.Connection, text: bytes) -> bytes:
     return Writer(cursor_of(connection), Known()).put(text)
 
 
+def use(connection: sa.Connection, keys: Iterable[bytes]) -> None:
+    """Counts one more use of each of some stored texts."""
+    wanted, c = list(keys), t.texts.c
+    for start in range(0, len(wanted), _IN_ONE_QUERY):
+        some = c.hash.in_(wanted[start : start + _IN_ONE_QUERY])
+        connection.execute(sa.update(t.texts).where(some).values(uses=c.uses + 1))
+
+
 def release(connection: sa.Connection, keys: Iterable[bytes | None]) -> None:
     """Counts one use less of each text, and deletes those that nothing uses any more."""
     writer = Writer(cursor_of(connection), Known())

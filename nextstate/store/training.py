@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from heapq import merge
-from typing import Any, cast
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -18,12 +18,21 @@ from nextstate.store.counts import read_counts
 from nextstate.store.database import Database, queries
 from nextstate.store.packing import join_runs, unpack_floats, unpack_ids
 from nextstate.store.settling import settle_feedback
-from nextstate.store.shares import LOOKED_AT, fair_share
+from nextstate.store.shares import (
+    LOOKED_AT,
+    REMEMBERED,
+    REMEMBERED_S,
+    Waiting,
+    allotted,
+    fair_share,
+)
 from nextstate.wire import read_json
 
 _READ_AHEAD = 8
 """Rows that are fetched before it is known whether more are needed."""
 _PER_STATEMENT = 500
+_Kind = tuple[str, int, int, int]
+"""Of a sample: its client, version, score and whether it has a hinted prompt."""
 
 
 @queries
@@ -37,15 +46,31 @@ class Training:
         """How many samples wait that carry a score (`scored`) or a hinted prompt (`hinted`)."""
         with self._database.read() as connection:
             ready = _ready(connection, lineage)
-        return sum(n for (_, *kind), n in ready.items() if _usable(kind, scored, hinted))
+        return sum(_by_client(ready, scored, hinted).values())
 
     def ready_by_version(self, lineage: str) -> dict[int, int]:
         """How many samples wait, by the policy version that answered."""
         found: dict[int, int] = {}
         with self._database.read() as connection:
-            for (version, *_), count in _ready(connection, lineage).items():
+            for (_, version, *_), count in _ready(connection, lineage).items():
                 found[version] = found.get(version, 0) + count
         return found
+
+    def allotted(self, lineage: str, limit: int, scored: bool, hinted: bool) -> dict[str, int]:
+        """How many usable samples of each client a batch of `limit` may have now."""
+        with self._database.read() as connection:
+            ready = _ready(connection, lineage)
+            given = _by_client(ready, scored, hinted)
+            return allotted(given, self._known(connection, lineage), limit)
+
+    def held_back(self, lineage: str, limit: int, scored: bool, hinted: bool) -> dict[str, int]:
+        """How many usable samples wait by client, if they were a batch but for the shares."""
+        with self._database.read() as connection:
+            given = _by_client(_ready(connection, lineage), scored, hinted)
+            known = self._known(connection, lineage)
+        if sum(given.values()) < limit <= sum(allotted(given, known, limit).values()):
+            return {}
+        return given if sum(given.values()) >= limit else {}
 
     def lease_samples(
         self, lineage: str, limit: int, batch: str, *, scored: bool, hinted: bool
@@ -53,17 +78,23 @@ class Training:
         """Leases `limit` usable samples under the name `batch`: of the newest versions first.
 
         Where turns come faster than the learner takes them, the newest are the most on-policy;
-        the others stay ready until their lag is too large (`drop_stale`). No session gives more
-        than half of a batch while others wait (`nextstate/store/shares.py`). An episode trains
-        whole: the others of its steps that wait come with the chosen ones, beyond `limit`.
+        the others stay ready until their lag is too large (`drop_stale`). What a session and a
+        client give is limited (`nextstate/store/shares.py`). An episode trains whole: the others
+        of its steps that wait come with the chosen ones, beyond `limit`.
         """
         s = t.samples.c
         most = limit * LOOKED_AT
-        with (
-            self._database.read() as connection,
-            closing(_freshest(connection, lineage, most, scored, hinted)) as waiting,
-        ):
-            chosen = fair_share(waiting, limit)
+        of_client: dict[str, list[str]] = {}
+        with self._database.read() as connection:
+            ready = _ready(connection, lineage)
+            for client in sorted(_by_client(ready, scored, hinted)):
+                kinds = [kind[1:] for kind in ready if kind[0] == client]
+                kinds = [kind for kind in kinds if _usable(kind[1:], scored, hinted)]
+                with closing(_freshest(connection, lineage, client, kinds, most)) as waiting:
+                    of_client[client] = fair_share(waiting, limit)
+            found = {client: len(turns) for client, turns in of_client.items()}
+            given = allotted(found, self._known(connection, lineage), limit)
+            chosen = [turn for client, n in given.items() for turn in of_client[client][:n]]
             chosen += _siblings(connection, lineage, chosen, scored, hinted)
         with self._database.write() as connection:
             connection.execute(
@@ -72,6 +103,15 @@ class Training:
                 .values(state=SampleState.LEASED, batch=batch)
             )
             return _load_samples(connection, chosen, s.batch == batch)
+
+    def _known(self, connection: sa.Connection, lineage: str) -> set[str]:
+        """The clients that gave something to the last versions."""
+        s, v = t.samples.c, t.versions.c
+        since = self._database.now() - REMEMBERED_S
+        newest = sa.select(v.number).where(v.lineage == lineage, v.created_at > since)
+        numbers = connection.execute(newest.order_by(v.number.desc()).limit(REMEMBERED))
+        gave = sa.select(s.client).where(s.lineage == lineage, s.trained_in.in_(numbers.scalars()))
+        return {*connection.execute(gave.distinct()).scalars()}
 
     def begin_holding_out(self, lineage: str) -> frozenset[str]:
         """Lets `hold_out` look at every ready sample again: for a learner that starts.
@@ -172,7 +212,9 @@ class Training:
         s = t.samples.c
         ready = (s.lineage == lineage, s.state == SampleState.READY)
         with self._database.read() as connection:
-            versions = {version for version, _, _ in _ready(connection, lineage)}
+            ready_now = _ready(connection, lineage)
+        clients = {client for client, *_ in ready_now}
+        versions = {version for _, version, *_ in ready_now}
         reasons = {version: reason_for(version) for version in versions}
         stale = {version: reason for version, reason in reasons.items() if reason is not None}
         dropped = Counter[str]()
@@ -182,7 +224,7 @@ class Training:
             for version, reason in stale.items():
                 done = connection.execute(
                     sa.update(t.samples)
-                    .where(*ready, s.policy_version == version)
+                    .where(*ready, s.client.in_(clients), s.policy_version == version)
                     .values(state=SampleState.DROPPED, reason=reason)
                 )
                 dropped[reason] += done.rowcount
@@ -243,11 +285,23 @@ def _load_samples(
     ]
 
 
-def _ready(connection: sa.Connection, lineage: str) -> dict[tuple[int, int, int], int]:
-    """How many samples are ready, by version, score and whether there is a hinted prompt."""
-    found = read_counts(connection, "ready", f"{lineage}/")
-    kinds = {tuple(map(int, key.rsplit("/", 3)[1:])): count for key, count in found}
-    return cast("dict[tuple[int, int, int], int]", kinds)
+def _ready(connection: sa.Connection, lineage: str) -> dict[_Kind, int]:
+    """How many samples are ready."""
+    found: dict[_Kind, int] = {}
+    for key, count in read_counts(connection, "ready", f"{lineage}/"):
+        _, client, *numbers = key.rsplit("/", 4)
+        version, score, hinted = map(int, numbers)
+        found[client, version, score, hinted] = count
+    return found
+
+
+def _by_client(ready: Mapping[_Kind, int], scored: bool, hinted: bool) -> dict[str, int]:
+    """How many usable samples each client has."""
+    found: dict[str, int] = {}
+    for (client, _, *kind), count in ready.items():
+        if _usable(kind, scored, hinted):
+            found[client] = found.get(client, 0) + count
+    return found
 
 
 def _usable(kind: Sequence[int], scored: bool, hinted: bool) -> bool:
@@ -256,22 +310,29 @@ def _usable(kind: Sequence[int], scored: bool, hinted: bool) -> bool:
 
 
 def _freshest(
-    connection: sa.Connection, lineage: str, limit: int, scored: bool, hinted: bool
-) -> Generator[tuple[str, str]]:
-    """(turn, session) of usable samples: of the newest version first, of each the oldest first.
+    connection: sa.Connection,
+    lineage: str,
+    client: str,
+    kinds: Sequence[tuple[int, int, int]],
+    limit: int,
+) -> Generator[Waiting]:
+    """A client's samples of some kinds: of the newest version first, of each the oldest first.
 
     They are read in the order of the index as they are asked for, at most `limit` of each kind.
     Close it: a SELECT that was not read to its end keeps the connection at what it saw. Once
     another process has written, no write can begin there: "database is locked", until it is closed.
     """
-    s = t.samples.c
-    kinds = [kind for kind in _ready(connection, lineage) if _usable(kind[1:], scored, hinted)]
+    s, v = t.samples.c, t.verdicts.c
 
     def waiting(version: int, score: int, has_hint: int) -> Iterable[sa.Row[*tuple[Any, ...]]]:
-        query = sa.select(s.seq, s.turn, t.turns.c.session).where(
+        judged = sa.select(v.created_at).where(v.turn == s.turn).scalar_subquery()
+        query = sa.select(
+            s.seq, s.turn, t.turns.c.session, s.source, judged.label("judged_at")
+        ).where(
             t.turns.c.id == s.turn,
             s.lineage == lineage,
             s.state == SampleState.READY,
+            s.client == client,
             s.policy_version == version,
             s.score == score,
             s.hinted == bool(has_hint),
@@ -285,4 +346,5 @@ def _freshest(
         for version in sorted({kind[0] for kind in kinds}, reverse=True):
             of_kind = [waiting(*kind) for kind in kinds if kind[0] == version]
             for row in merge(*of_kind, key=lambda row: row.seq):
-                yield row.turn, row.session
+                hour = int((row.judged_at or 0.0) // 3600)
+                yield Waiting(row.turn, row.session, row.source, hour)

@@ -66,7 +66,7 @@ _COUNTS = sa.select(t.counts.c.area, t.counts.c.key, t.counts.c.count.label("cou
 def _used(connection: sa.Connection) -> Counter[bytes]:
     """How often each text is used, counted from what uses it (nextstate/store/texts.py)."""
     used = Counter[bytes]()
-    c, e, f = t.turns.c, t.episodes.c, t.feedback.c
+    c, e = t.turns.c, t.episodes.c
     parents = t.turns.alias("parents")
     names, width = _TurnTexts._fields, len(_TurnTexts._fields)
     query = sa.select(
@@ -78,8 +78,11 @@ def _used(connection: sa.Connection) -> Counter[bytes]:
     for query in (
         sa.select(t.next_states.c.text),
         sa.select(t.texts.c.base).where(t.texts.c.base.is_not(None)),
-        sa.select(f.hint).where(f.hint.is_not(None)),
-        sa.select(f.comment).where(f.comment.is_not(None)),
+        *(
+            sa.select(column).where(column.is_not(None))
+            for said in (t.feedback.c, t.reviews.c)
+            for column in (said.hint, said.comment)
+        ),
         sa.select(e.task),
         sa.select(e.metadata),
     ):

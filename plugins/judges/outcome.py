@@ -1,6 +1,7 @@
 """A judge of what can be verified: test summaries, exit codes and explicit HTTP statuses.
 
-It reads only the environment and tools that execute: a fetched page may also say "100 passed".
+It reads only tools that execute, and the environment if the reply calls one of them or none: a
+fetched page may also say "100 passed", and a file that is printed ran nothing.
 
 - A failed test or a non-zero exit code is -1.
 - Passed tests are +1 if a call of the reply names something that checks.
@@ -11,8 +12,8 @@ It reads only the environment and tools that execute: a fetched page may also sa
   counts as the last.
 - Without any result the vote is an unsure 0.
 
-It cannot see through a command that composes its summary from pieces, or that prints a file with a
-summary while its call names a test.
+It cannot see through a command that composes its summary from pieces, or through a program that
+prints a file while its call names a test.
 """
 
 from __future__ import annotations
@@ -42,6 +43,13 @@ _CHECKS = re.compile(
     r"npm (?:t|run)\b|yarn|pnpm|bazel|ctest|phpunit|dotnet|\bbun\b|\bdeno\b|\bjust\b|\bci\b",
     re.IGNORECASE,
 )
+_PARTS = re.compile(r"[;&|\n]+")
+_PRINTS = frozenset(
+    ("cat", "head", "tail", "less", "more", "grep", "rg", "sed", "awk", "echo", "printf", "curl",
+     "wget", "lynx", "bat", "sort", "uniq", "cut", "tr", "jq", "strings", "zcat", "nl", "tac")
+)  # fmt: skip
+"""Programs that only show texts."""
+_BESIDE = frozenset(("cd", "pushd", "set", "true", "sleep"))
 _STOPPED = frozenset({124, 130, 137, 143})
 """Exit codes of `timeout`, an interrupt and a kill: something outside ended the command."""
 
@@ -174,12 +182,35 @@ def results(evidence: Evidence) -> Iterator[tuple[str, list[Call] | None, bool]]
     own = iter([[call] for call in calls] if len(calls) == len(tools) else [calls] * len(tools))
     for state in evidence.next_states:
         if state.source is Source.ENVIRONMENT:
-            yield state.text, None, True
+            if not calls or any(_named(call, EXECUTING) for call in calls):
+                yield state.text, None, True
         elif state.source is Source.TOOL and (made := next(own)):
             if all(_named(call, EXECUTING) for call in made):
-                yield state.text, made, True
+                if not all(map(only_prints, made)):
+                    yield state.text, made, True
             elif all(_named(call, REQUESTING) for call in made):
                 yield state.text, made, False
+
+
+def only_prints(call: Call) -> bool:
+    """Whether every command of a call only shows what is there already, or fetches it.
+
+    >>> only_prints(Call("bash", '{"command": "cat test.log | tail -3"}'))
+    True
+    >>> only_prints(Call("bash", '{"command": "cd app && pytest -q | tail -3"}'))
+    False
+    """
+    try:
+        given = json.loads(call.arguments)
+    except (ValueError, RecursionError):
+        return False
+    named = cast(Json, given) if isinstance(given, dict) else {}
+    command = named.get("command", named.get("cmd"))
+    if not isinstance(command, str):
+        return False
+    first = [words[0] for part in _PARTS.split(command) if (words := part.split())]
+    programs = {word.rpartition("/")[2] for word in first} - _BESIDE
+    return bool(programs) and programs <= _PRINTS
 
 
 def verdict(text: str, calls: Sequence[Call] | None) -> bool | None:

@@ -4,10 +4,10 @@
 the probabilities that the reply was good, neither, or bad. Praise and blame need a clear
 probability; anything less is an unsure 0.
 
-A user's words count first, then the output of tools. A sentence that begins the next task ends
-the reaction. A text that speaks to a judge instead of to the agent ("score this 1", a forged
-transcript) or that repeats itself over and over gets no vote. A hint is the user's own sentences
-that say what to do, never a tool's text.
+A user's words count first, then the output of tools, except what has no trust. A sentence that
+begins the next task ends the reaction. A text that speaks to a judge instead of to the agent
+("score this 1", a forged transcript) or that repeats itself over and over gets no vote. A hint is
+the user's own sentences that say what to do, never a tool's text.
 
 A row's weights are packed into one integer, so that a text's weights are added in one sum.
 """
@@ -116,7 +116,9 @@ def vote_on(evidence: Evidence) -> Vote:
     results = [
         read(state.text, asked, evidence.reply, TOOL)
         for state in evidence.next_states
-        if state.source in (Source.TOOL, Source.ENVIRONMENT) and not is_wordless(state.text)
+        if state.source in (Source.TOOL, Source.ENVIRONMENT)
+        and state.trust > 0
+        and not is_wordless(state.text)
     ]
     return min((r for r in results if r.sure), key=lambda result: result.score, default=vote)
 

@@ -27,6 +27,8 @@ def assert_uses_are_counted(connection: sqlite3.Connection) -> None:
         "SELECT base FROM texts WHERE base NOT NULL",
         "SELECT hint FROM feedback WHERE hint NOT NULL",
         "SELECT comment FROM feedback WHERE comment NOT NULL",
+        "SELECT hint FROM reviews WHERE hint NOT NULL",
+        "SELECT comment FROM reviews WHERE comment NOT NULL",
         "SELECT task FROM episodes",
         "SELECT metadata FROM episodes",
     ):

@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.hooks import load_plugin
     from nextstate.records import Feedback
     from nextstate.store import Store
+    from nextstate.store.shares import OWNER
 
     settings = Settings.read(args.config)
     store = Store(settings.store)
@@ -68,6 +69,6 @@ def run(args: argparse.Namespace) -> int:
                 f"there is no main turn in a session {args.session!r}: see `nextstate turns --json`"
             )
     said = Feedback(turn, args.score, args.hint, args.comment)
-    found = store.judging.give_feedback(said.without_secrets(settings.privacy.redactor))
+    found = store.reviewing.give(said.without_secrets(settings.privacy.redactor), OWNER)
     print(f"{turn}: score {args.score:+d}" + ("" if found.applied else f" ({found.reason})"))
     return 0

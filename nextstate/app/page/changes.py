@@ -14,6 +14,7 @@ from nextstate.errors import NoTurnError, RecordError
 from nextstate.records import Feedback, PolicyVersion
 from nextstate.redaction import Redactor
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from proxy.allowance import Allowance
 from proxy.answers import Refused
 
@@ -57,7 +58,7 @@ class Changes:
             raise Refused(429, f"Too much feedback in a minute: wait {wait_s} seconds.")
         try:
             said = Feedback(turn.id, score, hint).without_secrets(self._redactor)
-            found = await asyncio.to_thread(self._store.judging.give_feedback, said)
+            found = await asyncio.to_thread(self._store.reviewing.give, said, OWNER)
         except (RecordError, NoTurnError) as error:
             raise Refused(400, f"Your feedback was not kept: {error}.") from error
         text = f"Kept: {score:+d}."

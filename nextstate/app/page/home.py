@@ -51,7 +51,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "made_at": store.versions.made_at(lineage, [version.number for version in newest]),
         "waits": problem or waits(settings, store, lineage, counts),
         "paused": why_paused(store, lineage),
-        "problems": problems(settings, health, problem),
+        "problems": [*problems(settings, health, problem), *_reviews(store)],
         "judges": _judges(store),
     }
 
@@ -144,6 +144,15 @@ def problems(settings: Settings, health: Json, training: str | None) -> list[str
     if waiting := health.get("turns_waiting"):
         found.append(f"{waiting} turns wait for the store")
     return found
+
+
+def _reviews(store: Store) -> list[str]:
+    """What waits for a review, by the key that said it."""
+    return [
+        f"{count} verdicts of {client} wait for a review: `nextstate review`, or say yourself what "
+        "their turns are worth"
+        for client, count in store.reviewing.counts().items()
+    ]
 
 
 def waits(settings: Settings, store: Store, lineage: str, counts: Mapping[str, int]) -> str:

@@ -1,0 +1,57 @@
+"""Which texts strangers wrote: what a tool brought from the web is evidence of nothing.
+
+A fetched page may say "Great job!", "exit code 1" or "5 passed", and whoever writes it would
+teach the policy. Such a text has the trust 0.0: judges see it, and no score comes of it alone. What
+a person says about it counts as always.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+
+from nextstate.records import NextState, Source
+
+NO_TRUST = 0.0
+_CALL = re.compile(r"^\[calls ([^\s(\n]{1,200})\(([^\n]*)\)\]$", re.MULTILINE)
+_FETCHES = re.compile(
+    r"fetch|brows|https?|url|crawl|scrap|web|search|wiki|download|rss|feed|page|navigat|screenshot|"
+    r"inbox|(?:read|get|list|fetch|check)_?(?:e?mails?|messages?|posts?|tweets?|issues?|comments?)",
+    re.IGNORECASE,
+)
+"""A tool with this in its name brings what others wrote."""
+_LOADS = re.compile(r"\b(?:curl|wget|lynx|w3m|links2?|aria2c|httpie|https? (?:GET|POST))\b")
+"""Programs that do so in a shell."""
+_RUNS = re.compile(
+    r"exec|bash|shell|run|terminal|test|python|process|command|console|powershell|kernel|notebook|"
+    r"code_interpreter",
+    re.IGNORECASE,
+)
+
+
+def without_trust(reply: str, states: Sequence[NextState]) -> tuple[NextState, ...]:
+    """The next states of `reply`, those that strangers wrote without trust.
+
+    If there are as many results as calls, they belong together in order; else one call that fetches
+    makes all of them a stranger's.
+    """
+    fetches = [_fetches(name, arguments) for name, arguments in _CALL.findall(reply)]
+    results = [state for state in states if state.source is Source.TOOL]
+    if len(fetches) != len(results):
+        fetches = [any(fetches)] * len(results)
+    theirs = {id(one) for one, fetched in zip(results, fetches, strict=True) if fetched}
+    return tuple(
+        replace(state, trust=NO_TRUST) if id(state) in theirs else state for state in states
+    )
+
+
+def is_evidence(state: NextState) -> bool:
+    """Whether a score may come of a text."""
+    return state.trust > NO_TRUST
+
+
+def _fetches(name: str, arguments: str) -> bool:
+    if _RUNS.search(name):
+        return _LOADS.search(arguments) is not None
+    return _FETCHES.search(name) is not None

@@ -1,0 +1,67 @@
+"""`nextstate retain`: how long turns are kept; the oldest then go by themselves."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from nextstate.app.cli.common import add_command, counted
+
+_EPILOG = """\
+The judge's process looks every five minutes and deletes the oldest turns that are too old, or as
+long as the store is too large. What is still of use stays: what did not train yet, conversations of
+the last day, episodes that are not settled, and the newest 256 judged turns of each lineage.
+Versions that learned from what goes stay in service: `nextstate forget` also withdraws these.
+
+examples:
+  nextstate retain                         what holds now
+  nextstate retain --days 90               nothing older than 90 days
+  nextstate retain --size 20GB             the newest 20 GB
+  nextstate retain --off                   everything is kept
+  nextstate retain --now                   sweep at once, for instance from a timer
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "retain", run, "let the oldest turns go by themselves")
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    text = "turns whose requests are older go"
+    parser.add_argument("--days", type=float, metavar="DAYS", help=text)
+    text = "above this size of the database with its log, the oldest turns go: 500MB, 20GB"
+    parser.add_argument("--size", metavar="SIZE", help=text)
+    parser.add_argument("--off", action="store_true", help="keep everything")
+    parser.add_argument("--now", action="store_true", help="delete at once what is too much")
+
+
+def run(args: argparse.Namespace) -> int:
+    from dataclasses import replace
+
+    from nextstate.app.retention import Keep, read_keep, read_size, sweep, write_keep
+    from nextstate.app.settings import Settings
+    from nextstate.errors import ConfigError
+    from nextstate.store import Store
+
+    store = Store(Settings.read(args.config).store)
+    keep = Keep() if args.off else read_keep(store.dir)
+    if args.days is not None:
+        if not 1 <= args.days <= 36_500:
+            raise ConfigError(f"--days {args.days:g}: expected 1 to 36500, such as 90")
+        keep = replace(keep, days=args.days)
+    if args.size is not None:
+        keep = replace(keep, size=read_size(args.size))
+    if args.off or args.days is not None or args.size is not None:
+        write_keep(store.dir, keep)
+    used = store.retention.used_bytes()
+    print(f"kept: {keep}; the store has {used / (1 << 20):.0f} MB")
+    if args.now:
+        position, turns = 0, 0
+        while True:
+            done = sweep(store, keep, position)
+            position, turns = done.position, turns + done.turns
+            if not position:
+                break
+        print(f"deleted {counted(turns, 'turn')}")
+        if done.too_large:
+            print("the store is still larger: what is left is of use")
+    return 0

@@ -1,0 +1,186 @@
+"""Retention: the oldest turns go by themselves once they are too old, or the store is too large.
+
+Unlike `nextstate forget`, it withdraws nothing: a version that learned from a turn stays. So what
+is still of use stays too: samples that did not train yet, sessions that go on, episodes that are
+not settled, feedback that waits for a review, and the newest judged and held-out turns of each
+lineage, which the watch and the gate look at.
+
+It goes on from a position in short transactions, each of which looks at a fixed number of turns, so
+its cost does not grow with the store and recording waits for milliseconds. The bytes of what goes
+are overwritten; its room in the file is used again by what comes.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import sqlalchemy as sa
+
+from nextstate.episodes import EpisodeState
+from nextstate.records import SampleState
+from nextstate.store import schema as t
+from nextstate.store import texts
+from nextstate.store.database import Database, queries
+from nextstate.store.forgetting import delete_episodes, delete_turn
+from nextstate.store.ledger import Kind, append
+from nextstate.store.texts import Row
+
+LOOKED_AT, AT_ONCE = 64, 16
+"""Turns that a step looks at, and how many of them it deletes at most."""
+ACTIVE_S = 86_400.0
+"""A session goes on if its newest turn is younger."""
+PENDING_S = 7 * 86_400.0
+"""A turn waits so long for its verdict."""
+KEPT_JUDGED, KEPT_HELD = 256, 64
+"""Newest turns of a lineage that stay: judged ones, and held-out ones."""
+_UNBASED = 64
+"""So many texts are compressed anew at most when the one goes that they are compressed against."""
+_NONE = (1 << 63) - 1
+_T, _S, _J, _E, _C = t.turns.c, t.samples.c, t.judgements.c, t.episodes.c, t.texts.c
+_USED = (SampleState.WAITING, SampleState.READY, SampleState.LEASED)
+_OVER = (EpisodeState.SETTLED, EpisodeState.DROPPED)
+
+
+class Step(NamedTuple):
+    """What one step did."""
+
+    position: int | None
+    """Where the next step begins; None at the end of what is old enough."""
+    turns: tuple[str, ...]
+    """What went."""
+    episodes: tuple[str, ...]
+
+
+@queries
+class Retention:
+    """Queries of the sweep."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    def used_bytes(self) -> int:
+        """How much the store needs on its disk: its pages that are not free, and its log."""
+        return self._database.used_bytes()
+
+    def step(self, position: int, before: float | None, by: str) -> Step:
+        """Deletes some of the oldest turns after a position, of requests before a Unix time.
+
+        `before` is None where the age does not count; `by` says in the ledger why they go.
+        """
+        query = sa.select(_T.seq, _T.id, _T.session, _T.started_at, _T.episode, _T.lineage)
+        query = query.where(_T.seq > position).order_by(_T.seq).limit(LOOKED_AT)
+        with self._database.read() as connection:
+            rows = connection.execute(query).all()
+            last = connection.execute(sa.select(sa.func.max(_T.seq))).scalar() or 0
+            old = [row for row in rows if before is None or row.started_at < before]
+            free = [row for row, stays in self._kept(connection, old) if not stays][:AT_ONCE]
+            ids = [row.id for row in free]
+            of_theirs = _T.session.in_({row.session for row in free}), _T.parent.in_(ids)
+            children = connection.execute(sa.select(_T.id, _T.parent).where(*of_theirs)).all()
+        if free:
+            with self._database.write() as connection:
+                # What was recorded meanwhile may continue one of them.
+                newer = sa.select(_T.id, _T.parent).where(_T.seq > last, _T.parent.in_(ids))
+                children += connection.execute(newer).all()
+                done = [row for row, stays in self._kept(connection, free) if not stays]
+                episodes = _delete(connection, done, children)
+                if done:
+                    names = [row.id for row in done]
+                    gone = {"turns": names, "episodes": len(episodes), "by": by}
+                    append(connection, self._database.now(), Kind.FORGOTTEN, gone)
+        else:
+            done, episodes = [], ()
+        over = len(old) < LOOKED_AT and len(free) < AT_ONCE
+        reached = free[-1].seq if len(free) == AT_ONCE else (rows[-1].seq if rows else position)
+        return Step(None if over else reached, tuple(row.id for row in done), tuple(episodes))
+
+    def _kept(self, connection: sa.Connection, rows: Sequence[Row]) -> list[tuple[Row, bool]]:
+        """The rows, each with whether it is still of use."""
+        now, ids = self._database.now(), [row.id for row in rows]
+        first = {lineage: _first_kept(connection, lineage) for lineage in {r.lineage for r in rows}}
+        columns = sa.select(_S.turn, _S.state).where(_S.turn.in_(ids))
+        samples = {row.turn: row.state for row in connection.execute(columns)}
+        waits = sa.select(_J.turn).where(_J.turn.in_(ids), _J.state != "done")
+        pending = {*connection.execute(waits).scalars()}
+        reviews = sa.select(t.reviews.c.turn).where(t.reviews.c.turn.in_(ids))
+        reviewed = {*connection.execute(reviews).scalars()}
+        episodes = {row.episode for row in rows if row.episode is not None}
+        unsettled = sa.select(_E.id).where(_E.id.in_(episodes), _E.state.not_in(_OVER))
+        going_on = {*connection.execute(unsettled).scalars()}
+        sessions = {row.session for row in rows}
+        active = {name for name in sessions if _last_at(connection, name) > now - ACTIVE_S}
+
+        def is_kept(row: Row) -> bool:
+            judged, held = first[row.lineage]
+            state = samples.get(row.id)
+            return (
+                state in _USED
+                or row.session in active
+                or row.episode in going_on
+                or row.id in reviewed
+                or (row.id in pending and row.started_at > now - PENDING_S)
+                or (state is not None and row.seq >= judged)
+                or (state == SampleState.HELD and row.seq >= held)
+            )
+
+        return [(row, is_kept(row)) for row in rows]
+
+
+def _first_kept(connection: sa.Connection, lineage: str) -> tuple[int, int]:
+    """The positions of the oldest judged and the oldest held-out turn of a lineage that stay."""
+
+    def oldest(count: int, *where: sa.ColumnElement[bool]) -> int:
+        newest = sa.select(_S.seq).where(_S.lineage == lineage, *where)
+        some = newest.order_by(_S.seq.desc()).limit(count).subquery()
+        found = connection.execute(sa.select(sa.func.min(some.c.seq))).scalar()
+        return _NONE if found is None else found
+
+    held = _S.state == SampleState.HELD, _S.screened.is_(None)
+    return oldest(KEPT_JUDGED), oldest(KEPT_HELD, *held)
+
+
+def _last_at(connection: sa.Connection, session: str) -> float:
+    """When the newest request of a session arrived."""
+    query = sa.select(_T.started_at).where(_T.session == session).order_by(_T.idx.desc()).limit(1)
+    return connection.execute(query).scalar() or 0.0
+
+
+def _delete(
+    connection: sa.Connection, rows: Sequence[Row], children: Sequence[Row]
+) -> Sequence[str]:
+    """Deletes turns with all that is said of them; returns the episodes that went with the last."""
+    gone = {row.id for row in rows}
+    staying: dict[str, list[str]] = defaultdict(list)
+    for child in children:
+        if child.id not in gone and child.id not in staying[child.parent]:
+            staying[child.parent].append(child.id)
+    released = set[bytes]()
+    for row in reversed(rows):  # what continues a turn first: it counts fewer texts
+        released |= delete_turn(connection, row.id, staying[row.id])
+    episodes = {row.episode for row in rows if row.episode is not None}
+    left = sa.select(_T.episode).where(_T.episode.in_(episodes)).distinct()
+    episodes -= {*connection.execute(left).scalars()}
+    if episodes:
+        released |= delete_episodes(connection, sorted(episodes))
+    _unbase(connection, released)
+    return sorted(episodes)
+
+
+def _unbase(connection: sa.Connection, released: set[bytes]) -> None:
+    """Deletes texts that nothing uses but a few others that are compressed against them."""
+    keys = list(released)
+    for start in range(0, len(keys), 500):
+        some = keys[start : start + 500]
+        count = sa.func.count().label("others")
+        query = sa.select(_C.base, count).where(_C.base.in_(some)).group_by(_C.base)
+        for base, others in connection.execute(query).all():
+            uses = connection.execute(sa.select(_C.uses).where(_C.hash == base)).scalar()
+            if uses != others or others > _UNBASED:
+                continue
+            against = connection.execute(sa.select(_C.hash).where(_C.base == base)).scalars()
+            for key, text in texts.get(connection, against.all()).items():
+                plain = {"base": None, "stored": texts.compress(text)}
+                connection.execute(sa.update(t.texts).where(_C.hash == key).values(**plain))
+            connection.execute(sa.delete(t.texts).where(_C.hash == base))
