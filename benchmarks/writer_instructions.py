@@ -25,7 +25,7 @@ from typing import Any, cast
 
 from nextstate.config import StoreConfig
 from nextstate.redaction import NOTHING, Redactor
-from proxy.writer import LENGTH, Writer
+from proxy.writer import LENGTH, Writer, spare_collector
 
 _TOGETHER = (1, 5)
 """Turns in one transaction."""
@@ -129,6 +129,7 @@ def _write(folder: Path) -> None:
     for redactor in (NOTHING, Redactor()):
         for together in _TOGETHER:
             place = folder / f"{bool(redactor)}-{together}"
+            spare_collector()
             source: Any = _Recorder(exchanges, together)
             Writer(source, StoreConfig(dir=str(place)), "auto", redactor).run()
 
