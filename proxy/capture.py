@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -43,7 +42,9 @@ _SETTINGS = frozenset((*NAMES, *_NEUTRAL, *_LIMITS))
 Piece: TypeAlias = tuple[bytes, bytes, bytes]
 """(deltas, logprobs, token ids without brackets) of content chunks, each as JSON, with commas
 between them."""
-_LOGPROB = re.compile(rb'"logprob":(-?[0-9.eE+-]+)')
+_TOKEN, _LOGPROB = b'{"token":"', b'","logprob":'
+"""Between them stands a token's text, and its log-prob follows. They are never within a JSON
+string: there every quote is escaped."""
 _ALTERNATIVES = b'"top_logprobs":[{'
 """Stands in log-probs if the client asked for alternatives: each of them has a log-prob too."""
 _TEXT, _TEXT_END = b'{"content":"', b'"}'
@@ -79,8 +80,12 @@ class Capture:
     """Indexes of the choices whose finish reason has come."""
     error: str | None = None
     """Why the reply could not be read, for example because of an error event in the stream."""
-    _told: list[bytes | list[Json]] = field(default_factory=lambda: [])
-    """The log-probs as they came: as JSON, or as the entries of one chunk."""
+    _told: list[list[bytes] | list[Json]] = field(default_factory=lambda: [])
+    """The log-probs as they came: as JSON that was cut at each `_LOGPROB`, or as entries."""
+    _said: list[tuple[list[bytes], list[bytes]]] = field(default_factory=lambda: [])
+    """(a part of `_told`, the texts of its chunks as JSON), to be compared."""
+    _differs: bool = False
+    """True if a part of `_told` has another text than its chunks, or may have."""
     _unread: list[Json | bytes | Piece] = field(default_factory=lambda: [])
     _unread_prompt: bytes | None = None
     """The prompt's ids without their brackets, as JSON."""
@@ -141,24 +146,44 @@ class Capture:
         deltas, logprobs, ids = piece
         try:
             token_ids = self._ids(orjson.loads(b"[" + ids + b"]"))
-            self.logprobs.extend(_logprobs(logprobs, len(token_ids)))
-            self._told.append(logprobs)
-            self._deltas(deltas)
+            cut = self._read_logprobs(logprobs, len(token_ids))
+            said = self._deltas(deltas)
+            if cut is None or said is None:
+                self._differs = True
+            else:
+                self._said.append((cut, said))
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {safe_text(error)}"
         else:
             self.completion_ids.extend(token_ids)
             self.choices = max(self.choices, 1)
 
-    def _deltas(self, deltas: bytes) -> None:
+    def _read_logprobs(self, told: bytes, tokens: int) -> list[bytes] | None:
+        """Adds the sampled tokens' log-probs. Returns `told`, cut; None if it had to be parsed."""
+        cut = told.split(_LOGPROB)
+        if len(cut) == tokens + 1 and _ALTERNATIVES not in told:
+            with suppress(orjson.JSONDecodeError):
+                numbers = b",".join([one.partition(b",")[0] for one in cut[1:]])
+                self.logprobs.extend(orjson.loads(b"[" + numbers + b"]"))
+                self._told.append(cut)
+                return cut
+        chunks = objects(orjson.loads(b"[" + told + b"]"))
+        entries = [entry for chunk in chunks for entry in objects(chunk.get("content"))]
+        self.logprobs.extend(float(entry["logprob"]) for entry in entries)
+        self._told.append(entries)
+        return None
+
+    def _deltas(self, deltas: bytes) -> list[bytes] | None:
+        """Adds what several chunks said. Returns their texts as JSON if they say nothing else."""
         if deltas.startswith(_TEXT) and deltas.endswith(_TEXT_END):
             # Nearly all hold a text and nothing else. Any other one leaves a bare quote here.
-            texts = b"".join(deltas[len(_TEXT) : -len(_TEXT_END)].split(_BETWEEN_TEXTS))
+            texts = deltas[len(_TEXT) : -len(_TEXT_END)].split(_BETWEEN_TEXTS)
             with suppress(orjson.JSONDecodeError):
-                self.content.append(orjson.loads(b'"' + texts + b'"'))
-                return
+                self.content.append(orjson.loads(b'"' + b"".join(texts) + b'"'))
+                return texts
         for delta in objects(orjson.loads(b"[" + deltas + b"]")):
             self._delta(delta)
+        return None
 
     def _choices(self, data: Json, said: str) -> None:
         try:
@@ -166,8 +191,9 @@ class Capture:
             for choice in objects(data.get("choices")):
                 if self._skip(choice):
                     continue
-                self._tokens(choice)
-                self._delta(obj(choice.get(said)), whole=said == "message")
+                texts, delta = self._tokens(choice), obj(choice.get(said))
+                self._differs = self._differs or texts != (delta.get("content") or "")
+                self._delta(delta, whole=said == "message")
         except _MISSHAPEN as error:
             self.error = f"the stream could not be read: {safe_text(error)}"
 
@@ -205,17 +231,26 @@ class Capture:
     def pieces(self) -> list[str] | None:
         """The text of each sampled token, as the engine told it; None if it did not for all."""
         self.read()
-        entries: list[Json] = []
+        found: list[Any] = []
         for told in self._told:
-            if isinstance(told, bytes):
-                parts = objects(orjson.loads(b"[" + told + b"]"))
-                entries += (one for part in parts for one in objects(part.get("content")))
-            else:
-                entries += told
-        found = [entry.get("token") for entry in entries]
+            found += _token_texts(told)
         if len(found) != len(self.completion_ids) or not all(isinstance(t, str) for t in found):
             return None
         return cast("list[str]", found)
+
+    def says_its_tokens(self) -> bool:
+        """True if the message's text is that of the sampled tokens, letter by letter.
+
+        False also if that cannot be seen without parsing all that was told.
+        """
+        self.read()
+        if self._differs or len(self.logprobs) != len(self.completion_ids):
+            return False
+        return all(
+            len(cut) == len(said) + 1
+            and all(map(bytes.endswith, cut, [_TOKEN + text for text in said]))
+            for cut, said in self._said
+        )
 
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
@@ -268,15 +303,21 @@ class Capture:
             self.finished.add(index)
         return index != 0
 
-    def _tokens(self, choice: Json) -> None:
+    def _tokens(self, choice: Json) -> str | None:
+        """Adds the tokens of a choice. Returns their text; None if it is not told."""
         if choice.get("token_ids") is not None:
             self.completion_ids.extend(self._ids(choice["token_ids"]))
         entries = objects(obj(choice.get("logprobs")).get("content"))
         self.logprobs.extend(float(entry["logprob"]) for entry in entries)
-        if entries:
-            self._told.append(entries)
         if choice.get("finish_reason") is not None:
             self.finish_reason = str(choice["finish_reason"])
+        if not entries:
+            return ""
+        self._told.append(entries)
+        try:
+            return "".join([entry["token"] for entry in entries])
+        except (KeyError, TypeError):
+            return None
 
     def _ids(self, value: object) -> list[int]:
         """The token ids in `value`. Anything else makes the turn untrainable."""
@@ -329,16 +370,15 @@ class Capture:
                 self.error = _MALFORMED
 
 
-def _logprobs(told: bytes, tokens: int) -> list[float]:
-    """The sampled tokens' log-probs in `told`, all of which is parsed if a search does not do."""
-    numbers = cast("list[float]", orjson.loads(b"[" + b",".join(_LOGPROB.findall(told)) + b"]"))
-    if len(numbers) == tokens and _ALTERNATIVES not in told:
-        return numbers
-    return [
-        float(entry["logprob"])
-        for found in objects(orjson.loads(b"[" + told + b"]"))
-        for entry in objects(found.get("content"))
-    ]
+def _token_texts(told: list[bytes] | list[Json]) -> list[Any]:
+    """The tokens' texts in a part of `Capture._told`; none if one of them has none."""
+    if not told or not isinstance(told[-1], bytes):
+        return [entry.get("token") for entry in cast("list[Json]", told)]
+    try:
+        texts = [one[one.rindex(_TOKEN) + len(_TOKEN) :] for one in cast("list[bytes]", told[:-1])]
+        return orjson.loads(b'["' + b'","'.join(texts) + b'"]')
+    except ValueError:
+        return []
 
 
 def _is_count(value: object) -> TypeGuard[int]:

@@ -113,11 +113,10 @@ def kept_tokens(
     if completion is None:
         return Kept(prompt, None, logprobs, None)
     secrets = [] if kept_reply is reply else list(redactor.secrets(reply))
-    pieces = capture.pieces()
-    if pieces is None:
-        before = None if secrets else len(completion)
-    elif not secrets and "".join(pieces) == reply.get("content"):
+    if not secrets and capture.says_its_tokens():
         before = len(completion)
+    elif (pieces := capture.pieces()) is None:
+        before = None if secrets else len(completion)
     else:
         before = tokens_before(pieces, secrets, redactor)
     if not before:

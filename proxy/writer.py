@@ -174,6 +174,13 @@ def _record(recording: Recording, read: Read, made: list[Turn]) -> Answer:
     return Answer.KEPT
 
 
+def spare_collector() -> None:
+    """Lets the garbage collector look at little and seldom."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+
+
 def main() -> None:
     """Runs a writer until its proxy is gone."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -182,9 +189,7 @@ def main() -> None:
     logs.to_stderr()
     guard_collector()
     config, profile, redactor = pickle.load(sys.stdin.buffer)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(_OBJECTS_BETWEEN_COLLECTIONS)
+    spare_collector()
     with socket.socket(fileno=int(sys.argv[1])) as source:
         Writer(source, config, profile, redactor).run()
 

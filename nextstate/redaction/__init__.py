@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, cast
 
+from nextstate.redaction.gates import number_kinds
+
 __all__ = ["KINDS", "NOTHING", "PATTERN", "Redactor", "Span", "placeholder"]
 
 PATTERN = "pattern"
@@ -25,7 +27,6 @@ KINDS = (
 )
 """What can be found. Where two overlap, the first counts."""
 _OF_NUMBERS = frozenset(("iban", "card", "national_id", "phone"))
-_DIGITS = re.compile(r"\d\d")
 _SHORTEST = 6
 """No secret has fewer characters."""
 _PICTURE = re.compile(
@@ -34,6 +35,8 @@ _PICTURE = re.compile(
 _LONGEST_REMEMBERED, _MOST_REMEMBERED = 8192, 256
 """Characters of a text whose result is remembered in the process, and how many texts."""
 _ESCAPES = "nrtbf"
+_PLAIN_NAMES = frozenset(("role", "content", "type", "text", "name", "function", "arguments", "id"))
+"""Names of fields in messages, which are no secrets and name none."""
 
 
 def words(text: str) -> frozenset[str]:
@@ -73,23 +76,22 @@ class Redactor:
 
         A reply is searched once: the next request brings it again, as a message.
         """
+        if len(text) < _SHORTEST:
+            return ()
         return self.search(text) if len(text) > _LONGEST_REMEMBERED else _remembered(self, text)
 
     def search(self, text: str) -> list[Span]:
         """What `spans` returns, without looking whether it is remembered."""
-        if len(text) < _SHORTEST or not self or _PICTURE.match(text):
+        if len(text) < _SHORTEST or not self:
+            return []
+        if text.startswith("data:") and _PICTURE.match(text):
             return []
         found: list[Span] = []
         for pattern in self.patterns:
             found += (Span(*match.span(), PATTERN) for match in pattern.finditer(text))
-        with_digits: bool | None = None
+        numbers = number_kinds(text)
         for kind, finder in _finders().items():
-            if kind in self.kinds:
-                if kind in _OF_NUMBERS:
-                    if with_digits is None:
-                        with_digits = _DIGITS.search(text) is not None
-                    if not with_digits:
-                        continue
+            if kind in self.kinds and (kind in numbers or kind not in _OF_NUMBERS):
                 found += finder(text)
         if _PASSWORD in self.kinds:
             found += _passwords(text)
@@ -108,6 +110,8 @@ class Redactor:
 
     def value(self, value: Any) -> Any:
         """A JSON value with its texts redacted, names of fields too; itself if none changes."""
+        if not self:
+            return value
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, list):
@@ -134,6 +138,10 @@ class Redactor:
     def _object(self, value: dict[str, Any]) -> dict[str, Any]:
         changed, found = False, dict[str, Any]()
         for name, old in value.items():
+            if name in _PLAIN_NAMES:
+                found[name] = new = self.value(old)
+                changed = changed or new is not old
+                continue
             key = self.text(name)
             if _PASSWORD in self.kinds and isinstance(old, str) and _is_secret_of(name, old):
                 new = placeholder(_PASSWORD)

@@ -82,10 +82,18 @@ _PHONE = re.compile(
     re.ASCII,
 )
 _PHONE_WORDS = re.compile(
-    r"phone|(?<![a-z])(?:tel|fax|mobile)(?![a-z])|(?:call|text|reach|ring) (?:me|him|her|us|them)|"
-    r"(?<![a-z])cell(?: is|:| at)|whatsapp|telefon|handy|mobil|rufnummer|anruf|erreichbar|ruf mich|"
-    r"teléfono|tel[eé]f|móvil|movil|ll[aá]m[ae]|celular|电话|手机|拨打|致电|联系方式"
+    r"phone|t(?<![a-z]t)el(?![a-z])|f(?<![a-z]f)ax(?![a-z])|m(?<![a-z]m)obile(?![a-z])|"
+    r"call (?:me|him|her|us|them)|text (?:me|him|her|us|them)|reach (?:me|him|her|us|them)|"
+    r"ring (?:me|him|her|us|them)|c(?<![a-z]c)ell(?: is|:| at)|whatsapp|telefon|handy|mobil|"
+    r"rufnummer|anruf|erreichbar|ruf mich|teléfono|tel[eé]f|móvil|movil|ll[aá]m[ae]|celular|"
+    r"电话|手机|拨打|致电|联系方式"
 )
+"""Each begins with a letter, so that `re` skips all other letters."""
+_PHONE_STEMS = (
+    *("phone", "tel", "fax", "mobil", "vil", "cel", "ll", "text ", "reach", "ring ", "whatsapp"),
+    *("handy", "ruf", "erreichbar", "电话", "手机", "拨打", "致电", "联系方式"),
+)
+"""One of these stands in what `_PHONE_WORDS` matches."""
 _DATE = re.compile(r"(?:19|20)\d\d[-./]\d\d?[-./]\d|\d\d?[-./]\d\d?[-./](?:19|20)\d\d")
 _COUNTING = "12345678"
 """Stands in no number that was given out."""
@@ -140,6 +148,8 @@ def national_ids(text: str) -> Iterator[Span]:
     """Numbers that a state gives a person (US, GB, DE, ES, CN, FR, IT, BR)."""
     for match in _ID.finditer(text):
         start, found = match.start(), match[0]
+        if found.isdigit() and len(found) not in _ID_SIZES:
+            continue
         for form, holds in _FORMS_OF[found[0].isalpha(), found[-1].isalpha()]:
             if form.fullmatch(found) is not None:
                 before = text[max(start - _LONGEST_WORDS, 0) : start].lower()
@@ -167,6 +177,8 @@ def _is_phone(found: str, digits: str, before: str, text: str) -> bool:
     if found.startswith(("+", "(+")):
         known = any(digits[:size] in _CALLING_CODES for size in (1, 2, 3))
         return known and len(digits) >= 9 and (before != "" or "@@ -" not in text)
+    if found == digits and before.isascii():  # what none of the countries' forms match
+        return _says_phone(before)
     # Digits and spaces alone may be sizes of anything: they need words.
     if _NORTH_AMERICA.fullmatch(found) and not found.replace(" ", "").isdigit():
         return True
@@ -176,7 +188,14 @@ def _is_phone(found: str, digits: str, before: str, text: str) -> bool:
         return True
     if _GERMANY.fullmatch(found) and 10 <= len(digits) <= 12 and len(found) > len(digits):
         return True
-    return _DATE.search(found) is None and _PHONE_WORDS.search(before) is not None
+    return _DATE.search(found) is None and _says_phone(before)
+
+
+def _says_phone(before: str) -> bool:
+    for stem in _PHONE_STEMS:
+        if stem in before:
+            return _PHONE_WORDS.search(before) is not None
+    return False
 
 
 def _luhn(digits: str) -> bool:
@@ -261,3 +280,5 @@ _FORMS_OF = {
     (False, False): (_ID_FORMS[0], _ID_FORMS[2], *_ID_FORMS[4:6], _ID_FORMS[7]),
 }
 """By whether the first and the last character is a letter."""
+_ID_SIZES = frozenset((9, 11, 15, 18))
+"""The lengths of those that are digits alone."""

@@ -1,0 +1,64 @@
+"""What a text must hold so that a kind of secret can be in it: cheap tests before the expressions.
+
+Most texts hold nothing. `re` takes some hundred instructions at each character that may begin
+something; `translate`, `find` and `in` take a few. A gate may let a text pass in which nothing is
+found, but it never stops one in which something would be: `tests/redaction/test_gates.py`.
+"""
+
+from __future__ import annotations
+
+import string
+
+_UPPER, _DIGITS = string.ascii_uppercase.encode(), string.digits.encode()
+_OF_KEYS = string.ascii_letters.encode() + _DIGITS + b"_.:/+=~-"
+"""Each key that is known by its form is made of these alone."""
+SHORTEST_KEY = 15
+_LONG = b"x" * SHORTEST_KEY
+_SEPARATORS = b" ()./-"
+"""May stand within a number."""
+
+
+def _table(*classes: tuple[bytes, bytes], other: bytes) -> bytes:
+    """What `translate` makes of each byte: the sign of its class."""
+    signs = {byte: sign for characters, sign in classes for byte in characters}
+    return b"".join(signs.get(byte, other) for byte in range(256))
+
+
+_WORDS = _table((_OF_KEYS, b"x"), other=b" ")
+_NUMBERS = _table((_DIGITS, b"0"), (_UPPER, b"A"), other=b"x")
+
+
+def one_byte_each(text: str) -> bytes:
+    """A text with one byte for each character; `?` stands for those that are not ASCII."""
+    return text.encode("ascii", "replace")
+
+
+def long_words(text: str) -> bytes:
+    """What may be keys: the words of a text that are long and hold a digit, one after the other."""
+    plain = one_byte_each(text)
+    shape = plain.translate(_WORDS)
+    found: list[bytes] = []
+    start = shape.find(_LONG)
+    while start >= 0:
+        end = shape.find(b" ", start)
+        word = plain[start:] if end < 0 else plain[start:end]
+        if len(word.translate(None, _DIGITS)) < len(word):
+            found.append(word)
+        start = -1 if end < 0 else shape.find(_LONG, end)
+    return b" ".join(found)
+
+
+def number_kinds(text: str) -> tuple[str, ...]:
+    """The kinds of numbers that may be in a text."""
+    plain = one_byte_each(text).translate(_NUMBERS, _SEPARATORS)
+    found = [kind for kind, marks in _MARKS if any(mark in plain for mark in marks)]
+    return tuple(found)
+
+
+_MARKS = (
+    ("iban", (b"AA00",)),
+    ("card", (b"0" * 13,)),
+    ("national_id", (b"0" * 7, b"AA000000A", b"A00A00A000A")),
+    ("phone", (b"0" * 7,)),
+)
+"""One of them stands in what `number_kinds` makes of a text with such a number."""
