@@ -82,6 +82,11 @@ def hashed(key: str) -> bytes:
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
 
 
+def key_hash(key: str) -> str:
+    """The hash under which an episode's key is kept, 40 hexadecimal digits of `hashed`."""
+    return hashed(key).hex()[:40]
+
+
 def weakness(key: str) -> str | None:
     """Why a key that a person chose could be guessed, without the key itself; None if it is good.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -42,6 +43,21 @@ def make_file(path: Path) -> None:
     if not path.is_file():
         raise StoreError(f"{path} is not a file: move it away")
     _close(path.resolve())
+
+
+def secret_of(file: Path, size: int = 32) -> bytes:
+    """The random bytes in a private file, which is made if it is missing. Raises OSError."""
+    if not file.exists():
+        made = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
+        with os.fdopen(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _FILE), "wb") as out:
+            out.write(secrets.token_bytes(size))
+        try:
+            os.link(made, file)  # whole, and of the first process only
+        except FileExistsError:
+            pass
+        finally:
+            made.unlink()
+    return file.read_bytes()
 
 
 def make_state_folder(path: Path) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
@@ -37,6 +37,15 @@ class Grant:
     """The name of a key of the store."""
     limited: bool = True
     """Whether its requests are counted."""
+
+    @property
+    def sign(self) -> str | None:
+        """Tells this key from others, also from one that takes its name later; None: no key.
+
+        Of a key that a person chose it has two bytes of the hash: too few to try words with.
+        """
+        size = 8 if self.random else 2
+        return f"{self.who}:{self.hash[:size].hex()}" if self.hash else None
 
     @property
     def random(self) -> bool:
@@ -107,6 +116,12 @@ class Keys:
         """What the key of this name may do now; None if there is none."""
         return next((grant for grant in self._grants if grant.who == who), None)
 
+    def in_force(self, sign: str | None) -> bool:
+        """Whether the key with this sign is one now; None: whether none is needed."""
+        if sign is None:
+            return not self.needed
+        return any(grant.sign == sign for grant in self._grants)
+
     def refresh(self) -> None:
         """Looks into the store for changes, and notes there what was used. Raises StoreError."""
         if self._stored is None:
@@ -125,6 +140,12 @@ class Keys:
         if due:
             self._stored.used(due)
             self._noted |= due
+
+
+def sent_key(headers: Mapping[str, str]) -> str:
+    """The key that a request carries; empty if none."""
+    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+    return bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
 
 
 def _granted(key: Key) -> Grant:
