@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from nextstate.keys import Key, Scope, hashed
+from nextstate.keys import Key, Scope, hashed, key_of_nodes
 from nextstate.records import MAIN_LINEAGE
 from nextstate.store.keys import Keys as StoredKeys
 from proxy.lineages import Lineages
 
 _EVERYTHING = frozenset(Scope)
+_OF_NODES = frozenset((Scope.CHAT, Scope.EPISODES))
 _NOTED_S = 60.0
 """The last use of a key is written again only after this long."""
 
@@ -162,3 +163,6 @@ def _configured(lineages: Lineages, own: str | None) -> Iterator[Grant]:
             yield Grant(name, name, hash=hashed(access.key))
     if own is not None:
         yield Grant("this machine's commands", MAIN_LINEAGE, hash=hashed(own), limited=False)
+    for key in filter(None, (own, lineages.main_key)):
+        nodes = hashed(key_of_nodes(key))
+        yield Grant("the rollout's nodes", MAIN_LINEAGE, _OF_NODES, nodes, limited=False)
