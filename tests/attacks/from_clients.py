@@ -222,6 +222,32 @@ def _ids() -> Iterator[Attack]:
         )
 
 
+def _named_things() -> Iterator[Attack]:
+    """Names that are shown, counted and written into files."""
+    for what, name in (
+        ("a metric", 'e"} 1\nnextstate_evil{x="'),
+        ("a path", "../../e"),
+        ("a script", "<script>"),
+        ("an escape", "\x1b[2J"),
+        ("a NUL", "e\0"),
+        ("nothing", ""),
+        ("a list", ["e"]),
+        ("a line's end", "e\nf"),
+        ("from right to left", "a\u202eb"),
+        ("at length", "e" * 1000),
+    ):
+        for field in ("environment", "group", "lineage"):
+            more = {"group_size": 2} if field == "group" else {}
+            yield Attack(
+                f"an episode whose {field} is called {what}",
+                Attacker.CLIENT,
+                "/v1/episodes",
+                400,
+                bearer("episodes"),
+                EPISODE | more | {field: name},
+            )
+
+
 def _engine_administration() -> Iterator[Attack]:
     """The agent's shell asks the proxy for what administers the engine."""
     load = {"lora_name": "evil", "lora_path": "/tmp/evil"}
@@ -386,4 +412,12 @@ def _headers() -> Iterator[Attack]:
         )
 
 
-ATTACKS = [*_scopes(), *_lineages(), *_ids(), *_engine_administration(), *_bombs(), *_headers()]
+ATTACKS = [
+    *_scopes(),
+    *_lineages(),
+    *_ids(),
+    *_named_things(),
+    *_engine_administration(),
+    *_bombs(),
+    *_headers(),
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import time
 from contextlib import suppress
@@ -149,9 +150,49 @@ async def eight_megabytes_of_hostile_text_do_not_hold_the_next_turn(lab: Lab) ->
     for said in (text, "and now?"):
         async with asyncio.timeout(60):
             body = {"model": "base", "messages": [{"role": "user", "content": said}]}
-            answer = await lab.http.post(url, json=body)
+            data, kind = io.BytesIO(json.dumps(body).encode()), {"Content-Type": "application/json"}
+            answer = await lab.http.post(url, data=data, headers=kind)
             assert answer.status == 200
             while await asyncio.to_thread(
                 lab.open.proxy.store.turns.get, answer.headers["x-nextstate-turn"]
             ) is None:  # fmt: skip
                 await asyncio.sleep(0.1)
+
+
+def _fetches(name: str, body: Any) -> None:
+    """A body that names an address: the proxy itself goes nowhere."""
+
+    async def happens(lab: Lab) -> None:
+        seen: list[object] = []
+        server = await asyncio.start_server(lambda *streams: seen.append(streams), "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        async with server:
+            written = json.dumps({"model": "base", "max_tokens": 9, **body})
+            data = json.loads(written.replace("HERE", f"http://127.0.0.1:{port}/x"))
+            for path in ("/v1/chat/completions", "/v1/messages", "/v1/responses"):
+                sent = data | {"input": data["messages"]} if path.endswith("responses") else data
+                await (await lab.http.post(lab.open.url + path, json=sent)).read()
+        assert seen == []
+
+    happens.__name__ = f"a_request_names_an_address_as_{name}"
+    condition(Attacker.TEXT)(happens)
+
+
+_HELLO = [{"role": "user", "content": "hi"}]
+
+
+def _part(kind: str, value: Any) -> Any:
+    return {"messages": [{"role": "user", "content": [{"type": kind, kind: value}]}]}
+
+
+for _name, _body in (
+    ("a_picture", _part("image_url", {"url": "HERE"})),
+    ("a_sound", _part("audio_url", {"url": "HERE"})),
+    ("a_file", _part("file", {"file_url": "HERE"})),
+    ("a_source", _part("source", {"type": "url", "url": "HERE"})),
+    ("a_server_of_tools", {"messages": _HELLO, "tools": [{"type": "mcp", "server_url": "HERE"}]}),
+    ("a_schema", {"messages": _HELLO, "structured_outputs": {"json": {"$ref": "HERE"}}}),
+    ("a_template", {"messages": _HELLO, "chat_template": "HERE"}),
+    ("a_hook", {"messages": _HELLO, "webhook": "HERE", "callback_url": "HERE"}),
+):
+    _fetches(_name, _body)

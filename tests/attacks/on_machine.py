@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from urllib.parse import quote
 import aiohttp
 import pytest
 
+from nextstate.app.own_key import own_key_file, write_own_key
 from nextstate.app.page.logins import form_token
 from nextstate.app.part_environment import part_environment
 from nextstate.config import StoreConfig
@@ -145,6 +147,23 @@ for _name, _plant in (
     ("a_link", _symlink),
 ):
     _planted(_name, _plant)
+
+
+@condition(Attacker.ACCOUNT)
+async def links_are_left_where_our_own_key_is_written(lab: Lab) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder, target = Path(name) / "state", Path(name) / "target"
+        folder.mkdir()
+        target.write_text("mine")
+        settings = replace(
+            settings_of(lab.open.proxy.store, Path(name)), store=StoreConfig(dir=str(folder))
+        )
+        file = own_key_file(settings)
+        for link in (file, file.with_suffix(f".{os.getpid()}")):
+            link.symlink_to(target)
+        write_own_key(settings, "a-new-key")
+        assert target.read_text() == "mine"
+        assert (file.read_text(), file.is_symlink()) == ("a-new-key", False)
 
 
 def _hidden(name: str, value: str) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from tests.attacks import from_clients, from_network, from_pages, in_texts, on_engine, on_machine
 from tests.attacks.lab import CONDITIONS, TAUGHT, WORD, Attack, Attacker, Lab, lab
+from tests.proxy.running_proxy import request
 
 REQUESTS = [*from_pages.ATTACKS, *from_clients.ATTACKS, *from_network.ATTACKS]
 LEAST = 250
@@ -78,6 +79,23 @@ def test_the_suite_is_large_and_has_every_attacker() -> None:
     assert len({*names}) == len(names), [one for one, n in Counter(names).items() if n > 1]
     assert len(names) >= LEAST
     assert {attacker for attacker, _ in names} == {*Attacker}
+
+
+def test_the_suite_notices_what_is_told_changed_reached_or_refused() -> None:
+    key, path = ("Authorization: Bearer $player$",), "/v1/chat/completions"
+    controls = (
+        (Attack("reads", Attacker.CLIENT, "/v1/episodes/e-main", 404, key), ["answered", "told"]),
+        (Attack("asks", Attacker.CLIENT, path, 200, key, request("hi")), ["changed"]),
+        (Attack("says", Attacker.CLIENT, "/v1/no", 404, key, says="?!"), ["changed", "does"]),
+    )
+
+    async def run() -> None:
+        async with furnished() as lab:
+            for attack, expected in controls:
+                found = " ".join(await wrong_with(lab, attack)).split()
+                assert {*expected} <= {*found}, found
+
+    asyncio.run(run())
 
 
 @pytest.mark.timeout(600)
