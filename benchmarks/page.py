@@ -151,7 +151,8 @@ def main() -> None:
         fill_episodes(store, options.turns // 10)
         nothing = functools.partial(asyncio.sleep, 0)
         keys, allowance = Keys(Lineages("base", None)), Allowance(AT_ONCE, A_MINUTE)
-        page = Page(settings, store, keys, lambda _: nothing(), lambda: _HEALTH, allowance, Tries())
+        limits = allowance, Tries(), allowance
+        page = Page(settings, store, keys, lambda _: nothing(), lambda: _HEALTH, *limits)
         found = asyncio.run(measure(page, free_port(), paths(options.turns), options.times))
         looks: Times = []
         for _ in range(options.times):

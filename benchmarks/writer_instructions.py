@@ -92,9 +92,7 @@ def _exchanges() -> Iterator[bytes]:
             at = end
         serving.capture.join()
         timings = Timings(time.time(), 0.05, 0.5)
-        exchange = Exchange(
-            new_id("turn"), "main", None, serving.chat, serving.capture, 0, timings
-        )
+        exchange = Exchange(new_id("turn"), "main", None, serving.chat, serving.capture, 0, timings)
         pickled = pickle.dumps(exchange, pickle.HIGHEST_PROTOCOL)
         yield LENGTH.pack(len(pickled)) + pickled
 

@@ -7,6 +7,7 @@ one: SHA-256. A slow hash, as for passwords, would only make each request slower
 from __future__ import annotations
 
 import hashlib
+import hmac
 import math
 import re
 import secrets
@@ -80,6 +81,19 @@ def hashed(key: str) -> bytes:
     """The hash under which a key is kept and found, 32 bytes."""
     # A header need not be UTF-8: aiohttp keeps other bytes as surrogates.
     return hashlib.sha256(key.encode(errors="surrogateescape")).digest()
+
+
+def key_hash(key: str) -> str:
+    """The hash under which an episode's key is kept, 40 hexadecimal digits of `hashed`."""
+    return hashed(key).hex()[:40]
+
+
+def key_of_nodes(key: str) -> str:
+    """The key for other machines that play episodes, made of one that may do everything.
+
+    The proxy makes it too, so nobody has to keep it; nothing leads back to `key`.
+    """
+    return BEGINNING + hmac.new(key.encode(), b"nodes", hashlib.sha256).hexdigest()
 
 
 def weakness(key: str) -> str | None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import stat
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
@@ -44,10 +46,26 @@ def make_file(path: Path) -> None:
     _close(path.resolve())
 
 
+def secret_of(file: Path, size: int = 32) -> bytes:
+    """The random bytes in a private file, which is made if it is missing. Raises OSError."""
+    if not file.exists():
+        made = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
+        with os.fdopen(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _FILE), "wb") as out:
+            out.write(secrets.token_bytes(size))
+        try:
+            os.link(made, file)  # whole, and of the first process only
+        except FileExistsError:
+            pass
+        finally:
+            made.unlink()
+    return file.read_bytes()
+
+
 def make_state_folder(path: Path) -> None:
     """Makes the state folder, or makes an existing one private with everything in it.
 
-    Raises StoreError for a folder of another user, and for one with other content than a state.
+    Raises StoreError for a folder of another user, for one with other content than a state, and for
+    one that was open to others and has something of another user in it.
     """
     if not path.is_dir():
         make_folder(path)
@@ -67,11 +85,33 @@ def make_state_folder(path: Path) -> None:
             " and holds other things: name a folder of its own, for example "
             f"{str(path / 'nextstate')!r}"
         )
-    _close(path.resolve())
-    for folder, folders, files in os.walk(path):
-        for name in (*folders, *files):
+    path.resolve().chmod(_FOLDER)  # nobody can add anything from now on
+    try:
+        for one in _everything(path):
             with suppress(FileNotFoundError):  # a running process may have removed it
-                _close(Path(folder, name))
+                _check_owner(path, one, status.st_uid)
+    except BaseException:
+        path.resolve().chmod(stat.S_IMODE(status.st_mode))
+        raise
+    log.warning("%s was open to others (mode %o) and is closed", path, stat.S_IMODE(status.st_mode))
+    for one in _everything(path):
+        with suppress(FileNotFoundError):
+            _close(one)
+
+
+def _everything(path: Path) -> Iterator[Path]:
+    for folder, folders, files in os.walk(path):
+        yield from (Path(folder, name) for name in (*folders, *files))
+
+
+def _check_owner(folder: Path, path: Path, owner: int) -> None:
+    """Raises StoreError for what another user left in a folder that was open."""
+    found = path.lstat().st_uid
+    if found not in (owner, os.geteuid(), 0):
+        raise StoreError(
+            f"[store] dir = {str(folder)!r} was open to others, and {str(path)!r} in it belongs to "
+            f"user {found}: move it away, or name another folder as [store] dir"
+        )
 
 
 def _close(path: Path) -> None:

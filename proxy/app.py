@@ -32,7 +32,7 @@ from proxy.episode_calls import EPISODE, EpisodeCalls
 from proxy.episodes import EpisodeRoutes
 from proxy.feedback import FeedbackRoute
 from proxy.intervals import INTERVALS, Intervals
-from proxy.keys import ANYBODY, GRANT, Grant, Keys
+from proxy.keys import ANYBODY, GRANT, Grant, Keys, sent_key
 from proxy.lineages import CALLER, Lineages
 from proxy.metrics import EXPOSITION, counts_of, exposition
 from proxy.paths import EPISODES, GENERATING, GROUPS, is_ours
@@ -168,9 +168,7 @@ class Proxy:
     async def _authorize(self, request: web.Request) -> web.StreamResponse | None:
         """Finds out what a request may do. Answers a browser's preflight. Raises Refused."""
         headers = request.headers
-        scheme, _, bearer = headers.get("Authorization", "").partition(" ")
-        sent = bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
-        grant, by_key = await self._grant(request, sent)
+        grant, by_key = await self._grant(request, sent_key(headers))
         preflight = is_preflight(request.method, headers)
         # After a preflight may follow a request with a lineage's key.
         without_key = grant is ANYBODY and not (preflight and self.keys.apart)

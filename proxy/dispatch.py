@@ -44,6 +44,8 @@ class Dispatch:
         path = request.path
         if path in GENERATING and request.method == "POST":
             return await self._generate(request)
+        if (episode := request.get(EPISODE)) is not None:
+            await self._episodes.check_open(episode)
         if path == MODELS and request.method == "GET":
             return await self._models(request)
         known = path.startswith("/v1/") or path in PROBED

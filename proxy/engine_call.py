@@ -47,9 +47,14 @@ _SENT_ON = frozenset(
 client could harm others: its priority, the rank that serves it, the key for the proxy."""
 _NOT_SENT_BACK = _HOP_BY_HOP | {
     *("location", "content-location", "refresh", "link", "alt-svc"),  # the engine's own address
-    *("access-control-allow-origin", "access-control-allow-credentials"),  # the proxy sets these
-    "access-control-expose-headers",
+    # What an engine could do to the page, which has the same address as its answers.
+    *("set-cookie", "set-cookie2", "clear-site-data", "strict-transport-security"),
+    *("service-worker-allowed", "www-authenticate", "report-to", "nel", "reporting-endpoints"),
 }
+_PROXYS_OWN = ("access-control-", "x-nextstate-")
+"""How headers begin that only the proxy may set."""
+_NEVER_SHOWN = ("application/json", "text/event-stream")
+"""Kinds of answers that no browser shows as a page or runs."""
 _REFUSED = (400, 422)
 _JSON = "application/json"
 ATTEMPTS = 5
@@ -208,7 +213,17 @@ def _engine_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def client_headers(headers: CIMultiDictProxy[str]) -> CIMultiDict[str]:
-    """The engine's headers that the client gets."""
-    return CIMultiDict(
-        (name, value) for name, value in headers.items() if name.lower() not in _NOT_SENT_BACK
+    """The engine's headers that the client gets.
+
+    The page has the same address, so an answer that a browser might show must not run in it.
+    """
+    sent = CIMultiDict(
+        (name, value)
+        for name, value in headers.items()
+        if (low := name.lower()) not in _NOT_SENT_BACK and not low.startswith(_PROXYS_OWN)
     )
+    kinds = sent.getall("Content-Type", [""])
+    if any(kind.partition(";")[0].strip().lower() not in _NEVER_SHOWN for kind in kinds):
+        sent["Content-Security-Policy"] = "sandbox; default-src 'none'"
+        sent["X-Content-Type-Options"] = "nosniff"
+    return sent

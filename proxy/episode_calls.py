@@ -7,6 +7,7 @@ an episode's id. A request that names none costs no look into the store.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -16,9 +17,11 @@ from aiohttp import web
 from nextstate.episodes import is_label
 from nextstate.errors import BudgetError, ConflictError, NoEpisodeError, StoreError
 from nextstate.keys import Scope
+from nextstate.private_files import secret_of
 from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.store.episodes import API_KEY, Left, Named
+from nextstate.wire import write_json
 from proxy.answers import Refused
 from proxy.keys import Grant, Keys
 from proxy.requests import PATH_EPISODE
@@ -28,6 +31,8 @@ log = logging.getLogger(__name__)
 
 EPISODE: web.RequestKey[Named] = web.RequestKey("episode", Named)
 """The episode that a request is a call of."""
+KEY_FILE = "episodes.key"
+"""In the state folder: the secret that goes into each episode's key."""
 _HEADER, _SESSION = "x-nextstate-episode", "x-session-id"
 _MOST_REMEMBERED = 4096
 _COMPLETIONS_DEFAULT = 16
@@ -40,12 +45,25 @@ class EpisodeCalls:
 
     def __init__(self, store: Store, keys: Keys, *, alone: bool) -> None:
         self._episodes = store.episodes
+        self._folder = store.config.path
+        self._secret: bytes | None = None
         self._keys = keys
         self._lineages = keys.lineages
         self._alone = alone
         """Whether no other worker opens episodes."""
         self._in_use = not alone or self._episodes.any()
         self._remembered: dict[tuple[str, str], Named | None] = {}
+
+    def key_of(self, episode_id: str, opener: Grant, sent: str) -> str:
+        """The key of an episode that is opened with the key `sent`: the same one each time.
+
+        It is made of that key and a secret of the state folder. So who reads the folder has no
+        episode's key, and who opens an episode again gets the key that it has. Raises OSError.
+        """
+        if self._secret is None:
+            self._secret = secret_of(self._folder / KEY_FILE)
+        said = write_json([episode_id, sent if opener.sign else ""])
+        return API_KEY + hashlib.blake2b(said, key=self._secret, digest_size=16).hexdigest()
 
     def opened(self, episode_id: str) -> None:
         """Notes that there is an episode of this name from now on."""
@@ -59,6 +77,9 @@ class EpisodeCalls:
         found = await self._find("key", key, self._episodes.of_key)
         if found is None:
             message = f"Wrong API key: no episode has it, and only their keys begin with {API_KEY}."
+            raise Refused(401, message)
+        if not self._keys.in_force(found.opener):
+            message = f"The key that opened episode {found.id!r} is not in force: open it again."
             raise Refused(401, message)
         return found
 
@@ -83,7 +104,7 @@ class EpisodeCalls:
         found = await self._find(_HEADER, name, self._episodes.named)
         if found is None or not self._lineages.sees(caller, found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST /v1/episodes.")
-        if by_key is not None and by_key != found and self._keys.needed:
+        if by_key is not None and by_key.id != found.id and self._keys.needed:
             raise Refused(403, f"The key of episode {by_key.id!r} is not that of {found.id!r}.")
         return found
 
@@ -96,6 +117,10 @@ class EpisodeCalls:
                 f"that of {lineage!r}: name the engine's model.",
             )
         return await in_store(self._episodes.begin_call, episode.id)
+
+    async def check_open(self, episode: Named) -> None:
+        """Raises Refused if the episode is closed."""
+        await in_store(self._episodes.check_open, episode.id)
 
     async def _find(
         self, kind: str, name: str, look_up: Callable[[str], Named | None]

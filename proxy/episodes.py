@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
 from enum import StrEnum
@@ -43,10 +44,13 @@ from proxy.episode_schema import (
     Field,
     openapi,
 )
+from proxy.keys import GRANT, sent_key
 from proxy.lineages import CALLER, Lineages
 from proxy.paths import EPISODES
 from proxy.recorder import Recorder
 from proxy.versions import Versions
+
+log = logging.getLogger(__name__)
 
 _Choice = TypeVar("_Choice", bound=StrEnum)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -116,8 +120,14 @@ class EpisodeRoutes:
     ) -> list[Json]:
         for episode in episodes[:1]:
             await self._check_version(episode)
-        opened = await in_store(self._store.episodes.open, episodes, size)
-        for episode, _ in opened:
+        opener, sent = request[GRANT], sent_key(request.headers)
+        try:
+            keys = {e.id: self._calls.key_of(e.id, opener, sent) for e in episodes}
+        except OSError as error:
+            log.warning("episodes: %s", error)
+            raise Refused(503, "The state folder cannot be used now.") from error
+        opened = await in_store(self._store.episodes.open, episodes, size, keys, opener.sign)
+        for episode in opened:
             self._calls.opened(episode.id)
         address = f"{request.scheme}://{request.host}/episodes"
         return [
@@ -126,9 +136,9 @@ class EpisodeRoutes:
                 "state": episode.state,
                 "version": self._version(episode),
                 "base_url": f"{address}/{episode.id}/v1",
-                "api_key": key,
+                "api_key": keys[episode.id],
             }
-            for episode, key in opened
+            for episode in opened
         ]
 
     async def _check_version(self, episode: Episode) -> None:

@@ -24,7 +24,15 @@ from proxy.linking.history import (
 from proxy.linking.meaning import meaning_of
 from proxy.linking.parents import Found, find_parent, main_turn, session_of
 from proxy.linking.steps import environment_states, find_step, new_messages
-from proxy.redacting import Kept, Known, kept_tokens, without_secrets
+from proxy.redacting import (
+    UNSEARCHED,
+    Kept,
+    Known,
+    is_searched,
+    kept_reply,
+    kept_tokens,
+    without_secrets,
+)
 
 _LATE = "its episode was closed before the turn was recorded"
 _HELD_OUT = "its episode's split is eval: its turns never train"
@@ -102,8 +110,11 @@ def read_exchange(
         request["messages"] = [
             read.redacted or message for read, message in zip(history.messages, sent, strict=True)
         ]
-    reply: Json = redactor.value(said)
-    kept = kept_tokens(capture, in_prompt, said, reply, redactor)
+    reply = kept_reply(said, history.messages, redactor)
+    if redactor and not (is_searched(said) and all(one.searched for one in history.messages)):
+        kept = Kept(None, None, None, UNSEARCHED)
+    else:
+        kept = kept_tokens(capture, in_prompt, said, reply, redactor)
     exchange = exchange._replace(request=request)
     name = exchange.explicit_session and known.hide(exchange.explicit_session)
     scope = Scope(

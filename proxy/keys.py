@@ -8,17 +8,18 @@ from __future__ import annotations
 
 import hmac
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from nextstate.keys import Key, Scope, hashed
+from nextstate.keys import Key, Scope, hashed, key_of_nodes
 from nextstate.records import MAIN_LINEAGE
 from nextstate.store.keys import Keys as StoredKeys
 from proxy.lineages import Lineages
 
 _EVERYTHING = frozenset(Scope)
+_OF_NODES = frozenset((Scope.CHAT, Scope.EPISODES))
 _NOTED_S = 60.0
 """The last use of a key is written again only after this long."""
 
@@ -37,6 +38,15 @@ class Grant:
     """The name of a key of the store."""
     limited: bool = True
     """Whether its requests are counted."""
+
+    @property
+    def sign(self) -> str | None:
+        """Tells this key from others, also from one that takes its name later; None: no key.
+
+        Of a key that a person chose it has two bytes of the hash: too few to try words with.
+        """
+        size = 8 if self.random else 2
+        return f"{self.who}:{self.hash[:size].hex()}" if self.hash else None
 
     @property
     def random(self) -> bool:
@@ -112,6 +122,12 @@ class Keys:
         """What the key of this name may do now; None if there is none."""
         return next((grant for grant in self._grants if grant.who == who), None)
 
+    def in_force(self, sign: str | None) -> bool:
+        """Whether the key with this sign is one now; None: whether none is needed."""
+        if sign is None:
+            return not self.needed
+        return any(grant.sign == sign for grant in self._grants)
+
     def refresh(self) -> None:
         """Looks into the store for changes, and notes there what was used. Raises StoreError."""
         if self._stored is None:
@@ -132,6 +148,12 @@ class Keys:
             self._noted |= due
 
 
+def sent_key(headers: Mapping[str, str]) -> str:
+    """The key that a request carries; empty if none."""
+    scheme, _, bearer = headers.get("Authorization", "").partition(" ")
+    return bearer if scheme.lower() == "bearer" else headers.get("x-api-key", "")
+
+
 def _granted(key: Key) -> Grant:
     who, lineage = f"key {key.name}", key.lineage or MAIN_LINEAGE
     return Grant(who, lineage, key.scopes, key.hash, key.name)
@@ -146,3 +168,6 @@ def _configured(lineages: Lineages, own: str | None) -> Iterator[Grant]:
             yield Grant(name, name, hash=hashed(access.key))
     if own is not None:
         yield Grant("this machine's commands", MAIN_LINEAGE, hash=hashed(own), limited=False)
+    for key in filter(None, (own, lineages.main_key)):
+        nodes = hashed(key_of_nodes(key))
+        yield Grant("the rollout's nodes", MAIN_LINEAGE, _OF_NODES, nodes, limited=False)

@@ -14,19 +14,31 @@ Both turns are judged like any other, by their texts with placeholders.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, NamedTuple
 
 from nextstate.records import Json
 from nextstate.redaction import Redactor
 from nextstate.redaction.names import HiddenNames
+from nextstate.redaction.repeated import (
+    MOST_SEARCHED,
+    TOO_LONG,
+    repeatable,
+    size_of,
+    without,
+)
 from nextstate.redaction.tokens import tokens_before
 from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
 from proxy.capture import Capture
+from proxy.linking.history import Message
 
 IN_PROMPT = "a secret stood in its prompt, whose tokens are not kept"
 AT_START = "a secret stood at the start of its reply"
 SOMEWHERE = "a secret stood in its reply, and which tokens hold it is not known"
+UNSEARCHED = "its texts are too long to be searched for secrets"
+_LONGEST_FIELD = 1000
 _OUTSIDE = frozenset(
     (
         *("user", "metadata", "model", "stop", "prompt_cache_key", "safety_identifier"),
@@ -64,11 +76,16 @@ class Known:
         self._found = OrderedDict[bytes, Any]()
         """By the hash of what came; None: nothing was replaced."""
 
-    def value(self, value: Any) -> Any:
-        """`value` without secrets; itself if there are none."""
+    def value(self, value: Any, instead: Callable[[Any], Any]) -> Any:
+        """`value` without secrets; itself if there are none.
+
+        `instead` makes what is kept of one that is too long to be searched.
+        """
         if not self.redactor:
             return value
         written = write_json(value)
+        if len(written) > MOST_SEARCHED and size_of(value) > MOST_SEARCHED:
+            return instead(value)
         key = content_hash(written)
         if key in self._found:
             self._found.move_to_end(key)
@@ -87,16 +104,42 @@ def without_secrets(request: Json, known: Known) -> tuple[Json, bool]:
     if not known.redactor:
         return request, False
     rest = {name: value for name, value in request.items() if name not in ("messages", "tools")}
-    kept_rest = known.value(rest)
+    kept_rest = known.value(rest, _short)
     in_prompt = kept_rest is not rest and any(
         kept_rest.get(name) != old for name, old in rest.items() if name not in _OUTSIDE
     )
     messages = {"messages": request["messages"]} if "messages" in request else {}
     kept: Json = {**messages, **kept_rest}
     if "tools" in request:
-        kept["tools"] = known.value(request["tools"])
+        kept["tools"] = known.value(request["tools"], lambda _: [{"type": TOO_LONG}])
         in_prompt = in_prompt or kept["tools"] is not request["tools"]
     return kept, in_prompt
+
+
+def is_searched(said: Json) -> bool:
+    """Whether a reply is short enough to be searched for secrets."""
+    return size_of(said) <= MOST_SEARCHED
+
+
+def kept_reply(said: Json, messages: Sequence[Message], redactor: Redactor) -> Json:
+    """A reply without its secrets and without those of the messages before it; itself if none."""
+    if not redactor:
+        return said
+    if not is_searched(said):
+        return {"role": "assistant", "content": TOO_LONG}
+    kept = redactor.value(said)
+    known = {**repeatable(redactor, said, kept)}
+    for message in messages:
+        known |= message.secrets
+    return without(kept, known)
+
+
+def _short(request: Json) -> Json:
+    """A request's fields, with what takes the place of those that are too long to be searched."""
+    return {
+        name: TOO_LONG if size_of(value) > _LONGEST_FIELD else value
+        for name, value in islice(request.items(), _LONGEST_FIELD)
+    }
 
 
 def kept_tokens(
@@ -117,6 +160,8 @@ def kept_tokens(
         before = len(completion)
     elif (pieces := capture.pieces()) is None:
         before = None if secrets else len(completion)
+    elif sum(map(len, pieces)) > MOST_SEARCHED:
+        before = None  # with thoughts that the client did not ask for
     else:
         before = tokens_before(pieces, secrets, redactor)
     if not before:

@@ -97,7 +97,7 @@ class Actor:
         await kind.check_machine()
         http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
         proxy = ProxyClient(http, work.url, work.key, work.model, work.deadline_s, work.extra)
-        await proxy.people()  # it answers
+        await proxy.check()
         self._here = Here(kind, proxy, work.max_calls, work.deadline_s)
 
     async def play(self, opened: Opened, task: Task, seed: int) -> None:

@@ -80,6 +80,13 @@ class ProxyClient:
         answer, _ = await self._post(f"{self._url}/episodes", self._key, given)
         return _opened(answer)
 
+    async def check(self) -> None:
+        """Raises RolloutError unless the proxy answers to this key."""
+        url = f"{self._url}/models"
+        status, _, _ = await self._fetch("GET", url, self._key)
+        if status != 200:
+            raise RefusedError(f"{url} answered {status}", status, "")
+
     async def people(self) -> bool:
         """Whether people's agents have asked for replies since this was asked the last time."""
         url = f"{self._url.removesuffix('/v1')}/metrics"

@@ -440,9 +440,9 @@ def completion_reply(body: dict[str, Any], script: Script) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def scripted_engine() -> AsyncGenerator[ScriptedEngine]:
-    """A running scripted engine on a free port."""
-    engine = ScriptedEngine()
+async def scripted_engine(engine: ScriptedEngine | None = None) -> AsyncGenerator[ScriptedEngine]:
+    """A running scripted engine on a free port: a new one, or this one."""
+    engine = engine or ScriptedEngine()
     engine.server = TestServer(engine.app(), handler_cancellation=True)
     limits = {"max_field_size": 1 << 18, "max_line_size": 1 << 18, "max_headers": 1024}
     await engine.server.start_server(**limits)

@@ -10,7 +10,13 @@ from collections.abc import Iterator, Mapping
 
 from nextstate.app.settings import Settings
 
-_SECRET = re.compile(r"(?:^|_)KEYS?$|TOKENS?$|SECRETS?$|PASSWORD$|PASSWD$|PASSPHRASE$|CREDENTIALS$")
+_SECRET = re.compile(
+    r"(?:^|_)(?:KEYS?|TOKENS?|PASS|PAT|PWD|AUTH|DSN|COOKIES?)(?:_\d{1,3})?$"
+    r"|TOKENS?$|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?$|^SSH_AUTH_SOCK$|WEBHOOK"
+)
+_NOT_SECRET = frozenset(("PWD", "OLDPWD"))
+_WITH_PASSWORD = re.compile(r"://[^/\s:@]{0,100}:[^/\s@]{1,200}@")
+"""A URL that has a password in it."""
 _OWN_CODE = ":"
 """In `kind = "module:function"`: a person's own plugin, which may need what the person exported."""
 
@@ -22,7 +28,7 @@ def part_environment(settings: Settings, part: str, inherited: Mapping[str, str]
     return {
         name: value
         for name, value in inherited.items()
-        if name in own or not (name in named or (_looks_secret(name) and not more))
+        if name in own or not (name in named or (_looks_secret(name, value) and not more))
     }
 
 
@@ -33,8 +39,11 @@ def left_out(settings: Settings, inherited: Mapping[str, str]) -> list[str]:
     return sorted(set(inherited) - got)
 
 
-def _looks_secret(name: str) -> bool:
-    return _SECRET.search(name.upper()[-100:]) is not None
+def _looks_secret(name: str, value: str) -> bool:
+    upper = name.upper()[-100:]
+    if upper in _NOT_SECRET or upper.endswith("_PROXY"):
+        return False
+    return _SECRET.search(upper) is not None or _WITH_PASSWORD.search(value[:4096]) is not None
 
 
 def _named(settings: Settings) -> Iterator[str]:

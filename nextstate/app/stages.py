@@ -46,7 +46,7 @@ from nextstate.engine.process import (
 )
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
-from nextstate.keys import chosen_key
+from nextstate.keys import chosen_key, key_of_nodes
 from nextstate.offline import switches
 from nextstate.pace import Pace
 from nextstate.private_files import make_folder
@@ -143,6 +143,7 @@ async def run_proxy(
             proxy.health,
             proxy.feedback.allowance,
             proxy.tries,
+            proxy.requests,
         )
         runner = proxy.runner()
         await runner.setup()
@@ -332,10 +333,11 @@ def nodes_for(
     """What plays on the nodes of Ray."""
     from rollout.nodes import Nodes, Work
 
+    key = proxy_key(settings)
     work = Work(
         environment=environment,
         url=proxy_url(settings, ray),
-        key=proxy_key(settings),
+        key=key and key_of_nodes(key),
         model=settings.engine.name,
         max_calls=max_calls,
         deadline_s=deadline_s,

@@ -37,6 +37,15 @@ _LONGEST_REMEMBERED, _MOST_REMEMBERED = 8192, 256
 _ESCAPES = "nrtbf"
 _PLAIN_NAMES = frozenset(("role", "content", "type", "text", "name", "function", "arguments", "id"))
 """Names of fields in messages, which are no secrets and name none."""
+_FIELD = re.compile(r"(?P<quote>\\{0,7}\")\s{0,9}:\s{0,9}\Z")
+_FIELD_END = re.compile(r"\s{0,9}[,}]")
+_LONGEST_FIELD = 28
+"""What stands before and after a number in JSON, also within a text of JSON."""
+_SMALLEST_NUMBER = 10**6
+_NUMBER_NAMES = re.compile(
+    r"phone|tel|fax|mobil|handy|cell|card|kart|tarjeta|ssn|social|dni|nie|tax|steuer|电话|手机|卡"
+)
+"""Names of fields whose numbers may tell a person."""
 
 
 def words(text: str) -> frozenset[str]:
@@ -104,7 +113,8 @@ class Redactor:
             return text
         parts, end = list[str](), 0
         for span in spans:
-            parts += (text[end : span.start], placeholder(span.kind))
+            quote = _quote_of_number(text, span)
+            parts += (text[end : span.start], quote, placeholder(span.kind), quote)
             end = span.end
         return "".join((*parts, text[end:]))
 
@@ -135,6 +145,15 @@ class Redactor:
         """A hint or comment of at most `most` characters, without secrets."""
         return text and self.text(text)[:most]
 
+    def _number(self, name: str, number: int) -> int | str:
+        """A number in a field, or what stands for it if the name and the number tell a secret."""
+        if _NUMBER_NAMES.search(name.lower()) is None:
+            return number
+        written = f"{name}: {number}"
+        place = len(written) - len(str(number)), len(written)
+        whole = [span.kind for span in self.spans(written) if span[:2] == place]
+        return placeholder(whole[0]) if whole else number
+
     def _object(self, value: dict[str, Any]) -> dict[str, Any]:
         changed, found = False, dict[str, Any]()
         for name, old in value.items():
@@ -145,6 +164,8 @@ class Redactor:
             key = self.text(name)
             if _PASSWORD in self.kinds and isinstance(old, str) and _is_secret_of(name, old):
                 new = placeholder(_PASSWORD)
+            elif type(old) is int and old >= _SMALLEST_NUMBER:
+                new = self._number(name, old)
             else:
                 new = self.value(old)
             changed = changed or new is not old or key is not name
@@ -183,6 +204,14 @@ def _is_secret_of(name: str, value: str) -> bool:
     from nextstate.redaction import named
 
     return named.is_secret_of(name, value)
+
+
+def _quote_of_number(text: str, span: Span) -> str:
+    """The quotes that a placeholder needs where a bare number of JSON stood; else nothing."""
+    if not text[span.start : span.end].isdigit() or not _FIELD_END.match(text, span.end):
+        return ""
+    field = _FIELD.search(text[max(span.start - _LONGEST_FIELD, 0) : span.start])
+    return "" if field is None else field["quote"]
 
 
 def _apart(found: Sequence[Span], text: str) -> list[Span]:

@@ -101,9 +101,12 @@ KEY_FORMS = (
         r"(?<![\w-])",
     ),
 )
+_MADE_UP_WORD = re.compile(
+    r"example|your|placeholder|dummy|changeme|change-me|redacted|insert|replace"
+)
 _MADE_UP = re.compile(
-    r"example|your|placeholder|dummy|changeme|change-me|redacted|insert|replace|xxxx|\*\*\*|0{8}"
-    r"|123456789|abcdefgh|abc123abc"
+    _MADE_UP_WORD.pattern + r"|xxxx|\*\*\*|0{8}|123456789|abcdefgh|abc123abc"
+    r"|eyjzdwiioiixmjm0nty3odkwiiw"  # the token that jwt.io shows
 )
 """Stands in what only shows how a secret looks, in small letters."""
 _FEWEST_CHARACTERS = 6
@@ -121,6 +124,9 @@ _LOCAL = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789._%+-"
 _LONGEST_LOCAL = 64
 _NOBODY = frozenset(("git", "noreply", "no-reply", "donotreply", "do-not-reply", "hg", "svn"))
 """Names before the @ that are no person's."""
+_LOGIN = re.compile(r"(?<!\w)(?:ssh|scp|sftp|sshfs|rsync|mosh|ssh-copy-id)\s[^\n|;&]{0,80}\Z")
+_LONGEST_LOGIN = 96
+"""A command that logs in: what it names is an account of a machine and no mailbox."""
 _NO_DOMAINS = (
     *(".example.com", ".example.org", ".example.net", ".example.edu", ".noreply.github.com"),
     *(".example", ".test", ".invalid", ".localhost", ".local"),
@@ -140,6 +146,14 @@ def made_up(secret: str) -> bool:
     (True, False)
     """
     return len(set(secret)) < _FEWEST_CHARACTERS or _MADE_UP.search(secret.lower()) is not None
+
+
+def is_chosen(password: str) -> bool:
+    """True for a password that somebody made of such a word: `Example2024!`, not `example123`."""
+    rest = _MADE_UP_WORD.sub("", password.lower())
+    digits = sum(map(str.isdigit, rest))
+    marked = any(not one.isalnum() and one not in "-_ " for one in rest)
+    return _MADE_UP.search(rest) is None and (digits > 3 or (digits > 0 and marked))
 
 
 def api_keys(text: str) -> Iterator[Span]:
@@ -202,6 +216,8 @@ def emails(text: str) -> Iterator[Span]:
             and local.lower() not in _NOBODY
             and domain.rpartition(".")[2] not in _FILES
             and text[match.end() : match.end() + 1] != "("  # `q@k.transpose(0, 1)`
+            and text[match.end() : match.end() + 2] not in (":/", ":~")  # `scp x a@b.c:/d`
+            and not _LOGIN.search(text[max(at - _LONGEST_LOGIN, 0) : at - len(local)])
             and not f".{domain}".endswith(_NO_DOMAINS)
         ):
             yield Span(at - len(local), match.end(), "email")

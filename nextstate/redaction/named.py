@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator
 
 from nextstate.redaction import Span, words
-from nextstate.redaction.forms import made_up
+from nextstate.redaction.forms import is_chosen, made_up
 
 _SAYS = (
     r"""(?:\\?["']|\*{1,2})?\]?\s{0,3}"""
@@ -34,13 +34,9 @@ _TAILS = {
     "key": r"(?:[ _-]?id)?",
     "secre": r"to?",
 }
-_AFTER = {
-    core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORES
-}
+_AFTER = {core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORES}
 """By the core: the end of the name, and its value."""
-_WHOLE = {
-    core: re.compile(_TAILS.get(core, "") + _SAYS + _QUOTED) for core in _CORES
-}
+_WHOLE = {core: re.compile(_TAILS.get(core, "") + _SAYS + _QUOTED) for core in _CORES}
 _SAID = {core: re.compile(_TAILS.get(core, "") + r"\s" + _VALUE) for core in sorted(_PASSWORDS)}
 """`log in with the password …`"""
 _OF_KEYS = (
@@ -212,7 +208,9 @@ def is_secret_of(name: str, value: str) -> bool:
 
 def _is_secret(value: str, *, quoted: bool, password: bool) -> bool:
     low = value.lower()
-    if low in _NOT_SECRET or made_up(f"{low}abcdefg"[: max(len(low), 8)]) or low[0] in "$<{%[*":
+    if low in _NOT_SECRET or low[0] in "$<{%[*":
+        return False
+    if made_up(f"{low}abcdefg"[: max(len(low), 8)]) and not (password and is_chosen(value)):
         return False
     if _SHAPED.fullmatch(low):
         return True

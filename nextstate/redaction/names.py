@@ -7,14 +7,13 @@ the state folder: with a copy of the database or an export alone nobody can try 
 from __future__ import annotations
 
 import hashlib
-import os
-import secrets
 from pathlib import Path
 
+from nextstate.private_files import secret_of
 from nextstate.redaction import NOTHING, Redactor
 
 KEY_FILE = "session-names.key"
-_KEY_BYTES, _DIGEST_BYTES = 32, 10
+_DIGEST_BYTES = 10
 
 
 class HiddenNames:
@@ -30,21 +29,6 @@ class HiddenNames:
         if self._folder is None or not self._redactor.spans(name):
             return name
         if self._key is None:
-            self._key = _key(self._folder / KEY_FILE)
+            self._key = secret_of(self._folder / KEY_FILE)
         digest = hashlib.blake2b(name.encode(), key=self._key, digest_size=_DIGEST_BYTES)
         return f"hidden-{digest.hexdigest()}"
-
-
-def _key(file: Path) -> bytes:
-    """The key in a file, which is made if it is missing."""
-    made = file.with_name(f".{file.name}-{secrets.token_hex(4)}")
-    if not file.exists():
-        with os.fdopen(os.open(made, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as out:
-            out.write(secrets.token_bytes(_KEY_BYTES))
-        try:
-            os.link(made, file)  # whole, and of the first process only
-        except FileExistsError:
-            pass
-        finally:
-            made.unlink()
-    return file.read_bytes()

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,6 +18,7 @@ from nextstate.episodes import (
     Split,
 )
 from nextstate.errors import BudgetError, ConflictError, NoEpisodeError
+from nextstate.keys import key_hash, new_key
 from nextstate.records import TRUST, Json, NextState, SampleState, Source, TurnKind
 from nextstate.store import schema as t
 from nextstate.store import texts
@@ -55,6 +55,8 @@ class Named(NamedTuple):
     sampling: Json
     version: int | None
     """The policy version that shall serve it; None: the one that serves its lineage."""
+    opener: str | None = None
+    """The sign of the key that opened it last; None: whoever opened it had no key."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +98,7 @@ class Episodes:
 
     def of_key(self, key: str) -> Named | None:
         """The episode that has this API key."""
-        return self._named(_E.api_key == key)
+        return self._named(_E.key_hash == key_hash(key))
 
     def get(self, episode_id: str) -> Episode | None:
         """One episode, or None."""
@@ -122,26 +124,39 @@ class Episodes:
             found = [_load(connection, name) for name in ids]
         return [episode for episode in found if episode is not None]
 
-    def open(self, episodes: Sequence[Episode], size: int | None) -> list[tuple[Episode, str]]:
-        """Opens all of them or none; returns each with its API key.
+    def open(
+        self,
+        episodes: Sequence[Episode],
+        size: int | None,
+        keys: Mapping[str, str] | None = None,
+        opener: str | None = None,
+    ) -> list[Episode]:
+        """Opens all of them or none.
 
-        One that is there already stays as it is. `size` is how many scorable episodes their group
-        may have. Raises ConflictError if an id or a group stands for something else.
+        One that is there already stays as it is, but for its key. `size` is how many scorable
+        episodes their group may have. `keys` has the API key of each by its id, of which the hash
+        is kept; without one nobody calls by a key. `opener` is the sign of the key that opens them.
+        Raises ConflictError if an id or a group stands for something else.
         """
         with self._database.write() as connection:
-            return [self._open(connection, episode, size) for episode in episodes]
+            opened: list[Episode] = []
+            for episode in episodes:
+                opened.append(self._open(connection, episode, size))
+                key = (keys or {}).get(episode.id) or new_key()
+                values = {"key_hash": key_hash(key), "opener": opener}
+                ours = sa.update(t.episodes).where(_E.id == episode.id)
+                connection.execute(ours.values(values))
+            return opened
+
+    def check_open(self, episode_id: str) -> None:
+        """Raises NoEpisodeError, and ConflictError once the episode is closed."""
+        with self._database.read() as connection:
+            _open_row(connection, episode_id)
 
     def begin_call(self, episode_id: str) -> Left:
         """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError."""
         with self._database.cursor(write=True) as cursor:
-            row = cursor.first(_CALLING, episode=episode_id)
-            if row is None:
-                raise _missing(episode_id)
-            if row.state != EpisodeState.OPEN:
-                raise ConflictError(
-                    f"episode {episode_id!r} is closed as {row.status}: "
-                    "open another one to try its task again"
-                )
+            row = _opened(cursor.first(_CALLING, episode=episode_id), episode_id)
             past_s = self._database.now() - row.opened_at
             budgets = (
                 ("max_calls", row.max_calls, row.calls),
@@ -237,19 +252,17 @@ class Episodes:
             return found
 
     def _named(self, condition: sa.ColumnElement[bool]) -> Named | None:
-        columns = _E.id, _E.lineage, _E.split, _E.sampling, _E.version
+        columns = _E.id, _E.lineage, _E.split, _E.sampling, _E.version, _E.opener
         query = sa.select(*columns).where(condition)
         with self._database.read() as connection:
             row = connection.execute(query).first()
         if row is None:
             return None
         sampling = read_json(row.sampling.encode())
-        return Named(row.id, row.lineage, row.split == Split.EVAL, sampling, row.version)
+        held_out = row.split == Split.EVAL
+        return Named(row.id, row.lineage, held_out, sampling, row.version, row.opener)
 
-    def _open(
-        self, connection: sa.Connection, episode: Episode, size: int | None
-    ) -> tuple[Episode, str]:
-        key = sa.select(_E.api_key).where(_E.id == episode.id)
+    def _open(self, connection: sa.Connection, episode: Episode, size: int | None) -> Episode:
         known = _load(connection, episode.id)
         if known is not None:
             for name in _ASKED:
@@ -258,7 +271,7 @@ class Episodes:
                         f"episode {episode.id!r} is there with another {name}: "
                         "a retry of a task is an episode with an id of its own"
                     )
-            return known, connection.execute(key).scalar_one()
+            return known
         taken = _T.session == episode.id, _T.client_session == episode.id
         for name in taken:
             if connection.execute(sa.select(_T.id).where(name).limit(1)).first():
@@ -272,7 +285,7 @@ class Episodes:
         connection.execute(
             sa.insert(t.episodes).values(
                 id=episode.id,
-                api_key=API_KEY + secrets.token_hex(16),
+                key_hash=key_hash(new_key()),
                 lineage=episode.lineage,
                 environment=episode.environment,
                 task=texts.put(connection, episode.task.encode()),
@@ -294,7 +307,7 @@ class Episodes:
         )
         opened = _load(connection, episode.id)
         assert opened is not None
-        return opened, connection.execute(key).scalar_one()
+        return opened
 
 
 def _conditions(choice: Choice) -> list[sa.ColumnElement[bool]]:
@@ -322,6 +335,22 @@ def _row(connection: sa.Connection, episode_id: str) -> Row:
 
 def _missing(episode_id: str) -> NoEpisodeError:
     return NoEpisodeError(f"there is no episode {episode_id!r}: open it first")
+
+
+def _open_row(connection: sa.Connection, episode_id: str) -> Row:
+    """The row of an episode that is open. Raises NoEpisodeError and ConflictError."""
+    return _opened(_row(connection, episode_id), episode_id)
+
+
+def _opened(row: Row | None, episode_id: str) -> Row:
+    if row is None:
+        raise _missing(episode_id)
+    if row.state != EpisodeState.OPEN:
+        raise ConflictError(
+            f"episode {episode_id!r} is closed as {row.status}: "
+            "open another one to try its task again"
+        )
+    return row
 
 
 def _load(connection: sa.Connection, episode_id: str) -> Episode | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 import sqlalchemy as sa
 
 from nextstate.errors import StoreError
+from nextstate.keys import key_hash, new_key
 from nextstate.store import schema as t
 from nextstate.store.counts import TURNS_ADDED, count_all, count_anew, create_triggers
 from nextstate.store.ledger import append_version
@@ -47,7 +48,7 @@ def _add_ledger(connection: sa.Connection) -> None:
 
 
 def _add_clients(connection: sa.Connection) -> None:
-    """Version 5: whose each turn, feedback and sample is; feedback that waits; texts by base."""
+    """Whose each turn, feedback and sample is; feedback that waits; texts by base."""
     columns = t.turns.c.client, t.feedback.c.client, t.samples.c.client, t.samples.c.source
     for column in columns:
         made = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
@@ -59,11 +60,33 @@ def _add_clients(connection: sa.Connection) -> None:
     count_anew(connection, "samples", "ready")
 
 
+def _hash_episode_keys(connection: sa.Connection) -> None:
+    """Of an episode's key only the hash is kept, and which key opened it.
+
+    The keys of before end, because they may still lie in free pages of the file.
+    """
+    e = t.episodes.c
+    if not any(c["name"] == "api_key" for c in sa.inspect(connection).get_columns("episodes")):
+        return  # version 2 has just made the table
+    connection.exec_driver_sql("ALTER TABLE episodes RENAME COLUMN api_key TO key_hash")
+    kind = e.opener.type.compile(connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE episodes ADD COLUMN {e.opener.name} {kind}")
+    for name in connection.execute(sa.select(e.id)).scalars().all():
+        nobodys = sa.update(t.episodes).values(key_hash=key_hash(new_key()))
+        connection.execute(nobodys.where(e.id == name))
+
+
+def _add_clients_and_hash_keys(connection: sa.Connection) -> None:
+    """Version 5."""
+    _add_clients(connection)
+    _hash_episode_keys(connection)
+
+
 MIGRATIONS: Mapping[int, Step] = {
     2: _add_episodes,
     3: _add_pauses,
     4: _add_ledger,
-    5: _add_clients,
+    5: _add_clients_and_hash_keys,
 }
 """Step n brings a database of version n - 1 to version n.
 

@@ -221,7 +221,7 @@ episodes = sa.Table(
     "episodes",
     metadata,
     sa.Column("id", sa.String(100), primary_key=True),
-    sa.Column("api_key", sa.String(40), nullable=False, unique=True),
+    sa.Column("key_hash", sa.String(40), nullable=False, unique=True),
     sa.Column("lineage", sa.String(80), nullable=False),
     sa.Column("environment", sa.String(100), nullable=False),
     sa.Column("task", sa.LargeBinary(16), nullable=False),
@@ -247,9 +247,11 @@ episodes = sa.Table(
     sa.Column("version", sa.Integer),
     sa.Column("process", sa.Float),
     sa.Column("settled_at", sa.Float),
+    sa.Column("opener", sa.String(100)),
 )
 """`task` and `metadata` are hashes of texts. `version` is the policy version that shall serve it,
-`process` the mean process reward of its judged steps when it was settled."""
+`process` the mean process reward of its judged steps when it was settled. `opener` is the sign of
+the key that opened it, NULL if it had none."""
 _where_set("episodes_by_group", episodes.c.group_id)
 sa.Index("episodes_by_state", episodes.c.state, episodes.c.split)
 _where_set("episodes_by_settling", episodes.c.settled_at, episodes.c.lineage)

@@ -142,7 +142,8 @@ def _state_block(title: str, state: NextState, nonce: str) -> str:
 
 def block(title: str, text: str, nonce: str) -> str:
     """One untrusted text between its marks."""
-    title, text = (cleaned(part).replace(nonce, "") for part in (title, text))
+    # Not with nothing: what stood around the nonce could become one.
+    title, text = (cleaned(part).replace(nonce, " ") for part in (title, text))
     return f"=== {nonce} begin: {title} ===\n{text}\n=== {nonce} end ==="
 
 

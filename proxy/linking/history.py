@@ -18,6 +18,15 @@ import orjson
 from nextstate.hooks import AgentProfile, Utterance, attached, text_of
 from nextstate.records import TRUST, Json, NextState, Source
 from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.repeated import (
+    MOST_SEARCHED,
+    TOO_LONG,
+    Values,
+    repeatable,
+    said_again,
+    size_of,
+    without,
+)
 from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
 from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of
@@ -35,6 +44,8 @@ _CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
 _RARE_BYTES = 180
 """From this size on hardly any two conversations get the same reply by chance. Most canned
 greetings, refusals and first tool calls are shorter."""
+_LONG_MESSAGE = 1 << 16
+"""Bytes of a message whose characters are counted before it is searched."""
 _MOST_PARTS = 32
 """One reply is looked for in this many messages at most."""
 _LONG_PROMPT, _PROGRAM_REPEATS = 80, 3
@@ -63,6 +74,10 @@ class Message(NamedTuple):
     """What it says, the system's text included; tells a retry from another first request."""
     redacted: Json | None = None
     """The message as it is stored, if a secret in it was replaced; all else is of this one."""
+    secrets: Values = {}  # noqa: RUF012
+    """What was replaced and may be said again, without the name that gave it away."""
+    searched: bool = True
+    """False if it was too long to be searched for secrets."""
 
 
 class RememberedMessages:
@@ -83,32 +98,52 @@ class RememberedMessages:
         """(message, its size) by profile and JSON; those at the end were used last."""
 
     def read(self, messages: Sequence[Json], profile: AgentProfile) -> list[Message]:
-        """Each message as `profile` reads it."""
+        """Each message as `profile` reads it, without what earlier ones told to be secrets."""
         found: list[Message] = []
+        known: dict[str, str] = {}
+        searched = 0
         for message in messages:
             written = write_json(message)
             key = profile.name, written
-            known = self._found.get(key)
-            if known is None:
-                kept = self.redactor.value(message)
-                if kept is message:
-                    read = _read(message, content_hash(written), profile)
-                else:
-                    read = _read(kept, content_hash(write_json(kept)), profile)
-                    read = read._replace(redacted=kept)
+            remembered = self._found.get(key)
+            if remembered is None:
+                if self.redactor:
+                    long = len(written) > _LONG_MESSAGE
+                    searched += size_of(message) if long else len(written)
+                read = self._new(message, written, profile, whole=searched <= MOST_SEARCHED)
                 size = _MESSAGE_BYTES + len(written) + len(read.text) + 2 * len(read.words)
                 size += len(read.meaning.text) if read.meaning else 0
                 size += len(written) if read.redacted else 0
                 self._found[key] = read, size
                 self._bytes += size
             else:
-                read = known[0]
+                read = remembered[0]
                 self._found.move_to_end(key)
+            if known and said_again(written, known):
+                kept = without(read.redacted or message, known)
+                if kept is not (read.redacted or message):
+                    again = _read(kept, content_hash(write_json(kept)), profile)
+                    read = again._replace(redacted=kept, secrets=read.secrets)
+            known |= read.secrets
             found.append(read)
         while self._bytes > self._most_bytes:
             _, (_, size) = self._found.popitem(last=False)
             self._bytes -= size
         return found
+
+    def _new(self, message: Json, written: bytes, profile: AgentProfile, *, whole: bool) -> Message:
+        """A message that is read for the first time; not `whole`: as one that is not searched."""
+        if not whole:
+            kept: Json = {"role": str(message.get("role"))[:20], "content": TOO_LONG}
+            read = _read(kept, content_hash(write_json(kept)), profile)
+            return read._replace(redacted=kept, searched=False)
+        kept = self.redactor.value(message)
+        if kept is message:
+            return _read(message, content_hash(written), profile)
+        secrets = repeatable(self.redactor, message, kept)
+        kept = without(kept, secrets)
+        read = _read(kept, content_hash(write_json(kept)), profile)
+        return read._replace(redacted=kept, secrets=secrets)
 
 
 class Context(NamedTuple):

@@ -20,7 +20,7 @@ from nextstate.config import EngineConfig, StoreConfig
 from nextstate.engine.client import publish
 from nextstate.store import Store
 from proxy.lineages import Access
-from tests.proxy.running_proxy import TIMEOUT, running
+from tests.proxy.running_proxy import TIMEOUT, Running, running
 from tests.scripted_engine import MODEL, ScriptedEngine, scripted_engine
 
 Test = Callable[["Site"], Awaitable[None]]
@@ -29,8 +29,11 @@ Test = Callable[["Site"], Awaitable[None]]
 class Site:
     """A browser without scripts: it keeps cookies and sends forms."""
 
-    def __init__(self, url: str, http: aiohttp.ClientSession, engine: ScriptedEngine) -> None:
-        self.url = url
+    def __init__(
+        self, p: Running, page: Page, http: aiohttp.ClientSession, engine: ScriptedEngine
+    ) -> None:
+        self.proxy, self.url = p.proxy, p.url
+        self.page = page
         self.http = http
         self.engine = engine
 
@@ -110,7 +113,7 @@ async def site(
         aiohttp.ClientSession(timeout=TIMEOUT, cookie_jar=aiohttp.CookieJar(unsafe=True)) as http,
     ):
         await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
-        p.proxy.pages = Page(
+        p.proxy.pages = page = Page(
             settings_of(store, tmp_path),
             store,
             p.proxy.keys,
@@ -118,8 +121,9 @@ async def site(
             p.proxy.health,
             p.proxy.feedback.allowance,
             p.proxy.tries,
+            p.proxy.requests,
         )
-        yield Site(p.url, http, engine)
+        yield Site(p, page, http, engine)
 
 
 def on_site(

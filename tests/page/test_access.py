@@ -12,6 +12,7 @@ import pytest
 
 from nextstate.app.page.logins import LASTS_S, MOST_LOGINS, Logins
 from nextstate.store import Store
+from proxy.allowance import Allowance
 from proxy.keys import Keys
 from proxy.lineages import Access, Lineages
 from proxy.tries import Tries
@@ -82,6 +83,25 @@ def test_wrong_keys_are_slowed_down(store: Store, tmp_path: Path) -> None:
         answer = await site.http.post(f"{site.url}/page/login", data={"key": KEY})
         assert answer.status == 429
         assert 0 < int(answer.headers["Retry-After"]) <= Tries.REFILL_S
+
+    on_site(test, store, tmp_path, KEY)
+
+
+def test_requests_for_the_page_count_with_those_of_the_api(store: Store, tmp_path: Path) -> None:
+    async def test(site: Site) -> None:
+        now = [0.0]
+        site.proxy.requests = site.page._requests = Allowance(3, 60.0, lambda: now[0])  # pyright: ignore[reportPrivateUsage]
+        await site.post("/page/login", {"key": KEY})  # and the page that it leads to
+        models = f"{site.url}/v1/models"
+        bearer = {"Authorization": f"Bearer {KEY}"}
+        assert (await site.http.get(models, headers=bearer)).status == 200
+        for asked in (site.http.get(site.url), site.http.get(models, headers=bearer)):
+            answer = await asked
+            assert (answer.status, answer.headers["Retry-After"]) == (429, "1")
+        again = await site.http.post(f"{site.url}/page/login", data={"key": KEY})
+        assert again.status == 429
+        now[0] = 1.0
+        assert "Is it learning?" in await site.get("/")
 
     on_site(test, store, tmp_path, KEY)
 

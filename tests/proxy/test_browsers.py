@@ -12,6 +12,7 @@ import pytest
 
 from nextstate.store import Store
 from proxy.lineages import Access
+from tests.attacks.from_pages import SITES
 from tests.proxy.running_proxy import Running, both, request
 from tests.proxy.test_edge import JSON, get, post
 from tests.proxy.test_requests import ask
@@ -19,52 +20,26 @@ from tests.scripted_engine import ScriptedEngine
 
 FOREIGN = [
     (("Origin: http://evil.example",), "localhost"),
-    (("Origin: https://evil.example:8080",), "127.0.0.1:8080"),
-    (("Origin: null",), "localhost"),
-    (("Origin:",), "localhost"),
-    (("Origin: http://localhost.evil.example",), "localhost"),
-    (("Origin: http://127.0.0.1.evil.example",), "localhost"),
-    (("Origin: http://localhost@evil.example",), "localhost"),
-    (("Origin: http://10.1.2.3",), "10.1.2.3"),
-    (("Origin: chrome-extension://abcdef",), "localhost"),
-    (("Origin: http://localhost", "Origin: http://evil.example"), "localhost"),
     (("Sec-Fetch-Site: cross-site",), "localhost"),
-    (("Sec-Fetch-Site: Cross-Site",), "localhost"),
-    (("Sec-Fetch-Site: same-origin", "Sec-Fetch-Site: cross-site"), "localhost"),
     ((), "evil.example"),
-    ((), "evil.example:8080"),
-    ((), "localhost.evil.example"),
-    ((), "127.0.0.1.nip.io:8080"),
-    ((), "93.184.216.34"),
-    ((), "localhost:8080@evil.example"),
-    ((), "[::1].evil.example"),
-    (("Host: evil.example",), "localhost"),
-    (("Origin: http://rebind.example", "Sec-Fetch-Site: same-origin"), "rebind.example"),
 ]
+"""One of each kind; `tests/attacks/from_pages.py` has every way to look like our own page."""
 
 
-@pytest.mark.parametrize(("lines", "host"), FOREIGN)
-def test_without_a_key_another_sites_page_gets_nothing(
-    store: Store, tmp_path: Path, lines: tuple[str, ...], host: str
-) -> None:
+def test_another_sites_page_is_told_why_and_what_to_do(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        turn = await p.chat(request())
-        engine.requests.clear()
-        said = orjson.dumps({"turn_id": turn[2]["x-nextstate-turn"], "score": 1})
-        asked = [
-            post("/v1/chat/completions", JSON, *lines, host=host),
-            post("/v1/feedback", JSON, *lines, host=host, body=said),
-            post("/tokenize", JSON, *lines, host=host),
-            *(get(t, *lines, host=host) for t in ("/v1/models", "/metrics", "/healthz", "/health")),
-        ]
-        for raw in asked:
-            found = await ask(p.url, raw)
-            assert (found.status, found.error["type"]) == (403, "PermissionDeniedError"), raw
-            assert found.error["message"].split(":")[0] in ("Host", "Origin", "Sec-Fetch-Site")
-            assert "[proxy] api_key_env" in found.error["message"]
-            assert "access-control-allow-origin" not in found.headers
+        for lines, host in FOREIGN:
+            for raw in (
+                post("/v1/chat/completions", JSON, *lines, host=host),
+                get("/v1/models", *lines, host=host),
+                get("/healthz", *lines, host=host),
+            ):
+                found = await ask(p.url, raw)
+                assert (found.status, found.error["type"]) == (403, "PermissionDeniedError"), raw
+                assert found.error["message"].split(":")[0] in ("Host", "Origin", "Sec-Fetch-Site")
+                assert "[proxy] api_key_env" in found.error["message"]
+                assert "access-control-allow-origin" not in found.headers
         assert engine.requests == []
-        assert store.judging.feedback(turn[2]["x-nextstate-turn"]) is None
 
     both(test, store, tmp_path)
 
@@ -110,7 +85,7 @@ def test_programs_and_this_machines_own_pages_need_no_key(
 
 def test_a_client_with_a_key_may_come_from_anywhere(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
-        for lines, host in FOREIGN:
+        for lines, host in SITES:
             keyed = ("Authorization: Bearer secret", *lines)
             found = await ask(p.url, post("/v1/chat/completions", JSON, *keyed, host=host))
             assert found.status == 200

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from nextstate.config import StoreConfig
-from nextstate.keys import Scope, hashed
+from nextstate.keys import Scope, hashed, key_of_nodes
 from nextstate.store import Store
 from nextstate.store.keys import Keys as StoredKeys
 from proxy.allowance import Allowance
@@ -208,7 +208,27 @@ def test_a_key_is_compared_with_all_keys_whichever_it_is(
     for one in (*sent, hashed("main-key"), hashed("wrong")):
         compared.clear()
         keys.find(one)
-        assert len(compared) == 6
+        assert len(compared) == 7  # the main key's nodes have one
+
+
+def test_the_rollouts_nodes_may_play_episodes_and_nothing_else(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        nodes = bearer(key_of_nodes("main-key"))
+        asked = {"environment": "e", "task": "t"}
+        for method, path, body, status in (
+            ("POST", "/v1/chat/completions", request(), 200),
+            ("GET", "/v1/models", None, 200),
+            ("POST", "/v1/episodes", asked, 200),
+            ("GET", "/metrics", None, 403),
+            ("POST", "/v1/feedback", {"turn_id": "turn_1", "score": 1}, 403),
+        ):
+            answer = await p.http.request(method, p.url + path, json=body, headers=nodes)
+            assert answer.status == status, path
+        assert (await p.chat(request(), bearer(key_of_nodes("other"))))[0] == 401
+
+    both(test, store, tmp_path, key="main-key")
 
 
 def test_the_configured_key_goes_on_beside_those_of_the_store(store: Store, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ import pytest
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.records import Json, Timings, Turn, new_id
 from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.repeated import TOO_LONG
 from nextstate.store import Store
 from proxy.capture import Capture
 from proxy.exchange import Exchange, read_exchange, record
 from proxy.linking.history import RememberedMessages
-from proxy.redacting import AT_START, IN_PROMPT, SOMEWHERE
+from proxy.redacting import AT_START, IN_PROMPT, SOMEWHERE, UNSEARCHED
 
 PROFILE: AgentProfile = load_plugin("agents", "generic", None)
 KEY = "ghp_a8Zk2LmQ9xYt3RvB7nPw5cDfH4jK6sTuV1eG"
@@ -184,3 +185,94 @@ def test_with_redaction_off_all_is_kept(store: Store) -> None:
     assert turn.trainable
     assert KEY in turn.request["messages"][0]["content"]
     assert turn.completion_ids == (100, 101)
+
+
+PASSWORD = "hunter2Xy9"
+
+
+def held(store: Store, secret: str) -> bool:
+    """Whether some file of the state folder holds it."""
+    store.checkpoint()
+    files = [path.read_bytes() for path in store.dir.rglob("*") if path.is_file()]
+    return any(secret.encode() in data for data in files)
+
+
+def test_a_secret_that_is_said_again_without_its_name_is_replaced_too(store: Store) -> None:
+    record_ = Recorder(store)
+    asked = user(f"The password is {PASSWORD}, and {PASSWORD} it stays.")
+    said = f"Noted: {PASSWORD}."
+    first = record_([asked], captured(["Noted: ", PASSWORD, "."]))
+    assert first.reply["content"] == "Noted: [secret:password]."
+    history = [asked, {"role": "assistant", "content": said}, user(f"Is {PASSWORD} long?")]
+    second = record_(history, captured(["Yes, ", PASSWORD, " is."]))
+    assert second.parent == first.id
+    assert [one["content"] for one in second.request["messages"]] == [
+        "The password is [secret:password], and [secret:password] it stays.",
+        "Noted: [secret:password].",
+        "Is [secret:password] long?",
+    ]
+    assert second.reply["content"] == "Yes, [secret:password] is."
+    (state,) = store.turns.next_states(first.id)
+    assert state.text == "Is [secret:password] long?"
+    assert not held(store, PASSWORD)
+
+
+def test_a_password_of_a_field_is_known_again_in_a_call(store: Store) -> None:
+    arguments = json.dumps({"with": "tiger-lamp-7"})
+    call = {"id": "c", "type": "function", "function": {"name": "login", "arguments": arguments}}
+    message = {"role": "assistant", "content": None, "tool_calls": [call]}
+    part = {"type": "tool_result", "input": {"password": "tiger-lamp-7"}}
+    turn = Recorder(store)([{"role": "user", "content": [part]}], captured(["x"], message))
+    assert turn.reply["tool_calls"][0]["function"]["arguments"] == '{"with": "[secret:password]"}'
+    assert not held(store, "tiger-lamp-7")
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ('password: "elephants"', "Two elephants."),  # a word may mean something else
+        ("password: ab12cd", "It is ab12cd."),  # as a short one may
+        (f"password: {PASSWORD}", f"See {PASSWORD}2 and x{PASSWORD}."),
+        ("no secret here", f"See {PASSWORD}."),
+    ],
+)
+def test_what_only_looks_like_a_named_secret_stays(store: Store, asked: str, said: str) -> None:
+    assert Recorder(store)([user(asked)], captured([said])).reply["content"] == said
+
+
+def test_what_is_too_long_to_search_is_not_kept_in_clear_and_does_not_train(store: Store) -> None:
+    hostile, record_ = "4155552671 " * 500_000, Recorder(store)
+    turn = record_([user(hostile), user("hello")], captured(["Hi"]))
+    assert turn.untrainable == UNSEARCHED
+    assert turn.request["messages"] == [user(TOO_LONG), user(TOO_LONG)]
+    assert turn.completion_ids is None
+    tools = [{"type": "function", "function": {"name": "f", "description": hostile}}]
+    turn = record_([user("tools")], captured(["Hi"]), tools=tools)
+    assert (turn.untrainable, turn.request["tools"]) == (IN_PROMPT, [{"type": TOO_LONG}])
+    turn = record_([user("fields")], captured(["Hi"]), documents=[hostile])
+    assert (turn.untrainable, turn.request["documents"]) == (IN_PROMPT, TOO_LONG)
+    turn = record_([user("reply")], captured([hostile, "!"]))
+    assert (turn.untrainable, turn.reply["content"]) == (UNSEARCHED, TOO_LONG)
+    assert not held(store, "4155552671")
+
+
+def test_a_long_conversation_that_came_message_by_message_is_kept_whole(store: Store) -> None:
+    record_ = Recorder(store)
+    messages: list[Json] = []
+    for number in range(6):  # more than is searched at once
+        messages.append(user(f"{number} " + "word " * 200_000))
+        turn = record_(messages, captured([f"Reply {number}"]))
+        assert turn.untrainable is None
+        messages.append({"role": "assistant", "content": f"Reply {number}"})
+    again = Recorder(store)(messages, captured(["later"]))
+    kept = [one["content"] == TOO_LONG for one in again.request["messages"]]
+    assert kept.index(True) > 6
+    assert all(kept[kept.index(True) :])
+
+
+def test_a_picture_does_not_count_as_text(store: Store) -> None:
+    url = "data:image/png;base64," + "A" * (5 << 20)
+    part = {"type": "image_url", "image_url": {"url": url}}
+    turn = Recorder(store)([{"role": "user", "content": [part]}], captured(["A cat"]))
+    assert turn.untrainable is None
+    assert turn.request["messages"][0]["content"] == [part]

@@ -12,6 +12,7 @@ import sqlalchemy as sa
 from nextstate.config import StoreConfig
 from nextstate.episodes import Episode
 from nextstate.errors import StoreError
+from nextstate.keys import key_hash
 from nextstate.records import Feedback, SampleState, Source, Verdict
 from nextstate.store import Store, schema
 from nextstate.store.migrations import migrate
@@ -28,7 +29,8 @@ OF_VERSION_3 = OF_VERSION_1.with_name("schema_3.sql")
 """The same as version 3 left it, before there were keys and a ledger."""
 
 OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
-"""The same as version 4 left it, before it was known whose each turn is."""
+"""The same as version 4 left it, before it was known whose each turn is, with an episode, whose key
+it held in clear."""
 
 
 def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:
@@ -115,6 +117,20 @@ def test_decisions_from_before_there_were_pauses_pause_nothing(tmp_path: Path) -
         assert (found.after, found.pause) == (1, None)
         store.versions.pause("main", "ada")
         assert store.versions.decisions("main").pause is not None
+
+
+def test_an_older_database_keeps_its_episodes_and_ends_their_keys(tmp_path: Path) -> None:
+    key = "ep-9292487f35524a5b8c7741fd5d4f318a"
+    assert key in OF_VERSION_4.read_text()
+    old_database(tmp_path, OF_VERSION_4)
+    with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
+        assert store.episodes.of_key(key) is None
+        assert store.episodes.of_key(key_hash(key)) is None
+        episode = Episode("e-old", "main", "shell", "find the file")
+        (again,) = store.episodes.open([episode], None, {"e-old": key}, "key ann:00")
+        found = store.episodes.of_key(key)
+        assert found is not None
+        assert (found.id, found.opener, again.task) == ("e-old", "key ann:00", "find the file")
 
 
 def test_an_older_database_goes_on_with_episodes_and_their_counts(tmp_path: Path) -> None:

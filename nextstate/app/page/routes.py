@@ -33,7 +33,7 @@ from proxy.allowance import Allowance
 from proxy.answers import Refused
 from proxy.bodies import read_any_body, refuse_coded
 from proxy.browsers import foreign
-from proxy.keys import ANYBODY, Keys
+from proxy.keys import ANYBODY, Grant, Keys
 from proxy.scopes import needed
 from proxy.tries import Tries
 
@@ -112,10 +112,13 @@ class Page:
         health: Callable[[], Json],
         allowance: Allowance,
         tries: Tries,
+        requests: Allowance,
     ) -> None:
+        """`allowance` is that of feedback, `requests` that of all requests of a key."""
         self._host = settings.proxy.host
         self._keys = keys
         self._tries = tries
+        self._requests = requests
         self._renderer = Renderer()
         self._screens = Screens(settings, store, health, self._renderer)
         redactor = settings.privacy.redactor
@@ -141,6 +144,8 @@ class Page:
             response = await self._answer(request)
         except Refused as error:
             response = self._error(error.status, error.message)
+            if error.wait_s is not None:
+                response.headers["Retry-After"] = str(error.wait_s)
         except WaitError as error:
             log.warning("a page could not be shown: %s", error)
             response = self._error(503, "The store is busy or full: try again in a moment.")
@@ -191,9 +196,16 @@ class Page:
             grant = ANYBODY
             if not is_token(cookie):
                 cookie = new_cookie()
+        self._count(grant)
         known, lineage = self._keys.lineages, grant.lineage
         sees = tuple(name for name in known.names if known.sees(lineage, name))
         return Visitor(lineage, sees, cookie, logged_in, grant.may(Scope.ADMIN), grant.who)
+
+    def _count(self, grant: Grant) -> None:
+        """Counts a request of a key, with those that it sends to the API. Raises Refused."""
+        if grant.limited and (wait_s := self._requests.wait_s(grant.who)):
+            message = f"Too many requests came with this key: wait {wait_s} seconds."
+            raise Refused(429, message, wait_s=wait_s)
 
     async def _login(self, request: web.Request, form: Json) -> web.Response:
         if request.method != "POST":
@@ -206,6 +218,8 @@ class Page:
             page = self._renderer.render("login.html", wrong=text)
             headers = {"Retry-After": str(wait_s)}
             return web.Response(text=page, content_type="text/html", status=429, headers=headers)
+        if (grant := self._keys.find(hashed(key))) is not None:
+            self._count(grant)
         token = await asyncio.to_thread(self._logins.begin, key)
         if token is None:
             self._tries.failed(address, hashed(key))
