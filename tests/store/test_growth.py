@@ -290,7 +290,7 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "held_back": lambda s: s.training.held_back("main", 16, True, True),
     "review": lambda s: s.reviewing.give(Feedback("turn_7", -1, "Be brief."), "key eve"),
     "reviews": lambda s: (s.reviewing.counts(), s.reviewing.waiting()),
-    "retention": lambda s: s.retention.step(0, 2.0, "retention"),
+    "retention": lambda s: s.retention.step(0, 0.5, "retention"),
     "release_samples": lambda s: s.training.release_samples("main"),
     "drop_samples": lambda s: s.training.drop_samples(["turn_1", "turn_2"], "too long"),
     "drop_stale": lambda s: s.training.drop_stale("main", lambda version: None),
