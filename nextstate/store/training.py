@@ -68,9 +68,8 @@ class Training:
         with self._database.read() as connection:
             given = _by_client(_ready(connection, lineage), scored, hinted)
             known = self._known(connection, lineage)
-        if sum(given.values()) < limit <= sum(allotted(given, known, limit).values()):
-            return {}
-        return given if sum(given.values()) >= limit else {}
+        enough = sum(given.values()) >= limit > sum(allotted(given, known, limit).values())
+        return given if enough else {}
 
     def lease_samples(
         self, lineage: str, limit: int, batch: str, *, scored: bool, hinted: bool
