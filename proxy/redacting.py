@@ -28,6 +28,7 @@ from nextstate.redaction.repeated import (
     size_of,
     without,
 )
+from nextstate.redaction.repeated import Known as Named
 from nextstate.redaction.tokens import tokens_before
 from nextstate.store.texts import content_hash
 from nextstate.wire import write_json
@@ -128,10 +129,11 @@ def kept_reply(said: Json, messages: Sequence[Message], redactor: Redactor) -> J
     if not is_searched(said):
         return {"role": "assistant", "content": TOO_LONG}
     kept = redactor.value(said)
-    known = {**repeatable(redactor, said, kept)}
+    known = Named()
     for message in messages:
-        known |= message.secrets
-    return without(kept, known)
+        known.add(message.secrets)
+    known.add(repeatable(redactor, said, kept))
+    return without(kept, known.values) if known.values else kept
 
 
 def _short(request: Json) -> Json:

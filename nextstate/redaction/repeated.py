@@ -18,8 +18,10 @@ MOST_SEARCHED = 4 << 20
 """Characters of one exchange that are searched: a hostile text takes two seconds a million."""
 _NAMED = frozenset(("password", "phone", "national_id", "card"))
 """Kinds that the words before a value may have given away; others have a form of their own."""
-_SHORTEST, _MOST = 8, 64
-"""A shorter value may be a word that means something else elsewhere."""
+_SHORTEST = 8
+"""Characters: a shorter value may be a word that means something else elsewhere."""
+_MOST, _LONGEST_READ = 64, 1 << 16
+"""Values that an exchange looks for, and characters of a text that are read for them."""
 
 Values = Mapping[str, str]
 """What stands for each value."""
@@ -29,14 +31,31 @@ def repeatable(redactor: Redactor, value: Any, kept: Any) -> Values:
     """The secrets in a JSON value that may be said again; `kept` is the value without them."""
     found: dict[str, str] = {}
     for secret, stands in _pairs(redactor, value, kept):
-        if len(secret) >= _SHORTEST and not secret.isalpha() and len(found) < _MOST:
+        if len(secret) >= _SHORTEST and not secret.isalpha():
             found[secret] = stands
+        if len(found) == _MOST:
+            break
     return found
 
 
-def said_again(written: bytes, known: Values) -> bool:
-    """Whether a value's JSON holds one of the secrets."""
-    return any(write_json(secret)[1:-1] in written for secret in known)
+class Known:
+    """What was named so far in one exchange: the latest of it."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, str] = {}
+        self._written: list[bytes] = []
+
+    def add(self, found: Values) -> None:
+        """Adds what a message named."""
+        if found:
+            self.values |= found
+            for old in [*self.values][:-_MOST]:
+                del self.values[old]
+            self._written = [write_json(secret)[1:-1] for secret in self.values]
+
+    def stands_in(self, written: bytes) -> bool:
+        """Whether a value's JSON may hold one of them."""
+        return any(secret in written for secret in self._written)
 
 
 def without(value: Any, known: Values) -> Any:
@@ -75,7 +94,7 @@ def _pairs(redactor: Redactor, value: Any, kept: Any) -> Iterator[tuple[str, str
     if value is kept:
         return
     if isinstance(value, str):
-        spans = redactor.spans(value)
+        spans = redactor.spans(value[:_LONGEST_READ])
         for span in spans:
             if span.kind in _NAMED:
                 yield value[span.start : span.end], placeholder(span.kind)

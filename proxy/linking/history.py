@@ -21,9 +21,9 @@ from nextstate.redaction import NOTHING, Redactor
 from nextstate.redaction.repeated import (
     MOST_SEARCHED,
     TOO_LONG,
+    Known,
     Values,
     repeatable,
-    said_again,
     size_of,
     without,
 )
@@ -100,7 +100,7 @@ class RememberedMessages:
     def read(self, messages: Sequence[Json], profile: AgentProfile) -> list[Message]:
         """Each message as `profile` reads it, without what earlier ones told to be secrets."""
         found: list[Message] = []
-        known: dict[str, str] = {}
+        known = Known()
         searched = 0
         for message in messages:
             written = write_json(message)
@@ -119,12 +119,12 @@ class RememberedMessages:
             else:
                 read = remembered[0]
                 self._found.move_to_end(key)
-            if known and said_again(written, known):
-                kept = without(read.redacted or message, known)
+            if known.stands_in(written):
+                kept = without(read.redacted or message, known.values)
                 if kept is not (read.redacted or message):
                     again = _read(kept, content_hash(write_json(kept)), profile)
                     read = again._replace(redacted=kept, secrets=read.secrets)
-            known |= read.secrets
+            known.add(read.secrets)
             found.append(read)
         while self._bytes > self._most_bytes:
             _, (_, size) = self._found.popitem(last=False)

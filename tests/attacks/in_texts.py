@@ -163,8 +163,13 @@ def _fetches(name: str, body: Any) -> None:
     """A body that names an address: the proxy itself goes nowhere."""
 
     async def happens(lab: Lab) -> None:
-        seen: list[object] = []
-        server = await asyncio.start_server(lambda *streams: seen.append(streams), "127.0.0.1", 0)
+        seen: list[str] = []
+
+        async def connected(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            seen.append(name)
+            writer.close()
+
+        server = await asyncio.start_server(connected, "127.0.0.1", 0)
         port = server.sockets[0].getsockname()[1]
         async with server:
             written = json.dumps({"model": "base", "max_tokens": 9, **body})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -276,3 +277,16 @@ def test_a_picture_does_not_count_as_text(store: Store) -> None:
     turn = Recorder(store)([{"role": "user", "content": [part]}], captured(["A cat"]))
     assert turn.untrainable is None
     assert turn.request["messages"][0]["content"] == [part]
+
+
+def test_many_named_secrets_do_not_make_a_long_history_slow(store: Store) -> None:
+    def cost(messages: int) -> float:
+        asked = [
+            user(" ".join(f"password: x{n}y{m}zK9" for m in range(80))) for n in range(messages)
+        ]
+        started = time.process_time()
+        Recorder(store)(asked, captured(["Hi"]))
+        return time.process_time() - started
+
+    cost(10)
+    assert cost(400) < 8 * cost(100) + 0.5  # quadratic time would be sixteenfold
