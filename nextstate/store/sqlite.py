@@ -129,16 +129,21 @@ class SQLite:
             with engine.connect() as connection:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
-    def compact(self, engine: sa.Engine) -> None:
+    def compact(self, connection: sa.Connection) -> None:
         """Rewrites the file without its free pages, and empties the write-ahead log."""
-        with engine.connect() as connection:
-            cursor = connection.connection.cursor()
-            cursor.execute("VACUUM")
-            busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        cursor = connection.connection.cursor()
+        cursor.execute("VACUUM")
+        busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         if busy:  # somebody still reads what was there before
             error = sqlite3.OperationalError("its write-ahead log is in use")
             error.sqlite_errorcode = sqlite3.SQLITE_BUSY
             raise error
+
+    def take(self, connection: sa.Connection) -> None:
+        """Keeps every other connection out, until this one is closed."""
+        cursor = connection.connection.cursor()
+        for statement in ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN IMMEDIATE", "COMMIT"):
+            cursor.execute(statement).fetchall()
 
     def damage(self, engine: sa.Engine) -> list[str]:
         """Broken pages and indexes, and rows that refer to rows that are not there."""
