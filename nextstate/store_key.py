@@ -74,8 +74,8 @@ def make_key_file(file: Path, folder: Path) -> StoreKey:
             os.fsync(opened.fileno())
     except OSError as error:
         raise ConfigError(
-            f"--key-file {str(file)!r} cannot be written: {error.strerror}; name a file in a folder "
-            "that is there"
+            f"--key-file {str(file)!r} cannot be written: {error.strerror}; name a file in a "
+            "folder that is there"
         ) from None
     return read_key_file(file, folder, "--key-file")
 

@@ -12,6 +12,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from nextstate import sealed_files
 from nextstate.config import StoreConfig
 from nextstate.errors import NextStateError, StoreError
 from nextstate.private_files import make_state_folder
@@ -31,8 +32,8 @@ from nextstate.store.sqlite import SQLite, database_file
 from nextstate.store.texts import Known
 from nextstate.store.training import Training
 from nextstate.store.turns import Turns
-from nextstate.store.verifying import Verifying
 from nextstate.store.vault import seal_with
+from nextstate.store.verifying import Verifying
 from nextstate.store.versions import Versions
 from nextstate.store.waiting import Patience
 from nextstate.store.workers import Workers
@@ -101,6 +102,7 @@ class Store:
         except NextStateError:
             self.close()
             raise
+        sealed_files.use(self.dir, self.vault)
         if self.vault is not None:
             seal_with(self.database.engine, self.vault)
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate.errors import StoreError, WaitError
-from nextstate.store.vault import SealedType, Way, vault_of
+from nextstate.store.vault import SealedType, Vault, Way, vault_of
 from nextstate.store.waiting import Patience
 
 T = TypeVar("T")
@@ -89,16 +89,17 @@ class _Prepared:
         self._fixed = {k: v for k, v in compiled.params.items() if v is not None}
         columns = statement.selected_columns.keys() if isinstance(statement, sa.Select) else []
         self.row: Any = namedtuple("Row", columns)  # pyright: ignore[reportUntypedNamedTuple]
-        self._sealed: dict[str, Way] = {}
+        self._sealed: list[tuple[str, Way]] = []
         self._opened: list[tuple[int, Way]] = []
-        if vault_of(dialect) is not None:
-            self._find_sealed(statement, compiled, dialect)
+        if (vault := vault_of(dialect)) is not None:
+            self._find_sealed(statement, compiled, vault)
 
     def arguments(self, values: Mapping[str, object]) -> Any:
         """The values in the order, or under the names, that the driver wants."""
         known = {**self._fixed, **values} if self._fixed or self._sealed else values
-        for name, seal in self._sealed.items():
-            known[name] = seal(known[name])
+        for name, seal in self._sealed:
+            if (value := known[name]) is not None:
+                known[name] = seal(value)
         return known if self._names is None else tuple(map(known.__getitem__, self._names))
 
     def rows(self, found: Sequence[Any]) -> list[Any]:
@@ -110,22 +111,22 @@ class _Prepared:
         for row in found:
             values = list(row)
             for at, opened in self._opened:
-                values[at] = opened(values[at])
+                if values[at] is not None:
+                    values[at] = opened(values[at])
             rows.append(make(values))
         return rows
 
     def _find_sealed(
-        self, statement: sa.ClauseElement, compiled: SQLCompiler, dialect: sa.Dialect
+        self, statement: sa.ClauseElement, compiled: SQLCompiler, vault: Vault
     ) -> None:
         """Notes which values are sealed and opened on the way."""
         for name, bind in compiled.binds.items():
-            if isinstance(bind.type, SealedType) and (seal := bind.type.bind_processor(dialect)):
-                self._sealed[name] = seal
+            if isinstance(bind.type, SealedType):
+                self._sealed.append((name, bind.type.ways(vault)[0]))
         columns = statement.selected_columns if isinstance(statement, sa.Select) else []
         for at, column in enumerate(columns):
-            kind = column.type
-            if isinstance(kind, SealedType) and (opened := kind.result_processor(dialect, None)):
-                self._opened.append((at, opened))
+            if isinstance(column.type, SealedType):
+                self._opened.append((at, column.type.ways(vault)[1]))
 
 
 @functools.lru_cache(maxsize=256)

@@ -14,10 +14,10 @@ from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
 from nextstate.store.texts import hashes, unpacked
+from nextstate.store.vault import PREFIX_BYTES
 from nextstate.wire import read_json
 
 _MOST_CANDIDATES = 16
-_CONTEXT_KEY_BYTES = 32
 
 
 class Candidate(NamedTuple):
@@ -114,7 +114,7 @@ class Sessions:
         """Some turns whose context key begins so."""
         vault = self._cursor.vault
         first = prefix if vault is None else vault.seal_prefix(prefix)
-        last = first.ljust(_CONTEXT_KEY_BYTES, b"\xff")
+        last = first.ljust(PREFIX_BYTES, b"\xff")
         return self._candidates(_WITH_CONTEXT_PREFIX, first=first, last=last)
 
     def with_chain_key(self, key: bytes) -> list[Candidate]:

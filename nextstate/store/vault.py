@@ -1,9 +1,9 @@
 """Encryption of what the database holds: values, and the names by which they are found.
 
-A *value* (a text, token ids, log-probs, stop words) is sealed by AES-256-GCM under a key that is
-derived from the data key and 96 random bits, with 96 more as its nonce: 192 random bits never come
-twice. The place of a value is authenticated with it, so a value that was changed, or moved to
-another row, is an error when it is read.
+A *value* (a text, token ids, log-probs, stop words) is sealed by AES-256-GCM with a nonce of 96
+random bits, under a key of its process, which is derived from the data key and 96 other random
+bits, and seals at most 2^30 values: so no nonce comes twice. The place of a value is authenticated
+with it, so a value that was changed, or moved to another row, is an error when it is read.
 
 A *name* is searched for, so equal ones must stay equal: a keyed permutation, which nobody can
 compute or undo without the key, takes the place of a hash. An unkeyed hash of a short text would
@@ -20,19 +20,20 @@ import os
 import re
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from nextstate.errors import SealError
 
-if TYPE_CHECKING:
-    from cryptography.hazmat.primitives.ciphers import Cipher
-
 KEY_BYTES = 32
 """Of a data key, and of the key that wraps it."""
 _SALT_BYTES, _NONCE_BYTES = 12, 12
-_BLOCK, _HALF, _ROUNDS = 16, 4, 8
+_BLOCK, _PART = 16, 8
+_FIRST, _SECOND = b"system  ", b"letters "
+PREFIX_BYTES = 48
+"""Of a sealed key of 32 bytes."""
+_MOST_VALUES, _REMEMBERED = 1 << 30, 4096
 _HEX = re.compile(r"[0-9a-f]{32}")
 _WRAPPING = b"nextstate data key, wrapped 1"
 _ATTRIBUTE = "nextstate_vault"
@@ -44,6 +45,8 @@ class Vault:
     `open…` raises SealError for what this key has not sealed.
     """
 
+    has_key = True
+
     def __init__(self, key: bytes) -> None:
         from cryptography.exceptions import InvalidTag
         from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -52,21 +55,35 @@ class Vault:
         self._gcm, self._wrong = AESGCM, InvalidTag
         self._values = _derived(key, b"values")
         # One block a name, and each name is a hash: blocks repeat only where names are equal.
-        ciphers = (algorithms.AES(_derived(key, what)) for what in (b"names", b"halves"))
-        self._ciphers = [Cipher(cipher, modes.ECB()) for cipher in ciphers]
+        self._names = Cipher(algorithms.AES(_derived(key, b"names")), modes.ECB())
         self._words = AESSIV(_derived(key, b"words", 64))
         self._local = threading.local()
+        self._known = dict[bytes, Any]()
+        """Ciphers of values, by their salts."""
+        self._known_words = dict[str, str](), dict[str, str]()
+        self._own: tuple[bytes, Any] | None = None
+        """The salt of this process, and the cipher of its key."""
+        self._left = 0
 
     def seal(self, place: bytes, value: bytes) -> bytes:
         """A value as it is stored: 40 bytes longer."""
-        salt = os.urandom(_SALT_BYTES + _NONCE_BYTES)
-        return salt + self._cipher(salt).encrypt(salt[_SALT_BYTES:], value, place)
+        own = self._own
+        if own is None or self._left <= 0:  # two threads may both choose one: no harm
+            salt = os.urandom(_SALT_BYTES)
+            self._own = own = salt, self._gcm(self._key_of(salt))
+            self._left = _MOST_VALUES
+        self._left -= 1
+        nonce, (salt, cipher) = os.urandom(_NONCE_BYTES), own
+        return salt + nonce + cipher.encrypt(nonce, value, place)
 
     def open(self, place: bytes, sealed: bytes) -> bytes:
         """The way back from `seal`."""
-        salt = sealed[: _SALT_BYTES + _NONCE_BYTES]
+        salt, nonce = sealed[:_SALT_BYTES], sealed[_SALT_BYTES : _SALT_BYTES + _NONCE_BYTES]
+        cipher = self._known.get(salt)
+        if cipher is None:
+            cipher = _remember(self._known, salt, self._gcm(self._key_of(salt)))
         try:
-            return self._cipher(salt).decrypt(salt[_SALT_BYTES:], sealed[len(salt) :], place)
+            return cipher.decrypt(nonce, sealed[_SALT_BYTES + _NONCE_BYTES :], place)
         except (self._wrong, ValueError):
             raise SealError(
                 "a sealed value was changed or moved since it was stored: `nextstate verify` says "
@@ -82,65 +99,61 @@ class Vault:
         return self._blocks()[1].update(sealed)
 
     def seal_prefix(self, key: bytes) -> bytes:
-        """A key of 16 bytes and parts of 8, so that keys that begin alike still do."""
-        return self.seal_names(key[:_BLOCK]) + self._parts(key[_BLOCK:], range(_ROUNDS))
+        """A key of 32 bytes, or its first 16 or 24, so that keys that begin alike still do.
+
+        Of the two parts of 8 bytes stand first what finds them, and then the way back.
+        """
+        parts = [key[_BLOCK : _BLOCK + _PART], key[_BLOCK + _PART :]]
+        blocks = (key[:_BLOCK], parts[0] + _FIRST, parts[1] + _SECOND, parts[0] + parts[1])
+        if len(parts[1]) == _PART:
+            found = self._blocks()[0].update(b"".join(blocks))
+            ends = found[_BLOCK : _BLOCK + _PART], found[2 * _BLOCK : 2 * _BLOCK + _PART]
+            return found[:_BLOCK] + ends[0] + ends[1] + found[3 * _BLOCK :]
+        if not parts[0]:
+            return self.seal_names(blocks[0])
+        return self.seal_names(blocks[0] + blocks[1])[: _BLOCK + _PART]
 
     def open_prefix(self, sealed: bytes) -> bytes:
-        """The way back from `seal_prefix`."""
-        parts = self._parts(sealed[_BLOCK:], range(_ROUNDS - 1, -1, -1))
-        return self.open_names(sealed[:_BLOCK]) + parts
+        """The way back from `seal_prefix`, of a whole key."""
+        return self.open_names(sealed[:_BLOCK] + sealed[-_BLOCK:])
 
     def seal_word(self, word: str) -> str:
         """A name of any length that a client chose; equal ones stay equal."""
-        return base64.urlsafe_b64encode(self._words.encrypt(word.encode(), None)).decode()
+        known = self._known_words[0]
+        if (found := known.get(word)) is not None:
+            return found
+        sealed = self._words.encrypt(word.encode(), None)
+        return _remember(known, word, base64.urlsafe_b64encode(sealed).decode())
 
     def open_word(self, sealed: str) -> str:
         """The way back from `seal_word`."""
+        known = self._known_words[1]
+        if (found := known.get(sealed)) is not None:
+            return found
         try:
-            return self._words.decrypt(base64.urlsafe_b64decode(sealed), None).decode()
+            word = self._words.decrypt(base64.urlsafe_b64decode(sealed), None).decode()
         except (self._wrong, ValueError):
             raise SealError(
                 "the sealed name of a session was changed since it was stored"
             ) from None
+        return _remember(known, sealed, word)
 
-    def _cipher(self, salt: bytes) -> Any:
-        key = hashlib.blake2b(salt[:_SALT_BYTES], key=self._values, digest_size=KEY_BYTES)
-        return self._gcm(key.digest())
+    def _key_of(self, salt: bytes) -> bytes:
+        return hashlib.blake2b(salt, key=self._values, digest_size=KEY_BYTES).digest()
 
-    def _blocks(self) -> tuple[Any, Any, Any]:
-        """(encryptor of names, decryptor of names, encryptor of halves) of this thread."""
+    def _blocks(self) -> tuple[Any, Any]:
+        """(encryptor of names, decryptor of names) of this thread."""
         found = getattr(self._local, "blocks", None)
         if found is None:
-            names, halves = self._ciphers
-            found = names.encryptor(), names.decryptor(), halves.encryptor()
+            found = self._names.encryptor(), self._names.decryptor()
             self._local.blocks = found
         return found
-
-    def _parts(self, parts: bytes, rounds: range) -> bytes:
-        """Each 8 bytes through a Feistel network; in the other order of rounds, its inverse."""
-        if not parts:
-            return b""
-        step, mixed = self._blocks()[2].update, 2 * _HALF
-        left = [parts[at : at + _HALF] for at in range(0, len(parts), mixed)]
-        right = [parts[at + _HALF : at + mixed] for at in range(0, len(parts), mixed)]
-        if rounds.step < 0:
-            left, right = right, left
-        for number in rounds:
-            out = step(b"".join(bytes([number]) * (_BLOCK - _HALF) + half for half in right))
-            left, right = (
-                right,
-                [
-                    _xor(half, out[at * _BLOCK : at * _BLOCK + _HALF])
-                    for at, half in enumerate(left)
-                ],
-            )
-        if rounds.step < 0:
-            left, right = right, left
-        return b"".join(a + b for a, b in zip(left, right, strict=True))
 
 
 class NoKey(Vault):
     """The vault of a process that was given no key: whatever it is asked for is a SealError."""
+
+    has_key = False
 
     def __init__(self) -> None:
         """It has nothing."""
@@ -152,8 +165,16 @@ class NoKey(Vault):
         )
 
 
-def _xor(one: bytes, other: bytes) -> bytes:
-    return (int.from_bytes(one) ^ int.from_bytes(other)).to_bytes(len(one))
+_Key = TypeVar("_Key", bytes, str)
+_Value = TypeVar("_Value")
+
+
+def _remember(where: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    """Keeps what is asked for again and again; returns it."""
+    if len(where) >= _REMEMBERED:
+        where.clear()
+    where[key] = value
+    return value
 
 
 def _derived(key: bytes, what: bytes, size: int = KEY_BYTES) -> bytes:

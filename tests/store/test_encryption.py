@@ -280,7 +280,7 @@ def test_nobody_else_has_the_store_open_meanwhile(
 ) -> None:
     with (
         opened(config),
-        pytest.raises(StartError, match="is in use .*: end `nextstate up`"),
+        pytest.raises(StartError, match=r"is in use .*: end `nextstate up`"),
         Store.encryption(config),
     ):
         pass
@@ -353,7 +353,8 @@ def test_a_kill_at_any_moment_loses_nothing_and_the_command_goes_on(
 @pytest.mark.parametrize(
     "damage",
     [
-        "UPDATE texts SET stored = CAST(substr(stored, 1, 30) || x'00' || substr(stored, 32) AS BLOB)",
+        "UPDATE texts SET stored = "
+        "CAST(substr(stored, 1, 30) || x'00' || substr(stored, 32) AS BLOB)",
         "UPDATE texts SET stored = (SELECT b.stored FROM texts b WHERE b.hash > texts.hash "
         "ORDER BY b.hash LIMIT 1) WHERE hash < (SELECT max(hash) FROM texts)",
         "UPDATE texts SET stored = x'00'",
@@ -449,8 +450,18 @@ def test_names_come_back_and_stay_equal(names: list[bytes], key: bytes, word: st
 
 
 def test_no_two_values_share_their_random_bits() -> None:
-    sealed = {VAULT.seal(b"", b"")[:24] for _ in range(20_000)}
+    sealed = {VAULT.seal(b"", b"")[12:24] for _ in range(20_000)}
     assert len(sealed) == 20_000
+
+
+def test_a_process_changes_its_key_before_its_nonces_could_repeat(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nextstate.store.vault._MOST_VALUES", 3)
+    vault = Vault(bytes(range(32)))
+    sealed = [vault.seal(b"", b"value") for _ in range(9)]
+    assert len({one[:12] for one in sealed}) == 3
+    assert {VAULT.open(b"", one) for one in sealed} == {b"value"}
 
 
 def test_a_failed_open_leaves_nothing_open(
