@@ -11,7 +11,7 @@ from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from types import FunctionType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -92,14 +92,14 @@ class _Prepared:
         self._sealed: list[tuple[str, Way]] = []
         self._opened: list[tuple[int, Way]] = []
         if (vault := vault_of(dialect)) is not None:
-            self._find_sealed(statement, compiled, vault)
+            self._find_sealed(cast(Any, statement), compiled, vault)
 
     def arguments(self, values: Mapping[str, object]) -> Any:
         """The values in the order, or under the names, that the driver wants."""
-        known = {**self._fixed, **values} if self._fixed or self._sealed else values
-        for name, seal in self._sealed:
-            if (value := known[name]) is not None:
-                known[name] = seal(value)
+        known = {**self._fixed, **values} if self._fixed else values
+        if self._sealed:
+            sealed = {n: seal(v) for n, seal in self._sealed if (v := known[n]) is not None}
+            known = {**known, **sealed}
         return known if self._names is None else tuple(map(known.__getitem__, self._names))
 
     def rows(self, found: Sequence[Any]) -> list[Any]:
@@ -116,14 +116,14 @@ class _Prepared:
             rows.append(make(values))
         return rows
 
-    def _find_sealed(
-        self, statement: sa.ClauseElement, compiled: SQLCompiler, vault: Vault
-    ) -> None:
+    def _find_sealed(self, statement: Any, compiled: SQLCompiler, vault: Vault) -> None:
         """Notes which values are sealed and opened on the way."""
         for name, bind in compiled.binds.items():
             if isinstance(bind.type, SealedType):
                 self._sealed.append((name, bind.type.ways(vault)[0]))
-        columns = statement.selected_columns if isinstance(statement, sa.Select) else []
+        columns: list[Any] = (
+            list(statement.selected_columns) if isinstance(statement, sa.Select) else []
+        )
         for at, column in enumerate(columns):
             if isinstance(column.type, SealedType):
                 self._opened.append((at, column.type.ways(vault)[1]))

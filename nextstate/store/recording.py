@@ -107,14 +107,12 @@ class Recording:
             if key not in used:
                 used.add(self._texts.put(part, key))
         of_tools = [] if tools is None else [other_hashes.pop(0)]
-        vault, values = (
-            self._cursor.vault,
-            {
-                "completion_ids": pack_ids(turn.completion_ids),
-                "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
-                "sampling": dump(turn.sampling),
-            },
-        )
+        vault = self._cursor.vault
+        values: dict[str, bytes | str | None] = {
+            "completion_ids": pack_ids(turn.completion_ids),
+            "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
+            "sampling": dump(turn.sampling),
+        }
         self._cursor.run(
             _ADD_TURN,
             id=turn.id,

@@ -210,10 +210,7 @@ def unseal(vault: Vault | None, place: bytes, stored: bytes) -> bytes:
     return stored if vault is None else vault.open(place, stored)
 
 
-Column = TypeVar("Column", bytes, str, bytes | None, str | None)
-
-
-def seal_column(vault: Vault | None, row: str, column: str, value: Column) -> Column:
+def seal_column(vault: Vault | None, row: str, column: str, value: bytes | str | None) -> Any:
     """A value as it is stored in a column of a row that has an id; text becomes base64."""
     if vault is None or value is None:
         return value
@@ -223,7 +220,7 @@ def seal_column(vault: Vault | None, row: str, column: str, value: Column) -> Co
     return vault.seal(place, value)
 
 
-def open_column(vault: Vault | None, row: str, column: str, stored: Column) -> Column:
+def open_column(vault: Vault | None, row: str, column: str, stored: bytes | str | None) -> Any:
     """The way back from `seal_column`."""
     if vault is None or stored is None:
         return stored
@@ -260,11 +257,11 @@ class SealedType(sa.TypeDecorator[Any]):
         """(how a value is sealed, the way back)."""
         raise NotImplementedError
 
-    def bind_processor(self, dialect: sa.Dialect) -> Way | None:
+    def bind_processor(self, dialect: sa.Dialect) -> Any:
         """What SQLAlchemy does to a value before the driver gets it."""
         return _both(dialect, self.ways, 0, self.impl_instance.bind_processor(dialect))
 
-    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Way | None:
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Any:
         """What SQLAlchemy does to a value that the driver returns."""
         inner = self.impl_instance.result_processor(dialect, coltype)
         return _both(dialect, self.ways, 1, inner)
