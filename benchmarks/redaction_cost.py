@@ -49,7 +49,7 @@ def _pickled(messages: list[Json]) -> bytes:
     )
 
 
-def _conversation(size: int, number: int) -> list[bytes]:
+def conversation(size: int, number: int) -> list[bytes]:
     """The exchanges of a conversation that begins with a system prompt of `size` characters."""
     reply = "".join(f" word{at}" for at in range(_REPLY_TOKENS))
     text = (_PARAGRAPH * (size // len(_PARAGRAPH) + 1))[:size]
@@ -87,7 +87,7 @@ def main() -> None:
         later: dict[bool, list[float]] = {True: [], False: []}
         with tempfile.TemporaryDirectory() as folder:
             for number in range(_TRIES):
-                exchanges = _conversation(size, number)
+                exchanges = conversation(size, number)
                 for on in (False, True) if number % 2 else (True, False):
                     place = Path(folder, f"{number}-{on}")
                     times = _times(exchanges, Redactor() if on else NOTHING, place)

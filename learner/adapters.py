@@ -21,13 +21,14 @@ import orjson
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor
 
 from learner.config import LearnerConfig
 from learner.model import lora_config, model_shape
+from nextstate import sealed_files
 from nextstate.engine.adapter_files import WEIGHTS_FILE, file_sha256, verify_adapter
-from nextstate.errors import AdapterError, DiskError, LearnerError
+from nextstate.errors import AdapterError, DiskError, LearnerError, SealError
 from nextstate.private_files import make_folder
 
 CARD_FILE = "card.json"
@@ -82,8 +83,10 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
     try:
         if sha256 is not None:
             verify_adapter(path, sha256)
+        if sealed_files.is_sealed(path / WEIGHTS_FILE):
+            return load(sealed_files.read(path / WEIGHTS_FILE))
         return load_file(path / WEIGHTS_FILE)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, SealError) as error:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
 
 
@@ -152,8 +155,12 @@ def _write_adapter(
     shape.base_model_name_or_path = model_path
     shape.inference_mode = True
     shape.save_pretrained(str(folder))
-    save_file(dict(weights), folder / WEIGHTS_FILE, metadata={"format": "pt"})
-    return file_sha256(folder / WEIGHTS_FILE)
+    file, about = folder / WEIGHTS_FILE, {"format": "pt"}
+    if sealed_files.is_encrypted(file):  # no plain byte of it may reach the disk
+        sealed_files.write(file, save(dict(weights), metadata=about))
+    else:
+        save_file(dict(weights), file, metadata=about)
+    return file_sha256(file)
 
 
 def _require_finite(weights: Mapping[str, Tensor], card: Card) -> None:

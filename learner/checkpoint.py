@@ -7,6 +7,7 @@ store does not know a checkpoint's version, its batch was trained but not settle
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,8 @@ import torch
 
 from learner.adapters import disk_error, sync
 from learner.folders import CHECKPOINT_FILE
-from nextstate.errors import LearnerError
+from nextstate import sealed_files
+from nextstate.errors import LearnerError, SealError
 from nextstate.records import PolicyVersion, VersionState
 
 
@@ -53,8 +55,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
     }
     draft = folder / f".{CHECKPOINT_FILE}.draft"
     try:
-        with draft.open("wb") as file:
-            torch.save(body, file)
+        if sealed_files.is_encrypted(draft):
+            memory = io.BytesIO()
+            torch.save(body, memory)
+            sealed_files.write(draft, memory.getvalue(), CHECKPOINT_FILE)
+        else:
+            with draft.open("wb") as file:
+                torch.save(body, file)
         draft.chmod(0o600)
         sync(draft)
         draft.replace(folder / CHECKPOINT_FILE)
@@ -71,8 +78,9 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
         return None
     try:
         # Loading weights only: a checkpoint can hold no code.
-        body = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        file = io.BytesIO(sealed_files.read(path)) if sealed_files.is_sealed(path) else path
+        body = torch.load(file, map_location="cpu", weights_only=True)
+    except (OSError, SealError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise LearnerError(
             f"{path} cannot be read: {error}; delete it to go on with the newest version's "
             "weights and a fresh optimizer"

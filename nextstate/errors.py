@@ -11,6 +11,7 @@
     │   ├── NoTurnError it has no such turn
     │   ├── NoEpisodeError  it has no such episode
     │   ├── NoKeyError  it has no such key
+    │   ├── SealError   an encrypted value, or the key to it, is not the one that was stored
     │   └── ConflictError   it holds something else under this name
     │       └── BudgetError an episode has used up what it may
     ├── RecordError     a record contradicts itself
@@ -81,6 +82,10 @@ class NoEpisodeError(StoreError):
 
 class NoKeyError(StoreError):
     """There is no key of such a name in the store."""
+
+
+class SealError(StoreError):
+    """What is encrypted cannot be read: a wrong key, or a value that was changed."""
 
 
 class ConflictError(StoreError):

@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from nextstate.engine.abilities import look
+from nextstate.engine.adapter_files import served_folder
 from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
 from nextstate.errors import AdapterError, EngineError, StoreError, WaitError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
@@ -362,7 +363,8 @@ class Versions:
             log.warning("what an earlier proxy left in the engine stays there: %s", error)
             return
         states = {version.adapter_name: version.state for version in versions}
-        ours = {version.path for version in versions} - {None}
+        paths = {version.path for version in versions} - {None}
+        ours = paths | {*map(served_folder, filter(None, paths))}
         for model in await self.engine.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
             over |= model.root in ours and model.id not in states

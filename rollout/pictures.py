@@ -12,6 +12,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from nextstate import sealed_files
 from nextstate.episodes import is_label
 from nextstate.hooks import Acted, AgentProgram, Environment, Pictured, Scored
 from nextstate.records import Json
@@ -37,7 +38,7 @@ class Pictures:
         """The environment, made to keep the pictures of this episode if it has some."""
         if isinstance(environment, AgentProgram) or not isinstance(environment, Pictured):
             return environment
-        if not is_label(episode):
+        if not is_label(episode) or not sealed_files.may_write(self._folder / episode):
             return environment
         self._begun += 1
         return _Kept(self, episode, environment) if self._begun % ONE_OF == 1 else environment
@@ -57,7 +58,7 @@ class Pictures:
             self._make_room()
             folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{step}.part"
-        part.write_bytes(picture)
+        sealed_files.write(part, picture, f"{step}.jpg")
         part.replace(folder / f"{step}.jpg")
 
     def _make_room(self) -> None:

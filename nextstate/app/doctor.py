@@ -19,6 +19,7 @@ from nextstate.app.stages import check_port
 from nextstate.app.tls import certificate
 from nextstate.engine import process as vllm
 from nextstate.engine.abilities import look, sampling_lacks
+from nextstate.engine.adapter_files import in_memory
 from nextstate.engine.client import Abilities
 from nextstate.errors import (
     ConfigError,
@@ -30,6 +31,7 @@ from nextstate.errors import (
 from nextstate.hooks import load_plugin
 from nextstate.keys import chosen_key
 from nextstate.store import Store
+from nextstate.store_key import find_store_key
 
 _RENEW_DAYS = 7
 """A certificate that ends within so many days is a problem."""
@@ -58,6 +60,7 @@ def checks(config: Path) -> Iterator[Check]:
         return
     yield Check("configuration", str(config) if config.exists() else "all defaults")
     yield _checked("state folder", lambda: _state_folder(settings))
+    yield _checked("encryption", lambda: _encryption(settings))
     yield _checked("agent profile", lambda: _profile(settings))
     yield _checked("other hosts", lambda: _hosts(settings))
     if settings.engine.mode == "managed":
@@ -98,6 +101,17 @@ def _state_folder(settings: Settings) -> str:
     store = Store(settings.store)
     store.close()
     return str(store.dir)
+
+
+def _encryption(settings: Settings) -> str:
+    store = Store(settings.store)
+    store.close()
+    if store.vault is None:
+        return "off: who can read the disk reads everything (`nextstate encrypt`)"
+    key = find_store_key(store.dir)
+    served = in_memory(store.dir.resolve())
+    where = "" if key is None else f"; the key is in {key.where}"
+    return f"on{where}; vLLM reads opened adapters from memory, {served}"
 
 
 def _profile(settings: Settings) -> str:

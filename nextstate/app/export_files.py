@@ -15,6 +15,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
+from nextstate.engine.adapter_files import opened_folder
 from nextstate.errors import StartError
 from nextstate.records import Json
 from nextstate.wire import write_json
@@ -47,16 +48,16 @@ def write_rows(path: Path, rows: Iterable[Json], columns: Mapping[str, Column] |
 
 def copy_adapter(source: Path, path: Path) -> None:
     """Copies an adapter's folder, which PEFT loads as it is."""
-    with _new_folder(path) as made:
-        shutil.copytree(source, made, dirs_exist_ok=True)
+    with _new_folder(path) as made, opened_folder(source) as folder:
+        shutil.copytree(folder, made, dirs_exist_ok=True)
 
 
 def write_merged(base: str, source: Path, path: Path) -> None:
     """Writes a whole model: the base with an adapter merged into its weights."""
     from learner.merging import merge_adapter
 
-    with _new_folder(path) as made:
-        merge_adapter(base, source, made)
+    with _new_folder(path) as made, opened_folder(source) as folder:
+        merge_adapter(base, folder, made)
 
 
 def _write_lines(path: Path, rows: Iterable[Json]) -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
+from nextstate import store_key
 from nextstate.app.settings import Settings
 
 _SECRET = re.compile(
@@ -58,14 +59,17 @@ def _named(settings: Settings) -> Iterator[str]:
 def _of_part(settings: Settings, part: str) -> set[str]:
     """The secrets that a part needs."""
     engine = {settings.engine.api_key_env} if settings.engine.mode == "external" else set[str]()
+    store = {store_key.VARIABLE}
     match part:
         case "proxy":
             theirs = {lineage.api_key_env for lineage in settings.lineages.values()}
-            return engine | theirs | {settings.proxy.api_key_env}
+            return store | engine | theirs | {settings.proxy.api_key_env}
+        case "writer":
+            return store
         case "judge":
-            return engine | {settings.judge.api_key_env}
+            return store | engine | {settings.judge.api_key_env}
         case "learner":
-            return engine | ({"WANDB_API_KEY"} if settings.learner.wandb else set[str]())
+            return store | engine | ({"WANDB_API_KEY"} if settings.learner.wandb else set[str]())
         case _:  # the rollout asks the proxy with a key from the state folder
             return set()
 

@@ -20,6 +20,7 @@ from nextstate.app.stages import check_port, require_key, stage_process
 from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import certificate, proxy_connector
 from nextstate.engine import process as vllm
+from nextstate.engine.adapter_files import remove_all_served
 from nextstate.errors import StartError
 from nextstate.keys import new_key
 from nextstate.private_files import make_folder, make_state_folder
@@ -79,6 +80,7 @@ class Stack:
                     ", ".join(left_out),
                 )
             own_key = new_key()
+            remove_all_served(self.dir)  # an earlier one was killed
             write_own_key(self.settings, own_key)
             write_engine_file(self.settings, self.engine_url, self._key)
             task = asyncio.create_task(self.supervisor.run())
@@ -90,6 +92,7 @@ class Stack:
                 engine_file(self.settings).unlink(missing_ok=True)
                 remove_own_key(self.settings, own_key)
                 child_states_file(self.dir).unlink(missing_ok=True)
+                remove_all_served(self.dir)
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
         """Returns when the proxy answers and lets requests through. Raises StartError."""

@@ -297,7 +297,8 @@ async def run_rollout(settings: Settings, ray: Any = None) -> None:
     source = await asyncio.to_thread(source_of, config.tasks, config.name, kind)
     if ray is None:
         await kind.check_machine()
-    store = await asyncio.to_thread(Store, settings.store, patience=patience)
+    # Agents run beneath this process: it gets no key to what people said.
+    store = await asyncio.to_thread(Store, settings.store, patience=patience, with_key=False)
     folder = settings.store.path / "rollout"
     make_folder(folder)
     taken = f"[rollout] environment = {config.environment!r} is played"

@@ -1,20 +1,33 @@
-"""Checks that an adapter's folder still holds what was registered."""
+"""Adapters' folders: whether they hold what was registered, and where the engine reads them.
+
+The engine reads plain files. An adapter that is encrypted on the disk is copied, opened, into
+memory (a tmpfs) for as long as it is loaded.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from nextstate.errors import AdapterError
+from nextstate import sealed_files
+from nextstate.errors import AdapterError, SealError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+_IN_MEMORY = Path("/dev/shm")
+_FOLDER = 0o700
 
 
 def verify_adapter(path: Path, sha256: str) -> None:
     """Raises AdapterError unless the weight file is the one that was registered."""
     try:
         found = file_sha256(path / WEIGHTS_FILE)
-    except OSError as error:
+    except (OSError, SealError) as error:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
     if found != sha256:
         raise AdapterError(
@@ -24,6 +37,84 @@ def verify_adapter(path: Path, sha256: str) -> None:
 
 
 def file_sha256(path: Path) -> str:
-    """The file's SHA-256 in hexadecimal."""
+    """The SHA-256 of a file's content, opened if it is sealed, in hexadecimal."""
+    if sealed_files.is_sealed(path):
+        return hashlib.sha256(sealed_files.read(path)).hexdigest()
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def served_folder(path: str) -> str:
+    """Where the engine reads the adapter in folder `path`: there, or in memory if it is sealed."""
+    folder = Path(path)
+    with suppress(OSError):
+        if sealed_files.is_sealed(folder / WEIGHTS_FILE):
+            root = sealed_files.root_of(folder)
+            name = str(folder.resolve().relative_to(root)).replace(os.sep, "-")
+            return str(in_memory(root) / name)
+    return path
+
+
+def prepare_served(path: str) -> str:
+    """`served_folder`, with the files in it. Raises AdapterError."""
+    served = served_folder(path)
+    if served != path:
+        try:
+            _make_private(Path(served).parent)
+            _copy_opened(Path(path), Path(served))
+        except (OSError, SealError) as error:
+            raise AdapterError(
+                f"the encrypted adapter in {path} cannot be opened in memory, at {served}: {error}"
+            ) from error
+    return served
+
+
+def remove_served(served: str) -> None:
+    """Deletes an adapter's copy in memory, if it is one."""
+    if Path(served).parent.parent == _IN_MEMORY:
+        shutil.rmtree(served, ignore_errors=True)
+
+
+def remove_all_served(state_dir: Path) -> None:
+    """Deletes what lies in memory for a state folder."""
+    shutil.rmtree(in_memory(state_dir.resolve()), ignore_errors=True)
+
+
+@contextmanager
+def opened_folder(path: Path) -> Iterator[Path]:
+    """The adapter's folder with plain files; a copy in memory if it is sealed."""
+    if not sealed_files.is_sealed(path / WEIGHTS_FILE):
+        yield path
+        return
+    with tempfile.TemporaryDirectory(prefix="nextstate-", dir=_IN_MEMORY) as folder:
+        copy = Path(folder, path.name)
+        _copy_opened(path, copy)
+        yield copy
+
+
+def in_memory(root: Path) -> Path:
+    """The folder in memory for the adapters of a state folder, named by its real path."""
+    name = hashlib.sha256(str(root).encode()).hexdigest()[:12]
+    return _IN_MEMORY / f"nextstate-{os.geteuid()}-{name}"
+
+
+def _make_private(folder: Path) -> None:
+    """Makes a folder beside others' ones that only we can read. Raises OSError."""
+    with suppress(FileExistsError):
+        folder.mkdir(_FOLDER)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+        raise OSError(f"{folder} is another account's")
+    folder.chmod(_FOLDER)
+
+
+def _copy_opened(source: Path, target: Path) -> None:
+    draft = target.with_name(f".{target.name}-{os.getpid()}")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(_FOLDER)
+    for file in source.iterdir():
+        data = sealed_files.read(file)
+        with open(os.open(draft / file.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
+            out.write(data)
+    shutil.rmtree(target, ignore_errors=True)
+    draft.rename(target)

@@ -20,7 +20,12 @@ import aiohttp
 from yarl import URL
 
 from nextstate.config import server_address
-from nextstate.engine.adapter_files import verify_adapter
+from nextstate.engine.adapter_files import (
+    prepare_served,
+    remove_served,
+    served_folder,
+    verify_adapter,
+)
 from nextstate.engine.messages_behaviour import MessagesBehaviour
 from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
@@ -199,6 +204,7 @@ class EngineClient:
 
         An adapter from another folder under that name is not ours and is unloaded.
         """
+        path = await asyncio.to_thread(served_folder, path)
         found = [model for model in await self.models() if model.id == name]
         if not found or found[0].root == path:
             return bool(found)
@@ -213,7 +219,8 @@ class EngineClient:
 
     async def load_adapter(self, name: str, path: str) -> None:
         """Loads the adapter in folder `path` under `name`. Does nothing if it is loaded already."""
-        body = {"lora_name": name, "lora_path": path}
+        served = await asyncio.to_thread(prepare_served, path)
+        body = {"lora_name": name, "lora_path": served}
         try:
             await self._call("POST", "/v1/load_lora_adapter", body)
         except EngineError:
@@ -223,9 +230,11 @@ class EngineClient:
 
     async def unload_adapter(self, name: str) -> None:
         """Unloads the adapter `name`, if it is loaded."""
-        if not await self.has_model(name):
+        roots = [model.root for model in await self.models() if model.id == name]
+        if not roots:
             return
         await self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
+        await asyncio.to_thread(remove_served, roots[0] or "")
 
     async def probe(self, name: str) -> None:
         """Generates one token with `name`, and checks that `name` answered. Also warms it up."""

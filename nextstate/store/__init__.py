@@ -12,11 +12,13 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 
+from nextstate import sealed_files
 from nextstate.config import StoreConfig
-from nextstate.errors import StoreError
+from nextstate.errors import NextStateError, StoreError
 from nextstate.private_files import make_state_folder
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database
+from nextstate.store.encryption import Encryption, exclusive_encryption, unlock
 from nextstate.store.episodes import Episodes
 from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
@@ -32,6 +34,7 @@ from nextstate.store.sqlite import SQLite, database_file
 from nextstate.store.texts import Known
 from nextstate.store.training import Training
 from nextstate.store.turns import Turns
+from nextstate.store.vault import seal_with
 from nextstate.store.verifying import Verifying
 from nextstate.store.versions import Versions
 from nextstate.store.waiting import Patience
@@ -50,10 +53,17 @@ class Store:
         config: StoreConfig,
         clock: Callable[[], float] = time.time,
         patience: Patience | None = None,
+        *,
+        with_key: bool = True,
     ) -> None:
+        """Without `with_key`, the key of an encrypted store is not looked for.
+
+        Then reading or writing what is sealed is a SealError: for a process that needs no texts.
+        """
         self.dir = config.path
         self.config = replace(config, dir=str(self.dir))
         """With this another process opens the same store, whatever its working directory."""
+        self._with_key = with_key
         file = database_file(config.url, self.dir)
         self.database = Database(SQLite(file), clock, patience)
         try:
@@ -83,17 +93,38 @@ class Store:
         make_state_folder(self.dir)
         self.database.open()
         with self.database.read() as connection:
-            if is_current(connection):
-                return
-        with self.database.write() as connection:
-            try:
-                migrate(connection)
-            except StoreError as error:
-                raise StoreError(f"{self.database.name}: {error}") from error
+            current = is_current(connection)
+        if not current:
+            with self.database.write() as connection:
+                try:
+                    migrate(connection)
+                except StoreError as error:
+                    raise StoreError(f"{self.database.name}: {error}") from error
+        try:
+            with self.database.read() as connection:
+                self.vault = unlock(connection, self.dir, self._with_key)
+        except NextStateError:
+            self.close()
+            raise
+        sealed_files.use(self.dir, self.vault)
+        if self.vault is not None:
+            seal_with(self.database.engine, self.vault)
 
     def close(self) -> None:
         """Closes every connection."""
         self.database.close()
+
+    @staticmethod
+    @contextmanager
+    def encryption(config: StoreConfig) -> Generator[Encryption]:
+        """Opens a store that no process uses, to change how it is encrypted.
+
+        Raises StartError if one does.
+        """
+        make_state_folder(config.path)
+        database = Database(SQLite(database_file(config.url, config.path)), patience=Patience(0.0))
+        with exclusive_encryption(database, config.path) as encryption:
+            yield encryption
 
     @contextmanager
     def recording(self) -> Generator[Recording]:

@@ -8,16 +8,17 @@ from __future__ import annotations
 import functools
 import time
 from collections import namedtuple
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from types import FunctionType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate.errors import StoreError, WaitError
+from nextstate.store.vault import SealedType, Vault, Way, vault_of
 from nextstate.store.waiting import Patience
 
 T = TypeVar("T")
@@ -58,12 +59,19 @@ class Dialect(Protocol):
         """Does what the database postpones, if much of it has come together."""
         ...
 
-    def compact(self, engine: sa.Engine) -> None:
+    def compact(self, connection: sa.Connection) -> None:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         ...
 
     def used_bytes(self, engine: sa.Engine) -> int:
         """How much the database needs on its disk, without room that is free in its files."""
+        ...
+
+    def take(self, connection: sa.Connection) -> None:
+        """Takes the database for this connection alone, until it is closed.
+
+        Raises one of `errors` if another connection is open.
+        """
         ...
 
     def damage(self, engine: sa.Engine) -> list[str]:
@@ -85,11 +93,44 @@ class _Prepared:
         self._fixed = {k: v for k, v in compiled.params.items() if v is not None}
         columns = statement.selected_columns.keys() if isinstance(statement, sa.Select) else []
         self.row: Any = namedtuple("Row", columns)  # pyright: ignore[reportUntypedNamedTuple]
+        self._sealed: list[tuple[str, Way]] = []
+        self._opened: list[tuple[int, Way]] = []
+        if (vault := vault_of(dialect)) is not None:
+            self._find_sealed(cast(Any, statement), compiled, vault)
 
     def arguments(self, values: Mapping[str, object]) -> Any:
         """The values in the order, or under the names, that the driver wants."""
         known = {**self._fixed, **values} if self._fixed else values
+        if self._sealed:
+            sealed = {n: seal(v) for n, seal in self._sealed if (v := known[n]) is not None}
+            known = {**known, **sealed}
         return known if self._names is None else tuple(map(known.__getitem__, self._names))
+
+    def rows(self, found: Sequence[Any]) -> list[Any]:
+        """The driver's rows as named tuples."""
+        make = self.row._make
+        if not self._opened:
+            return [make(row) for row in found]
+        rows: list[Any] = []
+        for row in found:
+            values = list(row)
+            for at, opened in self._opened:
+                if values[at] is not None:
+                    values[at] = opened(values[at])
+            rows.append(make(values))
+        return rows
+
+    def _find_sealed(self, statement: Any, compiled: SQLCompiler, vault: Vault) -> None:
+        """Notes which values are sealed and opened on the way."""
+        for name, bind in compiled.binds.items():
+            if isinstance(bind.type, SealedType):
+                self._sealed.append((name, bind.type.ways(vault)[0]))
+        columns: list[Any] = (
+            list(statement.selected_columns) if isinstance(statement, sa.Select) else []
+        )
+        for at, column in enumerate(columns):
+            if isinstance(column.type, SealedType):
+                self._opened.append((at, column.type.ways(vault)[1]))
 
 
 @functools.lru_cache(maxsize=256)
@@ -106,6 +147,8 @@ class Cursor:
     def __init__(self, cursor: Any, dialect: sa.Dialect) -> None:
         self._cursor = cursor
         self._dialect = dialect
+        self.vault = vault_of(dialect)
+        """What seals values; None: they are stored as they are."""
 
     def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
@@ -116,12 +159,12 @@ class Cursor:
         """The first row, or None."""
         prepared = self._execute(statement, values)
         row = self._cursor.fetchone()
-        return None if row is None else prepared.row._make(row)
+        return None if row is None else prepared.rows([row])[0]
 
     def all(self, statement: sa.ClauseElement, **values: object) -> list[Any]:
         """Every row."""
         prepared = self._execute(statement, values)
-        return [prepared.row._make(row) for row in self._cursor.fetchall()]
+        return prepared.rows(self._cursor.fetchall())
 
     def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> _Prepared:
         prepared = _prepared(statement, self._dialect)
@@ -168,8 +211,17 @@ class Database:
 
     def compact(self) -> None:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
+        with self._as_store_errors(), self.engine.connect() as connection:
+            self._dialect.compact(connection)
+
+    def compact_on(self, connection: sa.Connection) -> None:
+        """The same on a connection that has the database for itself."""
         with self._as_store_errors():
-            self._dialect.compact(self.engine)
+            self._dialect.compact(connection)
+
+    def take(self, connection: sa.Connection) -> None:
+        """Takes the database for this connection alone. Raises what the driver raises."""
+        self._dialect.take(connection)
 
     def used_bytes(self) -> int:
         """How much it needs on its disk, without room that is free in its files."""

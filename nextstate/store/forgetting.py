@@ -24,6 +24,7 @@ from nextstate.store.ledger import SOMEBODY, Kind, append, append_states
 from nextstate.store.settling import verdict_texts
 from nextstate.store.texts import Row
 from nextstate.store.turns import turn_texts
+from nextstate.store.vault import open_column, vault_of
 from nextstate.store.versions import WITHDRAWN
 from nextstate.wire import write_json
 
@@ -172,11 +173,12 @@ def _matching(connection: sa.Connection, text: str) -> set[str]:
         return any(form in folded for form in forms)
 
     keys = {key for key, stored in _all_texts(connection) if has(stored.decode(errors="replace"))}
-    found: set[str] = set()
+    found, vault = set[str](), vault_of(connection.dialect)
     columns = (_T.id, _T.episode, _T.session, _T.client_session, _T.client_model, _T.sampling)
     texts_of = (_T.messages, _T.tools, _T.rest, _T.reply, _T.prompt_ids)
     for row in _stream(connection, sa.select(*columns, *texts_of)):
-        if turn_texts(row) & keys or any(map(has, row[2:6])):
+        sampling = open_column(vault, row.id, "sampling", row.sampling)
+        if turn_texts(row) & keys or any(map(has, (*row[2:5], sampling))):
             found.add(row.id)
     n = t.next_states.c
     for row in _stream(connection, sa.select(n.turn, n.text)):
@@ -392,7 +394,7 @@ def _unbase(connection: sa.Connection, released: Collection[bytes]) -> None:
         if uses != len(others):
             continue
         for key, text in texts.get(connection, others).items():
-            plain = {"base": None, "stored": texts.compress(text)}
+            plain = {"base": None, "stored": texts.packed(connection, key, text)}
             connection.execute(sa.update(t.texts).where(c.hash == key).values(**plain))
         connection.execute(sa.delete(t.texts).where(c.hash == base))
 

@@ -76,17 +76,18 @@ def _hash_episode_keys(connection: sa.Connection) -> None:
         connection.execute(nobodys.where(e.id == name))
 
 
-def _add_clients_and_hash_keys(connection: sa.Connection) -> None:
-    """Version 5."""
+def _protect(connection: sa.Connection) -> None:
+    """Version 5: whose each turn is, hashed keys of episodes, the key of an encrypted store."""
     _add_clients(connection)
     _hash_episode_keys(connection)
+    t.encryption.create(connection)
 
 
 MIGRATIONS: Mapping[int, Step] = {
     2: _add_episodes,
     3: _add_pauses,
     4: _add_ledger,
-    5: _add_clients_and_hash_keys,
+    5: _protect,
 }
 """Step n brings a database of version n - 1 to version n.
 

@@ -16,6 +16,7 @@ from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
 from nextstate.store.sessions import REPLACE_CUT, Sessions
 from nextstate.store.texts import Known, Writer, content_hash
 from nextstate.store.turns import turn_texts
+from nextstate.store.vault import seal_column
 from nextstate.wire import objects, write_json
 
 _C = t.turns.c
@@ -106,6 +107,12 @@ class Recording:
             if key not in used:
                 used.add(self._texts.put(part, key))
         of_tools = [] if tools is None else [other_hashes.pop(0)]
+        vault = self._cursor.vault
+        values: dict[str, bytes | str | None] = {
+            "completion_ids": pack_ids(turn.completion_ids),
+            "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
+            "sampling": dump(turn.sampling),
+        }
         self._cursor.run(
             _ADD_TURN,
             id=turn.id,
@@ -121,9 +128,7 @@ class Recording:
             reply=other_hashes[1],
             finish_reason=turn.finish_reason,
             prompt_ids=None if turn.prompt_ids is None else b"".join(other_hashes[2:]),
-            completion_ids=pack_ids(turn.completion_ids),
-            behaviour_logprobs=pack_floats(turn.behaviour_logprobs),
-            sampling=dump(turn.sampling),
+            **{name: seal_column(vault, turn.id, name, value) for name, value in values.items()},
             started_at=turn.timings.started_at,
             first_token_s=turn.timings.first_token_s,
             total_s=turn.timings.total_s,

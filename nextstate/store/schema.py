@@ -2,7 +2,8 @@
 
 A column of 16 bytes that holds a text holds its hash, the key of a row of `texts`. Columns of lists
 hold hashes one after the other: `turns.messages`, and runs of token ids in `turns.prompt_ids` and
-`verdicts.hinted_prompt_ids`.
+`verdicts.hinted_prompt_ids`. What is sealed in an encrypted store has a type of
+nextstate/store/vault.py, or is a value: `texts.stored` and `VALUES`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
+
+from nextstate.store.vault import HexName, Name, PrefixName, Word
 
 VERSION = 5
 metadata = sa.MetaData()
@@ -24,9 +27,9 @@ schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.In
 texts = sa.Table(
     "texts",
     metadata,
-    sa.Column("hash", sa.LargeBinary(16), primary_key=True),
+    sa.Column("hash", Name(16), primary_key=True),
     sa.Column("uses", sa.Integer, nullable=False),
-    sa.Column("base", sa.LargeBinary(16)),
+    sa.Column("base", Name(16)),
     sa.Column("stored", sa.LargeBinary, nullable=False),
 )
 """Everything that people and models wrote, each distinct text once (nextstate/store/texts.py).
@@ -39,18 +42,18 @@ turns = sa.Table(
     metadata,
     sa.Column("seq", sa.Integer, primary_key=True, autoincrement=True),
     sa.Column("id", sa.String(40), nullable=False, unique=True),
-    sa.Column("session", sa.String(200), nullable=False),
+    sa.Column("session", Word(200), nullable=False),
     sa.Column("idx", sa.Integer, nullable=False),
     sa.Column("kind", sa.String(8), nullable=False),
     sa.Column("lineage", sa.String(80), nullable=False),
     sa.Column("policy_version", sa.Integer),
     sa.Column("client_model", sa.String(200), nullable=False),
-    sa.Column("messages", sa.LargeBinary, nullable=False),
-    sa.Column("tools", sa.LargeBinary(16)),
-    sa.Column("rest", sa.LargeBinary(16), nullable=False),
-    sa.Column("reply", sa.LargeBinary(16), nullable=False),
+    sa.Column("messages", Name, nullable=False),
+    sa.Column("tools", Name(16)),
+    sa.Column("rest", Name(16), nullable=False),
+    sa.Column("reply", Name(16), nullable=False),
     sa.Column("finish_reason", sa.String(40)),
-    sa.Column("prompt_ids", sa.LargeBinary),
+    sa.Column("prompt_ids", Name),
     sa.Column("completion_ids", sa.LargeBinary),
     sa.Column("behaviour_logprobs", sa.LargeBinary),
     sa.Column("sampling", sa.Text, nullable=False),
@@ -60,12 +63,12 @@ turns = sa.Table(
     sa.Column("untrainable", sa.Text),
     sa.Column("parent", sa.String(40)),
     sa.Column("continued", sa.Boolean, nullable=False, default=False),
-    sa.Column("chain_key", sa.LargeBinary(16), nullable=False),
-    sa.Column("reply_key", sa.LargeBinary(16), nullable=False),
-    sa.Column("client_session", sa.String(200)),
-    sa.Column("place", sa.LargeBinary(16)),
+    sa.Column("chain_key", Name(16), nullable=False),
+    sa.Column("reply_key", Name(16), nullable=False),
+    sa.Column("client_session", Word(200)),
+    sa.Column("place", Name(16)),
     sa.Column("replaced_by", sa.String(40)),
-    sa.Column("context_key", sa.LargeBinary(32)),
+    sa.Column("context_key", PrefixName(32)),
     sa.Column("episode", sa.String(100)),
     sa.Column("step", sa.Integer),
     _client(),
@@ -94,7 +97,7 @@ next_states = sa.Table(
     sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
     sa.Column("seq", sa.Integer, primary_key=True),
     sa.Column("source", sa.String(16), nullable=False),
-    sa.Column("text", sa.LargeBinary(16), nullable=False),
+    sa.Column("text", Name(16), nullable=False),
     sa.Column("trust", sa.Float, nullable=False),
 )
 
@@ -121,8 +124,8 @@ verdicts = sa.Table(
     sa.Column("votes", sa.Text, nullable=False),
     sa.Column("score", sa.Integer, nullable=False),
     sa.Column("judge", sa.String(40), nullable=False),
-    sa.Column("hint", sa.LargeBinary(16)),
-    sa.Column("hinted_prompt_ids", sa.LargeBinary),
+    sa.Column("hint", Name(16)),
+    sa.Column("hinted_prompt_ids", Name),
     sa.Column("created_at", sa.Float, nullable=False),
 )
 
@@ -131,8 +134,8 @@ feedback = sa.Table(
     metadata,
     sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), primary_key=True),
     sa.Column("score", sa.Integer, nullable=False),
-    sa.Column("hint", sa.LargeBinary(16)),
-    sa.Column("comment", sa.LargeBinary(16)),
+    sa.Column("hint", Name(16)),
+    sa.Column("comment", Name(16)),
     sa.Column("created_at", sa.Float, nullable=False),
     sa.Column("updated_at", sa.Float, nullable=False),
     sa.Column("voted_score", sa.Integer),
@@ -151,8 +154,8 @@ reviews = sa.Table(
     sa.Column("turn", sa.String(40), sa.ForeignKey("turns.id"), nullable=False),
     _client(),
     sa.Column("score", sa.Integer, nullable=False),
-    sa.Column("hint", sa.LargeBinary(16)),
-    sa.Column("comment", sa.LargeBinary(16)),
+    sa.Column("hint", Name(16)),
+    sa.Column("comment", Name(16)),
     sa.Column("reason", sa.String(16), nullable=False),
     sa.Column("at", sa.Float, nullable=False),
 )
@@ -208,7 +211,7 @@ groups = sa.Table(
     metadata,
     sa.Column("id", sa.String(100), primary_key=True),
     sa.Column("lineage", sa.String(80), nullable=False),
-    sa.Column("task_key", sa.String(32), nullable=False),
+    sa.Column("task_key", HexName(32), nullable=False),
     sa.Column("split", sa.String(8), nullable=False),
     sa.Column("size", sa.Integer),
     sa.Column("state", sa.String(8), nullable=False),
@@ -224,8 +227,8 @@ episodes = sa.Table(
     sa.Column("key_hash", sa.String(40), nullable=False, unique=True),
     sa.Column("lineage", sa.String(80), nullable=False),
     sa.Column("environment", sa.String(100), nullable=False),
-    sa.Column("task", sa.LargeBinary(16), nullable=False),
-    sa.Column("task_key", sa.String(32), nullable=False),
+    sa.Column("task", Name(16), nullable=False),
+    sa.Column("task_key", HexName(32), nullable=False),
     sa.Column("group_id", sa.String(100), sa.ForeignKey("groups.id")),
     sa.Column("split", sa.String(8), nullable=False),
     sa.Column("seed", sa.BigInteger),
@@ -233,7 +236,7 @@ episodes = sa.Table(
     sa.Column("max_tokens", sa.Integer),
     sa.Column("deadline_s", sa.Float),
     sa.Column("sampling", sa.Text, nullable=False),
-    sa.Column("metadata", sa.LargeBinary(16), nullable=False),
+    sa.Column("metadata", Name(16), nullable=False),
     sa.Column("state", sa.String(8), nullable=False),
     sa.Column("status", sa.String(12)),
     sa.Column("outcome", sa.Float),
@@ -345,3 +348,19 @@ keys = sa.Table(
     sa.Column("revoked_at", sa.Float),
 )
 """The proxy's keys, by the SHA-256 of each. NULL as `lineage`: that of everybody without one."""
+
+encryption = sa.Table(
+    "encryption",
+    metadata,
+    sa.Column("id", sa.Integer, primary_key=True, autoincrement=False),
+    sa.Column("wrapped", sa.LargeBinary),
+    sa.Column("next_wrapped", sa.LargeBinary),
+    sa.Column("phase", sa.String(40)),
+    sa.Column("position", sa.Text),
+    sa.Column("created_at", sa.Float, nullable=False),
+)
+"""One row if the store is encrypted, with its data key (nextstate/store/encryption.py). `phase` is
+set while everything is changed from the first key to the next one; NULL as a key: not encrypted."""
+
+VALUES = {"turns": ("completion_ids", "behaviour_logprobs", "sampling")}
+"""The columns that whoever writes and reads them seals and opens, for a row by its `id`."""

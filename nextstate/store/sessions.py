@@ -13,11 +13,11 @@ from nextstate.episodes import EpisodeState
 from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
-from nextstate.store.texts import decompress, hashes
+from nextstate.store.texts import hashes, unpacked
+from nextstate.store.vault import PREFIX_BYTES
 from nextstate.wire import read_json
 
 _MOST_CANDIDATES = 16
-_CONTEXT_KEY_BYTES = 32
 
 
 class Candidate(NamedTuple):
@@ -65,7 +65,11 @@ def _newest(query: sa.Select[*tuple[Any, ...]]) -> sa.Select[*tuple[Any, ...]]:
 
 _WITH_CONTEXT_KEY = _newest(_candidates(_C.context_key == _KEY))
 # Not the newest: the index orders them by the rest of their keys.
-_WITH_CONTEXT_PREFIX = _candidates(_C.context_key.between(_KEY, sa.bindparam("last")))
+_WITH_CONTEXT_PREFIX = _candidates(
+    _C.context_key.between(
+        sa.bindparam("first", type_=sa.LargeBinary), sa.bindparam("last", type_=sa.LargeBinary)
+    )
+)
 _WITH_CHAIN_KEY = _newest(_candidates(_C.chain_key == _KEY))
 _WITH_REPLY_KEY = _newest(_candidates(_C.reply_key == _KEY))
 _PARENT_OF = _CANDIDATE.where(_C.id == sa.select(_C.parent).where(_C.id == _TURN).scalar_subquery())
@@ -86,7 +90,7 @@ _OF_EPISODE = sa.select(t.episodes.c.state).where(t.episodes.c.id == sa.bindpara
 _REPLY_OF = sa.select(_C.reply).where(_C.id == _TURN)
 _BASE = t.texts.alias("base")
 _TEXT = (
-    sa.select(t.texts.c.stored, _BASE.c.stored.label("base"))
+    sa.select(t.texts.c.stored, t.texts.c.base, _BASE.c.stored.label("of_base"))
     .outerjoin(_BASE, t.texts.c.base == _BASE.c.hash)
     .where(t.texts.c.hash == _KEY)
 )
@@ -108,8 +112,10 @@ class Sessions:
 
     def with_context_prefix(self, prefix: bytes) -> list[Candidate]:
         """Some turns whose context key begins so."""
-        last = prefix.ljust(_CONTEXT_KEY_BYTES, b"\xff")
-        return self._candidates(_WITH_CONTEXT_PREFIX, key=prefix, last=last)
+        vault = self._cursor.vault
+        first = prefix if vault is None else vault.seal_prefix(prefix)
+        last = first.ljust(PREFIX_BYTES, b"\xff")
+        return self._candidates(_WITH_CONTEXT_PREFIX, first=first, last=last)
 
     def with_chain_key(self, key: bytes) -> list[Candidate]:
         """The newest turns with this chain key."""
@@ -177,7 +183,9 @@ class Sessions:
     def _text(self, key: bytes) -> Json:
         row = self._cursor.first(_TEXT, key=key)
         assert row is not None
-        return read_json(decompress(row.stored, row.base))
+        vault = self._cursor.vault
+        base = None if row.base is None else unpacked(vault, row.base, row.of_base)
+        return read_json(unpacked(vault, key, row.stored, row.base, base))
 
     def _candidates(self, statement: sa.ClauseElement, **values: object) -> list[Candidate]:
         return [Candidate._make(row) for row in self._cursor.all(statement, **values)]

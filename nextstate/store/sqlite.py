@@ -131,12 +131,11 @@ class SQLite:
             with engine.connect() as connection:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
-    def compact(self, engine: sa.Engine) -> None:
+    def compact(self, connection: sa.Connection) -> None:
         """Rewrites the file without its free pages, and empties the write-ahead log."""
-        with engine.connect() as connection:
-            cursor = connection.connection.cursor()
-            cursor.execute("VACUUM")
-            busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+        cursor = connection.connection.cursor()
+        cursor.execute("VACUUM")
+        busy = cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
         if busy:  # somebody still reads what was there before
             error = sqlite3.OperationalError("its write-ahead log is in use")
             error.sqlite_errorcode = sqlite3.SQLITE_BUSY
@@ -150,6 +149,12 @@ class SQLite:
                 for name in ("page_count", "freelist_count", "page_size")
             )
         return (pages - free) * size + (self._log.stat().st_size if self._log.exists() else 0)
+
+    def take(self, connection: sa.Connection) -> None:
+        """Keeps every other connection out, until this one is closed."""
+        cursor = connection.connection.cursor()
+        for statement in ("PRAGMA locking_mode=EXCLUSIVE", "BEGIN IMMEDIATE", "COMMIT"):
+            cursor.execute(statement).fetchall()
 
     def damage(self, engine: sa.Engine) -> list[str]:
         """Broken pages and indexes, and rows that refer to rows that are not there."""

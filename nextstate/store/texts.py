@@ -27,6 +27,7 @@ import zstandard
 
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
+from nextstate.store.vault import Vault, seal, unseal, vault_of
 
 HASH_BYTES = 16
 Row: TypeAlias = sa.Row[*tuple[Any, ...]]
@@ -52,7 +53,7 @@ def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, 
     """The texts under `keys`, in few queries; None stands for no text."""
     wanted = list(dict.fromkeys(key for key in keys if key is not None))
     found: dict[bytes, bytes] = {}
-    c = t.texts.c
+    c, vault = t.texts.c, vault_of(connection.dialect)
     for start in range(0, len(wanted), _IN_ONE_QUERY):
         some = wanted[start : start + _IN_ONE_QUERY]
         query = sa.select(c.hash, c.base, c.stored).where(c.hash.in_(some))
@@ -61,7 +62,7 @@ def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, 
         bases = get(connection, of_base) if of_base else {}
         for row in rows:
             base = None if row.base is None else bases[row.base]
-            found[row.hash] = decompress(row.stored, base)
+            found[row.hash] = unpacked(vault, row.hash, row.stored, row.base, base)
     return found
 
 
@@ -153,7 +154,7 @@ _USE = sa.update(t.texts).where(_THIS).values(uses=_C.uses + sa.bindparam("more"
 _ADD = sa.text(
     "INSERT INTO texts (hash, uses, base, stored) VALUES (:hash, :more, :base, :stored) "
     "ON CONFLICT (hash) DO UPDATE SET uses = texts.uses + :more"
-)
+).bindparams(sa.bindparam("hash", type_=_C.hash.type), sa.bindparam("base", type_=_C.base.type))
 _FIND = sa.select(_C.uses, _C.base).where(_THIS).with_for_update()
 _LEAVE = sa.update(t.texts).where(_THIS).values(uses=_C.uses - 1)
 _DELETE = sa.delete(t.texts).where(_THIS)
@@ -203,6 +204,7 @@ class Writer:
         is_long = len(text) >= _LONG_BYTES
         if not (is_long and self._use(key, uses)):
             stored, base = self._compressed(key, text) if is_long else (compress(text), None)
+            stored = seal(self._cursor.vault, packed_place(key, base), stored)
             self._cursor.run(_ADD, hash=key, more=uses, base=base, stored=stored)
         self._known.add(key)
 
@@ -220,6 +222,27 @@ class Writer:
                 return against, base[0]
         self._known.add_base(key, text)
         return plain, None
+
+
+def packed_place(key: bytes, base: bytes | None) -> bytes:
+    """What binds a sealed text to its row: the hashes of it and of its base."""
+    return b"texts " + key + (base or b"")
+
+
+def packed(connection: sa.Connection, key: bytes, text: bytes) -> bytes:
+    """A text as it is stored under its hash, without a base."""
+    return seal(vault_of(connection.dialect), packed_place(key, None), compress(text))
+
+
+def unpacked(
+    vault: Vault | None,
+    key: bytes,
+    stored: bytes,
+    base_key: bytes | None = None,
+    base: bytes | None = None,
+) -> bytes:
+    """The text that is stored under a hash; `base` is the text that it was compressed against."""
+    return decompress(unseal(vault, packed_place(key, base_key), stored), base)
 
 
 class _Zstd(threading.local):

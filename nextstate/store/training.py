@@ -26,6 +26,7 @@ from nextstate.store.shares import (
     allotted,
     fair_share,
 )
+from nextstate.store.turns import turn_values
 from nextstate.wire import read_json
 
 _READ_AHEAD = 8
@@ -266,17 +267,18 @@ def _load_samples(
         part or b"" for row in rows.values() for part in (row.prompt_ids, row.hinted_prompt_ids)
     )
     found = texts.get(connection, texts.hashes(b"".join(parts)))
+    opened = {turn_id: turn_values(connection, row) for turn_id, row in rows.items()}
     return [
         Sample(
             turn=row.id,
             session=row.session,
             policy_version=row.policy_version,
             prompt_ids=join_runs(row.prompt_ids, found) or (),
-            completion_ids=unpack_ids(row.completion_ids) or (),
-            behaviour_logprobs=unpack_floats(row.behaviour_logprobs) or (),
+            completion_ids=unpack_ids(opened[row.id]["completion_ids"]) or (),
+            behaviour_logprobs=unpack_floats(opened[row.id]["behaviour_logprobs"]) or (),
             score=row.score,
             hinted_prompt_ids=join_runs(row.hinted_prompt_ids, found),
-            sampling=Sampling.read(read_json(row.sampling.encode())),
+            sampling=Sampling.read(read_json(opened[row.id]["sampling"].encode())),
             advantage=row.advantage,
             outcome=row.outcome,
         )

@@ -14,6 +14,7 @@ from nextstate.store import texts
 from nextstate.store.database import Database, queries
 from nextstate.store.packing import join_runs, unpack_floats, unpack_ids
 from nextstate.store.texts import hashes
+from nextstate.store.vault import open_column, vault_of
 from nextstate.wire import read_json
 
 
@@ -132,6 +133,7 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
     if row is None:
         return None
     found = texts.get(connection, turn_texts(row))
+    opened = turn_values(connection, row)
     request: Json = {"messages": [read_json(found[key]) for key in hashes(row.messages)]}
     request.update(read_json(found[row.rest]))
     if row.tools is not None:
@@ -148,9 +150,9 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
         reply=read_json(found[row.reply]),
         finish_reason=row.finish_reason,
         prompt_ids=join_runs(row.prompt_ids, found),
-        completion_ids=unpack_ids(row.completion_ids),
-        behaviour_logprobs=unpack_floats(row.behaviour_logprobs),
-        sampling=read_json(row.sampling.encode()),
+        completion_ids=unpack_ids(opened["completion_ids"]),
+        behaviour_logprobs=unpack_floats(opened["behaviour_logprobs"]),
+        sampling=read_json(opened["sampling"].encode()),
         timings=Timings(row.started_at, row.first_token_s, row.total_s),
         untrainable=row.untrainable,
         parent=row.parent,
@@ -158,6 +160,14 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
         step=row.step,
         client=row.client,
     )
+
+
+def turn_values(connection: sa.Connection, row: Any) -> dict[str, Any]:
+    """Those columns of a row of `turns` that are values, opened."""
+    vault = vault_of(connection.dialect)
+    return {
+        name: open_column(vault, row.id, name, getattr(row, name)) for name in t.VALUES["turns"]
+    }
 
 
 def turn_texts(row: Any) -> set[bytes]:

@@ -9,14 +9,17 @@ from typing import NamedTuple
 import sqlalchemy as sa
 import zstandard
 
+from nextstate.errors import SealError
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.counts import recount
 from nextstate.store.database import Database, queries
 from nextstate.store.settling import verdict_texts
-from nextstate.store.turns import turn_texts
+from nextstate.store.turns import turn_texts, turn_values
+from nextstate.store.vault import vault_of
 
 _AT_ONCE = 500
+_UNREADABLE = (zstandard.ZstdError, KeyError, SealError)
 _LISTED = 5
 """Of each kind of problem with a text."""
 
@@ -49,6 +52,7 @@ class Verifying:
         with self._database.read() as connection:
             used = _used(connection)
             found += _wrong_texts(connection, used, read)
+            found += _wrong_values(connection)
             kept = {(row.area, row.key): row.count_ for row in connection.execute(_COUNTS)}
             counted = recount(connection)
         found += [
@@ -116,15 +120,30 @@ def _wrong_texts(
     ]
 
 
+def _wrong_values(connection: sa.Connection) -> list[str]:
+    """The turns of an encrypted store with a value that was changed or moved."""
+    if vault_of(connection.dialect) is None:
+        return []
+    wrong: list[str] = []
+    query = sa.select(t.turns).execution_options(yield_per=_AT_ONCE)
+    for row in connection.execute(query):
+        try:
+            turn_values(connection, row)
+        except SealError:
+            wrong.append(row.id)
+    some = ", ".join(wrong[:_LISTED])
+    return [f"{len(wrong)} turns have a sealed value that was changed: {some}"] if wrong else []
+
+
 def _readable(connection: sa.Connection, keys: list[bytes]) -> Iterator[tuple[bytes, bytes | None]]:
     """The texts under some keys; None for one that cannot be decompressed."""
     try:
         yield from texts.get(connection, keys).items()
-    except (zstandard.ZstdError, KeyError):  # one of them: each by itself
+    except _UNREADABLE:  # one of them: each by itself
         for key in keys:
             try:
                 yield key, texts.get(connection, [key]).get(key)
-            except (zstandard.ZstdError, KeyError):
+            except _UNREADABLE:
                 yield key, None
 
 

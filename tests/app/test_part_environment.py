@@ -22,6 +22,7 @@ VARIABLES = {
     "ALICE": "[lineages.alice] api_key_env",
     "ENGINE": "[engine] api_key_env",
     "JUDGES": "[judge] api_key_env",
+    "NEXTSTATE_STORE_KEY": "whoever opens the store",
     "WANDB_API_KEY": "the learner's",
     "OPENAI_API_KEY": "nobody's",
     "AWS_SECRET_ACCESS_KEY": "nobody's",
@@ -48,11 +49,11 @@ api_key_env = "JUDGES"
 allow_hosts = ["api.openai.com"]
 """
 HAS = {
-    "proxy": {"CLIENTS", "ALICE", "ENGINE"},
-    "judge": {"ENGINE", "JUDGES"},
-    "learner": {"ENGINE"},
+    "proxy": {"CLIENTS", "ALICE", "ENGINE", "NEXTSTATE_STORE_KEY"},
+    "judge": {"ENGINE", "JUDGES", "NEXTSTATE_STORE_KEY"},
+    "learner": {"ENGINE", "NEXTSTATE_STORE_KEY"},
     "rollout": set[str](),
-    "writer": set[str](),
+    "writer": {"NEXTSTATE_STORE_KEY"},
     "engine": set[str](),
 }
 

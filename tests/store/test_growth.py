@@ -259,7 +259,7 @@ def fill(store: Store, sessions: int, *, ready: int) -> None:
             SELECT 'g' || seq, 'main', 'k', 'train', 2,
                 CASE WHEN seq <= 4 THEN 'open' ELSE 'settled' END, 1.0 FROM turns;
             INSERT INTO episodes
-                (id, api_key, lineage, environment, task, task_key, group_id, split, sampling,
+                (id, key_hash, lineage, environment, task, task_key, group_id, split, sampling,
                 metadata, state, outcome, opened_at, calls, tokens, process, settled_at)
             SELECT 'e' || seq, 'ep-' || seq, 'main', 'shell', x'00', 'k', 'g' || seq, 'train',
                 '{{}}', x'00', CASE WHEN seq <= 4 THEN 'open' ELSE 'settled' END,

@@ -125,6 +125,7 @@ async def _play(
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
     from nextstate.hooks import EnvironmentKind, load_plugin
+    from nextstate.store import Store
     from rollout import runner
     from rollout.config import MOST_PARALLEL, environment_name
     from rollout.pictures import Pictures
@@ -168,6 +169,8 @@ async def _play(
         name, extra = settings.engine.name, after_people(settings)
         proxy = ProxyClient(http, proxy_url(settings, ray), key, name, args.deadline, extra)
         tell = partial(_tell_json if args.json else _tell, out)
+        # Agents run beneath this process: it gets no key to what people said.
+        (await asyncio.to_thread(Store, settings.store, with_key=False)).close()
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None

@@ -6,9 +6,11 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
+from nextstate import sealed_files
 from nextstate.app.episode_views import versions_text
 from nextstate.app.page import turns
 from nextstate.episodes import Episode
+from nextstate.errors import SealError
 from nextstate.hooks import AgentProfile
 from nextstate.records import Json
 from nextstate.store import Store
@@ -74,8 +76,11 @@ def picture(state_dir: Path, episode: str, step: int) -> tuple[bytes, str] | Non
     if file is None:
         return None
     kind, beginning = _KINDS[file.suffix]
-    with suppress(OSError), open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened:
-        found = opened.read(MOST_BYTES + 1)
+    with (
+        suppress(OSError, SealError),
+        open(os.open(file, os.O_RDONLY | os.O_NOFOLLOW), "rb") as opened,
+    ):
+        found = sealed_files.opened(file, opened.read(MOST_BYTES + sealed_files.MOST_MORE + 1))
         return (found, kind) if found.startswith(beginning) and len(found) <= MOST_BYTES else None
     return None
 

@@ -1,0 +1,333 @@
+"""Encryption of what the database holds: values, and the names by which they are found.
+
+A *value* (a text, token ids, log-probs, stop words) is sealed by AES-256-GCM with a nonce of 96
+random bits, under a key of its process, which is derived from the data key and 96 other random
+bits, and seals at most 2^30 values: so no nonce comes twice. The place of a value is authenticated
+with it, so a value that was changed, or moved to another row, is an error when it is read.
+
+A *name* is searched for, so equal ones must stay equal: a keyed permutation, which nobody can
+compute or undo without the key, takes the place of a hash. An unkeyed hash of a short text would
+let a thief try texts.
+
+Without a key (`vault_of` is None) everything is as if this module were not there.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import os
+import re
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import sqlalchemy as sa
+
+from nextstate.errors import SealError
+
+KEY_BYTES = 32
+"""Of a data key, and of the key that wraps it."""
+_SALT_BYTES, _NONCE_BYTES = 12, 12
+_BLOCK, _PART = 16, 8
+_FIRST, _SECOND = b"system  ", b"letters "
+PREFIX_BYTES = 48
+"""Of a sealed key of 32 bytes."""
+_MOST_VALUES, _REMEMBERED = 1 << 30, 4096
+_HEX = re.compile(r"[0-9a-f]{32}")
+_WRAPPING = b"nextstate data key, wrapped 1"
+_ATTRIBUTE = "nextstate_vault"
+
+
+class Vault:
+    """Seals and opens with one data key. Any thread may use it. It knows nothing of SQL.
+
+    `open…` raises SealError for what this key has not sealed.
+    """
+
+    has_key = True
+
+    def __init__(self, key: bytes) -> None:
+        from cryptography.exceptions import InvalidTag
+        from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+        from cryptography.hazmat.primitives.ciphers.aead import AESGCM, AESSIV
+
+        self._gcm, self._wrong = AESGCM, InvalidTag
+        self._values = _derived(key, b"values")
+        # One block a name, and each name is a hash: blocks repeat only where names are equal.
+        self._names = Cipher(algorithms.AES(_derived(key, b"names")), modes.ECB())
+        self._words = AESSIV(_derived(key, b"words", 64))
+        self._local = threading.local()
+        self._known = dict[bytes, Any]()
+        """Ciphers of values, by their salts."""
+        self._known_words = dict[str, str](), dict[str, str]()
+        self._own: tuple[bytes, Any] | None = None
+        """The salt of this process, and the cipher of its key."""
+        self._left = 0
+
+    def seal(self, place: bytes, value: bytes) -> bytes:
+        """A value as it is stored: 40 bytes longer."""
+        own = self._own
+        if own is None or self._left <= 0:  # two threads may both choose one: no harm
+            salt = os.urandom(_SALT_BYTES)
+            self._own = own = salt, self._gcm(self._key_of(salt))
+            self._left = _MOST_VALUES
+        self._left -= 1
+        nonce, (salt, cipher) = os.urandom(_NONCE_BYTES), own
+        return salt + nonce + cipher.encrypt(nonce, value, place)
+
+    def open(self, place: bytes, sealed: bytes) -> bytes:
+        """The way back from `seal`."""
+        salt, nonce = sealed[:_SALT_BYTES], sealed[_SALT_BYTES : _SALT_BYTES + _NONCE_BYTES]
+        cipher = self._known.get(salt)
+        if cipher is None:
+            cipher = _remember(self._known, salt, self._gcm(self._key_of(salt)))
+        try:
+            return cipher.decrypt(nonce, sealed[_SALT_BYTES + _NONCE_BYTES :], place)
+        except (self._wrong, ValueError):
+            raise SealError(
+                "a sealed value was changed or moved since it was stored: `nextstate verify` says "
+                "which; put a whole copy of the store in its place"
+            ) from None
+
+    def seal_names(self, names: bytes) -> bytes:
+        """Names of 16 bytes, joined, as they are stored."""
+        return self._blocks()[0].update(names)
+
+    def open_names(self, sealed: bytes) -> bytes:
+        """The way back from `seal_names`."""
+        return self._blocks()[1].update(sealed)
+
+    def seal_prefix(self, key: bytes) -> bytes:
+        """A key of 32 bytes, or its first 16 or 24, so that keys that begin alike still do.
+
+        Of the two parts of 8 bytes stand first what finds them, and then the way back.
+        """
+        parts = [key[_BLOCK : _BLOCK + _PART], key[_BLOCK + _PART :]]
+        blocks = (key[:_BLOCK], parts[0] + _FIRST, parts[1] + _SECOND, parts[0] + parts[1])
+        if len(parts[1]) == _PART:
+            found = self._blocks()[0].update(b"".join(blocks))
+            ends = found[_BLOCK : _BLOCK + _PART], found[2 * _BLOCK : 2 * _BLOCK + _PART]
+            return found[:_BLOCK] + ends[0] + ends[1] + found[3 * _BLOCK :]
+        if not parts[0]:
+            return self.seal_names(blocks[0])
+        return self.seal_names(blocks[0] + blocks[1])[: _BLOCK + _PART]
+
+    def open_prefix(self, sealed: bytes) -> bytes:
+        """The way back from `seal_prefix`, of a whole key."""
+        return self.open_names(sealed[:_BLOCK] + sealed[-_BLOCK:])
+
+    def seal_word(self, word: str) -> str:
+        """A name of any length that a client chose; equal ones stay equal."""
+        known = self._known_words[0]
+        if (found := known.get(word)) is not None:
+            return found
+        sealed = self._words.encrypt(word.encode(), None)
+        return _remember(known, word, base64.urlsafe_b64encode(sealed).decode())
+
+    def open_word(self, sealed: str) -> str:
+        """The way back from `seal_word`."""
+        known = self._known_words[1]
+        if (found := known.get(sealed)) is not None:
+            return found
+        try:
+            word = self._words.decrypt(base64.urlsafe_b64decode(sealed), None).decode()
+        except (self._wrong, ValueError):
+            raise SealError(
+                "the sealed name of a session was changed since it was stored"
+            ) from None
+        return _remember(known, sealed, word)
+
+    def _key_of(self, salt: bytes) -> bytes:
+        return hashlib.blake2b(salt, key=self._values, digest_size=KEY_BYTES).digest()
+
+    def _blocks(self) -> tuple[Any, Any]:
+        """(encryptor of names, decryptor of names) of this thread."""
+        found = getattr(self._local, "blocks", None)
+        if found is None:
+            found = self._names.encryptor(), self._names.decryptor()
+            self._local.blocks = found
+        return found
+
+
+class NoKey(Vault):
+    """The vault of a process that was given no key: whatever it is asked for is a SealError."""
+
+    has_key = False
+
+    def __init__(self) -> None:
+        """It has nothing."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise SealError(
+            "this process has no key to the encrypted store, because it should need no texts: "
+            "this is a fault of NextState"
+        )
+
+
+_Key = TypeVar("_Key", bytes, str)
+_Value = TypeVar("_Value")
+
+
+def _remember(where: dict[_Key, _Value], key: _Key, value: _Value) -> _Value:
+    """Keeps what is asked for again and again; returns it."""
+    if len(where) >= _REMEMBERED:
+        where.clear()
+    where[key] = value
+    return value
+
+
+def _derived(key: bytes, what: bytes, size: int = KEY_BYTES) -> bytes:
+    return hashlib.blake2b(b"nextstate 1 " + what, key=key, digest_size=size).digest()
+
+
+def wrap(data_key: bytes, key: bytes) -> bytes:
+    """A data key as it is stored, sealed with a person's key."""
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    nonce = os.urandom(_NONCE_BYTES)
+    return nonce + AESGCM(key).encrypt(nonce, data_key, _WRAPPING)
+
+
+def unwrap(wrapped: bytes, key: bytes) -> bytes | None:
+    """The data key; None if `key` has not wrapped it."""
+    from cryptography.exceptions import InvalidTag
+    from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+
+    try:
+        return AESGCM(key).decrypt(wrapped[:_NONCE_BYTES], wrapped[_NONCE_BYTES:], _WRAPPING)
+    except (InvalidTag, ValueError):
+        return None
+
+
+def seal(vault: Vault | None, place: bytes, value: bytes) -> bytes:
+    """A value as it is stored."""
+    return value if vault is None else vault.seal(place, value)
+
+
+def unseal(vault: Vault | None, place: bytes, stored: bytes) -> bytes:
+    """The way back from `seal`."""
+    return stored if vault is None else vault.open(place, stored)
+
+
+def seal_column(vault: Vault | None, row: str, column: str, value: bytes | str | None) -> Any:
+    """A value as it is stored in a column of a row that has an id; text becomes base64."""
+    if vault is None or value is None:
+        return value
+    place = f"{column} of {row}".encode()
+    if isinstance(value, str):
+        return base64.b64encode(vault.seal(place, value.encode())).decode()
+    return vault.seal(place, value)
+
+
+def open_column(vault: Vault | None, row: str, column: str, stored: bytes | str | None) -> Any:
+    """The way back from `seal_column`."""
+    if vault is None or stored is None:
+        return stored
+    place = f"{column} of {row}".encode()
+    if isinstance(stored, bytes):
+        return vault.open(place, stored)
+    try:
+        sealed = base64.b64decode(stored, validate=True)
+    except ValueError:
+        sealed = b""
+    return vault.open(place, sealed).decode()
+
+
+def vault_of(dialect: sa.Dialect) -> Vault | None:
+    """What seals the values of an engine; None if they are stored as they are."""
+    return getattr(dialect, _ATTRIBUTE, None)
+
+
+def seal_with(engine: sa.Engine, vault: Vault) -> None:
+    """Lets an engine seal everything from now on; call it before it has met a sealed column."""
+    setattr(engine.dialect, _ATTRIBUTE, vault)
+
+
+Way = Callable[[Any], Any]
+
+
+class SealedType(sa.TypeDecorator[Any]):
+    """A column whose values are sealed on the way to the database."""
+
+    impl = sa.LargeBinary
+    cache_ok = True
+
+    def ways(self, vault: Vault) -> tuple[Way, Way]:
+        """(how a value is sealed, the way back)."""
+        raise NotImplementedError
+
+    def bind_processor(self, dialect: sa.Dialect) -> Any:
+        """What SQLAlchemy does to a value before the driver gets it."""
+        return _both(dialect, self.ways, 0, self.impl_instance.bind_processor(dialect))
+
+    def result_processor(self, dialect: sa.Dialect, coltype: object) -> Any:
+        """What SQLAlchemy does to a value that the driver returns."""
+        inner = self.impl_instance.result_processor(dialect, coltype)
+        return _both(dialect, self.ways, 1, inner)
+
+
+def _both(
+    dialect: sa.Dialect, ways: Callable[[Vault], tuple[Way, Way]], way: int, inner: Way | None
+) -> Way | None:
+    vault = vault_of(dialect)
+    if vault is None:
+        return inner
+    ours = ways(vault)[way]
+    order = [ours] if inner is None else [ours, inner] if way == 0 else [inner, ours]
+
+    def process(value: Any) -> Any:
+        if value is None:
+            return None
+        for step in order:
+            value = step(value)
+        return value
+
+    return process
+
+
+class Name(SealedType):
+    """Hashes of 16 bytes, one or several joined."""
+
+    cache_ok = True  # read from each class itself
+
+    def ways(self, vault: Vault) -> tuple[Way, Way]:
+        return vault.seal_names, vault.open_names
+
+
+class PrefixName(SealedType):
+    """A key of 32 bytes of which 16 or 24 are searched for, too."""
+
+    cache_ok = True  # read from each class itself
+
+    def ways(self, vault: Vault) -> tuple[Way, Way]:
+        return vault.seal_prefix, vault.open_prefix
+
+
+class Word(SealedType):
+    """A name that a client chose."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def ways(self, vault: Vault) -> tuple[Way, Way]:
+        return vault.seal_word, vault.open_word
+
+
+class HexName(SealedType):
+    """A text that ends in 32 hexadecimal digits, which are sealed. Others stand for themselves."""
+
+    impl = sa.String
+    cache_ok = True
+
+    def ways(self, vault: Vault) -> tuple[Way, Way]:
+        return _of_digits(vault.seal_names), _of_digits(vault.open_names)
+
+
+def _of_digits(way: Callable[[bytes], bytes]) -> Way:
+    def changed(value: str) -> str:
+        if not _HEX.fullmatch(value[-32:]):
+            return value
+        return value[:-32] + way(bytes.fromhex(value[-32:])).hex()
+
+    return changed

@@ -1,0 +1,229 @@
+"""`nextstate encrypt`, the files of an encrypted state folder, and what the engine reads."""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from nextstate import sealed_files
+from nextstate.app.cli import main
+from nextstate.app.page.episodes import picture
+from nextstate.config import StoreConfig
+from nextstate.engine import adapter_files
+from nextstate.errors import AdapterError, SealError
+from nextstate.store import Store
+from nextstate.store_key import FILE_VARIABLE, VARIABLE
+from tests.encrypted import encrypt
+from tests.store.test_encryption import everything, fill, in_files
+
+WEIGHTS = b"weights that learned the wordofuser"
+FILES = {
+    "versions/main/v000001/adapter_model.safetensors": WEIGHTS,
+    "judge/v000001/adapter_model.safetensors": b"wordofhint weights",
+    "learner/main/checkpoint.pt": b"wordofreply checkpoint",
+    "pictures/ep_0/3.png": b"\x89PNG\r\n\x1a\n wordoftask",
+}
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Iterator[StoreConfig]:
+    (tmp_path / "nextstate.toml").write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    config = StoreConfig(dir=str(tmp_path / "state"))
+    yield config
+    adapter_files.remove_all_served(config.path)
+
+
+def with_files(config: StoreConfig) -> None:
+    """A store with turns, and files of the learner and of an environment beside it."""
+    with closing(Store(config)) as store:
+        fill(store)
+    for name, data in FILES.items():
+        file = config.path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(data)
+    (config.path / "versions/main/v000001/card.json").write_text("{}")
+
+
+def command(config: StoreConfig, *arguments: str) -> int:
+    gc.collect()  # a command leaves its store to the end of its process
+    return main([*arguments, "--config", str(config.path.parent / "nextstate.toml")])
+
+
+def test_a_command_encrypts_everything_and_another_one_takes_it_away(
+    config: StoreConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_files(config)
+    with closing(Store(config)) as store:
+        before = everything(store)
+    key = tmp_path / "store.key"
+    assert command(config, "encrypt", "--key-file", str(key)) == 0
+    assert f"set {FILE_VARIABLE}={key} wherever" in capsys.readouterr().out
+    assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert in_files(config.path) == []
+    assert command(config, "turns") == 2
+    assert "is encrypted, and no key is given: set NEXTSTATE_STORE_KEY" in capsys.readouterr().err
+
+    monkeypatch.setenv(FILE_VARIABLE, str(key))
+    assert command(config, "turns", "--grep", "wordofreply 1") == 0
+    assert "wordofreply 1" in capsys.readouterr().out
+    assert command(config, "feedback", "turn_1", "--score", "1") == 0
+    assert command(config, "verify") == 0
+    assert command(config, "encrypt") == 2
+    assert "is encrypted already: --rotate changes its key" in capsys.readouterr().err
+    with closing(Store(config)) as store:
+        for name, data in FILES.items():
+            assert sealed_files.read(config.path / name) == data
+            assert b"wordof" not in (config.path / name).read_bytes()
+
+    assert command(config, "encrypt", "--off") == 0
+    monkeypatch.delenv(FILE_VARIABLE)
+    assert {name: (config.path / name).read_bytes() for name in FILES} == FILES
+    with closing(Store(config)) as store:
+        assert len(everything(store)) == len(before)
+        assert everything(store)[:12] == before[:12]
+    assert command(config, "encrypt", "--off") == 2
+    assert "is not encrypted" in capsys.readouterr().err
+
+
+def test_another_key_is_a_matter_of_a_moment_and_the_old_one_opens_nothing(
+    config: StoreConfig,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_files(config)
+    encrypt(config, monkeypatch)
+    old = os.environ[VARIABLE]
+    sealed = (config.path / "learner/main/checkpoint.pt").read_bytes()
+    key = tmp_path / "new.key"
+    assert command(config, "encrypt", "--rotate", "--key-file", str(key)) == 0
+    assert (config.path / "learner/main/checkpoint.pt").read_bytes() == sealed
+    assert command(config, "turns") == 2
+    assert f"the key in {VARIABLE} is not the one" in capsys.readouterr().err
+    monkeypatch.setenv(VARIABLE, key.read_text())
+    assert command(config, "turns") == 0
+    assert old != key.read_text().strip()
+
+
+def test_a_new_data_key_changes_the_files_too_and_goes_on_after_a_kill(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files(config)
+    monkeypatch.setenv(VARIABLE, secrets.token_hex(32))
+    assert command(config, "encrypt") == 0
+    sealed = {name: (config.path / name).read_bytes() for name in FILES}
+    changed = iter(sealed_files.sealable(config.path))
+
+    def some(folder: Path) -> Iterator[Path]:
+        yield next(changed)
+        yield next(changed)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_files, "sealable", some)
+        with pytest.raises(KeyboardInterrupt):
+            command(config, "encrypt", "--rotate")
+    with pytest.raises(SealError, match="was interrupted: run it again"):
+        Store(config)
+    assert command(config, "encrypt", "--rotate") == 0
+    with closing(Store(config)):
+        for name, data in FILES.items():
+            assert sealed_files.read(config.path / name) == data
+            assert (config.path / name).read_bytes() != sealed[name]
+    assert in_files(config.path) == []
+
+
+def test_the_engine_reads_an_opened_copy_in_memory_that_is_gone_afterwards(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files(config)
+    folder = config.path / "versions/main/v000001"
+    assert adapter_files.prepare_served(str(folder)) == str(folder), "a plain one as it is"
+    encrypt_with_files(config, monkeypatch)
+    with closing(Store(config)):
+        adapter_files.verify_adapter(folder, hashlib.sha256(WEIGHTS).hexdigest())
+        served = Path(adapter_files.prepare_served(str(folder)))
+        assert str(served) == adapter_files.served_folder(str(folder))
+        assert (served / "adapter_model.safetensors").read_bytes() == WEIGHTS
+        assert (served / "card.json").read_text() == "{}"
+        assert served.parent.parent == Path("/dev/shm")
+        for path in (served.parent, served, *served.iterdir()):
+            assert stat.S_IMODE(path.stat().st_mode) & 0o077 == 0, path
+        adapter_files.remove_served(str(served))
+        assert not served.exists()
+        adapter_files.prepare_served(str(folder))
+    adapter_files.remove_all_served(config.path)
+    assert not served.parent.exists()
+
+
+def encrypt_with_files(config: StoreConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, secrets.token_hex(32))
+    assert command(config, "encrypt") == 0
+
+
+def test_a_folder_of_another_account_in_memory_is_not_used(
+    config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files(config)
+    encrypt_with_files(config, monkeypatch)
+    adapter_files.in_memory(config.path.resolve()).symlink_to(tmp_path)
+    try:
+        with closing(Store(config)), pytest.raises(AdapterError, match="another account's"):
+            adapter_files.prepare_served(str(config.path / "versions/main/v000001"))
+    finally:
+        adapter_files.in_memory(config.path.resolve()).unlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"nextstate.toml", "state"}
+
+
+def test_files_that_were_changed_or_change_places_are_an_error(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files(config)
+    encrypt_with_files(config, monkeypatch)
+    adapter = config.path / "versions/main/v000001/adapter_model.safetensors"
+    checkpoint = config.path / "learner/main/checkpoint.pt"
+    with closing(Store(config)):
+        checkpoint.write_bytes(adapter.read_bytes())
+        with pytest.raises(SealError, match=r"checkpoint.pt was changed since it was encrypted"):
+            sealed_files.read(checkpoint)
+        adapter.write_bytes(adapter.read_bytes()[:-1])
+        with pytest.raises(AdapterError, match="cannot be read"):
+            adapter_files.verify_adapter(adapter.parent, "")
+
+
+def test_the_page_shows_a_picture_of_an_encrypted_folder(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_files(config)
+    encrypt_with_files(config, monkeypatch)
+    with closing(Store(config)):
+        assert picture(config.path, "ep_0", 3) == (FILES["pictures/ep_0/3.png"], "image/png")
+    with closing(Store(config, with_key=False)):
+        assert picture(config.path, "ep_0", 3) is None
+        assert not sealed_files.may_write(config.path / "pictures/ep_1")
+
+
+def test_doctor_says_whether_the_folder_is_encrypted_and_where_its_key_is(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command(config, "doctor")
+    assert "encryption" in (out := capsys.readouterr().out)
+    assert "off: who can read the disk reads everything" in " ".join(out.split())
+    encrypt(config, monkeypatch)
+    command(config, "doctor")
+    out = " ".join(capsys.readouterr().out.split())
+    assert f"on; the key is in {VARIABLE}; vLLM reads opened adapters from memory, /dev/shm" in out
+    monkeypatch.delenv(VARIABLE)
+    command(config, "doctor")
+    assert "is encrypted, and no key is given" in " ".join(capsys.readouterr().out.split())

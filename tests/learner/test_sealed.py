@@ -1,0 +1,88 @@
+"""In an encrypted state folder no plain byte of an adapter or a checkpoint reaches the disk."""
+# pyright: basic
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from learner.adapters import Card, load_weights, save_adapter
+from learner.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from learner.folders import version_path
+from nextstate import sealed_files
+from nextstate.config import StoreConfig
+from nextstate.engine.adapter_files import (
+    opened_folder,
+    prepare_served,
+    remove_all_served,
+    verify_adapter,
+)
+from nextstate.errors import LearnerError
+from nextstate.records import PolicyVersion, VersionState
+from nextstate.store import Store
+from tests.encrypted import encrypt
+from tests.learner.test_tiny_model import CONFIG
+
+CARD = Card("main", 1, 0, "combined", ["turn-1"], {"loss": 0.5})
+MARK = b"\x11\x22\x33\x44" * 4
+"""Four equal weights as bytes: they stand in a plain file."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    config = StoreConfig(dir=str(tmp_path / "state"))
+    encrypt(config, monkeypatch)
+    with closing(Store(config)):
+        yield config.path
+    remove_all_served(config.path)
+
+
+def weights() -> dict[str, torch.Tensor]:
+    value = torch.frombuffer(bytearray(MARK), dtype=torch.float32)
+    return {"a.lora_A.weight": value.reshape(2, 2).clone(), "a.lora_B.weight": torch.ones(3, 2)}
+
+
+def plain_bytes(folder: Path) -> bool:
+    return any(MARK in path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def test_an_adapter_is_sealed_and_read_back_and_the_engine_gets_a_plain_copy(folder: Path) -> None:
+    path = version_path(folder, "main", 1)
+    sha256 = save_adapter(path, weights(), CONFIG, "some/model", CARD)
+    assert not plain_bytes(folder)
+    verify_adapter(path, sha256)
+    loaded = load_weights(path, sha256)
+    assert {n: t.tolist() for n, t in loaded.items()} == {
+        n: t.tolist() for n, t in weights().items()
+    }
+    served = Path(prepare_served(str(path)))
+    for copy in (served, opened_folder(path)):
+        if isinstance(copy, Path):
+            assert load_file(copy / "adapter_model.safetensors").keys() == weights().keys()
+        else:
+            with copy as plain:
+                assert load_file(plain / "adapter_model.safetensors").keys() == weights().keys()
+            assert not plain.exists()
+    sealed_files.use(folder, None)
+    assert sha256 != "", "the hash is that of the plain file: another data key does not change it"
+
+
+def test_a_checkpoint_is_sealed_and_read_back(folder: Path) -> None:
+    version = PolicyVersion("main", 1, 0, None, "0" * 64, 2, VersionState.CANDIDATE, {"loss": 1.0})
+    place = folder / "learner" / "main"
+    place.mkdir(parents=True)
+    save_checkpoint(place, Checkpoint(version, "batch-1", {"moments": weights()}, 3))
+    assert not plain_bytes(folder)
+    found = load_checkpoint(place)
+    assert found is not None
+    assert (found.version, found.batch, found.decided) == (version, "batch-1", 3)
+    assert torch.equal(found.training["moments"]["a.lora_A.weight"], weights()["a.lora_A.weight"])
+    file = place / "checkpoint.pt"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(LearnerError, match="was changed since it was encrypted"):
+        load_checkpoint(place)
