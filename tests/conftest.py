@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -73,9 +74,18 @@ def _place(item: pytest.Item) -> tuple[bool, bool]:
     return item.path.stem == "test_end_to_end", not long
 
 
+@pytest.fixture(scope="session")
+def empty_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store that was just made: to copy it takes a sixth of the time to make it."""
+    folder = tmp_path_factory.mktemp("empty") / "state"
+    Store(StoreConfig(dir=str(folder))).close()
+    return folder
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path, empty_state: Path) -> Iterator[Store]:
     """An empty store on disk. Whatever a test does with it, the ledger must tell it."""
+    shutil.copytree(empty_state, tmp_path / "state")
     opened = Store(StoreConfig(dir=str(tmp_path / "state")))
     yield opened
     assert opened.ledger.problems() == []
