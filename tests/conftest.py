@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -72,6 +73,12 @@ def _markers(item: pytest.Function) -> Iterator[str]:
 def _place(item: pytest.Item) -> tuple[bool, bool]:
     long = any(item.get_closest_marker(name) for name in ("processes", "training"))
     return item.path.stem == "test_end_to_end", not long
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: do not look through it at each collection."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
