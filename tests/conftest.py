@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -39,10 +40,27 @@ Done = dict[tuple[Any, ...], "Future[Any]"]
 """Results for each test, by the values of its parameters sorted by name."""
 _ENGINE = {"loop", "talks", "vllm"}
 """Fixtures that start vLLM or import it."""
+_ENGINE_WORD = re.compile(r"mark\.engine\b|: (?:Loop|Engine)\b|\bvllm\(\)|\bbehaviour: Messages")
+"""In every file with a test that needs vLLM."""
 _PROCESSES = {"subprocess", "multiprocessing"}
 """Modules that a file imports to start processes."""
 _TRAINING = {"torch", "save_tiny_model"}
 """Names in a file that runs or trains a model."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run of the mark `engine` alone reads only files with a word of it: the others import much.
+
+    A run of all tests refuses a file that needs the engine and has no such word.
+    """
+    expression: str = config.getoption("markexpr")
+    if expression.startswith("engine") and collection_path.name.startswith("test_"):
+        return not _names_engine(collection_path) or None
+    return None
+
+
+def _names_engine(file: Path) -> bool:
+    return _ENGINE_WORD.search(file.read_text()) is not None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the markers
@@ -51,12 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     test_end_to_end.py is the last that uses the engine: it trains the policy and ends the engine.
     """
+    engine_files: set[Path] = set()
     for item in items:
         assert isinstance(item, pytest.Function)
         for marker in _markers(item):
             item.add_marker(marker)
-        if item.get_closest_marker("engine") and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+        if item.get_closest_marker("engine"):
+            engine_files.add(item.path)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+    if hidden := [str(file) for file in engine_files if not _names_engine(file)]:
+        raise pytest.UsageError(f"{hidden} need vLLM, and match no {_ENGINE_WORD.pattern!r}")
     items.sort(key=_place)
 
 
