@@ -71,17 +71,17 @@ AGENTS = (
 )
 
 
-def if_installed(agent: Agent, *marks: pytest.MarkDecorator, talks: bool = True) -> object:
+def if_installed(agent: Agent, *marks: pytest.MarkDecorator, speaks: bool = True) -> object:
     reason = f"{agent.name} is not installed: `make clients` does it"
     missing = pytest.mark.skipif(not (NODE / agent.program).exists(), reason=reason)
-    name = agent.name if talks else f"{agent.name}-settings"
-    return pytest.param(agent, talks, marks=[missing, *marks], id=name)
+    name = agent.name if speaks else f"{agent.name}-settings"
+    return pytest.param(agent, speaks, marks=[missing, *marks], id=name)
 
 
 OPENCLAW, *OTHERS = AGENTS
 CASES = [
     *map(if_installed, OTHERS),
-    if_installed(OPENCLAW, talks=False),
+    if_installed(OPENCLAW, speaks=False),
     if_installed(OPENCLAW, pytest.mark.soak),
 ]
 """OpenClaw takes half a minute of CPU time to answer. By settings that `nextstate connect` wrote it
@@ -105,9 +105,9 @@ def run(agent: Agent, home: Path, *arguments: str) -> None:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("agent", "talks"), CASES)
+@pytest.mark.parametrize(("agent", "speaks"), CASES)
 def test_a_real_agent_reads_its_settings_and_its_file_comes_back(
-    agent: Agent, talks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    agent: Agent, speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     file, config = tmp_path / agent.file, tmp_path / "nextstate.toml"
@@ -130,7 +130,7 @@ def test_a_real_agent_reads_its_settings_and_its_file_comes_back(
             assert await asyncio.to_thread(main, command) == 0
             if agent.accepts:
                 await asyncio.to_thread(run, agent, tmp_path, *agent.accepts)
-            if talks:
+            if speaks:
                 await asyncio.to_thread(run, agent, tmp_path, *agent.arguments)
                 named = [body for body in engine.requests if body.get("prompt_cache_key")]
                 assert not agent.names_sessions or named
@@ -138,6 +138,6 @@ def test_a_real_agent_reads_its_settings_and_its_file_comes_back(
     asyncio.run(talk())
     turns = [turn for turn in map(store.turns.get, store.turns.ids()) if turn is not None]
     said = [turn for turn in turns if not turn.session.startswith("nextstate-")]
-    assert talks == any(turn.kind is TurnKind.MAIN for turn in said)
+    assert speaks == any(turn.kind is TurnKind.MAIN for turn in said)
     assert main([*command, "--undo"]) == 0
     assert file.read_text() == before
