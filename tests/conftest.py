@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 # The models are tiny and several runs share the machine: more threads would only wait in a loop.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Other runs share the machine, so a slow example means nothing.
-settings.register_profile(
-    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("shared machine")
+_SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", _SHARED, max_examples=40)
+settings.register_profile("many", _SHARED, max_examples=1000)
+"""For `make soak`."""
+settings.load_profile("few")
 
 START_TIMEOUT_S = 600
 """For a test that may have to start the engine first."""
