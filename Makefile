@@ -65,6 +65,7 @@ coverage: env  ## every test, and which lines and branches none of them reaches
 
 soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests, a real model
 	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
+	$(PYTEST) -m "hypothesis and not engine and not soak" --hypothesis-profile many --timeout 3600 $(ARGS)
 
 lint: env  ## ruff and strict types
 	$(BIN)/ruff check .

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
+import re
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -24,10 +27,11 @@ if TYPE_CHECKING:
 # The models are tiny and several runs share the machine: more threads would only wait in a loop.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Other runs share the machine, so a slow example means nothing.
-settings.register_profile(
-    "shared machine", deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-settings.load_profile("shared machine")
+_SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("few", _SHARED, max_examples=40)
+settings.register_profile("many", _SHARED, max_examples=1000)
+"""For `make soak`."""
+settings.load_profile("few")
 
 START_TIMEOUT_S = 600
 """For a test that may have to start the engine first."""
@@ -37,10 +41,27 @@ Done = dict[tuple[Any, ...], "Future[Any]"]
 """Results for each test, by the values of its parameters sorted by name."""
 _ENGINE = {"loop", "talks", "vllm"}
 """Fixtures that start vLLM or import it."""
+_ENGINE_WORD = re.compile(r"mark\.engine\b|: (?:Loop|Engine)\b|\bvllm\(\)|\bbehaviour: Messages")
+"""In every file with a test that needs vLLM."""
 _PROCESSES = {"subprocess", "multiprocessing"}
 """Modules that a file imports to start processes."""
 _TRAINING = {"torch", "save_tiny_model"}
 """Names in a file that runs or trains a model."""
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """A run of the mark `engine` alone reads only files with a word of it: the others import much.
+
+    A run of all tests refuses a file that needs the engine and has no such word.
+    """
+    expression: str = config.getoption("markexpr")
+    if expression.startswith("engine") and collection_path.name.startswith("test_"):
+        return not _names_engine(collection_path) or None
+    return None
+
+
+def _names_engine(file: Path) -> bool:
+    return _ENGINE_WORD.search(file.read_text()) is not None
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest reads the markers
@@ -49,12 +70,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     test_end_to_end.py is the last that uses the engine: it trains the policy and ends the engine.
     """
+    engine_files: set[Path] = set()
     for item in items:
         assert isinstance(item, pytest.Function)
         for marker in _markers(item):
             item.add_marker(marker)
-        if item.get_closest_marker("engine") and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+        if item.get_closest_marker("engine"):
+            engine_files.add(item.path)
+            if item.get_closest_marker("timeout") is None:
+                item.add_marker(pytest.mark.timeout(START_TIMEOUT_S))
+    if hidden := [str(file) for file in engine_files if not _names_engine(file)]:
+        raise pytest.UsageError(f"{hidden} need vLLM, and match no {_ENGINE_WORD.pattern!r}")
     items.sort(key=_place)
 
 
@@ -73,9 +99,24 @@ def _place(item: pytest.Item) -> tuple[bool, bool]:
     return item.path.stem == "test_end_to_end", not long
 
 
+def pytest_collection_finish() -> None:
+    """What was imported is never garbage: do not look through it at each collection."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def empty_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a store that was just made: to copy it takes a sixth of the time to make it."""
+    folder = tmp_path_factory.mktemp("empty") / "state"
+    Store(StoreConfig(dir=str(folder))).close()
+    return folder
+
+
 @pytest.fixture
-def store(tmp_path: Path) -> Iterator[Store]:
+def store(tmp_path: Path, empty_state: Path) -> Iterator[Store]:
     """An empty store on disk. Whatever a test does with it, the ledger must tell it."""
+    shutil.copytree(empty_state, tmp_path / "state")
     opened = Store(StoreConfig(dir=str(tmp_path / "state")))
     yield opened
     assert opened.ledger.problems() == []

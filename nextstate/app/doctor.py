@@ -175,6 +175,7 @@ def _training(settings: Settings) -> str:
             "the learner needs TRL and torch, which are not installed: run `make env`, or install "
             "nextstate with its extra cpu or cuda"
         )
+    vllm.check_model(settings.engine)  # the import takes ten seconds
     from learner.memory import require_memory
 
     lineages = len(settings.all_lineages)

@@ -110,7 +110,7 @@ def migrate(
     """Brings the database to `target` inside the caller's transaction. Raises StoreError."""
     tables = sa.inspect(connection).get_table_names()
     if not tables:
-        t.metadata.create_all(connection)
+        t.metadata.create_all(connection, checkfirst=False)
         count_all(connection)
         connection.execute(sa.insert(t.schema_version).values(version=target))
         return

@@ -71,7 +71,7 @@ def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
     spoken = [{**case, "language": "en"} for case in toy_cases(120)]
     wrong = [{**case, "language": "de", "label": -case["label"]} for case in toy_cases(120)]
     (config.parent / "cases.jsonl").write_text("\n".join(map(json.dumps, wrong + spoken)))
-    assert train(config, "--examples", "100", "--epochs", "8", "--language", "en") == 0
+    assert train(config, "--examples", "100", "--epochs", "4", "--language", "en") == 0
     settings = Settings.read(config)
     (first,) = judge_versions(settings)
     assert (first.number, first.parent, first.path) == (1, None, str(judge_path(settings, 1)))

@@ -8,9 +8,11 @@ import signal
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
+import psutil
 import pytest
 
 from nextstate.app.settings import Settings
@@ -23,6 +25,7 @@ from nextstate.records import Feedback
 from nextstate.store import Store
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 from tests.store.test_records import add, turn
+from tests.whole.alone import alone
 
 _WATCH = """
 import os, sys
@@ -77,8 +80,9 @@ class Watched:
         config = _CONFIG.format(state=self.state, port=free_port(), model=model)
         (folder / "nextstate.toml").write_text(config)
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-P", "-m", "nextstate", *arguments]
+    def start(self, *arguments: str, before: Sequence[str] = ()) -> subprocess.Popen[str]:
+        """`before` stands before the command."""
+        command = [*before, sys.executable, "-P", "-m", "nextstate", *arguments]
         paths = [str(self.folder / "site"), str(Path(__file__).parents[2])]
         env = os.environ | _SHELL | {
             "PYTHONPATH": os.pathsep.join(paths),
@@ -93,7 +97,10 @@ class Watched:
         return set(self._log.read_text().splitlines())
 
 
-def test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up(tmp_path: Path) -> None:
+def test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up_or_a_packet(
+    tmp_path: Path,
+) -> None:
+    packets = tmp_path / "packets"
     watched = Watched(tmp_path, "someone/tiny")
     model_path = save_tiny_model(tmp_path / "model")
     cached = watched.hub / "models--someone--tiny"
@@ -102,16 +109,19 @@ def test_the_learner_loads_a_hub_model_trains_and_saves_without_a_look_up(tmp_pa
     (cached / "refs" / "main").write_text("0123")
     recorded = Recorded(watched.state, model_path)
     recorded.add_mixed(4)
-    with watched.start("learner") as learner:
+    before = alone(packets)  # without namespaces only look-ups and connections are seen
+    with watched.start("learner", before=before) as learner:
         assert learner.stderr is not None
         said: list[str] = []
         for line in learner.stderr:
             said.append(line)
             if "publishing failed" in line:  # nothing listens there: the version is made and kept
-                learner.send_signal(signal.SIGTERM)
+                process = psutil.Process(learner.pid)
+                (process.children() if before else [process])[0].send_signal(signal.SIGTERM)
         assert learner.wait() == 0, said
     assert recorded.states() == {"trained": 4}
     assert watched.noted == {"armed"}
+    assert not before or packets.read_text() == ""
 
 
 @pytest.mark.parametrize("command", ["learner", "doctor"])

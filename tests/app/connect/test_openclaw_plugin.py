@@ -52,6 +52,8 @@ class Talk:
     """What a command answered in the chat."""
     named: list[str] = field(default_factory=list[str])
     """The sessions in the headers of OpenClaw's requests."""
+    keyed: int = 0
+    """The number of requests with a key of their conversation, `prompt_cache_key`."""
     before: str = ""
     """OpenClaw's settings before they were connected, and after they were restored."""
     after: str = ""
@@ -107,6 +109,7 @@ def talk(tmp_path_factory: pytest.TempPathFactory) -> Talk:
                 await chat.say("/new")
                 await chat.say(ANOTHER)
                 talk.told["good"] = await chat.say("/good")
+            talk.keyed = sum("prompt_cache_key" in body for body in engine.requests)
             headers = [{k.lower(): v for k, v in one.items()} for one in engine.headers[1:]]
             talk.named += [one["x-session-id"] for one in headers if "x-session-id" in one]
 
@@ -153,6 +156,7 @@ def test_the_kind_of_a_turn_is_what_started_it_and_not_its_words(talk: Talk) -> 
 def test_each_turn_of_a_run_names_openclaws_session(talk: Talk) -> None:
     assert len(talk.named) == 6
     assert len({*talk.named}) == 1, "a reset keeps the name"
+    assert talk.keyed, "so that turns are linked without the plugin too"
 
 
 def test_a_reset_begins_another_session_and_good_is_about_its_answer(talk: Talk) -> None:
