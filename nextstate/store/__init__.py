@@ -7,16 +7,16 @@ never deleted when it is fetched.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
 from nextstate.private_files import make_state_folder
 from nextstate.store.counts import SHOWN, read_counts
-from nextstate.store.database import Database
+from nextstate.store.database import Database, Dialect
 from nextstate.store.episodes import Episodes
 from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
@@ -46,14 +46,13 @@ class Store:
     def __init__(
         self,
         config: StoreConfig,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         patience: Patience | None = None,
     ) -> None:
         self.dir = config.path
         self.config = replace(config, dir=str(self.dir))
         """With this another process opens the same store, whatever its working directory."""
-        file = database_file(config.url, self.dir)
-        self.database = Database(SQLite(file), clock, patience)
+        self.database = Database(_dialect(config.url, self.dir), clock, patience)
         try:
             self.database.waiting(self._open)
         except (OSError, ValueError) as error:
@@ -121,3 +120,17 @@ class Store:
         Everybody else waits meanwhile. It needs as much room again as the database has.
         """
         self.database.waiting(self.database.compact)
+
+
+def _dialect(url: str, folder: Path) -> Dialect:
+    """The database that `[store] url` names. Raises StoreError."""
+    if not url.startswith(("postgresql:", "postgres:")):
+        return SQLite(database_file(url, folder))
+    try:
+        from nextstate.store.postgresql import PostgreSQL
+    except ImportError as error:
+        raise StoreError(
+            f"[store] url names a PostgreSQL database, and its driver is missing ({error}): "
+            '`pip install "nextstate[postgres]"`, or `make postgres` in a clone'
+        ) from error
+    return PostgreSQL(url)

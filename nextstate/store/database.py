@@ -1,12 +1,12 @@
 """One database: transactions, prepared statements, the clock, waiting, and errors as StoreError.
 
-What differs between databases is a `Dialect`; `nextstate/store/sqlite.py` is the only one so far.
+What differs between databases is a `Dialect`: `nextstate/store/sqlite.py` and
+`nextstate/store/postgresql.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping
 from contextlib import closing, contextmanager
@@ -30,10 +30,12 @@ class Dialect(Protocol):
     """Such as "SQLite", for messages."""
     name: str
     """What a message calls the database: its file or address."""
+    remedy: str
+    """What else may help where it cannot be used, for messages."""
     errors: tuple[type[Exception], ...]
     """What its driver raises."""
     begin_writing: str
-    """The statement that begins a write transaction and waits for its turn."""
+    """What begins a write transaction and waits for its turn: one transaction writes at a time."""
 
     def open(self, lock_wait_s: float) -> sa.Engine:
         """Makes the database ready; it waits for a lock for `lock_wait_s`.
@@ -46,12 +48,24 @@ class Dialect(Protocol):
         """An INSERT that can have an ON CONFLICT clause."""
         ...
 
+    def now(self) -> float:
+        """Unix time in seconds, the same for all that use the database."""
+        ...
+
+    def describe(self, error: BaseException) -> str:
+        """What a message says of an error: nothing that is stored."""
+        ...
+
     def is_transient(self, error: BaseException) -> bool:
         """True if an error may go away without a change of the program: a lock, a full disk."""
         ...
 
     def is_damaged(self, error: BaseException) -> bool:
         """True if an error says that the stored data cannot be read."""
+        ...
+
+    def is_lost(self, connection: Any) -> bool:
+        """True for a driver's connection that can never be used again."""
         ...
 
     def checkpoint(self, engine: sa.Engine) -> None:
@@ -134,10 +148,10 @@ class Database:
     def __init__(
         self,
         dialect: Dialect,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         patience: Patience | None = None,
     ) -> None:
-        self.now = clock
+        self.now = clock or dialect.now
         """Unix time in seconds, for leases and heartbeats."""
         self.patience = patience or Patience()
         self.name = dialect.name
@@ -205,6 +219,10 @@ class Database:
                 if write:
                     connection.commit()
         except BaseException:
+            if self._dialect.is_lost(connection.driver_connection):
+                connection.invalidate()
+                while self._idle:  # they are lost as well
+                    self._idle.pop().invalidate()
             connection.close()  # which rolls back
             raise
         self._idle.append(connection)
@@ -231,14 +249,15 @@ class Database:
         except (SQLAlchemyError, *self._dialect.errors, OSError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
             cause = cause or error
+            said = self._dialect.describe(cause)
             if self._dialect.is_transient(cause):
                 raise WaitError(
-                    f"the store cannot be used for now: {cause}; make room on its "
-                    "disk, end what locks it or make its files writable, and try again"
+                    f"the store cannot be used for now: {said}; make room on its "
+                    f"disk, end what locks it or {self._dialect.remedy}, and try again"
                 ) from cause
             if self._dialect.is_damaged(cause):
                 raise StoreError(
-                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {cause}; "
+                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {said}; "
                     "it is left as it is: "
                     "put a whole copy in its place, or move it away to begin with an empty store"
                 ) from cause
@@ -246,7 +265,7 @@ class Database:
                 raise
             # Not the error itself, which may hold the values that the statement was given.
             kind = type(cause).__name__
-            raise StoreError(f"{self._dialect.name}: {kind}: {cause}") from cause
+            raise StoreError(f"{self._dialect.name}: {kind}: {said}") from cause
         except UnicodeEncodeError as error:  # an argument in another encoding than the terminal's
             raise StoreError("a name or text is not valid Unicode: type it anew") from error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import sqlite3
+import time
 from contextlib import closing
 from pathlib import Path
 
@@ -52,6 +53,7 @@ class SQLite:
     """A database in one file, which only its owner may read."""
 
     kind = "SQLite"
+    remedy = "make its files writable"
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
     begin_writing = "BEGIN IMMEDIATE"
 
@@ -111,6 +113,14 @@ class SQLite:
         """An INSERT that can have an ON CONFLICT clause."""
         return sqlite.insert(table)
 
+    def now(self) -> float:
+        """This machine's time: nobody else has the file."""
+        return time.time()
+
+    def describe(self, error: BaseException) -> str:
+        """The whole message: SQLite quotes no values."""
+        return str(error)
+
     def is_transient(self, error: BaseException) -> bool:
         """True for a lock, a full disk and the like."""
         if isinstance(error, sqlite3.Error):
@@ -122,6 +132,10 @@ class SQLite:
     def is_damaged(self, error: BaseException) -> bool:
         """True if the file is not a whole database."""
         return isinstance(error, sqlite3.Error) and _code(error) & 0xFF in _DAMAGED_CODES
+
+    def is_lost(self, connection: object) -> bool:
+        """Never: there is nothing between us and the file."""
+        return False
 
     def checkpoint(self, engine: sa.Engine) -> None:
         """Moves the write-ahead log into the database once it has 4 MB; nobody waits for it."""
@@ -170,8 +184,8 @@ def database_file(url: str, folder: Path) -> Path:
     if parsed is None or parsed.drivername != "sqlite" or parsed.host:
         shown = url if parsed is None else str(parsed)  # without a password
         raise StoreError(
-            f"[store] url = {shown!r}: only sqlite:///PATH is supported so far; "
-            "empty the key to use [store] dir"
+            f"[store] url = {shown!r}: expected sqlite:///PATH or postgresql://USER@HOST:PORT/NAME;"
+            " empty the key to use [store] dir"
         )
     if parsed.query or parsed.database in (None, "", ":memory:"):
         raise StoreError(

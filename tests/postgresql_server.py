@@ -1,0 +1,158 @@
+"""A PostgreSQL of the tests' own: Debian's, on a free port, with an empty database for each test."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextstate.config import StoreConfig
+from nextstate.engine.process import free_port
+from nextstate.store import Store
+
+_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+_AS_ROOT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
+"""It does not run as root."""
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "shared_buffers": "32MB",
+    "max_connections": "200",
+    "fsync": "off",  # a killed server loses nothing by that, only a machine without power
+}
+_TEMPLATE = "nextstate_template"
+
+
+def missing() -> str | None:
+    """Why there can be no PostgreSQL here; None if there can."""
+    if not _PROGRAMS:
+        return "PostgreSQL is not installed: `make postgres` installs it"
+    try:
+        import psycopg as _
+    except ImportError:
+        return "psycopg is not installed: `make postgres` installs it"
+    return None
+
+
+class Server:
+    """A running server; everybody on this machine is its superuser."""
+
+    def __init__(self, **settings: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nextstate-postgresql-"))
+        self._as = _AS_ROOT if os.geteuid() == 0 else {}
+        if self._as:
+            shutil.chown(self.folder, "postgres", "postgres")
+        self.port = free_port()
+        self._settings = {**_SETTINGS, **settings}
+        self._call(
+            _PROGRAMS[-1],
+            *("-A", "trust", "-U", "postgres", "--encoding", "UTF8", "--no-sync"),
+            *("--locale", "C.UTF-8", "-D", self.folder / "data"),
+        )
+        self.start()
+        self.has_template = False
+
+    def start(self) -> None:
+        """Starts it, and returns when it answers."""
+        options = " ".join(f"-c {name}={value!r}" for name, value in self._settings.items())
+        options += f" -c port={self.port}"
+        control = _PROGRAMS[-1].with_name("pg_ctl")
+        log = self.folder / "log"
+        self._call(control, "-D", self.folder / "data", "-o", options, "-l", log, "-w", "start")
+
+    def kill(self) -> None:
+        """Ends every process of it with SIGKILL, as the kernel does without memory."""
+        main = self._main()
+        found = Path(f"/proc/{main}/task/{main}/children").read_text().split()
+        os.kill(main, signal.SIGKILL)
+        for child in found:
+            with suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        for process in (main, *map(int, found)):
+            while _lives(process):
+                pass
+
+    def close(self) -> None:
+        """Ends it at once and removes its files."""
+        with suppress(FileNotFoundError, ProcessLookupError):
+            main = self._main()
+            os.kill(main, signal.SIGQUIT)
+            while _lives(main):
+                pass
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, name: str) -> str:
+        """The URL of a database."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+    def database(self, name: str) -> str:
+        """The URL of a database that is made from the template if it is not there yet."""
+        import psycopg
+
+        if not self.has_template:
+            self._make(_TEMPLATE, "template0")
+            Store(StoreConfig(dir=tempfile.mkdtemp(), url=self.url(_TEMPLATE))).close()
+            self.has_template = True
+        with suppress(psycopg.errors.DuplicateDatabase):
+            self._make(name, _TEMPLATE)
+        return self.url(name)
+
+    def run(self, statement: str) -> list[tuple[Any, ...]]:
+        """Runs a statement in the database `postgres`."""
+        import psycopg
+
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def _make(self, name: str, template: str) -> None:
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
+
+    def _main(self) -> int:
+        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
+
+    def _call(self, *command: str | Path) -> None:
+        done = subprocess.run(
+            command, cwd="/", capture_output=True, text=True, timeout=120, **self._as
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _lives(process: int) -> bool:
+    """False once it has ended, also if nobody has asked yet how."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@contextmanager
+def instead_of_files(server: Server) -> Iterator[None]:
+    """Inside, a store whose folder is named without a URL is in a database of its own there."""
+    opened, made = Store.__init__, set[str]()
+
+    def open_there(self: Store, config: StoreConfig, *args: Any, **kwargs: Any) -> None:
+        if not config.url:
+            name = "t" + hashlib.sha256(str(config.path).encode()).hexdigest()[:30]
+            made.add(name)
+            config = replace(config, url=server.database(name))
+        opened(self, config, *args, **kwargs)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Store, "__init__", open_there)
+    try:
+        yield
+    finally:
+        patch.undo()
+        for name in made:
+            server.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
