@@ -1,8 +1,9 @@
-"""A PostgreSQL of the tests' own: Debian's, on a free port, with an empty database for each test."""
+"""A PostgreSQL of the tests' own: Debian's, on a free port, with a new database for each test."""
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import signal
@@ -37,9 +38,7 @@ def missing() -> str | None:
     """Why there can be no PostgreSQL here; None if there can."""
     if not _PROGRAMS:
         return "PostgreSQL is not installed: `make postgres` installs it"
-    try:
-        import psycopg as _
-    except ImportError:
+    if importlib.util.find_spec("psycopg") is None:
         return "psycopg is not installed: `make postgres` installs it"
     return None
 

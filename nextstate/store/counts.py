@@ -1,8 +1,8 @@
 """Counts of the store's records, which triggers keep: reading them costs the same at any size.
 
-A trigger changes a row of `counts` in the transaction that changes what is counted. Only new turns are counted
-without one (`nextstate/store/recording.py`): for a statement with a trigger SQLite first copies
-every page that it changes, which costs as much as the statement.
+A trigger changes a row of `counts` in the transaction that changes what is counted. Only new turns
+are counted without one (`nextstate/store/recording.py`): for a statement with a trigger SQLite
+first copies every page that it changes, which costs as much as the statement.
 """
 
 from __future__ import annotations

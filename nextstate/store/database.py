@@ -9,9 +9,9 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeAlias, TypeVar
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -34,13 +34,18 @@ class Dialect(Protocol):
     """What else may help where it cannot be used, for messages."""
     errors: tuple[type[Exception], ...]
     """What its driver raises."""
-    begin_writing: str
-    """What begins a write transaction and waits for its turn: one transaction writes at a time."""
 
     def open(self, lock_wait_s: float) -> sa.Engine:
         """Makes the database ready; it waits for a lock for `lock_wait_s`.
 
         Raises OSError, SQLAlchemyError and StoreError.
+        """
+        ...
+
+    def cursor(self, connection: Any, dialect: sa.Dialect, write: bool) -> Cursors:
+        """A cursor of a driver's connection; in a transaction if it shall `write`.
+
+        One transaction writes at a time: it waits for its turn.
         """
         ...
 
@@ -81,7 +86,7 @@ class Dialect(Protocol):
         ...
 
 
-class _Prepared:
+class Prepared:
     """One statement as the driver takes it, compiled once.
 
     SQLAlchemy takes longer to look up a statement and to wrap its rows than SQLite to run it.
@@ -103,8 +108,8 @@ class _Prepared:
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared(statement: sa.ClauseElement, dialect: sa.Dialect) -> _Prepared:
-    return _Prepared(statement, dialect)
+def _prepared(statement: sa.ClauseElement, dialect: sa.Dialect) -> Prepared:
+    return Prepared(statement, dialect)
 
 
 class Cursor:
@@ -116,6 +121,10 @@ class Cursor:
     def __init__(self, cursor: Any, dialect: sa.Dialect) -> None:
         self._cursor = cursor
         self._dialect = dialect
+
+    def send(self, statement: sa.ClauseElement, **values: object) -> None:
+        """Runs a statement whose result nobody needs: an error may be raised only later."""
+        self._execute(statement, values)
 
     def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
@@ -133,10 +142,13 @@ class Cursor:
         prepared = self._execute(statement, values)
         return [prepared.row._make(row) for row in self._cursor.fetchall()]
 
-    def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> _Prepared:
+    def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> Prepared:
         prepared = _prepared(statement, self._dialect)
         self._cursor.execute(prepared.sql, prepared.arguments(values))
         return prepared
+
+
+Cursors: TypeAlias = AbstractContextManager[Cursor]
 
 
 class Database:
@@ -212,12 +224,11 @@ class Database:
             with self._as_store_errors():
                 connection = self.engine.raw_connection()
         try:
-            with self._as_store_errors(), closing(connection.cursor()) as cursor:
-                if write:
-                    cursor.execute(self._dialect.begin_writing)
-                yield Cursor(cursor, self.engine.dialect)
-                if write:
-                    connection.commit()
+            with (
+                self._as_store_errors(),
+                self._dialect.cursor(connection, self.engine.dialect, write) as cursor,
+            ):
+                yield cursor
         except BaseException:
             if self._dialect.is_lost(connection.driver_connection):
                 connection.invalidate()

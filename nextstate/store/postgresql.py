@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -21,11 +23,13 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 
 from nextstate.errors import StoreError
+from nextstate.store.database import Cursor, Prepared
 
 OLDEST = 14
 """The oldest version of PostgreSQL that its makers still mend."""
 _LOCK = 0x6E657874
 """Of all write transactions; advisory locks are each database's own."""
+_WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED", f"SELECT pg_advisory_xact_lock({_LOCK})"
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
 _CLOCK_S = 60.0
 """How long the database's clock is reckoned with ours before it is asked again."""
@@ -48,7 +52,7 @@ _OPTIONS = {
 }
 
 _TRANSIENT_CLASSES = frozenset({"08", "53", "57", "58"})
-"""Of SQLSTATE: lost connections, no room or memory, shutting down or cancelled, input and output."""
+"""Of SQLSTATE: lost connections, no room, shutting down or cancelled, input and output."""
 _TRANSIENT_CODES = frozenset({"40001", "40P01", "55P03", "25006", "25P03"})
 """Conflicts, deadlocks, locks, a stand-by server that only reads, a transaction left alone."""
 _DROPPED = "57P04"
@@ -66,7 +70,6 @@ class PostgreSQL:
     kind = "PostgreSQL"
     remedy = "see that its server runs and can be reached"
     errors: tuple[type[Exception], ...] = (psycopg.Error,)
-    begin_writing = f"BEGIN ISOLATION LEVEL READ COMMITTED; SELECT pg_advisory_xact_lock({_LOCK})"
 
     def __init__(self, url: str) -> None:
         """`url` is libpq's: postgresql://USER@HOST:PORT/NAME?sslmode=verify-full."""
@@ -109,11 +112,28 @@ class PostgreSQL:
         @event.listens_for(engine, "begin")
         def _begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
             immediate = connection.get_execution_options().get("immediate", False)
-            connection.exec_driver_sql(self.begin_writing if immediate else _BEGIN_READING)
+            connection.exec_driver_sql("; ".join(_WRITING) if immediate else _BEGIN_READING)
 
         self._engine = engine
         self._check_server(engine)
         return engine
+
+    @contextmanager
+    def cursor(self, connection: Any, dialect: sa.Dialect, write: bool) -> Generator[Cursor]:
+        """A cursor of a driver's connection; in a transaction if it shall `write`.
+
+        What it writes is sent without waiting: a query, and the end, wait for all before them.
+        """
+        driver: psycopg.Connection[Any] = connection.driver_connection
+        if not write:
+            with driver.cursor() as cursor:
+                yield Cursor(cursor, dialect)
+            return
+        with driver.pipeline() as pipeline:
+            for statement in _WRITING:
+                driver.execute(statement)
+            yield _Sending(driver, pipeline, dialect)
+            driver.execute("COMMIT")
 
     def insert(self, table: sa.Table) -> postgresql.Insert:
         """An INSERT that can have an ON CONFLICT clause."""
@@ -186,6 +206,27 @@ class PostgreSQL:
             return connection.connection.cursor().execute(query).fetchone()
 
 
+class _Sending(Cursor):
+    """A cursor that waits for an answer only where one is asked for."""
+
+    def __init__(
+        self, driver: psycopg.Connection[Any], pipeline: psycopg.Pipeline, dialect: sa.Dialect
+    ) -> None:
+        super().__init__(None, dialect)
+        self._driver = driver
+        self._pipeline = pipeline
+
+    def run(self, statement: sa.ClauseElement, **values: object) -> int:
+        """Runs a statement; returns how many rows it changed."""
+        self._execute(statement, values)
+        self._pipeline.sync()
+        return self._cursor.rowcount
+
+    def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> Prepared:
+        self._cursor = self._driver.cursor()  # each has the answer to one statement
+        return super()._execute(statement, values)
+
+
 def without_password(url: str) -> str:
     """The URL as messages and logs show it."""
     try:
@@ -236,7 +277,7 @@ class _Types(PGTypeCompiler):
 
 
 class _Tables(PGDDLCompiler):
-    """Columns: texts in the order of their bytes, which look-ups by the beginning of a name need."""
+    """Columns: texts in the order of their bytes, as look-ups by the beginning of a name need."""
 
     def get_column_specification(self, column: Any, **kwargs: Any) -> str:
         found = super().get_column_specification(column, **kwargs)

@@ -172,7 +172,7 @@ class Sessions:
 
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
-        self._cursor.run(_SET_PLACE, turn=turn, at=place)
+        self._cursor.send(_SET_PLACE, turn=turn, at=place)
 
     def _text(self, key: bytes) -> Json:
         row = self._cursor.first(_TEXT, key=key)

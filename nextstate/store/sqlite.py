@@ -5,8 +5,10 @@ from __future__ import annotations
 import errno
 import sqlite3
 import time
-from contextlib import closing
+from collections.abc import Generator
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -15,12 +17,14 @@ from sqlalchemy.exc import ArgumentError
 
 from nextstate.errors import StoreError
 from nextstate.private_files import make_file, make_folder
+from nextstate.store.database import Cursor
 
 FILE = "nextstate.sqlite3"
 _CACHE_KIB = 8192
 """Of one connection: room for the upper pages of the indexes. A writer grows by as much."""
 _MANY_PAGES, _LOG_BYTES = 16_384, 4 << 20
 
+_BEGIN_WRITING = "BEGIN IMMEDIATE"
 _TRANSIENT_CODES = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -55,7 +59,6 @@ class SQLite:
     kind = "SQLite"
     remedy = "make its files writable"
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
-    begin_writing = "BEGIN IMMEDIATE"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,9 +108,19 @@ class SQLite:
         @event.listens_for(engine, "begin")
         def _begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
             immediate = connection.get_execution_options().get("immediate", False)
-            connection.exec_driver_sql(self.begin_writing if immediate else "BEGIN")
+            connection.exec_driver_sql(_BEGIN_WRITING if immediate else "BEGIN")
 
         return engine
+
+    @contextmanager
+    def cursor(self, connection: Any, dialect: sa.Dialect, write: bool) -> Generator[Cursor]:
+        """A cursor of a driver's connection; in a transaction if it shall `write`."""
+        with closing(connection.cursor()) as cursor:
+            if write:
+                cursor.execute(_BEGIN_WRITING)
+            yield Cursor(cursor, dialect)
+            if write:
+                connection.commit()
 
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """An INSERT that can have an ON CONFLICT clause."""

@@ -185,9 +185,9 @@ class Writer:
         if row is None:
             return
         if row.uses > 1:
-            self._cursor.run(_LEAVE, key=key)
+            self._cursor.send(_LEAVE, key=key)
             return
-        self._cursor.run(_DELETE, key=key)
+        self._cursor.send(_DELETE, key=key)
         if row.base is not None:
             self.release(row.base)
 
@@ -195,7 +195,7 @@ class Writer:
         is_long = len(text) >= _LONG_BYTES
         if not (is_long and self._use(key, uses)):
             stored, base = self._compressed(key, text) if is_long else (compress(text), None)
-            self._cursor.run(_ADD, hash=key, more=uses, base=base, stored=stored)
+            self._cursor.send(_ADD, hash=key, more=uses, base=base, stored=stored)
         self._known.add(key)
 
     def _use(self, key: bytes, uses: int = 1) -> bool:

@@ -17,6 +17,8 @@ from nextstate.store import Store, schema
 from nextstate.store.migrations import migrate
 from tests.store.test_texts import check
 
+pytestmark = pytest.mark.sqlite
+
 OF_VERSION_1 = Path(__file__).parent / "data" / "schema_1.sql"
 """A dump of a database that the program wrote before there were episodes."""
 

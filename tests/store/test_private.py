@@ -19,6 +19,8 @@ from nextstate.private_files import make_folder, make_state_folder
 from nextstate.store import Store
 from tests.store.test_records import add, turn
 
+pytestmark = pytest.mark.sqlite
+
 
 @pytest.fixture(autouse=True)
 def usual_umask() -> Generator[None]:
