@@ -108,7 +108,8 @@ class Prepared:
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared(statement: sa.ClauseElement, dialect: sa.Dialect) -> Prepared:
+def prepare(statement: sa.ClauseElement, dialect: sa.Dialect) -> Prepared:
+    """A statement as the driver takes it."""
     return Prepared(statement, dialect)
 
 
@@ -125,6 +126,13 @@ class Cursor:
     def send(self, statement: sa.ClauseElement, **values: object) -> None:
         """Runs a statement whose result nobody needs: an error may be raised only later."""
         self._execute(statement, values)
+
+    def later(self, statement: sa.ClauseElement, **values: object) -> None:
+        """Like `send`, at the end of the transaction or by `settle`: until then nobody sees it."""
+        self._execute(statement, values)
+
+    def settle(self) -> None:
+        """Runs what was to be run `later`."""
 
     def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
@@ -143,7 +151,7 @@ class Cursor:
         return [prepared.row._make(row) for row in self._cursor.fetchall()]
 
     def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> Prepared:
-        prepared = _prepared(statement, self._dialect)
+        prepared = prepare(statement, self._dialect)
         self._cursor.execute(prepared.sql, prepared.arguments(values))
         return prepared
 

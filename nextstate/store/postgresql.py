@@ -23,7 +23,7 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 
 from nextstate.errors import StoreError
-from nextstate.store.database import Cursor, Prepared
+from nextstate.store.database import Cursor, Prepared, prepare
 
 OLDEST = 14
 """The oldest version of PostgreSQL that its makers still mend."""
@@ -132,7 +132,9 @@ class PostgreSQL:
         with driver.pipeline() as pipeline:
             for statement in _WRITING:
                 driver.execute(statement)
-            yield _Sending(driver, pipeline, dialect)
+            cursor = _Sending(driver, pipeline, dialect)
+            yield cursor
+            cursor.settle()
             driver.execute("COMMIT")
 
     def insert(self, table: sa.Table) -> postgresql.Insert:
@@ -215,6 +217,18 @@ class _Sending(Cursor):
         super().__init__(None, dialect)
         self._driver = driver
         self._pipeline = pipeline
+        self._later: dict[sa.ClauseElement, list[Any]] = {}
+
+    def later(self, statement: sa.ClauseElement, **values: object) -> None:
+        """Runs a statement at the end, for all values that it was given until then."""
+        rows = self._later.setdefault(statement, [])
+        rows.append(prepare(statement, self._dialect).arguments(values))
+
+    def settle(self) -> None:
+        """Runs what was to be run `later`."""
+        for statement, rows in self._later.items():
+            self._driver.cursor().executemany(prepare(statement, self._dialect).sql, rows)
+        self._later.clear()
 
     def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""

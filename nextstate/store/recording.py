@@ -154,7 +154,7 @@ class Recording:
         if not states:
             return
         for seq, state in enumerate(states):
-            self._cursor.send(
+            self._cursor.later(
                 _ADD_STATE,
                 turn=turn,
                 seq=seq,
@@ -164,7 +164,7 @@ class Recording:
             )
         self._cursor.send(_CONTINUED, turn=turn)
         if judge:
-            self._cursor.send(_ADD_JUDGEMENT, turn=turn)
+            self._cursor.later(_ADD_JUDGEMENT, turn=turn)
 
     def _count_added(self) -> None:
         for key, more in self._added.items():

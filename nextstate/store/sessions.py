@@ -175,6 +175,7 @@ class Sessions:
         self._cursor.send(_SET_PLACE, turn=turn, at=place)
 
     def _text(self, key: bytes) -> Json:
+        self._cursor.settle()
         row = self._cursor.first(_TEXT, key=key)
         assert row is not None
         return read_json(decompress(row.stored, row.base))

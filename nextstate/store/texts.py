@@ -181,6 +181,7 @@ class Writer:
 
     def release(self, key: bytes) -> None:
         """Counts one use less of a text, and deletes it if nothing uses it any more."""
+        self._cursor.settle()
         row = self._cursor.first(_FIND, key=key)
         if row is None:
             return
@@ -195,11 +196,12 @@ class Writer:
         is_long = len(text) >= _LONG_BYTES
         if not (is_long and self._use(key, uses)):
             stored, base = self._compressed(key, text) if is_long else (compress(text), None)
-            self._cursor.send(_ADD, hash=key, more=uses, base=base, stored=stored)
+            self._cursor.later(_ADD, hash=key, more=uses, base=base, stored=stored)
         self._known.add(key)
 
     def _use(self, key: bytes, uses: int = 1) -> bool:
         """Counts more uses; False if there is no such text."""
+        self._cursor.settle()
         return self._cursor.run(_USE, key=key, more=uses) > 0
 
     def _compressed(self, key: bytes, text: bytes) -> tuple[bytes, bytes | None]:
