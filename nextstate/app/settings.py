@@ -87,6 +87,8 @@ class Settings:
         found = {self.proxy.host: "[proxy] host"}
         if self.engine.mode == "external" and (host := _host(self.engine.url)):
             found[host] = "[engine] url"
+        if self.store.url.startswith("postgres") and (host := _host(self.store.url)):
+            found[host] = "[store] url"
         return {host: key for host, key in found.items() if not is_here(host)} | dict.fromkeys(
             self.privacy.allow_hosts, "[privacy] allow_hosts"
         )

@@ -26,6 +26,7 @@ from nextstate.store.ledger import Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Recording
+from nextstate.store.roles import Roles
 from nextstate.store.sqlite import SQLite, database_file
 from nextstate.store.texts import Known
 from nextstate.store.training import Training
@@ -72,6 +73,7 @@ class Store:
         self.forgetting = Forgetting(self.database)
         self.verifying = Verifying(self.database)
         self.ledger = Ledger(self.database)
+        self.roles = Roles(self.database)
         self._known = Known()
 
     def _open(self) -> None:

@@ -17,7 +17,8 @@ import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from nextstate.errors import StoreError, WaitError
+from nextstate.errors import FencedError, StoreError, WaitError
+from nextstate.store import schema as t
 from nextstate.store.waiting import Patience
 
 T = TypeVar("T")
@@ -71,6 +72,13 @@ class Dialect(Protocol):
 
     def is_lost(self, connection: Any) -> bool:
         """True for a driver's connection that can never be used again."""
+        ...
+
+    def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
+        """A lock for as long as the block runs, or until its connection is lost.
+
+        Gives whether it was free; None if nobody on another machine can use the database.
+        """
         ...
 
     def checkpoint(self, engine: sa.Engine) -> None:
@@ -159,6 +167,18 @@ class Cursor:
 Cursors: TypeAlias = AbstractContextManager[Cursor]
 
 
+_EPOCH = sa.select(t.roles.c.epoch, t.roles.c.holder).where(t.roles.c.name == sa.bindparam("name"))
+
+
+def _require(name: str, epoch: int, row: Any) -> None:
+    if row is None or row.epoch != epoch:
+        holder = "nobody" if row is None else row.holder
+        raise FencedError(
+            f"this process was cut off from the store, and its role, {name}, has been taken by "
+            f"{holder}: it writes nothing any more; end it, or start it anew"
+        )
+
+
 class Database:
     """One database that several threads and processes use.
 
@@ -176,6 +196,8 @@ class Database:
         self.patience = patience or Patience()
         self.name = dialect.name
         self.insert = dialect.insert
+        self.epochs: dict[str, int] = {}
+        """What this process has the roles of (nextstate/store/roles.py): each write checks them."""
         self._dialect = dialect
         self._idle: list[sa.PoolProxiedConnection] = []
         """Driver connections that nobody uses. Taking one out of the pool and putting it back
@@ -212,6 +234,9 @@ class Database:
             self.engine.connect().execution_options(immediate=True) as connection,
             connection.begin(),
         ):
+            for name, epoch in self.epochs.items():
+                row = connection.execute(_EPOCH, {"name": name}).first()
+                _require(name, epoch, row)
             yield connection
 
     @contextmanager
@@ -236,6 +261,9 @@ class Database:
                 self._as_store_errors(),
                 self._dialect.cursor(connection, self.engine.dialect, write) as cursor,
             ):
+                if write:
+                    for name, epoch in self.epochs.items():
+                        _require(name, epoch, cursor.first(_EPOCH, name=name))
                 yield cursor
         except BaseException:
             if self._dialect.is_lost(connection.driver_connection):
@@ -245,6 +273,10 @@ class Database:
             connection.close()  # which rolls back
             raise
         self._idle.append(connection)
+
+    def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
+        """A lock of the database itself: whether it was got. None where it has no such locks."""
+        return self._dialect.exclusive(name)
 
     def waiting(self, work: Callable[[], T]) -> T:
         """The result of `work`, one transaction that is tried until the database allows it.

@@ -46,7 +46,17 @@ def _add_ledger(connection: sa.Connection) -> None:
         append_version(connection, row.created_at, row.lineage, row.number)
 
 
-MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses, 4: _add_ledger}
+def _add_roles(connection: sa.Connection) -> None:
+    """Version 5: roles, for databases that several machines share."""
+    t.roles.create(connection)
+
+
+MIGRATIONS: Mapping[int, Step] = {
+    2: _add_episodes,
+    3: _add_pauses,
+    4: _add_ledger,
+    5: _add_roles,
+}
 """Step n brings a database of version n - 1 to version n.
 
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""

@@ -7,10 +7,11 @@ was when it began, and waits for nobody.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import time
 from collections.abc import Generator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -114,7 +115,7 @@ class PostgreSQL:
             immediate = connection.get_execution_options().get("immediate", False)
             connection.exec_driver_sql("; ".join(_WRITING) if immediate else _BEGIN_READING)
 
-        self._engine = engine
+        self._engine, self._connect = engine, connect
         self._check_server(engine)
         return engine
 
@@ -177,6 +178,19 @@ class PostgreSQL:
     def is_lost(self, connection: Any) -> bool:
         """True for a connection that has ended."""
         return connection.closed
+
+    @contextmanager
+    def exclusive(self, name: str) -> Generator[bool]:
+        """A lock of a connection of its own, so that it is free once we are gone."""
+        key = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), signed=True)
+        with closing(self._connect()) as connection:
+            cursor = connection.cursor()
+            row = cursor.execute("SELECT pg_try_advisory_lock(%s)", (key,)).fetchone()
+            try:
+                yield bool(row and row[0])
+            finally:  # the server may notice later that the connection has ended
+                with suppress(psycopg.Error):
+                    cursor.execute("SELECT pg_advisory_unlock_all()")
 
     def checkpoint(self, engine: sa.Engine) -> None:
         """Nothing: the server does it."""

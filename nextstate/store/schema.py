@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 4
+VERSION = 5
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -310,3 +310,13 @@ keys = sa.Table(
     sa.Column("revoked_at", sa.Float),
 )
 """The proxy's keys, by the SHA-256 of each. NULL as `lineage`: that of everybody without one."""
+
+roles = sa.Table(
+    "roles",
+    metadata,
+    sa.Column("name", sa.String(120), primary_key=True),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("holder", sa.String(200), nullable=False),
+    sa.Column("since", sa.Float, nullable=False),
+)
+"""Who has a role that one process has at a time (nextstate/store/roles.py). Empty in SQLite."""

@@ -6,7 +6,7 @@ import errno
 import sqlite3
 import time
 from collections.abc import Generator
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,10 @@ class SQLite:
     def is_lost(self, connection: object) -> bool:
         """Never: there is nothing between us and the file."""
         return False
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Nothing: a lock on a file does it."""
+        return nullcontext()
 
     def checkpoint(self, engine: sa.Engine) -> None:
         """Moves the write-ahead log into the database once it has 4 MB; nobody waits for it."""
