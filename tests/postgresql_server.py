@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -63,31 +64,39 @@ class Server:
 
     def start(self) -> None:
         """Starts it, and returns when it answers."""
-        options = " ".join(f"-c {name}={value!r}" for name, value in self._settings.items())
-        options += f" -c port={self.port}"
-        control = _PROGRAMS[-1].with_name("pg_ctl")
-        log = self.folder / "log"
-        self._call(control, "-D", self.folder / "data", "-o", options, "-l", log, "-w", "start")
+        import psycopg
+
+        settings = {**self._settings, "port": self.port}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [_PROGRAMS[-1].with_name("postgres"), "-D", self.folder / "data", *options],
+                **{**self._as, "cwd": "/", "stdout": log, "stderr": log},
+            )
+        while True:
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            try:
+                self.run("SELECT 1")
+                return
+            except psycopg.OperationalError:
+                time.sleep(0.02)
 
     def kill(self) -> None:
         """Ends every process of it with SIGKILL, as the kernel does without memory."""
-        main = self._main()
-        found = Path(f"/proc/{main}/task/{main}/children").read_text().split()
-        os.kill(main, signal.SIGKILL)
-        for child in found:
+        main = self._process.pid
+        self._process.send_signal(signal.SIGSTOP)  # so that it starts no other
+        children = [*map(int, Path(f"/proc/{main}/task/{main}/children").read_text().split())]
+        for process in (main, *children):
             with suppress(ProcessLookupError):
-                os.kill(int(child), signal.SIGKILL)
-        for process in (main, *map(int, found)):
-            while _lives(process):
-                pass
+                os.kill(process, signal.SIGKILL)
+        self._process.wait()
+        while any(map(_lives, children)):
+            time.sleep(0.01)
 
     def close(self) -> None:
         """Ends it at once and removes its files."""
-        with suppress(FileNotFoundError, ProcessLookupError):
-            main = self._main()
-            os.kill(main, signal.SIGQUIT)
-            while _lives(main):
-                pass
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def url(self, name: str) -> str:
@@ -117,9 +126,6 @@ class Server:
     def _make(self, name: str, template: str) -> None:
         self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
 
-    def _main(self) -> int:
-        return int((self.folder / "data" / "postmaster.pid").read_text().split()[0])
-
     def _call(self, *command: str | Path) -> None:
         done = subprocess.run(
             command, cwd="/", capture_output=True, text=True, timeout=120, **self._as
@@ -135,6 +141,15 @@ def _lives(process: int) -> bool:
         return False
 
 
+_chosen: list[Server] = []
+
+
+def url_of(folder: Path) -> str:
+    """The URL of the database of a store in this folder; "" outside of `instead_of_files`."""
+    name = "t" + hashlib.sha256(str(folder).encode()).hexdigest()[:30]
+    return _chosen[-1].database(name) if _chosen else ""
+
+
 @contextmanager
 def instead_of_files(server: Server) -> Iterator[None]:
     """Inside, a store whose folder is named without a URL is in a database of its own there."""
@@ -142,10 +157,11 @@ def instead_of_files(server: Server) -> Iterator[None]:
 
     def open_there(self: Store, config: StoreConfig, *args: Any, **kwargs: Any) -> None:
         if not config.url:
-            name = "t" + hashlib.sha256(str(config.path).encode()).hexdigest()[:30]
-            made.add(name)
-            config = replace(config, url=server.database(name))
+            config = replace(config, url=url_of(config.path))
+            made.add(config.url.rpartition("/")[2])
         opened(self, config, *args, **kwargs)
+
+    _chosen.append(server)
 
     patch = pytest.MonkeyPatch()
     patch.setattr(Store, "__init__", open_there)
@@ -153,5 +169,6 @@ def instead_of_files(server: Server) -> Iterator[None]:
         yield
     finally:
         patch.undo()
+        _chosen.remove(server)
         for name in made:
             server.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")

@@ -8,6 +8,7 @@ was when it began, and waits for nobody.
 from __future__ import annotations
 
 import hashlib
+import logging
 import re
 import time
 from collections.abc import Generator, Mapping
@@ -26,6 +27,8 @@ from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 from nextstate.errors import StoreError
 from nextstate.store.database import Cursor, Prepared, prepare
 
+logging.getLogger("psycopg").setLevel(logging.ERROR)
+"""It warns of what a lost connection leaves behind; we tell that it is lost."""
 OLDEST = 14
 """The oldest version of PostgreSQL that its makers still mend."""
 _LOCK = 0x6E657874
@@ -158,7 +161,7 @@ class PostgreSQL:
         """The message of an error without its details, which may hold stored values."""
         if isinstance(error, psycopg.Error) and error.diag.message_primary:
             return error.diag.message_primary
-        return str(error).strip()
+        return str(error).strip().partition("\n")[0]
 
     def is_transient(self, error: BaseException) -> bool:
         """True for a lock, a deadlock, a server that restarts, a lost connection and the like."""

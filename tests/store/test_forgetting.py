@@ -165,6 +165,7 @@ def _kept_parent(one: Turn, left: dict[str, Turn]) -> str | None:
     return one.parent if one.parent in left else None
 
 
+@pytest.mark.sqlite
 def test_nothing_of_it_is_left_in_the_files(store: Store) -> None:
     first = said(0, None)
     secret = said(1, first)

@@ -185,6 +185,7 @@ def test_a_head_that_is_none_is_not_gone_on_from(told: Store, head: str) -> None
     assert "does not go on from" in told.ledger.problems(head)[0]
 
 
+@pytest.mark.sqlite
 def test_an_older_store_begins_its_ledger_with_its_versions(tmp_path: Path) -> None:
     old_database(tmp_path, OF_VERSION_3)
     with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:
