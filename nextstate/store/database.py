@@ -36,6 +36,9 @@ class Dialect(Protocol):
     errors: tuple[type[Exception], ...]
     """What its driver raises."""
 
+    tells_changes: bool
+    """Whether `wait_for_change` waits; a database that does not is asked again and again."""
+
     def open(self, lock_wait_s: float) -> sa.Engine:
         """Makes the database ready; it waits for a lock for `lock_wait_s`.
 
@@ -72,6 +75,14 @@ class Dialect(Protocol):
 
     def is_lost(self, connection: Any) -> bool:
         """True for a driver's connection that can never be used again."""
+        ...
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`."""
+        ...
+
+    def close(self, engine: sa.Engine) -> None:
+        """Closes every connection that nobody has."""
         ...
 
     def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
@@ -196,6 +207,7 @@ class Database:
         self.patience = patience or Patience()
         self.name = dialect.name
         self.insert = dialect.insert
+        self.tells_changes = dialect.tells_changes
         self.epochs: dict[str, int] = {}
         """What this process has the roles of (nextstate/store/roles.py): each write checks them."""
         self._dialect = dialect
@@ -211,7 +223,7 @@ class Database:
         """Closes every connection."""
         while self._idle:
             self._idle.pop().close()
-        self.engine.dispose()
+        self._dialect.close(self.engine)
 
     def checkpoint(self) -> None:
         """Moves what was committed into the database's own file, if that is a lot by now."""
@@ -273,6 +285,13 @@ class Database:
             connection.close()  # which rolls back
             raise
         self._idle.append(connection)
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`.
+
+        It may miss a change. Only one thread may wait.
+        """
+        self._dialect.wait_for_change(timeout_s)
 
     def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
         """A lock of the database itself: whether it was got. None where it has no such locks."""

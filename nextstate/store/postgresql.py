@@ -26,6 +26,7 @@ from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 
 from nextstate.errors import StoreError
 from nextstate.store.database import Cursor, Prepared, prepare
+from nextstate.store.schema import CHANGED
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)
 """It warns of what a lost connection leaves behind; we tell that it is lost."""
@@ -72,6 +73,7 @@ class PostgreSQL:
     """A database on a server."""
 
     kind = "PostgreSQL"
+    tells_changes = True
     remedy = "see that its server runs and can be reached"
     errors: tuple[type[Exception], ...] = (psycopg.Error,)
 
@@ -85,6 +87,7 @@ class PostgreSQL:
                 "postgresql://USER@HOST:PORT/NAME"
             ) from error
         self.name = without_password(url)
+        self._listening: psycopg.Connection[Any] | None = None
         self._clock = -_CLOCK_S, 0.0
         """When the database's clock was asked, on the monotonic clock, and what it said."""
 
@@ -181,6 +184,27 @@ class PostgreSQL:
     def is_lost(self, connection: Any) -> bool:
         """True for a connection that has ended."""
         return connection.closed
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Waits until the server tells that versions may have changed, or for `timeout_s`."""
+        end = time.monotonic() + timeout_s
+        try:
+            if self._listening is None or self._listening.closed:
+                self._listening = self._connect()
+                self._listening.execute(f"LISTEN {CHANGED}")
+                return  # what was told before, nobody heard
+            for _ in self._listening.notifies(timeout=timeout_s, stop_after=1):
+                pass
+        except psycopg.Error:
+            if self._listening is not None:
+                self._listening.close()
+            time.sleep(max(0.0, end - time.monotonic()))
+
+    def close(self, engine: sa.Engine) -> None:
+        """Closes every connection that nobody has."""
+        engine.dispose()
+        if self._listening is not None:
+            self._listening.close()
 
     @contextmanager
     def exclusive(self, name: str) -> Generator[bool]:

@@ -253,6 +253,17 @@ versions = sa.Table(
 
 sa.Index("versions_by_state", versions.c.state, versions.c.lineage)
 
+CHANGED = "nextstate_versions"
+"""The channel on which PostgreSQL tells that versions may have changed: a hint that may be lost."""
+for _statement in (
+    "CREATE FUNCTION versions_told() RETURNS trigger LANGUAGE plpgsql AS "
+    f"$$ BEGIN NOTIFY {CHANGED}; RETURN NULL; END $$",
+    "CREATE TRIGGER versions_told AFTER INSERT OR UPDATE OR DELETE ON versions "
+    "FOR EACH STATEMENT EXECUTE FUNCTION versions_told()",
+):
+    _tell = sa.DDL(_statement).execute_if(dialect="postgresql")
+    sa.event.listen(versions, "after_create", _tell)
+
 decisions = sa.Table(
     "decisions",
     metadata,

@@ -57,6 +57,7 @@ class SQLite:
     """A database in one file, which only its owner may read."""
 
     kind = "SQLite"
+    tells_changes = False
     remedy = "make its files writable"
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
 
@@ -149,6 +150,13 @@ class SQLite:
     def is_lost(self, connection: object) -> bool:
         """Never: there is nothing between us and the file."""
         return False
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Not at all: a look at the file costs as little as waiting."""
+
+    def close(self, engine: sa.Engine) -> None:
+        """Closes every connection that nobody has."""
+        engine.dispose()
 
     def exclusive(self, name: str) -> AbstractContextManager[None]:
         """Nothing: a lock on a file does it."""

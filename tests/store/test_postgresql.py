@@ -254,3 +254,31 @@ def test_a_database_of_another_program_or_encoding_is_refused(
         Store(StoreConfig(str(tmp_path), server.url("foreign_one")))
     with pytest.raises(StoreError, match="encoding LATIN1: expected version 14 or newer and UTF8"):
         Store(StoreConfig(str(tmp_path), server.url("latin")))
+
+
+def test_who_waits_is_told_of_a_flip_at_once_and_goes_on_after_a_restart(
+    server: Server, config: StoreConfig
+) -> None:
+    here, there = Store(config), Store(config)
+    here.database.wait_for_change(0.0)  # it listens now
+
+    def told_after(change: Callable[[], object]) -> float:
+        with ThreadPoolExecutor() as pool:
+            waiting = pool.submit(here.database.wait_for_change, 20.0)
+            began = time.monotonic()
+            change()
+            waiting.result()
+            return time.monotonic() - began
+
+    for number in range(3):
+        assert told_after(lambda: there.versions.set_serving("main", 0)) < 10.0, number
+    server.kill()
+    server.start()
+    began = time.monotonic()
+    here.database.wait_for_change(0.2)
+    assert time.monotonic() - began >= 0.2  # it neither spins nor fails
+    here.database.wait_for_change(0.2)
+    there.database.patience = Patience(30.0)
+    assert told_after(lambda: there.versions.set_serving("main", 0)) < 10.0
+    here.close()
+    there.close()
