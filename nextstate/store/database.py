@@ -77,6 +77,10 @@ class Dialect(Protocol):
         """True for a driver's connection that can never be used again."""
         ...
 
+    def numbered(self, connection: sa.Connection) -> None:
+        """Makes new rows' numbers follow the largest there are, after rows came with theirs."""
+        ...
+
     def wait_for_change(self, timeout_s: float) -> None:
         """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`."""
         ...
@@ -207,6 +211,7 @@ class Database:
         self.patience = patience or Patience()
         self.name = dialect.name
         self.insert = dialect.insert
+        self.numbered = dialect.numbered
         self.tells_changes = dialect.tells_changes
         self.epochs: dict[str, int] = {}
         """What this process has the roles of (nextstate/store/roles.py): each write checks them."""

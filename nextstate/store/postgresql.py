@@ -25,8 +25,8 @@ from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 
 from nextstate.errors import StoreError
+from nextstate.store import schema as t
 from nextstate.store.database import Cursor, Prepared, prepare
-from nextstate.store.schema import CHANGED
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)
 """It warns of what a lost connection leaves behind; we tell that it is lost."""
@@ -185,13 +185,21 @@ class PostgreSQL:
         """True for a connection that has ended."""
         return connection.closed
 
+    def numbered(self, connection: sa.Connection) -> None:
+        """Makes new rows' numbers follow the largest there are."""
+        for table in (t.turns, t.rewards, t.decisions):
+            connection.exec_driver_sql(
+                f"SELECT setval(pg_get_serial_sequence('{table.name}', 'seq'), "
+                f"max(seq)) FROM {table.name} HAVING max(seq) IS NOT NULL"
+            )
+
     def wait_for_change(self, timeout_s: float) -> None:
         """Waits until the server tells that versions may have changed, or for `timeout_s`."""
         end = time.monotonic() + timeout_s
         try:
             if self._listening is None or self._listening.closed:
                 self._listening = self._connect()
-                self._listening.execute(f"LISTEN {CHANGED}")
+                self._listening.execute(f"LISTEN {t.CHANGED}")
                 return  # what was told before, nobody heard
             for _ in self._listening.notifies(timeout=timeout_s, stop_after=1):
                 pass

@@ -151,6 +151,9 @@ class SQLite:
         """Never: there is nothing between us and the file."""
         return False
 
+    def numbered(self, connection: sa.Connection) -> None:
+        """Nothing: a new number is always larger than the largest."""
+
     def wait_for_change(self, timeout_s: float) -> None:
         """Not at all: a look at the file costs as little as waiting."""
 

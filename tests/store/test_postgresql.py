@@ -10,10 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
+from nextstate.app.cli import main
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError, WaitError
+from nextstate.records import Feedback
 from nextstate.store import Store
+from nextstate.store.copying import TABLES, copy
 from nextstate.store.forgetting import Wanted
 from nextstate.store.waiting import Patience
 from plugins.agents.profile import GENERIC, Profile
@@ -282,3 +286,82 @@ def test_who_waits_is_told_of_a_flip_at_once_and_goes_on_after_a_restart(
     assert told_after(lambda: there.versions.set_serving("main", 0)) < 10.0
     here.close()
     there.close()
+
+
+def told(store: Store) -> None:
+    """Something of each kind, with a member of each type of column."""
+    from tests.store.test_forgetting import judge as judged
+    from tests.store.test_forgetting import record, said, train
+
+    for number in range(4):
+        one = said(2 * number, None)
+        after = said(2 * number + 1, one)
+        record(store, one, after)
+        judged(store, one.id, after)
+    train(store, 1, 0)
+    store.judging.give_feedback(Feedback("turn_2", 1, "Be brief.", "It was long."))
+    store.versions.pause("main", "ana")
+    store.workers.beat("w", [], {})
+    add(store, turn(900, client_model="odd\0name"))
+
+
+def everything(store: Store) -> dict[str, list[tuple[Any, ...]]]:
+    with store.database.read() as connection:
+        return {
+            table.name: [
+                (*row,) for row in connection.execute(sa.select(table).order_by(*table.primary_key))
+            ]
+            for table in TABLES
+        }
+
+
+def test_a_copy_goes_on_after_a_cut_is_proven_and_comes_back_the_same(
+    config: StoreConfig, server: Server, tmp_path: Path
+) -> None:
+    first = Store(StoreConfig(str(tmp_path / "first")))
+    told(first)
+    there = Store(config)
+
+    class Cut(Exception):
+        pass
+
+    def cut(table: str, _: int) -> None:
+        if table == "verdicts":
+            raise Cut
+
+    with pytest.raises(Cut):
+        copy(first.database, there.database, cut)
+    first.judging.give_feedback(Feedback("turn_2", -1))  # what was copied may change meanwhile
+    assert copy(first.database, there.database, lambda *_: None) > 0
+    assert copy(first.database, there.database, lambda *_: None) == 0
+    back = Store(StoreConfig(str(tmp_path / "back")))
+    copy(there.database, back.database, lambda *_: None)
+    assert everything(first) == everything(there) == everything(back)
+    for store in (there, back):
+        assert store.verifying.problems(lambda *_: None) == []
+        assert store.ledger.problems(first.ledger.newest(1)[0].head) == []
+        add(store, turn(901))  # after all others
+        assert store.turns.ids()[-2:] == ["turn_900", "turn_901"]
+        store.versions.resume("main")
+    with pytest.raises(StoreError, match="has a row of turns that the store has not"):
+        copy(first.database, there.database, lambda *_: None)
+    assert there.turns.get("turn_901") is not None
+    for store in (first, there, back):
+        store.close()
+
+
+def test_the_command_copies_the_configured_store(
+    config: StoreConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(str(tmp_path / "state")))
+    add(store, turn(0), turn(1))
+    store.close()
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    command = ["store", "copy", config.url, "--config", str(file)]
+    assert main(command) == 0
+    assert "has all 2 turns; " in capsys.readouterr().out
+    assert main(command) == 0
+    assert "0 rows were written" in capsys.readouterr().out
+    assert main([*command[:2], f"sqlite:///{tmp_path}/state/nextstate.sqlite3", *command[3:]]) != 0
+    assert "is the store itself" in capsys.readouterr().err
