@@ -77,6 +77,10 @@ class Dialect(Protocol):
         """True for a driver's connection that can never be used again."""
         ...
 
+    def about(self) -> str:
+        """What a person should know of the database. Raises StoreError if it is not safe."""
+        ...
+
     def numbered(self, connection: sa.Connection) -> None:
         """Makes new rows' numbers follow the largest there are, after rows came with theirs."""
         ...
@@ -212,6 +216,7 @@ class Database:
         self.name = dialect.name
         self.insert = dialect.insert
         self.numbered = dialect.numbered
+        self.about = dialect.about
         self.tells_changes = dialect.tells_changes
         self.epochs: dict[str, int] = {}
         """What this process has the roles of (nextstate/store/roles.py): each write checks them."""

@@ -24,6 +24,7 @@ from sqlalchemy import event
 from sqlalchemy.dialects import postgresql
 from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 
+from nextstate.egress import is_here
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor, Prepared, prepare
@@ -131,7 +132,7 @@ class PostgreSQL:
 
         What it writes is sent without waiting: a query, and the end, wait for all before them.
         """
-        driver: psycopg.Connection[Any] = connection.driver_connection
+        driver = connection.driver_connection
         if not write:
             with driver.cursor() as cursor:
                 yield Cursor(cursor, dialect)
@@ -184,6 +185,25 @@ class PostgreSQL:
     def is_lost(self, connection: Any) -> bool:
         """True for a connection that has ended."""
         return connection.closed
+
+    def about(self) -> str:
+        """The server's version, and how it is reached.
+
+        Raises StoreError for another machine without encryption: everything recorded goes there.
+        """
+        with closing(self._connect()) as connection:
+            host, is_safe = connection.info.host, connection.pgconn.ssl_in_use
+            if not (is_safe or host.startswith("/") or is_here(host)):
+                raise StoreError(
+                    f"[store] url: the connection to {host} is not encrypted: add "
+                    "?sslmode=verify-full, and give the server a certificate"
+                )
+            row = connection.execute("SELECT version(), pg_backend_pid()").fetchone()
+            version, process = row or ("", 0)
+            found = [" ".join(version.split()[:2]), "TLS" if is_safe else "this machine"]
+            if process != connection.info.backend_pid:
+                found.append("through a pooler: it must give each connection a session of its own")
+        return ", ".join(found)
 
     def numbered(self, connection: sa.Connection) -> None:
         """Makes new rows' numbers follow the largest there are."""
@@ -260,9 +280,7 @@ class PostgreSQL:
 class _Sending(Cursor):
     """A cursor that waits for an answer only where one is asked for."""
 
-    def __init__(
-        self, driver: psycopg.Connection[Any], pipeline: psycopg.Pipeline, dialect: sa.Dialect
-    ) -> None:
+    def __init__(self, driver: Any, pipeline: psycopg.Pipeline, dialect: sa.Dialect) -> None:
         super().__init__(None, dialect)
         self._driver = driver
         self._pipeline = pipeline

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import event
 
 VERSION = 5
 metadata = sa.MetaData()
@@ -262,7 +263,7 @@ for _statement in (
     "FOR EACH STATEMENT EXECUTE FUNCTION versions_told()",
 ):
     _tell = sa.DDL(_statement).execute_if(dialect="postgresql")
-    sa.event.listen(versions, "after_create", _tell)
+    event.listen(versions, "after_create", _tell)
 
 decisions = sa.Table(
     "decisions",

@@ -151,6 +151,10 @@ class SQLite:
         """Never: there is nothing between us and the file."""
         return False
 
+    def about(self) -> str:
+        """Its library's version."""
+        return f"SQLite {sqlite3.sqlite_version}"
+
     def numbered(self, connection: sa.Connection) -> None:
         """Nothing: a new number is always larger than the largest."""
 

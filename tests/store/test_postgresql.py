@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -365,3 +366,14 @@ def test_the_command_copies_the_configured_store(
     assert "0 rows were written" in capsys.readouterr().out
     assert main([*command[:2], f"sqlite:///{tmp_path}/state/nextstate.sqlite3", *command[3:]]) != 0
     assert "is the store itself" in capsys.readouterr().err
+
+
+def test_doctor_tells_the_version_and_refuses_another_machine_without_encryption(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(config)
+    assert re.fullmatch(r"PostgreSQL \d+\.\d+, this machine", store.database.about())
+    monkeypatch.setattr("nextstate.store.postgresql.is_here", lambda _: False)
+    with pytest.raises(StoreError, match="is not encrypted: add \\?sslmode=verify-full"):
+        store.database.about()
+    store.close()
