@@ -153,13 +153,14 @@ def url_of(folder: Path) -> str:
 @contextmanager
 def instead_of_files(server: Server) -> Iterator[None]:
     """Inside, a store whose folder is named without a URL is in a database of its own there."""
-    opened, made = Store.__init__, set[str]()
+    opened, made, stores = Store.__init__, set[str](), list[Store]()
 
     def open_there(self: Store, config: StoreConfig, *args: Any, **kwargs: Any) -> None:
         if not config.url:
             config = replace(config, url=url_of(config.path))
             made.add(config.url.rpartition("/")[2])
         opened(self, config, *args, **kwargs)
+        stores.append(self)
 
     _chosen.append(server)
 
@@ -170,5 +171,7 @@ def instead_of_files(server: Server) -> Iterator[None]:
     finally:
         patch.undo()
         _chosen.remove(server)
+        for store in stores:  # an open connection that nobody closes is an error
+            store.close()
         for name in made:
             server.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")

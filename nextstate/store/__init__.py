@@ -79,6 +79,13 @@ class Store:
     def _open(self) -> None:
         make_state_folder(self.dir)
         self.database.open()
+        try:
+            self._bring_up()
+        except BaseException:
+            self.database.close()
+            raise
+
+    def _bring_up(self) -> None:
         with self.database.read() as connection:
             if is_current(connection):
                 return

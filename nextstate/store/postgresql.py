@@ -101,6 +101,7 @@ class PostgreSQL:
 
         def connect() -> psycopg.Connection[Any]:
             connection = psycopg.connect(autocommit=True, **values)  # we send BEGIN ourselves
+            connection.server_cursor_factory = _Streaming
             connection.adapters.register_dumper(str, _TextDumper)
             for kind in ("text", "varchar"):
                 connection.adapters.register_loader(kind, _TextLoader)
@@ -123,7 +124,11 @@ class PostgreSQL:
             connection.exec_driver_sql("; ".join(_WRITING) if immediate else _BEGIN_READING)
 
         self._engine, self._connect = engine, connect
-        self._check_server(engine)
+        try:
+            self._check_server()
+        except BaseException:
+            engine.dispose()
+            raise
         return engine
 
     @contextmanager
@@ -262,7 +267,7 @@ class PostgreSQL:
         """
         return []
 
-    def _check_server(self, engine: sa.Engine) -> None:
+    def _check_server(self) -> None:
         query = "SELECT current_setting('server_version_num')::int, getdatabaseencoding()"
         number, encoding = self._ask(query)
         if number // 10_000 < OLDEST or encoding != "UTF8":
@@ -275,6 +280,13 @@ class PostgreSQL:
     def _ask(self, query: str) -> Any:
         with self._engine.connect() as connection:
             return connection.connection.cursor().execute(query).fetchone()
+
+
+class _Streaming(psycopg.ServerCursor[Any]):
+    """A result that is read as it is needed. One that is not read to its end is no mistake."""
+
+    def __del__(self) -> None:
+        """Nothing: it ends with its transaction."""
 
 
 class _Sending(Cursor):

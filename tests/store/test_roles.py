@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,10 +23,13 @@ def candidate(number: int) -> PolicyVersion:
 
 
 @pytest.fixture
-def two(tmp_path: Path, postgresql: Server) -> list[Store]:
+def two(tmp_path: Path, postgresql: Server) -> Iterator[list[Store]]:
     """Two machines' stores in one database."""
     url = postgresql.database(f"roles_{abs(hash(tmp_path))}")
-    return [Store(StoreConfig(str(tmp_path / name), url)) for name in ("here", "there")]
+    found = [Store(StoreConfig(str(tmp_path / name), url)) for name in ("here", "there")]
+    yield found
+    for store in found:
+        store.close()
 
 
 @pytest.mark.sqlite
