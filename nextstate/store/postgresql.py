@@ -285,7 +285,7 @@ class PostgreSQL:
 class _Streaming(psycopg.ServerCursor[Any]):
     """A result that is read as it is needed. One that is not read to its end is no mistake."""
 
-    def __del__(self) -> None:
+    def __del__(self, *_: Any) -> None:
         """Nothing: it ends with its transaction."""
 
 
