@@ -14,7 +14,7 @@ import time
 from collections.abc import Generator, Mapping
 from contextlib import closing, contextmanager, suppress
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 import psycopg
 import sqlalchemy as sa
@@ -329,14 +329,6 @@ def without_password(url: str) -> str:
         return "postgresql://…"
     query = re.sub(r"(?i)(password=)[^&]*", r"\1***", shown.query)
     return shown._replace(query=query).geturl()
-
-
-def host_of(url: str) -> str:
-    """The host that a URL names; "" for this machine's socket."""
-    try:
-        return unquote(urlsplit(url).hostname or "")
-    except ValueError:
-        return ""
 
 
 # What PostgreSQL's texts cannot hold is written as two characters, and so is the first of them.

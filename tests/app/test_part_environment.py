@@ -82,9 +82,9 @@ def test_a_providers_variable_is_for_the_judge_that_asks_a_provider(tmp_path: Pa
 
 
 def test_a_database_servers_password_is_for_the_parts_that_ask_it(tmp_path: Path) -> None:
-    store = StoreConfig(str(tmp_path), "postgresql://nextstate@db.example/nextstate")
+    store = StoreConfig(str(tmp_path), "postgresql://me@db.example,other.example:5433/nextstate")
     found = replace(settings(tmp_path), store=store)
-    assert found.hosts["db.example"] == "[store] url"
+    assert found.hosts["db.example"] == found.hosts["other.example"] == "[store] url"
     for part, own in HAS.items():
         more = set[str]() if part == "engine" else {"PGPASSWORD"}
         assert {*part_environment(found, part, VARIABLES)} == own | more
