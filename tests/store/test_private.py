@@ -172,7 +172,7 @@ def test_what_names_no_folder_names_the_key(name: str) -> None:
 @pytest.mark.parametrize(
     "url",
     [
-        "postgresql://localhost/x",
+        "mysql://localhost/x",
         "nonsense",
         "sqlite://",
         "sqlite:///:memory:",
