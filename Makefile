@@ -11,14 +11,14 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui ray prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
+.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui ray postgres prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
 
 env: $(STAMP)  ## create .venv and install the locked packages
 
-$(STAMP): $(LOCK) requirements/torch.txt pyproject.toml
+$(STAMP): $(LOCK) requirements/torch.txt requirements/postgres.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "nextstate needs Python 3.11 or newer; set PYTHON=/path/to/python3.11"; exit 2; }
 	@echo "==> $(VENV): installing for $(ACCEL) (about 4 GB, 2 to 4 minutes)"
@@ -28,6 +28,7 @@ ifeq ($(ACCEL),cpu)
 	  $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) -r requirements/torch.txt
 endif
 	$(BIN)/python -m pip install --progress-bar on --no-deps --require-hashes -r $(LOCK)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes -r requirements/postgres.txt
 	$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 	@$(BIN)/python -c 'import torch' || { echo "this torch does not run here: its CPU build is" \
 	  "not on your package index; name one that has it: make env TORCH_INDEX=URL"; exit 2; }
@@ -105,6 +106,10 @@ gui: env bubblewrap chromium  ## install what `nextstate rollout gui` needs: pag
 
 ray: env  ## install Ray, with which `nextstate rollout --ray` plays on many machines (240 MB)
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/ray.txt
+
+postgres: env  ## install PostgreSQL, on which the tests of the store run too (its driver is in .venv)
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends postgresql; } || \
+	  { echo "postgresql cannot be installed with apt-get here: install it yourself"; exit 2; }
 
 prometheus:  ## install what the tests read the numbers and the dashboard with, if it is missing
 	@command -v prometheus >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y prometheus; } || \

@@ -71,6 +71,7 @@ def run(
             taken = f"lineage {name!r} is trained"
             remedy = "end it, or train another one with `nextstate learner --lineage NAME`"
             opened.enter_context(ProcessLock(folder / "lock", taken, remedy))
+            opened.enter_context(store.roles.hold(f"learner/{name}", taken, remedy))
             writers[name] = open_writers(config, folder, name)
             opened.callback(writers[name].close)
         trainer = build_trainer(config, model_path, root)

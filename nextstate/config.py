@@ -32,7 +32,8 @@ class StoreConfig:
     dir: str = "~/.nextstate"
     """State folder: the database, adapters, checkpoints and logs, readable by its owner only."""
     url: str = ""
-    """SQLAlchemy URL; empty means SQLite in `dir`."""
+    """Another place for the database: sqlite:///PATH, or postgresql://USER@HOST:PORT/NAME of a
+    server that several machines share. Empty means SQLite in `dir`."""
 
     @property
     def path(self) -> Path:

@@ -72,6 +72,10 @@ class WaitError(StoreError):
     """The database stayed locked or its disk full for longer than the caller may wait."""
 
 
+class FencedError(StoreError):
+    """Another process has taken this one's role: it must not write any more."""
+
+
 class NoTurnError(StoreError):
     """There is no such turn in the store."""
 

@@ -11,6 +11,8 @@ class Intervals:
 
     store_poll_s: float = 0.05
     """Between looks at the serving versions in the store."""
+    told_poll_s: float = 1.0
+    """The same, where the database tells of changes."""
     health_poll_s: float = 1.0
     """Between looks at an engine that serves."""
     down_poll_s: float = 0.2

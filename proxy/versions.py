@@ -203,8 +203,12 @@ class Versions:
             tasks.create_task(self._watch_engine())
 
     async def _watch_store(self) -> None:
+        database = self._store.database
         while True:
-            await asyncio.sleep(self._intervals.store_poll_s)
+            if database.tells_changes:
+                await asyncio.to_thread(database.wait_for_change, self._intervals.told_poll_s)
+            else:
+                await asyncio.sleep(self._intervals.store_poll_s)
             try:
                 found = await asyncio.to_thread(self._store.versions.serving_of, list(self.serving))
                 for lineage, version in found.items():

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from unittest import TestCase
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -20,6 +21,8 @@ from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
 from nextstate.store import Store
+from tests.postgresql_server import Server as PostgreSQLServer
+from tests.postgresql_server import instead_of_files, missing
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop
@@ -113,10 +116,42 @@ def empty_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs the tests of the store, and of files that say `DATABASES`, on both databases."""
+    of_store = metafunc.definition.path.parent == Path(__file__).parent / "store"
+    if not (of_store or hasattr(metafunc.module, "DATABASES")):
+        return
+    only = metafunc.definition.get_closest_marker("sqlite") is not None
+    if not only and not issubclass(metafunc.cls or object, TestCase):
+        metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
+
+
+@pytest.fixture(autouse=True)
+def database(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Which database the stores of a test are in."""
+    kind: str = getattr(request, "param", "sqlite")
+    if kind != "postgresql":
+        yield kind
+        return
+    with instead_of_files(request.getfixturevalue("postgresql")):
+        yield kind
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[PostgreSQLServer]:
+    """The PostgreSQL of this run; the test is skipped where there is none, except in CI."""
+    if reason := missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    server = PostgreSQLServer()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def store(tmp_path: Path, empty_state: Path) -> Iterator[Store]:
+def store(tmp_path: Path, database: str, empty_state: Path) -> Iterator[Store]:
     """An empty store on disk. Whatever a test does with it, the ledger must tell it."""
-    shutil.copytree(empty_state, tmp_path / "state")
+    if database == "sqlite":
+        shutil.copytree(empty_state, tmp_path / "state")
     opened = Store(StoreConfig(dir=str(tmp_path / "state")))
     yield opened
     assert opened.ledger.problems() == []

@@ -99,8 +99,9 @@ def _own_folders() -> str:
 
 def _state_folder(settings: Settings) -> str:
     store = Store(settings.store)
+    about = store.database.about()
     store.close()
-    return str(store.dir)
+    return f"{store.dir}; {about}"
 
 
 def _encryption(settings: Settings) -> str:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from nextstate import store_key
 from nextstate.app.settings import Settings
+from nextstate.config import StoreConfig
 
 _SECRET = re.compile(
     r"(?:^|_)(?:KEYS?|TOKENS?|PASS|PAT|PWD|AUTH|DSN|COOKIES?)(?:_\d{1,3})?$"
@@ -18,6 +20,8 @@ _SECRET = re.compile(
 _NOT_SECRET = frozenset(("PWD", "OLDPWD"))
 _WITH_PASSWORD = re.compile(r"://[^/\s:@]{0,100}:[^/\s@]{1,200}@")
 """A URL that has a password in it."""
+_PASSWORD = "PGPASSWORD"
+"""Where PostgreSQL's driver looks for a password that [store] url does not hold."""
 _OWN_CODE = ":"
 """In `kind = "module:function"`: a person's own plugin, which may need what the person exported."""
 
@@ -58,6 +62,8 @@ def _named(settings: Settings) -> Iterator[str]:
 
 def _of_part(settings: Settings, part: str) -> set[str]:
     """The secrets that a part needs."""
+    if part != "engine" and settings.store.url.startswith("postgres"):
+        return {_PASSWORD, *_of_part(replace(settings, store=StoreConfig()), part)}
     engine = {settings.engine.api_key_env} if settings.engine.mode == "external" else set[str]()
     store = {store_key.VARIABLE}
     match part:

@@ -87,6 +87,7 @@ class Settings:
         found = {self.proxy.host: "[proxy] host"}
         if self.engine.mode == "external" and (host := _host(self.engine.url)):
             found[host] = "[engine] url"
+        found |= dict.fromkeys(_database_hosts(self.store.url), "[store] url")
         return {host: key for host, key in found.items() if not is_here(host)} | dict.fromkeys(
             self.privacy.allow_hosts, "[privacy] allow_hosts"
         )
@@ -163,6 +164,18 @@ class Settings:
                     f"{where} model = {lineage.model!r} is taken by the engine or another lineage"
                 )
             models += [lineage.model] * bool(lineage.model)
+
+
+def _database_hosts(url: str) -> list[str]:
+    """The hosts of a PostgreSQL URL, which may name several.
+
+    >>> _database_hosts("postgresql://me:a@b@one:1,[::2]:5432,three/name?sslmode=require")
+    ['one', '::2', 'three']
+    """
+    if not url.startswith("postgres"):
+        return []
+    places = url.partition("//")[2].partition("/")[0].rpartition("@")[2].split(",")
+    return [re.sub(r":\d+$", "", place).strip("[]") for place in places if place]
 
 
 def _host(url: str) -> str | None:

@@ -7,17 +7,17 @@ never deleted when it is fetched.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 from nextstate import sealed_files
 from nextstate.config import StoreConfig
 from nextstate.errors import NextStateError, StoreError
 from nextstate.private_files import make_state_folder
 from nextstate.store.counts import SHOWN, read_counts
-from nextstate.store.database import Database
+from nextstate.store.database import Database, Dialect
 from nextstate.store.encryption import Encryption, exclusive_encryption, unlock
 from nextstate.store.episodes import Episodes
 from nextstate.store.forgetting import Forgetting
@@ -30,6 +30,7 @@ from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Recording
 from nextstate.store.retention import Retention
 from nextstate.store.reviewing import Reviewing
+from nextstate.store.roles import Roles
 from nextstate.store.sqlite import SQLite, database_file
 from nextstate.store.texts import Known
 from nextstate.store.training import Training
@@ -51,7 +52,7 @@ class Store:
     def __init__(
         self,
         config: StoreConfig,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         patience: Patience | None = None,
         *,
         with_key: bool = True,
@@ -64,8 +65,7 @@ class Store:
         self.config = replace(config, dir=str(self.dir))
         """With this another process opens the same store, whatever its working directory."""
         self._with_key = with_key
-        file = database_file(config.url, self.dir)
-        self.database = Database(SQLite(file), clock, patience)
+        self.database = Database(_dialect(config.url, self.dir), clock, patience)
         try:
             self.database.waiting(self._open)
         except (OSError, ValueError) as error:
@@ -87,11 +87,19 @@ class Store:
         self.forgetting = Forgetting(self.database)
         self.verifying = Verifying(self.database)
         self.ledger = Ledger(self.database)
+        self.roles = Roles(self.database)
         self._known = Known()
 
     def _open(self) -> None:
         make_state_folder(self.dir)
         self.database.open()
+        try:
+            self._bring_up()
+        except BaseException:
+            self.database.close()
+            raise
+
+    def _bring_up(self) -> None:
         with self.database.read() as connection:
             current = is_current(connection)
         if not current:
@@ -119,8 +127,13 @@ class Store:
     def encryption(config: StoreConfig) -> Generator[Encryption]:
         """Opens a store that no process uses, to change how it is encrypted.
 
-        Raises StartError if one does.
+        Raises StartError if one does, and StoreError for one that is not in a file.
         """
+        if config.url.startswith("postgres"):
+            raise StoreError(
+                "only a store in a file can be encrypted: encrypt the disk of the server that "
+                "[store] url names, and reach it by TLS"
+            )
         make_state_folder(config.path)
         database = Database(SQLite(database_file(config.url, config.path)), patience=Patience(0.0))
         with exclusive_encryption(database, config.path) as encryption:
@@ -156,3 +169,17 @@ class Store:
         Everybody else waits meanwhile. It needs as much room again as the database has.
         """
         self.database.waiting(self.database.compact)
+
+
+def _dialect(url: str, folder: Path) -> Dialect:
+    """The database that `[store] url` names. Raises StoreError."""
+    if not url.startswith(("postgresql:", "postgres:")):
+        return SQLite(database_file(url, folder))
+    try:
+        from nextstate.store.postgresql import PostgreSQL
+    except ImportError as error:
+        raise StoreError(
+            f"[store] url names a PostgreSQL database, and its driver is missing ({error}): "
+            '`pip install "nextstate[postgres]"`, or `make postgres` in a clone'
+        ) from error
+    return PostgreSQL(url)

@@ -1,15 +1,14 @@
 """Counts of the store's records, which triggers keep: reading them costs the same at any size.
 
-A trigger changes a row of `counts` in the transaction that changes what is counted. The triggers
-are SQLite's; another dialect can make its own from the same `_COUNTED`. Only new turns are counted
-without one (`nextstate/store/recording.py`): for a statement with a trigger SQLite first copies
-every page that it changes, which costs as much as the statement.
+A trigger changes a row of `counts` in the transaction that changes what is counted. Only new turns
+are counted without one (`nextstate/store/recording.py`): for a statement with a trigger SQLite
+first copies every page that it changes, which costs as much as the statement.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 
 import sqlalchemy as sa
 
@@ -84,7 +83,8 @@ _CHANGING = {
 
 def count_all(connection: sa.Connection) -> None:
     """Counts what is stored and creates the triggers that keep the counts."""
-    for query in map(_counting, _COUNTED):
+    for counted in _counted(connection):
+        query = _counting(counted)
         connection.exec_driver_sql(f"INSERT INTO counts (area, key, count) {query}")
     create_triggers(connection, _CHANGING)
 
@@ -105,8 +105,8 @@ def recount(connection: sa.Connection) -> dict[tuple[str, str], int]:
     """What the counts should be, by (area, key): every record is read."""
     return {
         (area, str(key)): count
-        for query in map(_counting, _COUNTED)
-        for area, key, count in connection.exec_driver_sql(query)
+        for counted in _counted(connection)
+        for area, key, count in connection.exec_driver_sql(_counting(counted))
     }
 
 
@@ -118,14 +118,19 @@ def _counting(counted: _Counted) -> str:
 
 def create_triggers(connection: sa.Connection, tables: Iterable[str]) -> None:
     """Creates the triggers of some tables: of new ones, which have nothing to count yet."""
-    for statement in _triggers(tables):
-        connection.exec_driver_sql(statement)
+    make = _procedures if _is_postgresql(connection) else _trigger
+    for trigger in _triggers(_counted(connection), tables):
+        for statement in make(*trigger):
+            connection.exec_driver_sql(statement)
 
 
-def _triggers(tables: Iterable[str]) -> Iterator[str]:
+def _triggers(
+    counted: Sequence[_Counted], tables: Iterable[str]
+) -> Iterator[tuple[str, str, str, str]]:
+    """(name, event, table, body) of each trigger."""
     for table in tables:
         columns = _CHANGING[table]
-        kinds = [counted for counted in _COUNTED if counted.table == table]
+        kinds = [one for one in counted if one.table == table]
         gone, come = "".join(map(_less, kinds)), "".join(map(_more, kinds))
         for name, event, body in (
             ("added", "INSERT", come),
@@ -133,7 +138,40 @@ def _triggers(tables: Iterable[str]) -> Iterator[str]:
             ("removed", "DELETE", gone),
         ):
             if f"{table}_{name}" != TURNS_ADDED:
-                yield f"CREATE TRIGGER {table}_{name} AFTER {event} ON {table} BEGIN {body}END"
+                yield f"{table}_{name}", event, table, body
+
+
+def _trigger(name: str, event: str, table: str, body: str) -> Iterator[str]:
+    """A trigger of SQLite."""
+    yield f"CREATE TRIGGER {name} AFTER {event} ON {table} BEGIN {body}END"
+
+
+def _procedures(name: str, event: str, table: str, body: str) -> Iterator[str]:
+    """A trigger of PostgreSQL, and the function that it calls."""
+    body = body.replace("SET count = count + 1", "SET count = counts.count + 1")
+    yield (
+        f"CREATE FUNCTION {name}() RETURNS trigger LANGUAGE plpgsql AS "
+        f"$$ BEGIN {body}RETURN NULL; END $$"
+    )
+    yield f"CREATE TRIGGER {name} AFTER {event} ON {table} FOR EACH ROW EXECUTE FUNCTION {name}()"
+
+
+def _is_postgresql(connection: sa.Connection) -> bool:
+    return connection.dialect.name == "postgresql"
+
+
+def _counted(connection: sa.Connection) -> Sequence[_Counted]:
+    """What is counted, in the words of the database: SQLite has no types for keys and truth."""
+    if not _is_postgresql(connection):
+        return _COUNTED
+    return [
+        replace(
+            one,
+            key=f"({one.key.replace('{r}hinted', 'CAST({r}hinted AS INTEGER)')})::text",
+            where="true" if one.where == "1" else one.where,
+        )
+        for one in _COUNTED
+    ]
 
 
 def _more(counted: _Counted) -> str:

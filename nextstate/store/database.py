@@ -1,23 +1,24 @@
 """One database: transactions, prepared statements, the clock, waiting, and errors as StoreError.
 
-What differs between databases is a `Dialect`; `nextstate/store/sqlite.py` is the only one so far.
+What differs between databases is a `Dialect`: `nextstate/store/sqlite.py` and
+`nextstate/store/postgresql.py`.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from sqlalchemy.sql.compiler import SQLCompiler
 
-from nextstate.errors import StoreError, WaitError
+from nextstate.errors import FencedError, StoreError, WaitError
+from nextstate.store import schema as t
 from nextstate.store.vault import SealedType, Vault, Way, vault_of
 from nextstate.store.waiting import Patience
 
@@ -31,10 +32,13 @@ class Dialect(Protocol):
     """Such as "SQLite", for messages."""
     name: str
     """What a message calls the database: its file or address."""
+    remedy: str
+    """What else may help where it cannot be used, for messages."""
     errors: tuple[type[Exception], ...]
     """What its driver raises."""
-    begin_writing: str
-    """The statement that begins a write transaction and waits for its turn."""
+
+    tells_changes: bool
+    """Whether `wait_for_change` waits; a database that does not is asked again and again."""
 
     def open(self, lock_wait_s: float) -> sa.Engine:
         """Makes the database ready; it waits for a lock for `lock_wait_s`.
@@ -43,8 +47,23 @@ class Dialect(Protocol):
         """
         ...
 
+    def cursor(self, connection: Any, dialect: sa.Dialect, write: bool) -> Cursors:
+        """A cursor of a driver's connection; in a transaction if it shall `write`.
+
+        One transaction writes at a time: it waits for its turn.
+        """
+        ...
+
     def insert(self, table: sa.Table) -> Any:
         """An INSERT that can have an ON CONFLICT clause."""
+        ...
+
+    def now(self) -> float:
+        """Unix time in seconds, the same for all that use the database."""
+        ...
+
+    def describe(self, error: BaseException) -> str:
+        """What a message says of an error: nothing that is stored."""
         ...
 
     def is_transient(self, error: BaseException) -> bool:
@@ -53,6 +72,33 @@ class Dialect(Protocol):
 
     def is_damaged(self, error: BaseException) -> bool:
         """True if an error says that the stored data cannot be read."""
+        ...
+
+    def is_lost(self, connection: Any) -> bool:
+        """True for a driver's connection that can never be used again."""
+        ...
+
+    def about(self) -> str:
+        """What a person should know of the database. Raises StoreError if it is not safe."""
+        ...
+
+    def numbered(self, connection: sa.Connection) -> None:
+        """Makes new rows' numbers follow the largest there are, after rows came with theirs."""
+        ...
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`."""
+        ...
+
+    def close(self, engine: sa.Engine) -> None:
+        """Closes every connection that nobody has."""
+        ...
+
+    def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
+        """A lock for as long as the block runs, or until its connection is lost.
+
+        Gives whether it was free; None if nobody on another machine can use the database.
+        """
         ...
 
     def checkpoint(self, engine: sa.Engine) -> None:
@@ -79,7 +125,7 @@ class Dialect(Protocol):
         ...
 
 
-class _Prepared:
+class Prepared:
     """One statement as the driver takes it, compiled once.
 
     SQLAlchemy takes longer to look up a statement and to wrap its rows than SQLite to run it.
@@ -134,8 +180,9 @@ class _Prepared:
 
 
 @functools.lru_cache(maxsize=256)
-def _prepared(statement: sa.ClauseElement, dialect: sa.Dialect) -> _Prepared:
-    return _Prepared(statement, dialect)
+def prepare(statement: sa.ClauseElement, dialect: sa.Dialect) -> Prepared:
+    """A statement as the driver takes it."""
+    return Prepared(statement, dialect)
 
 
 class Cursor:
@@ -149,6 +196,17 @@ class Cursor:
         self._dialect = dialect
         self.vault = vault_of(dialect)
         """What seals values; None: they are stored as they are."""
+
+    def send(self, statement: sa.ClauseElement, **values: object) -> None:
+        """Runs a statement whose result nobody needs: an error may be raised only later."""
+        self._execute(statement, values)
+
+    def later(self, statement: sa.ClauseElement, **values: object) -> None:
+        """Like `send`, at the end of the transaction or by `settle`: until then nobody sees it."""
+        self._execute(statement, values)
+
+    def settle(self) -> None:
+        """Runs what was to be run `later`."""
 
     def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
@@ -166,10 +224,25 @@ class Cursor:
         prepared = self._execute(statement, values)
         return prepared.rows(self._cursor.fetchall())
 
-    def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> _Prepared:
-        prepared = _prepared(statement, self._dialect)
+    def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> Prepared:
+        prepared = prepare(statement, self._dialect)
         self._cursor.execute(prepared.sql, prepared.arguments(values))
         return prepared
+
+
+Cursors: TypeAlias = AbstractContextManager[Cursor]
+
+
+_EPOCH = sa.select(t.roles.c.epoch, t.roles.c.holder).where(t.roles.c.name == sa.bindparam("name"))
+
+
+def _require(name: str, epoch: int, row: Any) -> None:
+    if row is None or row.epoch != epoch:
+        holder = "nobody" if row is None else row.holder
+        raise FencedError(
+            f"this process was cut off from the store, and its role, {name}, has been taken by "
+            f"{holder}: it writes nothing any more; end it, or start it anew"
+        )
 
 
 class Database:
@@ -181,14 +254,19 @@ class Database:
     def __init__(
         self,
         dialect: Dialect,
-        clock: Callable[[], float] = time.time,
+        clock: Callable[[], float] | None = None,
         patience: Patience | None = None,
     ) -> None:
-        self.now = clock
+        self.now = clock or dialect.now
         """Unix time in seconds, for leases and heartbeats."""
         self.patience = patience or Patience()
         self.name = dialect.name
         self.insert = dialect.insert
+        self.numbered = dialect.numbered
+        self.about = dialect.about
+        self.tells_changes = dialect.tells_changes
+        self.epochs: dict[str, int] = {}
+        """What this process has the roles of (nextstate/store/roles.py): each write checks them."""
         self._dialect = dialect
         self._idle: list[sa.PoolProxiedConnection] = []
         """Driver connections that nobody uses. Taking one out of the pool and putting it back
@@ -202,7 +280,7 @@ class Database:
         """Closes every connection."""
         while self._idle:
             self._idle.pop().close()
-        self.engine.dispose()
+        self._dialect.close(self.engine)
 
     def checkpoint(self) -> None:
         """Moves what was committed into the database's own file, if that is a lot by now."""
@@ -239,6 +317,9 @@ class Database:
             self.engine.connect().execution_options(immediate=True) as connection,
             connection.begin(),
         ):
+            for name, epoch in self.epochs.items():
+                row = connection.execute(_EPOCH, {"name": name}).first()
+                _require(name, epoch, row)
             yield connection
 
     @contextmanager
@@ -259,16 +340,33 @@ class Database:
             with self._as_store_errors():
                 connection = self.engine.raw_connection()
         try:
-            with self._as_store_errors(), closing(connection.cursor()) as cursor:
+            with (
+                self._as_store_errors(),
+                self._dialect.cursor(connection, self.engine.dialect, write) as cursor,
+            ):
                 if write:
-                    cursor.execute(self._dialect.begin_writing)
-                yield Cursor(cursor, self.engine.dialect)
-                if write:
-                    connection.commit()
+                    for name, epoch in self.epochs.items():
+                        _require(name, epoch, cursor.first(_EPOCH, name=name))
+                yield cursor
         except BaseException:
+            if self._dialect.is_lost(connection.driver_connection):
+                connection.invalidate()
+                while self._idle:  # they are lost as well
+                    self._idle.pop().invalidate()
             connection.close()  # which rolls back
             raise
         self._idle.append(connection)
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`.
+
+        It may miss a change. Only one thread may wait.
+        """
+        self._dialect.wait_for_change(timeout_s)
+
+    def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
+        """A lock of the database itself: whether it was got. None where it has no such locks."""
+        return self._dialect.exclusive(name)
 
     def waiting(self, work: Callable[[], T]) -> T:
         """The result of `work`, one transaction that is tried until the database allows it.
@@ -292,14 +390,15 @@ class Database:
         except (SQLAlchemyError, *self._dialect.errors, OSError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
             cause = cause or error
+            said = self._dialect.describe(cause)
             if self._dialect.is_transient(cause):
                 raise WaitError(
-                    f"the store cannot be used for now: {cause}; make room on its "
-                    "disk, end what locks it or make its files writable, and try again"
+                    f"the store cannot be used for now: {said}; make room on its "
+                    f"disk, end what locks it or {self._dialect.remedy}, and try again"
                 ) from cause
             if self._dialect.is_damaged(cause):
                 raise StoreError(
-                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {cause}; "
+                    f"{self._dialect.name} is no whole {self._dialect.kind} database: {said}; "
                     "it is left as it is: "
                     "put a whole copy in its place, or move it away to begin with an empty store"
                 ) from cause
@@ -307,7 +406,7 @@ class Database:
                 raise
             # Not the error itself, which may hold the values that the statement was given.
             kind = type(cause).__name__
-            raise StoreError(f"{self._dialect.name}: {kind}: {cause}") from cause
+            raise StoreError(f"{self._dialect.name}: {kind}: {said}") from cause
         except UnicodeEncodeError as error:  # an argument in another encoding than the terminal's
             raise StoreError("a name or text is not valid Unicode: type it anew") from error
 

@@ -209,4 +209,4 @@ class Judging:
         query = query.where(s.at >= self._database.now() - BUDGET_S)
         with self._database.read() as connection:
             calls, tokens = connection.execute(query).one()
-        return calls or 0, tokens or 0
+        return int(calls or 0), int(tokens or 0)

@@ -239,7 +239,12 @@ class Lookup:
         query = (
             sa.select(
                 *(f.max(c.client_session), f.max(c.lineage), f.count()),
-                *(f.min(c.started_at), f.max(c.started_at), f.avg(v.score), f.max(c.seq)),
+                *(
+                    f.min(c.started_at),
+                    f.max(c.started_at),
+                    f.avg(sa.cast(v.score, sa.Float)),
+                    f.max(c.seq),
+                ),
             )
             .select_from(t.turns)
             .outerjoin(t.verdicts, v.turn == c.id)

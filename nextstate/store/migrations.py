@@ -77,10 +77,11 @@ def _hash_episode_keys(connection: sa.Connection) -> None:
 
 
 def _protect(connection: sa.Connection) -> None:
-    """Version 5: whose each turn is, hashed keys of episodes, the key of an encrypted store."""
+    """Version 5: whose each turn is, hashed keys of episodes, encryption, roles."""
     _add_clients(connection)
     _hash_episode_keys(connection)
     t.encryption.create(connection)
+    t.roles.create(connection)
 
 
 MIGRATIONS: Mapping[int, Step] = {

@@ -113,7 +113,7 @@ class Recording:
             "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
             "sampling": dump(turn.sampling),
         }
-        self._cursor.run(
+        self._cursor.send(
             _ADD_TURN,
             id=turn.id,
             session=turn.session,
@@ -146,21 +146,21 @@ class Recording:
         )
         self._added.update(counts.keys_of_new(turn))
         if turn.episode is not None:
-            self._cursor.run(
+            self._cursor.send(
                 _SERVED, episode=turn.episode, tokens=tokens, version=turn.policy_version
             )
 
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` replace the cut turns at the same place."""
         self._count_added()  # before a trigger counts less
-        self._cursor.run(REPLACE_CUT, at=place, turn=turn)
+        self._cursor.send(REPLACE_CUT, at=place, turn=turn)
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
         """Adds what followed `turn` and, if `judge`, the judge's work for it."""
         if not states:
             return
         for seq, state in enumerate(states):
-            self._cursor.run(
+            self._cursor.later(
                 _ADD_STATE,
                 turn=turn,
                 seq=seq,
@@ -168,13 +168,13 @@ class Recording:
                 text=self._texts.put(state.text.encode()),
                 trust=state.trust,
             )
-        self._cursor.run(_CONTINUED, turn=turn)
+        self._cursor.send(_CONTINUED, turn=turn)
         if judge:
-            self._cursor.run(_ADD_JUDGEMENT, turn=turn)
+            self._cursor.later(_ADD_JUDGEMENT, turn=turn)
 
     def _count_added(self) -> None:
         for key, more in self._added.items():
-            self._cursor.run(counts.ADD, area="turns", key=key, more=more)
+            self._cursor.send(counts.ADD, area="turns", key=key, more=more)
         self._added.clear()
 
     def _texts_of(self, turn: str | None) -> set[bytes]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import sqlalchemy as sa
+from sqlalchemy import event
 
 from nextstate.store.vault import HexName, Name, PrefixName, Word
 
@@ -291,6 +292,17 @@ versions = sa.Table(
 
 sa.Index("versions_by_state", versions.c.state, versions.c.lineage)
 
+CHANGED = "nextstate_versions"
+"""The channel on which PostgreSQL tells that versions may have changed: a hint that may be lost."""
+for _statement in (
+    "CREATE FUNCTION versions_told() RETURNS trigger LANGUAGE plpgsql AS "
+    f"$$ BEGIN NOTIFY {CHANGED}; RETURN NULL; END $$",
+    "CREATE TRIGGER versions_told AFTER INSERT OR UPDATE OR DELETE ON versions "
+    "FOR EACH STATEMENT EXECUTE FUNCTION versions_told()",
+):
+    _tell = sa.DDL(_statement).execute_if(dialect="postgresql")
+    event.listen(versions, "after_create", _tell)
+
 decisions = sa.Table(
     "decisions",
     metadata,
@@ -364,3 +376,12 @@ set while everything is changed from the first key to the next one; NULL as a ke
 
 VALUES = {"turns": ("completion_ids", "behaviour_logprobs", "sampling")}
 """The columns that whoever writes and reads them seals and opens, for a row by its `id`."""
+roles = sa.Table(
+    "roles",
+    metadata,
+    sa.Column("name", sa.String(120), primary_key=True),
+    sa.Column("epoch", sa.Integer, nullable=False),
+    sa.Column("holder", sa.String(200), nullable=False),
+    sa.Column("since", sa.Float, nullable=False),
+)
+"""Who has a role that one process has at a time (nextstate/store/roles.py). Empty in SQLite."""

@@ -178,9 +178,10 @@ class Sessions:
 
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
-        self._cursor.run(_SET_PLACE, turn=turn, at=place)
+        self._cursor.send(_SET_PLACE, turn=turn, at=place)
 
     def _text(self, key: bytes) -> Json:
+        self._cursor.settle()
         row = self._cursor.first(_TEXT, key=key)
         assert row is not None
         vault = self._cursor.vault

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import errno
 import sqlite3
-from contextlib import closing
+import time
+from collections.abc import Generator
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import sqlalchemy as sa
 from sqlalchemy import event
@@ -14,12 +17,14 @@ from sqlalchemy.exc import ArgumentError
 
 from nextstate.errors import StoreError
 from nextstate.private_files import make_file, make_folder
+from nextstate.store.database import Cursor
 
 FILE = "nextstate.sqlite3"
 _CACHE_KIB = 8192
 """Of one connection: room for the upper pages of the indexes. A writer grows by as much."""
 _MANY_PAGES, _LOG_BYTES = 16_384, 4 << 20
 
+_BEGIN_WRITING = "BEGIN IMMEDIATE"
 _TRANSIENT_CODES = frozenset(
     {
         sqlite3.SQLITE_BUSY,
@@ -52,8 +57,9 @@ class SQLite:
     """A database in one file, which only its owner may read."""
 
     kind = "SQLite"
+    tells_changes = False
+    remedy = "make its files writable"
     errors: tuple[type[Exception], ...] = (sqlite3.Error,)
-    begin_writing = "BEGIN IMMEDIATE"
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -105,13 +111,31 @@ class SQLite:
         @event.listens_for(engine, "begin")
         def _begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
             immediate = connection.get_execution_options().get("immediate", False)
-            connection.exec_driver_sql(self.begin_writing if immediate else "BEGIN")
+            connection.exec_driver_sql(_BEGIN_WRITING if immediate else "BEGIN")
 
         return engine
+
+    @contextmanager
+    def cursor(self, connection: Any, dialect: sa.Dialect, write: bool) -> Generator[Cursor]:
+        """A cursor of a driver's connection; in a transaction if it shall `write`."""
+        with closing(connection.cursor()) as cursor:
+            if write:
+                cursor.execute(_BEGIN_WRITING)
+            yield Cursor(cursor, dialect)
+            if write:
+                connection.commit()
 
     def insert(self, table: sa.Table) -> sqlite.Insert:
         """An INSERT that can have an ON CONFLICT clause."""
         return sqlite.insert(table)
+
+    def now(self) -> float:
+        """This machine's time: nobody else has the file."""
+        return time.time()
+
+    def describe(self, error: BaseException) -> str:
+        """The whole message: SQLite quotes no values."""
+        return str(error)
 
     def is_transient(self, error: BaseException) -> bool:
         """True for a lock, a full disk and the like."""
@@ -124,6 +148,28 @@ class SQLite:
     def is_damaged(self, error: BaseException) -> bool:
         """True if the file is not a whole database."""
         return isinstance(error, sqlite3.Error) and _code(error) & 0xFF in _DAMAGED_CODES
+
+    def is_lost(self, connection: object) -> bool:
+        """Never: there is nothing between us and the file."""
+        return False
+
+    def about(self) -> str:
+        """Its library's version."""
+        return f"SQLite {sqlite3.sqlite_version}"
+
+    def numbered(self, connection: sa.Connection) -> None:
+        """Nothing: a new number is always larger than the largest."""
+
+    def wait_for_change(self, timeout_s: float) -> None:
+        """Not at all: a look at the file costs as little as waiting."""
+
+    def close(self, engine: sa.Engine) -> None:
+        """Closes every connection that nobody has."""
+        engine.dispose()
+
+    def exclusive(self, name: str) -> AbstractContextManager[None]:
+        """Nothing: a lock on a file does it."""
+        return nullcontext()
 
     def checkpoint(self, engine: sa.Engine) -> None:
         """Moves the write-ahead log into the database once it has 4 MB; nobody waits for it."""
@@ -186,8 +232,8 @@ def database_file(url: str, folder: Path) -> Path:
     if parsed is None or parsed.drivername != "sqlite" or parsed.host:
         shown = url if parsed is None else str(parsed)  # without a password
         raise StoreError(
-            f"[store] url = {shown!r}: only sqlite:///PATH is supported so far; "
-            "empty the key to use [store] dir"
+            f"[store] url = {shown!r}: expected sqlite:///PATH or postgresql://USER@HOST:PORT/NAME;"
+            " empty the key to use [store] dir"
         )
     if parsed.query or parsed.database in (None, "", ":memory:"):
         raise StoreError(

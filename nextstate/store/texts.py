@@ -190,13 +190,14 @@ class Writer:
 
     def release(self, key: bytes) -> None:
         """Counts one use less of a text, and deletes it if nothing uses it any more."""
+        self._cursor.settle()
         row = self._cursor.first(_FIND, key=key)
         if row is None:
             return
         if row.uses > 1:
-            self._cursor.run(_LEAVE, key=key)
+            self._cursor.send(_LEAVE, key=key)
             return
-        self._cursor.run(_DELETE, key=key)
+        self._cursor.send(_DELETE, key=key)
         if row.base is not None:
             self.release(row.base)
 
@@ -205,11 +206,12 @@ class Writer:
         if not (is_long and self._use(key, uses)):
             stored, base = self._compressed(key, text) if is_long else (compress(text), None)
             stored = seal(self._cursor.vault, packed_place(key, base), stored)
-            self._cursor.run(_ADD, hash=key, more=uses, base=base, stored=stored)
+            self._cursor.later(_ADD, hash=key, more=uses, base=base, stored=stored)
         self._known.add(key)
 
     def _use(self, key: bytes, uses: int = 1) -> bool:
         """Counts more uses; False if there is no such text."""
+        self._cursor.settle()
         return self._cursor.run(_USE, key=key, more=uses) > 0
 
     def _compressed(self, key: bytes, text: bytes) -> tuple[bytes, bytes | None]:

@@ -48,5 +48,6 @@ class Patience:
         now = time.monotonic()
         if now >= self._log_at:
             self._log_at = now + _LOG_EVERY_S
-            log.warning("%s waits for the store: %s", what, error.__cause__ or error)
+            cause = str(error.__cause__ or error).partition("\n")[0]
+            log.warning("%s waits for the store: %s", what, cause)
         time.sleep(self.pause_s)

@@ -6,6 +6,7 @@ import asyncio
 import secrets
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -15,6 +16,7 @@ from nextstate.app.part_environment import left_out, part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.stages import stage_process
 from nextstate.app.supervisor import end, start
+from nextstate.config import StoreConfig
 from tests.scripted_engine import MODEL, scripted_engine
 
 VARIABLES = {
@@ -78,6 +80,15 @@ def test_a_providers_variable_is_for_the_judge_that_asks_a_provider(tmp_path: Pa
     assert "CLIENTS" not in part_environment(found, "judge", VARIABLES)
     for part in ("proxy", "learner", "engine", "writer"):
         assert "OPENAI_API_KEY" not in part_environment(found, part, VARIABLES)
+
+
+def test_a_database_servers_password_is_for_the_parts_that_ask_it(tmp_path: Path) -> None:
+    store = StoreConfig(str(tmp_path), "postgresql://me@db.example,other.example:5433/nextstate")
+    found = replace(settings(tmp_path), store=store)
+    assert found.hosts["db.example"] == found.hosts["other.example"] == "[store] url"
+    for part, own in HAS.items():
+        more = set[str]() if part == "engine" else {"PGPASSWORD"}
+        assert {*part_environment(found, part, VARIABLES)} == own | more
 
 
 def test_what_no_part_gets_is_known(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from nextstate.store.settling import Reception
 from proxy.lineages import Access
 from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
+from tests.store.rows import select
 from tests.store.test_records import KEY, add, judge, turn
 
 TURN = "turn_0"
@@ -53,10 +53,8 @@ def refusal(answer: dict[str, Any], status: int = 400) -> str:
 def rows(store: Store) -> dict[str, list[tuple[Any, ...]]]:
     """All that feedback may change, as it is stored."""
     tables = ("feedback", "verdicts", "samples", "judgements")
-    with sqlite3.connect(store.dir / "nextstate.sqlite3") as file:
-        found = {t: file.execute(f"SELECT * FROM {t} ORDER BY turn").fetchall() for t in tables}
-    file.close()
-    return found
+    queries = {table: f"SELECT * FROM {table} ORDER BY turn" for table in tables}
+    return {table: [(*row,) for row in select(store, query)] for table, query in queries.items()}
 
 
 def test_feedback_decides_and_the_same_again_changes_nothing(store: Store, tmp_path: Path) -> None:

@@ -16,7 +16,6 @@ import json
 import os
 import re
 import signal
-import sqlite3
 import subprocess
 import sys
 import zlib
@@ -37,8 +36,12 @@ from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.records import Turn
 from nextstate.store import Store
+from tests.postgresql_server import url_of
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, compact, plain_reply, stream_chunks
+from tests.store.rows import select
 
+DATABASES = True
+"""Each test runs on both."""
 CLIENTS = 8
 REPLIES_BETWEEN_KILLS = 30
 TIMEOUT = aiohttp.ClientTimeout(total=60)
@@ -46,6 +49,7 @@ JSON = {"Content-Type": "application/json"}
 CONFIG = """
 [store]
 dir = "{state}"
+url = "{database}"
 [engine]
 mode = "external"
 url = "{engine}"
@@ -126,7 +130,9 @@ class Victim:
         self.writer_only = writer_only
         self._config = folder / "nextstate.toml"
         self._log = folder / LOG
-        config = CONFIG.format(state=folder / "state", engine=engine, model=MODEL, port=port)
+        state = folder / "state"
+        values = {"state": state, "database": url_of(state), "engine": engine, "port": port}
+        config = CONFIG.format(model=MODEL, **values)
         self._config.write_text(config)
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -344,14 +350,11 @@ def check_content(turn: Turn) -> None:
 def check(folder: Path, seen: Seen) -> None:
     """Checks that no turn is missing unless it was late, and that none is stored in part."""
     state = folder / "state"
-    file = sqlite3.connect(state / "nextstate.sqlite3")
-    assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    assert file.execute("PRAGMA foreign_key_check").fetchall() == []
-    ids = [row[0] for row in file.execute("SELECT id FROM turns")]
-    places = file.execute("SELECT count(DISTINCT session || '/' || idx) FROM turns").fetchone()[0]
-    file.close()
-    assert places == len(ids), "two turns of one session at the same index"
     store = Store(StoreConfig(dir=str(state)))
+    assert store.database.damage() == []
+    ids = [row[0] for row in select(store, "SELECT id FROM turns")]
+    query = "SELECT count(DISTINCT session || '/' || idx) FROM turns"
+    assert select(store, query)[0][0] == len(ids), "two turns of one session at the same index"
     turns = {turn: store.turns.get(turn) for turn in ids}
     late = set(LATE.findall((folder / LOG).read_text()))
     missing = seen.ends.keys() - turns.keys()

@@ -29,6 +29,8 @@ from proxy.linking.meaning import meaning_of
 from proxy.linking.names import explicit_session
 from proxy.linking.parents import find_parent
 
+DATABASES = True
+"""Each test runs on both."""
 PROFILE = Profile(GENERIC)
 SCOPE = Scope("main", None)
 

@@ -32,6 +32,8 @@ from proxy.writer_process import WriterProcess
 from tests.proxy.running_proxy import until
 from tests.proxy.writer_thread import WriterThread
 
+DATABASES = True
+"""Each test runs on both."""
 MANY = 200
 PATIENCE_S = 60.0
 
@@ -365,6 +367,7 @@ def in_transport(recorder: Recorder) -> int:
     return stream.transport.get_write_buffer_size()
 
 
+@pytest.mark.sqlite
 def test_on_a_full_disk_turns_wait_for_room(store: Store) -> None:
     async def scene() -> None:
         writer = WriterProcess()
@@ -403,6 +406,7 @@ def small_disk(tmp_path: Path) -> Generator[Path]:
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
 
+@pytest.mark.sqlite
 def test_a_disk_that_is_full_before_the_first_turn_makes_it_late(small_disk: Path) -> None:
     ballast = small_disk / "ballast"
     store = Store(StoreConfig(dir=str(small_disk / "state")))
@@ -430,6 +434,7 @@ def random_text(size: int) -> str:
     return os.urandom(size).hex()
 
 
+@pytest.mark.sqlite
 def test_a_store_that_cannot_be_opened_loses_turns_and_says_so(store: Store) -> None:
     async def scene() -> None:
         async with recording(store) as recorder:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from itertools import cycle
 from pathlib import Path
 
+import pytest
 import sqlalchemy as sa
 from sqlalchemy import event
 
@@ -19,6 +20,8 @@ from plugins.agents.profile import GENERIC, Profile
 from proxy.capture import Capture
 from proxy.exchange import Exchange, record_exchange
 
+DATABASES = True
+"""Each test runs on both."""
 PROFILE = Profile(GENERIC)
 IDS = [(n * n * 7919) % 50_000 for n in range(20_000)]
 """Token ids of a long prompt, which are stored as some eighty runs."""
@@ -91,6 +94,7 @@ def asked_for(folder: Path, index: int) -> list[str]:
     return [statement.split(" VALUES ")[0] for statement in seen]
 
 
+@pytest.mark.sqlite
 def test_a_turn_asks_as_much_after_forty_turns_as_after_two(tmp_path: Path) -> None:
     short, long = asked_for(tmp_path / "2", 2), asked_for(tmp_path / "40", 40)
     bodies = [len([s for s in asked if "INTO texts" in s]) for asked in (short, long)]

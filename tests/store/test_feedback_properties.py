@@ -229,7 +229,7 @@ from nextstate.config import StoreConfig
 from nextstate.records import Feedback
 from nextstate.store import Store
 
-store = Store(StoreConfig(dir=sys.argv[1]))
+store = Store(StoreConfig(dir=sys.argv[1], url=sys.argv[2]))
 for number in range(100_000):
     store.judging.give_feedback(Feedback("turn_0", number % 3 - 1, f"hint {number}"))
     print(number, flush=True)
@@ -240,7 +240,7 @@ for number in range(100_000):
 def test_a_speaker_killed_at_any_time_leaves_one_whole_feedback(tmp_path: Path, heard: int) -> None:
     store = Store(StoreConfig(dir=str(tmp_path)))
     add(store, turn(0))
-    command = [sys.executable, "-c", SPEAKER, str(tmp_path)]
+    command = [sys.executable, "-c", SPEAKER, str(tmp_path), store.config.url]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment) as speaker:
         assert speaker.stdout is not None

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
-from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +28,7 @@ from nextstate.records import (
 from nextstate.store import Store, texts
 from nextstate.store.forgetting import Plan, Wanted
 from nextstate.store.waiting import Patience
+from tests.store.rows import select
 from tests.store.test_records import turn
 from tests.store.test_texts import assert_uses_are_counted
 
@@ -99,12 +98,10 @@ def every_text(store: Store) -> bytes:
 
 def check(store: Store) -> None:
     """Uses and counts are those of what is stored, and every reference leads somewhere."""
-    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
-        assert_uses_are_counted(connection)
-        assert not connection.execute("PRAGMA foreign_key_check").fetchall()
-        (main,) = connection.execute(
-            "SELECT count(*) FROM turns WHERE replaced_by IS NULL AND kind = 'main'"
-        ).fetchone()
+    assert_uses_are_counted(store)
+    assert not store.database.damage()
+    query = "SELECT count(*) FROM turns WHERE replaced_by IS NULL AND kind = 'main'"
+    ((main,),) = select(store, query)
     assert store.counts().get("turns/main", 0) == main
 
 
@@ -168,6 +165,7 @@ def _kept_parent(one: Turn, left: dict[str, Turn]) -> str | None:
     return one.parent if one.parent in left else None
 
 
+@pytest.mark.sqlite
 def test_nothing_of_it_is_left_in_the_files(store: Store) -> None:
     first = said(0, None)
     secret = said(1, first)

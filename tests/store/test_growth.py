@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import sqlite3
@@ -10,7 +11,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,11 +20,17 @@ import pytest
 import sqlalchemy as sa
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    invariant,
+    rule,
+    run_state_machine_as_test,
+)
 
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
+from tests.store.rows import select
 from tests.store.test_records import KEY, add, judge, turn
 from tests.store.test_texts import assert_uses_are_counted
 
@@ -32,17 +39,14 @@ SCORES = st.sampled_from((-1, 0, 1))
 BATCH = {"scored": True, "hinted": True}
 
 
-def database(store: Store) -> sqlite3.Connection:
-    return sqlite3.connect(store.dir / "nextstate.sqlite3")
-
-
 class Counting(RuleBasedStateMachine):
     """Everything that changes a record, in any order; the counts are those of the rows."""
 
     def __init__(self, folder: Path | None = None) -> None:
         super().__init__()
         self.folder = folder or Path(tempfile.mkdtemp())
-        self.store = Store(StoreConfig(dir=str(self.folder)))
+        url = os.environ.get("NEXTSTATE_TEST_URL", "")  # in a child process
+        self.store = Store(StoreConfig(dir=str(self.folder), url=url))
         self.turns = self.versions = self.batches = 0
 
     def teardown(self) -> None:
@@ -134,40 +138,39 @@ class Counting(RuleBasedStateMachine):
 
     @invariant()
     def counts_are_those_of_the_rows(self) -> None:
-        with database(self.store) as connection:
+        def grouped(what: str) -> dict[Any, int]:
+            query = f"SELECT x, count(*) FROM (SELECT {what}) AS found GROUP BY x"
+            return {row[0]: row[1] for row in select(self.store, query)}
 
-            def grouped(what: str) -> dict[Any, int]:
-                rows = connection.execute(f"SELECT x, count(*) FROM (SELECT {what}) GROUP BY x")
-                return dict(rows.fetchall())
+        expected: dict[str, int] = {}
+        for area, what in (
+            ("turns", "kind AS x FROM turns WHERE replaced_by IS NULL"),
+            ("judgements", "state AS x FROM judgements"),
+            ("verdicts", "score AS x FROM verdicts"),
+            ("samples", "state AS x FROM samples"),
+            ("versions", "state AS x FROM versions"),
+        ):
+            expected |= {f"{area}/{key}": count for key, count in grouped(what).items()}
+        trainable = grouped("'turns/trainable' AS x FROM turns WHERE untrainable IS NULL")
+        assert self.store.counts() == {"turns/trainable": 0} | expected | trainable
+        pairs = select(
+            self.store,
+            "SELECT voted_judge, score, voted_score FROM feedback WHERE voted_judge IS NOT NULL",
+        )
+        found = self.store.judging.labels()
+        flat = {(judge, *pair): n for judge, of in found.items() for pair, n in of.items()}
+        assert flat == Counter(map(tuple, pairs))
+        for lineage in LINEAGES:
+            self.check_samples(lineage)
+        assert_uses_are_counted(self.store)
 
-            expected: dict[str, int] = {}
-            for area, what in (
-                ("turns", "kind AS x FROM turns WHERE replaced_by IS NULL"),
-                ("judgements", "state AS x FROM judgements"),
-                ("verdicts", "score AS x FROM verdicts"),
-                ("samples", "state AS x FROM samples"),
-                ("versions", "state AS x FROM versions"),
-            ):
-                expected |= {f"{area}/{key}": count for key, count in grouped(what).items()}
-            trainable = grouped("'turns/trainable' AS x FROM turns WHERE untrainable IS NULL")
-            assert self.store.counts() == {"turns/trainable": 0} | expected | trainable
-            pairs = connection.execute(
-                "SELECT voted_judge, score, voted_score FROM feedback WHERE voted_judge NOT NULL"
-            ).fetchall()
-            found = self.store.judging.labels()
-            flat = {(judge, *pair): n for judge, of in found.items() for pair, n in of.items()}
-            assert flat == Counter(pairs)
-            for lineage in LINEAGES:
-                self.check_samples(connection, lineage)
-            assert_uses_are_counted(connection)
-        connection.close()
-
-    def check_samples(self, connection: sqlite3.Connection, lineage: str) -> None:
-        rows = connection.execute(
+    def check_samples(self, lineage: str) -> None:
+        rows = select(
+            self.store,
             "SELECT s.state, s.policy_version, v.score, s.hinted FROM samples s "
-            "JOIN verdicts v ON v.turn = s.turn WHERE s.lineage = ?",
-            (lineage,),
-        ).fetchall()
+            "JOIN verdicts v ON v.turn = s.turn WHERE s.lineage = :lineage",
+            lineage=lineage,
+        )
         for scored, hinted in ((True, False), (False, True), (True, True)):
             ready = [(score, hint) for state, _, score, hint in rows if state == "ready"]
             usable = sum(bool((scored and score) or (hinted and hint)) for score, hint in ready)
@@ -213,7 +216,8 @@ def test_the_counts_are_exact_wherever_a_process_is_killed(tmp_path: Path) -> No
             f"t.change_for_ever(pathlib.Path(sys.argv[1]), {kill})"
         )
         argv = [sys.executable, "-c", code, str(folder)]
-        with subprocess.Popen(argv, stdout=subprocess.PIPE) as child:
+        env = {**os.environ, "NEXTSTATE_TEST_URL": machine.store.config.url}
+        with subprocess.Popen(argv, stdout=subprocess.PIPE, env=env) as child:
             assert child.stdout is not None
             for _ in range(40 + 17 * kill):
                 assert child.stdout.readline()
@@ -226,8 +230,10 @@ def test_the_counts_are_exact_wherever_a_process_is_killed(tmp_path: Path) -> No
     machine.store.close()
 
 
-TestCounting = Counting.TestCase
-TestCounting.settings = settings(max_examples=10, stateful_step_count=25)
+def test_the_counts_are_exact_whatever_changes() -> None:
+    run_state_machine_as_test(
+        Counting, settings=settings(max_examples=10, stateful_step_count=25, deadline=None)
+    )
 
 
 def fill(store: Store, sessions: int, *, ready: int) -> None:
@@ -237,7 +243,7 @@ def fill(store: Store, sessions: int, *, ready: int) -> None:
             session = f"s{number // 20}"
             one = turn(number, session=session, index=number % 20, policy_version=number % 7)
             recording.add_turn(one, b"%016d" % number, b"%016d" % number, client_session=session)
-    with database(store) as connection:
+    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
         connection.executescript(
             f"""
             INSERT INTO judgements (turn, seq, state, not_before, attempts, lease_until)
@@ -343,6 +349,7 @@ def steps(store: Store, work: Callable[[Store], object]) -> int:
     return taken
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("name", ASKED)
 def test_what_is_asked_often_costs_the_same_in_a_large_store(
     stores: list[Store], name: str
@@ -351,6 +358,7 @@ def test_what_is_asked_often_costs_the_same_in_a_large_store(
     assert large <= 1.5 * small + 300, (small, large)
 
 
+@pytest.mark.sqlite
 def test_samples_that_the_learner_has_looked_at_are_not_looked_at_again(tmp_path: Path) -> None:
     found: list[int] = []
     for sessions in (10, 200):
@@ -364,6 +372,7 @@ def test_samples_that_the_learner_has_looked_at_are_not_looked_at_again(tmp_path
     assert large <= 1.5 * small + 300, found
 
 
+@pytest.mark.sqlite
 @pytest.mark.parametrize("wanted", [(True, False), (False, True), (True, True)])
 def test_a_backlog_is_not_sorted_before_some_of_it_is_leased(
     tmp_path: Path, wanted: tuple[bool, bool]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -16,6 +15,7 @@ from nextstate.config import StoreConfig
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.forgetting import Wanted
+from tests.store.rows import change, select
 from tests.store.test_forgetting import judge, record, said, train
 from tests.store.test_migrations import OF_VERSION_3, old_database
 
@@ -51,19 +51,14 @@ def told(store: Store) -> Iterator[Store]:
 
 
 def rows(store: Store) -> list[tuple[int, float, str, str, bytes]]:
-    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
-        return connection.execute("SELECT * FROM ledger ORDER BY seq").fetchall()
-
-
-def change(store: Store, sql: str, *values: object) -> None:
-    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection, connection:
-        connection.execute(sql, values)
+    return [(*row,) for row in select(store, "SELECT * FROM ledger ORDER BY seq")]
 
 
 def write(store: Store, entries: list[tuple[int, float, str, str, bytes]]) -> None:
     change(store, "DELETE FROM ledger")
     for entry in entries:
-        change(store, "INSERT INTO ledger VALUES (?, ?, ?, ?, ?)", *entry)
+        values = dict(zip(("seq", "at", "kind", "content", "hash"), entry, strict=True))
+        change(store, "INSERT INTO ledger VALUES (:seq, :at, :kind, :content, :hash)", **values)
 
 
 def test_it_tells_what_happened_in_order(told: Store) -> None:
@@ -190,6 +185,7 @@ def test_a_head_that_is_none_is_not_gone_on_from(told: Store, head: str) -> None
     assert "does not go on from" in told.ledger.problems(head)[0]
 
 
+@pytest.mark.sqlite
 def test_an_older_store_begins_its_ledger_with_its_versions(tmp_path: Path) -> None:
     old_database(tmp_path, OF_VERSION_3)
     with closing(Store(StoreConfig(dir=str(tmp_path)))) as store:

@@ -18,6 +18,8 @@ from nextstate.store import Store, schema
 from nextstate.store.migrations import migrate
 from tests.store.test_texts import check
 
+pytestmark = pytest.mark.sqlite
+
 OF_VERSION_1 = Path(__file__).parent / "data" / "schema_1.sql"
 """A dump of a database that the program wrote before there were episodes."""
 
@@ -31,6 +33,10 @@ OF_VERSION_3 = OF_VERSION_1.with_name("schema_3.sql")
 OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
 """The same as version 4 left it, before it was known whose each turn is and before a store could be
 encrypted, with an episode, whose key it held in clear."""
+
+
+OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
+"""The same as version 4 left it, before there were roles."""
 
 
 def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:

@@ -105,7 +105,7 @@ def test_a_turn_comes_back_as_it_was_recorded(
 def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:
     long = {"role": "system", "content": "x" * 1000}
     add(store, *(turn(n, request={"messages": [long]}) for n in range(5)))
-    with sa.create_engine(f"sqlite:///{store.dir}/nextstate.sqlite3").connect() as connection:
+    with store.database.read() as connection:
         count = connection.execute(sa.select(sa.func.count()).select_from(schema.texts))
         # The message, the reply, the prompt's ids, the empty rest of the request, the next state.
         assert count.scalar_one() == 5
@@ -121,7 +121,7 @@ def test_a_long_message_much_like_an_earlier_one_takes_little_room(tmp_path: Pat
     store = Store(StoreConfig(dir=str(tmp_path)))
     add(store, *recorded[:5])
     add(store, *recorded[5:])  # against a base that another transaction has stored
-    with sa.create_engine(f"sqlite:///{tmp_path}/nextstate.sqlite3").connect() as connection:
+    with store.database.read() as connection:
         m = schema.texts.c
         query = sa.select(sa.func.length(m.stored)).where(m.base.is_not(None))
         small = connection.execute(query).scalars().all()
@@ -142,6 +142,7 @@ def test_an_aborted_recording_leaves_nothing(store: Store) -> None:
     assert store.turns.get("turn_0") is not None
 
 
+@pytest.mark.sqlite
 def test_the_log_is_moved_into_the_database_when_it_is_large_and_small_again_then(
     tmp_path: Path,
 ) -> None:

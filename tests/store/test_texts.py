@@ -2,55 +2,50 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
-from contextlib import closing
 from pathlib import Path
 
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Verdict
 from nextstate.store import Store, texts
-from nextstate.store.texts import hashes
+from nextstate.store.texts import Row, hashes
+from tests.store.rows import select
 from tests.store.test_records import add, turn
 
 
-def assert_uses_are_counted(connection: sqlite3.Connection) -> None:
+def assert_uses_are_counted(store: Store) -> None:
     """Each text has as many uses as records refer to it, and none is without."""
-    connection.row_factory = sqlite3.Row
     used = Counter[bytes]()
-    turns = {row["id"]: row for row in connection.execute("SELECT * FROM turns")}
+    turns = {row.id: row for row in select(store, "SELECT * FROM turns")}
     for row in turns.values():
-        parent = turns.get(row["parent"])
+        parent = turns.get(row.parent)
         used.update(of_turn(row) - (of_turn(parent) if parent else set()))
     for query in (
         "SELECT text FROM next_states",
-        "SELECT base FROM texts WHERE base NOT NULL",
-        "SELECT hint FROM feedback WHERE hint NOT NULL",
-        "SELECT comment FROM feedback WHERE comment NOT NULL",
-        "SELECT hint FROM reviews WHERE hint NOT NULL",
-        "SELECT comment FROM reviews WHERE comment NOT NULL",
+        "SELECT base FROM texts WHERE base IS NOT NULL",
+        "SELECT hint FROM feedback WHERE hint IS NOT NULL",
+        "SELECT comment FROM feedback WHERE comment IS NOT NULL",
+        "SELECT hint FROM reviews WHERE hint IS NOT NULL",
+        "SELECT comment FROM reviews WHERE comment IS NOT NULL",
         "SELECT task FROM episodes",
         "SELECT metadata FROM episodes",
     ):
-        used.update(row[0] for row in connection.execute(query))
-    for hint, runs in connection.execute("SELECT hint, hinted_prompt_ids FROM verdicts"):
+        used.update(row[0] for row in select(store, query))
+    for hint, runs in select(store, "SELECT hint, hinted_prompt_ids FROM verdicts"):
         used.update({hint, *hashes(runs or b"")} - {None})
-    stored = dict(connection.execute("SELECT hash, uses FROM texts").fetchall())
-    connection.row_factory = None
-    assert stored == used
+    assert {row.hash: row.uses for row in select(store, "SELECT hash, uses FROM texts")} == used
 
 
-def of_turn(row: sqlite3.Row) -> set[bytes]:
+def of_turn(row: Row) -> set[bytes]:
     """The texts that a turn refers to."""
-    single = {row["rest"], row["reply"], row["tools"]} - {None}
-    return {*single, *hashes(row["messages"]), *hashes(row["prompt_ids"] or b"")}
+    single = {row.rest, row.reply, row.tools} - {None}
+    return {*single, *hashes(row.messages), *hashes(row.prompt_ids or b"")}
 
 
 def check(store: Store) -> int:
     """Checks the uses; returns how many texts there are."""
-    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
-        assert_uses_are_counted(connection)
-        return connection.execute("SELECT count(*) FROM texts").fetchone()[0]
+    assert_uses_are_counted(store)
+    return select(store, "SELECT count(*) FROM texts")[0][0]
 
 
 def test_a_conversation_counts_each_message_once(store: Store) -> None:
@@ -60,8 +55,7 @@ def test_a_conversation_counts_each_message_once(store: Store) -> None:
         request = {"messages": said[: number + 1], "tools": [{"type": "function"}]}
         add(store, turn(number, request=request, parent=parent), next_state=None)
     check(store)
-    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
-        assert {uses for (uses,) in connection.execute("SELECT uses FROM texts")} == {1}
+    assert {uses for (uses,) in select(store, "SELECT uses FROM texts")} == {1}
 
 
 def test_what_a_new_verdict_replaces_is_deleted(store: Store) -> None:

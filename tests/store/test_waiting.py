@@ -35,6 +35,8 @@ from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
 from tests.store.test_records import add, judge, turn
 
+pytestmark = pytest.mark.sqlite
+
 WORK: dict[str, Callable[[Store], object]] = {
     "lease_judgements": lambda s: s.judging.lease(1, 60),
     "settle_verdict": lambda s: judge(s, 1, 1),

@@ -1,0 +1,56 @@
+"""`nextstate store copy`: copies the store into another database."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from typing import Any
+
+from nextstate.app.cli.common import add_command
+
+_EPILOG = """\
+Stop NextState first. A copy that was cut short goes on when it is begun again, and one that is
+whole is only compared. When it is done, set [store] url to the new place. Adapters, logs and
+checkpoints stay in [store] dir.
+
+examples:
+  nextstate store copy postgresql://nextstate@db.example/nextstate    from a file to a server
+  nextstate store copy sqlite:////home/me/backup.sqlite3              and back
+"""
+
+
+def add(subparsers: Any) -> None:
+    parser = add_command(subparsers, "store", run, "copy the store into another database")
+    parser.epilog = _EPILOG
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("action", choices=("copy",))
+    parser.add_argument("url", metavar="URL", help="what [store] url is to be: an empty database")
+
+
+def run(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from nextstate.app.settings import Settings
+    from nextstate.errors import ConfigError
+    from nextstate.store import Store
+    from nextstate.store.copying import copy
+
+    config = Settings.read(args.config).store
+    source, target = Store(config), Store(replace(config, url=args.url))
+    if source.database.name == target.database.name:
+        raise ConfigError(f"{source.database.name} is the store itself: name another database")
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bars: dict[str, Any] = {}
+
+        def more(table: str, rows: int) -> None:
+            if table not in bars:
+                bars[table] = progress.add_task(table, total=None)
+            progress.advance(bars[table], rows)
+
+        rows = copy(source.database, target.database, more)
+    turns = sum(n for key, n in target.counts().items() if key in ("turns/main", "turns/side"))
+    print(f"{target.database.name} has all {turns} turns; {rows} rows were written")
+    source.close()
+    target.close()
+    return 0

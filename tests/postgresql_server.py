@@ -1,0 +1,177 @@
+"""A PostgreSQL of the tests' own: Debian's, on a free port, with a new database for each test."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nextstate.config import StoreConfig
+from nextstate.engine.process import free_port
+from nextstate.store import Store
+
+_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+_AS_ROOT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
+"""It does not run as root."""
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "shared_buffers": "32MB",
+    "max_connections": "200",
+    "fsync": "off",  # a killed server loses nothing by that, only a machine without power
+}
+_TEMPLATE = "nextstate_template"
+
+
+def missing() -> str | None:
+    """Why there can be no PostgreSQL here; None if there can."""
+    if not _PROGRAMS:
+        return "PostgreSQL is not installed: `make postgres` installs it"
+    if importlib.util.find_spec("psycopg") is None:
+        return "psycopg is not installed: `make postgres` installs it"
+    return None
+
+
+class Server:
+    """A running server; everybody on this machine is its superuser."""
+
+    def __init__(self, **settings: str) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="nextstate-postgresql-"))
+        self._as = _AS_ROOT if os.geteuid() == 0 else {}
+        if self._as:
+            shutil.chown(self.folder, "postgres", "postgres")
+        self.port = free_port()
+        self._settings = {**_SETTINGS, **settings}
+        self._call(
+            _PROGRAMS[-1],
+            *("-A", "trust", "-U", "postgres", "--encoding", "UTF8", "--no-sync"),
+            *("--locale", "C.UTF-8", "-D", self.folder / "data"),
+        )
+        self.start()
+        self.has_template = False
+
+    def start(self) -> None:
+        """Starts it, and returns when it answers."""
+        import psycopg
+
+        settings = {**self._settings, "port": self.port}
+        options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
+        with (self.folder / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [_PROGRAMS[-1].with_name("postgres"), "-D", self.folder / "data", *options],
+                **{**self._as, "cwd": "/", "stdout": log, "stderr": log},
+            )
+        while True:
+            assert self._process.poll() is None, (self.folder / "log").read_text()
+            try:
+                self.run("SELECT 1")
+                return
+            except psycopg.OperationalError:
+                time.sleep(0.02)
+
+    def kill(self) -> None:
+        """Ends every process of it with SIGKILL, as the kernel does without memory."""
+        main = self._process.pid
+        self._process.send_signal(signal.SIGSTOP)  # so that it starts no other
+        children = [*map(int, Path(f"/proc/{main}/task/{main}/children").read_text().split())]
+        for process in (main, *children):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self._process.wait()
+        while any(map(_lives, children)):
+            time.sleep(0.01)
+
+    def close(self) -> None:
+        """Ends it at once and removes its files."""
+        self._process.send_signal(signal.SIGQUIT)
+        self._process.wait()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def url(self, name: str) -> str:
+        """The URL of a database."""
+        return f"postgresql://postgres@127.0.0.1:{self.port}/{name}"
+
+    def database(self, name: str) -> str:
+        """The URL of a database that is made from the template if it is not there yet."""
+        import psycopg
+
+        if not self.has_template:
+            self._make(_TEMPLATE, "template0")
+            Store(StoreConfig(dir=tempfile.mkdtemp(), url=self.url(_TEMPLATE))).close()
+            self.has_template = True
+        with suppress(psycopg.errors.DuplicateDatabase):
+            self._make(name, _TEMPLATE)
+        return self.url(name)
+
+    def run(self, statement: str) -> list[tuple[Any, ...]]:
+        """Runs a statement in the database `postgres`."""
+        import psycopg
+
+        with psycopg.connect(self.url("postgres"), autocommit=True) as connection:
+            cursor = connection.execute(statement)
+            return cursor.fetchall() if cursor.description else []
+
+    def _make(self, name: str, template: str) -> None:
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
+
+    def _call(self, *command: str | Path) -> None:
+        done = subprocess.run(
+            command, cwd="/", capture_output=True, text=True, timeout=120, **self._as
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _lives(process: int) -> bool:
+    """False once it has ended, also if nobody has asked yet how."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+_chosen: list[Server] = []
+
+
+def url_of(folder: Path) -> str:
+    """The URL of the database of a store in this folder; "" outside of `instead_of_files`."""
+    name = "t" + hashlib.sha256(str(folder).encode()).hexdigest()[:30]
+    return _chosen[-1].database(name) if _chosen else ""
+
+
+@contextmanager
+def instead_of_files(server: Server) -> Iterator[None]:
+    """Inside, a store whose folder is named without a URL is in a database of its own there."""
+    opened, made, stores = Store.__init__, set[str](), list[Store]()
+
+    def open_there(self: Store, config: StoreConfig, *args: Any, **kwargs: Any) -> None:
+        if not config.url:
+            config = replace(config, url=url_of(config.path))
+            made.add(config.url.rpartition("/")[2])
+        opened(self, config, *args, **kwargs)
+        stores.append(self)
+
+    _chosen.append(server)
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(Store, "__init__", open_there)
+    try:
+        yield
+    finally:
+        patch.undo()
+        _chosen.remove(server)
+        for store in stores:  # an open connection that nobody closes is an error
+            store.close()
+        for name in made:
+            server.run(f"DROP DATABASE IF EXISTS {name} WITH (FORCE)")
