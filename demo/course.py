@@ -48,7 +48,7 @@ class Course:
     served_name: str
     dtype: str
     learner: Mapping[str, bool | int | float | str]
-    """Keys of `[learner]` beside method and seed."""
+    """Keys of `[learner]` beside the method."""
     updates: int
     conversations: int
     """How many go on at once."""

@@ -163,9 +163,10 @@ def learn(lesson: Lesson, *, seed: int, updates: int, out: Path) -> int:
 async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
     await lesson.kind.check_machine()
     console, started = Console(highlight=False), time.monotonic()
-    learner = {**lesson.learner, "seed": seed}
     model = f"{lesson.environment}-policy"
-    settings = write_configuration(out, Served(lesson.policy, model, "float32", "outcome", learner))
+    settings = write_configuration(
+        out, Served(lesson.policy, model, "float32", "outcome", lesson.learner)
+    )
     stack = Stack(settings)
     main = asyncio.current_task()
     assert main is not None

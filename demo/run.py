@@ -97,7 +97,7 @@ def write_settings(plan: Plan) -> Settings:
     course = plan.course
     if course.model == POLICY and not (POLICY / "model.safetensors").is_file():
         raise StartError(f"the seed policy is missing from {POLICY}: run `make seed-policy`")
-    learner = {"method": plan.method, **course.learner, "seed": plan.seed}
+    learner = {"method": plan.method, **course.learner}
     return write_configuration(
         plan.out, Served(course.model, course.served_name, course.dtype, "rules", learner)
     )

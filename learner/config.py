@@ -64,6 +64,8 @@ class Recipe:
     """Of the frozen base. `4bit` is bitsandbytes' NF4: only on a GPU, and vLLM cannot serve it."""
     poll_s: _Positive = 0.5
     """Seconds between looks into the store while too few samples are ready."""
+    seed: Annotated[int, Ge(0)] = 0
+    """Of the adapter's first weights and of sampled canary replies."""
     tensorboard: bool = True
     """Writes metrics as TensorBoard's event files too, in the lineage's folder."""
     idle_patience_s: _NotNegative = 60.0
@@ -116,14 +118,15 @@ class LearnerConfig(Recipe):
     """Precision of the frozen base; auto: float32 on a CPU, bfloat16 on a GPU."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """`cpu` or `cuda`, the first GPU that the process sees; auto takes a GPU if there is one."""
+    ranks: _Count = 1
+    """Processes that take each update together, each with a device and a copy of the base; see
+    docs/scale.md."""
     gradient_checkpointing: bool = True
     """Computes activations twice instead of keeping them: a third more time, and for long turns a
     tenth of the memory."""
     threads: Annotated[int, Ge(0)] = 0
     """CPU threads of a training step; 0 is torch's default. Beside a managed vLLM without a GPU:
     the number of cores that only the learner gets (`nextstate/app/cores.py`)."""
-    seed: Annotated[int, Ge(0)] = 0
-    """Seed of the adapter's first weights and of sampled canary replies."""
     wandb: str = ""
     """Project of Weights & Biases that gets the metrics; its host must be in `allow_hosts`."""
     schedule: str = "always"

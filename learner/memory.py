@@ -25,7 +25,14 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from learner.config import LearnerConfig
-from learner.model import check_quantization, lora_config, model_shape, pick_device, pick_dtype
+from learner.model import (
+    check_devices,
+    check_quantization,
+    lora_config,
+    model_shape,
+    pick_device,
+    pick_dtype,
+)
 from learner.trainer import PolicyTrainer
 from nextstate.errors import StartError
 
@@ -52,24 +59,31 @@ def require_memory(
 ) -> str:
     """What weights, optimizer and snapshots need and what is free, in one line.
 
-    `engine_share` is the fraction of the GPU that the engine takes. Raises StartError if it does
-    not fit, with the numbers and the keys that reduce them, and StartError or ConfigError for a
-    model that cannot be trained.
+    Each rank holds all of it but the snapshots, of which others than the first hold one.
+    `engine_share` is the fraction of the first GPU that the engine takes. Raises StartError if it
+    does not fit, with the numbers and the keys that reduce them, and StartError or ConfigError for
+    a model that cannot be trained.
     """
-    device = pick_device(config)
+    device, where = pick_device(config), "on the GPU"
+    if config.ranks > 1:
+        where = f"{where} of each of the {config.ranks} ranks, which do not share the base,"
     weights, adapter = _sizes(config, model_path, device)
-    snapshots = adapter * _SNAPSHOT_BYTES * (1 + (lineages if lineages > 1 else 0))
+    snapshots = adapter * _SNAPSHOT_BYTES * (config.ranks + (lineages if lineages > 1 else 0))
     trained, ram = weights + adapter * _TRAINED_BYTES, free_ram()
     if device.type == "cuda":
-        free, total = torch.cuda.mem_get_info(device)
-        _require(trained, min(free, int(total * (1 - engine_share))), "on the GPU")
+        check_devices(config, device)
+        for rank in range(config.ranks):
+            free, total = torch.cuda.mem_get_info(torch.device("cuda", rank))
+            share = 0.0 if rank else engine_share
+            _require(trained, min(free, int(total * (1 - share))), where)
         _require(snapshots, ram, "in the machine's memory")
     else:
-        _require(trained + snapshots, ram, "in the machine's memory")
+        _require(trained * config.ranks + snapshots, ram, "in the machine's memory")
     known = "this system does not say what is free" if ram is None else f"{_gb(ram)} GB of RAM free"
     return (
         f"needs {_gb(weights)} GB for the base, {_gb(adapter * _TRAINED_BYTES)} GB for the adapter "
-        f"with gradients and AdamW, {_gb(snapshots)} GB for snapshots, and the passes; {known}"
+        f"with gradients and AdamW{', each for every rank' if config.ranks > 1 else ''}, "
+        f"{_gb(snapshots)} GB for snapshots, and the passes; {known}"
     )
 
 
@@ -82,8 +96,10 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
     without it the kernel takes its page cache from vLLM and everybody else, and the machine stands
     still.
     """
-    rows, tokens = trainer.largest_batch()
+    rows, tokens = largest_batch(trainer)
     free = free_ram() if trainer.args.device.type == "cpu" else None
+    if free is not None:
+        free //= trainer.ranks.count  # all ranks try at once
     try:
         with _allocations_limited_to(free and int(_USABLE * free)):
             if free is None or not _clearly_fits(trainer, rows * tokens, free):
@@ -96,6 +112,14 @@ def try_largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
         ):
             raise
         raise StartError(f"the largest possible batch does not fit: {reason}; {REMEDY}") from error
+
+
+def largest_batch(trainer: PolicyTrainer) -> tuple[int, int]:
+    """Rows, and tokens of each, of the largest micro-batch that samples can make."""
+    config, text = trainer.config, trainer.policy.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    tokens = min(config.max_tokens, positions or config.max_tokens)
+    return max(1, min(config.batch_size, config.micro_batch_tokens // tokens)), tokens
 
 
 _USABLE = 0.9

@@ -82,6 +82,16 @@ def pick_device(config: LearnerConfig) -> torch.device:
     return torch.device("cuda", 0) if config.device == "cuda" else torch.device("cpu")
 
 
+def check_devices(config: LearnerConfig, device: torch.device) -> None:
+    """Raises StartError if several ranks cannot have a GPU each."""
+    seen = torch.cuda.device_count() if device.type == "cuda" else config.ranks
+    if config.ranks > max(seen, 1):
+        raise StartError(
+            f"[learner] ranks = {config.ranks}: each takes a GPU of its own, and the learner sees "
+            f"{seen}: set ranks to at most {seen}, or name more in CUDA_VISIBLE_DEVICES"
+        )
+
+
 def pick_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
     """The precision of the frozen base."""
     if config.dtype == "auto":

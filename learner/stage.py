@@ -13,6 +13,9 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -23,9 +26,12 @@ from learner.folders import lineage_folder
 from learner.lineage import Lineage, Publisher
 from learner.memory import REMEDY, try_largest_batch
 from learner.metric_writers import MetricWriters, open_writers
+from learner.model import check_devices, pick_device
+from learner.rank_processes import started
+from learner.ranks import Ranks
 from learner.schedule import LiveRequests, Schedule, parse_schedule
 from learner.shared_trainer import SharedTrainer
-from learner.trainer import build_trainer
+from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.errors import LearnerError, StartError
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
@@ -62,6 +68,7 @@ def run(
     Leased samples are ready again then.
     """
     schedule = _schedule(config, stop, live_requests)
+    check_devices(config, pick_device(config))
     root = store.dir / "learner"
     with ExitStack() as opened:
         writers: dict[str, MetricWriters] = {}
@@ -74,10 +81,10 @@ def run(
             opened.enter_context(store.roles.hold(f"learner/{name}", taken, remedy))
             writers[name] = open_writers(config, folder, name)
             opened.callback(writers[name].close)
-        trainer = build_trainer(config, model_path, root)
-        trainer.engine_dtype = engine_dtype
-        log.info("the largest batch fits rows=%d tokens=%d", *try_largest_batch(trainer))
-        trainer.before_pass = schedule.before_pass
+        work = partial(follow, config, model_path, root, engine_dtype, live_requests)
+        file = lineage_folder(root, lineages[0]) / "ranks"  # whose lock we hold
+        ranks = opened.enter_context(started(config.ranks, work, stop.set, file))
+        trainer = _trainer(config, model_path, root, engine_dtype, schedule, ranks)
         shared = SharedTrainer(trainer, lineages)
         learners = [
             Lineage(
@@ -100,6 +107,45 @@ def run(
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
             raise LearnerError(f"an update did not fit: {reason}; {REMEDY}") from error
+
+
+def follow(
+    config: LearnerConfig,
+    model_path: str,
+    work_dir: Path,
+    engine_dtype: str,
+    live_requests: LiveRequests | None,
+    ranks: Ranks,
+) -> None:
+    """What another rank than the first does: it takes part in updates. Raises EOFError at the end.
+
+    It knows no store and no lineage. Raises like `run`.
+    """
+    schedule = _schedule(config, threading.Event(), live_requests)
+    _trainer(config, model_path, work_dir, engine_dtype, schedule, ranks).follow()
+
+
+def _trainer(
+    config: LearnerConfig,
+    model_path: str,
+    work_dir: Path,
+    engine_dtype: str,
+    schedule: Schedule,
+    ranks: Ranks,
+) -> PolicyTrainer:
+    """The trainer of a rank, for which the largest batch fits."""
+    if ranks.count > 1:
+        threads = (config.threads or torch.get_num_threads()) // ranks.count
+        config = replace(config, threads=max(1, threads))
+
+    def build() -> PolicyTrainer:
+        trainer = build_trainer(config, model_path, work_dir, ranks)
+        trainer.engine_dtype = engine_dtype
+        log.info("the largest batch fits rows=%d tokens=%d", *try_largest_batch(trainer))
+        trainer.before_pass = schedule.before_pass
+        return trainer
+
+    return ranks.together(build)
 
 
 def train_in_turn(

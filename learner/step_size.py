@@ -8,7 +8,9 @@ Hessian is the Fisher information), which tells by how much a step must be longe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+
+from learner.config import LearnerConfig
 
 FIRST_RATE = 1e-4
 """AdamW's rate for the first step of a lineage. It is lengthened or shortened as measured."""
@@ -26,6 +28,21 @@ _SQUARE, _STEEPEST = 2.0, 8.0
 that became too long tells it, so that it is not shortened by more than it has to be."""
 _LEAP = 10.0
 """The most by which one try lengthens: far from the measured change, its square misleads."""
+
+
+def step_bound(scores: Sequence[float], config: LearnerConfig) -> float:
+    """How much an update may change the policy, in nats a token: less where less was blamed.
+
+    `scores` are at most 1: of people's turns those of their verdicts, of steps the outcome of their
+    episode. So the bound falls with 1 - success as a task is learned.
+    """
+    to_correct = 1.0 - sum(scores) / len(scores)
+    return config.step_kl * min(1.0, max(config.step_kl_floor, to_correct))
+
+
+def longest_way(rate: float, *, first: bool) -> float:
+    """The most times as long as it is that a step with AdamW's `rate` may get."""
+    return HIGHEST_RATE / rate if first else min(HIGHEST_RATE / rate, LONGER)
 
 
 def fit_step(

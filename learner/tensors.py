@@ -229,7 +229,7 @@ def micro_batches(samples: Sequence[Sample], pass_tokens: int) -> list[list[list
     A group has sequences of similar length, so that little is padded. A longer sequence is alone.
     """
     found = sequences_of(samples)
-    return fill_passes(found, [_length(turns[-1]) for turns in found], pass_tokens)
+    return fill_passes(found, [*map(sequence_length, found)], pass_tokens)
 
 
 def fill_passes(
@@ -274,6 +274,11 @@ def turn_weights(samples: Sequence[Sample]) -> dict[str, float]:
         sample.turn: average * len(sample.completion_ids) / tokens[unit]
         for unit, sample in zip(units, samples, strict=True)
     }
+
+
+def sequence_length(turns: Sequence[Sample]) -> int:
+    """Tokens of a sequence, which is as long as its last turn."""
+    return _length(turns[-1])
 
 
 def token_count(sample: Sample) -> int:

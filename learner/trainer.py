@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,8 @@ from learner.metrics import (
     unexplained_drift,
 )
 from learner.model import load_model, load_tokenizer, lora_config
-from learner.step_size import HIGHEST_RATE, LONGER, MAX_TRIES, fit_step
+from learner.ranks import Ranks
+from learner.step_size import MAX_TRIES, fit_step, longest_way, step_bound
 from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean, turn_weights
 from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
 from learner.weights import LoraWeights, Snapshot, Weights, copied
@@ -105,8 +106,10 @@ class PolicyTrainer(GRPOTrainer):
         model: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         work_dir: Path,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config = config
+        self.ranks = ranks or Ranks()
         self.signals = SIGNALS[config.method]
         self.before_pass: Callable[[], None] = lambda: None
         """Called before the passes over a micro-batch; may wait while the machine is needed."""
@@ -127,8 +130,8 @@ class PolicyTrainer(GRPOTrainer):
         )
         self.policy: Any = self.accelerator.unwrap_model(self.model)
         """The peft model."""
-        trainable = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        for weight in trainable:  # TRL makes them bfloat16 on a 4-bit base, which loses small steps
+        self.trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
+        for weight in self.trained:  # of a 4-bit base TRL's are bfloat16: small steps would be lost
             weight.data = weight.data.float()
         if self.args.bf16:
             # Autocast rounds an adapter's input to bfloat16 anyway; peft would first widen it.
@@ -150,6 +153,20 @@ class PolicyTrainer(GRPOTrainer):
         weights. Raises LearnerError where a step must not be taken; then nothing has changed.
         """
         before = self.snapshot()
+        self.ranks.tell((samples, lags, before))
+        return self._update_or_restore(samples, lags, before)
+
+    def follow(self) -> None:
+        """Takes part in each update of rank 0, from its state. Raises EOFError at the end."""
+        while True:
+            samples, lags, before = self.ranks.receive()
+            self.restore(before)
+            with suppress(LearnerError):  # raised on every rank: rank 0 says what follows from it
+                self._update_or_restore(samples, lags, before)
+
+    def _update_or_restore(
+        self, samples: Sequence[Sample], lags: Mapping[int, int], before: Snapshot
+    ) -> UpdateResult:
         try:
             return self._update(samples, lags, before)
         except (LearnerError, torch.OutOfMemoryError):
@@ -163,19 +180,27 @@ class PolicyTrainer(GRPOTrainer):
         started = time.perf_counter()
         scores = [sample.quality for sample in samples]
         bound = step_bound(scores, self.config)
-        micros = self._prepare(samples, lags)
+        micros: list[_MicroBatch] = []
+
+        def prepare() -> list[bool]:
+            micros.extend(self._prepare(samples, lags, self.ranks.mine(samples)))
+            return [micro.teaches for micro in micros]
+
+        teaches = any(self.ranks.all(prepare))
         found: dict[str, float] = {}
         for epoch in range(1, self.config.epochs + 1):
-            parts = [self._backward(micro) for micro in micros]
+            parts = self.ranks.all(lambda: [self._backward(micro) for micro in micros])
+            self.ranks.sum_gradients(self.trained)
             if epoch == 1:
                 tokens = join([tokens for _, tokens in parts])
                 self._refuse_drift(tokens)
                 found = token_metrics(tokens, self.config.step_kl)
-            first = not self.optimizer.state
-            rate = self.rate
+            rate, most = self.rate, 1.0
+            if teaches and not self.config.learning_rate:
+                most = longest_way(rate, first=not self.optimizer.state)
             grad_norm = self.optimizer_step()
             share = (epoch / self.config.epochs) ** 2  # of the change: its root grows evenly
-            kl, length = self._fit_step(before, micros, share * bound, first)
+            kl, length = self._fit_step(before, micros, share * bound, most)
             found |= {
                 "loss": float(sum(loss for loss, _ in parts)),
                 "grad/norm": grad_norm,
@@ -183,6 +208,7 @@ class PolicyTrainer(GRPOTrainer):
                 "step/length": length,
                 "step/rate": rate * length,
             }
+        self.ranks.require_equal(self.trained)
         return UpdateResult(
             before,
             {
@@ -193,13 +219,6 @@ class PolicyTrainer(GRPOTrainer):
                 "step/seconds": time.perf_counter() - started,
             },
         )
-
-    def largest_batch(self) -> tuple[int, int]:
-        """Rows, and tokens of each, of the largest micro-batch that samples can make."""
-        positions = getattr(self.policy.config.get_text_config(), "max_position_embeddings", None)
-        tokens = min(self.config.max_tokens, positions or self.config.max_tokens)
-        rows = max(1, min(self.config.batch_size, self.config.micro_batch_tokens // tokens))
-        return rows, tokens
 
     def try_batch(self, rows: int, tokens: int) -> None:
         """One forward and backward pass over a micro-batch of that size, without a trace.
@@ -215,14 +234,16 @@ class PolicyTrainer(GRPOTrainer):
 
     def gradient(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> None:
         """Adds the gradient of the samples' loss; takes no step."""
-        for micro in self._prepare(samples, lags):
+        for micro in self._prepare(samples, lags, samples):
             self._backward(micro)
 
-    def _prepare(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> list[_MicroBatch]:
-        """The samples as micro-batches, read by the teacher and by the base."""
+    def _prepare(
+        self, samples: Sequence[Sample], lags: Mapping[int, int], share: Sequence[Sample]
+    ) -> list[_MicroBatch]:
+        """A share of the samples as micro-batches, read by the teacher and by the base."""
         weights = turn_weights(samples)
         found: list[_MicroBatch] = []
-        for sequences in micro_batches(samples, self.config.micro_batch_tokens):
+        for sequences in micro_batches(share, self.config.micro_batch_tokens):
             self.before_pass()
             batch = collate(
                 sequences,
@@ -295,18 +316,13 @@ class PolicyTrainer(GRPOTrainer):
 
     @torch.no_grad()
     def _fit_step(
-        self, before: Snapshot, micros: Sequence[_MicroBatch], limit: float, first: bool
+        self, before: Snapshot, micros: Sequence[_MicroBatch], limit: float, most: float
     ) -> tuple[float, float]:
         """Makes the way from `before` as long as `limit` allows; see `learner/step_size.py`.
 
         Returns the change, in nats a token of the update, and how many times as long the way is
         now. The next step's rate follows.
         """
-        rate, most = self.rate, 1.0
-        if not self.config.learning_rate and any(micro.teaches for micro in micros):
-            most = HIGHEST_RATE / rate
-            if not first:
-                most = min(most, LONGER)
         kl, length = fit_step(
             lambda: self._kl_since(micros),
             lambda factor: self.weights.scale_way(before.weights, factor),
@@ -321,20 +337,21 @@ class PolicyTrainer(GRPOTrainer):
                 "raise it"
             )
         if not self.config.learning_rate:
-            self.rate = rate * length
+            self.rate *= length
         return kl, length
 
     def _kl_since(self, micros: Sequence[_MicroBatch]) -> float:
         """KL(policy before the update ‖ policy now), in nats a token of the update."""
-        old, new, drawn_by = [], [], []
-        for micro in micros:
+
+        def read(micro: _MicroBatch) -> tuple[Tensor, Tensor, Tensor]:
             assert micro.before is not None
             self.before_pass()
             mask = micro.batch.completion_mask.bool()
-            old.append(micro.before[mask])
-            new.append(self.completion_logprobs(micro.batch.sequences)[mask])
-            drawn_by.append(micro.batch.behaviour_logprobs[mask])
-        return kl_divergence(torch.cat(old), torch.cat(new), torch.cat(drawn_by))
+            now = self.completion_logprobs(micro.batch.sequences)
+            return micro.before[mask], now[mask], micro.batch.behaviour_logprobs[mask]
+
+        parts = self.ranks.all(lambda: [read(micro) for micro in micros])
+        return kl_divergence(*map(torch.cat, zip(*parts, strict=True)))
 
     @property
     def rate(self) -> float:
@@ -450,16 +467,6 @@ class PolicyTrainer(GRPOTrainer):
         self.optimizer.state.clear()
 
 
-def step_bound(scores: Sequence[float], config: LearnerConfig) -> float:
-    """How much an update may change the policy, in nats a token: less where less was blamed.
-
-    `scores` are at most 1: of people's turns those of their verdicts, of steps the outcome of their
-    episode. So the bound falls with 1 - success as a task is learned.
-    """
-    to_correct = 1.0 - sum(scores) / len(scores)
-    return config.step_kl * min(1.0, max(config.step_kl_floor, to_correct))
-
-
 def _token_stats(
     micro: _MicroBatch, logprobs: TokenLogprobs, divergence: Tensor | None
 ) -> TokenStats:
@@ -480,10 +487,12 @@ def _token_stats(
     )
 
 
-def build_trainer(config: LearnerConfig, model_path: str, work_dir: Path) -> PolicyTrainer:
+def build_trainer(
+    config: LearnerConfig, model_path: str, work_dir: Path, ranks: Ranks | None = None
+) -> PolicyTrainer:
     """A trainer with a fresh adapter. Raises StartError or ConfigError, naming the key to fix."""
     logging.getLogger("transformers.trainer").setLevel(logging.ERROR)
     if config.threads:
         torch.set_num_threads(config.threads)
     model = load_model(config, model_path)
-    return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir)
+    return PolicyTrainer(config, model, load_tokenizer(model_path), work_dir, ranks)

@@ -58,6 +58,11 @@ def guard(hosts: Iterable[str]) -> None:
         socket.getaddrinfo = getaddrinfo
 
 
+def allowed_hosts() -> frozenset[str] | None:
+    """What the guard of this process lets through beside this machine; None without a guard."""
+    return _allowed.hosts
+
+
 def check(host: object) -> None:
     """Raises EgressError for a host that must not be reached, or whose name not be looked up."""
     if _allowed.hosts is None or host is None:

@@ -19,6 +19,7 @@
     │   └── BusyError   it is overloaded or away: try again soon
     ├── LearnerError    a batch or version must not be trained or served
     │   └── DiskError   a version cannot be written to disk for now
+    ├── LostRankError   a process of a learner of several ranks has ended or hangs: try again
     ├── RolloutError    an episode cannot go on, and not because of the policy
     │   └── RefusedError    the proxy refused its request
     ├── AdapterError    an adapter on disk is missing or has changed
@@ -118,6 +119,10 @@ class LearnerError(NextStateError):
 
 class DiskError(LearnerError):
     """A version cannot be written to disk; it may work once there is room."""
+
+
+class LostRankError(NextStateError):
+    """A process of the learner is gone; a new start goes on from the checkpoint."""
 
 
 class RolloutError(NextStateError):

@@ -424,9 +424,6 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
             change = functools.partial(client.withdraw, decisions=withdraw)
         asyncio.run(change_version(settings, change, store, version))
 
-    def live_requests() -> int:
-        return asyncio.run(_live_requests(settings))
-
     if config.schedule == "idle":
         engine_access(settings)  # raises here if there is no engine whose requests to count
     run(
@@ -436,7 +433,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         lineages,
         to_engine,
         stop,
-        live_requests,
+        functools.partial(_count_live_requests, settings),
         settings.engine.dtype if settings.engine.mode == "managed" else "auto",
         examined=[settings.rollout.lineage] if settings.rollout.environment else [],
     )
@@ -461,6 +458,10 @@ async def _is_healthy(settings: Settings) -> bool:
         except EngineError as error:
             log.warning("%s", error)
             return False
+
+
+def _count_live_requests(settings: Settings) -> int:
+    return asyncio.run(_live_requests(settings))
 
 
 async def _live_requests(settings: Settings) -> int:

@@ -10,8 +10,9 @@ from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
 from learner.config import LearnerConfig, Method
 from learner.kl import RATIO_CAP
+from learner.step_size import step_bound
 from learner.tensors import micro_batches, sequences_of
-from learner.trainer import PolicyTrainer, build_trainer, step_bound
+from learner.trainer import PolicyTrainer, build_trainer
 from learner.trl_grpo import EPSILON, EPSILON_HIGH
 from nextstate.errors import LearnerError
 from nextstate.records import Sample

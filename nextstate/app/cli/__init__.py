@@ -47,7 +47,7 @@ from nextstate.app.cli import (
     verify,
     versions,
 )
-from nextstate.errors import EXIT_LATER, EXIT_USAGE, NextStateError, WaitError
+from nextstate.errors import EXIT_LATER, EXIT_USAGE, LostRankError, NextStateError, WaitError
 from nextstate.logs import to_stderr as log_to_stderr
 from nextstate.offline import go_offline
 from nextstate.private_files import only_for_owner
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
         return code
-    except WaitError as error:
+    except (WaitError, LostRankError) as error:
         return _fail(str(error), EXIT_LATER)
     except NextStateError as error:
         return _fail(str(error), EXIT_USAGE)

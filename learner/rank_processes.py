@@ -1,0 +1,255 @@
+"""Starting the ranks of a learner, and noticing that one has ended or hangs.
+
+The others are child processes of rank 0. What ranks tell each other goes through sockets that a
+child inherits and nobody else can open. Only gradients are summed by gloo, over the loopback
+interface. torchrun is not used: its agent listens on every interface without a key, also with
+127.0.0.1 as its endpoint.
+
+A rank that ends also ends the others: their sockets close. One that hangs gives no sign of life and
+is killed. What started the learner starts it again, and it goes on from its checkpoint.
+"""
+# pyright: basic
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import multiprocessing.util
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch.distributed as dist
+
+from learner.ranks import SHARED_ERRORS, Ranks
+from nextstate import egress, logs
+from nextstate.errors import LostRankError
+
+log = logging.getLogger(__name__)
+
+HANG_S = 60
+"""A rank without a sign of life for so long is killed. A thread of its own gives them, also in a
+long pass."""
+_START_S = 600
+"""The same until its first sign: its imports may take long on a busy machine."""
+_SUM_TIMEOUT = timedelta(minutes=10)
+"""Of a sum of gradients, which all ranks begin together; a silent rank is killed earlier."""
+_END_S = 10.0
+
+
+@contextmanager
+def started(
+    count: int,
+    follow: Callable[[Ranks], None],
+    on_loss: Callable[[], object],
+    file: Path,
+    hang_s: int = HANG_S,
+) -> Iterator[Ranks]:
+    """Inside the block this process is rank 0 of `count`; its children, the others, run `follow`.
+
+    `follow` is pickled. `on_loss` is called when another rank ends. The ranks find each other by
+    `file`, which only this process may use. Raises LostRankError at the block's end if a rank was
+    lost in it.
+    """
+    if count == 1:
+        yield Ranks()
+        return
+    file.unlink(missing_ok=True)  # a killed learner's
+    children = _Children(count, follow, on_loss, file, hang_s)
+    try:
+        ranks = Ranks(0, count, children.links)
+        join(ranks, file)
+        yield ranks
+        children.require_all()
+    finally:
+        children.end()
+        _leave()
+        file.unlink(missing_ok=True)
+
+
+def join(ranks: Ranks, file: Path) -> None:
+    """Connects the ranks for sums, over the loopback interface only."""
+    ranks.all(lambda: ())  # all are there: what follows takes no longer than a moment
+    logging.getLogger("transformers.training_args").setLevel(logging.ERROR)  # it expects torchrun
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
+    store = dist.FileStore(str(file), ranks.count)
+    ranks.together(
+        lambda: dist.init_process_group(
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.count, timeout=_SUM_TIMEOUT
+        )
+    )
+
+
+def _leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+class _Children:
+    """The other ranks, as rank 0 sees them."""
+
+    def __init__(
+        self,
+        count: int,
+        follow: Callable[[Ranks], None],
+        on_loss: Callable[[], object],
+        file: Path,
+        hang_s: int,
+    ) -> None:
+        self.links: list[Connection] = []
+        self._on_loss = on_loss
+        self._processes: list[BaseProcess] = []
+        self._signs: list[Connection] = []
+        self._lost: list[str] = []
+        self._ends = threading.Event()
+        for rank in range(1, count):
+            self._start(rank, count, follow, file, hang_s)
+
+    def _start(
+        self, rank: int, count: int, follow: Callable[[Ranks], None], file: Path, hang_s: int
+    ) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        (ours, theirs), (our_signs, their_signs) = spawning.Pipe(), spawning.Pipe()
+        child = spawning.Process(
+            target=_run,
+            args=(rank, count, follow, theirs, their_signs, file, hang_s, egress.allowed_hosts()),
+            name=f"rank {rank}",
+        )
+        with _own_device(rank), _signals_blocked():
+            child.start()
+        theirs.close()
+        their_signs.close()
+        self.links.append(ours)
+        self._signs.append(our_signs)
+        self._processes.append(child)
+
+        def kill(silent_s: int) -> None:
+            log.error("rank %d gave no sign of life for %d s and is killed", rank, silent_s)
+            child.kill()
+
+        def lost() -> None:
+            if not self._ends.is_set():
+                child.join(_END_S)
+                self._lost.append(f"rank {rank} of the learner ended with code {child.exitcode}")
+                self._on_loss()
+
+        _watch(our_signs, self._ends, hang_s, kill, lost)
+
+    def require_all(self) -> None:
+        """Raises LostRankError if a rank has ended."""
+        if self._lost:
+            raise LostRankError(f"{'; '.join(self._lost)}: the learner starts again")
+
+    def end(self) -> None:
+        """Ends the ranks: they find their sockets closed."""
+        self._ends.set()
+        for link in (*self.links, *self._signs):
+            link.close()
+        until = time.monotonic() + _END_S
+        for child in self._processes:
+            child.join(max(0.0, until - time.monotonic()))
+            child.kill()
+            child.join()
+
+
+def _run(
+    rank: int,
+    count: int,
+    follow: Callable[[Ranks], None],
+    link: Connection,
+    signs: Connection,
+    file: Path,
+    hang_s: int,
+    hosts: frozenset[str] | None,
+) -> None:
+    """The whole life of another rank."""
+    parent = os.getppid()
+    logs.to_stderr()
+    if hosts is not None:
+        egress.guard(hosts)
+
+    def kill_parent(silent_s: int) -> None:
+        log.error("rank 0 gave no sign of life for %d s and is killed", silent_s)
+        if os.getppid() == parent:
+            os.kill(parent, signal.SIGKILL)
+
+    _watch(signs, threading.Event(), hang_s, kill_parent, lambda: os._exit(1))
+    ranks, code = Ranks(rank, count, [link]), 0
+    try:
+        join(ranks, file)
+        follow(ranks)
+    except EOFError:
+        pass  # rank 0 has ended, or needs no others any more
+    except (*SHARED_ERRORS, LostRankError) as error:
+        log.error("rank %d ends: %s", rank, error)
+        code = 1
+    _leave()
+    # The interpreter's own end takes seconds with torch, and there is nothing to keep.
+    multiprocessing.util._exit_function()
+    os._exit(code)
+
+
+def _watch(
+    signs: Connection,
+    ends: threading.Event,
+    hang_s: int,
+    on_silence: Callable[[int], None],
+    on_end: Callable[[], None],
+) -> None:
+    """Exchanges signs of life with another rank, from a thread of its own.
+
+    Seconds are counted only while this process runs, so that one that was stopped together with
+    the other, by Ctrl-Z or by a machine that slept, does not kill it when both go on.
+    """
+
+    def watch() -> None:
+        silent_s, limit_s = 0, _START_S
+        try:
+            while not ends.wait(1.0):
+                signs.send_bytes(b".")
+                silent_s += 1
+                while signs.poll():
+                    signs.recv_bytes()
+                    silent_s, limit_s = 0, hang_s
+                if silent_s == limit_s:
+                    on_silence(silent_s)
+        except (EOFError, OSError):
+            on_end()
+
+    threading.Thread(target=watch, name="signs of life", daemon=True).start()
+
+
+@contextmanager
+def _own_device(rank: int) -> Iterator[None]:
+    """A process that is started inside the block sees one GPU: the one of this rank."""
+    name = "CUDA_VISIBLE_DEVICES"
+    seen = os.environ.get(name)
+    devices = seen.split(",") if seen else [str(number) for number in range(rank + 1)]
+    os.environ[name] = devices[rank] if rank < len(devices) else ""
+    try:
+        yield
+    finally:
+        if seen is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = seen
+
+
+@contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """A process that is started inside the block gets no signal to end: only rank 0 decides."""
+    resource_tracker.ensure_running()  # its start would let the signals through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)

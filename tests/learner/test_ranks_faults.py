@@ -1,0 +1,172 @@
+"""A rank killed or stopped at any point: the learner ends, a new one trains nothing twice."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+from learner import lineage, rank_processes, stage
+from learner.trainer import PolicyTrainer
+from nextstate.config import StoreConfig
+from nextstate.errors import EXIT_LATER, LostRankError
+from nextstate.records import PolicyVersion
+from nextstate.store import Store
+from tests.learner.test_tiny_model import CONFIG, Recorded, save_tiny_model
+
+TWO = replace(CONFIG, ranks=2)
+_HANG_S = 4
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["learner.stage"])
+
+
+def signal_myself(reached: Path, number: int, *_: object, **__: object) -> None:
+    reached.touch()
+    os.kill(os.getpid(), number)
+
+
+def arm(reached: Path, rank: int, point: str, number: int) -> None:
+    """From now on this process gets the signal when it comes to the point of an update."""
+    act = partial(signal_myself, reached, number)
+    match point:
+        case "forward":
+            PolicyTrainer._update = armed_pass(act)  # type: ignore[method-assign]
+        case "reduce":
+            dist.all_reduce = act
+        case "save" if rank == 0:
+            lineage.save_checkpoint = act
+        case _:
+            raise AssertionError(point)
+
+
+def armed_pass(act: Callable[..., object]) -> Callable[..., Any]:
+    """An update in which the first forward pass is the point; the trial pass is not."""
+    update = PolicyTrainer._update
+
+    def armed(self: PolicyTrainer, *given: Any) -> Any:
+        self._score = act  # type: ignore[method-assign]
+        return update(self, *given)
+
+    return armed
+
+
+def follow(reached: Path, rank: int, point: str, number: int, *given: Any) -> None:
+    """The life of the other rank, with the point in it if it is its own."""
+    if rank == 1:
+        arm(reached, rank, point, number)
+    _follow(*given)
+
+
+_follow = stage.follow
+
+
+def kill_the_other(reached: Path, *given: Any) -> None:
+    """Rank 0 saves, and meanwhile the other rank is killed."""
+    reached.touch()
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    child.join()
+    _save(*given)
+
+
+_save = lineage.save_checkpoint
+
+
+def reached_in(state_dir: str | Path) -> Path:
+    """The file that tells that the fault came where it should."""
+    return Path(f"{state_dir}.reached")
+
+
+def learner_with_fault(state_dir: str, model_path: str, rank: int, point: str, number: int) -> None:
+    """Rank 0 of two, as a process of its own."""
+    stage.started = partial(rank_processes.started, hang_s=_HANG_S)  # type: ignore[assignment]
+    reached = reached_in(state_dir)
+    stage.follow = partial(follow, reached, rank, point, number)  # type: ignore[assignment]
+    if (rank, point) == (1, "save"):
+        stage.follow = _follow
+        lineage.save_checkpoint = partial(kill_the_other, reached)
+    elif rank == 0:
+        arm(reached, rank, point, number)
+    store = Store(StoreConfig(dir=state_dir))
+    try:
+        run(store, model_path, threading.Event(), last=2)
+    except LostRankError as error:
+        print(error, flush=True)
+        os._exit(EXIT_LATER)
+
+
+def run(store: Store, model_path: str, stop: threading.Event, last: int, ranks: int = 2) -> None:
+    def publish(version: PolicyVersion, withdraw: object = None) -> None:
+        store.versions.serve_candidate(version)
+        if version.number == last:
+            stop.set()
+
+    stage.run(store, replace(TWO, ranks=ranks), model_path, ["main"], publish, stop)
+
+
+def trained(folder: Path, model_path: str, *fault: Any) -> tuple[Recorded, list[str], int | None]:
+    """What two updates come to, if the learner meets a fault and is then started again."""
+    recorded = Recorded(folder, model_path)
+    turns = recorded.add_mixed(32)
+    code = None
+    if fault:
+        child = _processes.Process(
+            target=learner_with_fault, args=(str(folder), model_path, *fault)
+        )
+        child.start()
+        child.join(240)
+        if child.is_alive():
+            child.kill()
+            pytest.fail(f"the learner hangs after {fault}")
+        code = child.exitcode
+        assert reached_in(folder).exists(), f"the learner ended before {fault}"
+    stop = threading.Event()
+    if recorded.store.versions.serving("main").number < 2:
+        run(recorded.store, model_path, stop, last=2)
+    return recorded, turns, code
+
+
+@pytest.fixture(scope="module")
+def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str | None]]:
+    """A model, and the versions of a learner to which nothing happens."""
+    model_path = save_tiny_model(tmp_path_factory.mktemp("model"))
+    recorded, _, _ = trained(tmp_path_factory.mktemp("unharmed"), model_path)
+    return model_path, [v.sha256 for v in recorded.store.versions.all("main")]
+
+
+FAULTS = [
+    pytest.param(1, "forward", signal.SIGKILL),
+    pytest.param(0, "reduce", signal.SIGKILL),
+    pytest.param(1, "reduce", signal.SIGSTOP),
+    pytest.param(0, "forward", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(1, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(0, "save", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(1, "save", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(1, "forward", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(0, "reduce", signal.SIGSTOP, marks=pytest.mark.soak),
+    pytest.param(0, "save", signal.SIGSTOP, marks=pytest.mark.soak),
+]
+"""Each starts four processes: `make soak` has them all."""
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("rank", "point", "number"), FAULTS)
+def test_a_rank_that_is_lost_ends_the_learner_and_a_new_one_goes_on_exactly(
+    tmp_path, unharmed, rank, point, number
+):
+    model_path, expected = unharmed
+    recorded, turns, code = trained(tmp_path / "state", model_path, rank, point, int(number))
+    assert code == (-signal.SIGKILL if rank == 0 else EXIT_LATER)
+    assert recorded.states() == {"trained": 32}
+    assert recorded.trained_in() == dict(zip(turns, [1] * 16 + [2] * 16, strict=True))
+    assert [v.sha256 for v in recorded.store.versions.all("main")] == expected
+    assert not (tmp_path / "state/learner/main/ranks").exists()
