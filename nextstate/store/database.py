@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import time
 from collections import namedtuple
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from types import FunctionType
 from typing import Any, Protocol, TypeVar
@@ -106,6 +106,12 @@ class Cursor:
     def run(self, statement: sa.ClauseElement, **values: object) -> int:
         """Runs a statement; returns how many rows it changed."""
         self._execute(statement, values)
+        return self._cursor.rowcount
+
+    def run_many(self, statement: sa.ClauseElement, rows: Sequence[Mapping[str, object]]) -> int:
+        """Runs a statement once for each row of values; returns how many rows all changed."""
+        prepared = _prepared(statement, self._dialect)
+        self._cursor.executemany(prepared.sql, [prepared.arguments(row) for row in rows])
         return self._cursor.rowcount
 
     def first(self, statement: sa.ClauseElement, **values: object) -> Any | None:
