@@ -36,7 +36,7 @@ _MARK = "sched_yield"
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # what callgrind runs
     inside = parser.parse_args().inside
     if inside is not None:
@@ -92,9 +92,7 @@ def _exchanges() -> Iterator[bytes]:
             at = end
         serving.capture.join()
         timings = Timings(time.time(), 0.05, 0.5)
-        exchange = Exchange(
-            new_id("turn"), "main", None, serving.chat, serving.capture, 0, timings
-        )
+        exchange = Exchange(new_id("turn"), "main", None, serving.chat, serving.capture, 0, timings)
         pickled = pickle.dumps(exchange, pickle.HIGHEST_PROTOCOL)
         yield LENGTH.pack(len(pickled)) + pickled
 

@@ -34,13 +34,9 @@ _TAILS = {
     "key": r"(?:[ _-]?id)?",
     "secre": r"to?",
 }
-_AFTER = {
-    core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORES
-}
+_AFTER = {core: re.compile(_TAILS.get(core, "") + _SAYS + _VALUE) for core in _CORES}
 """By the core: the end of the name, and its value."""
-_WHOLE = {
-    core: re.compile(_TAILS.get(core, "") + _SAYS + _QUOTED) for core in _CORES
-}
+_WHOLE = {core: re.compile(_TAILS.get(core, "") + _SAYS + _QUOTED) for core in _CORES}
 _SAID = {core: re.compile(_TAILS.get(core, "") + r"\s" + _VALUE) for core in sorted(_PASSWORDS)}
 """`log in with the password …`"""
 _OF_KEYS = (
