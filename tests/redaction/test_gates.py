@@ -67,5 +67,6 @@ def test_names_of_secrets_do_not_overlap_and_come_in_order() -> None:
 
 def test_a_plain_text_with_numbers_has_no_kinds() -> None:
     text = "".join(f" word{n}" for n in range(64))
-    assert gates.number_kinds(text) == () and gates.long_words(text) == ""
+    assert gates.number_kinds(text) == ()
+    assert gates.long_words(text) == ""
     assert not Redactor().search(text)
