@@ -36,7 +36,7 @@ _MARK = "sched_yield"
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser()
     parser.add_argument("--inside", help=argparse.SUPPRESS)  # what callgrind runs
     inside = parser.parse_args().inside
     if inside is not None:

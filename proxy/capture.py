@@ -36,6 +36,7 @@ values that change nothing. `min_tokens` and `bad_words` mask what the engine's 
 The learner rebuilds what `nextstate.sampling.Sampling` holds.
 """
 _LIMITS = ("seed", "max_tokens", "max_completion_tokens", "stop")
+_SHAPED = frozenset((*NAMES, DEFAULTS))
 _SETTINGS = frozenset((*NAMES, *_NEUTRAL, *_LIMITS))
 """The fields of a request that are kept with its turn's tokens."""
 
@@ -391,10 +392,11 @@ def distribution_change(request: Json) -> str | None:
         if name in _NEUTRAL and value is not None and value not in _NEUTRAL[name]:
             shown = f" = {value}" if isinstance(value, (int, float)) else ""  # a text may quote
             return f"sampled with {name}{shown}, which cannot be rebuilt for training"
-    try:
-        Sampling.read(request)
-    except RecordError as error:
-        return str(error)
+    if not _SHAPED.isdisjoint(request):
+        try:
+            Sampling.read(request)
+        except RecordError as error:
+            return str(error)
     choice = request.get("tool_choice")
     if choice is not None and choice not in ("auto", "none"):
         return "sampled under a grammar (forced tool call)"

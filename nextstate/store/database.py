@@ -213,6 +213,12 @@ class Cursor:
         self._execute(statement, values)
         return self._cursor.rowcount
 
+    def run_many(self, statement: sa.ClauseElement, rows: Sequence[Mapping[str, object]]) -> int:
+        """Runs a statement once for each row of values; returns how many rows all changed."""
+        prepared = prepare(statement, self._dialect)
+        self._cursor.executemany(prepared.sql, [prepared.arguments(row) for row in rows])
+        return self._cursor.rowcount
+
     def first(self, statement: sa.ClauseElement, **values: object) -> Any | None:
         """The first row, or None."""
         prepared = self._execute(statement, values)

@@ -11,7 +11,7 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -321,6 +321,15 @@ class _Sending(Cursor):
         self._execute(statement, values)
         self._pipeline.sync()
         return self._cursor.rowcount
+
+    def run_many(self, statement: sa.ClauseElement, rows: Sequence[Mapping[str, object]]) -> int:
+        """Runs a statement for each row of values, and waits once; returns how many rows changed."""
+        cursors: list[Any] = []
+        for row in rows:
+            self._execute(statement, row)
+            cursors.append(self._cursor)
+        self._pipeline.sync()
+        return sum(cursor.rowcount for cursor in cursors)
 
     def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> Prepared:
         self._cursor = self._driver.cursor()  # each has the answer to one statement

@@ -173,9 +173,10 @@ class Recording:
             self._cursor.later(_ADD_JUDGEMENT, turn=turn)
 
     def _count_added(self) -> None:
-        for key, more in self._added.items():
-            self._cursor.send(counts.ADD, area="turns", key=key, more=more)
-        self._added.clear()
+        if self._added:
+            rows = [{"area": "turns", "key": key, "more": n} for key, n in self._added.items()]
+            self._cursor.run_many(counts.ADD, rows)
+            self._added.clear()
 
     def _texts_of(self, turn: str | None) -> set[bytes]:
         """The hashes of the texts that a stored turn uses, or that the turn it continues uses."""

@@ -183,9 +183,13 @@ class Writer:
 
     def close(self) -> None:
         """Counts what `put` has left uncounted."""
-        for key, (uses, text) in self._uncounted.items():
-            if not self._use(key, uses):
-                self._add(key, text, uses)
+        if not self._uncounted:
+            return
+        rows = [{"key": key, "more": uses} for key, (uses, _) in self._uncounted.items()]
+        if self._cursor.run_many(_USE, rows) < len(rows):
+            for key, (uses, text) in self._uncounted.items():
+                if self._cursor.first(_FIND, key=key) is None:  # it was not known rightly
+                    self._add(key, text, uses)
         self._uncounted.clear()
 
     def release(self, key: bytes) -> None:

@@ -140,6 +140,7 @@ def _is_words(text: str) -> bool:
     return closing is not None and closing[1] in _WORDS and text.startswith(f"<{closing[1]}>")
 
 
+@lru_cache(maxsize=8)
 def _is_aside(text: str) -> bool:
     """Whether a text makes its message a side request of the agent."""
     return bool(_SIDE_ASKED.begin(text)) or any(is_side(text) for is_side in _SIDE)

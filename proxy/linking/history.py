@@ -11,7 +11,7 @@ import hashlib
 import string
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -345,33 +345,53 @@ def _reply_starts(messages: Sequence[Message]) -> list[int]:
     return starts
 
 
+class _Digest:
+    """A digest of bytes that come one after the other. It is begun when it is asked for."""
+
+    def __init__(self, size: int) -> None:
+        self.new: list[bytes] = []
+        """What came since the last `digest`."""
+        self._size = size
+        self._begun: Any = None
+
+    def digest(self) -> bytes:
+        """The digest of all that came so far."""
+        new = b"".join(self.new)
+        self.new.clear()
+        if self._begun is None:
+            self._begun = hashlib.blake2b(new, digest_size=self._size)
+        else:
+            self._begun.update(new)
+        return self._begun.digest()
+
+
 class _Gathered:
     """Gathers a context, message by message."""
 
     def __init__(self, system: Sequence[Message] = ()) -> None:
-        self._words = hashlib.blake2b(digest_size=KEY_BYTES)
+        self._words = _Digest(KEY_BYTES)
         self._any_words = False
-        self._system = hashlib.blake2b(digest_size=SYSTEM_BYTES)
-        self._letters = hashlib.blake2b(digest_size=LETTERS_BYTES)
+        self._system = _Digest(SYSTEM_BYTES)
+        self._letters = _Digest(LETTERS_BYTES)
         self.hashes: list[bytes] = []
         for message in system:
             self.add_system(message)
 
     def add_system(self, message: Message) -> None:
-        self._letters.update(message.hash)
-        self._system.update(message.text)
+        self._letters.new.append(message.hash)
+        self._system.new.append(message.text)
 
     def add(self, message: Message) -> None:
-        self._letters.update(message.hash)
+        self._letters.new.append(message.hash)
         self.hashes.append(message.hash)
         if message.utterance is not None:
             self._any_words = True
-            self._words.update(message.text)
+            self._words.new.append(message.text)
 
     def context(self) -> Context:
-        words = self._words if self._any_words else self._letters
         letters = self._letters.digest()
-        return Context(words.digest(), self._system.digest(), letters, tuple(self.hashes))
+        words = self._words.digest() if self._any_words else letters
+        return Context(words, self._system.digest(), letters, tuple(self.hashes))
 
 
 def _contexts(messages: Sequence[Message], starts: Sequence[int]) -> list[Context]:

@@ -80,3 +80,12 @@ def test_the_calls_of_a_whole_reply_need_no_index() -> None:
     capture.body({"model": "m", "choices": [choice]})
     assert [c["function"]["name"] for c in capture.message()["tool_calls"]] == ["a", "a", "b"]
     assert capture.error is None
+
+
+def test_tokens_that_say_more_than_the_message_are_noticed() -> None:
+    delta, entry = b'{"content":"Hi"}', b'{"content":[{"token":"%b","logprob":-0.5,"bytes":null}]}'
+    for token, same in ((b"Hi", True), (b"oHi", False), (b'\\"token\\":\\"Hi', False)):
+        capture = Capture()
+        capture.piece((delta, entry % token, b"7"))
+        assert capture.says_its_tokens() is same, token
+        assert capture.pieces() == [token.decode().replace("\\", "")]
