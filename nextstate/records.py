@@ -132,6 +132,9 @@ class Turn:
     """The episode that it is a step of; None for people's turns."""
     step: int | None = None
     """Position in the episode, from 0; None without an episode."""
+    engine: str | None = None
+    """Which of the engines answered: what the supervisor calls it, or its host and port; None for
+    turns that were recorded before that was kept, and for imported ones."""
 
     def __post_init__(self) -> None:
         if (self.episode is None) != (self.step is None):

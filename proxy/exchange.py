@@ -58,6 +58,8 @@ class Exchange(NamedTuple):
     """The episode that it is a call of."""
     held_out: bool = False
     """True if the episode's turns never train."""
+    engine: str | None = None
+    """The engine that answered."""
 
 
 class Read(NamedTuple):
@@ -230,4 +232,5 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         parent=parent,
         episode=exchange.episode,
         step=None if exchange.episode is None else index,
+        engine=exchange.engine,
     )

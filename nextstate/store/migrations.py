@@ -46,7 +46,19 @@ def _add_ledger(connection: sa.Connection) -> None:
         append_version(connection, row.created_at, row.lineage, row.number)
 
 
-MIGRATIONS: Mapping[int, Step] = {2: _add_episodes, 3: _add_pauses, 4: _add_ledger}
+def _add_engine(connection: sa.Connection) -> None:
+    """Version 5: which engine answered a turn."""
+    column = t.turns.c.engine
+    kind = column.type.compile(connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE turns ADD COLUMN {column.name} {kind}")
+
+
+MIGRATIONS: Mapping[int, Step] = {
+    2: _add_episodes,
+    3: _add_pauses,
+    4: _add_ledger,
+    5: _add_engine,
+}
 """Step n brings a database of version n - 1 to version n.
 
 A new database is made at VERSION at once, so a step must leave an old one with the same tables."""

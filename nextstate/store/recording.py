@@ -137,6 +137,7 @@ class Recording:
             context_key=context_key,
             episode=turn.episode,
             step=turn.step,
+            engine=turn.engine,
         )
         self._added.update(counts.keys_of_new(turn))
         if turn.episode is not None:

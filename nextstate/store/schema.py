@@ -11,7 +11,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-VERSION = 4
+VERSION = 5
 metadata = sa.MetaData()
 
 schema_version = sa.Table("schema_version", metadata, sa.Column("version", sa.Integer))
@@ -63,6 +63,7 @@ turns = sa.Table(
     sa.Column("context_key", sa.LargeBinary(32)),
     sa.Column("episode", sa.String(100)),
     sa.Column("step", sa.Integer),
+    sa.Column("engine", sa.String(300)),
 )
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)
 sa.Index("turns_by_chain", turns.c.chain_key, turns.c.seq)

@@ -156,6 +156,7 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
         parent=row.parent,
         episode=row.episode,
         step=row.step,
+        engine=row.engine,
     )
 
 

@@ -114,8 +114,8 @@ async def site(
             settings_of(store, tmp_path),
             store,
             p.proxy.keys,
-            functools.partial(publish, store, p.proxy.engine),
-            p.proxy.health,
+            functools.partial(publish, store, p.proxy.engines),
+            p.proxy.health_in_full,
             p.proxy.feedback.allowance,
             p.proxy.tries,
         )

@@ -27,6 +27,9 @@ OF_VERSION_2 = OF_VERSION_1.with_name("schema_2.sql")
 OF_VERSION_3 = OF_VERSION_1.with_name("schema_3.sql")
 """The same as version 3 left it, before there were keys and a ledger."""
 
+OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
+"""The same as version 4 left it, before turns told their engine."""
+
 
 def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:
     file = folder / "nextstate.sqlite3"
@@ -64,7 +67,7 @@ def shape(file: Path) -> tuple[dict[str, list[tuple[object, ...]]], dict[str, st
     return columns, {name: sql for kind, name, sql in made if kind in ("index", "trigger")}
 
 
-@pytest.mark.parametrize("dump", [OF_VERSION_1, OF_VERSION_2, OF_VERSION_3])
+@pytest.mark.parametrize("dump", [OF_VERSION_1, OF_VERSION_2, OF_VERSION_3, OF_VERSION_4])
 def test_an_older_database_gets_the_tables_of_a_new_one(tmp_path: Path, dump: Path) -> None:
     (tmp_path / "new").mkdir()
     Store(StoreConfig(dir=str(tmp_path / "new"))).close()
