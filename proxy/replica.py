@@ -66,6 +66,8 @@ class Replica:
         """What was the matter when it was last looked at; "" if it serves."""
         self.look_at = 0.0
         """When it is looked at again for what it lacked, on the monotonic clock."""
+        self.load_at = 0.0
+        """When a serving version that it lacks is loaded again, on the monotonic clock."""
         self._intervals = intervals
         self._changed = changed
         self._woken = asyncio.Event()
@@ -180,13 +182,13 @@ class Replica:
 
     async def _look_again(self, keeper: Keeper) -> None:
         try:
-            looked = await keeper.look_again(self)
+            if not await keeper.look_again(self):
+                return
             self.trouble = ""
         except EngineError as error:
-            looked, self.trouble = True, str(error)
+            self.trouble = str(error)
             log.info("%s could not be looked at again: %s", self.client.url, error)
-        if looked:
-            self._log_new(keeper.found(self))
+        self._log_new(keeper.found(self))
 
     def _log_new(self, what: str) -> None:
         """Logs a message about the engine, unless it was the last one."""

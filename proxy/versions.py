@@ -211,9 +211,11 @@ class Versions:
             return self.replicas[0]
         able = self._up_now or self.replicas
         if version is not None and version.adapter_name is not None:
-            # One without the adapter would have to load it first, while the request waits.
             able = [replica for replica in able if replica.client.abilities.adapters] or able
-            able = [replica for replica in able if replica.has(version)] or able
+            if version.number == self.serving[version.lineage].number:
+                # The others get none of it yet. One that only episodes ask for is loaded where
+                # they ask.
+                able = [replica for replica in able if replica.has(version)] or able
         running = {replica.name: replica.running for replica in able}
         return self._named[self._places.place(key, running, time.monotonic())]
 
@@ -265,6 +267,7 @@ class Versions:
                         self.serving[lineage] = version
                         for replica in self.replicas:
                             replica.look_at = 0.0  # whether it takes adapters may count now
+                            replica.load_at = 0.0
                             if not (self.alone or replica.has(version)):
                                 replica.wake()
                 await self._unload_drained()
@@ -366,9 +369,12 @@ class Versions:
             await self.prepare(replica)
             return True
         missing = self._missing(replica)
+        if not missing or time.monotonic() < replica.load_at:
+            return False
+        replica.load_at = time.monotonic() + self._intervals.slowest_poll_s
         for version in missing:
             await replica.load(version)
-        return bool(missing)
+        return True
 
     async def prepare(self, replica: Replica) -> None:
         """See `Keeper`."""

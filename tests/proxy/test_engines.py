@@ -16,6 +16,7 @@ from nextstate.engine.client import publish
 from nextstate.errors import EngineError
 from nextstate.store import Store
 from proxy.intervals import Intervals
+from tests.proxy.environment import Environment
 from tests.proxy.running_proxy import V1, V2, Running, add_version, request, running, serve, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, scripted_engine
 
@@ -204,6 +205,21 @@ def test_an_engine_that_takes_no_adapters_gets_no_request_of_a_version(
         await serve(store, p, tmp_path, 1)
         assert [(await p.chat(request(str(n))))[0] for n in range(6)] == [200] * 6
         assert answered(made) == [0, 6]
+
+    several(test, store, tmp_path)
+
+
+def test_episodes_that_name_a_version_are_spread_over_engines_that_load_it_when_asked(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(made: list[ScriptedEngine], p: Running) -> None:
+        add_version(store, tmp_path, 1)
+        for number in range(4):
+            found = await Environment(p).open(f"e{number}", version=1)
+            headers = {"Authorization": f"Bearer {found['api_key']}"}
+            for _ in range(3):
+                assert (await p.chat(request("Go."), headers))[0] == 200
+        assert [engine.served for engine in made] == [[V1] * 6, [V1] * 6]
 
     several(test, store, tmp_path)
 
