@@ -30,12 +30,7 @@ class Cores:
     learner: frozenset[int]
 
     def of_replica(self, number: int, replicas: int) -> frozenset[int]:
-        """Those of one of several engines; all of the engines' if there are too few to divide.
-
-        >>> cores = Cores(engine=frozenset({0, 1, 2, 3}), learner=frozenset({4}))
-        >>> sorted(cores.of_replica(1, 2))
-        [2, 3]
-        """
+        """Those of one of several engines; all of the engines' if there are too few to divide."""
         cores = [own for core in physical_cores({*self.engine}) if (own := core & self.engine)]
         share = len(cores) // replicas
         if replicas == 1 or not share:
