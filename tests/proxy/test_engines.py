@@ -299,6 +299,7 @@ def test_two_workers_send_a_conversation_to_the_same_engine(store: Store, tmp_pa
         async with other as second:
             await all_up(second)
             for name in "abcdefgh":
+                await p.chat(request(f"Only one worker knows {name}."))
                 at = [len(engine.served) for engine in made]
                 for worker in (p, second, p, second):
                     assert (await worker.chat(request(f"I am {name}.")))[0] == 200
