@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from types import NoneType
+from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from judge.config import JudgeConfig
@@ -119,6 +119,8 @@ def _values(hint: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in get_args(hint))
     if get_origin(hint) is tuple:
         return "a list of texts"
+    if get_origin(hint) is UnionType:
+        return " or ".join(map(_values, get_args(hint)))
     if get_origin(hint) is not None:
         return "a table"
     return _PLAIN[hint]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -101,7 +101,7 @@ class JudgeConfig(JudgeRecipe):
 def plugin_settings(
     config: JudgeConfig,
     model: str = "",
-    base_url: str = "",
+    engines: Sequence[str] = (),
     extra: Mapping[str, Any] | None = None,
     api_key: str | None = None,
     hints: bool = True,
@@ -109,17 +109,20 @@ def plugin_settings(
 ) -> JudgeSettings:
     """The settings of the configured plugins, filled up from the engine's.
 
-    `model` and `base_url` replace empty keys, except for litellm, which would take the engine for a
-    provider. `api_key` and the fields of `extra` are used only where the votes go to the engine,
-    and a judge that was `trained` only in the place of the engine's base model.
+    `model` and the addresses of `engines`, without /v1, replace empty keys, except for litellm,
+    which would take the engine for a provider. `api_key` and the fields of `extra` are used only
+    where the votes go to the engine, and a judge that was `trained` only in the place of the
+    engine's base model.
 
     Raises ConfigError when the environment variable `[judge] api_key_env` is not set.
     """
     if "litellm" in config.kinds:
-        model = base_url = ""
+        model, engines = "", ()
+    servers = (config.base_url,) if config.base_url else tuple(f"{url}/v1" for url in engines)
     return JudgeSettings(
         model=config.model or model,
-        base_url=config.base_url or base_url,
+        base_url=servers[0] if servers else "",
+        further_urls=servers[1:],
         api_key=secret(config.api_key_env, "[judge] api_key_env")
         or (api_key if config.on_engine else None),
         timeout_s=config.timeout_s,

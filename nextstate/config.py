@@ -15,8 +15,10 @@ import tomllib
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 from urllib.parse import urlsplit
+
+from annotated_types import Ge
 
 from nextstate.errors import ConfigError
 from nextstate.redaction import KINDS, Redactor
@@ -57,8 +59,10 @@ class EngineConfig:
     """A folder with weights, or a hub name that is already in the local cache."""
     served_model_name: str = ""
     """The model name that clients send; empty means `model`."""
-    url: str = ""
-    """External mode: the server's address."""
+    url: str | tuple[str, ...] = ""
+    """External mode: the server's address, or those of several that serve the same model."""
+    replicas: Annotated[int, Ge(1)] = 1
+    """Managed mode: how many servers are started; each conversation stays on one of them."""
     api_key_env: str = ""
     """Environment variable with the engine's key; empty: a managed engine gets a new key."""
     dtype: str = "auto"
@@ -70,14 +74,35 @@ class EngineConfig:
     """More environment variables for vLLM's server. It gets the shell's, except `VLLM_*`."""
 
     def __post_init__(self) -> None:
-        if self.url:
+        if isinstance(self.url, tuple):
+            object.__setattr__(self, "url", tuple(map(server_address, self.url)))
+            if twice := [url for url in self.urls if self.urls.count(url) > 1]:
+                raise ConfigError(f"[engine] url names {twice[0]!r} twice: name each server once")
+        elif self.url:
             object.__setattr__(self, "url", server_address(self.url))
+        if self.replicas > 1 and self.mode == "external":
+            raise ConfigError(
+                f"[engine] replicas = {self.replicas} is for vLLM servers that `nextstate up` "
+                'starts: with mode = "external" list the addresses of yours as [engine] url'
+            )
         for word in self.args:
             if word.replace("_", "-").startswith("--trust"):
                 raise ConfigError(
                     f"[engine] args: {word!r:.60} would run code that comes with a model, with "
                     "your rights: remove it, and choose a model whose code vLLM has"
                 )
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """External mode: the addresses of all servers."""
+        return self.url if isinstance(self.url, tuple) else (self.url,) * bool(self.url)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Managed mode: what the supervisor calls the servers."""
+        if self.replicas == 1:
+            return ("engine",)
+        return tuple(f"engine-{number}" for number in range(self.replicas))
 
     @property
     def name(self) -> str:
@@ -258,7 +283,8 @@ def _section(name: str, kind: type, values: Mapping[str, Any], where: str) -> An
         return adapter.validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
+        # Of a value of two types, `loc` also names the type.
+        key = ".".join(str(part) for part in first["loc"] if part != "str")
         raise ConfigError(
             f"{where}: [{name}] {key} = {first['input']!r}: {first['msg'][0].lower()}"
             f"{first['msg'][1:]}; set [{name}] {key} in {where}"

@@ -66,6 +66,8 @@ class JudgeSettings:
     """The judge's model: the engine's base model, or a litellm model name."""
     base_url: str = ""
     """An OpenAI-compatible address ending in /v1, where the kind needs one."""
+    further_urls: tuple[str, ...] = ()
+    """Servers of the same model beside it: each is asked in turn, and one that is down left out."""
     api_key: str | None = None
     timeout_s: float = 60.0
     max_tokens: int = 512

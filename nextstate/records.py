@@ -134,6 +134,9 @@ class Turn:
     """Position in the episode, from 0; None without an episode."""
     client: str = ""
     """The key that sent it; empty: one that may do everything, or none was needed."""
+    engine: str | None = None
+    """Which of the engines answered: what the supervisor calls it, or its host and port; None for
+    turns that were recorded before that was kept, and for imported ones."""
 
     def __post_init__(self) -> None:
         if (self.episode is None) != (self.step is None):

@@ -184,6 +184,7 @@ def _of_turn(turn: Turn) -> Mapping[str, Any]:
         "nextstate.kind": turn.kind.value,
         "nextstate.lineage": turn.lineage,
         "nextstate.version": turn.policy_version,
+        "nextstate.engine": turn.engine,
         "nextstate.trainable": turn.trainable,
         "nextstate.completion_tokens": turn.completion_ids and len(turn.completion_ids),
     }

@@ -7,8 +7,8 @@ import logging
 import os
 import signal
 from collections import Counter
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Protocol
 
@@ -41,7 +41,6 @@ from proxy.relay import Relay
 from proxy.scopes import needed
 from proxy.server import Connections, Runner
 from proxy.tries import Tries
-from proxy.upstream import Upstream
 from proxy.versions import Versions
 from proxy.writer_process import WriterProcess
 
@@ -75,7 +74,7 @@ class Proxy:
         self,
         config: ProxyConfig,
         store: Store,
-        engine: EngineClient,
+        engines: Sequence[EngineClient],
         profile: str,
         *,
         writer: WriterProcess,
@@ -89,18 +88,21 @@ class Proxy:
     ) -> None:
         self.config = config
         self.store = store
-        self.engine = engine
+        self.engines = engines
         self.lineages = lineages
         self.keys = Keys(lineages, store.keys, own_key, closed=not config.loopback)
         self.tries = Tries()
         self.requests = Allowance(REQUESTS_AT_ONCE, REQUESTS_A_MINUTE)
+        # Compressed, an answer could not be read.
+        headers = {"Accept-Encoding": "identity"}
+        if engine_key:
+            headers["Authorization"] = f"Bearer {engine_key}"
         self.versions = Versions(
-            store, engine, lineages.names, zero_adapter, worker or "", intervals
+            store, engines, lineages.names, zero_adapter, worker, intervals, headers
         )
         self.recorder = Recorder(
             writer, store.config, profile, config.record_timeout_s, enabled=record
         )
-        self._engine_key = engine_key
         self._worker = worker
         self._intervals = intervals
         self.connections = Connections()
@@ -127,7 +129,6 @@ class Proxy:
         }
         self.pages: Pages | None = None
         # Once the application runs:
-        self.upstream: Upstream
         self.relay: Relay
         self.dispatch: Dispatch
 
@@ -246,14 +247,10 @@ class Proxy:
         return await taken[method](request)
 
     async def _running(self, app: web.Application) -> AsyncGenerator[None]:
-        # Compressed, an answer could not be read.
-        headers = {"Accept-Encoding": "identity"}
-        if self._engine_key:
-            headers["Authorization"] = f"Bearer {self._engine_key}"
-        async with Upstream(self.engine.address, headers) as self.upstream:
-            engine = Engine(
-                self.config, self.versions, self.upstream, self._out_of_files, self._intervals
-            )
+        async with AsyncExitStack() as opened:
+            for replica in self.versions.replicas:
+                await opened.enter_async_context(replica.upstream)
+            engine = Engine(self.config, self.versions, self._out_of_files, self._intervals)
             self.relay = Relay(engine, self.recorder)
             self.dispatch = Dispatch(self.relay, self.keys, self.calls)
             tasks = [
@@ -304,9 +301,17 @@ class Proxy:
             "proxy": "up",
             "engine": "up" if self.versions.up else "down",
             "engine_problem": self.versions.wrong,
-            "learning_lacks": self.engine.abilities.lacks,
+            "learning_lacks": self.versions.lacks,
             "turns_waiting": self.recorder.counts.waiting,
         }
+
+    def health_in_full(self) -> Json:
+        """The same, and each of several engines."""
+        return {**self.health(), "engines": self._engines()}
+
+    def _engines(self) -> list[Json]:
+        versions = self.versions
+        return [] if versions.alone else [replica.health() for replica in versions.replicas]
 
     async def _healthz(self, request: web.Request) -> web.StreamResponse:
         found = self.health()
@@ -315,6 +320,7 @@ class Proxy:
             serving = {name: self.versions.serves(name).number for name in self.versions.serving}
             found["version"] = serving[caller]
             found["engine_trouble"] = self.versions.trouble
+            found["engines"] = self._engines()
             found["lineages"] = {
                 name: number for name, number in serving.items() if self.lineages.sees(caller, name)
             }

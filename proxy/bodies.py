@@ -66,7 +66,7 @@ def unreadable(request: web.Request, error: BaseException) -> web.Response:
 
 def too_large(max_mb: int) -> Refused:
     """The error for a body beyond the limit."""
-    return Refused(413, f"The request is larger than [proxy] max_body_mb = {max_mb}.")
+    return Refused(413, f"The request is larger than {max_mb} MB: send less, or in parts.")
 
 
 def excess(data: bytes) -> str | None:

@@ -18,6 +18,8 @@ class ProxyRecipe:
     hold_s: float = 120.0
     """How long requests wait for an engine that is down or restarting. vLLM is ready again after 32
     to 60 s on two cores, and OpenClaw waits 300 s for a first event."""
+    max_body_mb: int = 64
+    """The largest body of a request, in MB: the longest contexts with pictures are far below it."""
     record_timeout_s: float = 0.25
     """How long the end of a reply waits for its record; later records are still kept. The wait was
     41 ms at the 95th percentile with a load of 18 on two cores (benchmarks/results/proxy.md)."""
@@ -35,7 +37,6 @@ class ProxyConfig(ProxyRecipe):
     """A PEM file with the certificate, and those between it and its issuer; empty: plain HTTP."""
     tls_key: str = ""
     """The PEM file of its private key."""
-    max_body_mb: Annotated[int, Ge(1)] = 64
     workers: Annotated[int, Ge(1)] = 1
     """Processes that serve on the one port."""
 

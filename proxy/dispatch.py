@@ -37,7 +37,7 @@ class Dispatch:
         self._lineages = keys.lineages
         self._config = relay.engine.config
         self._versions = relay.engine.versions
-        self._model = relay.engine.versions.engine.model
+        self._model = relay.engine.versions.model
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """The answer to a request for the engine. Raises Refused."""
@@ -148,9 +148,9 @@ class Dispatch:
             lineage = self._lineage(request, body)
             if lineage is not None:
                 self._tame(request, body, lineage)
-                with self._versions.hold(lineage) as version:
+                with self._versions.hold(lineage) as held:
                     try:
-                        return await self._relay.pass_on(request, Passed(path, data, body), version)
+                        return await self._relay.pass_on(request, Passed(path, data, body), held)
                     except ValueError as error:
                         raise _unwritable(error) from error
         return await self._relay.pass_on(request, Passed(path, data))

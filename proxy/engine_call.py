@@ -1,7 +1,8 @@
 """The one call to the engine: every request under /v1/ gets its answer's head here.
 
-A request waits while the engine is down. It is sent again if a kept connection was closed, if the
-engine has lost the adapter, or in a plainer form if the engine refuses this one.
+A request waits while no engine is up. It is sent again if a kept connection was closed, if the
+engine has lost the adapter, or in a plainer form if the engine refuses this one. If its engine goes
+down before any byte of an answer, another engine gets it, once.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from nextstate.errors import WrongEngineError
 from nextstate.file_descriptors import out_of_descriptors
-from nextstate.records import PolicyVersion
 from proxy.answers import Refused
 from proxy.config import ProxyConfig
 from proxy.intervals import Intervals
+from proxy.replica import Replica
 from proxy.serving import Direct, Passed, Serving
-from proxy.upstream import Answer, HeadCut, NotHttp, Upstream
-from proxy.versions import Versions
+from proxy.upstream import Answer, HeadCut, NotHttp
+from proxy.versions import Held, Versions
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +68,6 @@ class Engine:
 
     config: ProxyConfig
     versions: Versions
-    upstream: Upstream
     out_of_files: Callable[[BaseException], Refused]
     """Counts that no connection to the engine can be opened, and returns what the client gets."""
     intervals: Intervals
@@ -79,13 +79,16 @@ class EngineCall(Generic[_Form]):
     Raises ValueError if the request cannot be written as JSON because it is nested too deep.
     """
 
-    def __init__(
-        self, engine: Engine, request: web.Request, serving: _Form, version: PolicyVersion | None
-    ) -> None:
+    def __init__(self, engine: Engine, request: web.Request, serving: _Form, held: Held) -> None:
         self.serving = serving
         """The form in which the request was sent last."""
-        self.version = version
+        self.version = held.version
         """The version whose adapter is asked; None if the request names no model."""
+        self._held = held
+        self._cut_by: Replica | None = None
+        """The engine that closed the connection last while it had the request."""
+        self._died = 0
+        """Engines that went down with the request."""
         self._engine = engine
         self._request = request
         self._body = b""
@@ -98,7 +101,12 @@ class EngineCall(Generic[_Form]):
 
     def _write(self) -> None:
         adapter = None if self.version is None else self.version.adapter_name
-        self._body = self.serving.request(adapter or self._engine.versions.engine.model)
+        self._body = self.serving.request(adapter or self._engine.versions.model)
+
+    @property
+    def replica(self) -> Replica:
+        """The engine that is asked, or was asked last."""
+        return self._held.replica
 
     async def open(self, tried: int = 0) -> Answer:
         """The engine's answer, once its head has come. Waits for an engine that is down.
@@ -106,9 +114,11 @@ class EngineCall(Generic[_Form]):
         `tried` attempts were made before. Raises Refused if there is no answer to pass on.
         """
         deadline = time.monotonic() + self._engine.config.hold_s
+        versions = self._engine.versions
         for attempt in range(tried, ATTEMPTS):
-            if not self._engine.versions.up:
+            if not versions.up:
                 await self._wait_up(deadline)
+            versions.place_again(self._held)
             if (answer := await self.attempt(fresh=attempt > 0)) is not None:
                 return answer
         raise Refused(503, f"The inference engine closed the connection {ATTEMPTS} times.")
@@ -128,8 +138,9 @@ class EngineCall(Generic[_Form]):
         """One attempt; None if the request may be sent again. Raises Refused.
 
         After a kept connection failed it may be sent again on a fresh one, because the engine may
-        have closed the kept one before. After a fresh one failed, only if the engine is down. It
-        is never sent again once a part of an answer has come.
+        have closed the kept one before. After a fresh one failed, only if the engine is down, and
+        of several only if it is the first that went down with it. It is never sent again once a
+        part of an answer has come.
         """
         path = self._request.path
         try:
@@ -142,25 +153,33 @@ class EngineCall(Generic[_Form]):
             if out_of_descriptors(error):
                 raise self._engine.out_of_files(error) from error
             begun = isinstance(error, HeadCut)
+            if isinstance(error, ConnectionResetError):
+                self._cut_by = self.replica
             if not fresh and not begun:
                 return None
-            if await self._engine.versions.is_well() or begun:
+            if await self.replica.is_well() or begun:
                 raise Refused(
                     503, "The inference engine closed the connection without an answer."
+                ) from error
+            self._died += self._cut_by is self.replica
+            if self._died > 1 and not self._engine.versions.alone:
+                raise Refused(
+                    503, "Two inference engines ended while they had this request."
                 ) from error
             return None
 
     async def _answer(self, *, fresh: bool) -> Answer:
         versions = self._engine.versions
         version = self.version
-        if version is not None and version.adapter_name and not versions.engine.abilities.adapters:
+        engine = self.replica.client
+        if version is not None and version.adapter_name and not engine.abilities.adapters:
             # It became known while the request waited.
             self.version = version = versions.serves(version.lineage)
             self._write()
         answer = await self._send(fresh=fresh)
         if answer.status == 404 and version is not None and version.adapter_name is not None:
             unknown = version.adapter_name.encode() in await answer.peek()
-            if unknown and await versions.restored(version):
+            if unknown and await versions.restored(self.replica, version):
                 answer.close()
                 answer = await self._send()
         if answer.status != 200 and (plainer := self._plainer(answer.status)) is not None:
@@ -168,7 +187,7 @@ class EngineCall(Generic[_Form]):
             self.use(plainer)
             answer = await self._send()
             if answer.status == 200 and isinstance(plainer, Direct):
-                versions.engine_refuses_additions()
+                self.replica.refuses_additions()
         if 300 <= answer.status < 400:  # no request of ours is conditional, so none gets a 304
             answer.close()
             raise Refused(  # nor must the client learn the address that its body may name
@@ -180,7 +199,7 @@ class EngineCall(Generic[_Form]):
 
     def _plainer(self, status: int) -> _Form | None:
         """The form to ask in after an answer that is not 200; None if the answer stands."""
-        told_tokens = self._engine.versions.engine.abilities.tells_tokens
+        told_tokens = self.replica.client.abilities.tells_tokens
         if isinstance(self.serving, Direct) and (status not in _REFUSED or told_tokens):
             return None  # the engine did not refuse it because of what was added
         return cast("_Form | None", self.serving.plainer())
@@ -197,9 +216,9 @@ class EngineCall(Generic[_Form]):
             target = str(request.rel_url)
             if not (target.isascii() and target.isprintable()):
                 target = quote(target, safe=punctuation, errors="surrogateescape")
-        return await self._engine.upstream.ask(
-            request.method, target, headers, self._body, fresh=fresh
-        )
+        replica = self.replica
+        replica.sent += 1
+        return await replica.upstream.ask(request.method, target, headers, self._body, fresh=fresh)
 
 
 def _engine_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:

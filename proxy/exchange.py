@@ -68,6 +68,8 @@ class Exchange(NamedTuple):
     """True if the episode's turns never train."""
     client: str = ""
     """The key that sent it; empty: one that may do everything, or none was needed."""
+    engine: str | None = None
+    """The engine that answered."""
 
 
 class Read(NamedTuple):
@@ -244,4 +246,5 @@ def _turn(read: Read, session: str, index: int, parent: str | None) -> Turn:
         episode=exchange.episode,
         step=None if exchange.episode is None else index,
         client=exchange.client,
+        engine=exchange.engine,
     )

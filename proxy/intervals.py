@@ -24,6 +24,8 @@ class Intervals:
     look_again_s: float = 300.0
     """Between looks for what an engine lacked: behind a gateway it may be restarted unseen. Each
     look generates a token or two, which somebody may pay for."""
+    flip_s: float = 5.0
+    """How long a new version waits for those of several engines that have not loaded it."""
     unload_again_s: float = 10.0
     """Before an adapter that could not be unloaded is unloaded again."""
     writer_s: float = 10.0

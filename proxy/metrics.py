@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from proxy.recorder import RecorderCounts
     from proxy.relay import RelayCounts
+    from proxy.replica import Replica
     from proxy.server import Connections
     from proxy.versions import Versions
 
@@ -25,13 +26,15 @@ _HELP = {
     "nextstate_connections": "Connections of clients that are open.",
     "nextstate_connections_limit": "Connections of clients that may be open.",
     "nextstate_connections_refused_total": "Connections that got a 503 because all were busy.",
-    "nextstate_engine_up": "Whether the engine answers: 1 or 0.",
+    "nextstate_engine_requests_total": "Requests that were sent to an engine.",
+    "nextstate_engine_up": "Whether requests are sent to an engine: 1 or 0.",
     "nextstate_first_token_seconds": "Time from a request to the first event of its reply.",
     "nextstate_out_of_files_total": "How often no file was left for a connection.",
     "nextstate_reply_seconds": "Time from a request to the end of its reply.",
     "nextstate_requests_failed_total": "Requests that the engine did not answer.",
+    "nextstate_requests_moved_total": "Requests that another engine got because theirs went down.",
     "nextstate_requests_of_episodes_total": "Requests that are steps of episodes.",
-    "nextstate_requests_running": "Requests that a version of a lineage answers now.",
+    "nextstate_requests_running": "Requests that an engine answers now, or that wait for it.",
     "nextstate_requests_total": "Requests for a reply that becomes a turn.",
     UNRECORDED: "Requests for a reply that no turn holds, by the reason.",
     "nextstate_serving_version": "Number of the policy version that serves a lineage.",
@@ -86,7 +89,9 @@ def counts_of(
         "nextstate_turns_lost_total": recorder.lost,
         "nextstate_turns_waiting": recorder.waiting,
         "nextstate_store_waits_total": recorder.store_waits,
-        "nextstate_requests_running": sum(versions.running.values()),
+        "nextstate_requests_moved_total": versions.moved,
+        **{f"nextstate_requests_running{label(one)}": one.running for one in versions.replicas},
+        **{f"nextstate_engine_requests_total{label(one)}": one.sent for one in versions.replicas},
         **{f'{UNRECORDED}{{reason="{reason}"}}': relay.unrecorded[reason] for reason in _REASONS},
         "nextstate_connections": len(connections.opened),
         "nextstate_connections_limit": connections.limit,
@@ -97,9 +102,15 @@ def counts_of(
     }
 
 
+def label(replica: Replica) -> str:
+    """The label that names an engine."""
+    return f'{{engine="{replica.name}"}}'
+
+
 def exposition(counts: Counter[str], versions: Versions, stored: Mapping[str, int]) -> str:
     """The page under /metrics."""
-    values: dict[str, float] = {**counts, "nextstate_engine_up": int(versions.up)}
+    values: dict[str, float] = dict(counts)
+    values |= {f"nextstate_engine_up{label(one)}": int(one.up) for one in versions.replicas}
     for lineage in versions.serving:
         number = versions.serves(lineage).number
         values[f'nextstate_serving_version{{lineage="{lineage}"}}'] = number

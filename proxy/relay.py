@@ -25,9 +25,11 @@ from proxy.keys import GRANT
 from proxy.linking.names import explicit_session, named_kind, names_conversation
 from proxy.metrics import Times
 from proxy.recorder import Recorder
+from proxy.routing import conversation_key
 from proxy.serving import MESSAGES, Passed, Recorded, recorded_form
 from proxy.sse import EventSplitter
 from proxy.upstream import Answer, Cut
+from proxy.versions import Held
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +63,7 @@ class RelayCounts:
 
 @dataclass(slots=True)
 class Relay:
-    """Relays requests to one engine. It holds no state of a request."""
+    """Relays requests to the engines. It holds no state of a request."""
 
     engine: Engine
     recorder: Recorder
@@ -87,13 +89,16 @@ class Relay:
         self.counts.requests += 1
         if not (recorded and self.recorder.enabled):
             self.counts.unrecorded["recording_off"] += 1
-        with self.engine.versions.hold(lineage, version) as version:
-            episode = request.get(EPISODE)
+        versions, episode = self.engine.versions, request.get(EPISODE)
+        key = None
+        if not versions.alone:
+            key = conversation_key(request.headers, body, lineage, episode and episode.id)
+        with versions.hold(lineage, version, key) as held:
             self.counts.of_episodes += episode is not None
             sampling: Json = {} if episode is None else episode.sampling
-            engine = self.engine.versions.engine
+            engine = held.replica.client
             serving = recorded_form(request.path, body, model, engine, sampling)
-            generation = _Generation(self, request, body, serving, version, recorded)
+            generation = _Generation(self, request, body, serving, held, recorded)
             streams = not is_off(body.get("stream"))
             work = generation.streamed if streams else generation.plain
             return await (work() if seconds is None else generation.in_time(work, seconds))
@@ -102,16 +107,17 @@ class Relay:
         self,
         request: web.Request,
         serving: Passed,
-        version: PolicyVersion | None = None,
+        held: Held | None = None,
         refused: str | None = None,
     ) -> web.StreamResponse:
         """Relays one request without a record.
 
-        `version` is what the request names. The client gets `refused` as an error if the engine
-        does not refuse the request itself. Raises Refused if the engine gives no answer, ValueError
-        as `generate` does.
+        `held` has the version that the request names. The client gets `refused` as an error if the
+        engine does not refuse the request itself. Raises Refused if the engine gives no answer,
+        ValueError as `generate` does.
         """
-        answer = await EngineCall(self.engine, request, serving, version).open()
+        held = held or self.engine.versions.unheld()
+        answer = await EngineCall(self.engine, request, serving, held).open()
         try:
             if refused is not None and answer.status < 400:
                 return error_response(request.path, 400, refused)
@@ -136,14 +142,14 @@ class _Generation:
         request: web.Request,
         body: Json,
         serving: Recorded,
-        version: PolicyVersion,
+        held: Held,
         recorded: bool,
     ) -> None:
         self._relay = relay
         self._recorded = recorded and relay.recorder.enabled
         self._request = request
         self._body = body
-        self._call: EngineCall[Recorded] = EngineCall(relay.engine, request, serving, version)
+        self._call: EngineCall[Recorded] = EngineCall(relay.engine, request, serving, held)
         self._turn_id = new_id("turn")
         self._started_at = time.time()
         self._clock = time.perf_counter()
@@ -352,10 +358,11 @@ class _Generation:
             untrainable=cut or serving.untrainable,
             vague_name=not own,
             kind=named_kind(headers),
-            defaults=self._relay.engine.versions.engine.sampling_defaults,
+            defaults=self._call.replica.client.sampling_defaults,
             episode=episode and episode.id,
             held_out=episode is not None and episode.held_out,
             client="" if grant is None or episode is not None else grant.client,
+            engine=self._call.replica.name,
         )
 
     def _headers(self, answer: Answer) -> CIMultiDict[str]:

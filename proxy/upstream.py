@@ -131,6 +131,11 @@ class Upstream:
             )
         return connection
 
+    def drop_unanswered(self) -> None:
+        """Breaks the connections that wait for an answer of which no byte has come."""
+        for connection in [one for one in self._connections if one.waits]:
+            connection.abort()
+
     def opened(self, connection: _Connection) -> None:
         """Adds a new connection."""
         self._connections.add(connection)
@@ -282,6 +287,11 @@ class _Connection(asyncio.Protocol):
     def closing(self) -> bool:
         """Whether it can no longer be used."""
         return self._transport.is_closing()
+
+    @property
+    def waits(self) -> bool:
+        """Whether a request was sent and no byte of its answer has come."""
+        return not self.over and self._answer is None and not self._unread
 
     # Called by the event loop
 

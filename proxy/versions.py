@@ -1,8 +1,11 @@
-"""Which version serves new requests, when an old one is unloaded, and if the engine can serve.
+"""Which version serves new requests, which engine answers them, when an old one is unloaded.
 
 A learner publishes by changing its lineage's serving version in the store. New requests use it,
 running ones end on theirs, and an adapter is unloaded when its last request has ended in every
-worker. After a restart of the engine the serving adapters are loaded before any request is sent.
+worker. After a restart of an engine the serving adapters are loaded before any request is sent.
+
+Of several engines only those that have loaded and probed a version get its requests. The others
+follow when they have it.
 """
 
 from __future__ import annotations
@@ -11,20 +14,23 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from nextstate.engine.abilities import look
 from nextstate.engine.adapter_files import served_folder
-from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, ensure_loaded, withdraw
+from nextstate.engine.client import WARM_UP_ADAPTER, EngineClient, withdraw
 from nextstate.errors import AdapterError, EngineError, StoreError, WaitError, WrongEngineError
 from nextstate.records import BASE_VERSION, PolicyVersion, VersionState, names_adapter
 from nextstate.store import Store
 from nextstate.store.versions import base_version
 from proxy.answers import Refused
 from proxy.intervals import INTERVALS, Intervals
+from proxy.replica import Replica
+from proxy.routing import Places
+from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
 
@@ -32,19 +38,47 @@ _PINNED_S = 60.0
 """Seconds for which an adapter that only episodes ask for stays loaded after a call."""
 
 
+class Held:
+    """A request's version, kept loaded for as long as it runs, and the engine that answers it."""
+
+    __slots__ = ("key", "replica", "version")
+
+    def __init__(
+        self, version: PolicyVersion | None, replica: Replica, key: bytes | None = None
+    ) -> None:
+        self.version = version
+        """None: the request names no model."""
+        self.replica = replica
+        self.key = key
+        """Of its conversation; None without one."""
+
+
 class Versions:
-    """The serving version of every lineage and the engine's state; `run` must be running."""
+    """The serving version of every lineage and the engines' state; `run` must be running."""
 
     def __init__(
         self,
         store: Store,
-        engine: EngineClient,
+        engines: Sequence[EngineClient],
         lineages: Sequence[str],
         zero_adapter: Path,
-        worker: str = "",
+        worker: str | None = None,
         intervals: Intervals = INTERVALS,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
-        self.engine = engine
+        """`headers` go with every request that is relayed to an engine."""
+        self.replicas = [
+            Replica(engine, Upstream(engine.address, headers or {}), intervals, self._changed)
+            for engine in engines
+        ]
+        self.alone = len(engines) == 1
+        """Whether there is one engine, so that there is nothing to choose."""
+        self.model = engines[0].model
+        """The base model's name in requests; all engines serve the same one."""
+        self.moved = 0
+        """Requests that went to another engine, because theirs was down, before any answer."""
+        self._named = {replica.name: replica for replica in self.replicas}
+        self._places = Places(shared=worker is not None)
         self.serving: dict[str, PolicyVersion] = {
             name: store.versions.serving(name) for name in lineages
         }
@@ -52,33 +86,53 @@ class Versions:
         """Running requests by adapter name. A name stays, with 0, until its adapter is unloaded."""
         self._store = store
         self._zero_adapter = zero_adapter
-        self._worker = worker
+        self._worker = worker or ""
         self._intervals = intervals
         self._pinned_until: dict[str, float] = {}
         """Until when the adapters of episodes that name their version stay loaded, on the monotonic
         clock."""
         self._unload_at = 0.0
         """When adapters may be unloaded again after a failure, on the monotonic clock."""
-        self.wrong: str | None = None
-        """Why no request can be sent to this server until a person changes something, or None."""
-        self.trouble = ""
-        """What was the matter when the engine was last looked at; "" if it serves."""
         self._up = asyncio.Event()
         self._known = asyncio.Event()
         """Set if requests can be sent or refused at once."""
-        self._failed = asyncio.Event()
-        self._logged = ""
-        """What was logged last about the engine."""
-        self._look_at = 0.0
-        self._asking: asyncio.Task[bool] | None = None
 
     @property
     def up(self) -> bool:
-        """Whether requests are sent to the engine."""
+        """Whether requests are sent to an engine."""
         return self._up.is_set()
 
+    @property
+    def wrong(self) -> str | None:
+        """Why no request can be sent until a person changes something, or None."""
+        wrong = [replica.wrong for replica in self.replicas]
+        return None if self.up or None in wrong else "; ".join(map(str, wrong))
+
+    @property
+    def trouble(self) -> str:
+        """What was the matter when the engines were last looked at; "" if they serve."""
+        return "; ".join(replica.trouble for replica in self.replicas if replica.trouble)
+
+    @property
+    def lacks(self) -> tuple[str, ...]:
+        """What learning needs and an engine that is up lacks, as a person reads it."""
+        found = self._up_now or self.replicas[:1]
+        return tuple(dict.fromkeys(lack for one in found for lack in one.client.abilities.lacks))
+
+    def _changed(self, replica: Replica) -> None:
+        if any(one.up for one in self.replicas):
+            self._up.set()
+        else:
+            self._up.clear()
+        if self.up or self.wrong is not None:
+            self._known.set()
+        else:
+            self._known.clear()
+        if not replica.up and self.up:
+            replica.upstream.drop_unanswered()  # they go to another engine
+
     async def wait_up(self) -> None:
-        """Returns when the engine serves."""
+        """Returns when an engine serves."""
         await self._up.wait()
 
     async def wait_admitted(self, timeout_s: float) -> None:
@@ -89,60 +143,19 @@ class Versions:
                     raise WrongEngineError(self.wrong)
                 await self._known.wait()
 
-    async def is_well(self) -> bool:
-        """Whether the engine can serve, after a request failed. If not, further ones are held.
+    @property
+    def _loads_adapters(self) -> bool:
+        found = self._up_now or self.replicas[:1]
+        return any(replica.client.abilities.adapters for replica in found)
 
-        All callers at one time share one question to the engine.
-        """
-        if self.up:
-            if self._asking is None or self._asking.done():
-                self._asking = asyncio.create_task(self._is_healthy())
-            with suppress(WrongEngineError):  # by now it is known to be down
-                if not await asyncio.shield(self._asking):
-                    self.engine_failed()
-        return self.up
-
-    async def _is_healthy(self) -> bool:
-        """What the engine says; if it cannot be asked, what was known before.
-
-        Raises WrongEngineError once it is known to be down.
-        """
-        try:
-            return await self.engine.healthy()
-        except WrongEngineError:
-            if self.up:
-                return False
-            raise
-        except EngineError as error:
-            log.warning("%s", error)
-            return self.up
-
-    def engine_failed(self) -> None:
-        """Holds requests until the engine is back and the serving versions are loaded."""
-        self._set(up=False)
-        self._failed.set()
-
-    def _set(self, *, up: bool, wrong: str | None = None, trouble: str = "") -> None:
-        self.wrong = wrong
-        self.trouble = trouble
-        if up:
-            self._up.set()
-        else:
-            self._up.clear()
-        if up or wrong is not None:
-            self._known.set()
-        else:
-            self._known.clear()
-
-    def engine_refuses_additions(self) -> None:
-        """Remembers that the engine accepts no requests with our additions."""
-        known = self.engine.abilities
-        self.engine.abilities = replace(known, additions=False)
+    @property
+    def _up_now(self) -> list[Replica]:
+        return [replica for replica in self.replicas if replica.up]
 
     def serves(self, lineage: str) -> PolicyVersion:
-        """The version of new requests: the base if the engine loads no adapters."""
+        """The version of new requests: the base if no engine loads adapters."""
         version = self.serving[lineage]
-        loads = version.adapter_name is None or self.engine.abilities.adapters
+        loads = version.adapter_name is None or self._loads_adapters
         return version if loads else base_version(lineage, version.state)
 
     async def pinned(self, lineage: str, number: int) -> PolicyVersion:
@@ -154,25 +167,62 @@ class Versions:
         version = await asyncio.to_thread(self._store.versions.get, lineage, number)
         if version is None or not version.can_serve:
             raise Refused(409, f"Version {number} of lineage {lineage!r} is not there any more.")
-        if version.adapter_name is not None and not self.engine.abilities.adapters:
+        if version.adapter_name is not None and not self._loads_adapters:
             raise Refused(503, f"The engine loads no adapters, so version {number} cannot serve.")
         self._pinned_until[self._name(version)] = time.monotonic() + _PINNED_S
         return version
 
     @contextmanager
-    def hold(self, lineage: str, version: PolicyVersion | None = None) -> Generator[PolicyVersion]:
-        """The version, kept loaded for as long as the request runs; None: what serves."""
+    def hold(
+        self, lineage: str, version: PolicyVersion | None = None, key: bytes | None = None
+    ) -> Generator[Held]:
+        """The version, kept loaded for as long as the request runs; None: what serves.
+
+        `key` is the conversation's, which stays on its engine.
+        """
         version = version or self.serves(lineage)
         name = self._name(version)
+        held = Held(version, self._placed(key, version), key)
         self.running[name] += 1
+        held.replica.running += 1
         try:
-            yield version
+            yield held
         finally:
             self.running[name] -= 1
+            held.replica.running -= 1
+
+    def unheld(self) -> Held:
+        """An engine for a request that names no model."""
+        return Held(None, self._placed(None, None))
+
+    def place_again(self, held: Held) -> None:
+        """Takes a request that has got no answer to another engine if its own is down."""
+        if held.replica.up or self.alone:
+            return
+        replica = self._placed(held.key, held.version)
+        if replica is not held.replica:
+            self.moved += 1
+            if held.version is not None:
+                held.replica.running -= 1
+                replica.running += 1
+            held.replica = replica
+
+    def _placed(self, key: bytes | None, version: PolicyVersion | None) -> Replica:
+        if self.alone:
+            return self.replicas[0]
+        able = self._up_now or self.replicas
+        if version is not None and version.adapter_name is not None:
+            able = [replica for replica in able if replica.client.abilities.adapters] or able
+            if version.number == self.serving[version.lineage].number:
+                # The others get none of it yet. One that only episodes ask for is loaded where
+                # they ask.
+                able = [replica for replica in able if replica.has(version)] or able
+        running = {replica.name: replica.running for replica in able}
+        return self._named[self._places.place(key, running, time.monotonic())]
 
     def number_of(self, served: str | None, version: PolicyVersion) -> int | None:
         """The version that the engine's answer names: `version`, the base, or None for another."""
-        if served == self.engine.model:
+        if served == self.model:
             return BASE_VERSION
         return version.number if served == version.adapter_name else None
 
@@ -180,16 +230,16 @@ class Versions:
         """Whether `name` is that of a version's adapter or of the warm-up adapter."""
         return name == WARM_UP_ADAPTER or names_adapter(name)
 
-    async def restored(self, version: PolicyVersion) -> bool:
-        """Loads an adapter that the engine has lost; False if that fails."""
+    async def restored(self, replica: Replica, version: PolicyVersion) -> bool:
+        """Loads an adapter that an engine has lost; False if that fails."""
         if version.adapter_name is None:
             return False
         try:
-            await ensure_loaded(self.engine, version)
+            await replica.load(version)
         except AdapterError as error:
             log.error("version=%d cannot be restored: %s", version.number, error)
             if version.number == self.serving[version.lineage].number:
-                self.engine_failed()  # requests wait until another version serves
+                replica.failed()  # requests wait until another version serves
             return False
         except EngineError as error:
             log.warning("version=%d cannot be restored: %s", version.number, error)
@@ -197,10 +247,11 @@ class Versions:
         return True
 
     async def run(self) -> None:
-        """Follows the store and the engine until cancelled."""
+        """Follows the store and the engines until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._watch_store())
-            tasks.create_task(self._watch_engine())
+            for replica in self.replicas:
+                tasks.create_task(replica.watch(self))
 
     async def _watch_store(self) -> None:
         database = self._store.database
@@ -216,13 +267,34 @@ class Versions:
                     if version.number != old.number:
                         log.info("version=%d serves lineage=%s", version.number, lineage)
                         self.running[self._name(old)] += 0  # so that it is unloaded once drained
+                        if not self.alone:
+                            await self._loaded_by_now(version)
                         self.serving[lineage] = version
-                        self._look_at = 0.0  # whether a server takes adapters may count now
+                        for replica in self.replicas:
+                            replica.look_at = 0.0  # whether it takes adapters may count now
+                            replica.load_at = 0.0
+                            if not (self.alone or replica.has(version)):
+                                replica.wake()
                 await self._unload_drained()
             except WaitError:
                 continue  # the store has logged why
             except Exception:
                 log.exception("following the serving versions failed; trying again")
+
+    async def _loaded_by_now(self, version: PolicyVersion) -> None:
+        """Waits a moment until each engine that is up has loaded and probed a version.
+
+        Whoever published it has loaded it already. The version before serves meanwhile.
+        """
+        loads = [asyncio.create_task(replica.load(version)) for replica in self._up_now]
+        if loads:
+            _, late = await asyncio.wait(loads, timeout=self._intervals.flip_s)
+            for load in late:
+                load.cancel()
+            failed = await asyncio.gather(*loads, return_exceptions=True)
+            for error in failed:
+                if isinstance(error, EngineError | AdapterError):
+                    log.warning("version=%d is left out of an engine: %s", version.number, error)
 
     async def _unload_drained(self) -> None:
         if not self.up or time.monotonic() < self._unload_at:
@@ -254,15 +326,20 @@ class Versions:
         return {self._name(version) for version in self.serving.values()} | pinned
 
     def _name(self, version: PolicyVersion) -> str:
-        return version.adapter_name or self.engine.model
+        return version.adapter_name or self.model
 
     async def _unload(self, name: str) -> bool:
-        """Unloads an adapter. False if it stays loaded."""
+        """Unloads an adapter from every engine that is up. False if it stays loaded in one."""
+        done = [await self._unload_from(replica, name) for replica in self._up_now]
+        return all(done)
+
+    async def _unload_from(self, replica: Replica, name: str) -> bool:
+        replica.loaded.discard(name)
         try:
-            await self.engine.unload_adapter(name)
+            await replica.client.unload_adapter(name)
         except EngineError as error:
             try:
-                if not await self.engine.has_model(name):  # another worker was first
+                if not await replica.client.has_model(name):  # another worker was first
                     return True
             except EngineError:
                 pass  # the first error says more
@@ -270,52 +347,12 @@ class Versions:
             return False
         return True
 
-    async def _watch_engine(self) -> None:
-        pause = self._intervals.down_poll_s
-        quiet_until = time.monotonic() + self._intervals.quiet_start_s
-        while True:
-            self._failed.clear()
-            healthy = False
-            try:
-                healthy = await self._is_healthy()
-                if not healthy:
-                    why = self.engine.trouble
-                    self._set(up=False, trouble=why)
-                    if self._logged or time.monotonic() > quiet_until:
-                        self._log_new(f"the engine is not there, requests wait: {why}")
-                elif not self.up:
-                    await self._prepare()
-                    self._set(up=True)
-                    self._log_new(self._found())
-                elif self.engine.abilities.lacks and time.monotonic() > self._look_at:
-                    await self._look_again()
-            except WrongEngineError as error:
-                self._set(up=False, wrong=str(error))
-                self._log_new(f"no request is let through: {error}")
-            except EngineError as error:
-                self._set(up=False, trouble=str(error))
-                self._log_new(f"the engine is there, but cannot serve yet: {error}")
-            except Exception:
-                self._set(up=False)
-                log.exception("getting the engine ready failed; trying again")
-            if self.up:
-                pause = self._intervals.health_poll_s
-            elif not healthy or pause == self._intervals.health_poll_s:
-                pause = self._intervals.down_poll_s
-            else:
-                pause = min(2 * pause, self._intervals.slowest_poll_s)
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._failed.wait(), pause)
-
-    def _log_new(self, what: str) -> None:
-        """Logs a message about the engine, unless it was the last one."""
-        if what != self._logged:
-            self._logged = what
-            level = logging.INFO if self.up and not self.engine.abilities.lacks else logging.WARNING
-            log.log(level, "%s (%s)", what, self.engine.url)
-
-    def _found(self) -> str:
-        lacks = self.engine.abilities.lacks
+    def found(self, replica: Replica) -> str:
+        """See `Keeper`."""
+        lacks = replica.client.abilities.lacks
+        missing = [f"{v.number} of {v.lineage}" for v in self._missing(replica)]
+        if missing:
+            return f"the engine gets no requests for version {', '.join(missing)}, which it lacks"
         if not lacks:
             return "the engine serves"
         stand_ins = [name for name in self.serving if self.serves(name) != self.serving[name]]
@@ -325,38 +362,50 @@ class Versions:
             f"{base if stand_ins else ''}"
         )
 
-    async def _look_again(self) -> None:
-        """Looks if an engine that serves has got what it lacked."""
-        try:
-            await self._prepare()
-        except EngineError as error:
-            log.info("the engine could not be looked at again: %s", error)
-        self._log_new(self._found())
+    def _missing(self, replica: Replica) -> list[PolicyVersion]:
+        """The serving versions that one of several engines has not loaded."""
+        if self.alone or not replica.client.abilities.adapters:
+            return []
+        return [version for version in self.serving.values() if not replica.has(version)]
 
-    async def _prepare(self) -> None:
-        """Finds out what the engine can do and loads the serving versions."""
+    async def look_again(self, replica: Replica) -> bool:
+        """See `Keeper`."""
+        if replica.client.abilities.lacks and time.monotonic() > replica.look_at:
+            await self.prepare(replica)
+            return True
+        missing = self._missing(replica)
+        if not missing or time.monotonic() < replica.load_at:
+            return False
+        replica.load_at = time.monotonic() + self._intervals.slowest_poll_s
+        for version in missing:
+            await replica.load(version)
+        return True
+
+    async def prepare(self, replica: Replica) -> None:
+        """See `Keeper`."""
         needed = any(version.adapter_name for version in self.serving.values())
-        found = await look(self.engine, self._zero_adapter, adapters=needed)
+        found = await look(replica.client, self._zero_adapter, adapters=needed)
         if found.adapters:
             for version in list(self.serving.values()):
-                await self._load(version)
-            await self._forget_retired()
-        self.engine.abilities = found
-        self._look_at = time.monotonic() + self._intervals.look_again_s
+                await self._load(replica, version)
+            await self._forget_retired(replica)
+        replica.client.abilities = found
+        replica.look_at = time.monotonic() + self._intervals.look_again_s
 
-    async def _load(self, version: PolicyVersion) -> None:
+    async def _load(self, replica: Replica, version: PolicyVersion) -> None:
         """Loads a serving version, or withdraws it if its adapter has changed on disk."""
         try:
-            await ensure_loaded(self.engine, version)
+            await replica.load(version)
         except AdapterError as error:
             log.error("version=%d cannot serve: %s", version.number, error)
             rejected = replace(version, reason=str(error))
-            serving = await withdraw(self._store, self.engine, rejected)
+            others = [one.client for one in self._up_now if one is not replica]
+            serving = await withdraw(self._store, [replica.client, *others], rejected)
             self.serving[version.lineage] = serving
-            await self._load(serving)
+            await self._load(replica, serving)
 
-    async def _forget_retired(self) -> None:
-        """Unloads adapters that an earlier proxy left in the engine, whatever their names.
+    async def _forget_retired(self, replica: Replica) -> None:
+        """Unloads adapters that an earlier proxy left in an engine, whatever their names.
 
         They stay if the store cannot be read.
         """
@@ -369,8 +418,8 @@ class Versions:
         states = {version.adapter_name: version.state for version in versions}
         paths = {version.path for version in versions} - {None}
         ours = paths | {*map(served_folder, filter(None, paths))}
-        for model in await self.engine.models():
+        for model in await replica.client.models():
             over = states.get(model.id) in (VersionState.RETIRED, VersionState.REJECTED)
             over |= model.root in ours and model.id not in states
             if over and not self.running[model.id] and model.id not in elsewhere:
-                await self._unload(model.id)
+                await self._unload_from(replica, model.id)

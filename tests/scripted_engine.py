@@ -88,6 +88,10 @@ class ScriptedEngine:
     """The paths of requests whose connection broke."""
     aborted: asyncio.Event = field(default_factory=asyncio.Event)
     healthy: bool = True
+    frozen: asyncio.Event | None = None
+    """All requests wait until it is set."""
+    served: list[str] = field(default_factory=list)
+    """The models of the chat requests that were answered."""
     context: int = 4096
     """Tokens, as `/v1/models` tells them."""
     server: TestServer | None = None
@@ -113,6 +117,8 @@ class ScriptedEngine:
 
     @web.middleware
     async def _reset(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.frozen is not None:
+            await self.frozen.wait()
         if self.resets and request.method == "POST":
             self.resets -= 1
             self.was_reset.append(request.path)
@@ -120,6 +126,25 @@ class ScriptedEngine:
             request.transport.abort()
             return web.Response()
         return await handler(request)
+
+    async def kill(self) -> None:
+        """Ends it as SIGKILL would: nobody listens, and every connection breaks."""
+        assert self.server is not None
+        assert self.server.runner is not None
+        for site in [*self.server.runner.sites]:
+            await site.stop()
+        assert self.server.runner.server is not None
+        for connection in self.server.runner.server.connections:
+            if connection.transport is not None:
+                connection.transport.abort()
+
+    async def start_again(self) -> None:
+        """Starts it anew at the same address, without adapters."""
+        assert self.server is not None
+        self.adapters.clear()
+        port = self.server.port
+        self.server = TestServer(self.app(), port=port, handler_cancellation=True)
+        await self.server.start_server()
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response(status=200 if self.healthy else 503)
@@ -215,6 +240,7 @@ class ScriptedEngine:
         if model != MODEL and model not in self.adapters:
             error = {"message": f"The model `{model}` does not exist.", "code": 404}
             return web.json_response({"error": error}, status=404)
+        self.served.append(model)
         script = self.queue.pop(0) if self.queue else self.script
         if script.status != 200:
             error = {"message": "scripted", "code": script.status}

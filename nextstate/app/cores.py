@@ -29,6 +29,14 @@ class Cores:
     engine: frozenset[int]
     learner: frozenset[int]
 
+    def of_replica(self, number: int, replicas: int) -> frozenset[int]:
+        """Those of one of several engines; all of the engines' if there are too few to divide."""
+        cores = [own for core in physical_cores({*self.engine}) if (own := core & self.engine)]
+        share = len(cores) // replicas
+        if replicas == 1 or not share:
+            return self.engine
+        return frozenset[int]().union(*cores[number * share : (number + 1) * share])
+
     def __str__(self) -> str:
         return f"vLLM on {_listed(self.engine)}, the learner on {_listed(self.learner)}"
 

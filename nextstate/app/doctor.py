@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from nextstate.app.cores import BINDING, shared_cores
-from nextstate.app.engine_access import engine_client
+from nextstate.app.engine_access import engine_clients
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port
 from nextstate.app.tls import certificate
@@ -126,16 +126,22 @@ def _hosts(settings: Settings) -> str:
 
 def _vllm(settings: Settings) -> str:
     vllm.check_package()
+    vllm.check_replicas(settings.engine)
     vllm.managed_key(settings.engine)
     left_out = ", ".join(vllm.not_passed(settings.engine, os.environ))
     return f"installed; it does not get {left_out} of this shell" if left_out else "installed"
 
 
 def _engine(settings: Settings) -> Iterator[Check]:
-    """What answers at an external engine's address, and what learning lacks there."""
-    where = f"[engine] url = {settings.engine.url!r}"
+    """What answers at the addresses of external engines, and what learning lacks there."""
+    for number, url in enumerate(settings.engine.urls):
+        yield from _engine_at(settings, number, url)
+
+
+def _engine_at(settings: Settings, number: int, url: str) -> Iterator[Check]:
+    where = f"[engine] url = {url!r}"
     try:
-        found = asyncio.run(_look(settings))
+        found = asyncio.run(_look(settings, number))
     except WrongEngineError as error:
         yield Check("engine", "", f"{where}: {error}")
         return
@@ -149,14 +155,15 @@ def _engine(settings: Settings) -> Iterator[Check]:
         served = ", ".join(found.served[:_MAX_MODELS])
         yield Check("engine", "", f"{where} lacks {found.lacks[0]}; it serves {served}")
         return
-    yield Check("engine", f"{settings.engine.url} answers as {settings.engine.name}")
+    yield Check("engine", f"{url} answers as {settings.engine.name}")
     for lack in found.lacks:
         problem = f"{where}: turns are recorded, but learning lacks {lack}"
         yield Check("engine for learning", "", problem)
 
 
-async def _look(settings: Settings) -> Abilities:
-    async with engine_client(settings) as engine:
+async def _look(settings: Settings, number: int) -> Abilities:
+    async with engine_clients(settings) as engines:
+        engine = engines[number]
         if not await engine.healthy():
             raise EngineError(engine.trouble)
         found = await look(engine, adapters=True)

@@ -1,10 +1,11 @@
-"""Where the engine is and its key: from the configuration, or from the supervisor that runs it."""
+"""Where the engines are, and their key: from the configuration, or from their supervisor."""
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 from nextstate.app.settings import Settings
@@ -17,30 +18,31 @@ from nextstate.store import Store
 
 
 def engine_file(settings: Settings) -> Path:
-    """The file with the address and the key of a managed engine; it exists while that runs."""
+    """The file with the addresses and the key of the managed engines; it exists while they run."""
     return settings.store.path / "engine.json"
 
 
-def write_engine_file(settings: Settings, url: str, key: str | None) -> None:
+def write_engine_file(settings: Settings, urls: Sequence[str], key: str | None) -> None:
     """Writes the engine file; only its owner can read it."""
     file = engine_file(settings)
     draft = file.with_suffix(f".{os.getpid()}")
     draft.unlink(missing_ok=True)
     with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        json.dump({"url": url, "key": key}, opened)
+        json.dump({"url": urls[0] if len(urls) == 1 else urls, "key": key}, opened)
     draft.replace(file)
 
 
-def engine_access(settings: Settings) -> tuple[str, str | None]:
-    """The engine's address, and its key or None if it needs none.
+def engine_access(settings: Settings) -> tuple[list[str], str | None]:
+    """The engines' addresses, and their key or None if they need none.
 
     Raises StartError if no managed engine runs, and ConfigError if a key is named but not set.
     """
     if settings.engine.mode == "external":
-        return settings.engine.url, secret(settings.engine.api_key_env, "[engine] api_key_env")
+        return [*settings.engine.urls], secret(settings.engine.api_key_env, "[engine] api_key_env")
     try:
         found = json.loads(engine_file(settings).read_text())
-        return str(found["url"]), found.get("key")
+        urls = found["url"] if isinstance(found["url"], list) else [found["url"]]
+        return [str(url) for url in urls], found.get("key")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise StartError(
             f"no engine runs on [store] dir = {settings.store.dir!r}: start one with "
@@ -48,11 +50,19 @@ def engine_access(settings: Settings) -> tuple[str, str | None]:
         ) from None
 
 
-def engine_client(settings: Settings) -> EngineClient:
-    """A client of the engine, with its key; inside a running event loop."""
-    url, key = engine_access(settings)
+@asynccontextmanager
+async def engine_clients(settings: Settings) -> AsyncGenerator[list[EngineClient]]:
+    """A client of each engine, with its key. Raises as `engine_access` does."""
+    urls, key = engine_access(settings)
     defaults = sampling_defaults(settings.engine)
-    return EngineClient(url, settings.engine.name, key, defaults)
+    names = settings.engine.parts if settings.engine.mode == "managed" else ("",) * len(urls)
+    async with AsyncExitStack() as opened:
+        yield [
+            await opened.enter_async_context(
+                EngineClient(url, settings.engine.name, key, defaults, name)
+            )
+            for url, name in zip(urls, names, strict=False)
+        ]
 
 
 def zero_adapter(settings: Settings) -> Path:
@@ -61,12 +71,12 @@ def zero_adapter(settings: Settings) -> Path:
     return zero_adapter_path(settings.store.path, settings.engine.model_path, rank)
 
 
-VersionChange = Callable[[Store, EngineClient, PolicyVersion], Awaitable[object]]
+VersionChange = Callable[[Store, Sequence[EngineClient], PolicyVersion], Awaitable[object]]
 
 
 async def change_version(
     settings: Settings, change: VersionChange, store: Store, version: PolicyVersion
 ) -> None:
-    """Calls `publish`, `publish_candidate` or `withdraw` with the configured engine."""
-    async with engine_client(settings) as engine:
-        await change(store, engine, version)
+    """Calls `publish`, `publish_candidate` or `withdraw` with the configured engines."""
+    async with engine_clients(settings) as engines:
+        await change(store, engines, version)

@@ -85,16 +85,21 @@ class Settings:
     def hosts(self) -> dict[str, str]:
         """The hosts that our processes may reach besides this machine, and which key says so."""
         found = {self.proxy.host: "[proxy] host"}
-        if self.engine.mode == "external" and (host := _host(self.engine.url)):
-            found[host] = "[engine] url"
+        found.update(dict.fromkeys(self._engine_hosts, "[engine] url"))
         found |= dict.fromkeys(_database_hosts(self.store.url), "[store] url")
         return {host: key for host, key in found.items() if not is_here(host)} | dict.fromkeys(
             self.privacy.allow_hosts, "[privacy] allow_hosts"
         )
 
+    @property
+    def _engine_hosts(self) -> list[str]:
+        """The hosts of external engines."""
+        urls = self.engine.urls if self.engine.mode == "external" else ()
+        return [host for host in map(_host, urls) if host]
+
     def check(self) -> None:
         """Raises ConfigError if sections contradict each other."""
-        if self.engine.mode == "external" and not self.engine.url:
+        if self.engine.mode == "external" and not self.engine.urls:
             raise ConfigError(
                 '[engine] mode = "external" needs [engine] url, for example "http://127.0.0.1:8000"'
             )
@@ -136,7 +141,7 @@ class Settings:
         host = _host(url)
         if host is None:
             return False
-        if self.engine.mode == "external" and host == _host(self.engine.url):
+        if host in self._engine_hosts:
             return True
         try:
             return ip_address(host).is_loopback

@@ -45,14 +45,16 @@ class Stack:
         self.settings = settings
         self.dir = settings.store.path
         self.managed = settings.engine.mode == "managed"
-        port = vllm.free_port() if self.managed else 0
-        self.engine_url = f"http://{vllm.HOST}:{port}" if self.managed else settings.engine.url
+        ports = vllm.free_ports(settings.engine.replicas) if self.managed else []
+        self.engine_urls = [f"http://{vllm.HOST}:{port}" for port in ports]
+        self.engine_urls += [] if self.managed else settings.engine.urls
         self._key = vllm.managed_key(settings.engine) if self.managed else None
         stages = STAGES if settings.rollout.environment else STAGES[1:]
         self.children = {name: stage_process(settings, name, name) for name in stages}
         self.children["proxy"].argv = [*self.children["proxy"].argv, "--under-up"]
-        if self._key is not None:
-            self.children["engine"] = self._engine(port, self._key)
+        for number, port in enumerate(ports):
+            name = settings.engine.parts[number]
+            self.children[name] = self._engine(name, number, port, self._key or "")
         self.supervisor = Supervisor(list(self.children.values()), self._write_states)
 
     def check(self) -> None:
@@ -60,6 +62,7 @@ class Stack:
         certificate(self.settings.proxy)
         if self.managed:
             vllm.check_package()
+            vllm.check_replicas(self.settings.engine)
         vllm.check_model(self.settings.engine)
         check_port(self.settings)
         if not self.settings.proxy.loopback:
@@ -82,7 +85,7 @@ class Stack:
             own_key = new_key()
             remove_all_served(self.dir)  # an earlier one was killed
             write_own_key(self.settings, own_key)
-            write_engine_file(self.settings, self.engine_url, self._key)
+            write_engine_file(self.settings, self.engine_urls, self._key)
             task = asyncio.create_task(self.supervisor.run())
             try:
                 yield task
@@ -127,7 +130,8 @@ class Stack:
         async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
             while (health := await _healthz(session, url)).get("engine") != "up":
                 if problem := health.get("engine_problem"):
-                    raise StartError(f"[engine] url = {self.engine_url!r}: {problem}")
+                    where = ", ".join(self.engine_urls)
+                    raise StartError(f"[engine] url = {where!r}: {problem}")
                 await asyncio.sleep(POLL_S)
         for child in self.children.values():
             child.was_ready = True
@@ -138,25 +142,27 @@ class Stack:
         except OSError as error:
             log.warning("`nextstate status` does not show the processes' states: %s", error)
 
-    def _engine(self, port: int, key: str) -> Child:
+    def _engine(self, name: str, number: int, port: int, key: str) -> Child:
         folder = self.dir / "engine"
         make_state_folder(self.dir)
         make_folder(folder)  # an empty working folder: no file in it shadows a module
         cores = shared_cores(self.settings)
         return Child(
-            "engine",
+            name,
             vllm.command(
                 self.settings.engine,
                 port,
                 self.settings.learner.lora_rank,
                 len(self.settings.all_lineages) + self.settings.judge.uses_base,
             ),
-            self.dir / "logs" / "engine.log",
+            self.dir / "logs" / f"{name}.log",
             env=vllm.server_environment(
-                self.settings.engine, key, part_environment(self.settings, "engine", os.environ)
+                vllm.of_replica(self.settings.engine, number),
+                key,
+                part_environment(self.settings, "engine", os.environ),
             ),
             cwd=folder,
-            cpus=cores.engine if cores else None,
+            cpus=cores.of_replica(number, self.settings.engine.replicas) if cores else None,
             pauses_s=_ENGINE_PAUSES_S,
             explain=lambda log: (
                 f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
@@ -167,7 +173,7 @@ class Stack:
 
 def _order(name: str) -> int:
     """The place of a process in what people see: as a request goes through them."""
-    return ("engine", *STAGES).index(name)
+    return ("engine", *STAGES).index(name.partition("-")[0])
 
 
 async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:

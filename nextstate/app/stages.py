@@ -26,7 +26,7 @@ from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import (
     change_version,
     engine_access,
-    engine_client,
+    engine_clients,
     engine_file,
     zero_adapter,
 )
@@ -44,6 +44,7 @@ from nextstate.engine.process import (
     gpu_share,
     port_is_free,
 )
+from nextstate.engine.several import Renderers, live_requests
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
 from nextstate.keys import chosen_key, key_of_nodes
@@ -89,7 +90,7 @@ def stage_process(settings: Settings, stage: str, name: str, *arguments: str) ->
     if stage == "proxy":
         child.pauses_s = _SHORT_PAUSES_S
     else:
-        child.retry_with = ("engine",)
+        child.retry_with = settings.engine.parts
     return child
 
 
@@ -119,11 +120,11 @@ async def run_proxy(
     (await asyncio.to_thread(Store, settings.store, patience=at_start)).close()
     store = Store(settings.store, patience=patience)
     require_key(settings, store)
-    async with engine_client(settings) as engine:
+    async with engine_clients(settings) as engines:
         proxy = Proxy(
             settings.proxy,
             store,
-            engine,
+            engines,
             settings.agents.profile,
             writer=WriterProcess(
                 settings.privacy.redactor, part_environment(settings, "writer", os.environ)
@@ -139,8 +140,8 @@ async def run_proxy(
             settings,
             store,
             proxy.keys,
-            functools.partial(client.publish, store, engine, by=AT_THE_PAGE),
-            proxy.health,
+            functools.partial(client.publish, store, engines, by=AT_THE_PAGE),
+            proxy.health_in_full,
             proxy.feedback.allowance,
             proxy.tries,
             proxy.requests,
@@ -255,21 +256,20 @@ async def _judge(settings: Settings, store: Store, stop: asyncio.Event) -> None:
     from judge.pace import Counted
     from judge.stage import run
 
-    async with engine_client(settings) as engine:
+    async with engine_clients(settings) as engines:
         config = settings.judge
         priority = {"priority": VOTE_PRIORITY} if by_priority(settings.engine) else {}
-        url, key = engine_access(settings)
-        hints, trained = settings.learner.method != "binary", TrainedJudges(settings, engine)
-        given = plugin_settings(
-            config, settings.engine.name, f"{url}/v1", priority, key, hints, trained
-        )
+        urls, key = engine_access(settings)
+        hints, trained = settings.learner.method != "binary", TrainedJudges(settings, engines)
+        given = plugin_settings(config, settings.engine.name, urls, priority, key, hints, trained)
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
-        counted = Counted(kind, engine.live_requests)
+        counted = Counted(kind, functools.partial(live_requests, engines))
         pace = Pace(config.share, counted.agents) if polite else None
         try:
-            await run(store, config, counted, engine, stop, pace=pace, profile=profile)
+            renderer = Renderers(engines)
+            await run(store, config, counted, renderer, stop, pace=pace, profile=profile)
         finally:
             await kind.close()
 
@@ -365,11 +365,11 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
     async with AsyncExitStack() as opened:
         given = plugin_settings(settings.judge, settings.engine.name, hints=False)
         if settings.judge.on_engine:
-            url, key = engine_access(settings)
-            engine = await opened.enter_async_context(engine_client(settings))
-            trained = TrainedJudges(settings, engine)
+            urls, key = engine_access(settings)
+            engines = await opened.enter_async_context(engine_clients(settings))
+            trained = TrainedJudges(settings, engines)
             given = plugin_settings(
-                settings.judge, settings.engine.name, f"{url}/v1", None, key, False, trained
+                settings.judge, settings.engine.name, urls, None, key, False, trained
             )
         kind = load_judge(settings.judge.kinds, given)
         opened.push_async_callback(kind.close)
@@ -441,7 +441,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
 
 
 def wait_for_engine(settings: Settings, stop: threading.Event, poll_s: float = 0.5) -> None:
-    """Returns once the managed engine is up, if one runs, or when `stop` is set.
+    """Returns once the managed engines are up, if any run, or when `stop` is set.
 
     While it starts, vLLM measures the free memory of its GPU: nothing else may take any then.
     """
@@ -452,9 +452,9 @@ def wait_for_engine(settings: Settings, stop: threading.Event, poll_s: float = 0
 
 
 async def _is_healthy(settings: Settings) -> bool:
-    async with engine_client(settings) as engine:
+    async with engine_clients(settings) as engines:
         try:
-            return await engine.healthy()
+            return all([await engine.healthy() for engine in engines])
         except EngineError as error:
             log.warning("%s", error)
             return False
@@ -465,8 +465,8 @@ def _count_live_requests(settings: Settings) -> int:
 
 
 async def _live_requests(settings: Settings) -> int:
-    async with engine_client(settings) as engine:
-        return await engine.live_requests()
+    async with engine_clients(settings) as engines:
+        return await live_requests(engines)
 
 
 def _stop_event(*patiences: Patience) -> asyncio.Event:

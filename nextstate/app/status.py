@@ -9,7 +9,7 @@ import aiohttp
 
 from learner.rejections import MANY_REJECTIONS, why_paused
 from nextstate.app.child_states import read_child_states
-from nextstate.app.engine_access import engine_client
+from nextstate.app.engine_access import engine_clients
 from nextstate.app.episode_views import settled_text, settled_worth
 from nextstate.app.judge_worth import agreement_text, judge_agreement, trained_worth
 from nextstate.app.own_key import proxy_key
@@ -23,7 +23,7 @@ from nextstate.prometheus import metric_sum, metric_values
 from nextstate.records import Json, PolicyVersion
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
-from nextstate.wire import json_object, obj
+from nextstate.wire import json_object, obj, objects
 from rollout.progress import progress_text, read_progress
 
 _EXAMS_SHOWN = 5
@@ -42,6 +42,7 @@ async def status(settings: Settings) -> Json:
         "state_dir": str(settings.store.path),
         "proxy": _proxy_health(answer, health),
         "engine": await _engine_health(settings, health),
+        "engines": {str(one["name"]): engine_text(one) for one in objects(health.get("engines"))},
         "parts": await asyncio.to_thread(read_child_states, settings.store.path),
         "training": await asyncio.to_thread(_training, settings, store),
         "serving": {name: version.number for name, version in serving.items()},
@@ -195,10 +196,16 @@ async def _engine_health(settings: Settings, health: Json) -> str:
     return f"up; learning lacks {lacks}" if lacks else "up"
 
 
+def engine_text(one: Json) -> str:
+    """What the proxy's `/healthz` says of one of several engines, in words."""
+    return f"{one['state']}: {one['trouble']}" if one["trouble"] else str(one["state"])
+
+
 async def _ask_engine(settings: Settings) -> str:
     try:
-        async with engine_client(settings) as engine:
-            return "up" if await engine.healthy() else _down(settings, engine.trouble)
+        async with engine_clients(settings) as engines:
+            troubles = [engine.trouble for engine in engines if not await engine.healthy()]
+            return _down(settings, "; ".join(troubles)) if len(troubles) == len(engines) else "up"
     except WrongEngineError as error:
         return f"unusable: {error}"
     except ConfigError as error:
@@ -213,4 +220,5 @@ def _down(settings: Settings, trouble: str | None) -> str:
     """Says what is the matter with an external engine: the log of a managed one says it."""
     if not trouble or settings.engine.mode == "managed":
         return "down"
-    return f"down: [engine] url = {settings.engine.url!r} does not serve: {trouble}"
+    where = ", ".join(settings.engine.urls)
+    return f"down: [engine] url = {where!r} does not serve: {trouble}"

@@ -11,12 +11,13 @@ from __future__ import annotations
 import logging
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import orjson
 
 from nextstate.app.settings import Settings
-from nextstate.engine.client import EngineClient, ensure_loaded
+from nextstate.engine.client import EngineClient, load_everywhere
 from nextstate.errors import AdapterError, AnswerError, BusyError, EngineError, JudgeError
 from nextstate.hooks import Calibration, TrainedJudge
 from nextstate.records import Json, PolicyVersion, VersionState
@@ -82,9 +83,11 @@ def _read(path: Path, model_path: str) -> PolicyVersion | None:
 class TrainedJudges:
     """Tells which trained judge votes; looks for a newer one now and then."""
 
-    def __init__(self, settings: Settings, engine: EngineClient, look_s: float = LOOK_S) -> None:
+    def __init__(
+        self, settings: Settings, engines: Sequence[EngineClient], look_s: float = LOOK_S
+    ) -> None:
         self._settings = settings
-        self._engine = engine
+        self._engines = engines
         self._look_s = look_s
         self._look_at = -1.0
         self._newest: PolicyVersion | None = None
@@ -114,7 +117,7 @@ class TrainedJudges:
 
     async def _load(self, version: PolicyVersion) -> None:
         try:
-            await ensure_loaded(self._engine, version)
+            await load_everywhere(self._engines, version)
         except (AdapterError, AnswerError) as error:
             if isinstance(error, AnswerError) and (error.status >= 500 or error.status in _NOT_NOW):
                 raise BusyError(str(error)) from error

@@ -134,6 +134,7 @@ def turn_card(
         "kind": f"{turn.kind} turn",
         "lineage": turn.lineage,
         "version": _UNKNOWN if turn.policy_version is None else turn.policy_version,
+        "engine": turn.engine,
         "at": f"{time_text(turn.timings.started_at)}, {turn.timings.total_s:.1f} s",
         "continues": turn.parent,
         "replaced by": standing and standing.replaced_by,

@@ -31,6 +31,7 @@ def turn_row(
         "kind": turn.kind,
         "lineage": turn.lineage,
         "version": turn.policy_version,
+        "engine": turn.engine,
         "trainable": turn.trainable,
         "reason": turn.untrainable,
         "next_state": [{"source": state.source, "text": state.text} for state in states],

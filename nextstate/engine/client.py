@@ -11,7 +11,7 @@ import asyncio
 import hashlib
 import logging
 from base64 import b64encode
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, cast
@@ -44,6 +44,8 @@ _LOADS = 3
 GLANCE_TIMEOUT_S = 5.0
 """For questions that a server answers at once unless it is overloaded."""
 _LIVE_GAUGES = ("vllm:num_requests_running", "vllm:num_requests_waiting")
+SLOW_S = 15.0
+"""How much longer than the first of several engines another one may take to load a version."""
 WARM_UP_ADAPTER = "nextstate-warm-up"
 _NO_ROUTE = (404, 405, 501)
 _IDLE_S = 4.0
@@ -92,12 +94,15 @@ class EngineClient:
         model: str,
         api_key: str | None = None,
         sampling_defaults: Mapping[str, Any] | None = None,
+        name: str = "",
     ) -> None:
         self.address = server_address(url)
         """With the user and password that it may hold."""
         shown = URL(self.address)
         self.url = str(shown.with_user(None)) if shown.user else self.address
         """The same without them, as logs may show it."""
+        self.name = name or f"{shown.host}:{shown.port}{shown.path.rstrip('/')}"
+        """What people see of it: where it is, or what the supervisor calls it."""
         self.model = model
         """The name under which the base model answers."""
         self.sampling_defaults: Json = dict(sampling_defaults or {})
@@ -343,14 +348,46 @@ def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:
     return state_dir / "warm-up" / f"{model}-rank{rank}"
 
 
+async def load_everywhere(engines: Sequence[EngineClient], version: PolicyVersion) -> None:
+    """`ensure_loaded` in every engine that is up.
+
+    One that is down, or that takes much longer than the first one, is left out: the proxy sends it
+    nothing of the version until it has loaded it. Raises EngineError if none has, AdapterError as
+    `ensure_loaded` does.
+    """
+    if len(engines) == 1:
+        return await ensure_loaded(engines[0], version)
+    loads = {asyncio.create_task(ensure_loaded(one, version)): one for one in engines}
+    try:
+        waiting: set[asyncio.Task[None]] = {*loads}
+        while waiting and not any(load.done() and load.exception() is None for load in loads):
+            _, waiting = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+        if waiting:
+            await asyncio.wait(waiting, timeout=SLOW_S)
+    finally:
+        for load in loads:
+            load.cancel()
+    found = await asyncio.gather(*loads, return_exceptions=True)
+    errors = [error for error in found if error is not None]
+    for error in errors:
+        if not isinstance(error, EngineError | asyncio.CancelledError):
+            raise error
+    if len(errors) == len(found):
+        raise errors[0]
+    for one, error in zip(loads.values(), found, strict=True):
+        if error is not None:
+            why = error if isinstance(error, EngineError) else f"it took more than {SLOW_S:g} s"
+            log.warning("version=%d %s is left out for now: %s", version.number, one.url, why)
+
+
 async def publish(
-    store: Store, engine: EngineClient, version: PolicyVersion, by: str = SOMEBODY
+    store: Store, engines: Sequence[EngineClient], version: PolicyVersion, by: str = SOMEBODY
 ) -> None:
     """Puts a version into service for a person: adapter on disk → loaded → probed → serving.
 
     Running requests keep their version. The proxy unloads it when they have ended.
     """
-    await ensure_loaded(engine, version)
+    await load_everywhere(engines, version)
     ours = version.lineage, version.number
     if not await asyncio.to_thread(store.versions.set_serving, *ours, by):
         raise AdapterError(
@@ -359,21 +396,33 @@ async def publish(
         )
 
 
-async def publish_candidate(store: Store, engine: EngineClient, version: PolicyVersion) -> None:
+async def publish_candidate(
+    store: Store, engines: Sequence[EngineClient], version: PolicyVersion
+) -> None:
     """Puts a version that training made into service, in its parent's place only.
 
     If another version was put into service meanwhile, that one stays.
     """
-    await ensure_loaded(engine, version)
+    await load_everywhere(engines, version)
     if await asyncio.to_thread(store.versions.serve_candidate, version):
         return
     log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
-    if version.adapter_name is not None:
-        await engine.unload_adapter(version.adapter_name)
+    if version.adapter_name is None:
+        return
+    for engine in engines:
+        try:
+            await engine.unload_adapter(version.adapter_name)
+        except EngineError as error:
+            if len(engines) == 1:
+                raise
+            log.info("%s keeps an adapter until it is looked at again: %s", engine.url, error)
 
 
 async def withdraw(
-    store: Store, engine: EngineClient, rejected: PolicyVersion, decisions: Decisions | None = None
+    store: Store,
+    engines: Sequence[EngineClient],
+    rejected: PolicyVersion,
+    decisions: Decisions | None = None,
 ) -> PolicyVersion:
     """Takes a version out of service, for its `reason`, by the same steps as a rollback.
 
@@ -384,7 +433,7 @@ async def withdraw(
         decisions = await asyncio.to_thread(store.versions.decisions, rejected.lineage)
     for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
-            await ensure_loaded(engine, version)
+            await load_everywhere(engines, version)
         except AdapterError as error:
             log.error(
                 "version=%d lineage=%s cannot be used: %s", version.number, version.lineage, error

@@ -10,6 +10,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from nextstate.config import EngineConfig, secret
@@ -27,6 +28,7 @@ START_TIMEOUT_S = 600.0
 _LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Of those that vLLM's `--max-lora-rank` accepts."""
 _OWN_VARIABLES = "VLLM_"
+_VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARE = 0.92
 """vLLM's own default."""
 _MARK = re.compile(r"(?:Error|Exception)(?:\[[^\[\]\n]*\])?: |^ERROR|error:", re.MULTILINE)
@@ -78,8 +80,7 @@ def gpu_share(config: EngineConfig, inherited: Mapping[str, str]) -> float:
 
     Raises ConfigError if it is not a number.
     """
-    visible = "CUDA_VISIBLE_DEVICES"
-    elsewhere = config.env.get(visible, inherited.get(visible)) != inherited.get(visible)
+    elsewhere = config.env.get(_VISIBLE, inherited.get(_VISIBLE)) != inherited.get(_VISIBLE)
     if config.mode != "managed" or elsewhere or on_cpu():
         return 0.0
     name = "--gpu-memory-utilization"
@@ -133,6 +134,40 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind((HOST, 0))
         return probe.getsockname()[1]
+
+
+def free_ports(count: int) -> list[int]:
+    """As many different ones."""
+    found: set[int] = set()
+    while len(found) < count:
+        found.add(free_port())
+    return sorted(found)
+
+
+def check_replicas(config: EngineConfig) -> None:
+    """Raises ConfigError if several servers cannot divide the GPUs."""
+    devices = _devices(config)
+    if config.replicas == 1 or on_cpu() or (devices and len(devices) % config.replicas == 0):
+        return
+    given = f"names {len(devices)} of them" if devices else "does not name them"
+    raise ConfigError(
+        f"[engine] replicas = {config.replicas} divide the GPUs that [engine] env names, and it "
+        f'{given}: name as many for each, such as env = {{ {_VISIBLE} = "0,1" }}'
+    )
+
+
+def of_replica(config: EngineConfig, number: int) -> EngineConfig:
+    """The configuration of one server: of several on GPUs each gets an equal share of these."""
+    devices = _devices(config)
+    share = len(devices) // config.replicas
+    if config.replicas == 1 or not share:
+        return config
+    own = ",".join(devices[number * share : (number + 1) * share])
+    return replace(config, env={**config.env, _VISIBLE: own})
+
+
+def _devices(config: EngineConfig) -> list[str]:
+    return [name.strip() for name in config.env.get(_VISIBLE, "").split(",") if name.strip()]
 
 
 def port_is_free(host: str, port: int) -> bool:

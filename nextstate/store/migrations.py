@@ -48,8 +48,14 @@ def _add_ledger(connection: sa.Connection) -> None:
 
 
 def _add_clients(connection: sa.Connection) -> None:
-    """Whose each turn, feedback and sample is; feedback that waits; texts by base."""
-    columns = t.turns.c.client, t.feedback.c.client, t.samples.c.client, t.samples.c.source
+    """Whose each turn, feedback and sample is, and which engine answered; feedback that waits."""
+    columns = (
+        t.turns.c.client,
+        t.feedback.c.client,
+        t.samples.c.client,
+        t.samples.c.source,
+        t.turns.c.engine,
+    )
     for column in columns:
         made = sa.schema.CreateColumn(column).compile(dialect=connection.dialect)
         connection.exec_driver_sql(f"ALTER TABLE {column.table.name} ADD COLUMN {made}")
@@ -77,7 +83,9 @@ def _hash_episode_keys(connection: sa.Connection) -> None:
 
 
 def _protect(connection: sa.Connection) -> None:
-    """Version 5: whose each turn is, hashed keys of episodes, encryption, roles."""
+    """Version 5: whose each turn is and which engine answered, hashed keys of episodes, encryption,
+    roles.
+    """
     _add_clients(connection)
     _hash_episode_keys(connection)
     t.encryption.create(connection)

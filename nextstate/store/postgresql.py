@@ -323,7 +323,7 @@ class _Sending(Cursor):
         return self._cursor.rowcount
 
     def run_many(self, statement: sa.ClauseElement, rows: Sequence[Mapping[str, object]]) -> int:
-        """Runs a statement for each row of values, and waits once; returns how many rows changed."""
+        """Runs a statement for each row of values and waits once; returns how many rows changed."""
         cursors: list[Any] = []
         for row in rows:
             self._execute(statement, row)

@@ -143,6 +143,7 @@ class Recording:
             episode=turn.episode,
             step=turn.step,
             client=turn.client,
+            engine=turn.engine,
         )
         self._added.update(counts.keys_of_new(turn))
         if turn.episode is not None:

@@ -73,6 +73,7 @@ turns = sa.Table(
     sa.Column("episode", sa.String(100)),
     sa.Column("step", sa.Integer),
     _client(),
+    sa.Column("engine", sa.String(300)),
 )
 """`client` is the key that sent it; empty: one that may do everything, or none was needed."""
 sa.Index("turns_by_session", turns.c.session, turns.c.idx)

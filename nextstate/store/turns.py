@@ -159,6 +159,7 @@ def load_turn(connection: sa.Connection, turn_id: str) -> Turn | None:
         episode=row.episode,
         step=row.step,
         client=row.client,
+        engine=row.engine,
     )
 
 

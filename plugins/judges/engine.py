@@ -57,6 +57,10 @@ class _NoModelError(JudgeError):
     """The server does not know the model."""
 
 
+class _UnreachableError(BusyError):
+    """The server is down."""
+
+
 class EngineJudge:
     """The `engine` kind."""
 
@@ -68,6 +72,11 @@ class EngineJudge:
                 "the engine judge needs a model and a server: set [judge] model and base_url"
             )
         self._settings = settings
+        self._urls = [
+            f"{url.rstrip('/')}/chat/completions"
+            for url in (settings.base_url, *settings.further_urls)
+        ]
+        """Those of all servers, the next one first."""
         self._session: aiohttp.ClientSession | None = None
         self._has_schemas = True
         self._has_words = True
@@ -181,7 +190,19 @@ class EngineJudge:
         return await self._ask(body)
 
     async def _ask(self, body: Json) -> Any:
-        url = f"{self._settings.base_url.rstrip('/')}/chat/completions"
+        """The answer of the server whose turn it is, or of another one if it cannot be reached."""
+        for left in reversed(range(len(self._urls))):
+            url = self._urls[0]
+            if len(self._urls) > 1:
+                self._urls.append(self._urls.pop(0))
+            try:
+                return await self._ask_at(url, body)
+            except _UnreachableError:
+                if not left:
+                    raise
+        raise AssertionError("there is a server")
+
+    async def _ask_at(self, url: str, body: Json) -> Any:
         if self._session is None:
             key = self._settings.api_key
             self._session = aiohttp.ClientSession(
@@ -200,7 +221,10 @@ class EngineJudge:
                 f"the judge's server did not answer within {self._settings.timeout_s} s"
             ) from error
         except aiohttp.ClientError as error:
-            raise BusyError(f"the judge's server at {url} failed: {safe_text(error)}") from error
+            kind = BusyError
+            if isinstance(error, aiohttp.ClientConnectionError):
+                kind = _UnreachableError
+            raise kind(f"the judge's server at {url} failed: {safe_text(error)}") from error
         except ValueError as error:
             raise JudgeError(f"the judge's server at {url} sent no JSON") from error
 

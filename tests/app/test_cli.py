@@ -47,7 +47,7 @@ def test_turns_are_one_json_object_a_line_with_the_documented_keys(
     first, second = (json.loads(line) for line in lines(capsys))
     assert list(first) == [
         *("turn", "session", "index", "episode", "step", "kind", "lineage", "version"),
-        *("trainable", "reason", "next_state", "verdict", "feedback"),
+        *("engine", "trainable", "reason", "next_state", "verdict", "feedback"),
     ]
     assert first["verdict"] == {"score": -1, "votes": [-1], "hint": "Be brief.", "judge": "rules"}
     assert first["next_state"] == [{"source": "user", "text": "thanks"}]

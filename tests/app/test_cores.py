@@ -107,6 +107,23 @@ def test_vllm_is_started_on_its_cores_and_doctor_says_which(settings: Settings) 
     assert found[0].startswith("vLLM on CPU 0, 1, 2, the learner on CPU 3 (the default;")
 
 
+def test_several_engines_divide_the_cores_and_have_names_ports_and_logs_of_their_own(
+    settings: Settings,
+) -> None:
+    engine = replace(settings.engine, replicas=2)
+    stack = Stack(replace(settings, engine=engine))
+    found = [child for name, child in stack.children.items() if name.startswith("engine")]
+    assert [(child.name, child.cpus) for child in found] == [("engine-0", {0}), ("engine-1", {1})]
+    assert [child.log_file.name for child in found] == ["engine-0.log", "engine-1.log"]
+    ports = [child.argv[[*child.argv].index("--port") + 1] for child in found]
+    assert stack.engine_urls == [f"http://127.0.0.1:{port}" for port in ports]
+    assert len({*ports}) == 2
+    assert list(stack.states())[:2] == ["engine-0", "engine-1"]
+    assert stack.children["judge"].retry_with == ("engine-0", "engine-1")
+    many = Stack(replace(settings, engine=replace(engine, replicas=4)))
+    assert many.children["engine-3"].cpus == {0, 1, 2}  # too few to divide
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux binds processes to CPUs")
 def test_a_child_and_what_it_starts_keep_to_its_cpus(tmp_path: Path) -> None:
     mine = min(os.sched_getaffinity(0))

@@ -199,7 +199,7 @@ def test_the_newest_readable_version_for_the_model_votes_and_a_refused_one_no_mo
 
     async def scene() -> list[str | None]:
         async with EngineClient("http://127.0.0.1:1", "m") as engine:
-            judges = TrainedJudges(settings, engine, look_s=0.0)
+            judges = TrainedJudges(settings, [engine], look_s=0.0)
             names = [_name(judges())]
             write_version(settings, 1)
             write_version(settings, 2)

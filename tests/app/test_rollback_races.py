@@ -38,7 +38,7 @@ class Loop:
 
     def publish(self, version: PolicyVersion, withdraw: Decisions | None = None) -> None:
         assert withdraw is None
-        asyncio.run(publish_candidate(self.store, self.engine.client, version))
+        asyncio.run(publish_candidate(self.store, [self.engine.client], version))
         if version.number >= self._wanted:
             self.stop.set()
 
@@ -170,7 +170,7 @@ def test_a_version_that_a_person_keeps_while_the_engine_is_down_is_not_withdrawn
             loop.store.versions.set_serving("main", 2)
             raise EngineError("it restarts")
         assert withdraw is not None
-        asyncio.run(client.withdraw(loop.store, loop.engine.client, version, withdraw))
+        asyncio.run(client.withdraw(loop.store, [loop.engine.client], version, withdraw))
         loop.stop.set()
 
     loop.stop.clear()

@@ -162,14 +162,14 @@ def test_json_is_as_it_was_before_there_were_lines_for_people(
     first, *_, last = run(capsys, config, "--json")
     assert first == (
         '{"turn":"turn_0","session":"s","index":0,"episode":null,"step":null,"kind":"main",'
-        '"lineage":"main","version":0,"trainable":true,"reason":null,"next_state":[{"source":'
-        '"user","text":"No, only the hidden ones."}],"verdict":{"score":-1,"votes":[],"hint":'
-        '"Only hidden files.","judge":"feedback"},"feedback":{"score":-1,"comment":'
+        '"lineage":"main","version":0,"engine":null,"trainable":true,"reason":null,"next_state":'
+        '[{"source":"user","text":"No, only the hidden ones."}],"verdict":{"score":-1,"votes":[],'
+        '"hint":"Only hidden files.","judge":"feedback"},"feedback":{"score":-1,"comment":'
         '"It showed all."}}'
     )
     assert last == (
         '{"turn":"turn_5","session":"b","index":5,"episode":null,"step":null,"kind":"main",'
-        '"lineage":"bob","version":0,"trainable":true,"reason":null,"next_state":[],'
+        '"lineage":"bob","version":0,"engine":null,"trainable":true,"reason":null,"next_state":[],'
         '"verdict":null,"feedback":null}'
     )
 

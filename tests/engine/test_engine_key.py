@@ -55,11 +55,11 @@ def test_only_the_owner_can_read_where_the_key_is(settings: Settings) -> None:
     engine_file(settings).chmod(0o644)
     old = os.umask(0)
     try:
-        write_engine_file(settings, "http://127.0.0.1:5", "secret")
+        write_engine_file(settings, ["http://127.0.0.1:5"], "secret")
     finally:
         os.umask(old)
     assert stat.S_IMODE(engine_file(settings).stat().st_mode) == 0o600
-    assert engine_access(settings) == ("http://127.0.0.1:5", "secret")
+    assert engine_access(settings) == (["http://127.0.0.1:5"], "secret")
     assert [path.name for path in engine_file(settings).parent.iterdir()] == ["engine.json"]
 
 

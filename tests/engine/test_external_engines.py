@@ -121,7 +121,7 @@ def test_an_engine_that_gets_what_it_lacked_serves_the_version(
             await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
             assert (await p.chat(request()))[2]["x-nextstate-version"] == "0"
             engine.refuses_adapters = False
-            await until(lambda: not p.proxy.engine.abilities.lacks)
+            await until(lambda: not p.proxy.engines[0].abilities.lacks)
             assert (await p.chat(request()))[2]["x-nextstate-version"] == "1"
 
     asyncio.run(test())

@@ -75,13 +75,13 @@ def test_a_candidate_made_before_a_person_chose_never_serves_by_itself(
 ) -> None:
     chain.versions.set_serving("main", chosen)
     engine = Engine()
-    asyncio.run(publish_candidate(chain, engine.client, candidate(3, 2)))
+    asyncio.run(publish_candidate(chain, [engine.client], candidate(3, 2)))
     assert chain.versions.serving("main").number == chosen
     assert chain.versions.overtaken(candidate(3, 2))
     third = chain.versions.all("main")[-1]
     assert third.state is RETIRED
     assert f"version {chosen} was put into service" in (third.reason or "")
-    asyncio.run(publish(chain, engine.client, third))  # unless they choose it themselves
+    asyncio.run(publish(chain, [engine.client], third))  # unless they choose it themselves
     assert chain.versions.serving("main").number == 3
 
 
@@ -91,7 +91,7 @@ def test_a_rollback_while_the_candidate_is_loaded_stays_and_its_adapter_is_unloa
     engine = Engine(lambda _: chain.versions.set_serving("main", 1))
     third = candidate(3, 2)
     assert not chain.versions.overtaken(third)
-    asyncio.run(publish_candidate(chain, engine.client, third))
+    asyncio.run(publish_candidate(chain, [engine.client], third))
     assert states(chain) == [(1, "serving"), (2, "retired"), (3, "retired")]
     assert engine.unloaded == [third.adapter_name]
 
@@ -99,9 +99,9 @@ def test_a_rollback_while_the_candidate_is_loaded_stays_and_its_adapter_is_unloa
 def test_a_candidate_of_a_version_that_was_withdrawn_meanwhile_never_serves(chain: Store) -> None:
     second = chain.versions.get("main", 2)
     assert second is not None
-    asyncio.run(withdraw(chain, Engine().client, second))
+    asyncio.run(withdraw(chain, [Engine().client], second))
     assert chain.versions.overtaken(candidate(3, 2))
-    asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
+    asyncio.run(publish_candidate(chain, [Engine().client], candidate(3, 2)))
     assert states(chain) == [(1, "serving"), (2, "rejected"), (3, "retired")]
 
 
@@ -109,7 +109,7 @@ def test_a_candidate_that_a_person_puts_into_service_counts_as_published(chain: 
     chain.versions.set_serving("main", 3)
     for _ in range(2):
         assert not chain.versions.overtaken(candidate(3, 2))
-        asyncio.run(publish_candidate(chain, Engine().client, candidate(3, 2)))
+        asyncio.run(publish_candidate(chain, [Engine().client], candidate(3, 2)))
     assert chain.versions.serving("main").number == 3
 
 
@@ -117,7 +117,7 @@ def test_a_version_is_withdrawn_for_an_ancestor_whose_adapter_is_kept(chain: Sto
     second = chain.versions.get("main", 2)
     assert second is not None
     assert chain.versions.forget_adapter("main", 1)
-    asyncio.run(withdraw(chain, Engine().client, second))
+    asyncio.run(withdraw(chain, [Engine().client], second))
     assert chain.versions.serving("main").number == 0
 
 
@@ -128,7 +128,7 @@ def test_a_version_that_a_person_chooses_while_it_is_withdrawn_stays(
     second = chain.versions.get("main", 2)
     assert second is not None
     engine = Engine(lambda _: chain.versions.set_serving("main", chosen) and None)
-    asyncio.run(withdraw(chain, engine.client, second))
+    asyncio.run(withdraw(chain, [engine.client], second))
     assert chain.versions.serving("main").number == chosen
 
 
@@ -139,7 +139,7 @@ def test_a_version_that_was_found_bad_before_a_person_chose_is_not_withdrawn(
     second, found = chain.versions.get("main", 2), chain.versions.decisions("main")
     assert second is not None
     chain.versions.set_serving("main", chosen)
-    asyncio.run(withdraw(chain, Engine().client, second, found))
+    asyncio.run(withdraw(chain, [Engine().client], second, found))
     assert chain.versions.serving("main").number == chosen
 
 
@@ -148,12 +148,12 @@ def test_an_adapter_that_is_deleted_while_a_person_loads_it_does_not_serve(chain
     assert first is not None
     engine = Engine(lambda _: chain.versions.forget_adapter("main", 1))
     with pytest.raises(AdapterError, match="version 1 was deleted meanwhile"):
-        asyncio.run(publish(chain, engine.client, first))
+        asyncio.run(publish(chain, [engine.client], first))
     assert chain.versions.serving("main").number == 2
     gone = chain.versions.get("main", 1)
     assert gone is not None
     with pytest.raises(AdapterError, match="version 1 was deleted to make room"):
-        asyncio.run(publish(chain, engine.client, gone))
+        asyncio.run(publish(chain, [engine.client], gone))
 
 
 def test_a_serving_version_is_not_rejected(chain: Store) -> None:
@@ -223,7 +223,7 @@ def learn(folder: str, times: int) -> None:
     for number in range(_MADE_BEFORE + 1, _MADE_BEFORE + 1 + times):
         version = candidate(number, store.versions.serving("main").number)
         store.versions.add(version, None)
-        asyncio.run(publish_candidate(store, Engine().client, version))
+        asyncio.run(publish_candidate(store, [Engine().client], version))
     store.close()
 
 

@@ -20,7 +20,7 @@ from nextstate.app.status import status
 from nextstate.engine.client import EngineClient
 from nextstate.errors import StartError
 from nextstate.store import Store
-from proxy import versions
+from proxy import replica, versions
 from proxy.intervals import Intervals
 from proxy.versions import Versions
 from tests.engine.foreign_engines import (
@@ -72,7 +72,7 @@ def test_a_wrong_engine_is_a_clear_503_at_once_and_one_log_line(
             assert re.search(why, found["engine_problem"])
 
     asyncio.run(test())
-    lines = [record for record in caplog.records if record.name == "proxy.versions"]
+    lines = [record for record in caplog.records if record.name == "proxy.replica"]
     assert [record.levelno for record in lines] == [logging.WARNING]
 
 
@@ -97,7 +97,7 @@ def test_an_engine_that_cannot_serve_yet_is_waited_for_with_one_log_line(
             assert (await p.chat(request()))[0] == 200
 
     asyncio.run(test())
-    lines = [record for record in caplog.records if record.name == "proxy.versions"]
+    lines = [record for record in caplog.records if record.name == "proxy.replica"]
     assert [record.levelno for record in lines] == [logging.WARNING, logging.INFO]
     assert "Loading model" in lines[0].getMessage()
 
@@ -123,7 +123,7 @@ def test_an_engine_that_is_not_there_is_one_log_line(
             await until(lambda: len(looks) > 5)
 
     asyncio.run(test())
-    [line] = [record for record in caplog.records if record.name == "proxy.versions"]
+    [line] = [record for record in caplog.records if record.name == "proxy.replica"]
     assert "the engine is not there, requests wait" in line.getMessage()
     assert "http://127.0.0.1:1" in line.getMessage()
 
@@ -141,10 +141,10 @@ def test_the_pause_grows_while_an_engine_answers_and_cannot_serve(
 
     async def test() -> None:
         async with serving(html(200)) as url, EngineClient(url, MODEL) as engine:
-            watched = Versions(store, engine, ["main"], tmp_path / "none")
-            monkeypatch.setattr(versions.asyncio, "wait_for", wait_for)
+            watched = Versions(store, [engine], ["main"], tmp_path / "none")
+            monkeypatch.setattr(replica.asyncio, "wait_for", wait_for)
             with pytest.raises(asyncio.CancelledError):
-                await watched._watch_engine()
+                await watched.replicas[0].watch(watched)
 
     asyncio.run(test())
     assert pauses == [0.4, 0.8, 1.6, 3.2, 5.0, 5.0, 5.0, 5.0]
@@ -268,7 +268,7 @@ def test_another_server_in_the_engines_place_is_noticed_and_logged_once(
                 assert "does not speak HTTP" in (watched.wrong or "")
 
     asyncio.run(test())
-    lines = [r.getMessage() for r in caplog.records if r.name == "proxy.versions"]
+    lines = [r.getMessage() for r in caplog.records if r.name == "proxy.replica"]
     assert len([line for line in lines if "does not speak HTTP" in line]) == 1
 
 

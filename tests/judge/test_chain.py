@@ -129,10 +129,10 @@ def test_engine_and_litellm_cannot_share_their_keys() -> None:
 
 
 def test_litellm_does_not_use_the_engine_as_its_provider() -> None:
-    given = plugin_settings(JudgeConfig(kind="rules,litellm"), model="base", base_url="http://e/v1")
+    given = plugin_settings(JudgeConfig(kind="rules,litellm"), model="base", engines=["http://e"])
     assert (given.model, given.base_url) == ("", "")
     own = JudgeConfig(kind="litellm", model="openai/m", base_url="http://own/v1")
-    given = plugin_settings(own, model="base", base_url="http://e/v1")
+    given = plugin_settings(own, model="base", engines=["http://e"])
     assert (given.model, given.base_url) == ("openai/m", "http://own/v1")
 
 

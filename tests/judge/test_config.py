@@ -24,12 +24,12 @@ def test_votes_on_a_managed_engine_have_a_lower_priority_than_agents() -> None:
 
 def test_only_votes_on_the_engine_get_the_engines_extra_fields() -> None:
     extra = {"priority": 10}
-    assert plugin_settings(JudgeConfig(), "m", "u", extra).extra == extra
-    assert plugin_settings(JudgeConfig(extra={"priority": 3}), "m", "u", extra).extra == {
+    assert plugin_settings(JudgeConfig(), "m", ["u"], extra).extra == extra
+    assert plugin_settings(JudgeConfig(extra={"priority": 3}), "m", ["u"], extra).extra == {
         "priority": 3
     }
     for other in (JudgeConfig(base_url="http://x/v1"), JudgeConfig(kind="litellm")):
-        assert plugin_settings(other, "m", "u", extra).extra == {}
+        assert plugin_settings(other, "m", ["u"], extra).extra == {}
 
 
 @pytest.mark.parametrize("kind", ["engine", "litellm"])
@@ -39,7 +39,7 @@ def test_a_model_judge_without_a_model_says_which_key_to_set(kind: str) -> None:
 
 
 def test_settings_fill_empty_keys_from_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = plugin_settings(JudgeConfig(), model="base", base_url="http://engine/v1")
+    settings = plugin_settings(JudgeConfig(), model="base", engines=["http://engine"])
     assert (settings.model, settings.base_url, settings.api_key) == (
         "base",
         "http://engine/v1",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +52,7 @@ class Running:
 
 @asynccontextmanager
 async def running(
-    engine_url: str,
+    engine_url: str | Sequence[str],
     store: Store,
     tmp_path: Path,
     key: str | None = None,
@@ -65,11 +65,13 @@ async def running(
     profile: str = "generic",
     **config: Any,
 ) -> AsyncGenerator[Running]:
-    async with EngineClient(engine_url, MODEL, engine_key) as engine:
+    urls = [engine_url] if isinstance(engine_url, str) else engine_url
+    async with AsyncExitStack() as opened:
+        clients = [EngineClient(url, MODEL, engine_key) for url in urls]
         proxy = Proxy(
             ProxyConfig(**({"port": 0, "record_timeout_s": 10.0} | config)),
             store,
-            engine,
+            [await opened.enter_async_context(client) for client in clients],
             profile,
             writer=writer or WriterThread(),
             zero_adapter=tmp_path / "none",
@@ -123,7 +125,7 @@ def add_version(store: Store, tmp_path: Path, number: int) -> PolicyVersion:
 
 async def serve(store: Store, p: Running, tmp_path: Path, number: int) -> None:
     """Publishes the version; the proxy serves it when this returns."""
-    await publish(store, p.proxy.engine, add_version(store, tmp_path, number))
+    await publish(store, p.proxy.engines, add_version(store, tmp_path, number))
     await until(lambda: p.proxy.versions.serving["main"].number == number)
 
 

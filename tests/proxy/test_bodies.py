@@ -50,7 +50,7 @@ UNREADABLE = {
 async def serve(store: Store, p: Running, tmp_path: Path) -> str:
     """Puts a version into service; returns its name at the engine."""
     version = add_version(store, tmp_path, 1)
-    await publish(store, p.proxy.engine, version)
+    await publish(store, p.proxy.engines, version)
     await until(lambda: p.proxy.versions.serving["main"].number == 1)
     return str(version.adapter_name)
 
@@ -211,7 +211,7 @@ def test_what_the_proxy_itself_refuses_is_counted(store: Store, tmp_path: Path, 
         "too many choices": (with_('1, "n": 100000'), plain, 400, "at most 1024 choices"),
         "too many arrays": (with_("[" + "[]," * 300_000 + "1]"), plain, 400, "arrays"),
         "an adapter": (with_('1, "model": "main-v000001"'), plain, 404, "does not exist"),
-        "too large": (with_('"' + "x" * (2 << 20) + '"'), plain, 413, "max_body_mb"),
+        "too large": (with_('"' + "x" * (2 << 20) + '"'), plain, 413, "larger than 1 MB"),
         "compressed": (with_("1"), {**plain, "Content-Encoding": "gzip"}, 415, "uncompressed"),
     }
 

@@ -179,7 +179,7 @@ def test_what_agents_probe_is_answered(store: Store, tmp_path: Path) -> None:
         assert json.loads((await ask(p.url, get("/version", with_key))).body) == {"version": "0"}
 
         engine.healthy = False
-        p.proxy.versions.engine_failed()
+        p.proxy.versions.replicas[0].failed()
         for target in ("/health", "/ping"):
             found = await ask(p.url, get(target))
             assert (found.status, found.headers["retry-after"]) == (503, "10")

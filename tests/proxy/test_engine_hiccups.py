@@ -90,7 +90,7 @@ def test_requests_that_fail_together_share_one_health_check(
 
         monkeypatch.setattr(EngineClient, "healthy", healthy)
         versions = p.proxy.versions
-        looks = [asyncio.create_task(versions.is_well()) for _ in range(50)]
+        looks = [asyncio.create_task(versions.replicas[0].is_well()) for _ in range(50)]
         while not asked:
             await asyncio.sleep(0)
         before = len(asked)
@@ -155,13 +155,13 @@ def test_a_look_at_the_engine_without_descriptors_changes_nothing(
             raise OSError(errno.EMFILE, "Too many open files")
 
         monkeypatch.setattr(aiohttp.TCPConnector, "_create_connection", connect)
-        session = p.proxy.engine._session
+        session = p.proxy.engines[0]._session
         assert session.connector is not None
         await session.connector.close()
         session._connector = aiohttp.TCPConnector()
         await until(lambda: len(tried) > 2)
         assert p.proxy.versions.up
-        assert await p.proxy.versions.is_well()
+        assert await p.proxy.versions.replicas[0].is_well()
 
     both(test, store, tmp_path, intervals=Intervals(health_poll_s=0.01))
 
@@ -169,11 +169,12 @@ def test_a_look_at_the_engine_without_descriptors_changes_nothing(
 def count_failures(p: Running) -> list[None]:
     """Grows whenever further requests are held."""
     failed: list[None] = []
-    versions, known = p.proxy.versions, p.proxy.versions.engine_failed
+    [replica] = p.proxy.versions.replicas
+    known = replica.failed
 
     def noted() -> None:
         failed.append(None)
         known()
 
-    versions.engine_failed = noted
+    replica.failed = noted
     return failed

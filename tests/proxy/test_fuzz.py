@@ -236,7 +236,7 @@ async def run(numbers: range, store: Store, tmp_path: Path) -> None:
             assert status == 200, "the proxy does not serve any more"
             await until(lambda: engine.under_way == 0)
             assert not +p.proxy.versions.running
-            upstream = p.proxy.upstream
+            upstream = p.proxy.versions.replicas[0].upstream
             in_use = upstream._connections.difference(upstream._free)  # pyright: ignore[reportPrivateUsage]
             assert not in_use
             await p.http.close()

@@ -56,7 +56,7 @@ def add_version(store: Store, tmp_path: Path, lineage: str, number: int) -> Poli
 
 async def serve(store: Store, p: Running, tmp_path: Path, lineage: str, number: int) -> None:
     """Publishes a new version and returns when new requests take it."""
-    await publish(store, p.proxy.engine, add_version(store, tmp_path, lineage, number))
+    await publish(store, p.proxy.engines, add_version(store, tmp_path, lineage, number))
     await until(lambda: p.proxy.versions.serving[lineage].number == number)
 
 
@@ -290,7 +290,7 @@ def test_adapters_of_one_lineage_unload_when_drained_and_of_no_other(
         assert set(engine.adapters) == loaded - {name_of(ALICE, 1)}
         base = store.versions.get(ALICE, 0)
         assert base is not None
-        await publish(store, p.proxy.engine, base)
+        await publish(store, p.proxy.engines, base)
         await until(lambda: engine.unloaded[2:] == [name_of(ALICE, 2)])
         assert set(engine.adapters) == {name_of(MAIN, 1), name_of(BOB, 2)}
 
@@ -375,7 +375,7 @@ class Traffic:
         else:
             self.numbers[op[1]] += 1
             version = add_version(self.store, self.folder, op[1], self.numbers[op[1]])
-            await publish(self.store, self.p.proxy.engine, version)
+            await publish(self.store, self.p.proxy.engines, version)
 
     async def ask(
         self, caller: str, stream: bool, by_alias: bool, session: str | None, how: str

@@ -54,6 +54,10 @@ async def connected(stack: AsyncExitStack, p: Running) -> Client:
     return Client(reader, writer)
 
 
+def name_of(url: str) -> bytes:
+    return url.removeprefix("http://").encode()
+
+
 def test_the_bound_leaves_each_connection_one_more_to_the_engine() -> None:
     for files in (64, 256, 1024, 4096, 1 << 20):
         gate = Connections(files=files)
@@ -172,7 +176,7 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
         host, port = p.url.removeprefix("http://").split(":")
         for stream in (False, True):
             reader, writer = await asyncio.open_connection(host, int(port))
-            await p.proxy.upstream.__aexit__()
+            await p.proxy.versions.replicas[0].upstream.__aexit__()
             monkeypatch.setattr(socket, "socket", none_left)
             raw = post(path, JSON, body=orjson.dumps(request(stream=stream)))
             writer.write(raw if path != "/v1/models" else get(path))
@@ -184,7 +188,7 @@ def test_no_file_for_the_engine_is_a_503_and_no_dead_engine(
         assert (failed, p.proxy.versions.up) == ([], True)
         metrics = await ask(p.url, get("/metrics"))
         assert b"nextstate_out_of_files_total 2\n" in metrics.body
-        assert b"nextstate_engine_up 1\n" in metrics.body
+        assert b'nextstate_engine_up{engine="%s"} 1\n' % name_of(engine.url) in metrics.body
         assert (await p.chat(request()))[0] == 200
 
     both(test, store, tmp_path)
@@ -236,7 +240,7 @@ def test_a_running_proxy_with_few_files_answers_all_and_goes_on(tmp_path: Path) 
                 assert statuses.count(503) == 26
                 text = (await ask(url, get("/metrics"))).body
                 assert b"nextstate_connections_refused_total 26\n" in text
-                assert b"nextstate_engine_up 1\n" in text
+                assert b'nextstate_engine_up{engine="%s"} 1\n' % name_of(engine.url) in text
                 assert (tmp_path / "log").read_text().count("ulimit -n") == 1
             finally:
                 process.terminate()

@@ -106,11 +106,11 @@ def test_a_version_that_is_unloaded_while_it_comes_back_is_loaded_again(
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         engine.undone = 2
-        await publish(store, p.proxy.engine, add_version(store, tmp_path, 1))
+        await publish(store, p.proxy.engines, add_version(store, tmp_path, 1))
         assert (engine.loads, store.versions.serving("main").number) == (3, 1)
         engine.undone = 3
         with pytest.raises(EngineError, match="does not exist"):
-            await publish(store, p.proxy.engine, add_version(store, tmp_path, 2))
+            await publish(store, p.proxy.engines, add_version(store, tmp_path, 2))
         assert (engine.loads, store.versions.serving("main").number) == (6, 1)
 
     both(test, store, tmp_path)
@@ -141,7 +141,7 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
         (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
         engine.adapters.clear()
         if noticed == "at a restart":
-            p.proxy.versions.engine_failed()
+            p.proxy.versions.replicas[0].failed()
         else:
             await p.chat(request())
         await until(lambda: p.proxy.versions.serving["main"].number == 1)
@@ -166,7 +166,7 @@ def test_a_store_that_fails_while_the_engine_comes_back_does_not_end_the_watchin
             engine.adapters.clear()
             if adapter == "changed":
                 (tmp_path / "v1" / WEIGHTS_FILE).write_bytes(b"something else")
-            p.proxy.versions.engine_failed()
+            p.proxy.versions.replicas[0].failed()
             if adapter == "changed":
                 await until(lambda: "getting the engine ready failed" in caplog.text)
             else:  # the store is not needed to serve
@@ -227,7 +227,7 @@ def test_a_changed_adapter_is_refused_before_the_engine_sees_it(
         version = add_version(store, tmp_path, 1)
         (tmp_path / "v1" / WEIGHTS_FILE).unlink()
         with pytest.raises(AdapterError, match=r"v1 cannot be read: .*No such file"):
-            await publish(store, p.proxy.engine, version)
+            await publish(store, p.proxy.engines, version)
         assert engine.adapters == {}
         assert store.versions.serving("main").number == 0
 

@@ -45,7 +45,7 @@ class Pair:
 
     async def serve(self, tmp_path: Path, number: int) -> None:
         """Publishes a version; returns when both workers serve it."""
-        client = self.workers[0].proxy.engine
+        client = self.workers[0].proxy.engines
         await publish(self.stores[0], client, add_version(self.stores[0], tmp_path, number))
         for worker in self.workers:
             serving = worker.proxy.versions.serving
@@ -122,7 +122,7 @@ def test_the_old_version_stays_loaded_until_every_worker_serves_the_new_one(
         with monkeypatch.context() as patch:
             old = pair.stores[1].versions.serving_of(["main"])
             patch.setattr(pair.stores[1].versions, "serving_of", lambda names: old)
-            client = pair.workers[0].proxy.engine
+            client = pair.workers[0].proxy.engines
             await publish(pair.stores[0], client, add_version(pair.stores[0], tmp_path, 2))
             await until(lambda: pair.workers[0].proxy.versions.serving["main"].number == 2)
             await pair.looks(0)
@@ -181,8 +181,8 @@ def test_metrics_add_up_all_workers(tmp_path: Path) -> None:
                 "nextstate_requests_total 6",
                 "nextstate_turns_recorded_total 5",
                 "nextstate_turns_lost_total 0",
-                "nextstate_requests_running 1",
-                "nextstate_engine_up 1",
+                f'nextstate_requests_running{{engine="{pair.workers[0].proxy.engines[0].name}"}} 1',
+                f'nextstate_engine_up{{engine="{pair.workers[0].proxy.engines[0].name}"}} 1',
                 'nextstate_stored{record="turns",state="main"} 5',
             ):
                 assert f"{line}\n" in text

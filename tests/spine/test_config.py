@@ -34,6 +34,15 @@ def settings_from(tmp_path: Path, text: str) -> Settings:
         ("[proxy]\nport = 'x'", r"\[proxy\] port = 'x'"),
         ("[proxy]\nport = 70000", "expected 0 to 65535"),
         ("[engine]\nmode = 'external'", r"needs \[engine\] url"),
+        ("[engine]\nmode = 'external'\nurl = []", r"needs \[engine\] url"),
+        ("[engine]\nurl = 5", r"\[engine\] url = 5"),
+        ("[engine]\nurl = ['http://a:1', 'b']", r"url = 'b': expected http://HOST:PORT"),
+        ("[engine]\nurl = ['http://a:1', 'http://a:1/v1']", "'http://a:1' twice"),
+        ("[engine]\nreplicas = 0", r"\[engine\] replicas = 0"),
+        (
+            "[engine]\nmode = 'external'\nreplicas = 2\nurl = 'http://a:1'",
+            r"list the addresses of yours as \[engine\] url",
+        ),
         ("[judge]\nkind = 'litellm'", r"adding \"api\.openai\.com\" to \[privacy\] allow_hosts"),
         (
             "[judge]\nkind = 'rules,litellm'",
@@ -64,6 +73,13 @@ def test_bad_values_name_the_key_that_fixes_them(tmp_path: Path, text: str, expe
 
 
 _EXTERNAL = '[engine]\nmode = "external"\nurl = "http://gpu.lan:8000"\n[judge]\n'
+
+
+def test_the_hosts_of_all_engines_may_be_reached(tmp_path: Path) -> None:
+    urls = '["http://gpu1.lan:8000/v1", "http://gpu2.lan:8000"]'
+    found = settings_from(tmp_path, f'[engine]\nmode = "external"\nurl = {urls}')
+    assert found.engine.urls == ("http://gpu1.lan:8000", "http://gpu2.lan:8000")
+    assert found.hosts == dict.fromkeys(("gpu1.lan", "gpu2.lan"), "[engine] url")
 
 
 @pytest.mark.parametrize(

@@ -31,12 +31,8 @@ OF_VERSION_3 = OF_VERSION_1.with_name("schema_3.sql")
 """The same as version 3 left it, before there were keys and a ledger."""
 
 OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
-"""The same as version 4 left it, before it was known whose each turn is and before a store could be
-encrypted, with an episode, whose key it held in clear."""
-
-
-OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
-"""The same as version 4 left it, before there were roles."""
+"""The same as version 4 left it, before turns told their engine and whose they are, and before a
+store could be encrypted, with an episode, whose key it held in clear."""
 
 
 def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:

@@ -99,7 +99,11 @@ async def _run_stack(settings: Settings, agent: str | None) -> int:
             ready = asyncio.create_task(stack.wait_ready(task))
             spinner = "dots" if console.encoding.startswith("utf") else "line"
             loading = "vLLM loads the model (half a minute and more)"
-            waiting = loading if stack.managed else f"waiting for the engine at {stack.engine_url}"
+            waiting = (
+                loading
+                if stack.managed
+                else f"waiting for the engine at {', '.join(stack.engine_urls)}"
+            )
             with console.status(waiting, spinner=spinner):
                 await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.is_set():

@@ -10,9 +10,11 @@ from nextstate.app.episode_views import settled_text, settled_worth
 from nextstate.app.judge_worth import judge_agreement, trained_worth
 from nextstate.app.page.home import problems, why_paused
 from nextstate.app.settings import Settings
+from nextstate.app.status import engine_text
 from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
+from nextstate.wire import objects
 
 _QUEUES = (
     ("Turns that wait for the judge", "judgements/pending"),
@@ -81,6 +83,8 @@ def _engine(settings: Settings, health: Json) -> list[tuple[str, str]]:
         ("Kind", settings.engine.mode),
         ("Model", settings.engine.model),
     ]
+    for one in objects(health.get("engines")):
+        found.append((str(one["name"]), engine_text(one)))
     if trouble := health.get("engine_problem") or health.get("engine_trouble"):
         found.append(("Trouble", str(trouble)))
     lacks = ", ".join(map(str, health.get("learning_lacks") or ()))
