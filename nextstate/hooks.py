@@ -66,8 +66,6 @@ class JudgeSettings:
     """The judge's model: the engine's base model, or a litellm model name."""
     base_url: str = ""
     """An OpenAI-compatible address ending in /v1, where the kind needs one."""
-    further_urls: tuple[str, ...] = ()
-    """Servers of the same model beside it: each is asked in turn, and one that is down left out."""
     api_key: str | None = None
     timeout_s: float = 60.0
     max_tokens: int = 512
@@ -77,6 +75,8 @@ class JudgeSettings:
     """Whether anything learns from hints. If not, a model need not be asked for them."""
     trained: Callable[[], TrainedJudge | None] = _untrained
     """The newest judge that was trained on the engine's base model, if there is one."""
+    further_urls: tuple[str, ...] = ()
+    """Servers of the same model beside it: each is asked in turn, and one that is down left out."""
 
 
 class JudgeKind(Protocol):

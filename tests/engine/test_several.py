@@ -79,7 +79,7 @@ def test_votes_go_to_each_engine_in_turn_and_past_one_that_is_down() -> None:
     async def test() -> None:
         async with TestServer(app(0)) as one, TestServer(app(1)) as two:
             urls = [f"{server.make_url('/v1')!s}" for server in (one, two)]
-            judge = EngineJudge(JudgeSettings("m", urls[0], (f"{NOBODY}/v1", urls[1])))
+            judge = EngineJudge(JudgeSettings("m", urls[0], further_urls=(f"{NOBODY}/v1", urls[1])))
             for _ in range(4):
                 await judge._ask({})
             assert asked == [0, 1, 0, 1]
