@@ -37,6 +37,8 @@ WORDS = (
 )
 STATES = "wordofstate is what followed"
 
+pytestmark = pytest.mark.sqlite
+
 
 def fill(store: Store, count: int = 3) -> None:
     """Records whatever may hold a person's words: one word of its own for each place."""

@@ -93,8 +93,7 @@ def left(store: Store) -> set[str]:
 def assert_whole(store: Store) -> None:
     assert store.verifying.problems(lambda read, total: None) == []
     assert store.ledger.problems() == []
-    with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as connection:
-        assert_uses_are_counted(connection)
+    assert_uses_are_counted(store)
 
 
 def test_turns_that_are_too_old_go_and_versions_that_learned_from_them_stay(dated: Store) -> None:
@@ -114,6 +113,7 @@ def test_turns_that_are_too_old_go_and_versions_that_learned_from_them_stay(date
     assert "said" not in str([entry.content for entry in told])
 
 
+@pytest.mark.sqlite
 def test_no_byte_of_what_went_is_left_without_writing_the_database_anew(dated: Store) -> None:
     big = "0123456789 " * 700
     record(
@@ -174,8 +174,8 @@ def test_what_is_of_use_stays(dated: Store, monkeypatch: pytest.MonkeyPatch) -> 
     record(dated, old(0, 100), old(1, 99))
     train(dated)
     record(dated, old(2, 98))  # waits to train
-    record(dated, old(3, 97), judged=False)
     with dated.recording() as recording:  # its judge never came
+        recording.add_turn(old(3, 97), b"turn_3          ", KEY)
         recording.add_next_states("turn_3", True, [NextState("turn_3", Source.USER, "late", 0.9)])
     record(dated, old(4, 96, "long"), old(5, 0.5, "long"))  # a conversation that goes on
     train_all = dated.training.lease_samples("main", 1, "now", scored=True, hinted=True)
@@ -203,6 +203,7 @@ def test_the_newest_judged_turns_stay_for_the_watch_and_the_gate(
     assert sweep(dated, Keep(size=1 << 20)).turns == 0
 
 
+@pytest.mark.sqlite
 def test_the_oldest_go_until_the_store_has_its_size(dated: Store) -> None:
     import random
 
@@ -240,6 +241,7 @@ def test_the_oldest_go_until_the_store_has_its_size(dated: Store) -> None:
     assert_whole(dated)
 
 
+@pytest.mark.sqlite
 def test_a_kill_in_the_middle_loses_nothing_and_leaves_nothing_half(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     store = Store(StoreConfig(dir=str(folder)), clock=lambda: NOW)
@@ -272,6 +274,7 @@ def test_a_kill_in_the_middle_loses_nothing_and_leaves_nothing_half(tmp_path: Pa
     store.close()
 
 
+@pytest.mark.sqlite
 def test_a_step_costs_the_same_in_a_large_store(tmp_path: Path) -> None:
     found: list[int] = []
     for count in (200, 2000):
