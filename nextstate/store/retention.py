@@ -60,8 +60,8 @@ class Retention:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def used_bytes(self) -> int:
-        """How much the store needs on its disk: its pages that are not free, and its log."""
+    def used_bytes(self) -> tuple[int, int]:
+        """What the store needs on its disk: (its pages that are not free, its log)."""
         return self._database.used_bytes()
 
     def step(self, position: int, before: float | None, by: str) -> Step:
