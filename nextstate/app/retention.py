@@ -22,12 +22,12 @@ log = logging.getLogger(__name__)
 FILE = "retention.json"
 EVERY_S = 300.0
 _DAY_S = 86_400.0
-_MOST_STEPS = 500
+_MOST_STEPS = 2000
 """Of one sweep: 8000 turns. The next sweep goes on there."""
 _REST = 4
 """A sweep rests this many times as long as a step took: people's recording goes first."""
-_SPACE = 0.95
-"""What is over its size is brought down to this much of it."""
+_SPACE = 0.9
+"""What is over its size is brought down to so much of it, without the log."""
 _LEAST = 100 << 20
 """The log alone may have some MB."""
 _UNITS = {"mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
@@ -110,8 +110,8 @@ def sweep(
         done = _sweep(store, done, before, f"retention: older than {keep.days:g} days", stopping)
     pages, log_bytes = store.retention.used_bytes()
     if keep.size is not None and pages + log_bytes > keep.size:
-        # What is deleted makes the log longer for a while, so only the pages tell.
-        goal = int(_SPACE * keep.size) - log_bytes
+        # What is deleted makes the log longer for a while, so the pages alone tell when to end.
+        goal = int(_SPACE * keep.size)
         by = f"retention: the store had more than {keep.size >> 20} MB"
         position = done.position if keep.days is None else 0
         done = _sweep(store, Swept(done.turns, position), None, by, stopping, goal)

@@ -27,7 +27,7 @@ from nextstate.store.forgetting import delete_episodes, delete_turn
 from nextstate.store.ledger import Kind, append
 from nextstate.store.texts import Row
 
-LOOKED_AT, AT_ONCE = 64, 16
+LOOKED_AT, AT_ONCE = 64, 4
 """Turns that a step looks at, and how many of them it deletes at most."""
 ACTIVE_S = 86_400.0
 """A session goes on if its newest turn is younger."""
