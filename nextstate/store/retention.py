@@ -75,7 +75,13 @@ class Retention:
             rows = connection.execute(query).all()
             last = connection.execute(sa.select(sa.func.max(_T.seq))).scalar() or 0
             old = [row for row in rows if before is None or row.started_at < before]
-            free = [row for row, stays in self._kept(connection, old) if not stays][:AT_ONCE]
+            free: list[Row] = []
+            for start in range(0, len(old), 2 * AT_ONCE):
+                some = self._kept(connection, old[start : start + 2 * AT_ONCE])
+                free += [row for row, stays in some if not stays]
+                if len(free) >= AT_ONCE:
+                    break
+            free = free[:AT_ONCE]
             ids = [row.id for row in free]
             of_theirs = _T.session.in_({row.session for row in free}), _T.parent.in_(ids)
             children = connection.execute(sa.select(_T.id, _T.parent).where(*of_theirs)).all()
