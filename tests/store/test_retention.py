@@ -242,7 +242,7 @@ def test_the_oldest_go_until_the_store_has_its_size(dated: Store) -> None:
 def test_a_kill_in_the_middle_loses_nothing_and_leaves_nothing_half(tmp_path: Path) -> None:
     folder = tmp_path / "state"
     store = Store(StoreConfig(dir=str(folder)), clock=lambda: NOW)
-    for start in range(0, 1200, 100):
+    for start in range(0, 200, 100):
         record(store, *(old(n, 100) for n in range(start, start + 100)), judged=False)
     code = (
         "import sys; from nextstate.store import Store; from nextstate.config import StoreConfig;"
