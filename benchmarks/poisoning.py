@@ -34,9 +34,6 @@ from random import Random
 from unittest.mock import patch
 
 import numpy as np
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from judge.evidence import bounded
 from judge.verdict import verdict_of
@@ -355,25 +352,20 @@ def main() -> None:
     if given.toy:
         return show_toy(given.toy)
     began = time.monotonic()
-    table = Table(box=box.SIMPLE, title="points by which others' score moves, mean and worst seed")
-    for heading in ("attack", "defence", "score", "moved", "worst", "attackers' samples"):
-        table.add_column(heading)
+    print("| attack | defence | score | moved, in points | worst seed | attackers' samples |")
+    print("|---|---|---|---|---|---|")
     quiet = [run("nobody", ALL, seed)[0] for seed in range(given.seeds)]
-    table.add_row("nobody", "all", f"{np.mean(quiet):.3f}", "", "", "")
+    print(f"| nobody | all | {np.mean(quiet):.3f} | | | |", flush=True)
     for attack in given.only:
         for name, defence in ATTACKS[attack].items():
             runs = [run(attack, defence, seed) for seed in range(given.seeds)]
             moved = [100 * (q - score) for q, (score, _) in zip(quiet, runs, strict=True)]
-            share = np.mean([share for _, share in runs])
-            table.add_row(
-                attack,
-                name,
-                f"{np.mean([score for score, _ in runs]):.3f}",
-                f"{np.mean(moved):+.1f}",
-                f"{max(moved):+.1f}",
-                f"{share:.0%}",
+            score, share = np.mean(runs, axis=0)
+            print(
+                f"| {attack} | {name} | {score:.3f} | {np.mean(moved):+.1f} | {max(moved):+.1f} | "
+                f"{share:.0%} |",
+                flush=True,
             )
-    Console(width=120).print(table)
     print(f"{given.seeds} seeds, {time.monotonic() - began:.0f} s")
 
 

@@ -22,12 +22,14 @@ log = logging.getLogger(__name__)
 FILE = "retention.json"
 EVERY_S = 300.0
 _DAY_S = 86_400.0
-_MOST_STEPS = 500
+_MOST_STEPS = 2000
 """Of one sweep: 8000 turns. The next sweep goes on there."""
 _REST = 4
 """A sweep rests this many times as long as a step took: people's recording goes first."""
-_SPACE = 0.95
-"""What is over its size is brought down to this much of it."""
+_SPACE = 0.9
+"""What is over its size is brought down to so much of it, without the log."""
+_LEAST = 100 << 20
+"""The log alone may have some MB."""
 _UNITS = {"mb": 1 << 20, "gb": 1 << 30, "tb": 1 << 40}
 
 
@@ -92,8 +94,8 @@ def read_size(text: str) -> int:
         size = int(float(number) * _UNITS[unit])
     except (ValueError, KeyError, OverflowError):
         size = 0
-    if size < _UNITS["mb"]:
-        raise ConfigError(f"--size {text!r:.40}: expected at least 1MB, such as 500MB or 20GB")
+    if size < _LEAST:
+        raise ConfigError(f"--size {text!r:.40}: expected at least 100MB, such as 500MB or 20GB")
     return size
 
 
@@ -106,12 +108,14 @@ def sweep(
     if keep.days is not None:
         before = time.time() - keep.days * _DAY_S
         done = _sweep(store, done, before, f"retention: older than {keep.days:g} days", stopping)
-    if keep.size is not None and store.retention.used_bytes() > keep.size:
+    pages, log_bytes = store.retention.used_bytes()
+    if keep.size is not None and pages + log_bytes > keep.size:
+        # What is deleted makes the log longer for a while, so the pages alone tell when to end.
         goal = int(_SPACE * keep.size)
         by = f"retention: the store had more than {keep.size >> 20} MB"
         position = done.position if keep.days is None else 0
         done = _sweep(store, Swept(done.turns, position), None, by, stopping, goal)
-        done.too_large = store.retention.used_bytes() > keep.size
+        done.too_large = store.retention.used_bytes()[0] > keep.size
     if done.turns:
         store.database.checkpoint()
         log.info("retention deleted turns=%d of what is more than %s", done.turns, keep)
@@ -127,7 +131,7 @@ def _sweep(
     goal: int | None = None,
 ) -> Swept:
     for _ in range(_MOST_STEPS):
-        if stopping.is_set() or (goal is not None and store.retention.used_bytes() <= goal):
+        if stopping.is_set() or (goal is not None and store.retention.used_bytes()[0] <= goal):
             return done
         started = time.monotonic()
         step = store.retention.step(done.position, before, by)

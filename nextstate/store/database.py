@@ -109,8 +109,8 @@ class Dialect(Protocol):
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         ...
 
-    def used_bytes(self, engine: sa.Engine) -> int:
-        """How much the database needs on its disk, without room that is free in its files."""
+    def used_bytes(self, engine: sa.Engine) -> tuple[int, int]:
+        """What the database needs on its disk: (without room that is free in its file, its log)."""
         ...
 
     def take(self, connection: sa.Connection) -> None:
@@ -307,8 +307,8 @@ class Database:
         """Takes the database for this connection alone. Raises what the driver raises."""
         self._dialect.take(connection)
 
-    def used_bytes(self) -> int:
-        """How much it needs on its disk, without room that is free in its files."""
+    def used_bytes(self) -> tuple[int, int]:
+        """What it needs on its disk: (without room that is free in its file, its log)."""
         with self._as_store_errors():
             return self._dialect.used_bytes(self.engine)
 

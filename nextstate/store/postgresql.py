@@ -259,9 +259,9 @@ class PostgreSQL:
         """Rewrites the tables. The server's write-ahead log and its backups are its owner's."""
         connection.connection.cursor().execute("VACUUM (FULL)")
 
-    def used_bytes(self, engine: sa.Engine) -> int:
-        """What the server says of the database, with the room of rows that are gone."""
-        return self._ask("SELECT pg_database_size(current_database())")[0]
+    def used_bytes(self, engine: sa.Engine) -> tuple[int, int]:
+        """What the server says of the database, with the room of rows that are gone; no log."""
+        return self._ask("SELECT pg_database_size(current_database())")[0], 0
 
     def take(self, connection: sa.Connection) -> None:
         """Raises StoreError: a server's database is others' too."""

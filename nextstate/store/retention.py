@@ -27,7 +27,7 @@ from nextstate.store.forgetting import delete_episodes, delete_turn
 from nextstate.store.ledger import Kind, append
 from nextstate.store.texts import Row
 
-LOOKED_AT, AT_ONCE = 64, 16
+LOOKED_AT, AT_ONCE = 64, 4
 """Turns that a step looks at, and how many of them it deletes at most."""
 ACTIVE_S = 86_400.0
 """A session goes on if its newest turn is younger."""
@@ -60,8 +60,8 @@ class Retention:
     def __init__(self, database: Database) -> None:
         self._database = database
 
-    def used_bytes(self) -> int:
-        """How much the store needs on its disk: its pages that are not free, and its log."""
+    def used_bytes(self) -> tuple[int, int]:
+        """What the store needs on its disk: (its pages that are not free, its log)."""
         return self._database.used_bytes()
 
     def step(self, position: int, before: float | None, by: str) -> Step:
@@ -75,7 +75,13 @@ class Retention:
             rows = connection.execute(query).all()
             last = connection.execute(sa.select(sa.func.max(_T.seq))).scalar() or 0
             old = [row for row in rows if before is None or row.started_at < before]
-            free = [row for row, stays in self._kept(connection, old) if not stays][:AT_ONCE]
+            free: list[Row] = []
+            for start in range(0, len(old), 2 * AT_ONCE):
+                some = self._kept(connection, old[start : start + 2 * AT_ONCE])
+                free += [row for row, stays in some if not stays]
+                if len(free) >= AT_ONCE:
+                    break
+            free = free[:AT_ONCE]
             ids = [row.id for row in free]
             of_theirs = _T.session.in_({row.session for row in free}), _T.parent.in_(ids)
             children = connection.execute(sa.select(_T.id, _T.parent).where(*of_theirs)).all()

@@ -187,14 +187,15 @@ class SQLite:
             error.sqlite_errorcode = sqlite3.SQLITE_BUSY
             raise error
 
-    def used_bytes(self, engine: sa.Engine) -> int:
+    def used_bytes(self, engine: sa.Engine) -> tuple[int, int]:
         """The pages that are not free, and the write-ahead log."""
         with engine.connect() as connection:
             pages, free, size = (
                 connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
                 for name in ("page_count", "freelist_count", "page_size")
             )
-        return (pages - free) * size + (self._log.stat().st_size if self._log.exists() else 0)
+        log = self._log.stat().st_size if self._log.exists() else 0
+        return (pages - free) * size, log
 
     def take(self, connection: sa.Connection) -> None:
         """Keeps every other connection out, until this one is closed."""

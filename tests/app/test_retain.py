@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 from pathlib import Path
@@ -127,10 +128,10 @@ def test_review_shows_accepts_and_drops(config: Path, capsys: pytest.CaptureFixt
     assert main(["review", "--config", str(config), "drop"]) == 2
 
 
-async def test_status_tells_what_waits_and_what_is_held_back(config: Path) -> None:
+def test_status_tells_what_waits_and_what_is_held_back(config: Path) -> None:
     store = opened(config)
     store.reviewing.give(Feedback("turn_0", -1), "key eve")
     store.close()
-    found = await status(Settings.read(config))
+    found = asyncio.run(status(Settings.read(config)))
     assert found["review"] == {"key eve": 1}
     assert (found["held_back"], found["kept"]) == ({}, "everything")

@@ -61,7 +61,6 @@ def test_of_two_calls_only_the_one_that_fetches_brings_strangers_words() -> None
     reply = '[calls bash({"command": "make"})]\n[calls web_fetch({"url": "https://a.example"})]'
     failed = (Source.TOOL, "Traceback (most recent call last):\nError: failed")
     assert judged(reply, failed, (Source.TOOL, PRAISE)).score == -1
-    assert judged(reply, (Source.TOOL, "x = 1"), (Source.TOOL, BLAME)).score == 0
 
 
 def test_a_page_does_not_answer_for_a_person_who_said_nothing_of_the_reply() -> None:

@@ -236,11 +236,7 @@ def test_no_client_but_the_owner_gets_more_than_its_share(
     size = sum(given.values())
     everybody = {*known, *(client for client, count in available.items() if count)}
     share = share_of(available, known)
-    assert (
-        share <= SHARE
-        or not everybody
-        or ("" not in everybody and share <= 1 / len(everybody) + 1e-9)
-    )
+    assert share <= SHARE or ("" not in everybody and share <= 1 / max(1, len(everybody)) + 1e-9)
     assert size <= min(limit, sum(available.values()))
     for client, count in given.items():
         assert count <= available[client]

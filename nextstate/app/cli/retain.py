@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         keep = replace(keep, size=read_size(args.size))
     if args.off or args.days is not None or args.size is not None:
         write_keep(store.dir, keep)
-    used = store.retention.used_bytes()
+    used = sum(store.retention.used_bytes())
     print(f"kept: {keep}; the store has {used / (1 << 20):.0f} MB")
     if args.now:
         position, turns = 0, 0
