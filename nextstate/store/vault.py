@@ -60,6 +60,7 @@ class Vault:
         self._local = threading.local()
         self._known = dict[bytes, Any]()
         """Ciphers of values, by their salts."""
+        self._known_prefixes = dict[bytes, bytes]()
         self._known_words = dict[str, str](), dict[str, str]()
         self._own: tuple[bytes, Any] | None = None
         """The salt of this process, and the cipher of its key."""
@@ -103,12 +104,15 @@ class Vault:
 
         Of the two parts of 8 bytes stand first what finds them, and then the way back.
         """
+        if (known := self._known_prefixes.get(key)) is not None:
+            return known  # a turn is looked for by the key that it was stored with
         parts = [key[_BLOCK : _BLOCK + _PART], key[_BLOCK + _PART :]]
         blocks = (key[:_BLOCK], parts[0] + _FIRST, parts[1] + _SECOND, parts[0] + parts[1])
         if len(parts[1]) == _PART:
             found = self._blocks()[0].update(b"".join(blocks))
             ends = found[_BLOCK : _BLOCK + _PART], found[2 * _BLOCK : 2 * _BLOCK + _PART]
-            return found[:_BLOCK] + ends[0] + ends[1] + found[3 * _BLOCK :]
+            sealed = found[:_BLOCK] + ends[0] + ends[1] + found[3 * _BLOCK :]
+            return _remember(self._known_prefixes, key, sealed)
         if not parts[0]:
             return self.seal_names(blocks[0])
         return self.seal_names(blocks[0] + blocks[1])[: _BLOCK + _PART]
