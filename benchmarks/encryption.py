@@ -87,8 +87,8 @@ def main() -> None:
             clear = _opened(Path(folder, "clear"), encrypted=False)
             sealed = _opened(Path(folder, "sealed"), encrypted=True)
             for number in range(_CONVERSATIONS):
-                for pickled in conversation(size, number):
-                    for kind in (clear, sealed) if number % 2 else (sealed, clear):
+                for turn, pickled in enumerate(conversation(size, number)):
+                    for kind in (clear, sealed) if (number + turn) % 2 else (sealed, clear):
                         kind.take(pickled, profile)
             for one, other in zip(clear.store.turns.ids(), sealed.store.turns.ids(), strict=True):
                 for kind, turn in ((clear, one), (sealed, other)):

@@ -91,6 +91,7 @@ class _Prepared:
         self.row: Any = namedtuple("Row", columns)  # pyright: ignore[reportUntypedNamedTuple]
         self._sealed: list[tuple[str, Way]] = []
         self._hashes: list[str] = []
+        self._opened_hashes: list[int] = []
         self._opened: list[tuple[int, Way]] = []
         self._vault = vault_of(dialect)
         if self._vault is not None:
@@ -121,7 +122,7 @@ class _Prepared:
     def rows(self, found: Sequence[Any]) -> list[Any]:
         """The driver's rows as named tuples."""
         make = self.row._make
-        if not self._opened:
+        if not (self._opened or self._opened_hashes):
             return [make(row) for row in found]
         rows: list[Any] = []
         for row in found:
@@ -129,6 +130,13 @@ class _Prepared:
             for at, opened in self._opened:
                 if values[at] is not None:
                     values[at] = opened(values[at])
+            if hashes := [at for at in self._opened_hashes if values[at] is not None]:
+                assert self._vault is not None
+                joined, start = self._vault.open_names(b"".join([values[a] for a in hashes])), 0
+                for at in hashes:
+                    end = start + len(values[at])
+                    values[at] = joined[start:end]
+                    start = end
             rows.append(make(values))
         return rows
 
@@ -143,7 +151,9 @@ class _Prepared:
             list(statement.selected_columns) if isinstance(statement, sa.Select) else []
         )
         for at, column in enumerate(columns):
-            if isinstance(column.type, SealedType):
+            if isinstance(column.type, Name):
+                self._opened_hashes.append(at)
+            elif isinstance(column.type, SealedType):
                 self._opened.append((at, column.type.ways(vault)[1]))
 
 
