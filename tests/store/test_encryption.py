@@ -208,7 +208,7 @@ def stored_bytes(config: StoreConfig) -> set[object]:
         ):
             for row in connection.execute(query):
                 found |= {*row}
-        return found - {None}
+        return {one for one in found - {None} if not str(one).startswith("{")}  # numbers only
 
 
 def test_another_key_opens_the_store_and_the_old_one_does_not(
