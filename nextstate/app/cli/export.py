@@ -10,6 +10,7 @@ from nextstate.app.cli.common import add_command, find_version, whole_number
 
 if TYPE_CHECKING:
     from nextstate.app.settings import Settings
+    from nextstate.store import Store
 
 _ADAPTER = "adapter"
 _TAKES_IMPORTED = ("sft", "prompts")
@@ -91,6 +92,7 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
         )
         count = write_rows(args.out, format_.rows(store, source), format_.columns)
     print(f"{args.out}: {count} rows")
+    _say_if_plain(store)
     if not count and args.what in ("sft", "kto", "dpo"):
         print("they are made of judged turns: `nextstate status` says how many there are")
 
@@ -102,7 +104,8 @@ def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:
 
     if args.version is None:
         raise StartError("--version is missing: `nextstate versions` lists them")
-    version = find_version(Store(settings.store), args.lineage or "main", args.version)
+    store = Store(settings.store)
+    version = find_version(store, args.lineage or "main", args.version)
     folder = None if version.path is None else Path(version.path)
     if folder is None or not folder.is_dir():
         why = "it was deleted to make room" if version.sha256 else "it is the base model itself"
@@ -112,3 +115,9 @@ def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:
     else:
         copy_adapter(folder, args.out)
     print(f"{args.out}: version {version.number} of {version.lineage}")
+    _say_if_plain(store)
+
+
+def _say_if_plain(store: Store) -> None:
+    if store.vault is not None:
+        print("unlike the store, it is not encrypted: other programs shall read it")
