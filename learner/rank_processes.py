@@ -27,8 +27,10 @@ from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import cast
 
 import torch.distributed as dist
+from torch.distributed import FileStore  # pyright: ignore[reportPrivateImportUsage]
 
 from learner.ranks import SHARED_ERRORS, Ranks
 from nextstate import egress, logs
@@ -81,7 +83,7 @@ def join(ranks: Ranks, file: Path) -> None:
     ranks.all(lambda: ())  # all are there: what follows takes no longer than a moment
     logging.getLogger("transformers.training_args").setLevel(logging.ERROR)  # it expects torchrun
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
-    store = dist.FileStore(str(file), ranks.count)
+    store = FileStore(str(file), ranks.count)
     ranks.together(
         lambda: dist.init_process_group(
             "gloo", store=store, rank=ranks.rank, world_size=ranks.count, timeout=_SUM_TIMEOUT
@@ -118,7 +120,9 @@ class _Children:
         self, rank: int, count: int, follow: Callable[[Ranks], None], file: Path, hang_s: int
     ) -> None:
         spawning = multiprocessing.get_context("spawn")
-        (ours, theirs), (our_signs, their_signs) = spawning.Pipe(), spawning.Pipe()
+        # On Linux and macOS; the types say what Windows returns.
+        ours, theirs = cast("tuple[Connection, Connection]", spawning.Pipe())
+        our_signs, their_signs = cast("tuple[Connection, Connection]", spawning.Pipe())
         child = spawning.Process(
             target=_run,
             args=(rank, count, follow, theirs, their_signs, file, hang_s, egress.allowed_hosts()),
@@ -194,7 +198,7 @@ def _run(
         code = 1
     _leave()
     # The interpreter's own end takes seconds with torch, and there is nothing to keep.
-    multiprocessing.util._exit_function()
+    multiprocessing.util._exit_function()  # pyright: ignore[reportAttributeAccessIssue]
     os._exit(code)
 
 

@@ -11,7 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -81,7 +81,7 @@ def remove_all_served(state_dir: Path) -> None:
 
 
 @contextmanager
-def opened_folder(path: Path) -> Iterator[Path]:
+def opened_folder(path: Path) -> Generator[Path]:
     """The adapter's folder with plain files; a copy in memory if it is sealed."""
     if not sealed_files.is_sealed(path / WEIGHTS_FILE):
         yield path

@@ -84,7 +84,8 @@ class Retention:
             free = free[:AT_ONCE]
             ids = [row.id for row in free]
             of_theirs = _T.session.in_({row.session for row in free}), _T.parent.in_(ids)
-            children = connection.execute(sa.select(_T.id, _T.parent).where(*of_theirs)).all()
+            query = sa.select(_T.id, _T.parent).where(*of_theirs)
+            children = [*connection.execute(query).all()]
         if free:
             with self._database.write() as connection:
                 # What was recorded meanwhile may continue one of them.
