@@ -108,6 +108,8 @@ def _encryption(settings: Settings) -> str:
     store = Store(settings.store)
     store.close()
     if store.vault is None:
+        if settings.store.url.startswith("postgres"):
+            return "off: encrypt the disks of the server and of [store] dir; only a file can be"
         return "off: who can read the disk reads everything (`nextstate encrypt`)"
     key = find_store_key(store.dir)
     served = in_memory(store.dir.resolve())

@@ -109,7 +109,8 @@ def sweep(
         before = time.time() - keep.days * _DAY_S
         done = _sweep(store, done, before, f"retention: older than {keep.days:g} days", stopping)
     pages, log_bytes = store.retention.used_bytes()
-    if keep.size is not None and pages + log_bytes > keep.size:
+    in_file = not store.config.url.startswith("postgres")  # a server's size does not fall
+    if in_file and keep.size is not None and pages + log_bytes > keep.size:
         # What is deleted makes the log longer for a while, so the pages alone tell when to end.
         goal = int(_SPACE * keep.size)
         by = f"retention: the store had more than {keep.size >> 20} MB"

@@ -11,6 +11,7 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,6 +22,8 @@ from nextstate.errors import AdapterError, SealError
 WEIGHTS_FILE = "adapter_model.safetensors"
 _IN_MEMORY = Path("/dev/shm")
 _FOLDER = 0o700
+_copying = threading.Lock()
+"""Several engines load the same copy at the same time."""
 
 
 def verify_adapter(path: Path, sha256: str) -> None:
@@ -60,8 +63,10 @@ def prepare_served(path: str) -> str:
     served = served_folder(path)
     if served != path:
         try:
-            _make_private(Path(served).parent)
-            _copy_opened(Path(path), Path(served))
+            with _copying:
+                _make_private(Path(served).parent)
+                if not _is_copy(Path(path), Path(served)):
+                    _copy_opened(Path(path), Path(served))
         except (OSError, SealError) as error:
             raise AdapterError(
                 f"the encrypted adapter in {path} cannot be opened in memory, at {served}: {error}"
@@ -106,6 +111,14 @@ def _make_private(folder: Path) -> None:
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
         raise OSError(f"{folder} is another account's")
     folder.chmod(_FOLDER)
+
+
+def _is_copy(source: Path, target: Path) -> bool:
+    """Whether an adapter's files lie opened in `target`: another engine may read them."""
+    try:
+        return all((target / f.name).read_bytes() == sealed_files.read(f) for f in source.iterdir())
+    except FileNotFoundError:
+        return False
 
 
 def _copy_opened(source: Path, target: Path) -> None:

@@ -212,7 +212,7 @@ class PostgreSQL:
 
     def numbered(self, connection: sa.Connection) -> None:
         """Makes new rows' numbers follow the largest there are."""
-        for table in (t.turns, t.rewards, t.decisions):
+        for table in (t.turns, t.rewards, t.decisions, t.reviews):
             connection.exec_driver_sql(
                 f"SELECT setval(pg_get_serial_sequence('{table.name}', 'seq'), "
                 f"max(seq)) FROM {table.name} HAVING max(seq) IS NOT NULL"

@@ -91,6 +91,11 @@ class Retention:
                 # What was recorded meanwhile may continue one of them.
                 newer = sa.select(_T.id, _T.parent).where(_T.seq > last, _T.parent.in_(ids))
                 children += connection.execute(newer).all()
+                # Another command may have deleted some of them.
+                named = [*ids, *(row.id for row in children)]
+                there = {*connection.execute(sa.select(_T.id).where(_T.id.in_(named))).scalars()}
+                free = [row for row in free if row.id in there]
+                children = [row for row in children if {row.id, row.parent} <= there]
                 done = [row for row, stays in self._kept(connection, free) if not stays]
                 episodes = _delete(connection, done, children)
                 if done:
@@ -188,6 +193,6 @@ def _unbase(connection: sa.Connection, released: set[bytes]) -> None:
                 continue
             against = connection.execute(sa.select(_C.hash).where(_C.base == base)).scalars()
             for key, text in texts.get(connection, against.all()).items():
-                plain = {"base": None, "stored": texts.compress(text)}
+                plain = {"base": None, "stored": texts.packed(connection, key, text)}
                 connection.execute(sa.update(t.texts).where(_C.hash == key).values(**plain))
             connection.execute(sa.delete(t.texts).where(_C.hash == base))

@@ -186,6 +186,7 @@ class Writer:
         if not self._uncounted:
             return
         rows = [{"key": key, "more": uses} for key, (uses, _) in self._uncounted.items()]
+        self._cursor.settle()  # what this transaction added is found, too
         if self._cursor.run_many(_USE, rows) < len(rows):
             for key, (uses, text) in self._uncounted.items():
                 if self._cursor.first(_FIND, key=key) is None:  # it was not known rightly

@@ -298,7 +298,7 @@ async def _door(
                 settings_of(store, folder),
                 store,
                 p.proxy.keys,
-                functools.partial(publish, store, p.proxy.engine),
+                functools.partial(publish, store, p.proxy.engines),
                 p.proxy.health,
                 p.proxy.feedback.allowance,
                 p.proxy.tries,

@@ -300,7 +300,7 @@ def _adapters(name: str, weights: Callable[[Any], None], registered: str | None 
         )
         store.versions.add(version, None)
         try:
-            await publish(store, lab.closed.proxy.engine, version)
+            await publish(store, lab.closed.proxy.engines, version)
         except NextStateError:
             pass
         else:

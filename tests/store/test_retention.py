@@ -28,6 +28,7 @@ from nextstate.records import (
 )
 from nextstate.store import Store, retention
 from nextstate.store.retention import AT_ONCE, LOOKED_AT
+from tests.encrypted import encrypt
 from tests.store.test_growth import steps
 from tests.store.test_records import KEY, judge, turn
 from tests.store.test_texts import assert_uses_are_counted
@@ -168,6 +169,27 @@ def test_what_others_use_stays(dated: Store) -> None:
     assert based is not None
     assert based.request["messages"][0]["content"] == "x" * 9000 + "y"
     assert_whole(dated)
+
+
+@pytest.mark.sqlite
+def test_a_text_that_was_compressed_against_one_that_went_is_sealed_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "KEPT_JUDGED", 0)
+    monkeypatch.setattr(retention, "KEPT_HELD", 0)
+    monkeypatch.setattr("time.time", lambda: NOW)
+    config = StoreConfig(dir=str(tmp_path / "state"))
+    encrypt(config, monkeypatch)
+    store = Store(config, clock=lambda: NOW)
+    for number, days, text in ((0, 100, "x" * 9000), (1, 10, "x" * 9000 + "y")):
+        record(store, old(number, days, request={"messages": [{"role": "user", "content": text}]}))
+    train(store)
+    assert sweep(store, Keep(days=50)).turns == 1
+    left_over = store.turns.get("turn_1")
+    assert left_over is not None
+    assert left_over.request["messages"][0]["content"] == "x" * 9000 + "y"
+    assert_whole(store)
+    store.close()
 
 
 def test_what_is_of_use_stays(dated: Store, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,16 @@ def test_a_conversation_counts_each_message_once(store: Store) -> None:
     assert {uses for (uses,) in select(store, "SELECT uses FROM texts")} == {1}
 
 
+def test_what_two_conversations_of_a_transaction_share_is_counted_for_both(store: Store) -> None:
+    messages = [{"role": "system", "content": "Be brief. " * 900}]
+    with store.recording() as recording:
+        for number in (1, 2):
+            one = turn(number, session=f"s{number}", request={"messages": messages})
+            recording.add_turn(one, b"chain %10d" % number, b"reply %10d" % number)
+    assert_uses_are_counted(store)
+    assert max(row.uses for row in select(store, "SELECT uses FROM texts")) == 2
+
+
 def test_what_a_new_verdict_replaces_is_deleted(store: Store) -> None:
     add(store, turn(0))
     before = check(store)

@@ -49,6 +49,11 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError(f"--days {args.days:g}: expected 1 to 36500, such as 90")
         keep = replace(keep, days=args.days)
     if args.size is not None:
+        if store.config.url.startswith("postgres"):
+            raise ConfigError(
+                "--size counts in a file only: a server keeps the room of what is deleted for what "
+                "comes; use --days"
+            )
         keep = replace(keep, size=read_size(args.size))
     if args.off or args.days is not None or args.size is not None:
         write_keep(store.dir, keep)
