@@ -340,7 +340,8 @@ def without_password(url: str) -> str:
     """The URL as messages and logs show it."""
     try:
         parts = urlsplit(url)
-        shown = parts._replace(netloc=re.sub(r":[^@]*@", ":***@", parts.netloc))
+        user, at, host = parts.netloc.rpartition("@")
+        shown = parts._replace(netloc=f"{user.partition(':')[0]}{':***' * (':' in user)}{at}{host}")
     except ValueError:
         return "postgresql://…"
     query = re.sub(r"(?i)(password=)[^&]*", r"\1***", shown.query)
