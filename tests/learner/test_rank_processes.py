@@ -15,6 +15,7 @@ import torch.distributed as dist
 from learner.rank_processes import started
 from learner.ranks import Ranks
 from nextstate.errors import LostRankError
+from nextstate.records import Sample
 from tests.learner.acting_ranks import act_until_the_end, shared
 
 _HANG_S = 2
@@ -53,6 +54,15 @@ def state_of(pid: int) -> str:
         return "Z"
 
 
+def test_a_learner_of_one_process_starts_no_other_and_exchanges_nothing(tmp_path):
+    with started(1, act_until_the_end, lambda: None, tmp_path / "file") as ranks:
+        assert not dist.is_initialized()
+        assert ranks.all(lambda: [1, 2]) == [1, 2]
+        samples: list[Sample] = []
+        assert ranks.mine(samples) is samples
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_unexpected_error_ends_the_rank_and_the_block(tmp_path):
     with (
         pytest.raises(LostRankError, match="rank 1 of the learner: it went wrong"),
@@ -67,7 +77,7 @@ def test_an_unexpected_error_ends_the_rank_and_the_block(tmp_path):
 def test_a_rank_that_ends_before_it_joins_ends_the_wait(tmp_path):
     with (
         pytest.raises(LostRankError, match="has ended"),
-        started(3, EndsWhenRead(), lambda: None, tmp_path / "file"),
+        started(2, EndsWhenRead(), lambda: None, tmp_path / "file"),
     ):
         raise AssertionError("nobody joined")
     assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -101,15 +100,6 @@ def test_the_ranks_listen_on_the_loopback_interface_only(three):
     assert others == [{"0100007F"}] * 2
     assert "00000000" not in first
     assert "0" * 32 not in first
-
-
-def test_a_learner_of_one_process_starts_no_other_and_exchanges_nothing(tmp_path):
-    with started(1, act_until_the_end, lambda: None, tmp_path / "file") as ranks:
-        assert not dist.is_available() or not dist.is_initialized()
-        assert ranks.all(lambda: [1, 2]) == [1, 2]
-        samples = [sample("a"), sample("b")]
-        assert ranks.mine(samples) is samples
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_more_ranks_than_gpus_are_refused(monkeypatch):
