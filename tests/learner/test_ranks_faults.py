@@ -9,7 +9,6 @@ import threading
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +138,6 @@ def trained(folder: Path, model_path: str, *fault: Any) -> tuple[Recorded, list[
 @pytest.fixture(scope="module")
 def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str | None]]:
     """A model, and the versions of a learner to which nothing happens."""
-    forkserver.ensure_running()  # it imports TRL while the other rank does
     model_path = save_tiny_model(tmp_path_factory.mktemp("model"))
     recorded, _, _ = trained(tmp_path_factory.mktemp("unharmed"), model_path)
     return model_path, [v.sha256 for v in recorded.store.versions.all("main")]
