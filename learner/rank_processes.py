@@ -12,6 +12,7 @@ is killed. What started the learner starts it again, and it goes on from its che
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import multiprocessing
 import multiprocessing.util
@@ -21,7 +22,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
@@ -42,10 +43,14 @@ HANG_S = 60
 """A rank without a sign of life for so long is killed. A thread of its own gives them, also in a
 long pass."""
 _START_S = 600
-"""The same until its first sign: its imports may take long on a busy machine."""
-_SUM_TIMEOUT = timedelta(minutes=10)
-"""Of a sum of gradients, which all ranks begin together; a silent rank is killed earlier."""
+"""The same until its first sign, which follows its imports: they may take long on a busy machine.
+"""
+_MEET_TIMEOUT = timedelta(minutes=2)
+"""Of connecting and of a sum of gradients, which all ranks begin at once and which take a moment. A
+rank that met with an error instead says so only after it; a silent one is killed earlier."""
 _END_S = 10.0
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that a process gets when the thread that started it ends."""
 
 
 @contextmanager
@@ -60,11 +65,13 @@ def started(
 
     `follow` is pickled. `on_loss` is called when another rank ends. The ranks find each other by
     `file`, which only this process may use. Raises LostRankError at the block's end if a rank was
-    lost in it.
+    lost in it, and RuntimeError inside another such block: a process has one group for sums.
     """
     if count == 1:
         yield Ranks()
         return
+    if dist.is_initialized():  # here, since the children would wait for us to join
+        raise RuntimeError("this process has ranks already")
     file.unlink(missing_ok=True)  # a killed learner's
     children = _Children(count, follow, on_loss, file, hang_s)
     try:
@@ -84,9 +91,10 @@ def join(ranks: Ranks, file: Path) -> None:
     logging.getLogger("transformers.training_args").setLevel(logging.ERROR)  # it expects torchrun
     os.environ["GLOO_SOCKET_IFNAME"] = "lo0" if sys.platform == "darwin" else "lo"
     store = FileStore(str(file), ranks.count)
+    store.set_timeout(_MEET_TIMEOUT)
     ranks.together(
         lambda: dist.init_process_group(
-            "gloo", store=store, rank=ranks.rank, world_size=ranks.count, timeout=_SUM_TIMEOUT
+            "gloo", store=store, rank=ranks.rank, world_size=ranks.count, timeout=_MEET_TIMEOUT
         )
     )
 
@@ -177,6 +185,8 @@ def _run(
 ) -> None:
     """The whole life of another rank."""
     parent = os.getppid()
+    if sys.platform == "linux":  # a rank that is stopped could not end itself
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     logs.to_stderr()
     if hosts is not None:
         egress.guard(hosts)
@@ -211,6 +221,7 @@ def _watch(
 ) -> None:
     """Exchanges signs of life with another rank, from a thread of its own.
 
+    The first sign is given before this returns, so a rank that is silent from then on is noticed.
     Seconds are counted only while this process runs, so that one that was stopped together with
     the other, by Ctrl-Z or by a machine that slept, does not kill it when both go on.
     """
@@ -219,16 +230,18 @@ def _watch(
         silent_s, limit_s = 0, _START_S
         try:
             while not ends.wait(1.0):
-                signs.send_bytes(b".")
                 silent_s += 1
                 while signs.poll():
                     signs.recv_bytes()
                     silent_s, limit_s = 0, hang_s
                 if silent_s == limit_s:
                     on_silence(silent_s)
+                signs.send_bytes(b".")
         except (EOFError, OSError):
             on_end()
 
+    with suppress(OSError):  # the thread meets with the same
+        signs.send_bytes(b".")
     threading.Thread(target=watch, name="signs of life", daemon=True).start()
 
 

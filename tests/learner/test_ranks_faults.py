@@ -144,9 +144,9 @@ def unharmed(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str | 
 
 
 FAULTS = [
-    pytest.param(1, "forward", signal.SIGKILL),
-    pytest.param(0, "reduce", signal.SIGKILL),
-    pytest.param(1, "reduce", signal.SIGSTOP),
+    pytest.param(1, "reduce", signal.SIGSTOP),  # and then it is killed
+    pytest.param(1, "forward", signal.SIGKILL, marks=pytest.mark.soak),
+    pytest.param(0, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
     pytest.param(0, "forward", signal.SIGKILL, marks=pytest.mark.soak),
     pytest.param(1, "reduce", signal.SIGKILL, marks=pytest.mark.soak),
     pytest.param(0, "save", signal.SIGKILL, marks=pytest.mark.soak),
@@ -155,7 +155,7 @@ FAULTS = [
     pytest.param(0, "reduce", signal.SIGSTOP, marks=pytest.mark.soak),
     pytest.param(0, "save", signal.SIGSTOP, marks=pytest.mark.soak),
 ]
-"""Each starts four processes: `make soak` has them all."""
+"""Each starts three processes with TRL, half a minute: `make soak` has them all."""
 
 
 @pytest.mark.timeout(600)
