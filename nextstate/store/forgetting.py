@@ -393,10 +393,7 @@ def _unbase(connection: sa.Connection, released: Collection[bytes]) -> None:
         uses = connection.execute(sa.select(c.uses).where(c.hash == base)).scalar()
         if uses != len(others):
             continue
-        for key, text in texts.get(connection, others).items():
-            plain = {"base": None, "stored": texts.packed(connection, key, text)}
-            connection.execute(sa.update(t.texts).where(c.hash == key).values(**plain))
-        connection.execute(sa.delete(t.texts).where(c.hash == base))
+        texts.delete_base(connection, base, others)
 
 
 def _all_texts(connection: sa.Connection) -> Iterator[tuple[bytes, bytes]]:

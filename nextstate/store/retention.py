@@ -192,7 +192,4 @@ def _unbase(connection: sa.Connection, released: set[bytes]) -> None:
             if uses != others or others > _UNBASED:
                 continue
             against = connection.execute(sa.select(_C.hash).where(_C.base == base)).scalars()
-            for key, text in texts.get(connection, against.all()).items():
-                plain = {"base": None, "stored": texts.packed(connection, key, text)}
-                connection.execute(sa.update(t.texts).where(_C.hash == key).values(**plain))
-            connection.execute(sa.delete(t.texts).where(_C.hash == base))
+            texts.delete_base(connection, base, against.all())

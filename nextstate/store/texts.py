@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -239,6 +239,15 @@ def packed_place(key: bytes, base: bytes | None) -> bytes:
 def packed(connection: sa.Connection, key: bytes, text: bytes) -> bytes:
     """A text as it is stored under its hash, without a base."""
     return seal(vault_of(connection.dialect), packed_place(key, None), compress(text))
+
+
+def delete_base(connection: sa.Connection, base: bytes, against: Sequence[bytes]) -> None:
+    """Deletes a text that nothing uses but those compressed `against` it: they stand alone then."""
+    c = t.texts.c
+    for key, text in get(connection, against).items():
+        alone = {"base": None, "stored": packed(connection, key, text)}
+        connection.execute(sa.update(t.texts).where(c.hash == key).values(**alone))
+    connection.execute(sa.delete(t.texts).where(c.hash == base))
 
 
 def unpacked(
