@@ -14,7 +14,7 @@ from pathlib import Path
 
 from nextstate import sealed_files
 from nextstate.config import StoreConfig
-from nextstate.errors import NextStateError, StoreError
+from nextstate.errors import StoreError
 from nextstate.private_files import make_state_folder
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database, Dialect
@@ -108,12 +108,8 @@ class Store:
                     migrate(connection)
                 except StoreError as error:
                     raise StoreError(f"{self.database.name}: {error}") from error
-        try:
-            with self.database.read() as connection:
-                self.vault = unlock(connection, self.dir, self._with_key)
-        except NextStateError:
-            self.close()
-            raise
+        with self.database.read() as connection:
+            self.vault = unlock(connection, self.dir, self._with_key)
         sealed_files.use(self.dir, self.vault)
         if self.vault is not None:
             seal_with(self.database.engine, self.vault)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 
@@ -70,6 +71,19 @@ def test_an_adapter_is_sealed_and_read_back_and_the_engine_gets_a_plain_copy(fol
             assert not plain.exists()
     sealed_files.use(folder, None)
     assert sha256 != "", "the hash is that of the plain file: another data key does not change it"
+
+
+def test_several_engines_get_one_copy_of_an_adapter_at_the_same_time(folder: Path) -> None:
+    path = version_path(folder, "main", 1)
+    save_adapter(path, weights(), CONFIG, "some/model", CARD)
+    with ThreadPoolExecutor(8) as pool:
+        served = set(pool.map(prepare_served, [str(path)] * 64))
+        assert len(served) == 1
+        (copy,) = map(Path, served)
+        before = {file.name: file.stat().st_ino for file in copy.iterdir()}
+        assert before.keys() == {file.name for file in path.iterdir()}
+        list(pool.map(prepare_served, [str(path)] * 8))
+    assert {file.name: file.stat().st_ino for file in copy.iterdir()} == before, "one may read it"
 
 
 def test_a_checkpoint_is_sealed_and_read_back(folder: Path) -> None:
