@@ -247,10 +247,14 @@ class NastyEngine:
         self._server = await asyncio.start_server(self._serve, "127.0.0.1", 0, limit=1 << 24)
 
     async def close_connections(self) -> None:
-        """Closes what the proxy keeps open to ask again."""
-        for writer in list(self.writers):
-            writer.close()
-        await until(lambda: not self.writers)
+        """Closes what the proxy keeps open, also what it opens meanwhile to ask for the models."""
+
+        def closed() -> bool:
+            for writer in self.writers:
+                writer.close()
+            return not self.writers
+
+        await until(closed)
 
     async def close(self) -> None:
         assert self._server is not None
