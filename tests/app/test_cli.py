@@ -281,6 +281,12 @@ def test_a_versions_card_says_what_the_judge_is_worth(
     assert json.loads(lines(capsys)[0])["judge_agreement"]["rules"]["agreed"] == 14
 
 
+def test_the_program_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert re.fullmatch(r"nextstate \d+\.\d+\.\d+\n", capsys.readouterr().out)
+
+
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from nextstate.config import EngineConfig
 from nextstate.engine.process import (
     cause_of_death,
     check_model,
+    check_package,
     command,
     environment,
     free_port,
@@ -95,3 +98,30 @@ def test_a_port_in_use_is_not_free() -> None:
         await server.wait_closed()
 
     asyncio.run(run())
+
+
+def installed(folder: Path, name: str, version: str) -> None:
+    """Makes a package as pip leaves its description."""
+    described = folder / f"{name}-{version}.dist-info"
+    described.mkdir()
+    described.joinpath("METADATA").write_text(f"Name: {name}\nVersion: {version}\n")
+
+
+@pytest.mark.parametrize(
+    ("torch", "torchvision", "starts"),
+    [
+        ("2.13.0+cpu", "0.28.0", False),
+        ("2.13.0+cpu", "0.28.0+cu130", False),
+        ("2.13.0+cpu", "0.28.0+cpu", True),
+        ("2.13.0", "0.28.0", True),
+        ("2.13.0+cu130", "0.28.0", True),
+    ],
+)
+def test_a_torchvision_that_the_torch_for_cpus_cannot_load_is_named_before_the_start(
+    torch: str, torchvision: str, starts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed(tmp_path, "torch", torch)
+    installed(tmp_path, "torchvision", torchvision)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    with nullcontext() if starts else pytest.raises(StartError, match="pip uninstall torchvision"):
+        check_package()

@@ -12,6 +12,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
+from typing import NoReturn
 
 from nextstate import file_descriptors
 from nextstate.app.cli import (
@@ -141,6 +143,14 @@ def _fail(message: str, code: int) -> int:
     return code
 
 
+class _Version(argparse.Action):
+    """Prints the installed version, which no other command has to look for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        print(f"nextstate {version('nextstate')}")
+        parser.exit()
+
+
 def command_parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
     parser = argparse.ArgumentParser(
@@ -149,6 +159,7 @@ def command_parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(subparsers)
