@@ -323,3 +323,43 @@ def test_a_key_shows_only_its_own_lineage(store: Store, tmp_path: Path) -> None:
         await site.submit(page, "/page/lineages/main/resume", 404)
 
     on_site(test, store, tmp_path, "main-key", access)
+
+
+def test_the_turns_of_a_version_are_those_of_its_lineage(store: Store, tmp_path: Path) -> None:
+    add(store, turn(0), turn(1, lineage="alice"))
+    access = {"alice": Access(None, None)}
+
+    async def test(site: Site) -> None:
+        card = await site.get("/page/versions/alice/0")
+        address = "/page/turns?lineage=alice&amp;version=0"
+        assert address in card
+        found = await site.get(address.replace("&amp;", "&"))
+        assert "/page/turns/turn_1" in found
+        assert "/page/turns/turn_0" not in found
+        await site.get("/page/turns?lineage=nobody", 404)
+
+    on_site(test, store, tmp_path, None, access)
+
+
+def test_the_base_that_serves_a_new_store_is_not_called_retired(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(site: Site) -> None:
+        for page in ("/page/versions", "/page/versions/main/0"):
+            assert "retired" not in words(await site.get(page))
+        assert "There is no version before 0." in words(await site.get("/page/versions?before=0"))
+
+    on_site(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("prompt", ["Once upon", ["Once ", "upon"], [1, 2]], ids=str)
+def test_a_turn_of_the_completions_route_shows_its_prompt(
+    prompt: object, store: Store, tmp_path: Path
+) -> None:
+    add(store, turn(0, request={"prompt": prompt}))
+
+    async def test(site: Site) -> None:
+        found = words(await site.get("/page/turns/turn_0"))
+        assert ("Once" if "Once" in str(prompt) else "[1, 2]") in found
+
+    on_site(test, store, tmp_path)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import shlex
 
 from nextstate.app.settings import Settings
-from nextstate.config import DEFAULT_FILE
 from nextstate.records import Json
 from proxy.answers import Refused
 
@@ -36,7 +35,7 @@ def command(settings: Settings, lineage: str, what: str | None, form: str | None
     found = None
     if what is not None:
         words = ["nextstate", "export", what, "--out", f"{what}.{form}", "--lineage", lineage]
-        if settings.file != DEFAULT_FILE:
+        if settings.file.exists():
             words += ["--config", str(settings.file.absolute())]
         found = shlex.join(words)
     return {

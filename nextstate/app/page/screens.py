@@ -50,7 +50,7 @@ class Screens:
         session = visit.text("session")
         wanted = Choice(
             sessions=(session,) if session else (),
-            lineages=visit.visitor.sees,
+            lineages=(visit.lineage(),) if visit.text("lineage") else visit.visitor.sees,
             version=visit.number("version"),
             untrained=visit.query.get("untrained") == "1",
         )
@@ -63,6 +63,7 @@ class Screens:
             "turns.html",
             visit,
             lines=[turns.line(turn, self._profile) for turn in reversed(found.turns)],
+            lineage=visit.text("lineage"),
             session=session,
             wanted=wanted,
             older=found.before,

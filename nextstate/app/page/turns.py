@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nextstate.app.page.texts import Said, message_text, short
-from nextstate.hooks import AgentProfile
+from nextstate.hooks import AgentProfile, text_of
 from nextstate.records import Json, NextState, SampleState, Turn, TurnKind, Verdict
 from nextstate.store import Store
 from nextstate.store.lookup import Fate, TurnSummary
@@ -91,7 +91,7 @@ def _fate(fate: Fate) -> tuple[str, str]:
 def whole(store: Store, turn: Turn, before: int | None) -> Json:
     """Everything about one turn; of its messages those before number `before`, or the last."""
     states, verdict = store.turns.next_states(turn.id), store.judging.verdict(turn.id)
-    messages = objects(turn.request.get("messages"))
+    messages = _messages(turn)
     end = len(messages) if before is None else min(before, len(messages))
     begin = max(end - _MESSAGES, 0)
     shown = [_said(messages[number], f"m{number}") for number in range(begin, end)]
@@ -116,13 +116,21 @@ def whole(store: Store, turn: Turn, before: int | None) -> Json:
     }
 
 
+def _messages(turn: Turn) -> list[Json]:
+    """What a turn answers: a conversation, or the one text that the completions route got."""
+    messages, prompt = objects(turn.request.get("messages")), turn.request.get("prompt")
+    if messages or prompt is None:
+        return messages
+    return [{"role": "prompt", "content": text_of(prompt) or str(prompt)}]
+
+
 def text_named(store: Store, turn: Turn, name: str) -> str | None:
     """The whole text of a message: see `Said.name`. None if there is none."""
     if name == "reply":
         return message_text(turn.reply)
     number = int(name[1:])
     if name[0] == "m":
-        messages = objects(turn.request.get("messages"))
+        messages = _messages(turn)
         return message_text(messages[number]) if number < len(messages) else None
     states = store.turns.next_states(turn.id)
     return states[number].text if number < len(states) else None
