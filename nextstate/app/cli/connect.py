@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command
+from nextstate.config import DEFAULT_FILE
 from nextstate.records import MAIN_LINEAGE
 
 if TYPE_CHECKING:
@@ -72,9 +73,28 @@ def _undo(path: Path) -> int:
     from nextstate.app.connect import settings_file
 
     found = settings_file.find(path)
-    settings_file.undo(found)
-    print(f"{found.path} is as it was before")
+    older = settings_file.undo(found)
+    if older is None:
+        print(f"{found.path} is as it was before")
+    else:
+        print(
+            f"{found.path} is as it was before the last `nextstate connect`; it had changed since "
+            f"an earlier one, and what was there before that is in {older}"
+        )
     return 0
+
+
+def _again(args: argparse.Namespace, *more: str) -> str:
+    """The command that does more with the same file, configuration, lineage and key."""
+    words = ["nextstate", "connect", args.agent, *more]
+    given = {"--file": args.file, "--key-env": args.key_env}
+    if args.config != DEFAULT_FILE:
+        given["--config"] = args.config
+    if args.lineage != MAIN_LINEAGE:
+        given["--lineage"] = args.lineage
+    for name, value in given.items():
+        words += [name, str(value)] if value else []
+    return shlex.join(words)
 
 
 def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
@@ -93,7 +113,7 @@ def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
             return 0
         copy = settings_file.write(found, text.encode())
         print(f"\nwrote {found.path}; before: {copy}")
-        print(f"back again: nextstate connect {agent.name} --undo")
+        print(f"back again: {_again(args, '--undo')}")
     if target.context is None:
         print(
             "the model's context is not known: once the proxy is up, run this again, or set "
@@ -102,9 +122,7 @@ def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
     if needs := agent.needs(target):
         print(needs)
     if agent.plugin and connected(agent, target, found, plugin=True) != text:
-        print(
-            f"its plugin adds /good and /bad to the chat: nextstate connect {agent.name} --plugin"
-        )
+        print(f"its plugin adds /good and /bad to the chat: {_again(args, '--plugin')}")
     return 0 if args.dry_run else _first_turn(target, hold_s)
 
 

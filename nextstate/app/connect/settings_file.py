@@ -84,15 +84,14 @@ def write(found: Found, data: bytes) -> Path:
     return copy
 
 
-def undo(found: Found) -> None:
-    """Puts back what was there before. Raises ConfigError if that is not known, or changed."""
+def undo(found: Found) -> Path | None:
+    """Puts back what was there before. Raises ConfigError if that is not known, or changed.
+
+    Returns the copy of an earlier call that was never undone: what is back has its changes then.
+    """
     copy = _copy_for(found)
     if copy is None:
-        copies = [
-            entry
-            for entry in found.path.parent.glob("*")
-            if entry.name.startswith(f"{found.path.name}.") and _COPY in entry.name
-        ]
+        copies = _copies(found.path)
         if not copies:
             raise ConfigError(f"{found.path} was not changed by `nextstate connect`")
         raise ConfigError(
@@ -104,6 +103,16 @@ def undo(found: Found) -> None:
     else:
         _replace(found.path, copy.read_bytes(), like=found.path)
     copy.unlink()
+    left = _copies(found.path)
+    return _newest(left) if left else None
+
+
+def _copies(path: Path) -> list[Path]:
+    return [
+        entry
+        for entry in path.parent.glob("*")
+        if entry.name.startswith(f"{path.name}.") and _COPY in entry.name
+    ]
 
 
 def _newest(copies: list[Path]) -> Path:

@@ -136,6 +136,36 @@ def test_an_agent_without_a_plugin_says_so(
     assert f"no plugin for {agent}" in capsys.readouterr().err
 
 
+def test_what_it_says_to_run_next_keeps_its_own_arguments(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "my file.json"
+    connect(home, "openclaw", "--file", str(file))
+    said = capsys.readouterr().out
+    told = f"nextstate connect openclaw --undo --file '{file}' --config {home / 'nextstate.toml'}"
+    assert f"back again: {told}\n" in said
+    assert main(shlex.split(told)[1:]) == 0
+    assert not file.exists()
+
+
+def test_undo_names_what_was_before_an_earlier_change(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = home / "o.json"
+    file.write_text("{}")
+    named = ("openclaw", "--file", str(file))
+    connect(home, *named)
+    file.write_text(file.read_text() + "// mine\n")
+    write_config(home, "http://127.0.0.1:5", engine='served_model_name = "other"')
+    connect(home, *named)
+    capsys.readouterr()
+    assert connect(home, *named, "--undo") == 0
+    said = capsys.readouterr().out
+    assert file.read_text().endswith("// mine\n")
+    older = Path(said.strip().rpartition(" is in ")[2])
+    assert older.read_text() == "{}"
+
+
 @pytest.mark.parametrize("agent", FILES)
 def test_twice_changes_nothing_and_undo_restores_every_byte(
     agent: str, home: Path, capsys: pytest.CaptureFixture[str]

@@ -69,7 +69,7 @@ def test_a_file_that_was_changed_since_stays_and_the_copy_is_named(tmp_path: Pat
     copy = settings_file.write(settings_file.find(path), b"new")
     path.write_text("new and mine")
     with pytest.raises(ConfigError, match=rf"has changed since.*{copy.name}"):
-        settings_file.undo(settings_file.find(path))
+        assert settings_file.undo(settings_file.find(path)) == copy
     assert path.read_text() == "new and mine"
     settings_file.write(settings_file.find(path), b"newer")
     settings_file.undo(settings_file.find(path))
