@@ -67,7 +67,7 @@ class EngineConfig:
     """Environment variable with the engine's key; empty: a managed engine gets a new key."""
     dtype: str = "auto"
     max_model_len: int = 0
-    """Tokens of context; 0 means the model's own limit."""
+    """Tokens of context; 0: the model's own limit, or what its memory holds."""
     args: tuple[str, ...] = ("--enable-auto-tool-choice", "--tool-call-parser", "hermes")
     """More arguments for vLLM's server, as on its command line."""
     env: Mapping[str, str] = field(default_factory=dict[str, str])

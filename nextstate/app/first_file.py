@@ -41,7 +41,8 @@ dir = {store}
 model = {model}
 # The name that your agent asks for; empty: the same as model.
 served_model_name = {name}
-# Tokens of context; 0: the model's own limit. Agents with many tools need 32768 or more.
+# Tokens of context; 0: the model's own limit, or what its memory holds. Agents with many tools need
+# 32768 or more.
 max_model_len = 0
 # The parser of tool calls must fit the model (hermes: Qwen), or tool calls stay text.{gpu_note}
 args = [{args}]
@@ -81,6 +82,7 @@ def ask(
     say: Callable[[str], None],
     agents: Sequence[str],
     cached: Sequence[str],
+    gpus: int = 1,
 ) -> Answers:
     """Asks the three questions. `read` shows a prompt and returns a line; it raises EOFError.
 
@@ -92,6 +94,8 @@ def ask(
         say("\n1  Which model learns? A folder with weights, or a name on the model hub.")
         if cached:
             say(f"   In the local cache: {', '.join(cached)}")
+        if not gpus:
+            say("   Without a GPU, small ones: the folder that `nextstate fetch smollm2` prints.")
         model = _answer(read, say, default.model, _bad_model)
         say("\n2  Which agent talks to it?")
         say(f"   {', '.join(agents)} or {OTHER_AGENT} (any OpenAI client)")
@@ -152,8 +156,8 @@ def gpu_count() -> int:
     """How many NVIDIA GPUs this machine has, as its driver says."""
     if shutil.which("nvidia-smi") is None:
         return 0
-    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
-        return len(visible.split(","))
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
     argv = ["nvidia-smi", "--list-gpus"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)

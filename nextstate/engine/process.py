@@ -51,8 +51,9 @@ def command(config: EngineConfig, port: int, lora_rank: int = 16, kept: int = 1)
     argv += ["--enable-lora", "--max-lora-rank", str(rank)]
     argv += ["--max-loras", str(kept + 2), "--disable-uvicorn-access-log"]
     argv += ["--middleware", f"{KeyCheck.__module__}.{KeyCheck.__name__}"]
-    if config.max_model_len:
-        argv += ["--max-model-len", str(config.max_model_len)]
+    if config.option("--max-model-len") is None:
+        # -1: the model's own limit, or as many tokens as the memory for its cache holds.
+        argv += [f"--max-model-len={config.max_model_len or -1}"]
     if config.option("--logprobs-mode") is None:
         # Those of the sampler: after penalties, temperature and truncation. The raw ones are of a
         # distribution from which no token was drawn.

@@ -281,6 +281,26 @@ def test_a_versions_card_says_what_the_judge_is_worth(
     assert json.loads(lines(capsys)[0])["judge_agreement"]["rules"]["agreed"] == 14
 
 
+@pytest.mark.parametrize("command", ["turns", "sessions", "episodes", "versions"])
+def test_an_empty_list_says_so_and_as_json_is_empty(
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert main([command]) == 0
+    printed = capsys.readouterr()
+    first, second = printed.err.splitlines()
+    assert first.startswith("nextstate: no nextstate.toml in this folder")
+    assert second.startswith("nextstate: no ")
+    assert printed.out == ""
+    Path("nextstate.toml").write_text("")
+    assert main([command, "--json"]) == 0
+    assert capsys.readouterr() == ("", "")
+
+
 def test_the_program_tells_its_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="0"):
         main(["--version"])

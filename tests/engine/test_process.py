@@ -56,6 +56,23 @@ def test_the_engine_holds_adapters_of_the_learners_rank_for_each_lineage(
     assert argv[argv.index("--max-loras") + 1] == "5"  # and two more while a version changes
 
 
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (EngineConfig(model="m"), ["--max-model-len=-1"]),
+        (EngineConfig(model="m", max_model_len=512), ["--max-model-len=512"]),
+        (EngineConfig(model="m", args=("--max-model-len", "7")), ["--max-model-len", "7"]),
+    ],
+)
+def test_a_context_that_does_not_fit_is_shortened_unless_it_was_chosen(
+    config: EngineConfig, expected: list[str]
+) -> None:
+    argv = command(config, 5)
+    at = next(n for n, word in enumerate(argv) if word.startswith("--max-model-len"))
+    assert argv[at : at + len(expected)] == expected
+    assert sum(word.startswith("--max-model-len") for word in argv) == 1
+
+
 def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> None:
     config = EngineConfig(model=str(tmp_path), served_model_name="m", env={"X": "1"})
     argv = command(config, 5)

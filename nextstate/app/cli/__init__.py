@@ -49,6 +49,7 @@ from nextstate.app.cli import (
     verify,
     versions,
 )
+from nextstate.config import DEFAULT_FILE
 from nextstate.errors import EXIT_LATER, EXIT_USAGE, LostRankError, NextStateError, WaitError
 from nextstate.logs import to_stderr as log_to_stderr
 from nextstate.offline import go_offline
@@ -120,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file_descriptors.raise_limit()
     try:
         args = command_parser().parse_args(arguments)
+        if getattr(args, "config", None) == DEFAULT_FILE and args.run is not up.run:
+            _say_if_defaults()
         code = args.run(args)
         sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
         return code
@@ -136,6 +139,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         return _fail(f"{error}; make room there", EXIT_LATER)
+
+
+def _say_if_defaults() -> None:
+    if not DEFAULT_FILE.exists():
+        print(
+            f"nextstate: no {DEFAULT_FILE} in this folder, so every key has its default: "
+            "--config names another file",
+            file=sys.stderr,
+        )
 
 
 def _fail(message: str, code: int) -> int:

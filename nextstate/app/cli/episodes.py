@@ -95,6 +95,8 @@ def run(args: argparse.Namespace) -> int:
         sys.stdout.flush()
         note = f"these are the newest {limit}; older ones: --before {shown[0]}"
         print(f"nextstate: {note}", file=sys.stderr)
+    if not shown and not args.json:
+        print("nextstate: no episode was found", file=sys.stderr)
     return 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from nextstate.app.cli.common import add_command, add_json, print_json, whole_number
@@ -53,4 +54,6 @@ def run(args: argparse.Namespace) -> int:
             print_json(session_row(session))
     elif sessions:
         print(session_table(sessions))
+    else:
+        print("nextstate: no session was found", file=sys.stderr)
     return 0

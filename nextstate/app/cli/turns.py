@@ -88,6 +88,8 @@ def run(args: argparse.Namespace) -> int:
     if is_empty and args.lineage not in (None, *settings.all_lineages):
         known = ", ".join(settings.all_lineages)
         raise StartError(f"--lineage {args.lineage!r:.80} has no turn here; known: {known}")
+    if is_empty and not args.json:
+        note = note or "nextstate: no turn was found"
     if note and not args.json:
         sys.stdout.flush()
         print(note, file=sys.stderr)

@@ -64,16 +64,17 @@ def _first_start(file: Path, defaults: bool) -> str | None:
     from nextstate.app.cli.doctor import show_checks
     from nextstate.errors import StartError
 
+    gpus = first_file.gpu_count()
     if defaults:
         answers = first_file.Answers()
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        answers = first_file.ask(input, print, AGENT_NAMES, first_file.cached_models())
+        answers = first_file.ask(input, print, AGENT_NAMES, first_file.cached_models(), gpus)
     else:
         raise StartError(
             f"there is no file {file} and no terminal to ask what should be in it: run "
             "`nextstate up` in a terminal, or `nextstate up --yes` for the defaults"
         )
-    first_file.write_file(file, first_file.file_text(answers, first_file.gpu_count()))
+    first_file.write_file(file, first_file.file_text(answers, gpus))
     print(f"\n{file} is written; now what it needs is checked:\n", flush=True)
     if show_checks(file):
         return answers.agent

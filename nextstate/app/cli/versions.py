@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import Any
 
 from nextstate.app.cli.common import add_command, add_json, find_version, print_json
@@ -46,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if versions:
         print(views.version_table(versions))
+    else:
+        print("nextstate: no version has been made: the base model answers", file=sys.stderr)
     lineages = settings.all_lineages if args.lineage is None else [args.lineage]
     for lineage, why in pauses(store, lineages).items():
         print(f"{lineage}: {why}")
