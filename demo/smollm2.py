@@ -110,6 +110,11 @@ def _downloaded(work: Path) -> Path:
     if ended.returncode == 0 and wheels:
         return wheels[0]
     said = ended.stderr.strip()
+    if said.endswith("No module named pip"):  # environments that uv made
+        raise StartError(
+            "this environment has no pip, which downloads the model: run `uv pip install pip` or "
+            f"`{sys.executable} -m ensurepip` once"
+        )
     last = next((line for line in reversed(said.splitlines()) if line.startswith("ERROR")), said)
     if "DO NOT MATCH THE HASHES" in said:
         raise StartError(
