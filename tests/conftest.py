@@ -9,6 +9,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import TestCase
@@ -20,6 +21,7 @@ from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
+from nextstate.quick_imports import quick_imports
 from nextstate.store import Store
 from tests.postgresql_server import Server as PostgreSQLServer
 from tests.postgresql_server import instead_of_files, missing
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 # The models are tiny and several runs share the machine: more threads would only wait in a loop.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Other runs share the machine, so a slow example means nothing.
+_imports = ExitStack()
+_imports.enter_context(quick_imports())
 _SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("few", _SHARED, max_examples=40)
 settings.register_profile("many", _SHARED, max_examples=1000)
@@ -104,6 +108,7 @@ def _place(item: pytest.Item) -> tuple[bool, bool]:
 
 def pytest_collection_finish() -> None:
     """What was imported is never garbage: do not look through it at each collection."""
+    _imports.close()
     gc.collect()
     gc.freeze()
 
