@@ -7,9 +7,8 @@ import gc
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import TestCase
@@ -32,8 +31,6 @@ if TYPE_CHECKING:
 # The models are tiny and several runs share the machine: more threads would only wait in a loop.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Other runs share the machine, so a slow example means nothing.
-_imports = ExitStack()
-_imports.enter_context(quick_imports())
 _SHARED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("few", _SHARED, max_examples=40)
 settings.register_profile("many", _SHARED, max_examples=1000)
@@ -106,9 +103,15 @@ def _place(item: pytest.Item) -> tuple[bool, bool]:
     return item.path.stem == "test_end_to_end", not long
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Files of tests import torch and much else."""
+    with quick_imports():
+        return (yield)
+
+
 def pytest_collection_finish() -> None:
     """What was imported is never garbage: do not look through it at each collection."""
-    _imports.close()
     gc.collect()
     gc.freeze()
 
