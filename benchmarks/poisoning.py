@@ -58,7 +58,6 @@ QUESTIONS, REPLIES = 8, 6
 RIGHT, WANTED = 0, 1
 PEOPLE, ATTACKERS, FLOOD = 18, 2, 20
 UPDATES, BATCH, STEP_KL = 30, 16, 0.02
-MAX_LAG = 8
 _START = 0.3
 _NIGHT = 3
 """Every third hour only the attackers are there."""

@@ -27,6 +27,7 @@ from rich.markup import escape
 
 from demo.configuration import Served, write_configuration
 from demo.curve import draw_solved
+from demo.progress import serving_version, stored_counts
 from demo.report import record_files
 from nextstate.agreement import proportion_interval
 from nextstate.app.stack import Stack
@@ -41,7 +42,6 @@ from nextstate.hooks import (
     Scored,
     Shared,
 )
-from nextstate.prometheus import metric_values
 from nextstate.records import Json
 from rollout.attempt import Attempt
 from rollout.proxy import ProxyClient
@@ -255,7 +255,7 @@ class _Course:
         training = tasks(self._lesson.kind, Split.TRAIN, self._seed)
         next_look, plan = MEASURE_EVERY, self._plan(GROUP_SIZE)
         while (
-            version := await self._serving()
+            version := await serving_version(self._http)
         ) < updates and time.monotonic() < self._started + self._lesson.most_s:
             if version >= next_look:
                 await self._measure(BETWEEN)
@@ -277,7 +277,7 @@ class _Course:
         return {"before": self._before[better[0]], "after": self._after[better[0]]}
 
     async def _measure(self, count: int) -> dict[str, list[tuple[str, str]]]:
-        kind, version = HeardKind(self._lesson.kind), await self._serving()
+        kind, version = HeardKind(self._lesson.kind), await serving_version(self._http)
         plan = replace(self._plan(1), version=version or None)
         with self._timed("measuring"):
             attempts = await run(plan, self._held_out[:count], kind, self._proxy, lambda _: None)
@@ -325,7 +325,7 @@ class _Course:
             if self._running.done():
                 self._running.result()
                 raise StartError("the stack ended before the demo did")
-            stored = await self._stored()
+            stored = await stored_counts(self._http)
             waiting, ready = (stored.get(f"samples/{state}", 0) for state in ("waiting", "ready"))
             if not waiting and ready < int(self._lesson.learner["batch_size"]):
                 return
@@ -333,16 +333,6 @@ class _Course:
         raise StartError(
             f"the learner took no batch within {_UPDATE_S:.0f} s: see logs/learner.log"
         )
-
-    async def _serving(self) -> int:
-        async with self._http.get("/healthz") as answer:
-            return int((await answer.json())["version"])
-
-    async def _stored(self) -> dict[str, int]:
-        """The store's counts in the proxy's /metrics, by `record/state`."""
-        async with self._http.get("/metrics") as answer:
-            found = metric_values(await answer.text(), "nextstate_stored")
-        return {f"{of['record']}/{of['state']}": int(value) for of, value in found}
 
 
 def tasks(kind: GeneratesTasks, split: Split, seed: int) -> Iterator[Task]:

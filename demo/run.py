@@ -20,6 +20,7 @@ import openai
 
 from demo.configuration import Served, write_configuration
 from demo.course import POLICY, Course
+from demo.progress import serving_version, stored_counts
 from demo.report import Display, Record, print_summary, write_record
 from demo.score import Score, score_of, shortfalls
 from demo.talk import Answer, Talk, ask_all, client_for
@@ -27,7 +28,6 @@ from demo.world import HeldOut
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.errors import StartError
-from nextstate.prometheus import metric_values
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class _Experiment:
             scores=scores,
             replies=talk.talked.replies,
             reactions={k.value: n for k, n in talk.talked.reactions.items()},
-            stored=await self._stored(),
+            stored=await stored_counts(self._http),
             starved=starved,
             failed=self._failed + talk.talked.failed,
             versions_met=sorted(talk.talked.versions),
@@ -193,25 +193,25 @@ class _Experiment:
         deadline = time.monotonic() + self._course.update_timeout_s
         quiet = 0
         while quiet < QUIET_POLLS and time.monotonic() < deadline:
-            stored = await self._stored()
-            self._display.live(self._talk.talked, stored, await self._serving())
+            stored = await stored_counts(self._http)
+            self._display.live(self._talk.talked, stored, await serving_version(self._http))
             quiet = 0 if any(stored.get(name) for name in UNDER_WAY) else quiet + 1
             await asyncio.sleep(POLL_S)
-        return await self._serving()
+        return await serving_version(self._http)
 
     async def _wait_version(self, talking: asyncio.Task[None], wanted: int) -> bool:
         """Waits until version `wanted` or a newer one serves; False if opd ran out of hints."""
         self._display.phase("personas talk")
         started = changed = time.monotonic()
-        last = await self._serving()
+        last = await serving_version(self._http)
         while time.monotonic() - started < self._course.update_timeout_s:
             if talking.done():
                 talking.result()
             if self._running.done():
                 self._running.result()
                 raise StartError("the stack ended before the demo did")
-            version = await self._serving()
-            self._display.live(self._talk.talked, await self._stored(), version)
+            version = await serving_version(self._http)
+            self._display.live(self._talk.talked, await stored_counts(self._http), version)
             if version >= wanted:
                 return True
             if version != last:
@@ -229,16 +229,6 @@ class _Experiment:
             f"{self._course.update_timeout_s:.0f} s: see "
             f"{self._stack.dir / 'logs' / 'learner.log'}"
         )
-
-    async def _serving(self) -> int:
-        async with self._http.get("/healthz") as answer:
-            return int((await answer.json())["version"])
-
-    async def _stored(self) -> dict[str, int]:
-        """The store's counts in the proxy's /metrics, by `record/state`."""
-        async with self._http.get("/metrics") as answer:
-            found = metric_values(await answer.text(), "nextstate_stored")
-        return {f"{of['record']}/{of['state']}": int(value) for of, value in found}
 
 
 def _example(before: list[Answer], after: list[Answer]) -> tuple[str, str, str]:

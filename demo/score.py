@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 from demo.talk import Answer
 
-START_SCORE = 0.17
-"""The report's score before training; the seed policy is made to have the same."""
-
 
 @dataclass(frozen=True, slots=True)
 class Goals:

@@ -7,7 +7,7 @@ import gc
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from nextstate.config import StoreConfig
 from nextstate.engine.client import EngineClient
 from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_messages_behaviour
 from nextstate.engine.process import free_port
+from nextstate.quick_imports import quick_imports
 from nextstate.store import Store
 from tests.postgresql_server import Server as PostgreSQLServer
 from tests.postgresql_server import instead_of_files, missing
@@ -100,6 +101,13 @@ def _markers(item: pytest.Function) -> Iterator[str]:
 def _place(item: pytest.Item) -> tuple[bool, bool]:
     long = any(item.get_closest_marker(name) for name in ("processes", "training"))
     return item.path.stem == "test_end_to_end", not long
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Files of tests import torch and much else."""
+    with quick_imports():
+        return (yield)
 
 
 def pytest_collection_finish() -> None:

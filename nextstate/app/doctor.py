@@ -30,6 +30,7 @@ from nextstate.errors import (
 )
 from nextstate.hooks import load_plugin
 from nextstate.keys import chosen_key
+from nextstate.quick_imports import quick_imports
 from nextstate.store import Store
 from nextstate.store_key import find_store_key
 
@@ -186,7 +187,8 @@ def _training(settings: Settings) -> str:
             "nextstate with its extra cpu or cuda"
         )
     vllm.check_model(settings.engine)  # the import takes ten seconds
-    from learner.memory import require_memory
+    with quick_imports():
+        from learner.memory import require_memory
 
     lineages = len(settings.all_lineages)
     share = vllm.gpu_share(settings.engine, os.environ)

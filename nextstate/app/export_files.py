@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias
 
 from nextstate.engine.adapter_files import opened_folder
 from nextstate.errors import StartError
+from nextstate.quick_imports import quick_imports
 from nextstate.records import Json
 from nextstate.wire import write_json
 
@@ -54,7 +55,8 @@ def copy_adapter(source: Path, path: Path) -> None:
 
 def write_merged(base: str, source: Path, path: Path) -> None:
     """Writes a whole model: the base with an adapter merged into its weights."""
-    from learner.merging import merge_adapter
+    with quick_imports():
+        from learner.merging import merge_adapter
 
     with _new_folder(path) as made, opened_folder(source) as folder:
         merge_adapter(base, folder, made)

@@ -40,6 +40,7 @@ from nextstate.errors import ConfigError, LearnerError
 from nextstate.hooks import Calibration, load_plugin
 from nextstate.private_files import make_folder, make_state_folder
 from nextstate.process_lock import ProcessLock
+from nextstate.quick_imports import quick_imports
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
 from plugins.judges.one_word import (
@@ -142,8 +143,9 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
     if cores is not None:
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads
 
-    from learner.adapters import Card
-    from learner.classifier import Example, build_classifier, within_memory
+    with quick_imports():
+        from learner.adapters import Card
+        from learner.classifier import Example, build_classifier, within_memory
 
     versions = judge_versions(settings)
     previous = versions[-1] if versions else None

@@ -52,6 +52,7 @@ from nextstate.offline import switches
 from nextstate.pace import Pace
 from nextstate.private_files import make_folder
 from nextstate.process_lock import ProcessLock
+from nextstate.quick_imports import quick_imports
 from nextstate.records import Decisions, PolicyVersion
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
@@ -393,10 +394,11 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads
         log.info("the machine's cores are divided: %s", cores)
 
-    from learner.adapters import save_zero_adapter
-    from learner.memory import require_memory
-    from learner.model import pick_device
-    from learner.stage import run
+    with quick_imports():
+        from learner.adapters import save_zero_adapter
+        from learner.memory import require_memory
+        from learner.model import pick_device
+        from learner.stage import run
 
     stop, patience = threading.Event(), Patience(math.inf)
 

@@ -29,6 +29,7 @@ from typing import Any, Protocol, TypeVar, cast
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
+from plugins.environments.long_texts import beginning_of
 
 _FIELDS = {
     "make": str,
@@ -39,7 +40,6 @@ _FIELDS = {
     "outcome": str,
 }
 _CHOICES = {"action": ("text", "number"), "outcome": ("sum", "last")}
-_MOST_SHOWN = 16_000
 _MOST_DIGITS = 18
 T = TypeVar("T")
 
@@ -166,7 +166,4 @@ def _factory(name: str) -> Callable[..., GymEnvironment]:
 
 def _text(observation: object) -> str:
     """An observation as the agent sees it."""
-    text = observation if isinstance(observation, str) else str(observation)
-    if len(text) <= _MOST_SHOWN:
-        return text
-    return f"{text[:_MOST_SHOWN]}\n[{len(text) - _MOST_SHOWN} characters are left out]"
+    return beginning_of(observation if isinstance(observation, str) else str(observation))

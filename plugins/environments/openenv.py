@@ -30,6 +30,7 @@ import aiohttp
 from nextstate.errors import ConfigError, RolloutError, StartError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
+from plugins.environments.long_texts import beginning_of
 
 _FIELDS: Mapping[str, type] = {
     "url": str,
@@ -41,8 +42,6 @@ _FIELDS: Mapping[str, type] = {
 }
 _OUTCOMES = ("last", "sum")
 _MOST_MESSAGE_BYTES = 16 << 20
-_MOST_SHOWN = 16_000
-"""Characters of an observation that the agent sees."""
 _CONNECT_S, _CLOSE_S = 30.0, 5.0
 _FULL = "CAPACITY_REACHED"
 _MISTAKES = ("VALIDATION_ERROR", "INVALID_JSON")
@@ -86,7 +85,9 @@ class OpenEnv:
         answer, code = await self._ask({"type": "step", "data": data})
         if code in _MISTAKES:
             told = answer.get("errors") or answer.get("message")
-            return Acted(_cut(f"error: {json.dumps(told, ensure_ascii=False)}"), -1.0, False)
+            return Acted(
+                beginning_of(f"error: {json.dumps(told, ensure_ascii=False)}"), -1.0, False
+            )
         if code:
             self._failed(answer, code)
         done, reward = answer.get("done") is True, _number(answer.get("reward"))
@@ -132,7 +133,7 @@ class OpenEnv:
             observation = cast(Json, observation)[name]
         if not isinstance(observation, str):
             observation = json.dumps(observation, ensure_ascii=False)
-        return _cut(observation)
+        return beginning_of(observation)
 
     def _failed(self, answer: Json, code: str) -> NoReturn:
         told = f"the OpenEnv server answered {code}: {str(answer.get('message'))!r:.300}"
@@ -207,9 +208,3 @@ def _number(value: object) -> float | None:
         return None
     number = float(value)
     return number if math.isfinite(number) else None
-
-
-def _cut(text: str) -> str:
-    if len(text) <= _MOST_SHOWN:
-        return text
-    return f"{text[:_MOST_SHOWN]}\n[{len(text) - _MOST_SHOWN} characters are left out]"

@@ -29,6 +29,7 @@ from typing import cast
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
+from plugins.environments.long_texts import both_ends_of
 from plugins.environments.terminal_tasks import numbered
 from plugins.sandboxes.choice import DEFAULT, make_sandbox
 from plugins.sandboxes.protocol import MOST_COMMAND_BYTES, Folders, Limits, Sandbox
@@ -228,11 +229,7 @@ def readable(output: bytes) -> str:
     'red\\\\x07'
     """
     text = _ESCAPES.sub("", output.decode(errors="replace").replace("\r\n", "\n"))
-    text = text.translate(_CONTROLS).strip("\n")
-    if len(text) <= MOST_SHOWN:
-        return text
-    half = MOST_SHOWN // 2
-    return f"{text[:half]}\n[{len(text) - 2 * half} characters are left out]\n{text[-half:]}"
+    return both_ends_of(text.translate(_CONTROLS).strip("\n"), MOST_SHOWN)
 
 
 def check_files(name: str, files: Mapping[object, object]) -> None:
