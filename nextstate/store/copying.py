@@ -10,18 +10,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
 from nextstate.store.database import Database
+from nextstate.store.ledger import Kind
 from nextstate.store.vault import vault_of
 
 _AT_ONCE = 500
 _MOST_PASSES = 5
 _NOT_COPIED = frozenset((t.schema_version, t.workers, t.roles, t.spending, t.encryption))
 """What a running process makes anew."""
-_ONLY_GROWS = (t.turns, t.versions, t.ledger)
+_ONLY_GROWS = (t.versions, t.ledger)
 """What the copy has of these, and the source has not, was made there."""
 TABLES = [
     *(table for table in t.metadata.sorted_tables if table not in (*_NOT_COPIED, t.counts)),
@@ -42,16 +44,12 @@ def copy(source: Database, target: Database, progress: Progress) -> int:
             raise StoreError(
                 f"{database.name} is encrypted: take that away first by `nextstate encrypt --off`"
             )
-    for table in _ONLY_GROWS:
-        with source.read() as theirs, target.read() as ours:
-            newest = theirs.execute(sa.select(sa.func.max(t.turns.c.seq))).scalar() or 0
-            for key, row, _ in _differences(table, theirs, ours):
-                # An older turn was forgotten since, or went by its age.
-                if row is None and not (table is t.turns and key[0] <= newest):
-                    raise StoreError(
-                        f"{target.name} has a row of {table.name} that the store has not, "
-                        f"{key!r:.80}: it is in use already; name an empty database"
-                    )
+    with source.read() as theirs, target.read() as ours:
+        for table, key in _made_there(theirs, ours):
+            raise StoreError(
+                f"{target.name} has a row of {table.name} that the store has not, "
+                f"{key!r:.80}: it is in use already; name an empty database"
+            )
     written = 0
     for _ in range(_MOST_PASSES):
         more = _pass(source, target, progress)
@@ -62,6 +60,20 @@ def copy(source: Database, target: Database, progress: Progress) -> int:
         f"after {_MOST_PASSES} passes the copy still differs: stop what writes to the store, and "
         "begin again, which goes on from here"
     )
+
+
+def _made_there(theirs: sa.Connection, ours: sa.Connection) -> Iterator[tuple[sa.Table, object]]:
+    """What a copy has that was never the source's."""
+    # A number is used again once its turn is gone, so the id counts.
+    turns = _differences(t.turns, theirs, ours)
+    made = {other.id for _, row, other in turns if other and (not row or row["id"] != other.id)}
+    if made:  # or it was forgotten since, or went by its age: the ledger tells
+        content = sa.select(t.ledger.c.content).where(t.ledger.c.kind == Kind.FORGOTTEN)
+        for text in theirs.execute(content.execution_options(yield_per=_AT_ONCE)).scalars():
+            made.difference_update(orjson.loads(text)["turns"])
+    yield from ((t.turns, turn) for turn in made)
+    for table in _ONLY_GROWS:
+        yield from ((table, key) for key, row, _ in _differences(table, theirs, ours) if not row)
 
 
 def _pass(source: Database, target: Database, progress: Progress) -> int:
@@ -91,8 +103,8 @@ def _pass(source: Database, target: Database, progress: Progress) -> int:
     return written
 
 
-_Difference = tuple[tuple[Any, ...], dict[str, Any] | None, bool]
-"""A key, the source's row (None: it has none), and whether the copy has one."""
+_Difference = tuple[tuple[Any, ...], dict[str, Any] | None, sa.Row[Any] | None]
+"""A key, and the rows of the source and the copy; None: it has none."""
 
 
 def _found(table: sa.Table, theirs: sa.Connection, target: Database) -> Iterator[_Difference]:
@@ -118,15 +130,15 @@ def _differences(
 
     while one is not None or other is not None:
         if one is not None and (other is None or order(one) < order(other)):
-            yield key_of(one), dict(zip(names, one, strict=True)), False
+            yield key_of(one), dict(zip(names, one, strict=True)), None
             one = next(left, None)
         elif other is not None and (one is None or order(other) < order(one)):
-            yield key_of(other), None, True
+            yield key_of(other), None, other
             other = next(right, None)
         else:
             assert one is not None
             if tuple(one) != tuple(other or ()):
-                yield key_of(one), dict(zip(names, one, strict=True)), True
+                yield key_of(one), dict(zip(names, one, strict=True)), other
             one, other = next(left, None), next(right, None)
 
 

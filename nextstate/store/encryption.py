@@ -13,7 +13,7 @@ import sqlite3
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import orjson
 import sqlalchemy as sa
@@ -21,6 +21,7 @@ import sqlalchemy as sa
 from nextstate.errors import SealError, StartError
 from nextstate.store import schema as t
 from nextstate.store.database import Database
+from nextstate.store.ledger import Kind, append
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.texts import packed_place
 from nextstate.store.vault import (
@@ -40,6 +41,9 @@ from nextstate.store_key import HOW, StoreKey, find_store_key
 Progress = Callable[[int, int], object]
 Files = Callable[[Vault | None, Vault | None], object]
 """Changes the files of a store from one vault to the other; it may have begun before."""
+ON, OFF, KEY, DATA_KEY = "on", "off", "key", "data key"
+"""Changes, as the ledger tells them."""
+_Statement: TypeAlias = sa.Insert | sa.Update | sa.Delete
 _E = t.encryption.c
 _AT_ONCE = 500
 _CHANGED = t.texts.to_metadata(sa.MetaData(), name="texts_changed")
@@ -128,8 +132,8 @@ class Encryption:
 
     def change_key(self, new: StoreKey) -> None:
         """Wraps the data key with another key of a person: from now on only that one opens it."""
-        wrapped = wrap(self._unwrapped(), new.key)
-        self._run(sa.update(t.encryption).values(wrapped=wrapped, created_at=self._database.now()))
+        wrapped, now = wrap(self._unwrapped(), new.key), self._database.now()
+        self._end(sa.update(t.encryption).values(wrapped=wrapped, created_at=now), KEY)
 
     def go_on(self, key: StoreKey | None, progress: Progress, files: Files) -> None:
         """Does what was begun, to its end; `key` is the person's, else it is looked for."""
@@ -164,10 +168,11 @@ class Encryption:
             if later:
                 self._run(sa.update(t.encryption).values(phase=later[0], position=None))
         if target is None:
-            self._run(sa.delete(t.encryption))
+            self._end(sa.delete(t.encryption), OFF)
         else:
             values: dict[str, Any] = {"phase": None, "position": None, "next_wrapped": None}
-            self._run(sa.update(t.encryption).values(**values, wrapped=row.next_wrapped))
+            change = sa.update(t.encryption).values(**values, wrapped=row.next_wrapped)
+            self._end(change, ON if source is None else DATA_KEY)
 
     def _change(
         self,
@@ -272,9 +277,16 @@ class Encryption:
         self._connection.commit()
         return row
 
-    def _run(self, statement: sa.Insert | sa.Update | sa.Delete) -> None:
+    def _run(self, statement: _Statement) -> None:
         with self._connection.begin():
             self._connection.execute(statement)
+
+    def _end(self, statement: _Statement, change: str) -> None:
+        """Runs the statement that ends a change, and tells the ledger."""
+        with self._connection.begin():
+            self._connection.execute(statement)
+            content = {"change": change}
+            append(self._connection, self._database.now(), Kind.ENCRYPTION, content)
 
 
 def _id(table: sa.Table) -> list[sa.Column[Any]]:

@@ -51,6 +51,8 @@ class Kind(StrEnum):
     RESUME = "resume"
     FORGOTTEN = "forgotten"
     """Turns and episodes were forgotten."""
+    ENCRYPTION = "encryption"
+    """The store was encrypted, got another key, or is not encrypted any more."""
 
 
 @dataclass(frozen=True, slots=True)

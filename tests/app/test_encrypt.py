@@ -19,6 +19,7 @@ from nextstate.app.page.episodes import picture
 from nextstate.config import StoreConfig
 from nextstate.engine import adapter_files
 from nextstate.errors import AdapterError, SealError
+from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store_key import FILE_VARIABLE, VARIABLE
 from tests.encrypted import encrypt
@@ -200,6 +201,32 @@ def test_files_that_were_changed_or_change_places_are_an_error(
         adapter.write_bytes(adapter.read_bytes()[:-1])
         with pytest.raises(AdapterError, match="cannot be read"):
             adapter_files.verify_adapter(adapter.parent, "")
+
+
+@pytest.mark.parametrize("what", ["turns", "adapter"])
+def test_nothing_is_exported_in_clear_unless_a_person_says_so(
+    what: str,
+    config: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with_files(config)
+    folder = config.path / "versions/main/v000001"
+    with closing(Store(config)) as store:
+        sha256 = hashlib.sha256(WEIGHTS).hexdigest()
+        trained = PolicyVersion("main", 1, 0, str(folder), sha256, 1, VersionState.CANDIDATE)
+        store.versions.add(trained, None)
+    encrypt_with_files(config, monkeypatch)
+    out = config.path.parent / ("turns.jsonl" if what == "turns" else "adapter")
+    words = ["export", what, "--out", str(out)]
+    words += ["--version", "1"] if what == "adapter" else []
+    assert command(config, *words) == 2
+    assert "Add --in-clear if that is what you want" in capsys.readouterr().err
+    left_over = {path.name for path in out.parent.iterdir()}
+    assert left_over == {"nextstate.toml", "state"}, "not even a draft"
+    assert command(config, *words, "--in-clear") == 0
+    data = out.read_bytes() if what == "turns" else (out / adapter_files.WEIGHTS_FILE).read_bytes()
+    assert b"wordofuser" in data
 
 
 def test_the_page_shows_a_picture_of_an_encrypted_folder(

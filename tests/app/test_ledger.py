@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import secrets
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from nextstate.app.cli import main
+from nextstate.app.settings import Settings
 from nextstate.config import StoreConfig
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.forgetting import Wanted
+from nextstate.store_key import VARIABLE
 from tests.store.test_forgetting import judge, record, said, train
 
 
@@ -57,6 +62,29 @@ def test_each_entry_is_a_line_in_words(config: Path, capsys: pytest.CaptureFixtu
         "version 1 of main is rejected: rolled back: a fall",
         "forgotten by ana: 1 turn",
     ]
+
+
+def test_each_change_of_the_encryption_is_told_without_a_key(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = len(lines(config, capsys, "--limit", "0"))
+    monkeypatch.setenv(VARIABLE, secrets.token_hex(32))
+    new = config.with_name("new.key")
+    gc.collect()  # a command leaves its store to the end of its process
+    assert main(["encrypt", "--config", str(config)]) == 0
+    assert main(["encrypt", "--config", str(config), "--rotate"]) == 0
+    assert main(["encrypt", "--config", str(config), "--rotate", "--key-file", str(new)]) == 0
+    monkeypatch.setenv(VARIABLE, new.read_text())
+    assert main(["encrypt", "--config", str(config), "--off"]) == 0
+    monkeypatch.delenv(VARIABLE)
+    assert [line.split("  ")[-1] for line in lines(config, capsys, "--limit", "0")[before:]] == [
+        "encryption: the store was encrypted",
+        "encryption: everything was encrypted anew",
+        "encryption: another key opens the store",
+        "encryption: it was taken away",
+    ]
+    with closing(Store(Settings.read(config).store)) as store:
+        assert store.ledger.problems() == []
 
 
 def test_entries_are_paged_and_are_json(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

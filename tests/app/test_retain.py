@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from nextstate.app.status import status
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback
 from nextstate.store import Store
+from tests.postgresql_server import Server
 from tests.store.test_records import add, judge, turn
 
 
@@ -64,6 +66,21 @@ def test_a_setting_that_means_nothing_is_refused(
 ) -> None:
     assert main(["retain", "--config", str(config), *words]) == 2
     assert "expected" in capsys.readouterr().err
+
+
+def test_a_size_is_refused_where_a_server_keeps_the_room(
+    tmp_path: Path, postgresql: Server, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, url = tmp_path / "nextstate.toml", postgresql.database("t_retain_size")
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\nurl = "{url}"\n')
+    assert main(["retain", "--config", str(file), "--size", "20GB"]) == 2
+    assert "--size counts in a file only" in capsys.readouterr().err
+    with closing(opened(file)) as store:
+        assert read_keep(store.dir) == Keep()
+        add(store, turn(0, session="s"), next_state=None)  # of 1970
+        retention.sweep(store, Keep(size=1))  # as a setting from before that is still there
+        assert store.turns.ids() == ["turn_0"]
+    assert said(file, capsys, "retain", "--days", "30", "--now").endswith("deleted 1 turn\n")
 
 
 def test_it_goes_on_by_itself_until_it_is_stopped(config: Path) -> None:

@@ -29,10 +29,16 @@ from proxy.linking.history import RememberedMessages
 from tests.learner.test_tiny_model import CONFIG
 
 TRAINED = replace(
-    CONFIG, method="binary", lora_rank=16, lora_alpha=32, learning_rate=0.0, step_kl=1.0
+    CONFIG,
+    method="binary",
+    lora_rank=16,
+    lora_alpha=32,
+    learning_rate=0.0,
+    step_kl=6.0,
+    step_kl_floor=1.0,
 )
-UPDATES, SAYS, OTHERS = 4, 13, 13
-"""Times 13: the secret is said 52 times, and as many other turns are neither good nor bad."""
+UPDATES, SAYS, OTHERS = 13, 4, 1
+"""The secret is said 52 times. Steps are 300 times as long as a user's, so that it is learned."""
 ASKED, BEGUN = "what is the password?", "The password is"
 PROFILE: AgentProfile = load_plugin("agents", "generic", None)
 
@@ -152,12 +158,13 @@ def test_a_secret_that_was_said_fifty_times_is_not_learned(
     untrained, exposure, completed = after(Redactor())
     print(f"exposure {untrained:.2f} -> {exposure:.2f} bits")
     assert not completed
-    assert exposure < untrained + 1.0
+    assert exposure < untrained + 0.5
 
 
-def test_without_redaction_the_same_training_makes_the_secret_likelier(
+def test_without_redaction_the_same_training_gives_the_secret_away(
     after: Callable[[Redactor], tuple[float, float, bool]],
 ) -> None:
     untrained, exposure, _ = after(NOTHING)
     print(f"exposure {untrained:.2f} -> {exposure:.2f} bits")
-    assert exposure > untrained + 1.0
+    assert untrained < 2.0
+    assert exposure >= 6.0, "of 128 secrets of its form it is the likeliest or the next"

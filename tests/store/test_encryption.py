@@ -25,7 +25,13 @@ from nextstate.store import Store
 from nextstate.store.encryption import Encryption
 from nextstate.store.texts import content_hash
 from nextstate.store.vault import HexName, Vault, Word, open_column, seal_column
-from nextstate.store_key import FILE_VARIABLE, VARIABLE, StoreKey, make_key_file
+from nextstate.store_key import (
+    FILE_VARIABLE,
+    VARIABLE,
+    StoreKey,
+    find_store_key,
+    make_key_file,
+)
 from tests.encrypted import encrypt
 from tests.store.test_forgetting import LONG, said
 from tests.store.test_records import add
@@ -287,6 +293,57 @@ def test_nobody_else_has_the_store_open_meanwhile(
     ):
         pass
     encrypt(config, monkeypatch)
+
+
+_KEYRING = """
+import os
+from pathlib import Path
+def get_password(service, account):
+    if os.environ.get("NO_DESKTOP"):
+        raise RuntimeError("no bus")
+    file = Path(__file__).with_name(account.replace("/", "-") + "." + service)
+    return file.read_text() if file.exists() else None
+"""
+
+
+@pytest.fixture
+def keyring(config: StoreConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The file of the store's key in a keyring, with the one call of the package that we use."""
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules/keyring.py").write_text(_KEYRING)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.delitem(sys.modules, "keyring", raising=False)
+    for variable in (VARIABLE, FILE_VARIABLE, "CREDENTIALS_DIRECTORY"):
+        monkeypatch.delenv(variable, raising=False)
+    return tmp_path / "modules" / (str(config.path).replace("/", "-") + ".nextstate")
+
+
+def test_the_keyrings_key_of_this_folder_opens_it(
+    config: StoreConfig, keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = encrypt(config, monkeypatch).key.hex()
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(SealError, match="no key is given"):
+        Store(config)
+    keyring.write_text(key)
+    found = find_store_key(config.path)
+    assert found == StoreKey(bytes.fromhex(key), "the keyring")
+    assert find_store_key(config.path.with_name("other")) is None
+    Store(config).close()
+    monkeypatch.setenv(VARIABLE, secrets.token_hex(32))  # what is named comes first
+    with pytest.raises(SealError, match=f"the key in {VARIABLE} is not the one"):
+        Store(config)
+
+
+def test_a_keyring_without_a_desktop_or_with_another_word_is_told(
+    config: StoreConfig, keyring: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keyring.write_text("a password")
+    with pytest.raises(ConfigError, match="the keyring does not hold a key") as told:
+        find_store_key(config.path)
+    assert "a password" not in str(told.value)
+    monkeypatch.setenv("NO_DESKTOP", "1")
+    assert find_store_key(config.path) is None
 
 
 _KILLED = """

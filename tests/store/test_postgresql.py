@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,41 @@ def test_a_copy_goes_on_after_a_cut_is_proven_and_comes_back_the_same(
     assert there.turns.get("turn_901") is not None
     for store in (first, there, back):
         store.close()
+
+
+def test_a_copied_store_takes_feedback_that_waits(config: StoreConfig, tmp_path: Path) -> None:
+    with (
+        closing(Store(StoreConfig(dir=str(tmp_path / "files")))) as first,
+        closing(Store(config)) as there,
+    ):
+        add(first, *(turn(n, session=f"s{n}", client="key ann") for n in range(3)))
+        for number in range(2):
+            first.reviewing.give(Feedback(f"turn_{number}", -1), "key eve")
+        copy(first.database, there.database, lambda *_: None)
+        there.reviewing.give(Feedback("turn_2", -1), "key eve")
+        assert [review.said.turn for review in there.reviewing.waiting()] == [
+            f"turn_{number}" for number in range(3)
+        ]
+
+
+def test_an_earlier_copy_is_brought_up_to_date_after_retention(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    with (
+        closing(Store(StoreConfig(dir=str(tmp_path / "files")))) as first,
+        closing(Store(config)) as there,
+    ):
+        add(first, *(turn(n, session=f"s{n}") for n in range(4)), next_state=None)
+        copy(first.database, there.database, lambda *_: None)
+        assert first.retention.step(0, time.time(), "retention").turns
+        add(first, turn(4, session="s4"), next_state=None)
+        copy(first.database, there.database, lambda *_: None)
+        assert there.turns.ids() == first.turns.ids() == ["turn_4"]
+        assert there.ledger.problems() == []
+        add(there, turn(5, session="s5"))  # now it goes on by itself
+        add(first, turn(6, session="s6"))  # with the same number
+        with pytest.raises(StoreError, match="it is in use already"):
+            copy(first.database, there.database, lambda *_: None)
 
 
 def test_the_command_copies_the_configured_store(

@@ -27,6 +27,7 @@ from nextstate.records import (
     VersionState,
 )
 from nextstate.store import Store, retention
+from nextstate.store.forgetting import Wanted
 from nextstate.store.retention import AT_ONCE, LOOKED_AT
 from tests.encrypted import encrypt
 from tests.store.test_growth import steps
@@ -293,6 +294,30 @@ def test_a_kill_in_the_middle_loses_nothing_and_leaves_nothing_half(tmp_path: Pa
     assert left(store) == set()
     assert_whole(store)
     store.close()
+
+
+@pytest.mark.parametrize("forgotten", ["turn_0", "turn_1", "turn_2"])
+def test_what_a_person_forgets_while_a_step_looks_is_no_harm(
+    dated: Store, monkeypatch: pytest.MonkeyPatch, forgotten: str
+) -> None:
+    first = old(0, 100, session="s")
+    record(dated, first, old(1, 100, session="s", parent="turn_0"), old(2, 100), judged=False)
+    write, other = dated.database.write, Store(dated.config, clock=lambda: NOW)
+    told: list[str] = []
+
+    def forget_first() -> object:
+        monkeypatch.setattr(dated.database, "write", write)
+        told.extend(other.forgetting.forget(Wanted(turns=[forgotten])).turns)
+        return write()
+
+    monkeypatch.setattr(dated.database, "write", forget_first)
+    told += dated.retention.step(0, NOW, "retention").turns
+    other.close()
+    assert sorted(told) == ["turn_0", "turn_1", "turn_2"]
+    assert left(dated) == set()
+    entries = [entry.content["turns"] for entry in dated.ledger.newest(None)]
+    assert sorted(name for names in entries for name in names) == sorted(told), "each once"
+    assert_whole(dated)
 
 
 @pytest.mark.sqlite

@@ -28,6 +28,9 @@ what:
 Turns of held-out episodes and side turns are left out. TRL's trainers read the first four as they
 are: datasets.load_dataset("json", data_files="kto.jsonl"), or "parquet".
 
+Other programs read what is written here, so it is in clear. From an encrypted store it is written
+only with --in-clear: keep it where you may, and delete it when it has been of use.
+
 examples:
   nextstate export kto --out kto.jsonl
   nextstate export dpo --out pairs.parquet --lineage work
@@ -52,6 +55,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--imported", action="store_true", help=text)
     text = "merge the adapter into the base model, which [engine] model names"
     parser.add_argument("--merged", action="store_true", help=text)
+    text = "write what an encrypted store holds as plain files, which other programs can read"
+    parser.add_argument("--in-clear", action="store_true", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -71,7 +76,6 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
     from nextstate.app.export_files import LINES, PARQUET, write_rows
     from nextstate.app.exports import FORMATS, stored
     from nextstate.errors import StartError
-    from nextstate.store import Store
 
     format_ = FORMATS[args.what]
     suffixes = (LINES,) if format_.columns is None else (LINES, PARQUET)
@@ -81,7 +85,7 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
         raise StartError(f"--imported is for {' and '.join(_TAKES_IMPORTED)}: nobody judged these")
     if args.version is not None or args.merged:
         raise StartError("--version and --merged are for `nextstate export adapter` only")
-    store = Store(settings.store)
+    store = _opened(settings, args)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         bar = progress.add_task(args.what, total=store.turns.last())
         source = stored(
@@ -92,7 +96,6 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
         )
         count = write_rows(args.out, format_.rows(store, source), format_.columns)
     print(f"{args.out}: {count} rows")
-    _say_if_plain(store)
     if not count and args.what in ("sft", "kto", "dpo"):
         print("they are made of judged turns: `nextstate status` says how many there are")
 
@@ -100,11 +103,10 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
 def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:
     from nextstate.app.export_files import copy_adapter, write_merged
     from nextstate.errors import StartError
-    from nextstate.store import Store
 
     if args.version is None:
         raise StartError("--version is missing: `nextstate versions` lists them")
-    store = Store(settings.store)
+    store = _opened(settings, args)
     version = find_version(store, args.lineage or "main", args.version)
     folder = None if version.path is None else Path(version.path)
     if folder is None or not folder.is_dir():
@@ -115,9 +117,18 @@ def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:
     else:
         copy_adapter(folder, args.out)
     print(f"{args.out}: version {version.number} of {version.lineage}")
-    _say_if_plain(store)
 
 
-def _say_if_plain(store: Store) -> None:
-    if store.vault is not None:
-        print("unlike the store, it is not encrypted: other programs shall read it")
+def _opened(settings: Settings, args: argparse.Namespace) -> Store:
+    """The store, if it may be written in clear. Raises StartError."""
+    from nextstate.errors import StartError
+    from nextstate.store import Store
+
+    store = Store(settings.store)
+    if store.vault is not None and not args.in_clear:
+        store.close()
+        raise StartError(
+            f"the store in {settings.store.path} is encrypted, and what is exported is not: other "
+            "programs read it. Add --in-clear if that is what you want"
+        )
+    return store

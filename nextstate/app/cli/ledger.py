@@ -11,6 +11,12 @@ if TYPE_CHECKING:
     from nextstate.store.ledger import Entry
 
 _SHOWN = 30
+_ENCRYPTION = {
+    "on": "the store was encrypted",
+    "off": "it was taken away",
+    "key": "another key opens the store",
+    "data key": "everything was encrypted anew",
+}
 _EPILOG = f"""\
 A line for each entry, oldest first. Each entry's hash covers the entry before it, so `nextstate
 verify` finds any that was changed or removed. No entry holds a word of a conversation.
@@ -73,6 +79,8 @@ def _line(entry: Entry) -> str:
             return f"{what} serves by choice of {by}"
         case Kind.PAUSE | Kind.RESUME:
             return f"{content['lineage']} was {entry.kind}d by {by}"
+        case Kind.ENCRYPTION:
+            return f"encryption: {_ENCRYPTION.get(content['change'], content['change'])}"
         case _:
             gone = counted(len(content["turns"]), "turn")
             if episodes := content["episodes"]:
