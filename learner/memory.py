@@ -176,6 +176,8 @@ def _sizes(config: LearnerConfig, model_path: str, device: torch.device) -> tupl
     if config.quantization == "4bit":
         linear = [m.weight for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
         weights -= int(sum(p.numel() for p in linear) * (width - _NF4_BYTES))
+    if config.trains_all:
+        return weights, sum(p.numel() for p in base.parameters())
     with torch.device("meta"):
         model = get_peft_model(base, lora_config(config))
     return weights, sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -104,6 +104,11 @@ class Settings:
                 '[engine] mode = "external" needs [engine] url, for example "http://127.0.0.1:8000"'
             )
         self._check_lineages()
+        if self.learner.trains_all:
+            raise ConfigError(
+                "[learner] lora_rank = 0 trains all weights, which no engine of ours serves yet: "
+                "set it to 1 or more"
+            )
         if self.learner.wandb and _WANDB not in self.privacy.allow_hosts:
             raise ConfigError(
                 f"[learner] wandb = {self.learner.wandb!r} sends metrics to Weights & Biases: "
