@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM
 from learner.adapters import Card, disk_error, require_finite, write_card, write_folder
 from learner.config import LearnerConfig
 from learner.model import model_folder
+from nextstate import sealed_files
 from nextstate.engine.adapter_files import (
     MODEL_FILE,
     file_sha256,
@@ -113,6 +114,11 @@ class FullWeights:
     def save(self, folder: Path, card: Card) -> str:
         """See `Weights`. Raises DiskError before it writes if there is no room."""
         require_finite({name: weight.detach() for name, weight in self._named.items()}, card)
+        if sealed_files.is_encrypted(folder):
+            raise LearnerError(
+                "whole models cannot be encrypted yet, and this store is: set [learner] lora_rank "
+                "to 1 or more, or run `nextstate encrypt --off`"
+            )
         source = model_folder(self._model.name_or_path)
         self._require_room(folder)
 
@@ -123,7 +129,7 @@ class FullWeights:
                 small = file.is_file() and file.stat().st_size <= _COPIED_BYTES
                 if small and not file.name.endswith(_WEIGHT_FILES):
                     shutil.copyfile(file, draft / file.name)
-            (draft / PROBE_FILE).write_bytes(orjson.dumps(self._probe()))
+            (draft / PROBE_FILE).write_bytes(orjson.dumps({"probes": self._probe()}))
             sha256 = file_sha256(draft / MODEL_FILE)
             write_card(draft, card, sha256)
             return sha256

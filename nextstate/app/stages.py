@@ -45,6 +45,7 @@ from nextstate.engine.process import (
     port_is_free,
 )
 from nextstate.engine.several import Renderers, live_requests
+from nextstate.engine.whole import UP, read_engines
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
 from nextstate.keys import chosen_key, key_of_nodes
@@ -415,7 +416,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         wait_for_engine(settings, stop)
     store = Store(settings.store, patience=patience)
     path = zero_adapter(settings)
-    if not path.exists():
+    if not (path.exists() or config.trains_all):
         save_zero_adapter(model_path, config, path)
 
     def to_engine(version: PolicyVersion, withdraw: Decisions | None = None) -> None:
@@ -465,8 +466,12 @@ def _count_live_requests(settings: Settings) -> int:
 
 
 async def _live_requests(settings: Settings) -> int:
-    async with engine_clients(settings) as engines:
-        return await live_requests(engines)
+    async with engine_clients(settings) as engines, AsyncExitStack() as opened:
+        found = read_engines(settings.store.path).values()
+        whole = [engines[0].twin(one.url, one.name) for one in found if one.state == UP]
+        for engine in whole:
+            await opened.enter_async_context(engine)
+        return await live_requests([*engines, *whole])
 
 
 def _stop_event(*patiences: Patience) -> asyncio.Event:

@@ -135,7 +135,7 @@ def test_a_saved_version_is_a_private_whole_model_that_says_what_the_learner_say
     assert {stat.S_IMODE(file.stat().st_mode) for file in folder.iterdir()} == {0o600}
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     read = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    for one in json.loads((folder / PROBE_FILE).read_bytes()):
+    for one in json.loads((folder / PROBE_FILE).read_bytes())["probes"]:
         with torch.no_grad():
             logits = read(input_ids=torch.tensor([one["prompt"]])).logits[0, -1]
         found = logits.log_softmax(-1)[torch.tensor(one["tokens"])].tolist()
