@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from learner.adapters import Card, disk_error, require_finite, write_card, write_folder
 from learner.config import LearnerConfig
@@ -123,6 +124,7 @@ class FullWeights:
         self._require_room(folder)
 
         def fill(draft: Path) -> str:
+            disable_progress_bar()  # the log is no terminal
             # transformers knows the names that a checkpoint has, which may differ from ours.
             self._model.save_pretrained(draft, max_shard_size="1000TB")
             for file in source.iterdir():

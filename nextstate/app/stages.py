@@ -266,7 +266,10 @@ async def _judge(settings: Settings, store: Store, stop: asyncio.Event) -> None:
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
-        counted = Counted(kind, functools.partial(live_requests, engines))
+        live = functools.partial(live_requests, engines)
+        if settings.learner.trains_all:  # agents' requests run on the versions' own engines
+            live = functools.partial(_live_requests, settings)
+        counted = Counted(kind, live)
         pace = Pace(config.share, counted.agents) if polite else None
         try:
             renderer = Renderers(engines)

@@ -95,7 +95,7 @@ def remove_all_served(state_dir: Path) -> None:
 @contextmanager
 def opened_folder(path: Path) -> Generator[Path]:
     """The adapter's folder with plain files; a copy in memory if it is sealed."""
-    if not sealed_files.is_sealed(path / WEIGHTS_FILE):
+    if is_checkpoint(path) or not sealed_files.is_sealed(path / WEIGHTS_FILE):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="nextstate-", dir=_IN_MEMORY) as folder:

@@ -23,7 +23,7 @@ from nextstate.store import Store
 from nextstate.store.versions import base_version
 from tests.running_loop import Loop, wait_for, write_config
 
-pytestmark = [pytest.mark.engine, pytest.mark.soak, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.engine, pytest.mark.soak, pytest.mark.timeout(1200)]
 STREAMS = 8
 
 
@@ -96,7 +96,7 @@ async def answered_by(loop: Loop) -> tuple[int, str]:
 def test_a_real_step_makes_a_version_that_its_own_engine_serves_and_no_request_fails(
     whole: Loop,
 ) -> None:
-    assert whole.talk_until(1, seed=1) == 0
+    assert whole.talk_until(1, seed=1, within_s=800) == 0
     settings = Settings.read(whole.config)
     (engine,) = read_engines(settings.store.path).values()
     assert (engine.number, engine.state, engine.exact) == (1, UP, True)
