@@ -26,7 +26,7 @@ from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import certificate, proxy_connector
 from nextstate.config import EngineConfig
 from nextstate.engine import process as vllm
-from nextstate.engine.adapter_files import remove_all_served
+from nextstate.engine.adapter_files import MODEL_FILE, remove_all_served
 from nextstate.engine.whole import WholeEngine, engines_folder
 from nextstate.errors import StartError
 from nextstate.free_memory import free_ram, held_by
@@ -78,6 +78,8 @@ class Stack:
             vllm.check_replicas(self.settings.engine)
         if self.settings.learner.trains_all:
             self._check_whole_models()
+        elif any(self.dir.glob(f"versions/*/v*/{MODEL_FILE}")):
+            self._check_adapters()
         vllm.check_model(self.settings.engine)
         check_port(self.settings)
         if not self.settings.proxy.loopback:
@@ -102,6 +104,19 @@ class Stack:
                 "[learner] lora_rank = 0 writes versions that cannot be encrypted yet, and this "
                 "store is: set lora_rank to 1 or more, or run `nextstate encrypt --off`"
             )
+
+    def _check_adapters(self) -> None:
+        """Raises StartError if a whole model serves, which no engine for adapters loads."""
+        store = Store(self.settings.store)
+        serving = store.versions.serving_of(self.settings.all_lineages).values()
+        store.close()
+        for version in serving:
+            if version.is_whole_model:
+                raise StartError(
+                    f"version {version.number} serves and is a whole model: set [learner] "
+                    "lora_rank = 0, or return to the base with `nextstate rollback 0` while that "
+                    "is set"
+                )
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[asyncio.Task[None]]:

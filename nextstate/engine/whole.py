@@ -136,11 +136,10 @@ async def agree(engine: EngineClient, found: WholeEngine) -> float:
 
     Raises AdapterError if that is too far, EngineError if the engine does not answer.
     """
-    probe = json_object(await asyncio.to_thread(_read_probe, Path(found.path))) or {}
     largest = 0.0
-    for one in probe["probes"]:
-        told = await _likeliest(engine, one["prompt"])
-        for token, logprob in zip(one["tokens"], one["logprobs"], strict=True):
+    for prompt, expected in await asyncio.to_thread(_read_probe, Path(found.path)):
+        told = await _likeliest(engine, prompt)
+        for token, logprob in expected.items():
             if token not in told:
                 raise AdapterError(_differs(found, f"token {token} is not among its likeliest"))
             largest = max(largest, abs(told[token] - logprob))
@@ -150,11 +149,14 @@ async def agree(engine: EngineClient, found: WholeEngine) -> float:
     return largest
 
 
-def _read_probe(folder: Path) -> bytes:
+def _read_probe(folder: Path) -> list[tuple[list[int], dict[int, float]]]:
+    """Prompts, and the learner's log-probs of the likeliest tokens after each."""
     try:
-        return (folder / PROBE_FILE).read_bytes()
-    except OSError as error:
-        raise AdapterError(f"the version in {folder} cannot be probed: {error}") from error
+        probes = json.loads((folder / PROBE_FILE).read_bytes())["probes"]
+        found = [(p["prompt"], zip(p["tokens"], p["logprobs"], strict=True)) for p in probes]
+        return [(prompt, dict(expected)) for prompt, expected in found]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(f"the version in {folder} cannot be probed: {error!r}") from error
 
 
 async def _likeliest(engine: EngineClient, prompt: list[int]) -> dict[int, float]:

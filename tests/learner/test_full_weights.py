@@ -17,9 +17,11 @@ from learner.adapters import Card
 from learner.config import LearnerConfig
 from learner.memory import require_memory
 from learner.trainer import PolicyTrainer, build_trainer
+from nextstate.app.settings import Settings
+from nextstate.app.stack import Stack
 from nextstate.engine.adapter_files import MODEL_FILE, file_sha256
 from nextstate.engine.whole import PROBE_FILE
-from nextstate.errors import AdapterError, ConfigError, DiskError, LearnerError
+from nextstate.errors import AdapterError, ConfigError, DiskError, LearnerError, StartError
 from nextstate.records import VersionState
 from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_tiny_model import (
@@ -216,3 +218,19 @@ def test_memory_counts_the_base_beside_all_weights_with_their_gradients_and_mome
 def test_what_does_not_go_with_all_weights_is_refused(other: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=rf"lora_rank = 0 trains all weights, and {said}"):
         LearnerConfig(lora_rank=0, **other)
+
+
+def test_nothing_starts_for_adapters_while_a_whole_model_serves(
+    model_path: str, tmp_path: Path
+) -> None:
+    recorded = Recorded(tmp_path / "state", model_path)
+    config = replace(FULL, batch_size=4)
+    recorded.add_mixed(4)
+    train(recorded, model_path, FakeEngine(recorded.store), config)
+    text = f'[store]\ndir = "{tmp_path}/state"\n[engine]\nmodel = "{model_path}"\n[proxy]\nport = 0'
+    file = tmp_path / "nextstate.toml"
+    file.write_text(text)
+    with pytest.raises(StartError, match=r"version 1 serves and is a whole model: set .*rank = 0"):
+        Stack(Settings.read(file)).check()
+    file.write_text(f"{text}\n[learner]\nlora_rank = 0")
+    Stack(Settings.read(file)).check()
