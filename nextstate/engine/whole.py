@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import time
 from dataclasses import asdict, dataclass, replace
@@ -25,6 +26,8 @@ from nextstate.wire import json_object
 
 if TYPE_CHECKING:
     from nextstate.engine.client import EngineClient
+
+log = logging.getLogger(__name__)
 
 PROBE_FILE = "probe.json"
 """In a version's folder: the learner's own log-probs after fixed prompts."""
@@ -121,7 +124,9 @@ async def bring_up(state_dir: Path, beside: EngineClient, version: PolicyVersion
             elif found.state == UP:
                 async with beside.twin(found.url, wanted.name) as engine:
                     if await engine.healthy():
-                        return await agree(engine, found)
+                        nats = await agree(engine, found)
+                        log.info("version=%d its engine differs by %.1g nats", found.number, nats)
+                        return
             await asyncio.sleep(_POLL_S)
     except OSError as error:
         raise EngineError(f"{engines_folder(state_dir)} cannot be written: {error}") from error
