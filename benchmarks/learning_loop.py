@@ -135,9 +135,13 @@ class Engine:
 
     def load(self, version: PolicyVersion) -> None:
         """Serves that version from now on."""
-        if isinstance(self._model, PeftModel):
-            self._base = self._model.unload()
-        self._model = PeftModel.from_pretrained(self._base, version.path).eval()
+        if version.is_whole_model:
+            dtype = self._base.dtype
+            self._model = AutoModelForCausalLM.from_pretrained(version.path, dtype=dtype).eval()
+        else:
+            if isinstance(self._model, PeftModel):
+                self._base = self._model.unload()
+            self._model = PeftModel.from_pretrained(self._base, version.path).eval()
         self.version = version.number
 
     def render(self, messages: Sequence[Json]) -> list[int]:

@@ -55,15 +55,20 @@ def save_adapter(
     An existing folder was never registered (its learner was killed) and is replaced. Raises
     LearnerError for weights that are not finite.
     """
-    _require_finite(weights, card)
+    require_finite(weights, card)
 
     def fill(folder: Path) -> str:
         sha256 = _write_adapter(folder, weights, config, model_path)
-        text = orjson.dumps({**asdict(card), "sha256": sha256}, option=orjson.OPT_INDENT_2)
-        (folder / CARD_FILE).write_bytes(text)
+        write_card(folder, card, sha256)
         return sha256
 
     return write_folder(path, fill)
+
+
+def write_card(folder: Path, card: Card, sha256: str) -> None:
+    """Writes where the weights in a folder come from."""
+    text = orjson.dumps({**asdict(card), "sha256": sha256}, option=orjson.OPT_INDENT_2)
+    (folder / CARD_FILE).write_bytes(text)
 
 
 def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str:
@@ -163,7 +168,8 @@ def _write_adapter(
     return file_sha256(file)
 
 
-def _require_finite(weights: Mapping[str, Tensor], card: Card) -> None:
+def require_finite(weights: Mapping[str, Tensor], card: Card) -> None:
+    """Raises LearnerError for weights that are not finite."""
     broken = [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise LearnerError(

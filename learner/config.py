@@ -95,8 +95,9 @@ class LearnerConfig(Recipe):
     """How far one update changes the policy: KL(before ‖ after), nats a token.
     It is the bound for a batch whose mean score is at most 0. A better batch has less to correct:
     its bound falls with 1 - mean score."""
-    lora_rank: Annotated[int, Ge(1), Le(512)] = 16
-    """Rank of each low-rank pair; vLLM accepts up to 512."""
+    lora_rank: Annotated[int, Ge(0), Le(512)] = 16
+    """Rank of each low-rank pair; vLLM accepts up to 512. 0: no pairs; all weights are trained, and
+    each version is a whole model with an engine of its own (docs/scale.md)."""
     lora_targets: Annotated[tuple[str, ...], MinLen(1)] = (
         "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
@@ -139,7 +140,26 @@ class LearnerConfig(Recipe):
                 f"[learner] lora_targets = {list(self.lora_targets)}: expected names of layers, or "
                 f"{ALL_LINEAR!r} alone"
             )
+        if self.trains_all:
+            self._check_full_weights()
         try:
             parse_schedule(self.schedule)
         except ValueError as error:
             raise ConfigError(f"[learner] schedule = {self.schedule!r}: {error}") from None
+
+    @property
+    def trains_all(self) -> bool:
+        """Whether all weights are trained instead of low-rank pairs."""
+        return self.lora_rank == 0
+
+    def _check_full_weights(self) -> None:
+        for key, wrong, value, why in (
+            ("ranks", self.ranks > 1, self.ranks, "each rank would hold six copies of the model"),
+            ("dtype", self.dtype == "bfloat16", self.dtype, "small steps would be rounded away"),
+            ("quantization", self.quantization != "none", self.quantization, "it freezes the base"),
+        ):
+            if wrong:
+                raise ConfigError(
+                    f"[learner] lora_rank = 0 trains all weights, and {key} = {value!r} does not "
+                    f"go with that: {why}; leave {key} out, or set lora_rank = 16"
+                )

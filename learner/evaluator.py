@@ -15,8 +15,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 
 from learner.canaries import Comparison, Reply, compare, is_broken, knows, surprise
@@ -28,7 +26,6 @@ from learner.questions import QUESTIONS, Question
 from learner.replies import decode
 from learner.tensors import fill_passes, micro_batches, place, token_count
 from learner.trainer import PolicyTrainer, UpdateResult
-from learner.trl_grpo import use_adapter
 from nextstate.records import Sample
 
 Logprobs = dict[str, Tensor]
@@ -55,7 +52,6 @@ class Evaluator:
         self._of_base: Logprobs = {}
         self._of_parent: Logprobs = {}
         self._of_candidate: Logprobs = {}
-        self._norms: dict[str, Tensor] = {}
 
     def prepare(self, held: Sequence[Sample], batch: Sequence[Sample], parent: int) -> None:
         """Reads the held-out turns before the step on `batch`, with the weights of `parent`."""
@@ -67,7 +63,7 @@ class Evaluator:
         turns = [sample.turn for sample in self._held]
         self._of_base = {t: self._of_base[t] for t in turns if t in self._of_base}
         self._of_parent = {t: self._of_parent[t] for t in turns if t in self._of_parent}
-        with use_adapter(self._trainer.policy, None):
+        with self._trainer.weights.base():
             self._of_base |= self._logprobs([s for s in self._held if s.turn not in self._of_base])
         self._of_parent |= self._logprobs([s for s in self._held if s.turn not in self._of_parent])
 
@@ -81,7 +77,7 @@ class Evaluator:
         self._of_candidate = self._logprobs(self._held)
         replies, is_finite = self._compare_replies()
         return Measured(
-            weight_change=weight_change(self._trainer.policy, self._norms),
+            weight_change=self._trainer.weights.change(),
             kl_parent=self._divergence(
                 self._of_parent, self._of_candidate, result.metrics.get("step/kl")
             ),
@@ -141,7 +137,7 @@ class Evaluator:
         if not self._canaries:
             return None, True
         of_base = {p: r for p, r in self._replies_of_base.items() if p in self._canaries}
-        with use_adapter(self._trainer.policy, None):
+        with self._trainer.weights.base():
             new = self._ask([prompt for prompt in self._canaries if prompt not in of_base])
         if new is None:
             return None, False
@@ -184,7 +180,7 @@ class Evaluator:
             for at, (prompt, reply) in enumerate(answered)
             if reply
         ]
-        with use_adapter(self._trainer.policy, None):
+        with self._trainer.weights.base():
             read = self._logprobs(samples)
         found: list[Reply] = []
         tokenizer: Any = self._trainer.processing_class
@@ -213,28 +209,6 @@ class Evaluator:
             temperature=self._trainer.policy.generation_config.temperature or 1.0,
             seed=self._config.seed,
         )
-
-
-def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
-    """Largest ‖scale · B·A‖ / ‖W‖ over the adapted layers, Frobenius norms.
-
-    ‖B·A‖² is the sum of (BᵀB) ∘ (AAᵀ), whose size is the rank. It bounds how much a layer's output
-    can change relative to the layer, for a model of any scale. `norms` caches ‖W‖ by layer: reading
-    all of a large model takes seconds, and ‖W‖ never changes.
-    """
-    found = torch.zeros(())
-    for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer):
-            continue
-        layer: Any = module
-        a = layer.lora_A["default"].weight.detach().float()
-        b = layer.lora_B["default"].weight.detach().float()
-        product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
-        if name not in norms:
-            weight = dequantize_module_weight(layer.get_base_layer()).detach()
-            norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
-        found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
-    return float(found)
 
 
 def canary_prompts(samples: Sequence[Sample], count: int) -> list[tuple[int, ...]]:

@@ -54,7 +54,13 @@ from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, UpdateResult
 from learner.watch import TURNS, Watch, chain_of
 from nextstate.errors import AdapterError, DiskError, EngineError
-from nextstate.records import BASE_VERSION, Decisions, PolicyVersion, VersionState
+from nextstate.records import (
+    BASE_VERSION,
+    WHOLE_MODEL,
+    Decisions,
+    PolicyVersion,
+    VersionState,
+)
 from nextstate.store import Store
 from nextstate.tracing import tracing
 from nextstate.training_status import write_training_status
@@ -321,6 +327,9 @@ class Lineage:
             **found.metrics(),
             "gate/seconds": prepared_s + time.perf_counter() - started,
         }
+        if self._config.trains_all:
+            trained = self._shared.of(self.name).trained
+            metrics[WHOLE_MODEL] = sum(weight.numel() for weight in trained)
         return PolicyVersion(
             lineage=self.name,
             number=max(numbers, default=BASE_VERSION) + 1,

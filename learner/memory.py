@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from learner.model import (
 )
 from learner.trainer import PolicyTrainer
 from nextstate.errors import StartError
+from nextstate.free_memory import free_ram, kib
 
 GB = 1e9
 _TRAINED_BYTES = 4 * 4
@@ -43,7 +43,6 @@ _SNAPSHOT_BYTES = 4 * 3
 """Of one adapter weight in a snapshot: itself and the two moments."""
 _NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Of one weight in 4 bits: its scales are a byte for 64 weights and 4 bytes for 256 of those."""
-_ROOT = Path("/")
 _SHORT_PASSES = (128, 1024)
 """Tokens of the passes whose memory is counted on a CPU: the first takes seconds, the second, which
 tells more, a fraction of the largest one."""
@@ -176,6 +175,8 @@ def _sizes(config: LearnerConfig, model_path: str, device: torch.device) -> tupl
     if config.quantization == "4bit":
         linear = [m.weight for m in base.modules() if isinstance(m, nn.Linear) and m is not head]
         weights -= int(sum(p.numel() for p in linear) * (width - _NF4_BYTES))
+    if config.trains_all:
+        return weights, sum(p.numel() for p in base.parameters())
     with torch.device("meta"):
         model = get_peft_model(base, lora_config(config))
     return weights, sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -199,53 +200,10 @@ def _allocations_limited_to(free: int | None) -> Iterator[None]:
     """Inside the block the process can allocate `free` more bytes; no limit where None."""
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if free is not None:
-        held = _kib(Path("/proc/self/status").read_text(), "VmData")
+        held = kib(Path("/proc/self/status").read_text(), "VmData")
         limits = [held + free, *(x for x in (soft, hard) if x != resource.RLIM_INFINITY)]
         resource.setrlimit(resource.RLIMIT_DATA, (min(limits), hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
-
-
-def free_ram(root: Path = _ROOT) -> int | None:
-    """Bytes that can be used without swapping, or None on a system without /proc.
-
-    The minimum of what the kernel reports as available and what each control group of the process
-    (version 2) has left. `root` is the root of the file system.
-    """
-    try:
-        available = _kib((root / "proc/meminfo").read_text(), "MemAvailable")
-    except (OSError, ValueError):
-        return None
-    return min([available, *_left_in_groups(root)])
-
-
-def _left_in_groups(root: Path) -> list[int]:
-    try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    mount, left = root / "sys/fs/cgroup", list[int]()
-    for path in (line[3:] for line in lines if line.startswith("0::")):
-        own = mount / path.lstrip("/")
-        for folder in (own, *own.parents):
-            try:
-                limit = (folder / "memory.max").read_text().strip()
-                usage = int((folder / "memory.current").read_text())
-                cache = re.search(
-                    r"^inactive_file (\d+)$", (folder / "memory.stat").read_text(), re.M
-                )
-            except (OSError, ValueError):
-                continue
-            if limit != "max":  # the kernel drops cached files before it refuses memory
-                left.append(max(0, int(limit) - usage + (int(cache[1]) if cache else 0)))
-    return left
-
-
-def _kib(text: str, name: str) -> int:
-    """Bytes of a `Name:  123 kB` line; raises ValueError without it."""
-    found = re.search(rf"^{name}:\s+(\d+) kB$", text, re.MULTILINE)
-    if found is None:
-        raise ValueError(f"no {name} in /proc")
-    return int(found[1]) * 1024

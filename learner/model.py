@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig
+from huggingface_hub import try_to_load_from_cache
+from peft import LoraConfig, PeftModel
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -58,6 +59,23 @@ def model_shape(config: LearnerConfig, model_path: str) -> PreTrainedModel:
     return model
 
 
+def causal_model(policy: Any) -> Any:
+    """The language model itself, with or without peft's layers around it."""
+    return policy.get_base_model() if isinstance(policy, PeftModel) else policy
+
+
+def model_folder(model_path: str) -> Path:
+    """Where the files of a model lie: its folder, or that of the local model cache."""
+    if Path(model_path).is_dir():
+        return Path(model_path)
+    found = try_to_load_from_cache(model_path, "config.json")
+    if not isinstance(found, str):
+        raise StartError(
+            f"[engine] model = {model_path!r} is not in the local model cache any more"
+        )
+    return Path(found).parent
+
+
 def lora_config(config: LearnerConfig) -> LoraConfig:
     """The adapter's shape."""
     targets = list(config.lora_targets)
@@ -93,7 +111,9 @@ def check_devices(config: LearnerConfig, device: torch.device) -> None:
 
 
 def pick_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
-    """The precision of the frozen base."""
+    """The precision of the base: float32 if it is trained itself."""
+    if config.trains_all:
+        return torch.float32
     if config.dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return torch.bfloat16 if config.dtype == "bfloat16" else torch.float32
@@ -131,6 +151,8 @@ def check_quantization(config: LearnerConfig, device: torch.device) -> None:
 
 
 def _check_targets(config: LearnerConfig, model: PreTrainedModel) -> None:
+    if config.trains_all:
+        return
     head = model.get_output_embeddings()
     known = {
         name.rsplit(".", 1)[-1]: None

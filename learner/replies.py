@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from learner.model import causal_model
 from learner.tensors import PAD_ID
 
 
@@ -42,7 +43,7 @@ def decode(
     end_ids = torch.tensor(sorted(ends), device=device)
     is_open = torch.ones(len(rows), dtype=torch.bool, device=device)
     # Only the last position's logits are needed: those of a long prompt would be large.
-    can_keep = "logits_to_keep" in signature(model.get_base_model().forward).parameters
+    can_keep = "logits_to_keep" in signature(causal_model(model).forward).parameters
     options = {"logits_to_keep": 1} if can_keep else {}
     cache, chosen = None, list[Tensor]()
     for place in range(most_tokens):

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from peft.tuners.lora import LoraLayer
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
@@ -35,6 +34,7 @@ from learner.divergence import (
     topk_divergence,
 )
 from learner.drift import drift_objection
+from learner.full_weights import FullWeights
 from learner.kl import kl_divergence
 from learner.likelihood import TokenLogprobs, completion_logprobs
 from learner.metrics import (
@@ -45,11 +45,11 @@ from learner.metrics import (
     token_metrics,
     unexplained_drift,
 )
-from learner.model import load_model, load_tokenizer, lora_config
+from learner.model import causal_model, load_model, load_tokenizer, lora_config
 from learner.ranks import Ranks
 from learner.step_size import MAX_TRIES, fit_step, longest_way, step_bound
 from learner.tensors import Batch, Sequences, collate, micro_batches, token_mean, turn_weights
-from learner.trl_grpo import GRPOTrainer, grpo_config, use_adapter
+from learner.trl_grpo import GRPOTrainer, grpo_config
 from learner.weights import LoraWeights, Snapshot, Weights, copied
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
@@ -98,7 +98,7 @@ class _MicroBatch:
 
 
 class PolicyTrainer(GRPOTrainer):
-    """Trains LoRA weights on a frozen base; see the module."""
+    """Trains LoRA weights on a frozen base, or all weights; see the module."""
 
     def __init__(
         self,
@@ -126,24 +126,19 @@ class PolicyTrainer(GRPOTrainer):
             processing_class=tokenizer,
             # With a PeftModel instead of a configuration, TRL's reference would be a frozen copy of
             # the adapter, which changes with every restart. This way the reference is the base.
-            peft_config=lora_config(config),
+            peft_config=None if config.trains_all else lora_config(config),
         )
+        self.beta = config.kl_coef
         self.policy: Any = self.accelerator.unwrap_model(self.model)
-        """The peft model."""
+        """The peft model, or the model itself if all of it is trained."""
+        kind = FullWeights if config.trains_all else LoraWeights
+        self.weights: Weights = kind(self.policy, config, autocast=self.args.bf16)
         self.trained = [weight for weight in self.policy.parameters() if weight.requires_grad]
-        for weight in self.trained:  # of a 4-bit base TRL's are bfloat16: small steps would be lost
-            weight.data = weight.data.float()
-        if self.args.bf16:
-            # Autocast rounds an adapter's input to bfloat16 anyway; peft would first widen it.
-            for layer in self.policy.modules():
-                if isinstance(layer, LoraLayer):
-                    layer.cast_input_dtype_enabled = False
         if self.args.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(self.args.gradient_checkpointing_kwargs)
         self.create_optimizer()
         self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
         self.current_gradient_accumulation_steps = 1  # TRL's loss divides by it
-        self.weights: Weights = LoraWeights(self.policy, config)
         self.head = head_of(self.policy)
 
     def update(self, samples: Sequence[Sample], lags: Mapping[int, int]) -> UpdateResult:
@@ -262,7 +257,7 @@ class PolicyTrainer(GRPOTrainer):
         gap, top = self._teach(batch)
         reference = None
         if self.beta != 0.0:
-            with use_adapter(self.policy, None):
+            with self.weights.base():
                 reference = self._score(batch.sequences).logprobs.whole
         inputs = {
             # TRL joins prompts and completions for its own forward pass, which ours replaces.
@@ -382,7 +377,7 @@ class PolicyTrainer(GRPOTrainer):
         """The teacher's clipped gap (B, T), 0 without a hint, and its top tokens for each pass."""
         gap, top = torch.zeros_like(batch.behaviour_logprobs), []
         is_base = self.config.teacher == "base"
-        with use_adapter(self.policy, None) if is_base else nullcontext():
+        with self.weights.base() if is_base else nullcontext():
             for hinted in batch.hinted:
                 read = hinted.sequences.sharper(self.config.teacher_temperature)
                 scored = self._score(read)
@@ -428,7 +423,7 @@ class PolicyTrainer(GRPOTrainer):
 
     def read(self, ids: Tensor, mask: Tensor, **extra: Any) -> Any:
         """One forward pass over R sequences, both (R, L), without the head."""
-        backbone = self.policy.get_base_model().base_model
+        backbone = causal_model(self.policy).base_model
         with self.accelerator.autocast():
             return backbone(input_ids=ids, attention_mask=mask, use_cache=False, **extra)
 

@@ -42,12 +42,14 @@ def grpo_config(config: LearnerConfig, model: PreTrainedModel, work_dir: Path) -
         epsilon=EPSILON,
         epsilon_high=EPSILON_HIGH,
         delta=RATIO_CAP,  # no clip bounds the ratio of tokens that are pushed down
-        beta=config.kl_coef,
+        # With a weight TRL would load the base again. `PolicyTrainer` sets it afterwards.
+        beta=0.0 if config.trains_all else config.kl_coef,
         use_bias_correction_kl=True,
         temperature=1.0,
         disable_dropout=True,
         learning_rate=config.learning_rate or FIRST_RATE,
-        weight_decay=0.1,
+        # It pulls pairs to the base, and whole weights to zero.
+        weight_decay=0.0 if config.trains_all else 0.1,
         adam_beta1=config.adam_beta1,
         adam_beta2=0.98,
         max_grad_norm=1.0,

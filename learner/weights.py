@@ -1,23 +1,28 @@
 """The weights that training changes: how they are copied, moved, saved and loaded.
 
-`Weights` is what the rest of the learner knows about them. LoRA adapters are the only form today.
+`Weights` is what the rest of the learner knows about them: LoRA adapters, or all weights of the
+model (`learner/full_weights.py`).
 """
 # pyright: basic
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from peft.tuners.lora import LoraLayer
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from learner.adapters import Card, check_scale, load_weights, save_adapter
 from learner.config import LearnerConfig
+from learner.trl_grpo import use_adapter
+from nextstate.engine.adapter_files import is_checkpoint
 from nextstate.errors import LearnerError
 
 
@@ -51,6 +56,14 @@ class Weights(Protocol):
         """Continues from the base model."""
         ...
 
+    def base(self) -> AbstractContextManager[None]:
+        """Inside the block the model is the base. Only for passes without a gradient."""
+        ...
+
+    def change(self) -> float:
+        """The largest change of a layer, relative to the layer's own norm; Frobenius norms."""
+        ...
+
     def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
         """Makes the way from `start` to the present values `factor` times as long."""
         ...
@@ -70,7 +83,18 @@ class Weights(Protocol):
 class LoraWeights:
     """The low-rank pairs of a peft model, in float32."""
 
-    def __init__(self, model: Any, config: LearnerConfig) -> None:
+    def __init__(self, model: Any, config: LearnerConfig, *, autocast: bool = False) -> None:
+        """`autocast`: passes compute in bfloat16."""
+        for weight in model.parameters():
+            if (
+                weight.requires_grad
+            ):  # of a 4-bit base TRL's are bfloat16: small steps would be lost
+                weight.data = weight.data.float()
+        for layer in model.modules():
+            if autocast and isinstance(layer, LoraLayer):
+                # Autocast rounds an adapter's input to bfloat16 anyway; peft would first widen it.
+                layer.cast_input_dtype_enabled = False
+        self._norms: dict[str, Tensor] = {}
         self._model = model
         self._config = config
         self._named: dict[str, torch.nn.Parameter] = {
@@ -105,6 +129,14 @@ class LoraWeights:
             if isinstance(module, LoraLayer):
                 module.reset_lora_parameters("default", init_lora_weights=True)
 
+    def base(self) -> AbstractContextManager[None]:
+        """See `Weights`."""
+        return use_adapter(self._model, None)
+
+    def change(self) -> float:
+        """See `Weights`."""
+        return weight_change(self._model, self._norms)
+
     @torch.no_grad()
     def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
         """See `Weights`."""
@@ -118,8 +150,35 @@ class LoraWeights:
 
     def load(self, folder: Path, sha256: str | None) -> None:
         """See `Weights`."""
+        if is_checkpoint(folder):
+            raise LearnerError(
+                f"{folder} is a whole model, and [learner] lora_rank = {self._config.lora_rank} "
+                "trains adapters: set it to 0, or return to the base with `nextstate rollback 0`"
+            )
         check_scale(folder, self._config)
         self.put(load_weights(folder, sha256))
+
+
+def weight_change(model: torch.nn.Module, norms: dict[str, Tensor]) -> float:
+    """Largest ‖scale · B·A‖ / ‖W‖ over the adapted layers, Frobenius norms.
+
+    ‖B·A‖² is the sum of (BᵀB) ∘ (AAᵀ), whose size is the rank. It bounds how much a layer's output
+    can change relative to the layer, for a model of any scale. `norms` caches ‖W‖ by layer: reading
+    all of a large model takes seconds, and ‖W‖ never changes.
+    """
+    found = torch.zeros(())
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        layer: Any = module
+        a = layer.lora_A["default"].weight.detach().float()
+        b = layer.lora_B["default"].weight.detach().float()
+        product = ((b.T @ b) * (a @ a.T)).sum().clamp(min=0).sqrt() * layer.scaling["default"]
+        if name not in norms:
+            weight = dequantize_module_weight(layer.get_base_layer()).detach()
+            norms[name] = torch.linalg.vector_norm(weight, dtype=torch.float32)
+        found = torch.maximum(found, (product / norms[name]).cpu())  # keeps what is not a number
+    return float(found)
 
 
 def copied(state: Mapping[str, Any]) -> dict[str, Any]:

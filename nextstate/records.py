@@ -335,9 +335,13 @@ class Decisions:
     """Set while a person has paused it. A rollback does not end that."""
 
 
+WHOLE_MODEL = "weights/all"
+"""The metric of a version that holds all weights of its model: how many they are."""
+
+
 @dataclass(frozen=True, slots=True)
 class PolicyVersion:
-    """One adapter in a lineage's chain; number 0 is the base without an adapter."""
+    """One adapter or whole model in a lineage's chain; number 0 is the base."""
 
     lineage: str
     number: int
@@ -357,6 +361,11 @@ class PolicyVersion:
     def can_serve(self) -> bool:
         """True for the base and for a version whose adapter is kept."""
         return self.number == BASE_VERSION or self.path is not None
+
+    @property
+    def is_whole_model(self) -> bool:
+        """Whether its folder holds all weights of the model instead of an adapter."""
+        return WHOLE_MODEL in self.metrics
 
     @property
     def adapter_name(self) -> str | None:

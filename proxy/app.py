@@ -270,6 +270,7 @@ class Proxy:
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            await self.versions.whole.close()
             if self._worker is not None:
                 with suppress(WaitError):  # the others notice when its signs of life end
                     await asyncio.to_thread(self.store.workers.leave, self._worker)

@@ -119,6 +119,9 @@ class EngineCall(Generic[_Form]):
             if not versions.up:
                 await self._wait_up(deadline)
             versions.place_again(self._held)
+            if self._held.version is not self.version:
+                self.version = self._held.version
+                self._write()
             if (answer := await self.attempt(fresh=attempt > 0)) is not None:
                 return answer
         raise Refused(503, f"The inference engine closed the connection {ATTEMPTS} times.")
@@ -174,7 +177,7 @@ class EngineCall(Generic[_Form]):
         engine = self.replica.client
         if version is not None and version.adapter_name and not engine.abilities.adapters:
             # It became known while the request waited.
-            self.version = version = versions.serves(version.lineage)
+            self.version = self._held.version = version = versions.serves(version.lineage)
             self._write()
         answer = await self._send(fresh=fresh)
         if answer.status == 404 and version is not None and version.adapter_name is not None:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Protocol
 
 from nextstate.engine.client import EngineClient, ensure_loaded
+from nextstate.engine.whole import WholeEngine
 from nextstate.errors import EngineError, WrongEngineError
 from nextstate.records import Json, PolicyVersion
 from proxy.intervals import Intervals
@@ -47,8 +48,13 @@ class Replica:
         upstream: Upstream,
         intervals: Intervals,
         changed: Callable[[Replica], None],
+        whole: WholeEngine | None = None,
     ) -> None:
-        """`changed` is called after each change of `up` and `wrong`."""
+        """`changed` is called after each change of `up` and `wrong`.
+
+        `whole`: it serves one version, which is a whole model, and nothing else.
+        """
+        self.whole = whole
         self.client = client
         self.upstream = upstream
         """The connections of relayed requests."""
@@ -87,7 +93,15 @@ class Replica:
 
     def has(self, version: PolicyVersion) -> bool:
         """Whether it can answer with a version at once."""
+        if self.whole is not None:
+            return self.serves(version)
         return version.adapter_name is None or version.adapter_name in self.loaded
+
+    def serves(self, version: PolicyVersion) -> bool:
+        """Whether it can answer with a version, perhaps after loading an adapter."""
+        if self.whole is not None or version.is_whole_model:
+            return self.whole is not None and self.whole.name == version.adapter_name
+        return True
 
     async def load(self, version: PolicyVersion) -> None:
         """Loads a version's adapter and probes it. Raises as `ensure_loaded` does."""

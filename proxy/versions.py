@@ -31,6 +31,7 @@ from proxy.intervals import INTERVALS, Intervals
 from proxy.replica import Replica
 from proxy.routing import Places
 from proxy.upstream import Upstream
+from proxy.whole_engines import WholeEngines
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +42,18 @@ _PINNED_S = 60.0
 class Held:
     """A request's version, kept loaded for as long as it runs, and the engine that answers it."""
 
-    __slots__ = ("key", "replica", "version")
+    __slots__ = ("chosen", "key", "replica", "version")
 
     def __init__(
-        self, version: PolicyVersion | None, replica: Replica, key: bytes | None = None
+        self,
+        version: PolicyVersion | None,
+        replica: Replica,
+        key: bytes | None = None,
+        *,
+        chosen: bool = False,
     ) -> None:
+        self.chosen = chosen
+        """Whether the request asks for this version, instead of what serves."""
         self.version = version
         """None: the request names no model."""
         self.replica = replica
@@ -68,11 +76,11 @@ class Versions:
     ) -> None:
         """`headers` go with every request that is relayed to an engine."""
         self.replicas = [
-            Replica(engine, Upstream(engine.address, headers or {}), intervals, self._changed)
+            Replica(engine, Upstream(engine.address, headers or {}), intervals, self.changed)
             for engine in engines
         ]
-        self.alone = len(engines) == 1
-        """Whether there is one engine, so that there is nothing to choose."""
+        self.whole = WholeEngines(store.dir, engines[0], headers or {}, intervals, self)
+        """The engines of versions that are whole models."""
         self.model = engines[0].model
         """The base model's name in requests; all engines serve the same one."""
         self.moved = 0
@@ -98,6 +106,11 @@ class Versions:
         """Set if requests can be sent or refused at once."""
 
     @property
+    def alone(self) -> bool:
+        """Whether there is one engine, so that there is nothing to choose."""
+        return len(self.replicas) == 1
+
+    @property
     def up(self) -> bool:
         """Whether requests are sent to an engine."""
         return self._up.is_set()
@@ -119,8 +132,25 @@ class Versions:
         found = self._up_now or self.replicas[:1]
         return tuple(dict.fromkeys(lack for one in found for lack in one.client.abilities.lacks))
 
-    def _changed(self, replica: Replica) -> None:
-        if any(one.up for one in self.replicas):
+    def _serves(self, version: PolicyVersion) -> bool:
+        """Whether an engine that is up can answer with a version."""
+        return any(replica.serves(version) for replica in self._up_now)
+
+    def add(self, replica: Replica) -> None:
+        """Sends requests to one more engine as soon as it is up."""
+        self.replicas.append(replica)
+        self._named[replica.name] = replica
+
+    def remove(self, replica: Replica) -> None:
+        """Sends no more requests to an engine."""
+        self.replicas.remove(replica)
+        del self._named[replica.name]
+        replica.up = False
+        self.changed(replica)
+
+    def changed(self, replica: Replica) -> None:
+        """Notes that an engine is up or down, or that another version serves."""
+        if all(map(self._serves, self.serving.values())):
             self._up.set()
         else:
             self._up.clear()
@@ -155,7 +185,8 @@ class Versions:
     def serves(self, lineage: str) -> PolicyVersion:
         """The version of new requests: the base if no engine loads adapters."""
         version = self.serving[lineage]
-        loads = version.adapter_name is None or self._loads_adapters
+        whole = version.adapter_name is None or version.is_whole_model
+        loads = whole or self._loads_adapters
         return version if loads else base_version(lineage, version.state)
 
     async def pinned(self, lineage: str, number: int) -> PolicyVersion:
@@ -167,7 +198,10 @@ class Versions:
         version = await asyncio.to_thread(self._store.versions.get, lineage, number)
         if version is None or not version.can_serve:
             raise Refused(409, f"Version {number} of lineage {lineage!r} is not there any more.")
-        if version.adapter_name is not None and not self._loads_adapters:
+        if version.is_whole_model and not self._serves(version):
+            raise Refused(409, f"Version {number} of lineage {lineage!r} has no engine now.")
+        loads = version.adapter_name is None or version.is_whole_model or self._loads_adapters
+        if not loads:
             raise Refused(503, f"The engine loads no adapters, so version {number} cannot serve.")
         self._pinned_until[self._name(version)] = time.monotonic() + _PINNED_S
         return version
@@ -180,9 +214,10 @@ class Versions:
 
         `key` is the conversation's, which stays on its engine.
         """
+        chosen = version is not None
         version = version or self.serves(lineage)
         name = self._name(version)
-        held = Held(version, self._placed(key, version), key)
+        held = Held(version, self._placed(key, version), key, chosen=chosen)
         self.running[name] += 1
         held.replica.running += 1
         try:
@@ -196,9 +231,16 @@ class Versions:
         return Held(None, self._placed(None, None))
 
     def place_again(self, held: Held) -> None:
-        """Takes a request that has got no answer to another engine if its own is down."""
-        if held.replica.up or self.alone:
+        """Takes a request that has got no answer to another engine if its own is down.
+
+        If no other one has its version, what serves now answers it.
+        """
+        version = held.version
+        able = version is None or held.replica.serves(version)
+        if able and (held.replica.up or self.alone):
             return
+        if version is not None and not (held.chosen or self._serves(version)):
+            held.version = self.serves(version.lineage)
         replica = self._placed(held.key, held.version)
         if replica is not held.replica:
             self.moved += 1
@@ -208,10 +250,12 @@ class Versions:
             held.replica = replica
 
     def _placed(self, key: bytes | None, version: PolicyVersion | None) -> Replica:
-        if self.alone:
+        if self.alone and (version is None or self.replicas[0].serves(version)):
             return self.replicas[0]
         able = self._up_now or self.replicas
-        if version is not None and version.adapter_name is not None:
+        asked = version or base_version("", VersionState.SERVING)
+        able = [replica for replica in able if replica.serves(asked)] or able
+        if version is not None and version.adapter_name is not None and not version.is_whole_model:
             able = [replica for replica in able if replica.client.abilities.adapters] or able
             if version.number == self.serving[version.lineage].number:
                 # The others get none of it yet. One that only episodes ask for is loaded where
@@ -232,7 +276,7 @@ class Versions:
 
     async def restored(self, replica: Replica, version: PolicyVersion) -> bool:
         """Loads an adapter that an engine has lost; False if that fails."""
-        if version.adapter_name is None:
+        if version.adapter_name is None or version.is_whole_model:
             return False
         try:
             await replica.load(version)
@@ -249,9 +293,10 @@ class Versions:
     async def run(self) -> None:
         """Follows the store and the engines until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._watch_store())
             for replica in self.replicas:
                 tasks.create_task(replica.watch(self))
+            self.whole.start(tasks)
+            tasks.create_task(self._watch_store())
 
     async def _watch_store(self) -> None:
         database = self._store.database
@@ -262,14 +307,18 @@ class Versions:
                 await asyncio.sleep(self._intervals.store_poll_s)
             try:
                 found = await asyncio.to_thread(self._store.versions.serving_of, list(self.serving))
+                await self.whole.follow([*found.values(), *self.serving.values()])
                 for lineage, version in found.items():
                     old = self.serving[lineage]
                     if version.number != old.number:
+                        if version.is_whole_model and self.up and not self._serves(version):
+                            continue  # the version before serves until its engine is up
                         log.info("version=%d serves lineage=%s", version.number, lineage)
                         self.running[self._name(old)] += 0  # so that it is unloaded once drained
                         if not self.alone:
                             await self._loaded_by_now(version)
                         self.serving[lineage] = version
+                        self.changed(self.replicas[0])
                         for replica in self.replicas:
                             replica.look_at = 0.0  # whether it takes adapters may count now
                             replica.load_at = 0.0
@@ -286,7 +335,10 @@ class Versions:
 
         Whoever published it has loaded it already. The version before serves meanwhile.
         """
-        loads = [asyncio.create_task(replica.load(version)) for replica in self._up_now]
+        if version.is_whole_model:
+            return
+        able = [replica for replica in self._up_now if replica.serves(version)]
+        loads = [asyncio.create_task(replica.load(version)) for replica in able]
         if loads:
             _, late = await asyncio.wait(loads, timeout=self._intervals.flip_s)
             for load in late:
@@ -330,7 +382,8 @@ class Versions:
 
     async def _unload(self, name: str) -> bool:
         """Unloads an adapter from every engine that is up. False if it stays loaded in one."""
-        done = [await self._unload_from(replica, name) for replica in self._up_now]
+        able = [replica for replica in self._up_now if replica.whole is None]
+        done = [await self._unload_from(replica, name) for replica in able]
         return all(done)
 
     async def _unload_from(self, replica: Replica, name: str) -> bool:
@@ -366,7 +419,7 @@ class Versions:
         """The serving versions that one of several engines has not loaded."""
         if self.alone or not replica.client.abilities.adapters:
             return []
-        return [version for version in self.serving.values() if not replica.has(version)]
+        return [v for v in self.serving.values() if replica.serves(v) and not replica.has(v)]
 
     async def look_again(self, replica: Replica) -> bool:
         """See `Keeper`."""
@@ -383,10 +436,13 @@ class Versions:
 
     async def prepare(self, replica: Replica) -> None:
         """See `Keeper`."""
-        needed = any(version.adapter_name for version in self.serving.values())
+        if replica.whole is not None:
+            return await self.whole.prepare(replica)
+        versions = [version for version in self.serving.values() if replica.serves(version)]
+        needed = any(version.adapter_name for version in versions)
         found = await look(replica.client, self._zero_adapter, adapters=needed)
         if found.adapters:
-            for version in list(self.serving.values()):
+            for version in versions:
                 await self._load(replica, version)
             await self._forget_retired(replica)
         replica.client.abilities = found

@@ -144,9 +144,9 @@ class Loop:
                 return child
         raise AssertionError(f"no process for {name}")
 
-    def talk_until(self, version: int, seed: int) -> int:
+    def talk_until(self, version: int, seed: int, within_s: float = 240) -> int:
         """Lets personas talk until `version` serves; returns how many requests failed."""
-        return asyncio.run(asyncio.wait_for(self._talk_until(version, seed), 240))
+        return asyncio.run(asyncio.wait_for(self._talk_until(version, seed), within_s))
 
     async def _talk_until(self, version: int, seed: int) -> int:
         async with client_for(f"{self.url}/v1") as client, aiohttp.ClientSession(self.url) as http:

@@ -197,6 +197,7 @@ def _config(settings: Settings) -> LearnerConfig:
 
     return replace(
         settings.learner,
+        lora_rank=settings.learner.lora_rank or LearnerConfig().lora_rank,
         method="binary",
         kl_coef=0.0,
         learning_rate=RATE,

@@ -104,12 +104,28 @@ class Settings:
                 '[engine] mode = "external" needs [engine] url, for example "http://127.0.0.1:8000"'
             )
         self._check_lineages()
+        if self.learner.trains_all:
+            self._check_whole_models()
         if self.learner.wandb and _WANDB not in self.privacy.allow_hosts:
             raise ConfigError(
                 f"[learner] wandb = {self.learner.wandb!r} sends metrics to Weights & Biases: "
                 f'allow it by adding "{_WANDB}" to [privacy] allow_hosts'
             )
         self._check_judge()
+
+    def _check_whole_models(self) -> None:
+        """Raises ConfigError for what does not go with versions that are whole models."""
+        for key, wrong, why in (
+            ('[engine] mode = "external"', self.engine.mode == "external", "starts no engines"),
+            (f"[engine] replicas = {self.engine.replicas}", self.engine.replicas > 1, "needs more"),
+            ("[lineages.NAME]", bool(self.lineages), "needs an engine for each lineage"),
+            ("[rollout] environment", bool(self.rollout.environment), "lets candidates serve"),
+        ):
+            if wrong:
+                raise ConfigError(
+                    "[learner] lora_rank = 0 trains all weights, and each version has an engine of "
+                    f"its own; {key} {why}: leave it out, or set lora_rank to 1 or more"
+                )
 
     def _check_judge(self) -> None:
         """Raises ConfigError if the judge would send turns to a host that is not allowed."""

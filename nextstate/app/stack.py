@@ -4,29 +4,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
+import shutil
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 
 import aiohttp
 
+from nextstate import sealed_files
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.cores import shared_cores
-from nextstate.app.engine_access import engine_file, write_engine_file
+from nextstate.app.engine_access import engine_clients, engine_file, write_engine_file
+from nextstate.app.engine_pool import EnginePool
 from nextstate.app.own_key import remove_own_key, write_own_key
 from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
 from nextstate.app.stages import check_port, require_key, stage_process
 from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import certificate, proxy_connector
+from nextstate.config import EngineConfig
 from nextstate.engine import process as vllm
-from nextstate.engine.adapter_files import remove_all_served
+from nextstate.engine.adapter_files import MODEL_FILE, remove_all_served
+from nextstate.engine.whole import WholeEngine, engines_folder
 from nextstate.errors import StartError
+from nextstate.free_memory import free_ram, held_by
 from nextstate.keys import new_key
 from nextstate.private_files import make_folder, make_state_folder
 from nextstate.process_lock import ProcessLock
 from nextstate.records import Json
 from nextstate.store import Store
+from nextstate.store.waiting import Patience
 from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
@@ -34,6 +43,8 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 STAGES = ("rollout", "proxy", "judge", "learner")
 """In the order in which they end; the engine ends last. Without `[rollout]` there is no first."""
+_LARGEST_SHARE = 0.3
+"""Of a GPU for each engine: there are up to three while a version changes."""
 _ENGINE_PAUSES_S = 30.0, 30.0
 """Pauses of the engine after an exit with code 2: agents wait for it."""
 
@@ -56,6 +67,8 @@ class Stack:
             name = settings.engine.parts[number]
             self.children[name] = self._engine(name, number, port, self._key or "")
         self.supervisor = Supervisor(list(self.children.values()), self._write_states)
+        self._pool: EnginePool | None = None
+        """The engines of versions that are whole models."""
 
     def check(self) -> None:
         """Raises StartError for what would only fail after minutes of starting."""
@@ -63,12 +76,47 @@ class Stack:
         if self.managed:
             vllm.check_package()
             vllm.check_replicas(self.settings.engine)
+        if self.settings.learner.trains_all:
+            self._check_whole_models()
+        elif any(self.dir.glob(f"versions/*/v*/{MODEL_FILE}")):
+            self._check_adapters()
         vllm.check_model(self.settings.engine)
         check_port(self.settings)
         if not self.settings.proxy.loopback:
             store = Store(self.settings.store)
             require_key(self.settings, store)
             store.close()
+
+    def _check_whole_models(self) -> None:
+        """Raises StartError where versions that are whole models could not serve."""
+        share = vllm.gpu_share(self.settings.engine, {})
+        if not vllm.on_cpu() and share > _LARGEST_SHARE:
+            raise StartError(
+                "[learner] lora_rank = 0: the base, what serves and the next version have an "
+                f"engine each, and each takes {share:g} of its GPU: set "
+                f'"--gpu-memory-utilization" in [engine] args to at most {_LARGEST_SHARE:g}'
+            )
+        store = Store(self.settings.store)
+        encrypted = sealed_files.is_encrypted(self.dir / "versions")
+        store.close()
+        if encrypted:
+            raise StartError(
+                "[learner] lora_rank = 0 writes versions that cannot be encrypted yet, and this "
+                "store is: set lora_rank to 1 or more, or run `nextstate encrypt --off`"
+            )
+
+    def _check_adapters(self) -> None:
+        """Raises StartError if a whole model serves, which no engine for adapters loads."""
+        store = Store(self.settings.store)
+        serving = store.versions.serving_of(self.settings.all_lineages).values()
+        store.close()
+        for version in serving:
+            if version.is_whole_model:
+                raise StartError(
+                    f"version {version.number} serves and is a whole model: set [learner] "
+                    "lora_rank = 0, or return to the base with `nextstate rollback 0` while that "
+                    "is set"
+                )
 
     @asynccontextmanager
     async def running(self) -> AsyncGenerator[asyncio.Task[None]]:
@@ -86,12 +134,17 @@ class Stack:
             remove_all_served(self.dir)  # an earlier one was killed
             write_own_key(self.settings, own_key)
             write_engine_file(self.settings, self.engine_urls, self._key)
+            shutil.rmtree(engines_folder(self.dir), ignore_errors=True)  # of an earlier one
             task = asyncio.create_task(self.supervisor.run())
+            ended = asyncio.Event()
+            pool = asyncio.create_task(self._run_pool(ended))
             try:
                 yield task
             finally:
                 self.supervisor.stopping.set()
                 await asyncio.gather(task, return_exceptions=True)
+                ended.set()  # after the proxy, whose requests have ended
+                await asyncio.gather(pool, return_exceptions=True)
                 engine_file(self.settings).unlink(missing_ok=True)
                 remove_own_key(self.settings, own_key)
                 child_states_file(self.dir).unlink(missing_ok=True)
@@ -123,7 +176,43 @@ class Stack:
 
     def states(self) -> dict[str, str]:
         """The state of each process, the engine first."""
-        return {name: self.children[name].state for name in sorted(self.children, key=_order)}
+        pool = self._pool.children if self._pool else []
+        children = self.children | {child.name: child for child in pool}
+        return {name: children[name].state for name in sorted(children, key=_order)}
+
+    async def _run_pool(self, ended: asyncio.Event) -> None:
+        """Runs the engines of versions that are whole models, if versions are that."""
+        if not self.settings.learner.trains_all:
+            return
+        store = await asyncio.to_thread(Store, self.settings.store, patience=Patience(math.inf))
+        async with engine_clients(self.settings) as clients:
+            exact = self.settings.engine.dtype == "float32"
+            make, room = self._engine_of_version, self._room
+            self._pool = EnginePool(store, clients[0], make, room, self._write_states, exact=exact)
+            await self._pool.run(ended)
+        store.close()
+
+    def _engine_of_version(self, engine: WholeEngine) -> tuple[Child, str]:
+        """A version's own engine, with the base's settings, and its address."""
+        config = replace(self.settings.engine, model=engine.path, served_model_name=engine.name)
+        port = vllm.free_port()
+        child = self._engine(f"engine-v{engine.number:06d}", 0, port, self._key or "", config)
+        return child, f"http://{vllm.HOST}:{port}"
+
+    def _room(self) -> str | None:
+        """Why no further engine fits into the machine's memory, or None. A GPU counts its own."""
+        base = self.children[self.settings.engine.parts[0]].process
+        free = free_ram()
+        if not vllm.on_cpu() or base is None or free is None:
+            return None
+        needed = held_by(base.pid)
+        if needed <= free:
+            return None
+        return (
+            f"a further engine needs {needed / 1e9:.2f} GB of RAM, as the base's holds now, and "
+            f"{free / 1e9:.2f} GB are free: make room, or set VLLM_CPU_KVCACHE_SPACE in [engine] "
+            "env lower"
+        )
 
     async def _ready(self) -> None:
         url = self.settings.proxy.url
@@ -142,7 +231,10 @@ class Stack:
         except OSError as error:
             log.warning("`nextstate status` does not show the processes' states: %s", error)
 
-    def _engine(self, name: str, number: int, port: int, key: str) -> Child:
+    def _engine(
+        self, name: str, number: int, port: int, key: str, version: EngineConfig | None = None
+    ) -> Child:
+        """vLLM with the base, or with the whole model of a version."""
         folder = self.dir / "engine"
         make_state_folder(self.dir)
         make_folder(folder)  # an empty working folder: no file in it shadows a module
@@ -150,9 +242,9 @@ class Stack:
         return Child(
             name,
             vllm.command(
-                self.settings.engine,
+                version or self.settings.engine,
                 port,
-                self.settings.learner.lora_rank,
+                self.settings.learner.lora_rank if version is None else None,
                 len(self.settings.all_lineages) + self.settings.judge.uses_base,
             ),
             self.dir / "logs" / f"{name}.log",

@@ -45,6 +45,7 @@ from nextstate.engine.process import (
     port_is_free,
 )
 from nextstate.engine.several import Renderers, live_requests
+from nextstate.engine.whole import UP, read_engines
 from nextstate.errors import ConfigError, EngineError, StartError
 from nextstate.hooks import EnvironmentKind, load_judge, load_plugin
 from nextstate.keys import chosen_key, key_of_nodes
@@ -266,7 +267,10 @@ async def _judge(settings: Settings, store: Store, stop: asyncio.Event) -> None:
         kind = load_judge(config.kinds, given)
         profile = load_plugin("agents", settings.agents.profile, None)
         polite = config.on_engine and config.share < 1
-        counted = Counted(kind, functools.partial(live_requests, engines))
+        live = functools.partial(live_requests, engines)
+        if settings.learner.trains_all:  # agents' requests run on the versions' own engines
+            live = functools.partial(_live_requests, settings)
+        counted = Counted(kind, live)
         pace = Pace(config.share, counted.agents) if polite else None
         try:
             renderer = Renderers(engines)
@@ -417,7 +421,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         wait_for_engine(settings, stop)
     store = Store(settings.store, patience=patience)
     path = zero_adapter(settings)
-    if not path.exists():
+    if not (path.exists() or config.trains_all):
         save_zero_adapter(model_path, config, path)
 
     def to_engine(version: PolicyVersion, withdraw: Decisions | None = None) -> None:
@@ -467,8 +471,12 @@ def _count_live_requests(settings: Settings) -> int:
 
 
 async def _live_requests(settings: Settings) -> int:
-    async with engine_clients(settings) as engines:
-        return await live_requests(engines)
+    async with engine_clients(settings) as engines, AsyncExitStack() as opened:
+        found = read_engines(settings.store.path).values()
+        whole = [engines[0].twin(one.url, one.name) for one in found if one.state == UP]
+        for engine in whole:
+            await opened.enter_async_context(engine)
+        return await live_requests([*engines, *whole])
 
 
 def _stop_event(*patiences: Patience) -> asyncio.Event:

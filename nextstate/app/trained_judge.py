@@ -117,7 +117,7 @@ class TrainedJudges:
 
     async def _load(self, version: PolicyVersion) -> None:
         try:
-            await load_everywhere(self._engines, version)
+            await load_everywhere(self._engines, version, self._settings.store.path)
         except (AdapterError, AnswerError) as error:
             if isinstance(error, AnswerError) and (error.status >= 500 or error.status in _NOT_NOW):
                 raise BusyError(str(error)) from error

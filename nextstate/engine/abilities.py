@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from nextstate.engine.client import WARM_UP_ADAPTER, Abilities, EngineClient, first_choice
+from nextstate.engine.defaults import EXPLICIT
 from nextstate.engine.messages_behaviour import learn_messages_behaviour
 from nextstate.errors import AnswerError, WrongEngineError
 from nextstate.records import Json
@@ -25,10 +26,6 @@ ADAPTERS = (
     "machine's state folder)"
 )
 SAMPLED_LOG_PROBS = "the sampler's log-probs (vLLM with --logprobs-mode processed_logprobs)"
-_EXPLICIT: Json = {
-    **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
-    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
-}
 _SAME_LOGPROB = 1e-3
 _NOT_TOLD = (KeyError, IndexError, TypeError, ValueError, AttributeError)
 _REFUSES_KEY = (401, 403)
@@ -70,14 +67,14 @@ async def sampling_lacks(engine: EngineClient) -> tuple[str, ...]:
     raw ones do not; and without any settings they are those of the defaults that we know. Only the
     likeliest token is compared, so the learner's own check is the stricter one.
     """
-    plain = await _likeliest(engine, _EXPLICIT)
-    hot = await _likeliest(engine, {**_EXPLICIT, "temperature": 2.0})
+    plain = await _likeliest(engine, EXPLICIT)
+    hot = await _likeliest(engine, {**EXPLICIT, "temperature": 2.0})
     if plain is None or hot is None:
         return ()
     if abs(plain - hot) < _SAME_LOGPROB and plain < -_SAME_LOGPROB:
         return (SAMPLED_LOG_PROBS,)
     by_default = await _likeliest(engine, {})
-    as_known = await _likeliest(engine, {**_EXPLICIT, **engine.sampling_defaults})
+    as_known = await _likeliest(engine, {**EXPLICIT, **engine.sampling_defaults})
     if by_default is None or as_known is None or abs(by_default - as_known) < _SAME_LOGPROB:
         return ()
     return (f"the sampling defaults of its model, {engine.sampling_defaults or 'none'}",)

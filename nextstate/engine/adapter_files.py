@@ -20,6 +20,8 @@ from nextstate import sealed_files
 from nextstate.errors import AdapterError, SealError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
+MODEL_FILE = "model.safetensors"
+"""In the folder of a version that is a whole model."""
 _IN_MEMORY = Path("/dev/shm")
 _FOLDER = 0o700
 _copying = threading.Lock()
@@ -29,7 +31,7 @@ _copying = threading.Lock()
 def verify_adapter(path: Path, sha256: str) -> None:
     """Raises AdapterError unless the weight file is the one that was registered."""
     try:
-        found = file_sha256(path / WEIGHTS_FILE)
+        found = file_sha256(path / (MODEL_FILE if is_checkpoint(path) else WEIGHTS_FILE))
     except (OSError, SealError) as error:
         raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
     if found != sha256:
@@ -37,6 +39,11 @@ def verify_adapter(path: Path, sha256: str) -> None:
             f"the adapter in {path} has changed on disk: SHA-256 {found[:12]}…, expected "
             f"{sha256[:12]}…; return to an earlier version with `nextstate rollback`"
         )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a version's folder holds a whole model."""
+    return (path / MODEL_FILE).is_file()
 
 
 def file_sha256(path: Path) -> str:
@@ -88,7 +95,7 @@ def remove_all_served(state_dir: Path) -> None:
 @contextmanager
 def opened_folder(path: Path) -> Generator[Path]:
     """The adapter's folder with plain files; a copy in memory if it is sealed."""
-    if not sealed_files.is_sealed(path / WEIGHTS_FILE):
+    if is_checkpoint(path) or not sealed_files.is_sealed(path / WEIGHTS_FILE):
         yield path
         return
     with tempfile.TemporaryDirectory(prefix="nextstate-", dir=_IN_MEMORY) as folder:

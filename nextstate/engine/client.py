@@ -27,6 +27,7 @@ from nextstate.engine.adapter_files import (
     verify_adapter,
 )
 from nextstate.engine.messages_behaviour import MessagesBehaviour
+from nextstate.engine.whole import bring_up
 from nextstate.error_text import refusal, safe_text
 from nextstate.errors import AdapterError, AnswerError, EngineError, WrongEngineError
 from nextstate.file_descriptors import out_of_descriptors
@@ -117,6 +118,7 @@ class EngineClient:
         """What its /v1/messages does, once the server has been looked at."""
         self.trouble = ""
         """Why it was not healthy when that was last so."""
+        self._api_key = api_key
         headers: dict[str, str] = {}
         if api_key:
             headers["Authorization"] = f"Bearer {api_key}"
@@ -136,6 +138,10 @@ class EngineClient:
     async def close(self) -> None:
         """Closes the connections."""
         await self._session.close()
+
+    def twin(self, url: str, model: str, name: str = "") -> EngineClient:
+        """A client of another engine that has the same key and defaults and serves `model`."""
+        return EngineClient(url, model, self._api_key, self.sampling_defaults, name)
 
     async def healthy(self, timeout_s: float = GLANCE_TIMEOUT_S) -> bool:
         """Whether the server says that it can serve now.
@@ -329,6 +335,11 @@ async def ensure_loaded(engine: EngineClient, version: PolicyVersion) -> None:
     name, path = version.adapter_name, version.path
     if name is None or version.sha256 is None:
         return
+    if version.is_whole_model:
+        raise EngineError(
+            f"version {version.number} is a whole model, and this engine loads adapters: set "
+            "[learner] lora_rank = 0, or return to the base with `nextstate rollback 0`"
+        )
     if path is None:
         raise AdapterError(f"the adapter of version {version.number} was deleted to make room")
     for left in reversed(range(_LOADS)):
@@ -348,13 +359,17 @@ def zero_adapter_path(state_dir: Path, model_path: str, rank: int) -> Path:
     return state_dir / "warm-up" / f"{model}-rank{rank}"
 
 
-async def load_everywhere(engines: Sequence[EngineClient], version: PolicyVersion) -> None:
-    """`ensure_loaded` in every engine that is up.
+async def load_everywhere(
+    engines: Sequence[EngineClient], version: PolicyVersion, state_dir: Path
+) -> None:
+    """`ensure_loaded` in every engine that is up; a whole model gets an engine of its own.
 
     One that is down, or that takes much longer than the first one, is left out: the proxy sends it
     nothing of the version until it has loaded it. Raises EngineError if none has, AdapterError as
     `ensure_loaded` does.
     """
+    if version.is_whole_model:
+        return await bring_up(state_dir, engines[0], version)
     if len(engines) == 1:
         return await ensure_loaded(engines[0], version)
     loads = {asyncio.create_task(ensure_loaded(one, version)): one for one in engines}
@@ -387,7 +402,7 @@ async def publish(
 
     Running requests keep their version. The proxy unloads it when they have ended.
     """
-    await load_everywhere(engines, version)
+    await load_everywhere(engines, version, store.dir)
     ours = version.lineage, version.number
     if not await asyncio.to_thread(store.versions.set_serving, *ours, by):
         raise AdapterError(
@@ -403,11 +418,11 @@ async def publish_candidate(
 
     If another version was put into service meanwhile, that one stays.
     """
-    await load_everywhere(engines, version)
+    await load_everywhere(engines, version, store.dir)
     if await asyncio.to_thread(store.versions.serve_candidate, version):
         return
     log.warning("version=%d lineage=%s was overtaken", version.number, version.lineage)
-    if version.adapter_name is None:
+    if version.adapter_name is None or version.is_whole_model:  # whose engine ends by itself
         return
     for engine in engines:
         try:
@@ -433,7 +448,7 @@ async def withdraw(
         decisions = await asyncio.to_thread(store.versions.decisions, rejected.lineage)
     for version in await asyncio.to_thread(store.versions.ancestors, rejected):
         try:
-            await load_everywhere(engines, version)
+            await load_everywhere(engines, version, store.dir)
         except AdapterError as error:
             log.error(
                 "version=%d lineage=%s cannot be used: %s", version.number, version.lineage, error

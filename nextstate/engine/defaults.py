@@ -18,6 +18,11 @@ _TAKEN = (
 )
 """Those that vLLM takes from a model's generation_config.json."""
 _FILE = "generation_config.json"
+EXPLICIT: Json = {
+    **{"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+    **{"presence_penalty": 0.0, "frequency_penalty": 0.0, "repetition_penalty": 1.0},
+}
+"""Settings that change nothing, whatever the engine's own ones are."""
 
 
 def sampling_defaults(config: EngineConfig) -> Json:

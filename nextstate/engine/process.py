@@ -38,18 +38,22 @@ _QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
 
 
-def command(config: EngineConfig, port: int, lora_rank: int = 16, kept: int = 1) -> list[str]:
+def command(
+    config: EngineConfig, port: int, lora_rank: int | None = 16, kept: int = 1
+) -> list[str]:
     """The server's command line on a loopback port, for adapters of up to `lora_rank`.
 
+    With None it loads none: it serves one version that is a whole model.
     `kept` adapters stay loaded: one version of each lineage, and a trained judge. There are two
     more while a version changes: the one that ends its replies, and the one that is tried.
     """
-    rank = min(known for known in _LORA_RANKS if known >= lora_rank)
     argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", config.model_path, "--served-model-name", config.name]
     argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
-    argv += ["--enable-lora", "--max-lora-rank", str(rank)]
-    argv += ["--max-loras", str(kept + 2), "--disable-uvicorn-access-log"]
+    argv += ["--disable-uvicorn-access-log"]
+    if lora_rank is not None:
+        rank = min(known for known in _LORA_RANKS if known >= lora_rank)
+        argv += ["--enable-lora", "--max-lora-rank", str(rank), "--max-loras", str(kept + 2)]
     argv += ["--middleware", f"{KeyCheck.__module__}.{KeyCheck.__name__}"]
     if config.option("--max-model-len") is None:
         # -1: the model's own limit, or as many tokens as the memory for its cache holds.

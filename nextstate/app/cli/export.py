@@ -112,7 +112,7 @@ def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:
     if folder is None or not folder.is_dir():
         why = "it was deleted to make room" if version.sha256 else "it is the base model itself"
         raise StartError(f"version {version.number} has no adapter: {why}")
-    if args.merged:
+    if args.merged and not version.is_whole_model:
         write_merged(settings.engine.model, folder, args.out)
     else:
         copy_adapter(folder, args.out)
