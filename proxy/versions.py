@@ -29,7 +29,7 @@ from nextstate.store.versions import base_version
 from proxy.answers import Refused
 from proxy.intervals import INTERVALS, Intervals
 from proxy.replica import Replica
-from proxy.routing import Places
+from proxy.routing import Places, able
 from proxy.upstream import Upstream
 
 log = logging.getLogger(__name__)
@@ -210,14 +210,10 @@ class Versions:
     def _placed(self, key: bytes | None, version: PolicyVersion | None) -> Replica:
         if self.alone:
             return self.replicas[0]
-        able = self._up_now or self.replicas
-        if version is not None and version.adapter_name is not None:
-            able = [replica for replica in able if replica.client.abilities.adapters] or able
-            if version.number == self.serving[version.lineage].number:
-                # The others get none of it yet. One that only episodes ask for is loaded where
-                # they ask.
-                able = [replica for replica in able if replica.has(version)] or able
-        running = {replica.name: replica.running for replica in able}
+        adapter = None if version is None else version.adapter_name
+        serving = version is not None and version.number == self.serving[version.lineage].number
+        found = able(self.replicas, adapter, serving=serving)
+        running = {replica.name: replica.running for replica in found}
         return self._named[self._places.place(key, running, time.monotonic())]
 
     def number_of(self, served: str | None, version: PolicyVersion) -> int | None:
