@@ -109,8 +109,8 @@ gui: env bubblewrap chromium  ## install what `nextstate rollout gui` needs: pag
 ray: env  ## install Ray, with which `nextstate rollout --ray` plays on many machines (240 MB)
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/ray.txt
 
-postgres: env  ## install PostgreSQL, on which the tests of the store run too (its driver is in .venv)
-	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends postgresql; } || \
+postgres: env  ## install PostgreSQL (and PgBouncer), on which the tests of the store run too (its driver is in .venv)
+	@ls /usr/lib/postgresql/*/bin/initdb /usr/sbin/pgbouncer >/dev/null 2>&1 || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends postgresql pgbouncer; } || \
 	  { echo "postgresql cannot be installed with apt-get here: install it yourself"; exit 2; }
 
 prometheus:  ## install what the tests read the numbers and the dashboard with, if it is missing

@@ -86,6 +86,11 @@ class Replica:
         """What people see of it."""
         return self.client.name
 
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether it loads adapters while it runs, as far as is known."""
+        return self.client.abilities.adapters
+
     def health(self) -> Json:
         """What is told to people who may see the engines' addresses."""
         trouble = self.wrong or self.trouble

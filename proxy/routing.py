@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
-from typing import NamedTuple, cast
+from collections.abc import Container, Mapping, Sequence
+from typing import NamedTuple, Protocol, TypeVar, cast
 
 from nextstate.records import Json
 from nextstate.wire import objects
@@ -25,6 +25,43 @@ SPILL_ABOVE, SPILL_RATIO = 32, 1.5
 that a new prefill elsewhere costs more than the wait."""
 _READ_CHARS = 2048
 _READ_PARTS = 8
+
+
+class Placed(Protocol):
+    """An engine, as far as it matters for what may be sent to it."""
+
+    @property
+    def up(self) -> bool:
+        """Whether requests are sent to it."""
+        ...
+
+    @property
+    def takes_adapters(self) -> bool:
+        """Whether it loads adapters while it runs."""
+        ...
+
+    @property
+    def loaded(self) -> Container[str]:
+        """Adapters that it has loaded and that have answered a probe."""
+        ...
+
+
+E = TypeVar("E", bound=Placed)
+
+
+def able(engines: Sequence[E], adapter: str | None, *, serving: bool) -> Sequence[E]:
+    """Those engines that may get a request of an adapter, or of the base: never none.
+
+    An engine that has not loaded what is `serving` gets nothing of it yet. An adapter that only
+    episodes ask for is loaded where they ask.
+    """
+    found = [engine for engine in engines if engine.up] or engines
+    if adapter is None:
+        return found
+    found = [engine for engine in found if engine.takes_adapters] or found
+    if serving:
+        found = [engine for engine in found if adapter in engine.loaded] or found
+    return found
 
 
 class _Place(NamedTuple):

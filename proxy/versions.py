@@ -29,7 +29,7 @@ from nextstate.store.versions import base_version
 from proxy.answers import Refused
 from proxy.intervals import INTERVALS, Intervals
 from proxy.replica import Replica
-from proxy.routing import Places
+from proxy.routing import Places, able
 from proxy.upstream import Upstream
 from proxy.whole_engines import WholeEngines
 
@@ -236,8 +236,8 @@ class Versions:
         If no other one has its version, what serves now answers it.
         """
         version = held.version
-        able = version is None or held.replica.serves(version)
-        if able and (held.replica.up or self.alone):
+        has_it = version is None or held.replica.serves(version)
+        if has_it and (held.replica.up or self.alone):
             return
         if version is not None and not (held.chosen or self._serves(version)):
             held.version = self.serves(version.lineage)
@@ -252,16 +252,13 @@ class Versions:
     def _placed(self, key: bytes | None, version: PolicyVersion | None) -> Replica:
         if self.alone and (version is None or self.replicas[0].serves(version)):
             return self.replicas[0]
-        able = self._up_now or self.replicas
         asked = version or base_version("", VersionState.SERVING)
-        able = [replica for replica in able if replica.serves(asked)] or able
-        if version is not None and version.adapter_name is not None and not version.is_whole_model:
-            able = [replica for replica in able if replica.client.abilities.adapters] or able
-            if version.number == self.serving[version.lineage].number:
-                # The others get none of it yet. One that only episodes ask for is loaded where
-                # they ask.
-                able = [replica for replica in able if replica.has(version)] or able
-        running = {replica.name: replica.running for replica in able}
+        up = self._up_now or self.replicas
+        engines = [replica for replica in up if replica.serves(asked)] or up
+        adapter = None if version is None or version.is_whole_model else version.adapter_name
+        serving = version is not None and version.number == self.serving[version.lineage].number
+        found = able(engines, adapter, serving=serving)
+        running = {replica.name: replica.running for replica in found}
         return self._named[self._places.place(key, running, time.monotonic())]
 
     def number_of(self, served: str | None, version: PolicyVersion) -> int | None:

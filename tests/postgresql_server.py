@@ -22,7 +22,7 @@ from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.store import Store
 
-_PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 _AS_ROOT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
 """It does not run as root."""
 _SETTINGS = {
@@ -37,7 +37,7 @@ _TEMPLATE = "nextstate_template"
 
 def missing() -> str | None:
     """Why there can be no PostgreSQL here; None if there can."""
-    if not _PROGRAMS:
+    if not PROGRAMS:
         return "PostgreSQL is not installed: `make postgres` installs it"
     if importlib.util.find_spec("psycopg") is None:
         return "psycopg is not installed: `make postgres` installs it"
@@ -49,15 +49,16 @@ class Server:
 
     def __init__(self, **settings: str) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="nextstate-postgresql-"))
+        self.data = self.folder / "data"
         self._as = _AS_ROOT if os.geteuid() == 0 else {}
         if self._as:
             shutil.chown(self.folder, "postgres", "postgres")
         self.port = free_port()
         self._settings = {**_SETTINGS, **settings}
         self._call(
-            _PROGRAMS[-1],
+            PROGRAMS[-1],
             *("-A", "trust", "-U", "postgres", "--encoding", "UTF8", "--no-sync"),
-            *("--locale", "C.UTF-8", "-D", self.folder / "data"),
+            *("--locale", "C.UTF-8", "-D", self.data),
         )
         self.start()
         self.has_template = False
@@ -70,7 +71,7 @@ class Server:
         options = [word for name, value in settings.items() for word in ("-c", f"{name}={value}")]
         with (self.folder / "log").open("ab") as log:
             self._process = subprocess.Popen(
-                [_PROGRAMS[-1].with_name("postgres"), "-D", self.folder / "data", *options],
+                [PROGRAMS[-1].with_name("postgres"), "-D", self.data, *options],
                 **{**self._as, "cwd": "/", "stdout": log, "stderr": log},
             )
         while True:
@@ -80,6 +81,19 @@ class Server:
                 return
             except psycopg.OperationalError:
                 time.sleep(0.02)
+
+    @property
+    def owner(self) -> tuple[str, str]:
+        """The user and the group that it runs as."""
+        if self._as:
+            return self._as["user"], self._as["group"]
+        return self.folder.owner(), self.folder.group()
+
+    def ended(self) -> bool:
+        """Whether it has ended by itself; waits a moment for it."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(2.0)
+        return self._process.poll() is not None
 
     def kill(self) -> None:
         """Ends every process of it with SIGKILL, as the kernel does without memory."""

@@ -9,6 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -99,10 +100,8 @@ def _own_folders() -> str:
 
 
 def _state_folder(settings: Settings) -> str:
-    store = Store(settings.store)
-    about = store.database.about()
-    store.close()
-    return f"{store.dir}; {about}"
+    with closing(Store(settings.store)) as store:
+        return f"{store.dir}; {store.database.about()}"
 
 
 def _encryption(settings: Settings) -> str:

@@ -64,10 +64,13 @@ _TRANSIENT_CODES = frozenset({"40001", "40P01", "55P03", "25006", "25P03"})
 _DROPPED = "57P04"
 _DAMAGED_CODES = frozenset({"XX001", "XX002"})
 _FOR_GOOD = re.compile(
-    "authentication failed|does not exist|no pg_hba|no password|not permitted|certificate|SSL|"
+    "authentication failed|does not exist|no pg_hba|no password|not permitted|certificate|"
+    r"does not support SSL|SSL error: (?:wrong version|\w+ alert)|"
     "unsupported startup parameter|invalid"
 )
-"""In what a server, or the driver, says when it refuses a connection: a person must change it."""
+"""In what a server, or the driver, says when it refuses a connection: a person must change it. A
+link that is cut is an SSL error too, such as `SSL SYSCALL error: Connection timed out`: it passes.
+"""
 
 
 class PostgreSQL:
@@ -194,7 +197,8 @@ class PostgreSQL:
     def about(self) -> str:
         """The server's version, and how it is reached.
 
-        Raises StoreError for another machine without encryption: everything recorded goes there.
+        Raises StoreError for another machine without encryption: everything recorded goes there;
+        and for a pooler that gives a connection to somebody else after each transaction.
         """
         with closing(self._connect()) as connection:
             host, is_safe = connection.info.host, connection.pgconn.ssl_in_use
@@ -207,8 +211,26 @@ class PostgreSQL:
             version, process = row or ("", 0)
             found = [" ".join(version.split()[:2]), "TLS" if is_safe else "this machine"]
             if process != connection.info.backend_pid:
-                found.append("through a pooler: it must give each connection a session of its own")
+                self._refuse_shared_sessions(connection)
+                found.append("through a pooler that gives each connection a session of its own")
         return ", ".join(found)
+
+    def _refuse_shared_sessions(self, connection: psycopg.Connection[Any]) -> None:
+        """Raises StoreError if two open connections are one of the server's in turn."""
+        query = "SELECT pg_backend_pid()"
+        with closing(self._connect()) as other:
+            for _ in range(3):
+                before = connection.execute(query).fetchone()
+                other.execute("BEGIN")
+                theirs = other.execute(query).fetchone()
+                after = connection.execute(query).fetchone()
+                other.execute("COMMIT")
+                if theirs == before or before != after:
+                    raise StoreError(
+                        f"[store] url: {self.name} is a pooler that gives a connection away after "
+                        "each transaction, so no lock lasts: connect to the server itself, or let "
+                        "the pooler have pool_mode = session"
+                    )
 
     def numbered(self, connection: sa.Connection) -> None:
         """Makes new rows' numbers follow the largest there are."""

@@ -30,7 +30,7 @@ def examples(text: str) -> Iterator[str]:
     for found in re.finditer(
         r"(?m)^.*?(?<![\w/`-])(?:\.venv/bin/)?nextstate ([a-z]\w* ?.*)$", text
     ):
-        line = re.split(r"  +#? ?|\s#|\)\"| [|>] |`", found[1])[0]
+        line = re.split(r"  +#? ?|\s#|\)\"| [|>] | &$|`", found[1])[0]
         if not re.search(r"\b[A-Z]{2,}\b|…", line):  # a form, such as `export WHAT --out FILE`
             yield line
 

@@ -29,6 +29,7 @@ from tests.store.rows import change, select
 from tests.store.test_records import add, judge, turn
 
 psycopg = pytest.importorskip("psycopg")
+PostgreSQL = pytest.importorskip("nextstate.store.postgresql").PostgreSQL
 pytestmark = pytest.mark.sqlite  # it brings its own server
 PROFILE = Profile(GENERIC)
 
@@ -191,6 +192,27 @@ def test_what_a_client_may_send_is_kept_whatever_it_is(config: StoreConfig) -> N
     assert (found.client_model, found.session, found.finish_reason) == (odd, odd, odd)
     assert store.lookup.session(odd) is not None
     store.close()
+
+
+@pytest.mark.parametrize(
+    ("said", "passes"),
+    [
+        ("consuming input failed: SSL SYSCALL error: Connection timed out", True),
+        ("consuming input failed: SSL connection has been closed unexpectedly", True),
+        ("connection failed: SSL error: unexpected eof while reading", True),
+        ("connection failed: connection to server at x failed: Connection refused", True),
+        ("connection failed: server does not support SSL, but SSL was required", False),
+        ("connection failed: SSL error: certificate verify failed", False),
+        ("connection failed: SSL error: tlsv1 alert unknown ca", False),
+        ('connection failed: FATAL: password authentication failed for user "x"', False),
+    ],
+)
+def test_a_link_that_is_cut_passes_with_tls_too_and_what_a_person_must_change_does_not(
+    said: str, passes: bool
+) -> None:
+    """Turns that waited for the end of an SSL error were given up as lost."""
+    dialect = PostgreSQL("postgresql://a/b")
+    assert dialect.is_transient(psycopg.OperationalError(said)) is passes
 
 
 def test_leases_and_beats_follow_the_databases_clock(
