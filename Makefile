@@ -44,8 +44,6 @@ rollout-demo: env  ## a small policy learns to call tools, on a real vLLM (about
 # Two runs at once: the tests that share a real vLLM, one after the other, and all others.
 RUN    := $(BIN)/python
 PYTEST  = $(RUN) -m pytest -q
-# Processes that run the others. They often wait: for a child, a timeout, an answer.
-WORKERS ?= 3
 
 test: lint  ## lint, types and every test, some of them over one real vLLM
 	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-engine test-others
@@ -54,7 +52,7 @@ test-engine: env
 	$(PYTEST) -m "engine and not soak" $(ARGS)
 
 test-others: env
-	$(PYTEST) -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not engine and not soak" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not soak" $(ARGS)
 
 test-fast: env  ## the tests without vLLM, processes and training (about a minute)
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not processes and not training and not soak" $(ARGS)
