@@ -329,9 +329,7 @@ class Lineage:
         }
         if self._config.trains_all:
             trained = self._shared.of(self.name).trained
-            metrics[WHOLE_MODEL] = sum(
-                weight.numel() for weight in self._shared.of(self.name).trained
-            )
+            metrics[WHOLE_MODEL] = sum(weight.numel() for weight in trained)
         return PolicyVersion(
             lineage=self.name,
             number=max(numbers, default=BASE_VERSION) + 1,

@@ -133,7 +133,7 @@ class PolicyTrainer(GRPOTrainer):
         """The peft model, or the model itself if all of it is trained."""
         kind = FullWeights if config.trains_all else LoraWeights
         self.weights: Weights = kind(self.policy, config, autocast=self.args.bf16)
-        self.trained: list[Tensor] = [
+        self.trained: list[torch.nn.Parameter] = [
             weight for weight in self.policy.parameters() if weight.requires_grad
         ]
         if self.args.gradient_checkpointing:
