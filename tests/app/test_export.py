@@ -143,7 +143,10 @@ def test_traces_have_tokens_and_turns_have_everything(
 def test_only_turns_of_a_lineage_are_exported_on_wish(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert exported(config, capsys, "prompts", "--lineage", "other") == []
+    with closing(Store(StoreConfig(dir=f"{config.parent}/state"))) as store:
+        add(store, turn(20, lineage="other", request=asked("Mine.")))
+    (row,) = exported(config, capsys, "prompts", "--lineage", "other")
+    assert row["prompt"][0]["content"] == "Mine."
 
 
 @pytest.mark.parametrize("what", ["sft", "kto", "dpo", "prompts", "traces"])
@@ -240,6 +243,10 @@ def test_a_file_is_private_and_never_replaces_another(
         (["turns", "--out", "x.parquet"], "expected a name that ends in .jsonl"),
         (["sft", "--out", "nowhere/x.jsonl"], "there is no folder"),
         (["sft", "--out", "x.jsonl", "--merged"], "for `nextstate export adapter` only"),
+        (
+            ["sft", "--out", "x.jsonl", "--lineage", "nobody"],
+            "'nobody' has no turn here; known: main",
+        ),
         (["adapter", "--out", "x"], "--version is missing"),
         (["adapter", "--out", "x", "--version", "9"], "there is no version 9"),
         (["adapter", "--out", "x", "--version", "0"], "it is the base model itself"),
@@ -281,3 +288,26 @@ def test_an_adapter_is_exported_as_it_is_and_merged_into_a_whole_model(
         torch.testing.assert_close(merged(ids).logits, tuned(ids).logits)
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+@pytest.mark.parametrize("what", ["kto", "prompts"])
+def test_an_export_of_nothing_says_why_and_leaves_no_file(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    out = tmp_path / f"{what}.jsonl"
+    assert main(["export", what, "--out", str(out), "--config", str(config)]) == 2
+    assert "turn fits; `nextstate status` says how many there are" in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_json_lines_that_datasets_may_not_read_say_so(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(Store(StoreConfig(dir=f"{config.parent}/state"))) as store:
+        add(store, *(turn(n, request=asked(f"{n} " * 1_400_000)) for n in range(11, 14)))
+    for suffix, is_told in ((".jsonl", True), (".parquet", False)):
+        out = config.with_name(f"prompts{suffix}")
+        assert main(["export", "prompts", "--out", str(out), "--config", str(config)]) == 0
+        assert ("datasets.load_dataset takes" in capsys.readouterr().out) == is_told

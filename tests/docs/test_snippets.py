@@ -116,8 +116,8 @@ def test_a_warm_start_makes_a_whole_model_of_imported_conversations(
     said = '{"from": "human", "value": "Add 1 and 2."}, {"from": "gpt", "value": "3"}'
     Path("chats.json").write_text(f'[{{"conversations": [{said}]}}]')
     assert main(["import", "chats.json"]) == 0
-    assert main(["export", "sft", "--imported", "--out", "warm.jsonl"]) == 0
-    shutil.copy("warm.jsonl", "kto.jsonl")
+    assert main(["export", "sft", "--imported", "--out", "warm.parquet"]) == 0
+    shutil.copy("warm.parquet", "kto.parquet")
     run(reading, {})
     run(
         training,

@@ -104,7 +104,7 @@ examples:
   nextstate keys create laptop          a key for an agent; from then on the proxy asks for one
   nextstate versions 3                  what version 3 was made from, and how it was checked
   nextstate rollback 3                  serve version 3 again
-  nextstate export kto --out kto.jsonl  the judged turns as a dataset for TRL
+  nextstate export kto --out kto.parquet  the judged turns as a dataset for TRL
   nextstate demo                        watch a small policy learn from two minutes of talk
 """
 

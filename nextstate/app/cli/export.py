@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter"
 _TAKES_IMPORTED = ("sft", "prompts")
+_BLOCK_BYTES = 10 << 20
+"""What `datasets` reads at once."""
 _EPILOG = """\
 what:
   sft      praised turns as conversations               {messages}
@@ -26,13 +28,13 @@ what:
   adapter  one policy version, for PEFT or vLLM; with --merged a whole model
 
 Turns of held-out episodes and side turns are left out. TRL's trainers read the first four as they
-are: datasets.load_dataset("json", data_files="kto.jsonl"), or "parquet".
+are: datasets.load_dataset("parquet", data_files="kto.parquet"), or "json" up to 10 MB.
 
 Other programs read what is written here, so it is in clear. From an encrypted store it is written
 only with --in-clear: keep it where you may, and delete it when it has been of use.
 
 examples:
-  nextstate export kto --out kto.jsonl
+  nextstate export kto --out kto.parquet
   nextstate export dpo --out pairs.parquet --lineage work
   nextstate export adapter --version 3 --out my-adapter
   nextstate export adapter --version 3 --out my-model --merged
@@ -95,9 +97,22 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
             imported=args.imported,
         )
         count = write_rows(args.out, format_.rows(store, source), format_.columns)
+    if not count:
+        args.out.unlink()
+        if args.lineage not in (None, *settings.all_lineages):
+            known = ", ".join(settings.all_lineages)
+            raise StartError(f"--lineage {args.lineage!r:.80} has no turn here; known: {known}")
+        of = "judged " if args.what in ("sft", "kto", "dpo") else ""
+        raise StartError(
+            f"{args.out} is not written: no {of}turn fits; `nextstate status` says how many there "
+            "are"
+        )
     print(f"{args.out}: {count} rows")
-    if not count and args.what in ("sft", "kto", "dpo"):
-        print("they are made of judged turns: `nextstate status` says how many there are")
+    if args.out.suffix == LINES and args.out.stat().st_size > _BLOCK_BYTES and format_.columns:
+        print(
+            "datasets.load_dataset takes the columns from the first 10 MB of JSON lines and fails "
+            "where a tool is called only later: for it, export to a name that ends in .parquet"
+        )
 
 
 def _export_adapter(settings: Settings, args: argparse.Namespace) -> None:

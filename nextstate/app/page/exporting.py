@@ -10,6 +10,7 @@ import shlex
 
 from nextstate.app.settings import Settings
 from nextstate.records import Json
+from nextstate.store import Store
 from proxy.answers import Refused
 
 WHAT = {
@@ -23,7 +24,9 @@ WHAT = {
 _FORMS = {"jsonl": "JSON lines", "parquet": "Parquet"}
 
 
-def command(settings: Settings, lineage: str, what: str | None, form: str | None) -> Json:
+def command(
+    settings: Settings, store: Store, lineage: str, what: str | None, form: str | None
+) -> Json:
     """What the page for the export shows; with `what` the command too. Raises Refused."""
     if what is not None and what not in WHAT:
         raise Refused(400, f"what = {what[:40]!r}: expected one of {', '.join(WHAT)}.")
@@ -37,6 +40,8 @@ def command(settings: Settings, lineage: str, what: str | None, form: str | None
         words = ["nextstate", "export", what, "--out", f"{what}.{form}", "--lineage", lineage]
         if settings.file.exists():
             words += ["--config", str(settings.file.absolute())]
+        if store.vault is not None:
+            words.append("--in-clear")
         found = shlex.join(words)
     return {
         "lineage": lineage,

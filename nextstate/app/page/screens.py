@@ -212,7 +212,11 @@ class Screens:
 
     def export(self, visit: Visit) -> Shown:
         found = exporting.command(
-            self._settings, visit.lineage(), visit.query.get("what"), visit.query.get("form")
+            self._settings,
+            self._store,
+            visit.lineage(),
+            visit.query.get("what"),
+            visit.query.get("form"),
         )
         return self._page("export.html", visit, **found)
 
