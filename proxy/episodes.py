@@ -20,13 +20,13 @@ from nextstate.episodes import (
     RewardKind,
     Split,
     check_finite,
-    is_label,
 )
 from nextstate.errors import NoEpisodeError, RecordError
 from nextstate.records import Json, new_id
 from nextstate.redaction import NOTHING, Redactor
 from nextstate.store import Store
 from nextstate.store.episode_rows import Shown
+from nextstate.store.episodes import Named
 from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
@@ -128,8 +128,10 @@ class EpisodeRoutes:
             log.warning("episodes: %s", error)
             raise Refused(503, "The state folder cannot be used now.") from error
         opened = await in_store(self._store.episodes.open, episodes, size, keys, opener.sign)
-        for episode in opened:
-            self._calls.opened(episode.id)
+        for one in opened:
+            held_out, sampling = one.split is Split.EVAL, dict(one.sampling)
+            named = Named(one.id, one.lineage, held_out, sampling, one.version, opener.sign)
+            self._calls.opened(named, keys[one.id])
         address = f"{request.scheme}://{request.host}/episodes"
         return [
             {
@@ -238,7 +240,7 @@ class EpisodeRoutes:
 
     async def _settled(self, name: str, request: web.Request) -> None:
         """Waits until all replies are recorded. Raises Refused if the caller may not see it."""
-        found = await in_store(self._store.episodes.named, name) if is_label(name) else None
+        found = await self._calls.find(name)
         if found is None or not self._lineages.sees(request[CALLER], found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST {EPISODES}.")
         if not await self._recorder.settled(self._wait_s):
