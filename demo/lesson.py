@@ -88,6 +88,8 @@ class Lesson:
     most_s: float = math.inf
     """After so many seconds since the start no further tasks are played to learn from."""
     learner: Mapping[str, bool | int | float | str] = field(default_factory=lambda: LEARNER)
+    credit: str = "combined"
+    """`[judge] credit`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,7 +167,7 @@ async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
     console, started = Console(highlight=False), time.monotonic()
     model = f"{lesson.environment}-policy"
     settings = write_configuration(
-        out, Served(lesson.policy, model, "float32", "outcome", lesson.learner)
+        out, Served(lesson.policy, model, "float32", "outcome", lesson.learner, lesson.credit)
     )
     stack = Stack(settings)
     main = asyncio.current_task()
@@ -191,6 +193,7 @@ async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
     record = {
         "environment": lesson.environment,
         "seed": seed,
+        "credit": lesson.credit,
         "points": [asdict(p) for p in play.points],
         "goal": lesson.goal,
         "episodes": play.episodes,
