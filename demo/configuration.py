@@ -39,7 +39,6 @@ port = {port}
 
 [judge]
 kind = "{judge}"
-credit = "{credit}"
 
 [learner]
 {learner}
@@ -57,8 +56,6 @@ class Served:
     """`[judge] kind`."""
     learner: Mapping[str, bool | int | float | str]
     """Keys of `[learner]`."""
-    credit: str = "combined"
-    """`[judge] credit`."""
 
 
 def write_configuration(out: Path, served: Served) -> Settings:
@@ -85,7 +82,6 @@ def write_configuration(out: Path, served: Served) -> Settings:
             dtype=served.dtype,
             port=free_port(),
             judge=served.judge,
-            credit=served.credit,
             learner="\n".join(
                 f"{key} = {json.dumps(value)}" for key, value in served.learner.items()
             ),

@@ -88,8 +88,8 @@ class Lesson:
     most_s: float = math.inf
     """After so many seconds since the start no further tasks are played to learn from."""
     learner: Mapping[str, bool | int | float | str] = field(default_factory=lambda: LEARNER)
-    credit: str = "combined"
-    """`[judge] credit`."""
+    judge: Sequence[str] = ()
+    """A command that is run as judge, with the configuration's file; empty: `nextstate judge`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,9 +167,11 @@ async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
     console, started = Console(highlight=False), time.monotonic()
     model = f"{lesson.environment}-policy"
     settings = write_configuration(
-        out, Served(lesson.policy, model, "float32", "outcome", lesson.learner, lesson.credit)
+        out, Served(lesson.policy, model, "float32", "outcome", lesson.learner)
     )
     stack = Stack(settings)
+    if lesson.judge:
+        stack.children["judge"].argv = [*lesson.judge, str(settings.file)]
     main = asyncio.current_task()
     assert main is not None
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -193,7 +195,6 @@ async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
     record = {
         "environment": lesson.environment,
         "seed": seed,
-        "credit": lesson.credit,
         "points": [asdict(p) for p in play.points],
         "goal": lesson.goal,
         "episodes": play.episodes,

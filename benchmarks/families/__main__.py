@@ -39,9 +39,10 @@ def lesson(
         kind = Opinions(kind, judge, seed)
     most_calls, policy = SEEDS[environment].most_calls, policy_of(environment)
     learner = {**LEARNER, "step_kl": 0.05}
+    judges = (sys.executable, "-m", "benchmarks.families.judge_stage", credit)
     return Lesson(
         *(environment, kind, policy, GOALS[environment], UPDATES, most_calls, most_s, learner),
-        credit=credit,
+        judge=() if credit == "combined" else judges,
     )
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from itertools import pairwise, product
+from pathlib import Path
 from random import Random
+from typing import get_args
 
 import pytest
 
 from benchmarks.families import gui_corpus
+from benchmarks.families.judge_stage import settings_with
 from benchmarks.families.opinions import LIKES_WRONG, Opinions
 from benchmarks.families.terminal_corpus import (
     MOST_CALLS,
@@ -18,6 +21,9 @@ from benchmarks.families.terminal_corpus import (
     draw_drill,
     draw_episode,
 )
+from demo.configuration import Served, write_configuration
+from demo.lesson import LEARNER
+from judge.advantages import CreditMethod
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
 from plugins.environments.gui import action_of
@@ -116,6 +122,16 @@ def test_a_simulated_judge_is_right_as_often_as_asked(judge: str, right: float) 
 
     found = asyncio.run(play())
     assert sum(found) / len(found) == pytest.approx(right, abs=0.04)
+
+
+@pytest.mark.parametrize("credit", get_args(CreditMethod))
+def test_the_judge_of_a_lesson_gives_the_credit_that_is_asked_for(
+    credit: CreditMethod, tmp_path: Path
+) -> None:
+    served = Served(tmp_path, "policy", "float32", "outcome", LEARNER)
+    file = write_configuration(tmp_path / "out", served).file
+    assert file is not None
+    assert settings_with(file, credit).judge.credit == credit
 
 
 class Shown:
