@@ -7,20 +7,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from demo.lesson import LEARNER, Lesson, learn
+from demo.lesson import Lesson, learn
 from nextstate.errors import StartError
 from plugins.environments.tools import ToolsKind
 
 FOLDER = Path(__file__).parent / "tool_policy_files"
-TOOLS = Lesson(
-    environment="tools",
-    kind=ToolsKind(),
-    policy=FOLDER,
-    goal=0.8,
-    updates=18,
-    max_calls=6,
-    learner={**LEARNER, "step_kl": 0.05},
-)
+TOOLS = Lesson("tools", ToolsKind(), FOLDER, goal=0.8, updates=18, max_calls=6)
 
 
 def run_tool_demo(*, seed: int, updates: int, out: Path) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -30,12 +31,12 @@ def lesson(
     environment: str,
     most_s: float,
     credit: CreditMethod = "combined",
-    judge: str = "",
+    judge: str | None = None,
     seed: int = 0,
 ) -> Lesson:
     """What `demo.lesson.learn` runs for an environment; `judge` is one of `opinions.judge`."""
     kind: Kind = load_plugin("environments", environment, None)
-    if judge:
+    if judge is not None:
         kind = Opinions(kind, judge, seed)
     most_calls, policy = SEEDS[environment].most_calls, policy_of(environment)
     learner = {**LEARNER, "step_kl": 0.05}
@@ -46,7 +47,7 @@ def lesson(
     )
 
 
-def main() -> None:
+def asked(words: Sequence[str] | None = None) -> argparse.Namespace:
     """The command line; see the module."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.families",
@@ -64,11 +65,17 @@ def main() -> None:
         "--credit", choices=get_args(CreditMethod), default="combined", help="how steps get credit"
     )
     parser.add_argument(
-        "--judge", type=opinions.judge, default="", help="simulated, of terminal: 0.75, likes-wrong"
+        "--judge", type=opinions.judge, help="simulated, of terminal: 0.75, likes-wrong"
     )
-    given = parser.parse_args()
-    if given.judge and given.environment != "terminal":
+    given = parser.parse_args(words)
+    if given.judge is not None and given.environment != "terminal":
         parser.error(f"--judge {given.judge}: only of terminal; leave it out")
+    return given
+
+
+def main() -> None:
+    """Runs a lesson."""
+    given = asked()
     out: Path = given.out or Path("demo-output") / f"{given.environment}-{given.seed}"
     most_s = 60 * given.minutes
     made = lesson(given.environment, most_s, given.credit, given.judge, given.seed)

@@ -11,6 +11,7 @@ from typing import get_args
 import pytest
 
 from benchmarks.families import gui_corpus
+from benchmarks.families.__main__ import asked
 from benchmarks.families.judge_stage import settings_with
 from benchmarks.families.opinions import LIKES_WRONG, Opinions
 from benchmarks.families.terminal_corpus import (
@@ -132,6 +133,20 @@ def test_the_judge_of_a_lesson_gives_the_credit_that_is_asked_for(
     file = write_configuration(tmp_path / "out", served).file
     assert file is not None
     assert settings_with(file, credit).judge.credit == credit
+
+
+def test_a_judge_is_simulated_only_where_one_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert asked(["terminal"]).judge is None
+    assert asked(["terminal", "--judge", "0.75"]).judge == "0.75"
+    for words, told in (
+        (["terminal", "--judge", "1.5"], "the share of right opinions, 0.5 to 1"),
+        (["gui", "--judge", "0.75"], "only of terminal; leave it out"),
+    ):
+        with pytest.raises(SystemExit):
+            asked(words)
+        assert told in capsys.readouterr().err
 
 
 class Shown:
