@@ -88,6 +88,8 @@ class Lesson:
     most_s: float = math.inf
     """After so many seconds since the start no further tasks are played to learn from."""
     learner: Mapping[str, bool | int | float | str] = field(default_factory=lambda: LEARNER)
+    judge: Sequence[str] = ()
+    """A command that is run as judge, with the configuration's file; empty: `nextstate judge`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,8 @@ async def _run(lesson: Lesson, seed: int, updates: int, out: Path) -> int:
         out, Served(lesson.policy, model, "float32", "outcome", lesson.learner)
     )
     stack = Stack(settings)
+    if lesson.judge:
+        stack.children["judge"].argv = [*lesson.judge, str(settings.file)]
     main = asyncio.current_task()
     assert main is not None
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -10,7 +10,7 @@ import asyncio
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from aiohttp import web
 
@@ -33,7 +33,7 @@ EPISODE: web.RequestKey[Named] = web.RequestKey("episode", Named)
 """The episode that a request is a call of."""
 KEY_FILE = "episodes.key"
 """In the state folder: the secret that goes into each episode's key."""
-_HEADER, _SESSION = "x-nextstate-episode", "x-session-id"
+_KEY, _HEADER, _SESSION = "key", "x-nextstate-episode", "x-session-id"
 _MOST_REMEMBERED = 4096
 _COMPLETIONS_DEFAULT = 16
 """Tokens of a reply to `/v1/completions` whose request names no number."""
@@ -53,6 +53,8 @@ class EpisodeCalls:
         """Whether no other worker opens episodes."""
         self._in_use = not alone or self._episodes.any()
         self._remembered: dict[tuple[str, str], Named | None] = {}
+        self._key_of: dict[str, str] = {}
+        """The keys of remembered episodes, by id."""
 
     def key_of(self, episode_id: str, opener: Grant, sent: str) -> str:
         """The key of an episode that is opened with the key `sent`: the same one each time.
@@ -65,16 +67,21 @@ class EpisodeCalls:
         said = write_json([episode_id, sent if opener.sign else ""])
         return API_KEY + hashlib.blake2b(said, key=self._secret, digest_size=16).hexdigest()
 
-    def opened(self, episode_id: str) -> None:
-        """Notes that there is an episode of this name from now on."""
+    def opened(self, episode: Named, key: str) -> None:
+        """Notes an episode that is open from now on, and its key, which ends the one before."""
         self._in_use = True
-        self._remembered.pop((_SESSION, episode_id), None)
+        self._remembered.pop((_SESSION, episode.id), None)
+        before = self._key_of.get(episode.id)
+        if before is not None:
+            self._remembered.pop((_KEY, before), None)
+        self._remember(_HEADER, episode.id, episode)
+        self._remember(_KEY, key, episode)
 
     async def of_key(self, key: str) -> Named | None:
         """The episode whose own key this is. Raises Refused if it looks like one and is none."""
         if not key.startswith(API_KEY):
             return None
-        found = await self._find("key", key, self._episodes.of_key)
+        found = await self._find(_KEY, key, self._episodes.of_key)
         if found is None:
             message = f"Wrong API key: no episode has it, and only their keys begin with {API_KEY}."
             raise Refused(401, message)
@@ -101,12 +108,16 @@ class EpisodeCalls:
             return found if found and self._lineages.sees(caller, found.lineage) else None
         if by_key is None and not grant.may(Scope.EPISODES):
             raise Refused(403, "Only a key with the scope episodes may call for an episode.")
-        found = await self._find(_HEADER, name, self._episodes.named)
+        found = await self.find(name)
         if found is None or not self._lineages.sees(caller, found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST /v1/episodes.")
         if by_key is not None and by_key.id != found.id and self._keys.needed:
             raise Refused(403, f"The key of episode {by_key.id!r} is not that of {found.id!r}.")
         return found
+
+    async def find(self, name: str) -> Named | None:
+        """The episode of this name."""
+        return await self._find(_HEADER, name, self._episodes.named)
 
     async def begin(self, episode: Named, lineage: str) -> Left:
         """Counts a call for `lineage`. Raises Refused if the episode may not make it."""
@@ -132,10 +143,19 @@ class EpisodeCalls:
             return self._remembered[key]
         found = await in_store(look_up, name)
         if found is not None or kind == _SESSION:
-            self._remembered[key] = found
-            if len(self._remembered) > _MOST_REMEMBERED:
-                del self._remembered[next(iter(self._remembered))]
+            self._remember(kind, name, found)
         return found
+
+    def _remember(self, kind: str, name: str, episode: Named | None) -> None:
+        places: list[dict[Any, Any]] = [self._remembered]
+        self._remembered[kind, name] = episode
+        if kind == _KEY and episode is not None:
+            self._key_of.pop(episode.id, None)
+            self._key_of[episode.id] = name
+            places.append(self._key_of)
+        for place in places:
+            if len(place) > _MOST_REMEMBERED:
+                del place[next(iter(place))]
 
 
 def within(path: str, body: Json, tokens: int) -> Json:

@@ -20,12 +20,13 @@ from nextstate.episodes import (
     RewardKind,
     Split,
     check_finite,
-    is_label,
 )
 from nextstate.errors import NoEpisodeError, RecordError
 from nextstate.records import Json, new_id
 from nextstate.redaction import NOTHING, Redactor
 from nextstate.store import Store
+from nextstate.store.episode_rows import Shown
+from nextstate.store.episodes import Named
 from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
@@ -127,8 +128,10 @@ class EpisodeRoutes:
             log.warning("episodes: %s", error)
             raise Refused(503, "The state folder cannot be used now.") from error
         opened = await in_store(self._store.episodes.open, episodes, size, keys, opener.sign)
-        for episode in opened:
-            self._calls.opened(episode.id)
+        for one in opened:
+            held_out, sampling = one.split is Split.EVAL, dict(one.sampling)
+            named = Named(one.id, one.lineage, held_out, sampling, one.version, opener.sign)
+            self._calls.opened(named, keys[one.id])
         address = f"{request.scheme}://{request.host}/episodes"
         return [
             {
@@ -214,24 +217,15 @@ class EpisodeRoutes:
                     )
             if observation is not None and len(observation) > MOST_OBSERVATION:
                 raise RecordError(f"observation has more than {MOST_OBSERVATION} characters")
-        await self._turns(name, request)
+        await self._settled(name, request)
         observation = observation and self._redactor.text(observation)
-        await in_store(self._store.episodes.close, name, status, outcome, observation)
-        return await self._get(name, request)
+        close = self._store.episodes.close
+        return _answer(await in_store(close, name, status, outcome, observation))
 
     async def _get(self, name: str, request: web.Request) -> web.StreamResponse:
         """`GET /v1/episodes/{id}`: the episode with its rewards and turns."""
-        turns = await self._turns(name, request)
-        episode = await in_store(self._store.episodes.get, name)
-        rewards = await in_store(self._store.episodes.rewards, name)
-        assert episode is not None
-        found: Json = {"episode": name, **asdict(episode), "turns": turns}
-        del found["id"]
-        found["rewards"] = [
-            {**asdict(reward), "index": reward.turn and turns.index(reward.turn)}
-            for reward in rewards
-        ]
-        return web.json_response(found)
+        await self._settled(name, request)
+        return _answer(await in_store(self._store.episodes.shown, name))
 
     async def _trace(self, name: str, request: web.Request) -> web.StreamResponse:
         """`GET …/trace`: the turns whose tokens are known, as OpenEnv's TrainingTrace v1."""
@@ -241,12 +235,16 @@ class EpisodeRoutes:
 
     async def _turns(self, name: str, request: web.Request) -> list[str]:
         """The turns of an episode that the caller may see, once all replies are recorded."""
-        found = await in_store(self._store.episodes.named, name) if is_label(name) else None
+        await self._settled(name, request)
+        return await in_store(self._store.episodes.turn_ids, name)
+
+    async def _settled(self, name: str, request: web.Request) -> None:
+        """Waits until all replies are recorded. Raises Refused if the caller may not see it."""
+        found = await self._calls.find(name)
         if found is None or not self._lineages.sees(request[CALLER], found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST {EPISODES}.")
         if not await self._recorder.settled(self._wait_s):
             raise Refused(503, "Turns still wait for the store.")
-        return await in_store(self._store.episodes.turn_ids, name)
 
     async def _asked(self, request: web.Request, fields: Mapping[str, Field]) -> Json:
         body = await self._body(request)
@@ -267,6 +265,18 @@ class EpisodeRoutes:
 async def _describe(_: web.Request) -> web.StreamResponse:
     """`GET /v1/episodes/openapi.json`: the description of this API."""
     return web.json_response(openapi())
+
+
+def _answer(shown: Shown) -> web.StreamResponse:
+    """What the API says of an episode."""
+    name, turns = shown.episode.id, shown.turns
+    found: Json = {"episode": name, **asdict(shown.episode), "turns": turns}
+    del found["id"]
+    found["rewards"] = [
+        {**asdict(reward), "index": reward.turn and turns.index(reward.turn)}
+        for reward in shown.rewards
+    ]
+    return web.json_response(found)
 
 
 class _Checked:

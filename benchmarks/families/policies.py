@@ -52,9 +52,9 @@ SEEDS = {
     "terminal": Seed(
         terminal_corpus.MOST_CALLS,
         (
-            (175, 1.0, terminal_corpus.draw_drill),
-            (200, 0.8, terminal_corpus.draw_episode),
-            (100, 0.4, terminal_corpus.draw_episode),
+            (200, 1.0, terminal_corpus.draw_drill),
+            (350, 0.8, terminal_corpus.draw_episode),
+            (250, 0.5, terminal_corpus.draw_episode),
         ),
         _RECIPE,
         terminal_corpus.WORDS,

@@ -17,7 +17,7 @@ from plugins.environments.terminal import SUBMIT, opening
 from plugins.environments.terminal_tasks import FAMILIES, SCALES, task
 
 MOST_CALLS = 6
-SLIPS = {"find": 0.75, "add-up": 0.6, "rename": 0.85, "count-errors": 0.75, "make-executable": 0.85}
+SLIPS = {"find": 0.65, "add-up": 0.4, "rename": 0.75, "count-errors": 0.6, "make-executable": 0.75}
 """By family: how often a step follows a habit."""
 _ENDS = 0.85
 """How often the agent submits after a habit that looks like an end."""

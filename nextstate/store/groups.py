@@ -18,8 +18,8 @@ from nextstate.episodes import EpisodeState, EpisodeStatus, RewardKind, Split
 from nextstate.records import SampleState, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Database, queries
-from nextstate.store.episodes import close_episode
-from nextstate.store.texts import Row
+from nextstate.store.episode_rows import close_episode
+from nextstate.store.texts import Row, cursor_of
 from nextstate.wire import read_json
 
 _E, _G, _R, _T = t.episodes.c, t.groups.c, t.rewards.c, t.turns.c
@@ -190,11 +190,10 @@ class Groups:
             if settlement is None:
                 return False
             now = self._database.now()
+            cursor = cursor_of(connection)
             for member in known.members:
                 if member.state is EpisodeState.OPEN:
-                    close_episode(
-                        connection, member.id, EpisodeStatus.ABORTED, None, now, _LEFT_OPEN
-                    )
+                    close_episode(cursor, member.id, EpisodeStatus.ABORTED, None, now, _LEFT_OPEN)
             for episode in closed:
                 _settle_episode(connection, episode, now)
             steps = [step for episode in closed for step in episode.steps]

@@ -13,7 +13,7 @@ from nextstate.episodes import EpisodeState
 from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
-from nextstate.store.texts import hashes, unpacked
+from nextstate.store.texts import hashes, one
 from nextstate.store.vault import PREFIX_BYTES
 from nextstate.wire import read_json
 
@@ -88,12 +88,6 @@ _OTHERS = _OF_NAME.where(
 ).limit(1)
 _OF_EPISODE = sa.select(t.episodes.c.state).where(t.episodes.c.id == sa.bindparam("episode"))
 _REPLY_OF = sa.select(_C.reply).where(_C.id == _TURN)
-_BASE = t.texts.alias("base")
-_TEXT = (
-    sa.select(t.texts.c.stored, t.texts.c.base, _BASE.c.stored.label("of_base"))
-    .outerjoin(_BASE, t.texts.c.base == _BASE.c.hash)
-    .where(t.texts.c.hash == _KEY)
-)
 _LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
 _CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
 REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
@@ -145,7 +139,8 @@ class Sessions:
         """(the last message of a turn's request, its reply)."""
         reply = self._cursor.first(_REPLY_OF, turn=turn.id)
         assert reply is not None
-        return self._text(turn.message_hashes[-1]), self._text(reply.reply)
+        sent, replied = one(self._cursor, turn.message_hashes[-1]), one(self._cursor, reply.reply)
+        return read_json(sent), read_json(replied)
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""
@@ -179,14 +174,6 @@ class Sessions:
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
         self._cursor.send(_SET_PLACE, turn=turn, at=place)
-
-    def _text(self, key: bytes) -> Json:
-        self._cursor.settle()
-        row = self._cursor.first(_TEXT, key=key)
-        assert row is not None
-        vault = self._cursor.vault
-        base = None if row.base is None else unpacked(vault, row.base, row.of_base)
-        return read_json(unpacked(vault, key, row.stored, row.base, base))
 
     def _candidates(self, statement: sa.ClauseElement, **values: object) -> list[Candidate]:
         return [Candidate._make(row) for row in self._cursor.all(statement, **values)]

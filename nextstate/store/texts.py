@@ -66,6 +66,15 @@ def get(connection: sa.Connection, keys: Iterable[bytes | None]) -> dict[bytes, 
     return found
 
 
+def one(cursor: Cursor, key: bytes) -> bytes:
+    """The text under `key`, which has to be there."""
+    cursor.settle()
+    row = cursor.first(_ONE, key=key)
+    assert row is not None
+    base = None if row.base is None else unpacked(cursor.vault, row.base, row.of_base)
+    return unpacked(cursor.vault, key, row.stored, row.base, base)
+
+
 def put(connection: sa.Connection, text: bytes) -> bytes:
     """Stores a text, or counts one more use of it; returns its hash."""
     return Writer(cursor_of(connection), Known()).put(text)
@@ -158,6 +167,12 @@ _ADD = sa.text(
 _FIND = sa.select(_C.uses, _C.base).where(_THIS).with_for_update()
 _LEAVE = sa.update(t.texts).where(_THIS).values(uses=_C.uses - 1)
 _DELETE = sa.delete(t.texts).where(_THIS)
+_BASE = t.texts.alias("base_text")
+_ONE = (
+    sa.select(_C.stored, _C.base, _BASE.c.stored.label("of_base"))
+    .outerjoin(_BASE, _C.base == _BASE.c.hash)
+    .where(_THIS)
+)
 
 
 class Writer:

@@ -69,6 +69,20 @@ def test_an_episodes_key_ends_with_the_key_that_opened_it(store: Store, tmp_path
     both(test, store, tmp_path)
 
 
+def test_opened_again_with_another_key_the_episodes_old_key_ends(
+    store: Store, tmp_path: Path
+) -> None:
+    runs, other = (add_key(store, name, Scope.EPISODES) for name in ("runs", "other"))
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        old = (await opened(p, runs))["api_key"]
+        assert await asks(p, old) == 200
+        new = (await opened(p, other))["api_key"]
+        assert [await asks(p, one) for one in (old, new)] == [401, 200]
+
+    both(test, store, tmp_path)
+
+
 def test_an_episodes_key_that_was_made_without_a_key_ends_when_one_is_needed(
     store: Store, tmp_path: Path
 ) -> None:

@@ -82,3 +82,26 @@ def test_a_closed_or_unknown_episode_begins_no_call_and_takes_no_reward(store: S
         with pytest.raises(expected):
             store.episodes.reward([Reward(name, "tests", RewardKind.OUTCOME, 1.0)])
     assert store.episodes.rewards("e-1") == []
+
+
+def test_opening_and_closing_tell_what_is_stored(store: Store) -> None:
+    (opened,) = store.episodes.open([replace(EPISODE, deadline_s=5.0, seed=3)], 2)
+    assert opened == store.episodes.get("e-1")
+    add_steps(store, 0, 0)
+    for _ in range(2):  # the last word counts
+        store.episodes.reward([Reward("e-1", "exit", RewardKind.PROCESS, -1.0, "turn_0", "shell")])
+    closed = store.episodes.close("e-1", EpisodeStatus.DONE, 0.5, "one test fails")
+    assert closed == store.episodes.shown("e-1")
+    assert closed.turns == ["turn_0", "turn_1"]
+    assert [(one.turn, one.value) for one in closed.rewards] == [("turn_0", -1.0)]
+    assert (closed.episode.status, closed.episode.outcome) == (EpisodeStatus.DONE, 0.5)
+
+
+def test_an_episode_that_failed_takes_its_turns_out_of_judging_and_training(store: Store) -> None:
+    store.episodes.open([EPISODE], None)
+    add_steps(store, 0, 0)
+    store.episodes.close("e-1", EpisodeStatus.FAILED, None, "the disk was full")
+    assert store.judging.lease(9, 60) == []
+    last = store.turns.get("turn_1")
+    assert last is not None
+    assert last.untrainable == "the episode was closed as failed"
