@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file_descriptors.raise_limit()
     try:
         args = command_parser().parse_args(arguments)
-        if getattr(args, "config", None) == DEFAULT_FILE and args.run is not up.run:
+        if getattr(args, "config", None) == DEFAULT_FILE and args.run not in (up.run, fetch.run):
             _say_if_defaults()
         code = args.run(args)
         sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
