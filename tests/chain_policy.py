@@ -15,7 +15,7 @@ from pathlib import Path
 
 from demo.course import POLICY
 
-CONTEXT = 65_536
+CONTEXT = 98_304
 _WIDTH = 128
 _SURE = 24.0
 """The logit of the next token; other logits are about 0 ± 2."""
