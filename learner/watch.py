@@ -24,6 +24,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 from nextstate.records import JudgedTurn, PolicyVersion
@@ -109,15 +110,9 @@ class Watch:
         newest TURNS judged turns in the order in which they were recorded. Versions up to number
         `after` are no suspects.
         """
-        served = Counter(turn.version for turn in turns)
-        suspects: list[int] = []
+        suspects = later_turns(chain, turns, after)
         least: float | None = None
-        count = 0
-        for suspect in reversed(chain[1:]):
-            count += served[suspect]
-            if suspect <= after or count > _OLD:
-                break
-            suspects.append(suspect)
+        for suspect, count in suspects.items():
             for look in LOOKS:
                 if look <= count and (suspect, look) not in self._tested:
                     self._tested.add((suspect, look))
@@ -129,6 +124,26 @@ class Watch:
         found = {suspect: beside(chain, turns, suspect) for suspect in suspects}
         began = min(suspects, key=lambda suspect: found[suspect].standing)
         return Fall(began, found[began], least)
+
+
+def later_turns(chain: Sequence[int], turns: Sequence[JudgedTurn], after: int) -> dict[int, int]:
+    """The suspects, newest first, each with the number of its later turns; as `Watch.fall`."""
+    served = Counter(turn.version for turn in turns)
+    found: dict[int, int] = {}
+    count = 0
+    for suspect in reversed(chain[1:]):
+        count += served[suspect]
+        if suspect <= after or count > _OLD:
+            break
+        found[suspect] = count
+    return found
+
+
+def returns_to(chain: Sequence[int], turns: Sequence[JudgedTurn], after: int) -> set[int]:
+    """The versions that may serve again after a fall: the parents of suspects that served."""
+    served = {turn.version for turn in turns}
+    suspects = later_turns(chain, turns, after)
+    return {old for old, new in pairwise(chain) if new in suspects and new in served}
 
 
 def beside(chain: Sequence[int], turns: Sequence[JudgedTurn], suspect: int) -> Comparison:

@@ -103,6 +103,17 @@ def test_versions_that_a_person_accepted_are_no_suspects():
     assert found.suspect == 1
 
 
+def test_pruning_keeps_what_the_watch_may_return_to_and_no_more():
+    seen = [t for v in range(60) for t in turns("s", v, [1 if v < 52 else -1] * 16)]
+    found = Watch().fall(list(range(60)), seen, -1)
+    assert found is not None
+    assert found.suspect == 52
+    # 400 later turns are those of 25 versions; a person accepted up to 40; 59 has served nothing.
+    assert watch.returns_to(list(range(61)), seen, -1) == set(range(34, 59))
+    assert watch.returns_to(list(range(60)), seen, 40) == set(range(40, 59))
+    assert watch.returns_to([0], seen, -1) == set()
+
+
 def test_what_is_not_in_the_chain_does_not_count():
     seen = turns("s", 0, [1] * 50) + turns("s", 1, [-1] * 50) + turns("s", 2, [1] * 50)
     assert Watch().fall([0, 2], seen, -1) is None
