@@ -1,8 +1,9 @@
 """The watch: whether versions in service are worse than those before them, for the same sessions.
 
 Sessions differ in how hard they are, and a version comes into service in the middle of some. So a
-turn is compared only with the turns of its own session that earlier versions of the chain served:
-harder questions in other sessions say nothing about a version. If no version is worse, the order of
+turn is compared only with the turns of its own session that earlier versions of the chain served
+and that the same judge judged: harder questions in other sessions, or a stricter judge, say nothing
+about a version. If no version is worse, the order of
 a session's scores means nothing, and the sum of its later scores has the distribution of as many
 scores drawn from the session without replacement. Over all sessions that is the exact conditional
 test of stratified ordered categories (Mehta, Patel & Senchaudhuri 1992, "Exact stratified linear
@@ -54,7 +55,7 @@ class Comparison:
     turns: int
     """Later turns, of all sessions."""
     comparable: int
-    """Later turns of sessions that have earlier ones too."""
+    """Later turns of sessions that have earlier ones of the same judge too."""
     weight: float
     """Sum over sessions of n·m / (n + m), for n earlier and m later turns: what the change is
     worth, in turns that are compared with a known mean."""
@@ -190,12 +191,13 @@ Row = tuple[list[int], list[int]]
 
 
 def sessions(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> list[Row]:
-    """The rows of the sessions that have turns on both sides."""
-    rows: dict[str, Row] = {}
+    """The rows of the sessions that have turns on both sides: one for each judge of a session."""
+    rows: dict[tuple[str, str], Row] = {}
     for turn in earlier:
-        rows.setdefault(turn.session, ([0, 0, 0], [0, 0, 0]))[0][turn.score + 1] += 1
+        row = rows.setdefault((turn.session, turn.judge), ([0, 0, 0], [0, 0, 0]))
+        row[0][turn.score + 1] += 1
     for turn in later:
-        if (row := rows.get(turn.session)) is not None:
+        if (row := rows.get((turn.session, turn.judge))) is not None:
             row[0][turn.score + 1] += 1
             row[1][turn.score + 1] += 1
     return [row for row in rows.values() if any(row[1])]

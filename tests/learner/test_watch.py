@@ -18,8 +18,8 @@ from nextstate.records import JudgedTurn, PolicyVersion, VersionState
 SCORES = st.lists(st.sampled_from((-1, 0, 1)), min_size=1, max_size=3)
 
 
-def turns(session: str, version: int, scores: Sequence[int]) -> list[JudgedTurn]:
-    return [JudgedTurn(session, version, score) for score in scores]
+def turns(session: str, version: int, scores: Sequence[int], judge="rules") -> list[JudgedTurn]:
+    return [JudgedTurn(session, version, score, judge) for score in scores]
 
 
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=2))
@@ -56,6 +56,17 @@ def test_harder_questions_in_new_sessions_say_nothing():
     assert sessions(before, after) == []
     assert compare([], 200) == watch.Comparison(200, 0, 0.0, 0.0, 0.0)
     assert Watch().fall([0, 1], before + after, -1) is None
+
+
+def test_another_judge_is_no_fall_and_each_judge_sees_one():
+    """The rules praise most turns of a session; then a judge that abstains takes their place."""
+    before = turns("s", 0, [1, 1, 1, 1, -1] * 60)
+    after = turns("s", 1, [0] * 50, "engine")
+    assert Watch().fall([0, 1], before + after, -1) is None
+    both = turns("s", 0, [1, 1, 1, 1, -1] * 30, "engine") + before
+    found = Watch().fall([0, 1], both + after, -1)
+    assert found is not None
+    assert found.found.comparable == 50
 
 
 def test_equal_scores_are_no_fall():
