@@ -52,7 +52,7 @@ from learner.pruning import prunable
 from learner.rejections import MANY_REJECTIONS, rejected_in_a_row, why_paused
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, UpdateResult
-from learner.watch import TURNS, Watch, chain_of
+from learner.watch import TURNS, Watch, chain_of, returns_to
 from nextstate.errors import AdapterError, DiskError, EngineError
 from nextstate.records import (
     BASE_VERSION,
@@ -361,10 +361,15 @@ class Lineage:
         """Deletes adapters that nothing needs: first noted in the store, so none of them serves."""
         stored = self._store.versions
         in_use = {name for names, _ in self._store.workers.others("") for name in names}
+        versions, decisions = stored.all(self.name), stored.decisions(self.name)
+        wanted = decisions.pinned
+        if self._config.watch:
+            chain = chain_of(versions, stored.serving(self.name).number)
+            wanted |= returns_to(chain, stored.judged_turns(self.name, TURNS), decisions.after)
         for version in prunable(
-            stored.all(self.name),
+            versions,
             self._current,
-            stored.decisions(self.name).pinned,
+            wanted,
             in_use,
             self._config.keep_versions,
         ):

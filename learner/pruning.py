@@ -12,18 +12,18 @@ _NEEDED = (VersionState.SERVING, VersionState.CANDIDATE)
 def prunable(
     versions: Sequence[PolicyVersion],
     current: int,
-    pinned: Collection[int],
+    wanted: Collection[int],
     in_use: Collection[str],
     keep: int,
 ) -> list[PolicyVersion]:
     """The versions whose adapters may be deleted, oldest first; `versions` are in order.
 
-    Kept are the newest `keep`, what a person has put into service (`pinned`), what
-    serves or waits to serve, `current`, from which the next update starts, the parents of these,
-    to which the watch returns, and the adapters that requests use (`in_use`, by name).
+    Kept are the newest `keep`, those `wanted`: what a person has put into service and what the
+    watch may return to, what serves or waits to serve, `current`, from which the next update
+    starts, the parents of these, and the adapters that requests use (`in_use`, by name).
     """
     written = [version for version in versions if version.path is not None]
-    needed = {version.number for version in written[-keep:]} | {current, *pinned}
+    needed = {version.number for version in written[-keep:]} | {current, *wanted}
     needed |= {version.number for version in written if version.state in _NEEDED}
     needed |= {v.parent for v in versions if v.number in needed and v.state in _NEEDED}
     needed |= {version.parent for version in versions if version.number == current}

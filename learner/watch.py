@@ -1,8 +1,9 @@
 """The watch: whether versions in service are worse than those before them, for the same sessions.
 
 Sessions differ in how hard they are, and a version comes into service in the middle of some. So a
-turn is compared only with the turns of its own session that earlier versions of the chain served:
-harder questions in other sessions say nothing about a version. If no version is worse, the order of
+turn is compared only with the turns of its own session that earlier versions of the chain served
+and that the same judge judged: harder questions in other sessions, or a stricter judge, say nothing
+about a version. If no version is worse, the order of
 a session's scores means nothing, and the sum of its later scores has the distribution of as many
 scores drawn from the session without replacement. Over all sessions that is the exact conditional
 test of stratified ordered categories (Mehta, Patel & Senchaudhuri 1992, "Exact stratified linear
@@ -24,6 +25,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from statistics import NormalDist
 
 from nextstate.records import JudgedTurn, PolicyVersion
@@ -53,7 +55,7 @@ class Comparison:
     turns: int
     """Later turns, of all sessions."""
     comparable: int
-    """Later turns of sessions that have earlier ones too."""
+    """Later turns of sessions that have earlier ones of the same judge too."""
     weight: float
     """Sum over sessions of n·m / (n + m), for n earlier and m later turns: what the change is
     worth, in turns that are compared with a known mean."""
@@ -109,15 +111,9 @@ class Watch:
         newest TURNS judged turns in the order in which they were recorded. Versions up to number
         `after` are no suspects.
         """
-        served = Counter(turn.version for turn in turns)
-        suspects: list[int] = []
+        suspects = later_turns(chain, turns, after)
         least: float | None = None
-        count = 0
-        for suspect in reversed(chain[1:]):
-            count += served[suspect]
-            if suspect <= after or count > _OLD:
-                break
-            suspects.append(suspect)
+        for suspect, count in suspects.items():
             for look in LOOKS:
                 if look <= count and (suspect, look) not in self._tested:
                     self._tested.add((suspect, look))
@@ -129,6 +125,26 @@ class Watch:
         found = {suspect: beside(chain, turns, suspect) for suspect in suspects}
         began = min(suspects, key=lambda suspect: found[suspect].standing)
         return Fall(began, found[began], least)
+
+
+def later_turns(chain: Sequence[int], turns: Sequence[JudgedTurn], after: int) -> dict[int, int]:
+    """The suspects, newest first, each with the number of its later turns; as `Watch.fall`."""
+    served = Counter(turn.version for turn in turns)
+    found: dict[int, int] = {}
+    count = 0
+    for suspect in reversed(chain[1:]):
+        count += served[suspect]
+        if suspect <= after or count > _OLD:
+            break
+        found[suspect] = count
+    return found
+
+
+def returns_to(chain: Sequence[int], turns: Sequence[JudgedTurn], after: int) -> set[int]:
+    """The versions that may serve again after a fall: the parents of suspects that served."""
+    served = {turn.version for turn in turns}
+    suspects = later_turns(chain, turns, after)
+    return {old for old, new in pairwise(chain) if new in suspects and new in served}
 
 
 def beside(chain: Sequence[int], turns: Sequence[JudgedTurn], suspect: int) -> Comparison:
@@ -175,12 +191,13 @@ Row = tuple[list[int], list[int]]
 
 
 def sessions(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> list[Row]:
-    """The rows of the sessions that have turns on both sides."""
-    rows: dict[str, Row] = {}
+    """The rows of the sessions that have turns on both sides: one for each judge of a session."""
+    rows: dict[tuple[str, str], Row] = {}
     for turn in earlier:
-        rows.setdefault(turn.session, ([0, 0, 0], [0, 0, 0]))[0][turn.score + 1] += 1
+        row = rows.setdefault((turn.session, turn.judge), ([0, 0, 0], [0, 0, 0]))
+        row[0][turn.score + 1] += 1
     for turn in later:
-        if (row := rows.get(turn.session)) is not None:
+        if (row := rows.get((turn.session, turn.judge))) is not None:
             row[0][turn.score + 1] += 1
             row[1][turn.score + 1] += 1
     return [row for row in rows.values() if any(row[1])]

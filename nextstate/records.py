@@ -309,6 +309,8 @@ class JudgedTurn:
     version: int
     """The policy version that served it."""
     score: int
+    judge: str = ""
+    """Who gave the verdict."""
 
 
 @dataclass(frozen=True, slots=True)

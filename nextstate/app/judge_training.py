@@ -60,7 +60,8 @@ MIN_EXAMPLES = 20
 MAX_PROMPT_TOKENS = 1024
 """Longer next states are left out of training."""
 _HELD_OUT = 5
-"""One in so many contexts is held out."""
+"""One in so many sessions is held out."""
+_SESSION = "session"
 _PASS_TOKENS = 4096
 _SCORES = list(WORDS)
 Progress = Callable[[str, int, int], object]
@@ -104,7 +105,7 @@ def own_cases(settings: Settings, most: int) -> list[Case]:
         turn, states = store.turns.get(turn_id), store.turns.next_states(turn_id)
         if turn is not None:
             evidence = build_evidence(turn, states, settings.judge.max_chars, (), profile)
-            found.append(Case(turn_id, evidence, score, {}))
+            found.append(Case(turn_id, evidence, score, {_SESSION: turn.session}))
     store.close()
     return found
 
@@ -112,7 +113,7 @@ def own_cases(settings: Settings, most: int) -> list[Case]:
 def chosen(own: Sequence[Case], given: Sequence[Case], examples: int, seed: int) -> Labelled:
     """At most `examples` of the cases, the person's own first; a fifth of them held out.
 
-    Whether a case is held out depends on its conversation alone, so none is ever trained on, and
+    Whether a case is held out depends on its session alone, so none is ever trained on, and
     which of them are taken does not depend on `seed`. Raises ConfigError if there are too few.
     """
     order = random.Random(seed)
@@ -135,7 +136,9 @@ def _digest(text: str) -> int:
 
 
 def _is_held_out(case: Case) -> bool:
-    return _digest(repr(case.evidence.tail)) % _HELD_OUT == 0
+    """By the session, or by the first message that is known: the next ones follow in later turns."""
+    begins = case.groups.get(_SESSION) or repr(case.evidence.tail[:1])
+    return _digest(begins) % _HELD_OUT == 0
 
 
 def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress) -> str:

@@ -87,6 +87,9 @@ def _elsewhere(
 ) -> tuple[float, float] | None:
     """The mean scores of sessions on one side only, before and after, if they clearly fell."""
     old, new = {turn.session for turn in earlier}, {turn.session for turn in later}
+    judges = {turn.judge for turn in earlier} & {turn.judge for turn in later}
+    earlier = [turn for turn in earlier if turn.judge in judges]
+    later = [turn for turn in later if turn.judge in judges]
     before = mean_over_groups((t.session, t.score) for t in earlier if t.session not in new)
     after = mean_over_groups((t.session, t.score) for t in later if t.session not in old)
     if before is None or after is None or after.upper(_SURE) >= before.lower(_SURE):

@@ -196,7 +196,7 @@ class Versions:
         """
         s = t.samples.c
         newest = (
-            sa.select(t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
+            sa.select(s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
             .join(t.samples, s.turn == t.turns.c.id)
             .where(s.lineage == lineage, s.policy_version.is_not(None))
             .order_by(s.seq.desc())
@@ -204,7 +204,8 @@ class Versions:
             .subquery()
         ).c
         query = (
-            sa.select(newest.session, newest.policy_version, newest.score)
+            sa.select(newest.session, newest.policy_version, newest.score, t.verdicts.c.judge)
+            .join(t.verdicts, t.verdicts.c.turn == newest.turn)
             .where(newest.episode.is_(None))
             .order_by(newest.seq.desc())
             .limit(limit)

@@ -154,6 +154,25 @@ def test_no_conversation_is_ever_trained_on_that_is_held_out_in_any_training() -
     assert many[0].train != many[3].train
 
 
+def test_the_turns_of_a_session_stay_together() -> None:
+    """A later turn's context holds an earlier reply and what followed it."""
+    said = [("user" if n % 2 == 0 else "assistant", str(n)) for n in range(7)]
+    state = NextState("", Source.USER, "ok", 0.9)
+    own = [
+        Case(f"{s}/{n}", Evidence(tuple(said[n:][: n + 1]), "r", (state,)), 1, {"session": str(s)})
+        for s in range(60)
+        for n in range(3)
+    ]
+    talks = [
+        Case(f"t{s}/{n}", Evidence((("user", f"t{s}"), *said[:n]), "r", (state,)), 1, {})
+        for s in range(60)
+        for n in range(3)
+    ]
+    found = chosen(own, talks, 1000, 0)
+    trained, held = ({c.id.split("/")[0] for c in part} for part in (found.train, found.held_out))
+    assert not trained & held
+
+
 def test_the_persons_own_come_first() -> None:
     own = cases_of(30, "turn_")
     found = chosen(own, cases_of(300), 40, 0)

@@ -251,6 +251,15 @@ def test_old_adapters_are_deleted_and_what_is_needed_stays(recorded, model_path)
     assert kept == [True, False, False, True, True]
 
 
+@pytest.mark.parametrize(("watches", "kept"), [(True, [1, 2, 3, 4, 5]), (False, [4, 5])])
+def test_what_the_watch_may_return_to_stays(recorded, model_path, watches, kept):
+    recorded.add_mixed(16 * 5)
+    engine = FakeEngine(recorded.store, 5)
+    engine.after = lambda version: recorded.add(version=version.number, trainable=False)
+    train(recorded, model_path, engine, replace(CONFIG, keep_versions=2, watch=watches))
+    assert [v.number for v in recorded.store.versions.all("main") if v.can_serve] == kept
+
+
 def test_what_a_kill_left_of_a_deleted_adapter_goes_with_the_next_version(recorded, model_path):
     recorded.add_mixed(16 * 3)
     train(recorded, model_path, FakeEngine(recorded.store, 3))

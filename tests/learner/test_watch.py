@@ -18,8 +18,8 @@ from nextstate.records import JudgedTurn, PolicyVersion, VersionState
 SCORES = st.lists(st.sampled_from((-1, 0, 1)), min_size=1, max_size=3)
 
 
-def turns(session: str, version: int, scores: Sequence[int]) -> list[JudgedTurn]:
-    return [JudgedTurn(session, version, score) for score in scores]
+def turns(session: str, version: int, scores: Sequence[int], judge="rules") -> list[JudgedTurn]:
+    return [JudgedTurn(session, version, score, judge) for score in scores]
 
 
 @given(st.lists(st.tuples(SCORES, SCORES), min_size=1, max_size=2))
@@ -56,6 +56,17 @@ def test_harder_questions_in_new_sessions_say_nothing():
     assert sessions(before, after) == []
     assert compare([], 200) == watch.Comparison(200, 0, 0.0, 0.0, 0.0)
     assert Watch().fall([0, 1], before + after, -1) is None
+
+
+def test_another_judge_is_no_fall_and_each_judge_sees_one():
+    """The rules praise most turns of a session; then a judge that abstains takes their place."""
+    before = turns("s", 0, [1, 1, 1, 1, -1] * 60)
+    after = turns("s", 1, [0] * 50, "engine")
+    assert Watch().fall([0, 1], before + after, -1) is None
+    both = turns("s", 0, [1, 1, 1, 1, -1] * 30, "engine") + before
+    found = Watch().fall([0, 1], both + after, -1)
+    assert found is not None
+    assert found.found.comparable == 50
 
 
 def test_equal_scores_are_no_fall():
@@ -101,6 +112,17 @@ def test_versions_that_a_person_accepted_are_no_suspects():
     found = Watch().fall([0, 1, 2], seen, 0)
     assert found is not None
     assert found.suspect == 1
+
+
+def test_pruning_keeps_what_the_watch_may_return_to_and_no_more():
+    seen = [t for v in range(60) for t in turns("s", v, [1 if v < 52 else -1] * 16)]
+    found = Watch().fall(list(range(60)), seen, -1)
+    assert found is not None
+    assert found.suspect == 52
+    # 400 later turns are those of 25 versions; a person accepted up to 40; 59 has served nothing.
+    assert watch.returns_to(list(range(61)), seen, -1) == set(range(34, 59))
+    assert watch.returns_to(list(range(60)), seen, 40) == set(range(40, 59))
+    assert watch.returns_to([0], seen, -1) == set()
 
 
 def test_what_is_not_in_the_chain_does_not_count():

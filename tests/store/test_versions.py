@@ -92,12 +92,12 @@ def test_the_watch_reads_the_newest_judged_turns_oldest_first(store: Store) -> N
         if number != 4:
             judge(store, number, score)
     assert store.versions.judged_turns("main", 2) == [
-        JudgedTurn("s1", 1, -1),
-        JudgedTurn("s1", 2, 0),
+        JudgedTurn("s1", 1, -1, "rules"),
+        JudgedTurn("s1", 2, 0, "rules"),
     ]
     assert len(store.versions.judged_turns("main", 9)) == 3
     store.judging.give_feedback(Feedback("turn_0", -1))
-    assert store.versions.judged_turns("main", 9)[0] == JudgedTurn("s0", 0, -1)
+    assert store.versions.judged_turns("main", 9)[0] == JudgedTurn("s0", 0, -1, "feedback")
     assert store.versions.judged_turns("other", 9) == []
 
 
