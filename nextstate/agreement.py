@@ -18,9 +18,23 @@ class Agreement:
     accuracy: float
     kappa: float
     """Cohen's kappa (1960): agreement beyond chance, at most 1; 0 if chance explains all of it."""
+    chance: float
+    """The accuracy that chance explains."""
     abstained: int
     confusion: Mapping[tuple[int, int | None], int]
     """Cases by (label, score)."""
+
+    @property
+    def kappa_interval(self) -> tuple[float, float]:
+        """Where κ lies with 90 % confidence: that of the accuracy, less the same chance.
+
+        >>> [round(end, 2) for end in agreement([(1, 1), (0, 0), (-1, -1)]).kappa_interval]
+        [0.29, 1.0]
+        """
+        low, high = proportion_interval(round(self.accuracy * self.cases), self.cases)
+        if self.chance == 1:
+            return -1.0, 1.0
+        return (low - self.chance) / (1 - self.chance), (high - self.chance) / (1 - self.chance)
 
 
 def agreement(
@@ -43,7 +57,7 @@ def agreement(
         scores[score] += cases
     chance = sum(labels[value] * scores[value] for value in SCORES) / count**2
     kappa = 0.0 if chance == 1 else (accuracy - chance) / (1 - chance)
-    return Agreement(count, accuracy, kappa, scores[None], confusion)
+    return Agreement(count, accuracy, kappa, chance, scores[None], confusion)
 
 
 def proportion_interval(hits: int, cases: int, z: float = 1.645) -> tuple[float, float]:

@@ -2,8 +2,9 @@
 
 The base model learns, as a LoRA adapter, to answer the engine judge's own question with the right
 word. A fifth of the contexts is never trained on, in no version: on it the judge is calibrated by
-one temperature, and checked. It is kept only if it agrees with the labels better than the base does
-and not worse than the version before it, from which training goes on.
+one temperature, and checked. It is kept only if it agrees with the labels clearly better than the
+base does (the whole 90 % interval of κ) and not worse than the version before it, from which
+training goes on.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from judge.evaluation import Case
 from judge.evidence import bounded, build_evidence
 from learner.config import LearnerConfig
-from nextstate.agreement import agreement
+from nextstate.agreement import Agreement, agreement
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_file
 from nextstate.app.settings import Settings
@@ -28,6 +29,8 @@ from nextstate.app.trained_judge import (
     EXAMPLES,
     HELD_OUT,
     KAPPA,
+    KAPPA_HIGH,
+    KAPPA_LOW,
     NAME,
     OWN,
     TEMPERATURE,
@@ -123,10 +126,12 @@ def chosen(own: Sequence[Case], given: Sequence[Case], examples: int, seed: int)
     held_out = [case for case in (*own, *fixed) if _is_held_out(case)]
     few = max(1, examples // _HELD_OUT)
     labelled = Labelled(train[: examples - few], held_out[:few], frozenset(case.id for case in own))
-    if not labelled.train or not labelled.held_out:
+    enough = len(own) + len(given) >= MIN_EXAMPLES
+    if not enough or not labelled.train or not labelled.held_out:
         raise ConfigError(
             f"{len(own) + len(given)} labelled next states are too few to train a judge and to "
-            f"check it: expected at least {MIN_EXAMPLES} in different conversations"
+            f"check it: expected at least {MIN_EXAMPLES} in different conversations; rate turns "
+            "with `nextstate feedback`, or name a file with more"
         )
     return labelled
 
@@ -136,7 +141,7 @@ def _digest(text: str) -> int:
 
 
 def _is_held_out(case: Case) -> bool:
-    """By the session, or by the first message that is known: the next ones follow in later turns."""
+    """By the session, or by the first message known: the next ones follow in later turns."""
     begins = case.groups.get(_SESSION) or repr(case.evidence.tail[:1])
     return _digest(begins) % _HELD_OUT == 0
 
@@ -169,18 +174,21 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
             told("training", read, epochs * len(examples))
 
         classifier.fit(examples, epochs, trained_on)
-        kappa, calibration = held.of_trained("checking it")
+        found, calibration = held.of_trained("checking it")
     number = newest_number(settings) + 1
-    least = max(base, before)
-    if kappa < before or kappa <= base:
+    kappa, (low, high) = found.kappa, found.kappa_interval
+    if kappa < before or low <= base:
+        expected = f"at least {before:.2f}, its version before, and " if before > base else ""
         raise LearnerError(
-            f"the judge that was trained is not kept: κ {kappa:.2f} on {len(held.cases)} held-out "
-            f"next states, and {least:.2f} without it; give more --examples or --epochs, or rate "
+            f"the judge that was trained is not kept: κ {kappa:.2f} ({low:.2f} to {high:.2f}) on "
+            f"{len(held.cases)} held-out next states, expected {expected}all of that over "
+            f"{base:.2f}, the base model's; give more --examples or --epochs, or rate "
             "more turns with `nextstate feedback`"
         )
     own = [case.id for case in labelled.train if case.id in labelled.own]
     metrics = {
-        **{KAPPA: kappa, BASE_KAPPA: base, HELD_OUT: float(len(held.cases))},
+        **{KAPPA: kappa, KAPPA_LOW: low, KAPPA_HIGH: high},
+        **{BASE_KAPPA: base, HELD_OUT: float(len(held.cases))},
         **{TEMPERATURE: calibration.temperature, EXAMPLES: float(len(examples))},
         OWN: float(len(own)),
     }
@@ -188,8 +196,8 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress
     path = judge_path(settings, number)
     classifier.trainer.weights.save(path, Card(NAME, number, parent, "judge", own, metrics))
     return (
-        f"judge v{number} is kept in {path}: κ {kappa:.2f} on {len(held.cases)} next states that "
-        f"it had not seen (the base model {base:.2f}"
+        f"judge v{number} is kept in {path}: κ {kappa:.2f} ({low:.2f} to {high:.2f}) on "
+        f"{len(held.cases)} next states that it had not seen (the base model {base:.2f}"
         + (f", v{previous.number} {before:.2f})" if previous else ")")
     )
 
@@ -250,21 +258,23 @@ class _Checked:
         ]
         known = self._answers("looking at the base model", asked, base=True)
         calibration = calibrated_on(known, balanced=True)
-        return _kappa(self._held_out("checking the base model", base=True), calibration)
+        return _agreed(self._held_out("checking the base model", base=True), calibration).kappa
 
     def of_version(self, version: PolicyVersion | None) -> float:
-        """κ of a version, whose weights are the trainer's afterwards; −1 if there is none."""
+        """κ of a version, whose weights are the trainer's afterwards; −1 if there is none.
+
+        Its temperature is chosen again, as the new one's is.
+        """
         if version is None or version.path is None:
             return -1.0
         self._classifier.trainer.weights.load(Path(version.path), version.sha256)
-        answers = self._held_out(f"checking v{version.number}")
-        return _kappa(answers, Calibration(version.metrics[TEMPERATURE]))
+        return self.of_trained(f"checking v{version.number}")[0].kappa
 
-    def of_trained(self, what: str) -> tuple[float, Calibration]:
-        """κ of the present weights with the temperature that suits them best."""
+    def of_trained(self, what: str) -> tuple[Agreement, Calibration]:
+        """How the present weights agree, with the temperature that suits them best."""
         answers = self._held_out(what)
         calibration = calibrated_on(answers)
-        return _kappa(answers, calibration), calibration
+        return _agreed(answers, calibration), calibration
 
     def _held_out(self, what: str, *, base: bool = False) -> list[_Answer]:
         return self._answers(what, [(p, case.label) for case, p in self.cases], base=base)
@@ -286,11 +296,11 @@ class _Checked:
         return [(told[count * i : count * (i + 1)], right) for i, (_, right) in enumerate(asked)]
 
 
-def _kappa(answers: Sequence[_Answer], calibration: Calibration) -> float:
-    """κ of the votes: a word that is not sure counts as 0."""
+def _agreed(answers: Sequence[_Answer], calibration: Calibration) -> Agreement:
+    """How the votes agree: a word that is not sure counts as 0."""
     pairs: list[tuple[int, int | None]] = []
     for orders, right in answers:
         shares = probabilities(orders, calibration)
         score = max(shares, key=shares.__getitem__)
         pairs.append((right, score if shares[score] >= SURE else 0))
-    return agreement(pairs).kappa
+    return agreement(pairs)

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 NAME = "judge"
 """The lineage of its versions. One of a user with this name has other hashes in its names."""
 TEMPERATURE, KAPPA, HELD_OUT = "judge/temperature", "judge/kappa", "judge/held_out"
+KAPPA_LOW, KAPPA_HIGH = "judge/kappa_low", "judge/kappa_high"
 BASE_KAPPA, EXAMPLES, OWN = "judge/kappa_base", "judge/examples", "judge/own"
 """Names of the metrics in a version's card."""
 LOOK_S = 5.0
@@ -138,6 +139,6 @@ def trained_text(version: PolicyVersion) -> str:
     m = version.metrics
     return (
         f"engine v{version.number} votes, trained on {m[EXAMPLES]:.0f} labelled next states, "
-        f"{m[OWN]:.0f} of them yours: κ {m[KAPPA]:.2f} on {m[HELD_OUT]:.0f} that it had not seen "
-        f"(the base model: {m[BASE_KAPPA]:.2f})"
+        f"{m[OWN]:.0f} of them yours: κ {m[KAPPA]:.2f} ({m[KAPPA_LOW]:.2f} to {m[KAPPA_HIGH]:.2f}) "
+        f"on {m[HELD_OUT]:.0f} that it had not seen (the base model: {m[BASE_KAPPA]:.2f})"
     )

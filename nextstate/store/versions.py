@@ -196,7 +196,9 @@ class Versions:
         """
         s = t.samples.c
         newest = (
-            sa.select(s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
+            sa.select(
+                s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq
+            )
             .join(t.samples, s.turn == t.turns.c.id)
             .where(s.lineage == lineage, s.policy_version.is_not(None))
             .order_by(s.seq.desc())

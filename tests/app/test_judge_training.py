@@ -11,6 +11,7 @@ import pytest
 
 from demo.course import POLICY
 from judge.evaluation import Case, read_cases
+from nextstate.agreement import agreement
 from nextstate.app.cli import main
 from nextstate.app.judge_training import chosen, own_cases
 from nextstate.app.settings import Settings
@@ -24,7 +25,7 @@ from nextstate.app.trained_judge import (
     judge_versions,
 )
 from nextstate.engine.client import EngineClient
-from nextstate.errors import JudgeError
+from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, TrainedJudge
 from nextstate.records import Feedback, NextState, Source
 from nextstate.store import Store
@@ -78,14 +79,14 @@ def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
     assert first.metrics[KAPPA] > 0.8 > first.metrics[BASE_KAPPA]
     assert (first.metrics[HELD_OUT], first.metrics[OWN], first.samples) == (17, 0, 80)
     said = capsys.readouterr().out
-    assert said.startswith(f"judge v1 is kept in {first.path}: κ {first.metrics[KAPPA]:.2f} on 17")
+    assert said.startswith(f"judge v1 is kept in {first.path}: κ {first.metrics[KAPPA]:.2f} (")
 
     assert main(["status", "--config", str(config)]) == 0
     shown = [line for line in capsys.readouterr().out.splitlines() if "trained_judge" in line]
     assert len(shown) == 1
     assert "engine v1 votes, trained on 80 labelled next states, 0 of them yours: κ " in shown[0]
 
-    assert train(config, "--examples", "60", "--epochs", "1") == 0  # goes on from the first
+    assert train(config, "--examples", "100", "--language", "en") == 0  # goes on from 1
     assert [v.parent for v in judge_versions(settings)] == [None, 1]
     assert ", v1 " in capsys.readouterr().out
 
@@ -171,6 +172,21 @@ def test_the_turns_of_a_session_stay_together() -> None:
     found = chosen(own, talks, 1000, 0)
     trained, held = ({c.id.split("/")[0] for c in part} for part in (found.train, found.held_out))
     assert not trained & held
+
+
+def test_three_cases_are_too_few_whatever_side_they_are_on() -> None:
+    many = chosen([], cases_of(99), 99, 0)
+    with pytest.raises(ConfigError, match=r"3 labelled next states are too few .* at least 20"):
+        chosen([], [many.held_out[0], *many.train[:2]], 20, 0)
+
+
+def test_the_interval_of_kappa_tells_noise_from_worth() -> None:
+    """0.13 on 60 cases, and one right of one, are over the base's 0 by chance."""
+    noise = agreement([(1, 1)] * 10 + [(0, 1)] * 20 + [(-1, -1)] * 15 + [(0, -1)] * 15)
+    assert noise.kappa > 0 > agreement([(1, 1), (0, -1), (-1, 0)]).kappa_interval[0]
+    assert agreement([(1, 1)]).kappa_interval == (-1.0, 1.0)
+    clear = agreement([(1, 1), (0, 0), (-1, -1)] * 10)
+    assert clear.kappa_interval[0] > 0.8
 
 
 def test_the_persons_own_come_first() -> None:
