@@ -287,7 +287,8 @@ def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
         async with recording(store) as recorder:
             if opened:
                 await recorder.record(first)
-            with store.recording():  # another process holds the database
+            with store.recording() as held:  # another process holds the database
+                assert not held.holds("turn_none")  # PostgreSQL has answered: it is locked by now
                 for one in others if opened else exchanges:
                     recorder.submit(one)
                 await until(lambda: recorder.counts.store_waits == 1)

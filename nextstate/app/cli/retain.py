@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command, counted
+
+if TYPE_CHECKING:
+    from nextstate.store import Store
 
 _EPILOG = """\
 The judge's process looks every five minutes and deletes the oldest turns that are too old, or as
@@ -35,14 +38,22 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from contextlib import closing
+
+    from nextstate.app.settings import Settings
+    from nextstate.store import Store
+
+    with closing(Store(Settings.read(args.config).store)) as store:
+        _retain(store, args)
+    return 0
+
+
+def _retain(store: Store, args: argparse.Namespace) -> None:
     from dataclasses import replace
 
     from nextstate.app.retention import Keep, read_keep, read_size, sweep, write_keep
-    from nextstate.app.settings import Settings
     from nextstate.errors import ConfigError
-    from nextstate.store import Store
 
-    store = Store(Settings.read(args.config).store)
     keep = Keep() if args.off else read_keep(store.dir)
     if args.days is not None:
         if not 1 <= args.days <= 36_500:
@@ -69,4 +80,3 @@ def run(args: argparse.Namespace) -> int:
         print(f"deleted {counted(turns, 'turn')}")
         if done.too_large:
             print("the store is still larger: what is left is of use")
-    return 0
