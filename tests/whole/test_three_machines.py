@@ -32,6 +32,7 @@ def test_the_commands_of_the_document_lead_to_three_machines_and_past_a_lost_dat
         done = subprocess.run(
             [*ALONE, sys.executable, "-m", "tests.whole.three_machines", str(folder)],
             cwd=ROOT,
+            umask=0o022,  # commands that ran in this process made it stricter
             capture_output=True,
             text=True,
             check=False,
