@@ -149,25 +149,22 @@ class Prepared:
 
     def arguments(self, values: Mapping[str, object]) -> Any:
         """The values in the order, or under the names, that the driver wants."""
-        known = {**self._fixed, **values} if self._fixed else values
-        if self._vault is not None and (self._hashes or self._sealed):
-            sealed = {n: seal(v) for n, seal in self._sealed if (v := known[n]) is not None}
-            if hashes := [n for n in self._hashes if known[n] is not None]:
-                sealed |= self._seal_hashes(self._vault, hashes, known)
-            known = {**known, **sealed}
+        known = {**self._fixed, **values}
+        if self._vault is not None:
+            for name, seal in self._sealed:
+                if (value := known[name]) is not None:
+                    known[name] = seal(value)
+            if self._hashes:
+                self._seal_hashes(self._vault, known)
         return known if self._names is None else tuple(map(known.__getitem__, self._names))
 
-    def _seal_hashes(
-        self, vault: Vault, names: Sequence[str], values: Mapping[str, Any]
-    ) -> dict[str, object]:
+    def _seal_hashes(self, vault: Vault, values: dict[str, Any]) -> None:
         """Hashes in one call: most of its cost is not of AES."""
-        joined, at = vault.seal_names(b"".join([values[name] for name in names])), 0
-        sealed: dict[str, object] = {}
-        for name in names:
-            end = at + len(values[name])
-            sealed[name] = joined[at:end]
-            at = end
-        return sealed
+        hashes = [values[name] or b"" for name in self._hashes]
+        joined, at = vault.seal_names(b"".join(hashes)), 0
+        for name, value in zip(self._hashes, hashes, strict=True):
+            if value:
+                values[name] = joined[at : (at := at + len(value))]
 
     def rows(self, found: Sequence[Any]) -> list[Any]:
         """The driver's rows as named tuples."""
@@ -180,13 +177,13 @@ class Prepared:
             for at, opened in self._opened:
                 if values[at] is not None:
                     values[at] = opened(values[at])
-            if hashes := [at for at in self._opened_hashes if values[at] is not None]:
+            if self._opened_hashes:
                 assert self._vault is not None
-                joined, start = self._vault.open_names(b"".join([values[a] for a in hashes])), 0
-                for at in hashes:
-                    end = start + len(values[at])
-                    values[at] = joined[start:end]
-                    start = end
+                hashes = [values[at] or b"" for at in self._opened_hashes]
+                joined, start = self._vault.open_names(b"".join(hashes)), 0
+                for at, value in zip(self._opened_hashes, hashes, strict=True):
+                    if value:
+                        values[at] = joined[start : (start := start + len(value))]
             rows.append(make(values))
         return rows
 

@@ -171,3 +171,10 @@ def test_a_flood_is_cut_as_the_stage_cuts_it(tmp_path: Path) -> None:
     asyncio.run(evaluate(read_cases(file), config, Measuring(), lambda: None))
     assert len(lengths) == 1
     assert 1000 <= lengths[0] < 1100
+
+
+def test_two_annotators_agree_on_the_shipped_labels():
+    rows = [json.loads(line) for line in SHIPPED.read_bytes().splitlines()]
+    pairs = [(row["second"], row["label"]) for row in rows if "second" in row]
+    assert len(pairs) >= 1200
+    assert agreement(pairs).kappa > 0.9
