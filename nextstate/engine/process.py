@@ -16,6 +16,7 @@ from pathlib import Path
 from nextstate.config import EngineConfig, secret
 from nextstate.engine.key_check import KEY_VARIABLE, KeyCheck
 from nextstate.errors import ConfigError, StartError
+from nextstate.free_memory import free_ram
 from nextstate.offline import SWITCHES
 from nextstate.wire import json_object, obj
 
@@ -33,6 +34,9 @@ _OWN_VARIABLES = "VLLM_"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARE = 0.92
 """vLLM's own default."""
+_CACHE_PART = 4
+"""On a CPU all engines' caches together get one part in so many of the free memory: the learner,
+the weights and the rest of the machine need more."""
 _MARK = re.compile(r"(?:Error|Exception)(?:\[[^\[\]\n]*\])?: |^ERROR|error:", re.MULTILINE)
 _QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
@@ -73,7 +77,17 @@ def command(
         # On a CPU vLLM ends at a sampled request with a seed if its prompt comes in chunks: its
         # random generator cannot be reset.
         argv += ["--no-enable-chunked-prefill"]
+    free = None if _sizes_cache(config) or not on_cpu() else free_ram()
+    if free is not None:
+        # On a CPU vLLM takes 92 % of the machine's memory, or ends if that is not free.
+        argv += ["--kv-cache-memory-bytes", str(free // (_CACHE_PART * config.replicas))]
     return argv + list(config.args)
+
+
+def _sizes_cache(config: EngineConfig) -> bool:
+    """Whether the configuration says how much memory the cache of keys and values has."""
+    options = ("--gpu-memory-utilization", "--kv-cache-memory-bytes")
+    return "VLLM_CPU_KVCACHE_SPACE" in config.env or any(map(config.option, options))
 
 
 def by_priority(config: EngineConfig) -> bool:
@@ -252,7 +266,11 @@ def cause_of_death(log: str) -> str:
     """The line of the server's log that best says why it ended, without its prefix."""
     lines = [line for line in log.splitlines() if line.strip()]
     blamed = [line for line in lines if _MARK.search(line) and not _QUIET.match(line)]
-    generic = ("Engine core initialization failed", "EngineCore failed to start")
+    generic = (
+        "Engine core initialization failed",
+        "EngineCore failed to start",
+        "WorkerProc initialization failed",
+    )
     specific = [line for line in blamed if not any(text in line for text in generic)]
     found = (specific or blamed or lines or ["(its log is empty)"])[-1]
     return _LOG_PREFIX.sub("", found).strip()[:300]

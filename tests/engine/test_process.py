@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from nextstate.engine.process import (
     command,
     environment,
     free_port,
+    on_cpu,
     port_is_free,
 )
 from nextstate.errors import ConfigError, StartError
@@ -30,6 +32,12 @@ from nextstate.errors import ConfigError, StartError
             "(EngineCore pid=1) ERROR 11-22 10:00:00 [core.py:1] ValueError: head size 7\n"
             "RuntimeError: Engine core initialization failed. See root cause above.\n",
             "ValueError: head size 7",
+        ),
+        (
+            "(Worker pid=2) ERROR 11-22 10:00:00 [multiproc.py:9] ValueError: Available memory is "
+            "less\n(EngineCore pid=1) ERROR 11-22 10:00:01 [core.py:1] Exception: WorkerProc "
+            "initialization failed due to an exception in a background process.\n",
+            "ValueError: Available memory is less",
         ),
         (
             "(APIServer pid=1) WARNING 11-27 12:00:00 [utils.py:2] fd errors like `OSError: [Errno "
@@ -71,6 +79,27 @@ def test_a_context_that_does_not_fit_is_shortened_unless_it_was_chosen(
     at = next(n for n, word in enumerate(argv) if word.startswith("--max-model-len"))
     assert argv[at : at + len(expected)] == expected
     assert sum(word.startswith("--max-model-len") for word in argv) == 1
+
+
+@pytest.mark.parametrize(
+    ("config", "sized"),
+    [
+        (EngineConfig(model="m"), True),
+        (EngineConfig(model="m", env={"VLLM_CPU_KVCACHE_SPACE": "4"}), False),
+        (EngineConfig(model="m", args=("--gpu-memory-utilization", "0.3")), False),
+        (EngineConfig(model="m", args=("--kv_cache_memory_bytes=1000000",)), False),
+    ],
+)
+def test_on_a_cpu_the_cache_gets_a_part_of_what_is_free_unless_its_size_was_chosen(
+    config: EngineConfig, sized: bool
+) -> None:
+    argv = command(config, 5)
+    assert ("--kv-cache-memory-bytes" in argv) == (sized and on_cpu())
+    if sized and on_cpu():
+        size = int(argv[argv.index("--kv-cache-memory-bytes") + 1])
+        several = command(replace(config, mode="managed", replicas=2), 5)
+        half = int(several[several.index("--kv-cache-memory-bytes") + 1])
+        assert 1.5 * half < size < 2.5 * half  # what is free changes meanwhile
 
 
 def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> None:
