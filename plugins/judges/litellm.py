@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import logging
 import os
 from functools import cache
 from typing import Any
@@ -136,4 +137,6 @@ def _import_quietly() -> Any:
     litellm: Any = importlib.import_module("litellm")
     litellm.telemetry = False
     litellm.suppress_debug_info = True
+    for name in ("LiteLLM", "LiteLLM Proxy", "LiteLLM Router"):  # a line a vote; errors we tell
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     return litellm

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import subprocess
 import sys
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -196,7 +197,11 @@ def test_a_redirect_of_the_judges_server_is_not_followed(
     assert told == []
 
 
-def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors() -> None:
+def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+
     async def scene(judge: JudgeKind) -> Vote:
         vote = await judge.vote(EVIDENCE, 3)
         server.status = 500
@@ -211,6 +216,7 @@ def test_the_litellm_judge_votes_through_the_real_package_and_wraps_its_errors()
     assert [body["seed"] for body in server.requests] == [3, 4]
     assert server.requests[0]["model"] == "base"
     assert server.keys[0] == "Bearer k"
+    assert not [record for record in caplog.records if "litellm" in record.name.lower()]
 
 
 def test_litellm_is_imported_with_the_first_vote_only() -> None:
