@@ -10,7 +10,7 @@ before it serves the version (`nextstate/engine/whole.py`).
 from __future__ import annotations
 
 import shutil
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,13 @@ from typing import Any
 import orjson
 import torch
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from learner.adapters import Card, disk_error, require_finite, write_card, write_folder
 from learner.config import LearnerConfig
 from learner.model import model_folder
+from learner.weights import NamedWeights
 from nextstate import sealed_files
 from nextstate.engine.adapter_files import (
     MODEL_FILE,
@@ -44,39 +44,25 @@ _PROMPTS, _PROMPT_TOKENS, _LIKELIEST = 8, 12, 5
 """Of the probe: prompts, tokens of each, and compared tokens after each."""
 
 
-class FullWeights:
+class FullWeights(NamedWeights):
     """All weights of a model in float32; see `learner.weights.Weights`.
 
     The base stays in memory beside them, on the same device.
     """
 
+    _other_shape = (
+        "the version to continue from has other layers than [engine] model: set it back, or start "
+        "a new lineage"
+    )
+
     def __init__(self, model: Any, config: LearnerConfig, *, autocast: bool = False) -> None:
         """`autocast` does not matter: passes compute in float32."""
         self._model = model
         self._config = config
-        self._named: dict[str, torch.nn.Parameter] = dict(model.named_parameters())
+        self._named = dict(model.named_parameters())
         for weight in self._named.values():
             weight.requires_grad_(True)
         self._base = {name: weight.detach().clone() for name, weight in self._named.items()}
-
-    def copy(self) -> dict[str, Tensor]:
-        """See `Weights`."""
-        return {
-            name: weight.detach().to("cpu", torch.float32, copy=True)
-            for name, weight in self._named.items()
-        }
-
-    @torch.no_grad()
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        """See `Weights`."""
-        expected = {name: weight.shape for name, weight in self._named.items()}
-        if expected != {name: value.shape for name, value in values.items()}:
-            raise LearnerError(
-                "the version to continue from has other layers than [engine] model: set it back, "
-                "or start a new lineage"
-            )
-        for name, weight in self._named.items():
-            weight.copy_(values[name])
 
     def reset(self) -> None:
         """See `Weights`."""
@@ -105,12 +91,6 @@ class FullWeights:
             norm = torch.linalg.vector_norm(self._base[name])
             found = torch.maximum(found, (moved / norm).cpu())  # keeps what is not a number
         return float(found)
-
-    @torch.no_grad()
-    def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
-        """See `Weights`."""
-        for name, weight in self._named.items():
-            weight.copy_(torch.lerp(start[name].to(weight.device), weight, factor))
 
     def save(self, folder: Path, card: Card) -> str:
         """See `Weights`. Raises DiskError before it writes if there is no room."""

@@ -80,8 +80,44 @@ class Weights(Protocol):
         ...
 
 
-class LoraWeights:
+class NamedWeights:
+    """What both forms do alike with their trained parameters."""
+
+    _named: Mapping[str, torch.nn.Parameter]
+    """The parameters by the names that the engine loads."""
+    _other_shape: str
+    """How to say that values have another shape."""
+
+    def copy(self) -> dict[str, Tensor]:
+        """See `Weights`."""
+        return {
+            name: weight.detach().to("cpu", torch.float32, copy=True)
+            for name, weight in self._named.items()
+        }
+
+    @torch.no_grad()
+    def put(self, values: Mapping[str, Tensor]) -> None:
+        """See `Weights`."""
+        expected = {name: weight.shape for name, weight in self._named.items()}
+        if expected != {name: value.shape for name, value in values.items()}:
+            raise LearnerError(self._other_shape)
+        for name, weight in self._named.items():
+            weight.copy_(values[name])
+
+    @torch.no_grad()
+    def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
+        """See `Weights`."""
+        for name, weight in self._named.items():
+            weight.copy_(torch.lerp(start[name].to(weight.device), weight, factor))
+
+
+class LoraWeights(NamedWeights):
     """The low-rank pairs of a peft model, in float32."""
+
+    _other_shape = (
+        "the adapter to continue from has other layers or another rank than [learner] lora_rank "
+        "and lora_targets say: set them back, or start a new lineage"
+    )
 
     def __init__(self, model: Any, config: LearnerConfig, *, autocast: bool = False) -> None:
         """`autocast`: passes compute in bfloat16."""
@@ -97,30 +133,11 @@ class LoraWeights:
         self._norms: dict[str, Tensor] = {}
         self._model = model
         self._config = config
-        self._named: dict[str, torch.nn.Parameter] = {
+        self._named = {
             name.replace(".default", ""): weight
             for name, weight in model.named_parameters()
             if weight.requires_grad
         }
-
-    def copy(self) -> dict[str, Tensor]:
-        """See `Weights`."""
-        return {
-            name: weight.detach().to("cpu", torch.float32, copy=True)
-            for name, weight in self._named.items()
-        }
-
-    @torch.no_grad()
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        """See `Weights`."""
-        expected = {name: weight.shape for name, weight in self._named.items()}
-        if expected != {name: value.shape for name, value in values.items()}:
-            raise LearnerError(
-                "the adapter to continue from has other layers or another rank than [learner] "
-                "lora_rank and lora_targets say: set them back, or start a new lineage"
-            )
-        for name, weight in self._named.items():
-            weight.copy_(values[name])
 
     def reset(self) -> None:
         """See `Weights`: a new adapter that has no effect yet."""
@@ -136,12 +153,6 @@ class LoraWeights:
     def change(self) -> float:
         """See `Weights`."""
         return weight_change(self._model, self._norms)
-
-    @torch.no_grad()
-    def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
-        """See `Weights`."""
-        for name, weight in self._named.items():
-            weight.copy_(torch.lerp(start[name].to(weight.device), weight, factor))
 
     def save(self, folder: Path, card: Card) -> str:
         """See `Weights`."""
