@@ -171,6 +171,21 @@ class Versions:
             number = found[-1].parent
         return found
 
+    def chain(self, lineage: str, number: int, most: int) -> list[int]:
+        """The numbers of a version, which comes last, and of its nearest ancestors: `most` in all.
+
+        Its cost is that of `most` look-ups, however many versions there are.
+        """
+        v = t.versions.c
+        start = sa.select(sa.literal(number).label("number"), sa.literal(1).label("place"))
+        chain = start.cte("chain", recursive=True)
+        ours = v.lineage == lineage, v.number == chain.c.number, v.parent.is_not(None)
+        parents = sa.select(v.parent, chain.c.place + 1).where(*ours, chain.c.place < most)
+        chain = chain.union_all(parents)
+        query = sa.select(chain.c.number).order_by(chain.c.place.desc())
+        with self._database.read() as connection:
+            return [*connection.execute(query).scalars()]
+
     def used_turns(self, lineage: str, number: int) -> list[tuple[str, Verdict | None]]:
         """The turns that the version's update used, in order of recording, and their verdicts.
 
