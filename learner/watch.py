@@ -29,7 +29,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
-from nextstate.records import JudgedTurn, PolicyVersion
+from nextstate.records import WATCHED_TURNS, JudgedTurn, PolicyVersion
 
 LEVEL = 0.001
 """The level of all tests of one suspect together. So in ten versions, which serve about 150 judged
@@ -40,10 +40,9 @@ where a fall of 0.3 can be seen."""
 REFERENCES = {160: 0.2, 640: 0.8}
 """A suspect is compared with so many judged turns before it, at this share of a look's level. The
 short reference is for a lineage that still gets better; the long one sees smaller falls."""
-OLD = max(LOOKS) + 100
-"""A suspect with more later turns has passed all its looks."""
-TURNS = OLD + max(REFERENCES)
-"""The newest judged turns of a chain that the watch needs."""
+TURNS = WATCHED_TURNS
+OLD = TURNS - max(REFERENCES)
+"""A suspect with more later turns, 400, has passed all its looks."""
 _POWER = 0.8
 _CLEAR = 2.5
 """Standard errors; a smaller fall is not worth the exact test. Its level is below 0.0004."""

@@ -209,27 +209,9 @@ class Versions:
         Without the steps of episodes: a group's advantages have a mean of 0, however good it was.
         Where these are many, fewer turns than `limit` may be found.
         """
-        s = t.samples.c
-        newest = (
-            sa.select(
-                s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq
-            )
-            .join(t.samples, s.turn == t.turns.c.id)
-            .where(s.lineage == lineage, s.policy_version.is_not(None))
-            .order_by(s.seq.desc())
-            .limit(_LOOKED_THROUGH * limit)
-            .subquery()
-        ).c
-        query = (
-            sa.select(newest.session, newest.policy_version, newest.score, t.verdicts.c.judge)
-            .join(t.verdicts, t.verdicts.c.turn == newest.turn)
-            .where(newest.episode.is_(None))
-            .order_by(newest.seq.desc())
-            .limit(limit)
-        )
         with self._database.read() as connection:
-            rows = connection.execute(query).all()
-        return [JudgedTurn(*row) for row in reversed(rows)]
+            rows = connection.execute(newest_judged(lineage, limit)).all()
+        return [JudgedTurn(*row[:-1]) for row in reversed(rows)]
 
     def decisions(self, lineage: str) -> Decisions:
         """What people have decided about the lineage so far."""
@@ -344,6 +326,27 @@ class Versions:
             chosen = sa.and_(t.versions.c.number == number, sa.not_(_SERVING))
             now, state = self._database.now(), VersionState.REJECTED
             return _set_state(connection, now, lineage, chosen, state, reason) > 0
+
+
+def newest_judged(lineage: str, limit: int) -> sa.Select[Any]:
+    """The turns of `Versions.judged_turns`, newest first: fields of JudgedTurn, and `seq`."""
+    s = t.samples.c
+    newest = (
+        sa.select(s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
+        .join(t.samples, s.turn == t.turns.c.id)
+        .where(s.lineage == lineage, s.policy_version.is_not(None))
+        .order_by(s.seq.desc())
+        .limit(_LOOKED_THROUGH * limit)
+        .subquery()
+    ).c
+    columns = newest.session, newest.policy_version, newest.score, t.verdicts.c.judge, newest.seq
+    return (
+        sa.select(*columns)
+        .join(t.verdicts, t.verdicts.c.turn == newest.turn)
+        .where(newest.episode.is_(None))
+        .order_by(newest.seq.desc())
+        .limit(limit)
+    )
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:
