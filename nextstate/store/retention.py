@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import sqlalchemy as sa
 
@@ -150,12 +150,12 @@ def _first_kept(connection: sa.Connection, lineage: str) -> tuple[int, int]:
     held = sa.select(_S.seq).where(_S.lineage == lineage, _S.state == SampleState.HELD)
     held = held.where(_S.screened.is_(None)).order_by(_S.seq.desc()).limit(KEPT_HELD)
 
-    def oldest(newest: sa.Select[Any]) -> int:
-        least = sa.select(sa.func.min(newest.subquery().c.seq))
+    def oldest(newest: sa.Subquery) -> int:
+        least = sa.select(sa.func.min(newest.c.seq))
         found = connection.execute(least).scalar()
         return _NONE if found is None else found
 
-    return oldest(newest_judged(lineage, KEPT_JUDGED)), oldest(held)
+    return oldest(newest_judged(lineage, KEPT_JUDGED).subquery()), oldest(held.subquery())
 
 
 def _last_at(connection: sa.Connection, session: str) -> float:

@@ -211,7 +211,7 @@ class Versions:
         """
         with self._database.read() as connection:
             rows = connection.execute(newest_judged(lineage, limit)).all()
-        return [JudgedTurn(*row[:-1]) for row in reversed(rows)]
+        return [JudgedTurn(*fields) for *fields, _ in reversed(rows)]
 
     def decisions(self, lineage: str) -> Decisions:
         """What people have decided about the lineage so far."""
@@ -328,7 +328,7 @@ class Versions:
             return _set_state(connection, now, lineage, chosen, state, reason) > 0
 
 
-def newest_judged(lineage: str, limit: int) -> sa.Select[Any]:
+def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any]:
     """The turns of `Versions.judged_turns`, newest first: fields of JudgedTurn, and `seq`."""
     s = t.samples.c
     newest = (
