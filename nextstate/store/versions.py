@@ -330,21 +330,16 @@ class Versions:
 
 def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any]:
     """The turns of `Versions.judged_turns`, newest first: fields of JudgedTurn, and `seq`."""
-    s = t.samples.c
-    newest = (
-        sa.select(s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq)
-        .join(t.samples, s.turn == t.turns.c.id)
-        .where(s.lineage == lineage, s.policy_version.is_not(None))
-        .order_by(s.seq.desc())
-        .limit(_LOOKED_THROUGH * limit)
-        .subquery()
-    ).c
-    columns = newest.session, newest.policy_version, newest.score, t.verdicts.c.judge, newest.seq
+    s, every = t.samples.c, t.samples.alias().c
+    oldest = sa.select(every.seq).where(every.lineage == lineage).order_by(every.seq.desc())
+    oldest = oldest.limit(1).offset(_LOOKED_THROUGH * limit - 1).scalar_subquery()
+    ours = s.lineage == lineage, s.policy_version.is_not(None), t.turns.c.episode.is_(None)
     return (
-        sa.select(*columns)
-        .join(t.verdicts, t.verdicts.c.turn == newest.turn)
-        .where(newest.episode.is_(None))
-        .order_by(newest.seq.desc())
+        sa.select(t.turns.c.session, s.policy_version, s.score, t.verdicts.c.judge, s.seq)
+        .join_from(t.samples, t.turns, s.turn == t.turns.c.id)
+        .join(t.verdicts, t.verdicts.c.turn == s.turn)
+        .where(*ours, s.seq >= sa.func.coalesce(oldest, 0))
+        .order_by(s.seq.desc())
         .limit(limit)
     )
 
