@@ -12,11 +12,11 @@ and its samples are ready again. After several rejections in a row the lineage p
 decides, and keeps the samples (`learner/rejections.py`).
 
 The verdicts on the chain's turns are watched (`learner/watch.py`), whether or not the lineage may
-train. After a clear fall, the version
-from before the fall serves instead; if an adapter is not what was registered, its parent does. What
-was withdrawn never returns by itself. What a person has put into service is left alone: every flip
-names the version that it replaces, and a candidate is retired if its parent no longer serves or a
-person decided since its update began. Training continues from what serves.
+train. After a clear fall, the version from before the fall serves instead; if an adapter is not
+what was registered, its parent does. What was withdrawn never returns by itself. What a person has
+put into service is left alone: every flip names the version that it replaces, and a candidate is
+retired if its parent no longer serves or a person decided since its update began. Training
+continues from what serves.
 """
 
 from __future__ import annotations

@@ -83,16 +83,20 @@ def _next(found: Json) -> str:
         return f"the watch does not withdraw it: {found['why_not']}"
     back = f"puts version {found['before']} back into service"
     if found["look"] is None:
-        return f"the first look is at {found['next_look']} of them: a clear fall then {back}"
-    seen = f"the look at {found['look']} of them "
+        first = f"the first look is at {found['next_look']} judged turns"
+        return f"{first}: a clear fall in the same sessions {back}"
+    seen = f"the look at {found['look']} judged turns "
     if found["visible"] is None:
         seen += "could not have found any fall"
     else:
         seen += f"would have found a fall by {found['visible']:.2f} in 4 of 5 cases"
     if found["next_look"] is None:
         return f"{seen}; it was the last, so now only a fall that later versions show too {back}"
-    fall = "such a fall, or a smaller one that lasts," if found["visible"] else "a clear fall"
-    return f"{seen}; the next is at {found['next_look']}: {fall} {back}"
+    fall = "such a fall" if found["visible"] else "a clear fall"
+    return (
+        f"{seen}; the next is at {found['next_look']}: {fall} in the same sessions, or a smaller "
+        f"one that lasts, {back}"
+    )
 
 
 def _why_not(later: int, *, accepted: bool, serves: bool = True, on: bool = True) -> str | None:

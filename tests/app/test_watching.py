@@ -49,7 +49,7 @@ def test_it_says_what_was_seen_what_could_be_seen_and_what_would_happen(store: S
     assert said == (
         f"since version 1: 22 judged turns, 20 of them in sessions that earlier versions served "
         f"too; in these the score changed by -0.25 ± {found['error']:.2f}; the first look is at 24 "
-        "of them: a clear fall then puts version 0 back into service"
+        "judged turns: a clear fall in the same sessions puts version 0 back into service"
     )
 
 
@@ -75,9 +75,9 @@ def test_the_power_is_that_of_the_last_look_at_its_own_level_and_reference(store
     assert (found["look"], found["reference"], found["next_look"]) == (24, 640, 50)
     assert found["level"] == pytest.approx(0.001 * 0.05 * 0.8)
     assert watch_text(found).endswith(
-        f"the look at 24 of them would have found a fall by {found['visible']:.2f} in 4 of 5 "
-        "cases; the next is at 50: such a fall, or a smaller one that lasts, puts version 0 back "
-        "into service"
+        f"the look at 24 judged turns would have found a fall by {found['visible']:.2f} in 4 of 5 "
+        "cases; the next is at 50: such a fall in the same sessions, or a smaller one that "
+        "lasts, puts version 0 back into service"
     )
 
 
@@ -86,7 +86,7 @@ def test_a_look_that_can_compare_little_says_so(store: Store) -> None:
     make(store, 1)
     say(store, say(store, at, "long", 1, 1), "new", 1, *[1] * 30)
     said = watch_text(serving_watch(store, "main"))
-    assert "the look at 24 of them could not have found any fall; the next is at 50" in said
+    assert "the look at 24 judged turns could not have found any fall; the next is at 50" in said
 
 
 def test_what_a_person_has_accepted_is_not_said_to_go(store: Store) -> None:
