@@ -25,6 +25,8 @@ BEFORE, AFTER = 800, 150
 """Judged turns before the fall, and those within which it should be found."""
 _HARDER = BEFORE - 100
 """From this turn on new sessions are harder, in the last column."""
+_CLIMB = 640
+"""So many turns before the fall the lineage begins to get better."""
 _NEUTRAL = 0.1
 """The share of scores 0."""
 
@@ -47,6 +49,8 @@ class World:
     """Standard deviation of the level of 10 turns in a row of a session."""
     tiring: float = 0.0
     """How much lower a session scores after 100 turns."""
+    climb: float = 0.0
+    """How much lower all scores are _CLIMB turns before the fall; they get better until then."""
 
 
 class _Session:
@@ -71,6 +75,7 @@ def talk(random: Random, world: World, fall: float, count: int) -> list[JudgedTu
         if session.age % 10 == 0:
             session.topic = random.gauss(0.0, world.topic)
         mean = session.level + session.topic - world.tiring * session.age / 100
+        mean -= world.climb * min(max(BEFORE - at, 0) / _CLIMB, 1.0)
         mean -= fall if at >= BEFORE else 0.0
         turns.append(JudgedTurn(session.name, at // VERSION_TURNS, _score(random, mean)))
         session.age += 1
@@ -110,6 +115,8 @@ _WORLDS = {
     "4 of 100, topics differ by 0.2": World(4, 100, topic=0.2),
     "one session, topics differ by 0.2": World(1, 10_000, topic=0.2),
     "4 of 100, 0.2 lower after 100 turns": World(4, 100, tiring=0.2),
+    "one session, climbs from 0.2": World(1, 10_000, climb=0.5),
+    "4 of 400, climbs from 0.2": World(4, 400, climb=0.5),
 }
 
 

@@ -55,23 +55,24 @@ async def votes_on(
     counts: Counts | None = None,
     first_retry_s: float = FIRST_RETRY_S,
 ) -> list[Vote]:
-    """The valid votes; `name` seeds them. Raises JudgeError when no vote is valid."""
-    wanted = 1 if judge.deterministic else config.votes
+    """The valid votes; `name` seeds them. Raises JudgeError when no vote is valid.
+
+    Of a judge that turns out not to be deterministic while it votes, the missing ones are asked.
+    """
     first_seed = zlib.crc32(name.encode()) >> 1
-    answers = await asyncio.gather(
-        *(
-            _vote(judge, evidence, first_seed + i, config.timeout_s, first_retry_s)
-            for i in range(wanted)
-        )
-    )
+    answers: list[Vote | JudgeError] = []
+    while len(answers) < (wanted := 1 if judge.deterministic else config.votes):
+        seeds = range(first_seed + len(answers), first_seed + wanted)
+        asked = (_vote(judge, evidence, s, config.timeout_s, first_retry_s) for s in seeds)
+        answers += await asyncio.gather(*asked)
     failures = [answer for answer in answers if isinstance(answer, JudgeError)]
     votes = [answer for answer in answers if isinstance(answer, Vote)]
     if counts is not None:
         counts.unparsed += len(failures)
-        counts.calls += wanted
+        counts.calls += len(answers)
         counts.tokens += sum(vote.tokens for vote in votes)
     if not votes:
-        raise JudgeError(f"none of {wanted} votes was valid: {failures[0]}") from failures[0]
+        raise JudgeError(f"none of {len(answers)} votes was valid: {failures[0]}") from failures[0]
     return votes
 
 

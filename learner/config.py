@@ -132,7 +132,7 @@ class LearnerConfig(Recipe):
     """Project of Weights & Biases that gets the metrics; its host must be in `allow_hosts`."""
     schedule: str = "always"
     """`idle` waits while the engine serves; a time such as `22:00-07:00` begins updates only then,
-    local time of every day."""
+    local time of every day. The watch looks at any time."""
 
     def __post_init__(self) -> None:
         if ALL_LINEAR in self.lora_targets and len(self.lora_targets) > 1:

@@ -11,11 +11,12 @@ back to the snapshot from before the step. If a version cannot be written to dis
 and its samples are ready again. After several rejections in a row the lineage pauses until a person
 decides, and keeps the samples (`learner/rejections.py`).
 
-The verdicts on the chain's turns are watched (`learner/watch.py`). After a clear fall, the version
-from before the fall serves instead; if an adapter is not what was registered, its parent does. What
-was withdrawn never returns by itself. What a person has put into service is left alone: every flip
-names the version that it replaces, and a candidate is retired if its parent no longer serves or a
-person decided since its update began. Training continues from what serves.
+The verdicts on the chain's turns are watched (`learner/watch.py`), whether or not the lineage may
+train. After a clear fall, the version from before the fall serves instead; if an adapter is not
+what was registered, its parent does. What was withdrawn never returns by itself. What a person has
+put into service is left alone: every flip names the version that it replaces, and a candidate is
+retired if its parent no longer serves or a person decided since its update began. Training
+continues from what serves.
 """
 
 from __future__ import annotations
@@ -52,8 +53,8 @@ from learner.pruning import prunable
 from learner.rejections import MANY_REJECTIONS, rejected_in_a_row, why_paused
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, UpdateResult
-from learner.watch import TURNS, Watch, chain_of, returns_to
-from nextstate.errors import AdapterError, DiskError, EngineError
+from learner.watch import TURNS, Watch, returns_to
+from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError
 from nextstate.records import (
     BASE_VERSION,
     WHOLE_MODEL,
@@ -68,7 +69,7 @@ from nextstate.training_status import write_training_status
 log = logging.getLogger(__name__)
 
 _WATCH_EVERY_S = 5.0
-"""A look reads 1040 turns."""
+"""A look reads TURNS turns and as many versions."""
 
 
 class Publisher(Protocol):
@@ -126,7 +127,7 @@ class Lineage:
         self._decided = 0
         """How often people had chosen a version when the update under way began."""
         self._pause: str | None = None
-        """What `nextstate status` is told of the pause; None if there is none."""
+        """What `nextstate status` is told of the pause or stop; None if there is none."""
         self._watched = Watch()
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
@@ -160,10 +161,17 @@ class Lineage:
         self._store.training.release_samples(self.name)
         return checkpoint
 
-    def update(self) -> bool:
-        """Watches what serves and takes one update if a batch is due; True if one was."""
+    def look(self) -> bool:
+        """Watches what serves and ends an exam; True while the newest version takes its exam.
+
+        It trains nothing and reads a bounded part of the store, so it may come at every poll.
+        """
         self._watch()
-        if self._waits_for_exam():
+        return self._waits_for_exam()
+
+    def update(self) -> bool:
+        """Looks (`look`), and takes one update if a batch is due; True if one was."""
+        if self.look():
             return False
         follows = self._follow_rollback()
         self._decided = self._store.versions.decisions(self.name).choices
@@ -196,6 +204,11 @@ class Lineage:
             self._bring_into_service(version)
         self._prune()
         return True
+
+    def stopped(self, error: LearnerError) -> None:
+        """Tells `nextstate status`, until `resume`, that the lineage is left alone."""
+        self._pause = f"stopped: {error}"
+        self.report(self._pause)
 
     def report(self, why_not: str | None) -> None:
         """Tells `nextstate status` why the lineage does not train; None: it does."""
@@ -243,8 +256,8 @@ class Lineage:
         self._next_look = time.monotonic() + _WATCH_EVERY_S
         stored = self._store.versions
         decisions = stored.decisions(self.name)
-        serving, versions = stored.serving(self.name), stored.all(self.name)
-        chain = chain_of(versions, serving.number)
+        serving = stored.serving(self.name)
+        chain = stored.chain(self.name, serving.number, TURNS)
         turns = stored.judged_turns(self.name, TURNS)
         fall = self._watched.fall(chain, turns, decisions.after)
         if fall is None:
@@ -258,8 +271,10 @@ class Lineage:
 
     def _waits_for_exam(self) -> bool:
         """True while the newest version takes its exam; after it, it serves or is rejected."""
+        if self._examining is None:
+            return False
         newest = self._store.versions.newest(self.name, MANY_REJECTIONS)
-        if self._examining is None or not newest:
+        if not newest:
             return False
         *before, candidate = newest
         if candidate.state is not VersionState.CANDIDATE:
@@ -364,7 +379,7 @@ class Lineage:
         versions, decisions = stored.all(self.name), stored.decisions(self.name)
         wanted = decisions.pinned
         if self._config.watch:
-            chain = chain_of(versions, stored.serving(self.name).number)
+            chain = stored.chain(self.name, stored.serving(self.name).number, TURNS)
             wanted |= returns_to(chain, stored.judged_turns(self.name, TURNS), decisions.after)
         for version in prunable(
             versions,

@@ -27,8 +27,6 @@ LiveRequests = Callable[[], int]
 _WINDOW = re.compile(r"((?:[01]\d|2[0-3]):[0-5]\d)-((?:[01]\d|2[0-3]):[0-5]\d)")
 _LOOK_S = 0.5
 """Pause between two looks at a busy engine."""
-_CLOCK_S = 60.0
-"""Pause between two looks at the clock outside the window."""
 
 
 def parse_schedule(text: str) -> tuple[Kind, Window | None]:
@@ -76,21 +74,20 @@ class Schedule:
         self._patience_s = patience_s
         self._clock = clock
         self._local_time = local_time
+        self._announced = False
+        """Whether it was said that training waits for its window."""
         self._trouble: str | None = None
         """Why the engine could not be asked the last time."""
 
-    def before_update(self) -> None:
-        """Returns once an update may begin or the learner must stop."""
-        if self._kind != "window":
-            return
-        assert self._window is not None
-        announced = False
-        while not contains(self._window, self._local_time().time()):
-            if not announced:
-                log.info("training waits for its window until=%s", self._window[0])
-                announced = True
-            if self._wait(_CLOCK_S):
-                return
+    def may_update(self) -> bool:
+        """Whether an update may begin now."""
+        if self._window is None:
+            return True
+        is_open = contains(self._window, self._local_time().time())
+        if not is_open and not self._announced:
+            log.info("training waits for its window until=%s", self._window[0])
+        self._announced = not is_open
+        return is_open
 
     def before_pass(self) -> None:
         """Returns once the engine is idle, the patience is over or the learner must stop."""

@@ -2,8 +2,8 @@
 
 `run` puts the stage together and `train_in_turn` is its loop: each lineage in turn takes at most
 one update (`Lineage.update`), so none can starve another. All lineages share one trainer and with
-it the base. A lineage that must not go on is left alone for some time; when the last one must not
-go on, the learner ends with its error.
+it the base. A lineage that must not go on is left alone for some time, though what it serves is
+watched; when the last one must not go on, the learner ends with its error.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def run(
             for name in lineages
         ]
         try:
-            train_in_turn(learners, shared.forget, schedule.before_update, stop, config.poll_s)
+            train_in_turn(learners, shared.forget, schedule.may_update, stop, config.poll_s)
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
             raise LearnerError(f"an update did not fit: {reason}; {REMEDY}") from error
@@ -151,15 +151,17 @@ def _trainer(
 def train_in_turn(
     lineages: Sequence[Lineage],
     forget: Callable[[str], None],
-    before_update: Callable[[], None],
+    may_update: Callable[[], bool],
     stop: threading.Event,
     poll_s: float,
     clock: Callable[[], float] = time.monotonic,
 ) -> None:
     """Updates each lineage in turn until `stop` is set; a round without an update ends in a pause.
 
-    `forget` drops the trainer's state of a lineage. `before_update` returns once an update may
-    begin. Raises LearnerError when the last lineage must not go on.
+    A lineage that may not train now, because of its pause or because `may_update` says no, still
+    looks at what serves. All of it is in this one thread, so no update is under way then. `forget`
+    drops the trainer's state of a lineage. Raises LearnerError when the last lineage must not go
+    on.
     """
     turns = [_Turn(lineage) for lineage in lineages]
 
@@ -167,7 +169,7 @@ def train_in_turn(
         try:
             return bool(act())
         except LearnerError as error:
-            turn.lineage.report(f"stopped: {error}")
+            turn.lineage.stopped(error)
             forget(turn.lineage.name)
             if all(other is turn or other.is_paused(clock()) for other in turns):
                 turn.lineage.release()
@@ -182,12 +184,12 @@ def train_in_turn(
                 attempt(turn, turn.lineage.resume)
         trained = False
         for turn in turns:
-            if turn.is_paused(clock()) or turn.must_resume:
-                continue
-            before_update()
             if stop.is_set():
                 return
-            trained |= attempt(turn, turn.lineage.update)
+            if turn.is_paused(clock()) or turn.must_resume or not may_update():
+                turn.lineage.look()
+            else:
+                trained |= attempt(turn, turn.lineage.update)
         if not trained:
             stop.wait(poll_s)
 

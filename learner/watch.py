@@ -22,13 +22,14 @@ no other order. `python -m benchmarks.watch` measures how often.
 from __future__ import annotations
 
 import math
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
-from nextstate.records import JudgedTurn, PolicyVersion
+from nextstate.records import WATCHED_TURNS, JudgedTurn, PolicyVersion
 
 LEVEL = 0.001
 """The level of all tests of one suspect together. So in ten versions, which serve about 150 judged
@@ -39,10 +40,9 @@ where a fall of 0.3 can be seen."""
 REFERENCES = {160: 0.2, 640: 0.8}
 """A suspect is compared with so many judged turns before it, at this share of a look's level. The
 short reference is for a lineage that still gets better; the long one sees smaller falls."""
-_OLD = max(LOOKS) + 100
-"""A suspect with more later turns has passed all its looks."""
-TURNS = _OLD + max(REFERENCES)
-"""The newest judged turns of a chain that the watch needs."""
+TURNS = WATCHED_TURNS
+OLD = TURNS - max(REFERENCES)
+"""A suspect with more later turns, 400, has passed all its looks."""
 _POWER = 0.8
 _CLEAR = 2.5
 """Standard errors; a smaller fall is not worth the exact test. Its level is below 0.0004."""
@@ -74,10 +74,19 @@ class Comparison:
         """The change in standard errors; 0 if all scores of each session are equal."""
         return self.change / self.error if self.error else 0.0
 
-    def visible(self, level: float) -> float:
-        """The fall of the mean score that a test at `level` finds in four of five cases."""
-        normal = NormalDist()
-        return (normal.inv_cdf(1 - level) + normal.inv_cdf(_POWER)) * self.error
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """A look that a suspect has passed, beside the reference with which it sees most."""
+
+    turns: int
+    """Later turns, as in LOOKS."""
+    reference: int
+    """Earlier turns, as in REFERENCES."""
+    level: float
+    visible: float
+    """The fall of the mean score that it has found in four of five cases; inf if not even one by 2,
+    the largest there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +143,7 @@ def later_turns(chain: Sequence[int], turns: Sequence[JudgedTurn], after: int) -
     count = 0
     for suspect in reversed(chain[1:]):
         count += served[suspect]
-        if suspect <= after or count > _OLD:
+        if suspect <= after or count > OLD:
             break
         found[suspect] = count
     return found
@@ -151,6 +160,19 @@ def beside(chain: Sequence[int], turns: Sequence[JudgedTurn], suspect: int) -> C
     """All later turns of a suspect beside the longest reference."""
     earlier, later = split(chain, turns, suspect)
     return compare(sessions(earlier[-max(REFERENCES) :], later), len(later))
+
+
+def last_look(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> Look | None:
+    """The last look that so many later turns have passed; None before the first."""
+    look = max((look for look in LOOKS if look <= len(later)), default=None)
+    if look is None:
+        return None
+    looks: list[Look] = []
+    for reference, part in REFERENCES.items():
+        level = LEVEL * LOOKS[look] * part
+        fall = visible(sessions(earlier[-reference:], later[:look]), level)
+        looks.append(Look(look, reference, level, fall))
+    return min(looks, key=lambda look: look.visible)
 
 
 def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int) -> float | None:
@@ -217,6 +239,34 @@ def compare(rows: Sequence[Row], turns: int) -> Comparison:
     if not weight:
         return Comparison(turns, 0, 0.0, 0.0, 0.0)
     return Comparison(turns, comparable, weight, fall / weight, spread / weight)
+
+
+def visible(rows: Sequence[Row], level: float) -> float:
+    """The fall that a test at `level` finds in four of five cases, if these rows have none.
+
+    To 0.01; inf if it is over 2. A fall spreads the scores of its session, so it has to be larger
+    than what these scores' own spread would hide.
+    """
+    by_chance, sure = NormalDist().inv_cdf(1 - level), NormalDist().inv_cdf(_POWER)
+
+    def is_found(percent: int) -> bool:
+        fall, weight, if_none, if_so = percent / 100, 0.0, 0.0, 0.0
+        for (bad, neutral, good), of_later in rows:
+            n, later = bad + neutral + good, sum(of_later)
+            mean, squares, earlier = (good - bad) / n, (good + bad) / n, n - later
+            after = max(mean - fall, -1.0)
+            both = (earlier * mean + later * after) / n
+            squares_after = max(squares, abs(after))
+            squares_both = (earlier * squares + later * squares_after) / n
+            part = later * earlier / n
+            weight += part * (mean - after)
+            if_none += part * n / (n - 1) * (squares_both - both**2)
+            spread = (squares_after - after**2) / later + (squares - mean**2) / earlier
+            if_so += part**2 * spread
+        return weight > by_chance * math.sqrt(if_none) + sure * math.sqrt(if_so)
+
+    least = bisect(range(1, 201), x=False, key=is_found)
+    return (least + 1) / 100 if least < 200 else math.inf
 
 
 def probability(rows: Sequence[Row]) -> float:

@@ -313,6 +313,10 @@ class JudgedTurn:
     """Who gave the verdict."""
 
 
+WATCHED_TURNS = 1040
+"""Newest judged turns of a lineage that the watch looks at, and that retention keeps."""
+
+
 @dataclass(frozen=True, slots=True)
 class Pause:
     """A person has paused a lineage: it takes no batch until a person resumes it."""

@@ -14,6 +14,7 @@ import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,10 +115,11 @@ def own_cases(settings: Settings, most: int) -> list[Case]:
 
 
 def chosen(own: Sequence[Case], given: Sequence[Case], examples: int, seed: int) -> Labelled:
-    """At most `examples` of the cases, the person's own first; a fifth of them held out.
+    """At most `examples` of the cases, a fifth of them held out, all labels in equal parts.
 
-    Whether a case is held out depends on its session alone, so none is ever trained on, and
-    which of them are taken does not depend on `seed`. Raises ConfigError if there are too few.
+    Of each label the person's own come first. Whether a case is held out depends on its session
+    alone, so none is ever trained on, and which of them are taken does not depend on `seed`. Raises
+    ConfigError if there are too few.
     """
     order = random.Random(seed)
     shuffled = order.sample(list(given), len(given))
@@ -125,7 +127,11 @@ def chosen(own: Sequence[Case], given: Sequence[Case], examples: int, seed: int)
     fixed = sorted(given, key=lambda case: _digest(case.id))
     held_out = [case for case in (*own, *fixed) if _is_held_out(case)]
     few = max(1, examples // _HELD_OUT)
-    labelled = Labelled(train[: examples - few], held_out[:few], frozenset(case.id for case in own))
+    labelled = Labelled(
+        _in_turn(train, examples - few),
+        _in_turn(held_out, few),
+        frozenset(case.id for case in own),
+    )
     enough = len(own) + len(given) >= MIN_EXAMPLES
     if not enough or not labelled.train or not labelled.held_out:
         raise ConfigError(
@@ -134,6 +140,14 @@ def chosen(own: Sequence[Case], given: Sequence[Case], examples: int, seed: int)
             "with `nextstate feedback`, or name a file with more"
         )
     return labelled
+
+
+def _in_turn(cases: Sequence[Case], most: int) -> list[Case]:
+    """At most `most` of the cases, one of each label in turn while there are any, in order."""
+    labels = sorted({case.label for case in cases})
+    each = ([case for case in cases if case.label == label] for label in labels)
+    rounds = zip_longest(*each)
+    return [case for one in rounds for case in one if case is not None][:most]
 
 
 def _digest(text: str) -> int:

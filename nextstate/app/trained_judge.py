@@ -135,10 +135,16 @@ class TrainedJudges:
 
 
 def trained_text(version: PolicyVersion) -> str:
-    """What one version is worth, in plain words."""
+    """What one version is worth, in plain words, as far as its card knows it."""
     m = version.metrics
-    return (
-        f"engine v{version.number} votes, trained on {m[EXAMPLES]:.0f} labelled next states, "
-        f"{m[OWN]:.0f} of them yours: κ {m[KAPPA]:.2f} ({m[KAPPA_LOW]:.2f} to {m[KAPPA_HIGH]:.2f}) "
-        f"on {m[HELD_OUT]:.0f} that it had not seen (the base model: {m[BASE_KAPPA]:.2f})"
-    )
+    text = f"engine v{version.number} votes, trained on {m[EXAMPLES]:.0f} labelled next states"
+    if OWN in m:
+        text += f", {m[OWN]:.0f} of them yours"
+    if KAPPA not in m:
+        return text
+    text += f": κ {m[KAPPA]:.2f}"
+    if KAPPA_LOW in m and KAPPA_HIGH in m:
+        text += f" ({m[KAPPA_LOW]:.2f} to {m[KAPPA_HIGH]:.2f})"
+    if HELD_OUT in m:
+        text += f" on {m[HELD_OUT]:.0f} that it had not seen"
+    return text + (f" (the base model: {m[BASE_KAPPA]:.2f})" if BASE_KAPPA in m else "")

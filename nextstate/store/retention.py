@@ -3,7 +3,7 @@
 Unlike `nextstate forget`, it withdraws nothing: a version that learned from a turn stays. So what
 is still of use stays too: samples that did not train yet, sessions that go on, episodes that are
 not settled, feedback that waits for a review, and the newest judged and held-out turns of each
-lineage, which the watch and the gate look at.
+lineage, which the watch and the gate look at: steps of episodes do not count as judged.
 
 It goes on from a position in short transactions, each of which looks at a fixed number of turns, so
 its cost does not grow with the store and recording waits for milliseconds. The bytes of what goes
@@ -13,19 +13,20 @@ are overwritten; its room in the file is used again by what comes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import sqlalchemy as sa
 
 from nextstate.episodes import EpisodeState
-from nextstate.records import SampleState
+from nextstate.records import WATCHED_TURNS, SampleState
 from nextstate.store import schema as t
 from nextstate.store import texts
 from nextstate.store.database import Database, queries
 from nextstate.store.forgetting import delete_episodes, delete_turn
 from nextstate.store.ledger import Kind, append
 from nextstate.store.texts import Row
+from nextstate.store.versions import newest_judged
 
 LOOKED_AT, AT_ONCE = 64, 4
 """Turns that a step looks at, and how many of them it deletes at most."""
@@ -33,8 +34,8 @@ ACTIVE_S = 86_400.0
 """A session goes on if its newest turn is younger."""
 PENDING_S = 7 * 86_400.0
 """A turn waits so long for its verdict."""
-KEPT_JUDGED, KEPT_HELD = 256, 64
-"""Newest turns of a lineage that stay: judged ones, and held-out ones."""
+KEPT_JUDGED, KEPT_HELD = WATCHED_TURNS, 64
+"""Newest turns of a lineage that stay: those that the watch looks at, and held-out ones."""
 _UNBASED = 64
 """So many texts are compressed anew at most when the one goes that they are compressed against."""
 _NONE = (1 << 63) - 1
@@ -75,9 +76,11 @@ class Retention:
             rows = connection.execute(query).all()
             last = connection.execute(sa.select(sa.func.max(_T.seq))).scalar() or 0
             old = [row for row in rows if before is None or row.started_at < before]
+            lineages = {row.lineage for row in old}
+            first = {lineage: _first_kept(connection, lineage) for lineage in lineages}
             free: list[Row] = []
             for start in range(0, len(old), 2 * AT_ONCE):
-                some = self._kept(connection, old[start : start + 2 * AT_ONCE])
+                some = self._kept(connection, old[start : start + 2 * AT_ONCE], first)
                 free += [row for row, stays in some if not stays]
                 if len(free) >= AT_ONCE:
                     break
@@ -96,7 +99,7 @@ class Retention:
                 there = {*connection.execute(sa.select(_T.id).where(_T.id.in_(named))).scalars()}
                 free = [row for row in free if row.id in there]
                 children = [row for row in children if {row.id, row.parent} <= there]
-                done = [row for row, stays in self._kept(connection, free) if not stays]
+                done = [row for row, stays in self._kept(connection, free, first) if not stays]
                 episodes = _delete(connection, done, children)
                 if done:
                     names = [row.id for row in done]
@@ -108,10 +111,11 @@ class Retention:
         reached = free[-1].seq if len(free) == AT_ONCE else (rows[-1].seq if rows else position)
         return Step(None if over else reached, tuple(row.id for row in done), tuple(episodes))
 
-    def _kept(self, connection: sa.Connection, rows: Sequence[Row]) -> list[tuple[Row, bool]]:
-        """The rows, each with whether it is still of use."""
+    def _kept(
+        self, connection: sa.Connection, rows: Sequence[Row], first: Mapping[str, tuple[int, int]]
+    ) -> list[tuple[Row, bool]]:
+        """The rows, each with whether it is still of use; `first`: as `_first_kept`, by lineage."""
         now, ids = self._database.now(), [row.id for row in rows]
-        first = {lineage: _first_kept(connection, lineage) for lineage in {r.lineage for r in rows}}
         columns = sa.select(_S.turn, _S.state).where(_S.turn.in_(ids))
         samples = {row.turn: row.state for row in connection.execute(columns)}
         waits = sa.select(_J.turn).where(_J.turn.in_(ids), _J.state != "done")
@@ -143,14 +147,15 @@ class Retention:
 def _first_kept(connection: sa.Connection, lineage: str) -> tuple[int, int]:
     """The positions of the oldest judged and the oldest held-out turn of a lineage that stay."""
 
-    def oldest(count: int, *where: sa.ColumnElement[bool]) -> int:
-        newest = sa.select(_S.seq).where(_S.lineage == lineage, *where)
-        some = newest.order_by(_S.seq.desc()).limit(count).subquery()
-        found = connection.execute(sa.select(sa.func.min(some.c.seq))).scalar()
+    held = sa.select(_S.seq).where(_S.lineage == lineage, _S.state == SampleState.HELD)
+    held = held.where(_S.screened.is_(None)).order_by(_S.seq.desc()).limit(KEPT_HELD)
+
+    def oldest(newest: sa.Subquery) -> int:
+        least = sa.select(sa.func.min(newest.c.seq))
+        found = connection.execute(least).scalar()
         return _NONE if found is None else found
 
-    held = _S.state == SampleState.HELD, _S.screened.is_(None)
-    return oldest(KEPT_JUDGED), oldest(KEPT_HELD, *held)
+    return oldest(newest_judged(lineage, KEPT_JUDGED).subquery()), oldest(held.subquery())
 
 
 def _last_at(connection: sa.Connection, session: str) -> float:

@@ -171,6 +171,21 @@ class Versions:
             number = found[-1].parent
         return found
 
+    def chain(self, lineage: str, number: int, most: int) -> list[int]:
+        """The numbers of a version, which comes last, and of its nearest ancestors: `most` in all.
+
+        Its cost is that of `most` look-ups, however many versions there are.
+        """
+        v = t.versions.c
+        start = sa.select(sa.literal(number).label("number"), sa.literal(1).label("place"))
+        chain = start.cte("chain", recursive=True)
+        ours = v.lineage == lineage, v.number == chain.c.number, v.parent.is_not(None)
+        parents = sa.select(v.parent, chain.c.place + 1).where(*ours, chain.c.place < most)
+        chain = chain.union_all(parents)
+        query = sa.select(chain.c.number).order_by(chain.c.place.desc())
+        with self._database.read() as connection:
+            return [*connection.execute(query).scalars()]
+
     def used_turns(self, lineage: str, number: int) -> list[tuple[str, Verdict | None]]:
         """The turns that the version's update used, in order of recording, and their verdicts.
 
@@ -194,27 +209,9 @@ class Versions:
         Without the steps of episodes: a group's advantages have a mean of 0, however good it was.
         Where these are many, fewer turns than `limit` may be found.
         """
-        s = t.samples.c
-        newest = (
-            sa.select(
-                s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq
-            )
-            .join(t.samples, s.turn == t.turns.c.id)
-            .where(s.lineage == lineage, s.policy_version.is_not(None))
-            .order_by(s.seq.desc())
-            .limit(_LOOKED_THROUGH * limit)
-            .subquery()
-        ).c
-        query = (
-            sa.select(newest.session, newest.policy_version, newest.score, t.verdicts.c.judge)
-            .join(t.verdicts, t.verdicts.c.turn == newest.turn)
-            .where(newest.episode.is_(None))
-            .order_by(newest.seq.desc())
-            .limit(limit)
-        )
         with self._database.read() as connection:
-            rows = connection.execute(query).all()
-        return [JudgedTurn(*row) for row in reversed(rows)]
+            rows = connection.execute(newest_judged(lineage, limit)).all()
+        return [JudgedTurn(*fields) for *fields, _ in reversed(rows)]
 
     def decisions(self, lineage: str) -> Decisions:
         """What people have decided about the lineage so far."""
@@ -329,6 +326,22 @@ class Versions:
             chosen = sa.and_(t.versions.c.number == number, sa.not_(_SERVING))
             now, state = self._database.now(), VersionState.REJECTED
             return _set_state(connection, now, lineage, chosen, state, reason) > 0
+
+
+def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any]:
+    """The turns of `Versions.judged_turns`, newest first: fields of JudgedTurn, and `seq`."""
+    s, every = t.samples.c, t.samples.alias().c
+    oldest = sa.select(every.seq).where(every.lineage == lineage).order_by(every.seq.desc())
+    oldest = oldest.limit(1).offset(_LOOKED_THROUGH * limit - 1).scalar_subquery()
+    ours = s.lineage == lineage, s.policy_version.is_not(None), t.turns.c.episode.is_(None)
+    return (
+        sa.select(t.turns.c.session, s.policy_version, s.score, t.verdicts.c.judge, s.seq)
+        .join_from(t.samples, t.turns, s.turn == t.turns.c.id)
+        .join(t.verdicts, t.verdicts.c.turn == s.turn)
+        .where(*ours, s.seq >= sa.func.coalesce(oldest, 0))
+        .order_by(s.seq.desc())
+        .limit(limit)
+    )
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +23,8 @@ from nextstate.app.trained_judge import (
     BASE_KAPPA,
     HELD_OUT,
     KAPPA,
+    KAPPA_HIGH,
+    KAPPA_LOW,
     OWN,
     TrainedJudges,
     judge_path,
@@ -198,6 +204,20 @@ def test_the_persons_own_come_first() -> None:
     assert len({case.id for case in (*found.train, *found.held_out)} & found.own) == 30
 
 
+def test_labels_of_one_sign_do_not_crowd_out_the_others() -> None:
+    """Who rates only what is wrong would train a judge, and check it, on one answer."""
+    own = [replace(case, label=-1) for case in cases_of(400, "turn_")]
+    ours = [replace(case, label=n % 3 - 1) for n, case in enumerate(cases_of(600))]
+    found = chosen(own, ours, 240, 0)
+    for part in (found.train, found.held_out):
+        shares = Counter(case.label for case in part)
+        assert set(shares.values()) == {len(part) // 3}
+        assert all(case.id in found.own for case in part if case.label == -1)
+    few = chosen(own[:9], [case for case in ours if case.label != 0], 240, 0)
+    assert len(few.train) == 192  # no label is missed that there is not enough of
+    assert {case.id for case in own[:9]} <= {case.id for case in (*few.train, *few.held_out)}
+
+
 def test_a_persons_feedback_becomes_labelled_next_states(config: Path) -> None:
     settings = Settings.read(config)
     store = Store(settings.store)
@@ -218,10 +238,29 @@ def test_our_own_labelled_cases_have_a_split_for_training() -> None:
     assert len(read_cases(LABELLED, "dev")) > 1000
 
 
-def write_version(settings: Settings, number: int, model: str = str(POLICY)) -> None:
+@pytest.mark.parametrize("missing", [(KAPPA_LOW, KAPPA_HIGH), (OWN, BASE_KAPPA), (KAPPA,)])
+def test_a_version_that_knows_less_of_itself_is_shown_all_the_same(
+    config: Path, capsys: pytest.CaptureFixture[str], missing: tuple[str, ...]
+) -> None:
+    known = {KAPPA: 0.5, KAPPA_LOW: 0.4, KAPPA_HIGH: 0.6, BASE_KAPPA: 0.0, HELD_OUT: 40.0, OWN: 2.0}
+    more = {name: value for name, value in known.items() if name not in missing}
+    write_version(Settings.read(config), 1, more=more)
+    assert main(["status", "--config", str(config)]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if "trained_judge" in line]
+    assert "engine v1 votes, trained on 9 labelled next states" in shown[0]
+    assert ("0.50" in shown[0]) is (KAPPA not in missing)
+    assert ("0.40 to 0.60" in shown[0]) is (KAPPA_LOW not in missing and KAPPA not in missing)
+
+
+def write_version(
+    settings: Settings,
+    number: int,
+    model: str = str(POLICY),
+    more: Mapping[str, float] | None = None,
+) -> None:
     folder = judge_path(settings, number)
     folder.mkdir(parents=True)
-    metrics = {"judge/temperature": 2.0, "judge/examples": 9.0}
+    metrics = {"judge/temperature": 2.0, "judge/examples": 9.0, **(more or {})}
     card = {"number": number, "parent": None, "sha256": f"{number:064x}", "metrics": metrics}
     (folder / "card.json").write_text(json.dumps(card))
     (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": model}))
@@ -248,9 +287,11 @@ def test_the_newest_readable_version_for_the_model_votes_and_a_refused_one_no_mo
             assert found.model.startswith("judge-v000002-")
             with pytest.raises(JudgeError):  # BusyError: no engine is there
                 await found.load()
+            names.append(_name(judges()))
+            shutil.rmtree(judge_path(settings, 2))  # a person goes back
             return [*names, _name(judges())]
 
-    assert asyncio.run(scene()) == [None, "engine v2", "engine v2"]
+    assert asyncio.run(scene()) == [None, "engine v2", "engine v2", "engine v1"]
 
 
 def _name(judge: TrainedJudge | None) -> str | None:

@@ -169,6 +169,14 @@ def test_a_verdict_writes_a_twentieth_of_the_tokens_of_three_written_votes() -> 
     assert written >= 20 * by_word
 
 
+def test_a_server_without_log_probs_gets_all_votes_of_the_turn_that_finds_it_out() -> None:
+    async def votes(judge: JudgeKind) -> list[int]:
+        turns = (votes_on(PRAISE, f"turn{n}", JudgeConfig(), judge, Counts()) for n in range(4))
+        return [len(found) for found in await asyncio.gather(*turns)]
+
+    assert asked(Server(tells=False), votes) == [JudgeConfig().votes] * 4
+
+
 def test_the_obvious_questions_are_asked_once() -> None:
     async def scene(judge: JudgeKind) -> list[int]:
         return [(await judge.vote(PRAISE, seed)).written for seed in range(3)]

@@ -63,12 +63,13 @@ def train(
     engine: FakeEngine,
     config: LearnerConfig = CONFIG,
     examined: Sequence[str] = (),
+    lineages: Sequence[str] = ("main",),
 ) -> None:
     stage.run(
         recorded.store,
         config,
         model_path,
-        ["main"],
+        lineages,
         engine,
         engine.stop,
         examined=examined,

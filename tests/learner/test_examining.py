@@ -12,6 +12,7 @@ import pytest
 from learner.examining import BEGIN_S, LONGEST_S, Examining
 from learner.gate import exam_objection
 from learner.rejections import rejected_in_a_row
+from learner.schedule import Schedule
 from nextstate.exams import FAILED, MISSED, Exam
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -186,6 +187,19 @@ def test_a_learner_that_ends_during_an_exam_goes_on_waiting_at_its_next_start(
     engine.stop = Examiner(recorded.store, lambda _: WHOLE, most=20)
     train(recorded, model_path, engine, examined=["main"])
     assert engine.published == [1, 2]
+
+
+def test_an_exam_ends_outside_the_window_too(
+    recorded: Recorded, model_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded.add_mixed(16)
+    engine = FakeEngine(recorded.store, 1)
+    engine.stop = Examiner(recorded.store, lambda _: Exam(planned=32), most=5)
+    train(recorded, model_path, engine, examined=["main"])
+    monkeypatch.setattr(Schedule, "may_update", lambda schedule: False)
+    engine.stop = Examiner(recorded.store, lambda _: WHOLE, most=20)
+    train(recorded, model_path, engine, examined=["main"])
+    assert engine.published == [1]
 
 
 def test_three_failed_exams_in_a_row_pause_the_lineage_and_keep_its_samples(

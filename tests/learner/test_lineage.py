@@ -9,9 +9,12 @@ from safetensors.torch import save_file
 
 from learner import lineage
 from learner.config import LearnerConfig
+from learner.schedule import Schedule
 from learner.selection import is_held_out
 from learner.trainer import PolicyTrainer
+from nextstate.errors import LearnerError
 from nextstate.records import Feedback, PolicyVersion, VersionState
+from nextstate.training_status import read_training_status
 from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, Recorded, save_tiny_model
 
@@ -206,6 +209,62 @@ def test_a_watch_that_is_off_rolls_nothing_back(recorded, model_path):
     again = FakeEngine(recorded.store, 1)
     train(recorded, model_path, again, replace(CONFIG, watch=False))
     assert (again.withdrawn, again.published) == ([], [3])
+
+
+def withdraw_only(recorded: Recorded, engine: FakeEngine) -> FakeEngine:
+    """An engine whose learner ends with the first withdrawal."""
+    replaced = recorded.store.versions.replace_serving
+
+    def ends(*given: object) -> bool:
+        engine.stop.set()
+        return replaced(*given)
+
+    recorded.store.versions.replace_serving = ends
+    return engine
+
+
+def test_outside_its_window_the_watch_withdraws_and_nothing_trains(
+    recorded, model_path, monkeypatch
+):
+    recorded.add_mixed(16)
+    engine = FakeEngine(recorded.store, 1)
+    engine.after = complain_from(recorded, 1)
+    for _ in range(30):
+        recorded.add(GOOD, 1, trainable=False)
+    train(recorded, model_path, engine)
+    recorded.add_mixed(16)
+    monkeypatch.setattr(Schedule, "may_update", lambda schedule: False)
+    by_day = withdraw_only(recorded, FakeEngine(recorded.store))
+    train(recorded, model_path, by_day)
+    assert (by_day.withdrawn, by_day.published) == ([1], [])
+    assert recorded.store.versions.serving("main").number == 0
+    assert recorded.states()["ready"] == 16
+
+
+def test_a_lineage_that_is_left_alone_after_an_error_is_watched(recorded, model_path, monkeypatch):
+    """Its learner goes on for another lineage; when it resumes, it trains from what serves then."""
+    recorded.add_mixed(16)
+    engine = FakeEngine(recorded.store, 1)
+    for _ in range(30):
+        recorded.add(GOOD, 1, trainable=False)
+    train(recorded, model_path, engine)
+    again = withdraw_only(recorded, FakeEngine(recorded.store))
+
+    def drifts(*_: object, **__: object) -> object:
+        complain_from(recorded, 1)(recorded.store.versions.serving("main"))
+        raise LearnerError("the log-probs have drifted")
+
+    recorded.store.training.lease_samples, lease = drifts, recorded.store.training.lease_samples
+    recorded.add_mixed(16)
+    monkeypatch.setattr(lineage, "_WATCH_EVERY_S", 0.0)
+    train(recorded, model_path, again, lineages=["main", "other"])
+    assert again.withdrawn == [1]
+    said = read_training_status(recorded.store.dir, ["main"])["main"]
+    assert said == "stopped: the log-probs have drifted"
+    recorded.store.training.lease_samples = lease
+    last = FakeEngine(recorded.store, 1)
+    train(recorded, model_path, last)
+    assert recorded.store.versions.all("main")[-1].parent == 0
 
 
 @pytest.mark.parametrize("chosen", [1, 2])

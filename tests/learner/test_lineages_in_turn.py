@@ -256,6 +256,7 @@ class FakeLineage:
         self.resumed = 0
         self.released = 0
         self.reports: list[str] = []
+        self.looked = 0
         self.trained: list[str] = []
         """Shared by all: the names of the lineages that trained, in order."""
         self._shared = shared
@@ -277,11 +278,14 @@ class FakeLineage:
         trainer.held = self.expected
         return True
 
+    def look(self) -> None:
+        self.looked += 1
+
+    def stopped(self, error: LearnerError) -> None:
+        self.reports.append(f"stopped: {error}")
+
     def release(self) -> None:
         self.released += 1
-
-    def report(self, why_not: str | None) -> None:
-        self.reports.append(str(why_not))
 
 
 class Rounds(threading.Event):
@@ -314,7 +318,7 @@ def run_in_turn(
         one.trained = lineages[0].trained
     stop.lineages = lineages
     try:
-        stage.train_in_turn(lineages, shared.forget, lambda: None, stop, 1.0)
+        stage.train_in_turn(lineages, shared.forget, lambda: True, stop, 1.0)
     except LearnerError as error:
         return lineages, trainer, stop, str(error)
     return lineages, trainer, stop, None
@@ -363,6 +367,22 @@ def test_a_lineage_that_failed_is_tried_again_after_a_pause_that_doubles() -> No
     shared = SharedTrainer(FakeTrainer(), ["0", "1"])
     failing = Failing("0", [], shared)
     lineages = [failing, FakeLineage("1", [], shared)]
-    stage.train_in_turn(lineages, shared.forget, lambda: None, stop, 1.0, lambda: now[0])
+    stage.train_in_turn(lineages, shared.forget, lambda: True, stop, 1.0, lambda: now[0])
     assert tried == [0.0, 600.0, 1800.0]
     assert failing.resumed == failing.released == 3
+
+
+def test_outside_its_window_each_lineage_looks_at_each_poll_and_none_trains() -> None:
+    opens = iter([False] * 6 + [True] * 20)
+    stop, shared = Rounds(), SharedTrainer(FakeTrainer(), ["0", "1"])
+    stop.lineages = [FakeLineage(name, [True], shared) for name in ("0", "1")]
+    first, second = stop.lineages
+    stage.train_in_turn(stop.lineages, shared.forget, lambda: next(opens), stop, 1.0)
+    assert (first.looked, second.looked) == (3, 3)
+    assert (first.trained, second.trained) == (["0"], ["1"])
+
+
+def test_a_lineage_that_is_left_alone_is_looked_at_all_the_same() -> None:
+    lineages, _, stop, _ = run_in_turn([[None], [False] * 5])
+    assert lineages[0].looked == stop.pauses - 1 == 4
+    assert lineages[1].looked == 0  # its updates begin with a look

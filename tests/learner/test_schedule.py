@@ -71,25 +71,24 @@ def test_a_window_that_means_nothing_is_refused_with_its_key(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "opens"), [("13:00-14:00", 13), ("22:00-07:00", 22)])
-def test_an_update_outside_the_window_waits_for_it(text: str, opens: int) -> None:
+def test_an_update_may_begin_inside_its_window_only_and_it_says_once_that_it_waits(
+    text: str, opens: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     day = Day(MONDAY + timedelta(hours=12))
-    window(day, text).before_update()
+    schedule = window(day, text)
+    while not schedule.may_update():
+        day.wait(60)
     assert day.now == MONDAY + timedelta(hours=opens)
-    assert max(day.waits) <= 60, "a clock that is set is noticed within a minute"
-    window(day, text).before_update()
-    assert day.now == MONDAY + timedelta(hours=opens)
+    day.wait(12 * 3600)
+    assert not schedule.may_update()
+    assert [r.message.split()[-1] for r in caplog.records] == [f"until={opens}:00:00"] * 2
 
 
 def test_an_update_that_has_begun_is_finished_after_its_window() -> None:
     day = Day(MONDAY + timedelta(hours=8))
     window(day, "22:00-07:00").before_pass()
     assert day.waits == []
-
-
-def test_whoever_ends_the_learner_ends_the_wait_for_a_window() -> None:
-    day = Day(MONDAY + timedelta(hours=8), ends_after=3)
-    window(day, "22:00-07:00").before_update()
-    assert len(day.waits) == 3
 
 
 def test_a_micro_batch_waits_until_the_engine_is_idle() -> None:
@@ -124,7 +123,7 @@ def test_an_engine_that_does_not_answer_counts_as_busy(caplog: pytest.LogCapture
 def test_always_asks_nobody_and_waits_for_nothing() -> None:
     day = Day()
     schedule = Schedule("always", day.wait)
-    schedule.before_update()
+    assert schedule.may_update()
     schedule.before_pass()
     assert day.waits == []
 

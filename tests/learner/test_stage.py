@@ -433,11 +433,12 @@ def test_outside_its_window_the_learner_leases_nothing(recorded, model_path, mon
     recorded.add_mixed(16)
     engine = FakeEngine(recorded.store)
 
-    def closed_until_the_end(schedule: Schedule) -> None:
+    def closed_until_the_end(schedule: Schedule) -> bool:
         assert recorded.states() == {"ready": 16}
         engine.stop.set()
+        return False
 
-    monkeypatch.setattr(Schedule, "before_update", closed_until_the_end)
+    monkeypatch.setattr(Schedule, "may_update", closed_until_the_end)
     train(recorded, model_path, engine)
     assert recorded.states() == {"ready": 16}
 

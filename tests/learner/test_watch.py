@@ -150,6 +150,29 @@ def test_a_fall_by_0_3_is_found_within_150_turns_in_one_long_session():
     assert sum(at is not None for at in found) >= 11
 
 
+@pytest.mark.parametrize("scores", [[1] * 40, [1, 1, 1, 0] * 10, [1, 1, 1, -1] * 10])
+def test_the_fall_that_a_look_is_said_to_find_is_found_in_four_of_five_cases(scores):
+    old = turns("s", 0, scores)
+    look = watch.last_look(old, turns("s", 1, scores)[:26])
+    assert look is not None
+    assert (look.turns, look.reference) == (24, 640)
+    assert look.level == pytest.approx(0.001 * 0.05 * 0.8)
+    random, found = Random(1), 0
+    lower = [sum(scores) / 40 - look.visible, scores.count(0) / 40]
+    shares = [(1 - lower[0] - lower[1]) / 2, lower[1], (1 + lower[0] - lower[1]) / 2]
+    for _ in range(200):
+        new = turns("s", 1, random.choices((-1, 0, 1), shares, k=24))
+        found += watch.chance(old, new, 24) is not None
+    assert 0.7 < found / 200 < 0.95
+
+
+def test_a_look_without_common_turns_finds_nothing_and_before_the_first_there_is_none():
+    look = watch.last_look(turns("a", 0, [1] * 40), turns("b", 1, [1] * 24))
+    assert look is not None
+    assert look.visible == math.inf
+    assert watch.last_look(turns("a", 0, [1] * 40), turns("a", 1, [1] * 23)) is None
+
+
 def test_no_version_is_blamed_for_harder_questions_or_for_nothing():
     for world in (World(live=4, turns=40), World(live=4, turns=40, harder=0.6)):
         found = [alarm(Random(f"false/{run}"), world) for run in range(12)]

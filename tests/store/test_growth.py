@@ -284,6 +284,7 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "ready_samples": lambda s: s.training.ready_samples("main", True, True),
     "judged_turns": lambda s: s.versions.judged_turns("main", 12),
     "newest_versions": lambda s: s.versions.newest("main", 3),
+    "chain": lambda s: s.versions.chain("main", 11, 9),
     "decisions": lambda s: s.versions.decisions("main"),
     "lease_judgements": lambda s: s.judging.lease(16, 60),
     "defer_judgement": lambda s: s.judging.defer("turn_5", 1.0, "later"),

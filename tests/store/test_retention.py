@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import sqlalchemy as sa
 
+from learner import watch
 from nextstate.app.retention import Keep, read_keep, sweep, write_keep
 from nextstate.config import StoreConfig
 from nextstate.errors import ConfigError, StoreError
@@ -222,6 +223,24 @@ def test_the_newest_judged_turns_stay_for_the_watch_and_the_gate(
     assert sweep(dated, Keep(days=30)).turns == 15
     assert dated.versions.judged_turns("main", 5) == looked_at
     assert sweep(dated, Keep(size=1 << 20)).turns == 0
+
+
+def test_retention_keeps_as_many_judged_turns_as_the_watch_looks_at() -> None:
+    assert retention.KEPT_JUDGED == watch.TURNS
+
+
+def test_what_the_watch_looks_at_is_what_stays_whatever_is_judged_beside_it(
+    dated: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps of episodes are judged too, and the watch leaves them out."""
+    monkeypatch.setattr(retention, "KEPT_JUDGED", 5)
+    record(dated, *(old(n, 100) for n in range(10)))
+    train(dated)
+    record(dated, *(old(n, 100, "e", episode="e", step=n) for n in range(10, 20)))
+    looked_at = dated.versions.judged_turns("main", 5)
+    assert len(looked_at) == 5
+    assert sweep(dated, Keep(days=30)).turns == 5
+    assert dated.versions.judged_turns("main", 5) == looked_at
 
 
 @pytest.mark.sqlite

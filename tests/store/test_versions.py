@@ -101,6 +101,16 @@ def test_the_watch_reads_the_newest_judged_turns_oldest_first(store: Store) -> N
     assert store.versions.judged_turns("other", 9) == []
 
 
+def test_a_chain_leads_through_the_parents_and_is_read_only_as_far_as_asked(store: Store) -> None:
+    for number, parent in ((1, 0), (2, 1), (3, 1), (4, 3)):
+        made = PolicyVersion("main", number, parent, "/a", "ff", 1, VersionState.CANDIDATE)
+        store.versions.add(made, None)
+        store.versions.add(replace(made, lineage="other", parent=0), None)
+    assert store.versions.chain("main", 4, 9) == [0, 1, 3, 4]
+    assert store.versions.chain("main", 4, 2) == [3, 4]
+    assert store.versions.chain("main", 0, 9) == store.versions.chain("new", 0, 9) == [0]
+
+
 def test_decisions_say_what_a_person_chose_and_how_far_they_reach(store: Store) -> None:
     assert store.versions.decisions("main") == Decisions()
     add_versions(store, 2)

@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
     if args.number is not None:
         version = find_version(store, args.lineage or MAIN_LINEAGE, args.number)
         trained = store.versions.used_turns(version.lineage, version.number)
-        seen, labels = version_watch(store, version), store.judging.labels()
+        seen = version_watch(store, version, settings.learner.watch)
+        labels = store.judging.labels()
         if args.json:
             more = {"watch": seen, "judge_agreement": judge_agreement(labels)}
             turns = views.trained_rows(trained)

@@ -189,7 +189,7 @@ class Screens:
             version=version,
             serving=self._store.versions.serving(version.lineage).number,
             made_at=self._store.versions.made_at(version.lineage, [version.number]),
-            watch=watch_text(version_watch(self._store, version)),
+            watch=watch_text(version_watch(self._store, version, self._settings.learner.watch)),
             trained=used[:_TRAINED_SHOWN],
             more=max(len(used) - _TRAINED_SHOWN, 0),
         )
