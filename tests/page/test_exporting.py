@@ -148,13 +148,13 @@ def test_a_browser_that_leaves_or_stalls_ends_the_command_and_never_has_a_part_f
         assert "Is it learning?" in await site.get("/"), "the proxy goes on meanwhile"
         answers[0].close()
         await asyncio.wait_for(started[0].wait(), 30)
+        started[1].kill()
+        with pytest.raises(aiohttp.ClientError):
+            await answers[1].read()
         monkeypatch.setattr(exporting, "STALLED_S", 0.2)
         stalled = await download(site, fields)
         await asyncio.wait_for(started[2].wait(), 30)
         with pytest.raises(aiohttp.ClientError):
             await stalled.read()
-        started[1].kill()
-        with pytest.raises(aiohttp.ClientError):
-            await answers[1].read()
 
     on_site(test, store, tmp_path)

@@ -32,6 +32,7 @@ WHAT = {
     "turns": "whole turns with verdicts and feedback",
 }
 _FORMS = {"jsonl": "JSON lines", "parquet": "Parquet"}
+_TYPES = {"jsonl": "application/x-ndjson", "parquet": "application/vnd.apache.parquet"}
 MOST_DOWNLOADS = 2
 """At once, of one process of the proxy: each reads the whole store."""
 STALLED_S = 120.0
@@ -109,29 +110,39 @@ async def _send(
             lines = (await failed).decode(errors="replace").strip().splitlines()
             status = 503 if await process.wait() == EXIT_LATER else 409
             raise Refused(status, lines[-1] if lines else "The command ended without a word.")
-        response = web.StreamResponse(headers={**headers, "Content-Type": "application/x-ndjson"})
+        kind = _TYPES[name.rpartition(".")[2]]
+        response = web.StreamResponse(headers={**headers, "Content-Type": kind})
         response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
-        if name.endswith(".parquet"):
-            response.content_type = "application/vnd.apache.parquet"
         await response.prepare(request)
-        while piece:
-            await asyncio.wait_for(response.write(piece), STALLED_S)
-            piece = await process.stdout.read(_PIECE_BYTES)
-        if await process.wait() == 0:
-            await response.write_eof()
-            return response
-        log.warning("an export failed half-way: %s", (await failed).decode(errors="replace"))
-    except TimeoutError:
-        log.warning("an export was given up: nobody took it for %d seconds", STALLED_S)
+        trouble = await _pass_on(piece, process, process.stdout, response)
+        if trouble is not None:
+            log.warning("an export broke off: %s", trouble)
+            # The browser must not take a part for the whole.
+            if request.transport is not None:
+                request.transport.abort()
+        return response
     finally:
         if process.returncode is None:
             process.kill()
         await asyncio.gather(process.stdout.read(), failed)  # it ends only once its pipes are empty
         await process.wait()
-    # The browser must not take a part for the whole.
-    if request.transport is not None:
-        request.transport.abort()
-    return response
+
+
+async def _pass_on(
+    piece: bytes,
+    process: asyncio.subprocess.Process,
+    source: asyncio.StreamReader,
+    response: web.StreamResponse,
+) -> str | None:
+    """Sends what the command prints to its end; returns why it is not all."""
+    try:
+        while piece:
+            await asyncio.wait_for(response.write(piece), STALLED_S)
+            piece = await source.read(_PIECE_BYTES)
+    except TimeoutError:
+        return f"nobody took it for {STALLED_S:g} seconds"
+    code = await process.wait()
+    return None if code == 0 else f"`nextstate export` ended with status {code}"
 
 
 def _check(what: str | None, form: str) -> None:
