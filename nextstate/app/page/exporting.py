@@ -115,17 +115,17 @@ async def _send(
         response.headers["Content-Disposition"] = f'attachment; filename="{name}"'
         await response.prepare(request)
         trouble = await _pass_on(piece, process, process.stdout, response)
-        if trouble is not None:
-            log.warning("an export broke off: %s", trouble)
-            # The browser must not take a part for the whole.
-            if request.transport is not None:
-                request.transport.abort()
-        return response
     finally:
         if process.returncode is None:
             process.kill()
         await asyncio.gather(process.stdout.read(), failed)  # it ends only once its pipes are empty
         await process.wait()
+    if trouble is not None:
+        log.warning("an export broke off: %s", trouble)
+        # The browser must not take a part for the whole. This cancels the request, so it comes last.
+        if request.transport is not None:
+            request.transport.abort()
+    return response
 
 
 async def _pass_on(
@@ -141,6 +141,8 @@ async def _pass_on(
             piece = await source.read(_PIECE_BYTES)
     except TimeoutError:
         return f"nobody took it for {STALLED_S:g} seconds"
+    except ConnectionError:
+        return "the browser left"
     code = await process.wait()
     return None if code == 0 else f"`nextstate export` ended with status {code}"
 
