@@ -122,7 +122,7 @@ async def _send(
         await process.wait()
     if trouble is not None:
         log.warning("an export broke off: %s", trouble)
-        # The browser must not take a part for the whole. This cancels the request, so it comes last.
+        # The browser must not take a part for the whole. It ends this request too: it comes last.
         if request.transport is not None:
             request.transport.abort()
     return response
