@@ -105,15 +105,26 @@ def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
     target, hold_s = _target(args)
     found = settings_file.find(path)
     text = connected(agent, target, found, args.plugin)
+    mode = settings_file.readers(found) if target.key and target.key in text else 0
     if text.encode() == found.data:
         print(f"{found.path} names the proxy already")
+        if mode and not args.dry_run:
+            settings_file.make_private(found)
     else:
         print(shown_diff(str(found.path), found.text, text))
-        if args.dry_run:
-            return 0
-        copy = settings_file.write(found, text.encode())
-        print(f"\nwrote {found.path}; before: {copy}")
-        print(f"back again: {_again(args, '--undo')}")
+        if not args.dry_run:
+            copy = settings_file.write(found, text.encode(), private=mode != 0)
+            print(f"\nwrote {found.path}; before: {copy}")
+            print(f"back again: {_again(args, '--undo')}")
+    if mode:
+        holds = "would hold" if args.dry_run else "holds"
+        print(
+            f"{found.path} {holds} the proxy's key, so only its owner may read it then: its mode "
+            f"was {mode:04o}. --undo restores that; if the agent runs as another user: "
+            f"chmod {mode:o} {shlex.quote(str(found.path))}"
+        )
+    if args.dry_run and text.encode() != found.data:
+        return 0
     if target.context is None:
         print(
             "the model's context is not known: once the proxy is up, run this again, or set "

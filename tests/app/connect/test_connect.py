@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shlex
+import stat
 import tomllib
 from pathlib import Path
 
@@ -211,6 +212,34 @@ def test_the_key_is_written_and_not_shown(home: Path, capsys: pytest.CaptureFixt
     shown = capsys.readouterr()
     assert 'export ANTHROPIC_API_KEY="$NEXTSTATE_TEST_KEY"' in shown.out
     assert KEY not in shown.out + shown.err
+
+
+@pytest.mark.parametrize("agent", FILES)
+def test_a_file_that_others_read_is_private_once_it_holds_the_key_and_undo_restores_its_mode(
+    agent: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(home, "http://127.0.0.1:1", 'api_key_env = "NEXTSTATE_TEST_KEY"')
+    file = home / FILES[agent]
+    file.parent.mkdir(parents=True)
+    before = b"" if agent == "codex" else b"{}"
+    file.write_bytes(before)
+    file.chmod(0o644)
+    has_key = agent != "codex"  # it reads the key from the environment
+    private, told = (0o600, f"chmod 644 {file}") if has_key else (0o644, "")
+    connect(home, agent, "--dry-run")
+    assert (f"{file} would hold the proxy's key" in capsys.readouterr().out) == has_key
+    connect(home, agent)
+    assert stat.S_IMODE(file.stat().st_mode) == private
+    assert told in capsys.readouterr().out
+    write_config(home, "http://127.0.0.1:2", 'api_key_env = "NEXTSTATE_TEST_KEY"')
+    connect(home, agent)
+    assert "chmod" not in capsys.readouterr().out
+    file.chmod(0o644)
+    connect(home, agent)  # names the proxy already
+    assert stat.S_IMODE(file.stat().st_mode) == private
+    assert told in capsys.readouterr().out
+    assert connect(home, agent, "--undo") == 0
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (before, 0o644)
 
 
 def test_a_proxy_that_is_not_up_is_named_with_the_command_that_starts_it(
