@@ -108,26 +108,21 @@ def test_a_correction_in_openclaw_makes_a_version_that_the_page_shows(
     assert first["turn"] in shown, "the page names the turns that made the version"
     assert f"/page/versions/main/{version['number']}" in page(small_loop, "/")
     if pictures := os.environ.get("NEXTSTATE_PICTURES"):
-        _take_pictures(small_loop, version["number"], Path(pictures), tmp_path)
+        _take_pictures(small_loop, version["number"], Path(pictures))
 
     assert run(*command, "--undo").returncode == 0
     assert file.read_text() == before
 
 
-def _take_pictures(loop: Loop, version: int, folder: Path, profile: Path) -> None:
+def _take_pictures(loop: Loop, version: int, folder: Path) -> None:
     import asyncio
 
-    from tests.page.chromium import PROGRAM as BROWSER
     from tests.page.chromium import chromium
 
-    if BROWSER is None:
-        return
-
     async def take() -> None:
-        async with chromium(profile / "profile") as tab:
-            await tab.look(1200, dark=False)
+        async with chromium(1200, dark=False) as tab:
             for name, path in (("home", "/"), ("version", f"/page/versions/main/{version}")):
-                await tab.open(loop.url + path)
-                await tab.picture(folder / f"openclaw-{name}.png")
+                await tab.goto(loop.url + path)
+                await tab.screenshot(path=folder / f"openclaw-{name}.png", full_page=True)
 
     asyncio.run(take())
