@@ -68,7 +68,7 @@ _GPU_NOTE = """
 # vLLM would take 92 % of the one GPU: it leaves half to the learner."""
 
 _CPU_ENGINE_NOTE = """\
-# GiB of memory for what vLLM keeps of conversations; without it, it would take 92 % of the machine's.
+# GiB of memory for what vLLM keeps of conversations. Without this it takes 92 % of all there is.
 env = { VLLM_CPU_KVCACHE_SPACE = "2" }
 """
 _CPU_NOTE = """\
