@@ -94,14 +94,14 @@ bubblewrap:  ## install what sandboxes are made with, and the pytest that `nexts
 # What says whether a page can be used with a keyboard and a screen reader: only tests use it.
 AXE := axe-core@4.14.1
 
-chromium:  ## install the browser of the environment gui, and what checks the web page in it
+chromium:  ## install a browser, and what checks the web page in it
 	@command -v chromium >/dev/null || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y chromium; } || \
 	  { echo "chromium cannot be installed with apt-get here: install it yourself"; exit 2; }
 	@test -e .browser/node_modules/axe-core/axe.min.js || \
 	  npm install --prefix .browser --no-save --ignore-scripts --no-audit --no-fund $(AXE) || \
 	  { echo "axe-core cannot be installed with npm here: its test is skipped"; exit 2; }
 
-gui: env bubblewrap chromium  ## install what `nextstate rollout gui` needs: pages, Playwright, a browser
+gui: env bubblewrap chromium  ## install what `nextstate rollout gui` and the web page's tests need: pages, Playwright, a browser
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/gui.txt
 
 ray: env  ## install Ray, with which `nextstate rollout --ray` plays on many machines (240 MB)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
-from nextstate.app.json_values import Found
+from nextstate.app.json_values import Broken, Found
 from nextstate.errors import ConfigError
 from nextstate.hooks import text_of
 from nextstate.records import Json
@@ -30,25 +30,39 @@ class Conversation(NamedTuple):
     model: str
 
 
-def read_conversations(found: Iterable[Found], name: str) -> Iterator[Conversation | None]:
+def read_conversations(
+    found: Iterable[Found | Broken], name: str
+) -> Iterator[Conversation | Broken | None]:
     """One for each conversation in a file; None for one in which no assistant answers anybody.
 
-    Raises ConfigError with the line for what is none of the known forms.
+    Broken for what is none of the known forms, and for a session that lacks a broken entry.
     """
-    session: list[Json] = []
-    """The entries of OpenClaw's session that is being read."""
-    for line, value, _ in found:
-        where = f"{name}, line {line}"
+    session: list[Json | None] = []
+    """The entries of OpenClaw's session that is being read, None for a broken one."""
+    where = name
+    read = 0
+    for one in found:
+        read = one.read
+        if isinstance(one, Broken):
+            yield one
+            if session:
+                session.append(None)
+            continue
+        value = one.value
         if value.get("type") == "session":
-            yield from _of_session(session, where)
-            session = [value]
-        elif session and isinstance(value.get("type"), str):
-            session.append(value)
+            yield from _of_session(session, where, read)
+            session = cast("list[Json | None]", [value])
+            where = f"{name}, line {one.line}"
+        elif isinstance(value.get("type"), str) and (session or "parentId" in value):
+            session = [*(session or [None]), value]
         else:
-            yield from _of_session(session, where)
+            yield from _of_session(session, where, read)
             session = []
-            yield _of_record(value, where)
-    yield from _of_session(session, name)
+            try:
+                yield _of_record(value, f"{name}, line {one.line}")
+            except ConfigError as error:
+                yield Broken(str(error), read)
+    yield from _of_session(session, where, read)
 
 
 def _of_record(value: Json, where: str) -> Conversation | None:
@@ -89,21 +103,31 @@ def _message(told: object, where: str) -> Json:
     return {key: message[key] for key in kept if key in message}
 
 
-def _of_session(entries: Sequence[Json], where: str) -> Iterator[Conversation | None]:
+def _of_session(
+    entries: Sequence[Json | None], where: str, read: int
+) -> Iterator[Conversation | Broken | None]:
     """The conversations of a session: a reset begins another one.
 
     Entries are a tree: what counts is the way from the last one to the root.
     """
-    if not entries:
+    whole = [entry for entry in entries if entry is not None]
+    if not whole:
         return
-    by_id = {str(entry.get("id")): entry for entry in entries[1:]}
+    by_id = {str(entry.get("id")): entry for entry in whole if entry.get("type") != "session"}
+    is_tree = any("parentId" in entry for entry in whole)
     way: list[Json] = []
-    at: Json | None = entries[-1]
-    while at is not None and len(way) < len(entries):
+    at: Json | None = whole[-1]
+    while is_tree and at is not None and len(way) < len(whole):
         way.append(at)
         at = by_id.get(str(at.get("parentId"))) if at.get("parentId") else None
-    if not any("parentId" in entry for entry in entries):
-        way = [*reversed(entries)]
+    if is_tree:
+        lacks = way[-1].get("parentId") and None in entries
+    else:
+        way = [*reversed(whole)]
+        lacks = None in entries[: len(whole)]
+    if lacks:
+        yield Broken(f"{where}: this session is left out, because it needs a broken line", read)
+        return
     messages: list[Json] = []
     model = ""
     for entry in reversed(way):

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterable, Mapping
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import IO, Any, Literal, TypeAlias
 
 from nextstate.engine.adapter_files import opened_folder
 from nextstate.errors import StartError
@@ -40,11 +40,13 @@ def write_rows(path: Path, rows: Iterable[Json], columns: Mapping[str, Column] |
 
     A Parquet file has these columns, with null where a row lacks one.
     """
-    with _new_file(path) as made:
-        if path.suffix != PARQUET:
-            return _write_lines(made, rows)
-        assert columns is not None
-        return _write_parquet(made, rows, columns)
+    with _new_file(path) as made, made.open("wb") as file:
+        return send_rows(file, rows, columns if path.suffix == PARQUET else None)
+
+
+def send_rows(file: IO[bytes], rows: Iterable[Json], columns: Mapping[str, Column] | None) -> int:
+    """Writes rows as JSON lines, or as Parquet with these columns; returns how many."""
+    return _write_lines(file, rows) if columns is None else _write_parquet(file, rows, columns)
 
 
 def copy_adapter(source: Path, path: Path) -> None:
@@ -62,12 +64,11 @@ def write_merged(base: str, source: Path, path: Path) -> None:
         merge_adapter(base, folder, made)
 
 
-def _write_lines(path: Path, rows: Iterable[Json]) -> int:
-    with path.open("wb") as file:
-        return sum(file.write(write_json(row) + b"\n") > 0 for row in rows)
+def _write_lines(file: IO[bytes], rows: Iterable[Json]) -> int:
+    return sum(file.write(write_json(row) + b"\n") > 0 for row in rows)
 
 
-def _write_parquet(path: Path, rows: Iterable[Json], columns: Mapping[str, Column]) -> int:
+def _write_parquet(file: IO[bytes], rows: Iterable[Json], columns: Mapping[str, Column]) -> int:
     pa: Any = importlib.import_module("pyarrow")  # it has no types
     pq: Any = importlib.import_module("pyarrow.parquet")
     text, ids = pa.string(), pa.list_(pa.int64())
@@ -88,7 +89,7 @@ def _write_parquet(path: Path, rows: Iterable[Json], columns: Mapping[str, Colum
     }
     schema = pa.schema({name: types[kind] for name, kind in columns.items()})
     left, count = iter(rows), 0
-    with pq.ParquetWriter(path, schema) as writer:
+    with pq.ParquetWriter(file, schema) as writer:
         while some := list(islice(left, _ROWS_AT_ONCE)):
             writer.write_table(pa.Table.from_pylist(some, schema=schema))
             count += len(some)

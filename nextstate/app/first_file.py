@@ -46,7 +46,7 @@ served_model_name = {name}
 max_model_len = 0
 # The parser of tool calls must fit the model (hermes: Qwen), or tool calls stay text.{gpu_note}
 args = [{args}]
-
+{engine_note}
 [proxy]
 # Agents ask http://127.0.0.1:{port}/v1, and http://127.0.0.1:{port}/ is the web page. Another port
 # if this one is taken. For other machines: host = "0.0.0.0", and api_key_env = "NAME" with the name
@@ -63,9 +63,19 @@ kind = {judge}
 batch_size = 16
 # "always"; "idle": it waits while the engine serves; "22:00-07:00": only at night.
 schedule = "always"
-{agent_note}"""
+{learner_note}{agent_note}"""
 _GPU_NOTE = """
 # vLLM would take 92 % of the one GPU: it leaves half to the learner."""
+
+_CPU_ENGINE_NOTE = """\
+# GiB of memory for what vLLM keeps of conversations. Without this it takes 92 % of all there is.
+env = { VLLM_CPU_KVCACHE_SPACE = "2" }
+"""
+_CPU_NOTE = """\
+# Seconds after which an update starts with fewer turns: one correction soon makes a version. 0: it
+# waits for all of them, which is steadier.
+max_wait_s = 60.0
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,25 +87,35 @@ class Answers:
     judge: str = "engine"
 
 
+def usual(gpus: int, small: Path | None) -> Answers:
+    """The defaults. `small`: the folder of the small model that `nextstate fetch smollm2` made."""
+    if gpus:
+        return Answers()
+    model = Answers().model if small is None else str(small)
+    return Answers(model, judge="rules")  # what a CPU serves does not understand how to judge
+
+
 def ask(
     read: Callable[[str], str],
     say: Callable[[str], None],
     agents: Sequence[str],
     cached: Sequence[str],
     gpus: int = 1,
+    small: Path | None = None,
 ) -> Answers:
     """Asks the three questions. `read` shows a prompt and returns a line; it raises EOFError.
 
-    `cached` are models of the local cache. Raises StartError if the answers end.
+    `cached` are models of the local cache, `small` as in `usual`. Raises StartError if the answers
+    end.
     """
-    default = Answers()
+    default = usual(gpus, small)
     try:
         say("Three questions. Enter takes the answer in [brackets].")
         say("\n1  Which model learns? A folder with weights, or a name on the model hub.")
         if cached:
             say(f"   In the local cache: {', '.join(cached)}")
-        if not gpus:
-            say("   Without a GPU, small ones: the folder that `nextstate fetch smollm2` prints.")
+        if not gpus and small is None:
+            say("   Without a GPU, small ones: `nextstate fetch smollm2` prints the folder of one.")
         model = _answer(read, say, default.model, _bad_model)
         say("\n2  Which agent talks to it?")
         say(f"   {', '.join(agents)} or {OTHER_AGENT} (any OpenAI client)")
@@ -128,6 +148,8 @@ def file_text(answers: Answers, gpus: int) -> str:
         args=", ".join(map(json.dumps, args)),
         port=8080,
         judge=json.dumps(answers.judge),
+        engine_note="" if gpus else _CPU_ENGINE_NOTE,
+        learner_note="" if gpus else _CPU_NOTE,
         agent_note=note,
     )
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nextstate.app.conversations import Conversation, read_conversations
-from nextstate.app.json_values import Found, json_objects
+from nextstate.app.json_values import Broken, Found, json_objects
 from nextstate.errors import ConfigError
 from nextstate.records import Timings, Turn, TurnKind
 from nextstate.redaction import NOTHING, Redactor
@@ -37,6 +37,8 @@ class Imported:
     """They were in the store already."""
     unanswered: int = 0
     """No assistant answers a user in them."""
+    broken: int = 0
+    """What could not be read."""
 
 
 def import_file(
@@ -44,13 +46,14 @@ def import_file(
     path: Path,
     lineage: str,
     told: Callable[[int], None],
+    complain: Callable[[str], None],
     counts: Imported,
     redactor: Redactor = NOTHING,
 ) -> None:
     """Adds the conversations of a file; `told` gets how many of its bytes have been read.
 
-    Raises ConfigError for a file that cannot be read, with the line of what is wrong. What stood
-    before that line is in the store then.
+    `complain` gets file, line and reason of each thing that cannot be read; the rest is taken.
+    Raises ConfigError for a file that cannot be read at all.
     """
     try:
         with path.open("rb") as file:
@@ -61,6 +64,10 @@ def import_file(
                     if one is None:
                         counts.unanswered += 1
                         continue
+                    if isinstance(one, Broken):
+                        counts.broken += 1
+                        complain(one.text)
+                        continue
                     turns.append(_turn(one, lineage, redactor))
                     if len(turns) == _AT_ONCE:
                         _add(store, turns, counts)
@@ -70,7 +77,9 @@ def import_file(
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _watched(found: Iterable[Found], told: Callable[[int], None]) -> Iterator[Found]:
+def _watched(
+    found: Iterable[Found | Broken], told: Callable[[int], None]
+) -> Iterator[Found | Broken]:
     for one in found:
         told(one.read)
         yield one

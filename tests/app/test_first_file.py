@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.app.cli.connect import AGENT_NAMES
-from nextstate.app.first_file import Answers, ask, file_text, gpu_count, write_file
+from nextstate.app.first_file import Answers, ask, file_text, gpu_count, usual, write_file
 from nextstate.app.settings import Settings
 from nextstate.config import EngineConfig
 from nextstate.errors import StartError
@@ -79,9 +79,27 @@ def test_every_answer_makes_a_file_that_says_what_was_answered(
     assert ("--gpu-memory-utilization" in found["engine"]["args"]) == (gpus == 1)
 
 
+def test_without_a_gpu_the_small_model_that_was_fetched_and_the_rules_are_offered(
+    tmp_path: Path,
+) -> None:
+    model = tmp_path / "SmolLM2"
+    model.mkdir()
+    (model / "config.json").touch()
+    said: list[str] = []
+    given = iter(["", "openclaw", ""])
+    found = ask(lambda _: next(given), said.append, AGENT_NAMES, (), 0, model)
+    assert found == Answers(str(model), "openclaw", "rules")
+    assert "fetch smollm2" not in "".join(said)
+    assert usual(0, None) == Answers(EngineConfig().model, judge="rules")
+    assert usual(1, model) == Answers()
+    written = tomllib.loads(file_text(found, 0))
+    assert written["learner"]["max_wait_s"] == 60.0
+    assert written["engine"]["env"] == {"VLLM_CPU_KVCACHE_SPACE": "2"}, "not all memory is vLLM's"
+
+
 def test_the_file_is_read_without_complaint_and_holds_the_defaults(tmp_path: Path) -> None:
     file = tmp_path / "nextstate.toml"
-    write_file(file, file_text(Answers(), 0))
+    write_file(file, file_text(Answers(), 2))
     written, default = Settings.read(file), Settings.read()
     assert written.engine == default.engine
     assert (written.judge, written.learner, written.proxy) == (
@@ -126,6 +144,7 @@ def test_gpus_are_those_that_the_driver_lists(
 
 def up(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "HOME": str(folder), "HF_HOME": str(folder / "hf")}
+    env["XDG_CACHE_HOME"] = ""
     argv = [sys.executable, "-P", "-m", "nextstate", "up", *arguments]
     return subprocess.run(
         argv, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tracemalloc
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
@@ -14,9 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nextstate.app.cli import main
-from nextstate.app.json_values import MOST_BYTES, json_objects
+from nextstate.app.json_values import MOST_BYTES, Broken, Found, json_objects
 from nextstate.config import StoreConfig
-from nextstate.errors import ConfigError
 from nextstate.records import Feedback, Turn, TurnKind
 from nextstate.store import Store
 from tests.proxy.running_proxy import Running, both, request
@@ -148,8 +148,8 @@ def test_importing_again_adds_nothing_and_another_lineage_has_its_own(
     text = lines([OPENAI, {"messages": [HI]}, SHAREGPT])
     assert len(imported(config, text)) == len(imported(config, text)) == 2
     first, again = capsys.readouterr().out.splitlines()
-    assert first.endswith(": 2 conversations imported, 0 were known, 1 without an answer")
-    assert again.endswith(": 0 conversations imported, 2 were known, 1 without an answer")
+    assert first.endswith(": 2 conversations imported, 0 were known, 1 without an answer, 0 broken")
+    assert again.endswith(": 0 conversations imported, 2 were known, 1 without an answer, 0 broken")
     assert len(imported(config, text, "--lineage", "alice")) == 4
 
 
@@ -176,41 +176,109 @@ def test_only_sft_and_prompts_hand_it_out_and_only_on_wish(
 
 
 GOOD = lines([OPENAI])
+OTHER = lines([SHAREGPT])
+
+
+OPEN = '{"messages": [{"role": "user", "content": "What'
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "told", "good"),
     [
-        (GOOD + "\n{broken}\n", "line 3: this is no valid JSON object"),
-        (GOOD + "hello\n" + GOOD, "line 1: expected JSON objects"),
-        ("hello", "line 1: expected JSON objects"),
-        (GOOD + '{"messages": [', "line 2: the file ends within this value"),
-        (GOOD + "}", "a bracket closes that none opens"),
-        (GOOD + '{"text": "x"}', "line 2: expected a list under conversations or"),
+        (GOOD + "\n{broken}\n" + OTHER, "line 3: this is no valid JSON object", 2),
+        (GOOD + "hello\n" + OTHER, "line 2: expected JSON objects", 2),
+        ("hello", "line 1: expected JSON objects", 0),
+        (GOOD + OPEN + "\n" + OTHER, "line 2: the line ends within a text", 2),
+        (GOOD + '{"messages": [\n' + OTHER, "line 2: the file ends within this value", 2),
+        (GOOD + '{"messages": [', "line 2: the file ends within this value", 1),
+        (GOOD + "}\n" + OTHER, "line 2: a bracket closes that none opens", 2),
+        (GOOD + '{"text": "x"}\n' + OTHER, "line 2: expected a list under conversations or", 2),
         (
-            GOOD + '{"messages": [{"role": "robot", "content": ""}]}',
+            GOOD + '{"messages": [{"role": "robot", "content": ""}]}\n' + OTHER,
             "line 2, messages[0]: expected a role",
+            2,
         ),
         (
             GOOD + '{"messages": [{"role": "user"}]}',
             "line 2, messages[0]: expected a text or a list",
+            1,
         ),
-        (GOOD + '{"messages": ["hi"]}', "line 2, messages[0]: expected a message, found 'hi'"),
-        (GOOD + '{"conversations": [{"from": "cat", "value": "x"}]}', "found cat"),
-        (GOOD + '{"conversations": [{"from": "gpt"}]}', "line 2, conversations[0]"),
-        (GOOD + '{"messages": [{"role": "user", "content": "\\ud800"}]}', "no valid JSON object"),
+        (GOOD + '{"messages": ["hi"]}', "line 2, messages[0]: expected a message, found 'hi'", 1),
+        (GOOD + '{"conversations": [{"from": "cat", "value": "x"}]}', "found cat", 1),
+        (GOOD + '{"conversations": [{"from": "gpt"}]}', "line 2, conversations[0]", 1),
+        (
+            GOOD + '{"messages": [{"role": "user", "content": "\\ud800"}]}\n' + OTHER,
+            "line 2: this is no valid JSON object",
+            2,
+        ),
+        (
+            GOOD.encode() + b'{"messages": ["\xff"]}\r\n' + OTHER.encode(),
+            "line 2: this is not UTF",
+            2,
+        ),
+        (GOOD + "\0" * 900 + "\n" + OTHER, "line 2: expected JSON objects", 2),
+        ("[" + GOOD + ", {broken}, " + OTHER + "]", "line 2: this is no valid JSON object", 2),
+        ("[" + GOOD + ", x\n, " + OTHER + "]", "What follows in this list is not read", 1),
+        ("[" + GOOD + ", " + OTHER + ", {", "line 3: the file ends within this value", 2),
+        (b"\x1f\x8b\x08\x00", "cannot be read: it is packed: unpack it with gunzip", 0),
+        (GOOD.encode("utf-16"), "cannot be read: it is UTF-16: save it as UTF-8", 0),
     ],
 )
-def test_an_error_names_the_line_and_what_stood_before_it_is_kept(
-    config: Path, capsys: pytest.CaptureFixture[str], text: str, told: str
+def test_what_is_broken_is_named_and_counted_and_all_else_is_taken(
+    config: Path, capsys: pytest.CaptureFixture[str], text: str | bytes, told: str, good: int
 ) -> None:
     file = config.with_name("chats.jsonl")
-    file.write_text(text)
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
     assert main(["import", str(file), "--config", str(config)]) == 2
     output = capsys.readouterr()
-    assert f"{file}, " in output.err
+    assert str(file) in output.err
     assert told in output.err
-    assert f"{int(text.startswith(GOOD))} conversations imported" in output.out
+    assert f"{file}: {good} conversations imported, 0 were known" in output.out
+    broken = 0 if "cannot be read" in told else 1
+    assert output.out.endswith(f", {broken} broken\n")
+
+
+def test_of_many_broken_lines_some_are_named_and_the_next_file_is_taken_too(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, other = config.with_name("a.jsonl"), config.with_name("b.jsonl")
+    file.write_text("{broken}\n" * 50 + GOOD)
+    other.write_text(OTHER)
+    assert main(["import", str(file), str(other), "--config", str(config)]) == 2
+    output = capsys.readouterr()
+    assert output.err.count(f"{file}, line ") == 20
+    assert "30 more are broken" in output.err
+    assert f"{file}: 1 conversations imported, 0 were known, 0 without an answer, 50" in output.out
+    assert f"{other}: 1 conversations imported" in output.out
+
+
+def test_zeros_before_a_line_and_characters_of_every_kind_within_it_are_no_harm(
+    config: Path,
+) -> None:
+    odd = "a\0b\u2028c\U0001f600\r\n"
+    messages = [{"role": "user", "content": odd}, {**HELLO, "content": odd}]
+    text = (
+        "\0" * 99 + json.dumps({"messages": messages, "model": "m\0"}, ensure_ascii=False) + "\n\n"
+    )
+    (turn,) = imported(config, text.replace("a\0b", "a\\u0000b"))
+    assert [*turn.request["messages"], turn.reply] == messages
+
+
+@pytest.mark.parametrize(
+    ("broken", "good"), [(0, 2), (4, 2), (10, 2), (1, 0), (2, 0), (3, 0), (6, 0), (7, 0), (9, 0)]
+)
+def test_a_session_is_taken_unless_its_way_needs_a_broken_line(
+    config: Path, capsys: pytest.CaptureFixture[str], broken: int, good: int
+) -> None:
+    texts = [json.dumps(entry) for entry in SESSION]
+    texts[broken] = texts[broken][:-1]
+    file = config.with_name("session.jsonl")
+    file.write_text("\n".join([*texts, OTHER]))
+    assert main(["import", str(file), "--config", str(config)]) == 2
+    output = capsys.readouterr()
+    assert f"{file}, line {broken + 1}: " in output.err
+    assert ("this session is left out" in output.err) == (good == 0)
+    assert f"{file}: {good + 1} conversations imported" in output.out
 
 
 def test_a_missing_file_and_an_unknown_lineage_are_told(
@@ -234,6 +302,9 @@ class Dripping(io.BytesIO):
     def read(self, size: int | None = -1) -> bytes:
         return super().read(self.some)
 
+    def readline(self, size: int | None = -1) -> bytes:
+        return super().readline(size)
+
 
 JSON = st.recursive(
     st.none()
@@ -255,7 +326,9 @@ def test_objects_are_found_wherever_a_read_ends(
 ) -> None:
     texts = [json.dumps(value, indent=indent) for value in values]
     text = f"[{','.join(texts)}]" if as_list else "\n".join(texts)
-    found = [*json_objects(Dripping(text.encode(), some), "f")]
+    read = [*json_objects(Dripping(text.encode(), some), "f")]
+    found = [one for one in read if isinstance(one, Found)]
+    assert found == read
     assert [one.value for one in found] == values
     if not as_list:
         starts = [
@@ -264,19 +337,57 @@ def test_objects_are_found_wherever_a_read_ends(
         assert [one.line for one in found] == starts
 
 
-class Endless(io.RawIOBase):
-    """An object that does not end."""
+@given(OBJECTS, st.lists(st.integers(0, 3), max_size=6), st.data())
+def test_a_cut_line_takes_no_other_with_it(
+    values: list[Any], at: list[int], data: st.DataObject
+) -> None:
+    texts = [json.dumps({"messages": [value, {}]}) for value in values]
+    whole = [*texts]
+    for place in at:
+        text = data.draw(st.sampled_from(["{broken}", *whole]))
+        cut = text[: data.draw(st.integers(1, len(text) - 1))]
+        texts.insert(place, cut)
+    found = [*json_objects(io.BytesIO("\n".join(texts).encode()), "f")]
+    taken = [one.value for one in found if isinstance(one, Found)]
+    broken = [one.text for one in found if isinstance(one, Broken)]
+    assert [json.dumps(value) for value in taken] == whole
+    assert len(broken) == len({*broken}) == len(at)
 
-    def __init__(self) -> None:
+
+def test_a_line_that_is_too_long_is_passed_over_before_it_fills_the_memory(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    with file.open("wb") as out:
+        out.write(b'{"a": 1}\n{"b": "')
+        for _ in range(100):
+            out.write(b"x" * (1 << 20))
+        out.write(b'"}\n{"c": 2}\n')
+    tracemalloc.start()
+    with file.open("rb") as opened:
+        first, second, third = json_objects(opened, "f")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert isinstance(second, Broken)
+    assert second.text == "f, line 2: a line has more than 64 MiB"
+    assert [one.value for one in (first, third) if isinstance(one, Found)] == [{"a": 1}, {"c": 2}]
+    assert most < 3 * MOST_BYTES
+
+
+class Endless(io.BytesIO):
+    """A list with an object that does not end."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        assert size is not None
+        self.given = getattr(self, "given", 0) + size
+        return b'[{"a": "' + b"x" * (size - 8) if self.given == size else b"x" * size
+
+    def seek(self, offset: int, whence: int = 0) -> int:
         self.given = 0
-
-    def read(self, size: int = -1) -> bytes:
-        self.given += size
-        return b'{"a": "' + b"x" * (size - 7) if self.given == size else b"x" * size
+        return 0
 
 
-def test_an_object_that_is_too_long_is_refused_before_it_fills_the_memory() -> None:
+def test_an_object_of_a_list_that_is_too_long_is_refused_before_it_fills_the_memory() -> None:
     file = Endless()
-    with pytest.raises(ConfigError, match="line 1: an object has more than 64 MiB"):
-        next(json_objects(file, "f"))  # pyright: ignore[reportArgumentType]
+    (broken,) = json_objects(file, "f")
+    assert isinstance(broken, Broken)
+    assert broken.text.startswith("f, line 1: an object has more than 64 MiB")
     assert file.given < MOST_BYTES + (2 << 20)

@@ -197,6 +197,7 @@ FORMS = (
     "/page/turns/$open-turn$/forget",
     "/page/lineages/main/pause",
     "/page/versions/main/0/rollback",
+    "/page/export",
 )
 COOKIE = "Cookie: nextstate-8080=" + "t" * 43
 

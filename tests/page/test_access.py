@@ -31,7 +31,7 @@ PAGES = (
 FORMS = (
     *("/page/turns/turn_0/feedback", "/page/versions/main/0/rollback"),
     *("/page/lineages/main/pause", "/page/lineages/main/resume", "/page/logout"),
-    *("/page/turns/turn_0/forget", "/page/session/forget?name=s"),
+    *("/page/turns/turn_0/forget", "/page/session/forget?name=s", "/page/export"),
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import re
 import subprocess
@@ -11,25 +10,26 @@ import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from nextstate.episodes import Episode, EpisodeStatus, Reward, RewardKind
 from nextstate.records import Feedback, PolicyVersion, Timings, VersionState
 from nextstate.store import Store
-from tests.page.chromium import PROGRAM, Tab, chromium
+from tests.page.chromium import chromium, needs_browser
 from tests.page.running_page import Site, png, site
 from tests.proxy.running_proxy import add_version
 from tests.store.test_records import add, judge, turn
 
-PROCESSES = subprocess  # this file starts processes
+PROCESSES = subprocess  # this file starts browsers
 KEY = "the-proxy-key"
 SHOWN = (
     *("/", "/page/turns", "/page/turns/turn_3", "/page/sessions", "/page/session?name=agent-3"),
     *("/page/turns/turn_3/forget", "/page/session/forget?name=agent-3"),
     *("/page/episodes", "/page/episodes/words-1-0", "/page/versions", "/page/versions/main/1"),
     *("/page/versions/main/1/rollback", "/page/lineages/main/pause", "/page/running"),
-    *("/page/lineages/main/resume", "/page/export?what=kto", "/page/nothing"),
+    *("/page/lineages/main/resume", "/page/export?what=sft", "/page/nothing"),
 )
 NAME = re.compile(r"[^a-z0-9]+")
 AXE = Path(__file__).parents[2] / ".browser" / "node_modules" / "axe-core" / "axe.min.js"
@@ -105,25 +105,32 @@ def fill_episodes(store: Store) -> None:
     store.episodes.close("broken-1", EpisodeStatus.FAILED, None, None)
 
 
-needs_browser = pytest.mark.skipif(PROGRAM is None, reason="needs chromium: make chromium")
-needs_axe = pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: make chromium")
+needs_axe = pytest.mark.skipif(not AXE.exists(), reason="needs axe-core: make gui")
 
 
 @asynccontextmanager
 async def browsing(
     store: Store, tmp_path: Path, width: int, dark: bool
-) -> AsyncGenerator[tuple[Site, Tab]]:
-    """A site with content, and a browser that is logged in there."""
+) -> AsyncGenerator[tuple[Site, Any, list[str]]]:
+    """A site with content, a tab that is logged in there, and what the browser complains of."""
     fill(store, tmp_path)
-    async with site(store, tmp_path, KEY) as page, chromium(tmp_path / "profile") as tab:
-        await tab.look(width, dark)
-        await tab.open(page.url)
-        assert await tab.value("location.pathname") == "/page/login"
+    async with site(store, tmp_path, KEY) as page, chromium(width, dark=dark) as tab:
+        complaints: list[str] = []
+        tab.on("console", lambda said: complaints.append(said.text))
+        tab.on("pageerror", lambda error: complaints.append(str(error)))
+        await tab.goto(page.url)
+        assert await tab.evaluate("location.pathname") == "/page/login"
         await picture(f"login-{width}-{dark}", tab)
-        await tab.value(f"document.querySelector('#key').value = {KEY!r}")
-        await tab.click("main button")
-        assert await tab.value("location.pathname") == "/"
-        yield page, tab
+        await tab.fill("#key", KEY)
+        await click(tab, "main button")
+        assert await tab.evaluate("location.pathname") == "/"
+        yield page, tab, complaints
+
+
+async def click(tab: Any, selector: str) -> None:
+    """Presses what the selector finds first, and waits for the page that this loads."""
+    async with tab.expect_navigation():
+        await tab.click(selector)
 
 
 @needs_browser
@@ -134,18 +141,18 @@ def test_no_page_is_too_wide_breaks_its_rules_or_shuts_people_out(
 ) -> None:
     async def run() -> None:
         axe = await asyncio.to_thread(AXE.read_text)
-        async with browsing(store, tmp_path, width, dark) as (page, tab):
+        async with browsing(store, tmp_path, width, dark) as (page, tab, complaints):
             for path in SHOWN:
-                await tab.open(page.url + path)
-                assert await tab.value(OVERFLOW) <= 0, (path, width)
-                colour = await tab.value("getComputedStyle(document.body).backgroundColor")
+                await tab.goto(page.url + path)
+                assert await tab.evaluate(OVERFLOW) <= 0, (path, width)
+                colour = await tab.evaluate("getComputedStyle(document.body).backgroundColor")
                 assert (colour == "rgb(20, 23, 27)") == dark, "the stylesheet holds"
                 await picture(f"{NAME.sub('-', path)}-{width}-{dark}", tab)
-                await tab.value(f"{axe};0")
-                found = await tab.result("axe.run().then(r => JSON.stringify(r.violations))")
-                bad = [one for one in json.loads(found) if one["impact"] in ("serious", "critical")]
-                assert bad == [], (path, json.dumps(bad, indent=1)[:4000])
-            assert [one for one in tab.complaints if "404" not in one] == []
+                await tab.evaluate(f"{axe};0")
+                found = await tab.evaluate("axe.run().then(r => r.violations)")
+                bad = [one for one in found if one["impact"] in ("serious", "critical")]
+                assert bad == [], path
+            assert [one for one in complaints if "404" not in one] == []
 
     asyncio.run(run())
 
@@ -156,23 +163,23 @@ def test_every_button_works(store: Store, tmp_path: Path) -> None:
     buttons = "[...document.querySelectorAll('button, a.button')].map(b => b.innerText)"
 
     async def run() -> None:
-        async with browsing(store, tmp_path, 390, False) as (page, tab):
+        async with browsing(store, tmp_path, 390, False) as (page, tab, _):
             pressed.add("Log in")
 
             async def press(path: str, selector: str, *, says: str) -> None:
                 """Presses a button of a page and reads what the next page says."""
                 if path:
-                    await tab.open(page.url + path)
-                text = await tab.value(f"document.querySelector({selector!r}).innerText")
+                    await tab.goto(page.url + path)
+                text = await tab.inner_text(selector)
                 pressed.add(text)
-                await tab.click(selector)
-                assert says in await tab.value("document.body.innerText"), (path, text)
+                await click(tab, selector)
+                assert says in await tab.inner_text("body"), (path, text)
 
             turn = "/page/turns/turn_5"
             await press(turn, ".feedback button.good", says="Kept: +1.")
             await press(turn, ".feedback button[value='0']", says="Kept: +0.")
-            await tab.open(page.url + turn)
-            await tab.value("document.querySelector('#hint').value = 'Be brief.'")
+            await tab.goto(page.url + turn)
+            await tab.fill("#hint", "Be brief.")
             await press("", ".feedback button.bad", says="Kept: -1.")
             assert store.judging.feedback("turn_5") == Feedback("turn_5", -1, "Be brief.")
             await press("", "main a.button", says="Conversation")
@@ -193,18 +200,26 @@ def test_every_button_works(store: Store, tmp_path: Path) -> None:
             assert store.versions.serving("main").number == 1
             for path, word in (("/page/turns", "Turns"), ("/page/sessions", "Sessions")):
                 await press(path, "a[rel=next]", says=word)
-                assert "before=" in await tab.value("location.search")
+                assert "before=" in await tab.evaluate("location.search")
                 await press("", ".pager a", says=word)
             await press("/page/turns", ".filters button", says="Turns")
-            await tab.open(f"{page.url}/page/episodes")
-            await tab.value("document.querySelector('select').value = 'failed'")
+            await tab.goto(f"{page.url}/page/episodes")
+            await tab.select_option("select", "failed")
             await press("", ".filters button", says="words-1-1")
-            assert "words-1-0" not in await tab.value("document.querySelector('main').innerText")
+            assert "words-1-0" not in await tab.inner_text("main")
             await press("/page/export", ".filters button", says="nextstate export sft --out")
+            button = "main form[method=post] button"
+            pressed.add(await tab.inner_text(button))
+            async with tab.expect_download() as coming:
+                await tab.click(button)
+            download = await coming.value
+            assert download.suggested_filename == "main-sft.jsonl"
+            saved = await asyncio.to_thread(Path(await download.path()).read_text)
+            assert "The cache was cold" in saved.splitlines()[0]
             known: set[str] = set()
             for path in SHOWN:
-                await tab.open(page.url + path)
-                known |= set(await tab.value(buttons))
+                await tab.goto(page.url + path)
+                known |= set(await tab.evaluate(buttons))
             await press("/", "header button", says="Log in")
             assert known <= pressed, known - pressed
 
@@ -214,24 +229,25 @@ def test_every_button_works(store: Store, tmp_path: Path) -> None:
 @needs_browser
 def test_a_page_shows_what_happens_without_being_loaded_again(store: Store, tmp_path: Path) -> None:
     async def run() -> None:
-        async with browsing(store, tmp_path, 1100, False) as (page, tab):
-            await tab.open(page.url)
-            await tab.value("document.querySelector('details').open = true")
-            await tab.value("window.same = document.querySelector('summary'); same.focus()")
+        async with browsing(store, tmp_path, 1100, False) as (page, tab, complaints):
+            await tab.goto(page.url)
+            await tab.evaluate("document.querySelector('details').open = true")
+            await tab.evaluate("window.same = document.querySelector('summary'); same.focus()")
             await asyncio.to_thread(store.versions.pause, "main", "ann")
-            await tab.becomes("document.body.innerText.includes('Let it go on')")
-            assert await tab.value("document.querySelector('details').open")
-            assert await tab.value("document.activeElement === same")
-            await tab.open(f"{page.url}/page/turns")
-            await tab.value("document.querySelector('#turn_525 a').focus(); window.mark = 1")
+            await tab.wait_for_selector("text=Let it go on")
+            assert await tab.evaluate("document.querySelector('details').open")
+            assert await tab.evaluate("document.activeElement === same")
+            await tab.goto(f"{page.url}/page/turns")
+            await tab.focus("#turn_525 a")
+            await tab.evaluate("window.mark = 1")
             messages = [{"role": "user", "content": "Is it <b>live</b>?"}]
             new = turn(900, request={"messages": messages}, session="agent-3")
             await asyncio.to_thread(add, store, new)
-            await tab.becomes("document.querySelector('article').id", "turn_900")
-            assert "Is it <b>live</b>?" in await tab.value("document.body.innerText")
-            assert await tab.value("document.activeElement.closest('article').id") == "turn_525"
-            assert await tab.value("window.mark") == 1
-            assert tab.complaints == []
+            await tab.wait_for_selector("article >> nth=0 >> css=:scope#turn_900")
+            assert "Is it <b>live</b>?" in await tab.inner_text("body")
+            assert await tab.evaluate("document.activeElement.closest('article').id") == "turn_525"
+            assert await tab.evaluate("window.mark") == 1
+            assert complaints == []
 
     asyncio.run(run())
 
@@ -242,36 +258,35 @@ def test_the_keyboard_reaches_everything_and_shows_where_it_is(
     store: Store, tmp_path: Path, path: str
 ) -> None:
     async def run() -> None:
-        async with browsing(store, tmp_path, 1100, False) as (page, tab):
-            await tab.open(page.url + path)
-            await tab.key("Tab", 9)
-            assert await tab.value("document.activeElement.className") == "skip"
-            assert await tab.value("document.activeElement.getBoundingClientRect().x") >= 0
-            wanted = await tab.value(
+        async with browsing(store, tmp_path, 1100, False) as (page, tab, _):
+            await tab.goto(page.url + path)
+            await tab.keyboard.press("Tab")
+            assert await tab.evaluate("document.activeElement.className") == "skip"
+            assert await tab.evaluate("document.activeElement.getBoundingClientRect().x") >= 0
+            wanted = await tab.evaluate(
                 "window.wanted = [...document.querySelectorAll('a, button, input, select, textarea,"
                 " summary, [tabindex]')].filter(e => e.type !== 'hidden' && e.getClientRects()"
                 ".length); wanted.length"
             )
             reached = {0}
             for _ in range(wanted):
-                await tab.key("Tab", 9)
-                place = await tab.value("wanted.indexOf(document.activeElement)")
+                await tab.keyboard.press("Tab")
+                place = await tab.evaluate("wanted.indexOf(document.activeElement)")
                 if place >= 0:
-                    style = await tab.value("getComputedStyle(document.activeElement).outlineStyle")
-                    assert style == "solid", place
+                    style = "getComputedStyle(document.activeElement).outlineStyle"
+                    assert await tab.evaluate(style) == "solid", place
                     reached.add(place)
             missed = sorted({*range(wanted)} - reached)
-            html = [await tab.value(f"wanted[{place}].outerHTML") for place in missed]
+            html = [await tab.evaluate(f"wanted[{place}].outerHTML") for place in missed]
             assert html == []
-            await tab.open(page.url + path)
-            await tab.key("Tab", 9)
-            await tab.key("Enter", 13)
-            await tab.key("Tab", 9)
-            assert await tab.value("document.activeElement.closest('main') !== null")
+            await tab.goto(page.url + path)
+            for key in ("Tab", "Enter", "Tab"):
+                await tab.keyboard.press(key)
+            assert await tab.evaluate("document.activeElement.closest('main') !== null")
 
     asyncio.run(run())
 
 
-async def picture(name: str, tab: Tab) -> None:
+async def picture(name: str, tab: Any) -> None:
     if PICTURES is not None:
-        await tab.picture(Path(PICTURES) / f"{name}.png")
+        await tab.screenshot(path=Path(PICTURES) / f"{name}.png", full_page=True)

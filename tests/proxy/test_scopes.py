@@ -151,10 +151,13 @@ def test_the_page_is_for_keys_that_may_read_and_its_buttons_for_admins(
         pause = "/page/lineages/main/pause"
         answer = await site.http.get(site.url + pause)
         assert answer.status == (200 if changes else 403)
-        sent = await site.http.post(site.url + pause, data={"token": "x"})
-        told = await sent.text()
-        assert sent.status == 403  # an admin's, because the form has a wrong token
-        assert ("too old" in told) is changes
+        export = "/page/export"
+        assert ("<button>Download" in await site.get(f"{export}?what=sft")) is changes
+        for path in (pause, export):
+            sent = await site.http.post(site.url + path, data={"token": "x"})
+            told = await sent.text()
+            assert sent.status == 403  # an admin's, because the form has a wrong token
+            assert ("too old" in told) is changes
         store.keys.revoke("k")
         async with asyncio.timeout(10):
             while "Log in" not in await site.get("/"):

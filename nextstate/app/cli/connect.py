@@ -99,27 +99,36 @@ def _again(args: argparse.Namespace, *more: str) -> str:
 
 def _run_file(args: argparse.Namespace, agent: FileAgent, path: Path) -> int:
     from nextstate.app.connect import settings_file
-    from nextstate.app.connect.editing import connected
+    from nextstate.app.connect.editing import connected, settings_in
     from nextstate.app.connect.shown_diff import shown_diff
 
     target, hold_s = _target(args)
     found = settings_file.find(path)
     text = connected(agent, target, found, args.plugin)
+    mode = settings_file.readers(found) if target.key and target.key in text else 0
     if text.encode() == found.data:
         print(f"{found.path} names the proxy already")
+        if mode and not args.dry_run:
+            settings_file.make_private(found)
     else:
         print(shown_diff(str(found.path), found.text, text))
-        if args.dry_run:
-            return 0
-        copy = settings_file.write(found, text.encode())
-        print(f"\nwrote {found.path}; before: {copy}")
-        print(f"back again: {_again(args, '--undo')}")
+        if not args.dry_run:
+            copy = settings_file.write(found, text.encode(), private=mode != 0)
+            print(f"\nwrote {found.path}; before: {copy}")
+            print(f"back again: {_again(args, '--undo')}")
+    if mode:
+        holds = "would hold" if args.dry_run else "holds"
+        print(
+            f"{found.path} {holds} the proxy's key, so only its owner may read it then: its mode "
+            f"was {mode:04o}. --undo restores that; if the agent runs as another user: "
+            f"chmod {mode:o} {shlex.quote(str(found.path))}"
+        )
     if target.context is None:
         print(
             "the model's context is not known: once the proxy is up, run this again, or set "
             "[engine] max_model_len"
         )
-    if needs := agent.needs(target):
+    if needs := agent.needs(target, settings_in(agent, text)):
         print(needs)
     if agent.plugin and connected(agent, target, found, plugin=True) != text:
         print(f"its plugin adds /good and /bad to the chat: {_again(args, '--plugin')}")
@@ -150,8 +159,9 @@ def _target(args: argparse.Namespace) -> tuple[Target, float]:
     from nextstate.app.settings import Settings
 
     settings = Settings.read(args.config)
-    target = asyncio.run(with_context(target_of(settings, args.lineage, args.key_env)))
-    return target, settings.proxy.hold_s
+    hold_s = settings.proxy.hold_s
+    target = asyncio.run(with_context(target_of(settings, args.lineage, args.key_env), hold_s))
+    return target, hold_s
 
 
 def _first_turn(target: Target, hold_s: float, stream: Any = None) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 
 _ADAPTER = "adapter"
 _TAKES_IMPORTED = ("sft", "prompts")
+_PRINTED = Path("-")
 _BLOCK_BYTES = 10 << 20
 """What `datasets` reads at once."""
 _EPILOG = """\
@@ -36,6 +39,7 @@ only with --in-clear: keep it where you may, and delete it when it has been of u
 examples:
   nextstate export kto --out kto.parquet
   nextstate export dpo --out pairs.parquet --lineage work
+  nextstate export turns --out - | gzip > turns.jsonl.gz
   nextstate export adapter --version 3 --out my-adapter
   nextstate export adapter --version 3 --out my-model --merged
 """
@@ -47,8 +51,10 @@ def add(subparsers: Any) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = ("sft", "kto", "dpo", "prompts", "traces", "turns", _ADAPTER)
     parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
-    text = "a new file that ends in .jsonl or .parquet; for an adapter a new folder"
+    text = "a new file that ends in .jsonl or .parquet, or - (prints it); for an adapter a folder"
     parser.add_argument("--out", type=Path, required=True, metavar="PATH", help=text)
+    text = "with --out -: Parquet instead of JSON lines"
+    parser.add_argument("--parquet", action="store_true", help=text)
     text = "only turns of this lineage; for an adapter its own (default: all, and main)"
     parser.add_argument("--lineage", metavar="NAME", help=text)
     text = "the policy version of an adapter"
@@ -66,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
 
     settings = Settings.read(args.config)
-    check_target(args.out)
+    if args.out != _PRINTED or args.what == _ADAPTER:
+        check_target(args.out)
     (_export_adapter if args.what == _ADAPTER else _export_turns)(settings, args)
     return 0
 
@@ -75,14 +82,18 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.progress import Progress
 
-    from nextstate.app.export_files import LINES, PARQUET, write_rows
+    from nextstate.app.export_files import LINES, PARQUET, send_rows, write_rows
     from nextstate.app.exports import FORMATS, stored
     from nextstate.errors import StartError
 
     format_ = FORMATS[args.what]
     suffixes = (LINES,) if format_.columns is None else (LINES, PARQUET)
-    if args.out.suffix not in suffixes:
+    printed = args.out == _PRINTED
+    suffix = (PARQUET if args.parquet else LINES) if printed else args.out.suffix
+    if suffix not in suffixes:
         raise StartError(f"--out {args.out}: expected a name that ends in {' or '.join(suffixes)}")
+    if args.parquet and not printed:
+        raise StartError("--parquet is for --out - only: elsewhere the end of the name decides")
     if args.imported and args.what not in _TAKES_IMPORTED:
         raise StartError(f"--imported is for {' and '.join(_TAKES_IMPORTED)}: nobody judged these")
     if args.version is not None or args.merged:
@@ -96,19 +107,28 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
             lambda at: progress.update(bar, completed=at),
             imported=args.imported,
         )
-        count = write_rows(args.out, format_.rows(store, source), format_.columns)
+        rows = format_.rows(store, source)
+        first = next(rows, None)  # nothing is written without one
+        if first is None:
+            count = 0
+        elif printed:
+            columns = format_.columns if args.parquet else None
+            count = send_rows(sys.stdout.buffer, chain([first], rows), columns)
+            sys.stdout.flush()
+        else:
+            count = write_rows(args.out, chain([first], rows), format_.columns)
     if not count:
-        args.out.unlink()
         if args.lineage not in (None, *settings.all_lineages):
             known = ", ".join(settings.all_lineages)
             raise StartError(f"--lineage {args.lineage!r:.80} has no turn here; known: {known}")
         of = "judged " if args.what in ("sft", "kto", "dpo") else ""
         raise StartError(
-            f"{args.out} is not written: no {of}turn fits; `nextstate status` says how many there "
-            "are"
+            f"nothing is written: no {of}turn fits; `nextstate status` says how many there are"
         )
+    if printed:
+        return
     print(f"{args.out}: {count} rows")
-    if args.out.suffix == LINES and args.out.stat().st_size > _BLOCK_BYTES and format_.columns:
+    if suffix == LINES and args.out.stat().st_size > _BLOCK_BYTES and format_.columns:
         print(
             "datasets.load_dataset takes the columns from the first 10 MB of JSON lines and fails "
             "where a tool is called only later: for it, export to a name that ends in .parquet"

@@ -59,16 +59,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _first_start(file: Path, defaults: bool) -> str | None:
     """Makes the configuration file and checks it; the agent, or None if the checks failed."""
+    from demo import smollm2
     from nextstate.app import first_file
     from nextstate.app.cli.connect import AGENT_NAMES
     from nextstate.app.cli.doctor import show_checks
     from nextstate.errors import StartError
 
-    gpus = first_file.gpu_count()
+    gpus, small = first_file.gpu_count(), smollm2.cache_folder()
+    small = small if smollm2.is_ready(small) else None
     if defaults:
-        answers = first_file.Answers()
+        answers = first_file.usual(gpus, small)
     elif sys.stdin.isatty() and sys.stdout.isatty():
-        answers = first_file.ask(input, print, AGENT_NAMES, first_file.cached_models(), gpus)
+        cached = first_file.cached_models()
+        answers = first_file.ask(input, print, AGENT_NAMES, cached, gpus, small)
     else:
         raise StartError(
             f"there is no file {file} and no terminal to ask what should be in it: run "

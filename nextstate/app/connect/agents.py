@@ -27,8 +27,8 @@ class FileAgent:
     """Its settings file, by the environment and the home folder."""
     edits: Callable[[Target, Json], list[Edit]]
     """What to set, by what its file holds now."""
-    needs: Callable[[Target], str | None] = lambda _: None
-    """What else a person must do; None if nothing."""
+    needs: Callable[[Target, Json], str | None] = lambda target, found: None
+    """What else a person must know or do, by what its file holds then; None if nothing."""
     plugin: Callable[[Json], list[Edit]] | None = None
     """What makes it load NextState's plugin, by what its file holds now; None if there is none."""
 
@@ -46,14 +46,43 @@ class EnvironmentAgent:
     """What its code or command line must name; `{model}` stands for the model."""
 
 
-def openclaw_needs(target: Target) -> str | None:
-    if target.context is None or target.context >= _OPENCLAW_CONTEXT:
+def openclaw_needs(target: Target, found: Json) -> str | None:
+    is_short = _inner(found, "agents", "defaults").get("contextInjection") == "never"
+    if target.context is None:
         return None
-    return (
-        f"the model's context has {target.context} tokens; OpenClaw's first request alone has 12 "
-        "to 20 thousand: serve a model with 32k or more ([engine] max_model_len), or shorten its "
-        "prompts (docs/start-openclaw.md)"
+    if target.context >= OPENCLAW_CONTEXT:
+        if not is_short:
+            return None
+        return (
+            "OpenClaw's settings keep its prompts short (contextInjection, skills, tools.deny), "
+            "and this model has room for long ones: to give it its tools back, take them out, or "
+            "use --undo and connect again"
+        )
+    text = (
+        f"the model's context has {target.context} tokens, and OpenClaw's own prompt alone has "
+        "about 15 thousand. So its prompts are made short: it talks, WITHOUT tools, skills and "
+        "files of its workspace. For these serve a model with 32k tokens or more ([engine] "
+        "max_model_len), use --undo, and connect again"
     )
+    if target.context < _OPENCLAW_LEAST:
+        text += (
+            f". Even its short prompt has about {_OPENCLAW_SHORT} tokens: with {target.context} it "
+            "soon forgets what was said, or cannot answer at all"
+        )
+    return text
+
+
+def _openclaw_short(defaults: Json) -> list[Edit]:
+    """Its own settings that make its prompts short: no tools, skills and files of its workspace."""
+    here = ("agents", "defaults")
+    edits: list[Edit] = [
+        ((*here, "skipBootstrap"), True),
+        ((*here, "contextInjection"), "never"),
+        ((*here, "skills"), []),
+    ]
+    if "maxTokens" not in _inner(defaults, "params"):
+        edits.append(((*here, "params", "maxTokens"), 256))
+    return [*edits, (("tools", "deny", Item("*")), "*")]
 
 
 def openclaw_file(env: Mapping[str, str], home: Path) -> Path:
@@ -80,6 +109,8 @@ def openclaw_edits(target: Target, found: Json) -> list[Edit]:
     edits.append(((*model, "compat", "sendSessionAffinityHeaders"), True))
     defaults = _inner(found, "agents", "defaults")
     chosen = ("agents", "defaults", "model")
+    if target.context and target.context < OPENCLAW_CONTEXT:
+        edits += _openclaw_short(defaults)
     plain = isinstance(defaults.get("model"), str)
     edits.append((chosen if plain else (*chosen, "primary"), reference))
     if _inner(defaults, "modelPolicy").get("allow"):  # an empty list allows every model
@@ -186,7 +217,9 @@ def _openai(target: Target) -> dict[str, str]:
 
 
 _LITELLM = "OPENAI_API_BASE"
-_OPENCLAW_CONTEXT = 32_000
+OPENCLAW_CONTEXT = 32_000
+"""Tokens of context with which OpenClaw is useful as it is."""
+_OPENCLAW_SHORT, _OPENCLAW_LEAST = 2_000, 6_000
 _QWEN_VERSION = 4
 
 FILE_AGENTS = (
@@ -196,7 +229,7 @@ FILE_AGENTS = (
         "toml",
         lambda env, home: Path(env.get("CODEX_HOME") or home / ".codex") / "config.toml",
         codex_edits,
-        lambda target: (
+        lambda target, _: (
             f"codex reads the key from ${target.key_variable}: export it in the shell that "
             "starts codex"
             if target.key_variable

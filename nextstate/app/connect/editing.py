@@ -34,6 +34,11 @@ def connected(agent: FileAgent, target: Target, found: Found, plugin: bool) -> s
         ) from None
 
 
+def settings_in(agent: FileAgent, text: str) -> Json:
+    """What the text of an agent's settings holds."""
+    return tomllib.loads(text) if agent.language == "toml" else obj(plain(parse(text)))
+
+
 def _json5(text: str, edits: Callable[[Json], list[Edit]]) -> str:
     text = text if text.strip() else "{}\n"
     for path, value in edits(obj(plain(parse(text)))):

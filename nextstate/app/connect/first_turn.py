@@ -48,10 +48,14 @@ def target_of(settings: Settings, lineage: str, key_env: str = "") -> Target:
     )
 
 
-async def with_context(target: Target) -> Target:
-    """The target with the context that the engine has, if the proxy is up and tells it."""
+async def with_context(target: Target, hold_s: float) -> Target:
+    """The target with the context that the engine has, if the proxy is up and tells it.
+
+    The proxy waits up to `hold_s` for an engine that loads its model.
+    """
+    timeout_s = hold_s + _ANSWERS_WITHIN_S
     try:
-        async with _proxy(target, 5.0) as http, http.get(f"{target.api}/models") as answer:
+        async with _proxy(target, timeout_s) as http, http.get(f"{target.api}/models") as answer:
             said = json_object(await answer.read()) or {}
     except (aiohttp.ClientError, TimeoutError, OSError):
         return target

@@ -60,9 +60,21 @@ def find(path: Path) -> Found:
     return Found(real, real.read_bytes())
 
 
-def write(found: Found, data: bytes) -> Path:
+def readers(found: Found) -> int:
+    """The mode of a file that others than its owner may read or write; 0 of any other."""
+    mode = stat.S_IMODE(found.path.stat().st_mode) if found.path.exists() else 0
+    return mode if mode & 0o077 else 0
+
+
+def make_private(found: Found) -> None:
+    """Takes the file from everybody but its owner. `undo` restores its mode."""
+    found.path.chmod(stat.S_IMODE(found.path.stat().st_mode) & 0o700)
+
+
+def write(found: Found, data: bytes, *, private: bool = False) -> Path:
     """Replaces the file and returns the copy of what was there before.
 
+    It keeps its mode, or with `private` loses what others may; the copy has the first one's mode.
     If the file is as an earlier call left it, the copy that was made then is kept as the one
     before. Raises ConfigError if the file has changed since `found` was read.
     """
@@ -74,11 +86,11 @@ def write(found: Found, data: bytes) -> Path:
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{found.path}: {error}; name another file with --file") from None
     copy = _copy_name(found.path, data, absent)
-    _replace(copy, before or b"", like=found.path)
+    _replace(copy, before or b"", like=earlier or found.path)
     if find(found.path).data != found.data:
         copy.unlink()
         raise ConfigError(f"{found.path} was changed by another program just now: try again")
-    _replace(found.path, data, like=found.path)
+    _replace(found.path, data, like=found.path, private=private)
     if earlier is not None and earlier != copy:
         earlier.unlink()
     return copy
@@ -101,7 +113,7 @@ def undo(found: Found) -> Path | None:
     if _NO_FILE in copy.name:
         found.path.unlink()
     else:
-        _replace(found.path, copy.read_bytes(), like=found.path)
+        _replace(found.path, copy.read_bytes(), like=copy)
     copy.unlink()
     left = _copies(found.path)
     return _newest(left) if left else None
@@ -132,7 +144,7 @@ def _copy_name(path: Path, written: bytes, absent: bool) -> Path:
     return path.with_name(f"{path.name}.{kind}-{hashlib.sha256(written).hexdigest()[:16]}")
 
 
-def _replace(path: Path, data: bytes, like: Path) -> None:
+def _replace(path: Path, data: bytes, like: Path, *, private: bool = False) -> None:
     """Writes the file in one step, with mode and owner of `like`; private if there is no such."""
     descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.")
     try:
@@ -141,7 +153,7 @@ def _replace(path: Path, data: bytes, like: Path) -> None:
                 status = like.stat()
                 if (status.st_uid, status.st_gid) != (os.geteuid(), os.getegid()):
                     os.chown(name, status.st_uid, status.st_gid)
-                os.chmod(name, stat.S_IMODE(status.st_mode))
+                os.chmod(name, stat.S_IMODE(status.st_mode) & (0o700 if private else 0o7777))
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -12,6 +12,7 @@ from urllib.parse import parse_qs
 from aiohttp import web
 
 from nextstate.app.page.changes import Changes, Done, Rollback
+from nextstate.app.page.exporting import Downloads
 from nextstate.app.page.live import Streams, watched
 from nextstate.app.page.logins import (
     LASTS_S,
@@ -57,7 +58,7 @@ _STATIC = {
     "/page/htmx/htmx.min.js": "text/javascript",
     "/page/htmx/hx-sse.min.js": "text/javascript",
 }
-_EVENTS = "/page/events"
+_EVENTS, _EXPORT = "/page/events", "/page/export"
 _WRONG_KEY = "This is not the proxy's key, or it may not look at the page."
 _MOST_FIELDS, _MOST_FORM_BYTES = 16, 1 << 16
 _TURN = r"/page/turns/([\w.-]{1,40})"
@@ -84,7 +85,7 @@ _SHOWN: tuple[tuple[re.Pattern[str], Callable[[Screens, Visit], Shown]], ...] = 
         (_LINEAGE + r"/pause", Screens.pause),
         (_LINEAGE + r"/resume", Screens.resume),
         (r"/page/running", Screens.running),
-        (r"/page/export", Screens.export),
+        (_EXPORT, Screens.export),
     )
 )
 _CHANGED: tuple[tuple[re.Pattern[str], Callable[[Changes, Visit], Awaitable[Done]]], ...] = tuple(
@@ -124,6 +125,7 @@ class Page:
         redactor = settings.privacy.redactor
         self._changes = Changes(settings, store, self._screens, rollback, allowance, redactor)
         self._streams = Streams(lambda: watched(store, health))
+        self._downloads = Downloads(settings, store)
         self._logins = Logins(settings.store.path / "logins", keys)
         # Browsers send a cookie to every port of a host.
         self._cookie = f"nextstate-{settings.proxy.port}"
@@ -183,6 +185,9 @@ class Page:
             return await self._show(request, visitor)
         if not is_ours(visitor.cookie, form.get("token", "")):
             raise Refused(403, "This form is too old: go back, load its page again and resend it.")
+        if path == _EXPORT:
+            visit = Visit(visitor, request.path_qs, (), request.query, form)
+            return await self._downloads.send(request, visit, HEADERS)
         return await self._change(request, visitor, form)
 
     async def _visitor(self, request: web.Request) -> Visitor | None:

@@ -211,7 +211,7 @@ class Screens:
         return self._page("running.html", visit, **found)
 
     def export(self, visit: Visit) -> Shown:
-        found = exporting.command(
+        found = exporting.shown(
             self._settings,
             self._store,
             visit.lineage(),

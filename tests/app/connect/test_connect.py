@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 import shlex
+import stat
 import tomllib
 from pathlib import Path
 
@@ -13,7 +14,9 @@ import pytest
 
 from nextstate.app.cli import main
 from nextstate.app.cli.connect import AGENT_NAMES
+from nextstate.app.connect import first_turn
 from nextstate.app.connect.agents import AGENTS, ENVIRONMENT_AGENTS, FILE_AGENTS
+from nextstate.app.connect.target import Target
 from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.records import TurnKind
@@ -213,6 +216,34 @@ def test_the_key_is_written_and_not_shown(home: Path, capsys: pytest.CaptureFixt
     assert KEY not in shown.out + shown.err
 
 
+@pytest.mark.parametrize("agent", FILES)
+def test_a_file_that_others_read_is_private_once_it_holds_the_key_and_undo_restores_its_mode(
+    agent: str, home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_config(home, "http://127.0.0.1:1", 'api_key_env = "NEXTSTATE_TEST_KEY"')
+    file = home / FILES[agent]
+    file.parent.mkdir(parents=True)
+    before = b"" if agent == "codex" else b"{}"
+    file.write_bytes(before)
+    file.chmod(0o644)
+    has_key = agent != "codex"  # it reads the key from the environment
+    private, told = (0o600, f"chmod 644 {file}") if has_key else (0o644, "")
+    connect(home, agent, "--dry-run")
+    assert (f"{file} would hold the proxy's key" in capsys.readouterr().out) == has_key
+    connect(home, agent)
+    assert stat.S_IMODE(file.stat().st_mode) == private
+    assert told in capsys.readouterr().out
+    write_config(home, "http://127.0.0.1:2", 'api_key_env = "NEXTSTATE_TEST_KEY"')
+    connect(home, agent)
+    assert "chmod" not in capsys.readouterr().out
+    file.chmod(0o644)
+    connect(home, agent)  # names the proxy already
+    assert stat.S_IMODE(file.stat().st_mode) == private
+    assert told in capsys.readouterr().out
+    assert connect(home, agent, "--undo") == 0
+    assert (file.read_bytes(), stat.S_IMODE(file.stat().st_mode)) == (before, 0o644)
+
+
 def test_a_proxy_that_is_not_up_is_named_with_the_command_that_starts_it(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,11 +264,82 @@ def test_without_a_proxy_the_context_is_the_configured_one(home: Path) -> None:
     assert model["limit"] == {"context": 40960, "output": 10240}
 
 
-def test_a_context_that_is_too_small_for_openclaw_is_said(
+def test_a_context_that_is_too_small_for_openclaw_makes_its_prompts_short_and_says_so(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    file = home / FILES["openclaw"]
+    file.parent.mkdir()
+    defaults = "{ skills: ['a'], params: { maxTokens: 99 } }"
+    before = f"{{ agents: {{ defaults: {defaults} }}, tools: {{ deny: ['x'] }} }}"
+    file.write_text(before)
+    through(home, "openclaw", context=8192)
+    text = file.read_text()
+    for setting in (
+        *('"skipBootstrap": true', '"contextInjection": "never"', "skills: []"),
+        *("params: { maxTokens: 99 }", """deny: ['x', "*"]""", '"contextWindow": 8192'),
+    ):
+        assert setting in text, text
+    said = capsys.readouterr().out
+    assert "the model's context has 8192 tokens" in said
+    assert "WITHOUT tools" in said
+    assert "soon forgets" not in said
+    through(home, "openclaw", context=65_536)
+    assert "this model has room for long ones" in capsys.readouterr().out
+    assert file.read_text().count("skipBootstrap") == 1
+    connect(home, "openclaw", "--undo")
+    assert file.read_text() == before
     through(home, "openclaw", context=4096)
-    assert "the model's context has 4096 tokens" in capsys.readouterr().out
+    assert "with 4096 it soon forgets" in capsys.readouterr().out
+    connect(home, "openclaw", "--undo")
+    through(home, "openclaw", context=65_536)
+    assert "skipBootstrap" not in file.read_text()
+    assert "prompts" not in capsys.readouterr().out
+
+
+def test_the_context_of_an_engine_that_still_loads_is_waited_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Store(StoreConfig(dir=str(home / "proxy")))
+
+    async def run() -> None:
+        async with scripted_engine() as engine:
+            engine.healthy = False
+            async with running(engine.url, store, home) as p:
+                held = asyncio.Event()
+                wait = p.proxy.versions.wait_admitted
+
+                async def waited(seconds: float) -> None:
+                    held.set()
+                    await wait(seconds)
+
+                monkeypatch.setattr(p.proxy.versions, "wait_admitted", waited)
+                write_config(home, p.url)
+                command = asyncio.create_task(asyncio.to_thread(connect, home, "openclaw"))
+                await asyncio.wait_for(held.wait(), 30)
+                engine.healthy = True
+                assert await command == 0
+
+    asyncio.run(run())
+    assert '"contextWindow": 4096' in (home / FILES["openclaw"]).read_text()
+
+
+def test_an_engine_that_never_comes_up_is_waited_for_as_long_as_the_proxy_holds_a_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(first_turn, "_ANSWERS_WITHIN_S", 0.05)
+
+    async def run() -> None:
+        async with scripted_engine() as engine:
+            engine.frozen = asyncio.Event()
+            target = Target(engine.url, "base")
+            async with asyncio.timeout(4):
+                assert await first_turn.with_context(target, 0.05) == target
+            asked = asyncio.create_task(first_turn.with_context(target, 60.0))
+            await asyncio.sleep(0)
+            engine.frozen.set()
+            assert (await asked).context == engine.context
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +35,8 @@ class Agent:
     accepts: tuple[str, ...] = ()
     """The agent's own check of its settings."""
     names_sessions: bool = False
+    context: int = 65_536
+    """Tokens that the engine tells."""
 
 
 AGENTS = (
@@ -74,15 +76,18 @@ AGENTS = (
 def if_installed(agent: Agent, *marks: pytest.MarkDecorator, speaks: bool = True) -> object:
     reason = f"{agent.name} is not installed: `make clients` does it"
     missing = pytest.mark.skipif(not (NODE / agent.program).exists(), reason=reason)
-    name = agent.name if speaks else f"{agent.name}-settings"
+    name = f"{agent.name}-{agent.context}" + ("" if speaks else "-settings")
     return pytest.param(agent, speaks, marks=[missing, *marks], id=name)
 
 
 OPENCLAW, *OTHERS = AGENTS
+SMALL = replace(OPENCLAW, context=8192)
 CASES = [
     *map(if_installed, OTHERS),
     if_installed(OPENCLAW, speaks=False),
+    if_installed(SMALL, speaks=False),
     if_installed(OPENCLAW, pytest.mark.soak),
+    if_installed(SMALL, pytest.mark.soak),
 ]
 """OpenClaw takes half a minute of CPU time to answer. By settings that `nextstate connect` wrote it
 talks in test_openclaw_plugin.py, so here it is only asked whether it accepts them."""
@@ -120,7 +125,7 @@ def test_a_real_agent_reads_its_settings_and_its_file_comes_back(
 
     async def talk() -> None:
         async with scripted_engine() as engine, running(engine.url, store, tmp_path) as proxy:
-            engine.context = 65_536
+            engine.context = agent.context
             await asyncio.wait_for(proxy.proxy.versions.wait_up(), 10)
             port = proxy.url.rpartition(":")[2]
             config.write_text(
@@ -134,6 +139,11 @@ def test_a_real_agent_reads_its_settings_and_its_file_comes_back(
                 await asyncio.to_thread(run, agent, tmp_path, *agent.arguments)
                 named = [body for body in engine.requests if body.get("prompt_cache_key")]
                 assert not agent.names_sessions or named
+                if agent is SMALL:
+                    (asked,) = named[:1]
+                    assert "tools" not in asked
+                    assert len(str(asked["messages"])) < 12_000, "about 2000 tokens"
+                    assert asked["max_completion_tokens"] == 256, asked.keys()
 
     asyncio.run(talk())
     turns = [turn for turn in map(store.turns.get, store.turns.ids()) if turn is not None]
