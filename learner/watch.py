@@ -45,7 +45,7 @@ OLD = TURNS - max(REFERENCES)
 """A suspect with more later turns, 400, has passed all its looks."""
 _POWER = 0.8
 _CLEAR = 2.5
-"""Standard errors; a smaller fall is not worth the exact test. The largest level is 0.00048, at 3.3 of them."""
+"""Standard errors; a smaller fall is not worth the exact test, whose level is at most 0.00048."""
 
 
 @dataclass(frozen=True, slots=True)
