@@ -259,6 +259,31 @@ def test_a_hint_that_quotes_it_goes_with_it(store: Store) -> None:
     check(store)
 
 
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_a_judge_that_has_read_it_keeps_no_verdict_of_it(store: Store, at_the_end: bool) -> None:
+    """Votes take seconds, and people forget what they have just said."""
+    first = said(0, None)
+    second, third = said(1, first), said(2, said(1, first))
+    record(store, first, second, *([third] if at_the_end else []))
+    if at_the_end:  # the third one's question ended the task of the first
+        store.judging.settle_verdict(Verdict("turn_1", (1,), 1, "rules"), also_about=["turn_0"])
+    work = store.judging.judgement("turn_0")
+    assert work is not None
+    assert bool(work.later) == at_the_end
+    gone = third if at_the_end else second
+    store.forgetting.forget(Wanted(turns=[gone.id]))
+    hint = f"They said {gone.request['messages'][-1]['content']}."
+    verdict = Verdict("turn_0", (-1,), -1, "model", hint, (9, 8))
+    kept = store.judging.settle_verdict(verdict, task_end=work.task_end, read=work)
+    assert not kept
+    assert store.judging.verdict("turn_0") is None
+    assert hint.encode() not in every_text(store)
+    record(store, said(5, first))
+    work = store.judging.judgement("turn_0")
+    assert store.judging.settle_verdict(Verdict("turn_0", (1,), 1, "model"), read=work)
+    check(store)
+
+
 def test_what_a_person_said_of_an_earlier_turn_stays(store: Store) -> None:
     first = said(0, None)
     record(store, first, said(1, first))
