@@ -10,7 +10,9 @@ import pytest
 
 from learner.folders import version_path
 from nextstate.app.cli import main
+from nextstate.app.forgetting import UNDER_WAY
 from nextstate.config import StoreConfig
+from nextstate.process_lock import ProcessLock
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.store.test_forgetting import judge, record, said
@@ -92,6 +94,81 @@ def test_a_judge_that_trained_on_it_goes_with_those_after_it(
     assert main(["forget", "turn_0", "--yes", "--config", str(config)]) == 0
     assert "deleted the trained judge v000002" in capsys.readouterr().out
     assert sorted(path.name for path in (store.dir / "judge").glob("v*")) == ["v000001"]
+
+
+def test_nothing_is_forgotten_while_a_judge_is_being_trained(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store.dir / "judge").mkdir()
+    with ProcessLock(store.dir / "judge" / "lock", "it is trained", ""):
+        assert main(["forget", "turn_0", "--yes", "--config", str(config)]) != 0
+    assert "a judge is being trained" in capsys.readouterr().err
+    assert store.turns.get("turn_0") is not None
+    assert store.versions.serving("main").number == 3
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "problem"),
+    [
+        ("app.forgetting._delete_files", "version 2 of main was withdrawn, and its folder"),
+        ("app.forgetting._delete_judges", ""),
+        ("store.Store.compact", "`nextstate forget` was interrupted: run it again"),
+    ],
+)
+def test_killed_in_between_the_same_command_goes_on(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: str,
+    problem: str,
+) -> None:
+    folder = store.dir / "judge" / "v000001"
+    folder.mkdir(parents=True)
+    (folder / "card.json").write_text(json.dumps({"number": 1, "turns": ["turn_0"]}))
+    command = ["forget", "turn_0", "--yes", "--config", str(config)]
+
+    def ends(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"nextstate.{killed_at}", ends)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    at_the_end = killed_at == "store.Store.compact"
+    assert (store.dir / UNDER_WAY).exists() == at_the_end
+    assert main(["verify", "--config", str(config)]) == 2
+    assert problem in capsys.readouterr().out
+    compacted: list[bool] = []
+    compact = Store.compact
+    monkeypatch.setattr(Store, "compact", lambda own: (compacted.append(True), compact(own)))
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert ("was interrupted: the database was written anew" in told) == at_the_end
+    assert compacted == [True]
+    assert not (store.dir / UNDER_WAY).exists()
+    assert store.turns.ids() == ["turn_2", "turn_3"]
+    assert not folder.exists()
+    for number in (2, 3):
+        assert not version_path(store.dir, "main", number).exists()
+    assert not (store.dir / "learner" / "main" / "checkpoint.pt").exists()
+
+
+def test_a_turn_that_retention_took_is_known_by_what_learned_from_it(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nextstate.store.retention.KEPT_JUDGED", 0)
+    assert store.retention.step(0, 1e12, "age").turns
+    assert main(["forget", "--matching", "ask<1>", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "version 2 of main learned from turns that `nextstate retain` took" in shown
+    assert "nothing is forgotten" in shown
+    assert main(["forget", "turn_0", "--yes", "--config", str(config)]) == 0
+    assert "withdrew versions 2, 3 of main; version 1 serves" in capsys.readouterr().out
+    assert not version_path(store.dir, "main", 2).exists()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,20 @@ def test_nothing_of_it_is_left_in_the_files(store: Store) -> None:
     assert store.turns.get(other.id) == other
 
 
+@pytest.mark.sqlite
+def test_what_was_deleted_before_and_not_overwritten_is_gone_too(store: Store) -> None:
+    """By an earlier program of ours, or by a person's own tool: SQLite's default is to leave it."""
+    file = store.dir / "nextstate.sqlite3"
+    words = b"words that nobody overwrote"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("PRAGMA secure_delete=OFF")
+        connection.execute("CREATE TABLE old (text)")
+        connection.execute("INSERT INTO old VALUES (?)", (words * 300,))
+        connection.execute("DROP TABLE old")
+    store.compact()
+    assert not any(words in path.read_bytes() for path in store.dir.glob("nextstate.sqlite3*"))
+
+
 def test_a_text_that_others_are_compressed_against_goes_and_they_stay(store: Store) -> None:
     turns = [
         turn(n, session=f"s{n}", request={"messages": [message("user", f"{LONG} {n}")]})
@@ -322,6 +338,70 @@ def test_versions_that_trained_on_it_are_withdrawn_with_those_after_them(store: 
         *used[1],
         *used[2],
     }
+    check(store)
+
+
+def test_a_version_that_failed_its_exam_and_gave_its_samples_back_is_withdrawn(
+    store: Store,
+) -> None:
+    first = said(0, None)
+    second = said(1, first)
+    record(store, first, second)
+    judge(store, first.id, second)
+    store.training.hold_out("main", lambda _: False)
+    store.training.lease_samples("main", 1, "b", scored=True, hinted=True)
+    version = PolicyVersion("main", 1, 0, "/v1", "ff", 1, VersionState.CANDIDATE)
+    store.versions.add(version, "b")
+    assert store.versions.fail(version, "worse", give_back=[1])
+    assert store.forgetting.forget(Wanted(turns=["turn_0"])).versions == {"main": (1,)}
+    assert store.versions.set_serving("main", 1), "its adapter is there, so a person may choose it"
+    plan = store.forgetting.plan(Wanted(turns=["turn_0"]))
+    assert store.versions.set_serving("main", 0)
+    assert store.forgetting.withdraw(plan)
+    kept = store.versions.get("main", 1)
+    assert kept is not None
+    assert (kept.state, kept.path) == (VersionState.REJECTED, None)
+    assert store.forgetting.forget(Wanted(turns=["turn_0"])).turns == ("turn_0", "turn_1")
+    check(store)
+
+
+def test_what_learned_from_a_turn_that_retention_took_is_withdrawn(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nextstate.store.retention.KEPT_JUDGED", 0)
+    first = said(0, None)
+    second = said(1, first)
+    record(store, first, second)
+    judge(store, first.id, second)
+    assert train(store, 1, 0) == ["turn_0"]
+    assert store.forgetting.unknown() == {}
+    gone = store.retention.step(0, 1e12, "age").turns
+    assert gone == ("turn_0", "turn_1")
+    assert store.forgetting.unknown() == {"main": [1]}
+    plan = store.forgetting.plan(Wanted(turns=["turn_0"]))
+    assert (plan.turns, plan.versions) == ((), {"main": (1,)})
+    assert store.forgetting.plan(Wanted(turns=["turn_9"])).is_empty
+    assert store.versions.set_serving("main", 0)
+    assert store.forgetting.withdraw(plan)
+    assert store.forgetting.unknown() == {}
+    done = store.forgetting.plan(Wanted(turns=["turn_0"]))
+    assert (done.is_empty, done.learned) == (True, {"main": (1,)})
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [Wanted(matching="my LOCKER opens"), Wanted(sessions=["e1"]), Wanted(before=1e12)],
+    ids=["matching", "session", "before"],
+)
+def test_an_episode_that_never_had_a_turn_is_found_and_goes(store: Store, wanted: Wanted) -> None:
+    store.episodes.open([Episode("e1", "main", "terminal", "my locker opens with 4711")], None)
+    plan = store.forgetting.forget(wanted)
+    assert (plan.turns, plan.episodes) == ((), ("e1",))
+    assert store.episodes.get("e1") is None
+    assert b"locker" not in every_text(store)
+    (told,) = store.ledger.newest(1)
+    assert told.content["episodes"] == 1
+    assert store.ledger.problems() == []
     check(store)
 
 

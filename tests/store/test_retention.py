@@ -15,6 +15,7 @@ import sqlalchemy as sa
 
 from nextstate.app.retention import Keep, read_keep, sweep, write_keep
 from nextstate.config import StoreConfig
+from nextstate.episodes import Episode, EpisodeStatus
 from nextstate.errors import ConfigError, StoreError
 from nextstate.records import (
     Feedback,
@@ -222,6 +223,24 @@ def test_the_newest_judged_turns_stay_for_the_watch_and_the_gate(
     assert sweep(dated, Keep(days=30)).turns == 15
     assert dated.versions.judged_turns("main", 5) == looked_at
     assert sweep(dated, Keep(size=1 << 20)).turns == 0
+
+
+def test_an_old_episode_that_never_had_a_turn_goes(dated: Store) -> None:
+    """Whoever opened it said what its task is."""
+    now = [NOW - 100 * DAY]
+    dated.database.now = lambda: now[0]  # pyright: ignore[reportAttributeAccessIssue]
+    opened = [Episode(name, "main", "e", f"the task of {name}") for name in ("old", "open", "new")]
+    dated.episodes.open(opened[:2], None)
+    dated.episodes.close("old", EpisodeStatus.ABORTED, None, None)
+    now[0] = NOW
+    dated.episodes.open(opened[2:], None)
+    dated.episodes.close("new", EpisodeStatus.ABORTED, None, None)
+    sweep(dated, Keep(days=30))
+    found = [dated.episodes.get(name) is not None for name in ("old", "open", "new")]
+    assert found == [False, True, True]
+    (told,) = dated.ledger.newest(1)
+    assert (told.content["episodes"], told.content["turns"]) == (1, [])
+    assert_whole(dated)
 
 
 @pytest.mark.sqlite

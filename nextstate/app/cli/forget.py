@@ -54,16 +54,20 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nextstate.app.forgetting import forget
+    from nextstate.app.forgetting import finish, forget
     from nextstate.app.settings import Settings
     from nextstate.errors import ConfigError
     from nextstate.store import Store
 
     settings = Settings.read(args.config)
     store = Store(settings.store)
+    if not args.dry_run and finish(store):
+        print("the last `nextstate forget` was interrupted: the database was written anew")
     wanted = _wanted(args, settings, store)
     plan = store.forgetting.plan(wanted)
-    if not plan.turns:
+    if not args.turns:
+        _warn(store)
+    if plan.is_empty:
         print("there is nothing of that: nothing is forgotten")
         return 0
     _show(store, plan)
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
 def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wanted:
     """What the arguments mean. Raises ConfigError and NoTurnError."""
     from nextstate.app.finding import names_of, since_time, the_turn
-    from nextstate.errors import ConfigError
+    from nextstate.errors import ConfigError, NoTurnError
     from nextstate.store.forgetting import Wanted
 
     given = (args.turns, args.session, args.before, args.matching)
@@ -102,12 +106,31 @@ def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wante
     text = None if args.matching is None else args.matching.strip()
     if text == "":
         raise ConfigError(f"--matching {args.matching!r:.40} is empty: expected a text")
+
+    def named(turn: str) -> str:
+        try:
+            return the_turn(store, turn)
+        except NoTurnError:
+            if store.forgetting.plan(Wanted(turns=[turn])).learned:
+                return turn  # retention took it, and what learned from it is there
+            raise
+
     return Wanted(
-        turns=[the_turn(store, turn) for turn in args.turns],
+        turns=[named(turn) for turn in args.turns],
         sessions=() if not args.session else names_of(args.session, settings),
         before=None if not args.before else since_time(args.before, option="--before"),
         matching=text,
     )
+
+
+def _warn(store: Store) -> None:
+    """Says which versions may have learned from it though nothing tells so any more."""
+    for lineage, numbers in store.forgetting.unknown().items():
+        print(
+            f"{_versions(numbers)} of {lineage} learned from turns that `nextstate retain` took: "
+            "what these held cannot be looked for; `nextstate ledger` names them, and `nextstate "
+            "forget ID` withdraws what learned from one"
+        )
 
 
 def _show(store: Store, plan: Plan) -> None:
