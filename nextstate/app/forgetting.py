@@ -18,11 +18,9 @@ from pathlib import Path
 
 from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
-from nextstate.app.trained_judge import judge_folder
+from nextstate.app.trained_judge import judge_folder, judges_lock
 from nextstate.engine.client import publish
 from nextstate.errors import AdapterError, ConflictError, EngineError, StartError
-from nextstate.private_files import make_folder
-from nextstate.process_lock import ProcessLock
 from nextstate.store import Store
 from nextstate.store.forgetting import Plan, Wanted
 from nextstate.store.ledger import SOMEBODY
@@ -58,9 +56,7 @@ def forget(
     faster than they can be withdrawn; StartError while a judge is being trained.
     """
     withdrawn: dict[str, list[int]] = {}
-    make_folder(judge_folder(settings))
-    taken = "a judge is being trained"
-    with ProcessLock(judge_folder(settings) / "lock", taken, "wait for it, or end it"):
+    with judges_lock(settings):
         for _ in range(_TRIES):
             told("looking for what holds it")
             plan = store.forgetting.plan(wanted)
@@ -129,8 +125,15 @@ def _delete_files(state_dir: Path, plan: Plan) -> None:
 
     A command that was killed may have withdrawn them, so it looks at all that learned from it.
     """
-    from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
+    from learner.folders import (
+        lineage_folder,
+        remove_adapter,
+        remove_checkpoint,
+        remove_drafts,
+        version_path,
+    )
 
+    remove_drafts(state_dir)
     for lineage, numbers in plan.learned.items():
         for number in numbers:
             remove_adapter(version_path(state_dir, lineage, number))

@@ -149,8 +149,10 @@ def test_this_machine_is_always_allowed(name: str) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["localhost.example.com", "127.0.0.1.example.com", "192.168.1.2", "::ffff:8.8.8.8", "x"]
-    + ["a.localhost", "localhost%a"],
+    [
+        *("localhost.example.com", "127.0.0.1.example.com", "192.168.1.2", "::ffff:8.8.8.8", "x"),
+        *("a.localhost", "localhost%a"),
+    ],
 )
 def test_nothing_else_is_this_machine(name: str) -> None:
     assert not is_here(name)
