@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.whole.alone import alone
+from tests.whole.alone import RESOLVER, alone
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,17 +41,23 @@ with socket.socket() as opened:
         pass
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
     opened.sendto(b"x", ("198.51.100.5", 53))
+try:
+    socket.getaddrinfo("elsewhere.test", 80)
+except OSError:
+    pass
 """
     seen = run_alone(tmp_path / "log", sys.executable, "-c", code)
     assert "protocol 6 to 198.51.100.4 port 443" in seen
     assert "protocol 17 to 198.51.100.5 port 53" in seen
+    assert f"protocol 17 to {RESOLVER} port 53" in seen
 
 
-def test_proxy_and_judge_send_nothing(tmp_path: Path) -> None:
+def test_proxy_writer_judge_and_rollout_send_nothing(tmp_path: Path) -> None:
     """That the learner sends nothing is seen in test_offline.py."""
     tests = (
         "tests/judge/test_stage.py::test_each_turn_gets_one_verdict_with_its_hinted_prompt",
-        "tests/proxy/test_recording.py",
+        "tests/proxy/test_unrecorded.py",
+        "tests/rollout/test_runner.py::test_a_group_is_settled_and_its_steps_are_ready_to_train",
     )
     only = ("-k", "not postgresql", "-p", "no:cacheprovider")  # a server is its owner's
     command = (sys.executable, "-m", "pytest", "-q", *only, *tests)
