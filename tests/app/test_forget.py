@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -192,6 +193,21 @@ def test_what_is_not_clear_or_not_confirmed_is_refused(
     assert main(["forget", *arguments, "--config", str(config)]) == 2
     assert message in capsys.readouterr().err
     assert len(store.turns.ids()) == 4
+
+
+def test_a_text_comes_from_the_standard_input_where_nobody_sees_it(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ask<3>\n"))
+    assert main(["forget", "--matching", "-", "--yes", "--config", str(config)]) == 0
+    assert "forgot 2 turns" in capsys.readouterr().out
+    assert store.turns.ids() == ["turn_0", "turn_1"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["forget", "--matching", "-", "--yes", "--config", str(config)]) == 2
+    assert "is empty: expected a text" in capsys.readouterr().err
 
 
 def test_what_is_not_there_is_no_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -43,7 +43,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--session", metavar="NAME", help=text)
     text = "every turn before then: 3d, 12w or a date such as 2026-05-31"
     parser.add_argument("--before", metavar="WHEN", help=text)
-    text = "every turn that holds this text anywhere; case does not count"
+    text = "every turn that holds this text anywhere; case does not count; - reads it from the "
+    text += "standard input, so that neither other accounts nor the shell's history see it"
     parser.add_argument("--matching", metavar="TEXT", help=text)
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -103,7 +104,8 @@ def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wante
             "name what shall be forgotten: turns, or one of --session NAME, --before WHEN and "
             "--matching TEXT"
         )
-    text = None if args.matching is None else args.matching.strip()
+    text = sys.stdin.read() if args.matching == "-" else args.matching
+    text = None if text is None else text.strip()
     if text == "":
         raise ConfigError(f"--matching {args.matching!r:.40} is empty: expected a text")
 
