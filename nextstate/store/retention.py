@@ -122,7 +122,7 @@ class Retention:
             found = connection.execute(alone.limit(LOOKED_AT)).scalars().all()
             if found:
                 _unbase(connection, delete_episodes(connection, found))
-                gone = {"turns": [], "episodes": len(found), "by": by}
+                gone = {"turns": list[str](), "episodes": len(found), "by": by}
                 append(connection, self._database.now(), Kind.FORGOTTEN, gone)
         return tuple(found)
 

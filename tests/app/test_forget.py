@@ -142,7 +142,12 @@ def test_killed_in_between_the_same_command_goes_on(
     assert problem in capsys.readouterr().out
     compacted: list[bool] = []
     compact = Store.compact
-    monkeypatch.setattr(Store, "compact", lambda own: (compacted.append(True), compact(own)))
+
+    def compacts(own: Store) -> None:
+        compacted.append(True)
+        compact(own)
+
+    monkeypatch.setattr(Store, "compact", compacts)
     assert main(command) == 0
     told = capsys.readouterr().out
     assert ("was interrupted: the database was written anew" in told) == at_the_end

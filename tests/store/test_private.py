@@ -101,7 +101,12 @@ def test_a_secret_is_private_from_its_first_byte(
     os.umask(0)
     modes: list[int] = []
     link = os.link
-    monkeypatch.setattr(os, "link", lambda a, b: (modes.append(mode(Path(a))), link(a, b)))
+
+    def linked(made: Path, file: Path) -> None:
+        modes.append(mode(made))
+        link(made, file)
+
+    monkeypatch.setattr(os, "link", linked)
     assert len(secret_of(tmp_path / "secret")) == 32
     assert modes == [0o600]
     assert [mode(path) for path in tmp_path.iterdir()] == [0o600]
