@@ -96,9 +96,10 @@ def test_wrong_keys_of_others_keep_nobody_with_a_made_key_out(store: Store, tmp_
     async def test(site: Site) -> None:
         for n in range(Tries.AT_ONCE):
             await site.post("/page/login", {"key": f"no {n}"}, 403)
-        sent = {"data": {"key": made}, "allow_redirects": False}
-        assert (await site.http.post(f"{site.url}/page/login", **sent)).status == 303
-        answer = await site.http.post(f"{site.url}/page/login", data={"key": new_key()})
+        login = f"{site.url}/page/login"
+        answer = await site.http.post(login, data={"key": made}, allow_redirects=False)
+        assert answer.status == 303
+        answer = await site.http.post(login, data={"key": new_key()})
         assert answer.status == 429, "that one was not made here"
 
     on_site(test, store, tmp_path, KEY)
