@@ -232,13 +232,18 @@ def test_nothing_is_exported_in_clear_unless_a_person_says_so(
 
 @pytest.mark.parametrize("name", FILES)
 def test_a_plain_file_in_the_place_of_an_encrypted_one_is_an_error(
-    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, name: str
+    config: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
 ) -> None:
     with_files(config)
     encrypt_with_files(config, monkeypatch)
     (config.path / name).write_bytes(b"what a thief would like to be read")
     with closing(Store(config)), pytest.raises(SealError, match="is not encrypted, but its folder"):
         sealed_files.read(config.path / name)
+    assert command(config, "verify") == 2
+    assert f"{config.path / name} is not encrypted" in capsys.readouterr().out
 
 
 def test_what_was_half_written_does_not_stay_in_clear(

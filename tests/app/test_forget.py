@@ -215,6 +215,19 @@ def test_a_text_comes_from_the_standard_input_where_nobody_sees_it(
     assert "is empty: expected a text" in capsys.readouterr().err
 
 
+def test_a_store_from_before_a_copy_is_told(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = f"sqlite:///{config.parent}/copy.sqlite3"
+    assert main(["store", "copy", copy, "--config", str(config)]) == 0
+    assert main(["forget", "turn_3", "--yes", "--config", str(config)]) == 0
+    assert "is another store" not in capsys.readouterr().out
+    config.write_text(f'{config.read_text()}url = "{copy}"\n')
+    assert main(["forget", "turn_2", "--yes", "--config", str(config)]) == 0
+    told = f"{store.dir}/nextstate.sqlite3 is another store, from before [store] url was set"
+    assert told in capsys.readouterr().out
+
+
 def test_what_is_not_there_is_no_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["forget", "--matching", "never said", "--config", str(config)]) == 0
     assert "nothing is forgotten" in capsys.readouterr().out

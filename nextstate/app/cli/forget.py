@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command, counted, user_name
@@ -84,6 +85,10 @@ def run(args: argparse.Namespace) -> int:
     with console.status("") as status:
         done = forget(settings, store, wanted, status.update, args.by or user_name())
     print(f"forgot {counted(len(done.plan.turns), 'turn')}")
+    if (other := _other_database(settings)) is not None:
+        print(
+            f"{other} is another store, from before [store] url was set, and still has it: delete it"
+        )
     for lineage, numbers in sorted(done.withdrawn.items()):
         serving = store.versions.serving(lineage).number
         print(f"withdrew {_versions(numbers)} of {lineage}; version {serving} serves")
@@ -123,6 +128,17 @@ def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wante
         before=None if not args.before else since_time(args.before, option="--before"),
         matching=text,
     )
+
+
+def _other_database(settings: Settings) -> Path | None:
+    """A database of ours in [store] dir that is not the store, as after `nextstate store copy`."""
+    from nextstate.store.sqlite import FILE, database_file
+
+    url, file = settings.store.url, settings.store.path / FILE
+    if not file.exists():
+        return None
+    is_it = not url.startswith("postgres") and database_file(url, settings.store.path) == file
+    return None if is_it else file
 
 
 def _warn(store: Store) -> None:

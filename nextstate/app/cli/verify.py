@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             progress.update(bar, completed=done, total=of)
 
         problems = store.verifying.problems(read)
-    problems += [*_adapters(store), *_left_over(store)]
+    problems += [*_adapters(store), *_sealed(store), *_left_over(store)]
     problems += store.ledger.problems(args.head)
     for problem in problems:
         print(f"FAIL  {problem}")
@@ -70,6 +70,20 @@ def _adapters(store: Store) -> Iterator[str]:
                 verify_adapter(Path(version.path), version.sha256)
             except AdapterError as error:
                 yield f"version {version.number} of {version.lineage}: {error}"
+
+
+def _sealed(store: Store) -> Iterator[str]:
+    """Which files of an encrypted folder were changed, or lie there in clear."""
+    from nextstate import sealed_files
+    from nextstate.errors import SealError
+
+    if store.vault is None:
+        return
+    for path in sealed_files.sealable(store.dir):
+        try:
+            sealed_files.read(path)
+        except (OSError, SealError) as error:
+            yield str(error)
 
 
 def _left_over(store: Store) -> Iterator[str]:
