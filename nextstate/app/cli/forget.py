@@ -86,9 +86,7 @@ def run(args: argparse.Namespace) -> int:
         done = forget(settings, store, wanted, status.update, args.by or user_name())
     print(f"forgot {counted(len(done.plan.turns), 'turn')}")
     if (other := _other_database(settings)) is not None:
-        print(
-            f"{other} is another store, from before [store] url was set, and still has it: delete it"
-        )
+        print(f"{other} is another store, from before [store] url was set: delete it")
     for lineage, numbers in sorted(done.withdrawn.items()):
         serving = store.versions.serving(lineage).number
         print(f"withdrew {_versions(numbers)} of {lineage}; version {serving} serves")
