@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import secrets
+import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing
@@ -244,6 +245,22 @@ def test_a_plain_file_in_the_place_of_an_encrypted_one_is_an_error(
         sealed_files.read(config.path / name)
     assert command(config, "verify") == 2
     assert f"{config.path / name} is not encrypted" in capsys.readouterr().out
+
+
+def test_what_was_deleted_before_and_not_overwritten_is_not_left_in_clear(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an earlier program: ours overwrites what it deletes."""
+    with_files(config)
+    file = config.path / "nextstate.sqlite3"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("PRAGMA secure_delete=OFF")
+        connection.execute("CREATE TABLE old (text)")
+        connection.execute("INSERT INTO old VALUES (?)", ("never overwritten " * 99_000,))
+        connection.execute("DROP TABLE old")
+    assert b"never overwritten" in file.read_bytes()
+    encrypt_with_files(config, monkeypatch)
+    assert b"never overwritten" not in file.read_bytes()
 
 
 def test_what_was_half_written_does_not_stay_in_clear(
