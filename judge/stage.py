@@ -202,7 +202,9 @@ class _Worker:
     def _settle(self, work: Judgement, verdict: Verdict, meant: Sequence[str]) -> bool:
         if work.feedback is not None:
             return self.store.judging.add_hinted_prompt(verdict, also_about=meant)
-        return self.store.judging.settle_verdict(verdict, task_end=work.task_end, also_about=meant)
+        return self.store.judging.settle_verdict(
+            verdict, task_end=work.task_end, also_about=meant, read=work
+        )
 
     async def put_back(self, turn_id: str, delay_s: float, reason: str) -> None:
         """Returns a leased turn to the queue; a settled one stays settled."""

@@ -17,12 +17,20 @@ NO_TRUST = 0.0
 _CALL = re.compile(r"^\[calls ([^\s(\n]{1,200})\(([^\n]*)\)\]$", re.MULTILINE)
 _FETCHES = re.compile(
     r"fetch|brows|https?|url|crawl|scrap|web|search|wiki|download|rss|feed|page|navigat|screenshot|"
-    r"inbox|(?:read|get|list|fetch|check)_?(?:e?mails?|messages?|posts?|tweets?|issues?|comments?)",
+    r"inbox|(?:read|get|list|check)\w{0,20}(?:mails?|messages?|posts?|tweets?|issues?|comments?)",
     re.IGNORECASE,
 )
-"""A tool with this in its name brings what others wrote."""
-_LOADS = re.compile(r"\b(?:curl|wget|lynx|w3m|links2?|aria2c|httpie|https? (?:GET|POST))\b")
+"""A tool with this in its name brings what others wrote, also if it runs something for that."""
+_ELSEWHERE = r"https?://(?!localhost\b|127\.|\[::1\])"
+_LOADS = re.compile(
+    r"\b(?:curl|wget|lynx|w3m|links2?|aria2c|httpie|https? (?:GET|POST)|glab|"
+    r"gh (?:api|issue|pr|release|repo|gist|search|run|discussion))\b|"
+    r"\bgit (?:show|log|diff|blame)\b[^;&|]{0,100}\b(?:origin|upstream|FETCH_HEAD)\b|"
+    rf"\b(?:python3?|node|deno|bun|ruby|perl|php|npx|uvx?)\b[^;&|]{{0,200}}{_ELSEWHERE}"
+)
 """Programs that do so in a shell."""
+_CODE = re.compile(r"python|notebook|kernel|interpreter", re.IGNORECASE)
+_URL = re.compile(_ELSEWHERE)
 _RUNS = re.compile(
     r"exec|bash|shell|run|terminal|test|python|process|command|console|powershell|kernel|notebook|"
     r"code_interpreter",
@@ -52,6 +60,9 @@ def is_evidence(state: NextState) -> bool:
 
 
 def _fetches(name: str, arguments: str) -> bool:
-    if _RUNS.search(name):
-        return _LOADS.search(arguments) is not None
-    return _FETCHES.search(name) is not None
+    if _FETCHES.search(name):
+        return True
+    if not _RUNS.search(name):
+        return False
+    code = _CODE.search(name) is not None and _URL.search(arguments) is not None
+    return code or _LOADS.search(arguments) is not None

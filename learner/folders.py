@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
-from nextstate.errors import LearnerError
+from nextstate.errors import LearnerError, StartError
+from nextstate.process_lock import ProcessLock
 
 CHECKPOINT_FILE = "checkpoint.pt"
 
@@ -33,3 +35,17 @@ def remove_adapter(path: Path) -> None:
 def remove_checkpoint(folder: Path) -> None:
     """Deletes the folder's checkpoint: its training state comes from what shall be forgotten."""
     (folder / CHECKPOINT_FILE).unlink(missing_ok=True)
+
+
+def remove_drafts(state_dir: Path) -> None:
+    """Deletes what learners and trainings of judges had half written when they were killed.
+
+    The caller holds the judges' lock. A lineage that is being trained keeps its drafts.
+    """
+    for draft in (state_dir / "judge").glob(".v*.draft"):
+        remove_adapter(draft)
+    for folder in (state_dir / "learner").glob("*/"):
+        with suppress(StartError), ProcessLock(folder / "lock", "it is trained", "wait for it"):
+            for draft in (state_dir / "versions" / folder.name).glob(".v*.draft"):
+                remove_adapter(draft)
+            (folder / f".{CHECKPOINT_FILE}.draft").unlink(missing_ok=True)

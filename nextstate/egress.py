@@ -86,7 +86,8 @@ def check_address(address: object) -> None:
 
 def remember(host: object, found: Collection[Any]) -> Collection[Any]:
     """Allows the addresses that a look-up of an allowed host has found; returns `found`."""
-    if isinstance(host, str | bytes) and found:
+    name = host.decode(errors="replace") if isinstance(host, bytes) else host
+    if isinstance(name, str) and _plain(name) in (_allowed.hosts or ()):
         for _, _, _, _, address in found:
             if len(_allowed.addresses) >= _MOST_ADDRESSES:
                 del _allowed.addresses[next(iter(_allowed.addresses))]
@@ -96,8 +97,11 @@ def remember(host: object, found: Collection[Any]) -> Collection[Any]:
 
 @lru_cache(maxsize=256)
 def is_here(name: str) -> bool:
-    """True for a name or address of this machine, written as `_plain` writes it."""
-    if name in ("", "localhost") or name.endswith(".localhost"):
+    """True for a name or address of this machine, written as `_plain` writes it.
+
+    Other names below localhost are not: many resolvers ask the network for them.
+    """
+    if name in ("", "localhost"):
         return True
     try:
         address = ipaddress.ip_address(name)
@@ -109,11 +113,20 @@ def is_here(name: str) -> bool:
 
 def _plain(host: str) -> str:
     """A host as it is compared: in small letters, without a last dot, brackets and a scope."""
-    return host.strip().strip("[]").partition("%")[0].rstrip(".").lower()
+    name = host.strip().strip("[]").rstrip(".").lower()
+    address, _, scope = name.partition("%")
+    if scope:  # in a name it is a letter like others
+        try:
+            return str(ipaddress.IPv6Address(address))
+        except ValueError:
+            return name
+    return name
 
 
 def _hook(event: str, given: tuple[Any, ...]) -> None:
     if event in _LOOK_UPS:
         check(given[0])
+    elif event == "socket.getnameinfo":  # it asks who an address is
+        check_address(given[0])
     elif event in _SENDS and given[0].family in (socket.AF_INET, socket.AF_INET6):
         check_address(given[1])

@@ -34,6 +34,11 @@ class GuardedLoop(uvloop.Loop):
         check(host)
         return remember(host, await super().getaddrinfo(host, *args, **kwargs))
 
+    async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> Any:
+        """Whose address it is, if that is an allowed host. Raises EgressError."""
+        check_address(sockaddr)
+        return await super().getnameinfo(sockaddr, flags)
+
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         """Connects a socket to an allowed host. Raises EgressError."""
         if sock.family in (socket.AF_INET, socket.AF_INET6):

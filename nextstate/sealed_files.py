@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol
 
@@ -62,10 +63,17 @@ def read(path: Path) -> bytes:
 
 
 def opened(path: Path, data: bytes) -> bytes:
-    """The content of a file from its bytes. Raises SealError."""
-    if not data.startswith(_MAGIC):
-        return data
+    """The content of a file from its bytes.
+
+    Raises SealError, also for a plain file in the place of one that an encrypted folder seals.
+    """
     vault = _vault_of(path)
+    if not data.startswith(_MAGIC):
+        if vault is not None and _must_be_sealed(path):
+            raise SealError(
+                f"{path} is not encrypted, but its folder is: somebody has put it there; delete it"
+            )
+        return data
     if vault is None:
         raise SealError(f"{path} is encrypted, and the store that it belongs to is not open")
     return _opened(vault, path, data)
@@ -117,6 +125,12 @@ def sealable(folder: Path) -> Iterator[Path]:
     """The files of a state folder that are sealed when it is encrypted."""
     for pattern in _PATTERNS:
         yield from (p for p in sorted(folder.glob(pattern)) if p.is_file() and not p.is_symlink())
+
+
+def _must_be_sealed(path: Path) -> bool:
+    real = path.resolve()
+    root = next(folder for folder in real.parents if folder in _vaults)
+    return any(fnmatch(str(real.relative_to(root)), pattern) for pattern in _PATTERNS)
 
 
 def _vault_of(path: Path) -> Vault | None:

@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 from nextstate.errors import ConfigError
 
 VARIABLE, FILE_VARIABLE = "NEXTSTATE_STORE_KEY", "NEXTSTATE_STORE_KEY_FILE"
-CREDENTIAL = "nextstate-store-key"
-"""The name of a credential of systemd (`LoadCredential=`, `LoadCredentialEncrypted=`)."""
+CREDENTIALS, CREDENTIAL = "CREDENTIALS_DIRECTORY", "nextstate-store-key"
+"""Where systemd puts credentials (`LoadCredential=`, `LoadCredentialEncrypted=`), and our name."""
 SERVICE = "nextstate"
 """The name in the keyring of the desktop, with the state folder as the account."""
 HOW = (
@@ -42,7 +42,7 @@ def find_store_key(folder: Path, environment: Mapping[str, str] | None = None) -
         return StoreKey(_read(text, VARIABLE), VARIABLE)
     if file := variables.get(FILE_VARIABLE):
         return read_key_file(Path(file), folder, FILE_VARIABLE)
-    if credentials := variables.get("CREDENTIALS_DIRECTORY"):
+    if credentials := variables.get(CREDENTIALS):
         file = Path(credentials, CREDENTIAL)
         if file.exists():
             return read_key_file(file, folder, "systemd's credential")

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping
 
 from nextstate.config import StoreConfig
+from nextstate.egress import allowed_hosts
 from nextstate.redaction import NOTHING, Redactor
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class WriterProcess:
                 self.processes.append(process)
                 assert process.stdin is not None
                 with process.stdin:
-                    pickle.dump((store, profile, self.redactor), process.stdin)
+                    given = store, profile, self.redactor, allowed_hosts()
+                    pickle.dump(given, process.stdin)
             except OSError:
                 ours.close()
                 raise

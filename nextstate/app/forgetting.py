@@ -1,8 +1,9 @@
 """`nextstate forget`: takes turns, and what was made or learned from them, off this machine.
 
 First the versions that trained on them are withdrawn: the newest version before them serves, and
-their adapters are deleted. Then the records go, and at last the database is written anew. Killed in
-between, the same command goes on.
+their adapters are deleted, as are trained judges and pictures. Then the records go, which tell what
+was to be forgotten, and at last the database is written anew. Killed in between, the same command
+goes on: a file says that the database must still be written anew.
 """
 
 from __future__ import annotations
@@ -17,11 +18,9 @@ from pathlib import Path
 
 from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
-from nextstate.app.trained_judge import judge_folder
+from nextstate.app.trained_judge import judge_folder, judges_lock
 from nextstate.engine.client import publish
 from nextstate.errors import AdapterError, ConflictError, EngineError, StartError
-from nextstate.private_files import make_folder
-from nextstate.process_lock import ProcessLock
 from nextstate.store import Store
 from nextstate.store.forgetting import Plan, Wanted
 from nextstate.store.ledger import SOMEBODY
@@ -29,6 +28,8 @@ from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
 
+UNDER_WAY = "forgetting"
+"""This file is in the state folder from before records go until no byte of them is left."""
 _TRIES = 5
 """New versions may be made of the turns meanwhile."""
 Told = Callable[[str], object]
@@ -52,37 +53,48 @@ def forget(
     """Forgets everything that is wanted; the ledger says that `by` wanted it.
 
     Raises ConflictError while an update uses one of the turns, and if versions are made of them
-    faster than they can be withdrawn.
+    faster than they can be withdrawn; StartError while a judge is being trained.
     """
     withdrawn: dict[str, list[int]] = {}
-    for _ in range(_TRIES):
-        told("looking for what holds it")
-        plan = store.forgetting.forget(wanted, by)
-        if plan.in_training:
-            raise ConflictError(
-                f"an update uses {plan.in_training} of these turns: nothing is forgotten; try "
-                "again when it has ended, or end `nextstate up`, start it again and then try"
-            )
-        if not plan.versions:
-            break
-        for lineage, numbers in plan.versions.items():
-            told(f"withdrawing versions of {lineage}")
-            _serve_another(settings, store, lineage, numbers, by)
-            withdrawn.setdefault(lineage, []).extend(numbers)
-        if store.forgetting.withdraw(plan):
+    with judges_lock(settings):
+        for _ in range(_TRIES):
+            told("looking for what holds it")
+            plan = store.forgetting.plan(wanted)
+            if plan.in_training:
+                raise ConflictError(
+                    f"an update uses {plan.in_training} of these turns: nothing is forgotten; try "
+                    "again when it has ended, or end `nextstate up`, start it again and then try"
+                )
+            for lineage, numbers in plan.versions.items():
+                told(f"withdrawing versions of {lineage}")
+                _serve_another(settings, store, lineage, numbers, by)
+                withdrawn.setdefault(lineage, []).extend(numbers)
+            if not store.forgetting.withdraw(plan):
+                continue
             _delete_files(store.dir, plan)
-    else:
-        raise ConflictError(
-            "new versions trained on these turns while they were being forgotten: nothing else is "
-            "forgotten; run `nextstate pause` for each lineage and try again"
-        )
-    told("looking at the trained judges")
-    judges = _delete_judges(settings, {*plan.turns, *plan.touched})
-    for episode in plan.episodes:
-        shutil.rmtree(store.dir / "pictures" / episode, ignore_errors=True)
+            judges = _delete_judges(settings, {*plan.turns, *plan.touched})
+            (store.dir / UNDER_WAY).touch(0o600)
+            plan = store.forgetting.forget(wanted, by)
+            if not (plan.versions or plan.in_training):
+                break
+        else:
+            raise ConflictError(
+                "new versions trained on these turns while they were being forgotten: nothing else "
+                "is forgotten; run `nextstate pause` for each lineage and try again"
+            )
     told("writing the database anew")
-    store.compact()
+    finish(store)
     return Forgotten(plan, withdrawn, judges)
+
+
+def finish(store: Store) -> bool:
+    """Writes the database anew if a `forget` has not come to that; whether it had not."""
+    file = store.dir / UNDER_WAY
+    if not file.exists():
+        return False
+    store.compact()
+    file.unlink()
+    return True
 
 
 def _serve_another(
@@ -109,31 +121,35 @@ def _serve_another(
 
 
 def _delete_files(state_dir: Path, plan: Plan) -> None:
-    """Deletes the adapters of withdrawn versions, and the training state that goes with them."""
-    from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
+    """Deletes what withdrawn versions are made of, drafts too, and the pictures of episodes.
 
-    for lineage, numbers in plan.versions.items():
+    A command that was killed may have withdrawn them, so it looks at all that learned from it.
+    """
+    from learner.folders import (
+        lineage_folder,
+        remove_adapter,
+        remove_checkpoint,
+        remove_drafts,
+        version_path,
+    )
+
+    remove_drafts(state_dir)
+    for lineage, numbers in plan.learned.items():
         for number in numbers:
             remove_adapter(version_path(state_dir, lineage, number))
         remove_checkpoint(lineage_folder(state_dir / "learner", lineage))
+    for episode in plan.episodes:
+        shutil.rmtree(state_dir / "pictures" / episode, ignore_errors=True)
 
 
 def _delete_judges(settings: Settings, turns: Collection[str]) -> list[str]:
     """Deletes the judges that were trained on one of the turns, and those trained from them."""
-    folders = sorted(judge_folder(settings).glob("v[0-9]*"))
-    if not folders:
-        return []
     gone: list[str] = []
     numbers = set[object]()
-    make_folder(judge_folder(settings))
-    taken = "a judge is being trained"
-    with ProcessLock(judge_folder(settings) / "lock", taken, "wait for it, or end it"):
-        for folder in folders:
-            card = json_object((folder / "card.json").read_bytes()) or {}
-            if card.get("parent") in numbers or any(
-                one in turns for one in card.get("turns") or ()
-            ):
-                numbers.add(card.get("number"))
-                shutil.rmtree(folder)
-                gone.append(folder.name)
+    for folder in sorted(judge_folder(settings).glob("v[0-9]*")):
+        card = json_object((folder / "card.json").read_bytes()) or {}
+        if card.get("parent") in numbers or any(one in turns for one in card.get("turns") or ()):
+            numbers.add(card.get("number"))
+            shutil.rmtree(folder)
+            gone.append(folder.name)
     return gone

@@ -38,12 +38,12 @@ from nextstate.app.trained_judge import (
     judge_folder,
     judge_path,
     judge_versions,
+    judges_lock,
     newest_number,
 )
 from nextstate.errors import ConfigError, LearnerError
 from nextstate.hooks import Calibration, load_plugin
-from nextstate.private_files import make_folder, make_state_folder
-from nextstate.process_lock import ProcessLock
+from nextstate.private_files import make_state_folder
 from nextstate.quick_imports import quick_imports
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
@@ -92,9 +92,7 @@ def train_judge(
     Raises LearnerError if it is not kept, and ConfigError or StartError for what a person must fix.
     """
     make_state_folder(settings.store.path)
-    make_folder(judge_folder(settings))
-    taken = "a judge is being trained"
-    with ProcessLock(judge_folder(settings) / "lock", taken, "wait for it, or end it"):
+    with judges_lock(settings):
         own, seed = own_cases(settings, examples), newest_number(settings)
         labelled = chosen(own, given, examples, seed)
         return _trained(settings, labelled, epochs, told)

@@ -14,8 +14,9 @@ from nextstate.app.settings import Settings
 from nextstate.config import StoreConfig
 
 _SECRET = re.compile(
-    r"(?:^|_)(?:KEYS?|TOKENS?|PASS|PAT|PWD|AUTH|DSN|COOKIES?)(?:_\d{1,3})?$"
-    r"|TOKENS?$|SECRET|PASSWORD|PASSWD|PASSPHRASE|CREDENTIALS?$|^SSH_AUTH_SOCK$|WEBHOOK"
+    r"(?:^|_)(?:PASS|PAT|PWD|AUTH|DSN|COOKIES?)(?:_\d{1,3})?$|(?:^|_)(?:KEYS?|TOKEN|JWT)(?:_|$)"
+    r"|(?:API|PRIVATE|ACCESS|SECRET)KEY|TOKENS?$|SECRET|PASSWORD|PASSWD|PASSPHRASE"
+    r"|CREDENTIALS?(?:_DIRECTORY)?$|^SSH_AUTH_SOCK$|WEBHOOK"
 )
 _NOT_SECRET = frozenset(("PWD", "OLDPWD"))
 _WITH_PASSWORD = re.compile(r"://[^/\s:@]{0,100}:[^/\s@]{1,200}@")
@@ -46,7 +47,7 @@ def left_out(settings: Settings, inherited: Mapping[str, str]) -> list[str]:
 
 def _looks_secret(name: str, value: str) -> bool:
     upper = name.upper()[-100:]
-    if upper in _NOT_SECRET or upper.endswith("_PROXY"):
+    if upper in _NOT_SECRET:
         return False
     return _SECRET.search(upper) is not None or _WITH_PASSWORD.search(value[:4096]) is not None
 
@@ -65,7 +66,7 @@ def _of_part(settings: Settings, part: str) -> set[str]:
     if part != "engine" and settings.store.url.startswith("postgres"):
         return {_PASSWORD, *_of_part(replace(settings, store=StoreConfig()), part)}
     engine = {settings.engine.api_key_env} if settings.engine.mode == "external" else set[str]()
-    store = {store_key.VARIABLE}
+    store = {store_key.VARIABLE, store_key.FILE_VARIABLE, store_key.CREDENTIALS}
     match part:
         case "proxy":
             theirs = {lineage.api_key_env for lineage in settings.lineages.values()}

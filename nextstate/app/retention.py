@@ -10,6 +10,7 @@ import logging
 import shutil
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,7 +108,10 @@ def sweep(
     stopping = stopping or threading.Event()
     if keep.days is not None:
         before = time.time() - keep.days * _DAY_S
-        done = _sweep(store, done, before, f"retention: older than {keep.days:g} days", stopping)
+        by = f"retention: older than {keep.days:g} days"
+        done = _sweep(store, done, before, by, stopping)
+        while not stopping.is_set() and (gone := store.retention.drop_episodes(before, by)):
+            _remove_pictures(store, gone)
     pages, log_bytes = store.retention.used_bytes()
     in_file = not store.config.url.startswith("postgres")  # a server's size does not fall
     if in_file and keep.size is not None and pages + log_bytes > keep.size:
@@ -136,14 +140,18 @@ def _sweep(
             return done
         started = time.monotonic()
         step = store.retention.step(done.position, before, by)
-        for episode in step.episodes:
-            shutil.rmtree(store.dir / "pictures" / episode, ignore_errors=True)
+        _remove_pictures(store, step.episodes)
         done.turns += len(step.turns)
         done.position = step.position or 0
         if step.position is None:
             return done
         stopping.wait(_REST * (time.monotonic() - started))
     return done
+
+
+def _remove_pictures(store: Store, episodes: Iterable[str]) -> None:
+    for episode in episodes:
+        shutil.rmtree(store.dir / "pictures" / episode, ignore_errors=True)
 
 
 def run(store: Store, stopping: threading.Event, every_s: float = EVERY_S) -> None:

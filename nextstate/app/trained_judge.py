@@ -20,6 +20,8 @@ from nextstate.app.settings import Settings
 from nextstate.engine.client import EngineClient, load_everywhere
 from nextstate.errors import AdapterError, AnswerError, BusyError, EngineError, JudgeError
 from nextstate.hooks import Calibration, TrainedJudge
+from nextstate.private_files import make_folder
+from nextstate.process_lock import ProcessLock
 from nextstate.records import Json, PolicyVersion, VersionState
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,13 @@ _NOT_NOW = (408, 425, 429)
 def judge_folder(settings: Settings) -> Path:
     """The folder with all versions."""
     return settings.store.path / NAME
+
+
+def judges_lock(settings: Settings) -> ProcessLock:
+    """Keeps others from training a judge, and from what must not happen beside that."""
+    make_folder(judge_folder(settings))
+    taken = "a judge is being trained"
+    return ProcessLock(judge_folder(settings) / "lock", taken, "wait for it, or end it")
 
 
 def judge_path(settings: Settings, number: int) -> Path:

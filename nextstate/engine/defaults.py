@@ -60,7 +60,13 @@ def _read(model: str) -> Json:
     if not Path(model).expanduser().is_dir():
         from huggingface_hub import try_to_load_from_cache
 
-        cached = try_to_load_from_cache(model, _FILE)
+        try:
+            cached = try_to_load_from_cache(model, _FILE)
+        except ValueError:  # the form of a path
+            raise ConfigError(
+                f"[engine] model = {model!r:.200}: there is no such folder, and it is no name of a "
+                "model, such as 'Qwen/Qwen3-0.6B': correct it"
+            ) from None
         if not isinstance(cached, str):
             return {}
         file = Path(cached)

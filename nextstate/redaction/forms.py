@@ -39,6 +39,8 @@ def _form(mark: str, body: str, before: str = r"(?<![A-Za-z0-9])") -> _Form:
 
 
 KEY_FORMS = (
+    _form("ns-", r"ns-(?:[0-9a-f]{64}|[\w-]{43})(?![\w-])"),
+    _form("ep-", r"ep-[0-9a-f]{32}(?![\w-])"),
     _form("sk-", r"sk-(?:proj-|svcacct-|admin-|ant-(?:api|admin|sid)\d\d-|or-v1-)?[\w-]{20,}+"),
     _form("sk_", r"[sr]k_(?:live|test|prod)_[A-Za-z0-9]{16,}+"),
     _form("rk_", r"rk_(?:live|test|prod)_[A-Za-z0-9]{16,}+"),

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+from sqlalchemy import make_url
+
 from nextstate import sealed_files
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
@@ -126,9 +128,11 @@ class Store:
         Raises StartError if one does, and StoreError for one that is not in a file.
         """
         if config.url.startswith("postgres"):
+            host = make_url(config.url).host or "this machine"
             raise StoreError(
-                "only a store in a file can be encrypted: encrypt the disk of the server that "
-                "[store] url names, and reach it by TLS"
+                f"[store] url names a server ({host}), and only a store in a file can be encrypted "
+                "by us: encrypt the disks of the server and of [store] dir, and reach it by TLS; "
+                "`nextstate store copy` moves it into a file"
             )
         make_state_folder(config.path)
         database = Database(SQLite(database_file(config.url, config.path)), patience=Patience(0.0))

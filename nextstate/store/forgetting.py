@@ -3,17 +3,19 @@
 A turn's words are in more records than its own: the turns that continue it send them again, and the
 turn before it has them as its next state, from which a judge made a score and a hint. So these go
 with it, and so does the whole episode of a step. A version that trained on any of them, and every
-version trained from that, must be withdrawn first (`withdraw`). What is deleted is gone from the
-file only after `Database.compact`.
+version trained from that, must be withdrawn first (`withdraw`). Which did is in the ledger: samples
+forget it when they are given back, and go with their turns by retention. What is deleted is gone
+from the file only after `Database.compact`.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+import orjson
 import sqlalchemy as sa
 
 from nextstate.records import FEEDBACK, SampleState, VersionState
@@ -39,7 +41,7 @@ class Wanted:
     """What shall be forgotten: everything that meets one of the conditions."""
 
     turns: Collection[str] = ()
-    """Ids of turns."""
+    """Ids of turns. Of one that retention took, the versions that learned from it still go."""
     sessions: Collection[str] = ()
     """Names of sessions: ours or the client's own."""
     before: float | None = None
@@ -65,6 +67,13 @@ class Plan:
     in_training: int
     """How many of the turns an update uses at this moment: nothing can be forgotten until it ends.
     """
+    learned: Mapping[str, tuple[int, ...]] = field(default_factory=dict[str, tuple[int, ...]])
+    """All versions of each lineage that learned from them, those that were withdrawn too."""
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether there is nothing to forget."""
+        return not (self.turns or self.episodes or self.versions)
 
 
 @queries
@@ -119,15 +128,32 @@ class Forgetting:
             plan = _plan(connection, wanted)
             if not (plan.versions or plan.in_training):
                 _delete(connection, plan)
-                if plan.turns:
+                if plan.turns or plan.episodes:
                     gone = {"turns": plan.turns, "episodes": len(plan.episodes), "by": by}
                     append(connection, self._database.now(), Kind.FORGOTTEN, gone)
         return plan
 
+    def unknown(self) -> dict[str, list[int]]:
+        """The versions that are kept and learned from turns that are in the store no more.
+
+        By their lineages: what these turns held cannot be looked for.
+        """
+        v, found = t.versions.c, dict[str, list[int]]()
+        with self._database.read() as connection:
+            there = {*connection.execute(sa.select(_T.id)).scalars()}
+            kept = sa.or_(v.state != VersionState.REJECTED, v.path.is_not(None))
+            query = sa.select(v.lineage, v.number).where(kept)
+            versions = {(row.lineage, row.number) for row in connection.execute(query)}
+            for lineage, number, turns in _trainings(connection):
+                if (lineage, number) in versions and not turns <= there:
+                    found.setdefault(lineage, []).append(number)
+        return found
+
 
 def _plan(connection: sa.Connection, wanted: Wanted) -> Plan:
-    found = _chosen(connection, wanted)
+    found, alone = _chosen(connection, wanted)
     turns, episodes = _with_the_rest(connection, found, wanted.before is None)
+    episodes |= alone
     touched = _touched(connection, turns)
     samples = [
         row
@@ -137,33 +163,52 @@ def _plan(connection: sa.Connection, wanted: Wanted) -> Plan:
         )
     ]
     used = {(row.lineage, row.trained_in) for row in samples if row.trained_in is not None}
-    return Plan(
-        tuple(turns),
-        tuple(sorted(episodes)),
-        tuple(touched),
-        _descendants(connection, used),
-        sum(row.state == SampleState.LEASED for row in samples),
-    )
+    gone = {*turns, *touched, *wanted.turns}
+    used |= {
+        (lineage, number)
+        for lineage, number, of in _trainings(connection)
+        if not gone.isdisjoint(of)
+    }
+    learned, versions = _descendants(connection, used)
+    in_training = sum(row.state == SampleState.LEASED for row in samples)
+    listed = tuple(sorted(episodes))
+    return Plan(tuple(turns), listed, tuple(touched), versions, in_training, learned)
 
 
-def _chosen(connection: sa.Connection, wanted: Wanted) -> set[str]:
-    """The turns that meet a condition themselves."""
-    found: set[str] = set()
+def _trainings(connection: sa.Connection) -> Iterator[tuple[str, int, set[str]]]:
+    """(lineage, number, turns that it trained on) of every version, as the ledger tells."""
+    c = t.ledger.c
+    query = sa.select(c.content).where(c.kind == Kind.VERSION).order_by(c.seq)
+    for row in _stream(connection, query):
+        told = orjson.loads(row.content)
+        yield told["lineage"], told["number"], {one[0] for one in told["turns"]}
+
+
+def _chosen(connection: sa.Connection, wanted: Wanted) -> tuple[set[str], set[str]]:
+    """The (turns, episodes without a turn) that meet a condition themselves."""
+    found, episodes = set[str](), set[str]()
     for some in _parts(wanted.turns):
         found |= {*connection.execute(sa.select(_T.id).where(_T.id.in_(some))).scalars()}
     for name in wanted.sessions:
         for column in (_T.session, _T.client_session):
             found |= {*connection.execute(sa.select(_T.id).where(column == name)).scalars()}
+        episodes |= {*connection.execute(sa.select(_E.id).where(_E.id == name)).scalars()}
     if wanted.before is not None:
         query = sa.select(_T.id).where(_T.started_at < wanted.before)
         found |= {*connection.execute(query).scalars()}
+        query = sa.select(_E.id).where(_E.opened_at < wanted.before)
+        episodes |= {*connection.execute(query).scalars()}
     if wanted.matching is not None:
-        found |= _matching(connection, wanted.matching)
-    return found
+        matching = _matching(connection, wanted.matching)
+        found, episodes = found | matching[0], episodes | matching[1]
+    for some in _parts(episodes):  # the others go with their turns
+        query = sa.select(_T.episode).where(_T.episode.in_(some))
+        episodes -= {*connection.execute(query).scalars()}
+    return found, episodes
 
 
-def _matching(connection: sa.Connection, text: str) -> set[str]:
-    """The turns with a record that holds the text."""
+def _matching(connection: sa.Connection, text: str) -> tuple[set[str], set[str]]:
+    """The turns with a record that holds the text, and the episodes."""
     wanted = text.casefold()
     # Texts of messages are JSON, in which some characters have another form.
     forms = {wanted, write_json(wanted).decode()[1:-1]}
@@ -195,7 +240,7 @@ def _matching(connection: sa.Connection, text: str) -> set[str]:
     ]
     for some in _parts(episodes):
         found |= {*connection.execute(sa.select(_T.id).where(_T.episode.in_(some))).scalars()}
-    return found
+    return found, {*episodes}
 
 
 def _with_the_rest(
@@ -252,10 +297,13 @@ def _touched(connection: sa.Connection, turns: Sequence[str]) -> list[str]:
 
 def _descendants(
     connection: sa.Connection, used: Collection[tuple[str, int]]
-) -> dict[str, tuple[int, ...]]:
-    """The versions that must be withdrawn: these and those trained from them, oldest first."""
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """These versions and those trained from them, and which must still be withdrawn.
+
+    By their lineages, oldest first.
+    """
     v = t.versions.c
-    found: dict[str, tuple[int, ...]] = {}
+    learned, found = dict[str, tuple[int, ...]](), dict[str, tuple[int, ...]]()
     for lineage in sorted({lineage for lineage, _ in used}):
         query = sa.select(v.number, v.parent, v.state, v.path).where(v.lineage == lineage)
         tainted = {number for name, number in used if name == lineage}
@@ -265,9 +313,10 @@ def _descendants(
                 tainted.add(row.number)
                 if row.state != VersionState.REJECTED or row.path is not None:
                     wanted.append(row.number)
+        learned[lineage] = tuple(sorted(tainted))
         if wanted:
             found[lineage] = tuple(wanted)
-    return found
+    return learned, found
 
 
 def _set_samples(

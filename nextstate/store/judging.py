@@ -129,9 +129,17 @@ class Judging:
         return found
 
     def settle_verdict(
-        self, verdict: Verdict, *, task_end: str | None = None, also_about: Sequence[str] = ()
+        self,
+        verdict: Verdict,
+        *,
+        task_end: str | None = None,
+        also_about: Sequence[str] = (),
+        read: Judgement | None = None,
     ) -> bool:
         """Keeps a judge's verdict and makes its sample; False if the turn has another one already.
+
+        It is False too if something of what the judge has `read` was forgotten meanwhile: the
+        verdict may quote it.
 
         A verdict that knew the end of the turn's task, `task_end`, replaces one that did not,
         unless the sample is trained or in training. `also_about` are earlier steps that this turn's
@@ -139,6 +147,8 @@ class Judging:
         trained or a person has judged them.
         """
         with self._database.write() as connection:
+            if read is not None and not _is_there(connection, read):
+                return False
             settled = settle_votes(connection, verdict, task_end, self._database.now())
             if settled and also_about:
                 judge_again(connection, also_about, verdict.turn)
@@ -210,3 +220,11 @@ class Judging:
         with self._database.read() as connection:
             calls, tokens = connection.execute(query).one()
         return int(calls or 0), int(tokens or 0)
+
+
+def _is_there(connection: sa.Connection, read: Judgement) -> bool:
+    """Whether all that a judge has read of what followed a turn is in the store."""
+    there = {*load_next_states(connection, read.turn.id)}
+    if read.task_end is not None:
+        there |= {*load_next_states(connection, read.task_end)}
+    return there >= {*read.next_states, *read.later}

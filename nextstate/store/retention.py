@@ -111,6 +111,24 @@ class Retention:
         reached = free[-1].seq if len(free) == AT_ONCE else (rows[-1].seq if rows else position)
         return Step(None if over else reached, tuple(row.id for row in done), tuple(episodes))
 
+    def drop_episodes(self, before: float, by: str) -> tuple[str, ...]:
+        """Deletes some episodes that are over and never had a turn, opened before a Unix time.
+
+        Returns their ids; there are no more if it is empty.
+        """
+        over = _E.state.in_(_OVER), _E.opened_at < before
+        alone = sa.select(_E.id).where(*over, ~sa.exists().where(_T.episode == _E.id))
+        with self._database.read() as connection:
+            if connection.execute(alone.limit(1)).first() is None:
+                return ()
+        with self._database.write() as connection:
+            found = connection.execute(alone.limit(LOOKED_AT)).scalars().all()
+            if found:
+                _unbase(connection, delete_episodes(connection, found))
+                gone = {"turns": list[str](), "episodes": len(found), "by": by}
+                append(connection, self._database.now(), Kind.FORGOTTEN, gone)
+        return tuple(found)
+
     def _kept(
         self, connection: sa.Connection, rows: Sequence[Row], first: Mapping[str, tuple[int, int]]
     ) -> list[tuple[Row, bool]]:

@@ -222,7 +222,7 @@ def seal_column(vault: Vault | None, row: str, column: str, value: bytes | str |
     """
     if vault is None or value is None:
         return value
-    if isinstance(value, str) and value[:1] == "{" and ':"' not in value and '["' not in value:
+    if isinstance(value, str) and _is_of_numbers(value):
         return value
     place = f"{column} of {row}".encode()
     if isinstance(value, str):
@@ -234,7 +234,7 @@ def open_column(vault: Vault | None, row: str, column: str, stored: bytes | str 
     """The way back from `seal_column`."""
     if vault is None or stored is None:
         return stored
-    if isinstance(stored, str) and stored[:1] == "{":
+    if isinstance(stored, str) and _is_of_numbers(stored):
         return stored
     place = f"{column} of {row}".encode()
     if isinstance(stored, bytes):
@@ -244,6 +244,11 @@ def open_column(vault: Vault | None, row: str, column: str, stored: bytes | str 
     except ValueError:
         sealed = b""
     return vault.open(place, sealed).decode()
+
+
+def _is_of_numbers(value: str) -> bool:
+    """True for a JSON object without a text in it. What is sealed begins otherwise."""
+    return value[:1] == "{" and ':"' not in value and '["' not in value
 
 
 def vault_of(dialect: sa.Dialect) -> Vault | None:

@@ -6,6 +6,7 @@ import gc
 import hashlib
 import os
 import secrets
+import sqlite3
 import stat
 from collections.abc import Iterator
 from contextlib import closing
@@ -19,6 +20,7 @@ from nextstate.app.page.episodes import picture
 from nextstate.config import StoreConfig
 from nextstate.engine import adapter_files
 from nextstate.errors import AdapterError, SealError
+from nextstate.process_lock import ProcessLock
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store_key import FILE_VARIABLE, VARIABLE
@@ -227,6 +229,83 @@ def test_nothing_is_exported_in_clear_unless_a_person_says_so(
     assert command(config, *words, "--in-clear") == 0
     data = out.read_bytes() if what == "turns" else (out / adapter_files.WEIGHTS_FILE).read_bytes()
     assert b"wordofuser" in data
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_plain_file_in_the_place_of_an_encrypted_one_is_an_error(
+    config: StoreConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    name: str,
+) -> None:
+    with_files(config)
+    encrypt_with_files(config, monkeypatch)
+    (config.path / name).write_bytes(b"what a thief would like to be read")
+    with closing(Store(config)), pytest.raises(SealError, match="is not encrypted, but its folder"):
+        sealed_files.read(config.path / name)
+    assert command(config, "verify") == 2
+    assert f"{config.path / name} is not encrypted" in capsys.readouterr().out
+
+
+def test_what_was_deleted_before_and_not_overwritten_is_not_left_in_clear(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By an earlier program: ours overwrites what it deletes."""
+    with_files(config)
+    file = config.path / "nextstate.sqlite3"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("PRAGMA secure_delete=OFF")
+        connection.execute("CREATE TABLE old (text)")
+        connection.execute("INSERT INTO old VALUES (?)", ("never overwritten " * 99_000,))
+        connection.execute("DROP TABLE old")
+    assert b"never overwritten" in file.read_bytes()
+    encrypt_with_files(config, monkeypatch)
+    assert b"never overwritten" not in file.read_bytes()
+
+
+def test_what_was_half_written_does_not_stay_in_clear(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed learner's, and that of a training of a judge."""
+    with_files(config)
+    drafts = "versions/main/.v000003.draft", "judge/.v000002.draft"
+    for draft in drafts:
+        (config.path / draft).mkdir()
+        (config.path / draft / "adapter_model.safetensors").write_bytes(WEIGHTS)
+    (config.path / "learner/main/.checkpoint.pt.draft").write_bytes(WEIGHTS)
+    encrypt_with_files(config, monkeypatch)
+    assert in_files(config.path) == []
+
+
+def test_a_store_is_not_encrypted_while_a_judge_is_being_trained(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with_files(config)
+    monkeypatch.setenv(VARIABLE, secrets.token_hex(32))
+    with ProcessLock(config.path / "judge" / "lock", "it is trained", ""):
+        assert command(config, "encrypt") != 0
+    assert "a judge is being trained" in capsys.readouterr().err
+    monkeypatch.delenv(VARIABLE)
+    Store(config).close()
+
+
+@pytest.mark.parametrize("more", [(), ("--off",), ("--rotate",), ("--key-file", "store.key")])
+def test_a_store_on_a_server_is_refused_before_anything_is_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    more: tuple[str, ...],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    url = "postgresql://ann:hunter2@db.example/turns"
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\nurl = "{url}"\n')
+    assert main(["encrypt", *more, "--config", str(file)]) == 2
+    said = capsys.readouterr().err
+    assert "[store] url names a server (db.example), and only a store in a file can be" in said
+    assert "encrypt the disks of the server" in said
+    assert "hunter2" not in said
+    assert {path.name for path in tmp_path.iterdir()} == {"nextstate.toml"}
 
 
 def test_the_page_shows_a_picture_of_an_encrypted_folder(

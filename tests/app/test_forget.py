@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,9 @@ import pytest
 
 from learner.folders import version_path
 from nextstate.app.cli import main
+from nextstate.app.forgetting import UNDER_WAY
 from nextstate.config import StoreConfig
+from nextstate.process_lock import ProcessLock
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.store.test_forgetting import judge, record, said
@@ -94,6 +97,86 @@ def test_a_judge_that_trained_on_it_goes_with_those_after_it(
     assert sorted(path.name for path in (store.dir / "judge").glob("v*")) == ["v000001"]
 
 
+def test_nothing_is_forgotten_while_a_judge_is_being_trained(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (store.dir / "judge").mkdir()
+    with ProcessLock(store.dir / "judge" / "lock", "it is trained", ""):
+        assert main(["forget", "turn_0", "--yes", "--config", str(config)]) != 0
+    assert "a judge is being trained" in capsys.readouterr().err
+    assert store.turns.get("turn_0") is not None
+    assert store.versions.serving("main").number == 3
+
+
+@pytest.mark.parametrize(
+    ("killed_at", "problem"),
+    [
+        ("app.forgetting._delete_files", "version 2 of main was withdrawn, and its folder"),
+        ("app.forgetting._delete_judges", ""),
+        ("store.Store.compact", "`nextstate forget` was interrupted: run it again"),
+    ],
+)
+def test_killed_in_between_the_same_command_goes_on(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    killed_at: str,
+    problem: str,
+) -> None:
+    folder = store.dir / "judge" / "v000001"
+    folder.mkdir(parents=True)
+    (folder / "card.json").write_text(json.dumps({"number": 1, "turns": ["turn_0"]}))
+    command = ["forget", "turn_0", "--yes", "--config", str(config)]
+
+    def ends(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(f"nextstate.{killed_at}", ends)
+        with pytest.raises(KeyboardInterrupt):
+            main(command)
+    at_the_end = killed_at == "store.Store.compact"
+    assert (store.dir / UNDER_WAY).exists() == at_the_end
+    assert main(["verify", "--config", str(config)]) == 2
+    assert problem in capsys.readouterr().out
+    compacted: list[bool] = []
+    compact = Store.compact
+
+    def compacts(own: Store) -> None:
+        compacted.append(True)
+        compact(own)
+
+    monkeypatch.setattr(Store, "compact", compacts)
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    assert ("was interrupted: the database was written anew" in told) == at_the_end
+    assert compacted == [True]
+    assert not (store.dir / UNDER_WAY).exists()
+    assert store.turns.ids() == ["turn_2", "turn_3"]
+    assert not folder.exists()
+    for number in (2, 3):
+        assert not version_path(store.dir, "main", number).exists()
+    assert not (store.dir / "learner" / "main" / "checkpoint.pt").exists()
+
+
+def test_a_turn_that_retention_took_is_known_by_what_learned_from_it(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("nextstate.store.retention.KEPT_JUDGED", 0)
+    assert store.retention.step(0, 1e12, "age").turns
+    assert main(["forget", "--matching", "ask<1>", "--config", str(config)]) == 0
+    shown = capsys.readouterr().out
+    assert "version 2 of main learned from turns that `nextstate retain` took" in shown
+    assert "nothing is forgotten" in shown
+    assert main(["forget", "turn_0", "--yes", "--config", str(config)]) == 0
+    assert "withdrew versions 2, 3 of main; version 1 serves" in capsys.readouterr().out
+    assert not version_path(store.dir, "main", 2).exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -115,6 +198,34 @@ def test_what_is_not_clear_or_not_confirmed_is_refused(
     assert main(["forget", *arguments, "--config", str(config)]) == 2
     assert message in capsys.readouterr().err
     assert len(store.turns.ids()) == 4
+
+
+def test_a_text_comes_from_the_standard_input_where_nobody_sees_it(
+    store: Store,
+    config: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ask<3>\n"))
+    assert main(["forget", "--matching", "-", "--yes", "--config", str(config)]) == 0
+    assert "forgot 2 turns" in capsys.readouterr().out
+    assert store.turns.ids() == ["turn_0", "turn_1"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["forget", "--matching", "-", "--yes", "--config", str(config)]) == 2
+    assert "is empty: expected a text" in capsys.readouterr().err
+
+
+def test_a_store_from_before_a_copy_is_told(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = f"sqlite:///{config.parent}/copy.sqlite3"
+    assert main(["store", "copy", copy, "--config", str(config)]) == 0
+    assert main(["forget", "turn_3", "--yes", "--config", str(config)]) == 0
+    assert "is another store" not in capsys.readouterr().out
+    config.write_text(f'{config.read_text()}url = "{copy}"\n')
+    assert main(["forget", "turn_2", "--yes", "--config", str(config)]) == 0
+    told = f"{store.dir}/nextstate.sqlite3 is another store, from before [store] url was set"
+    assert told in capsys.readouterr().out
 
 
 def test_what_is_not_there_is_no_error(config: Path, capsys: pytest.CaptureFixture[str]) -> None:

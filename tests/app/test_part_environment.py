@@ -25,12 +25,15 @@ VARIABLES = {
     "ENGINE": "[engine] api_key_env",
     "JUDGES": "[judge] api_key_env",
     "NEXTSTATE_STORE_KEY": "whoever opens the store",
+    "NEXTSTATE_STORE_KEY_FILE": "whoever opens the store",
+    "CREDENTIALS_DIRECTORY": "whoever opens the store",
     "WANDB_API_KEY": "the learner's",
     "OPENAI_API_KEY": "nobody's",
     "AWS_SECRET_ACCESS_KEY": "nobody's",
     "GITHUB_TOKEN": "nobody's",
     "PGPASSWORD": "nobody's",
 }
+STORE = {"NEXTSTATE_STORE_KEY", "NEXTSTATE_STORE_KEY_FILE", "CREDENTIALS_DIRECTORY"}
 CONFIG = """
 [store]
 dir = "{folder}/state"
@@ -51,11 +54,11 @@ api_key_env = "JUDGES"
 allow_hosts = ["api.openai.com"]
 """
 HAS = {
-    "proxy": {"CLIENTS", "ALICE", "ENGINE", "NEXTSTATE_STORE_KEY"},
-    "judge": {"ENGINE", "JUDGES", "NEXTSTATE_STORE_KEY"},
-    "learner": {"ENGINE", "NEXTSTATE_STORE_KEY"},
+    "proxy": {"CLIENTS", "ALICE", "ENGINE", *STORE},
+    "judge": {"ENGINE", "JUDGES", *STORE},
+    "learner": {"ENGINE", *STORE},
     "rollout": set[str](),
-    "writer": {"NEXTSTATE_STORE_KEY"},
+    "writer": STORE,
     "engine": set[str](),
 }
 
@@ -98,6 +101,22 @@ def test_what_no_part_gets_is_known(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, "x") for name in ("OPENAI_APIKEY", "PRIVATE_KEY_PEM", "SSH_PRIVATE_KEY_B64")),
+        *((name, "x") for name in ("API_KEY_OPENAI", "VAULT_TOKEN_VALUE", "JWT", "JWT_PROD")),
+        ("HTTPS_PROXY", "http://ann:hunter2@proxy.example:3128"),
+    ],
+)
+def test_a_secret_is_known_whatever_stands_around_its_name(
+    tmp_path: Path, name: str, value: str
+) -> None:
+    plain = {"TOKENIZERS_PARALLELISM": "false", "HTTP_PROXY": "http://proxy.example:3128"}
+    for part in HAS:
+        assert part_environment(settings(tmp_path), part, {name: value} | plain) == plain
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_real_processes_have_only_their_own_secrets(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -113,7 +132,7 @@ def test_real_processes_have_only_their_own_secrets(
     async def test() -> None:
         async with scripted_engine() as engine:
             found = settings(tmp_path, engine.url)
-            for part in ("proxy", "judge", "learner"):
+            for part in ("proxy", "judge", "learner", "rollout"):
                 child = stage_process(found, part, part)
                 process = await start(child)
                 try:

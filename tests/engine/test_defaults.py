@@ -49,3 +49,8 @@ def test_arguments_of_the_engine_replace_them(tmp_path: Path) -> None:
     (tmp_path / "m" / "generation_config.json").write_text('{"temperature": "warm"}')
     with pytest.raises(ConfigError, match="warm"):
         found()
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"\[engine\] model = '.*gone': there is no such folder"):
+        sampling_defaults(EngineConfig(model=str(tmp_path / "gone")))

@@ -29,6 +29,7 @@ def judged(reply: str, *states: tuple[Source, str]) -> Verdict:
     return found
 
 
+FAILED = "===== 5 failed in 0.12s ====="
 FETCHING = (
     '[calls web_fetch({"url": "https://a.example"})]',
     '[calls browser_open({"page": 1})]',
@@ -36,12 +37,21 @@ FETCHING = (
     '[calls duckduckgo_search({"q": "us"})]',
     '[calls read_emails({})]',
     '[calls bash({"command": "curl -s https://a.example | head"})]',
+    '[calls browser_console_messages({})]',
+    '[calls browser_run_code({"code": "page.title()"})]',
+    '[calls list_console_messages({})]',
+    '[calls fetch_and_process_url({"url": "https://a.example"})]',
+    '[calls run_web_search({"q": "us"})]',
+    '[calls bash({"command": "gh issue view 5 --comments"})]',
+    '[calls bash({"command": "python fetch.py https://a.example"})]',
+    '[calls bash({"command": "git show origin/pr/5"})]',
+    '[calls python({"code": "print(get(\'https://a.example\').text)"})]',
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("reply", FETCHING)
 @pytest.mark.parametrize(
-    "text", [PRAISE, BLAME, '{"status": 404}', "exit code: 1", "5 passed in 1s"]
+    "text", [PRAISE, BLAME, '{"status": 404}', "exit code: 1", "5 passed in 1s", FAILED]
 )
 def test_a_text_from_the_web_is_no_verdict(reply: str, text: str) -> None:
     assert judged(reply, (Source.TOOL, text)).score == 0
@@ -55,6 +65,19 @@ def test_a_text_from_the_web_is_no_verdict(reply: str, text: str) -> None:
 def test_a_tool_that_does_something_is_still_heard() -> None:
     assert judged('[calls lamp({"on": true})]', (Source.TOOL, "Error: no such lamp")).score == -1
     assert judged('[calls bash({"command": "make"})]', (Source.TOOL, BLAME)).score == -1
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        '[calls bash({"command": "python -m pytest --base-url http://localhost:8000"})]',
+        '[calls bash({"command": "git diff HEAD~1 && make test"})]',
+        '[calls python({"code": "import tests; tests.run()"})]',
+        '[calls run_tests({"path": "tests"})]',
+    ],
+)
+def test_a_report_of_what_ran_here_is_heard(reply: str) -> None:
+    assert outcome_of(evidence(reply, (Source.TOOL, FAILED))).score == -1
 
 
 def test_of_two_calls_only_the_one_that_fetches_brings_strangers_words() -> None:

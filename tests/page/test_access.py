@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from nextstate.app.page.logins import LASTS_S, MOST_LOGINS, Logins
+from nextstate.keys import Key, Scope, hashed, new_key
 from nextstate.store import Store
 from proxy.allowance import Allowance
 from proxy.keys import Keys
@@ -83,6 +84,23 @@ def test_wrong_keys_are_slowed_down(store: Store, tmp_path: Path) -> None:
         answer = await site.http.post(f"{site.url}/page/login", data={"key": KEY})
         assert answer.status == 429
         assert 0 < int(answer.headers["Retry-After"]) <= Tries.REFILL_S
+
+    on_site(test, store, tmp_path, KEY)
+
+
+def test_wrong_keys_of_others_keep_nobody_with_a_made_key_out(store: Store, tmp_path: Path) -> None:
+    """Every account of this machine has its address."""
+    made = new_key()
+    store.keys.add(Key("ann", hashed(made), frozenset((Scope.ADMIN,)), None, 1.0))
+
+    async def test(site: Site) -> None:
+        for n in range(Tries.AT_ONCE):
+            await site.post("/page/login", {"key": f"no {n}"}, 403)
+        login = f"{site.url}/page/login"
+        answer = await site.http.post(login, data={"key": made}, allow_redirects=False)
+        assert answer.status == 303
+        answer = await site.http.post(login, data={"key": new_key()})
+        assert answer.status == 429, "that one was not made here"
 
     on_site(test, store, tmp_path, KEY)
 

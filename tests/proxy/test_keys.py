@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from nextstate.keys import Scope, hashed, key_of_nodes
 from nextstate.store import Store
 from nextstate.store.keys import Keys as StoredKeys
 from proxy.allowance import Allowance
+from proxy.intervals import INTERVALS
 from proxy.keys import Keys
 from proxy.lineages import Access, Lineages
 from proxy.tries import Tries
@@ -68,12 +70,11 @@ def test_no_request_asks_the_store_for_its_key(
             return known(self)
 
         monkeypatch.setattr(StoredKeys, "all", all_)
-        p.proxy.keys._stored = None  # pyright: ignore[reportPrivateUsage]
         for _ in range(20):
             assert (await p.chat(request(), bearer(key)))[0] == 200
         assert asked == []
 
-    both(test, store, tmp_path)
+    both(test, store, tmp_path, intervals=replace(INTERVALS, keys_s=3600.0))  # no look beside them
 
 
 def test_the_last_use_is_written_at_most_once_a_minute(store: Store) -> None:

@@ -72,6 +72,51 @@ def test_nothing_is_kept_of_a_request_that_opts_out(
             assert trace not in data, name
 
 
+@pytest.mark.parametrize("process", [WriterThread, WriterProcess])
+def test_a_proxy_that_records_nothing_leaves_nothing(
+    store: Store, tmp_path: Path, process: type[WriterProcess]
+) -> None:
+    """`[privacy] record = false`; a request cannot ask for the contrary."""
+    before = rows_of(store)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for headers in ({}, {"X-NextState-Record": "on"}, {"X-Session-Id": WORDS}):
+            status, _, sent = await say(p, request(WORDS), headers)
+            assert (status, "x-nextstate-turn" in sent) == (200, False)
+        assert p.proxy.relay.counts.unrecorded["recording_off"] == 3
+
+    both(test, store, tmp_path, writer=process(Redactor()), record=False)
+    assert rows_of(store) == before
+    store.checkpoint()
+    for name, data in state_of(store.dir).items():
+        assert not any(word.encode() in data for word in (WORDS, "zebra", "violin")), name
+
+
+def test_a_side_turn_is_kept_and_neither_judged_nor_trained(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        first = request("a question")
+        for kind in ("SIDE", "main"):
+            headers = {"X-Turn-Type": kind, "X-Session-Id": kind}
+            _, data, sent = await say(p, first, headers)
+            turn = store.turns.get(sent["x-nextstate-turn"])
+            assert turn is not None
+            assert turn.kind == kind.lower()
+            reply = data["choices"][0]["message"]
+            more = {"role": "user", "content": "thanks, that is perfect"}
+            body = {**first, "messages": [*first["messages"], reply, more]}
+            await say(p, body, headers)
+            judged = store.judging.lease(9, 60.0)
+            assert judged == ([] if kind == "SIDE" else [turn.id])
+            said = await p.http.post(f"{p.url}/v1/feedback", json={"turn_id": turn.id, "score": 1})
+            told = await said.json()
+            assert told["applied"] == (kind == "main"), told
+        store.training.hold_out("main", lambda _: False)
+        trained = store.training.lease_samples("main", 9, "b", scored=True, hinted=False)
+        assert [sample.turn for sample in trained] == [turn.id], "the main turn alone"
+
+    both(test, store, tmp_path)
+
+
 def test_a_word_that_is_neither_on_nor_off_is_refused(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         status, data, _ = await say(p, request(), {"X-NextState-Record": "no"})

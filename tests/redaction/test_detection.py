@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import subprocess
 import sys
 import time
@@ -13,8 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.redaction_cases import cases
+from nextstate.keys import key_of_nodes, new_key
 from nextstate.redaction import KINDS, NOTHING, Redactor, placeholder
 from nextstate.redaction.forms import KEY_FORMS, api_keys
+from nextstate.store.episodes import API_KEY
 
 ALL = Redactor()
 NUMBERS = (4915117283645, 4539148803436467, 110105194912310029, 219099998, 5, 10**18)
@@ -107,6 +110,14 @@ UNITS = [
 )
 def test_what_is_replaced_and_what_stays(text: str, redacted: str | None) -> None:
     assert ALL.text(text) == (text if redacted is None else redacted)
+
+
+def test_our_own_keys_are_found() -> None:
+    """A client's, the nodes', and an episode's, where no name stands before them."""
+    episode = API_KEY + secrets.token_hex(16)
+    for key in (*(new_key() for _ in range(50)), key_of_nodes("a key"), episode):
+        assert Redactor().text(f"use {key}, please") == "use [secret:api_key], please"
+    assert Redactor().text("the ns-2.example of step-1f") == "the ns-2.example of step-1f"
 
 
 def test_every_kind_can_be_left_out() -> None:

@@ -10,12 +10,15 @@ from typing import Any
 
 import orjson
 import pytest
+import sqlalchemy as sa
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from sqlalchemy.exc import SQLAlchemyError
 
 from judge.config import JudgeConfig
 from judge.stage import run
 from nextstate.engine.client import EngineClient
+from nextstate.error_text import safe_text
 from nextstate.errors import EngineError, JudgeError
 from nextstate.hooks import JudgeKind, JudgeSettings, load_plugin
 from nextstate.store import Store
@@ -114,6 +117,15 @@ def test_the_reason_of_a_retried_turn_quotes_nobody(
     with store.database.read() as connection:
         reasons = connection.exec_driver_sql("SELECT reason FROM judgements").scalars().all()
     assert reasons == ["ValueError"]
+
+
+def test_an_error_of_a_statement_does_not_show_its_values(store: Store) -> None:
+    """SQLAlchemy's errors count as safe: the store hides what a statement was given."""
+    statement = sa.text("INSERT INTO nowhere VALUES (:said)")
+    with store.database.read() as connection, pytest.raises(SQLAlchemyError) as raised:
+        connection.execute(statement, {"said": SAID})
+    assert "nowhere" in safe_text(raised.value)
+    assert SAID not in safe_text(raised.value)
 
 
 RAISES = f"""

@@ -119,7 +119,10 @@ def in_files(folder: Path) -> list[str]:
         "a chain": b"chain 1",
         "a task": b"wordoftask 1",
     }
-    return found + [f"the hash of {n}" for n, text in hashes.items() if content_hash(text) in files]
+    found += [f"the hash of {n}" for n, text in hashes.items() if content_hash(text) in files]
+    # Whoever knows the environment can try tasks by this one.
+    task_key = Episode("ep_1", "main", "e", "wordoftask 1").task_key
+    return found + (["the key of a task"] if task_key.encode() in files else [])
 
 
 @contextmanager
@@ -146,7 +149,7 @@ def test_no_byte_of_a_conversation_is_in_the_files(
         fill(store)
         found = in_files(config.path)
         assert found[: len(WORDS)] == [*WORDS], "a store that is not encrypted shows every word"
-        assert len(found) == len(WORDS) + 4, found
+        assert len(found) == len(WORDS) + 5, found
         before = everything(store)
     encrypt(config, monkeypatch)
     assert in_files(config.path) == []
@@ -444,6 +447,17 @@ def test_values_of_two_turns_that_change_places_are_an_error(
         assert isinstance(store.turns.get("turn_1"), Turn)
         problems = store.verifying.problems(lambda *_: None)
     assert problems == ["1 turns have a sealed value that was changed: turn_0"]
+
+
+def test_a_plain_text_in_the_place_of_a_sealed_one_is_an_error(
+    config: StoreConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encrypt(config, monkeypatch)
+    with opened(config) as store:
+        fill(store, 1)
+    alter(config, """UPDATE turns SET sampling = '{"stop":["evil"]}' WHERE id = 'turn_0'""")
+    with opened(config) as store, pytest.raises(SealError, match="was changed or moved"):
+        store.turns.get("turn_0")
 
 
 def alter(config: StoreConfig, statement: str) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -203,6 +205,20 @@ def test_nothing_of_it_is_left_in_the_files(store: Store) -> None:
     assert store.turns.get(other.id) == other
 
 
+@pytest.mark.sqlite
+def test_what_was_deleted_before_and_not_overwritten_is_gone_too(store: Store) -> None:
+    """By an earlier program of ours, or by a person's own tool: SQLite's default is to leave it."""
+    file = store.dir / "nextstate.sqlite3"
+    words = b"words that nobody overwrote"
+    with closing(sqlite3.connect(file)) as connection, connection:
+        connection.execute("PRAGMA secure_delete=OFF")
+        connection.execute("CREATE TABLE old (text)")
+        connection.execute("INSERT INTO old VALUES (?)", (words * 300,))
+        connection.execute("DROP TABLE old")
+    store.compact()
+    assert not any(words in path.read_bytes() for path in store.dir.glob("nextstate.sqlite3*"))
+
+
 def test_a_text_that_others_are_compressed_against_goes_and_they_stay(store: Store) -> None:
     turns = [
         turn(n, session=f"s{n}", request={"messages": [message("user", f"{LONG} {n}")]})
@@ -297,6 +313,23 @@ def test_versions_that_trained_on_it_are_withdrawn_with_those_after_them(store: 
         *used[1],
         *used[2],
     }
+    check(store)
+
+
+@pytest.mark.parametrize(
+    "wanted",
+    [Wanted(matching="my LOCKER opens"), Wanted(sessions=["e1"]), Wanted(before=1e12)],
+    ids=["matching", "session", "before"],
+)
+def test_an_episode_that_never_had_a_turn_is_found_and_goes(store: Store, wanted: Wanted) -> None:
+    store.episodes.open([Episode("e1", "main", "terminal", "my locker opens with 4711")], None)
+    plan = store.forgetting.forget(wanted)
+    assert (plan.turns, plan.episodes) == ((), ("e1",))
+    assert store.episodes.get("e1") is None
+    assert b"locker" not in every_text(store)
+    (told,) = store.ledger.newest(1)
+    assert told.content["episodes"] == 1
+    assert store.ledger.problems() == []
     check(store)
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import stat
+import subprocess
+import sys
 from collections.abc import Generator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.config import StoreConfig
 from nextstate.errors import ConfigError, NextStateError, StoreError
-from nextstate.private_files import make_folder, make_state_folder
+from nextstate.private_files import make_folder, make_state_folder, secret_of
 from nextstate.store import Store
 from tests.store.test_records import add, turn
 
@@ -91,6 +93,52 @@ def test_a_state_folder_may_be_relative_below_home_or_behind_a_link(
         Store(StoreConfig(dir=name)).close()
         assert mode(tmp_path / place) == 0o700
         assert mode(tmp_path / place / "nextstate.sqlite3") == 0o600
+
+
+def test_a_secret_is_private_from_its_first_byte(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    os.umask(0)
+    modes: list[int] = []
+    link = os.link
+
+    def linked(made: Path, file: Path) -> None:
+        modes.append(mode(made))
+        link(made, file)
+
+    monkeypatch.setattr(os, "link", linked)
+    assert len(secret_of(tmp_path / "secret")) == 32
+    assert modes == [0o600]
+    assert [mode(path) for path in tmp_path.iterdir()] == [0o600]
+
+
+@pytest.mark.parametrize("entry", ["nextstate", "proxy.writer"])
+def test_a_process_makes_private_files_under_any_umask(tmp_path: Path, entry: str) -> None:
+    """A command, and the writer, which is none; and so do the processes that they start."""
+    command = (
+        "import os, runpy, signal, subprocess, sys\n"
+        "os.umask(0)\n"
+        "sys.argv = ['x', 'turns', '--config', 'none.toml']\n"
+        "try:\n"
+        f"    runpy.run_module({entry!r}, run_name='__main__')\n"
+        "except BaseException:\n"  # there is no such file, and nobody writes to the writer
+        "    pass\n"
+        "open('own', 'w').close()\n"
+        "os.mkdir('folder')\n"
+        "subprocess.run(['touch', 'child'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", command],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    found = {name: mode(tmp_path / name) for name in ("own", "folder", "child")}
+    assert found == {"own": 0o600, "folder": 0o700, "child": 0o600}
 
 
 def test_what_an_earlier_program_left_open_is_closed_and_told(

@@ -16,6 +16,7 @@ import sqlalchemy as sa
 from learner import watch
 from nextstate.app.retention import Keep, read_keep, sweep, write_keep
 from nextstate.config import StoreConfig
+from nextstate.episodes import Episode, EpisodeStatus
 from nextstate.errors import ConfigError, StoreError
 from nextstate.records import (
     Feedback,
@@ -241,6 +242,66 @@ def test_what_the_watch_looks_at_is_what_stays_whatever_is_judged_beside_it(
     assert len(looked_at) == 5
     assert sweep(dated, Keep(days=30)).turns == 5
     assert dated.versions.judged_turns("main", 5) == looked_at
+
+
+def test_what_waits_for_its_verdict_or_for_its_episodes_end_stays(dated: Store) -> None:
+    dated.episodes.open([Episode(name, "main", "e", name) for name in ("e1", "e2")], None)
+    record(dated, old(2, 100, "e1", episode="e1", step=0), judged=False)
+    record(dated, old(3, 100, "e2", episode="e2", step=0), judged=False)
+    dated.episodes.close("e2", EpisodeStatus.ABORTED, None, None)
+    for one in (old(0, 6), old(1, 8)):
+        with dated.recording() as recording:
+            recording.add_turn(one, f"{one.id:16.16}".encode(), KEY)
+            recording.add_next_states(one.id, True, [NextState(one.id, Source.USER, "so", 0.9)])
+    sweep(dated, Keep(days=5))
+    assert left(dated) == {"turn_0", "turn_2"}, "a week for a verdict, and any time for an episode"
+    assert_whole(dated)
+
+
+def test_the_newest_held_out_turns_stay_for_the_gate(
+    dated: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retention, "KEPT_HELD", 3)
+    record(dated, *(old(n, 100) for n in range(9)))
+    dated.training.hold_out("main", lambda _: True)
+    assert sweep(dated, Keep(days=30)).turns == 6
+    assert left(dated) == {"turn_6", "turn_7", "turn_8"}
+
+
+def test_what_a_middle_turn_repeated_stays_with_the_one_that_continues_it(dated: Store) -> None:
+    """The first one counted it for both of them."""
+    messages: list[Json] = [{"role": "user", "content": "a shared beginning"}]
+    for number, days in ((0, 100), (1, 99), (2, 10)):
+        parent = f"turn_{number - 1}" if number else None
+        one = old(number, days, "s", request={"messages": [*messages]}, parent=parent)
+        record(dated, one, judged=number == 0)  # the first one waits to train
+        messages += [dict(one.reply), {"role": "user", "content": f"go on {number}"}]
+    assert sweep(dated, Keep(days=50)).turns == 1
+    assert left(dated) == {"turn_0", "turn_2"}
+    assert_whole(dated)
+    dated.forgetting.forget(Wanted(turns=["turn_0"]))
+    last = dated.turns.get("turn_2")
+    assert last is not None
+    assert last.request["messages"] == messages[:5]
+    assert_whole(dated)
+
+
+def test_an_old_episode_that_never_had_a_turn_goes(dated: Store) -> None:
+    """Whoever opened it said what its task is."""
+    now = [NOW - 100 * DAY]
+    dated.database.now = lambda: now[0]  # pyright: ignore[reportAttributeAccessIssue]
+    opened = [Episode(name, "main", "e", f"the task of {name}") for name in ("old", "open", "new")]
+    dated.episodes.open(opened[:2], None)
+    dated.episodes.close("old", EpisodeStatus.ABORTED, None, None)
+    now[0] = NOW
+    dated.episodes.open(opened[2:], None)
+    dated.episodes.close("new", EpisodeStatus.ABORTED, None, None)
+    sweep(dated, Keep(days=30))
+    found = [dated.episodes.get(name) is not None for name in ("old", "open", "new")]
+    assert found == [False, True, True]
+    (told,) = dated.ledger.newest(1)
+    assert (told.content["episodes"], told.content["turns"]) == (1, [])
+    assert_whole(dated)
 
 
 @pytest.mark.sqlite

@@ -1,9 +1,10 @@
 """Runs a command on a network of its own, where every packet that leaves it is noted.
 
-    unshare --user --map-root-user --net python -m tests.whole.alone LOG COMMAND …
+    unshare --user --map-root-user --net --mount python -m tests.whole.alone LOG COMMAND …
 
 There is the loopback, and one way out that leads nowhere: a name that is looked up and a connection
-that is tried are seen there, whatever program or library makes them.
+that is tried are seen there, whatever program or library makes them. Who looks up a name asks a
+resolver that is out there, whichever this machine has.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ import socket
 import struct
 import subprocess
 import sys
+import tempfile
 import threading
 from pathlib import Path
 
-_ALONE = ("unshare", "--user", "--map-root-user", "--net")
+_ALONE = ("unshare", "--user", "--map-root-user", "--net", "--mount")
 _SETUP = (
     "link set lo up",
     "link add out type veth peer name nowhere",
@@ -24,6 +26,8 @@ _SETUP = (
     "address add 192.0.2.1/24 dev out",
     "route add default dev out",
 )
+RESOLVER = "198.51.100.53"
+_RESOLVERS = Path("/etc/resolv.conf")
 _PACKET_OUTGOING = 4
 _IPV4, _IPV6 = 0x0800, 0x86DD
 _NEIGHBOUR_PROTOCOLS = (0, 58)
@@ -45,6 +49,10 @@ def main(log: Path, command: list[str]) -> int:
     """Returns the command's exit code."""
     for line in _SETUP:
         subprocess.run(["ip", *line.split()], check=True)
+    with tempfile.NamedTemporaryFile("w", suffix=".conf") as resolvers:
+        resolvers.write(f"nameserver {RESOLVER}\noptions timeout:1 attempts:1\n")
+        resolvers.flush()
+        subprocess.run(["mount", "--bind", resolvers.name, _RESOLVERS.resolve()], check=True)
     listener = socket.socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(0x0003))
     listener.bind(("out", 0x0003))
     listener.settimeout(0.2)

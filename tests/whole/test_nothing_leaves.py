@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.whole.alone import alone
+from tests.whole.alone import RESOLVER, alone
 
 ROOT = Path(__file__).parents[2]
 
@@ -40,21 +41,104 @@ with socket.socket() as opened:
         pass
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
     opened.sendto(b"x", ("198.51.100.5", 53))
+try:
+    socket.getaddrinfo("elsewhere.test", 80)
+except OSError:
+    pass
 """
     seen = run_alone(tmp_path / "log", sys.executable, "-c", code)
     assert "protocol 6 to 198.51.100.4 port 443" in seen
     assert "protocol 17 to 198.51.100.5 port 53" in seen
+    assert f"protocol 17 to {RESOLVER} port 53" in seen
 
 
-def test_proxy_and_judge_send_nothing(tmp_path: Path) -> None:
+def test_proxy_writer_judge_and_rollout_send_nothing(tmp_path: Path) -> None:
     """That the learner sends nothing is seen in test_offline.py."""
     tests = (
         "tests/judge/test_stage.py::test_each_turn_gets_one_verdict_with_its_hinted_prompt",
-        "tests/proxy/test_recording.py",
+        "tests/proxy/test_unrecorded.py",
+        "tests/rollout/test_runner.py::test_the_environment_gets_replies_without_thoughts",
     )
     only = ("-k", "not postgresql", "-p", "no:cacheprovider")  # a server is its owner's
     command = (sys.executable, "-m", "pytest", "-q", *only, *tests)
     assert run_alone(tmp_path / "log", *command) == []
+
+
+_PLUGIN = """
+import os, socket
+
+
+def create(settings=None):
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
+        try:
+            opened.sendto(b"x", ("198.51.100.4", 9))
+        except OSError as error:
+            outcome = type(error).__name__
+        else:
+            outcome = "LEFT"
+    with open(os.environ["TRIED"], "a") as out:
+        out.write(outcome + "\\n")
+    os._exit(7)
+"""
+"""Whatever loads it tries to send something, says what came of it, and ends."""
+_CONFIG = """
+[store]
+dir = "{folder}/state"
+[engine]
+mode = "external"
+url = "http://127.0.0.1:9"
+model = "no-such-model"
+[proxy]
+port = {port}
+[judge]
+kind = "sends:create"
+[rollout]
+environment = "sends:create"
+"""
+_WRITER = """
+import sys
+from nextstate.config import StoreConfig
+from nextstate.egress import guard
+from proxy.writer_process import WriterProcess
+
+guard(["allowed.test"])
+writer = WriterProcess()
+with writer.start(StoreConfig(dir=sys.argv[1]), "sends:create") as opened:
+    opened.sendall(b"\\x01\\0\\0\\0x")  # it looks for its plugin once something came
+    sys.exit(writer.processes[0].wait(60))
+"""
+_WITHOUT = """
+import atexit, sends
+from nextstate.app.cli import main
+
+atexit.register(sends.create)
+main()
+"""
+"""A command without plugins tries at its end. That comes soon: its port is taken, or its lineage is
+nobody's."""
+PARTS = {
+    "proxy": ("-c", _WITHOUT, "proxy"),
+    "writer": ("-c", _WRITER, "state"),
+    "judge": ("-m", "nextstate", "judge"),
+    "learner": ("-c", _WITHOUT, "learner", "--lineage", "nobody"),
+    "rollout": ("-m", "nextstate", "rollout"),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_no_part_lets_a_plugin_send_anything(tmp_path: Path, part: str) -> None:
+    (tmp_path / "sends.py").write_text(_PLUGIN)
+    tried = tmp_path / "tried"
+    env = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "TRIED": str(tried)}
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = _CONFIG.format(folder=tmp_path, port=taken.getsockname()[1])
+        (tmp_path / "nextstate.toml").write_text(config)
+        done = subprocess.run(
+            [sys.executable, "-P", *PARTS[part]],
+            cwd=tmp_path, env=env, capture_output=True, text=True, timeout=100, check=False,
+        )  # fmt: skip
+    assert done.returncode == 7, (done.stdout + done.stderr)[-2000:]
+    assert tried.read_text() == "EgressError\n"
 
 
 @pytest.mark.soak

@@ -45,13 +45,18 @@ def run(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
+    from learner.folders import remove_drafts
     from nextstate.app.settings import Settings
+    from nextstate.app.trained_judge import judges_lock
     from nextstate.sealed_files import change_files
     from nextstate.store import Store
     from nextstate.store_key import FILE_VARIABLE, find_store_key
 
-    config = Settings.read(args.config).store
-    with Store.encryption(config) as encryption:
+    settings = Settings.read(args.config)
+    config = settings.store
+    # A judge that is being trained would be saved as it was when its training began.
+    with Store.encryption(config) as encryption, judges_lock(settings):
+        remove_drafts(config.path)
         key = None if args.key_file is None else _key_given(args, config)
         if encryption.is_interrupted:
             print("a change was interrupted: it goes on")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command, counted, user_name
@@ -43,7 +44,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--session", metavar="NAME", help=text)
     text = "every turn before then: 3d, 12w or a date such as 2026-05-31"
     parser.add_argument("--before", metavar="WHEN", help=text)
-    text = "every turn that holds this text anywhere; case does not count"
+    text = "every turn that holds this text anywhere; case does not count; - reads it from the "
+    text += "standard input, so that neither other accounts nor the shell's history see it"
     parser.add_argument("--matching", metavar="TEXT", help=text)
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -54,16 +56,20 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    from nextstate.app.forgetting import forget
+    from nextstate.app.forgetting import finish, forget
     from nextstate.app.settings import Settings
     from nextstate.errors import ConfigError
     from nextstate.store import Store
 
     settings = Settings.read(args.config)
     store = Store(settings.store)
+    if not args.dry_run and finish(store):
+        print("the last `nextstate forget` was interrupted: the database was written anew")
     wanted = _wanted(args, settings, store)
     plan = store.forgetting.plan(wanted)
-    if not plan.turns:
+    if not args.turns:
+        _warn(store)
+    if plan.is_empty:
         print("there is nothing of that: nothing is forgotten")
         return 0
     _show(store, plan)
@@ -79,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     with console.status("") as status:
         done = forget(settings, store, wanted, status.update, args.by or user_name())
     print(f"forgot {counted(len(done.plan.turns), 'turn')}")
+    if (other := _other_database(settings)) is not None:
+        print(f"{other} is another store, from before [store] url was set: delete it")
     for lineage, numbers in sorted(done.withdrawn.items()):
         serving = store.versions.serving(lineage).number
         print(f"withdrew {_versions(numbers)} of {lineage}; version {serving} serves")
@@ -90,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
 def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wanted:
     """What the arguments mean. Raises ConfigError and NoTurnError."""
     from nextstate.app.finding import names_of, since_time, the_turn
-    from nextstate.errors import ConfigError
+    from nextstate.errors import ConfigError, NoTurnError
     from nextstate.store.forgetting import Wanted
 
     given = (args.turns, args.session, args.before, args.matching)
@@ -99,15 +107,46 @@ def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wante
             "name what shall be forgotten: turns, or one of --session NAME, --before WHEN and "
             "--matching TEXT"
         )
-    text = None if args.matching is None else args.matching.strip()
+    text = sys.stdin.read() if args.matching == "-" else args.matching
+    text = None if text is None else text.strip()
     if text == "":
         raise ConfigError(f"--matching {args.matching!r:.40} is empty: expected a text")
+
+    def named(turn: str) -> str:
+        try:
+            return the_turn(store, turn)
+        except NoTurnError:
+            if store.forgetting.plan(Wanted(turns=[turn])).learned:
+                return turn  # retention took it, and what learned from it is there
+            raise
+
     return Wanted(
-        turns=[the_turn(store, turn) for turn in args.turns],
+        turns=[named(turn) for turn in args.turns],
         sessions=() if not args.session else names_of(args.session, settings),
         before=None if not args.before else since_time(args.before, option="--before"),
         matching=text,
     )
+
+
+def _other_database(settings: Settings) -> Path | None:
+    """A database of ours in [store] dir that is not the store, as after `nextstate store copy`."""
+    from nextstate.store.sqlite import FILE, database_file
+
+    url, file = settings.store.url, settings.store.path / FILE
+    if not file.exists():
+        return None
+    is_it = not url.startswith("postgres") and database_file(url, settings.store.path) == file
+    return None if is_it else file
+
+
+def _warn(store: Store) -> None:
+    """Says which versions may have learned from it though nothing tells so any more."""
+    for lineage, numbers in store.forgetting.unknown().items():
+        print(
+            f"{_versions(numbers)} of {lineage} learned from turns that `nextstate retain` took: "
+            "what these held cannot be looked for; `nextstate ledger` names them, and `nextstate "
+            "forget ID` withdraws what learned from one"
+        )
 
 
 def _show(store: Store, plan: Plan) -> None:

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
             progress.update(bar, completed=done, total=of)
 
         problems = store.verifying.problems(read)
-    problems += _adapters(store)
+    problems += [*_adapters(store), *_sealed(store), *_left_over(store)]
     problems += store.ledger.problems(args.head)
     for problem in problems:
         print(f"FAIL  {problem}")
@@ -70,3 +70,35 @@ def _adapters(store: Store) -> Iterator[str]:
                 verify_adapter(Path(version.path), version.sha256)
             except AdapterError as error:
                 yield f"version {version.number} of {version.lineage}: {error}"
+
+
+def _sealed(store: Store) -> Iterator[str]:
+    """Which files of an encrypted folder were changed, or lie there in clear."""
+    from nextstate import sealed_files
+    from nextstate.errors import SealError
+
+    if store.vault is None:
+        return
+    for path in sealed_files.sealable(store.dir):
+        try:
+            sealed_files.read(path)
+        except (OSError, SealError) as error:
+            yield str(error)
+
+
+def _left_over(store: Store) -> Iterator[str]:
+    """What a `forget` that was interrupted has left."""
+    from learner.folders import version_path
+    from nextstate.app.forgetting import UNDER_WAY
+    from nextstate.store.versions import WITHDRAWN
+
+    if (store.dir / UNDER_WAY).exists():
+        yield "the last `nextstate forget` was interrupted: run it again"
+    for version in store.versions.all():
+        if version.reason == WITHDRAWN:
+            folder = version_path(store.dir, version.lineage, version.number)
+            if folder.exists():
+                yield (
+                    f"version {version.number} of {version.lineage} was withdrawn, and its folder "
+                    f"{folder} is there: run `nextstate forget` again"
+                )
