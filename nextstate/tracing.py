@@ -18,7 +18,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from nextstate.egress import guard, is_here
+from nextstate.egress import is_here
 
 if TYPE_CHECKING:
     from opentelemetry.trace import SpanContext, Tracer
@@ -168,13 +168,6 @@ class Tracing:
 def tracing(part: str) -> Tracing:
     """What this process reports; `part` is its name."""
     return Tracing(part)
-
-
-def guard_collector() -> None:
-    """Lets this process reach its collector and nothing else but this machine."""
-    host = endpoint_host()
-    if host is not None:
-        guard([host])
 
 
 def _of_turn(turn: Turn) -> Mapping[str, Any]:

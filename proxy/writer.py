@@ -3,10 +3,10 @@
     python -P -m proxy.writer FD
 
 FD is a stream socket to the proxy's recorder. Standard input holds a pickled (`StoreConfig`, name
-of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length.
-The writer commits all that have arrived in one transaction, and answers each with one byte, in the
-order of arrival. The recorder may send an exchange again that an earlier writer did not answer: its
-turn is stored once.
+of the agent profile, `Redactor`, hosts that may be reached). The recorder sends pickled exchanges,
+each after its length. The writer commits all that have arrived in one transaction, and answers each
+with one byte, in the order of arrival. The recorder may send an exchange again that an earlier
+writer did not answer: its turn is stored once.
 
 When the proxy closes its end, or is killed, the writer commits what has arrived whole, and ends. It
 ignores SIGINT and SIGTERM: the proxy gets them too, and closes its end once all is committed.
@@ -26,6 +26,7 @@ from enum import IntEnum
 
 from nextstate import logs
 from nextstate.config import StoreConfig
+from nextstate.egress import guard
 from nextstate.errors import WaitError
 from nextstate.hooks import AgentProfile, load_plugin
 from nextstate.private_files import only_for_owner
@@ -35,7 +36,7 @@ from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
-from nextstate.tracing import guard_collector, tracing
+from nextstate.tracing import tracing
 from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
 from proxy.linking.history import RememberedMessages
 from proxy.redacting import Known
@@ -187,8 +188,8 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     only_for_owner()
     logs.to_stderr()
-    guard_collector()
-    config, profile, redactor = pickle.load(sys.stdin.buffer)
+    config, profile, redactor, hosts = pickle.load(sys.stdin.buffer)
+    guard(hosts)
     spare_collector()
     with socket.socket(fileno=int(sys.argv[1])) as source:
         Writer(source, config, profile, redactor).run()
