@@ -21,8 +21,10 @@ from nextstate.errors import NextStateError
 log = logging.getLogger(__name__)
 
 _LOOK_UPS = frozenset(("socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr"))
+_NAMED_BACK = "socket.getnameinfo"
 _SENDS = frozenset(("socket.connect", "socket.sendto", "socket.sendmsg"))
 _MOST_ADDRESSES = 4096
+_UNDER_LOCALHOST = ".localhost"
 
 
 class EgressError(NextStateError, PermissionError):
@@ -53,7 +55,7 @@ def guard(hosts: Iterable[str]) -> None:
         known = socket.getaddrinfo
 
         def getaddrinfo(host: Any, *args: Any, **kwargs: Any) -> Any:
-            return remember(host, known(host, *args, **kwargs))
+            return remember(host, known(as_looked_up(host), *args, **kwargs))
 
         socket.getaddrinfo = getaddrinfo
 
@@ -67,8 +69,9 @@ def check(host: object) -> None:
     """Raises EgressError for a host that must not be reached, or whose name not be looked up."""
     if _allowed.hosts is None or host is None:
         return
-    name = _plain(host.decode(errors="replace") if isinstance(host, bytes) else str(host))
-    if is_here(name) or name in _allowed.hosts or name in _allowed.addresses:
+    name = _plain(host)
+    here = is_here(name) and not name.endswith(_UNDER_LOCALHOST)
+    if here or name in _allowed.hosts or name in _allowed.addresses:
         return
     if name not in _allowed.told and len(_allowed.told) < _MOST_ADDRESSES:
         _allowed.told.add(name)
@@ -84,20 +87,25 @@ def check_address(address: object) -> None:
         check(cast("tuple[object, ...]", address)[0])
 
 
+def as_looked_up(host: Any) -> Any:
+    """`localhost` for a name under it, which a name server might be asked for; else `host`."""
+    return "localhost" if host is not None and _plain(host).endswith(_UNDER_LOCALHOST) else host
+
+
 def remember(host: object, found: Collection[Any]) -> Collection[Any]:
     """Allows the addresses that a look-up of an allowed host has found; returns `found`."""
-    if isinstance(host, str | bytes) and found:
+    if host is not None and _plain(host) in (_allowed.hosts or ()):
         for _, _, _, _, address in found:
             if len(_allowed.addresses) >= _MOST_ADDRESSES:
                 del _allowed.addresses[next(iter(_allowed.addresses))]
-            _allowed.addresses[_plain(str(address[0]))] = None
+            _allowed.addresses[_plain(address[0])] = None
     return found
 
 
 @lru_cache(maxsize=256)
 def is_here(name: str) -> bool:
     """True for a name or address of this machine, written as `_plain` writes it."""
-    if name in ("", "localhost") or name.endswith(".localhost"):
+    if name in ("", "localhost") or name.endswith(_UNDER_LOCALHOST):
         return True
     try:
         address = ipaddress.ip_address(name)
@@ -107,13 +115,21 @@ def is_here(name: str) -> bool:
     return (mapped or address).is_loopback or address.is_unspecified
 
 
-def _plain(host: str) -> str:
-    """A host as it is compared: in small letters, without a last dot, brackets and a scope."""
-    return host.strip().strip("[]").partition("%")[0].rstrip(".").lower()
+def _plain(host: object) -> str:
+    """A host as it is compared: in small letters, without a last dot, brackets and a scope.
+
+    Only an address has a scope: a name with a `%` in it is looked up as it stands.
+    """
+    text = host.decode(errors="replace") if isinstance(host, bytes) else str(host)
+    name = text.strip().strip("[]").rstrip(".").lower()
+    address, scope, _ = name.partition("%")
+    return address if scope and ":" in address else name
 
 
 def _hook(event: str, given: tuple[Any, ...]) -> None:
     if event in _LOOK_UPS:
         check(given[0])
+    elif event == _NAMED_BACK:
+        check_address(given[0])
     elif event in _SENDS and given[0].family in (socket.AF_INET, socket.AF_INET6):
         check_address(given[1])

@@ -7,7 +7,7 @@ from typing import Any
 
 import uvloop
 
-from nextstate.egress import check, check_address, remember
+from nextstate.egress import as_looked_up, check, check_address, remember
 
 
 class GuardedLoop(uvloop.Loop):
@@ -17,6 +17,7 @@ class GuardedLoop(uvloop.Loop):
         self, protocol_factory: Any, host: Any = None, *args: Any, **kwargs: Any
     ) -> Any:
         """A connection to an allowed host. Raises EgressError."""
+        host = as_looked_up(host)
         check(host)
         return await super().create_connection(protocol_factory, host, *args, **kwargs)
 
@@ -31,8 +32,14 @@ class GuardedLoop(uvloop.Loop):
 
     async def getaddrinfo(self, host: Any, *args: Any, **kwargs: Any) -> Any:
         """The addresses of an allowed host. Raises EgressError."""
+        host = as_looked_up(host)
         check(host)
         return remember(host, await super().getaddrinfo(host, *args, **kwargs))
+
+    async def getnameinfo(self, sockaddr: Any, flags: int = 0) -> Any:
+        """The name of an allowed host's address. Raises EgressError."""
+        check_address(sockaddr)
+        return await super().getnameinfo(sockaddr, flags)
 
     async def sock_connect(self, sock: socket.socket, address: Any) -> None:
         """Connects a socket to an allowed host. Raises EgressError."""

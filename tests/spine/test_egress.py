@@ -53,6 +53,10 @@ async def any_datagram():
     await loop.create_datagram_endpoint(asyncio.DatagramProtocol, local_addr=("127.0.0.1", 0))
 
 
+async def name_of(host):
+    await asyncio.get_running_loop().getnameinfo((host, 80))
+
+
 def on_uvloop(work):
     with asyncio.Runner(loop_factory=GuardedLoop) as runner:
         runner.run(work)
@@ -73,6 +77,8 @@ tries = {
     "uvloop name": lambda: on_uvloop(streams("elsewhere.test")),
     "uvloop datagrams": lambda: on_uvloop(datagrams(("198.51.100.4", 53))),
     "uvloop any datagram": lambda: on_uvloop(any_datagram()),
+    "uvloop name of an address": lambda: on_uvloop(name_of("198.51.100.4")),
+    "uvloop name like an address": lambda: on_uvloop(streams("127.0.0.1%x.elsewhere.test")),
 }
 for name, tried in tries.items():
     error = None
@@ -101,11 +107,11 @@ def test_every_way_out_is_refused_whichever_library_takes_it() -> None:
         capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     lines = found.stdout.splitlines()
-    assert len(lines) == 15
+    assert len(lines) == 17
     assert [line for line in lines[:-1] if not line.endswith(" refused")] == []
     assert lines[-1] == "listed allowed"
     refusals = found.stderr.count("it is not in [privacy] allow_hosts")
-    assert refusals == 4  # once a host: two addresses, a name, and whoever a datagram is for
+    assert refusals == 5  # once a host: two addresses, two names, and whoever a datagram is for
 
 
 def test_the_addresses_of_an_allowed_name_are_allowed_once_it_is_looked_up() -> None:
@@ -183,3 +189,50 @@ def test_a_judges_provider_is_a_host_only_where_it_is_allowed(
     file.write_text(text + 'allow_hosts = ["api.openai.com"]\n')
     main(["doctor", "--config", str(file)])
     assert " ok   other hosts: api.openai.com" in capsys.readouterr().out
+
+
+_NAMES = """
+import socket
+asked = []
+def answered(host, *_, **__):
+    asked.append(host)
+    return [(2, 1, 6, "", ("203.0.113.9", 80))]
+socket.getaddrinfo = answered
+from nextstate.egress import EgressError, check, guard
+guard(["allowed.test"])
+
+def refused(tried, *given):
+    try:
+        tried(*given)
+    except EgressError:
+        return "refused"
+    except OSError:
+        pass
+    return "LEFT"
+
+print(refused(check, "localhost%x.evil.com"))
+print(refused(check, "127.0.0.1%x.evil.com"))
+print(refused(check, "allowed.test%x.evil.com"))
+print(refused(socket.getaddrinfo, "data.localhost", 80), asked, refused(check, "203.0.113.9"))
+print(refused(socket.create_connection, ("data.localhost", 1), 1))
+print(refused(socket.gethostbyname, "data.localhost"))
+print(refused(socket.getnameinfo, ("198.51.100.4", 80), 0))
+print(refused(check, "::1%lo"), refused(check, "[::1]"))
+"""
+
+
+def test_no_name_passes_for_another_one() -> None:
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", _NAMES], cwd=_ROOT, env={"PYTHONPATH": str(_ROOT)},
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    assert found.stdout.splitlines() == [
+        "refused",
+        "refused",
+        "refused",
+        "LEFT ['localhost'] refused",
+        "refused",
+        "refused",
+        "refused",
+        "LEFT LEFT",
+    ]
