@@ -278,3 +278,21 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_
                 states = [NextState("a", Source.USER, "No.", 0.9)]
                 recording.add_next_states("a", True, states)
     store.close()
+
+
+def test_results_in_another_order_than_their_calls_are_brought_into_the_calls() -> None:
+    """Judges pair calls and results by position: a page must not stand in a command's place."""
+    calling = assistant(None, ("web_fetch", "{}"), ("bash", "{}"), ("lamp", "{}"))
+
+    def result(number: int) -> Json:
+        return {"role": "tool", "tool_call_id": f"call-{number}", "content": f"of {number}"}
+
+    def order(*after: Json) -> list[str]:
+        messages = [user("go"), calling, *after]
+        states = next_states("t", read_history(messages, PROFILE), sent=messages)
+        return [state.text for state in states]
+
+    assert order(result(1), user("so?"), result(2), result(0)) == ["of 0", "so?", "of 1", "of 2"]
+    assert order(result(2), result(0)) == ["of 0", "of 2"]
+    nameless = {"role": "tool", "content": "of ?"}
+    assert order(result(2), nameless, result(0)) == ["of 0", "of ?", "of 2"]
