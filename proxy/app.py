@@ -107,7 +107,7 @@ class Proxy:
         self._intervals = intervals
         self.connections = Connections()
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb, writer.redactor)
-        self.calls = EpisodeCalls(store, self.keys, alone=worker is None)
+        self.calls = EpisodeCalls(store, self.keys, alone=worker is None, redactor=writer.redactor)
         self.episodes = EpisodeRoutes(
             store,
             lineages,

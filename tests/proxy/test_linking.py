@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from hypothesis import given
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.hooks import Utterance
 from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind
+from nextstate.redaction import Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.sessions import Candidate
 from plugins.agents.profile import GENERIC, Profile
@@ -26,7 +29,7 @@ from proxy.linking.history import (
     read_history,
 )
 from proxy.linking.meaning import meaning_of
-from proxy.linking.names import explicit_session
+from proxy.linking.names import explicit_session, session_names
 from proxy.linking.parents import find_parent
 
 DATABASES = True
@@ -234,12 +237,24 @@ def test_a_retry_stands_where_the_first_attempt_stood() -> None:
     assert place(session=None) is None, "two pictures need not be the same"
 
 
-def test_long_session_ids_that_begin_alike_stay_apart() -> None:
+def test_long_session_ids_that_begin_alike_stay_apart(tmp_path: Path) -> None:
     ids = ["s" * 300, "s" * 301, "s" * 299 + "t", "s" * 200, "\udcff" * 300]
-    kept = [explicit_session({"x-session-id": name}, {}) for name in ids]
+    hide = HiddenNames(tmp_path, Redactor())
+    kept = [hide(str(explicit_session({"x-session-id": name}, {}))) for name in ids]
     assert len(set(kept)) == len(ids)
     assert all(name is not None and len(name.encode()) <= 200 for name in kept)
     assert kept[3] == ids[3]
+
+
+def test_no_plain_hash_is_kept_of_a_long_session_id_and_nothing_secret_in_it(
+    tmp_path: Path,
+) -> None:
+    hide = HiddenNames(tmp_path, Redactor())
+    name = "s" * 300 + " 4711"
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    assert digest not in hide(name)
+    assert hide(name) == session_names(name, PROFILE, hide)[0]
+    assert hide("s" * 300 + " ann.b@firma-nord.de").startswith("hidden-")
 
 
 def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_path: Path) -> None:
