@@ -311,6 +311,8 @@ class JudgedTurn:
     score: int
     judge: str = ""
     """Who gave the verdict."""
+    client: str = ""
+    """The key that decided it; empty: whoever is not limited (`nextstate/store/shares.py`)."""
 
 
 @dataclass(frozen=True, slots=True)
