@@ -24,9 +24,12 @@ from nextstate.store.database import Database, queries
 from nextstate.store.ledger import SOMEBODY, Kind, append, append_states, append_version
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
+from nextstate.store.shares import OWNER, REMEMBERED_S, beside_others
 
 _LOOKED_THROUGH = 16
 """Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
+_OF_OTHERS = 4
+"""Turns that are read of a client that is limited, for each that is wanted: a flood is thinned."""
 _NAME_CHARS = 80
 WITHDRAWN = "it, or a version before it, trained on turns that a person let us forget"
 _SERVING = t.versions.c.state == VersionState.SERVING
@@ -192,12 +195,14 @@ class Versions:
         """The newest turns with a verdict that a version of the lineage served, oldest first.
 
         Without the steps of episodes: a group's advantages have a mean of 0, however good it was.
-        Where these are many, fewer turns than `limit` may be found.
+        Where these are many, fewer turns than `limit` may be found. Beside others a client gives no
+        more than its share (`beside_others`); where nobody else spoke for a day, none is named.
         """
         s = t.samples.c
         newest = (
             sa.select(
-                s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq
+                *(s.turn, t.turns.c.session, s.policy_version, s.score, t.turns.c.episode, s.seq),
+                s.client,
             )
             .join(t.samples, s.turn == t.turns.c.id)
             .where(s.lineage == lineage, s.policy_version.is_not(None))
@@ -205,16 +210,28 @@ class Versions:
             .limit(_LOOKED_THROUGH * limit)
             .subquery()
         ).c
-        query = (
-            sa.select(newest.session, newest.policy_version, newest.score, t.verdicts.c.judge)
+        latest = sa.func.row_number().over(partition_by=newest.client, order_by=newest.seq.desc())
+        judged = (
+            sa.select(newest, t.verdicts.c.judge, t.verdicts.c.created_at, latest.label("latest"))
             .join(t.verdicts, t.verdicts.c.turn == newest.turn)
             .where(newest.episode.is_(None))
-            .order_by(newest.seq.desc())
-            .limit(limit)
+            .subquery()
         )
+        most = sa.case((judged.c.client == OWNER, limit), else_=_OF_OTHERS * limit)
+        query = sa.select(judged).where(judged.c.latest <= most).order_by(judged.c.seq)
         with self._database.read() as connection:
-            rows = connection.execute(query).all()
-        return [JudgedTurn(*row) for row in reversed(rows)]
+            rows: Sequence[Any] = connection.execute(query).all()
+        clients = [row.client for row in rows]
+        since = self._database.now() - REMEMBERED_S
+        recent = {row.client for row in rows if row.created_at > since} or {*clients}
+        alone = len(recent) == 1 and OWNER not in recent
+        return [
+            JudgedTurn(
+                *(row.session, row.policy_version, row.score, row.judge),
+                client=OWNER if alone else row.client,
+            )
+            for row in (rows[at] for at in beside_others(clients, recent)[-limit:])
+        ]
 
     def decisions(self, lineage: str) -> Decisions:
         """What people have decided about the lineage so far."""
