@@ -212,15 +212,19 @@ class Versions:
         ).c
         latest = sa.func.row_number().over(partition_by=newest.client, order_by=newest.seq.desc())
         judged = (
-            sa.select(newest, t.verdicts.c.judge, t.verdicts.c.created_at, latest.label("latest"))
+            sa.select(
+                *(newest.session, newest.policy_version, newest.score, newest.client, newest.seq),
+                *(t.verdicts.c.judge, t.verdicts.c.created_at, latest.label("latest")),
+            )
             .join(t.verdicts, t.verdicts.c.turn == newest.turn)
             .where(newest.episode.is_(None))
             .subquery()
-        )
-        most = sa.case((judged.c.client == OWNER, limit), else_=_OF_OTHERS * limit)
-        query = sa.select(judged).where(judged.c.latest <= most).order_by(judged.c.seq)
+        ).c
+        most = sa.case((judged.client == OWNER, limit), else_=_OF_OTHERS * limit)
+        columns = (judged.session, judged.policy_version, judged.score, judged.judge)
+        query = sa.select(*columns, judged.client, judged.created_at).order_by(judged.seq)
         with self._database.read() as connection:
-            rows: Sequence[Any] = connection.execute(query).all()
+            rows = connection.execute(query.where(judged.latest <= most)).all()
         clients = [row.client for row in rows]
         since = self._database.now() - REMEMBERED_S
         recent = {row.client for row in rows if row.created_at > since} or {*clients}
