@@ -213,12 +213,14 @@ class Page:
                 text=self._renderer.render("login.html", wrong=None), content_type="text/html"
             )
         address, key = request.remote or "", form.get("key", "")
-        if wait_s := self._tries.wait_s(address, hashed(key)):
+        grant = self._keys.find(hashed(key))
+        drawn = grant is not None and not grant.chosen
+        if not drawn and (wait_s := self._tries.wait_s(address, hashed(key))):
             text = f"Too many wrong keys: wait {wait_s} seconds and try again."
             page = self._renderer.render("login.html", wrong=text)
             headers = {"Retry-After": str(wait_s)}
             return web.Response(text=page, content_type="text/html", status=429, headers=headers)
-        if (grant := self._keys.find(hashed(key))) is not None:
+        if grant is not None:
             self._count(grant)
         token = await asyncio.to_thread(self._logins.begin, key)
         if token is None:
