@@ -14,28 +14,31 @@ from dataclasses import replace
 from nextstate.records import NextState, Source
 
 NO_TRUST = 0.0
-_CALL = re.compile(r"^\[calls ([^\s(\n]{1,200})\(([^\n]*)\)\]$", re.MULTILINE)
+_CALL = re.compile(r"^\[calls ([^\s(\n]{1,200})\(", re.MULTILINE)
 _FETCHES = re.compile(
     r"fetch|brows|https?|url|crawl|scrap|web|search|wiki|download|rss|feed|page|navigat|screenshot|"
-    r"inbox|(?:read|get|list|check)\w{0,20}(?:mails?|messages?|posts?|tweets?|issues?|comments?)",
+    r"inbox|pull_?request|"
+    r"(?:read|get|list|check)_?(?:[a-z]{1,20}_?)?"
+    r"(?:e?mail|message|post|tweet|issue|comment|review|thread|notification)s?",
     re.IGNORECASE,
 )
-"""A tool with this in its name brings what others wrote, also if it runs something for that."""
-_ELSEWHERE = r"https?://(?!localhost\b|127\.|\[::1\])"
-_LOADS = re.compile(
-    r"\b(?:curl|wget|lynx|w3m|links2?|aria2c|httpie|https? (?:GET|POST)|glab|"
-    r"gh (?:api|issue|pr|release|repo|gist|search|run|discussion))\b|"
-    r"\bgit (?:show|log|diff|blame)\b[^;&|]{0,100}\b(?:origin|upstream|FETCH_HEAD)\b|"
-    rf"\b(?:python3?|node|deno|bun|ruby|perl|php|npx|uvx?)\b[^;&|]{{0,200}}{_ELSEWHERE}"
-)
-"""Programs that do so in a shell."""
-_CODE = re.compile(r"python|notebook|kernel|interpreter", re.IGNORECASE)
-_URL = re.compile(_ELSEWHERE)
+"""A tool with this in its name brings what others wrote, whatever else its name says."""
 _RUNS = re.compile(
     r"exec|bash|shell|run|terminal|test|python|process|command|console|powershell|kernel|notebook|"
     r"code_interpreter",
     re.IGNORECASE,
 )
+_LOADS = re.compile(
+    r"\b(?:curl|wget|lynx|w3m|links2?|aria2c|httpie|https? (?:GET|POST)|(?:gh|glab) [a-z]+)\b|"
+    r"\bgit\b[^;&|\n]{0,60}?\b(?:show|log|diff|blame|grep|cat-file)\b[^;&|\n]{0,200}?"
+    r"(?:\b(?:origin|upstream|remotes|pull)/|FETCH_HEAD)"
+)
+"""Commands that do so in a shell."""
+_INTERPRETS = re.compile(
+    r"python|\b(?:node|deno|bun|ruby|perl|php)\b|kernel|notebook|code_interpreter", re.IGNORECASE
+)
+_ELSEWHERE = re.compile(r"https?://(?!localhost\b|127\.|\[::1\])", re.IGNORECASE)
+"""An address that a program in such a language is given, or has in it."""
 
 
 def without_trust(reply: str, states: Sequence[NextState]) -> tuple[NextState, ...]:
@@ -44,7 +47,11 @@ def without_trust(reply: str, states: Sequence[NextState]) -> tuple[NextState, .
     If there are as many results as calls, they belong together in order; else one call that fetches
     makes all of them a stranger's.
     """
-    fetches = [_fetches(name, arguments) for name, arguments in _CALL.findall(reply)]
+    calls = list(_CALL.finditer(reply))
+    ends = [*(call.start() for call in calls), len(reply)][1:]
+    fetches = [
+        _fetches(call[1], reply[call.end() : end]) for call, end in zip(calls, ends, strict=True)
+    ]
     results = [state for state in states if state.source is Source.TOOL]
     if len(fetches) != len(results):
         fetches = [any(fetches)] * len(results)
@@ -64,5 +71,7 @@ def _fetches(name: str, arguments: str) -> bool:
         return True
     if not _RUNS.search(name):
         return False
-    code = _CODE.search(name) is not None and _URL.search(arguments) is not None
-    return code or _LOADS.search(arguments) is not None
+    if _LOADS.search(arguments):
+        return True
+    interprets = _INTERPRETS.search(name) or _INTERPRETS.search(arguments)
+    return interprets is not None and _ELSEWHERE.search(arguments) is not None

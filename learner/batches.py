@@ -12,7 +12,9 @@ from learner.advantages import SIGNALS
 from learner.config import LearnerConfig
 from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
 from learner.tensors import token_count
+from nextstate.private_files import secret_of
 from nextstate.records import Sample
+from nextstate.redaction.names import KEY_FILE
 from nextstate.store import Store
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Batches:
         self._lineage = lineage
         signals = SIGNALS[config.method]
         self._scored, self._hinted = signals.rl != 0, signals.distils
+        self._key = secret_of(store.dir / KEY_FILE)
         self._waits_since: float | None = None
         """When `min_batch` samples became ready, on the monotonic clock."""
         self._trained_before: frozenset[str] | None = None
@@ -133,7 +136,7 @@ class Batches:
     def _is_held_out(self, session: str) -> bool:
         return (
             self._trained_before is not None
-            and is_held_out(self._lineage, session, self._config.holdout)
+            and is_held_out(self._lineage, session, self._config.holdout, self._key)
             and session not in self._trained_before
         )
 

@@ -46,13 +46,16 @@ def is_due(
     return ready >= batch_size or (ready >= min_batch and 0 < max_wait_s <= waited_s)
 
 
-def is_held_out(lineage: str, session: str, share: float) -> bool:
+def is_held_out(lineage: str, session: str, share: float, key: bytes) -> bool:
     """True if the session is in the fraction `share` that never trains; always the same ones.
 
-    Whole sessions are chosen, because later turns carry the earlier ones in their prompts.
+    Whole sessions are chosen, because later turns carry the earlier ones in their prompts. Clients
+    name their sessions: without the secret `key` they cannot tell which ones are chosen.
     """
     name = f"{lineage}\0{session}".encode()
-    place = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest())
+    place = int.from_bytes(
+        hashlib.blake2b(name, key=key, person=b"held out", digest_size=8).digest()
+    )
     return place < share * 2**64
 
 

@@ -14,6 +14,9 @@ descendants count with its own. A suspect is tested once at each of LOOKS, on ex
 turns, beside each of REFERENCES. The levels of these tests add up to LEVEL (a group-sequential test
 that spends its level over its looks, by Bonferroni: Lan & DeMets 1983).
 
+No session, and no client but the owner, brings a version down alone: the fall must be clear without
+any of them.
+
 Without a common session before and after, nothing tells a worse version from harder questions. And
 if the questions of a session get harder while it lasts, versions are blamed for it: the test knows
 no other order. `python -m benchmarks.watch` measures how often.
@@ -27,6 +30,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from operator import attrgetter
 from statistics import NormalDist
 
 from nextstate.records import WATCHED_TURNS, JudgedTurn, PolicyVersion
@@ -46,6 +50,8 @@ OLD = TURNS - max(REFERENCES)
 _POWER = 0.8
 _CLEAR = 2.5
 """Standard errors; a smaller fall is not worth the exact test, whose level is at most 0.00048."""
+
+_SESSION, _CLIENT = attrgetter("session"), attrgetter("client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +188,24 @@ def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int
         found = compare(rows, look)
         if found.standing < -_CLEAR:
             p = probability(rows)
-            if p <= LEVEL * LOOKS[look] * part:
+            if p <= LEVEL * LOOKS[look] * part and not _by_one(earlier[-reference:], later[:look]):
                 return p
     return None
+
+
+def _by_one(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> bool:
+    """Whether the fall is clear only with one session, or with one client that is limited.
+
+    Whoever fills it with bad words would bring a version down alone. It does not count where
+    nobody else is. To ask for more makes false alarms rarer, so the levels hold.
+    """
+    for of in (_SESSION, _CLIENT):
+        for one in {of(turn) for turn in later} - {""}:
+            others = [turn for turn in later if of(turn) != one]
+            rows = sessions([turn for turn in earlier if of(turn) != one], others)
+            if others and compare(rows, len(others)).standing >= -_CLEAR:
+                return True
+    return False
 
 
 def chain_of(versions: Sequence[PolicyVersion], number: int) -> list[int]:

@@ -23,6 +23,8 @@ from nextstate.errors import ConfigError, RecordError
 BEGINNING = "ns-"
 """So that a scanner for secrets, and a person, knows a key of ours."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,39}")
+_DRAWN = re.compile(r"(?:ns-)?[0-9a-f]{32,128}|ns-[\w-]{43}", re.ASCII)
+"""As `openssl rand -hex 32` writes it, or we do."""
 _SHORTEST, _LEAST_BITS = 20, 64
 _EXAMPLES = (
     *("changeme", "yourkey", "yourapikey", "yoursecret", "apikeyhere", "insertkey", "example"),
@@ -116,6 +118,15 @@ def weakness(key: str) -> str | None:
     if bits < _LEAST_BITS:
         return f"its characters are worth about {bits:.0f} bits, expected {_LEAST_BITS} or more"
     return None
+
+
+def is_drawn(key: str) -> bool:
+    """Whether a key has the form of one that a program drew, with at least 128 random bits.
+
+    >>> is_drawn("0f1c8a7be24d95613c7e0f1c8a7be24d"), is_drawn("correct horse battery staple 1")
+    (True, False)
+    """
+    return _DRAWN.fullmatch(key) is not None
 
 
 def chosen_key(variable: str, where: str) -> str | None:

@@ -311,6 +311,8 @@ class JudgedTurn:
     score: int
     judge: str = ""
     """Who gave the verdict."""
+    client: str = ""
+    """The key that decided it; empty: whoever is not limited (`nextstate/store/shares.py`)."""
 
 
 WATCHED_TURNS = 1040

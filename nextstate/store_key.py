@@ -17,8 +17,12 @@ from typing import Any, NamedTuple
 from nextstate.errors import ConfigError
 
 VARIABLE, FILE_VARIABLE = "NEXTSTATE_STORE_KEY", "NEXTSTATE_STORE_KEY_FILE"
-CREDENTIALS, CREDENTIAL = "CREDENTIALS_DIRECTORY", "nextstate-store-key"
-"""Where systemd puts credentials (`LoadCredential=`, `LoadCredentialEncrypted=`), and our name."""
+DIRECTORY_VARIABLE = "CREDENTIALS_DIRECTORY"
+"""Where systemd puts credentials."""
+VARIABLES = (VARIABLE, FILE_VARIABLE, DIRECTORY_VARIABLE)
+"""Whoever has one of these may find the key."""
+CREDENTIAL = "nextstate-store-key"
+"""The name of a credential of systemd (`LoadCredential=`, `LoadCredentialEncrypted=`)."""
 SERVICE = "nextstate"
 """The name in the keyring of the desktop, with the state folder as the account."""
 HOW = (
@@ -42,7 +46,7 @@ def find_store_key(folder: Path, environment: Mapping[str, str] | None = None) -
         return StoreKey(_read(text, VARIABLE), VARIABLE)
     if file := variables.get(FILE_VARIABLE):
         return read_key_file(Path(file), folder, FILE_VARIABLE)
-    if credentials := variables.get(CREDENTIALS):
+    if credentials := variables.get(DIRECTORY_VARIABLE):
         file = Path(credentials, CREDENTIAL)
         if file.exists():
             return read_key_file(file, folder, "systemd's credential")

@@ -107,7 +107,7 @@ class Proxy:
         self._intervals = intervals
         self.connections = Connections()
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb, writer.redactor)
-        self.calls = EpisodeCalls(store, self.keys, alone=worker is None)
+        self.calls = EpisodeCalls(store, self.keys, alone=worker is None, redactor=writer.redactor)
         self.episodes = EpisodeRoutes(
             store,
             lineages,
@@ -197,8 +197,8 @@ class Proxy:
             return anybody, None
         address, hash_ = request.remote or "", hashed(sent)
         grant, by_key = self.keys.find(hash_), None
-        # A key that we made is found by nobody's tries, so they are no reason to refuse it.
-        ours = sent.startswith(API_KEY) if grant is None else grant.random
+        # A key that a program drew is found by nobody's tries: they are no reason to refuse it.
+        ours = sent.startswith(API_KEY) if grant is None else not grant.chosen
         if self.keys.needed and not ours and (wait_s := self.tries.wait_s(address, hash_)):
             message = f"Many wrong API keys came from your address: wait {wait_s} seconds."
             raise Refused(429, message, wait_s=wait_s)

@@ -19,6 +19,8 @@ from nextstate.errors import BudgetError, ConflictError, NoEpisodeError, StoreEr
 from nextstate.keys import Scope
 from nextstate.private_files import secret_of
 from nextstate.records import Json
+from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.episodes import API_KEY, Left, Named
 from nextstate.wire import write_json
@@ -43,8 +45,12 @@ _T = TypeVar("_T")
 class EpisodeCalls:
     """Finds episodes, and remembers them: what a call needs of one never changes."""
 
-    def __init__(self, store: Store, keys: Keys, *, alone: bool) -> None:
+    def __init__(
+        self, store: Store, keys: Keys, *, alone: bool, redactor: Redactor = NOTHING
+    ) -> None:
         self._episodes = store.episodes
+        self.hide = HiddenNames(store.dir, redactor)
+        """What is kept of a name that an environment chose."""
         self._folder = store.config.path
         self._secret: bytes | None = None
         self._keys = keys
@@ -141,8 +147,9 @@ class EpisodeCalls:
         key = kind, name
         if key in self._remembered:
             return self._remembered[key]
-        found = await in_store(look_up, name)
-        if found is not None or kind == _SESSION:
+        kept = name if kind == _KEY else self.hide(name)
+        found = await in_store(look_up, kept)
+        if found is not None or (kind == _SESSION and kept == name):
             self._remember(kind, name, found)
         return found
 

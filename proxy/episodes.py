@@ -20,6 +20,7 @@ from nextstate.episodes import (
     RewardKind,
     Split,
     check_finite,
+    is_label,
 )
 from nextstate.errors import NoEpisodeError, RecordError
 from nextstate.records import Json, new_id
@@ -100,14 +101,17 @@ class EpisodeRoutes:
     async def open(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/episodes`: opens one, or finds the same one that is open."""
         asked = await self._asked(request, OPEN)
-        episode = self._episode(request, asked, asked.get("episode", new_id("episode")))
+        name = self._kept(asked.get("episode", new_id("episode")))
+        if "group" in asked:
+            asked["group"] = self._kept(asked["group"])
+        episode = self._episode(request, asked, name)
         (opened,) = await self._open_all(request, [episode], asked.get("group_size"))
         return web.json_response(opened)
 
     async def open_group(self, request: web.Request) -> web.StreamResponse:
         """`POST /v1/groups`: opens `group_size` episodes of one task, or none."""
         asked = await self._asked(request, OPEN_GROUP)
-        asked.setdefault("group", new_id("group"))
+        asked["group"] = self._kept(asked.get("group", new_id("group")))
         size = asked.get("group_size") or 0
         ids = [f"{asked['group']}-{number}" for number in range(min(size, MOST_IN_GROUP))]
         episodes = [self._episode(request, asked, name) for name in ids]
@@ -191,16 +195,27 @@ class EpisodeRoutes:
             values: Json = {**given, "id": name, "lineage": lineage, "split": split}
             return Episode(**values)
 
+    def _kept(self, label: str) -> str:
+        """What is kept of a label that an environment chose. Raises RecordError and Refused."""
+        if not is_label(label):
+            return label  # the record says what is wrong with it
+        try:
+            return self._calls.hide(label)
+        except OSError as error:
+            log.warning("episodes: %s", error)
+            raise Refused(503, "The state folder cannot be used now.") from error
+
     async def _reward(self, name: str, request: web.Request) -> web.StreamResponse:
         """`POST …/rewards`: keeps all of them or none."""
         data = await self._body(request)
         if not isinstance(data, list):
             raise Refused(400, 'The body is no list: expected [{"kind": "outcome", "value": 1.0}].')
-        steps = await self._turns(name, request)
+        name = await self._settled(name, request)
+        steps = await in_store(self._store.episodes.turn_ids, name)
         with _Checked():
-            rewards = [_reward(name, one, steps) for one in cast("list[object]", data)]
+            rewards = [_reward(name, one, steps, self._kept) for one in cast("list[object]", data)]
         await in_store(self._store.episodes.reward, rewards)
-        return await self._get(name, request)
+        return _answer(await in_store(self._store.episodes.shown, name))
 
     async def _close(self, name: str, request: web.Request) -> web.StreamResponse:
         """`POST …/close`: what the environment showed last is the last turn's next state."""
@@ -217,34 +232,31 @@ class EpisodeRoutes:
                     )
             if observation is not None and len(observation) > MOST_OBSERVATION:
                 raise RecordError(f"observation has more than {MOST_OBSERVATION} characters")
-        await self._settled(name, request)
+        name = await self._settled(name, request)
         observation = observation and self._redactor.text(observation)
         close = self._store.episodes.close
         return _answer(await in_store(close, name, status, outcome, observation))
 
     async def _get(self, name: str, request: web.Request) -> web.StreamResponse:
         """`GET /v1/episodes/{id}`: the episode with its rewards and turns."""
-        await self._settled(name, request)
+        name = await self._settled(name, request)
         return _answer(await in_store(self._store.episodes.shown, name))
 
     async def _trace(self, name: str, request: web.Request) -> web.StreamResponse:
         """`GET …/trace`: the turns whose tokens are known, as OpenEnv's TrainingTrace v1."""
-        ids = await self._turns(name, request)
+        name = await self._settled(name, request)
+        ids = await in_store(self._store.episodes.turn_ids, name)
         turns = [await in_store(self._store.turns.get, turn) for turn in ids]
         return web.json_response(training_trace(turns))
 
-    async def _turns(self, name: str, request: web.Request) -> list[str]:
-        """The turns of an episode that the caller may see, once all replies are recorded."""
-        await self._settled(name, request)
-        return await in_store(self._store.episodes.turn_ids, name)
-
-    async def _settled(self, name: str, request: web.Request) -> None:
-        """Waits until all replies are recorded. Raises Refused if the caller may not see it."""
+    async def _settled(self, name: str, request: web.Request) -> str:
+        """The episode's id, once all replies are recorded. Raises Refused if it is not shown."""
         found = await self._calls.find(name)
         if found is None or not self._lineages.sees(request[CALLER], found.lineage):
             raise Refused(404, f"There is no episode {name[:120]!r}: open it by POST {EPISODES}.")
         if not await self._recorder.settled(self._wait_s):
             raise Refused(503, "Turns still wait for the store.")
+        return found.id
 
     async def _asked(self, request: web.Request, fields: Mapping[str, Field]) -> Json:
         body = await self._body(request)
@@ -321,7 +333,7 @@ def _choice(kind: type[_Choice], name: str, value: object) -> _Choice:
         raise RecordError(f"{name} = {value!r:.80}: expected {' or '.join(kind)}") from None
 
 
-def _reward(episode: str, body: object, turns: Sequence[str]) -> Reward:
+def _reward(episode: str, body: object, turns: Sequence[str], kept: Callable[[str], str]) -> Reward:
     """One reward of a body. Raises RecordError and NoEpisodeError."""
     given = _read(body, REWARD)
     if "value" not in given:
@@ -339,5 +351,5 @@ def _reward(episode: str, body: object, turns: Sequence[str]) -> Reward:
         turn = turns[index]
     elif turn is not None and turn not in turns:
         raise NoEpisodeError(f"episode {episode!r} has no turn {turn!r:.80}")
-    name = given.get("name", kind.value)
-    return Reward(episode, name, kind, given["value"], turn, given.get("source"))
+    name, source = kept(given.get("name", kind.value)), given.get("source")
+    return Reward(episode, name, kind, given["value"], turn, source and kept(source))

@@ -175,7 +175,8 @@ def record(recording: Recording, read: Read) -> Turn:
         recording.replace_cut(place, turn.id)
     # A side turn repeats the history of the main turn, so it is no answer to its reply.
     if parent is not None and not parent.continued and kind is TurnKind.MAIN:
-        states = next_states(parent.id, read.history, found.start)
+        sent = objects(exchange.request.get("messages"))
+        states = next_states(parent.id, read.history, found.start, sent)
         recording.add_next_states(parent.id, parent.kind == TurnKind.MAIN, states)
     return turn
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from aiohttp import web
 
-from nextstate.keys import Key, Scope, hashed, key_of_nodes
+from nextstate.keys import Key, Scope, hashed, is_drawn, key_of_nodes
 from nextstate.records import MAIN_LINEAGE
 from nextstate.store.keys import Keys as StoredKeys
 from proxy.lineages import Lineages
@@ -38,6 +38,9 @@ class Grant:
     """The name of a key of the store."""
     limited: bool = True
     """Whether its requests are counted."""
+    chosen: bool = False
+    """Whether a person may have chosen the key, or the one that it is made of, so that somebody may
+    guess it."""
 
     @property
     def sign(self) -> str | None:
@@ -45,13 +48,8 @@ class Grant:
 
         Of a key that a person chose it has two bytes of the hash: too few to try words with.
         """
-        size = 8 if self.random else 2
+        size = 2 if self.chosen else 8
         return f"{self.who}:{self.hash[:size].hex()}" if self.hash else None
-
-    @property
-    def random(self) -> bool:
-        """Whether we made the key, and nobody chose it."""
-        return self.stored is not None or not self.limited
 
     @property
     def client(self) -> str:
@@ -161,13 +159,14 @@ def _granted(key: Key) -> Grant:
 
 def _configured(lineages: Lineages, own: str | None) -> Iterator[Grant]:
     """The keys that the environment gives: each may do everything in its lineage."""
-    if lineages.main_key is not None:
-        yield Grant(MAIN_LINEAGE, MAIN_LINEAGE, hash=hashed(lineages.main_key))
-    for name, access in lineages.access.items():
-        if access.key is not None:
-            yield Grant(name, name, hash=hashed(access.key))
+    theirs = ((name, access.key) for name, access in lineages.access.items())
+    for name, key in ((MAIN_LINEAGE, lineages.main_key), *theirs):
+        if key is not None:
+            yield Grant(name, name, hash=hashed(key), chosen=not is_drawn(key))
     if own is not None:
         yield Grant("this machine's commands", MAIN_LINEAGE, hash=hashed(own), limited=False)
     for key in filter(None, (own, lineages.main_key)):
         nodes = hashed(key_of_nodes(key))
-        yield Grant("the rollout's nodes", MAIN_LINEAGE, _OF_NODES, nodes, limited=False)
+        chosen = not is_drawn(key)
+        who = "the rollout's nodes"
+        yield Grant(who, MAIN_LINEAGE, _OF_NODES, nodes, limited=False, chosen=chosen)

@@ -3,10 +3,10 @@
     python -P -m proxy.writer FD
 
 FD is a stream socket to the proxy's recorder. Standard input holds a pickled (`StoreConfig`, name
-of the agent profile, `Redactor`). The recorder sends pickled exchanges, each after its length.
-The writer commits all that have arrived in one transaction, and answers each with one byte, in the
-order of arrival. The recorder may send an exchange again that an earlier writer did not answer: its
-turn is stored once.
+of the agent profile, `Redactor`, hosts that may be reached). The recorder sends pickled exchanges,
+each after its length. The writer commits all that have arrived in one transaction, and answers each
+with one byte, in the order of arrival. The recorder may send an exchange again that an earlier
+writer did not answer: its turn is stored once.
 
 When the proxy closes its end, or is killed, the writer commits what has arrived whole, and ends. It
 ignores SIGINT and SIGTERM: the proxy gets them too, and closes its end once all is committed.
@@ -189,8 +189,7 @@ def main() -> None:
     only_for_owner()
     logs.to_stderr()
     config, profile, redactor, hosts = pickle.load(sys.stdin.buffer)
-    if hosts is not None:  # the proxy's: a plugin of agents runs here too
-        guard(hosts)
+    guard(hosts)
     spare_collector()
     with socket.socket(fileno=int(sys.argv[1])) as source:
         Writer(source, config, profile, redactor).run()

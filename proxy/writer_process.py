@@ -13,10 +13,9 @@ import pickle
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from nextstate.config import StoreConfig
-from nextstate.egress import allowed_hosts
 from nextstate.redaction import NOTHING, Redactor
 
 log = logging.getLogger(__name__)
@@ -29,11 +28,17 @@ _END_S = 10.0
 class WriterProcess:
     """The writer of one recorder: started again when it has ended."""
 
-    def __init__(self, redactor: Redactor = NOTHING, env: Mapping[str, str] | None = None) -> None:
-        """`env` are its variables; None: this process's own."""
+    def __init__(
+        self,
+        redactor: Redactor = NOTHING,
+        env: Mapping[str, str] | None = None,
+        hosts: Collection[str] = (),
+    ) -> None:
+        """`env` are its variables; None: this process's own. `hosts` it may reach."""
         self.redactor = redactor
         """What keeps secrets from the store."""
         self._env = os.environ if env is None else env
+        self._hosts = tuple(hosts)
         self.processes: list[subprocess.Popen[bytes]] = []
         """Those that may still run, the newest last."""
 
@@ -56,8 +61,7 @@ class WriterProcess:
                 self.processes.append(process)
                 assert process.stdin is not None
                 with process.stdin:
-                    given = store, profile, self.redactor, allowed_hosts()
-                    pickle.dump(given, process.stdin)
+                    pickle.dump((store, profile, self.redactor, self._hosts), process.stdin)
             except OSError:
                 ours.close()
                 raise

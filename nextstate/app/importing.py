@@ -19,6 +19,7 @@ from nextstate.app.json_values import Broken, Found, json_objects
 from nextstate.errors import ConfigError
 from nextstate.records import Timings, Turn, TurnKind
 from nextstate.redaction import NOTHING, Redactor
+from nextstate.redaction.repeated import MOST_SEARCHED, TOO_LONG, redacted_messages, size_of
 from nextstate.store import Store
 from nextstate.store.texts import HASH_BYTES
 from nextstate.wire import write_json
@@ -106,10 +107,11 @@ def _add(store: Store, turns: list[Turn], counts: Imported) -> None:
 
 
 def _turn(conversation: Conversation, lineage: str, redactor: Redactor) -> Turn:
-    *before, reply = redactor.value(conversation.messages)
+    *before, reply = redacted_messages(redactor, conversation.messages)
     request = {"model": conversation.model, "messages": before}
     if conversation.tools:
-        request["tools"] = redactor.value(conversation.tools)
+        long = bool(redactor) and size_of(conversation.tools) > MOST_SEARCHED
+        request["tools"] = [{"type": TOO_LONG}] if long else redactor.value(conversation.tools)
     said = write_json([lineage, request, reply])
     name = f"import_{hashlib.blake2b(said, digest_size=10).hexdigest()}"
     return Turn(

@@ -14,15 +14,17 @@ from nextstate.app.settings import Settings
 from nextstate.config import StoreConfig
 
 _SECRET = re.compile(
-    r"(?:^|_)(?:PASS|PAT|PWD|AUTH|DSN|COOKIES?)(?:_\d{1,3})?$|(?:^|_)(?:KEYS?|TOKEN|JWT)(?:_|$)"
-    r"|(?:API|PRIVATE|ACCESS|SECRET)KEY|TOKENS?$|SECRET|PASSWORD|PASSWD|PASSPHRASE"
-    r"|CREDENTIALS?(?:_DIRECTORY)?$|^SSH_AUTH_SOCK$|WEBHOOK"
+    r"(?:^|_)(?:KEYS?|TOKENS?|PASS|PAT|PWD|AUTH|DSN|COOKIES?|JWTS?)(?:_|$)"
+    r"|(?:KEYS?|TOKENS?|CREDENTIALS?)$|SECRET|PASSWORD|PASSWD|PASSPHRASE|^SSH_AUTH_SOCK$|WEBHOOK"
 )
 _NOT_SECRET = frozenset(("PWD", "OLDPWD"))
 _WITH_PASSWORD = re.compile(r"://[^/\s:@]{0,100}:[^/\s@]{1,200}@")
 """A URL that has a password in it."""
 _PASSWORD = "PGPASSWORD"
 """Where PostgreSQL's driver looks for a password that [store] url does not hold."""
+_PROXIES = frozenset(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"))
+"""What clients of hosts outside go through; only one with a password is a secret."""
+_RAY = frozenset(("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"))
 _OWN_CODE = ":"
 """In `kind = "module:function"`: a person's own plugin, which may need what the person exported."""
 
@@ -53,7 +55,8 @@ def _looks_secret(name: str, value: str) -> bool:
 
 
 def _named(settings: Settings) -> Iterator[str]:
-    """The variables that some key of the configuration names."""
+    """The variables that some key of the configuration names, and those that open the store."""
+    yield from store_key.VARIABLES
     yield settings.engine.api_key_env
     yield settings.judge.api_key_env
     yield settings.proxy.api_key_env
@@ -66,7 +69,7 @@ def _of_part(settings: Settings, part: str) -> set[str]:
     if part != "engine" and settings.store.url.startswith("postgres"):
         return {_PASSWORD, *_of_part(replace(settings, store=StoreConfig()), part)}
     engine = {settings.engine.api_key_env} if settings.engine.mode == "external" else set[str]()
-    store = {store_key.VARIABLE, store_key.FILE_VARIABLE, store_key.CREDENTIALS}
+    store = {*store_key.VARIABLES}
     match part:
         case "proxy":
             theirs = {lineage.api_key_env for lineage in settings.lineages.values()}
@@ -76,8 +79,11 @@ def _of_part(settings: Settings, part: str) -> set[str]:
         case "judge":
             return store | engine | {settings.judge.api_key_env}
         case "learner":
-            return store | engine | ({"WANDB_API_KEY"} if settings.learner.wandb else set[str]())
-        case _:  # the rollout asks the proxy with a key from the state folder
+            wandb = {"WANDB_API_KEY", *_PROXIES, *map(str.lower, _PROXIES)}
+            return store | engine | (wandb if settings.learner.wandb else set[str]())
+        case "rollout":  # it asks the proxy with a key from the state folder
+            return {*_RAY}
+        case _:
             return set()
 
 

@@ -129,7 +129,9 @@ async def run_proxy(
             engines,
             settings.agents.profile,
             writer=WriterProcess(
-                settings.privacy.redactor, part_environment(settings, "writer", os.environ)
+                settings.privacy.redactor,
+                part_environment(settings, "writer", os.environ),
+                settings.hosts,
             ),
             zero_adapter=zero_adapter(settings),
             record=settings.privacy.record,

@@ -87,7 +87,8 @@ class Redactor:
         """
         if len(text) < _SHORTEST:
             return ()
-        return self.search(text) if len(text) > _LONGEST_REMEMBERED else _remembered(self, text)
+        long = len(text) > _LONGEST_REMEMBERED
+        return _last_long(self, text) if long else _remembered(self, text)
 
     def search(self, text: str) -> list[Span]:
         """What `spans` returns, without looking whether it is remembered."""
@@ -175,6 +176,12 @@ class Redactor:
 
 @lru_cache(maxsize=_MOST_REMEMBERED)
 def _remembered(redactor: Redactor, text: str) -> tuple[Span, ...]:
+    return tuple(redactor.search(text))
+
+
+@lru_cache(maxsize=1)
+def _last_long(redactor: Redactor, text: str) -> tuple[Span, ...]:
+    """Of a long text that is searched again at once, for what it named."""
     return tuple(redactor.search(text))
 
 

@@ -97,6 +97,13 @@ KEY_FORMS = (
     _form("AccountKey=", r"(?<=AccountKey=)[A-Za-z0-9+/]{80,}+={0,2}", ""),
     _form("SharedAccessKey=", r"(?<=SharedAccessKey=)[A-Za-z0-9+/]{40,}+={0,2}", ""),
     _form(":AA", r"\d{8,10}:AA[\w-]{33}(?![\w-])", r"(?<![\w.:-])"),
+    _form("ns-", r"ns-(?:[0-9a-f]{64}|[\w-]{43})(?![\w-])"),
+    _form("ep-", r"ep-[0-9a-f]{32}(?![0-9A-Za-z])"),
+    _form("nextstate-", r"nextstate-\d{1,5}=[\w-]{43}(?![\w-])"),
+    *(
+        _form(f"{name}=", rf"(?<={name}=)[\w.~+/-]{{20,}}+={{0,2}}", "")
+        for name in ("sessionid", "JSESSIONID", "PHPSESSID", "_session")
+    ),
     _form(
         "eyJ",
         r"eyJ[\w-]{8,}+\.eyJ[\w-]{8,}+\.[\w-]{16,}+",

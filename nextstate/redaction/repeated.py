@@ -6,9 +6,10 @@ is known. So what was found by a name is looked for in what was said after it, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
+from nextstate.records import Json
 from nextstate.redaction import Redactor, placeholder
 from nextstate.wire import write_json
 
@@ -20,8 +21,8 @@ _NAMED = frozenset(("password", "phone", "national_id", "card"))
 """Kinds that the words before a value may have given away; others have a form of their own."""
 _SHORTEST = 8
 """Characters: a shorter value may be a word that means something else elsewhere."""
-_MOST, _LONGEST_READ = 64, 1 << 16
-"""Values that an exchange looks for, and characters of a text that are read for them."""
+_MOST = 64
+"""Values that an exchange looks for."""
 
 Values = Mapping[str, str]
 """What stands for each value."""
@@ -77,6 +78,22 @@ def without(value: Any, known: Values) -> Any:
     return value
 
 
+def redacted_messages(redactor: Redactor, messages: Sequence[Json]) -> list[Json]:
+    """The messages of a conversation without secrets, and without what earlier ones told to be."""
+    known, searched, found = Known(), 0, list[Json]()
+    for message in messages:
+        searched += size_of(message)
+        if redactor and searched > MOST_SEARCHED:
+            found.append({"role": message.get("role"), "content": TOO_LONG})
+            continue
+        kept = redactor.value(message)
+        known.add(repeatable(redactor, message, kept))
+        if known.stands_in(write_json(kept)):
+            kept = without(kept, known.values)
+        found.append(kept)
+    return found
+
+
 def size_of(value: Any) -> int:
     """The characters of a JSON value that a search reads: its texts without pictures."""
     if isinstance(value, str):
@@ -94,7 +111,7 @@ def _pairs(redactor: Redactor, value: Any, kept: Any) -> Iterator[tuple[str, str
     if value is kept:
         return
     if isinstance(value, str):
-        spans = redactor.spans(value[:_LONGEST_READ])
+        spans = redactor.spans(value)
         for span in spans:
             if span.kind in _NAMED:
                 yield value[span.start : span.end], placeholder(span.kind)

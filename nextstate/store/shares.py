@@ -15,7 +15,7 @@ Each limit counts only where somebody competes: a person who is alone never meet
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from nextstate.records import Source
@@ -97,6 +97,27 @@ def allotted(available: Mapping[str, int], known: Collection[str], limit: int) -
         if sum(most.values()) >= size:
             return _in_turn(most, size)
     return {}
+
+
+def beside_others(clients: Sequence[str], recent: Collection[str]) -> list[int]:
+    """The places of what counts in a sequence: at no time more of a client than its share so far.
+
+    `recent` are the clients that gave something lately. What is left out depends on nothing but who
+    came when.
+
+    >>> beside_others(["eve", "eve", "", "", "", "eve", "eve"], {"", "eve"})
+    [2, 3, 4, 5]
+    >>> beside_others(["eve", "eve", "eve"], {"eve"})
+    [0, 1, 2]
+    """
+    share, one = share_of(dict.fromkeys(recent, 1), ()), int(OWNER in recent)
+    given: Counter[str] = Counter()
+    kept: list[int] = []
+    for place, client in enumerate(clients):
+        if client == OWNER or given[client] + one <= share * (len(kept) + one):
+            given[client] += 1
+            kept.append(place)
+    return kept
 
 
 def share_of(available: Mapping[str, int], known: Collection[str]) -> float:

@@ -157,24 +157,31 @@ class Training:
     def held_samples(self, lineage: str, limit: int, per_session: int) -> list[Sample]:
         """The newest `limit` samples that are held out, newest first.
 
-        Of each session only its newest `per_session`, so that no long session fills them alone.
+        Of each session only its newest `per_session`, so that no long session fills them alone, and
+        of each client beside others its share, as in a version (`allotted`).
         """
         s = t.samples.c
         query = (
-            sa.select(s.turn, t.turns.c.session)
+            sa.select(s.turn, t.turns.c.session, s.client)
             .join(t.turns, t.turns.c.id == s.turn)
             .where(s.lineage == lineage, s.state == SampleState.HELD, s.screened.is_(None))
             .order_by(s.seq.desc())
+            .limit(LOOKED_AT * limit)
         )
-        chosen: list[str] = []
-        of_session = Counter[str]()
+        found: list[tuple[str, str]] = []
+        of_session, of_client = Counter[str](), Counter[str]()
         with self._database.read() as connection:
             for row in connection.execute(query):
                 of_session[row.session] += 1
                 if of_session[row.session] <= per_session:
-                    chosen.append(row.turn)
-                if len(chosen) == limit:
-                    break
+                    found.append((row.turn, row.client))
+                    of_client[row.client] += 1
+            given = Counter(allotted(of_client, self._known(connection, lineage), limit))
+            chosen: list[str] = []
+            for turn, client in found:
+                if given[client]:
+                    given[client] -= 1
+                    chosen.append(turn)
             return _load_samples(connection, chosen)
 
     def release_samples(self, lineage: str) -> int:

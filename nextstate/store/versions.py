@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,9 +25,12 @@ from nextstate.store.database import Database, queries
 from nextstate.store.ledger import SOMEBODY, Kind, append, append_states, append_version
 from nextstate.store.packing import dump
 from nextstate.store.settling import verdict_of, verdict_texts
+from nextstate.store.shares import OWNER, REMEMBERED_S, beside_others
 
 _LOOKED_THROUGH = 16
 """Samples that are looked through for each turn that is wanted: most may be steps of episodes."""
+_OF_OTHERS = 4
+"""Turns that are read of a client that is limited, for each that is wanted: a flood is thinned."""
 _NAME_CHARS = 80
 WITHDRAWN = "it, or a version before it, trained on turns that a person let us forget"
 _SERVING = t.versions.c.state == VersionState.SERVING
@@ -207,11 +211,26 @@ class Versions:
         """The newest turns with a verdict that a version of the lineage served, oldest first.
 
         Without the steps of episodes: a group's advantages have a mean of 0, however good it was.
-        Where these are many, fewer turns than `limit` may be found.
+        Where these are many, fewer turns than `limit` may be found. Beside others a client gives no
+        more than its share (`beside_others`); where nobody else spoke for a day, none is named.
         """
+        query = newest_judged(lineage, limit)
         with self._database.read() as connection:
-            rows = connection.execute(newest_judged(lineage, limit)).all()
-        return [JudgedTurn(*fields) for *fields, _ in reversed(rows)]
+            rows = connection.execute(query.limit(limit)).all()
+            if any(row.client != OWNER for row in rows):
+                rows = _thinned(connection.execute(query).all(), limit)
+        rows = rows[::-1]
+        clients = [row.client for row in rows]
+        since = self._database.now() - REMEMBERED_S
+        recent = {row.client for row in rows if row.created_at > since} or {*clients}
+        alone = len(recent) == 1 and OWNER not in recent
+        return [
+            JudgedTurn(
+                *(row.session, row.policy_version, row.score, row.judge),
+                client=OWNER if alone else row.client,
+            )
+            for row in (rows[at] for at in beside_others(clients, recent)[-limit:])
+        ]
 
     def decisions(self, lineage: str) -> Decisions:
         """What people have decided about the lineage so far."""
@@ -328,20 +347,33 @@ class Versions:
             return _set_state(connection, now, lineage, chosen, state, reason) > 0
 
 
-def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any]:
-    """The turns of `Versions.judged_turns`, newest first: fields of JudgedTurn, and `seq`."""
-    s, every = t.samples.c, t.samples.alias().c
+def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any, Any, Any]:
+    """The judged turns among so many samples that `limit` of them are likely, newest first."""
+    s, v, every = t.samples.c, t.verdicts.c, t.samples.alias().c
     oldest = sa.select(every.seq).where(every.lineage == lineage).order_by(every.seq.desc())
     oldest = oldest.limit(1).offset(_LOOKED_THROUGH * limit - 1).scalar_subquery()
     ours = s.lineage == lineage, s.policy_version.is_not(None), t.turns.c.episode.is_(None)
     return (
-        sa.select(t.turns.c.session, s.policy_version, s.score, t.verdicts.c.judge, s.seq)
+        sa.select(
+            *(t.turns.c.session, s.policy_version, s.score, v.judge),
+            *(s.seq, s.client, v.created_at),
+        )
         .join_from(t.samples, t.turns, s.turn == t.turns.c.id)
-        .join(t.verdicts, t.verdicts.c.turn == s.turn)
+        .join(t.verdicts, v.turn == s.turn)
         .where(*ours, s.seq >= sa.func.coalesce(oldest, 0))
         .order_by(s.seq.desc())
-        .limit(limit)
     )
+
+
+def _thinned(rows: Sequence[Any], limit: int) -> list[Any]:
+    """Without what one client gives beyond its most."""
+    given: Counter[str] = Counter()
+    kept: list[Any] = []
+    for row in rows:
+        given[row.client] += 1
+        if given[row.client] <= (limit if row.client == OWNER else _OF_OTHERS * limit):
+            kept.append(row)
+    return kept
 
 
 def base_version(lineage: str, state: VersionState) -> PolicyVersion:

@@ -6,6 +6,7 @@ fetched page may also say "100 passed", and a file that is printed ran nothing.
 - A failed test or a non-zero exit code is -1.
 - Passed tests are +1 if a call of the reply names something that checks.
 - Exit code 0 says only that a command ran, so it does not count.
+- What a stranger wrote, a text without trust, does not count.
 - A summary that stands in the call's own arguments (`echo "5 passed"`) does not count.
 - What stopped a command from outside (a timeout, a kill, a busy server) does not count.
 - If results contradict each other, the last one of the last command counts, and the exit code
@@ -184,7 +185,7 @@ def results(evidence: Evidence) -> Iterator[tuple[str, list[Call] | None, bool]]
         if state.source is Source.ENVIRONMENT:
             if not calls or any(_named(call, EXECUTING) for call in calls):
                 yield state.text, None, True
-        elif state.source is Source.TOOL and (made := next(own)):
+        elif state.source is Source.TOOL and (made := next(own)) and state.trust > 0:
             if all(_named(call, EXECUTING) for call in made):
                 if not all(map(only_prints, made)):
                     yield state.text, made, True

@@ -28,7 +28,7 @@ from nextstate.redaction.repeated import (
     without,
 )
 from nextstate.store.texts import content_hash
-from nextstate.wire import write_json
+from nextstate.wire import objects, write_json
 from proxy.linking.meaning import Meaning, digest_of_texts, key_of, meaning_of
 
 KEY_BYTES, SYSTEM_BYTES, LETTERS_BYTES = 16, 8, 8
@@ -282,15 +282,19 @@ def place_of(scope: Scope, kind: str, parent: str | None, history: History) -> b
     return hashlib.blake2b(place, digest_size=16).digest()
 
 
-def next_states(turn: str, history: History, start: int | None = None) -> list[NextState]:
+def next_states(
+    turn: str, history: History, start: int | None = None, sent: Sequence[Json] = ()
+) -> list[NextState]:
     """What was said about `turn` after its reply, which begins with the message `start`.
 
-    By default that is the last reply.
+    By default that is the last reply. If `sent` has the messages themselves, results are in the
+    order of their calls, as judges expect them.
     """
     messages = history.messages
     if start is None:
         start = history.starts[0] if history.starts else len(messages)
-    after = [one.shown for one in messages[start + 1 :] if one.shown is not None]
+    following = _in_order_of_calls(sent, start) if sent else range(start + 1, len(messages))
+    after = [shown for at in following if (shown := messages[at].shown) is not None]
     repeats: Counter[Utterance] = Counter()
     if any(map(_is_long_prompt, after)):
         repeats.update(
@@ -301,6 +305,19 @@ def next_states(turn: str, history: History, start: int | None = None) -> list[N
         for one in after
         if repeats[one] < _PROGRAM_REPEATS
     ]
+
+
+def _in_order_of_calls(sent: Sequence[Json], start: int) -> list[int]:
+    """The messages after `start`, results in the places of results and the order of their calls."""
+    after = range(start + 1, len(sent))
+    results = {at: named for at in after if isinstance(named := sent[at].get("tool_call_id"), str)}
+    if len(results) < 2:
+        return [*after]
+    calls = [call for one in sent[start:] for call in objects(one.get("tool_calls"))]
+    place = {str(call.get("id")): number for number, call in enumerate(calls)}
+    known = [at for at, named in results.items() if named in place]
+    moved = dict(zip(known, sorted(known, key=lambda at: place[results[at]]), strict=True))
+    return [moved.get(at, at) for at in after]
 
 
 def _is_long_prompt(utterance: Utterance) -> bool:

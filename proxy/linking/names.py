@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator, Mapping
 
 from nextstate.hooks import AgentProfile
@@ -13,13 +12,15 @@ from nextstate.wire import obj
 TURN_TYPE = "x-turn-type"
 _KINDS = {kind.value: kind for kind in (TurnKind.MAIN, TurnKind.SIDE)}
 _SESSION_HEADERS = ("x-session-id", "x-session-affinity")
-_LONGEST_NAME = 200
 
 
 def explicit_session(headers: Mapping[str, str], request: Json) -> str | None:
-    """The session id that the client gives in a header or a field; None without one."""
+    """The session id that the client gives in a header or a field; None without one.
+
+    It may hold any bytes, and be of any length: `HiddenNames` says what is kept of it.
+    """
     for name, _ in _names(headers, request):
-        return _bounded(name)
+        return name
     return None
 
 
@@ -48,13 +49,5 @@ def named_kind(headers: Mapping[str, str]) -> TurnKind | None:
 
 def session_names(name: str, profile: AgentProfile, hide: HiddenNames | None = None) -> list[str]:
     """The names under which the store may have the session that a client calls `name`."""
-    bounded = (hide or HiddenNames())(_bounded(name))
-    return [bounded, profile.session(bounded)]
-
-
-def _bounded(name: str) -> str:
-    """The name as valid text of at most 200 characters: a header may hold any bytes."""
-    if len(name) > _LONGEST_NAME:
-        digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=16).hexdigest()
-        name = f"{name[: _LONGEST_NAME - len(digest) - 1]}-{digest}"
-    return name.encode(errors="replace").decode()
+    kept = (hide or HiddenNames())(name)
+    return [kept, profile.session(kept)]

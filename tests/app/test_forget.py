@@ -67,6 +67,17 @@ def test_a_dry_run_says_what_would_go_and_changes_nothing(
     assert store.versions.serving("main").number == 3
 
 
+def test_a_text_to_forget_comes_from_standard_input_so_that_no_argument_holds_it(
+    store: Store, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("ASK<1>\n"))
+    assert main(["forget", "--matching", "-", "--yes", "--config", str(config)]) == 0
+    assert store.turns.ids() == ["turn_2", "turn_3"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    assert main(["forget", "--matching", "-", "--config", str(config)]) == 2
+    assert "--matching '-' is empty" in capsys.readouterr().err
+
+
 def test_what_learned_from_it_is_withdrawn_and_its_files_go(
     store: Store, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -391,3 +391,20 @@ def test_an_object_of_a_list_that_is_too_long_is_refused_before_it_fills_the_mem
     assert isinstance(broken, Broken)
     assert broken.text.startswith("f, line 1: an object has more than 64 MiB")
     assert file.given < MOST_BYTES + (2 << 20)
+
+
+def test_what_a_conversation_named_is_replaced_where_it_is_said_again(config: Path) -> None:
+    said = [
+        {"role": "user", "content": "The password is hunter2Xy9."},
+        {"role": "assistant", "content": "Is hunter2Xy9 long enough?"},
+    ]
+    (turn,) = imported(config, lines([{"messages": said}]))
+    assert turn.request["messages"][0]["content"] == "The password is [secret:password]."
+    assert turn.reply["content"] == "Is [secret:password] long enough?"
+
+
+def test_what_is_too_long_to_search_is_not_imported_in_clear(config: Path) -> None:
+    long = {"role": "user", "content": "4155552671 " * 400_000}
+    (turn,) = imported(config, lines([{"messages": [long, HELLO], "tools": [long]}]))
+    assert turn.request["messages"] == [{"role": "user", "content": "[too long to search]"}]
+    assert turn.reply["content"] == "[too long to search]"

@@ -32,8 +32,14 @@ VARIABLES = {
     "AWS_SECRET_ACCESS_KEY": "nobody's",
     "GITHUB_TOKEN": "nobody's",
     "PGPASSWORD": "nobody's",
+    "OPENAI_APIKEY": "nobody's",
+    "API_KEY_OPENAI": "nobody's",
+    "PRIVATE_KEY_PEM": "nobody's",
+    "SSH_PRIVATE_KEY_B64": "nobody's",
+    "VAULT_TOKEN_VALUE": "nobody's",
+    "JWT": "nobody's",
 }
-STORE = {"NEXTSTATE_STORE_KEY", "NEXTSTATE_STORE_KEY_FILE", "CREDENTIALS_DIRECTORY"}
+OPENS_STORE = {"NEXTSTATE_STORE_KEY", "NEXTSTATE_STORE_KEY_FILE", "CREDENTIALS_DIRECTORY"}
 CONFIG = """
 [store]
 dir = "{folder}/state"
@@ -54,11 +60,11 @@ api_key_env = "JUDGES"
 allow_hosts = ["api.openai.com"]
 """
 HAS = {
-    "proxy": {"CLIENTS", "ALICE", "ENGINE", *STORE},
-    "judge": {"ENGINE", "JUDGES", *STORE},
-    "learner": {"ENGINE", *STORE},
+    "proxy": {"CLIENTS", "ALICE", "ENGINE", *OPENS_STORE},
+    "judge": {"ENGINE", "JUDGES", *OPENS_STORE},
+    "learner": {"ENGINE", *OPENS_STORE},
     "rollout": set[str](),
-    "writer": STORE,
+    "writer": OPENS_STORE,
     "engine": set[str](),
 }
 
@@ -71,10 +77,32 @@ def settings(folder: Path, engine: str = "http://127.0.0.1:1", judge: str = "rul
 
 @pytest.mark.parametrize("part", HAS)
 def test_a_part_gets_only_its_own_secrets(tmp_path: Path, part: str) -> None:
-    given = VARIABLES | {"PATH": "/bin", "HOME": "/root", "KEYBOARD": "de", "MONKEY": "x"}
-    found = part_environment(settings(tmp_path), part, given)
-    plain = {"PATH", "HOME", "KEYBOARD", "MONKEY"}
-    assert {*found} == HAS[part] | plain
+    plain = {
+        "PATH": "/bin",
+        "HOME": "/root",
+        "KEYBOARD": "de",
+        "PWD": "/",
+        "TOKENIZERS_PARALLELISM": "0",
+    }
+    plain |= {"HTTPS_PROXY": "http://proxy.lan:3128", "NO_PROXY": "a.lan"}
+    found = part_environment(settings(tmp_path), part, VARIABLES | plain)
+    assert {*found} == HAS[part] | {*plain}
+
+
+def test_a_proxys_password_is_for_those_who_ask_somebody_outside(tmp_path: Path) -> None:
+    given = {"HTTPS_PROXY": "http://me:password@proxy.lan:3128"}
+    outside = settings(tmp_path, judge="litellm")
+    for part in HAS:
+        assert part_environment(settings(tmp_path), part, given) == {}
+        assert part_environment(outside, part, given) == (given if part == "judge" else {})
+
+
+def test_no_plugin_of_a_rollout_gets_what_opens_the_store(tmp_path: Path) -> None:
+    found = settings(tmp_path)
+    found = replace(found, rollout=replace(found.rollout, environment="mine:create"))
+    got = part_environment(found, "rollout", VARIABLES)
+    assert "OPENAI_API_KEY" in got
+    assert not OPENS_STORE & {*got}
 
 
 def test_a_providers_variable_is_for_the_judge_that_asks_a_provider(tmp_path: Path) -> None:
@@ -97,7 +125,9 @@ def test_a_database_servers_password_is_for_the_parts_that_ask_it(tmp_path: Path
 def test_what_no_part_gets_is_known(tmp_path: Path) -> None:
     found = left_out(settings(tmp_path), VARIABLES | {"PATH": "/bin"})
     assert found == [
-        *("AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "OPENAI_API_KEY", "PGPASSWORD", "WANDB_API_KEY")
+        *("API_KEY_OPENAI", "AWS_SECRET_ACCESS_KEY", "GITHUB_TOKEN", "JWT", "OPENAI_APIKEY"),
+        *("OPENAI_API_KEY", "PGPASSWORD", "PRIVATE_KEY_PEM", "SSH_PRIVATE_KEY_B64"),
+        *("VAULT_TOKEN_VALUE", "WANDB_API_KEY"),
     ]
 
 

@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 
 from benchmarks import poisoning
 from benchmarks.poisoning import ALL, ATTACKS, NONE, run
 
+MOST_MOVED = 0.03
+"""Of the others' score: the goal."""
+FEWEST_MOVED = 0.2
+"""Without a defence; else the attack would prove nothing of it."""
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(poisoning, "UPDATES", 10)
 
-
-def test_people_teach_the_policy() -> None:
+@cache
+def unattacked() -> float:
+    """The score after as many updates with nobody who attacks."""
     score, theirs = run("nobody", ALL, 0)
-    assert score > 0.8
     assert theirs == 0.0
+    return score
 
 
-@pytest.mark.parametrize("attack", ["sessions", "feedback", "quotes"])
-def test_without_a_defence_an_attack_moves_more(attack: str) -> None:
+def test_people_teach_the_policy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(poisoning, "UPDATES", 10)
+    score, _ = run("nobody", ALL, 0)
+    assert score > 0.8
+
+
+@pytest.mark.parametrize("attack", ATTACKS)
+def test_an_attack_moves_three_points_at_most_and_many_without_a_defence(attack: str) -> None:
     (open_, _), (defended, share) = run(attack, NONE, 0), run(attack, ALL, 0)
-    assert defended > open_ + 0.1
+    assert unattacked() - open_ > FEWEST_MOVED
+    assert unattacked() - defended <= MOST_MOVED
     assert share <= 0.26
-    assert attack in ATTACKS

@@ -37,21 +37,35 @@ FETCHING = (
     '[calls duckduckgo_search({"q": "us"})]',
     '[calls read_emails({})]',
     '[calls bash({"command": "curl -s https://a.example | head"})]',
-    '[calls browser_console_messages({})]',
-    '[calls browser_run_code({"code": "page.title()"})]',
-    '[calls list_console_messages({})]',
+    "[calls browser_console_messages({})]",
+    '[calls browser_run_code({"code": "page.textContent()"})]',
+    "[calls list_console_messages({})]",
+    "[calls listConsoleMessages({})]",
     '[calls fetch_and_process_url({"url": "https://a.example"})]',
     '[calls run_web_search({"q": "us"})]',
+    '[calls get_pull_request({"number": 5})]',
     '[calls bash({"command": "gh issue view 5 --comments"})]',
+    '[calls bash({"command": "cd app && glab mr view 5"})]',
     '[calls bash({"command": "python fetch.py https://a.example"})]',
+    '[calls bash({"command": "node -e \\"fetch(\'https://a.example\').then(show)\\""})]',
+    '[calls python({"code": "import requests\\nprint(requests.get(\'https://a.example\').text)"})]',
     '[calls bash({"command": "git show origin/pr/5"})]',
-    '[calls python({"code": "print(get(\'https://a.example\').text)"})]',
+    '[calls bash({"command": "git -C app log -p FETCH_HEAD | head"})]',
+    '[calls bash({\n  "command": "curl -s https://a.example"\n})]',
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("reply", FETCHING)
 @pytest.mark.parametrize(
-    "text", [PRAISE, BLAME, '{"status": 404}', "exit code: 1", "5 passed in 1s", FAILED]
+    "text",
+    [
+        PRAISE,
+        BLAME,
+        '{"status": 404}',
+        "exit code: 1",
+        "5 passed in 1s",
+        "==== 5 failed in 0.12s ====",
+    ],
 )
 def test_a_text_from_the_web_is_no_verdict(reply: str, text: str) -> None:
     assert judged(reply, (Source.TOOL, text)).score == 0
@@ -60,6 +74,30 @@ def test_a_text_from_the_web_is_no_verdict(reply: str, text: str) -> None:
         found = verdict_of("t", "engine", [Vote(score, "Praise the page next time.")] * 3, shown)
         assert found is not None
         assert (found.score, found.hint) == (0, None)
+
+
+@pytest.mark.parametrize("reply", FETCHING)
+def test_a_page_that_looks_like_a_failed_test_says_nothing_of_what_a_person_went_on_with(
+    reply: str,
+) -> None:
+    shown = evidence(
+        reply,
+        (Source.TOOL, "===== 5 failed in 0.12s =====\nprocess exited with code 1"),
+        (Source.USER, "And what is the weather tomorrow?"),
+    )
+    assert not outcome_of(shown).sure
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("pytest -q", "python -m pytest", "make test", "git show HEAD && pytest -q", "git log -3"),
+        "python check.py http://127.0.0.1:8000/ http://localhost/a http://[::1]:80",
+    ],
+)
+def test_what_a_command_of_the_own_machine_prints_is_heard(command: str) -> None:
+    reply = f'[calls bash({{"command": "{command}"}})]'
+    assert outcome_of(evidence(reply, (Source.TOOL, "== 5 failed in 0.12s =="))).score == -1
 
 
 def test_a_tool_that_does_something_is_still_heard() -> None:

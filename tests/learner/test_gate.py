@@ -118,14 +118,18 @@ def test_divergence_is_not_fooled_by_tokens_that_an_older_policy_drew():
     assert float((p - drew).exp().max()) < RATIO_CAP
 
 
+KEY = b"a secret"
+
+
 def test_held_out_sessions_are_a_tenth_and_always_the_same():
     names = [f"session-{i}" for i in range(4000)]
-    held = [name for name in names if is_held_out("main", name, 0.1)]
+    held = [name for name in names if is_held_out("main", name, 0.1, KEY)]
     assert 0.085 < len(held) / 4000 < 0.115  # 3 standard errors of sqrt(0.1 · 0.9 / 4000)
-    assert held == [name for name in names if is_held_out("main", name, 0.1)]
-    assert set(held) <= {name for name in names if is_held_out("main", name, 0.2)}
-    assert held != [name for name in names if is_held_out("other", name, 0.1)]
-    assert not any(is_held_out("main", name, 0.0) for name in names)
+    assert held == [name for name in names if is_held_out("main", name, 0.1, KEY)]
+    assert set(held) <= {name for name in names if is_held_out("main", name, 0.2, KEY)}
+    assert held != [name for name in names if is_held_out("other", name, 0.1, KEY)]
+    assert held != [name for name in names if is_held_out("main", name, 0.1, b"another one")]
+    assert not any(is_held_out("main", name, 0.0, KEY) for name in names)
 
 
 def test_canary_prompts_are_the_shortest_each_once():

@@ -16,7 +16,7 @@ from nextstate.errors import LearnerError
 from nextstate.records import Feedback, PolicyVersion, VersionState
 from nextstate.training_status import read_training_status
 from tests.learner.running_stage import FakeEngine, train
-from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, Recorded, save_tiny_model
+from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, HOLDS_OUT, Recorded, save_tiny_model
 
 
 @pytest.fixture(scope="module")
@@ -103,13 +103,17 @@ def test_a_step_that_the_bounds_forbid_is_rejected_by_the_real_gate(recorded, mo
     assert engine.published == []
 
 
+def held_out(session: str, share: float) -> bool:
+    return is_held_out("main", session, share, HOLDS_OUT)
+
+
 def held_config(share: float) -> LearnerConfig:
     return replace(CONFIG, holdout=share)
 
 
 def test_held_out_sessions_never_train_and_every_candidate_is_checked_on_them(recorded, model_path):
     names = [f"s{i}" for i in range(80)]
-    held = {name for name in names if is_held_out("main", name, 0.3)}
+    held = {name for name in names if held_out(name, 0.3)}
     for i, name in enumerate(names):
         recorded.add(GOOD if i % 2 else BAD, 1 if i % 2 else -1, session=name)
     train(recorded, model_path, FakeEngine(recorded.store, 3), held_config(0.3))
@@ -146,7 +150,7 @@ def test_the_backlog_is_looked_through_only_when_a_batch_is_due(recorded, model_
 def test_the_first_versions_train_on_every_session_and_those_are_never_held_out(
     recorded, model_path
 ):
-    chosen = [name for i in range(99) if is_held_out("main", name := f"s{i}", 0.3)]
+    chosen = [name for i in range(99) if held_out(name := f"s{i}", 0.3)]
     config = replace(held_config(0.3), holdout_after=1)
     for i in range(16):
         recorded.add(GOOD if i % 2 else BAD, 1 if i % 2 else -1, session=chosen[0])
@@ -160,7 +164,7 @@ def test_the_first_versions_train_on_every_session_and_those_are_never_held_out(
 
 
 def test_feedback_on_a_held_out_turn_counts_and_the_turn_stays_held_out(recorded, model_path):
-    name = next(f"s{i}" for i in range(99) if is_held_out("main", f"s{i}", 0.1))
+    name = next(f"s{i}" for i in range(99) if held_out(f"s{i}", 0.1))
     turn = recorded.add(GOOD, 1, session=name)
     recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store))

@@ -17,6 +17,7 @@ from learner.config import LearnerConfig
 from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
 from nextstate.records import Sample, Timings, Turn, TurnKind, Verdict
+from nextstate.redaction.names import KEY_FILE
 from nextstate.store import Store
 
 VOCABULARY = 64
@@ -34,6 +35,8 @@ CONFIG = LearnerConfig(
 )
 WITH_CANARIES = replace(CONFIG, gate_canaries=LearnerConfig().gate_canaries)
 """For tests of the gate: a third of a small update is spent on its replies."""
+HOLDS_OUT = b"key 9"
+"""The secret by which a recorded store's sessions are held out; `s`, the usual one, trains."""
 PROMPT = (5, 6, 7)
 GOOD, BAD = (10, 11, 12), (20, 21, 22, 23)
 
@@ -88,6 +91,7 @@ class Recorded:
 
     def __init__(self, folder: Path, model_path: str) -> None:
         self.store = Store(StoreConfig(dir=str(folder)))
+        (folder / KEY_FILE).write_bytes(HOLDS_OUT)
         self._model = load_float64(model_path)
         self._count = 0
 

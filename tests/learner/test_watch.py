@@ -177,3 +177,31 @@ def test_no_version_is_blamed_for_harder_questions_or_for_nothing():
     for world in (World(live=4, turns=40), World(live=4, turns=40, harder=0.6)):
         found = [alarm(Random(f"false/{run}"), world) for run in range(12)]
         assert sum(at is not None for at in found) <= 1
+
+
+def by(client: str, session: str, version: int, scores: Sequence[int]) -> list[JudgedTurn]:
+    return [JudgedTurn(session, version, score, "rules", client) for score in scores]
+
+
+def fell(*seen: list[JudgedTurn]) -> bool:
+    """Whether a fall is found; the sessions of each version are mixed."""
+    joined = [turn for one in seen for turn in one]
+    order = sorted(range(len(joined)), key=lambda at: (joined[at].version, at * 7919 % 1009))
+    return Watch().fall([0, 1], [joined[at] for at in order], -1) is not None
+
+
+def test_no_session_brings_a_version_down_alone():
+    steady = [turns(f"s{n}", v, [1, 1, 1, -1] * 3) for n in range(4) for v in (0, 1)]
+    hostile = [turns("bad", 0, [1] * 60), turns("bad", 1, [-1] * 60)]
+    assert not fell(*steady, *hostile)
+    assert fell(*hostile)  # nobody else is there
+    assert fell(*hostile, *(turns(f"t{n}", v, [1 - 2 * v] * 6) for n in range(4) for v in (0, 1)))
+
+
+def test_no_client_brings_a_version_down_alone_but_the_owner():
+    steady = [by("", f"s{n}", v, [1, 1, 1, -1] * 3) for n in range(4) for v in (0, 1)]
+    hostile = [by("key eve", f"e{n}", v, [1 - 2 * v] * 12) for n in range(8) for v in (0, 1)]
+    assert not fell(*steady, *hostile)
+    assert fell(*hostile)
+    owners = [by("", turn[0].session, turn[0].version, [t.score for t in turn]) for turn in hostile]
+    assert fell(*steady, *owners)

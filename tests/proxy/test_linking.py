@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from hypothesis import given
@@ -10,6 +11,8 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.hooks import Utterance
 from nextstate.records import Json, NextState, Source, Timings, Turn, TurnKind
+from nextstate.redaction import Redactor
+from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
 from nextstate.store.sessions import Candidate
 from plugins.agents.profile import GENERIC, Profile
@@ -26,7 +29,7 @@ from proxy.linking.history import (
     read_history,
 )
 from proxy.linking.meaning import meaning_of
-from proxy.linking.names import explicit_session
+from proxy.linking.names import explicit_session, session_names
 from proxy.linking.parents import find_parent
 
 DATABASES = True
@@ -234,12 +237,24 @@ def test_a_retry_stands_where_the_first_attempt_stood() -> None:
     assert place(session=None) is None, "two pictures need not be the same"
 
 
-def test_long_session_ids_that_begin_alike_stay_apart() -> None:
+def test_long_session_ids_that_begin_alike_stay_apart(tmp_path: Path) -> None:
     ids = ["s" * 300, "s" * 301, "s" * 299 + "t", "s" * 200, "\udcff" * 300]
-    kept = [explicit_session({"x-session-id": name}, {}) for name in ids]
+    hide = HiddenNames(tmp_path, Redactor())
+    kept = [hide(str(explicit_session({"x-session-id": name}, {}))) for name in ids]
     assert len(set(kept)) == len(ids)
     assert all(name is not None and len(name.encode()) <= 200 for name in kept)
     assert kept[3] == ids[3]
+
+
+def test_no_plain_hash_is_kept_of_a_long_session_id_and_nothing_secret_in_it(
+    tmp_path: Path,
+) -> None:
+    hide = HiddenNames(tmp_path, Redactor())
+    name = "s" * 300 + " 4711"
+    digest = hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
+    assert digest not in hide(name)
+    assert hide(name) == session_names(name, PROFILE, hide)[0]
+    assert hide("s" * 300 + " ann.b@firma-nord.de").startswith("hidden-")
 
 
 def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_path: Path) -> None:
@@ -278,3 +293,21 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_
                 states = [NextState("a", Source.USER, "No.", 0.9)]
                 recording.add_next_states("a", True, states)
     store.close()
+
+
+def test_results_in_another_order_than_their_calls_are_brought_into_the_calls() -> None:
+    """Judges pair calls and results by position: a page must not stand in a command's place."""
+    calling = assistant(None, ("web_fetch", "{}"), ("bash", "{}"), ("lamp", "{}"))
+
+    def result(number: int) -> Json:
+        return {"role": "tool", "tool_call_id": f"call-{number}", "content": f"of {number}"}
+
+    def order(*after: Json) -> list[str]:
+        messages = [user("go"), calling, *after]
+        states = next_states("t", read_history(messages, PROFILE), sent=messages)
+        return [state.text for state in states]
+
+    assert order(result(1), user("so?"), result(2), result(0)) == ["of 0", "so?", "of 1", "of 2"]
+    assert order(result(2), result(0)) == ["of 0", "of 2"]
+    nameless = {"role": "tool", "content": "of ?"}
+    assert order(result(2), nameless, result(0)) == ["of 0", "of ?", "of 2"]

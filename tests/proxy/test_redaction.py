@@ -241,6 +241,16 @@ def test_what_only_looks_like_a_named_secret_stays(store: Store, asked: str, sai
     assert Recorder(store)([user(asked)], captured([said])).reply["content"] == said
 
 
+def test_what_a_long_text_named_is_replaced_where_it_is_said_again(store: Store) -> None:
+    """However far down in a tool's output it stood."""
+    record_ = Recorder(store)
+    output = user("line of a log\n" * 7000 + f"password: {PASSWORD}\n" + "more\n" * 9)
+    turn = record_([output, user(f"Is {PASSWORD} long?")], captured(["Yes, ", PASSWORD, "."]))
+    assert turn.request["messages"][1]["content"] == "Is [secret:password] long?"
+    assert turn.reply["content"] == "Yes, [secret:password]."
+    assert not held(store, PASSWORD)
+
+
 def test_what_is_too_long_to_search_is_not_kept_in_clear_and_does_not_train(store: Store) -> None:
     hostile, record_ = "4155552671 " * 500_000, Recorder(store)
     turn = record_([user(hostile), user("hello")], captured(["Hi"]))

@@ -129,9 +129,13 @@ def test_a_word_that_is_neither_on_nor_off_is_refused(store: Store, tmp_path: Pa
     both(test, store, tmp_path)
 
 
+OF_GROUP = {"environment": "e", "task": "go", "group_size": 2}
+
+
 def test_no_byte_of_a_secret_is_in_the_state_folder(store: Store, tmp_path: Path) -> None:
     """Through a real proxy: request, session's name, feedback, episode."""
     key, mail = "ghp_a8Zk2LmQ9xYt3RvB7nPw5cDfH4jK6sTuV1eG", "ann.b@firma-nord.de"
+    card = "4539-1488-0343-6467"
 
     async def test(engine: ScriptedEngine, p: Running) -> None:
         body = {**request(f"my key is {key}"), "user": mail}
@@ -147,6 +151,26 @@ def test_no_byte_of_a_secret_is_in_the_state_folder(store: Store, tmp_path: Path
         closed = {"status": "done", "observation": f"sent to {mail}"}
         answer = await p.http.post(f"{p.url}/v1/episodes/{name}/close", json=closed)
         assert answer.status == 200
+        given = {"episode": card, "group": "g", "environment": "e", "task": "go"}
+        for _ in range(2):  # opened again, it is the same
+            answer = await p.http.post(f"{p.url}/v1/episodes", json=given)
+            name = (await answer.json())["episode"]
+            assert name.startswith("hidden-")
+        for named in (card, name):
+            call = request("in the episode")
+            sent_to = f"{p.url}/episodes/{named}{CHAT}"
+            assert (await p.http.post(sent_to, json=call)).status == 200
+            reward = {"kind": "outcome", "value": 1.0, "name": card, "source": card}
+            answer = await p.http.post(f"{p.url}/v1/episodes/{named}/rewards", json=[reward])
+            assert answer.status == 200, await answer.text()
+        assert len((await answer.json())["turns"]) == 2
+        assert len((await answer.json())["rewards"]) == 1
+        opened = await p.http.post(f"{p.url}/v1/groups", json={**OF_GROUP, "group": card})
+        found = await opened.json()
+        assert [one["episode"] for one in found["episodes"]] == [
+            f"{found['group']}-0",
+            f"{found['group']}-1",
+        ]
         turn = store.turns.get(sent["x-nextstate-turn"])
         assert turn is not None
         assert turn.session.startswith("hidden-")
@@ -159,7 +183,7 @@ def test_no_byte_of_a_secret_is_in_the_state_folder(store: Store, tmp_path: Path
     both(test, store, tmp_path, writer=WriterThread(Redactor()))
     store.checkpoint()
     for name, data in state_of(store.dir).items():
-        for secret in (key, mail):
+        for secret in (key, mail, card):
             assert secret.encode() not in data, name
             assert hashlib.blake2b(secret.encode(), digest_size=16).digest() not in data, name
 

@@ -22,6 +22,7 @@ from tests.rollout.test_runner import says
 from tests.scripted_engine import MODEL, ScriptedEngine
 
 ROOT = Path(__file__).parents[2]
+SUM = {"service": "calculator", "instruction": "Work out (1 + 2) - 3.", "goal": 0}
 COUNT = {"instruction": "count", "files": {"a.txt": "x\ny\n"}, "check": "test $(cat n.txt) = 2"}
 
 
@@ -37,10 +38,12 @@ def configured(tmp_path: Path, port: int = 1) -> Path:
     return file
 
 
-async def start(p: Running, tmp_path: Path, *arguments: str) -> subprocess.Process:
+async def start(
+    p: Running, tmp_path: Path, *arguments: str, environment: str = "terminal"
+) -> subprocess.Process:
     config = configured(tmp_path, int(p.url.rpartition(":")[2]))
     return await asyncio.create_subprocess_exec(
-        *(sys.executable, "-P", "-m", "nextstate", "rollout", "terminal", "--config", str(config)),
+        *(sys.executable, "-P", "-m", "nextstate", "rollout", environment, "--config", str(config)),
         *("--tasks", str(tmp_path / "tasks.jsonl"), *arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -67,6 +70,22 @@ def test_it_plays_the_tasks_that_train_and_prints_a_line_for_each(
         found = store.episodes.get_all(store.episodes.ids(Choice()))
         assert [(one.task, one.split, one.seed) for one in found] == [("t-1", "train", 3)] * 2
         assert {one.task for one in found} == {"t-1"}
+
+    both(test, store, tmp_path)
+
+
+def test_an_environment_without_a_sandbox_needs_none(store: Store, tmp_path: Path) -> None:
+    """Also on a network of its own: tests/whole/test_nothing_leaves.py runs it there."""
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.queue += says("I do not know.")
+        tasks = tmp_path / "sums.jsonl"
+        tasks.write_text(json.dumps({"id": "t-1", "split": "train", **SUM}))
+        more = ("--tasks", str(tasks), "--group-size", "1", "--max-calls", "1")
+        process = await start(p, tmp_path, *more, environment="tools")
+        out, err = await process.communicate()
+        assert (process.returncode, err) == (0, b"")
+        assert b"t-1  truncated" in out
 
     both(test, store, tmp_path)
 

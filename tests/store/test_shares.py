@@ -254,6 +254,61 @@ def test_feedback_counts_as_a_sample_of_who_sent_the_turn(dated: Store) -> None:
     assert Counter(sample.score for sample in found) == {1: 12, -1: 4}
 
 
+def held(store: Store, limit: int, per_session: int = 4) -> Counter[str]:
+    """The clients of the turns that a candidate is checked on."""
+    found = store.training.held_samples("main", limit, per_session)
+    turns = [store.turns.get(sample.turn) for sample in found]
+    return Counter(one.client for one in turns if one)
+
+
+def test_a_client_fills_a_quarter_of_the_gates_turns_beside_the_owner(dated: Store) -> None:
+    for session in range(9):
+        ready_of(dated, "", 2, f"o{session}")
+    for session in range(40):  # newer, and many
+        ready_of(dated, "key eve", 4, f"e{session}")
+    dated.training.hold_out("main", lambda _: True)
+    assert held(dated, 32) == {"": 18, "key eve": 6}
+    assert held(dated, 8) == {"": 6, "key eve": 2}
+
+
+def test_clients_without_the_owner_fill_even_parts_of_the_gates_turns_and_one_alone_all(
+    dated: Store,
+) -> None:
+    for session in range(9):
+        ready_of(dated, "key eve", 4, f"e{session}")
+    dated.training.hold_out("main", lambda _: True)
+    assert held(dated, 32) == {"key eve": 32}
+    ready_of(dated, "key ann", 3, "a")
+    dated.training.hold_out("main", lambda _: True)
+    assert held(dated, 32) == {"key ann": 3, "key eve": 3}
+
+
+def watched(store: Store, limit: int = 40) -> list[str]:
+    """The clients of the turns that the watch looks at."""
+    return [turn.client for turn in store.versions.judged_turns("main", limit)]
+
+
+def test_a_client_gives_the_watch_a_quarter_beside_the_owner_all_the_time(dated: Store) -> None:
+    for version in range(3):
+        ready_of(dated, "", 6, "o", version)
+        ready_of(dated, "key eve", 50, "e", version)  # a flood would hide what others say
+    found = watched(dated)
+    assert Counter(found) == {"": 18, "key eve": 6}
+    turns = dated.versions.judged_turns("main", 40)
+    assert {turn.version for turn in turns if turn.client} == {0, 1, 2}
+
+
+def test_a_client_that_is_alone_for_a_day_is_watched_whole(dated: Store, now: list[float]) -> None:
+    ready_of(dated, "", 6, "o")
+    ready_of(dated, "key eve", 30, "e")
+    now[0] += 86_401
+    assert Counter(watched(dated)) == {"": 6, "key eve": 2}  # nobody spoke
+    ready_of(dated, "key eve", 4, "e", 1)
+    assert watched(dated) == [""] * 40  # nobody else does: it is not limited, and no other one
+    ready_of(dated, "key ann", 1, "a", 1)
+    assert {*watched(dated)} == {"", "key ann", "key eve"}
+
+
 def test_an_hour_and_what_only_tools_said_get_a_quarter_while_others_fill_the_batch() -> None:
     sessions = iter(range(999))
 

@@ -10,29 +10,39 @@ from pathlib import Path
 
 import pytest
 
-from tests.whole.alone import RESOLVER, alone
+from tests.whole.alone import SERVER, WATCH, alone
 
 ROOT = Path(__file__).parents[2]
 
 
-def run_alone(log: Path, *command: str, timeout_s: float = 280) -> list[str]:
-    """What left the machine while the command ran. Skips where there are no namespaces."""
-    before = alone(log)
+def run_alone(log: Path, *command: str, timeout_s: float = 280, tries: bool = True) -> list[str]:
+    """What left the machine while the command ran, or was tried (`tries`): also what was refused.
+
+    Skips where there are no namespaces.
+    """
+    before, tried = alone(log), log.with_name("tried")
     if not before:
         pytest.skip("no network namespaces here")
     argv = [*before, *command]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
+    site = log.with_name("site")
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WATCH)
+    paths = os.pathsep.join((str(site), str(ROOT)))
+    env = os.environ | {"PYTHONPATH": paths, "WATCHED": str(tried)}
     done = subprocess.run(
         argv, cwd=ROOT, env=env, capture_output=True, text=True, timeout=timeout_s, check=False
     )
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
     print(done.stdout[-3000:])
-    return log.read_text().splitlines()
+    attempts = tried.read_text().splitlines()
+    assert "armed" in attempts
+    packets = log.read_text().splitlines()
+    return [*packets, *(one for one in attempts if one != "armed")] if tries else packets
 
 
 def test_a_connection_and_a_look_up_are_seen(tmp_path: Path) -> None:
     code = """
-import socket
+import ctypes, socket
 with socket.socket() as opened:
     opened.settimeout(0.5)
     try:
@@ -41,20 +51,27 @@ with socket.socket() as opened:
         pass
 with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as opened:
     opened.sendto(b"x", ("198.51.100.5", 53))
+ctypes.CDLL(None).getaddrinfo(b"native.test", None, None, ctypes.byref(ctypes.c_void_p()))
+from nextstate.egress import EgressError, guard
+guard(())
 try:
-    socket.getaddrinfo("elsewhere.test", 80)
-except OSError:
+    socket.getaddrinfo("refused.test", 80)
+except EgressError:
     pass
 """
     seen = run_alone(tmp_path / "log", sys.executable, "-c", code)
     assert "protocol 6 to 198.51.100.4 port 443" in seen
     assert "protocol 17 to 198.51.100.5 port 53" in seen
-    assert f"protocol 17 to {RESOLVER} port 53" in seen
+    assert f"protocol 17 to {SERVER} port 53" in seen  # by a look-up that Python does not see
+    assert "socket.connect ('198.51.100.4', 443)" in seen
+    assert "socket.getaddrinfo refused.test" in seen
 
 
-def test_proxy_writer_judge_and_rollout_send_nothing(tmp_path: Path) -> None:
-    """That the learner sends nothing is seen in test_offline.py."""
+def test_proxy_judge_and_rollout_try_nothing(tmp_path: Path) -> None:
+    """That the learner does not is seen in test_offline.py."""
     tests = (
+        "tests/app/test_part_environment.py::test_real_processes_have_only_their_own_secrets",
+        "tests/rollout/test_command.py::test_an_environment_without_a_sandbox_needs_none",
         "tests/judge/test_stage.py::test_each_turn_gets_one_verdict_with_its_hinted_prompt",
         "tests/proxy/test_unrecorded.py",
         "tests/rollout/test_runner.py::test_the_environment_gets_replies_without_thoughts",
@@ -147,4 +164,5 @@ def test_no_part_lets_a_plugin_send_anything(tmp_path: Path, part: str) -> None:
 def test_the_whole_demo_sends_nothing(tmp_path: Path) -> None:
     out = str(tmp_path / "demo")
     command = (sys.executable, "-P", "-m", "nextstate", "demo", "--out", out)
-    assert run_alone(tmp_path / "log", *command, timeout_s=1500) == []
+    # vLLM asks the kernel for the address by which others would be reached: no packet
+    assert run_alone(tmp_path / "log", *command, timeout_s=1500, tries=False) == []

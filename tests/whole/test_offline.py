@@ -25,28 +25,8 @@ from nextstate.records import Feedback
 from nextstate.store import Store
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 from tests.store.test_records import add, turn
-from tests.whole.alone import alone
+from tests.whole.alone import WATCH, alone
 
-_WATCH = """
-import os, sys
-
-out = open(os.environ["WATCHED"], "a", buffering=1)
-out.write("armed\\n")
-NAMES = {"socket.getaddrinfo", "socket.gethostbyname", "socket.gethostbyaddr", "socket.connect"}
-
-
-def watch(event, given):
-    if event not in NAMES:
-        return
-    where = given[1] if event == "socket.connect" else given[0]
-    host = where[0] if isinstance(where, tuple) else where
-    ours = isinstance(where, (str, bytes)) and event == "socket.connect"  # of a Unix socket
-    if not ours and host not in ("127.0.0.1", "::1", "localhost", None, ""):
-        out.write(f"{event} {where}\\n")
-
-
-sys.addaudithook(watch)
-"""
 _CONFIG = """
 [store]
 dir = "{state}"
@@ -76,7 +56,7 @@ class Watched:
         self.hub = folder / "hf" / "hub"
         self._log = folder / "watched"
         (folder / "site").mkdir()
-        (folder / "site" / "sitecustomize.py").write_text(_WATCH)
+        (folder / "site" / "sitecustomize.py").write_text(WATCH)
         config = _CONFIG.format(state=self.state, port=free_port(), model=model)
         (folder / "nextstate.toml").write_text(config)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from getpass import getpass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,7 @@ examples:
   nextstate forget --session my-chat       a whole conversation
   nextstate forget --before 90d            what is older than 90 days
   nextstate forget --matching "4111 1111"  whatever holds this text, in any conversation
+  nextstate forget --matching - --yes < FILE   a secret: other accounts can read arguments
 """
 
 
@@ -44,8 +46,10 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--session", metavar="NAME", help=text)
     text = "every turn before then: 3d, 12w or a date such as 2026-05-31"
     parser.add_argument("--before", metavar="WHEN", help=text)
-    text = "every turn that holds this text anywhere; case does not count; - reads it from the "
-    text += "standard input, so that neither other accounts nor the shell's history see it"
+    text = (
+        "every turn that holds this text anywhere; case does not count; - reads it from standard "
+    )
+    text += "input, or asks for it, so that neither other accounts nor the shell's history have it"
     parser.add_argument("--matching", metavar="TEXT", help=text)
     parser.add_argument("--dry-run", action="store_true", help="only say what would go")
     parser.add_argument("--yes", action="store_true", help="do not ask")
@@ -95,6 +99,13 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _text(matching: str) -> str:
+    """What --matching means."""
+    if matching != "-":
+        return matching
+    return getpass("Forget whatever holds: ") if sys.stdin.isatty() else sys.stdin.read()
+
+
 def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wanted:
     """What the arguments mean. Raises ConfigError and NoTurnError."""
     from nextstate.app.finding import names_of, since_time, the_turn
@@ -107,8 +118,7 @@ def _wanted(args: argparse.Namespace, settings: Settings, store: Store) -> Wante
             "name what shall be forgotten: turns, or one of --session NAME, --before WHEN and "
             "--matching TEXT"
         )
-    text = sys.stdin.read() if args.matching == "-" else args.matching
-    text = None if text is None else text.strip()
+    text = None if args.matching is None else _text(args.matching).strip()
     if text == "":
         raise ConfigError(f"--matching {args.matching!r:.40} is empty: expected a text")
 

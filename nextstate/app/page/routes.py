@@ -219,9 +219,8 @@ class Page:
             )
         address, key = request.remote or "", form.get("key", "")
         grant = self._keys.find(hashed(key))
-        # As for the API: a key that we made is found by nobody's tries.
-        ours = grant is not None and grant.random
-        if not ours and (wait_s := self._tries.wait_s(address, hashed(key))):
+        drawn = grant is not None and not grant.chosen
+        if not drawn and (wait_s := self._tries.wait_s(address, hashed(key))):
             text = f"Too many wrong keys: wait {wait_s} seconds and try again."
             page = self._renderer.render("login.html", wrong=text)
             headers = {"Retry-After": str(wait_s)}
