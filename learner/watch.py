@@ -14,8 +14,7 @@ descendants count with its own. A suspect is tested once at each of LOOKS, on ex
 turns, beside each of REFERENCES. The levels of these tests add up to LEVEL (a group-sequential test
 that spends its level over its looks, by Bonferroni: Lan & DeMets 1983).
 
-No session, and no client but the owner, brings a version down alone: the fall must be clear without
-any of them.
+No client but the owner brings a version down alone: the fall must be clear without each of them.
 
 Without a common session before and after, nothing tells a worse version from harder questions. And
 if the questions of a session get harder while it lasts, versions are blamed for it: the test knows
@@ -30,7 +29,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from operator import attrgetter
 from statistics import NormalDist
 
 from nextstate.records import WATCHED_TURNS, JudgedTurn, PolicyVersion
@@ -50,8 +48,6 @@ OLD = TURNS - max(REFERENCES)
 _POWER = 0.8
 _CLEAR = 2.5
 """Standard errors; a smaller fall is not worth the exact test, whose level is at most 0.00048."""
-
-_SESSION, _CLIENT = attrgetter("session"), attrgetter("client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,17 +190,15 @@ def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int
 
 
 def _by_one(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> bool:
-    """Whether the fall is clear only with one session, or with one client that is limited.
+    """Whether the fall is clear only with one client that is limited, and there are others.
 
-    Whoever fills it with bad words would bring a version down alone. It does not count where
-    nobody else is. To ask for more makes false alarms rarer, so the levels hold.
+    To ask for more makes false alarms rarer, so the levels hold.
     """
-    for of in (_SESSION, _CLIENT):
-        for one in {of(turn) for turn in later} - {""}:
-            others = [turn for turn in later if of(turn) != one]
-            rows = sessions([turn for turn in earlier if of(turn) != one], others)
-            if others and compare(rows, len(others)).standing >= -_CLEAR:
-                return True
+    for client in {turn.client for turn in later} - {""}:
+        others = [turn for turn in later if turn.client != client]
+        rows = sessions([turn for turn in earlier if turn.client != client], others)
+        if others and compare(rows, len(others)).standing >= -_CLEAR:
+            return True
     return False
 
 

@@ -190,14 +190,6 @@ def fell(*seen: list[JudgedTurn]) -> bool:
     return Watch().fall([0, 1], [joined[at] for at in order], -1) is not None
 
 
-def test_no_session_brings_a_version_down_alone():
-    steady = [turns(f"s{n}", v, [1, 1, 1, -1] * 3) for n in range(4) for v in (0, 1)]
-    hostile = [turns("bad", 0, [1] * 60), turns("bad", 1, [-1] * 60)]
-    assert not fell(*steady, *hostile)
-    assert fell(*hostile)  # nobody else is there
-    assert fell(*hostile, *(turns(f"t{n}", v, [1 - 2 * v] * 6) for n in range(4) for v in (0, 1)))
-
-
 def test_no_client_brings_a_version_down_alone_but_the_owner():
     steady = [by("", f"s{n}", v, [1, 1, 1, -1] * 3) for n in range(4) for v in (0, 1)]
     hostile = [by("key eve", f"e{n}", v, [1 - 2 * v] * 12) for n in range(8) for v in (0, 1)]
