@@ -24,9 +24,9 @@ from rollout.tasks import Task, split_of
 _NOT_LAID = re.compile(r"dockerfile.*|docker-compose.*|\.dockerignore", re.IGNORECASE)
 _MOST_FILE_BYTES = 4 << 20
 _MOST_FILES = 2000
-_TESTS = ".tests"
-_CHECK = rf"""
-mkdir -p /logs/verifier && cp -r {_TESTS}/. /tests && rm -rf {_TESTS} || exit 1
+_TESTS, _LOGS = "/tests", "/logs"
+_CHECK = r"""
+mkdir -p /logs/verifier
 bash /tests/test.sh
 reward=$(cat /logs/verifier/reward.txt 2>/dev/null ||
   sed -n 's/.*"reward": *\([0-9.]*\).*/\1/p' /logs/verifier/reward.json)
@@ -68,7 +68,7 @@ def _fields(folder: Path) -> Json:
         "instruction": _text(folder / "instruction.md"),
         "work": "/app",
         "check": _CHECK,
-        "check_folders": ["/tests", "/logs"],
+        "check_folders": [_TESTS, _LOGS],
         "files": {
             path: text
             for path, text in _texts(folder / "environment").items()

@@ -178,6 +178,30 @@ def test_a_program_that_is_not_there_has_failed(store: Store, tmp_path: Path) ->
     assert "bash could not run a program (exit code 127)" in (attempt.reason or "")
 
 
+@pytest.mark.parametrize("place", [{}, pytest.param({"sandbox": []}, marks=needs_bubblewrap)])
+@pytest.mark.parametrize(
+    "left", ["", "echo 'exit 0' > answer.sh;", "echo '#!/none' > answer.sh; chmod 755 answer.sh;"]
+)
+def test_a_check_that_cannot_be_run_is_a_failure_of_the_agent(
+    store: Store, tmp_path: Path, left: str, place: dict[str, Any]
+) -> None:
+    """It was to write the program: if it did not, others of its group are compared with it."""
+    python = "python3" if "sandbox" in place else PYTHON
+    fields = {**ONCE, "command": f"{left} {python} agent.py", "check": "./answer.sh", **place}
+    attempt, _ = play(store, tmp_path, fields)
+    assert (attempt.status, attempt.outcome) == ("done", 0.0), attempt.reason
+
+
+@pytest.mark.parametrize("files", [{}, {"check_files": {"a": ""}}])
+def test_a_folder_that_was_removed_is_a_failure_of_the_agent(
+    store: Store, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    remove = 'rm -rf "$PWD"; echo > "$PWD"'
+    fields = {**ONCE, "command": f"{PYTHON} agent.py; {remove}", "check": "true", **files}
+    attempt, _ = play(store, tmp_path, fields)
+    assert (attempt.status, attempt.outcome) == ("done", 0.0), attempt.reason
+
+
 def test_the_deadline_ends_the_whole_group_and_the_check_counts(
     store: Store, tmp_path: Path
 ) -> None:

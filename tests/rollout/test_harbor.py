@@ -73,6 +73,25 @@ def test_a_task_is_solved_by_its_solution_and_by_nothing_else(tmp_path: Path) ->
 
 @needs_bubblewrap
 @pytest.mark.processes
+@pytest.mark.parametrize("name", [".tests", "tests", ".check", "a"])
+def test_no_file_of_the_agent_takes_part_in_the_tests(tmp_path: Path, name: str) -> None:
+    """Neither in their place nor beside them, where pytest would load a conftest.py."""
+    folder = harbor(tmp_path / "hello")
+    test = "ls -A /tests; ls -A /logs; echo 0 > /logs/verifier/reward.txt"
+    (folder / "tests/test.sh").write_text(test)
+    (task,) = read(f"{folder}?sandbox=bubblewrap")
+    forged = (
+        "mkdir e; echo 'echo 1 > /logs/verifier/reward.txt' | tee e/test.sh > e/conftest.py; "
+        f"chmod 555 e; ln -s e {name}; ln -s /tests tests2; ln -s /logs logs"
+    )
+    _, (acted,), scored = play(task, forged)
+    assert acted == "exit code 0"
+    shown = "check: exit code 1\ntest.sh\nwanted.txt\nverifier\nreward 0"
+    assert scored == Scored(0.0, shown)
+
+
+@needs_bubblewrap
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("reward", "kind", "outcome"),
     [
@@ -99,7 +118,7 @@ def test_a_folder_of_tasks_is_read_and_the_image_is_the_sandbox(tmp_path: Path) 
         "docker:localhost/b:1",
     ]
     assert tasks[0].fields["files"] == {"words/a.txt": "Hello!\n"}
-    assert sorted(tasks[0].fields["check_files"]) == [".tests/test.sh", ".tests/wanted.txt"]
+    assert sorted(tasks[0].fields["check_files"]) == ["/tests/test.sh", "/tests/wanted.txt"]
 
 
 def test_a_task_without_an_image_says_what_to_do(tmp_path: Path) -> None:
@@ -143,6 +162,9 @@ def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
         ({"work": "app"}, "'app': expected one as /app"),
         ({"check_folders": ["/tests", "/a/../b"]}, "'/a/../b': expected one as /app"),
         ({"check_folders": "/tests"}, "expected a list of folders"),
+        ({"check_folders": ["/tests"], "check_files": {"/testsa": ""}}, "'/testsa': expected a"),
+        ({"check_folders": ["/tests"], "check_files": {"/tests/../a": ""}}, "'/tests/../a': exp"),
+        ({"check_folders": ["/tests"], "files": {"/tests/a": ""}}, "'/tests/a': expected a path"),
     ],
 )
 def test_a_folder_of_the_system_is_no_place_for_work(fields: dict[str, Any], told: str) -> None:
