@@ -31,7 +31,7 @@ from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
 from proxy.bodies import read_body
-from proxy.episode_calls import EpisodeCalls, in_store
+from proxy.episode_calls import UNRECORDED_EPISODE, EpisodeCalls, in_store
 from proxy.episode_schema import (
     CLOSE,
     DESCRIPTION,
@@ -119,6 +119,8 @@ class EpisodeRoutes:
     async def _open_all(
         self, request: web.Request, episodes: Sequence[Episode], size: int | None
     ) -> list[Json]:
+        if not self._recorder.enabled:
+            raise Refused(409, UNRECORDED_EPISODE)
         for episode in episodes[:1]:
             await self._check_version(episode)
         opener, sent = request[GRANT], sent_key(request.headers)
@@ -130,7 +132,10 @@ class EpisodeRoutes:
         opened = await in_store(self._store.episodes.open, episodes, size, keys, opener.sign)
         for one in opened:
             held_out, sampling = one.split is Split.EVAL, dict(one.sampling)
-            named = Named(one.id, one.lineage, held_out, sampling, one.version, opener.sign)
+            named = Named(
+                *(one.id, one.lineage, held_out, sampling, one.version, opener.sign),
+                one.max_tokens,
+            )
             self._calls.opened(named, keys[one.id])
         address = f"{request.scheme}://{request.host}/episodes"
         return [

@@ -42,7 +42,9 @@ API_KEY = "ep-"
 """How an episode's own key begins."""
 _E, _R, _T = t.episodes.c, t.rewards.c, t.turns.c
 _NAMED_BY = {
-    how: sa.select(_E.id, _E.lineage, _E.split, _E.sampling, _E.version, _E.opener).where(which)
+    how: sa.select(
+        *(_E.id, _E.lineage, _E.split, _E.sampling, _E.version, _E.opener, _E.max_tokens)
+    ).where(which)
     for how, which in {"id": THIS, "key": _E.key_hash == sa.bindparam("episode")}.items()
 }
 _FORGET_REWARD = sa.delete(t.rewards).where(
@@ -72,6 +74,7 @@ class Named(NamedTuple):
     """The policy version that shall serve it; None: the one that serves its lineage."""
     opener: str | None = None
     """The sign of the key that opened it last; None: whoever opened it had no key."""
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,11 @@ class Episodes:
         with self._database.cursor(write=False) as cursor:
             opened(cursor.first(_CALLING, episode=episode_id), episode_id)
 
-    def begin_call(self, episode_id: str) -> Left:
-        """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError."""
+    def begin_call(self, episode_id: str, replies: int = 1, held: int = 0) -> Left | None:
+        """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError.
+
+        None if other calls hold so many tokens (`held`) that none is left for each of its replies.
+        """
         with self._database.cursor(write=True) as cursor:
             row = opened(cursor.first(_CALLING, episode=episode_id), episode_id)
             past_s = self._database.now() - row.opened_at
@@ -187,9 +193,17 @@ class Episodes:
                         f"episode {episode_id!r} may not call the model any more: it has used "
                         f"{used:.10g} of {name} = {most:.10g}; close it as truncated"
                     )
+            tokens = None if row.max_tokens is None else row.max_tokens - row.tokens
+            if tokens is not None and tokens < replies:
+                raise BudgetError(
+                    f"episode {episode_id!r} has {tokens} of its max_tokens = {row.max_tokens} "
+                    f"left, and the request asks for {replies} replies: ask for fewer"
+                )
+            if tokens is not None and tokens - held < replies:
+                return None
             cursor.run(_CALLED, episode=episode_id)
         return Left(
-            None if row.max_tokens is None else row.max_tokens - row.tokens,
+            None if tokens is None else tokens - held,
             None if row.deadline_s is None else row.deadline_s - past_s,
         )
 
@@ -264,7 +278,9 @@ class Episodes:
             return None
         sampling = read_json(row.sampling.encode())
         held_out = row.split == Split.EVAL
-        return Named(row.id, row.lineage, held_out, sampling, row.version, row.opener)
+        return Named(
+            *(row.id, row.lineage, held_out, sampling, row.version, row.opener, row.max_tokens)
+        )
 
 
 def _conditions(choice: Choice) -> list[sa.ColumnElement[bool]]:
