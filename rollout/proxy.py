@@ -118,6 +118,16 @@ class ProxyClient:
         found, _ = await self._ask("GET", f"{self._url}/episodes/{opened.episode}", self._key)
         return int(found["calls"])
 
+    async def state(self, episode: str) -> EpisodeState | None:
+        """The state of an episode; None: there is none of this name."""
+        try:
+            found, _ = await self._ask("GET", f"{self._url}/episodes/{episode}", self._key)
+        except RefusedError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return EpisodeState(found["state"])
+
     async def call(self, opened: Opened, messages: Sequence[Json]) -> Reply:
         """The model's reply to messages, as a step of the episode."""
         body = {**self._fields, "messages": messages}

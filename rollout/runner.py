@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nextstate.agreement import proportion_interval
-from nextstate.episodes import EpisodeStatus
+from nextstate.episodes import EpisodeState, EpisodeStatus
 from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import EnvironmentKind
 from nextstate.records import Json
@@ -126,8 +126,9 @@ async def _episodes(
         for number, task in enumerate(tasks):
             seed = plan.seed + number
             group = plan.name and f"{plan.name}-{number}"
-            waiting = await proxy.open_group(group=group, **_asked(plan, task, seed))
+            waiting = await proxy.open_group(group=group, **asked_of(plan, task, seed))
             if plan.name:
+                waiting += await _later_tries(plan, waiting, task, seed, proxy)
                 waiting = [one for one in waiting if await proxy.can_begin(one, plan.deadline_s)]
             while waiting:
                 yield waiting.pop(0), task, seed
@@ -137,6 +138,22 @@ async def _episodes(
             await proxy.give_up(opened, EpisodeStatus.ABORTED)
 
 
+async def _later_tries(
+    plan: Plan, first: Sequence[Opened], task: Task, seed: int, proxy: ProxyClient
+) -> list[Opened]:
+    """What a killed run has opened in the places of lost episodes, if it is still open."""
+    found: list[Opened] = []
+    for lost in first:
+        for tries in range(2, MOST_TRIES + 1):
+            name = f"{lost.episode}~{tries}"
+            state = None if lost.state is EpisodeState.OPEN else await proxy.state(name)
+            if state is None:
+                break
+            if state is EpisodeState.OPEN:
+                found.append(await _open_one(plan, name, task, seed, proxy))
+    return found
+
+
 async def _another(
     plan: Plan, lost: Opened, task: Task, seed: int, proxy: ProxyClient
 ) -> Opened | None:
@@ -144,15 +161,19 @@ async def _another(
     name, _, tries = lost.episode.partition("~")
     if int(tries or 1) >= MOST_TRIES:
         return None
-    episode, group = f"{name}~{int(tries or 1) + 1}", name.rpartition("-")[0]
     try:
-        return await proxy.open_episode(episode=episode, group=group, **_asked(plan, task, seed))
+        return await _open_one(plan, f"{name}~{int(tries or 1) + 1}", task, seed, proxy)
     except RefusedError as error:
         log.info("no episode in the place of %s: %s", lost.episode, error)
         return None
 
 
-def _asked(plan: Plan, task: Task, seed: int) -> Json:
+async def _open_one(plan: Plan, name: str, task: Task, seed: int, proxy: ProxyClient) -> Opened:
+    group = name.partition("~")[0].rpartition("-")[0]
+    return await proxy.open_episode(episode=name, group=group, **asked_of(plan, task, seed))
+
+
+def asked_of(plan: Plan, task: Task, seed: int) -> Json:
     """What the episodes of a group have in common."""
     return {
         "environment": plan.environment,

@@ -146,11 +146,13 @@ class Groups:
             rows = connection.execute(query.order_by(_E.lineage, _E.environment)).all()
         return [(row.lineage, row.environment) for row in rows]
 
-    def last(self, beginning: str) -> str | None:
-        """The last group by name of those whose names begin so."""
-        query = sa.select(_G.id).where(*_begins(_G.id, beginning)).order_by(_G.id.desc()).limit(1)
+    def last(self, beginning: str, digits: int) -> str | None:
+        """The last group by name of those whose names go on after that with so many digits."""
+        length = sa.func.length(_G.id) == len(beginning) + digits
+        query = sa.select(_G.id).where(*_begins(_G.id, beginning), length)
         with self._database.read() as connection:
-            return connection.execute(query).scalar()
+            names = connection.execute(query.order_by(_G.id.desc())).scalars()
+            return next((name for name in names if name[len(beginning) :].isdecimal()), None)
 
     def unfinished(self, beginning: str) -> list[str]:
         """The groups with episodes that are open, of those whose names begin so, in order."""
@@ -158,6 +160,12 @@ class Groups:
         query = sa.select(_E.group_id).where(*_begins(_E.group_id, beginning), still).distinct()
         with self._database.read() as connection:
             return list(connection.execute(query.order_by(_E.group_id)).scalars())
+
+    def open_members(self, group: str) -> list[str]:
+        """The episodes of a group that are open."""
+        query = sa.select(_E.id).where(_E.group_id == group, _E.state == EpisodeState.OPEN.value)
+        with self._database.read() as connection:
+            return list(connection.execute(query.order_by(_E.id)).scalars())
 
     def attempts(self, beginning: str) -> list[tuple[str, EpisodeState, float | None]]:
         """(group, state, outcome) of every episode of the groups whose names begin so."""

@@ -24,7 +24,7 @@ from plugins.environments.terminal import create
 from rollout.attempt import Attempt
 from rollout.attempt import play as attempt_at
 from rollout.proxy import Opened, ProxyClient
-from rollout.runner import Plan, run, summary
+from rollout.runner import Plan, asked_of, run, summary
 from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, both, until
 from tests.rollout.machine import every_episode, needs_bubblewrap
@@ -371,6 +371,33 @@ def test_a_run_of_the_same_name_goes_on_and_plays_nothing_twice(
         assert await play(p, ShownKind(), plan, tasks(3)) == []
         with pytest.raises(RefusedError, match="answered 409"):
             await play(p, ShownKind(), replace(plan, seed=7), tasks(3))
+
+    both(test, store, tmp_path)
+
+
+def test_a_second_try_that_a_killed_run_left_is_played_or_aborted(
+    store: Store, tmp_path: Path
+) -> None:
+    """With `--ray` an episode that is lost gets another in its place, which may be lost too."""
+
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        plan = replace(PLAN, parallel=1, group_size=2, name="night")
+        async with client(p) as proxy:
+            task = tasks(1)[0]
+            opened = await proxy.open_group(group="night-0", **asked_of(plan, task, 0))
+            for lost in opened:
+                await proxy.give_up(lost, EpisodeStatus.ABORTED)
+                name = f"{lost.episode}~2"
+                await proxy.open_episode(episode=name, group="night-0", **asked_of(plan, task, 0))
+            half = await proxy.open_episode(
+                episode="night-0-0~2", group="night-0", **asked_of(plan, task, 0)
+            )
+            await proxy.call(half, [{"role": "user", "content": "begin"}])
+        (played,) = await play(p, ShownKind(), plan, tasks(1))
+        assert played.episode == "night-0-1~2"
+        found = {one.id: one.status for one in every_episode(store)}
+        assert found["night-0-0~2"] == "aborted"
+        assert {*found.values()} == {EpisodeStatus.ABORTED, EpisodeStatus.DONE}
 
     both(test, store, tmp_path)
 

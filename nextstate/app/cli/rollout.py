@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -174,7 +174,26 @@ async def _play(
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
-        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures, nodes)
+        with _alone(settings, args.name):
+            return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures, nodes)
+
+
+def _alone(settings: Settings, name: str | None) -> AbstractContextManager[None]:
+    """Lets one process play a run of a name: two would take each other's episodes."""
+    from nextstate.episodes import is_label
+    from nextstate.errors import ConfigError
+    from nextstate.private_files import make_folder
+    from nextstate.process_lock import ProcessLock
+
+    if name is None:
+        return nullcontext()
+    if not is_label(name):
+        raise ConfigError(f"--run {name!r:.80}: expected 1 to 100 letters, digits and . _ : ~ + -")
+    folder = settings.store.path / "rollout"
+    make_folder(folder)
+    return ProcessLock(
+        folder / f"{name}.lock", f"--run {name} is played", "end it, or name another"
+    )
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:
