@@ -155,8 +155,8 @@ class Scored:
     """At least 1: the task is solved."""
     observation: str = ""
     """What the check showed, from which hints may be made; it may be empty."""
-    steps: Mapping[int, float] = field(default_factory=dict[int, float])
-    """Process rewards by step, from 0, where these become known only at the end."""
+    steps: Mapping[int | str, float] = field(default_factory=dict[int | str, float])
+    """Process rewards where these become known only at the end: by step, from 0, or by turn."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,7 +157,8 @@ class EpisodeCalls:
         if not is_label(name):
             return None
         key = kind, name
-        if key in self._remembered:
+        # Another worker may have opened the episode again, which ends the key before.
+        if key in self._remembered and (self._alone or kind != _KEY):
             return self._remembered[key]
         found = await in_store(look_up, name)
         if found is not None or kind == _SESSION:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from aiohttp import web
 
 from nextstate.config import nearest
 from nextstate.episodes import (
+    MOST_REWARDS,
     NEVER_TRAIN,
     Episode,
     EpisodeStatus,
@@ -185,9 +187,7 @@ class EpisodeRoutes:
                 raise RecordError(f"group_size = {size!s:.80}: expected 1 to {MOST_IN_GROUP}")
             if "group_size" in asked and "group" not in asked:
                 raise RecordError(f"group_size = {size} without a group: name one")
-            metadata = asked.get("metadata", {})
-            if len(write_json(metadata)) > MOST_METADATA_BYTES:
-                raise RecordError(f"metadata is longer than {MOST_METADATA_BYTES} bytes of JSON")
+            _check_metadata(asked.get("metadata", {}))
             given = {k: v for k, v in asked.items() if k not in ("episode", "group_size")}
             split = _choice(Split, "split", asked.get("split", Split.TRAIN))
             for field in ("task", "metadata"):
@@ -201,10 +201,13 @@ class EpisodeRoutes:
         data = await self._body(request)
         if not isinstance(data, list):
             raise Refused(400, 'The body is no list: expected [{"kind": "outcome", "value": 1.0}].')
+        given = cast("list[object]", data)
+        if len(given) > MOST_REWARDS:
+            raise Refused(400, f"{len(given)} rewards: expected at most {MOST_REWARDS}.")
         steps = await self._turns(name, request)
         with _Checked():
-            rewards = [_reward(name, one, steps) for one in cast("list[object]", data)]
-        await in_store(self._store.episodes.reward, rewards)
+            rewards = [_reward(name, one, steps) for one in given]
+            await in_store(self._store.episodes.reward, rewards)
         return await self._get(name, request)
 
     async def _close(self, name: str, request: web.Request) -> web.StreamResponse:
@@ -317,6 +320,18 @@ def _read(body: object, fields: Mapping[str, Field]) -> Json:
         except UnicodeEncodeError:
             raise RecordError(f"{name} = {value!r:.80} is not valid Unicode") from None
     return given
+
+
+def _check_metadata(metadata: Json) -> None:
+    """Raises RecordError unless an answer can repeat it as JSON."""
+    try:
+        size = len(write_json(metadata))
+        if size <= MOST_METADATA_BYTES:
+            json.dumps(metadata, allow_nan=False)
+    except ValueError as error:
+        raise RecordError(f"metadata cannot be kept: {error}") from None
+    if size > MOST_METADATA_BYTES:
+        raise RecordError(f"metadata is longer than {MOST_METADATA_BYTES} bytes of JSON")
 
 
 def _choice(kind: type[_Choice], name: str, value: object) -> _Choice:

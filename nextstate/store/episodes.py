@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import sqlalchemy as sa
 
 from nextstate.episodes import (
+    MOST_REWARDS,
     NEVER_TRAIN,
     Episode,
     EpisodeState,
@@ -16,11 +17,11 @@ from nextstate.episodes import (
     Reward,
     Split,
 )
-from nextstate.errors import BudgetError, ConflictError
+from nextstate.errors import BudgetError, ConflictError, RecordError
 from nextstate.keys import key_hash, new_key
-from nextstate.records import Json
+from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
-from nextstate.store.database import Database, queries
+from nextstate.store.database import Cursor, Database, queries
 from nextstate.store.episode_rows import (
     THIS,
     TURNS,
@@ -55,6 +56,10 @@ _FORGET_REWARD = sa.delete(t.rewards).where(
 _ADD_REWARD = sa.insert(t.rewards).values(
     {c.name: sa.bindparam(c.name) for c in _R if c.name != "seq"}
 )
+_REWARD_COUNT = sa.select(sa.func.count().label("count")).where(
+    _R.episode == sa.bindparam("episode")
+)
+_KIND = sa.select(_T.kind).where(_T.id == sa.bindparam("turn"))
 _CALLING = sa.select(
     *(_E.state, _E.status, _E.opened_at, _E.calls, _E.tokens),
     *(_E.max_calls, _E.max_tokens, _E.deadline_s),
@@ -215,10 +220,13 @@ class Episodes:
     def reward(self, rewards: Sequence[Reward]) -> None:
         """Keeps rewards of one episode: the last word counts per name and step.
 
-        Raises NoEpisodeError, and ConflictError once the episode is closed.
+        Raises NoEpisodeError, ConflictError once the episode is closed, and RecordError for a turn
+        that is no step and for more than `MOST_REWARDS` of an episode.
         """
         with self._database.cursor(write=True) as cursor:
             for reward in rewards:
+                if reward.turn is not None:
+                    _check_step(cursor, reward.turn)
                 row = row_of(cursor, reward.episode)
                 if row.state != EpisodeState.OPEN:
                     raise ConflictError(
@@ -235,6 +243,13 @@ class Episodes:
                     source=reward.source,
                     at=self._database.now(),
                 )
+            for name in {reward.episode for reward in rewards}:
+                row = cursor.first(_REWARD_COUNT, episode=name)
+                if row is not None and row.count > MOST_REWARDS:
+                    raise RecordError(
+                        f"episode {name!r} would have {row.count} rewards: expected at most "
+                        f"{MOST_REWARDS}; give one for each step and name"
+                    )
 
     def rewards(self, episode_id: str) -> list[Reward]:
         """The rewards of an episode, in the order in which they were given last."""
@@ -280,6 +295,15 @@ class Episodes:
         held_out = row.split == Split.EVAL
         return Named(
             *(row.id, row.lineage, held_out, sampling, row.version, row.opener, row.max_tokens)
+        )
+
+
+def _check_step(cursor: Cursor, turn: str) -> None:
+    row = cursor.first(_KIND, turn=turn)
+    if row is not None and row.kind != TurnKind.MAIN:
+        raise RecordError(
+            f"turn {turn!r} is a {row.kind} turn, such as one for a title: it is no step that "
+            "learns; name a step by x-nextstate-turn, the header of its reply"
         )
 
 

@@ -24,6 +24,8 @@ from nextstate.wire import read_json
 
 _E, _G, _R, _T = t.episodes.c, t.groups.c, t.rewards.c, t.turns.c
 _MOST_EARLIER = 1000
+_AT_ONCE = 500
+"""Steps in one statement."""
 _UNSETTLED = (SampleState.WAITING, SampleState.DROPPED)
 """What a sample is before: dropped if its turn cannot train."""
 _LEFT_OPEN = "it was still open when its group's deadline had passed"
@@ -331,16 +333,17 @@ def _settle_steps(
 ) -> None:
     """Makes the steps' samples, or gives those that wait their advantages.
 
-    In few statements: while they run, no turn is recorded.
+    In few statements: while they run, no turn is recorded. But databases take only so many values.
     """
     s = t.samples.c
-    turns = [step.turn for step in steps]
     columns = _T.id, _T.seq, _T.lineage, _T.policy_version, _T.untrainable
-    rows = connection.execute(sa.select(*columns).where(_T.id.in_(turns)))
-    of_turn = {row.id: row for row in rows}
-    found = [_sample(of_turn[step.turn], step, settlement) for step in steps]
-    connection.execute(sa.delete(t.samples).where(s.turn.in_(turns), s.state.in_(_UNSETTLED)))
-    if found:
+    for at in range(0, len(steps), _AT_ONCE):
+        some = steps[at : at + _AT_ONCE]
+        turns = [step.turn for step in some]
+        rows = connection.execute(sa.select(*columns).where(_T.id.in_(turns)))
+        of_turn = {row.id: row for row in rows}
+        found = [_sample(of_turn[step.turn], step, settlement) for step in some]
+        connection.execute(sa.delete(t.samples).where(s.turn.in_(turns), s.state.in_(_UNSETTLED)))
         connection.execute(sa.insert(t.samples), found)
 
 

@@ -125,6 +125,23 @@ def test_a_reward_file_tells_outcome_observation_and_what_steps_are_worth(
     assert store.turns.next_states(turn)[0].text == "exit code 1\n1 of 2"
 
 
+def test_a_reward_file_may_name_a_step_by_its_turn(store: Store, tmp_path: Path) -> None:
+    """Its number would be another one if a call was sent twice."""
+    agent = (
+        PLAIN_AGENT.replace("return json", "return answer.headers['x-nextstate-turn'], json")
+        + """
+ask("first")
+turn, _ = ask("second")
+told = {"outcome": 1, "steps": [{"turn": turn, "value": -1}]}
+json.dump(told, open(os.environ["NEXTSTATE_REWARD_FILE"], "w"))
+"""
+    )
+    attempt, _ = play(store, tmp_path, {**ONCE, "files": {"agent.py": agent}})
+    assert (attempt.status, attempt.outcome) == ("done", 1.0), attempt.reason
+    (reward,) = store.episodes.rewards(attempt.episode)
+    assert reward.turn == store.episodes.turn_ids(attempt.episode)[1]
+
+
 @pytest.mark.parametrize(
     ("written", "told"),
     [
@@ -135,6 +152,9 @@ def test_a_reward_file_tells_outcome_observation_and_what_steps_are_worth(
         ('{"outcome": true}', "True: expected outcome to be a finite number"),
         ('{"outcome": 1, "steps": [{"index": -1, "value": 1}]}', "expected steps like"),
         ('{"outcome": 1, "steps": [{"index": 7, "value": 1}]}', "no index 7"),
+        ('{"outcome": 1, "steps": [{"turn": "turn_x", "value": 1}]}', "no turn 'turn_x'"),
+        ('{"outcome": 1, "steps": [{"turn": 0, "value": 1}]}', "expected steps like"),
+        ('{"outcome": 1, "steps": [{"turn": "t", "index": 0, "value": 1}]}', "expected steps like"),
     ],
 )
 def test_a_wrong_reward_file_fails_the_episode_and_names_the_part(
