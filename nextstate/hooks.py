@@ -203,7 +203,10 @@ class AgentProgram(Protocol):
     something other than the agent breaks."""
 
     async def play(self, task: Json, seed: int, access: ModelAccess) -> str:
-        """Runs the agent until it ends; returns what it said last. A deadline cancels it."""
+        """Runs the agent until it ends; returns what it said last. A deadline cancels it.
+
+        Raises LateError with what it said last if it was ended at the deadline by itself.
+        """
         ...
 
     async def score(self) -> Scored:

@@ -30,12 +30,13 @@ import shlex
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from nextstate.errors import ConfigError, RolloutError, StartError
+from nextstate.errors import ConfigError, LateError, RolloutError, StartError
 from nextstate.hooks import ModelAccess, Scored
 from nextstate.records import Json
 from plugins.environments.laying import laid
@@ -63,6 +64,8 @@ _NOT_THERE = (126, 127)
 """Exit codes of bash for a program that cannot be run."""
 _MOST_BYTES = MOST_COMMAND_BYTES // 2
 """Of a command: what lays the check's files, or leads to the model, comes before it."""
+_CUT = (124, 137)
+"""Those of a program that a sandbox ended."""
 _PORT, _SOCKET = "8080", "/tmp/model"
 _BEFORE_DEADLINE = 0.9
 """A sandbox ends its program at this share of the deadline, so that its files are kept."""
@@ -71,6 +74,8 @@ _BEFORE_DEADLINE = 0.9
 class _Ended(NamedTuple):
     exit_code: int
     shown: str
+    late: bool = False
+    """Whether its time was over."""
 
 
 class _Place(Protocol):
@@ -161,7 +166,10 @@ class Sandboxed:
             source = await asyncio.to_thread(Path(bridge.__file__).read_text)
             argv = ("python3", "-I", "-c", source, _PORT, _SOCKET, "bash", "-c", command)
             given = {**variables, **_addresses(f"http://127.0.0.1:{_PORT}/v1", "sandbox")}
-            return await self._run(sandbox, shlex.join(argv), given)
+            began = time.monotonic()
+            ended = await self._run(sandbox, shlex.join(argv), given)
+            over = ended.exit_code in _CUT and time.monotonic() - began >= seconds
+            return ended._replace(late=over)
 
     async def add(self, files: Mapping[str, str]) -> None:
         self._files += archive_of(files)
@@ -203,8 +211,11 @@ class Command:
         given = dict(self._variables)
         if "check" not in task:
             given["NEXTSTATE_REWARD_FILE"] = place.reward_file
-        self._ended = _there(await place.run(task["command"], given, access))
-        return f"exit code {self._ended.exit_code}\n{self._ended.shown}".strip()
+        ended = self._ended = _there(await place.run(task["command"], given, access))
+        shown = f"exit code {ended.exit_code}\n{ended.shown}".strip()
+        if ended.late:
+            raise LateError(shown)
+        return shown
 
     async def score(self) -> Scored:
         place, ended = self._place, self._ended

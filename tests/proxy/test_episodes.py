@@ -240,7 +240,9 @@ def test_rewards_have_a_bound_in_a_list_and_in_an_episode(
     async def test(engine: ScriptedEngine, p: Running) -> None:
         environment = Environment(p)
         await environment.open("e-1")
-        many = [{"kind": "outcome", "name": f"n-{n}", "value": 1} for n in range(10_001)]
+        many: list[dict[str, Any]] = [
+            {"kind": "outcome", "name": f"n-{n}", "value": 1} for n in range(10_001)
+        ]
         found = await environment.ask("POST", "episodes/e-1/rewards", many, 400)
         assert refusal(found) == "10001 rewards: expected at most 10000."
         await environment.reward("e-1", *many[:2])

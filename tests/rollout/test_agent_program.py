@@ -241,6 +241,20 @@ def test_the_deadline_ends_the_whole_group_and_the_check_counts(
     asyncio.run(gone())
 
 
+@needs_bubblewrap
+def test_a_sandbox_that_ends_its_program_truncates_the_episode(
+    store: Store, tmp_path: Path
+) -> None:
+    """What it has reached counts, as where the deadline ends a program without a sandbox."""
+    fields = {**ONCE, "command": "python3 agent.py; sleep 99", "check": "test -e said"}
+    plan = replace(PLAN, deadline_s=8)
+    attempt, _ = play(store, tmp_path, {**fields, "sandbox": []}, plan=plan)
+    assert (attempt.status, attempt.outcome, attempt.calls) == ("truncated", 1.0, 1), attempt.reason
+    fields |= {"command": "python3 agent.py; timeout 0.1 sleep 9"}
+    attempt, _ = play(store, tmp_path, {**fields, "sandbox": []}, plan=plan)
+    assert attempt.status == "done", "it ended something itself"
+
+
 def test_a_cancelled_program_may_remove_what_it_started(tmp_path: Path) -> None:
     async def cancelled() -> None:
         program = create(None).make()
