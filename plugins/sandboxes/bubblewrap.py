@@ -23,7 +23,7 @@ from plugins.sandboxes.syscalls import filter_program
 
 __all__ = ["MOST_COMMAND_BYTES", "Bubblewrap", "Limits", "Ran", "create"]
 
-_NOBODY = 65534
+NOBODY = 65534
 """root runs sandboxes as this user: the kernel does not limit the processes of root."""
 _FILTER = filter_program(os.uname().machine)
 _PROGRAMS = ("bwrap", "bash", "tar", "timeout")
@@ -69,7 +69,7 @@ class Bubblewrap:
         A command without NUL, of at most 64 KiB. `files` may be several archives in a row.
         """
         given = checked(command)
-        nobody = _NOBODY if os.geteuid() == 0 else None
+        nobody = NOBODY if os.geteuid() == 0 else None
         output, archive, refused = Pipe(), Pipe(), _filter()
         try:
             process = await asyncio.create_subprocess_exec(

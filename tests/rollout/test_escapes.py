@@ -17,6 +17,8 @@ from nextstate.hooks import ModelAccess, Scored
 from nextstate.records import Json
 from plugins.environments.command import create as create_command
 from plugins.environments.terminal import create as create_terminal
+from plugins.sandboxes.bubblewrap import NOBODY
+from plugins.sandboxes.model_socket import model_socket
 from plugins.sandboxes.syscalls import filter_program
 from tests.rollout.machine import needs_bubblewrap
 from tests.rollout.test_sandbox import SMALL, run
@@ -85,6 +87,18 @@ def test_no_socket_leads_out() -> None:
     for address in ("192.0.2.1", "2001:db8::1"):
         ask = f"import socket\nsocket.create_connection(('{address}', 80), 1)"
         assert b"Network is unreachable" in run(python(ask)).output
+
+
+def test_the_way_to_the_model_is_for_the_sandbox_alone() -> None:
+    """Whoever else could use it would call as this episode, and use its budget."""
+
+    async def modes() -> tuple[int, int, int]:
+        async with model_socket("http://127.0.0.1:1/v1", "ep-1") as path:
+            found = os.stat(path)
+            return found.st_mode & 0o777, found.st_uid, os.stat(Path(path).parent).st_mode & 0o066
+
+    owner = os.geteuid() or NOBODY
+    assert asyncio.run(modes()) == (0o600, owner, 0)
 
 
 def test_very_many_small_files_are_not_kept() -> None:

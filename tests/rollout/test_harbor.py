@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,33 @@ def test_a_wrong_folder_is_named(tmp_path: Path, name: str, data: bytes | None, 
     with pytest.raises(ConfigError) as error:
         read(str(folder))
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "link", ["environment/x", "environment/d", "tests/x", "instruction.md", "environment", "tests"]
+)
+def test_a_link_that_leads_out_of_a_task_is_not_followed(tmp_path: Path, link: str) -> None:
+    """It may lead to a file of yours, which an agent would see."""
+    secrets = tmp_path / "home"
+    secrets.mkdir()
+    for name in ("key", "test.sh"):
+        (secrets / name).write_text("secret")
+    folder = harbor(tmp_path / "hello", image="i")
+    at = folder / link
+    if at.is_dir():
+        shutil.rmtree(at)
+    at.unlink(missing_ok=True)
+    at.symlink_to(secrets if link in ("environment", "tests") else secrets / "key")
+    with pytest.raises(ConfigError, match="leads out of the task: put a copy in its place"):
+        read(str(folder))
+
+
+def test_a_link_within_a_task_is_followed(tmp_path: Path) -> None:
+    folder = harbor(tmp_path / "hello", image="i")
+    (folder / "environment/b.txt").symlink_to("words/a.txt")
+    (folder / "environment/more").symlink_to(tmp_path)  # no folder is entered by a link
+    (task,) = read(str(folder))
+    assert task.fields["files"] == {"b.txt": "Hello!\n", "words/a.txt": "Hello!\n"}
 
 
 def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
