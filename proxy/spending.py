@@ -14,7 +14,8 @@ from nextstate.records import Json
 from nextstate.store.episodes import Left
 from nextstate.wire import integer
 from proxy.answers import Refused
-from proxy.dialects import chat, completions
+from proxy.dialects import chat
+from proxy.guard import prompts_of
 from proxy.serving import CHAT, COMPLETIONS, RESPONSES
 
 _WAIT_S = 60.0
@@ -107,6 +108,4 @@ def within(path: str, body: Json, tokens: int) -> tuple[Json, int]:
 
 def replies_of(path: str, body: Json) -> int:
     """How many replies a request asks for."""
-    if path == COMPLETIONS:
-        return completions.choices_of(body)
-    return chat.count(body) if path == CHAT else 1
+    return chat.count(body) * prompts_of(body) if path in (CHAT, COMPLETIONS) else 1

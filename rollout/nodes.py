@@ -75,8 +75,6 @@ class Work:
     model: str
     max_calls: int
     deadline_s: float
-    extra: Json
-    """Fields of every request to the model."""
     hosts: Collection[str]
     """That the actor may reach besides its machine and the proxy's."""
 
@@ -99,7 +97,7 @@ class Actor:
         kind = load_plugin("environments", work.environment, None)
         await kind.check_machine()
         http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        proxy = ProxyClient(http, work.url, work.key, work.model, work.deadline_s, work.extra)
+        proxy = ProxyClient(http, work.url, work.key, work.model, work.deadline_s)
         await proxy.check()
         self._here = Here(kind, proxy, work.max_calls, work.deadline_s)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from nextstate.agreement import proportion_interval
 from nextstate.episodes import EpisodeState, EpisodeStatus
 from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import EnvironmentKind
+from nextstate.pace import Pace
 from nextstate.records import Json
 from rollout.attempt import Attempt
 from rollout.config import open_s
@@ -27,6 +29,8 @@ SOLVED = 1.0
 
 MOST_TRIES = 3
 """Episodes for one place of a group."""
+REST_S = 0.2
+"""Seconds between two looks whether the next episode may begin."""
 _MOST_FAMILIES = 20
 """More are not shown one by one: then the ids have no families."""
 
@@ -73,11 +77,12 @@ async def run(
     told: Callable[[Attempt], None],
     pictures: Pictures | None = None,
     player: Player | None = None,
+    pace: Pace | None = None,
 ) -> list[Attempt]:
     """Plays every task's group once; `told` gets each episode as it ends, in no order.
 
-    `player` says where, by default in this process. An episode that it lost is aborted, and another
-    takes its place in the group.
+    `player` says where, by default in this process, and `pace` when the next one may begin. An
+    episode that the player lost is aborted, and another takes its place in the group.
 
     Raises RolloutError if the proxy opens no group, or if so many episodes failed in a row that
     it is not the tasks' fault: two for each place.
@@ -87,18 +92,34 @@ async def run(
     player = player or Here(kind, proxy, plan.max_calls, plan.deadline_s, pictures)
     taking = asyncio.Lock()
 
+    playing = 0
+
+    async def play(opened: Opened, task: Task, seed: int) -> Attempt:
+        began = time.monotonic()
+        attempt = await player.play(opened, task, seed)
+        if pace is not None:
+            pace.worked(time.monotonic() - began)
+        return attempt
+
     async def work() -> None:
+        nonlocal playing
         while True:
             async with taking:
+                while pace is not None and not await pace.allowed(1, playing):
+                    await asyncio.sleep(REST_S)
                 found = await anext(queue, None)
-            if found is None:
-                return
+                if found is None:
+                    return
+                playing += 1
             opened, task, seed = found
-            attempt = await player.play(opened, task, seed)
-            while attempt.status is EpisodeStatus.ABORTED and (
-                opened := await _another(plan, opened, task, seed, proxy)
-            ):
-                attempt = await player.play(opened, task, seed)
+            try:
+                attempt = await play(opened, task, seed)
+                while attempt.status is EpisodeStatus.ABORTED and (
+                    opened := await _another(plan, opened, task, seed, proxy)
+                ):
+                    attempt = await play(opened, task, seed)
+            finally:
+                playing -= 1
             attempts.append(attempt)
             told(attempt)
             last = attempts[-2 * plan.parallel :]

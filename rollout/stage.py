@@ -30,7 +30,7 @@ from rollout.pictures import Pictures
 from rollout.player import Here, Player
 from rollout.progress import WRITE_EVERY_S, Progress
 from rollout.proxy import Opened, ProxyClient
-from rollout.runner import MOST_TRIES
+from rollout.runner import MOST_TRIES, REST_S
 from rollout.sources import Source
 from rollout.tasks import Task
 
@@ -40,8 +40,6 @@ AGAIN_S = 1.0
 """Seconds before a proxy that is away is asked again."""
 _DIGITS = 9
 """Of the number in a group's name."""
-_REST_S = 0.2
-"""Seconds between two looks whether the next episode may begin."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +148,7 @@ class _Stage:
             allowed = await self._patiently(self._pace.allowed, 1, self.progress.playing)
             self.progress.yields = self._pace.yields
             if not allowed:
-                await asyncio.sleep(_REST_S)
+                await asyncio.sleep(REST_S)
                 continue
             exam = await self._patiently(self._exams.next)
             if exam is not None:

@@ -47,7 +47,8 @@ def read_reward(data: bytes) -> Scored:
         by_turn = fields.keys() == {"turn", "value"} and isinstance(turn, str)
         if not by_index and not by_turn:
             _wrong(cast(object, step), 'steps like {"index": 0, "value": -1}')
-        of_steps[index if by_index else turn] = _number("the value of a step", fields["value"])
+        named = cast("int | str", index if by_index else turn)
+        of_steps[named] = _number("the value of a step", fields["value"])
     return Scored(_number("outcome", given.get("outcome")), observation, of_steps)
 
 

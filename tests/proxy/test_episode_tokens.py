@@ -42,6 +42,7 @@ def chat(**more: object) -> dict[str, Any]:
         (COMPLETIONS, {"prompt": ["a", "b"], "n": 3}, {"max_tokens": 2}, 12),
         (COMPLETIONS, {"prompt": [[1], [2]], "max_tokens": 9.0}, {"max_tokens": 6}, 12),
         (COMPLETIONS, {"prompt": [1, 2]}, {"max_tokens": 12}, 12),
+        (COMPLETIONS, {"prompt": "a", "prompt_embeds": ["a", "b", "c"]}, {"max_tokens": 4}, 12),
         (RESPONSES, {"input": "go", "max_output_tokens": "99"}, {"max_output_tokens": 12}, 12),
     ],
 )

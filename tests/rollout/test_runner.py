@@ -18,6 +18,7 @@ from nextstate.engine.process import free_port
 from nextstate.episodes import EpisodeState, EpisodeStatus, RewardKind, Split
 from nextstate.errors import RefusedError, RolloutError
 from nextstate.hooks import Acted, Scored
+from nextstate.pace import Pace
 from nextstate.records import Json, Source
 from nextstate.store import Store
 from plugins.environments.terminal import create
@@ -375,6 +376,27 @@ def test_a_run_of_the_same_name_goes_on_and_plays_nothing_twice(
     both(test, store, tmp_path)
 
 
+def test_while_people_use_the_engine_a_run_plays_one_episode_at_a_time(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        async def people() -> bool:
+            return True
+
+        plan = replace(PLAN, parallel=4, group_size=4)
+        kind = ShownKind(at_step=lambda: asyncio.sleep(0.01))
+        pace = Pace(1.0, people)
+        async with client(p) as proxy:
+            played = await run(plan, tasks(1), kind, proxy, ignore, pace=pace)
+            assert [one.status for one in played] == ["done"] * 4
+            assert (kind.most_playing, pace.yields) == (1, True)
+            kind = ShownKind(at_step=lambda: asyncio.sleep(0.1))
+            await run(plan, tasks(1), kind, proxy, ignore)
+            assert kind.most_playing == 4
+
+    both(test, store, tmp_path)
+
+
 def test_a_second_try_that_a_killed_run_left_is_played_or_aborted(
     store: Store, tmp_path: Path
 ) -> None:
@@ -472,17 +494,6 @@ def test_a_key_is_sent(store: Store, tmp_path: Path) -> None:
             await play(p, ShownKind())
 
     both(test, store, tmp_path, key="the-key")
-
-
-def test_calls_have_the_fields_that_the_runner_adds(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        async with aiohttp.ClientSession() as http:
-            proxy = ProxyClient(http, p.url, None, MODEL, 60, {"priority": 9})
-            await run(PLAN, [COUNT], ShownKind(), proxy, ignore)
-        assert [request["priority"] for request in engine.requests] == [9]
-        assert store.counts()["turns/trainable"] == 1
-
-    both(test, store, tmp_path)
 
 
 def test_the_summary_counts_what_was_solved_with_its_confidence() -> None:
