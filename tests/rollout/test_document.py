@@ -137,7 +137,7 @@ def test_every_command_of_nextstate_in_the_documents_has_these_options() -> None
     assert ["nextstate", "rollout", "--ray", "10.0.0.1:6379"] in found
     for words in found:
         try:
-            command_parser().parse_args(words[1:])
+            command_parser().parse_args([{"N": "1"}.get(word, word) for word in words[1:]])
         except SystemExit as end:  # also of --help
             assert not end.code, f"{shlex.join(words)}: nextstate has no such arguments"
 
@@ -155,7 +155,7 @@ HARBOR = """\
 #!{python}
 import argparse, json, os, pathlib
 parser = argparse.ArgumentParser()
-run = parser.add_subparsers(required=True).add_parser("run")
+run = parser.add_subparsers(required=True).add_parser("run", allow_abbrev=False)
 run.add_argument("--path", type=pathlib.Path, required=True)
 for name in ("--agent", "--model", "--base-url", "--api-key-name", "--jobs-dir"):
     run.add_argument(name, required=True)
