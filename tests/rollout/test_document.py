@@ -139,7 +139,8 @@ def test_every_command_of_nextstate_in_the_documents_has_these_options() -> None
         try:
             command_parser().parse_args([{"N": "1"}.get(word, word) for word in words[1:]])
         except SystemExit as end:  # also of --help
-            assert not end.code, f"{shlex.join(words)}: nextstate has no such arguments"
+            if end.code:
+                pytest.fail(f"{shlex.join(words)}: nextstate has no such arguments")
 
 
 def test_every_command_of_ray_in_the_documents_has_these_options() -> None:
