@@ -21,7 +21,6 @@ from judge.advantages import (
     process_weight,
 )
 from nextstate.episodes import EpisodeState
-from nextstate.errors import RecordError
 from nextstate.store import Store
 from nextstate.store.groups import (
     ScoredEpisode,
@@ -84,7 +83,7 @@ def settle_over(
 
         try:
             done = store.groups.settle(group, decide)
-        except RecordError:  # the others must not wait for it
+        except Exception:  # the others must not wait for it
             log.exception("group %s cannot be settled", group.name)
             continue
         if done:

@@ -17,6 +17,8 @@ from typing import Any
 from nextstate.errors import RecordError
 from nextstate.records import Json
 
+MOST_REWARDS = 10_000
+"""Of an episode: while they are written, no turn is recorded."""
 MAX_TASK_CHARS = 200_000
 LABEL = "^[A-Za-z0-9][A-Za-z0-9._:~+-]{0,99}$"
 """What names an episode, group, environment or reward."""

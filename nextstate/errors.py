@@ -129,6 +129,10 @@ class RolloutError(NextStateError):
     """An environment, a sandbox or the proxy failed; that says nothing about the policy."""
 
 
+class LateError(RolloutError):
+    """An agent's program was ended at its deadline; what it has reached counts."""
+
+
 class RefusedError(RolloutError):
     """The proxy answered with an error."""
 

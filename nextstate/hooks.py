@@ -155,8 +155,8 @@ class Scored:
     """At least 1: the task is solved."""
     observation: str = ""
     """What the check showed, from which hints may be made; it may be empty."""
-    steps: Mapping[int, float] = field(default_factory=dict[int, float])
-    """Process rewards by step, from 0, where these become known only at the end."""
+    steps: Mapping[int | str, float] = field(default_factory=dict[int | str, float])
+    """Process rewards where these become known only at the end: by step, from 0, or by turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,7 +203,10 @@ class AgentProgram(Protocol):
     something other than the agent breaks."""
 
     async def play(self, task: Json, seed: int, access: ModelAccess) -> str:
-        """Runs the agent until it ends; returns what it said last. A deadline cancels it."""
+        """Runs the agent until it ends; returns what it said last. A deadline cancels it.
+
+        Raises LateError with what it said last if it was ended at the deadline by itself.
+        """
         ...
 
     async def score(self) -> Scored:

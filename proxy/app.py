@@ -85,7 +85,9 @@ class Proxy:
         own_key: str | None = None,
         worker: str | None = None,
         intervals: Intervals = INTERVALS,
+        of_episodes: Json | None = None,
     ) -> None:
+        """`of_episodes` are fields of each request to the engine that is a call of an episode."""
         self.config = config
         self.store = store
         self.engines = engines
@@ -104,6 +106,7 @@ class Proxy:
             writer, store.config, profile, config.record_timeout_s, enabled=record
         )
         self._worker = worker
+        self._of_episodes = of_episodes or {}
         self._intervals = intervals
         self.connections = Connections()
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb, writer.redactor)
@@ -251,7 +254,7 @@ class Proxy:
             for replica in self.versions.replicas:
                 await opened.enter_async_context(replica.upstream)
             engine = Engine(self.config, self.versions, self._out_of_files, self._intervals)
-            self.relay = Relay(engine, self.recorder)
+            self.relay = Relay(engine, self.recorder, self._of_episodes)
             self.dispatch = Dispatch(self.relay, self.keys, self.calls)
             tasks = [
                 asyncio.create_task(self.recorder.run()),

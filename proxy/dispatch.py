@@ -11,7 +11,7 @@ from nextstate.records import Json
 from nextstate.wire import json_object, objects, read_json
 from proxy.answers import Refused, error_response
 from proxy.bodies import read_any_body, read_body
-from proxy.episode_calls import EPISODE, EpisodeCalls, within
+from proxy.episode_calls import EPISODE, UNRECORDED_EPISODE, EpisodeCalls
 from proxy.guard import administers, leads_out, refusal, tame
 from proxy.keys import Keys
 from proxy.lineages import CALLER
@@ -25,6 +25,10 @@ UNRECORDED = ":unrecorded"
 """At the end of a model's name: the same model, and nothing of the request is kept."""
 _GENERATES = ("/v1/chat/completions/batch", "/v1/audio/", "/v1/systemone")
 """Routes that generate in a form that no turn can hold."""
+_UNRECORDED_STEP = (
+    f"A call of an episode is one of its steps, so it is recorded: leave out {RECORD} and "
+    f"{UNRECORDED}, or call without the episode's address, key and headers."
+)
 
 
 class Dispatch:
@@ -74,13 +78,15 @@ class Dispatch:
             return await self._unserved(request, data, "model", message)
         recorded = is_recorded(request.headers, body["model"])
         self._tame(request, body, lineage)
-        seconds, version = None, None
+        seconds, version, free = None, None, None
         if (episode := request.get(EPISODE)) is not None:
+            if not self._relay.recorder.enabled:
+                raise Refused(409, UNRECORDED_EPISODE)
+            if not recorded:
+                raise Refused(400, _UNRECORDED_STEP)
             if episode.version is not None:
                 version = await self._versions.pinned(lineage, episode.version)
-            tokens, seconds = await self._episodes.begin(episode, lineage)
-            if tokens is not None:
-                body = within(path, body, tokens)
+            body, seconds, free = await self._episodes.begin(episode, lineage, path, body)
         try:
             return await self._relay.generate(
                 request,
@@ -93,6 +99,9 @@ class Dispatch:
             )
         except ValueError as error:
             raise _unwritable(error) from error
+        finally:
+            if free is not None:
+                self._relay.recorder.once_stored(free)
 
     async def _unserved(
         self, request: web.Request, data: bytes, reason: str, message: str

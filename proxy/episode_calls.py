@@ -27,7 +27,7 @@ from nextstate.wire import write_json
 from proxy.answers import Refused
 from proxy.keys import Grant, Keys
 from proxy.requests import PATH_EPISODE
-from proxy.serving import CHAT, COMPLETIONS, RESPONSES
+from proxy.spending import Budgets, replies_of
 
 log = logging.getLogger(__name__)
 
@@ -37,8 +37,9 @@ KEY_FILE = "episodes.key"
 """In the state folder: the secret that goes into each episode's key."""
 _KEY, _HEADER, _SESSION = "key", "x-nextstate-episode", "x-session-id"
 _MOST_REMEMBERED = 4096
-_COMPLETIONS_DEFAULT = 16
-"""Tokens of a reply to `/v1/completions` whose request names no number."""
+UNRECORDED_EPISODE = (
+    "[privacy] record = false: an episode learns from what is recorded. Switch it on for episodes."
+)
 _T = TypeVar("_T")
 
 
@@ -59,6 +60,7 @@ class EpisodeCalls:
         """Whether no other worker opens episodes."""
         self._in_use = not alone or self._episodes.any()
         self._remembered: dict[tuple[str, str], Named | None] = {}
+        self._budgets = Budgets()
         self._key_of: dict[str, str] = {}
         """The keys of remembered episodes, by id."""
 
@@ -125,15 +127,31 @@ class EpisodeCalls:
         """The episode of this name."""
         return await self._find(_HEADER, name, self._episodes.named)
 
-    async def begin(self, episode: Named, lineage: str) -> Left:
-        """Counts a call for `lineage`. Raises Refused if the episode may not make it."""
+    async def begin(
+        self, episode: Named, lineage: str, path: str, body: Json
+    ) -> tuple[Json, float | None, Callable[[], None]]:
+        """Counts a call for `lineage`. Raises Refused if the episode may not make it.
+
+        Returns (the request, cut to the tokens that are left, the seconds that are left, what to
+        call once the turn of the call is stored, or when it has none).
+        """
         if lineage != episode.lineage:
             raise Refused(
                 400,
                 f"Episode {episode.id!r} trains the lineage {episode.lineage!r}, and the model is "
                 f"that of {lineage!r}: name the engine's model.",
             )
-        return await in_store(self._episodes.begin_call, episode.id)
+        begin = self._episodes.begin_call
+        if episode.max_tokens is None:
+            left = await in_store(begin, episode.id)
+            return body, left and left.seconds, _nothing
+        replies = replies_of(path, body)
+
+        async def beside(held: int) -> Left | None:
+            return await in_store(begin, episode.id, replies, held)
+
+        body, left, free = await self._budgets.begin(episode.id, beside, path, body)
+        return body, left.seconds, free
 
     async def check_open(self, episode: Named) -> None:
         """Raises Refused if the episode is closed."""
@@ -145,7 +163,8 @@ class EpisodeCalls:
         if not is_label(name):
             return None
         key = kind, name
-        if key in self._remembered:
+        # Another worker may have opened the episode again, which ends the key before.
+        if key in self._remembered and (self._alone or kind != _KEY):
             return self._remembered[key]
         kept = name if kind == _KEY else self.hide(name)
         found = await in_store(look_up, kept)
@@ -165,17 +184,8 @@ class EpisodeCalls:
                 del place[next(iter(place))]
 
 
-def within(path: str, body: Json, tokens: int) -> Json:
-    """A request whose reply has at most `tokens` tokens."""
-    name = {RESPONSES: "max_output_tokens"}.get(path, "max_tokens")
-    if path == CHAT and body.get("max_completion_tokens") is not None:
-        name = "max_completion_tokens"
-    asked = body.get(name)
-    if asked is None and path == COMPLETIONS:
-        asked = _COMPLETIONS_DEFAULT
-    if asked is None or (type(asked) is int and asked > tokens):
-        return {**body, name: min(tokens, asked or tokens)}
-    return body
+def _nothing() -> None:
+    """What a call without a budget of tokens holds."""
 
 
 async def in_store(work: Callable[..., _T], *values: object) -> _T:

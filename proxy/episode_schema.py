@@ -11,6 +11,7 @@ from typing import NamedTuple
 from nextstate.episodes import (
     LABEL,
     MAX_TASK_CHARS,
+    MOST_REWARDS,
     SAMPLER,
     EpisodeState,
     EpisodeStatus,
@@ -87,8 +88,10 @@ REWARD: Mapping[str, Field] = {
     "kind": Field("text", "What it is about: the episode, or a step.", {"enum": [*RewardKind]}),
     "name": Field("text", "The last word counts for each name and step; by default the kind."),
     "value": Field("number", "Any finite number."),
-    "index": Field("whole number", "The step, from 0, of a process reward."),
-    "turn": Field("text", "The step by its turn's id, instead of `index`."),
+    "index": Field(
+        "whole number", "The step of a process reward: the number of a recorded turn, from 0."
+    ),
+    "turn": Field("text", "The step by its turn's id, as x-nextstate-turn, instead of `index`."),
     "source": Field("text", "Who gives it.", _LABEL),
 }
 CLOSE: Mapping[str, Field] = {
@@ -96,7 +99,7 @@ CLOSE: Mapping[str, Field] = {
     "outcome": Field("number", "How well; 1 is solved. By default what its outcome rewards say."),
     "observation": Field(
         "text",
-        "What the environment showed last: the last turn's next state.",
+        "What the environment showed last: the last turn's next state. The first close counts.",
         {"maxLength": MOST_OBSERVATION},
     ),
 }
@@ -182,7 +185,10 @@ def _schemas() -> Json:
     return {
         "Open": _body(OPEN, _NEEDED),
         "OpenGroup": _body(OPEN_GROUP, {*_NEEDED, "group_size"}),
-        "Rewards": {"type": "array", "items": _body(REWARD, {"kind", "value"})},
+        "Rewards": {
+            **{"type": "array", "maxItems": MOST_REWARDS},
+            "items": _body(REWARD, {"kind", "value"}),
+        },
         "Close": _body(CLOSE, {"status"}),
         "Opened": _object(opened),
         "Group": _object({"group": {"type": "string"}, "episodes": of_group}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -13,6 +14,7 @@ from aiohttp import web
 
 from nextstate.config import nearest
 from nextstate.episodes import (
+    MOST_REWARDS,
     NEVER_TRAIN,
     Episode,
     EpisodeStatus,
@@ -32,7 +34,7 @@ from nextstate.traces import training_trace
 from nextstate.wire import read_json, write_json
 from proxy.answers import Refused
 from proxy.bodies import read_body
-from proxy.episode_calls import EpisodeCalls, in_store
+from proxy.episode_calls import UNRECORDED_EPISODE, EpisodeCalls, in_store
 from proxy.episode_schema import (
     CLOSE,
     DESCRIPTION,
@@ -123,6 +125,8 @@ class EpisodeRoutes:
     async def _open_all(
         self, request: web.Request, episodes: Sequence[Episode], size: int | None
     ) -> list[Json]:
+        if not self._recorder.enabled:
+            raise Refused(409, UNRECORDED_EPISODE)
         for episode in episodes[:1]:
             await self._check_version(episode)
         opener, sent = request[GRANT], sent_key(request.headers)
@@ -134,7 +138,10 @@ class EpisodeRoutes:
         opened = await in_store(self._store.episodes.open, episodes, size, keys, opener.sign)
         for one in opened:
             held_out, sampling = one.split is Split.EVAL, dict(one.sampling)
-            named = Named(one.id, one.lineage, held_out, sampling, one.version, opener.sign)
+            named = Named(
+                *(one.id, one.lineage, held_out, sampling, one.version, opener.sign),
+                one.max_tokens,
+            )
             self._calls.opened(named, keys[one.id])
         address = f"{request.scheme}://{request.host}/episodes"
         return [
@@ -184,9 +191,7 @@ class EpisodeRoutes:
                 raise RecordError(f"group_size = {size!s:.80}: expected 1 to {MOST_IN_GROUP}")
             if "group_size" in asked and "group" not in asked:
                 raise RecordError(f"group_size = {size} without a group: name one")
-            metadata = asked.get("metadata", {})
-            if len(write_json(metadata)) > MOST_METADATA_BYTES:
-                raise RecordError(f"metadata is longer than {MOST_METADATA_BYTES} bytes of JSON")
+            _check_metadata(asked.get("metadata", {}))
             given = {k: v for k, v in asked.items() if k not in ("episode", "group_size")}
             split = _choice(Split, "split", asked.get("split", Split.TRAIN))
             for field in ("task", "metadata"):
@@ -210,11 +215,14 @@ class EpisodeRoutes:
         data = await self._body(request)
         if not isinstance(data, list):
             raise Refused(400, 'The body is no list: expected [{"kind": "outcome", "value": 1.0}].')
+        given = cast("list[object]", data)
+        if len(given) > MOST_REWARDS:
+            raise Refused(400, f"{len(given)} rewards: expected at most {MOST_REWARDS}.")
         name = await self._settled(name, request)
         steps = await in_store(self._store.episodes.turn_ids, name)
         with _Checked():
-            rewards = [_reward(name, one, steps, self._kept) for one in cast("list[object]", data)]
-        await in_store(self._store.episodes.reward, rewards)
+            rewards = [_reward(name, one, steps, self._kept) for one in given]
+            await in_store(self._store.episodes.reward, rewards)
         return _answer(await in_store(self._store.episodes.shown, name))
 
     async def _close(self, name: str, request: web.Request) -> web.StreamResponse:
@@ -324,6 +332,18 @@ def _read(body: object, fields: Mapping[str, Field]) -> Json:
         except UnicodeEncodeError:
             raise RecordError(f"{name} = {value!r:.80} is not valid Unicode") from None
     return given
+
+
+def _check_metadata(metadata: Json) -> None:
+    """Raises RecordError unless an answer can repeat it as JSON."""
+    try:
+        size = len(write_json(metadata))
+        if size <= MOST_METADATA_BYTES:
+            json.dumps(metadata, allow_nan=False)
+    except ValueError as error:
+        raise RecordError(f"metadata cannot be kept: {error}") from None
+    if size > MOST_METADATA_BYTES:
+        raise RecordError(f"metadata is longer than {MOST_METADATA_BYTES} bytes of JSON")
 
 
 def _choice(kind: type[_Choice], name: str, value: object) -> _Choice:

@@ -88,7 +88,7 @@ def _too_many(body: Json) -> str | None:
     for asked in ("n", "best_of"):
         if asked in body and (number := integer(body[asked]) or 1) > choices:
             name, choices = asked, number
-    prompts = _prompts(body)
+    prompts = prompts_of(body)
     if max(choices, 1) * prompts > _MOST_CHOICES:
         asked = f"{name} = {choices}" + ("" if prompts == 1 else f" for {prompts} prompts")
         return f"{asked}: at most {_MOST_CHOICES} choices."
@@ -110,7 +110,7 @@ def _too_many(body: Json) -> str | None:
     return None
 
 
-def _prompts(body: Json) -> int:
+def prompts_of(body: Json) -> int:
     """How many prompts a request holds. Each gets its own choices."""
     several = 0
     for name, one in (("prompt", (int, float)), ("prompt_embeds", int), ("messages", dict)):

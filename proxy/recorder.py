@@ -11,6 +11,7 @@ import asyncio
 import logging
 import pickle
 from collections import deque
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
@@ -179,6 +180,13 @@ class Recorder:
         """Waits until all that waits now is stored or lost; False after the timeout."""
         waiting = [one.answered for one in self._waiting]
         return not waiting or not (await asyncio.wait(waiting, timeout=timeout_s))[1]
+
+    def once_stored(self, done: Callable[[], None]) -> None:
+        """Calls `done` once all that waits now is stored or lost."""
+        if not self._waiting:
+            done()
+        else:  # the oldest are answered first
+            self._waiting[-1].answered.add_done_callback(lambda _: done())
 
     async def drain(self, timeout_s: float) -> None:
         """Waits until the queue is empty, at most `timeout_s`."""

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 from multidict import CIMultiDict
@@ -67,6 +68,8 @@ class Relay:
 
     engine: Engine
     recorder: Recorder
+    of_episodes: Json = field(default_factory=dict[str, Any])
+    """Fields of each request to the engine that is a call of an episode."""
     counts: RelayCounts = field(default_factory=RelayCounts)
 
     async def generate(
@@ -97,7 +100,8 @@ class Relay:
             self.counts.of_episodes += episode is not None
             sampling: Json = {} if episode is None else episode.sampling
             engine = held.replica.client
-            serving = recorded_form(request.path, body, model, engine, sampling)
+            more = {} if episode is None else self.of_episodes
+            serving = recorded_form(request.path, body, model, engine, sampling, more)
             generation = _Generation(self, request, body, serving, held, recorded)
             streams = not is_off(body.get("stream"))
             work = generation.streamed if streams else generation.plain

@@ -385,23 +385,23 @@ class Passed(Serving):
 
 
 def recorded_form(
-    path: str, body: Json, model: str, engine: EngineClient, sampling: Json
+    path: str, body: Json, model: str, engine: EngineClient, sampling: Json, more: Json
 ) -> Recorded:
     """How a request that generates and named `model` is served.
 
-    `sampling` takes the place of what the client wrote.
+    `sampling` takes the place of what the client wrote, and so does `more`, where the form has it.
     """
     if sampling:
         body = {**body, **sampling}
     dialect = DIALECTS.get(path)
     if dialect is None:
         additions = engine.abilities.additions
-        return Direct(path, body, model, engine.fingerprint, additions=additions)
+        return Direct(path, {**body, **more}, model, engine.fingerprint, additions=additions)
     translation = dialect.to_chat(body, engine.messages_behaviour)
     if translation.native is not None or engine.max_model_len is None:
         return Native(dialect, path, body, translation)
     length, defaults = engine.max_model_len, engine.sampling_defaults
-    chat_request = {**translation.chat, **sampling}
+    chat_request = {**translation.chat, **sampling, **more}
     return Translated(dialect, path, body, chat_request, model, length, defaults)
 
 

@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 
 from nextstate.episodes import EpisodeStatus
-from nextstate.errors import RefusedError, RolloutError
+from nextstate.errors import LateError, RefusedError, RolloutError
 from nextstate.hooks import AgentProgram, Environment, ModelAccess
 from nextstate.records import Json
 from rollout.proxy import Opened, ProxyClient
@@ -110,7 +110,11 @@ async def _program(
     """Runs an agent that calls the model itself; returns what it said last."""
     access = ModelAccess(opened.base_url, opened.api_key, proxy.model, deadline_s)
     with _Clock(attempt, "environment_s"):
-        shown = await program.play(attempt.task.fields, seed, access)
+        try:
+            shown = await program.play(attempt.task.fields, seed, access)
+        except LateError as late:
+            attempt.status = EpisodeStatus.TRUNCATED
+            return str(late)
     attempt.status = EpisodeStatus.DONE
     return shown
 

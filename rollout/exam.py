@@ -132,7 +132,10 @@ class Exams:
         for group, state, outcome in await asyncio.to_thread(
             self._store.groups.attempts, beginning
         ):
-            place = Place(version, int(group.removeprefix(beginning).partition("~")[0]))
+            number = group.removeprefix(beginning).partition("~")[0]
+            if not number.isdecimal():  # not one of ours
+                continue
+            place = Place(version, int(number))
             self._tries[place] += 1
             if outcome is not None:
                 self._solved[place] = outcome >= SOLVED

@@ -10,6 +10,7 @@ The agent gets neither network nor root. A reward of 1 is solved, any other is n
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Iterator
@@ -24,9 +25,9 @@ from rollout.tasks import Task, split_of
 _NOT_LAID = re.compile(r"dockerfile.*|docker-compose.*|\.dockerignore", re.IGNORECASE)
 _MOST_FILE_BYTES = 4 << 20
 _MOST_FILES = 2000
-_TESTS = ".tests"
-_CHECK = rf"""
-mkdir -p /logs/verifier && cp -r {_TESTS}/. /tests && rm -rf {_TESTS} || exit 1
+_TESTS, _LOGS = "/tests", "/logs"
+_CHECK = r"""
+mkdir -p /logs/verifier
 bash /tests/test.sh
 reward=$(cat /logs/verifier/reward.txt 2>/dev/null ||
   sed -n 's/.*"reward": *\([0-9.]*\).*/\1/p' /logs/verifier/reward.json)
@@ -65,10 +66,10 @@ def _is_task(folder: Path) -> bool:
 
 def _fields(folder: Path) -> Json:
     fields: Json = {
-        "instruction": _text(folder / "instruction.md"),
+        "instruction": _text(folder / "instruction.md", folder),
         "work": "/app",
         "check": _CHECK,
-        "check_folders": ["/tests", "/logs"],
+        "check_folders": [_TESTS, _LOGS],
         "files": {
             path: text
             for path, text in _texts(folder / "environment").items()
@@ -88,7 +89,7 @@ def _fields(folder: Path) -> Json:
 
 def _image(file: Path) -> str | None:
     try:
-        found: dict[str, Any] = tomllib.loads(_text(file))
+        found: dict[str, Any] = tomllib.loads(_text(file, file.parent))
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{file}: {error}") from error
     section: object = found.get("environment", {})
@@ -99,16 +100,20 @@ def _image(file: Path) -> str | None:
 
 
 def _texts(folder: Path) -> dict[str, str]:
-    """The files below a folder: path to text."""
+    """The files below a folder of a task: path to text."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     if len(files) > _MOST_FILES:
         raise ConfigError(f"{folder}: expected at most {_MOST_FILES} files")
-    return {str(path.relative_to(folder)): _text(path) for path in files}
+    return {str(path.relative_to(folder)): _text(path, folder.parent) for path in files}
 
 
-def _text(file: Path) -> str:
+def _text(file: Path, task: Path) -> str:
+    """The text of a file of a task, which may be somebody else's."""
     try:
-        with file.open("rb") as opened:
+        found = file.resolve()
+        if not found.is_relative_to(task.resolve()):
+            raise ConfigError(f"{file}: this link leads out of the task: put a copy in its place")
+        with open(os.open(found, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as opened:
             data = opened.read(_MOST_FILE_BYTES + 1)
         if len(data) > _MOST_FILE_BYTES:
             raise ConfigError(f"{file}: expected at most {_MOST_FILE_BYTES} bytes")

@@ -58,7 +58,9 @@ _NO_NODE_S = 300.0
 and some more to notice that a node is gone."""
 _AGAIN_S = 1.0
 _EXTRA_S = 180.0
-"""Beyond the deadlines of an episode and of its outcome, after which its actor counts as lost."""
+"""Beyond the deadlines of an episode and of its outcome, after which it counts as lost."""
+_STOP_S = 60.0
+"""An actor that has not ended an episode by then counts as lost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,6 @@ class Work:
     model: str
     max_calls: int
     deadline_s: float
-    extra: Json
-    """Fields of every request to the model."""
     hosts: Collection[str]
     """That the actor may reach besides its machine and the proxy's."""
 
@@ -85,7 +85,8 @@ class Actor:
     def __init__(self, work: Work) -> None:
         self._work = work
         self._here: Here | None = None
-        self._playing: set[asyncio.Task[Any]] = set()
+        self._playing: dict[str, asyncio.Task[Any]] = {}
+        """By episode."""
 
     async def ready(self) -> None:
         """Raises NextStateError if the environment cannot be played here."""
@@ -96,7 +97,7 @@ class Actor:
         kind = load_plugin("environments", work.environment, None)
         await kind.check_machine()
         http = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
-        proxy = ProxyClient(http, work.url, work.key, work.model, work.deadline_s, work.extra)
+        proxy = ProxyClient(http, work.url, work.key, work.model, work.deadline_s)
         await proxy.check()
         self._here = Here(kind, proxy, work.max_calls, work.deadline_s)
 
@@ -104,18 +105,21 @@ class Actor:
         """Plays and closes one episode."""
         assert self._here is not None
         playing = asyncio.ensure_future(self._here.play(opened, task, seed))
-        self._playing.add(playing)
+        self._playing[opened.episode] = playing
         try:
             await asyncio.wait({playing})
         finally:
-            self._playing.discard(playing)
+            del self._playing[opened.episode]
+
+    async def stop(self, episode: str) -> None:
+        """Ends one episode, if it is still played."""
+        if (playing := self._playing.get(episode)) is not None:
+            playing.cancel()
+            await asyncio.wait({playing})
 
     async def end(self) -> None:
         """Ends its episodes as aborted, with all that their environments run."""
-        for playing in self._playing:
-            playing.cancel()
-        if self._playing:
-            await asyncio.wait(self._playing)
+        await asyncio.gather(*map(self.stop, [*self._playing]))
         if self._here is not None:
             await self._here.release()
 
@@ -151,9 +155,12 @@ class Nodes:
         try:
             async with asyncio.timeout(2 * self._work.deadline_s + _EXTRA_S):
                 await node.actor.play.remote(opened, task, seed)
-        except (self._ray.exceptions.RayError, TimeoutError) as error:
+        except self._ray.exceptions.RayError as error:
             lost = f"node {node.address} was lost: {type(error).__name__}"
             self._drop(node)
+        except TimeoutError:
+            lost = f"node {node.address} did not end it"
+            await self._stop(node, opened.episode)
         except BaseException:
             await self._proxy.give_up(opened, EpisodeStatus.ABORTED)
             raise
@@ -173,6 +180,14 @@ class Nodes:
         if ends:
             await asyncio.wait(ends, timeout=30)
         await asyncio.to_thread(self._ray.shutdown)
+
+    async def _stop(self, node: _Node, episode: str) -> None:
+        """Ends one episode and leaves the node's others; a node that cannot do so is dropped."""
+        try:
+            async with asyncio.timeout(_STOP_S):
+                await node.actor.stop.remote(episode)
+        except (self._ray.exceptions.RayError, TimeoutError):
+            self._drop(node)
 
     async def _ended(self, opened: Opened, task: Task, lost: str) -> Attempt:
         """How it ended by the proxy's word. If it did not, it is ended now."""

@@ -56,14 +56,11 @@ class ProxyClient:
         key: str | None,
         model: str,
         deadline_s: float,
-        extra: Json | None = None,
     ) -> None:
-        """`extra` are fields of every request to the model."""
         self._http = http
         self._url = f"{url.rstrip('/')}/v1"
         self._key = key or "none"
         self.model = model
-        self._fields: Json = {**(extra or {}), "model": model}
         self._of_people: float | None = None
         """Requests of people's agents that the proxy had counted at the last look."""
         self._timeout = aiohttp.ClientTimeout(total=deadline_s + _EXTRA_S, connect=_EXTRA_S)
@@ -118,9 +115,19 @@ class ProxyClient:
         found, _ = await self._ask("GET", f"{self._url}/episodes/{opened.episode}", self._key)
         return int(found["calls"])
 
+    async def state(self, episode: str) -> EpisodeState | None:
+        """The state of an episode; None: there is none of this name."""
+        try:
+            found, _ = await self._ask("GET", f"{self._url}/episodes/{episode}", self._key)
+        except RefusedError as error:
+            if error.status == HTTPStatus.NOT_FOUND:
+                return None
+            raise
+        return EpisodeState(found["state"])
+
     async def call(self, opened: Opened, messages: Sequence[Json]) -> Reply:
         """The model's reply to messages, as a step of the episode."""
-        body = {**self._fields, "messages": messages}
+        body = {"model": self.model, "messages": messages}
         url = f"{opened.base_url}/chat/completions"
         answer, headers = await self._post(url, opened.api_key, body)
         try:

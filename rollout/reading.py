@@ -10,9 +10,10 @@ What follows a `?` are fields that every task gets, such as `?action=message&sho
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 from urllib.error import HTTPError
 from urllib.parse import parse_qsl, quote
 from urllib.request import Request, urlopen
@@ -25,6 +26,10 @@ from rollout.tasks import MOST_TASKS, Task, read_tasks, split_of
 
 _MOST_ANSWER_BYTES = 64 << 20
 _TIMEOUT_S = 60.0
+"""Until a server says something more."""
+_WHOLE_S = 600.0
+"""Until a server has said everything."""
+_MOST_ENVIRONMENTS = 1000
 _AT_ONCE = 500
 """Tasks in one request."""
 _NAMES = ("id", "task_id", "task_name", "name")
@@ -40,7 +45,7 @@ def read_source(source: str, environment: str, check: Callable[[Json], None]) ->
     if not is_server and not Path(place).is_dir():
         return read_tasks(Path(place), environment, check, more)
     if is_server:
-        found = _served(_Server(place.rstrip("/")), environment)
+        found = _served(_Server(place.rstrip("/"), time.monotonic() + _WHOLE_S), environment)
     else:
         found = harbor_tasks(Path(place), environment, more.get("sandbox"))
     tasks: dict[str, Task] = {}
@@ -58,18 +63,25 @@ def read_source(source: str, environment: str, check: Callable[[Json], None]) ->
     return list(tasks.values())
 
 
+class _Answer(Protocol):
+    def read1(self, n: int = -1, /) -> bytes: ...
+
+
 class _Server(NamedTuple):
     """An OpenEnv server."""
 
     url: str
+    give_up_at: float
+    """By the monotonic clock."""
 
     def ask(self, path: str, body: Json | None = None) -> object:
         """What the server answers to a GET, or to a POST of a body. Raises ConfigError."""
         data = None if body is None else json.dumps(body).encode()
         request = Request(f"{self.url}/{path}", data, {"Content-Type": "application/json"})
         try:
+            self._check_time()
             with urlopen(request, timeout=_TIMEOUT_S) as answer:
-                return json.loads(answer.read(_MOST_ANSWER_BYTES))
+                return json.loads(self._read(answer))
         except HTTPError as error:
             told = error.read(300).decode(errors="replace")
             hint = "; it has no Task API: give --tasks a file" if error.code == 501 else ""
@@ -77,10 +89,30 @@ class _Server(NamedTuple):
         except (OSError, ValueError, RecursionError) as error:
             raise ConfigError(f"--tasks {self.url}/{path}: {error}") from error
 
+    def _read(self, answer: _Answer) -> bytes:
+        """A whole answer. Raises OSError if it is too late or too long."""
+        read = bytearray()
+        while data := answer.read1(1 << 16):  # not `read`: bytes may come one by one
+            read += data
+            if len(read) > _MOST_ANSWER_BYTES:
+                raise OSError(f"it sends more than {_MOST_ANSWER_BYTES} bytes")
+            self._check_time()
+        return bytes(read)
+
+    def _check_time(self) -> None:
+        if time.monotonic() > self.give_up_at:
+            raise OSError(f"it has not listed its tasks within {_WHOLE_S:g} s")
+
 
 def _served(server: _Server, environment: str) -> Iterator[Task]:
     """The tasks that an OpenEnv server lists, in all its splits."""
-    for name in _strings(server, "list_environments"):
+    names = _strings(server, "list_environments")
+    if len(names) > _MOST_ENVIRONMENTS:
+        raise ConfigError(
+            f"--tasks {server.url} lists {len(names)} environments: expected at most "
+            f"{_MOST_ENVIRONMENTS}"
+        )
+    for name in names:
         path = quote(name, safe="")
         for split in _objects(server, server.ask(f"{path}/splits")):
             called, kind = str(split.get("name")), str(split.get("type"))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nextstate.agreement import proportion_interval
-from nextstate.episodes import EpisodeStatus
+from nextstate.episodes import EpisodeState, EpisodeStatus
 from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import EnvironmentKind
+from nextstate.pace import Pace
 from nextstate.records import Json
 from rollout.attempt import Attempt
 from rollout.config import open_s
@@ -27,6 +29,8 @@ SOLVED = 1.0
 
 MOST_TRIES = 3
 """Episodes for one place of a group."""
+REST_S = 0.2
+"""Seconds between two looks whether the next episode may begin."""
 _MOST_FAMILIES = 20
 """More are not shown one by one: then the ids have no families."""
 
@@ -73,11 +77,12 @@ async def run(
     told: Callable[[Attempt], None],
     pictures: Pictures | None = None,
     player: Player | None = None,
+    pace: Pace | None = None,
 ) -> list[Attempt]:
     """Plays every task's group once; `told` gets each episode as it ends, in no order.
 
-    `player` says where, by default in this process. An episode that it lost is aborted, and another
-    takes its place in the group.
+    `player` says where, by default in this process, and `pace` when the next one may begin. An
+    episode that the player lost is aborted, and another takes its place in the group.
 
     Raises RolloutError if the proxy opens no group, or if so many episodes failed in a row that
     it is not the tasks' fault: two for each place.
@@ -87,18 +92,34 @@ async def run(
     player = player or Here(kind, proxy, plan.max_calls, plan.deadline_s, pictures)
     taking = asyncio.Lock()
 
+    playing = 0
+
+    async def play(opened: Opened, task: Task, seed: int) -> Attempt:
+        began = time.monotonic()
+        attempt = await player.play(opened, task, seed)
+        if pace is not None:
+            pace.worked(time.monotonic() - began)
+        return attempt
+
     async def work() -> None:
+        nonlocal playing
         while True:
             async with taking:
+                while pace is not None and not await pace.allowed(1, playing):
+                    await asyncio.sleep(REST_S)
                 found = await anext(queue, None)
-            if found is None:
-                return
+                if found is None:
+                    return
+                playing += 1
             opened, task, seed = found
-            attempt = await player.play(opened, task, seed)
-            while attempt.status is EpisodeStatus.ABORTED and (
-                opened := await _another(plan, opened, task, seed, proxy)
-            ):
-                attempt = await player.play(opened, task, seed)
+            try:
+                attempt = await play(opened, task, seed)
+                while attempt.status is EpisodeStatus.ABORTED and (
+                    opened := await _another(plan, opened, task, seed, proxy)
+                ):
+                    attempt = await play(opened, task, seed)
+            finally:
+                playing -= 1
             attempts.append(attempt)
             told(attempt)
             last = attempts[-2 * plan.parallel :]
@@ -126,8 +147,9 @@ async def _episodes(
         for number, task in enumerate(tasks):
             seed = plan.seed + number
             group = plan.name and f"{plan.name}-{number}"
-            waiting = await proxy.open_group(group=group, **_asked(plan, task, seed))
+            waiting = await proxy.open_group(group=group, **asked_of(plan, task, seed))
             if plan.name:
+                waiting += await _later_tries(plan, waiting, task, seed, proxy)
                 waiting = [one for one in waiting if await proxy.can_begin(one, plan.deadline_s)]
             while waiting:
                 yield waiting.pop(0), task, seed
@@ -137,6 +159,22 @@ async def _episodes(
             await proxy.give_up(opened, EpisodeStatus.ABORTED)
 
 
+async def _later_tries(
+    plan: Plan, first: Sequence[Opened], task: Task, seed: int, proxy: ProxyClient
+) -> list[Opened]:
+    """What a killed run has opened in the places of lost episodes, if it is still open."""
+    found: list[Opened] = []
+    for lost in first:
+        for tries in range(2, MOST_TRIES + 1):
+            name = f"{lost.episode}~{tries}"
+            state = None if lost.state is EpisodeState.OPEN else await proxy.state(name)
+            if state is None:
+                break
+            if state is EpisodeState.OPEN:
+                found.append(await _open_one(plan, name, task, seed, proxy))
+    return found
+
+
 async def _another(
     plan: Plan, lost: Opened, task: Task, seed: int, proxy: ProxyClient
 ) -> Opened | None:
@@ -144,15 +182,19 @@ async def _another(
     name, _, tries = lost.episode.partition("~")
     if int(tries or 1) >= MOST_TRIES:
         return None
-    episode, group = f"{name}~{int(tries or 1) + 1}", name.rpartition("-")[0]
     try:
-        return await proxy.open_episode(episode=episode, group=group, **_asked(plan, task, seed))
+        return await _open_one(plan, f"{name}~{int(tries or 1) + 1}", task, seed, proxy)
     except RefusedError as error:
         log.info("no episode in the place of %s: %s", lost.episode, error)
         return None
 
 
-def _asked(plan: Plan, task: Task, seed: int) -> Json:
+async def _open_one(plan: Plan, name: str, task: Task, seed: int, proxy: ProxyClient) -> Opened:
+    group = name.partition("~")[0].rpartition("-")[0]
+    return await proxy.open_episode(episode=name, group=group, **asked_of(plan, task, seed))
+
+
+def asked_of(plan: Plan, task: Task, seed: int) -> Json:
     """What the episodes of a group have in common."""
     return {
         "environment": plan.environment,

@@ -30,7 +30,7 @@ from rollout.pictures import Pictures
 from rollout.player import Here, Player
 from rollout.progress import WRITE_EVERY_S, Progress
 from rollout.proxy import Opened, ProxyClient
-from rollout.runner import MOST_TRIES
+from rollout.runner import MOST_TRIES, REST_S
 from rollout.sources import Source
 from rollout.tasks import Task
 
@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 AGAIN_S = 1.0
 """Seconds before a proxy that is away is asked again."""
-_REST_S = 0.2
-"""Seconds between two looks whether the next episode may begin."""
+_DIGITS = 9
+"""Of the number in a group's name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +148,7 @@ class _Stage:
             allowed = await self._patiently(self._pace.allowed, 1, self.progress.playing)
             self.progress.yields = self._pace.yields
             if not allowed:
-                await asyncio.sleep(_REST_S)
+                await asyncio.sleep(REST_S)
                 continue
             exam = await self._patiently(self._exams.next)
             if exam is not None:
@@ -182,11 +182,14 @@ class _Stage:
 
     async def _groups(self) -> AsyncGenerator[Chosen]:
         """The episodes of all groups: first of those that a killed run left, then of new ones."""
-        for name in await asyncio.to_thread(self._store.groups.unfinished, self._beginning):
-            async for chosen in self._left(int(name.removeprefix(self._beginning))):
-                yield chosen
-        last = await asyncio.to_thread(self._store.groups.last, self._beginning)
-        number = 0 if last is None else int(last.removeprefix(self._beginning)) + 1
+        groups, beginning = self._store.groups, self._beginning
+        for name in await asyncio.to_thread(groups.unfinished, beginning):
+            number = name.removeprefix(beginning)
+            if len(number) == _DIGITS and number.isdecimal():  # others may begin so too
+                async for chosen in self._left(int(number)):
+                    yield chosen
+        last = await asyncio.to_thread(groups.last, beginning, _DIGITS)
+        number = 0 if last is None else int(last.removeprefix(beginning)) + 1
         while True:
             task = self._source.training(number)
             for opened in await self._patiently(self._open, number, task):
@@ -196,12 +199,13 @@ class _Stage:
     async def _left(self, number: int) -> AsyncGenerator[Chosen]:
         """What a killed run left of a group: what has begun is aborted and replaced."""
         task = self._source.training(number)
-        try:
-            group = await self._patiently(self._open, number, task)
-        except RefusedError as error:  # the tasks or the configuration have changed
-            log.warning("group %d is not finished: %s", number, error)
-            return
-        for opened in group:
+        members = await asyncio.to_thread(self._store.groups.open_members, self._group(number))
+        for name in members:
+            try:
+                opened = await self._patiently(self._open_one, name, number, task)
+            except RefusedError as error:  # the tasks or the configuration have changed
+                log.warning("group %d is not finished: %s", number, error)
+                return
             if opened.state is not EpisodeState.OPEN:
                 continue
             chosen = Chosen(opened, task, number)
@@ -218,9 +222,8 @@ class _Stage:
         # If the proxy was away when it ended, it is open still and holds its place.
         await self._proxy.give_up(lost.opened, EpisodeStatus.FAILED)
         try:
-            opened = await self._proxy.open_episode(
-                episode=f"{name}~{int(tries or 1) + 1}", **self._asked(lost.seed, lost.task)
-            )
+            again = f"{name}~{int(tries or 1) + 1}"
+            opened = await self._open_one(again, lost.seed, lost.task)
         except RefusedError as error:
             if error.status >= 500:
                 raise
@@ -231,12 +234,18 @@ class _Stage:
     async def _open(self, number: int, task: Task) -> list[Opened]:
         return await self._proxy.open_group(**self._asked(number, task))
 
+    async def _open_one(self, name: str, number: int, task: Task) -> Opened:
+        return await self._proxy.open_episode(episode=name, **self._asked(number, task))
+
+    def _group(self, number: int) -> str:
+        return f"{self._beginning}{number:0{_DIGITS}d}"
+
     def _asked(self, number: int, task: Task) -> dict[str, Any]:
         config = self._config
         return {
             "environment": config.name,
             "task": task.id,
-            "group": f"{self._beginning}{number:09d}",
+            "group": self._group(number),
             "group_size": config.group_size,
             "split": Split.TRAIN,
             "seed": number,

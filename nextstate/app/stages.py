@@ -139,6 +139,7 @@ async def run_proxy(
             engine_key=engine_access(settings)[1],
             own_key=own_key,
             worker=None if worker is None else str(worker),
+            of_episodes=_after_people(settings),
         )
         proxy.pages = Page(
             settings,
@@ -312,9 +313,9 @@ async def run_rollout(settings: Settings, ray: Any = None) -> None:
     with ProcessLock(folder / "lock", taken, "end it, or set another [store] dir"):
         async with aiohttp.ClientSession(connector=proxy_connector(settings.proxy, 0)) as http:
             key = proxy_key(settings)
-            name, extra = settings.engine.name, after_people(settings)
+            name = settings.engine.name
             url, bounds = proxy_url(settings, ray), (config.max_calls, config.deadline_s)
-            proxy = ProxyClient(http, url, key, name, config.deadline_s, extra)
+            proxy = ProxyClient(http, url, key, name, config.deadline_s)
             nodes = nodes_for(settings, ray, config.environment, *bounds, proxy) if ray else None
             await run(config, kind, source, proxy, store, folder, stop, nodes)
     store.close()
@@ -349,13 +350,12 @@ def nodes_for(
         model=settings.engine.name,
         max_calls=max_calls,
         deadline_s=deadline_s,
-        extra=after_people(settings),
         hosts=[*settings.hosts],
     )
     return Nodes(ray, work, proxy)
 
 
-def after_people(settings: Settings) -> dict[str, int]:
+def _after_people(settings: Settings) -> dict[str, int]:
     """The fields of a request that a managed engine answers after people's and before votes."""
     return {"priority": VOTE_PRIORITY - 1} if by_priority(settings.engine) else {}
 

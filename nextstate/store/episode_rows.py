@@ -260,7 +260,7 @@ def one_outcome(cursor: Cursor, episode_id: str, said: float | None) -> float | 
     values = {row.value for row in found}
     if said is None and len(values) < 2:
         return next(iter(values), None)
-    if said is None or (len(found) == 1 and said not in values):
+    if said is None or (len(values) == 1 and said not in values):
         told = ", ".join(f"{row.name} = {row.value:g}" for row in found[:4])
         raise ConflictError(
             f"episode {episode_id!r} has two different outcomes: its rewards say {told}"

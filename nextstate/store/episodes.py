@@ -9,6 +9,7 @@ from typing import Literal, NamedTuple
 import sqlalchemy as sa
 
 from nextstate.episodes import (
+    MOST_REWARDS,
     NEVER_TRAIN,
     Episode,
     EpisodeState,
@@ -16,11 +17,11 @@ from nextstate.episodes import (
     Reward,
     Split,
 )
-from nextstate.errors import BudgetError, ConflictError
+from nextstate.errors import BudgetError, ConflictError, RecordError
 from nextstate.keys import key_hash, new_key
-from nextstate.records import Json
+from nextstate.records import Json, TurnKind
 from nextstate.store import schema as t
-from nextstate.store.database import Database, queries
+from nextstate.store.database import Cursor, Database, queries
 from nextstate.store.episode_rows import (
     THIS,
     TURNS,
@@ -42,7 +43,9 @@ API_KEY = "ep-"
 """How an episode's own key begins."""
 _E, _R, _T = t.episodes.c, t.rewards.c, t.turns.c
 _NAMED_BY = {
-    how: sa.select(_E.id, _E.lineage, _E.split, _E.sampling, _E.version, _E.opener).where(which)
+    how: sa.select(
+        *(_E.id, _E.lineage, _E.split, _E.sampling, _E.version, _E.opener, _E.max_tokens)
+    ).where(which)
     for how, which in {"id": THIS, "key": _E.key_hash == sa.bindparam("episode")}.items()
 }
 _FORGET_REWARD = sa.delete(t.rewards).where(
@@ -53,6 +56,10 @@ _FORGET_REWARD = sa.delete(t.rewards).where(
 _ADD_REWARD = sa.insert(t.rewards).values(
     {c.name: sa.bindparam(c.name) for c in _R if c.name != "seq"}
 )
+_REWARD_COUNT = sa.select(sa.func.count().label("count")).where(
+    _R.episode == sa.bindparam("episode")
+)
+_KIND = sa.select(_T.kind).where(_T.id == sa.bindparam("turn"))
 _CALLING = sa.select(
     *(_E.state, _E.status, _E.opened_at, _E.calls, _E.tokens),
     *(_E.max_calls, _E.max_tokens, _E.deadline_s),
@@ -72,6 +79,7 @@ class Named(NamedTuple):
     """The policy version that shall serve it; None: the one that serves its lineage."""
     opener: str | None = None
     """The sign of the key that opened it last; None: whoever opened it had no key."""
+    max_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +179,11 @@ class Episodes:
         with self._database.cursor(write=False) as cursor:
             opened(cursor.first(_CALLING, episode=episode_id), episode_id)
 
-    def begin_call(self, episode_id: str) -> Left:
-        """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError."""
+    def begin_call(self, episode_id: str, replies: int = 1, held: int = 0) -> Left | None:
+        """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError.
+
+        None if other calls hold so many tokens (`held`) that none is left for each of its replies.
+        """
         with self._database.cursor(write=True) as cursor:
             row = opened(cursor.first(_CALLING, episode=episode_id), episode_id)
             past_s = self._database.now() - row.opened_at
@@ -187,9 +198,17 @@ class Episodes:
                         f"episode {episode_id!r} may not call the model any more: it has used "
                         f"{used:.10g} of {name} = {most:.10g}; close it as truncated"
                     )
+            tokens = None if row.max_tokens is None else row.max_tokens - row.tokens
+            if tokens is not None and tokens < replies:
+                raise BudgetError(
+                    f"episode {episode_id!r} has {tokens} of its max_tokens = {row.max_tokens} "
+                    f"left, and the request asks for {replies} replies: ask for fewer"
+                )
+            if tokens is not None and tokens - held < replies:
+                return None
             cursor.run(_CALLED, episode=episode_id)
         return Left(
-            None if row.max_tokens is None else row.max_tokens - row.tokens,
+            None if tokens is None else tokens - held,
             None if row.deadline_s is None else row.deadline_s - past_s,
         )
 
@@ -201,10 +220,13 @@ class Episodes:
     def reward(self, rewards: Sequence[Reward]) -> None:
         """Keeps rewards of one episode: the last word counts per name and step.
 
-        Raises NoEpisodeError, and ConflictError once the episode is closed.
+        Raises NoEpisodeError, ConflictError once the episode is closed, and RecordError for a turn
+        that is no step and for more than `MOST_REWARDS` of an episode.
         """
         with self._database.cursor(write=True) as cursor:
             for reward in rewards:
+                if reward.turn is not None:
+                    _check_step(cursor, reward.turn)
                 row = row_of(cursor, reward.episode)
                 if row.state != EpisodeState.OPEN:
                     raise ConflictError(
@@ -221,6 +243,13 @@ class Episodes:
                     source=reward.source,
                     at=self._database.now(),
                 )
+            for name in {reward.episode for reward in rewards}:
+                row = cursor.first(_REWARD_COUNT, episode=name)
+                if row is not None and row.count > MOST_REWARDS:
+                    raise RecordError(
+                        f"episode {name!r} would have {row.count} rewards: expected at most "
+                        f"{MOST_REWARDS}; give one for each step and name"
+                    )
 
     def rewards(self, episode_id: str) -> list[Reward]:
         """The rewards of an episode, in the order in which they were given last."""
@@ -264,7 +293,18 @@ class Episodes:
             return None
         sampling = read_json(row.sampling.encode())
         held_out = row.split == Split.EVAL
-        return Named(row.id, row.lineage, held_out, sampling, row.version, row.opener)
+        return Named(
+            *(row.id, row.lineage, held_out, sampling, row.version, row.opener, row.max_tokens)
+        )
+
+
+def _check_step(cursor: Cursor, turn: str) -> None:
+    row = cursor.first(_KIND, turn=turn)
+    if row is not None and row.kind != TurnKind.MAIN:
+        raise RecordError(
+            f"turn {turn!r} is a {row.kind} turn, such as one for a title: it is no step that "
+            "learns; name a step by x-nextstate-turn, the header of its reply"
+        )
 
 
 def _conditions(choice: Choice) -> list[sa.ColumnElement[bool]]:

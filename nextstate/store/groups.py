@@ -24,6 +24,8 @@ from nextstate.wire import read_json
 
 _E, _G, _R, _T = t.episodes.c, t.groups.c, t.rewards.c, t.turns.c
 _MOST_EARLIER = 1000
+_AT_ONCE = 500
+"""Steps in one statement."""
 _UNSETTLED = (SampleState.WAITING, SampleState.DROPPED)
 """What a sample is before: dropped if its turn cannot train."""
 _LEFT_OPEN = "it was still open when its group's deadline had passed"
@@ -146,11 +148,13 @@ class Groups:
             rows = connection.execute(query.order_by(_E.lineage, _E.environment)).all()
         return [(row.lineage, row.environment) for row in rows]
 
-    def last(self, beginning: str) -> str | None:
-        """The last group by name of those whose names begin so."""
-        query = sa.select(_G.id).where(*_begins(_G.id, beginning)).order_by(_G.id.desc()).limit(1)
+    def last(self, beginning: str, digits: int) -> str | None:
+        """The last group by name of those whose names go on after that with so many digits."""
+        length = sa.func.length(_G.id) == len(beginning) + digits
+        query = sa.select(_G.id).where(*_begins(_G.id, beginning), length)
         with self._database.read() as connection:
-            return connection.execute(query).scalar()
+            names = connection.execute(query.order_by(_G.id.desc())).scalars()
+            return next((name for name in names if name[len(beginning) :].isdecimal()), None)
 
     def unfinished(self, beginning: str) -> list[str]:
         """The groups with episodes that are open, of those whose names begin so, in order."""
@@ -158,6 +162,12 @@ class Groups:
         query = sa.select(_E.group_id).where(*_begins(_E.group_id, beginning), still).distinct()
         with self._database.read() as connection:
             return list(connection.execute(query.order_by(_E.group_id)).scalars())
+
+    def open_members(self, group: str) -> list[str]:
+        """The episodes of a group that are open."""
+        query = sa.select(_E.id).where(_E.group_id == group, _E.state == EpisodeState.OPEN.value)
+        with self._database.read() as connection:
+            return list(connection.execute(query.order_by(_E.id)).scalars())
 
     def attempts(self, beginning: str) -> list[tuple[str, EpisodeState, float | None]]:
         """(group, state, outcome) of every episode of the groups whose names begin so."""
@@ -323,16 +333,17 @@ def _settle_steps(
 ) -> None:
     """Makes the steps' samples, or gives those that wait their advantages.
 
-    In few statements: while they run, no turn is recorded.
+    In few statements: while they run, no turn is recorded. But databases take only so many values.
     """
     s = t.samples.c
-    turns = [step.turn for step in steps]
     columns = _T.id, _T.seq, _T.lineage, _T.policy_version, _T.untrainable
-    rows = connection.execute(sa.select(*columns).where(_T.id.in_(turns)))
-    of_turn = {row.id: row for row in rows}
-    found = [_sample(of_turn[step.turn], step, settlement) for step in steps]
-    connection.execute(sa.delete(t.samples).where(s.turn.in_(turns), s.state.in_(_UNSETTLED)))
-    if found:
+    for at in range(0, len(steps), _AT_ONCE):
+        some = steps[at : at + _AT_ONCE]
+        turns = [step.turn for step in some]
+        rows = connection.execute(sa.select(*columns).where(_T.id.in_(turns)))
+        of_turn = {row.id: row for row in rows}
+        found = [_sample(of_turn[step.turn], step, settlement) for step in some]
+        connection.execute(sa.delete(t.samples).where(s.turn.in_(turns), s.state.in_(_UNSETTLED)))
         connection.execute(sa.insert(t.samples), found)
 
 

@@ -1,7 +1,8 @@
 """Chromium in a sandbox, driven by Playwright: a bounded number of browsers with tabs for episodes.
 
-Each browser runs in namespaces of its own, made by bubblewrap: no network, no other processes, no
-files but a read-only /usr, the folder of its pages as /pages, and /tmp in memory. A page may load
+Each browser runs in namespaces of its own, made by bubblewrap as for commands, but as the runner's
+user, and without a bound of processes and of all memory: no network, no other processes, no files
+but a read-only /usr, the folder of its pages as /pages, and /tmp in memory. A page may load
 only files of /pages. A browser is started when there is no free tab, takes several episodes at
 once, and is replaced after some hundreds. After an error or a late answer it takes no further
 episode and ends with its last one. All that a browser started ends with it.
@@ -25,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from nextstate.errors import RolloutError, StartError
+from plugins.sandboxes.bubblewrap import FILTER, walls
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +34,15 @@ _STOP_S = 10.0
 PAGES = "file:///pages/"
 """Where a tab finds the files of the folder of pages."""
 _OTHERS = re.compile(rf"^(?!{PAGES})")
-_LAUNCH = 'echo 1000 2>/dev/null >/proc/self/oom_score_adj; echo $$ >"$0"; exec "$@"'
-"""Writes the id of the process, which stays bwrap's, to the file $0."""
+_LAUNCH = """\
+echo 1000 2>/dev/null >/proc/self/oom_score_adj
+echo $$ >"$0"
+exec 9<"$1"
+shift
+exec "$@"
+"""
+"""Writes the id of the process, which stays bwrap's, to the file $0; opens $1 for it."""
+_FILTER_AT = 9
 _FLAGS = (
     *("--headless", "--no-sandbox", "--remote-debugging-pipe", "--user-data-dir=/tmp/profile"),
     *("--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions", "--mute-audio"),
@@ -128,9 +137,11 @@ class _Browser:
                 folder = Path(tempfile.mkdtemp(prefix="nextstate-browser-"))
                 playwright: Any = importlib.import_module("playwright.async_api")
                 driver = await playwright.async_playwright().start()
+                (folder / "filter").write_bytes(FILTER)
+                files = [str(folder / name) for name in ("pid", "filter")]
                 browser = await driver.chromium.launch(
                     executable_path="/bin/sh",
-                    args=["-c", _LAUNCH, str(folder / "pid"), *_argv(self._limits, self._pages)],
+                    args=["-c", _LAUNCH, *files, *_argv(self._limits, self._pages)],
                     ignore_default_args=True,
                     timeout=1000 * self._limits.start_s,
                     handle_sigint=False,
@@ -270,13 +281,9 @@ def _argv(limits: Limits, pages: Path) -> list[str]:
         "LANG": "C.UTF-8",
     }
     return [
-        *("bwrap", "--unshare-all", "--new-session", "--die-with-parent", "--cap-drop", "ALL"),
-        *("--hostname", "sandbox", "--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin"),
-        *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
-        *("--ro-bind-try", "/etc/alternatives", "/etc/alternatives"),
-        *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
+        *walls(_FILTER_AT),
         *("--ro-bind-try", "/etc/chromium.d", "/etc/chromium.d"),
-        *("--ro-bind-try", "/etc/fonts", "/etc/fonts", "--proc", "/proc", "--dev", "/dev"),
+        *("--ro-bind-try", "/etc/fonts", "/etc/fonts"),
         *("--size", str(limits.folder_mb << 20), "--tmpfs", "/tmp"),
         *("--ro-bind", str(pages), "/pages", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"),
         *(part for item in environment.items() for part in ("--setenv", *item)),

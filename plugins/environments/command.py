@@ -7,7 +7,7 @@ A task has these fields beside its id:
     files         the files in its folder at the beginning: path to text (optional)
     variables     further variables of its environment (optional)
     check         a command of bash that says afterwards how well it ended (optional)
-    check_files   files that are added for the check (optional)
+    check_files   files that are added for the check, in the place of the agent's (optional)
     sandbox       a list of folders that it may read, perhaps empty: the program runs in
                   bubblewrap, in /task, and reaches nothing but the model (optional)
 
@@ -15,6 +15,8 @@ The program finds the model by OPENAI_BASE_URL and OPENAI_API_KEY, or ANTHROPIC_
 ANTHROPIC_API_KEY, and $NEXTSTATE_MODEL. Exit code 0 is the outcome 1, any other 0. If the program
 writes a file $NEXTSTATE_REWARD_FILE, that says more (plugins/environments/reward_file.py). With a
 `check` it is the check's exit code or reward file that counts, and the program cannot write one.
+A program that bash cannot run is no fault of the agent; a check that it cannot run is its failure,
+since the check may be a program that the agent was to write.
 """
 
 from __future__ import annotations
@@ -23,18 +25,21 @@ import asyncio
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from nextstate.errors import ConfigError, RolloutError, StartError
+from nextstate.errors import ConfigError, LateError, RolloutError, StartError
 from nextstate.hooks import ModelAccess, Scored
 from nextstate.records import Json
+from plugins.environments.laying import laid
 from plugins.environments.process_group import run_group
 from plugins.environments.reward_file import MOST_BYTES, read_reward
 from plugins.environments.terminal import archive_of, check_files, readable
@@ -57,7 +62,10 @@ _READABLE = re.compile(r"/(?!(?:task|tmp|proc|dev)/?$)[^/\0][^\0]*")
 """A folder that does not cover one of the sandbox."""
 _NOT_THERE = (126, 127)
 """Exit codes of bash for a program that cannot be run."""
-_REWARD = ".reward.json"
+_MOST_BYTES = MOST_COMMAND_BYTES // 2
+"""Of a command: what lays the check's files, or leads to the model, comes before it."""
+_CUT = (124, 137)
+"""Those of a program that a sandbox ended."""
 _PORT, _SOCKET = "8080", "/tmp/model"
 _BEFORE_DEADLINE = 0.9
 """A sandbox ends its program at this share of the deadline, so that its files are kept."""
@@ -66,12 +74,15 @@ _BEFORE_DEADLINE = 0.9
 class _Ended(NamedTuple):
     exit_code: int
     shown: str
+    late: bool = False
+    """Whether its time was over."""
 
 
 class _Place(Protocol):
     """Where the program runs, and after it the check."""
 
     reward_file: str
+    """Whose name the agent does not know, unless it is told."""
 
     async def run(
         self, command: str, variables: Mapping[str, str], access: ModelAccess | None
@@ -91,11 +102,13 @@ class Folder:
         self._root = Path(tempfile.mkdtemp(prefix="nextstate-"))
         self._work = self._root / "work"
         self._work.mkdir()
-        self.reward_file = str(self._root / _REWARD)
+        self.reward_file = str(self._root / _reward_name())
 
     async def run(
         self, command: str, variables: Mapping[str, str], access: ModelAccess | None
     ) -> _Ended:
+        if access is None and not await asyncio.to_thread(self._work.is_dir):
+            return _Ended(1, "the agent has removed its folder")
         given = {**variables, **(_addresses(access.base_url, access.api_key) if access else {})}
         ended = await run_group(command, self._work, given)
         return _Ended(ended.exit_code, readable(ended.output))
@@ -110,17 +123,10 @@ class Folder:
         await asyncio.to_thread(partial(shutil.rmtree, self._root, ignore_errors=True))
 
     def _write(self, files: Mapping[str, str]) -> None:
-        try:
-            for name, text in files.items():
-                path = self._work / name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                # The agent may have put a link in this place.
-                if not path.parent.resolve().is_relative_to(self._work.resolve()):
-                    raise RolloutError(f"{name!r:.80} leads out of the folder of the agent")
-                path.unlink(missing_ok=True)
-                path.write_bytes(text.encode(errors="replace"))
-        except OSError as error:
-            raise RolloutError(f"a file cannot be written: {error}") from error
+        for name, text in files.items():
+            path = self._work / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(text.encode(errors="replace"))
 
     def _read(self) -> bytes | None:
         try:
@@ -135,9 +141,8 @@ class Folder:
 class Sandboxed:
     """Sandboxes of bubblewrap, from which only the model can be reached."""
 
-    reward_file = f"/task/{_REWARD}"
-
     def __init__(self, readable_folders: list[str]) -> None:
+        self.reward_file = f"/task/{_reward_name()}"
         self._readable = readable_folders
         self._files = b""
 
@@ -161,13 +166,16 @@ class Sandboxed:
             source = await asyncio.to_thread(Path(bridge.__file__).read_text)
             argv = ("python3", "-I", "-c", source, _PORT, _SOCKET, "bash", "-c", command)
             given = {**variables, **_addresses(f"http://127.0.0.1:{_PORT}/v1", "sandbox")}
-            return await self._run(sandbox, shlex.join(argv), given)
+            began = time.monotonic()
+            ended = await self._run(sandbox, shlex.join(argv), given)
+            over = ended.exit_code in _CUT and time.monotonic() - began >= seconds
+            return ended._replace(late=over)
 
     async def add(self, files: Mapping[str, str]) -> None:
         self._files += archive_of(files)
 
     async def read_reward(self) -> bytes | None:
-        show = f"[ -f {_REWARD} ] && head -c {MOST_BYTES + 1} {_REWARD}"
+        show = f"[ -f {self.reward_file} ] && head -c {MOST_BYTES + 1} {self.reward_file}"
         ran = await Bubblewrap(Limits()).run(show, self._files)
         return None if ran.exit_code else ran.output
 
@@ -196,23 +204,31 @@ class Command:
             "NEXTSTATE_INSTRUCTION": task.get("instruction", ""),
         }
         place = self._place = Sandboxed(task["sandbox"]) if "sandbox" in task else Folder()
-        await place.add(task.get("files", {}))
+        try:
+            await place.add(task.get("files", {}))
+        except OSError as error:
+            raise RolloutError(f"a file cannot be written: {error}") from error
         given = dict(self._variables)
         if "check" not in task:
             given["NEXTSTATE_REWARD_FILE"] = place.reward_file
-        self._ended = _there(await place.run(task["command"], given, access))
-        return f"exit code {self._ended.exit_code}\n{self._ended.shown}".strip()
+        ended = self._ended = _there(await place.run(task["command"], given, access))
+        shown = f"exit code {ended.exit_code}\n{ended.shown}".strip()
+        if ended.late:
+            raise LateError(shown)
+        return shown
 
     async def score(self) -> Scored:
         place, ended = self._place, self._ended
         assert place is not None
         told = ""
         if "check" in self._task:
-            await place.add(self._task.get("check_files", {}))
+            added, check = laid(self._task.get("check_files", {}), self._task["check"])
+            try:
+                await place.add(added)
+            except OSError as error:  # the agent has taken the folder or its rights away
+                return Scored(0.0, f"a file of the check cannot be written: {error.strerror}")
             given = {**self._variables, "NEXTSTATE_REWARD_FILE": place.reward_file}
-            # The agent may have written the file.
-            check = f"rm -rf {shlex.quote(place.reward_file)}\n{self._task['check']}"
-            ended = _there(await place.run(check, given, None))
+            ended = await place.run(check, given, None)
             told = f"check: exit code {ended.exit_code}\n{ended.shown}".strip()
         data = await place.read_reward()
         if data is None:
@@ -245,9 +261,8 @@ class CommandKind:
             raise ConfigError("check_files are there without a check: expected both")
         for name in ("command", "check", "instruction"):
             text = task.get(name, "").encode(errors="replace")
-            if b"\0" in text or len(text) > MOST_COMMAND_BYTES // 2:
-                most = MOST_COMMAND_BYTES // 2
-                raise ConfigError(f"{name}: expected at most {most} bytes, none of 0")
+            if b"\0" in text or len(text) > _MOST_BYTES:
+                raise ConfigError(f"{name}: expected at most {_MOST_BYTES} bytes, none of 0")
         for name in ("files", "check_files"):
             check_files(name, task.get(name, {}))
         for name, value in task.get("variables", {}).items():
@@ -283,6 +298,10 @@ def _addresses(base_url: str, key: str) -> dict[str, str]:
         "ANTHROPIC_BASE_URL": base_url.removesuffix("/v1"),
         "ANTHROPIC_API_KEY": key,
     }
+
+
+def _reward_name() -> str:
+    return f".reward-{secrets.token_hex(16)}.json"
 
 
 def _there(ended: _Ended) -> _Ended:

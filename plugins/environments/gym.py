@@ -9,6 +9,8 @@ A task has these fields beside its id:
     action        `text`, or `number` for a discrete space (optional; text)
     outcome       what of the rewards is the outcome: `sum`, or `last`, that of the step that ended
                   the episode (optional; sum)
+    solved        the reward from which on the task is solved, as 195 for CartPole: the outcome is
+                  divided by it (optional; 1)
 
 Whoever writes the tasks says which code runs. An environment lives in a thread of its own. A step
 that never ends cannot be ended; use the environment `command` for such.
@@ -30,6 +32,7 @@ from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
 from plugins.environments.long_texts import beginning_of
+from plugins.environments.solved_at import solved_at
 
 _FIELDS = {
     "make": str,
@@ -38,6 +41,7 @@ _FIELDS = {
     "instruction": str,
     "action": str,
     "outcome": str,
+    "solved": object,
 }
 _CHOICES = {"action": ("text", "number"), "outcome": ("sum", "last")}
 _MOST_DIGITS = 18
@@ -100,9 +104,9 @@ class Gym:
         return Acted(_text(observation), None if done else reward, done)
 
     async def score(self) -> Scored:
-        if self._task.get("outcome") == "last":
-            return Scored(self._last)
-        return Scored(math.fsum(self._rewards))
+        of_all = self._task.get("outcome") != "last"
+        found = math.fsum(self._rewards) if of_all else self._last
+        return Scored(found / solved_at(self._task))
 
     async def close(self) -> None:
         environment = self._environment
@@ -136,6 +140,7 @@ class GymKind:
         for name, choices in _CHOICES.items():
             if task.get(name, choices[0]) not in choices:
                 raise ConfigError(f"{name} = {task[name]!r:.80}: expected {' or '.join(choices)}")
+        solved_at(task)
         _factory(task.get("make", ""))
 
     async def check_machine(self) -> None:

@@ -12,8 +12,11 @@ A task has these fields beside its id:
                   (optional)
     outcome       what of the server's rewards is the outcome: `last`, that of the step that ended
                   the episode, or `sum` (optional; last)
+    solved        the reward from which on the task is solved: the outcome is divided by it
+                  (optional; 1)
 
-What the server gives for a step that does not end the episode is the step's process reward.
+What the server gives for a step that does not end the episode is the step's process reward. If it
+ends the episode without a reward, the outcome is not known, and the episode has failed.
 An action that the server refuses is the agent's mistake; any other error of it is not.
 """
 
@@ -31,6 +34,7 @@ from nextstate.errors import ConfigError, RolloutError, StartError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
 from plugins.environments.long_texts import beginning_of
+from plugins.environments.solved_at import solved_at
 
 _FIELDS: Mapping[str, type] = {
     "url": str,
@@ -39,6 +43,7 @@ _FIELDS: Mapping[str, type] = {
     "action": str,
     "show": str,
     "outcome": str,
+    "solved": object,
 }
 _OUTCOMES = ("last", "sum")
 _MOST_MESSAGE_BYTES = 16 << 20
@@ -54,8 +59,8 @@ class OpenEnv:
         self._http: aiohttp.ClientSession | None = None
         self._ws: aiohttp.ClientWebSocketResponse | None = None
         self._rewards: list[float] = []
-        self._last = 0.0
-        """The reward of the step that ended the episode."""
+        self._last: float | None = 0.0
+        """The reward of the step that ended the episode; None: it had none."""
 
     async def reset(self, task: Json, seed: int) -> str:
         self._task = task
@@ -93,13 +98,19 @@ class OpenEnv:
         done, reward = answer.get("done") is True, _number(answer.get("reward"))
         if reward is not None:
             self._rewards.append(reward)
-            self._last = reward if done else 0.0
+        if done:
+            self._last = reward
         return Acted(self._shown(answer), None if done else reward, done)
 
     async def score(self) -> Scored:
-        if self._task.get("outcome", "last") == "sum":
-            return Scored(math.fsum(self._rewards))
-        return Scored(self._last)
+        of_all = self._task.get("outcome", "last") == "sum"
+        if self._last is None and not (of_all and self._rewards):
+            raise RolloutError(
+                "the OpenEnv server ended the episode without a reward, so its outcome is not "
+                'known: let the server give one, or set "outcome": "sum" if earlier steps had one'
+            )
+        found = math.fsum(self._rewards) if of_all else self._last or 0.0
+        return Scored(found / solved_at(self._task))
 
     async def close(self) -> None:
         if self._ws is not None:
@@ -165,6 +176,7 @@ class OpenEnvKind:
             raise ConfigError(f"url = {url!r:.80}: expected a server, as http://127.0.0.1:8000")
         if task.get("outcome", "last") not in _OUTCOMES:
             raise ConfigError(f"outcome = {task['outcome']!r:.80}: expected last or sum")
+        solved_at(task)
         self._servers.add(url.rstrip("/"))
 
     async def check_machine(self) -> None:

@@ -3,8 +3,9 @@
     0.5
     {"outcome": 0.5, "observation": "1 of 2 tests passed", "steps": [{"index": 0, "value": -1}]}
 
-Everything but the outcome is optional. `steps` are process rewards, by the number of the model's
-call, from 0.
+Everything but the outcome is optional. `steps` are process rewards: by the number of the model's
+recorded reply, from 0, or by {"turn": "turn_…", "value": -1} with the reply's x-nextstate-turn. A
+call that was sent again changes the numbers of those after it, and no turn's name.
 """
 
 from __future__ import annotations
@@ -38,13 +39,16 @@ def read_reward(data: bytes) -> Scored:
         _wrong(observation, "observation to be a text")
     if not isinstance(steps, list):
         _wrong(steps, "steps to be a list")
-    of_steps: dict[int, float] = {}
+    of_steps: dict[int | str, float] = {}
     for step in cast("list[object]", steps):
         fields = cast(Json, step) if isinstance(step, dict) else {}
-        index = fields.get("index")
-        if fields.keys() != {"index", "value"} or type(index) is not int or index < 0:
+        index, turn = fields.get("index"), fields.get("turn")
+        by_index = fields.keys() == {"index", "value"} and type(index) is int and index >= 0
+        by_turn = fields.keys() == {"turn", "value"} and isinstance(turn, str)
+        if not by_index and not by_turn:
             _wrong(cast(object, step), 'steps like {"index": 0, "value": -1}')
-        of_steps[index] = _number(f"the value of step {index}", fields["value"])
+        named = cast("int | str", index if by_index else turn)
+        of_steps[named] = _number("the value of a step", fields["value"])
     return Scored(_number("outcome", given.get("outcome")), observation, of_steps)
 
 

@@ -6,10 +6,11 @@ A task has these fields beside its id:
     check         a command of bash that exits with 0 if the task is solved
     files         the files that lie in /task at the beginning: path to text (optional)
     setup         a command that runs before the agent, such as a generator of files (optional)
-    check_files   files that are added for the check; the agent never sees them (optional)
+    check_files   files that are added for the check, in the place of the agent's: below /task, or
+                  in one of check_folders, as /tests/a.py. The agent never sees them (optional)
     sandbox       bubblewrap, docker:IMAGE or podman:IMAGE (optional; by default bubblewrap)
     work          the folder of the agent, in the place of /task (optional)
-    check_folders further folders that the check may write to (optional)
+    check_folders further folders that the check may write to, empty at first (optional)
 
 `setup` and `check` get the group's seed as $SEED. `check` runs after the agent has ended, in a
 sandbox of its own with what the agent left in /task. It runs as the same user as the programs that
@@ -22,13 +23,14 @@ from __future__ import annotations
 import io
 import re
 import tarfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import cast
 
 from nextstate.errors import ConfigError, RolloutError
 from nextstate.hooks import Acted, Scored
 from nextstate.records import Json
+from plugins.environments.laying import laid
 from plugins.environments.long_texts import both_ends_of
 from plugins.environments.terminal_tasks import numbered
 from plugins.sandboxes.choice import DEFAULT, make_sandbox
@@ -54,6 +56,8 @@ _FOLDER = re.compile(
 """A folder of a sandbox that is not part of its system."""
 _NEEDED = ("instruction", "check")
 _MOST_FILES_CHARS = 4 << 20
+_MOST_CHECK_BYTES = MOST_COMMAND_BYTES // 2
+"""What lays the check's files comes before it."""
 _FENCE = "```"
 _LANGUAGES = ("", "bash", "sh", "shell")
 _ESCAPES = re.compile(r"\x1b\[[0-?]{0,32}[ -/]{0,8}[@-~]")
@@ -131,9 +135,10 @@ class Terminal:
         return Acted("\n".join(lines), -1.0 if ran.exit_code else 0.0, False)
 
     async def score(self) -> Scored:
-        files = self.files + archive_of(self._task.get("check_files", {}))
-        folders = Folders(self._task.get("work", "/task"), self._task.get("check_folders", ()))
-        ran = await self._made(folders).run(self._task["check"], files, self._variables)
+        fresh = tuple(self._task.get("check_folders", ()))
+        added, check = laid(self._task.get("check_files", {}), self._task["check"], fresh)
+        sandbox = self._made(Folders(self._task.get("work", "/task"), fresh))
+        ran = await sandbox.run(check, self.files + archive_of(added), self._variables)
         shown = f"check: exit code {ran.exit_code}\n{readable(ran.output)}".strip()
         return Scored(float(ran.exit_code == 0), shown)
 
@@ -163,13 +168,13 @@ class TerminalKind:
                 raise ConfigError(f"{name} is missing: expected a text")
         for name in ("check", "setup"):
             command = task.get(name, "").encode(errors="replace")
-            if b"\0" in command or len(command) > MOST_COMMAND_BYTES:
-                raise ConfigError(f"{name}: expected at most {MOST_COMMAND_BYTES} bytes, none of 0")
-        for name in ("files", "check_files"):
-            check_files(name, task.get(name, {}))
+            if b"\0" in command or len(command) > _MOST_CHECK_BYTES:
+                raise ConfigError(f"{name}: expected at most {_MOST_CHECK_BYTES} bytes, none of 0")
         for folder in (task.get("work", "/task"), *task.get("check_folders", [])):
             if not isinstance(folder, str) or not _FOLDER.fullmatch(folder):
                 raise ConfigError(f"work or check_folders: {folder!r:.80}: expected one as /app")
+        check_files("files", task.get("files", {}))
+        check_files("check_files", task.get("check_files", {}), task.get("check_folders", []))
         sandbox = task.get("sandbox", DEFAULT)
         make_sandbox(sandbox)
         self._needed.add(sandbox)
@@ -232,12 +237,14 @@ def readable(output: bytes) -> str:
     return both_ends_of(text.translate(_CONTROLS).strip("\n"), MOST_SHOWN)
 
 
-def check_files(name: str, files: Mapping[object, object]) -> None:
-    """Checks a field of paths and texts. Raises ConfigError."""
+def check_files(name: str, files: Mapping[object, object], folders: Sequence[str] = ()) -> None:
+    """Checks a field of paths and texts, perhaps in one of the folders. Raises ConfigError."""
     size = 0
     for path, text in files.items():
-        parts = PurePosixPath(cast(str, path)).parts
-        if not parts or parts[0] == "/" or ".." in parts or "\0" in cast(str, path):
+        named = cast(str, path)
+        parts = PurePosixPath(named).parts
+        outside = named.startswith("/") and not named.startswith(tuple(f"{f}/" for f in folders))
+        if not parts or outside or ".." in parts or "\0" in named or named.endswith("/"):
             raise ConfigError(f"{name}: {path!r:.80}: expected a path below /task, as src/a.py")
         if not isinstance(text, str):
             raise ConfigError(f"{name}: {path!r:.80} = {text!r:.80}: expected a text")

@@ -23,9 +23,10 @@ from plugins.sandboxes.syscalls import filter_program
 
 __all__ = ["MOST_COMMAND_BYTES", "Bubblewrap", "Limits", "Ran", "create"]
 
-_NOBODY = 65534
+NOBODY = 65534
 """root runs sandboxes as this user: the kernel does not limit the processes of root."""
-_FILTER = filter_program(os.uname().machine)
+FILTER = filter_program(os.uname().machine)
+"""Empty where the machine's system calls are not known."""
 _PROGRAMS = ("bwrap", "bash", "tar", "timeout")
 
 
@@ -69,7 +70,7 @@ class Bubblewrap:
         A command without NUL, of at most 64 KiB. `files` may be several archives in a row.
         """
         given = checked(command)
-        nobody = _NOBODY if os.geteuid() == 0 else None
+        nobody = NOBODY if os.geteuid() == 0 else None
         output, archive, refused = Pipe(), Pipe(), _filter()
         try:
             process = await asyncio.create_subprocess_exec(
@@ -111,14 +112,7 @@ class Bubblewrap:
             **variables_of(self.limits, self._folders.work, out, str(self.limits.processes)),
         }
         return [
-            *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns"),
-            *(("--seccomp", str(refused)) if _FILTER else ()),
-            *("--new-session", "--die-with-parent", "--cap-drop", "ALL", "--hostname", "sandbox"),
-            *("--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin"),
-            *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
-            *("--ro-bind-try", "/etc/alternatives", "/etc/alternatives"),
-            *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
-            *("--proc", "/proc", "--dev", "/dev"),
+            *walls(refused),
             *(part for folder in writable for part in ("--size", size, "--tmpfs", folder)),
             *(part for pair in self._shown for part in ("--ro-bind", *pair)),
             *(
@@ -135,10 +129,27 @@ class Bubblewrap:
         ]
 
 
+def walls(refused: int) -> list[str]:
+    """The beginning of bwrap's command line, with the system and without folders to write to.
+
+    `refused` is a descriptor from which it reads `FILTER`.
+    """
+    return [
+        *("bwrap", "--unshare-all", "--unshare-user", "--disable-userns"),
+        *(("--seccomp", str(refused)) if FILTER else ()),
+        *("--new-session", "--die-with-parent", "--cap-drop", "ALL", "--hostname", "sandbox"),
+        *("--ro-bind", "/usr", "/usr", "--symlink", "usr/bin", "/bin"),
+        *("--symlink", "usr/lib", "/lib", "--symlink", "usr/lib64", "/lib64"),
+        *("--ro-bind-try", "/etc/alternatives", "/etc/alternatives"),
+        *("--ro-bind-try", "/etc/ld.so.cache", "/etc/ld.so.cache"),
+        *("--proc", "/proc", "--dev", "/dev"),
+    ]
+
+
 def _filter() -> int:
     """A descriptor from which the filter of system calls can be read."""
     read_end, write_end = os.pipe()
-    os.write(write_end, _FILTER)
+    os.write(write_end, FILTER)
     os.close(write_end)
     return read_end
 

@@ -2,7 +2,7 @@
 
 It keeps the same rules as the one of bubblewrap: no network, a read-only system, the folders
 /task and /tmp in memory, the same limits. Memory and processes are limited for the container as a
-whole. The image needs bash, tar and timeout.
+whole. The image needs bash, tar, timeout and sha256sum.
 
 A killed runner leaves a container behind for at most the seconds of one command.
 """
@@ -47,11 +47,11 @@ class Container:
                 "needs no image"
             )
         try:
-            ran = await self.run(": > a && exit 7", b"")
+            ran = await self.run(": > a && sha256sum a && exit 7", b"")
         except RolloutError as error:
             raise StartError(
-                f"{error}; does `{self._program} run {self._image} bash` work, with bash, tar and "
-                "timeout in the image?"
+                f"{error}; does `{self._program} run {self._image} bash` work, with bash, tar, "
+                "timeout and sha256sum in the image?"
             ) from error
         if ran.exit_code != 7 or ran.files is None:
             raise StartError(f"a container of {self._image} does not work: {ran.output[:300]!r}")

@@ -14,6 +14,8 @@ from contextlib import asynccontextmanager
 import aiohttp
 from aiohttp import web
 
+from plugins.sandboxes.bubblewrap import NOBODY
+
 _MOST_REQUEST_BYTES = 64 << 20
 _PATHS = {
     f"/v1/{name}"
@@ -28,7 +30,7 @@ _SENT_BACK = ("Content-Type", "x-nextstate-turn", "Retry-After")
 
 @asynccontextmanager
 async def model_socket(base_url: str, api_key: str) -> AsyncGenerator[str]:
-    """The socket's path. `base_url` ends in /v1; everybody on this machine may use the socket."""
+    """The socket's path. `base_url` ends in /v1. Only who runs sandboxes may use the socket."""
 
     async def pass_on(request: web.Request) -> web.StreamResponse:
         if request.path not in _PATHS or request.method not in ("GET", "POST"):
@@ -54,13 +56,16 @@ async def model_socket(base_url: str, api_key: str) -> AsyncGenerator[str]:
     runner = web.AppRunner(app, handler_cancellation=True)
     limits = aiohttp.ClientTimeout(total=None)
     with tempfile.TemporaryDirectory(prefix="nextstate-") as folder:
-        os.chmod(folder, 0o711)
+        if os.geteuid() == 0:
+            os.chmod(folder, 0o711)
         path = f"{folder}/model"
         async with aiohttp.ClientSession(timeout=limits) as http:
             await runner.setup()
             try:
                 await web.UnixSite(runner, path).start()
-                os.chmod(path, 0o666)
+                os.chmod(path, 0o600)
+                if os.geteuid() == 0:
+                    os.chown(path, NOBODY, NOBODY)
                 yield path
             finally:
                 await runner.cleanup()

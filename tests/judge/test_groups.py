@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 
 from judge import groups
 from judge.advantages import ALL_SOLVED
@@ -21,7 +22,7 @@ from judge.groups import CLOSING_S, EPISODE_S, JUDGING_S, MOST_APART, is_over, s
 from judge.stage import run
 from nextstate.config import StoreConfig
 from nextstate.episodes import Episode, EpisodeState, EpisodeStatus, Reward, RewardKind, Split
-from nextstate.errors import ConflictError
+from nextstate.errors import ConflictError, RecordError, StoreError
 from nextstate.records import Feedback, NextState, Source, Verdict, Vote
 from nextstate.store import Store
 from nextstate.store.groups import Member, Unsettled
@@ -130,6 +131,43 @@ def test_the_steps_of_a_group_get_their_advantages_and_train(store: Store) -> No
     episode = store.episodes.get("e-4")
     assert episode is not None
     assert episode.state is EpisodeState.SETTLED
+
+
+def test_a_group_with_more_steps_than_one_statement_takes_is_settled_whole(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nextstate.store.groups._AT_ONCE", 2)
+    four(store)
+    deleted: list[int] = []
+
+    def note(_: object, __: object, statement: str, values: Any, *____: object) -> None:
+        if statement.startswith("DELETE FROM samples"):
+            deleted.append(len(values))
+
+    sa.event.listen(store.database.engine, "before_cursor_execute", note)
+    assert settle_over(store, 0) == 1
+    assert advantages(store) == FOUR
+    assert deleted == [4, 4, 3]  # two turns and two states, thrice
+
+
+@pytest.mark.parametrize("error", [StoreError("too many values"), RecordError("no"), ValueError()])
+def test_a_group_that_cannot_be_settled_does_not_stop_the_others(
+    store: Store, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    attempt(store, "e-1", 1.0, ("a", None), size=1)
+    open_episode(store, "e-2", 1, group="h")
+    close(store, "e-2", 1.0)
+    settle = store.groups.settle
+
+    def breaks(group: Unsettled, decide: Any) -> bool:
+        if group.name == "g":
+            raise error
+        return settle(group, decide)
+
+    monkeypatch.setattr(store.groups, "settle", breaks)
+    monkeypatch.setattr(store.groups, "unjudged", lambda _: 0)
+    assert settle_over(store, 0) == 1
+    assert [one.name for one in store.groups.unsettled()] == ["g"]
 
 
 def test_settling_twice_gives_the_same(store: Store) -> None:

@@ -62,6 +62,7 @@ async def running(
     intervals: Intervals = INTERVALS,
     engine_key: str = "engine-key",
     record: bool = True,
+    of_episodes: dict[str, Any] | None = None,
     profile: str = "generic",
     **config: Any,
 ) -> AsyncGenerator[Running]:
@@ -80,6 +81,7 @@ async def running(
             engine_key=engine_key,
             worker=worker,
             intervals=intervals,
+            of_episodes=of_episodes,
         )
         runner = proxy.runner()
         await runner.setup()

@@ -269,6 +269,33 @@ def test_calls_tokens_and_time_end_with_an_error_that_says_what_to_do(
     both(test, store, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("chat/completions", {"messages": [TASK], "priority": 0}),
+        ("completions", {"prompt": "go"}),
+        ("messages", {"messages": [TASK], "max_tokens": 9}),
+        ("responses", {"input": "go"}),
+    ],
+)
+def test_a_call_of_an_episode_comes_after_peoples_whoever_plays_it(
+    store: Store, tmp_path: Path, path: str, body: dict[str, Any]
+) -> None:
+    """An agent program knows nothing of priorities; a person's request stays as it is."""
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        url = (await Environment(p).open("e-1"))["base_url"]
+        for base in (url, f"{p.url}/v1"):
+            answer = await p.http.post(f"{base}/{path}", json={"model": MODEL, **body})
+            assert answer.status == 200, await answer.text()
+        sent = [one.get("priority", 0) for one in engine.requests or engine.completions[-2:]]
+        assert sent == [9, 0]
+        (step,) = store.episodes.turn_ids("e-1")
+        assert turn(store, step).trainable
+
+    both(test, store, tmp_path, of_episodes={"priority": 9})
+
+
 def test_a_closed_episode_calls_no_model_by_any_name(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         environment = Environment(p)

@@ -12,7 +12,6 @@ import pytest
 
 from nextstate.records import PolicyVersion, Source, Turn, VersionState
 from nextstate.store import Store
-from proxy.episode_calls import within
 from tests.proxy.environment import Environment, call, refusal, user
 from tests.proxy.running_proxy import V1, V2, Running, add_version, both, serve, until
 from tests.scripted_engine import MODEL, Script, ScriptedEngine
@@ -110,13 +109,6 @@ def test_no_reply_is_longer_than_what_is_left_of_the_tokens(
         assert length == wanted
 
     both(test, store, tmp_path)
-
-
-def test_a_completion_without_a_length_has_the_engines_own() -> None:
-    assert within("/v1/completions", {"prompt": "a"}, 3)["max_tokens"] == 3
-    assert within("/v1/completions", {"prompt": "a"}, 99) == {"prompt": "a"}
-    wrong = {"messages": [], "max_tokens": "many"}
-    assert within("/v1/chat/completions", wrong, 3) == wrong  # the engine says what is wrong
 
 
 def test_a_reply_that_ends_after_the_close_never_trains_and_says_so(

@@ -141,3 +141,26 @@ def test_the_key_of_a_closed_episode_reaches_nothing(store: Store, tmp_path: Pat
         assert engine.requests == []
 
     both(test, store, tmp_path)
+
+
+def test_with_several_workers_the_key_before_ends_at_all_of_them(
+    store: Store, tmp_path: Path
+) -> None:
+    """The one that did not open the episode again remembers its first key."""
+    runs, more = (add_key(store, name, Scope.EPISODES) for name in ("runs", "more"))
+
+    async def test() -> None:
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, store, tmp_path, worker="0") as first,
+            running(engine.url, store, tmp_path, worker="1") as second,
+        ):
+            for p in (first, second):
+                await asyncio.wait_for(p.proxy.versions.wait_up(), 10)
+            key = (await opened(first, runs))["api_key"]
+            assert [await asks(p, key) for p in (first, second)] == [200, 200]
+            again = (await opened(second, more))["api_key"]
+            assert [await asks(p, key) for p in (first, second)] == [401, 401]
+            assert [await asks(p, again) for p in (first, second)] == [200, 200]
+
+    asyncio.run(test())

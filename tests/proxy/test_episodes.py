@@ -171,6 +171,12 @@ WRONG_OPENS: list[Any] = [
     ({"sampling": {"temperature": "1"}}, "sampling.temperature = 1: expected 0 to 2"),
     ({"sampling": {"temprature": 1}}, "expected one of temperature, top_p"),
     ({"metadata": {"x": "y" * 70_000}}, "metadata is longer than 65536 bytes"),
+    (b'{"environment": "e", "task": "t", "metadata": {"x": NaN}}', "metadata cannot be kept: Out"),
+    (b'{"environment": "e", "task": "t", "metadata": {"x": 1e999}}', "metadata cannot be kept"),
+    (
+        b'{"environment": "e", "task": "t", "metadata": {"x": %b%b}}' % (b"[" * 460, b"]" * 460),
+        "metadata cannot be kept: it is nested deeper than 450 levels",
+    ),
     (b'{"environment": "e", "task": "\\ud800"}', "is not valid Unicode"),
 ]
 
@@ -225,6 +231,42 @@ def test_a_reward_that_is_wrong_is_refused_and_none_of_its_list_is_kept(
     both(test, store, tmp_path)
 
 
+def test_rewards_have_a_bound_in_a_list_and_in_an_episode(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While they are written, no turn is recorded."""
+    monkeypatch.setattr("nextstate.store.episodes.MOST_REWARDS", 3)
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        environment = Environment(p)
+        await environment.open("e-1")
+        many: list[dict[str, Any]] = [
+            {"kind": "outcome", "name": f"n-{n}", "value": 1} for n in range(10_001)
+        ]
+        found = await environment.ask("POST", "episodes/e-1/rewards", many, 400)
+        assert refusal(found) == "10001 rewards: expected at most 10000."
+        await environment.reward("e-1", *many[:2])
+        await environment.reward("e-1", *many[1:3])
+        found = await environment.ask("POST", "episodes/e-1/rewards", many[3:4], 400)
+        assert "would have 4 rewards: expected at most 3" in refusal(found)
+        assert len((await environment.get("e-1"))["rewards"]) == 3
+
+    both(test, store, tmp_path)
+
+
+def test_a_side_turn_is_no_step_that_has_a_reward(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        environment = Environment(p)
+        url = (await environment.open("e-1"))["base_url"]
+        side, _ = await call(p, url, user("a title"), headers={"X-Turn-Type": "side"})
+        for named in ({"index": 0}, {"turn": side}):
+            reward = [{"kind": "process", "value": 1, **named}]
+            found = await environment.ask("POST", "episodes/e-1/rewards", reward, 400)
+            assert f"turn '{side}' is a side turn" in refusal(found)
+
+    both(test, store, tmp_path)
+
+
 def test_the_last_word_counts_per_name_and_step(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         environment = Environment(p)
@@ -275,9 +317,12 @@ def test_two_different_outcomes_are_a_conflict_and_the_episode_stays_open(
         found = await environment.end("e-1", 409, outcome=0)
         told = "two different outcomes: its rewards say tests = 1, and its close says 0"
         assert told in refusal(found)
-        await environment.reward("e-1", {"kind": "outcome", "name": "style", "value": 0.5})
+        await environment.reward("e-1", {"kind": "outcome", "name": "both", "value": 1})
+        found = await environment.end("e-1", 409, outcome=0)
+        assert "its rewards say tests = 1, both = 1, and its close says 0" in refusal(found)
+        await environment.reward("e-1", {"kind": "outcome", "name": "both", "value": 0.5})
         found = await environment.end("e-1", 409)
-        assert "tests = 1, style = 0.5: name one as outcome" in refusal(found)
+        assert "tests = 1, both = 0.5: name one as outcome" in refusal(found)
         assert (await environment.get("e-1"))["state"] == "open"
         assert (await environment.close("e-1", outcome=0.75))["outcome"] == 0.75
 

@@ -125,6 +125,23 @@ def test_a_reward_file_tells_outcome_observation_and_what_steps_are_worth(
     assert store.turns.next_states(turn)[0].text == "exit code 1\n1 of 2"
 
 
+def test_a_reward_file_may_name_a_step_by_its_turn(store: Store, tmp_path: Path) -> None:
+    """Its number would be another one if a call was sent twice."""
+    agent = (
+        PLAIN_AGENT.replace("return json", "return answer.headers['x-nextstate-turn'], json")
+        + """
+ask("first")
+turn, _ = ask("second")
+told = {"outcome": 1, "steps": [{"turn": turn, "value": -1}]}
+json.dump(told, open(os.environ["NEXTSTATE_REWARD_FILE"], "w"))
+"""
+    )
+    attempt, _ = play(store, tmp_path, {**ONCE, "files": {"agent.py": agent}})
+    assert (attempt.status, attempt.outcome) == ("done", 1.0), attempt.reason
+    (reward,) = store.episodes.rewards(attempt.episode)
+    assert reward.turn == store.episodes.turn_ids(attempt.episode)[1]
+
+
 @pytest.mark.parametrize(
     ("written", "told"),
     [
@@ -135,6 +152,9 @@ def test_a_reward_file_tells_outcome_observation_and_what_steps_are_worth(
         ('{"outcome": true}', "True: expected outcome to be a finite number"),
         ('{"outcome": 1, "steps": [{"index": -1, "value": 1}]}', "expected steps like"),
         ('{"outcome": 1, "steps": [{"index": 7, "value": 1}]}', "no index 7"),
+        ('{"outcome": 1, "steps": [{"turn": "turn_x", "value": 1}]}', "no turn 'turn_x'"),
+        ('{"outcome": 1, "steps": [{"turn": 0, "value": 1}]}', "expected steps like"),
+        ('{"outcome": 1, "steps": [{"turn": "t", "index": 0, "value": 1}]}', "expected steps like"),
     ],
 )
 def test_a_wrong_reward_file_fails_the_episode_and_names_the_part(
@@ -178,6 +198,30 @@ def test_a_program_that_is_not_there_has_failed(store: Store, tmp_path: Path) ->
     assert "bash could not run a program (exit code 127)" in (attempt.reason or "")
 
 
+@pytest.mark.parametrize("place", [{}, pytest.param({"sandbox": []}, marks=needs_bubblewrap)])
+@pytest.mark.parametrize(
+    "left", ["", "echo 'exit 0' > answer.sh;", "echo '#!/none' > answer.sh; chmod 755 answer.sh;"]
+)
+def test_a_check_that_cannot_be_run_is_a_failure_of_the_agent(
+    store: Store, tmp_path: Path, left: str, place: dict[str, Any]
+) -> None:
+    """It was to write the program: if it did not, others of its group are compared with it."""
+    python = "python3" if "sandbox" in place else PYTHON
+    fields = {**ONCE, "command": f"{left} {python} agent.py", "check": "./answer.sh", **place}
+    attempt, _ = play(store, tmp_path, fields)
+    assert (attempt.status, attempt.outcome) == ("done", 0.0), attempt.reason
+
+
+@pytest.mark.parametrize("files", [{}, {"check_files": {"a": ""}}])
+def test_a_folder_that_was_removed_is_a_failure_of_the_agent(
+    store: Store, tmp_path: Path, files: dict[str, Any]
+) -> None:
+    remove = 'rm -rf "$PWD"; echo > "$PWD"'
+    fields = {**ONCE, "command": f"{PYTHON} agent.py; {remove}", "check": "true", **files}
+    attempt, _ = play(store, tmp_path, fields)
+    assert (attempt.status, attempt.outcome) == ("done", 0.0), attempt.reason
+
+
 def test_the_deadline_ends_the_whole_group_and_the_check_counts(
     store: Store, tmp_path: Path
 ) -> None:
@@ -195,6 +239,20 @@ def test_the_deadline_ends_the_whole_group_and_the_check_counts(
         await until(lambda: not any(one.exists() and one.read_bytes() for one in left))
 
     asyncio.run(gone())
+
+
+@needs_bubblewrap
+def test_a_sandbox_that_ends_its_program_truncates_the_episode(
+    store: Store, tmp_path: Path
+) -> None:
+    """What it has reached counts, as where the deadline ends a program without a sandbox."""
+    fields = {**ONCE, "command": "python3 agent.py; sleep 99", "check": "test -e said"}
+    plan = replace(PLAN, deadline_s=8)
+    attempt, _ = play(store, tmp_path, {**fields, "sandbox": []}, plan=plan)
+    assert (attempt.status, attempt.outcome, attempt.calls) == ("truncated", 1.0, 1), attempt.reason
+    fields |= {"command": "python3 agent.py; timeout 0.1 sleep 9"}
+    attempt, _ = play(store, tmp_path, {**fields, "sandbox": []}, plan=plan)
+    assert attempt.status == "done", "it ended something itself"
 
 
 def test_a_cancelled_program_may_remove_what_it_started(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import psutil
 import pytest
 
 from nextstate.episodes import Split
@@ -179,6 +180,37 @@ def processes(pages: Path) -> list[int]:
         if words[0] == b"bwrap" and bytes(pages) in words:
             found.append(int(folder.name))
     return found
+
+
+def check_walls(pages: Path) -> None:
+    """Checks what holds the processes of a browser."""
+    found = [
+        child
+        for pid in processes(pages)
+        for child in psutil.Process(pid).children(recursive=True)
+        if "chrom" in child.name()
+    ]
+    assert found
+    for child in found:
+        assert "Seccomp:\t2" in Path(f"/proc/{child.pid}/status").read_text()
+        enter = ["nsenter", "--user", "--preserve-credentials", f"--target={child.pid}"]
+        made = subprocess.run([*enter, "unshare", "-U", "true"], check=False, capture_output=True)
+        assert made.returncode != 0
+
+
+@needs_chromium
+def test_a_browser_has_the_filter_of_system_calls_and_makes_no_namespaces(tmp_path: Path) -> None:
+    settings = hostile(tmp_path, HANGS)
+    assert settings.pages is not None
+    folder = settings.pages
+
+    async def test(kind: PageKind) -> None:
+        page = kind.make()
+        await page.reset({"page": "hostile", "seed": 0}, 0)
+        await asyncio.to_thread(check_walls, folder)
+        await page.close()
+
+    in_browser(test, settings)
 
 
 @needs_chromium

@@ -162,6 +162,26 @@ def test_a_killed_run_goes_on(store: Store, tmp_path: Path) -> None:
     both(test, store, tmp_path)
 
 
+@needs_bubblewrap
+def test_two_processes_do_not_play_a_run_of_one_name(store: Store, tmp_path: Path) -> None:
+    """They would take each other's episodes: the steps of both would get one outcome."""
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        engine.script = says("exec -a marked-twice sleep 25")[0]
+        process = await start(p, tmp_path, "--run", "twice")
+        await until(lambda: running("marked-twice") > 0)
+        second = await start(p, tmp_path, "--run", "twice")
+        _, err = await second.communicate()
+        assert second.returncode == 2
+        assert f"--run twice is played by process {process.pid}: end it, or" in err.decode()
+        process.terminate()
+        await process.communicate()
+        found = store.episodes.get_all(store.episodes.ids(Choice()))
+        assert {one.calls for one in found} == {1}
+
+    both(test, store, tmp_path)
+
+
 def running(name: str) -> int:
     """How many processes have this name as their first argument."""
     count = 0
@@ -181,6 +201,7 @@ def running(name: str) -> int:
         (["terminal", "--tasks", "x.jsonl", "--eval"], "none of its 1 tasks is for eval"),
         (["terminal", "--tasks", "bad.jsonl"], "bad.jsonl, line 1: check is missing"),
         (["terminal", "--tasks", "tasks.jsonl", "--parallel", "0"], "numbers of at least 1"),
+        (["terminal", "--tasks", "tasks.jsonl", "--run", "a/b"], "--run 'a/b': expected 1 to 100"),
         (["terminal", "--tasks", "tasks.jsonl", "--parallel", "999"], "--parallel up to 256"),
     ],
 )

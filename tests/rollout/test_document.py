@@ -10,12 +10,14 @@ import json
 import os
 import re
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from nextstate.app.cli import command_parser
 from nextstate.store import Store
 from plugins.environments.reward_file import read_reward
 from plugins.environments.terminal import TerminalKind
@@ -31,6 +33,8 @@ TEXT = "".join(
     (ROOT / "docs" / name).read_text(encoding="utf-8")
     for name in ("environments.md", "other-harnesses.md")
 )
+RAY = (ROOT / "docs" / "ray.md").read_text(encoding="utf-8")
+BLOCKS: list[str] = re.findall(r"```sh\n(.*?)```", TEXT + RAY, re.DOTALL)
 VERIFIERS = os.environ.get("NEXTSTATE_TEST_VERIFIERS", "")
 needs_verifiers = pytest.mark.skipif(not VERIFIERS, reason="needs NEXTSTATE_TEST_VERIFIERS=/opt/…")
 MODULES: dict[str, str] = dict(re.findall(r"```python\n# (\w+\.py)\n(.*?)```", TEXT, re.DOTALL))
@@ -117,6 +121,73 @@ def test_the_task_of_terminal_can_be_solved(tmp_path: Path) -> None:
     (task,) = read_tasks(tmp_path / "tasks.jsonl", "terminal", TerminalKind().check_task)
     _, scored = play("```bash\nwc -l < a.txt > n.txt\n```", **task.fields)
     assert scored.outcome == 1.0
+
+
+def lines_of(program: str) -> list[list[str]]:
+    """The arguments of each command of a program in the documents, without comments."""
+    shown = [line for block in BLOCKS for line in block.replace("\\\n", " ").splitlines()]
+    shown += re.findall(r"`([^`\n]+)`", TEXT + RAY)
+    words = [shlex.split(line, comments=True) for line in shown if line.startswith(f"{program} ")]
+    return [line for line in words if "…" not in line]
+
+
+def test_every_command_of_nextstate_in_the_documents_has_these_options() -> None:
+    found = lines_of("nextstate")
+    assert len(found) > 8
+    assert ["nextstate", "rollout", "--ray", "10.0.0.1:6379"] in found
+    for words in found:
+        try:
+            command_parser().parse_args([{"N": "1"}.get(word, word) for word in words[1:]])
+        except SystemExit as end:  # also of --help
+            if end.code:
+                pytest.fail(f"{shlex.join(words)}: nextstate has no such arguments")
+
+
+def test_every_command_of_ray_in_the_documents_has_these_options() -> None:
+    ray = pytest.importorskip("ray.scripts.scripts", reason="needs Ray: make ray")
+    found = lines_of("ray")
+    assert len(found) == 2
+    for words in found:
+        assert words[1] == "start"
+        ray.start.make_context("start", words[2:])  # it reads them, and starts nothing
+
+
+HARBOR = """\
+#!{python}
+import argparse, json, os, pathlib
+parser = argparse.ArgumentParser()
+run = parser.add_subparsers(required=True).add_parser("run", allow_abbrev=False)
+run.add_argument("--path", type=pathlib.Path, required=True)
+for name in ("--agent", "--model", "--base-url", "--api-key-name", "--jobs-dir"):
+    run.add_argument(name, required=True)
+run.add_argument("--max-retries", type=int)
+run.add_argument("--quiet", action="store_true")
+given = parser.parse_args()
+assert os.environ[given.api_key_name] == "ep-1", given
+assert (given.model, given.base_url) == ("openai/m", "http://p/v1"), given
+folder = pathlib.Path(given.jobs_dir) / "job" / "trial"
+folder.mkdir(parents=True)
+result = {{"verifier_result": {{"rewards": {{"reward": 0.5}}}}}}
+(folder / "result.json").write_text(json.dumps(result))
+"""
+"""Takes the options of Harbor 0.26 that the document names, and leaves what it leaves."""
+
+
+def test_the_recipe_of_harbor_reads_its_result_as_the_reward(tmp_path: Path) -> None:
+    (block,) = [one for one in BLOCKS if one.startswith("harbor run")]
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    (programs / "harbor").write_text(HARBOR.format(python=sys.executable))
+    (programs / "harbor").chmod(0o755)
+    variables = {
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "OPENAI_BASE_URL": "http://p/v1",
+        "OPENAI_API_KEY": "ep-1",
+        "NEXTSTATE_MODEL": "m",
+        "NEXTSTATE_REWARD_FILE": str(tmp_path / "reward"),
+    }
+    subprocess.run(["bash", "-ec", block], cwd=tmp_path, env=variables, check=True)
+    assert read_reward((tmp_path / "reward").read_bytes()).outcome == 0.5
 
 
 def test_an_own_environment_has_at_most_thirty_lines() -> None:

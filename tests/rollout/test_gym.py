@@ -66,6 +66,7 @@ def test_an_episode_shows_text_and_its_return_is_the_outcome() -> None:
     assert acted == [Acted("bush is wrong", -0.25, False), Acted("tree is right", None, True)]
     assert scored.outcome == 0.75
     assert play({**WORDS, "outcome": "last"}, "bush", "tree")[2].outcome == 1.0
+    assert play({**WORDS, "solved": 1.5}, "bush", "tree")[2].outcome == 0.5
 
 
 def test_an_episode_that_is_cut_short_keeps_what_it_reached() -> None:
@@ -133,6 +134,10 @@ def test_the_environment_is_closed_in_its_thread_also_without_a_reset() -> None:
         ({"make": "math:no"}, "math has no function 'no'"),
         ({**WORDS, "action": "json"}, "action = 'json': expected text or number"),
         ({**WORDS, "outcome": "mean"}, "outcome = 'mean': expected sum or last"),
+        ({**WORDS, "solved": 0}, "solved = 0: expected a number above 0"),
+        ({**WORDS, "solved": "nan"}, "solved = 'nan': expected a number above 0"),
+        ({**WORDS, "solved": True}, "solved = True: expected a number above 0"),
+        ({**WORDS, "solved": [1]}, "solved = [1]: expected a number above 0"),
         ({**WORDS, "arguments": []}, "arguments = []: expected an object"),
         ({**WORDS, "seed": 1}, "unknown field 'seed'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,25 @@ def test_a_task_is_solved_by_its_solution_and_by_nothing_else(tmp_path: Path) ->
 
 @needs_bubblewrap
 @pytest.mark.processes
+@pytest.mark.parametrize("name", [".tests", "tests", ".check", "a"])
+def test_no_file_of_the_agent_takes_part_in_the_tests(tmp_path: Path, name: str) -> None:
+    """Neither in their place nor beside them, where pytest would load a conftest.py."""
+    folder = harbor(tmp_path / "hello")
+    test = "ls -A /tests; ls -A /logs; echo 0 > /logs/verifier/reward.txt"
+    (folder / "tests/test.sh").write_text(test)
+    (task,) = read(f"{folder}?sandbox=bubblewrap")
+    forged = (
+        "mkdir e; echo 'echo 1 > /logs/verifier/reward.txt' | tee e/test.sh > e/conftest.py; "
+        f"chmod 555 e; ln -s e {name}; ln -s /tests tests2; ln -s /logs logs"
+    )
+    _, (acted,), scored = play(task, forged)
+    assert acted == "exit code 0"
+    shown = "check: exit code 1\ntest.sh\nwanted.txt\nverifier\nreward 0"
+    assert scored == Scored(0.0, shown)
+
+
+@needs_bubblewrap
+@pytest.mark.processes
 @pytest.mark.parametrize(
     ("reward", "kind", "outcome"),
     [
@@ -99,7 +119,7 @@ def test_a_folder_of_tasks_is_read_and_the_image_is_the_sandbox(tmp_path: Path) 
         "docker:localhost/b:1",
     ]
     assert tasks[0].fields["files"] == {"words/a.txt": "Hello!\n"}
-    assert sorted(tasks[0].fields["check_files"]) == [".tests/test.sh", ".tests/wanted.txt"]
+    assert sorted(tasks[0].fields["check_files"]) == ["/tests/test.sh", "/tests/wanted.txt"]
 
 
 def test_a_task_without_an_image_says_what_to_do(tmp_path: Path) -> None:
@@ -131,6 +151,33 @@ def test_a_wrong_folder_is_named(tmp_path: Path, name: str, data: bytes | None, 
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "link", ["environment/x", "environment/d", "tests/x", "instruction.md", "environment", "tests"]
+)
+def test_a_link_that_leads_out_of_a_task_is_not_followed(tmp_path: Path, link: str) -> None:
+    """It may lead to a file of yours, which an agent would see."""
+    secrets = tmp_path / "home"
+    secrets.mkdir()
+    for name in ("key", "test.sh"):
+        (secrets / name).write_text("secret")
+    folder = harbor(tmp_path / "hello", image="i")
+    at = folder / link
+    if at.is_dir():
+        shutil.rmtree(at)
+    at.unlink(missing_ok=True)
+    at.symlink_to(secrets if link in ("environment", "tests") else secrets / "key")
+    with pytest.raises(ConfigError, match="leads out of the task: put a copy in its place"):
+        read(str(folder))
+
+
+def test_a_link_within_a_task_is_followed(tmp_path: Path) -> None:
+    folder = harbor(tmp_path / "hello", image="i")
+    (folder / "environment/b.txt").symlink_to("words/a.txt")
+    (folder / "environment/more").symlink_to(tmp_path)  # no folder is entered by a link
+    (task,) = read(str(folder))
+    assert task.fields["files"] == {"b.txt": "Hello!\n", "words/a.txt": "Hello!\n"}
+
+
 def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"expected a task\.toml in it or in its folders"):
         read(str(tmp_path))
@@ -143,6 +190,9 @@ def test_a_folder_without_tasks_is_named(tmp_path: Path) -> None:
         ({"work": "app"}, "'app': expected one as /app"),
         ({"check_folders": ["/tests", "/a/../b"]}, "'/a/../b': expected one as /app"),
         ({"check_folders": "/tests"}, "expected a list of folders"),
+        ({"check_folders": ["/tests"], "check_files": {"/testsa": ""}}, "'/testsa': expected a"),
+        ({"check_folders": ["/tests"], "check_files": {"/tests/../a": ""}}, "'/tests/../a': exp"),
+        ({"check_folders": ["/tests"], "files": {"/tests/a": ""}}, "'/tests/a': expected a path"),
     ],
 )
 def test_a_folder_of_the_system_is_no_place_for_work(fields: dict[str, Any], told: str) -> None:

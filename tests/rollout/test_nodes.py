@@ -9,8 +9,10 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Awaitable, Callable
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,10 +20,12 @@ import pytest
 from aiohttp.test_utils import TestServer
 
 from nextstate.config import StoreConfig
-from nextstate.episodes import EpisodeState, EpisodeStatus
+from nextstate.episodes import EpisodeState, EpisodeStatus, Split
 from nextstate.errors import StartError
 from nextstate.store import Store
 from rollout import nodes
+from rollout.proxy import Opened
+from rollout.tasks import Task
 from tests.proxy.running_proxy import running
 from tests.rollout.coins import Holding, arguments, lines
 from tests.rollout.machine import every_episode
@@ -131,6 +135,94 @@ def test_the_episodes_of_a_machine_that_is_gone_are_run_again_on_the_other(tmp_p
     assert "runs anybody's code" in found["an open cluster"]
     with closing(Store(StoreConfig(dir=str(tmp_path / "state")))) as store:
         check_that_each_place_counts_once(store, groups=found["groups"], lost=1)
+
+
+class _Lost(Exception):
+    pass
+
+
+class _Remote:
+    """A method of an actor, called as Ray calls it."""
+
+    def __init__(self, method: Callable[..., Awaitable[None]]) -> None:
+        self.remote = method
+
+
+def _node(play: Callable[..., Awaitable[None]], stop: Callable[..., Awaitable[None]]) -> Any:
+    actor = SimpleNamespace(play=_Remote(play), stop=_Remote(stop))
+    return nodes._Node("10.0.0.1", actor, ready=True)  # pyright: ignore[reportPrivateUsage]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_an_episode_that_does_not_end_takes_no_other_with_it(
+    monkeypatch: pytest.MonkeyPatch, answers: bool
+) -> None:
+    """Its node plays on, unless it cannot end that episode either."""
+    monkeypatch.setattr(nodes, "_EXTRA_S", 0.0)
+    monkeypatch.setattr(nodes, "_STOP_S", 0.01)
+    stopped: list[str] = []
+    killed: list[Any] = []
+    opened = [Opened(name, EpisodeState.OPEN, "", "") for name in ("a", "b")]
+
+    class Proxy:
+        async def ended(self, one: Opened, status: EpisodeStatus) -> dict[str, Any]:
+            if one.episode == "b":
+                return {"status": "done", "outcome": 1.0, "calls": 1}
+            return {"status": status, "outcome": None, "calls": 1}
+
+    async def play(one: Opened, *_: object) -> None:
+        if one.episode == "a":
+            await asyncio.Event().wait()
+
+    async def stop(episode: str) -> None:
+        stopped.append(episode)
+        if not answers:
+            await asyncio.Event().wait()
+
+    async def test() -> None:
+        ray: Any = SimpleNamespace(
+            exceptions=SimpleNamespace(RayError=_Lost), kill=lambda actor, **_: killed.append(actor)
+        )
+        work: Any = SimpleNamespace(deadline_s=0.01)
+        cluster: Any = nodes.Nodes(ray, work, Proxy())  # pyright: ignore[reportArgumentType]
+        node = cluster._nodes["n"] = _node(play, stop)
+        cluster._tasks.add(asyncio.current_task())
+        task = Task("t", Split.TRAIN, {})
+        lost, whole = await asyncio.gather(*(cluster.play(one, task, 0) for one in opened))
+        assert (lost.status, whole.status) == ("aborted", "done")
+        assert stopped == ["a"]
+        assert (cluster._nodes == {"n": node}) is answers
+        assert bool(killed) is not answers
+
+    asyncio.run(test())
+
+
+def test_an_actor_ends_one_episode_and_plays_the_others() -> None:
+    ended: list[str] = []
+    gate = asyncio.Event()
+
+    class Plays:
+        async def play(self, one: Opened, *_: object) -> None:
+            try:
+                await gate.wait()
+            finally:
+                ended.append(one.episode)
+
+    async def test() -> None:
+        actor: Any = nodes.Actor(None)  # pyright: ignore[reportArgumentType]
+        actor._here = Plays()
+        opened = [Opened(name, EpisodeState.OPEN, "", "") for name in ("a", "b")]
+        playing = [asyncio.ensure_future(actor.play(one, None, 0)) for one in opened]
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        await actor.stop("a")
+        await actor.stop("none")
+        assert ended == ["a"]
+        gate.set()
+        await asyncio.gather(*playing)
+        assert ended == ["a", "b"]
+
+    asyncio.run(test())
 
 
 def test_without_ray_the_option_names_what_to_install(

@@ -176,6 +176,21 @@ def test_an_action_that_is_none_or_is_refused_is_the_agents_mistake() -> None:
     assert outcome == 0.0
 
 
+def test_an_end_without_a_reward_is_no_failure_of_the_agent() -> None:
+    with pytest.raises(RolloutError, match="ended the episode without a reward"):
+        play(scripted(observed(""), observed("x", None, True)), {}, "{}")
+    answers = observed(""), observed("x", 0.5), observed("y", None, True)
+    assert play(scripted(*answers), {"outcome": "sum"}, "{}", "{}")[2] == 0.5
+    with pytest.raises(RolloutError, match="ended the episode without a reward"):
+        play(scripted(observed(""), observed("x", None, True)), {"outcome": "sum"}, "{}")
+
+
+def test_the_reward_from_which_on_a_task_is_solved_can_be_named() -> None:
+    answers = observed(""), observed("x", 150), observed("y", 50, True)
+    task = {"outcome": "sum", "solved": "400"}
+    assert play(scripted(*answers), task, "{}", "{}")[2] == 0.5
+
+
 @pytest.mark.parametrize(
     ("answers", "told"),
     [

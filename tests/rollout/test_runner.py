@@ -23,7 +23,7 @@ from nextstate.store import Store
 from plugins.environments.terminal import create
 from rollout.attempt import Attempt
 from rollout.attempt import play as attempt_at
-from rollout.proxy import Opened, ProxyClient
+from rollout.proxy import ProxyClient
 from rollout.runner import Plan, run, summary
 from rollout.tasks import Task
 from tests.proxy.running_proxy import Running, both, until
@@ -334,47 +334,6 @@ def test_a_stopped_run_aborts_what_is_open(store: Store, tmp_path: Path) -> None
     both(test, store, tmp_path)
 
 
-class Silent(ProxyClient):
-    """Of a runner that is killed: it tells the proxy nothing more."""
-
-    async def give_up(self, opened: Opened, status: EpisodeStatus) -> None:
-        pass
-
-
-def test_a_run_of_the_same_name_goes_on_and_plays_nothing_twice(
-    store: Store, tmp_path: Path
-) -> None:
-    async def test(_: ScriptedEngine, p: Running) -> None:
-        plan = replace(PLAN, parallel=1, group_size=2, name="night")
-        ended: list[str] = []
-
-        async def forever_in_the_third() -> None:
-            if len(ended) == 2:
-                await asyncio.Event().wait()
-
-        async with aiohttp.ClientSession() as http:
-            proxy = Silent(http, p.url, None, MODEL, 60)
-            kind = ShownKind(at_step=forever_in_the_third)
-            first = asyncio.create_task(
-                run(plan, tasks(3), kind, proxy, lambda one: ended.append(one.episode))
-            )
-            await until(lambda: len(ended) == 2 and kind.playing == 1)
-            first.cancel()
-            with pytest.raises(asyncio.CancelledError):
-                await first
-        rest = await play(p, ShownKind(), plan, tasks(3))
-        assert ended == ["night-0-0", "night-0-1"]
-        assert [one.episode for one in rest] == ["night-1-1", "night-2-0", "night-2-1"]
-        found = {one.id: one.status for one in every_episode(store)}
-        assert found.pop("night-1-0") == "aborted"
-        assert {*found.values()} == {EpisodeStatus.DONE}
-        assert await play(p, ShownKind(), plan, tasks(3)) == []
-        with pytest.raises(RefusedError, match="answered 409"):
-            await play(p, ShownKind(), replace(plan, seed=7), tasks(3))
-
-    both(test, store, tmp_path)
-
-
 def test_an_episode_without_the_time_to_begin_is_aborted(store: Store, tmp_path: Path) -> None:
     async def test(_: ScriptedEngine, p: Running) -> None:
         async with client(p) as proxy:
@@ -445,17 +404,6 @@ def test_a_key_is_sent(store: Store, tmp_path: Path) -> None:
             await play(p, ShownKind())
 
     both(test, store, tmp_path, key="the-key")
-
-
-def test_calls_have_the_fields_that_the_runner_adds(store: Store, tmp_path: Path) -> None:
-    async def test(engine: ScriptedEngine, p: Running) -> None:
-        async with aiohttp.ClientSession() as http:
-            proxy = ProxyClient(http, p.url, None, MODEL, 60, {"priority": 9})
-            await run(PLAN, [COUNT], ShownKind(), proxy, ignore)
-        assert [request["priority"] for request in engine.requests] == [9]
-        assert store.counts()["turns/trainable"] == 1
-
-    both(test, store, tmp_path)
 
 
 def test_the_summary_counts_what_was_solved_with_its_confidence() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +110,66 @@ def test_what_a_killed_run_left_half_is_aborted_and_replaced_in_its_group(
         assert found == {f"{group}-0": "aborted", f"{group}-1": "done", f"{group}-0~2": "done"}
         others = {one.seed for one in episodes(store) if one.group != group}
         assert min(seed for seed in others if seed is not None) == 4
+
+    both(test, store, tmp_path)
+
+
+def test_a_second_try_that_a_killed_run_left_half_is_replaced_too(
+    store: Store, tmp_path: Path
+) -> None:
+    """Its place was lost once before the kill; the group is settled without waiting for it."""
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        group = "train.main.shown.000000003"
+        async with client(p) as proxy:
+            asked = {"environment": "shown", "task": "task-3", "group_size": 2, "seed": 3}
+            asked |= {"max_calls": CONFIG.max_calls, "deadline_s": CONFIG.open_s}
+            asked |= {"split": Split.TRAIN, "lineage": "main", "group": group}
+            lost, _ = await proxy.open_group(**asked)
+            await proxy.give_up(lost, EpisodeStatus.FAILED)
+            half = await proxy.open_episode(episode=f"{group}-0~2", **asked)
+            await proxy.call(half, [{"role": "user", "content": "begin"}])
+        async with playing(p, store, tmp_path, ShownKind()):
+            await until(lambda: ended(store) >= 6)
+        found = {one.id: one.status for one in episodes(store) if one.group == group}
+        assert found == {
+            f"{group}-0": "failed",
+            f"{group}-0~2": "aborted",
+            f"{group}-0~3": "done",
+            f"{group}-1": "done",
+        }
+
+    both(test, store, tmp_path)
+
+
+def test_groups_of_others_whose_names_begin_as_ours_are_left_alone(
+    store: Store, tmp_path: Path
+) -> None:
+    """Those of another environment `shown.x`, of a run, or of a program of somebody's."""
+
+    async def test(_: ScriptedEngine, p: Running) -> None:
+        asked = {"environment": "other", "task": "t", "group_size": 1, "deadline_s": 600}
+        others = ["x", "x.000000007", "0000000007", "12345678x"]
+        async with client(p) as proxy:
+            for name in others:
+                await proxy.open_group(**asked, group=f"train.main.shown.{name}")
+            add_version(store, tmp_path, 1)
+            async with playing(p, store, tmp_path, ShownKind(), replace(CONFIG, exam_tasks=1)):
+                await until(lambda: exam_of(store).is_over)
+                await until(lambda: ended(store) >= 2)
+            (key,) = {
+                str(one.group).rpartition(".")[0]
+                for one in episodes(store, Split.EVAL)
+                if one.version == 1
+            }
+            await proxy.open_group(**asked, group=f"{key}.x", split=Split.EVAL)
+            store.versions.note("main", 1, {"exam/planned": 0.0})
+            async with playing(p, store, tmp_path, ShownKind(), replace(CONFIG, exam_tasks=1)):
+                await until(lambda: ended(store) >= 4)
+        theirs = [one for one in every_episode(store) if one.environment == "other"]
+        assert {one.state for one in theirs} == {EpisodeState.OPEN}
+        numbers = {one.seed for one in episodes(store) if one.environment == "shown"}
+        assert min(n for n in numbers if n is not None) == 0
 
     both(test, store, tmp_path)
 

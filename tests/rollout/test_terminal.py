@@ -71,7 +71,7 @@ def test_setup_makes_files_from_the_seed_and_the_check_has_its_own() -> None:
     found, scored = play(block("cp a.txt n.txt; ls; echo $SEED"), seed=7, **more, **hidden)
     assert found[0].observation == "exit code 0\na.txt\nn.txt\nsrc"
     assert scored.outcome == 1.0
-    _, scored = play(block("echo 7 > n.txt; mkdir -p hidden/right/x"), seed=7, **more, **hidden)
+    _, scored = play(block("echo 8 > n.txt; mkdir -p hidden/right/x"), seed=7, **more, **hidden)
     assert scored.outcome == 0.0
 
 

@@ -170,7 +170,9 @@ async def live_through(folder: Path, model_path: str, store: Store, kills: int) 
             processes.start(victim)
             processes.keep()
         async with asyncio.timeout(400):  # the learner imports torch at its start
-            while not store.versions.all("main") or store.groups.last("train.") is None:
+            while not store.versions.all("main") or not any(
+                one.group for one in every_episode(store)
+            ):
                 processes.keep()
                 await asyncio.sleep(0.5)
         processes.end("rollout")

@@ -7,7 +7,7 @@ import asyncio
 import signal
 import sys
 import time
-from contextlib import redirect_stdout
+from contextlib import AbstractContextManager, nullcontext, redirect_stdout
 from functools import partial
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -120,11 +120,12 @@ async def _play(
     import aiohttp
 
     from nextstate.app.own_key import proxy_key
-    from nextstate.app.stages import after_people, nodes_for, proxy_url
+    from nextstate.app.stages import nodes_for, proxy_url
     from nextstate.app.tls import proxy_connector
     from nextstate.episodes import Split
     from nextstate.errors import ConfigError
     from nextstate.hooks import EnvironmentKind, load_plugin
+    from nextstate.pace import Pace
     from nextstate.store import Store
     from rollout import runner
     from rollout.config import MOST_PARALLEL, environment_name
@@ -166,15 +167,36 @@ async def _play(
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     key = proxy_key(settings)
     async with aiohttp.ClientSession(connector=proxy_connector(settings.proxy, 0)) as http:
-        name, extra = settings.engine.name, after_people(settings)
-        proxy = ProxyClient(http, proxy_url(settings, ray), key, name, args.deadline, extra)
+        name, url = settings.engine.name, proxy_url(settings, ray)
+        proxy = ProxyClient(http, url, key, name, args.deadline)
+        pace = Pace(settings.rollout.share, proxy.people)
         tell = partial(_tell_json if args.json else _tell, out)
         # Agents run beneath this process: it gets no key to what people said.
         (await asyncio.to_thread(Store, settings.store, with_key=False)).close()
         pictures = Pictures(settings.store.path / "pictures")
         bounds = args.max_calls, args.deadline
         nodes = nodes_for(settings, ray, args.environment, *bounds, proxy) if ray else None
-        return await runner.run(plan, tasks * args.epochs, kind, proxy, tell, pictures, nodes)
+        with _alone(settings, args.name):
+            given = plan, tasks * args.epochs, kind, proxy, tell
+            return await runner.run(*given, pictures, nodes, pace)
+
+
+def _alone(settings: Settings, name: str | None) -> AbstractContextManager[None]:
+    """Lets one process play a run of a name: two would take each other's episodes."""
+    from nextstate.episodes import is_label
+    from nextstate.errors import ConfigError
+    from nextstate.private_files import make_folder
+    from nextstate.process_lock import ProcessLock
+
+    if name is None:
+        return nullcontext()
+    if not is_label(name):
+        raise ConfigError(f"--run {name!r:.80}: expected 1 to 100 letters, digits and . _ : ~ + -")
+    folder = settings.store.path / "rollout"
+    make_folder(folder)
+    return ProcessLock(
+        folder / f"{name}.lock", f"--run {name} is played", "end it, or name another"
+    )
 
 
 def _row(attempt: Attempt) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""How the calls of an episode share what is left of its tokens.
+
+A call that runs holds what its replies may have at most. Others get what is then left, or wait for
+its end. It holds that until its turn, with which its tokens count, is in the store. All of this is
+forgotten when the proxy ends, as its calls are: after a kill nothing is counted twice or held.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from nextstate.records import Json
+from nextstate.store.episodes import Left
+from nextstate.wire import integer
+from proxy.answers import Refused
+from proxy.dialects import chat
+from proxy.guard import prompts_of
+from proxy.serving import CHAT, COMPLETIONS, RESPONSES
+
+_WAIT_S = 60.0
+"""How long a call waits for the tokens that others hold."""
+_COMPLETIONS_DEFAULT = 16
+"""Tokens of a reply to `/v1/completions` whose request names no number."""
+
+
+class Budget:
+    """The tokens of one episode, as long as calls use it."""
+
+    def __init__(self) -> None:
+        self.held = 0
+        """By calls that run."""
+        self.users = 0
+        """Calls that run or wait."""
+        self.next = asyncio.Lock()
+        """Of the call that begins."""
+        self.freed = asyncio.Event()
+
+
+class Budgets:
+    """Those of the episodes that have calls now."""
+
+    def __init__(self, wait_s: float = _WAIT_S) -> None:
+        self._wait_s = wait_s
+        self._of: dict[str, Budget] = {}
+
+    async def begin(
+        self, episode: str, begin: Callable[[int], Awaitable[Left | None]], path: str, body: Json
+    ) -> tuple[Json, Left, Callable[[], None]]:
+        """(the request, cut to what is left, the budgets, what to call once its turn is stored).
+
+        `begin` takes the tokens that other calls hold, and returns None if that is too much.
+        Raises Refused if it stays so, and what `begin` does.
+        """
+        budget = self._of.setdefault(episode, Budget())
+        budget.users += 1
+        held = 0
+
+        def free() -> None:
+            budget.held -= held
+            budget.users -= 1
+            budget.freed.set()
+            if not budget.users:
+                del self._of[episode]
+
+        try:
+            async with asyncio.timeout(self._wait_s), budget.next:
+                while True:
+                    budget.freed.clear()
+                    if (left := await begin(budget.held)) is not None:
+                        break
+                    await budget.freed.wait()
+        except BaseException as error:
+            free()
+            if isinstance(error, TimeoutError):
+                raise Refused(
+                    429,
+                    "Calls of this episode that still run may use all that is left of its "
+                    "max_tokens: name max_tokens in each request, or send one after the other.",
+                ) from None
+            raise
+        if left.tokens is not None:
+            body, held = within(path, body, left.tokens)
+            budget.held += held
+        return body, left, free
+
+
+def within(path: str, body: Json, tokens: int) -> tuple[Json, int]:
+    """(a request whose replies have at most `tokens` tokens together, how many they may have).
+
+    `tokens` is at least one for each reply.
+    """
+    replies = replies_of(path, body)
+    most = tokens // replies
+    name = {RESPONSES: "max_output_tokens"}.get(path, "max_tokens")
+    if path == CHAT and body.get("max_completion_tokens") is not None:
+        name = "max_completion_tokens"
+    asked = body.get(name)
+    if asked is None and path == COMPLETIONS:
+        asked = _COMPLETIONS_DEFAULT
+    number = most if asked is None else integer(asked)
+    if number is None:
+        return body, 0  # the engine says what is wrong with it
+    if asked is None or number > most:
+        return {**body, name: most}, most * replies
+    return body, max(0, number) * replies
+
+
+def replies_of(path: str, body: Json) -> int:
+    """How many replies a request asks for."""
+    return chat.count(body) * prompts_of(body) if path in (CHAT, COMPLETIONS) else 1
