@@ -14,8 +14,8 @@ descendants count with its own. A suspect is tested once at each of LOOKS, on ex
 turns, beside each of REFERENCES. The levels of these tests add up to LEVEL (a group-sequential test
 that spends its level over its looks, by Bonferroni: Lan & DeMets 1983).
 
-No session, and no client but the owner, brings a version down alone: the fall must be clear without
-any of them.
+No session, and no client but the owner, brings a version down alone: without any of them the others
+must have fallen too.
 
 Without a common session before and after, nothing tells a worse version from harder questions. And
 if the questions of a session get harder while it lasts, versions are blamed for it: the test knows
@@ -51,6 +51,8 @@ _POWER = 0.8
 _CLEAR = 2.5
 """Standard errors; a smaller fall is not worth the exact test. Its level is below 0.0004."""
 
+_AGREES = 1.65
+"""Standard errors that the others must have fallen by: one case in twenty by chance."""
 _SESSION, _CLIENT = attrgetter("session"), attrgetter("client")
 
 
@@ -172,7 +174,7 @@ def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int
 
 
 def _by_one(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> bool:
-    """Whether the fall is clear only with one session, or with one client that is limited.
+    """Whether only one session has fallen, or one client that is limited.
 
     Whoever fills it with bad words would bring a version down alone. It does not count where
     nobody else is. To ask for more makes false alarms rarer, so the levels hold.
@@ -181,7 +183,7 @@ def _by_one(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> bool:
         for one in {of(turn) for turn in later} - {""}:
             others = [turn for turn in later if of(turn) != one]
             rows = sessions([turn for turn in earlier if of(turn) != one], others)
-            if others and compare(rows, len(others)).standing >= -_CLEAR:
+            if others and compare(rows, len(others)).standing >= -_AGREES:
                 return True
     return False
 
