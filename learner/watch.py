@@ -14,7 +14,8 @@ descendants count with its own. A suspect is tested once at each of LOOKS, on ex
 turns, beside each of REFERENCES. The levels of these tests add up to LEVEL (a group-sequential test
 that spends its level over its looks, by Bonferroni: Lan & DeMets 1983).
 
-No client but the owner brings a version down alone: the fall must be clear without each of them.
+No client but the owner brings a version down alone: without any of them the others must have fallen
+too.
 
 Without a common session before and after, nothing tells a worse version from harder questions. And
 if the questions of a session get harder while it lasts, versions are blamed for it: the test knows
@@ -48,6 +49,8 @@ OLD = TURNS - max(REFERENCES)
 _POWER = 0.8
 _CLEAR = 2.5
 """Standard errors; a smaller fall is not worth the exact test, whose level is at most 0.00048."""
+_AGREES = 1.65
+"""Standard errors that the others must have fallen by: one case in twenty by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,14 +193,14 @@ def chance(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn], look: int
 
 
 def _by_one(earlier: Sequence[JudgedTurn], later: Sequence[JudgedTurn]) -> bool:
-    """Whether the fall is clear only with one client that is limited, and there are others.
+    """Whether only one client that is limited has fallen, and there are others.
 
     To ask for more makes false alarms rarer, so the levels hold.
     """
     for client in {turn.client for turn in later} - {""}:
         others = [turn for turn in later if turn.client != client]
         rows = sessions([turn for turn in earlier if turn.client != client], others)
-        if others and compare(rows, len(others)).standing >= -_CLEAR:
+        if others and compare(rows, len(others)).standing >= -_AGREES:
             return True
     return False
 

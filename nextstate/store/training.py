@@ -171,11 +171,16 @@ class Training:
         found: list[tuple[str, str]] = []
         of_session, of_client = Counter[str](), Counter[str]()
         with self._database.read() as connection:
+            waited_for = _held_clients(connection, lineage)
             for row in connection.execute(query):
                 of_session[row.session] += 1
                 if of_session[row.session] <= per_session:
                     found.append((row.turn, row.client))
                     of_client[row.client] += 1
+                    if of_client[row.client] == limit:
+                        waited_for.discard(row.client)
+                        if not waited_for:
+                            break
             given = Counter(allotted(of_client, self._known(connection, lineage), limit))
             chosen: list[str] = []
             for turn, client in found:
@@ -300,6 +305,19 @@ def _ready(connection: sa.Connection, lineage: str) -> dict[_Kind, int]:
         _, client, *numbers = key.rsplit("/", 4)
         version, score, hinted = map(int, numbers)
         found[client, version, score, hinted] = count
+    return found
+
+
+def _held_clients(connection: sa.Connection, lineage: str) -> set[str]:
+    """The clients that have held-out samples: one look into the index for each."""
+    s = t.samples.c
+    first = sa.select(s.client).where(s.lineage == lineage, s.state == SampleState.HELD)
+    first = first.order_by(s.client).limit(1)
+    found = set[str]()
+    client = connection.execute(first).scalar()
+    while client is not None:
+        found.add(client)
+        client = connection.execute(first.where(s.client > client)).scalar()
     return found
 
 
