@@ -26,6 +26,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -219,15 +220,20 @@ class Lineage:
         return True
 
     def _continue_from(self, version: PolicyVersion) -> bool:
-        """Puts the version's weights into the trainer; False for an adapter that has changed."""
+        """Puts the version's weights into the trainer; False for an adapter that has changed.
+
+        It waits for one that cannot be read for now.
+        """
         weights = self._shared.of(self.name).weights
         try:
             if version.path is None:
                 weights.reset()
             else:
-                weights.load(Path(version.path), version.sha256)
+                self._retrying("loading")(weights.load, Path(version.path), version.sha256)
         except AdapterError as error:
             self._withdraw(version, str(error))
+            return False
+        except RetryError:  # it must stop
             return False
         self._current = version.number
         log.info("training continues lineage=%s version=%d", self.name, version.number)
@@ -424,13 +430,7 @@ class Lineage:
 
         The other lineages wait meanwhile: they have the same engine.
         """
-        retrying = Retrying(
-            retry=retry_if_exception_type(EngineError),
-            wait=wait_exponential(multiplier=self._first_wait_s, max=30.0),
-            sleep=sleep_using_event(self._stop),
-            stop=stop_when_event_set(self._stop),
-            before_sleep=self._log_failure,
-        )
+        retrying = self._retrying("publishing")
         try:
             if withdraw:
                 retrying(self._publish, version, withdraw=withdraw)
@@ -451,11 +451,20 @@ class Lineage:
         else:
             self._publish(version)
 
-    def _log_failure(self, attempt: RetryCallState) -> None:
-        error = attempt.outcome.exception() if attempt.outcome else None
-        log.warning(
-            "publishing failed lineage=%s attempt=%d: %s", self.name, attempt.attempt_number, error
+    def _retrying(self, what: str) -> Retrying:
+        """Tries again and again while that raises EngineError, until the learner stops."""
+        return Retrying(
+            retry=retry_if_exception_type(EngineError),
+            wait=wait_exponential(multiplier=self._first_wait_s, max=30.0),
+            sleep=sleep_using_event(self._stop),
+            stop=stop_when_event_set(self._stop),
+            before_sleep=partial(self._log_failure, what),
         )
+
+    def _log_failure(self, what: str, attempt: RetryCallState) -> None:
+        error = attempt.outcome.exception() if attempt.outcome else None
+        number = attempt.attempt_number
+        log.warning("%s failed lineage=%s attempt=%d: %s", what, self.name, number, error)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

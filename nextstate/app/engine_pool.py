@@ -168,6 +168,12 @@ class EnginePool:
             if serves:
                 return await self._withdraw(serving, str(error))
             return write_engine(self._store.dir, failed(engine, str(error)))
+        except EngineError as error:  # it cannot be read for now
+            log.warning("version=%d its engine cannot start: %s", engine.number, error)
+            if serves:
+                self._again_at = time.monotonic() + _FIRST_PAUSE_S
+                return None
+            return write_engine(self._store.dir, failed(engine, str(error)))
         drain = [await self._may_end(one) for one in [*self._running.values()]]
         why = await asyncio.to_thread(self._room)
         if why is not None:
