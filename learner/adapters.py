@@ -33,7 +33,7 @@ from nextstate.engine.adapter_files import (
     unreadable,
     verify_adapter,
 )
-from nextstate.errors import AdapterError, DiskError, LearnerError, SealError
+from nextstate.errors import DiskError, LearnerError, SealError
 from nextstate.private_files import make_folder
 
 CARD_FILE = "card.json"
