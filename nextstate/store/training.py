@@ -96,13 +96,25 @@ class Training:
             given = allotted(found, self._known(connection, lineage), limit)
             chosen = [turn for client, n in given.items() for turn in of_client[client][:n]]
             chosen += _siblings(connection, lineage, chosen, scored, hinted)
+        ours = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
         with self._database.write() as connection:
+            # Those that it leased when it was called before and the answer was lost.
+            known = connection.execute(sa.select(s.turn).where(*ours).order_by(s.seq)).scalars()
+            if found := known.all():
+                return _load_samples(connection, found)
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_(chosen), s.state == SampleState.READY)
                 .values(state=SampleState.LEASED, batch=batch)
             )
             return _load_samples(connection, chosen, s.batch == batch)
+
+    def is_leased(self, lineage: str, batch: str) -> bool:
+        """Whether samples are leased under the name `batch`."""
+        s = t.samples.c
+        ours = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
+        with self._database.read() as connection:
+            return connection.execute(sa.select(s.turn).where(*ours).limit(1)).first() is not None
 
     def _known(self, connection: sa.Connection, lineage: str) -> set[str]:
         """The clients that gave something to the last versions."""
