@@ -157,7 +157,16 @@ class Lineage:
         """Settles the samples that were trained and makes every other leased one ready again."""
         checkpoint = load_checkpoint(self._folder)
         if checkpoint and self._store.versions.get(self.name, checkpoint.version.number) is None:
-            self._register(checkpoint.version, checkpoint.batch, checkpoint.decided)
+            if self._store.training.is_leased(self.name, checkpoint.batch):
+                self._register(checkpoint.version, checkpoint.batch, checkpoint.decided)
+            else:  # another learner released them, or the store is an older copy: they train anew
+                log.warning(
+                    "version dropped lineage=%s version=%d: its samples were released meanwhile",
+                    self.name,
+                    checkpoint.version.number,
+                )
+                remove_checkpoint(self._folder)
+                checkpoint = None
         self._store.training.release_samples(self.name)
         return checkpoint
 
@@ -201,6 +210,11 @@ class Lineage:
     def report(self, why_not: str | None) -> None:
         """Tells `nextstate status` why the lineage does not train; None: it does."""
         write_training_status(self._store.dir, self.name, why_not)
+
+    @property
+    def _epoch(self) -> int | None:
+        """In the names of files that another machine's learner could write over."""
+        return self._store.database.epochs.get(f"learner/{self.name}")
 
     def _follow_rollback(self) -> bool:
         """Continues from the version that serves, if another one was put into service.
@@ -361,7 +375,7 @@ class Lineage:
 
     def _forget_folder(self, number: int) -> None:
         """Removes what was written of a version that is not registered with a folder."""
-        remove_adapter(version_path(self._store.dir, self.name, number))
+        remove_adapter(version_path(self._store.dir, self.name, number, self._epoch))
 
     def _prune(self) -> None:
         """Deletes adapters that nothing needs: first noted in the store, so none of them serves."""
@@ -383,18 +397,19 @@ class Lineage:
                 log.info("adapter deleted lineage=%s version=%d", self.name, version.number)
         for version in stored.all(self.name):
             if version.path is None and version.sha256 is not None:
-                self._forget_folder(version.number)
+                remove_adapter(version_path(self._store.dir, self.name, version.number))
 
     def _save(
         self, candidate: PolicyVersion, batch: LeasedBatch, trainer: PolicyTrainer
     ) -> PolicyVersion:
         """Writes the adapter's folder, then the checkpoint."""
         v = candidate
-        path = version_path(self._store.dir, v.lineage, v.number)
+        path = version_path(self._store.dir, v.lineage, v.number, self._epoch)
         card = Card(v.lineage, v.number, v.parent, self._config.method, batch.turns, v.metrics)
         version = replace(v, path=str(path), sha256=trainer.weights.save(path, card))
         training = trainer.snapshot().training
-        save_checkpoint(self._folder, Checkpoint(version, batch.name, training, self._decided))
+        checkpoint = Checkpoint(version, batch.name, training, self._decided)
+        save_checkpoint(self._folder, checkpoint, self._epoch)
         return version
 
     def _keep(self, version: PolicyVersion, batch: LeasedBatch) -> None:

@@ -5,6 +5,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from typing import Any
 import pytest
 
 from learner import lineage, stage
+from learner.checkpoint import load_checkpoint
 from learner.metric_writers import MetricWriters
 from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
 from nextstate.engine.adapter_files import verify_adapter
+from nextstate.errors import FencedError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.versions import Versions
@@ -30,6 +35,7 @@ from tests.learner.test_lineages_in_turn import (
 )
 from tests.learner.test_tiny_model import GOOD, Recorded, save_tiny_model
 from tests.learner.test_tiny_model import WITH_CANARIES as CONFIG
+from tests.postgresql_server import instead_of_files
 
 # Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
 _processes = multiprocessing.get_context("forkserver")
@@ -165,6 +171,61 @@ def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
     # What the dead learner had finished is taken over, not made a second time.
     assert (first.stat().st_ino == identity) is kept
     assert sorted(p.name for p in first.parent.iterdir()) == ["v000001", "v000002"]
+
+
+def test_a_checkpoint_of_samples_that_were_released_meanwhile_is_dropped(tmp_path):
+    """Of a store that was put back to an older copy, or of a learner that was replaced."""
+    model_path = save_tiny_model(tmp_path / "model")
+    recorded = Recorded(tmp_path / "state", model_path)
+    recorded.add_mixed(32)
+    run_until_killed(recorded, model_path, "before settling")
+    recorded.store.training.release_samples("main")
+    assert resume(recorded, model_path) == [1, 2]
+    assert recorded.states() == {"trained": 32}
+    versions = recorded.store.versions
+    used = [turn for number in (1, 2) for turn, _ in versions.used_turns("main", number)]
+    assert len({*used}) == len(used) == 32
+
+
+def test_a_learner_that_was_cut_off_and_replaced_leaves_the_files_of_the_next_one(
+    tmp_path, postgresql, monkeypatch
+):
+    model_path = save_tiny_model(tmp_path / "model")
+    with instead_of_files(postgresql):
+        recorded = Recorded(tmp_path / "state", model_path)
+        here = Store(StoreConfig(dir=str(tmp_path / "state")))
+        recorded.add_mixed(32)
+        monkeypatch.setattr(stage, "ProcessLock", lambda *_: nullcontext())  # each has a machine
+        reached, goes_on = threading.Event(), threading.Event()
+        save = lineage.Lineage._save
+
+        def waits(self: lineage.Lineage, *given: Any) -> PolicyVersion:
+            if self._store is here:
+                reached.set()
+                assert goes_on.wait(120)
+            return save(self, *given)
+
+        monkeypatch.setattr(lineage.Lineage, "_save", waits)
+        with ThreadPoolExecutor() as pool:
+            other = replace(CONFIG, batch_size=8)  # so that it makes another adapter
+            nothing = threading.Event()
+            cut_off = pool.submit(stage.run, here, other, model_path, ["main"], print, nothing)
+            assert reached.wait(120)
+            postgresql.run(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            )
+            try:
+                assert resume(recorded, model_path, last=1) == [1]
+            finally:
+                goes_on.set()
+            with pytest.raises(FencedError):
+                cut_off.result()
+        version = recorded.store.versions.serving("main")
+        verify_adapter(Path(version.path), version.sha256)
+        found = load_checkpoint(tmp_path / "state/learner/main")
+        assert found.version.sha256 == version.sha256
+        assert resume(recorded, model_path) == [2]
+        assert recorded.states() == {"trained": 32}
 
 
 @pytest.mark.parametrize("point", ["after rejecting", "before the step is undone"])
