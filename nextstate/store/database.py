@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import FunctionType
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate.errors import FencedError, StoreError, WaitError
@@ -23,6 +24,8 @@ from nextstate.store.vault import Name, SealedType, Vault, Way, vault_of
 from nextstate.store.waiting import Patience
 
 T = TypeVar("T")
+_KEPT_IDLE = 3
+"""Connections that nobody uses and that stay out of the pool, which has at least 15."""
 
 
 class Dialect(Protocol):
@@ -382,11 +385,15 @@ class Database:
         except BaseException:
             if self._dialect.is_lost(connection.driver_connection):
                 connection.invalidate()
-                while self._idle:  # they are lost as well
-                    self._idle.pop().invalidate()
+                with suppress(IndexError):
+                    while True:  # they are lost as well
+                        self._idle.pop().invalidate()
             connection.close()  # which rolls back
             raise
-        self._idle.append(connection)
+        if len(self._idle) < _KEPT_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`.
@@ -422,7 +429,7 @@ class Database:
             cause = error.orig if isinstance(error, DBAPIError) else error
             cause = cause or error
             said = self._dialect.describe(cause)
-            if self._dialect.is_transient(cause):
+            if isinstance(error, PoolTimeoutError) or self._dialect.is_transient(cause):
                 raise WaitError(
                     f"the store cannot be used for now: {said}; make room on its "
                     f"disk, end what locks it or {self._dialect.remedy}, and try again"
