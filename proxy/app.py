@@ -342,7 +342,9 @@ class Proxy:
             raise Refused(403, "The metrics are of all lineages: use a key that is bound to none.")
         try:
             stored = await asyncio.to_thread(self.store.counts)
-            others = await asyncio.to_thread(self.store.workers.others, self._worker or "")
+            worker = self._worker or ""  # another machine's proxies are asked themselves
+            ours = "".join(worker.partition("@")[1:])
+            others = await asyncio.to_thread(self.store.workers.others, worker, ours)
         except (NextStateError, OSError) as error:
             log.warning("counting the store failed: %s", error)
             stored, others = {}, []

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import signal
+import socket
 import sys
 import threading
 import time
@@ -136,7 +137,7 @@ async def run_proxy(
             lineages=_lineages(settings),
             engine_key=engine_access(settings)[1],
             own_key=own_key,
-            worker=None if worker is None else str(worker),
+            worker=worker_name(settings, worker),
         )
         proxy.pages = Page(
             settings,
@@ -171,6 +172,16 @@ async def run_proxy(
             if alone:
                 remove_own_key(settings, own_key)
     store.close()
+
+
+def worker_name(settings: Settings, worker: int | None) -> str | None:
+    """What the other proxies of the store know this one by; None if there can be no other.
+
+    Those of one machine and port end with the same "@HOST:PORT".
+    """
+    if settings.store.url:  # proxies of other machines may use it too
+        return f"{os.getpid()}@{socket.gethostname()}:{settings.proxy.port}"
+    return None if worker is None else str(worker)
 
 
 def require_key(settings: Settings, store: Store) -> None:
