@@ -20,15 +20,20 @@ from nextstate.errors import WaitError
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
 from tests.certificates import certificate
-from tests.postgresql_server import Server, missing
+from tests.postgresql_server import Server, needed, require_server
 from tests.store.test_records import add, turn
 
-psycopg = pytest.importorskip("psycopg")
+psycopg = needed("psycopg")
 pytestmark = [
     pytest.mark.sqlite,  # it brings its own server
-    pytest.mark.skipif(missing() is not None and "CI" not in os.environ, reason=f"{missing()}"),
+    pytest.mark.usefixtures("has_server"),
 ]
 POOLER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.fixture
+def has_server() -> None:
+    require_server()
 
 
 @contextmanager
