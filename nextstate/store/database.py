@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import FunctionType
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
@@ -402,9 +402,13 @@ class Database:
         """
         self._dialect.wait_for_change(timeout_s)
 
-    def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
+    @contextmanager
+    def exclusive(self, name: str) -> Generator[bool | None]:
         """A lock of the database itself: whether it was got. None where it has no such locks."""
-        return self._dialect.exclusive(name)
+        with ExitStack() as opened:
+            with self._as_store_errors():
+                got = opened.enter_context(self._dialect.exclusive(name))
+            yield got
 
     def waiting(self, work: Callable[[], T]) -> T:
         """The result of `work`, one transaction that is tried until the database allows it.

@@ -24,12 +24,12 @@ from nextstate.store.forgetting import Wanted
 from nextstate.store.waiting import Patience
 from plugins.agents.profile import GENERIC, Profile
 from proxy.exchange import record_exchange
-from tests.postgresql_server import Server, missing
+from tests.postgresql_server import Server, needed, require_server
 from tests.store.rows import change, select
 from tests.store.test_records import add, judge, turn
 
-psycopg = pytest.importorskip("psycopg")
-PostgreSQL = pytest.importorskip("nextstate.store.postgresql").PostgreSQL
+psycopg = needed("psycopg")
+PostgreSQL = needed("nextstate.store.postgresql").PostgreSQL
 pytestmark = pytest.mark.sqlite  # it brings its own server
 PROFILE = Profile(GENERIC)
 
@@ -37,8 +37,7 @@ PROFILE = Profile(GENERIC)
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server that tests may kill."""
-    if reason := missing():
-        pytest.skip(reason)
+    require_server()
     found = Server()
     yield found
     found.close()
@@ -435,3 +434,15 @@ def test_doctor_tells_the_version_and_refuses_another_machine_without_encryption
     with pytest.raises(StoreError, match="is not encrypted: add \\?sslmode=verify-full"):
         store.database.about()
     store.close()
+
+
+def test_a_role_cannot_be_had_while_the_server_is_away(server: Server, config: StoreConfig) -> None:
+    with closing(Store(config, patience=Patience(0.1, pause_s=0.02))) as store:
+        server.kill()
+        try:
+            with pytest.raises(WaitError), store.roles.hold("learner/main", "taken", "end it"):
+                pass
+        finally:
+            server.start()
+        with store.roles.hold("learner/main", "taken", "end it"):
+            assert store.database.epochs
