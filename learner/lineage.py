@@ -49,6 +49,7 @@ from learner.examining import Examining
 from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
 from learner.gate import objection
 from learner.metric_writers import MetricWriters
+from learner.news import News
 from learner.pruning import prunable
 from learner.rejections import MANY_REJECTIONS, rejected_in_a_row, why_paused
 from learner.shared_trainer import SharedTrainer
@@ -129,6 +130,7 @@ class Lineage:
         self._pause: str | None = None
         """What `nextstate status` is told of the pause; None if there is none."""
         self._watched = Watch()
+        self._news = News(store)
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
 
@@ -172,8 +174,17 @@ class Lineage:
 
     def update(self) -> bool:
         """Watches what serves and takes one update if a batch is due; True if one was."""
+        if self._news.none():
+            return False
+        trained = self._update()
+        if trained:
+            self._news.forget()
+        return trained
+
+    def _update(self) -> bool:
         self._watch()
         if self._waits_for_exam():
+            self._news.forget()  # its time may run out
             return False
         follows = self._follow_rollback()
         self._decided = self._store.versions.decisions(self.name).choices

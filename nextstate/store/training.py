@@ -36,6 +36,19 @@ _Kind = tuple[str, int, int, int]
 """Of a sample: its client, version, score and whether it has a hinted prompt."""
 
 
+_ENDS = sa.union_all(
+    sa.select(
+        sa.literal_column("''").label("key"),
+        sa.literal_column("0").label("count_"),
+        sa.func.coalesce(sa.func.max(t.ledger.c.seq), 0).label("seq"),
+    ),
+    sa.select(
+        t.counts.c.key, t.counts.c.count.label("count_"), sa.literal_column("0").label("seq")
+    ).where(t.counts.c.area == "ready"),
+).subquery()
+_NEWS = sa.select(_ENDS)
+
+
 @queries
 class Training:
     """Queries for samples."""
@@ -63,6 +76,18 @@ class Training:
             ready = _ready(connection, lineage)
             given = _by_client(ready, scored, hinted)
             return allotted(given, self._known(connection, lineage), limit)
+
+    def news(self) -> tuple[int, tuple[tuple[str, int], ...]]:
+        """What changes whenever a learner may have more to do than before, in one statement.
+
+        It is of the ledger, which tells of every version and decision, and of the samples that
+        wait.
+        """
+        with self._database.cursor(write=False) as cursor:
+            found = cursor.all(_NEWS)
+        return sum(row.seq for row in found), tuple(
+            sorted((row.key, row.count_) for row in found if row.key)
+        )
 
     def held_back(self, lineage: str, limit: int, scored: bool, hinted: bool) -> dict[str, int]:
         """How many usable samples wait by client, if they were a batch but for the shares."""
