@@ -357,9 +357,10 @@ class Database:
             yield connection
 
     @contextmanager
-    def read(self) -> Generator[sa.Connection]:
-        """One read transaction."""
-        with self.engine.connect() as connection, connection.begin():
+    def read(self, *, unhurried: bool = False) -> Generator[sa.Connection]:
+        """One read transaction; `unhurried` if it may do nothing for more than a minute."""
+        connected = self.engine.connect().execution_options(unhurried=unhurried)
+        with connected as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -425,12 +426,18 @@ class Database:
                     raise
                 self.patience.pause(error)
 
+    def errors(self) -> AbstractContextManager[None]:
+        """What fails in the block with this database raises StoreError, as in its queries."""
+        return self._as_store_errors()
+
     @contextmanager
     def _as_store_errors(self) -> Generator[None]:
         try:
             yield
         except (SQLAlchemyError, *self._dialect.errors, OSError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
+            if isinstance(error, DBAPIError) and not isinstance(cause, self._dialect.errors):
+                raise  # it is another database's
             cause = cause or error
             said = self._dialect.describe(cause)
             if isinstance(error, PoolTimeoutError) or self._dialect.is_transient(cause):

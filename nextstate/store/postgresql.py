@@ -37,6 +37,7 @@ _LOCK = 0x6E657874
 """Of all write transactions; advisory locks are each database's own."""
 _WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED", f"SELECT pg_advisory_xact_lock({_LOCK})"
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_UNHURRIED = "SET LOCAL idle_in_transaction_session_timeout = 0"
 _CLOCK_S = 60.0
 """How long the database's clock is reckoned with ours before it is asked again."""
 _SETTINGS = {
@@ -123,8 +124,9 @@ class PostgreSQL:
 
         @event.listens_for(engine, "begin")
         def _begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
-            immediate = connection.get_execution_options().get("immediate", False)
-            connection.exec_driver_sql("; ".join(_WRITING) if immediate else _BEGIN_READING)
+            options = connection.get_execution_options()
+            begin = [_BEGIN_READING, _UNHURRIED][: 1 + bool(options.get("unhurried"))]
+            connection.exec_driver_sql("; ".join(_WRITING if options.get("immediate") else begin))
 
         self._engine, self._connect = engine, connect
         try:

@@ -373,6 +373,42 @@ def test_a_copy_goes_on_after_a_cut_is_proven_and_comes_back_the_same(
         store.close()
 
 
+def test_a_copy_may_take_longer_for_a_table_than_a_transaction_may_be_idle(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    def slowly(table: str, _: int) -> None:
+        if table == "turns":
+            time.sleep(0.3)
+
+    hasty = "?options=-c%20idle_in_transaction_session_timeout%3D100ms"
+    with (
+        closing(Store(StoreConfig(str(tmp_path / "first")))) as first,
+        closing(Store(StoreConfig(config.dir, config.url + hasty))) as there,
+        closing(Store(StoreConfig(str(tmp_path / "back")))) as back,
+    ):
+        add(first, turn(0), turn(1))
+        assert copy(first.database, there.database, slowly) > 0
+        assert copy(there.database, back.database, slowly) > 0
+        assert everything(first) == everything(there) == everything(back)
+
+
+def test_a_copy_to_a_server_that_goes_away_is_to_be_tried_again(
+    config: StoreConfig, server: Server, tmp_path: Path
+) -> None:
+    with (
+        closing(Store(StoreConfig(str(tmp_path / "first")))) as first,
+        closing(Store(config, patience=Patience(0.1))) as there,
+    ):
+        add(first, turn(0), turn(1))
+        try:
+            with pytest.raises(WaitError):
+                copy(first.database, there.database, lambda *_: server.kill())
+        finally:
+            server.start()
+        assert copy(first.database, there.database, lambda *_: None) > 0
+        assert everything(first) == everything(there)
+
+
 def test_a_copied_store_takes_feedback_that_waits(config: StoreConfig, tmp_path: Path) -> None:
     with (
         closing(Store(StoreConfig(dir=str(tmp_path / "files")))) as first,
