@@ -106,7 +106,7 @@ def sweep(
     done = Swept(position=position)
     stopping = stopping or threading.Event()
     if keep.days is not None:
-        before = time.time() - keep.days * _DAY_S
+        before = store.database.now() - keep.days * _DAY_S
         done = _sweep(store, done, before, f"retention: older than {keep.days:g} days", stopping)
     pages, log_bytes = store.retention.used_bytes()
     in_file = not store.config.url.startswith("postgres")  # a server's size does not fall

@@ -468,6 +468,8 @@ def test_doctor_tells_the_version_and_refuses_another_machine_without_encryption
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, this machine", store.database.about())
     monkeypatch.setattr("nextstate.store.postgresql.is_here", lambda _: False)
     with pytest.raises(StoreError, match="is not encrypted: add \\?sslmode=verify-full"):
+        Store(config)  # nothing is sent there before
+    with pytest.raises(StoreError, match="is not encrypted: add \\?sslmode=verify-full"):
         store.database.about()
     store.close()
 

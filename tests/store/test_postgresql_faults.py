@@ -123,7 +123,8 @@ def test_doctor_says_that_the_link_is_encrypted_and_whose_certificate_is_wrong(
         def asked(ca: Path, url: str = url) -> str:
             return doctors(tmp_path, f"{url}?sslmode=verify-full&sslrootcert={ca}")
 
-        assert "TLS" in asked(files.certificate)
+        assert asked(files.certificate).endswith(", TLS")
+        assert "sslmode=require does not see whose" in doctors(tmp_path, f"{url}?sslmode=require")
         assert "certificate verify failed" in asked(foreign)
         by_number = url.replace("localhost", "127.0.0.1")
         assert "does not match host name" in asked(files.certificate, by_number)

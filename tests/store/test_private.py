@@ -93,6 +93,15 @@ def test_a_state_folder_may_be_relative_below_home_or_behind_a_link(
         assert mode(tmp_path / place / "nextstate.sqlite3") == 0o600
 
 
+def test_the_folder_of_a_store_on_a_server_that_was_open_is_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    for name in ("versions/main/v000001-e2", "learner/main", "logs"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o750)
+    make_state_folder(folder)
+    assert {mode(path) for path in below(folder)} == {0o700}
+
+
 def test_what_an_earlier_program_left_open_is_closed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
