@@ -61,8 +61,8 @@ def test_retain_shows_sets_sweeps_and_ends(
 
 
 def test_the_age_of_turns_is_counted_by_the_stores_clock_not_the_machines(config: Path) -> None:
-    with closing(Store(Settings.read(config).store, lambda: 80_000.0)) as store:
-        assert retention.sweep(store, Keep(1.0)).turns == 0
+    with closing(Store(Settings.read(config).store, lambda: 100_000.0)) as store:
+        assert retention.sweep(store, Keep(2.0)).turns == 0
         assert len(store.turns.ids()) == 3
 
 
