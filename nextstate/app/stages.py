@@ -13,7 +13,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -58,6 +57,7 @@ from nextstate.quick_imports import quick_imports
 from nextstate.records import Decisions, PolicyVersion
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
+from nextstate.store.workers import name_of
 
 if TYPE_CHECKING:
     from proxy.lineages import Lineages
@@ -137,7 +137,7 @@ async def run_proxy(
             lineages=_lineages(settings),
             engine_key=engine_access(settings)[1],
             own_key=own_key,
-            worker=worker_name(settings, worker),
+            worker=name_of(worker, settings.store, settings.proxy.port),
         )
         proxy.pages = Page(
             settings,
@@ -172,16 +172,6 @@ async def run_proxy(
             if alone:
                 remove_own_key(settings, own_key)
     store.close()
-
-
-def worker_name(settings: Settings, worker: int | None) -> str | None:
-    """What the other proxies of the store know this one by; None if there can be no other.
-
-    Those of one machine and port end with the same "@HOST:PORT".
-    """
-    if settings.store.url:  # proxies of other machines may use it too
-        return f"{os.getpid()}@{socket.gethostname()}:{settings.proxy.port}"
-    return None if worker is None else str(worker)
 
 
 def require_key(settings: Settings, store: Store) -> None:

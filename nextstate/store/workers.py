@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Mapping, Sequence
 
 import orjson
 import sqlalchemy as sa
 
+from nextstate.config import StoreConfig
 from nextstate.store import schema as t
 from nextstate.store.database import Database, queries
 from nextstate.store.packing import dump
@@ -14,6 +17,17 @@ from nextstate.store.packing import dump
 _SILENT_S = 10.0
 """A worker that was silent for longer counts as dead."""
 _FORGOTTEN_S = 3600.0
+
+
+def name_of(worker: int | None, store: StoreConfig, port: int) -> str | None:
+    """What the other proxies of a store know one by; None if there can be no other.
+
+    `worker` is its number among those of its process. Where proxies of other machines may use the
+    store too, those of one machine and port end with the same "@HOST:PORT".
+    """
+    if store.url:
+        return f"{os.getpid()}@{socket.gethostname()}:{port}"
+    return None if worker is None else str(worker)
 
 
 @queries

@@ -11,7 +11,7 @@ import socket
 import subprocess
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator, Sequence
 from contextlib import asynccontextmanager
-from itertools import count, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,12 +22,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
-from nextstate.errors import WaitError
 from nextstate.records import Timings, new_id
 from nextstate.store import Store
-from proxy import writer as proxy_writer
 from proxy.capture import Capture
-from proxy.exchange import Exchange, Read, read_exchange
+from proxy.exchange import Exchange
 from proxy.recorder import Recorder
 from proxy.writer import LENGTH, Answer, Writer
 from proxy.writer_process import WriterProcess
@@ -300,26 +298,6 @@ def test_a_store_that_is_locked_for_longer_than_sqlite_waits_loses_no_turn(
 
     run(scene)
     assert store.turns.ids() == ids(exchanges)
-
-
-def test_an_exchange_is_read_once_however_long_the_store_is_away(
-    store: Store, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reads, tries, recording = [], count(), Store.recording
-
-    def read(*given: Any) -> Read:
-        reads.append(given)
-        return read_exchange(*given)
-
-    def away(self: Store) -> Any:
-        if next(tries) < 3:
-            raise WaitError("nobody answers")
-        return recording(self)
-
-    monkeypatch.setattr(proxy_writer, "read_exchange", read)
-    monkeypatch.setattr(Store, "recording", away)
-    assert answers(store, framed(one := exchange("hi"))) == [Answer.BLOCKED, Answer.KEPT]
-    assert (store.turns.ids(), len(reads)) == (ids([one]), 1)
 
 
 def test_an_exchange_that_cannot_be_pickled_is_lost_alone(store: Store) -> None:

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from nextstate.app.settings import Settings
-from nextstate.app.stages import worker_name
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.store import Store
+from nextstate.store.workers import name_of
 from proxy.intervals import Intervals
 from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.proxy.test_workers import metrics
@@ -218,12 +217,9 @@ def test_metrics_leave_out_another_machines_proxy_whose_adapters_stay_loaded(
     asyncio.run(test())
 
 
-def test_proxies_of_a_store_on_a_server_know_each_other(tmp_path: Path) -> None:
-    (file := tmp_path / "nextstate.toml").touch()
-    settings = Settings.read(file)
-    assert worker_name(settings, None) is None
-    assert worker_name(settings, 1) == "1"
-    shared = replace(settings, store=StoreConfig(url="postgresql://there/nextstate"))
-    name = worker_name(shared, None)
-    assert name is not None
-    assert name.startswith(f"{os.getpid()}@")
+def test_proxies_of_a_store_on_a_server_know_each_other() -> None:
+    assert name_of(None, StoreConfig(), 8080) is None
+    assert name_of(1, StoreConfig(), 8080) == "1"
+    shared = StoreConfig(url="postgresql://there/nextstate")
+    name = f"{os.getpid()}@{socket.gethostname()}:8080"
+    assert name_of(None, shared, 8080) == name_of(1, shared, 8080) == name
