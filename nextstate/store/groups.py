@@ -202,7 +202,7 @@ _COLUMNS = (
     *(_E.opened_at, _E.deadline_s, _E.closed_at),
 )
 _MEMBER = sa.select(*_COLUMNS, _G.size).join(t.groups, _G.id == _E.group_id)
-_ALONE = sa.select(*_COLUMNS, sa.literal_column("1").label("size"))
+_ALONE = sa.select(*_COLUMNS, sa.literal_column("1", sa.Integer).label("size"))
 _ALL_WAITING = sa.union_all(
     _MEMBER.where(_G.state == "open", _G.split == Split.TRAIN.value),
     _ALONE.where(

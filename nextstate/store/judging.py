@@ -44,7 +44,7 @@ class Judgement:
 
 
 _J, _NOW = t.judgements.c, sa.bindparam("now", type_=sa.Float)
-_DUE = sa.select(sa.literal_column("1").label("due")).where(
+_DUE = sa.select(sa.literal_column("1", sa.Integer).label("due")).where(
     sa.or_(
         sa.exists().where(_J.state == "pending", _J.not_before <= _NOW),
         sa.exists().where(_J.state == "leased", _J.lease_until < _NOW),

@@ -38,12 +38,14 @@ _Kind = tuple[str, int, int, int]
 
 _ENDS = sa.union_all(
     sa.select(
-        sa.literal_column("''").label("key"),
-        sa.literal_column("0").label("count_"),
+        sa.literal_column("''", sa.String).label("key"),
+        sa.literal_column("0", sa.Integer).label("count_"),
         sa.func.coalesce(sa.func.max(t.ledger.c.seq), 0).label("seq"),
     ),
     sa.select(
-        t.counts.c.key, t.counts.c.count.label("count_"), sa.literal_column("0").label("seq")
+        t.counts.c.key,
+        t.counts.c.count.label("count_"),
+        sa.literal_column("0", sa.Integer).label("seq"),
     ).where(t.counts.c.area == "ready"),
 ).subquery()
 _NEWS = sa.select(_ENDS)
