@@ -50,7 +50,7 @@ def rejected(*_: object) -> str:
     return "it was told to"
 
 
-def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
+def learner_that_dies(config: StoreConfig, model_path: str, point: str) -> None:
     """Runs the stage until `point`, which is a step of its order, and dies there."""
     match point:
         case "before the gate":
@@ -72,7 +72,7 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
             Versions.add = kill_myself
         case _:
             pass
-    store = Store(StoreConfig(dir=state_dir))
+    store = Store(config)
     stage.run(store, CONFIG, model_path, ["main"], kill_myself, threading.Event())
 
 
@@ -97,11 +97,11 @@ STEPS: dict[str, tuple[Any, str]] = {
 }
 
 
-def lineages_that_die(state_dir: str, model_path: str, point: str, calls: int) -> None:
+def lineages_that_die(config: StoreConfig, model_path: str, point: str, calls: int) -> None:
     """Trains two lineages in turn, and dies when they come to `point` after so many times."""
     owner, name = STEPS[point]
     setattr(owner, name, dies_after(calls, getattr(owner, name)))
-    store = Store(StoreConfig(dir=state_dir))
+    store = Store(config)
 
     def publish(version: PolicyVersion) -> None:
         store.versions.serve_candidate(version)
@@ -116,7 +116,7 @@ def run_until_killed(
     *calls: int,
     learner: Callable[..., None] = learner_that_dies,
 ) -> None:
-    arguments = (str(recorded.store.dir), model_path, point, *calls)
+    arguments = (recorded.store.config, model_path, point, *calls)
     child = _processes.Process(target=learner, args=arguments)
     child.start()
     child.join(120)
@@ -171,6 +171,26 @@ def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
     # What the dead learner had finished is taken over, not made a second time.
     assert (first.stat().st_ino == identity) is kept
     assert sorted(p.name for p in first.parent.iterdir()) == ["v000001", "v000002"]
+
+
+@pytest.mark.parametrize("point", ["before the checkpoint", "before settling"])
+def test_a_killed_learner_of_a_store_on_a_server_resumes(tmp_path, postgresql, point):
+    model_path = save_tiny_model(tmp_path / "model")
+    with instead_of_files(postgresql):
+        recorded = Recorded(tmp_path / "state", model_path)
+        recorded.add_mixed(32)
+        run_until_killed(recorded, model_path, point)
+        assert resume(recorded, model_path) == [1, 2]
+        assert recorded.states() == {"trained": 32}
+        versions = recorded.store.versions.all("main")
+        epochs = [1 if point == "before settling" else 2, 2]
+        names = [Path(version.path).name for version in versions]
+        assert names == [f"v00000{v.number}-e{n}" for v, n in zip(versions, epochs, strict=True)]
+        for version in versions:
+            verify_adapter(Path(version.path), version.sha256)
+        assert [file.name for file in (tmp_path / "state/learner/main").glob("*.pt")] == [
+            "checkpoint-e2.pt"
+        ]
 
 
 def test_a_checkpoint_of_samples_that_were_released_meanwhile_is_dropped(tmp_path):
