@@ -37,6 +37,8 @@ log = logging.getLogger(__name__)
 
 IDLE_S = 0.05
 """Seconds between two looks at an empty queue."""
+SLOW_IDLE_S = 1.0
+"""The same, where each look is a question to a server."""
 SPENT_S = 1.0
 """Seconds between two looks at a budget that is used up."""
 FINISH_S = 2.0
@@ -68,6 +70,7 @@ async def run(
     held: dict[asyncio.Task[None], str] = {}
     stopping = asyncio.create_task(stop.wait())
     settling = asyncio.create_task(settle_groups(store, stop, config.credit, config.look_s))
+    idle_s = SLOW_IDLE_S if store.database.tells_changes else IDLE_S
     try:
         while not stop.is_set():
             free = config.parallel * _LEASED_PER_PLACE - len(held)
@@ -77,7 +80,7 @@ async def run(
             if len(held) > config.parallel * (_LEASED_PER_PLACE - 1):
                 await asyncio.wait({*held, stopping}, return_when=asyncio.FIRST_COMPLETED)
             elif not leased:
-                await asyncio.wait({stopping}, timeout=SPENT_S if worker.spent else IDLE_S)
+                await asyncio.wait({stopping}, timeout=SPENT_S if worker.spent else idle_s)
             _forget_done(held)
         if held:
             await asyncio.wait(held, timeout=finish_s)

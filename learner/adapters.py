@@ -27,8 +27,13 @@ from torch import Tensor
 from learner.config import LearnerConfig
 from learner.model import lora_config, model_shape
 from nextstate import sealed_files
-from nextstate.engine.adapter_files import WEIGHTS_FILE, file_sha256, verify_adapter
-from nextstate.errors import AdapterError, DiskError, LearnerError, SealError
+from nextstate.engine.adapter_files import (
+    WEIGHTS_FILE,
+    file_sha256,
+    unreadable,
+    verify_adapter,
+)
+from nextstate.errors import DiskError, LearnerError, SealError
 from nextstate.private_files import make_folder
 
 CARD_FILE = "card.json"
@@ -84,7 +89,10 @@ def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str
 
 
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
-    """The adapter's tensors; raises AdapterError if the file is missing, broken or not `sha256`."""
+    """The adapter's tensors. Raises AdapterError if the file is missing, broken or not `sha256`.
+
+    Raises EngineError if it cannot be read for now.
+    """
     try:
         if sha256 is not None:
             verify_adapter(path, sha256)
@@ -92,7 +100,7 @@ def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
             return load(sealed_files.read(path / WEIGHTS_FILE))
         return load_file(path / WEIGHTS_FILE)
     except (OSError, SafetensorError, SealError) as error:
-        raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
+        raise unreadable(path, f"the adapter in {path} cannot be read: {error}", error) from error
 
 
 def check_scale(path: Path, config: LearnerConfig) -> None:
@@ -100,7 +108,7 @@ def check_scale(path: Path, config: LearnerConfig) -> None:
     try:
         saved = orjson.loads((path / "adapter_config.json").read_bytes())
     except (OSError, orjson.JSONDecodeError) as error:
-        raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
+        raise unreadable(path, f"the adapter in {path} cannot be read: {error}", error) from error
     if saved["lora_alpha"] != config.lora_alpha:
         raise LearnerError(
             "the adapter to continue from was trained with lora_alpha = "

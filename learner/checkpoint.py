@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from learner.adapters import disk_error, sync
-from learner.folders import CHECKPOINT_FILE
+from learner.folders import CHECKPOINT_FILE, checkpoint_path, checkpoints
 from nextstate import sealed_files
 from nextstate.errors import LearnerError, SealError
 from nextstate.records import PolicyVersion, VersionState
@@ -36,8 +36,12 @@ class Checkpoint:
     """How often people had chosen a version when the update began."""
 
 
-def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
-    """Replaces the folder's checkpoint in one step; raises DiskError when that fails."""
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, epoch: int | None = None) -> None:
+    """Replaces the folder's checkpoint in one step; raises DiskError when that fails.
+
+    Of a learner with an `epoch` it replaces those of older ones only.
+    """
+    path = checkpoint_path(folder, epoch)
     v = checkpoint.version
     body = {
         "version": {
@@ -53,7 +57,7 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
         "training": checkpoint.training,
         "decided": checkpoint.decided,
     }
-    draft = folder / f".{CHECKPOINT_FILE}.draft"
+    draft = folder / f".{path.name}.draft"
     try:
         if sealed_files.is_encrypted(draft):
             memory = io.BytesIO()
@@ -64,18 +68,22 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint) -> None:
                 torch.save(body, file)
         draft.chmod(0o600)
         sync(draft)
-        draft.replace(folder / CHECKPOINT_FILE)
+        draft.replace(path)
+        for other, file in checkpoints(folder).items():
+            if file != path and (epoch is None or other < epoch):
+                file.unlink(missing_ok=True)
         sync(folder)
     except (OSError, RuntimeError) as error:  # torch's writer reports a full disk as the latter
         draft.unlink(missing_ok=True)
-        raise disk_error(folder / CHECKPOINT_FILE, error) from error
+        raise disk_error(path, error) from error
 
 
 def load_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint, or None where nothing was trained yet."""
-    path = folder / CHECKPOINT_FILE
-    if not path.exists():
+    found = checkpoints(folder)
+    if not found:
         return None
+    path = found[max(found)]
     try:
         # Loading weights only: a checkpoint can hold no code.
         file = io.BytesIO(sealed_files.read(path)) if sealed_files.is_sealed(path) else path

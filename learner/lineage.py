@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -49,11 +50,12 @@ from learner.examining import Examining
 from learner.folders import lineage_folder, remove_adapter, remove_checkpoint, version_path
 from learner.gate import objection
 from learner.metric_writers import MetricWriters
-from learner.pruning import prunable
+from learner.news import News
+from learner.pruning import prune
 from learner.rejections import MANY_REJECTIONS, rejected_in_a_row, why_paused
 from learner.shared_trainer import SharedTrainer
 from learner.trainer import PolicyTrainer, UpdateResult
-from learner.watch import TURNS, Watch, returns_to
+from learner.watch import TURNS, Watch
 from nextstate.errors import AdapterError, DiskError, EngineError, LearnerError
 from nextstate.records import (
     BASE_VERSION,
@@ -129,6 +131,7 @@ class Lineage:
         self._pause: str | None = None
         """What `nextstate status` is told of the pause or stop; None if there is none."""
         self._watched = Watch()
+        self._news = News(store)
         self._next_look = 0.0
         """When the watch looks again, on the monotonic clock."""
 
@@ -157,21 +160,46 @@ class Lineage:
         """Settles the samples that were trained and makes every other leased one ready again."""
         checkpoint = load_checkpoint(self._folder)
         if checkpoint and self._store.versions.get(self.name, checkpoint.version.number) is None:
-            self._register(checkpoint.version, checkpoint.batch, checkpoint.decided)
+            if self._store.training.is_leased(self.name, checkpoint.batch):
+                self._register(checkpoint.version, checkpoint.batch, checkpoint.decided)
+            else:  # another learner released them, or the store is an older copy: they train anew
+                log.warning(
+                    "version dropped lineage=%s version=%d: its samples were released meanwhile",
+                    self.name,
+                    checkpoint.version.number,
+                )
+                remove_checkpoint(self._folder)
+                checkpoint = None
         self._store.training.release_samples(self.name)
         return checkpoint
 
-    def look(self) -> bool:
-        """Watches what serves and ends an exam; True while the newest version takes its exam.
+    def look(self) -> None:
+        """Watches what serves and ends an exam.
 
         It trains nothing and reads a bounded part of the store, so it may come at every poll.
         """
-        self._watch()
-        return self._waits_for_exam()
+        if not self._news.none():
+            self._look()
 
     def update(self) -> bool:
         """Looks (`look`), and takes one update if a batch is due; True if one was."""
-        if self.look():
+        if self._news.none():
+            return False
+        trained = self._update()
+        if trained:
+            self._news.forget()
+        return trained
+
+    def _look(self) -> bool:
+        """True while the newest version takes its exam."""
+        self._watch()
+        waits = self._waits_for_exam()
+        if waits:
+            self._news.forget()  # its time may run out
+        return waits
+
+    def _update(self) -> bool:
+        if self._look():
             return False
         follows = self._follow_rollback()
         self._decided = self._store.versions.decisions(self.name).choices
@@ -202,7 +230,8 @@ class Lineage:
         tracing("learner").updated(version, batch.turns, started_ns)
         if self._examining is None:
             self._bring_into_service(version)
-        self._prune()
+        watched = self._config.watch
+        prune(self._store, self.name, self._current, watched, self._config.keep_versions)
         return True
 
     def stopped(self, error: LearnerError) -> None:
@@ -213,6 +242,11 @@ class Lineage:
     def report(self, why_not: str | None) -> None:
         """Tells `nextstate status` why the lineage does not train; None: it does."""
         write_training_status(self._store.dir, self.name, why_not)
+
+    @property
+    def _epoch(self) -> int | None:
+        """In the names of files that another machine's learner could write over."""
+        return self._store.database.epochs.get(f"learner/{self.name}")
 
     def _follow_rollback(self) -> bool:
         """Continues from the version that serves, if another one was put into service.
@@ -232,15 +266,20 @@ class Lineage:
         return True
 
     def _continue_from(self, version: PolicyVersion) -> bool:
-        """Puts the version's weights into the trainer; False for an adapter that has changed."""
+        """Puts the version's weights into the trainer; False for an adapter that has changed.
+
+        It waits for one that cannot be read for now.
+        """
         weights = self._shared.of(self.name).weights
         try:
             if version.path is None:
                 weights.reset()
             else:
-                weights.load(Path(version.path), version.sha256)
+                self._retrying("loading")(weights.load, Path(version.path), version.sha256)
         except AdapterError as error:
             self._withdraw(version, str(error))
+            return False
+        except RetryError:  # it must stop
             return False
         self._current = version.number
         log.info("training continues lineage=%s version=%d", self.name, version.number)
@@ -370,40 +409,19 @@ class Lineage:
 
     def _forget_folder(self, number: int) -> None:
         """Removes what was written of a version that is not registered with a folder."""
-        remove_adapter(version_path(self._store.dir, self.name, number))
-
-    def _prune(self) -> None:
-        """Deletes adapters that nothing needs: first noted in the store, so none of them serves."""
-        stored = self._store.versions
-        in_use = {name for names, _ in self._store.workers.others("") for name in names}
-        versions, decisions = stored.all(self.name), stored.decisions(self.name)
-        wanted = decisions.pinned
-        if self._config.watch:
-            chain = stored.chain(self.name, stored.serving(self.name).number, TURNS)
-            wanted |= returns_to(chain, stored.judged_turns(self.name, TURNS), decisions.after)
-        for version in prunable(
-            versions,
-            self._current,
-            wanted,
-            in_use,
-            self._config.keep_versions,
-        ):
-            if version.path and stored.forget_adapter(self.name, version.number):
-                log.info("adapter deleted lineage=%s version=%d", self.name, version.number)
-        for version in stored.all(self.name):
-            if version.path is None and version.sha256 is not None:
-                self._forget_folder(version.number)
+        remove_adapter(version_path(self._store.dir, self.name, number, self._epoch))
 
     def _save(
         self, candidate: PolicyVersion, batch: LeasedBatch, trainer: PolicyTrainer
     ) -> PolicyVersion:
         """Writes the adapter's folder, then the checkpoint."""
         v = candidate
-        path = version_path(self._store.dir, v.lineage, v.number)
+        path = version_path(self._store.dir, v.lineage, v.number, self._epoch)
         card = Card(v.lineage, v.number, v.parent, self._config.method, batch.turns, v.metrics)
         version = replace(v, path=str(path), sha256=trainer.weights.save(path, card))
         training = trainer.snapshot().training
-        save_checkpoint(self._folder, Checkpoint(version, batch.name, training, self._decided))
+        checkpoint = Checkpoint(version, batch.name, training, self._decided)
+        save_checkpoint(self._folder, checkpoint, self._epoch)
         return version
 
     def _keep(self, version: PolicyVersion, batch: LeasedBatch) -> None:
@@ -439,13 +457,7 @@ class Lineage:
 
         The other lineages wait meanwhile: they have the same engine.
         """
-        retrying = Retrying(
-            retry=retry_if_exception_type(EngineError),
-            wait=wait_exponential(multiplier=self._first_wait_s, max=30.0),
-            sleep=sleep_using_event(self._stop),
-            stop=stop_when_event_set(self._stop),
-            before_sleep=self._log_failure,
-        )
+        retrying = self._retrying("publishing")
         try:
             if withdraw:
                 retrying(self._publish, version, withdraw=withdraw)
@@ -466,11 +478,20 @@ class Lineage:
         else:
             self._publish(version)
 
-    def _log_failure(self, attempt: RetryCallState) -> None:
-        error = attempt.outcome.exception() if attempt.outcome else None
-        log.warning(
-            "publishing failed lineage=%s attempt=%d: %s", self.name, attempt.attempt_number, error
+    def _retrying(self, what: str) -> Retrying:
+        """Tries again and again while that raises EngineError, until the learner stops."""
+        return Retrying(
+            retry=retry_if_exception_type(EngineError),
+            wait=wait_exponential(multiplier=self._first_wait_s, max=30.0),
+            sleep=sleep_using_event(self._stop),
+            stop=stop_when_event_set(self._stop),
+            before_sleep=partial(self._log_failure, what),
         )
+
+    def _log_failure(self, what: str, attempt: RetryCallState) -> None:
+        error = attempt.outcome.exception() if attempt.outcome else None
+        number = attempt.attempt_number
+        log.warning("%s failed lineage=%s attempt=%d: %s", what, self.name, number, error)
 
 
 def _finite(metrics: Mapping[str, float]) -> dict[str, float]:

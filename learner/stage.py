@@ -42,6 +42,8 @@ log = logging.getLogger(__name__)
 PAUSE_S = 600.0
 """How long a lineage that must not go on is left alone; each further time twice as long."""
 LONGEST_PAUSE_S = 6 * 3600.0
+_TOLD_POLL_S = 1.0
+"""The shortest pause where each look is a question to a server."""
 
 
 def run(
@@ -103,7 +105,8 @@ def run(
             for name in lineages
         ]
         try:
-            train_in_turn(learners, shared.forget, schedule.may_update, stop, config.poll_s)
+            poll_s = max(config.poll_s, _TOLD_POLL_S * store.database.tells_changes)
+            train_in_turn(learners, shared.forget, schedule.may_update, stop, poll_s)
         except torch.OutOfMemoryError as error:
             reason = str(error).split(". ")[0]
             raise LearnerError(f"an update did not fit: {reason}; {REMEDY}") from error

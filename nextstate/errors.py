@@ -3,11 +3,13 @@
     NextStateError
     ├── ConfigError     a key of the TOML file, a command-line value, a named secret
     ├── StartError      the machine lacks a port, a model, a package or an engine
+    │   └── TakenError  a process of another machine has what this one would do
     ├── EngineError     vLLM answered wrongly, late or not at all
     │   ├── AnswerError       it answered with an error status
     │   └── WrongEngineError  what answers is not our engine; a person must act
     ├── StoreError      the database refused or failed
     │   ├── WaitError   it is locked or its disk is full: try later
+    │   ├── FencedError another process has this one's role by now
     │   ├── NoTurnError it has no such turn
     │   ├── NoEpisodeError  it has no such episode
     │   ├── NoKeyError  it has no such key
@@ -47,6 +49,10 @@ class ConfigError(NextStateError):
 
 class StartError(NextStateError):
     """A process cannot start on this machine as it is."""
+
+
+class TakenError(StartError):
+    """Another machine's process does this already: this one may once that has ended."""
 
 
 class EngineError(NextStateError):

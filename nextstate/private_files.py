@@ -21,8 +21,14 @@ log = logging.getLogger(__name__)
 _FOLDER, _FILE = 0o700, 0o600
 _OTHERS = 0o077
 _DATABASE = "nextstate.sqlite3"
-_OWN = frozenset({"engine", "engine.json", "lock", "logs", "proxy.key"})
-"""What a state folder without a database may hold."""
+_OWN = frozenset(
+    (
+        *("children.json", "engine", "engine.json", "engines", "episodes.key", "judge", "learner"),
+        *("lock", "logins", "logs", "pictures", "proxy.key", "retention.json", "rollout"),
+        *("versions", "warm-up"),
+    )
+)
+"""What a state folder may hold without a database, which may be on a server."""
 
 
 def only_for_owner() -> None:

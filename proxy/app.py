@@ -256,14 +256,17 @@ class Proxy:
             engine = Engine(self.config, self.versions, self._out_of_files, self._intervals)
             self.relay = Relay(engine, self.recorder, self._of_episodes)
             self.dispatch = Dispatch(self.relay, self.keys, self.calls)
+            keys_s, beat_s = self._intervals.keys_s, self._intervals.beat_s
+            if self.store.database.tells_changes:
+                keys_s, beat_s = self._intervals.told_keys_s, self._intervals.told_beat_s
             tasks = [
                 asyncio.create_task(self.recorder.run()),
                 asyncio.create_task(self.versions.run()),
-                asyncio.create_task(_every(self._intervals.keys_s, self.keys.refresh)),
+                asyncio.create_task(_every(keys_s, self.keys.refresh)),
                 asyncio.create_task(_every(self._intervals.checkpoint_s, self.store.checkpoint)),
             ]
             if self._worker is not None:
-                tasks.append(asyncio.create_task(_every(self._intervals.beat_s, self._beat)))
+                tasks.append(asyncio.create_task(_every(beat_s, self._beat)))
             for task in tasks:
                 task.add_done_callback(_end_if_failed)
             # Without it the first replies would end before their turns can be recorded.
@@ -345,7 +348,9 @@ class Proxy:
             raise Refused(403, "The metrics are of all lineages: use a key that is bound to none.")
         try:
             stored = await asyncio.to_thread(self.store.counts)
-            others = await asyncio.to_thread(self.store.workers.others, self._worker or "")
+            worker = self._worker or ""  # another machine's proxies are asked themselves
+            ours = "".join(worker.partition("@")[1:])
+            others = await asyncio.to_thread(self.store.workers.others, worker, ours)
         except (NextStateError, OSError) as error:
             log.warning("counting the store failed: %s", error)
             stored, others = {}, []

@@ -158,13 +158,14 @@ class EngineCall(Generic[_Form]):
             begun = isinstance(error, HeadCut)
             if isinstance(error, ConnectionResetError):
                 self._cut_by = self.replica
-            if not fresh and not begun:
-                return None
-            if await self.replica.is_well() or begun:
-                raise Refused(
-                    503, "The inference engine closed the connection without an answer."
-                ) from error
-            self._died += self._cut_by is self.replica
+            if fresh or begun:
+                if await self.replica.is_well() or begun:
+                    raise Refused(
+                        503, "The inference engine closed the connection without an answer."
+                    ) from error
+                self._died += self._cut_by is self.replica
+            elif self._cut_by is self.replica and not self.replica.up:  # it was taken from it
+                self._died += 1
             if self._died > 1 and not self._engine.versions.alone:
                 raise Refused(
                     503, "Two inference engines ended while they had this request."

@@ -11,8 +11,8 @@ class Intervals:
 
     store_poll_s: float = 0.05
     """Between looks at the serving versions in the store."""
-    told_poll_s: float = 1.0
-    """The same, where the database tells of changes."""
+    told_poll_s: float = 3.0
+    """The same, beside what a database on a server tells of changes."""
     health_poll_s: float = 1.0
     """Between looks at an engine that serves."""
     down_poll_s: float = 0.2
@@ -36,8 +36,12 @@ class Intervals:
     """How long the end waits for replies that are not recorded yet."""
     beat_s: float = 1.0
     """Between the signs of life of one worker to the others."""
+    told_beat_s: float = 4.0
+    """The same, where each is a question to a server."""
     keys_s: float = 0.5
     """Between looks at the keys in the store: a revoked one stops within two seconds."""
+    told_keys_s: float = 1.5
+    """The same, where each is a question to a server."""
     checkpoint_s: float = 0.5
     """Between checkpoints of the store."""
     head_s: float = 20.0

@@ -12,7 +12,7 @@ from typing import Protocol
 
 from nextstate.engine.client import EngineClient, ensure_loaded
 from nextstate.engine.whole import WholeEngine
-from nextstate.errors import EngineError, WrongEngineError
+from nextstate.errors import AdapterError, EngineError, WrongEngineError
 from nextstate.records import Json, PolicyVersion
 from proxy.intervals import Intervals
 from proxy.upstream import Upstream
@@ -204,7 +204,7 @@ class Replica:
             if not await keeper.look_again(self):
                 return
             self.trouble = ""
-        except EngineError as error:
+        except (EngineError, AdapterError) as error:  # it serves what it has
             self.trouble = str(error)
             log.info("%s could not be looked at again: %s", self.client.url, error)
         self._log_new(keeper.found(self))

@@ -149,19 +149,25 @@ def conversation_key(
 
 
 def _first_said(body: Json) -> str:
-    """The beginning of a request's first user message, or of its prompt."""
+    """A request's first user message, or the beginning of its prompt, which grows."""
     said = body.get("messages") or body.get("input")
     if isinstance(said, list):
         messages = objects(cast(object, said))
         user = next((message for message in messages if message.get("role") == "user"), None)
-        return _beginning(user.get("content")) if user else _beginning(cast(object, said))
+        if user:
+            return _beginning(user.get("content"), whole=True)
+        return _beginning(cast(object, said))
     return _beginning(said or body.get("prompt"))
 
 
-def _beginning(value: object, depth: int = 3) -> str:
-    """A text of bounded length: of a large value its beginning."""
+def _beginning(value: object, depth: int = 3, *, whole: bool = False) -> str:
+    """A text of bounded length: of a large value its beginning.
+
+    `whole`: and the end, because the task may follow a preamble that many share, and its length.
+    """
     if isinstance(value, str):
-        return value[:_READ_CHARS]
+        start = value[:_READ_CHARS]
+        return f"{start}{value[-_READ_CHARS:]}{len(value)}" if whole else start
     parts: list[object] = []
     if isinstance(value, list):
         parts = cast("list[object]", value)
@@ -169,4 +175,5 @@ def _beginning(value: object, depth: int = 3) -> str:
         parts = [*cast("dict[str, object]", value).values()]
     if parts and isinstance(parts[0], int):  # token ids
         return str(parts[: _READ_CHARS // 4])
-    return "\n".join(_beginning(part, depth - 1) for part in parts[: _READ_PARTS * (depth > 0)])
+    read = parts[: _READ_PARTS * (depth > 0)]
+    return "\n".join(_beginning(part, depth - 1, whole=whole) for part in read)

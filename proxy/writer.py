@@ -127,11 +127,11 @@ class Writer:
 
         A lock or a full disk passes: the batch waits, and what comes after it too.
         """
-        blocked = False
+        blocked, read = False, None
         while True:
             try:
                 store, profile = self._open()
-                read = [
+                read = read or [  # once, however often the store is tried
                     read_exchange(pickle.loads(pickled), profile, self._remembered, self._known)
                     for pickled in batch
                 ]

@@ -23,7 +23,7 @@ from nextstate.engine.process import free_port
 from nextstate.quick_imports import quick_imports
 from nextstate.store import Store
 from tests.postgresql_server import Server as PostgreSQLServer
-from tests.postgresql_server import instead_of_files, missing
+from tests.postgresql_server import instead_of_files, require_server
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop
@@ -148,8 +148,7 @@ def database(request: pytest.FixtureRequest) -> Iterator[str]:
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[PostgreSQLServer]:
     """The PostgreSQL of this run; the test is skipped where there is none, except in CI."""
-    if reason := missing():
-        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+    require_server()
     server = PostgreSQLServer()
     yield server
     server.close()

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,17 @@ def missing() -> str | None:
     if importlib.util.find_spec("psycopg") is None:
         return "psycopg is not installed: `make postgres` installs it"
     return None
+
+
+def require_server() -> None:
+    """Skips the test where there can be no PostgreSQL; in CI it fails."""
+    if reason := missing():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)
+
+
+def needed(module: str) -> Any:
+    """A module that needs psycopg: without it a file's tests are skipped, but not in CI."""
+    return import_module(module) if os.environ.get("CI") else pytest.importorskip(module)
 
 
 class Server:

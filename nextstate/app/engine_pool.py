@@ -41,6 +41,7 @@ log = logging.getLogger(__name__)
 POLL_S = 0.2
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 """Before the engine of the version that serves is started again."""
+_LOG_EVERY_S = 60.0
 _DRAIN_S = 600.0
 """How long an engine may go on with requests of a version that no longer serves, if its place is
 needed."""
@@ -92,6 +93,8 @@ class EnginePool:
         self._restarts = Backoff(_FIRST_PAUSE_S, _LONGEST_PAUSE_S, 60.0)
         self._again_at = 0.0
         """When the serving version's engine may be started again, on the monotonic clock."""
+        self._tight = False
+        """Whether the serving version's engine ended before it was up: it may lack memory."""
 
     @property
     def children(self) -> list[Child]:
@@ -100,12 +103,15 @@ class EnginePool:
 
     async def run(self, stopping: asyncio.Event) -> None:
         """Returns when `stopping` is set and all its engines have ended."""
+        quiet_until = 0.0
         try:
             while not stopping.is_set():
                 try:
                     await self._look()
                 except Exception:
-                    log.exception("following the versions' engines failed; trying again")
+                    if time.monotonic() >= quiet_until:
+                        log.exception("following the versions' engines failed; trying again")
+                        quiet_until = time.monotonic() + _LOG_EVERY_S
                 with suppress(TimeoutError):
                     await asyncio.wait_for(stopping.wait(), self._poll_s)
         finally:
@@ -145,6 +151,7 @@ class EnginePool:
             log.warning("version=%d its engine is gone: %s", one.engine.number, why)
             await self._end(name)
             if serves:
+                self._tight = one.engine.state != UP
                 self._again_at = time.monotonic() + self._restarts.pause_s(
                     time.monotonic() - one.started
                 )
@@ -168,7 +175,15 @@ class EnginePool:
             if serves:
                 return await self._withdraw(serving, str(error))
             return write_engine(self._store.dir, failed(engine, str(error)))
-        drain = [await self._may_end(one) for one in [*self._running.values()]]
+        except EngineError as error:  # it cannot be read for now
+            log.warning("version=%d its engine cannot start: %s", engine.number, error)
+            if serves:
+                self._again_at = time.monotonic() + _FIRST_PAUSE_S
+                return None
+            return write_engine(self._store.dir, failed(engine, str(error)))
+        drain: list[bool | None] = []
+        if await self._needs_places(serving):
+            drain = [await self._may_end(one) for one in [*self._running.values()]]
         why = await asyncio.to_thread(self._room)
         if why is not None:
             if False in drain:
@@ -192,6 +207,17 @@ class EnginePool:
             return
         self._running[engine.name] = one
         self._on_change()
+
+    async def _needs_places(self, serving: PolicyVersion) -> bool:
+        """Whether engines that nothing needs may be ended for another one.
+
+        Until the serving version's engine is up, the one before it answers, if there is room.
+        """
+        engines = [one.engine for one in self._running.values()]
+        is_up = any(one.name == serving.adapter_name and one.state == UP for one in engines)
+        if is_up or not serving.is_whole_model or self._tight:
+            return True
+        return await asyncio.to_thread(self._room) is not None
 
     async def _may_end(self, one: _Running) -> bool | None:
         """Ends an engine that nothing needs. False if requests run on it, None if it is needed."""

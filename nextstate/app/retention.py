@@ -107,7 +107,7 @@ def sweep(
     done = Swept(position=position)
     stopping = stopping or threading.Event()
     if keep.days is not None:
-        before = time.time() - keep.days * _DAY_S
+        before = store.database.now() - keep.days * _DAY_S
         by = f"retention: older than {keep.days:g} days"
         done = _sweep(store, done, before, by, stopping)
         while not stopping.is_set() and (gone := store.retention.drop_episodes(before, by)):

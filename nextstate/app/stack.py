@@ -17,7 +17,7 @@ from nextstate import sealed_files
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_clients, engine_file, write_engine_file
-from nextstate.app.engine_pool import EnginePool
+from nextstate.app.engine_pool import POLL_S, EnginePool
 from nextstate.app.own_key import remove_own_key, write_own_key
 from nextstate.app.part_environment import part_environment
 from nextstate.app.settings import Settings
@@ -27,8 +27,9 @@ from nextstate.app.tls import certificate, proxy_connector
 from nextstate.config import EngineConfig
 from nextstate.engine import process as vllm
 from nextstate.engine.adapter_files import MODEL_FILE, remove_all_served
+from nextstate.engine.client import EngineClient
 from nextstate.engine.whole import WholeEngine, engines_folder
-from nextstate.errors import StartError
+from nextstate.errors import EngineError, StartError
 from nextstate.free_memory import free_ram, held_by
 from nextstate.keys import new_key
 from nextstate.private_files import make_folder, make_state_folder
@@ -40,7 +41,6 @@ from nextstate.wire import json_object
 
 log = logging.getLogger(__name__)
 
-POLL_S = 0.2
 STAGES = ("rollout", "proxy", "judge", "learner")
 """In the order in which they end; the engine ends last. Without `[rollout]` there is no first."""
 _LARGEST_SHARE = 0.3
@@ -188,9 +188,19 @@ class Stack:
         async with engine_clients(self.settings) as clients:
             exact = self.settings.engine.dtype == "float32"
             make, room = self._engine_of_version, self._room
+            if not vllm.on_cpu():  # each measures the GPU's memory while it starts
+                await self._base_is_up(clients[0], ended)
             self._pool = EnginePool(store, clients[0], make, room, self._write_states, exact=exact)
             await self._pool.run(ended)
         store.close()
+
+    async def _base_is_up(self, base: EngineClient, ended: asyncio.Event) -> None:
+        while not ended.is_set():
+            with suppress(EngineError):
+                if await base.healthy():
+                    return
+            with suppress(TimeoutError):
+                await asyncio.wait_for(ended.wait(), POLL_S)
 
     def _engine_of_version(self, engine: WholeEngine) -> tuple[Child, str]:
         """A version's own engine, with the base's settings, and its address."""

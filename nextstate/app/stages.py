@@ -57,6 +57,7 @@ from nextstate.quick_imports import quick_imports
 from nextstate.records import Decisions, PolicyVersion
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
+from nextstate.store.workers import name_of
 
 if TYPE_CHECKING:
     from proxy.lineages import Lineages
@@ -138,7 +139,7 @@ async def run_proxy(
             lineages=_lineages(settings),
             engine_key=engine_access(settings)[1],
             own_key=own_key,
-            worker=None if worker is None else str(worker),
+            worker=name_of(worker, settings.store, settings.proxy.port),
             of_episodes=_after_people(settings),
         )
         proxy.pages = Page(

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nextstate import sealed_files
-from nextstate.errors import AdapterError, SealError
+from nextstate.errors import AdapterError, EngineError, SealError
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
@@ -29,16 +29,31 @@ _copying = threading.Lock()
 
 
 def verify_adapter(path: Path, sha256: str) -> None:
-    """Raises AdapterError unless the weight file is the one that was registered."""
+    """Raises AdapterError unless the weight file is the one that was registered.
+
+    Raises EngineError if it cannot be read for now.
+    """
     try:
         found = file_sha256(path / (MODEL_FILE if is_checkpoint(path) else WEIGHTS_FILE))
     except (OSError, SealError) as error:
-        raise AdapterError(f"the adapter in {path} cannot be read: {error}") from error
+        raise unreadable(path, f"the adapter in {path} cannot be read: {error}", error) from error
     if found != sha256:
         raise AdapterError(
             f"the adapter in {path} has changed on disk: SHA-256 {found[:12]}…, expected "
             f"{sha256[:12]}…; return to an earlier version with `nextstate rollback`"
         )
+
+
+def unreadable(path: Path, text: str, error: Exception) -> AdapterError | EngineError:
+    """What is wrong with a version's folder that could not be read.
+
+    AdapterError says that it is lost, for everybody: the version is rejected. So where only this
+    machine may be unable to read it, because a disk fails or is not there, that is an EngineError.
+    """
+    is_gone = isinstance(error, FileNotFoundError) and os.path.isdir(path.parent)
+    if is_gone or not isinstance(error, OSError):
+        return AdapterError(text)
+    return EngineError(f"{text}; that is tried again: see that this machine has its disk")
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -66,7 +81,7 @@ def served_folder(path: str) -> str:
 
 
 def prepare_served(path: str) -> str:
-    """`served_folder`, with the files in it. Raises AdapterError."""
+    """`served_folder`, with the files in it. Raises as `verify_adapter` does."""
     served = served_folder(path)
     if served != path:
         try:
@@ -75,9 +90,8 @@ def prepare_served(path: str) -> str:
                 if not _is_copy(Path(path), Path(served)):
                     _copy_opened(Path(path), Path(served))
         except (OSError, SealError) as error:
-            raise AdapterError(
-                f"the encrypted adapter in {path} cannot be opened in memory, at {served}: {error}"
-            ) from error
+            text = f"the encrypted adapter in {path} cannot be opened in memory, at {served}"
+            raise unreadable(Path(path), f"{text}: {error}", error) from error
     return served
 
 

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nextstate.engine.adapter_files import verify_adapter
+from nextstate.engine.adapter_files import unreadable, verify_adapter
 from nextstate.engine.defaults import EXPLICIT
 from nextstate.errors import AdapterError, EngineError
 from nextstate.private_files import make_folder
@@ -161,7 +161,9 @@ def _read_probe(folder: Path) -> list[tuple[list[int], dict[int, float]]]:
         found = [(p["prompt"], zip(p["tokens"], p["logprobs"], strict=True)) for p in probes]
         return [(prompt, dict(expected)) for prompt, expected in found]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise AdapterError(f"the version in {folder} cannot be probed: {error!r}") from error
+        raise unreadable(
+            folder, f"the version in {folder} cannot be probed: {error!r}", error
+        ) from error
 
 
 async def _likeliest(engine: EngineClient, prompt: list[int]) -> dict[int, float]:

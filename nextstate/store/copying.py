@@ -37,14 +37,19 @@ def copy(source: Database, target: Database, progress: Progress) -> int:
     """Makes the records of `target` those of `source`; returns how many rows it wrote.
 
     Raises StoreError if `target` has turns of its own, if one of them is encrypted, or if `source`
-    changes faster than it is read.
+    changes faster than it is read; WaitError if one of them cannot be used for now.
     """
+    with source.errors(), target.errors():
+        return _copy(source, target, progress)
+
+
+def _copy(source: Database, target: Database, progress: Progress) -> int:
     for database in (source, target):
         if vault_of(database.engine.dialect) is not None:
             raise StoreError(
                 f"{database.name} is encrypted: take that away first by `nextstate encrypt --off`"
             )
-    with source.read() as theirs, target.read() as ours:
+    with source.read(unhurried=True) as theirs, target.read(unhurried=True) as ours:
         for table, key in _made_there(theirs, ours):
             raise StoreError(
                 f"{target.name} has a row of {table.name} that the store has not, "
@@ -79,7 +84,7 @@ def _made_there(theirs: sa.Connection, ours: sa.Connection) -> Iterator[tuple[sa
 def _pass(source: Database, target: Database, progress: Progress) -> int:
     """Writes what differs; returns how many rows that were."""
     written = 0
-    with source.read() as theirs:  # one state of the source, however long it takes
+    with source.read(unhurried=True) as theirs:  # one state of the source, however long it takes
         for table in reversed(TABLES):
             gone = [key for key, row, _ in _found(table, theirs, target) if row is None]
             for some in _parts(gone):
@@ -108,7 +113,7 @@ _Difference = tuple[tuple[Any, ...], dict[str, Any] | None, sa.Row[Any] | None]
 
 
 def _found(table: sa.Table, theirs: sa.Connection, target: Database) -> Iterator[_Difference]:
-    with target.read() as ours:
+    with target.read(unhurried=True) as ours:
         yield from _differences(table, theirs, ours)
 
 

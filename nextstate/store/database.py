@@ -9,12 +9,13 @@ from __future__ import annotations
 import functools
 from collections import namedtuple
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from types import FunctionType
 from typing import Any, Protocol, TypeAlias, TypeVar, cast
 
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 from sqlalchemy.sql.compiler import SQLCompiler
 
 from nextstate.errors import FencedError, StoreError, WaitError
@@ -23,6 +24,8 @@ from nextstate.store.vault import Name, SealedType, Vault, Way, vault_of
 from nextstate.store.waiting import Patience
 
 T = TypeVar("T")
+_KEPT_IDLE = 3
+"""Connections that nobody uses and that stay out of the pool, which has at least 15."""
 
 
 class Dialect(Protocol):
@@ -354,9 +357,10 @@ class Database:
             yield connection
 
     @contextmanager
-    def read(self) -> Generator[sa.Connection]:
-        """One read transaction."""
-        with self.engine.connect() as connection, connection.begin():
+    def read(self, *, unhurried: bool = False) -> Generator[sa.Connection]:
+        """One read transaction; `unhurried` if it may do nothing for more than a minute."""
+        connected = self.engine.connect().execution_options(unhurried=unhurried)
+        with connected as connection, connection.begin():
             yield connection
 
     @contextmanager
@@ -382,11 +386,15 @@ class Database:
         except BaseException:
             if self._dialect.is_lost(connection.driver_connection):
                 connection.invalidate()
-                while self._idle:  # they are lost as well
-                    self._idle.pop().invalidate()
+                with suppress(IndexError):
+                    while True:  # they are lost as well
+                        self._idle.pop().invalidate()
             connection.close()  # which rolls back
             raise
-        self._idle.append(connection)
+        if len(self._idle) < _KEPT_IDLE:
+            self._idle.append(connection)
+        else:
+            connection.close()
 
     def wait_for_change(self, timeout_s: float) -> None:
         """Waits until versions may have changed, or for `timeout_s`, if it `tells_changes`.
@@ -395,9 +403,13 @@ class Database:
         """
         self._dialect.wait_for_change(timeout_s)
 
-    def exclusive(self, name: str) -> AbstractContextManager[bool | None]:
+    @contextmanager
+    def exclusive(self, name: str) -> Generator[bool | None]:
         """A lock of the database itself: whether it was got. None where it has no such locks."""
-        return self._dialect.exclusive(name)
+        with ExitStack() as opened:
+            with self._as_store_errors():
+                got = opened.enter_context(self._dialect.exclusive(name))
+            yield got
 
     def waiting(self, work: Callable[[], T]) -> T:
         """The result of `work`, one transaction that is tried until the database allows it.
@@ -414,15 +426,21 @@ class Database:
                     raise
                 self.patience.pause(error)
 
+    def errors(self) -> AbstractContextManager[None]:
+        """What fails in the block with this database raises StoreError, as in its queries."""
+        return self._as_store_errors()
+
     @contextmanager
     def _as_store_errors(self) -> Generator[None]:
         try:
             yield
         except (SQLAlchemyError, *self._dialect.errors, OSError) as error:
             cause = error.orig if isinstance(error, DBAPIError) else error
+            if isinstance(error, DBAPIError) and not isinstance(cause, self._dialect.errors):
+                raise  # it is another database's
             cause = cause or error
             said = self._dialect.describe(cause)
-            if self._dialect.is_transient(cause):
+            if isinstance(error, PoolTimeoutError) or self._dialect.is_transient(cause):
                 raise WaitError(
                     f"the store cannot be used for now: {said}; make room on its "
                     f"disk, end what locks it or {self._dialect.remedy}, and try again"

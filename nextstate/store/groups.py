@@ -118,15 +118,8 @@ class Groups:
 
     def unsettled(self) -> list[Unsettled]:
         """The groups that wait, and the episodes without a group that do."""
-        grouped = _MEMBER.where(_G.state == "open", _G.split == Split.TRAIN.value)
-        states = EpisodeState.OPEN.value, EpisodeState.CLOSED.value
-        alone = _E.state.in_(states), _E.split == Split.TRAIN.value, _E.group_id.is_(None)
-        with self._database.read() as connection:
-            rows = [
-                *connection.execute(grouped),
-                *connection.execute(_ALONE.where(*alone)),
-            ]
-        return _groups_of(rows)
+        with self._database.cursor(write=False) as cursor:
+            return _groups_of(cursor.all(_WAIT))
 
     def unjudged(self, group: Unsettled) -> int:
         """How many steps of its closed episodes the judge still works on."""
@@ -219,7 +212,16 @@ _COLUMNS = (
     *(_E.opened_at, _E.deadline_s, _E.closed_at),
 )
 _MEMBER = sa.select(*_COLUMNS, _G.size).join(t.groups, _G.id == _E.group_id)
-_ALONE = sa.select(*_COLUMNS, sa.literal(1).label("size"))
+_ALONE = sa.select(*_COLUMNS, sa.literal_column("1", sa.Integer).label("size"))
+_ALL_WAITING = sa.union_all(
+    _MEMBER.where(_G.state == "open", _G.split == Split.TRAIN.value),
+    _ALONE.where(
+        sa.or_(_E.state == EpisodeState.OPEN.value, _E.state == EpisodeState.CLOSED.value),
+        _E.split == Split.TRAIN.value,
+        _E.group_id.is_(None),
+    ),
+).subquery()
+_WAIT = sa.select(_ALL_WAITING)
 
 
 def _groups_of(rows: Sequence[Row]) -> list[Unsettled]:

@@ -43,6 +43,16 @@ class Judgement:
     """What a person said about it: then nobody votes."""
 
 
+_J, _NOW = t.judgements.c, sa.bindparam("now", type_=sa.Float)
+_DUE = sa.select(sa.literal_column("1", sa.Integer).label("due")).where(
+    sa.or_(
+        sa.exists().where(_J.state == "pending", _J.not_before <= _NOW),
+        sa.exists().where(_J.state == "leased", _J.lease_until < _NOW),
+    )
+)
+"""Whether there is a turn to judge."""
+
+
 @queries
 class Judging:
     """Queries for judgements, verdicts, feedback and the judge's budget."""
@@ -54,8 +64,12 @@ class Judging:
         """Leases up to `limit` turns to judge; an expired lease is leased again.
 
         The oldest first: of those that were never put back, and of those that wait again longest.
+        Where there is nothing to judge, nobody who writes is held up.
         """
         now = self._database.now()
+        with self._database.cursor(write=False) as cursor:
+            if cursor.first(_DUE, now=now) is None:
+                return []
         j = t.judgements.c
         pending = sa.select(j.seq, j.turn).where(j.state == "pending")
         expired = sa.select(j.seq, j.turn).where(j.state == "leased", j.lease_until < now)

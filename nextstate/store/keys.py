@@ -14,6 +14,7 @@ from nextstate.store.database import Database, queries
 MOST_KEYS = 100
 """Keys that are in force. Each request is compared with all of them."""
 _K = t.keys.c
+_ALL = sa.select(t.keys).order_by(_K.created_at, _K.name)
 
 
 @queries
@@ -51,8 +52,8 @@ class Keys:
 
     def all(self) -> list[Key]:
         """Every key, also revoked ones, in the order in which they were made."""
-        with self._database.read() as connection:
-            rows = connection.execute(sa.select(t.keys).order_by(_K.created_at, _K.name)).all()
+        with self._database.cursor(write=False) as cursor:
+            rows = cursor.all(_ALL)
         return [
             Key(
                 row.name,

@@ -37,6 +37,9 @@ _LOCK = 0x6E657874
 """Of all write transactions; advisory locks are each database's own."""
 _WRITING = "BEGIN ISOLATION LEVEL READ COMMITTED", f"SELECT pg_advisory_xact_lock({_LOCK})"
 _BEGIN_READING = "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+_UNHURRIED = "SET LOCAL idle_in_transaction_session_timeout = 0"
+_VERIFYING = ("verify-ca", "verify-full")
+_UNVERIFIED = "sslmode={mode} does not see whose server it is: sslmode=verify-full does"
 _CLOCK_S = 60.0
 """How long the database's clock is reckoned with ours before it is asked again."""
 _SETTINGS = {
@@ -93,7 +96,7 @@ class PostgreSQL:
         self.name = without_password(url)
         self._listening: psycopg.Connection[Any] | None = None
         self._clock = -_CLOCK_S, 0.0
-        """When the database's clock was asked, on the monotonic clock, and what it said."""
+        """When the database's clock was asked, by `_passed`, and what it said."""
 
     def open(self, lock_wait_s: float) -> sa.Engine:
         """An engine, whose connections wait for a lock for `lock_wait_s`."""
@@ -123,8 +126,9 @@ class PostgreSQL:
 
         @event.listens_for(engine, "begin")
         def _begin(connection: sa.Connection) -> None:  # pyright: ignore[reportUnusedFunction]
-            immediate = connection.get_execution_options().get("immediate", False)
-            connection.exec_driver_sql("; ".join(_WRITING) if immediate else _BEGIN_READING)
+            options = connection.get_execution_options()
+            begin = [_BEGIN_READING, _UNHURRIED][: 1 + bool(options.get("unhurried"))]
+            connection.exec_driver_sql("; ".join(_WRITING if options.get("immediate") else begin))
 
         self._engine, self._connect = engine, connect
         try:
@@ -160,14 +164,14 @@ class PostgreSQL:
     def now(self) -> float:
         """The database's time: machines that share it may have clocks that differ.
 
-        It is asked once a minute; between, our monotonic clock counts on.
+        It is asked once a minute; between, our clock counts on, also while the machine sleeps.
         """
         asked, said = self._clock
-        if time.monotonic() - asked >= _CLOCK_S:
+        if _passed() - asked >= _CLOCK_S:
             said = self._ask("SELECT extract(epoch FROM clock_timestamp())::float8")[0]
-            asked = time.monotonic()
+            asked = _passed()
             self._clock = asked, said
-        return said + time.monotonic() - asked
+        return said + _passed() - asked
 
     def describe(self, error: BaseException) -> str:
         """The message of an error without its details, which may hold stored values."""
@@ -201,15 +205,14 @@ class PostgreSQL:
         and for a pooler that gives a connection to somebody else after each transaction.
         """
         with closing(self._connect()) as connection:
-            host, is_safe = connection.info.host, connection.pgconn.ssl_in_use
-            if not (is_safe or host.startswith("/") or is_here(host)):
-                raise StoreError(
-                    f"[store] url: the connection to {host} is not encrypted: add "
-                    "?sslmode=verify-full, and give the server a certificate"
-                )
+            _refuse_readable(connection)
+            link = "this machine"
+            if connection.pgconn.ssl_in_use:
+                mode = connection.info.get_parameters().get("sslmode", "prefer")
+                link = "TLS" if mode in _VERIFYING else f"TLS, but {_UNVERIFIED.format(mode=mode)}"
             row = connection.execute("SELECT version(), pg_backend_pid()").fetchone()
             version, process = row or ("", 0)
-            found = [" ".join(version.split()[:2]), "TLS" if is_safe else "this machine"]
+            found = [" ".join(version.split()[:2]), link]
             if process != connection.info.backend_pid:
                 self._refuse_shared_sessions(connection)
                 found.append("through a pooler that gives each connection a session of its own")
@@ -297,6 +300,8 @@ class PostgreSQL:
         return []
 
     def _check_server(self) -> None:
+        with closing(self._connect()) as connection:
+            _refuse_readable(connection)
         query = "SELECT current_setting('server_version_num')::int, getdatabaseencoding()"
         number, encoding = self._ask(query)
         if number // 10_000 < OLDEST or encoding != "UTF8":
@@ -356,6 +361,21 @@ class _Sending(Cursor):
     def _execute(self, statement: sa.ClauseElement, values: Mapping[str, object]) -> Prepared:
         self._cursor = self._driver.cursor()  # each has the answer to one statement
         return super()._execute(statement, values)
+
+
+def _refuse_readable(connection: psycopg.Connection[Any]) -> None:
+    """Raises StoreError for another machine without encryption: everything recorded goes there."""
+    host = connection.info.host
+    if not (connection.pgconn.ssl_in_use or host.startswith("/") or is_here(host)):
+        raise StoreError(
+            f"[store] url: the connection to {host} is not encrypted: add ?sslmode=verify-full, "
+            "and give the server a certificate"
+        )
+
+
+def _passed() -> float:
+    """Seconds since the machine was started, with those in which it slept."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def without_password(url: str) -> str:

@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import sqlalchemy as sa
 
-from nextstate.errors import StartError
+from nextstate.errors import TakenError
 from nextstate.store import schema as t
 from nextstate.store.database import Database
 
@@ -33,20 +33,23 @@ class Roles:
     def hold(self, name: str, taken: str, remedy: str) -> Generator[None]:
         """Has the role for as long as the block runs, where the database is shared by machines.
 
-        Raises StartError, "{taken} by NAME OF A MACHINE: {remedy}", if another process has it.
+        Raises TakenError, "{taken} by NAME OF A MACHINE: {remedy}", if another process has it.
         """
         with self._database.exclusive(name) as got:
             if got is False:
-                with self._database.read() as connection:
-                    query = sa.select(_R.holder).where(_R.name == name)
-                    holder = connection.execute(query).scalar() or "another process"
-                raise StartError(f"{taken} by {holder}: {remedy}")
+                holder = self._database.waiting(lambda: self._holder(name))
+                raise TakenError(f"{taken} by {holder}: {remedy}")
             if got:
                 self._database.epochs[name] = self._database.waiting(lambda: self._take(name))
             try:
                 yield
             finally:
                 self._database.epochs.pop(name, None)
+
+    def _holder(self, name: str) -> str:
+        with self._database.read() as connection:
+            found = connection.execute(sa.select(_R.holder).where(_R.name == name))
+            return found.scalar() or "another process"
 
     def _take(self, name: str) -> int:
         holder = f"process {os.getpid()} on {socket.gethostname()}"

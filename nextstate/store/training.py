@@ -36,6 +36,21 @@ _Kind = tuple[str, int, int, int]
 """Of a sample: its client, version, score and whether it has a hinted prompt."""
 
 
+_ENDS = sa.union_all(
+    sa.select(
+        sa.literal_column("''", sa.String).label("key"),
+        sa.literal_column("0", sa.Integer).label("count_"),
+        sa.func.coalesce(sa.func.max(t.ledger.c.seq), 0).label("seq"),
+    ),
+    sa.select(
+        t.counts.c.key,
+        t.counts.c.count.label("count_"),
+        sa.literal_column("0", sa.Integer).label("seq"),
+    ).where(t.counts.c.area == "ready"),
+).subquery()
+_NEWS = sa.select(_ENDS)
+
+
 @queries
 class Training:
     """Queries for samples."""
@@ -63,6 +78,18 @@ class Training:
             ready = _ready(connection, lineage)
             given = _by_client(ready, scored, hinted)
             return allotted(given, self._known(connection, lineage), limit)
+
+    def news(self) -> tuple[int, tuple[tuple[str, int], ...]]:
+        """What changes whenever a learner may have more to do than before, in one statement.
+
+        It is of the ledger, which tells of every version and decision, and of the samples that
+        wait.
+        """
+        with self._database.cursor(write=False) as cursor:
+            found = cursor.all(_NEWS)
+        return sum(row.seq for row in found), tuple(
+            sorted((row.key, row.count_) for row in found if row.key)
+        )
 
     def held_back(self, lineage: str, limit: int, scored: bool, hinted: bool) -> dict[str, int]:
         """How many usable samples wait by client, if they were a batch but for the shares."""
@@ -96,13 +123,25 @@ class Training:
             given = allotted(found, self._known(connection, lineage), limit)
             chosen = [turn for client, n in given.items() for turn in of_client[client][:n]]
             chosen += _siblings(connection, lineage, chosen, scored, hinted)
+        ours = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
         with self._database.write() as connection:
+            # Those that it leased when it was called before and the answer was lost.
+            known = connection.execute(sa.select(s.turn).where(*ours).order_by(s.seq)).scalars()
+            if found := known.all():
+                return _load_samples(connection, found)
             connection.execute(
                 sa.update(t.samples)
                 .where(s.turn.in_(chosen), s.state == SampleState.READY)
                 .values(state=SampleState.LEASED, batch=batch)
             )
             return _load_samples(connection, chosen, s.batch == batch)
+
+    def is_leased(self, lineage: str, batch: str) -> bool:
+        """Whether samples are leased under the name `batch`."""
+        s = t.samples.c
+        ours = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
+        with self._database.read() as connection:
+            return connection.execute(sa.select(s.turn).where(*ours).limit(1)).first() is not None
 
     def _known(self, connection: sa.Connection, lineage: str) -> set[str]:
         """The clients that gave something to the last versions."""

@@ -65,8 +65,13 @@ class Versions:
         settled: dict[str, Any] = {"state": SampleState.TRAINED}
         if state is VersionState.REJECTED:
             settled = {"state": SampleState.DROPPED, "reason": _why_dropped(version, reason)}
-        now = self._database.now()
+        now, metrics = self._database.now(), dump(dict(version.metrics))
+        v = t.versions.c
+        same = v.lineage == lineage, v.number == version.number, v.metrics == metrics
         with self._database.write() as connection:
+            known = connection.execute(sa.select(v.state).where(*same)).scalar()
+            if known is not None:  # it was added, and the answer was lost
+                return VersionState(known)
             made = state is VersionState.CANDIDATE
             if made and decided is not None and _decisions(connection, lineage).choices != decided:
                 state = VersionState.RETIRED
@@ -83,7 +88,7 @@ class Versions:
                 sha256=version.sha256,
                 samples=version.samples,
                 state=state,
-                metrics=dump(dict(version.metrics)),
+                metrics=metrics,
                 created_at=now,
                 reason=reason,
             )

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from nextstate.app import stages
 from nextstate.app.cli import main
 from nextstate.app.engine_access import engine_file
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.app.stages import wait_for_engine
 from nextstate.config import StoreConfig
+from nextstate.errors import EXIT_LATER, EXIT_USAGE, FencedError, StartError, TakenError
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
 from tests.store.test_records import add, judge, turn
@@ -406,3 +408,22 @@ def test_one_learner_serves_all_lineages_of_a_stack(config: Path) -> None:
 def add_lineages(config: Path) -> None:
     text = config.read_text()
     config.write_text(text + "".join(f'[lineages.{n}]\nmodel = "{n}"\n' for n in ("alice", "bob")))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (TakenError("lineage 'main' is trained by process 7 on one"), EXIT_LATER),
+        (FencedError("this process was cut off"), EXIT_LATER),
+        (StartError("lineage 'main' is trained by process 7"), EXIT_USAGE),
+    ],
+)
+def test_a_learner_that_may_take_over_later_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    def run(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(stages, "run_learner", run)
+    (file := tmp_path / "nextstate.toml").touch()
+    assert main(["learner", "--config", str(file)]) == code

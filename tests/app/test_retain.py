@@ -60,6 +60,12 @@ def test_retain_shows_sets_sweeps_and_ends(
     assert said(config, capsys, "retain", "--off").startswith("kept: everything; ")
 
 
+def test_the_age_of_turns_is_counted_by_the_stores_clock_not_the_machines(config: Path) -> None:
+    with closing(Store(Settings.read(config).store, lambda: 100_000.0)) as store:
+        assert retention.sweep(store, Keep(2.0)).turns == 0
+        assert len(store.turns.ids()) == 3
+
+
 @pytest.mark.parametrize("words", [("--days", "0"), ("--days", "nan"), ("--size", "5")])
 def test_a_setting_that_means_nothing_is_refused(
     config: Path, words: tuple[str, ...], capsys: pytest.CaptureFixture[str]

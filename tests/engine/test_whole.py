@@ -187,6 +187,23 @@ def test_a_return_is_at_once_while_the_engine_lives_and_starts_it_otherwise(
     within(test, store, tmp_path)
 
 
+def test_the_version_before_keeps_its_engine_until_the_serving_one_has_its_own(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test(w: World) -> None:
+        first, second = w.version(1), w.version(2)
+        await w.publish(first)
+        await w.publish(second)
+        await w.serves(2)
+        pid = w.pid(2)
+        os.kill(w.pid(1), signal.SIGKILL)  # just before a person returns to it
+        store.versions.set_serving("main", 1)
+        await w.serves(1)
+        assert (await w.asked(), w.pid(2)) == (1, pid)
+
+    within(test, store, tmp_path)
+
+
 def test_an_engine_that_ends_in_the_switch_changes_nothing_and_a_later_try_serves(
     store: Store, tmp_path: Path
 ) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sqlite3
 import subprocess
 import sys
 from collections.abc import AsyncGenerator
@@ -20,11 +19,15 @@ from nextstate.config import StoreConfig
 from nextstate.records import Json
 from nextstate.store import Store
 from tests.judge.test_stage import a_turn, record
+from tests.postgresql_server import url_of
 
+DATABASES = True
+"""Each test runs on both."""
 TURNS_BETWEEN_KILLS = 12
 CONFIG = """
 [store]
 dir = "{state}"
+url = "{database}"
 [engine]
 mode = "external"
 url = "{url}"
@@ -86,7 +89,8 @@ async def judge_through_kills(folder: Path, store: Store, kills: int) -> None:
     model = JudgesModel(kills)
     async with answering(model) as url:
         config = folder / "nextstate.toml"
-        config.write_text(CONFIG.format(state=folder / "state", url=url))
+        state = folder / "state"
+        config.write_text(CONFIG.format(state=state, database=url_of(state), url=url))
         for killed in range(kills + 1):
             more = [a_turn(turns + number) for number in range(TURNS_BETWEEN_KILLS)]
             turns += len(more)
@@ -115,17 +119,10 @@ def test_a_judge_killed_at_any_moment_leaves_one_verdict_for_each_turn(
 ) -> None:
     store = Store(StoreConfig(dir=str(tmp_path / "state")))
     asyncio.run(judge_through_kills(tmp_path, store, kills))
-    store.close()
     turns = (kills + 1) * TURNS_BETWEEN_KILLS
-    file = sqlite3.connect(tmp_path / "state" / "nextstate.sqlite3")
-    assert file.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
-    assert file.execute("SELECT count(*), count(DISTINCT turn) FROM verdicts").fetchone() == (
-        turns,
-        turns,
-    )
-    whole = "SELECT count(*) FROM verdicts WHERE score = -1 AND hinted_prompt_ids IS NOT NULL"
-    assert file.execute(whole).fetchone() == (turns,)
-    assert file.execute("SELECT state, count(*) FROM samples GROUP BY state").fetchall() == [
-        ("ready", turns)
-    ]
-    file.close()
+    assert store.database.damage() == []
+    assert store.verifying.problems(lambda *_: None) == []
+    assert store.counts()["verdicts/-1"] == store.counts()["samples/ready"] == turns
+    verdicts = [store.judging.verdict(turn) for turn in store.turns.ids(limit=turns)]
+    assert [bool(one and one.hinted_prompt_ids) for one in verdicts] == [True] * turns
+    store.close()

@@ -5,6 +5,9 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,12 @@ from typing import Any
 import pytest
 
 from learner import lineage, stage
+from learner.checkpoint import load_checkpoint
 from learner.metric_writers import MetricWriters
 from learner.trainer import PolicyTrainer
 from nextstate.config import StoreConfig
 from nextstate.engine.adapter_files import verify_adapter
+from nextstate.errors import FencedError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.versions import Versions
@@ -30,6 +35,7 @@ from tests.learner.test_lineages_in_turn import (
 )
 from tests.learner.test_tiny_model import GOOD, Recorded, save_tiny_model
 from tests.learner.test_tiny_model import WITH_CANARIES as CONFIG
+from tests.postgresql_server import instead_of_files
 
 # Forked from a process that has only imported: a fork of this one would share its OpenMP threads.
 _processes = multiprocessing.get_context("forkserver")
@@ -44,7 +50,7 @@ def rejected(*_: object) -> str:
     return "it was told to"
 
 
-def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
+def learner_that_dies(config: StoreConfig, model_path: str, point: str) -> None:
     """Runs the stage until `point`, which is a step of its order, and dies there."""
     match point:
         case "before the gate":
@@ -66,7 +72,7 @@ def learner_that_dies(state_dir: str, model_path: str, point: str) -> None:
             Versions.add = kill_myself
         case _:
             pass
-    store = Store(StoreConfig(dir=state_dir))
+    store = Store(config)
     stage.run(store, CONFIG, model_path, ["main"], kill_myself, threading.Event())
 
 
@@ -91,11 +97,11 @@ STEPS: dict[str, tuple[Any, str]] = {
 }
 
 
-def lineages_that_die(state_dir: str, model_path: str, point: str, calls: int) -> None:
+def lineages_that_die(config: StoreConfig, model_path: str, point: str, calls: int) -> None:
     """Trains two lineages in turn, and dies when they come to `point` after so many times."""
     owner, name = STEPS[point]
     setattr(owner, name, dies_after(calls, getattr(owner, name)))
-    store = Store(StoreConfig(dir=state_dir))
+    store = Store(config)
 
     def publish(version: PolicyVersion) -> None:
         store.versions.serve_candidate(version)
@@ -110,7 +116,7 @@ def run_until_killed(
     *calls: int,
     learner: Callable[..., None] = learner_that_dies,
 ) -> None:
-    arguments = (str(recorded.store.dir), model_path, point, *calls)
+    arguments = (recorded.store.config, model_path, point, *calls)
     child = _processes.Process(target=learner, args=arguments)
     child.start()
     child.join(120)
@@ -165,6 +171,81 @@ def test_a_killed_learner_resumes_exactly(tmp_path, point, kept):
     # What the dead learner had finished is taken over, not made a second time.
     assert (first.stat().st_ino == identity) is kept
     assert sorted(p.name for p in first.parent.iterdir()) == ["v000001", "v000002"]
+
+
+@pytest.mark.parametrize("point", ["before the checkpoint", "before settling"])
+def test_a_killed_learner_of_a_store_on_a_server_resumes(tmp_path, postgresql, point):
+    model_path = save_tiny_model(tmp_path / "model")
+    with instead_of_files(postgresql):
+        recorded = Recorded(tmp_path / "state", model_path)
+        recorded.add_mixed(32)
+        run_until_killed(recorded, model_path, point)
+        assert resume(recorded, model_path) == [1, 2]
+        assert recorded.states() == {"trained": 32}
+        versions = recorded.store.versions.all("main")
+        epochs = [1 if point == "before settling" else 2, 2]
+        names = [Path(version.path).name for version in versions]
+        assert names == [f"v00000{v.number}-e{n}" for v, n in zip(versions, epochs, strict=True)]
+        for version in versions:
+            verify_adapter(Path(version.path), version.sha256)
+        assert [file.name for file in (tmp_path / "state/learner/main").glob("*.pt")] == [
+            "checkpoint-e2.pt"
+        ]
+
+
+def test_a_checkpoint_of_samples_that_were_released_meanwhile_is_dropped(tmp_path):
+    """Of a store that was put back to an older copy, or of a learner that was replaced."""
+    model_path = save_tiny_model(tmp_path / "model")
+    recorded = Recorded(tmp_path / "state", model_path)
+    recorded.add_mixed(32)
+    run_until_killed(recorded, model_path, "before settling")
+    recorded.store.training.release_samples("main")
+    assert resume(recorded, model_path) == [1, 2]
+    assert recorded.states() == {"trained": 32}
+    versions = recorded.store.versions
+    used = [turn for number in (1, 2) for turn, _ in versions.used_turns("main", number)]
+    assert len({*used}) == len(used) == 32
+
+
+def test_a_learner_that_was_cut_off_and_replaced_leaves_the_files_of_the_next_one(
+    tmp_path, postgresql, monkeypatch
+):
+    model_path = save_tiny_model(tmp_path / "model")
+    with instead_of_files(postgresql):
+        recorded = Recorded(tmp_path / "state", model_path)
+        here = Store(StoreConfig(dir=str(tmp_path / "state")))
+        recorded.add_mixed(32)
+        monkeypatch.setattr(stage, "ProcessLock", lambda *_: nullcontext())  # each has a machine
+        reached, goes_on = threading.Event(), threading.Event()
+        save = lineage.Lineage._save
+
+        def waits(self: lineage.Lineage, *given: Any) -> PolicyVersion:
+            if self._store is here:
+                reached.set()
+                assert goes_on.wait(120)
+            return save(self, *given)
+
+        monkeypatch.setattr(lineage.Lineage, "_save", waits)
+        with ThreadPoolExecutor() as pool:
+            other = replace(CONFIG, batch_size=8)  # so that it makes another adapter
+            nothing = threading.Event()
+            cut_off = pool.submit(stage.run, here, other, model_path, ["main"], print, nothing)
+            assert reached.wait(120)
+            postgresql.run(
+                "SELECT pg_terminate_backend(pid) FROM pg_locks WHERE locktype = 'advisory'"
+            )
+            try:
+                assert resume(recorded, model_path, last=1) == [1]
+            finally:
+                goes_on.set()
+            with pytest.raises(FencedError):
+                cut_off.result()
+        version = recorded.store.versions.serving("main")
+        verify_adapter(Path(version.path), version.sha256)
+        found = load_checkpoint(tmp_path / "state/learner/main")
+        assert found.version.sha256 == version.sha256
+        assert resume(recorded, model_path) == [2]
+        assert recorded.states() == {"trained": 32}
 
 
 @pytest.mark.parametrize("point", ["after rejecting", "before the step is undone"])

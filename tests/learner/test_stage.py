@@ -1,5 +1,6 @@
 """The stage on a real store and a tiny model: each sample settles once, and the policy moves."""
 
+import errno
 import json
 import math
 from dataclasses import replace
@@ -13,6 +14,7 @@ from learner import evaluator, stage
 from learner.config import LearnerConfig
 from learner.schedule import Schedule
 from nextstate.app.views import version_card
+from nextstate.engine import adapter_files
 from nextstate.engine.adapter_files import verify_adapter
 from nextstate.errors import EngineError, LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
@@ -345,6 +347,26 @@ def test_a_changed_adapter_of_the_serving_version_falls_back_to_its_parent(recor
     assert second.state is VersionState.REJECTED
     assert "changed on disk" in second.reason
     assert (third.parent, third.state) == (first.number, VersionState.SERVING)
+
+
+def test_a_serving_version_that_cannot_be_read_for_now_is_waited_for(
+    recorded, model_path, monkeypatch
+):
+    recorded.add_mixed(16 * 2)
+    train(recorded, model_path, FakeEngine(recorded.store, 1))
+    read, failures = adapter_files.file_sha256, 2
+
+    def fails(path: Path) -> str:
+        nonlocal failures
+        if failures:
+            failures -= 1
+            raise OSError(errno.EIO, "Input/output error")
+        return read(path)
+
+    monkeypatch.setattr(adapter_files, "file_sha256", fails)
+    train(recorded, model_path, engine := FakeEngine(recorded.store))
+    assert (engine.withdrawn, engine.published) == ([], [2])
+    assert recorded.store.versions.all("main")[1].parent == 1
 
 
 def test_a_chain_of_changed_adapters_falls_back_to_the_base(recorded, model_path):

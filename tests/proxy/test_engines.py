@@ -276,6 +276,31 @@ def test_a_request_that_ends_two_engines_is_not_sent_to_a_third(
     several(test, store, tmp_path, 3)
 
 
+def test_a_request_that_two_engines_hang_with_is_not_sent_to_a_third(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    healthy = client.EngineClient.healthy
+    monkeypatch.setattr(client.EngineClient, "healthy", lambda self: healthy(self, 0.1))
+
+    async def test(made: list[ScriptedEngine], p: Running) -> None:
+        async def hangs(engine: ScriptedEngine) -> None:
+            await until(lambda: bool(engine.served))
+            engine.frozen = asyncio.Event()
+
+        for engine in made:
+            engine.script = Script(body_gate=asyncio.Event())
+        hanging = [asyncio.create_task(hangs(engine)) for engine in made]
+        status, data, _ = await p.chat(request("this one hangs"))
+        assert (status, sorted(answered(made))) == (503, [0, 1, 1])
+        assert b"Two inference engines ended while they had this request" in data
+        for engine, task in zip(made, hanging, strict=True):
+            task.cancel()
+            if engine.frozen is not None:
+                engine.frozen.set()
+
+    several(test, store, tmp_path, 3)
+
+
 def test_requests_wait_while_all_engines_are_down_and_the_first_one_back_answers(
     store: Store, tmp_path: Path
 ) -> None:

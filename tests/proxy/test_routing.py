@@ -147,6 +147,12 @@ def test_the_turns_of_a_conversation_have_one_key() -> None:
     [
         (said("a"), said("b")),
         (said([{"type": "text", "text": "a"}]), said([{"type": "text", "text": "b"}])),
+        (said("x" * 5000 + "a"), said("x" * 5000 + "b")),
+        (
+            said([{"type": "text", "text": "x" * 5000 + "a"}]),
+            said([{"type": "text", "text": "x" * 5000 + "b"}]),
+        ),
+        (said("x" * 5000), said("x" * 6000)),
         (said("a", user="x"), said("b", user="x")),
         (said("a", session_id="x"), said("a", session_id="y")),
         ({"input": "a"}, {"input": "b"}),

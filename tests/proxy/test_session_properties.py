@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from tests.proxy.conversations import Step, recorded
 from tests.proxy.generated_agents import FORKING, MOVES, PLAIN, crowds, programs
 
+DATABASES = True
+"""Each test runs on both."""
 FEW = settings(max_examples=20)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import signal
 import sqlite3
 from contextlib import closing
@@ -14,6 +15,7 @@ import pytest
 
 from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
+from nextstate.engine import adapter_files
 from nextstate.engine.adapter_files import WEIGHTS_FILE
 from nextstate.engine.client import publish, withdraw
 from nextstate.errors import AdapterError, EngineError
@@ -153,6 +155,42 @@ def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
         assert V2 not in engine.adapters
 
     both(test, store, tmp_path)
+
+
+@pytest.mark.parametrize("noticed", ["at a restart", "by a request"])
+def test_an_adapter_that_cannot_be_read_for_now_keeps_its_place_and_serves_once_it_can(
+    store: Store, tmp_path: Path, noticed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, tried = adapter_files.file_sha256, 0
+
+    def fails(path: Path) -> str:
+        nonlocal tried
+        tried += 1
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        for number in (1, 2):
+            await serve(store, p, tmp_path, number)
+        monkeypatch.setattr(adapter_files, "file_sha256", fails)
+        engine.adapters.clear()
+        if noticed == "at a restart":
+            p.proxy.versions.replicas[0].failed()
+        else:
+            await p.chat(request())
+        await until(lambda: tried > 0)
+        monkeypatch.setattr(adapter_files, "file_sha256", read)
+        status, _, headers = await p.chat(request())
+        assert (status, headers["x-nextstate-version"]) == (200, "2")
+        assert [v.state.value for v in store.versions.all("main")] == ["retired", "serving"]
+
+    both(test, store, tmp_path)
+
+
+def test_a_file_is_lost_only_where_its_disk_is_there(tmp_path: Path) -> None:
+    with pytest.raises(AdapterError):
+        adapter_files.verify_adapter(tmp_path / "v1", "ff")
+    with pytest.raises(EngineError, match="see that this machine has its disk"):
+        adapter_files.verify_adapter(tmp_path / "not mounted" / "v1", "ff")
 
 
 @pytest.mark.parametrize("adapter", ["whole", "changed"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.store import Store
+from nextstate.store.workers import name_of
 from proxy.intervals import Intervals
 from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.proxy.test_workers import metrics
@@ -28,9 +31,9 @@ class Clocked(Store):
         super().__init__(StoreConfig(dir=str(folder / "state")), lambda: self.now)
         others = self.workers.others
 
-        def looked(worker: str) -> list[tuple[list[str], dict[str, int]]]:
+        def looked(*asked: str) -> list[tuple[list[str], dict[str, int]]]:
             self.looked += 1
-            return others(worker)
+            return others(*asked)
 
         self.workers.others = looked
 
@@ -194,3 +197,29 @@ def test_metrics_add_up_all_workers(tmp_path: Path) -> None:
         await held
 
     paired(tmp_path, test)
+
+
+def test_metrics_leave_out_another_machines_proxy_whose_adapters_stay_loaded(
+    store: Store, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with (
+            scripted_engine() as engine,
+            running(engine.url, store, tmp_path, worker="7@one:8000") as first,
+            running(engine.url, store, tmp_path, worker="7@two:8000") as second,
+        ):
+            assert (await first.chat(request()))[0] == 200
+            assert (await second.chat(request()))[0] == 200
+            await until(lambda: len(store.workers.others("7@one:8000")) == 1)
+            assert store.workers.others("7@one:8000", "@one:8000") == []
+            assert "nextstate_requests_total 1\n" in await metrics(first.http, first.url)
+
+    asyncio.run(test())
+
+
+def test_proxies_of_a_store_on_a_server_know_each_other() -> None:
+    assert name_of(None, StoreConfig(), 8080) is None
+    assert name_of(1, StoreConfig(), 8080) == "1"
+    shared = StoreConfig(url="postgresql://there/nextstate")
+    name = f"{os.getpid()}@{socket.gethostname()}:8080"
+    assert name_of(None, shared, 8080) == name_of(1, shared, 8080) == name

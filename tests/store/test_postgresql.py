@@ -24,12 +24,12 @@ from nextstate.store.forgetting import Wanted
 from nextstate.store.waiting import Patience
 from plugins.agents.profile import GENERIC, Profile
 from proxy.exchange import record_exchange
-from tests.postgresql_server import Server, missing
+from tests.postgresql_server import Server, needed, require_server
 from tests.store.rows import change, select
 from tests.store.test_records import add, judge, turn
 
-psycopg = pytest.importorskip("psycopg")
-PostgreSQL = pytest.importorskip("nextstate.store.postgresql").PostgreSQL
+psycopg = needed("psycopg")
+PostgreSQL = needed("nextstate.store.postgresql").PostgreSQL
 pytestmark = pytest.mark.sqlite  # it brings its own server
 PROFILE = Profile(GENERIC)
 
@@ -37,8 +37,7 @@ PROFILE = Profile(GENERIC)
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """A server that tests may kill."""
-    if reason := missing():
-        pytest.skip(reason)
+    require_server()
     found = Server()
     yield found
     found.close()
@@ -374,6 +373,42 @@ def test_a_copy_goes_on_after_a_cut_is_proven_and_comes_back_the_same(
         store.close()
 
 
+def test_a_copy_may_take_longer_for_a_table_than_a_transaction_may_be_idle(
+    config: StoreConfig, tmp_path: Path
+) -> None:
+    def slowly(table: str, _: int) -> None:
+        if table == "turns":
+            time.sleep(0.3)
+
+    hasty = "?options=-c%20idle_in_transaction_session_timeout%3D100ms"
+    with (
+        closing(Store(StoreConfig(str(tmp_path / "first")))) as first,
+        closing(Store(StoreConfig(config.dir, config.url + hasty))) as there,
+        closing(Store(StoreConfig(str(tmp_path / "back")))) as back,
+    ):
+        add(first, turn(0), turn(1))
+        assert copy(first.database, there.database, slowly) > 0
+        assert copy(there.database, back.database, slowly) > 0
+        assert everything(first) == everything(there) == everything(back)
+
+
+def test_a_copy_to_a_server_that_goes_away_is_to_be_tried_again(
+    config: StoreConfig, server: Server, tmp_path: Path
+) -> None:
+    with (
+        closing(Store(StoreConfig(str(tmp_path / "first")))) as first,
+        closing(Store(config, patience=Patience(0.1))) as there,
+    ):
+        add(first, turn(0), turn(1))
+        try:
+            with pytest.raises(WaitError):
+                copy(first.database, there.database, lambda *_: server.kill())
+        finally:
+            server.start()
+        assert copy(first.database, there.database, lambda *_: None) > 0
+        assert everything(first) == everything(there)
+
+
 def test_a_copied_store_takes_feedback_that_waits(config: StoreConfig, tmp_path: Path) -> None:
     with (
         closing(Store(StoreConfig(dir=str(tmp_path / "files")))) as first,
@@ -433,5 +468,19 @@ def test_doctor_tells_the_version_and_refuses_another_machine_without_encryption
     assert re.fullmatch(r"PostgreSQL \d+\.\d+, this machine", store.database.about())
     monkeypatch.setattr("nextstate.store.postgresql.is_here", lambda _: False)
     with pytest.raises(StoreError, match="is not encrypted: add \\?sslmode=verify-full"):
+        Store(config)  # nothing is sent there before
+    with pytest.raises(StoreError, match="is not encrypted: add \\?sslmode=verify-full"):
         store.database.about()
     store.close()
+
+
+def test_a_role_cannot_be_had_while_the_server_is_away(server: Server, config: StoreConfig) -> None:
+    with closing(Store(config, patience=Patience(0.1, pause_s=0.02))) as store:
+        server.kill()
+        try:
+            with pytest.raises(WaitError), store.roles.hold("learner/main", "taken", "end it"):
+                pass
+        finally:
+            server.start()
+        with store.roles.hold("learner/main", "taken", "end it"):
+            assert store.database.epochs

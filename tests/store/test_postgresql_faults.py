@@ -20,15 +20,20 @@ from nextstate.errors import WaitError
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
 from tests.certificates import certificate
-from tests.postgresql_server import Server, missing
+from tests.postgresql_server import Server, needed, require_server
 from tests.store.test_records import add, turn
 
-psycopg = pytest.importorskip("psycopg")
+psycopg = needed("psycopg")
 pytestmark = [
     pytest.mark.sqlite,  # it brings its own server
-    pytest.mark.skipif(missing() is not None and "CI" not in os.environ, reason=f"{missing()}"),
+    pytest.mark.usefixtures("has_server"),
 ]
 POOLER = shutil.which("pgbouncer", path=f"{os.environ['PATH']}:/usr/sbin")
+
+
+@pytest.fixture
+def has_server() -> None:
+    require_server()
 
 
 @contextmanager
@@ -118,7 +123,8 @@ def test_doctor_says_that_the_link_is_encrypted_and_whose_certificate_is_wrong(
         def asked(ca: Path, url: str = url) -> str:
             return doctors(tmp_path, f"{url}?sslmode=verify-full&sslrootcert={ca}")
 
-        assert "TLS" in asked(files.certificate)
+        assert asked(files.certificate).endswith(", TLS")
+        assert "sslmode=require does not see whose" in doctors(tmp_path, f"{url}?sslmode=require")
         assert "certificate verify failed" in asked(foreign)
         by_number = url.replace("localhost", "127.0.0.1")
         assert "does not match host name" in asked(files.certificate, by_number)

@@ -141,6 +141,15 @@ def test_a_process_makes_private_files_under_any_umask(tmp_path: Path, entry: st
     assert found == {"own": 0o600, "folder": 0o700, "child": 0o600}
 
 
+def test_the_folder_of_a_store_on_a_server_that_was_open_is_closed(tmp_path: Path) -> None:
+    folder = tmp_path / "state"
+    for name in ("versions/main/v000001-e2", "learner/main", "logs"):
+        (folder / name).mkdir(parents=True)
+    folder.chmod(0o750)
+    make_state_folder(folder)
+    assert {mode(path) for path in below(folder)} == {0o700}
+
+
 def test_what_an_earlier_program_left_open_is_closed_and_told(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -6,7 +6,7 @@ import itertools
 import os
 import random
 import stat
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
@@ -29,6 +29,7 @@ from nextstate.records import (
     majority,
 )
 from nextstate.store import Store, schema
+from nextstate.store.waiting import Patience
 
 KEY = b"k" * 16
 
@@ -273,3 +274,30 @@ def test_held_out_samples_are_never_leased_and_the_newest_come_first(store: Stor
     assert [s.turn for s in store.training.held_samples("main", 3, 1)] == ["turn_7", "turn_6"]
     assert [s.turn for s in store.training.held_samples("main", 1, 9)] == ["turn_7"]
     assert store.training.held_samples("other", 9, 9) == []
+
+
+def test_a_judge_without_work_waits_for_no_writer_and_holds_none_up(
+    store: Store, tmp_path: Path
+) -> None:
+    add(store, turn(0))
+    judge(store, 0, 1)
+    other = Store(StoreConfig(dir=str(tmp_path / "state")), patience=Patience(0.1, pause_s=0.01))
+    with closing(other), store.database.write():  # the one transaction that writes
+        assert other.judging.lease(9, 60.0) == []
+        assert other.groups.unsettled() == []
+
+
+def test_what_a_learner_may_have_to_do_is_news(store: Store) -> None:
+    add(store, turn(0), turn(1))
+    nothing = store.training.news()
+    assert store.training.news() == nothing
+    judge(store, 0, 1)
+    assert (ready := store.training.news()) != nothing
+    store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
+    assert store.training.news() != ready
+    store.training.release_samples("main")
+    assert store.training.news() == ready
+    store.versions.add(PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE), None)
+    assert (added := store.training.news()) != ready
+    store.versions.pause("main", "me")
+    assert store.training.news() != added

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from nextstate.config import StoreConfig
-from nextstate.errors import FencedError, StartError
+from nextstate.errors import FencedError, TakenError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.postgresql_server import Server
@@ -36,7 +36,7 @@ def two(tmp_path: Path, postgresql: Server) -> Iterator[list[Store]]:
 def test_a_role_that_another_machine_has_is_refused_until_it_ends(two: list[Store]) -> None:
     here, there = two
     with here.roles.hold(*ROLE):
-        with pytest.raises(StartError, match=r"is trained by process .* on .*: end it"):
+        with pytest.raises(TakenError, match=r"is trained by process .* on .*: end it"):
             there.roles.hold(*ROLE).__enter__()
         with there.roles.hold("learner/other", *ROLE[1:]):
             assert there.versions.add(candidate(1), None) == VersionState.CANDIDATE

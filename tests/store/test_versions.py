@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+import sqlalchemy as sa
+
 from nextstate.config import StoreConfig
+from nextstate.errors import StoreError, WaitError
 from nextstate.records import (
     Decisions,
     Feedback,
@@ -32,6 +38,46 @@ def test_a_version_settles_its_batch_and_only_one_serves(store: Store) -> None:
     store.versions.set_serving("main", 0)
     assert store.versions.serving("main").number == 0
     assert store.versions.serving("main").adapter_name is None
+
+
+def lose_the_next_answer(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next write transaction is committed, and nobody hears of it."""
+    write = store.database.write
+
+    @contextmanager
+    def once() -> Generator[sa.Connection]:
+        monkeypatch.setattr(store.database, "write", write)
+        with write() as connection:
+            yield connection
+        raise WaitError("the link was cut")
+
+    monkeypatch.setattr(store.database, "write", once)
+
+
+def test_a_lease_whose_answer_was_lost_leases_the_same_samples_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add(store, *map(turn, range(3)))
+    for number in range(3):
+        judge(store, number, 1)
+    lose_the_next_answer(store, monkeypatch)
+    leased = store.training.lease_samples("main", 1, "b", scored=True, hinted=True)
+    assert len(leased) == 1
+    version = PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE)
+    store.versions.add(version, "b")
+    assert [used for used, _ in store.versions.used_turns("main", 1)] == [leased[0].turn]
+    assert store.counts()["samples/ready"] == 2
+
+
+def test_a_version_whose_registration_was_not_answered_is_registered_once(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE, {"loss": 0.5})
+    lose_the_next_answer(store, monkeypatch)
+    assert store.versions.add(version, None) is VersionState.CANDIDATE
+    assert store.versions.all("main") == [version]
+    with pytest.raises(StoreError):  # another one of the same number
+        store.versions.add(replace(version, metrics={"loss": 0.25}), None)
 
 
 def test_a_rejected_version_drops_its_batch_with_the_reason(store: Store) -> None:

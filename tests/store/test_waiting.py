@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -247,3 +247,21 @@ def test_feedback_on_a_locked_store_is_to_be_tried_again(
             assert answer.status == 200
 
     both(test, store, tmp_path)
+
+
+def test_many_at_once_leave_the_others_their_connections(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ExitStack() as opened:
+        for _ in range(15):
+            opened.enter_context(store.database.cursor(write=False))
+        pool = store.database.engine.pool
+        monkeypatch.setattr(pool, "_timeout", 0.05)
+        monkeypatch.setattr(store.database, "patience", Patience(0.1, pause_s=0.01))
+        with pytest.raises(WaitError, match="QueuePool limit"):
+            store.keys.all()
+    for _ in range(4):
+        assert store.keys.all() == []
+    with ExitStack() as opened:
+        for _ in range(12):
+            opened.enter_context(store.database.read())

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.docs.messages import ROOT
-from tests.postgresql_server import missing
+from tests.postgresql_server import require_server
 
 BLOCKS = 12
 """Of commands and configurations."""
@@ -22,8 +22,7 @@ ALONE = ("unshare", "--net", "--mount")
 
 @pytest.mark.timeout(1200)
 def test_the_commands_of_the_document_lead_to_three_machines_and_past_a_lost_database() -> None:
-    if reason := missing():
-        pytest.skip(reason)
+    require_server()
     if os.geteuid() or subprocess.run([*ALONE, "ip", "link"], check=False).returncode:
         pytest.skip("network namespaces with users of their own need root")
     folder = Path(tempfile.mkdtemp(prefix="nextstate-three-"))

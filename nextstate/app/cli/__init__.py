@@ -50,7 +50,15 @@ from nextstate.app.cli import (
     versions,
 )
 from nextstate.config import DEFAULT_FILE
-from nextstate.errors import EXIT_LATER, EXIT_USAGE, LostRankError, NextStateError, WaitError
+from nextstate.errors import (
+    EXIT_LATER,
+    EXIT_USAGE,
+    FencedError,
+    LostRankError,
+    NextStateError,
+    TakenError,
+    WaitError,
+)
 from nextstate.logs import to_stderr as log_to_stderr
 from nextstate.offline import go_offline
 from nextstate.private_files import only_for_owner
@@ -126,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
         return code
-    except (WaitError, LostRankError) as error:
+    except (WaitError, FencedError, TakenError, LostRankError) as error:
         return _fail(str(error), EXIT_LATER)
     except NextStateError as error:
         return _fail(str(error), EXIT_USAGE)

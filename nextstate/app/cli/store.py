@@ -33,6 +33,7 @@ def run(args: argparse.Namespace) -> int:
 
     from nextstate.app.settings import Settings
     from nextstate.errors import ConfigError
+    from nextstate.records import TurnKind
     from nextstate.store import Store
     from nextstate.store.copying import copy
 
@@ -49,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
             progress.advance(bars[table], rows)
 
         rows = copy(source.database, target.database, more)
-    turns = sum(n for key, n in target.counts().items() if key in ("turns/main", "turns/side"))
+    kinds = {f"turns/{kind}" for kind in TurnKind}
+    turns = sum(n for key, n in target.counts().items() if key in kinds)
     print(f"{target.database.name} has all {turns} turns; {rows} rows were written")
     source.close()
     target.close()

@@ -62,13 +62,13 @@ def _adapters(store: Store) -> Iterator[str]:
     from pathlib import Path
 
     from nextstate.engine.adapter_files import verify_adapter
-    from nextstate.errors import AdapterError
+    from nextstate.errors import AdapterError, EngineError
 
     for version in store.versions.all():
         if version.path is not None and version.sha256 is not None:
             try:
                 verify_adapter(Path(version.path), version.sha256)
-            except AdapterError as error:
+            except (AdapterError, EngineError) as error:
                 yield f"version {version.number} of {version.lineage}: {error}"
 
 
