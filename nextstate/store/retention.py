@@ -173,7 +173,8 @@ def _first_kept(connection: sa.Connection, lineage: str) -> tuple[int, int]:
         found = connection.execute(least).scalar()
         return _NONE if found is None else found
 
-    return oldest(newest_judged(lineage, KEPT_JUDGED).subquery()), oldest(held.subquery())
+    judged = newest_judged(lineage, KEPT_JUDGED).limit(KEPT_JUDGED)
+    return oldest(judged.subquery()), oldest(held.subquery())
 
 
 def _last_at(connection: sa.Connection, session: str) -> float:

@@ -126,7 +126,7 @@ class Training:
         ours = s.lineage == lineage, s.state == SampleState.LEASED, s.batch == batch
         with self._database.write() as connection:
             # Those that it leased when it was called before and the answer was lost.
-            known = connection.execute(sa.select(s.turn).where(*ours).order_by(s.seq)).scalars()
+            known = connection.execute(sa.select(s.turn).where(*ours)).scalars()
             if found := known.all():
                 return _load_samples(connection, found)
             connection.execute(

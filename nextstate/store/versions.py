@@ -356,7 +356,7 @@ def newest_judged(lineage: str, limit: int) -> sa.Select[Any, Any, Any, Any, Any
     """The judged turns among so many samples that `limit` of them are likely, newest first."""
     s, v, every = t.samples.c, t.verdicts.c, t.samples.alias().c
     oldest = sa.select(every.seq).where(every.lineage == lineage).order_by(every.seq.desc())
-    oldest = oldest.limit(1).offset(_LOOKED_THROUGH * limit - 1).scalar_subquery()
+    oldest = oldest.limit(1).offset(max(0, _LOOKED_THROUGH * limit - 1)).scalar_subquery()
     ours = s.lineage == lineage, s.policy_version.is_not(None), t.turns.c.episode.is_(None)
     return (
         sa.select(
