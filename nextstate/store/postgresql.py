@@ -374,8 +374,8 @@ def _refuse_readable(connection: psycopg.Connection[Any]) -> None:
 
 
 def _passed() -> float:
-    """Seconds since the machine was started, with those in which it slept."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
+    """Seconds since the machine was started, where it can tell with those in which it slept."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def without_password(url: str) -> str:
