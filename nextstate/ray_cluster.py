@@ -78,6 +78,16 @@ def connect(address: str, folder: Path, *, quiet: bool = False) -> Any:
     return ray
 
 
+def is_of_cluster(ray: Any, timeout_s: float) -> bool:
+    """Whether the head counts this node among the living; False if it does not answer in time."""
+    own = ray.NodeID.from_hex(ray.get_runtime_context().get_node_id())
+    try:
+        [alive] = ray._private.worker.global_worker.gcs_client.check_alive([own], timeout_s)
+    except Exception:  # Ray has several, also of gRPC
+        return False
+    return bool(alive)
+
+
 def own_address(ray: Any) -> str:
     """This machine's address in the cluster."""
     return str(ray.util.get_node_ip_address())

@@ -2,8 +2,9 @@
 
 The actor gets a file's name and the part's, and no secret: keys are in the environment of its node
 and in the state folder. Everything begins in its constructor, because that is all that Ray calls
-when it starts the actor again, on this node or another one. The child dies with its actor, which
-dies with its node's raylet. What a cut network keeps alive for a while is refused by the store.
+when it starts the actor again, on this node or another one. The child dies with its actor. The
+actor dies with its node's raylet, and when it has not reached the cluster's head for a while: then
+Ray starts another one elsewhere. What both write meanwhile, the store takes from one only.
 
 Where an engine listens is known once it has a node. It writes that into the engine file, and the
 stages start their processes when it is there, and again when it has changed.
@@ -18,10 +19,12 @@ import logging
 import os
 import signal
 import threading
+import time
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from nextstate.app.engine_access import engine_access, engine_file, write_engine_file
@@ -31,12 +34,16 @@ from nextstate.app.supervisor import Child, Supervisor, end
 from nextstate.engine import process as vllm
 from nextstate.errors import NextStateError
 from nextstate.private_files import only_for_owner
-from nextstate.ray_cluster import own_address
+from nextstate.ray_cluster import is_of_cluster, own_address
 
 log = logging.getLogger(__name__)
 
 _LOOK_S = 0.5
 """Between two looks at the engine file."""
+_BEAT_S, _BEAT_TIMEOUT_S = 2.0, 8.0
+"""Between two questions to the cluster's head, and for its answer."""
+_LOST_S = 30.0
+"""How long the head may be out of reach. By itself Ray ends what is cut off after minutes."""
 _FROM_RAY = "OMP_NUM_THREADS"
 """Ray sets it to 1 for an actor; what the node's own environment says stays."""
 
@@ -69,6 +76,7 @@ class Part:
         self._stopping = asyncio.Event()
         self._thread = threading.Thread(target=self._run, name=name)
         self._thread.start()
+        threading.Thread(target=self._stay, args=[ray], daemon=True).start()
 
     def seen(self) -> Seen:
         """What `nextstate status` shows, and why it cannot start."""
@@ -91,6 +99,19 @@ class Part:
         except BaseException:
             log.exception("the actor of %s failed", self._name)
             os._exit(1)  # Ray starts it again
+
+    def _stay(self, ray: Any) -> None:
+        """Ends this process, and with it the child, when its node is no longer of the cluster."""
+        missed_s = 0.0
+        while missed_s < _LOST_S:
+            time.sleep(_BEAT_S)
+            began = time.monotonic()
+            if is_of_cluster(ray, _BEAT_TIMEOUT_S):
+                missed_s = 0.0
+            else:  # no more than that, if the machine slept
+                missed_s += min(_BEAT_S + time.monotonic() - began, _BEAT_S + _BEAT_TIMEOUT_S)
+        log.error("the cluster's head is out of reach: %s ends here", self._name)
+        os._exit(1)
 
     async def _keep(self) -> None:
         settings = Settings.read(self._file)

@@ -66,8 +66,6 @@ class RayStack:
         stages = STAGES if settings.rollout.environment else STAGES[1:]
         self._parts = [*stages, *(settings.engine.parts if self.managed else ())]
         """In the order in which they end."""
-        self._places = [name for name in self._parts if name != "rollout"]
-        """What is placed; the rollout has its place beside the proxy, which it asks."""
         self._name = f"nextstate-{hashlib.sha256(str(self.dir).encode()).hexdigest()[:12]}"
         self._actors: dict[str, Any] = {}
         self._seen: dict[str, Seen] = {}
@@ -142,7 +140,7 @@ class RayStack:
     def states(self) -> dict[str, str]:
         """The state of each part, the engine first."""
         return {
-            name: self._told.get(name, "not started") for name in sorted(self._parts, key=order)
+            name: self._told.get(name, "not asked yet") for name in sorted(self._parts, key=order)
         }
 
     async def _ready(self) -> None:
@@ -181,13 +179,15 @@ class RayStack:
     def _nodes(self) -> list[Json]:
         return [node for node in self._ray.nodes() if node["Alive"]]
 
-    def _bundles(self) -> list[dict[str, float]]:
-        """What each place has, in the order of `_places`."""
+    def placed(self) -> dict[str, dict[str, float]]:
+        """What each part needs of a node; the rollout has its place beside the proxy."""
         has = self._ray.cluster_resources()
         learner = self.settings.learner.ranks
         engine = int(self.settings.engine.option("--tensor-parallel-size") or 1)
-        bundles: list[dict[str, float]] = []
-        for name in self._places:
+        needed: dict[str, dict[str, float]] = {}
+        for name in self._parts:
+            if name == "rollout":
+                continue
             kind = name.partition("-")[0]
             bundle = {"CPU": 2 * _SHARE if kind == "proxy" else _SHARE}
             if (own := f"nextstate-{kind}") in has:
@@ -197,22 +197,21 @@ class RayStack:
             gpus = {"engine": engine, "learner": learner}.get(kind, 0)
             if gpus and not vllm.on_cpu():
                 bundle["GPU"] = gpus
-            bundles.append(bundle)
-        return bundles
+            needed[name] = bundle
+        return needed
 
     async def _place(self) -> Any:
         """The group that reserves a place for each part. Raises StartError if there is none."""
         groups = importlib.import_module("ray.util.placement_group")
         with suppress(ValueError):
             return await asyncio.to_thread(self._ray.util.get_placement_group, self._name)
-        bundles = self._bundles()
-        group = groups.placement_group(bundles, name=self._name, lifetime="detached")
+        needed = self.placed()
+        group = groups.placement_group([*needed.values()], name=self._name, lifetime="detached")
         if await asyncio.to_thread(group.wait, _PLACE_S):
             return group
         self._ray.util.remove_placement_group(group)
-        wanted = dict(zip(self._places, bundles, strict=True))
         raise StartError(
-            f"the cluster has no place for {wanted}, but in all {self._ray.cluster_resources()}: "
+            f"the cluster has no place for {needed}, but in all {self._ray.cluster_resources()}: "
             "add nodes, or end what takes its resources"
         )
 
@@ -225,8 +224,8 @@ class RayStack:
 
     def _make(self, name: str, group: Any) -> Any:
         strategies = importlib.import_module("ray.util.scheduling_strategies")
-        number = self._places.index("proxy" if name == "rollout" else name)
-        gpus = 0 if name == "rollout" else self._bundles()[number].get("GPU", 0)
+        needed = self.placed()
+        place = "proxy" if name == "rollout" else name
         made = self._ray.remote(Part).options(
             name=f"{self._name}/{name}",
             namespace=_NAMESPACE,
@@ -235,9 +234,9 @@ class RayStack:
             max_restarts=-1,
             max_concurrency=4,
             num_cpus=_SHARE,
-            num_gpus=gpus,
+            num_gpus=needed[place].get("GPU", 0),
             scheduling_strategy=strategies.PlacementGroupSchedulingStrategy(
-                group, placement_group_bundle_index=number
+                group, placement_group_bundle_index=[*needed].index(place)
             ),
         )
         return made.remote(str(self.settings.file.absolute()), name, self._shared)

@@ -19,8 +19,13 @@ import psutil
 import pytest
 
 from demo.course import POLICY
+from nextstate.app.ray_stack import RayStack
+from nextstate.app.settings import Settings
+from nextstate.engine import process as vllm
 from nextstate.engine.process import free_port
+from nextstate.errors import ConfigError
 from nextstate.ray_cluster import TOKEN
+from tests.postgresql_server import require_server
 from tests.rollout.test_nodes import ROOT, environment, needs_ray
 
 CONFIG = """
@@ -37,6 +42,7 @@ port = {port}
 kind = "rules"
 """
 BACK_S = 5.0
+ALONE = ("unshare", "--net", "--mount")
 
 
 def write_config(folder: Path, engine: int, **more: str) -> Path:
@@ -70,7 +76,7 @@ class Up:
         self.log = config.parent / "up.log"
         command = [sys.executable, "-P", "-m", "nextstate", "up", "--config", str(config), "--ray"]
         env = {**environment(config.parent), **variables}
-        del env["OMP_NUM_THREADS"]  # of the tests' own
+        env.pop("OMP_NUM_THREADS", None)  # of the tests' own
         with self.log.open("ab") as log:
             self.process = subprocess.Popen([*command, *more], stdout=log, stderr=log, env=env)
 
@@ -156,3 +162,84 @@ def test_parts_run_on_ray_come_back_and_end_with_the_command(tmp_path: Path) -> 
     assert not (tmp_path / ".ray").exists()
     for file in [up.log, *(up.state / "logs").iterdir()]:
         assert token.read_text() not in file.read_text()
+
+
+@needs_ray
+@pytest.mark.timeout(1500)
+def test_parts_of_a_node_that_is_cut_off_go_to_another_one_and_end_there(tmp_path: Path) -> None:
+    require_server()
+    if os.geteuid() or subprocess.run([*ALONE, "ip", "link"], check=False).returncode:
+        pytest.skip("network namespaces beside a PostgreSQL need root")
+    ended = subprocess.run(
+        [*ALONE, sys.executable, "-m", "tests.app.three_nodes", str(tmp_path)],
+        cwd=ROOT,
+        env=environment(tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout[-2000:] + ended.stderr[-6000:]
+    found: dict[str, Any] = json.loads(ended.stdout.splitlines()[-1])
+    assert "it has another token than" in found["wrong token"]
+    assert "the cluster has 3 nodes" in found["a file"]
+    assert found["parts"] == ["engine", "judge", "learner", "proxy"]
+    assert found["same after a short cut"]
+    assert found["asked"] == found["turns"] >= 5
+    assert (found["up"], found["left"], found["told"]) == (0, [], [])
+
+
+class Cluster:
+    """What the plan of a cluster asks Ray for."""
+
+    def __init__(self, nodes: int, **resources: float) -> None:
+        self._nodes, self._resources = nodes, resources
+        self.util = self
+
+    def nodes(self) -> list[dict[str, bool]]:
+        return [{"Alive": True}] * self._nodes + [{"Alive": False}]
+
+    def cluster_resources(self) -> dict[str, float]:
+        return self._resources
+
+    def get_node_ip_address(self) -> str:
+        return "10.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("nodes", "old", "new", "message"),
+    [
+        (2, "", "", "the cluster has 2 nodes, and \\[store\\] url = '' is a file of one machine"),
+        (2, "[engine]", 'url = "postgresql://db/x"\n[engine]', 'set "0.0.0.0"'),
+        (1, "[judge]", "[learner]\nlora_rank = 0\n[judge]", "lora_rank = 0 needs engines on the"),
+        (1, "[proxy]", 'env = { CUDA_VISIBLE_DEVICES = "0" }\n[proxy]', "leave out CUDA_VISIBLE_D"),
+    ],
+)
+def test_what_does_not_go_with_a_cluster_is_refused(
+    tmp_path: Path, nodes: int, old: str, new: str, message: str
+) -> None:
+    file = write_config(tmp_path, 1, **({old: new} if old else {}))
+    managed = file.read_text().replace('mode = "external"\nurl = "http://127.0.0.1:1"\n', "")
+    file.write_text(managed)
+    stack = RayStack(Settings.read(file), Cluster(nodes))
+    with pytest.raises(ConfigError, match=message):
+        stack.check()
+
+
+def test_a_part_goes_where_its_name_is_and_gets_its_gpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm, "on_cpu", lambda: False)
+    file = write_config(tmp_path, 1)
+    text = file.read_text().replace('mode = "external"\nurl = "http://127.0.0.1:1"\n', "")
+    more = 'args = ["--tensor-parallel-size", "2"]\nreplicas = 2\n[proxy]'
+    file.write_text(text.replace("[proxy]", more) + "[learner]\nranks = 4\n")
+    stack = RayStack(Settings.read(file), Cluster(1, **{"nextstate-engine": 1.0}))
+    placed = stack.placed()
+    assert {*placed} == {"proxy", "judge", "learner", "engine-0", "engine-1"}
+    assert {name: needs.get("GPU", 0) for name, needs in placed.items()} == {
+        **dict.fromkeys(("proxy", "judge"), 0),
+        **{"learner": 4, "engine-0": 2, "engine-1": 2},
+    }
+    named = [name for name, needs in placed.items() if "nextstate-engine" in needs]
+    assert named == ["engine-0", "engine-1"]
+    assert all("node:10.0.0.1" in needs for needs in placed.values())  # the store is a file
