@@ -38,9 +38,9 @@ from nextstate.ray_cluster import is_of_cluster, own_address
 
 log = logging.getLogger(__name__)
 
-_LOOK_S = 0.5
+_LOOK_S = 1.0
 """Between two looks at the engine file."""
-_BEAT_S, _BEAT_TIMEOUT_S = 2.0, 8.0
+_BEAT_S, _BEAT_TIMEOUT_S = 5.0, 5.0
 """Between two questions to the cluster's head, and for its answer."""
 _LOST_S = 30.0
 """How long the head may be out of reach. By itself Ray ends what is cut off after minutes."""

@@ -41,7 +41,7 @@ from nextstate.store import Store
 log = logging.getLogger(__name__)
 
 _NAMESPACE = "nextstate"
-_LOOK_S = 1.0
+_LOOK_S = 2.0
 _PLACE_S = 120.0
 """How long the cluster may take to find a place for all parts."""
 _ANSWER_S = 10.0

@@ -70,11 +70,12 @@ def engine_running() -> Generator[int]:
 class Up:
     """A running `nextstate up --ray`."""
 
-    def __init__(self, config: Path, *more: str, **variables: str) -> None:
+    def __init__(self, config: Path, *more: str, ray: bool = True, **variables: str) -> None:
         self.config = config
         self.state = config.parent / "state"
         self.log = config.parent / "up.log"
-        command = [sys.executable, "-P", "-m", "nextstate", "up", "--config", str(config), "--ray"]
+        command = [sys.executable, "-P", "-m", "nextstate", "up", "--config", str(config)]
+        command += ["--ray"] * ray
         env = {**environment(config.parent), **variables}
         env.pop("OMP_NUM_THREADS", None)  # of the tests' own
         with self.log.open("ab") as log:
