@@ -3,8 +3,8 @@
 The actor gets a file's name and the part's, and no secret: keys are in the environment of its node
 and in the state folder. Everything begins in its constructor, because that is all that Ray calls
 when it starts the actor again, on this node or another one. The child dies with its actor. The
-actor dies with its node's raylet, and when it has not reached the cluster's head for a while: then
-Ray starts another one elsewhere. What both write meanwhile, the store takes from one only.
+actor ends when its node's raylet has died, and when it has not reached the cluster's head for a
+while: then Ray starts another one elsewhere. What both write meanwhile, the store takes from one.
 
 Where an engine listens is known once it has a node. It writes that into the engine file, and the
 stages start their processes when it is there, and again when it has changed.
@@ -42,7 +42,7 @@ _LOOK_S = 1.0
 """Between two looks at the engine file."""
 _BEAT_S, _BEAT_TIMEOUT_S = 5.0, 5.0
 """Between two questions to the cluster's head, and for its answer."""
-_LOST_S = 30.0
+LOST_S = 30.0
 """How long the head may be out of reach. By itself Ray ends what is cut off after minutes."""
 _FROM_RAY = "OMP_NUM_THREADS"
 """Ray sets it to 1 for an actor; what the node's own environment says stays."""
@@ -102,15 +102,15 @@ class Part:
 
     def _stay(self, ray: Any) -> None:
         """Ends this process, and with it the child, when its node is no longer of the cluster."""
-        missed_s = 0.0
-        while missed_s < _LOST_S:
+        raylet, missed_s = os.getppid(), 0.0
+        while missed_s < LOST_S and os.getppid() == raylet:
             time.sleep(_BEAT_S)
             began = time.monotonic()
             if is_of_cluster(ray, _BEAT_TIMEOUT_S):
                 missed_s = 0.0
             else:  # no more than that, if the machine slept
                 missed_s += min(_BEAT_S + time.monotonic() - began, _BEAT_S + _BEAT_TIMEOUT_S)
-        log.error("the cluster's head is out of reach: %s ends here", self._name)
+        log.error("this node is no longer of the cluster: %s ends here", self._name)
         os._exit(1)
 
     async def _keep(self) -> None:

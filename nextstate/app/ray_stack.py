@@ -14,6 +14,7 @@ import asyncio
 import hashlib
 import importlib
 import logging
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -22,7 +23,7 @@ from typing import Any
 from nextstate.app.child_states import child_states_file, write_child_states
 from nextstate.app.engine_access import engine_access, engine_file, write_engine_file
 from nextstate.app.own_key import own_key_of, remove_own_key, write_own_key
-from nextstate.app.ray_part import Part, Seen
+from nextstate.app.ray_part import LOST_S, Part, Seen
 from nextstate.app.settings import Settings
 from nextstate.app.stack import POLL_S, STAGES, healthz, is_up, order, wait_ready
 from nextstate.app.stages import require_key
@@ -30,11 +31,11 @@ from nextstate.app.supervisor import GRACE_S
 from nextstate.app.tls import certificate
 from nextstate.engine import process as vllm
 from nextstate.engine.adapter_files import remove_all_served
-from nextstate.errors import ConfigError, StartError
+from nextstate.errors import ConfigError, LostNodeError, StartError
 from nextstate.keys import new_key
 from nextstate.private_files import make_state_folder
 from nextstate.process_lock import ProcessLock
-from nextstate.ray_cluster import own_address
+from nextstate.ray_cluster import is_of_cluster, own_address
 from nextstate.records import Json
 from nextstate.store import Store
 
@@ -71,6 +72,8 @@ class RayStack:
         self._seen: dict[str, Seen] = {}
         self._told: dict[str, str] = {}
         self._was_ready = False
+        self._lost = False
+        """Whether the cluster cannot be reached any more; parts may go on there."""
 
     @property
     def _shared(self) -> bool:
@@ -121,11 +124,12 @@ class RayStack:
                 finally:
                     self.stopping.set()
                     await asyncio.gather(task, return_exceptions=True)
-                    await self._end_all()
-                    engine_file(self.settings).unlink(missing_ok=True)
-                    remove_own_key(self.settings, own_key_of(self.settings))
                     child_states_file(self.dir).unlink(missing_ok=True)
-                    remove_all_served(self.dir)
+                    if not self._lost:
+                        await self._end_all()
+                        engine_file(self.settings).unlink(missing_ok=True)
+                        remove_own_key(self.settings, own_key_of(self.settings))
+                        remove_all_served(self.dir)
         finally:
             await asyncio.to_thread(self._ray.shutdown)
 
@@ -162,7 +166,18 @@ class RayStack:
         group = await self._place()
         for name in self._parts:
             self._actors[name] = await asyncio.to_thread(self._make, name, group)
+        reached = time.monotonic()
         while not self.stopping.is_set():
+            now = time.monotonic()
+            if await asyncio.to_thread(is_of_cluster, self._ray, _ANSWER_S):
+                reached = now
+            elif now - reached > LOST_S:
+                self._lost = True
+                raise LostNodeError(
+                    "this node is no longer of the cluster, or its head is gone: parts on other "
+                    "nodes go on while they reach it; start Ray here again, then give this command "
+                    "again"
+                )
             await asyncio.gather(*map(self._look, self._parts))
             if self.managed:
                 self.engine_urls = engine_access(self.settings)[0]

@@ -19,7 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, LiteralString
 from urllib.request import Request, urlopen
 
 import psutil
@@ -158,7 +158,7 @@ class Cluster:
 
     def up(self, config: Path | None = None, **variables: str) -> Up:
         cluster = {name: os.environ[name] for name in os.environ if name.startswith("RAY_")}
-        return Up(config or self.config, f"{HEAD}:{PORT}", **{**cluster, **variables})
+        return Up(config or self.config, f"{HEAD}:{PORT}", ray=True, **{**cluster, **variables})
 
     def refused(self, config: Path, **variables: str) -> str:
         """What the command says before it ends."""
@@ -186,7 +186,7 @@ class Cluster:
         except OSError:
             return False
 
-    def rows(self, statement: str) -> list[tuple[Any, ...]]:
+    def rows(self, statement: LiteralString) -> list[tuple[Any, ...]]:
         with psycopg.connect(self.database.url("loop")) as connection:
             return connection.execute(statement).fetchall()
 
