@@ -153,7 +153,7 @@ class RayStack:
         self._was_ready = True
 
     async def _run(self) -> None:
-        """Starts the parts, or finds them, and looks at them until all is to end."""
+        """Starts the parts, or finds them, and watches them until all is to end."""
         known = [name for name in self._parts if self._find(name) is not None]
         if known:
             log.warning("%s run already: they go on", ", ".join(known))
@@ -166,6 +166,13 @@ class RayStack:
         group = await self._place()
         for name in self._parts:
             self._actors[name] = await asyncio.to_thread(self._make, name, group)
+        try:
+            await self._watch()
+        finally:
+            self.stopping.set()
+
+    async def _watch(self) -> None:
+        """Looks at the parts until all is to end."""
         reached = time.monotonic()
         while not self.stopping.is_set():
             now = time.monotonic()
