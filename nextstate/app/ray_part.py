@@ -62,9 +62,14 @@ class Seen:
 class Part:
     """The actor of a part. Ray calls its methods in threads."""
 
-    def __init__(self, file: str, name: str, several: bool) -> None:
-        """`several`: parts may be on other nodes, so an engine listens for them."""
+    def __init__(self, file: str, name: str, several: bool, folder: str) -> None:
+        """`several`: parts may be on other nodes, so an engine listens for them.
+
+        Relative paths of the configuration are in `folder`, if this node has it.
+        """
         only_for_owner()
+        with suppress(OSError):
+            os.chdir(folder)
         ray = importlib.import_module("ray")
         self._again: bool = ray.get_runtime_context().was_current_actor_reconstructed
         self._address = own_address(ray)

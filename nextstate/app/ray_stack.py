@@ -14,10 +14,12 @@ import asyncio
 import hashlib
 import importlib
 import logging
+import os
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from nextstate.app.child_states import child_states_file, write_child_states
@@ -100,6 +102,11 @@ class RayStack:
                 f"the cluster has {nodes} nodes, and [store] url = {settings.store.url!r} is a "
                 "file of one machine: name a PostgreSQL server there, and a [store] dir that all "
                 "nodes share (docs/scale.md)"
+            )
+        if nodes > 1 and not Path(settings.store.dir).expanduser().is_absolute():
+            raise ConfigError(
+                f"[store] dir = {settings.store.dir!r}: name the whole path of a folder that the "
+                f"{nodes} nodes share"
             )
         if nodes > 1 and settings.proxy.loopback:
             raise ConfigError(
@@ -261,7 +268,7 @@ class RayStack:
                 group, placement_group_bundle_index=[*needed].index(place)
             ),
         )
-        return made.remote(str(self.settings.file.absolute()), name, self._shared)
+        return made.remote(str(self.settings.file.absolute()), name, self._shared, os.getcwd())
 
     async def _look(self, name: str) -> None:
         """Asks an actor how its part is."""

@@ -211,6 +211,7 @@ class Cluster:
     [
         (2, "", "", "the cluster has 2 nodes, and \\[store\\] url = '' is a file of one machine"),
         (2, "[engine]", 'url = "postgresql://db/x"\n[engine]', 'set "0.0.0.0"'),
+        (2, 'dir = "/', 'url = "postgresql://db/x"\ndir = "', "name the whole path of a folder"),
         (1, "[judge]", "[learner]\nlora_rank = 0\n[judge]", "lora_rank = 0 needs engines on the"),
         (1, "[proxy]", 'env = { CUDA_VISIBLE_DEVICES = "0" }\n[proxy]', "leave out CUDA_VISIBLE_D"),
     ],
