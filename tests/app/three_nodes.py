@@ -225,6 +225,15 @@ def go(cluster: Cluster) -> dict[str, Any]:
     up.until(lambda: "run already: they go on" in up.log.read_text())
     up.until(lambda: up.log.read_text().count("ready: ") == 2)
 
+    address = (cluster.folder / "state" / "engine.json").read_text()
+    actor = actor_of(psutil.Process(first.parts()["engine"]))
+    assert actor is not None
+    actor.kill()
+    until(lambda: first.parts().get("engine", parts["engine"]) != parts["engine"], "it is back")
+    ask()
+    found["where it was"] = (cluster.folder / "state" / "engine.json").read_text() == address
+    parts |= first.parts()
+
     first.cut(True)
     time.sleep(SHORT_S)
     first.cut(False)
