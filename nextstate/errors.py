@@ -21,6 +21,7 @@
     │   └── BusyError   it is overloaded or away: try again soon
     ├── LearnerError    a batch or version must not be trained or served
     │   └── DiskError   a version cannot be written to disk for now
+    ├── LostNodeError   this machine is no longer a node of its cluster: try again
     ├── LostRankError   a process of a learner of several ranks has ended or hangs: try again
     ├── RolloutError    an episode cannot go on, and not because of the policy
     │   └── RefusedError    the proxy refused its request
@@ -49,6 +50,10 @@ class ConfigError(NextStateError):
 
 class StartError(NextStateError):
     """A process cannot start on this machine as it is."""
+
+
+class LostNodeError(NextStateError):
+    """This machine is no longer a node of its cluster."""
 
 
 class TakenError(StartError):

@@ -5,9 +5,6 @@ plays the fewest. Nothing comes back. The actor plays through the proxy, like a 
 proxy is asked how the episode ended. So a lost actor needs no agreement with anybody: its episode
 is closed as aborted, unless it has ended, and the runner opens another. If the actor still plays
 somewhere, beyond a cut network, all that it asks for the old episode is refused.
-
-`connect` is the only place that imports Ray. It turns Ray's usage statistics off and its token
-authentication on, and joins no cluster that lets in somebody without the token.
 """
 
 from __future__ import annotations
@@ -15,23 +12,16 @@ from __future__ import annotations
 import asyncio
 import importlib
 import logging
-import os
-import re
-import secrets
-import subprocess
-import sys
 import time
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nextstate.egress import guard
 from nextstate.episodes import EpisodeStatus
-from nextstate.errors import NextStateError, RefusedError, RolloutError, StartError
+from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import load_plugin
-from nextstate.private_files import make_file, make_folder
 from nextstate.records import Json
 from rollout.attempt import Attempt
 from rollout.player import Here
@@ -40,17 +30,6 @@ from rollout.tasks import Task
 
 log = logging.getLogger(__name__)
 
-TOKEN = "ray-token"
-"""The file with the cluster's token, in the state folder."""
-_ADDRESS = re.compile(r"[A-Za-z0-9.:\[\]-]{1,253}:[0-9]{1,5}")
-_OBJECT_BYTES = 80 << 20
-"""Ray's memory for large objects, of which there are none; it takes no less."""
-_PROBE_S = 120.0
-_PROBE = """
-import sys
-from ray._raylet import GcsClient
-GcsClient(address=sys.argv[1])
-"""
 _LOOK_S = 2.0
 """Between two looks which nodes there are."""
 _NO_NODE_S = 300.0
@@ -138,7 +117,7 @@ class Nodes:
     """Plays on all nodes of a cluster, also on those that come later."""
 
     def __init__(self, ray: Any, work: Work, proxy: ProxyClient) -> None:
-        """`ray` is what `connect` returned."""
+        """`ray` is what `nextstate.ray_cluster.connect` returned."""
         self._ray, self._work, self._proxy = ray, work, proxy
         self._nodes: dict[str, _Node] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -289,103 +268,3 @@ def host_of(url: str) -> str:
     ('10.0.0.1', '::1')
     """
     return url.partition("://")[2].rpartition(":")[0].strip("[]")
-
-
-def connect(address: str, folder: Path) -> Any:
-    """Joins the cluster whose head is at `address`, HOST:PORT, or starts Ray on this machine alone.
-
-    Returns the module. Raises StartError without Ray, a token or a cluster, and for an open one.
-    """
-    os.environ.update(
-        RAY_USAGE_STATS_ENABLED="0",
-        RAY_AUTH_MODE="token",
-        RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO="0",  # else Ray warns of its default
-    )
-    if address and not _ADDRESS.fullmatch(address):
-        raise StartError(f"--ray {address!r:.80}: expected HOST:PORT of the cluster's head")
-    try:
-        ray: Any = importlib.import_module("ray")
-    except ImportError:
-        raise StartError("--ray needs Ray: run `make ray`") from None
-    _find_token(folder, address)
-    if address:
-        _check(address)
-        where: Json = {"address": address}
-    else:
-        where = {
-            "address": "local",
-            "include_dashboard": False,
-            "num_cpus": 1,
-            "num_gpus": 0,
-            "object_store_memory": _OBJECT_BYTES,
-        }
-    try:
-        ray.init(**where, logging_level=logging.WARNING)
-    except Exception as error:
-        raise StartError(
-            f"Ray did not start: {str(error)[:400]!r}; with --ray HOST:PORT this machine has to be "
-            f"a node: ray start --address={address or 'HOST:PORT'}"
-        ) from error
-    return ray
-
-
-def own_address(ray: Any) -> str:
-    """This machine's address in the cluster."""
-    return str(ray.util.get_node_ip_address())
-
-
-def _find_token(folder: Path, address: str) -> None:
-    """Sees to it that Ray finds the token of the state folder, or the one that you have set."""
-    if os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH"):
-        return
-    file = (folder / TOKEN).absolute()
-    is_new = not file.exists()
-    if is_new:
-        make_folder(folder)
-        make_file(file)
-        file.write_text(secrets.token_hex(32))
-    os.environ["RAY_AUTH_TOKEN_PATH"] = str(file)
-    if is_new and address:
-        port = address.rpartition(":")[2]
-        raise StartError(
-            f"a token for the cluster was made: {file}. Copy it to each machine, and start Ray "
-            "there with RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=FILE RAY_USAGE_STATS_ENABLED=0: "
-            f"`ray start --head --port={port} --include-dashboard=false` at {address}, "
-            f"`ray start --address={address}` on the others"
-        )
-
-
-def _check(address: str) -> None:
-    """Raises StartError unless the cluster takes our token and refuses whoever has none."""
-    ours = {**os.environ}
-    nobody = {name: value for name, value in ours.items() if not name.startswith("RAY_AUTH_")}
-    command = [sys.executable, "-c", _PROBE, address]
-    asked = [
-        subprocess.Popen(
-            command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
-        for env in (ours, {**nobody, "RAY_AUTH_MODE": "disabled"})
-    ]
-    try:
-        told = [process.communicate(timeout=_PROBE_S)[1] for process in asked]
-    except subprocess.TimeoutExpired:
-        raise StartError(f"--ray {address}: no head of Ray answers there") from None
-    finally:
-        for process in asked:
-            process.kill()
-    if not asked[1].returncode:
-        raise StartError(
-            f"--ray {address}: this cluster runs anybody's code, since it asks for no token: start "
-            "each of its nodes again with RAY_AUTH_MODE=token and RAY_AUTH_TOKEN_PATH=FILE"
-        )
-    if asked[0].returncode:
-        refused = "AuthenticationError" in told[0]
-        raise StartError(
-            f"--ray {address}: "
-            + (
-                f"it has another token than {os.environ.get('RAY_AUTH_TOKEN_PATH') or 'ours'}: "
-                "name its file in RAY_AUTH_TOKEN_PATH"
-                if refused
-                else "no head of Ray answers there"
-            )
-        )

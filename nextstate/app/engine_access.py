@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
+
+from yarl import URL
 
 from nextstate.app.settings import Settings
 from nextstate.config import secret
@@ -48,6 +50,15 @@ def engine_access(settings: Settings) -> tuple[list[str], str | None]:
             f"no engine runs on [store] dir = {settings.store.dir!r}: start one with "
             '`nextstate up`, or set [engine] mode = "external" and url'
         ) from None
+
+
+def reached_hosts(settings: Settings) -> list[str]:
+    """The hosts that a stage may reach: of the configuration, and of managed engines elsewhere."""
+    urls: list[str] = []
+    if settings.engine.mode == "managed":
+        with suppress(StartError):
+            urls = engine_access(settings)[0]
+    return [*settings.hosts, *(host for url in urls if (host := URL(url).host))]
 
 
 @asynccontextmanager

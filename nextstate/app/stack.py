@@ -7,9 +7,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -38,6 +40,7 @@ from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
 from nextstate.wire import json_object
+from proxy.config import ProxyConfig
 
 log = logging.getLogger(__name__)
 
@@ -61,12 +64,12 @@ class Stack:
         self.engine_urls += [] if self.managed else settings.engine.urls
         self._key = vllm.managed_key(settings.engine) if self.managed else None
         stages = STAGES if settings.rollout.environment else STAGES[1:]
-        self.children = {name: stage_process(settings, name, name) for name in stages}
-        self.children["proxy"].argv = [*self.children["proxy"].argv, "--under-up"]
+        self.children = {name: stage_under_up(settings, name) for name in stages}
         for number, port in enumerate(ports):
             name = settings.engine.parts[number]
-            self.children[name] = self._engine(name, number, port, self._key or "")
+            self.children[name] = engine_process(settings, name, number, port, self._key or "")
         self.supervisor = Supervisor(list(self.children.values()), self._write_states)
+        self.stopping = self.supervisor.stopping
         self._pool: EnginePool | None = None
         """The engines of versions that are whole models."""
 
@@ -152,33 +155,17 @@ class Stack:
 
     async def wait_ready(self, task: asyncio.Task[None]) -> None:
         """Returns when the proxy answers and lets requests through. Raises StartError."""
-        timeout_s = vllm.START_TIMEOUT_S
-        ready = asyncio.create_task(self._ready())
-        try:
-            await asyncio.wait({ready, task}, timeout=timeout_s, return_when="FIRST_COMPLETED")
-            if task.done():
-                task.result()
-                raise StartError("stopped before it was ready")
-            if not ready.done():
-                raise StartError(
-                    f"the engine was not ready within {timeout_s:.0f} s: see {self.dir / 'logs'}"
-                )
-            ready.result()
-        finally:
-            ready.cancel()
-            with suppress(asyncio.CancelledError):
-                await ready
+        await wait_ready(task, self._ready(), self.dir)
 
     async def health(self) -> Json:
         """The proxy's answer to /healthz; {} while it does not answer."""
-        async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
-            return await _healthz(session, self.settings.proxy.url)
+        return await healthz(self.settings.proxy)
 
     def states(self) -> dict[str, str]:
         """The state of each process, the engine first."""
         pool = self._pool.children if self._pool else []
         children = self.children | {child.name: child for child in pool}
-        return {name: children[name].state for name in sorted(children, key=_order)}
+        return {name: children[name].state for name in sorted(children, key=order)}
 
     async def _run_pool(self, ended: asyncio.Event) -> None:
         """Runs the engines of versions that are whole models, if versions are that."""
@@ -206,7 +193,8 @@ class Stack:
         """A version's own engine, with the base's settings, and its address."""
         config = replace(self.settings.engine, model=engine.path, served_model_name=engine.name)
         port = vllm.free_port()
-        child = self._engine(f"engine-v{engine.number:06d}", 0, port, self._key or "", config)
+        name, key = f"engine-v{engine.number:06d}", self._key or ""
+        child = engine_process(self.settings, name, 0, port, key, version=config)
         return child, f"http://{vllm.HOST}:{port}"
 
     def _room(self) -> str | None:
@@ -225,13 +213,8 @@ class Stack:
         )
 
     async def _ready(self) -> None:
-        url = self.settings.proxy.url
-        async with aiohttp.ClientSession(connector=proxy_connector(self.settings.proxy)) as session:
-            while (health := await _healthz(session, url)).get("engine") != "up":
-                if problem := health.get("engine_problem"):
-                    where = ", ".join(self.engine_urls)
-                    raise StartError(f"[engine] url = {where!r}: {problem}")
-                await asyncio.sleep(POLL_S)
+        while not is_up(await self.health(), self.engine_urls):
+            await asyncio.sleep(POLL_S)
         for child in self.children.values():
             child.was_ready = True
 
@@ -241,50 +224,93 @@ class Stack:
         except OSError as error:
             log.warning("`nextstate status` does not show the processes' states: %s", error)
 
-    def _engine(
-        self, name: str, number: int, port: int, key: str, version: EngineConfig | None = None
-    ) -> Child:
-        """vLLM with the base, or with the whole model of a version."""
-        folder = self.dir / "engine"
-        make_state_folder(self.dir)
-        make_folder(folder)  # an empty working folder: no file in it shadows a module
-        cores = shared_cores(self.settings)
-        return Child(
-            name,
-            vllm.command(
-                version or self.settings.engine,
-                port,
-                self.settings.learner.lora_rank if version is None else None,
-                len(self.settings.all_lineages) + self.settings.judge.uses_base,
-            ),
-            self.dir / "logs" / f"{name}.log",
-            env=vllm.server_environment(
-                vllm.of_replica(self.settings.engine, number),
-                key,
-                part_environment(self.settings, "engine", os.environ),
-            ),
-            cwd=folder,
-            cpus=cores.of_replica(number, self.settings.engine.replicas) if cores else None,
-            pauses_s=_ENGINE_PAUSES_S,
-            explain=lambda log: (
-                f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
-                "model and args"
-            ),
-        )
+
+def stage_under_up(settings: Settings, name: str) -> Child:
+    """The process of a stage, which has somebody who writes the key of our commands."""
+    return stage_process(settings, name, name, *["--under-up"] * (name == "proxy"))
 
 
-def _order(name: str) -> int:
+def engine_process(
+    settings: Settings,
+    name: str,
+    number: int,
+    port: int,
+    key: str,
+    *,
+    host: str = vllm.HOST,
+    version: EngineConfig | None = None,
+) -> Child:
+    """vLLM with the base, or with the whole model of a version, on a port of `host`."""
+    state = settings.store.path
+    folder = state / "engine"
+    make_state_folder(state)
+    make_folder(folder)  # an empty working folder: no file in it shadows a module
+    cores = shared_cores(settings)
+    return Child(
+        name,
+        vllm.command(
+            version or settings.engine,
+            port,
+            settings.learner.lora_rank if version is None else None,
+            len(settings.all_lineages) + settings.judge.uses_base,
+            host,
+        ),
+        state / "logs" / f"{name}.log",
+        env=vllm.server_environment(
+            vllm.of_replica(settings.engine, number),
+            key,
+            part_environment(settings, "engine", os.environ),
+        ),
+        cwd=folder,
+        cpus=cores.of_replica(number, settings.engine.replicas) if cores else None,
+        pauses_s=_ENGINE_PAUSES_S,
+        explain=lambda log: (
+            f"vLLM ended before it could serve: {vllm.cause_of_death(log)}; check [engine] "
+            "model and args"
+        ),
+    )
+
+
+def order(name: str) -> int:
     """The place of a process in what people see: as a request goes through them."""
     return ("engine", *STAGES).index(name.partition("-")[0])
 
 
-async def _healthz(session: aiohttp.ClientSession, proxy_url: str) -> Json:
+async def wait_ready(task: asyncio.Task[None], until: Coroutine[Any, Any, None], dir: Path) -> None:
+    """Returns when `until` has ended. Raises StartError if `task` has before, and after minutes."""
+    timeout_s = vllm.START_TIMEOUT_S
+    ready = asyncio.create_task(until)
+    try:
+        await asyncio.wait({ready, task}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+        if task.done():
+            task.result()
+            raise StartError("stopped before it was ready")
+        if not ready.done():
+            raise StartError(
+                f"the engine was not ready within {timeout_s:.0f} s: see {dir / 'logs'}"
+            )
+        ready.result()
+    finally:
+        ready.cancel()
+        with suppress(asyncio.CancelledError):
+            await ready
+
+
+def is_up(health: Json, engine_urls: Sequence[str]) -> bool:
+    """Whether the proxy lets requests through. Raises StartError if its engine is unusable."""
+    if health.get("engine") != "up" and (problem := health.get("engine_problem")):
+        raise StartError(f"[engine] url = {', '.join(engine_urls)!r}: {problem}")
+    return health.get("engine") == "up"
+
+
+async def healthz(proxy: ProxyConfig) -> Json:
     """The proxy's answer to /healthz; {} while it does not answer."""
     try:
         timeout = aiohttp.ClientTimeout(total=2)
-        async with session.get(
-            f"{proxy_url}/healthz", timeout=timeout, allow_redirects=False
-        ) as answer:
+        async with (
+            aiohttp.ClientSession(connector=proxy_connector(proxy)) as session,
+            session.get(f"{proxy.url}/healthz", timeout=timeout, allow_redirects=False) as answer,
+        ):
             return json_object(await answer.read()) or {}
     except (aiohttp.ClientError, TimeoutError, OSError):
         return {}

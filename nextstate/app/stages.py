@@ -286,7 +286,7 @@ async def _judge(settings: Settings, store: Store, stop: asyncio.Event) -> None:
 async def run_rollout(settings: Settings, ray: Any = None) -> None:
     """Plays the environment of `[rollout]` through the proxy. Raises ConfigError without one.
 
-    With `ray`, of `rollout.nodes.connect`, it is played on the nodes of a cluster.
+    With `ray`, of `nextstate.ray_cluster.connect`, it is played on the nodes of a cluster.
     """
     import aiohttp
 
@@ -327,7 +327,7 @@ def proxy_url(settings: Settings, ray: Any) -> str:
     config = settings.proxy
     if ray is None or config.host not in ("0.0.0.0", "::"):
         return config.url
-    from rollout.nodes import own_address
+    from nextstate.ray_cluster import own_address
 
     return replace(config, host=own_address(ray)).url
 

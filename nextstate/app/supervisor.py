@@ -61,6 +61,8 @@ class Child:
     """Explains the log of a failed start. If such a child dies before it is ready, all end."""
     was_ready: bool = False
     """Once True, the child's death no longer ends the others."""
+    death_signal: int = signal.SIGTERM
+    """What it gets when its supervisor dies."""
     retry_on_change: Sequence[Path] = ()
     """Files that may cause an exit with code 2: a change ends the pause."""
     retry_with: Sequence[str] = ()
@@ -212,7 +214,7 @@ async def start(child: Child) -> asyncio.subprocess.Process:
             stdout=output,
             stderr=output,
             start_new_session=True,
-            preexec_fn=partial(_prepare, child.cpus) if sys.platform == "linux" else None,
+            preexec_fn=partial(_prepare, child) if sys.platform == "linux" else None,
         )
     child.starts += 1
     return child.process
@@ -239,11 +241,11 @@ def _kill_group(pgid: int) -> None:
         os.killpg(pgid, signal.SIGKILL)
 
 
-def _prepare(cpus: frozenset[int] | None) -> None:
+def _prepare(child: Child) -> None:
     """Runs in the child before its program: it dies with its parent and keeps to its CPUs."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if cpus is not None:
-        os.sched_setaffinity(0, cpus)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, child.death_signal)
+    if child.cpus is not None:
+        os.sched_setaffinity(0, child.cpus)
 
 
 def _modified_ns(path: Path) -> int | None:

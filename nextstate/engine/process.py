@@ -43,9 +43,13 @@ _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\
 
 
 def command(
-    config: EngineConfig, port: int, lora_rank: int | None = 16, kept: int = 1
+    config: EngineConfig,
+    port: int,
+    lora_rank: int | None = 16,
+    kept: int = 1,
+    host: str = HOST,
 ) -> list[str]:
-    """The server's command line on a loopback port, for adapters of up to `lora_rank`.
+    """The server's command line on a port of `host`, for adapters of up to `lora_rank`.
 
     With None it loads none: it serves one version that is a whole model.
     `kept` adapters stay loaded: one version of each lineage, and a trained judge. There are two
@@ -53,7 +57,7 @@ def command(
     """
     argv = [sys.executable, "-P", "-m", "vllm.entrypoints.openai.api_server"]
     argv += ["--model", config.model_path, "--served-model-name", config.name]
-    argv += ["--host", HOST, "--port", str(port), "--dtype", config.dtype]
+    argv += ["--host", host, "--port", str(port), "--dtype", config.dtype]
     argv += ["--disable-uvicorn-access-log"]
     if lora_rank is not None:
         rank = min(known for known in _LORA_RANKS if known >= lora_rank)
@@ -150,10 +154,11 @@ def not_passed(config: EngineConfig, inherited: Mapping[str, str]) -> list[str]:
     return sorted(name for name in ours if name not in config.env)
 
 
-def free_port() -> int:
-    """A loopback port that is free at this moment."""
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
+def free_port(host: str = HOST) -> int:
+    """A port of `host` that is free at this moment."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.bind((host, 0))
         return probe.getsockname()[1]
 
 

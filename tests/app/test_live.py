@@ -7,7 +7,6 @@ import io
 import logging
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -186,7 +185,7 @@ def test_the_screen_lasts_until_the_loop_ends_and_leaves_the_terminal_as_it_was(
 
         def __init__(self) -> None:
             self.settings = settings
-            self.supervisor = SimpleNamespace(stopping=stopping)
+            self.stopping = stopping
 
         def states(self) -> dict[str, str]:
             return UP

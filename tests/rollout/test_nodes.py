@@ -19,6 +19,7 @@ import psutil
 import pytest
 from aiohttp.test_utils import TestServer
 
+from nextstate import ray_cluster
 from nextstate.config import StoreConfig
 from nextstate.episodes import EpisodeState, EpisodeStatus, Split
 from nextstate.errors import StartError
@@ -112,7 +113,7 @@ def test_the_episodes_of_a_killed_actor_are_run_again_and_none_counts_twice(
     assert {(one["status"], one["outcome"], one["calls"]) for one in told} == {("done", 1.0, 2)}
     assert {one["episode"] for one in told} >= {"night-7-0", "night-7-1"}
     check_that_each_place_counts_once(store, groups=8, lost=8)
-    token = tmp_path / "state" / nodes.TOKEN
+    token = tmp_path / "state" / ray_cluster.TOKEN
     assert token.stat().st_mode & 0o077 == 0
     assert len(token.read_text()) == 64
     assert not (tmp_path / ".ray").exists()
@@ -231,14 +232,14 @@ def test_without_ray_the_option_names_what_to_install(
     monkeypatch.setattr(os, "environ", {**os.environ})
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(StartError, match="run `make ray`"):
-        nodes.connect("", tmp_path)
+        ray_cluster.connect("", tmp_path)
 
 
 def test_an_address_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "environ", {**os.environ})
     for address in ("terminal", "10.0.0.1", "ray://x:1/y", "a b:1"):
         with pytest.raises(StartError, match="expected HOST:PORT"):
-            nodes.connect(address, tmp_path)
+            ray_cluster.connect(address, tmp_path)
 
 
 @pytest.mark.parametrize("arguments", [["status"], ["rollout", "nothing", "--tasks", "none"]])

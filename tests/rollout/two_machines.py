@@ -23,7 +23,7 @@ from typing import IO
 from aiohttp.test_utils import TestServer
 
 from nextstate.engine.process import free_port
-from rollout.nodes import TOKEN
+from nextstate.ray_cluster import TOKEN
 from tests.rollout.coins import Holding, arguments, lines
 from tests.scripted_engine import MODEL
 

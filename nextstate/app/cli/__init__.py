@@ -54,6 +54,7 @@ from nextstate.errors import (
     EXIT_LATER,
     EXIT_USAGE,
     FencedError,
+    LostNodeError,
     LostRankError,
     NextStateError,
     TakenError,
@@ -134,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         code = args.run(args)
         sys.stdout.flush()  # raises here if the reader has left, not at the interpreter's exit
         return code
-    except (WaitError, FencedError, TakenError, LostRankError) as error:
+    except (WaitError, FencedError, TakenError, LostNodeError, LostRankError) as error:
         return _fail(str(error), EXIT_LATER)
     except NextStateError as error:
         return _fail(str(error), EXIT_USAGE)

@@ -50,6 +50,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nextstate.app.engine_access import reached_hosts
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_judge
     from nextstate.egress import guard
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     allow(settings.hosts)
-    guard(settings.hosts)
+    guard(reached_hosts(settings))
     asyncio.run(run_judge(settings))
     return 0
 

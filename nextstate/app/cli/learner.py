@@ -16,6 +16,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from nextstate.app.engine_access import reached_hosts
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_learner
     from nextstate.egress import guard
@@ -23,6 +24,6 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     allow(settings.hosts)
-    guard(settings.hosts)
+    guard(reached_hosts(settings))
     run_learner(settings, args.lineage)
     return 0

@@ -18,6 +18,7 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import uvloop
 
+    from nextstate.app.engine_access import reached_hosts
     from nextstate.app.settings import Settings
     from nextstate.app.stages import run_proxy
     from nextstate.egress import guard
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
 
     settings = Settings.read(args.config)
     allow(settings.hosts)
-    guard(settings.hosts)
+    guard(reached_hosts(settings))
     running = run_proxy(settings, args.worker, under_up=args.under_up)
     uvloop.run(running, loop_factory=GuardedLoop)
     return 0

@@ -87,7 +87,8 @@ def run(args: argparse.Namespace) -> int:
     if args.ray is None:
         return _run(args, settings, None, sys.stdout)
     from nextstate.app.stages import proxy_url
-    from rollout.nodes import connect, host_of
+    from nextstate.ray_cluster import connect
+    from rollout.nodes import host_of
 
     out = sys.stdout
     with redirect_stdout(sys.stderr):  # Ray prints what its nodes say between our results

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from nextstate.app.live import OwnLog, Seen, Watcher
-    from nextstate.app.settings import Settings
+    from nextstate.app.ray_stack import RayStack
     from nextstate.app.stack import Stack
 
 _LOOK_EVERY_S = 2.0
@@ -32,6 +32,7 @@ examples:
   nextstate up
   nextstate up --yes                       no questions: the default model and judge
   nextstate up --config ~/alice/nextstate.toml
+  nextstate up --ray 10.0.0.1:6379         each part on some node of a Ray cluster
 """
 
 
@@ -42,6 +43,10 @@ def add(subparsers: Any) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "if there is no configuration file: write one with the defaults"
     parser.add_argument("--yes", action="store_true", help=text)
+    text = "run the parts on the nodes of the Ray cluster whose head is at HOST:PORT; auto: the "
+    text += "one that runs this as a job (default: a Ray of this machine alone); needs "
+    text += "nextstate[ray]"
+    parser.add_argument("--ray", nargs="?", const="", metavar="HOST:PORT", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -54,7 +59,17 @@ def run(args: argparse.Namespace) -> int:
             from nextstate.errors import EXIT_USAGE
 
             return EXIT_USAGE
-    return asyncio.run(_run_stack(Settings.read(args.config), agent))
+    settings = Settings.read(args.config)
+    if args.ray is None:
+        from nextstate.app.stack import Stack
+
+        return asyncio.run(_run_stack(Stack(settings), agent))
+    from nextstate.app.ray_stack import RayStack
+    from nextstate.ray_cluster import connect
+
+    print("starting Ray" if not args.ray else f"joining Ray at {args.ray}", flush=True)
+    stack = RayStack(settings, connect(args.ray, settings.store.path, quiet=True))
+    return asyncio.run(_run_stack(stack, agent))
 
 
 def _first_start(file: Path, defaults: bool) -> str | None:
@@ -85,13 +100,10 @@ def _first_start(file: Path, defaults: bool) -> str | None:
     return None
 
 
-async def _run_stack(settings: Settings, agent: str | None) -> int:
+async def _run_stack(stack: Stack | RayStack, agent: str | None) -> int:
     from rich.console import Console
 
-    from nextstate.app.stack import Stack
-
-    stack = Stack(settings)
-    stopping = stack.supervisor.stopping
+    stopping = stack.stopping
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
@@ -112,7 +124,7 @@ async def _run_stack(settings: Settings, agent: str | None) -> int:
                 await asyncio.wait({ready, task}, return_when=asyncio.FIRST_COMPLETED)
             if not stopping.is_set():
                 ready.result()
-                url = settings.proxy.url
+                url = stack.settings.proxy.url
                 console.print(f"ready: point your agent at {url}/v1 (Ctrl-C ends it)")
                 await _show(stack, console, own_log, agent)
             await asyncio.gather(ready, return_exceptions=True)
@@ -120,7 +132,9 @@ async def _run_stack(settings: Settings, agent: str | None) -> int:
     return 0
 
 
-async def _show(stack: Stack, console: Console, own_log: OwnLog | None, agent: str | None) -> None:
+async def _show(
+    stack: Stack | RayStack, console: Console, own_log: OwnLog | None, agent: str | None
+) -> None:
     """Shows what the loop does until it ends."""
     from nextstate.app.live import Watcher
     from nextstate.store import Store
@@ -136,7 +150,9 @@ async def _show(stack: Stack, console: Console, own_log: OwnLog | None, agent: s
     store.close()
 
 
-async def draw(stack: Stack, console: Console, watcher: Watcher, agent: str | None) -> None:
+async def draw(
+    stack: Stack | RayStack, console: Console, watcher: Watcher, agent: str | None
+) -> None:
     """Draws the screen until everything ends."""
     from rich.live import Live
 
@@ -146,7 +162,7 @@ async def draw(stack: Stack, console: Console, watcher: Watcher, agent: str | No
     step = f"Web page {url}/   Your agent: nextstate connect {agent or 'AGENT'}"
     marks, console.soft_wrap = marks_for(console.encoding), False
     with Live(console=console, screen=True, auto_refresh=False) as live:
-        while not stack.supervisor.stopping.is_set():
+        while not stack.stopping.is_set():
             seen = await _look(stack, watcher)
             frame = Frame(url, step, started, console.width, console.height, marks)
             live.update(screen(seen, frame, time.time()), refresh=True)
@@ -155,12 +171,12 @@ async def draw(stack: Stack, console: Console, watcher: Watcher, agent: str | No
     console.print("ending")
 
 
-async def _print(stack: Stack, watcher: Watcher) -> None:
+async def _print(stack: Stack | RayStack, watcher: Watcher) -> None:
     from nextstate.app.live import news
     from nextstate.app.terminal import fitted
 
     before = None
-    while not stack.supervisor.stopping.is_set():
+    while not stack.stopping.is_set():
         seen = await _look(stack, watcher)
         for line in news(before, seen):
             print(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {fitted(line, 1000)}", flush=True)
@@ -168,13 +184,13 @@ async def _print(stack: Stack, watcher: Watcher) -> None:
         await _pause(stack)
 
 
-async def _look(stack: Stack, watcher: Watcher) -> Seen:
+async def _look(stack: Stack | RayStack, watcher: Watcher) -> Seen:
     return await asyncio.to_thread(watcher.look, stack.states(), await stack.health())
 
 
-async def _pause(stack: Stack) -> None:
+async def _pause(stack: Stack | RayStack) -> None:
     with suppress(TimeoutError):
-        await asyncio.wait_for(stack.supervisor.stopping.wait(), _LOOK_EVERY_S)
+        await asyncio.wait_for(stack.stopping.wait(), _LOOK_EVERY_S)
 
 
 @contextmanager
