@@ -22,6 +22,7 @@ import pytest
 from nextstate.config import StoreConfig
 from nextstate.engine.process import free_port
 from nextstate.store import Store
+from tests.certificates import Files
 
 PROGRAMS = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
 _AS_ROOT: dict[str, Any] = {"user": "postgres", "group": "postgres", "extra_groups": []}
@@ -74,6 +75,17 @@ class Server:
         )
         self.start()
         self.has_template = False
+
+    def speak_tls(self, files: Files) -> None:
+        """Encrypts new connections that ask for it, with copies of a certificate and its key."""
+        for name, file in (("ssl_cert_file", files.certificate), ("ssl_key_file", files.key)):
+            own = self.folder / file.name
+            shutil.copy(file, own)
+            own.chmod(0o600)
+            shutil.chown(own, *self.owner)
+            self.run(f"ALTER SYSTEM SET {name} = '{own}'")
+        self.run("ALTER SYSTEM SET ssl = on")
+        self.run("SELECT pg_reload_conf()")
 
     def start(self) -> None:
         """Starts it, and returns when it answers."""

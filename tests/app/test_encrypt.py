@@ -19,7 +19,7 @@ from nextstate.app.cli import main
 from nextstate.app.page.episodes import picture
 from nextstate.config import StoreConfig
 from nextstate.engine import adapter_files
-from nextstate.errors import AdapterError, SealError
+from nextstate.errors import AdapterError, EngineError, SealError
 from nextstate.process_lock import ProcessLock
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
@@ -182,7 +182,7 @@ def test_a_folder_of_another_account_in_memory_is_not_used(
     encrypt_with_files(config, monkeypatch)
     adapter_files.in_memory(config.path.resolve()).symlink_to(tmp_path)
     try:
-        with closing(Store(config)), pytest.raises(AdapterError, match="another account's"):
+        with closing(Store(config)), pytest.raises(EngineError, match="another account's"):
             adapter_files.prepare_served(str(config.path / "versions/main/v000001"))
     finally:
         adapter_files.in_memory(config.path.resolve()).unlink()

@@ -79,7 +79,7 @@ def test_the_proxy_speaks_tls_and_our_commands_trust_its_very_certificate(tmp_pa
                 found = await status(settings)
                 assert found["proxy"] == "up"
                 assert isinstance(found["unrecorded"], dict)
-                target = await with_context(target_of(settings, "main"))
+                target = await with_context(target_of(settings, "main"), 0)
                 async with asyncio.timeout(30):
                     turn = await send(target, 20)
                 assert turn is not None

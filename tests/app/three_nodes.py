@@ -28,6 +28,7 @@ import psycopg
 from demo.course import POLICY
 from nextstate.engine.process import free_port
 from tests.app.test_ray_up import Up, actor_of
+from tests.certificates import certificate
 from tests.docs.messages import ROOT
 from tests.postgresql_server import Server
 from tests.rollout.two_machines import RAY, ip
@@ -129,7 +130,8 @@ class Cluster:
         self.port = free_port()
         self.config = folder / "nextstate.toml"
         values = {"folder": folder, "policy": POLICY, "root": ROOT, "port": self.port}
-        url = database.database("loop").replace("127.0.0.1", HEAD)
+        database.speak_tls(certificate(folder))
+        url = database.database("loop").replace("127.0.0.1", HEAD) + "?sslmode=require"
         self.config.write_text(CONFIG.format(url=url, **values))
         self.of_file = folder / "file.toml"
         self.of_file.write_text(self.config.read_text().replace(url, ""))

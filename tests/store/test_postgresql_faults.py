@@ -109,15 +109,7 @@ def test_doctor_says_that_the_link_is_encrypted_and_whose_certificate_is_wrong(
     other.mkdir()
     foreign = certificate(other, "localhost").certificate
     with server() as found:
-        config = {"ssl_cert_file": files.certificate, "ssl_key_file": files.key}
-        for file in config.values():
-            shutil.copy(file, found.folder / file.name)
-            (found.folder / file.name).chmod(0o600)
-            shutil.chown(found.folder / file.name, *found.owner)
-        for name, file in config.items():
-            found.run(f"ALTER SYSTEM SET {name} = '{found.folder / file.name}'")
-        found.run("ALTER SYSTEM SET ssl = on")
-        found.run("SELECT pg_reload_conf()")
+        found.speak_tls(files)
         url = found.database("secret").replace("127.0.0.1", "localhost")
 
         def asked(ca: Path, url: str = url) -> str:
