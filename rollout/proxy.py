@@ -175,10 +175,22 @@ class ProxyClient:
         return (await self._ask("GET", url, self._key))[0]
 
     async def give_up(self, opened: Opened, status: EpisodeStatus) -> None:
-        """Closes an episode without an outcome, if the proxy answers; else its deadline ends it."""
-        with suppress(RolloutError, TimeoutError):
-            async with asyncio.timeout(_GIVE_UP_S):
-                await self.close(opened, status)
+        """Closes an episode without an outcome, if the proxy answers; else its deadline ends it.
+
+        It does so also if the caller is cancelled meanwhile.
+        """
+
+        async def close() -> None:
+            with suppress(RolloutError, TimeoutError):
+                async with asyncio.timeout(_GIVE_UP_S):
+                    await self.close(opened, status)
+
+        closing = asyncio.create_task(close())
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            await closing
+            raise
 
     async def _post(self, url: str, key: str, body: object) -> tuple[Json, Mapping[str, str]]:
         return await self._ask("POST", url, key, body)

@@ -147,7 +147,13 @@ async def _episodes(
         for number, task in enumerate(tasks):
             seed = plan.seed + number
             group = plan.name and f"{plan.name}-{number}"
-            waiting = await proxy.open_group(group=group, **asked_of(plan, task, seed))
+            asked = asked_of(plan, task, seed)
+            opening = asyncio.ensure_future(proxy.open_group(group=group, **asked))
+            try:
+                waiting = await asyncio.shield(opening)
+            except asyncio.CancelledError:  # the proxy may have opened it
+                waiting = await opening
+                raise
             if plan.name:
                 waiting += await _later_tries(plan, waiting, task, seed, proxy)
                 waiting = [one for one in waiting if await proxy.can_begin(one, plan.deadline_s)]

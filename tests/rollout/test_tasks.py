@@ -69,7 +69,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
         ({"instruction": "go", "check": " "}, "check is missing: expected a text"),
         ({"instruction": 1, "check": "true"}, "instruction = 1: expected a text"),
         ({"instruction": "go", "check": "true", "file": {}}, "unknown field 'file': known are"),
-        ({"instruction": "go", "check": "a\0"}, "check: expected at most 65536 bytes"),
+        ({"instruction": "go", "check": "a\0"}, "check: expected at most 32768 bytes"),
         ({"instruction": "go", "check": "true", "files": []}, "files = .*: expected an object"),
         ({"instruction": "go", "check": "true", "files": {"../a": ""}}, "a path below /task"),
         ({"instruction": "go", "check": "true", "files": {"/a": ""}}, "a path below /task"),

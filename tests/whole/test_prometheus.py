@@ -135,6 +135,8 @@ async def prometheus(p: Running, folder: Path) -> AsyncGenerator[Any]:
             async with p.http.get(
                 f"http://{address}/api/v1/query", params={"query": expr}
             ) as answer:
+                if answer.status == 503:  # it reads its files yet
+                    return []
                 found = await answer.json()
         except aiohttp.ClientConnectionError:
             assert process.returncode is None, (folder / "prometheus.log").read_text()
