@@ -46,12 +46,17 @@ def lineage_folder(parent: Path, lineage: str) -> Path:
     return parent / lineage
 
 
+def of_every_epoch(path: Path) -> list[Path]:
+    """Those of a version's folders that are there; with an epoch in `path` that one only."""
+    return [one for one in (path, *path.parent.glob(f"{path.name}-e*")) if one.exists()]
+
+
 def remove_adapter(path: Path) -> None:
     """Deletes a version's folder, also what was left of it; a failure leaves the rest of it.
 
     Without an epoch in `path`, that of every epoch.
     """
-    for folder in (path, *path.parent.glob(f"{path.name}-e*")):
+    for folder in of_every_epoch(path):
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -95,6 +95,17 @@ def test_what_learned_from_it_is_withdrawn_and_its_files_go(
     assert "trained on turns that a person let us forget" in capsys.readouterr().err
 
 
+def test_a_withdrawn_versions_folder_is_found_whatever_learner_made_it(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a store on a server the learner's epoch is in the folder's name."""
+    assert main(["forget", "--session", "s0", "--yes", "--config", str(config)]) == 0
+    left = version_path(store.dir, "main", 2, epoch=8)
+    left.mkdir(parents=True)
+    assert main(["verify", "--config", str(config)]) == 2
+    assert f"was withdrawn, and its folder {left} is there" in capsys.readouterr().out
+
+
 def test_a_judge_that_trained_on_it_goes_with_those_after_it(
     store: Store, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

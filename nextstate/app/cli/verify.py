@@ -88,7 +88,7 @@ def _sealed(store: Store) -> Iterator[str]:
 
 def _left_over(store: Store) -> Iterator[str]:
     """What a `forget` that was interrupted has left."""
-    from learner.folders import version_path
+    from learner.folders import of_every_epoch, version_path
     from nextstate.app.forgetting import UNDER_WAY
     from nextstate.store.versions import WITHDRAWN
 
@@ -96,8 +96,8 @@ def _left_over(store: Store) -> Iterator[str]:
         yield "the last `nextstate forget` was interrupted: run it again"
     for version in store.versions.all():
         if version.reason == WITHDRAWN:
-            folder = version_path(store.dir, version.lineage, version.number)
-            if folder.exists():
+            path = version_path(store.dir, version.lineage, version.number)
+            for folder in of_every_epoch(path):
                 yield (
                     f"version {version.number} of {version.lineage} was withdrawn, and its folder "
                     f"{folder} is there: run `nextstate forget` again"
