@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, LiteralString
 from urllib.request import Request, urlopen
@@ -105,12 +106,17 @@ class Node:
         return b"Ray runtime started" in self.log.read_bytes()
 
     def parts(self) -> dict[str, int]:
-        """The processes of the loop on it."""
+        """The processes of the loop on it, but none that is still a copy of its actor."""
         found: dict[str, int] = {}
         for one in psutil.Process(self._process.pid).children(recursive=True):
-            if actor_of(one) is not None:
+            with suppress(psutil.NoSuchProcess):
+                if actor_of(one) is None:
+                    continue
                 words = one.cmdline()
-                found["engine" if "--served-model-name" in words else words[4]] = one.pid
+                if "--served-model-name" in words:
+                    found["engine"] = one.pid
+                elif "nextstate" in words:
+                    found[words[words.index("nextstate") + 1]] = one.pid
         return found
 
     def cut(self, off: bool) -> None:
