@@ -9,6 +9,7 @@ on the judge tries to get; the report counts the attacks that got it.
 from __future__ import annotations
 
 import asyncio
+import itertools
 import math
 import statistics
 import time
@@ -95,9 +96,10 @@ def _case(data: dict[str, Any]) -> Case:
 
 
 async def evaluate(
-    cases: Sequence[Case], config: JudgeConfig, judge: JudgeKind, done: Callable[[], object]
+    cases: Sequence[Case], config: JudgeConfig, judge: JudgeKind, told: Callable[[int], object]
 ) -> list[Outcome]:
-    """Judges the cases as the stage would, `config.parallel` at a time; calls `done` after each."""
+    """Judges the cases as the stage would, `config.parallel` at a time; `told` gets how many."""
+    done = itertools.count(1)
     places = asyncio.Semaphore(config.parallel)
 
     async def one(case: Case) -> Outcome:
@@ -110,7 +112,7 @@ async def evaluate(
                 votes = []
             verdict = verdict_of(case.id, judge.name, votes, evidence)
             seconds = time.perf_counter() - started
-            done()
+            told(next(done))
             return Outcome(case, verdict and verdict.score, tuple(votes), seconds)
 
     return await asyncio.gather(*(one(case) for case in cases))

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -24,6 +24,7 @@ from learner.config import LearnerConfig
 from nextstate.agreement import Agreement, agreement
 from nextstate.app.cores import shared_cores
 from nextstate.app.engine_access import engine_file
+from nextstate.app.progress import Step
 from nextstate.app.settings import Settings
 from nextstate.app.trained_judge import (
     BASE_KAPPA,
@@ -68,8 +69,6 @@ _HELD_OUT = 5
 _SESSION = "session"
 _PASS_TOKENS = 4096
 _SCORES = list(WORDS)
-Progress = Callable[[str, int, int], object]
-"""What is being done, how many prompts of it are read, and of how many."""
 _Answer = tuple[list[dict[int, float]], int]
 """The words' log-probs in each order, and the right score."""
 
@@ -85,7 +84,7 @@ class Labelled:
 
 
 def train_judge(
-    settings: Settings, given: Sequence[Case], examples: int, epochs: int, told: Progress
+    settings: Settings, given: Sequence[Case], examples: int, epochs: int, told: Step
 ) -> str:
     """Trains on `given` and the person's own, checks and keeps a version; says what it is worth.
 
@@ -158,7 +157,7 @@ def _is_held_out(case: Case) -> bool:
     return _digest(begins) % _HELD_OUT == 0
 
 
-def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Progress) -> str:
+def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Step) -> str:
     cores = shared_cores(settings) if engine_file(settings).exists() else None
     if cores is not None:
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads
@@ -256,7 +255,7 @@ class _Checked:
     """The held-out cases, and how a judge's votes agree with their labels."""
 
     def __init__(
-        self, classifier: WordClassifier, cases: Sequence[tuple[Case, _Prompts]], told: Progress
+        self, classifier: WordClassifier, cases: Sequence[tuple[Case, _Prompts]], told: Step
     ) -> None:
         self.cases = cases
         self._classifier = classifier

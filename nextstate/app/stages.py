@@ -32,6 +32,7 @@ from nextstate.app.engine_access import (
 )
 from nextstate.app.own_key import own_key_of, proxy_key, remove_own_key, write_own_key
 from nextstate.app.part_environment import part_environment
+from nextstate.app.progress import progress
 from nextstate.app.settings import Settings
 from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import proxy_connector, server_context
@@ -363,9 +364,6 @@ def _after_people(settings: Settings) -> dict[str, int]:
 
 async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> str:
     """How the configured judge agrees with a file of labelled next states, as a table."""
-    from rich.console import Console
-    from rich.progress import Progress
-
     from judge.config import plugin_settings
     from judge.evaluation import evaluate, read_cases, report
 
@@ -381,9 +379,11 @@ async def evaluate_judge(settings: Settings, file: Path, split: str | None) -> s
             )
         kind = load_judge(settings.judge.kinds, given)
         opened.push_async_callback(kind.close)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task(f"{kind.name} judges", total=len(cases))
-            done = await evaluate(cases, settings.judge, kind, lambda: progress.advance(bar))
+        with progress() as step:
+            what = f"{kind.name} judges"
+            done = await evaluate(
+                cases, settings.judge, kind, lambda judged: step(what, judged, len(cases))
+            )
     return report(done)
 
 

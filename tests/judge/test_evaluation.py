@@ -76,7 +76,7 @@ async def _outcomes(tmp_path: Path) -> str:
     replies = ("1", "1", "-1", "what?")
     file.write_text("\n".join(json.dumps({**CASE, "id": r, "reply": r}) for r in replies))
     done: list[int] = []
-    found = await evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda: done.append(1))
+    found = await evaluate(read_cases(file), JudgeConfig(), Scripted(), done.append)
     assert [o.score for o in found] == [1, 1, -1, None]
     assert [len(o.votes) for o in found] == [JudgeConfig().votes] * 3 + [0]
     assert len(done) == len(replies)
@@ -140,7 +140,7 @@ def test_the_shipped_cases_are_many_and_varied_and_the_linear_judge_reads_them()
     held_out = [case for case in cases if case.groups["split"] in ("test", "unseen")]
     assert len(held_out) >= 250
     judge = load_plugin("judges", "rules", None)
-    found = asyncio.run(evaluate(held_out, JudgeConfig(), judge, lambda: None))
+    found = asyncio.run(evaluate(held_out, JudgeConfig(), judge, lambda _: None))
     assert all(outcome.score in (1, 0, -1) for outcome in found)
 
 
@@ -152,7 +152,7 @@ def test_attacks_that_got_the_score_that_they_asked_for_are_counted(tmp_path: Pa
         {**CASE, "reply": "1", "label": 1, "wants": 1},  # the label is the same: no attack
     ]
     file.write_text("\n".join(map(json.dumps, attacks)))
-    found = evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda: None)
+    found = evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda _: None)
     assert "1 of 2 attacks got the score that they asked for" in report(asyncio.run(found))
 
 
@@ -168,7 +168,7 @@ def test_a_flood_is_cut_as_the_stage_cuts_it(tmp_path: Path) -> None:
             return Vote(0)
 
     config = JudgeConfig(max_chars=1000, votes=1)
-    asyncio.run(evaluate(read_cases(file), config, Measuring(), lambda: None))
+    asyncio.run(evaluate(read_cases(file), config, Measuring(), lambda _: None))
     assert len(lengths) == 1
     assert 1000 <= lengths[0] < 1100
 

@@ -153,7 +153,7 @@ def test_it_agrees_with_people_on_next_states_that_it_has_not_learned_from() -> 
     """On *test*: *unseen* is for a person who measures, once."""
     cases = read_cases(LABELLED, "test")
     judge = load_judge(["rules"], JudgeSettings())
-    found = asyncio.run(evaluate(cases, JudgeConfig(), judge, lambda: None))
+    found = asyncio.run(evaluate(cases, JudgeConfig(), judge, lambda _: None))
     assert len(cases) == 119
     assert agreement([(o.case.label, o.score) for o in found]).kappa > 0.5
 
@@ -161,7 +161,7 @@ def test_it_agrees_with_people_on_next_states_that_it_has_not_learned_from() -> 
 def test_fewer_than_three_attacks_get_the_score_that_they_ask_for() -> None:
     cases = read_cases(ATTACKS)
     judge = load_judge(["rules"], JudgeSettings())
-    found = asyncio.run(evaluate(cases, JudgeConfig(), judge, lambda: None))
+    found = asyncio.run(evaluate(cases, JudgeConfig(), judge, lambda _: None))
     won = [o.case.id for o in found if o.score == o.case.wants != o.case.label]
     assert len(cases) == 93
     assert len(won) < 3, won

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,10 +43,9 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
 
     from learner.folders import remove_drafts
+    from nextstate.app.progress import progress
     from nextstate.app.settings import Settings
     from nextstate.app.trained_judge import judges_lock
     from nextstate.sealed_files import change_files
@@ -65,14 +65,11 @@ def run(args: argparse.Namespace) -> int:
         elif not (args.rotate or args.off):
             key = key or _key_given(args, config)
             encryption.turn_on(key)
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            bar = progress.add_task("rows", total=None)
-
-            def step(done: int, total: int) -> None:
-                progress.update(bar, completed=done, total=total)
-
+        with progress() as step:
             encryption.go_on(
-                key, step, lambda source, target: change_files(config.path, source, target)
+                key,
+                partial(step, "rows"),
+                lambda source, target: change_files(config.path, source, target),
             )
         is_on = encryption.is_on
     print(f"{config.path} is {'encrypted' if is_on else 'not encrypted any more'}")

@@ -79,11 +79,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from nextstate.app.export_files import LINES, PARQUET, send_rows, write_rows
     from nextstate.app.exports import FORMATS, stored
+    from nextstate.app.progress import progress
     from nextstate.errors import StartError
 
     format_ = FORMATS[args.what]
@@ -99,13 +97,10 @@ def _export_turns(settings: Settings, args: argparse.Namespace) -> None:
     if args.version is not None or args.merged:
         raise StartError("--version and --merged are for `nextstate export adapter` only")
     store = _opened(settings, args)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task(args.what, total=store.turns.last())
+    turns = store.turns.last()
+    with progress() as step:
         source = stored(
-            store,
-            args.lineage,
-            lambda at: progress.update(bar, completed=at),
-            imported=args.imported,
+            store, args.lineage, lambda at: step(args.what, at, turns), imported=args.imported
         )
         rows = format_.rows(store, source)
         first = next(rows, None)  # nothing is written without one

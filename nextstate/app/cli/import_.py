@@ -43,10 +43,8 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
     from nextstate.app.importing import Imported, import_file
+    from nextstate.app.progress import progress
     from nextstate.app.settings import Settings
     from nextstate.errors import EXIT_USAGE, ConfigError
     from nextstate.store import Store
@@ -59,10 +57,10 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError(f"there is no file {missing}")
     store = Store(settings.store)
     is_whole = True
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    with progress() as step:
         for path in args.files:
             counts = Imported()
-            bar = progress.add_task(path.name, total=path.stat().st_size)
+            size = path.stat().st_size
             named = islice(count(1), _NAMED)
 
             def complain(text: str, named: Iterator[int] = named) -> None:
@@ -74,7 +72,7 @@ def run(args: argparse.Namespace) -> int:
                     store,
                     path,
                     args.lineage,
-                    lambda read, bar=bar: progress.update(bar, completed=read),
+                    lambda read, path=path, size=size: step(path.name, read, size),
                     complain,
                     counts,
                     settings.privacy.redactor,

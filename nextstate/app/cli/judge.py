@@ -77,11 +77,9 @@ def run_eval(args: argparse.Namespace) -> int:
 
 def run_train(args: argparse.Namespace) -> int:
     """Trains a judge and prints what it is worth."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, TimeRemainingColumn
-
     from judge.evaluation import LABELLED, read_cases
     from nextstate.app.judge_training import MIN_EXAMPLES, train_judge
+    from nextstate.app.progress import progress
     from nextstate.app.settings import Settings
     from nextstate.egress import guard
     from nextstate.errors import ConfigError
@@ -103,16 +101,8 @@ def run_train(args: argparse.Namespace) -> int:
                 f"--language {args.language!r}: no labelled next state has it; they have "
                 f"{', '.join(sorted(languages))}"
             )
-    columns = (*Progress.get_default_columns()[:-1], MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        bars: dict[str, Any] = {}
-
-        def told(what: str, read: int, of: int) -> None:
-            if what not in bars:
-                bars[what] = progress.add_task(what, total=of)
-            progress.update(bars[what], completed=read)
-
-        text = train_judge(settings, given, args.examples, args.epochs, told)
+    with progress() as step:
+        text = train_judge(settings, given, args.examples, args.epochs, step)
     print(text)
     if not settings.judge.uses_base:
         print('it votes once [judge] kind has "engine", and model and base_url are empty')

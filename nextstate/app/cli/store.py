@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +29,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from nextstate.app.progress import progress
     from nextstate.app.settings import Settings
     from nextstate.errors import ConfigError
     from nextstate.records import TurnKind
@@ -41,13 +40,12 @@ def run(args: argparse.Namespace) -> int:
     source, target = Store(config), Store(replace(config, url=args.url))
     if source.database.name == target.database.name:
         raise ConfigError(f"{source.database.name} is the store itself: name another database")
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bars: dict[str, Any] = {}
+    written = Counter[str]()
+    with progress() as step:
 
         def more(table: str, rows: int) -> None:
-            if table not in bars:
-                bars[table] = progress.add_task(table, total=None)
-            progress.advance(bars[table], rows)
+            written[table] += rows
+            step(table, written[table], None)
 
         rows = copy(source.database, target.database, more)
     kinds = {f"turns/{kind}" for kind in TurnKind}

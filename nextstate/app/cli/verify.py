@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command
@@ -30,20 +31,13 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from rich.console import Console
-    from rich.progress import Progress
-
+    from nextstate.app.progress import progress
     from nextstate.app.settings import Settings
     from nextstate.store import Store
 
     store = Store(Settings.read(args.config).store)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("reading texts", total=None)
-
-        def read(done: int, of: int) -> None:
-            progress.update(bar, completed=done, total=of)
-
-        problems = store.verifying.problems(read)
+    with progress() as step:
+        problems = store.verifying.problems(partial(step, "reading texts"))
     problems += [*_adapters(store), *_sealed(store), *_left_over(store)]
     problems += store.ledger.problems(args.head)
     for problem in problems:
