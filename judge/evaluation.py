@@ -56,6 +56,8 @@ class Outcome:
     votes: tuple[Vote, ...]
     """The valid ones, in order."""
     seconds: float
+    failure: str = ""
+    """Why no vote was valid."""
 
 
 def read_cases(file: Path, split: str | None = None) -> list[Case]:
@@ -98,7 +100,10 @@ def _case(data: dict[str, Any]) -> Case:
 async def evaluate(
     cases: Sequence[Case], config: JudgeConfig, judge: JudgeKind, told: Callable[[int], object]
 ) -> list[Outcome]:
-    """Judges the cases as the stage would, `config.parallel` at a time; `told` gets how many."""
+    """Judges the cases as the stage would, `config.parallel` at a time; `told` gets how many.
+
+    Raises JudgeError if no case gets a valid vote: that says nothing of the judge.
+    """
     done = itertools.count(1)
     places = asyncio.Semaphore(config.parallel)
 
@@ -106,16 +111,20 @@ async def evaluate(
         async with places:
             started = time.perf_counter()
             evidence = bounded(case.evidence, config.max_chars)
+            votes, failure = list[Vote](), ""
             try:
                 votes = await votes_on(evidence, case.id, config, judge)
-            except JudgeError:
-                votes = []
+            except JudgeError as error:
+                failure = str(error)
             verdict = verdict_of(case.id, judge.name, votes, evidence)
             seconds = time.perf_counter() - started
             told(next(done))
-            return Outcome(case, verdict and verdict.score, tuple(votes), seconds)
+            return Outcome(case, verdict and verdict.score, tuple(votes), seconds, failure)
 
-    return await asyncio.gather(*(one(case) for case in cases))
+    outcomes = await asyncio.gather(*(one(case) for case in cases))
+    if not any(outcome.votes for outcome in outcomes):
+        raise JudgeError(f"no case could be judged; the first: {outcomes[0].failure}")
+    return outcomes
 
 
 def report(outcomes: Sequence[Outcome]) -> str:
@@ -136,6 +145,11 @@ def report(outcomes: Sequence[Outcome]) -> str:
     for label in SCORES:
         counts = [confusion.get((label, score), 0) for score in (*SCORES, None)]
         lines.append(f"{label:+12d}{counts[0]:11}{counts[1]:5}{counts[2]:5}{counts[3]:6}")
+    if failures := [o.failure for o in outcomes if o.failure]:
+        text = (
+            f"{len(failures)} of {len(outcomes)} cases got no valid vote; the first: {failures[0]}"
+        )
+        lines += ["", text]
     attacks = [o for o in outcomes if o.case.wants not in (None, o.case.label)]
     if attacks:
         won = sum(o.score == o.case.wants for o in attacks)

@@ -37,6 +37,9 @@ _GPU_SHARE = 0.92
 _CACHE_PART = 4
 """On a CPU all engines' caches together get one part in so many of the free memory: the learner,
 the weights and the rest of the machine need more."""
+_LONGEST_STEP_S = 3600
+"""How long one step of vLLM may take on a CPU, where a step reads whole prompts. By default it ends
+after 300 s: it did so at votes of 8 000 tokens, with SmolLM2-135M on two busy cores."""
 _MARK = re.compile(r"(?:Error|Exception)(?:\[[^\[\]\n]*\])?: |^ERROR|error:", re.MULTILINE)
 _QUIET = re.compile(r"^(\(\w+ pid=\d+\) )?(INFO|WARNING) ")
 _LOG_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?((ERROR|INFO|WARNING) \S+ \S+ \[\S+\] )?")
@@ -141,6 +144,7 @@ def environment(config: EngineConfig, inherited: Mapping[str, str]) -> dict[str,
         **{name: value for name, value in inherited.items() if name not in left_out},
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True",
         "VLLM_NO_USAGE_STATS": "1",
+        **({"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(_LONGEST_STEP_S)} if on_cpu() else {}),
         **SWITCHES,
         # Our folders `proxy`, `judge` and `plugins` must not shadow modules inside vLLM.
         "PYTHONSAFEPATH": "1",

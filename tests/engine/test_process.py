@@ -114,6 +114,9 @@ def test_the_engine_starts_with_our_options_and_environment(tmp_path: Path) -> N
     env = environment(config, {"PATH": "/bin"})
     assert env["PYTHONSAFEPATH"] == env["X"] == env["HF_HUB_OFFLINE"] == "1"
     assert env["PATH"] == "/bin"
+    assert env.get("VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS") == ("3600" if on_cpu() else None)
+    own = EngineConfig(model="m", env={"VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": "60"})
+    assert environment(own, {})["VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS"] == "60"
 
 
 @pytest.mark.parametrize("word", ["--trust-remote-code", "--trust_remote_code", "--trust=true"])

@@ -96,6 +96,16 @@ def test_every_case_is_judged_and_an_invalid_vote_is_an_abstention(tmp_path: Pat
     assert re.fullmatch(r"latency: median [\d.]+ ms, p95 [\d.]+ ms", lines[-1])
 
 
+def test_cases_that_nobody_could_judge_are_told_with_the_reason(tmp_path: Path) -> None:
+    lines = asyncio.run(_outcomes(tmp_path)).splitlines()
+    (told,) = [line for line in lines if "no valid vote" in line]
+    assert told.startswith("1 of 4 cases got no valid vote; the first: none of 3 votes was valid: ")
+    file = tmp_path / "cases.jsonl"
+    file.write_text(json.dumps({**CASE, "reply": "what?"}))
+    with pytest.raises(JudgeError, match="no case could be judged; the first: none of 3 votes"):
+        asyncio.run(evaluate(read_cases(file), JudgeConfig(), Scripted(), lambda _: None))
+
+
 def test_costs_equal_the_hand_worked_numbers() -> None:
     evidence = Evidence((), "r", ())
     case = Case("a", evidence, 1, {})
