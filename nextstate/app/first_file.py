@@ -46,7 +46,7 @@ served_model_name = {name}
 max_model_len = 0
 # The parser of tool calls must fit the model (hermes: Qwen), or tool calls stay text.{gpu_note}
 args = [{args}]
-{engine_note}
+
 [proxy]
 # Agents ask http://127.0.0.1:{port}/v1, and http://127.0.0.1:{port}/ is the web page. Another port
 # if this one is taken. For other machines: host = "0.0.0.0", and api_key_env = "NAME" with the name
@@ -67,10 +67,6 @@ schedule = "always"
 _GPU_NOTE = """
 # vLLM would take 92 % of the one GPU: it leaves half to the learner."""
 
-_CPU_ENGINE_NOTE = """\
-# GiB of memory for what vLLM keeps of conversations. Without this it takes 92 % of all there is.
-env = { VLLM_CPU_KVCACHE_SPACE = "2" }
-"""
 _CPU_NOTE = """\
 # Seconds after which an update starts with fewer turns: one correction soon makes a version. 0: it
 # waits for all of them, which is steadier.
@@ -148,7 +144,6 @@ def file_text(answers: Answers, gpus: int) -> str:
         args=", ".join(map(json.dumps, args)),
         port=8080,
         judge=json.dumps(answers.judge),
-        engine_note="" if gpus else _CPU_ENGINE_NOTE,
         learner_note="" if gpus else _CPU_NOTE,
         agent_note=note,
     )

@@ -15,14 +15,13 @@ from pathlib import Path
 import pytest
 
 from demo import smollm2
+from nextstate.app.first_file import file_text, usual
 from nextstate.engine.process import free_port
 from tests.app.connect.openclaw_gateway import PROGRAM, environment
-from tests.running_loop import Loop, run, wait_for, write_config
+from tests.running_loop import Loop, run, wait_for
 
 ASKED = "Tom has 3 apples and gets 4 more. How many has he?"
 CORRECTION = "No, that is wrong. You should answer with one short sentence."
-CONTEXT = 8192
-"""All that SmolLM2 has."""
 
 pytestmark = [
     pytest.mark.engine,
@@ -34,12 +33,15 @@ pytestmark = [
 
 @pytest.fixture
 def small_loop(tmp_path: Path) -> Iterator[Loop]:
-    """`nextstate up` with SmolLM2, whose update does not wait for sixteen turns."""
-    port = free_port()
-    config = write_config(tmp_path, port=port, policy=smollm2.fetch(), context=CONTEXT)
-    soon = "[learner]\nmax_wait_s = 1.0\nholdout = 0.0\nepochs = 1\n"
-    text = config.read_text().replace("[learner]\n", soon)
-    config.write_text(text.replace("gradient_checkpointing = false\n", ""))
+    """`nextstate up` with SmolLM2 and the file that `up --yes` writes, but for folder and port."""
+    config, port = tmp_path / "nextstate.toml", free_port()
+    text = file_text(usual(0, smollm2.fetch()), gpus=0)
+    config.write_text(
+        text.replace('"~/.nextstate"', f'"{tmp_path}/state"').replace(
+            "port = 8080", f"port = {port}"
+        )
+    )
+    assert config.read_text().count(str(tmp_path)) == config.read_text().count(f" = {port}") == 1
     started = Loop(config, port)
     try:
         wait_for(lambda: "ready: " in started.log() or started.process.poll() is not None, 900)
