@@ -23,6 +23,7 @@ MAX_TASK_CHARS = 200_000
 LABEL = "^[A-Za-z0-9][A-Za-z0-9._:~+-]{0,99}$"
 """What names an episode, group, environment or reward."""
 _LABEL = re.compile(LABEL)
+_NUMBER = re.compile(r"(?:[-._](?:train|eval))?[-._]\d{1,20}$")
 _MOST_SEED, _MOST_BUDGET = 1 << 63, 1 << 31
 SAMPLER: Mapping[str, tuple[float, float]] = {
     "temperature": (0, 2),
@@ -151,7 +152,19 @@ class Episode:
     @property
     def task_key(self) -> str:
         """32 hexadecimal digits that are the same for every attempt at the task."""
-        text = f"{self.environment}\0{self.task}".encode(errors="surrogatepass")
+        return self._key(self.task)
+
+    @property
+    def family_key(self) -> str:
+        """32 hexadecimal digits that are the same for all tasks of a family.
+
+        The tasks of an environment that are no ids of a family are one family.
+        """
+        family = family_of(self.task) if is_label(self.task) else self.task
+        return self._key("" if family == self.task else family)
+
+    def _key(self, name: str) -> str:
+        text = f"{self.environment}\0{name}".encode(errors="surrogatepass")
         return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
@@ -176,6 +189,15 @@ class Reward:
         if (self.kind is RewardKind.PROCESS) != (self.turn is not None):
             named = "names its turn or index" if self.turn is None else "is of the whole episode"
             raise RecordError(f"kind = {self.kind.value!r}: a reward of this kind {named}")
+
+
+def family_of(name: str) -> str:
+    """The family of a task: its id without its number and its split.
+
+    >>> family_of("add-up-train-12"), family_of("count-1"), family_of("hello")
+    ('add-up', 'count', 'hello')
+    """
+    return _NUMBER.sub("", name) or name
 
 
 def is_label(name: str) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nextstate.agreement import proportion_interval
-from nextstate.episodes import EpisodeState, EpisodeStatus
+from nextstate.episodes import EpisodeState, EpisodeStatus, family_of
 from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import EnvironmentKind
 from nextstate.pace import Pace
@@ -20,7 +20,7 @@ from rollout.config import open_s
 from rollout.pictures import Pictures
 from rollout.player import Here, Player
 from rollout.proxy import Opened, ProxyClient
-from rollout.tasks import Task, family_of
+from rollout.tasks import Task
 
 log = logging.getLogger(__name__)
 
