@@ -35,6 +35,9 @@ SAMPLER: Mapping[str, tuple[float, float]] = {
     "repetition_penalty": (1e-6, 2),
 }
 """What an episode may set of the sampler, with the least and the most of each."""
+LEFT_OUT = (*SAMPLER, "seed", "logit_bias", "min_tokens", "tool_choice")
+"""What of an agent's request an episode may have left out. With one seed the attempts of a group
+are all alike; the last two change the sampler so that the turn cannot train."""
 
 
 class Split(StrEnum):
@@ -103,8 +106,8 @@ class Episode:
     """Seconds from its opening after which no call begins."""
     version: int | None = None
     """The policy version that shall serve it; None: the one that serves its lineage."""
-    sampling: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Sampling settings that take the place of the client's."""
+    sampling: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    """Sampling settings that take the place of the client's; None: the client's is left out."""
     metadata: Json = field(default_factory=dict[str, Any])
     state: EpisodeState = EpisodeState.OPEN
     status: EpisodeStatus | None = None
@@ -141,10 +144,13 @@ class Episode:
             if value is not None and not 0 < value < _MOST_BUDGET:
                 raise RecordError(f"{name} = {value!s:.80}: expected more than 0, below 2^31")
         for name, value in self.sampling.items():
+            if value is None and name in LEFT_OUT:
+                continue
             least, most = SAMPLER.get(name, (math.nan, math.nan))
             if type(value) not in (int, float) or not least <= value <= most:
                 known = ", ".join(SAMPLER)
                 expected = f"{least:g} to {most:g}" if name in SAMPLER else f"one of {known}"
+                expected = "null" if name in LEFT_OUT and name not in SAMPLER else expected
                 raise RecordError(f"sampling.{name:.80} = {value!s:.80}: expected {expected}")
         if self.outcome is not None:
             check_finite("outcome", self.outcome)

@@ -62,6 +62,8 @@ class Plan:
     """None: the one of the key."""
     version: int | None = None
     """None: the version that serves."""
+    sampling: Json | None = None
+    """What takes the place of an agent's own sampling settings, or leaves them out."""
 
     @property
     def open_s(self) -> float:
@@ -213,6 +215,7 @@ def asked_of(plan: Plan, task: Task, seed: int) -> Json:
         "deadline_s": plan.open_s,
         "lineage": plan.lineage,
         "version": plan.version,
+        "sampling": plan.sampling,
     }
 
 
