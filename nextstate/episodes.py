@@ -144,10 +144,12 @@ class Episode:
             if value is not None and not 0 < value < _MOST_BUDGET:
                 raise RecordError(f"{name} = {value!s:.80}: expected more than 0, below 2^31")
         for name, value in self.sampling.items():
-            if value is None and name in LEFT_OUT:
-                continue
             least, most = SAMPLER.get(name, (math.nan, math.nan))
-            if type(value) not in (int, float) or not least <= value <= most:
+            if value is None:
+                fits = name in LEFT_OUT
+            else:
+                fits = type(value) in (int, float) and least <= value <= most
+            if not fits:
                 known = ", ".join(SAMPLER)
                 expected = f"{least:g} to {most:g}" if name in SAMPLER else f"one of {known}"
                 expected = "null" if name in LEFT_OUT and name not in SAMPLER else expected

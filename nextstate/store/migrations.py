@@ -93,7 +93,10 @@ def _protect(connection: sa.Connection) -> None:
 
 
 def _add_families(connection: sa.Connection) -> None:
-    """Version 6: the family of an episode's task; of those of before nobody knows it."""
+    """Version 6: the family of an episode's task, which of those of before nobody knows; what calls
+    hold of an episode's tokens.
+    """
+    t.holds.create(connection)
     column = t.episodes.c.family
     if any(c["name"] == column.name for c in sa.inspect(connection).get_columns("episodes")):
         return  # version 2 has just made the table

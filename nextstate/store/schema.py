@@ -350,6 +350,17 @@ workers = sa.Table(
 )
 """What each of several proxy workers said last."""
 
+holds = sa.Table(
+    "holds",
+    metadata,
+    sa.Column("call", sa.String(40), primary_key=True),
+    sa.Column("episode", sa.String(100), nullable=False),
+    sa.Column("worker", sa.String(20), nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+)
+"""What the calls that run may use of their episodes' tokens, where there are several workers."""
+sa.Index("holds_by_episode", holds.c.episode)
+
 keys = sa.Table(
     "keys",
     metadata,
