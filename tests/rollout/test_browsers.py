@@ -224,7 +224,7 @@ def test_a_page_gets_no_more_memory_than_a_process_may_have(tmp_path: Path) -> N
 
 
 @needs_chromium
-def test_a_browser_has_limits_a_filter_of_system_calls_and_makes_no_namespaces(tmp_path: Path) -> None:
+def test_a_browser_has_limits_a_filter_of_system_calls_and_makes_no_namespaces(
     tmp_path: Path,
 ) -> None:
     settings = hostile(tmp_path, HANGS)
