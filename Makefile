@@ -64,8 +64,9 @@ coverage: env  ## every test, and which lines and branches none of them reaches
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
-soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests, a real model
+soak: env  ## the long forms: 100 kills under load, 30 of the judge, 100 000 fuzzed requests, ways out of sandboxes, a real model
 	$(BIN)/python -m pytest -q -s -m soak $(ARGS)
+	$(PYTEST) tests/rollout/test_escapes.py tests/rollout/test_sandbox.py tests/rollout/test_container.py tests/rollout/test_browsers.py $(ARGS)
 	$(PYTEST) -m "hypothesis and not engine and not soak" --hypothesis-profile many --timeout 3600 $(ARGS)
 
 lint: env  ## ruff and strict types

@@ -38,7 +38,7 @@ async def _episode(rng: Random, chains: float) -> list[Line]:
     for _ in range(MOST_CALLS):
         right = solution[at]
         slips_now = rng.random() < SLIPS[family]
-        reply = _habit(rng, family, solution, at, shown) if slips_now else right
+        reply = habit(rng, family, solution, at, shown) if slips_now else right
         acted = await tools.step(reply)
         lines.append(Line("assistant", reply, imitate=True))
         if acted.done:
@@ -50,7 +50,7 @@ async def _episode(rng: Random, chains: float) -> list[Line]:
     return lines
 
 
-def _habit(rng: Random, family: str, solution: list[str], at: int, shown: str) -> str:
+def habit(rng: Random, family: str, solution: list[str], at: int, shown: str) -> str:
     """Something else than the right call `solution[at]`, after the observation `shown`."""
     right: dict[str, Any] = json.loads(solution[at])
     given = right["arguments"]

@@ -79,7 +79,7 @@ def settle_over(
         ) -> Settlement | None:
             if not is_over(group, store.database.now()):
                 return None  # another one was opened meanwhile
-            return settlement(episodes, earlier, method)
+            return settlement(episodes, earlier, method, group.family)
 
         try:
             done = store.groups.settle(group, decide)
@@ -109,10 +109,14 @@ async def settle_groups(
 
 
 def settlement(
-    episodes: Sequence[ScoredEpisode], earlier: Sequence[SettledEpisode], method: CreditMethod
+    episodes: Sequence[ScoredEpisode],
+    earlier: Sequence[SettledEpisode],
+    method: CreditMethod,
+    family: str | None = None,
 ) -> Settlement:
     """What the steps of a group's closed episodes are worth.
 
+    `earlier` are those of the environment, `family` that of the group's task.
     Where neither outcomes nor process rewards tell steps apart, those with a hint stay, with the
     advantage 0: the hint is all that they teach. A group that versions far apart have served is
     not compared at all.
@@ -129,7 +133,7 @@ def settlement(
         ],
         method,
         weight=weight,
-        earlier=[e.outcome for e in earlier],
+        earlier=[e.outcome for e in earlier if e.family == family],
     )
     hinted = {step.turn for episode in episodes for step in episode.steps if step.hinted}
     taught = {

@@ -23,6 +23,7 @@ MAX_TASK_CHARS = 200_000
 LABEL = "^[A-Za-z0-9][A-Za-z0-9._:~+-]{0,99}$"
 """What names an episode, group, environment or reward."""
 _LABEL = re.compile(LABEL)
+_NUMBER = re.compile(r"(?:[-._](?:train|eval))?[-._]\d{1,20}$")
 _MOST_SEED, _MOST_BUDGET = 1 << 63, 1 << 31
 SAMPLER: Mapping[str, tuple[float, float]] = {
     "temperature": (0, 2),
@@ -34,6 +35,9 @@ SAMPLER: Mapping[str, tuple[float, float]] = {
     "repetition_penalty": (1e-6, 2),
 }
 """What an episode may set of the sampler, with the least and the most of each."""
+LEFT_OUT = (*SAMPLER, "seed", "logit_bias", "min_tokens", "tool_choice")
+"""What of an agent's request an episode may have left out. With one seed the attempts of a group
+are all alike; the last two change the sampler so that the turn cannot train."""
 
 
 class Split(StrEnum):
@@ -102,8 +106,8 @@ class Episode:
     """Seconds from its opening after which no call begins."""
     version: int | None = None
     """The policy version that shall serve it; None: the one that serves its lineage."""
-    sampling: Mapping[str, float] = field(default_factory=dict[str, float])
-    """Sampling settings that take the place of the client's."""
+    sampling: Mapping[str, float | None] = field(default_factory=dict[str, float | None])
+    """Sampling settings that take the place of the client's; None: the client's is left out."""
     metadata: Json = field(default_factory=dict[str, Any])
     state: EpisodeState = EpisodeState.OPEN
     status: EpisodeStatus | None = None
@@ -141,9 +145,14 @@ class Episode:
                 raise RecordError(f"{name} = {value!s:.80}: expected more than 0, below 2^31")
         for name, value in self.sampling.items():
             least, most = SAMPLER.get(name, (math.nan, math.nan))
-            if type(value) not in (int, float) or not least <= value <= most:
+            if value is None:
+                fits = name in LEFT_OUT
+            else:
+                fits = type(value) in (int, float) and least <= value <= most
+            if not fits:
                 known = ", ".join(SAMPLER)
                 expected = f"{least:g} to {most:g}" if name in SAMPLER else f"one of {known}"
+                expected = "null" if name in LEFT_OUT and name not in SAMPLER else expected
                 raise RecordError(f"sampling.{name:.80} = {value!s:.80}: expected {expected}")
         if self.outcome is not None:
             check_finite("outcome", self.outcome)
@@ -151,7 +160,19 @@ class Episode:
     @property
     def task_key(self) -> str:
         """32 hexadecimal digits that are the same for every attempt at the task."""
-        text = f"{self.environment}\0{self.task}".encode(errors="surrogatepass")
+        return self._key(self.task)
+
+    @property
+    def family_key(self) -> str:
+        """32 hexadecimal digits that are the same for all tasks of a family.
+
+        The tasks of an environment that are no ids of a family are one family.
+        """
+        family = family_of(self.task) if is_label(self.task) else self.task
+        return self._key("" if family == self.task else family)
+
+    def _key(self, name: str) -> str:
+        text = f"{self.environment}\0{name}".encode(errors="surrogatepass")
         return hashlib.blake2b(text, digest_size=16).hexdigest()
 
 
@@ -176,6 +197,15 @@ class Reward:
         if (self.kind is RewardKind.PROCESS) != (self.turn is not None):
             named = "names its turn or index" if self.turn is None else "is of the whole episode"
             raise RecordError(f"kind = {self.kind.value!r}: a reward of this kind {named}")
+
+
+def family_of(name: str) -> str:
+    """The family of a task: its id without its number and its split.
+
+    >>> family_of("add-up-train-12"), family_of("count-1"), family_of("hello")
+    ('add-up', 'count', 'hello')
+    """
+    return _NUMBER.sub("", name) or name
 
 
 def is_label(name: str) -> bool:

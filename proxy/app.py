@@ -110,7 +110,7 @@ class Proxy:
         self._intervals = intervals
         self.connections = Connections()
         self.feedback = FeedbackRoute(store, lineages, profile, config.max_body_mb, writer.redactor)
-        self.calls = EpisodeCalls(store, self.keys, alone=worker is None, redactor=writer.redactor)
+        self.calls = EpisodeCalls(store, self.keys, worker, writer.redactor)
         self.episodes = EpisodeRoutes(
             store,
             lineages,
@@ -266,6 +266,8 @@ class Proxy:
                 asyncio.create_task(_every(self._intervals.checkpoint_s, self.store.checkpoint)),
             ]
             if self._worker is not None:
+                with suppress(WaitError):  # what one of this name held before a kill is free
+                    await asyncio.to_thread(self.store.workers.leave, self._worker)
                 tasks.append(asyncio.create_task(_every(beat_s, self._beat)))
             for task in tasks:
                 task.add_done_callback(_end_if_failed)

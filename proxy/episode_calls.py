@@ -11,6 +11,7 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
+from uuid import uuid4
 
 from aiohttp import web
 
@@ -22,12 +23,12 @@ from nextstate.records import Json
 from nextstate.redaction import NOTHING, Redactor
 from nextstate.redaction.names import HiddenNames
 from nextstate.store import Store
-from nextstate.store.episodes import API_KEY, Left, Named
+from nextstate.store.episodes import API_KEY, Hold, Left, Named
 from nextstate.wire import write_json
 from proxy.answers import Refused
 from proxy.keys import Grant, Keys
 from proxy.requests import PATH_EPISODE
-from proxy.spending import Budgets, replies_of
+from proxy.spending import Budgets, replies_of, wanted
 
 log = logging.getLogger(__name__)
 
@@ -47,8 +48,9 @@ class EpisodeCalls:
     """Finds episodes, and remembers them: what a call needs of one never changes."""
 
     def __init__(
-        self, store: Store, keys: Keys, *, alone: bool, redactor: Redactor = NOTHING
+        self, store: Store, keys: Keys, worker: str | None, redactor: Redactor = NOTHING
     ) -> None:
+        """`worker` is the name of this one if there are several."""
         self._episodes = store.episodes
         self.hide = HiddenNames(store.dir, redactor)
         """What is kept of a name that an environment chose."""
@@ -56,11 +58,11 @@ class EpisodeCalls:
         self._secret: bytes | None = None
         self._keys = keys
         self._lineages = keys.lineages
-        self._alone = alone
-        """Whether no other worker opens episodes."""
-        self._in_use = not alone or self._episodes.any()
+        self._worker = worker
+        self._in_use = worker is not None or self._episodes.any()
         self._remembered: dict[tuple[str, str], Named | None] = {}
-        self._budgets = Budgets()
+        self._budgets = Budgets(alone=worker is None)
+        self._freeing: set[asyncio.Task[None]] = set()
         self._key_of: dict[str, str] = {}
         """The keys of remembered episodes, by id."""
 
@@ -147,11 +149,30 @@ class EpisodeCalls:
             return body, left and left.seconds, _nothing
         replies = replies_of(path, body)
 
+        hold = None
+        if self._worker is not None:
+            hold = Hold(uuid4().hex, self._worker, wanted(path, body))
+
         async def beside(held: int) -> Left | None:
-            return await in_store(begin, episode.id, replies, held)
+            return await in_store(begin, episode.id, replies, held, hold)
 
         body, left, free = await self._budgets.begin(episode.id, beside, path, body)
-        return body, left.seconds, free
+
+        def free_everywhere() -> None:
+            free()
+            if hold is not None:
+                task = asyncio.create_task(self._free(hold))
+                self._freeing.add(task)
+                task.add_done_callback(self._freeing.discard)
+
+        return body, left.seconds, free_everywhere
+
+    async def _free(self, hold: Hold) -> None:
+        """Tells the other workers that a call holds nothing any more."""
+        try:
+            await asyncio.to_thread(self._episodes.free, hold.call)
+        except (StoreError, OSError) as error:
+            log.warning("episodes: the tokens of a call are held until this worker ends: %s", error)
 
     async def check_open(self, episode: Named) -> None:
         """Raises Refused if the episode is closed."""
@@ -164,7 +185,7 @@ class EpisodeCalls:
             return None
         key = kind, name
         # Another worker may have opened the episode again, which ends the key before.
-        if key in self._remembered and (self._alone or kind != _KEY):
+        if key in self._remembered and (self._worker is None or kind != _KEY):
             return self._remembered[key]
         kept = name if kind == _KEY else self.hide(name)
         found = await in_store(look_up, kept)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from nextstate.episodes import (
     LABEL,
+    LEFT_OUT,
     MAX_TASK_CHARS,
     MOST_REWARDS,
     SAMPLER,
@@ -72,12 +73,13 @@ OPEN: Mapping[str, Field] = {
     ),
     "sampling": Field(
         "object",
-        "Sampling settings that take the place of the agent's.",
+        "Sampling settings that take the place of the agent's; null: the agent's is left out.",
         {
             "properties": {
-                name: {"type": "number", "minimum": least, "maximum": most}
+                name: {"type": ["number", "null"], "minimum": least, "maximum": most}
                 for name, (least, most) in SAMPLER.items()
-            },
+            }
+            | {name: {"type": "null"} for name in LEFT_OUT if name not in SAMPLER},
             "additionalProperties": False,
         },
     ),

@@ -390,9 +390,12 @@ def recorded_form(
     """How a request that generates and named `model` is served.
 
     `sampling` takes the place of what the client wrote, and so does `more`, where the form has it.
+    What is None in it is left out of the request.
     """
     if sampling:
-        body = {**body, **sampling}
+        left_out = {name for name, value in sampling.items() if value is None}
+        sampling = {name: value for name, value in sampling.items() if value is not None}
+        body = {name: value for name, value in body.items() if name not in left_out} | sampling
     dialect = DIALECTS.get(path)
     if dialect is None:
         additions = engine.abilities.additions

@@ -3,12 +3,15 @@
 A call that runs holds what its replies may have at most. Others get what is then left, or wait for
 its end. It holds that until its turn, with which its tokens count, is in the store. All of this is
 forgotten when the proxy ends, as its calls are: after a kill nothing is counted twice or held.
+Several workers tell each other by the store what their calls hold; of one that is silent, as after
+a kill, nothing counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 
 from nextstate.records import Json
 from nextstate.store.episodes import Left
@@ -20,6 +23,8 @@ from proxy.serving import CHAT, COMPLETIONS, RESPONSES
 
 _WAIT_S = 60.0
 """How long a call waits for the tokens that others hold."""
+_LOOK_S = 0.1
+"""Between two looks whether another worker has freed some."""
 _COMPLETIONS_DEFAULT = 16
 """Tokens of a reply to `/v1/completions` whose request names no number."""
 
@@ -40,8 +45,9 @@ class Budget:
 class Budgets:
     """Those of the episodes that have calls now."""
 
-    def __init__(self, wait_s: float = _WAIT_S) -> None:
+    def __init__(self, wait_s: float = _WAIT_S, *, alone: bool = True) -> None:
         self._wait_s = wait_s
+        self._look_s = wait_s if alone else _LOOK_S
         self._of: dict[str, Budget] = {}
 
     async def begin(
@@ -69,7 +75,8 @@ class Budgets:
                     budget.freed.clear()
                     if (left := await begin(budget.held)) is not None:
                         break
-                    await budget.freed.wait()
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(budget.freed.wait(), self._look_s)
         except BaseException as error:
             free()
             if isinstance(error, TimeoutError):
@@ -92,18 +99,30 @@ def within(path: str, body: Json, tokens: int) -> tuple[Json, int]:
     """
     replies = replies_of(path, body)
     most = tokens // replies
+    name, asked = _asked(path, body)
+    if asked is None or asked > most:
+        return {**body, name: most}, most * replies
+    return body, asked * replies
+
+
+def wanted(path: str, body: Json) -> int | None:
+    """How many tokens a request's replies may have together; None: as many as there are."""
+    _, asked = _asked(path, body)
+    return None if asked is None else asked * replies_of(path, body)
+
+
+def _asked(path: str, body: Json) -> tuple[str, int | None]:
+    """(the field that says how long each reply may be, its number or None if it says none).
+
+    0 if that is no number: the engine says what is wrong with it.
+    """
     name = {RESPONSES: "max_output_tokens"}.get(path, "max_tokens")
     if path == CHAT and body.get("max_completion_tokens") is not None:
         name = "max_completion_tokens"
     asked = body.get(name)
-    if asked is None and path == COMPLETIONS:
-        asked = _COMPLETIONS_DEFAULT
-    number = most if asked is None else integer(asked)
-    if number is None:
-        return body, 0  # the engine says what is wrong with it
-    if asked is None or number > most:
-        return {**body, name: most}, most * replies
-    return body, max(0, number) * replies
+    if asked is None:
+        return name, _COMPLETIONS_DEFAULT if path == COMPLETIONS else None
+    return name, max(0, integer(asked) or 0)
 
 
 def replies_of(path: str, body: Json) -> int:

@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from nextstate.agreement import proportion_interval
-from nextstate.episodes import EpisodeState, EpisodeStatus
+from nextstate.episodes import EpisodeState, EpisodeStatus, family_of
 from nextstate.errors import NextStateError, RefusedError, RolloutError
 from nextstate.hooks import EnvironmentKind
 from nextstate.pace import Pace
@@ -20,7 +20,7 @@ from rollout.config import open_s
 from rollout.pictures import Pictures
 from rollout.player import Here, Player
 from rollout.proxy import Opened, ProxyClient
-from rollout.tasks import Task, family_of
+from rollout.tasks import Task
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,8 @@ class Plan:
     """None: the one of the key."""
     version: int | None = None
     """None: the version that serves."""
+    sampling: Json | None = None
+    """What takes the place of an agent's own sampling settings, or leaves them out."""
 
     @property
     def open_s(self) -> float:
@@ -213,6 +215,7 @@ def asked_of(plan: Plan, task: Task, seed: int) -> Json:
         "deadline_s": plan.open_s,
         "lineage": plan.lineage,
         "version": plan.version,
+        "sampling": plan.sampling,
     }
 
 

@@ -8,7 +8,6 @@ are added.
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,6 @@ from nextstate.records import Json
 from nextstate.wire import json_object
 
 MOST_TASKS, _MOST_LINE_BYTES = 100_000, 16 << 20
-_NUMBER = re.compile(r"(?:[-._](?:train|eval))?[-._]\d{1,20}$")
 _EVAL_OF = 5
 """One task of so many is held out."""
 
@@ -65,15 +63,6 @@ def read_tasks(
     except OSError as error:
         raise ConfigError(f"--tasks {file}: {error.strerror}") from error
     return list(tasks.values())
-
-
-def family_of(name: str) -> str:
-    """The family of a task: its id without its number and its split.
-
-    >>> family_of("add-up-train-12"), family_of("count-1"), family_of("hello")
-    ('add-up', 'count', 'hello')
-    """
-    return _NUMBER.sub("", name) or name
 
 
 def split_of(environment: str, name: str) -> Split:

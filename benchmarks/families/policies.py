@@ -24,8 +24,8 @@ import torch
 from benchmarks.families import gui_corpus, terminal_corpus
 from demo.seed_policy import Recipe
 from demo.tool_policy import Draw, measure, save, train, write_card
+from nextstate.episodes import family_of
 from nextstate.hooks import load_plugin
-from rollout.tasks import family_of
 
 ROOT = Path(__file__).parents[2] / ".policies"
 MEASURED = 60

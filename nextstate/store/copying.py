@@ -21,7 +21,7 @@ from nextstate.store.vault import vault_of
 
 _AT_ONCE = 500
 _MOST_PASSES = 5
-_NOT_COPIED = frozenset((t.schema_version, t.workers, t.roles, t.spending, t.encryption))
+_NOT_COPIED = frozenset((t.schema_version, t.workers, t.holds, t.roles, t.spending, t.encryption))
 """What a running process makes anew."""
 _ONLY_GROWS = (t.versions, t.ledger)
 """What the copy has of these, and the source has not, was made there."""

@@ -129,6 +129,7 @@ def open_one(
             "environment": episode.environment,
             "task": task,
             "task_key": episode.task_key,
+            "family": episode.family_key,
             "group_id": episode.group,
             "split": episode.split.value,
             "seed": episode.seed,

@@ -37,6 +37,7 @@ from nextstate.store.episode_rows import (
     shown,
 )
 from nextstate.store.texts import cursor_of
+from nextstate.store.workers import SILENT_S
 from nextstate.wire import read_json
 
 API_KEY = "ep-"
@@ -64,6 +65,13 @@ _CALLING = sa.select(
     *(_E.state, _E.status, _E.opened_at, _E.calls, _E.tokens),
     *(_E.max_calls, _E.max_tokens, _E.deadline_s),
 ).where(THIS)
+_HELD = sa.select(sa.func.coalesce(sa.func.sum(t.holds.c.tokens), 0).label("tokens")).where(
+    t.holds.c.episode == sa.bindparam("episode")
+)
+_HELD_ELSEWHERE = _HELD.join(t.workers, t.workers.c.id == t.holds.c.worker).where(
+    t.holds.c.worker != sa.bindparam("worker"), t.workers.c.beat >= sa.bindparam("alive")
+)
+_HOLD = sa.insert(t.holds).values({c.name: sa.bindparam(c.name) for c in t.holds.c})
 _CALLED = sa.update(t.episodes).where(THIS).values(calls=_E.calls + 1)
 
 
@@ -94,6 +102,16 @@ class Choice:
     """At least 1; less; or not known, as of one that is still open."""
     since: float | None = None
     """Unix time in seconds: only those opened then or later."""
+
+
+class Hold(NamedTuple):
+    """What a call wants to hold of its episode's tokens, so that other workers know of it."""
+
+    call: str
+    """An id of its own."""
+    worker: str
+    most: int | None
+    """At most so many; None: all that is left."""
 
 
 class Left(NamedTuple):
@@ -179,10 +197,13 @@ class Episodes:
         with self._database.cursor(write=False) as cursor:
             opened(cursor.first(_CALLING, episode=episode_id), episode_id)
 
-    def begin_call(self, episode_id: str, replies: int = 1, held: int = 0) -> Left | None:
+    def begin_call(
+        self, episode_id: str, replies: int = 1, held: int = 0, hold: Hold | None = None
+    ) -> Left | None:
         """Counts a call of the model. Raises NoEpisodeError, ConflictError and BudgetError.
 
-        None if other calls hold so many tokens (`held`) that none is left for each of its replies.
+        None if other calls hold so many tokens that none is left for each of its replies: `held`
+        by those of this worker; with a `hold` of its own, also those of the others that live.
         """
         with self._database.cursor(write=True) as cursor:
             row = opened(cursor.first(_CALLING, episode=episode_id), episode_id)
@@ -204,13 +225,32 @@ class Episodes:
                     f"episode {episode_id!r} has {tokens} of its max_tokens = {row.max_tokens} "
                     f"left, and the request asks for {replies} replies: ask for fewer"
                 )
-            if tokens is not None and tokens - held < replies:
-                return None
+            if tokens is not None:
+                if hold is not None:
+                    held += self._held_elsewhere(cursor, episode_id, hold.worker)
+                if tokens - held < replies:
+                    return None
+                if hold is not None:
+                    most = (tokens - held) // replies * replies
+                    most = most if hold.most is None else min(most, hold.most)
+                    kept = {"call": hold.call, "worker": hold.worker, "tokens": most}
+                    cursor.send(_HOLD, episode=episode_id, **kept)
             cursor.run(_CALLED, episode=episode_id)
         return Left(
             None if tokens is None else tokens - held,
             None if row.deadline_s is None else row.deadline_s - past_s,
         )
+
+    def free(self, call: str) -> None:
+        """Ends what a call holds."""
+        with self._database.write() as connection:
+            connection.execute(sa.delete(t.holds).where(t.holds.c.call == call))
+
+    def held(self, episode_id: str) -> int:
+        """The tokens that calls hold which one of several workers has begun."""
+        with self._database.cursor(write=False) as cursor:
+            row = cursor.first(_HELD, episode=episode_id)
+            return 0 if row is None else int(row.tokens)
 
     def turn_ids(self, episode_id: str) -> list[str]:
         """The turns of an episode; each one's position is its step."""
@@ -285,6 +325,11 @@ class Episodes:
                     judge = not never and row.split == Split.TRAIN
                     observe(cursor, row, observation, judge=judge)
             return shown(cursor, episode_id)
+
+    def _held_elsewhere(self, cursor: Cursor, episode_id: str, worker: str) -> int:
+        alive = self._database.now() - SILENT_S
+        row = cursor.first(_HELD_ELSEWHERE, episode=episode_id, worker=worker, alive=alive)
+        return 0 if row is None else int(row.tokens)
 
     def _named(self, how: str, what: str) -> Named | None:
         with self._database.cursor(write=False) as cursor:

@@ -55,6 +55,8 @@ class Unsettled:
     """Whether it is an episode without a group."""
     lineage: str
     environment: str
+    family: str | None
+    """That of its task; None: it was opened before families were kept."""
     size: int | None
     """How many scorable episodes it shall have; None if nobody said."""
     members: tuple[Member, ...]
@@ -93,6 +95,8 @@ class SettledEpisode:
     outcome: float
     process: float | None
     """The mean process reward of its judged steps; None: none was judged."""
+    family: str | None = None
+    """That of its task; None: it was opened before families were kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,7 +213,7 @@ class Groups:
 
 _COLUMNS = (
     *(_E.id, _E.group_id, _E.lineage, _E.environment, _E.state),
-    *(_E.opened_at, _E.deadline_s, _E.closed_at),
+    *(_E.opened_at, _E.deadline_s, _E.closed_at, _E.family),
 )
 _MEMBER = sa.select(*_COLUMNS, _G.size).join(t.groups, _G.id == _E.group_id)
 _ALONE = sa.select(*_COLUMNS, sa.literal_column("1", sa.Integer).label("size"))
@@ -234,6 +238,7 @@ def _groups_of(rows: Sequence[Row]) -> list[Unsettled]:
             alone=alone,
             lineage=some[0].lineage,
             environment=some[0].environment,
+            family=some[0].family,
             size=some[0].size,
             members=tuple(
                 Member(
@@ -307,13 +312,13 @@ def _votes(row: Row) -> list[float]:
 
 def _earlier(connection: sa.Connection, lineage: str, environment: str) -> list[SettledEpisode]:
     query = (
-        sa.select(_E.id, _E.group_id, _E.outcome, _E.process)
+        sa.select(_E.id, _E.group_id, _E.outcome, _E.process, _E.family)
         .where(_E.settled_at.is_not(None), _E.lineage == lineage, _E.environment == environment)
         .order_by(_E.settled_at.desc(), _E.id.desc())
         .limit(_MOST_EARLIER)
     )
     return [
-        SettledEpisode(row.group_id or row.id, row.outcome, row.process)
+        SettledEpisode(row.group_id or row.id, row.outcome, row.process, row.family)
         for row in reversed(connection.execute(query).all())
     ]
 

@@ -92,11 +92,24 @@ def _protect(connection: sa.Connection) -> None:
     t.roles.create(connection)
 
 
+def _add_families(connection: sa.Connection) -> None:
+    """Version 6: the family of an episode's task, which of those of before nobody knows; what calls
+    hold of an episode's tokens.
+    """
+    t.holds.create(connection)
+    column = t.episodes.c.family
+    if any(c["name"] == column.name for c in sa.inspect(connection).get_columns("episodes")):
+        return  # version 2 has just made the table
+    kind = column.type.compile(connection.dialect)
+    connection.exec_driver_sql(f"ALTER TABLE episodes ADD COLUMN {column.name} {kind}")
+
+
 MIGRATIONS: Mapping[int, Step] = {
     2: _add_episodes,
     3: _add_pauses,
     4: _add_ledger,
     5: _protect,
+    6: _add_families,
 }
 """Step n brings a database of version n - 1 to version n.
 

@@ -15,7 +15,7 @@ from sqlalchemy import event
 
 from nextstate.store.vault import HexName, Name, PrefixName, Word
 
-VERSION = 5
+VERSION = 6
 metadata = sa.MetaData()
 
 
@@ -253,10 +253,11 @@ episodes = sa.Table(
     sa.Column("process", sa.Float),
     sa.Column("settled_at", sa.Float),
     sa.Column("opener", sa.String(100)),
+    sa.Column("family", HexName(32)),
 )
 """`task` and `metadata` are hashes of texts. `version` is the policy version that shall serve it,
 `process` the mean process reward of its judged steps when it was settled. `opener` is the sign of
-the key that opened it, NULL if it had none."""
+the key that opened it, NULL if it had none; of an episode without a `family` nobody knows it."""
 _where_set("episodes_by_group", episodes.c.group_id)
 sa.Index("episodes_by_state", episodes.c.state, episodes.c.split)
 _where_set("episodes_by_settling", episodes.c.settled_at, episodes.c.lineage)
@@ -348,6 +349,17 @@ workers = sa.Table(
     sa.Column("counts", sa.Text, nullable=False),
 )
 """What each of several proxy workers said last."""
+
+holds = sa.Table(
+    "holds",
+    metadata,
+    sa.Column("call", sa.String(40), primary_key=True),
+    sa.Column("episode", sa.String(100), nullable=False),
+    sa.Column("worker", sa.String(20), nullable=False),
+    sa.Column("tokens", sa.Integer, nullable=False),
+)
+"""What the calls that run may use of their episodes' tokens, where there are several workers."""
+sa.Index("holds_by_episode", holds.c.episode)
 
 keys = sa.Table(
     "keys",

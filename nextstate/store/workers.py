@@ -14,7 +14,7 @@ from nextstate.store import schema as t
 from nextstate.store.database import Database, queries
 from nextstate.store.packing import dump
 
-_SILENT_S = 10.0
+SILENT_S = 10.0
 """A worker that was silent for longer counts as dead."""
 _FORGOTTEN_S = 3600.0
 
@@ -49,11 +49,15 @@ class Workers:
             connection.execute(row.on_conflict_do_update(index_elements=["id"], set_=values))
 
     def leave(self, worker: str) -> None:
-        """Notes that a worker has ended, and forgets those that did so without a word."""
-        w = t.workers.c
+        """Notes that a worker has ended, and forgets those that did so without a word.
+
+        What they held of episodes' tokens is free.
+        """
+        w, h = t.workers.c, t.holds.c
         gone = sa.or_(w.id == worker, w.beat < self._database.now() - _FORGOTTEN_S)
         with self._database.write() as connection:
             connection.execute(sa.delete(t.workers).where(gone))
+            connection.execute(sa.delete(t.holds).where(h.worker.not_in(sa.select(w.id))))
 
     def others(self, worker: str, of: str = "") -> list[tuple[list[str], dict[str, float]]]:
         """What each other living worker said last: the adapters it uses, and its counts.
@@ -62,7 +66,7 @@ class Workers:
         """
         w = t.workers.c
         query = sa.select(w.adapters, w.counts)
-        alive = query.where(w.id != worker, w.beat >= self._database.now() - _SILENT_S)
+        alive = query.where(w.id != worker, w.beat >= self._database.now() - SILENT_S)
         if of:
             alive = alive.where(w.id.endswith(of, autoescape=True))
         with self._database.read() as connection:

@@ -1,8 +1,9 @@
 """Chromium in a sandbox, driven by Playwright: a bounded number of browsers with tabs for episodes.
 
 Each browser runs in namespaces of its own, made by bubblewrap as for commands, but as the runner's
-user, and without a bound of processes and of all memory: no network, no other processes, no files
-but a read-only /usr, the folder of its pages as /pages, and /tmp in memory. A page may load
+user: no network, no other processes, no files but a read-only /usr, the folder of its pages as
+/pages, and /tmp in memory. Its processes and their threads are bounded (but not those of root, as
+whom the kernel bounds none), and the memory of each process. A page may load
 only files of /pages. A browser is started when there is no free tab, takes several episodes at
 once, and is replaced after some hundreds. After an error or a late answer it takes no further
 episode and ends with its last one. All that a browser started ends with it.
@@ -43,6 +44,10 @@ exec "$@"
 """
 """Writes the id of the process, which stays bwrap's, to the file $0; opens $1 for it."""
 _FILTER_AT = 9
+_LIMITED = 'ulimit -c 0 -u "$0" -d "$1" && shift && exec "$@"'
+"""Bounds a browser: $0 processes and threads, $1 KiB of memory that each process may write to. A
+bound of addresses, as for commands, would not let Chromium start: it reserves far more than it
+uses."""
 _FLAGS = (
     *("--headless", "--no-sandbox", "--remote-debugging-pipe", "--user-data-dir=/tmp/profile"),
     *("--disable-gpu", "--disable-dev-shm-usage", "--disable-extensions", "--mute-audio"),
@@ -74,6 +79,10 @@ class Limits:
     """Memory of each page's scripts."""
     folder_mb: int = 256
     """The size of a browser's /tmp."""
+    memory_mb: int = 1024
+    """Memory of each of its processes, as of a page's."""
+    processes: int = 1024
+    """With their threads, of which a page has about 15."""
 
 
 class Tab:
@@ -287,7 +296,8 @@ def _argv(limits: Limits, pages: Path) -> list[str]:
         *("--size", str(limits.folder_mb << 20), "--tmpfs", "/tmp"),
         *("--ro-bind", str(pages), "/pages", "--remount-ro", "/", "--chdir", "/tmp", "--clearenv"),
         *(part for item in environment.items() for part in ("--setenv", *item)),
-        *("--", chromium() or "chromium", *_FLAGS),
+        *("--", "bash", "-c", _LIMITED, str(limits.processes), str(limits.memory_mb << 10)),
+        *(chromium() or "chromium", *_FLAGS),
         *(f"--js-flags=--max-old-space-size={limits.heap_mb}", "about:blank"),
     ]
 

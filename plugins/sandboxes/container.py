@@ -2,7 +2,7 @@
 
 It keeps the same rules as the one of bubblewrap: no network, a read-only system, the folders
 /task and /tmp in memory, the same limits. Memory and processes are limited for the container as a
-whole. The image needs bash, tar, timeout and sha256sum.
+whole. At most `MOST_AT_ONCE` run at once. The image needs bash, tar, timeout and sha256sum.
 
 A killed runner leaves a container behind for at most the seconds of one command.
 """
@@ -14,14 +14,19 @@ import os
 import secrets
 import shutil
 from collections.abc import Mapping
+from weakref import WeakKeyDictionary
 
 from nextstate.errors import RolloutError, StartError
 from plugins.sandboxes.one_command import INSIDE, Pipe, checked, finish, variables_of
 from plugins.sandboxes.protocol import Folders, Limits, Ran
 
 PROGRAMS = ("docker", "podman")
+MOST_AT_ONCE = 16
+"""Containers of this process; more commands wait. Each may use a gigabyte and more."""
 _USER = "65534:65534"
 _REMOVE_S = 30.0
+_places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+"""Those in which containers run, of each event loop."""
 
 
 class Container:
@@ -61,11 +66,16 @@ class Container:
     ) -> Ran:
         """Runs a command of bash. Raises RolloutError if there was no container."""
         given = checked(command)
+        loop = asyncio.get_running_loop()
+        async with _places.setdefault(loop, asyncio.Semaphore(MOST_AT_ONCE)):
+            return await self._run(given, files, variables or {})
+
+    async def _run(self, command: bytes, files: bytes, variables: Mapping[str, str]) -> Ran:
         name = f"nextstate-{secrets.token_hex(8)}"
         output, archive = Pipe(), Pipe()
         try:
             process = await asyncio.create_subprocess_exec(
-                *self.argv(name, given, variables or {}),
+                *self.argv(name, command, variables),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=archive.write_end,
                 stderr=output.write_end,

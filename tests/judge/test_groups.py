@@ -276,7 +276,7 @@ def test_a_step_that_only_a_hint_tells_apart_is_distilled(store: Store) -> None:
     assert (leased.credit, leased.hinted_prompt_ids) == (0.0, (1, 2, 9))
 
 
-def test_one_alone_is_compared_with_the_outcomes_of_its_environment(
+def test_one_alone_whose_task_names_no_family_is_compared_with_its_environment(
     store: Store, clock: Clock
 ) -> None:
     outcomes = [0.0, 1.0, 0.0, 1.0, 1.0]
@@ -290,6 +290,22 @@ def test_one_alone_is_compared_with_the_outcomes_of_its_environment(
     assert found["t0"][0] == "dropped"  # nothing to compare with
     mean, deviation = 0.6, (0.6 * 0.4) ** 0.5
     assert found["t4"] == ("ready", pytest.approx((1 - mean) / deviation * 1.25), None)
+
+
+def test_one_alone_is_compared_with_its_family_of_tasks_and_not_with_others(
+    store: Store, clock: Clock
+) -> None:
+    outcomes = {"find-1": 1.0, "find-2": 1.0, "find-3": 0.0, "add-up-1": 0.0, "find-4": 1.0}
+    for number, (task, outcome) in enumerate(outcomes.items()):
+        clock.now += 1
+        store.episodes.open([Episode(f"e-{number}", "main", "shell", task)], None)
+        take(store, f"e-{number}", (f"t{number}", None))
+        close(store, f"e-{number}", outcome)
+        assert settle_over(store, 0, judging_s=0) == 1
+    found = samples(store)
+    assert found["t3"][0] == "dropped"  # the first one of its family
+    mean, deviation = 0.75, (0.75 * 0.25) ** 0.5
+    assert found["t4"] == ("ready", pytest.approx((1 - mean) / deviation * 4 / 3), None)
 
 
 def test_untrainable_steps_are_scored_and_do_not_train(store: Store) -> None:
@@ -321,7 +337,7 @@ def group_of(
         Member(str(n), EpisodeState(state), opened_at, deadline_s, closed_at)
         for n, (state, opened_at, deadline_s, closed_at) in enumerate(members)
     )
-    return Unsettled("g", False, "main", "shell", size, found)
+    return Unsettled("g", False, "main", "shell", None, size, found)
 
 
 CLOSED, OPEN, DROPPED = ("closed", 0, 10, 5), ("open", 0, 10, None), ("dropped", 0, 10, 7)

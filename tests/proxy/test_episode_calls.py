@@ -330,6 +330,39 @@ def test_the_episodes_sampler_takes_the_place_of_the_clients_and_the_record_says
     both(test, store, tmp_path)
 
 
+@pytest.mark.parametrize("path", ["/chat/completions", "/messages", "/responses"])
+def test_a_setting_that_an_episode_says_is_null_is_left_out_whatever_the_agent_sends(
+    store: Store, tmp_path: Path, path: str
+) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        none = dict.fromkeys(("seed", "logit_bias", "min_tokens", "tool_choice", "temperature"))
+        url = (await Environment(p).open("e-1", sampling=none))["base_url"]
+        parameters = {"type": "object", "properties": {}}
+        tool: dict[str, Any] = {"type": "function", "function": {"name": "f"}}
+        forced: Any = "required"
+        if path == "/messages":
+            tool, forced = {"name": "f", "input_schema": parameters}, {"type": "any"}
+        if path == "/responses":
+            tool = {"type": "function", "name": "f", "parameters": parameters}
+        body: dict[str, Any] = {"model": MODEL, "tools": [tool], "tool_choice": forced}
+        body |= {"input": "find"} if path == "/responses" else {"messages": [TASK]}
+        body |= {"max_tokens": 9} if path == "/messages" else {}
+        body |= {"seed": 42, "temperature": 0.0, "logit_bias": {"5": 9}, "min_tokens": 3}
+        answer = await p.http.post(url + path, json=body)
+        assert answer.status == 200, await answer.text()
+        await answer.read()
+        (sent,) = engine.requests
+        assert {name: sent.get(name) for name in none} == {**none, "tool_choice": sent_choice(sent)}
+        found = turn(store, answer.headers["x-nextstate-turn"])
+        assert found.trainable, found.untrainable
+        assert not {*none} & {*found.sampling}
+
+    def sent_choice(sent: dict[str, Any]) -> str | None:
+        return "auto" if sent.get("tool_choice") == "auto" else None
+
+    both(test, store, tmp_path)
+
+
 def test_turns_of_the_split_eval_are_never_judged_or_trained(store: Store, tmp_path: Path) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         environment = Environment(p)

@@ -13,12 +13,15 @@ import pytest
 
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
+from nextstate.episodes import Episode
 from nextstate.store import Store
+from nextstate.store.episodes import Hold
 from nextstate.store.workers import name_of
 from proxy.intervals import Intervals
+from tests.proxy.environment import Environment, call, user
 from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.proxy.test_workers import metrics
-from tests.scripted_engine import MODEL, ScriptedEngine, adapter, scripted_engine
+from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
 
 
 class Clocked(Store):
@@ -114,6 +117,51 @@ def test_an_adapter_stays_loaded_while_another_worker_uses_it(tmp_path: Path, ho
         assert set(pair.engine.adapters) == {NEW}
 
     paired(tmp_path, test)
+
+
+def test_calls_at_two_workers_share_what_is_left_of_an_episodes_tokens(tmp_path: Path) -> None:
+    async def test(pair: Pair) -> None:
+        engine, (first, second) = pair.engine, pair.workers
+        await until(lambda: len(pair.stores[0].workers.others("")) == 2)  # each has told
+        gate = asyncio.Event()
+        engine.queue += [Script(body_gate=gate), Script(body_gate=gate)]
+        await Environment(first).open("e-1", max_tokens=10)
+        urls = [f"{worker.url}/episodes/e-1/v1" for worker in (first, second)]
+        calls = [asyncio.create_task(call(first, urls[0], user("go"), max_tokens=4))]
+        await until(lambda: len(engine.requests) == 1)
+        calls += [asyncio.create_task(call(second, urls[1], user("go"), max_tokens=9))]
+        await until(lambda: len(engine.requests) == 2)
+        assert [one["max_tokens"] for one in engine.requests] == [4, 6]
+        calls += [asyncio.create_task(call(first, urls[0], user("go")))]  # waits for them
+        gate.set()
+        await asyncio.gather(*calls)
+        assert engine.requests[2]["max_tokens"] <= 10 - 2 - 2
+        await until(lambda: not pair.stores[0].episodes.held("e-1"))
+
+    paired(tmp_path, test)
+
+
+def test_what_a_worker_held_counts_no_longer_once_it_is_silent_or_has_ended(
+    tmp_path: Path,
+) -> None:
+    store = Clocked(tmp_path)
+    episodes, workers = store.episodes, store.workers
+    episodes.open([Episode("e-1", "main", "shell", "go", max_tokens=10)], None)
+    for name in ("0", "1"):
+        workers.beat(name, [], {})
+    assert episodes.begin_call("e-1", hold=Hold("c-0", "0", 7)) == (10, None)
+    assert episodes.begin_call("e-1", hold=Hold("c-1", "1", None)) == (3, None)
+    assert episodes.begin_call("e-1", hold=Hold("c-2", "2", 1)) is None
+    episodes.free("c-1")
+    assert episodes.begin_call("e-1", hold=Hold("c-3", "1", 0)) == (3, None)
+    store.now += 60
+    assert episodes.begin_call("e-1", hold=Hold("c-4", "1", 0)) == (10, None)
+    workers.beat("0", [], {})
+    assert episodes.begin_call("e-1", hold=Hold("c-5", "1", 0)) == (3, None)
+    workers.leave("0")
+    assert episodes.begin_call("e-1", hold=Hold("c-6", "1", 0)) == (10, None)
+    assert episodes.held("e-1") == 0
+    store.close()
 
 
 def test_the_old_version_stays_loaded_until_every_worker_serves_the_new_one(

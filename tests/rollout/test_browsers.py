@@ -196,10 +196,37 @@ def check_walls(pages: Path) -> None:
         enter = ["nsenter", "--user", "--preserve-credentials", f"--target={child.pid}"]
         made = subprocess.run([*enter, "unshare", "-U", "true"], check=False, capture_output=True)
         assert made.returncode != 0
+        limits = Path(f"/proc/{child.pid}/limits").read_text().splitlines()
+        bounded = [line.split()[:4] for line in limits if "processes" in line or "data" in line]
+        assert ["Max", "processes", "1024", "1024"] in bounded
+        assert ["Max", "data", "size", str(1 << 30)] in bounded
+
+
+GREEDY = """<p id=said></p><script>
+  const kept = [], said = document.getElementById("said");
+  try {
+    for (let n = 0; n < 40; n++) kept.push(new Uint8Array(64 << 20).fill(1));
+    said.append("got everything");
+  } catch (error) { said.append("refused after " + kept.length); }
+</script>"""
 
 
 @needs_chromium
-def test_a_browser_has_the_filter_of_system_calls_and_makes_no_namespaces(tmp_path: Path) -> None:
+def test_a_page_gets_no_more_memory_than_a_process_may_have(tmp_path: Path) -> None:
+    async def test(kind: PageKind) -> None:
+        page = kind.make()
+        shown = await page.reset({"page": "hostile", "seed": 0}, 0)
+        await page.close()
+        assert "refused after" in shown
+        assert 64 * int(shown.partition("refused after ")[2].split('"')[0]) < 1024
+
+    in_browser(test, hostile(tmp_path, GREEDY))
+
+
+@needs_chromium
+def test_a_browser_has_limits_a_filter_of_system_calls_and_makes_no_namespaces(
+    tmp_path: Path,
+) -> None:
     settings = hostile(tmp_path, HANGS)
     assert settings.pages is not None
     folder = settings.pages

@@ -80,6 +80,37 @@ def test_a_program_that_makes_no_container_is_told_with_its_words(
         asyncio.run(make_sandbox("docker:tools").check_machine())
 
 
+def test_no_more_containers_run_at_once_than_there_may_be(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The program is one that leaves a file until all that may run beside it have begun."""
+    docker, most = tmp_path / "docker", 3
+    monkeypatch.setattr("plugins.sandboxes.container.MOST_AT_ONCE", most)
+    begun, made = tmp_path / "begun", 3 * most
+    begun.mkdir()
+    docker.write_text(f"""#!/bin/bash
+[ "$1" = run ] || exit 0
+cat >/dev/null &
+: >{begun}/$$
+for _ in {{1..100}}; do set -- {begun}/*; [ $# -ge {most} ] && break; sleep 0.05; done
+sleep 0.3
+set -- {begun}/*
+echo $# >>{tmp_path}/counts
+rm {begun}/$$
+printf 'ready\\n'
+""")
+    docker.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    async def test() -> None:
+        await asyncio.gather(*(make_sandbox("docker:tools").run("ls", b"") for _ in range(made)))
+
+    asyncio.run(test())
+    counts = [int(line) for line in (tmp_path / "counts").read_text().split()]
+    assert len(counts) == made
+    assert max(counts) == most
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

@@ -14,6 +14,7 @@ import aiohttp
 import pytest
 
 from judge.groups import settle_over
+from nextstate.app.cli import command_parser
 from nextstate.engine.process import free_port
 from nextstate.episodes import EpisodeState, EpisodeStatus, RewardKind, Split
 from nextstate.errors import RefusedError, RolloutError
@@ -167,6 +168,20 @@ def test_a_reply_is_as_long_as_the_engine_lets_it_be_unless_the_plan_bounds_it(
         assert {request.get("max_tokens"), request.get("max_completion_tokens")} - {None} == (
             set() if most is None else {most}
         )
+
+    both(test, store, tmp_path)
+
+
+def test_the_sampler_of_a_run_is_that_of_its_episodes(store: Store, tmp_path: Path) -> None:
+    async def test(engine: ScriptedEngine, p: Running) -> None:
+        command = ["rollout", "command", "--sampling", '{"temperature": 0.5, "seed": null}']
+        given = command_parser().parse_args(command).sampling
+        await play(p, ShownKind(), replace(PLAN, sampling=given))
+        assert engine.requests[0]["temperature"] == 0.5
+        (episode,) = every_episode(store)
+        assert episode.sampling == {"temperature": 0.5, "seed": None}
+        with pytest.raises(SystemExit):
+            command_parser().parse_args([*command[:3], "0.5"])
 
     both(test, store, tmp_path)
 

@@ -34,6 +34,9 @@ OF_VERSION_4 = OF_VERSION_1.with_name("schema_4.sql")
 """The same as version 4 left it, before turns told their engine and whose they are, and before a
 store could be encrypted, with an episode, whose key it held in clear."""
 
+OF_VERSION_5 = OF_VERSION_1.with_name("schema_5.sql")
+"""The same as version 5 left it, before an episode told the family of its task."""
+
 
 def old_database(folder: Path, dump: Path = OF_VERSION_1) -> Path:
     file = folder / "nextstate.sqlite3"
@@ -73,7 +76,9 @@ def shape(file: Path) -> tuple[dict[str, list[tuple[object, ...]]], dict[str, st
     return columns, {name: sql for kind, name, sql in made if kind in ("index", "trigger")}
 
 
-@pytest.mark.parametrize("dump", [OF_VERSION_1, OF_VERSION_2, OF_VERSION_3, OF_VERSION_4])
+@pytest.mark.parametrize(
+    "dump", [OF_VERSION_1, OF_VERSION_2, OF_VERSION_3, OF_VERSION_4, OF_VERSION_5]
+)
 def test_an_older_database_gets_the_tables_of_a_new_one(tmp_path: Path, dump: Path) -> None:
     (tmp_path / "new").mkdir()
     Store(StoreConfig(dir=str(tmp_path / "new"))).close()

@@ -34,6 +34,7 @@ examples:
   nextstate rollout terminal --tasks tasks.jsonl --json | jq .outcome
   nextstate rollout terminal --tasks tasks.jsonl --ray 10.0.0.1:6379 --parallel 64
   nextstate rollout command --tasks agent.jsonl                  an agent program of yours
+  nextstate rollout command --tasks agent.jsonl --sampling '{"temperature": 1, "seed": null}'
   nextstate rollout openenv --tasks 'http://127.0.0.1:8000?action=message&show=text'
 """
 _STOPPED = 128 + signal.SIGTERM
@@ -70,6 +71,9 @@ def add(subparsers: Any) -> None:
         if default is not None:
             text += f" (default: {default})"
         parser.add_argument(f"--{name}", type=whole_number, default=default, metavar="N", help=text)
+    text = "a JSON object of settings that take the place of the agent's; null leaves its own out: "
+    text += '\'{"temperature": 1, "seed": null}\''
+    parser.add_argument("--sampling", type=_object, metavar="JSON", help=text)
     text = "a name for the run: started again with it, it goes on where it was"
     parser.add_argument("--run", dest="name", metavar="NAME", help=text)
     parser.add_argument("--lineage", metavar="NAME", help="whom they train (default: main)")
@@ -162,6 +166,7 @@ async def _play(
         name=args.name,
         lineage=args.lineage,
         version=args.version,
+        sampling=args.sampling,
     )
     task = asyncio.current_task()
     assert task is not None
@@ -180,6 +185,15 @@ async def _play(
         with _alone(settings, args.name):
             given = plan, tasks * args.epochs, kind, proxy, tell
             return await runner.run(*given, pictures, nodes, pace)
+
+
+def _object(text: str) -> dict[str, Any]:
+    from nextstate.wire import json_object
+
+    if (found := json_object(text.encode())) is None:
+        told = f"{text!r:.80}: expected a JSON object, as " + "'{\"temperature\": 1}'"
+        raise argparse.ArgumentTypeError(told)
+    return found
 
 
 def _alone(settings: Settings, name: str | None) -> AbstractContextManager[None]:
