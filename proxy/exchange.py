@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nextstate.hooks import AgentProfile
@@ -143,6 +144,26 @@ def read_exchange(
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
     """Reads and records one exchange."""
     return record(recording, read_exchange(exchange, profile))
+
+
+def look_ahead(recording: Recording, batch: Sequence[Read]) -> None:
+    """Asks in few statements for most of what `record` needs of the store for each exchange."""
+    sessions = recording.sessions
+    if not sessions.looks_ahead:
+        return
+    keys = [one.link.replies[0].context_key for one in batch if one.link is not None]
+    sessions.look_ahead([key for key in keys if key])
+    places: list[bytes] = []
+    for one in batch:
+        link, parent = one.link, None
+        if link is not None:
+            key = link.replies[0].context_key
+            if key is None or not sessions.with_context_key(key):
+                continue  # its parent is not found so quickly
+            parent = find_parent(sessions, link, one.scope).parent
+        place = place_of(one.scope, one.kind, parent and parent.id, one.history)
+        places += [] if place is None else [place]
+    sessions.look_further([one.exchange.turn_id for one in batch], places)
 
 
 def record(recording: Recording, read: Read) -> Turn:

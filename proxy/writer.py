@@ -37,7 +37,7 @@ from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
 from nextstate.tracing import tracing
-from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
+from proxy.exchange import Exchange, Read, amend_exchange, look_ahead, read_exchange, record
 from proxy.linking.history import RememberedMessages
 from proxy.redacting import Known
 
@@ -137,6 +137,7 @@ class Writer:
                 ]
                 made: list[Turn] = []
                 with store.recording() as recording:
+                    look_ahead(recording, read)
                     answers = [_record(recording, one, made) for one in read]
                 tracing("proxy").recorded(made)
                 return answers

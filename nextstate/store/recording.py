@@ -15,13 +15,11 @@ from nextstate.store.database import Cursor
 from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
 from nextstate.store.sessions import REPLACE_CUT, Sessions
 from nextstate.store.texts import Known, Writer, content_hash
-from nextstate.store.turns import turn_texts
 from nextstate.store.vault import seal_column
 from nextstate.wire import objects, write_json
 
 _C = t.turns.c
 _THIS = _C.id == sa.bindparam("turn")
-_TEXTS_OF = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids).where(_THIS)
 _COLUMNS: dict[str, Any] = {
     c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
 }
@@ -31,7 +29,6 @@ _ADD_JUDGEMENT = sa.text(  # a person may have given feedback on the turn before
     "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
     "SELECT id, seq, 'pending', 0.0, 0 FROM turns WHERE id = :turn ON CONFLICT DO NOTHING"
 )
-_KNOWN_TURN = sa.select(_C.seq).where(_THIS)
 _VERSION: sa.BindParameter[Any] = sa.bindparam("version")
 _E = t.episodes.c
 _SERVED = (
@@ -69,7 +66,7 @@ class Recording:
 
     def holds(self, turn: str) -> bool:
         """True if a turn is stored already, with its next states."""
-        return self._cursor.first(_KNOWN_TURN, turn=turn) is not None
+        return self.sessions.holds(turn)
 
     def add_turn(
         self,
@@ -99,7 +96,7 @@ class Recording:
         others = [part for part in (tools, of_rest, of_reply, *runs) if part is not None]
         again = self._known.hash_of
         other_hashes = [(content_hash if part is of_reply else again)(part) for part in others]
-        used = self._texts_of(turn.parent)
+        used = set[bytes]() if turn.parent is None else self.sessions.texts_of(turn.parent)
         for key, message in zip(message_hashes, messages, strict=True):
             if key not in used:
                 used.add(self._texts.put(write_json(message), key))
@@ -145,6 +142,7 @@ class Recording:
             client=turn.client,
             engine=turn.engine,
         )
+        self.sessions.added(turn, context_key, place)
         self._added.update(counts.keys_of_new(turn))
         if turn.episode is not None:
             self._cursor.send(
@@ -154,6 +152,7 @@ class Recording:
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` replace the cut turns at the same place."""
         self._count_added()  # before a trigger counts less
+        self.sessions.replaced(place)
         self._cursor.send(REPLACE_CUT, at=place, turn=turn)
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
@@ -170,6 +169,7 @@ class Recording:
                 trust=state.trust,
             )
         self._cursor.send(_CONTINUED, turn=turn)
+        self.sessions.continued(turn)
         if judge:
             self._cursor.later(_ADD_JUDGEMENT, turn=turn)
 
@@ -178,8 +178,3 @@ class Recording:
             rows = [{"area": "turns", "key": key, "more": n} for key, n in self._added.items()]
             self._cursor.run_many(counts.ADD, rows)
             self._added.clear()
-
-    def _texts_of(self, turn: str | None) -> set[bytes]:
-        """The hashes of the texts that a stored turn uses, or that the turn it continues uses."""
-        row = None if turn is None else self._cursor.first(_TEXTS_OF, turn=turn)
-        return set() if row is None else turn_texts(row)
