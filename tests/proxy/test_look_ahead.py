@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
 from nextstate.records import Timings
-from nextstate.store import Store
+from nextstate.store import Store, texts
+from nextstate.store import recording as recorder
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
 from proxy import exchange as proxy_exchange
 from proxy.capture import Capture
-from proxy.exchange import Exchange, amend_exchange, look_ahead, read_exchange, record
+from proxy.exchange import Exchange, amend_exchange, look_ahead, prepared, read_exchange, record
 from tests.proxy.conversations import PROFILE, Step, interleaved
 from tests.proxy.generated_agents import FORKING, programs
 
@@ -44,6 +45,8 @@ def exchange(step: Step, session: str | None = None, **changes: Any) -> Exchange
 def commit(store: Store, batch: Sequence[Exchange], *, ahead: bool) -> None:
     """Records exchanges as the writer does, in one transaction."""
     read = [read_exchange(one, PROFILE) for one in batch]
+    if ahead:
+        read = prepared(store, read)
     with store.recording() as recording:
         if ahead:
             look_ahead(recording, read)
@@ -66,8 +69,12 @@ def rows(store: Store) -> dict[str, list[tuple[Any, ...]]]:
 def recorded(batches: Sequence[Sequence[Exchange]], *, ahead: bool) -> dict[str, Any]:
     """What a new store holds after these batches."""
     numbers = itertools.count()
+
+    def new_id(kind: str) -> str:
+        return f"{kind}_{next(numbers)}"
+
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(proxy_exchange, "new_id", lambda kind: f"{kind}_{next(numbers)}")
+        patch.setattr(proxy_exchange, "new_id", new_id)
         store = Store(StoreConfig(dir=str(Path(folder) / "state")))
         for batch in batches:
             commit(store, batch, ahead=ahead)
@@ -143,3 +150,32 @@ def test_a_batch_of_turns_that_go_on_asks_a_server_twice(
         assert len(asked) == 2, asked
     parents = [store.turns.get(f"turn_1_{n}") for n in range(16)]
     assert [one and one.parent for one in parents] == [f"turn_0_{n}" for n in range(16)]
+
+
+def test_what_a_new_turn_is_stored_as_is_made_before_the_lock(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = "It is a long text that begins as others do. " * 200
+    said = [{"role": "user", "content": f"{begun}{n}"} for n in range(2)]
+    reply = {"role": "assistant", "content": "a reply"}
+    first, second = (
+        exchange(Step(f"turn_{n}", [one], reply, False, None, [], ""), defaults={"n": n})
+        for n, one in enumerate(said)
+    )
+    commit(store, [first], ahead=True)
+    read = prepared(store, [read_exchange(second, PROFILE)])
+
+    def refused(*_: object) -> bytes:
+        raise AssertionError("it is done under the lock")
+
+    with monkeypatch.context() as patch:
+        for module, name in (
+            *((texts, name) for name in ("compress", "content_hash")),
+            *((recorder, name) for name in ("content_hash", "id_runs", "pack_ids", "dump")),
+        ):
+            patch.setattr(module, name, refused)
+        with store.recording() as recording:
+            record(recording, read[0])
+    turn = store.turns.get("turn_1")
+    assert turn is not None
+    assert (turn.request["messages"], turn.reply) == ([said[1]], reply)
