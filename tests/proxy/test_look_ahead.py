@@ -119,6 +119,24 @@ def test_a_batch_that_looks_ahead_leaves_the_same_rows_as_turns_one_by_one(
     assert recorded(parted(sent, rng), ahead=True) == one_by_one
 
 
+@pytest.mark.parametrize("reply", ["hello", "good day"])
+def test_a_batch_sees_that_it_adds_or_replaces_what_was_asked_before(reply: str) -> None:
+    said = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "hello"},
+        {"role": "user", "content": "and now?"},
+    ]
+
+    def turn(name: str, messages: int, said_back: str, *, cut: bool = False) -> Exchange:
+        answer = {"role": "assistant", "content": said_back}
+        return exchange(Step(name, said[:messages], answer, cut, None, [], ""))
+
+    first = turn("turn_0", 1, "hello", cut=reply != "hello")
+    batch = [turn("turn_1", 1, reply), turn("turn_2", 3, "bye")]
+    one_by_one = recorded([[first], *([one] for one in batch)], ahead=False)
+    assert recorded([[first], batch], ahead=True) == one_by_one
+
+
 def test_a_batch_of_turns_that_go_on_asks_a_server_twice(
     store: Store, database: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
