@@ -20,7 +20,7 @@ from nextstate.errors import WaitError
 from nextstate.hooks import load_plugin
 from nextstate.records import Json
 from nextstate.store import Store
-from proxy.exchange import Exchange, Read, read_exchange, record
+from proxy.exchange import Exchange, Read, look_ahead, prepared, read_exchange, record
 from proxy.linking.history import RememberedMessages
 
 _BATCH = 16
@@ -67,6 +67,7 @@ def write(config: StoreConfig, writer: int, seconds: float) -> None:
     cpu, end = time.process_time(), time.monotonic() + seconds
     while time.monotonic() < end:
         read = [read_exchange(one, profile, remembered) for one in islice(source, _BATCH)]
+        read = prepared(store, read)
         began = time.monotonic()
         while not _is_written(store, read):
             pass
@@ -80,8 +81,10 @@ def _is_written(store: Store, read: list[Read]) -> bool:
     """False if others held the database for as long as a writer waits at once."""
     try:
         with store.recording() as recording:
+            look_ahead(recording, read)
             for one in read:
-                record(recording, one)
+                if not recording.holds(one.exchange.turn_id):
+                    record(recording, one)
     except WaitError:
         return False
     return True

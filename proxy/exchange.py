@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from nextstate.hooks import AgentProfile
 from nextstate.records import Json, Timings, Turn, TurnKind, new_id
-from nextstate.store.recording import Recording
+from nextstate.store import Store
+from nextstate.store.recording import Parts, Recording, parts_of
 from nextstate.wire import objects
 from proxy.capture import Capture, sampling_settings
 from proxy.linking.history import (
@@ -86,6 +88,13 @@ class Read(NamedTuple):
     keys: Keys
     kept: Kept
     """Its tokens, as far as they tell no secret."""
+    parts: Parts | None = None
+    """What of its turn is stored, if that was made before the store's lock."""
+
+    @property
+    def message_hashes(self) -> list[bytes]:
+        """Of the request's messages."""
+        return [message.hash for message in self.history.messages]
 
 
 def read_exchange(
@@ -143,6 +152,33 @@ def read_exchange(
 def record_exchange(recording: Recording, exchange: Exchange, profile: AgentProfile) -> Turn:
     """Reads and records one exchange."""
     return record(recording, read_exchange(exchange, profile))
+
+
+def prepared(store: Store, batch: Sequence[Read]) -> list[Read]:
+    """Exchanges with the parts of their turns, for the next recording."""
+    turns = ((_turn(one, "", 0, None), one.message_hashes) for one in batch)
+    parts = store.prepare(turns)
+    return [one._replace(parts=own) for one, own in zip(batch, parts, strict=True)]
+
+
+def look_ahead(recording: Recording, batch: Sequence[Read]) -> None:
+    """Asks in few statements for most of what `record` needs of the store for each exchange."""
+    sessions = recording.sessions
+    if not sessions.looks_ahead:
+        return
+    keys = [one.link.replies[0].context_key for one in batch if one.link is not None]
+    sessions.look_ahead([key for key in keys if key])
+    places: list[bytes] = []
+    for one in batch:
+        link, parent = one.link, None
+        if link is not None:
+            key = link.replies[0].context_key
+            if key is None or not sessions.with_context_key(key):
+                continue  # its parent is not found so quickly
+            parent = find_parent(sessions, link, one.scope).parent
+        place = place_of(one.scope, one.kind, parent and parent.id, one.history)
+        places += [] if place is None else [place]
+    sessions.look_further([one.exchange.turn_id for one in batch], places)
 
 
 def record(recording: Recording, read: Read) -> Turn:
@@ -210,7 +246,7 @@ def _add(recording: Recording, read: Read, turn: Turn, place: bytes | None) -> N
         context_key=read.keys.context,
         client_session=read.scope.client_session,
         place=place,
-        message_hashes=[message.hash for message in read.history.messages],
+        parts=read.parts or parts_of(turn, recording.known, read.message_hashes),
         tokens=read.exchange.capture.tokens,
     )
 

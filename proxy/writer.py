@@ -37,7 +37,15 @@ from nextstate.store import Store
 from nextstate.store.recording import Recording
 from nextstate.store.waiting import Patience
 from nextstate.tracing import tracing
-from proxy.exchange import Exchange, Read, amend_exchange, read_exchange, record
+from proxy.exchange import (
+    Exchange,
+    Read,
+    amend_exchange,
+    look_ahead,
+    prepared,
+    read_exchange,
+    record,
+)
 from proxy.linking.history import RememberedMessages
 from proxy.redacting import Known
 
@@ -131,12 +139,14 @@ class Writer:
         while True:
             try:
                 store, profile = self._open()
-                read = read or [  # once, however often the store is tried
-                    read_exchange(pickle.loads(pickled), profile, self._remembered, self._known)
-                    for pickled in batch
-                ]
+                if read is None:  # once, however often the store is tried
+                    exchanges = map(pickle.loads, batch)
+                    known = self._remembered, self._known
+                    read = [read_exchange(one, profile, *known) for one in exchanges]
+                    read = prepared(store, read)
                 made: list[Turn] = []
                 with store.recording() as recording:
+                    look_ahead(recording, read)
                     answers = [_record(recording, one, made) for one in read]
                 tracing("proxy").recorded(made)
                 return answers

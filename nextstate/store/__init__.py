@@ -7,7 +7,7 @@ never deleted when it is fetched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +18,7 @@ from nextstate import sealed_files
 from nextstate.config import StoreConfig
 from nextstate.errors import StoreError
 from nextstate.private_files import make_state_folder
+from nextstate.records import Turn
 from nextstate.store.counts import SHOWN, read_counts
 from nextstate.store.database import Database, Dialect
 from nextstate.store.encryption import Encryption, exclusive_encryption, unlock
@@ -29,7 +30,7 @@ from nextstate.store.keys import Keys
 from nextstate.store.ledger import Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
-from nextstate.store.recording import Recording
+from nextstate.store.recording import Parts, Recording, prepared
 from nextstate.store.retention import Retention
 from nextstate.store.reviewing import Reviewing
 from nextstate.store.roles import Roles
@@ -149,6 +150,14 @@ class Store:
             recording = Recording(cursor, self._known)
             yield recording
             recording.close()
+
+    def prepare(self, turns: Iterable[tuple[Turn, Sequence[bytes]]]) -> list[Parts]:
+        """The parts of turns, each with the hashes of its messages, for the next `recording`.
+
+        What can be done without a lock is done. Only one thread may prepare and record.
+        """
+        self._known.packed.clear()
+        return [prepared(turn, self._known, hashes) for turn, hashes in turns]
 
     def counts(self) -> dict[str, int]:
         """How many records there are of each kind and state, under `area/what` names."""

@@ -219,6 +219,9 @@ class Cursor:
     A statement is compiled once, so it must be one object: a constant of its module.
     """
 
+    looks_ahead = False
+    """Whether what several statements would find is better asked for in one."""
+
     def __init__(self, cursor: Any, dialect: sa.Dialect) -> None:
         self._cursor = cursor
         self._dialect = dialect

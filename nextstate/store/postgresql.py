@@ -326,6 +326,8 @@ class _Streaming(psycopg.ServerCursor[Any]):
 class _Sending(Cursor):
     """A cursor that waits for an answer only where one is asked for."""
 
+    looks_ahead = True
+
     def __init__(self, driver: Any, pipeline: psycopg.Pipeline, dialect: sa.Dialect) -> None:
         super().__init__(None, dialect)
         self._driver = driver

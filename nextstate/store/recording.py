@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
@@ -15,13 +15,11 @@ from nextstate.store.database import Cursor
 from nextstate.store.packing import dump, id_runs, pack_floats, pack_ids
 from nextstate.store.sessions import REPLACE_CUT, Sessions
 from nextstate.store.texts import Known, Writer, content_hash
-from nextstate.store.turns import turn_texts
 from nextstate.store.vault import seal_column
 from nextstate.wire import objects, write_json
 
 _C = t.turns.c
 _THIS = _C.id == sa.bindparam("turn")
-_TEXTS_OF = sa.select(_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids).where(_THIS)
 _COLUMNS: dict[str, Any] = {
     c.name: sa.bindparam(c.name) for c in _C if c.name not in ("seq", "replaced_by")
 }
@@ -31,7 +29,6 @@ _ADD_JUDGEMENT = sa.text(  # a person may have given feedback on the turn before
     "INSERT INTO judgements (turn, seq, state, not_before, attempts) "
     "SELECT id, seq, 'pending', 0.0, 0 FROM turns WHERE id = :turn ON CONFLICT DO NOTHING"
 )
-_KNOWN_TURN = sa.select(_C.seq).where(_THIS)
 _VERSION: sa.BindParameter[Any] = sa.bindparam("version")
 _E = t.episodes.c
 _SERVED = (
@@ -50,6 +47,47 @@ _SERVED = (
 _CONTINUED = sa.update(t.turns).where(_THIS).values(continued=True)
 
 
+class Parts(NamedTuple):
+    """What of a turn depends on its content alone, as it is stored."""
+
+    message_hashes: Sequence[bytes]
+    others: Sequence[tuple[bytes, bytes]]
+    """(hash, text) of its tools if it has any, its other settings, its reply, its prompt's runs."""
+    values: Mapping[str, bytes | str | None]
+    """Columns that may be sealed."""
+
+
+def parts_of(turn: Turn, known: Known, message_hashes: Sequence[bytes] | None = None) -> Parts:
+    """The parts of a turn: it needs no store, so no lock is held meanwhile."""
+    if message_hashes is None:
+        messages = objects(turn.request.get("messages"))
+        message_hashes = [content_hash(write_json(message)) for message in messages]
+    rest = {k: v for k, v in turn.request.items() if k not in ("messages", "tools")}
+    again = [turn.request["tools"], rest] if "tools" in turn.request else [rest]
+    reply, runs = write_json(turn.reply), id_runs(turn.prompt_ids or ())
+    others = [(known.hash_of(part), part) for part in map(write_json, again)]
+    others.append((content_hash(reply), reply))
+    others += [(known.hash_of(run), run) for run in runs]
+    values: dict[str, bytes | str | None] = {
+        "completion_ids": pack_ids(turn.completion_ids),
+        "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
+        "sampling": dump(turn.sampling),
+    }
+    return Parts(message_hashes, others, values)
+
+
+def prepared(turn: Turn, known: Known, message_hashes: Sequence[bytes]) -> Parts:
+    """The same, with what seems to be new compressed for the transaction that adds the turn."""
+    parts = parts_of(turn, known, message_hashes)
+    messages = objects(turn.request.get("messages"))
+    for key, message in zip(message_hashes, messages, strict=True):
+        if key not in known.hashes:
+            known.pack(key, write_json(message))
+    for key, text in parts.others:
+        known.pack(key, text)
+    return parts
+
+
 class Recording:
     """An open recording transaction: see `Store.recording`."""
 
@@ -57,7 +95,8 @@ class Recording:
         self.sessions = Sessions(cursor)
         """Where a turn stands, as the store knows it."""
         self._cursor = cursor
-        self._known = known
+        self.known = known
+        """What this process believes to be stored."""
         self._texts = Writer(cursor, known)
         self._added: Counter[str] = Counter()
         """The turns that were added, by the keys under which they count."""
@@ -69,7 +108,7 @@ class Recording:
 
     def holds(self, turn: str) -> bool:
         """True if a turn is stored already, with its next states."""
-        return self._cursor.first(_KNOWN_TURN, turn=turn) is not None
+        return self.sessions.holds(turn)
 
     def add_turn(
         self,
@@ -80,39 +119,29 @@ class Recording:
         context_key: bytes | None = None,
         client_session: str | None = None,
         place: bytes | None = None,
-        message_hashes: Sequence[bytes] | None = None,
+        parts: Parts | None = None,
         tokens: int = 0,
     ) -> None:
         """Adds a turn with the keys by which a request that continues it is found.
 
         `place` is the place of a turn whose client did not see the end of the reply: a retry is
-        found by it. `message_hashes` are the hashes of the request's messages, if they are known.
+        found by it. `parts` are the turn's, if they were made before.
         `tokens` are those of the reply, which count for its episode.
         """
+        if parts is None:
+            parts = parts_of(turn, self.known)
+        used = set[bytes]() if turn.parent is None else self.sessions.texts_of(turn.parent)
         messages = objects(turn.request.get("messages"))
-        rest = {k: v for k, v in turn.request.items() if k not in ("messages", "tools")}
-        tools = write_json(turn.request["tools"]) if "tools" in turn.request else None
-        if message_hashes is None:
-            message_hashes = [content_hash(write_json(message)) for message in messages]
-        of_rest, of_reply = write_json(rest), write_json(turn.reply)
-        runs = id_runs(turn.prompt_ids or ())
-        others = [part for part in (tools, of_rest, of_reply, *runs) if part is not None]
-        again = self._known.hash_of
-        other_hashes = [(content_hash if part is of_reply else again)(part) for part in others]
-        used = self._texts_of(turn.parent)
-        for key, message in zip(message_hashes, messages, strict=True):
+        for key, message in zip(parts.message_hashes, messages, strict=True):
             if key not in used:
                 used.add(self._texts.put(write_json(message), key))
-        for key, part in zip(other_hashes, others, strict=True):
+        for key, part in parts.others:
             if key not in used:
                 used.add(self._texts.put(part, key))
-        of_tools = [] if tools is None else [other_hashes.pop(0)]
+        other_hashes = [key for key, _ in parts.others]
+        of_tools = other_hashes.pop(0) if "tools" in turn.request else None
         vault = self._cursor.vault
-        values: dict[str, bytes | str | None] = {
-            "completion_ids": pack_ids(turn.completion_ids),
-            "behaviour_logprobs": pack_floats(turn.behaviour_logprobs),
-            "sampling": dump(turn.sampling),
-        }
+        sealed = {k: seal_column(vault, turn.id, k, value) for k, value in parts.values.items()}
         self._cursor.send(
             _ADD_TURN,
             id=turn.id,
@@ -122,13 +151,13 @@ class Recording:
             lineage=turn.lineage,
             policy_version=turn.policy_version,
             client_model=turn.client_model,
-            messages=b"".join(message_hashes),
-            tools=of_tools[0] if of_tools else None,
+            messages=b"".join(parts.message_hashes),
+            tools=of_tools,
             rest=other_hashes[0],
             reply=other_hashes[1],
             finish_reason=turn.finish_reason,
             prompt_ids=None if turn.prompt_ids is None else b"".join(other_hashes[2:]),
-            **{name: seal_column(vault, turn.id, name, value) for name, value in values.items()},
+            **sealed,
             started_at=turn.timings.started_at,
             first_token_s=turn.timings.first_token_s,
             total_s=turn.timings.total_s,
@@ -145,6 +174,7 @@ class Recording:
             client=turn.client,
             engine=turn.engine,
         )
+        self.sessions.added(turn, context_key, place)
         self._added.update(counts.keys_of_new(turn))
         if turn.episode is not None:
             self._cursor.send(
@@ -154,6 +184,7 @@ class Recording:
     def replace_cut(self, place: bytes, turn: str) -> None:
         """Lets `turn` replace the cut turns at the same place."""
         self._count_added()  # before a trigger counts less
+        self.sessions.replaced(place)
         self._cursor.send(REPLACE_CUT, at=place, turn=turn)
 
     def add_next_states(self, turn: str, judge: bool, states: Sequence[NextState]) -> None:
@@ -170,6 +201,7 @@ class Recording:
                 trust=state.trust,
             )
         self._cursor.send(_CONTINUED, turn=turn)
+        self.sessions.continued(turn)
         if judge:
             self._cursor.later(_ADD_JUDGEMENT, turn=turn)
 
@@ -178,8 +210,3 @@ class Recording:
             rows = [{"area": "turns", "key": key, "more": n} for key, n in self._added.items()]
             self._cursor.run_many(counts.ADD, rows)
             self._added.clear()
-
-    def _texts_of(self, turn: str | None) -> set[bytes]:
-        """The hashes of the texts that a stored turn uses, or that the turn it continues uses."""
-        row = None if turn is None else self._cursor.first(_TEXTS_OF, turn=turn)
-        return set() if row is None else turn_texts(row)

@@ -1,19 +1,26 @@
 """Where a new turn stands: the stored turns that it may continue, and the sessions of a client.
 
 These queries hand out rows. The decision is in `proxy/linking/parents.py`.
+
+A batch of turns asks much of the same. Where each question waits for a server (`looks_ahead` of the
+cursor), it is asked for all turns at once, before the first is added. What the batch itself changes
+is forgotten, and then asked for one by one: so the answers are the same.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
+from sqlalchemy.dialects.postgresql import ARRAY
 
 from nextstate.episodes import EpisodeState
-from nextstate.records import Json, TurnKind
+from nextstate.records import Json, Turn, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Cursor
 from nextstate.store.texts import hashes, one
+from nextstate.store.turns import turn_texts
 from nextstate.store.vault import PREFIX_BYTES
 from nextstate.wire import read_json
 
@@ -89,9 +96,41 @@ _OTHERS = _OF_NAME.where(
 _OF_EPISODE = sa.select(t.episodes.c.state).where(t.episodes.c.id == sa.bindparam("episode"))
 _REPLY_OF = sa.select(_C.reply).where(_C.id == _TURN)
 _LAST_INDEX = sa.select(sa.func.max(_C.idx).label("last")).where(_C.session == _NAME)
+_TEXTS = (_C.messages, _C.tools, _C.rest, _C.reply, _C.prompt_ids)
+_TEXTS_OF = sa.select(*_TEXTS).where(_C.id == _TURN)
+_KNOWN_TURN = sa.select(_C.seq).where(_C.id == _TURN)
 _CUT_SESSION = sa.select(_C.session).where(*_CUT_HERE).limit(1)
 REPLACE_CUT = sa.update(t.turns).where(*_CUT_HERE, _C.id != _TURN).values(replaced_by=_TURN)
 _SET_PLACE = sa.update(t.turns).where(_C.id == _TURN).values(place=_PLACE)
+
+
+def _keys(name: str, type_: sa.types.TypeEngine[Any]) -> sa.BindParameter[Any]:
+    return sa.bindparam(name, type_=ARRAY[Any](type_))
+
+
+def _with_context_keys() -> sa.Select[*tuple[Any, ...]]:
+    """`_WITH_CONTEXT_KEY` for several keys, with the texts and the last index of each session."""
+    wanted = sa.func.unnest(_keys("keys", sa.LargeBinary())).table_valued("key").render_derived()
+    rows = sa.select(*dict.fromkeys((*_CANDIDATE.selected_columns, *_TEXTS)))
+    of_key = rows.where(_C.context_key == wanted.c.key, _C.replaced_by.is_(None))
+    found, others = _newest(of_key).limit(_MOST_CANDIDATES).lateral("found"), t.turns.alias()
+    last = sa.select(sa.func.max(others.c.idx)).where(others.c.session == found.c.session)
+    columns = *found.c, last.scalar_subquery().label("last")
+    query = sa.select(*columns).select_from(wanted.join(found, sa.true()))
+    return query.order_by(found.c.seq.desc())
+
+
+_WITH_CONTEXT_KEYS = _with_context_keys()
+_STORED_OR_CUT = sa.select(
+    sa.union_all(
+        sa.select(_C.id, sa.null().label("place"), _C.session).where(
+            _C.id == sa.any_(_keys("turns", sa.Text()))
+        ),
+        sa.select(_C.id, _C.place, _C.session).where(
+            _C.place == sa.any_(_keys("places", sa.LargeBinary())), *_CUT_HERE[1:]
+        ),
+    ).subquery()
+)
 
 
 class Sessions:
@@ -99,10 +138,65 @@ class Sessions:
 
     def __init__(self, cursor: Cursor) -> None:
         self._cursor = cursor
+        self.looks_ahead = cursor.looks_ahead
+        """Whether to ask ahead for several turns is worth it."""
+        # What is known already, and stays true until the batch changes it:
+        self._of_key: dict[bytes, list[Candidate]] = {}
+        self._rows: dict[str, Any] = {}
+        """Of these candidates, with their texts."""
+        self._next: dict[str, int] = {}
+        """The next index of their sessions."""
+        self._absent: set[str] = set()
+        """Turns that are not stored."""
+        self._uncut: set[bytes] = set()
+        """Places without a cut turn."""
+
+    def look_ahead(self, keys: Sequence[bytes]) -> None:
+        """Asks at once for the turns with these context keys, their texts and their sessions."""
+        self._of_key = {key: [] for key in keys}
+        for row in self._cursor.all(_WITH_CONTEXT_KEYS, keys=[*self._of_key]) if keys else ():
+            self._of_key[row.context_key].append(Candidate._make(row[: len(Candidate._fields)]))
+            self._rows[row.id] = row
+            self._next[row.session] = row.last + 1
+
+    def look_further(self, turns: Sequence[str], places: Sequence[bytes]) -> None:
+        """Asks at once which of these turns are stored, and which places have a cut turn."""
+        found = self._cursor.all(_STORED_OR_CUT, turns=[*turns], places=[*places])
+        self._absent = {*turns}.difference(row.id for row in found)
+        self._uncut = {*places}.difference(row.place for row in found)
+
+    def added(self, turn: Turn, context_key: bytes | None, place: bytes | None) -> None:
+        """Forgets what a new turn changes."""
+        self._absent.discard(turn.id)
+        self._next.pop(turn.session, None)
+        if context_key is not None:
+            self._of_key.pop(context_key, None)
+        if place is not None:
+            self._uncut.discard(place)
+
+    def continued(self, turn: str) -> None:
+        """Forgets what changes with a turn that has got a next state."""
+        if (row := self._rows.get(turn)) is not None:
+            self._of_key.pop(row.context_key, None)
+
+    def replaced(self, place: bytes) -> None:
+        """Forgets what changes with the cut turns at a place, unless there is none."""
+        if place not in self._uncut:
+            self._of_key.clear()
+
+    def holds(self, turn: str) -> bool:
+        """True if a turn is stored already, with its next states."""
+        return turn not in self._absent and self._cursor.first(_KNOWN_TURN, turn=turn) is not None
+
+    def texts_of(self, turn: str) -> set[bytes]:
+        """The hashes of the texts that a stored turn uses."""
+        row = self._rows.get(turn) or self._cursor.first(_TEXTS_OF, turn=turn)
+        return set() if row is None else turn_texts(row)
 
     def with_context_key(self, key: bytes) -> list[Candidate]:
         """The newest turns with this context key."""
-        return self._candidates(_WITH_CONTEXT_KEY, key=key)
+        known = self._of_key.get(key)
+        return self._candidates(_WITH_CONTEXT_KEY, key=key) if known is None else known
 
     def with_context_prefix(self, prefix: bytes) -> list[Candidate]:
         """Some turns whose context key begins so."""
@@ -163,16 +257,21 @@ class Sessions:
 
     def next_index(self, session: str) -> int:
         """The index of the next turn in a session."""
+        if (known := self._next.get(session)) is not None:
+            return known
         row = self._cursor.first(_LAST_INDEX, name=session)
         return 0 if row is None or row.last is None else row.last + 1
 
     def cut_session(self, place: bytes) -> str | None:
         """The session of a turn at this place whose client did not see the end of the reply."""
+        if place in self._uncut:
+            return None
         row = self._cursor.first(_CUT_SESSION, at=place)
         return None if row is None else row.session
 
     def set_place(self, turn: str, place: bytes) -> None:
         """Stores the place of a turn whose client did not see the end of the reply."""
+        self._uncut.discard(place)
         self._cursor.send(_SET_PLACE, turn=turn, at=place)
 
     def _candidates(self, statement: sa.ClauseElement, **values: object) -> list[Candidate]:

@@ -119,6 +119,10 @@ class Known:
     """The hashes of texts that may come again. The most recently used come last."""
     hashed_bytes: int = 0
     """Of memory for `hashed`, about."""
+    packed: dict[tuple[bytes, bytes | None], bytes] = field(
+        default_factory=dict[tuple[bytes, bytes | None], bytes]
+    )
+    """Texts of the next batch, compressed before its lock, by their hash and that of their base."""
 
     def has(self, key: bytes) -> bool:
         """True if this text is believed to be stored."""
@@ -148,6 +152,23 @@ class Known:
             del self.hashed[oldest]
             self.hashed_bytes -= len(oldest) + _HASHED_BYTES
         return found
+
+    def pack(self, key: bytes, text: bytes) -> None:
+        """Compresses a text ahead of the transaction that will store it, if it seems to be new."""
+        if key not in self.hashes and (key, None) not in self.packed:
+            self.packed[key, None] = compress(text)
+            if (base := self.base_of(key, text)) is not None:
+                self.packed[key, base[0]] = compress(text, base[1])
+
+    def base_of(self, key: bytes, text: bytes) -> tuple[bytes, bytes] | None:
+        """(hash, text) of what a long text may be much like."""
+        base = self.bases.get(text[:_BEGINNING_BYTES]) if len(text) >= _LONG_BYTES else None
+        return base if base and base[0] != key else None
+
+    def compressed(self, key: bytes, text: bytes, base: tuple[bytes, bytes] | None = None) -> bytes:
+        """A text as it is stored, against its base if there is one."""
+        found = self.packed.get((key, base and base[0]))
+        return compress(text, base and base[1]) if found is None else found
 
     def add_base(self, key: bytes, text: bytes) -> None:
         """Notes a long text to compress others against, and forgets the oldest."""
@@ -224,7 +245,7 @@ class Writer:
     def _add(self, key: bytes, text: bytes, uses: int) -> None:
         is_long = len(text) >= _LONG_BYTES
         if not (is_long and self._use(key, uses)):
-            stored, base = self._compressed(key, text) if is_long else (compress(text), None)
+            stored, base = self._compressed(key, text)
             stored = seal(self._cursor.vault, packed_place(key, base), stored)
             self._cursor.later(_ADD, hash=key, more=uses, base=base, stored=stored)
         self._known.add(key)
@@ -236,10 +257,11 @@ class Writer:
 
     def _compressed(self, key: bytes, text: bytes) -> tuple[bytes, bytes | None]:
         """(the text compressed, the hash of the text that it was compressed against)."""
-        plain = compress(text)
-        base = self._known.bases.get(text[:_BEGINNING_BYTES])
-        if base is not None and base[0] != key:
-            against = compress(text, base[1])
+        plain = self._known.compressed(key, text)
+        if len(text) < _LONG_BYTES:
+            return plain, None
+        if (base := self._known.base_of(key, text)) is not None:
+            against = self._known.compressed(key, text, base)
             if 2 * len(against) < len(plain) and self._use(base[0]):
                 return against, base[0]
         self._known.add_base(key, text)
