@@ -26,6 +26,8 @@ from nextstate.store.waiting import Patience
 T = TypeVar("T")
 _KEPT_IDLE = 3
 """Connections that nobody uses and that stay out of the pool, which has at least 15."""
+APPENDED = "nextstate_appended"
+"""In a connection's `info`: the ledger's head, once its transaction has added to the ledger."""
 
 
 class Dialect(Protocol):
@@ -106,6 +108,10 @@ class Dialect(Protocol):
 
     def checkpoint(self, engine: sa.Engine) -> None:
         """Does what the database postpones, if much of it has come together."""
+        ...
+
+    def sync(self) -> None:
+        """Waits until what was committed is on the disk. Raises OSError."""
         ...
 
     def compact(self, connection: sa.Connection) -> None:
@@ -301,6 +307,8 @@ class Database:
         self.tells_changes = dialect.tells_changes
         self.epochs: dict[str, int] = {}
         """What this process has the roles of (nextstate/store/roles.py): each write checks them."""
+        self.appended: Callable[[str], object] = str
+        """Gets the ledger's head after a transaction that has added to it."""
         self._dialect = dialect
         self._idle: list[sa.PoolProxiedConnection] = []
         """Driver connections that nobody uses. Taking one out of the pool and putting it back
@@ -320,6 +328,10 @@ class Database:
         """Moves what was committed into the database's own file, if that is a lot by now."""
         with self._as_store_errors():
             self._dialect.checkpoint(self.engine)
+
+    def sync(self) -> None:
+        """Waits until what was committed is on the disk. Raises OSError."""
+        self._dialect.sync()
 
     def compact(self) -> None:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
@@ -351,10 +363,14 @@ class Database:
             self.engine.connect().execution_options(immediate=True) as connection,
             connection.begin(),
         ):
+            connection.info.pop(APPENDED, None)  # of a transaction that was rolled back
             for name, epoch in self.epochs.items():
                 row = connection.execute(_EPOCH, {"name": name}).first()
                 _require(name, epoch, row)
             yield connection
+            head = connection.info.pop(APPENDED, None)
+        if head is not None:
+            self.appended(head)
 
     @contextmanager
     def read(self, *, unhurried: bool = False) -> Generator[sa.Connection]:
