@@ -169,11 +169,13 @@ class Prepared:
 
     def _seal_hashes(self, vault: Vault, values: dict[str, Any]) -> None:
         """Hashes in one call: most of its cost is not of AES."""
-        hashes = [values[name] or b"" for name in self._hashes]
-        joined, at = vault.seal_names(b"".join(hashes)), 0
-        for name, value in zip(self._hashes, hashes, strict=True):
-            if value:
-                values[name] = joined[at : (at := at + len(value))]
+        names = [name for name in self._hashes if values[name]]
+        if len(names) == 1:
+            values[names[0]] = vault.seal_names(values[names[0]])
+            return
+        joined, at = vault.seal_names(b"".join([values[name] for name in names])), 0
+        for name in names:
+            values[name] = joined[at : (at := at + len(values[name]))]
 
     def rows(self, found: Sequence[Any]) -> list[Any]:
         """The driver's rows as named tuples."""
