@@ -137,9 +137,8 @@ family-policies: env bubblewrap  ## make the policies that `python -m benchmarks
 bench: env  ## what the proxy costs, as ratios from one run (about 3 minutes)
 	$(BIN)/python -m benchmarks.relay $(ARGS)
 
-wheel: env  ## build dist/nextstate-*.whl
-	rm -rf build
-	SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(BIN)/python -m pip wheel --quiet --no-deps --no-build-isolation --wheel-dir dist .
+wheel: env  ## build dist/nextstate-*.whl of what is committed, and the statement of how it was built
+	$(BIN)/python requirements/wheel.py --out dist
 	cd dist && sha256sum nextstate-*.whl
 
 audit: env .audit/.installed  ## what the locked packages are (dist/*.cdx.json), their licences, and known faults (asks PyPI)

@@ -28,15 +28,14 @@ from learner.config import LearnerConfig
 from learner.model import lora_config, model_shape
 from nextstate import sealed_files
 from nextstate.engine.adapter_files import (
+    CARD_FILE,
     WEIGHTS_FILE,
-    file_sha256,
+    folder_sha256,
     unreadable,
     verify_adapter,
 )
 from nextstate.errors import DiskError, LearnerError, SealError
 from nextstate.private_files import make_folder
-
-CARD_FILE = "card.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +54,7 @@ class Card:
 def save_adapter(
     path: Path, weights: Mapping[str, Tensor], config: LearnerConfig, model_path: str, card: Card
 ) -> str:
-    """Writes the folder `path` in one step and returns the SHA-256 of the weight file.
+    """Writes the folder `path` in one step and returns its `folder_sha256`.
 
     An existing folder was never registered (its learner was killed) and is replaced. Raises
     LearnerError for weights that are not finite.
@@ -77,7 +76,7 @@ def write_card(folder: Path, card: Card, sha256: str) -> None:
 
 
 def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str:
-    """Writes an adapter without any effect and returns the SHA-256 of its weight file.
+    """Writes an adapter without any effect and returns its `folder_sha256`.
 
     Needs the model's configuration only: its weights are never read.
     """
@@ -85,7 +84,8 @@ def save_zero_adapter(model_path: str, config: LearnerConfig, path: Path) -> str
         shape = get_peft_model(model_shape(config, model_path), lora_config(config))
     state = get_peft_model_state_dict(shape, save_embedding_layers=False)
     weights = {name: torch.zeros(v.shape) for name, v in state.items()}
-    return write_folder(path, lambda folder: _write_adapter(folder, weights, config, model_path))
+    card = Card("warm-up", 0, None, "zero", (), {})
+    return save_adapter(path, weights, config, model_path, card)
 
 
 def load_weights(path: Path, sha256: str | None = None) -> dict[str, Tensor]:
@@ -173,7 +173,7 @@ def _write_adapter(
         sealed_files.write(file, save(dict(weights), metadata=about))
     else:
         save_file(dict(weights), file, metadata=about)
-    return file_sha256(file)
+    return folder_sha256(folder)
 
 
 def require_finite(weights: Mapping[str, Tensor], card: Card) -> None:

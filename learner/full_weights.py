@@ -27,8 +27,7 @@ from learner.model import model_folder
 from learner.weights import NamedWeights
 from nextstate import sealed_files
 from nextstate.engine.adapter_files import (
-    MODEL_FILE,
-    file_sha256,
+    folder_sha256,
     is_checkpoint,
     verify_adapter,
 )
@@ -112,7 +111,7 @@ class FullWeights(NamedWeights):
                 if small and not file.name.endswith(_WEIGHT_FILES):
                     shutil.copyfile(file, draft / file.name)
             (draft / PROBE_FILE).write_bytes(orjson.dumps({"probes": self._probe()}))
-            sha256 = file_sha256(draft / MODEL_FILE)
+            sha256 = folder_sha256(draft)
             write_card(draft, card, sha256)
             return sha256
 

@@ -69,7 +69,7 @@ class Weights(Protocol):
         ...
 
     def save(self, folder: Path, card: Card) -> str:
-        """Writes the folder that the engine loads. Returns the SHA-256 of its weight file.
+        """Writes the folder that the engine loads. Returns its `folder_sha256`.
 
         Raises DiskError if it cannot be written and LearnerError for values that are not finite.
         """

@@ -24,6 +24,7 @@ _DATABASE = "nextstate.sqlite3"
 _OWN = frozenset(
     (
         *("children.json", "engine", "engine.json", "engines", "episodes.key", "judge", "learner"),
+        "ledger.head",
         *("lock", "logins", "logs", "pictures", "proxy.key", "retention.json", "rollout"),
         *("versions", "warm-up"),
     )

@@ -357,7 +357,7 @@ class PolicyVersion:
     path: str | None
     """The adapter's folder; None for the base, and once the folder was deleted to make room."""
     sha256: str | None
-    """Of the adapter's weight file; None for the base and for what the gate rejected."""
+    """Of its folder (`folder_sha256`); None for the base and for what the gate rejected."""
     samples: int
     """How many samples its update used."""
     state: VersionState

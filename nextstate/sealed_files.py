@@ -24,6 +24,7 @@ _PATTERNS = (
     "warm-up/*/adapter_model.safetensors",
     "learner/*/checkpoint.pt",
     "pictures/*/*",
+    "ledger.head",
 )
 """Which files of a state folder are sealed."""
 

@@ -13,6 +13,7 @@ import hashlib
 import os
 import random
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import zip_longest
 from pathlib import Path
@@ -42,6 +43,7 @@ from nextstate.app.trained_judge import (
     judges_lock,
     newest_number,
 )
+from nextstate.engine.adapter_files import folder_sha256
 from nextstate.errors import ConfigError, LearnerError
 from nextstate.hooks import Calibration, load_plugin
 from nextstate.private_files import make_state_folder
@@ -206,6 +208,8 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Step) ->
     parent = None if previous is None else previous.number
     path = judge_path(settings, number)
     classifier.trainer.weights.save(path, Card(NAME, number, parent, "judge", own, metrics))
+    with closing(Store(settings.store)) as store:
+        store.ledger.tell_judge(number, parent, folder_sha256(path, with_card=True))
     return (
         f"judge v{number} is kept in {path}: κ {kappa:.2f} ({low:.2f} to {high:.2f}) on "
         f"{len(held.cases)} next states that it had not seen (the base model {base:.2f}"

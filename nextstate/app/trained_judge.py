@@ -55,18 +55,20 @@ def judge_path(settings: Settings, number: int) -> Path:
     return judge_folder(settings) / f"v{number:06d}"
 
 
+def judge_paths(settings: Settings) -> list[Path]:
+    """The folders of all versions, for whatever model, oldest first."""
+    return sorted(p for p in judge_folder(settings).glob("v*") if _FOLDER.fullmatch(p.name))
+
+
 def judge_versions(settings: Settings) -> list[PolicyVersion]:
     """The versions for the configured base model, oldest first; unreadable ones are left out."""
-    folder = judge_folder(settings)
-    found = sorted(p for p in folder.glob("v*") if _FOLDER.fullmatch(p.name))
-    versions = [_read(path, settings.engine.model_path) for path in found]
+    versions = [_read(path, settings.engine.model_path) for path in judge_paths(settings)]
     return [version for version in versions if version is not None]
 
 
 def newest_number(settings: Settings) -> int:
     """The highest number that a folder has, for whatever model; 0 if there is none."""
-    names = [p.name for p in judge_folder(settings).glob("v*") if _FOLDER.fullmatch(p.name)]
-    return max((int(name[1:]) for name in names), default=0)
+    return max((int(path.name[1:]) for path in judge_paths(settings)), default=0)
 
 
 def _read(path: Path, model_path: str) -> PolicyVersion | None:

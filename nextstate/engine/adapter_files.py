@@ -22,6 +22,8 @@ from nextstate.errors import AdapterError, EngineError, SealError
 WEIGHTS_FILE = "adapter_model.safetensors"
 MODEL_FILE = "model.safetensors"
 """In the folder of a version that is a whole model."""
+CARD_FILE = "card.json"
+"""Says where the weights come from, and what is registered of their folder."""
 _IN_MEMORY = Path("/dev/shm")
 _FOLDER = 0o700
 _copying = threading.Lock()
@@ -29,15 +31,18 @@ _copying = threading.Lock()
 
 
 def verify_adapter(path: Path, sha256: str) -> None:
-    """Raises AdapterError unless the weight file is the one that was registered.
+    """Raises AdapterError unless every file is the one that was registered.
 
-    Raises EngineError if it cannot be read for now.
+    Of a version that was registered before they all counted, that is the weight file alone. Raises
+    EngineError if a file cannot be read for now.
     """
     try:
-        found = file_sha256(path / (MODEL_FILE if is_checkpoint(path) else WEIGHTS_FILE))
+        found = folder_sha256(path)
+        weights = path / (MODEL_FILE if is_checkpoint(path) else WEIGHTS_FILE)
+        is_same = found == sha256 or file_sha256(weights) == sha256
     except (OSError, SealError) as error:
         raise unreadable(path, f"the adapter in {path} cannot be read: {error}", error) from error
-    if found != sha256:
+    if not is_same:
         raise AdapterError(
             f"the adapter in {path} has changed on disk: SHA-256 {found[:12]}…, expected "
             f"{sha256[:12]}…; return to an earlier version with `nextstate rollback`"
@@ -59,6 +64,19 @@ def unreadable(path: Path, text: str, error: Exception) -> AdapterError | Engine
 def is_checkpoint(path: Path) -> bool:
     """Whether a version's folder holds a whole model."""
     return (path / MODEL_FILE).is_file()
+
+
+def folder_sha256(folder: Path, *, with_card: bool = False) -> str:
+    """What is registered of a version: the SHA-256 of what `sha256sum` prints of its files.
+
+    They are all but hidden ones and the card, in the order of their names, opened if sealed: so a
+    file that was added is found too. Raises OSError and SealError.
+    """
+    without = () if with_card else (CARD_FILE,)
+    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
+    names = sorted(n for n in found if n not in without and "/." not in f"/{n}")
+    lines = (f"{file_sha256(found[name])}  {name}\n" for name in names)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def file_sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sqlalchemy import make_url
@@ -27,7 +28,7 @@ from nextstate.store.forgetting import Forgetting
 from nextstate.store.groups import Groups
 from nextstate.store.judging import Judging
 from nextstate.store.keys import Keys
-from nextstate.store.ledger import Ledger
+from nextstate.store.ledger import Head, Ledger
 from nextstate.store.lookup import Lookup
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.recording import Parts, Recording, prepared
@@ -68,6 +69,7 @@ class Store:
         self.config = replace(config, dir=str(self.dir))
         """With this another process opens the same store, whatever its working directory."""
         self._with_key = with_key
+        self._head = Head(self.dir)
         self.database = Database(_dialect(config.url, self.dir), clock, patience)
         try:
             self.database.waiting(self._open)
@@ -89,7 +91,7 @@ class Store:
         self.lookup = Lookup(self.database)
         self.forgetting = Forgetting(self.database)
         self.verifying = Verifying(self.database)
-        self.ledger = Ledger(self.database)
+        self.ledger = Ledger(self.database, self._head)
         self.roles = Roles(self.database)
         self._known = Known()
 
@@ -116,6 +118,7 @@ class Store:
         sealed_files.use(self.dir, self.vault)
         if self.vault is not None:
             seal_with(self.database.engine, self.vault)
+        self.database.appended = partial(self._head.note, self.database)
 
     def close(self) -> None:
         """Closes every connection."""

@@ -26,6 +26,8 @@ from nextstate.store.waiting import Patience
 T = TypeVar("T")
 _KEPT_IDLE = 3
 """Connections that nobody uses and that stay out of the pool, which has at least 15."""
+APPENDED = "nextstate_appended"
+"""In a connection's `info`: the ledger's head, once its transaction has added to the ledger."""
 
 
 class Dialect(Protocol):
@@ -108,6 +110,10 @@ class Dialect(Protocol):
         """Does what the database postpones, if much of it has come together."""
         ...
 
+    def sync(self) -> None:
+        """Waits until what was committed is on the disk. Raises OSError."""
+        ...
+
     def compact(self, connection: sa.Connection) -> None:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
         ...
@@ -163,11 +169,13 @@ class Prepared:
 
     def _seal_hashes(self, vault: Vault, values: dict[str, Any]) -> None:
         """Hashes in one call: most of its cost is not of AES."""
-        hashes = [values[name] or b"" for name in self._hashes]
-        joined, at = vault.seal_names(b"".join(hashes)), 0
-        for name, value in zip(self._hashes, hashes, strict=True):
-            if value:
-                values[name] = joined[at : (at := at + len(value))]
+        names = [name for name in self._hashes if values[name]]
+        if len(names) == 1:
+            values[names[0]] = vault.seal_names(values[names[0]])
+            return
+        joined, at = vault.seal_names(b"".join([values[name] for name in names])), 0
+        for name in names:
+            values[name] = joined[at : (at := at + len(values[name]))]
 
     def rows(self, found: Sequence[Any]) -> list[Any]:
         """The driver's rows as named tuples."""
@@ -304,6 +312,8 @@ class Database:
         self.tells_changes = dialect.tells_changes
         self.epochs: dict[str, int] = {}
         """What this process has the roles of (nextstate/store/roles.py): each write checks them."""
+        self.appended: Callable[[str], object] = str
+        """Gets the ledger's head after a transaction that has added to it."""
         self._dialect = dialect
         self._idle: list[sa.PoolProxiedConnection] = []
         """Driver connections that nobody uses. Taking one out of the pool and putting it back
@@ -323,6 +333,10 @@ class Database:
         """Moves what was committed into the database's own file, if that is a lot by now."""
         with self._as_store_errors():
             self._dialect.checkpoint(self.engine)
+
+    def sync(self) -> None:
+        """Waits until what was committed is on the disk. Raises OSError."""
+        self._dialect.sync()
 
     def compact(self) -> None:
         """Writes the database anew, so that nothing that was deleted is left in its files."""
@@ -354,10 +368,14 @@ class Database:
             self.engine.connect().execution_options(immediate=True) as connection,
             connection.begin(),
         ):
+            connection.info.pop(APPENDED, None)  # of a transaction that was rolled back
             for name, epoch in self.epochs.items():
                 row = connection.execute(_EPOCH, {"name": name}).first()
                 _require(name, epoch, row)
             yield connection
+            head = connection.info.pop(APPENDED, None)
+        if head is not None:
+            self.appended(head)
 
     @contextmanager
     def read(self, *, unhurried: bool = False) -> Generator[sa.Connection]:

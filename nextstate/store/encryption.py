@@ -18,10 +18,11 @@ from typing import Any, TypeAlias
 import orjson
 import sqlalchemy as sa
 
+from nextstate import sealed_files
 from nextstate.errors import SealError, StartError
 from nextstate.store import schema as t
-from nextstate.store.database import Database
-from nextstate.store.ledger import Kind, append
+from nextstate.store.database import APPENDED, Database
+from nextstate.store.ledger import Head, Kind, append
 from nextstate.store.migrations import is_current, migrate
 from nextstate.store.texts import packed_place
 from nextstate.store.vault import (
@@ -132,7 +133,9 @@ class Encryption:
 
     def change_key(self, new: StoreKey) -> None:
         """Wraps the data key with another key of a person: from now on only that one opens it."""
-        wrapped, now = wrap(self._unwrapped(), new.key), self._database.now()
+        data_key = self._unwrapped()
+        sealed_files.use(self._folder, Vault(data_key))
+        wrapped, now = wrap(data_key, new.key), self._database.now()
         self._end(sa.update(t.encryption).values(wrapped=wrapped, created_at=now), KEY)
 
     def go_on(self, key: StoreKey | None, progress: Progress, files: Files) -> None:
@@ -167,6 +170,7 @@ class Encryption:
             later = _PHASES[_PHASES.index(phase) + 1 :]
             if later:
                 self._run(sa.update(t.encryption).values(phase=later[0], position=None))
+        sealed_files.use(self._folder, target)
         if target is None:
             self._end(sa.delete(t.encryption), OFF)
         else:
@@ -287,6 +291,9 @@ class Encryption:
             self._connection.execute(statement)
             content = {"change": change}
             append(self._connection, self._database.now(), Kind.ENCRYPTION, content)
+        head = self._connection.info.pop(APPENDED)
+        Head(self._folder).note(self._database, head, self._connection)
+        self._connection.commit()
 
 
 def _id(table: sa.Table) -> list[sa.Column[Any]]:

@@ -2,8 +2,10 @@
 
 An entry's hash covers the hash of the entry before it, its number, time, kind and content, so an
 entry that is changed, removed, added or moved later breaks the chain from there on. Who can write
-the database can also compute a whole new chain: that shows only to those who noted the last hash
-before, the ledger's head. Entries hold ids, scores and names, and never a word of a conversation.
+the database can also cut the chain, or compute a whole new one: that shows to those who noted the
+last hash before, the ledger's head. A file of the state folder notes it after each entry (`Head`);
+who can write that too is found by a person who noted it elsewhere. Entries hold ids,
+scores and names, and never a word of a conversation.
 
 Each entry is appended in the transaction of what it tells, so neither is there without the other.
 """
@@ -11,21 +13,31 @@ Each entry is appended in the transaction of what it tells, so neither is there 
 from __future__ import annotations
 
 import hashlib
+import logging
+import secrets
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Any
 
 import orjson
 import sqlalchemy as sa
 
+from nextstate import sealed_files
+from nextstate.errors import SealError, StoreError
 from nextstate.records import SampleState, VersionState
 from nextstate.store import schema as t
-from nextstate.store.database import Database, queries
+from nextstate.store.database import APPENDED, Database, queries
 from nextstate.store.packing import dump
+from nextstate.store.vault import vault_of
 from nextstate.wire import write_json
 
+log = logging.getLogger(__name__)
+
 _L, _S, _V = t.ledger.c, t.samples.c, t.versions.c
+HEAD_FILE = "ledger.head"
 SOMEBODY = "a person"
 """Who did something, where no name is known."""
 _NO_HASH = bytes(32)
@@ -39,6 +51,8 @@ class Kind(StrEnum):
 
     VERSION = "version"
     """A version was registered: what it was made of, with the gate's results."""
+    JUDGE = "judge"
+    """A judge was trained: what its files are."""
     EXAM = "exam"
     """A candidate's results in its exam."""
     STATE = "state"
@@ -83,6 +97,7 @@ def append(connection: sa.Connection, now: float, kind: Kind, content: Mapping[s
     values = {"seq": seq, "at": now, "kind": kind, "content": text}
     hashed = _hash(before, seq, now, kind, text)
     connection.execute(sa.insert(t.ledger).values(**values, hash=hashed))
+    connection.info[APPENDED] = f"{seq}:{hashed.hex()}"
 
 
 def append_version(connection: sa.Connection, now: float, lineage: str, number: int) -> None:
@@ -119,12 +134,74 @@ def append_states(
         append(connection, now, Kind.STATE, content)
 
 
+class Head:
+    """The note of the ledger's head in a state folder: a ledger that is shorter was cut.
+
+    It is sealed if the folder is encrypted. Of two processes that note at the same time, the later
+    entry's may be lost until the next one.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / HEAD_FILE
+
+    def read(self) -> str | None:
+        """What is noted, if anything is. Raises OSError and SealError."""
+        try:
+            return sealed_files.read(self.file).decode(errors="replace")
+        except FileNotFoundError:
+            return None
+
+    def note(self, database: Database, head: str, connection: sa.Connection | None = None) -> None:
+        """Notes a head that is committed, once it is on the disk; reads by `connection` if given.
+
+        Not if the ledger does not go on from what is noted: that stays for `nextstate verify`. What
+        fails is logged, because the entry is there.
+        """
+        if not sealed_files.may_write(self.file):
+            return
+        draft = self.file.with_name(f".{HEAD_FILE}-{secrets.token_hex(4)}")
+        opened = database.read() if connection is None else nullcontext(connection)
+        try:
+            noted = self.read()
+            with database.errors(), opened as reading:
+                is_whole = noted is None or _goes_on(reading, noted)
+            if noted is not None and not is_whole:
+                log.error("%s", self.says(noted))
+            elif noted is None or _number(noted) < _number(head):
+                database.sync()
+                sealed_files.write(draft, head.encode(), HEAD_FILE)
+                draft.replace(self.file)
+        except (OSError, StoreError) as error:
+            log.warning("the ledger's head cannot be noted in %s: %s", self.file, error)
+            draft.unlink(missing_ok=True)
+
+    def says(self, noted: str) -> str:
+        """What is wrong with a ledger that does not go on from what is noted."""
+        return (
+            f"the ledger does not go on from {noted[:80]}, which {self.file} notes: it was cut, or "
+            "written anew; delete that file if you have put an older database back yourself"
+        )
+
+
 @queries
 class Ledger:
-    """Queries that read the ledger."""
+    """Queries for the ledger, most of which read it."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, head: Head) -> None:
         self._database = database
+        self._head = head
+
+    def tell_judge(self, number: int, parent: int | None, sha256: str) -> None:
+        """Adds the entry of a trained judge; `sha256` is its folder's, with the card."""
+        content = {"number": number, "parent": parent, "sha256": sha256}
+        with self._database.write() as connection:
+            append(connection, self._database.now(), Kind.JUDGE, content)
+
+    def judges(self) -> set[str]:
+        """The SHA-256 of every trained judge that the ledger tells of."""
+        query = sa.select(_L.content).where(_L.kind == Kind.JUDGE)
+        with self._database.read() as connection:
+            return {orjson.loads(text)["sha256"] for text in connection.execute(query).scalars()}
 
     def newest(self, count: int | None, before: int | None = None) -> list[Entry]:
         """The newest `count` entries or all, of those before entry `before` if given.
@@ -141,11 +218,21 @@ class Ledger:
     def problems(self, head: str | None = None) -> list[str]:
         """What is wrong, a line each: in the chain itself, and where the versions differ from it.
 
-        `head` is one that was noted earlier: the ledger must go on from it.
+        `head` is one that was noted earlier: the ledger must go on from it, as from the one that
+        the state folder notes.
         """
+        heads = {} if head is None else {head: _not_from(head)}
+        try:  # before the ledger, which goes on meanwhile
+            noted = self._head.read()
+        except (OSError, SealError) as error:
+            return [str(error)]
+        if noted is not None:
+            heads[noted] = self._head.says(noted)
         with self._database.read() as connection:
             told = _Told()
-            found = list(_broken(connection, told, head))
+            found = list(_broken(connection, told, heads))
+            if noted is None and vault_of(connection.dialect) is not None:
+                found.append(f"{self._head.file} is not there, which notes the ledger's head")
             if not found:  # what a broken chain tells is no measure
                 found += _different(connection, told)
         return found
@@ -182,9 +269,12 @@ class _Told:
             self.versions[key] = (*self.versions[key][:2], content["state"])
 
 
-def _broken(connection: sa.Connection, told: _Told, head: str | None) -> Iterator[str]:
-    """The first fault of the chain, if there is one; `told` reads the entries before it."""
-    before, heads = _NO_HASH, set[str]()
+def _broken(connection: sa.Connection, told: _Told, heads: dict[str, str]) -> Iterator[str]:
+    """The first fault of the chain, if there is one; `told` reads the entries before it.
+
+    `heads` has what to say if the chain does not go on from one. It loses those that it does.
+    """
+    before = _NO_HASH
     query = sa.select(t.ledger).order_by(_L.seq).execution_options(yield_per=_AT_ONCE)
     for number, row in enumerate(connection.execute(query), 1):
         if row.seq != number:
@@ -194,15 +284,28 @@ def _broken(connection: sa.Connection, told: _Told, head: str | None) -> Iterato
             yield f"the ledger's entry {number} was changed: its hash is not that of its content"
             return
         before = row.hash
-        if head is not None and head.partition(":")[0] == str(number):
-            heads.add(f"{number}:{row.hash.hex()}")
+        heads.pop(f"{number}:{row.hash.hex()}", None)
         try:
             told.read(row.kind, orjson.loads(row.content))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError):
             yield f"the ledger's entry {number} does not tell what its kind, {row.kind}, tells"
             return
-    if head is not None and head not in heads:
-        yield f"the ledger does not go on from {head[:80]}: it was cut, or written anew"
+    yield from heads.values()
+
+
+def _not_from(head: str) -> str:
+    return f"the ledger does not go on from {head[:80]}: it was cut, or written anew"
+
+
+def _number(head: str) -> int:
+    """An entry's number; 0 of what is no head."""
+    number = head.partition(":")[0]
+    return int(number) if number.isdecimal() else 0
+
+
+def _goes_on(connection: sa.Connection, head: str) -> bool:
+    found = connection.execute(sa.select(_L.hash).where(_L.seq == _number(head))).scalar()
+    return found is not None and head == f"{_number(head)}:{found.hex()}"
 
 
 def _different(connection: sa.Connection, told: _Told) -> Iterator[str]:

@@ -280,6 +280,9 @@ class PostgreSQL:
     def checkpoint(self, engine: sa.Engine) -> None:
         """Nothing: the server does it."""
 
+    def sync(self) -> None:
+        """Nothing: the server commits to its disk."""
+
     def compact(self, connection: sa.Connection) -> None:
         """Rewrites the tables. The server's write-ahead log and its backups are its owner's."""
         connection.connection.cursor().execute("VACUUM (FULL)")

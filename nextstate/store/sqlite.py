@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import os
 import sqlite3
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +177,12 @@ class SQLite:
         if self._log.exists() and self._log.stat().st_size >= _LOG_BYTES:
             with engine.connect() as connection:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
+
+    def sync(self) -> None:
+        """Waits until what was committed is on the disk, also if the power is cut."""
+        for path in (self._log, self.path):
+            with suppress(FileNotFoundError), path.open("rb") as file:
+                os.fsync(file.fileno())
 
     def compact(self, connection: sa.Connection) -> None:
         """Rewrites the file without its free pages, and empties the write-ahead log."""

@@ -29,7 +29,6 @@ from nextstate.errors import SealError
 KEY_BYTES = 32
 """Of a data key, and of the key that wraps it."""
 _SALT_BYTES, _NONCE_BYTES = 12, 12
-_BLOCK, _PART = 16, 8
 _FIRST, _SECOND = b"system  ", b"letters "
 PREFIX_BYTES = 48
 """Of a sealed key of 32 bytes."""
@@ -56,15 +55,14 @@ class Vault:
         self._gcm, self._wrong = AESGCM, InvalidTag
         self._values = _derived(key, b"values")
         # One block a name, and each name is a hash: blocks repeat only where names are equal.
-        self._names = Cipher(algorithms.AES(_derived(key, b"names")), modes.ECB())
+        self._names = _Blocks(Cipher(algorithms.AES(_derived(key, b"names")), modes.ECB()))
         self._words = AESSIV(_derived(key, b"words", 64))
-        self._local = threading.local()
         self._known = dict[bytes, Any]()
         """Ciphers of values, by their salts."""
         self._known_prefixes = dict[bytes, bytes]()
         self._known_words = dict[str, str](), dict[str, str]()
         self._own: tuple[bytes, Any] | None = None
-        """The salt of this process, and the cipher of its key."""
+        """The salt of this process, and what encrypts with its key."""
         self._left = 0
 
     def seal(self, place: bytes, value: bytes) -> bytes:
@@ -72,11 +70,11 @@ class Vault:
         own = self._own
         if own is None or self._left <= 0:  # two threads may both choose one: no harm
             salt = os.urandom(_SALT_BYTES)
-            self._own = own = salt, self._gcm(self._key_of(salt))
+            self._own = own = salt, self._gcm(self._key_of(salt)).encrypt
             self._left = _MOST_VALUES
         self._left -= 1
-        nonce, (salt, cipher) = os.urandom(_NONCE_BYTES), own
-        return salt + nonce + cipher.encrypt(nonce, value, place)
+        nonce = os.urandom(_NONCE_BYTES)
+        return own[0] + nonce + own[1](nonce, value, place)
 
     def open(self, place: bytes, sealed: bytes) -> bytes:
         """The way back from `seal`."""
@@ -94,11 +92,11 @@ class Vault:
 
     def seal_names(self, names: bytes) -> bytes:
         """Names of 16 bytes, joined, as they are stored."""
-        return self._blocks()[0].update(names)
+        return self._names.seal(names)
 
     def open_names(self, sealed: bytes) -> bytes:
         """The way back from `seal_names`."""
-        return self._blocks()[1].update(sealed)
+        return self._names.open(sealed)
 
     def seal_prefix(self, key: bytes) -> bytes:
         """A key of 32 bytes, or its first 16 or 24, so that keys that begin alike still do.
@@ -107,20 +105,16 @@ class Vault:
         """
         if (known := self._known_prefixes.get(key)) is not None:
             return known  # a turn is looked for by the key that it was stored with
-        parts = [key[_BLOCK : _BLOCK + _PART], key[_BLOCK + _PART :]]
-        blocks = (key[:_BLOCK], parts[0] + _FIRST, parts[1] + _SECOND, parts[0] + parts[1])
-        if len(parts[1]) == _PART:
-            found = self._blocks()[0].update(b"".join(blocks))
-            ends = found[_BLOCK : _BLOCK + _PART], found[2 * _BLOCK : 2 * _BLOCK + _PART]
-            sealed = found[:_BLOCK] + ends[0] + ends[1] + found[3 * _BLOCK :]
+        if len(key) == 32:
+            # Four blocks: the first half, each part of the second, and that half itself.
+            found = self._names.seal(key[:24] + _FIRST + key[24:] + _SECOND + key[16:])
+            sealed = found[:24] + found[32:40] + found[48:]
             return _remember(self._known_prefixes, key, sealed)
-        if not parts[0]:
-            return self.seal_names(blocks[0])
-        return self.seal_names(blocks[0] + blocks[1])[: _BLOCK + _PART]
+        return self._names.seal(key if len(key) == 16 else key + _FIRST)[: len(key)]
 
     def open_prefix(self, sealed: bytes) -> bytes:
         """The way back from `seal_prefix`, of a whole key."""
-        return self.open_names(sealed[:_BLOCK] + sealed[-_BLOCK:])
+        return self._names.open(sealed[:16] + sealed[-16:])
 
     def seal_word(self, word: str) -> str:
         """A name of any length that a client chose; equal ones stay equal."""
@@ -146,13 +140,13 @@ class Vault:
     def _key_of(self, salt: bytes) -> bytes:
         return hashlib.blake2b(salt, key=self._values, digest_size=KEY_BYTES).digest()
 
-    def _blocks(self) -> tuple[Any, Any]:
-        """(encryptor of names, decryptor of names) of this thread."""
-        found = getattr(self._local, "blocks", None)
-        if found is None:
-            found = self._names.encryptor(), self._names.decryptor()
-            self._local.blocks = found
-        return found
+
+class _Blocks(threading.local):
+    """What encrypts and decrypts blocks: each thread has its own."""
+
+    def __init__(self, cipher: Any) -> None:
+        self.seal: Callable[[bytes], bytes] = cipher.encryptor().update
+        self.open: Callable[[bytes], bytes] = cipher.decryptor().update
 
 
 class NoKey(Vault):

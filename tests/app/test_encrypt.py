@@ -53,6 +53,9 @@ def with_files(config: StoreConfig) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(data)
     (config.path / "versions/main/v000001/card.json").write_text("{}")
+    judge = adapter_files.folder_sha256(config.path / "judge/v000001", with_card=True)
+    with closing(Store(config)) as store:
+        store.ledger.tell_judge(1, None, judge)
 
 
 def command(config: StoreConfig, *arguments: str) -> int:

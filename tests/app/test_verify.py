@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -9,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from nextstate.app.cli import main
+from nextstate.app.settings import Settings
 from nextstate.config import StoreConfig
+from nextstate.engine.adapter_files import (
+    CARD_FILE,
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    file_sha256,
+    folder_sha256,
+)
 from nextstate.records import Feedback, PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.store.test_forgetting import LONG, judge, message, record, said
@@ -66,6 +75,88 @@ def test_what_was_changed_by_hand_is_named(
     assert code == 2
     assert any(said in line for line in lines), lines
     assert all(line.startswith("FAIL  ") for line in lines)
+
+
+def with_folders(config: Path) -> dict[str, Path]:
+    """Everything that an engine loads, as the learner and `judge train` leave it."""
+    settings = Settings.read(config)
+    store = Store(settings.store)
+    names = {
+        "serving": "versions/main/v000001",
+        "candidate": "versions/main/v000002",
+        "whole": "versions/main/v000003",
+        "judge": "judge/v000001",
+        "warm-up": "warm-up/0123456789ab-rank16",
+    }
+    folders = {what: store.dir / name for what, name in names.items()}
+    for number, (what, folder) in enumerate(folders.items(), 1):
+        folder.mkdir(parents=True)
+        weights = MODEL_FILE if what == "whole" else WEIGHTS_FILE
+        for name in (weights, "adapter_config.json", "tokenizer.json"):
+            (folder / name).write_text(f"{name} of {what}")
+        sha256 = folder_sha256(folder)
+        (folder / CARD_FILE).write_text(f'{{"number": 1, "sha256": "{sha256}"}}')
+        if folder.parent.name == "main":
+            made = PolicyVersion("main", number, 0, str(folder), sha256, 1, VersionState.CANDIDATE)
+            store.versions.add(made, None)
+    store.versions.set_serving("main", 1, "ana")
+    store.ledger.tell_judge(1, None, folder_sha256(folders["judge"], with_card=True))
+    store.close()
+    return folders
+
+
+@pytest.mark.parametrize("what", ["serving", "candidate", "whole", "judge", "warm-up"])
+def test_a_changed_byte_of_any_file_that_an_engine_loads_is_found(
+    config: Path, capsys: pytest.CaptureFixture[str], what: str
+) -> None:
+    folder = with_folders(config)[what]
+    assert verify(config, capsys)[0] == 0
+    loaded = {file.name for file in folder.iterdir()} - {CARD_FILE}
+    assert len(loaded) == 3
+    for name in (*loaded, *([CARD_FILE] if what in ("judge", "warm-up") else [])):
+        file = folder / name
+        whole = file.read_bytes()
+        for changed in (whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:], whole[:-1], None):
+            file.unlink() if changed is None else file.write_bytes(changed)
+            code, lines = verify(config, capsys)
+            assert (code, len(lines)) == (2, 1), (name, lines)
+            assert str(folder) in lines[0]
+            file.write_bytes(whole)
+    (folder / "adapter_model.bin").touch()
+    assert verify(config, capsys)[0] == 2
+    (folder / "adapter_model.bin").unlink()
+    (folder / ".nfs0123").touch()  # no engine loads a hidden file
+    assert verify(config, capsys)[0] == 0
+
+
+def test_a_judge_that_the_ledger_does_not_tell_of_is_found(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = with_folders(config)["judge"]
+    shutil.copytree(folder, folder.with_name("v000002"))
+    assert verify(config, capsys)[0] == 0  # the same judge
+    (folder.with_name("v000002") / CARD_FILE).write_text('{"number": 2}')
+    code, lines = verify(config, capsys)
+    assert code == 2
+    assert "v000002 is not one that the ledger tells of" in lines[0]
+
+
+def test_a_version_that_was_registered_by_its_weights_alone_is_whole(
+    config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As it was before every file counted."""
+    folder = config.parent / "v1"
+    folder.mkdir()
+    (folder / WEIGHTS_FILE).write_bytes(b"weights")
+    (folder / "adapter_config.json").write_text("{}")
+    store = Store(StoreConfig(dir=str(config.parent / "state")))
+    sha256 = file_sha256(folder / WEIGHTS_FILE)
+    version = PolicyVersion("main", 1, 0, str(folder), sha256, 1, VersionState.CANDIDATE)
+    store.versions.add(version, None)
+    store.close()
+    assert verify(config, capsys)[0] == 0
+    (folder / WEIGHTS_FILE).write_bytes(b"Weights")
+    assert verify(config, capsys)[0] == 2
 
 
 def test_an_adapter_that_is_not_the_registered_one_is_named(

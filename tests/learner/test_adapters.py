@@ -25,7 +25,7 @@ from learner.config import LearnerConfig
 from learner.folders import version_path
 from learner.model import check_quantization, load_model, load_tokenizer
 from learner.trainer import PolicyTrainer
-from nextstate.engine.adapter_files import file_sha256, verify_adapter
+from nextstate.engine.adapter_files import folder_sha256, verify_adapter
 from nextstate.errors import AdapterError, ConfigError, DiskError, LearnerError, StartError
 from nextstate.records import PolicyVersion, VersionState
 from tests.learner.test_tiny_model import (
@@ -49,7 +49,7 @@ def test_a_saved_adapter_reads_back_with_its_card(tmp_path, weights):
     path = version_path(tmp_path, "main", 1)
     assert path == tmp_path / "versions" / "main" / "v000001"
     sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
-    assert sha256 == file_sha256(path / "adapter_model.safetensors")
+    assert sha256 == folder_sha256(path)
     card = json.loads((path / "card.json").read_text())
     assert card["turns"] == ["turn-1", "turn-2"]
     assert (card["number"], card["parent"], card["sha256"]) == (1, 0, sha256)
@@ -95,16 +95,17 @@ def test_weights_that_are_not_finite_are_refused(tmp_path, weights, value):
     assert not (tmp_path / "versions").exists()
 
 
-def test_a_changed_weight_file_is_noticed(tmp_path, weights):
+def test_a_changed_file_is_noticed(tmp_path, weights):
     path = version_path(tmp_path, "main", 1)
     sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
     verify_adapter(path, sha256)
-    file = path / "adapter_model.safetensors"
-    body = bytearray(file.read_bytes())
-    body[-1] ^= 1
-    file.write_bytes(body)
-    with pytest.raises(AdapterError, match="changed on disk"):
-        load_weights(path, sha256)
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        whole = (path / name).read_bytes()
+        (path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        with pytest.raises(AdapterError, match="changed on disk"):
+            load_weights(path, sha256)
+        (path / name).write_bytes(whole)
+    load_weights(path, sha256)
 
 
 def test_a_lineage_cannot_leave_its_folder(tmp_path):

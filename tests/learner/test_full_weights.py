@@ -19,7 +19,7 @@ from learner.memory import require_memory
 from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
-from nextstate.engine.adapter_files import MODEL_FILE, file_sha256
+from nextstate.engine.adapter_files import MODEL_FILE, folder_sha256
 from nextstate.engine.whole import PROBE_FILE
 from nextstate.errors import AdapterError, ConfigError, DiskError, LearnerError, StartError
 from nextstate.records import VersionState
@@ -130,7 +130,7 @@ def test_a_saved_version_is_a_private_whole_model_that_says_what_the_learner_say
     folder = tmp_path / "versions" / "v1"
     folder.parent.mkdir()
     sha256 = trainer.weights.save(folder, CARD)
-    assert sha256 == file_sha256(folder / MODEL_FILE)
+    assert sha256 == folder_sha256(folder)
     names = {file.name for file in folder.iterdir()}
     assert {"card.json", "config.json", "tokenizer.json", MODEL_FILE, PROBE_FILE} <= names
     assert (folder / "config.json").read_bytes() == Path(model_path, "config.json").read_bytes()
@@ -193,7 +193,7 @@ def test_the_stage_makes_versions_of_whole_models_through_the_gate_and_goes_on_f
     train(recorded, model_path, FakeEngine(recorded.store), config)
     version = recorded.store.versions.serving("main")
     assert (version.number, version.is_whole_model) == (1, True)
-    assert file_sha256(Path(version.path or "") / MODEL_FILE) == version.sha256
+    assert folder_sha256(Path(version.path or "")) == version.sha256
     assert {"gate/weight_change", "gate/kl_base"} <= version.metrics.keys()
     recorded.add_mixed(4)
     train(recorded, model_path, FakeEngine(recorded.store), config)

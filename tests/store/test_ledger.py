@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import orjson
 import pytest
 
+from nextstate import sealed_files
 from nextstate.config import StoreConfig
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from nextstate.store.forgetting import Wanted
+from nextstate.store.ledger import HEAD_FILE, Head, Kind, append
 from tests.store.rows import change, select
 from tests.store.test_forgetting import judge, record, said, train
 from tests.store.test_migrations import OF_VERSION_3, old_database
@@ -156,20 +159,28 @@ def test_a_version_that_failed_its_exam_and_serves_by_choice_is_no_edit(told: St
     assert told.ledger.problems() == []
 
 
-def test_a_ledger_without_its_end_is_found_by_the_versions_or_by_a_head(told: Store) -> None:
+def test_a_ledger_without_its_end_is_found_by_the_head_that_its_folder_notes(told: Store) -> None:
     entries, head = rows(told), told.ledger.newest(1)[0].head
     assert told.ledger.problems(head) == []
     write(told, entries[:9])
     assert told.ledger.problems()
-    write(told, entries[:-1])  # nothing but the head knows of this entry
-    assert told.ledger.problems() == []
+    file = told.dir / HEAD_FILE
+    noted = file.read_bytes()
+    write(told, entries[:-1])  # nothing but the heads knows of this entry
+    (found,) = told.ledger.problems()
+    assert f"does not go on from {head}, which {file} notes: it was cut" in found
+    file.unlink()  # with the whole folder
+    unseen = [f"{file} is not there, which notes the ledger's head"] if told.vault else []
+    assert told.ledger.problems() == unseen
     assert told.ledger.problems(head) == [
-        f"the ledger does not go on from {head}: it was cut, or written anew"
+        f"the ledger does not go on from {head}: it was cut, or written anew",
+        *unseen,
     ]
     write(told, entries)
+    file.write_bytes(noted)
 
 
-def test_a_ledger_that_is_written_anew_is_found_by_a_head_alone(told: Store) -> None:
+def test_a_ledger_that_is_written_anew_is_found_by_a_head(told: Store) -> None:
     entries, head = rows(told), told.ledger.newest(1)[0].head
     before, forged = bytes(32), []
     for seq, at, kind, content, _ in entries:
@@ -177,9 +188,59 @@ def test_a_ledger_that_is_written_anew_is_found_by_a_head_alone(told: Store) -> 
         before = hashlib.sha256(before + orjson.dumps([seq, at, kind, text])).digest()
         forged.append((seq, at, kind, text, before))
     write(told, forged)
-    assert told.ledger.problems() == []
-    assert told.ledger.problems(head)
+    (found,) = told.ledger.problems()
+    assert "it was cut, or written anew" in found
+    file = told.dir / HEAD_FILE
+    noted = file.read_bytes()
+    file.write_text(f"{len(forged)}:{forged[-1][-1].hex()}")  # with the whole folder
+    problems = told.ledger.problems()
+    if told.vault is None:
+        assert problems == []
+        assert told.ledger.problems(head)
+    else:
+        assert problems == [
+            f"{file} is not encrypted, but its folder is: somebody has put it there; delete it"
+        ]
+    file.write_bytes(noted)
     write(told, entries)
+
+
+def test_what_happens_after_a_cut_does_not_hide_it(
+    told: Store, caplog: pytest.LogCaptureFixture
+) -> None:
+    entries, head = rows(told), told.ledger.newest(1)[0].head
+    write(told, entries[:-1])
+    for _ in range(2):
+        told.versions.pause("main", "eve")
+        told.versions.resume("main", "eve")
+    assert told.ledger.problems() == [Head(told.dir).says(head)]
+    assert f"does not go on from {head}" in caplog.text
+    write(told, entries)
+
+
+def test_an_entry_that_was_not_committed_is_not_noted(told: Store) -> None:
+    noted = Head(told.dir).read()
+    assert noted == told.ledger.newest(1)[0].head
+    with suppress(KeyboardInterrupt), told.database.write() as connection:
+        append(connection, 1.0, Kind.PAUSE, {"lineage": "main", "by": "ana"})
+        raise KeyboardInterrupt
+    with told.database.write():
+        pass
+    assert Head(told.dir).read() == noted
+
+
+def test_an_entry_stays_where_its_head_cannot_be_noted(
+    told: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = told.ledger.newest(1)[0].seq
+    with monkeypatch.context() as patch:
+        patch.setattr(sealed_files, "write", lambda *_: os.stat("/nowhere"))
+        told.versions.pause("main", "ana")
+    assert "the ledger's head cannot be noted" in caplog.text
+    assert told.ledger.newest(1)[0].seq == before + 1
+    told.versions.resume("main", "ana")
+    assert Head(told.dir).read() == told.ledger.newest(1)[0].head
+    assert [path.name for path in told.dir.glob(f".{HEAD_FILE}*")] == []
 
 
 @pytest.mark.parametrize("head", ["", "1", "1:", "x:y", "99999:00", "0:" + "00" * 32])

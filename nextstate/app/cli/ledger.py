@@ -71,6 +71,9 @@ def _line(entry: Entry) -> str:
             return f"{what} was {made}; it is {content['state']}{why}"
         case Kind.EXAM:
             return f"{what} took its exam"
+        case Kind.JUDGE:
+            parent = f", from judge v{content['parent']}" if content["parent"] else ""
+            return f"judge v{content['number']} was trained{parent}"
         case Kind.STATE:
             return f"{what} is {content['state']}{why}"
         case Kind.DELETED:

@@ -11,6 +11,7 @@ from nextstate.app.cli.common import add_command
 from nextstate.errors import EXIT_USAGE
 
 if TYPE_CHECKING:
+    from nextstate.app.settings import Settings
     from nextstate.store import Store
 
 
@@ -18,13 +19,15 @@ def add(subparsers: Any) -> None:
     text = "read everything that is stored and say what is wrong"
     parser = add_command(subparsers, "verify", run, text)
     parser.description = (
-        "Reads every page of the database, every text, every adapter and the ledger: whether they "
+        "Reads every page of the database, every text, every file of adapters, whole models and "
+        "trained judges, and the ledger: whether they "
         "are whole, are what their hashes say, and are counted right. Nothing is changed. "
         "Exit code 2: something is wrong."
     )
     parser.epilog = (
-        "The last line is the ledger's head. Note it elsewhere: with --head, a ledger that was cut "
-        "or written anew since is found too.\n\nexample: nextstate verify --config nextstate.toml"
+        "The last line is the ledger's head. Note it elsewhere: with --head, it is found too if "
+        "somebody with the whole folder has cut the ledger since, or written it anew.\n\n"
+        "example: nextstate verify --config nextstate.toml"
     )
     text = "the head that an earlier verify printed: the ledger must go on from it"
     parser.add_argument("--head", metavar="NUMBER:HASH", help=text)
@@ -35,10 +38,11 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.app.settings import Settings
     from nextstate.store import Store
 
-    store = Store(Settings.read(args.config).store)
+    settings = Settings.read(args.config)
+    store = Store(settings.store)
     with progress() as step:
         problems = store.verifying.problems(partial(step, "reading texts"))
-    problems += [*_adapters(store), *_sealed(store), *_left_over(store)]
+    problems += [*_adapters(store), *_judges(settings, store), *_sealed(store), *_left_over(store)]
     problems += store.ledger.problems(args.head)
     for problem in problems:
         print(f"FAIL  {problem}")
@@ -52,11 +56,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _adapters(store: Store) -> Iterator[str]:
-    """What is wrong with the files of the versions."""
+    """What is wrong with the files of the versions, and of the adapters that warm vLLM up."""
     from pathlib import Path
 
-    from nextstate.engine.adapter_files import verify_adapter
+    from nextstate.engine.adapter_files import CARD_FILE, verify_adapter
     from nextstate.errors import AdapterError, EngineError
+    from nextstate.wire import json_object
 
     for version in store.versions.all():
         if version.path is not None and version.sha256 is not None:
@@ -64,6 +69,32 @@ def _adapters(store: Store) -> Iterator[str]:
                 verify_adapter(Path(version.path), version.sha256)
             except (AdapterError, EngineError) as error:
                 yield f"version {version.number} of {version.lineage}: {error}"
+    for folder in sorted((store.dir / "warm-up").glob("[!.]*/")):
+        try:
+            card = json_object((folder / CARD_FILE).read_bytes()) or {}
+            verify_adapter(folder, str(card["sha256"]))
+        except (AdapterError, EngineError, OSError, KeyError):
+            yield f"{folder} is not as it was made: delete it, the learner makes it anew"
+
+
+def _judges(settings: Settings, store: Store) -> Iterator[str]:
+    """Which trained judges are not as they were made."""
+    from nextstate.app.trained_judge import judge_paths
+    from nextstate.engine.adapter_files import folder_sha256
+    from nextstate.errors import SealError
+
+    told = store.ledger.judges()
+    for folder in judge_paths(settings):
+        try:
+            if folder_sha256(folder, with_card=True) in told:
+                continue
+            why = "it was changed, or comes from elsewhere"
+        except (OSError, SealError) as error:
+            why = str(error)
+        yield (
+            f"the trained judge in {folder} is not one that the ledger tells of: {why}; delete it, "
+            "and the one before it votes"
+        )
 
 
 def _sealed(store: Store) -> Iterator[str]:
