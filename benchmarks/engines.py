@@ -38,6 +38,8 @@ REPLY_S, THINK_S = 0.05, 0.05
 """The mean of each; both are drawn anew for every turn."""
 ASKED = 300
 """Requests one after the other, to each proxy, for the added time."""
+IDLE_S = 30.0
+"""Without requests, for what a proxy uses all the time."""
 START_S = 120.0
 _CONFIG = """\
 [store]
@@ -199,9 +201,12 @@ async def _one(http: aiohttp.ClientSession, url: str, number: int) -> None:
 
 
 async def added(all_found: Sequence[Behind]) -> tuple[list[list[float]], list[float]]:
-    """Of each proxy, asked in turn: the milliseconds of each request, and CPU ms a request."""
+    """Of each proxy, asked in turn: the milliseconds of each request, and CPU ms a request.
+
+    What a proxy uses in the same time without requests, for looks at its engines, is not counted.
+    """
     times: list[list[float]] = [[] for _ in all_found]
-    before = [found.cpu_ms() for found in all_found]
+    before, since = [found.cpu_ms() for found in all_found], time.monotonic()
     async with aiohttp.ClientSession() as http:
         for number in range(ASKED + 20):
             for found, taken in zip(all_found, times, strict=True):
@@ -211,8 +216,13 @@ async def added(all_found: Sequence[Behind]) -> tuple[list[list[float]], list[fl
                 async with http.post(f"{found.url}/v1/chat/completions", json=body) as answer:
                     await answer.read()
                 taken.append(1e3 * (time.perf_counter() - began))
-    used = [found.cpu_ms() - had for found, had in zip(all_found, before, strict=True)]
-    return [taken[20:] for taken in times], [cpu / (ASKED + 20) for cpu in used]
+    asked, asked_s = [found.cpu_ms() for found in all_found], time.monotonic() - since
+    await asyncio.sleep(IDLE_S)
+    used = [
+        (then - had - (found.cpu_ms() - then) * asked_s / IDLE_S) / (ASKED + 20)
+        for found, had, then in zip(all_found, before, asked, strict=True)
+    ]
+    return [taken[20:] for taken in times], used
 
 
 def decision_us(engines: int) -> float:
