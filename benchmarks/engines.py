@@ -23,20 +23,23 @@ from typing import Any
 
 import aiohttp
 import orjson
+import psutil
 from aiohttp import web
 
 from nextstate.engine.process import free_port
 from proxy.routing import Places, conversation_key
 
 MODEL, HOST = "mock", "127.0.0.1"
-SIZES = (1, 2, 4)
-"""How many engines each proxy has."""
+SIZES = (1, 1, 2, 4)
+"""How many engines each proxy has; one twice, to show the noise."""
 CONVERSATIONS, MEAN_TURNS = 96, 20
 AT_ONCE = 24
 REPLY_S, THINK_S = 0.05, 0.05
 """The mean of each; both are drawn anew for every turn."""
 ASKED = 300
 """Requests one after the other, to each proxy, for the added time."""
+IDLE_S = 30.0
+"""Without requests, for what a proxy uses all the time."""
 START_S = 120.0
 _CONFIG = """\
 [store]
@@ -104,6 +107,12 @@ class Behind:
 
     engines: list[Mock]
     url: str
+    process: psutil.Process
+
+    def cpu_ms(self) -> float:
+        """CPU milliseconds of the proxy so far, without its writer's."""
+        used = self.process.cpu_times()
+        return 1e3 * (used.user + used.system)
 
     @property
     def hits(self) -> float:
@@ -145,7 +154,12 @@ async def behind(size: int, folder: Path) -> AsyncGenerator[Behind]:
                 if child.returncode is not None:
                     raise RuntimeError((folder / f"{size}.log").read_text())
                 await asyncio.sleep(0.1)
-        yield Behind(engines, url)
+        yield Behind(engines, url, psutil.Process(child.pid))
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 async def _ready(http: aiohttp.ClientSession, url: str, size: int) -> bool:
@@ -186,9 +200,13 @@ async def _one(http: aiohttp.ClientSession, url: str, number: int) -> None:
         await asyncio.sleep(drawn.expovariate(1 / THINK_S))
 
 
-async def added(all_found: Sequence[Behind]) -> list[list[float]]:
-    """The milliseconds of each request to each proxy, asked in turn."""
+async def added(all_found: Sequence[Behind]) -> tuple[list[list[float]], list[float]]:
+    """Of each proxy, asked in turn: the milliseconds of each request, and CPU ms a request.
+
+    What a proxy uses in the same time without requests, for looks at its engines, is not counted.
+    """
     times: list[list[float]] = [[] for _ in all_found]
+    before, since = [found.cpu_ms() for found in all_found], time.monotonic()
     async with aiohttp.ClientSession() as http:
         for number in range(ASKED + 20):
             for found, taken in zip(all_found, times, strict=True):
@@ -198,7 +216,13 @@ async def added(all_found: Sequence[Behind]) -> list[list[float]]:
                 async with http.post(f"{found.url}/v1/chat/completions", json=body) as answer:
                     await answer.read()
                 taken.append(1e3 * (time.perf_counter() - began))
-    return [taken[20:] for taken in times]
+    asked, asked_s = [found.cpu_ms() for found in all_found], time.monotonic() - since
+    await asyncio.sleep(IDLE_S)
+    used = [
+        (then - had - (found.cpu_ms() - then) * asked_s / IDLE_S) / (ASKED + 20)
+        for found, had, then in zip(all_found, before, asked, strict=True)
+    ]
+    return [taken[20:] for taken in times], used
 
 
 def decision_us(engines: int) -> float:
@@ -217,13 +241,14 @@ async def measure() -> str:
     with tempfile.TemporaryDirectory(prefix="nextstate-engines-") as name:
         async with AsyncExitStack() as opened:
             all_found = [
-                await opened.enter_async_context(behind(size, Path(name))) for size in SIZES
+                await opened.enter_async_context(behind(size, _made(Path(name) / str(number))))
+                for number, size in enumerate(SIZES)
             ]
             load = os.getloadavg()[0]
             for found in all_found:
                 await converse(found)
             hits, spreads = [f.hits for f in all_found], [f.spread for f in all_found]
-            times = await added(all_found)
+            times, cpu = await added(all_found)
     lines = [
         "# Several engines\n",
         "`python -m benchmarks.engines`. Mock engines that keep every prefix; the same "
@@ -232,15 +257,15 @@ async def measure() -> str:
         f"and {os.getloadavg()[0]:.1f} at the end, on {os.cpu_count()} cores.\n",
         "| engines | messages found in a cache | over one engine's | requests, most over mean | "
         "ms a request, median (quartiles) | more than one engine's, median of pairs | "
-        "CPU µs of the decision |",
-        "|---|---|---|---|---|---|---|",
+        "CPU ms of the proxy a request | CPU µs of the decision |",
+        "|---|---|---|---|---|---|---|---|",
     ]
-    for size, hit, spread, taken in zip(SIZES, hits, spreads, times, strict=True):
+    for size, hit, spread, taken, used in zip(SIZES, hits, spreads, times, cpu, strict=True):
         low, middle, high = statistics.quantiles(taken, n=4)
         more = statistics.median(a - b for a, b in zip(taken, times[0], strict=True))
         lines.append(
             f"| {size} | {hit:.3f} | {hit / hits[0]:.3f} | {spread:.2f} | {middle:.2f} "
-            f"({low:.2f} to {high:.2f}) | {more:+.3f} ms | "
+            f"({low:.2f} to {high:.2f}) | {more:+.3f} ms | {used:.2f} | "
             f"{decision_us(size) if size > 1 else 0:.0f} |"
         )
     return "\n".join(lines)

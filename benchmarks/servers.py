@@ -25,10 +25,12 @@ from nextstate.engine.process import free_port
 
 DIRECT, BARE, NGINX, LITELLM, OURS = "direct", "bare relay", "nginx", "LiteLLM", "NextState"
 RLLM, CAPTURE = "rLLM gateway", "OpenEnv capture"
+POSTGRESQL = "NextState on PostgreSQL"
 START_TIMEOUT_S = 300.0
 _OURS = """\
 [store]
-dir = "{folder}/state"
+dir = "{folder}/state-{port}"
+url = "{database}"
 [engine]
 mode = "external"
 url = "http://{host}:{engine}"
@@ -127,12 +129,17 @@ def running(
     capture: Path | None = None,
     *,
     bare: bool = True,
+    postgresql: str | None = None,
 ) -> Generator[Mapping[str, Server]]:
-    """The servers by name, the mock engine as `direct`; they end with the block."""
+    """The servers by name, the mock engine as `direct`; they end with the block.
+
+    `postgresql` is the URL of a database for one more of ours.
+    """
     with tempfile.TemporaryDirectory(prefix="nextstate-bench-") as name:
         folder = Path(name)
-        ports = {name: free_port() for name in (DIRECT, BARE, NGINX, LITELLM, RLLM, CAPTURE, OURS)}
-        commands = _commands(folder, ports, nginx, litellm)
+        names = (DIRECT, BARE, NGINX, LITELLM, RLLM, CAPTURE, OURS, POSTGRESQL)
+        ports = {name: free_port() for name in names}
+        commands = _commands(folder, ports, nginx, litellm, postgresql)
         if not bare:
             del commands[BARE]
         if rllm is not None:
@@ -179,13 +186,18 @@ def recorded(server: Server) -> str:
 
 
 def _commands(
-    folder: Path, ports: Mapping[str, int], nginx: str | None, litellm: Path | None
+    folder: Path,
+    ports: Mapping[str, int],
+    nginx: str | None,
+    litellm: Path | None,
+    postgresql: str | None,
 ) -> dict[str, Sequence[str]]:
     python, engine = sys.executable, ports[DIRECT]
 
-    def write(name: str, text: str, port: int) -> str:
+    def write(name: str, text: str, port: int, database: str = "") -> str:
         file = folder / name
         values = {"folder": folder, "host": HOST, "engine": engine, "model": MODEL}
+        values["database"] = database
         file.write_text(text.format(**values, port=port))
         return str(file)
 
@@ -205,6 +217,9 @@ def _commands(
             *("--port", str(ports[LITELLM]), "--num_workers", "1", "--telemetry", "False"),
         ]
     commands[OURS] = [python, "-m", "nextstate", "proxy", "--config", ours]
+    if postgresql is not None:
+        config = write("postgresql.toml", _OURS, ports[POSTGRESQL], postgresql)
+        commands[POSTGRESQL] = [python, "-m", "nextstate", "proxy", "--config", config]
     return commands
 
 

@@ -56,6 +56,7 @@ _OPTIONS = {
     "tcp_keepalives_idle": 10,
     "tcp_keepalives_interval": 5,
     "tcp_keepalives_count": 3,
+    "tcp_user_timeout": "25s",  # keepalives say nothing while an answer is under way
     # Whoever vanishes within a transaction must not hold the lock.
     "idle_in_transaction_session_timeout": "60s",
 }

@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import aiohttp
@@ -42,8 +43,13 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Loop]:
 
 
 def engine_processes(loop: Loop, model: str) -> list[psutil.Process]:
-    found = psutil.Process(loop.process.pid).children()
-    return [child for child in found if any(model in word for word in child.cmdline())]
+    """Those that run a model; one that was killed may still wait for its parent."""
+    found: list[psutil.Process] = []
+    for child in psutil.Process(loop.process.pid).children():
+        with suppress(psutil.NoSuchProcess):
+            if any(model in word for word in child.cmdline()):
+                found.append(child)
+    return found
 
 
 async def stream(

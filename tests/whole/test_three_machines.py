@@ -21,7 +21,10 @@ ALONE = ("unshare", "--net", "--mount")
 
 
 @pytest.mark.timeout(1200)
-def test_the_commands_of_the_document_lead_to_three_machines_and_past_a_lost_database() -> None:
+@pytest.mark.parametrize("cut_s", [4, pytest.param(30, marks=pytest.mark.soak)])
+def test_the_commands_of_the_document_lead_to_three_machines_and_past_a_lost_database(
+    cut_s: int,
+) -> None:
     require_server()
     if os.geteuid() or subprocess.run([*ALONE, "ip", "link"], check=False).returncode:
         pytest.skip("network namespaces with users of their own need root")
@@ -29,7 +32,7 @@ def test_the_commands_of_the_document_lead_to_three_machines_and_past_a_lost_dat
     folder.chmod(0o755)
     try:
         done = subprocess.run(
-            [*ALONE, sys.executable, "-m", "tests.whole.three_machines", str(folder)],
+            [*ALONE, sys.executable, "-m", "tests.whole.three_machines", str(folder), str(cut_s)],
             cwd=ROOT,
             umask=0o022,  # commands that ran in this process made it stricter
             capture_output=True,
