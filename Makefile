@@ -41,12 +41,15 @@ demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4
 rollout-demo: env  ## a small policy learns to call tools, on a real vLLM (about 5 minutes)
 	$(BIN)/nextstate demo --tools $(ARGS)
 
-# Two runs at once: the tests that share a real vLLM, one after the other, and all others.
+# Each process that a test starts would compile our modules anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+# At once: ruff and types, the tests that share a real vLLM, one after the other, and all others.
 RUN    := $(BIN)/python
 PYTEST  = $(RUN) -m pytest -q
 
-test: lint  ## lint, types and every test, some of them over one real vLLM
-	@$(MAKE) --no-print-directory --jobs 2 --keep-going test-engine test-others
+test: env  ## lint, types and every test, some of them over one real vLLM
+	@$(MAKE) --no-print-directory --jobs 3 --keep-going lint test-engine test-others
 
 test-engine: env
 	$(PYTEST) -m "engine and not soak" $(ARGS)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from unittest import TestCase
 
 import pytest
+import sqlalchemy as sa
 from hypothesis import HealthCheck, settings
 
 from nextstate.config import StoreConfig
@@ -22,6 +23,7 @@ from nextstate.engine.messages_behaviour import MessagesBehaviour, learn_message
 from nextstate.engine.process import free_port
 from nextstate.quick_imports import quick_imports
 from nextstate.store import Store
+from nextstate.store.vault import vault_of
 from tests.postgresql_server import Server as PostgreSQLServer
 from tests.postgresql_server import instead_of_files, require_server
 
@@ -51,6 +53,30 @@ _PROCESSES = {"subprocess", "multiprocessing"}
 """Modules that a file imports to start processes."""
 _TRAINING = {"torch", "save_tiny_model"}
 """Names in a file that runs or trains a model."""
+
+
+class _Compiled(dict[Any, Any]):
+    """Compiled statements by all that SQLAlchemy knows them by but the store that they are of.
+
+    Each test opens a store of its own, and would compile each of its statements anew.
+    """
+
+    def get(self, key: Any, default: Any = None) -> Any:
+        """A statement that any store of this kind has compiled."""
+        return super().get((type(key[0]), *key[1:]), default)
+
+    def __setitem__(self, key: Any, compiled: Any) -> None:
+        super().__setitem__((type(key[0]), *key[1:]), compiled)
+
+
+_compiled = _Compiled()
+
+
+@sa.event.listens_for(sa.Engine, "engine_connect")
+def _share_compiled(connection: sa.Connection) -> None:
+    """But not of encrypted stores: what they compile seals values with their own keys."""
+    if vault_of(connection.dialect) is None:
+        connection.execution_options(compiled_cache=_compiled)
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
@@ -125,11 +151,15 @@ def empty_state(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs the tests of the store, and of files that say `DATABASES`, on both databases."""
+    """Runs the tests of the store, and of files that say `DATABASES`, on both databases.
+
+    A test that chooses `database` itself runs on that.
+    """
     of_store = metafunc.definition.path.parent == Path(__file__).parent / "store"
     if not (of_store or hasattr(metafunc.module, "DATABASES")):
         return
-    only = metafunc.definition.get_closest_marker("sqlite") is not None
+    chosen = [one.args[0] for one in metafunc.definition.iter_markers("parametrize")]
+    only = "database" in chosen or metafunc.definition.get_closest_marker("sqlite") is not None
     if not only and not issubclass(metafunc.cls or object, TestCase):
         metafunc.parametrize("database", ["sqlite", "postgresql"], indirect=True)
 

@@ -32,9 +32,12 @@ _SETTINGS = {
     "unix_socket_directories": "",
     "shared_buffers": "32MB",
     "max_connections": "200",
+    "max_wal_size": "128MB",
     "fsync": "off",  # a killed server loses nothing by that, only a machine without power
 }
 _TEMPLATE = "nextstate_template"
+_MEMORY = Path("/dev/shm")
+_ROOM_BYTES = 2 << 30
 
 
 def missing() -> str | None:
@@ -57,11 +60,25 @@ def needed(module: str) -> Any:
     return import_module(module) if os.environ.get("CI") else pytest.importorskip(module)
 
 
+def _fast_folder() -> Path | None:
+    """The file system in memory, if it has room: a database is made there in a tenth of the time.
+
+    None for that of other temporary files.
+    """
+    is_there = os.access(_MEMORY, os.W_OK) and shutil.disk_usage(_MEMORY).free > _ROOM_BYTES
+    return _MEMORY if is_there else None
+
+
+def _copying() -> str:
+    """How a database is copied: PostgreSQL 15 began to send each page through its log."""
+    return "STRATEGY FILE_COPY" if int(PROGRAMS[-1].parts[-3]) >= 15 else ""
+
+
 class Server:
     """A running server; everybody on this machine is its superuser."""
 
     def __init__(self, **settings: str) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="nextstate-postgresql-"))
+        self.folder = Path(tempfile.mkdtemp("", "nextstate-postgresql-", _fast_folder()))
         self.data = self.folder / "data"
         self._as = _AS_ROOT if os.geteuid() == 0 else {}
         if self._as:
@@ -168,7 +185,7 @@ class Server:
             return cursor.fetchall() if cursor.description else []
 
     def _make(self, name: str, template: str) -> None:
-        self.run(f"CREATE DATABASE {name} TEMPLATE {template}")
+        self.run(f"CREATE DATABASE {name} TEMPLATE {template} {_copying()}")
 
     def _call(self, *command: str | Path) -> None:
         done = subprocess.run(

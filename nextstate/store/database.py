@@ -215,9 +215,22 @@ class Prepared:
                 self._opened.append((at, column.type.ways(vault)[1]))
 
 
-@functools.lru_cache(maxsize=256)
+_plain: dict[tuple[sa.ClauseElement, type[sa.Dialect]], Prepared] = {}
+"""What stores that are not encrypted have in common."""
+
+
 def prepare(statement: sa.ClauseElement, dialect: sa.Dialect) -> Prepared:
-    """A statement as the driver takes it."""
+    """A statement as the driver takes it, compiled once a process, or once an encrypted store."""
+    if vault_of(dialect) is not None:
+        return _sealing(statement, dialect)
+    key = (statement, type(dialect))
+    if (found := _plain.get(key)) is None:
+        found = _plain[key] = Prepared(statement, dialect)
+    return found
+
+
+@functools.lru_cache(maxsize=256)
+def _sealing(statement: sa.ClauseElement, dialect: sa.Dialect) -> Prepared:
     return Prepared(statement, dialect)
 
 

@@ -21,7 +21,9 @@ _SHAPE = Qwen3Config(
 _WITHOUT_VLLM = """
 import sys
 sys.modules["vllm"] = None
-from benchmarks import training_step
+from nextstate.quick_imports import quick_imports
+with quick_imports():
+    from benchmarks import training_step
 sys.argv = ["training_step", *"--tokens 64 --rounds 1 --methods combined --device cpu".split()]
 training_step.main()
 """

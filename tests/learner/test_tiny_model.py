@@ -93,6 +93,7 @@ class Recorded:
         self.store = Store(StoreConfig(dir=str(folder)))
         (folder / KEY_FILE).write_bytes(HOLDS_OUT)
         self._model = load_float64(model_path)
+        self._said: dict[tuple[tuple[int, ...], tuple[int, ...]], torch.Tensor] = {}
         self._count = 0
 
     def add(
@@ -110,8 +111,7 @@ class Recorded:
     ) -> str:
         """Adds one turn with its verdict; `shift` falsifies the log-probabilities, in nats."""
         turn = f"turn-{self._count:03d}"
-        with torch.no_grad():
-            found = logprobs(self._model, prompt, reply) - shift
+        found = self._logprobs(prompt, reply) - shift
         with self.store.recording() as recording:
             recording.add_turn(
                 Turn(
@@ -139,6 +139,13 @@ class Recorded:
         self.store.judging.settle_verdict(Verdict(turn, (score,), score, "rules", hint, hinted))
         self._count += 1
         return turn
+
+    def _logprobs(self, prompt: tuple[int, ...], reply: tuple[int, ...]) -> torch.Tensor:
+        """Of the base, which never changes: most turns say one of two replies."""
+        if (prompt, reply) not in self._said:
+            with torch.no_grad():
+                self._said[prompt, reply] = logprobs(self._model, prompt, reply)
+        return self._said[prompt, reply]
 
     def add_mixed(self, count: int) -> list[str]:
         """Good and bad replies by turns, of two lengths."""

@@ -158,6 +158,7 @@ STEPS = st.one_of(
 )
 
 
+@pytest.mark.sqlite
 @settings(max_examples=25)
 @given(steps=st.lists(STEPS, min_size=8, max_size=20))
 @example(
@@ -204,6 +205,15 @@ def test_the_last_word_counts_in_any_order_and_what_has_trained_never_changes(
             assert verdict is not None
             assert verdict.hinted_prompt_ids == rendered(spoken.said.hint)
         store.close()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+@settings(max_examples=5)
+@given(steps=st.lists(STEPS, min_size=8, max_size=20))
+def test_the_last_word_counts_on_a_server_too(steps: list[tuple[Any, ...]]) -> None:
+    """Fewer examples: each makes a database, and the statements are the same."""
+    in_any_order = test_the_last_word_counts_in_any_order_and_what_has_trained_never_changes
+    in_any_order.hypothesis.inner_test(steps)
 
 
 @pytest.mark.parametrize("step", ["_keep_feedback", "_put_verdict", "_put_sample", "_open_work"])

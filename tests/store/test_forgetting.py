@@ -110,16 +110,20 @@ def check(store: Store) -> None:
 Moves = list[tuple[int, int, int, bool]]
 
 
-@settings(max_examples=40)
-@given(
-    moves=st.lists(
+DRAWN: dict[str, st.SearchStrategy[Any]] = {
+    "moves": st.lists(
         st.tuples(st.integers(-4, 9), st.integers(-1, 1), st.integers(0, 2), st.booleans()),
         min_size=1,
         max_size=10,
     ),
-    chosen=st.sets(st.integers(0, 9), min_size=1, max_size=3),
-    before=st.none() | st.integers(0, 9),
-)
+    "chosen": st.sets(st.integers(0, 9), min_size=1, max_size=3),
+    "before": st.none() | st.integers(0, 9),
+}
+
+
+@pytest.mark.sqlite
+@settings(max_examples=40)
+@given(**DRAWN)
 def test_what_is_forgotten_is_in_no_record_and_the_rest_is_whole(
     tmp_path_factory: pytest.TempPathFactory, moves: Moves, chosen: set[int], before: int | None
 ) -> None:
@@ -161,6 +165,18 @@ def test_what_is_forgotten_is_in_no_record_and_the_rest_is_whole(
     else:
         assert set(plan.turns) == {one.id for one in turns if one.timings.started_at < before}
     store.close()
+
+
+@pytest.mark.parametrize("database", ["postgresql"], indirect=True)
+@settings(max_examples=8)
+@given(**DRAWN)
+def test_what_is_forgotten_on_a_server_is_in_no_record_either(
+    tmp_path_factory: pytest.TempPathFactory, **drawn: Any
+) -> None:
+    """Fewer examples: each makes a database, and the statements are the same."""
+    test_what_is_forgotten_is_in_no_record_and_the_rest_is_whole.hypothesis.inner_test(
+        tmp_path_factory, **drawn
+    )
 
 
 def _kept_parent(one: Turn, left: dict[str, Turn]) -> str | None:

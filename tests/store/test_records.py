@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
@@ -32,6 +32,7 @@ from nextstate.store import Store, schema
 from nextstate.store.waiting import Patience
 
 KEY = b"k" * 16
+_number = itertools.count()
 
 
 def turn(number: int, **changes: object) -> Turn:
@@ -78,7 +79,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     messages=st.lists(st.dictionaries(st.text(), json_values, max_size=4), max_size=5),
     rest=st.dictionaries(st.text().filter(lambda k: k != "messages"), json_values, max_size=4),
@@ -86,21 +87,21 @@ json_values = st.recursive(
     logprobs=st.lists(st.floats(-1000, 0), min_size=1, max_size=9),
 )
 def test_a_turn_comes_back_as_it_was_recorded(
-    tmp_path_factory: pytest.TempPathFactory,
+    store: Store,
     messages: list[Json],
     rest: Json,
     tools: list[Json] | None,
     logprobs: list[float],
 ) -> None:
-    store = Store(StoreConfig(dir=str(tmp_path_factory.mktemp("store"))))
     request: Json = {"messages": messages, **rest}
     if tools is not None:
         request["tools"] = tools
     ids = tuple(range(2**32 - len(logprobs), 2**32))
-    recorded = turn(0, request=request, completion_ids=ids, behaviour_logprobs=tuple(logprobs))
+    recorded = turn(
+        next(_number), request=request, completion_ids=ids, behaviour_logprobs=tuple(logprobs)
+    )
     add(store, recorded)
-    assert store.turns.get("turn_0") == recorded
-    store.close()
+    assert store.turns.get(recorded.id) == recorded
 
 
 def test_a_message_that_is_sent_again_is_stored_once(store: Store) -> None:

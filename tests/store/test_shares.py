@@ -21,14 +21,12 @@ from tests.store.test_records import add, judge, turn
 
 def ready(store: Store, *sessions: tuple[str, int, int]) -> dict[str, str]:
     """Puts ready samples of (session, how many, policy version) there; sessions by turn."""
-    found: dict[str, str] = {}
-    for session, count, version in sessions:
-        for _ in range(count):
-            number = len(found)
-            add(store, turn(number, session=session, policy_version=version))
-            judge(store, number, 1)
-            found[f"turn_{number}"] = session
-    return found
+    each = [(name, version) for name, count, version in sessions for _ in range(count)]
+    turns = [turn(n, session=name, policy_version=v) for n, (name, v) in enumerate(each)]
+    add(store, *turns)
+    for number in range(len(turns)):
+        judge(store, number, 1)
+    return {one.id: one.session for one in turns}
 
 
 def leased(store: Store, limit: int, batch: str = "b") -> list[str]:
@@ -118,9 +116,10 @@ def test_a_batch_is_fair_as_full_as_may_be_and_of_the_best(sessions: list[str], 
 def ready_of(store: Store, client: str, count: int, session: str = "s", version: int = 0) -> None:
     """Puts ready samples of a client's turns there."""
     first = store.counts().get("turns/main", 0)
-    for number in range(first, first + count):
-        one = turn(number, session=session, client=client, policy_version=version)
-        add(store, one)
+    numbers = range(first, first + count)
+    made = {"session": session, "client": client, "policy_version": version}
+    add(store, *(turn(number, **made) for number in numbers))
+    for number in numbers:
         judge(store, number, 1)
 
 
