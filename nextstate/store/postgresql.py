@@ -27,7 +27,8 @@ from sqlalchemy.dialects.postgresql.base import PGDDLCompiler, PGTypeCompiler
 from nextstate.egress import is_here
 from nextstate.errors import StoreError
 from nextstate.store import schema as t
-from nextstate.store.database import Cursor, Prepared, prepare
+from nextstate.store.database import Cursor
+from nextstate.store.prepared import Prepared, prepare
 
 logging.getLogger("psycopg").setLevel(logging.ERROR)
 """It warns of what a lost connection leaves behind; we tell that it is lost."""

@@ -158,34 +158,38 @@ STEPS = st.one_of(
 )
 
 
-@pytest.mark.sqlite
-@settings(max_examples=25)
-@given(steps=st.lists(STEPS, min_size=8, max_size=20))
-@example(
-    steps=[
+_EXAMPLES: list[list[tuple[Any, ...]]] = [
+    [
         *(("follow",), ("judge", 1, None), ("deliver", 0), ("lease",)),
         *(("speak", -1, "Be brief.", None), ("give_up",), ("lease",), ("train",)),
         *(("speak", 1, None, None), ("repeat",)),
-    ]
-)
-@example(
-    steps=[
+    ],
+    [
         *(("speak", 0, "Be brief.", None), ("judge", 0, None), ("speak", 0, "Name it.", None)),
         *(("judge", 0, None), ("deliver", 0), ("deliver", 1), ("repeat",), ("lease",)),
-    ]
-)
-@example(
-    steps=[
+    ],
+    [
         *(("speak", 1, "Be brief.", None), ("lease",), ("speak", 1, "Name it.", None)),
         *(("judge", 0, None), ("deliver", 0), ("give_up",)),
-    ]
-)
-@example(
-    steps=[
+    ],
+    [
         *(("speak", 1, "Be brief.", None), ("judge", 0, None), ("lease",), ("deliver", 0)),
         *(("give_up",), ("judge", 0, None), ("follow",), ("repeat",), ("lease",), ("train",)),
-    ]
-)
+    ],
+]
+
+
+def with_examples(test: Callable[..., None]) -> Callable[..., None]:
+    """Tries, beside those that are drawn, the steps that once were wrong."""
+    for steps in _EXAMPLES:
+        test = example(steps=steps)(test)
+    return test
+
+
+@pytest.mark.sqlite
+@settings(max_examples=25)
+@given(steps=st.lists(STEPS, min_size=8, max_size=20))
+@with_examples
 def test_the_last_word_counts_in_any_order_and_what_has_trained_never_changes(
     steps: list[tuple[Any, ...]],
 ) -> None:
@@ -210,6 +214,7 @@ def test_the_last_word_counts_in_any_order_and_what_has_trained_never_changes(
 @pytest.mark.parametrize("database", ["postgresql"], indirect=True)
 @settings(max_examples=5)
 @given(steps=st.lists(STEPS, min_size=8, max_size=20))
+@with_examples
 def test_the_last_word_counts_on_a_server_too(steps: list[tuple[Any, ...]]) -> None:
     """Fewer examples: each makes a database, and the statements are the same."""
     in_any_order = test_the_last_word_counts_in_any_order_and_what_has_trained_never_changes
