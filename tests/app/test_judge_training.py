@@ -94,6 +94,7 @@ def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
 
     assert train(config, "--examples", "100", "--epochs", "1", "--language", "en") == 0  # from 1
     assert [v.parent for v in judge_versions(settings)] == [None, 1]
+    assert main(["verify", "--config", str(config)]) == 0  # the ledger tells of both
     assert ", v1 " in capsys.readouterr().out
 
     other = config.read_text().replace(str(POLICY), str(config.parent))
