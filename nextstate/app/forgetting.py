@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nextstate.app.engine_access import change_version
 from nextstate.app.settings import Settings
-from nextstate.app.trained_judge import judge_folder, judges_lock
+from nextstate.app.trained_judge import judge_folder, judge_paths, judges_lock
 from nextstate.engine.client import publish
 from nextstate.errors import AdapterError, ConflictError, EngineError, StartError
 from nextstate.store import Store
@@ -143,12 +143,24 @@ def _delete_files(state_dir: Path, plan: Plan) -> None:
 
 
 def _delete_judges(settings: Settings, turns: Collection[str]) -> list[str]:
-    """Deletes the judges that were trained on one of the turns, and those trained from them."""
+    """Deletes the judges that were trained on one of the turns, and those trained from them.
+
+    So goes one whose card cannot be read: it may be half deleted, and it cannot vote.
+    """
     gone: list[str] = []
     numbers = set[object]()
+    versions = judge_paths(settings)
     for folder in sorted(judge_folder(settings).glob("v[0-9]*")):
-        card = json_object((folder / "card.json").read_bytes()) or {}
-        if card.get("parent") in numbers or any(one in turns for one in card.get("turns") or ()):
+        try:
+            card = json_object((folder / "card.json").read_bytes())
+        except FileNotFoundError:
+            card = None
+        if card is None:
+            goes = folder in versions
+            card = {"number": int(folder.name[1:])} if goes else {}
+        else:
+            goes = card.get("parent") in numbers or any(t in turns for t in card.get("turns") or ())
+        if goes:
             numbers.add(card.get("number"))
             shutil.rmtree(folder)
             gone.append(folder.name)

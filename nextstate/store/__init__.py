@@ -153,6 +153,7 @@ class Store:
             recording = Recording(cursor, self._known)
             yield recording
             recording.close()
+        self._known.packed.clear()  # once it is committed: a batch that has to wait is tried again
 
     def prepare(self, turns: Iterable[tuple[Turn, Sequence[bytes]]]) -> list[Parts]:
         """The parts of turns, each with the hashes of its messages, for the next `recording`.

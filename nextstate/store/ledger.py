@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
@@ -40,6 +41,7 @@ _L, _S, _V = t.ledger.c, t.samples.c, t.versions.c
 HEAD_FILE = "ledger.head"
 SOMEBODY = "a person"
 """Who did something, where no name is known."""
+_HEAD = re.compile(r"[0-9]{1,18}:[0-9a-f]{64}")
 _NO_HASH = bytes(32)
 """What stands before the first entry."""
 _AT_ONCE = 1000
@@ -169,6 +171,7 @@ class Head:
                 log.error("%s", self.says(noted))
             elif noted is None or _number(noted) < _number(head):
                 database.sync()
+                draft.touch(0o600)
                 sealed_files.write(draft, head.encode(), HEAD_FILE)
                 draft.replace(self.file)
         except (OSError, StoreError) as error:
@@ -179,7 +182,8 @@ class Head:
         """What is wrong with a ledger that does not go on from what is noted."""
         return (
             f"the ledger does not go on from {noted[:80]}, which {self.file} notes: it was cut, or "
-            "written anew; delete that file if you have put an older database back yourself"
+            "written anew; delete that file if you have put an older database back yourself, "
+            "or the server lost its last commits"
         )
 
 
@@ -299,8 +303,7 @@ def _not_from(head: str) -> str:
 
 def _number(head: str) -> int:
     """An entry's number; 0 of what is no head."""
-    number = head.partition(":")[0]
-    return int(number) if number.isdecimal() else 0
+    return int(head.partition(":")[0]) if _HEAD.fullmatch(head) else 0
 
 
 def _goes_on(connection: sa.Connection, head: str) -> bool:

@@ -77,13 +77,19 @@ def parts_of(turn: Turn, known: Known, message_hashes: Sequence[bytes] | None = 
 
 
 def prepared(turn: Turn, known: Known, message_hashes: Sequence[bytes]) -> Parts:
-    """The same, with what seems to be new compressed for the transaction that adds the turn."""
+    """The same, with what seems to be new compressed for the transaction that adds the turn.
+
+    What is before the last assistant message is most likely the parent's, and so are all but the
+    last runs of ids, whether this process knows them or not.
+    """
     parts = parts_of(turn, known, message_hashes)
     messages = objects(turn.request.get("messages"))
-    for key, message in zip(message_hashes, messages, strict=True):
+    said = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
+    start = said[-1] if said else 0
+    for key, message in zip(message_hashes[start:], messages[start:], strict=True):
         if key not in known.hashes:
             known.pack(key, write_json(message))
-    for key, text in parts.others:
+    for key, text in (*parts.others[:3], *parts.others[-2:]) if said else parts.others:
         known.pack(key, text)
     return parts
 
@@ -139,6 +145,9 @@ class Recording:
             if key not in used:
                 used.add(self._texts.put(part, key))
         other_hashes = [key for key, _ in parts.others]
+        for key in (*parts.message_hashes, *other_hashes):  # those that the parent uses, too
+            if not self.known.has(key):
+                self.known.add(key)
         of_tools = other_hashes.pop(0) if "tools" in turn.request else None
         vault = self._cursor.vault
         sealed = {k: seal_column(vault, turn.id, k, value) for k, value in parts.values.items()}

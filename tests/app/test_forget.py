@@ -119,6 +119,25 @@ def test_a_judge_that_trained_on_it_goes_with_those_after_it(
     assert sorted(path.name for path in (store.dir / "judge").glob("v*")) == ["v000001"]
 
 
+def test_a_judge_whose_card_cannot_be_read_goes_with_those_after_it(
+    store: Store, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, card in ((1, '{"number": 1, "parent": null}'), (2, None), (3, '{"parent": 2}')):
+        folder = store.dir / "judge" / f"v{number:06d}"
+        folder.mkdir(parents=True)
+        if card is not None:
+            (folder / "card.json").write_text(card)
+    (store.dir / "judge" / "v000004").mkdir()
+    (store.dir / "judge" / "v000004" / "card.json").write_text("{")
+    (store.dir / "judge" / "v1 by hand").mkdir()
+    assert main(["forget", "turn_0", "--yes", "--config", str(config)]) == 0
+    told = capsys.readouterr().out
+    for number in (2, 3, 4):
+        assert f"deleted the trained judge v{number:06d}" in told
+    left = sorted(path.name for path in (store.dir / "judge").glob("v*"))
+    assert left == ["v000001", "v1 by hand"]
+
+
 def test_nothing_is_forgotten_while_a_judge_is_being_trained(
     store: Store, config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

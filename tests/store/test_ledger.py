@@ -248,6 +248,25 @@ def test_a_head_that_is_none_is_not_gone_on_from(told: Store, head: str) -> None
     assert "does not go on from" in told.ledger.problems(head)[0]
 
 
+@pytest.mark.parametrize(
+    "head", ["99999999999999999999:ab", "9" * 5000, "9" * 18 + ":" + "00" * 32]
+)
+def test_a_note_that_is_no_head_stays_and_stops_no_write(
+    told: Store, caplog: pytest.LogCaptureFixture, head: str
+) -> None:
+    file = told.dir / HEAD_FILE
+    noted = file.read_bytes()
+    sealed_files.write(file, head.encode())
+    try:
+        told.versions.pause("main", "ana")
+        assert told.ledger.newest(1)[0].kind == "pause"
+        assert Head(told.dir).read() == head
+    finally:
+        file.write_bytes(noted)
+    assert Head(told.dir).says(head) in caplog.text
+    assert "or the server lost its last commits" in caplog.text
+
+
 @pytest.mark.sqlite
 def test_an_older_store_begins_its_ledger_with_its_versions(tmp_path: Path) -> None:
     old_database(tmp_path, OF_VERSION_3)

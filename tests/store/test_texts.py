@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import closing
 from pathlib import Path
 
+import pytest
+
 from nextstate.config import StoreConfig
-from nextstate.records import Feedback, Verdict
+from nextstate.errors import WaitError
+from nextstate.records import Feedback, Turn, Verdict
 from nextstate.store import Store, texts
 from nextstate.store.texts import Row, hashes
+from nextstate.wire import write_json
 from tests.store.rows import select
-from tests.store.test_records import add, turn
+from tests.store.test_records import KEY, add, turn
 
 
 def assert_uses_are_counted(store: Store) -> None:
@@ -117,3 +122,63 @@ def test_remembered_hashes_are_right_and_take_a_bounded_memory() -> None:
         assert sum(map(len, known.hashed)) < known.hashed_bytes <= 5000
     assert first in known.hashed, "it was used all the time"
     assert known.hash_of(b"x" * 6000) == texts.content_hash(b"x" * 6000), "and one too large for it"
+
+
+def told(number: int) -> Turn:
+    """The turn of a long conversation after `number` exchanges in it."""
+    said = [
+        {"role": ("user", "assistant")[n % 2], "content": f"{n} " * 500}
+        for n in range(2 * number + 1)
+    ]
+    ids = tuple(range(300 * number))
+    parent = f"turn_{number - 1}"
+    return turn(number, request={"messages": said}, prompt_ids=ids, parent=parent)
+
+
+def commit(store: Store, one: Turn) -> int:
+    """Adds a turn as the writer does; returns how many texts were compressed before the lock."""
+    keys = [texts.content_hash(write_json(message)) for message in one.request["messages"]]
+    (parts,) = store.prepare([(one, keys)])
+    packed = len({key for key, _ in store._known.packed})  # pyright: ignore[reportPrivateUsage]
+    with store.recording() as recording:
+        recording.add_turn(one, KEY, KEY, parts=parts)
+    return packed
+
+
+@pytest.mark.parametrize("most_hashes", [4096, 16])
+def test_a_writer_compresses_only_what_is_new_of_a_conversation_that_it_did_not_begin(
+    tmp_path: Path, most_hashes: int
+) -> None:
+    config = StoreConfig(dir=str(tmp_path))
+    with closing(Store(config)) as before:
+        commit(before, told(100))
+    with closing(Store(config)) as fresh:
+        fresh._known.most_hashes = most_hashes  # pyright: ignore[reportPrivateUsage]
+        for number in (101, 102):
+            packed = commit(fresh, told(number))
+            assert packed < 10, "its last two messages, its settings and reply, and a few ids"
+        assert fresh.turns.get("turn_102") == told(102)
+        check(fresh)
+
+
+def test_a_text_that_the_turn_before_uses_is_remembered_as_stored(tmp_path: Path) -> None:
+    config = StoreConfig(dir=str(tmp_path))
+    with closing(Store(config)) as before:
+        commit(before, told(5))
+    with closing(Store(config)) as fresh:
+        commit(fresh, told(6))
+        known = fresh._known.hashes  # pyright: ignore[reportPrivateUsage]
+        messages = told(6).request["messages"]
+        assert {texts.content_hash(write_json(message)) for message in messages} <= known.keys()
+
+
+def test_what_was_compressed_before_the_lock_is_kept_until_it_is_committed(store: Store) -> None:
+    one = told(3)
+    (parts,) = store.prepare([(one, [texts.content_hash(b"m")] * 7)])
+    packed = store._known.packed  # pyright: ignore[reportPrivateUsage]
+    with pytest.raises(WaitError), store.recording():
+        raise WaitError("the store is locked")
+    assert packed, "the same batch is tried again"
+    with store.recording() as recording:
+        recording.add_turn(one, KEY, KEY, parts=parts)
+    assert not packed, "a writer that waits for the next batch holds no text of this one"
