@@ -32,6 +32,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal
 
+from nextstate.episodes import FAMILY
 from nextstate.errors import RecordError
 
 CreditMethod = Literal["combined", "outcome", "step_sum"]
@@ -39,8 +40,6 @@ CreditMethod = Literal["combined", "outcome", "step_sum"]
 `step_sum` is what OpenClaw-RL does (arXiv 2603.10165), for comparison; see `_step_sum`."""
 LIMIT = 3.0
 """No advantage of `combined` and `outcome` is larger."""
-FAMILY = 50
-"""Outcomes of a task family that the running mean for an episode alone is taken over."""
 WINDOW = 200
 """The newest judged episodes that decide whether the judge predicts outcomes. In groups of 8, half
 of them solved, the AUC of a judge that guesses has a standard error of 0.04."""

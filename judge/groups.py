@@ -75,11 +75,14 @@ def settle_over(
             continue
 
         def decide(
-            group: Unsettled, episodes: Sequence[ScoredEpisode], earlier: Sequence[SettledEpisode]
+            group: Unsettled,
+            episodes: Sequence[ScoredEpisode],
+            earlier: Sequence[SettledEpisode],
+            outcomes: Sequence[float],
         ) -> Settlement | None:
             if not is_over(group, store.database.now()):
                 return None  # another one was opened meanwhile
-            return settlement(episodes, earlier, method, group.family)
+            return settlement(episodes, earlier, method, outcomes)
 
         try:
             done = store.groups.settle(group, decide)
@@ -112,11 +115,11 @@ def settlement(
     episodes: Sequence[ScoredEpisode],
     earlier: Sequence[SettledEpisode],
     method: CreditMethod,
-    family: str | None = None,
+    outcomes: Sequence[float] = (),
 ) -> Settlement:
     """What the steps of a group's closed episodes are worth.
 
-    `earlier` are those of the environment, `family` that of the group's task.
+    `earlier` are those of the environment, `outcomes` earlier ones of its task's family.
     Where neither outcomes nor process rewards tell steps apart, those with a hint stay, with the
     advantage 0: the hint is all that they teach. A group that versions far apart have served is
     not compared at all.
@@ -133,7 +136,7 @@ def settlement(
         ],
         method,
         weight=weight,
-        earlier=[e.outcome for e in earlier if e.family == family],
+        earlier=outcomes,
     )
     hinted = {step.turn for episode in episodes for step in episode.steps if step.hinted}
     taught = {

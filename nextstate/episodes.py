@@ -19,6 +19,8 @@ from nextstate.records import Json
 
 MOST_REWARDS = 10_000
 """Of an episode: while they are written, no turn is recorded."""
+FAMILY = 50
+"""Outcomes of a task family that the running mean for an episode alone is taken over."""
 MAX_TASK_CHARS = 200_000
 LABEL = "^[A-Za-z0-9][A-Za-z0-9._:~+-]{0,99}$"
 """What names an episode, group, environment or reward."""

@@ -292,6 +292,7 @@ class Proxy:
 
     def _beat(self) -> None:
         self.store.workers.beat(self._worker or "", self.versions.in_use(), self._counts())
+        self.calls.free_ended()
 
     async def _share(self, request: web.Request, response: web.StreamResponse) -> None:
         """Lets the page that asked read the answer. Another site's page was refused."""

@@ -63,6 +63,8 @@ class EpisodeCalls:
         self._remembered: dict[tuple[str, str], Named | None] = {}
         self._budgets = Budgets(alone=worker is None)
         self._freeing: set[asyncio.Task[None]] = set()
+        self._ended: set[str] = set()
+        """Calls that hold nothing any more, and of which the other workers may not know it yet."""
         self._key_of: dict[str, str] = {}
         """The keys of remembered episodes, by id."""
 
@@ -154,25 +156,41 @@ class EpisodeCalls:
             hold = Hold(uuid4().hex, self._worker, wanted(path, body))
 
         async def beside(held: int) -> Left | None:
-            return await in_store(begin, episode.id, replies, held, hold)
+            begun = asyncio.create_task(in_store(begin, episode.id, replies, held, hold))
+            try:
+                return await asyncio.shield(begun)
+            except BaseException:  # what its thread may still write is to be freed after that
+                if hold is not None:
+                    call = hold.call
+                    begun.add_done_callback(lambda _: self._ended.add(call))
+                raise
 
         body, left, free = await self._budgets.begin(episode.id, beside, path, body)
 
         def free_everywhere() -> None:
             free()
             if hold is not None:
-                task = asyncio.create_task(self._free(hold))
+                self._ended.add(hold.call)
+                task = asyncio.create_task(self._free())
                 self._freeing.add(task)
                 task.add_done_callback(self._freeing.discard)
 
         return body, left.seconds, free_everywhere
 
-    async def _free(self, hold: Hold) -> None:
-        """Tells the other workers that a call holds nothing any more."""
+    def free_ended(self) -> None:
+        """Tells the other workers which calls hold nothing any more. Raises StoreError, OSError.
+
+        It is called with each sign of life, because a call that ends may be unable to tell.
+        """
+        if ended := list(self._ended):
+            self._episodes.free(ended)
+            self._ended.difference_update(ended)
+
+    async def _free(self) -> None:
         try:
-            await asyncio.to_thread(self._episodes.free, hold.call)
+            await asyncio.to_thread(self.free_ended)
         except (StoreError, OSError) as error:
-            log.warning("episodes: the tokens of a call are held until this worker ends: %s", error)
+            log.warning("episodes: the tokens of a call are held a while longer: %s", error)
 
     async def check_open(self, episode: Named) -> None:
         """Raises Refused if the episode is closed."""

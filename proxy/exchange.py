@@ -227,9 +227,10 @@ def _record_step(recording: Recording, read: Read, episode: str) -> Turn:
     place = place_of(scope, read.kind, parent and parent.id, read.history)
     if read.untrainable is None and not sessions.takes_steps(episode):
         read = read._replace(untrainable=_LATE)
+    cut = place is not None and sessions.cut_session(place) is not None
     turn = _turn(read, episode, sessions.next_index(episode), parent and parent.id)
     _add(recording, read, turn, place if exchange.cut else None)
-    if place is not None:
+    if cut and place is not None:
         recording.replace_cut(place, turn.id)
     if parent is not None and not parent.continued and read.kind is TurnKind.MAIN:
         messages = objects(exchange.request.get("messages"))

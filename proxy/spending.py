@@ -23,8 +23,8 @@ from proxy.serving import CHAT, COMPLETIONS, RESPONSES
 
 _WAIT_S = 60.0
 """How long a call waits for the tokens that others hold."""
-_LOOK_S = 0.1
-"""Between two looks whether another worker has freed some."""
+_LOOK_S, _RARE_LOOK_S = 0.1, 2.0
+"""Between two looks whether another worker has freed some: it doubles, up to the second."""
 _COMPLETIONS_DEFAULT = 16
 """Tokens of a reply to `/v1/completions` whose request names no number."""
 
@@ -47,7 +47,7 @@ class Budgets:
 
     def __init__(self, wait_s: float = _WAIT_S, *, alone: bool = True) -> None:
         self._wait_s = wait_s
-        self._look_s = wait_s if alone else _LOOK_S
+        self._looks_s = (wait_s, wait_s) if alone else (_LOOK_S, _RARE_LOOK_S)
         self._of: dict[str, Budget] = {}
 
     async def begin(
@@ -71,12 +71,14 @@ class Budgets:
 
         try:
             async with asyncio.timeout(self._wait_s), budget.next:
+                look_s, rare_s = self._looks_s
                 while True:
                     budget.freed.clear()
                     if (left := await begin(budget.held)) is not None:
                         break
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(budget.freed.wait(), self._look_s)
+                        await asyncio.wait_for(budget.freed.wait(), look_s)
+                    look_s = min(2 * look_s, rare_s)
         except BaseException as error:
             free()
             if isinstance(error, TimeoutError):

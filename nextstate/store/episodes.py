@@ -69,8 +69,11 @@ _HELD = sa.select(sa.func.coalesce(sa.func.sum(t.holds.c.tokens), 0).label("toke
     t.holds.c.episode == sa.bindparam("episode")
 )
 _HELD_ELSEWHERE = _HELD.join(t.workers, t.workers.c.id == t.holds.c.worker).where(
-    t.holds.c.worker != sa.bindparam("worker"), t.workers.c.beat >= sa.bindparam("alive")
+    t.holds.c.worker != sa.bindparam("worker"),
+    # Silent beside the others, not beside the clock: while the store is locked, nobody can beat.
+    t.workers.c.beat >= sa.select(sa.func.max(t.workers.c.beat)).scalar_subquery() - SILENT_S,
 )
+_HOLDS = sa.select(t.holds.c.tokens).where(t.holds.c.call == sa.bindparam("call"))
 _HOLD = sa.insert(t.holds).values({c.name: sa.bindparam(c.name) for c in t.holds.c})
 _CALLED = sa.update(t.episodes).where(THIS).values(calls=_E.calls + 1)
 
@@ -204,10 +207,14 @@ class Episodes:
 
         None if other calls hold so many tokens that none is left for each of its replies: `held`
         by those of this worker; with a `hold` of its own, also those of the others that live.
+        Again with the same `hold`, it counts nothing again.
         """
         with self._database.cursor(write=True) as cursor:
             row = opened(cursor.first(_CALLING, episode=episode_id), episode_id)
             past_s = self._database.now() - row.opened_at
+            seconds = None if row.deadline_s is None else row.deadline_s - past_s
+            if hold is not None and (kept := cursor.first(_HOLDS, call=hold.call)) is not None:
+                return Left(kept.tokens, seconds)
             budgets = (
                 ("max_calls", row.max_calls, row.calls),
                 ("max_tokens", row.max_tokens, row.tokens),
@@ -233,18 +240,15 @@ class Episodes:
                 if hold is not None:
                     most = (tokens - held) // replies * replies
                     most = most if hold.most is None else min(most, hold.most)
-                    kept = {"call": hold.call, "worker": hold.worker, "tokens": most}
-                    cursor.send(_HOLD, episode=episode_id, **kept)
+                    values = {"call": hold.call, "worker": hold.worker, "tokens": most}
+                    cursor.send(_HOLD, episode=episode_id, **values)
             cursor.run(_CALLED, episode=episode_id)
-        return Left(
-            None if tokens is None else tokens - held,
-            None if row.deadline_s is None else row.deadline_s - past_s,
-        )
+        return Left(None if tokens is None else tokens - held, seconds)
 
-    def free(self, call: str) -> None:
-        """Ends what a call holds."""
+    def free(self, calls: Sequence[str]) -> None:
+        """Ends what calls hold."""
         with self._database.write() as connection:
-            connection.execute(sa.delete(t.holds).where(t.holds.c.call == call))
+            connection.execute(sa.delete(t.holds).where(t.holds.c.call.in_(calls)))
 
     def held(self, episode_id: str) -> int:
         """The tokens that calls hold which one of several workers has begun."""
@@ -327,8 +331,7 @@ class Episodes:
             return shown(cursor, episode_id)
 
     def _held_elsewhere(self, cursor: Cursor, episode_id: str, worker: str) -> int:
-        alive = self._database.now() - SILENT_S
-        row = cursor.first(_HELD_ELSEWHERE, episode=episode_id, worker=worker, alive=alive)
+        row = cursor.first(_HELD_ELSEWHERE, episode=episode_id, worker=worker)
         return 0 if row is None else int(row.tokens)
 
     def _named(self, how: str, what: str) -> Named | None:

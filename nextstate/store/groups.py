@@ -14,7 +14,7 @@ from typing import Any
 
 import sqlalchemy as sa
 
-from nextstate.episodes import EpisodeState, EpisodeStatus, RewardKind, Split
+from nextstate.episodes import FAMILY, EpisodeState, EpisodeStatus, RewardKind, Split
 from nextstate.records import SampleState, TurnKind
 from nextstate.store import schema as t
 from nextstate.store.database import Database, queries
@@ -95,8 +95,6 @@ class SettledEpisode:
     outcome: float
     process: float | None
     """The mean process reward of its judged steps; None: none was judged."""
-    family: str | None = None
-    """That of its task; None: it was opened before families were kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +106,13 @@ class Settlement:
     """Why a step must not train."""
 
 
-Decide = Callable[[Unsettled, Sequence[ScoredEpisode], Sequence[SettledEpisode]], Settlement | None]
-"""From a group, its closed episodes and earlier episodes of its environment, the newest last, to
-what becomes of it; None: it must wait."""
+Decide = Callable[
+    [Unsettled, Sequence[ScoredEpisode], Sequence[SettledEpisode], Sequence[float]],
+    Settlement | None,
+]
+"""From a group, its closed episodes, earlier episodes of its environment and, for one episode
+alone, the last FAMILY outcomes of its family, both the newest last, to what becomes of it; None: it
+must wait."""
 
 
 @queries
@@ -193,7 +195,9 @@ class Groups:
                 return False
             closed = _scored(connection, _closed(known))
             earlier = _earlier(connection, known.lineage, known.environment)
-            settlement = decide(known, closed, earlier)
+            alone = sum(episode.outcome is not None for episode in closed) == 1
+            outcomes = _outcomes(connection, known) if alone else []
+            settlement = decide(known, closed, earlier, outcomes)
             if settlement is None:
                 return False
             now = self._database.now()
@@ -311,16 +315,27 @@ def _votes(row: Row) -> list[float]:
 
 
 def _earlier(connection: sa.Connection, lineage: str, environment: str) -> list[SettledEpisode]:
-    query = (
-        sa.select(_E.id, _E.group_id, _E.outcome, _E.process, _E.family)
-        .where(_E.settled_at.is_not(None), _E.lineage == lineage, _E.environment == environment)
-        .order_by(_E.settled_at.desc(), _E.id.desc())
-        .limit(_MOST_EARLIER)
-    )
+    query = _settled(lineage, environment).limit(_MOST_EARLIER)
     return [
-        SettledEpisode(row.group_id or row.id, row.outcome, row.process, row.family)
+        SettledEpisode(row.group_id or row.id, row.outcome, row.process)
         for row in reversed(connection.execute(query).all())
     ]
+
+
+def _outcomes(connection: sa.Connection, group: Unsettled) -> list[float]:
+    """The last ones of the family of a group's task, the newest last."""
+    query = _settled(group.lineage, group.environment).limit(FAMILY)
+    rows = connection.execute(query.where(_E.family.is_not_distinct_from(group.family))).all()
+    return [row.outcome for row in reversed(rows)]
+
+
+def _settled(lineage: str, environment: str) -> sa.Select[*tuple[Any, ...]]:
+    """The settled episodes of an environment, the newest first."""
+    return (
+        sa.select(_E.id, _E.group_id, _E.outcome, _E.process)
+        .where(_E.settled_at.is_not(None), _E.lineage == lineage, _E.environment == environment)
+        .order_by(_E.settled_at.desc(), _E.id.desc())
+    )
 
 
 def _settle_episode(connection: sa.Connection, episode: ScoredEpisode, now: float) -> None:

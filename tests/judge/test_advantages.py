@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from judge.advantages import (
     ALL_SOLVED,
     ENOUGH,
-    FAMILY,
     LIMIT,
     NO_DIFFERENCE,
     NO_OUTCOME,
@@ -27,6 +26,7 @@ from judge.advantages import (
     judge_auc,
     process_weight,
 )
+from nextstate.episodes import FAMILY
 from nextstate.errors import RecordError
 
 METHODS: tuple[CreditMethod, ...] = ("combined", "outcome", "step_sum")

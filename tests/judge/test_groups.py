@@ -292,9 +292,10 @@ def test_one_alone_whose_task_names_no_family_is_compared_with_its_environment(
     assert found["t4"] == ("ready", pytest.approx((1 - mean) / deviation * 1.25), None)
 
 
-def test_one_alone_is_compared_with_its_family_of_tasks_and_not_with_others(
-    store: Store, clock: Clock
+def test_one_alone_is_compared_with_its_family_of_tasks_however_many_others_there_are(
+    store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("nextstate.store.groups._MOST_EARLIER", 1)
     outcomes = {"find-1": 1.0, "find-2": 1.0, "find-3": 0.0, "add-up-1": 0.0, "find-4": 1.0}
     for number, (task, outcome) in enumerate(outcomes.items()):
         clock.now += 1

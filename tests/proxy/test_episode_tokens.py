@@ -10,6 +10,7 @@ import pytest
 
 from nextstate.store import Store
 from nextstate.store.episodes import Left
+from proxy import spending
 from proxy.answers import Refused
 from proxy.spending import Budgets, within
 from tests.proxy.environment import Environment, call, refusal, user
@@ -137,6 +138,22 @@ def test_a_call_that_waits_too_long_is_told_what_to_do() -> None:
         assert body["max_tokens"] == 5
 
     asyncio.run(test())
+
+
+def test_a_call_that_waits_for_another_worker_looks_ever_more_rarely(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(spending, "_LOOK_S", 0.01)
+    looks = 0
+
+    async def begin(_: int) -> Left | None:
+        nonlocal looks
+        looks += 1
+        return None
+
+    with pytest.raises(Refused):
+        asyncio.run(Budgets(0.3, alone=False).begin("e-1", begin, CHAT, chat()))
+    assert looks <= 6  # after 0, 10, 30, 70 and 150 ms
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nextstate.config import StoreConfig
+from nextstate.episodes import Episode
 from nextstate.records import Timings
 from nextstate.store import Store, texts
 from nextstate.store import recording as recorder
@@ -168,6 +169,27 @@ def test_a_batch_of_turns_that_go_on_asks_a_server_twice(
         assert len(asked) == 2, asked
     parents = [store.turns.get(f"turn_1_{n}") for n in range(16)]
     assert [one and one.parent for one in parents] == [f"turn_0_{n}" for n in range(16)]
+
+
+def test_a_step_replaces_cut_turns_only_where_there_are_some(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To replace one forgets all that the batch has asked for."""
+    replaced: list[str] = []
+    replace_cut = recorder.Recording.replace_cut
+
+    def noted(self: recorder.Recording, place: bytes, turn: str) -> None:
+        replaced.append(turn)
+        replace_cut(self, place, turn)
+
+    monkeypatch.setattr(recorder.Recording, "replace_cut", noted)
+    store.episodes.open([Episode("e-1", "main", "shell", "go")], None)
+    said = [{"role": "user", "content": "go"}]
+    reply = {"role": "assistant", "content": "a reply"}
+    for name, cut in (("turn_0", True), ("turn_1", False), ("turn_2", False)):
+        step = exchange(Step(name, said, reply, cut, None, [], ""), episode="e-1")
+        commit(store, [step], ahead=True)
+    assert replaced == ["turn_1"]
 
 
 def test_what_a_new_turn_is_stored_as_is_made_before_the_lock(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import socket
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,13 @@ import pytest
 from nextstate.config import StoreConfig
 from nextstate.engine.client import publish
 from nextstate.episodes import Episode
+from nextstate.errors import StoreError
 from nextstate.store import Store
 from nextstate.store.episodes import Hold
 from nextstate.store.workers import name_of
+from proxy.answers import Refused
 from proxy.intervals import Intervals
+from proxy.spending import Budgets
 from tests.proxy.environment import Environment, call, user
 from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.proxy.test_workers import metrics
@@ -141,6 +145,68 @@ def test_calls_at_two_workers_share_what_is_left_of_an_episodes_tokens(tmp_path:
     paired(tmp_path, test)
 
 
+@pytest.mark.parametrize("waits_s", [None, 0.01])
+def test_a_call_that_is_given_up_while_it_begins_holds_nothing_afterwards(
+    tmp_path: Path, waits_s: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its client leaves, or its time is over, while a thread still waits for the store."""
+
+    async def test(pair: Pair) -> None:
+        calls, episodes = pair.workers[0].proxy.calls, pair.stores[0].episodes
+        await Environment(pair.workers[0]).open("e-1", max_tokens=10)
+        episode = await calls.find("e-1")
+        assert episode is not None
+        entered, gate, stored = (threading.Event() for _ in range(3))
+        begin = episodes.begin_call
+
+        def late(*asked: Any) -> Any:
+            entered.set()
+            gate.wait(10)
+            try:
+                return begin(*asked)
+            finally:
+                stored.set()
+
+        monkeypatch.setattr(episodes, "begin_call", late)
+        if waits_s is not None:
+            monkeypatch.setattr(calls, "_budgets", Budgets(waits_s, alone=False))
+        path = "/v1/chat/completions"
+        begun = asyncio.create_task(calls.begin(episode, "main", path, {"messages": []}))
+        await until(entered.is_set)
+        if waits_s is None:
+            begun.cancel()
+        with pytest.raises((asyncio.CancelledError, Refused)):
+            await begun
+        gate.set()
+        await until(stored.is_set)
+        await until(lambda: not episodes.held("e-1"))
+
+    paired(tmp_path, test)
+
+
+def test_what_could_not_be_freed_is_freed_with_a_later_sign_of_life(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(pair: Pair) -> None:
+        worker, episodes = pair.workers[0], pair.stores[0].episodes
+        await Environment(worker).open("e-1", max_tokens=10)
+        tried = 0
+        with monkeypatch.context() as patch:
+
+            def locked(*_: object) -> None:
+                nonlocal tried
+                tried += 1
+                raise StoreError("the database is locked")
+
+            patch.setattr(episodes, "free", locked)
+            await call(worker, f"{worker.url}/episodes/e-1/v1", user("go"), max_tokens=4)
+            await until(lambda: tried > 1)
+            assert episodes.held("e-1") == 4
+        await until(lambda: not episodes.held("e-1"))
+
+    paired(tmp_path, test)
+
+
 def test_what_a_worker_held_counts_no_longer_once_it_is_silent_or_has_ended(
     tmp_path: Path,
 ) -> None:
@@ -152,14 +218,16 @@ def test_what_a_worker_held_counts_no_longer_once_it_is_silent_or_has_ended(
     assert episodes.begin_call("e-1", hold=Hold("c-0", "0", 7)) == (10, None)
     assert episodes.begin_call("e-1", hold=Hold("c-1", "1", None)) == (3, None)
     assert episodes.begin_call("e-1", hold=Hold("c-2", "2", 1)) is None
-    episodes.free("c-1")
+    episodes.free(["c-1"])
     assert episodes.begin_call("e-1", hold=Hold("c-3", "1", 0)) == (3, None)
-    store.now += 60
-    assert episodes.begin_call("e-1", hold=Hold("c-4", "1", 0)) == (10, None)
+    store.now += 60  # nobody could say anything
+    assert episodes.begin_call("e-1", hold=Hold("c-4", "1", 0)) == (3, None)
+    workers.beat("1", [], {})
+    assert episodes.begin_call("e-1", hold=Hold("c-5", "1", 0)) == (10, None)
     workers.beat("0", [], {})
-    assert episodes.begin_call("e-1", hold=Hold("c-5", "1", 0)) == (3, None)
+    assert episodes.begin_call("e-1", hold=Hold("c-6", "1", 0)) == (3, None)
     workers.leave("0")
-    assert episodes.begin_call("e-1", hold=Hold("c-6", "1", 0)) == (10, None)
+    assert episodes.begin_call("e-1", hold=Hold("c-7", "1", 0)) == (10, None)
     assert episodes.held("e-1") == 0
     store.close()
 

@@ -12,6 +12,7 @@ from nextstate.config import StoreConfig
 from nextstate.episodes import Episode, EpisodeStatus, Reward, RewardKind
 from nextstate.errors import BudgetError, ConflictError, NoEpisodeError, RecordError
 from nextstate.store import Store
+from nextstate.store.episodes import Hold
 from tests.store.test_records import KEY, turn
 from tests.store.test_texts import check
 
@@ -71,6 +72,21 @@ def test_two_workers_share_the_budget(tmp_path: Path) -> None:
             store.episodes.begin_call("e-1")
         with pytest.raises(BudgetError, match="used 3 of max_calls = 3"):
             there.episodes.begin_call("e-1")
+
+
+@pytest.mark.parametrize("most", [None, 4])
+def test_a_call_whose_beginning_was_told_to_nobody_begins_once(
+    store: Store, most: int | None
+) -> None:
+    """PostgreSQL may have kept it although the link broke before it could say so."""
+    store.episodes.open([replace(EPISODE, max_calls=1, max_tokens=9)], None)
+    hold = Hold("c-0", "0", most)
+    left = [store.episodes.begin_call("e-1", 2, 0, hold) for _ in range(2)]
+    assert [one and one.tokens for one in left] == [9, most or 8]
+    assert store.episodes.held("e-1") == (most or 8)
+    found = store.episodes.get("e-1")
+    assert found is not None
+    assert found.calls == 1
 
 
 def test_a_closed_or_unknown_episode_begins_no_call_and_takes_no_reward(store: Store) -> None:
