@@ -71,7 +71,7 @@ def remove_drafts(state_dir: Path) -> None:
 
     The caller holds the judges' lock. A lineage that is being trained keeps its drafts.
     """
-    for draft in (state_dir / "judge").glob(".v*.draft"):
+    for draft in (state_dir / "judge").glob(".*.draft"):
         remove_adapter(draft)
     for folder in (state_dir / "learner").glob("*/"):
         with suppress(StartError), ProcessLock(folder / "lock", "it is trained", "wait for it"):

@@ -34,7 +34,9 @@ def build(out: Path) -> Path:
     commit, epoch = _git("log", "-1", "--format=%H %ct").decode().split()
     with tempfile.TemporaryDirectory() as folder:
         source, made = Path(folder, "source"), Path(folder, "made")
-        with tarfile.open(fileobj=BytesIO(_git("archive", commit))) as archive:
+        with tarfile.open(
+            fileobj=BytesIO(_git("-c", "tar.umask=0022", "archive", commit))
+        ) as archive:
             archive.extractall(source, filter="data")
         argv = [sys.executable, *COMMAND, "--wheel-dir", str(made), str(source)]
         environment = {**os.environ, "SOURCE_DATE_EPOCH": epoch}
@@ -73,7 +75,7 @@ def statement(wheel: Path, commit: str, epoch: str) -> dict[str, object]:
 
 
 def _git(*words: str) -> bytes:
-    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, check=True).stdout
+    return subprocess.run(["git", *words], cwd=ROOT, stdout=subprocess.PIPE, check=True).stdout
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -33,6 +33,7 @@ _SETTINGS = {
     "shared_buffers": "32MB",
     "max_connections": "200",
     "max_wal_size": "128MB",
+    "dynamic_shared_memory_type": "mmap",  # in its folder, so that a killed one leaves nothing
     "fsync": "off",  # a killed server loses nothing by that, only a machine without power
 }
 _TEMPLATE = "nextstate_template"
@@ -209,6 +210,11 @@ def url_of(folder: Path) -> str:
     """The URL of the database of a store in this folder; "" outside of `instead_of_files`."""
     name = "t" + hashlib.sha256(str(folder).encode()).hexdigest()[:30]
     return _chosen[-1].database(name) if _chosen else ""
+
+
+def dropped() -> AbstractContextManager[None]:
+    """As `instead_of_files` around it, if there is one: what is made inside is gone afterwards."""
+    return instead_of_files(_chosen[-1]) if _chosen else nullcontext()
 
 
 @contextmanager

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
+import tempfile
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from typing import Any
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from nextstate.engine.adapter_files import WEIGHTS_FILE, file_sha256
+from nextstate.engine.adapter_files import WEIGHTS_FILE, folder_sha256
 
 MODEL = "base"
 FINGERPRINT = "vllm-test"
@@ -22,15 +22,17 @@ WARM_UP_PROMPT = [0]
 
 
 def write_weights(folder: Path) -> str:
-    """Makes an adapter's folder with a file instead of weights; returns the SHA-256 of the file."""
+    """Makes an adapter's folder with a file instead of weights; returns its `folder_sha256`."""
     folder.mkdir()
     (folder / WEIGHTS_FILE).write_bytes(folder.name.encode())
-    return file_sha256(folder / WEIGHTS_FILE)
+    (folder / "adapter_config.json").write_text("{}")
+    return folder_sha256(folder)
 
 
 def adapter(lineage: str, number: int, folder: str) -> str:
     """The name of the adapter that `write_weights` made in a folder of that name."""
-    return f"{lineage}-v{number:06d}-{hashlib.sha256(folder.encode()).hexdigest()[:16]}"
+    with tempfile.TemporaryDirectory() as parent:
+        return f"{lineage}-v{number:06d}-{write_weights(Path(parent, folder))[:16]}"
 
 
 @dataclass

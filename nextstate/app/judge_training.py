@@ -165,7 +165,7 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Step) ->
         os.sched_setaffinity(0, cores.learner)  # before torch chooses its number of threads
 
     with quick_imports():
-        from learner.adapters import Card
+        from learner.adapters import Card, sync
         from learner.classifier import Example, build_classifier, within_memory
 
     versions = judge_versions(settings)
@@ -207,9 +207,12 @@ def _trained(settings: Settings, labelled: Labelled, epochs: int, told: Step) ->
     }
     parent = None if previous is None else previous.number
     path = judge_path(settings, number)
-    classifier.trainer.weights.save(path, Card(NAME, number, parent, "judge", own, metrics))
+    draft = path.with_name(f".{path.name}.draft")  # it has no vote before the ledger tells of it
+    classifier.trainer.weights.save(draft, Card(NAME, number, parent, "judge", own, metrics))
     with closing(Store(settings.store)) as store:
-        store.ledger.tell_judge(number, parent, folder_sha256(path, with_card=True))
+        store.ledger.tell_judge(number, parent, folder_sha256(draft, with_card=True))
+    draft.rename(path)
+    sync(path.parent)
     return (
         f"judge v{number} is kept in {path}: κ {kappa:.2f} ({low:.2f} to {high:.2f}) on "
         f"{len(held.cases)} next states that it had not seen (the base model {base:.2f}"

@@ -38,6 +38,7 @@ from nextstate.app.supervisor import Child, Supervisor
 from nextstate.app.tls import proxy_connector, server_context
 from nextstate.app.trained_judge import TrainedJudges
 from nextstate.engine import client
+from nextstate.engine.adapter_files import CARD_FILE
 from nextstate.engine.process import (
     START_TIMEOUT_S,
     VOTE_PRIORITY,
@@ -424,7 +425,7 @@ def run_learner(settings: Settings, lineage: str | None = None) -> None:
         wait_for_engine(settings, stop)
     store = Store(settings.store, patience=patience)
     path = zero_adapter(settings)
-    if not (path.exists() or config.trains_all):
+    if not ((path / CARD_FILE).exists() or config.trains_all):
         save_zero_adapter(model_path, config, path)
 
     def to_engine(version: PolicyVersion, withdraw: Decisions | None = None) -> None:

@@ -6,6 +6,7 @@ memory (a tmpfs) for as long as it is loaded.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -73,10 +74,9 @@ def folder_sha256(folder: Path, *, with_card: bool = False) -> str:
     file that was added is found too. Raises OSError and SealError.
     """
     without = () if with_card else (CARD_FILE,)
-    found = {str(file.relative_to(folder)): file for file in folder.rglob("*") if file.is_file()}
-    names = sorted(n for n in found if n not in without and "/." not in f"/{n}")
-    lines = (f"{file_sha256(found[name])}  {name}\n" for name in names)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    files = [(name, file) for name, file in _files(folder).items() if name not in without]
+    lines = (f"{file_sha256(file)}  {name}\n" for name, file in files)
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()
 
 
 def file_sha256(path: Path) -> str:
@@ -152,10 +152,31 @@ def _make_private(folder: Path) -> None:
     folder.chmod(_FOLDER)
 
 
+def _files(folder: Path) -> dict[str, Path]:
+    """A folder's files by their names in it, in order, without hidden ones.
+
+    Raises OSError: FileNotFoundError for what is neither file nor folder, as a link to a folder is.
+    """
+    found: dict[str, Path] = {}
+    for inside, folders, files in os.walk(folder, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for file in (Path(inside, name) for name in (*folders, *files) if not name.startswith(".")):
+            if file.is_symlink() or not file.is_dir():
+                if not file.is_file():
+                    raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
+                found[str(file.relative_to(folder))] = file
+    return dict(sorted(found.items()))
+
+
+def _raise(error: OSError) -> None:
+    raise error
+
+
 def _is_copy(source: Path, target: Path) -> bool:
     """Whether an adapter's files lie opened in `target`: another engine may read them."""
     try:
-        return all((target / f.name).read_bytes() == sealed_files.read(f) for f in source.iterdir())
+        files = _files(source).items()
+        return all((target / name).read_bytes() == sealed_files.read(file) for name, file in files)
     except FileNotFoundError:
         return False
 
@@ -164,9 +185,10 @@ def _copy_opened(source: Path, target: Path) -> None:
     draft = target.with_name(f".{target.name}-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(_FOLDER)
-    for file in source.iterdir():
+    for name, file in _files(source).items():
         data = sealed_files.read(file)
-        with open(os.open(draft / file.name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
+        (draft / name).parent.mkdir(parents=True, exist_ok=True)
+        with open(os.open(draft / name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
             out.write(data)
     shutil.rmtree(target, ignore_errors=True)
     draft.rename(target)

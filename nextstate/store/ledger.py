@@ -201,11 +201,12 @@ class Ledger:
         with self._database.write() as connection:
             append(connection, self._database.now(), Kind.JUDGE, content)
 
-    def judges(self) -> set[str]:
-        """The SHA-256 of every trained judge that the ledger tells of."""
+    def judges(self) -> set[tuple[int, str]]:
+        """The number and SHA-256 of every trained judge that the ledger tells of."""
         query = sa.select(_L.content).where(_L.kind == Kind.JUDGE)
         with self._database.read() as connection:
-            return {orjson.loads(text)["sha256"] for text in connection.execute(query).scalars()}
+            told = [orjson.loads(text) for text in connection.execute(query).scalars()]
+        return {(one["number"], one["sha256"]) for one in told}
 
     def newest(self, count: int | None, before: int | None = None) -> list[Entry]:
         """The newest `count` entries or all, of those before entry `before` if given.

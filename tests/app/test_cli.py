@@ -13,7 +13,7 @@ import pytest
 
 from nextstate.app import stages
 from nextstate.app.cli import main
-from nextstate.app.engine_access import engine_file
+from nextstate.app.engine_access import engine_file, zero_adapter
 from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.app.stages import wait_for_engine
@@ -362,6 +362,8 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
     add_lineages(config)
     counted: list[int] = []
     trained: list[str] = []
+    zero_adapter(Settings.read(config)).mkdir(parents=True)  # from before it had a card
+    made: list[Path] = []
 
     def require_memory(_config: object, _model_path: str, count: int, _share: float) -> str:
         counted.append(count)
@@ -373,11 +375,12 @@ def test_the_learner_trains_all_lineages_or_the_one_that_is_named(
         trained.extend(names)
 
     monkeypatch.setattr("learner.memory.require_memory", require_memory)
-    monkeypatch.setattr("learner.adapters.save_zero_adapter", lambda *_: None)
+    monkeypatch.setattr("learner.adapters.save_zero_adapter", lambda *given: made.append(given[-1]))
     monkeypatch.setattr("learner.stage.run", run)
     monkeypatch.setattr("nextstate.app.stages.signal.signal", lambda *_: None)
     assert main(["learner", "--config", str(config), *arguments]) == 0
     assert (trained, counted) == (lineages, [len(lineages)])
+    assert made == [zero_adapter(Settings.read(config))]
 
 
 def test_a_learner_on_the_engines_gpu_waits_until_the_engine_is_up(config: Path) -> None:

@@ -271,7 +271,7 @@ def test_what_was_half_written_does_not_stay_in_clear(
 ) -> None:
     """A killed learner's, and that of a training of a judge."""
     with_files(config)
-    drafts = "versions/main/.v000003.draft", "judge/.v000002.draft"
+    drafts = "versions/main/.v000003.draft", "judge/.v000002.draft", "judge/..v000002.draft.draft"
     for draft in drafts:
         (config.path / draft).mkdir()
         (config.path / draft / "adapter_model.safetensors").write_bytes(WEIGHTS)

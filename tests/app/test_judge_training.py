@@ -35,6 +35,7 @@ from nextstate.errors import ConfigError, JudgeError
 from nextstate.hooks import Evidence, TrainedJudge
 from nextstate.records import Feedback, NextState, Source
 from nextstate.store import Store
+from nextstate.store.ledger import Ledger
 from tests.learner.test_tiny_model import save_tiny_model  # noqa: F401  (marks the file: it trains)
 from tests.store.test_records import add, turn
 
@@ -73,8 +74,15 @@ def train(config: Path, *more: str) -> int:
 
 
 def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
-    config: Path, capsys: pytest.CaptureFixture[str]
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    tell, votes = Ledger.tell_judge, list[bool]()
+
+    def tells(ledger: Ledger, number: int, *rest: Any) -> None:
+        votes.append(judge_path(Settings.read(config), number).exists())
+        tell(ledger, number, *rest)
+
+    monkeypatch.setattr(Ledger, "tell_judge", tells)
     spoken = [{**case, "language": "en"} for case in toy_cases(120)]
     wrong = [{**case, "language": "de", "label": -case["label"]} for case in toy_cases(120)]
     (config.parent / "cases.jsonl").write_text("\n".join(map(json.dumps, wrong + spoken)))
@@ -96,6 +104,9 @@ def test_a_judge_learns_what_the_base_cannot_and_is_kept_as_a_version(
     assert [v.parent for v in judge_versions(settings)] == [None, 1]
     assert main(["verify", "--config", str(config)]) == 0  # the ledger tells of both
     assert ", v1 " in capsys.readouterr().out
+    assert votes == [False, False]  # a judge that a kill leaves before that has no vote
+    folders = [file.name for file in judge_path(settings, 1).parent.iterdir() if file.is_dir()]
+    assert sorted(folders) == ["v000001", "v000002"]
 
     other = config.read_text().replace(str(POLICY), str(config.parent))
     (config.parent / "other.toml").write_text(other)

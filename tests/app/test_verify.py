@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
 
 import pytest
@@ -133,12 +133,33 @@ def test_a_judge_that_the_ledger_does_not_tell_of_is_found(
     config: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = with_folders(config)["judge"]
-    shutil.copytree(folder, folder.with_name("v000002"))
-    assert verify(config, capsys)[0] == 0  # the same judge
-    (folder.with_name("v000002") / CARD_FILE).write_text('{"number": 2}')
+    second = folder.with_name("v000002")
+    shutil.copytree(folder, second)
+    (second / CARD_FILE).write_text('{"number": 2}')
     code, lines = verify(config, capsys)
     assert code == 2
     assert "v000002 is not one that the ledger tells of" in lines[0]
+    store = Store(StoreConfig(dir=str(config.parent / "state")))
+    store.ledger.tell_judge(2, 1, folder_sha256(second, with_card=True))
+    store.close()
+    assert verify(config, capsys)[0] == 0
+    shutil.rmtree(second)
+    shutil.copytree(folder, second)  # the first one votes again
+    code, lines = verify(config, capsys)
+    assert code == 2
+    assert "v000002 is not one that the ledger tells of" in lines[0]
+
+
+def test_it_says_how_far_it_is_while_it_reads_files(
+    config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with_folders(config)
+    told: list[tuple[str, int, int | None]] = []
+    monkeypatch.setattr(
+        "nextstate.app.progress.progress", lambda: nullcontext(lambda *step: told.append(step))
+    )
+    assert verify(config, capsys)[0] == 0
+    assert told[-4:] == [*(("reading versions", n, 3) for n in range(3)), ("reading judges", 0, 1)]
 
 
 def test_a_version_that_was_registered_by_its_weights_alone_is_whole(

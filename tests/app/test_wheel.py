@@ -63,7 +63,9 @@ def test_the_wheel_has_the_command_and_extras_for_each_kind_of_machine(wheel: Zi
 def built(out: Path, umask: int) -> tuple[Path, Path]:
     """A wheel of the last commit, and its statement."""
     argv = [sys.executable, str(ROOT / "requirements" / "wheel.py"), "--out", str(out)]
-    done = subprocess.run(argv, capture_output=True, text=True, check=False, umask=umask)
+    own = {"GIT_CONFIG_COUNT": "1", "GIT_CONFIG_KEY_0": "tar.umask", "GIT_CONFIG_VALUE_0": "user"}
+    env = os.environ | own
+    done = subprocess.run(argv, capture_output=True, text=True, check=False, umask=umask, env=env)
     assert done.returncode == 0, done.stderr
     wheel = Path(done.stdout.strip())
     assert wheel.parent == out

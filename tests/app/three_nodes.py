@@ -115,7 +115,7 @@ class Node:
                 words = one.cmdline()
                 if "--served-model-name" in words:
                     found["engine"] = one.pid
-                elif "nextstate" in words:
+                elif "nextstate" in words[:-1]:
                     found[words[words.index("nextstate") + 1]] = one.pid
         return found
 

@@ -17,7 +17,7 @@ import pytest
 from demo.course import MODEL
 from nextstate.app.engine_access import change_version, zero_adapter
 from nextstate.app.settings import Settings
-from nextstate.engine.adapter_files import WEIGHTS_FILE, file_sha256
+from nextstate.engine.adapter_files import folder_sha256
 from nextstate.engine.client import publish
 from nextstate.engine.process import free_port
 from nextstate.records import PolicyVersion, VersionState
@@ -99,7 +99,7 @@ def test_a_version_flips_under_16_streams_and_an_engine_that_is_killed_comes_bac
     wait_for(lambda: zero_adapter(settings).exists(), 120)  # the learner makes it
     folder = tmp_path / "v1"
     shutil.copytree(zero_adapter(settings), folder)
-    sha256 = file_sha256(folder / WEIGHTS_FILE)
+    sha256 = folder_sha256(folder)
     store = Store(settings.store)
     version = PolicyVersion("main", 1, 0, str(folder), sha256, 16, VersionState.CANDIDATE)
     store.versions.add(version, None)

@@ -16,7 +16,7 @@ import pytest
 
 from nextstate.app.engine_pool import EnginePool
 from nextstate.app.supervisor import Child
-from nextstate.engine.adapter_files import MODEL_FILE, file_sha256
+from nextstate.engine.adapter_files import MODEL_FILE, folder_sha256
 from nextstate.engine.client import EngineClient, publish, publish_candidate, withdraw
 from nextstate.engine.process import free_port
 from nextstate.engine.whole import PROBE_FILE, WholeEngine, read_engines
@@ -51,14 +51,15 @@ class World:
         (folder / MODEL_FILE).write_bytes(folder.name.encode())
         probe = {"prompt": [3, number], "tokens": [5, 6], "logprobs": [-0.5 - number, -2.0]}
         (folder / PROBE_FILE).write_text(json.dumps({"probes": [probe]}))
+        sha256 = folder_sha256(folder)
         for name, text in files.items():
-            (folder / name).write_text(text)
+            (folder / f".{name}").write_text(text)
         version = PolicyVersion(
             "main",
             number,
             number - 1,
             str(folder),
-            file_sha256(folder / MODEL_FILE),
+            sha256,
             16,
             VersionState.CANDIDATE,
             {WHOLE_MODEL: 1.0},
@@ -130,7 +131,7 @@ def test_new_requests_flip_and_the_old_engine_ends_its_streams_before_it_makes_r
         first = w.version(1)
         await w.publish(first)
         await w.serves(1)
-        waits = Path(first.path or "") / "waits"
+        waits = Path(first.path or "") / ".waits"
         waits.touch()
         await asyncio.sleep(0.1)
         old = [asyncio.create_task(w.proxy.chat(request(f"{n}", stream=True))) for n in range(4)]
@@ -213,7 +214,7 @@ def test_an_engine_that_ends_in_the_switch_changes_nothing_and_a_later_try_serve
             await publish_candidate(store, w.engines, version)
         assert store.versions.serving("main").number == 0
         assert (await w.asked(), read_engines(store.dir)) == (0, {})
-        (Path(version.path or "") / "dies").unlink()
+        (Path(version.path or "") / ".dies").unlink()
         await publish_candidate(store, w.engines, version)
         await w.serves(1)
         assert await w.asked() == 1

@@ -2,8 +2,8 @@
 
     python -m tests.engine.whole_server PORT NAME FOLDER
 
-Files in the version's folder say how it fails: `dies` before it serves, `differs` from the
-learner. Streams wait after their first piece while there is a file `waits`.
+Hidden files in the version's folder say how it fails: `.dies` before it serves, `.differs` from the
+learner. Streams wait after their first piece while there is a file `.waits`.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class WholeServer(scripted_engine.ScriptedEngine):
             return await super()._completions(request)
         probes: list[dict[str, Any]] = json.loads((self.folder / PROBE_FILE).read_text())["probes"]
         (one,) = [probe for probe in probes if probe["prompt"] == body["prompt"]]
-        off = 0.01 if (self.folder / "differs").exists() else 0.0
+        off = 0.01 if (self.folder / ".differs").exists() else 0.0
         told = zip(one["tokens"], one["logprobs"], strict=True)
         top = {f"token_id:{token}": logprob + off for token, logprob in told}
         choice = {"index": 0, "text": "x", "logprobs": {"top_logprobs": [top]}}
@@ -63,7 +63,7 @@ async def serve(port: int, folder: Path) -> None:
     await runner.setup()
     await web.TCPSite(runner, "127.0.0.1", port).start()
     while True:
-        waits = (folder / "waits").exists()
+        waits = (folder / ".waits").exists()
         if waits and server.script.gate is None:
             server.script.gate = asyncio.Event()
         elif not waits and server.script.gate is not None:
@@ -73,7 +73,7 @@ async def serve(port: int, folder: Path) -> None:
 
 
 def main(port: str, name: str, folder: str) -> None:
-    if Path(folder, "dies").exists():
+    if Path(folder, ".dies").exists():
         print("ValueError: these weights cannot be read")
         sys.exit(1)
     scripted_engine.MODEL = name

@@ -1,11 +1,14 @@
 """Adapter folders: whole or absent, checked, and without effect when they are to have none."""
 
+import errno
 import json
+import os
 import resource
 import subprocess
 import sys
 import warnings
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,7 +29,14 @@ from learner.folders import version_path
 from learner.model import check_quantization, load_model, load_tokenizer
 from learner.trainer import PolicyTrainer
 from nextstate.engine.adapter_files import folder_sha256, verify_adapter
-from nextstate.errors import AdapterError, ConfigError, DiskError, LearnerError, StartError
+from nextstate.errors import (
+    AdapterError,
+    ConfigError,
+    DiskError,
+    EngineError,
+    LearnerError,
+    StartError,
+)
 from nextstate.records import PolicyVersion, VersionState
 from tests.learner.test_tiny_model import (
     CONFIG,
@@ -106,6 +116,37 @@ def test_a_changed_file_is_noticed(tmp_path, weights):
             load_weights(path, sha256)
         (path / name).write_bytes(whole)
     load_weights(path, sha256)
+
+
+@pytest.mark.parametrize("to", [".", "nowhere"])
+def test_a_link_to_a_folder_or_to_nothing_is_noticed(tmp_path, weights, to):
+    path = version_path(tmp_path, "main", 1)
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+    (path / "more").symlink_to(to)
+    with pytest.raises(AdapterError, match="more"):
+        verify_adapter(path, sha256)
+
+
+def test_a_folder_that_cannot_be_listed_for_now_has_not_changed(tmp_path, weights, monkeypatch):
+    path = version_path(tmp_path, "main", 1)
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+
+    def fails(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", fails)
+        with pytest.raises(EngineError, match="Permission denied"):
+            verify_adapter(path, sha256)
+    verify_adapter(path, sha256)
+
+
+def test_a_file_whose_name_is_not_utf_8_is_noticed(tmp_path, weights):
+    path = version_path(tmp_path, "main", 1)
+    sha256 = save_adapter(path, weights, CONFIG, "some/model", CARD)
+    Path(os.fsdecode(bytes(path / "caf") + b"\xe9")).touch()
+    with pytest.raises(AdapterError, match="changed on disk"):
+        verify_adapter(path, sha256)
 
 
 def test_a_lineage_cannot_leave_its_folder(tmp_path):

@@ -73,6 +73,22 @@ def test_an_adapter_is_sealed_and_read_back_and_the_engine_gets_a_plain_copy(fol
     assert sha256 != "", "the hash is that of the plain file: another data key does not change it"
 
 
+def test_hidden_files_are_not_copied_for_the_engine_and_folders_are(folder: Path) -> None:
+    path = version_path(folder, "main", 1)
+    sha256 = save_adapter(path, weights(), CONFIG, "some/model", CARD)
+    (path / ".adapter_model.safetensors.draft").write_bytes(b"not sealed whole")  # as `encrypt`
+    sealed = (path / "adapter_model.safetensors").read_bytes()
+    (path / ".nfs0123").write_bytes(sealed[:-1])
+    (path / ".hidden").mkdir()
+    verify_adapter(path, sha256)
+    (path / "more").mkdir()
+    (path / "more" / "file").write_bytes(b"more")
+    for _ in range(2):
+        served = Path(prepare_served(str(path)))
+        assert {file.name for file in served.iterdir() if file.name.startswith(".")} == set()
+        assert (served / "more" / "file").read_bytes() == b"more"
+
+
 def test_several_engines_get_one_copy_of_an_adapter_at_the_same_time(folder: Path) -> None:
     path = version_path(folder, "main", 1)
     save_adapter(path, weights(), CONFIG, "some/model", CARD)

@@ -24,6 +24,7 @@ from nextstate.store.database import Cursor
 from proxy import exchange as proxy_exchange
 from proxy.capture import Capture
 from proxy.exchange import Exchange, amend_exchange, look_ahead, prepared, read_exchange, record
+from tests.postgresql_server import dropped
 from tests.proxy.conversations import PROFILE, Step, interleaved
 from tests.proxy.generated_agents import FORKING, programs
 
@@ -74,7 +75,11 @@ def recorded(batches: Sequence[Sequence[Exchange]], *, ahead: bool) -> dict[str,
     def new_id(kind: str) -> str:
         return f"{kind}_{next(numbers)}"
 
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        pytest.MonkeyPatch.context() as patch,
+        dropped(),  # a database has 9 MB in memory
+    ):
         patch.setattr(proxy_exchange, "new_id", new_id)
         store = Store(StoreConfig(dir=str(Path(folder) / "state")))
         for batch in batches:

@@ -133,14 +133,21 @@ def test_requests_that_bring_a_lost_adapter_back_at_the_same_time_all_succeed(
     both(test, store, tmp_path)
 
 
-@pytest.mark.parametrize("noticed", ["at a restart", "by a request"])
+@pytest.mark.parametrize(
+    ("noticed", "file"),
+    [
+        ("at a restart", WEIGHTS_FILE),
+        ("by a request", WEIGHTS_FILE),
+        ("by a request", "adapter_config.json"),
+    ],
+)
 def test_a_changed_adapter_is_not_loaded_and_its_parent_serves_with_the_reason(
-    store: Store, tmp_path: Path, noticed: str
+    store: Store, tmp_path: Path, noticed: str, file: str
 ) -> None:
     async def test(engine: ScriptedEngine, p: Running) -> None:
         for number in (1, 2):
             await serve(store, p, tmp_path, number)
-        (tmp_path / "v2" / WEIGHTS_FILE).write_bytes(b"something else")
+        (tmp_path / "v2" / file).write_bytes(b"something else")
         engine.adapters.clear()
         if noticed == "at a restart":
             p.proxy.versions.replicas[0].failed()

@@ -1,6 +1,7 @@
 """Two network namespaces as two machines that share a PostgreSQL; one of them is cut off.
 
-    unshare --net --mount python -m tests.store.cut_off FOLDER SECONDS     # as root
+    unshare --net --mount-proc --pid --fork --kill-child \
+        python -m tests.store.cut_off FOLDER SECONDS     # as root
 
 The database is on this one. No packet passes for so many seconds, and nobody is told: no connection
 is closed. Then both go on. Prints what it saw as a line of JSON.
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -76,33 +78,36 @@ class Away:
         self._process.wait()
 
 
-def until(true: Callable[[], Any]) -> None:
+def until(true: Callable[[], Any], *machines: Machine) -> None:
     end = time.monotonic() + WAIT_S
     while not true():
         assert time.monotonic() < end, "it did not happen"
+        assert not any(one.errors for one in machines), [one.errors for one in machines]
         time.sleep(0.1)
 
 
 def go(database: Server, folder: Path, seconds: float) -> dict[str, Any]:
     plain = database.database("shared")
     config = StoreConfig(str(folder / "here"), plain)
-    away = Away(plain.replace("127.0.0.1", HERE) + "?sslmode=require", folder / "away")
-    until(lambda: away.had.trained)  # it has the role
-    here = Machine(config, "here")
-    try:
-        until(lambda: here.had.recorded and here.had.judged)
+    with ExitStack() as ending:
+        away = Away(plain.replace("127.0.0.1", HERE) + "?sslmode=require", folder / "away")
+        ending.callback(away.kill)
+        until(lambda: away.had.trained)  # it has the role
+        here = Machine(config, "here")
+        ending.callback(here.stop)
+        until(lambda: here.had.recorded and here.had.judged, here)
         away.cut(True)
         time.sleep(seconds)
         trained = len(here.had.trained)
         away.cut(False)
         back, recorded = len(away.had.recorded), len(here.had.recorded)
-        until(lambda: len(away.had.recorded) > back + 4 and len(here.had.recorded) > recorded + 4)
+        until(
+            lambda: len(away.had.recorded) > back + 4 and len(here.had.recorded) > recorded + 4,
+            here,
+        )
         made = len(here.had.trained) + len(away.had.trained)
-        until(lambda: len(here.had.trained) + len(away.had.trained) > made)
+        until(lambda: len(here.had.trained) + len(away.had.trained) > made, here)
         ended = away.end()
-    finally:
-        here.stop()
-        away.kill()
     here.join()
     check(config, here.had, ended)
     return {"away": asdict(ended), "here": asdict(here.had), "trained meanwhile": trained}

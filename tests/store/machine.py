@@ -22,11 +22,15 @@ from nextstate.config import StoreConfig
 from nextstate.errors import FencedError, TakenError, WaitError
 from nextstate.records import NextState, PolicyVersion, Source, Verdict, VersionState
 from nextstate.store import Store
+from nextstate.store.ledger import Kind
 from nextstate.store.waiting import Patience
+from tests.store.rows import select
 from tests.store.test_records import turn
 
 ROLE = ("learner/main", "lineage 'main' is trained", "end it")
 LEASE_S, PAUSE_S = 2.0, 0.01
+DEFERRED = 0.1
+"""The share of judgements that are put back at first."""
 
 
 @dataclass
@@ -110,6 +114,10 @@ class Machine:
     def _judge(self, store: Store) -> None:
         while not self._stop.is_set():
             for name in store.judging.lease(4, LEASE_S):
+                if random.random() < DEFERRED:
+                    store.judging.defer(name, 0.0, "busy")
+                    continue
+                store.judging.spend(1, 1)
                 if store.judging.settle_verdict(Verdict(name, (1,), 1, "rules", None, None)):
                     self.had.judged.append(name)
             time.sleep(PAUSE_S)
@@ -146,11 +154,14 @@ class Machine:
 def check(config: StoreConfig, *machines: Acknowledged) -> None:
     """Nothing that was acknowledged is lost, and nothing is there twice."""
     with closing(Store(config)) as store:
-        ids = Counter(store.turns.ids())
-        recorded = [name for one in machines for name in one.recorded]
-        assert {*recorded} <= ids.keys()
-        assert max(ids.values()) == 1
-        assert len(ids) <= len(recorded) + len(machines)  # one of each may have had no answer
+        ids = store.turns.ids()
+        for one in machines:
+            recorded = {*one.recorded}
+            assert [name for name in ids if name in recorded] == one.recorded
+        most = sum(len(one.recorded) + 1 for one in machines)  # the last may have had no answer
+        assert len(ids) <= most
+        followed = [row.turn for row in select(store, "SELECT turn FROM next_states")]
+        assert sorted(followed) == sorted(ids)
         judged = Counter(name for one in machines for name in one.judged)
         assert max(judged.values()) == 1
         assert all(store.judging.verdict(name) is not None for name in judged)
@@ -158,7 +169,8 @@ def check(config: StoreConfig, *machines: Acknowledged) -> None:
             version.number: {name for name, _ in store.versions.used_turns("main", version.number)}
             for version in store.versions.all("main")
         }
-        used = Counter(name for batch in batches.values() for name in batch)
+        entries = [one.content for one in store.ledger.newest(None) if one.kind == Kind.VERSION]
+        used = Counter(turn for content in entries for turn, *_ in content["turns"])
         assert max(used.values()) == 1
         for one in machines:
             for number, turns in one.trained:

@@ -15,7 +15,8 @@ import pytest
 from tests.docs.messages import ROOT
 from tests.postgresql_server import require_server
 
-ALONE = ("unshare", "--net", "--mount")
+ALONE = ("unshare", "--net", "--mount-proc", "--pid", "--fork", "--kill-child")
+"""What is killed in there takes PostgreSQL with it."""
 pytestmark = pytest.mark.sqlite  # it brings its own server
 
 
@@ -48,4 +49,4 @@ def test_a_link_that_is_cut_loses_nothing_and_holds_nobody_up_for_long(seconds: 
     assert away["fenced"] == long
     assert bool(found["trained meanwhile"]) is long
     print(f"nothing was written for {here['longest_s']:.1f} s at most")
-    assert here["longest_s"] < 50
+    assert here["longest_s"] < (50 if long else 25)  # the server gives up after 25 s

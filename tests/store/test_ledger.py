@@ -166,7 +166,7 @@ def test_a_ledger_without_its_end_is_found_by_the_head_that_its_folder_notes(tol
     assert told.ledger.problems()
     file = told.dir / HEAD_FILE
     noted = file.read_bytes()
-    write(told, entries[:-1])  # nothing but the heads knows of this entry
+    write(told, entries[:-1])  # only the heads tell of this entry
     (found,) = told.ledger.problems()
     assert f"does not go on from {head}, which {file} notes: it was cut" in found
     file.unlink()  # with the whole folder

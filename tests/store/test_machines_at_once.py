@@ -55,7 +55,7 @@ def restarted(server: Server, _: str, __: Machines) -> None:
 
 
 def disconnected(server: Server, _: str, __: Machines) -> None:
-    server.run(
+    assert server.run(
         "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
         "WHERE application_name = 'nextstate'"
     )
@@ -73,14 +73,17 @@ def timed_out(server: Server, url: str, machines: Machines) -> None:
 def deadlocked(server: Server, url: str, machines: Machines) -> None:
     """Each waits for the other; the machine's own server process notices it first."""
     before = logged(server, "ERROR:  deadlock detected")
-    while logged(server, "ERROR:  deadlock detected") == before:
+
+    def hit() -> bool:
         with psycopg.connect(url) as other:
             other.execute("SET deadlock_timeout = '60s'")
             other.execute("SET lock_timeout = 0")
             other.execute("LOCK TABLE turns IN SHARE MODE")
-            while not other.execute(_WAITS).fetchall():
-                time.sleep(0.01)
+            until(lambda: other.execute(_WAITS).fetchall(), machines)
             other.execute(f"SELECT pg_advisory_xact_lock({_WRITERS})")
+        return logged(server, "ERROR:  deadlock detected") > before
+
+    until(hit, machines)
 
 
 def wrong_clock(_: Server, __: str, machines: Machines) -> None:
@@ -141,4 +144,4 @@ def test_nothing_acknowledged_is_lost_and_nothing_is_twice(
             one.stop()
     for one in machines:
         one.join()
-    check(config, *(one.had for one in machines))
+    check(StoreConfig(str(tmp_path), plain), *(one.had for one in machines))

@@ -11,6 +11,7 @@ from nextstate.app.cli.common import add_command
 from nextstate.errors import EXIT_USAGE
 
 if TYPE_CHECKING:
+    from nextstate.app.progress import Step
     from nextstate.app.settings import Settings
     from nextstate.store import Store
 
@@ -42,7 +43,8 @@ def run(args: argparse.Namespace) -> int:
     store = Store(settings.store)
     with progress() as step:
         problems = store.verifying.problems(partial(step, "reading texts"))
-    problems += [*_adapters(store), *_judges(settings, store), *_sealed(store), *_left_over(store)]
+        problems += [*_adapters(store, step), *_judges(settings, store, step)]
+    problems += [*_sealed(store), *_left_over(store)]
     problems += store.ledger.problems(args.head)
     for problem in problems:
         print(f"FAIL  {problem}")
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_USAGE if problems else 0
 
 
-def _adapters(store: Store) -> Iterator[str]:
+def _adapters(store: Store, step: Step) -> Iterator[str]:
     """What is wrong with the files of the versions, and of the adapters that warm vLLM up."""
     from pathlib import Path
 
@@ -63,7 +65,9 @@ def _adapters(store: Store) -> Iterator[str]:
     from nextstate.errors import AdapterError, EngineError
     from nextstate.wire import json_object
 
-    for version in store.versions.all():
+    versions = store.versions.all()
+    for done, version in enumerate(versions):
+        step("reading versions", done, len(versions))
         if version.path is not None and version.sha256 is not None:
             try:
                 verify_adapter(Path(version.path), version.sha256)
@@ -77,16 +81,17 @@ def _adapters(store: Store) -> Iterator[str]:
             yield f"{folder} is not as it was made: delete it, the learner makes it anew"
 
 
-def _judges(settings: Settings, store: Store) -> Iterator[str]:
+def _judges(settings: Settings, store: Store, step: Step) -> Iterator[str]:
     """Which trained judges are not as they were made."""
     from nextstate.app.trained_judge import judge_paths
     from nextstate.engine.adapter_files import folder_sha256
     from nextstate.errors import SealError
 
-    told = store.ledger.judges()
-    for folder in judge_paths(settings):
+    told, folders = store.ledger.judges(), judge_paths(settings)
+    for done, folder in enumerate(folders):
+        step("reading judges", done, len(folders))
         try:
-            if folder_sha256(folder, with_card=True) in told:
+            if (int(folder.name[1:]), folder_sha256(folder, with_card=True)) in told:
                 continue
             why = "it was changed, or comes from elsewhere"
         except (OSError, SealError) as error:
