@@ -179,10 +179,14 @@ class SQLite:
                 connection.connection.cursor().execute("PRAGMA wal_checkpoint(PASSIVE)").fetchall()
 
     def sync(self) -> None:
-        """Waits until what was committed is on the disk, also if the power is cut."""
-        for path in (self._log, self.path):
-            with suppress(FileNotFoundError), path.open("rb") as file:
-                os.fsync(file.fileno())
+        """Waits until what was committed is on the disk, also if the power is cut.
+
+        What is not in the log any more was synced as it left it. The database itself must not be
+        opened here: to close it would end the locks of this process, and then another process
+        that closes it takes the log away while this one still writes to it.
+        """
+        with suppress(FileNotFoundError), self._log.open("rb") as file:
+            os.fsync(file.fileno())
 
     def compact(self, connection: sa.Connection) -> None:
         """Rewrites the file without its free pages, and empties the write-ahead log."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
@@ -246,6 +248,27 @@ def test_an_entry_stays_where_its_head_cannot_be_noted(
 @pytest.mark.parametrize("head", ["", "1", "1:", "x:y", "99999:00", "0:" + "00" * 32])
 def test_a_head_that_is_none_is_not_gone_on_from(told: Store, head: str) -> None:
     assert "does not go on from" in told.ledger.problems(head)[0]
+
+
+SOMEBODY_ELSE = """
+import sys
+from nextstate.config import StoreConfig
+from nextstate.store import Store
+store = Store(StoreConfig(dir=sys.argv[1]))
+store.versions.resume("main", "bo")
+store.close()
+"""
+
+
+@pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+def test_what_is_noted_costs_no_lock_of_the_database(store: Store) -> None:
+    """A process without its locks writes into a log that another process has taken away."""
+    for _ in range(2):
+        store.versions.pause("main", "ana")
+        subprocess.run([sys.executable, "-c", SOMEBODY_ELSE, str(store.dir)], check=True)
+    for reader in (store, Store(StoreConfig(dir=str(store.dir)))):
+        with closing(reader):
+            assert len(reader.ledger.newest(None)) == 4
 
 
 @pytest.mark.parametrize(
