@@ -261,6 +261,7 @@ store.close()
 
 
 @pytest.mark.parametrize("database", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("store", ["clear"], indirect=True)
 def test_what_is_noted_costs_no_lock_of_the_database(store: Store) -> None:
     """A process without its locks writes into a log that another process has taken away."""
     for _ in range(2):
