@@ -38,6 +38,7 @@ KEY_FILE = "episodes.key"
 """In the state folder: the secret that goes into each episode's key."""
 _KEY, _HEADER, _SESSION = "key", "x-nextstate-episode", "x-session-id"
 _MOST_REMEMBERED = 4096
+_FREED_AT_ONCE = 500
 UNRECORDED_EPISODE = (
     "[privacy] record = false: an episode learns from what is recorded. Switch it on for episodes."
 )
@@ -182,9 +183,11 @@ class EpisodeCalls:
 
         It is called with each sign of life, because a call that ends may be unable to tell.
         """
-        if ended := list(self._ended):
-            self._episodes.free(ended)
-            self._ended.difference_update(ended)
+        ended = list(self._ended)
+        for at in range(0, len(ended), _FREED_AT_ONCE):
+            some = ended[at : at + _FREED_AT_ONCE]
+            self._episodes.free(some)
+            self._ended.difference_update(some)
 
     async def _free(self) -> None:
         try:

@@ -147,7 +147,7 @@ def _delete_judges(settings: Settings, turns: Collection[str]) -> list[str]:
 
     So goes one whose card cannot be read: it may be half deleted, and it cannot vote.
     """
-    gone: list[str] = []
+    gone: list[Path] = []
     numbers = set[object]()
     versions = judge_paths(settings)
     for folder in sorted(judge_folder(settings).glob("v[0-9]*")):
@@ -162,6 +162,7 @@ def _delete_judges(settings: Settings, turns: Collection[str]) -> list[str]:
             goes = card.get("parent") in numbers or any(t in turns for t in card.get("turns") or ())
         if goes:
             numbers.add(card.get("number"))
-            shutil.rmtree(folder)
-            gone.append(folder.name)
-    return gone
+            gone.append(folder)
+    for folder in reversed(gone):  # one that is left leads to those that were trained from it
+        shutil.rmtree(folder)
+    return [folder.name for folder in gone]

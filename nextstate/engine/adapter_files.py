@@ -162,7 +162,7 @@ def _files(folder: Path) -> dict[str, Path]:
         folders[:] = [name for name in folders if not name.startswith(".")]
         for file in (Path(inside, name) for name in (*folders, *files) if not name.startswith(".")):
             if file.is_symlink() or not file.is_dir():
-                if not file.is_file():
+                if not stat.S_ISREG(file.stat().st_mode):
                     raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
                 found[str(file.relative_to(folder))] = file
     return dict(sorted(found.items()))
@@ -185,10 +185,13 @@ def _copy_opened(source: Path, target: Path) -> None:
     draft = target.with_name(f".{target.name}-{os.getpid()}")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(_FOLDER)
-    for name, file in _files(source).items():
-        data = sealed_files.read(file)
-        (draft / name).parent.mkdir(parents=True, exist_ok=True)
-        with open(os.open(draft / name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
-            out.write(data)
-    shutil.rmtree(target, ignore_errors=True)
-    draft.rename(target)
+    try:
+        for name, file in _files(source).items():
+            data = sealed_files.read(file)
+            (draft / name).parent.mkdir(parents=True, exist_ok=True)
+            with open(os.open(draft / name, os.O_WRONLY | os.O_CREAT, 0o600), "wb") as out:
+                out.write(data)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.rename(target)
+    finally:  # what was half written would keep the memory full
+        shutil.rmtree(draft, ignore_errors=True)

@@ -17,7 +17,7 @@ import logging
 import re
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -176,7 +176,8 @@ class Head:
                 draft.replace(self.file)
         except (OSError, StoreError) as error:
             log.warning("the ledger's head cannot be noted in %s: %s", self.file, error)
-            draft.unlink(missing_ok=True)
+            with suppress(OSError):  # its folder may be read-only by now
+                draft.unlink(missing_ok=True)
 
     def says(self, noted: str) -> str:
         """What is wrong with a ledger that does not go on from what is noted."""

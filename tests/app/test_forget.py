@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -136,6 +138,33 @@ def test_a_judge_whose_card_cannot_be_read_goes_with_those_after_it(
         assert f"deleted the trained judge v{number:06d}" in told
     left = sorted(path.name for path in (store.dir / "judge").glob("v*"))
     assert left == ["v000001", "v1 by hand"]
+
+
+def test_a_forgetting_that_was_cut_off_leaves_no_judge_that_others_were_trained_from(
+    store: Store, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cards = '{"number": 1, "turns": ["turn_0"]}', '{"number": 2, "parent": 1}'
+    for number, card in enumerate(cards, 1):
+        folder = store.dir / "judge" / f"v{number:06d}"
+        folder.mkdir(parents=True)
+        (folder / "card.json").write_text(card)
+    judges = store.dir / "judge"
+    deleted: list[str] = []
+
+    def one_only(folder: Path, **_: object) -> None:
+        if judges in Path(folder).parents:
+            if deleted:
+                raise OSError("cut off")
+            deleted.append(Path(folder).name)
+        remove(folder, ignore_errors=True)
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch, suppress(OSError):
+        patch.setattr(shutil, "rmtree", one_only)
+        main(["forget", "turn_0", "--yes", "--config", str(config)])
+    assert deleted == ["v000002"]
+    assert main(["forget", "turn_0", "--yes", "--config", str(config)]) == 0
+    assert list(judges.glob("v*")) == []
 
 
 def test_nothing_is_forgotten_while_a_judge_is_being_trained(

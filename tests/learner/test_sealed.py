@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -21,9 +22,10 @@ from nextstate.engine.adapter_files import (
     opened_folder,
     prepare_served,
     remove_all_served,
+    served_folder,
     verify_adapter,
 )
-from nextstate.errors import LearnerError
+from nextstate.errors import EngineError, LearnerError
 from nextstate.records import PolicyVersion, VersionState
 from nextstate.store import Store
 from tests.encrypted import encrypt
@@ -87,6 +89,23 @@ def test_hidden_files_are_not_copied_for_the_engine_and_folders_are(folder: Path
         served = Path(prepare_served(str(path)))
         assert {file.name for file in served.iterdir() if file.name.startswith(".")} == set()
         assert (served / "more" / "file").read_bytes() == b"more"
+
+
+def test_a_copy_that_cannot_be_finished_leaves_no_memory_taken(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = version_path(folder, "main", 1)
+    save_adapter(path, weights(), CONFIG, "some/model", CARD)
+    copies = Path(served_folder(str(path))).parent
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", full)
+        with pytest.raises(EngineError, match="No space left"):
+            prepare_served(str(path))
+    assert list(copies.iterdir()) == []
 
 
 def test_several_engines_get_one_copy_of_an_adapter_at_the_same_time(folder: Path) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -231,12 +231,23 @@ def test_an_entry_that_was_not_committed_is_not_noted(told: Store) -> None:
     assert Head(told.dir).read() == noted
 
 
+@pytest.mark.parametrize("is_read_only", [False, True])
 def test_an_entry_stays_where_its_head_cannot_be_noted(
-    told: Store, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    told: Store,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    is_read_only: bool,
 ) -> None:
     before = told.ledger.newest(1)[0].seq
+
+    def refused(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
     with monkeypatch.context() as patch:
-        patch.setattr(sealed_files, "write", lambda *_: os.stat("/nowhere"))
+        if is_read_only:
+            for name in ("touch", "unlink", "replace"):
+                patch.setattr(Path, name, refused)
+        patch.setattr(sealed_files, "write", refused)
         told.versions.pause("main", "ana")
     assert "the ledger's head cannot be noted" in caplog.text
     assert told.ledger.newest(1)[0].seq == before + 1

@@ -87,7 +87,8 @@ def _judges(settings: Settings, store: Store, step: Step) -> Iterator[str]:
     from nextstate.engine.adapter_files import folder_sha256
     from nextstate.errors import SealError
 
-    told, folders = store.ledger.judges(), judge_paths(settings)
+    folders = judge_paths(settings)  # first: a judge is told of before it has its folder
+    told = store.ledger.judges()
     for done, folder in enumerate(folders):
         step("reading judges", done, len(folders))
         try:
