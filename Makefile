@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-others test-fast coverage lint soak clients bubblewrap chromium gui ray postgres prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
+.PHONY: help env demo rollout-demo test test-engine test-waiting test-others test-fast coverage lint soak clients bubblewrap chromium gui ray postgres prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -44,18 +44,24 @@ rollout-demo: env  ## a small policy learns to call tools, on a real vLLM (about
 # Each process that a test starts would compile our modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# At once: ruff and types, the tests that share a real vLLM, one after the other, and all others.
+# At once: ruff and types; the tests that share a real vLLM, one after the other, and then those that mostly
+# wait, for kills, cut links and deadlines; and all others.
 RUN    := $(BIN)/python
 PYTEST  = $(RUN) -m pytest -q
+ALL    := test-engine test-waiting test-others
+WAITING := tests/app/test_ray_up.py tests/whole/test_rollout_kill.py tests/whole/test_three_machines.py
 
 test: env  ## lint, types and every test, some of them over one real vLLM
-	@$(MAKE) --no-print-directory --jobs 3 --keep-going lint test-engine test-others
+	@$(MAKE) --no-print-directory --jobs 3 --keep-going lint $(ALL)
 
 test-engine: env
 	$(PYTEST) -m "engine and not soak" $(ARGS)
 
+test-waiting: env | $(filter test-engine,$(MAKECMDGOALS))
+	$(PYTEST) $(WAITING) $(ARGS)
+
 test-others: env
-	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not soak" $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(WAITING:%=--ignore %) -m "not engine and not soak" $(ARGS)
 
 test-fast: env  ## the tests without vLLM, processes and training (about a minute)
 	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder -m "not engine and not processes and not training and not soak" $(ARGS)
@@ -63,7 +69,7 @@ test-fast: env  ## the tests without vLLM, processes and training (about a minut
 coverage: export COVERAGE_FILE := $(CURDIR)/.coverage
 coverage: env  ## every test, and which lines and branches none of them reaches
 	$(BIN)/coverage erase
-	@$(MAKE) --no-print-directory --jobs 2 RUN="$(BIN)/coverage run" test-engine test-others
+	@$(MAKE) --no-print-directory --jobs 2 RUN="$(BIN)/coverage run" $(ALL)
 	$(BIN)/coverage combine --quiet
 	$(BIN)/coverage report
 
