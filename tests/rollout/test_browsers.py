@@ -306,12 +306,17 @@ def test_no_more_tabs_are_used_than_there_may_be(tmp_path: Path) -> None:
     playing: set[int] = set()
 
     async def test(kind: PageKind) -> None:
+        two = asyncio.Event()
+
         async def one(number: int) -> None:
             nonlocal most
             page = kind.make()
             await page.reset({"page": "hostile", "seed": 0}, 0)
             playing.add(number)
             most = max(most, len(playing))
+            if most == 2:
+                two.set()
+            await asyncio.wait_for(two.wait(), 60)
             assert len(processes(folder)) <= 2  # bwrap and its child
             await page.step("click 2")
             playing.remove(number)
