@@ -24,8 +24,12 @@ Run = Callable[[argparse.Namespace], int]
 def add_command(
     subparsers: Any, name: str, run: Run, text: str, *, config: bool = True
 ) -> argparse.ArgumentParser:
-    """Adds a command that calls `run`; `config` gives it `--config FILE`."""
-    parser = subparsers.add_parser(name, help=text, description=text)
+    """Adds a command that calls `run`; `config` gives it `--config FILE`.
+
+    Its description and epilog keep their line breaks.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser(name, help=text, description=text, formatter_class=raw)
     if config:
         parser.add_argument(
             "--config",

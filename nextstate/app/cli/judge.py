@@ -24,6 +24,7 @@ def add(subparsers: Any) -> None:
     evaluation.add_argument("--split", help="only the cases of this split, as dev or test")
     text = "train a judge from labelled next states and your feedback: the kind `engine` uses it"
     training = add_command(commands, "train", run_train, text)
+    training.formatter_class = argparse.HelpFormatter
     training.description = (
         f"{text[0].upper()}{text[1:]}. A fifth of the conversations is held out. A new version "
         "goes on from the one before; it is kept only if it agrees with the held-out labels better "
