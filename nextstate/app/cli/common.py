@@ -15,6 +15,7 @@ from nextstate.errors import StartError
 from nextstate.records import MAIN_LINEAGE
 
 if TYPE_CHECKING:
+    from nextstate.app.settings import Settings
     from nextstate.records import PolicyVersion
     from nextstate.store import Store
 
@@ -40,6 +41,19 @@ def add_command(
         )
     parser.set_defaults(run=run)
     return parser
+
+
+def stage_settings(args: argparse.Namespace) -> Settings:
+    """The configuration of a stage that runs from now on: it reaches the allowed hosts alone."""
+    from nextstate.app.engine_access import reached_hosts
+    from nextstate.app.settings import Settings
+    from nextstate.egress import guard
+    from nextstate.tracing import allow
+
+    settings = Settings.read(args.config)
+    allow(settings.hosts)
+    guard(reached_hosts(settings))
+    return settings
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
