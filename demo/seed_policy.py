@@ -198,16 +198,26 @@ def batches(
         mix = recipe.early if step < early_steps else cycle.mix
         pool = [encode(draw_conversation(rng, mix), tokenizer) for _ in range(recipe.batch * 6)]
         step += 6
-        pool.sort(key=lambda pair: len(pair[0]))
-        rows = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
-        rng.shuffle(rows)
-        for row in rows:
-            width = max(len(ids) for ids, _ in row)
-            pad = tokenizer.pad_token_id
-            yield (
-                torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in row]),
-                torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in row]),
-            )
+        yield from padded(pool, recipe, tokenizer, rng)
+
+
+def padded(
+    pool: list[tuple[list[int], list[int]]],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerFast,
+    rng: Random,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """The batches (ids, labels) of what `encode` returned, of shape (B, T), right-padded."""
+    pool.sort(key=lambda pair: len(pair[0]))
+    rows = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
+    rng.shuffle(rows)
+    pad = tokenizer.pad_token_id
+    for row in rows:
+        width = max(len(ids) for ids, _ in row)
+        yield (
+            torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in row]),
+            torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in row]),
+        )
 
 
 def number_weights(recipe: Recipe, tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -432,17 +442,20 @@ def measure(path: Path, count: int = MEASURED) -> dict[str, dict[str, float]]:
     return found
 
 
-def write_card(folder: Path, recipe: Recipe, model: Qwen3ForCausalLM) -> None:
-    """Measures the policy in `folder` and writes the result to its card.json."""
-    measured = measure(folder)
-    card = {
-        "recipe": asdict(recipe),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "held_out_questions": MEASURED,
-        "measured_at_temperature_1": measured,
-    }
+def save(
+    folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
+) -> dict[str, Any]:
+    """Writes the model folder; returns what its card says so far."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parameters = sum(p.numel() for p in model.parameters())
+    return {"recipe": asdict(recipe), "parameters": parameters}
+
+
+def write_card(folder: Path, card: dict[str, Any]) -> None:
+    """What a policy is and was measured to do."""
     (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    print(json.dumps(measured, indent=2))
 
 
 def main() -> None:
@@ -459,10 +472,11 @@ def main() -> None:
     tokenizer = train_tokenizer(recipe, texts)
     model = pretrain(recipe, tokenizer)
     print(f"trained in {time.monotonic() - started:.0f} s")
-    options.out.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(options.out)
-    tokenizer.save_pretrained(options.out)
-    write_card(options.out, recipe, model)
+    card = save(options.out, model, tokenizer, recipe)
+    measured = measure(options.out)
+    found = {"held_out_questions": MEASURED, "measured_at_temperature_1": measured}
+    write_card(options.out, {**card, **found})
+    print(json.dumps(measured, indent=2))
 
 
 if __name__ == "__main__":

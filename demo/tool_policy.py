@@ -15,11 +15,9 @@ import itertools
 import json
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
@@ -27,15 +25,17 @@ from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 from demo.competence import Sampler
 from demo.corpus import Line
 from demo.seed_policy import (
-    IGNORED,
     Recipe,
     descend,
     encode,
     load,
     new_model,
     number_weights,
+    padded,
     sampler,
+    save,
     train_tokenizer,
+    write_card,
 )
 from demo.tool_corpus import MOST_CALLS, draw_episode
 from nextstate.hooks import EnvironmentKind, Shared
@@ -66,18 +66,9 @@ def batches(
     `name` seeds them.
     """
     rng = Random(name)
-    pad = tokenizer.pad_token_id
     while True:
         pool = [encode(draw(rng), tokenizer) for _ in range(recipe.batch * 6)]
-        pool.sort(key=lambda pair: len(pair[0]))
-        rows = [pool[i : i + recipe.batch] for i in range(0, len(pool), recipe.batch)]
-        rng.shuffle(rows)
-        for row in rows:
-            width = max(len(ids) for ids, _ in row)
-            yield (
-                torch.tensor([ids + [pad] * (width - len(ids)) for ids, _ in row]),
-                torch.tensor([labels + [IGNORED] * (width - len(labels)) for _, labels in row]),
-            )
+        yield from padded(pool, recipe, tokenizer, rng)
 
 
 def train(
@@ -149,22 +140,6 @@ async def _play(sample: Sampler, make, tasks: Sequence[Json], most_calls: int) -
     for world in worlds:
         await world.close()
     return reached
-
-
-def save(
-    folder: Path, model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: Recipe
-) -> dict[str, Any]:
-    """Writes the model folder; returns what its card says so far."""
-    folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    parameters = sum(p.numel() for p in model.parameters())
-    return {"recipe": asdict(recipe), "parameters": parameters}
-
-
-def write_card(folder: Path, card: dict[str, Any]) -> None:
-    """What a policy is and was measured to do."""
-    (folder / "card.json").write_text(json.dumps(card, indent=2) + "\n")
 
 
 def main() -> None:

@@ -24,7 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from learner.adapters import Card, disk_error, require_finite, write_card, write_folder
 from learner.config import LearnerConfig
 from learner.model import model_folder
-from learner.weights import NamedWeights
+from learner.weights import Weights
 from nextstate import sealed_files
 from nextstate.engine.adapter_files import (
     folder_sha256,
@@ -43,8 +43,8 @@ _PROMPTS, _PROMPT_TOKENS, _LIKELIEST = 8, 12, 5
 """Of the probe: prompts, tokens of each, and compared tokens after each."""
 
 
-class FullWeights(NamedWeights):
-    """All weights of a model in float32; see `learner.weights.Weights`.
+class FullWeights(Weights):
+    """All weights of a model in float32.
 
     The base stays in memory beside them, on the same device.
     """

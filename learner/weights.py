@@ -44,13 +44,26 @@ class Snapshot:
 class Weights(Protocol):
     """One form of trained weights."""
 
+    _named: Mapping[str, torch.nn.Parameter]
+    """The parameters by the names that the engine loads."""
+    _other_shape: str
+    """How to say that values have another shape."""
+
     def copy(self) -> dict[str, Tensor]:
         """A float32 copy on the CPU, by the names that the engine loads."""
-        ...
+        return {
+            name: weight.detach().to("cpu", torch.float32, copy=True)
+            for name, weight in self._named.items()
+        }
 
+    @torch.no_grad()
     def put(self, values: Mapping[str, Tensor]) -> None:
         """Continues from these values. Raises LearnerError if they have another shape."""
-        ...
+        expected = {name: weight.shape for name, weight in self._named.items()}
+        if expected != {name: value.shape for name, value in values.items()}:
+            raise LearnerError(self._other_shape)
+        for name, weight in self._named.items():
+            weight.copy_(values[name])
 
     def reset(self) -> None:
         """Continues from the base model."""
@@ -64,9 +77,11 @@ class Weights(Protocol):
         """The largest change of a layer, relative to the layer's own norm; Frobenius norms."""
         ...
 
+    @torch.no_grad()
     def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
         """Makes the way from `start` to the present values `factor` times as long."""
-        ...
+        for name, weight in self._named.items():
+            weight.copy_(torch.lerp(start[name].to(weight.device), weight, factor))
 
     def save(self, folder: Path, card: Card) -> str:
         """Writes the folder that the engine loads. Returns its `folder_sha256`.
@@ -80,38 +95,7 @@ class Weights(Protocol):
         ...
 
 
-class NamedWeights:
-    """What both forms do alike with their trained parameters."""
-
-    _named: Mapping[str, torch.nn.Parameter]
-    """The parameters by the names that the engine loads."""
-    _other_shape: str
-    """How to say that values have another shape."""
-
-    def copy(self) -> dict[str, Tensor]:
-        """See `Weights`."""
-        return {
-            name: weight.detach().to("cpu", torch.float32, copy=True)
-            for name, weight in self._named.items()
-        }
-
-    @torch.no_grad()
-    def put(self, values: Mapping[str, Tensor]) -> None:
-        """See `Weights`."""
-        expected = {name: weight.shape for name, weight in self._named.items()}
-        if expected != {name: value.shape for name, value in values.items()}:
-            raise LearnerError(self._other_shape)
-        for name, weight in self._named.items():
-            weight.copy_(values[name])
-
-    @torch.no_grad()
-    def scale_way(self, start: Mapping[str, Tensor], factor: float) -> None:
-        """See `Weights`."""
-        for name, weight in self._named.items():
-            weight.copy_(torch.lerp(start[name].to(weight.device), weight, factor))
-
-
-class LoraWeights(NamedWeights):
+class LoraWeights(Weights):
     """The low-rank pairs of a peft model, in float32."""
 
     _other_shape = (

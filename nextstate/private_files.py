@@ -53,6 +53,18 @@ def make_file(path: Path) -> None:
     _close(path.resolve())
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes a private file in one step: who reads it finds the old text or all of the new one.
+
+    Raises OSError.
+    """
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    draft.unlink(missing_ok=True)
+    with open(os.open(draft, os.O_CREAT | os.O_EXCL | os.O_WRONLY, _FILE), "w") as opened:
+        opened.write(text)
+    draft.replace(path)
+
+
 def secret_of(file: Path, size: int = 32) -> bytes:
     """The random bytes in a private file, which is made if it is missing. Raises OSError."""
     if not file.exists():

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from benchmarks.families import gui_corpus, terminal_corpus
-from demo.seed_policy import Recipe
-from demo.tool_policy import Draw, measure, save, train, write_card
+from demo.seed_policy import Recipe, save, write_card
+from demo.tool_policy import Draw, measure, train
 from nextstate.episodes import family_of
 from nextstate.hooks import load_plugin
 

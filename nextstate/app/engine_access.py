@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -15,6 +14,7 @@ from nextstate.config import secret
 from nextstate.engine.client import EngineClient, zero_adapter_path
 from nextstate.engine.defaults import sampling_defaults
 from nextstate.errors import StartError
+from nextstate.private_files import replace_file
 from nextstate.records import PolicyVersion
 from nextstate.store import Store
 
@@ -26,12 +26,8 @@ def engine_file(settings: Settings) -> Path:
 
 def write_engine_file(settings: Settings, urls: Sequence[str], key: str | None) -> None:
     """Writes the engine file; only its owner can read it."""
-    file = engine_file(settings)
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        json.dump({"url": urls[0] if len(urls) == 1 else urls, "key": key}, opened)
-    draft.replace(file)
+    found = {"url": urls[0] if len(urls) == 1 else urls, "key": key}
+    replace_file(engine_file(settings), json.dumps(found))
 
 
 def engine_access(settings: Settings) -> tuple[list[str], str | None]:

@@ -144,20 +144,15 @@ def _end_of(file: Path, count: int) -> list[str]:
 def _bytes_before(file: Path, at: int) -> bytes:
     """The last bytes of a file before a position; fewer if it is shorter."""
     start = max(at - _REMEMBERED_BYTES, 0)
-    try:
-        with file.open("rb") as log_file:
-            log_file.seek(start)
-            return log_file.read(at - start)
-    except FileNotFoundError:
-        return b""
+    return _read(file, start, at - start)
 
 
-def _read(file: Path, at: int) -> bytes:
+def _read(file: Path, at: int, most: int = _CHUNK_BYTES) -> bytes:
     """What a file has from a position on, a piece of it."""
     try:
         with file.open("rb") as log_file:
             log_file.seek(at)
-            return log_file.read(_CHUNK_BYTES)
+            return log_file.read(most)
     except FileNotFoundError:
         return b""
 

@@ -8,13 +8,13 @@ a key in its environment then.
 
 from __future__ import annotations
 
-import os
 from contextlib import suppress
 from pathlib import Path
 
 from nextstate.app.settings import Settings
 from nextstate.config import secret
 from nextstate.keys import new_key
+from nextstate.private_files import replace_file
 
 
 def own_key_file(settings: Settings) -> Path:
@@ -24,12 +24,7 @@ def own_key_file(settings: Settings) -> Path:
 
 def write_own_key(settings: Settings, key: str) -> None:
     """Tells our commands the key of a proxy that has started; only the owner can read the file."""
-    file = own_key_file(settings)
-    draft = file.with_suffix(f".{os.getpid()}")
-    draft.unlink(missing_ok=True)
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-        opened.write(key)
-    draft.replace(file)
+    replace_file(own_key_file(settings), key)
 
 
 def remove_own_key(settings: Settings, key: str) -> None:

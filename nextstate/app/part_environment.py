@@ -40,13 +40,6 @@ def part_environment(settings: Settings, part: str, inherited: Mapping[str, str]
     }
 
 
-def left_out(settings: Settings, inherited: Mapping[str, str]) -> list[str]:
-    """The variables that look like secrets and that no part gets."""
-    parts = ("proxy", "judge", "learner", "rollout", "engine")
-    got = {name for part in parts for name in part_environment(settings, part, inherited)}
-    return sorted(set(inherited) - got)
-
-
 def _looks_secret(name: str, value: str) -> bool:
     upper = name.upper()[-100:]
     if upper in _NOT_SECRET:

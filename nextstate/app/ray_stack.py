@@ -27,7 +27,7 @@ from nextstate.app.engine_access import engine_access, engine_file, write_engine
 from nextstate.app.own_key import own_key_of, remove_own_key, write_own_key
 from nextstate.app.ray_part import LOST_S, Part, Seen
 from nextstate.app.settings import Settings
-from nextstate.app.stack import POLL_S, STAGES, healthz, is_up, order, wait_ready
+from nextstate.app.stack import POLL_S, STAGES, Parts, is_up, order
 from nextstate.app.stages import require_key
 from nextstate.app.supervisor import GRACE_S
 from nextstate.app.tls import certificate
@@ -55,7 +55,7 @@ _SHARE = 0.001
 _ANYWHERE = ("0.0.0.0", "::")
 
 
-class RayStack:
+class RayStack(Parts):
     """The parts of one state folder on a cluster."""
 
     def __init__(self, settings: Settings, ray: Any) -> None:
@@ -139,14 +139,6 @@ class RayStack:
                         remove_all_served(self.dir)
         finally:
             await asyncio.to_thread(self._ray.shutdown)
-
-    async def wait_ready(self, task: asyncio.Task[None]) -> None:
-        """Returns when the proxy answers and lets requests through. Raises StartError."""
-        await wait_ready(task, self._ready(), self.dir)
-
-    async def health(self) -> Json:
-        """The proxy's answer to /healthz; {} while it does not answer."""
-        return await healthz(self.settings.proxy)
 
     def states(self) -> dict[str, str]:
         """The state of each part, the engine first."""

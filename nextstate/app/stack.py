@@ -7,11 +7,11 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import AsyncGenerator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import aiohttp
 
@@ -40,7 +40,6 @@ from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.store.waiting import Patience
 from nextstate.wire import json_object
-from proxy.config import ProxyConfig
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +51,50 @@ _ENGINE_PAUSES_S = 30.0, 30.0
 """Pauses of the engine after an exit with code 2: agents wait for it."""
 
 
-class Stack:
+class Parts(Protocol):
+    """What runs the parts of one state folder."""
+
+    settings: Settings
+    dir: Path
+
+    async def wait_ready(self, task: asyncio.Task[None]) -> None:
+        """Returns when the proxy answers and lets requests through.
+
+        Raises StartError if `task` has ended before, and after minutes.
+        """
+        timeout_s = vllm.START_TIMEOUT_S
+        ready = asyncio.create_task(self._ready())
+        try:
+            await asyncio.wait({ready, task}, timeout=timeout_s, return_when="FIRST_COMPLETED")
+            if task.done():
+                task.result()
+                raise StartError("stopped before it was ready")
+            if not ready.done():
+                raise StartError(
+                    f"the engine was not ready within {timeout_s:.0f} s: see {self.dir / 'logs'}"
+                )
+            ready.result()
+        finally:
+            ready.cancel()
+            with suppress(asyncio.CancelledError):
+                await ready
+
+    async def _ready(self) -> None: ...
+
+    async def health(self) -> Json:
+        """The proxy's answer to /healthz; {} while it does not answer."""
+        proxy, limit = self.settings.proxy, aiohttp.ClientTimeout(total=2)
+        try:
+            async with (
+                aiohttp.ClientSession(connector=proxy_connector(proxy)) as session,
+                session.get(f"{proxy.url}/healthz", timeout=limit, allow_redirects=False) as answer,
+            ):
+                return json_object(await answer.read()) or {}
+        except (aiohttp.ClientError, TimeoutError, OSError):
+            return {}
+
+
+class Stack(Parts):
     """The processes of one state folder."""
 
     def __init__(self, settings: Settings) -> None:
@@ -152,14 +194,6 @@ class Stack:
                 remove_own_key(self.settings, own_key)
                 child_states_file(self.dir).unlink(missing_ok=True)
                 remove_all_served(self.dir)
-
-    async def wait_ready(self, task: asyncio.Task[None]) -> None:
-        """Returns when the proxy answers and lets requests through. Raises StartError."""
-        await wait_ready(task, self._ready(), self.dir)
-
-    async def health(self) -> Json:
-        """The proxy's answer to /healthz; {} while it does not answer."""
-        return await healthz(self.settings.proxy)
 
     def states(self) -> dict[str, str]:
         """The state of each process, the engine first."""
@@ -276,41 +310,8 @@ def order(name: str) -> int:
     return ("engine", *STAGES).index(name.partition("-")[0])
 
 
-async def wait_ready(task: asyncio.Task[None], until: Coroutine[Any, Any, None], dir: Path) -> None:
-    """Returns when `until` has ended. Raises StartError if `task` has before, and after minutes."""
-    timeout_s = vllm.START_TIMEOUT_S
-    ready = asyncio.create_task(until)
-    try:
-        await asyncio.wait({ready, task}, timeout=timeout_s, return_when="FIRST_COMPLETED")
-        if task.done():
-            task.result()
-            raise StartError("stopped before it was ready")
-        if not ready.done():
-            raise StartError(
-                f"the engine was not ready within {timeout_s:.0f} s: see {dir / 'logs'}"
-            )
-        ready.result()
-    finally:
-        ready.cancel()
-        with suppress(asyncio.CancelledError):
-            await ready
-
-
 def is_up(health: Json, engine_urls: Sequence[str]) -> bool:
     """Whether the proxy lets requests through. Raises StartError if its engine is unusable."""
     if health.get("engine") != "up" and (problem := health.get("engine_problem")):
         raise StartError(f"[engine] url = {', '.join(engine_urls)!r}: {problem}")
     return health.get("engine") == "up"
-
-
-async def healthz(proxy: ProxyConfig) -> Json:
-    """The proxy's answer to /healthz; {} while it does not answer."""
-    try:
-        timeout = aiohttp.ClientTimeout(total=2)
-        async with (
-            aiohttp.ClientSession(connector=proxy_connector(proxy)) as session,
-            session.get(f"{proxy.url}/healthz", timeout=timeout, allow_redirects=False) as answer,
-        ):
-            return json_object(await answer.read()) or {}
-    except (aiohttp.ClientError, TimeoutError, OSError):
-        return {}

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import os
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 from nextstate.engine.adapter_files import unreadable, verify_adapter
 from nextstate.engine.defaults import EXPLICIT
 from nextstate.errors import AdapterError, EngineError
-from nextstate.private_files import make_folder
+from nextstate.private_files import make_folder, replace_file
 from nextstate.records import Json, PolicyVersion
 from nextstate.wire import json_object
 
@@ -91,11 +90,7 @@ def write_engine(state_dir: Path, engine: WholeEngine) -> None:
     """Writes one of them in one step. Raises OSError."""
     folder = engines_folder(state_dir)
     make_folder(folder)
-    draft = folder / f".{engine.name}.{os.getpid()}"
-    draft.unlink(missing_ok=True)
-    with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        json.dump(asdict(engine), file)
-    draft.replace(folder / f"{engine.name}.json")
+    replace_file(folder / f"{engine.name}.json", json.dumps(asdict(engine)))
 
 
 def forget_engine(state_dir: Path, name: str) -> None:

@@ -250,12 +250,6 @@ class Episodes:
         with self._database.write() as connection:
             connection.execute(sa.delete(t.holds).where(t.holds.c.call.in_(calls)))
 
-    def held(self, episode_id: str) -> int:
-        """The tokens that calls hold which one of several workers has begun."""
-        with self._database.cursor(write=False) as cursor:
-            row = cursor.first(_HELD, episode=episode_id)
-            return 0 if row is None else int(row.tokens)
-
     def turn_ids(self, episode_id: str) -> list[str]:
         """The turns of an episode; each one's position is its step."""
         with self._database.cursor(write=False) as cursor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import orjson
 import sqlalchemy as sa
@@ -33,6 +33,7 @@ from nextstate.wire import write_json
 _PER_STATEMENT = 500
 _ROWS_AT_ONCE = 1000
 _T, _S, _V, _J, _E = t.turns.c, t.samples.c, t.verdicts.c, t.judgements.c, t.episodes.c
+_Name = TypeVar("_Name", str, bytes)
 _DROPPED = "a person let us forget it"
 
 
@@ -345,7 +346,7 @@ def _delete(connection: sa.Connection, plan: Plan) -> None:
         released |= delete_turn(connection, turn_id, staying[turn_id])
     for some in _parts(plan.episodes):
         released |= delete_episodes(connection, some)
-    _unbase(connection, released)
+    unbase(connection, released)
 
 
 def delete_turn(connection: sa.Connection, turn_id: str, staying: Sequence[str]) -> set[bytes]:
@@ -431,18 +432,18 @@ def _unfollow(connection: sa.Connection, turn_id: str, followed: bool) -> set[by
     return set(keys)
 
 
-def _unbase(connection: sa.Connection, released: Collection[bytes]) -> None:
-    """Deletes texts that nothing uses but others that are compressed against them."""
+def unbase(connection: sa.Connection, released: Collection[bytes], most: int | None = None) -> None:
+    """Deletes texts that nothing uses but others, up to `most`, compressed against them."""
     c = t.texts.c
-    against: dict[bytes, list[bytes]] = defaultdict(list)
-    for row in _stream(connection, sa.select(c.hash, c.base).where(c.base.is_not(None))):
-        if row.base in released:
-            against[row.base].append(row.hash)
-    for base, others in against.items():
-        uses = connection.execute(sa.select(c.uses).where(c.hash == base)).scalar()
-        if uses != len(others):
-            continue
-        texts.delete_base(connection, base, others)
+    for some in _parts(released):
+        count = sa.func.count().label("others")
+        query = sa.select(c.base, count).where(c.base.in_(some)).group_by(c.base)
+        for base, others in connection.execute(query).all():
+            uses = connection.execute(sa.select(c.uses).where(c.hash == base)).scalar()
+            if uses != others or (most is not None and others > most):
+                continue
+            against = connection.execute(sa.select(c.hash).where(c.base == base)).scalars()
+            texts.delete_base(connection, base, against.all())
 
 
 def _all_texts(connection: sa.Connection) -> Iterator[tuple[bytes, bytes]]:
@@ -461,7 +462,7 @@ def _stream(connection: sa.Connection, query: sa.Select[*tuple[Any, ...]]) -> It
     yield from connection.execute(query.execution_options(yield_per=_ROWS_AT_ONCE))
 
 
-def _parts(names: Collection[str]) -> Iterator[list[str]]:
+def _parts(names: Collection[_Name]) -> Iterator[list[_Name]]:
     every = list(names)
     for start in range(0, len(every), _PER_STATEMENT):
         yield every[start : start + _PER_STATEMENT]

@@ -21,9 +21,8 @@ import sqlalchemy as sa
 from nextstate.episodes import EpisodeState
 from nextstate.records import WATCHED_TURNS, SampleState
 from nextstate.store import schema as t
-from nextstate.store import texts
 from nextstate.store.database import Database, queries
-from nextstate.store.forgetting import delete_episodes, delete_turn
+from nextstate.store.forgetting import delete_episodes, delete_turn, unbase
 from nextstate.store.ledger import Kind, append
 from nextstate.store.texts import Row
 from nextstate.store.versions import newest_judged
@@ -39,7 +38,7 @@ KEPT_JUDGED, KEPT_HELD = WATCHED_TURNS, 64
 _UNBASED = 64
 """So many texts are compressed anew at most when the one goes that they are compressed against."""
 _NONE = (1 << 63) - 1
-_T, _S, _J, _E, _C = t.turns.c, t.samples.c, t.judgements.c, t.episodes.c, t.texts.c
+_T, _S, _J, _E = t.turns.c, t.samples.c, t.judgements.c, t.episodes.c
 _USED = (SampleState.WAITING, SampleState.READY, SampleState.LEASED)
 _OVER = (EpisodeState.SETTLED, EpisodeState.DROPPED)
 
@@ -124,7 +123,7 @@ class Retention:
         with self._database.write() as connection:
             found = connection.execute(alone.limit(LOOKED_AT)).scalars().all()
             if found:
-                _unbase(connection, delete_episodes(connection, found))
+                unbase(connection, delete_episodes(connection, found), _UNBASED)
                 gone = {"turns": list[str](), "episodes": len(found), "by": by}
                 append(connection, self._database.now(), Kind.FORGOTTEN, gone)
         return tuple(found)
@@ -200,20 +199,5 @@ def _delete(
     episodes -= {*connection.execute(left).scalars()}
     if episodes:
         released |= delete_episodes(connection, sorted(episodes))
-    _unbase(connection, released)
+    unbase(connection, released, _UNBASED)
     return sorted(episodes)
-
-
-def _unbase(connection: sa.Connection, released: set[bytes]) -> None:
-    """Deletes texts that nothing uses but a few others that are compressed against them."""
-    keys = list(released)
-    for start in range(0, len(keys), 500):
-        some = keys[start : start + 500]
-        count = sa.func.count().label("others")
-        query = sa.select(_C.base, count).where(_C.base.in_(some)).group_by(_C.base)
-        for base, others in connection.execute(query).all():
-            uses = connection.execute(sa.select(_C.uses).where(_C.hash == base)).scalar()
-            if uses != others or others > _UNBASED:
-                continue
-            against = connection.execute(sa.select(_C.hash).where(_C.base == base)).scalars()
-            texts.delete_base(connection, base, against.all())

@@ -9,6 +9,17 @@ from typing import Any
 
 _EVAL_OF = 4
 """One held-out task for so many that train."""
+WORDS = {
+    "train": (
+        *("amber", "birch", "cedar", "delta", "ember", "fjord"),
+        *("grove", "heron", "inlet", "jetty", "kelp", "lunar"),
+    ),
+    "eval": (
+        *("maple", "nylon", "ocean", "pearl", "quilt", "raven"),
+        *("slate", "tulip", "umber", "velvet", "willow", "zinc"),
+    ),
+}
+"""What the tasks of a split are made of."""
 
 
 def print_tasks(numbered: Callable[[str, int], dict[str, Any]], count: int) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from nextstate.errors import RolloutError
+from plugins.sandboxes.one_command import Pipe
 
 _MOST_OUTPUT_BYTES = 64 << 10
 _PATIENCE_S = 5.0
@@ -38,23 +39,22 @@ async def run_group(command: str, folder: Path, variables: Mapping[str, str]) ->
 
     Raises RolloutError if it cannot be started.
     """
-    read_end, write_end = os.pipe()
-    output = _Tail(read_end)
+    output = Pipe()
     try:
         try:
             process = await asyncio.create_subprocess_exec(
                 *("bash", "-c", command.encode(errors="replace")),
                 stdin=asyncio.subprocess.DEVNULL,
-                stdout=write_end,
-                stderr=write_end,
+                stdout=output.write_end,
+                stderr=output.write_end,
                 cwd=folder,
                 env={name: os.environ[name] for name in _KEPT if name in os.environ}
                 | dict(variables),
                 start_new_session=True,
             )
         finally:
-            os.close(write_end)
-        reading = asyncio.create_task(output.read())
+            os.close(output.write_end)
+        reading = asyncio.create_task(output.read(_MOST_OUTPUT_BYTES, end=True))
         try:
             code = await process.wait()
         finally:
@@ -84,26 +84,3 @@ async def _end(process: asyncio.subprocess.Process) -> None:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         await process.wait()
-
-
-class _Tail:
-    """The last bytes that come through a pipe."""
-
-    def __init__(self, read_end: int) -> None:
-        self._file = os.fdopen(read_end, "rb", 0)
-        self.data = bytearray()
-
-    async def read(self) -> None:
-        reader = asyncio.StreamReader()
-        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
-            lambda: asyncio.StreamReaderProtocol(reader), self._file
-        )
-        try:
-            while chunk := await reader.read(1 << 16):
-                self.data += chunk
-                del self.data[:-_MOST_OUTPUT_BYTES]
-        finally:
-            transport.close()
-
-    def close(self) -> None:
-        self._file.close()

@@ -16,17 +16,9 @@ from itertools import islice
 from string import Template
 from typing import Any, cast
 
-from plugins.environments.generated import asked_count, print_tasks
+from plugins.environments.generated import WORDS, asked_count, print_tasks
 from plugins.environments.repair_programs import KINDS, PROGRAMS, Bug, Numbers, Program
 
-_TRAIN_WORDS = (
-    *("amber", "birch", "cedar", "delta", "ember", "fjord"),
-    *("grove", "heron", "inlet", "jetty", "kelp", "lunar"),
-)
-_EVAL_WORDS = (
-    *("maple", "nylon", "ocean", "pearl", "quilt", "raven"),
-    *("slate", "tulip", "umber", "velvet", "willow", "zinc"),
-)
 _VISIBLE, _HIDDEN, _OTHERS = 4, 10, 2
 """Cases of the module with the bug, and in either set of each other module."""
 _ROUNDS = 40
@@ -46,8 +38,8 @@ class Scale:
 
 
 SCALES = {
-    "train": Scale(_TRAIN_WORDS, (1, 2), (0, 20), (3, 6), (2, 5)),
-    "eval": Scale(_EVAL_WORDS, (3, 4), (21, 60), (7, 10), (6, 10)),
+    "train": Scale(WORDS["train"], (1, 2), (0, 20), (3, 6), (2, 5)),
+    "eval": Scale(WORDS["eval"], (3, 4), (21, 60), (7, 10), (6, 10)),
 }
 Made = tuple[dict[str, Any], list[str]]
 """The fields of a task, and the answers that solve it."""

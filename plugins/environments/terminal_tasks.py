@@ -12,16 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from plugins.environments.generated import asked_count, print_tasks
+from plugins.environments.generated import WORDS, asked_count, print_tasks
 
-_TRAIN_WORDS = (
-    *("amber", "birch", "cedar", "delta", "ember", "fjord"),
-    *("grove", "heron", "inlet", "jetty", "kelp", "lunar"),
-)
-_EVAL_WORDS = (
-    *("maple", "nylon", "ocean", "pearl", "quilt", "raven"),
-    *("slate", "tulip", "umber", "velvet", "willow", "zinc"),
-)
 _FOLDERS = ("a", "b", "c", "d/e", "d/f", "g")
 
 
@@ -35,8 +27,8 @@ class Scale:
 
 
 SCALES = {
-    "train": Scale(_TRAIN_WORDS, (3, 6), (4, 12)),
-    "eval": Scale(_EVAL_WORDS, (7, 10), (13, 24)),
+    "train": Scale(WORDS["train"], (3, 6), (4, 12)),
+    "eval": Scale(WORDS["eval"], (7, 10), (13, 24)),
 }
 Made = tuple[dict[str, Any], str]
 """The fields of a task, and a command that solves it."""

@@ -24,7 +24,7 @@ def make_sandbox(
         return Container(program, image, limits, folders)
     if name in ("plain", "subprocess"):
         raise ConfigError(
-            f"sandbox = {name!r}: it would let an agent do what you may; only tests use it. "
-            "Expected bubblewrap, docker:IMAGE or podman:IMAGE"
+            f"sandbox = {name!r}: it would let an agent do what you may. Expected bubblewrap, "
+            "docker:IMAGE or podman:IMAGE"
         )
     raise ConfigError(f"sandbox = {name!r:.80}: expected bubblewrap, docker:IMAGE or podman:IMAGE")

@@ -65,7 +65,7 @@ def variables_of(limits: Limits, work: str, out: int, processes: str) -> dict[st
 
 
 class Pipe:
-    """A pipe that a sandbox writes to; it is read up to a bound and then closed."""
+    """A pipe that a program writes to; it is read up to a bound and then closed."""
 
     def __init__(self) -> None:
         read_end, self.write_end = os.pipe()
@@ -73,7 +73,8 @@ class Pipe:
         self.data = bytearray()
         self.cut = False
 
-    async def read(self, most: int) -> None:
+    async def read(self, most: int, *, end: bool = False) -> None:
+        """Keeps the first `most` bytes, then stops; with `end`, reads all and keeps the last."""
         reader = asyncio.StreamReader()
         transport, _ = await asyncio.get_running_loop().connect_read_pipe(
             lambda: asyncio.StreamReaderProtocol(reader), self._file
@@ -81,6 +82,8 @@ class Pipe:
         try:
             while not self.cut and (chunk := await reader.read(1 << 16)):
                 self.data += chunk
+                if end:
+                    del self.data[:-most]
                 self.cut = len(self.data) > most
         finally:
             transport.close()

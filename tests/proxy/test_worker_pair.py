@@ -26,6 +26,7 @@ from tests.proxy.environment import Environment, call, user
 from tests.proxy.running_proxy import Running, add_version, request, running, until
 from tests.proxy.test_workers import metrics
 from tests.scripted_engine import MODEL, Script, ScriptedEngine, adapter, scripted_engine
+from tests.store.rows import held_tokens
 
 
 class Clocked(Store):
@@ -140,7 +141,7 @@ def test_calls_at_two_workers_share_what_is_left_of_an_episodes_tokens(tmp_path:
         gate.set()
         await asyncio.gather(*calls)
         assert engine.requests[2]["max_tokens"] <= 10 - 2 - 2
-        await until(lambda: not pair.stores[0].episodes.held("e-1"))
+        await until(lambda: not held_tokens(pair.stores[0], "e-1"))
 
     paired(tmp_path, test)
 
@@ -179,7 +180,7 @@ def test_a_call_that_is_given_up_while_it_begins_holds_nothing_afterwards(
             await begun
         gate.set()
         await until(stored.is_set)
-        await until(lambda: not episodes.held("e-1"))
+        await until(lambda: not held_tokens(pair.stores[0], "e-1"))
 
     paired(tmp_path, test)
 
@@ -201,8 +202,8 @@ def test_what_could_not_be_freed_is_freed_with_a_later_sign_of_life(
             patch.setattr(episodes, "free", locked)
             await call(worker, f"{worker.url}/episodes/e-1/v1", user("go"), max_tokens=4)
             await until(lambda: tried > 1)
-            assert episodes.held("e-1") == 4
-        await until(lambda: not episodes.held("e-1"))
+            assert held_tokens(pair.stores[0], "e-1") == 4
+        await until(lambda: not held_tokens(pair.stores[0], "e-1"))
 
     paired(tmp_path, test)
 
@@ -228,7 +229,7 @@ def test_what_a_worker_held_counts_no_longer_once_it_is_silent_or_has_ended(
     assert episodes.begin_call("e-1", hold=Hold("c-6", "1", 0)) == (3, None)
     workers.leave("0")
     assert episodes.begin_call("e-1", hold=Hold("c-7", "1", 0)) == (10, None)
-    assert episodes.held("e-1") == 0
+    assert held_tokens(store, "e-1") == 0
     store.close()
 
 

@@ -19,7 +19,6 @@ from plugins.environments.terminal import TerminalKind
 from plugins.sandboxes.bubblewrap import Bubblewrap
 from plugins.sandboxes.choice import make_sandbox
 from plugins.sandboxes.container import Container
-from plugins.sandboxes.plain import Plain
 from plugins.sandboxes.protocol import Limits, Ran
 
 SMALL = Limits(wall_s=3, cpu_s=2, memory_mb=256, processes=24, file_mb=1, folder_mb=4, grace_s=60)
@@ -114,7 +113,7 @@ printf 'ready\\n'
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("plain", "it would let an agent do what you may; only tests use it"),
+        ("plain", "it would let an agent do what you may. Expected bubblewrap, docker:IMAGE"),
         ("subprocess", "it would let an agent do what you may"),
         ("docker", "expected bubblewrap, docker:IMAGE or podman:IMAGE"),
         ("docker:--privileged", "expected bubblewrap, docker:IMAGE"),
@@ -132,19 +131,6 @@ def test_another_sandbox_is_refused(name: str, told: str) -> None:
 
 def test_bubblewrap_is_chosen_by_its_name() -> None:
     assert isinstance(make_sandbox("bubblewrap", SMALL), Bubblewrap)
-
-
-def test_the_plain_one_for_tests_keeps_the_protocol() -> None:
-    async def test() -> Ran:
-        first = await Plain(SMALL).run("echo $A > a; exit 3", b"", {"A": "7"})
-        assert first.exit_code == 3
-        assert first.files is not None
-        return await Plain(SMALL).run("cat a; echo no >&2", first.files)
-
-    ran = asyncio.run(test())
-    assert (ran.exit_code, ran.output, ran.cut) == (0, b"7\nno\n", False)
-    with pytest.raises(RolloutError, match="cannot be unpacked"):
-        asyncio.run(Plain().run("true", b"no archive"))
 
 
 def run(*commands: str, limits: Limits = SMALL, **variables: str) -> Ran:

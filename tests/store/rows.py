@@ -19,3 +19,9 @@ def change(store: Store, statement: str, **values: object) -> None:
     """Changes rows behind the store's back."""
     with store.database.write() as connection:
         connection.execute(sa.text(statement), values)
+
+
+def held_tokens(store: Store, episode: str) -> int:
+    """What the calls of an episode hold that one of several workers has begun."""
+    rows = select(store, "SELECT tokens FROM holds WHERE episode = :episode", episode=episode)
+    return sum(row.tokens for row in rows)

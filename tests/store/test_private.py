@@ -17,7 +17,7 @@ from nextstate.app.settings import Settings
 from nextstate.app.stack import Stack
 from nextstate.config import StoreConfig
 from nextstate.errors import ConfigError, NextStateError, StoreError
-from nextstate.private_files import make_folder, make_state_folder, secret_of
+from nextstate.private_files import make_folder, make_state_folder, replace_file, secret_of
 from nextstate.store import Store
 from tests.store.test_records import add, turn
 
@@ -45,6 +45,15 @@ def test_every_folder_that_is_made_on_the_way_is_private(tmp_path: Path) -> None
     tmp_path.chmod(0o755)
     make_folder(tmp_path / "a")
     assert mode(tmp_path) == 0o755  # not ours
+
+
+def test_a_file_is_replaced_as_a_whole_and_is_private(tmp_path: Path) -> None:
+    file = tmp_path / "proxy.key"
+    file.write_text("old")
+    with file.open() as opened:
+        replace_file(file, "new")
+        assert opened.read() == "old"
+    assert ([*tmp_path.iterdir()], file.read_text(), mode(file)) == ([file], "new", 0o600)
 
 
 def test_a_stack_makes_its_state_folder_private(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from nextstate.errors import StartError
 from nextstate.records import MAIN_LINEAGE
 
 if TYPE_CHECKING:
+    from nextstate.app.settings import Settings
     from nextstate.records import PolicyVersion
     from nextstate.store import Store
 
@@ -24,8 +25,12 @@ Run = Callable[[argparse.Namespace], int]
 def add_command(
     subparsers: Any, name: str, run: Run, text: str, *, config: bool = True
 ) -> argparse.ArgumentParser:
-    """Adds a command that calls `run`; `config` gives it `--config FILE`."""
-    parser = subparsers.add_parser(name, help=text, description=text)
+    """Adds a command that calls `run`; `config` gives it `--config FILE`.
+
+    Its description and epilog keep their line breaks.
+    """
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser(name, help=text, description=text, formatter_class=raw)
     if config:
         parser.add_argument(
             "--config",
@@ -36,6 +41,19 @@ def add_command(
         )
     parser.set_defaults(run=run)
     return parser
+
+
+def stage_settings(args: argparse.Namespace) -> Settings:
+    """The configuration of a stage that runs from now on: it reaches the allowed hosts alone."""
+    from nextstate.app.engine_access import reached_hosts
+    from nextstate.app.settings import Settings
+    from nextstate.egress import guard
+    from nextstate.tracing import allow
+
+    settings = Settings.read(args.config)
+    allow(settings.hosts)
+    guard(reached_hosts(settings))
+    return settings
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:

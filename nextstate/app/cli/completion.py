@@ -22,7 +22,6 @@ def add(subparsers: Any) -> None:
     text = "print the script that completes commands and options in a shell"
     parser = add_command(subparsers, "completion", run, text, config=False)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("shell", choices=_SHELLS, help="which shell")
 
 

@@ -41,7 +41,6 @@ def add(subparsers: Any) -> None:
     text = "make an agent talk to the proxy, by its own settings"
     parser = add_command(subparsers, "connect", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "agent", metavar="AGENT", choices=AGENT_NAMES, help="which agent; see below"
     )

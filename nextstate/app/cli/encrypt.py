@@ -33,7 +33,6 @@ def add(subparsers: Any) -> None:
     text = "encrypt the state folder, or change its key"
     parser = add_command(subparsers, "encrypt", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     which = parser.add_mutually_exclusive_group()
     text = "with --key-file another key opens the store; without it, everything is encrypted anew"
     which.add_argument("--rotate", action="store_true", help=text)

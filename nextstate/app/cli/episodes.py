@@ -34,7 +34,6 @@ def add(subparsers: Any) -> None:
         subparsers, "episodes", run, "list the episodes of environments, or show one"
     )
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_json(parser)
     parser.add_argument("episode", nargs="?", metavar="ID", help="show this one with its steps")
     text = f"only the newest N (0: all; default: {_SHOWN}, with --json all)"

@@ -48,7 +48,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "export", run, "write datasets, adapters or whole models")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = ("sft", "kto", "dpo", "prompts", "traces", "turns", _ADAPTER)
     parser.add_argument("what", choices=what, metavar="WHAT", help=", ".join(what))
     text = "a new file that ends in .jsonl or .parquet, or - (prints it); for an adapter a folder"

@@ -25,7 +25,6 @@ which each of the words was said or replied. If there are several, it lists them
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "feedback", run, "say yourself how good a turn was")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     which = parser.add_mutually_exclusive_group(required=True)
     text = "as in `nextstate turns` or the x-nextstate-turn header"
     which.add_argument("turn", nargs="?", help=text)

@@ -22,7 +22,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "fetch", run, "download a model into the local model cache")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "its name on the model hub, or smollm2 (default: [engine] model)"
     parser.add_argument("model", nargs="?", metavar="MODEL", help=text)
 

@@ -39,7 +39,6 @@ def add(subparsers: Any) -> None:
     text = "delete turns and what learned from them"
     parser = add_command(subparsers, "forget", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "this turn; the beginning of its id is enough"
     parser.add_argument("turns", nargs="*", metavar="ID", help=text)
     text = "every turn of this session; our name for it or your agent's own"

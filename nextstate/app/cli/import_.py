@@ -36,7 +36,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "import", run, "take old conversations into the store")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("files", type=Path, nargs="+", metavar="FILE", help="conversations")
     text = "whom they belong to (default: %(default)s)"
     parser.add_argument("--lineage", default=MAIN_LINEAGE, metavar="NAME", help=text)

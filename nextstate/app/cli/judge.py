@@ -7,7 +7,7 @@ import asyncio
 from pathlib import Path
 from typing import Any
 
-from nextstate.app.cli.common import add_command, whole_number
+from nextstate.app.cli.common import add_command, stage_settings, whole_number
 
 EXAMPLES, EPOCHS = 240, 5
 """Enough for a model of 135 M parameters and short reactions (benchmarks/results/judge.md)."""
@@ -24,6 +24,7 @@ def add(subparsers: Any) -> None:
     evaluation.add_argument("--split", help="only the cases of this split, as dev or test")
     text = "train a judge from labelled next states and your feedback: the kind `engine` uses it"
     training = add_command(commands, "train", run_train, text)
+    training.formatter_class = argparse.HelpFormatter
     training.description = (
         f"{text[0].upper()}{text[1:]}. A fifth of the conversations is held out. A new version "
         "goes on from the one before; it is kept only if it agrees with the held-out labels better "
@@ -50,16 +51,9 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nextstate.app.engine_access import reached_hosts
-    from nextstate.app.settings import Settings
     from nextstate.app.stages import run_judge
-    from nextstate.egress import guard
-    from nextstate.tracing import allow
 
-    settings = Settings.read(args.config)
-    allow(settings.hosts)
-    guard(reached_hosts(settings))
-    asyncio.run(run_judge(settings))
+    asyncio.run(run_judge(stage_settings(args)))
     return 0
 
 

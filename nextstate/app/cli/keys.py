@@ -31,7 +31,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "keys", run, "make, list and revoke the proxy's keys")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("action", choices=("create", "list", "revoke"))
     parser.add_argument("name", nargs="?", metavar="NAME", help="what you call the key")
     parser.add_argument(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nextstate.app.cli.common import add_command
+from nextstate.app.cli.common import add_command, stage_settings
 
 
 def add(subparsers: Any) -> None:
@@ -16,14 +16,7 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nextstate.app.engine_access import reached_hosts
-    from nextstate.app.settings import Settings
     from nextstate.app.stages import run_learner
-    from nextstate.egress import guard
-    from nextstate.tracing import allow
 
-    settings = Settings.read(args.config)
-    allow(settings.hosts)
-    guard(reached_hosts(settings))
-    run_learner(settings, args.lineage)
+    run_learner(stage_settings(args), args.lineage)
     return 0

@@ -32,7 +32,6 @@ def add(subparsers: Any) -> None:
     text = "show what happened to versions, and what was forgotten"
     parser = add_command(subparsers, "ledger", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_json(parser)
     text = "only the newest N (0: all; default: %(default)s)"
     parser.add_argument("--limit", type=whole_number, default=_SHOWN, metavar="N", help=text)

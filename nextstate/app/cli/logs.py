@@ -22,7 +22,6 @@ def add(subparsers: Any) -> None:
     text = "show the logs of engine, proxy, judge and learner"
     parser = add_command(subparsers, "logs", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("part", nargs="?", metavar="PART", help="only this one (default: all)")
     parser.add_argument("--follow", action="store_true", help="go on with what is written")
     text = "the newest N of each (default: %(default)s)"

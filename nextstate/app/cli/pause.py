@@ -22,7 +22,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "pause", run, "let a lineage not train until it is resumed")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_lineage(parser)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from nextstate.app.cli.common import add_command
+from nextstate.app.cli.common import add_command, stage_settings
 
 
 def add(subparsers: Any) -> None:
@@ -18,16 +18,9 @@ def add(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     import uvloop
 
-    from nextstate.app.engine_access import reached_hosts
-    from nextstate.app.settings import Settings
     from nextstate.app.stages import run_proxy
-    from nextstate.egress import guard
     from nextstate.guarded_loop import GuardedLoop
-    from nextstate.tracing import allow
 
-    settings = Settings.read(args.config)
-    allow(settings.hosts)
-    guard(reached_hosts(settings))
-    running = run_proxy(settings, args.worker, under_up=args.under_up)
+    running = run_proxy(stage_settings(args), args.worker, under_up=args.under_up)
     uvloop.run(running, loop_factory=GuardedLoop)
     return 0

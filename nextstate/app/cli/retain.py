@@ -29,7 +29,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "retain", run, "let the oldest turns go by themselves")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     text = "turns whose requests are older go"
     parser.add_argument("--days", type=float, metavar="DAYS", help=text)
     text = "above this size of the database with its log, the oldest turns go: 500MB, 20GB"

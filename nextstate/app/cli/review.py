@@ -23,7 +23,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "review", run, "feedback that waits: accept or drop it")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("action", nargs="?", choices=("list", "accept", "drop"), default="list")
     parser.add_argument("numbers", nargs="*", type=int, metavar="NUMBER", help="which of them")
     parser.add_argument("--key", metavar="NAME", help="all of this key")

@@ -44,7 +44,6 @@ def add(subparsers: Any) -> None:
     text = "play tasks of an environment through the running proxy"
     parser = add_command(subparsers, "rollout", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_json(parser)
     text = "a file of plugins/environments/, as terminal, or module:function"
     text += " (default: what [rollout] says, without end)"

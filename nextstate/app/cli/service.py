@@ -31,7 +31,6 @@ def add(subparsers: Any) -> None:
     text = "write a systemd unit, a Dockerfile or a compose file"
     parser = add_command(subparsers, "service", run, text)
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("kind", metavar="KIND", choices=_KINDS, help="which; see below")
     text = "the folder that gets the files (default: systemd's, or this one)"
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=text)

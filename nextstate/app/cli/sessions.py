@@ -24,7 +24,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "sessions", run, "list conversations, a line each")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_json(parser)
     text = "only the newest N (0: all; default: %(default)s)"
     parser.add_argument("--limit", type=whole_number, default=_SHOWN, metavar="N", help=text)

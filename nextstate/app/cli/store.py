@@ -23,7 +23,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "store", run, "copy the store into another database")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("action", choices=("copy",))
     parser.add_argument("url", metavar="URL", help="what [store] url is to be: an empty database")
 

@@ -33,7 +33,6 @@ examples:
 def add(subparsers: Any) -> None:
     parser = add_command(subparsers, "turns", run, "list recorded turns, or show one whole turn")
     parser.epilog = _EPILOG
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add_json(parser)
     text = "show this turn; the beginning of its id is enough"
     parser.add_argument("turn", nargs="?", metavar="ID", help=text)

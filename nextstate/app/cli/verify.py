@@ -20,14 +20,15 @@ def add(subparsers: Any) -> None:
     text = "read everything that is stored and say what is wrong"
     parser = add_command(subparsers, "verify", run, text)
     parser.description = (
-        "Reads every page of the database, every text, every file of adapters, whole models and "
-        "trained judges, and the ledger: whether they "
-        "are whole, are what their hashes say, and are counted right. Nothing is changed. "
-        "Exit code 2: something is wrong."
+        "Reads every page of the database, every text, every file of adapters, whole\n"
+        "models and trained judges, and the ledger: whether they are whole, are what\n"
+        "their hashes say, and are counted right. Nothing is changed. Exit code 2:\n"
+        "something is wrong."
     )
     parser.epilog = (
-        "The last line is the ledger's head. Note it elsewhere: with --head, it is found too if "
-        "somebody with the whole folder has cut the ledger since, or written it anew.\n\n"
+        "The last line is the ledger's head. Note it elsewhere: with --head, it is\n"
+        "found too if somebody with the whole folder has cut the ledger since, or\n"
+        "written it anew.\n\n"
         "example: nextstate verify --config nextstate.toml"
     )
     text = "the head that an earlier verify printed: the ledger must go on from it"

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-import os
 import re
 import secrets
 import time
@@ -22,7 +21,7 @@ from urllib.parse import urlsplit
 from aiohttp import web
 
 from nextstate.keys import Scope, hashed
-from nextstate.private_files import make_folder
+from nextstate.private_files import make_folder, replace_file
 from nextstate.wire import json_object
 from proxy.keys import Grant, Keys
 
@@ -58,10 +57,7 @@ class Logins:
             "caller": grant.who,
             "proof": _mac(token, grant.hash.hex()),
         }
-        draft = self._folder / f"{_name(token)}.draft"
-        with open(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as opened:
-            json.dump(entry, opened)
-        draft.replace(draft.with_suffix(""))
+        replace_file(self._folder / _name(token), json.dumps(entry))
         return token
 
     def caller(self, token: str) -> Grant | None:
