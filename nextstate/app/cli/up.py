@@ -156,10 +156,12 @@ async def draw(
     """Draws the screen until everything ends."""
     from rich.live import Live
 
+    from nextstate.app.first_file import OTHER_AGENT
     from nextstate.app.live_screen import Frame, marks_for, screen
 
     url, started = stack.settings.proxy.url, time.time()
-    step = f"Web page {url}/   Your agent: nextstate connect {agent or 'AGENT'}"
+    known = "AGENT" if agent in (None, OTHER_AGENT) else agent
+    step = f"Web page {url}/   Your agent: nextstate connect {known}"
     marks, console.soft_wrap = marks_for(console.encoding), False
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while not stack.stopping.is_set():
