@@ -212,6 +212,13 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def small_model() -> Path:
+    """The folder of the model that `nextstate fetch smollm2` makes, in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "nextstate" / "SmolLM2-135M-Instruct"
+
+
 def check_model(config: EngineConfig) -> None:
     """Raises StartError unless the model's weights are on this machine."""
     path = Path(config.model).expanduser()
@@ -228,6 +235,11 @@ def check_model(config: EngineConfig) -> None:
                 "`save_pretrained` of transformers writes"
             )
         return
+    if path == small_model():
+        raise StartError(
+            f"[engine] model = {config.model!r} is not there yet: run `nextstate fetch smollm2` "
+            "once, or name another"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.model):
         raise StartError(
             f"[engine] model = {config.model!r} is neither a folder on this machine nor a name "

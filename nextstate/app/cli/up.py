@@ -74,19 +74,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _first_start(file: Path, defaults: bool) -> str | None:
     """Makes the configuration file and checks it; the agent, or None if the checks failed."""
-    from demo import smollm2
     from nextstate.app import first_file
     from nextstate.app.cli.connect import AGENT_NAMES
     from nextstate.app.cli.doctor import show_checks
+    from nextstate.engine.process import small_model
     from nextstate.errors import StartError
 
-    gpus, small = first_file.gpu_count(), smollm2.cache_folder()
-    small = small if smollm2.is_ready(small) else None
+    gpus = first_file.visible_gpus()
     if defaults:
-        answers = first_file.usual(gpus, small)
+        answers = first_file.usual(len(gpus), small_model())
     elif sys.stdin.isatty() and sys.stdout.isatty():
         cached = first_file.cached_models()
-        answers = first_file.ask(input, print, AGENT_NAMES, cached, gpus, small)
+        answers = first_file.ask(input, print, AGENT_NAMES, cached, len(gpus), small_model())
     else:
         raise StartError(
             f"there is no file {file} and no terminal to ask what should be in it: run "
