@@ -44,8 +44,8 @@ def add(subparsers: Any) -> None:
     text = "if there is no configuration file: write one with the defaults"
     parser.add_argument("--yes", action="store_true", help=text)
     text = "run the parts on the nodes of the Ray cluster whose head is at HOST:PORT; auto: the "
-    text += "one that runs this as a job (default: a Ray of this machine alone); needs "
-    text += "nextstate[ray]"
+    text += "one that runs this as a job (default: a Ray of this machine alone); needs Ray: `make "
+    text += "ray` in a clone"
     parser.add_argument("--ray", nargs="?", const="", metavar="HOST:PORT", help=text)
 
 
