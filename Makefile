@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.11+ and make; both are safe to repeat.
+# `make demo` and `make test` need Python 3.11 to 3.13 with venv, make, g++ and libnuma1; both are safe to repeat.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
