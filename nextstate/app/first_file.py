@@ -51,8 +51,8 @@ args = [{args}]
 {gpu_env}
 [proxy]
 # Agents ask http://127.0.0.1:{port}/v1, and http://127.0.0.1:{port}/ is the web page. Another port
-# if this one is taken. For other machines: host = "0.0.0.0", and api_key_env = "NAME" with the name
-# of an environment variable that holds the key.
+# if this one is taken. For other machines: host = "0.0.0.0", and a key for each agent, which
+# `nextstate keys create NAME` makes.
 port = {port}
 
 [judge]

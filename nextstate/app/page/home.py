@@ -89,7 +89,10 @@ def answer(found: Sequence[Score]) -> str:
         return "Nothing can be said yet: no turn has been judged."
     known = [score for score in found if score.low is not None]
     if len(known) < 2:
-        return "Too early to say: that takes two versions with judged turns in 8 sessions each."
+        return (
+            "Too early to say: that takes two versions with judged turns in 8 sessions each, and "
+            "one conversation is one session."
+        )
     first, last = known[0], known[-1]
     change = (
         f"from {first.value:+.2f} (version {first.version}) to {last.value:+.2f} "
