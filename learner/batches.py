@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from learner.advantages import SIGNALS
 from learner.config import LearnerConfig
-from learner.selection import Parents, is_due, is_held_out, policy_lag, unfit
+from learner.selection import Parents, is_due, is_held_out, longest_wait_s, policy_lag, unfit
 from learner.tensors import token_count
 from nextstate.private_files import secret_of
 from nextstate.records import Sample
@@ -20,9 +20,6 @@ from nextstate.store import Store
 log = logging.getLogger(__name__)
 
 _HELD_PER_SESSION = 4
-_HELD_BACK_S = 3600.0
-"""A full batch that the shares make smaller (`nextstate/store/shares.py`) waits so long to be full
-again."""
 _HELD_OUT_TURNS = 32
 """The newest held-out turns that a candidate is checked on."""
 
@@ -104,10 +101,10 @@ class Batches:
         ready = self._store.training.ready_samples(self._lineage, self._scored, self._hinted)
         size, longest_s = self._config.batch_size, self._config.max_wait_s
         if ready >= self._config.min_batch:
-            given = self._store.training.allotted(self._lineage, size, self._scored, self._hinted)
-            if ready >= size > sum(given.values()):
-                longest_s = longest_s or _HELD_BACK_S
-            ready = min(ready, sum(given.values()))
+            found = self._store.training.allotted(self._lineage, size, self._scored, self._hinted)
+            given = sum(found.values())
+            longest_s = longest_wait_s(ready, given, batch_size=size, max_wait_s=longest_s)
+            ready = min(ready, given)
         now = time.monotonic()
         if ready < self._config.min_batch:
             self._waits_since = None

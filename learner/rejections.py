@@ -45,7 +45,7 @@ def why_paused(lineage: str, newest: Sequence[PolicyVersion], decisions: Decisio
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(decisions.pause.at))
         return (
             f"paused by {one_line(decisions.pause.by)} since {at}: its samples wait; "
-            f"`nextstate resume --lineage {lineage}` ends the pause"
+            f"`nextstate resume {lineage}` ends the pause"
         )
     numbers = rejected_in_a_row(newest, decisions.after)
     if len(numbers) < MANY_REJECTIONS:
@@ -59,6 +59,6 @@ def pause_notice(lineage: str, numbers: Sequence[int], reason: str | None) -> st
         f"paused: the gate rejected versions {', '.join(map(str, numbers))} in a row; their "
         f"samples are kept and wait; the last reason: {reason}. Lower [learner] step_kl "
         "and start again; or go on from an earlier version: `nextstate "
-        f"rollback NUMBER --lineage {lineage}`; or try once more: `nextstate resume --lineage "
-        f"{lineage}` ends the pause"
+        f"rollback NUMBER --lineage {lineage}`; or try once more: `nextstate resume {lineage}` "
+        "ends the pause"
     )

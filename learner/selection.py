@@ -5,6 +5,9 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 
+HELD_BACK_S = 3600.0
+"""A full batch that the shares make smaller (`nextstate/store/shares.py`) waits so long to be full
+again."""
 Parents = Mapping[int, int | None]
 """Each version's parent by its number; the base has none."""
 
@@ -44,6 +47,19 @@ def is_due(
     starts an update.
     """
     return ready >= batch_size or (ready >= min_batch and 0 < max_wait_s <= waited_s)
+
+
+def longest_wait_s(ready: int, given: int, *, batch_size: int, max_wait_s: float) -> float:
+    """How long an update waits for a full batch; 0: without end.
+
+    `ready` samples wait, of which the shares let `given` train.
+
+    >>> longest_wait_s(20, 5, batch_size=16, max_wait_s=0.0)
+    3600.0
+    >>> longest_wait_s(5, 5, batch_size=16, max_wait_s=0.0)
+    0.0
+    """
+    return max_wait_s or (HELD_BACK_S if ready >= batch_size > given else 0.0)
 
 
 def is_held_out(lineage: str, session: str, share: float, key: bytes) -> bool:

@@ -55,7 +55,9 @@ def connect(address: str, folder: Path, *, quiet: bool = False) -> Any:
     try:
         ray: Any = importlib.import_module("ray")
     except ImportError:
-        raise StartError("--ray needs Ray: run `make ray`") from None
+        raise StartError(
+            "--ray needs Ray: run `make ray` in a clone, or `pip install ray`"
+        ) from None
     _find_token(folder, address)
     if address:
         _check(address)

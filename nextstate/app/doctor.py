@@ -128,6 +128,7 @@ def _hosts(settings: Settings) -> str:
 
 def _vllm(settings: Settings) -> str:
     vllm.check_package()
+    vllm.check_system(settings.engine)
     vllm.check_replicas(settings.engine)
     vllm.managed_key(settings.engine)
     left_out = ", ".join(vllm.not_passed(settings.engine, os.environ))

@@ -15,6 +15,8 @@ from nextstate.config import EngineConfig, StoreConfig
 from nextstate.errors import StartError
 
 OTHER_AGENT = "other"
+SMALL = "smollm2"
+"""As an answer: the small model."""
 JUDGES = {
     "engine": "the model itself says how good its reply was; a small model may not be able to",
     "rules": "without a model: reads what people and tools answer, in five languages",
@@ -46,11 +48,11 @@ served_model_name = {name}
 max_model_len = 0
 # The parser of tool calls must fit the model (hermes: Qwen), or tool calls stay text.{gpu_note}
 args = [{args}]
-
+{gpu_env}
 [proxy]
 # Agents ask http://127.0.0.1:{port}/v1, and http://127.0.0.1:{port}/ is the web page. Another port
-# if this one is taken. For other machines: host = "0.0.0.0", and api_key_env = "NAME" with the name
-# of an environment variable that holds the key.
+# if this one is taken. For other machines: host = "0.0.0.0", and a key for each agent, which
+# `nextstate keys create NAME` makes.
 port = {port}
 
 [judge]
@@ -67,6 +69,10 @@ schedule = "always"
 _GPU_NOTE = """
 # vLLM would take 92 % of the one GPU: it leaves half to the learner."""
 
+_SEVERAL_NOTE = """\
+# vLLM computes on this GPU, and the learner on the first one. More for vLLM: see docs/scale.md.
+env = {{ CUDA_VISIBLE_DEVICES = {second} }}
+"""
 _CPU_NOTE = """\
 # Seconds after which an update starts with fewer turns: one correction soon makes a version. 0: it
 # waits for all of them, which is steadier.
@@ -83,12 +89,11 @@ class Answers:
     judge: str = "engine"
 
 
-def usual(gpus: int, small: Path | None) -> Answers:
-    """The defaults. `small`: the folder of the small model that `nextstate fetch smollm2` made."""
+def usual(gpus: int, small: Path) -> Answers:
+    """The defaults. `small`: the folder of the small model that `nextstate fetch smollm2` makes."""
     if gpus:
         return Answers()
-    model = Answers().model if small is None else str(small)
-    return Answers(model, judge="rules")  # what a CPU serves does not understand how to judge
+    return Answers(str(small), judge="rules")  # what a CPU serves does not understand how to judge
 
 
 def ask(
@@ -96,8 +101,8 @@ def ask(
     say: Callable[[str], None],
     agents: Sequence[str],
     cached: Sequence[str],
-    gpus: int = 1,
-    small: Path | None = None,
+    gpus: int,
+    small: Path,
 ) -> Answers:
     """Asks the three questions. `read` shows a prompt and returns a line; it raises EOFError.
 
@@ -110,9 +115,10 @@ def ask(
         say("\n1  Which model learns? A folder with weights, or a name on the model hub.")
         if cached:
             say(f"   In the local cache: {', '.join(cached)}")
-        if not gpus and small is None:
-            say("   Without a GPU, small ones: `nextstate fetch smollm2` prints the folder of one.")
-        model = _answer(read, say, default.model, _bad_model)
+        if not gpus and not small.is_dir():
+            say("   Without a GPU, a small one: `nextstate fetch smollm2` downloads the default.")
+        known = (SMALL, str(small))
+        model = _answer(read, say, default.model, lambda m: None if m in known else _bad_model(m))
         say("\n2  Which agent talks to it?")
         say(f"   {', '.join(agents)} or {OTHER_AGENT} (any OpenAI client)")
         known = (*agents, OTHER_AGENT)
@@ -125,13 +131,13 @@ def ask(
         raise StartError(
             "there was no answer, so no file was written: `nextstate up --yes` takes the defaults"
         ) from None
-    return Answers(model, agent, judge)
+    return Answers(str(small) if model == SMALL else model, agent, judge)
 
 
-def file_text(answers: Answers, gpus: int) -> str:
-    """The configuration file for these answers, on a machine with so many GPUs."""
+def file_text(answers: Answers, gpus: Sequence[str]) -> str:
+    """The configuration file for these answers, on a machine with these GPUs (`visible_gpus`)."""
     args = list(EngineConfig().args)
-    if gpus == 1:
+    if len(gpus) == 1:
         args += ["--gpu-memory-utilization", _GPU_SHARE]
     note = ""
     if answers.agent != OTHER_AGENT:
@@ -140,7 +146,8 @@ def file_text(answers: Answers, gpus: int) -> str:
         store=json.dumps(StoreConfig().dir),
         model=_quoted(answers.model),
         name=_quoted(_served_name(answers.model)),
-        gpu_note=_GPU_NOTE if gpus == 1 else "",
+        gpu_note=_GPU_NOTE if len(gpus) == 1 else "",
+        gpu_env=_SEVERAL_NOTE.format(second=_quoted(gpus[1])) if len(gpus) > 1 else "",
         args=", ".join(map(json.dumps, args)),
         port=8080,
         judge=json.dumps(answers.judge),
@@ -156,8 +163,11 @@ def _quoted(text: str) -> str:
 
 def _served_name(model: str) -> str:
     """A folder's own name: its whole path is long, and nobody else's business."""
-    folder = Path(model).expanduser()
-    return folder.resolve().name if folder.is_dir() else ""
+    try:
+        folder = Path(model).expanduser()
+        return folder.resolve().name if folder.is_absolute() or folder.is_dir() else ""
+    except (OSError, ValueError, RuntimeError):  # no path: see `_bad_model`
+        return ""
 
 
 def write_file(file: Path, text: str) -> None:
@@ -169,18 +179,19 @@ def write_file(file: Path, text: str) -> None:
         raise StartError(f"{file} cannot be written: {error.strerror}") from error
 
 
-def gpu_count() -> int:
-    """How many NVIDIA GPUs this machine has, as its driver says."""
+def visible_gpus() -> list[str]:
+    """The NVIDIA GPUs that the driver lists, as CUDA_VISIBLE_DEVICES names them."""
     if shutil.which("nvidia-smi") is None:
-        return 0
+        return []
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
-        return len([gpu for gpu in visible.split(",") if gpu.strip() not in ("", "-1")])
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip() not in ("", "-1")]
     argv = ["nvidia-smi", "--list-gpus"]
     try:
         done = subprocess.run(argv, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in done.stdout.splitlines())
+        return []
+    found = [line for line in done.stdout.splitlines() if line.startswith("GPU ")]
+    return [str(number) for number in range(len(found))]
 
 
 def cached_models() -> list[str]:

@@ -11,9 +11,10 @@ from pathlib import Path
 
 from nextstate.app.log_files import Follower, parts
 from nextstate.app.page.charts import Score
-from nextstate.app.page.home import answer, problems, scores, waits
+from nextstate.app.page.home import answer, problems, scores
 from nextstate.app.settings import Settings
 from nextstate.app.status import pauses
+from nextstate.app.waiting import waits
 from nextstate.records import Json
 from nextstate.store import Store
 from nextstate.training_status import read_training_status

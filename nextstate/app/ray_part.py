@@ -150,6 +150,7 @@ class Part:
     def _engine(self, settings: Settings) -> Child:
         """The engine's process, on the port that it had if it was here before."""
         vllm.check_package()
+        vllm.check_system(settings.engine)
         number = settings.engine.parts.index(self._name)
         with _engine_file_locked(settings):
             urls, key = engine_access(settings)

@@ -64,7 +64,8 @@ RUN if [ "$ACCEL" = cpu ]; then \\
       pip install --no-cache-dir --no-deps ${{TORCH_INDEX:+--index-url "$TORCH_INDEX"}} \\
         -r requirements/torch.txt; \\
     fi \\
- && pip install --no-cache-dir --no-deps --require-hashes -r "requirements/$ACCEL.lock"
+ && pip install --no-cache-dir --no-deps --require-hashes -r "requirements/$ACCEL.lock" \\
+ && pip install --no-cache-dir --no-deps --require-hashes -r requirements/postgres.txt
 COPY . .
 # It runs in a folder without modules of ours, which would hide vLLM's; any user may write there.
 RUN pip install --no-cache-dir --no-deps --no-build-isolation . \\
@@ -78,14 +79,22 @@ ENTRYPOINT ["nextstate"]
 CMD ["up"]
 """
 _IGNORED = """\
-# {mark}.
-.git
-.venv
-.clients
+# {mark}. Only what is installed gets into the image: no keys (.env), settings or
+# records that lie beside it.
+*
+!LICENSE
+!README.md
+!demo
+!judge
+!learner
+!nextstate
+!plugins
+!proxy
+!pyproject.toml
+!requirements
+!rollout
 **/__pycache__
-**/*.egg-info
-build
-demo-output
+**/.env*
 """
 _COMPOSE = """\
 # {mark}. docker compose up --build --detach

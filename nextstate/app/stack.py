@@ -120,6 +120,7 @@ class Stack(Parts):
         certificate(self.settings.proxy)
         if self.managed:
             vllm.check_package()
+            vllm.check_system(self.settings.engine)
             vllm.check_replicas(self.settings.engine)
         if self.settings.learner.trains_all:
             self._check_whole_models()

@@ -16,6 +16,7 @@ from nextstate.app.own_key import proxy_key
 from nextstate.app.retention import read_keep
 from nextstate.app.settings import Settings
 from nextstate.app.tls import proxy_connector
+from nextstate.app.waiting import signals, waits
 from nextstate.app.watching import serving_watch, watch_text
 from nextstate.errors import ConfigError, EngineError, StartError, WrongEngineError
 from nextstate.exams import FAILED, MISSED, Exam
@@ -38,13 +39,19 @@ async def status(settings: Settings) -> Json:
     counts = await asyncio.to_thread(store.counts)
     answer = await _ask_proxy(settings, "/healthz")
     health = (json_object(answer[1]) or {}) if answer is not None else {}
+    training = await asyncio.to_thread(_training, settings, store)
     return {
         "state_dir": str(settings.store.path),
         "proxy": _proxy_health(answer, health),
         "engine": await _engine_health(settings, health),
         "engines": {str(one["name"]): engine_text(one) for one in objects(health.get("engines"))},
         "parts": await asyncio.to_thread(read_child_states, settings.store.path),
-        "training": await asyncio.to_thread(_training, settings, store),
+        "training": training,
+        "waits": {
+            name: await asyncio.to_thread(waits, settings, store, name, counts)
+            for name in lineages
+            if name not in training
+        },
         "serving": {name: version.number for name, version in serving.items()},
         "watch": await asyncio.to_thread(_watch, settings, store),
         "counts": counts,
@@ -82,10 +89,9 @@ def status_lines(found: Json) -> list[str]:
 
 def _held_back(settings: Settings, store: Store) -> Json:
     """By lineage: the judged turns that wait by client, because the shares hold some back."""
-    method, size = settings.learner.method, settings.learner.batch_size
-    signals = method not in ("opd", "opd_topk"), method != "binary"
-    found = {name: store.training.held_back(name, size, *signals) for name in settings.all_lineages}
-    return {name: waits for name, waits in found.items() if waits}
+    size, which = settings.learner.batch_size, signals(settings.learner)
+    found = {name: store.training.held_back(name, size, *which) for name in settings.all_lineages}
+    return {name: by_client for name, by_client in found.items() if by_client}
 
 
 def _training(settings: Settings, store: Store) -> dict[str, str]:

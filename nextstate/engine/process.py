@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import re
 import secrets
+import shutil
 import socket
 import sys
 from collections.abc import Mapping
@@ -30,6 +32,7 @@ _LORA_RANKS = (16, 32, 64, 128, 256, 320, 512)
 """Of those that vLLM's `--max-lora-rank` accepts."""
 _BESIDE_TORCH = ("torchvision", "torchaudio", "torchcodec")
 """What vLLM asks for and a model of text does not need."""
+_NUMA = "libnuma.so.1"
 _OWN_VARIABLES = "VLLM_"
 _VISIBLE = "CUDA_VISIBLE_DEVICES"
 _GPU_SHARE = 0.92
@@ -212,6 +215,13 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def small_model() -> Path:
+    """The folder of the model that `nextstate fetch smollm2` makes, in the user's cache."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    return root / "nextstate" / "SmolLM2-135M-Instruct"
+
+
 def check_model(config: EngineConfig) -> None:
     """Raises StartError unless the model's weights are on this machine."""
     path = Path(config.model).expanduser()
@@ -228,6 +238,11 @@ def check_model(config: EngineConfig) -> None:
                 "`save_pretrained` of transformers writes"
             )
         return
+    if path == small_model():
+        raise StartError(
+            f"[engine] model = {config.model!r} is not there yet: run `nextstate fetch smollm2` "
+            "once, or name another"
+        )
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", config.model):
         raise StartError(
             f"[engine] model = {config.model!r} is neither a folder on this machine nor a name "
@@ -252,6 +267,29 @@ def check_package() -> None:
         raise StartError(
             f"{alien} was built for another torch than the one for CPUs that is installed, so vLLM "
             f"cannot start: run `pip uninstall {' '.join(_BESIDE_TORCH)}`; nothing here needs them"
+        )
+
+
+def check_system(config: EngineConfig) -> None:
+    """Raises StartError unless the system has what vLLM for CPUs needs beside its packages."""
+    if not on_cpu():
+        return
+    try:
+        ctypes.CDLL(_NUMA)
+    except OSError as error:
+        raise StartError(
+            f"vLLM for CPUs needs the library {_NUMA}, which cannot be loaded here ({error}): "
+            "`apt install libnuma1` (Debian, Ubuntu) or `dnf install numactl-libs` (Fedora)"
+        ) from error
+    env = {**os.environ, **config.env}
+    compiles = "--enforce-eager" not in config.args and env.get("TORCHDYNAMO_DISABLE") != "1"
+    compiler = env.get("CXX", "g++")
+    if compiles and shutil.which(compiler, path=env.get("PATH")) is None:
+        raise StartError(
+            f"vLLM compiles for this CPU with the compiler {compiler}, which is not on PATH: "
+            "`apt install g++` (Debian, Ubuntu) or `dnf install gcc-c++` (Fedora), name another "
+            'one with env = { CXX = "…" } in [engine], or do without it, slower, by '
+            '"--enforce-eager" in [engine] args'
         )
 
 

@@ -193,6 +193,6 @@ def _dialect(url: str, folder: Path) -> Dialect:
     except ImportError as error:
         raise StoreError(
             f"[store] url names a PostgreSQL database, and its driver is missing ({error}): "
-            '`pip install "nextstate[postgres]"`, or `make postgres` in a clone'
+            '`pip install "psycopg[binary]"`, or `make env` in a clone'
         ) from error
     return PostgreSQL(url)

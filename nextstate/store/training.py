@@ -143,6 +143,14 @@ class Training:
         with self._database.read() as connection:
             return connection.execute(sa.select(s.turn).where(*ours).limit(1)).first() is not None
 
+    def leased_count(self, lineage: str) -> int:
+        """How many samples an update has."""
+        s = t.samples.c
+        ours = s.lineage == lineage, s.state == SampleState.LEASED
+        with self._database.read() as connection:
+            query = sa.select(sa.func.count()).select_from(t.samples).where(*ours)
+            return connection.execute(query).scalar_one()
+
     def _known(self, connection: sa.Connection, lineage: str) -> set[str]:
         """The clients that gave something to the last versions."""
         s, v = t.samples.c, t.versions.c

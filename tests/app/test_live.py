@@ -14,6 +14,7 @@ from rich.console import Console
 
 from nextstate.app.child_states import write_child_states
 from nextstate.app.cli.up import draw
+from nextstate.app.first_file import OTHER_AGENT
 from nextstate.app.live import OwnLog, Seen, Watcher, news
 from nextstate.app.live_screen import Frame, marks_for, screen
 from nextstate.app.settings import Settings
@@ -175,9 +176,8 @@ def test_own_warnings_are_printed_until_a_screen_takes_them(settings: Settings) 
     store.close()
 
 
-def test_the_screen_lasts_until_the_loop_ends_and_leaves_the_terminal_as_it_was(
-    settings: Settings,
-) -> None:
+def drawn_until_it_ends(settings: Settings, agent: str | None) -> str:
+    """All that `draw` writes to a terminal."""
     store, stopping = Store(settings.store), asyncio.Event()
 
     class Loop:
@@ -196,8 +196,22 @@ def test_the_screen_lasts_until_the_loop_ends_and_leaves_the_terminal_as_it_was(
 
     output = io.StringIO()
     console = Console(file=output, force_terminal=True, width=80, height=24)
-    asyncio.run(draw(cast(Stack, Loop()), console, Watcher(settings, store), "openclaw"))
+    asyncio.run(draw(cast(Stack, Loop()), console, Watcher(settings, store), agent))
     store.close()
-    assert "nextstate connect openclaw" in output.getvalue()
-    assert output.getvalue().rindex("\x1b[?1049l") > output.getvalue().rindex("\x1b[?1049h")
-    assert output.getvalue().endswith("ending\n")
+    return output.getvalue()
+
+
+def test_the_screen_lasts_until_the_loop_ends_and_leaves_the_terminal_as_it_was(
+    settings: Settings,
+) -> None:
+    written = drawn_until_it_ends(settings, "openclaw")
+    assert "nextstate connect openclaw" in written
+    assert written.rindex("\x1b[?1049l") > written.rindex("\x1b[?1049h")
+    assert written.endswith("ending\n")
+
+
+@pytest.mark.parametrize("agent", [None, OTHER_AGENT])
+def test_the_screen_names_no_agent_that_connect_does_not_know(
+    settings: Settings, agent: str | None
+) -> None:
+    assert "nextstate connect AGENT" in drawn_until_it_ends(settings, agent)

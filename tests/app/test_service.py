@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,43 @@ def test_compose_runs_the_image_with_the_configuration_the_state_and_the_models(
     assert ("deploy" in found) == (accelerator == "cuda")
     assert (config.parent / "mine").is_dir()
     assert f"ARG ACCEL={accelerator}\n" in (sources / "Dockerfile").read_text()
-    assert ".git\n" in (sources / ".dockerignore").read_text()
+
+
+def reaches_the_image(ignored: str, name: str) -> bool:
+    """Whether `COPY . .` takes a file: the last line that fits it or a folder above it decides.
+
+    Of Docker's patterns this knows those that are used: plain names, `*`, and `**/` before either.
+    """
+    rules = [line for line in ignored.splitlines() if line and not line.startswith("#")]
+    above = [name, *map(str, Path(name).parents)][:-1]
+    taken = True
+    for rule in rules:
+        pattern = rule.removeprefix("!")
+        assert "/" not in pattern.removeprefix("**/")
+        everywhere = pattern.startswith("**/")
+        pattern = pattern.removeprefix("**/")
+        names = [Path(one).name if everywhere else one for one in above]
+        if any("/" not in one and fnmatch(one, pattern) for one in names):
+            taken = rule.startswith("!")
+    return taken
+
+
+def test_keys_settings_and_what_was_recorded_stay_out_of_the_image(
+    config: Path, sources: Path
+) -> None:
+    assert service("docker", "--accel", "cpu", "--out", sources, "--config", config) == 0
+    ignored = (sources / ".dockerignore").read_text()
+    for name in (
+        *(".env", "nextstate/.env", "nextstate.toml", "store.key", "tls/key.pem", "mine/store.db"),
+        *(".git/config", ".venv/bin/python", ".clients/x", ".docs/x", ".policies/x", "dist/x.whl"),
+        *("demo/__pycache__/x.pyc", "demo/policy/.env.local"),
+    ):
+        assert not reaches_the_image(ignored, name), name
+    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    rooms = ("nextstate/", "proxy/", "judge/", "learner/", "rollout/", "plugins/", "demo/")
+    needed = [name for name in done.stdout.split() if name.startswith((*rooms, "requirements/"))]
+    for name in (*needed, "pyproject.toml", "README.md", "LICENSE"):
+        assert reaches_the_image(ignored, name), name
 
 
 def test_odd_names_reach_compose_as_they_are() -> None:

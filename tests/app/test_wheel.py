@@ -60,6 +60,39 @@ def test_the_wheel_has_the_command_and_extras_for_each_kind_of_machine(wheel: Zi
     assert any(re.match(r"vllm==.*extra == .cuda.$", need) for need in needs)
 
 
+@pytest.fixture(scope="module")
+def installed(wheel: ZipFile, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment into which pip has put the wheel, and nothing else.
+
+    The packages that it needs are those of this environment: they are 4 GB.
+    """
+    env = tmp_path_factory.mktemp("installed") / "env"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(env)], check=True)
+    argv = [sys.executable, "-m", "pip", "--python", str(env / "bin" / "python"), "install"]
+    argv += ["--quiet", "--no-deps", "--no-index", str(wheel.filename)]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    (site,) = env.glob("lib/python*/site-packages")
+    others = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "others.pth").write_text("\n".join(others))
+    return env
+
+
+def ran(installed: Path, *words: str) -> str:
+    """What a program of the environment prints, in another folder."""
+    argv = [str(installed / "bin" / words[0]), *words[1:]]
+    env, folder = {"PATH": os.environ["PATH"], "HOME": str(installed.parent)}, installed.parent
+    done = subprocess.run(argv, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_command_runs_where_pip_installed_the_wheel(installed: Path) -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert ran(installed, "nextstate", "--version").split()[-1] == version
+    assert "--persona" in ran(installed, "nextstate", "demo", "--help")
+
+
 def built(out: Path, umask: int) -> tuple[Path, Path]:
     """A wheel of the last commit, and its statement."""
     argv = [sys.executable, str(ROOT / "requirements" / "wheel.py"), "--out", str(out)]
@@ -98,25 +131,15 @@ def test_each_lock_has_every_package_that_the_wheel_names(lock: str) -> None:
     assert names - set(re.findall(r"^([a-z0-9-]+)==", text, re.MULTILINE)) == set()
 
 
-def test_the_demo_finds_its_policies_and_questions_where_the_wheel_was_installed(
-    wheel: ZipFile, tmp_path: Path
+def test_the_demo_finds_its_policies_and_questions_where_pip_installed_the_wheel(
+    installed: Path,
 ) -> None:
-    wheel.extractall(tmp_path)
     found = "from demo import course, questions, tool_demo; "
     found += "print(course.POLICY, tool_demo.FOLDER, questions.FOLDER)"
-    done = subprocess.run(
-        [sys.executable, "-P", "-c", found],
-        env={"PYTHONPATH": str(tmp_path), "PATH": os.environ["PATH"]},
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    policy, tools, questions = map(Path, done.stdout.split())
+    policy, tools, questions = map(Path, ran(installed, "python", "-c", found).split())
     for folder in (policy, tools):
-        assert folder.is_relative_to(tmp_path)
+        assert folder.is_relative_to(installed)
         assert (folder / "model.safetensors").stat().st_size > 1_000_000
         assert (folder / "tokenizer.json").exists()
-    assert questions.is_relative_to(tmp_path)
+    assert questions.is_relative_to(installed)
     assert (questions / "held_out.txt").exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from demo import smollm2
+from nextstate.engine.process import small_model
 from nextstate.errors import StartError
 
 
@@ -28,11 +29,11 @@ def left_behind(cache: Path) -> list[Path]:
 
 
 def test_the_cache_follows_xdg_cache_home(cache: Path) -> None:
-    assert smollm2.cache_folder().parent == cache
+    assert small_model().parent == cache
 
 
 def test_a_converted_model_is_used_without_a_download(cache: Path) -> None:
-    folder = smollm2.cache_folder()
+    folder = small_model()
     folder.mkdir(parents=True)
     (folder / "model.safetensors").touch()
     assert smollm2.model_folder("smollm2") == folder

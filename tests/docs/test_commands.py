@@ -63,3 +63,12 @@ def test_the_parser_accepts_every_command_that_a_document_shows(
     every = re.findall(r"^```(\w*)\n(.*?)^```$", document.read_text("utf-8"), re.M | re.S)
     shown = [line for language, block in every if not language for line in examples(block)]
     assert [line for line in shown if not accepts(line)] == []
+
+
+def test_nothing_is_installed_by_our_name_from_an_index_where_it_is_not() -> None:
+    """Nothing has been released: somebody else could take the name."""
+    files = [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "pyproject.toml"]
+    for room in ("nextstate", "proxy", "judge", "learner", "rollout", "plugins", "demo"):
+        files += (ROOT / room).rglob("*.py")
+    by_name = re.compile(r"(?:pip|pipx|uv)\S* [^`\n]*(?<![\w/.-])nextstate\[|needs nextstate\[")
+    assert [str(file) for file in files if by_name.search(file.read_text("utf-8"))] == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
@@ -11,10 +12,12 @@ from pathlib import Path
 import pytest
 
 from nextstate.config import EngineConfig
+from nextstate.engine import process
 from nextstate.engine.process import (
     cause_of_death,
     check_model,
     check_package,
+    check_system,
     command,
     environment,
     free_port,
@@ -174,3 +177,36 @@ def test_a_torchvision_that_the_torch_for_cpus_cannot_load_is_named_before_the_s
     monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     with nullcontext() if starts else pytest.raises(StartError, match="pip uninstall torchvision"):
         check_package()
+
+
+def test_without_libnuma_the_package_to_install_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "on_cpu", lambda: True)
+    monkeypatch.setattr(process, "_NUMA", "libnuma-of-nobody.so.1")
+    with pytest.raises(StartError, match=r"libnuma-of-nobody\.so\.1.*`apt install libnuma1`"):
+        check_system(EngineConfig(model="m"))
+    monkeypatch.setattr(process, "on_cpu", lambda: False)
+    check_system(EngineConfig(model="m"))
+
+
+@pytest.mark.parametrize(
+    ("config", "needed"),
+    [
+        (EngineConfig(model="m"), "g++"),
+        (EngineConfig(model="m", env={"CXX": "clang++"}), "clang++"),
+        (EngineConfig(model="m", env={"TORCHDYNAMO_DISABLE": "1"}), ""),
+        (EngineConfig(model="m", args=("--enforce-eager",)), ""),
+    ],
+)
+def test_without_a_compiler_for_what_vllm_compiles_on_a_cpu_it_is_named(
+    config: EngineConfig, needed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "on_cpu", lambda: True)
+    monkeypatch.setattr(process, "_NUMA", "libc.so.6")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    missing = pytest.raises(StartError, match=rf"compiler {re.escape(needed)}, .*`apt install g")
+    with missing if needed else nullcontext():
+        check_system(config)
+    (tmp_path / (needed or "g++")).touch(0o700)
+    check_system(config)

@@ -58,7 +58,7 @@ def test_after_three_rejections_the_lineage_pauses_keeps_its_samples_and_says_wh
     assert list(said) == ["main"]
     assert said["main"].startswith("paused: the gate rejected versions 1, 2, 3 in a row")
     assert "the last reason: it was told to" in said["main"]
-    assert "nextstate resume --lineage main" in said["main"]
+    assert "nextstate resume main" in said["main"]
     assert "nextstate rollback NUMBER --lineage main" in said["main"]
     (logged,) = (r for r in caplog.records if "in a row" in r.getMessage())
     assert (logged.levelno, logged.getMessage()) == (
@@ -91,7 +91,7 @@ def test_a_lineage_that_a_person_has_paused_takes_no_batch_until_it_is_resumed(
     assert recorded.states() == {"ready": 32}
     said = read_training_status(recorded.store.dir, ["main"])["main"]
     assert said.startswith("paused by ada since ")
-    assert said.endswith("`nextstate resume --lineage main` ends the pause")
+    assert said.endswith("`nextstate resume main` ends the pause")
     recorded.store.versions.resume("main")
     assert run(recorded, model_path).published == [1, 2]
     assert read_training_status(recorded.store.dir, ["main"]) == {}

@@ -293,6 +293,7 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "settle_verdict": lambda s: judge(s, 3, 1),
     "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_7", -1, "Be brief.")),
     "lease_samples": lambda s: s.training.lease_samples("main", 16, "b", **BATCH),
+    "leased_count": lambda s: s.training.leased_count("main"),
     "allotted": lambda s: s.training.allotted("main", 16, True, True),
     "held_back": lambda s: s.training.held_back("main", 16, True, True),
     "review": lambda s: s.reviewing.give(Feedback("turn_7", -1, "Be brief."), "key eve"),

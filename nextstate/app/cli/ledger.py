@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from typing import TYPE_CHECKING, Any
 
 from nextstate.app.cli.common import add_command, add_json, counted, print_json, whole_number
@@ -47,11 +48,15 @@ def run(args: argparse.Namespace) -> int:
     from nextstate.store import Store
 
     ledger = Store(Settings.read(args.config).store).ledger
+    entry = None
     for entry in ledger.newest(args.limit or None, args.before):
         if args.json:
             print_json(asdict(entry))
         else:
             print(f"{entry.seq:>5}  {time_text(entry.at)}  {_line(entry)}")
+    if entry is None and not args.json:
+        older = f" before {args.before}" if args.before is not None else ": no version was made yet"
+        print(f"nextstate: the ledger is empty{older}", file=sys.stderr)
     return 0
 
 

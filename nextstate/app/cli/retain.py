@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 _EPILOG = """\
 The judge's process looks every five minutes and deletes the oldest turns that are too old, or as
 long as the store is too large. What is still of use stays: what did not train yet, conversations of
-the last day, episodes that are not settled, and the newest 1040 judged turns of each lineage.
+the last day, episodes that are not settled, feedback that waits for a review, turns that wait less
+than a week for their verdict, and the newest 1040 judged and 64 held-out turns of each lineage.
 Versions that learned from what goes stay in service: `nextstate forget ID` withdraws these, also
 later, by the ids that `nextstate ledger` tells. What the turns held cannot be looked for then.
 

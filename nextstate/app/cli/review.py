@@ -10,8 +10,9 @@ from nextstate.app.cli.common import add_command, add_json, counted, print_json
 
 _EPILOG = """\
 Feedback of a key without the scope admin waits here if there are more than 60 verdicts of it in an
-hour (flood), or if it says otherwise than somebody else about the same turn (contradiction). Your
-own word settles it too: `nextstate feedback`, or the turn's web page.
+hour (flood), if it is about another key's turn (foreign), or if it says the opposite of what
+followed the turn or of what you said (contradiction). Your own word settles it too: `nextstate
+feedback`, or the turn's web page.
 
 examples:
   nextstate review                         what waits, with its number

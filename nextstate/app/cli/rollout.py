@@ -77,7 +77,7 @@ def add(subparsers: Any) -> None:
     parser.add_argument("--run", dest="name", metavar="NAME", help=text)
     parser.add_argument("--lineage", metavar="NAME", help="whom they train (default: main)")
     text = "play on all nodes of the Ray cluster whose head is at HOST:PORT (default: in a Ray "
-    text += "of this machine alone); needs nextstate[ray]"
+    text += "of this machine alone); needs Ray: `make ray` in a clone"
     parser.add_argument("--ray", nargs="?", const="", metavar="HOST:PORT", help=text)
 
 

@@ -39,12 +39,12 @@ def add(subparsers: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from nextstate.app.first_file import gpu_count
+    from nextstate.app.first_file import visible_gpus
     from nextstate.app.service_files import compose_file, docker_files, unit, write_service_file
     from nextstate.errors import StartError
 
     machine = _machine(args.config)
-    accelerator = args.accel or ("cuda" if gpu_count() else "cpu")
+    accelerator = args.accel or ("cuda" if visible_gpus() else "cpu")
     if args.kind == "systemd":
         config_home = Path(os.environ.get("XDG_CONFIG_HOME") or "~/.config").expanduser()
         folder = args.out or config_home / "systemd" / "user"

@@ -44,8 +44,8 @@ def add(subparsers: Any) -> None:
     text = "if there is no configuration file: write one with the defaults"
     parser.add_argument("--yes", action="store_true", help=text)
     text = "run the parts on the nodes of the Ray cluster whose head is at HOST:PORT; auto: the "
-    text += "one that runs this as a job (default: a Ray of this machine alone); needs "
-    text += "nextstate[ray]"
+    text += "one that runs this as a job (default: a Ray of this machine alone); needs Ray: `make "
+    text += "ray` in a clone"
     parser.add_argument("--ray", nargs="?", const="", metavar="HOST:PORT", help=text)
 
 
@@ -74,19 +74,18 @@ def run(args: argparse.Namespace) -> int:
 
 def _first_start(file: Path, defaults: bool) -> str | None:
     """Makes the configuration file and checks it; the agent, or None if the checks failed."""
-    from demo import smollm2
     from nextstate.app import first_file
     from nextstate.app.cli.connect import AGENT_NAMES
     from nextstate.app.cli.doctor import show_checks
+    from nextstate.engine.process import small_model
     from nextstate.errors import StartError
 
-    gpus, small = first_file.gpu_count(), smollm2.cache_folder()
-    small = small if smollm2.is_ready(small) else None
+    gpus = first_file.visible_gpus()
     if defaults:
-        answers = first_file.usual(gpus, small)
+        answers = first_file.usual(len(gpus), small_model())
     elif sys.stdin.isatty() and sys.stdout.isatty():
         cached = first_file.cached_models()
-        answers = first_file.ask(input, print, AGENT_NAMES, cached, gpus, small)
+        answers = first_file.ask(input, print, AGENT_NAMES, cached, len(gpus), small_model())
     else:
         raise StartError(
             f"there is no file {file} and no terminal to ask what should be in it: run "
@@ -156,10 +155,12 @@ async def draw(
     """Draws the screen until everything ends."""
     from rich.live import Live
 
+    from nextstate.app.first_file import OTHER_AGENT
     from nextstate.app.live_screen import Frame, marks_for, screen
 
     url, started = stack.settings.proxy.url, time.time()
-    step = f"Web page {url}/   Your agent: nextstate connect {agent or 'AGENT'}"
+    known = "AGENT" if agent in (None, OTHER_AGENT) else agent
+    step = f"Web page {url}/   Your agent: nextstate connect {known}"
     marks, console.soft_wrap = marks_for(console.encoding), False
     with Live(console=console, screen=True, auto_refresh=False) as live:
         while not stack.stopping.is_set():

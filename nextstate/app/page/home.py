@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from learner.means import FEWEST, mean_over_groups
@@ -15,6 +15,7 @@ from nextstate.app.judge_worth import agreement_text, judge_agreement
 from nextstate.app.page import charts
 from nextstate.app.page.charts import Score
 from nextstate.app.settings import Settings
+from nextstate.app.waiting import waits
 from nextstate.records import Json, JudgedTurn
 from nextstate.store import Store
 from nextstate.training_status import read_training_status
@@ -33,6 +34,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
     found = scores(store.versions.judged_turns(lineage, _JUDGED))[-_VERSIONS:]
     counts = store.counts()
     problem = read_training_status(settings.store.path, [lineage]).get(lineage)
+    paused = why_paused(store, lineage)
     newest = store.versions.newest(lineage, _CHANGES)[::-1]
     days = turns_a_day(store)
     return {
@@ -49,8 +51,8 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "most": max(count for _, count in days),
         "changes": newest,
         "made_at": store.versions.made_at(lineage, [version.number for version in newest]),
-        "waits": problem or waits(settings, store, lineage, counts),
-        "paused": why_paused(store, lineage),
+        "waits": problem or paused or waits(settings, store, lineage, counts),
+        "paused": paused,
         "problems": [*problems(settings, health, problem), *_reviews(store)],
         "judges": _judges(store),
     }
@@ -87,7 +89,10 @@ def answer(found: Sequence[Score]) -> str:
         return "Nothing can be said yet: no turn has been judged."
     known = [score for score in found if score.low is not None]
     if len(known) < 2:
-        return "Too early to say: that takes two versions with judged turns in 8 sessions each."
+        return (
+            "Too early to say: that takes two versions with judged turns in 8 sessions each, and "
+            "one conversation is one session."
+        )
     first, last = known[0], known[-1]
     change = (
         f"from {first.value:+.2f} (version {first.version}) to {last.value:+.2f} "
@@ -153,18 +158,6 @@ def _reviews(store: Store) -> list[str]:
         "their turns are worth"
         for client, count in store.reviewing.counts().items()
     ]
-
-
-def waits(settings: Settings, store: Store, lineage: str, counts: Mapping[str, int]) -> str:
-    """What the next update waits for."""
-    config = settings.learner
-    scored = config.method not in ("opd", "opd_topk")
-    hinted = config.method != "binary"
-    ready = store.training.ready_samples(lineage, scored=scored, hinted=hinted)
-    text = f"{ready} judged turns are ready; an update takes {config.batch_size}."
-    if pending := counts.get("judgements/pending", 0):
-        text += f" The judge has {pending} turns to judge."
-    return text
 
 
 def _judges(store: Store) -> dict[str, str]:
