@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 import struct
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -55,6 +57,17 @@ _MISSHAPEN = (TypeError, KeyError, ValueError, AttributeError, IndexError)
 _UNKNOWN_LOGPROB = -9999.0
 """vLLM sends this for a log-prob that it does not have."""
 _LARGEST_LOGPROB = 1e-6
+_ENDS = frozenset(("stop", "length", "tool_calls"))
+"""The finish reasons of replies whose every token is the model's. vLLM also sends `abort`, `error`
+and `repetition`; other engines have more."""
+_NAME = re.compile(r"[A-Za-z_]\w{0,39}", re.ASCII)
+"""What may be shown of an engine's names: no words of a conversation."""
+_UNKNOWN = "unknown"
+_FIELDS = frozenset(
+    ("role", "content", "reasoning", "reasoning_content", "tool_calls", "annotations", "citations")
+)
+"""Fields of a message: those that are recorded, and two that say nothing of the model's."""
+_DECODER = json.JSONDecoder()
 _NO_INDEX = "the engine told parts of a tool call without its index"
 _MALFORMED = "the reply held values of types that a chat reply does not have"
 
@@ -92,6 +105,8 @@ class Capture:
     """The prompt's ids without their brackets, as JSON."""
     _pieces: list[Piece] = field(default_factory=lambda: [])
     """Content chunks that came after everything in `_unread`."""
+    _seams: dict[int, list[int]] = field(default_factory=lambda: {})
+    """By a call's index, where parts of its arguments begin that begin as a whole would."""
     _checked: tuple[tuple[float, ...], bool] | None = None
     """(the log-probs, whether all of them are known), once that was asked for."""
 
@@ -107,8 +122,7 @@ class Capture:
         """
         self.join()
         self._unread.append(chunk if payload is None else payload)
-        if isinstance(model := chunk.get("model"), str):
-            self.model = model
+        self._named(chunk)
         for choice in objects(chunk.get("choices")):
             if choice.get("finish_reason") is not None and _is_count(choice.get("index", 0)):
                 self.finished.add(choice.get("index", 0))
@@ -192,7 +206,10 @@ class Capture:
             for choice in objects(data.get("choices")):
                 if self._skip(choice):
                     continue
-                texts, delta = self._tokens(choice), obj(choice.get(said))
+                delta, ended = obj(choice.get(said)), self.finish_reason is not None
+                if ended and (choice.get("token_ids") or any(delta.values())):
+                    self.error = "the engine sent parts of the reply after its end"
+                texts = self._tokens(choice)
                 self._differs = self._differs or texts != (delta.get("content") or "")
                 self._delta(delta, whole=said == "message")
         except _MISSHAPEN as error:
@@ -256,12 +273,18 @@ class Capture:
     def untrainable(self, request: Json) -> str | None:
         """Why the turn must not train, or None when ids, log-probs and usage agree exactly."""
         self.read()
-        if self.error is not None:
-            return self.error
+        if self.choices > 1:
+            return f"the request asked for {self.choices} choices"
+        if (broken := self.error or self._broken_call()) is not None:
+            return broken
         if self.finish_reason is None:
             return "the reply was cut before its end"
-        if self.choices != 1:
-            return f"the request asked for {self.choices} choices"
+        if self.finish_reason not in _ENDS:
+            known = self.finish_reason != _UNKNOWN
+            by = f"by {self.finish_reason}" if known else "for a reason that is not known"
+            return f"the reply was ended {by}"
+        if not self.choices:
+            return "the engine sent no choice"
         shaped = distribution_change(request)
         if shaped is not None:
             return shaped
@@ -287,12 +310,20 @@ class Capture:
         if "error" in data:
             names = ", ".join(error_names(data)) or "it is not named"
             self.error = f"the engine reported an error: {names}"
-        if isinstance(model := data.get("model"), str):
-            self.model = model
+        self._named(data)
         if data.get("prompt_token_ids") is not None:
-            self.prompt_ids = self._ids(data["prompt_token_ids"])
+            ids = self._ids(data["prompt_token_ids"])
+            if self.prompt_ids not in (None, ids):
+                self.error = "the engine told two prompts"
+            self.prompt_ids = ids
         if data.get("usage") is not None:
             self.usage = obj(data["usage"])
+
+    def _named(self, data: Json) -> None:
+        if isinstance(model := data.get("model"), str):
+            if self.model not in (None, model):
+                self.error = "the engine named two models"
+            self.model = model
 
     def _skip(self, choice: Json) -> bool:
         index = choice.get("index", 0)
@@ -310,8 +341,10 @@ class Capture:
             self.completion_ids.extend(self._ids(choice["token_ids"]))
         entries = objects(obj(choice.get("logprobs")).get("content"))
         self.logprobs.extend(float(entry["logprob"]) for entry in entries)
-        if choice.get("finish_reason") is not None:
-            self.finish_reason = str(choice["finish_reason"])
+        if (reason := choice.get("finish_reason")) is not None:
+            if not isinstance(reason, str):
+                self.error = _MALFORMED
+            self.finish_reason = reason if _NAME.fullmatch(str(reason)) else _UNKNOWN
         if not entries:
             return ""
         self._told.append(entries)
@@ -338,37 +371,79 @@ class Capture:
             self.error = _MALFORMED
         if len(delta) == 1 and text is not None:
             return
-        thought = delta.get("reasoning") or delta.get("reasoning_content")
-        if isinstance(thought, str):
-            self.reasoning.append(thought)
-        for position, call in enumerate(objects(delta.get("tool_calls"))):
+        self._thought(delta)
+        if any(value and name not in _FIELDS for name, value in delta.items()):
+            names = [name for name in delta if delta[name] and name not in _FIELDS]
+            known = ", ".join(name for name in names if _NAME.fullmatch(name)) or "a field"
+            self.error = f"the reply held {known}, that is not recorded"
+        calls = objects(delta.get("tool_calls"))
+        if calls != (delta.get("tool_calls") or []):
+            self.error = _MALFORMED
+        for position, call in enumerate(calls):
             index = position if whole else call.get("index")
             if _is_count(index):
                 self._tool_call(index, call)
             else:
                 self.error = _NO_INDEX
 
+    def _thought(self, delta: Json) -> None:
+        told = [delta.get("reasoning"), delta.get("reasoning_content")]
+        thoughts = [thought for thought in told if thought]
+        if not all(isinstance(one, str) and one == thoughts[0] for one in thoughts):
+            self.error = _MALFORMED
+        elif thoughts:
+            self.reasoning.append(thoughts[0])
+
     def _tool_call(self, index: int, call: Json) -> None:
-        """Adds a part of the call at `index`. The official SDKs join the parts in this way."""
+        """Adds a part of the call at `index`: its name comes once, and its arguments in order."""
         known = self.tool_calls.setdefault(
             index, {"id": None, "type": "function", "function": {"name": "", "arguments": ""}}
         )
         function, joined = obj(call.get("function")), known["function"]
         identity = call.get("id") or known["id"]
-        name = function.get("name")
-        begun = joined["name"] or joined["arguments"]
-        again = joined["arguments"] or not identity or str(name).startswith(joined["name"])
-        if (known["id"] or identity) != identity or (name and begun and again):
+        name, arguments = function.get("name"), function.get("arguments")
+        if (known["id"] or identity) != identity or (name and any(joined.values())):
             # Some engines give every call the number 0, or repeat its name in every part. Clients
-            # read two calls as one, or a name twice.
-            self.error = f"the engine began the tool call {index} twice"
+            # read two calls as one, or a name twice. vLLM sends a name in one piece.
+            self.error = _twice(index)
             return
         known["id"] = identity
-        for key in ("name", "arguments"):
-            if isinstance(part := function.get(key), str):
+        if call.get("type") not in (None, "function"):
+            self.error = "the engine told a tool call of another type than function"
+        if joined["arguments"] and str(arguments).lstrip().startswith(("{", "[")):
+            self._seams.setdefault(index, []).append(len(joined["arguments"]))
+        for key, part in (("name", name), ("arguments", arguments)):
+            if isinstance(part, str):
                 joined[key] += part
             elif part is not None:
                 self.error = _MALFORMED
+
+    def _broken_call(self) -> str | None:
+        """Why the calls are not what the model called, or None."""
+        for index, call in self.tool_calls.items():
+            function = call["function"]
+            if not function["name"]:
+                return "the engine told a tool call without its name"
+            seams = self._seams.get(index)
+            if seams and _begins_again(function["arguments"], seams):
+                return _twice(index)
+        return None
+
+
+def _twice(index: int) -> str:
+    return f"the engine began the tool call {index} twice"
+
+
+def _begins_again(arguments: str, seams: list[int]) -> bool:
+    """Whether arguments are not JSON because a part that begins at a seam is a whole of its own."""
+    begin = len(arguments) - len(arguments.lstrip())
+    try:
+        _, end = _DECODER.raw_decode(arguments, begin)
+    except (ValueError, RecursionError):
+        first = seams[0]  # each part may hold all that came before it
+        return arguments.startswith(arguments[begin:first], first)
+    seam = next((at for at in seams if at >= end), None)
+    return seam is not None and not arguments[end:seam].strip()
 
 
 def _token_texts(told: list[bytes] | list[Json]) -> list[Any]:
@@ -383,7 +458,7 @@ def _token_texts(told: list[bytes] | list[Json]) -> list[Any]:
 
 
 def _is_count(value: object) -> TypeGuard[int]:
-    return isinstance(value, int) and 0 <= value < 1 << 32
+    return isinstance(value, int) and value is not True and 0 <= value < 1 << 32
 
 
 def distribution_change(request: Json) -> str | None:

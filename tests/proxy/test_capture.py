@@ -37,8 +37,8 @@ def test_calls_that_come_in_parts_are_joined_and_train() -> None:
         [part(0, "look", "", id="c1", type="function")],
         [part(0, None, '{"a"')],
         [part(0, None, ": 1}"), part(1, "find", "{}", id="c2")],
-        [part(2, "get_", id="c3")],
-        [part(2, "weather", "{}")],
+        [part(2, "get_weather", id="c3")],
+        [part(2, None, "{}")],
         [part(1, "", "", id="c2")],
     )
     calls = capture.message()["tool_calls"]
@@ -89,3 +89,161 @@ def test_tokens_that_say_more_than_the_message_are_noticed() -> None:
         capture.piece((delta, entry % token, b"7"))
         assert capture.says_its_tokens() is same, token
         assert capture.pieces() == [token.decode().replace("\\", "")]
+
+
+@pytest.mark.parametrize(
+    ("deltas", "reason"),
+    [
+        ([[part(0, "ls", id="a")], [part(0, "cat", "{}")]], "0 twice"),
+        ([[part(0, "ls", id="a")], [part(0, "cat", "{}", id="a")]], "0 twice"),
+        ([[part(2, "read", "", id="a")], [part(2, "_file", "{}")]], "2 twice"),
+        ([[part(1, "get_", id="c")], [part(1, "time", "{}", id="c")]], "1 twice"),
+        ([[part(0, "f", "{}", id="a")], [part(0, None, "{}", id="a")]], "0 twice"),
+        ([[part(0, "f", '{"a": 1}', id="a")], [part(0, None, ' {"a": 2}')]], "0 twice"),
+        ([[part(0, "f", "[1]", id="a")], [part(0, None, "[1]")]], "0 twice"),
+        ([[part(0, "f", '{"a"', id="a")], [part(0, None, '{"a": 1}')]], "0 twice"),
+        ([[part(0, "f", '{"a"', id="a")], [part(0, None, ": 1}")], [part(0, "", "{}")]], "0 twice"),
+        ([[part(0, None, "{}", id="a")]], "without its name"),
+        ([[part(4, "", "{}")]], "without its name"),
+        ([[part(0, "f", "{}", id="a"), part(1, None, "{}", id="b")]], "without its name"),
+        ([[part(True, "f", "{}", id="a")]], "its index"),
+        ([[part(0, "f", "{}", id="a", type="custom")]], "type"),
+        ([[{"index": 0, "id": "a", "type": "custom", "custom": {"name": "f"}}]], "type"),
+        ([{"index": 0, "id": "a", "function": {"name": "f", "arguments": "{}"}}], "types"),
+    ],
+)
+def test_calls_that_were_not_told_as_an_engine_tells_them_do_not_train(
+    deltas: list[Any], reason: str
+) -> None:
+    assert reason in str(captured(*deltas).untrainable({}))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["{", '"a": {}', "}"],
+        ["{}", " "],
+        ['{"a": "', "{}", '{}"}'],
+        ['{"', '{"', ": 1}"],
+        ['{"a": [{}', ", {}", "]}"],
+        ['{"a": 1}', "}"],  # the model's own mistake
+        ["", "{}"],
+        ['{"a": 1', "2"],
+        ["1", "1"],
+    ],
+)
+def test_arguments_train_in_whatever_parts_they_come(arguments: list[str]) -> None:
+    first, *more = arguments
+    capture = captured([part(0, "f", first, id="a")], *([part(0, None, m)] for m in more))
+    assert capture.untrainable({}) is None
+    (call,) = capture.message()["tool_calls"]
+    assert call["function"]["arguments"] == "".join(arguments)
+
+
+def test_what_a_model_wrote_twice_in_a_whole_reply_is_its_own() -> None:
+    call = {"id": "a", "function": {"name": "f", "arguments": '{"a": 1}{"a": 2}'}}
+    capture = whole({"content": None, "tool_calls": [call]}, "tool_calls")
+    assert capture.untrainable({}) is None
+
+
+def whole(message: dict[str, Any], finish: Any = "stop") -> Capture:
+    """A plain reply of one token."""
+    told = {"content": [{"token": "x", "logprob": -0.5}]}
+    choice = {"index": 0, "message": message, "logprobs": told, "token_ids": [1]}
+    capture = Capture()
+    capture.body(
+        {
+            "model": "m",
+            "choices": [{**choice, "finish_reason": finish}],
+            "prompt_token_ids": [5],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 1},
+        }
+    )
+    return capture
+
+
+def streamed(delta: dict[str, Any], finish: Any = "stop", *more: dict[str, Any]) -> Capture:
+    """The same in a stream, with chunks behind it."""
+    told = {"content": [{"token": "x", "logprob": -0.5}]}
+    choice = {"index": 0, "delta": delta, "logprobs": told, "token_ids": [1]}
+    usage = {"model": "m", "choices": [], "usage": {"prompt_tokens": 1, "completion_tokens": 1}}
+    capture = Capture()
+    capture.chunk({"model": "m", "choices": [choice], "prompt_token_ids": [5]})
+    end = {"index": 0, "delta": {}, "finish_reason": finish}
+    for chunk in ({"model": "m", "choices": [end]}, usage, *more):
+        capture.chunk(chunk)
+    return capture
+
+
+@pytest.mark.parametrize("reply", [whole, streamed])
+@pytest.mark.parametrize("finish", ["stop", "length", "tool_calls"])
+def test_a_reply_that_ended_as_replies_end_trains(reply: Any, finish: str) -> None:
+    assert reply({"content": "x"}, finish).untrainable({}) is None
+
+
+@pytest.mark.parametrize("reply", [whole, streamed])
+@pytest.mark.parametrize(
+    ("finish", "named"),
+    [
+        *((name, f"by {name}") for name in ("abort", "error", "repetition", "content_filter")),
+        ("function_call", "by function_call"),
+        ("eos_token", "by eos_token"),
+        ("", "that is not known"),
+        ("what you said: no", "that is not known"),
+        ("x" * 5000, "that is not known"),
+        (0, "types"),
+        (False, "types"),
+        ({"reason": "stop"}, "types"),
+    ],
+)
+def test_a_reply_that_ended_in_another_way_does_not_train(
+    reply: Any, finish: Any, named: str
+) -> None:
+    capture = reply({"content": "x"}, finish)
+    assert named in str(capture.untrainable({}))
+    assert len(capture.finish_reason or "") <= 40
+
+
+@pytest.mark.parametrize("reply", [whole, streamed])
+@pytest.mark.parametrize(
+    ("said", "reason"),
+    [
+        ({"refusal": "No."}, "refusal"),
+        ({"content": "x", "refusal": "No."}, "refusal"),
+        ({"function_call": {"name": "f", "arguments": "{}"}}, "function_call"),
+        ({"audio": {"data": "x"}}, "audio"),
+        ({"content": "x", "images": [{"image_url": "x"}]}, "images"),
+        ({"what you said": "x"}, "that is not recorded"),
+        ({"reasoning": {"text": "x"}}, "types"),
+        ({"reasoning_content": ["x"]}, "types"),
+        ({"content": "x", "reasoning": "so", "reasoning_content": "or so"}, "types"),
+        ({"tool_calls": {"function": {"name": "f"}}}, "types"),
+        ({"tool_calls": ["f"]}, "types"),
+    ],
+)
+def test_what_is_not_recorded_does_not_train(reply: Any, said: dict[str, Any], reason: str) -> None:
+    assert reason in str(reply(said).untrainable({}))
+
+
+@pytest.mark.parametrize("reply", [whole, streamed])
+def test_fields_without_words_of_the_model_change_nothing(reply: Any) -> None:
+    nothing = dict.fromkeys(("refusal", "audio", "function_call", "reasoning_content"))
+    said = {"role": "assistant", "content": "x", **nothing, "tool_calls": [], "annotations": [{}]}
+    assert reply(said).untrainable({}) is None
+    same = {"content": "x", "reasoning": "so", "reasoning_content": "so"}
+    assert reply(same).message()["reasoning"] == "so"
+    assert reply(same).untrainable({}) is None
+
+
+@pytest.mark.parametrize(
+    ("late", "reason"),
+    [
+        ({"model": "m", "choices": [{"index": 0, "delta": {"content": "y"}}]}, "after its end"),
+        ({"model": "m", "choices": [], "prompt_token_ids": [6]}, "two prompts"),
+        ({"model": "other", "choices": []}, "two models"),
+    ],
+)
+def test_a_stream_that_contradicts_itself_does_not_train(late: dict[str, Any], reason: str) -> None:
+    assert reason in str(streamed({"content": "x"}, "stop", late).untrainable({}))
+    same = {"model": "m", "choices": [{"index": 0, "delta": {}}], "prompt_token_ids": [5]}
+    assert streamed({"content": "x"}, "stop", same).untrainable({}) is None
