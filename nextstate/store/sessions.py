@@ -233,8 +233,11 @@ class Sessions:
         """(the last message of a turn's request, its reply)."""
         reply = self._cursor.first(_REPLY_OF, turn=turn.id)
         assert reply is not None
-        sent, replied = one(self._cursor, turn.message_hashes[-1]), one(self._cursor, reply.reply)
-        return read_json(sent), read_json(replied)
+        return self.message(turn.message_hashes[-1]), self.message(reply.reply)
+
+    def message(self, key: bytes) -> Json:
+        """The stored message with this hash."""
+        return read_json(one(self._cursor, key))
 
     def newest_start(self, name: str, lineage: str) -> tuple[str, int] | None:
         """(session, position in the store) of the newest main conversation under a name."""

@@ -40,8 +40,8 @@ _SHOWING = {"user": Source.USER, **dict.fromkeys(_TOOLS, Source.TOOL)}
 """Roles that may show something without words."""
 _WHITE_SPACE = string.whitespace.encode()
 _CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
-"""The characters in which two times differ."""
-_RARE_BYTES = 180
+"""The characters in which two times differ; a customer's number may look like one."""
+RARE_BYTES = 180
 """From this size on hardly any two conversations get the same reply by chance. Most canned
 greetings, refusals and first tool calls are shorter."""
 _LONG_MESSAGE = 1 << 16
@@ -221,6 +221,8 @@ class Reply(NamedTuple):
     """Of all replies and of what was said before this one; None if nothing was said."""
     hashes: tuple[bytes, ...]
     """Of the messages that users and tools sent before it."""
+    size: int
+    """How many bytes tell it from others."""
 
 
 class Link(NamedTuple):
@@ -230,6 +232,8 @@ class Link(NamedTuple):
     """The likeliest first: an agent may have split the reply into several messages."""
     rare: bool
     """True if the last message is so long that hardly any other conversation got the same."""
+    messages: Sequence[Message]
+    """Of the request."""
 
 
 def read_history(
@@ -260,11 +264,11 @@ def link_of(history: History, scope: Scope) -> Link | None:
     replies: list[Reply] = []
     for parts, (start, before) in enumerate(zip(history.starts, history.contexts, strict=True), 1):
         parts_of_reply = chain[-parts:]
-        is_empty = not any(part.size for part in parts_of_reply)
-        key = None if is_empty else key_of(parts_of_reply, prefix, parts)
+        size = sum(part.size for part in parts_of_reply)
+        key = key_of(parts_of_reply, prefix, parts) if size else None
         chain_key = key_of(chain, prefix, parts, texts)
-        replies.append(Reply(start, key, chain_key, before.key(chain_key), before.hashes))
-    return Link(tuple(replies), chain[-1].size >= _RARE_BYTES)
+        replies.append(Reply(start, key, chain_key, before.key(chain_key), before.hashes, size))
+    return Link(tuple(replies), chain[-1].size >= RARE_BYTES, history.messages)
 
 
 def place_of(scope: Scope, kind: str, parent: str | None, history: History) -> bytes | None:

@@ -43,7 +43,7 @@ class Meaning(NamedTuple):
 
 def meaning_of(message: Json) -> Meaning:
     """The parts of an assistant message that an agent's history keeps."""
-    text = _without_space(without_thoughts(_text(message)))
+    text = without_space(without_thoughts(_text(message)))
     given = objects(message.get("tool_calls"))
     called = [call.get("function") or call.get("custom") for call in given]
     called.append(message.get("function_call"))
@@ -80,7 +80,8 @@ def digest_of_texts(replies: Sequence[Meaning]) -> bytes:
     return digest.digest()
 
 
-def _without_space(text: str) -> bytes:
+def without_space(text: str) -> bytes:
+    """The text's bytes without white space."""
     if text.isascii():  # much faster, and the same
         return text.encode().translate(None, _SPACE)
     return "".join(text.split()).encode(errors="surrogatepass")

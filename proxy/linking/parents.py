@@ -11,6 +11,7 @@ from typing import NamedTuple
 from nextstate.records import TurnKind
 from nextstate.store.sessions import Candidate, Sessions
 from proxy.linking.history import KEY_BYTES, LETTERS_BYTES, SYSTEM_BYTES, Link, Scope
+from proxy.linking.proof import is_answer_to, is_rest_of
 
 
 class Found(NamedTuple):
@@ -28,27 +29,49 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
 
     The first candidates have the same chain of replies and the same context, to the letter or at
     least in its words. The next ones have the same chain, and the last ones the same last reply,
-    because the agent may have cut its history. Strangers get the same replies too, so a candidate
-    with another context must share a message with the request. If none does, the reply must be
-    rare, or the client's name must stand for one conversation only.
+    because the agent may have cut its history. Strangers get the same replies too, so of these a
+    candidate must be proven (`proxy/linking/proof.py`), or the client's name must stand for one
+    conversation only.
 
     Of several candidates the one with most in common is taken, then one that nothing has continued
-    yet, then the newest. If different conversations have equally much in common and are not all
-    alike, none is taken; nor if different requests at one place of a conversation have.
+    yet, then the newest. If different conversations have equally much in common and are not alike
+    to the letter, none is taken; nor if different requests at one place of a conversation have.
     """
-    unsure = False
-    for rows, hashes, siblings in _candidates(sessions, link):
-        if hashes is not None:
-            shared = [row for row in rows if _in_common(row, hashes)]
-            if rows and not shared and not link.rare:
-                unsure = not _is_only_conversation(sessions, scope)
-                if unsure:
-                    continue
-            rows = shared or rows
+    last, chains = link.replies[0], {reply.chain_key: None for reply in link.replies}
+    rows = sessions.with_context_key(last.context_key) if last.context_key else []
+    if rows:
+        return _found(_surest(rows, link), link)
+    found = (sessions.with_chain_key(key) for key in chains)
+    of_chain = next((rows for rows in found if rows), [])
+    for rows in _in_the_same_words(sessions, link, of_chain) if of_chain else ():
         if rows:
-            best = _surest(rows, link, siblings)
-            return Found(best, best and _start(best, link), best is None)
+            return _found(_surest(rows, link), link)
+    rows = of_chain
+    shared = [row for row in rows if _in_common(row, last.hashes)]
+    if rows and (shared or link.rare or _is_only_conversation(sessions, scope)):
+        best = _surest(shared or rows, link, siblings=True)
+        if (
+            best is None
+            or is_answer_to(sessions, best, link.messages, last)
+            or _is_named(sessions, scope)
+        ):
+            return _found(best, link)
+    unsure = bool(rows)
+    for reply in link.replies:
+        if reply.key is None:
+            continue
+        rows = sessions.with_reply_key(reply.key)
+        if not _is_named(sessions, scope):
+            proven = [row for row in rows if is_rest_of(sessions, row, link.messages, reply)]
+            unsure = unsure or len(proven) < len(rows)
+            rows = proven
+        if rows:
+            return _found(_surest(rows, link), link)
     return Found(unsure=unsure)
+
+
+def _found(best: Candidate | None, link: Link) -> Found:
+    return Found(best, best and _start(best, link), best is None)
 
 
 def main_turn(sessions: Sessions, turn: Candidate) -> Candidate | None:
@@ -79,34 +102,28 @@ def session_of(sessions: Sessions, scope: Scope, name: str, *, fresh: bool) -> s
     return session
 
 
-def _candidates(
-    sessions: Sessions, link: Link
-) -> Iterator[tuple[list[Candidate], Sequence[bytes] | None, bool]]:
-    """Candidates, the likeliest first, and the hashes of which one must be shared with them.
-
-    The last value is True if the candidates have one place and may have got different requests.
-    """
+def _in_the_same_words(
+    sessions: Sessions, link: Link, of_chain: Sequence[Candidate]
+) -> Iterator[Sequence[Candidate]]:
+    """Turns with the same replies and the same words before them, the likeliest first."""
     keys = [reply.context_key for reply in link.replies if reply.context_key]
-    for key in keys[:1]:
-        yield sessions.with_context_key(key), None, False
-    of_chain: list[Candidate] = []
-    for chain_key in dict.fromkeys(reply.chain_key for reply in link.replies):
-        of_chain = of_chain or sessions.with_chain_key(chain_key)
-    if of_chain:
-        for key in keys[1:]:
-            yield sessions.with_context_key(key), None, False
-        for key in keys:
-            start = key[:-LETTERS_BYTES]
-            alike = [row for row in of_chain if (row.context_key or b"").startswith(start)]
-            yield alike, None, False
-            yield sessions.with_context_prefix(start), None, False
-        for key in keys:
-            yield sessions.with_context_prefix(key[:KEY_BYTES]), None, False
-        yield of_chain, link.replies[0].hashes, True
-    for reply in link.replies:
-        if reply.key is not None:
-            # Of a history that was cut, only what stood right before the reply is left.
-            yield sessions.with_reply_key(reply.key), reply.hashes[-1:], False
+    for key in keys[1:]:
+        yield sessions.with_context_key(key)
+    for key in keys:
+        start = key[:-LETTERS_BYTES]
+        alike = [row for row in of_chain if (row.context_key or b"").startswith(start)]
+        # Older ones, too: they may be another conversation's.
+        yield [*dict.fromkeys((*alike, *sessions.with_context_prefix(start)))]
+    for key in keys:
+        yield sessions.with_context_prefix(key[:KEY_BYTES])
+
+
+def _is_named(sessions: Sessions, scope: Scope) -> bool:
+    """Whether the client's name stands for this one conversation.
+
+    A person's or an app's does not: others under it may not have been seen.
+    """
+    return not scope.is_shared_name and _is_only_conversation(sessions, scope)
 
 
 def _is_only_conversation(sessions: Sessions, scope: Scope) -> bool:
@@ -131,8 +148,11 @@ def _in_common(row: Candidate, hashes: Sequence[bytes]) -> int:
     return len(frozenset(hashes).intersection(row.message_hashes))
 
 
-def _surest(rows: Sequence[Candidate], link: Link, siblings: bool) -> Candidate | None:
-    """The turn that has most in common with a request; None if it may be a stranger's."""
+def _surest(rows: Sequence[Candidate], link: Link, *, siblings: bool = False) -> Candidate | None:
+    """The turn that has most in common with a request; None if it may be a stranger's.
+
+    `siblings` have one place and may have got different requests.
+    """
     if len(rows) == 1:
         return rows[0]
     last = link.replies[0]
@@ -141,10 +161,20 @@ def _surest(rows: Sequence[Candidate], link: Link, siblings: bool) -> Candidate 
         for row in rows
     ]
     top = [row for row, mark in zip(rows, marks, strict=True) if mark == max(marks)]
-    kinds = {row.context_key[:-LETTERS_BYTES] if row.context_key else row.messages for row in top}
-    if len(kinds) > 1 and (siblings or len({row.session for row in top}) > 1):
+    if siblings and len({_words(row) for row in top}) > 1:
+        return None
+    if len({row.session for row in top}) > 1 and len({_letters(row) for row in top}) > 1:
         return None
     return max(top, key=lambda row: (not row.continued, row.seq))
+
+
+def _letters(row: Candidate) -> bytes:
+    """What was said before a turn's reply, to the letter."""
+    return row.context_key or row.messages
+
+
+def _words(row: Candidate) -> bytes:
+    return row.context_key[:-LETTERS_BYTES] if row.context_key else row.messages
 
 
 def _system(context_key: bytes | None) -> bytes | None:

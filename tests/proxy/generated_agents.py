@@ -70,12 +70,12 @@ class Agent:
         self._last = None
 
     def _truncate(self) -> None:
-        """The oldest messages go; the last reply stays."""
+        """The oldest messages go; the last reply stays, and what it answers."""
         last = max(
             (n for n, m in enumerate(self._history) if m["role"] == "assistant"), default=None
         )
         if last is not None:
-            self._history = self._history[self.rng.randrange(last + 1) :]
+            self._history = self._history[self.rng.randrange(max(last, 1)) :]
 
     def _compact(self) -> None:
         """The whole history becomes a summary: nobody can tell what it continues."""

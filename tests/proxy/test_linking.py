@@ -282,8 +282,9 @@ def test_among_identical_replies_the_one_that_shares_messages_is_the_parent(tmp_
         with store.recording() as recording:
             recording.add_turn(turn, key, key)
             rows = recording.sessions.with_chain_key(key)
-    oldest = rows[-1]
-    link = Link((Reply(1, key, key, None, tuple(oldest.message_hashes)),), False)
+    messages = read_history([user("Sort."), assistant("Done."), user("No.")], PROFILE).messages
+    said = tuple(rows[-1].message_hashes)
+    link = Link((Reply(1, key, key, None, said, 5),), False, messages)
     for is_continued in (False, True):
         with store.recording() as recording:
             parent = find_parent(recording.sessions, link, SCOPE).parent

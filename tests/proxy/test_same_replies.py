@@ -135,20 +135,28 @@ def test_a_reply_that_many_get_links_no_strangers(text: str | None, before: list
 
 
 def test_what_is_left_of_a_history_that_was_cut_finds_its_turn() -> None:
-    first = alternating("Sort the files.", "By name?", "By date.")
-    second = [*alternating("", "Done.", "Thanks. And now back.")[1:]]
-    for left in (first[2:], first[1:]):
-        steps = [step("one", first, "Done."), step("two", [*left, *second], "I see.")]
+    """Unless that is a single short message, which strangers say, too."""
+    asks = "By date, and those of the same day by name. " * 8
+    for asked, left, parent in (
+        ("By date.", 1, "one"),
+        (asks, 1, "one"),
+        (asks, 2, "one"),
+        ("By date.", 2, None),
+    ):
+        first = alternating("Sort the files.", "By name?", asked)
+        second = [*first[left:], *alternating("", "Done.", "Thanks. And now back.")[1:]]
+        steps = [step("one", first, "Done."), step("two", second, "I see.")]
         with recorded([steps], Random(0)) as found:
-            assert found.parents["two"] == "one"
+            assert found.parents["two"] == parent
 
 
-def test_a_summary_hides_what_a_reply_followed_unless_that_or_the_client_tells() -> None:
+def test_a_summary_hides_what_a_reply_followed_unless_the_client_tells() -> None:
+    """However long the reply is: what programs answer to many may be long."""
     summary = alternating("Summary: files were sorted.")
     for reply, names, parent in (
         ("Done.", None, None),
         ("Done.", ["chat"], "one"),
-        ("Done. " + AT_LENGTH, None, "one"),
+        ("Done. " + AT_LENGTH, None, None),
     ):
         goes_on = [*summary, *alternating("", reply, "Thanks.")[1:]]
         steps = [step("one", alternating("Sort the files."), reply), step("two", goes_on, "I see.")]
@@ -156,12 +164,19 @@ def test_a_summary_hides_what_a_reply_followed_unless_that_or_the_client_tells()
             assert found.parents["two"] == parent
 
 
-@pytest.mark.parametrize("system", ["You are careful.", "It is {} o'clock."])
-def test_of_conversations_that_are_all_alike_the_newest_is_continued(system: str) -> None:
+@pytest.mark.parametrize(
+    ("system", "parent"),
+    [("You are careful.", f"first {CROWD - 1}"), ("It is {}:00.", None)],
+)
+def test_of_conversations_that_are_alike_to_the_letter_the_newest_is_continued(
+    system: str, parent: str | None
+) -> None:
+    """Those that another clock tells apart are several, and it is not sure which one goes on."""
+
     def asked(hour: int, *texts: str) -> list[Json]:
         return [{"role": "system", "content": system.format(hour)}, *alternating(*texts)]
 
     steps = [step(f"first {n}", asked(n, "go"), "Done.") for n in range(CROWD)]
     steps.append(step("second", asked(CROWD, "go", "Done.", "and now?"), "Yes."))
     with recorded([steps], Random(0)) as found:
-        assert found.parents["second"] == f"first {CROWD - 1}"
+        assert found.parents["second"] == parent

@@ -1,0 +1,85 @@
+"""Whether a stored turn is surely the one that a request continues, if what was said differs.
+
+Strangers get the same replies. An agent adds notes to what a person says and drops them again, at
+the beginning or at the end. So the words of one are the other's without what stands before or
+after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from nextstate.hooks import text_of
+from nextstate.store.sessions import Candidate, Sessions
+from proxy.linking.history import RARE_BYTES, Message, Reply
+from proxy.linking.meaning import without_space
+
+_MOST_READ = 16
+"""Stored messages that are read to compare their words."""
+_MOST_NOTES = 2
+"""Messages that an agent may have dropped between two others."""
+
+
+def is_answer_to(
+    sessions: Sessions, row: Candidate, messages: Sequence[Message], reply: Reply
+) -> bool:
+    """Whether a turn with the same replies was asked what the request says before `reply`.
+
+    The message that the reply answers and all of a person's must be the same, or one's words be the
+    other's without a note. Results of tools may have been cut before.
+    """
+    asked = [one for one in _before(messages, reply) if one.meaning is None]
+    if not asked:
+        return False
+    stored = frozenset(row.message_hashes)
+    changed = [one for one in asked if one.hash not in stored]
+    if not changed:
+        return True
+    shared = frozenset(one.hash for one in asked)
+    kept = _texts(sessions, [one for one in row.message_hashes if one not in shared])
+    needed = [one for one in changed if one is asked[-1] or one.role == "user"]
+    # Each search goes on where the one before it ended: both are in order, and read once.
+    return all(any(_one_in_other(one.text, text) for text in kept) for one in needed)
+
+
+def is_rest_of(
+    sessions: Sessions, row: Candidate, messages: Sequence[Message], reply: Reply
+) -> bool:
+    """Whether a turn with the same last reply was asked what is left of a history before `reply`.
+
+    The messages right before the reply must be the last ones that the turn was asked. Two of three
+    must hold: they are all that is left, there are several, and they are long with the reply.
+    """
+    before = _before(messages, reply)
+    rest, size, same = row.message_hashes, reply.size, 0
+    for message in reversed(before):
+        near = rest[-1 - _MOST_NOTES :]
+        if message.hash in near:
+            at = len(near) - 1 - near[::-1].index(message.hash)
+        elif not same and any(
+            _one_in_other(message.text, one) for one in _texts(sessions, rest[-1:])
+        ):
+            at = len(near) - 1
+        else:
+            break
+        rest = rest[: len(rest) - len(near) + at]
+        same += 1
+        size += len(message.text) if message.meaning is None else message.meaning.size
+    return bool(same) and (same == len(before)) + (same > 1) + (size >= RARE_BYTES) >= 2
+
+
+def _before(messages: Sequence[Message], reply: Reply) -> list[Message]:
+    """The replies, and what counts of people's and tools' messages, before a reply."""
+    said = frozenset(reply.hashes)
+    return [one for one in messages[: reply.start] if one.meaning is not None or one.hash in said]
+
+
+def _texts(sessions: Sessions, hashes: Sequence[bytes]) -> Iterator[bytes]:
+    """The texts of the last of these stored messages, without white space."""
+    for one in hashes[-_MOST_READ:]:
+        yield without_space(text_of(sessions.message(one).get("content")))
+
+
+def _one_in_other(one: bytes, other: bytes) -> bool:
+    shorter, longer = sorted((one, other), key=len)
+    return bool(shorter) and (longer.startswith(shorter) or longer.endswith(shorter))
