@@ -135,7 +135,6 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=16, help="of an update")
     parser.add_argument("--epochs", type=int, default=1, help="of an update")
     parser.add_argument("--seconds", type=float, default=30.0, help="of agents without an update")
-    parser.add_argument("--keep", type=Path, help="a new folder for what is recorded")
     given = parser.parse_args()
     made = Table(box=box.MARKDOWN)
     for name in ("", "agents alone", "update alone", "update beside", "times", "agents", "of all"):
@@ -143,8 +142,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="nextstate-beside-") as temporary:
         first = 0.0
         for name, binding in ((NOTHING, "auto"), (OURS, "")):
-            folder = (given.keep or Path(temporary)) / name.replace(" ", "-")
-            folder.mkdir(parents=True)
+            folder = Path(temporary, name.replace(" ", "-"))
+            folder.mkdir()
             settings = write_settings(given, folder, binding)
             found = asyncio.run(measure(settings, given.agents, given.seconds, given.turns))
             first = first or found.alone

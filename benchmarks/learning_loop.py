@@ -213,24 +213,33 @@ class Persona:
     def __init__(self, plan: Plan, number: int) -> None:
         self._rng = Random(f"{plan.persona}/{plan.seed}/{number}")
         self._tasks = task_stream(plan.persona, plan.seed * 1000 + number, held_out=False)
-        self._number = number
+        self._start(number, _MAX_EXCHANGES)
+
+    def _start(self, number: int, exchanges: int) -> None:
+        self._number, self._exchanges = number, exchanges
         self._conversations = 0
         # Of different lengths at first, or all would end and begin together for ever.
-        self._begin(1 + number % _MAX_EXCHANGES)
+        self._begin(1 + number % exchanges)
 
-    def _begin(self, exchanges: int = _MAX_EXCHANGES) -> None:
+    def _new(self, exchanges: int) -> Any:
+        return Conversation(self._tasks, self._rng, max_exchanges=exchanges)
+
+    def _begin(self, exchanges: int) -> None:
         self._conversations += 1
         self.session = f"{self._number}.{self._conversations}"
         self.index = 0
-        self._conversation = Conversation(self._tasks, self._rng, max_exchanges=exchanges)
+        self._conversation = self._new(exchanges)
         self.messages: list[Json] = [user_message(self._conversation.open().text)]
 
     def hear(self, reply: str) -> str | None:
-        """The next message after a reply; None where the conversation ends and a new one begins."""
+        """The next message after a reply, or what the user says at the end; then a new one begins.
+
+        None where the conversation ends without a word.
+        """
         message = self._conversation.answer(reply)
-        if message is None:
-            self._begin()
-            return None
+        if message is None or self._conversation.is_over:
+            self._begin(self._exchanges)
+            return message and message.text
         self.index += 1
         answered = {"role": "assistant", "content": reply}
         self.messages = [*self.messages, answered, user_message(message.text)]

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from benchmarks.learning_loop import Engine, Loop, Plan, Sampling
+from benchmarks.learning_loop import Engine, Loop, Persona, Plan, Sampling
 from demo.competence import user_message
 from demo.person import Conversation
 from demo.questions import FOLDER, Question, asked, questions
 from demo.smollm2 import model_folder
 from demo.wishes import WISHES, Wish
 from learner.config import LearnerConfig
-from nextstate.records import Json
 
 PEOPLE = 16
 """Conversations that get a reply at the same time."""
@@ -66,37 +65,17 @@ class ModelPoint:
     """Since the run began, measuring included."""
 
 
-class Person:
+class Person(Persona):
     """One conversation after another with the same wish."""
 
     def __init__(self, world: World, number: int) -> None:
         self._world = world
         self._rng = Random(f"person/{world.seed}/{number}")
         self._asked = asked(f"{world.seed}/{number}")
-        self._number = number
-        self._conversations = 0
-        self._begin()
+        self._start(number, world.exchanges)
 
-    def _begin(self) -> None:
-        self._conversations += 1
-        self.session = f"{self._number}.{self._conversations}"
-        self.index = 0
-        exchanges = self._world.exchanges
-        if self._conversations == 1 and exchanges > 1:
-            exchanges = 1 + self._number % exchanges  # or all would begin together for ever
-        self._conversation = Conversation(self._world.wish, self._asked, self._rng, exchanges)
-        self.messages: list[Json] = [user_message(self._conversation.open().text)]
-
-    def hear(self, reply: str) -> str:
-        """The reaction to a reply; after the last one the next conversation begins."""
-        said = self._conversation.answer(reply)
-        if self._conversation.is_over:
-            self._begin()
-            return said.text
-        self.index += 1
-        answered = {"role": "assistant", "content": reply}
-        self.messages = [*self.messages, answered, user_message(said.text)]
-        return said.text
+    def _new(self, exchanges: int) -> Conversation:
+        return Conversation(self._world.wish, self._asked, self._rng, exchanges)
 
 
 class World:

@@ -52,6 +52,7 @@ from nextstate.records import (
     VersionState,
 )
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from plugins.judges.outcome import vote_on as outcome_of
 from plugins.judges.rules import vote_on as rules_of
 
@@ -156,7 +157,7 @@ class World:
                 if self._defence.clients:
                     found = self._store.reviewing.give(said, f"key eve{number % ATTACKERS}")
                 else:
-                    found = self._store.judging.give_feedback(said)
+                    found = self._store.reviewing.give(said, OWNER)
                 if found.applied:
                     self._attackers_turns.add(turn.id)
 

@@ -40,7 +40,7 @@ def _form(mark: str, body: str, before: str = r"(?<![A-Za-z0-9])") -> _Form:
 
 KEY_FORMS = (
     _form("ns-", r"ns-(?:[0-9a-f]{64}|[\w-]{43})(?![\w-])"),
-    _form("ep-", r"ep-[0-9a-f]{32}(?![\w-])"),
+    _form("ep-", r"ep-[0-9a-f]{32}(?![0-9A-Za-z])"),
     _form("sk-", r"sk-(?:proj-|svcacct-|admin-|ant-(?:api|admin|sid)\d\d-|or-v1-)?[\w-]{20,}+"),
     _form("sk_", r"[sr]k_(?:live|test|prod)_[A-Za-z0-9]{16,}+"),
     _form("rk_", r"rk_(?:live|test|prod)_[A-Za-z0-9]{16,}+"),
@@ -97,8 +97,6 @@ KEY_FORMS = (
     _form("AccountKey=", r"(?<=AccountKey=)[A-Za-z0-9+/]{80,}+={0,2}", ""),
     _form("SharedAccessKey=", r"(?<=SharedAccessKey=)[A-Za-z0-9+/]{40,}+={0,2}", ""),
     _form(":AA", r"\d{8,10}:AA[\w-]{33}(?![\w-])", r"(?<![\w.:-])"),
-    _form("ns-", r"ns-(?:[0-9a-f]{64}|[\w-]{43})(?![\w-])"),
-    _form("ep-", r"ep-[0-9a-f]{32}(?![0-9A-Za-z])"),
     _form("nextstate-", r"nextstate-\d{1,5}=[\w-]{43}(?![\w-])"),
     *(
         _form(f"{name}=", rf"(?<={name}=)[\w.~+/-]{{20,}}+={{0,2}}", "")

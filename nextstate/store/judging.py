@@ -12,9 +12,7 @@ from nextstate.store import schema as t
 from nextstate.store.counts import read_counts
 from nextstate.store.database import Database, queries
 from nextstate.store.settling import (
-    Reception,
     add_hinted_prompt,
-    give_feedback,
     judge_again,
     load_feedback,
     load_verdict,
@@ -188,15 +186,6 @@ class Judging:
         """What a person said last about the turn, or None."""
         with self._database.read() as connection:
             return load_feedback(connection, turn_id)
-
-    def give_feedback(self, feedback: Feedback) -> Reception:
-        """Keeps what a person says about a turn and settles it, unless it is or was in training.
-
-        The last word counts; the same again changes nothing. A hint opens the judge's work again,
-        which renders the hinted prompt. Raises NoTurnError.
-        """
-        with self._database.write() as connection:
-            return give_feedback(connection, feedback, self._database.now())
 
     def rated(self, limit: int) -> list[tuple[str, int]]:
         """The turns that a person has rated and that something followed, as (turn, score).

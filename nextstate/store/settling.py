@@ -94,7 +94,11 @@ def add_hinted_prompt(connection: sa.Connection, verdict: Verdict, now: float) -
 def give_feedback(
     connection: sa.Connection, feedback: Feedback, now: float, client: str = OWNER
 ) -> Reception:
-    """See `Judging.give_feedback`."""
+    """Keeps what a person says about a turn and settles it, unless it is or was in training.
+
+    The last word counts; the same again changes nothing. A hint opens the judge's work again,
+    which renders the hinted prompt. Raises NoTurnError.
+    """
     turn = _turn(connection, feedback.turn)
     _keep_feedback(connection, feedback, now, client)
     known = load_verdict(connection, feedback.turn)

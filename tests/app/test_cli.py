@@ -21,6 +21,7 @@ from nextstate.config import StoreConfig
 from nextstate.errors import EXIT_LATER, EXIT_USAGE, FencedError, StartError, TakenError
 from nextstate.records import Feedback, Json, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.store.test_records import add, judge, turn
 
 
@@ -248,8 +249,8 @@ def test_status_shows_how_the_judge_agrees_with_people(
     # (2·3 + 1·1) / 16, so kappa is (12/16 - 7/16) / (9/16) = 5/9.
     for number, voted, said in ((2, 1, 1), (3, 1, 1), (4, 0, 0), (5, 1, -1)):
         judge(store, number, voted)
-        store.judging.give_feedback(Feedback(f"turn_{number}", said))
-    store.judging.give_feedback(Feedback("turn_1", 1))  # never voted on: no label
+        store.reviewing.give(Feedback(f"turn_{number}", said), OWNER)
+    store.reviewing.give(Feedback("turn_1", 1), OWNER)  # never voted on: no label
     store.close()
     assert main(["status", "--json", "--config", str(config)]) == 0
     counted = {"labels": 4, "agreed": 3, "accuracy": 0.75, "kappa": 0.5556}
@@ -274,7 +275,7 @@ def test_a_versions_card_says_what_the_judge_is_worth(
     for number in range(20, 36):
         add(store, turn(number))
         judge(store, number, 1)
-        store.judging.give_feedback(Feedback(f"turn_{number}", 1 if number > 21 else -1))
+        store.reviewing.give(Feedback(f"turn_{number}", 1 if number > 21 else -1), OWNER)
     store.close()
     assert main(["versions", "2", "--config", str(chain)]) == 0
     worth = "judge    rules agrees with you on 14 of 16 turns you rated (68 to 96 %), κ 0.00"

@@ -16,6 +16,7 @@ from nextstate.config import StoreConfig
 from nextstate.episodes import Split
 from nextstate.records import Feedback, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.judge.test_groups import open_episode, take
 from tests.store.test_records import add, judge, turn
 
@@ -65,7 +66,7 @@ def config(tmp_path: Path) -> Path:
         )
         for number, score in enumerate((-1, 1, -1, 1, 1, 0)):
             assert judge(store, number, score)
-        store.judging.give_feedback(Feedback("turn_5", -1))
+        store.reviewing.give(Feedback("turn_5", -1), OWNER)
         open_episode(store, "e-1", group=None, split=Split.EVAL)
         take(store, "e-1", ("turn_held_out", [1]))
     return file

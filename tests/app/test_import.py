@@ -19,6 +19,7 @@ from nextstate.app.json_values import MOST_BYTES, Broken, Found, json_objects
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Turn, TurnKind
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
 
@@ -135,7 +136,7 @@ def test_what_was_imported_is_neither_judged_nor_trained_and_no_request_continue
         assert [turn and (turn.parent, turn.kind) for turn in turns] == [(None, TurnKind.MAIN)] * 2
         assert store.turns.next_states(before.id) == ()
         assert store.judging.lease(9, 60) == []
-        given = store.judging.give_feedback(Feedback(before.id, 1))
+        given = store.reviewing.give(Feedback(before.id, 1), OWNER)
         assert not given.applied
         assert store.judging.verdict(before.id) is None
         assert store.counts()["turns/imported"] == 1

@@ -36,6 +36,7 @@ from nextstate.hooks import Evidence, TrainedJudge
 from nextstate.records import Feedback, NextState, Source
 from nextstate.store import Store
 from nextstate.store.ledger import Ledger
+from nextstate.store.shares import OWNER
 from tests.learner.test_tiny_model import save_tiny_model  # noqa: F401  (marks the file: it trains)
 from tests.store.test_records import add, turn
 
@@ -236,7 +237,7 @@ def test_a_persons_feedback_becomes_labelled_next_states(config: Path) -> None:
     add(store, turn(0), next_state=None)
     add(store, turn(1), turn(2), next_state="No, shorter.")
     for number, score in enumerate((1, -1)):
-        store.judging.give_feedback(Feedback(f"turn_{number}", score))
+        store.reviewing.give(Feedback(f"turn_{number}", score), OWNER)
     store.close()
     found = own_cases(settings, 10)  # nothing followed turn 0, and nobody rated turn 2
     assert [(case.id, case.label) for case in found] == [("turn_1", -1)]

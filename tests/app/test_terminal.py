@@ -17,6 +17,7 @@ from nextstate.config import StoreConfig
 from nextstate.errors import ConfigError
 from nextstate.records import Feedback
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.store.test_records import add, judge, turn
 
 ESC = "\x1b]0;title\x07\u202e"
@@ -31,7 +32,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     hostile = {"role": "user", "content": SAID}, {"role": "assistant", "content": SAID}
     add(store, turn(400, request={"messages": [hostile[0]]}, reply=hostile[1], session=f"s{ESC}"))
     judge(store, 0, -1, hint="Sé breve → 短.")
-    store.judging.give_feedback(Feedback("turn_0", -1, comment="nö →"))
+    store.reviewing.give(Feedback("turn_0", -1, comment="nö →"), OWNER)
     store.close()
     file = folder / "nextstate.toml"
     file.write_text(f'[store]\ndir = "{folder}/state"\n')

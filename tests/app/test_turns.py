@@ -15,6 +15,7 @@ from nextstate.config import StoreConfig
 from nextstate.records import Feedback, Json, NextState, Source, Timings, Turn, TurnKind, Verdict
 from nextstate.store import Store
 from nextstate.store.lookup import Choice
+from nextstate.store.shares import OWNER
 from tests.store.test_growth import fill, steps
 from tests.store.test_records import add, judge, turn
 
@@ -62,7 +63,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add(store, talk(5, said("user", "Again"), "Hi", lineage="bob", session="b"), next_state=None)
     judge(store, 0, -1, hint="Show hidden files.")
     store.judging.settle_verdict(Verdict("turn_4", (0, 1, 0), 0, "rules"))
-    store.judging.give_feedback(Feedback("turn_0", -1, "Only hidden files.", "It showed all."))
+    store.reviewing.give(Feedback("turn_0", -1, "Only hidden files.", "It showed all."), OWNER)
     store.close()
     file = folder / "nextstate.toml"
     file.write_text(f'[store]\ndir = "{folder}/state"\n[agents]\nprofile = "openclaw"\n')

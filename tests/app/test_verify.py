@@ -21,6 +21,7 @@ from nextstate.engine.adapter_files import (
 )
 from nextstate.records import Feedback, PolicyVersion, VersionState
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.store.test_forgetting import LONG, judge, message, record, said
 from tests.store.test_records import turn
 
@@ -33,7 +34,7 @@ def config(tmp_path: Path) -> Path:
     second = said(1, first)
     record(store, first, second)
     judge(store, first.id, second)
-    store.judging.give_feedback(Feedback(second.id, 1, "Be brief.", "It was long."))
+    store.reviewing.give(Feedback(second.id, 1, "Be brief.", "It was long."), OWNER)
     for number in (2, 3):
         request = {"messages": [message("user", f"{LONG} {number}")]}
         record(store, turn(number, session=f"s{number}", request=request))

@@ -9,7 +9,6 @@ import aiohttp
 import pytest
 from transformers import AutoModelForCausalLM
 
-from benchmarks.sampling import CASES, differences
 from demo.course import MODEL, POLICY
 from nextstate.app.settings import Settings
 from nextstate.engine.abilities import sampling_lacks
@@ -17,6 +16,7 @@ from nextstate.engine.client import EngineClient
 from nextstate.records import Sample, Turn
 from nextstate.sampling import Sampling
 from nextstate.store import Store
+from tests.hugging_face_sampling import CASES, differences
 
 if TYPE_CHECKING:
     from tests.running_loop import Engine, Loop

@@ -15,6 +15,7 @@ from judge.stage import task_of
 from nextstate.hooks import Evidence, load_plugin
 from nextstate.records import Feedback, Json, NextState, Source, Verdict, Vote
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.judge.test_stage import ScriptedJudge, Watched, a_turn, judge_until, open_store
 
 READ, REMOVE = ("read", "a/todo.md"), ("remove", "notes.txt")
@@ -183,7 +184,7 @@ def test_a_step_under_judgement_while_its_task_ends_is_judged_once_more(store: S
 def test_a_step_that_trained_or_that_a_person_judged_keeps_its_verdict(store: Store) -> None:
     record_task(store, "You deleted notes.txt and todo.md!")
     lease_all(store)
-    store.judging.give_feedback(Feedback("turn-0", 1))
+    store.reviewing.give(Feedback("turn-0", 1), OWNER)
     settle(store, "turn-1", 1)
     batch = store.training.lease_samples("main", 9, "batch", scored=True, hinted=False)
     assert {sample.turn for sample in batch} == {"turn-0", "turn-1"}

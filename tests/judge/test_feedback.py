@@ -17,6 +17,7 @@ from judge.verdict import unmarked
 from nextstate.errors import EngineError
 from nextstate.records import Feedback, Json, Verdict, Vote
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.judge.test_stage import (
     Clock,
     ScriptedEngine,
@@ -49,7 +50,7 @@ def never() -> ScriptedJudge:
 def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_path: Path) -> None:
     store, counts, engine = open_store(tmp_path), Watched(), ScriptedEngine()
     record_alone(store)
-    assert store.judging.give_feedback(SAID).applied
+    assert store.reviewing.give(SAID, OWNER).applied
     judge_until(store, [never()], counts, judged=1, engine=engine)
     assert store.judging.verdict(TURN) == TAUGHT
     messages, _, extra = engine.calls[0]
@@ -64,8 +65,8 @@ def test_a_turn_without_next_state_gets_the_prompt_with_the_persons_hint(tmp_pat
 def test_feedback_before_the_judge_replaces_the_votes(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn(0), a_turn(1)])
-    store.judging.give_feedback(Feedback("turn-1", 1))  # without a hint the judge has nothing to do
-    store.judging.give_feedback(SAID)
+    store.reviewing.give(Feedback("turn-1", 1), OWNER)  # without a hint the judge has nothing to do
+    store.reviewing.give(SAID, OWNER)
     judge_until(store, [never()], counts, judged=1)
     assert store.judging.verdict(TURN) == TAUGHT
     assert store.judging.verdict("turn-1") == Verdict("turn-1", (), 1, "feedback")
@@ -78,7 +79,7 @@ def test_feedback_after_the_judge_gets_its_own_hinted_prompt(tmp_path: Path) -> 
     store, counts = open_store(tmp_path), Watched()
     record(store, [a_turn()])
     judge_until(store, [constant(Vote(1, "Say more about the marbles."))], counts, judged=1)
-    store.judging.give_feedback(SAID)
+    store.reviewing.give(SAID, OWNER)
     judge_until(store, [never()], counts, judged=2)
     assert store.judging.verdict(TURN) == TAUGHT
     assert store.judging.labels() == {"scripted": {(-1, 1): 1}}
@@ -88,7 +89,7 @@ def test_feedback_after_the_judge_gets_its_own_hinted_prompt(tmp_path: Path) -> 
 def test_a_score_of_zero_trains_once_its_hint_is_rendered(tmp_path: Path) -> None:
     store, counts = open_store(tmp_path), Watched()
     record_alone(store)
-    store.judging.give_feedback(Feedback(TURN, 0, "Name the unit."))
+    store.reviewing.give(Feedback(TURN, 0, "Name the unit."), OWNER)
     assert store.counts()["samples/dropped"] == 1
     judge_until(store, [never()], counts, judged=1)
     assert store.training.ready_samples("main", scored=False, hinted=True) == 1
@@ -99,7 +100,7 @@ def test_an_engine_that_is_down_delays_the_hint_but_not_the_score(tmp_path: Path
     clock, counts, engine = Clock(), Watched(), ScriptedEngine(failures=1)
     store = open_store(tmp_path, clock)
     record_alone(store)
-    store.judging.give_feedback(SAID)
+    store.reviewing.give(SAID, OWNER)
     judge_until(store, [never()], counts, deferred=1, engine=engine)
     assert store.training.ready_samples("main", scored=True, hinted=False) == 1
     assert store.training.ready_samples("main", scored=False, hinted=True) == 0
@@ -137,13 +138,13 @@ def test_feedback_that_changes_while_the_hint_is_rendered_counts(
 ) -> None:
     store = open_store(tmp_path)
     record_alone(store)
-    store.judging.give_feedback(Feedback(TURN, -1, "Be brief."))
+    store.reviewing.give(Feedback(TURN, -1, "Be brief."), OWNER)
 
     async def scene() -> None:
         engine, stop, counts = HeldEngine(), asyncio.Event(), Watched()
         work = asyncio.create_task(run(store, JudgeConfig(), never(), engine, stop, counts))
         await asyncio.wait_for(engine.asked.wait(), 60)
-        store.judging.give_feedback(second)
+        store.reviewing.give(second, OWNER)
         engine.may.set()
         if ids is not None:
             await counts.until(judged=1)
@@ -172,7 +173,7 @@ def test_a_vote_that_ends_after_feedback_is_a_label_and_not_a_verdict(tmp_path: 
         judge = ScriptedJudge(lambda *_: Vote(1), deterministic=True, before=hold)
         work = asyncio.create_task(run(store, JudgeConfig(), judge, ScriptedEngine(), stop, counts))
         await asyncio.wait_for(asked.wait(), 60)
-        store.judging.give_feedback(SAID)
+        store.reviewing.give(SAID, OWNER)
         await counts.until(judged=1)  # the hint
         may.set()
         stop.set()
@@ -187,7 +188,7 @@ def test_a_vote_that_ends_after_feedback_is_a_label_and_not_a_verdict(tmp_path: 
 def test_the_hint_of_a_turn_that_cannot_train_is_not_rendered(tmp_path: Path) -> None:
     store = open_store(tmp_path)
     record_alone(store, trainable=False)
-    assert store.judging.give_feedback(SAID).applied
+    assert store.reviewing.give(SAID, OWNER).applied
     assert store.judging.lease(9, 60.0) == []
     engine = ScriptedEngine(failures=9)
     work = feedback_verdict(SAID, a_turn(trainable=False), engine)

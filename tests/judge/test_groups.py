@@ -26,6 +26,7 @@ from nextstate.errors import ConflictError, RecordError, StoreError
 from nextstate.records import Feedback, NextState, Source, Verdict, Vote
 from nextstate.store import Store
 from nextstate.store.groups import Member, Unsettled
+from nextstate.store.shares import OWNER
 from tests.judge.test_stage import ScriptedEngine, ScriptedJudge
 from tests.store.test_records import turn
 
@@ -188,7 +189,7 @@ def test_verdicts_and_feedback_after_the_settling_change_no_sample(store: Store)
     late = Verdict("e", (-1,), -1, "j", "Look twice, please.", (1, 2, 9))
     assert store.judging.settle_verdict(late)
     assert store.judging.verdict("e") == late
-    reception = store.judging.give_feedback(Feedback("a", -1))
+    reception = store.reviewing.give(Feedback("a", -1), OWNER)
     assert (reception.applied, reception.reason) == (
         False,
         "the turn's episode is settled already; the feedback is kept",
@@ -229,7 +230,7 @@ def test_what_the_environment_declares_counts_more_than_votes(store: Store) -> N
 def test_a_person_who_speaks_before_the_settling_takes_the_place_of_votes(store: Store) -> None:
     open_episode(store, "e-1", 2)
     take(store, "e-1", ("a", [1]), ("b", [1]))
-    assert store.judging.give_feedback(Feedback("a", -1)).applied
+    assert store.reviewing.give(Feedback("a", -1), OWNER).applied
     close(store, "e-1", 0.0)
     attempt(store, "e-2", 0.0)
     settle_over(store, 0)

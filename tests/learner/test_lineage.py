@@ -14,6 +14,7 @@ from learner.selection import is_held_out
 from learner.trainer import PolicyTrainer
 from nextstate.errors import LearnerError
 from nextstate.records import Feedback, PolicyVersion, VersionState
+from nextstate.store.shares import OWNER
 from nextstate.training_status import read_training_status
 from tests.learner.running_stage import FakeEngine, train
 from tests.learner.test_tiny_model import BAD, CONFIG, GOOD, HOLDS_OUT, Recorded, save_tiny_model
@@ -168,7 +169,7 @@ def test_feedback_on_a_held_out_turn_counts_and_the_turn_stays_held_out(recorded
     turn = recorded.add(GOOD, 1, session=name)
     recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store))
-    recorded.store.judging.give_feedback(Feedback(turn, -1))
+    recorded.store.reviewing.give(Feedback(turn, -1), OWNER)
     recorded.add_mixed(16)
     train(recorded, model_path, FakeEngine(recorded.store))
     assert recorded.states() == {"trained": 32, "held": 1}

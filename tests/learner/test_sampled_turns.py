@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from benchmarks.sampling import expected
 from learner.metrics import TokenStats, raw_drift
 from learner.trainer import PolicyTrainer, build_trainer
 from nextstate.errors import LearnerError
 from nextstate.records import Sample
 from nextstate.sampling import PLAIN, Sampling
+from tests.hugging_face_sampling import expected
 from tests.learner.test_tiny_model import CONFIG, PROMPT, sample, save_tiny_model
 
 USUAL = Sampling(temperature=0.7, top_p=0.8, top_k=20)

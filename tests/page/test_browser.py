@@ -17,6 +17,7 @@ import pytest
 from nextstate.episodes import Episode, EpisodeStatus, Reward, RewardKind
 from nextstate.records import Feedback, PolicyVersion, Timings, VersionState
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.page.chromium import chromium, needs_browser
 from tests.page.running_page import Site, png, site
 from tests.proxy.running_proxy import add_version
@@ -75,7 +76,7 @@ def fill(store: Store, tmp_path: Path) -> None:
     for number in range(26):
         add(store, turn(500 + number, session=f"short-{number}", index=0), next_state=None)
     fill_episodes(store)
-    store.judging.give_feedback(Feedback("turn_3", -1, "Say it in one sentence.", "a note"))
+    store.reviewing.give(Feedback("turn_3", -1, "Say it in one sentence.", "a note"), OWNER)
     add_version(store, tmp_path, 1)
     why = "KL to the base 0.81 is above its limit of 0.5, and 3 of 16 canaries lost sense"
     metrics = {"score/mean": -0.25, "step/kl": 0.0191, "gate/kl_base": 0.81, "gate/rank": -0.002}

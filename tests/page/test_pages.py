@@ -9,6 +9,7 @@ import pytest
 from nextstate.app.page.home import answer, scores, turns_a_day
 from nextstate.records import Feedback, JudgedTurn, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from proxy.lineages import Access
 from tests.page.running_page import Site, on_site, words
 from tests.proxy.running_proxy import add_version
@@ -38,7 +39,7 @@ def test_the_first_page_shows_scores_changes_waits_and_the_judge(
     for number in range(3):
         add(store, turn(number))
         judge(store, number, 1)
-    store.judging.give_feedback(Feedback("turn_0", -1))
+    store.reviewing.give(Feedback("turn_0", -1), OWNER)
     store.versions.add(rejected(1), None)
 
     async def test(site: Site) -> None:

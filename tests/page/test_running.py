@@ -14,6 +14,7 @@ from nextstate.app.cli import main
 from nextstate.app.page.running import lags
 from nextstate.records import Feedback
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.page.running_page import Site, on_site, words
 from tests.store.test_records import add, judge, turn
 
@@ -24,7 +25,7 @@ def test_how_it_runs_shows_queues_lag_engine_and_the_judge(store: Store, tmp_pat
         if number < 11:
             judge(store, number, 1 if number % 2 else -1)
     for number in range(11):
-        store.judging.give_feedback(Feedback(f"turn_{number}", 1 if number % 2 else -1))
+        store.reviewing.give(Feedback(f"turn_{number}", 1 if number % 2 else -1), OWNER)
 
     async def test(site: Site) -> None:
         found = words(await site.get("/page/running"))

@@ -17,6 +17,7 @@ from nextstate.records import (
 )
 from nextstate.store import Store
 from nextstate.store.settling import Reception
+from nextstate.store.shares import OWNER
 from proxy.lineages import Access
 from tests.proxy.running_proxy import Running, both, request
 from tests.scripted_engine import ScriptedEngine
@@ -270,21 +271,21 @@ def test_feedback_during_training_counts_once_the_batch_is_given_up(store: Store
     add(store, turn(0))
     judge(store, 0, 1)
     store.training.lease_samples("main", 9, "b", scored=True, hinted=True)
-    assert not store.judging.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
+    assert not store.reviewing.give(Feedback(TURN, -1, "Be brief."), OWNER).applied
     assert store.training.release_samples("main") == 1
     (sample,) = store.training.lease_samples("main", 9, "b2", scored=True, hinted=True)
     assert sample.score == -1
     assert store.judging.lease(9, 60) == [TURN]
-    assert store.judging.give_feedback(Feedback(TURN, -1, "Be brief.")).applied
+    assert store.reviewing.give(Feedback(TURN, -1, "Be brief."), OWNER).applied
 
 
 def test_the_result_of_the_votes_is_kept_with_the_feedback(store: Store) -> None:
     add(store, turn(0), turn(1), turn(2))
     judge(store, 0, 1)
     for said in (0, -1):
-        store.judging.give_feedback(Feedback(TURN, said))
+        store.reviewing.give(Feedback(TURN, said), OWNER)
     assert store.judging.labels() == {"rules": {(-1, 1): 1}}
-    store.judging.give_feedback(Feedback("turn_1", 1))
+    store.reviewing.give(Feedback("turn_1", 1), OWNER)
     assert store.judging.labels() == {"rules": {(-1, 1): 1}}
     assert not judge(store, 1, -1)  # it voted while the person spoke
     assert store.judging.labels() == {"rules": {(-1, 1): 1, (1, -1): 1}}
@@ -296,8 +297,8 @@ def test_the_result_of_the_votes_is_kept_with_the_feedback(store: Store) -> None
 def test_feedback_before_any_next_state_is_settled_and_its_next_state_is_kept(store: Store) -> None:
     add(store, turn(0), turn(1), next_state=None)
     said = Feedback(TURN, -1, "Be brief.")
-    assert store.judging.give_feedback(said) == Reception(TURN, "s", -1, True, None)
-    store.judging.give_feedback(Feedback("turn_1", 1))
+    assert store.reviewing.give(said, OWNER) == Reception(TURN, "s", -1, True, None)
+    store.reviewing.give(Feedback("turn_1", 1), OWNER)
     with store.recording() as recording:
         for number in range(2):
             said_next = NextState(f"turn_{number}", Source.USER, "too long", 0.9)

@@ -21,6 +21,7 @@ from nextstate.errors import ConfigError, SealError, StartError
 from nextstate.records import Feedback, Turn, Verdict
 from nextstate.store import Store
 from nextstate.store.encryption import Encryption
+from nextstate.store.shares import OWNER
 from nextstate.store.texts import content_hash
 from nextstate.store_key import (
     FILE_VARIABLE,
@@ -74,7 +75,7 @@ def fill(store: Store, count: int = 3) -> None:
         add(store, said(100 + number, turn, id=f"later_{number}"), next_state=STATES)
         hint = "wordofhint says it."
         store.judging.settle_verdict(Verdict(turn.id, (-1,), -1, "rules", hint, (9, 8)))
-        store.judging.give_feedback(Feedback(turn.id, -1, hint, "wordofcomment"))
+        store.reviewing.give(Feedback(turn.id, -1, hint, "wordofcomment"), OWNER)
         episode = Episode(
             id=f"ep_{number}",
             lineage="main",

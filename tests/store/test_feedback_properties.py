@@ -25,6 +25,7 @@ from nextstate.records import (
     VersionState,
 )
 from nextstate.store import Store, settling
+from nextstate.store.shares import OWNER
 from tests.proxy.test_feedback import rows
 from tests.store.test_records import add, turn
 
@@ -73,14 +74,14 @@ class Spoken:
 
     def speak(self, score: int, hint: str | None, comment: str | None) -> None:
         self.said = Feedback(TURN, score, hint, comment)
-        self.store.judging.give_feedback(self.said)
+        self.store.reviewing.give(self.said, OWNER)
 
     def repeat(self) -> None:
         """Says the same again."""
         if self.said is not None:
-            first, before = self.store.judging.give_feedback(self.said), rows(self.store)
+            first, before = self.store.reviewing.give(self.said, OWNER), rows(self.store)
             self.clock[0] += 1.0
-            assert self.store.judging.give_feedback(self.said) == first
+            assert self.store.reviewing.give(self.said, OWNER) == first
             assert rows(self.store) == before
 
     def follow(self) -> None:
@@ -235,7 +236,7 @@ def test_feedback_that_breaks_off_leaves_nothing(
 
     monkeypatch.setattr(settling, step, fail)
     with pytest.raises(OSError, match="no space"):
-        store.judging.give_feedback(Feedback(TURN, -1, "Be brief."))
+        store.reviewing.give(Feedback(TURN, -1, "Be brief."), OWNER)
     assert rows(store) == before
 
 
@@ -244,10 +245,11 @@ import sys
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 
 store = Store(StoreConfig(dir=sys.argv[1], url=sys.argv[2]))
 for number in range(100_000):
-    store.judging.give_feedback(Feedback("turn_0", number % 3 - 1, f"hint {number}"))
+    store.reviewing.give(Feedback("turn_0", number % 3 - 1, f"hint {number}"), OWNER)
     print(number, flush=True)
 """
 

@@ -29,6 +29,7 @@ from nextstate.records import (
 )
 from nextstate.store import Store, texts
 from nextstate.store.forgetting import Plan, Wanted
+from nextstate.store.shares import OWNER
 from nextstate.store.waiting import Patience
 from tests.store.rows import select
 from tests.store.test_records import turn
@@ -138,7 +139,7 @@ def test_what_is_forgotten_is_in_no_record_and_the_rest_is_whole(
             judge(store, parent.id, one, score)
         if remarks:
             comment = f"remark<{number}>" if remarks > 1 else None
-            store.judging.give_feedback(Feedback(one.id, score, f"hint<{number}>", comment))
+            store.reviewing.give(Feedback(one.id, score, f"hint<{number}>", comment), OWNER)
         if retried and parent is not None:
             with store.recording() as recording:
                 recording.sessions.set_place(parent.id, parent.id.encode().ljust(16))
@@ -196,7 +197,7 @@ def test_nothing_of_it_is_left_in_the_files(store: Store) -> None:
     other = said(2, None)
     record(store, first, secret, other)
     judge(store, first.id, secret)
-    store.judging.give_feedback(Feedback(secret.id, 1, None, "a private remark of some length"))
+    store.reviewing.give(Feedback(secret.id, 1, None, "a private remark of some length"), OWNER)
     with store.database.read() as connection:
         before = {
             bytes(row[0])
@@ -271,7 +272,7 @@ def test_a_text_is_found_wherever_it_was_said(store: Store, text: str, taken: se
     with store.recording() as recording:
         named = said(4, None)
         recording.add_turn(named, b"4" * 16, b"4" * 16, client_session="the client's name")
-    store.judging.give_feedback(Feedback("turn_2", 1, None, "It is only in a remark."))
+    store.reviewing.give(Feedback("turn_2", 1, None, "It is only in a remark."), OWNER)
     assert set(store.forgetting.plan(Wanted(matching=text)).turns) == taken
 
 
@@ -294,7 +295,7 @@ def test_a_hint_that_quotes_it_goes_with_it(store: Store) -> None:
 def test_what_a_person_said_of_an_earlier_turn_stays(store: Store) -> None:
     first = said(0, None)
     record(store, first, said(1, first))
-    store.judging.give_feedback(Feedback("turn_0", -1, "Be brief."))
+    store.reviewing.give(Feedback("turn_0", -1, "Be brief."), OWNER)
     store.forgetting.forget(Wanted(turns=["turn_1"]))
     verdict = store.judging.verdict("turn_0")
     assert verdict is not None

@@ -30,6 +30,7 @@ from hypothesis.stateful import (
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, PolicyVersion, TurnKind, VersionState
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.store.rows import select
 from tests.store.test_records import KEY, add, judge, turn
 from tests.store.test_texts import assert_uses_are_counted
@@ -102,7 +103,7 @@ class Counting(RuleBasedStateMachine):
     @rule(number=st.integers(0, 99), score=SCORES, hint=st.sampled_from((None, "Be kind.")))
     def say(self, number: int, score: int, hint: str | None) -> None:
         if self.turns:
-            self.store.judging.give_feedback(Feedback(f"turn_{self.any_turn(number)}", score, hint))
+            self.store.reviewing.give(Feedback(f"turn_{self.any_turn(number)}", score, hint), OWNER)
 
     @rule(limit=st.integers(1, 4))
     def lease_work(self, limit: int) -> None:
@@ -291,7 +292,7 @@ ASKED: dict[str, Callable[[Store], object]] = {
     "judgement": lambda s: s.judging.judgement("turn_5"),
     "earlier_steps": lambda s: s.judging.earlier_steps("turn_9"),
     "settle_verdict": lambda s: judge(s, 3, 1),
-    "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_7", -1, "Be brief.")),
+    "give_feedback": lambda s: s.reviewing.give(Feedback("turn_7", -1, "Be brief."), OWNER),
     "lease_samples": lambda s: s.training.lease_samples("main", 16, "b", **BATCH),
     "leased_count": lambda s: s.training.leased_count("main"),
     "allotted": lambda s: s.training.allotted("main", 16, True, True),

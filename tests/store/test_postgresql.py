@@ -20,6 +20,7 @@ from nextstate.records import Feedback
 from nextstate.store import Store
 from nextstate.store.copying import TABLES, copy
 from nextstate.store.forgetting import Wanted
+from nextstate.store.shares import OWNER
 from nextstate.store.waiting import Patience
 from plugins.agents.profile import GENERIC, Profile
 from proxy.exchange import record_exchange
@@ -259,7 +260,7 @@ def told(store: Store) -> None:
         record(store, one, after)
         judged(store, one.id, after)
     train(store, 1, 0)
-    store.judging.give_feedback(Feedback("turn_2", 1, "Be brief.", "It was long."))
+    store.reviewing.give(Feedback("turn_2", 1, "Be brief.", "It was long."), OWNER)
     store.versions.pause("main", "ana")
     store.workers.beat("w", [], {})
     add(store, turn(900, client_model="odd\0name"))
@@ -291,7 +292,7 @@ def test_a_copy_goes_on_after_a_cut_is_proven_and_comes_back_the_same(
 
     with pytest.raises(Cut):
         copy(first.database, there.database, cut)
-    first.judging.give_feedback(Feedback("turn_2", -1))  # what was copied may change meanwhile
+    first.reviewing.give(Feedback("turn_2", -1), OWNER)  # what was copied may change meanwhile
     assert copy(first.database, there.database, lambda *_: None) > 0
     assert copy(first.database, there.database, lambda *_: None) == 0
     back = Store(StoreConfig(str(tmp_path / "back")))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from nextstate.config import StoreConfig
 from nextstate.records import Feedback, PolicyVersion, VersionState
 from nextstate.store import Store
-from nextstate.store.shares import LOOKED_AT, SHARE, Waiting, allotted, fair_share, share_of
+from nextstate.store.shares import LOOKED_AT, OWNER, SHARE, Waiting, allotted, fair_share, share_of
 from nextstate.store.waiting import Patience
 from tests.store.test_records import add, judge, turn
 
@@ -74,7 +74,7 @@ def test_what_changes_while_it_is_looked_at_is_not_leased(
     def then_changed(waiting: Iterable[Waiting], limit: int) -> list[str]:
         chosen = fair_share(waiting, limit)
         store.training.drop_samples(["turn_1"], "gone")
-        store.judging.give_feedback(Feedback("turn_2", 0))
+        store.reviewing.give(Feedback("turn_2", 0), OWNER)
         return chosen
 
     monkeypatch.setattr("nextstate.store.training.fair_share", then_changed)

@@ -12,6 +12,7 @@ from nextstate.config import StoreConfig
 from nextstate.errors import WaitError
 from nextstate.records import Feedback, Turn, Verdict
 from nextstate.store import Store, texts
+from nextstate.store.shares import OWNER
 from nextstate.store.texts import Row, hashes
 from nextstate.wire import write_json
 from tests.store.rows import select
@@ -76,12 +77,12 @@ def test_what_two_conversations_of_a_transaction_share_is_counted_for_both(store
 def test_what_a_new_verdict_replaces_is_deleted(store: Store) -> None:
     add(store, turn(0))
     before = check(store)
-    store.judging.give_feedback(Feedback("turn_0", -1, "Be brief.", "It was long."))
+    store.reviewing.give(Feedback("turn_0", -1, "Be brief.", "It was long."), OWNER)
     assert check(store) == before + 2
     ids = tuple(range(3000))
     store.judging.add_hinted_prompt(Verdict("turn_0", (), -1, "feedback", "Be brief.", ids))
     assert check(store) > before + 3
-    store.judging.give_feedback(Feedback("turn_0", 1))
+    store.reviewing.give(Feedback("turn_0", 1), OWNER)
     assert check(store) == before
     assert store.judging.feedback("turn_0") == Feedback("turn_0", 1)
 

@@ -22,6 +22,7 @@ from nextstate.records import (
     VersionState,
 )
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.store.test_records import add, judge, turn
 
 
@@ -142,7 +143,7 @@ def test_the_watch_reads_the_newest_judged_turns_oldest_first(store: Store) -> N
         JudgedTurn("s1", 2, 0, "rules"),
     ]
     assert len(store.versions.judged_turns("main", 9)) == 3
-    store.judging.give_feedback(Feedback("turn_0", -1))
+    store.reviewing.give(Feedback("turn_0", -1), OWNER)
     assert store.versions.judged_turns("main", 9)[0] == JudgedTurn("s0", 0, -1, "feedback")
     assert store.versions.judged_turns("other", 9) == []
 

@@ -25,6 +25,7 @@ from nextstate.errors import StoreError, WaitError
 from nextstate.records import Feedback, PolicyVersion, Verdict, VersionState
 from nextstate.store import Store, database
 from nextstate.store.judging import Judging
+from nextstate.store.shares import OWNER
 from nextstate.store.sqlite import SQLite
 from nextstate.store.training import Training
 from nextstate.store.turns import Turns
@@ -40,7 +41,7 @@ pytestmark = pytest.mark.sqlite
 WORK: dict[str, Callable[[Store], object]] = {
     "lease_judgements": lambda s: s.judging.lease(1, 60),
     "settle_verdict": lambda s: judge(s, 1, 1),
-    "give_feedback": lambda s: s.judging.give_feedback(Feedback("turn_0", -1)),
+    "give_feedback": lambda s: s.reviewing.give(Feedback("turn_0", -1), OWNER),
     "lease_samples": lambda s: s.training.lease_samples("main", 1, "b", scored=True, hinted=True),
     "add_version": lambda s: s.versions.add(
         PolicyVersion("main", 1, 0, "/a", "ff", 1, VersionState.CANDIDATE), None
@@ -174,7 +175,7 @@ def test_who_is_to_stop_waits_no_longer_for_a_locked_store(
 def test_what_does_not_pass_is_told_at_once(waiting: tuple[Store, Patience]) -> None:
     store, _ = waiting
     with pytest.raises(StoreError, match="no turn"):
-        store.judging.give_feedback(Feedback("turn_x", 1))
+        store.reviewing.give(Feedback("turn_x", 1), OWNER)
     with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as other:
         other.execute("DROP TABLE spending")
     with pytest.raises(StoreError, match="OperationalError: no such table: spending"):

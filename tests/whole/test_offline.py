@@ -23,6 +23,7 @@ from nextstate.errors import StoreError
 from nextstate.offline import SWITCHES, switches
 from nextstate.records import Feedback
 from nextstate.store import Store
+from nextstate.store.shares import OWNER
 from tests.learner.test_tiny_model import Recorded, save_tiny_model
 from tests.store.test_records import add, turn
 from tests.whole.alone import WATCH, alone
@@ -153,12 +154,12 @@ def test_importing_the_learner_is_enough_to_be_offline() -> None:
 @pytest.mark.parametrize("broken", ["DROP TABLE feedback", "CREATE UNIQUE INDEX no ON feedback(1)"])
 def test_a_database_error_quotes_nobody(store: Store, broken: str) -> None:
     add(store, turn(0), turn(1))
-    store.judging.give_feedback(Feedback("turn_0", 1, "kept before", "kept before"))
+    store.reviewing.give(Feedback("turn_0", 1, "kept before", "kept before"), OWNER)
     with closing(sqlite3.connect(store.dir / "nextstate.sqlite3")) as file:
         file.execute(broken)
     secret = Feedback("turn_1", 1, "My hint 4711.", "My comment 4712.")
     with pytest.raises(StoreError) as caught:
-        store.judging.give_feedback(secret)
+        store.reviewing.give(secret, OWNER)
     error: BaseException | None = caught.value
     while error is not None:
         for text in (str(error), repr(error)):

@@ -1,32 +1,15 @@
-"""Are vLLM's log-probs those of what it samples from, and does the learner compute the same ones?
-
-For each setting a real vLLM answers some questions, started as NextState starts it. Each reply's
-tokens are then read by Hugging Face's model and logits processors, and by the learner's own code.
-"""
+"""The log-probs of sampled tokens, by Hugging Face's logits processors and by the learner."""
 # pyright: basic
 
 from __future__ import annotations
 
-import argparse
-import asyncio
-import os
-import signal
-import subprocess
-import tempfile
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import aiohttp
 import torch
-from rich import box
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     LogitsProcessorList,
     MinPLogitsWarper,
     PreTrainedModel,
@@ -40,16 +23,9 @@ from transformers import (
 from learner.divergence import head_of
 from learner.likelihood import TokenLogprobs, completion_logprobs
 from learner.tensors import place
-from nextstate.config import EngineConfig
-from nextstate.engine.defaults import sampling_defaults
-from nextstate.engine.process import command, free_port, server_environment
 from nextstate.records import Json, Sample
-from nextstate.sampling import DEFAULTS, Sampling
+from nextstate.sampling import Sampling
 
-QUESTIONS = ("What is the capital of Norway?", "Tell me something about bees.")
-TOKENS = 32
-START_TIMEOUT_S = 300.0
-_KEY = "key"
 _PLAIN: Json = {"temperature": 1.0, "top_p": 1.0, "top_k": -1}
 
 
@@ -164,98 +140,3 @@ def differences(model: PreTrainedModel, samples: Sequence[Sample]) -> Difference
         both = (torch.tensor(theirs), ours.sampled[0], ours.raw[0])
         rows.append([(told - one).abs().max().item() for one in both])
     return Differences(*(max(column) for column in zip(*rows, strict=True)))
-
-
-async def ask(
-    http: aiohttp.ClientSession, model: str, question: str, asked: Json, defaults: Json
-) -> Sample:
-    """One reply of vLLM as a sample."""
-    body = {
-        **{"model": model, "messages": [{"role": "user", "content": question}]},
-        **{"max_tokens": TOKENS, "logprobs": True, "return_token_ids": True},
-        **asked,
-    }
-    async with http.post("/v1/chat/completions", json=body) as answer:
-        reply = await answer.json()
-        assert answer.status == 200, reply
-    choice = reply["choices"][0]
-    told = tuple(float(entry["logprob"]) for entry in choice["logprobs"]["content"])
-    held = Sampling.read({**asked, DEFAULTS: defaults})
-    prompt, ids = tuple(reply["prompt_token_ids"]), tuple(choice["token_ids"])
-    return Sample(question, question, 0, prompt, ids, told, 1, None, held)
-
-
-async def ask_all(url: str, key: str, model: str, defaults: Json) -> dict[str, list[Sample]]:
-    """Every case and question at the same time, so that one batch of vLLM has different rows."""
-    headers = {"Authorization": f"Bearer {key}"}
-    async with aiohttp.ClientSession(url, headers=headers) as http:
-        asking = [
-            ask(http, model, question, asked, defaults)
-            for asked in CASES.values()
-            for question in QUESTIONS
-        ]
-        done = await asyncio.gather(*asking)
-    count = len(QUESTIONS)
-    return {case: done[at * count : (at + 1) * count] for at, case in enumerate(CASES)}
-
-
-async def _wait(url: str, server: subprocess.Popen[bytes]) -> None:
-    async with aiohttp.ClientSession(url) as http:
-        for _ in range(int(START_TIMEOUT_S)):
-            try:
-                async with http.get("/health") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientError:
-                pass
-            if server.poll() is not None:
-                break
-            await asyncio.sleep(1)
-    raise SystemExit("vLLM did not come up: see its output")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default=str(Path(__file__).parent.parent / "demo" / "policy"))
-    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
-    chosen = parser.parse_args()
-    config = EngineConfig(
-        model=chosen.model, dtype=chosen.dtype, max_model_len=1024, args=("--enforce-eager",),
-        env={"VLLM_CPU_KVCACHE_SPACE": "1", "TORCHDYNAMO_DISABLE": "1"},
-    )  # fmt: skip
-    defaults, port = sampling_defaults(config), free_port()
-    url = f"http://127.0.0.1:{port}"
-    with tempfile.TemporaryFile() as log:
-        server = subprocess.Popen(
-            command(config, port), env=server_environment(config, _KEY), cwd=tempfile.gettempdir(),
-            stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-        began = time.monotonic()
-        try:
-            asyncio.run(_wait(url, server))
-            up_s = time.monotonic() - began
-            answered = asyncio.run(ask_all(url, _KEY, config.name, defaults))
-        except BaseException:
-            log.seek(0)
-            print(log.read().decode(errors="replace")[-4000:])
-            raise
-        finally:
-            os.killpg(server.pid, signal.SIGINT)
-            server.wait(60)
-    dtype = getattr(torch, chosen.dtype)
-    model = AutoModelForCausalLM.from_pretrained(chosen.model, dtype=dtype)
-    table = Table(
-        "Setting", "tokens", "vLLM - Hugging Face", "vLLM - learner", "vLLM - raw",
-        title=f"{Path(chosen.model).name}, {chosen.dtype}, defaults {defaults}, up in {up_s:.0f} s",
-        box=box.MARKDOWN,
-    )  # fmt: skip
-    for case, samples in answered.items():
-        found = differences(model, samples)
-        tokens = sum(len(sample.completion_ids) for sample in samples)
-        numbers = (found.hugging_face, found.learner, found.raw)
-        table.add_row(case, str(tokens), *(f"{number:.1e}" for number in numbers))
-    Console(width=120).print(table)
-
-
-if __name__ == "__main__":
-    main()
