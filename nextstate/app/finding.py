@@ -120,6 +120,15 @@ def newest_sessions(
             return NewestSessions(_shown(found), at)
 
 
+def end_of(store: Store, session: str, settings: Settings) -> int:
+    """The position of a session's newest turn. Raises NoTurnError."""
+    for name in names_of(session, settings):
+        found = store.lookup.session(name)
+        if found is not None:
+            return found.last_seq
+    raise NoTurnError(f"--before {session!r:.80}: there is no such session; see its first column")
+
+
 def _shown(found: Mapping[str, SessionSummary | None]) -> list[SessionSummary]:
     return [one for one in found.values() if one is not None][::-1]
 

@@ -136,13 +136,15 @@ class Versions:
                 _give_back(connection, version.lineage, [*give_back, version.number])
         return True
 
-    def all(self, lineage: str | None = None) -> list[PolicyVersion]:
-        """Every version, oldest first, of one lineage or of all."""
-        query = sa.select(t.versions).order_by(t.versions.c.lineage, t.versions.c.number)
+    def all(self, lineage: str | None = None, limit: int | None = None) -> list[PolicyVersion]:
+        """Every version, or the newest `limit`, of one lineage or of all; oldest first of each."""
+        v = t.versions.c
+        query = sa.select(t.versions).order_by(v.created_at.desc(), v.number.desc()).limit(limit)
         if lineage is not None:
-            query = query.where(t.versions.c.lineage == lineage)
+            query = query.where(v.lineage == lineage)
         with self._database.read() as connection:
-            return [_version_of(row) for row in connection.execute(query)]
+            found = [_version_of(row) for row in connection.execute(query)]
+        return sorted(found, key=lambda version: (version.lineage, version.number))
 
     def newest(self, lineage: str, count: int) -> list[PolicyVersion]:
         """The newest `count` versions of a lineage, oldest first."""

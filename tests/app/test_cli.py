@@ -143,6 +143,21 @@ def test_the_versions_table_shows_what_changed_and_why_one_was_rejected(
     assert reason == "    too far"
 
 
+def test_versions_shows_as_many_of_the_newest_as_are_wanted(
+    chain: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def numbers(*arguments: str) -> list[int]:
+        assert main(["versions", "--json", *arguments, "--config", str(chain)]) == 0
+        return [json.loads(line)["number"] for line in lines(capsys)]
+
+    assert numbers() == numbers("--limit", "0") == [1, 2, 3]
+    assert numbers("--limit", "2") == [2, 3]
+    assert main(["versions", "--limit", "2", "--config", str(chain)]) == 0
+    said = capsys.readouterr()
+    assert [line.split()[1] for line in said.out.splitlines()[:3]] == ["number", "2", "3"]
+    assert "these are the newest 2; all: --limit 0" in said.err
+
+
 def test_versions_as_json_have_the_documented_keys(
     chain: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ from nextstate.app.service_files import MARK, Machine, compose_file, unit
 from nextstate.errors import StartError
 
 ROOT = Path(__file__).parents[2]
+HADOLINT = shutil.which("hadolint", path=f"{ROOT}/.hadolint/bin:{os.environ['PATH']}")
 SPECIAL = "a b%h$HOME\"'\\ü"
 
 
@@ -174,8 +175,9 @@ def test_what_is_missing_is_said(config: Path, capsys: pytest.CaptureFixture[str
     assert "`nextstate up` makes it at the first start" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="no hadolint here")
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed: `make hadolint`")
 def test_hadolint_finds_nothing_wrong_with_the_dockerfile(config: Path, sources: Path) -> None:
     assert service("docker", "--accel", "cpu", "--out", sources, "--config", config) == 0
-    done = subprocess.run(["hadolint", sources / "Dockerfile"], capture_output=True, text=True)
+    argv = [str(HADOLINT), str(sources / "Dockerfile")]
+    done = subprocess.run(argv, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "")

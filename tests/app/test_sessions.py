@@ -98,6 +98,31 @@ def test_sessions_as_json_and_by_lineage_time_and_number(
         assert expected in capsys.readouterr().err
 
 
+def test_sessions_come_in_pages_and_by_what_does_not_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store = Store(StoreConfig(dir=str(tmp_path / "state")))
+    for number in range(25):
+        kind = TurnKind.SIDE if number == 3 else TurnKind.MAIN
+        add(store, turn(number, session=f"s{number}", kind=kind))
+    store.close()
+    config = tmp_path / "nextstate.toml"
+    config.write_text(f'[store]\ndir = "{tmp_path}/state"\n')
+
+    def names(*arguments: str) -> list[str]:
+        return [line.split()[0] for line in run(capsys, config, "sessions", *arguments)[1:]]
+
+    assert names() == [f"s{number}" for number in range(5, 25)]
+    assert main(["sessions", "--config", str(config)]) == 0
+    assert "these are the newest 20; older ones: --before s5" in capsys.readouterr().err
+    assert names("--before", "s5") == ["s0", "s1", "s2", "s3", "s4"]
+    assert names("--before", "s5", "--limit", "2") == ["s3", "s4"]
+    assert names("--untrained") == ["s3"]
+    assert len(run(capsys, config, "sessions", "--json")) == 25
+    assert main(["sessions", "--before", "nobody", "--config", str(config)]) == 2
+    assert "--before 'nobody': there is no such session" in capsys.readouterr().err
+
+
 def test_a_list_of_sessions_costs_the_same_in_a_large_store(tmp_path: Path) -> None:
     found: list[int] = []
     for sessions in (20, 80):

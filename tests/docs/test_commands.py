@@ -72,3 +72,13 @@ def test_nothing_is_installed_by_our_name_from_an_index_where_it_is_not() -> Non
         files += (ROOT / room).rglob("*.py")
     by_name = re.compile(r"(?:pip|pipx|uv)\S* [^`\n]*(?<![\w/.-])nextstate\[|needs nextstate\[")
     assert [str(file) for file in files if by_name.search(file.read_text("utf-8"))] == []
+
+
+@pytest.mark.parametrize(
+    "document",
+    [*DOCUMENTS, *ROOT.glob("*.md"), *ROOT.glob("benchmarks/**/*.md")],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
+def test_every_relative_link_leads_to_a_file(document: Path) -> None:
+    links = re.findall(r"\]\((?!https?:|mailto:|#)([^)\s#]+)", document.read_text("utf-8"))
+    assert [link for link in links if not (document.parent / link).exists()] == []

@@ -55,6 +55,27 @@ def test_the_first_page_shows_scores_changes_waits_and_the_judge(
     on_site(test, store, tmp_path)
 
 
+def test_the_first_page_says_who_chose_the_version_that_serves(
+    store: Store, tmp_path: Path
+) -> None:
+    for number in (1, 2):
+        made = PolicyVersion("main", number, number - 1, "/a", "ff", 1, VersionState.CANDIDATE)
+        store.versions.add(made, None)
+        assert store.versions.serve_candidate(made)
+
+    async def test(site: Site) -> None:
+        assert "by choice of" not in words(await site.get("/"))
+        store.versions.set_serving("main", 1, "ana <b>")
+        page = await site.get("/")
+        assert "by choice of ana &lt;b&gt;, " in page
+        made = PolicyVersion("main", 3, 1, "/c", "fe", 1, VersionState.CANDIDATE)
+        store.versions.add(made, None)
+        assert store.versions.serve_candidate(made)
+        assert "by choice of" not in words(await site.get("/"))
+
+    on_site(test, store, tmp_path)
+
+
 def test_what_is_wrong_is_said_first(store: Store, tmp_path: Path) -> None:
     folder = store.dir / "learner" / "main"
     folder.mkdir(parents=True)

@@ -6,8 +6,16 @@ import argparse
 import sys
 from typing import Any
 
-from nextstate.app.cli.common import add_command, add_json, find_version, print_json
+from nextstate.app.cli.common import (
+    add_command,
+    add_json,
+    find_version,
+    print_json,
+    whole_number,
+)
 from nextstate.records import MAIN_LINEAGE
+
+_SHOWN = 50
 
 
 def add(subparsers: Any) -> None:
@@ -17,6 +25,8 @@ def add(subparsers: Any) -> None:
     parser.add_argument("number", type=int, nargs="?", help="show what made this one")
     text = f"only versions of this lineage (with a NUMBER: default {MAIN_LINEAGE})"
     parser.add_argument("--lineage", metavar="NAME", help=text)
+    text = f"only the newest N (0: all; default: {_SHOWN}, with --json all)"
+    parser.add_argument("--limit", type=whole_number, metavar="N", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -41,7 +51,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             print(views.version_card(version, trained, watch_text(seen), worth_line(labels)))
         return 0
-    versions = store.versions.all(args.lineage)
+    limit = args.limit if args.limit is not None else 0 if args.json else _SHOWN
+    versions = store.versions.all(args.lineage, limit or None)
     if args.json:
         for version in versions:
             print_json(views.version_row(version))
@@ -53,4 +64,7 @@ def run(args: argparse.Namespace) -> int:
     lineages = settings.all_lineages if args.lineage is None else [args.lineage]
     for lineage, why in pauses(store, lineages).items():
         print(f"{lineage}: {why}")
+    if limit and len(versions) == limit:
+        note = f"nextstate: these are the newest {limit}; all: --limit 0"
+        print(note, file=sys.stderr)
     return 0

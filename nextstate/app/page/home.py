@@ -16,13 +16,16 @@ from nextstate.app.page import charts
 from nextstate.app.page.charts import Score
 from nextstate.app.settings import Settings
 from nextstate.app.waiting import waits
-from nextstate.records import Json, JudgedTurn
+from nextstate.records import Json, JudgedTurn, VersionState
 from nextstate.store import Store
+from nextstate.store.ledger import Entry, Kind
 from nextstate.training_status import read_training_status
 
 _JUDGED = 1000
 """The scores are those of so many of the newest judged turns."""
 _VERSIONS, _CHANGES, _DAYS = 20, 5, 14
+_LEDGER = 100
+"""So many of its newest entries are looked at."""
 _LEVEL = 0.05
 """At each end of the interval: 90 % lie within."""
 _WELL = "up", "not started"
@@ -49,6 +52,7 @@ def home(settings: Settings, store: Store, health: Json, lineage: str) -> Json:
         "days": days,
         "day_marks": charts.day_marks(days),
         "most": max(count for _, count in days),
+        "chosen": chosen(store, lineage),
         "changes": newest,
         "made_at": store.versions.made_at(lineage, [version.number for version in newest]),
         "waits": problem or paused or waits(settings, store, lineage, counts),
@@ -128,6 +132,20 @@ def why_paused(store: Store, lineage: str) -> str | None:
         "The gate rejected its last versions, so it paused. If nothing else changed, it may reject "
         "the next ones too."
     )
+
+
+def chosen(store: Store, lineage: str) -> Entry | None:
+    """What the ledger has of a person who put the version that serves into service."""
+    serving = store.versions.serving(lineage).number
+    for entry in reversed(store.ledger.newest(_LEDGER)):
+        told = entry.content
+        if told.get("lineage") != lineage:
+            continue
+        if entry.kind == Kind.CHOICE:
+            return entry if told["number"] == serving else None
+        if told.get("state") == VersionState.SERVING and told["number"] != serving:
+            return None
+    return None
 
 
 def problems(settings: Settings, health: Json, training: str | None) -> list[str]:

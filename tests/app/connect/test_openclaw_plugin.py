@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -18,7 +19,7 @@ from nextstate.app.cli import main
 from nextstate.config import StoreConfig
 from nextstate.records import Turn, TurnKind
 from nextstate.store import Store
-from tests.app.connect.openclaw_gateway import ANSWERS_WITHIN_S, PROGRAM, gateway
+from tests.app.connect.openclaw_gateway import ANSWERS_WITHIN_S, PROGRAM, environment, gateway
 from tests.proxy.running_proxy import running
 from tests.scripted_engine import MODEL, Script, scripted_engine
 
@@ -173,3 +174,31 @@ def test_its_files_are_those_that_its_package_names() -> None:
     manifest = json.loads((PLUGIN / "openclaw.plugin.json").read_text())
     assert {"package.json", *package["files"]} == {file.name for file in PLUGIN.iterdir()}
     assert package["version"] == manifest["version"]
+
+
+@pytest.mark.soak
+def test_openclaw_installs_the_packed_plugin_and_loads_it(tmp_path: Path) -> None:
+    (tmp_path / ".openclaw").mkdir()
+    (tmp_path / ".openclaw/openclaw.json").write_text("{}")
+
+    def ran(*argv: str) -> str:
+        done = subprocess.run(
+            argv,
+            cwd=tmp_path,
+            env=environment(tmp_path),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=ANSWERS_WITHIN_S,
+            check=False,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    packed = ran("npm", "pack", "--silent", str(PLUGIN)).strip()
+    ran(str(PROGRAM), "plugins", "install", packed, "--force", "--accept-capabilities")
+    (copy,) = tmp_path.glob(".openclaw/extensions/*/")
+    assert {file.name for file in copy.iterdir()} >= {file.name for file in PLUGIN.iterdir()}
+    listed = json.loads(ran(str(PROGRAM), "plugins", "list", "--json"))
+    (ours,) = [one for one in listed["plugins"] if one["id"] == "nextstate"]
+    assert (ours["enabled"], ours["status"]) == (True, "loaded")
