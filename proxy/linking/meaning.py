@@ -31,9 +31,12 @@ _SPACE = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f"
 """What `str.split` cuts ASCII text at."""
 _LONGEST_NUMBER = 400
 _LONGEST_JSON = 1 << 20
-_LONG_NUMBER = re.compile(r'"\\u0000(-?(?:\d{16,400}e-?\d{1,9}|\d{1,400}e\d{3,9}))"')
+_LONG_NUMBER = re.compile(r'"\\u0000(-?(?:\d{16,400}e-?\d{1,9}|\d{1,400}e\d{3,9}|Infinity)|NaN)"')
 """A canonical number that need not fit into the 64 bits of JavaScript."""
 _MOST_STOPS = 16
+_CALLING, _OF_CODE = "Calling tools:\n", "python_interpreter"
+"""smolagents sends calls back as text, in Python's spelling. Code in a text, which is no call, gets
+this name."""
 _PLACEHOLDERS = (b"(nocontent)",)
 """What agents send in place of an empty text, without white space."""
 _SAME_LETTER = {0xFEFF: None, 0xFFFD: "?"}
@@ -56,9 +59,11 @@ class Meaning(NamedTuple):
 
 def meaning_of(message: Json) -> Meaning:
     """The parts of an assistant message that an agent's history keeps."""
-    text = without_space(without_thoughts(_text(message)))
+    plain, given = without_thoughts(_text(message)), objects(message.get("tool_calls"))
+    if _CALLING in plain and not given:
+        plain, given = _written_calls(plain)
+    text = without_space(plain)
     text = b"" if text in _PLACEHOLDERS else text
-    given = objects(message.get("tool_calls"))
     called = [call.get("function") or call.get("custom") for call in given]
     called.append(message.get("function_call"))
     both = [_call(function) for found in called if (function := obj(found))]
@@ -138,6 +143,18 @@ def _text(message: Json) -> str:
     return text_of([{"text": part.get("refusal")} for part in (*parts, message)])
 
 
+def _written_calls(text: str) -> tuple[str, list[Json]]:
+    """(a text without the calls that were written at its end, these calls)."""
+    before, _, written = text.rpartition(_CALLING)
+    try:
+        calls = objects(json.loads(repaired(written[:_LONGEST_JSON]) or "0"))
+    except (ValueError, RecursionError):
+        calls = []
+    if not calls:
+        return text, []
+    return before, [one for one in calls if obj(one.get("function")).get("name") != _OF_CODE]
+
+
 def _call(function: Json) -> tuple[bytes, bytes]:
     """(what a call means, what exactly it says)."""
     name = str(function.get("name")).lower()  # agents repair `Read` to `read`
@@ -195,7 +212,7 @@ def _parsed(text: str) -> object:
     if len(text) > _LONGEST_JSON:
         raise ValueError(f"{len(text)} characters of JSON, more than {_LONGEST_JSON}")
     return json.loads(
-        text, parse_int=_number, parse_float=_rounded, parse_constant=str, strict=False
+        text, parse_int=_number, parse_float=_rounded, parse_constant=_NUMBER.__add__, strict=False
     )
 
 

@@ -48,9 +48,12 @@ def is_rest_of(
     """Whether a turn with the same last reply was asked what is left of a history before `reply`.
 
     The messages right before the reply must be the last ones that the turn was asked. Two of three
-    must hold: they are all that is left, there are several, and they are long with the reply.
+    must hold: they are all that is left, there are several, and they are long with the reply. Or
+    people said the same to both: then only an agent's own work was dropped or joined.
     """
     before = _before(messages, reply)
+    if _all_people_said(sessions, row, before):
+        return True
     rest, size, same = row.message_hashes, reply.size, 0
     for message in reversed(before):
         near = rest[-1 - _MOST_NOTES :]
@@ -66,6 +69,19 @@ def is_rest_of(
         same += 1
         size += len(message.text) if message.meaning is None else message.meaning.size
     return bool(same) and (same == len(before)) + (same > 1) + (size >= RARE_BYTES) >= 2
+
+
+def _all_people_said(sessions: Sessions, row: Candidate, before: Sequence[Message]) -> bool:
+    """Whether these messages hold all of people's words that a turn was asked, and no others."""
+    people = [one.hash for one in before if one.role == "user"]
+    stored = row.message_hashes
+    if not people or not frozenset(people).issubset(stored):
+        return False
+    known = frozenset(one.hash for one in before)
+    others = [one for one in stored if one not in known]
+    return len(others) <= _MOST_READ and not any(
+        sessions.message(one).get("role") == "user" for one in others
+    )
 
 
 def _before(messages: Sequence[Message], reply: Reply) -> list[Message]:

@@ -53,7 +53,7 @@ def repaired(text: str) -> str | None:
             _drop(out, ":")
             out.pop()
         elif kind == "bare":
-            out[-1] = _ended(out[-1])
+            out[-1] = _ended(out[-1]) or "null"
         _drop(out, ",")
     return "".join([*out, *(_CLOSING[one] for one in reversed(opened))])
 

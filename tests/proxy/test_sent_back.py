@@ -49,6 +49,7 @@ FORMS = {
     # What JavaScript makes of whole numbers that it cannot hold.
     "a long id": (get('{"id": 1234567890123456789}'), get('{"id":1234567890123456800}')),
     "a number out of range": (get('{"n": 1e400}'), get('{"n":null}')),
+    "no number": (get('{"n": [NaN, -Infinity]}'), get('{"n":[null,null]}')),
     # What repairs make of JSON that is none.
     "a comma too many": (get('{"id": 1,}'), get('{"id":1}')),
     "commas too many": (get('{"a": [1, 2,], "b": {"c": "d",},}'), get('{"a":[1,2],"b":{"c":"d"}}')),
@@ -64,6 +65,21 @@ FORMS = {
     "cut after a comma": (get('{"path": "a.py",'), get('{"path":"a.py"}')),
     "a truth in quotes": (get('{"all": "true"}'), get('{"all":true}')),
     "a name in other letters": (said(None, ("Read", "{}")), said(None, ("read", "{}"))),
+    "calls written as text": (
+        said("I look.", ("web_search", '{"query": "it\'s", "n": 2}'), ("date", "{}")),
+        said(
+            "I look.\nCalling tools:\n[{'id': 'call_0', 'function': {'name': 'web_search', "
+            "'arguments': {'query': \"it's\", 'n': 2}}}, {'function': {'name': 'date', "
+            "'arguments': {}}}]"
+        ),
+    ),
+    "code written as a call": (
+        said("<code>\nprint('[')\n</code>"),
+        said(
+            "<code>\nprint('[')\n</code>\nCalling tools:\n[{'id': 'call_1', 'function': "
+            "{'name': 'python_interpreter', 'arguments': \"print('[')\"}}]"
+        ),
+    ),
     # What becomes of letters.
     "half a character": (said("Hi \ud83d there"), said("Hi \ufffd there")),
     "an accent apart": (said("cafe\u0301 is open"), said("caf\u00e9 is open")),
@@ -78,6 +94,8 @@ FORMS = {
     ),
 }
 OTHERS = {
+    "no number": get('{"n": [null, 5]}'),
+    "calls written as text": said("I look.", ("web_search", "{}"), ("date", "{}")),
     "a long id": get('{"id": 1234567890123456788}'),
     "a comma too many": get('{"id": 1, "of": 1,}'),
     "cut in a text": get('{"path": "a.py", "text": "he'),

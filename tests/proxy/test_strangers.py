@@ -186,6 +186,28 @@ def test_what_is_left_after_a_summary_finds_its_turn_if_it_is_enough(own: list[J
             assert found.parents["two"] == "one"
 
 
+@pytest.mark.parametrize(
+    ("own", "reply", "later"),
+    [
+        ([SHOP, BOOK, said("I look.", "f"), OK], DONE, [SHOP, BOOK, DONE]),
+        ([SHOP, BOOK, said("I look.", "f"), OK], DONE, [SHOP, BOOK, said("I look."), DONE]),
+        ([SHOP, BOOK, said("The user wants")], said("a book.</think>Done."), [SHOP, BOOK, DONE]),
+        ([SHOP, BOOK, said("Sure: ")], said("Sure: it is."), [SHOP, BOOK, said("Sure: it is.")]),
+    ],
+)
+def test_where_only_an_agents_own_work_was_dropped_all_that_people_said_is_proof(
+    own: list[Json], reply: Json, later: list[Json]
+) -> None:
+    steps = [
+        asked("one", own, reply),
+        asked("stranger", [SHOP, BOOK, said("Which?"), POEM, later[-1], user("No.")], said("Why?")),
+        asked("two", [*later, user("Thanks.")], said("Gladly.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["stranger"] is None
+        assert found.states("one") == ["Thanks."]
+
+
 QUESTION = user("That is not what I asked.")
 
 
