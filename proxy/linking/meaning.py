@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 from math import isfinite
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from nextstate.hooks import text_of
 from nextstate.records import Json
@@ -39,8 +39,6 @@ _CALLING, _OF_CODE = "Calling tools:\n", "python_interpreter"
 this name."""
 _PLACEHOLDERS = (b"(nocontent)",)
 """What agents send in place of an empty text, without white space."""
-_SAME_LETTER = {0xFEFF: None, 0xFFFD: "?"}
-"""A mark before a text, and what stands for half a character."""
 _THOUGHT_PARTS = ("thinking", "redacted_thinking", "reasoning", "reasoning_text")
 
 
@@ -88,7 +86,7 @@ def until_stop(reply: Meaning, stops: Sequence[bytes]) -> tuple[Meaning, bytes]:
 def stops_of(request: Json) -> list[bytes]:
     """The stop sequences of a request, without white space."""
     given = request.get("stop")
-    texts = [given] if isinstance(given, str) else given if isinstance(given, list) else []
+    texts = cast("list[object]", given) if isinstance(given, list) else [given]
     found = [without_space(text_of(text)) for text in texts[:_MOST_STOPS]]
     return [stop for stop in found if stop]
 
@@ -125,7 +123,8 @@ def without_space(text: str) -> bytes:
     """The text's bytes without white space, equal letters in one form."""
     if text.isascii():  # much faster, and the same
         return text.encode().translate(None, _SPACE)
-    text = unicodedata.normalize("NFC", text).translate(_SAME_LETTER)
+    # A mark before a text goes, and half a character, of which agents keep a mark, was "?" before.
+    text = unicodedata.normalize("NFC", text).replace("\ufeff", "").replace("\ufffd", "?")
     return "".join(text.split()).encode(errors="surrogatepass")
 
 

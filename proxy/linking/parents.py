@@ -11,7 +11,7 @@ from typing import NamedTuple
 from nextstate.records import TurnKind
 from nextstate.store.sessions import Candidate, Sessions
 from proxy.linking.history import KEY_BYTES, LETTERS_BYTES, SYSTEM_BYTES, Link, Scope
-from proxy.linking.proof import is_answer_to, is_rest_of
+from proxy.linking.proof import before, is_answer_to, is_rest_of
 
 
 class Found(NamedTuple):
@@ -41,8 +41,9 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
     rows = sessions.with_context_key(last.context_key) if last.context_key else []
     if rows:
         return _found(_surest(rows, link), link)
-    found = (sessions.with_chain_key(key) for key in chains)
-    of_chain = next((rows for rows in found if rows), [])
+    of_chain: list[Candidate] = []
+    for chain_key in chains:
+        of_chain = of_chain or sessions.with_chain_key(chain_key)
     for rows in _in_the_same_words(sessions, link, of_chain) if of_chain else ():
         if rows:
             return _found(_surest(rows, link), link)
@@ -52,7 +53,7 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
         best = _surest(shared or rows, link, siblings=True)
         if (
             best is None
-            or is_answer_to(sessions, best, link.messages, last)
+            or is_answer_to(sessions, best, before(link.messages, last))
             or _is_named(sessions, scope)
         ):
             return _found(best, link)
@@ -62,7 +63,8 @@ def find_parent(sessions: Sessions, link: Link, scope: Scope) -> Found:
             continue
         rows = sessions.with_reply_key(reply.key)
         if not _is_named(sessions, scope):
-            proven = [row for row in rows if is_rest_of(sessions, row, link.messages, reply)]
+            left = before(link.messages, reply)
+            proven = [row for row in rows if is_rest_of(sessions, row, left, reply.size)]
             unsure = unsure or len(proven) < len(rows)
             rows = proven
         if rows:

@@ -20,15 +20,19 @@ _MOST_NOTES = 2
 """Messages that an agent may have dropped between two others."""
 
 
-def is_answer_to(
-    sessions: Sessions, row: Candidate, messages: Sequence[Message], reply: Reply
-) -> bool:
-    """Whether a turn with the same replies was asked what the request says before `reply`.
+def before(messages: Sequence[Message], reply: Reply) -> list[Message]:
+    """What stands before a reply: other replies, and what counts of users' and tools' messages."""
+    said = frozenset(reply.hashes)
+    return [one for one in messages[: reply.start] if one.meaning is not None or one.hash in said]
+
+
+def is_answer_to(sessions: Sessions, row: Candidate, messages: Sequence[Message]) -> bool:
+    """Whether a turn with the same replies was asked what a request says before its last reply.
 
     The message that the reply answers and all of a person's must be the same, or one's words be the
     other's without a note. Results of tools may have been cut before.
     """
-    asked = [one for one in _before(messages, reply) if one.meaning is None]
+    asked = [one for one in messages if one.meaning is None]
     if not asked:
         return False
     stored = frozenset(row.message_hashes)
@@ -42,20 +46,18 @@ def is_answer_to(
     return all(any(_one_in_other(one.text, text) for text in kept) for one in needed)
 
 
-def is_rest_of(
-    sessions: Sessions, row: Candidate, messages: Sequence[Message], reply: Reply
-) -> bool:
-    """Whether a turn with the same last reply was asked what is left of a history before `reply`.
+def is_rest_of(sessions: Sessions, row: Candidate, messages: Sequence[Message], size: int) -> bool:
+    """Whether a turn with the same last reply was asked what is left of a history before it.
 
-    The messages right before the reply must be the last ones that the turn was asked. Two of three
-    must hold: they are all that is left, there are several, and they are long with the reply. Or
-    people said the same to both: then only an agent's own work was dropped or joined.
+    The messages right before the reply, which has `size` bytes, must be the last ones that the turn
+    was asked. Two of three must hold: they are all that is left, there are several, and they are
+    long with the reply. Or people said the same to both: then only an agent's own work was dropped
+    or joined.
     """
-    before = _before(messages, reply)
-    if _all_people_said(sessions, row, before):
+    if _all_people_said(sessions, row, messages):
         return True
-    rest, size, same = row.message_hashes, reply.size, 0
-    for message in reversed(before):
+    rest, same = row.message_hashes, 0
+    for message in reversed(messages):
         near = rest[-1 - _MOST_NOTES :]
         if message.hash in near:
             at = len(near) - 1 - near[::-1].index(message.hash)
@@ -68,26 +70,20 @@ def is_rest_of(
         rest = rest[: len(rest) - len(near) + at]
         same += 1
         size += len(message.text) if message.meaning is None else message.meaning.size
-    return bool(same) and (same == len(before)) + (same > 1) + (size >= RARE_BYTES) >= 2
+    return bool(same) and (same == len(messages)) + (same > 1) + (size >= RARE_BYTES) >= 2
 
 
-def _all_people_said(sessions: Sessions, row: Candidate, before: Sequence[Message]) -> bool:
+def _all_people_said(sessions: Sessions, row: Candidate, messages: Sequence[Message]) -> bool:
     """Whether these messages hold all of people's words that a turn was asked, and no others."""
-    people = [one.hash for one in before if one.role == "user"]
+    people = [one.hash for one in messages if one.role == "user"]
     stored = row.message_hashes
     if not people or not frozenset(people).issubset(stored):
         return False
-    known = frozenset(one.hash for one in before)
+    known = frozenset(one.hash for one in messages)
     others = [one for one in stored if one not in known]
     return len(others) <= _MOST_READ and not any(
         sessions.message(one).get("role") == "user" for one in others
     )
-
-
-def _before(messages: Sequence[Message], reply: Reply) -> list[Message]:
-    """The replies, and what counts of people's and tools' messages, before a reply."""
-    said = frozenset(reply.hashes)
-    return [one for one in messages[: reply.start] if one.meaning is not None or one.hash in said]
 
 
 def _texts(sessions: Sessions, hashes: Sequence[bytes]) -> Iterator[bytes]:

@@ -152,7 +152,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, *stops: str) -> None:
     """Every request is sent with these stop sequences."""
 
     def exchange(**fields: Any) -> Exchange:
-        return Exchange(**{**fields, "request": {**fields["request"], "stop": [*stops]}})
+        return Exchange(**fields)._replace(request={**fields["request"], "stop": [*stops]})
 
     monkeypatch.setattr(conversations, "Exchange", exchange)
 
