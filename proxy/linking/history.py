@@ -39,7 +39,7 @@ _TOOLS = ("tool", "function")
 _SHOWING = {"user": Source.USER, **dict.fromkeys(_TOOLS, Source.TOOL)}
 """Roles that may show something without words."""
 _WHITE_SPACE = string.whitespace.encode()
-_CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
+CLOCK = f"{string.whitespace}{string.digits}:.,/-+".encode()
 """The characters in which two times differ; a customer's number may look like one."""
 RARE_BYTES = 180
 """From this size on hardly any two conversations get the same reply by chance. Most canned
@@ -354,7 +354,7 @@ def _read(message: Json, content: bytes, profile: AgentProfile) -> Message:
         meaning = meaning_of(message)
         return Message(content, role, utterance, None, meaning, b"", False, False, words)
     if role in _SYSTEM:
-        text, words = plain.encode().translate(None, _CLOCK), words if utterance else plain
+        text, words = plain.encode().translate(None, CLOCK), words if utterance else plain
         return Message(content, role, utterance, utterance, None, text, True, False, words)
     shown = utterance
     if utterance is None and role in _SHOWING:

@@ -2,7 +2,7 @@
 
 Strangers get the same replies. An agent adds notes to what a person says and drops them again, at
 the beginning or at the end. So the words of one are the other's without what stands before or
-after.
+after, or around a whole sentence.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from collections.abc import Iterator, Sequence
 
 from nextstate.hooks import text_of
 from nextstate.store.sessions import Candidate, Sessions
-from proxy.linking.history import RARE_BYTES, Message, Reply
+from proxy.linking.history import CLOCK, RARE_BYTES, Message, Reply
 from proxy.linking.meaning import without_space
 
 _MOST_READ = 16
 """Stored messages that are read to compare their words."""
+_SENTENCE_BYTES = 16
+"""Words of this size, without white space, are not within another's words by chance."""
 _MOST_NOTES = 2
 """Messages that an agent may have dropped between two others."""
 
@@ -30,7 +32,8 @@ def is_answer_to(sessions: Sessions, row: Candidate, messages: Sequence[Message]
     """Whether a turn with the same replies was asked what a request says before its last reply.
 
     The message that the reply answers and all of a person's must be the same, or one's words be the
-    other's without a note. Results of tools may have been cut before.
+    other's without a note. In earlier ones a clock may have gone on, and results of tools may have
+    been cut.
     """
     asked = [one for one in messages if one.meaning is None]
     if not asked:
@@ -43,7 +46,14 @@ def is_answer_to(sessions: Sessions, row: Candidate, messages: Sequence[Message]
     kept = _texts(sessions, [one for one in row.message_hashes if one not in shared])
     needed = [one for one in changed if one is asked[-1] or one.role == "user"]
     # Each search goes on where the one before it ended: both are in order, and read once.
-    return all(any(_one_in_other(one.text, text) for text in kept) for one in needed)
+    return all(
+        any(
+            _one_in_other(one.text, text)
+            or (one is not asked[-1] and _but_for_clock(one.text, text))
+            for text in kept
+        )
+        for one in needed
+    )
 
 
 def is_rest_of(sessions: Sessions, row: Candidate, messages: Sequence[Message], size: int) -> bool:
@@ -94,4 +104,11 @@ def _texts(sessions: Sessions, hashes: Sequence[bytes]) -> Iterator[bytes]:
 
 def _one_in_other(one: bytes, other: bytes) -> bool:
     shorter, longer = sorted((one, other), key=len)
-    return bool(shorter) and (longer.startswith(shorter) or longer.endswith(shorter))
+    if longer.startswith(shorter) or longer.endswith(shorter):
+        return bool(shorter)
+    return len(shorter) >= _SENTENCE_BYTES and shorter in longer
+
+
+def _but_for_clock(one: bytes, other: bytes) -> bool:
+    words = one.translate(None, CLOCK)
+    return bool(words) and words == other.translate(None, CLOCK)

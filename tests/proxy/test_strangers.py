@@ -208,6 +208,22 @@ def test_where_only_an_agents_own_work_was_dropped_all_that_people_said_is_proof
         assert found.states("one") == ["Thanks."]
 
 
+def test_a_clock_in_what_was_said_first_hides_no_turn() -> None:
+    """Here in a user's message. Whoever then asks something else is another one."""
+
+    def timed(minute: int, *later: Json) -> list[Json]:
+        return [user(f"It is 10:{minute}, and you are an agent."), BOOK, said("Which?"), *later]
+
+    steps = [
+        asked("one", timed(10, user("This.")), DONE),
+        asked("stranger", after(timed(20, user("That.")), DONE), said("Why?")),
+        asked("two", after(timed(30, user("This.")), DONE), said("I see.")),
+    ]
+    with recorded([steps], Random(0)) as found:
+        assert found.parents["stranger"] is None
+        assert found.states("one") == ["No, wrong."]
+
+
 QUESTION = user("That is not what I asked.")
 
 
@@ -245,6 +261,10 @@ def test_a_long_canned_reply_alone_is_no_proof(
         ("Book a table.", "[10:00] Book a table."),
         ("Book a table.\n\n<context>\nIt rains.\n</context>", "Book a table."),
         ("Book  a\ntable.\n\nRuntime: host", "Book a table."),
+        (
+            "Answer from this.\n<query>Is a table free at ten?</query>\nBe brief.",
+            "Is a table free at ten?",
+        ),
     ],
 )
 @pytest.mark.parametrize(("names", "vague"), [(None, False), (["app"], True)])
